@@ -1,0 +1,79 @@
+"""Errors a user can cause, each saying what was wrong, what was available and how to fix it.
+
+The commands print such an error without a traceback and exit with code 2. Anything else that escapes is a bug and keeps
+its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "DvdquantError",
+    "EngineError",
+    "ExportError",
+    "OutputError",
+    "RecipeError",
+    "ResourceError",
+    "ShapeError",
+    "UnsupportedError",
+]
+
+
+class DvdquantError(Exception):
+    """A failure the user can act on.
+
+    Args:
+        what: what was wrong, naming the thing (a path, a tensor, an option and its value).
+        available: what there was instead, as text or as the list of accepted values.
+        fix: what to do about it, as an instruction.
+    """
+
+    def __init__(self, what: str, *, available: str | Iterable[str] | None = None, fix: str | None = None) -> None:
+        if available is not None and not isinstance(available, str):
+            available = ", ".join(str(item) for item in available) or "nothing"
+        self.what = what
+        self.available = available
+        self.fix = fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.available:
+            lines.append(f"  available: {self.available}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+
+class CheckpointError(DvdquantError):
+    """The model folder, a shard, a header or a tensor in it cannot be used."""
+
+
+class ShapeError(DvdquantError, ValueError):
+    """A tensor or an option has a shape or a size that does not fit."""
+
+
+class RecipeError(DvdquantError, ValueError):
+    """An unknown recipe, or one whose parts contradict each other."""
+
+
+class UnsupportedError(DvdquantError):
+    """A model family, architecture, SM or backend that dvdquant does not handle."""
+
+
+class OutputError(DvdquantError):
+    """The output folder cannot be written, is in use, or does not hold a valid export."""
+
+
+class ResourceError(DvdquantError):
+    """Not enough disk or memory for what was asked."""
+
+
+class ExportError(DvdquantError):
+    """torch.export, an ONNX pass or ONNX Runtime failed on a valid checkpoint."""
+
+
+class EngineError(DvdquantError):
+    """TensorRT or TensorRT-RTX refused a graph, or is not installed."""

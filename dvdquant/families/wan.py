@@ -1,0 +1,38 @@
+"""Wan 2.1 and 2.2 (text to video, image to video, TI2V-5B)."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Family, InputSpec, Sizes
+
+__all__ = ["Wan"]
+
+
+class Wan(Family):
+    """``WanTransformer3DModel``. Latents [B, C, F, H, W]; the timestep is one per sample, or per token on TI2V."""
+
+    name = "wan"
+    class_names = ("WanTransformer3DModel",)
+    keep = ("patch_embedding", "condition_embedder*", "norm_out*", "proj_out")
+    default_video = (81, 480, 832)
+    default_text_tokens = 512
+
+    def patch(self) -> tuple[int, int, int]:
+        """From the config."""
+        time, height, width = self.config["patch_size"]
+        return time, height, width
+
+    def inputs(self, sizes: Sizes) -> tuple[InputSpec, ...]:
+        """hidden_states, timestep, encoder_hidden_states and, for image-to-video 2.1, the image embedding."""
+        batch, config = sizes.batch, self.config
+        specs = [
+            InputSpec("hidden_states", (batch, config["in_channels"], "frames", "height", "width"), "latent"),
+            InputSpec("timestep", (batch,), "timestep", torch.int64),
+            InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["text_dim"]), "embedding"),
+        ]
+        if config.get("image_dim"):
+            # CLIP vision tokens: 257 of one image, twice that with a last frame (pos_embed_seq_len).
+            tokens = config.get("pos_embed_seq_len") or 257
+            specs.append(InputSpec("encoder_hidden_states_image", (batch, tokens, config["image_dim"]), "embedding"))
+        return tuple(specs)

@@ -1,0 +1,220 @@
+"""QuantLinear modules, and the surgery that puts them in place of ``nn.Linear`` in a diffusers transformer.
+
+Linear layers of one parent module that receive the very same tensor (q/k/v) are merged into one :class:`QuantLinear`, so
+that x is rotated and quantized once. The merged layer is called after its members: ``attn1.to_q+to_k+to_v``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ShapeError
+from .hadamard import Rotation
+from .ops.quant_linear import quant_linear
+from .recipe import ActivationSpec
+
+__all__ = [
+    "LayerSpec",
+    "QuantLinear",
+    "RotationTable",
+    "empty_tensor",
+    "install_quant_linears",
+    "set_activation",
+]
+
+TENSORS = ("weight", "weight_scale", "weight_factor", "weight_zero", "bias")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One quantized layer: one or several ``nn.Linear`` with a shared input.
+
+    Args:
+        name: dotted name of the (merged) layer; the last part joins the members with ``+``.
+        members: dotted names of the ``nn.Linear`` it replaces, in row order.
+        rows: output features of each member.
+        features: input features K.
+        biases: whether each member has a bias.
+        rotation: the Hadamard rotation of its input.
+        groups: weight groups per row (1 for a scale per row).
+    """
+
+    name: str
+    members: tuple[str, ...]
+    rows: tuple[int, ...]
+    features: int
+    biases: tuple[bool, ...]
+    rotation: Rotation
+    groups: int
+
+    @property
+    def out_features(self) -> int:
+        """N, the rows of all members together."""
+        return sum(self.rows)
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of each packed tensor, by its full name."""
+        n = self.out_features
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "weight": (torch.int8, (n, self.features // 2)),
+            "weight_scale": (torch.float32, (n,)),
+            "weight_factor": (torch.uint8, (n, self.groups)),
+            "weight_zero": (torch.float32, (n,)),
+            "bias": (torch.float32, (n,)),
+        }
+        return {f"{self.name}.{key}": value for key, value in shapes.items()}
+
+
+def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of that shape that occupies one element: for tracing, where only shape and dtype count."""
+    return torch.zeros((), dtype=dtype).expand(shape)
+
+
+class RotationTable(nn.Module):
+    """The Hadamard matrices of a model, each held once and shared by the layers that use it."""
+
+    def __init__(self, rotations: Iterable[Rotation]) -> None:
+        super().__init__()
+        for rotation in rotations:
+            hadamard, outer = rotation.matrices(torch.float32)
+            for name, matrix in ((f"hadamard_{rotation.inner}", hadamard), (f"outer_{rotation.outer}", outer)):
+                if name not in self._buffers:
+                    self.register_buffer(name, matrix.contiguous(), persistent=False)
+
+    def matrices(self, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """(hadamard [b, b], outer [p, p]) in fp32."""
+        return self.get_buffer(f"hadamard_{rotation.inner}"), self.get_buffer(f"outer_{rotation.outer}")
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with packed 4-bit weights and online rotated, scaled activations (see ``ops/quant_linear.py``).
+
+    Buffers: weight int8 [N, K/2], weight_scale fp32 [N], weight_factor uint8 [N, groups], weight_zero fp32 [N],
+    bias fp32 [N]. The rotation matrices live in the model's :class:`RotationTable`.
+    """
+
+    def __init__(self, spec: LayerSpec, activation: ActivationSpec, table: RotationTable) -> None:
+        super().__init__()
+        self.spec = spec
+        self.act_bits = activation.bits
+        self.act_group = activation.group_size
+        # In a list, so that the shared table is not registered as a child of every layer.
+        self._table = [table]
+        for full_name, (dtype, shape) in spec.tensors().items():
+            self.register_buffer(full_name.removeprefix(spec.name + "."), empty_tensor(shape, dtype))
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the five packed tensors by full name; ShapeError when one has another shape or dtype."""
+        for full_name, (dtype, shape) in self.spec.tensors().items():
+            tensor = tensors[full_name]
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise ShapeError(
+                    f"{full_name} is {tensor.dtype} {tuple(tensor.shape)}", available=f"expected {dtype} {shape}"
+                )
+            setattr(self, full_name.removeprefix(self.spec.name + "."), tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        hadamard, outer = self._table[0].matrices(self.spec.rotation)
+        y: Tensor = quant_linear(
+            x,
+            self.weight,
+            self.weight_scale,
+            self.weight_factor,
+            self.weight_zero,
+            self.bias,
+            hadamard,
+            outer,
+            self.act_bits,
+            self.act_group,
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        """K, N, bits and block."""
+        spec = self.spec
+        return (
+            f"{spec.features} -> {spec.out_features}, W4A{self.act_bits}, groups={spec.groups}, "
+            f"block={spec.rotation.block}"
+        )
+
+
+class _SharedInput:
+    """Runs a merged layer at its first member's call and hands the other members their rows.
+
+    A member that is called with another tensor than the one last seen triggers a new call, so results are right for
+    every order of calls; only the saving depends on the members being called one after the other.
+    """
+
+    def __init__(self, layer: QuantLinear) -> None:
+        self.layer = layer
+        self.input: Tensor | None = None
+        self.pending: dict[int, Tensor] = {}
+
+    def take(self, index: int, x: Tensor) -> Tensor:
+        if self.input is not x or index not in self.pending:
+            parts = self.layer(x).split(list(self.layer.spec.rows), dim=-1)
+            self.input, self.pending = x, dict(enumerate(parts))
+        part = self.pending.pop(index)
+        if not self.pending:
+            self.input = None
+        return part
+
+
+class MergedMember(nn.Module):
+    """Stands where one of the merged ``nn.Linear`` stood and returns its rows of the merged output."""
+
+    def __init__(self, shared: _SharedInput, index: int) -> None:
+        super().__init__()
+        self._shared = shared
+        self._index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., rows of this member]."""
+        return self._shared.take(self._index, x)
+
+    def extra_repr(self) -> str:
+        """Which rows of which layer."""
+        spec = self._shared.layer.spec
+        return f"rows of {spec.members[self._index]} in {spec.name}"
+
+
+def install_quant_linears(model: nn.Module, specs: Iterable[LayerSpec], activation: ActivationSpec) -> RotationTable:
+    """Replace the members of every spec in ``model``, in place; returns the rotation table it registered.
+
+    The packed buffers are placeholders of one element until :meth:`QuantLinear.load`.
+    """
+    specs = list(specs)
+    table = RotationTable({spec.rotation: None for spec in specs})
+    model.add_module("dvdq_rotation", table)
+    for spec in specs:
+        layer = QuantLinear(spec, activation, table)
+        if len(spec.members) == 1:
+            _replace(model, spec.name, layer)
+            continue
+        parent, _, child = spec.name.rpartition(".")
+        model.get_submodule(parent).add_module(child, layer)
+        shared = _SharedInput(layer)
+        for index, member in enumerate(spec.members):
+            _replace(model, member, MergedMember(shared, index))
+    return table
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if isinstance(owner, (nn.ModuleList, nn.Sequential)):
+        owner[int(child)] = new
+    else:
+        setattr(owner, child, new)
+
+
+def set_activation(model: nn.Module, activation: ActivationSpec) -> None:
+    """Switch every QuantLinear of ``model`` to ``activation``; the packed weights stay as they are."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.act_bits, module.act_group = activation.bits, activation.group_size

@@ -1,0 +1,125 @@
+"""``dvdquant::quant_linear``: rotate, scale and quantize x online, multiply with 4-bit weights, correct (METHOD: ARQ + BGR).
+
+One definition for every executor. The PyTorch reference below, the ONNX function body in ``export/functions.py``, the
+CUDA launcher and the TensorRT plugin all compute
+
+    x̃ = rotate(x)                                          (block Hadamard, inner and outer factor)
+    s[m, g] = max_{k∈g} |x̃[m, k]| / qmax                    (per token m and group g of channels)
+    c[m, k] = clamp(round(x̃[m, k] · qmax / max|x̃|), ±qmax)
+    y[m, n] = Σ_g s[m, g] Σ_{k∈g} c[m, k] · Δ[n] · f[n, k//G]/255 · (w[n, k] − z[n]) + bias[n]
+
+with everything in fp32 and y rounded once to x's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..arq import fake_quantize_activation
+from ..packing import unpack_int4
+
+__all__ = ["dequantize_weight", "quant_linear", "quant_linear_reference", "rotate_by_matrices"]
+
+
+def rotate_by_matrices(x: Tensor, hadamard: Tensor, outer: Tensor) -> Tensor:
+    """Block rotation of the last axis by explicit matrices: ``outerᵀ @ (x.view(…, q, p, b) @ hadamard)``.
+
+    Args:
+        x: [..., K], K = q · p · b.
+        hadamard: [b, b], orthonormal.
+        outer: [p, p], orthonormal; [[1]] where the block is a power of two.
+    """
+    inner, cores = hadamard.shape[0], outer.shape[0]
+    if inner == 1 and cores == 1:
+        return x
+    blocks = x.reshape(*x.shape[:-1], -1, cores, inner) @ hadamard
+    if cores > 1:
+        blocks = outer.transpose(0, 1) @ blocks
+    return blocks.reshape(x.shape)
+
+
+def dequantize_weight(
+    weight: Tensor, scale: Tensor, factor: Tensor, zero: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The rotated weight the packed codes stand for, [N, K].
+
+    Args:
+        weight: int8 or uint8 [N, K/2], low nibble = even k, signed codes −8..7.
+        scale: fp32 [N]. factor: uint8 [N, groups], 255 = 1.0. zero: fp32 [N], centred.
+    """
+    codes = unpack_int4(weight).to(dtype)
+    rows, features = codes.shape
+    steps = scale.to(dtype)[:, None] * (factor.to(dtype) / 255)
+    centred = (codes - zero.to(dtype)[:, None]).reshape(rows, factor.shape[1], -1)
+    return (centred * steps[:, :, None]).reshape(rows, features)
+
+
+def quant_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_factor: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor,
+    hadamard: Tensor,
+    outer: Tensor,
+    act_bits: int,
+    act_group: int,
+    compute: torch.dtype = torch.float32,
+) -> Tensor:
+    """The op in plain PyTorch, computed in ``compute`` and rounded to x's dtype; shapes as in :func:`quant_linear`.
+
+    With ``compute=torch.float64`` the codes are those of an exact rotation: the reference for tolerances.
+    """
+    rotated = rotate_by_matrices(x.to(compute), hadamard.to(compute), outer.to(compute))
+    quantized = fake_quantize_activation(rotated, act_bits, act_group)
+    dequantized = dequantize_weight(weight, weight_scale, weight_factor, weight_zero, compute)
+    return torch.nn.functional.linear(quantized, dequantized, bias.to(compute)).to(x.dtype)
+
+
+@torch.library.custom_op("dvdquant::quant_linear", mutates_args=())
+def quant_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_factor: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor,
+    hadamard: Tensor,
+    outer: Tensor,
+    act_bits: int,
+    act_group: int,
+) -> Tensor:
+    """One quantized linear layer.
+
+    Args:
+        x: [..., K] float32, float16 or bfloat16.
+        weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
+        weight_scale: fp32 [N]. weight_factor: uint8 [N, groups]. weight_zero: fp32 [N]. bias: fp32 [N].
+        hadamard: fp32 [b, b]. outer: fp32 [p, p].
+        act_bits: 4, 6 or 8. act_group: channels per activation scale, 0 for the whole token.
+
+    Returns:
+        [..., N] of x's dtype.
+    """
+    return quant_linear_reference(
+        x, weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer, act_bits, act_group
+    )
+
+
+@quant_linear.register_fake
+def _quant_linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_factor: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor,
+    hadamard: Tensor,
+    outer: Tensor,
+    act_bits: int,
+    act_group: int,
+) -> Tensor:
+    torch._check(x.shape[-1] == 2 * weight.shape[1])
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -1,0 +1,187 @@
+"""Recipes: what is quantized and how, as one frozen, versioned value that travels with every artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from .errors import RecipeError
+
+__all__ = ["RECIPES", "RECIPE_VERSION", "ActivationSpec", "Recipe", "WeightSpec", "get_recipe"]
+
+RECIPE_VERSION = 1
+GROUP_SIZES = (0, 16, 32, 64, 128)
+ZERO_POINTS = ("paper", "midrise", "symmetric")
+SOLVERS = ("search", "paper", "minmax")
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """The weight grid: ``W ≈ scale · factor[group] · (codes − zero)`` with 4-bit signed codes of the rotated weight.
+
+    Args:
+        group_size: input channels that share a scale; 0 is the whole row (one scale per output channel).
+        zero_point: ``paper`` a free integer per row; ``midrise`` −0.5 for all (codes stand for odd multiples of half a
+            step); ``symmetric`` 0 for all.
+        solver: ``search`` reaches the per-row optimum; ``paper`` is bounded init and descent as published; ``minmax``
+            keeps the clip range at the extremes (the baseline).
+    """
+
+    group_size: int = 0
+    zero_point: Literal["paper", "midrise", "symmetric"] = "midrise"
+    solver: Literal["search", "paper", "minmax"] = "search"
+    bits: int = 4
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """The activation grid: symmetric codes, one fp32 scale per (token, group of ``group_size`` channels), online.
+
+    Args:
+        bits: 4, 6 or 8. 6 exists in simulation only (δ-GBS reaches an average of 6 by switching 4 and 8).
+        group_size: channels that share a scale; 0 is the whole token.
+    """
+
+    bits: int
+    group_size: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one export does. ``Recipe.from_json(recipe.to_json()) == recipe`` holds for every valid recipe.
+
+    Args:
+        activations: one graph, and one engine per target, is exported for each entry.
+        rotation: Hadamard block along the input channels. ``auto`` takes the largest power of four up to 1024 that
+            divides K (its entries are powers of two, exact in every dtype); ``full`` the whole row; ``none`` no
+            rotation; an integer that block.
+        keep: globs of layer names that stay in 16 bit besides the family's own defaults.
+        force: globs of layer names that are quantized although the family's defaults keep them.
+    """
+
+    name: str
+    activations: tuple[ActivationSpec, ...]
+    weight: WeightSpec = field(default_factory=WeightSpec)
+    rotation: str | int = "auto"
+    keep: tuple[str, ...] = ()
+    force: tuple[str, ...] = ()
+    version: int = RECIPE_VERSION
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def activation(self, bits: int) -> ActivationSpec:
+        """The activation grid of the graph with ``bits`` bits; RecipeError if the recipe has none."""
+        for spec in self.activations:
+            if spec.bits == bits:
+                return spec
+        raise RecipeError(
+            f"recipe {self.name!r} has no {bits}-bit activations", available=[f"{a.bits}" for a in self.activations]
+        )
+
+    def keeps(self, layer: str, family_keeps: tuple[str, ...]) -> bool:
+        """Whether ``layer`` (its dotted module name) stays in 16 bit."""
+        if any(fnmatchcase(layer, glob) for glob in self.force):
+            return False
+        return any(fnmatchcase(layer, glob) for glob in (*family_keeps, *self.keep))
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for the manifest."""
+        data = asdict(self)
+        data["activations"] = [asdict(a) for a in self.activations]
+        data["keep"], data["force"] = list(self.keep), list(self.force)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str) -> Recipe:
+        """Inverse of :meth:`to_json`; RecipeError names the field that is missing, unknown or out of range."""
+        if isinstance(data, str):
+            try:
+                data = json.loads(data)
+            except json.JSONDecodeError as error:
+                raise RecipeError(f"the recipe is not JSON: {error}") from error
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"a recipe is a JSON object, not {type(data).__name__}")
+        if data.get("version") != RECIPE_VERSION:
+            raise RecipeError(
+                f"recipe version {data.get('version')!r} is unknown",
+                available=str(RECIPE_VERSION),
+                fix="re-export with this version of dvdquant, or install the version that wrote it",
+            )
+        known = dict(data)
+        try:
+            known["weight"] = WeightSpec(**known.get("weight", {}))
+            known["activations"] = tuple(ActivationSpec(**a) for a in known["activations"])
+            known["keep"] = tuple(known.get("keep", ()))
+            known["force"] = tuple(known.get("force", ()))
+            return cls(**known)
+        except (TypeError, KeyError) as error:
+            raise RecipeError(f"the recipe has a missing or unknown field: {error}") from error
+
+    def with_globs(self, keep: tuple[str, ...] = (), force: tuple[str, ...] = ()) -> Recipe:
+        """The same recipe with more layers kept or forced."""
+        return replace(self, keep=(*self.keep, *keep), force=(*self.force, *force))
+
+
+def _check(recipe: Recipe) -> None:
+    weight = recipe.weight
+    _one_of("weight.bits", weight.bits, (4,))
+    _one_of("weight.group_size", weight.group_size, GROUP_SIZES)
+    _one_of("weight.zero_point", weight.zero_point, ZERO_POINTS)
+    _one_of("weight.solver", weight.solver, SOLVERS)
+    if weight.zero_point == "paper" and weight.group_size:
+        raise RecipeError(
+            "zero_point 'paper' is one integer per row and cannot be combined with weight groups",
+            fix="use weight.group_size 0, or zero_point 'midrise'",
+        )
+    if not recipe.activations:
+        raise RecipeError("a recipe needs at least one activation grid", fix="add activations of 4 or 8 bits")
+    bits = [a.bits for a in recipe.activations]
+    if len(set(bits)) != len(bits):
+        raise RecipeError(f"two activation grids of the same bits in {bits}", fix="one per bit-width")
+    for spec in recipe.activations:
+        _one_of("activations.bits", spec.bits, (4, 6, 8))
+        _one_of("activations.group_size", spec.group_size, GROUP_SIZES)
+    rotation = recipe.rotation
+    if isinstance(rotation, bool) or not isinstance(rotation, (str, int)):
+        raise RecipeError(f"rotation {rotation!r} is neither a name nor a block size")
+    if isinstance(rotation, str):
+        _one_of("rotation", rotation, ("auto", "full", "none"))
+    elif rotation < 2:
+        raise RecipeError(f"rotation block {rotation} is too small", fix="use 'none', 'auto', 'full' or a block ≥ 2")
+
+
+def _one_of(field_name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise RecipeError(f"{field_name} is {value!r}", available=[repr(a) for a in allowed])
+
+
+_A4, _A8 = ActivationSpec(4), ActivationSpec(8)
+
+RECIPES: dict[str, Recipe] = {
+    r.name: r
+    for r in (
+        # One scale per row and per token: runs on every integer tensor core, both graphs.
+        Recipe("w4a4", (_A4, _A8)),
+        # 8-bit activations only; weight groups cost memory alone where the GEMM is 8-bit, and decide the error there.
+        Recipe("w4a8", (_A8,), WeightSpec(group_size=32)),
+        # Scales per 128 channels on both sides for the 4-bit graph.
+        Recipe("w4a4-g128", (ActivationSpec(4, 128), _A8), WeightSpec(group_size=128)),
+        Recipe("w4a4-g64", (ActivationSpec(4, 64), _A8), WeightSpec(group_size=64)),
+        # Algorithm 1 as published: integer zero-points, bounded init and descent, whole-row rotation.
+        Recipe("paper", (_A4, _A8), WeightSpec(zero_point="paper", solver="paper"), rotation="full"),
+        # Round to nearest on the min-max range, unrotated: the baseline everything is measured against.
+        Recipe("rtn", (_A4, _A8), WeightSpec(zero_point="paper", solver="minmax"), rotation="none"),
+    )
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """A named recipe; RecipeError lists the names there are."""
+    try:
+        return RECIPES[name]
+    except KeyError:
+        raise RecipeError(f"unknown recipe {name!r}", available=RECIPES, fix="pick one of these with --recipe") from None
