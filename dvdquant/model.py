@@ -93,14 +93,16 @@ def plan_model(config: Mapping[str, Any], recipe: Recipe, dtype: torch.dtype) ->
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     chosen = {name for name in linears if not recipe.keeps(name, family.keep)}
-    specs = [_layer_spec(group, linears, recipe) for group in _shared_inputs(model, family, chosen)]
+    specs = [_layer_spec(group, linears, recipe) for group in _shared_inputs(model, family, chosen, dtype)]
     replaced = {f"{member}.{kind}" for spec in specs for member in spec.members for kind in ("weight", "bias")}
     kept = {n: (p.dtype, tuple(p.shape)) for n, p in model.named_parameters() if n not in replaced}
     kept_linears = tuple(name for name in linears if name not in chosen)
     return ModelPlan(family, recipe, dtype, tuple(specs), kept, shapes, kept_linears)
 
 
-def _shared_inputs(model: nn.Module, family: Family, chosen: set[str]) -> list[tuple[str, ...]]:
+def _shared_inputs(
+    model: nn.Module, family: Family, chosen: set[str], dtype: torch.dtype
+) -> list[tuple[str, ...]]:
     """Groups of chosen linears of one parent that get the very same tensor, found by one forward on fake tensors."""
     seen: dict[tuple[str, int, int], list[str]] = {}
     alive: list[Tensor] = []  # keeps ids unique while the forward runs
@@ -117,7 +119,7 @@ def _shared_inputs(model: nn.Module, family: Family, chosen: set[str]) -> list[t
 
     hooks = [m.register_forward_pre_hook(record(n, m.in_features)) for n, m in modules.items()]  # type: ignore[arg-type]
     try:
-        _fake_forward(model, family)
+        _fake_forward(model, family, dtype)
     finally:
         for hook in hooks:
             hook.remove()
@@ -128,11 +130,11 @@ def _shared_inputs(model: nn.Module, family: Family, chosen: set[str]) -> list[t
     return sorted([*groups, *((name,) for name in missing)], key=lambda g: order[g[0]])
 
 
-def _fake_forward(model: nn.Module, family: Family) -> None:
+def _fake_forward(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
     axes = [Axis.fixed(2 * p) for p in family.patch()]
     text = family.config.get("max_text_seq_length") or family.default_text_tokens
     sizes = Sizes(*axes, text_tokens=text)
-    inputs = family.sample(sizes, next(model.parameters()).dtype)
+    inputs = family.sample(sizes, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         fake = {name: mode.from_tensor(value) for name, value in inputs.items()}
         model(**family.forward_kwargs(fake), return_dict=False)

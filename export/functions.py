@@ -1,0 +1,83 @@
+"""Model-local function bodies of the ``dvdquant`` operators in standard ONNX operators.
+
+ONNX Runtime executes them, TensorRT-RTX inlines them, TensorRT prefers a registered plugin of the same name. They are the
+same definition as ``dvdquant/ops/quant_linear.py``.
+"""
+
+# onnxscript reads these functions' source: annotations and names are part of the ONNX they become.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,type-arg"
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnxscript import FLOAT, INT8, UINT8, script
+from onnxscript import opset23 as op
+
+from dvdquant.arq import AMAX_FLOOR
+
+from .schema import DOMAIN, DOMAIN_VERSION, OPSET
+
+__all__ = ["attach_functions", "quant_linear_function"]
+
+_FLOOR = float(AMAX_FLOOR)
+
+
+@script(OPSET, default_opset=op)
+def QuantLinear(
+    x,
+    weight: INT8["N", "P"],
+    weight_scale: FLOAT["N"],
+    weight_factor: UINT8["N", "G"],
+    weight_zero: FLOAT["N"],
+    bias: FLOAT["N"],
+    hadamard: FLOAT["B", "B"],
+    outer: FLOAT["Q", "Q"],
+    act_bits: int,
+    act_group: int,
+):
+    """Rotate, scale and quantize x, multiply with the 4-bit weight, add the bias; fp32 inside, x's type outside."""
+    last = op.Constant(value_ints=[-1])
+    one = op.Constant(value_ints=[1])
+    # rotate: [..., K] -> [..., q, p, b], outerᵀ @ (x @ hadamard)
+    shape = op.Shape(x)
+    lead = op.Shape(x, start=0, end=-1)
+    blocks = op.Concat(lead, last, op.Shape(outer, start=0, end=1), op.Shape(hadamard, start=0, end=1), axis=0)
+    mixed = op.MatMul(op.Reshape(op.Cast(x, to=1), blocks), hadamard)
+    rotated = op.Reshape(op.MatMul(op.Transpose(outer, perm=[1, 0]), mixed), shape)
+    # scale and round per (token, group); a group of 0 is the whole token
+    features = op.Shape(x, start=-1)
+    group = op.Reshape(op.Constant(value_int=act_group), one)
+    width = op.Where(op.Equal(group, op.Constant(value_ints=[0])), features, group)
+    grouped = op.Reshape(rotated, op.Concat(lead, last, width, axis=0))
+    exponent = op.Cast(op.Sub(op.Constant(value_int=act_bits), op.Constant(value_int=1)), to=1)
+    qmax = op.Sub(op.Pow(op.Constant(value_float=2.0), exponent), op.Constant(value_float=1.0))
+    amax = op.Max(op.ReduceMax(op.Abs(grouped), last, keepdims=1), op.Constant(value_float=_FLOOR))
+    codes = op.Clip(op.Round(op.Mul(grouped, op.Div(qmax, amax))), op.Neg(qmax), qmax)
+    activation = op.Reshape(op.Mul(codes, op.Div(amax, qmax)), shape)
+    # unpack two signed nibbles per byte, low one first
+    packed = op.Cast(weight, to=6)
+    sixteen = op.Cast(op.Constant(value_int=16), to=6)
+    eight = op.Cast(op.Constant(value_int=8), to=6)
+    low = op.Mod(op.Add(packed, op.Mul(sixteen, eight)), sixteen)
+    even = op.Sub(low, op.Mul(op.Cast(op.GreaterOrEqual(low, eight), to=6), sixteen))
+    odd = op.Div(op.Sub(packed, low), sixteen)
+    pairs = op.Concat(op.Unsqueeze(even, last), op.Unsqueeze(odd, last), axis=-1)
+    rows = op.Shape(weight, start=0, end=1)
+    codes_w = op.Cast(op.Reshape(pairs, op.Concat(rows, op.Shape(weight_factor, start=1, end=2), last, axis=0)), to=1)
+    # dequantize: Δ[n] · f[n, g] / 255 · (c − z[n])
+    ratio = op.Div(op.Cast(weight_factor, to=1), op.Constant(value_float=255.0))
+    step = op.Unsqueeze(op.Mul(op.Unsqueeze(weight_scale, last), ratio), last)
+    zero = op.Unsqueeze(op.Unsqueeze(weight_zero, last), last)
+    dequantized = op.Reshape(op.Mul(op.Sub(codes_w, zero), step), op.Concat(rows, last, axis=0))
+    y = op.Add(op.MatMul(activation, op.Transpose(dequantized, perm=[1, 0])), bias)
+    return op.CastLike(y, x)
+
+
+def quant_linear_function() -> ir.Function:
+    """The body of ``dvdquant::QuantLinear`` as an onnx-ir function."""
+    return ir.serde.deserialize_function(QuantLinear.to_function_proto())
+
+
+def attach_functions(model: ir.Model) -> None:
+    """Add the QuantLinear body to ``model``, after tracing: the exporter's own passes would inline it."""
+    model.functions[(DOMAIN, "QuantLinear", "")] = quant_linear_function()
+    model.opset_imports[DOMAIN] = DOMAIN_VERSION

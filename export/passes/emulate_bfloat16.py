@@ -1,0 +1,89 @@
+"""A bfloat16 graph as a float32 graph that rounds like it, since ONNX Runtime's CPU provider has no bfloat16 kernels."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+__all__ = ["emulate_bfloat16"]
+
+BF16, FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+
+# Moves values without computing on them: their outputs are as round as their inputs.
+EXACT = frozenset(
+    "Reshape Transpose Slice Concat Split Squeeze Unsqueeze Expand Gather Identity ScatterND Flatten Tile Where".split()
+)
+
+
+def emulate_bfloat16(model: ir.Model) -> bool:
+    """Replace bfloat16 by float32 everywhere, rounding to bfloat16 after every operator; returns whether there was any.
+
+    What PyTorch does on a CPU and tensor cores do on a GPU: operands in bfloat16, float32 inside, one rounding after.
+
+    1. A graph input or output in bfloat16 becomes float32 (its values must be representable: feed rounded data).
+    2. A bfloat16 initializer stays as stored, with one Cast to float32 behind it.
+    3. A node with bfloat16 outputs computes in float32, followed by Cast to bfloat16 and back; operators that only move
+       values are not followed by casts.
+    4. ``Cast(to=bfloat16)`` becomes Cast to float32 and the rounding pair.
+    """
+    graph = model.graph
+    changed = False
+    for value in graph.inputs:
+        if value.dtype == BF16:
+            value.dtype, changed = FP32, True
+    for value in list(graph.initializers.values()):
+        if value.dtype == BF16 or (value.const_value is not None and value.const_value.dtype == BF16):
+            _upcast_initializer(graph, value)
+            changed = True
+    for node in list(graph):
+        if node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].name in graph.initializers:
+            continue  # ours
+        changed |= _emulate_node(graph, node)
+    return changed
+
+
+def _upcast_initializer(graph: ir.Graph, value: ir.Value) -> None:
+    users = list(value.uses())
+    if not users:
+        return
+    cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", FP32.value)], num_outputs=1, name=f"{value.name}_fp32")
+    result = cast.outputs[0]
+    result.name, result.dtype, result.shape = f"{value.name}_fp32", FP32, value.shape
+    first = next(iter(graph))
+    graph.insert_before(first, cast)
+    for user, index in users:
+        user.replace_input_with(index, result)
+
+
+def _emulate_node(graph: ir.Graph, node: ir.Node) -> bool:
+    changed = False
+    outputs = [o for o in node.outputs if o.dtype == BF16]
+    if node.op_type == "Constant" and outputs:
+        tensor = node.attributes["value"].as_tensor()
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().astype("float32")))
+    if node.op_type == "Cast" and node.attributes["to"].as_int() == BF16.value:
+        node.attributes["to"] = ir.AttrInt64("to", FP32.value)
+    for output in outputs:
+        output.dtype, changed = FP32, True
+        if node.op_type not in EXACT and node.op_type != "Constant":
+            _round(graph, node, output)
+    return changed
+
+
+def _round(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+    users = list(output.uses())
+    down = ir.Node("", "Cast", [output], [ir.AttrInt64("to", BF16.value)], num_outputs=1, name=f"{output.name}_round")
+    up = ir.Node("", "Cast", [down.outputs[0]], [ir.AttrInt64("to", FP32.value)], num_outputs=1)
+    rounded = up.outputs[0]
+    down.outputs[0].dtype, rounded.dtype, rounded.shape = BF16, FP32, output.shape
+    down.outputs[0].name = f"{output.name}_bf16"
+    graph.insert_after(node, [down, up])
+    for user, index in users:
+        user.replace_input_with(index, rounded)
+    if output.is_graph_output():
+        position = list(graph.outputs).index(output)
+        name = output.name
+        output.name = f"{name}_unrounded"
+        rounded.name = name
+        graph.outputs[position] = rounded
+    else:
+        rounded.name = f"{output.name}_rounded"
