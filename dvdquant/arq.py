@@ -1,7 +1,8 @@
 """ARQ: dynamic, symmetric quantization of rotated activations, one scale per (token, group of channels).
 
 The rounding is defined here once; the kernels, the plugin and the ONNX body repeat it bit by bit:
-``amax = max(max|x̃|, 2⁻¹⁰⁰)``, ``s = amax / qmax``, ``code = clamp(round_half_even(x̃ · (qmax / amax)), −qmax, qmax)`` in fp32.
+``amax = max(max|x̃|, 2⁻¹⁰⁰)``, ``s = amax / qmax``, ``code = clamp(round_half_even(x̃ · (qmax / amax)), −qmax, qmax)``,
+all in fp32. Only float64 input is computed in float64, as the reference that fp32 is judged by.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def quantize_activation(x: Tensor, bits: int, group_size: int = 0) -> tuple[Tens
     """Codes and scales of rotated activations.
 
     Args:
-        x: x̃ [..., K], floating; taken as fp32.
+        x: x̃ [..., K], floating; taken as fp32 (fp64 stays fp64, also in the scale).
         bits: 4, 6 or 8.
         group_size: channels that share a scale, dividing K; 0 is the whole token.
 
@@ -58,13 +59,14 @@ def dequantize_activation(codes: Tensor, scale: Tensor) -> Tensor:
     groups = scale.shape[-1]
     if codes.shape[-1] % groups:
         raise ShapeError(f"{groups} scales do not divide {codes.shape[-1]} codes per token")
-    return (codes.unflatten(-1, (groups, -1)).to(torch.float32) * scale.unsqueeze(-1)).flatten(-2)
+    return (_grouped(codes, groups).to(torch.float32) * scale.unsqueeze(-1)).flatten(-2)
 
 
 def fake_quantize_activation(x: Tensor, bits: int, group_size: int = 0) -> Tensor:
-    """``dequantize(quantize(x))`` without the integer step: x̃ [..., K] to fp32 [..., K]; NaN and Inf give NaN.
+    """``dequantize(quantize(x))`` without the integer step: x̃ [..., K] to fp32 [..., K].
 
-    Equal bit by bit to :func:`dequantize_activation` of :func:`quantize_activation` on finite input. Same errors.
+    Equal bit by bit to :func:`dequantize_activation` of :func:`quantize_activation` on finite input. A NaN or an Inf
+    makes its group NaN in part or in whole, never finite where it stood. Same errors.
     """
     grid, scale = _to_grid(x, bits, group_size)
     return (grid * scale).flatten(-2)
@@ -86,6 +88,11 @@ def fake_quantize_per_channel(x: Tensor, bits: int) -> Tensor:
     return fake_quantize_activation(columns, bits).T.reshape(x.shape)
 
 
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """[..., K] as [..., groups, K/groups]."""
+    return x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+
+
 def _to_grid(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """Codes as fp32 [..., groups, G] and scales fp32 [..., groups, 1]."""
     if bits not in QMAX:
@@ -97,7 +104,7 @@ def _to_grid(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
             f"activation groups of {group_size} do not divide {features} channels", fix="use a divisor, or 0"
         )
     qmax = float(QMAX[bits])
-    blocks = x.to(torch.float32).unflatten(-1, (-1, group))
+    blocks = _grouped(x if x.dtype == torch.float64 else x.to(torch.float32), features // group)
     # amax and clamp both propagate NaN.
     amax = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=AMAX_FLOOR)
     grid = torch.round(blocks * (qmax / amax)).clamp(-qmax, qmax)

@@ -52,7 +52,9 @@ class Rotation:
 
     def __post_init__(self) -> None:
         if self.inner < 1 or self.outer < 1 or self.inner & (self.inner - 1):
-            raise ShapeError(f"rotation factors {self.inner} and {self.outer}: the inner one is a power of two, both ≥ 1")
+            raise ShapeError(
+                f"rotation factors {self.inner} and {self.outer}: the inner one is a power of two, both ≥ 1"
+            )
         if self.features < 1 or self.features % self.block:
             raise ShapeError(
                 f"rotation block {self.block} does not divide {self.features} channels",
@@ -107,9 +109,7 @@ class Rotation:
         inner = min(block // core, MAX_INNER)
         return cls(features, inner, block // inner)
 
-    def matrices(
-        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> tuple[Tensor, Tensor]:
+    def matrices(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """``(hadamard [inner, inner], outer [outer, outer])``, both orthonormal."""
         return (
             _normalized(self.inner).to(device=device, dtype=dtype, copy=True),
@@ -299,7 +299,8 @@ def _residue_matrix(prime: int, degree: int) -> npt.NDArray[np.int8]:
         character[int(_square(element, modulus, prime) @ weights)] = 1
     character[0] = 0
     difference = (digits[:, None, :] - digits[None, :, :]) % prime
-    return character[difference @ weights]
+    matrix: npt.NDArray[np.int8] = character[difference @ weights]
+    return matrix
 
 
 def _square(element: npt.NDArray[np.int64], modulus: tuple[int, ...], prime: int) -> npt.NDArray[np.int64]:

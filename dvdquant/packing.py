@@ -28,7 +28,7 @@ def pack_int4(codes: Tensor) -> Tensor:
         if low < -8 or high > 7:
             raise ShapeError(f"4-bit codes lie in −8..7, these in {low}..{high}")
     # Same-size views keep the work in bytes: two's complement nibbles need no sign handling on the way in.
-    pairs = codes.contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
+    pairs = codes.contiguous().view(torch.uint8).reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
 
 

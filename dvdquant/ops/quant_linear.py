@@ -103,8 +103,10 @@ def quant_linear(
     Returns:
         [..., N] of x's dtype.
     """
+    # float64 in, float64 throughout: the judge of every other executor.
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     return quant_linear_reference(
-        x, weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer, act_bits, act_group
+        x, weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer, act_bits, act_group, compute
     )
 
 

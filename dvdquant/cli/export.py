@@ -1,0 +1,218 @@
+"""``dvdq-export``: a diffusers checkpoint in, packed weights, ONNX graphs and engines out."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dvdquant import __version__
+from dvdquant.recipe import RECIPES, get_recipe
+
+from .common import ExamplesCommand, amount, report_errors, setup_logging, table
+
+if TYPE_CHECKING:
+    from dvdquant.export.pipeline import ExportPlan, ExportResult
+
+EXAMPLES = """
+# a trained toy model, engines for one RTX generation, in half a minute
+dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5
+
+# what would it take? (reads headers only, writes nothing)
+dvdq-export Wan-AI/Wan2.1-T2V-1.3B-Diffusers -o out/wan --sm 8.9 --sm 12.0 --dry-run
+
+# a range of sizes: one engine with an optimization profile
+dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/wan --height 480:720 --width 832:1280 --num-frames 33:81
+
+# graphs only; build engines on the server with trtexec or a later dvdq-export
+dvdq-export ./HunyuanVideo -o out/hy --target onnx --recipe w4a4-g128
+
+# go on after an interruption; check every graph in ONNX Runtime
+dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
+"""
+
+
+@click.command(
+    cls=ExamplesCommand,
+    examples=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.argument("model")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder for the export.")
+@click.option("--recipe", default="w4a4", show_default=True, help=f"What is quantized how: {', '.join(RECIPES)}.")
+@click.option("--keep", multiple=True, metavar="GLOB", help="Layers to keep in 16 bit besides the family's own.")
+@click.option("--force", multiple=True, metavar="GLOB", help="Layers to quantize although the family keeps them.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("rtx",),
+    show_default=True,
+    help="rtx: TensorRT-RTX engines. tensorrt: TensorRT engines with the plugin. onnx: QDQ graphs for any runtime. "
+    "Repeatable; graphs with QuantLinear nodes are always written.",
+)
+@click.option("--sm", "sms", multiple=True, default=("8.9",), show_default=True, help="Compute capability; repeatable.")
+@click.option(
+    "--realize",
+    default="auto",
+    show_default=True,
+    help="How rtx engines run the quantized layers: auto, int8, int4-weight-only, nvfp4.",
+)
+@click.option("--dtype", default="bf16", show_default=True, help="bf16 or fp16: activations and what is not quantized.")
+@click.option("--height", metavar="SIZE|MIN:MAX", help="Pixels.  [default: the family's]")
+@click.option("--width", metavar="SIZE|MIN:MAX", help="Pixels.  [default: the family's]")
+@click.option("--num-frames", metavar="SIZE|MIN:MAX", help="Frames.  [default: the family's]")
+@click.option("--latent", metavar="FxHxW", help="The sizes in latent units instead (each SIZE, MIN:MAX or MIN:OPT:MAX).")
+@click.option("--text-tokens", type=int, help="Length of the text embedding.  [default: the family's]")
+@click.option("--batch", default=1, show_default=True, help="Batch size of the graphs.")
+@click.option("--subfolder", help="Folder of the transformer inside MODEL.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), help="TensorRT plugin library.")
+@click.option("--workspace-gib", type=float, help="Workspace limit of the engine builder.")
+@click.option("--timing-cache", type=click.Path(path_type=Path), help="TensorRT timing cache to read and update.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="Builder effort (TensorRT).")
+@click.option("--keep-graphs", is_flag=True, help="Keep the graphs lowered for the rtx engines in onnx/.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept NaN/Inf weights (as zeros) and record their names.")
+@click.option("--resume", is_flag=True, help="Go on from an interrupted export with the same options.")
+@click.option("--verify", is_flag=True, help="Run every graph in ONNX Runtime against PyTorch.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and what it takes; write nothing.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
+@click.version_option(__version__, prog_name="dvdq-export")
+@report_errors
+def main(**arguments: Any) -> None:
+    """Quantize the video diffusion transformer MODEL (a diffusers folder or hub id) to 4-bit weights and 4/8-bit
+    activations, without calibration data, and export ONNX graphs and TensorRT engines.
+
+    The output folder gets manifest.json (what is in it, and what really executes on each SM), the packed weights once,
+    a graph and an engine per bit-width, and a model card. It holds the whole new export or what it held before, never half.
+    """
+    dry_run, verbose, log_format = (arguments.pop(n) for n in ("dry_run", "verbose", "log_format"))
+    setup_logging(verbose, log_format)
+    recipe = get_recipe(arguments.pop("recipe")).with_globs(arguments.pop("keep"), arguments.pop("force"))
+    # These take seconds to import; --help does not wait for them.
+    from dvdquant.export.options import ExportOptions
+    from dvdquant.export.pipeline import plan_export, run_export
+    from dvdquant.progress import Progress
+
+    started = time.monotonic()
+    options = ExportOptions(recipe=recipe, **arguments)
+    plan = plan_export(options)
+    if dry_run:
+        click.echo(json.dumps(_plan_json(plan)) if log_format == "json" else _plan_text(plan))
+        return
+    progress = Progress(log_format)
+    result = run_export(plan, progress)
+    if log_format == "json":
+        progress.event("done", **_result_json(result, time.monotonic() - started))
+    else:
+        click.echo(_result_text(plan, result, time.monotonic() - started))
+
+
+def _plan_json(plan: ExportPlan) -> dict[str, Any]:
+    return {
+        "family": plan.plans[0].family.name,
+        "components": list(plan.components),
+        "recipe": plan.options.recipe.to_json(),
+        "sizes": plan.sizes.to_json(),
+        "layers": [
+            {"name": s.name, "out": s.out_features, "in": s.features, "block": s.rotation.block, "groups": s.groups}
+            for p in plan.plans
+            for s in p.layers
+        ],
+        "kept": [name for p in plan.plans for name in p.kept_linears],
+        "engines": [{"sm": e.sms, "act_bits": e.act_bits, "executes": e.executes} for e in plan.engines],
+        "estimate": plan.estimate.to_json(),
+    }
+
+
+def _plan_text(plan: ExportPlan) -> str:
+    first, estimate = plan.plans[0], plan.estimate
+    kinds: dict[tuple[int, int, int, int], list[str]] = {}
+    for model_plan in plan.plans:
+        for spec in model_plan.layers:
+            kinds.setdefault((spec.features, spec.out_features, spec.rotation.block, spec.groups), []).append(spec.name)
+    rows = [
+        (len(names), f"{k} → {n}", block if block > 1 else "none", f"{k // groups}", _shortened(names[0]))
+        for (k, n, block, groups), names in kinds.items()
+    ]
+    weights = sum(p.quantized_weights for p in plan.plans)
+    lines = [
+        f"{plan.options.model}: {first.family.config['_class_name']}, {', '.join(plan.components)}",
+        f"recipe {plan.options.recipe.name}: {weights / 1e6:.1f} M weights to 4 bits in "
+        f"{sum(len(p.layers) for p in plan.plans)} layers, {sum(len(p.kept_linears) for p in plan.plans)} linear layers kept "
+        f"in {plan.options.dtype}",
+        f"sizes (latent): {plan.sizes.frames} × {plan.sizes.height} × {plan.sizes.width}, "
+        f"{first.family.tokens(*plan.sizes.at('opt'))} video tokens, {plan.sizes.text_tokens} text tokens",
+        "",
+        table(("layers", "K → N", "rotation", "weight group", "such as"), rows, right=(0, 2, 3)),
+        "",
+    ]
+    if plan.engines:
+        engine_rows = [(e.backend, ", ".join(e.sms), f"a{e.act_bits}", e.executes) for e in plan.engines]
+        lines += [table(("builder", "SM", "graph", "what executes"), engine_rows), ""]
+    lines += [
+        f"disk      {amount(estimate.disk_bytes):>10}   weights {amount(estimate.weight_file_bytes)} "
+        f"(from {amount(estimate.source_bytes)}), engines {amount(estimate.engine_bytes)}, "
+        f"scratch {amount(estimate.scratch_bytes)}",
+        f"memory    {amount(estimate.peak_bytes):>10}   exporter {amount(estimate.resident_bytes)}, "
+        f"engine builder {amount(estimate.builder_bytes)}",
+        f"time      {sum(estimate.seconds.values()):>8.0f} s   "
+        + ", ".join(f"{name} {value:.0f} s" for name, value in estimate.seconds.items()),
+        "dry run: nothing was written",
+    ]
+    return "\n".join(lines)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 48 else name[:45] + "..."
+
+
+def _result_json(result: ExportResult, seconds: float) -> dict[str, Any]:
+    return {
+        "output": str(result.out),
+        "up_to_date": result.up_to_date,
+        "seconds": {**{k: round(v, 2) for k, v in result.seconds.items()}, "total": round(seconds, 2)},
+        "engines": [dict(e) for e in result.manifest.engines],
+        "checks": [check.to_json() for check in result.checks],
+    }
+
+
+def _result_text(plan: ExportPlan, result: ExportResult, seconds: float) -> str:
+    manifest = result.manifest
+    lines = []
+    if result.up_to_date:
+        lines.append(f"{result.out} is up to date")
+    sizes = {name: entry["bytes"] for name, entry in manifest.files.items()}
+    rows = [(g["path"], amount(sizes.get(g["path"], 0)), "ONNX graph", f"a{g['act_bits']}, {g['target']}") for g in manifest.graphs]
+    rows += [
+        (e["path"], amount(sizes.get(e["path"], 0)), f"SM {', '.join(e['sm'])}", f"a{e['act_bits']}: {e['executes']}")
+        for e in manifest.engines
+    ]
+    weights = [n for n in sizes if n.startswith("onnx/") and n.endswith(".safetensors")]
+    rows = [(n, amount(sizes[n]), "weights", "read by every graph") for n in weights] + rows
+    lines += ["", table(("file", "size", "for", "what executes"), rows, right=(1,)), ""]
+    lines += [_error_line(manifest.layers)]
+    for check in result.checks:
+        lines.append(
+            f"verify {check.graph}: {check.error:.1e} from the exact quantized model (bound {check.bound:.1e}, "
+            f"PyTorch {check.reference_error:.1e})"
+        )
+    stages = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
+    lines.append(f"{result.out}/manifest.json written in {seconds:.1f} s ({stages})")
+    return "\n".join(lines)
+
+
+def _error_line(layers: Any) -> str:
+    known = [(e["relative_mse"], e["relative_mse_minmax"]) for e in layers if e["relative_mse"] is not None]
+    if not known:
+        return "weight error: none measured"
+    ours, theirs = (sum(column) / len(known) for column in zip(*known))
+    return f"weight error (mean relative MSE over {len(known)} layers): {ours:.5f}, min-max {theirs:.5f}"
+
+
+if __name__ == "__main__":
+    main()

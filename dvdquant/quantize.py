@@ -1,0 +1,259 @@
+"""Checkpoint → packed weights, one layer at a time.
+
+Of the checkpoint, one tensor is in memory; of its fp32 copy, a block of rows. What is finished is written at its final
+offset and journaled, so that a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .bgr import quantize_weight
+from .errors import CheckpointError
+from .hadamard import rotate
+from .layers import LayerSpec
+from .manifest import FileEntry, LayerEntry
+from .model import ModelPlan
+from .packing import pack_int4
+from .progress import Progress
+from .safetensors_io import StreamingWriter, TensorInfo
+from .transaction import ExportTransaction
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+__all__ = ["PackedWeights", "plan_shards", "quantize_checkpoint", "rotated_weight"]
+
+SHARD_BYTES = 5 << 30
+# Weights rotated and refined at a time: 32 MiB of fp32.
+CHUNK_WEIGHTS = 1 << 23
+# Kept tensors journaled together.
+BATCH_BYTES = 64 << 20
+
+Planned = tuple[str, torch.dtype, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """The written weight files.
+
+    Args:
+        tensors: name -> (path relative to the export, place in that file).
+        files: relative path -> size and SHA-256.
+        layers: the error table of the manifest.
+        nonfinite: tensors that held NaN or Inf and were accepted.
+    """
+
+    tensors: Mapping[str, tuple[str, TensorInfo]]
+    files: Mapping[str, FileEntry]
+    layers: tuple[LayerEntry, ...]
+    nonfinite: tuple[str, ...]
+
+
+def plan_shards(plan: ModelPlan, component: str, shard_bytes: int = SHARD_BYTES) -> dict[str, list[Planned]]:
+    """The weight files of one transformer: relative path -> tensors in file order, split at ``shard_bytes``."""
+    tensors: list[Planned] = [(n, d, s) for spec in plan.layers for n, (d, s) in spec.tensors().items()]
+    tensors += [(name, dtype, shape) for name, (dtype, shape) in plan.kept.items()]
+    shards: list[list[Planned]] = [[]]
+    filled = 0
+    for name, dtype, shape in tensors:
+        nbytes = dtype.itemsize * torch.Size(shape).numel()
+        if shards[-1] and filled + nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, dtype, shape))
+        filled += nbytes
+    if len(shards) == 1:
+        return {f"onnx/{component}.safetensors": shards[0]}
+    count = len(shards)
+    return {f"onnx/{component}-{i + 1:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    plan: ModelPlan,
+    transaction: ExportTransaction,
+    progress: Progress,
+    component: str = "transformer",
+    allow_nonfinite: bool = False,
+) -> PackedWeights:
+    """Quantize every planned layer of ``checkpoint`` and store what stays, into ``transaction``'s tree.
+
+    Raises:
+        CheckpointError: a missing or misshapen tensor, or NaN/Inf without ``allow_nonfinite``.
+        ResourceError: the disk is full.
+    """
+    checkpoint.check_shapes(plan.shapes)
+    with _Files(plan, transaction, component) as files:
+        layers, nonfinite = [], []
+        total = plan.quantized_weights
+        with progress.stage("quantize", total, "weights") as stage:
+            for spec in plan.layers:
+                step = f"{component}:layer:{spec.name}"
+                stage.update(0, spec.name)
+                if not files.finished(step, spec.tensors()):
+                    tensors, entry, bad = _quantize_layer(checkpoint, plan, spec, allow_nonfinite)
+                    files.store(step, tensors, {"entry": entry, "nonfinite": bad})
+                data = transaction.data(step)
+                layers.append(data["entry"])
+                nonfinite += data["nonfinite"]
+                stage.update(spec.out_features * spec.features, spec.name)
+        for index, batch in enumerate(_batches(plan)):
+            step = f"{component}:kept:{index}"
+            if not files.finished(step, batch):
+                kept, bad = {}, []
+                for name in batch:
+                    value = checkpoint.read(name)
+                    bad += _nonfinite(checkpoint, name, value, allow_nonfinite)
+                    kept[name] = value.to(plan.kept[name][0])
+                files.store(step, kept, {"nonfinite": bad})
+            nonfinite += transaction.data(step)["nonfinite"]
+        entries = files.finish(progress)
+        return PackedWeights(files.places, entries, tuple(layers), tuple(nonfinite))
+
+
+class _Files:
+    """The shard writers of one component, resumed or new."""
+
+    def __init__(self, plan: ModelPlan, transaction: ExportTransaction, component: str) -> None:
+        self._transaction = transaction
+        self._writers: dict[str, StreamingWriter] = {}
+        crcs: dict[str, int] = {}
+        for step, data in transaction.steps.items():
+            if step.startswith((f"{component}:layer:", f"{component}:kept:")):
+                crcs.update(data["crc"])
+        for relative, tensors in plan_shards(plan, component).items():
+            existing = transaction.tree / relative
+            done = {name: crcs[name] for name, _, _ in tensors if name in crcs}
+            if existing.exists():
+                self._writers[relative] = StreamingWriter.resume(existing, tensors, done)
+            else:
+                self._writers[relative] = StreamingWriter(transaction.path(relative, resumable=True), tensors)
+        self.places = {n: (relative, info) for relative, w in self._writers.items() for n, info in w.tensors.items()}
+
+    def finished(self, step: str, names: Mapping[str, Any] | list[str]) -> bool:
+        return self._transaction.is_done(step) and all(n in self._writers[self.places[n][0]].written for n in names)
+
+    def store(self, step: str, tensors: Mapping[str, Tensor], data: dict[str, Any]) -> None:
+        crcs, touched = {}, set()
+        for name, tensor in tensors.items():
+            writer = self._writers[self.places[name][0]]
+            writer.written.discard(name)  # a tensor of an unfinished step is written again
+            crcs[name] = writer.write(name, tensor)
+            touched.add(self.places[name][0])
+        for relative in touched:
+            self._writers[relative].sync()
+        self._transaction.done(step, {**data, "crc": crcs})
+
+    def finish(self, progress: Progress) -> dict[str, FileEntry]:
+        with progress.stage("hash", sum(w.nbytes for w in self._writers.values()), "B") as stage:
+            entries = {}
+            for relative, writer in self._writers.items():
+                entries[relative] = writer.finish()
+                stage.update(writer.nbytes, relative)
+        return entries
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+def _batches(plan: ModelPlan) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for name, (dtype, shape) in plan.kept.items():
+        batch.append(name)
+        size += dtype.itemsize * torch.Size(shape).numel()
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _nonfinite(checkpoint: Checkpoint, name: str, tensor: Tensor, allow: bool) -> list[str]:
+    try:
+        checkpoint.check_finite(name, tensor)
+    except CheckpointError:
+        if not allow:
+            raise
+        return [name]
+    return []
+
+
+def _quantize_layer(
+    checkpoint: Checkpoint, plan: ModelPlan, spec: LayerSpec, allow_nonfinite: bool
+) -> tuple[dict[str, Tensor], LayerEntry, list[str]]:
+    """The packed tensors of one (merged) layer, its line of the error table, and its non-finite tensors."""
+    packed, scales, factors, zeros, biases = [], [], [], [], []
+    bad: list[str] = []
+    sums = _ErrorSums()
+    for member, rows, has_bias in zip(spec.members, spec.rows, spec.biases):
+        weight = checkpoint.read(f"{member}.weight")
+        bad += (found := _nonfinite(checkpoint, f"{member}.weight", weight, allow_nonfinite))
+        step = max(1, CHUNK_WEIGHTS // spec.features)
+        for start in range(0, rows, step):
+            part = weight[start : start + step].float()
+            if found:
+                part = torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0)
+            rotated = rotate(part, spec.rotation, torch.float32)
+            quantized = quantize_weight(rotated, plan.recipe.weight)
+            sums.add(rotated, quantized.dequantize(), plan)
+            packed.append(pack_int4(quantized.codes).view(torch.int8))
+            scales.append(quantized.scale)
+            factors.append(quantized.factor)
+            zeros.append(quantized.zero)
+        bias = checkpoint.read(f"{member}.bias").float() if has_bias else torch.zeros(rows)
+        bad += _nonfinite(checkpoint, f"{member}.bias", bias, allow_nonfinite)
+        biases.append(bias)
+    parts = (packed, scales, factors, zeros, biases)
+    tensors = dict(zip(spec.tensors(), (torch.cat(p) for p in parts)))
+    return tensors, sums.entry(spec), bad
+
+
+class _ErrorSums:
+    """Squared errors of BGR and of min-max, summed over the chunks of a layer."""
+
+    def __init__(self) -> None:
+        self.energy = self.error = self.minmax = 0.0
+
+    def add(self, weight: Tensor, dequantized: Tensor, plan: ModelPlan) -> None:
+        baseline = quantize_weight(weight, replace(plan.recipe.weight, solver="minmax")).dequantize()
+        self.energy += _square(weight)
+        self.error += _square(dequantized.sub_(weight))
+        self.minmax += _square(baseline.sub_(weight))
+
+    def entry(self, spec: LayerSpec) -> LayerEntry:
+        def relative(error: float) -> float | None:
+            return error / self.energy if self.energy else None
+
+        return LayerEntry(
+            name=spec.name,
+            members=list(spec.members),
+            features_in=spec.features,
+            features_out=spec.out_features,
+            rotation_block=spec.rotation.block,
+            relative_mse=relative(self.error),
+            relative_mse_minmax=relative(self.minmax),
+        )
+
+
+def _square(tensor: Tensor) -> float:
+    """‖t‖², summed in fp64 over row sums of fp32."""
+    return float(tensor.square().sum(-1).double().sum())
+
+
+def rotated_weight(checkpoint: Checkpoint, spec: LayerSpec) -> Tensor:
+    """The rotated weight [N, K] of a (merged) layer in fp32, for quantizers other than ours."""
+    parts = [
+        rotate(checkpoint.read(f"{member}.weight").float(), spec.rotation, torch.float32) for member in spec.members
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,127 @@
+"""What a build was asked for and what came out, as JSON between the exporter and the builder process."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["BUILD_MEMORY_FACTOR", "MARK", "BuildReport", "BuildRequest", "Shapes", "layer_summary"]
+
+# Peak resident memory of a build over the bytes of its weights, measured on TensorRT-RTX 1.7.1: 3.2, of which 1.0 is
+# the mapped weight file, which the kernel can drop.
+BUILD_MEMORY_FACTOR = 3.2
+
+# Starts a line of the builder process that is a message, not log.
+MARK = "@dvdq "
+
+Shapes = Mapping[str, tuple[tuple[int, ...], ...]]
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """One engine build. Paths are strings, absolute; ``profile`` maps an input to its (min, opt, max) shapes."""
+
+    backend: str
+    model: str
+    engine: str
+    sms: tuple[str, ...]
+    data_roots: tuple[str, ...]
+    profile: Mapping[str, list[list[int]]] | None = None
+    plugins: tuple[str, ...] = ()
+    workspace_bytes: int | None = None
+    timing_cache: str | None = None
+    optimization_level: int | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> BuildRequest:
+        data: dict[str, Any] = json.loads(text)
+        data.update({key: tuple(value) for key, value in data.items() if isinstance(value, list)})
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was built, for the manifest.
+
+    Args:
+        seconds: wall time of parse and build, without starting the process.
+        bytes: size of the engine. peak_rss_bytes: of the builder process, mapped weight pages included.
+        onnx_sha256: of the ONNX file alone, not of external data.
+        products: how many matrix products the builder planned per operand types, such as ``{"Int8": 40, "Int4": 2}``
+            (the constant operand's type; "" when both operands are activations). Read from the builder's own listing.
+        constant_bytes: bytes of constants per type, from the same listing; one that several products share (a Hadamard
+            factor) is stored once but listed by each.
+        warnings: the builder's.
+    """
+
+    backend: str
+    version: str
+    sms: tuple[str, ...]
+    seconds: float
+    bytes: int
+    peak_rss_bytes: int
+    onnx_sha256: str
+    products: Mapping[str, int] = field(default_factory=dict)
+    constant_bytes: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for the manifest."""
+        return asdict(self) | {"sms": list(self.sms), "warnings": list(self.warnings)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BuildReport:
+        known = dict(data)
+        return cls(**known | {"sms": tuple(known["sms"]), "warnings": tuple(known.get("warnings", ()))})
+
+
+_BITS = {
+    "Int4": 4,
+    "FP4E2M1": 4,
+    "Int8": 8,
+    "FP8": 8,
+    "Half": 16,
+    "BFloat16": 16,
+    "Float": 32,
+    "Int32": 32,
+    "Int64": 64,
+}
+_CONSTANT = re.compile(r"Name: ([^,\s]+), Dimensions: \[([\d,]*)\].*?Datatype: (\w+)")
+_PRODUCTS = ("gemm", "runtime_fusion", "fusion")
+
+
+def layer_summary(lines: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """(products by constant operand type, constant bytes by type) from the builder's verbose layer listing.
+
+    A product is a layer of kind gemm, or a fused one, with a two-dimensional constant of at least 16 × 16 that its name
+    or kind says it multiplies with.
+    """
+    products: Counter[str] = Counter()
+    constants: dict[str, tuple[str, int]] = {}
+    for line in lines:
+        if not line.startswith("Name: ") or "LayerType: " not in line:
+            continue
+        kind = line.split("LayerType: ", 1)[1].split(",", 1)[0]
+        section = line.split("Constants: [", 1)[-1].split("], Outputs:", 1)[0]
+        operands = []
+        for name, dims, dtype in _CONSTANT.findall(section):
+            sizes = [int(d) for d in dims.split(",") if d]
+            count = 1
+            for size in sizes:
+                count *= size
+            constants[name] = (dtype, count * _BITS.get(dtype, 8) // 8)
+            if len(sizes) >= 2 and min(sizes[-2:]) >= 16:
+                operands.append((count, dtype))
+        if kind in _PRODUCTS:
+            products[max(operands)[1] if operands else ""] += 1
+    totals: Counter[str] = Counter()
+    for dtype, size in constants.values():
+        totals[dtype] += size
+    return dict(products), dict(totals)

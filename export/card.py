@@ -1,0 +1,54 @@
+"""The README.md of an export: what it holds and how it was made, for whoever finds the folder later."""
+
+from __future__ import annotations
+
+from dvdquant.manifest import Manifest
+
+__all__ = ["model_card"]
+
+
+def model_card(manifest: Manifest) -> str:
+    """Markdown. The model name is untrusted text and stays inside code spans."""
+    recipe = manifest.recipe
+    weight = recipe["weight"]
+    grid = "one scale per row" if not weight["group_size"] else f"groups of {weight['group_size']}"
+    lines = [
+        "---",
+        "library_name: dvdquant",
+        "tags: [video, diffusion, quantization, tensorrt, onnx]",
+        "---",
+        "",
+        f"# {_code(manifest.source['model'])} in 4 bits",
+        "",
+        f"`{manifest.source['class_name']}`, quantized by dvdquant {manifest.dvdquant_version} without calibration data.",
+        "",
+        f"- recipe `{recipe['name']}`: 4-bit weights ({grid}, {weight['zero_point']} zero-point, {weight['solver']} solver), "
+        f"activations {_activations(manifest)}, rotation {recipe['rotation']}",
+        f"- sizes (latent, min/opt/max): frames {manifest.shapes['frames']}, height {manifest.shapes['height']}, "
+        f"width {manifest.shapes['width']}; {manifest.shapes['text_tokens']} text tokens; {manifest.shapes['dtype']}",
+        f"- {len(manifest.layers)} quantized layers, {len(manifest.kept)} linear layers kept in 16 bit",
+        "",
+        "| graph | for | activation bits |",
+        "|---|---|---|",
+        *(f"| `{g['path']}` | {g['target']} | {g['act_bits']} |" for g in manifest.graphs),
+    ]
+    if manifest.engines:
+        lines += ["", "| engine | SM | activation bits | what executes |", "|---|---|---|---|"]
+        lines += [
+            f"| `{e['path']}` | {', '.join(e['sm'])} | {e['act_bits']} | {e['executes']} |" for e in manifest.engines
+        ]
+        lines += ["", "Engines run code when they are loaded: load only those you built or trust."]
+    lines += ["", "`dvdq-inspect FOLDER` lists the layers and their errors, and checks the hashes.", ""]
+    return "\n".join(lines)
+
+
+def _activations(manifest: Manifest) -> str:
+    grids = manifest.recipe["activations"]
+    return ", ".join(
+        f"{a['bits']} bits per {'token' if not a['group_size'] else str(a['group_size']) + ' channels'}" for a in grids
+    )
+
+
+def _code(text: str) -> str:
+    """As a code span, whatever it holds."""
+    return "`" + " ".join(text.replace("`", "'").split())[:200] + "`"

@@ -1,0 +1,113 @@
+"""What an export will take, before it starts: disk, peak memory and time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dvdquant.model import ModelPlan
+from dvdquant.quantize import CHUNK_WEIGHTS
+
+from .builders.report import BUILD_MEMORY_FACTOR
+from .options import ExportOptions
+from .realize import EnginePlan
+
+__all__ = ["Estimate", "engine_weight_bytes", "estimate_export"]
+
+# Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B; see benchmarks/README.md.
+IMPORT_BYTES = 650 << 20
+TRACE_BYTES_PER_LAYER = 700 << 10
+QUANTIZE_WEIGHTS_PER_SECOND = 12e6
+TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 4.0, 0.09
+BUILDER_BYTES = 450 << 20
+BUILD_SECONDS, BUILD_BYTES_PER_SECOND = 3.0, 75e6
+DISK_BYTES_PER_SECOND = 400e6
+
+BYTES_PER_WEIGHT = {"int8": 1.0, "int4-weight-only": 0.516, "nvfp4": 0.5625, "plugin": 0.0}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and seconds; ``resident`` is the exporter's own peak, ``builder`` that of the engine builder's process."""
+
+    source_bytes: int
+    weight_file_bytes: int
+    engine_bytes: int
+    scratch_bytes: int
+    resident_bytes: int
+    builder_bytes: int
+    seconds: dict[str, float]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Free disk needed while the export runs."""
+        return self.weight_file_bytes + self.engine_bytes + self.scratch_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak memory: the builder runs while the exporter waits."""
+        return max(self.resident_bytes, IMPORT_BYTES + self.builder_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--log-format json``."""
+        return {
+            "source_bytes": self.source_bytes,
+            "weight_file_bytes": self.weight_file_bytes,
+            "engine_bytes": self.engine_bytes,
+            "disk_bytes": self.disk_bytes,
+            "peak_bytes": self.peak_bytes,
+            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+        }
+
+
+def _kept_bytes(plan: ModelPlan) -> int:
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in plan.kept.values())
+
+
+def packed_bytes(plan: ModelPlan) -> int:
+    """Size of the weight files: codes, scales and what stays in 16 bit."""
+    quantized = sum(
+        dtype.itemsize * torch.Size(shape).numel()
+        for spec in plan.layers
+        for dtype, shape in spec.tensors().values()
+    )
+    return quantized + _kept_bytes(plan)
+
+
+def engine_weight_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
+    """Bytes of constants in an engine."""
+    return int(plan.quantized_weights * BYTES_PER_WEIGHT[engine.realization]) + _kept_bytes(plan)
+
+
+def estimate_export(
+    plans: Sequence[ModelPlan],
+    engines: Sequence[EnginePlan],
+    options: ExportOptions,
+    source_bytes: int,
+    largest: int,
+) -> Estimate:
+    """Predict one export.
+
+    Args:
+        plans: one per transformer. engines: those built for each of them.
+        source_bytes: of the checkpoint. largest: its largest tensor, bytes.
+    """
+    weights = sum(p.quantized_weights for p in plans)
+    layers = sum(len(p.layers) for p in plans)
+    packed = sum(packed_bytes(p) for p in plans)
+    engine_sizes = [engine_weight_bytes(p, e) for p in plans for e in engines]
+    # A lowered graph keeps what is not already in the weight file (INT8 or FP4 weights) in a scratch file.
+    scratch = max((int(s) for s, e in zip(engine_sizes, [e for _ in plans for e in engines]) if e.realization != "int4-weight-only"), default=0)
+    resident = IMPORT_BYTES + layers * TRACE_BYTES_PER_LAYER + largest + 14 * CHUNK_WEIGHTS
+    builder = int(max(engine_sizes, default=0) * BUILD_MEMORY_FACTOR) + (BUILDER_BYTES if engine_sizes else 0)
+    cores = min(os.cpu_count() or 1, torch.get_num_threads())
+    seconds = {
+        "quantize": source_bytes / DISK_BYTES_PER_SECOND + weights / (QUANTIZE_WEIGHTS_PER_SECOND * cores / 2),
+        "graphs": TRACE_SECONDS * len(plans) + TRACE_SECONDS_PER_LAYER * layers,
+        "engines": sum(BUILD_SECONDS + size / BUILD_BYTES_PER_SECOND for size in engine_sizes),
+    }
+    return Estimate(source_bytes, packed, sum(engine_sizes), scratch, resident, builder, seconds)

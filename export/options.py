@@ -1,0 +1,132 @@
+"""What an export was asked for, and its resolution into sizes of the transformer's latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.families import Axis, Family, Sizes
+from dvdquant.recipe import Recipe
+
+__all__ = ["DTYPES", "TARGETS", "ExportOptions", "resolve_sizes"]
+
+TARGETS = ("rtx", "tensorrt", "onnx")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """One call of ``dvdq-export``.
+
+    Args:
+        model: transformer or pipeline folder, or hub id.
+        targets: of ``rtx``, ``tensorrt``, ``onnx``; ONNX graphs with QuantLinear nodes are always written.
+        sms: compute capabilities to build engines for, such as "8.9".
+        realize: ``auto`` or a realization for the rtx target.
+        height, width, num_frames: video sizes in pixels and frames, SIZE or MIN:MAX or MIN:OPT:MAX.
+        latent: "FxHxW" in latent units instead.
+        workspace_gib: the builder's workspace limit.
+        keep_graphs: keep the graphs lowered for the rtx engines.
+    """
+
+    model: str
+    out: Path
+    recipe: Recipe
+    dtype: str = "bf16"
+    targets: tuple[str, ...] = ("rtx",)
+    sms: tuple[str, ...] = ("8.9",)
+    realize: str = "auto"
+    height: str | None = None
+    width: str | None = None
+    num_frames: str | None = None
+    latent: str | None = None
+    text_tokens: int | None = None
+    batch: int = 1
+    subfolder: str | None = None
+    revision: str | None = None
+    resume: bool = False
+    verify: bool = False
+    allow_nonfinite: bool = False
+    plugins: tuple[Path, ...] = ()
+    workspace_gib: float | None = None
+    timing_cache: Path | None = None
+    optimization_level: int | None = None
+    keep_graphs: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            if target not in TARGETS:
+                raise UnsupportedError(f"unknown target {target!r}", available=TARGETS, fix="pick with --target")
+        if self.dtype not in DTYPES:
+            raise UnsupportedError(f"unknown dtype {self.dtype!r}", available=DTYPES, fix="pick with --dtype")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of activations and of what stays in 16 bit."""
+        return DTYPES[self.dtype]
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Engine builders that are needed."""
+        names = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+        return tuple(names[t] for t in self.targets if t in names)
+
+
+def resolve_sizes(family: Family, options: ExportOptions) -> Sizes:
+    """The latent sizes of an export, checked against the family's patch.
+
+    Raises:
+        ShapeError: a size that the VAE or the patch does not divide, both ways of giving sizes at once, or bad syntax.
+    """
+    tokens = options.text_tokens or family.config.get("max_text_seq_length") or family.default_text_tokens
+    if tokens < 1 or options.batch < 1:
+        raise ShapeError(f"--text-tokens {tokens} and --batch {options.batch} must be at least 1")
+    pixels = (options.num_frames, options.height, options.width)
+    if options.latent is not None:
+        if any(p is not None for p in pixels):
+            raise ShapeError(
+                "--latent was given together with --num-frames, --height or --width",
+                fix="give the sizes in one unit: --latent FxHxW counts latents, the others pixels and frames",
+            )
+        axes = _parse_latent(options.latent)
+    else:
+        axes = _from_pixels(family, pixels)
+    sizes = Sizes(*axes, text_tokens=int(tokens), batch=options.batch)
+    family.check(sizes)
+    return sizes
+
+
+def _parse_latent(text: str) -> list[Axis]:
+    parts = text.lower().split("x")
+    if len(parts) != 3:
+        raise ShapeError(f"--latent is {text!r}", available="FRAMESxHEIGHTxWIDTH in latent units, such as 21x60x104")
+    return [Axis.parse(part, "--latent") for part in parts]
+
+
+def _from_pixels(family: Family, pixels: tuple[str | None, str | None, str | None]) -> list[Axis]:
+    names = ("--num-frames", "--height", "--width")
+    given = [
+        Axis.parse(text, name) if text is not None else Axis.fixed(default)
+        for text, name, default in zip(pixels, names, family.default_video)
+    ]
+    scales = family.vae_scale
+    for axis, name, scale in zip(given[1:], names[1:], scales[1:]):
+        for size in (axis.min, axis.opt, axis.max):
+            if size % scale:
+                below = size // scale * scale
+                raise ShapeError(
+                    f"{name} is {size}, no multiple of the VAE's {scale}",
+                    available=f"{below or scale} or {below + scale}",
+                    fix=f"change {name}, or give latent sizes with --latent",
+                )
+    frames, height, width = given
+    return [
+        frames.map(family.latent_frames),
+        height.map(lambda size: size // scales[1]),
+        width.map(lambda size: size // scales[2]),
+    ]

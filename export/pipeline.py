@@ -1,0 +1,349 @@
+"""The whole chain of ``dvdq-export``: checkpoint → packed weights → ONNX → engines, as one transaction."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvdquant import __version__
+from dvdquant.checkpoint import Checkpoint, open_checkpoint
+from dvdquant.errors import EngineError, ExportError, OutputError, UnsupportedError
+from dvdquant.families import Sizes
+from dvdquant.manifest import EngineEntry, FileEntry, GraphEntry, Manifest, Source, hash_file, verify_files
+from dvdquant.model import ModelPlan, plan_model
+from dvdquant.progress import Progress
+from dvdquant.quantize import PackedWeights, quantize_checkpoint, rotated_weight
+from dvdquant.transaction import ExportTransaction, require_disk
+
+from .builders import load_backend
+from .card import model_card
+from .engines import EngineStage, engine_path, find_current
+from .estimate import Estimate, estimate_export
+from .graphs import FLAVOURS, GraphWriter, graph_path
+from .onnx import trace_graph
+from .options import ExportOptions, resolve_sizes
+from .realize import EnginePlan, plan_engines
+from .verify import GraphCheck, load_quantized, verify_graph
+
+__all__ = ["ExportPlan", "ExportResult", "plan_export", "run_export"]
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export will do, decided before anything is written.
+
+    Args:
+        checkpoints, plans: one per transformer, in the order of ``components``.
+        engines: those built for each transformer.
+        versions: of each engine builder that is needed.
+    """
+
+    options: ExportOptions
+    components: tuple[str, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    plans: tuple[ModelPlan, ...]
+    sizes: Sizes
+    engines: tuple[EnginePlan, ...]
+    versions: dict[str, str]
+    estimate: Estimate
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What weights and graphs depend on; engines are matched one by one."""
+        options = self.options
+        return {
+            "checkpoints": [c.fingerprint() for c in self.checkpoints],
+            "components": list(self.components),
+            "recipe": options.recipe.to_json(),
+            "dtype": options.dtype,
+            "sizes": self.sizes.to_json(),
+            "qdq_graphs": "onnx" in options.targets,
+            "allow_nonfinite": options.allow_nonfinite,
+            "dvdquant": __version__,
+        }
+
+
+@dataclass
+class ExportResult:
+    """What came out: the manifest, the checks of ``--verify``, seconds per stage, and whether anything was done."""
+
+    out: Path
+    manifest: Manifest
+    checks: list[GraphCheck] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    builds: list[dict[str, Any]] = field(default_factory=list)
+    up_to_date: bool = False
+
+
+def plan_export(options: ExportOptions) -> ExportPlan:
+    """Open the checkpoint, decide layers, sizes and engines, and estimate; writes nothing.
+
+    Raises:
+        DvdquantError: whatever would make the export fail later and can be known now.
+    """
+    names = [options.subfolder] if options.subfolder else Checkpoint.components(options.model, revision=options.revision)
+    components = tuple(name.rpartition("/")[2] for name in names)
+    opened = []
+    for name in components:
+        arguments: dict[str, Any] = {"revision": options.revision}
+        arguments |= {"subfolder": options.subfolder} if options.subfolder else {"component": name}
+        opened.append(open_checkpoint(options.model, **arguments))
+    plans = []
+    for checkpoint in opened:
+        plan = plan_model(checkpoint.config, options.recipe, options.torch_dtype)
+        checkpoint.check_shapes(plan.shapes)
+        if not plan.layers:
+            raise UnsupportedError(
+                "no layer is left to quantize", available=list(plan.kept_linears)[:5], fix="give fewer --keep globs"
+            )
+        plans.append(plan)
+    sizes = resolve_sizes(plans[0].family, options)
+    for plan in plans[1:]:
+        plan.family.check(sizes)
+    engines: list[EnginePlan] = []
+    versions = {}
+    for backend in options.backends:
+        engines += plan_engines(
+            backend,
+            options.sms,
+            options.recipe.activations,
+            recipe=options.recipe,
+            override=options.realize if backend == "tensorrt_rtx" else "auto",
+            from_checkpoint=True,
+        )
+        versions[backend] = load_backend(backend).version
+    if any(e.realization == "plugin" for e in engines) and not options.plugins:
+        raise EngineError(
+            "the tensorrt target needs the dvdquant plugin library, and --plugin was not given",
+            fix="build it with `make plugin` and pass --plugin PATH, or use --target onnx and build with trtexec",
+        )
+    largest = max(c.largest.nbytes for c in opened)
+    estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest)
+    return ExportPlan(
+        options, components, tuple(opened), tuple(plans), sizes, tuple(engines), versions, estimate
+    )
+
+
+def run_export(plan: ExportPlan, progress: Progress) -> ExportResult:
+    """Carry out ``plan``; the output folder holds all of the new export, or what it held before.
+
+    Raises:
+        DvdquantError: with the output folder as it was (and, for finished layers, work kept for ``--resume``).
+    """
+    options = plan.options
+    require_disk(options.out, plan.estimate.disk_bytes, "the export")
+    with ExportTransaction(options.out, key=plan.key, resume=options.resume, keep_for_resume=True) as transaction:
+        run = _Run(plan, transaction, progress)
+        if transaction.complete and transaction.previous is not None and run.adopt(transaction.previous):
+            progress.say(f"weights and graphs in {options.out} are up to date")
+            if not run.missing_engines() and not options.verify:
+                return ExportResult(options.out, transaction.previous, up_to_date=True)
+        else:
+            run.weights_and_graphs()
+        run.build_engines()
+        checks = run.verify() if options.verify else []
+        manifest = run.commit()
+    return ExportResult(options.out, manifest, checks, progress.seconds, run.builds)
+
+
+class _Run:
+    """The stages of one export and what they leave for each other."""
+
+    def __init__(self, plan: ExportPlan, transaction: ExportTransaction, progress: Progress) -> None:
+        self.plan, self.transaction, self.progress = plan, transaction, progress
+        self.known: dict[str, FileEntry] = {}
+        self.packed: dict[str, PackedWeights] = {}
+        self.graphs: list[GraphEntry] = []
+        self.engines: list[EngineEntry] = []
+        self.builds: list[dict[str, Any]] = []
+        self.previous: Manifest | None = None
+
+    # ---------------------------------------------------------------------------------------------- reuse
+
+    def adopt(self, previous: Manifest) -> bool:
+        """Link the previous export's files into the new tree; False when one of them is damaged."""
+        names = [name for name in previous.files if name.startswith(("onnx/", "engines/"))]
+        total = sum(previous.files[name]["bytes"] for name in names)
+        try:
+            with self.progress.stage("check", total, "B") as stage:
+                verify_files(self.plan.options.out, previous, names, stage.update)
+        except OutputError as error:
+            self.progress.say(f"the previous export is damaged and is made again: {error.what}")
+            return False
+        for name in names:
+            _link(self.plan.options.out / name, self.transaction.path(name))
+            self.known[name] = previous.files[name]
+        self.previous = previous
+        self.graphs = list(previous.graphs)
+        self.engines = list(previous.engines)
+        return True
+
+    def missing_engines(self) -> list[tuple[str, EnginePlan]]:
+        """(component, engine) of every engine that is not there in its present form."""
+        missing = []
+        for component in self.plan.components:
+            for engine in self.plan.engines:
+                graph = graph_path(component, engine.act_bits, "tensorrt")
+                version = self.plan.versions[engine.backend]
+                if find_current(engine, component, self.engines, self.known[graph]["sha256"], version) is None:
+                    missing.append((component, engine))
+        return missing
+
+    # ---------------------------------------------------------------------------------------------- weights, graphs
+
+    def weights_and_graphs(self) -> None:
+        """Trace first (it fails in seconds where it fails), quantize, write the graphs."""
+        plan, options = self.plan, self.plan.options
+        flavours = [name for name in FLAVOURS if name == "tensorrt" or "onnx" in options.targets]
+        for component, checkpoint, model_plan in zip(plan.components, plan.checkpoints, plan.plans):
+            with self.progress.stage("trace", 1, "graph") as stage:
+                base = trace_graph(model_plan, plan.sizes)
+                stage.update(1, component)
+            packed = quantize_checkpoint(
+                checkpoint, model_plan, self.transaction, self.progress, component, options.allow_nonfinite
+            )
+            self.packed[component] = packed
+            self.known |= packed.files
+            bits = [a.bits for a in options.recipe.activations]
+            writer = GraphWriter(self.transaction.tree, model_plan, component, base, packed.tensors)
+            with self.progress.stage("graphs", len(bits) * len(flavours), "graph") as stage:
+                for width in bits:
+                    for flavour in flavours:
+                        entry = writer.write(width, flavour)
+                        self.graphs.append(entry)
+                        self.known[entry["path"]] = hash_file(self.transaction.tree / entry["path"])
+                        stage.update(1, entry["path"])
+
+    # ---------------------------------------------------------------------------------------------- engines
+
+    def build_engines(self) -> None:
+        """Build what is missing."""
+        missing = self.missing_engines()
+        if not missing:
+            return
+        with self.progress.stage("engines", len(missing), "engine") as bar:
+            for component in self.plan.components:
+                wanted = [engine for name, engine in missing if name == component]
+                stage = self._engine_stage(component)
+                try:
+                    for engine in wanted:
+                        bar.update(0, engine_path(component, engine))
+                        self._build(stage, component, engine)
+                        bar.update(1)
+                finally:
+                    stage.close()
+
+    def _engine_stage(self, component: str) -> EngineStage:
+        index = self.plan.components.index(component)
+        model_plan, checkpoint = self.plan.plans[index], self.plan.checkpoints[index]
+        specs = {spec.name: spec for spec in model_plan.layers}
+
+        def source(layer: str) -> Tensor:
+            return rotated_weight(checkpoint, specs[layer])
+
+        hashes = {name: entry["sha256"] for name, entry in self.known.items()}
+        return EngineStage(
+            self.transaction.tree, model_plan, self.plan.sizes, component, self.plan.options, self.progress, hashes, source
+        )
+
+    def _build(self, stage: EngineStage, component: str, engine: EnginePlan) -> None:
+        relative = engine_path(component, engine)
+        step = f"engine:{relative}:{engine.realization}"
+        if not self.transaction.is_done(step) or not (self.transaction.tree / relative).exists():
+            (self.transaction.tree / relative).unlink(missing_ok=True)
+            entry, report = stage.build(engine)
+            self.transaction.done(step, {"entry": entry, "report": report.to_json()}, [relative])
+        data = self.transaction.data(step)
+        self.engines = [e for e in self.engines if e["path"] != relative] + [data["entry"]]
+        self.known.pop(relative, None)
+        self.builds.append({"path": relative, **data["report"]})
+
+    # ---------------------------------------------------------------------------------------------- the end
+
+    def verify(self) -> list[GraphCheck]:
+        """ONNX Runtime against PyTorch on every graph; ExportError if one is out of bounds."""
+        checks = []
+        with self.progress.stage("verify", len(self.graphs), "graph") as stage:
+            for component, model_plan in zip(self.plan.components, self.plan.plans):
+                tensors = self._tensors(component)
+                model = load_quantized(model_plan, tensors, self.transaction.tree, model_plan.recipe.activations[0].bits)
+                for entry in self.graphs:
+                    if not Path(entry["path"]).name.startswith(f"{component}_a"):
+                        continue
+                    path = self.transaction.tree / entry["path"]
+                    stage.update(0, entry["path"])
+                    check = verify_graph(path, model_plan, self.plan.sizes, model, entry["act_bits"], path.parent)
+                    checks.append(check)
+                    stage.update(1, entry["path"])
+                    if not check.passed:
+                        raise ExportError(
+                            f"{entry['path']}: ONNX Runtime is {check.error:.2e} from the exact quantized model, "
+                            f"PyTorch {check.reference_error:.2e}, and twice that is the bound",
+                            fix="this is a fault of the exporter: report it with the model's config.json",
+                        )
+        return checks
+
+    def _tensors(self, component: str) -> dict[str, Any]:
+        if component in self.packed:
+            return dict(self.packed[component].tensors)
+        from dvdquant.quantize import plan_shards
+        from dvdquant.safetensors_io import read_header
+
+        plan = self.plan.plans[self.plan.components.index(component)]
+        return {
+            name: (relative, info)
+            for relative in plan_shards(plan, component)
+            for name, info in read_header(self.transaction.tree / relative).tensors.items()
+        }
+
+    def commit(self) -> Manifest:
+        """Write config and card, hash, and put the export in place."""
+        plan, tree = self.plan, self.transaction.tree
+        for component, checkpoint in zip(plan.components, plan.checkpoints):
+            name = "config.json" if component == plan.components[0] else f"{component}.config.json"
+            (tree / name).write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n")
+        manifest = self._manifest()
+        (tree / "README.md").write_text(model_card(manifest))
+        return self.transaction.commit(manifest, self.known)
+
+    def _manifest(self) -> Manifest:
+        plan, first = self.plan, self.plan.checkpoints[0]
+        if self.previous is not None:
+            layers = self.previous.layers
+        else:
+            layers = tuple(entry for packed in self.packed.values() for entry in packed.layers)
+        kept = [name for model_plan in plan.plans for name in model_plan.kept_linears]
+        tools = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu")}
+        return Manifest(
+            source=Source(model=plan.options.model, class_name=first.class_name, fingerprint=first.fingerprint()),
+            family=plan.plans[0].family.name,
+            config_sha256=hash_file(self.transaction.tree / "config.json")["sha256"],
+            recipe=plan.options.recipe.to_json(),
+            shapes={**plan.sizes.to_json(), "dtype": plan.options.dtype},
+            layers=layers,
+            kept=tuple(dict.fromkeys(kept)),
+            graphs=tuple(self.graphs),
+            engines=tuple(self.engines),
+            components=plan.components,
+            tools=tools,
+        )
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link where the file system has them, else a copy: an engine more must not cost the weights again."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+

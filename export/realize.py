@@ -1,0 +1,199 @@
+"""What really executes: the frozen table from (backend, SM, activation grid) to a realization, and its plain words.
+
+Evidence: TOOLCHAIN and KERNELS notes, and tests/test_builders.py, which builds every entry of the RTX table and reads
+the operand types out of the builder's own listing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dvdquant.errors import UnsupportedError
+from dvdquant.recipe import ActivationSpec, Recipe
+
+__all__ = [
+    "REALIZATIONS",
+    "RTX_SMS",
+    "TENSORRT_SMS",
+    "EnginePlan",
+    "Realization",
+    "choose_realization",
+    "plan_engines",
+    "what_executes",
+]
+
+Realization = Literal["int8", "int4-weight-only", "nvfp4", "plugin"]
+"""How a QuantLinear runs.
+
+``int8``: INT8 tensor cores; both operands' codes in 8 bits. ``int4-weight-only``: packed 4-bit weights, activations
+rounded to their codes and multiplied in 16 bit. ``nvfp4``: FP4 tensor cores, another quantizer. ``plugin``: dvdquant's
+own kernels.
+"""
+
+REALIZATIONS: tuple[str, ...] = ("auto", "int8", "int4-weight-only", "nvfp4")
+
+RTX_SMS: tuple[str, ...] = ("8.0", "8.6", "8.9", "12.0", "12.1")
+"""SMs TensorRT-RTX 1.7 compiles these graphs for. 7.5 is left out: it has neither bf16 nor INT4 there."""
+
+_FP4_SMS = ("12.0", "12.1")
+
+_S4 = "native 4-bit integer tensor cores (s4 mma)"
+_S8 = "8-bit integer tensor cores; 4-bit codes widened to 8 bits, so A4 is no faster than A8"
+_PLUGIN_A4: dict[str, str] = {
+    "8.0": _S4,
+    "8.6": _S4,
+    "8.7": _S4,
+    "8.9": _S4,
+    "9.0": "8-bit tensor cores (Hopper has no 4-bit integer units), so A4 is no faster than A8",
+    "10.0": _S8,
+    "12.0": _S8,
+}
+TENSORRT_SMS: tuple[str, ...] = tuple(_PLUGIN_A4)
+"""SMs the TensorRT plugin has kernels for."""
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """One engine file to build.
+
+    Args:
+        backend: ``tensorrt_rtx`` or ``tensorrt``.
+        sms: the targets it serves; several only with TensorRT-RTX, at no extra size.
+        act_bits: which graph.
+        realization: how its QuantLinear nodes run.
+        executes: the same in plain words, for the manifest and the dry run.
+    """
+
+    backend: str
+    sms: tuple[str, ...]
+    act_bits: int
+    realization: Realization
+    executes: str
+
+    @property
+    def folder(self) -> str:
+        """Name of the engine's folder, such as ``tensorrt_rtx-8.0+8.6``."""
+        return f"{self.backend}-{'+'.join(self.sms)}"
+
+
+def choose_realization(backend: str, sm: str, activation: ActivationSpec, override: str = "auto") -> Realization:
+    """The realization of one graph on one SM.
+
+    TensorRT: always the plugin. TensorRT-RTX, ``auto``:
+
+    | SM | act_bits 8 or 6, token | act_bits 4, token | act_bits 8 or 6, groups | act_bits 4, groups |
+    |---|---|---|---|---|
+    | 8.0 8.6 8.9 | int8 | int8 | int4-weight-only | int4-weight-only |
+    | 12.0 12.1 | int8 | nvfp4 | int4-weight-only | nvfp4 |
+
+    Raises:
+        UnsupportedError: an SM without an entry, an unknown override, or one that cannot run this grid or this SM.
+    """
+    known = _known_sms(backend)
+    if sm not in known:
+        raise UnsupportedError(
+            f"{backend} engines for SM {sm} are not supported", available=known, fix="pick with --sm"
+        )
+    if override not in REALIZATIONS:
+        raise UnsupportedError(f"unknown realization {override!r}", available=REALIZATIONS, fix="pick with --realize")
+    if backend == "tensorrt":
+        if override != "auto":
+            raise UnsupportedError("TensorRT engines run the plugin; --realize applies to the rtx target")
+        return "plugin"
+    fp4 = sm in _FP4_SMS and activation.bits == 4
+    whole = activation.group_size == 0
+    accepted: tuple[Realization, ...] = (
+        *(("nvfp4",) if fp4 else ()), *(("int8",) if whole else ()), "int4-weight-only",
+    )  # fmt: skip
+    if override == "auto":
+        return accepted[0]
+    for realization in accepted:
+        if realization == override:
+            return realization
+    grid = f"{activation.bits}-bit activations, " + (
+        "one scale per token" if whole else f"groups of {activation.group_size}"
+    )
+    raise UnsupportedError(f"{override} cannot run {grid} on SM {sm}", available=accepted, fix="pick with --realize")
+
+
+def _known_sms(backend: str) -> tuple[str, ...]:
+    tables = {"tensorrt_rtx": RTX_SMS, "tensorrt": TENSORRT_SMS}
+    if backend not in tables:
+        raise UnsupportedError(f"unknown engine backend {backend!r}", available=tables)
+    return tables[backend]
+
+
+def what_executes(
+    realization: Realization,
+    act_bits: int,
+    sm: str,
+    recipe: Recipe | None = None,
+    *,
+    from_checkpoint: bool = False,
+) -> str:
+    """Plain words for the manifest and ``--dry-run``: which units, which widths, what it means for speed and memory.
+
+    Args:
+        recipe: says whether the INT8 codes are exact or rounded again.
+        from_checkpoint: for nvfp4, whether the weights come from the original checkpoint.
+    """
+    if realization == "plugin":
+        return _plugin_words(act_bits, sm)
+    if realization == "int8":
+        codes = "4-bit weights" if act_bits == 8 else f"4-bit weights and {act_bits}-bit activation codes each"
+        words = f"INT8 tensor cores; {codes} stored in 8 bits" + ("" if act_bits == 8 else ", so no faster than a8")
+        if recipe is not None and recipe.weight.group_size:
+            words += f"; weight groups of {recipe.weight.group_size} rounded again to 8 bits per row"
+        return words
+    if realization == "int4-weight-only":
+        return (
+            "16-bit tensor cores; weights stay packed in 4 bits (least memory), activations are rounded to their "
+            f"{act_bits}-bit codes and multiplied in 16 bits, so the product is no faster than 16 bit"
+        )
+    source = "the original checkpoint" if from_checkpoint else "the 4-bit codes (rounded to 4 bits twice)"
+    return (
+        "FP4 tensor cores; NVFP4 (e2m1, one e4m3 scale per 16 channels) replaces the recipe's grids of weights and "
+        f"activations, rotation kept; weights quantized from {source}"
+    )
+
+
+def _plugin_words(act_bits: int, sm: str) -> str:
+    if sm not in _PLUGIN_A4:
+        raise UnsupportedError(f"the TensorRT plugin has no kernels for SM {sm}", available=TENSORRT_SMS)
+    if act_bits == 4:
+        return f"dvdquant plugin: {_PLUGIN_A4[sm]}"
+    widened = "" if act_bits == 8 else f"; {act_bits}-bit activation codes stored in 8 bits"
+    return f"dvdquant plugin: 8-bit tensor cores, 4-bit weights widened to 8 bits{widened}"
+
+
+def plan_engines(
+    backend: str,
+    sms: Sequence[str],
+    activations: Iterable[ActivationSpec],
+    *,
+    recipe: Recipe | None = None,
+    override: str = "auto",
+    from_checkpoint: bool = False,
+) -> list[EnginePlan]:
+    """The engines to build: per graph, SMs with the same realization share one where the backend allows it.
+
+    Args:
+        sms: targets; repeated ones count once, the order is kept.
+        activations: one per graph.
+
+    Raises:
+        UnsupportedError: see :func:`choose_realization`.
+    """
+    plans: list[EnginePlan] = []
+    for activation in activations:
+        groups: dict[tuple[str, str], list[str]] = {}
+        for sm in dict.fromkeys(sms):
+            realization = choose_realization(backend, sm, activation, override)
+            groups.setdefault((realization, sm if backend == "tensorrt" else ""), []).append(sm)
+        for (_, _), members in groups.items():
+            chosen = choose_realization(backend, members[0], activation, override)
+            words = what_executes(chosen, activation.bits, members[0], recipe, from_checkpoint=from_checkpoint)
+            plans.append(EnginePlan(backend, tuple(members), activation.bits, chosen, words))
+    return plans

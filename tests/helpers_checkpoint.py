@@ -1,0 +1,130 @@
+"""Checkpoints and exports made of real files, for the tests of the reader and of the output transaction."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dvdquant.manifest import Manifest
+from dvdquant.recipe import get_recipe
+
+CONFIG = {"_class_name": "WanTransformer3DModel", "num_layers": 2, "patch_size": [1, 2, 2]}
+
+
+def tensors(count: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
+    """``count`` small tensors in several dtypes and shapes, an odd one and a scalar included."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes: list[tuple[int, ...]] = [(8, 16), (5,), (3, 7, 2), ()]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    return {
+        f"blocks.{i}.weight": torch.randn(shapes[i % 4], generator=generator).to(dtypes[i % 3]) for i in range(count)
+    }
+
+
+def save_checkpoint(folder: Path, shards: int = 1, config: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    """A transformer folder as diffusers writes it; returns its tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+    content = tensors(6)
+    if shards == 1:
+        save_file(content, folder / "diffusion_pytorch_model.safetensors")
+        return content
+    weight_map = {}
+    for shard in range(shards):
+        name = f"diffusion_pytorch_model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {key: value for i, (key, value) in enumerate(content.items()) if i % shards == shard}
+        save_file(part, folder / name)
+        weight_map.update(dict.fromkeys(part, name))
+    write_index(folder, weight_map)
+    return content
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+
+
+def raw_safetensors(header: bytes | Mapping[str, Any], data: bytes = b"", length: int | None = None) -> bytes:
+    """The bytes of a safetensors file with any header, valid or not."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype: str = "F32", shape: Any = (2, 3), offsets: Any = (0, 24)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def manifest(**changes: Any) -> Manifest:
+    """A complete manifest of two layers."""
+    layer = {
+        "name": "blocks.0.attn1.to_q+to_k",
+        "members": ["blocks.0.attn1.to_q", "blocks.0.attn1.to_k"],
+        "features_in": 256,
+        "features_out": 512,
+        "rotation_block": 256,
+        "relative_mse": 0.0123,
+        "relative_mse_minmax": 0.0192,
+    }
+    values: dict[str, Any] = {
+        "source": {"model": "/models/tiny", "class_name": "WanTransformer3DModel", "fingerprint": "f" * 64},
+        "family": "wan",
+        "config_sha256": "c" * 64,
+        "recipe": get_recipe("w4a4").to_json(),
+        "shapes": {"num_frames": 17, "height": 480, "width": [256, 832]},
+        "layers": [layer, {**layer, "name": "blocks.0.ffn.net.2", "relative_mse": None}],
+        "kept": ["proj_out"],
+        "tools": {"torch": "2.13.0"},
+    }
+    return Manifest(**{**values, **changes})
+
+
+def content(version: int) -> dict[str, bytes]:
+    """The files of export number ``version``; one exists in every version, some only in the odd or the even ones."""
+    body = f"version {version} ".encode() * 50
+    files = {"weights.safetensors": body, "onnx/transformer_a4.onnx": body + b"a4", "config.json": body + b"c"}
+    files["engines/rtx-8.9/a4.engine" if version % 2 else "engines/rtx-12.0/a8.engine"] = body + b"e"
+    return files
+
+
+def state(out: Path) -> dict[str, str] | None:
+    """What a reader sees, by bytes on disk alone: {path: SHA-256} of an export that is whole, None where there is no
+    manifest. Fails if a manifest stands beside files that are not its own."""
+    path = out / "manifest.json"
+    if not path.exists():
+        return None
+    data = json.loads(path.read_bytes())
+    for name, listed in data["files"].items():
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == listed["sha256"], name
+    return {name: listed["sha256"] for name, listed in data["files"].items()}
+
+
+def hashes(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(body).hexdigest() for name, body in files.items()}
+
+
+def names_in(out: Path) -> set[str]:
+    """Relative paths of all files below ``out``, and beside it what belongs to it."""
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() or path.is_symlink()}
+    return found | {path.name for path in out.parent.glob(f".{out.name}.dvdquant-*")}
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run ``work`` in a forked process; its exit status: 0, 1 after an exception, −9 when it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
