@@ -322,7 +322,7 @@ def _fit(
     row_scale, total = _f(max(scales.max(), SCALE_FLOOR)), 0.0
     low, high = _f(-8.0 - zero), _f(7.0 - zero)
     for g in range(groups):
-        near = 255.0 * scales[g] / row_scale
+        near = 255.0 * scales[g] / row_scale if groups > 1 else 255.0
         factors[g] = min(max(int(np.rint(near)), 1), 255)
         if units[g] == 0.0:
             # The mid-rise grid has no level at zero: the smallest factor keeps the nearest ones small.

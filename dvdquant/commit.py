@@ -85,8 +85,12 @@ class FolderLock:
             if self._is_current():
                 break
             os.close(self._fd)  # the holder before us removed or swapped this file: lock the one that is there now
-        os.ftruncate(self._fd, 0)
-        write_all(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._fd, 0)
+            write_all(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except BaseException:
+            self.release()
+            raise
 
     def _is_current(self) -> bool:
         try:

@@ -10,16 +10,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .bgr import quantize_weight
+from .bgr import QuantizedWeight, quantize_weight
 from .errors import CheckpointError
-from .hadamard import rotate
+from .fast_rows import for_row_parts, hadamard_rows, pack_rows, squared_errors
+from .hadamard import Rotation, rotate
 from .layers import LayerSpec
 from .manifest import FileEntry, LayerEntry
 from .model import ModelPlan
-from .packing import pack_int4
 from .progress import Progress
 from .safetensors_io import StreamingWriter, TensorInfo
 from .transaction import ExportTransaction
@@ -27,7 +28,7 @@ from .transaction import ExportTransaction
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
-__all__ = ["PackedWeights", "plan_shards", "quantize_checkpoint", "rotated_weight"]
+__all__ = ["PackedWeights", "plan_shards", "quantize_checkpoint", "rotate_rows", "rotated_weight"]
 
 SHARD_BYTES = 5 << 30
 # Weights rotated and refined at a time: 32 MiB of fp32.
@@ -201,13 +202,13 @@ def _quantize_layer(
         bad += (found := _nonfinite(checkpoint, f"{member}.weight", weight, allow_nonfinite))
         step = max(1, CHUNK_WEIGHTS // spec.features)
         for start in range(0, rows, step):
-            part = weight[start : start + step].float()
+            part = weight[start : start + step].to(torch.float32, copy=True)
             if found:
                 part = torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0)
-            rotated = rotate(part, spec.rotation, torch.float32)
+            rotated = rotate_rows(part, spec.rotation)
             quantized = quantize_weight(rotated, plan.recipe.weight)
-            sums.add(rotated, quantized.dequantize(), plan)
-            packed.append(pack_int4(quantized.codes).view(torch.int8))
+            sums.add(rotated, quantized, plan)
+            packed.append(_packed(quantized.codes))
             scales.append(quantized.scale)
             factors.append(quantized.factor)
             zeros.append(quantized.zero)
@@ -225,11 +226,12 @@ class _ErrorSums:
     def __init__(self) -> None:
         self.energy = self.error = self.minmax = 0.0
 
-    def add(self, weight: Tensor, dequantized: Tensor, plan: ModelPlan) -> None:
-        baseline = quantize_weight(weight, replace(plan.recipe.weight, solver="minmax")).dequantize()
-        self.energy += _square(weight)
-        self.error += _square(dequantized.sub_(weight))
-        self.minmax += _square(baseline.sub_(weight))
+    def add(self, weight: Tensor, quantized: QuantizedWeight, plan: ModelPlan) -> None:
+        baseline = quantize_weight(weight, replace(plan.recipe.weight, solver="minmax"))
+        energy, error = _squared_errors(weight, quantized)
+        self.energy += energy
+        self.error += error
+        self.minmax += _squared_errors(weight, baseline)[1]
 
     def entry(self, spec: LayerSpec) -> LayerEntry:
         def relative(error: float) -> float | None:
@@ -246,14 +248,48 @@ class _ErrorSums:
         )
 
 
-def _square(tensor: Tensor) -> float:
-    """‖t‖², summed in fp64 over row sums of fp32."""
-    return float(tensor.square().sum(-1).double().sum())
+def rotate_rows(weight: Tensor, rotation: Rotation) -> Tensor:
+    """The rotated fp32 weight [N, K]; in place where the transform allows it, so pass a tensor of your own."""
+    if rotation.identity:
+        return weight
+    if rotation.outer > 1 or not weight.is_contiguous():
+        return rotate(weight, rotation, torch.float32)
+    rows = weight.numpy()
+    scale = rotation.inner**-0.5
+    for_row_parts(len(rows), lambda part: hadamard_rows(rows[part], rotation.inner, scale))
+    return weight
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """int8 [N, K] -> int8 [N, K/2]; the codes come from our own solver, so their range is not checked again."""
+    packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.int8)
+    source, target = codes.numpy(), packed.numpy()
+    for_row_parts(len(source), lambda part: pack_rows(source[part], target[part]))
+    return packed
+
+
+def _squared_errors(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
+    """(‖w‖², ‖w − ŵ‖²)."""
+    rows = weight.numpy()
+    codes, scale, factor, zero = (
+        t.numpy() for t in (quantized.codes, quantized.scale, quantized.factor, quantized.zero)
+    )
+    sums: list[np.ndarray] = []
+
+    def work(part: slice) -> None:
+        out = np.zeros(2)
+        squared_errors(rows[part], codes[part], scale[part], factor[part], zero[part], out)
+        sums.append(out)
+
+    for_row_parts(len(rows), work)
+    energy, error = np.sum(sums, axis=0)
+    return float(energy), float(error)
 
 
 def rotated_weight(checkpoint: Checkpoint, spec: LayerSpec) -> Tensor:
     """The rotated weight [N, K] of a (merged) layer in fp32, for quantizers other than ours."""
     parts = [
-        rotate(checkpoint.read(f"{member}.weight").float(), spec.rotation, torch.float32) for member in spec.members
+        rotate_rows(checkpoint.read(f"{member}.weight").to(torch.float32, copy=True), spec.rotation)
+        for member in spec.members
     ]
     return torch.cat(parts)

@@ -295,7 +295,7 @@ class ExportTransaction:
     @property
     def steps(self) -> dict[str, Any]:
         """All finished steps and their data, in order."""
-        return dict(self._journal.done) if self._journal is not None else {}
+        return dict(self._journal.done) if self._journal else {}
 
     # -------------------------------------------------------------------------------------------------- the commit
 
@@ -329,6 +329,11 @@ class ExportTransaction:
             sync_path(stage)
             self._lock = install(self.out, stage, files, self.previous, self._lock)
         except OSError as error:
+            if os.path.lexists(self.out / COMMIT):
+                raise OutputError(
+                    f"the export is finished, but putting it in place failed at {error.filename}: {error.strerror}",
+                    fix=f"remove the cause, then run any dvdquant command on {self.out}: it completes the export",
+                ) from error
             raise disk_error(error, error.filename or self.out) from error
         self.committed = True
         return final

@@ -16,6 +16,8 @@ from typing import Literal
 
 from dvdquant.errors import EngineError
 
+from .builders.network import read_model
+
 __all__ = ["UnsupportedPart", "onnx_summary", "rtx_unsupported"]
 
 _MAIN = "import sys; from polygraphy.tools import main; sys.exit(main())"
@@ -44,6 +46,8 @@ def rtx_unsupported(path: Path) -> list[UnsupportedPart]:
     Raises:
         EngineError: Polygraphy or TensorRT-RTX is missing, or the file cannot be read.
     """
+    # Polygraphy calls a file it cannot decode fully supported.
+    read_model(path)
     with tempfile.TemporaryDirectory(prefix="dvdq-polygraphy-") as folder:
         # It writes the supported parts into its working directory.
         arguments = ["inspect", "capability", str(path.absolute())]

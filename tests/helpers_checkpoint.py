@@ -6,21 +6,25 @@ import hashlib
 import json
 import os
 import struct
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from dvdquant.manifest import Manifest
 from dvdquant.recipe import get_recipe
+from dvdquant.transaction import ExportTransaction
+
+if TYPE_CHECKING:  # the processes of the kill tests start faster without it
+    import torch
 
 CONFIG = {"_class_name": "WanTransformer3DModel", "num_layers": 2, "patch_size": [1, 2, 2]}
 
 
 def tensors(count: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
     """``count`` small tensors in several dtypes and shapes, an odd one and a scalar included."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     shapes: list[tuple[int, ...]] = [(8, 16), (5,), (3, 7, 2), ()]
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,6 +35,8 @@ def tensors(count: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def save_checkpoint(folder: Path, shards: int = 1, config: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
     """A transformer folder as diffusers writes it; returns its tensors."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
     content = tensors(6)
@@ -94,6 +100,15 @@ def content(version: int) -> dict[str, bytes]:
     return files
 
 
+def export(out: Path, version: int, *, finish: bool = True, **options: Any) -> None:
+    """Export number ``version`` into ``out``."""
+    with ExportTransaction(out, **options) as transaction:
+        for name, body in content(version).items():
+            transaction.path(name).write_bytes(body)
+        if finish:
+            transaction.commit(manifest(family=f"v{version}"))
+
+
 def state(out: Path) -> dict[str, str] | None:
     """What a reader sees, by bytes on disk alone: {path: SHA-256} of an export that is whole, None where there is no
     manifest. Fails if a manifest stands beside files that are not its own."""
@@ -124,6 +139,9 @@ def in_child(work: Callable[[], None]) -> int:
         try:
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(code)
     _, status = os.waitpid(pid, 0)

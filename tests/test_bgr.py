@@ -1,4 +1,4 @@
-"""Weight grids: against a dense search in float64, against min-max on hostile rows, and the guarantees of the format."""
+"""Weight grids: against a dense search in float64, against min-max on hostile rows, and the promises of the format."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -40,16 +41,18 @@ def data(kind: str, rows: int, features: int, seed: int = 0) -> torch.Tensor:
 
 def dense_optimum(w: torch.Tensor, group: int, zero_point: str, scales: int = 4000) -> torch.Tensor:
     """Least ‖w − ŵ‖² per segment [N, groups] over a dense grid of scales and every zero-point, in fp64."""
-    segments = w.double().reshape(-1, group or w.shape[1])
-    span = segments.amax(1, keepdim=True).clamp(min=0) - segments.amin(1, keepdim=True).clamp(max=0)
-    unit = span / 15 if zero_point == "paper" else segments.abs().amax(1, keepdim=True) / 7
-    least = torch.full((len(segments),), torch.inf, dtype=torch.float64)
-    for ratio in torch.logspace(-1.7, 0.12, scales, dtype=torch.float64):
+    # NumPy, because it runs thousands of small operations without waking threads for each.
+    segments = w.double().reshape(-1, group or w.shape[1]).numpy()
+    span = segments.max(1, keepdims=True).clip(min=0) - segments.min(1, keepdims=True).clip(max=0)
+    unit = span / 15 if zero_point == "paper" else np.abs(segments).max(1, keepdims=True) / 7
+    least = np.full(len(segments), np.inf)
+    for ratio in np.logspace(-1.7, 0.12, scales):
         t = segments / (unit * ratio)
         for zero in {"paper": range(-8, 8), "midrise": (-0.5,), "symmetric": (0,)}[zero_point]:
-            q = (t + zero).round_().clamp_(-8, 7).sub_(zero)
-            least = torch.minimum(least, (segments - unit * ratio * q).square_().sum(1))
-    return least.reshape(len(w), -1)
+            q = np.clip(np.rint(t + zero), -8, 7) - zero
+            d = segments - unit * ratio * q
+            np.minimum(least, np.einsum("sk,sk->s", d, d), out=least)
+    return torch.from_numpy(least).reshape(len(w), -1)
 
 
 def row_errors(w: torch.Tensor, quantized: QuantizedWeight) -> torch.Tensor:
@@ -113,11 +116,11 @@ def test_descent_is_monotone(solver: str, zero_point: str, group: int) -> None:
 
 
 def test_min_max_puts_the_ends_of_the_grid_on_the_extremes() -> None:
-    w = torch.tensor([[-1.0, 0.3, 0.0, 2.0], [0.5, 0.25, 1.0, 3.0]])
+    w = torch.tensor([[-1.0, 0.35, 0.0, 2.0], [0.55, 0.25, 1.0, 3.0]])
     paper = quantize_weight(w, WeightSpec(0, "paper", "minmax"))
     assert paper.scale.tolist() == pytest.approx([0.2, 0.2])
     assert paper.zero.tolist() == [-3.0, -8.0]  # round(1/0.2) − 8, and a range that begins at 0
-    assert paper.codes.tolist() == [[-8, -2 + 0, -3, 7], [-6, -7, -3, 7]] or paper.codes[0].tolist()[::3] == [-8, 7]
+    assert paper.codes.tolist() == [[-8, -1, -3, 7], [-5, -7, -3, 7]]
     midrise = quantize_weight(w, WeightSpec(0, "midrise", "minmax"))
     assert midrise.scale.tolist() == pytest.approx([2 / 7.5, 3 / 7.5])
     assert midrise.dequantize()[:, 3].tolist() == pytest.approx([2.0, 3.0])
@@ -179,9 +182,11 @@ def _check_hostile(seed: int, grid: tuple[str, int], solver: str, features: int)
     assert bool(torch.isfinite(back).all())
     assert bool((back[0] == 0).all()), "a row of zeros must come back exactly"
     ours, theirs = row_errors(w, quantized), row_errors(w, baseline)
-    # fp32 evaluates the reconstruction that fp64 judges: 1e-6, and the square of the floor of the scales.
-    assert bool((ours <= theirs * (1 + 1e-6) + features * FLOOR**2).all()), (ours / theirs).tolist()
+    # The solver sees fp32 rounding where fp64 judges: 1e-6 of the error and the squared rounding of the weights. Below
+    # the floor of the scales nothing is promised.
     nothing = w.double().square().sum(1)
+    slack = 4 * torch.finfo(torch.float32).eps ** 2 * nothing + features * FLOOR**2
+    assert bool((ours <= theirs * (1 + 1e-6) + slack).all()), (ours / theirs).tolist()
     if zero_point == "symmetric":
         assert bool((ours <= nothing * (1 + 1e-6)).all())
     if zero_point != "midrise":

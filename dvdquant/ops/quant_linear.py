@@ -33,7 +33,8 @@ def rotate_by_matrices(x: Tensor, hadamard: Tensor, outer: Tensor) -> Tensor:
     inner, cores = hadamard.shape[0], outer.shape[0]
     if inner == 1 and cores == 1:
         return x
-    blocks = x.reshape(*x.shape[:-1], -1, cores, inner) @ hadamard
+    # Not −1 for the number of blocks: it is ambiguous when there are no tokens.
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // (cores * inner), cores, inner) @ hadamard
     if cores > 1:
         blocks = outer.transpose(0, 1) @ blocks
     return blocks.reshape(x.shape)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import dvdquant
 from dvdquant import errors
-from dvdquant.errors import EngineError
+from dvdquant.errors import EngineError, OutputError
 
 from .backend import backend_name
 from .report import MARK, BuildReport, BuildRequest, Shapes
@@ -54,17 +54,19 @@ def build_engine(
         workspace_bytes: the builder's workspace limit; must exceed the weights. Default: the library's.
         timing_cache: file to read and update; a no-op in TensorRT-RTX.
         optimization_level: 0 to 5; no effect on TensorRT-RTX builds.
-        data_roots: folders external data may lie in, besides the model's own; with ``bytes`` the first is what
-        locations
-            are relative to.
+        data_roots: folders external data may lie in, besides the model's own; with ``bytes`` the first is the one that
+            locations are relative to.
         log_file: gets the builder's whole log.
         progress: show a bar on stderr.
 
     Raises:
         EngineError: the backend is not installed, refuses the graph, fails, or crashes (with the tail of its log).
         UnsupportedError: an SM the backend does not know.
+        OutputError: the folder of ``engine`` is missing, or the disk is full.
     """
     engine = engine.absolute()
+    if not engine.parent.is_dir():
+        raise OutputError(f"{engine.parent} is no folder", fix="create it first")
     with tempfile.TemporaryDirectory(prefix=".dvdq-build-", dir=engine.parent) as scratch:
         folder = Path(scratch)
         path, roots = _model_file(model, folder, data_roots)
@@ -73,6 +75,7 @@ def build_engine(
             model=str(path),
             engine=str(folder / "engine"),
             sms=tuple(sms),
+            data_dir=str(roots[0].absolute()),
             data_roots=tuple(str(root.absolute()) for root in roots),
             profile=None if profile is None else {k: [list(s) for s in v] for k, v in profile.items()},
             plugins=tuple(str(p.absolute()) for p in plugins),
@@ -87,16 +90,12 @@ def build_engine(
 
 
 def _model_file(model: Path | bytes, scratch: Path, data_roots: Sequence[Path]) -> tuple[Path, list[Path]]:
+    """(the ONNX file, the folders its data may lie in, the one locations are relative to first)."""
     if isinstance(model, Path):
         return model.absolute(), [model.absolute().parent, *data_roots]
-    base = data_roots[0].absolute() if data_roots else scratch
-    # Beside the data, so that relative locations hold; the temporary folder is on the same file system as the engine.
-    handle, name = tempfile.mkstemp(prefix=".dvdq-build-", suffix=".onnx", dir=base) if data_roots else (None, None)
-    path = Path(name) if name else scratch / "model.onnx"
-    if handle is not None:
-        os.close(handle)
+    path = scratch / "model.onnx"
     path.write_bytes(model)
-    return path, [base, *data_roots]
+    return path, list(data_roots) or [scratch]
 
 
 def _run(request: BuildRequest, folder: Path, log_file: Path, progress: bool) -> BuildReport:

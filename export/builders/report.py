@@ -23,12 +23,16 @@ Shapes = Mapping[str, tuple[tuple[int, ...], ...]]
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """One engine build. Paths are strings, absolute; ``profile`` maps an input to its (min, opt, max) shapes."""
+    """One engine build. Paths are strings, absolute; ``profile`` maps an input to its (min, opt, max) shapes.
+
+    ``data_dir`` is what external locations are relative to, ``data_roots`` where they may end up.
+    """
 
     backend: str
     model: str
     engine: str
     sms: tuple[str, ...]
+    data_dir: str
     data_roots: tuple[str, ...]
     profile: Mapping[str, list[list[int]]] | None = None
     plugins: tuple[str, ...] = ()

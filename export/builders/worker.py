@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dvdquant.errors import DvdquantError, EngineError
+from dvdquant.errors import DvdquantError, EngineError, OutputError
 
 from .backend import Backend, load_backend
 from .network import WeightMaps, check_custom_ops, parse_network, read_model
@@ -146,7 +146,7 @@ def _write(path: Path, data: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise EngineError(f"writing the engine to {path} failed: {error.strerror}") from error
+        raise OutputError(f"writing the engine to {path} failed: {error.strerror}") from error
 
 
 def _peak_rss() -> int:
@@ -182,6 +182,7 @@ def build(request: BuildRequest) -> BuildReport:
 
     Raises:
         EngineError, UnsupportedError: the backend is missing, refuses the graph, or the build fails.
+        OutputError: the engine cannot be written.
     """
     start = time.monotonic()
     backend = load_backend(request.backend)
@@ -196,35 +197,42 @@ def build(request: BuildRequest) -> BuildReport:
     config = _configure(backend, builder, request)
     if request.plugins:
         _load_plugins(backend, builder, config, request.plugins)
-    maps = WeightMaps(path.parent, [Path(root) for root in request.data_roots])
-    network, parser = parse_network(backend, builder, logger, model, maps)
+    maps = WeightMaps(Path(request.data_dir), [Path(root) for root in request.data_roots])
+    network, _parser = parse_network(backend, builder, logger, model, maps)
     del model
     _check_profile(network, request)
-    cache = Path(request.timing_cache) if request.timing_cache else None
-    _timing_cache(config, cache)
-    monitor = _monitor(backend.module)
-    config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise EngineError(
-            f"{backend.name} {backend.version} could not build the engine for SM {', '.join(request.sms)}"
-        )
-    _write(Path(request.engine), plan)
-    _save_timing_cache(config, cache)
+    size = _build_plan(backend, builder, network, config, request)
     products, constants = layer_summary(listing)
-    del parser
     return BuildReport(
         backend=backend.name,
         version=backend.version,
         sms=tuple(request.sms),
         seconds=round(time.monotonic() - start, 3),
-        bytes=int(plan.nbytes),
+        bytes=size,
         peak_rss_bytes=_peak_rss(),
         onnx_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         products=products,
         constant_bytes=constants,
         warnings=tuple(warnings),
     )
+
+
+def _build_plan(backend: Backend, builder: Any, network: Any, config: Any, request: BuildRequest) -> int:
+    """Build and write the engine with progress and timing cache; returns its bytes."""
+    cache = Path(request.timing_cache) if request.timing_cache else None
+    _timing_cache(config, cache)
+    # The builder keeps no reference to its monitor.
+    config.progress_monitor = monitor = _monitor(backend.module)
+    plan = builder.build_serialized_network(network, config)
+    del monitor
+    if plan is None:
+        raise EngineError(
+            f"{backend.name} {backend.version} could not build the engine for SM {', '.join(request.sms)}",
+            fix=None if request.workspace_bytes is None else "raise the workspace limit: it must exceed the weights",
+        )
+    _write(Path(request.engine), plan)
+    _save_timing_cache(config, cache)
+    return int(plan.nbytes)
 
 
 def main(arguments: list[str]) -> int:

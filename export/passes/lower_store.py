@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ class TensorStore:
 
     With ``path`` every tensor over 64 KiB is appended to that file, 64-byte aligned, and the graph gets an external
     reference to it: memory holds one layer at a time, and the ONNX file stays small. Without it they stay in memory.
+    A tensor put again under the same name with the same bytes is not written again, so the graphs of all bit-widths
+    can share one store.
 
     Args:
         path: the file to create (an existing one is overwritten), or None.
@@ -32,7 +35,7 @@ class TensorStore:
         self.path = path
         self.base_dir = base_dir if base_dir is not None else (path.parent if path is not None else None)
         self.bytes_written = 0
-        self._put: dict[str, ir.TensorProtocol] = {}
+        self._regions: dict[tuple[str, int, int], int] = {}
         if path is not None:
             try:
                 path.write_bytes(b"")
@@ -42,8 +45,6 @@ class TensorStore:
     def put(self, name: str, array: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:
         """Take one tensor and return what the initializer points to.
 
-        A name put before (by the graph of another bit-width) is not stored again: names stand for one value.
-
         Args:
             array: for 4-bit types the packed bytes uint8 [elements / 2]; otherwise the elements themselves.
             dtype: the ONNX element type.
@@ -51,30 +52,31 @@ class TensorStore:
 
         Raises:
             OutputError: the file cannot be written (disk full, for one).
-            ValueError: the name was put before with another dtype or shape.
         """
-        if (known := self._put.get(name)) is None:
-            known = self._put[name] = self._store(name, array, dtype, shape)
-        if known.dtype != dtype or tuple(known.shape.numpy()) != tuple(shape):
-            raise ValueError(f"{name} was stored as {known.dtype} {known.shape}, not {dtype} {shape}")
-        return known
-
-    def _store(self, name: str, array: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:
         packed = dtype.bitwidth < 8
         if self.path is None or array.nbytes <= INLINE_BYTES:
             if packed:
                 return ir.PackedTensor(array.reshape(-1), dtype, shape=ir.Shape(shape), name=name)
             return ir.Tensor(array.reshape(shape), dtype=dtype, name=name)
-        try:
-            with self.path.open("ab") as file:
-                file.write(b"\0" * (-file.tell() % ALIGNMENT))
-                offset = file.tell()
-                file.write(np.ascontiguousarray(array).view(np.uint8).data)
-        except OSError as error:
-            raise OutputError(f"writing {name} to {self.path} failed: {error.strerror}") from error
-        self.bytes_written = offset + array.nbytes
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        key = (name, array.nbytes, zlib.crc32(data))
+        if key not in self._regions:
+            self._regions[key] = self._append(name, self.path, data)
+        offset = self._regions[key]
         base = self.base_dir or self.path.parent
         location = self.path.resolve().relative_to(base.resolve()).as_posix()
         return ir.ExternalTensor(
             location, offset, array.nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=str(base)
         )
+
+    def _append(self, name: str, path: Path, data: memoryview) -> int:
+        """Write ``data`` at the end of the file; returns its offset."""
+        try:
+            with path.open("ab") as file:
+                file.write(b"\0" * (-file.tell() % ALIGNMENT))
+                offset = file.tell()
+                file.write(data)
+        except OSError as error:
+            raise OutputError(f"writing {name} to {path} failed: {error.strerror}", fix="free disk space") from error
+        self.bytes_written = offset + data.nbytes
+        return offset

@@ -1,0 +1,73 @@
+"""Write a synthetic checkpoint of a real configuration: heavy-tailed weights with outlier channels, bf16, sharded.
+
+    python benchmarks/make_checkpoint.py benchmarks/configs/wan2.1-1.3b.json /tmp/wan-1.3b
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import torch
+from tqdm import tqdm
+
+from dvdquant.model import build_skeleton
+from dvdquant.safetensors_io import StreamingWriter
+
+SHARD_BYTES = 5 << 30
+NAME = "diffusion_pytorch_model"
+
+
+def heavy_tailed(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Student-t-like weights [N, K] of variance about 1/K, one input channel in a hundred ten times larger; bf16."""
+    values = torch.empty(shape).normal_(generator=generator)
+    if len(shape) < 2:
+        return (1 + 0.1 * values).bfloat16()
+    matrix = values.reshape(shape[0], -1)
+    # A normal times (1 + its magnitude) has about the kurtosis of t(5) and costs no chi-square draws.
+    matrix.mul_(matrix.abs().add_(1)).mul_(0.5 / matrix.shape[1] ** 0.5)
+    matrix[:, :: max(2, matrix.shape[1] // max(1, matrix.shape[1] // 100))] *= 10
+    return matrix.reshape(shape).bfloat16()
+
+
+@click.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True)
+def main(config: Path, folder: Path, seed: int) -> None:
+    """Write FOLDER/config.json and FOLDER/diffusion_pytorch_model*.safetensors for CONFIG."""
+    settings = json.loads(config.read_text())
+    shapes = {name: tuple(p.shape) for name, p in build_skeleton(settings, torch.bfloat16).named_parameters()}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        nbytes = 2 * torch.Size(shape).numel()
+        if shards[-1] and filled + nbytes > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    weight_map = {}
+    with tqdm(total=sum(2 * torch.Size(s).numel() for s in shapes.values()), unit="B", unit_scale=True) as bar:
+        for index, names in enumerate(shards):
+            single = len(shards) == 1
+            file = f"{NAME}.safetensors" if single else f"{NAME}-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+            plan = [(name, torch.bfloat16, shapes[name]) for name in names]
+            with StreamingWriter(folder / file, plan, {"format": "pt"}) as writer:
+                for name in names:
+                    writer.write(name, heavy_tailed(shapes[name], generator))
+                    bar.update(2 * torch.Size(shapes[name]).numel())
+                writer.finish()
+            weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(2 * torch.Size(s).numel() for s in shapes.values())
+        index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+        (folder / f"{NAME}.safetensors.index.json").write_text(index_text)
+    (folder / "config.json").write_text(json.dumps(settings, indent=2))
+
+
+if __name__ == "__main__":
+    main()

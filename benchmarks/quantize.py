@@ -1,0 +1,163 @@
+"""Weight quantizers side by side: relative MSE and weights per second on this machine, without a GPU.
+
+    python benchmarks/quantize.py                       one table, about a minute
+    python benchmarks/quantize.py --rows 4096 --features 5120 --repeat 5
+
+Weights: ``gauss`` N(0, 1); ``heavy`` Student-t(4) with 1 % of the input channels ×10; ``rotated`` is ``heavy`` after
+the Hadamard rotation of the ``auto`` recipes, quantized there (the error is the same in either space). The baseline is
+modelopt's INT4 with the group maximum; HQQ takes part where it is installed. Every time is the best of ``--repeat``,
+after one call that is not counted (compilation); a time includes everything from the weight to its codes and scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dvdquant.bgr import quantize_weight, relative_mse
+from dvdquant.hadamard import Rotation, rotate
+from dvdquant.recipe import WeightSpec
+
+# Quantizes a weight and returns a function that gives it back; only the first part is timed.
+Quantizer = Callable[[Tensor], Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table; ``bits`` counts codes, scales and zero-points per weight."""
+
+    name: str
+    group: int
+    bits: Callable[[int], float]
+    run: Quantizer
+
+
+def ours(solver: str, zero_point: str, group: int) -> Entry:
+    spec = WeightSpec(group, zero_point, solver)  # type: ignore[arg-type]
+
+    def run(w: Tensor) -> Callable[[], Tensor]:
+        return quantize_weight(w, spec).dequantize
+
+    def bits(features: int) -> float:
+        return 4 + 64 / features + (8 / group if group else 0)
+
+    return Entry(f"dvdquant {solver}, {zero_point}", group, bits, run)
+
+
+def modelopt_max(group: int) -> Entry:
+    """The calibration and the fake-quantized weight of modelopt's ``INT4_BLOCKWISE_WEIGHT_ONLY_CFG``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import modelopt.torch.quantization as mtq
+    config = {
+        "quant_cfg": [
+            {"quantizer_name": "*", "enable": False},
+            {
+                "quantizer_name": "*weight_quantizer",
+                "cfg": {"num_bits": 4, "block_sizes": {-1: group, "type": "static"}},
+            },
+        ],
+        "algorithm": "max",
+    }
+
+    def run(w: Tensor) -> Callable[[], Tensor]:
+        layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(w, requires_grad=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # it counts its quantizers aloud
+            layer = mtq.quantize(layer, config)
+        result = layer.weight_quantizer(layer.weight)
+        return lambda: result
+
+    return Entry("modelopt INT4 max", group, lambda features: 4 + 16 / group, run)
+
+
+def hqq(group: int) -> Entry:
+    """HQQ with a real-valued zero-point and fp16 scales, its own defaults otherwise."""
+    from hqq.core.quantize import Quantizer as HQQ  # type: ignore[import-not-found]
+
+    def run(w: Tensor) -> Callable[[], Tensor]:
+        codes, meta = HQQ.quantize(
+            w, nbits=4, group_size=group or w.shape[1], axis=1, device="cpu", compute_dtype=torch.float32
+        )
+        return lambda: HQQ.dequantize(codes, meta)
+
+    return Entry("HQQ, real zero", group, lambda features: 4 + 32 / (group or features), run)
+
+
+def weights(kind: str, rows: int, features: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, features, generator=generator)
+    if kind == "gauss":
+        return w
+    chi = torch.zeros(rows, features)
+    for _ in range(4):
+        chi += torch.randn(rows, features, generator=generator).square_()
+    w /= (chi / 4).sqrt_()
+    w[:, torch.randperm(features, generator=generator)[: features // 100]] *= 10
+    return w if kind == "heavy" else rotate(w, Rotation.for_features(features, "auto"))
+
+
+def entries(groups: list[int]) -> list[Entry]:
+    table = []
+    for group in groups:
+        for zero_point in ("midrise", "symmetric") if group else ("paper", "midrise", "symmetric"):
+            table += [ours(solver, zero_point, group) for solver in ("minmax", "paper", "search")]
+        if importlib.util.find_spec("hqq"):
+            table.append(hqq(group))
+    table.append(modelopt_max(128))
+    return table
+
+
+def measure(entry: Entry, w: Tensor, repeat: int) -> tuple[float, float]:
+    """(relative MSE, best seconds)."""
+    best = float("inf")
+    for attempt in range(repeat + 1):
+        start = time.perf_counter()
+        restore = entry.run(w)
+        if attempt:
+            best = min(best, time.perf_counter() - start)
+    return relative_mse(w, restore()), best
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--features", type=int, default=3072)
+    parser.add_argument("--groups", type=int, nargs="+", default=[0, 128, 64, 32], help="0 is one scale per row")
+    parser.add_argument(
+        "--kinds", nargs="+", default=["gauss", "heavy", "rotated"], choices=["gauss", "heavy", "rotated"]
+    )
+    parser.add_argument("--repeat", type=int, default=3, help="timed calls of each, the best counts")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"{args.rows} x {args.features}, {args.threads} threads, {platform.processor() or platform.machine()}")
+    print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
+    if not importlib.util.find_spec("hqq"):
+        print("HQQ is not installed: left out (pip install hqq)")
+    data = {kind: weights(kind, args.rows, args.features, args.seed) for kind in args.kinds}
+    print(f"\n{'quantizer':<30}{'group':>6}{'bits':>7}" + "".join(f"{kind + ' MSE':>14}{'M/s':>8}" for kind in data))
+    for entry in entries(args.groups):
+        print(f"{entry.name:<30}{entry.group or 'row':>6}{entry.bits(args.features):>7.3f}", end="", flush=True)
+        for w in data.values():
+            error, seconds = measure(entry, w, args.repeat)
+            print(f"{error:>14.5f}{w.numel() / seconds / 1e6:>8.1f}", end="", flush=True)
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

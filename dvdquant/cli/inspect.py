@@ -1,0 +1,133 @@
+"""``dvdq-inspect``: what an export holds, how good its weights are, and whether its files are intact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dvdquant import __version__
+from dvdquant.errors import OutputError
+
+from .common import ExamplesCommand, amount, report_errors, setup_logging, table
+
+if TYPE_CHECKING:
+    from dvdquant.manifest import LayerEntry, Manifest
+
+EXAMPLES = """
+# files, engines and what executes on each SM, the ten worst layers
+dvdq-inspect out/tiny-wan
+
+# check every file against the SHA-256 in the manifest
+dvdq-inspect out/tiny-wan --check
+
+# all layers, with the error of BGR beside min-max
+dvdq-inspect out/tiny-wan --layers
+
+# one graph as Polygraphy sees it
+dvdq-inspect out/tiny-wan --graph onnx/transformer_a4.onnx
+"""
+
+
+@click.command(
+    cls=ExamplesCommand,
+    examples=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Hash every file and compare with the manifest.")
+@click.option("--layers", "all_layers", is_flag=True, help="Every layer, not only the ten worst.")
+@click.option("--graph", metavar="PATH", help="Summarize one ONNX file of the export with Polygraphy.")
+@click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
+@click.option("-v", "--verbose", count=True)
+@click.version_option(__version__, prog_name="dvdq-inspect")
+@report_errors
+def main(out: Path, check: bool, all_layers: bool, graph: str | None, as_json: bool, verbose: int) -> None:
+    """Show the export in folder OUT: sizes, graphs, engines and what they execute, weight errors layer by layer."""
+    setup_logging(verbose, "text")
+    from dvdquant.manifest import load_manifest
+
+    manifest = load_manifest(out)
+    if graph is not None:
+        click.echo(_graph_summary(out, manifest, graph))
+        return
+    if as_json:
+        click.echo(manifest.to_json().rstrip())
+    else:
+        click.echo(_summary(out, manifest, all_layers))
+    if check:
+        _check_files(out, manifest)
+
+
+def _graph_summary(out: Path, manifest: Manifest, graph: str) -> str:
+    from dvdquant.export.polygraphy_tools import onnx_summary
+
+    paths = [g["path"] for g in manifest.graphs]
+    if graph not in paths:
+        raise OutputError(f"the export has no graph {graph!r:.200}", available=paths)
+    return onnx_summary((out / graph).absolute())
+
+
+def _check_files(out: Path, manifest: Manifest) -> None:
+    from dvdquant.manifest import verify_files
+    from dvdquant.progress import Progress
+
+    total = sum(entry["bytes"] for entry in manifest.files.values())
+    with Progress("text").stage("check", total, "B") as stage:
+        verify_files(out, manifest, progress=stage.update)
+    click.echo(f"{len(manifest.files)} files match the manifest ({amount(total)})")
+
+
+def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
+    recipe = manifest.recipe
+    weight = recipe["weight"]
+    sizes = {name: entry["bytes"] for name, entry in manifest.files.items()}
+    shapes = ", ".join(f"{axis} {_range(manifest.shapes[axis])}" for axis in ("frames", "height", "width"))
+    lines = [
+        f"{out}: {manifest.source['class_name']} from {manifest.source['model']}",
+        f"exported {manifest.created} by dvdquant {manifest.dvdquant_version}; "
+        + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
+        f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
+        f"zero-point {weight['zero_point']}, solver {weight['solver']}",
+        f"latent sizes: {shapes}; {manifest.shapes['text_tokens']} text tokens, {manifest.shapes['dtype']}",
+        "",
+        table(("file", "size"), [(name, amount(size)) for name, size in sorted(sizes.items())], right=(1,)),
+    ]
+    if manifest.engines:
+        rows = [
+            (f"a{e['act_bits']}", ", ".join(e["sm"]), " ".join(f"{k} {v}" for k, v in e["versions"].items()), e["executes"])
+            for e in manifest.engines
+        ]
+        lines += ["", table(("engine", "SM", "needs", "what executes"), rows)]
+    lines += ["", _layer_table(list(manifest.layers), all_layers)]
+    lines += [f"{len(manifest.kept)} linear layers in 16 bit: {', '.join(manifest.kept[:6])}{' …' * (len(manifest.kept) > 6)}"]
+    return "\n".join(lines)
+
+
+def _range(axis: list[int]) -> str:
+    low, best, high = axis
+    return str(best) if low == high else f"{low}..{high} (tuned for {best})"
+
+
+def _layer_table(layers: list[LayerEntry], all_layers: bool) -> str:
+    known = [entry for entry in layers if entry["relative_mse"] is not None]
+    shown = layers if all_layers else sorted(known, key=_error, reverse=True)[:10]
+    rows: list[tuple[Any, ...]] = []
+    for e in shown:
+        ours, minmax = e["relative_mse"], e["relative_mse_minmax"]
+        better = f"{100 * (1 - ours / minmax):.0f} %" if ours is not None and minmax else "-"
+        texts = ["-" if value is None else f"{value:.5f}" for value in (ours, minmax)]
+        rows.append((e["name"], f"{e['features_in']} → {e['features_out']}", e["rotation_block"], *texts, better))
+    title = f"all {len(layers)} layers" if all_layers else f"worst {len(shown)} of {len(layers)} layers"
+    header = (title, "K → N", "block", "relative MSE", "min-max", "less")
+    return table(header, rows, right=(2, 3, 4, 5))
+
+
+def _error(entry: LayerEntry) -> float:
+    return entry["relative_mse"] or 0.0
+
+
+if __name__ == "__main__":
+    main()
+

@@ -1,0 +1,67 @@
+"""The compiled row passes against the plain definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dvdquant.bgr import quantize_weight, relative_mse
+from dvdquant.fast_rows import for_row_parts, hadamard_rows, pack_rows, squared_errors
+from dvdquant.hadamard import Rotation, rotate
+from dvdquant.packing import pack_int4
+from dvdquant.quantize import rotate_rows
+from dvdquant.recipe import WeightSpec
+
+
+@pytest.mark.parametrize("order", [2, 8, 64, 256, 1024])
+@pytest.mark.parametrize("rows", [1, 15, 16, 37])
+def test_hadamard_rows_is_the_sylvester_transform(order: int, rows: int) -> None:
+    rotation = Rotation(features=3 * order, inner=order, outer=1)
+    w = torch.randn(rows, 3 * order, generator=torch.Generator().manual_seed(order)) * 100
+    expected = rotate(w.double(), rotation)
+    got = w.clone()
+    hadamard_rows(got.numpy(), order, order**-0.5)
+    # log2(order) additions, each rounded once relative to the block's norm.
+    bound = np.log2(order) * 2.0**-23 * float(w.norm(dim=1).max())
+    assert float((got.double() - expected).abs().max()) <= bound
+
+
+@pytest.mark.parametrize("spec", ["auto", "full", "none", 32])
+def test_rotate_rows_equals_rotate(spec: str | int) -> None:
+    rotation = Rotation.for_features(96 * 16, spec)
+    w = torch.randn(21, 96 * 16, generator=torch.Generator().manual_seed(1))
+    expected = rotate(w.double(), rotation)
+    torch.testing.assert_close(rotate_rows(w.clone(), rotation).double(), expected, rtol=0, atol=2e-5)
+
+
+def test_pack_rows_equals_pack_int4() -> None:
+    codes = torch.randint(-8, 8, (33, 64), generator=torch.Generator().manual_seed(2), dtype=torch.int8)
+    packed = np.empty((33, 32), np.int8)
+    pack_rows(codes.numpy(), packed)
+    assert torch.equal(torch.from_numpy(packed).view(torch.uint8), pack_int4(codes))
+
+
+@pytest.mark.parametrize("group", [0, 32])
+def test_squared_errors_equal_the_definition(group: int) -> None:
+    w = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)) ** 3
+    q = quantize_weight(w, WeightSpec(group_size=group))
+    out = np.zeros(2)
+    squared_errors(w.numpy(), q.codes.numpy(), q.scale.numpy(), q.factor.numpy(), q.zero.numpy(), out)
+    assert out[1] / out[0] == pytest.approx(relative_mse(w, q), rel=1e-5)
+
+
+def test_for_row_parts_covers_every_row_once_and_reraises() -> None:
+    seen = np.zeros(1001, int)
+
+    def count(part: slice) -> None:
+        seen[part] += 1
+
+    for_row_parts(1001, count)
+    assert (seen == 1).all()
+
+    def fail(part: slice) -> None:
+        raise ValueError(f"rows {part.start}")
+
+    with pytest.raises(ValueError, match="rows 0"):
+        for_row_parts(10, fail)

@@ -1,0 +1,220 @@
+"""Merged layers: whatever the order of calls, the result is that of the separate layers."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dvdquant.errors import ShapeError
+from dvdquant.hadamard import Rotation
+from dvdquant.layers import LayerSpec, QuantLinear, empty_tensor, install_quant_linears, set_activation
+from dvdquant.recipe import ActivationSpec
+from tests.exporting import activations, op_inputs
+
+ROWS = (24, 16, 8)
+FEATURES = 64
+FIELDS = ("weight", "weight_scale", "weight_factor", "weight_zero", "bias")
+
+
+class Attention(nn.Module):
+    """Three linears with a shared input, and one inside a list as diffusers has it (``to_out.0``)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(FEATURES, n) for n in ROWS)
+        self.to_out = nn.ModuleList([nn.Linear(FEATURES, FEATURES), nn.Identity()])
+
+
+def spec(names: tuple[str, ...], rows: tuple[int, ...]) -> LayerSpec:
+    parent = names[0].rpartition(".")[0]
+    name = f"{parent}." * bool(parent) + "+".join(n.rpartition(".")[2] for n in names)
+    rotation = Rotation.for_features(FEATURES, "auto")
+    return LayerSpec(name, names, rows, FEATURES, (True,) * len(names), rotation, groups=2)
+
+
+def members() -> list[dict[str, Tensor]]:
+    """The packed tensors of to_q, to_k and to_v on their own."""
+    made = [op_inputs(FEATURES, n, weight_group=32, seed=n) for n in ROWS]
+    return [{name: op.tensors[name] for name in FIELDS} for op in made]
+
+
+def merged(bits: int = 8) -> tuple[nn.Module, nn.Module]:
+    """(a model with one merged layer, a model with three separate ones) with the same weights."""
+    names = tuple(f"attn.to_{x}" for x in "qkv")
+    one, three = nn.ModuleDict({"attn": Attention()}), nn.ModuleDict({"attn": Attention()})
+    out = spec(("attn.to_out.0",), (FEATURES,))
+    install_quant_linears(one, [spec(names, ROWS), out], ActivationSpec(bits))
+    install_quant_linears(three, [*(spec((n,), (r,)) for n, r in zip(names, ROWS)), out], ActivationSpec(bits))
+    parts = members()
+    joined = one.get_submodule("attn.to_q+to_k+to_v")
+    assert isinstance(joined, QuantLinear)
+    joined.load({f"{joined.spec.name}.{f}": torch.cat([p[f] for p in parts]) for f in FIELDS})
+    for name, part in zip(names, parts):
+        layer = three.get_submodule(name)
+        assert isinstance(layer, QuantLinear)
+        layer.load({f"{name}.{f}": part[f] for f in FIELDS})
+    return one, three
+
+
+def call(model: nn.Module, member: str, x: Tensor) -> Tensor:
+    result: Tensor = model.get_submodule(f"attn.to_{member}")(x)
+    return result
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("order", list(itertools.permutations("qkv")), ids="".join)
+def test_merged_equals_separate_in_every_order(order: tuple[str, ...], bits: int) -> None:
+    one, three = merged(bits)
+    x = activations(5, FEATURES, torch.float32)
+    for member in order:
+        # The same products over the same K: only the blocking of the matrix product may differ.
+        torch.testing.assert_close(call(one, member, x), call(three, member, x), rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_merged_in_other_dtypes(dtype: torch.dtype) -> None:
+    one, three = merged(8)
+    x = activations(5, FEATURES, dtype)
+    for member in "qkv":
+        got, want = call(one, member, x), call(three, member, x)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, want)
+
+
+def test_calls_with_other_tensors_in_between() -> None:
+    """Every sequence of four calls on two tensors, members and tensors in any mix, twice the same included."""
+    one, three = merged()
+    inputs = [activations(3, FEATURES, torch.float32, seed=s) for s in (1, 2)]
+    wanted = {(m, i): call(three, m, inputs[i]) for m in "qkv" for i in (0, 1)}
+    sequences = list(itertools.product(itertools.product("qk", (0, 1)), repeat=4))
+    assert len(sequences) == 256
+    for sequence in sequences:
+        for member, index in (*sequence, ("v", 0)):
+            got = call(one, member, inputs[index])
+            torch.testing.assert_close(got, wanted[member, index], rtol=2e-6, atol=2e-5)
+
+
+def test_tensor_changed_in_place_between_calls() -> None:
+    """x of the next step may live at the same address: a full round must not leave the old result behind."""
+    one, three = merged()
+    x = activations(3, FEATURES, torch.float32)
+    for member in "qkv":
+        call(one, member, x)
+    x.mul_(-3.0)
+    for member in "qkv":
+        torch.testing.assert_close(call(one, member, x), call(three, member, x), rtol=2e-6, atol=2e-5)
+
+
+def test_partial_round_then_changed_tensor() -> None:
+    """A model that stops half-way (an exception, a skipped branch) and goes on with the same tensor object, changed."""
+    one, three = merged()
+    x = activations(3, FEATURES, torch.float32)
+    call(one, "q", x)
+    x.add_(1.0)
+    torch.testing.assert_close(call(one, "k", x), call(three, "k", x), rtol=2e-6, atol=2e-5)
+
+
+def test_merged_layer_runs_once_per_round() -> None:
+    one, _ = merged()
+    calls = []
+    one.get_submodule("attn.to_q+to_k+to_v").register_forward_pre_hook(lambda *_: calls.append(1))
+    for seed in (1, 2, 3):
+        x = activations(3, FEATURES, torch.float32, seed=seed)
+        for member in "qkv":
+            call(one, member, x)
+    assert len(calls) == 3
+
+
+def test_nothing_is_kept_after_a_round() -> None:
+    """The shared input would keep the largest activations of the model alive."""
+    one, _ = merged()
+    x = activations(3, FEATURES, torch.float32)
+    for member in "qkv":
+        call(one, member, x)
+    shared = one.get_submodule("attn.to_q")._shared
+    assert shared.input is None
+    assert not shared.pending
+
+
+def test_state_after_an_exception() -> None:
+    one, three = merged()
+    x = activations(3, FEATURES, torch.float32)
+    call(one, "q", x)
+    with pytest.raises(RuntimeError):
+        call(one, "k", x[..., :10])
+    for member in "qkv":
+        torch.testing.assert_close(call(one, member, x), call(three, member, x), rtol=2e-6, atol=2e-5)
+
+
+def test_set_activation_changes_every_layer() -> None:
+    one, three = merged(8)
+    x = activations(5, FEATURES, torch.float32)
+    before = call(one, "q", x)
+    layers = [m for m in one.modules() if isinstance(m, QuantLinear)]
+    weights = [m.weight.clone() for m in layers]
+    for model in (one, three):
+        set_activation(model, ActivationSpec(4, 32))
+    assert {(m.act_bits, m.act_group) for m in layers} == {(4, 32)}
+    assert all(torch.equal(m.weight, w) for m, w in zip(layers, weights))
+    after = call(one, "q", x)
+    assert not torch.allclose(before, after, rtol=1e-3)
+    torch.testing.assert_close(after, call(three, "q", x), rtol=2e-6, atol=2e-5)
+
+
+def test_set_activation_in_the_middle_of_a_round() -> None:
+    """Half of a pair in 8 bits and half in 4 would be neither."""
+    one, three = merged(8)
+    x = activations(5, FEATURES, torch.float32)
+    call(one, "q", x)
+    for model in (one, three):
+        set_activation(model, ActivationSpec(4))
+    torch.testing.assert_close(call(one, "k", x), call(three, "k", x), rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "shape", "dtype"),
+    [
+        ("weight", (48, 31), torch.int8),
+        ("weight", (48, 32), torch.uint8),
+        ("weight_scale", (47,), torch.float32),
+        ("weight_scale", (48,), torch.float16),
+        ("weight_factor", (48, 1), torch.uint8),
+        ("weight_zero", (48, 1), torch.float32),
+        ("bias", (1,), torch.float32),
+    ],
+)
+def test_load_refuses_wrong_shapes_and_dtypes(field: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    one, _ = merged()
+    layer = one.get_submodule("attn.to_q+to_k+to_v")
+    assert isinstance(layer, QuantLinear)
+    tensors = {name: torch.zeros(s, dtype=d) for name, (d, s) in layer.spec.tensors().items()}
+    tensors[f"{layer.spec.name}.{field}"] = torch.zeros(shape, dtype=dtype)
+    with pytest.raises(ShapeError) as info:
+        layer.load(tensors)
+    assert f"{layer.spec.name}.{field}" in str(info.value)
+    assert "expected" in str(info.value)
+
+
+def test_placeholders_take_no_memory_and_tables_are_shared() -> None:
+    one, _ = merged()
+    assert empty_tensor((4096, 4096), torch.float32).untyped_storage().nbytes() == 4
+    names = [name for name, _ in one.named_buffers() if "hadamard" in name]
+    assert names == ["dvdq_rotation.hadamard_64"]
+    assert "dvdq_rotation" not in "".join(one.state_dict())
+    with_paley = replace(spec(("attn.to_q",), (24,)), rotation=Rotation.for_features(48, "full"), features=48, groups=1)
+    model = nn.ModuleDict({"attn": Attention()})
+    table = install_quant_linears(model, [with_paley], ActivationSpec(8))
+    hadamard, outer = table.matrices(with_paley.rotation)
+    assert (len(hadamard), len(outer)) == (with_paley.rotation.inner, with_paley.rotation.outer)
+
+
+def test_modules_inside_lists_are_replaced_in_place() -> None:
+    one, _ = merged()
+    assert isinstance(one.get_submodule("attn.to_out.0"), QuantLinear)
+    assert isinstance(one.get_submodule("attn.to_out.1"), nn.Identity)
+    assert "24" not in one.get_submodule("attn.to_out.0").extra_repr()
+    assert "to_q+to_k+to_v" in one.get_submodule("attn.to_k").extra_repr()
