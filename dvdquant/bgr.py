@@ -7,7 +7,8 @@ Solvers:
     ``paper``: Algorithm 1 of DVD-Quant. Bounded init keeps the best of a lattice of shrunk clip ranges, min-max among
     them; then Δ = ⟨q, w⟩/⟨q, q⟩, z = round(mean(codes − w/Δ)) and the codes in turn, until the error stops falling.
     ``search``: scales from the whole range in steps of 2 %, each scored by the error it has after one such Δ, then
-    descent from the best peaks; reaches the optimum of a dense search to a fraction of a per mille.
+    descent from the best peaks; within 1 ‰ of a dense search on rows and groups from 32 weights up, and within 5 ‰ on
+    groups of 16, where the 8-bit factor is the limit. Of groups, every factor around the best scale is tried as well.
 
 The loops are compiled by numba for the CPU they run on. CUDA tensors are copied to the CPU block by block, and results
 are on the CPU: a search takes less time than reading the checkpoint from most disks.
@@ -211,7 +212,6 @@ def _for_row_blocks(w: Tensor, work: Callable[[Tensor, slice], bool]) -> None:
     CheckpointError when one of the calls returns False: it met a NaN or Inf.
     """
     threads = torch.get_num_threads()
-    w = w.detach()
     with ThreadPoolExecutor(threads) as pool:
         for start, block in _row_blocks(w):
             # More parts than threads, so that a thread that lost its core does not hold up the block.
@@ -227,7 +227,12 @@ def _for_row_blocks(w: Tensor, work: Callable[[Tensor, slice], bool]) -> None:
 
 
 def _row_blocks(w: Tensor, weights: int = _BLOCK) -> Iterator[tuple[int, Tensor]]:
-    """Slices of rows as contiguous fp32 on the CPU, and where each starts."""
+    """Slices of rows as contiguous fp32 on the CPU, and where each starts. A slice is valid until the next one."""
     step = max(1, weights // w.shape[1])
+    w = w.detach()
+    as_it_is = w.device.type == "cpu" and w.dtype == torch.float32 and w.is_contiguous()
+    # One buffer for all slices: allocating each anew leaves the heap in pieces several times its size.
+    buffer = torch.empty(0 if as_it_is else min(step, len(w)), w.shape[1])
     for start in range(0, len(w), step):
-        yield start, w[start : start + step].to(device="cpu", dtype=torch.float32).contiguous()
+        rows = w[start : start + step]
+        yield start, rows if as_it_is else buffer[: len(rows)].copy_(rows)

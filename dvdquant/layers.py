@@ -146,19 +146,24 @@ class QuantLinear(nn.Module):
 class _SharedInput:
     """Runs a merged layer at its first member's call and hands the other members their rows.
 
-    A member that is called with another tensor than the one last seen triggers a new call, so results are right for
-    every order of calls; only the saving depends on the members being called one after the other.
+    A member that is called with another tensor than the one last seen, or with that tensor changed in place, or after a
+    switch of the activation bits, triggers a new call, so results are right for every order of calls; only the saving
+    depends on the members being called one after the other.
     """
 
     def __init__(self, layer: QuantLinear) -> None:
         self.layer = layer
         self.input: Tensor | None = None
+        self.state: tuple[int, int, int] | None = None
         self.pending: dict[int, Tensor] = {}
 
     def take(self, index: int, x: Tensor) -> Tensor:
-        if self.input is not x or index not in self.pending:
+        # Inference tensors count no versions, and a compiler sees every change in place by itself.
+        version = 0 if x.is_inference() or torch.compiler.is_compiling() else x._version
+        state = (version, self.layer.act_bits, self.layer.act_group)
+        if self.input is not x or self.state != state or index not in self.pending:
             parts = self.layer(x).split(list(self.layer.spec.rows), dim=-1)
-            self.input, self.pending = x, dict(enumerate(parts))
+            self.input, self.state, self.pending = x, state, dict(enumerate(parts))
         part = self.pending.pop(index)
         if not self.pending:
             self.input = None

@@ -89,7 +89,8 @@ def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:
     for value, spec in zip(model.graph.inputs, plan.family.inputs(sizes), strict=True):
         value.name = spec.name
     model.graph.outputs[0].name = "sample"
-    simplify(model, parameters)
+    with _quiet_exporter():
+        simplify(model, parameters)
     boolean_where(model)
     return model
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
@@ -118,14 +120,16 @@ def test_partial_round_then_changed_tensor() -> None:
     torch.testing.assert_close(call(one, "k", x), call(three, "k", x), rtol=2e-6, atol=2e-5)
 
 
-def test_merged_layer_runs_once_per_round() -> None:
-    one, _ = merged()
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_merged_layer_runs_once_per_round(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    one, three = merged()
     calls = []
     one.get_submodule("attn.to_q+to_k+to_v").register_forward_pre_hook(lambda *_: calls.append(1))
-    for seed in (1, 2, 3):
-        x = activations(3, FEATURES, torch.float32, seed=seed)
-        for member in "qkv":
-            call(one, member, x)
+    with mode():
+        for seed in (1, 2, 3):
+            x = activations(3, FEATURES, torch.float32, seed=seed)
+            for member in "qkv":
+                torch.testing.assert_close(call(one, member, x), call(three, member, x), rtol=2e-6, atol=2e-5)
     assert len(calls) == 3
 
 

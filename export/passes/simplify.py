@@ -8,6 +8,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript import optimizer
 
+from .interleave_pairs import interleave_pairs
+
 __all__ = ["simplify"]
 
 # Rotary tables of a whole video are constants that folding would blow up: 32 760 tokens × 128 × 2 tables.
@@ -19,7 +21,8 @@ def simplify(model: ir.Model, parameters: Collection[str]) -> bool:
 
     1. Parameters hold no data yet, so they are graph inputs while the folder runs: nothing derived from them is folded.
     2. Constants over 1 MiB are left as computed.
-    3. Common subexpressions (the rotary tables are recomputed in every block) and equal constants are shared.
+    3. Rotary embeddings written pair by pair into an empty tensor become concatenations.
+    4. Common subexpressions (the rotary tables are recomputed in every block) and equal constants are shared.
     """
     graph = model.graph
     weights = [graph.initializers.pop(name) for name in list(graph.initializers) if name in parameters]
@@ -28,6 +31,7 @@ def simplify(model: ir.Model, parameters: Collection[str]) -> bool:
         value.const_value = None
         graph.inputs.append(value)
     optimizer.optimize_ir(model, input_size_limit=MAX_FOLDED_BYTES, output_size_limit=MAX_FOLDED_BYTES)
+    interleave_pairs(model)
     ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(),
         common.DeduplicateInitializersPass(size_limit=MAX_FOLDED_BYTES),

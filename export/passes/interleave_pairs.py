@@ -1,0 +1,86 @@
+"""Write-into-empty rotary embeddings as concatenation: two ScatterND over a whole tensor cost more than the attention's own reads."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = ["interleave_pairs"]
+
+
+def interleave_pairs(model: ir.Model) -> bool:
+    """Rewrite ``out = empty; out[..., 0::2] = a; out[..., 1::2] = b``; returns whether the pattern was there.
+
+    Tracing makes of it, with the last axis brought to the front by ``Transpose(perm)``::
+
+        ScatterND(Identity*(ScatterND(base, evens, Transpose(a))), odds, Transpose(b))
+
+    1. ``evens`` and ``odds`` are the constants 0, 2, … and 1, 3, … and cover the axis: replaced by
+       ``Transpose(Reshape(Concat(Unsqueeze(a), Unsqueeze(b))))``, and the base, never read, is dropped.
+    2. A Transpose that follows is composed with that one.
+    3. Other indices or permutations: left alone.
+    """
+    changed = False
+    for node in list(model.graph):
+        if node.graph is None or node.op_type != "ScatterND" or node.domain:
+            continue
+        if (parts := _match(node)) is not None:
+            _rewrite(model.graph, node, *parts)
+            changed = True
+    return changed
+
+
+def _match(odd: ir.Node) -> tuple[ir.Value, ir.Value, tuple[int, ...]] | None:
+    """(a, b, perm) of case 1."""
+    inner = odd.inputs[0].producer() if odd.inputs[0] is not None else None
+    while inner is not None and inner.op_type == "Identity" and inner.inputs[0] is not None:
+        inner = inner.inputs[0].producer()
+    if inner is None or inner.op_type != "ScatterND":
+        return None
+    transposed = [node.inputs[2].producer() if node.inputs[2] is not None else None for node in (inner, odd)]
+    perms = [tuple(t.attributes["perm"].as_ints()) if t is not None and t.op_type == "Transpose" else None for t in transposed]
+    first = perms[0]
+    if first is None or perms[0] != perms[1] or first != (len(first) - 1, *range(1, len(first) - 1), 0):
+        return None
+    size = odd.outputs[0].shape[0] if odd.outputs[0].shape is not None else None
+    for start, node in enumerate((inner, odd)):
+        index = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+        if index is None or not isinstance(size, int) or not np.array_equal(index.numpy().ravel(), np.arange(start, size, 2)):
+            return None
+    evens, odds = (t.inputs[0] for t in transposed if t is not None)
+    return (evens, odds, first) if evens is not None and odds is not None else None
+
+
+def _rewrite(graph: ir.Graph, node: ir.Node, evens: ir.Value, odds: ir.Value, perm: tuple[int, ...]) -> None:
+    rank = len(perm)
+    tape = ir.tape.Tape()
+    axis = _constant(tape, [rank], f"{node.name}_axis")
+    shape = _constant(tape, [*([0] * (rank - 1)), -1], f"{node.name}_shape")
+    pairs = tape.op("Concat", [tape.op("Unsqueeze", [evens, axis]), tape.op("Unsqueeze", [odds, axis])], {"axis": rank})
+    joined = tape.op("Reshape", [pairs, shape])
+    output = node.outputs[0]
+    for value in (pairs, joined, *(n.outputs[0] for n in tape.nodes if n.op_type == "Unsqueeze")):
+        value.dtype = output.dtype
+    if output.shape is not None:
+        joined.shape = ir.Shape([output.shape[perm.index(i)] for i in range(rank)])
+    replacements = []
+    for user, _ in list(output.uses()):
+        if user.op_type == "Transpose" and not output.is_graph_output():
+            composed = [perm[i] for i in user.attributes["perm"].as_ints()]
+            replacements.append((user, tape.op("Transpose", [joined], {"perm": composed})))
+    whole = tape.op("Transpose", [joined], {"perm": list(perm)})
+    graph.insert_before(node, list(tape.nodes))
+    for user, value in replacements:
+        old = user.outputs[0]
+        value.dtype, value.shape = old.dtype, old.shape
+        ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+        graph.remove(user, safe=True)
+    whole.dtype, whole.shape = output.dtype, output.shape
+    ir.convenience.replace_all_uses_with(output, whole, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _constant(tape: ir.tape.Tape, values: list[int], name: str) -> ir.Value:
+    value: ir.Value = tape.op("Constant", [], {"value": ir.tensor(np.array(values, np.int64), name=name)})
+    value.dtype, value.shape = ir.DataType.INT64, ir.Shape([len(values)])
+    return value
