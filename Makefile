@@ -1,4 +1,7 @@
-# One file does all the set-up. Needs: Python 3.11 or newer with venv and pip, make, a shell.
+# One file does all the set-up. Needs: Python 3.11 or newer with venv and pip, make, bash.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
 PYTHON ?= python3
 VENV ?= .venv
 VENV_FLAGS ?=
@@ -35,21 +38,23 @@ $(BIN)/pip:
 
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "installing dvdquant and what it needs into $(VENV) (2.5 GB on disk, minutes the first time)"
-	@$(BIN)/python -m pip install -q -e . $(PIN)
+	@$(BIN)/python -m pip install -qq -e . $(PIN)
 	@touch $@
 
 $(INSTALLED_TEST): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "installing dvdquant with its test tools into $(VENV) (2.5 GB on disk, minutes the first time)"
-	@$(BIN)/python -m pip install -q -e '.[test]' $(PIN)
+	@$(BIN)/python -m pip install -qq -e '.[test]' $(PIN)
 	@touch $(INSTALLED) $@
 
 venv: $(INSTALLED)
 
 demo: $(INSTALLED)
+	@mkdir -p $(dir $(OUT))
 	$(BIN)/dvdq-export examples/tiny-wan -o $(OUT) --latent 8x24x24 --text-tokens 5 \
-		--sm 8.0 --sm 8.6 --sm 8.9 --sm 12.0 --target rtx --target onnx --verify
-	$(BIN)/dvdq-inspect $(OUT) --check
-	@$(BIN)/python docs/engines.py $(OUT)
+		--sm 8.0 --sm 8.6 --sm 8.9 --sm 12.0 --target rtx --target onnx --verify | tee $(OUT).log
+	$(BIN)/dvdq-inspect $(OUT) --check | tee -a $(OUT).log
+	@$(BIN)/python examples/list_engines.py $(OUT)
+	@echo "log       $(OUT).log"
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .
@@ -68,5 +73,5 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/tables.py
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OUT)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OUT) $(OUT).log
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -7,6 +7,7 @@ torch.export, and tells which linear layers share their input.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,8 +73,16 @@ def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
         ) from error
     fp32_modules = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in list(model.named_parameters()):
+        if not parameter.numel():
+            raise CheckpointError(f"with this config.json, {name} of {config['_class_name']} has no element")
         stored = torch.float32 if fp32_modules & set(name.split(".")) else dtype
         _set_parameter(model, name, empty_tensor(tuple(parameter.shape), stored))
+    saved = set(model.state_dict())
+    for name, buffer in list(model.named_buffers()):
+        if name in saved:  # part of the checkpoint (learned position embeddings), so treated like a parameter
+            parent, _, child = name.rpartition(".")
+            del model.get_submodule(parent)._buffers[child]
+            _set_parameter(model, name, empty_tensor(tuple(buffer.shape), dtype if buffer.is_floating_point() else buffer.dtype))
     return model.eval().requires_grad_(False)
 
 
@@ -88,12 +97,21 @@ def plan_model(config: Mapping[str, Any], recipe: Recipe, dtype: torch.dtype) ->
     Raises:
         UnsupportedError: unknown family, or a layer whose K has no Hadamard matrix of the recipe's kind.
     """
-    family = get_family(config)
     model = build_skeleton(config, dtype)
+    # What config.json leaves out has a default in diffusers, which the family needs too.
+    defaults = {name: value for name, value in model.config.items() if not name.startswith("_")}  # type: ignore[operator, union-attr]
+    family = get_family({**defaults, **config})
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     chosen = {name for name in linears if not recipe.keeps(name, family.keep)}
-    specs = [_layer_spec(group, linears, recipe) for group in _shared_inputs(model, family, chosen, dtype)]
+    try:
+        groups = _shared_inputs(model, family, chosen, dtype)
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"the {config['_class_name']} of this config.json does not run: {type(error).__name__}: {error}",
+            fix="compare config.json with the one the model was published with",
+        ) from error
+    specs = [_layer_spec(group, linears, recipe) for group in groups]
     replaced = {f"{member}.{kind}" for spec in specs for member in spec.members for kind in ("weight", "bias")}
     kept = {n: (p.dtype, tuple(p.shape)) for n, p in model.named_parameters() if n not in replaced}
     kept_linears = tuple(name for name in linears if name not in chosen)
@@ -118,9 +136,13 @@ def _shared_inputs(
         return hook
 
     hooks = [m.register_forward_pre_hook(record(n, m.in_features)) for n, m in modules.items()]  # type: ignore[arg-type]
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it prints tracebacks of errors that are reported here in words
     try:
         _fake_forward(model, family, dtype)
     finally:
+        log.setLevel(level)
         for hook in hooks:
             hook.remove()
     groups = [tuple(members) for members in seen.values()]
@@ -131,9 +153,9 @@ def _shared_inputs(
 
 
 def _fake_forward(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
-    axes = [Axis.fixed(2 * p) for p in family.patch()]
+    frames, height, width = (Axis.fixed(size) for size in family.probe())
     text = family.config.get("max_text_seq_length") or family.default_text_tokens
-    sizes = Sizes(*axes, text_tokens=text)
+    sizes = Sizes(frames, height, width, text_tokens=text)
     inputs = family.sample(sizes, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         fake = {name: mode.from_tensor(value) for name, value in inputs.items()}

@@ -152,8 +152,6 @@ class ExportTransaction:
         self._stage: Path | None = None
         self._journal: Journal | None = None
 
-    # ---------------------------------------------------------------------------------------------- entry and exit
-
     def __enter__(self) -> ExportTransaction:
         try:
             self._lock = self._open_folder()
@@ -286,7 +284,7 @@ class ExportTransaction:
 
     def is_done(self, step: str) -> bool:
         """Whether ``step`` was finished, in this run or in the one resumed."""
-        return self._journal is not None and step in self._journal.done
+        return step in self.steps
 
     def data(self, step: str) -> Any:
         """What :meth:`done` was given for ``step``; KeyError if it is not done."""
@@ -332,7 +330,7 @@ class ExportTransaction:
             if os.path.lexists(self.out / COMMIT):
                 raise OutputError(
                     f"the export is finished, but putting it in place failed at {error.filename}: {error.strerror}",
-                    fix=f"remove the cause, then run any dvdquant command on {self.out}: it completes the export",
+                    fix="remove the cause, then run the same command with --resume, which completes it at once",
                 ) from error
             raise disk_error(error, error.filename or self.out) from error
         self.committed = True

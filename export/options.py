@@ -83,9 +83,11 @@ def resolve_sizes(family: Family, options: ExportOptions) -> Sizes:
     Raises:
         ShapeError: a size that the VAE or the patch does not divide, both ways of giving sizes at once, or bad syntax.
     """
-    tokens = options.text_tokens or family.config.get("max_text_seq_length") or family.default_text_tokens
+    tokens = options.text_tokens
+    if tokens is None:
+        tokens = family.config.get("max_text_seq_length") or family.default_text_tokens
     if tokens < 1 or options.batch < 1:
-        raise ShapeError(f"--text-tokens {tokens} and --batch {options.batch} must be at least 1")
+        raise ShapeError(f"--text-tokens is {tokens} and --batch {options.batch}", fix="give at least 1 for each")
     pixels = (options.num_frames, options.height, options.width)
     if options.latent is not None:
         if any(p is not None for p in pixels):
@@ -125,6 +127,13 @@ def _from_pixels(family: Family, pixels: tuple[str | None, str | None, str | Non
                     fix=f"change {name}, or give latent sizes with --latent",
                 )
     frames, height, width = given
+    for size in (frames.min, frames.opt, frames.max):
+        if over := (size - 1) % scales[0]:
+            raise ShapeError(
+                f"--num-frames is {size}, but the VAE makes one latent of the first frame and one of every {scales[0]} more",
+                available=f"{size - over} or {size - over + scales[0]}",
+                fix="change --num-frames, or give latent sizes with --latent",
+            )
     return [
         frames.map(family.latent_frames),
         height.map(lambda size: size // scales[1]),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import signal
 import struct
+import subprocess
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dvdquant.commit
 from dvdquant.manifest import Manifest
 from dvdquant.recipe import get_recipe
 from dvdquant.transaction import ExportTransaction
@@ -51,6 +57,15 @@ def save_checkpoint(folder: Path, shards: int = 1, config: Mapping[str, Any] | N
         weight_map.update(dict.fromkeys(part, name))
     write_index(folder, weight_map)
     return content
+
+
+def save_pipeline(folder: Path, *components: str, **entries: Any) -> None:
+    index = {"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"], "transformer_9": [None, None]}
+    index |= {name: ["diffusers", "WanTransformer3DModel"] for name in components} | entries
+    for name in components:
+        save_checkpoint(folder / name)
+    folder.mkdir(exist_ok=True)
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def write_index(folder: Path, weight_map: Any) -> None:
@@ -131,6 +146,11 @@ def names_in(out: Path) -> set[str]:
     return found | {path.name for path in out.parent.glob(f".{out.name}.dvdquant-*")}
 
 
+def memory_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder in memory where there is one: thousands of small files in a row spend their time waiting for a disk."""
+    return tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+
+
 def in_child(work: Callable[[], None]) -> int:
     """Run ``work`` in a forked process; its exit status: 0, 1 after an exception, −9 when it was killed."""
     pid = os.fork()
@@ -146,3 +166,99 @@ def in_child(work: Callable[[], None]) -> int:
             os._exit(code)
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status)
+
+
+def at_operation(count: int, action: Callable[[], None], out: Path) -> None:
+    """From now on, run ``action`` before the ``count``-th operation on names below or beside ``out``. For a child: an
+    audit hook stays for good."""
+    names = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod")
+    left = count
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal left
+        within = event in names and str(out.parent) in str(args[0])
+        below = event in ("os.remove", "os.rmdir") and args[1] not in (-1, None)  # shutil.rmtree, by descriptors
+        if within or below or event == "ctypes.dlsym":
+            left -= 1
+            if left == -1:
+                action()
+
+    sys.addaudithook(hook)
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_space() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_exchange(a: Path, b: Path) -> None:
+    """In place of ``dvdquant.commit.exchange``: a file system without renameat2."""
+    raise OSError(errno.EINVAL, "Invalid argument")
+
+
+def disturbed(work: str, out: str, count: int, action: str, way: str) -> None:
+    """Run ``export_2``, ``resumable`` or ``abandoned`` with ``action`` before the ``count``-th operation on names (in a child)."""
+    if way == "roll-forward":
+        dvdquant.commit.exchange = no_exchange
+    at_operation(count, {"kill": kill_self, "no space": no_space}[action], Path(out))
+    if work == "abandoned":
+        export(Path(out), 2, finish=False)
+    elif work == "resumable":
+        export_resumable(Path(out))
+    else:
+        export(Path(out), 2)
+
+
+class CleanChildren:
+    """Runs :func:`disturbed` in forks of a small process: forking one that holds torch takes ten times as long."""
+
+    def __init__(self) -> None:
+        code = (
+            "import json, sys; from tests import helpers_checkpoint as h\n"
+            "for line in sys.stdin: print(h.in_child(lambda: h.disturbed(*json.loads(line))), flush=True)"
+        )
+        command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+        root = Path(__file__).parents[1]
+        self._process = subprocess.Popen(
+            command, cwd=root, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def run(self, work: str, out: Path, count: int, action: str, way: str = "exchange") -> int:
+        """The exit status, as of :func:`in_child`."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([work, str(out), count, action, way]), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+KEY = {"fingerprint": "f" * 64, "recipe": {"name": "w4a4", "weight": {"group_size": 32}}, "sm": ["8.9"]}
+
+
+def six_steps(transaction: ExportTransaction, steps: int) -> list[int]:
+    """Up to six steps of 100 bytes of one growing file, each noted in the journal; returns those that ran now."""
+    ran, path = [], transaction.path("weights.safetensors", resumable=True)
+    path.touch()
+    for step in range(steps):
+        if transaction.is_done(f"layer{step}"):
+            assert transaction.data(f"layer{step}") == {"error": step / 7}
+            continue
+        with path.open("r+b") as file:
+            file.seek(100 * step)
+            file.write(bytes([step]) * 100)
+        transaction.done(f"layer{step}", {"error": step / 7}, files=["weights.safetensors"])
+        ran.append(step)
+    transaction.path("half.onnx").write_bytes(b"half")  # neither resumable nor part of a finished step
+    return ran
+
+
+def export_resumable(out: Path, resume: bool = False) -> None:
+    with ExportTransaction(out, key=KEY, resume=resume) as transaction:
+        if not transaction.complete:
+            six_steps(transaction, 3)
+            transaction.commit(manifest())

@@ -1,30 +1,31 @@
-"""The output folder: all of the new export or nothing of it, under failures, kills, full disks and rivals."""
+"""The output folder: all of the new export or nothing of it, and what it refuses."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-import random
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import dvdquant.commit as commit_module
-from dvdquant.commit import recover
+import dvdquant.commit
 from dvdquant.errors import OutputError, ResourceError
 from dvdquant.manifest import load_manifest, verify_files
-from dvdquant.transaction import ExportTransaction, Journal, require_disk
-from tests.helpers_checkpoint import content, export, hashes, in_child, manifest, names_in, state
-
-KEY = {"fingerprint": "f" * 64, "recipe": {"name": "w4a4", "weight": {"group_size": 32}}, "sm": ["8.9"]}
+from dvdquant.transaction import ExportTransaction, require_disk
+from tests.helpers_checkpoint import (
+    KEY,
+    content,
+    export,
+    hashes,
+    in_child,
+    manifest,
+    names_in,
+    no_exchange,
+    state,
+)
 
 
 def seen(version: int) -> dict[str, str]:
@@ -33,22 +34,10 @@ def seen(version: int) -> dict[str, str]:
 
 @pytest.fixture(params=["exchange", "roll-forward"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of putting an export in place; the second as on a file system without renameat2."""
+    """The two ways of putting an export in place; the second as on a file system without renameat2."""
     if request.param == "roll-forward":
-
-        def refuse(a: Path, b: Path) -> None:
-            raise OSError(errno.EINVAL, "Invalid argument")
-
-        monkeypatch.setattr(commit_module, "exchange", refuse)
+        monkeypatch.setattr(dvdquant.commit, "exchange", no_exchange)
     return str(request.param)
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A folder in memory where there is one: hundreds of exports in a row spend their time in fsync."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        yield Path(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------- the layout
@@ -280,64 +269,6 @@ def test_a_full_disk_in_the_work_is_a_resource_error(tmp_path: Path) -> None:
     assert state(tmp_path / "out") == seen(1)
 
 
-@pytest.mark.usefixtures("way")
-def test_every_file_operation_of_a_replacement_failing(memory: Path) -> None:
-    """An audit hook makes the n-th file operation fail for want of space, for every n until one run gets through."""
-
-    def attempt(out: Path, fail_at: int) -> Callable[[], None]:
-        def work() -> None:
-            _at_operation(fail_at, _no_space, out)
-            export(out, 2)
-
-        return work
-
-    clean = 0
-    for fail_at in range(500):
-        out = memory / str(fail_at) / "out"
-        export(out, 1)
-        status = in_child(attempt(out, fail_at))
-        assert status in (0, 1)
-        after, decided = state(out), (out / ".commit").exists()
-        assert after in ((seen(1), seen(2), None) if decided else (seen(1), seen(2)))
-        export(out, 4, finish=False)  # the next run sweeps, or completes what was decided
-        assert state(out) == (seen(2) if decided else after)
-        assert names_in(out) == {*(content(1) if state(out) == seen(1) else content(2)), "manifest.json"}
-        clean = clean + 1 if status == 0 else 0
-        if clean == 12:
-            return
-    pytest.fail("the operations never end")
-
-
-def test_disk_full_on_a_real_small_disk(tmp_path: Path) -> None:
-    """A tmpfs of 1 MB, where it can be mounted: a mount point besides, so the exchange is impossible there."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip("no right to mount a tmpfs here")
-    try:
-        export(disk, 1)
-        with pytest.raises(ResourceError, match="no room left"), ExportTransaction(disk) as transaction:
-            transaction.path("big").write_bytes(bytes(4 << 20))
-        assert state(disk) == seen(1)
-        filler = disk / "onnx" / "filler"
-        for left in range(0, 200_000, 20_000):
-            free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-            filler.write_bytes(bytes(max(0, free - left)))
-            try:
-                export(disk, 2)
-            except ResourceError:
-                assert state(disk) == seen(1)
-            filler.unlink()
-        assert state(disk) == seen(2)  # the last rounds had room
-        export(disk, 3)
-        assert state(disk) == seen(3)
-        with pytest.raises(ResourceError, match=r"weights needs 0\.00 GB, 0\.00 GB are free"):
-            require_disk(disk / "not" / "yet", 2 << 20, "weights")
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
 def test_require_disk(tmp_path: Path) -> None:
     require_disk(tmp_path / "out", 1000, "the weights")
     with pytest.raises(ResourceError) as caught:
@@ -349,353 +280,7 @@ def test_require_disk(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- kills
 
 
-def _at_operation(count: int, action: Callable[[], None], out: Path) -> None:
-    """From now on, run ``action`` before the ``count``-th operation on a file below or beside ``out`` (in a child)."""
-    names = {
-        "open",
-        "os.rename",
-        "os.remove",
-        "os.rmdir",
-        "os.mkdir",
-        "os.link",
-        "os.truncate",
-        "os.chmod",
-        "fcntl.flock",
-    }
-    left = count
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal left
-        if event == "ctypes.dlsym" or (event in names and str(out.parent) in str(args[0])):
-            left -= 1
-            if left == -1:
-                action()
-
-    sys.addaudithook(hook)
-
-
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _no_space() -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_killed_before_every_single_operation(memory: Path, way: str, first: bool) -> None:
-    """SIGKILL before the n-th file operation of an export, for every n: the old export or the new one, no third.
-
-    With the exchange, by the bytes on disk alone; rolling forward, no manifest ever stands beside files of another
-    export, and the first reader completes what was decided.
-    """
-
-    def attempt(out: Path, kill_at: int) -> Callable[[], None]:
-        def work() -> None:
-            _at_operation(kill_at, _kill, out)
-            export(out, 2)
-
-        return work
-
-    outcomes = set()
-    for kill_at in range(500):
-        out = memory / str(kill_at) / "out"
-        out.parent.mkdir()
-        if not first:
-            export(out, 1)
-        status = in_child(attempt(out, kill_at))
-        raw = state(out)
-        if raw is None and (out / ".commit").exists():
-            assert first or way == "roll-forward"
-            assert load_manifest(out).family == "v2"
-            raw = state(out)
-        assert raw in ((None, seen(2)) if first else (seen(1), seen(2)))
-        outcomes.add(None if raw is None else (1 if raw == seen(1) else 2))
-        export(out, 3)
-        assert state(out) == seen(3)
-        assert names_in(out) == {*content(3), "manifest.json"}  # orphans are swept
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL
-    else:
-        pytest.fail("the operations never end")
-    assert kill_at > 25
-    assert outcomes == ({None, 2} if first else {1, 2})
-
-
-LOOP = """
-import sys
-from pathlib import Path
-from tests.helpers_checkpoint import export
-out, version = Path(sys.argv[1]), 1
-while True:
-    print(version, flush=True)
-    export(out, version)
-    version += 1
-"""
-
-
-def _random_kills(tmp_path: Path, kills: int) -> None:
-    """A process that exports version after version, killed at a random time, again and again in the same folder."""
-    root, out, rng = Path(__file__).parents[1], tmp_path / "out", random.Random(2)
-    versions = {json.dumps(seen(version), sort_keys=True): version for version in range(1, 5000)}
-    before: dict[str, str] | None = None
-    for _ in range(kills):
-        process = subprocess.Popen([sys.executable, "-c", LOOP, out], cwd=root, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.08))
-        process.kill()
-        begun = 1 + len(process.stdout.read().split())
-        process.wait()
-        raw = state(out)
-        if raw is None and (out / ".commit").exists():
-            raw = hashes({}) if not out.exists() else {n: e["sha256"] for n, e in load_manifest(out).files.items()}
-            assert state(out) == raw
-        assert raw == before or (raw is not None and versions[json.dumps(raw, sort_keys=True)] <= begun)
-        before = raw
-    export(out, 1)
-    assert state(out) == seen(1)
-    assert names_in(out) == {*content(1), "manifest.json"}
-
-
-@pytest.mark.slow
-def test_300_random_kills(memory: Path) -> None:
-    _random_kills(memory, 300)
-
-
-def test_20_random_kills(memory: Path) -> None:
-    _random_kills(memory, 20)
-
-
-def test_a_commit_record_cannot_reach_outside(tmp_path: Path) -> None:
-    """``.commit`` lies in a folder somebody may have sent: its paths are checked like any other."""
-    victim = tmp_path / "victim"
-    victim.mkdir()
-    (victim / "file").write_text("keep")
-    stage = ".tmp-" + "0" * 16
-    records: list[Any] = [
-        {"stage": stage, "install": [], "remove": ["../victim/file"]},
-        {"stage": stage, "install": ["../victim/file"], "remove": []},
-        {"stage": stage, "install": [], "remove": [str(victim / "file")]},
-        {"stage": stage, "install": [], "remove": ["link/file"]},
-        {"stage": stage, "install": ["link/file"], "remove": []},
-        {"stage": "../victim", "install": [], "remove": []},
-        {"stage": stage, "install": ["lost"], "remove": []},
-        {"stage": stage},
-        {"stage": 1, "install": [], "remove": []},
-        [],
-    ]
-    for index, record in enumerate(records):
-        out = tmp_path / str(index)
-        tree = out / stage / "tree"
-        (tree / "link").mkdir(parents=True)
-        (tree / "link" / "file").write_text("evil")
-        (tree / "manifest.json").write_text(manifest().to_json())
-        (out / "link").symlink_to(victim)
-        (out / ".commit").write_text(json.dumps(record))
-        with pytest.raises(OutputError, match="cannot be completed"):
-            recover(out)
-        with pytest.raises(OutputError, match="cannot be completed"):
-            load_manifest(out)
-        assert (victim / "file").read_text() == "keep"
-
-
-def test_a_stage_that_is_a_link_is_unlinked_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "victim").mkdir()
-    (tmp_path / "victim" / "file").write_text("keep")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / f".tmp-{'0' * 16}").symlink_to(tmp_path / "victim")
-    export(tmp_path / "out", 1)
-    assert (tmp_path / "victim" / "file").read_text() == "keep"
-    assert names_in(tmp_path / "out") == {*content(1), "manifest.json"}
-
-
 # -------------------------------------------------------------------------------------------------------------- rivals
 
 
-def test_the_second_export_says_who_is_first(tmp_path: Path) -> None:
-    with ExportTransaction(tmp_path / "out"):
-        with pytest.raises(OutputError, match=f"being written by another export .*pid {os.getpid()}"):
-            export(tmp_path / "out", 1)
-        with pytest.raises(OutputError, match="being written"):
-            recover(tmp_path / "out")
-
-
-def test_races_of_8_processes(memory: Path) -> None:
-    """Every process either exports or says that another one does; what is left is one whole export."""
-    wins = losses = 0
-    for race in range(12):
-        out, gate = memory / f"race{race}" / "out", os.pipe()
-        out.parent.mkdir()
-        if race % 2:
-            export(out, 1)
-        children = {}
-        for rival in range(8):
-            pid = os.fork()
-            if pid == 0:
-                code = 9
-                try:
-                    os.close(gate[1])
-                    os.read(gate[0], 1)  # all start together, when the parent closes the gate
-                    export(out, 2 + rival)
-                    code = 0
-                except OutputError as error:
-                    code = 5 if "is being written by another export" in error.what else 8
-                finally:
-                    os._exit(code)
-            children[pid] = rival
-        os.close(gate[0])
-        os.close(gate[1])
-        codes = {children[pid]: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children}
-        assert set(codes.values()) <= {0, 5}, codes
-        winners = [2 + rival for rival, code in codes.items() if code == 0]
-        assert winners
-        assert state(out) in [seen(version) for version in winners]
-        assert "manifest.json" in names_in(out)
-        assert not any(name.startswith(".") for name in names_in(out))
-        wins, losses = wins + len(winners), losses + 8 - len(winners)
-    assert losses > 0
-    assert wins >= 12
-
-
 # -------------------------------------------------------------------------------------------------------------- resume
-
-
-def _interrupted(out: Path, steps: int, *, key: Any = KEY, killed: bool = True) -> None:
-    def work() -> None:
-        with ExportTransaction(out, key=key, keep_for_resume=True) as transaction:
-            _work(transaction, steps)
-            if killed:
-                _kill()
-            raise ValueError("broken")
-
-    assert in_child(work) != 0
-
-
-def _work(transaction: ExportTransaction, steps: int) -> list[int]:
-    """Six steps of 100 bytes of one growing file, each noted in the journal; returns those that ran now."""
-    ran, path = [], transaction.path("weights.safetensors", resumable=True)
-    path.touch()
-    for step in range(steps):
-        if transaction.is_done(f"layer{step}"):
-            assert transaction.data(f"layer{step}") == {"error": step / 7}
-            continue
-        with path.open("r+b") as file:
-            file.seek(100 * step)
-            file.write(bytes([step]) * 100)
-        transaction.done(f"layer{step}", {"error": step / 7}, files=["weights.safetensors"])
-        ran.append(step)
-    transaction.path("half.onnx").write_bytes(b"half")  # neither resumable nor part of a finished step
-    return ran
-
-
-@pytest.mark.parametrize("killed", [True, False])
-@pytest.mark.parametrize("steps", [1, 3, 6])
-def test_resume_goes_on_and_gives_the_same_bytes(tmp_path: Path, steps: int, killed: bool) -> None:
-    with ExportTransaction(tmp_path / "whole", key=KEY) as transaction:
-        _work(transaction, 6)
-        (transaction.tree / "half.onnx").unlink()
-        transaction.commit(manifest(created="2026-01-01T00:00:00+00:00"))
-    out = tmp_path / "out"
-    _interrupted(out, steps, killed=killed)
-    assert state(out) is None
-    with ExportTransaction(out, key=KEY, resume=True) as transaction:
-        assert transaction.resumed
-        assert not (transaction.tree / "half.onnx").exists()
-        assert _work(transaction, 6) == list(range(steps, 6))
-        (transaction.tree / "half.onnx").unlink()
-        transaction.commit(manifest(created="2026-01-01T00:00:00+00:00"))
-    assert names_in(out) == {"weights.safetensors", "manifest.json"}
-    for name in names_in(out):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_resumed_work_is_kept_when_the_resuming_run_fails_early(tmp_path: Path) -> None:
-    _interrupted(tmp_path / "out", 3)
-    with pytest.raises(ValueError, match="early"), ExportTransaction(tmp_path / "out", key=KEY, resume=True) as first:
-        raise ValueError("early")
-    assert first.kept is not None
-    with ExportTransaction(tmp_path / "out", key=KEY, resume=True) as second:
-        assert list(second.steps) == ["layer0", "layer1", "layer2"]
-
-
-def test_resume_after_a_kill_at_every_operation(memory: Path) -> None:
-    def attempt(out: Path, kill_at: int) -> Callable[[], None]:
-        def work() -> None:
-            _at_operation(kill_at, _kill, out)
-            with ExportTransaction(out, key=KEY) as transaction:
-                _work(transaction, 3)
-                transaction.commit(manifest())
-
-        return work
-
-    for kill_at in range(500):
-        out = memory / str(kill_at) / "out"
-        out.parent.mkdir()
-        status = in_child(attempt(out, kill_at))
-        with ExportTransaction(out, key=KEY, resume=True) as transaction:
-            if not transaction.complete:
-                _work(transaction, 3)
-                transaction.commit(manifest())
-        assert (out / "weights.safetensors").read_bytes() == b"".join(bytes([step]) * 100 for step in range(3))
-        assert names_in(out) == {"weights.safetensors", "half.onnx", "manifest.json"}
-        verify_files(out, load_manifest(out))
-        if status == 0:
-            assert kill_at > 25
-            return
-    pytest.fail("the operations never end")
-
-
-def test_resume_of_other_options_says_what_differs_and_keeps_the_work(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    _interrupted(out, 2)
-    other = {**KEY, "recipe": {"name": "w4a4", "weight": {"group_size": 64}}, "sm": ["8.9", "12.0"]}
-    with pytest.raises(OutputError) as caught, ExportTransaction(out, key=other, resume=True):
-        pytest.fail("entered")
-    assert "recipe.weight.group_size: 32 before, 64 now" in str(caught.value)
-    assert "sm: ['8.9'] before, ['8.9', '12.0'] now" in str(caught.value)
-    with ExportTransaction(out, key=KEY, resume=True) as transaction:
-        assert list(transaction.steps) == ["layer0", "layer1"]
-
-
-def test_without_resume_the_orphans_are_swept(tmp_path: Path) -> None:
-    _interrupted(tmp_path / "out", 2)
-    with ExportTransaction(tmp_path / "out", key=KEY) as transaction:
-        assert not transaction.steps
-        assert len(list((tmp_path / "out").glob(".tmp-*"))) == 1
-
-
-def test_resume_with_nothing_to_resume_and_of_a_complete_export(tmp_path: Path) -> None:
-    with ExportTransaction(tmp_path / "out", key=KEY, resume=True) as transaction:
-        assert not transaction.resumed
-        assert not transaction.complete
-        transaction.path("x").write_bytes(b"1")
-        transaction.commit(manifest())
-    with ExportTransaction(tmp_path / "out", key=KEY, resume=True) as transaction:
-        assert transaction.complete
-        assert transaction.previous == load_manifest(tmp_path / "out")
-    with ExportTransaction(tmp_path / "out", key={**KEY, "sm": []}, resume=True) as transaction:
-        assert not transaction.complete
-    assert (tmp_path / "out" / "x").read_bytes() == b"1"
-
-
-def test_a_journal_torn_at_every_byte(memory: Path) -> None:
-    whole = memory / "whole"
-    journal = Journal(whole)
-    for step in range(5):
-        journal.add(f"step{step}", {"n": step}, [f"file{step}"])
-    journal.close()
-    raw = whole.read_bytes()
-    for cut in range(len(raw) + 1):
-        for tail in (b"", b"\x00\xff garbage", b'{"step":"evil","data":0,"files":["../../x"]}\n'):
-            (memory / "torn").write_bytes(raw[:cut] + tail)
-            torn = Journal(memory / "torn")
-            complete = raw[:cut].count(b"\n")
-            assert list(torn.done) == [f"step{step}" for step in range(complete)]
-            assert torn.files == {f"file{step}" for step in range(complete)}
-            torn.add("next", None, [])
-            torn.close()
-            again = Journal(memory / "torn")
-            assert list(again.done)[complete:] == ["next"]
-            again.close()

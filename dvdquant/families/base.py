@@ -158,6 +158,11 @@ class Family(ABC):
                         fix=f"change --{axis_name.replace('frames', 'num-frames')} or --latent",
                     )
 
+    def probe(self) -> tuple[int, int, int]:
+        """Small latent sizes (frames, height, width) that the model runs at."""
+        time, height, width = self.patch()
+        return 2 * time, 2 * height, 2 * width
+
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a video of ``frames`` frames (causal VAE: the first frame stands alone)."""
         return (frames - 1) // self.vae_scale[0] + 1

@@ -42,6 +42,18 @@ class CogVideoX(Family):
                 specs.append(InputSpec(name, ("tokens", config["attention_head_dim"]), "rotary", torch.float32))
         return tuple(specs)
 
+    def probe(self) -> tuple[int, int, int]:
+        """With learned position embeddings, their own height and width."""
+        time, height, width = super().probe()
+        if self.config.get("use_learned_positional_embeddings"):
+            return time, self.config["sample_height"], self.config["sample_width"]
+        return time, height, width
+
+    def latent_frames(self, frames: int) -> int:
+        """Version 1.5 pads the latents in front to a multiple of its temporal patch, as its pipeline does."""
+        latents, patch = super().latent_frames(frames), self.patch()[0]
+        return latents + -latents % patch
+
     def forward_kwargs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """Pairs the rotary tables."""
         kwargs: dict[str, Any] = dict(inputs)

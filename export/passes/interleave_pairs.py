@@ -13,11 +13,13 @@ def interleave_pairs(model: ir.Model) -> bool:
 
     Tracing makes of it, with the last axis brought to the front by ``Transpose(perm)``::
 
-        ScatterND(Identity*(ScatterND(base, evens, Transpose(a))), odds, Transpose(b))
+        ScatterND(ScatterND(base, evens, Transpose(a)), odds, Transpose(b))
+
+    with Identity or a pair of inverse Transposes between the two.
 
     1. ``evens`` and ``odds`` are the constants 0, 2, … and 1, 3, … and cover the axis: replaced by
        ``Transpose(Reshape(Concat(Unsqueeze(a), Unsqueeze(b))))``, and the base, never read, is dropped.
-    2. A Transpose that follows is composed with that one.
+    2. A Transpose that follows is composed with that one, and dropped where both cancel.
     3. Other indices or permutations: left alone.
     """
     changed = False
@@ -32,9 +34,7 @@ def interleave_pairs(model: ir.Model) -> bool:
 
 def _match(odd: ir.Node) -> tuple[ir.Value, ir.Value, tuple[int, ...]] | None:
     """(a, b, perm) of case 1."""
-    inner = odd.inputs[0].producer() if odd.inputs[0] is not None else None
-    while inner is not None and inner.op_type == "Identity" and inner.inputs[0] is not None:
-        inner = inner.inputs[0].producer()
+    inner = _source(odd.inputs[0])
     if inner is None or inner.op_type != "ScatterND":
         return None
     transposed = [node.inputs[2].producer() if node.inputs[2] is not None else None for node in (inner, odd)]
@@ -49,6 +49,18 @@ def _match(odd: ir.Node) -> tuple[ir.Value, ir.Value, tuple[int, ...]] | None:
             return None
     evens, odds = (t.inputs[0] for t in transposed if t is not None)
     return (evens, odds, first) if evens is not None and odds is not None else None
+
+
+def _source(value: ir.Value | None) -> ir.Node | None:
+    """The node behind Identity and Transposes that undo each other."""
+    node = value.producer() if value is not None else None
+    order: list[int] | None = None
+    while node is not None and node.op_type in ("Identity", "Transpose") and node.inputs[0] is not None:
+        if node.op_type == "Transpose":
+            perm = list(node.attributes["perm"].as_ints())
+            order = perm if order is None else [perm[i] for i in order]
+        node = node.inputs[0].producer()
+    return node if order is None or order == sorted(order) else None
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node, evens: ir.Value, odds: ir.Value, perm: tuple[int, ...]) -> None:
@@ -67,7 +79,8 @@ def _rewrite(graph: ir.Graph, node: ir.Node, evens: ir.Value, odds: ir.Value, pe
     for user, _ in list(output.uses()):
         if user.op_type == "Transpose" and not output.is_graph_output():
             composed = [perm[i] for i in user.attributes["perm"].as_ints()]
-            replacements.append((user, tape.op("Transpose", [joined], {"perm": composed})))
+            straight = composed == sorted(composed)
+            replacements.append((user, joined if straight else tape.op("Transpose", [joined], {"perm": composed})))
     whole = tape.op("Transpose", [joined], {"perm": list(perm)})
     graph.insert_before(node, list(tape.nodes))
     for user, value in replacements:

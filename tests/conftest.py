@@ -1,0 +1,91 @@
+"""What every test run shares: thread counts, markers that skip with a reason, a closing list of what did not run.
+
+@pytest.mark.slow               more than about ten seconds; runs last
+@pytest.mark.gpu                needs a CUDA device
+@pytest.mark.tensorrt           needs TensorRT itself, not TensorRT-RTX
+@pytest.mark.tensorrt_headers   needs TensorRT's C++ headers, found by TENSORRT_ROOT
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch, numba or ONNX Runtime are imported anywhere: parallel test processes share the cores, and every builder
+# process inherits the number. A caller's own setting wins.
+_CORES = len(os.sched_getaffinity(0))
+_THREADS = str(max(1, _CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(_name, _THREADS)
+# No test may depend on the network; a hub id that is not cached fails at once instead of retrying.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@functools.cache
+def _no_gpu() -> str | None:
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    build = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
+    return f"needs a CUDA device: torch.cuda.is_available() is False (torch {torch.__version__} is built {build})"
+
+
+@functools.cache
+def _no_tensorrt() -> str | None:
+    try:
+        importlib.import_module("tensorrt")
+    except (ImportError, OSError, RuntimeError) as error:
+        return (
+            "needs TensorRT (libnvinfer): the Python module `tensorrt` cannot be imported "
+            f"({type(error).__name__}); get it with: pip install 'dvdquant[tensorrt]'"
+        )
+    return None
+
+
+@functools.cache
+def _no_headers() -> str | None:
+    root = os.environ.get("TENSORRT_ROOT")
+    if not root:
+        return "needs TensorRT's C++ headers: set TENSORRT_ROOT to the folder that holds include/NvInfer.h"
+    if not (Path(root) / "include" / "NvInfer.h").is_file():
+        return f"needs TensorRT's C++ headers: there is no include/NvInfer.h in TENSORRT_ROOT={root}"
+    return None
+
+
+_NEEDS: dict[str, Callable[[], str | None]] = {
+    "gpu": _no_gpu,
+    "tensorrt": _no_tensorrt,
+    "tensorrt_headers": _no_headers,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine lacks, saying what; put slow tests last, the order otherwise kept."""
+    for item in items:
+        for name, missing in _NEEDS.items():
+            reason = missing() if item.get_closest_marker(name) else None
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """List every skipped test under its reason."""
+    reasons: dict[str, list[str]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons.setdefault(text.removeprefix("Skipped: "), []).append(report.nodeid)
+    if not reasons:
+        return
+    terminalreporter.section("not run here")
+    for reason, names in sorted(reasons.items()):
+        terminalreporter.write_line(f"{len(names)} × {reason}")
+        for name in sorted(names):
+            terminalreporter.write_line(f"    {name}")

@@ -1,0 +1,298 @@
+"""The repository itself: what the wheel holds, links, dependencies, house rules, and the closing list of skips."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LINKS = {
+    "dvdquant/export": "../export",
+    "dvdquant/deploy": "../deploy",
+    "dvdquant/_native/kernels": "../../kernels",
+    "dvdquant/_native/plugins": "../../plugins",
+}
+# Distribution → module, where they differ.
+MODULES = {
+    "nvidia-modelopt": "modelopt",
+    "onnx-ir": "onnx_ir",
+    "onnxruntime-gpu": "onnxruntime",
+    "tensorrt-rtx": "tensorrt_rtx",
+}
+MAX_LINES = 400
+
+
+def _source_files() -> list[str]:
+    """Tracked files and those git would track, relative; symbolic links as themselves."""
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs git and a checkout: the files of the repository are asked from `git ls-files`")
+    return sorted({name for name in listed.split("\0") if name and os.path.lexists(ROOT / name)})
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[str]:
+    return _source_files()
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the source files, so that no leftover of this checkout can reach it."""
+    copy = tmp_path_factory.mktemp("copy")
+    for name in sources:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    # Stands for the CUDA and C++ sources, which must ride along as data.
+    (copy / "kernels" / "csrc").mkdir(exist_ok=True)
+    (copy / "kernels" / "csrc" / "probe.cu").write_text("// probe\n")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(copy / "dist"), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = (copy / "dist").glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel unpacked by pip into a folder of its own, without dependencies."""
+    target = tmp_path_factory.mktemp("target")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    done = subprocess.run([*command, str(wheel)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+# ---------------------------------------------------------------------------------------------------------- the wheel
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path, sources: list[str]) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.split("/")[0] for name in names} == {"dvdquant", f"dvdquant-{PROJECT['version']}.dist-info"}
+    folders = [n for n in sources if n.startswith("dvdquant/")]
+    folders += [f"dvdquant/{n}" for n in sources if n.startswith(("export/", "deploy/"))]
+    expected = {name for name in folders if name.endswith((".py", "py.typed"))}
+    assert {n for n in names if n.endswith((".py", "py.typed"))} == expected
+    assert {"dvdquant/export/pipeline.py", "dvdquant/export/passes/__init__.py", "dvdquant/py.typed"} <= names
+    assert "dvdquant/deploy/__init__.py" in names
+    assert "dvdquant/_native/kernels/csrc/probe.cu" in names
+
+
+def test_wheel_metadata(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    info = f"dvdquant-{PROJECT['version']}.dist-info"
+    scripts = archive.read(f"{info}/entry_points.txt").decode()
+    for name, target in PROJECT["scripts"].items():
+        assert f"{name} = {target}" in scripts
+    metadata = archive.read(f"{info}/METADATA").decode()
+    assert "License-Expression: Apache-2.0" in metadata
+    assert f"{info}/licenses/LICENSE" in archive.namelist()
+
+
+def test_installed_wheel_works_without_the_checkout(installed: Path, tmp_path: Path) -> None:
+    """Imports from the target folder; -S leaves out this environment's own (editable) dvdquant."""
+    code = """
+import sys
+target, packages, root = sys.argv[1:]
+sys.path[:0] = [target]
+sys.path.append(packages)
+import dvdquant, dvdquant.export.pipeline, dvdquant.deploy, dvdquant.export.builders.worker
+for module in [m for n, m in sys.modules.items() if n.partition(".")[0] == "dvdquant"]:
+    assert module.__file__.startswith(target), module
+assert not [p for p in sys.path if p.rstrip("/") == root]
+from dvdquant.cli.inspect import main
+main(["--version"])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-c", code, str(installed), sysconfig.get_path("purelib"), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"dvdq-inspect, version {PROJECT['version']}"
+
+
+def test_scripts_are_installed(installed: Path) -> None:
+    names = {path.name for path in (installed / "bin").iterdir()}
+    assert names == set(PROJECT["scripts"])
+
+
+def test_uninstalled_checkout_works(tmp_path: Path) -> None:
+    code = f"import dvdquant.export.pipeline as p; assert p.__file__.startswith({str(ROOT)!r}), p.__file__"
+    code = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r}); {code}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------- the checkout
+
+
+def test_links_inside_the_package(sources: list[str]) -> None:
+    found = {name: os.readlink(ROOT / name) for name in sources if (ROOT / name).is_symlink()}
+    assert found == LINKS
+    for name, target in LINKS.items():
+        assert (ROOT / name).is_dir(), f"{name} dangles"
+        folder = os.path.normpath(os.path.join(os.path.dirname(name), target)) + "/"
+        assert any(n.startswith(folder) for n in sources), f"git would not keep {folder}: it holds no file"
+
+
+def test_native_folders_are_no_packages(sources: list[str]) -> None:
+    assert [n for n in sources if re.match(r"(kernels|plugins)/(.*/)?__init__\.py$", n)] == []
+
+
+def test_no_file_is_too_long(sources: list[str]) -> None:
+    counts = {n: len((ROOT / n).read_text().splitlines()) for n in _python_files(sources)}
+    assert {n: c for n, c in counts.items() if c > MAX_LINES} == {}
+
+
+def _python_files(sources: list[str]) -> list[str]:
+    return [n for n in sources if n.endswith(".py") and not (ROOT / n).is_symlink()]
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """Modules that code imports: by statement, by import_module("name"), or in a string of code handed to a child."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module or ""
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # The builder libraries are imported by the names in a table.
+            if re.fullmatch(r"tensorrt(_rtx)?", node.value):
+                yield node.value
+            yield from re.findall(r"(?:^|; )(?:from|import) ([\w.]+)", node.value)
+
+
+def _imported(sources: list[str], folders: tuple[str, ...]) -> set[str]:
+    names = [n for n in _python_files(sources) if n.startswith(folders)]
+    return {m.partition(".")[0] for n in names for m in _imports(ast.parse((ROOT / n).read_text()))}
+
+
+def _modules(requirements: list[str]) -> set[str]:
+    names = {re.split(r"[<>=!~ ;\[]", r, maxsplit=1)[0] for r in requirements}
+    return {MODULES.get(name, name.replace("-", "_")) for name in names}
+
+
+def test_every_dependency_is_used_and_every_import_declared(sources: list[str]) -> None:
+    imported = _imported(sources, ("dvdquant/", "export/", "deploy/"))
+    declared = _modules(PROJECT["dependencies"])
+    assert declared - imported == set(), "declared, never imported"
+    optional = _modules(PROJECT["optional-dependencies"]["tensorrt"])
+    ours = {"dvdquant", "tests", "__future__", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    assert imported - set(sys.stdlib_module_names) - ours - declared - optional == set(), "imported, not declared"
+    tested = _imported(sources, ("tests/",)) - set(sys.stdlib_module_names) - ours - declared - optional
+    assert tested - _modules(PROJECT["optional-dependencies"]["test"]) == set(), "imported by tests, not declared"
+
+
+def test_no_registry_host_and_no_machine_path(sources: list[str]) -> None:
+    # Written in pieces, or this file would find itself.
+    hosts = ["pypi" + ".org", "python" + "hosted", "pypi" + ".nvidia", "download.py" + "torch", "ngc.nvidia" + ".com"]
+    paths = ["/wo" + "rk/", "/root" + "/", "/opt" + "/pypi", "file" + "://"]
+    found = []
+    for name in sources:
+        if (ROOT / name).is_symlink() or name.endswith(".safetensors"):
+            continue
+        text = (ROOT / name).read_text()
+        found += [f"{name}: {needle}" for needle in hosts + paths if needle in text]
+        found += [f"{name}: {m}" for m in re.findall(r"--(?:extra-)?index" + r"-url\S*", text)]
+    assert found == []
+
+
+def test_licence() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+    assert PROJECT["license"] == "Apache-2.0"
+
+
+def test_torch_is_pinned_in_one_place(sources: list[str]) -> None:
+    pins = [n for n in sources if not n.endswith(".safetensors") and not (ROOT / n).is_symlink()
+            and re.search(r"torch==\d", (ROOT / n).read_text())]  # fmt: skip
+    assert pins == ["constraints.txt"]
+
+
+# --------------------------------------------------------------------------------------------------- make, CI, skipping
+
+
+def test_ci_calls_make_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = script.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert "set -euo pipefail" in lines
+    assert lines[-1] == "make test"
+
+
+@pytest.mark.parametrize("target", ["help", "venv", "demo", "test", "lint", "clean"])
+def test_make_targets(target: str) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    helped = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    assert target == "help" or f"make {target}" in helped
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ('#!/bin/sh\nexec "{python}" -c "import sys, collections\n'
+         'sys.version_info = collections.namedtuple(\'v\', \'major minor\')(3, 10)\n$2"\n', "is Python 3.10"),
+        (None, "was not found"),
+    ],
+    ids=["old", "missing"],
+)  # fmt: skip
+def test_make_refuses_a_python_it_cannot_use(script: str | None, said: str, tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    python = tmp_path / "python3"
+    if script is not None:
+        python.write_text(script.replace("{python}", sys.executable))
+        python.chmod(0o755)
+    command = ["make", "venv", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "3.11 or newer" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_skips_are_listed_with_what_is_missing(tmp_path: Path) -> None:
+    """The conftest of this suite on tests that need what a child without CUDA, TensorRT and headers lacks."""
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path / "conftest.py")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['tensorrt'] = None\n")
+    marks = ("slow", "gpu", "tensorrt", "tensorrt_headers")
+    body = [f"@pytest.mark.{m}\ndef test_{m}():\n    pass\n" for m in marks]
+    (tmp_path / "test_marks.py").write_text("\n".join(["import pytest", *body, "def test_plain():\n    pass\n"]))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TENSORRT_ROOT"))}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    options = ["-v", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed, 3 skipped" in done.stdout.splitlines()[-1]
+    closing = done.stdout.partition("not run here")[2]
+    for name, needed in (
+        ("gpu", "CUDA device"),
+        ("tensorrt", "module `tensorrt`"),
+        ("tensorrt", "pip install 'dvdquant[tensorrt]'"),
+        ("tensorrt_headers", "TENSORRT_ROOT"),
+    ):
+        assert needed in closing
+        assert f"test_marks.py::test_{name}\n" in closing
+    assert done.stdout.index("::test_plain") < done.stdout.index("::test_slow"), "slow tests run last"
