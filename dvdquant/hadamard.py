@@ -24,6 +24,9 @@ __all__ = ["MAX_INNER", "Rotation", "hadamard_matrix", "rotate", "rotate_inverse
 # The inner factor is stored in every graph and held in shared memory by the kernels: 1024² fp32 is 4 MiB. What a larger
 # rotation needs beyond that goes into the outer factor.
 MAX_INNER = 1024
+# Where no kernel of ours runs, a rotation is a dense product: block/N of the layer's own, in 16 bit. Beyond 256 that
+# costs more time than it saves error, and the matrices of a small engine outweigh its weights.
+AUTO_BLOCK = 256
 # Up to this order one dense product is faster than two thinner ones (measured on AVX-512; AVX2 agrees within a few %).
 _DENSE_STAGE = 64
 # Elements rotated at a time, so that the stages of one slice find their input in the L3 cache.
@@ -79,7 +82,7 @@ class Rotation:
 
         Args:
             features: K, the number of input channels.
-            spec: ``auto`` the largest power of four up to 1024 that divides K (entries are powers of two, so exact in
+            spec: ``auto`` the largest power of four up to 256 that divides K (entries are powers of two, so exact in
                 every dtype); ``full`` the whole row, with the smallest Paley core; ``none``; or a block that divides K.
 
         Raises:
@@ -89,7 +92,7 @@ class Rotation:
         if spec == "none":
             return cls(features, 1, 1)
         if spec == "auto":
-            exponent = min((features & -features).bit_length() - 1, MAX_INNER.bit_length() - 1)
+            exponent = min((features & -features).bit_length() - 1, AUTO_BLOCK.bit_length() - 1)
             return cls(features, 4 ** (exponent // 2), 1)
         if spec != "full" and (isinstance(spec, bool) or not isinstance(spec, int)):
             raise UnsupportedError(f"rotation {spec!r} is unknown", available="auto, full, none, or a block size")

@@ -55,7 +55,7 @@ class Recipe:
 
     Args:
         activations: one graph, and one engine per target, is exported for each entry.
-        rotation: Hadamard block along the input channels. ``auto`` takes the largest power of four up to 1024 that
+        rotation: Hadamard block along the input channels. ``auto`` takes the largest power of four up to 256 that
             divides K (its entries are powers of two, exact in every dtype); ``full`` the whole row; ``none`` no
             rotation; an integer that block.
         keep: globs of layer names that stay in 16 bit besides the family's own defaults.
