@@ -82,7 +82,8 @@ def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
         if name in saved:  # part of the checkpoint (learned position embeddings), so treated like a parameter
             parent, _, child = name.rpartition(".")
             del model.get_submodule(parent)._buffers[child]
-            _set_parameter(model, name, empty_tensor(tuple(buffer.shape), dtype if buffer.is_floating_point() else buffer.dtype))
+            stored = dtype if buffer.is_floating_point() else buffer.dtype
+            _set_parameter(model, name, empty_tensor(tuple(buffer.shape), stored))
     return model.eval().requires_grad_(False)
 
 

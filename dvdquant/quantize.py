@@ -28,7 +28,7 @@ from .transaction import ExportTransaction
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
-__all__ = ["PackedWeights", "plan_shards", "quantize_checkpoint", "rotate_rows", "rotated_weight"]
+__all__ = ["PackedWeights", "check_weights", "plan_shards", "quantize_checkpoint", "rotate_rows", "rotated_weight"]
 
 SHARD_BYTES = 5 << 30
 # Weights rotated and refined at a time: 32 MiB of fp32.
@@ -75,6 +75,18 @@ def plan_shards(plan: ModelPlan, component: str, shard_bytes: int = SHARD_BYTES)
     return {f"onnx/{component}-{i + 1:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards)}
 
 
+def check_weights(checkpoint: Checkpoint, plan: ModelPlan) -> None:
+    """CheckpointError unless the checkpoint holds exactly the planned tensors, all of a floating dtype."""
+    checkpoint.check_shapes(plan.shapes)
+    for name, info in checkpoint.tensors.items():
+        if not info.dtype.startswith(("F", "BF")):
+            raise CheckpointError(
+                f"{info.path}: tensor {name!r} is stored as {info.dtype}, which is already quantized or no weight",
+                available="floating-point weights",
+                fix="use the original checkpoint in bf16, fp16 or fp32",
+            )
+
+
 def quantize_checkpoint(
     checkpoint: Checkpoint,
     plan: ModelPlan,
@@ -89,7 +101,7 @@ def quantize_checkpoint(
         CheckpointError: a missing or misshapen tensor, or NaN/Inf without ``allow_nonfinite``.
         ResourceError: the disk is full.
     """
-    checkpoint.check_shapes(plan.shapes)
+    check_weights(checkpoint, plan)
     with _Files(plan, transaction, component) as files:
         layers, nonfinite = [], []
         total = plan.quantized_weights

@@ -200,14 +200,15 @@ class ExportTransaction:
         return stage
 
     def _find_work(self) -> Path | None:
-        """The newest work with our key; OutputError if there is only work of another key."""
+        """The newest work with our key and anything finished; OutputError if there is only such work of another key."""
         keys: dict[Path, Any] = {}
         for stage in self.out.iterdir():
             if STAGE.fullmatch(stage.name) and (stage / TREE).is_dir() and not (stage / TREE).is_symlink():
                 try:
-                    keys[stage] = strict_json(read_limited(stage / OWNER, MAX_MANIFEST))["key"]
+                    if (stage / JOURNAL).stat().st_size:
+                        keys[stage] = strict_json(read_limited(stage / OWNER, MAX_MANIFEST))["key"]
                 except (OSError, ValueError, TypeError, KeyError):
-                    continue  # killed before it had an owner: there is nothing in it
+                    continue  # killed while it was made or being deleted
         newest = sorted(keys, key=lambda stage: stage.stat().st_mtime_ns, reverse=True)
         for stage in newest:
             if keys[stage] == self.key:

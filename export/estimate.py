@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from dvdquant.errors import ResourceError
 from dvdquant.model import ModelPlan
 from dvdquant.quantize import CHUNK_WEIGHTS
 
@@ -16,7 +19,7 @@ from .builders.report import BUILD_MEMORY_FACTOR
 from .options import ExportOptions
 from .realize import EnginePlan
 
-__all__ = ["Estimate", "engine_weight_bytes", "estimate_export"]
+__all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "memory_limit", "require_memory"]
 
 # Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B; see benchmarks/README.md.
 IMPORT_BYTES = 650 << 20
@@ -71,9 +74,7 @@ def _kept_bytes(plan: ModelPlan) -> int:
 def packed_bytes(plan: ModelPlan) -> int:
     """Size of the weight files: codes, scales and what stays in 16 bit."""
     quantized = sum(
-        dtype.itemsize * torch.Size(shape).numel()
-        for spec in plan.layers
-        for dtype, shape in spec.tensors().values()
+        dtype.itemsize * torch.Size(shape).numel() for spec in plan.layers for dtype, shape in spec.tensors().values()
     )
     return quantized + _kept_bytes(plan)
 
@@ -101,7 +102,14 @@ def estimate_export(
     packed = sum(packed_bytes(p) for p in plans)
     engine_sizes = [engine_weight_bytes(p, e) for p in plans for e in engines]
     # A lowered graph keeps what is not already in the weight file (INT8 or FP4 weights) in a scratch file.
-    scratch = max((int(s) for s, e in zip(engine_sizes, [e for _ in plans for e in engines]) if e.realization != "int4-weight-only"), default=0)
+    scratch = max(
+        (
+            int(s)
+            for s, e in zip(engine_sizes, [e for _ in plans for e in engines])
+            if e.realization != "int4-weight-only"
+        ),
+        default=0,
+    )
     resident = IMPORT_BYTES + layers * TRACE_BYTES_PER_LAYER + largest + 14 * CHUNK_WEIGHTS
     builder = int(max(engine_sizes, default=0) * BUILD_MEMORY_FACTOR) + (BUILDER_BYTES if engine_sizes else 0)
     cores = min(os.cpu_count() or 1, torch.get_num_threads())
@@ -111,3 +119,46 @@ def estimate_export(
         "engines": sum(BUILD_SECONDS + size / BUILD_BYTES_PER_SECOND for size in engine_sizes),
     }
     return Estimate(source_bytes, packed, sum(engine_sizes), scratch, resident, builder, seconds)
+
+
+def memory_limit() -> int:
+    """Bytes this process and its children may still take: available memory, or what its control group has left."""
+    limit = int(psutil.virtual_memory().available)
+    for maximum, current in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            text = Path(maximum).read_text().strip()
+            used = int(Path(current).read_text())
+        except (OSError, ValueError):
+            continue
+        if text.isdigit():
+            limit = min(limit, int(text) - used)
+    return max(limit, 0)
+
+
+def require_memory(estimate: Estimate, plans: Sequence[ModelPlan], engines: Sequence[EnginePlan]) -> None:
+    """ResourceError, with what would fit, when the engine builder or the exporter would not fit into memory.
+
+    Better now than after the weights were quantized, by a killed process.
+    """
+    limit = memory_limit()
+    if estimate.peak_bytes <= limit:
+        return
+    options = [f"--target onnx needs {_gib(estimate.resident_bytes)}"]
+    if engines and plans:
+        packed = max(int(p.quantized_weights * BYTES_PER_WEIGHT["int4-weight-only"]) + _kept_bytes(p) for p in plans)
+        needed = IMPORT_BYTES + BUILDER_BYTES + int(packed * BUILD_MEMORY_FACTOR)
+        if any(e.realization not in ("int4-weight-only", "plugin") for e in engines):
+            options.append(f"--realize int4-weight-only needs {_gib(needed)}")
+    raise ResourceError(
+        f"the export needs about {_gib(estimate.peak_bytes)} of memory (the engine builder takes "
+        f"{BUILD_MEMORY_FACTOR} times the bytes of the weights it is given)",
+        available=f"{_gib(limit)}; " + "; ".join(options),
+        fix="build on a machine with more memory: a later dvdq-export into the same folder builds the engines alone",
+    )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"

@@ -9,8 +9,8 @@ same definition as ``dvdquant/ops/quant_linear.py``.
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnxscript import FLOAT, INT8, UINT8, script
 from onnxscript import opset23 as op
+from onnxscript import script
 
 from dvdquant.arq import AMAX_FLOOR
 
@@ -24,13 +24,13 @@ _FLOOR = float(AMAX_FLOOR)
 @script(OPSET, default_opset=op)
 def QuantLinear(
     x,
-    weight: INT8["N", "P"],
-    weight_scale: FLOAT["N"],
-    weight_factor: UINT8["N", "G"],
-    weight_zero: FLOAT["N"],
-    bias: FLOAT["N"],
-    hadamard: FLOAT["B", "B"],
-    outer: FLOAT["Q", "Q"],
+    weight,
+    weight_scale,
+    weight_factor,
+    weight_zero,
+    bias,
+    hadamard,
+    outer,
     act_bits: int,
     act_group: int,
 ):

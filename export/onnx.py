@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from dvdquant.errors import ExportError
 from dvdquant.families import Family, Sizes
 from dvdquant.model import ModelPlan, quantized_skeleton
-from dvdquant.ops.quant_linear import quant_linear
 
 from .passes.boolean_where import boolean_where
 from .passes.name_weights import name_weights

@@ -15,6 +15,7 @@ from dvdquant.recipe import Recipe
 __all__ = ["DTYPES", "TARGETS", "ExportOptions", "resolve_sizes"]
 
 TARGETS = ("rtx", "tensorrt", "onnx")
+MAX_WORKSPACE_GIB = 1024
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -64,6 +65,13 @@ class ExportOptions:
                 raise UnsupportedError(f"unknown target {target!r}", available=TARGETS, fix="pick with --target")
         if self.dtype not in DTYPES:
             raise UnsupportedError(f"unknown dtype {self.dtype!r}", available=DTYPES, fix="pick with --dtype")
+        if self.workspace_gib is not None and not 0 < self.workspace_gib <= MAX_WORKSPACE_GIB:
+            raise UnsupportedError(
+                f"--workspace-gib is {self.workspace_gib:g}", available=f"more than 0, at most {MAX_WORKSPACE_GIB}"
+            )
+        for plugin in self.plugins:
+            if not plugin.is_file():
+                raise UnsupportedError(f"there is no plugin library {plugin}", fix="build it with `make plugin`")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -98,7 +106,8 @@ def resolve_sizes(family: Family, options: ExportOptions) -> Sizes:
         axes = _parse_latent(options.latent)
     else:
         axes = _from_pixels(family, pixels)
-    sizes = Sizes(*axes, text_tokens=int(tokens), batch=options.batch)
+    frames, height, width = axes
+    sizes = Sizes(frames, height, width, int(tokens), options.batch)
     family.check(sizes)
     return sizes
 

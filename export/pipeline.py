@@ -6,28 +6,26 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dvdquant import __version__
 from dvdquant.checkpoint import Checkpoint, open_checkpoint
-from dvdquant.errors import EngineError, ExportError, OutputError, UnsupportedError
+from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, UnsupportedError
 from dvdquant.families import Sizes
 from dvdquant.manifest import EngineEntry, FileEntry, GraphEntry, Manifest, Source, hash_file, verify_files
 from dvdquant.model import ModelPlan, plan_model
 from dvdquant.progress import Progress
-from dvdquant.quantize import PackedWeights, quantize_checkpoint, rotated_weight
+from dvdquant.quantize import PackedWeights, check_weights, quantize_checkpoint, rotated_weight
 from dvdquant.transaction import ExportTransaction, require_disk
 
 from .builders import load_backend
 from .card import model_card
 from .engines import EngineStage, engine_path, find_current
-from .estimate import Estimate, estimate_export
+from .estimate import Estimate, estimate_export, require_memory
 from .graphs import FLAVOURS, GraphWriter, graph_path
 from .onnx import trace_graph
 from .options import ExportOptions, resolve_sizes
@@ -64,6 +62,8 @@ class ExportPlan:
             "checkpoints": [c.fingerprint() for c in self.checkpoints],
             "components": list(self.components),
             "recipe": options.recipe.to_json(),
+            # What the recipe came to, which another version of its rules may decide otherwise.
+            "layers": [[[s.name, s.rotation.block, s.groups] for s in plan.layers] for plan in self.plans],
             "dtype": options.dtype,
             "sizes": self.sizes.to_json(),
             "qdq_graphs": "onnx" in options.targets,
@@ -90,7 +90,9 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     Raises:
         DvdquantError: whatever would make the export fail later and can be known now.
     """
-    names = [options.subfolder] if options.subfolder else Checkpoint.components(options.model, revision=options.revision)
+    names = (
+        [options.subfolder] if options.subfolder else Checkpoint.components(options.model, revision=options.revision)
+    )
     components = tuple(name.rpartition("/")[2] for name in names)
     opened = []
     for name in components:
@@ -100,7 +102,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     plans = []
     for checkpoint in opened:
         plan = plan_model(checkpoint.config, options.recipe, options.torch_dtype)
-        checkpoint.check_shapes(plan.shapes)
+        check_weights(checkpoint, plan)
         if not plan.layers:
             raise UnsupportedError(
                 "no layer is left to quantize", available=list(plan.kept_linears)[:5], fix="give fewer --keep globs"
@@ -128,9 +130,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         )
     largest = max(c.largest.nbytes for c in opened)
     estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest)
-    return ExportPlan(
-        options, components, tuple(opened), tuple(plans), sizes, tuple(engines), versions, estimate
-    )
+    return ExportPlan(options, components, tuple(opened), tuple(plans), sizes, tuple(engines), versions, estimate)
 
 
 def run_export(plan: ExportPlan, progress: Progress) -> ExportResult:
@@ -141,6 +141,7 @@ def run_export(plan: ExportPlan, progress: Progress) -> ExportResult:
     """
     options = plan.options
     require_disk(options.out, plan.estimate.disk_bytes, "the export")
+    require_memory(plan.estimate, plan.plans, plan.engines)
     with ExportTransaction(options.out, key=plan.key, resume=options.resume, keep_for_resume=True) as transaction:
         run = _Run(plan, transaction, progress)
         if transaction.complete and transaction.previous is not None and run.adopt(transaction.previous):
@@ -148,7 +149,11 @@ def run_export(plan: ExportPlan, progress: Progress) -> ExportResult:
             if not run.missing_engines() and not options.verify:
                 return ExportResult(options.out, transaction.previous, up_to_date=True)
         else:
-            run.weights_and_graphs()
+            try:
+                run.weights_and_graphs()
+            except CheckpointError:
+                transaction.keep_for_resume = False  # going on with the same weights would fail in the same place
+                raise
         run.build_engines()
         checks = run.verify() if options.verify else []
         manifest = run.commit()
@@ -252,7 +257,14 @@ class _Run:
 
         hashes = {name: entry["sha256"] for name, entry in self.known.items()}
         return EngineStage(
-            self.transaction.tree, model_plan, self.plan.sizes, component, self.plan.options, self.progress, hashes, source
+            self.transaction.tree,
+            model_plan,
+            self.plan.sizes,
+            component,
+            self.plan.options,
+            self.progress,
+            hashes,
+            source,
         )
 
     def _build(self, stage: EngineStage, component: str, engine: EnginePlan) -> None:
@@ -275,7 +287,9 @@ class _Run:
         with self.progress.stage("verify", len(self.graphs), "graph") as stage:
             for component, model_plan in zip(self.plan.components, self.plan.plans):
                 tensors = self._tensors(component)
-                model = load_quantized(model_plan, tensors, self.transaction.tree, model_plan.recipe.activations[0].bits)
+                model = load_quantized(
+                    model_plan, tensors, self.transaction.tree, model_plan.recipe.activations[0].bits
+                )
                 for entry in self.graphs:
                     if not Path(entry["path"]).name.startswith(f"{component}_a"):
                         continue
@@ -322,7 +336,10 @@ class _Run:
         else:
             layers = tuple(entry for packed in self.packed.values() for entry in packed.layers)
         kept = [name for model_plan in plan.plans for name in model_plan.kept_linears]
-        tools = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu")}
+        tools = {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu")
+        }
         return Manifest(
             source=Source(model=plan.options.model, class_name=first.class_name, fingerprint=first.fingerprint()),
             family=plan.plans[0].family.name,
@@ -345,5 +362,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-

@@ -191,7 +191,7 @@ def _run_recording(model: nn.Module, plan: ModelPlan, inputs: Mapping[str, Tenso
         rotated = rotate_by_matrices(args[0].to(compute), hadamard, outer)
         codes.append(quantize_activation(rotated, module.act_bits, module.act_group)[0])
 
-    hooks = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, QuantLinear)]  # type: ignore[arg-type]
+    hooks = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, QuantLinear)]
     try:
         with torch.no_grad():
             output = GraphWrapper(model, plan.family)(dict(inputs))

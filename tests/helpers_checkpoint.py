@@ -200,7 +200,7 @@ def no_exchange(a: Path, b: Path) -> None:
 
 
 def disturbed(work: str, out: str, count: int, action: str, way: str) -> None:
-    """Run ``export_2``, ``resumable`` or ``abandoned`` with ``action`` before the ``count``-th operation on names (in a child)."""
+    """Run ``export_2``, ``resumable`` or ``abandoned``, with ``action`` before the ``count``-th operation on names."""
     if way == "roll-forward":
         dvdquant.commit.exchange = no_exchange
     at_operation(count, {"kill": kill_self, "no space": no_space}[action], Path(out))

@@ -49,8 +49,7 @@ def refused(result: Result, *named: str) -> None:
     assert "Traceback" not in result.output
     for text in named:
         assert text in result.output, (text, result.output)
-    usage = "Usage:" in result.output
-    assert usage or "available:" in result.output or "fix:" in result.output, result.output
+    assert any(text in result.output for text in ("Usage:", "available:", "fix:")), result.output
 
 
 # -------------------------------------------------------------------------------------------------------- bad models
@@ -218,7 +217,7 @@ def test_hub_id_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("subfolder", ["../model", "/etc", "a/../..", "nothing-here", ""])
 def test_subfolder(subfolder: str, model: Path, tmp_path: Path) -> None:
     arguments = ["--subfolder", subfolder] if subfolder else ["--subfolder", "."]
-    refused(run(model, "-o", tmp_path / "out", *arguments), (subfolder.split("/")[0] or ".") if subfolder else ".")
+    refused(run(model, "-o", tmp_path / "out", *arguments), "nothing-here" if "-" in subfolder else "plain folder name")
     assert not (tmp_path / "out").exists()
 
 
@@ -325,7 +324,7 @@ OUTPUTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "below a file": (below_file, ["not a folder"]),
     "somebody's files": (foreign, ["holiday.jpg", "not empty"]),
     "somebody's manifest": (other_manifest, ["manifest.json"]),
-    "not writable": (lambda out: Path("/proc/nothing/out"), ["/proc/nothing"]),
+    "not writable": (lambda out: Path("/proc/nothing/out"), ["/proc"]),
     "name too long": (lambda out: out / ("x" * 300), ["x" * 100]),
 }
 
@@ -400,7 +399,7 @@ def test_resume_of_another_export(previous: Path, pristine: Path, tmp_path: Path
     with ExportTransaction(tmp_path / "out", key={"recipe": {"name": "rtn"}}, keep_for_resume=True) as transaction:
         transaction.done("something")
     before = state_of(tmp_path / "out")
-    refused(run(pristine, "-o", tmp_path / "out", "--target", "onnx", *SIZES, "--resume"), "--resume", "rtn")
+    refused(run(pristine, "-o", tmp_path / "out", "--target", "onnx", *SIZES, "--resume"), "--resume", "another one")
     assert state_of(tmp_path / "out") == before
 
 
@@ -440,7 +439,7 @@ MANIFESTS: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
     "unknown graph": (lambda out: None, ["--graph", "onnx/other.onnx"], ["other.onnx", "transformer_a4.onnx"]),
     "graph outside": (lambda out: None, ["--graph", "../../etc/passwd"], ["passwd"]),
     "graph is garbage": (
-        lambda out: (out / "onnx/transformer_a4.onnx").write_bytes(b"\x08" * 50),
+        lambda out: (out / "onnx/transformer_a4.onnx").write_bytes(b"no protobuf"),
         ["--graph", "onnx/transformer_a4.onnx"],
         ["transformer_a4.onnx"],
     ),

@@ -237,7 +237,7 @@ def test_the_second_export_says_who_is_first(tmp_path: Path) -> None:
 
 
 def test_a_lock_file_removed_between_opening_and_locking_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The holder leaves and a third export takes its place, just then: the lock on the removed file is worth nothing."""
+    """The holder leaves and a third export comes, just then: a lock on the removed file is worth nothing."""
     real, holders = fcntl.flock, [FolderLock(tmp_path)]
 
     def flock(fd: int, operation: int) -> None:

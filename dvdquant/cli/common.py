@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -14,7 +15,7 @@ import click
 
 from dvdquant.errors import DvdquantError
 
-__all__ = ["ExamplesCommand", "amount", "report_errors", "setup_logging", "table"]
+__all__ = ["ExamplesCommand", "amount", "paragraphs", "report_errors", "setup_logging", "table"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,7 +46,12 @@ def report_errors(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except DvdquantError as error:
             if as_json:
-                fields = {"error": type(error).__name__, "what": error.what, "available": error.available, "fix": error.fix}
+                fields = {
+                    "error": type(error).__name__,
+                    "what": error.what,
+                    "available": error.available,
+                    "fix": error.fix,
+                }
                 print(json.dumps({"event": "error", **fields}), file=sys.stderr)
             else:
                 click.echo(f"error: {error}", err=True)
@@ -72,7 +78,9 @@ def setup_logging(verbose: int, log_format: str) -> None:
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps({"event": "log", "level": record.levelname, "logger": record.name, "text": record.getMessage()})
+        return json.dumps(
+            {"event": "log", "level": record.levelname, "logger": record.name, "text": record.getMessage()}
+        )
 
 
 def amount(nbytes: float) -> str:
@@ -82,6 +90,12 @@ def amount(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:.1f} TiB"
+
+
+def paragraphs(items: Sequence[tuple[str, str]], width: int = 100) -> str:
+    """``head: text`` items, wrapped and indented."""
+    wrap = functools.partial(textwrap.fill, width=width, initial_indent="  ", subsequent_indent="      ")
+    return "\n".join(wrap(f"{head}: {text}") for head, text in items)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[int] = ()) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,15 @@ import click
 from dvdquant import __version__
 from dvdquant.recipe import RECIPES, get_recipe
 
-from .common import ExamplesCommand, amount, report_errors, setup_logging, table
+from .common import ExamplesCommand, amount, paragraphs, report_errors, setup_logging, table
 
 if TYPE_CHECKING:
     from dvdquant.export.pipeline import ExportPlan, ExportResult
+
+FOR_GRAPH = {
+    "tensorrt": "TensorRT with the plugin; ONNX Runtime by its function bodies",
+    "onnx": "standard QDQ, for any runtime",
+}
 
 EXAMPLES = """
 # a trained toy model, engines for one RTX generation, in half a minute
@@ -65,7 +71,9 @@ dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
 @click.option("--height", metavar="SIZE|MIN:MAX", help="Pixels.  [default: the family's]")
 @click.option("--width", metavar="SIZE|MIN:MAX", help="Pixels.  [default: the family's]")
 @click.option("--num-frames", metavar="SIZE|MIN:MAX", help="Frames.  [default: the family's]")
-@click.option("--latent", metavar="FxHxW", help="The sizes in latent units instead (each SIZE, MIN:MAX or MIN:OPT:MAX).")
+@click.option(
+    "--latent", metavar="FxHxW", help="The sizes in latent units instead (each SIZE, MIN:MAX or MIN:OPT:MAX)."
+)
 @click.option("--text-tokens", type=int, help="Length of the text embedding.  [default: the family's]")
 @click.option("--batch", default=1, show_default=True, help="Batch size of the graphs.")
 @click.option("--subfolder", help="Folder of the transformer inside MODEL.")
@@ -152,8 +160,11 @@ def _plan_text(plan: ExportPlan) -> str:
         "",
     ]
     if plan.engines:
-        engine_rows = [(e.backend, ", ".join(e.sms), f"a{e.act_bits}", e.executes) for e in plan.engines]
-        lines += [table(("builder", "SM", "graph", "what executes"), engine_rows), ""]
+        lines += [
+            "what will execute",
+            paragraphs([(_target(e.backend, e.sms, e.act_bits), e.executes) for e in plan.engines]),
+            "",
+        ]
     lines += [
         f"disk      {amount(estimate.disk_bytes):>10}   weights {amount(estimate.weight_file_bytes)} "
         f"(from {amount(estimate.source_bytes)}), engines {amount(estimate.engine_bytes)}, "
@@ -165,6 +176,10 @@ def _plan_text(plan: ExportPlan) -> str:
         "dry run: nothing was written",
     ]
     return "\n".join(lines)
+
+
+def _target(backend: str, sms: Sequence[str], bits: int) -> str:
+    return f"a{bits} on SM {', '.join(sms)} ({backend})"
 
 
 def _shortened(name: str) -> str:
@@ -187,22 +202,25 @@ def _result_text(plan: ExportPlan, result: ExportResult, seconds: float) -> str:
     if result.up_to_date:
         lines.append(f"{result.out} is up to date")
     sizes = {name: entry["bytes"] for name, entry in manifest.files.items()}
-    rows = [(g["path"], amount(sizes.get(g["path"], 0)), "ONNX graph", f"a{g['act_bits']}, {g['target']}") for g in manifest.graphs]
-    rows += [
-        (e["path"], amount(sizes.get(e["path"], 0)), f"SM {', '.join(e['sm'])}", f"a{e['act_bits']}: {e['executes']}")
-        for e in manifest.engines
-    ]
     weights = [n for n in sizes if n.startswith("onnx/") and n.endswith(".safetensors")]
-    rows = [(n, amount(sizes[n]), "weights", "read by every graph") for n in weights] + rows
-    lines += ["", table(("file", "size", "for", "what executes"), rows, right=(1,)), ""]
+    rows = [(name, amount(sizes[name]), "read by every graph") for name in weights]
+    rows += [(g["path"], amount(sizes.get(g["path"], 0)), FOR_GRAPH[g["target"]]) for g in manifest.graphs]
+    rows += [(e["path"], amount(sizes.get(e["path"], 0)), f"SM {', '.join(e['sm'])}") for e in manifest.engines]
+    lines += ["", table(("file", "size", "for"), rows, right=(1,)), ""]
+    if manifest.engines:
+        words = [(_target(e["backend"], e["sm"], e["act_bits"]), e["executes"]) for e in manifest.engines]
+        lines += ["what executes", paragraphs(words), ""]
     lines += [_error_line(manifest.layers)]
     for check in result.checks:
         lines.append(
             f"verify {check.graph}: {check.error:.1e} from the exact quantized model (bound {check.bound:.1e}, "
             f"PyTorch {check.reference_error:.1e})"
         )
-    stages = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
-    lines.append(f"{result.out}/manifest.json written in {seconds:.1f} s ({stages})")
+    if result.up_to_date:
+        lines.append(f"nothing to do ({seconds:.1f} s)")
+    else:
+        stages = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
+        lines.append(f"{result.out}/manifest.json written in {seconds:.1f} s ({stages})")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ import click
 from dvdquant import __version__
 from dvdquant.errors import OutputError
 
-from .common import ExamplesCommand, amount, report_errors, setup_logging, table
+from .common import ExamplesCommand, amount, paragraphs, report_errors, setup_logging, table
 
 if TYPE_CHECKING:
     from dvdquant.manifest import LayerEntry, Manifest
@@ -96,12 +96,17 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
     ]
     if manifest.engines:
         rows = [
-            (f"a{e['act_bits']}", ", ".join(e["sm"]), " ".join(f"{k} {v}" for k, v in e["versions"].items()), e["executes"])
+            (e["path"], ", ".join(e["sm"]), " ".join(f"{name} {version}" for name, version in e["versions"].items()))
             for e in manifest.engines
         ]
-        lines += ["", table(("engine", "SM", "needs", "what executes"), rows)]
+        lines += ["", table(("engine", "SM", "needs"), rows), ""]
+        lines += [
+            paragraphs([(f"a{e['act_bits']} on SM {', '.join(e['sm'])}", e["executes"]) for e in manifest.engines])
+        ]
     lines += ["", _layer_table(list(manifest.layers), all_layers)]
-    lines += [f"{len(manifest.kept)} linear layers in 16 bit: {', '.join(manifest.kept[:6])}{' …' * (len(manifest.kept) > 6)}"]
+    lines += [
+        f"{len(manifest.kept)} linear layers in 16 bit: {', '.join(manifest.kept[:6])}{' …' * (len(manifest.kept) > 6)}"
+    ]
     return "\n".join(lines)
 
 
@@ -130,4 +135,3 @@ def _error(entry: LayerEntry) -> float:
 
 if __name__ == "__main__":
     main()
-

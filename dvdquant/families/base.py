@@ -74,7 +74,7 @@ class Sizes:
 
     def at(self, which: str) -> tuple[int, int, int]:
         """(frames, height, width) at ``"min"``, ``"opt"`` or ``"max"``."""
-        return tuple(getattr(axis, which) for axis in (self.frames, self.height, self.width))  # type: ignore[return-value]
+        return getattr(self.frames, which), getattr(self.height, which), getattr(self.width, which)
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -84,8 +84,8 @@ class Sizes:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sizes:
         """Inverse of :meth:`to_json`."""
-        axes = [Axis(*data[name]) for name in ("frames", "height", "width")]
-        return cls(*axes, text_tokens=int(data["text_tokens"]), batch=int(data["batch"]))
+        frames, height, width = (Axis(*data[name]) for name in ("frames", "height", "width"))
+        return cls(frames, height, width, int(data["text_tokens"]), int(data["batch"]))
 
     def _axes(self) -> list[tuple[str, Axis]]:
         return [("frames", self.frames), ("height", self.height), ("width", self.width)]

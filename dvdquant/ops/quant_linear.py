@@ -124,5 +124,5 @@ def _quant_linear_fake(
     act_bits: int,
     act_group: int,
 ) -> Tensor:
-    torch._check(x.shape[-1] == 2 * weight.shape[1])
+    torch._check(x.shape[-1] == 2 * weight.shape[1])  # type: ignore[no-untyped-call]
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

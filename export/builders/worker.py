@@ -37,7 +37,7 @@ def send(kind: str, **fields: Any) -> None:
 
 
 def _logger(trt: Any, listing: list[str], warnings: list[str]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):
         """Errors, warnings and info to stderr; the verbose layer listing into ``listing``."""
 
         def __init__(self) -> None:
@@ -57,7 +57,7 @@ def _logger(trt: Any, listing: list[str], warnings: list[str]) -> Any:
 
 
 def _monitor(trt: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         """Phases and steps as messages; the builder calls it from several threads."""
 
         def __init__(self) -> None:

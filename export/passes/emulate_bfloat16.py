@@ -10,7 +10,7 @@ BF16, FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 # Moves values without computing on them: their outputs are as round as their inputs.
 EXACT = frozenset(
-    "Reshape Transpose Slice Concat Split Squeeze Unsqueeze Expand Gather Identity ScatterND Flatten Tile Where".split()
+    "Reshape Transpose Slice Concat Split Squeeze Unsqueeze Expand Gather Identity ScatterND Flatten Tile Where".split()  # noqa: SIM905
 )
 
 

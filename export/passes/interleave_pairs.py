@@ -1,4 +1,4 @@
-"""Write-into-empty rotary embeddings as concatenation: two ScatterND over a whole tensor cost more than the attention's own reads."""
+"""Rotary embeddings written into an empty tensor as concatenation: a ScatterND over a whole tensor is slow everywhere."""
 
 from __future__ import annotations
 
@@ -38,14 +38,21 @@ def _match(odd: ir.Node) -> tuple[ir.Value, ir.Value, tuple[int, ...]] | None:
     if inner is None or inner.op_type != "ScatterND":
         return None
     transposed = [node.inputs[2].producer() if node.inputs[2] is not None else None for node in (inner, odd)]
-    perms = [tuple(t.attributes["perm"].as_ints()) if t is not None and t.op_type == "Transpose" else None for t in transposed]
+    perms = [
+        tuple(t.attributes["perm"].as_ints()) if t is not None and t.op_type == "Transpose" else None
+        for t in transposed
+    ]
     first = perms[0]
     if first is None or perms[0] != perms[1] or first != (len(first) - 1, *range(1, len(first) - 1), 0):
         return None
     size = odd.outputs[0].shape[0] if odd.outputs[0].shape is not None else None
     for start, node in enumerate((inner, odd)):
         index = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
-        if index is None or not isinstance(size, int) or not np.array_equal(index.numpy().ravel(), np.arange(start, size, 2)):
+        if (
+            index is None
+            or not isinstance(size, int)
+            or not np.array_equal(index.numpy().ravel(), np.arange(start, size, 2))
+        ):
             return None
     evens, odds = (t.inputs[0] for t in transposed if t is not None)
     return (evens, odds, first) if evens is not None and odds is not None else None

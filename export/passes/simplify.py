@@ -15,6 +15,7 @@ __all__ = ["simplify"]
 # Rotary tables of a whole video are constants that folding would blow up: 32 760 tokens × 128 × 2 tables.
 MAX_FOLDED_BYTES = 1 << 20
 
+
 def simplify(model: ir.Model, parameters: Collection[str]) -> bool:
     """Fold constants, drop no-op casts, dead nodes and duplicates, in place; returns True.
 
