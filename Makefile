@@ -62,7 +62,7 @@ lint: $(INSTALLED_TEST)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 format: $(INSTALLED_TEST)
 	$(BIN)/ruff check --fix .

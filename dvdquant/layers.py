@@ -41,6 +41,7 @@ class LayerSpec:
         biases: whether each member has a bias.
         rotation: the Hadamard rotation of its input.
         groups: weight groups per row (1 for a scale per row).
+        floor: the least activation grid it accepts, used instead of one with fewer bits.
     """
 
     name: str
@@ -50,6 +51,11 @@ class LayerSpec:
     biases: tuple[bool, ...]
     rotation: Rotation
     groups: int
+    floor: ActivationSpec | None = None
+
+    def activation(self, asked: ActivationSpec) -> ActivationSpec:
+        """The grid it runs with where the graph's is ``asked``."""
+        return self.floor if self.floor is not None and asked.bits < self.floor.bits else asked
 
     @property
     def out_features(self) -> int:
@@ -100,12 +106,16 @@ class QuantLinear(nn.Module):
     def __init__(self, spec: LayerSpec, activation: ActivationSpec, table: RotationTable) -> None:
         super().__init__()
         self.spec = spec
-        self.act_bits = activation.bits
-        self.act_group = activation.group_size
+        self.use(activation)
         # In a list, so that the shared table is not registered as a child of every layer.
         self._table = [table]
         for full_name, (dtype, shape) in spec.tensors().items():
             self.register_buffer(full_name.removeprefix(spec.name + "."), empty_tensor(shape, dtype))
+
+    def use(self, activation: ActivationSpec) -> None:
+        """Switch the activation grid (but not below the layer's floor); the packed weight stays as it is."""
+        chosen = self.spec.activation(activation)
+        self.act_bits, self.act_group = chosen.bits, chosen.group_size
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the five packed tensors by full name; ShapeError when one has another shape or dtype."""
@@ -222,4 +232,4 @@ def set_activation(model: nn.Module, activation: ActivationSpec) -> None:
     """Switch every QuantLinear of ``model`` to ``activation``; the packed weights stay as they are."""
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            module.act_bits, module.act_group = activation.bits, activation.group_size
+            module.use(activation)

@@ -94,7 +94,8 @@ class Manifest:
         recipe: ``Recipe.to_json()``.
         shapes: the sizes the graphs were exported for (frames, height, width, dynamic ranges).
         files: relative POSIX path to hash and size; filled in by the transaction, together with ``export_key``.
-        kept: names of the layers left in 16 bit. components: the pipeline folders exported.
+        kept: names of the layers left in 16 bit. nonfinite: tensors whose NaN and infinities were accepted, and stored
+            as 0. components: the pipeline folders exported.
         tools: versions of torch, onnx and so on. created: UTC, ISO 8601.
     """
 
@@ -105,6 +106,7 @@ class Manifest:
     shapes: dict[str, Any] = field(default_factory=dict)
     layers: tuple[LayerEntry, ...] = ()
     kept: tuple[str, ...] = ()
+    nonfinite: tuple[str, ...] = ()
     graphs: tuple[GraphEntry, ...] = ()
     engines: tuple[EngineEntry, ...] = ()
     components: tuple[str, ...] = ("transformer",)
@@ -116,7 +118,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        for name in ("layers", "kept", "graphs", "engines", "components"):
+        for name in ("layers", "kept", "nonfinite", "graphs", "engines", "components"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
 
@@ -210,6 +212,7 @@ _FIELDS: dict[str, Check] = {
     "shapes": _is_dict,
     "layers": _is_dicts,
     "kept": _is_names,
+    "nonfinite": _is_names,
     "graphs": _is_dicts,
     "engines": _is_dicts,
     "components": _is_names,

@@ -10,6 +10,7 @@ import importlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .errors import CheckpointError, UnsupportedError
 from .families import Axis, Family, Sizes, get_family
 from .hadamard import Rotation
 from .layers import LayerSpec, empty_tensor, install_quant_linears
-from .recipe import Recipe
+from .recipe import ActivationSpec, Recipe
 
 __all__ = ["ModelPlan", "build_skeleton", "plan_model", "quantized_skeleton"]
 
@@ -104,7 +105,9 @@ def plan_model(config: Mapping[str, Any], recipe: Recipe, dtype: torch.dtype) ->
     family = get_family({**defaults, **config})
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    chosen = {name for name in linears if not recipe.keeps(name, family.keep)}
+    modulation = {n for n in linears if any(fnmatchcase(n, glob) for glob in family.modulation)}
+    keep = family.keep if recipe.modulation != "keep" else (*family.keep, *family.modulation)
+    chosen = {name for name in linears if not recipe.keeps(name, keep)}
     try:
         groups = _shared_inputs(model, family, chosen, dtype)
     except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError, ZeroDivisionError) as error:
@@ -112,16 +115,15 @@ def plan_model(config: Mapping[str, Any], recipe: Recipe, dtype: torch.dtype) ->
             f"the {config['_class_name']} of this config.json does not run: {type(error).__name__}: {error}",
             fix="compare config.json with the one the model was published with",
         ) from error
-    specs = [_layer_spec(group, linears, recipe) for group in groups]
+    floor = recipe.modulation_activation
+    specs = [_layer_spec(group, linears, recipe, floor if group[0] in modulation else None) for group in groups]
     replaced = {f"{member}.{kind}" for spec in specs for member in spec.members for kind in ("weight", "bias")}
     kept = {n: (p.dtype, tuple(p.shape)) for n, p in model.named_parameters() if n not in replaced}
     kept_linears = tuple(name for name in linears if name not in chosen)
     return ModelPlan(family, recipe, dtype, tuple(specs), kept, shapes, kept_linears)
 
 
-def _shared_inputs(
-    model: nn.Module, family: Family, chosen: set[str], dtype: torch.dtype
-) -> list[tuple[str, ...]]:
+def _shared_inputs(model: nn.Module, family: Family, chosen: set[str], dtype: torch.dtype) -> list[tuple[str, ...]]:
     """Groups of chosen linears of one parent that get the very same tensor, found by one forward on fake tensors."""
     seen: dict[tuple[str, int, int], list[str]] = {}
     alive: list[Tensor] = []  # keeps ids unique while the forward runs
@@ -163,7 +165,9 @@ def _fake_forward(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
         model(**family.forward_kwargs(fake), return_dict=False)
 
 
-def _layer_spec(members: tuple[str, ...], linears: Mapping[str, nn.Module], recipe: Recipe) -> LayerSpec:
+def _layer_spec(
+    members: tuple[str, ...], linears: Mapping[str, nn.Module], recipe: Recipe, floor: ActivationSpec | None
+) -> LayerSpec:
     first = linears[members[0]]
     features = int(first.in_features)  # type: ignore[arg-type]
     parent, _, _ = members[0].rpartition(".")
@@ -183,6 +187,7 @@ def _layer_spec(members: tuple[str, ...], linears: Mapping[str, nn.Module], reci
         biases=tuple(linears[name].bias is not None for name in members),
         rotation=Rotation.for_features(features, recipe.rotation),
         groups=features // group,
+        floor=floor,
     )
 
 

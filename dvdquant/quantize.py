@@ -122,8 +122,8 @@ def quantize_checkpoint(
                 kept, bad = {}, []
                 for name in batch:
                     value = checkpoint.read(name)
-                    bad += _nonfinite(checkpoint, name, value, allow_nonfinite)
-                    kept[name] = value.to(plan.kept[name][0])
+                    bad += (found := _nonfinite(checkpoint, name, value, allow_nonfinite))
+                    kept[name] = _converted(name, _zeroed(value) if found else value, plan.kept[name][0])
                 files.store(step, kept, {"nonfinite": bad})
             nonfinite += transaction.data(step)["nonfinite"]
         entries = files.finish(progress)
@@ -202,6 +202,22 @@ def _nonfinite(checkpoint: Checkpoint, name: str, tensor: Tensor, allow: bool) -
     return []
 
 
+def _zeroed(tensor: Tensor) -> Tensor:
+    """0 in the place of NaN and infinities."""
+    return torch.where(torch.isfinite(tensor), tensor, torch.zeros((), dtype=tensor.dtype))
+
+
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in the dtype it is stored in; CheckpointError if that makes an infinity of a value."""
+    result = tensor.to(dtype)
+    if dtype != tensor.dtype and not bool(torch.isfinite(result).all()):
+        raise CheckpointError(
+            f"{name} holds {float(tensor.abs().max()):.3g}, which {str(dtype).removeprefix('torch.')} cannot represent",
+            fix="export with --dtype bf16",
+        )
+    return result
+
+
 def _quantize_layer(
     checkpoint: Checkpoint, plan: ModelPlan, spec: LayerSpec, allow_nonfinite: bool
 ) -> tuple[dict[str, Tensor], LayerEntry, list[str]]:
@@ -216,7 +232,7 @@ def _quantize_layer(
         for start in range(0, rows, step):
             part = weight[start : start + step].to(torch.float32, copy=True)
             if found:
-                part = torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0)
+                part = _zeroed(part)
             rotated = rotate_rows(part, spec.rotation)
             quantized = quantize_weight(rotated, plan.recipe.weight)
             sums.add(rotated, quantized, plan)
@@ -225,8 +241,8 @@ def _quantize_layer(
             factors.append(quantized.factor)
             zeros.append(quantized.zero)
         bias = checkpoint.read(f"{member}.bias").float() if has_bias else torch.zeros(rows)
-        bad += _nonfinite(checkpoint, f"{member}.bias", bias, allow_nonfinite)
-        biases.append(bias)
+        bad += (found := _nonfinite(checkpoint, f"{member}.bias", bias, allow_nonfinite))
+        biases.append(_zeroed(bias) if found else bias)
     parts = (packed, scales, factors, zeros, biases)
     tensors = dict(zip(spec.tensors(), (torch.cat(p) for p in parts)))
     return tensors, sums.entry(spec), bad

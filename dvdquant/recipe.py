@@ -58,6 +58,9 @@ class Recipe:
         rotation: Hadamard block along the input channels. ``auto`` takes the largest power of four up to 256 that
             divides K (its entries are powers of two, exact in every dtype); ``full`` the whole row; ``none`` no
             rotation; an integer that block.
+        modulation: the linears that turn the timestep into shifts, scales and gates, where a family has a large one in
+            every block: ``keep`` leaves them in 16 bit, ``a8`` packs their weights too and never gives them less than
+            8-bit activations. They are a quarter of HunyuanVideo's weights, and every token sees their error.
         keep: globs of layer names that stay in 16 bit besides the family's own defaults.
         force: globs of layer names that are quantized although the family's defaults keep them.
     """
@@ -66,6 +69,7 @@ class Recipe:
     activations: tuple[ActivationSpec, ...]
     weight: WeightSpec = field(default_factory=WeightSpec)
     rotation: str | int = "auto"
+    modulation: Literal["keep", "a8"] = "keep"
     keep: tuple[str, ...] = ()
     force: tuple[str, ...] = ()
     version: int = RECIPE_VERSION
@@ -81,6 +85,11 @@ class Recipe:
         raise RecipeError(
             f"recipe {self.name!r} has no {bits}-bit activations", available=[f"{a.bits}" for a in self.activations]
         )
+
+    @property
+    def modulation_activation(self) -> ActivationSpec:
+        """The least activation grid of a modulation linear: the recipe's own 8-bit one, or one scale per token."""
+        return next((a for a in self.activations if a.bits == 8), ActivationSpec(8))
 
     def keeps(self, layer: str, family_keeps: tuple[str, ...]) -> bool:
         """Whether ``layer`` (its dotted module name) stays in 16 bit."""
@@ -137,6 +146,7 @@ def _check(recipe: Recipe) -> None:
             "zero_point 'paper' is one integer per row and cannot be combined with weight groups",
             fix="use weight.group_size 0, or zero_point 'midrise'",
         )
+    _one_of("modulation", recipe.modulation, ("keep", "a8"))
     if not recipe.activations:
         raise RecipeError("a recipe needs at least one activation grid", fix="add activations of 4 or 8 bits")
     bits = [a.bits for a in recipe.activations]
@@ -184,4 +194,6 @@ def get_recipe(name: str) -> Recipe:
     try:
         return RECIPES[name]
     except KeyError:
-        raise RecipeError(f"unknown recipe {name!r}", available=RECIPES, fix="pick one of these with --recipe") from None
+        raise RecipeError(
+            f"unknown recipe {name!r}", available=RECIPES, fix="pick one of these with --recipe"
+        ) from None

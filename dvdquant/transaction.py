@@ -296,8 +296,6 @@ class ExportTransaction:
         """All finished steps and their data, in order."""
         return dict(self._journal.done) if self._journal else {}
 
-    # -------------------------------------------------------------------------------------------------- the commit
-
     def commit(
         self,
         manifest: Manifest,

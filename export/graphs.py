@@ -77,7 +77,9 @@ class GraphWriter:
 
     def quantlinear(self, bits: int) -> ir.Model:
         """The graph with QuantLinear nodes at ``bits``; the base graph itself, so use it before the next call."""
-        set_activation(self.base, self.plan.recipe.activation(bits))
+        asked = self.plan.recipe.activation(bits)
+        specs = {spec.name: spec for spec in self.plan.layers}
+        set_activation(self.base, asked, lambda layer: specs[layer].activation(asked))
         attach_functions(self.base)
         return self.base
 

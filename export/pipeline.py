@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -175,21 +176,31 @@ class _Run:
     # ---------------------------------------------------------------------------------------------- reuse
 
     def adopt(self, previous: Manifest) -> bool:
-        """Link the previous export's files into the new tree; False when one of them is damaged."""
-        names = [name for name in previous.files if name.startswith(("onnx/", "engines/"))]
-        total = sum(previous.files[name]["bytes"] for name in names)
-        try:
-            with self.progress.stage("check", total, "B") as stage:
-                verify_files(self.plan.options.out, previous, names, stage.update)
-        except OutputError as error:
-            self.progress.say(f"the previous export is damaged and is made again: {error.what}")
-            return False
-        for name in names:
-            _link(self.plan.options.out / name, self.transaction.path(name))
+        """Link the previous export's files into the new tree, but for damaged engines, which are then built again;
+        False when a weight file or graph is damaged."""
+        out = self.plan.options.out
+        weights, engines = ([n for n in previous.files if n.startswith(top)] for top in ("onnx/", "engines/"))
+        total = sum(previous.files[name]["bytes"] for name in (*weights, *engines))
+        good = list(weights)
+        with self.progress.stage("check", total, "B") as stage:
+            try:
+                verify_files(out, previous, weights, stage.update)
+            except OutputError as error:
+                self.progress.say(f"the previous export is damaged and is made again: {error.what}")
+                return False
+            for name in engines:
+                try:
+                    verify_files(out, previous, [name], stage.update)
+                    good.append(name)
+                except OutputError as error:
+                    self.progress.say(f"an engine is damaged and is built again: {error.what}")
+        for name in good:
+            # Readers of external data refuse files with several links, so graphs and weights are copied.
+            (_copy if name in weights else _link)(out / name, self.transaction.path(name))
             self.known[name] = previous.files[name]
         self.previous = previous
         self.graphs = list(previous.graphs)
-        self.engines = list(previous.engines)
+        self.engines = [entry for entry in previous.engines if entry["path"] in self.known]
         return True
 
     def missing_engines(self) -> list[tuple[str, EnginePlan]]:
@@ -332,8 +343,9 @@ class _Run:
     def _manifest(self) -> Manifest:
         plan, first = self.plan, self.plan.checkpoints[0]
         if self.previous is not None:
-            layers = self.previous.layers
+            layers, nonfinite = self.previous.layers, self.previous.nonfinite
         else:
+            nonfinite = tuple(name for packed in self.packed.values() for name in packed.nonfinite)
             layers = tuple(entry for packed in self.packed.values() for entry in packed.layers)
         kept = [name for model_plan in plan.plans for name in model_plan.kept_linears]
         tools = {
@@ -348,6 +360,7 @@ class _Run:
             shapes={**plan.sizes.to_json(), "dtype": plan.options.dtype},
             layers=layers,
             kept=tuple(dict.fromkeys(kept)),
+            nonfinite=nonfinite,
             graphs=tuple(self.graphs),
             engines=tuple(self.engines),
             components=plan.components,
@@ -355,8 +368,24 @@ class _Run:
         )
 
 
+def _copy(source: Path, target: Path) -> None:
+    """A copy; the kernel shares the blocks where the file system can."""
+    target.unlink(missing_ok=True)
+    try:
+        with source.open("rb") as reader, target.open("wb") as writer:
+            left = os.fstat(reader.fileno()).st_size
+            while left > 0 and (count := os.copy_file_range(reader.fileno(), writer.fileno(), left)):
+                left -= count
+        if left:
+            raise OSError(errno.EINVAL, "the kernel copied a part only")
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        shutil.copyfile(source, target)
+
+
 def _link(source: Path, target: Path) -> None:
-    """A hard link where the file system has them, else a copy: an engine more must not cost the weights again."""
+    """A hard link where the file system has them, else a copy."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

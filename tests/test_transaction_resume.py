@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from dvdquant.transaction import ExportTransaction, Journal
 from tests.helpers_checkpoint import (
     KEY,
     CleanChildren,
+    export,
     export_resumable,
     in_child,
     kill_self,
@@ -74,16 +77,18 @@ def test_resumed_work_is_kept_when_the_resuming_run_fails_early(tmp_path: Path) 
         assert list(second.steps) == ["layer0", "layer1", "layer2"]
 
 
-@pytest.mark.parametrize("swept", [False, True])
-def test_resume_after_a_kill_at_every_operation(memory: Path, swept: bool) -> None:
+@pytest.mark.parametrize("case", ["fresh", "replacing", "swept"])
+def test_resume_after_a_kill_at_every_operation(memory: Path, case: str) -> None:
     """The kill hits the work itself, or a run without --resume that deletes such work: half deleted, it is no work."""
     children = CleanChildren()
     for kill_at in range(500):
         out = memory / str(kill_at) / "out"
         out.parent.mkdir()
-        if swept:
+        if case == "replacing":  # by the exchange
+            export(out, 1)
+        elif case == "swept":
             _interrupted(out, 3)
-        status = children.run("abandoned" if swept else "resumable", out, kill_at, "kill")
+        status = children.run("abandoned" if case == "swept" else "resumable", out, kill_at, "kill")
         export_resumable(out, resume=True)
         assert (out / "weights.safetensors").read_bytes() == b"".join(bytes([step]) * 100 for step in range(3))
         assert names_in(out) == {"weights.safetensors", "half.onnx", "manifest.json"}
@@ -107,6 +112,21 @@ def test_resume_of_other_options_says_what_differs_and_keeps_thesix_steps(tmp_pa
     assert "sm: ['8.9'] before, ['8.9', '12.0'] now" in str(caught.value)
     with ExportTransaction(out, key=KEY, resume=True) as transaction:
         assert list(transaction.steps) == ["layer0", "layer1"]
+
+
+def test_work_whose_deletion_failed_is_no_longer_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever order a file system deletes in, half of it never passes for all of it."""
+    _interrupted(tmp_path / "out", 2)
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        with pytest.raises(OutputError, match="Input/output error"), ExportTransaction(tmp_path / "out", key=KEY):
+            pytest.fail("entered")
+    with ExportTransaction(tmp_path / "out", key=KEY, resume=True) as transaction:
+        assert not transaction.steps
 
 
 def test_without_resume_the_orphans_are_swept(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,11 @@ dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
 @click.argument("model")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder for the export.")
 @click.option("--recipe", default="w4a4", show_default=True, help=f"What is quantized how: {', '.join(RECIPES)}.")
+@click.option(
+    "--modulation",
+    type=click.Choice(["keep", "a8"]),
+    help="The blocks' modulation linears: 16 bit, or 4-bit weights with 8-bit activations.  [default: the recipe's]",
+)
 @click.option("--keep", multiple=True, metavar="GLOB", help="Layers to keep in 16 bit besides the family's own.")
 @click.option("--force", multiple=True, metavar="GLOB", help="Layers to quantize although the family keeps them.")
 @click.option(
@@ -101,6 +107,8 @@ def main(**arguments: Any) -> None:
     dry_run, verbose, log_format = (arguments.pop(n) for n in ("dry_run", "verbose", "log_format"))
     setup_logging(verbose, log_format)
     recipe = get_recipe(arguments.pop("recipe")).with_globs(arguments.pop("keep"), arguments.pop("force"))
+    if (modulation := arguments.pop("modulation")) is not None:
+        recipe = replace(recipe, modulation=modulation)
     # These take seconds to import; --help does not wait for them.
     from dvdquant.export.options import ExportOptions
     from dvdquant.export.pipeline import plan_export, run_export

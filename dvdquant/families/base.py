@@ -116,7 +116,8 @@ class Family(ABC):
 
     name: str
     class_names: tuple[str, ...]
-    keep: tuple[str, ...]
+    keep: tuple[str, ...]  # globs of layers that stay in 16 bit
+    modulation: tuple[str, ...] = ()  # globs of the blocks' own modulation linears
     default_video: tuple[int, int, int]  # frames, height, width in pixels
     default_text_tokens: int
     vae_scale: tuple[int, int, int] = (4, 8, 8)  # time, height, width

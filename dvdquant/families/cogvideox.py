@@ -19,7 +19,8 @@ class CogVideoX(Family):
 
     name = "cogvideox"
     class_names = ("CogVideoXTransformer3DModel",)
-    keep = ("patch_embed*", "time_embedding*", "ofs_embedding*", "*.norm1.linear", "*.norm2.linear", "norm_out*", "proj_out")
+    keep = ("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out")
+    modulation = ("*.norm1.linear", "*.norm2.linear")
     default_video = (49, 480, 720)
     default_text_tokens = 226
 

@@ -14,8 +14,9 @@ class HunyuanVideo(Family):
 
     name = "hunyuan-video"
     class_names = ("HunyuanVideoTransformer3DModel",)
-    # norm1/norm1_context/norm hold the modulation linears; the token refiner is the text embedder.
-    keep = ("x_embedder*", "context_embedder*", "time_text_embed*", "*norm*.linear", "norm_out*", "proj_out")
+    # The token refiner is the text embedder.
+    keep = ("x_embedder*", "context_embedder*", "time_text_embed*", "norm_out*", "proj_out")
+    modulation = ("*blocks.*.norm.linear", "*blocks.*.norm1.linear", "*blocks.*.norm1_context.linear")
     default_video = (61, 720, 1280)
     default_text_tokens = 256
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from dvdquant.export.schema import DOMAIN
@@ -10,17 +12,22 @@ from dvdquant.recipe import ActivationSpec
 __all__ = ["set_activation"]
 
 
-def set_activation(model: ir.Model, activation: ActivationSpec) -> bool:
+def set_activation(
+    model: ir.Model, activation: ActivationSpec, chosen: Callable[[str], ActivationSpec] | None = None
+) -> bool:
     """Write ``act_bits`` and ``act_group``; returns whether any node changed.
 
     1. A node with other bits or another group gets the new attributes.
     2. A node that has them already is left alone.
+    3. With ``chosen``, a node's grid is what that returns for its layer's name.
     """
     changed = False
-    wanted = {"act_bits": activation.bits, "act_group": activation.group_size}
     for node in model.graph:
         if node.domain != DOMAIN or node.op_type != "QuantLinear":
             continue
+        layer = (node.inputs[1].name or "" if node.inputs[1] is not None else "").removesuffix(".weight")
+        grid = chosen(layer) if chosen is not None else activation
+        wanted = {"act_bits": grid.bits, "act_group": grid.group_size}
         for name, value in wanted.items():
             if node.attributes[name].as_int() != value:
                 node.attributes[name] = ir.AttrInt64(name, value)
