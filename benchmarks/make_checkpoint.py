@@ -1,6 +1,6 @@
 """Write a synthetic checkpoint of a real configuration: heavy-tailed weights with outlier channels, bf16, sharded.
 
-    python benchmarks/make_checkpoint.py benchmarks/configs/wan2.1-1.3b.json /tmp/wan-1.3b
+python benchmarks/make_checkpoint.py benchmarks/configs/wan2.1-1.3b.json /tmp/wan-1.3b
 """
 
 from __future__ import annotations
@@ -19,16 +19,40 @@ SHARD_BYTES = 5 << 30
 NAME = "diffusion_pytorch_model"
 
 
-def heavy_tailed(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Student-t-like weights [N, K] of variance about 1/K, one input channel in a hundred ten times larger; bf16."""
-    values = torch.empty(shape).normal_(generator=generator)
-    if len(shape) < 2:
-        return (1 + 0.1 * values).bfloat16()
-    matrix = values.reshape(shape[0], -1)
-    # A normal times (1 + its magnitude) has about the kurtosis of t(5) and costs no chi-square draws.
-    matrix.mul_(matrix.abs().add_(1)).mul_(0.5 / matrix.shape[1] ** 0.5)
-    matrix[:, :: max(2, matrix.shape[1] // max(1, matrix.shape[1] // 100))] *= 10
-    return matrix.reshape(shape).bfloat16()
+POOL = (1 << 25) + 39  # a length that no row length divides
+
+
+class HeavyTailed:
+    """Weights [N, K] of variance about 1/K with the kurtosis of t(5), one input channel in a hundred ten times larger.
+
+    Cut from one pool of random numbers at random places: 26 GB of fresh normal draws would take longer than the export.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        values = torch.empty(POOL).normal_(generator=self._generator)
+        self._pool = values.mul_(values.abs().add_(1)).mul_(0.5).bfloat16()
+
+    def draw(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """One tensor, bf16; vectors are norm gains and biases around 1."""
+        count = torch.Size(shape).numel()
+        flat = torch.empty(count, dtype=torch.bfloat16)
+        filled = 0
+        while filled < count:
+            start = int(torch.randint(0, POOL, (1,), generator=self._generator))
+            part = self._pool[start : start + count - filled]
+            flat[filled : filled + len(part)] = part
+            filled += len(part)
+        if len(shape) < 2:
+            return flat.mul_(0.1).add_(1)
+        matrix = flat.reshape(shape[0], -1).mul_(matrix_scale(count // shape[0]))
+        matrix[:, :: max(2, matrix.shape[1] // max(1, matrix.shape[1] // 100))] *= 10
+        return matrix.reshape(shape)
+
+
+def matrix_scale(features: int) -> float:
+    """1/√K."""
+    return float(features**-0.5)
 
 
 @click.command()
@@ -49,7 +73,7 @@ def main(config: Path, folder: Path, seed: int) -> None:
         shards[-1].append(name)
         filled += nbytes
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
+    weights = HeavyTailed(seed)
     weight_map = {}
     with tqdm(total=sum(2 * torch.Size(s).numel() for s in shapes.values()), unit="B", unit_scale=True) as bar:
         for index, names in enumerate(shards):
@@ -58,7 +82,7 @@ def main(config: Path, folder: Path, seed: int) -> None:
             plan = [(name, torch.bfloat16, shapes[name]) for name in names]
             with StreamingWriter(folder / file, plan, {"format": "pt"}) as writer:
                 for name in names:
-                    writer.write(name, heavy_tailed(shapes[name], generator))
+                    writer.write(name, weights.draw(shapes[name]))
                     bar.update(2 * torch.Size(shapes[name]).numel())
                 writer.finish()
             weight_map |= dict.fromkeys(names, file)

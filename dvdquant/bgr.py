@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,10 +30,15 @@ from .recipe import SOLVERS, ZERO_POINTS, WeightSpec
 
 __all__ = ["Grid", "QuantizedWeight", "quantize_weight", "refine_grid", "relative_mse"]
 
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+
 _MODES = {"midrise": 0, "symmetric": 1, "paper": 2}
 _SOLVER_CODES = {"minmax": 0, "paper": 1, "search": 2}
 # Weights converted to fp32 and handed to the threads at a time: 16 MiB.
 _BLOCK = 1 << 22
+# Weights normalized at a time, so that they are still in the cache when they are solved: 256 KiB.
+_PART = 1 << 16
 # Enough for every row seen; each step lowers the error, so the loop ends by itself long before.
 _STEPS = 50
 # Peaks of the scan from which the search descends.
@@ -113,11 +120,10 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
     factor = torch.empty(rows, groups, dtype=torch.uint8)
     outputs = [t.numpy() for t in (codes, scale, factor, zero)]
 
-    def work(block: Tensor, rows: slice) -> bool:
-        codes, scale, factor, zero = (o[rows] for o in outputs)
-        return bgr_search.quantize_rows(block.numpy(), mode, solver, starts, _STEPS, codes, scale, factor, zero)
+    def work(v: F32, units: F64, rows: slice) -> None:
+        bgr_search.quantize_rows(v, units, mode, solver, starts, _STEPS, *(o[rows] for o in outputs))
 
-    _for_row_blocks(w, work)
+    _for_row_blocks(w, groups, work)
     return QuantizedWeight(codes, scale, factor, zero)
 
 
@@ -143,11 +149,10 @@ def refine_grid(
     outputs = [torch.empty(len(w), groups, dtype=torch.float64) for _ in range(2)]
     arrays = [t.numpy() for t in outputs]
 
-    def work(block: Tensor, rows: slice) -> bool:
-        scale, zero = (a[rows] for a in arrays)
-        return bgr_search.solve_rows(block.numpy(), mode, solver_code, _STARTS, iterations, scale, zero)
+    def work(v: F32, units: F64, rows: slice) -> None:
+        bgr_search.solve_rows(v, units, mode, solver_code, _STARTS, iterations, *(a[rows] for a in arrays))
 
-    _for_row_blocks(w, work)
+    _for_row_blocks(w, groups, work)
     scale, zero = outputs
     if zero_point == "midrise":
         zero -= 0.5
@@ -206,18 +211,33 @@ def _check_shape(w: Tensor, group_size: int) -> int:
     return features // size
 
 
-def _for_row_blocks(w: Tensor, work: Callable[[Tensor, slice], bool]) -> None:
-    """Calls ``work(fp32 rows on the CPU, their place)`` for all rows, on as many threads as PyTorch may use.
+def _for_row_blocks(w: Tensor, groups: int, work: Callable[[F32, F64, slice], None]) -> None:
+    """Calls ``work(normalized rows, their units, their place)`` for all rows, on as many threads as PyTorch may use.
 
-    CheckpointError when one of the calls returns False: it met a NaN or Inf.
+    CheckpointError when there is a NaN or Inf.
     """
+    from .bgr_rows import load_rows
+
+    features = w.shape[1]
+
+    def part(block: F32, start: int) -> bool:
+        step = max(1, _PART // features)
+        v, units = np.empty((step, features), np.float32), np.empty((step, groups))
+        for first in range(0, len(block), step):
+            rows = block[first : first + step]
+            count = len(rows)
+            if not load_rows(rows, v[:count], units[:count]):
+                return False
+            work(v[:count], units[:count], slice(start + first, start + first + count))
+        return True
+
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         for start, block in _row_blocks(w):
             # More parts than threads, so that a thread that lost its core does not hold up the block.
             step = max(1, -(-len(block) // (4 * threads)))
-            places = [slice(i, min(i + step, len(block))) for i in range(0, len(block), step)]
-            jobs = [pool.submit(work, block[p], slice(start + p.start, start + p.stop)) for p in places]
+            rows = block.numpy()
+            jobs = [pool.submit(part, rows[i : i + step], start + i) for i in range(0, len(rows), step)]
             finite = [job.result() for job in jobs]
             if not all(finite):
                 bad = sum(int(b.numel() - torch.isfinite(b).sum()) for _, b in _row_blocks(w))

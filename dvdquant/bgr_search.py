@@ -1,7 +1,6 @@
 """The compiled loops of :mod:`dvdquant.bgr`: scoring, descent and search of 4-bit grids, one row at a time.
 
-A *segment* is the run of weights that share a scale: a group, or the whole row. Every loop runs on a copy of it, scaled
-by a power of two to amax in [0.5, 1), so squares neither overflow nor vanish in fp32 whatever the weights are.
+A *segment* is the run of weights that share a scale: a group, or the whole row, normalized by :mod:`dvdquant.bgr_rows`.
 
 Levels are ``Δ·q``, ``q = clamp(round(w/Δ − half), low, high) + half``: half = 0.5, low..high = −8..7 for the mid-rise
 grid; half = 0, low..high = −8−z..7−z for an integer zero-point z. Of given q the best scale is ``Δ = S1/S2`` with
@@ -233,40 +232,6 @@ def _paper(v: F32, mode: int, steps: int) -> tuple[float, float]:
 
 
 @jit
-def _normalize(bits: npt.NDArray[np.int32], row: F32, v: F32) -> float:
-    """v = row · 2^−e, amax(v) in [0.5, 1). Returns 2^e as fp64; 0 for a row of zeros, −1 for one with NaN or Inf."""
-    top, amax = np.int32(0), _f(0.0)
-    for k in range(row.shape[0]):
-        top = max(top, bits[k] & np.int32(0x7FFFFFFF))  # compiled code may not look for a NaN as a float
-        amax = max(amax, abs(row[k]))
-    if top >= 0x7F800000:
-        return -1.0
-    _, exponent = math.frexp(float(amax))
-    shrink = math.ldexp(1.0, -exponent)
-    for k in range(row.shape[0]):
-        v[k] = _f(np.float64(row[k]) * shrink)
-    return math.ldexp(1.0, exponent) if top > 0 else 0.0
-
-
-@jit
-def _load_row(row: F32, v: F32, units: F64) -> float:
-    """Normalizes every group of the row into v; returns the largest unit, −1 where there is a NaN or Inf."""
-    size = row.shape[0] // units.shape[0]
-    bits = row.view(np.int32)
-    largest = 0.0
-    for g in range(units.shape[0]):
-        a, b = g * size, (g + 1) * size
-        units[g] = _normalize(bits[a:b], row[a:b], v[a:b])
-        if units[g] < 0.0:
-            return -1.0
-        largest = max(largest, units[g])
-    for g in range(units.shape[0]):
-        if units[g] < largest * 2.0**-100:  # far below any error of the row: zero, so that fp32 holds every ratio
-            units[g], v[g * size : (g + 1) * size] = 0.0, _NIL
-    return largest
-
-
-@jit
 def _solve_row(
     v: F32, units: F64, mode: int, solver: int, starts: int, steps: int, work: F32, memory: F64, scales: F64, zeros: F64
 ) -> None:
@@ -352,49 +317,51 @@ def _encode(v: F32, units: F64, scale: Real, factors: U8, zero: float, half: Rea
 
 
 @jit
-def solve_rows(w: F32, mode: int, solver: int, starts: int, steps: int, scales: F64, zeros: F64) -> bool:
-    """Scales and integer zero-points, fp64 [R, groups], of w [R, K]. Returns whether all weights are finite."""
-    v, units = np.empty(w.shape[1], np.float32), np.empty(scales.shape[1])
+def solve_rows(
+    v: F32, units: F64, mode: int, solver: int, starts: int, steps: int, scales: F64, zeros: F64
+) -> None:
+    """Scales and integer zero-points, fp64 [R, groups], of normalized rows v [R, K]."""
     work, memory = np.empty((3, _MOST), np.float32), np.empty((2, _MOST))
-    for r in range(w.shape[0]):
-        if _load_row(w[r], v, units) < 0.0:
-            return False
-        _solve_row(v, units, mode, solver, starts, steps, work, memory, scales[r], zeros[r])
-    return True
+    for r in range(v.shape[0]):
+        _solve_row(v[r], units[r], mode, solver, starts, steps, work, memory, scales[r], zeros[r])
 
 
 @jit
 def quantize_rows(
-    w: F32, mode: int, solver: int, starts: int, steps: int, codes: I8, row_scales: F32, factors: U8, row_zeros: F32
-) -> bool:
-    """w [R, K] to codes [R, K], row scale [R], factor [R, groups] and centred zero-point [R].
+    v: F32,
+    units: F64,
+    mode: int,
+    solver: int,
+    starts: int,
+    steps: int,
+    codes: I8,
+    row_scales: F32,
+    factors: U8,
+    row_zeros: F32,
+) -> None:
+    """Normalized rows v [R, K] to codes [R, K], row scale [R], factor [R, groups] and centred zero-point [R].
 
-    The min-max grid comes first and wins ties. Returns whether all weights are finite.
+    The min-max grid comes first and wins ties.
     """
     groups = factors.shape[1]
     half = _HALF if mode == MIDRISE else _NIL
-    v, units = np.empty(w.shape[1], np.float32), np.empty(groups)
     work, memory = np.empty((3, _MOST), np.float32), np.empty((2, _MOST))
     scales, zeros, trial = np.empty(groups), np.empty(groups), np.empty(groups, np.uint8)
-    for r in range(w.shape[0]):
-        largest = _load_row(w[r], v, units)
-        if largest < 0.0:
-            return False
+    for r in range(v.shape[0]):
         row_scale, zero, least = SCALE_FLOOR, 0.0, math.inf
         factors[r].fill(255)
-        if largest <= SCALE_FLOOR:
+        if units[r].max() <= SCALE_FLOOR:
             # Zeros, or too small for any grid: exactly zero, also where the mid-rise grid has no level at zero.
             codes[r].fill(0)
             row_scales[r], row_zeros[r] = _f(row_scale), _f(0.0)
             continue
         for attempt in range(1 if solver == MINMAX else 2):
             kind = solver if attempt > 0 else MINMAX
-            _solve_row(v, units, mode, kind, starts, steps, work, memory, scales, zeros)
-            scale, error = _fit(v, units, scales, zeros[0], half, kind, work, trial)
+            _solve_row(v[r], units[r], mode, kind, starts, steps, work, memory, scales, zeros)
+            scale, error = _fit(v[r], units[r], scales, zeros[0], half, kind, work, trial)
             if error < least:
                 row_scale, zero, least = scale, zeros[0], error
                 for g in range(groups):
                     factors[r, g] = trial[g]
-        _encode(v, units, _f(row_scale), factors[r], zero, half, codes[r])
+        _encode(v[r], units[r], _f(row_scale), factors[r], zero, half, codes[r])
         row_scales[r], row_zeros[r] = _f(row_scale), _f(zero - float(half))
-    return True

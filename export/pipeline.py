@@ -141,8 +141,8 @@ def run_export(plan: ExportPlan, progress: Progress) -> ExportResult:
         DvdquantError: with the output folder as it was (and, for finished layers, work kept for ``--resume``).
     """
     options = plan.options
-    require_disk(options.out, plan.estimate.disk_bytes, "the export")
     require_memory(plan.estimate, plan.plans, plan.engines)
+    require_disk(options.out, plan.estimate.disk_bytes, "the export")
     with ExportTransaction(options.out, key=plan.key, resume=options.resume, keep_for_resume=True) as transaction:
         run = _Run(plan, transaction, progress)
         if transaction.complete and transaction.previous is not None and run.adopt(transaction.previous):
