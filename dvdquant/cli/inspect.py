@@ -25,8 +25,8 @@ dvdq-inspect out/tiny-wan --check
 # all layers, with the error of BGR beside min-max
 dvdq-inspect out/tiny-wan --layers
 
-# one graph as Polygraphy sees it
-dvdq-inspect out/tiny-wan --graph onnx/transformer_a4.onnx
+# one graph as Polygraphy sees it, and whether TensorRT-RTX's parser takes it
+dvdq-inspect out/tiny-wan --graph onnx/transformer_a4_qdq.onnx
 """
 
 
@@ -38,7 +38,11 @@ dvdq-inspect out/tiny-wan --graph onnx/transformer_a4.onnx
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--check", is_flag=True, help="Hash every file and compare with the manifest.")
 @click.option("--layers", "all_layers", is_flag=True, help="Every layer, not only the ten worst.")
-@click.option("--graph", metavar="PATH", help="Summarize one ONNX file of the export with Polygraphy.")
+@click.option(
+    "--graph",
+    metavar="PATH",
+    help="One ONNX file by Polygraphy; of a QDQ graph also what TensorRT-RTX would refuse.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
 @click.option("-v", "--verbose", count=True)
 @click.version_option(__version__, prog_name="dvdq-inspect")
@@ -61,12 +65,22 @@ def main(out: Path, check: bool, all_layers: bool, graph: str | None, as_json: b
 
 
 def _graph_summary(out: Path, manifest: Manifest, graph: str) -> str:
-    from dvdquant.export.polygraphy_tools import onnx_summary
+    from dvdquant.export.polygraphy_tools import onnx_summary, rtx_unsupported
 
-    paths = [g["path"] for g in manifest.graphs]
-    if graph not in paths:
-        raise OutputError(f"the export has no graph {graph!r:.200}", available=paths)
-    return onnx_summary((out / graph).absolute())
+    targets = {g["path"]: g["target"] for g in manifest.graphs}
+    if graph not in targets:
+        raise OutputError(f"the export has no graph {graph!r:.200}", available=targets)
+    path = (out / graph).absolute()
+    lines = [onnx_summary(path)]
+    if targets[graph] == "onnx":
+        # A QuantLinear graph is for the plugin; whether TensorRT-RTX takes it says nothing.
+        refused = rtx_unsupported(path)
+        lines += [
+            "",
+            "TensorRT-RTX's parser takes the whole graph" if not refused else "TensorRT-RTX's parser refuses:",
+        ]
+        lines += [f"  {operator} {name}: {reason}" for operator, name, reason in refused]
+    return "\n".join(lines)
 
 
 def _check_files(out: Path, manifest: Manifest) -> None:
