@@ -224,7 +224,7 @@ def test_store_shared_by_two_bit_widths_writes_once(tmp_path: Path) -> None:
 
 
 def test_store_in_an_impossible_place(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot create"):
+    with pytest.raises(OutputError, match="cannot write"):
         TensorStore(tmp_path / "missing" / "derived.bin")
 
 

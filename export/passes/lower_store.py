@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from dvdquant.errors import OutputError
+from dvdquant.files import disk_error
 
 __all__ = ["INLINE_BYTES", "TensorStore"]
 
@@ -40,7 +40,7 @@ class TensorStore:
             try:
                 path.write_bytes(b"")
             except OSError as error:
-                raise OutputError(f"cannot create {path}: {error.strerror}", fix="choose a writable folder") from error
+                raise disk_error(error, path) from error
 
     def put(self, name: str, array: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:
         """Take one tensor and return what the initializer points to.
@@ -51,7 +51,7 @@ class TensorStore:
             shape: in elements.
 
         Raises:
-            OutputError: the file cannot be written (disk full, for one).
+            ResourceError: the disk is full. OutputError: the file cannot be written for another reason.
         """
         packed = dtype.bitwidth < 8
         if self.path is None or array.nbytes <= INLINE_BYTES:
@@ -77,6 +77,6 @@ class TensorStore:
                 offset = file.tell()
                 file.write(data)
         except OSError as error:
-            raise OutputError(f"writing {name} to {path} failed: {error.strerror}", fix="free disk space") from error
+            raise disk_error(error, path) from error
         self.bytes_written = offset + data.nbytes
         return offset

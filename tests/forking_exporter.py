@@ -1,0 +1,75 @@
+"""A process that has imported and traced everything, and forks one export for every line it reads.
+
+Protocol, JSON lines: ``{"out": …, "recipe": …, "resume": bool}`` in; ``{"pid": …}`` and then ``{"status": …, "error": …}`` out.
+Tracing happens once, before the forks: a killed export then dies in the stages that write, not in an import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvdquant.errors import DvdquantError
+from dvdquant.export import pipeline
+from dvdquant.export.options import ExportOptions
+from dvdquant.progress import Progress
+from dvdquant.recipe import get_recipe
+
+
+def options(request: dict[str, Any]) -> ExportOptions:
+    """tiny-wan, graphs only."""
+    return ExportOptions(
+        str(Path(__file__).parent.parent / "examples" / "tiny-wan"),
+        Path(request["out"]),
+        get_recipe(request["recipe"]),
+        targets=("onnx",),
+        latent="8x24x24",
+        text_tokens=5,
+        resume=request.get("resume", False),
+    )
+
+
+def export(request: dict[str, Any], plan: pipeline.ExportPlan, report: int) -> None:
+    """One export in this (forked) process; never returns."""
+    error = None
+    try:
+        pipeline.run_export(plan, Progress("quiet"))
+    except DvdquantError as problem:
+        error = f"{type(problem).__name__}: {problem}"
+    os.write(report, json.dumps(error).encode())
+    os._exit(2 if error else 0)
+
+
+def main() -> None:
+    """Serve until stdin closes."""
+    torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
+    traced: dict[str, Any] = {}
+    trace = pipeline.trace_graph
+    # The space check would refuse before anything is written; here the disk is to fill up half-way.
+    pipeline.require_disk = lambda *_: None  # type: ignore[attr-defined]
+    for line in sys.stdin:
+        request = json.loads(line)
+        plan = pipeline.plan_export(options(request))
+        if request["recipe"] not in traced:
+            traced[request["recipe"]] = trace(plan.plans[0], plan.sizes)
+        base = traced[request["recipe"]]
+        pipeline.trace_graph = lambda *_, base=base: base  # type: ignore[attr-defined]
+        reader, writer = os.pipe()
+        if (pid := os.fork()) == 0:
+            os.close(reader)
+            export(request, plan, writer)
+        os.close(writer)
+        print(json.dumps({"pid": pid}), flush=True)
+        error = os.read(reader, 1 << 16)
+        os.close(reader)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"status": status, "error": json.loads(error) if error else None}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
