@@ -1,6 +1,7 @@
 """BGR, Bounded-init Grid Refinement: 4-bit weight grids of least squared error, found from the weights alone.
 
-``W ≈ scale[n] · (factor[n, g] / 255) · (codes[n, k] − zero[n])``, codes −8..7, for the already rotated weight W [N, K].
+``W ≈ scale[n] · (factor[n, g] / 255) · (codes[n, k] − zero)``, codes −8..7, for the already rotated weight W [N, K]; zero
+is one number per row, or for the ``real`` zero-point one per row and group.
 
 Solvers:
     ``minmax``: the ends of the grid lie on the extremes of the row (round to nearest).
@@ -9,6 +10,7 @@ Solvers:
     ``search``: scales from the whole range in steps of 2 %, each scored by the error it has after one such Δ, then
     descent from the best peaks; within 1 ‰ of a dense search on rows and groups from 32 weights up, and within 5 ‰ on
     groups of 16, where the 8-bit factor is the limit. Of groups, every factor around the best scale is tried as well.
+    A real zero-point is searched together with the scale, by linear regression of the weights on the codes.
 
 The loops are compiled by numba for the CPU they run on. CUDA tensors are copied to the CPU block by block, and results
 are on the CPU: a search takes less time than reading the checkpoint from most disks.
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, RecipeError, ShapeError
+from .packing import expand_zero
 from .recipe import SOLVERS, ZERO_POINTS, WeightSpec
 
 __all__ = ["Grid", "QuantizedWeight", "quantize_weight", "refine_grid", "relative_mse"]
@@ -33,7 +36,8 @@ __all__ = ["Grid", "QuantizedWeight", "quantize_weight", "refine_grid", "relativ
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
-_MODES = {"midrise": 0, "symmetric": 1, "paper": 2}
+_REAL = 3
+_MODES = {"midrise": 0, "symmetric": 1, "paper": 2, "real": _REAL}
 _SOLVER_CODES = {"minmax": 0, "paper": 1, "search": 2}
 # Weights converted to fp32 and handed to the threads at a time: 16 MiB.
 _BLOCK = 1 << 22
@@ -53,7 +57,8 @@ class QuantizedWeight:
         codes: int8 [N, K] in −8..7.
         scale: fp32 [N], finite and at least 2⁻¹¹⁸.
         factor: uint8 [N, groups] in 1..255; groups = K / group size, [N, 1] of 255 for per-row scales.
-        zero: fp32 [N], the centred zero-point. 0 for a row of zeros in every mode, so that it reconstructs exactly.
+        zero: the centred zero-point: fp32 [N], or for ``real`` uint8 [N, groups] (see :func:`packing.expand_zero`). 0
+            for a row of zeros in every mode, and for a group of zeros in ``real``, so that it reconstructs exactly.
     """
 
     codes: Tensor
@@ -66,8 +71,9 @@ class QuantizedWeight:
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         groups = self.factor.shape[1]
         scale = (self.scale[:, None] * (self.factor.to(torch.float32) / 255)).to(compute)
-        centred = self.codes.to(compute) - self.zero.to(compute)[:, None]
-        return (centred.reshape(len(centred), groups, -1) * scale[..., None]).reshape(centred.shape).to(dtype)
+        codes = self.codes.to(compute).reshape(len(self.codes), groups, -1)
+        centred = codes - expand_zero(self.zero).to(compute)[..., None]
+        return (centred * scale[..., None]).reshape(self.codes.shape).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -110,18 +116,22 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
     groups = _check_shape(w, spec.group_size)
     if spec.group_size % 2:
         raise ShapeError(f"weight groups of {spec.group_size} are odd", available="even group sizes, or 0 for the row")
-    from . import bgr_search  # numba takes a second to import: only those who quantize pay for it
+    from . import bgr_real, bgr_search  # numba takes a second to import: only those who quantize pay for it
 
     # Of groups the factors are searched afterwards, over the neighbourhood of each scale.
     starts = _STARTS if groups == 1 else 0
     rows, features = w.shape
     codes = torch.empty(rows, features, dtype=torch.int8)
-    scale, zero = torch.empty(rows), torch.empty(rows)
-    factor = torch.empty(rows, groups, dtype=torch.uint8)
+    scale, factor = torch.empty(rows), torch.empty(rows, groups, dtype=torch.uint8)
+    zero = torch.empty_like(factor) if mode == _REAL else torch.empty(rows)
     outputs = [t.numpy() for t in (codes, scale, factor, zero)]
 
     def work(v: F32, units: F64, rows: slice) -> None:
-        bgr_search.quantize_rows(v, units, mode, solver, starts, _STEPS, *(o[rows] for o in outputs))
+        out = [o[rows] for o in outputs]
+        if mode == _REAL:
+            bgr_real.quantize_rows(v, units, solver, _STEPS, *out)
+        else:
+            bgr_search.quantize_rows(v, units, mode, solver, starts, _STEPS, *out)
 
     _for_row_blocks(w, groups, work)
     return QuantizedWeight(codes, scale, factor, zero)
@@ -130,7 +140,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
 def refine_grid(
     w: Tensor, group_size: int = 0, zero_point: str = "midrise", solver: str = "search", iterations: int = _STEPS
 ) -> Grid:
-    """The grid of every row or group on its own, with exact scales and, for ``paper``, a zero-point per group.
+    """The grid of every row or group on its own, with exact scales and, for ``paper`` and ``real``, a zero-point each.
 
     Args:
         w: [N, K], floating.
@@ -144,13 +154,17 @@ def refine_grid(
     """
     mode, solver_code = _check_names(zero_point, solver)
     groups = _check_shape(w, group_size)
-    from . import bgr_search
+    from . import bgr_real, bgr_search
 
     outputs = [torch.empty(len(w), groups, dtype=torch.float64) for _ in range(2)]
     arrays = [t.numpy() for t in outputs]
 
     def work(v: F32, units: F64, rows: slice) -> None:
-        bgr_search.solve_rows(v, units, mode, solver_code, _STARTS, iterations, *(a[rows] for a in arrays))
+        scale, zero = (a[rows] for a in arrays)
+        if mode == _REAL:
+            bgr_real.solve_rows(v, units, solver_code, iterations, scale, zero)
+        else:
+            bgr_search.solve_rows(v, units, mode, solver_code, _STARTS, iterations, scale, zero)
 
     _for_row_blocks(w, groups, work)
     scale, zero = outputs

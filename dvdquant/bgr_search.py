@@ -317,9 +317,7 @@ def _encode(v: F32, units: F64, scale: Real, factors: U8, zero: float, half: Rea
 
 
 @jit
-def solve_rows(
-    v: F32, units: F64, mode: int, solver: int, starts: int, steps: int, scales: F64, zeros: F64
-) -> None:
+def solve_rows(v: F32, units: F64, mode: int, solver: int, starts: int, steps: int, scales: F64, zeros: F64) -> None:
     """Scales and integer zero-points, fp64 [R, groups], of normalized rows v [R, K]."""
     work, memory = np.empty((3, _MOST), np.float32), np.empty((2, _MOST))
     for r in range(v.shape[0]):

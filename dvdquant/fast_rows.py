@@ -72,11 +72,14 @@ def pack_rows(codes: I8, packed: I8) -> None:
 
 @jit
 def squared_errors(w: F32, codes: I8, scale: F32, factor: U8, zero: F32, out: F64) -> None:
-    """Adds to out: ‖w‖² and ‖w − ŵ‖² of w [R, K] and its codes, in fp32 per group and fp64 between groups."""
+    """Adds to out: ‖w‖² and ‖w − ŵ‖² of w [R, K] and its codes, in fp32 per group and fp64 between groups.
+
+    zero is that of :func:`dvdquant.packing.expand_zero`, [R, 1] or [R, groups].
+    """
     size = w.shape[1] // factor.shape[1]
     for r in range(w.shape[0]):
-        centre = zero[r]
         for g in range(factor.shape[1]):
+            centre = zero[r, min(g, zero.shape[1] - 1)]
             step = scale[r] * (np.float32(factor[r, g]) / np.float32(255.0))
             energy, error = np.float32(0.0), np.float32(0.0)
             for k in range(g * size, (g + 1) * size):

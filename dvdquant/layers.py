@@ -42,6 +42,7 @@ class LayerSpec:
         rotation: the Hadamard rotation of its input.
         groups: weight groups per row (1 for a scale per row).
         floor: the least activation grid it accepts, used instead of one with fewer bits.
+        real_zero: whether there is a real zero-point per group, stored as a byte, instead of one fp32 per row.
     """
 
     name: str
@@ -52,6 +53,7 @@ class LayerSpec:
     rotation: Rotation
     groups: int
     floor: ActivationSpec | None = None
+    real_zero: bool = False
 
     def activation(self, asked: ActivationSpec) -> ActivationSpec:
         """The grid it runs with where the graph's is ``asked``."""
@@ -69,7 +71,7 @@ class LayerSpec:
             "weight": (torch.int8, (n, self.features // 2)),
             "weight_scale": (torch.float32, (n,)),
             "weight_factor": (torch.uint8, (n, self.groups)),
-            "weight_zero": (torch.float32, (n,)),
+            "weight_zero": (torch.uint8, (n, self.groups)) if self.real_zero else (torch.float32, (n,)),
             "bias": (torch.float32, (n,)),
         }
         return {f"{self.name}.{key}": value for key, value in shapes.items()}
@@ -99,8 +101,8 @@ class RotationTable(nn.Module):
 class QuantLinear(nn.Module):
     """A linear layer with packed 4-bit weights and online rotated, scaled activations (see ``ops/quant_linear.py``).
 
-    Buffers: weight int8 [N, K/2], weight_scale fp32 [N], weight_factor uint8 [N, groups], weight_zero fp32 [N],
-    bias fp32 [N]. The rotation matrices live in the model's :class:`RotationTable`.
+    Buffers: weight int8 [N, K/2], weight_scale fp32 [N], weight_factor uint8 [N, groups], weight_zero fp32 [N] or
+    uint8 [N, groups], bias fp32 [N]. The rotation matrices live in the model's :class:`RotationTable`.
     """
 
     def __init__(self, spec: LayerSpec, activation: ActivationSpec, table: RotationTable) -> None:

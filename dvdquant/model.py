@@ -75,7 +75,10 @@ def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     fp32_modules = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in list(model.named_parameters()):
         if not parameter.numel():
-            raise CheckpointError(f"with this config.json, {name} of {config['_class_name']} has no element")
+            raise CheckpointError(
+                f"with this config.json, {name} of {config['_class_name']} has no element",
+                fix="compare config.json with the one the model was published with",
+            )
         stored = torch.float32 if fp32_modules & set(name.split(".")) else dtype
         _set_parameter(model, name, empty_tensor(tuple(parameter.shape), stored))
     saved = set(model.state_dict())
@@ -188,6 +191,7 @@ def _layer_spec(
         rotation=Rotation.for_features(features, recipe.rotation),
         groups=features // group,
         floor=floor,
+        real_zero=recipe.weight.zero_point == "real",
     )
 
 

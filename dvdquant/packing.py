@@ -1,4 +1,4 @@
-"""Two 4-bit codes per byte, the canonical weight layout: low nibble = even k, signed two's complement."""
+"""The canonical weight layout: two 4-bit codes per byte, low nibble = even k, signed; zero-points as fp32 or bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .errors import ShapeError
 
-__all__ = ["pack_int4", "unpack_int4"]
+__all__ = ["expand_zero", "pack_int4", "unpack_int4"]
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -43,3 +43,25 @@ def unpack_int4(packed: Tensor) -> Tensor:
     signed = packed.contiguous().view(torch.int8)
     # The arithmetic right shift sign-extends the nibble that the left shift has moved to the top.
     return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)
+
+
+def expand_zero(zero: Tensor) -> Tensor:
+    """The centred zero-points of a stored ``weight_zero``, one per row or per weight group.
+
+    Args:
+        zero: floating [N], one per row as it is; or uint8 [N, groups], a real zero-point in steps of 1/16:
+            ``z = byte/16 − 8``, −8 … 7 15/16, exact in every floating dtype.
+
+    Returns:
+        [N, 1] or [N, groups], fp32 (fp64 where ``zero`` is).
+
+    Raises:
+        ShapeError: neither of the two.
+    """
+    if zero.is_floating_point() and zero.ndim == 1:
+        return zero[:, None]
+    if zero.dtype == torch.uint8 and zero.ndim == 2:
+        return zero.to(torch.float32) / 16 - 8
+    raise ShapeError(
+        f"zero-points are {zero.dtype} of shape {tuple(zero.shape)}", available="floating [N], uint8 [N, groups]"
+    )

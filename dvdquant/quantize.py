@@ -21,6 +21,7 @@ from .hadamard import Rotation, rotate
 from .layers import LayerSpec
 from .manifest import FileEntry, LayerEntry
 from .model import ModelPlan
+from .packing import expand_zero
 from .progress import Progress
 from .safetensors_io import StreamingWriter, TensorInfo
 from .transaction import ExportTransaction
@@ -300,7 +301,7 @@ def _squared_errors(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, 
     """(‖w‖², ‖w − ŵ‖²)."""
     rows = weight.numpy()
     codes, scale, factor, zero = (
-        t.numpy() for t in (quantized.codes, quantized.scale, quantized.factor, quantized.zero)
+        t.numpy() for t in (quantized.codes, quantized.scale, quantized.factor, expand_zero(quantized.zero))
     )
     sums: list[np.ndarray] = []
 

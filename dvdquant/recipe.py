@@ -14,7 +14,7 @@ __all__ = ["RECIPES", "RECIPE_VERSION", "ActivationSpec", "Recipe", "WeightSpec"
 
 RECIPE_VERSION = 1
 GROUP_SIZES = (0, 16, 32, 64, 128)
-ZERO_POINTS = ("paper", "midrise", "symmetric")
+ZERO_POINTS = ("paper", "midrise", "symmetric", "real")
 SOLVERS = ("search", "paper", "minmax")
 
 
@@ -25,13 +25,14 @@ class WeightSpec:
     Args:
         group_size: input channels that share a scale; 0 is the whole row (one scale per output channel).
         zero_point: ``paper`` a free integer per row; ``midrise`` −0.5 for all (codes stand for odd multiples of half a
-            step); ``symmetric`` 0 for all.
+            step); ``symmetric`` 0 for all; ``real`` a number per group in steps of 1/16, found together with the scale
+            (8 bits more per group, and the least error).
         solver: ``search`` reaches the per-row optimum; ``paper`` is bounded init and descent as published; ``minmax``
             keeps the clip range at the extremes (the baseline).
     """
 
     group_size: int = 0
-    zero_point: Literal["paper", "midrise", "symmetric"] = "midrise"
+    zero_point: Literal["paper", "midrise", "symmetric", "real"] = "midrise"
     solver: Literal["search", "paper", "minmax"] = "search"
     bits: int = 4
 

@@ -16,7 +16,7 @@ QUANT_LINEAR_INPUTS = (
     ("weight", "tensor(int8)", "[N, K/2] packed 4-bit codes of the rotated weight, low nibble = even k"),
     ("weight_scale", "tensor(float)", "[N]"),
     ("weight_factor", "tensor(uint8)", "[N, groups]; 255 stands for 1"),
-    ("weight_zero", "tensor(float)", "[N] centred zero-point"),
+    ("weight_zero", "Z", "centred zero-point: fp32 [N], or uint8 [N, groups] that stands for byte/16 - 8"),
     ("bias", "tensor(float)", "[N]"),
     ("hadamard", "tensor(float)", "[b, b] orthonormal"),
     ("outer", "tensor(float)", "[p, p] orthonormal"),
@@ -37,7 +37,10 @@ def register_schemas() -> None:
             doc="Rotate, scale and quantize x online, multiply with 4-bit weights, correct for the zero-point.",
             inputs=[parameter(name, kind, description=text) for name, kind, text in QUANT_LINEAR_INPUTS],
             outputs=[parameter("y", "T", description="[..., N]")],
-            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "x and y")],
+            type_constraints=[
+                ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "x and y"),
+                ("Z", ["tensor(float)", "tensor(uint8)"], "one zero-point per row, or one per weight group"),
+            ],
             attributes=[
                 attribute("act_bits", onnx.defs.OpSchema.AttrType.INT, description="4, 6 or 8"),
                 attribute("act_group", onnx.defs.OpSchema.AttrType.INT, description="channels per scale, 0 = token"),

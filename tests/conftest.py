@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 # Before torch, numba or ONNX Runtime are imported anywhere: parallel test processes share the cores, and every builder
-# process inherits the number. A caller's own setting wins.
+# process inherits the number. At least 2, so that what is split among threads is tested as such. A caller's setting wins.
 _CORES = len(os.sched_getaffinity(0))
-_THREADS = str(max(1, _CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+_THREADS = str(max(2, _CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(_name, _THREADS)
 # No test may depend on the network; a hub id that is not cached fails at once instead of retrying.

@@ -124,7 +124,9 @@ class Judged:
         return float("inf") if bool(distance.isnan().any()) else float(distance.max())
 
 
-def judge(op: OpInputs, x: Tensor, rotated_in: torch.dtype = torch.float32, rounded: torch.dtype | None = None) -> Judged:
+def judge(
+    op: OpInputs, x: Tensor, rotated_in: torch.dtype = torch.float32, rounded: torch.dtype | None = None
+) -> Judged:
     """What float64 says of ``op`` on ``x``, and the bound of an executor.
 
     Args:
@@ -146,7 +148,9 @@ def judge(op: OpInputs, x: Tensor, rotated_in: torch.dtype = torch.float32, roun
     sums = (LAMBDA * fine * 2 * size.reshape(grouped.shape)) if block > 1 else torch.zeros_like(grouped)
     error = (sums + 2 * unit * grouped.abs()) * (qmax / amax) + grid.abs() * (2 * unit + 4 * fine)
     near = ((grid - grid.floor() - 0.5).abs() <= error) & (grid.abs() < qmax + 0.5)
-    weight = dequantize_weight(*(t[f] for f in ("weight", "weight_scale", "weight_factor", "weight_zero")), torch.float64)
+    weight = dequantize_weight(
+        *(t[f] for f in ("weight", "weight_scale", "weight_factor", "weight_zero")), torch.float64
+    )
     step = (amax / qmax).expand(grouped.shape)
     flat = x.shape
     y = (codes * step).reshape(flat) @ weight.T + t["bias"]
@@ -196,7 +200,12 @@ class Export:
 
 
 def export_graphs(
-    source: Path, out: Path, recipe: Recipe, sizes: Sizes, dtype: torch.dtype, flavours: tuple[str, ...] = tuple(FLAVOURS)
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    flavours: tuple[str, ...] = tuple(FLAVOURS),
 ) -> Export:
     """Quantize ``source`` and write every graph into ``out``, by the steps the command takes."""
     checkpoint = open_checkpoint(source)
@@ -318,7 +327,8 @@ def _run(model: ir.Model, folder: Path, inputs: Mapping[str, Tensor]) -> dict[st
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(str(copy_path), options, providers=["CPUExecutionProvider"])
     feeds = {
-        i.name: (t.float() if (t := inputs[i.name]).dtype == torch.bfloat16 else t).numpy() for i in session.get_inputs()
+        i.name: (t.float() if (t := inputs[i.name]).dtype == torch.bfloat16 else t).numpy()
+        for i in session.get_inputs()
     }
     results = session.run(None, feeds)
     copy_path.unlink()
@@ -331,9 +341,7 @@ def state_of(folder: Path) -> dict[str, bytes | None] | None:
         return None
     if folder.is_file():
         return {".": folder.read_bytes()}
-    return {
-        str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in sorted(folder.rglob("*"))
-    }
+    return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in sorted(folder.rglob("*"))}
 
 
 def with_changes(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:

@@ -9,23 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from dvdquant.cli.export import main as export_main
-from dvdquant.cli.inspect import main as inspect_main
 from tests import tiny_models as tiny
+from tests.commands import SINGLE, SIZES, edit_config, edit_weights, environment, poke, refused, run, set_text, truncate
 from tests.exporting import REPOSITORY, state_of
 
-SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{SINGLE}.index.json"
-SIZES = ["--latent", "2x8x8", "--text-tokens", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -36,59 +31,6 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "model"))
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(export_main, [str(a) for a in arguments])
-
-
-def refused(result: Result, *named: str, way_out: bool = True) -> None:
-    """Exit code 2, every text in the message, a way out, and no traceback."""
-    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
-    assert isinstance(result.exception, SystemExit)
-    assert "Traceback" not in result.output
-    for text in named:
-        assert text in result.output, (text, result.output)
-    assert not way_out or any(text in result.output for text in ("Usage:", "available:", "fix:")), result.output
-
-
-# -------------------------------------------------------------------------------------------------------- bad models
-
-
-def edit_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        path = folder / "config.json"
-        config = json.loads(path.read_text())
-        change(config)
-        path.write_text(json.dumps(config))
-
-    return edit
-
-
-def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        tensors = load_file(folder / SINGLE)
-        change(tensors)
-        save_file(tensors, folder / SINGLE)
-
-    return edit
-
-
-def poke(name: str, value: float, index: int = 3) -> Callable[[Path], None]:
-    return edit_weights(lambda tensors: tensors[name].view(-1).__setitem__(index, value))
-
-
-def set_text(name: str, text: str | bytes) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-
-    return write
-
-
-def truncate(folder: Path) -> None:
-    path = folder / SINGLE
-    with path.open("rb+") as file:
-        file.truncate(path.stat().st_size - 1000)
 
 
 def pickle_only(folder: Path) -> None:
@@ -134,12 +76,21 @@ MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "config is binary": (set_text("config.json", b"\xff\xfe\x00"), ["config.json"]),
     "config with a key twice": (set_text("config.json", '{"_class_name": "a", "_class_name": "b"}'), ["_class_name"]),
     "config nested too deep": (set_text("config.json", '{"a":' * 5000 + "1" + "}" * 5000), ["config.json"]),
-    "unknown class": (edit_config(lambda c: c.update(_class_name="FluxTransformer2DModel")), ["FluxTransformer2DModel"]),
+    "unknown class": (
+        edit_config(lambda c: c.update(_class_name="FluxTransformer2DModel")),
+        ["FluxTransformer2DModel"],
+    ),
     "class is no name": (edit_config(lambda c: c.update(_class_name="os.system")), ["os.system"]),
-    "class of another family": (edit_config(lambda c: c.update(_class_name="LTXVideoTransformer3DModel")), ["LTXVideo"]),
+    "class of another family": (
+        edit_config(lambda c: c.update(_class_name="LTXVideoTransformer3DModel")),
+        ["LTXVideo"],
+    ),
     "auto_map": (edit_config(lambda c: c.update(auto_map={"AutoModel": "x.Evil"})), ["auto_map"]),
     "code in the folder": (set_text("modeling.py", "print(1)"), ["modeling.py"]),
-    "config diffusers refuses": (edit_config(lambda c: c.update(num_attention_heads="many")), ["WanTransformer3DModel"]),
+    "config diffusers refuses": (
+        edit_config(lambda c: c.update(num_attention_heads="many")),
+        ["WanTransformer3DModel"],
+    ),
     "config that does not run": (edit_config(lambda c: c.update(patch_size=[1, 2])), ["WanTransformer3DModel"]),
     "config of a larger model": (edit_config(lambda c: c.update(num_layers=3)), ["blocks.2"]),
     "config of a smaller model": (edit_config(lambda c: c.update(num_layers=1)), ["blocks.1", "unexpected"]),
@@ -302,182 +253,6 @@ def test_errors_as_json(pristine: Path, tmp_path: Path) -> None:
     assert line["fix"]
 
 
-# -------------------------------------------------------------------------------------------------------- bad outputs
-
-
-def put_file(out: Path) -> Path:
-    out.write_text("mine")
-    return out
-
-
-def below_file(out: Path) -> Path:
-    out.write_text("mine")
-    return out / "deeper" / "export"
-
-
-def foreign(out: Path) -> Path:
-    out.mkdir()
-    (out / "holiday.jpg").write_bytes(b"\xff\xd8")
-    return out
-
-
-def other_manifest(out: Path) -> Path:
-    out.mkdir()
-    (out / "manifest.json").write_text('{"name": "a web app"}')
-    return out
-
-
-OUTPUTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
-    "a file": (put_file, ["not a folder"]),
-    "below a file": (below_file, ["not a folder"]),
-    "somebody's files": (foreign, ["holiday.jpg", "not empty"]),
-    "somebody's manifest": (other_manifest, ["manifest.json"]),
-    "not writable": (lambda out: Path("/proc/nothing/out"), ["/proc"]),
-    "name too long": (lambda out: out / ("x" * 300), ["x" * 100]),
-}
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_bad_output(name: str, pristine: Path, tmp_path: Path) -> None:
-    prepare, named = OUTPUTS[name]
-    out = prepare(tmp_path / "out")
-    before = state_of(tmp_path)
-    refused(run(pristine, "-o", out, "--target", "onnx", *SIZES), *named)
-    assert state_of(tmp_path) == before
-
-
-def test_disk_too_small(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Need and free space in the message, before anything is made."""
-    real = os.statvfs
-
-    def tiny_disk(path: Any) -> Any:
-        info = real(path)
-        return SimpleNamespace(f_bavail=100, f_bfree=100, f_frsize=info.f_frsize, f_bsize=info.f_bsize)
-
-    monkeypatch.setattr(os, "statvfs", tiny_disk)
-    refused(run(pristine, "-o", tmp_path / "out", *SIZES), "GB", "free", "the export needs")
-    assert not (tmp_path / "out").exists()
-
-
-def test_disk_fills_up_while_writing(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check of free space passes and the disk is full all the same: another process was faster."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)], check=False)
-    if mounted.returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
-        monkeypatch.setattr("dvdquant.export.pipeline.require_disk", lambda *_: None)
-        refused(run(pristine, "-o", small / "out", "--target", "onnx", *SIZES), "no room", str(small))
-        assert list(small.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
-
-
-# ------------------------------------------------------------------------------------------ previous exports, inspect
-
-
-@pytest.fixture(scope="module")
-def exported(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("exported") / "out"
-    result = run(pristine, "-o", out, "--target", "onnx", *SIZES)
-    assert result.exit_code == 0, result.output
-    return out
-
-
-@pytest.fixture
-def previous(exported: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported, tmp_path / "previous"))
-
-
-@pytest.mark.parametrize("name", ["NaN in the first layer", "truncated weights", "missing tensor", "unknown class"])
-def test_previous_export_survives_a_bad_model(name: str, previous: Path, model: Path) -> None:
-    MODELS[name][0](model)
-    before = state_of(previous)
-    refused(run(model, "-o", previous, "--target", "onnx", *SIZES), *MODELS[name][1])
-    assert state_of(previous) == before
-
-
-def test_resume_of_another_export(previous: Path, pristine: Path, tmp_path: Path) -> None:
-    """Work begun with other options is not mixed in; the message says which option differs."""
-    from dvdquant.transaction import ExportTransaction
-
-    with ExportTransaction(tmp_path / "out", key={"recipe": {"name": "rtn"}}, keep_for_resume=True) as transaction:
-        transaction.done("something")
-    before = state_of(tmp_path / "out")
-    refused(run(pristine, "-o", tmp_path / "out", "--target", "onnx", *SIZES, "--resume"), "--resume", "another one")
-    assert state_of(tmp_path / "out") == before
-
-
-def inspect(*arguments: object) -> Result:
-    return CliRunner().invoke(inspect_main, [str(a) for a in arguments])
-
-
-def test_inspect_of_a_good_export(previous: Path) -> None:
-    for arguments in ([], ["--check"], ["--layers"], ["--json"], ["--graph", "onnx/transformer_a4.onnx"]):
-        result = inspect(previous, *arguments)
-        assert result.exit_code == 0, (result.output, result.exception)
-        assert "blocks.0" in result.output or "--graph" in arguments
-
-
-def damage_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def damage(out: Path) -> None:
-        path = out / "manifest.json"
-        data = json.loads(path.read_text())
-        change(data)
-        path.write_text(json.dumps(data))
-
-    return damage
-
-
-MANIFESTS: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
-    "no export": (lambda out: (out / "manifest.json").unlink(), [], ["not a dvdquant export"]),
-    "no folder": (shutil.rmtree, [], ["does not exist"]),
-    "cut manifest": (lambda out: os.truncate(out / "manifest.json", 500), [], ["not valid JSON"]),
-    "field missing": (damage_manifest(lambda m: m.pop("family")), [], ["family", "missing"]),
-    "field of another type": (damage_manifest(lambda m: m.update(layers="all")), [], ["layers"]),
-    "path that leaves": (
-        damage_manifest(lambda m: m["files"].update({"../x": {"sha256": "0" * 64, "bytes": 1}})),
-        [],
-        ["../x"],
-    ),
-    "newer format": (damage_manifest(lambda m: m.update(format_version=99)), [], ["99", "newer"]),
-    "unknown graph": (lambda out: None, ["--graph", "onnx/other.onnx"], ["other.onnx", "transformer_a4.onnx"]),
-    "graph outside": (lambda out: None, ["--graph", "../../etc/passwd"], ["passwd"]),
-    "graph is garbage": (
-        lambda out: (out / "onnx/transformer_a4.onnx").write_bytes(b"no protobuf"),
-        ["--graph", "onnx/transformer_a4.onnx"],
-        ["transformer_a4.onnx"],
-    ),
-    "file missing": (lambda out: (out / "onnx/transformer_a8.onnx").unlink(), ["--check"], ["transformer_a8.onnx"]),
-    "file tampered": (
-        lambda out: (out / "config.json").write_text((out / "config.json").read_text().replace("2", "3")),
-        ["--check"],
-        ["config.json", "SHA-256"],
-    ),
-    "file truncated": (
-        lambda out: os.truncate(out / "onnx/transformer.safetensors", 1000),
-        ["--check"],
-        ["transformer.safetensors", "1000 bytes"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_inspect_refuses(name: str, previous: Path) -> None:
-    damage, arguments, named = MANIFESTS[name]
-    damage(previous)
-    before = state_of(previous)
-    result = inspect(previous, *arguments)
-    assert result.exit_code == 2, (result.output, result.exception)
-    assert "Traceback" not in result.output
-    for text in named:
-        assert text in result.output, result.output
-    assert state_of(previous) == before
-
-
 # --------------------------------------------------------------------------------------------- as a separate process
 
 
@@ -491,8 +266,7 @@ def test_inspect_refuses(name: str, previous: Path) -> None:
 )
 def test_as_a_command(module: str, arguments: list[str], named: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"dvdquant.cli.{module}", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment(), check=False)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")

@@ -9,7 +9,7 @@ import torch
 from dvdquant.bgr import quantize_weight, relative_mse
 from dvdquant.fast_rows import for_row_parts, hadamard_rows, pack_rows, squared_errors
 from dvdquant.hadamard import Rotation, rotate
-from dvdquant.packing import pack_int4
+from dvdquant.packing import expand_zero, pack_int4
 from dvdquant.quantize import rotate_rows
 from dvdquant.recipe import WeightSpec
 
@@ -42,12 +42,14 @@ def test_pack_rows_equals_pack_int4() -> None:
     assert torch.equal(torch.from_numpy(packed).view(torch.uint8), pack_int4(codes))
 
 
+@pytest.mark.parametrize("zero_point", ["midrise", "real"])
 @pytest.mark.parametrize("group", [0, 32])
-def test_squared_errors_equal_the_definition(group: int) -> None:
+def test_squared_errors_equal_the_definition(group: int, zero_point: str) -> None:
     w = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)) ** 3
-    q = quantize_weight(w, WeightSpec(group_size=group))
+    q = quantize_weight(w, WeightSpec(group_size=group, zero_point=zero_point))  # type: ignore[arg-type]
     out = np.zeros(2)
-    squared_errors(w.numpy(), q.codes.numpy(), q.scale.numpy(), q.factor.numpy(), q.zero.numpy(), out)
+    zero = expand_zero(q.zero).numpy()
+    squared_errors(w.numpy(), q.codes.numpy(), q.scale.numpy(), q.factor.numpy(), zero, out)
     assert out[1] / out[0] == pytest.approx(relative_mse(w, q), rel=1e-5)
 
 

@@ -88,12 +88,12 @@ def test_merged_in_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_calls_with_other_tensors_in_between() -> None:
-    """Every sequence of four calls on two tensors, members and tensors in any mix, twice the same included."""
+    """Every sequence of three calls on two tensors, members and tensors in any mix, twice the same included."""
     one, three = merged()
     inputs = [activations(3, FEATURES, torch.float32, seed=s) for s in (1, 2)]
     wanted = {(m, i): call(three, m, inputs[i]) for m in "qkv" for i in (0, 1)}
-    sequences = list(itertools.product(itertools.product("qk", (0, 1)), repeat=4))
-    assert len(sequences) == 256
+    sequences = list(itertools.product(itertools.product("qk", (0, 1)), repeat=3))
+    assert len(sequences) == 64
     for sequence in sequences:
         for member, index in (*sequence, ("v", 0)):
             got = call(one, member, inputs[index])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ CASES = [
     case("wan", tiny.WAN, "grouped", "fp16", tiny.FIXED),
     case("hunyuan-video", tiny.HUNYUAN, "w4a4", "bf16", tiny.FIXED),
     case("cogvideox", tiny.COGVIDEOX, "paper", "fp16", tiny.FIXED),
-    case("ltx-video", tiny.LTX, "w4a4", "fp16", tiny.RANGES),
+    case("ltx-video", tiny.LTX, "w4a4", "fp16", tiny.FIXED),
     case("tiny-wan", TINY_WAN, "w4a4", "fp16", TINY_SIZES, slow=True),
     case("wan", tiny.WAN, "w4a4", "bf16", tiny.FIXED, slow=True),
     case("wan", tiny.WAN, "w4a4", "fp16", tiny.RANGES, slow=True),
@@ -62,16 +61,17 @@ CASES = [
     case("cogvideox-2b", tiny.COGVIDEOX_2B, "w4a4", "bf16", tiny.FIXED, slow=True),
     case("cogvideox-2b", tiny.COGVIDEOX_2B, "w4a4", "fp16", tiny.FIXED, slow=True),
     case("ltx-video", tiny.LTX, "grouped", "bf16", tiny.FIXED, slow=True),
+    case("ltx-video", tiny.LTX, "w4a4", "fp16", tiny.RANGES, slow=True),
 ]
 
 
 @pytest.fixture(scope="module", params=CASES)
-def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
+def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
     config, recipe, dtype, sizes = request.param
     folder = tmp_path_factory.mktemp("graphs")
     source = TINY_WAN / "transformer" if config is TINY_WAN else tiny.write_checkpoint(folder / "model", config)
     chosen = GROUPED if recipe == "grouped" else get_recipe(recipe)
-    yield export_graphs(source, folder, chosen, sizes, DTYPES[dtype])
+    return export_graphs(source, folder, chosen, sizes, DTYPES[dtype])
 
 
 def graphs(export: Export) -> list[tuple[int, str]]:
@@ -141,7 +141,9 @@ def test_no_weight_bytes_inside_the_graph_files(export: Export) -> None:
     assert sum(on_disk[name] for name in files) <= stored + padding
     for bits, flavour in graphs(export):
         proto = onnx.load(export.path(bits, flavour), load_external_data=False)
-        inside = {t.name: len(t.raw_data) for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL}
+        inside = {
+            t.name: len(t.raw_data) for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL
+        }
         packed = {n for spec in export.plan.layers for n in spec.tensors()}
         kept = set(export.plan.kept)
         assert not {name for name in inside if name in packed | kept}, (bits, flavour)
@@ -171,7 +173,9 @@ def test_inputs_outputs_and_checker(export: Export) -> None:
         names = [node.op_type for node in proto.graph.node if node.domain == "dvdquant"]
         if flavour == "tensorrt":
             assert names == ["QuantLinear"] * len(export.plan.layers)
-            bits_of = {a.i for n in proto.graph.node if n.op_type == "QuantLinear" for a in n.attribute if a.name == "act_bits"}
+            bits_of = {
+                a.i for n in proto.graph.node if n.op_type == "QuantLinear" for a in n.attribute if a.name == "act_bits"
+            }
             assert bits_of == {bits}
         else:
             assert set(names) <= {"Rotate", "RotateOuter"}

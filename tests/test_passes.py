@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
-import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnx.reference import ReferenceEvaluator
 
 from dvdquant.errors import ExportError
 from dvdquant.export.functions import attach_functions
@@ -21,48 +17,11 @@ from dvdquant.export.passes.bind_weights import StoredTensor, bind_weights
 from dvdquant.export.passes.boolean_where import boolean_where
 from dvdquant.export.passes.emulate_bfloat16 import emulate_bfloat16
 from dvdquant.export.passes.expand_attention_mask import expand_attention_mask
-from dvdquant.export.passes.interleave_pairs import interleave_pairs
 from dvdquant.export.passes.name_weights import name_weights
 from dvdquant.export.passes.set_activation import set_activation
 from dvdquant.export.passes.simplify import simplify
 from dvdquant.recipe import ActivationSpec
-
-HEADER = '<ir_version: 10, opset_import: ["" : 23, "dvdquant" : 1]>'
-Arrays = Mapping[str, np.ndarray]
-
-
-def parse(graph: str, initializers: Arrays | None = None) -> ir.Model:
-    """A model from ONNX text; shapes and types inferred."""
-    proto = onnx.parser.parse_model(f"{HEADER} {graph}")
-    for name, array in (initializers or {}).items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(proto))
-
-
-def run(model: ir.Model, feeds: Arrays) -> list[np.ndarray]:
-    """In ONNX Runtime."""
-    proto = ir.serde.serialize_model(model)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    outputs: list[np.ndarray] = session.run(None, dict(feeds))
-    return outputs
-
-
-def reference(model: ir.Model, feeds: Arrays) -> list[np.ndarray]:
-    """In ONNX's own evaluator, which knows every type."""
-    outputs: list[np.ndarray] = ReferenceEvaluator(ir.serde.serialize_model(model)).run(None, dict(feeds))
-    return outputs
-
-
-def ops(model: ir.Model) -> list[str]:
-    return [node.op_type for node in model.graph]
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
+from tests.small_graphs import ops, parse, random, reference, run
 
 # ------------------------------------------------------------------------------------------------------ boolean_where
 
@@ -75,7 +34,11 @@ def test_boolean_where_1_becomes_logic() -> None:
     onnx.checker.check_model(ir.serde.serialize_model(model), full_check=True)
     for bits in range(64):
         generator = np.random.default_rng(bits)
-        feeds = {"c": generator.random((3, 1)) > 0.5, "a": generator.random((1, 4)) > 0.5, "b": generator.random((3, 4)) > 0.5}
+        feeds = {
+            "c": generator.random((3, 1)) > 0.5,
+            "a": generator.random((1, 4)) > 0.5,
+            "b": generator.random((3, 4)) > 0.5,
+        }
         assert np.array_equal(run(model, feeds)[0], np.where(feeds["c"], feeds["a"], feeds["b"]))
 
 
@@ -109,7 +72,11 @@ def test_expand_attention_mask_1(mask: str) -> None:
     rank = mask.count(",") + 1
     assert expand_attention_mask(model)
     assert "Expand" in ops(model)
-    feeds: dict[str, np.ndarray] = {"q": random(1, 2, 3, 4), "k": random(1, 2, 5, 4, seed=1), "v": random(1, 2, 5, 4, seed=2)}
+    feeds: dict[str, np.ndarray] = {
+        "q": random(1, 2, 3, 4),
+        "k": random(1, 2, 5, 4, seed=1),
+        "v": random(1, 2, 5, 4, seed=2),
+    }
     keep = np.array([True, True, False, True, False])
     value = keep if "bool" in mask else np.where(keep, 0.0, -1e30).astype(np.float32)
     feeds["mask"] = value.reshape((1,) * (rank - 1) + (5,))
@@ -173,8 +140,6 @@ def test_name_weights_cases() -> None:
         "lifted_tensor_0": "lifted_tensor_0",
         "proj.weight": "constant.proj.weight",
     }
-    nodes = " ".join(f't{i} = Identity("{n}")' for i, n in enumerate(names))
-    assert nodes
     one = np.ones(1, np.float32)
     value_of = {old: one * i for i, old in enumerate(names)}
     values = {old: ir.Value(name=old, const_value=ir.tensor(array, name=old)) for old, array in value_of.items()}
@@ -191,7 +156,7 @@ def test_name_weights_cases() -> None:
         assert held.const_value is not None
         assert np.array_equal(held.const_value.numpy(), value_of[old])
     assert run(model, {})[0] == sum(range(5))
-    assert not name_weights(model, "model.", {"blocks.0.ffn.net.2.weight"})
+    assert not name_weights(model, "model.", set())
 
 
 # ------------------------------------------------------------------------------------------------------ set_activation
@@ -226,7 +191,7 @@ def test_set_activation_cases() -> None:
     assert set_activation(model, ActivationSpec(8, 4))
     read = [(n.attributes["act_bits"].as_int(), n.attributes["act_group"].as_int()) for n in model.graph if n.domain]
     assert read == [(8, 4), (8, 4)]
-    assert "act_bits" not in [n for n in model.graph if n.op_type == "Add"][0].attributes
+    assert "act_bits" not in next(n for n in model.graph if n.op_type == "Add").attributes
 
 
 def test_set_activation_reaches_the_executor() -> None:
@@ -257,13 +222,17 @@ def test_emulate_bfloat16_rounds_after_every_operator() -> None:
     model = parse(
         """g (bfloat16[2,4] x, float[2,3] r) => (bfloat16[2,3] y)
         { m = MatMul(x, w) t = Transpose <perm = [1, 0]> (m) u = Transpose <perm = [1, 0]> (t)
-          c = Cast <to = 16> (r) s = Add(u, c) k = Constant <value = bfloat16 {1.5}> () y = Mul(s, k) }""",
+          c = Cast <to = 16> (r) s = Add(u, c) k = Constant <value = float {1.5}> () y = Mul(s, k) }""",
         {},
     )
     w = ir.Value(name="w", const_value=ir.Tensor(weight, dtype=ir.DataType.BFLOAT16, name="w"))
     w.dtype, w.shape = ir.DataType.BFLOAT16, ir.Shape([4, 3])
     model.graph.initializers["w"] = w
     for node in model.graph:
+        if node.op_type == "Constant":
+            node.attributes["value"] = ir.AttrTensor(
+                "value", ir.Tensor(bf16(np.array(1.5)), dtype=ir.DataType.BFLOAT16)
+            )
         for index, value in enumerate(node.inputs):
             if value is not None and value.name == "w":
                 node.replace_input_with(index, w)
@@ -355,74 +324,6 @@ def test_simplify_4_shares_what_is_computed_twice() -> None:
     assert sorted(ops(model)) == ["Add", "Mul", "Sin"]
     x = random(3)
     assert np.allclose(run(model, {"x": x})[0], 2 * np.sin(2 * x), atol=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------- interleave_pairs
-
-
-def pairs_model(between: str = "", after: str = "", even: str = "0, 2, 4", odd: str = "1, 3, 5") -> ir.Model:
-    """What tracing makes of ``out = empty; out[..., 0::2] = a; out[..., 1::2] = b`` for out [2, 5, 6]."""
-    tail = after or "y = Transpose <perm = [2, 1, 0]> (full)"
-    indices = [f"Constant <value = int64[3,1] {{{i}}}> ()" for i in (even, odd)]
-    inner = "first" if not between else "between"
-    return parse(
-        f"""g (float[2,5,3] a, float[2,5,3] b, float[6,5,2] base) => (float[2,5,6] y)
-        {{ evens = {indices[0]} odds = {indices[1]}
-          at = Transpose <perm = [2, 1, 0]> (a) bt = Transpose <perm = [2, 1, 0]> (b)
-          first = ScatterND(base, evens, at) {between} full = ScatterND({inner}, odds, bt) {tail} }}"""
-    )
-
-
-@pytest.mark.parametrize(
-    "between",
-    [
-        "",
-        "between = Identity(first)",
-        "t = Transpose <perm = [2, 1, 0]> (first) between = Transpose <perm = [2, 1, 0]> (t)",
-        "t = Transpose <perm = [1, 2, 0]> (first) between = Transpose <perm = [2, 0, 1]> (t)",
-    ],
-)
-def test_interleave_pairs_1_and_2(between: str) -> None:
-    model = pairs_model(between)
-    feeds = {"a": random(2, 5, 3), "b": random(2, 5, 3, seed=1), "base": random(6, 5, 2, seed=2)}
-    want = run(pairs_model(between), feeds)[0]
-    assert interleave_pairs(model)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
-    assert "ScatterND" not in ops(model)
-    got = run(model, feeds)[0]
-    assert np.array_equal(got, want)
-    assert np.array_equal(got[..., 0::2], feeds["a"])
-    assert np.array_equal(got[..., 1::2], feeds["b"])
-    # Case 2: the permutation there and the one back cancel.
-    assert "Transpose" not in ops(model)
-    assert not interleave_pairs(model)
-
-
-def test_interleave_pairs_2_composes_another_transpose() -> None:
-    after = "u = Transpose <perm = [1, 2, 0]> (full) y = Transpose <perm = [1, 0, 2]> (u)"
-    model = pairs_model(after=after)
-    feeds = {"a": random(2, 5, 3), "b": random(2, 5, 3, seed=1), "base": random(6, 5, 2, seed=2)}
-    want = run(pairs_model(after=after), feeds)[0]
-    assert interleave_pairs(model)
-    assert np.array_equal(run(model, feeds)[0], want)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"even": "0, 1, 2", "odd": "3, 4, 5"},
-        {"even": "1, 3, 5", "odd": "0, 2, 4"},
-        {"between": "between = Transpose <perm = [0, 1, 2]> (other)"},
-        {"between": "between = Neg(first)"},
-    ],
-)
-def test_interleave_pairs_3_left_alone(options: dict[str, Any]) -> None:
-    if "other" in options.get("between", ""):
-        options = {"between": "other = Exp(first) " + options["between"]}
-    model = pairs_model(**options)
-    before = ops(model)
-    assert not interleave_pairs(model)
-    assert ops(model) == before
 
 
 def test_reference_evaluator_agrees_on_the_mask() -> None:

@@ -44,7 +44,14 @@ DTYPES = [torch.float32, torch.float16]
 def build(grid: tuple[int, int, int, int, int, str, str | int], seed: int = 0) -> OpInputs:
     k, n, bits, act_group, weight_group, zero, rotation = grid
     return op_inputs(
-        k, n, act_bits=bits, act_group=act_group, weight_group=weight_group, zero_point=zero, rotation=rotation, seed=seed
+        k,
+        n,
+        act_bits=bits,
+        act_group=act_group,
+        weight_group=weight_group,
+        zero_point=zero,
+        rotation=rotation,
+        seed=seed,
     )
 
 

@@ -183,7 +183,9 @@ def test_small_shards_reach_onnx_runtime(model: Path, tmp_path: Path, monkeypatc
     made = plan(dtype=torch.float16)
     shards = plan_shards(made, "transformer")
     assert len(shards) > 3
-    assert list(shards) == [f"onnx/transformer-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    assert list(shards) == [
+        f"onnx/transformer-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]
     for tensors in shards.values():
         size = sum(d.itemsize * torch.Size(s).numel() for _, d, s in tensors)
         assert size <= limit or len(tensors) == 1

@@ -213,6 +213,13 @@ def test_no_registry_host_and_no_machine_path(sources: list[str]) -> None:
     assert found == []
 
 
+def test_tests_read_nothing_outside_the_checkout(sources: list[str]) -> None:
+    """The folder above the checkout is not part of it: what a test finds there, another machine lacks."""
+    above = re.compile(r"\bROOT" + r"\.parent\b|parents" + r"\[[2-9]\]")
+    found = [n for n in _python_files(sources) if n.startswith("tests/") and above.search((ROOT / n).read_text())]
+    assert found == []
+
+
 def test_licence() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text

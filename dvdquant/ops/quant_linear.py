@@ -6,7 +6,7 @@ CUDA launcher and the TensorRT plugin all compute
     x̃ = rotate(x)                                          (block Hadamard, inner and outer factor)
     s[m, g] = max_{k∈g} |x̃[m, k]| / qmax                    (per token m and group g of channels)
     c[m, k] = clamp(round(x̃[m, k] · qmax / max|x̃|), ±qmax)
-    y[m, n] = Σ_g s[m, g] Σ_{k∈g} c[m, k] · Δ[n] · f[n, k//G]/255 · (w[n, k] − z[n]) + bias[n]
+    y[m, n] = Σ_g s[m, g] Σ_{k∈g} c[m, k] · Δ[n] · f[n, k//G]/255 · (w[n, k] − z) + bias[n],  z = z[n] or z[n, k//G]
 
 with everything in fp32 and y rounded once to x's dtype.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..arq import fake_quantize_activation
-from ..packing import unpack_int4
+from ..packing import expand_zero, unpack_int4
 
 __all__ = ["dequantize_weight", "quant_linear", "quant_linear_reference", "rotate_by_matrices"]
 
@@ -47,12 +47,13 @@ def dequantize_weight(
 
     Args:
         weight: int8 or uint8 [N, K/2], low nibble = even k, signed codes −8..7.
-        scale: fp32 [N]. factor: uint8 [N, groups], 255 = 1.0. zero: fp32 [N], centred.
+        scale: fp32 [N]. factor: uint8 [N, groups], 255 = 1.0. zero: fp32 [N], centred, or uint8 [N, groups] (see
+            :func:`dvdquant.packing.expand_zero`).
     """
     codes = unpack_int4(weight).to(dtype)
     rows, features = codes.shape
     steps = scale.to(dtype)[:, None] * (factor.to(dtype) / 255)
-    centred = (codes - zero.to(dtype)[:, None]).reshape(rows, factor.shape[1], -1)
+    centred = codes.reshape(rows, factor.shape[1], -1) - expand_zero(zero).to(dtype)[:, :, None]
     return (centred * steps[:, :, None]).reshape(rows, features)
 
 
@@ -97,7 +98,8 @@ def quant_linear(
     Args:
         x: [..., K] float32, float16 or bfloat16.
         weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
-        weight_scale: fp32 [N]. weight_factor: uint8 [N, groups]. weight_zero: fp32 [N]. bias: fp32 [N].
+        weight_scale: fp32 [N]. weight_factor: uint8 [N, groups]. weight_zero: fp32 [N] or uint8 [N, groups].
+        bias: fp32 [N].
         hadamard: fp32 [b, b]. outer: fp32 [p, p].
         act_bits: 4, 6 or 8. act_group: channels per activation scale, 0 for the whole token.
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from dvdquant.errors import ExportError
+from dvdquant.packing import expand_zero
 
 __all__ = ["AMAX_FLOOR", "Emitter", "QuantLinearNode", "lower_each", "quant_linear_nodes", "split_rotation"]
 
@@ -29,8 +31,8 @@ FLOAT_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT)
 class QuantLinearNode:
     """One ``dvdquant::QuantLinear`` node with its constants read.
 
-    ``weight`` is the initializer [N, K/2] of packed bytes, not read. ``scale``, ``zero``, ``bias``: fp32 [N];
-    ``factor``: uint8 [N, groups]; ``hadamard``: fp32 [b, b]; ``outer``: fp32 [p, p].
+    ``weight`` is the initializer [N, K/2] of packed bytes, not read. ``scale``, ``bias``: fp32 [N]; ``zero``:
+    fp32 [N] or uint8 [N, groups], as it is stored; ``factor``: uint8 [N, groups]; ``hadamard``: fp32 [b, b]; ``outer``: fp32 [p, p].
     """
 
     node: ir.Node
@@ -54,6 +56,11 @@ class QuantLinearNode:
     @property
     def groups(self) -> int:
         return int(self.factor.shape[1])
+
+    @property
+    def zero_points(self) -> np.ndarray:
+        """fp32 [N, 1] or [N, groups]."""
+        return expand_zero(torch.from_numpy(np.array(self.zero))).numpy()
 
     @property
     def qmax(self) -> int:

@@ -45,10 +45,11 @@ def int8_weight(layer: QuantLinearNode) -> tuple[np.ndarray, np.ndarray]:
     step; exact (mid-rise: 2c + 1). 3. weight groups or a real z: rounded again, per row, to ±127. Half a step of 1/127
     of the row's largest weight is small against half a step of the 4-bit grid (tests/test_lowering.py measures it).
     """
-    doubled = layer.zero * 2
+    zero = layer.zero_points
+    doubled = zero * 2
     if layer.groups == 1 and np.array_equal(doubled, np.rint(doubled)):
-        factor = 1 if np.array_equal(layer.zero, np.rint(layer.zero)) else 2
-        shift = np.rint(layer.zero * factor).astype(np.int8)[:, None]
+        factor = 1 if np.array_equal(zero, np.rint(zero)) else 2
+        shift = np.rint(zero * factor).astype(np.int8)
         codes = np.empty((layer.rows, layer.features), np.int8)
         for rows, chunk in _code_chunks(layer):
             np.subtract(chunk * np.int8(factor), shift[rows], out=codes[rows])
@@ -58,9 +59,9 @@ def int8_weight(layer: QuantLinearNode) -> tuple[np.ndarray, np.ndarray]:
 
 def _rounded_again(layer: QuantLinearNode) -> tuple[np.ndarray, np.ndarray]:
     codes = np.empty((layer.rows, layer.features), np.int8)
-    scale = np.empty(layer.rows)
+    scale, zero = np.empty(layer.rows), layer.zero_points
     for rows, chunk in _code_chunks(layer):
-        centred = (chunk.astype(np.float32) - layer.zero[rows, None]).reshape(len(chunk), layer.groups, -1)
+        centred = chunk.astype(np.float32).reshape(len(chunk), layer.groups, -1) - zero[rows, :, None]
         centred *= layer.factor[rows, :, None].astype(np.float32)
         centred = centred.reshape(len(chunk), -1)
         amax = np.maximum(np.abs(centred).max(axis=1), np.float32(1e-30))

@@ -52,6 +52,8 @@ def lower_qdq_int4(model: ir.Model, store: TensorStore | None = None) -> bool:
     2. act_group G: codes · s[m, g] rounded to the graph's dtype enter it.
     3. zero = 0 for all rows: no correction. 4. one scale per row: Σ_k x̂ times z[n], an outer product of fp32 vectors.
     5. weight groups: Σ_{k∈g} x̂ [.., groups] times the block scales, a MatMul of width K/G, then z[n] in fp32.
+    6. a zero-point per weight group: as 5, with f · z[n, g] · 2⁻¹¹ rounded to the graph's dtype in the place of f, the
+       initializer ``<layer>.qdq_zero`` [N, K/G].
 
     Args:
         store: where the block scales of grouped weights go; in memory by default.
@@ -76,8 +78,8 @@ def _lower(emit: Emitter, store: TensorStore) -> ir.Value:
     weight, weight_shift = _dequantized(emit, store)
     product = emit.op("MatMul", "product", emit.cast("act", values, layer.dtype), weight)
     product = emit.cast("product_fp32", product, f32)
-    if np.any(layer.zero):
-        product = emit.op("Sub", "centred", product, _zero_term(emit, values, weight_shift))
+    if np.any(layer.zero_points):
+        product = emit.op("Sub", "centred", product, _zero_term(emit, store, values, weight_shift))
     row_scale = layer.scale.astype(np.float64) * 2.0 ** (shift + weight_shift) / 255
     if layer.groups == 1:
         row_scale = row_scale * layer.factor[:, 0]
@@ -101,14 +103,19 @@ def _dequantized(emit: Emitter, store: TensorStore) -> tuple[ir.Value, int]:
     return emit.op("Transpose", "weight_t", dequantized, perm=[1, 0]), shift
 
 
-def _zero_term(emit: Emitter, values: ir.Value, weight_shift: int) -> ir.Value:
-    """fp32 Σ_g (Σ_{k∈g} x̂) · f[n, g] · z[n] · 2^-shift, what the uncentred codes add too much."""
-    layer = emit.layer
+def _zero_term(emit: Emitter, store: TensorStore, values: ir.Value, weight_shift: int) -> ir.Value:
+    """fp32 Σ_g (Σ_{k∈g} x̂) · f[n, g] · z · 2^-shift, what the uncentred codes add too much."""
+    layer, zero = emit.layer, emit.layer.zero_points
     if layer.groups == 1:
         total = emit.op("ReduceSum", "act_sum", values, emit.ints(-1), keepdims=1)
-        return emit.op("Mul", "zero_term", total, emit.array("zero_shifted", layer.zero * 2.0**-weight_shift))
+        return emit.op("Mul", "zero_term", total, emit.array("zero_shifted", zero[:, 0] * 2.0**-weight_shift))
     grouped = emit.split("weight_groups", values, layer.groups, layer.features // layer.groups)
     sums = emit.cast("act_sums", emit.op("ReduceSum", "act_group_sum", grouped, emit.ints(-1), keepdims=0), layer.dtype)
-    factors = emit.op("Transpose", "qdq_scale_t", emit.graph.initializers[f"{layer.name}.qdq_scale"], perm=[1, 0])
+    name, each = f"{layer.name}.qdq_scale", zero.shape[1] > 1
+    if each:
+        name = f"{layer.name}.qdq_zero"
+        shares = (layer.factor.astype(np.float32) * zero * 2.0**-weight_shift).astype(layer.dtype.numpy())
+        emit.initializer(name, store.put(name, shares, layer.dtype, shares.shape))
+    factors = emit.op("Transpose", "zero_factors", emit.graph.initializers[name], perm=[1, 0])
     term = emit.cast("group_product", emit.op("MatMul", "zero_product", sums, factors), ir.DataType.FLOAT)
-    return emit.op("Mul", "zero_term", term, emit.array("zero", layer.zero))
+    return term if each else emit.op("Mul", "zero_term", term, emit.array("zero", zero[:, 0]))

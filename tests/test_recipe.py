@@ -1,0 +1,119 @@
+"""Recipes: what is valid, what is refused and how, and that they survive the manifest."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dvdquant.errors import RecipeError
+from dvdquant.recipe import GROUP_SIZES, RECIPES, SOLVERS, ZERO_POINTS, ActivationSpec, Recipe, WeightSpec, get_recipe
+
+GOOD = RECIPES["w4a4"].to_json()
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    bits = draw(st.lists(st.sampled_from([4, 6, 8]), min_size=1, max_size=3, unique=True))
+    group = draw(st.sampled_from(GROUP_SIZES))
+    zeros = ZERO_POINTS if group == 0 else tuple(z for z in ZERO_POINTS if z != "paper")
+    globs = st.lists(st.text(max_size=20), max_size=3).map(tuple)
+    return Recipe(
+        draw(st.text(min_size=1, max_size=20)),
+        tuple(ActivationSpec(b, draw(st.sampled_from(GROUP_SIZES))) for b in bits),
+        WeightSpec(group, draw(st.sampled_from(zeros)), draw(st.sampled_from(SOLVERS))),  # type: ignore[arg-type]
+        rotation=draw(st.sampled_from(["auto", "full", "none", 2, 64, 192])),
+        keep=draw(globs),
+        force=draw(globs),
+        modulation=draw(st.sampled_from(["keep", "a8"])),
+    )
+
+
+@given(recipes())
+def test_json_round_trip(recipe: Recipe) -> None:
+    text = json.dumps(recipe.to_json())
+    assert Recipe.from_json(text) == recipe
+    assert Recipe.from_json(json.loads(text)) == recipe
+    assert json.dumps(Recipe.from_json(text).to_json()) == text
+
+
+def test_named_recipes() -> None:
+    for name, recipe in RECIPES.items():
+        assert recipe.name == name
+        assert get_recipe(name) is recipe
+        assert Recipe.from_json(recipe.to_json()) == recipe
+        assert recipe.activation(8).bits == 8
+    with pytest.raises(RecipeError) as info:
+        get_recipe("w4")
+    assert all(name in str(info.value) for name in RECIPES)
+    with pytest.raises(RecipeError, match="no 4-bit"):
+        RECIPES["w4a8"].activation(4)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"version": 2}, "version"),
+    ({"version": None}, "version"),
+    ({"activations": []}, "at least one"),
+    ({"activations": [{"bits": 5}]}, "activations.bits"),
+    ({"activations": [{"bits": 4}, {"bits": 4, "group_size": 64}]}, "same bits"),
+    ({"activations": [{"bits": 4, "group_size": 48}]}, "group_size"),
+    ({"activations": [{"bits": 4, "scale": "x"}]}, "unknown field"),
+    ({"activations": [{}]}, "missing"),
+    ({"activations": 4}, "missing or unknown"),
+    ({"activations": None}, "missing or unknown"),
+    ({"activations": ["48"]}, "missing or unknown"),
+    ({"weight": {"group_size": 256}}, "weight.group_size"),
+    ({"weight": {"bits": 3}}, "weight.bits"),
+    ({"weight": {"zero_point": "free"}}, "weight.zero_point"),
+    ({"weight": {"solver": "gptq"}}, "weight.solver"),
+    ({"weight": {"zero_point": "paper", "group_size": 64}}, "cannot be combined"),
+    ({"weight": {"bits": 4, "extra": 1}}, "unknown field"),
+    ({"weight": [1]}, "missing or unknown"),
+    ({"modulation": "a4"}, "modulation"),
+    ({"modulation": True}, "modulation"),
+    ({"rotation": "half"}, "rotation"),
+    ({"rotation": 1}, "rotation"),
+    ({"rotation": -64}, "rotation"),
+    ({"rotation": True}, "rotation"),
+    ({"rotation": 1.5}, "rotation"),
+    ({"rotation": None}, "rotation"),
+    ({"surprise": 1}, "unknown field"),
+    ({"keep": 5}, "missing or unknown"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), BAD, ids=[json.dumps(c) for c, _ in BAD])
+def test_bad_recipes(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(RecipeError) as info:
+        Recipe.from_json({**GOOD, **change})
+    assert named in str(info.value)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{", '"w4a4"', "{}", "NaN"])
+def test_not_a_recipe(text: str) -> None:
+    with pytest.raises(RecipeError):
+        Recipe.from_json(text)
+
+
+def test_missing_fields() -> None:
+    for name in ("name", "activations"):
+        with pytest.raises(RecipeError, match=name):
+            Recipe.from_json({k: v for k, v in GOOD.items() if k != name})
+
+
+def test_globs() -> None:
+    recipe = Recipe("r", (ActivationSpec(8),), keep=("blocks.0.*",), force=("blocks.0.ffn*",))
+    family = ("proj_out", "*.norm")
+    assert recipe.keeps("proj_out", family)
+    assert recipe.keeps("a.b.norm", family)
+    assert recipe.keeps("blocks.0.attn", family)
+    assert not recipe.keeps("blocks.0.ffn.1", family)
+    assert not recipe.keeps("blocks.1.attn", family)
+    assert not recipe.keeps("BLOCKS.0.attn", family)
+    more = recipe.with_globs(("blocks.1.*",), ("proj_out",))
+    assert more.keeps("blocks.1.attn", family)
+    assert not more.keeps("proj_out", family)
+    assert recipe.keep == ("blocks.0.*",)
