@@ -17,11 +17,12 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: help venv demo test lint format docs clean
+.PHONY: help venv demo test stress lint format docs clean
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; then inspect the result"
 	@echo "make test    ruff, mypy and the test suite"
+	@echo "make stress  the fault tests at their full counts: 500 kills, 200 races, 100 000 mutations"
 	@echo "make venv    only the environment: $(VENV) with dvdq-export and dvdq-inspect"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrite the sources in the house style"
@@ -62,7 +63,10 @@ lint: $(INSTALLED_TEST)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not stress" $(PYTEST_ARGS)
+
+stress: $(INSTALLED_TEST)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m stress --timeout 3600 $(PYTEST_ARGS)
 
 format: $(INSTALLED_TEST)
 	$(BIN)/ruff check --fix .

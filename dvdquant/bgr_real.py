@@ -207,11 +207,9 @@ def _search(v: F32, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, su
 
 
 @jit
-def _gain(n: int, total: float, sums: F64, j: int, scale: float, zero: float) -> float:
-    """‖w‖² less the error of the codes behind ``sums`` on the very grid (Δ, z)."""
-    t1 = sums[2, j] - zero * total
-    t2 = sums[1, j] - 2.0 * zero * sums[0, j] + n * zero * zero
-    return scale * (2.0 * t1 - scale * t2)
+def _products(n: int, total: float, sums: F64, j: int, zero: float) -> tuple[float, float]:
+    """⟨c − z, w⟩ and ⟨c − z, c − z⟩. Their error at Δ is ‖w‖² less Δ(2⟨c − z, w⟩ − Δ⟨c − z, c − z⟩)."""
+    return sums[2, j] - zero * total, sums[1, j] - 2.0 * zero * sums[0, j] + n * zero * zero
 
 
 @jit
@@ -227,9 +225,9 @@ def _bounded_init(v: F32, scale: F64, zero: F64, lanes: F32, sums: F64) -> tuple
     _moments(v, scale[:count], zero[:count], lanes, sums)
     best, most = 0, -math.inf
     for j in range(count):
-        gain = _gain(v.shape[0], total, sums, j, scale[j], zero[j])
-        if gain > most:
-            best, most = j, gain
+        t1, t2 = _products(v.shape[0], total, sums, j, zero[j])
+        if scale[j] * (2.0 * t1 - scale[j] * t2) > most:
+            best, most = j, scale[j] * (2.0 * t1 - scale[j] * t2)
     return scale[best], zero[best]
 
 
@@ -248,7 +246,7 @@ def _paper(v: F32, steps: int, scale: F64, zero: F64, lanes: F32, sums: F64) -> 
             break
         scale[0], zero[0] = s, z
         _moments(v, scale[:1], zero[:1], lanes, sums)
-        t1, t2 = sums[2, 0] - z * total, sums[1, 0] - 2.0 * z * sums[0, 0] + n * z * z
+        t1, t2 = _products(n, total, sums, 0, z)
         if t1 <= 0.0 or t2 <= 0.0:
             break
         s = t1 / t2
@@ -295,9 +293,9 @@ def _stored_near(v: F32, step: float, near: float, zero: float, grids: F64, lane
     _moments(v, scale, zeros, lanes, sums)
     best, most = 0, -math.inf
     for i in range(count):
-        gain = _gain(v.shape[0], total, sums, i, scale[i], zeros[i])
-        if gain > most:
-            best, most = i, gain
+        t1, t2 = _products(v.shape[0], total, sums, i, zeros[i])
+        if scale[i] * (2.0 * t1 - scale[i] * t2) > most:
+            best, most = i, scale[i] * (2.0 * t1 - scale[i] * t2)
     return first + best // _ZEROS, lowest + best % _ZEROS
 
 
@@ -313,27 +311,16 @@ def _row_near(v: F32, scale: float, zero: float, grids: F64, lanes: F32, sums: F
     for _ in range(3):
         _moments(v, scales, zeros, lanes, sums)
         for i in range(_ZEROS):
-            gain = _gain(n, total, sums, i, scales[i], zeros[i])
-            if gain > most:
-                best, most, found = i, gain, scales[i]
-            t1 = sums[2, i] - zeros[i] * total
-            t2 = sums[1, i] - 2.0 * zeros[i] * sums[0, i] + n * zeros[i] * zeros[i]
+            t1, t2 = _products(n, total, sums, i, zeros[i])
+            if scales[i] * (2.0 * t1 - scales[i] * t2) > most:
+                best, most, found = i, scales[i] * (2.0 * t1 - scales[i] * t2), scales[i]
             scales[i] = t1 / t2 if t1 > 0.0 and t2 > 0.0 else scales[i]
     return found, lowest + best
 
 
 @jit
 def _fit(
-    v: F32,
-    units: F64,
-    solver: int,
-    grids: F64,
-    lanes: F32,
-    sums: F64,
-    scales: F64,
-    zeros: F64,
-    factors: U8,
-    bytes_: U8,
+    v: F32, units: F64, solver: int, grids: F64, lanes: F32, sums: F64, scales: F64, zeros: F64, factors: U8, bytes_: U8
 ) -> tuple[float, float]:
     """Factors and zero-point bytes beside the row's fp32 scale: returns (row scale, squared error of the row)."""
     groups = units.shape[0]

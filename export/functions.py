@@ -9,8 +9,8 @@ same definition as ``dvdquant/ops/quant_linear.py``.
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnxscript import opset23 as op
 from onnxscript import OnnxFunction, script
+from onnxscript import opset23 as op
 
 from dvdquant.arq import AMAX_FLOOR
 from dvdquant.errors import ExportError

@@ -71,7 +71,9 @@ class ExportOptions:
             )
         for plugin in self.plugins:
             if not plugin.is_file():
-                raise UnsupportedError(f"there is no plugin library {plugin}", fix="build it with `make plugin`")
+                raise UnsupportedError(
+                    f"there is no plugin library {plugin}", fix="give the path of the built dvdquant plugin library"
+                )
 
     @property
     def torch_dtype(self) -> torch.dtype:

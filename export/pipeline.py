@@ -127,7 +127,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     if any(e.realization == "plugin" for e in engines) and not options.plugins:
         raise EngineError(
             "the tensorrt target needs the dvdquant plugin library, and --plugin was not given",
-            fix="build it with `make plugin` and pass --plugin PATH, or use --target onnx and build with trtexec",
+            fix="pass the built library with --plugin, or use --target rtx, or --target onnx for graphs alone",
         )
     largest = max(c.largest.nbytes for c in opened)
     estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest)

@@ -172,7 +172,7 @@ def judge(
 
 
 def _uncentred(t: Mapping[str, Tensor]) -> Tensor:
-    zero = torch.zeros_like(t["weight_zero"])
+    zero = torch.zeros(len(t["weight_zero"]))
     return dequantize_weight(t["weight"], t["weight_scale"], t["weight_factor"], zero, torch.float64)
 
 

@@ -56,7 +56,10 @@ class Layer:
     def weight(self) -> np.ndarray:
         """fp64 [N, K]."""
         n, groups = self.factor.shape
-        centred = (self.codes - self.zero.astype(np.float64)[:, None]).reshape(n, groups, -1)
+        zero = self.zero.astype(np.float64)[:, None]
+        if self.zero.dtype == np.uint8:
+            zero = self.zero[..., None] / 16 - 8
+        centred = self.codes.reshape(n, groups, -1) - (zero[..., None] if zero.ndim == 2 else zero)
         steps = self.scale.astype(np.float64)[:, None] * self.factor / 255
         return (centred * steps[..., None]).reshape(n, -1)
 
@@ -83,9 +86,15 @@ class Spec:
             factor = (
                 rng.integers(90, 256, (n, groups)).astype(np.uint8) if groups > 1 else np.full((n, 1), 255, np.uint8)
             )
-            zero = {"midrise": np.full(n, -0.5), "symmetric": np.zeros(n), "paper": rng.integers(-3, 4, n)}[self.zero]
+            stored = None
+            if self.zero == "real":
+                stored = rng.integers(96, 150, (n, groups)).astype(np.uint8)
+                zero = np.repeat(stored / 16 - 8, k // groups, axis=1)
+            else:
+                kinds = {"midrise": np.full(n, -0.5), "symmetric": np.zeros(n), "paper": rng.integers(-3, 4, n)}
+                zero = kinds[self.zero][:, None]
             # Gaussian rows, as after a rotation.
-            codes = np.clip(np.rint(rng.standard_normal((n, k)) * 2.6 + zero[:, None]), -8, 7).astype(np.int8)
+            codes = np.clip(np.rint(rng.standard_normal((n, k)) * 2.6 + zero), -8, 7).astype(np.int8)
             pairs = codes.view(np.uint8).reshape(n, -1, 2)
             packed = (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
             scale = (rng.random(n) + 0.5) * 0.02 / 2.6
@@ -95,7 +104,7 @@ class Spec:
                     packed,
                     scale.astype(np.float32),
                     factor,
-                    zero.astype(np.float32),
+                    zero[:, 0].astype(np.float32) if stored is None else stored,
                     (rng.standard_normal(n) * 0.05).astype(np.float32),
                     hadamard(self.block),
                     paley12() if self.outer == 12 else hadamard(self.outer),

@@ -19,7 +19,7 @@ from dvdquant.errors import CheckpointError, DvdquantError, RecipeError, ShapeEr
 from dvdquant.hadamard import Rotation, rotate
 from dvdquant.recipe import WeightSpec
 
-ZERO_POINTS = ("midrise", "symmetric", "paper")
+ZERO_POINTS = ("midrise", "symmetric", "paper", "real")
 GRIDS = [(zero, group) for zero in ZERO_POINTS for group in ((0,) if zero == "paper" else (0, 128, 64, 32, 16))]
 FLOOR = 2.0**-118
 
@@ -60,7 +60,7 @@ def row_errors(w: torch.Tensor, quantized: QuantizedWeight) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["plain", "rotated"])
-@pytest.mark.parametrize(("zero_point", "group"), [g for g in GRIDS if g[1] in (0, 64, 128)])
+@pytest.mark.parametrize(("zero_point", "group"), [g for g in GRIDS if g[1] in (0, 64, 128) and g[0] != "real"])
 def test_search_reaches_the_dense_optimum(kind: str, zero_point: str, group: int) -> None:
     rows, features = (3, 256) if zero_point == "paper" else (8, 512)
     w = data(kind, rows, features, seed=7)
@@ -90,6 +90,36 @@ def test_search_finds_the_zero_point_of_one_sided_rows() -> None:
     assert float((row_errors(w, quantized) / optimum).max()) <= 1.002
     assert quantized.zero.tolist() == [-8.0] * 3
     assert quantize_weight(-w, WeightSpec(0, "paper", "search")).zero.tolist() == [7.0] * 3
+
+
+def dense_real(w: torch.Tensor, group: int) -> torch.Tensor:
+    """Least ‖w − ŵ‖² [N, groups] over many scales and 256 zero-points, one regression from each, in fp64."""
+    segments = w.double().reshape(-1, group or w.shape[1])
+    low, high = segments.amin(1).clamp(max=0), segments.amax(1).clamp(min=0)
+    least = torch.full((len(segments),), torch.inf, dtype=torch.float64)
+    zeros = (torch.arange(256, dtype=torch.float64) / 16 - 8)[:, None]
+    for i, segment in enumerate(segments):
+        for ratio in torch.logspace(-1.2, 0.05, 160, dtype=torch.float64):
+            scale = (high[i] - low[i]) / 15 * ratio
+            centred = (segment / scale + zeros).round().clamp(-8, 7) - zeros
+            fitted = (centred @ segment) / centred.square().sum(1)
+            error = (segment - fitted[:, None] * centred).square().sum(1)
+            least[i] = torch.minimum(least[i], error.min())
+    return least.reshape(len(w), -1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "rotated"])
+@pytest.mark.parametrize("group", [0, 128, 64, 32, 16])
+def test_search_comes_close_to_the_best_real_zero_point(kind: str, group: int) -> None:
+    w = data(kind, 4, 256, seed=7)
+    w = w if group else w[:2].repeat(1, 2)[:, :384]
+    optimum = dense_real(w, group).sum()
+    exact = refine_grid(w, group, "real").error.sum()
+    stored = row_errors(w, quantize_weight(w, WeightSpec(group, "real"))).sum()
+    limit = BOUND_REAL
+    assert float(exact / optimum) <= limit
+    assert float(stored / optimum) <= limit
+    assert float(stored / optimum) >= 0.97  # descent may end below any grid of the dense search
 
 
 @pytest.mark.parametrize("solver", ["paper", "search"])
@@ -189,10 +219,13 @@ def _check_hostile(seed: int, grid: tuple[str, int], solver: str, features: int)
     assert bool((ours <= theirs * (1 + 1e-6) + slack).all()), (ours / theirs).tolist()
     if zero_point == "symmetric":
         assert bool((ours <= nothing * (1 + 1e-6)).all())
-    if zero_point != "midrise":
+    empty = (w.reshape(len(w), -1, group or features) == 0).all(-1)
+    if zero_point == "real":
+        assert bool((back.reshape(*empty.shape, -1)[empty] == 0).all())
+        assert bool((quantized.zero[empty] == 128).all())
+    elif zero_point != "midrise":
         assert bool((back[w == 0] == 0).all())
     elif group:
-        empty = (w.reshape(len(w), -1, group) == 0).all(-1)
         bound = (quantized.scale.double() / 510 * (1 + 1e-6))[:, None, None]
         assert bool((back.reshape(len(w), -1, group).abs() <= bound)[empty].all())
 
@@ -301,8 +334,8 @@ def test_errors() -> None:
         quantize_weight(torch.zeros(2, 64), WeightSpec(16, "paper"))
     with pytest.raises(RecipeError, match="greedy"):
         refine_grid(torch.zeros(2, 64), solver="greedy")
-    with pytest.raises(DvdquantError, match="real"):
-        refine_grid(torch.zeros(2, 64), zero_point="real")
+    with pytest.raises(DvdquantError, match="ternary"):
+        refine_grid(torch.zeros(2, 64), zero_point="ternary")
 
 
 def test_compiles_where_nothing_can_be_cached() -> None:

@@ -5,16 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-import quant_linear_graphs as qg
 
 from dvdquant.errors import EngineError, OutputError, UnsupportedError
 from dvdquant.export.builders import BUILD_MEMORY_FACTOR, Backend, BuildReport, build_engine, load_backend
@@ -26,13 +22,12 @@ from dvdquant.export.passes.lower_int8 import lower_int8
 from dvdquant.export.passes.lower_nvfp4 import lower_nvfp4
 from dvdquant.export.passes.lower_qdq_int4 import lower_qdq_int4
 from dvdquant.export.passes.lower_store import TensorStore
-from dvdquant.export.polygraphy_tools import onnx_summary, rtx_unsupported
-from dvdquant.export.realize import RTX_SMS, TENSORRT_SMS, choose_realization, plan_engines, what_executes
-from dvdquant.recipe import RECIPES, ActivationSpec
+from dvdquant.export.realize import RTX_SMS, plan_engines
+from dvdquant.recipe import ActivationSpec
+from tests import quant_linear_graphs as qg
 
 LOWER = {"int8": lower_int8, "int4-weight-only": lower_qdq_int4, "nvfp4": lower_nvfp4}
 LISTED = {"int8": "Int8", "int4-weight-only": "Int4", "nvfp4": "FP4E2M1"}
-needs_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="TensorRT is not installed")
 
 
 def profile(width: int) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -381,7 +376,6 @@ def test_tensorrt_builds_for_the_gpu_it_has() -> None:
 
 @pytest.mark.tensorrt
 @pytest.mark.gpu
-@needs_tensorrt
 def test_tensorrt_builds_the_int8_graph_on_its_gpu(tmp_path: Path) -> None:
     import torch
 
@@ -422,94 +416,3 @@ def test_build_memory_factor(tmp_path: Path) -> None:
         peaks[width] = build(save(spec, folder, "int4-weight-only"), spec).peak_rss_bytes
     weights = 8 * 8192 * 8192 // 2
     assert (peaks[8192] - peaks[64]) / weights < 1.1 * BUILD_MEMORY_FACTOR
-
-
-def test_table_of_realizations() -> None:
-    token8, token4, group4 = ActivationSpec(8), ActivationSpec(4), ActivationSpec(4, 128)
-    assert {choose_realization("tensorrt_rtx", sm, token8) for sm in RTX_SMS} == {"int8"}
-    assert choose_realization("tensorrt_rtx", "8.9", token4) == "int8"
-    assert choose_realization("tensorrt_rtx", "12.0", token4) == "nvfp4"
-    assert choose_realization("tensorrt_rtx", "8.9", group4) == "int4-weight-only"
-    assert choose_realization("tensorrt_rtx", "12.1", group4) == "nvfp4"
-    assert choose_realization("tensorrt_rtx", "12.0", token4, "int8") == "int8"
-    assert choose_realization("tensorrt", "9.0", token4) == "plugin"
-
-
-@pytest.mark.parametrize(
-    ("backend", "sm", "activation", "override", "message"),
-    [
-        ("tensorrt_rtx", "9.0", ActivationSpec(8), "auto", r"(?s)SM 9\.0 are not supported.*8\.0, 8\.6, 8\.9"),
-        ("tensorrt", "10.3", ActivationSpec(8), "auto", r"SM 10\.3 are not supported"),
-        ("onnx", "8.9", ActivationSpec(8), "auto", "unknown engine backend"),
-        ("tensorrt_rtx", "8.9", ActivationSpec(8), "fp8", "unknown realization 'fp8'"),
-        ("tensorrt_rtx", "8.9", ActivationSpec(4), "nvfp4", r"nvfp4 cannot run 4-bit .* on SM 8\.9"),
-        ("tensorrt_rtx", "12.0", ActivationSpec(8), "nvfp4", "nvfp4 cannot run 8-bit"),
-        ("tensorrt_rtx", "8.9", ActivationSpec(8, 64), "int8", "int8 cannot run 8-bit activations, groups of 64"),
-        ("tensorrt", "8.9", ActivationSpec(8), "int8", "TensorRT engines run the plugin"),
-    ],
-)
-def test_realizations_that_cannot_be(
-    backend: str, sm: str, activation: ActivationSpec, override: str, message: str
-) -> None:
-    with pytest.raises(UnsupportedError, match=message):
-        choose_realization(backend, sm, activation, override)
-
-
-def test_plans_share_engines_where_they_can() -> None:
-    sms = ["8.0", "12.0", "8.9", "8.0"]
-    plans = plan_engines("tensorrt_rtx", sms, RECIPES["w4a4"].activations, recipe=RECIPES["w4a4"])
-    assert [(p.act_bits, p.sms, p.realization) for p in plans] == [
-        (4, ("8.0", "8.9"), "int8"),
-        (4, ("12.0",), "nvfp4"),
-        (8, ("8.0", "12.0", "8.9"), "int8"),
-    ]
-    assert plans[0].folder == "tensorrt_rtx-8.0+8.9"
-    plans = plan_engines("tensorrt", ["8.9", "9.0"], [ActivationSpec(8)])
-    assert [p.sms for p in plans] == [("8.9",), ("9.0",)]
-
-
-def test_words() -> None:
-    assert what_executes("int8", 4, "8.9") == (
-        "INT8 tensor cores; 4-bit weights and 4-bit activation codes each stored in 8 bits, so no faster than a8"
-    )
-    assert "rounded again to 8 bits" in what_executes("int8", 8, "8.9", RECIPES["w4a8"])
-    assert "rounded again" not in what_executes("int8", 8, "8.9", RECIPES["w4a4"])
-    assert "4-bit codes (rounded to 4 bits twice)" in what_executes("nvfp4", 4, "12.0")
-    assert "original checkpoint" in what_executes("nvfp4", 4, "12.0", from_checkpoint=True)
-    assert "no faster than 16 bit" in what_executes("int4-weight-only", 8, "8.0")
-    for sm in TENSORRT_SMS:
-        words = what_executes("plugin", 4, sm)
-        assert ("s4" in words) == sm.startswith("8.")
-    with pytest.raises(UnsupportedError):
-        what_executes("plugin", 4, "10.3")
-
-
-def test_polygraphy_summary(tmp_path: Path) -> None:
-    spec = qg.Spec("fp16", (256, 512, 256), 8, block=64)
-    path = save(spec, tmp_path, "int4-weight-only")
-    (tmp_path / "weights.safetensors").unlink()
-    text = onnx_summary(path)
-    assert "x [dtype=float16, shape=(1, 'tokens', 256)]" in text
-    assert "Node(s)" in text
-    assert "colored" not in text
-    assert "DequantizeLinear" in onnx_summary(path, "layers")
-
-
-def test_polygraphy_verdict(tmp_path: Path) -> None:
-    spec = qg.Spec("bf16", (256, 512, 256), 4, block=16)
-    assert rtx_unsupported(save(spec, tmp_path, "int8")) == []
-    ((operator, node, reason),) = rtx_unsupported(unparsable(tmp_path))
-    assert (operator, node) == ("Det", "culprit")
-    assert "UNSUPPORTED_NODE" in reason
-    with pytest.raises(EngineError, match=r"missing\.onnx cannot be read"):
-        rtx_unsupported(tmp_path / "missing.onnx")
-
-
-def test_polygraphy_on_what_is_no_onnx_file(tmp_path: Path) -> None:
-    (tmp_path / "m.onnx").write_bytes(b"\xff" * 100)
-    with pytest.raises(EngineError, match="polygraphy inspect model failed"):
-        onnx_summary(tmp_path / "m.onnx")
-    with pytest.raises(EngineError, match="does not exist"):
-        onnx_summary(tmp_path / "missing.onnx")
-    with pytest.raises(EngineError):
-        rtx_unsupported(tmp_path / "m.onnx")

@@ -25,7 +25,7 @@ from tests.helpers_checkpoint import (
 )
 
 ROOT = Path(__file__).parents[1]
-TINY_WAN = ROOT.parent / "shared" / "tiny-wan"
+TINY_WAN = ROOT / "examples" / "tiny-wan"
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = SINGLE + ".index.json"
 SHARD1, SHARD2 = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
@@ -50,7 +50,6 @@ def test_opens_single_and_sharded_folders(tmp_path: Path, shards: int) -> None:
     checkpoint.check_shapes({name: tuple(value.shape) for name, value in saved.items()})
 
 
-@pytest.mark.skipif(not TINY_WAN.exists(), reason="the tiny-wan checkpoint is not at hand")
 def test_opens_a_real_checkpoint() -> None:
     from diffusers import WanTransformer3DModel
 

@@ -28,7 +28,7 @@ from tests.helpers_checkpoint import (
 )
 
 ROOT = Path(__file__).parents[1]
-TINY_WAN = ROOT.parent / "shared" / "tiny-wan"
+TINY_WAN = ROOT / "examples" / "tiny-wan"
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = SINGLE + ".index.json"
 SHARD1, SHARD2 = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
@@ -272,7 +272,7 @@ def test_single_files_are_not_folders(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "wan.safetensors")
 
 
-@pytest.mark.parametrize("count", [1500, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1500, pytest.param(100_000, marks=pytest.mark.stress)])
 def test_mutated_configs_and_indexes(memory: Path, count: int) -> None:
     """Whatever a byte is changed to: it opens or is refused, and never reads outside."""
     rng, model = random.Random(23), memory / "m"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,6 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-sys.path.insert(0, str(Path(__file__).parent))
-import quant_linear_graphs as qg
-
 from dvdquant.errors import ExportError, OutputError
 from dvdquant.export.passes.emulate_bfloat16 import emulate_bfloat16
 from dvdquant.export.passes.lower_common import quant_linear_nodes, split_rotation
@@ -25,6 +21,7 @@ from dvdquant.export.passes.lower_int8 import int8_weight, lower_int8
 from dvdquant.export.passes.lower_nvfp4 import lower_nvfp4, nvfp4_weight
 from dvdquant.export.passes.lower_qdq_int4 import int4_block, lower_qdq_int4
 from dvdquant.export.passes.lower_store import TensorStore
+from tests import quant_linear_graphs as qg
 
 LOWERINGS = {"int4": lower_qdq_int4, "int8": lower_int8}
 # bits, activation group, weight group, zero, inner block, outer order
@@ -39,6 +36,10 @@ GRIDS = [
     (4, 64, 0, "symmetric", 64, 1),
     (4, 128, 128, "midrise", 128, 1),
     (8, 32, 16, "symmetric", 4, 12),
+    (8, 0, 0, "real", 64, 1),
+    (8, 0, 32, "real", 64, 1),
+    (4, 64, 128, "real", 16, 1),
+    (8, 0, 16, "real", 16, 12),
 ]
 ids = ["-".join(map(str, grid)) for grid in GRIDS]
 
@@ -57,12 +58,18 @@ def run(model: ir.Model | Path, x: np.ndarray) -> np.ndarray:
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
 
 
+# int8 refuses activation groups: test_int8_refuses_activation_groups.
+CASES = [
+    pytest.param(name, grid, id=f"{name}-{label}")
+    for name in LOWERINGS
+    for grid, label in zip(GRIDS, ids)
+    if not (name == "int8" and grid[1])
+]
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("grid", GRIDS, ids=ids)
-@pytest.mark.parametrize("name", LOWERINGS)
+@pytest.mark.parametrize(("name", "grid"), CASES)
 def test_matches_the_definition(name: str, grid: tuple, dtype: str) -> None:
-    if name == "int8" and grid[1]:
-        pytest.skip("activation groups are refused, see test_int8_refuses_activation_groups")
     spec = spec_of(grid, dtype)
     model = qg.graph(spec)
     assert LOWERINGS[name](model)
@@ -76,8 +83,8 @@ def test_matches_the_definition(name: str, grid: tuple, dtype: str) -> None:
     emulated = qg.relative(qg.chain(spec, x, qg.TORCH[dtype]), exact)
     # In fp32 one activation code on a tie, rounded the other way, is all the error there is; it counts as ±1 code.
     one_code = 1 / (2 ** (grid[0] - 1) - 1) / np.sqrt(x.size) if dtype == "fp32" else 0.0
-    # Grouped weights as INT8 are rounded again, to ±127 per row: measured below at under 1 % of the row.
-    again = 0.01 if name == "int8" and grid[2] else 0.0
+    # Grouped weights and real zero-points as INT8 are rounded again, to ±127 per row: measured below, under 1 % of the row.
+    again = 0.01 if name == "int8" and (grid[2] or grid[3] == "real") else 0.0
     assert got <= 2 * emulated + one_code + again
 
 
@@ -113,7 +120,7 @@ def test_largest_codes_do_not_overflow_fp16(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOWERINGS)
-@pytest.mark.parametrize("zero", ["midrise", "symmetric", "paper"])
+@pytest.mark.parametrize("zero", ["midrise", "symmetric", "paper", "real"])
 def test_zero_token_gives_the_bias(name: str, zero: str) -> None:
     spec = qg.Spec("fp16", (128, 64), 4, 0, 0, zero, 32)
     model = qg.graph(spec)
@@ -131,9 +138,10 @@ def test_int8_weight_of_a_row_scale_is_exact(zero: str) -> None:
     np.testing.assert_allclose(codes * scale[:, None], spec.layers[0].weight(), rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize("zero", ["midrise", "real"])
 @pytest.mark.parametrize("group", [16, 32, 64, 128])
-def test_int8_weight_of_groups_adds_little(group: int) -> None:
-    spec = qg.Spec(widths=(1024, 600), weight_group=group)
+def test_int8_weight_of_groups_adds_little(group: int, zero: str) -> None:
+    spec = qg.Spec(widths=(1024, 600), weight_group=group, zero=zero)
     (layer,) = quant_linear_nodes(qg.graph(spec))
     codes, scale = int8_weight(layer)
     exact = spec.layers[0].weight()

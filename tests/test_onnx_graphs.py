@@ -79,7 +79,7 @@ def graphs(export: Export) -> list[tuple[int, str]]:
 
 
 def points(export: Export) -> tuple[str, ...]:
-    return ("min", "opt", "max") if export.sizes.dynamic else ("opt",)
+    return ("min", "max") if export.sizes.dynamic else ("opt",)
 
 
 # ------------------------------------------------------------------------------------------------- against float64

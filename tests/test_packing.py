@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvdquant.errors import ShapeError
-from dvdquant.packing import pack_int4, unpack_int4
+from dvdquant.packing import expand_zero, pack_int4, unpack_int4
 
 
 def test_layout_of_every_pair() -> None:
@@ -64,3 +64,28 @@ def test_wrong_dtypes_are_refused() -> None:
         pack_int4(torch.zeros(2, 2))
     with pytest.raises(ShapeError, match="bytes"):
         unpack_int4(torch.zeros(2, 2, dtype=torch.int32))
+
+
+def test_zero_points_of_every_byte() -> None:
+    stored = torch.arange(256, dtype=torch.uint8).reshape(64, 4)
+    zero = expand_zero(stored)
+    assert zero.dtype == torch.float32
+    assert zero.flatten().tolist() == [byte / 16 - 8 for byte in range(256)]
+    # What a kernel in 16 bit reads is the same number.
+    assert torch.equal(zero.to(torch.bfloat16).float(), zero)
+    assert torch.equal(zero.to(torch.float16).float(), zero)
+
+
+def test_zero_points_per_row_stay_as_they_are() -> None:
+    for dtype in (torch.float32, torch.float64):
+        zero = torch.tensor([-0.5, 3.0, 0.0], dtype=dtype)
+        assert torch.equal(expand_zero(zero), zero[:, None])
+        assert expand_zero(zero).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(2, 3), torch.zeros(3, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.int8)]
+)
+def test_other_zero_points_are_refused(bad: torch.Tensor) -> None:
+    with pytest.raises(ShapeError, match="zero-points are"):
+        expand_zero(bad)

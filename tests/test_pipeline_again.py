@@ -66,7 +66,7 @@ def cut_engine(out: Path) -> None:
     os.truncate(out / ENGINE, 100)
 
 
-@pytest.mark.parametrize("damage", [delete_engine, flip_engine, cut_engine])
+@pytest.mark.parametrize("damage", [delete_engine, flip_engine, pytest.param(cut_engine, marks=pytest.mark.slow)])
 def test_damaged_engine_is_rebuilt_alone(one_engine: Path, model: Path, damage: Callable[[Path], None]) -> None:
     weights = digests(one_engine, "onnx")
     damage(one_engine)

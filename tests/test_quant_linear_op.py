@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.export.functions import QuantLinear
+from dvdquant.export.functions import QuantLinear, QuantLinearRealZero
 from dvdquant.export.schema import register_schemas
 from dvdquant.ops.quant_linear import quant_linear, quant_linear_reference
 from dvdquant.packing import pack_int4
@@ -36,6 +36,10 @@ GRIDS: list[tuple[int, int, int, int, int, str, str | int]] = [
     (1536, 4, 8, 0, 0, "paper", "full"),
     (1536, 4, 4, 64, 64, "symmetric", "auto"),
     (64, 3, 4, 0, 0, "symmetric", 2),
+    (256, 9, 4, 0, 0, "real", "auto"),
+    (256, 9, 4, 128, 64, "real", "full"),
+    (96, 11, 8, 0, 16, "real", "full"),
+    (1536, 4, 8, 0, 32, "real", "auto"),
 ]
 IDS = [f"K{k}-a{b}g{ga}-w{gw}-{z}-{r}" for k, _, b, ga, gw, z, r in GRIDS]
 DTYPES = [torch.float32, torch.float16]
@@ -72,7 +76,10 @@ def formula(op: OpInputs, x: Tensor) -> np.ndarray:
         codes[:, column] = np.where(nibble > 7, nibble.astype(int) - 16, nibble)
     groups = t["weight_factor"].shape[1]
     factors = np.repeat(t["weight_factor"], k // groups, axis=1) / 255
-    weight = t["weight_scale"][:, None] * factors * (codes - t["weight_zero"][:, None])
+    zero = t["weight_zero"][:, None]
+    if op.tensors["weight_zero"].dtype == torch.uint8:
+        zero = np.repeat(t["weight_zero"] / 16 - 8, k // groups, axis=1)
+    weight = t["weight_scale"][:, None] * factors * (codes - zero)
     qmax, width = 2 ** (op.act_bits - 1) - 1, op.act_group or k
     y = np.zeros((m, len(packed)))
     for start in range(0, k, width):
@@ -95,6 +102,7 @@ def run_body(op: OpInputs, x: Tensor) -> Tensor:
         act_bits=op.act_bits,
         act_group=op.act_group,
     )
+    body = QuantLinearRealZero if op.tensors["weight_zero"].dtype == torch.uint8 else QuantLinear
     graph = helper.make_graph(
         [node],
         "one",
@@ -105,7 +113,7 @@ def run_body(op: OpInputs, x: Tensor) -> Tensor:
     model = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("dvdquant", 1)],
-        functions=[QuantLinear.to_function_proto()],
+        functions=[body.to_function_proto()],
         ir_version=11,
     )
     register_schemas()

@@ -188,7 +188,7 @@ def test_terminal_escapes_in_names_are_shown_not_sent(tmp_path: Path) -> None:
     assert "x1b[2Jred" in str(caught.value)
 
 
-@pytest.mark.parametrize("count", [4000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4000, pytest.param(100_000, marks=pytest.mark.stress)])
 def test_random_mutations_never_crash(sample: Path, memory: Path, count: int) -> None:
     whole, rng, path = sample.read_bytes(), random.Random(11), memory / "fuzz"
     start = 8 + struct.unpack("<Q", whole[:8])[0]

@@ -176,7 +176,7 @@ def _random_kills(tmp_path: Path, kills: int) -> None:
     assert names_in(out) == {*content(1), "manifest.json"}
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_500_random_kills(memory: Path) -> None:
     _random_kills(memory, 500)
 
@@ -271,7 +271,7 @@ def test_the_new_folder_is_locked_from_the_moment_it_is_there(tmp_path: Path, mo
     assert state(out) == seen(2)
 
 
-@pytest.mark.parametrize("races", [12, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("races", [12, pytest.param(200, marks=pytest.mark.stress)])
 def test_races_of_8_processes(memory: Path, races: int) -> None:
     """Every process either exports or says that another one does; what is left is one whole export."""
     wins = losses = 0

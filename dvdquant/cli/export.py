@@ -28,7 +28,7 @@ EXAMPLES = """
 # a trained toy model, engines for one RTX generation, in half a minute
 dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5
 
-# what would it take? (reads headers only, writes nothing)
+# what would it take? (of a local folder reads only headers; writes nothing)
 dvdq-export Wan-AI/Wan2.1-T2V-1.3B-Diffusers -o out/wan --sm 8.9 --sm 12.0 --dry-run
 
 # a range of sizes: one engine with an optimization profile

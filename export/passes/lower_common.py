@@ -31,8 +31,9 @@ FLOAT_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT)
 class QuantLinearNode:
     """One ``dvdquant::QuantLinear`` node with its constants read.
 
-    ``weight`` is the initializer [N, K/2] of packed bytes, not read. ``scale``, ``bias``: fp32 [N]; ``zero``:
-    fp32 [N] or uint8 [N, groups], as it is stored; ``factor``: uint8 [N, groups]; ``hadamard``: fp32 [b, b]; ``outer``: fp32 [p, p].
+    ``weight`` is the initializer [N, K/2] of packed bytes, not read. ``scale``, ``bias``: fp32 [N];
+    ``factor``: uint8 [N, groups]; ``zero``: fp32 [N] or uint8 [N, groups], as it is stored; ``hadamard``: fp32 [b, b];
+    ``outer``: fp32 [p, p].
     """
 
     node: ir.Node
