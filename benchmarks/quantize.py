@@ -51,7 +51,8 @@ def ours(solver: str, zero_point: str, group: int) -> Entry:
         return quantize_weight(w, spec).dequantize
 
     def bits(features: int) -> float:
-        return 4 + 64 / features + (8 / group if group else 0)
+        per_group = 8 * bool(group) + 8 * (zero_point == "real")
+        return 4 + (32 if zero_point == "real" else 64) / features + per_group / (group or features)
 
     return Entry(f"dvdquant {solver}, {zero_point}", group, bits, run)
 
@@ -112,7 +113,7 @@ def weights(kind: str, rows: int, features: int, seed: int) -> Tensor:
 def entries(groups: list[int]) -> list[Entry]:
     table = []
     for group in groups:
-        for zero_point in ("midrise", "symmetric") if group else ("paper", "midrise", "symmetric"):
+        for zero_point in ("real", "midrise", "symmetric") if group else ("real", "paper", "midrise", "symmetric"):
             table += [ours(solver, zero_point, group) for solver in ("minmax", "paper", "search")]
         if importlib.util.find_spec("hqq"):
             table.append(hqq(group))
@@ -135,7 +136,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--features", type=int, default=3072)
-    parser.add_argument("--groups", type=int, nargs="+", default=[0, 128, 64, 32], help="0 is one scale per row")
+    parser.add_argument("--groups", type=int, nargs="+", default=[0, 128, 64, 32, 16], help="0 is one scale per row")
     parser.add_argument(
         "--kinds", nargs="+", default=["gauss", "heavy", "rotated"], choices=["gauss", "heavy", "rotated"]
     )

@@ -42,8 +42,9 @@ _SCALES_SHORT, _PLACES_SHORT = 16, 8
 _SCALES_LONG, _PLACES_LONG = 64, 4
 # Short segments: descent from the best place of every scale, so many steps at most.
 _STEPS = 4
-# Long ones, smooth but slow to descend: 8 x 8 grids around the best, 2.5 % of the scale and half a level apart, then
-# ever closer by a factor of 4.
+# Long ones, smooth but slow to descend: from the best scales, so many apart, 8 x 8 grids around each, 2.5 % of the scale
+# and half a level apart, then ever closer by a factor of 4.
+_PEAKS, _APART = 2, 4
 _SIDE, _ZOOMS, _NEAR_SCALE, _NEAR_ZERO = 8, 3, 0.025, 0.5
 # Bounded init of the paper solver: each end of the range moves inwards in so many steps of 4 %.
 _SHRINKS, _SHRINK = 14, 0.04
@@ -126,11 +127,6 @@ def _error(v: F32, scale: Real, zero: Real) -> float:
 
 
 @jit
-def _clamped(zero: float) -> float:
-    return min(max(zero, _LOW), _HIGH)
-
-
-@jit
 def _to_front(scale: F64, zero: F64, gain: F64, kept: int) -> None:
     """Moves the grid of highest gain to the front of every run of places kept, 2 kept, …; ``kept`` divides the count."""
     for first in range(kept, scale.shape[0], kept):
@@ -152,7 +148,7 @@ def _lay_ranges(low: float, high: float, rms: float, short: bool, scale: F64, ze
         first, last = min(a, b) - _OVERHANG, max(a, b) + _OVERHANG
         for p in range(places):
             scale[p * count + i] = s
-            zero[p * count + i] = _clamped(first + (last - first) * (p + 0.5) / places)
+            zero[p * count + i] = min(max(first + (last - first) * (p + 0.5) / places, _LOW), _HIGH)
         s *= ratio
     return count
 
@@ -179,7 +175,7 @@ def _zoom(v: F32, total: float, steps: int, scale: F64, zero: F64, gain: F64, la
         for i in range(_SIDE):
             for p in range(_SIDE):  # (s, z) itself is one of them: the error never rises
                 scale[i * _SIDE + p] = s * (1.0 + _NEAR_SCALE * width * (i - _SIDE // 2))
-                zero[i * _SIDE + p] = _clamped(z + _NEAR_ZERO * width * (p - _SIDE // 2))
+                zero[i * _SIDE + p] = min(max(z + _NEAR_ZERO * width * (p - _SIDE // 2), _LOW), _HIGH)
         _moments(v, scale, zero, lanes, sums)
         _regress(v.shape[0], total, sums, scale, zero, gain)
         _to_front(scale, zero, gain, 1)
@@ -199,11 +195,18 @@ def _search(v: F32, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, su
     _to_front(scale[:count], zero[:count], gain[:count], kept)
     if short:
         _descend(v, total, min(steps, _STEPS), scale[:kept], zero[:kept], gain[:kept], lanes, sums)
-    _to_front(scale[:kept], zero[:kept], gain[:kept], 1)
-    if not short:
-        side = _SIDE * _SIDE
-        _zoom(v, total, min(steps, _ZOOMS), scale[:side], zero[:side], gain[:side], lanes, sums)
-    return scale[0], zero[0]
+        _to_front(scale[:kept], zero[:kept], gain[:kept], 1)
+        return scale[0], zero[0]
+    most, s, z = -math.inf, 0.0, 0.0
+    around = slice(kept, kept + _SIDE * _SIDE)
+    for _ in range(_PEAKS):
+        peak = np.argmax(gain[:kept])
+        scale[kept], zero[kept], gain[kept] = scale[peak], zero[peak], gain[peak]
+        gain[max(peak - _APART, 0) : min(peak + _APART + 1, kept)] = -1.0
+        _zoom(v, total, min(steps, _ZOOMS), scale[around], zero[around], gain[around], lanes, sums)
+        if gain[kept] > most:
+            most, s, z = gain[kept], scale[kept], zero[kept]
+    return s, z
 
 
 @jit
@@ -250,7 +253,7 @@ def _paper(v: F32, steps: int, scale: F64, zero: F64, lanes: F32, sums: F64) -> 
         if t1 <= 0.0 or t2 <= 0.0:
             break
         s = t1 / t2
-        z = _clamped((sums[0, 0] - total / s) / n)
+        z = min(max((sums[0, 0] - total / s) / n, _LOW), _HIGH)
     return best_s, best_z
 
 

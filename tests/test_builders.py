@@ -7,16 +7,14 @@ import importlib.util
 import os
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
 from dvdquant.errors import EngineError, OutputError, UnsupportedError
-from dvdquant.export.builders import BUILD_MEMORY_FACTOR, Backend, BuildReport, build_engine, load_backend
+from dvdquant.export.builders import Backend, BuildReport, build_engine, load_backend
 from dvdquant.export.builders.backend import backend_name
 from dvdquant.export.builders.network import WeightMaps, check_custom_ops
-from dvdquant.export.builders.report import BuildRequest, layer_summary
 from dvdquant.export.builders.worker import _check_device, _load_plugins
 from dvdquant.export.passes.lower_int8 import lower_int8
 from dvdquant.export.passes.lower_nvfp4 import lower_nvfp4
@@ -384,35 +382,3 @@ def test_tensorrt_builds_the_int8_graph_on_its_gpu(tmp_path: Path) -> None:
     report = build(save(spec, tmp_path, "int8"), spec, backend="tensorrt", sms=[sm], timing_cache=tmp_path / "cache")
     assert report.backend == "tensorrt"
     assert (tmp_path / "cache").stat().st_size > 0
-
-
-def test_build_request_round_trip() -> None:
-    request = BuildRequest(
-        "tensorrt_rtx", "/m", "/e", ("8.9",), "/d", ("/d",), {"x": [[1], [2], [3]]}, ("/p.so",), 1, "/t", 2
-    )
-    assert BuildRequest.from_json(request.to_json()) == request
-
-
-def test_layer_summary_skips_what_is_no_layer() -> None:
-    assert layer_summary(["Layers:", "Name: x, IOMode: Input", ""]) == ({}, {})
-
-
-@pytest.mark.slow
-def test_build_memory_factor(tmp_path: Path) -> None:
-    peaks = {}
-    for width in (64, 8192):
-        folder = tmp_path / str(width)
-        folder.mkdir()
-        data = np.random.default_rng(0).integers(0, 256, width * width // 2, dtype=np.uint8)
-        spec = qg.Spec("fp16", (width,) * 9, 8, block=1)
-        spec.layers = [
-            qg.Layer(
-                f"blocks.{i}.ffn", data.reshape(width, -1), np.full(width, 0.01, np.float32),
-                np.full((width, 1), 255, np.uint8), np.full(width, -0.5, np.float32), np.zeros(width, np.float32),
-                qg.hadamard(1), qg.hadamard(1), 8, 0,
-            )
-            for i in range(8)
-        ]  # fmt: skip
-        peaks[width] = build(save(spec, folder, "int4-weight-only"), spec).peak_rss_bytes
-    weights = 8 * 8192 * 8192 // 2
-    assert (peaks[8192] - peaks[64]) / weights < 1.1 * BUILD_MEMORY_FACTOR

@@ -15,7 +15,7 @@ from dvdquant.errors import ShapeError
 from dvdquant.hadamard import Rotation
 from dvdquant.layers import LayerSpec, QuantLinear, empty_tensor, install_quant_linears, set_activation
 from dvdquant.recipe import ActivationSpec
-from tests.exporting import activations, op_inputs
+from tests.exporting import activations, judge, op_inputs
 
 ROWS = (24, 16, 8)
 FEATURES = 64
@@ -188,6 +188,7 @@ def test_set_activation_in_the_middle_of_a_round() -> None:
         ("weight_scale", (48,), torch.float16),
         ("weight_factor", (48, 1), torch.uint8),
         ("weight_zero", (48, 1), torch.float32),
+        ("weight_zero", (48, 2), torch.uint8),
         ("bias", (1,), torch.float32),
     ],
 )
@@ -201,6 +202,23 @@ def test_load_refuses_wrong_shapes_and_dtypes(field: str, shape: tuple[int, ...]
         layer.load(tensors)
     assert f"{layer.spec.name}.{field}" in str(info.value)
     assert "expected" in str(info.value)
+
+
+def test_real_zero_points_are_bytes_per_group() -> None:
+    op = op_inputs(FEATURES, ROWS[0], weight_group=32, zero_point="real")
+    plain = spec(("attn.to_q",), ROWS[:1])
+    real = replace(plain, real_zero=True)
+    assert real.tensors()["attn.to_q.weight_zero"] == (torch.uint8, (ROWS[0], 2))
+    model = nn.ModuleDict({"attn": Attention()})
+    install_quant_linears(model, [real], ActivationSpec(8))
+    layer = model.get_submodule("attn.to_q")
+    assert isinstance(layer, QuantLinear)
+    assert (layer.weight_zero.dtype, layer.weight_zero.shape) == (torch.uint8, (ROWS[0], 2))
+    layer.load({f"attn.to_q.{f}": op.tensors[f] for f in FIELDS})
+    x = activations(5, FEATURES, torch.float64)
+    torch.testing.assert_close(layer(x), judge(op, x).y, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ShapeError, match=r"weight_zero is torch\.float32"):
+        layer.load({f"attn.to_q.{f}": (op_inputs(FEATURES, ROWS[0], weight_group=32)).tensors[f] for f in FIELDS})
 
 
 def test_placeholders_take_no_memory_and_tables_are_shared() -> None:

@@ -170,6 +170,19 @@ def test_int8_weight_of_zero_rows() -> None:
     assert np.isfinite(scale).all()
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_int4_zero_points_of_groups_are_one_product(dtype: str) -> None:
+    spec = qg.Spec(dtype, (256, 64), 8, 0, 32, "real")
+    model = qg.graph(spec)
+    lower_qdq_int4(model)
+    (layer,) = spec.layers
+    shares = model.graph.initializers[f"{layer.name}.qdq_zero"].const_value.numpy().astype(np.float64)
+    exact = layer.factor * (layer.zero / 16 - 8) * 2.0**-11
+    np.testing.assert_allclose(shares, exact, rtol=2.0**-8 if dtype == "bf16" else 2.0**-11, atol=0)
+    assert sum(node.op_type == "MatMul" for node in model.graph) == 2
+    assert not any(name.endswith(".weight_zero") for name in model.graph.initializers)
+
+
 @pytest.mark.parametrize(
     ("features", "group", "block"), [(1024, 0, 128), (192, 0, 64), (208, 0, 16), (40, 0, 40), (64, 32, 32)]
 )

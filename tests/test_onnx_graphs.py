@@ -25,6 +25,9 @@ from tests.exporting import TINY_WAN, Export, check_layers, export_graphs, with_
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GROUPED = Recipe("grouped", (ActivationSpec(4, 64), ActivationSpec(8)), WeightSpec(group_size=64))
+REAL = Recipe("real", (ActivationSpec(4, 64), ActivationSpec(8)), WeightSpec(32, "real"))
+REAL_ROWS = Recipe("real-rows", (ActivationSpec(4), ActivationSpec(8)), WeightSpec(0, "real"))
+OWN = {recipe.name: recipe for recipe in (GROUPED, REAL, REAL_ROWS)}
 TI2V = with_changes(tiny.WAN, in_channels=48, out_channels=48)
 FLF = with_changes(tiny.WAN, image_dim=32, added_kv_proj_dim=128, in_channels=36, pos_embed_seq_len=514)
 COGVIDEOX_15 = with_changes(tiny.COGVIDEOX, patch_size_t=2, ofs_embed_dim=32)
@@ -42,6 +45,7 @@ def case(name: str, config: Any, recipe: str, dtype: str, sizes: Sizes, slow: bo
 CASES = [
     case("tiny-wan", TINY_WAN, "w4a4", "bf16", TINY_SIZES),
     case("wan", tiny.WAN, "grouped", "fp16", tiny.FIXED),
+    case("wan", tiny.WAN, "real", "fp16", tiny.FIXED),
     case("hunyuan-video", tiny.HUNYUAN, "w4a4", "bf16", tiny.FIXED),
     case("cogvideox", tiny.COGVIDEOX, "paper", "fp16", tiny.FIXED),
     case("ltx-video", tiny.LTX, "w4a4", "fp16", tiny.FIXED),
@@ -53,6 +57,8 @@ CASES = [
     case("wan-ti2v", TI2V, "w4a4", "fp16", tiny.RANGES, slow=True),
     case("wan-flf", FLF, "w4a4", "fp16", tiny.FIXED, slow=True),
     case("hunyuan-video", tiny.HUNYUAN, "grouped", "fp16", tiny.FIXED, slow=True),
+    case("hunyuan-video", tiny.HUNYUAN, "real", "bf16", tiny.FIXED, slow=True),
+    case("cogvideox", tiny.COGVIDEOX, "real-rows", "fp16", tiny.FIXED, slow=True),
     case("hunyuan-video", tiny.HUNYUAN, "w4a4", "fp16", tiny.RANGES, slow=True),
     case("cogvideox", tiny.COGVIDEOX, "w4a4", "bf16", tiny.FIXED, slow=True),
     case("cogvideox", tiny.COGVIDEOX, "w4a4", "fp16", tiny.RANGES, slow=True),
@@ -70,7 +76,7 @@ def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     config, recipe, dtype, sizes = request.param
     folder = tmp_path_factory.mktemp("graphs")
     source = TINY_WAN / "transformer" if config is TINY_WAN else tiny.write_checkpoint(folder / "model", config)
-    chosen = GROUPED if recipe == "grouped" else get_recipe(recipe)
+    chosen = OWN[recipe] if recipe in OWN else get_recipe(recipe)
     return export_graphs(source, folder, chosen, sizes, DTYPES[dtype])
 
 
