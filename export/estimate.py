@@ -115,7 +115,7 @@ def estimate_export(
     cores = min(os.cpu_count() or 1, torch.get_num_threads())
     seconds = {
         "quantize": source_bytes / DISK_BYTES_PER_SECOND + weights / (QUANTIZE_WEIGHTS_PER_SECOND * cores / 2),
-        "graphs": TRACE_SECONDS * len(plans) + TRACE_SECONDS_PER_LAYER * layers,
+        "trace": TRACE_SECONDS * len(plans) + TRACE_SECONDS_PER_LAYER * layers,
         "engines": sum(BUILD_SECONDS + size / BUILD_BYTES_PER_SECOND for size in engine_sizes),
     }
     return Estimate(source_bytes, packed, sum(engine_sizes), scratch, resident, builder, seconds)

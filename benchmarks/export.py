@@ -1,0 +1,162 @@
+"""What an export takes, measured: wall time, peak memory of all its processes, output size; beside the dry run's estimate.
+
+    python benchmarks/export.py out/wan-1.3b --sm 8.9
+    python benchmarks/export.py out/hunyuan --target none --modulation a8 --limit-gib 8
+
+Every option after the checkpoint but ``--limit-gib`` and ``--keep-output`` goes to ``dvdq-export``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+
+INTERVAL = 0.1  # seconds between two looks at the memory of the process tree
+
+
+class MemoryWatch(threading.Thread):
+    """Peak resident memory of a process and its children, in bytes: own pages, and with mapped file pages."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._root = psutil.Process(pid)
+        self._over = threading.Event()
+        self.peak = self.peak_private = 0
+
+    def run(self) -> None:
+        """Look until told to stop."""
+        while not self._over.wait(INTERVAL):
+            total = private = 0
+            try:
+                for process in [self._root, *self._root.children(recursive=True)]:
+                    info = process.memory_info()
+                    total += info.rss
+                    private += info.rss - info.shared
+            except psutil.Error:
+                continue
+            self.peak, self.peak_private = max(self.peak, total), max(self.peak_private, private)
+
+    def stop(self) -> None:
+        """End the watch."""
+        self._over.set()
+        self.join()
+
+
+def command(checkpoint: Path, out: Path, options: tuple[str, ...]) -> list[str]:
+    """The export's command line."""
+    return [
+        sys.executable,
+        "-m",
+        "dvdquant.cli.export",
+        str(checkpoint),
+        "-o",
+        str(out),
+        "--log-format",
+        "json",
+        *options,
+    ]
+
+
+def estimate(checkpoint: Path, out: Path, options: tuple[str, ...]) -> dict[str, Any]:
+    """What ``--dry-run`` says."""
+    run = subprocess.run([*command(checkpoint, out, options), "--dry-run"], capture_output=True, text=True, check=True)
+    plan: dict[str, Any] = json.loads(run.stdout)
+    return plan["estimate"]
+
+
+def limited(limit_gib: float | None) -> Any:
+    """A function for the child: a hard limit on its heap (RLIMIT_DATA), inherited by the builder processes."""
+
+    def apply() -> None:
+        if limit_gib is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gib * 2**30),) * 2)
+
+    return apply
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.option("--limit-gib", type=float, help="Hard limit on the heap of each process of the export.")
+@click.option("--keep-output", type=click.Path(path_type=Path), help="Export into this folder and keep it.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def main(checkpoint: Path, limit_gib: float | None, keep_output: Path | None, options: tuple[str, ...]) -> None:
+    """Export CHECKPOINT with OPTIONS of dvdq-export and print a table of measured and estimated figures."""
+    folder = Path(tempfile.mkdtemp(prefix="dvdq-benchmark-", dir=checkpoint.parent))
+    out = keep_output or folder / "out"
+    try:
+        predicted = estimate(checkpoint, out, options)
+        load = os.getloadavg()[0]
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command(checkpoint, out, options), stderr=subprocess.PIPE, text=True, preexec_fn=limited(limit_gib)
+        )
+        watch = MemoryWatch(process.pid)
+        watch.start()
+        events = [json.loads(line) for line in process.stderr or () if line.startswith("{")]
+        code = process.wait()
+        seconds = time.monotonic() - started
+        watch.stop()
+        if code:
+            raise click.ClickException(f"dvdq-export ended with {code}: {events[-1] if events else ''}")
+        stored = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+        done = next(event for event in events if event["event"] == "done")
+        click.echo(report(checkpoint, options, predicted, done["seconds"], seconds, watch, stored, load, limit_gib))
+    finally:
+        shutil.rmtree(folder)
+
+
+def report(
+    checkpoint: Path,
+    options: tuple[str, ...],
+    predicted: dict[str, Any],
+    stages: dict[str, float],
+    seconds: float,
+    watch: MemoryWatch,
+    stored: int,
+    load: float,
+    limit_gib: float | None,
+) -> str:
+    """A Markdown table."""
+    source = predicted["source_bytes"]
+    rows = [
+        ("time, s", f"{seconds:.0f}", f"{sum(predicted['seconds'].values()):.0f}"),
+        ("peak memory, GiB", f"{watch.peak / 2**30:.2f}", f"{predicted['peak_bytes'] / 2**30:.2f}"),
+        ("  without mapped files, GiB", f"{watch.peak_private / 2**30:.2f}", ""),
+        (
+            "output, GiB",
+            f"{stored / 2**30:.2f}",
+            f"{(predicted['weight_file_bytes'] + predicted['engine_bytes']) / 2**30:.2f}",
+        ),
+        ("output / checkpoint", f"{stored / source:.3f}", ""),
+    ]
+    rows += [
+        (f"  {name}, s", f"{value:.1f}", f"{predicted['seconds'].get(name, '')}") for name, value in stages.items()
+    ]
+    lines = [
+        f"{datetime.now(UTC):%Y-%m-%d}, {psutil.cpu_count()} cores ({platform.machine()}), load {load:.1f} before; "
+        f"`dvdq-export {checkpoint.name} {' '.join(options)}`"
+        + (f", RLIMIT_DATA {limit_gib} GiB" if limit_gib else ""),
+        "",
+        "| | measured | estimated |",
+        "|---|---|---|",
+        *(f"| {name} | {value} | {guess} |" for name, value, guess in rows),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
