@@ -178,7 +178,7 @@ RECIPES: dict[str, Recipe] = {
         # One scale per row and per token: runs on every integer tensor core, both graphs.
         Recipe("w4a4", (_A4, _A8)),
         # 8-bit activations only; weight groups cost memory alone where the GEMM is 8-bit, and decide the error there.
-        Recipe("w4a8", (_A8,), WeightSpec(group_size=32)),
+        Recipe("w4a8", (_A8,), WeightSpec(group_size=32, zero_point="real")),
         # Scales per 128 channels on both sides for the 4-bit graph.
         Recipe("w4a4-g128", (ActivationSpec(4, 128), _A8), WeightSpec(group_size=128)),
         Recipe("w4a4-g64", (ActivationSpec(4, 64), _A8), WeightSpec(group_size=64)),

@@ -183,17 +183,39 @@ def plan_engines(
         sms: targets; repeated ones count once, the order is kept.
         activations: one per graph.
 
+    An ``override`` that one graph can run and another cannot (NVFP4 has no 8-bit activations) applies to the first; the
+    other gets its automatic realization.
+
     Raises:
-        UnsupportedError: see :func:`choose_realization`.
+        UnsupportedError: see :func:`choose_realization`; for an override only if no graph can run it on one of the SMs.
     """
     plans: list[EnginePlan] = []
-    for activation in activations:
-        groups: dict[tuple[str, str], list[str]] = {}
+    grids = list(activations)
+    for activation in grids:
+        groups: dict[tuple[Realization, str], list[str]] = {}
         for sm in dict.fromkeys(sms):
-            realization = choose_realization(backend, sm, activation, override)
+            realization = _override_or_auto(backend, sm, activation, override, grids)
             groups.setdefault((realization, sm if backend == "tensorrt" else ""), []).append(sm)
-        for (_, _), members in groups.items():
-            chosen = choose_realization(backend, members[0], activation, override)
+        for (chosen, _), members in groups.items():
             words = what_executes(chosen, activation.bits, members[0], recipe, from_checkpoint=from_checkpoint)
             plans.append(EnginePlan(backend, tuple(members), activation.bits, chosen, words))
     return plans
+
+
+def _override_or_auto(
+    backend: str, sm: str, activation: ActivationSpec, override: str, grids: Sequence[ActivationSpec]
+) -> Realization:
+    try:
+        return choose_realization(backend, sm, activation, override)
+    except UnsupportedError:
+        if override not in REALIZATIONS or not any(_runs(backend, sm, grid, override) for grid in grids):
+            raise
+        return choose_realization(backend, sm, activation)
+
+
+def _runs(backend: str, sm: str, activation: ActivationSpec, override: str) -> bool:
+    try:
+        choose_realization(backend, sm, activation, override)
+    except UnsupportedError:
+        return False
+    return True

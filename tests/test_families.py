@@ -198,7 +198,7 @@ def test_rotation_and_groups_follow_the_recipe(name: str, recipe: str) -> None:
             "weight": (n, k // 2),
             "weight_scale": (n,),
             "weight_factor": (n, spec.groups),
-            "weight_zero": (n,),
+            "weight_zero": (n, spec.groups) if made.recipe.weight.zero_point == "real" else (n,),
             "bias": (n,),
         }
 

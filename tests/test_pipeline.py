@@ -241,4 +241,4 @@ def test_dry_run_as_json_and_its_estimates(wan22: tuple[Path, list[dict[str, Any
     )
     peak = max(line["rss_bytes"] for line in lines if "rss_bytes" in line)
     assert 0.5 * peak <= estimate["peak_bytes"] <= 3 * peak
-    assert set(estimate["seconds"]) == {"quantize", "graphs", "engines"}
+    assert set(estimate["seconds"]) == {"quantize", "trace", "engines"}

@@ -103,3 +103,13 @@ def test_polygraphy_on_what_is_no_onnx_file(tmp_path: Path) -> None:
         onnx_summary(tmp_path / "missing.onnx")
     with pytest.raises(EngineError):
         rtx_unsupported(tmp_path / "m.onnx")
+
+
+def test_an_override_applies_to_the_graphs_that_can_run_it() -> None:
+    both = [ActivationSpec(4), ActivationSpec(8)]
+    plans = plan_engines("tensorrt_rtx", ("12.0",), both, override="nvfp4")
+    assert [(p.act_bits, p.realization) for p in plans] == [(4, "nvfp4"), (8, "int8")]
+    with pytest.raises(UnsupportedError, match="nvfp4 cannot run 4-bit"):
+        plan_engines("tensorrt_rtx", ("8.9",), both, override="nvfp4")
+    with pytest.raises(UnsupportedError, match="nvfp4 cannot run 8-bit"):
+        plan_engines("tensorrt_rtx", ("12.0",), both[1:], override="nvfp4")
