@@ -1,7 +1,7 @@
 """What an export takes, measured: wall time, peak memory of all its processes, output size; beside the dry run's estimate.
 
     python benchmarks/export.py out/wan-1.3b --sm 8.9
-    python benchmarks/export.py out/hunyuan --target none --modulation a8 --limit-gib 8
+    python benchmarks/export.py out/hunyuan --target graphs --modulation a8 --limit-gib 8
 
 Every option after the checkpoint but ``--limit-gib`` and ``--keep-output`` goes to ``dvdq-export``.
 """

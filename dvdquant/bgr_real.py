@@ -4,9 +4,9 @@ A segment is a group, or the whole row, normalized by :mod:`dvdquant.bgr_rows`. 
 linear regression of w on them: ``Δ = cov(c, w)/var(c)``, ``z = mean(c) − mean(w)/Δ``. Where z leaves −8..7 15/16 it stays
 on that end and ``Δ = ⟨c − z, w⟩/⟨c − z, c − z⟩``. The *gain* ``⟨c − z, w⟩²/⟨c − z, c − z⟩`` is ‖w‖² less the error.
 
-Many grids are scored together: SIMD lanes hold grids, not weights, so there is no sum across lanes. A search is a scan
-of ranges laid over the weights, one regression of each, descent (nearest codes and regression in turn) from the best,
-and at last every stored grid around them, with codes of its own: 8-bit factor by z in steps of 1/16.
+Many grids are scored together: SIMD lanes hold grids, not weights. A search is a scan of ranges laid over the weights,
+one regression of each, descent (nearest codes and regression in turn) from the best, and at last every stored grid around
+the result, with codes of its own: 8-bit factor by z in steps of 1/16.
 """
 
 from __future__ import annotations
@@ -197,8 +197,7 @@ def _search(v: F32, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, su
         _descend(v, total, min(steps, _STEPS), scale[:kept], zero[:kept], gain[:kept], lanes, sums)
         _to_front(scale[:kept], zero[:kept], gain[:kept], 1)
         return scale[0], zero[0]
-    most, s, z = -math.inf, 0.0, 0.0
-    around = slice(kept, kept + _SIDE * _SIDE)
+    most, s, z, around = -math.inf, 0.0, 0.0, slice(kept, kept + _SIDE * _SIDE)
     for _ in range(_PEAKS):
         peak = np.argmax(gain[:kept])
         scale[kept], zero[kept], gain[kept] = scale[peak], zero[peak], gain[peak]
@@ -237,9 +236,8 @@ def _bounded_init(v: F32, scale: F64, zero: F64, lanes: F32, sums: F64) -> tuple
 @jit
 def _paper(v: F32, steps: int, scale: F64, zero: F64, lanes: F32, sums: F64) -> tuple[float, float]:
     """Bounded init, then Δ', z' (a mean that is not rounded) and W_q in turn until the error stops falling."""
-    s, z = _bounded_init(v, scale, zero, lanes, sums)
-    n, total = v.shape[0], _extent(v)[2]
-    best_s, best_z, least = s, z, math.inf
+    n, total, least = v.shape[0], _extent(v)[2], math.inf
+    s, z = best_s, best_z = _bounded_init(v, scale, zero, lanes, sums)
     for step in range(steps + 1):
         error = _error(v, _f(s), _f(z))
         if error >= least:

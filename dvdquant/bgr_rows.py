@@ -52,6 +52,7 @@ def load_rows(w: F32, v: F32, units: F64) -> bool:
                 return False
             largest = max(largest, units[r, g])
         for g in range(groups):
-            if units[r, g] < largest * 2.0**-100:  # far below any error of the row: zero, so that fp32 holds every ratio
+            # Far below any error of the row: zero, so that fp32 holds every ratio.
+            if units[r, g] < largest * 2.0**-100:
                 units[r, g], v[r, g * size : (g + 1) * size] = 0.0, np.float32(0.0)
     return True

@@ -74,7 +74,13 @@ def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:
                 verbose=False,
                 custom_translation_table={torch.ops.dvdquant.quant_linear.default: _translate_quant_linear},
             )
-    except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.UserError, torch.onnx.errors.OnnxExporterError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        torch._dynamo.exc.UserError,
+        torch.onnx.errors.OnnxExporterError,
+    ) as error:
         raise ExportError(
             f"{plan.family.name}: the transformer could not be traced to ONNX: {error}",
             fix="check that these sizes run in diffusers; give single sizes instead of ranges",
@@ -120,7 +126,9 @@ def _dynamic_shapes(family: Family, sizes: Sizes) -> tuple[dict[str, dict[int, A
     dims: dict[str, Any] = {}
     for (name, axis), patch in zip(axes.items(), family.patch()):
         if axis.dynamic:
-            dim = torch.export.Dim(f"{name}_patches" if patch > 1 else name, min=axis.min // patch, max=axis.max // patch)
+            dim = torch.export.Dim(
+                f"{name}_patches" if patch > 1 else name, min=axis.min // patch, max=axis.max // patch
+            )
             dims[name] = patch * dim if patch > 1 else dim
     low, high = (family.tokens(*sizes.at(which)) for which in ("min", "max"))
     dims["tokens"] = torch.export.Dim("tokens", min=low, max=high)
@@ -152,5 +160,3 @@ def profile_shapes(family: Family, sizes: Sizes) -> Mapping[str, tuple[tuple[int
         return None
     axes = [family.axes(sizes, which) for which in ("min", "opt", "max")]
     return {spec.name: tuple(spec.sizes(a) for a in axes) for spec in family.inputs(sizes)}
-
-

@@ -14,7 +14,7 @@ from dvdquant.recipe import Recipe
 
 __all__ = ["DTYPES", "TARGETS", "ExportOptions", "resolve_sizes"]
 
-TARGETS = ("rtx", "tensorrt", "onnx")
+TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
 MAX_WORKSPACE_GIB = 1024
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,7 +25,8 @@ class ExportOptions:
 
     Args:
         model: transformer or pipeline folder, or hub id.
-        targets: of ``rtx``, ``tensorrt``, ``onnx``; ONNX graphs with QuantLinear nodes are always written.
+        targets: of ``rtx``, ``tensorrt``, ``onnx``, ``graphs``; graphs with QuantLinear nodes are always written, and with
+            ``graphs`` alone nothing else.
         sms: compute capabilities to build engines for, such as "8.9".
         realize: ``auto`` or a realization for the rtx target.
         height, width, num_frames: video sizes in pixels and frames, SIZE or MIN:MAX or MIN:OPT:MAX.

@@ -64,7 +64,7 @@ dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
     default=("rtx",),
     show_default=True,
     help="rtx: TensorRT-RTX engines. tensorrt: TensorRT engines with the plugin. onnx: QDQ graphs for any runtime. "
-    "Repeatable; graphs with QuantLinear nodes are always written.",
+    "graphs: nothing besides the graphs with QuantLinear nodes, which are always written. Repeatable.",
 )
 @click.option("--sm", "sms", multiple=True, default=("8.9",), show_default=True, help="Compute capability; repeatable.")
 @click.option(
@@ -200,6 +200,9 @@ def _result_json(result: ExportResult, seconds: float) -> dict[str, Any]:
         "up_to_date": result.up_to_date,
         "seconds": {**{k: round(v, 2) for k, v in result.seconds.items()}, "total": round(seconds, 2)},
         "engines": [dict(e) for e in result.manifest.engines],
+        "builds": [
+            {k: b[k] for k in ("path", "seconds", "bytes", "peak_rss_bytes", "products")} for b in result.builds
+        ],
         "checks": [check.to_json() for check in result.checks],
     }
 
