@@ -23,11 +23,12 @@ __all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "memory_limit",
 
 # Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B; see benchmarks/README.md.
 IMPORT_BYTES = 650 << 20
-TRACE_BYTES_PER_LAYER = 700 << 10
-QUANTIZE_WEIGHTS_PER_SECOND = 12e6
-TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 4.0, 0.09
-BUILDER_BYTES = 450 << 20
-BUILD_SECONDS, BUILD_BYTES_PER_SECOND = 3.0, 75e6
+TRACE_BYTES_PER_LAYER = 1200 << 10
+QUANTIZE_WEIGHTS_PER_SECOND = 45e6
+TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 2.0, 0.075
+BUILDER_BYTES, BUILDER_BYTES_PER_LAYER = 450 << 20, 2600 << 10
+ENGINE_BYTES = 11 << 20  # what an engine holds besides its weights
+BUILD_SECONDS, BUILD_SECONDS_PER_LAYER, BUILD_BYTES_PER_SECOND = 4.0, 0.05, 43e6
 DISK_BYTES_PER_SECOND = 400e6
 
 BYTES_PER_WEIGHT = {"int8": 1.0, "int4-weight-only": 0.516, "nvfp4": 0.5625, "plugin": 0.0}
@@ -35,7 +36,8 @@ BYTES_PER_WEIGHT = {"int8": 1.0, "int4-weight-only": 0.516, "nvfp4": 0.5625, "pl
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes and seconds; ``resident`` is the exporter's own peak, ``builder`` that of the engine builder's process."""
+    """Bytes and seconds; ``resident`` is the exporter's own peak, ``builder`` that of the engine builder's process, and
+    ``waiting`` what the exporter holds while that runs."""
 
     source_bytes: int
     weight_file_bytes: int
@@ -43,6 +45,7 @@ class Estimate:
     scratch_bytes: int
     resident_bytes: int
     builder_bytes: int
+    waiting_bytes: int
     seconds: dict[str, float]
 
     @property
@@ -53,7 +56,7 @@ class Estimate:
     @property
     def peak_bytes(self) -> int:
         """Peak memory: the builder runs while the exporter waits."""
-        return max(self.resident_bytes, IMPORT_BYTES + self.builder_bytes)
+        return max(self.resident_bytes, self.waiting_bytes + self.builder_bytes if self.builder_bytes else 0)
 
     def to_json(self) -> dict[str, Any]:
         """For ``--log-format json``."""
@@ -99,26 +102,33 @@ def estimate_export(
     """
     weights = sum(p.quantized_weights for p in plans)
     layers = sum(len(p.layers) for p in plans)
-    packed = sum(packed_bytes(p) for p in plans)
-    engine_sizes = [engine_weight_bytes(p, e) for p in plans for e in engines]
-    # A lowered graph keeps what is not already in the weight file (INT8 or FP4 weights) in a scratch file.
-    scratch = max(
-        (
-            int(s)
-            for s, e in zip(engine_sizes, [e for _ in plans for e in engines])
-            if e.realization != "int4-weight-only"
-        ),
-        default=0,
-    )
-    resident = IMPORT_BYTES + layers * TRACE_BYTES_PER_LAYER + largest + 14 * CHUNK_WEIGHTS
-    builder = int(max(engine_sizes, default=0) * BUILD_MEMORY_FACTOR) + (BUILDER_BYTES if engine_sizes else 0)
+    pairs = [(p, e, engine_weight_bytes(p, e)) for p in plans for e in engines]
+    # A lowered graph keeps what is not in the weight file (INT8 or FP4 weights) in a scratch file.
+    scratch = max((size for _, e, size in pairs if e.realization in ("int8", "nvfp4")), default=0)
+    waiting = IMPORT_BYTES + layers * TRACE_BYTES_PER_LAYER
+    builders = [
+        BUILDER_BYTES + len(p.layers) * BUILDER_BYTES_PER_LAYER + int(size * BUILD_MEMORY_FACTOR)
+        for p, _, size in pairs
+    ]
     cores = min(os.cpu_count() or 1, torch.get_num_threads())
     seconds = {
         "quantize": source_bytes / DISK_BYTES_PER_SECOND + weights / (QUANTIZE_WEIGHTS_PER_SECOND * cores / 2),
         "trace": TRACE_SECONDS * len(plans) + TRACE_SECONDS_PER_LAYER * layers,
-        "engines": sum(BUILD_SECONDS + size / BUILD_BYTES_PER_SECOND for size in engine_sizes),
+        "engines": sum(
+            BUILD_SECONDS + BUILD_SECONDS_PER_LAYER * len(p.layers) + size / BUILD_BYTES_PER_SECOND
+            for p, _, size in pairs
+        ),
     }
-    return Estimate(source_bytes, packed, sum(engine_sizes), scratch, resident, builder, seconds)
+    return Estimate(
+        source_bytes=source_bytes,
+        weight_file_bytes=sum(packed_bytes(p) for p in plans),
+        engine_bytes=sum(ENGINE_BYTES + size for _, _, size in pairs),
+        scratch_bytes=scratch,
+        resident_bytes=waiting + largest + 14 * CHUNK_WEIGHTS,
+        builder_bytes=max(builders, default=0),
+        waiting_bytes=waiting,
+        seconds=seconds,
+    )
 
 
 def memory_limit() -> int:
@@ -149,7 +159,7 @@ def require_memory(estimate: Estimate, plans: Sequence[ModelPlan], engines: Sequ
     options = [f"--target onnx needs {_gib(estimate.resident_bytes)}"]
     if engines and plans:
         packed = max(int(p.quantized_weights * BYTES_PER_WEIGHT["int4-weight-only"]) + _kept_bytes(p) for p in plans)
-        needed = IMPORT_BYTES + BUILDER_BYTES + int(packed * BUILD_MEMORY_FACTOR)
+        needed = estimate.waiting_bytes + BUILDER_BYTES + int(packed * BUILD_MEMORY_FACTOR)
         if any(e.realization not in ("int4-weight-only", "plugin") for e in engines):
             options.append(f"--realize int4-weight-only needs {_gib(needed)}")
     raise ResourceError(

@@ -92,6 +92,7 @@ class WeightMaps:
         self._base = base
         self._roots = [root.resolve() for root in roots]
         self._maps: dict[Path, np.ndarray] = {}
+        self._files: list[mmap.mmap] = []
 
     def region(self, tensor: onnx.TensorProto) -> tuple[int, int]:
         """(address, bytes) of an external initializer.
@@ -117,11 +118,21 @@ class WeightMaps:
             )
         return int(data.ctypes.data) + offset, length
 
+    def drop_pages(self) -> None:
+        """Give the pages read so far back to the page cache; what is read again comes from there.
+
+        The builder copies what it needs phase by phase, and its own copies are the larger part: without this, the whole
+        weight file stays resident beside them.
+        """
+        for file in self._files:
+            file.madvise(mmap.MADV_DONTNEED)
+
     def _open(self, path: Path, name: str) -> np.ndarray:
         if path not in self._maps:
             try:
                 with path.open("rb") as file:
-                    self._maps[path] = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                    self._files.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                self._maps[path] = np.frombuffer(self._files[-1], np.uint8)
             except (OSError, ValueError) as error:
                 raise EngineError(f"{name}: external data {path} cannot be mapped: {error}") from error
         return self._maps[path]

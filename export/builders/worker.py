@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _logger(trt: Any, listing: list[str], warnings: list[str]) -> Any:
     return Logger()
 
 
-def _monitor(trt: Any) -> Any:
+def _monitor(trt: Any, each_phase: Callable[[], None]) -> Any:
     class Monitor(trt.IProgressMonitor):
         """Phases and steps as messages; the builder calls it from several threads."""
 
@@ -64,6 +65,7 @@ def _monitor(trt: Any) -> Any:
             trt.IProgressMonitor.__init__(self)
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            each_phase()
             send("phase", name=phase, parent=parent, steps=steps)
 
         def step_complete(self, phase: str, step: int) -> bool:
@@ -71,6 +73,7 @@ def _monitor(trt: Any) -> Any:
             return True
 
         def phase_finish(self, phase: str) -> None:
+            each_phase()
             send("finish", name=phase)
 
     return Monitor()
@@ -201,7 +204,7 @@ def build(request: BuildRequest) -> BuildReport:
     network, _parser = parse_network(backend, builder, logger, model, maps)
     del model
     _check_profile(network, request)
-    size = _build_plan(backend, builder, network, config, request)
+    size = _build_plan(backend, builder, network, config, request, maps)
     products, constants = layer_summary(listing)
     return BuildReport(
         backend=backend.name,
@@ -217,12 +220,14 @@ def build(request: BuildRequest) -> BuildReport:
     )
 
 
-def _build_plan(backend: Backend, builder: Any, network: Any, config: Any, request: BuildRequest) -> int:
+def _build_plan(
+    backend: Backend, builder: Any, network: Any, config: Any, request: BuildRequest, maps: WeightMaps
+) -> int:
     """Build and write the engine with progress and timing cache; returns its bytes."""
     cache = Path(request.timing_cache) if request.timing_cache else None
     _timing_cache(config, cache)
     # The builder keeps no reference to its monitor.
-    config.progress_monitor = monitor = _monitor(backend.module)
+    config.progress_monitor = monitor = _monitor(backend.module, maps.drop_pages)
     plan = builder.build_serialized_network(network, config)
     del monitor
     if plan is None:
