@@ -24,12 +24,12 @@ __all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "memory_limit",
 # Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B; see benchmarks/README.md.
 IMPORT_BYTES = 650 << 20
 TRACE_BYTES_PER_LAYER = 1200 << 10
-QUANTIZE_WEIGHTS_PER_SECOND = 45e6
+QUANTIZE_WEIGHTS_PER_SECOND = 60e6
 TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 2.0, 0.075
 BUILDER_BYTES, BUILDER_BYTES_PER_LAYER = 450 << 20, 2600 << 10
 ENGINE_BYTES = 11 << 20  # what an engine holds besides its weights
-BUILD_SECONDS, BUILD_SECONDS_PER_LAYER, BUILD_BYTES_PER_SECOND = 4.0, 0.05, 43e6
-DISK_BYTES_PER_SECOND = 400e6
+BUILD_SECONDS, BUILD_SECONDS_PER_LAYER, BUILD_BYTES_PER_SECOND = 4.0, 0.05, 57e6
+DISK_BYTES_PER_SECOND = 800e6
 
 BYTES_PER_WEIGHT = {"int8": 1.0, "int4-weight-only": 0.516, "nvfp4": 0.5625, "plugin": 0.0}
 

@@ -21,7 +21,7 @@ from dvdquant import errors
 from dvdquant.errors import EngineError, OutputError
 
 from .backend import backend_name
-from .report import MARK, BuildReport, BuildRequest, Shapes
+from .report import BUILD_MEMORY_FACTOR, MARK, BuildReport, BuildRequest, Shapes
 
 __all__ = ["build_engine"]
 
@@ -138,7 +138,11 @@ def _outcome(request: BuildRequest, result: dict[str, Any], code: int, log_file:
         what = result["what"] + (f"\n  log:\n{tail}" if "could not build" in result["what"] else "")
         raise kind(what, available=result["available"], fix=result["fix"])
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    fix = "free memory: a build takes about 3.2 times the bytes of the weights" if code == -signal.SIGKILL else None
+    fix = (
+        f"free memory: a build takes {BUILD_MEMORY_FACTOR} times the bytes of the weights"
+        if code == -signal.SIGKILL
+        else None
+    )
     raise EngineError(f"the {request.backend} builder process {how}\n  log:\n{tail}", fix=fix)
 
 
