@@ -15,7 +15,7 @@ from dvdquant.errors import ResourceError
 from dvdquant.model import ModelPlan
 from dvdquant.quantize import CHUNK_WEIGHTS
 
-from .builders.report import BUILD_MEMORY_FACTOR
+from .builders.report import BUILD_MEMORY_FACTOR, INT8_MEMORY_FACTOR
 from .options import ExportOptions
 from .realize import EnginePlan
 
@@ -107,8 +107,7 @@ def estimate_export(
     scratch = max((size for _, e, size in pairs if e.realization in ("int8", "nvfp4")), default=0)
     waiting = IMPORT_BYTES + layers * TRACE_BYTES_PER_LAYER
     builders = [
-        BUILDER_BYTES + len(p.layers) * BUILDER_BYTES_PER_LAYER + int(size * BUILD_MEMORY_FACTOR)
-        for p, _, size in pairs
+        BUILDER_BYTES + len(p.layers) * BUILDER_BYTES_PER_LAYER + int(size * _memory_factor(e)) for p, e, size in pairs
     ]
     cores = min(os.cpu_count() or 1, torch.get_num_threads())
     seconds = {
@@ -129,6 +128,10 @@ def estimate_export(
         waiting_bytes=waiting,
         seconds=seconds,
     )
+
+
+def _memory_factor(engine: EnginePlan) -> float:
+    return INT8_MEMORY_FACTOR if engine.realization == "int8" else BUILD_MEMORY_FACTOR
 
 
 def memory_limit() -> int:
@@ -163,7 +166,7 @@ def require_memory(estimate: Estimate, plans: Sequence[ModelPlan], engines: Sequ
         if any(e.realization not in ("int4-weight-only", "plugin") for e in engines):
             options.append(f"--realize int4-weight-only needs {_gib(needed)}")
     raise ResourceError(
-        f"the export needs about {_gib(estimate.peak_bytes)} of memory (the engine builder takes "
+        f"the export needs about {_gib(estimate.peak_bytes)} of memory (the engine builder takes up to "
         f"{BUILD_MEMORY_FACTOR} times the bytes of the weights it is given)",
         available=f"{_gib(limit)}; " + "; ".join(options),
         fix="build on a machine with more memory: a later dvdq-export into the same folder builds the engines alone",

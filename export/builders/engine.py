@@ -139,7 +139,7 @@ def _outcome(request: BuildRequest, result: dict[str, Any], code: int, log_file:
         raise kind(what, available=result["available"], fix=result["fix"])
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     fix = (
-        f"free memory: a build takes {BUILD_MEMORY_FACTOR} times the bytes of the weights"
+        f"free memory: a build takes up to {BUILD_MEMORY_FACTOR} times the bytes of the weights"
         if code == -signal.SIGKILL
         else None
     )
