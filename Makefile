@@ -63,9 +63,11 @@ lint: $(INSTALLED_TEST)
 	$(BIN)/mypy
 
 test: lint
+	@$(BIN)/python tests/warm_up.py
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not stress" $(PYTEST_ARGS)
 
 stress: $(INSTALLED_TEST)
+	@$(BIN)/python tests/warm_up.py
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m stress --timeout 3600 $(PYTEST_ARGS)
 
 format: $(INSTALLED_TEST)

@@ -191,7 +191,6 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "SM of the other backend": (["--sm", "9.0", *SIZES], ["9.0", "12.0"]),
     "unknown realization": (["--realize", "int3", *SIZES], ["int3", "nvfp4"]),
     "realization this SM lacks": (["--realize", "nvfp4", *SIZES], ["nvfp4", "8.9", "int8"]),
-    "realization this grid lacks": (["--realize", "int8", "--recipe", "w4a4-g64", *SIZES], ["int8", "groups of 64"]),
     "TensorRT without its plugin": (["--target", "tensorrt", *SIZES], ["tensorrt"]),
     "height no multiple of the VAE": (["--height", "479"], ["--height", "479", "472 or 480"]),
     "latent no multiple of the patch": (["--latent", "2x7x8"], ["height", "7", "6 or 8"]),

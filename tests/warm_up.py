@@ -1,0 +1,32 @@
+"""Compile the quantizer's loops once, in one process, before test processes need them.
+
+Two processes that compile the same loops at the same time may end up with machine code that sums in another order; weights
+then differ in their last codes, and tests that compare exports bit by bit would fail on the first run of a new checkout.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dvdquant.bgr import quantize_weight, refine_grid
+from dvdquant.hadamard import Rotation
+from dvdquant.quantize import _packed, _squared_errors, rotate_rows
+from dvdquant.recipe import SOLVERS, ZERO_POINTS, WeightSpec
+
+
+def main() -> None:
+    """Call every compiled function with every kind of argument it is compiled for."""
+    weight = rotate_rows(torch.randn(32, 256), Rotation.for_features(256, "auto"))
+    for zero_point in ZERO_POINTS:
+        for solver in SOLVERS:
+            for group in (0, 32):
+                refine_grid(weight, group, zero_point, solver)
+                if zero_point == "paper" and group:
+                    continue
+                quantized = quantize_weight(weight, WeightSpec(group, zero_point, solver))  # type: ignore[arg-type]
+                _squared_errors(weight, quantized)
+                _packed(quantized.codes)
+
+
+if __name__ == "__main__":
+    main()
