@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -58,7 +57,6 @@ class ExportOptions:
     timing_cache: Path | None = None
     optimization_level: int | None = None
     keep_graphs: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for target in self.targets:

@@ -16,13 +16,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from dvdquant.arq import AMAX_FLOOR
 from dvdquant.errors import ExportError
+from dvdquant.export.schema import DOMAIN
 from dvdquant.packing import expand_zero
 
-__all__ = ["AMAX_FLOOR", "Emitter", "QuantLinearNode", "lower_each", "quant_linear_nodes", "split_rotation"]
+__all__ = ["Emitter", "QuantLinearNode", "lower_each", "quant_linear_nodes", "split_rotation"]
 
-DOMAIN = "dvdquant"
-AMAX_FLOOR = 2.0**-100
 INPUT_NAMES = ("x", "weight", "weight_scale", "weight_factor", "weight_zero", "bias", "hadamard", "outer")
 FLOAT_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT)
 

@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from dvdquant.arq import AMAX_FLOOR
 from dvdquant.errors import ExportError
 from dvdquant.ops.quant_linear import dequantize_weight
 
-from .lower_common import AMAX_FLOOR, Emitter, QuantLinearNode, lower_each
+from .lower_common import Emitter, QuantLinearNode, lower_each
 from .lower_store import TensorStore
 
 __all__ = ["NVFP4_BLOCK", "WeightSource", "lower_nvfp4", "nvfp4_weight"]
