@@ -177,8 +177,8 @@ class Family(ABC):
     def draw(self, spec: InputSpec, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """One random input of ``spec``."""
         if spec.kind == "timestep":
-            value = torch.randint(1, 1000, shape, generator=generator)
-            return value.to(spec.dtype or torch.int64)
+            # Flow matching schedulers have fractional timesteps.
+            return (1 + 999 * torch.rand(shape, generator=generator)).to(spec.dtype or torch.float32)
         if spec.kind == "mask":
             mask = torch.ones(shape, dtype=spec.dtype or torch.int64)
             mask[..., max(1, shape[-1] * 3 // 4) :] = 0

@@ -34,7 +34,7 @@ class CogVideoX(Family):
         specs = [
             InputSpec("hidden_states", (batch, "frames", config["in_channels"], "height", "width"), "latent"),
             InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["text_embed_dim"]), "embedding"),
-            InputSpec("timestep", (batch,), "timestep", torch.int64),
+            InputSpec("timestep", (batch,), "timestep", torch.float32),
         ]
         if config.get("ofs_embed_dim"):
             specs.append(InputSpec("ofs", (1,), "timestep", torch.float32))

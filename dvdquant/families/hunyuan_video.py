@@ -29,7 +29,7 @@ class HunyuanVideo(Family):
         batch, config = sizes.batch, self.config
         specs = [
             InputSpec("hidden_states", (batch, config["in_channels"], "frames", "height", "width"), "latent"),
-            InputSpec("timestep", (batch,), "timestep", torch.int64),
+            InputSpec("timestep", (batch,), "timestep", torch.float32),
             InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["text_embed_dim"]), "embedding"),
             InputSpec("encoder_attention_mask", (batch, sizes.text_tokens), "mask", torch.int64),
             InputSpec("pooled_projections", (batch, config["pooled_projection_dim"]), "embedding"),

@@ -35,7 +35,7 @@ class LTXVideo(Family):
         return (
             InputSpec("hidden_states", (batch, "tokens", config["in_channels"]), "latent"),
             InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["caption_channels"]), "embedding"),
-            InputSpec("timestep", (batch,), "timestep", torch.int64),
+            InputSpec("timestep", (batch,), "timestep", torch.float32),
             InputSpec("encoder_attention_mask", (batch, sizes.text_tokens), "mask", torch.int64),
             InputSpec("video_coords", (batch, 3, "tokens"), "coords", torch.float32),
         )
