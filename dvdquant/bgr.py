@@ -12,8 +12,8 @@ Solvers:
     groups of 16, where the 8-bit factor is the limit. Of groups, every factor around the best scale is tried as well.
     A real zero-point is searched together with the scale, by linear regression of the weights on the codes.
 
-The loops are compiled by numba for the CPU they run on. CUDA tensors are copied to the CPU block by block, and results
-are on the CPU: a search takes less time than reading the checkpoint from most disks.
+The loops are compiled by numba for the CPU they run on. Weights on a GPU are quantized there, by :mod:`dvdquant.bgr_device`
+(``paper`` excepted: its blocks go through the CPU).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
         spec: grid and solver.
 
     Returns:
-        Codes and scales on the CPU.
+        Codes and scales on the device of w.
 
     Raises:
         ShapeError: w is not a non-empty [N, K], or the group size does not divide K.
@@ -116,6 +116,13 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
     groups = _check_shape(w, spec.group_size)
     if spec.group_size % 2:
         raise ShapeError(f"weight groups of {spec.group_size} are odd", available="even group sizes, or 0 for the row")
+    from . import bgr_device
+
+    if bgr_device.solves(w.device, spec.zero_point, spec.solver):
+        exact = w.detach().to(torch.float32)
+        if not bool(torch.isfinite(exact).all()):
+            raise _nonfinite(w)
+        return QuantizedWeight(*bgr_device.quantize_rows(exact, groups, spec.zero_point, spec.solver))
     from . import bgr_real, bgr_search  # numba takes a second to import: only those who quantize pay for it
 
     # Of groups the factors are searched afterwards, over the neighbourhood of each scale.
@@ -134,7 +141,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
             bgr_search.quantize_rows(v, units, mode, solver, starts, _STEPS, *out)
 
     _for_row_blocks(w, groups, work)
-    return QuantizedWeight(codes, scale, factor, zero)
+    return QuantizedWeight(*(t.to(w.device) for t in (codes, scale, factor, zero)))
 
 
 def refine_grid(
@@ -254,10 +261,14 @@ def _for_row_blocks(w: Tensor, groups: int, work: Callable[[F32, F64, slice], No
             jobs = [pool.submit(part, rows[i : i + step], start + i) for i in range(0, len(rows), step)]
             finite = [job.result() for job in jobs]
             if not all(finite):
-                bad = sum(int(b.numel() - torch.isfinite(b).sum()) for _, b in _row_blocks(w))
-                raise CheckpointError(
-                    f"weight has {bad} non-finite values", fix="check the checkpoint; such a layer cannot be quantized"
-                )
+                raise _nonfinite(w)
+
+
+def _nonfinite(w: Tensor) -> CheckpointError:
+    bad = sum(int(block.numel() - torch.isfinite(block).sum()) for _, block in _row_blocks(w))
+    return CheckpointError(
+        f"weight has {bad} non-finite values", fix="check the checkpoint; such a layer cannot be quantized"
+    )
 
 
 def _row_blocks(w: Tensor, weights: int = _BLOCK) -> Iterator[tuple[int, Tensor]]:

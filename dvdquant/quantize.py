@@ -21,7 +21,7 @@ from .hadamard import Rotation, rotate
 from .layers import LayerSpec
 from .manifest import FileEntry, LayerEntry
 from .model import ModelPlan
-from .packing import expand_zero
+from .packing import expand_zero, pack_int4
 from .progress import Progress
 from .safetensors_io import StreamingWriter, TensorInfo
 from .transaction import ExportTransaction
@@ -95,8 +95,12 @@ def quantize_checkpoint(
     progress: Progress,
     component: str = "transformer",
     allow_nonfinite: bool = False,
+    device: torch.device | str = "cpu",
 ) -> PackedWeights:
     """Quantize every planned layer of ``checkpoint`` and store what stays, into ``transaction``'s tree.
+
+    Args:
+        device: where rows are rotated and searched. Codes at rounding ties depend on it.
 
     Raises:
         CheckpointError: a missing or misshapen tensor, or NaN/Inf without ``allow_nonfinite``.
@@ -111,7 +115,7 @@ def quantize_checkpoint(
                 step = f"{component}:layer:{spec.name}"
                 stage.update(0, spec.name)
                 if not files.finished(step, spec.tensors()):
-                    tensors, entry, bad = _quantize_layer(checkpoint, plan, spec, allow_nonfinite)
+                    tensors, entry, bad = _quantize_layer(checkpoint, plan, spec, allow_nonfinite, torch.device(device))
                     files.store(step, tensors, {"entry": entry, "nonfinite": bad})
                 data = transaction.data(step)
                 layers.append(data["entry"])
@@ -220,7 +224,7 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _quantize_layer(
-    checkpoint: Checkpoint, plan: ModelPlan, spec: LayerSpec, allow_nonfinite: bool
+    checkpoint: Checkpoint, plan: ModelPlan, spec: LayerSpec, allow_nonfinite: bool, device: torch.device
 ) -> tuple[dict[str, Tensor], LayerEntry, list[str]]:
     """The packed tensors of one (merged) layer, its line of the error table, and its non-finite tensors."""
     packed, scales, factors, zeros, biases = [], [], [], [], []
@@ -231,7 +235,7 @@ def _quantize_layer(
         bad += (found := _nonfinite(checkpoint, f"{member}.weight", weight, allow_nonfinite))
         step = max(1, CHUNK_WEIGHTS // spec.features)
         for start in range(0, rows, step):
-            part = weight[start : start + step].to(torch.float32, copy=True)
+            part = weight[start : start + step].to(device, torch.float32, copy=True)
             if found:
                 part = _zeroed(part)
             rotated = rotate_rows(part, spec.rotation)
@@ -245,7 +249,7 @@ def _quantize_layer(
         bad += (found := _nonfinite(checkpoint, f"{member}.bias", bias, allow_nonfinite))
         biases.append(_zeroed(bias) if found else bias)
     parts = (packed, scales, factors, zeros, biases)
-    tensors = dict(zip(spec.tensors(), (torch.cat(p) for p in parts)))
+    tensors = dict(zip(spec.tensors(), (torch.cat(p).cpu() for p in parts)))
     return tensors, sums.entry(spec), bad
 
 
@@ -281,7 +285,7 @@ def rotate_rows(weight: Tensor, rotation: Rotation) -> Tensor:
     """The rotated fp32 weight [N, K]; in place where the transform allows it, so pass a tensor of your own."""
     if rotation.identity:
         return weight
-    if rotation.outer > 1 or not weight.is_contiguous():
+    if rotation.outer > 1 or not weight.is_contiguous() or weight.device.type != "cpu":
         return rotate(weight, rotation, torch.float32)
     rows = weight.numpy()
     scale = rotation.inner**-0.5
@@ -291,6 +295,8 @@ def rotate_rows(weight: Tensor, rotation: Rotation) -> Tensor:
 
 def _packed(codes: Tensor) -> Tensor:
     """int8 [N, K] -> int8 [N, K/2]; the codes come from our own solver, so their range is not checked again."""
+    if codes.device.type != "cpu":
+        return pack_int4(codes).view(torch.int8)
     packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.int8)
     source, target = codes.numpy(), packed.numpy()
     for_row_parts(len(source), lambda part: pack_rows(source[part], target[part]))
@@ -299,6 +305,9 @@ def _packed(codes: Tensor) -> Tensor:
 
 def _squared_errors(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
     """(‖w‖², ‖w − ŵ‖²)."""
+    if weight.device.type != "cpu":
+        difference = weight - quantized.dequantize()
+        return float(weight.double().square().sum()), float(difference.double().square().sum())
     rows = weight.numpy()
     codes, scale, factor, zero = (
         t.numpy() for t in (quantized.codes, quantized.scale, quantized.factor, expand_zero(quantized.zero))

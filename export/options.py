@@ -15,6 +15,7 @@ __all__ = ["DTYPES", "TARGETS", "ExportOptions", "resolve_sizes"]
 
 TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
 MAX_WORKSPACE_GIB = 1024
+DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -32,6 +33,7 @@ class ExportOptions:
         latent: "FxHxW" in latent units instead.
         workspace_gib: the builder's workspace limit.
         keep_graphs: keep the graphs lowered for the rtx engines.
+        device: where weights are rotated and quantized: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
     """
 
     model: str
@@ -57,6 +59,7 @@ class ExportOptions:
     timing_cache: Path | None = None
     optimization_level: int | None = None
     keep_graphs: bool = False
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -68,6 +71,14 @@ class ExportOptions:
             raise UnsupportedError(
                 f"--workspace-gib is {self.workspace_gib:g}", available=f"more than 0, at most {MAX_WORKSPACE_GIB}"
             )
+        if self.device not in DEVICES:
+            raise UnsupportedError(f"unknown device {self.device!r}", available=DEVICES, fix="pick with --device")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UnsupportedError(
+                "--device is cuda, and PyTorch sees no CUDA device",
+                available="cpu",
+                fix="install a CUDA build of PyTorch on a machine with a GPU, or leave --device out",
+            )
         for plugin in self.plugins:
             if not plugin.is_file():
                 raise UnsupportedError(
@@ -78,6 +89,12 @@ class ExportOptions:
     def torch_dtype(self) -> torch.dtype:
         """The dtype of activations and of what stays in 16 bit."""
         return DTYPES[self.dtype]
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where weights are rotated and quantized."""
+        cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        return torch.device("cuda" if cuda else "cpu")
 
     @property
     def backends(self) -> tuple[str, ...]:

@@ -69,6 +69,7 @@ class ExportPlan:
             "sizes": self.sizes.to_json(),
             "qdq_graphs": "onnx" in options.targets,
             "allow_nonfinite": options.allow_nonfinite,
+            "device": options.torch_device.type,  # codes at rounding ties depend on the order of sums
             "dvdquant": __version__,
         }
 

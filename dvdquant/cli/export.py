@@ -89,6 +89,13 @@ dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="TensorRT timing cache to read and update.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="Builder effort (TensorRT).")
 @click.option("--keep-graphs", is_flag=True, help="Keep the graphs lowered for the rtx engines in onnx/.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where weights are rotated and quantized.",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN/Inf weights (as zeros) and record their names.")
 @click.option("--resume", is_flag=True, help="Go on from an interrupted export with the same options.")
 @click.option("--verify", is_flag=True, help="Run every graph in ONNX Runtime against PyTorch.")
