@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar, cast
 
 from numba import njit
 
@@ -26,4 +29,34 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
         # numba's "no locator available": neither the package folder nor the user's cache folder is writable. Compiling
         # in every process takes seconds; a shared temporary folder would let others plant machine code.
         compiled = njit(**options)(function)
+    else:
+        _compile_one_at_a_time(compiled)
     return cast(Callable[P, R], compiled)
+
+
+def _compile_one_at_a_time(compiled: Any) -> None:
+    """Let one process compile while others wait and then load what it wrote.
+
+    A function linked with callees from the cache may sum in another order than one compiled together with them: two
+    processes that race on a cold cache would then give codes that differ at rounding ties.
+    """
+    compile_for = compiled._compile_for_args
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with _locked(Path(compiled.stats.cache_path)):
+            return compile_for(*args, **kwargs)
+
+    compiled._compile_for_args = alone
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".dvdquant.lock").open("w")
+    except OSError:  # a cache that can be read and not written: nobody compiles into it
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
