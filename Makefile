@@ -17,17 +17,20 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: help venv demo test stress lint format docs clean
+.PHONY: help venv demo test stress lint format docs clean plugin gpu-check kernels kernels-check
 
 help:
-	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; then inspect the result"
+	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
 	@echo "make test    ruff, mypy and the test suite"
+	@echo "make gpu-check  the CUDA kernels on this machine's GPU: right and how fast, one table (GPU_PYTHON=, GPU_OUT=)"
 	@echo "make stress  the fault tests at their full counts: 500 kills, 200 races, 100 000 mutations"
+	@echo "make kernels        the CUDA kernels' library (needs nvcc); kernels-check also reads its machine code"
 	@echo "make venv    only the environment: $(VENV) with dvdq-export and dvdq-inspect"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrite the sources in the house style"
 	@echo "make docs    rewrite README's generated tables and the picture"
-	@echo "make clean   remove caches, build outputs and $(OUT); $(VENV) stays"
+	@echo "make plugin  the TensorRT plugin library, build/plugins/libdvdquant_plugins.so; needs TENSORRT_ROOT"
+	@echo "make clean   remove caches, build outputs and $(OUT)*; $(VENV) stays"
 	@echo
 	@echo "variables: PYTHON=$(PYTHON)  VENV=$(VENV)  VENV_FLAGS=  OUT=$(OUT)  JOBS=$(JOBS) (test processes)  PYTEST_ARGS="
 
@@ -55,7 +58,9 @@ demo: $(INSTALLED)
 		--sm 8.0 --sm 8.6 --sm 8.9 --sm 12.0 --target rtx --target onnx --verify | tee $(OUT).log
 	$(BIN)/dvdq-inspect $(OUT) --check | tee -a $(OUT).log
 	@$(BIN)/python examples/list_engines.py $(OUT)
-	@echo "log       $(OUT).log"
+	$(BIN)/dvdq-run $(OUT) --prompt "ring red right large black" --compare --steps 20 --delta 0.2 --last-high 2 \
+		-o $(OUT)-clip/clip.mp4 --strip $(OUT)-clip/strip.png --trace $(OUT)-clip/trace.json | tee -a $(OUT).log
+	@echo "log    $(OUT).log"
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .
@@ -74,10 +79,36 @@ format: $(INSTALLED_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Needs nvcc (PATH or CUDA_HOME) for the GPU library; objects are cached by content in build/kernels.
+kernels: $(INSTALLED)
+	$(BIN)/python kernels/build.py --jobs $(JOBS)
+
+kernels-check: $(INSTALLED)
+	$(BIN)/python kernels/check_sass.py --jobs $(JOBS)
+
+# One self-contained file where the kernels' archive is built; else the plugin loads libdvdquant_kernels.so when it runs.
+PLUGIN_ARCHIVE = $(wildcard build/kernels/libdvdquant_kernels.a)
+plugin:
+	@if [ ! -f "$${TENSORRT_ROOT:-}/include/NvInfer.h" ] && [ ! -f /usr/include/$$(uname -m)-linux-gnu/NvInfer.h ]; then \
+		echo "plugin skipped: TensorRT's C++ headers were not found; set TENSORRT_ROOT to the folder that holds include/NvInfer.h" >&2; \
+	elif ! command -v cmake >/dev/null; then \
+		echo "plugin skipped: cmake was not found" >&2; \
+	else \
+		cmake -S plugins -B build/plugins -UTENSORRT_INCLUDE -DDVDQUANT_KERNELS_ARCHIVE="$(abspath $(PLUGIN_ARCHIVE))"; \
+		cmake --build build/plugins -j $(JOBS); \
+		echo "plugin    build/plugins/libdvdquant_plugins.so ($(if $(PLUGIN_ARCHIVE),with its kernels,loads libdvdquant_kernels.so when it runs))"; \
+	fi
+
+# Runs in the Python that holds a CUDA build of torch, which may not be this checkout's environment.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_OUT ?= kernels/bench/results
+gpu-check:
+	$(GPU_PYTHON) kernels/bench/gpu_check.py --out $(GPU_OUT)
+
 docs: $(INSTALLED)
 	$(BIN)/python docs/chain.py
 	$(BIN)/python docs/tables.py
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OUT) $(OUT).log
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OUT) $(OUT).log $(OUT)-clip
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

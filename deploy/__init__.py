@@ -1,1 +1,21 @@
-"""Running the exported engines: sessions per backend, step switching, pipelines. Nothing is here yet."""
+"""Running the exported engines: sessions per backend, step switching, a drop-in transformer for diffusers pipelines.
+
+``from dvdquant.deploy import DvdqTransformer`` imports PyTorch and diffusers at that moment, not with the package.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .transformer import DvdqTransformer
+
+__all__ = ["DvdqTransformer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DvdqTransformer":
+        from .transformer import DvdqTransformer
+
+        return DvdqTransformer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,8 @@ import click
 
 from dvdquant.cli import export as export_command
 from dvdquant.cli import inspect as inspect_command
+from dvdquant.cli import plan as plan_command
+from dvdquant.cli import run as run_command
 from dvdquant.export.realize import RTX_SMS, TENSORRT_SMS, choose_realization, what_executes
 from dvdquant.recipe import RECIPES, ActivationSpec, Recipe
 
@@ -73,6 +75,16 @@ def inspect_options() -> str:
     return _options(inspect_command.main)
 
 
+def plan_options() -> str:
+    """The options of dvdq-plan."""
+    return _options(plan_command.main)
+
+
+def run_options() -> str:
+    """The options of dvdq-run."""
+    return _options(run_command.main)
+
+
 def _options(command: click.Command) -> str:
     context = click.Context(command, info_name=command.name)
     rows = []
@@ -88,6 +100,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipe_table,
     "export-options": export_options,
     "inspect-options": inspect_options,
+    "plan-options": plan_options,
+    "run-options": run_options,
 }
 
 

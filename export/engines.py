@@ -25,6 +25,7 @@ from .passes.lower_int8 import lower_int8
 from .passes.lower_nvfp4 import lower_nvfp4
 from .passes.lower_qdq_int4 import lower_qdq_int4
 from .passes.lower_store import TensorStore
+from .passes.plugin_inputs import plugin_inputs
 from .realize import EnginePlan
 
 __all__ = ["EngineStage", "engine_path", "find_current"]
@@ -60,7 +61,7 @@ class EngineStage:
         source = self.root / graph_path(self.component, engine.act_bits, "tensorrt")
         target = self.root / engine_path(self.component, engine)
         target.parent.mkdir(parents=True, exist_ok=True)
-        graph = source if engine.realization == "plugin" else self._lower(source, engine)
+        graph = self._for_plugin(source, engine) if engine.realization == "plugin" else self._lower(source, engine)
         workspace = self.options.workspace_gib
         try:
             report = build_engine(
@@ -83,6 +84,14 @@ class EngineStage:
             if graph != source and not self.options.keep_graphs:
                 graph.unlink(missing_ok=True)
         return self._entry(engine, report), report
+
+    def _for_plugin(self, source: Path, engine: EnginePlan) -> Path:
+        """The graph as TensorRT's parser and the plugin need it; it holds no packed weights."""
+        model = ir.load(source)
+        plugin_inputs(model)
+        path = source.with_name(f"{self.component}_a{engine.act_bits}_plugin.onnx")
+        ir.save(model, path)
+        return path
 
     def _lower(self, source: Path, engine: EnginePlan) -> Path:
         """The graph with standard operators only. Its derived weights, the same at every bit-width, are written once."""

@@ -32,7 +32,7 @@ class ExportOptions:
         height, width, num_frames: video sizes in pixels and frames, SIZE or MIN:MAX or MIN:OPT:MAX.
         latent: "FxHxW" in latent units instead.
         workspace_gib: the builder's workspace limit.
-        keep_graphs: keep the graphs lowered for the rtx engines.
+        keep_graphs: keep the graphs made for the engines: lowered for rtx, with the plugin for tensorrt.
         device: where weights are rotated and quantized: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
     """
 

@@ -81,7 +81,7 @@ class EnginePlan:
 def choose_realization(backend: str, sm: str, activation: ActivationSpec, override: str = "auto") -> Realization:
     """The realization of one graph on one SM.
 
-    TensorRT: always the plugin. TensorRT-RTX, ``auto``:
+    TensorRT: always the plugin, of 4 or 8 bits. TensorRT-RTX, ``auto``:
 
     | SM | act_bits 8 or 6, token | act_bits 4, token | act_bits 8 or 6, groups | act_bits 4, groups |
     |---|---|---|---|---|
@@ -101,6 +101,12 @@ def choose_realization(backend: str, sm: str, activation: ActivationSpec, overri
     if backend == "tensorrt":
         if override != "auto":
             raise UnsupportedError("TensorRT engines run the plugin; --realize applies to the rtx target")
+        if activation.bits not in (4, 8):
+            raise UnsupportedError(
+                f"the TensorRT plugin has no {activation.bits}-bit activations",
+                available=["4", "8"],
+                fix="use w4a4 or w4a8",
+            )
         return "plugin"
     fp4 = sm in _FP4_SMS and activation.bits == 4
     whole = activation.group_size == 0
@@ -164,8 +170,7 @@ def _plugin_words(act_bits: int, sm: str) -> str:
         raise UnsupportedError(f"the TensorRT plugin has no kernels for SM {sm}", available=TENSORRT_SMS)
     if act_bits == 4:
         return f"dvdquant plugin: {_PLUGIN_A4[sm]}"
-    widened = "" if act_bits == 8 else f"; {act_bits}-bit activation codes stored in 8 bits"
-    return f"dvdquant plugin: 8-bit tensor cores, 4-bit weights widened to 8 bits{widened}"
+    return "dvdquant plugin: 8-bit tensor cores, 4-bit weights widened to 8 bits"
 
 
 def plan_engines(

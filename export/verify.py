@@ -7,7 +7,7 @@ later layer. So the question is not whether two executors agree to 1e-3, but whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,14 @@ from .onnx import GraphWrapper
 from .passes.emulate_bfloat16 import emulate_bfloat16
 from .passes.expand_attention_mask import expand_attention_mask
 
-__all__ = ["GraphCheck", "load_quantized", "prepare_for_onnxruntime", "run_onnxruntime", "verify_graph"]
+__all__ = [
+    "GraphCheck",
+    "fill_quantized",
+    "load_quantized",
+    "prepare_for_onnxruntime",
+    "run_onnxruntime",
+    "verify_graph",
+]
 
 FACTOR = 2.0
 ATOL = 1e-6
@@ -78,13 +85,18 @@ def load_quantized(plan: ModelPlan, tensors: Mapping[str, tuple[str, TensorInfo]
         relative, info = tensors[name]
         return read_tensor(root / relative, info)
 
+    fill_quantized(model, plan, read)
+    return model
+
+
+def fill_quantized(model: nn.Module, plan: ModelPlan, read: Callable[[str], Tensor]) -> None:
+    """Put the stored tensors into a :func:`dvdquant.model.quantized_skeleton`; ``read`` gives one by its name."""
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.load({name: read(name) for name in module.spec.tensors()})
     for name in plan.kept:
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent)._parameters[child] = nn.Parameter(read(name), requires_grad=False)
-    return model
 
 
 def prepare_for_onnxruntime(model: ir.Model) -> ir.Model:

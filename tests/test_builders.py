@@ -354,13 +354,11 @@ def test_tensorrt_wants_a_plugin_for_quant_linear(tmp_path: Path) -> None:
 def test_a_plugin_library_that_does_not_load(tmp_path: Path) -> None:
     backend = as_tensorrt()
     builder = backend.module.Builder(backend.module.Logger(backend.module.Logger.INTERNAL_ERROR))
-    config = builder.create_builder_config()
     library = tmp_path / "libx.so"
     library.write_bytes(b"not a library")
     with pytest.raises(EngineError, match=r"libx\.so does not load"):
-        _load_plugins(backend, builder, config, (str(library),))
-    _load_plugins(backend, builder, config, ())
-    assert config.plugins_to_serialize == []
+        _load_plugins(backend, builder, (str(library),))
+    _load_plugins(backend, builder, ())
 
 
 def test_tensorrt_builds_for_the_gpu_it_has() -> None:

@@ -36,6 +36,7 @@ def test_table_of_realizations() -> None:
         ("tensorrt_rtx", "12.0", ActivationSpec(8), "nvfp4", "nvfp4 cannot run 8-bit"),
         ("tensorrt_rtx", "8.9", ActivationSpec(8, 64), "int8", "int8 cannot run 8-bit activations, groups of 64"),
         ("tensorrt", "8.9", ActivationSpec(8), "int8", "TensorRT engines run the plugin"),
+        ("tensorrt", "8.9", ActivationSpec(6), "auto", "(?s)no 6-bit activations.*available: 4, 8"),
     ],
 )
 def test_realizations_that_cannot_be(

@@ -88,7 +88,7 @@ dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
 @click.option("--workspace-gib", type=float, help="Workspace limit of the engine builder.")
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="TensorRT timing cache to read and update.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="Builder effort (TensorRT).")
-@click.option("--keep-graphs", is_flag=True, help="Keep the graphs lowered for the rtx engines in onnx/.")
+@click.option("--keep-graphs", is_flag=True, help="Keep the graphs made for the engine builders in onnx/.")
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

@@ -8,7 +8,9 @@ CUDA launcher and the TensorRT plugin all compute
     c[m, k] = clamp(round(x̃[m, k] · qmax / max|x̃|), ±qmax)
     y[m, n] = Σ_g s[m, g] Σ_{k∈g} c[m, k] · Δ[n] · f[n, k//G]/255 · (w[n, k] − z) + bias[n],  z = z[n] or z[n, k//G]
 
-with everything in fp32 and y rounded once to x's dtype.
+with everything in fp32 and y rounded once to x's dtype. On a CUDA device the op runs on the kernel library where that is
+built and has a path for the layer (``ops/cuda_linear.py``); there weights with several scales per row are rounded once
+more, to 8 bits per row (``repack.py`` states by how much).
 """
 
 from __future__ import annotations
@@ -128,3 +130,28 @@ def _quant_linear_fake(
 ) -> Tensor:
     torch._check(x.shape[-1] == 2 * weight.shape[1])  # type: ignore[no-untyped-call]
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@quant_linear.register_kernel("cuda")
+def _quant_linear_cuda(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_factor: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor,
+    hadamard: Tensor,
+    outer: Tensor,
+    act_bits: int,
+    act_group: int,
+) -> Tensor:
+    from .cuda_linear import PackedLayer, quant_linear_cuda
+
+    packed = PackedLayer(weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer)
+    y = quant_linear_cuda(x, packed, act_bits, act_group)
+    if y is not None:
+        return y
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return quant_linear_reference(
+        x, weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer, act_bits, act_group, compute
+    )

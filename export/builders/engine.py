@@ -50,7 +50,7 @@ def build_engine(
         backend: ``rtx`` or ``tensorrt``.
         sms: targets such as "8.9". TensorRT-RTX puts all of them in one engine; TensorRT builds for the GPU present.
         profile: (min, opt, max) shape of every dynamic input.
-        plugins: TensorRT plugin libraries, serialized into the engine; refused for TensorRT-RTX.
+        plugins: TensorRT plugin libraries, which the engine needs again when it is loaded; refused for TensorRT-RTX.
         workspace_bytes: the builder's workspace limit; must exceed the weights. Default: the library's.
         timing_cache: file to read and update; a no-op in TensorRT-RTX.
         optimization_level: 0 to 5; no effect on TensorRT-RTX builds.

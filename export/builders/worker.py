@@ -79,13 +79,13 @@ def _monitor(trt: Any, each_phase: Callable[[], None]) -> Any:
     return Monitor()
 
 
-def _load_plugins(backend: Backend, builder: Any, config: Any, plugins: tuple[str, ...]) -> None:
-    """Register the libraries and put them inside the engine."""
+def _load_plugins(backend: Backend, builder: Any, plugins: tuple[str, ...]) -> None:
+    """Register the libraries. They stay outside the engine: a library inside each engine is loaded once per engine, and
+    the engines of one process would each prepare their own copy of the packed weights."""
     registry = builder.get_plugin_registry()
     for plugin in plugins:
         if registry.load_library(plugin) is None:
             raise EngineError(f"plugin library {plugin} does not load in {backend.name} {backend.version}")
-    config.plugins_to_serialize = list(plugins)
 
 
 def _configure(backend: Backend, builder: Any, request: BuildRequest) -> Any:
@@ -199,7 +199,7 @@ def build(request: BuildRequest) -> BuildReport:
     builder = backend.module.Builder(logger)
     config = _configure(backend, builder, request)
     if request.plugins:
-        _load_plugins(backend, builder, config, request.plugins)
+        _load_plugins(backend, builder, request.plugins)
     maps = WeightMaps(Path(request.data_dir), [Path(root) for root in request.data_roots])
     network, _parser = parse_network(backend, builder, logger, model, maps)
     del model

@@ -1,0 +1,273 @@
+"""An export as the runtime sees it: its manifest, its configs, and where the graphs and engines of a transformer are.
+
+Opening reads and checks JSON only. Nothing is deserialized or executed here; :mod:`dvdquant.deploy.sessions` does that, after
+comparing hashes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dvdquant.errors import DvdquantError, EngineError, OutputError, UnsupportedError
+from dvdquant.families import Family, Sizes, get_family
+from dvdquant.files import strict_json
+from dvdquant.manifest import EngineEntry, GraphEntry, Manifest, load_manifest, read_verified
+from dvdquant.recipe import RECIPES, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from dvdquant.model import ModelPlan
+
+__all__ = ["Artifact"]
+
+_AXES = ("frames", "height", "width")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An export folder, opened and checked.
+
+    Args:
+        root: the folder.
+        manifest: what it holds.
+        configs: component -> the transformer's own config.json.
+    """
+
+    root: Path
+    manifest: Manifest
+    configs: dict[str, dict[str, Any]]
+    _cache: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, out: str | Path) -> Artifact:
+        """Open an export.
+
+        Raises:
+            OutputError: the folder is no export, its manifest is out of form, or a config differs from its hash.
+            UnsupportedError: a transformer class this version does not know.
+        """
+        root = Path(out)
+        manifest = load_manifest(root)
+        artifact = cls(root, manifest, {})
+        artifact._check_shapes()
+        for component in manifest.components:
+            name = "config.json" if component == manifest.components[0] else f"{component}.config.json"
+            artifact.configs[component] = _read_config(root, manifest, name)
+        if not artifact.configs:
+            raise OutputError(f"the manifest of {root} names no transformer", fix="export again")
+        return artifact
+
+    def _check_shapes(self) -> None:
+        """OutputError unless ``manifest.shapes`` gives sizes and a dtype."""
+        shapes = self.manifest.shapes
+        try:
+            sizes = Sizes.from_json(shapes)
+            axes = [getattr(sizes, name) for name in _AXES]
+            numbers = [n for axis in axes for n in (axis.min, axis.opt, axis.max)] + [sizes.text_tokens, sizes.batch]
+            good = all(type(n) is int and n > 0 for n in numbers) and all(a.min <= a.opt <= a.max for a in axes)
+        except (KeyError, TypeError, ValueError) as error:
+            raise OutputError(f"manifest field shapes is {shapes!r:.200}: {error}", fix="export again") from error
+        if not good or shapes.get("dtype") not in _dtypes():
+            raise OutputError(f"manifest field shapes is {shapes!r:.200}", available=_dtypes(), fix="export again")
+
+    # ------------------------------------------------------------------------------------------------ what is in it
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """``("transformer",)``, or with ``"transformer_2"`` for Wan 2.2."""
+        return self.manifest.components
+
+    @property
+    def sizes(self) -> Sizes:
+        """Latent sizes of the graphs, fixed or ranges, text tokens and batch."""
+        return Sizes.from_json(self.manifest.shapes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and of what is not quantized: bfloat16 or float16."""
+        return _dtypes()[self.manifest.shapes["dtype"]]
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the export did."""
+        return Recipe.from_json(self.manifest.recipe)
+
+    def config(self, component: str = "transformer") -> dict[str, Any]:
+        """The transformer's own config; OutputError lists the components there are."""
+        if component not in self.configs:
+            raise OutputError(
+                f"the export has no component {component!r:.100}", available=self.components, fix="pick one of these"
+            )
+        return self.configs[component]
+
+    def family(self, component: str = "transformer") -> Family:
+        """The model family, with the config's left-out fields filled in by diffusers' defaults."""
+        key = ("family", component)
+        if key not in self._cache:
+            config = self.config(component)
+            get_family(config)  # before diffusers is imported for its defaults
+            import diffusers
+
+            parameters = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters.values()
+            defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+            self._cache[key] = get_family({**defaults, **config})
+        family: Family = self._cache[key]
+        return family
+
+    def plan(self, component: str = "transformer") -> ModelPlan:
+        """Which layers are quantized and how, as the export decided it.
+
+        Raises:
+            EngineError: this version of dvdquant would decide otherwise than the one that wrote the export.
+        """
+        key = ("plan", component)
+        if key not in self._cache:
+            from dvdquant.model import plan_model
+
+            plan = plan_model(self.config(component), self.recipe, self.dtype)
+            layers = len(plan.layers)
+            start = self.components.index(component) * layers
+            written = [(e["name"], e["rotation_block"]) for e in self.manifest.layers[start : start + layers]]
+            if written != [(spec.name, spec.rotation.block) for spec in plan.layers]:
+                raise EngineError(
+                    f"dvdquant {self.manifest.dvdquant_version} quantized other layers of {component} than this version would",
+                    fix=f"export again: {self.rebuild_command()}",
+                )
+            self._cache[key] = plan
+        cached: ModelPlan = self._cache[key]
+        return cached
+
+    def bits(self, component: str = "transformer") -> tuple[int, ...]:
+        """Activation bits exported, ascending, such as (4, 8)."""
+        self.config(component)
+        return tuple(sorted({g["act_bits"] for g in self._graphs(component)}))
+
+    def _graphs(self, component: str) -> list[GraphEntry]:
+        wanted = [g for g in self.manifest.graphs if g["target"] == "tensorrt"]
+        return [g for g in wanted if Path(g["path"]).stem == f"{component}_a{g['act_bits']}"]
+
+    def graph(self, component: str, bits: int) -> str:
+        """Relative path of the graph with QuantLinear nodes; EngineError names the bits there are."""
+        self.config(component)
+        for entry in self._graphs(component):
+            if entry["act_bits"] == bits:
+                return entry["path"]
+        raise EngineError(
+            f"the export has no graph of {component} with {bits}-bit activations",
+            available=[f"{b} bits" for b in self.bits(component)],
+            fix="use one of these, or export with a recipe that has it",
+        )
+
+    def engines(self, component: str, backend: str, bits: int) -> tuple[EngineEntry, ...]:
+        """Engines of one transformer and bit-width, whatever SM they are for; UnsupportedError for an unknown backend."""
+        from dvdquant.export.builders.backend import backend_name
+
+        self.config(component)
+        name = backend_name(backend)
+        return tuple(
+            entry
+            for entry in self.manifest.engines
+            if backend_name(entry["backend"]) == name
+            and entry["act_bits"] == bits
+            and Path(entry["path"]).stem == f"{component}_a{bits}"
+        )
+
+    def weight_files(self, component: str) -> tuple[str, ...]:
+        """Relative paths of the files that hold one transformer's tensors: packed weights, then constants."""
+        pattern = re.compile(rf"onnx/{re.escape(component)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+        names = sorted(name for name in self.manifest.files if pattern.fullmatch(name))
+        if not names:
+            raise OutputError(f"the export has no weight file of {component}", available=self.manifest.files)
+        constants = f"onnx/{component}.constants.bin"
+        return (*names, *((constants,) if constants in self.manifest.files else ()))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file, hashed as read; OutputError when they are not what the manifest vouches for."""
+        return read_verified(self.root, self.manifest, name)
+
+    # ------------------------------------------------------------------------------------------------ making it again
+
+    def rebuild_command(self, *, sm: str | None = None, target: str | None = None, options: Sequence[str] = ()) -> str:
+        """The ``dvdq-export`` line that makes what is missing, with what the export was made with.
+
+        For TensorRT the path of the built plugin library stands as ``PLUGIN_LIBRARY``.
+
+        Args:
+            sm: compute capability to build engines for ("8.9"); default: those there are.
+            target: ``rtx`` or ``tensorrt``; default: those there are.
+            options: sizes to use instead of the export's, such as ``["--height", "480:720"]``.
+        """
+        manifest = self.manifest
+        words = ["dvdq-export", manifest.source["model"], "-o", str(self.root), *_recipe_options(manifest.recipe)]
+        targets = {target} if target else {e["backend"].removeprefix("tensorrt_") for e in manifest.engines}
+        if any(g["target"] == "onnx" for g in manifest.graphs):
+            targets.add("onnx")  # without it the graphs would be made again
+        for name in sorted(targets) or ["graphs"]:
+            words += ["--target", name]
+        if "tensorrt" in targets:
+            words += ["--plugin", "PLUGIN_LIBRARY"]
+        sms = {sm} if sm else {item for entry in manifest.engines for item in entry["sm"]}
+        for name in sorted(sms, key=_version):
+            words += ["--sm", name]
+        words += ["--dtype", manifest.shapes["dtype"], *(options or _size_options(self.sizes))]
+        words += ["--text-tokens", str(self.sizes.text_tokens)]
+        if self.sizes.batch != 1:
+            words += ["--batch", str(self.sizes.batch)]
+        if self.components[0] != "transformer":
+            words += ["--subfolder", self.components[0]]
+        if manifest.nonfinite:
+            words.append("--allow-nonfinite")
+        return shlex.join(words)
+
+
+def _dtypes() -> dict[str, torch.dtype]:
+    from dvdquant.export.options import DTYPES
+
+    return DTYPES
+
+
+def _read_config(root: Path, manifest: Manifest, name: str) -> dict[str, Any]:
+    try:
+        config = strict_json(read_verified(root, manifest, name))
+    except (ValueError, json.JSONDecodeError) as error:
+        raise OutputError(f"{root / name} is not valid JSON: {error}", fix="export again") from error
+    if not isinstance(config, dict):
+        raise OutputError(f"{root / name} is not a JSON object", fix="export again")
+    try:
+        get_family(config)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DvdquantError):
+            raise
+        raise UnsupportedError(f"{root / name} lacks what its family needs: {error}", fix="export again") from error
+    return config
+
+
+def _version(sm: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdigit() else 0 for part in sm.split("."))
+
+
+def _size_options(sizes: Sizes) -> list[str]:
+    axes = [f"{a.min}:{a.opt}:{a.max}" if a.dynamic else str(a.opt) for a in (sizes.frames, sizes.height, sizes.width)]
+    return ["--latent", "x".join(axes)]
+
+
+def _recipe_options(data: dict[str, Any]) -> list[str]:
+    recipe = Recipe.from_json(data)
+    words = ["--recipe", recipe.name]
+    base = RECIPES.get(recipe.name)
+    if base is None:
+        return words
+    if recipe.modulation != base.modulation:
+        words += ["--modulation", recipe.modulation]
+    for option, globs, known in (("--keep", recipe.keep, base.keep), ("--force", recipe.force, base.force)):
+        for glob in globs[len(known) :]:
+            words += [option, glob]
+    return words

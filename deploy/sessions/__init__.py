@@ -1,0 +1,122 @@
+"""Engine sessions: one transformer of an export, ready to run at any of its bit-widths."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.errors import DvdquantError, UnsupportedError
+
+from .base import EngineSession, chosen_bits
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BACKENDS", "EngineSession", "open_session"]
+
+BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "onnxruntime", "pytorch")
+_ALIASES = {"rtx": "tensorrt_rtx", "ort": "onnxruntime", "torch": "pytorch"}
+log = logging.getLogger(__name__)
+
+
+def open_session(
+    artifact: Artifact,
+    component: str = "transformer",
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    bits: Sequence[int] | None = None,
+    plugins: Sequence[Path] = (),
+) -> EngineSession:
+    """Open one transformer of an export.
+
+    Args:
+        component: ``transformer`` or ``transformer_2``.
+        backend: one of :data:`BACKENDS`. ``auto`` takes an engine where there is a CUDA device and one that fits it, else
+            ONNX Runtime; the log (INFO) says what was taken and why.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        bits: activation bits to load; default all.
+        plugins: TensorRT plugin libraries to load before the engines that need them.
+
+    Raises:
+        UnsupportedError: an unknown backend or device. OutputError: a file differs from the manifest.
+        EngineError: no engine fits, or the backend refuses the export.
+    """
+    name = _ALIASES.get(backend, backend)
+    if name not in BACKENDS:
+        raise UnsupportedError(f"unknown backend {backend!r:.100}", available=BACKENDS, fix="pick one of these")
+    place = _device(device)
+    chosen_bits(artifact, component, bits)
+    if name == "auto":
+        return _open_best(artifact, component, bits, place, plugins)
+    return _open(name, artifact, component, bits, place, plugins)
+
+
+def _device(device: str) -> torch.device:
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"unknown device {device!r:.100}", available=["auto", "cpu", "cuda", "cuda:N"]
+        ) from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device {device!r:.100} is not supported", available=["auto", "cpu", "cuda", "cuda:N"])
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UnsupportedError(
+            f"there is no device {device}",
+            available=["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))],
+            fix="use --device cpu, or install a driver and a torch built for CUDA",
+        )
+    return chosen
+
+
+def _open(
+    name: str,
+    artifact: Artifact,
+    component: str,
+    bits: Sequence[int] | None,
+    device: torch.device,
+    plugins: Sequence[Path],
+) -> EngineSession:
+    # Imported here: each backend needs a library of its own.
+    if name == "pytorch":
+        from .pytorch import PyTorchSession
+
+        return PyTorchSession(artifact, component, bits, device)
+    if name == "onnxruntime":
+        from .onnxruntime import OnnxRuntimeSession
+
+        return OnnxRuntimeSession(artifact, component, bits, device)
+    from .engines import TensorRTSession
+
+    return TensorRTSession(
+        artifact, component, bits, device, backend=name, plugins=plugins if name == "tensorrt" else ()
+    )
+
+
+def _open_best(
+    artifact: Artifact, component: str, bits: Sequence[int] | None, device: torch.device, plugins: Sequence[Path]
+) -> EngineSession:
+    reasons = []
+    if device.type == "cuda":
+        from .engines import find_engines
+
+        for name in ("tensorrt_rtx", "tensorrt"):
+            try:
+                find_engines(artifact, component, name, chosen_bits(artifact, component, bits), device)
+            except DvdquantError as error:
+                reasons.append(f"{name}: {error.what}")
+                continue
+            log.info("%s on %s: %s, the manifest has an engine for this GPU", component, device, name)
+            return _open(name, artifact, component, bits, device, plugins)
+    else:
+        reasons.append("no CUDA device")
+    log.info("%s on %s: onnxruntime (%s)", component, device, "; ".join(reasons))
+    return _open("onnxruntime", artifact, component, bits, device, ())

@@ -1,0 +1,126 @@
+"""What every backend shares: one transformer, all of its bit-widths, one copy of the packed weights."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.errors import DvdquantError, EngineError
+from dvdquant.families import Family, Sizes
+
+from .inputs import check_inputs, graph_dtype
+
+__all__ = ["EngineSession"]
+
+
+class EngineSession(ABC):
+    """All bit-widths of one transformer on one backend, sharing one copy of the packed weights.
+
+    Calls from several threads wait for each other. Close it, or use it in a ``with`` statement, to give memory back.
+
+    Args:
+        artifact: the export.
+        component: which transformer of it.
+        bits: activation bits to make available, a part of ``artifact.bits(component)``; default all.
+        device: where inputs are taken to and outputs come out.
+    """
+
+    backend: str
+
+    def __init__(self, artifact: Artifact, component: str, bits: Sequence[int] | None, device: torch.device) -> None:
+        self.artifact = artifact
+        self.component = component
+        self.device = device
+        self.dtype: torch.dtype = artifact.dtype
+        self.family: Family = artifact.family(component)
+        self.sizes: Sizes = artifact.sizes
+        self.bits: tuple[int, ...] = chosen_bits(artifact, component, bits)
+        self.closed = False
+        self._lock = threading.RLock()
+
+    def run(self, inputs: Mapping[str, Tensor], bits: int) -> Tensor:
+        """One forward pass.
+
+        Args:
+            inputs: the graph's inputs by name, as ``family.inputs(sizes)`` lists them; any device. Latents and embeddings
+                are cast to ``self.dtype``, the others to the dtype of their InputSpec.
+            bits: activation bits, one of ``self.bits``.
+
+        Returns:
+            The sample, in ``self.dtype`` on ``self.device``.
+
+        Raises:
+            ShapeError: an input that the export does not serve, see :meth:`check_inputs`.
+            EngineError: the session is closed, lacks ``bits``, or the backend failed (its own error is the cause).
+        """
+        with self._lock:
+            if self.closed:
+                raise EngineError(f"the {self.backend} session of {self.component} is closed", fix="open a new one")
+            if bits not in self.bits:
+                raise EngineError(
+                    f"the {self.backend} session of {self.component} has no {bits}-bit activations",
+                    available=[f"{b} bits" for b in self.bits],
+                    fix="open the session with these bits, or export with a recipe that has them",
+                )
+            self.check_inputs(inputs)
+            specs = self.family.inputs(self.sizes)
+            ready = {s.name: inputs[s.name].to(self.device, graph_dtype(s, self.dtype)).contiguous() for s in specs}
+            try:
+                return self._run(ready, bits)
+            except DvdquantError:
+                raise
+            except torch.OutOfMemoryError as error:
+                raise EngineError(
+                    f"{self.backend} ran out of device memory in {self.component} a{bits}: {error}",
+                    fix="close other sessions, or export for a smaller size",
+                ) from error
+            except Exception as error:  # every backend has exceptions of its own, without a common base
+                raise EngineError(f"{self.backend} failed in {self.component} a{bits}: {error}") from error
+
+    @abstractmethod
+    def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
+        """One forward pass on inputs that are checked, contiguous, on ``self.device`` and of the graph's dtypes."""
+
+    @abstractmethod
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes held between calls: ``weights`` (packed and kept tensors and constants, counted once for all
+        bit-widths), ``engines`` (what the backend loaded besides) and ``workspace`` (scratch: what is known of it)."""
+
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """ShapeError unless the export serves ``inputs``; says what it serves and with which option to widen it."""
+        check_inputs(self.family, self.sizes, inputs)
+
+    def close(self) -> None:
+        """Give back weights, engines and scratch; again is harmless. What :meth:`run` returned stays valid."""
+        with self._lock:
+            if not self.closed:
+                self.closed = True
+                self._close()
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Drop what the backend holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def chosen_bits(artifact: Artifact, component: str, bits: Sequence[int] | None) -> tuple[int, ...]:
+    """``bits`` ascending and once each, or all there are; EngineError names those an export has."""
+    there = artifact.bits(component)
+    chosen = there if bits is None else tuple(sorted(set(bits)))
+    for width in chosen:
+        artifact.graph(component, width)
+    if not chosen:
+        raise EngineError("no activation bits were asked for", available=[f"{b} bits" for b in there])
+    return chosen

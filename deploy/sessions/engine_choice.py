@@ -1,0 +1,107 @@
+"""Which engine of the manifest runs on a GPU: decided from the manifest alone, before any byte of an engine is read.
+
+Deserializing an engine runs its code, and an engine fits one SM and one release of its library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.errors import EngineError, UnsupportedError
+from dvdquant.export.builders.backend import Backend, load_backend
+from dvdquant.families import Sizes
+from dvdquant.manifest import EngineEntry
+
+__all__ = ["build_target", "device_sm", "find_engines", "select_engine"]
+
+
+def device_sm(device: torch.device) -> str:
+    """Compute capability of a CUDA device as "8.9"; EngineError where there is none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise EngineError(
+            f"engines run on CUDA devices, not on {device}",
+            available="the onnxruntime and pytorch backends run on the CPU",
+            fix="use --backend onnxruntime, or a machine with a GPU",
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+def find_engines(
+    artifact: Artifact, component: str, backend: str, bits: Sequence[int], device: torch.device
+) -> dict[int, EngineEntry]:
+    """The engine of each bit-width for ``device`` and the installed library; EngineError as :func:`select_engine`."""
+    sm = device_sm(device)
+    library = load_backend(backend)
+    return {width: select_engine(artifact, component, library, width, sm) for width in bits}
+
+
+def build_target(library: Backend) -> str:
+    """What ``dvdq-export --target`` calls a library."""
+    return "tensorrt" if library.takes_plugins else "rtx"
+
+
+def _how_to_build(artifact: Artifact, library: Backend, sm: str) -> str:
+    """The command that builds the engines for ``sm``, or what else there is where the library cannot."""
+    if library.builds_for_sms:
+        try:
+            library.compute_capability(sm)
+        except UnsupportedError as error:
+            return f"{error.what} ({error.available}): use the tensorrt, pytorch or onnxruntime backend"
+    return f"build it: {artifact.rebuild_command(sm=sm, target=build_target(library))}"
+
+
+def select_engine(artifact: Artifact, component: str, library: Backend, bits: int, sm: str) -> EngineEntry:
+    """The manifest's engine for one bit-width.
+
+    Raises:
+        EngineError: there is none for this backend or this SM, it was built by another release, from another graph or
+            for other sizes. Gives the command that builds it.
+    """
+    fix = _how_to_build(artifact, library, sm)
+    entries = artifact.engines(component, library.name, bits)
+    if not entries:
+        raise EngineError(
+            f"the export has no {library.name} engine of {component} a{bits}",
+            available=[f"{e['path']} ({e['backend']})" for e in artifact.manifest.engines],
+            fix=fix,
+        )
+    fitting = [entry for entry in entries if sm in entry["sm"]]
+    if not fitting:
+        raise EngineError(
+            f"no {library.name} engine of {component} a{bits} is for this GPU, which has SM {sm}",
+            available=[f"{e['path']} for SM {', '.join(e['sm'])}" for e in entries],
+            fix=fix,
+        )
+    problems = [_problem(artifact, component, library, entry) for entry in fitting]
+    for entry, problem in zip(fitting, problems):
+        if problem is None:
+            return entry
+    raise EngineError(
+        f"{fitting[0]['path']} {problems[0]}", available=f"{library.name} {library.version} on SM {sm}", fix=fix
+    )
+
+
+def _problem(artifact: Artifact, component: str, library: Backend, entry: EngineEntry) -> str | None:
+    """Why an engine for the right SM must not be loaded, in words."""
+    built = entry["versions"].get(library.name)
+    if built != library.version:
+        return f"was built by {library.name} {built or 'of an unknown release'}, and loads in that release only"
+    if entry["realization"] == "plugin" and not library.takes_plugins:
+        return f"needs a plugin, and {library.name} has none"
+    graph = artifact.graph(component, entry["act_bits"])
+    if entry["onnx_sha256"] != artifact.manifest.files[graph]["sha256"]:
+        return f"was built from another graph than {graph}"
+    if not _same_sizes(entry, artifact.sizes):
+        return "was built for other sizes than the export's graphs"
+    return None
+
+
+def _same_sizes(entry: EngineEntry, sizes: Sizes) -> bool:
+    try:
+        return Sizes.from_json(entry["shapes"]) == sizes
+    except (KeyError, TypeError, ValueError):
+        return False

@@ -1,0 +1,230 @@
+"""The TensorRT-RTX and TensorRT backend: verified engines, shared scratch and weights, torch's memory and streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.errors import EngineError, OutputError
+from dvdquant.export.builders.backend import Backend, load_backend
+from dvdquant.manifest import EngineEntry
+
+from .base import EngineSession
+from .engine_binding import BoundEngine, EngineLog, Lane, Scratch, current_device, make_logger
+from .engine_choice import build_target, device_sm, find_engines, select_engine
+from .weights import WeightFiles
+
+__all__ = ["TensorRTSession", "deserialize", "device_sm", "find_engines", "load_plugins", "select_engine"]
+
+_PLUGINS: set[tuple[str, Path]] = set()
+
+
+@dataclass
+class _Capture:
+    """A CUDA graph of one bit-width, with the memory it reads and writes."""
+
+    graph: Any
+    inputs: dict[str, Tensor]
+    output: Tensor
+    generation: int
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """What it was captured at: an engine's graph holds for the shapes its context had."""
+        return {name: tensor.shape for name, tensor in self.inputs.items()}
+
+
+class TensorRTSession(EngineSession):
+    """The engines of an export for the GPU at hand.
+
+    Nothing is deserialized before the manifest says that the engine is for this SM, this release of the library and this
+    graph, and the bytes read have its SHA-256.
+
+    Args:
+        backend: ``tensorrt_rtx`` or ``tensorrt``.
+        plugins: plugin libraries, loaded once per process before engines that need them. One library for all engines
+            lets their contexts share what the plugin prepares of a weight; the copy inside an engine shares nothing.
+        cuda_graphs: replay passes of the same shapes as a CUDA graph, which saves launches.
+
+    Raises:
+        EngineError: no engine fits (with the command that builds it), or the library refuses it.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        component: str = "transformer",
+        bits: Sequence[int] | None = None,
+        device: torch.device | None = None,
+        *,
+        backend: str = "tensorrt_rtx",
+        plugins: Sequence[Path] = (),
+        cuda_graphs: bool = False,
+    ) -> None:
+        self.backend = backend
+        super().__init__(artifact, component, bits, device or torch.device("cuda"))
+        entries = find_engines(artifact, component, backend, self.bits, self.device)
+        self._library = load_backend(backend)
+        self._scratch = Scratch(self.device)
+        self._files: WeightFiles | None = None
+        self._on_device: dict[str, Tensor] = {}
+        self._engine_bytes = 0
+        self._cuda_graphs = cuda_graphs
+        self._captures: dict[int, _Capture] = {}
+        self._log = EngineLog()
+        self._engines: dict[int, BoundEngine] = {}
+        with current_device(self.device):
+            self._lane = Lane(self.device)
+            load_plugins(self._library, plugins)
+            self._runtime = make_runtime(self._library, self._log)
+            for width, entry in entries.items():
+                self._engines[width] = self._load(entry)
+        self._drop_files()
+
+    def _load(self, entry: EngineEntry) -> BoundEngine:
+        engine = deserialize(self.artifact, entry, self._library, self._runtime, self._log)
+        self._engine_bytes += self.artifact.manifest.files[entry["path"]]["bytes"]
+        names = frozenset(spec.name for spec in self.family.inputs(self.sizes))
+        return BoundEngine(
+            self._library, engine, self._log, self._scratch, self._weight, names, library_graphs=self._cuda_graphs
+        )
+
+    def _weight(self, name: str) -> Tensor:
+        """A packed weight on the device; the same memory for every bit-width."""
+        if name not in self._on_device:
+            if self._files is None:
+                self._files = WeightFiles(self.artifact, self.component)
+            self._on_device[name] = self._files.tensor(name).to(self.device)
+        return self._on_device[name]
+
+    def _drop_files(self) -> None:
+        """The mapped weights, once they are on the device."""
+        if self._files is not None:
+            self._files.close()
+            self._files = None
+
+    def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
+        engine = self._engines[bits]
+        with current_device(self.device), self._lane.stream() as stream:
+            # TensorRT-RTX captures by itself; TensorRT is captured here.
+            if self._cuda_graphs and self._library.takes_plugins:
+                return self._replay(engine, inputs, bits).to(self.dtype)
+            return engine.enqueue(inputs, self.device, stream).to(self.dtype)
+
+    def _replay(self, engine: BoundEngine, inputs: dict[str, Tensor], bits: int) -> Tensor:
+        """Replay on torch's current stream; capture anew where shapes or scratch are other than at the capture."""
+        engine.prepare(inputs)
+        capture = self._captures.get(bits)
+        shapes = {name: tensor.shape for name, tensor in inputs.items()}
+        if capture is None or capture.generation != self._scratch.generation or capture.shapes != shapes:
+            self._captures.pop(bits, None)
+            capture = self._captures[bits] = self._capture(engine, inputs)
+        for name, tensor in inputs.items():
+            capture.inputs[name].copy_(tensor)
+        capture.graph.replay()
+        return capture.output.clone()
+
+    def _capture(self, engine: BoundEngine, inputs: dict[str, Tensor]) -> _Capture:
+        held = {name: tensor.clone() for name, tensor in inputs.items()}
+        torch.cuda.synchronize(self.device)
+        # Libraries do their lazy set-up in the first pass, which must not be captured.
+        stream = self._lane.own
+        engine.enqueue(held, self.device, stream.cuda_stream)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            output = engine.enqueue(held, self.device, stream.cuda_stream)
+        return _Capture(graph, held, output, self._scratch.generation)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """``engines`` are the bytes of the engine files, which hold the weights where these are no inputs."""
+        weights = sum(tensor.nbytes for tensor in self._on_device.values())
+        return {"weights": weights, "engines": self._engine_bytes, "workspace": self._scratch.nbytes}
+
+    def _close(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._captures.clear()
+        self._engines.clear()
+        self._on_device.clear()
+        self._scratch.free()
+        self._engine_bytes = 0
+
+
+def load_plugins(library: Backend, plugins: Sequence[Path]) -> None:
+    """Register plugin libraries, each once per process. Their code runs: load only what you built.
+
+    Raises:
+        EngineError: the backend has no plugins, or a library does not load.
+    """
+    if plugins and not library.takes_plugins:
+        raise EngineError(f"{library.name} has no plugins, got {[str(p) for p in plugins]}", fix="leave them out")
+    for path in (plugin.resolve() for plugin in plugins):
+        if (library.name, path) in _PLUGINS:
+            continue
+        if not path.is_file() or library.module.get_plugin_registry().load_library(str(path)) is None:
+            raise EngineError(
+                f"plugin library {path} does not load in {library.name} {library.version}",
+                available=None if path.is_file() else "no such file",
+                fix="build it for this release of TensorRT",
+            )
+        _PLUGINS.add((library.name, path))
+
+
+def make_runtime(library: Backend, log: EngineLog) -> Any:
+    """The library's ``Runtime``; EngineError with its log when it cannot start."""
+    try:
+        runtime = library.module.Runtime(make_logger(library.module, log))
+    except (RuntimeError, TypeError) as error:
+        raise EngineError(f"{library.name} {library.version} cannot start: {error}; {log.tail()}") from error
+    return runtime
+
+
+def deserialize(artifact: Artifact, entry: EngineEntry, library: Backend, runtime: Any, log: EngineLog) -> Any:
+    """Read, hash, and only then deserialize one engine.
+
+    Raises:
+        EngineError: the file differs from the manifest, the library's own look at the header finds it unfit, or
+            deserializing failed.
+    """
+    sm = entry["sm"][0] if entry["sm"] else None
+    fix = f"build it again: {artifact.rebuild_command(sm=sm, target=build_target(library))}"
+    try:
+        raw = artifact.read(entry["path"])
+    except OutputError as error:
+        raise EngineError(error.what, available=error.available, fix=fix) from error
+    _check_header(raw, entry, library, runtime, log, fix)
+    # Host code inside an engine is allowed only where the engine carries our plugin library.
+    if library.takes_plugins:
+        runtime.engine_host_code_allowed = entry["realization"] == "plugin"
+    engine = runtime.deserialize_cuda_engine(raw)
+    if engine is None:
+        raise EngineError(
+            f"{library.name} {library.version} could not deserialize {entry['path']}: {log.tail()}", fix=fix
+        )
+    return engine
+
+
+def _check_header(raw: bytes, entry: EngineEntry, library: Backend, runtime: Any, log: EngineLog, fix: str) -> None:
+    """Ask the library about the engine's header where it can be asked, so that an unfit engine is not begun with."""
+    if not hasattr(runtime, "get_engine_validity"):
+        return
+    validity, found = runtime.get_engine_validity(raw[: runtime.engine_header_size])
+    if validity != library.module.EngineValidity.INVALID:
+        return
+    kinds = library.module.EngineInvalidityDiagnostics.__members__
+    reasons = [name for name, kind in kinds.items() if int(found) & int(kind.value)]
+    if not {"MALFORMED_ENGINE", "UNSUPPORTED_CC", "VERSION_MISMATCH"} & set(reasons):
+        fix = "install or update the GPU's driver; nvidia-smi shows the one in use"
+    if "INSUFFICIENT_GPU_MEMORY" in reasons:
+        fix = "free GPU memory, or export for a smaller size"
+    raise EngineError(
+        f"{library.name} {library.version} says {entry['path']} cannot run here: {', '.join(reasons) or log.tail()}",
+        fix=fix,
+    )

@@ -1,0 +1,153 @@
+"""Inputs of a session against what the export serves, refused in the words of the user's own options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dvdquant.errors import ShapeError
+from dvdquant.families import Axis, Family, InputSpec, Sizes
+
+__all__ = ["check_inputs", "graph_dtype"]
+
+_OPTIONS = {"frames": "--num-frames", "height": "--height", "width": "--width"}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# What each kind of input may come as; it is then cast to the graph's own dtype.
+_ACCEPTED = {"mask": _INTEGERS, "timestep": (*_FLOATS, *_INTEGERS[1:])}
+
+
+def graph_dtype(spec: InputSpec, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a graph input: its own, or the model's for latents and embeddings."""
+    return spec.dtype or dtype
+
+
+def check_inputs(family: Family, sizes: Sizes, inputs: Mapping[str, Tensor]) -> None:
+    """ShapeError unless ``inputs`` are the graph's, with shapes the export serves.
+
+    The message gives the size in latent units and in pixels or frames, the range the export has, and the option of
+    ``dvdq-export`` that widens it.
+    """
+    specs = {spec.name: spec for spec in family.inputs(sizes)}
+    missing, unknown = sorted(specs.keys() - inputs.keys()), sorted(inputs.keys() - specs.keys())
+    if missing or unknown:
+        parts = [f"lack {', '.join(missing)}"] * bool(missing) + [f"have an unknown {', '.join(unknown)}"] * bool(
+            unknown
+        )
+        raise ShapeError(f"the inputs {' and '.join(parts)}", available=specs, fix="give each of these, and no other")
+    axes: dict[str, tuple[int, str]] = {}
+    for name, spec in specs.items():
+        _check_one(spec, inputs[name], family, sizes, axes)
+    for name in ("frames", "height", "width"):
+        if name in axes:
+            _check_axis(name, axes[name][0], family, sizes)
+    if "tokens" in axes:
+        _check_tokens(axes, family, sizes)
+
+
+def _check_one(spec: InputSpec, tensor: object, family: Family, sizes: Sizes, axes: dict[str, tuple[int, str]]) -> None:
+    """Type, dtype, rank and fixed sizes of one input; the size of each named axis goes into ``axes``."""
+    if not isinstance(tensor, Tensor):
+        raise ShapeError(f"{spec.name} is a {type(tensor).__name__}", available="a torch.Tensor")
+    accepted = _ACCEPTED.get(spec.kind, _FLOATS)
+    if tensor.dtype not in accepted:
+        raise ShapeError(
+            f"{spec.name} is {tensor.dtype}",
+            available=[str(dtype).removeprefix("torch.") for dtype in accepted],
+            fix=f"cast it: {spec.name} is a {spec.kind}",
+        )
+    shape = tuple(tensor.shape)
+    if len(shape) != len(spec.shape):
+        raise ShapeError(
+            f"{spec.name} has shape {list(shape)}: {len(shape)} axes instead of {len(spec.shape)}",
+            available=_described(spec),
+        )
+    for position, (size, wanted) in enumerate(zip(shape, spec.shape)):
+        if isinstance(wanted, str):
+            first, where = axes.setdefault(wanted, (size, spec.name))
+            if first != size:
+                raise ShapeError(
+                    f"{wanted} is {size} in {spec.name} but {first} in {where}", available=_described(spec)
+                )
+        elif size != wanted:
+            _refuse_size(spec, position, shape, sizes)
+
+
+def _described(spec: InputSpec) -> str:
+    return f"{spec.name} [{', '.join(map(str, spec.shape))}]"
+
+
+def _refuse_size(spec: InputSpec, position: int, shape: tuple[int, ...], sizes: Sizes) -> None:
+    size, wanted = shape[position], spec.shape[position]
+    what = f"{spec.name} has shape {list(shape)}: {size} instead of {wanted} on axis {position}"
+    fix = None
+    if position == 0 and wanted == sizes.batch and len(shape) > 1:
+        what = f"{spec.name} has a batch of {size}, the graphs were exported for {sizes.batch}"
+        fix = f"split the request into batches of {sizes.batch}, or export with --batch {size}"
+    elif wanted == sizes.text_tokens and spec.kind in ("embedding", "mask"):
+        what = f"{spec.name} has {size} text tokens, the graphs were exported for {sizes.text_tokens}"
+        fix = f"pad or cut the text embedding to {sizes.text_tokens} tokens, or export with --text-tokens {size}"
+    raise ShapeError(what, available=_described(spec), fix=fix)
+
+
+def _pixels(name: str, size: int, family: Family) -> int | None:
+    """Pixels or frames that make ``size`` latents; None where none do."""
+    scale = family.vae_scale[("frames", "height", "width").index(name)]
+    if name != "frames":
+        return size * scale
+    frames = (size - 1) * scale + 1
+    return frames if size > 0 and family.latent_frames(frames) == size else None
+
+
+def _in_words(name: str, sizes: tuple[int, ...], family: Family) -> str:
+    unit = "frames" if name == "frames" else "pixels"
+    pixels = [_pixels(name, size, family) for size in sizes]
+    latents = "..".join(map(str, sizes)) + " latents"
+    return latents if None in pixels else f"{latents} ({'..'.join(map(str, pixels))} {unit})"
+
+
+def _check_axis(name: str, size: int, family: Family, sizes: Sizes) -> None:
+    axis: Axis = getattr(sizes, name)
+    patch = family.patch()[("frames", "height", "width").index(name)]
+    served = (axis.min, axis.max) if axis.dynamic else (axis.opt,)
+    if not axis.min <= size <= axis.max:
+        low, high = (min(axis.min, size), max(axis.max, size)) if size % patch == 0 else (axis.min, axis.max)
+        ends = [_pixels(name, end, family) for end in (low, high)]
+        option = f"{_OPTIONS[name]} {ends[0]}:{ends[1]}" if None not in ends else f"--latent, {name} {low}:{high}"
+        raise ShapeError(
+            f"{name} is {_in_words(name, (size,), family)}, outside the profile of the export",
+            available=f"{name} {_in_words(name, served, family)}",
+            fix=f"use a size of the profile, or export again with {option}",
+        )
+    if size % patch:
+        below = size // patch * patch
+        near = [n for n in (below, below + patch) if axis.min <= n <= axis.max]
+        raise ShapeError(
+            f"{name} is {_in_words(name, (size,), family)}, no multiple of the patch size {patch}",
+            available=[_in_words(name, (n,), family) for n in near],
+            fix="use one of these sizes",
+        )
+
+
+def _check_tokens(axes: Mapping[str, tuple[int, str]], family: Family, sizes: Sizes) -> None:
+    tokens, where = axes["tokens"]
+    if {"frames", "height", "width"} <= axes.keys():
+        expected = family.tokens(*(axes[name][0] for name in ("frames", "height", "width")))
+        if tokens != expected:
+            raise ShapeError(
+                f"{where} has {tokens} tokens, the latents make {expected}", fix="make it for the size of the latents"
+            )
+        return
+    low, high = (family.tokens(*sizes.at(which)) for which in ("min", "max"))
+    if not low <= tokens <= high:
+        profile = ", ".join(
+            f"{name} {_in_words(name, (a.min, a.max) if a.dynamic else (a.opt,), family)}"
+            for name, a in (("frames", sizes.frames), ("height", sizes.height), ("width", sizes.width))
+        )
+        raise ShapeError(
+            f"{where} has {tokens} video tokens, outside the profile of the export",
+            available=f"{low}..{high} tokens: {profile}" if low != high else f"{low} tokens: {profile}",
+            fix="use a size of the profile, or export again with wider --num-frames, --height and --width",
+        )

@@ -1,0 +1,248 @@
+"""The ONNX Runtime backend: the QuantLinear graphs, their function bodies inlined, on the CPU or a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.errors import EngineError, UnsupportedError
+from dvdquant.export.verify import prepare_for_onnxruntime
+from dvdquant.layers import TENSORS
+
+from .base import EngineSession
+from .expand_weights import EXPANDED, expand_weights, expanded_weight
+from .weights import WeightFiles
+
+__all__ = ["OnnxRuntimeSession", "WeightForm"]
+
+WeightForm = Literal["packed", "expanded"]
+
+
+class OnnxRuntimeSession(EngineSession):
+    """The graphs of every bit-width, sharing one copy of each weight.
+
+    Weights are graph inputs, bound once: to the mapped files on the CPU, to one copy on a CUDA device. As initializers
+    they would be held, and folded into fp32, once per bit-width.
+
+    ``packed`` unpacks 4-bit weights layer by layer in every call. ``expanded`` does it when the session opens and holds
+    fp32 matrices, eight times the packed bytes but once for all bit-widths.
+
+    bfloat16 graphs run as float32 graphs that round after every operator, see
+    :func:`dvdquant.export.passes.emulate_bfloat16.emulate_bfloat16`: right, but no faster than float32. For speed on a GPU
+    use an engine.
+
+    Args:
+        weights: ``packed`` or ``expanded``.
+        threads: of each operator; default: as many as PyTorch uses.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        component: str = "transformer",
+        bits: Sequence[int] | None = None,
+        device: torch.device | None = None,
+        *,
+        weights: WeightForm = "packed",
+        threads: int | None = None,
+    ) -> None:
+        if weights not in ("packed", "expanded"):
+            raise UnsupportedError(f"weights is {weights!r}", available=["packed", "expanded"])
+        super().__init__(artifact, component, bits, device or torch.device("cpu"))
+        self.weights: WeightForm = weights
+        self._threads = threads or torch.get_num_threads()
+        self._files = WeightFiles(artifact, component)
+        self._weights: dict[str, Tensor] = {}
+        self._constants: dict[str, Any] = {}
+        self._bound: dict[int, _Bound] = {}
+        self._largest = 0
+        # All of them are read and hashed before the first is given to ONNX Runtime.
+        graphs = {width: artifact.graph(component, width) for width in self.bits}
+        models = {width: _parse(artifact.read(path), path) for width, path in graphs.items()}
+        for width, model in models.items():
+            self._bound[width] = self._open(model, graphs[width])
+        if self.device.type == "cuda" or weights == "expanded":
+            self._files.drop_pages()
+
+    # ------------------------------------------------------------------------------------------------------- loading
+
+    def _open(self, model: ir.Model, path: str) -> _Bound:
+        import onnxruntime
+
+        prepare_for_onnxruntime(model)
+        self._largest = max(self._largest, _largest_weight(model))
+        if self.weights == "expanded":
+            expand_weights(model)
+        bound = self._take_weights(model)
+        options = self._options(onnxruntime)
+        constants = [name for name in model.graph.initializers if name in self._constants]
+        if constants:
+            options.add_external_initializers(constants, [self._constants[name] for name in constants])
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self.device.type == "cuda":
+            providers.insert(0, ("CUDAExecutionProvider", self._cuda_options()))
+        try:
+            raw = ir.serde.serialize_model(model).SerializeToString()
+            session = onnxruntime.InferenceSession(raw, options, providers=providers)
+            binding = session.io_binding()
+            for name, kind in bound.items():
+                _bind(binding, name, self._weights[name], kind)
+        except Exception as error:  # onnxruntime's own exceptions share no base class but this
+            raise EngineError(f"ONNX Runtime refused {path}: {error}") from error
+        if self.device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+            raise EngineError(
+                "ONNX Runtime could not start its CUDA provider",
+                available=session.get_providers(),
+                fix="install the CUDA libraries this onnxruntime-gpu was built for, or use --device cpu",
+            )
+        return _Bound(session, binding)
+
+    def _options(self, onnxruntime: Any) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # Fusions would drop the casts that stand for rounding to bfloat16.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        # A pool per bit-width, of which one works at a time: the other must not spin beside it.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # An arena per bit-width would keep the scratch of both, though they never run at once.
+        options.enable_cpu_mem_arena = False
+        return options
+
+    def _cuda_options(self) -> dict[str, Any]:
+        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+        return {"device_id": index, "arena_extend_strategy": "kSameAsRequested"}
+
+    def _take_weights(self, model: ir.Model) -> dict[str, int]:
+        """Turn stored weights into graph inputs and load them; returns the ONNX type of each by name.
+
+        Constants (rotation and rotary tables) stay initializers, over the mapped bytes: ONNX Runtime prepares the
+        matrices of constant products.
+        """
+        bound: dict[str, int] = {}
+        for name, value in list(model.graph.initializers.items()):
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            if str(tensor.location).endswith(".safetensors"):
+                model.graph.initializers.pop(name)
+                value.const_value = None
+                model.graph.inputs.append(value)
+                bound[name] = tensor.dtype.value
+                if name not in self._weights:
+                    self._weights[name] = self._stored(name, tensor).to(self.device)
+            elif name not in self._constants:
+                self._constants[name] = self._constant(tensor)
+        for value in model.graph.inputs:
+            name = value.name or ""
+            if name.endswith(EXPANDED):
+                bound[name] = ir.DataType.FLOAT.value
+                if name not in self._weights:
+                    layer = name.removesuffix(EXPANDED)
+                    packed = {k: self._files.tensor(f"{layer}.{k}") for k in TENSORS if k != "bias"}
+                    self._weights[name] = expanded_weight(packed).to(self.device)
+        return bound
+
+    def _stored(self, name: str, place: ir.ExternalTensor) -> Tensor:
+        """A weight of the files, which must be what the graph says of it."""
+        tensor = self._files.tensor(name)
+        location, info = self._files.tensors[name]
+        there = (location, info.offset, info.nbytes, tuple(tensor.shape))
+        wanted = (str(place.location), place.offset, place.length, tuple(int(d) for d in place.shape.numpy()))
+        if there != wanted:
+            raise EngineError(f"the graph has {name} at {wanted}", available=str(there), fix="export again")
+        return tensor
+
+    def _constant(self, place: ir.ExternalTensor) -> Any:
+        import onnxruntime
+
+        raw = self._files.region(str(place.location), place.offset or 0, place.length or 0)
+        # numpy has no bfloat16; ONNX Runtime takes the bits.
+        plain = np.dtype(np.uint16) if place.dtype == ir.DataType.BFLOAT16 else place.dtype.numpy()
+        array = raw.view(plain).reshape(tuple(int(d) for d in place.shape.numpy()))
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, place.dtype.value)
+
+    # ------------------------------------------------------------------------------------------------------- running
+
+    def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
+        session, binding = self._bound[bits].session, self._bound[bits].binding
+        # The prepared graph takes float32 where the original takes bfloat16.
+        feeds = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in inputs.items()}
+        for name, tensor in feeds.items():
+            _bind(binding, name, tensor, _ONNX_TYPES[tensor.dtype])
+        # Bound anew: into an output that is there already, a second run would write over what the first returned.
+        binding.clear_binding_outputs()
+        binding.bind_output("sample", self.device.type, self.device.index or 0)
+        if self.device.type == "cuda":
+            # ONNX Runtime works on a stream of its own, and has waited for it when the run returns.
+            torch.cuda.current_stream(self.device).synchronize()
+        session.run_with_iobinding(binding)
+        (value,) = binding.get_outputs()
+        output = torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())
+        binding.clear_binding_outputs()
+        return output.to(self.dtype)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """``weights`` counts every bound tensor and constant once for all bit-widths; ``workspace`` is the least: the
+        largest layer's weight in fp32, which ``packed`` makes in every call."""
+        if self.closed:
+            return {"weights": 0, "engines": 0, "workspace": 0}
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in self._weights.values()}
+        constants = sum(value.tensor_size_in_bytes() for value in self._constants.values())
+        workspace = 4 * self._largest if self.weights == "packed" else 0
+        return {"weights": sum(held.values()) + constants, "engines": 0, "workspace": workspace}
+
+    def _close(self) -> None:
+        self._bound.clear()
+        self._weights.clear()
+        self._constants.clear()
+        self._files.close()
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A session, and its binding with the weights in place."""
+
+    session: Any
+    binding: Any
+
+
+def _parse(raw: bytes, path: str) -> ir.Model:
+    try:
+        return ir.serde.deserialize_model(onnx.ModelProto.FromString(raw))
+    except Exception as error:  # protobuf's DecodeError has no stable import path
+        raise EngineError(f"{path} is no ONNX graph this version reads: {error}", fix="export again") from error
+
+
+def _largest_weight(model: ir.Model) -> int:
+    """Elements of the largest packed weight."""
+    sizes = [0]
+    for node in model.graph:
+        if node.op_type == "QuantLinear" and node.inputs[1] is not None and node.inputs[1].shape is not None:
+            sizes.append(2 * int(np.prod(node.inputs[1].shape.numpy())))
+    return max(sizes)
+
+
+_ONNX_TYPES = {
+    torch.float32: ir.DataType.FLOAT.value,
+    torch.float16: ir.DataType.FLOAT16.value,
+    torch.int64: ir.DataType.INT64.value,
+    torch.int32: ir.DataType.INT32.value,
+    torch.bool: ir.DataType.BOOL.value,
+}
+
+
+def _bind(binding: Any, name: str, tensor: Tensor, kind: int) -> None:
+    """Bind by address; ``kind`` is the ONNX type of the bytes. The tensor must outlive the runs."""
+    binding.bind_input(name, tensor.device.type, tensor.device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr())

@@ -1,0 +1,381 @@
+"""An export in the place of a pipeline's transformer.
+
+    transformer = DvdqTransformer.from_pretrained("out/wan", delta=0.1)
+    pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", transformer=transformer, torch_dtype=torch.bfloat16)
+    video = pipe("a cat in the snow").frames[0]
+    for record in transformer.trace: print(record.step, record.branch, record.bits, record.reason)
+
+The pipeline's own code runs unchanged: scheduler, guidance, callbacks, VAE. Every call of its transformer goes to the
+engine that the step controller picks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from dvdquant.errors import UnsupportedError
+from dvdquant.manifest import Manifest
+
+from .adapters import get_adapter
+from .artifact import Artifact
+from .controller import StepController, StepInfo, StepRecord
+from .refusals import WholeEngine, refuse
+from .request import DEFAULT_DELTA
+from .schedule import Schedule
+from .sessions import EngineSession, open_session
+from .step_cache import StepCachePolicy
+from .switching import StepRunner
+
+__all__ = ["DvdqTransformer"]
+
+log = logging.getLogger(__name__)
+
+
+class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
+    """The transformer of a diffusers pipeline, executed by the engines of an export, one bit-width per denoising step.
+
+    It has no blocks, and no parameter but an empty one. ``config`` is that of the exported transformer, ``dtype`` the
+    export's (what the pipeline casts latents and embeddings to), ``device`` where the engines are; inputs may be on any
+    device and outputs go back to the latents' device.
+
+    A batch larger than the export's is run in slices of the export's batch, one after the other; all slices of a step
+    run on the same engine.
+
+    Args:
+        session: an open session. controller: what decides the bits of each step.
+    """
+
+    def __init__(self, session: EngineSession, controller: StepController) -> None:
+        super().__init__()
+        self.register_to_config(**session.family.config, _name_or_path=str(session.artifact.root))
+        self._session = session
+        self._adapter = get_adapter(session.family, session.sizes, session.dtype)
+        self._context: tuple[str, Mapping[str, Any]] | None = None
+        # Accelerate's offloading asks for the device of a module's first parameter.
+        placement = torch.empty(0, dtype=session.dtype, device=session.device)
+        self.register_parameter("placement", torch.nn.Parameter(placement, requires_grad=False))
+        self._placed = False
+        self.use(controller)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        component: str | None = None,
+        subfolder: str | None = None,
+        backend: str = "auto",
+        device: str = "auto",
+        mode: str = "switch",
+        delta: float = DEFAULT_DELTA,
+        schedule: Schedule | str | Path | None = None,
+        callback: Callable[[StepInfo], Any] | None = None,
+        cache: StepCachePolicy | float | None = None,
+        branch_policy: str = "shared",
+        last_high: int = 0,
+        torch_dtype: torch.dtype | None = None,
+        **unknown: Any,
+    ) -> Self:
+        """Open an export folder.
+
+        Args:
+            component: ``transformer`` or ``transformer_2`` of Wan 2.2; ``subfolder`` is the same by diffusers' name.
+            backend, device: as in :func:`dvdquant.deploy.sessions.open_session`.
+            mode: ``switch`` (δ-GBS), ``a4`` or ``a8`` (always that engine), ``planned`` (with ``schedule``) or
+                ``callback`` (with ``callback``); the last two are understood from their argument.
+            delta: δ of ``switch``: 0 is always 8 bits, infinity always 4.
+            cache: a threshold turns the step cache on with the family's policy.
+            branch_policy, last_high: see :class:`dvdquant.deploy.controller.StepController`.
+            torch_dtype: refused unless it is the export's.
+
+        Raises:
+            OutputError: the folder is no export. EngineError: no engine fits. UnsupportedError: an option that does not
+            apply.
+        """
+        if unknown:
+            options = [name for name in inspect.signature(cls.from_pretrained).parameters if name != "unknown"]
+            raise UnsupportedError(
+                f"DvdqTransformer.from_pretrained has no option {next(iter(unknown))}", available=options[1:]
+            )
+        artifact = Artifact.open(pretrained_model_name_or_path)
+        name = component or subfolder or artifact.components[0]
+        if torch_dtype not in (None, artifact.dtype):
+            raise UnsupportedError(
+                f"torch_dtype is {torch_dtype}", available=str(artifact.dtype), fix="export again with --dtype"
+            )
+        session = open_session(artifact, name, backend=backend, device=device)
+        try:
+            more = {"branch_policy": branch_policy, "last_high": last_high}
+            controller = _controller(session, artifact.manifest, mode, delta, schedule, callback, cache, **more)
+            return cls(session, controller)
+        except BaseException:
+            session.close()
+            raise
+
+    # -------------------------------------------------------------------------------------------------- what it decides
+
+    def use(self, controller: StepController) -> None:
+        """Decide the coming requests with another controller; trace and history begin anew."""
+        self._runner = StepRunner(self._session, controller)
+        self._position = _Position()
+
+    @property
+    def runner(self) -> StepRunner:
+        """Runs the steps; has ``summary()`` and ``on_step``."""
+        return self._runner
+
+    @property
+    def session(self) -> EngineSession:
+        """The engines."""
+        return self._session
+
+    @property
+    def trace(self) -> list[StepRecord]:
+        """Every call of the last (or running) request, in order."""
+        return self._runner.trace
+
+    def close(self) -> None:
+        """Give back the engines' memory; a later call raises EngineError."""
+        self._session.close()
+
+    # ---------------------------------------------------------------------------------------------- the pipeline's calls
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """Pipelines name the branch they call (``cond``, ``uncond``, ``cond_uncond``) and some pass ``step_index`` and
+        ``num_inference_steps``."""
+        previous, self._context = self._context, (name, where)
+        try:
+            yield
+        finally:
+            self._context = previous
+
+    def begin_request(self, steps: int | None = None) -> None:
+        """The next call starts a new request with an empty history.
+
+        Rarely needed: pipelines report the end of a request by themselves, also of an interrupted one. ``steps`` matters
+        where the pipeline does not pass their number (all but WanPipeline, in diffusers 0.42) and the controller treats
+        the last ones otherwise: the step cache skips all but the last, ``last_high`` counts from the end.
+        """
+        self._runner.begin_request(steps)
+        self._position = _Position(announced=True)
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        # Called by a pipeline when a request has ended. The trace stays until the next one.
+        del recurse
+        self._position.ended = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The arguments of the family's diffusers class.
+
+        Returns:
+            ``Transformer2DModelOutput`` with the sample in ``self.dtype``, or a tuple with ``return_dict=False``.
+
+        Raises:
+            ShapeError: a size or text length outside the export's profile. UnsupportedError: ``attention_kwargs``, or an
+            input the graph does not have. EngineError: the engine failed, or gave NaN at the highest bits too.
+        """
+        arguments = self._adapter.bind(args, kwargs)
+        return_dict = arguments.pop("return_dict", True)
+        if arguments.pop("attention_kwargs", None):
+            refuse(
+                "attention_kwargs", "attention runs inside the engine", "leave them out; a LoRA is fused before export"
+            )
+        floats = [value for value in arguments.values() if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and any(value.requires_grad for value in floats):
+            refuse("a call with gradients", "an engine has none", "call it under torch.no_grad()")
+        with torch.no_grad():
+            sample = self._run(arguments)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _run(self, arguments: Mapping[str, Any]) -> Tensor:
+        inputs = self._adapter.inputs(arguments)
+        branch, where = self._context or (None, {})
+        step, steps = where.get("step_index"), where.get("num_inference_steps")
+        timestep = float(inputs["timestep"].max())
+        if self._position.begins(branch, step, timestep):
+            self.begin_request(steps)
+        branch, step = self._position.move(branch, step, timestep)
+        slices = list(self._adapter.slices(inputs))
+        samples = []
+        for index, (part, count) in enumerate(slices):
+            name = branch if len(slices) == 1 else f"{branch}/{index}"
+            samples.append(self._runner.run(part, branch=name, step=step, steps=steps)[:count])
+        whole = samples[0] if len(samples) == 1 else torch.cat(samples)
+        return whole.to(arguments["hidden_states"].device)
+
+    # ------------------------------------------------------------------------------------------------ dtype, device, mode
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the export."""
+        return self._session.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engines are."""
+        return self._session.device
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Engines stay where they were opened. Their own device, and the CPU that offloading moves everything to, are
+        accepted; UnsupportedError for another accelerator or another dtype."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype not in (None, self.dtype):
+            refuse(f".to({dtype})", "its dtype is that of the export", "export again with --dtype", str(self.dtype))
+        if device is not None and not _same_device(device, self.device):
+            if device.type != "cpu":
+                refuse(
+                    f".to({str(device)!r})",
+                    f"its engines were opened on {self.device}",
+                    f"open it there: DvdqTransformer.from_pretrained(OUT, device={str(device)!r})",
+                    str(self.device),
+                )
+            if not self._placed:
+                log.info(
+                    "the engines of %s stay on %s; close() gives their memory back",
+                    self._session.component,
+                    self.device,
+                )
+                self._placed = True
+        return self
+
+    def cuda(self, device: int | torch.device | None = None) -> Self:
+        """See :meth:`to`."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
+    def cpu(self) -> Self:
+        """See :meth:`to`."""
+        return self.to("cpu")
+
+    def half(self, *args: Any) -> Self:
+        """See :meth:`to`."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Self:
+        """See :meth:`to`."""
+        return self.to(torch.bfloat16)
+
+    def float(self, *args: Any) -> Self:
+        """See :meth:`to`."""
+        return self.to(torch.float32)
+
+    def double(self) -> Self:
+        """See :meth:`to`."""
+        return self.to(torch.float64)
+
+    def type(self, dst_type: Any) -> Self:
+        """See :meth:`to`."""
+        return self.to(dst_type)
+
+    def train(self, mode: bool = True) -> Self:
+        """UnsupportedError for the training mode."""
+        if mode:
+            refuse("training", "an engine has no gradients", "train the original checkpoint and export it again")
+        super().train(False)
+        return self
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes held between calls: weights once, engines, scratch."""
+        del return_buffers
+        return sum(self._session.resident_bytes().values())
+
+    def extra_repr(self) -> str:
+        """Component, backend, device and bits."""
+        session = self._session
+        bits = " and ".join(f"a{bits}" for bits in session.bits)
+        return f"{self.config['_class_name']} {session.component}, {bits}, {session.backend} on {session.device}"
+
+
+@dataclass
+class _Position:
+    """Where the pipeline's denoising loop is, from what its calls say.
+
+    Args:
+        given: the step index it passed. index: the same, or counted here. called: branches of this step.
+        ended: the pipeline has said that the request is over. announced: begun by hand, without a call yet.
+    """
+
+    given: int | None = None
+    timestep: float | None = None
+    index: int = -1
+    called: list[str] = field(default_factory=list)
+    ended: bool = False
+    announced: bool = False
+
+    def begins(self, branch: str | None, step: int | None, timestep: float) -> bool:
+        """Whether a call is the first of a new request.
+
+        Timesteps fall and steps rise within a request. A request that an exception ended is not reported as ended; if
+        it came no further than its first step, the next one begins at the same step and shows by a repeated branch. Later
+        in a request the same branch at the same timestep is a step of its own, of a solver that evaluates one twice.
+        """
+        if self.timestep is None or self.ended:
+            return not self.announced
+        if timestep > self.timestep or (step is not None and self.given is not None and step < self.given):
+            return True
+        repeated = (step, timestep) == (self.given, self.timestep) and branch in self.called
+        return repeated and (step is not None or self.index == 0)
+
+    def move(self, branch: str | None, step: int | None, timestep: float) -> tuple[str, int]:
+        """Go to the step of this call; its branch and index. Calls that name no branch are told apart by their order."""
+        if (step, timestep) != (self.given, self.timestep) or branch in self.called:
+            self.given, self.timestep, self.called = step, timestep, []
+            self.index = self.index + 1 if step is None else step
+        self.announced = self.ended = False
+        name = f"call {len(self.called)}" if branch is None else branch
+        self.called.append(name)
+        return name, self.index
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
+
+
+def _controller(
+    session: EngineSession,
+    manifest: Manifest,
+    mode: str,
+    delta: float,
+    schedule: Schedule | str | Path | None,
+    callback: Callable[[StepInfo], Any] | None,
+    cache: StepCachePolicy | float | None,
+    **more: Any,
+) -> StepController:
+    """The controller that the options of :meth:`DvdqTransformer.from_pretrained` describe."""
+    low, high = session.bits[0], session.bits[-1]
+    if mode == "switch" and (schedule is not None or callback is not None):
+        mode = "planned" if schedule is not None else "callback"
+    if isinstance(schedule, (str, Path)):
+        schedule = Schedule.load(schedule, manifest)
+    if isinstance(cache, (int, float)):
+        cache = StepCachePolicy.for_family(session.family.name, threshold=cache)
+    common: dict[str, Any] = {"low": low, "high": high, "cache": cache, **more}
+    fixed = re.fullmatch(r"a(\d+)", mode)
+    if mode == "switch" and low == high:
+        log.info("%s was exported with %d-bit activations only: nothing to switch", session.component, low)
+        return StepController("fixed", bits=low, **common)
+    if fixed is not None:
+        if int(fixed[1]) not in session.bits:
+            raise UnsupportedError(
+                f"mode {mode} needs a graph the export lacks",
+                available=[*(f"a{bits}" for bits in session.bits), "switch"],
+                fix="pick one of these, or export with a recipe that has it",
+            )
+        return StepController("fixed", bits=int(fixed[1]), **common)
+    if mode not in ("switch", "planned", "callback"):
+        modes = [*(f"a{bits}" for bits in session.bits), "switch", "planned", "callback"]
+        raise UnsupportedError(f"unknown mode {mode!r:.40}", available=modes)
+    return StepController(mode, delta=delta, schedule=schedule, callback=callback, **common)  # type: ignore[arg-type]

@@ -1,0 +1,186 @@
+"""``dvdq-plan``: find the δ of δ-GBS for a wanted average of bits or time."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from dvdquant import __version__
+from dvdquant.errors import OutputError, ShapeError
+
+from .common import ExamplesCommand, report_errors, setup_logging, table
+
+if TYPE_CHECKING:
+    from dvdquant.deploy.planner import Plan
+    from dvdquant.manifest import Manifest
+
+EXAMPLES = """
+# delta for 6 activation bits on average, into out/tiny-wan/schedule.json
+dvdq-plan out/tiny-wan --prompt "circle red right small black" --prompt "ring blue up large grey"
+
+# delta for a time budget: the transformer's share of one clip, in seconds
+dvdq-plan out/wan --prompts prompts.txt --time-budget 60 --steps 30 --seeds 0,1
+
+# what delta 0.12 comes to, with a picture that compares a few delta with the 16-bit model
+dvdq-plan out/wan --prompts prompts.txt --delta 0.12 --reference --plot plan.png -o wan-0.12.json
+
+# does a schedule fit this export and 50 steps?
+dvdq-plan out/wan --check wan-0.12.json --steps 50
+"""
+
+
+@click.command(
+    cls=ExamplesCommand,
+    examples=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--prompt", multiple=True, metavar="TEXT", help="A clip to record; repeat it. Two to eight are plenty.")
+@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, one a line.")
+@click.option("--average-bits", type=float, metavar="BITS", help="Wanted average of activation bits.  [default: 6]")
+@click.option(
+    "--time-budget", type=float, metavar="SECONDS", help="Wanted time of the transformer in one clip, on this machine."
+)
+@click.option("--delta", type=float, help="Evaluate this delta instead of searching one.")
+@click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
+@click.option("--seeds", default="0", show_default=True, metavar="N,N,...", help="Each prompt is recorded with each.")
+@click.option(
+    "--last-high", type=int, default=0, show_default=True, metavar="N",
+    help="Keep the last N steps on the high engine, whatever delta says.",
+)  # fmt: skip
+@click.option(
+    "--reference",
+    is_flag=True,
+    help="Also compare a few delta with the original 16-bit checkpoint (PSNR); much slower.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="PATH",
+    help="The schedule.  [default: OUT/schedule.json]",
+)  # fmt: skip
+@click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Delta against bits, time and quality.")
+@click.option(
+    "--check", type=click.Path(path_type=Path), metavar="PATH",
+    help="Record nothing: say whether this schedule fits the export and --steps.",
+)  # fmt: skip
+@click.option("--pipeline", metavar="PATH", help="Folder or hub id of the model.  [default: the exported one]")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime", "pytorch", "rtx", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="auto: an engine for this GPU, else ONNX Runtime.",
+)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where it runs.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
+@click.version_option(__version__, prog_name="dvdq-plan")
+@report_errors
+def main(out: Path, check: Path | None, log_format: str, verbose: int, **options: Any) -> None:
+    """Find the delta of step switching for the export in folder OUT, and write it with its schedule.
+
+    Records a few clips on the high-bit engine with the low-bit one beside it, predicts average bits and time for every
+    delta, picks one, and checks it by a real run. Nothing here changes the weights.
+    """
+    setup_logging(verbose, log_format)
+    from dvdquant.manifest import load_manifest
+
+    if check is not None:
+        click.echo(_checked(check, load_manifest(out), options["steps"]))
+        return
+    prompts, seeds = _prompts(options.pop("prompt"), options.pop("prompts")), _seeds(options.pop("seeds"))
+    output = options.pop("output") or out / "schedule.json"
+    plot = options.pop("plot")
+    load_manifest(out)  # before minutes of work, as the output
+    for path in (output, plot):
+        if path is not None:
+            _require_writable(path)
+    goal_options = {name: options.pop(name) for name in ("average_bits", "time_budget", "delta")}
+
+    from dvdquant.deploy.artifact import Artifact
+    from dvdquant.deploy.planner import Goal, plan
+    from dvdquant.progress import Progress
+
+    if all(value is None for value in goal_options.values()):
+        goal_options["average_bits"] = 6.0
+    goal = Goal(goal_options["average_bits"], goal_options["time_budget"], goal_options["delta"])
+    progress = Progress("json" if log_format == "json" else "text")
+    found = plan(Artifact.open(out), prompts, goal, seeds=seeds, progress=progress, **options)
+    found.schedule.save(output)
+    if plot is not None:
+        from dvdquant.deploy.plan_plot import draw_plan
+
+        draw_plan(found, plot)
+    progress.event("plan", delta=found.delta, schedule=str(output), **found.schedule.details)
+    click.echo(_summary(found))
+    click.echo(f"schedule  {output}" + (f"\nplot      {plot}" if plot is not None else ""))
+
+
+def _checked(path: Path, manifest: Manifest, steps: int | None) -> str:
+    from dvdquant.deploy.schedule import Schedule
+
+    schedule = Schedule.load(path, manifest, steps)
+    return (
+        f"{path} fits: {schedule.steps} steps, {schedule.average_bits:.3g} bits on average, δ {schedule.delta:.4g}, "
+        f"planned on {len(schedule.prompts)} prompts, {schedule.created}"
+    )
+
+
+def _prompts(texts: tuple[str, ...], path: Path | None) -> list[str]:
+    from .run import RunOptions, read_prompts
+
+    return read_prompts(cast(RunOptions, SimpleNamespace(prompt=texts, prompts=path)))
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ShapeError(f"--seeds is {text!r:.80}", available="different numbers from 0 up, such as 0,1,2")
+    return seeds
+
+
+def _require_writable(path: Path) -> None:
+    """OutputError where the file cannot be written: known before the recording, not after it."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", fix="name a file in it")
+    if not folder.is_dir():
+        raise OutputError(f"there is no folder {folder}", fix="make it, or pick another path")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder} cannot be written to", fix="pick a path you may write to")
+
+
+def _summary(found: Plan) -> str:
+    """δ, predicted against measured, and the quality table if there is one."""
+    low, high = found.low, found.high
+    lines = [
+        f"δ {found.delta:.4g}: {found.predicted_bits:.2f} bits on average, {found.predicted_seconds:.3g} s of the transformer "
+        f"a clip (all {high}: {found.seconds_at(high):.3g} s, all {low}: {found.seconds_at(low):.3g} s)",
+        f"one real run: {found.measured_bits:.2f} bits, predicted {found.predicted_clip_bits:.2f} for this clip; "
+        f"{found.measured_seconds:.3g} s; {found.measured_retries} retries",
+        f"a call takes {', '.join(f'{s * 1e3:.3g} ms on a{b}' for b, s in sorted(found.seconds_per_call.items()))} "
+        f"({found.backend})",
+        f"steps     {''.join(str(b) for b in found.schedule.bits)}",
+    ]
+    if found.seconds_per_call[low] >= found.seconds_per_call[high]:
+        lines.append(
+            f"the {low}-bit engine is no faster than the {high}-bit one on this backend: switching saves no time"
+        )
+    if found.quality:
+        rows = [
+            (f"{q.delta:.4g}", f"{q.average_bits:.2f}", f"{q.psnr:.2f}" if math.isfinite(q.psnr) else "equal")
+            for q in found.quality
+        ]
+        lines += ["", table(("δ", "bits, measured", "PSNR to 16 bit, dB"), rows, right=(0, 1, 2))]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

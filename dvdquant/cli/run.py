@@ -1,0 +1,346 @@
+"""``dvdq-run``: generate video with an export, each denoising step on the engine it deserves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dvdquant import __version__
+from dvdquant.errors import OutputError, ShapeError, UnsupportedError
+
+from .common import ExamplesCommand, report_errors, setup_logging
+
+if TYPE_CHECKING:
+    from dvdquant.deploy.artifact import Artifact
+    from dvdquant.deploy.generate import Generator
+    from dvdquant.deploy.request import GenerateRequest, GenerateResult
+    from dvdquant.progress import Progress
+
+EXAMPLES = """
+# a clip, its frames as one picture, and why every step ran on which engine
+dvdq-run out/tiny-wan --prompt "ring red right large black" -o clip.mp4 --strip clip.png --trace clip.json
+
+# 16 bit, a8, switching and a4 from one seed, side by side, with PSNR
+dvdq-run out/tiny-wan --prompt "square blue down small grey" -o compare.mp4 --strip compare.png --compare
+
+# the steps that dvdq-plan found, or more 4-bit steps by a larger delta
+dvdq-run out/wan --prompt "a cat in the snow" -o cat.mp4 --schedule out/wan/schedule.json
+dvdq-run out/wan --prompt "a cat in the snow" -o cat.mp4 --delta 0.2 --steps 30 --seed 7
+
+# many prompts, one a line; text encoder, VAE and scheduler from another folder
+dvdq-run out/wan --prompts prompts.txt -o clips/cat.mp4 --pipeline ./Wan2.1-T2V-1.3B-Diffusers
+"""
+
+GROUPS = {
+    "What to draw": (
+        "prompt",
+        "prompts",
+        "negative_prompt",
+        "height",
+        "width",
+        "num_frames",
+        "seed",
+        "steps",
+        "guidance",
+    ),
+    "Which engine each step runs on": ("mode", "delta", "last_high", "schedule", "average_bits", "cache", "compare"),
+    "What to write": ("output", "gif", "strip", "trace", "fps"),
+    "Where it runs": ("pipeline", "backend", "device"),
+}
+MAX_PROMPT_FILE, MAX_PROMPTS = 1 << 18, 256
+
+
+class GroupedCommand(ExamplesCommand):
+    """Options under the headings of :data:`GROUPS`."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click's, in sections."""
+        records = {p.name: p.get_help_record(ctx) for p in self.get_params(ctx) if isinstance(p, click.Option)}
+        grouped = {name for names in GROUPS.values() for name in names}
+        sections = {**GROUPS, "Other": tuple(name for name in records if name not in grouped)}
+        for title, names in sections.items():
+            with formatter.section(title):
+                formatter.write_dl([record for name in names if (record := records[name]) is not None])
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The command's options, by their names."""
+
+    prompt: tuple[str, ...]
+    prompts: Path | None
+    negative_prompt: str | None
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    seed: int
+    steps: int | None
+    guidance: float | None
+    mode: str | None
+    delta: float | None
+    last_high: int | None
+    schedule: Path | None
+    average_bits: float | None
+    cache: str
+    compare: bool
+    output: Path
+    gif: Path | None
+    strip: Path | None
+    trace: Path | None
+    fps: float | None
+    pipeline: str | None
+    backend: str
+    device: str
+
+
+@click.command(
+    cls=GroupedCommand,
+    examples=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--prompt", multiple=True, metavar="TEXT", help="What to draw; repeat it for several clips.")
+@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, one a line.")
+@click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]")
+@click.option("--height", type=int, help="Pixels.  [default: what the export was tuned for]")
+@click.option("--width", type=int, help="Pixels.")
+@click.option("--num-frames", type=int, help="Frames.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first noise, the same for every prompt.")
+@click.option("--steps", type=int, help="Denoising steps.  [default: the schedule's, or the model's]")
+@click.option("--guidance", type=float, metavar="SCALE", help="Guidance scale.  [default: the model's]")
+@click.option(
+    "--mode",
+    type=click.Choice(["switch", "a4", "a8", "16"]),
+    help="switch: 4 or 8 activation bits, chosen at each step (delta-GBS). a4, a8: always that. 16: the original checkpoint "
+    "in PyTorch.  [default: switch]",
+)
+@click.option(
+    "--delta",
+    type=float,
+    help="A step runs on a4 while the output has changed by less since the last a8 step; 0 is always a8.  "
+    "[default: 0.12]",
+)
+@click.option(
+    "--last-high", type=int, metavar="N", help="Run the last N steps on a8, whatever delta says.  [default: 0]"
+)
+@click.option("--schedule", type=click.Path(path_type=Path), metavar="PATH", help="Follow a schedule of dvdq-plan.")
+@click.option(
+    "--average-bits", type=float, metavar="BITS", help="Switch with the delta that had this average in --schedule."
+)
+@click.option(
+    "--cache",
+    metavar="THRESHOLD|off",
+    default="off",
+    show_default=True,
+    help="Skip a step when the output is predicted to change by less than this since the last computed one.",
+)
+@click.option("--compare", is_flag=True, help="16 bit, a8, switch and a4 from one seed, side by side, with PSNR.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The clip, .mp4 or .gif; numbered if several.",
+)
+@click.option("--gif", type=click.Path(path_type=Path), metavar="PATH", help="The clip as a GIF too.")
+@click.option(
+    "--strip", type=click.Path(path_type=Path), metavar="PATH", help="Frames as one PNG, a row for each clip."
+)
+@click.option(
+    "--trace", type=click.Path(path_type=Path), metavar="PATH", help="Every step with bits, reason and seconds."
+)
+@click.option("--fps", type=float, help="Frames per second of the files.  [default: the model's]")
+@click.option(
+    "--pipeline",
+    metavar="PATH",
+    help="Folder or hub id with text encoder, VAE, scheduler.  [default: the exported model]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime", "pytorch", "rtx", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="auto: an engine for this GPU, else ONNX Runtime.",
+)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where it runs.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
+@click.version_option(__version__, prog_name="dvdq-run")
+@report_errors
+def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
+    """Generate video with the export in folder OUT and write clips to -o."""
+    setup_logging(verbose, log_format)
+    settings = RunOptions(**options)
+    prompts = read_prompts(settings)
+    check_options(settings)
+
+    from dvdquant.deploy.artifact import Artifact
+    from dvdquant.deploy.generate import open_generator
+    from dvdquant.progress import Progress
+
+    from .run_outputs import Writer
+
+    writer = Writer.open(settings, len(prompts))
+    artifact = Artifact.open(out)
+    progress = Progress("json" if log_format == "json" else "text")
+    with open_generator(
+        artifact, pipeline=settings.pipeline, backend=settings.backend, device=settings.device
+    ) as generator:
+        # Every request is checked, and every engine loaded, before the first clip is drawn.
+        plan = [[generator.check(r) for r in requests_for(settings, artifact, p)] for p in prompts]
+        for request in plan[0]:
+            generator.prepare(request)
+        for requests in plan:
+            results = [generate_one(generator, request, progress) for request in requests]
+            writer.clip(results, generator.fps(len(results[0].frames)), progress)
+    writer.finish(artifact, progress)
+
+
+def generate_one(generator: Generator, request: GenerateRequest, progress: Progress) -> GenerateResult:
+    """One clip, with a bar that shows the bits of every step."""
+    title = "16 bit" if request.mode == "16" else request.mode
+    with step_bar(progress, title, request.steps or 0) as on_step:
+        return generator.generate(request, on_step)
+
+
+@contextmanager
+def step_bar(progress: Progress, title: str, steps: int) -> Iterator[Callable[[Any], None]]:
+    """A callback for every record of the trace: the bar moves with the first call of each step."""
+    from dvdquant.deploy.run_report import bits_name, block
+
+    blocks: list[str] = []
+    last = -1
+    with progress.stage(title, steps, "steps") as stage:
+
+        def on_step(record: Any) -> None:
+            nonlocal last
+            progress.event("step", **record.to_json())
+            if record.step == last:
+                return
+            last = record.step
+            blocks.append(block(record.bits))
+            stage.update(1, f"{bits_name(record.bits):<4} {''.join(blocks[-40:])}")
+
+        yield on_step
+
+
+def requests_for(settings: RunOptions, artifact: Artifact, prompt: str) -> list[GenerateRequest]:
+    """The clips of one prompt: one, or one for every mode to compare."""
+    from dvdquant.deploy.request import GenerateRequest
+    from dvdquant.deploy.schedule import Schedule
+
+    schedule = None
+    if settings.schedule is not None:
+        schedule = Schedule.load(settings.schedule, artifact.manifest, settings.steps)
+    names = ("negative_prompt", "height", "width", "num_frames", "seed", "guidance", "delta")
+    request = GenerateRequest(
+        prompt,
+        steps=schedule.steps if settings.steps is None and schedule is not None else settings.steps,
+        cache=parse_cache(settings.cache),
+        last_high=settings.last_high or 0,
+        **{name: getattr(settings, name) for name in names},
+    )
+    bits = [f"a{b}" for b in artifact.bits(artifact.components[0])]
+    switching = [_switching(request, settings, schedule)] if len(bits) > 1 else []
+    if settings.compare:
+        fixed = {mode: dataclasses.replace(request, mode=mode, cache=None, delta=None) for mode in ("16", *bits)}
+        return [fixed["16"], *(fixed[mode] for mode in reversed(bits[1:])), *switching, fixed[bits[0]]]
+    if settings.mode in (None, "switch") and switching:
+        return switching
+    mode = settings.mode or bits[0]
+    return [dataclasses.replace(request, mode=mode)]
+
+
+def _switching(request: GenerateRequest, settings: RunOptions, schedule: Any) -> GenerateRequest:
+    """The request that switches: by a schedule's bits, by the δ of a wanted average in it, or by δ."""
+    if schedule is None:
+        return dataclasses.replace(request, mode="switch")
+    if settings.average_bits is not None:
+        from dvdquant.deploy.request import delta_for_average
+
+        delta = delta_for_average(schedule, settings.average_bits)
+        last = schedule.details.get("last_high", 0) if settings.last_high is None else settings.last_high
+        return dataclasses.replace(request, mode="switch", delta=delta, last_high=last)
+    return dataclasses.replace(request, mode="planned", schedule=schedule)
+
+
+# ----------------------------------------------------------------------------------------------------- checking options
+
+
+def check_options(settings: RunOptions) -> None:
+    """UnsupportedError for options that contradict each other, naming the one to leave out."""
+    fixed = settings.mode in ("a4", "a8", "16")
+    clashes = {
+        f"--compare draws every mode, so --mode {settings.mode} does not apply": settings.compare and settings.mode,
+        f"--delta switches engines, and --mode {settings.mode} does not": settings.delta is not None and fixed,
+        f"--schedule says the bits of each step, and so does --mode {settings.mode}": settings.schedule and fixed,
+        "--schedule says the bits of each step, so --delta does not apply": settings.schedule
+        and settings.delta is not None,
+        "--last-high is for switching engines by delta": settings.last_high is not None
+        and (fixed or (settings.schedule and settings.average_bits is None)),
+        "--average-bits is read from a schedule, and none was given": settings.average_bits is not None
+        and not settings.schedule,
+        "--schedule says which steps are skipped, so --cache does not apply": settings.schedule
+        and settings.average_bits is None
+        and settings.cache != "off",
+        "--cache skips steps of the engines, and --mode 16 runs the original checkpoint": settings.cache != "off"
+        and settings.mode == "16",
+    }
+    for what, clash in clashes.items():
+        if clash:
+            missing = "none was given" in what
+            fix = "give --schedule PATH, made by dvdq-plan" if missing else "leave one of the two out"
+            raise UnsupportedError(what, fix=fix)
+    parse_cache(settings.cache)
+
+
+def parse_cache(text: str) -> float | None:
+    """``off`` or a threshold; ShapeError otherwise."""
+    if text == "off":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ShapeError(f"--cache is {text!r:.80}", available="a number such as 0.02, or off") from None
+
+
+def read_prompts(settings: RunOptions) -> list[str]:
+    """The prompts of ``--prompt`` and of the file; ShapeError for an empty one, OutputError for a file that cannot be used."""
+    prompts = list(settings.prompt)
+    if settings.prompts is not None:
+        prompts += _read_file(settings.prompts)
+    if not prompts:
+        raise ShapeError("there is no prompt", fix='give --prompt "..." or --prompts FILE')
+    for prompt in prompts:
+        if not prompt.strip():
+            raise ShapeError("the prompt is empty", fix='describe the clip: --prompt "..."')
+    if len(prompts) > MAX_PROMPTS:
+        raise ShapeError(f"{len(prompts)} prompts", available=f"up to {MAX_PROMPTS} in one run", fix="split them")
+    return prompts
+
+
+def _read_file(path: Path) -> list[str]:
+    from dvdquant.files import read_limited
+
+    try:
+        text = read_limited(path, MAX_PROMPT_FILE).decode("utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"the prompt file {path} cannot be used: {reason}",
+            available=f"UTF-8 text, one prompt a line, up to {MAX_PROMPT_FILE >> 10} KiB",
+        ) from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ShapeError(f"the prompt file {path} is empty", fix="write one prompt a line")
+    return prompts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""ctypes binding of kernels/include/dvdquant/kernels.h: the same structs and calls, pointers as plain integers.
+
+Nothing here imports PyTorch or needs a device: planning and workspace sizes are host-only functions of the library. The
+library is looked for, in this order:
+
+1. the file that the environment variable ``DVDQUANT_KERNELS`` names (an error if it is not there),
+2. ``build/kernels/libdvdquant_kernels.so`` of a checkout, which ``make kernels`` writes,
+3. ``_native/libdvdquant_kernels.so`` inside the installed package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import DvdquantError, ResourceError, ShapeError, UnsupportedError
+from ..repack import LayerShape
+
+__all__ = [
+    "ABI_VERSION",
+    "DTYPES",
+    "KernelError",
+    "KernelLibrary",
+    "LayerPlan",
+    "WeightPointers",
+    "find_library",
+    "load_library",
+]
+
+ABI_VERSION = 1
+ENVIRONMENT = "DVDQUANT_KERNELS"
+LIBRARY = "libdvdquant_kernels.so"
+BUILD = "run `make kernels` in a checkout (needs nvcc), or set DVDQUANT_KERNELS to the built library"
+DTYPES = ("bf16", "fp16")
+CODES = ("s4", "s8", "e4m3")
+
+
+class KernelError(DvdquantError):
+    """The kernel library cannot be loaded, or the CUDA runtime refused a launch."""
+
+
+# dvdq_status other than DVDQ_OK.
+_ERRORS: dict[int, type[DvdquantError]] = {1: ShapeError, 2: UnsupportedError, 3: ResourceError, 4: KernelError}
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n", "k", "weight_groups")),
+        *((name, ctypes.c_int32) for name in ("real_zero", "block", "outer", "act_bits", "act_group", "dtype")),
+    ]
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "factor", "zero", "bias")]
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("path", "codes", "scale_rows", "needs_sums")),
+        *((name, ctypes.c_int64) for name in ("prepared_bytes", "codes_bytes_per_token")),
+    ]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """``dvdq_plan``: what a device needs for a layer.
+
+    Args:
+        path: one of :data:`dvdquant.repack.PATHS`.
+        codes: ``s4``, ``s8`` or ``e4m3``, what rotate_quantize emits.
+        scale_rows: activation scales per token.
+        needs_sums: whether the GEMM reads the token sums.
+        prepared_bytes: of the prepared weight. codes_bytes_per_token: of the codes.
+    """
+
+    path: str
+    codes: str
+    scale_rows: int
+    needs_sums: bool
+    prepared_bytes: int
+    codes_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class WeightPointers:
+    """``dvdq_weight``: device addresses of the canonical tensors; bias 0 for none."""
+
+    codes: int
+    scale: int
+    factor: int
+    zero: int
+    bias: int = 0
+
+
+class KernelLibrary:
+    """An opened library; every method raises the error its status stands for, with the library's own message.
+
+    ``ShapeError`` for DVDQ_BAD_ARGUMENT, ``UnsupportedError`` for DVDQ_UNSUPPORTED, ``ResourceError`` for
+    DVDQ_WORKSPACE, :class:`KernelError` for DVDQ_CUDA_ERROR. Addresses are integers, 0 is null, and a stream is the
+    integer of a ``cudaStream_t``. ``sm`` is major · 10 + minor.
+
+    Raises:
+        KernelError: the file is no such library, or has another ABI version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._library = ctypes.CDLL(str(path))
+            self._declare()
+        except (OSError, AttributeError) as error:
+            raise KernelError(f"{path} is not a usable kernel library: {error}", fix=BUILD) from error
+        version = int(self._library.dvdq_abi_version())
+        if version != ABI_VERSION:
+            raise KernelError(
+                f"{path} has ABI version {version}", available=f"this dvdquant speaks {ABI_VERSION}", fix=BUILD
+            )
+        self.architectures = tuple(self._library.dvdq_architectures().decode().split(";"))
+
+    def _declare(self) -> None:
+        layer, i32, i64, pointer = ctypes.POINTER(_Layer), ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+        signatures: dict[str, tuple[type, list[type]]] = {
+            "last_error": (ctypes.c_char_p, []),
+            "abi_version": (i32, []),
+            "architectures": (ctypes.c_char_p, []),
+            "path_name": (ctypes.c_char_p, [i32]),
+            "plan_layer": (i32, [layer, i32, ctypes.POINTER(_Plan)]),
+            "workspace_bytes": (i32, [layer, i32, i64, ctypes.POINTER(i64)]),
+            "prepare_weight": (i32, [layer, i32, ctypes.POINTER(_Weight), pointer, i64, pointer]),
+            "rotate_quantize": (i32, [layer, i32, *[pointer] * 5, i64, pointer]),
+            "linear_gemm": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
+            "quant_linear": (i32, [layer, i32, *[pointer] * 4, i64, pointer, i64, pointer]),
+        }
+        for name, (result, arguments) in signatures.items():
+            function = getattr(self._library, f"dvdq_{name}")
+            function.restype, function.argtypes = result, arguments
+
+    def _check(self, status: int) -> None:
+        if status:
+            text = self._library.dvdq_last_error().decode(errors="replace")
+            raise _ERRORS.get(status, KernelError)(text or f"the kernel library answered status {status}")
+
+    def path_name(self, path: int) -> str:
+        """Name of a ``dvdq_path``, as in :data:`dvdquant.repack.PATHS`."""
+        return str(self._library.dvdq_path_name(path).decode()).lower()
+
+    def plan_layer(self, layer: LayerShape, sm: int) -> LayerPlan:
+        """How ``layer`` runs on ``sm``; needs no device."""
+        plan = _Plan()
+        self._check(self._library.dvdq_plan_layer(_layer(layer), sm, ctypes.byref(plan)))
+        return LayerPlan(
+            self.path_name(plan.path),
+            CODES[plan.codes],
+            plan.scale_rows,
+            bool(plan.needs_sums),
+            plan.prepared_bytes,
+            plan.codes_bytes_per_token,
+        )
+
+    def workspace_bytes(self, layer: LayerShape, sm: int, tokens: int) -> int:
+        """Bytes of workspace :meth:`quant_linear` needs; needs no device."""
+        size = ctypes.c_int64()
+        self._check(self._library.dvdq_workspace_bytes(_layer(layer), sm, tokens, ctypes.byref(size)))
+        return size.value
+
+    def prepare_weight(
+        self, layer: LayerShape, sm: int, weight: WeightPointers, prepared: int, prepared_bytes: int, stream: int
+    ) -> None:
+        """Packed weight to the buffer ``prepared`` of ``plan.prepared_bytes`` bytes, 256-byte aligned."""
+        pointers = _Weight(weight.codes, weight.scale, weight.factor, weight.zero, weight.bias or None)
+        self._check(
+            self._library.dvdq_prepare_weight(
+                _layer(layer), sm, ctypes.byref(pointers), prepared, prepared_bytes, stream
+            )
+        )
+
+    def rotate_quantize(
+        self,
+        layer: LayerShape,
+        sm: int,
+        x: int,
+        outer: int,
+        codes: int,
+        scales: int,
+        sums: int,
+        tokens: int,
+        stream: int,
+    ) -> None:
+        """x [M, K] to codes, scales and sums; ``outer`` is 0 where the outer factor is 1, ``sums`` 0 for none."""
+        self._check(
+            self._library.dvdq_rotate_quantize(_layer(layer), sm, x, outer, codes, scales, sums, tokens, stream)
+        )
+
+    def linear_gemm(
+        self,
+        layer: LayerShape,
+        sm: int,
+        codes: int,
+        scales: int,
+        sums: int,
+        prepared: int,
+        y: int,
+        tokens: int,
+        workspace: int,
+        workspace_bytes: int,
+        stream: int,
+    ) -> None:
+        """Codes and prepared weight to y [M, N]."""
+        self._check(
+            self._library.dvdq_linear_gemm(
+                _layer(layer), sm, codes, scales, sums, prepared, y, tokens, workspace, workspace_bytes, stream
+            )
+        )
+
+    def quant_linear(
+        self,
+        layer: LayerShape,
+        sm: int,
+        x: int,
+        outer: int,
+        prepared: int,
+        y: int,
+        tokens: int,
+        workspace: int,
+        workspace_bytes: int,
+        stream: int,
+    ) -> None:
+        """Both in one call, with the codes in the workspace."""
+        self._check(
+            self._library.dvdq_quant_linear(
+                _layer(layer), sm, x, outer, prepared, y, tokens, workspace, workspace_bytes, stream
+            )
+        )
+
+
+def find_library() -> Path | None:
+    """The kernel library of this installation, or None if it was not built.
+
+    Raises:
+        KernelError: ``DVDQUANT_KERNELS`` names a file that is not there.
+    """
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        if not Path(named).is_file():
+            raise KernelError(f"{ENVIRONMENT}={named}: there is no such file", fix=BUILD)
+        return Path(named)
+    package = Path(__file__).resolve().parent.parent
+    candidates = (package.parent / "build" / "kernels" / LIBRARY, package / "_native" / LIBRARY)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def load_library() -> KernelLibrary:
+    """The library of this installation, opened once per file.
+
+    Raises:
+        KernelError: it was not built, or it cannot be used.
+    """
+    path = find_library()
+    if path is None:
+        raise KernelError("the CUDA kernel library is not built", fix=BUILD)
+    return _opened(path.resolve())
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(path: Path) -> KernelLibrary:
+    return KernelLibrary(path)
+
+
+def _layer(layer: LayerShape) -> _Layer:
+    if layer.dtype not in DTYPES:
+        raise UnsupportedError(f"the kernels have no {layer.dtype} activations", available=DTYPES)
+    return _Layer(
+        layer.n,
+        layer.k,
+        layer.weight_groups,
+        int(layer.real_zero),
+        layer.block,
+        layer.outer,
+        layer.act_bits,
+        layer.act_group,
+        DTYPES.index(layer.dtype),
+    )

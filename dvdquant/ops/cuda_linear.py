@@ -1,0 +1,362 @@
+"""The CUDA side of the ops: tensors to the kernel library's addresses, prepared weights kept per weight tensor.
+
+A layer runs on the kernels when the library is built, x is bf16 or fp16, activations have 4 or 8 bits, and the library
+has a path for the layer on that device. Anything else on a CUDA device computes the PyTorch reference, slower and in
+fp32, and logs a warning once per reason; with ``reference_policy("raise")`` it is an UnsupportedError instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..errors import ShapeError, UnsupportedError
+from ..hadamard import hadamard_matrix
+from ..repack import LayerShape
+from .cuda import BUILD, KernelError, KernelLibrary, LayerPlan, WeightPointers, find_library, load_library
+
+__all__ = [
+    "CudaKernels",
+    "PackedLayer",
+    "PreparedCache",
+    "kernels_for",
+    "layer_shape",
+    "reference_policy",
+    "run_quant_linear",
+]
+
+log = logging.getLogger(__name__)
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+# Loads and the copy engine work on 16 bytes at a time.
+_ALIGNMENT = 16
+_policy: Literal["log", "raise"] = "log"
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """The tensors of one quantized layer as the op gets them; shapes in ``ops/quant_linear.py``."""
+
+    weight: Tensor
+    scale: Tensor
+    factor: Tensor
+    zero: Tensor
+    bias: Tensor
+    hadamard: Tensor
+    outer: Tensor
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """What a prepared weight is made of."""
+        return (self.weight, self.scale, self.factor, self.zero, self.bias)
+
+
+class CudaKernels:
+    """The library's calls on tensors of one device.
+
+    Buffers come from :meth:`allocate` (torch's caching allocator, so they are ordered by the stream), work goes to the
+    device's current stream.
+
+    Args:
+        library: :class:`KernelLibrary`, or anything with its methods.
+        sm: major · 10 + minor of the device.
+    """
+
+    def __init__(self, library: KernelLibrary, sm: int) -> None:
+        self.library, self.sm = library, sm
+        self.plan = functools.lru_cache(maxsize=4096)(functools.partial(self._plan))
+
+    def _plan(self, layer: LayerShape) -> LayerPlan:
+        return self.library.plan_layer(layer, self.sm)
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialized tensor."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def prepare(self, layer: LayerShape, packed: tuple[Tensor, ...]) -> Tensor:
+        """(weight, scale, factor, zero, bias) to the prepared weight, uint8 [plan.prepared_bytes]."""
+        size = self.plan(layer).prepared_bytes
+        tensors = [t.contiguous() for t in packed]
+        prepared = self.allocate((size,), torch.uint8, tensors[0].device)
+        with _on(prepared) as stream:
+            pointers = WeightPointers(*(t.data_ptr() for t in tensors))
+            self.library.prepare_weight(layer, self.sm, pointers, prepared.data_ptr(), size, stream)
+        return prepared
+
+    def rotate_quantize(self, layer: LayerShape, x: Tensor, outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [M, K] to codes uint8 [M, bytes], scales and sums fp32 [scale rows, M]."""
+        plan = self.plan(layer)
+        x, tokens = _aligned(x), len(x)
+        codes = self.allocate((tokens, plan.codes_bytes_per_token), torch.uint8, x.device)
+        scales = self.allocate((plan.scale_rows, tokens), torch.float32, x.device)
+        sums = self.allocate((plan.scale_rows, tokens), torch.float32, x.device)
+        if tokens:
+            with _on(x) as stream:
+                self.library.rotate_quantize(
+                    layer,
+                    self.sm,
+                    x.data_ptr(),
+                    _outer_pointer(layer, outer),
+                    codes.data_ptr(),
+                    scales.data_ptr(),
+                    sums.data_ptr(),
+                    tokens,
+                    stream,
+                )
+        return codes, scales, sums
+
+    def linear_gemm(self, layer: LayerShape, codes: Tensor, scales: Tensor, sums: Tensor, prepared: Tensor) -> Tensor:
+        """What :meth:`rotate_quantize` and :meth:`prepare` gave, to y [M, N] of the layer's dtype."""
+        tokens = len(codes)
+        y = self.allocate((tokens, layer.n), DTYPES[layer.dtype], codes.device)
+        if tokens:
+            size = self.library.workspace_bytes(layer, self.sm, tokens)
+            workspace = self.allocate((size,), torch.uint8, codes.device)
+            with _on(codes) as stream:
+                self.library.linear_gemm(
+                    layer,
+                    self.sm,
+                    codes.data_ptr(),
+                    scales.data_ptr(),
+                    sums.data_ptr() if self.plan(layer).needs_sums else 0,
+                    prepared.data_ptr(),
+                    y.data_ptr(),
+                    tokens,
+                    workspace.data_ptr(),
+                    size,
+                    stream,
+                )
+        return y
+
+    def quant_linear(self, layer: LayerShape, x: Tensor, outer: Tensor, prepared: Tensor) -> Tensor:
+        """x [M, K] to y [M, N] in one call; can be captured in a CUDA graph."""
+        x, tokens = _aligned(x), len(x)
+        y = self.allocate((tokens, layer.n), x.dtype, x.device)
+        if tokens:
+            size = self.library.workspace_bytes(layer, self.sm, tokens)
+            workspace = self.allocate((size,), torch.uint8, x.device)
+            with _on(x) as stream:
+                self.library.quant_linear(
+                    layer,
+                    self.sm,
+                    x.data_ptr(),
+                    _outer_pointer(layer, outer),
+                    prepared.data_ptr(),
+                    y.data_ptr(),
+                    tokens,
+                    workspace.data_ptr(),
+                    size,
+                    stream,
+                )
+        return y
+
+
+class PreparedCache:
+    """Prepared weights, each living as long as the packed weight tensor it was made from.
+
+    An entry is keyed by the weight tensor and the path, and made again when one of the five stored tensors was replaced,
+    moved or changed in place. On 8-bit paths it takes one byte per weight, beside the half byte of the packed one.
+    4- and 8-bit activations share an entry where they run on the same path.
+    """
+
+    def __init__(self) -> None:
+        self._entries: Any = WeakTensorKeyDictionary()
+        self._sylvester: Any = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return sum(len(paths) for paths in self._entries.values())
+
+    def get(self, kernels: CudaKernels, layer: LayerShape, packed: PackedLayer) -> Tensor:
+        """The prepared weight of a layer.
+
+        Raises:
+            KernelError: it would have to be made while a CUDA graph is being captured.
+        """
+        plan = kernels.plan(layer)
+        key = (plan.path, plan.prepared_bytes)
+        state = tuple((t.data_ptr(), _version(t)) for t in packed.stored())
+        with self._lock:
+            paths = self._entries.setdefault(packed.weight, {})
+            if key in paths and paths[key][0] == state:
+                prepared: Tensor = paths[key][1]
+                return prepared
+            _refuse_capture(packed.weight, "its weight is prepared at the first call")
+            prepared = kernels.prepare(layer, packed.stored())
+            _synchronize(prepared)
+            paths[key] = (state, prepared)
+            return prepared
+
+    def is_sylvester(self, hadamard: Tensor) -> bool:
+        """Whether ``hadamard`` is the Sylvester matrix / √b, the only inner factor the kernels have."""
+        version = _version(hadamard)
+        with self._lock:
+            known = self._sylvester.get(hadamard)
+            if known is None or known[0] != version:
+                _refuse_capture(hadamard, "its Hadamard matrix is checked at the first call")
+                order = hadamard.shape[0]
+                power = order & (order - 1) == 0
+                same = power and torch.equal(hadamard, hadamard_matrix(order).to(hadamard))
+                self._sylvester[hadamard] = known = (version, same)
+            return bool(known[1])
+
+
+CACHE = PreparedCache()
+
+
+def run_quant_linear(
+    kernels: CudaKernels, cache: PreparedCache, x: Tensor, packed: PackedLayer, act_bits: int, act_group: int
+) -> Tensor:
+    """``dvdquant::quant_linear`` on the kernels; UnsupportedError where only the reference can."""
+    layer = layer_shape(x, packed, act_bits, act_group)
+    kernels.plan(layer)
+    if not cache.is_sylvester(packed.hadamard):
+        raise UnsupportedError("the kernels rotate by Sylvester matrices, and the hadamard input is another one")
+    prepared = cache.get(kernels, layer, packed)
+    outer = packed.outer.contiguous()
+    y = kernels.quant_linear(layer, x.reshape(x.numel() // layer.k, layer.k), outer, prepared)
+    return y.reshape(*x.shape[:-1], layer.n)
+
+
+def layer_shape(x: Tensor, packed: PackedLayer, act_bits: int, act_group: int) -> LayerShape:
+    """The layer that the tensors describe.
+
+    Raises:
+        ShapeError: x has another number of channels, or the tensors are on several devices.
+        UnsupportedError: a dtype the kernels have none for.
+    """
+    rows, half = packed.weight.shape
+    if x.ndim == 0 or x.shape[-1] != 2 * half:
+        raise ShapeError(f"a layer of {2 * half} channels got a tensor of shape {tuple(x.shape)}")
+    devices = {t.device for t in (x, *packed.stored(), packed.hadamard, packed.outer)}
+    if len(devices) > 1:
+        raise ShapeError(
+            f"x and the layer are on different devices: {', '.join(sorted(map(str, devices)))}",
+            fix="move the model with .to(device)",
+        )
+    if x.dtype not in DTYPE_NAMES:
+        raise UnsupportedError(f"the kernels have no {x.dtype} activations", available=DTYPE_NAMES.values())
+    real = not packed.zero.is_floating_point()
+    block, outer = packed.hadamard.shape[0], packed.outer.shape[0]
+    name = DTYPE_NAMES[x.dtype]
+    return LayerShape(rows, 2 * half, packed.factor.shape[1], real, block, outer, act_bits, act_group, name)
+
+
+def kernels_for(device: torch.device) -> CudaKernels | None:
+    """The kernels of a CUDA device, looked for once per process; None if the library is not built.
+
+    Raises:
+        KernelError: there is a library, but it cannot be used.
+    """
+    return _kernels_for(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernels_for(index: int) -> CudaKernels | None:
+    if find_library() is None:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return CudaKernels(load_library(), 10 * major + minor)
+
+
+def require_kernels(device: torch.device) -> CudaKernels:
+    """As :func:`kernels_for`; KernelError with the build command where there is no library."""
+    kernels = kernels_for(device)
+    if kernels is None:
+        raise KernelError("the CUDA kernel library is not built", fix=BUILD)
+    return kernels
+
+
+def quant_linear_cuda(x: Tensor, packed: PackedLayer, act_bits: int, act_group: int) -> Tensor | None:
+    """y on the kernels, or None where the reference has to compute it (logged once per reason)."""
+    kernels = kernels_for(x.device)
+    reason = f"the CUDA kernel library is not built; {BUILD}"
+    if kernels is not None:
+        try:
+            return run_quant_linear(kernels, CACHE, x, packed, act_bits, act_group)
+        except UnsupportedError as error:
+            reason = str(error)
+    if _policy == "raise":
+        raise UnsupportedError(f"no CUDA kernel runs this layer: {reason}")
+    _notice(reason)
+    return None
+
+
+@contextmanager
+def reference_policy(policy: Literal["log", "raise"]) -> Iterator[None]:
+    """What happens on a CUDA device where only the PyTorch reference can compute a layer: ``log`` once, or ``raise``."""
+    global _policy
+    before, _policy = _policy, policy
+    try:
+        yield
+    finally:
+        _policy = before
+
+
+@functools.lru_cache(maxsize=256)
+def _notice(reason: str) -> None:
+    log.warning("quant_linear computes the slow PyTorch reference on the GPU: %s", reason)
+
+
+def layer_with_path(kernels: CudaKernels, layer: LayerShape, path: str, **choices: tuple[Any, ...]) -> LayerShape:
+    """The first layer, over the given choices of fields, that runs on ``path``; UnsupportedError if there is none."""
+    found: dict[str, None] = {}
+    candidates = [layer]
+    for name, values in choices.items():
+        candidates = [replace(c, **{name: v}) for c in candidates for v in values]
+    for candidate in candidates:
+        try:
+            chosen = kernels.plan(candidate).path
+        except UnsupportedError:
+            continue
+        if chosen == path:
+            return candidate
+        found[chosen] = None
+    raise UnsupportedError(f"SM {kernels.sm / 10} does not run such a layer on {path}", available=found)
+
+
+def _refuse_capture(tensor: Tensor, why: str) -> None:
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise KernelError(
+            f"a quantized layer is being captured in a CUDA graph before it ever ran: {why}",
+            fix="call the model once before capturing it",
+        )
+
+
+def _synchronize(tensor: Tensor) -> None:
+    """Once per prepared weight, so that it can be used from every stream."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
+
+
+def _version(tensor: Tensor) -> int:
+    # Inference tensors count no versions.
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % _ALIGNMENT else x
+
+
+def _outer_pointer(layer: LayerShape, outer: Tensor) -> int:
+    return outer.data_ptr() if layer.outer > 1 else 0
+
+
+@contextmanager
+def _on(tensor: Tensor) -> Iterator[int]:
+    """The tensor's device as the current one; gives its current stream."""
+    if not tensor.is_cuda:
+        yield 0
+        return
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream(tensor.device).cuda_stream

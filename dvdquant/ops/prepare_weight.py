@@ -1,0 +1,61 @@
+"""``dvdquant::prepare_weight``: a packed weight to the buffer that the GEMM of a path reads (``repack.py``)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..repack import PATHS, LayerShape, prepare, prepared_bytes, to_bytes
+
+__all__ = ["packed_shape", "prepare_weight"]
+
+
+def packed_shape(weight: Tensor, weight_factor: Tensor, weight_zero: Tensor) -> LayerShape:
+    """n, k, weight_groups and real_zero of a packed weight."""
+    return LayerShape(weight.shape[0], 2 * weight.shape[1], weight_factor.shape[1], not weight_zero.is_floating_point())
+
+
+@torch.library.custom_op("dvdquant::prepare_weight", mutates_args=())
+def prepare_weight(
+    weight: Tensor, weight_scale: Tensor, weight_factor: Tensor, weight_zero: Tensor, bias: Tensor, path: str
+) -> Tensor:
+    """Repack or expand a weight once, for :func:`dvdquant.ops.linear_gemm.linear_gemm`.
+
+    Args:
+        weight, weight_scale, weight_factor, weight_zero, bias: as in ``dvdquant::quant_linear``.
+        path: one of :data:`dvdquant.repack.PATHS`; on CUDA one that the device runs.
+
+    Returns:
+        uint8 [bytes]: codes, fp32 row scales, row zero-points and bias, on s4_group factors and group zero-points.
+
+    Raises:
+        UnsupportedError: an unknown path, or weight groups on s4_token.
+    """
+    layer = packed_shape(weight, weight_factor, weight_zero)
+    tensors = (weight, weight_scale, weight_factor, weight_zero, bias)
+    prepared = prepare(layer, path, *(t.numpy(force=True) for t in tensors))
+    return torch.from_numpy(np.frombuffer(bytearray(to_bytes(prepared)), np.uint8))
+
+
+@prepare_weight.register_fake
+def _prepare_weight_fake(
+    weight: Tensor, weight_scale: Tensor, weight_factor: Tensor, weight_zero: Tensor, bias: Tensor, path: str
+) -> Tensor:
+    layer = packed_shape(weight, weight_factor, weight_zero)
+    return weight.new_empty((prepared_bytes(layer, path),), dtype=torch.uint8)
+
+
+@prepare_weight.register_kernel("cuda")
+def _prepare_weight_cuda(
+    weight: Tensor, weight_scale: Tensor, weight_factor: Tensor, weight_zero: Tensor, bias: Tensor, path: str
+) -> Tensor:
+    from .cuda_linear import layer_with_path, require_kernels
+
+    if path not in PATHS:
+        raise UnsupportedError(f"unknown path {path!r}", available=PATHS)
+    kernels = require_kernels(weight.device)
+    shape = packed_shape(weight, weight_factor, weight_zero)
+    layer = layer_with_path(kernels, shape, path, act_bits=(8, 4), act_group=(0, 128, 64))
+    return kernels.prepare(layer, (weight, weight_scale, weight_factor, weight_zero, bias))

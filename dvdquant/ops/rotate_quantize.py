@@ -1,0 +1,88 @@
+"""``dvdquant::rotate_quantize``: the first half of a quantized linear layer, x to the codes the GEMM of a path reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..arq import quantize_activation
+from ..errors import UnsupportedError
+from ..packing import pack_int4
+from ..repack import PATHS, LayerShape
+from .quant_linear import rotate_by_matrices
+
+__all__ = ["encode_codes", "rotate_quantize"]
+
+
+def encode_codes(codes: Tensor, path: str) -> Tensor:
+    """Codes int8 [M, K] as a path holds them: uint8 [M, K/2] packed (s4), [M, K] two's complement (s8) or e4m3."""
+    if path.startswith("s4"):
+        return pack_int4(codes)
+    if path == "e4m3_group":
+        return codes.to(torch.float32).to(torch.float8_e4m3fn).view(torch.uint8)
+    return codes.view(torch.uint8)
+
+
+@torch.library.custom_op("dvdquant::rotate_quantize", mutates_args=())
+def rotate_quantize(
+    x: Tensor, hadamard: Tensor, outer: Tensor, act_bits: int, act_group: int, path: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate x and round it to codes.
+
+    Args:
+        x: [M, K] float32 (CPU only), float16 or bfloat16.
+        hadamard: fp32 [b, b], the Sylvester matrix / √b on CUDA. outer: fp32 [p, p].
+        act_bits: 4 or 8. act_group: channels per scale, 0 for the whole token.
+        path: one of :data:`dvdquant.repack.PATHS`; on CUDA one that the device runs.
+
+    Returns:
+        codes uint8 [M, K/2] on s4 paths, [M, K] on others (:func:`encode_codes`); scales fp32 [groups, M]; token sums
+        fp32 [groups, M], the sum of a group's codes.
+
+    Raises:
+        UnsupportedError: an unknown path, or codes that it cannot hold.
+    """
+    _check(path, act_bits)
+    rotated = rotate_by_matrices(x.to(torch.float32), hadamard, outer)
+    codes, scales = quantize_activation(rotated, act_bits, act_group)
+    sums = codes.reshape(*scales.shape, x.shape[-1] // scales.shape[-1]).sum(dim=-1).to(torch.float32)
+    return encode_codes(codes, path), scales.T.contiguous(), sums.T.contiguous()
+
+
+@rotate_quantize.register_fake
+def _rotate_quantize_fake(
+    x: Tensor, hadamard: Tensor, outer: Tensor, act_bits: int, act_group: int, path: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, features = x.shape
+    groups = features // act_group if act_group else 1
+    codes = x.new_empty((tokens, features // 2 if path.startswith("s4") else features), dtype=torch.uint8)
+    scales, sums = (x.new_empty((groups, tokens), dtype=torch.float32) for _ in range(2))
+    return codes, scales, sums
+
+
+@rotate_quantize.register_kernel("cuda")
+def _rotate_quantize_cuda(
+    x: Tensor, hadamard: Tensor, outer: Tensor, act_bits: int, act_group: int, path: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .cuda_linear import CACHE, DTYPE_NAMES, layer_with_path, require_kernels
+
+    _check(path, act_bits)
+    if x.dtype not in DTYPE_NAMES or not CACHE.is_sylvester(hadamard):
+        raise UnsupportedError(
+            f"the kernels cannot rotate {x.dtype} by this matrix", available="bf16 and fp16, by Sylvester matrices"
+        )
+    kernels = require_kernels(x.device)
+    features = x.shape[1]
+    shape = LayerShape(
+        8, features, 1, False, len(hadamard), len(outer), act_bits, act_group, DTYPE_NAMES[x.dtype]
+    )  # fmt: skip
+    grouped = tuple(g for g in (1, features // 128, features // 64, features // 32) if g)
+    layer = layer_with_path(kernels, shape, path, weight_groups=grouped, real_zero=(False, True))
+    return kernels.rotate_quantize(layer, x, outer.contiguous())
+
+
+def _check(path: str, act_bits: int) -> None:
+    if path not in PATHS:
+        raise UnsupportedError(f"unknown path {path!r}", available=PATHS)
+    if act_bits != 4 and not path.startswith("s8"):
+        raise UnsupportedError(f"{path} holds no {act_bits}-bit codes", available="4-bit codes, or an s8 path")

@@ -1,0 +1,254 @@
+"""Times the kernels of a GPU on the linear layers of three models, against lower bounds and against other libraries.
+
+    python kernels/bench/bench.py                 the whole table, under four minutes on an H200
+    python kernels/bench/bench.py --shapes Wan    only layers whose name or sizes contain "Wan"
+
+Every number is the median of 20 calls after 3, by CUDA events, on random data, with the L2 emptied before each call. The
+table goes to ``kernels/bench/results/<date>-<gpu>.md``. Whether results are right is the matter of ``gpu_check.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from check_cases import make_weight
+from cublaslt import CublasLtError, Int8Product
+from peers import PEERS, REFUSALS, Peer, random_codes, random_tokens
+from report import Machine, Row, Shape, floor_gemm, floor_rotate_quantize, to_markdown
+from timing import CudaTimer, HostTimer, Timer, record_clocks
+
+from dvdquant.errors import DvdquantError, UnsupportedError
+from dvdquant.hadamard import Rotation
+from dvdquant.ops.cuda import KernelLibrary, load_library
+from dvdquant.ops.cuda_linear import CudaKernels
+from dvdquant.repack import LayerShape
+
+__all__ = ["MODES", "SHAPES", "Mode", "run", "to_markdown", "write"]
+
+SHAPES = (
+    Shape(118800, 3072, 3072, "HunyuanVideo"),
+    Shape(118800, 3072, 12288, "HunyuanVideo"),
+    Shape(118800, 12288, 3072, "HunyuanVideo"),
+    Shape(32760, 5120, 5120, "Wan-14B"),
+    Shape(75600, 5120, 13824, "Wan-14B"),
+    Shape(32760, 1536, 8960, "Wan-1.3B"),
+)
+SQUARE = Shape(8192, 8192, 8192)
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Activations of a quantized layer: bits, and channels per scale (0 = whole token)."""
+
+    name: str
+    act_bits: int
+    act_group: int
+
+    def layer(self, shape: Shape) -> LayerShape:
+        """The layer with mid-rise weights per row and the automatic rotation."""
+        rotation = Rotation.for_features(shape.k, "auto")
+        return LayerShape(
+            shape.n, shape.k, 1, False, rotation.inner, rotation.outer, self.act_bits, self.act_group, "bf16"
+        )
+
+
+# The first is what the others and the peers are compared with.
+MODES = (Mode("A8 token", 8, 0), Mode("A4 token", 4, 0), Mode("A4 group 128", 4, 128))
+
+
+def measure_copy(device: torch.device, timer: Timer) -> tuple[float, float]:
+    """Milliseconds of a device copy and its bytes per second, read and written ones together."""
+    source = random_codes(1, (1 << 30) if device.type == "cuda" else 1 << 20, device)
+    target = torch.empty_like(source)
+    milliseconds = timer.milliseconds(lambda: target.copy_(source))
+    return milliseconds, 2 * source.numel() / milliseconds * 1e3
+
+
+def measure_machine(device: torch.device, timer: Timer, square: Shape = SQUARE) -> tuple[Machine, list[Row]]:
+    """Copy bandwidth and the rates of large square products: what the floors are made of."""
+    copy_ms, copy = measure_copy(device, timer)
+    rows = [Row(None, "machine", "device copy", copy_ms, rate=f"{copy / 1e12:.2f} TB/s")]
+    a, b = (random_tokens(square, device, seed) for seed in (0, 1))
+    bf16_ms = timer.milliseconds(lambda: a @ b.t())
+    bf16 = square.operations / bf16_ms * 1e3
+    rows.append(Row(None, "machine", f"bf16 {square}", bf16_ms, rate=f"{bf16 / 1e12:.0f} TFLOP/s"))
+    int8 = 0.0
+    codes, weight = random_codes(square.m, square.k, device), random_codes(square.n, square.k, device, 1)
+    try:
+        product = Int8Product(codes, weight)
+    except CublasLtError as error:
+        rows.append(Row(None, "machine", f"cublasLt int8 {square}", None, note=f"absent: {error}"))
+    else:
+        product.choose(timer.brief().milliseconds)
+        int8_ms = timer.milliseconds(product.run)
+        product.close()
+        int8 = square.operations / int8_ms * 1e3
+        rows.append(Row(None, "machine", f"cublasLt int8 {square}", int8_ms, rate=f"{int8 / 1e12:.0f} TOPS"))
+    return Machine(copy, int8, bf16), rows
+
+
+def _tera(shape: Shape, milliseconds: float) -> str:
+    return f"{shape.operations / milliseconds / 1e9:.0f} T/s"
+
+
+def measure_mode(
+    kernels: CudaKernels, mode: Mode, x: torch.Tensor, shape: Shape, machine: Machine, timer: Timer
+) -> list[Row]:
+    """RQ, QL and both in one call of one layer; one row without a time where the library refuses."""
+    layer, reference = mode.layer(shape), mode is MODES[0]
+    try:
+        plan = kernels.plan(layer)
+    except UnsupportedError as error:
+        return [Row(shape, "RQ+QL", mode.name, None, ours=True, note=str(error))]
+    packed = make_weight(layer, "midrise", x.device, seed=2)
+    prepared = kernels.prepare(layer, packed.stored())
+    name = f"{mode.name} ({plan.path})"
+    rq = floor_rotate_quantize(shape, plan.codes_bytes_per_token, plan.scale_rows, machine)
+    ql = floor_gemm(shape, shape.m * plan.codes_bytes_per_token + plan.prepared_bytes, machine.int8, machine)
+    rq_ms = timer.milliseconds(lambda: kernels.rotate_quantize(layer, x, packed.outer))
+    rate = f"{rq * machine.copy / rq_ms / 1e12:.2f} TB/s"
+    rows = [Row(shape, "RQ", name, rq_ms, True, rq, rate, reference=reference)]
+    codes = kernels.rotate_quantize(layer, x, packed.outer)
+    ql_ms = timer.milliseconds(lambda: kernels.linear_gemm(layer, *codes, prepared))
+    rows.append(Row(shape, "QL", name, ql_ms, True, ql, _tera(shape, ql_ms), reference=reference))
+    both_ms = timer.milliseconds(lambda: kernels.quant_linear(layer, x, packed.outer, prepared))
+    resident = f"weight {plan.prepared_bytes / 2**20:.1f} MiB resident"
+    rows.append(Row(shape, "RQ+QL", name, both_ms, True, rq + ql, _tera(shape, both_ms), resident, reference=reference))
+    return rows
+
+
+def measure_peer(peer: Peer, x: torch.Tensor, shape: Shape, machine: Machine, timer: Timer) -> Row:
+    """One row; without a time, and with the reason, where the peer is absent or refuses."""
+    try:
+        prepared = peer.prepare(x, shape, timer)
+        milliseconds = timer.milliseconds(prepared.call)
+        prepared.close()
+    except (ImportError, CublasLtError) as error:
+        return Row(shape, peer.stage, peer.name, None, note=f"absent: {_first_line(error)}")
+    except REFUSALS as error:
+        return Row(shape, peer.stage, peer.name, None, note=f"refused: {_first_line(error)}")
+    rate = machine.bf16 if prepared.kind == "bf16" else machine.int8
+    floor = floor_gemm(shape, prepared.operand_bytes, rate, machine)
+    return Row(shape, peer.stage, peer.name, milliseconds, False, floor, _tera(shape, milliseconds))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].replace("|", "/")[:120]
+
+
+def run(
+    library: KernelLibrary,
+    device: torch.device | str,
+    *,
+    shapes: Sequence[Shape] = SHAPES,
+    peers: Sequence[Peer] = PEERS,
+    square: Shape = SQUARE,
+    timer: Timer | None = None,
+    sm: int | None = None,
+    seconds: float = 230.0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Measures everything; ``rows`` for :func:`to_markdown`.
+
+    Args:
+        library: the kernels, or anything with the methods of KernelLibrary.
+        device: where to run. sm: major · 10 + minor; the device's own by default.
+        shapes, peers: what to measure. square: the product whose rate the floors use.
+        timer: CUDA events by default on a GPU, the host's clock elsewhere.
+        seconds: peers that would start later than this are left out, and the table says so.
+        progress: told of every layer that starts.
+    """
+    device, start = torch.device(device), time.monotonic()
+    if timer is None:
+        timer = CudaTimer() if device.type == "cuda" else HostTimer()
+    if sm is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        sm = major * 10 + minor
+    kernels = CudaKernels(library, sm)
+    progress("machine")
+    machine, rows = measure_machine(device, timer, square)
+    for shape in shapes:
+        progress(str(shape))
+        x = random_tokens(shape, device)
+        for mode in MODES:
+            rows += measure_mode(kernels, mode, x, shape, machine, timer)
+        for peer in peers:
+            if time.monotonic() - start > seconds:
+                rows.append(Row(shape, peer.stage, peer.name, None, note=f"left out: {seconds:.0f} s were over"))
+            else:
+                rows.append(measure_peer(peer, x, shape, machine, timer))
+        del x
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def describe(device: torch.device, library: KernelLibrary) -> list[str]:
+    """The machine and the software, one line each."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return [
+        f"{name}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}",
+        f"kernels compiled for SM {', '.join(library.architectures)}",
+        "median of 20 calls after 3, CUDA events, L2 emptied before each, random data",
+        "floors: RQ one read of x and one write of codes at copy speed; QL the product at the measured 8192³ rate",
+    ]
+
+
+def write(rows: Sequence[Row], environment: Sequence[str], gpu: str, folder: Path = RESULTS) -> Path:
+    """Writes ``<date>-<gpu>.md`` and returns its path."""
+    date = datetime.date.today().isoformat()
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{date}-{slug}.md"
+    path.write_text(to_markdown(rows, f"Kernels on {gpu}, {date}", environment), encoding="utf-8")
+    return path
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="CUDA device to run on (default: cuda)")
+    parser.add_argument("--shapes", default="", metavar="TEXT", help="only layers whose name or sizes contain TEXT")
+    parser.add_argument("--no-peers", action="store_true", help="only the kernels and bf16")
+    parser.add_argument("--seconds", type=float, default=230.0, help="start no further peers after this (default: 230)")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the table")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0, or 2 with a message where nothing can be measured."""
+    options = parse_arguments(arguments)
+    shapes = [shape for shape in SHAPES if options.shapes.lower() in str(shape).lower()]
+    if not shapes:
+        print(f"no layer contains {options.shapes!r}; there are: {', '.join(map(str, SHAPES))}")
+        return 2
+    if not torch.cuda.is_available():
+        print("the benchmark needs a CUDA device and a PyTorch with CUDA")
+        return 2
+    device = torch.device(options.device)
+    torch.cuda.set_device(device)
+    gpu = torch.cuda.get_device_name(device)
+    peers = PEERS[:1] if options.no_peers else PEERS
+    try:
+        library = load_library()
+        with record_clocks(torch.cuda.current_device()) as clocks:
+            rows = run(library, device, shapes=shapes, peers=peers, seconds=options.seconds, progress=print)
+    except DvdquantError as error:
+        print(error)
+        return 2
+    path = write(rows, [*describe(device, library), str(clocks)], gpu, options.output)
+    print(path.read_text(encoding="utf-8"), path, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,358 @@
+"""The checks of gpu_check that run kernels: each takes a :class:`Bench` and yields :class:`Outcome` rows.
+
+A bench is a device, an SM and a library; with ``host_library.HostLibrary`` and the CPU the same functions run anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from check_cases import GRIDS, PAIRS, ROWS, Grid, first_rows, layer_of, layers, make_tokens, make_weight
+from check_compare import Verdict, check_codes, check_equal, check_expansion, check_product, decode_prepared
+from host_library import HostLibrary
+from torch import Tensor
+
+from dvdquant.errors import DvdquantError, UnsupportedError
+from dvdquant.hadamard import Rotation
+from dvdquant.ops.cuda import LayerPlan
+from dvdquant.ops.cuda_linear import DTYPES, CudaKernels, PackedLayer
+from dvdquant.repack import LayerShape, prepare, to_bytes
+
+HOST = HostLibrary()
+_GUARD_BYTES, _ALIGNMENT = 4096, 256
+_GUARD, _POISON = 0xA5, 0xFF
+# NumPy repacks this many weights in some hundredths of a second; larger ones are held against the packed weight only.
+_REPACKED = 1 << 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the table: what was checked how often, the worst share of its bound, and what failed."""
+
+    name: str
+    passed: bool
+    cases: int = 1
+    worst: float = 0.0
+    ties: int = 0
+    note: str = ""
+
+
+class GuardedKernels(CudaKernels):
+    """Every output lies between guard zones and starts as 0xFF bytes: NaN as a float, −1 as a code."""
+
+    guarded: list[Tensor]
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The poisoned inside of a larger buffer."""
+        size = math.prod(shape) * dtype.itemsize
+        whole = torch.full((size + 2 * _GUARD_BYTES + _ALIGNMENT,), _GUARD, dtype=torch.uint8, device=device)
+        # Outputs on the CPU are aligned too, as the library demands.
+        whole = whole[-whole.data_ptr() % _ALIGNMENT :][: size + 2 * _GUARD_BYTES]
+        inside = whole[_GUARD_BYTES : _GUARD_BYTES + size].fill_(_POISON)
+        self.__dict__.setdefault("guarded", []).append(whole)
+        return inside.view(dtype).reshape(shape)
+
+    def intact(self) -> bool:
+        """Whether nothing was written outside the outputs since the last call."""
+        buffers, self.guarded = self.__dict__.get("guarded", []), []
+        return all(
+            bool((b[:_GUARD_BYTES] == _GUARD).all()) and bool((b[-_GUARD_BYTES:] == _GUARD).all()) for b in buffers
+        )
+
+
+@dataclass
+class Bench:
+    """What is checked: the kernels, the device they run on, and the sizes."""
+
+    kernels: GuardedKernels
+    device: torch.device
+    features: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...] = PAIRS
+    deadline: float = math.inf
+    paths: set[str] = field(default_factory=set)
+
+    def late(self) -> bool:
+        """Whether the time for the check is used up."""
+        return time.monotonic() > self.deadline
+
+
+class Tally:
+    """Collects verdicts under names, in the order in which they first came."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Outcome] = {}
+
+    def add(self, name: str, verdict: Verdict, where: str) -> None:
+        row = self.rows.get(name, Outcome(name, True, 0))
+        note = row.note or ("" if verdict.passed else f"{where}: {verdict.note}")
+        self.rows[name] = Outcome(
+            name,
+            row.passed and verdict.passed,
+            row.cases + 1,
+            max(row.worst, verdict.worst),
+            row.ties + verdict.ties,
+            note,
+        )
+
+
+def check_dispatch(bench: Bench) -> Iterator[Outcome]:
+    """The library's plan for every layer, on every SM, against the table in ``host_library.choose_path``."""
+    tally = Tally()
+    for sm in (80, 86, 87, 89, 90, 100, 103, 120, 121):
+        for features in bench.features:
+            for rows in ROWS:
+                for grid, layer in layers(features, rows):
+                    got, want = _path(bench.kernels.library.plan_layer, layer, sm), _path(HOST.plan_layer, layer, sm)
+                    verdict = Verdict(got == want, note=f"{got} instead of {want}")
+                    tally.add("dispatch table", verdict, f"SM {sm / 10}, K {features}, N {rows}, {grid}")
+    yield from tally.rows.values()
+
+
+def _path(plan_layer: Callable[[LayerShape, int], LayerPlan], layer: LayerShape, sm: int) -> str:
+    try:
+        return plan_layer(layer, sm).path
+    except UnsupportedError:
+        return "refused"
+
+
+def check_shapes(bench: Bench) -> Iterator[Outcome]:
+    """Every grid, K, dtype and pair of M and N: weights bit by bit, codes, products, and both halves in one call."""
+    tally = Tally()
+    refused: dict[str, int] = {}
+    for features in bench.features:
+        for grid, layer in layers(features, max(n for _, n in bench.pairs)):
+            if bench.late():
+                tally.add(
+                    "time", Verdict(False, note="the time was used up before every shape had run"), f"K {features}"
+                )
+                break
+            try:
+                bench.kernels.plan(layer)
+            except UnsupportedError as error:
+                refused[str(error)] = refused.get(str(error), 0) + 1
+                continue
+            _check_layer(bench, grid, layer, tally)
+    yield from tally.rows.values()
+    for reason, count in refused.items():
+        yield Outcome("refused by the plan", True, count, note=reason)
+
+
+def _check_layer(bench: Bench, grid: Grid, layer: LayerShape, tally: Tally) -> None:
+    packed = make_weight(layer, grid.zero, bench.device, seed=layer.k)
+    x = make_tokens(layer, max(m for m, _ in bench.pairs), bench.device, seed=layer.k + 1)
+    for rows in sorted({n for _, n in bench.pairs}):
+        part, shape = first_rows(packed, rows), replace(layer, n=rows)
+        path = bench.kernels.plan(shape).path
+        bench.paths.add(path)
+        where = f"K {layer.k}, N {rows}, {layer.dtype}, block {layer.block}×{layer.outer}, {grid}"
+        prepared = bench.kernels.prepare(shape, part.stored())
+        weight, bias = decode_prepared(shape, path, prepared)
+        exact = path.startswith("s4") or (layer.weight_groups == 1 and grid.zero in ("midrise", "paper", "symmetric"))
+        tally.add(f"{path}: prepared weight", check_expansion(shape, part, weight, exact), where)
+        if rows * layer.k <= _REPACKED:
+            tally.add(f"{path}: prepared bits", _repacked(shape, path, part, prepared), where)
+        for tokens in (m for m, n in bench.pairs if n == rows):
+            _check_tokens(bench, shape, part, x[:tokens].clone(), prepared, weight, bias, tally, f"M {tokens}, {where}")
+
+
+def _check_tokens(
+    bench: Bench, layer: LayerShape, packed: PackedLayer, x: Tensor, prepared: Tensor, weight: Tensor, bias: Tensor,
+    tally: Tally, where: str,
+) -> None:  # fmt: skip
+    kernels, path = bench.kernels, bench.kernels.plan(layer).path
+    codes, scales, sums = kernels.rotate_quantize(layer, x, packed.outer)
+    tally.add(f"{path}: codes, scales, sums", check_codes(layer, packed, path, x, codes, scales, sums), where)
+    y = kernels.linear_gemm(layer, codes, scales, sums, prepared)
+    tally.add(f"{path}: product", check_product(layer, path, codes, scales, weight, bias, y), where)
+    again = kernels.quant_linear(layer, x, packed.outer, prepared)
+    tally.add(f"{path}: one call = two calls", check_equal(y, again, "y"), where)
+    once_more = kernels.quant_linear(layer, x, packed.outer, prepared)
+    tally.add(f"{path}: two runs bit-equal", check_equal(again, once_more, "y"), where)
+    tally.add(f"{path}: guard zones", Verdict(kernels.intact(), note="written outside an output"), where)
+
+
+def _repacked(layer: LayerShape, path: str, packed: PackedLayer, prepared: Tensor) -> Verdict:
+    """The device's prepared buffer against ``dvdquant.repack`` bit by bit, padding left out."""
+    raw = to_bytes(prepare(layer, path, *(t.cpu() for t in packed.stored())))
+    want = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    got, start = prepared.cpu(), 0
+    for size in _section_sizes(layer, path):
+        verdict = check_equal(want[start : start + size], got[start : start + size], f"section at byte {start}")
+        if not verdict.passed:
+            return verdict
+        start += -(-size // 256) * 256
+    return Verdict(True)
+
+
+def _section_sizes(layer: LayerShape, path: str) -> list[int]:
+    codes = layer.n * (layer.k // 2 if path.startswith("s4") else layer.k)
+    grouped = path == "s4_group" and layer.weight_groups > 1
+    return [codes, *[4 * layer.n] * 3, *[layer.n * layer.weight_groups] * (grouped * (1 + layer.real_zero))]
+
+
+def reachable_layers(
+    bench: Bench, features: int = 512, rows: int = 136, rotation: str = "auto"
+) -> Iterator[tuple[str, Grid, LayerShape]]:
+    """One layer per path and activation width that the device's plan leads to."""
+    found: set[tuple[str, int]] = set()
+    for index, grid in enumerate(GRIDS):
+        dtype = ("bf16", "fp16")[index % 2]
+        layer = layer_of(grid, features, rows, Rotation.for_features(features, rotation), dtype)
+        try:
+            path = bench.kernels.plan(layer).path
+        except UnsupportedError:
+            continue
+        if (path, layer.act_bits) not in found:
+            found.add((path, layer.act_bits))
+            yield path, grid, layer
+
+
+def check_extremes(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
+    """Codes at ±qmax, tokens of zeros and of the smallest numbers, and NaN and Inf that must reach their token alone."""
+    tally = Tally()
+    for path, grid, layer in reachable_layers(bench):
+        plain = replace(layer, block=1, outer=1)
+        packed = make_weight(plain, grid.zero, bench.device, seed=3)
+        prepared = bench.kernels.prepare(plain, packed.stored())
+        signs = make_tokens(plain, tokens, bench.device, 5).sign()
+        x = torch.where(signs == 0, torch.ones_like(signs), signs) * 3
+        _judge(bench, plain, packed, prepared, x, tally, f"{path}: all codes ±qmax")
+        packed = make_weight(layer, grid.zero, bench.device, seed=4)
+        prepared = bench.kernels.prepare(layer, packed.stored())
+        x = torch.zeros(tokens, layer.k, dtype=DTYPES[layer.dtype], device=bench.device)
+        y = _judge(bench, layer, packed, prepared, x, tally, f"{path}: zeros")
+        tally.add(f"{path}: zeros give the bias", check_equal(y, packed.bias.to(y.dtype).expand_as(y), "y"), str(grid))
+        x[::2] = torch.finfo(x.dtype).tiny
+        _judge(bench, layer, packed, prepared, x, tally, f"{path}: smallest normal numbers")
+        for value in (math.nan, math.inf, -math.inf):
+            verdict = _nonfinite(bench, layer, packed, prepared, value)
+            tally.add(f"{path}: NaN and Inf stay visible", verdict, f"{value}, {grid}")
+        empty = bench.kernels.quant_linear(layer, x[:0], packed.outer, prepared)
+        tally.add(f"{path}: no tokens", Verdict(tuple(empty.shape) == (0, layer.n)), str(grid))
+    yield from tally.rows.values()
+
+
+def _judge(
+    bench: Bench, layer: LayerShape, packed: PackedLayer, prepared: Tensor, x: Tensor, tally: Tally, name: str
+) -> Tensor:
+    path = bench.kernels.plan(layer).path
+    codes, scales, sums = bench.kernels.rotate_quantize(layer, x, packed.outer)
+    tally.add(name, check_codes(layer, packed, path, x, codes, scales, sums), "codes")
+    y = bench.kernels.linear_gemm(layer, codes, scales, sums, prepared)
+    weight, bias = decode_prepared(layer, path, prepared)
+    tally.add(name, check_product(layer, path, codes, scales, weight, bias, y), "product")
+    return y
+
+
+def _nonfinite(bench: Bench, layer: LayerShape, packed: PackedLayer, prepared: Tensor, value: float) -> Verdict:
+    x = make_tokens(layer, 9, bench.device, 6)
+    clean = bench.kernels.quant_linear(layer, x, packed.outer, prepared)
+    x[4, layer.k // 3] = value
+    y = bench.kernels.quant_linear(layer, x, packed.outer, prepared)
+    # The smallest row scale turns an infinite activation scale into infinity times a finite number: still not finite.
+    hidden = int(torch.isfinite(y[4]).sum())
+    others = [i for i in range(9) if i != 4]
+    if hidden:
+        return Verdict(False, math.inf, note=f"{hidden} of {layer.n} outputs of the token are finite")
+    return check_equal(clean[others], y[others], "other tokens")
+
+
+def check_exact_sums(bench: Bench, features: int = 1024) -> Iterator[Outcome]:
+    """A4 on the largest codes: every partial sum of a group, up to 7·15·128 = 13440 on e4m3_group, is an exact integer.
+
+    Scales and steps are powers of two, so y is acc + bias with the bias −acc of the first token: equal tokens must give
+    exactly 0, and a token with one code changed exactly the product of that change. A sum that loses a bit shows.
+    """
+    tally = Tally()
+    for act_group in (0, 64, 128):
+        layer = layer_of(Grid(4, act_group, 0, "midrise"), features, 136, Rotation(features, 1, 1), "bf16")
+        path = bench.kernels.plan(layer).path
+        for pattern in ("same signs", "half and half", "alternating", "random"):
+            tally.add(
+                f"{path}: integer-exact sums", _exact_sums(bench, layer, pattern), f"group {act_group}, {pattern}"
+            )
+    yield from tally.rows.values()
+
+
+def _exact_sums(bench: Bench, layer: LayerShape, pattern: str) -> Verdict:
+    from dvdquant.ops.rotate_quantize import encode_codes
+    from dvdquant.packing import pack_int4
+
+    n, k, device, tokens = layer.n, layer.k, bench.device, 65
+    path = bench.kernels.plan(layer).path
+    generator = torch.Generator(device).manual_seed(8)
+    column = torch.arange(k, device=device)
+    sign = {
+        "same signs": torch.ones_like(column),
+        "half and half": 1 - 2 * (column % 128 // 64),
+        "alternating": 1 - 2 * (column % 2),
+        "random": 2 * torch.randint(0, 2, (k,), generator=generator, device=device) - 1,
+    }[pattern]
+    # Weight codes −8 and 7 stand for −7.5 and 7.5 steps: the odd integers ∓15 in half steps.
+    flips = 2 * torch.randint(0, 2, (n, 1), generator=generator, device=device) - 1
+    odd = 15 * sign * flips
+    codes4 = torch.div(odd - 1, 2, rounding_mode="floor").to(torch.int8)
+    acts = (7 * torch.ones(tokens, k, device=device)).to(torch.int8)
+    for token in range(1, tokens):
+        acts[token, (token * 37) % k] = token % 15 - 7
+    total = acts[0].double() @ odd.double().T
+    ones = torch.ones(n, device=device)
+    packed = (pack_int4(codes4).view(torch.int8), 2 * ones, torch.full((n, 1), 255, dtype=torch.uint8, device=device),
+              -0.5 * ones, -total.float())  # fmt: skip
+    prepared = bench.kernels.prepare(layer, packed)
+    groups = layer.k // layer.act_group if layer.act_group else 1
+    sums = acts.reshape(tokens, groups, -1).float().sum(dim=2).T.contiguous()
+    scales = torch.ones(groups, tokens, device=device)
+    y = bench.kernels.linear_gemm(layer, encode_codes(acts, path), scales, sums, prepared)
+    want = (acts.double() @ odd.double().T - total).to(y.dtype)
+    return check_equal(want + 0, y + 0, f"sums of {pattern} signs")
+
+
+def check_large(bench: Bench, tokens: int, features: int, rows: int, chunk: int = 512) -> Iterator[Outcome]:
+    """RQ of [tokens, features] and QL to [tokens, rows], each past 2³¹ elements on a GPU; some tokens are compared."""
+    tally = Tally()
+    picks = _picks(tokens, features, rows)
+    for name, k, n in (("codes", features, 8), ("outputs", 256, rows)):
+        layer = layer_of(Grid(8, 0, 0, "midrise"), k, n, Rotation.for_features(k, "auto"), "bf16")
+        path = bench.kernels.plan(layer).path
+        packed = make_weight(layer, "midrise", bench.device, seed=9)
+        x = torch.empty(tokens, k, dtype=torch.bfloat16, device=bench.device)
+        for start in range(0, tokens, chunk * 8):
+            part = x[start : start + chunk * 8]
+            part.copy_(make_tokens(layer, len(part), bench.device, seed=start))
+        prepared = bench.kernels.prepare(layer, packed.stored())
+        codes, scales, sums = bench.kernels.rotate_quantize(layer, x, packed.outer)
+        y = bench.kernels.linear_gemm(layer, codes, scales, sums, prepared)
+        weight, bias = decode_prepared(layer, path, prepared)
+        where = f"{tokens}×{k}→{n}"
+        for some in torch.split(picks, chunk):
+            verdict = check_codes(layer, packed, path, x[some], codes[some], scales[:, some], sums[:, some])
+            tally.add(f"{path}: {name} beyond 2³¹ elements", verdict, where)
+            verdict = check_product(layer, path, codes[some], scales[:, some], weight, bias, y[some])
+            tally.add(f"{path}: {name} beyond 2³¹ elements", verdict, where)
+        guards = Verdict(bench.kernels.intact(), note="written outside an output")
+        tally.add(f"{path}: {name} beyond 2³¹ elements", guards, where)
+    yield from tally.rows.values()
+
+
+def _picks(tokens: int, features: int, rows: int) -> Tensor:
+    """The first and last tokens, those around the 2³¹st element of x and of y, and every now and then one."""
+    edges: list[int] = []
+    for width in {features, rows}:
+        for limit in (2**31, 2**32):
+            edges += range(limit // width - 2, limit // width + 3)
+    wanted = {0, 1, tokens - 2, tokens - 1, *edges, *range(0, tokens, max(1, tokens // 61))}
+    return torch.tensor(sorted(t for t in wanted if 0 <= t < tokens))
+
+
+def run_all(checks: Iterable[Iterator[Outcome]]) -> Iterator[Outcome]:
+    """Every outcome; a check that raises is one failed row, and the others still run."""
+    for check in checks:
+        try:
+            yield from check
+        except (DvdquantError, RuntimeError, ValueError) as error:
+            yield Outcome(getattr(check, "__name__", "check"), False, note=f"{type(error).__name__}: {error}")

@@ -1,0 +1,220 @@
+"""The checks of gpu_check above the library: the torch op, CUDA graphs, and models made of QuantLinear modules."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from check_cases import make_tokens, make_weight
+from check_compare import Verdict, check_equal, decode_prepared, exact_codes
+from check_kernels import Bench, Outcome, Tally, reachable_layers
+from torch import Tensor, nn
+
+import dvdquant.layers
+from dvdquant.ops.cuda_linear import DTYPES, PackedLayer, PreparedCache, reference_policy, run_quant_linear
+from dvdquant.ops.linear_gemm import decode_codes
+from dvdquant.ops.quant_linear import dequantize_weight, quant_linear, quant_linear_reference
+from dvdquant.repack import LayerShape
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+Op = Callable[..., Tensor]
+
+
+def kernel_op(bench: Bench) -> Op:
+    """``dvdquant::quant_linear`` as the bench's device runs it: the registered op on a GPU, else through its binding."""
+    if bench.device.type == "cuda":
+        return quant_linear
+    cache = PreparedCache()
+
+    def run(x: Tensor, *arguments: Any) -> Tensor:
+        *tensors, act_bits, act_group = arguments
+        return run_quant_linear(bench.kernels, cache, x, PackedLayer(*tensors), act_bits, act_group)
+
+    return run
+
+
+def arguments(packed: PackedLayer, layer: LayerShape) -> tuple[Any, ...]:
+    """What the op takes after x."""
+    return (*packed.stored(), packed.hadamard, packed.outer, layer.act_bits, layer.act_group)
+
+
+def check_op(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
+    """The op end to end against its definition in float64, strided and empty inputs, and weights changed in place."""
+    tally, op = Tally(), kernel_op(bench)
+    for path, grid, layer in reachable_layers(bench, 1536, rotation="full"):
+        packed = make_weight(layer, grid.zero, bench.device, seed=11)
+        x = make_tokens(layer, tokens, bench.device, seed=12)
+        rest, where = arguments(packed, layer), f"{path}, {grid}"
+        with reference_policy("raise"):
+            y = op(x, *rest)
+            tally.add("op against float64", _end_to_end(bench, layer, packed, x, y), where)
+            strided = torch.stack((x, -x), dim=-1)[..., 0]
+            tally.add("op on strided x", check_equal(op(strided, *rest), y, "y"), where)
+            batched = op(x[:32].reshape(2, 4, 4, layer.k), *rest)
+            tally.add("op on [..., K]", check_equal(batched.reshape(32, layer.n), y[:32], "y"), where)
+            tally.add("op without tokens", Verdict(op(x[:0], *rest).shape == (0, layer.n)), where)
+            packed.scale.mul_(2)
+            packed.bias.mul_(2)
+            doubled = op(x, *rest)
+        # Powers of two change no rounding, except of fp16 numbers that pass its range or were subnormal.
+        same = (2 * y == doubled) | ~torch.isfinite(doubled) | (y.abs() < 2.0**-13)
+        tally.add("op after weights changed in place", Verdict(bool(same.all())), where)
+    yield from tally.rows.values()
+
+
+def _end_to_end(bench: Bench, layer: LayerShape, packed: PackedLayer, x: Tensor, y: Tensor) -> Verdict:
+    """‖y − y₆₄‖ ≤ 2‖y_ref − y₆₄‖ + what codes at ties moved + what expanding the weight to 8 bits moved.
+
+    y₆₄ is the definition in float64 and y_ref the PyTorch reference in fp32, rounded to the same dtype.
+    """
+    rest = arguments(packed, layer)
+    exact = quant_linear_reference(x.double(), *rest, compute=torch.float64)  # type: ignore[misc]
+    reference = quant_linear_reference(x, *rest)
+    path = bench.kernels.plan(layer).path
+    codes, scales, _ = bench.kernels.rotate_quantize(layer, x, packed.outer)
+    steps = scales.T.double().repeat_interleave(layer.k // len(scales), dim=1)
+    values = decode_codes(codes, path)
+    ideal = exact_codes(layer, packed, x)
+    near = (ideal.grid - ideal.grid.floor() - 0.5).abs() <= ideal.margin
+    # Only what a tie can move is excused: wrong codes are not.
+    moved = (values - torch.round(ideal.grid).reshape(values.shape)) * near.reshape(values.shape)
+    weight = dequantize_weight(packed.weight, packed.scale, packed.factor, packed.zero, torch.float64)
+    prepared = bench.kernels.prepare(layer, packed.stored())
+    expanded, _ = decode_prepared(layer, path, prepared)
+    ties = (moved * steps) @ weight.T
+    rounded = (values * steps) @ (expanded - weight).T
+    error = (y.double() - exact).norm()
+    bound = 2 * (reference.double() - exact).norm() + ties.norm() + rounded.norm()
+    passed = bool(error <= bound) and bool(torch.isfinite(y).all())
+    share = float(error / bound)
+    return Verdict(passed, share, int((moved != 0).sum()), f"{float(error / exact.norm()):.3g} relative to float64")
+
+
+def check_graph(bench: Bench) -> Iterator[Outcome]:
+    """A captured quant_linear replayed on new inputs equals eager calls; capturing before the first call is refused."""
+    tally = Tally()
+    for path, grid, layer in reachable_layers(bench, 1536, rotation="full"):
+        packed = make_weight(layer, grid.zero, bench.device, seed=13)
+        rest = arguments(packed, layer)
+        static = make_tokens(layer, 129, bench.device, seed=14)
+        with reference_policy("raise"), torch.inference_mode():
+            quant_linear(static, *rest)
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                quant_linear(static, *rest)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = quant_linear(static, *rest)
+            for seed in (15, 16):
+                fresh = make_tokens(layer, 129, bench.device, seed=seed)
+                static.copy_(fresh)
+                captured.fill_(float("nan"))
+                graph.replay()
+                tally.add("CUDA graph replay = eager", check_equal(captured, quant_linear(fresh, *rest), "y"), path)
+    yield from tally.rows.values()
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+@contextmanager
+def layers_run(op: Op) -> Iterator[None]:
+    """QuantLinear modules call ``op`` instead of ``dvdquant::quant_linear``."""
+    names = vars(dvdquant.layers)
+    before = names["quant_linear"]
+    names["quant_linear"] = op
+    try:
+        yield
+    finally:
+        names["quant_linear"] = before
+
+
+def check_model(bench: Bench) -> Iterator[Outcome]:
+    """Models of QuantLinear modules on the device: no further from fp32 on the CPU than twice the reference op is."""
+    yield _compare_model(bench, "a stack of QuantLinear modules", *_stack(bench))
+    if importlib.util.find_spec("diffusers") is None:
+        yield Outcome("tiny Wan (diffusers)", True, 0, note="not run: diffusers is not installed")
+        return
+    for bits in (8, 4):
+        yield _compare_model(bench, f"tiny Wan (diffusers), a{bits}", *_tiny_wan(bits))
+
+
+def _compare_model(bench: Bench, name: str, model: nn.Module, inputs: dict[str, Tensor]) -> Outcome:
+    with torch.inference_mode():
+        wide = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+        exact = copy.deepcopy(model).float()(**wide)[0].double()
+        model = model.to(bench.device)
+        here = {k: v.to(bench.device) for k, v in inputs.items()}
+        with layers_run(quant_linear_reference):
+            reference = model(**here)[0].double().cpu()
+        with layers_run(kernel_op(bench)), reference_policy("raise"):
+            y = model(**here)[0].double().cpu()
+    error, bound = (y - exact).norm(), 2 * (reference - exact).norm()
+    passed = bool(error <= bound) and bool(torch.isfinite(y).all())
+    return Outcome(name, passed, 1, float(error / bound), note=f"{float(error / exact.norm()):.3g} relative to fp32")
+
+
+class _Stack(nn.Module):
+    """Two residual QuantLinear blocks."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        from dvdquant.hadamard import Rotation
+        from dvdquant.layers import LayerSpec, QuantLinear, RotationTable
+        from dvdquant.recipe import ActivationSpec
+
+        rotation = Rotation.for_features(256, "auto")
+        self.table = RotationTable([rotation])
+        self.blocks = nn.ModuleList()
+        for index, bits in enumerate((8, 8)):
+            spec = LayerSpec(f"blocks.{index}", (f"blocks.{index}",), (256,), 256, (True,), rotation, 1)
+            layer = QuantLinear(spec, ActivationSpec(bits), self.table)
+            shape = LayerShape(256, 256, 1, False, rotation.inner, rotation.outer, bits)
+            packed = make_weight(shape, "midrise", torch.device("cpu"), seed=20 + index)
+            layer.load(dict(zip(spec.tensors(), packed.stored())))
+            self.blocks.append(layer)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        """[M, 256] -> ([M, 256],)."""
+        for block in self.blocks:
+            x = x + block(torch.nn.functional.gelu(x))
+        return (x,)
+
+
+def _stack(bench: Bench) -> tuple[nn.Module, dict[str, Tensor]]:
+    x = make_tokens(LayerShape(256, 256), 97, torch.device("cpu"), seed=22)
+    return _Stack(bench), {"x": x.to(DTYPES["bf16"])}
+
+
+def _tiny_wan(bits: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """examples/tiny-wan, quantized with recipe w4a4 in bf16, and one step's inputs."""
+    from dvdquant.checkpoint import open_checkpoint
+    from dvdquant.export.verify import load_quantized
+    from dvdquant.model import plan_model
+    from dvdquant.progress import Progress
+    from dvdquant.quantize import quantize_checkpoint
+    from dvdquant.recipe import get_recipe
+    from dvdquant.transaction import ExportTransaction
+
+    checkpoint = open_checkpoint(REPOSITORY / "examples" / "tiny-wan")
+    plan = plan_model(checkpoint.config, get_recipe("w4a4"), torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder, ExportTransaction(Path(folder) / "export") as transaction:
+        packed = quantize_checkpoint(checkpoint, plan, transaction, Progress())
+        model = load_quantized(plan, packed.tensors, transaction.tree, bits)
+        # Out of the mapped files, which go with the folder.
+        model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(23)
+    config = checkpoint.config
+    latent = torch.randn(1, config["in_channels"], 4, 16, 16, generator=generator)
+    text = torch.randn(1, 7, config["text_dim"], generator=generator)
+    inputs = {"hidden_states": latent.bfloat16(), "timestep": torch.tensor([500.0]),
+              "encoder_hidden_states": text.bfloat16()}  # fmt: skip
+    return model, inputs

@@ -1,0 +1,214 @@
+"""Everything about the kernels that needs a GPU, in one command: ``make gpu-check``, minutes on an H200.
+
+    python kernels/bench/gpu_check.py [--out FOLDER] [--seconds 480]
+
+Builds the library if there is none, runs every check, prints one row each, writes ``FOLDER/<date>-<gpu>.md`` and exits 1
+if anything failed. Needs torch with CUDA and numpy; what else is missing (diffusers, pytest, compute-sanitizer) is a row
+that says "not run".
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+for folder in (REPOSITORY, Path(__file__).resolve().parent):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import torch  # noqa: E402
+from check_cases import FEATURES  # noqa: E402
+from check_kernels import (  # noqa: E402
+    Bench,
+    GuardedKernels,
+    Outcome,
+    check_dispatch,
+    check_exact_sums,
+    check_extremes,
+    check_large,
+    check_shapes,
+    run_all,
+)
+from check_ops import check_graph, check_model, check_op  # noqa: E402
+from check_report import hardware, line, markdown, report_path, smi  # noqa: E402
+
+from dvdquant.errors import DvdquantError  # noqa: E402
+from dvdquant.ops.cuda import KernelLibrary, find_library, load_library  # noqa: E402
+
+# Shapes for the sanitizer, under which everything takes a hundred times as long.
+SMALL = ((7, 8), (33, 136), (129, 136))
+SMALL_FEATURES = (256, 1920)
+_ERROR_EXIT = 9
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the checks; the exit status."""
+    options = _options(arguments)
+    started = time.monotonic()
+    if not torch.cuda.is_available():
+        print(f"gpu_check needs a CUDA device, and torch {torch.__version__} sees none", file=sys.stderr)
+        return 1
+    try:
+        library = load_library() if find_library() or build() else None
+    except DvdquantError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if library is None:
+        print("the kernel library could not be built", file=sys.stderr)
+        return 1
+    major, minor = torch.cuda.get_device_capability()
+    kernels = GuardedKernels(library, 10 * major + minor)
+    if options.small:
+        bench = Bench(kernels, torch.device("cuda"), SMALL_FEATURES, SMALL)
+        return report(run_all([check_shapes(bench), check_extremes(bench, 7)]), [])
+    bench = Bench(kernels, torch.device("cuda"), FEATURES)
+    bench.deadline = started + 0.6 * options.seconds
+    facts = hardware() | {"library": f"{library.path} for {';'.join(library.architectures)}"}
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    outcomes: list[Outcome] = []
+    status = report(every_check(bench, options, started), outcomes)
+    bench_text = ""
+    if not options.no_bench:
+        outcome, bench_text = run_bench(library, bench.device)
+        status |= report(iter([outcome]), outcomes)
+    facts |= {f"{name} at the end": value for name, value in smi().items() if name.startswith(("clocks", "temp"))}
+    facts["seconds"] = f"{time.monotonic() - started:.0f}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = report_path(options.out, facts)
+    path.write_text(markdown("gpu-check", facts, outcomes, bench_text))
+    failed = sum(not o.passed for o in outcomes)
+    print(f"{len(outcomes) - failed} rows passed, {failed} failed; report {path}")
+    return status
+
+
+def every_check(bench: Bench, options: argparse.Namespace, started: float) -> Iterator[Outcome]:
+    """All rows but the benchmark's, the cheap and telling ones first."""
+    yield from run_all(
+        [
+            check_dispatch(bench),
+            check_extremes(bench),
+            check_exact_sums(bench),
+            check_op(bench),
+            check_graph(bench),
+            check_model(bench),
+            check_large(bench, 118800, 21504, 21504),
+            check_shapes(bench),
+        ]
+    )
+    torch.cuda.empty_cache()
+    yield run_pytest(options.seconds - (time.monotonic() - started))
+    for tool in ("memcheck", "racecheck"):
+        yield run_sanitizer(tool, options.seconds - (time.monotonic() - started))
+
+
+def report(rows: Iterator[Outcome], outcomes: list[Outcome]) -> int:
+    """Prints and collects rows; 1 if one failed."""
+    status = 0
+    for outcome in rows:
+        print(line(outcome), flush=True)
+        outcomes.append(outcome)
+        status |= not outcome.passed
+    return status
+
+
+def build() -> bool:
+    """Builds the library with kernels/build.py; whether there is one now."""
+    subprocess.run([sys.executable, str(REPOSITORY / "kernels" / "build.py")], cwd=REPOSITORY, check=False)
+    return find_library() is not None
+
+
+def run_pytest(seconds: float) -> Outcome:
+    """The tests marked gpu, of the files that have some; files that need a package this machine lacks are counted."""
+    name = "pytest -m gpu"
+    files = [str(p) for p in sorted((REPOSITORY / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
+    if importlib.util.find_spec("pytest") is None or not files:
+        return Outcome(name, True, 0, note="not run: no pytest, or no such tests")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfE",
+               "--continue-on-collection-errors", *files]  # fmt: skip
+    status, output = run_command(command, seconds)
+    return Outcome(name, False, note="took too long") if status is None else judge_pytest(name, status, output)
+
+
+def judge_pytest(name: str, status: int, output: str) -> Outcome:
+    """Passed where nothing failed and every file that could not be imported lacks an installed package."""
+    errors = [row for row in output.splitlines() if row.startswith("ERROR ")]
+    missing = [row for row in errors if "No module named" in row and "dvdquant" not in row.partition(" - ")[2]]
+    failed = [row for row in output.splitlines() if row.startswith("FAILED ")]
+    passed = status in (0, 5) or (bool(missing) and not failed and len(missing) == len(errors))
+    if not passed:
+        print(output[-6000:])
+    note = output.strip().splitlines()[-1].strip("= ") if output.strip() else "no output"
+    if missing:
+        modules = {row.rpartition("No module named ")[2].strip("'\" .") for row in missing}
+        note += f"; {len(missing)} files not run, missing: {', '.join(sorted(modules))}"
+    ran = re.search(r"(\d+) passed", output)
+    return Outcome(name, passed, int(ran.group(1)) if ran else 0, note=note)
+
+
+def run_sanitizer(tool: str, seconds: float) -> Outcome:
+    """compute-sanitizer over the small shapes."""
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if found is None:
+        return Outcome(tool, True, 0, note="not run: compute-sanitizer was not found")
+    command = [found, "--tool", tool, "--error-exitcode", str(_ERROR_EXIT), sys.executable, __file__, "--small"]
+    return run_tool(tool, command, seconds)
+
+
+def run_tool(name: str, command: list[str], seconds: float) -> Outcome:
+    """A command as one row: its last line, and "not run" where there is no time or the device refuses the tool."""
+    status, output = run_command(command, seconds)
+    if status is None:
+        return Outcome(name, True, 0, note=f"not run to its end within {seconds:.0f} s")
+    last = output.splitlines()[-1] if output else "no output"
+    if "Device not supported" in output:
+        return Outcome(name, True, 0, note="not run: the machine's runtime does not let it see the device")
+    if status:
+        print(output[-6000:])
+    return Outcome(name, status == 0, note=last)
+
+
+def run_command(command: list[str], seconds: float) -> tuple[int | None, str]:
+    """Exit status and output; no status where there was too little time."""
+    if seconds < 20:
+        return None, ""
+    try:
+        run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return run.returncode, (run.stdout + run.stderr).strip()
+
+
+def run_bench(library: KernelLibrary, device: torch.device) -> tuple[Outcome, str]:
+    """The benchmark beside this file: its row, and its table for the report."""
+    try:
+        import bench
+
+        rows = bench.run(library, device, progress=print)
+        text = "#" + bench.to_markdown(rows, "Speed", bench.describe(device, library))
+    except (DvdquantError, RuntimeError, ImportError) as error:
+        return Outcome("bench", False, note=f"{type(error).__name__}: {error}"), ""
+    print(text)
+    return Outcome("bench", bool(rows), len(rows), note="see the table below"), text
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="correctness and speed of the CUDA kernels on this machine's GPU")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "kernels" / "bench" / "results", help="report folder")
+    parser.add_argument(
+        "--seconds", type=float, default=480, help="time for everything but the build and the benchmark"
+    )
+    parser.add_argument("--no-bench", action="store_true", help="correctness only")
+    parser.add_argument("--small", action="store_true", help="a few small shapes, as under compute-sanitizer")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The kernel library's C ABI on host memory, computed by PyTorch and numpy from the definitions.
+
+It takes the same addresses as ``dvdquant.ops.cuda.KernelLibrary`` and writes what a correct library would, so that the
+torch binding and every check of ``gpu_check.py`` run on a machine without a GPU; and, made wrong on purpose, so that
+each check is seen to fail.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvdquant.arq import quantize_activation
+from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.hadamard import hadamard_matrix
+from dvdquant.ops.cuda import LayerPlan, WeightPointers
+from dvdquant.ops.cuda_linear import DTYPES
+from dvdquant.ops.linear_gemm import decode_codes
+from dvdquant.ops.quant_linear import rotate_by_matrices
+from dvdquant.ops.rotate_quantize import encode_codes
+from dvdquant.repack import LayerShape, dequantize, from_bytes, prepare, prepared_bytes, to_bytes
+
+
+def choose_path(layer: LayerShape, sm: int) -> str:
+    """The dispatch table of kernels/csrc/plan.cpp; UnsupportedError where no path runs the layer."""
+    if sm not in (80, 86, 87, 89, 90, 100, 103, 120, 121):
+        raise UnsupportedError(f"SM {sm / 10}", available="SM 8.x, 9.0, 10.x and 12.x")
+    if layer.act_bits not in (4, 8) or layer.act_group not in (0, 64, 128):
+        raise UnsupportedError(f"{layer.act_bits}-bit activations in groups of {layer.act_group}")
+    if layer.k % 32 or layer.k // layer.weight_groups % 8:
+        raise ShapeError(
+            f"k = {layer.k} in {layer.weight_groups} weight groups", available="k % 32 == 0, groups of 8·i"
+        )
+    native, by_row = sm < 90, layer.weight_groups == 1
+    path = "s8_group"
+    if layer.act_group == 0:
+        path = "s8_wgmma" if sm == 90 else "s4_token" if native and layer.act_bits == 4 and by_row else "s8_token"
+    elif layer.act_bits == 4:
+        whole = by_row or layer.k // layer.weight_groups % layer.act_group == 0
+        if native and whole:
+            path = "s4_group"
+        if sm == 90 and layer.act_group == 128 and by_row and layer.n % 8 == 0:
+            path = "e4m3_group"
+    return path
+
+
+class HostLibrary:
+    """Drop-in for ``KernelLibrary``; streams are ignored."""
+
+    architectures = ("host",)
+
+    def plan_layer(self, layer: LayerShape, sm: int) -> LayerPlan:
+        """As the library's, from :func:`choose_path`."""
+        path = choose_path(layer, sm)
+        s4 = path.startswith("s4")
+        return LayerPlan(
+            path,
+            "s4" if s4 else "e4m3" if path == "e4m3_group" else "s8",
+            layer.k // layer.act_group if layer.act_group else 1,
+            s4,
+            prepared_bytes(layer, path),
+            layer.k // 2 if s4 else layer.k,
+        )
+
+    def workspace_bytes(self, layer: LayerShape, sm: int, tokens: int) -> int:
+        """Codes, scales and sums, so that callers that pass too little are found."""
+        plan = self.plan_layer(layer, sm)
+        return tokens * (plan.codes_bytes_per_token + 8 * plan.scale_rows)
+
+    def prepare_weight(
+        self, layer: LayerShape, sm: int, weight: WeightPointers, prepared: int, size: int, stream: int
+    ) -> None:
+        """``dvdquant.repack.prepare`` into the buffer."""
+        plan = self.plan_layer(layer, sm)
+        if size < plan.prepared_bytes:
+            raise ShapeError(f"a prepared buffer of {size} bytes", available=f"{plan.prepared_bytes} bytes")
+        n, groups = layer.n, layer.weight_groups
+        zero_shape, zero_type = ((n, groups), torch.uint8) if layer.real_zero else ((n,), torch.float32)
+        tensors = (
+            _view(weight.codes, (n, layer.k // 2), torch.int8),
+            _view(weight.scale, (n,), torch.float32),
+            _view(weight.factor, (n, groups), torch.uint8),
+            _view(weight.zero, zero_shape, zero_type),
+            _view(weight.bias, (n,), torch.float32) if weight.bias else None,
+        )
+        raw = to_bytes(prepare(layer, plan.path, *tensors))
+        ctypes.memmove(prepared, raw, len(raw))
+
+    def rotate_quantize(
+        self, layer: LayerShape, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int
+    ) -> None:
+        """Codes, scales and sums in the path's layout."""
+        plan = self.plan_layer(layer, sm)
+        values, scale = self.quantize(layer, _view(x, (m, layer.k), DTYPES[layer.dtype]), self.outer(layer, outer))
+        _view(codes, (m, plan.codes_bytes_per_token), torch.uint8).copy_(encode_codes(values, plan.path))
+        _view(scales, (plan.scale_rows, m), torch.float32).copy_(scale.T)
+        if sums:
+            totals = values.reshape(m, plan.scale_rows, -1).sum(dim=-1)
+            _view(sums, (plan.scale_rows, m), torch.float32).copy_(totals.T)
+
+    def linear_gemm(
+        self, layer: LayerShape, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int,
+        workspace: int, size: int, stream: int,
+    ) -> None:  # fmt: skip
+        """y from the codes and the prepared buffer."""
+        plan = self.plan_layer(layer, sm)
+        if size < self.workspace_bytes(layer, sm, m):
+            raise ShapeError(f"a workspace of {size} bytes is too small")
+        raw = _view(codes, (m, plan.codes_bytes_per_token), torch.uint8)
+        scale = _view(scales, (plan.scale_rows, m), torch.float32)
+        buffer = ctypes.string_at(prepared, plan.prepared_bytes)
+        _view(y, (m, layer.n), DTYPES[layer.dtype]).copy_(self.multiply(layer, plan.path, raw, scale, buffer))
+
+    def quant_linear(
+        self, layer: LayerShape, sm: int, x: int, outer: int, prepared: int, y: int, m: int, workspace: int, size: int,
+        stream: int,
+    ) -> None:  # fmt: skip
+        """Both, with the codes in the workspace."""
+        plan = self.plan_layer(layer, sm)
+        if size < self.workspace_bytes(layer, sm, m):
+            raise ShapeError(f"a workspace of {size} bytes is too small")
+        # Scales first: they need 4-byte alignment, which an odd number of codes would break.
+        scales, sums = workspace, workspace + 4 * m * plan.scale_rows
+        codes = sums + 4 * m * plan.scale_rows
+        self.rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream)
+        self.linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, workspace, size, stream)
+
+    def outer(self, layer: LayerShape, address: int) -> Tensor:
+        """The outer matrix a caller passed, [1, 1] for none."""
+        return _view(address, (layer.outer, layer.outer), torch.float32) if layer.outer > 1 else torch.ones(1, 1)
+
+    def quantize(self, layer: LayerShape, x: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes int8 [M, K] and scales fp32 [M, groups]."""
+        hadamard = hadamard_matrix(layer.block, torch.float32)
+        return quantize_activation(rotate_by_matrices(x.float(), hadamard, outer), layer.act_bits, layer.act_group)
+
+    def multiply(self, layer: LayerShape, path: str, codes: Tensor, scales: Tensor, prepared: bytes) -> Tensor:
+        """y [M, N] in float64."""
+        weight = from_bytes(layer, path, prepared)
+        values = decode_codes(codes.clone(), path).reshape(len(codes), len(scales), -1) * scales.T[:, :, None]
+        w = torch.from_numpy(dequantize(layer, weight))
+        bias = torch.from_numpy(weight.bias.astype(np.float64))
+        return torch.nn.functional.linear(values.reshape(len(codes), layer.k), w, bias)
+
+
+def _view(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0:
+        return torch.empty(shape, dtype=dtype)
+    # torch.frombuffer wants a writable buffer: ctypes arrays are.
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=dtype).reshape(shape)

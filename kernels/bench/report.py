@@ -1,0 +1,113 @@
+"""What a benchmark measured, its lower bounds, and the table of both. Nothing here needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Machine", "Row", "Shape", "Stage", "floor_gemm", "floor_rotate_quantize", "to_markdown"]
+
+Stage = Literal["machine", "RQ", "QL", "RQ+QL"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A linear layer on ``m`` tokens: [m, k] x [n, k]ᵀ."""
+
+    m: int
+    k: int
+    n: int
+    model: str = ""
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.m * self.k * self.n
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.m}×{self.k}→{self.n}".strip()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates measured in the same run, which the floors are made of.
+
+    Args:
+        copy: bytes per second of a device copy, read and written bytes together.
+        int8: operations per second of an 8192³ int8 product; 0 if none could be measured.
+        bf16: the same in bf16.
+    """
+
+    copy: float
+    int8: float
+    bf16: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Args:
+        shape: the layer, None for rates of the machine.
+        stage: RQ (rotate and quantize), QL (the product on codes), RQ+QL (the layer), or machine.
+        name: what ran. ours: whether it is a kernel of this project.
+        milliseconds: None if it did not run; ``note`` says why.
+        floor: lower bound in milliseconds from the machine's measured rates; None where there is none.
+        rate: what it achieved, in words.
+        reference: whether ratios of its stage are taken against this row.
+    """
+
+    shape: Shape | None
+    stage: Stage
+    name: str
+    milliseconds: float | None
+    ours: bool = False
+    floor: float | None = None
+    rate: str = ""
+    note: str = ""
+    reference: bool = False
+
+
+def floor_rotate_quantize(shape: Shape, bytes_per_token: float, scales: int, machine: Machine) -> float:
+    """Milliseconds to read x (16-bit) and to write codes and fp32 scales once, at the speed of a copy."""
+    moved = shape.m * (2 * shape.k + bytes_per_token + 4 * scales)
+    return moved / machine.copy * 1e3
+
+
+def floor_gemm(shape: Shape, bytes_read: float, rate: float, machine: Machine) -> float:
+    """Milliseconds of a product: the slower of its arithmetic at ``rate`` and its traffic at the speed of a copy.
+
+    Args:
+        bytes_read: of both operands. y is written once, 2 bytes an element.
+        rate: operations per second; 0 leaves only the traffic.
+    """
+    arithmetic = shape.operations / rate if rate else 0.0
+    return max(arithmetic, (bytes_read + 2 * shape.m * shape.n) / machine.copy) * 1e3
+
+
+def to_markdown(rows: Sequence[Row], title: str = "Kernels", environment: Iterable[str] = ()) -> str:
+    """One table. "of floor" is floor ÷ time; "ours, times faster" is a row's time ÷ that of our reference row of its stage.
+
+    The reference of QL and RQ+QL is the 8-bit activation path; peers of stage QL do not quantize x, those of RQ+QL do
+    (or need not: bf16).
+    """
+    references = {
+        (row.shape, row.stage): row.milliseconds for row in rows if row.reference and row.milliseconds is not None
+    }
+    lines = [f"# {title}", "", *(f"- {line}" for line in environment), ""]
+    lines += ["| layer | stage | what | ms | rate | of floor | ours, times faster |", "|---|---|---|---|---|---|---|"]
+    previous: Shape | None = None
+    for row in rows:
+        label = str(row.shape) if row.shape is not None and row.shape != previous else ""
+        previous = row.shape
+        name = f"**{row.name}**" if row.ours else row.name
+        if row.milliseconds is None:
+            lines.append(f"| {label} | {row.stage} | {name} | – | {row.note} | – | – |")
+            continue
+        of_floor = f"{row.floor / row.milliseconds:.0%}" if row.floor is not None else "–"
+        base = references.get((row.shape, row.stage))
+        faster = f"{row.milliseconds / base:.2f}" if base and not row.reference else "–"
+        rate = ", ".join(part for part in (row.rate, row.note) if part)
+        lines.append(f"| {label} | {row.stage} | {name} | {row.milliseconds:.4g} | {rate} | {of_floor} | {faster} |")
+    return "\n".join(lines) + "\n"

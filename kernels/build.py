@@ -1,0 +1,327 @@
+"""Builds libdvdquant_kernels: ``python kernels/build.py`` (make kernels).
+
+CMakeLists.txt holds the table of sources and architectures; this reads it and adds what a project with generated SASS
+wants: objects cached by the content of everything they depend on, as many compilers at a time as the memory carries, and
+a build that fails on spills, on serialized wgmma and on warnings in our own sources.
+
+``--emulated`` compiles the same kernels with g++ for a CPU (emulator/emulator.h): the whole C ABI on host memory, for
+tests; where a path's main loop is CUTLASS's, plain loops stand in its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from ptxas_log import find_faults  # noqa: E402
+from toolchain import BuildError, Nvcc, available_memory, find_cutlass, find_nvcc  # noqa: E402
+
+DEFAULT_BUILD = HERE.parent / "build" / "kernels"
+# Of one compiler process; the largest that was measured is 5.4 GB, a CUTLASS file.
+CUTLASS_MEMORY = 5_500_000_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of CMakeLists.txt: a file under kernels/ and the architecture families its device code exists for."""
+
+    path: str
+    families: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Unique among the sources: the file's name."""
+        return Path(self.path).name
+
+    @property
+    def uses_cutlass(self) -> bool:
+        """Whether it includes CUTLASS, itself or through a header of ours."""
+        return any("cutlass/" in path.read_text() for path in local_files(HERE / self.path))
+
+    def architectures(self, requested: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of ``requested`` it is compiled for, as in CMakeLists.txt's dvdq_source."""
+        chosen = [a for f in self.families for a in requested if re.fullmatch(rf"{f}\d?[af]?", a)]
+        if self.families and not chosen:
+            first = self.families[0]
+            chosen = [f"{first}0" if first.isdigit() else first]
+        return tuple(chosen)
+
+
+def read_sources() -> tuple[tuple[str, ...], list[Source]]:
+    """The default architectures and the sources of CMakeLists.txt."""
+    text = (HERE / "CMakeLists.txt").read_text()
+    default = re.search(r"^set\(DVDQ_DEFAULT_ARCHITECTURES ([\w ]+)\)", text, re.MULTILINE)
+    lines = re.findall(r"^dvdq_source\((\S+?)((?: \w+)*)\)", text, re.MULTILINE)
+    if default is None or not lines:
+        raise BuildError("kernels/CMakeLists.txt holds no DVDQ_DEFAULT_ARCHITECTURES or no dvdq_source lines")
+    return tuple(default[1].split()), [Source(path, tuple(families.split())) for path, families in lines]
+
+
+def local_files(path: Path) -> list[Path]:
+    """``path`` and every header of ours it includes, directly or not."""
+    found: dict[Path, None] = {}
+    queue = [path]
+    while queue:
+        current = queue.pop()
+        if current in found:
+            continue
+        found[current] = None
+        for name in re.findall(r'^\s*#\s*include "([^"]+)"', current.read_text(), re.MULTILINE):
+            for folder in (current.parent, HERE / "include", HERE / "csrc"):
+                if (folder / name).is_file():
+                    queue.append((folder / name).resolve())
+                    break
+    return sorted(found)
+
+
+def content_key(source: Path, command: list[str], compiler: str) -> str:
+    """Of everything an object depends on: sources and headers of ours, flags, compiler."""
+    digest = hashlib.sha256()
+    for part in (compiler, *command):
+        digest.update(part.encode() + b"\0")
+    for path in local_files(source):
+        digest.update(path.relative_to(HERE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def nvcc_flags(source: Source, architectures: tuple[str, ...], cutlass: Path) -> list[str]:
+    """Flags of one source, without its paths; ``-isystem`` keeps CUTLASS's own warnings out."""
+    flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+    flags += ["-I", str(HERE / "include"), "-I", str(HERE / "csrc")]
+    if source.uses_cutlass:
+        flags += ["--expt-relaxed-constexpr", "-isystem", str(cutlass)]
+    if source.name == "plan.cpp":
+        flags += [f'-DDVDQ_ARCHITECTURES="{";".join(architectures)}"']
+    chosen = source.architectures(architectures)
+    flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen]
+    return [*flags, "-Xptxas", "-v"] if chosen else flags
+
+
+def compile_object(source: Source, architectures: tuple[str, ...], nvcc: Nvcc, cutlass: Path, build: Path) -> Path:
+    """The folder with object.o, log.txt and the cubins of one source, from the cache or compiled now.
+
+    Raises:
+        BuildError: the compiler refused, or said something in :func:`find_faults`.
+    """
+    flags = nvcc_flags(source, architectures, cutlass)
+    key = content_key(HERE / source.path, flags, nvcc.version)
+    folder = build / "objects" / f"{source.name}-{key}"
+    if (folder / "object.o").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{source.name}-") as name:
+        work = Path(name)
+        (work / "keep").mkdir()
+        command = [nvcc.program, *flags, "--keep", "--keep-dir", str(work / "keep")]
+        command += ["-c", str(HERE / source.path), "-o", str(work / "object.o")]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(work)})
+        log = done.stdout + done.stderr
+        if done.returncode != 0:
+            raise BuildError(f"{source.path} does not compile:\n{log[-4000:]}")
+        faults = find_faults(log, HERE)
+        if faults:
+            raise BuildError(f"{source.path} compiles, but:\n    " + "\n    ".join(faults))
+        (work / "log.txt").write_text(log)
+        for cubin in (work / "keep").glob("*.cubin"):
+            # name.compute_80.cubin; just name.cubin where there is one architecture.
+            named = re.findall(r"\.(?:compute|sm)_(\w+)", cubin.name)
+            cubin.rename(work / f"sm_{named[-1] if named else source.architectures(architectures)[0]}.cubin")
+        shutil.rmtree(work / "keep")
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+        work.mkdir()
+    return folder
+
+
+def compile_all(
+    sources: list[Source], compile_one: Callable[[Source], Path], jobs: int, describe: str = "kernels"
+) -> dict[Source, Path]:
+    """Every source compiled, at most ``jobs`` at a time and no more than memory carries; the first failure is raised."""
+    from tqdm import tqdm
+
+    budget = threading.BoundedSemaphore(max(1, int(available_memory() * 0.8 // CUTLASS_MEMORY)))
+
+    def run(source: Source) -> Path:
+        if not source.uses_cutlass:
+            return compile_one(source)
+        with budget:
+            return compile_one(source)
+
+    results: dict[Source, Path] = {}
+    # Long ones first.
+    queue = sorted(sources, key=lambda s: (not s.uses_cutlass, -len(s.families)))
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(queue), desc=describe, unit="file", disable=None) as bar:
+        futures = {pool.submit(run, source): source for source in queue}
+        for future in as_completed(futures):
+            try:
+                results[futures[future]] = future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            bar.update()
+            bar.set_postfix_str(futures[future].name)
+    return {source: results[source] for source in sources}
+
+
+def link(nvcc: Nvcc, objects: list[Path], build: Path) -> Path:
+    """The shared library, and an archive of the same objects beside it; both replaced as a whole.
+
+    Raises:
+        BuildError: the linker refused.
+    """
+    library, archive = build / "libdvdquant_kernels.so", build / "libdvdquant_kernels.a"
+    temporary = build / f".{library.name}-{os.getpid()}"
+    inputs = [str(folder / "object.o") for folder in objects]
+    command = [nvcc.program, "-shared", "-cudart", "static", *(f"-L{path}" for path in nvcc.libraries)]
+    # The CUDA runtime inside stays inside: only the ABI is exported.
+    run_tool([*command, "-Xlinker", "--exclude-libs,ALL", "-o", str(temporary), *inputs])
+    temporary.replace(library)
+    members = build / f".members-{os.getpid()}"
+    members.mkdir()
+    try:
+        for folder in objects:
+            shutil.copyfile(folder / "object.o", members / f"{folder.name.rpartition('-')[0]}.o")
+        run_tool(["ar", "rcs", str(temporary), *(str(path) for path in sorted(members.iterdir()))])
+    finally:
+        shutil.rmtree(members)
+    temporary.replace(archive)
+    return library
+
+
+def run_tool(command: list[str]) -> None:
+    """Raises BuildError with the tool's own words where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise BuildError(f"{command[0]} was not found; install a C++ compiler and binutils") from None
+    if done.returncode != 0:
+        raise BuildError(f"{Path(command[0]).name} failed:\n{(done.stdout + done.stderr)[-4000:]}")
+
+
+EMULATED_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DDVDQ_EMULATE")
+
+
+def build_emulated(folder: Path | None = None, jobs: int = 1) -> Path:
+    """libdvdquant_kernels_emulated.so: our kernels' device code on a CPU, behind the same ABI; objects are cached.
+
+    Args:
+        folder: of the outputs, by default build/kernels.
+
+    Raises:
+        BuildError: no C++ compiler, or it refused.
+    """
+    build = folder or DEFAULT_BUILD
+    build.mkdir(parents=True, exist_ok=True)
+    _, sources = read_sources()
+    compiler = os.environ.get("CXX", "g++")
+    chosen = [source for source in sources if not source.uses_cutlass] + [Source("emulator/gemm_reference.cpp", ())]
+    flags = [*EMULATED_FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += [
+        "-I",
+        str(HERE / "include"),
+        "-I",
+        str(HERE / "csrc"),
+        "-I",
+        str(HERE / "emulator"),
+        '-DDVDQ_ARCHITECTURES="emulated"',
+    ]
+
+    def compile_one(source: Source) -> Path:
+        key = content_key(HERE / source.path, flags, compiler)
+        target = build / "objects" / f"{source.name}-{key}.o"
+        if not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}-{os.getpid()}")
+            run_tool([compiler, "-x", "c++", *flags, "-c", str(HERE / source.path), "-o", str(temporary)])
+            temporary.replace(target)
+        return target
+
+    objects = compile_all(chosen, compile_one, jobs, "emulated kernels")
+    library = build / "libdvdquant_kernels_emulated.so"
+    temporary = build / f".{library.name}-{os.getpid()}"
+    run_tool([compiler, "-shared", "-o", str(temporary), *(str(path) for path in objects.values())])
+    temporary.replace(library)
+    return library
+
+
+def build_kernels(
+    build: Path, architectures: tuple[str, ...], jobs: int, fetch_nvcc: bool = False, only: tuple[str, ...] = ()
+) -> tuple[Path | None, dict[Source, Path]]:
+    """The library (None with ``only``, which compiles some sources and does not link) and each source's object folder.
+
+    Raises:
+        BuildError: something is missing or was refused.
+    """
+    default, sources = read_sources()
+    architectures = architectures or default
+    for architecture in architectures:
+        if not re.fullmatch(r"(8|10|12)\d|90a", architecture):
+            raise BuildError(f"no kernels for architecture {architecture}; available: 80 86 87 89 90a 100 103 120 121")
+    chosen = [source for source in sources if not only or source.name in only]
+    if missing := set(only) - {source.name for source in sources}:
+        raise BuildError(
+            f"no source named {', '.join(sorted(missing))}; available: {', '.join(s.name for s in sources)}"
+        )
+    nvcc = find_nvcc(build, fetch_nvcc)
+    cutlass = find_cutlass(build) if any(source.uses_cutlass for source in chosen) else Path()
+    objects = compile_all(chosen, lambda s: compile_object(s, architectures, nvcc, cutlass, build), jobs)
+    return (None if only else link(nvcc, list(objects.values()), build)), objects
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """Options that the build and the SASS check share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, default=DEFAULT_BUILD, help="folder of the outputs")
+    parser.add_argument(
+        "--architectures", nargs="+", default=[], metavar="ARCH", help="default: those of CMakeLists.txt"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="FILE", help="compile these files, do not link")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at a time")
+    parser.add_argument(
+        "--fetch-nvcc", action="store_true", help="without nvcc, fetch its wheels into the build folder"
+    )
+    parser.add_argument("--emulated", action="store_true", help="the CPU library for tests, with g++; no CUDA needed")
+    arguments = parser.parse_args()
+    arguments.build = arguments.build.resolve()
+    arguments.build.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def main() -> int:
+    """Exit status: 0 built, 2 with a message on stderr."""
+    arguments = parse_arguments(__doc__)
+    try:
+        if arguments.emulated:
+            library: Path | None = build_emulated(arguments.build, arguments.jobs)
+        else:
+            library, _ = build_kernels(
+                arguments.build,
+                tuple(arguments.architectures),
+                arguments.jobs,
+                arguments.fetch_nvcc,
+                tuple(arguments.only),
+            )
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if library is not None:
+        print(library)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

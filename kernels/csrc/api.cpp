@@ -1,0 +1,168 @@
+// The C ABI: checks, then the launchers. Plain C++; the device code is behind rotate_quantize.h, prepare_weight.h, gemm.h.
+#include <stdint.h>
+
+#include "dvdquant/kernels.h"
+#include "error.h"
+#include "gemm.h"
+#include "plan.h"
+#include "prepare_weight.h"
+#include "prepared.h"
+#include "rotate_quantize.h"
+
+namespace dvdq {
+namespace {
+
+struct Named {
+  const char* name;
+  const void* pointer;
+  bool optional;
+  unsigned alignment;
+};
+
+template <int Count>
+dvdq_status check_pointers(const char* function, const Named (&pointers)[Count]) {
+  for (const Named& p : pointers) {
+    if (p.pointer == nullptr) {
+      if (p.optional) continue;
+      return fail(DVDQ_BAD_ARGUMENT, "%s: %s is null", function, p.name);
+    }
+    if (reinterpret_cast<uintptr_t>(p.pointer) % p.alignment)
+      return fail(DVDQ_BAD_ARGUMENT, "%s: %s is not aligned to %u bytes", function, p.name, p.alignment);
+  }
+  return DVDQ_OK;
+}
+
+dvdq_status check_tokens(const char* function, int64_t m) {
+  if (m < 0 || m > INT32_MAX)
+    return fail(DVDQ_BAD_ARGUMENT, "%s: %lld tokens; 0 to 2^31-1", function, static_cast<long long>(m));
+  return DVDQ_OK;
+}
+
+dvdq_status run_path(int32_t path, const GemmArgs& args) {
+  switch (path) {
+    case DVDQ_PATH_S4_TOKEN: return gemm_s4_token(args);
+    case DVDQ_PATH_S4_GROUP: return gemm_s4_group(args);
+    case DVDQ_PATH_S8_TOKEN: return gemm_s8_token(args);
+    case DVDQ_PATH_S8_GROUP: return gemm_s8_group(args);
+    case DVDQ_PATH_S8_WGMMA: return gemm_s8_wgmma(args);
+    case DVDQ_PATH_E4M3_GROUP: return gemm_e4m3_group(args);
+    default: return fail(DVDQ_BAD_ARGUMENT, "path %d is unknown", path);
+  }
+}
+
+// Views of a prepared buffer.
+void read_prepared(const dvdq_layer& layer, int32_t path, const void* prepared, GemmArgs* args) {
+  const PreparedLayout at = prepared_layout(layer, path);
+  const unsigned char* const base = static_cast<const unsigned char*>(prepared);
+  args->weight = base;
+  args->row_scale = reinterpret_cast<const float*>(base + at.row_scale);
+  args->row_zero = reinterpret_cast<const float*>(base + at.row_zero);
+  args->bias = reinterpret_cast<const float*>(base + at.bias);
+  args->factor = at.factor < 0 ? nullptr : base + at.factor;
+  args->group_zero = at.group_zero < 0 ? nullptr : base + at.group_zero;
+}
+
+}  // namespace
+}  // namespace dvdq
+
+using namespace dvdq;
+
+extern "C" {
+
+dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t sm, const dvdq_weight* weight, void* prepared,
+                                int64_t prepared_bytes, dvdq_stream stream) {
+  dvdq_plan plan;
+  dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
+  if (status != DVDQ_OK) return status;
+  if (weight == nullptr) return fail(DVDQ_BAD_ARGUMENT, "dvdq_prepare_weight: weight is null");
+  const unsigned zero_alignment = layer->real_zero ? 1 : 4;
+  const Named pointers[] = {{"weight.codes", weight->codes, false, 16}, {"weight.scale", weight->scale, false, 4},
+                            {"weight.factor", weight->factor, false, 1}, {"weight.zero", weight->zero, false, zero_alignment},
+                            {"weight.bias", weight->bias, true, 4},      {"prepared", prepared, false, 256}};
+  status = check_pointers("dvdq_prepare_weight", pointers);
+  if (status != DVDQ_OK) return status;
+  if (prepared_bytes < plan.prepared_bytes)
+    return fail(DVDQ_WORKSPACE, "the prepared weight needs %lld bytes, the buffer has %lld",
+                static_cast<long long>(plan.prepared_bytes), static_cast<long long>(prepared_bytes));
+  return prepare_weight(*layer, plan, *weight, prepared, static_cast<cudaStream_t>(stream));
+}
+
+dvdq_status dvdq_rotate_quantize(const dvdq_layer* layer, int32_t sm, const void* x, const float* outer_matrix, void* codes,
+                                 float* scales, float* sums, int64_t m, dvdq_stream stream) {
+  dvdq_plan plan;
+  dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
+  if (status == DVDQ_OK) status = check_tokens("dvdq_rotate_quantize", m);
+  if (status != DVDQ_OK || m == 0) return status;
+  const Named pointers[] = {{"x", x, false, 16},
+                            {"outer_matrix", outer_matrix, layer->outer == 1, 16},
+                            {"codes", codes, false, 16},
+                            {"scales", scales, false, 4},
+                            {"sums", sums, true, 4}};
+  status = check_pointers("dvdq_rotate_quantize", pointers);
+  if (status != DVDQ_OK) return status;
+  const RotateArgs args = {x, outer_matrix, codes, scales, sums, m, static_cast<cudaStream_t>(stream)};
+  return rotate_quantize(*layer, plan, args);
+}
+
+dvdq_status dvdq_linear_gemm(const dvdq_layer* layer, int32_t sm, const void* codes, const float* scales, const float* sums,
+                             const void* prepared, void* y, int64_t m, void* workspace, int64_t workspace_bytes,
+                             dvdq_stream stream) {
+  dvdq_plan plan;
+  dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
+  if (status == DVDQ_OK) status = check_tokens("dvdq_linear_gemm", m);
+  if (status != DVDQ_OK || m == 0) return status;
+  const int64_t needed = gemm_workspace_bytes(static_cast<dvdq_path>(plan.path), m, layer->n, layer->k, sm);
+  const Named pointers[] = {{"codes", codes, false, 16},       {"scales", scales, false, 4},
+                            {"sums", sums, !plan.needs_sums, 4}, {"prepared", prepared, false, 256},
+                            {"y", y, false, 16},               {"workspace", workspace, needed == 0, 16}};
+  status = check_pointers("dvdq_linear_gemm", pointers);
+  if (status != DVDQ_OK) return status;
+  if (workspace_bytes < needed)
+    return fail(DVDQ_WORKSPACE, "path %s needs %lld bytes of workspace, the buffer has %lld", dvdq_path_name(plan.path),
+                static_cast<long long>(needed), static_cast<long long>(workspace_bytes));
+  GemmArgs args{};
+  args.codes = codes;
+  args.scales = scales;
+  args.sums = sums;
+  read_prepared(*layer, plan.path, prepared, &args);
+  args.y = y;
+  args.m = m;
+  args.n = layer->n;
+  args.k = layer->k;
+  args.act_group = layer->act_group;
+  args.weight_groups = layer->weight_groups;
+  args.real_zero = layer->real_zero != 0;
+  args.dtype = static_cast<dvdq_dtype>(layer->dtype);
+  args.workspace = workspace;
+  args.workspace_bytes = workspace_bytes;
+  args.stream = static_cast<cudaStream_t>(stream);
+  args.sm = sm;
+  return run_path(plan.path, args);
+}
+
+dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const float* outer_matrix,
+                              const void* prepared, void* y, int64_t m, void* workspace, int64_t workspace_bytes,
+                              dvdq_stream stream) {
+  dvdq_plan plan;
+  dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
+  if (status == DVDQ_OK) status = check_tokens("dvdq_quant_linear", m);
+  if (status != DVDQ_OK || m == 0) return status;
+  WorkspaceLayout at{};
+  status = workspace_layout(*layer, plan, sm, m, &at);
+  if (status != DVDQ_OK) return status;
+  const Named pointers[] = {{"workspace", workspace, false, 256}};
+  status = check_pointers("dvdq_quant_linear", pointers);
+  if (status != DVDQ_OK) return status;
+  if (workspace_bytes < at.bytes)
+    return fail(DVDQ_WORKSPACE, "%lld tokens need %lld bytes of workspace, the buffer has %lld", static_cast<long long>(m),
+                static_cast<long long>(at.bytes), static_cast<long long>(workspace_bytes));
+  unsigned char* const base = static_cast<unsigned char*>(workspace);
+  float* const scales = reinterpret_cast<float*>(base + at.scales);
+  float* const sums = plan.needs_sums ? reinterpret_cast<float*>(base + at.sums) : nullptr;
+  status = dvdq_rotate_quantize(layer, sm, x, outer_matrix, base, scales, sums, m, stream);
+  if (status != DVDQ_OK) return status;
+  const int64_t left = at.bytes - at.gemm;
+  return dvdq_linear_gemm(layer, sm, base, scales, sums, prepared, y, m, left ? base + at.gemm : nullptr, left, stream);
+}
+
+}  // extern "C"

@@ -1,0 +1,14 @@
+// The error text of the calling thread, and the two ways to fail.
+#pragma once
+
+#include "dvdquant/kernels.h"
+
+namespace dvdq {
+
+// Sets dvdq_last_error's text (printf format, cut at 511 characters) and returns `status`.
+__attribute__((format(printf, 2, 3))) dvdq_status fail(dvdq_status status, const char* format, ...);
+
+// DVDQ_OK for cudaSuccess; otherwise DVDQ_CUDA_ERROR with "`what`: text of the runtime (name)".
+dvdq_status check_cuda(int error, const char* what);
+
+}  // namespace dvdq

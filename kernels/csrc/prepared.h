@@ -1,0 +1,50 @@
+// The prepared weight: one buffer per layer and device, parts in this order, each starting at a multiple of 256 bytes.
+//
+//   codes       [n, k / 2] packed int4 (S4 paths, as in the files), [n, k] int8 (S8 paths), [n, k] e4m3 (E4M3_GROUP)
+//   row_scale   fp32 [n]
+//   row_zero    fp32 [n]; the zero-point z where y = row_scale * (acc - z * sum), 0 where the codes carry it
+//   bias        fp32 [n]; zeros where the layer has none
+//   factor      uint8 [n, weight_groups], S4_GROUP with weight_groups > 1 only; 255 = 1
+//   group_zero  uint8 [n, weight_groups], S4_GROUP with weight_groups > 1 and real_zero only; z = byte / 16 - 8
+//
+// Rows on 8-bit paths, with d = c - z, reach = max |d| of any code c in -8..7, step = scale * (factor / 255), all fp32:
+//   weight_groups == 1, z an integer, reach <= limit         code d,  row_scale step               exact
+//   weight_groups == 1, 2z an integer, 2 * reach <= limit    code 2d, row_scale step / 2           exact
+//   any other row, int8    code clamp(rint(W / D), -127, 127), row_scale D = max(max|W|, 2^-100) / 127, W = d * step
+//   any other row, e4m3    code e4m3(2d * r), row_scale step / 2 / r, r = 1 if 2 * reach <= 448, else 448 / (2 * reach)
+// limit = 127 for int8 and 16 for e4m3 (integers up to 16 are exact there). With groups, z and step are each group's own.
+#pragma once
+
+#include <stdint.h>
+
+#include "dvdquant/kernels.h"
+
+namespace dvdq {
+
+constexpr int64_t kAlignment = 256;
+
+constexpr int64_t align_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// Byte offsets into the prepared buffer; -1 for a part that the path does not have.
+struct PreparedLayout {
+  int64_t row_scale, row_zero, bias, factor, group_zero, bytes;
+};
+
+inline bool is_s4(int32_t path) { return path == DVDQ_PATH_S4_TOKEN || path == DVDQ_PATH_S4_GROUP; }
+
+inline PreparedLayout prepared_layout(const dvdq_layer& layer, int32_t path) {
+  PreparedLayout at{};
+  const int64_t per_row = align_up(layer.n * 4), per_group = align_up(layer.n * layer.weight_groups);
+  const bool grouped = path == DVDQ_PATH_S4_GROUP && layer.weight_groups > 1;
+  at.row_scale = align_up(layer.n * (is_s4(path) ? layer.k / 2 : layer.k));
+  at.row_zero = at.row_scale + per_row;
+  at.bias = at.row_zero + per_row;
+  at.bytes = at.bias + per_row;
+  at.factor = grouped ? at.bytes : -1;
+  at.bytes += grouped ? per_group : 0;
+  at.group_zero = grouped && layer.real_zero ? at.bytes : -1;
+  at.bytes += grouped && layer.real_zero ? per_group : 0;
+  return at;
+}
+
+}  // namespace dvdq

@@ -1,0 +1,119 @@
+// dvdquant kernels: the C ABI. Raw device pointers, 64-bit sizes and a stream; no PyTorch, no TensorRT.
+//
+// One quantized linear layer, everything between fp32 inputs of the definition in dvdquant/ops/quant_linear.py:
+//
+//   RQ   rotate_quantize   x [M, K] -> codes [M, K], scales, token sums
+//   QL   linear_gemm       codes x prepared weight -> y [M, N]
+//   quant_linear = RQ + QL in one call, with the codes in the workspace.
+//
+// A layer's packed weight (canonical layout, see dvdq_weight) is prepared once per device: expanded or repacked to what
+// the path of that device multiplies. The packed weight is not needed afterwards.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define DVDQ_API __declspec(dllexport)
+#else
+#define DVDQ_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DVDQ_ABI_VERSION 1
+
+typedef void* dvdq_stream;  // cudaStream_t
+
+typedef enum dvdq_status {
+  DVDQ_OK = 0,
+  DVDQ_BAD_ARGUMENT = 1,  // a null or misaligned pointer, a size that is negative, a K that the block does not divide
+  DVDQ_UNSUPPORTED = 2,   // a valid layer that no path of this device runs; the message names what it can run
+  DVDQ_WORKSPACE = 3,     // workspace or prepared buffer too small
+  DVDQ_CUDA_ERROR = 4     // the CUDA runtime refused; the message holds its text
+} dvdq_status;
+
+typedef enum dvdq_dtype { DVDQ_BF16 = 0, DVDQ_FP16 = 1 } dvdq_dtype;
+
+// How the multiplication of a layer runs on a device.
+typedef enum dvdq_path {
+  DVDQ_PATH_S4_TOKEN = 0,     // s4 mma, scale per token (SM 8.x)
+  DVDQ_PATH_S4_GROUP = 1,     // s4 mma, scale per 64 or 128 channels, weight factors in the loop (SM 8.x)
+  DVDQ_PATH_S8_TOKEN = 2,     // s8 mma, weights expanded to int8 per row (SM 8.x, 12.x)
+  DVDQ_PATH_S8_GROUP = 3,     // s8 mma, activation scale per group, weights expanded to int8 per row (any SM >= 8.0)
+  DVDQ_PATH_S8_WGMMA = 4,     // s8 wgmma, scale per token, weights expanded to int8 per row (SM 9.0: mode T)
+  DVDQ_PATH_E4M3_GROUP = 5    // e4m3 wgmma, 4-bit codes held exactly, scale per 128 channels (SM 9.0: mode G)
+} dvdq_path;
+
+typedef enum dvdq_codes { DVDQ_CODES_S4 = 0, DVDQ_CODES_S8 = 1, DVDQ_CODES_E4M3 = 2 } dvdq_codes;
+
+// One layer; every field is read at every call, none is kept.
+typedef struct dvdq_layer {
+  int64_t n;               // output features
+  int64_t k;               // input features; a multiple of 32, and of block * outer
+  int64_t weight_groups;   // groups per weight row; 1 = scale per row
+  int32_t real_zero;       // 0: weight_zero is fp32 [N]; 1: uint8 [N, groups], z = byte / 16 - 8
+  int32_t block;           // b, order of the inner (Sylvester) Hadamard factor: 1 (none) or a power of two up to 2048
+  int32_t outer;           // p, order of the outer factor; 1 = block-diagonal. k = q * p * b
+  int32_t act_bits;        // 4 or 8
+  int32_t act_group;       // channels per activation scale; 0 = whole token
+  int32_t dtype;           // dvdq_dtype of x and y
+} dvdq_layer;
+
+// The packed weight of a layer in the canonical layout: what the files hold.
+typedef struct dvdq_weight {
+  const void* codes;     // int8 [N, K/2], low nibble = even k, signed -8..7
+  const float* scale;    // [N]
+  const void* factor;    // uint8 [N, groups]; 255 = 1
+  const void* zero;      // fp32 [N] or uint8 [N, groups]
+  const float* bias;     // [N], may be null
+} dvdq_weight;
+
+// What a device needs for a layer.
+typedef struct dvdq_plan {
+  int32_t path;              // dvdq_path
+  int32_t codes;             // dvdq_codes RQ emits
+  int32_t scale_rows;        // activation scales per token: 1 or K / act_group
+  int32_t needs_sums;        // whether QL reads the token sums (native s4 with a zero-point correction)
+  int64_t prepared_bytes;    // of the prepared weight: codes, then row scales, corrections and bias
+  int64_t codes_bytes_per_token;
+} dvdq_plan;
+
+// Text of the last error of the calling thread; never null.
+DVDQ_API const char* dvdq_last_error(void);
+// DVDQ_ABI_VERSION of the library, and the SMs it was compiled for as "80;86;89;90a;120".
+DVDQ_API int32_t dvdq_abi_version(void);
+DVDQ_API const char* dvdq_architectures(void);
+DVDQ_API const char* dvdq_path_name(int32_t path);
+
+// Chooses the path of `layer` on `sm` (major * 10 + minor). Host only: needs no device.
+DVDQ_API dvdq_status dvdq_plan_layer(const dvdq_layer* layer, int32_t sm, dvdq_plan* plan);
+
+// Bytes of workspace that dvdq_quant_linear needs for m tokens. Host only.
+DVDQ_API dvdq_status dvdq_workspace_bytes(const dvdq_layer* layer, int32_t sm, int64_t m, int64_t* bytes);
+
+// Packed weight -> prepared weight of plan.prepared_bytes bytes (256-byte aligned), on the current device.
+DVDQ_API dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t sm, const dvdq_weight* weight, void* prepared,
+                                         int64_t prepared_bytes, dvdq_stream stream);
+
+// RQ. x [m, k] row-major; codes as plan.codes; scales fp32: [m] per token, [k / act_group, m] per group (group-major);
+// sums fp32, same layout as scales, the sum of the codes of that group, or null.
+// outer_matrix: fp32 [p, p] on the device, null when outer == 1. The inner factor is the Sylvester matrix / sqrt(b).
+DVDQ_API dvdq_status dvdq_rotate_quantize(const dvdq_layer* layer, int32_t sm, const void* x, const float* outer_matrix,
+                                          void* codes, float* scales, float* sums, int64_t m, dvdq_stream stream);
+
+// QL. Same layouts; y [m, n] row-major of layer.dtype.
+DVDQ_API dvdq_status dvdq_linear_gemm(const dvdq_layer* layer, int32_t sm, const void* codes, const float* scales,
+                                      const float* sums, const void* prepared, void* y, int64_t m, void* workspace,
+                                      int64_t workspace_bytes, dvdq_stream stream);
+
+// RQ + QL. Capturable in a CUDA graph: no allocation, no synchronisation, no host copy.
+DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const float* outer_matrix,
+                                       const void* prepared, void* y, int64_t m, void* workspace,
+                                       int64_t workspace_bytes, dvdq_stream stream);
+
+#ifdef __cplusplus
+}
+#endif

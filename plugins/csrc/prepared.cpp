@@ -1,0 +1,127 @@
+#include "prepared.h"
+
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <vector>
+
+#include "kernels_api.h"
+#include "messages.h"
+
+namespace dvdquant::plugin {
+namespace {
+
+struct Registry {
+  std::mutex mutex;
+  std::map<PreparedKey, std::weak_ptr<DeviceBuffer const>> weights;
+  std::set<std::tuple<int, void const*, int32_t>> checked_matrices;
+};
+
+Registry& registry() {
+  static Registry shared;
+  return shared;
+}
+
+// INT32 values as TensorRT's parser makes them of UINT8 ones -> the bytes again, on the device.
+std::unique_ptr<DeviceBuffer> narrowed(void const* values, int64_t count, char const* name, Stream stream) {
+  std::vector<int32_t> wide(static_cast<size_t>(count));
+  copy_to_host(wide.data(), values, wide.size() * sizeof(int32_t), stream);
+  synchronize(stream);
+  std::vector<uint8_t> bytes(wide.size());
+  for (size_t i = 0; i < wide.size(); ++i) {
+    if (wide[i] < 0 || wide[i] > 255) {
+      throw Failure(DVDQ_BAD_ARGUMENT, std::string(name) + " holds " + std::to_string(wide[i]) + " at " +
+                                           std::to_string(i), "0 to 255");
+    }
+    bytes[i] = static_cast<uint8_t>(wide[i]);
+  }
+  auto buffer = std::make_unique<DeviceBuffer>(bytes.size(), name);
+  copy_to_device(buffer->data(), bytes.data(), bytes.size(), stream);
+  synchronize(stream);
+  return buffer;
+}
+
+Prepared make(PreparedKey const& key, dvdq_layer const& layer, Stream stream) {
+  RelaxedCapture relaxed;
+  std::unique_ptr<DeviceBuffer> factor, zero;
+  if (key.factor_int32) factor = narrowed(key.inputs[kFactor], key.n * key.groups, "weight_factor", stream);
+  if (key.zero_int32) zero = narrowed(key.inputs[kZero], key.n * key.groups, "weight_zero", stream);
+  dvdq_weight weight{};
+  weight.codes = key.inputs[kWeight];
+  weight.scale = static_cast<float const*>(key.inputs[kScale]);
+  weight.factor = factor ? factor->data() : key.inputs[kFactor];
+  weight.zero = zero ? zero->data() : key.inputs[kZero];
+  weight.bias = static_cast<float const*>(key.inputs[kBias]);
+  auto buffer = std::make_shared<DeviceBuffer>(static_cast<size_t>(key.bytes), "the prepared weight of " + key.layer);
+  dvdq_status const status = kernels().prepare_weight(&layer, key.sm, &weight, buffer->data(), key.bytes, stream);
+  // Kernels may still read the narrowed copies, and other streams will read the result.
+  synchronize(stream);
+  check_kernels(status, "preparing the weight");
+  return buffer;
+}
+
+Prepared held(Registry& shared, PreparedKey const& key) {
+  auto const found = shared.weights.find(key);
+  if (found == shared.weights.end()) return nullptr;
+  Prepared weight = found->second.lock();
+  if (!weight) shared.weights.erase(found);
+  return weight;
+}
+
+}  // namespace
+
+Prepared find_prepared(PreparedKey const& key) {
+  Registry& shared = registry();
+  std::lock_guard<std::mutex> lock(shared.mutex);
+  return held(shared, key);
+}
+
+Prepared prepare(PreparedKey const& key, dvdq_layer const& layer, Stream stream) {
+  Registry& shared = registry();
+  // Held while preparing: a second context of the same layer then waits for the weight instead of making its own.
+  std::lock_guard<std::mutex> lock(shared.mutex);
+  if (Prepared weight = held(shared, key)) return weight;
+  Prepared weight = make(key, layer, stream);
+  shared.weights[key] = weight;
+  for (auto item = shared.weights.begin(); item != shared.weights.end();) {
+    item = item->second.expired() ? shared.weights.erase(item) : std::next(item);
+  }
+  return weight;
+}
+
+void check_hadamard(int device, void const* matrix, int32_t order, Stream stream) {
+  Registry& shared = registry();
+  std::tuple<int, void const*, int32_t> const key{device, matrix, order};
+  {
+    std::lock_guard<std::mutex> lock(shared.mutex);
+    if (shared.checked_matrices.count(key) != 0) return;
+  }
+  std::vector<float> values(static_cast<size_t>(order) * order);
+  {
+    RelaxedCapture relaxed;
+    copy_to_host(values.data(), matrix, values.size() * sizeof(float), stream);
+    synchronize(stream);
+  }
+  double const size = 1.0 / std::sqrt(static_cast<double>(order));
+  for (uint32_t row = 0; row < static_cast<uint32_t>(order); ++row) {
+    for (uint32_t column = 0; column < static_cast<uint32_t>(order); ++column) {
+      double const expected = __builtin_parity(row & column) ? -size : size;
+      double const value = values[static_cast<size_t>(row) * order + column];
+      // Written so that a NaN fails too. 1e-6: an fp32 rounding of 1/sqrt(b), with room.
+      if (!(std::fabs(value - expected) <= 1e-6)) {
+        throw Failure(DVDQ_BAD_ARGUMENT,
+                      "hadamard[" + std::to_string(row) + ", " + std::to_string(column) + "] is " +
+                          std::to_string(value),
+                      "the Sylvester matrix of order " + std::to_string(order) + " / sqrt(order): " +
+                          std::to_string(expected) + " there",
+                      "bind the matrix of the export (onnx/*.constants.bin)");
+      }
+    }
+  }
+  std::lock_guard<std::mutex> lock(shared.mutex);
+  shared.checked_matrices.insert(key);
+}
+
+}  // namespace dvdquant::plugin

@@ -1,0 +1,211 @@
+#include "quant_linear.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "kernels_api.h"
+#include "messages.h"
+
+namespace dvdquant::plugin {
+namespace {
+
+using nvinfer1::DataType;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::PluginTensorDesc;
+
+std::string describe(Fields const& fields) {
+  return "act_bits=" + std::to_string(fields.act_bits) + ";act_group=" + std::to_string(fields.act_group);
+}
+
+std::array<Tensor, kInputs> tensors_of(PluginTensorDesc const* in) {
+  std::array<Tensor, kInputs> tensors;
+  for (int32_t i = 0; i < kInputs; ++i) tensors[i] = {in[i].dims, in[i].type};
+  return tensors;
+}
+
+std::array<Tensor, kInputs> tensors_of(DynamicPluginTensorDesc const* in) {
+  std::array<Tensor, kInputs> tensors;
+  for (int32_t i = 0; i < kInputs; ++i) tensors[i] = {in[i].desc.dims, in[i].desc.type};
+  return tensors;
+}
+
+dvdq_plan plan_of(dvdq_layer const& layer, int32_t sm, std::string const& name) {
+  dvdq_plan plan{};
+  check_kernels(kernels().plan_layer(&layer, sm, &plan), (name + " on SM " + std::to_string(sm)).c_str());
+  return plan;
+}
+
+}  // namespace
+
+QuantLinear::QuantLinear(Fields fields) : fields_(std::move(fields)), description_(describe(fields_)) {
+  using nvinfer1::PluginFieldType;
+  serialized_.emplace_back("act_bits", &fields_.act_bits, PluginFieldType::kINT32, 1);
+  serialized_.emplace_back("act_group", &fields_.act_group, PluginFieldType::kINT32, 1);
+  serialized_.emplace_back("layer", fields_.layer.c_str(), PluginFieldType::kCHAR,
+                           static_cast<int32_t>(fields_.layer.size() + 1));
+  collection_.nbFields = static_cast<int32_t>(serialized_.size());
+  collection_.fields = serialized_.data();
+}
+
+nvinfer1::IPluginCapability* QuantLinear::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
+  switch (type) {
+    case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+    case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+    case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+  }
+  return nullptr;
+}
+
+nvinfer1::IPluginV3* QuantLinear::clone() noexcept {
+  QuantLinear* copy = nullptr;
+  guarded("clone", [&] {
+    copy = new QuantLinear(fields_);
+    copy->layer_ = layer_;
+    copy->plan_ = plan_;
+    copy->device_ = device_;
+    copy->sm_ = sm_;
+    copy->factor_int32_ = factor_int32_;
+    copy->zero_int32_ = zero_int32_;
+  });
+  return copy;
+}
+
+int32_t QuantLinear::configurePlugin(DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*,
+                                     int32_t outputs) noexcept {
+  return guarded("configure", [&] {
+    check_counts(fields_, inputs, outputs);
+    dvdq_layer const layer = describe_layer(fields_, tensors_of(in).data());
+    kernels();  // their absence is said before the device's
+    int32_t const sm = sm_of(current_device());
+    dvdq_plan const plan = plan_of(layer, sm, fields_.layer);
+    log(Severity::kVERBOSE, "dvdquant QuantLinear " + fields_.layer + ": " + kernels().path_name(plan.path) + " on SM " +
+                                std::to_string(sm));
+  });
+}
+
+int32_t QuantLinear::getOutputDataTypes(DataType* output_types, int32_t outputs, DataType const* input_types,
+                                        int32_t inputs) const noexcept {
+  return guarded("output type", [&] {
+    check_counts(fields_, inputs, outputs);
+    check_types(fields_, input_types);
+    output_types[0] = input_types[kX];
+  });
+}
+
+int32_t QuantLinear::getOutputShapes(nvinfer1::DimsExprs const* in, int32_t inputs, nvinfer1::DimsExprs const*,
+                                     int32_t shape_input_count, nvinfer1::DimsExprs* out, int32_t outputs,
+                                     nvinfer1::IExprBuilder& builder) noexcept {
+  return guarded("output shape", [&] {
+    check_counts(fields_, inputs, outputs);
+    nvinfer1::DimsExprs const &x = in[kX], &weight = in[kWeight];
+    if (shape_input_count != 0 || x.nbDims < 1 || weight.nbDims != 2) {
+      throw Failure(DVDQ_BAD_ARGUMENT,
+                    fields_.layer + ": x has " + std::to_string(x.nbDims) + " dimensions, weight " +
+                        std::to_string(weight.nbDims) + ", shape inputs " + std::to_string(shape_input_count),
+                    "x [..., K], weight [N, K/2], no shape inputs");
+    }
+    auto const* k = builder.operation(nvinfer1::DimensionOperation::kPROD, *weight.d[1], *builder.constant(2));
+    auto const* features = x.d[x.nbDims - 1];
+    if (k != nullptr && k->isConstant() && features->isConstant() &&
+        k->getConstantValue() != features->getConstantValue()) {
+      throw Failure(DVDQ_BAD_ARGUMENT,
+                    fields_.layer + ": x has " + std::to_string(features->getConstantValue()) + " features",
+                    std::to_string(k->getConstantValue()) + ", the K of the weight");
+    }
+    out[0] = x;
+    out[0].d[x.nbDims - 1] = weight.d[0];
+  });
+}
+
+bool QuantLinear::supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* in_out, int32_t inputs,
+                                            int32_t outputs) noexcept {
+  if (inputs != kInputs || outputs != kOutputs || position < 0 || position >= kInputs + kOutputs) return false;
+  PluginTensorDesc const& tensor = in_out[position].desc;
+  return tensor.format == nvinfer1::TensorFormat::kLINEAR && accepts_type(position, tensor.type, in_out[kX].desc.type);
+}
+
+size_t QuantLinear::getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*,
+                                     int32_t outputs) const noexcept {
+  int64_t bytes = 0;
+  guarded("workspace size", [&] {
+    check_counts(fields_, inputs, outputs);
+    dvdq_layer const layer = describe_layer(fields_, tensors_of(in).data());
+    int64_t const tokens = std::max<int64_t>(tokens_of(in[kX].max), 0);
+    check_kernels(kernels().workspace_bytes(&layer, sm_of(current_device()), tokens, &bytes), "workspace size");
+  });
+  return static_cast<size_t>(bytes);
+}
+
+int32_t QuantLinear::onShapeChange(PluginTensorDesc const* in, int32_t inputs, PluginTensorDesc const*,
+                                   int32_t outputs) noexcept {
+  return guarded("shape change", [&] {
+    check_counts(fields_, inputs, outputs);
+    dvdq_layer const layer = describe_layer(fields_, tensors_of(in).data());
+    device_ = current_device();
+    sm_ = sm_of(device_);
+    plan_ = plan_of(layer, sm_, fields_.layer);
+    factor_int32_ = in[kFactor].type == DataType::kINT32;
+    zero_int32_ = in[kZero].type == DataType::kINT32;
+    layer_ = layer;
+  });
+}
+
+int32_t QuantLinear::enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs,
+                             void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
+  return guarded("enqueue", [&] { run(in, inputs, outputs[0], workspace, stream); });
+}
+
+void QuantLinear::run(PluginTensorDesc const* in, void const* const* inputs, void* y, void* workspace, Stream stream) {
+  if (!layer_) {
+    throw Failure(DVDQ_BAD_ARGUMENT, fields_.layer + ": enqueue came before onShapeChange");
+  }
+  int64_t const tokens = tokens_of(in[kX].dims);
+  if (tokens == 0) return;
+  use_weight(inputs, stream);
+  int64_t needed = 0;
+  check_kernels(kernels().workspace_bytes(&*layer_, sm_, tokens, &needed), "workspace size");
+  auto const* outer = layer_->outer > 1 ? static_cast<float const*>(inputs[kOuter]) : nullptr;
+  check_kernels(kernels().quant_linear(&*layer_, sm_, inputs[kX], outer, weight_->data(), y, tokens, workspace, needed,
+                                       stream),
+                fields_.layer.c_str());
+}
+
+void QuantLinear::use_weight(void const* const* inputs, Stream stream) {
+  bool same = weight_ != nullptr && key_->path == plan_.path && key_->bytes == plan_.prepared_bytes;
+  for (int32_t i = kWeight; same && i <= kBias; ++i) same = key_->inputs[i] == inputs[i];
+  bool const capturing = is_capturing(stream);
+  if (!same) {
+    PreparedKey key{device_,  sm_, fields_.layer, {}, layer_->n, layer_->k, layer_->weight_groups, plan_.prepared_bytes,
+                    layer_->real_zero, plan_.path, factor_int32_, zero_int32_};
+    for (int32_t i = kWeight; i <= kBias; ++i) key.inputs[i] = inputs[i];
+    Prepared weight = find_prepared(key);
+    if (!weight && capturing) {
+      throw Failure(DVDQ_BAD_ARGUMENT,
+                    fields_.layer + ": the stream is captured into a CUDA graph, and this weight has not run before", "",
+                    "run the context once with these weights bound before capturing");
+    }
+    if (!weight) {
+      // Inputs of a build may be scratch data; a context's are real.
+      if (attached_ && layer_->block > 1) check_hadamard(device_, inputs[kHadamard], layer_->block, stream);
+      weight = prepare(key, *layer_, stream);
+    }
+    // A graph captured with the old weight may still be replayed.
+    if (captured_) kept_for_graphs_.push_back(weight_);
+    captured_ = false;
+    weight_ = std::move(weight);
+    key_ = std::move(key);
+  }
+  captured_ = captured_ || capturing;
+}
+
+nvinfer1::IPluginV3* QuantLinear::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
+  // The prepared weight outlives a context where another still uses it, so it is not taken from the context's allocator.
+  auto* copy = static_cast<QuantLinear*>(clone());
+  if (copy != nullptr) copy->attached_ = true;
+  return copy;
+}
+
+nvinfer1::PluginFieldCollection const* QuantLinear::getFieldsToSerialize() noexcept { return &collection_; }
+
+}  // namespace dvdquant::plugin

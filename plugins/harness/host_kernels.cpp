@@ -1,0 +1,161 @@
+// The kernels' C ABI on host memory, in double precision and straight from the definition in dvdquant/ops/quant_linear.py:
+// the judge of what the plugin passes on (pointers, sizes, layouts), not of the kernels.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "dvdquant/kernels.h"
+
+namespace {
+
+thread_local std::string t_error = "no error";
+
+dvdq_status fail(dvdq_status status, std::string const& text) {
+  t_error = text;
+  return status;
+}
+
+double widen(uint16_t bits, int32_t dtype) {
+  if (dtype == DVDQ_FP16) {
+    _Float16 half;
+    std::memcpy(&half, &bits, 2);
+    return static_cast<double>(half);
+  }
+  uint32_t const wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+uint16_t narrow(double value, int32_t dtype) {
+  uint16_t bits;
+  if (dtype == DVDQ_FP16) {
+    _Float16 const half = static_cast<_Float16>(value);
+    std::memcpy(&bits, &half, 2);
+    return bits;
+  }
+  float const single = static_cast<float>(value);
+  uint32_t wide;
+  std::memcpy(&wide, &single, 4);
+  if (std::isnan(single)) return 0x7fc0;
+  wide += 0x7fff + ((wide >> 16) & 1);
+  return static_cast<uint16_t>(wide >> 16);
+}
+
+// Prepared: the dequantized weight [N, K] and the bias [N], in double.
+int64_t prepared_bytes(dvdq_layer const& layer) { return static_cast<int64_t>(sizeof(double)) * layer.n * (layer.k + 1); }
+
+void rotate(dvdq_layer const& layer, float const* outer, std::vector<double>& row) {
+  int64_t const b = layer.block, p = layer.outer, span = b * p;
+  std::vector<double> mixed(static_cast<size_t>(span));
+  double const size = 1.0 / std::sqrt(static_cast<double>(b));
+  for (int64_t start = 0; start < layer.k; start += span) {
+    for (int64_t i = 0; i < p; ++i) {
+      for (int64_t j = 0; j < b; ++j) {
+        double sum = 0;
+        for (int64_t t = 0; t < b; ++t) sum += row[start + i * b + t] * (__builtin_parityll(t & j) ? -size : size);
+        mixed[i * b + j] = sum;
+      }
+    }
+    for (int64_t i = 0; i < p; ++i) {
+      for (int64_t j = 0; j < b; ++j) {
+        double sum = p == 1 ? mixed[j] : 0;
+        for (int64_t t = 0; p > 1 && t < p; ++t) sum += outer[t * p + i] * mixed[t * b + j];
+        row[start + i * b + j] = sum;
+      }
+    }
+  }
+}
+
+void quantize(dvdq_layer const& layer, std::vector<double>& row) {
+  int64_t const group = layer.act_group ? layer.act_group : layer.k;
+  double const qmax = std::ldexp(1.0, layer.act_bits - 1) - 1;
+  for (int64_t start = 0; start < layer.k; start += group) {
+    double amax = std::ldexp(1.0, -100);
+    for (int64_t k = start; k < start + group; ++k) amax = std::max(amax, std::fabs(row[k]));
+    for (int64_t k = start; k < start + group; ++k) {
+      double const code = std::nearbyint(row[k] * (qmax / amax));
+      row[k] = std::min(std::max(code, -qmax), qmax) * (amax / qmax);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+DVDQ_API const char* dvdq_last_error(void) { return t_error.c_str(); }
+DVDQ_API int32_t dvdq_abi_version(void) { return DVDQ_ABI_VERSION; }
+DVDQ_API const char* dvdq_path_name(int32_t path) { return path == DVDQ_PATH_S8_WGMMA ? "S8_WGMMA" : "host"; }
+
+DVDQ_API dvdq_status dvdq_plan_layer(const dvdq_layer* layer, int32_t sm, dvdq_plan* plan) {
+  if (sm < 80) return fail(DVDQ_UNSUPPORTED, "SM " + std::to_string(sm) + " has no kernels; available: 80 and newer");
+  if (layer->k % 32 != 0) return fail(DVDQ_BAD_ARGUMENT, "K is no multiple of 32");
+  *plan = {};
+  plan->path = layer->act_group ? DVDQ_PATH_S8_GROUP
+               : sm == 90       ? DVDQ_PATH_S8_WGMMA
+               : layer->act_bits == 4 ? DVDQ_PATH_S4_TOKEN : DVDQ_PATH_S8_TOKEN;
+  plan->scale_rows = layer->act_group ? static_cast<int32_t>(layer->k / layer->act_group) : 1;
+  plan->prepared_bytes = prepared_bytes(*layer);
+  return DVDQ_OK;
+}
+
+DVDQ_API dvdq_status dvdq_workspace_bytes(const dvdq_layer* layer, int32_t sm, int64_t m, int64_t* bytes) {
+  dvdq_plan plan;
+  if (dvdq_status const status = dvdq_plan_layer(layer, sm, &plan); status != DVDQ_OK) return status;
+  *bytes = m * layer->k * static_cast<int64_t>(sizeof(double));
+  return DVDQ_OK;
+}
+
+DVDQ_API dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t, const dvdq_weight* weight, void* prepared,
+                                         int64_t bytes, dvdq_stream) {
+  if (bytes < prepared_bytes(*layer)) return fail(DVDQ_WORKSPACE, "prepared buffer too small");
+  if (!weight->codes || !weight->scale || !weight->factor || !weight->zero) return fail(DVDQ_BAD_ARGUMENT, "null");
+  auto* out = static_cast<double*>(prepared);
+  auto const* codes = static_cast<uint8_t const*>(weight->codes);
+  auto const* factor = static_cast<uint8_t const*>(weight->factor);
+  int64_t const width = layer->k / layer->weight_groups;
+  for (int64_t n = 0; n < layer->n; ++n) {
+    for (int64_t k = 0; k < layer->k; ++k) {
+      int64_t const cell = n * layer->weight_groups + k / width;
+      int const nibble = (codes[(n * layer->k + k) / 2] >> (k % 2 ? 4 : 0)) & 15;
+      double const zero = layer->real_zero ? static_cast<uint8_t const*>(weight->zero)[cell] / 16.0 - 8.0
+                                           : static_cast<float const*>(weight->zero)[n];
+      out[n * layer->k + k] = ((nibble ^ 8) - 8 - zero) * weight->scale[n] * (factor[cell] / 255.0);
+    }
+    out[layer->n * layer->k + n] = weight->bias ? weight->bias[n] : 0;
+  }
+  return DVDQ_OK;
+}
+
+DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const float* outer,
+                                       const void* prepared, void* y, int64_t m, void* workspace, int64_t bytes,
+                                       dvdq_stream stream) {
+  int64_t needed = 0;
+  if (dvdq_status const status = dvdq_workspace_bytes(layer, sm, m, &needed); status != DVDQ_OK) return status;
+  if (bytes < needed || workspace == nullptr) return fail(DVDQ_WORKSPACE, "workspace too small");
+  if (layer->outer > 1 && outer == nullptr) return fail(DVDQ_BAD_ARGUMENT, "outer is null");
+  (void)stream;
+  auto const* weight = static_cast<double const*>(prepared);
+  for (int64_t row = 0; row < m; ++row) {
+    std::vector<double> values(static_cast<size_t>(layer->k));
+    for (int64_t k = 0; k < layer->k; ++k) {
+      values[k] = widen(static_cast<uint16_t const*>(x)[row * layer->k + k], layer->dtype);
+    }
+    rotate(*layer, outer, values);
+    quantize(*layer, values);
+    // Through the workspace, whose size and address are the caller's to get right.
+    auto* codes = static_cast<double*>(workspace) + row * layer->k;
+    std::copy(values.begin(), values.end(), codes);
+    for (int64_t n = 0; n < layer->n; ++n) {
+      double sum = weight[layer->n * layer->k + n];
+      for (int64_t k = 0; k < layer->k; ++k) sum += codes[k] * weight[n * layer->k + k];
+      static_cast<uint16_t*>(y)[row * layer->n + n] = narrow(sum, layer->dtype);
+    }
+  }
+  return DVDQ_OK;
+}
+
+}  // extern "C"

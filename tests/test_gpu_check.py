@@ -1,0 +1,377 @@
+"""gpu_check on the CPU: a correct library passes every check, and each of these wrong ones fails the check meant for it.
+
+The library is ``host_library.HostLibrary``, the C ABI computed from the definitions. What each broken variant does wrong is
+a mistake kernels make: tails, rounding, saturation, indices, races, stale caches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dvdquant.arq import AMAX_FLOOR, QMAX, quantize_activation
+from dvdquant.hadamard import hadamard_matrix
+from dvdquant.ops import cuda_linear
+from dvdquant.ops.quant_linear import rotate_by_matrices
+
+BENCH = Path(__file__).parent.parent / "kernels" / "bench"
+sys.path.insert(0, str(BENCH))
+
+import check_cases  # noqa: E402
+import check_kernels  # noqa: E402
+import check_ops  # noqa: E402
+import check_report  # noqa: E402
+import gpu_check  # noqa: E402
+from check_compare import check_equal, half_ulp  # noqa: E402
+from host_library import HostLibrary, _view  # noqa: E402
+
+Rows = Iterator[Any]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Thousands of tiny products: handing them to threads costs more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def bench(library: Any, sm: int = 90, features: tuple[int, ...] = (384,)) -> Any:
+    kernels = check_kernels.GuardedKernels(library, sm)
+    return check_kernels.Bench(kernels, torch.device("cpu"), features, ((1, 8), (7, 24), (33, 16)))
+
+
+def shapes(b: Any) -> Rows:
+    return check_kernels.check_shapes(b)
+
+
+def large(b: Any) -> Rows:
+    return check_kernels.check_large(b, 77, 512, 40, chunk=16)
+
+
+CHECKS: dict[str, Callable[[Any], Rows]] = {
+    "dispatch": check_kernels.check_dispatch,
+    "shapes": shapes,
+    "extremes": check_kernels.check_extremes,
+    "exact": check_kernels.check_exact_sums,
+    "large": large,
+    "op": check_ops.check_op,
+}
+
+
+@pytest.mark.parametrize("sm", [80, 90, 120])
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_correct_library_passes(name: str, sm: int) -> None:
+    rows = list(check_kernels.run_all([CHECKS[name](bench(HostLibrary(), sm))]))
+    assert rows
+    assert [r for r in rows if not r.passed] == []
+    assert all(r.cases > 0 for r in rows)
+
+
+def test_every_path_of_a_device_is_reached() -> None:
+    for sm, paths in (
+        (80, {"s4_token", "s4_group", "s8_token", "s8_group"}),
+        (90, {"s8_wgmma", "s8_group", "e4m3_group"}),
+        (120, {"s8_token", "s8_group"}),
+    ):
+        b = bench(HostLibrary(), sm)
+        list(shapes(b))
+        assert b.paths == paths
+
+
+# ------------------------------------------------------------------------------------------------------ wrong libraries
+
+
+class SwappedNibbles(HostLibrary):
+    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int) -> None:  # fmt: skip # noqa: E501
+        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream)
+        plan = self.plan_layer(layer, sm)
+        raw = _view(codes, (m, plan.codes_bytes_per_token), torch.uint8)
+        if plan.codes == "s4":
+            raw.copy_((raw << 4) | (raw >> 4))
+
+
+class WrongSums(HostLibrary):
+    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int) -> None:  # fmt: skip # noqa: E501
+        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream)
+        if sums:
+            _view(sums, (self.plan_layer(layer, sm).scale_rows, m), torch.float32)[-1, -1] += 1
+
+
+class Truncated(HostLibrary):
+    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
+        hadamard = hadamard_matrix(layer.block, torch.float32)
+        rotated = rotate_by_matrices(x.float(), hadamard, outer)
+        _, scale = quantize_activation(rotated, layer.act_bits, layer.act_group)
+        grouped = rotated.reshape(len(x), scale.shape[1], -1)
+        return (grouped / scale[..., None]).trunc().to(torch.int8).flatten(1), scale
+
+
+class RoundedBetweenStages(HostLibrary):
+    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
+        inner = rotate_by_matrices(x.float(), hadamard_matrix(layer.block, torch.float32), torch.ones(1, 1))
+        rotated = rotate_by_matrices(inner.to(x.dtype).float(), torch.eye(layer.block), outer)
+        return quantize_activation(rotated, layer.act_bits, layer.act_group)
+
+
+class OuterNotTransposed(HostLibrary):
+    def outer(self, layer: Any, address: int) -> Any:
+        return super().outer(layer, address).T
+
+
+class AsymmetricRange(HostLibrary):
+    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
+        codes, scale = super().quantize(layer, x, outer)
+        return torch.where(codes == -QMAX[layer.act_bits], codes - 1, codes), scale
+
+
+class NoFloor(HostLibrary):
+    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
+        codes, scale = super().quantize(layer, x, outer)
+        return codes, torch.where(scale <= AMAX_FLOOR, torch.nan, scale)
+
+
+class NanHidden(HostLibrary):
+    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
+        return super().quantize(layer, torch.nan_to_num(x, nan=0.0), outer)
+
+
+class NanSpreads(HostLibrary):
+    def multiply(self, *args: Any) -> Any:
+        y = super().multiply(*args)
+        return y + 0 * y.sum()
+
+
+class UnwrittenTail(HostLibrary):
+    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
+        whole = m - m % 16 if m > 16 else m
+        plan = self.plan_layer(layer, sm)
+        all_scales = _view(scales, (plan.scale_rows, m), torch.float32)[:, :whole].clone()
+        super().linear_gemm(layer, sm, codes, all_scales.data_ptr(), sums, prepared, y, whole, *rest)
+
+
+class WritesBeyond(HostLibrary):
+    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
+        super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
+        ctypes.memset(y + 2 * m * layer.n, 0, 2)
+
+
+class LosesAGroup(HostLibrary):
+    def multiply(self, layer: Any, path: str, codes: Any, scales: Any, prepared: bytes) -> Any:
+        scales = scales.clone()
+        if len(scales) > 1:
+            scales[-1] = 0
+        return super().multiply(layer, path, codes, scales, prepared)
+
+
+class NoBias(HostLibrary):
+    def multiply(self, layer: Any, path: str, codes: Any, scales: Any, prepared: bytes) -> Any:
+        return super().multiply(layer, path, codes, scales, prepared) - super().multiply(
+            layer, path, codes, 0 * scales, prepared
+        )
+
+
+class CoarseSums(HostLibrary):
+    """Products summed with 11 bits, as fp16 accumulators would."""
+
+    def multiply(self, layer: Any, path: str, codes: Any, scales: Any, prepared: bytes) -> Any:
+        base = super().multiply(layer, path, codes, 0 * scales, prepared)
+        exact = super().multiply(layer, path, codes, scales, prepared) - base
+        mantissa, exponent = torch.frexp(exact)
+        return torch.ldexp(torch.round(mantissa * 2**11) / 2**11, exponent) + base
+
+
+class ScaleOffByOneBit(HostLibrary):
+    def prepare_weight(self, layer: Any, sm: int, weight: Any, prepared: int, size: int, stream: int) -> None:
+        super().prepare_weight(layer, sm, weight, prepared, size, stream)
+        plan = self.plan_layer(layer, sm)
+        width = layer.k // 2 if plan.codes == "s4" else layer.k
+        scale = _view(prepared + -(-layer.n * width // 256) * 256, (layer.n,), torch.int32)
+        scale[-1] += 1
+
+
+class RacyOutput(HostLibrary):
+    calls = 0
+
+    def multiply(self, *args: Any) -> Any:
+        self.calls += 1
+        return super().multiply(*args) * (1 + 2.0**-7 * (self.calls % 2))
+
+
+class WrongPath(HostLibrary):
+    def plan_layer(self, layer: Any, sm: int) -> Any:
+        from dataclasses import replace
+
+        plan = super().plan_layer(layer, sm)
+        return replace(plan, path="s8_token") if sm == 90 and plan.path == "s8_wgmma" else plan
+
+
+class WrapsRows(HostLibrary):
+    """Row indices that overflow: the last token is written over the first."""
+
+    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
+        super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
+        out = _view(y, (m, layer.n), torch.bfloat16)
+        if m > 64:
+            out[0] = out[-1]
+
+
+WRONG: list[tuple[type[HostLibrary], str, int, str]] = [
+    (SwappedNibbles, "shapes", 80, "s4_token: codes"),
+    (WrongSums, "shapes", 80, "s4_group: codes"),
+    (Truncated, "shapes", 90, "s8_wgmma: codes"),
+    (RoundedBetweenStages, "shapes", 90, "s8_wgmma: codes"),
+    (OuterNotTransposed, "shapes", 90, "s8_wgmma: codes"),
+    (OuterNotTransposed, "op", 90, "op against float64"),
+    (AsymmetricRange, "extremes", 90, "all codes ±qmax"),
+    (NoFloor, "extremes", 90, "zeros"),
+    (NanHidden, "extremes", 90, "NaN and Inf"),
+    (NanSpreads, "extremes", 90, "NaN and Inf"),
+    (UnwrittenTail, "shapes", 90, "s8_wgmma: product"),
+    (UnwrittenTail, "large", 90, "outputs beyond"),
+    (WritesBeyond, "shapes", 90, "guard zones"),
+    (LosesAGroup, "shapes", 90, "e4m3_group: product"),
+    (LosesAGroup, "op", 90, "op against float64"),
+    (NoBias, "extremes", 90, "zeros give the bias"),
+    (CoarseSums, "exact", 90, "e4m3_group: integer-exact sums"),
+    (CoarseSums, "exact", 80, "s4_group: integer-exact sums"),
+    (ScaleOffByOneBit, "shapes", 90, "prepared bits"),
+    (ScaleOffByOneBit, "shapes", 80, "prepared bits"),
+    (RacyOutput, "shapes", 90, "two runs bit-equal"),
+    (RacyOutput, "shapes", 90, "one call = two calls"),
+    (WrongPath, "dispatch", 90, "dispatch table"),
+    (WrapsRows, "large", 90, "outputs beyond"),
+]
+
+
+@pytest.mark.parametrize(
+    ("library", "check", "sm", "row"), WRONG, ids=[f"{w[0].__name__}-{w[1]}-{w[2]}" for w in WRONG]
+)
+def test_a_wrong_library_fails(library: type[HostLibrary], check: str, sm: int, row: str) -> None:
+    rows = list(check_kernels.run_all([CHECKS[check](bench(library(), sm))]))
+    failed = [r for r in rows if not r.passed]
+    assert any(row in r.name for r in failed), [r.name for r in failed]
+    assert all(r.note for r in failed)
+
+
+def test_a_stale_prepared_weight_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_linear, "_version", lambda tensor: 0)
+    rows = {r.name: r.passed for r in check_ops.check_op(bench(HostLibrary()))}
+    assert rows["op after weights changed in place"] is False
+    assert rows["op against float64"] is True
+
+
+def test_a_late_or_raising_check_is_a_failed_row() -> None:
+    b = bench(HostLibrary())
+    b.deadline = 0.0
+    (row,) = list(shapes(b))
+    assert (row.name, row.passed) == ("time", False)
+
+    class Raises(HostLibrary):
+        def prepare_weight(self, *args: Any) -> None:
+            raise RuntimeError("illegal memory access")
+
+    rows = list(check_kernels.run_all([shapes(bench(Raises())), check_kernels.check_dispatch(bench(Raises()))]))
+    assert "illegal memory access" in rows[0].note
+    assert [r.passed for r in rows] == [False, True]
+
+
+# --------------------------------------------------------------------------------------------------- models and reports
+
+
+def test_a_stack_of_modules_runs_on_the_binding_and_a_wrong_product_fails() -> None:
+    b = bench(HostLibrary())
+    row = check_ops._compare_model(b, "stack", *check_ops._stack(b))
+    assert row.passed
+    assert 0 < row.worst <= 1
+    wrong = bench(NoBias())
+    assert not check_ops._compare_model(wrong, "stack", *check_ops._stack(wrong)).passed
+
+
+def test_tiny_wan_runs_on_the_binding() -> None:
+    rows = list(check_ops.check_model(bench(HostLibrary())))
+    assert [r.name for r in rows[1:]] == ["tiny Wan (diffusers), a8", "tiny Wan (diffusers), a4"]
+    assert all(r.passed and r.cases == 1 for r in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_an_ulp_is_what_rounding_may_lose(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # From fp32, since torch rounds float64 to fp32 on its way.
+    y = torch.cat([torch.randn(4096, generator=generator) * 2.0**e for e in (-24, -14, 0, 10)]).double()
+    share = (y.to(dtype).double() - y).abs() / half_ulp(y, dtype)
+    assert 0.99 < float(share.max()) <= 1
+
+
+def test_bits_that_differ_are_counted() -> None:
+    a = torch.tensor([1.0, float("nan"), -0.0])
+    assert check_equal(a, a.clone(), "y").passed
+    assert not check_equal(a, a.abs(), "y").passed
+    assert not check_equal(a, a[:2], "y").passed
+
+
+def test_report_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = check_kernels.Outcome("good", True, 3, 0.5, 2)
+    bad = check_kernels.Outcome("bad", False, 1, 7.0, 0, "y at [0, 1]: 7 × its bound | more")
+    skipped = check_kernels.Outcome("skipped", True, 0, note="not run: no tool")
+    collected: list[Any] = []
+    assert gpu_check.report(iter([good, skipped]), collected) == 0
+    assert gpu_check.report(iter([bad]), collected) == 1
+    out = capsys.readouterr().out
+    assert "FAILED  bad" in out
+    assert "not run skipped" in out
+    facts = {"date": "2026-01-02 03:04 UTC", "GPU": "NVIDIA H200, SM 9.0", "driver_version": "1"}
+    text = check_report.markdown("gpu-check", facts, collected, "extra")
+    assert "| bad | **failed** | 1 | 7 | 0 | y at [0, 1]: 7 × its bound \\| more |" in text
+    assert "| skipped | not run |" in text
+    assert text.endswith("\nextra\n")
+    assert check_report.report_path(tmp_path, facts).name == "2026-01-02-nvidia-h200.md"
+
+
+def test_tools_become_rows(tmp_path: Path) -> None:
+    python = sys.executable
+    row = gpu_check.run_tool("t", [python, "-c", "print('3 passed')"], 60)
+    assert (row.passed, row.cases, row.note) == (True, 1, "3 passed")
+    assert not gpu_check.run_tool("t", [python, "-c", "raise SystemExit(9)"], 60).passed
+    refused = gpu_check.run_tool("t", [python, "-c", "print('Device not supported'); raise SystemExit(1)"], 60)
+    assert (refused.passed, refused.cases) == (True, 0)
+    assert "not run to its end" in gpu_check.run_tool("t", [python, "-c", ""], 5).note
+
+
+def test_pytest_rows_excuse_missing_packages_only() -> None:
+    lacks = "ERROR tests/test_a.py - ModuleNotFoundError: No module named 'diffusers'\n"
+    row = gpu_check.judge_pytest("p", 1, lacks + "3 passed, 1 error in 2s")
+    assert (row.passed, row.cases) == (True, 3)
+    assert "missing: diffusers" in row.note
+    ours = "ERROR tests/test_a.py - ModuleNotFoundError: No module named 'dvdquant.ops.gone'\n"
+    assert not gpu_check.judge_pytest("p", 1, ours + "3 passed, 1 error in 2s").passed
+    assert not gpu_check.judge_pytest("p", 1, lacks + "FAILED tests/test_b.py::t - x\n1 failed, 1 error").passed
+    assert not gpu_check.judge_pytest("p", 2, lacks + "ERROR tests/test_b.py - SyntaxError\n2 errors").passed
+    assert gpu_check.judge_pytest("p", 5, "no tests ran in 1s").cases == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_command_says_so() -> None:
+    run = subprocess.run([sys.executable, BENCH / "gpu_check.py"], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "needs a CUDA device" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_cases_cover_what_is_promised() -> None:
+    assert {m for m, _ in check_cases.PAIRS} == set(check_cases.TOKENS)
+    assert {n for _, n in check_cases.PAIRS} == set(check_cases.ROWS)
+    seen = [(layer.block, layer.outer, layer.dtype) for k in check_cases.FEATURES for _, layer in check_cases.layers(k)]
+    assert {d for _, _, d in seen} == {"bf16", "fp16"}
+    assert any(outer > 1 for _, outer, _ in seen)
+    assert any(block == 1 for block, _, _ in seen)
+    assert importlib.util.find_spec("check_cases") is not None

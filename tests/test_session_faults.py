@@ -1,0 +1,224 @@
+"""Damaged weights, graphs and engines: nothing damaged reaches ONNX Runtime, PyTorch or the engine library."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions import engine_choice, engines, weights
+from dvdquant.deploy.sessions.engines import TensorRTSession
+from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
+from dvdquant.deploy.sessions.pytorch import PyTorchSession
+from dvdquant.deploy.sessions.weights import WeightFiles
+from dvdquant.errors import DvdquantError, OutputError
+from tests import session_exports as made
+from tests.engine_double import Library
+from tests.test_session_engines import BF16, HOST
+
+
+class Counted:
+    """Stands for a constructor, counts its calls and what it is called with, and stops there."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        raise RuntimeError("reached")
+
+
+def flip(path: Path, generator: random.Random, others: list[Path]) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[generator.randrange(len(raw))] ^= 1 << generator.randrange(8)
+    path.write_bytes(raw)
+
+
+def cut(path: Path, generator: random.Random, others: list[Path]) -> None:
+    path.write_bytes(path.read_bytes()[: generator.randrange(path.stat().st_size)])
+
+
+def swap(path: Path, generator: random.Random, others: list[Path]) -> None:
+    path.write_bytes(generator.choice(others).read_bytes())
+
+
+def append(path: Path, generator: random.Random, others: list[Path]) -> None:
+    path.write_bytes(path.read_bytes() + generator.randbytes(generator.randrange(1, 99)))
+
+
+def remove(path: Path, generator: random.Random, others: list[Path]) -> None:
+    path.unlink()
+
+
+def link(path: Path, generator: random.Random, others: list[Path]) -> None:
+    """To an intact copy outside of the export, which could be changed after it was checked."""
+    copy = path.parents[2] / "outside"
+    copy.write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(copy)
+
+
+DAMAGES: list[Callable[[Path, random.Random, list[Path]], None]] = [
+    flip,
+    flip,
+    flip,
+    cut,
+    cut,
+    swap,
+    append,
+    remove,
+    link,
+]
+
+
+def damaged_files(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Damage one file of an export at a time and open a session that reads it; how many opened each backend's door."""
+    out = made.copy_of(made.engine_export(), tmp_path / "out")
+    names = [n for n in Artifact.open(out).manifest.files if n.startswith(("onnx/transformer", "engines/"))]
+    intact = {name: (out / name).read_bytes() for name in names}
+    names = [name for name in names if intact[name]]
+    library = Library(BF16, lambda inputs, name: inputs["hidden_states"])
+    session, load = Counted(), Counted()
+    monkeypatch.setattr(engine_choice, "device_sm", lambda device: "8.9")
+    for module in (engine_choice, engines):
+        monkeypatch.setattr(module, "load_backend", lambda name: library.backend)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr("dvdquant.deploy.sessions.pytorch.fill_quantized", load)
+    generator = random.Random(count)
+    artifact = Artifact.open(out)
+    damaged: set[str] = set()
+    for index in range(count):
+        name = names[index % len(names)]
+        component = "transformer_2" if "transformer_2" in name else "transformer"
+        others = [out / other for other in names if intact[other] != intact[name]]
+        generator.choice(DAMAGES)(out / name, generator, others)
+        if not (out / name).is_symlink() and (out / name).exists() and (out / name).read_bytes() == intact[name]:
+            continue  # swapped with an equal file
+        damaged.add(name)
+        opens: list[Callable[[], Any]] = []
+        if name.startswith("engines/"):
+            bits = [4] if name.endswith("_a4.engine") else [8]
+            opens.append(lambda c=component, b=bits: TensorRTSession(artifact, c, b, HOST))  # type: ignore[misc]
+        else:
+            opens.append(lambda c=component: OnnxRuntimeSession(artifact, c))  # type: ignore[misc]
+        if name.endswith((".safetensors", ".bin")):
+            opens.append(lambda c=component: PyTorchSession(artifact, c))  # type: ignore[misc]
+        for opening in opens:
+            with pytest.raises(DvdquantError) as caught:
+                opening()
+            assert Path(name).name in caught.value.what
+            assert caught.value.fix
+        (out / name).unlink(missing_ok=True)
+        (out / name).write_bytes(intact[name])
+    assert damaged == set(names)
+    reached = {"engine": len(library.deserialized), "onnxruntime": session.calls, "pytorch": load.calls}
+    # The doors are the ones that intact files go through.
+    for opening in (lambda: OnnxRuntimeSession(artifact), lambda: PyTorchSession(artifact)):
+        with pytest.raises((RuntimeError, DvdquantError), match="reached"):
+            opening()
+    TensorRTSession(artifact, device=HOST).close()
+    assert (len(library.deserialized), session.calls, load.calls) == (reached["engine"] + 2, 1, 1)
+    return reached
+
+
+def test_no_damaged_file_reaches_a_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert damaged_files(400, tmp_path, monkeypatch) == {"engine": 0, "onnxruntime": 0, "pytorch": 0}
+
+
+@pytest.mark.stress
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_no_damaged_file_reaches_a_backend_10000(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert damaged_files(10_000, tmp_path, monkeypatch) == {"engine": 0, "onnxruntime": 0, "pytorch": 0}
+
+
+def test_a_file_is_hashed_once_as_long_as_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again after any write, even one that puts the modification time back."""
+    out = made.copy_of(made.family_export("wan"), tmp_path / "out")
+    artifact = Artifact.open(out)
+    hashed: list[int] = []
+    monkeypatch.setattr(weights.os, "preadv", _counting(os.preadv, hashed))
+    WeightFiles(artifact, "transformer").close()
+    first = len(hashed)
+    assert first > 0
+    WeightFiles(artifact, "transformer").close()
+    assert len(hashed) == first
+    path = out / "onnx/transformer.safetensors"
+    info = path.stat()
+    with path.open("r+b") as file:
+        file.seek(info.st_size - 1)
+        last = file.read(1)
+        file.seek(info.st_size - 1)
+        file.write(bytes([last[0] ^ 1]))
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert path.stat().st_mtime_ns == info.st_mtime_ns
+    with pytest.raises(OutputError, match="was changed"):
+        WeightFiles(artifact, "transformer")
+    assert len(hashed) > first
+
+
+def _counting(function: Callable[..., int], calls: list[int]) -> Callable[..., int]:
+    def counted(*args: Any) -> int:
+        calls.append(1)
+        return function(*args)
+
+    return counted
+
+
+def test_a_file_swapped_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between hashing and parsing the header by path: what is mapped and what was parsed must be one file."""
+    out = made.copy_of(made.family_export("wan"), tmp_path / "out")
+    path = out / "onnx/transformer.safetensors"
+    other = made.family_export("wan", "bf16") / "onnx/transformer.safetensors"
+    real = weights.read_header
+
+    def swapping(name: Path) -> Any:
+        raw = bytearray(other.read_bytes())
+        at = raw.index(b'"dtype":"I8"')
+        raw[at : at + 12] = b'"dtype":"U8"'
+        path.unlink()
+        path.write_bytes(raw)
+        return real(name)
+
+    monkeypatch.setattr(weights, "read_header", swapping)
+    with pytest.raises(OutputError, match="was replaced while it was opened"):
+        WeightFiles(Artifact.open(out), "transformer")
+
+
+def test_regions_outside_of_the_files() -> None:
+    """A graph cannot make the session read past the files, or another file."""
+    files = WeightFiles(Artifact.open(made.family_export("wan")), "transformer")
+    size = files.region("transformer.safetensors", 0, 8).nbytes
+    assert size == 8
+    for location, offset, length in (
+        ("transformer.safetensors", -1, 4),
+        ("transformer.safetensors", 0, 1 << 40),
+        ("transformer.safetensors", 1 << 40, 1),
+        ("transformer.safetensors", 8, -4),
+        ("../../etc/passwd", 0, 1),
+    ):
+        with pytest.raises(OutputError, match="a graph reads bytes"):
+            files.region(location, offset, length)
+    with pytest.raises(OutputError, match=r"no tensor 'blocks\.9\.weight'"):
+        files.tensor("blocks.9.weight")
+
+
+def test_what_is_mapped_is_never_written(tmp_path: Path) -> None:
+    """A write through a tensor stays in this process."""
+    out = made.copy_of(made.family_export("wan"), tmp_path / "out")
+    before = (out / "onnx/transformer.safetensors").read_bytes()
+    files = WeightFiles(Artifact.open(out), "transformer")
+    tensor = files.tensor("blocks.0.ffn.net.2.weight")
+    tensor.zero_()
+    assert not tensor.any()
+    files.close()
+    assert not tensor.any()  # the map lives as long as the tensor
+    assert (out / "onnx/transformer.safetensors").read_bytes() == before
+    assert torch.count_nonzero(WeightFiles(Artifact.open(out), "transformer").tensor("blocks.0.ffn.net.2.weight"))
