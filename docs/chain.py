@@ -55,9 +55,10 @@ STAGES = (
         ("operand types read back", "from the builder"),
     ),
 )
-LATER = (
-    (2, "TensorRT + plugin", "the same two graphs, own CUDA kernels"),
-    (4, "runtime", "picks a4, a8 or skip per step"),
+# Column, kind of box, title, what it is.
+BELOW = (
+    (2, "later", "TensorRT + plugin", "the same two graphs, own CUDA kernels"),
+    (4, "box", "runtime", "picks a4, a8 or skip per step (δ-GBS)"),
 )
 
 
@@ -91,14 +92,16 @@ def _stages() -> list[str]:
     return parts
 
 
-def _later() -> list[str]:
+def _below() -> list[str]:
     y, height = 274, 60
-    parts = [_text(_left(0) + BOX_WIDTH / 2, y + 36, "not in this release:", "plain")]
-    for column, title, words in LATER:
+    parts = [_text(_left(0) + BOX_WIDTH / 2, y + 27, "dashed: compiled,", "plain")]
+    parts.append(_text(_left(0) + BOX_WIDTH / 2, y + 45, "has not run yet", "plain"))
+    for column, kind, title, words in BELOW:
         left = _left(column - 1)
         width = 2 * BOX_WIDTH + GAP
-        parts += [_box(left, y, width, height, "later"), _text(left + width / 2, y + 25, title, "later-title")]
-        parts += [_text(left + width / 2, y + 46, words, "plain")]
+        title_kind, words_kind = ("later-title", "plain") if kind == "later" else ("title", "small")
+        parts += [_box(left, y, width, height, kind), _text(left + width / 2, y + 25, title, title_kind)]
+        parts += [_text(left + width / 2, y + 46, words, words_kind)]
     right = _left(3)
     return [*parts, _arrow(f"M{right - GAP + 3} {y + height // 2}H{right - 9}")]
 
@@ -117,7 +120,7 @@ def draw() -> str:
             *_stages(),
             _box(_left(0), bar, WIDTH - 2 * MARGIN, 40, "bar"),
             _text(WIDTH / 2, bar + 25, words, "small"),
-            *_later(),
+            *_below(),
             "</svg>",
             "",
         ]

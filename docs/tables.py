@@ -33,7 +33,7 @@ def executes_table() -> str:
     rows: dict[tuple[str, str, str], list[str]] = {}
     for backend, name, sms in (
         ("tensorrt_rtx", "`rtx`", RTX_SMS),
-        ("tensorrt", "`tensorrt` (needs the plugin, not here yet)", TENSORRT_SMS),
+        ("tensorrt", "`tensorrt` (with the plugin)", TENSORRT_SMS),
     ):
         for activation in recipe.activations:
             for sm in sms:

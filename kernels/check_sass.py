@@ -121,7 +121,9 @@ def judge(source: str, kernel: Kernel, name: str, found: Counter[str]) -> Row:
 
 def print_table(rows: list[Row]) -> None:
     """Columns as wide as their widest cell."""
-    table = [("file", "kernel", "arch", "registers", "static shared", "spills", "tensor core instructions")]
+    table: list[tuple[str, ...]] = [
+        ("file", "kernel", "arch", "registers", "static shared", "spills", "tensor core instructions")
+    ]
     table += [row.cells() for row in rows]
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     for line in table:

@@ -61,15 +61,17 @@ def demangle(names: Iterable[str]) -> dict[str, str]:
     program = shutil.which("c++filt")
     if program is None or not names:
         return {name: name for name in names}
-    done = subprocess.run([program], input="\n".join(names), capture_output=True, text=True, check=True)
+    # CUTLASS's names nest deeper than c++filt follows by default.
+    done = subprocess.run([program, "-r"], input="\n".join(names), capture_output=True, text=True, check=True)
     return {name: _shorten(text) for name, text in zip(names, done.stdout.splitlines())}
 
 
 def _shorten(text: str) -> str:
     text = re.sub(r"^void ", "", text).replace("(anonymous namespace)::", "").replace("dvdq::", "")
     if text.startswith("cutlass::"):
-        # The name of a CUTLASS kernel is its whole type, thousands of characters long: keep its outermost template.
-        return text.partition("<")[0]
+        # The name of a CUTLASS kernel is its whole type, thousands of characters long.
+        outermost, schedule = text.partition("<")[0], re.search(r"KernelTmaWarpSpecialized\w*", text)
+        return f"{outermost} {schedule[0]}" if schedule else outermost
     depth = 0
     for i, letter in enumerate(text):
         depth += (letter == "<") - (letter == ">")

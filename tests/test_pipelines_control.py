@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,11 +29,9 @@ def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 @pytest.fixture
-def transformer(wan: Exported) -> Iterator[Any]:
+def transformer(wan: Exported) -> Any:
     """On the PyTorch backend, δ so large that every step but the first runs on 4 bits."""
-    opened = wan.open("pytorch", delta=1e9)
-    yield opened
-    opened.close()
+    return wan.open("pytorch", delta=1e9)
 
 
 def decisions(transformer: Any) -> list[tuple[int, str, int | None]]:
@@ -123,7 +121,7 @@ def test_progress_bar_is_the_pipelines_own(transformer: Any) -> None:
 
 
 def test_failing_engine_inside_a_pipeline(wan: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN from the 4-bit engine: the step runs again on 8 bits; from both: EngineError, and the pipeline can be used
+    """NaN from the 4-bit engine: the step runs again on 8 bits. From both: EngineError, and the pipeline can be used
     again."""
     transformer = wan.open("pytorch", delta=1e9)
     pipe, session = build_pipeline("wan", transformer), transformer.session

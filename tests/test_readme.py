@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import importlib.util
+import inspect
 import re
 import shlex
 import tomllib
@@ -140,9 +143,29 @@ def test_picture_is_what_its_script_draws() -> None:
         assert y + h <= height
 
 
+def _examples() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_pipeline_example_is_valid() -> None:
+    """It needs a real checkpoint to run; its imports and the arguments it gives are checked. Pipelines run in test_pipelines."""
+    from dvdquant.deploy import DvdqTransformer
+    from dvdquant.deploy.controller import StepRecord
+
+    (example,) = [text for text in _examples() if "WanPipeline" in text]
+    calls = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Call)]
+    (made,) = [call for call in calls if ast.unparse(call.func) == "DvdqTransformer.from_pretrained"]
+    arguments = [ast.literal_eval(a) for a in made.args]
+    keywords = {k.arg: ast.literal_eval(k.value) for k in made.keywords if k.arg}
+    signature = inspect.signature(DvdqTransformer.from_pretrained)
+    signature.bind(*arguments, **keywords)
+    assert set(keywords) <= set(signature.parameters)
+    assert {"step", "bits", "reason"} <= {f.name for f in dataclasses.fields(StepRecord)}
+
+
 def test_python_example_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example runs up to and including the plan; the export itself is what `make demo` does."""
-    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    (example,) = [text for text in _examples() if "run_export" in text]
     head, mark, _ = example.partition("result = run_export(")
     assert mark
     monkeypatch.chdir(ROOT)

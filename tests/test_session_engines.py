@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import engine_choice, engines, open_session
 from dvdquant.deploy.sessions.engine_binding import EngineLog
-from dvdquant.deploy.sessions.engines import TensorRTSession, deserialize, load_plugins, make_runtime, select_engine
+from dvdquant.deploy.sessions.engines import TensorRTSession, deserialize, make_runtime, select_engine
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import DvdquantError, EngineError
 from dvdquant.export.builders.backend import Backend, load_backend

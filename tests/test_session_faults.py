@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime
@@ -14,11 +15,12 @@ import torch
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import engine_choice, engines, weights
-from dvdquant.deploy.sessions.engines import TensorRTSession
+from dvdquant.deploy.sessions.engines import TensorRTSession, load_plugins
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.deploy.sessions.weights import WeightFiles
-from dvdquant.errors import DvdquantError, OutputError
+from dvdquant.errors import DvdquantError, EngineError, OutputError
+from dvdquant.export.builders.backend import Backend, load_backend
 from tests import session_exports as made
 from tests.engine_double import Library
 from tests.test_session_engines import BF16, HOST
@@ -59,7 +61,7 @@ def remove(path: Path, generator: random.Random, others: list[Path]) -> None:
 
 def link(path: Path, generator: random.Random, others: list[Path]) -> None:
     """To an intact copy outside of the export, which could be changed after it was checked."""
-    copy = path.parents[2] / "outside"
+    copy = path.parent.parent.parent / "outside"
     copy.write_bytes(path.read_bytes())
     path.unlink()
     path.symlink_to(copy)
@@ -222,3 +224,26 @@ def test_what_is_mapped_is_never_written(tmp_path: Path) -> None:
     assert not tensor.any()  # the map lives as long as the tensor
     assert (out / "onnx/transformer.safetensors").read_bytes() == before
     assert torch.count_nonzero(WeightFiles(Artifact.open(out), "transformer").tensor("blocks.0.ffn.net.2.weight"))
+
+
+def test_plugin_libraries_are_loaded_once(tmp_path: Path) -> None:
+    """On a double of the registry, whose names the real one has."""
+    loaded: list[str] = []
+    registry = SimpleNamespace(load_library=lambda path: None if "bad" in path else loaded.append(path) or 1)
+    assert callable(load_backend("rtx").module.get_plugin_registry().load_library)
+    tensorrt = Backend("tensorrt", SimpleNamespace(get_plugin_registry=lambda: registry), "11.4")
+    good, bad = tmp_path / "good.so", tmp_path / "bad.so"
+    good.touch()
+    bad.touch()
+    for _ in range(2):
+        load_plugins(tensorrt, [good])
+    assert loaded == [str(good.resolve())]
+    for library, plugin, text in (
+        (tensorrt, bad, "bad.so does not load in tensorrt 11.4"),
+        (tensorrt, tmp_path / "none.so", "available: no such file"),
+        (load_backend("rtx"), good, "tensorrt_rtx has no plugins"),
+    ):
+        with pytest.raises(EngineError) as caught:
+            load_plugins(library, [plugin])
+        assert text in str(caught.value)
+    assert loaded == [str(good.resolve())]

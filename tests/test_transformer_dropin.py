@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,8 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 @pytest.fixture(scope="module")
-def transformer(wan: Exported) -> Iterator[Any]:
-    opened = wan.open("pytorch")
-    yield opened
-    opened.close()
+def transformer(wan: Exported) -> Any:
+    return wan.open("pytorch")
 
 
 def family(config: dict[str, Any], **changes: Any) -> Family:

@@ -8,9 +8,10 @@ stored 4-bit weights, in the export's dtype or in float64.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -218,6 +219,7 @@ class Exported:
     source: Path
     out: Path
     plans: dict[str, ModelPlan]
+    sessions: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def reference(self, bits: int, component: str = "transformer") -> nn.Module:
         """Diffusers' own transformer with the stored weights and ``bits``-bit activations, in the export's dtype."""
@@ -234,10 +236,17 @@ class Exported:
         set_activation(model, self.plans[component].recipe.activation(bits))
 
     def open(self, backend: str = "onnxruntime", **options: Any) -> Any:
-        """A DvdqTransformer of it."""
+        """A DvdqTransformer of it. An open session of the backend is used again: opening is most of a tiny run."""
         from dvdquant.deploy import DvdqTransformer
 
-        return DvdqTransformer.from_pretrained(self.out, backend=backend, **options)
+        key = (backend, options.get("component") or options.get("subfolder") or "transformer")
+        session = self.sessions.get(key)
+        if session is not None and not session.closed:
+            with mock.patch("dvdquant.deploy.transformer.open_session", return_value=session):
+                return DvdqTransformer.from_pretrained(self.out, backend=backend, **options)
+        opened = DvdqTransformer.from_pretrained(self.out, backend=backend, **options)
+        self.sessions[key] = opened.session
+        return opened
 
 
 def export_kind(kind: str, folder: Path, *, batch: int = 1, components: int = 1, latent: str | None = None) -> Exported:

@@ -168,7 +168,9 @@ def _best_template(alpha: Tensor, centres: Tensor) -> tuple[str, str]:
             shift = float(plain.sum(1) @ axis / plain.sum()) - middle
             error = 0.0
             for frame, centre in zip(alpha, centres):
-                error += float((frame - coverage(shape, RADII[size], float(centre[0]) - shift, float(centre[1]))).square().sum())
+                error += float(
+                    (frame - coverage(shape, RADII[size], float(centre[0]) - shift, float(centre[1]))).square().sum()
+                )
             if error < least:
                 best, least = (shape, size), error
     return best

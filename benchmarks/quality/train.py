@@ -107,7 +107,9 @@ def main() -> None:
     print(f"{options.steps - first} steps in {time.monotonic() - started:.0f} s on {device}")
 
 
-def _save(source: Path, out: Path, model: WanTransformer3DModel, average: dict[str, Tensor], step: int, loss: float) -> None:
+def _save(
+    source: Path, out: Path, model: WanTransformer3DModel, average: dict[str, Tensor], step: int, loss: float
+) -> None:
     """The averaged weights in bf16, with the tables of the source."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("scheduler", "prompts.safetensors"):

@@ -38,7 +38,9 @@ class Wan(Family):
         batch, config = sizes.batch, self.config
         specs = [
             InputSpec("hidden_states", (batch, config["in_channels"], "frames", "height", "width"), "latent"),
-            InputSpec("timestep", (batch, "tokens") if self.per_token_timestep else (batch,), "timestep", torch.float32),
+            InputSpec(
+                "timestep", (batch, "tokens") if self.per_token_timestep else (batch,), "timestep", torch.float32
+            ),
             InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["text_dim"]), "embedding"),
         ]
         if config.get("image_dim"):
