@@ -30,7 +30,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return tiny.exported(tmp_path_factory, "wan")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def transformer(wan: Exported) -> Any:
     return wan.open("pytorch")
 
