@@ -55,11 +55,28 @@ def matrix_scale(features: int) -> float:
     return float(features**-0.5)
 
 
+def _write_hollow(path: Path, plan: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+    """A safetensors file of the right size that occupies its header."""
+    header, offset = {}, 0
+    for name, _, shape in plan:
+        end = offset + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+
+
 @click.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True)
-def main(config: Path, folder: Path, seed: int) -> None:
+@click.option(
+    "--hollow", is_flag=True, help="Headers and holes only: every weight is zero. For dry runs, which read headers."
+)
+def main(config: Path, folder: Path, seed: int, hollow: bool) -> None:
     """Write FOLDER/config.json and FOLDER/diffusion_pytorch_model*.safetensors for CONFIG."""
     settings = json.loads(config.read_text())
     shapes = {name: tuple(p.shape) for name, p in build_skeleton(settings, torch.bfloat16).named_parameters()}
@@ -80,6 +97,10 @@ def main(config: Path, folder: Path, seed: int) -> None:
             single = len(shards) == 1
             file = f"{NAME}.safetensors" if single else f"{NAME}-{index + 1:05d}-of-{len(shards):05d}.safetensors"
             plan = [(name, torch.bfloat16, shapes[name]) for name in names]
+            if hollow:
+                _write_hollow(folder / file, plan)
+                weight_map |= dict.fromkeys(names, file)
+                continue
             with StreamingWriter(folder / file, plan, {"format": "pt"}) as writer:
                 for name in names:
                     writer.write(name, weights.draw(shapes[name]))

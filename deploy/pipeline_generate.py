@@ -106,6 +106,8 @@ class PipelineGenerator(Generator):
         else:
             for name in transformers:
                 self._engines[name].runner.on_step = on_step
+                # Most pipelines keep the number of steps to themselves; the last ones are treated otherwise.
+                self._engines[name].begin_request(request.steps)
             frames, latents = self._call(pipe, request)
             traces = {name: list(self._engines[name].trace) for name in transformers}
             summaries = {name: self._engines[name].runner.summary() for name in transformers}

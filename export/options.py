@@ -15,6 +15,7 @@ __all__ = ["DTYPES", "TARGETS", "ExportOptions", "resolve_sizes"]
 
 TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
 MAX_WORKSPACE_GIB = 1024
+MAX_SAMPLES = 16
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,6 +35,7 @@ class ExportOptions:
         workspace_gib: the builder's workspace limit.
         keep_graphs: keep the graphs made for the engines: lowered for rtx, with the plugin for tensorrt.
         device: where weights are rotated and quantized: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
+        report: write report.html too. samples: prompts it shows clips of; None is one where a clip costs seconds.
     """
 
     model: str
@@ -60,6 +62,8 @@ class ExportOptions:
     optimization_level: int | None = None
     keep_graphs: bool = False
     device: str = "auto"
+    report: bool = False
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -79,6 +83,10 @@ class ExportOptions:
                 available="cpu",
                 fix="install a CUDA build of PyTorch on a machine with a GPU, or leave --device out",
             )
+        if self.samples is not None and not 0 <= self.samples <= MAX_SAMPLES:
+            raise UnsupportedError(f"--samples is {self.samples}", available=f"0 to {MAX_SAMPLES}")
+        if self.samples and not self.report:
+            raise UnsupportedError("--samples without --report", fix="give --report too: samples are a part of it")
         for plugin in self.plugins:
             if not plugin.is_file():
                 raise UnsupportedError(

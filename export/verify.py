@@ -1,48 +1,79 @@
 """Check an exported graph: ONNX Runtime against the quantized PyTorch model, with float64 as the judge.
 
-4-bit activations are chaotic at rounding ties: a difference in the last bit of x̃ flips a code, and the flip moves every
-later layer. So the question is not whether two executors agree to 1e-3, but whether the graph is as close to the exact
-(float64) quantized model as PyTorch in the graph's own dtype is. The bound is twice that distance.
+Three questions, each with a bound of its own:
+
+1. Every quantized layer alone, on the x it had in the graph: :mod:`dvdquant.export.verify_layers`.
+2. What lies between the layers (norms, attention, residuals, the split of merged rows): PyTorch runs with the graph's own
+   outputs in the place of every quantized layer, and what the next layers receive is compared.
+3. The whole graph. 4-bit activations are chaotic at rounding ties: a difference in the last bit of x̃ flips a code, and
+   the flip moves every later layer. So the question is not whether two executors agree to 1e-3, but whether the graph is
+   as close to the exact (float64) quantized model as PyTorch in the graph's own dtype is. The bound is twice that distance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
-import torch
 from torch import Tensor, nn
 
-from dvdquant.errors import ExportError
-from dvdquant.families import Sizes
-from dvdquant.layers import QuantLinear, set_activation
+from dvdquant.families import Axis, Sizes
+from dvdquant.layers import QuantLinear
 from dvdquant.model import ModelPlan, quantized_skeleton
 from dvdquant.safetensors_io import TensorInfo, read_tensor
 
-from .onnx import GraphWrapper
-from .passes.emulate_bfloat16 import emulate_bfloat16
-from .passes.expand_attention_mask import expand_attention_mask
+from .judge import UNIT
+from .reference import Free, Reference, relative_distance
+from .taps import Tap, add_taps, find_taps, load_graph, prepare_for_onnxruntime, run_graph
+from .verify_layers import LayersCheck, choose_layers, judge_layers, token_step
 
 __all__ = [
+    "BetweenCheck",
     "GraphCheck",
+    "Verifier",
     "fill_quantized",
     "load_quantized",
     "prepare_for_onnxruntime",
-    "run_onnxruntime",
     "verify_graph",
 ]
 
 FACTOR = 2.0
 ATOL = 1e-6
+# Of 16-bit operators in a row that ONNX Runtime rounds one by one and PyTorch computes as one.
+ROUNDINGS = 8
+# Beyond these the whole graph is not run: attention scores of all heads and float64 on a CPU would not end.
+WHOLE_TOKENS = 4096
+WHOLE_PRODUCTS = 1 << 42  # tokens times quantized weights
+BETWEEN_BYTES = 1 << 30  # of all layers' inputs and outputs
+
+
+@dataclass(frozen=True)
+class BetweenCheck:
+    """The worst of all places between quantized layers: relative L2 distances from float64, with the layers' outputs
+    given.
+
+    Args:
+        place: the layer that receives the value, or ``sample`` for the graph's output.
+        error: of ONNX Runtime. bound: twice PyTorch's in the graph's dtype, and some roundings.
+        places: how many were compared.
+    """
+
+    place: str
+    error: float
+    bound: float
+    places: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every place is within its bound (NaN is not)."""
+        return self.error <= self.bound
 
 
 @dataclass(frozen=True)
 class GraphCheck:
-    """Distances are relative L2 of the output, ‖y − y₆₄‖ / ‖y₆₄‖.
+    """Distances are relative L2 of the output, ‖y − y₆₄‖ / ‖y₆₄‖; None where the graph is too large to run here.
 
     Args:
         graph: name of the graph.
@@ -50,27 +81,89 @@ class GraphCheck:
         reference_error: PyTorch in the graph's dtype from the same.
         difference: ONNX Runtime from PyTorch in the graph's dtype.
         flipped_codes: share of activation codes in which PyTorch in the graph's dtype differs from float64.
+        layers: the layers one by one.
+        between: what lies between them; None where it was not compared.
+        tokens: of the transformer in this run, video and text.
     """
 
     graph: str
-    error: float
-    reference_error: float
-    difference: float
-    flipped_codes: float
+    error: float | None
+    reference_error: float | None
+    difference: float | None
+    flipped_codes: float | None
+    layers: LayersCheck
+    between: BetweenCheck | None
+    tokens: int
 
     @property
-    def bound(self) -> float:
+    def bound(self) -> float | None:
         """The largest error that passes."""
-        return FACTOR * self.reference_error + ATOL
+        return None if self.reference_error is None else FACTOR * self.reference_error + ATOL
 
     @property
     def passed(self) -> bool:
-        """Whether the graph is within the bound (NaN is not)."""
-        return self.error <= self.bound
+        """Whether the graph, its layers and what is between them are within their bounds (NaN is not)."""
+        return not self.faults()
+
+    def faults(self) -> list[str]:
+        """What is out of bounds, the most telling first."""
+        found = [
+            f"layer {c.name} is {c.error:.2e} from float64 on the input it had, and {c.bound:.2e} is the bound"
+            for c in self.layers.failed[:3]
+        ]
+        if len(self.layers.failed) > 3:
+            found.append(f"{len(self.layers.failed) - 3} more layers are out of bounds")
+        if not self.layers.judged:
+            found.append("no layer was judged")
+        if self.between is not None and not self.between.passed:
+            found.append(
+                f"what {self.between.place} receives is {self.between.error:.2e} from float64 with the layers' outputs "
+                f"given, and {self.between.bound:.2e} is the bound"
+            )
+        if self.error is not None and self.bound is not None and not self.error <= self.bound:
+            found.append(
+                f"ONNX Runtime is {self.error:.2e} from the exact quantized model, PyTorch {self.reference_error:.2e}, "
+                "and twice that is the bound"
+            )
+        return found
+
+    def lines(self) -> list[str]:
+        """For people: the whole graph, the layers, and what is between them."""
+        worst = self.layers.worst
+        if self.error is None or self.bound is None:
+            first = (
+                f"verify {self.graph}: not run as a whole ({self.tokens} tokens); layers on inputs PyTorch gave them"
+            )
+        else:
+            first = (
+                f"verify {self.graph}: {self.error:.1e} from the exact quantized model (bound {self.bound:.1e}, "
+                f"PyTorch {self.reference_error:.1e})"
+            )
+        lines = [
+            first,
+            f"  layers: {len(self.layers.judged)} of {self.layers.total} judged, worst {worst.excess:.2g} of its bound "
+            f"({worst.name})",
+        ]
+        if self.between is not None:
+            lines.append(
+                f"  between layers: {self.between.places} places compared, worst "
+                f"{self.between.error / self.between.bound:.2g} of its bound ({self.between.place})"
+            )
+        return lines
 
     def to_json(self) -> dict[str, Any]:
-        """With the bound and the verdict."""
-        return {**asdict(self), "bound": self.bound, "passed": self.passed}
+        """With the bounds and the verdicts."""
+        own = {name: getattr(self, name) for name in ("graph", "error", "reference_error", "difference")}
+        between = None if self.between is None else {**asdict(self.between), "passed": self.between.passed}
+        return {
+            **own,
+            "flipped_codes": self.flipped_codes,
+            "bound": self.bound,
+            "tokens": self.tokens,
+            "layers": self.layers.to_json(),
+            "between": between,
+            "passed": self.passed,
+        }
 
 
 def load_quantized(plan: ModelPlan, tensors: Mapping[str, tuple[str, TensorInfo]], root: Path, bits: int) -> nn.Module:
@@ -99,115 +192,123 @@ def fill_quantized(model: nn.Module, plan: ModelPlan, read: Callable[[str], Tens
         model.get_submodule(parent)._parameters[child] = nn.Parameter(read(name), requires_grad=False)
 
 
-def prepare_for_onnxruntime(model: ir.Model) -> ir.Model:
-    """Rewrite, in place, what ONNX Runtime's CPU provider cannot run; the arithmetic stays. Returns ``model``."""
-    expand_attention_mask(model)
-    emulate_bfloat16(model)
-    return model
+class Verifier:
+    """Checks the graphs of one transformer on random inputs; what PyTorch says is computed once per bit-width.
 
+    Args:
+        model: see :func:`load_quantized`.
+        which: the profile sizes to run at: ``min``, ``opt`` or ``max``.
+        worst: layers that must be among the judged ones where there are too many to judge all.
+    """
 
-def run_onnxruntime(path: Path, inputs: Mapping[str, Tensor]) -> Tensor:
-    """One run of the graph at ``path`` on the CPU provider, as float32; bfloat16 inputs are fed as float32."""
-    import onnxruntime
+    def __init__(
+        self,
+        plan: ModelPlan,
+        sizes: Sizes,
+        model: nn.Module,
+        *,
+        seed: int = 0,
+        which: str = "opt",
+        worst: Iterable[str] = (),
+    ) -> None:
+        self.plan = plan
+        self.reference = Reference(plan, model)
+        self.chosen = choose_layers(plan.layers, worst)
+        self.tokens = plan.family.tokens(*sizes.at(which)) + sizes.text_tokens
+        self.whole = self.tokens <= WHOLE_TOKENS and self.tokens * plan.quantized_weights <= WHOLE_PRODUCTS
+        specs = [spec for spec in plan.layers if spec.name in self.chosen]
+        self.step = token_step(specs, self.tokens if self.whole else sizes.text_tokens)
+        if not self.whole:
+            frames, height, width = (Axis.fixed(size) for size in plan.family.probe())
+            sizes = Sizes(frames, height, width, sizes.text_tokens, sizes.batch)
+        self.inputs = plan.family.sample(sizes, plan.dtype, seed, which)
+        # fp32 in ONNX Runtime at most; every layer's y, and x.
+        width = sum(spec.features + spec.out_features for spec in plan.layers)
+        self.between = self.whole and 4 * width * self.tokens * sizes.batch <= BETWEEN_BYTES
+        self._free: dict[int, Free] = {}
+        self._seen: dict[int, dict[str, Tensor]] = {}
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Fusions would drop the casts that stand for rounding to bfloat16.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        feeds = {}
-        for value in session.get_inputs():
-            tensor = inputs[value.name]
-            feeds[value.name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        (output,) = session.run(None, feeds)
-    except Exception as error:  # onnxruntime's own exceptions share no base class but this
-        raise ExportError(f"ONNX Runtime refused {path.name}: {error}") from error
-    return torch.from_numpy(np.asarray(output)).float()
+    def check(self, path: Path, bits: int, advance: Callable[[str], None] = lambda done: None) -> GraphCheck:
+        """Check the graph at ``path``, whose folder is that of the weight files.
+
+        Args:
+            advance: called with a name for each judged layer and once for the rest.
+
+        Raises:
+            ExportError: ONNX Runtime cannot run the graph, or a layer is missing in it.
+        """
+        model = load_graph(path)
+        taps = find_taps(model, [spec.name for spec in self.plan.layers] if self.between else self.chosen)
+        self.reference.use(bits)
+        got = seen = None
+        if self.whole:
+            names = add_taps(model, {f"x {n}": taps[n].x for n in self.chosen}, self.step)
+            names |= add_taps(model, self._between_values(taps))
+            output = model.graph.outputs[0].name or ""
+            got = run_graph(model, path.parent, self.inputs, path.name)
+            xs = {n: got[names[f"x {n}"]] for n in self.chosen}
+            seen = {key: got[name] for key, name in names.items() if not key.startswith("x ")} | {"sample": got[output]}
+        else:
+            xs = self._probed(bits)
+        judged = {n: taps[n] for n in self.chosen}
+        checks = judge_layers(model, judged, xs, self.reference.layers, self.plan.dtype, path.parent, advance)
+        layers = LayersCheck(tuple(checks), len(self.plan.layers))
+        between = self._check_between(seen) if seen is not None and self.between else None
+        check = self._graph_check(path.name, bits, None if seen is None else seen["sample"], layers, between)
+        advance(path.name)
+        return check
+
+    def _probed(self, bits: int) -> dict[str, Tensor]:
+        if bits not in self._seen:
+            seen = self.reference.layer_inputs(self.inputs, bits, self.step)
+            self._seen = {bits: {name: seen[name] for name in self.chosen}}
+        return self._seen[bits]
+
+    def _between_values(self, taps: Mapping[str, Tap]) -> dict[str, Any]:
+        if not self.between:
+            return {}
+        return {f"to {n}": tap.x for n, tap in taps.items()} | {f"from {n}": tap.y for n, tap in taps.items()}
+
+    def _check_between(self, seen: Mapping[str, Tensor]) -> BetweenCheck:
+        """The place furthest beyond its bound, or closest to it."""
+        ys = {key.removeprefix("from "): value for key, value in seen.items() if key.startswith("from ")}
+        near, exact = self.reference.led(self.inputs, ys)
+        checks = []
+        for place, reference in exact.items():
+            got = seen["sample" if place == "sample" else f"to {place}"]
+            if got.shape != reference.shape:
+                checks.append(BetweenCheck(place, float("inf"), 1.0, len(exact)))
+                continue
+            bound = FACTOR * relative_distance(near[place], reference) + ROUNDINGS * UNIT[self.plan.dtype]
+            checks.append(BetweenCheck(place, relative_distance(got, reference), bound, len(exact)))
+        return max(checks, key=lambda c: (not c.passed, c.error / c.bound))
+
+    def _graph_check(
+        self, name: str, bits: int, got: Tensor | None, layers: LayersCheck, between: BetweenCheck | None
+    ) -> GraphCheck:
+        if got is None:
+            return GraphCheck(name, None, None, None, None, layers, between, self.tokens)
+        if bits not in self._free:
+            self._free[bits] = self.reference.free(self.inputs, bits)
+        free = self._free[bits]
+        return GraphCheck(
+            graph=name,
+            error=relative_distance(got, free.exact),
+            reference_error=relative_distance(free.same_dtype, free.exact),
+            difference=relative_distance(got, free.same_dtype),
+            flipped_codes=free.flipped_codes,
+            layers=layers,
+            between=between,
+            tokens=self.tokens,
+        )
 
 
 def verify_graph(
-    path: Path,
-    plan: ModelPlan,
-    sizes: Sizes,
-    model: nn.Module,
-    bits: int,
-    work_dir: Path,
-    *,
-    seed: int = 0,
-    which: str = "opt",
+    path: Path, plan: ModelPlan, sizes: Sizes, model: nn.Module, bits: int, *, seed: int = 0, which: str = "opt"
 ) -> GraphCheck:
-    """Compare the graph at ``path`` with ``model`` (see :func:`load_quantized`) on random inputs.
-
-    Args:
-        work_dir: on the same folder level as the weight files, for the rewritten copy that ONNX Runtime runs.
+    """Check one graph with :class:`Verifier`.
 
     Raises:
-        ExportError: ONNX Runtime cannot run the graph.
+        ExportError: as :meth:`Verifier.check`.
     """
-    inputs = plan.family.sample(sizes, plan.dtype, seed, which)
-    set_activation(model, plan.recipe.activation(bits))
-    same_dtype, codes = _run_recording(model, plan, inputs)
-    exact_model = _as_float64(model)
-    exact_inputs = {n: t.double() if t.dtype == plan.dtype else t for n, t in inputs.items()}
-    exact, exact_codes = _run_recording(exact_model, plan, exact_inputs)
-    copy = work_dir / f".verify-{path.name}"
-    try:
-        ir.save(prepare_for_onnxruntime(ir.load(path)), copy)
-        got = run_onnxruntime(copy, inputs).double()
-    finally:
-        copy.unlink(missing_ok=True)
-    flips = sum(int((a != b).sum()) for a, b in zip(codes, exact_codes))
-    return GraphCheck(
-        graph=path.name,
-        error=_relative(got, exact),
-        reference_error=_relative(same_dtype, exact),
-        difference=_relative(got, same_dtype),
-        flipped_codes=flips / max(1, sum(c.numel() for c in codes)),
-    )
-
-
-def _relative(value: Tensor, reference: Tensor) -> float:
-    norm = float(reference.double().norm())
-    return float((value.double() - reference.double()).norm()) / norm if norm else float(value.double().norm())
-
-
-def _as_float64(model: nn.Module) -> nn.Module:
-    """A copy with float parameters in float64; packed buffers are shared. QuantLinear then computes in float64."""
-    import copy
-
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for buffer in module.buffers(recurse=False):
-            memo[id(buffer)] = buffer
-    clone = copy.deepcopy(model, memo)
-    for module in clone.modules():
-        if not isinstance(module, QuantLinear):
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_floating_point():
-                    module._parameters[name] = nn.Parameter(parameter.double(), requires_grad=False)
-    return clone
-
-
-def _run_recording(model: nn.Module, plan: ModelPlan, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The output, and the activation codes of every QuantLinear in call order."""
-    from dvdquant.arq import quantize_activation
-    from dvdquant.ops.quant_linear import rotate_by_matrices
-
-    codes: list[Tensor] = []
-
-    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, QuantLinear)
-        compute = torch.float64 if args[0].dtype == torch.float64 else torch.float32
-        hadamard, outer = (m.to(compute) for m in module._table[0].matrices(module.spec.rotation))
-        rotated = rotate_by_matrices(args[0].to(compute), hadamard, outer)
-        codes.append(quantize_activation(rotated, module.act_bits, module.act_group)[0])
-
-    hooks = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, QuantLinear)]
-    try:
-        with torch.no_grad():
-            output = GraphWrapper(model, plan.family)(dict(inputs))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return output, codes
+    return Verifier(plan, sizes, model, seed=seed, which=which).check(path, bits)

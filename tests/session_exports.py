@@ -14,7 +14,8 @@ import torch
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.export.onnx import GraphWrapper
-from dvdquant.export.verify import _as_float64, load_quantized
+from dvdquant.export.reference import as_float64
+from dvdquant.export.verify import load_quantized
 from dvdquant.layers import set_activation
 from dvdquant.safetensors_io import read_header
 from tests import tiny_models as tiny
@@ -91,7 +92,7 @@ def reference(
     wide = {n: t.double() if t.dtype == plan.dtype else t for n, t in inputs.items()}
     with torch.no_grad():
         same = GraphWrapper(model, plan.family)(dict(inputs))
-        exact = GraphWrapper(_as_float64(model), plan.family)(wide)
+        exact = GraphWrapper(as_float64(model), plan.family)(wide)
     return same, exact
 
 

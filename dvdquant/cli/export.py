@@ -39,6 +39,9 @@ dvdq-export ./HunyuanVideo -o out/hy --target onnx --recipe w4a4-g128
 
 # go on after an interruption; check every graph in ONNX Runtime
 dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
+
+# with a page that shows it all: out/tiny-wan/report.html
+dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 --verify --report
 """
 
 
@@ -98,7 +101,18 @@ dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN/Inf weights (as zeros) and record their names.")
 @click.option("--resume", is_flag=True, help="Go on from an interrupted export with the same options.")
-@click.option("--verify", is_flag=True, help="Run every graph in ONNX Runtime against PyTorch.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Run every graph in ONNX Runtime and judge it against PyTorch in float64, layer by layer and as a whole.",
+)
+@click.option("--report", is_flag=True, help="Write report.html: sizes, error of every layer, what executes, samples.")
+@click.option(
+    "--samples",
+    type=int,
+    metavar="N",
+    help="Prompts the report shows clips of; for models with a prompt table.  [default: 1 for these]",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and what it takes; write nothing.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
@@ -211,6 +225,7 @@ def _result_json(result: ExportResult, seconds: float) -> dict[str, Any]:
             {k: b[k] for k in ("path", "seconds", "bytes", "peak_rss_bytes", "products")} for b in result.builds
         ],
         "checks": [check.to_json() for check in result.checks],
+        "report": "report.html" if "report.html" in result.manifest.files else None,
     }
 
 
@@ -230,10 +245,9 @@ def _result_text(plan: ExportPlan, result: ExportResult, seconds: float) -> str:
         lines += ["what executes", paragraphs(words), ""]
     lines += [_error_line(manifest.layers)]
     for check in result.checks:
-        lines.append(
-            f"verify {check.graph}: {check.error:.1e} from the exact quantized model (bound {check.bound:.1e}, "
-            f"PyTorch {check.reference_error:.1e})"
-        )
+        lines += check.lines()
+    if plan.options.report:
+        lines.append(f"report: {result.out}/report.html")
     if result.up_to_date:
         lines.append(f"nothing to do ({seconds:.1f} s)")
     else:

@@ -27,6 +27,9 @@ dvdq-inspect out/tiny-wan --layers
 
 # one graph as Polygraphy sees it, and whether TensorRT-RTX's parser takes it
 dvdq-inspect out/tiny-wan --graph onnx/transformer_a4_qdq.onnx
+
+# all of it as one page, with clips of two prompts
+dvdq-inspect out/tiny-wan --html tiny-wan.html --samples 2
 """
 
 
@@ -43,16 +46,44 @@ dvdq-inspect out/tiny-wan --graph onnx/transformer_a4_qdq.onnx
     metavar="PATH",
     help="One ONNX file by Polygraphy; of a QDQ graph also what TensorRT-RTX would refuse.",
 )
+@click.option(
+    "--html",
+    "page",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Write the report of the export as one HTML page.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(0, 16),
+    default=0,
+    show_default=True,
+    help="Prompts the page shows clips of; for models with a prompt table.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
 @click.option("-v", "--verbose", count=True)
 @click.version_option(__version__, prog_name="dvdq-inspect")
 @report_errors
-def main(out: Path, check: bool, all_layers: bool, graph: str | None, as_json: bool, verbose: int) -> None:
+def main(
+    out: Path,
+    check: bool,
+    all_layers: bool,
+    graph: str | None,
+    page: Path | None,
+    samples: int,
+    as_json: bool,
+    verbose: int,
+) -> None:
     """Show the export in folder OUT: sizes, graphs, engines and what they execute, weight errors layer by layer."""
     setup_logging(verbose, "text")
     from dvdquant.manifest import load_manifest
 
+    if samples and page is None:
+        raise OutputError("--samples without --html", fix="give --html PATH too: samples are a part of the page")
     manifest = load_manifest(out)
+    if page is not None:
+        _write_page(out, manifest, page, samples)
+        return
     if graph is not None:
         click.echo(_graph_summary(out, manifest, graph))
         return
@@ -62,6 +93,15 @@ def main(out: Path, check: bool, all_layers: bool, graph: str | None, as_json: b
         click.echo(_summary(out, manifest, all_layers))
     if check:
         _check_files(out, manifest)
+
+
+def _write_page(out: Path, manifest: Manifest, page: Path, samples: int) -> None:
+    from dvdquant.export.report import check_place, collect, write_report
+    from dvdquant.progress import Progress
+
+    check_place(page, out, manifest)
+    write_report(page, collect(out, manifest, Progress("text"), samples=samples))
+    click.echo(f"{page} written")
 
 
 def _graph_summary(out: Path, manifest: Manifest, graph: str) -> str:
