@@ -215,16 +215,17 @@ class Verifier:
         self.reference = Reference(plan, model)
         self.chosen = choose_layers(plan.layers, worst)
         self.tokens = plan.family.tokens(*sizes.at(which)) + sizes.text_tokens
-        self.whole = self.tokens <= WHOLE_TOKENS and self.tokens * plan.quantized_weights <= WHOLE_PRODUCTS
+        products = self.tokens * sizes.batch * plan.quantized_weights
+        self.whole = self.tokens <= WHOLE_TOKENS and products <= WHOLE_PRODUCTS
         specs = [spec for spec in plan.layers if spec.name in self.chosen]
-        self.step = token_step(specs, self.tokens if self.whole else sizes.text_tokens)
+        self.step = token_step(specs, sizes.batch * (self.tokens if self.whole else sizes.text_tokens))
         if not self.whole:
             frames, height, width = (Axis.fixed(size) for size in plan.family.probe())
             sizes = Sizes(frames, height, width, sizes.text_tokens, sizes.batch)
         self.inputs = plan.family.sample(sizes, plan.dtype, seed, which)
         # fp32 in ONNX Runtime at most; every layer's y, and x.
-        width = sum(spec.features + spec.out_features for spec in plan.layers)
-        self.between = self.whole and 4 * width * self.tokens * sizes.batch <= BETWEEN_BYTES
+        values = sum(spec.features + spec.out_features for spec in plan.layers) * self.tokens * sizes.batch
+        self.between = self.whole and 4 * values <= BETWEEN_BYTES
         self._free: dict[int, Free] = {}
         self._seen: dict[int, dict[str, Tensor]] = {}
 
@@ -240,17 +241,8 @@ class Verifier:
         model = load_graph(path)
         taps = find_taps(model, [spec.name for spec in self.plan.layers] if self.between else self.chosen)
         self.reference.use(bits)
-        got = seen = None
-        if self.whole:
-            names = add_taps(model, {f"x {n}": taps[n].x for n in self.chosen}, self.step)
-            names |= add_taps(model, self._between_values(taps))
-            output = model.graph.outputs[0].name or ""
-            got = run_graph(model, path.parent, self.inputs, path.name)
-            xs = {n: got[names[f"x {n}"]] for n in self.chosen}
-            seen = {key: got[name] for key, name in names.items() if not key.startswith("x ")} | {"sample": got[output]}
-        else:
-            xs = self._probed(bits)
-        judged = {n: taps[n] for n in self.chosen}
+        xs, seen = self._run(model, taps, path) if self.whole else (self._probed(bits), None)
+        judged = {name: taps[name] for name in self.chosen}
         checks = judge_layers(model, judged, xs, self.reference.layers, self.plan.dtype, path.parent, advance)
         layers = LayersCheck(tuple(checks), len(self.plan.layers))
         between = self._check_between(seen) if seen is not None and self.between else None
@@ -258,16 +250,22 @@ class Verifier:
         advance(path.name)
         return check
 
+    def _run(self, model: ir.Model, taps: Mapping[str, Tap], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One run of the whole graph: (x of the chosen layers, the output as ``sample`` with ``to`` and ``from`` layers)."""
+        wanted = {"sample": model.graph.outputs[0]}
+        if self.between:
+            wanted |= {f"to {name}": tap.x for name, tap in taps.items()}
+            wanted |= {f"from {name}": tap.y for name, tap in taps.items()}
+        strided = add_taps(model, {name: taps[name].x for name in self.chosen}, self.step)
+        names = add_taps(model, wanted)
+        got = run_graph(model, path.parent, self.inputs, path.name)
+        return {key: got[name] for key, name in strided.items()}, {key: got[name] for key, name in names.items()}
+
     def _probed(self, bits: int) -> dict[str, Tensor]:
         if bits not in self._seen:
             seen = self.reference.layer_inputs(self.inputs, bits, self.step)
             self._seen = {bits: {name: seen[name] for name in self.chosen}}
         return self._seen[bits]
-
-    def _between_values(self, taps: Mapping[str, Tap]) -> dict[str, Any]:
-        if not self.between:
-            return {}
-        return {f"to {n}": tap.x for n, tap in taps.items()} | {f"from {n}": tap.y for n, tap in taps.items()}
 
     def _check_between(self, seen: Mapping[str, Tensor]) -> BetweenCheck:
         """The place furthest beyond its bound, or closest to it."""

@@ -197,7 +197,7 @@ def test_small_shards_reach_onnx_runtime(model: Path, tmp_path: Path, monkeypatc
         entry = writer.write(8, "tensorrt")
         path = transaction.tree / entry["path"]
         torch_model = load_quantized(made, packed.tensors, transaction.tree, 8)
-        check = verify_graph(path, made, tiny.FIXED, torch_model, 8, path.parent)
+        check = verify_graph(path, made, tiny.FIXED, torch_model, 8)
         assert check.passed
         whole = quantize(model, tmp_path, made)
         for name, (relative, info) in whole.tensors.items():
