@@ -22,7 +22,7 @@ from dvdquant.progress import Progress
 from dvdquant.safetensors_io import read_header
 
 from .report_charts import error_chart, line_chart, schedule_chart
-from .report_words import commands, executions, kept_groups, python_lines, recipe_words, shown, size_words
+from .report_words import commands, executions, kept_groups, millions, python_lines, recipe_words, shown, size_words
 from .verify import GraphCheck
 
 if TYPE_CHECKING:
@@ -116,12 +116,13 @@ def collect(
 
 
 def _kept_parameters(root: Path, manifest: Manifest) -> int:
-    """Elements of the stored tensors that belong to no quantized layer."""
+    """Elements of the stored tensors that are not in 4 bits: those of other layers, and the quantized layers' biases."""
     layers, total = {entry["name"] for entry in manifest.layers}, 0
     for name in manifest.files:
         if name.startswith("onnx/") and name.endswith(".safetensors"):
             for tensor, info in read_header(root / name).tensors.items():
-                total += math.prod(info.shape) if tensor.rpartition(".")[0] not in layers else 0
+                layer, _, kind = tensor.rpartition(".")
+                total += math.prod(info.shape) if layer not in layers or kind == "bias" else 0
     return total
 
 
@@ -155,6 +156,7 @@ def render_report(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters["amount"] = amount
+    environment.filters["millions"] = millions
     environment.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
     page: str = environment.get_template("report.html.j2").render(_context(report))
     return page
@@ -316,7 +318,7 @@ def _facts(report: Report) -> dict[str, Any]:
         "total": total,
         "checkpoint": report.checkpoint_bytes,
         "resident": next((s.executed.get("resident_bytes") for s in report.samples), None),
-        "backend": next((f"{s.executed.get('backend')} on {s.executed.get('device')}" for s in report.samples), ""),
+        "backend": next((shown(f"{s.executed['backend']} on {s.executed['device']}") for s in report.samples), ""),
     }
 
 
@@ -355,7 +357,7 @@ def _worst(layers: Sequence[LayerEntry]) -> list[dict[str, Any]]:
 
 def _schedule(schedule: Schedule) -> dict[str, Any]:
     counts = {bits: sum(b == bits for b in schedule.bits) for bits in (4, 6, 8)}
-    return shown(
+    words: dict[str, Any] = shown(
         {
             "steps": schedule.steps,
             "delta": schedule.delta,
@@ -365,7 +367,8 @@ def _schedule(schedule: Schedule) -> dict[str, Any]:
             "prompts": len(schedule.prompts),
             "last_high": schedule.details.get("last_high"),
         }
-    ) | {"chart": schedule_chart(schedule.bits)}
+    )
+    return words | {"chart": schedule_chart(schedule.bits)}
 
 
 def _sample(sample: Sample) -> dict[str, Any]:

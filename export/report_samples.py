@@ -70,7 +70,10 @@ class Sample:
 
 def has_prompt_table(model: str) -> bool:
     """Whether ``model`` is a local folder with a prompt table, so that a clip costs seconds."""
-    return PromptTable.is_at(model)
+    try:
+        return PromptTable.is_at(model)
+    except (OSError, ValueError):
+        return False  # a name that no file can have
 
 
 def sample_prompts(table: PromptTable, count: int) -> list[str]:

@@ -11,7 +11,17 @@ from typing import Any
 
 from dvdquant.manifest import EngineEntry, Manifest
 
-__all__ = ["Execution", "commands", "executions", "kept_groups", "python_lines", "recipe_words", "shown", "size_words"]
+__all__ = [
+    "Execution",
+    "commands",
+    "executions",
+    "kept_groups",
+    "millions",
+    "python_lines",
+    "recipe_words",
+    "shown",
+    "size_words",
+]
 
 LONGEST = 600  # characters of one text of the page
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,20}:/{1,2})[^/\s@]+@")
@@ -79,6 +89,11 @@ def recipe_words(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]
         ("Rotation", turned.get(str(rotation), f"Hadamard, blocks of {rotation}")),
         *([("Modulation", modulation)] if has_modulation else []),
     ]
+
+
+def millions(count: int) -> str:
+    """A number of weights: ``6.29 M``, ``12.80 B``."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
 def size_words(shapes: Mapping[str, Any]) -> str:

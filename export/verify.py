@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from torch import Tensor, nn
 
 from dvdquant.families import Axis, Sizes

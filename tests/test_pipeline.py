@@ -124,6 +124,14 @@ def test_verify_covers_every_graph(wan22: tuple[Path, list[dict[str, Any]]]) -> 
         assert check["passed"] is True
         assert 0 < check["error"] <= check["bound"]
         assert check["bound"] == pytest.approx(2 * check["reference_error"] + 1e-6)
+        layers = check["layers"]
+        assert layers["passed"] is True
+        assert layers["judged"] == layers["total"] > 0
+        assert layers["failed"] == []
+        assert 0 < layers["worst"]["excess"] <= 1
+        assert layers["worst"]["error"] <= layers["worst"]["bound"]
+        assert check["between"]["passed"] is True
+        assert check["between"]["places"] == layers["total"] + 1
 
 
 def test_second_run_changes_nothing(wan22: tuple[Path, list[dict[str, Any]]], pipeline_folder: Path) -> None:

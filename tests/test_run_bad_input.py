@@ -128,7 +128,15 @@ def test_interrupted_leaves_the_old_clip(out: Path, tmp_path: Path) -> None:
     (tmp_path / "c.mp4").write_bytes(b"the clip of yesterday")
     arguments = [str(a) for a in call(out, "--steps", 1000, "--prompt", PROMPT, "-o", tmp_path / "c.mp4")]
     line = [sys.executable, "-m", "dvdquant.cli.run", *arguments, "--log-format", "json"]
-    process = subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    # Tests started in the background ignore SIGINT, and would hand that down.
+    process = subprocess.Popen(
+        line,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stderr is not None
     deadline = time.monotonic() + 120
     while '"event": "step"' not in process.stderr.readline():
