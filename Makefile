@@ -58,7 +58,7 @@ demo: $(INSTALLED)
 		--sm 8.0 --sm 8.6 --sm 8.9 --sm 12.0 --target rtx --target onnx --verify --report | tee $(OUT).log
 	$(BIN)/dvdq-inspect $(OUT) --check | tee -a $(OUT).log
 	@$(BIN)/python examples/list_engines.py $(OUT)
-	$(BIN)/dvdq-run $(OUT) --prompt "ring red right large black" --compare --steps 20 --delta 0.2 --last-high 2 \
+	$(BIN)/dvdq-run $(OUT) --prompt "ring red right large black" --compare --steps 20 --delta 0.2 \
 		-o $(OUT)-clip/clip.mp4 --strip $(OUT)-clip/strip.png --trace $(OUT)-clip/trace.json | tee -a $(OUT).log
 	@echo "report $(OUT)/report.html"
 	@echo "log    $(OUT).log"

@@ -251,7 +251,7 @@ def test_saving_is_whole_or_not_at_all(planned: Plan, tmp_path: Path) -> None:
 def test_the_command_plans_writes_and_draws(out: Path, tmp_path: Path) -> None:
     result = run(
         out, "--prompt", PROMPTS[0], "--steps", 6, "--average-bits", 6, "--reference", "--backend", "onnxruntime",
-        "-o", tmp_path / "s.json", "--plot", tmp_path / "plan.png",
+        "--last-high", 0, "-o", tmp_path / "s.json", "--plot", tmp_path / "plan.png",
     )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     schedule = Schedule.load(tmp_path / "s.json", load_manifest(out), 6)

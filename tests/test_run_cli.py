@@ -34,11 +34,18 @@ def schedule(out: Path, *bits: int | None, **changes: Any) -> Schedule:
     return Schedule(**{**fields, "steps": len(bits), "delta": 0.2, "bits": bits, **changes})
 
 
+def test_the_last_steps_run_on_a8_unless_asked_otherwise(out: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    drawn(*call(out, "--prompt", PROMPT, "-o", tmp_path / "c.mp4", "--trace", trace, "--delta", "inf", "--steps", 5))
+    (clip,) = json.loads(trace.read_text())["clips"]
+    assert clip["blocks"] == "██▄██"
+
+
 def test_clip_gif_strip_and_trace(out: Path, tmp_path: Path) -> None:
     paths = {name: tmp_path / name for name in ("clip.mp4", "clip.gif", "strip.png", "trace.json")}
     text = drawn(
         *call(out, "--prompt", PROMPT, "-o", paths["clip.mp4"], "--gif", paths["clip.gif"]),
-        *("--strip", paths["strip.png"], "--trace", paths["trace.json"], "--delta", "inf"),
+        *("--strip", paths["strip.png"], "--trace", paths["trace.json"], "--delta", "inf", "--last-high", 0),
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(paths)
     for path in paths.values():

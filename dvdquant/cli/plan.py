@@ -13,7 +13,7 @@ import click
 from dvdquant import __version__
 from dvdquant.errors import OutputError, ShapeError
 
-from .common import ExamplesCommand, report_errors, setup_logging, table
+from .common import LAST_HIGH, ExamplesCommand, report_errors, setup_logging, table
 
 if TYPE_CHECKING:
     from dvdquant.deploy.planner import Plan
@@ -50,8 +50,8 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
 @click.option("--seeds", default="0", show_default=True, metavar="N,N,...", help="Each prompt is recorded with each.")
 @click.option(
-    "--last-high", type=int, default=0, show_default=True, metavar="N",
-    help="Keep the last N steps on the high engine, whatever delta says.",
+    "--last-high", type=int, default=LAST_HIGH, show_default=True, metavar="N",
+    help="Keep the last N steps on the high engine, whatever delta says; 0 is the published rule.",
 )  # fmt: skip
 @click.option(
     "--reference",

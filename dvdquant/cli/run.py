@@ -14,7 +14,7 @@ import click
 from dvdquant import __version__
 from dvdquant.errors import OutputError, ShapeError, UnsupportedError
 
-from .common import ExamplesCommand, report_errors, setup_logging
+from .common import LAST_HIGH, ExamplesCommand, report_errors, setup_logging
 
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
@@ -127,7 +127,10 @@ class RunOptions:
     "[default: 0.12]",
 )
 @click.option(
-    "--last-high", type=int, metavar="N", help="Run the last N steps on a8, whatever delta says.  [default: 0]"
+    "--last-high",
+    type=int,
+    metavar="N",
+    help="Run the last N steps on a8, whatever delta says; 0 is the published rule.  [default: 2]",
 )
 @click.option("--schedule", type=click.Path(path_type=Path), metavar="PATH", help="Follow a schedule of dvdq-plan.")
 @click.option(
@@ -243,7 +246,7 @@ def requests_for(settings: RunOptions, artifact: Artifact, prompt: str) -> list[
         prompt,
         steps=schedule.steps if settings.steps is None and schedule is not None else settings.steps,
         cache=parse_cache(settings.cache),
-        last_high=settings.last_high or 0,
+        last_high=LAST_HIGH if settings.last_high is None else settings.last_high,
         **{name: getattr(settings, name) for name in names},
     )
     bits = [f"a{b}" for b in artifact.bits(artifact.components[0])]
