@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvdquant.checkpoint import _allowed, _locate, _real
+from dvdquant.checkpoint import allowed_folders, locate_model, real_path
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.files import read_limited, strict_json
 from dvdquant.safetensors_io import read_header
@@ -81,7 +81,7 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
 
 def _find(source: str) -> Path:
     try:
-        return _locate(source, None, list(_WANTED))
+        return locate_model(source, None, list(_WANTED))
     except CheckpointError as error:
         raise CheckpointError(
             f"the model the export was made from is needed for text, VAE and scheduler, and is not here: {error.what}",
@@ -119,9 +119,9 @@ def _check_entry(root: Path, part: str, entry: list[Any]) -> None:
     if folder.is_dir():
         if scripts := sorted(e.name for e in folder.iterdir() if e.suffix in (".py", ".pyc", ".so")):
             raise CheckpointError(f"{folder} holds code ({scripts[0]!r:.100}), which is never run", fix="remove it")
-        allowed = _allowed(root)
+        allowed = allowed_folders(root)
         for path in (folder, *folder.rglob("*")):
-            _real(path, allowed)
+            real_path(path, allowed)
 
 
 def _problem(folder: Path, part: str) -> str | None:

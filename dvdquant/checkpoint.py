@@ -65,7 +65,7 @@ class Checkpoint:
     def components(model: str | Path, *, revision: str | None = None) -> list[str]:
         """The transformers in a pipeline folder, ``["transformer", "transformer_2"]`` for Wan 2.2; in a plain
         transformer folder, ``["transformer"]``. CheckpointError as in :func:`open_checkpoint`."""
-        root = _locate(str(model), revision, ["model_index.json"])
+        root = locate_model(str(model), revision, ["model_index.json"])
         return _components(root) or ["transformer"]
 
     @property
@@ -168,7 +168,7 @@ def open_checkpoint(
     for part in (*(subfolder.split("/") if subfolder else ()), component):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part):
             raise CheckpointError(f"{part!r:.200} is no plain folder name", fix="name a folder inside the model")
-    root = _locate(str(model), revision, _patterns(subfolder, component))
+    root = locate_model(str(model), revision, _patterns(subfolder, component))
     try:
         return _open(root, str(model), subfolder, component)
     except OSError as error:
@@ -176,12 +176,12 @@ def open_checkpoint(
 
 
 def _open(root: Path, model: str, subfolder: str | None, component: str) -> Checkpoint:
-    allowed = _allowed(root)
-    folder = _real(root / subfolder, allowed) if subfolder else root
+    allowed = allowed_folders(root)
+    folder = real_path(root / subfolder, allowed) if subfolder else root
     if found := _components(folder):
         if component not in found:
             raise CheckpointError(f"{folder} has no component {component!r}", available=found)
-        folder = _real(folder / component, allowed)
+        folder = real_path(folder / component, allowed)
     elif component != "transformer":
         raise CheckpointError(f"{folder} is not a pipeline and has no {component!r}", available=_entries(folder))
     if not folder.is_dir():
@@ -197,7 +197,7 @@ def _patterns(subfolder: str | None, component: str) -> list[str]:
     return [f"{base}model_index.json"] + [f"{base}{folder}{name}" for folder in ("", f"{component}/") for name in names]
 
 
-def _locate(model: str, revision: str | None, patterns: list[str]) -> Path:
+def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
     """The real local folder of a path or a hub id."""
     if "\0" in model or not model.strip():
         raise CheckpointError(f"{model!r:.200} is no model", fix="give a local folder or a hub id like org/name")
@@ -238,7 +238,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     return Path(os.path.realpath(found))
 
 
-def _allowed(root: Path) -> list[Path]:
+def allowed_folders(root: Path) -> list[Path]:
     """The real folders files may come from: the model's own, and the blobs of its repository in a hub cache."""
     for place in (root, *root.parents):
         if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
@@ -247,7 +247,8 @@ def _allowed(root: Path) -> list[Path]:
     return [root]
 
 
-def _real(path: Path, allowed: list[Path]) -> Path:
+def real_path(path: Path, allowed: list[Path]) -> Path:
+    """``path`` without links; CheckpointError if it leaves the allowed folders."""
     real = Path(os.path.realpath(path))
     if not any(folder in (real, *real.parents) for folder in allowed):
         raise CheckpointError(f"{path} is a link that reads outside the folder", fix="copy what it leads to into it")
@@ -267,7 +268,7 @@ def _entries(folder: Path) -> str:
 
 def _read_json(path: Path, allowed: list[Path]) -> dict[str, Any]:
     try:
-        value = strict_json(read_limited(_real(path, allowed), MAX_JSON))
+        value = strict_json(read_limited(real_path(path, allowed), MAX_JSON))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path} cannot be used: {reason}", fix="download the model again") from error
@@ -318,7 +319,7 @@ def _components(folder: Path) -> list[str]:
         return sorted(
             e.name for e in folder.iterdir() if name_of_one.fullmatch(e.name) and (e / "config.json").exists()
         )
-    index, found = _read_json(path, _allowed(folder)), []
+    index, found = _read_json(path, allowed_folders(folder)), []
     for name, entry in index.items():
         if not name_of_one.fullmatch(name) or entry is None or entry == [None, None]:
             continue
@@ -345,7 +346,7 @@ def _read_weights(folder: Path, allowed: list[Path]) -> tuple[dict[str, ShardTen
     tensors: dict[str, ShardTensor] = {}
     headers: dict[str, str] = {}
     for shard in shards:
-        real = _real(folder / shard, allowed)
+        real = real_path(folder / shard, allowed)
         if not real.exists():
             raise CheckpointError(
                 f"{folder} lacks the shard {shard}", available=_entries(folder), fix="download it again"

@@ -16,10 +16,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from build import Source, build_kernels, parse_arguments  # noqa: E402
 from ptxas_log import Kernel, demangle, read_kernels  # noqa: E402
 from toolchain import BuildError, find_nvdisasm  # noqa: E402
-
-from build import Source, build_kernels, parse_arguments  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,6 @@ class DoubleRuntime(Checked):
     def __init__(self, library: Library, logger: Any) -> None:
         self._library, self._logger = library, logger
         self.engine_header_size = 64
-        self.engine_host_code_allowed = False
 
     def get_engine_validity(self, header: bytes) -> tuple[Any, int]:
         assert len(header) <= 64

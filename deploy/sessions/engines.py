@@ -200,9 +200,6 @@ def deserialize(artifact: Artifact, entry: EngineEntry, library: Backend, runtim
     except OutputError as error:
         raise EngineError(error.what, available=error.available, fix=fix) from error
     _check_header(raw, entry, library, runtime, log, fix)
-    # Host code inside an engine is allowed only where the engine carries our plugin library.
-    if library.takes_plugins:
-        runtime.engine_host_code_allowed = entry["realization"] == "plugin"
     engine = runtime.deserialize_cuda_engine(raw)
     if engine is None:
         raise EngineError(
