@@ -23,7 +23,7 @@ __all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "memory_limit",
 
 # Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B; see benchmarks/README.md.
 IMPORT_BYTES = 650 << 20
-TRACE_BYTES_PER_LAYER = 1200 << 10
+TRACE_BYTES_PER_LAYER = 1000 << 10
 QUANTIZE_WEIGHTS_PER_SECOND = 60e6
 TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 2.0, 0.075
 BUILDER_BYTES, BUILDER_BYTES_PER_LAYER = 450 << 20, 2600 << 10

@@ -106,4 +106,5 @@ def test_memory_of_a_wide_model() -> None:
     # The same figures see the fp32 matrices, which a session of both bit-widths has once.
     expanded = 8 * codes
     assert measured["expanded"]["said"]["weights"] > expanded
-    assert 0.8 * expanded < measured["expanded"]["both"] < 1.6 * expanded
+    # Part of it may lie in memory the process had taken and freed before.
+    assert 0.6 * expanded < measured["expanded"]["both"] < 1.6 * expanded
