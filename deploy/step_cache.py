@@ -59,13 +59,13 @@ class StepCachePolicy:
         return policy if threshold is None else cls(threshold, policy.residual, policy.max_skips)
 
 
-# Measured on tiny-wan only: python benchmarks/switching/measure.py OUT --study cache --clips 2 (50 steps; PSNR to the fp32
-# model, two clips). All on a8, 30.4 and 24.0 dB without a cache:
+# Measured on tiny-wan only: python benchmarks/switching/measure.py OUT --study cache --clips 4 (50 steps; PSNR to the fp32
+# model, mean of four clips; the table is in benchmarks/switching/README.md). All on a8, 29.60 dB without a cache:
 #   threshold .01  no step skipped
-#   threshold .02  20 and 25 of 50 skipped; reusing the output 30.6 and 23.9 dB, output − latent 30.7 and 23.9
-#   threshold .05  32 and 33 of 50 skipped; reusing the output 30.2 and 24.8 dB, output − latent 29.5 and 24.6
-# So .02, which costs nothing to see, and the output, which is the better one where more is skipped. With a 4-bit engine in
-# the switch the same threshold skips hardly anything (1 of 50): L1 then holds quantization noise.
+#   threshold .02  24 of 50 skipped; reusing the output 29.68 dB, output − latent 29.71
+#   threshold .05  33 of 50 skipped; reusing the output 29.74 dB, output − latent 29.51
+# So .02, which costs nothing to see (nor on 32 clips: +.21 dB), and the output, which is the better one where more is skipped.
+# With a 4-bit engine in the switch the same threshold skips hardly anything (1 of 50): L1 then holds quantization noise.
 _DEFAULT = StepCachePolicy(threshold=0.02)
 # Families that want something else than the default. None was measured but Wan, on which the default rests.
 FAMILY_CACHE: Mapping[str, StepCachePolicy] = {}
