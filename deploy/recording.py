@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dvdquant.gbs import relative_change
 
-from .sessions.base import EngineSession
+from .sessions.base import EngineSession, WrappedSession
 from .switching import TIMESTEP
 
 __all__ = ["ClipRecording", "Recorder", "RecordingSession", "median_seconds"]
@@ -44,16 +44,15 @@ class ClipRecording:
     calls: int = 0
 
 
-class RecordingSession(EngineSession):
+class RecordingSession(WrappedSession):
     """A session that, between :meth:`begin` and :meth:`end`, records what its other engine would have said.
 
     The first call of a step is the branch that δ-GBS decides from (of a batch that is split, its first slice).
     """
 
     def __init__(self, inner: EngineSession, low: int, high: int) -> None:
-        super().__init__(inner.artifact, inner.component, inner.bits, inner.device)
-        self.inner, self.backend = inner, inner.backend
-        self.dtype, self.low, self.high = inner.dtype, low, high
+        super().__init__(inner)
+        self.low, self.high = low, high
         self._clip: ClipRecording | None = None
         self._last: dict[int, Tensor] = {}
 
@@ -90,16 +89,6 @@ class RecordingSession(EngineSession):
             torch.cuda.current_stream(output.device).synchronize()
         self._clip.seconds.setdefault(bits, []).append(time.perf_counter() - started)
         return output
-
-    def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
-        return self.inner._run(inputs, bits)
-
-    def resident_bytes(self) -> dict[str, int]:
-        """Of the session it records."""
-        return self.inner.resident_bytes()
-
-    def _close(self) -> None:
-        self.inner.close()
 
 
 class Recorder:

@@ -193,32 +193,38 @@ def _min_max(segments: _Segments, zero_point: str) -> tuple[Tensor, Tensor]:
     return torch.maximum(-low, high) / (7.0 + half), torch.full_like(low, -half)
 
 
-def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor, Tensor]:
-    """The best grid of a geometric scan of scales (and places of a real zero-point), refined by descent."""
+def _scan(segments: _Segments, zero_point: str, count: int, places: int) -> tuple[Tensor, Tensor]:
+    """Grids [S, count · places]: a geometric row of scales, each with every place of a real zero-point in turn."""
     n, real = segments.values.shape[1], zero_point == "real"
-    low = segments.values[:, :1].double().clamp(max=0)
-    high = segments.values[:, -1:].double().clamp(min=0)
     rms = (segments.energy / n).sqrt()
-    many = real and n <= _SHORT  # many narrow minima: descent from the best place of every scale
-    count = _SHORT_SCALES if many else _GROUP_SCALES if grouped else _SCALES
-    places = (_SHORT_PLACES if many else _PLACES) if real else 1
     if real:
+        low = segments.values[:, :1].double().clamp(max=0)
+        high = segments.values[:, -1:].double().clamp(min=0)
         top = (high - low) / 15.0 * 1.1
         bottom = _NARROWEST * top if n <= _SHORT else torch.minimum(0.12 * rms, 0.6 * top)
     else:
-        top = _min_max(segments, zero_point)[0] * (1.4 if n <= 32 else 1.25 if n <= 256 else 1.07)
+        widest, zero = _min_max(segments, zero_point)
+        top = widest * (1.4 if n <= 32 else 1.25 if n <= 256 else 1.07)
         # No 16-level grid is best below about 0.2 rms, unless the range itself is short.
         bottom = torch.minimum(0.2 * rms, 0.6 * top)
     top, bottom = top.clamp(min=1e-30), bottom.clamp(min=1e-31)
     scale = top * (bottom / top) ** torch.linspace(0, 1, count, dtype=torch.float64, device=top.device)
-    if real:
-        scale = scale.repeat_interleave(places, 1)
-        ends = -8.0 - low / scale, 7.0 - high / scale
-        first, last = torch.minimum(*ends) - 0.5, torch.maximum(*ends) + 0.5
-        place = (torch.arange(places, dtype=torch.float64, device=top.device) + 0.5) / places
-        zero = (first + (last - first) * place.repeat(count)).clamp(_LOW, _HIGH)
-    else:
-        zero = _min_max(segments, zero_point)[1].expand_as(scale)
+    if not real:
+        return scale, zero.expand_as(scale)
+    scale = scale.repeat_interleave(places, 1)
+    ends = -8.0 - low / scale, 7.0 - high / scale
+    first, last = torch.minimum(*ends) - 0.5, torch.maximum(*ends) + 0.5
+    place = (torch.arange(places, dtype=torch.float64, device=top.device) + 0.5) / places
+    return scale, (first + (last - first) * place.repeat(count)).clamp(_LOW, _HIGH)
+
+
+def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor, Tensor]:
+    """The best grid of a scan, refined by descent from its highest gains: (scale, zero) [S, 1]."""
+    n, real = segments.values.shape[1], zero_point == "real"
+    many = real and n <= _SHORT  # many narrow minima: descent from the best place of every scale
+    count = _SHORT_SCALES if many else _GROUP_SCALES if grouped else _SCALES
+    places = (_SHORT_PLACES if many else _PLACES) if real else 1
+    scale, zero = _scan(segments, zero_point, count, places)
     refined = segments.regress(scale, zero, real)
     # Peaks only: neighbours of the highest descend into the same minimum.
     gain = refined[2]

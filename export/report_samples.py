@@ -27,7 +27,7 @@ from dvdquant.deploy.original import OriginalRunner, load_original
 from dvdquant.deploy.prompt_table import PromptTable
 from dvdquant.deploy.request import DEFAULT_DELTA, GenerateRequest, GenerateResult
 from dvdquant.deploy.run_report import average_bits, steps_of
-from dvdquant.deploy.sessions import EngineSession
+from dvdquant.deploy.sessions.base import EngineSession, WrappedSession
 from dvdquant.deploy.switching import TIMESTEP
 from dvdquant.deploy.video import enlarge, psnr
 from dvdquant.errors import UnsupportedError
@@ -217,12 +217,11 @@ class _Watch:
         return self.session.errors()
 
 
-class _Compared(EngineSession):
+class _Compared(WrappedSession):
     """The session itself, or while comparing the original checkpoint with the session beside it."""
 
     def __init__(self, inner: EngineSession) -> None:
-        super().__init__(inner.artifact, inner.component, inner.bits, inner.device)
-        self.inner, self.backend, self.dtype = inner, inner.backend, inner.dtype
+        super().__init__(inner)
         self.original: OriginalRunner | None = None
         self.comparing = False
         self.steps: list[tuple[float, dict[str, float]]] = []  # timestep, sums of squares: "16" and per bit-width
@@ -251,12 +250,3 @@ class _Compared(EngineSession):
             f"a{bits}": [math.sqrt(sums[f"a{bits}"] / sums["16"]) if sums["16"] else math.inf for _, sums in self.steps]
             for bits in self.bits
         }
-
-    def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
-        return self.inner._run(inputs, bits)
-
-    def resident_bytes(self) -> dict[str, int]:
-        return self.inner.resident_bytes()
-
-    def _close(self) -> None:
-        self.inner.close()

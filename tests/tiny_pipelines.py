@@ -7,7 +7,6 @@ stored 4-bit weights, in the export's dtype or in float64.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.pipeline import plan_export, run_export
+from dvdquant.export.reference import as_float64
 from dvdquant.export.verify import load_quantized
-from dvdquant.layers import QuantLinear, set_activation
+from dvdquant.layers import set_activation
 from dvdquant.model import ModelPlan
 from dvdquant.progress import Progress
 from dvdquant.quantize import plan_shards
@@ -322,18 +322,6 @@ def latents_of_steps(pipe: Any, **call: Any) -> list[Tensor]:
     if call["output_type"] == "latent":
         assert torch.equal(result, steps[-1])
     return steps
-
-
-def as_float64(model: nn.Module) -> nn.Module:
-    """A copy with float parameters in float64 and the packed buffers shared; QuantLinear then computes in float64."""
-    memo = {id(buffer): buffer for module in model.modules() for buffer in module.buffers(recurse=False)}
-    clone = copy.deepcopy(model, memo)
-    for module in clone.modules():
-        if not isinstance(module, QuantLinear):
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_floating_point():
-                    module._parameters[name] = nn.Parameter(parameter.double(), requires_grad=False)
-    return clone
 
 
 class Judge(nn.Module):

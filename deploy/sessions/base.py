@@ -17,7 +17,7 @@ from dvdquant.families import Family, Sizes
 
 from .inputs import check_inputs, graph_dtype
 
-__all__ = ["EngineSession"]
+__all__ = ["EngineSession", "WrappedSession"]
 
 
 class EngineSession(ABC):
@@ -113,6 +113,24 @@ class EngineSession(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+class WrappedSession(EngineSession):
+    """A session around another one, for a subclass whose ``run`` does something besides; closing it closes the inner one."""
+
+    def __init__(self, inner: EngineSession) -> None:
+        super().__init__(inner.artifact, inner.component, inner.bits, inner.device)
+        self.inner, self.backend, self.dtype = inner, inner.backend, inner.dtype
+
+    def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
+        return self.inner._run(inputs, bits)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Of the inner session."""
+        return self.inner.resident_bytes()
+
+    def _close(self) -> None:
+        self.inner.close()
 
 
 def chosen_bits(artifact: Artifact, component: str, bits: Sequence[int] | None) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import click
 from dvdquant import __version__
 from dvdquant.errors import OutputError, ShapeError
 
-from .common import LAST_HIGH, ExamplesCommand, report_errors, setup_logging, table
+from .common import LAST_HIGH, ExamplesCommand, report_errors, runs_on, setup_logging, table
 
 if TYPE_CHECKING:
     from dvdquant.deploy.planner import Plan
@@ -68,14 +68,7 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
     help="Record nothing: say whether this schedule fits the export and --steps.",
 )  # fmt: skip
 @click.option("--pipeline", metavar="PATH", help="Folder or hub id of the model.  [default: the exported one]")
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "onnxruntime", "pytorch", "rtx", "tensorrt"]),
-    default="auto",
-    show_default=True,
-    help="auto: an engine for this GPU, else ONNX Runtime.",
-)
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where it runs.")
+@runs_on
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-plan")

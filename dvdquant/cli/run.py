@@ -14,7 +14,7 @@ import click
 from dvdquant import __version__
 from dvdquant.errors import OutputError, ShapeError, UnsupportedError
 
-from .common import LAST_HIGH, ExamplesCommand, report_errors, setup_logging
+from .common import LAST_HIGH, ExamplesCommand, report_errors, runs_on, setup_logging
 
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
@@ -164,14 +164,7 @@ class RunOptions:
     metavar="PATH",
     help="Folder or hub id with text encoder, VAE, scheduler.  [default: the exported model]",
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "onnxruntime", "pytorch", "rtx", "tensorrt"]),
-    default="auto",
-    show_default=True,
-    help="auto: an engine for this GPU, else ONNX Runtime.",
-)
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where it runs.")
+@runs_on
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-run")
