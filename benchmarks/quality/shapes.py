@@ -108,7 +108,18 @@ def draw(clip: Clip) -> Tensor:
 
 
 def measure(clip: Tensor) -> Reading:
-    """Read a clip [3, F, SIDE, SIDE] in [−1, 1]."""
+    """Read a clip [3, F, SIDE, SIDE] in [−1, 1], F at least 2.
+
+    Where nothing can be seen, a constant clip say, every word but the background is None. A clip that is not finite
+    shows nothing at all: every word is None and every number 0.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if clip.ndim != 4 or clip.shape[0] != 3 or clip.shape[1] < 2 or clip.shape[2:] != (SIDE, SIDE):
+        raise ValueError(f"a clip is [3, F, {SIDE}, {SIDE}] with F at least 2, this is {list(clip.shape)}")
+    if not bool(clip.isfinite().all()):
+        return Reading(dict.fromkeys(CHOICES), 0.0, 0.0, 0.0, 0.0)
     clip = clip.float().clamp(-1, 1)
     level = float(clip.mean(0).median())
     background = min(BACKGROUNDS, key=lambda name: abs(BACKGROUNDS[name] - level))
@@ -123,7 +134,8 @@ def measure(clip: Tensor) -> Reading:
     # Noise over the whole frame would pull the centre to the middle.
     solid = ((alpha - 0.4) / 0.6).clamp(0, 1)
     mass = solid.sum((1, 2))
-    seen = mass > 8.0
+    # The largest shape covers a quarter of the frame; what covers more than half is no shape.
+    seen = (mass > 8.0) & ((solid > 0).float().mean((1, 2)) < 0.5)
     visible = float(seen.float().mean())
     dynamic = float((clip[:, 1:] - clip[:, :-1]).abs().mean())
     if int(seen.sum()) < 3:

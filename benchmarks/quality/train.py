@@ -46,6 +46,17 @@ def sigmas(count: int, shift: float, generator: torch.Generator) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def forced_sigmas(count: int, generator: torch.Generator) -> Tensor:
+    """Noise levels [count, FRAMES] with one frame nearly clean and the others nearly noise.
+
+    Where such a shape goes next is told by the prompt alone. At one level for all frames the sign of a motion only matters
+    in a narrow band of levels: below it the frames show it, above it nothing does.
+    """
+    levels = (0.8 + 0.2 * torch.rand(count, 1, generator=generator)).repeat(1, FRAMES)
+    seen = torch.randint(FRAMES, (count, 1), generator=generator)
+    return levels.scatter(1, seen, 0.3 * torch.rand(count, 1, generator=generator))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
@@ -54,6 +65,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--drop", type=float, default=0.1, help="share of prompts replaced by the empty word")
+    parser.add_argument("--shift", type=float, default=5.0, help="of the noise levels; motion is decided at high ones")
+    parser.add_argument("--forcing", type=float, default=0.5, help="share of batches with one frame shown")
     parser.add_argument("--save", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
@@ -63,15 +76,16 @@ def main() -> None:
     rows = {word: index for index, word in enumerate(table.words)}
     embeddings = table.embeddings.float().to(device)
     model = WanTransformer3DModel.from_pretrained(options.source / "transformer", torch_dtype=torch.float32).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizers = _optimizers(model, options.lr)
     state = options.out / "training.pt"
     first = 0
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
     if options.resume and state.is_file():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for optimizer, values in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(values)
+        average, first = saved["average"], saved["step"]
     generator = torch.Generator().manual_seed(options.seed + first)
     started, losses = time.monotonic(), []
     bar = trange(first, options.steps, desc="train", unit=" steps")
@@ -81,30 +95,76 @@ def main() -> None:
         dropped = torch.rand(options.pairs, generator=generator).repeat_interleave(2) < options.drop
         ids[dropped] = rows[EMPTY_WORD]
         noise = torch.randn(options.pairs, 3, FRAMES, SIDE, SIDE, generator=generator).repeat_interleave(2, 0)
-        sigma = sigmas(options.pairs, 3.0, generator).repeat_interleave(2)
+        sigma = sigmas(options.pairs, options.shift, generator)[:, None].expand(-1, FRAMES)
+        if float(torch.rand((), generator=generator)) < options.forcing:
+            sigma = forced_sigmas(options.pairs, generator)
+        sigma = sigma.repeat_interleave(2, 0)
         clips, noise, sigma, ids = (t.to(device) for t in (clips, noise, sigma, ids))
-        noisy = torch.lerp(clips, noise, sigma[:, None, None, None, None])
-        predicted = model(noisy, 1000 * sigma, embeddings[ids], return_dict=False)[0]
-        loss = (predicted - (noise - clips)).square().mean()
+        noisy = torch.lerp(clips, noise, sigma[:, None, :, None, None])
+        tokens = sigma.repeat_interleave((SIDE // model.config.patch_size[1]) ** 2, 1)
+        with torch.autocast(device, torch.bfloat16):
+            predicted = model(noisy, 1000 * tokens, embeddings[ids], return_dict=False)[0]
+        # Near σ = 0 the loss is large (only the noise's own detail is left to guess) and says nothing about the clip.
+        weight = (sigma / 0.3).clamp(max=1).square()
+        loss = ((predicted.float() - (noise - clips)).square().mean((1, 3, 4)) * weight).mean()
         warm = min(1.0, (step - first + 1) / 50)
         rate = options.lr * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * step / options.steps)) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        decay = min(0.995, (step - first + 1) / (step - first + 20))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        decay = min(0.995, (step + 1) / (step + 20))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 average[name].lerp_(parameter, 1 - decay)
         losses.append(float(loss))
         bar.set_postfix_str(f"loss {sum(losses[-100:]) / len(losses[-100:]):.5f}")
         if (step + 1) % options.save == 0 or step + 1 == options.steps:
+            bar.write(
+                f"{step + 1}: loss {sum(losses[-100:]) / len(losses[-100:]):.5f}, {_sign(model, embeddings, rows)}"
+            )
             _save(options.source, options.out, model, average, step + 1, sum(losses[-100:]) / len(losses[-100:]))
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(saved, state)
+            saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            torch.save(saved | {"average": average, "step": step + 1}, state)
     print(f"{options.steps - first} steps in {time.monotonic() - started:.0f} s on {device}")
+
+
+def _optimizers(model: WanTransformer3DModel, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for everything else."""
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
+
+
+@torch.no_grad()
+def _sign(model: WanTransformer3DModel, embeddings: Tensor, rows: dict[str, int]) -> str:
+    """How often the asked-for motion explains a noisy clip better than the opposite one, per noise level."""
+    generator = torch.Generator().manual_seed(1)
+    clips, words = batch(16, generator)
+    ids = torch.tensor([[rows[word] for word in clip.words] for clip in words])
+    noise = torch.randn(clips.shape, generator=generator)
+    clips, noise, ids = (t.to(embeddings.device) for t in (clips, noise, ids))
+    found = []
+    for level in (0.95, 0.9, 0.8):
+        sigma = torch.full((len(words),), level, device=clips.device)
+        noisy = torch.lerp(clips, noise, level)
+        right, wrong = (
+            (model(noisy, 1000 * sigma, embeddings[i], return_dict=False)[0] - (noise - clips))
+            .square()
+            .mean((1, 2, 3, 4))
+            for i in (ids, ids.view(-1, 2, ids.shape[1]).flip(1).reshape(ids.shape))
+        )
+        found.append(
+            f"{float((right < wrong).float().mean()):.2f} ({float((wrong / right - 1).mean()):+.4f}) at σ {level}"
+        )
+    return "sign of motion " + ", ".join(found)
 
 
 def _save(

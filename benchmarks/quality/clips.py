@@ -1,0 +1,171 @@
+"""Generating clips of a prompt table's model, many at once, with the switching rule and step cache of the runtime."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from dvdquant.deploy.controller import StepController
+from dvdquant.deploy.prompt_table import EMPTY_WORD, PromptTable, open_scheduler
+from dvdquant.deploy.step_cache import keep_residual, reuse
+from dvdquant.gbs import relative_change
+
+__all__ = ["Bench", "Clips", "bench_prompts", "generate"]
+
+Prompt = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A trained model and what its clips need.
+
+    Args:
+        model: the transformer in fp32, eval mode. table: its prompts. steps, guidance: as it was trained for.
+    """
+
+    name: str
+    model: nn.Module
+    table: PromptTable
+    scheduler: Any
+    steps: int
+    guidance: float
+
+    @classmethod
+    def open(cls, folder: Path, name: str | None = None) -> Bench:
+        """Read a folder with ``transformer/``, ``scheduler/`` and a prompt table."""
+        table = PromptTable.open(folder)
+        model = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval()
+        model.requires_grad_(False)
+        return cls(name or folder.name, model, table, open_scheduler(folder), table.steps, table.guidance_scale)
+
+    def words(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Embeddings [B, slots, text_dim] in fp32."""
+        rows = {word: index for index, word in enumerate(self.table.words)}
+        ids = torch.tensor([[rows[word] for word in prompt] for prompt in prompts])
+        return self.table.embeddings.float()[ids]
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """Start of every clip [B, C, F, H, W]; a clip's own whatever it is batched with."""
+        return torch.stack([torch.randn(self.table.latent, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def bench_prompts(table: PromptTable, count: int, seed: int) -> list[Prompt]:
+    """Different prompts, every word of a slot as often as every other where ``count`` allows."""
+    generator = torch.Generator().manual_seed(seed)
+    slots = [table.choices[name] for name in table.order]
+    found: dict[Prompt, None] = {}
+    while len(found) < count:
+        columns = []
+        for words in slots:
+            repeated = [words[i % len(words)] for i in range(count)]
+            columns.append([repeated[i] for i in torch.randperm(count, generator=generator)])
+        found |= dict.fromkeys(zip(*columns))
+    return list(found)[:count]
+
+
+@dataclass
+class Clips:
+    """Generated clips.
+
+    Args:
+        latents: [B, C, F, H, W]. bits: of each clip and step, None where a step reused the last output.
+        trajectory: where asked for, (x, output with the prompt) of every step.
+    """
+
+    latents: Tensor
+    bits: list[list[int | None]]
+    trajectory: list[tuple[Tensor, Tensor]]
+
+
+Watch = Callable[[int, Tensor], None]
+
+
+@torch.inference_mode()
+def generate(
+    bench: Bench,
+    models: Mapping[int, nn.Module],
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    controllers: Callable[[int], StepController] | None = None,
+    keep_trajectory: bool = False,
+) -> Clips:
+    """Clips of one batch.
+
+    Args:
+        models: activation bits -> model. With one, every step runs on it.
+        controllers: makes the controller of a clip from its place in the batch; needed with several models.
+    """
+    count = len(prompts)
+    text, empty = bench.words(prompts), bench.words([(EMPTY_WORD,) * len(prompts[0])] * count)
+    x = bench.noise(seeds)
+    scheduler = copy.deepcopy(bench.scheduler)
+    scheduler.set_timesteps(bench.steps)
+    run = _Switch(bench, models, controllers, count, text, empty) if controllers else None
+    only = next(iter(models.values()))
+    result = Clips(x, [[] for _ in prompts], [])
+    for step, timestep in enumerate(scheduler.timesteps):
+        if run is None:
+            output = _both(bench, only, x, timestep, text, empty)
+            for bits in result.bits:
+                bits.append(next(iter(models)))
+        else:
+            output = run.step(step, timestep, x, result.bits)
+        guided = output[1] + bench.guidance * (output[0] - output[1])
+        if keep_trajectory:
+            result.trajectory.append((x, output[0]))
+        x = scheduler.step(guided, timestep, x, return_dict=False)[0]
+    result.latents = x
+    return result
+
+
+def _both(bench: Bench, model: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, empty: Tensor) -> Tensor:
+    """[2, B, C, F, H, W]: with the prompt, and without."""
+    twice = torch.cat((x, x))
+    out = model(twice, timestep.expand(len(twice)), torch.cat((text, empty)), return_dict=False)[0]
+    return out.float().view(2, *x.shape)
+
+
+class _Switch:
+    """Every clip asks its own controller; clips that want the same bits run together."""
+
+    def __init__(
+        self, bench: Bench, models: Mapping[int, nn.Module], make: Callable[[int], StepController], count: int,
+        text: Tensor, empty: Tensor,
+    ) -> None:  # fmt: skip
+        self.bench, self.models, self.text, self.empty = bench, models, text, empty
+        self.controllers = [make(i) for i in range(count)]
+        for controller in self.controllers:
+            controller.reset(bench.steps)
+        self.last: list[Tensor | None] = [None] * count  # F_t of the branch that decides: the one with the prompt
+        self.kept: list[Tensor | None] = [None] * count
+
+    def step(self, step: int, timestep: Tensor, x: Tensor, bits: list[list[int | None]]) -> Tensor:
+        decided = [c.decide("cond", step, float(timestep)).bits for c in self.controllers]
+        output = torch.empty(2, *x.shape)
+        for width in {d for d in decided if d is not None}:
+            chosen = torch.tensor([i for i, d in enumerate(decided) if d == width])
+            output[:, chosen] = _both(
+                self.bench, self.models[width], x[chosen], timestep, self.text[chosen], self.empty[chosen]
+            )
+        for i, (controller, width) in enumerate(zip(self.controllers, decided)):
+            cache = controller.cache
+            if width is None:
+                assert cache is not None
+                output[:, i] = reuse(self.kept[i], torch.stack((x[i], x[i])), cache.residual)
+                change = None
+            else:
+                last = self.last[i]
+                change = None if last is None else relative_change(output[0, i], last)
+                self.last[i] = output[0, i].clone()
+                if cache is not None:
+                    self.kept[i] = keep_residual(output[:, i], torch.stack((x[i], x[i])), cache.residual)
+            controller.ran("cond", step, float(timestep), width, change)
+            bits[i].append(width)
+        return output

@@ -1,0 +1,114 @@
+"""Quantization methods as functions of a layer: ours, the published one, and what it is compared with.
+
+A method gets a :class:`~simulate.Layer` and the bits of the activations, and returns what the layer becomes. Weights have
+4 bits throughout. The methods that exist as packages are in ``peers.py``; those here are short enough to state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from simulate import Layer, Simulated
+from torch import Tensor
+
+from dvdquant.arq import fake_quantize_activation
+from dvdquant.bgr import quantize_weight
+from dvdquant.hadamard import Rotation, rotate
+from dvdquant.recipe import RECIPES, Recipe, WeightSpec
+
+__all__ = ["METHODS", "Method", "activation_grid", "from_recipe", "grid_method"]
+
+LayerMethod = Callable[[Layer, int], Simulated]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Args:
+        widths: activation bits it is measured at. switched: its W4A6 is δ-GBS between 4 and 8 bits, at 6 on average.
+        last_high: of that switching.
+    """
+
+    name: str
+    layer: LayerMethod
+    widths: tuple[int, ...] = (8, 6, 4)
+    switched: bool = False
+    last_high: int = 0
+
+
+def activation_grid(bits: int, group: int | Literal["channel"] = 0) -> Callable[[Tensor], Tensor]:
+    """Fake quantization of [B, T, K]: a scale per token (0), per group of channels, or per channel over a clip's tokens."""
+    if group == "channel":
+        return lambda x: _per_channel(x, bits)
+    return partial(fake_quantize_activation, bits=bits, group_size=group)
+
+
+def _per_channel(x: Tensor, bits: int) -> Tensor:
+    clips = x.reshape(-1, *x.shape[-2:])
+    return fake_quantize_activation(clips.transpose(1, 2), bits).transpose(1, 2).reshape(x.shape)
+
+
+def grid_method(
+    layer: Layer,
+    bits: int,
+    *,
+    weight: WeightSpec,
+    rotation: str | int = "none",
+    act_group: int | Literal["channel"] = 0,
+    balance: float | None = None,
+) -> Simulated:
+    """The family most methods belong to: divide, rotate, quantize both sides.
+
+    Args:
+        rotation: as in a recipe. A block that does not divide K is taken as ``full``.
+        balance: α of a static balance ``divide = amax(x)^α / amax(w)^(1−α)``, calibrated on ``layer.inputs``.
+    """
+    w, divide = layer.weight, None
+    if balance is not None:
+        divide = static_balance(layer, balance)
+        w = w * divide
+    block = rotation
+    if isinstance(rotation, int) and layer.spec.features % rotation:
+        block = "full"
+    chosen = Rotation.for_features(layer.spec.features, block)
+    stored = quantize_weight(rotate(w, chosen), weight).dequantize()
+    return Simulated(stored, activation_grid(bits, act_group), divide, None if chosen.identity else chosen)
+
+
+def static_balance(layer: Layer, alpha: float) -> Tensor:
+    """SmoothQuant's balance [K], normalized to a geometric mean of 1."""
+    x = layer.inputs.abs().amax(0).clamp(min=1e-5)
+    w = layer.weight.abs().amax(0).clamp(min=1e-5)
+    divide = x.pow(alpha) / w.pow(1 - alpha)
+    return divide / divide.log().mean().exp()
+
+
+def from_recipe(recipe: Recipe) -> LayerMethod:
+    """A recipe of the exporter, by the exporter's own quantizer."""
+
+    def method(layer: Layer, bits: int) -> Simulated:
+        group = next((a.group_size for a in recipe.activations if a.bits == bits), recipe.activations[0].group_size)
+        return grid_method(layer, bits, weight=recipe.weight, rotation=recipe.rotation, act_group=group)
+
+    return method
+
+
+_RTN = WeightSpec(zero_point="paper", solver="minmax")
+_BGR = WeightSpec(zero_point="paper", solver="paper")
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method("RTN", partial(grid_method, weight=_RTN)),
+        Method("QuaRot-style", partial(grid_method, weight=_RTN, rotation="full")),
+        Method("ViDiT-Q-style", partial(grid_method, weight=_RTN, rotation="full", balance=0.5)),
+        Method("DVD-Quant as published", from_recipe(RECIPES["paper"]), switched=True),
+        Method("dvdquant w4a4", from_recipe(RECIPES["w4a4"]), switched=True, last_high=2),
+        Method("dvdquant w4a4-g64", from_recipe(RECIPES["w4a4-g64"]), switched=True, last_high=2),
+        Method("dvdquant w4a8", from_recipe(RECIPES["w4a8"]), (8,)),
+    )
+}

@@ -1,0 +1,289 @@
+"""Quantizers of other packages, run by those packages themselves, in the form the quality benchmark compares.
+
+Each function takes a :class:`simulate.Layer` and the activation width and returns a :class:`simulate.Simulated`. What
+the package itself computes and what is chosen here (because it offers several forms, or none for this width) is said
+in each docstring. Whatever calibrates does so on ``layer.inputs``. All weights have 4 bits.
+
+Packages are imported inside the functions: one that is not installed is left out of :func:`available_peers`, and
+:func:`missing_peers` says how to get it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from simulate import Layer, Simulated
+from torch import Tensor, nn
+
+from dvdquant.arq import fake_quantize_activation
+from dvdquant.errors import DvdquantError
+from dvdquant.hadamard import Rotation
+
+__all__ = [
+    "PEERS",
+    "PeerError",
+    "available_peers",
+    "codebook_w4a8",
+    "convrot_w4a4",
+    "hqq",
+    "missing_peers",
+    "smoothquant",
+    "smoothquant_half",
+    "svdquant",
+    "versions",
+]
+
+Peer = Callable[[Layer, int], Simulated]
+
+# Channels per scale in the INT4 form of the SVDQuant paper, and in HQQ's own default.
+GROUP = 64
+LOW_RANK = 32
+
+
+class PeerError(DvdquantError, ValueError):
+    """A peer does not support this width or this layer, has nothing to calibrate on, or is not installed."""
+
+
+def smoothquant(layer: Layer, act_bits: int) -> Simulated:
+    """SmoothQuant of modelopt with its default migration strength, α = 1: ``divide_j = max|x_j|^α / max|W_j|^(1−α)``.
+
+    modelopt: calibration, smoothing, and the 4-bit weight (symmetric, one scale per output channel, by maximum), from
+    its ``INT8_SMOOTHQUANT_CFG``. Here: its algorithm smooths 8-bit quantizers only, so it smooths at 8 and the weight
+    quantizer is set to 4 bits afterwards, its maxima unchanged; activations dynamic per token instead of its static
+    per-tensor scale, which favours it.
+
+    Raises:
+        PeerError: act_bits is not 8, 6 or 4; ``layer.inputs`` is empty.
+    """
+    return _smoothquant("SmoothQuant (modelopt)", layer, act_bits, {"method": "smoothquant"})
+
+
+def smoothquant_half(layer: Layer, act_bits: int) -> Simulated:
+    """:func:`smoothquant` with the paper's α = ½ instead of modelopt's default, the fairer choice for 4-bit weights."""
+    return _smoothquant("SmoothQuant α ½ (modelopt)", layer, act_bits, {"method": "smoothquant", "alpha": 0.5})
+
+
+def svdquant(layer: Layer, act_bits: int, low_rank: int = LOW_RANK) -> Simulated:
+    """SVDQuant of modelopt: ``y = A(x̂) Ŵᵀ + (x̂ Lᵀ) Uᵀ``, ``x̂ = x / divide``, Ŵ the residual of an SVD of rank 32.
+
+    modelopt: the smoothing (its search over α by the output error of the 4-bit weight), the SVD, the 4-bit residual.
+    Here: groups of 64 for weights and activations, the INT4 form of the SVDQuant paper, as modelopt publishes an NVFP4
+    configuration only; and the activations' grid, as modelopt has no dynamic integer blocks. Its search and its SVD do
+    not look at the activation quantizer. The branch reads the unquantized input and computes in 16 bit, as there.
+
+    The rank is not scaled with the layer: ``16 r (N + K) / (N K)`` bits per weight come on top of the 4 of the residual
+    and ¼ of its scales, which is 4 more for N = K = 256 at rank 32, and ⅓ for 3072.
+
+    Raises:
+        PeerError: act_bits is not 8, 6 or 4; 64 does not divide K; ``layer.inputs`` is empty.
+    """
+    _require("SVDQuant (modelopt)", layer, act_bits, group=GROUP, calibrates=True)
+    weight = {"num_bits": 4, "block_sizes": {-1: GROUP, "type": "static"}}
+    quantizers = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*weight_quantizer", "cfg": weight},
+    ]
+    algorithm = {"method": "svdquant", "lowrank": low_rank}
+    linear = _modelopt_linear(layer, {"quant_cfg": quantizers, "algorithm": algorithm})
+    branch = linear.weight_quantizer
+    return Simulated(
+        _modelopt_weight(linear),
+        activation=partial(fake_quantize_activation, bits=act_bits, group_size=GROUP),
+        divide=_divisor(linear),
+        low_rank=(branch.svdquant_lora_a.detach(), branch.svdquant_lora_b.detach()),
+    )
+
+
+def hqq(layer: Layer, act_bits: int) -> Simulated:
+    """HQQ, 4 bits in groups of 64 along the input (axis 1), with a real-valued zero-point, its own solver and settings.
+
+    HQQ: the weight, codes packed and unpacked by it, scale and zero-point left in fp32 (its layer rounds them to 16
+    bit). Here: it quantizes weights only, so activations are per token.
+
+    Raises:
+        PeerError: act_bits is not 8, 6 or 4; 64 does not divide K.
+    """
+    _require("HQQ", layer, act_bits, group=GROUP)
+    with _quiet():
+        from hqq.core.quantize import Quantizer  # type: ignore[import-not-found]
+
+        codes, meta = Quantizer.quantize(
+            layer.weight, nbits=4, group_size=GROUP, axis=1, device="cpu", compute_dtype=torch.float32
+        )
+        weight = Quantizer.dequantize(codes, meta | {"compute_dtype": torch.float32})
+    return Simulated(weight, activation=partial(fake_quantize_activation, bits=act_bits, group_size=0))
+
+
+def convrot_w4a4(layer: Layer, act_bits: int = 4) -> Simulated:
+    """ConvRot W4A4 of comfy-kitchen: block Hadamard rotation, int4 per output channel and per token, both symmetric.
+
+    comfy-kitchen: everything, by its CPU backend (``whole``); it takes x in fp32 here, and the result is rounded to
+    bf16 as that of every other method. ``weight`` is its dequantized weight, rotated back, for looking at only. Here:
+    its rotation is 256 where that divides K, otherwise the largest power of four that does.
+
+    Raises:
+        PeerError: act_bits is not 4; 64 does not divide K, which the package insists on.
+    """
+    _require("ConvRot W4A4 (comfy-kitchen)", layer, act_bits, group=64)
+    with _quiet():
+        from comfy_kitchen import tensor as ck
+    block = Rotation.for_features(layer.spec.features, "auto").block
+    codes, scales = ck.quantize_convrot_w4a4_weight(layer.weight.contiguous(), convrot_groupsize=block)
+
+    def product(x: Tensor) -> Tensor:
+        return ck.convrot_w4a4_linear(x, codes, scales, convrot_groupsize=block).to(torch.bfloat16)
+
+    return Simulated(ck.dequantize_convrot_w4a4_weight(codes, scales, convrot_groupsize=block), whole=product)
+
+
+def codebook_w4a8(layer: Layer, act_bits: int = 8) -> Simulated:
+    """W4A8 of comfy-kitchen: rotation, 16-value codebook, fp8 scales of 16 channels, decoded to int8 per output channel.
+
+    comfy-kitchen: everything with its defaults, by its CPU backend (``whole``): int8 activations per token, bf16
+    result. ``weight`` and the rotation are as in :func:`convrot_w4a4`.
+
+    Raises:
+        PeerError: act_bits is not 8; 16 does not divide K, which the package insists on.
+    """
+    _require("codebook W4A8 (comfy-kitchen)", layer, act_bits, group=16)
+    with _quiet():
+        from comfy_kitchen import tensor as ck
+    block = Rotation.for_features(layer.spec.features, "auto").block
+    codes, relative, channel, correction, codebook = ck.quantize_w4a8_int8_weight(
+        layer.weight.contiguous(), convrot_groupsize=block
+    )
+    packed: dict[str, Any] = {"codebook": codebook, "correction": correction, "convrot_groupsize": block}
+
+    def product(x: Tensor) -> Tensor:
+        return ck.w4a8_int8_linear(x, codes, relative, channel, **packed, out_dtype=torch.bfloat16)
+
+    weight = ck.dequantize_w4a8_int8_weight(codes, relative, channel, **packed, output_dtype=torch.float32)
+    return Simulated(weight, whole=product)
+
+
+# Display name → (function, activation widths it supports).
+PEERS: dict[str, tuple[Peer, tuple[int, ...]]] = {
+    "SmoothQuant (modelopt)": (smoothquant, (8, 6, 4)),
+    "SmoothQuant α ½ (modelopt)": (smoothquant_half, (8, 6, 4)),
+    "SVDQuant (modelopt)": (svdquant, (8, 6, 4)),
+    "HQQ": (hqq, (8, 6, 4)),
+    "ConvRot W4A4 (comfy-kitchen)": (convrot_w4a4, (4,)),
+    "codebook W4A8 (comfy-kitchen)": (codebook_w4a8, (8,)),
+}
+
+# Display name → (module, distribution).
+_MODELOPT, _COMFY = ("modelopt", "nvidia-modelopt"), ("comfy_kitchen", "comfy-kitchen")
+_PACKAGES: dict[str, tuple[str, str]] = {
+    "SmoothQuant (modelopt)": _MODELOPT,
+    "SmoothQuant α ½ (modelopt)": _MODELOPT,
+    "SVDQuant (modelopt)": _MODELOPT,
+    "HQQ": ("hqq", "hqq"),
+    "ConvRot W4A4 (comfy-kitchen)": _COMFY,
+    "codebook W4A8 (comfy-kitchen)": _COMFY,
+}
+
+
+def available_peers() -> dict[str, tuple[Peer, tuple[int, ...]]]:
+    """The part of ``PEERS`` whose package is installed."""
+    return {name: peer for name, peer in PEERS.items() if _installed(name)}
+
+
+def missing_peers() -> dict[str, str]:
+    """Display name → the command that installs its package, for the rest of ``PEERS``."""
+    return {name: f"pip install {_PACKAGES[name][1]}" for name in PEERS if not _installed(name)}
+
+
+def versions() -> dict[str, str]:
+    """Distribution → version of the packages of :func:`available_peers`."""
+    distributions = dict.fromkeys(_PACKAGES[name][1] for name in available_peers())
+    return {distribution: importlib.metadata.version(distribution) for distribution in distributions}
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(_PACKAGES[name][0]) is not None
+
+
+def _require(name: str, layer: Layer, act_bits: int, group: int = 1, calibrates: bool = False) -> None:
+    """Raises PeerError unless the peer is installed and takes this layer at this width."""
+    widths = PEERS[name][1]
+    if act_bits not in widths:
+        raise PeerError(
+            f"{name} has no {act_bits}-bit activations", available=[str(w) for w in widths], fix="use one of these"
+        )
+    if layer.spec.features % group:
+        raise PeerError(
+            f"{name} needs input channels in multiples of {group}: {layer.name} has {layer.spec.features}",
+            fix="leave this layer out",
+        )
+    if calibrates and not len(layer.inputs):
+        raise PeerError(f"{name} calibrates, and {layer.name} has no inputs", fix="give layers_of the inputs it had")
+    if not _installed(name):
+        raise PeerError(f"{name} is not installed", fix=missing_peers()[name])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what packages print, log below ERROR or warn of; exceptions pass."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices of a toy are too small for more, and results do not depend on the machine's cores.
+
+    On cores shared with other processes two threads wait for each other: SVDs took 100 times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _smoothquant(name: str, layer: Layer, act_bits: int, algorithm: dict[str, Any]) -> Simulated:
+    _require(name, layer, act_bits, calibrates=True)
+    with _quiet():
+        from modelopt.torch.quantization import INT8_SMOOTHQUANT_CFG
+    linear = _modelopt_linear(layer, {**INT8_SMOOTHQUANT_CFG, "algorithm": algorithm})
+    linear.weight_quantizer.num_bits = 4
+    activation = partial(fake_quantize_activation, bits=act_bits, group_size=0)
+    return Simulated(_modelopt_weight(linear), activation=activation, divide=_divisor(linear))
+
+
+def _modelopt_linear(layer: Layer, config: dict[str, Any]) -> Any:
+    """The layer as modelopt's quantized Linear, without bias, calibrated on ``layer.inputs``; its own copy of the weight."""
+    with _quiet():
+        import modelopt.torch.quantization as mtq
+
+        linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+        with torch.no_grad(), _one_thread():
+            quantized = mtq.quantize(nn.Sequential(linear), config, lambda model: model(layer.inputs))
+    return quantized[0]
+
+
+def _modelopt_weight(linear: Any) -> Tensor:
+    with torch.no_grad(), _quiet():
+        return linear.weight_quantizer(linear.weight).detach()  # type: ignore[no-any-return]
+
+
+def _divisor(linear: Any) -> Tensor:
+    """modelopt multiplies the input by ``pre_quant_scale``."""
+    return 1 / linear.input_quantizer.pre_quant_scale.detach().float().reshape(-1)  # type: ignore[no-any-return]

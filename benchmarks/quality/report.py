@@ -1,0 +1,400 @@
+"""From a file of results to the tables and plots of README.md.
+
+    python benchmarks/quality/report.py RESULTS.jsonl [--readme benchmarks/quality/README.md]
+
+RESULTS.jsonl holds one JSON object a line; ``FIELDS`` lists the kinds and what each must have. A line that is there twice
+(the same model, method, width and clip) counts once, the later. What stands between ``<!-- NAME:begin -->`` and
+``<!-- NAME:end -->`` is written anew, the prose around it is left alone, and the same file gives the same text and plots.
+
+Intervals are 95 % percentile bootstrap intervals over clips; differences are paired, same prompt and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+# Last in the path: that folder has a report.py too.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "switching"))
+import plots
+from metrics import bootstrap
+
+from dvdquant.errors import DvdquantError
+
+# Names as they stand in the results file.
+OURS, PUBLISHED = ("dvdquant w4a4", "dvdquant w4a4-g64"), "DVD-Quant as published"
+FAMILY = "dvdquant"  # what our names begin with: none of them is a rival of another
+NEITHER, BGR, ARQ, BOTH = "neither", "BGR", "ARQ", "BGR + ARQ"
+STEP_METHODS = ("bf16", "RTN", "QuaRot-style", PUBLISHED, *OURS)
+STUDIES = ("ablation", "granularity", "weight-groups", "rotation", "zero-point", "improvements")
+# All of fewer differences than this can have one sign by chance oftener than one time in twenty (2 · 2⁻⁵ = 6 %).
+MIN_PAIRS = 6
+
+NUMBER, OPTIONAL, TEXT, WHOLE = (int, float), (int, float, type(None)), (str,), (int,)
+RIGHT = ("shape", "colour", "motion", "size", "background", "speed")
+_WHERE = {"model": TEXT, "method": TEXT, "width": TEXT}
+FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "clip": {**_WHERE, "prompt": TEXT, "seed": WHOLE, "psnr": OPTIONAL, "ssim": OPTIONAL, "bits": NUMBER,
+             "right": (dict,), "visible": NUMBER, "smoothness": NUMBER, "dynamic": NUMBER},
+    "step": {**_WHERE, "clip": WHOLE, "step": WHOLE, "sigma": NUMBER, "error": NUMBER},
+    "study": {"study": TEXT, "model": TEXT, "name": TEXT, "width": TEXT, "clip": WHOLE, "error": NUMBER},
+    "delta": {"model": TEXT, "name": TEXT, "delta": OPTIONAL, "bits": NUMBER, "computed": NUMBER, "psnr": OPTIONAL,
+              "prompt": TEXT, "seed": WHOLE, "right": (dict,)},
+    "none": {},  # a finished job without rows
+    "run": {"commit": TEXT, "hardware": TEXT, "date": TEXT, "seconds": NUMBER, "command": TEXT},
+}  # fmt: skip
+
+Row = dict[str, Any]
+Values = Mapping[Hashable, float]  # clip -> value
+
+
+class ResultsError(DvdquantError, ValueError):
+    """A results file or a README that cannot be used."""
+
+
+@dataclass
+class Results:
+    """The rows by what they belong to, in the order of the file.
+
+    ``clips``: (model, method, width) -> (prompt, seed) -> row. ``steps``: (model, method, width) -> clip -> step -> error.
+    ``studies``: study -> (name, model, width) -> clip -> error. ``deltas``: model -> (name, δ, bits if δ is None) ->
+    (prompt, seed) -> row.
+    """
+
+    clips: dict[tuple[str, str, str], dict[Hashable, Row]] = field(default_factory=dict)
+    steps: dict[tuple[str, str, str], dict[Hashable, dict[int, float]]] = field(default_factory=dict)
+    studies: dict[str, dict[tuple[str, str, str], dict[Hashable, float]]] = field(default_factory=dict)
+    deltas: dict[str, dict[tuple[Any, ...], dict[Hashable, Row]]] = field(default_factory=dict)
+    runs: list[Row] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        """File one checked row."""
+        if row["kind"] == "run":
+            self.runs.append(row)
+        elif row["kind"] == "study":
+            place = (row["name"], row["model"], row["width"])
+            self.studies.setdefault(row["study"], {}).setdefault(place, {})[row["clip"]] = row["error"]
+        elif row["kind"] == "delta":
+            variant = (row["name"], row["delta"], row["bits"] if row["delta"] is None else None)
+            self.deltas.setdefault(row["model"], {}).setdefault(variant, {})[row["prompt"], row["seed"]] = row
+        else:
+            place = (row["model"], row["method"], row["width"])
+            if row["kind"] == "clip":
+                self.clips.setdefault(place, {})[row["prompt"], row["seed"]] = row
+            else:
+                self.steps.setdefault(place, {}).setdefault(row["clip"], {})[row["step"]] = row["error"]
+
+    def places(self) -> list[tuple[str, str, str]]:
+        """Every (model, method, width) with clips or steps, in file order."""
+        return list(dict.fromkeys([*self.clips, *self.steps]))
+
+
+def read_results(path: Path) -> Results:
+    """Read and check a results file; a ResultsError names the line that is broken, of an unknown kind or incomplete."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultsError(f"{path} cannot be read: {error}", fix="name a file of JSON lines") from error
+    results = Results()
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and (row := _checked(line, f"{path}, line {number}"))["kind"] != "none":
+            results.add(row)
+    return results
+
+
+def _checked(line: str, where: str) -> Row:
+    try:
+        row: Row = json.loads(line)
+    except ValueError as error:
+        raise ResultsError(f"{where}: not JSON: {error}", fix="mend or remove the line") from error
+    kind = row.get("kind") if isinstance(row, dict) else row
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise ResultsError(f"{where}: unknown kind {kind!r}", available=FIELDS, fix="mend or remove the line")
+    fields = FIELDS[kind]
+    for name, types in fields.items():
+        if name not in row:
+            raise ResultsError(f"{where}: {kind} row without {name!r}", available=row, fix="add the field")
+        value = row[name]
+        if type(value) not in types or (type(value) is float and not math.isfinite(value)):
+            raise ResultsError(f"{where}: {name} is {value!r}", available=[t.__name__ for t in types], fix="mend it")
+    if "width" in fields and not re.fullmatch(r"A\d+", row["width"]):
+        raise ResultsError(f"{where}: width is {row['width']!r}", available="A16, A8, A6, A4", fix="mend the field")
+    if "right" in fields and (set(row["right"]) != set(RIGHT) or {type(v) for v in row["right"].values()} != {bool}):
+        raise ResultsError(f"{where}: right is {row['right']!r}", available=f"true or false for {', '.join(RIGHT)}")
+    return row
+
+
+def interval(values: Values) -> tuple[float, float, float]:
+    """(mean, lower, upper) over the clips, in an order of their own."""
+    return bootstrap([values[key] for key in sorted(values, key=repr)])
+
+
+def difference(a: Values, b: Values) -> tuple[float, float, float, int] | None:
+    """(mean, lower, upper, pairs) of a − b over the clips both have; None where they share none."""
+    shared = {key: a[key] - b[key] for key in a if key in b}
+    return (*interval(shared), len(shared)) if shared else None
+
+
+def verdict(found: tuple[float, float, float, int] | None) -> str:
+    """Whether a difference is above 0 ("holds"), below ("fails"), or neither can be said."""
+    if found is None or found[3] < MIN_PAIRS or found[1] <= 0 <= found[2]:
+        return "not decided"
+    return "holds" if found[1] > 0 else "fails"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One column: ``sign`` +1 where more is better, −1 where less is."""
+
+    title: str
+    sign: int
+    form: str
+    interval: bool = False
+    scale: float = 1.0
+
+
+MEASURES = (
+    Measure("PSNR, dB", 1, ".2f", True), Measure("SSIM", 1, ".3f"), Measure("relative L2 per step", -1, ".4f", True),
+    Measure("all right, %", 1, ".0f", scale=100), Measure("motion right, %", 1, ".0f", scale=100),
+    Measure("smoothness", 1, ".3f"),
+)  # fmt: skip
+PSNR, ERROR = 0, 2
+
+
+def measured(results: Results, place: tuple[str, str, str]) -> list[Values]:
+    """Clip -> value for each of MEASURES. A clip identical to the fp32 one has no PSNR."""
+    rows = results.clips.get(place, {})
+    of: list[Callable[[Row], float | None]] = [
+        lambda r: r["psnr"], lambda r: r["ssim"], lambda r: float(all(r["right"].values())),
+        lambda r: float(r["right"]["motion"]), lambda r: r["smoothness"],
+    ]  # fmt: skip
+    found: list[Values] = [{k: v for k, r in rows.items() if (v := get(r)) is not None} for get in of]
+    errors = {clip: fmean(steps[s] for s in sorted(steps)) for clip, steps in results.steps.get(place, {}).items()}
+    return [*found[:ERROR], errors, *found[ERROR:]]
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A table in GitHub's markdown."""
+    cells = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
+
+
+def _cell(values: Values, measure: Measure) -> str:
+    if not values:
+        return "–"
+    scaled = {key: value * measure.scale for key, value in values.items()}
+    mean, low, high = interval(scaled) if measure.interval else (fmean(scaled.values()), 0.0, 0.0)
+    bar = f" ± {(high - low) / 2:{measure.form}}" if measure.interval and len(values) > 1 else ""
+    return f"{mean:{measure.form}}{bar}"
+
+
+def _lead(values: Values, group: list[Values], sign: int) -> float:
+    """The least mean advantage over another, on shared clips: 0, to itself, for the best, whichever clips the others lack."""
+    pairs = [[sign * (values[key] - other[key]) for key in values if key in other] for other in group]
+    return min(fmean(pair) for pair in pairs if pair)
+
+
+def marked(group: list[Values], measure: Measure, rivals: bool = True) -> list[str]:
+    """The cells of one column and width: of rivals the best bold, those that cannot be told from it with ≈."""
+    cells = [_cell(values, measure) for values in group]
+    filled = [i for i, values in enumerate(group) if values]
+    if len(filled) < 2 or not rivals:  # fp32 and bf16 are what the others are measured against
+        return cells
+    best = max(filled, key=lambda i: (_lead(group[i], group, measure.sign), -i))
+    for i in filled:
+        if i == best:
+            cells[i] = f"**{cells[i]}**"
+        elif (found := difference(group[i], group[best])) is None or verdict(found) == "not decided":
+            cells[i] += " ≈"
+    return cells
+
+
+def methods_block(results: Results) -> str:
+    """One table per model: widths from wide to narrow, in each the methods by PSNR."""
+    parts = []
+    for model in dict.fromkeys(place[0] for place in results.places()):
+        head = ["width", "method", "bits", *(m.title for m in MEASURES), "dynamic / fp32", "clips (for L2)"]
+        rows: list[list[str]] = []
+        places = [p for p in results.places() if p[0] == model]
+        for width in sorted({p[2] for p in places}, key=lambda w: -int(w[1:])):
+            group = [(p, measured(results, p)) for p in places if p[2] == width]
+            group.sort(key=lambda item: -fmean(item[1][PSNR].values()) if item[1][PSNR] else -1e9)
+            columns = [marked([v[i] for _, v in group], m, width != "A16") for i, m in enumerate(MEASURES)]
+            for index, (place, values) in enumerate(group):
+                clips = results.clips.get(place, {})
+                same = sum(row["psnr"] is None and row["ssim"] == 1 for row in clips.values())
+                cells = [column[index] for column in columns]
+                cells[PSNR] += f" ({same} identical)" if same and place[1] != "fp32" else ""
+                bits = f"{fmean(row['bits'] for row in clips.values()):.2f}" if clips else "–"
+                cells += [_dynamic(results, place), f"{len(clips)} ({len(values[ERROR])})"]
+                rows.append([width, place[1], bits, *cells])
+        parts.append(f"**{model}**\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def _dynamic(results: Results, place: tuple[str, str, str]) -> str:
+    """Mean dynamic degree over that of the fp32 clips of the same prompts and seeds."""
+    rows, exact = results.clips.get(place, {}), results.clips.get((place[0], "fp32", "A16"), {})
+    shared = [key for key in rows if key in exact]
+    below = sum(exact[key]["dynamic"] for key in shared)
+    return f"{sum(rows[key]['dynamic'] for key in shared) / below:.2f}" if below else "–"
+
+
+def study_block(cells: dict[tuple[str, str, str], dict[Hashable, float]]) -> str:
+    """Rows: names. Columns: width × model. Relative L2 of the output, mean over steps, ± half its interval."""
+    names = list(dict.fromkeys(place[0] for place in cells))
+    heads, columns = [""], [names]
+    for width in sorted({place[2] for place in cells}, key=lambda w: -int(w[1:])):
+        for model in dict.fromkeys(place[1] for place in cells):
+            group: list[Values] = [cells.get((name, model, width), {}) for name in names]
+            if any(group):
+                counts = sorted({len(values) for values in group if values})
+                heads.append(f"{width} {model} ({' or '.join(map(str, counts))} clips)")
+                columns.append(marked(group, Measure("", -1, ".4f", True)))
+    return table(heads, [list(row) for row in zip(*columns)]) if names else ""
+
+
+def delta_block(results: Results) -> str:
+    """One table per model: δ, bits, PSNR, share of steps computed."""
+    parts = []
+    for model, variants in results.deltas.items():
+        rows = []
+        for (name, delta, _), clips in variants.items():
+            right = {key: float(all(row["right"].values())) for key, row in clips.items()}
+            bits, computed = (fmean(row[f] for row in clips.values()) for f in ("bits", "computed"))
+            cells = [
+                name,
+                "–" if delta is None else f"{delta:.4g}",
+                f"{bits:.2f}",
+                _cell(_psnr(clips), MEASURES[PSNR]),
+                f"{100 * computed:.0f}",
+            ]
+            rows.append([*cells, _cell(right, MEASURES[3]), str(len(clips))])
+        head = ["", "δ", "bits", "PSNR, dB", "steps computed, %", "all right, %", "clips"]
+        parts.append(f"**{model}**\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def _psnr(rows: Mapping[Hashable, Row]) -> Values:
+    return {key: row["psnr"] for key, row in rows.items() if row["psnr"] is not None}
+
+
+def run_block(results: Results) -> str:
+    """Where, when, how long and by which commands."""
+    hardware = "; ".join(dict.fromkeys(row["hardware"] for row in results.runs))
+    dates = sorted({row["date"] for row in results.runs})
+    span = " to ".join(dict.fromkeys([*dates[:1], *dates[-1:]]))
+    seconds = sum(row["seconds"] for row in results.runs)
+    length = f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.0f} minutes"
+    commands = dict.fromkeys(f"    {row['command']}  # at {row['commit']}" for row in results.runs)
+    return "\n".join([f"{hardware}; {span}; {length} in all.", "", *commands])
+
+
+def expected_block(results: Results) -> str:
+    """Each expected statement with its verdict, difference and interval (above 0 where the statement is right)."""
+    rows: list[list[str]] = []
+    for model in dict.fromkeys(place[0] for place in results.places()):
+        for title, width, others in (
+            ("best of all at W4A4", "A4", "A4"), ("best of all at W4A6", "A6", "A6"),
+            ("at W4A6 ≥ every other method's W4A8", "A6", "A8"),
+        ):  # fmt: skip
+            for ours, (index, by) in product(OURS, ((PSNR, "PSNR, dB"), (ERROR, "relative L2"))):
+                if index == PSNR or width != "A6":  # a W4A6 that switches has no error of one step
+                    said = against_all(results, model, ours, width, others, index)
+                    rows.append([f"{ours} {title}", model, by, *said])
+    cells = results.studies.get("ablation", {})
+    for title, less, more in (
+        ("BGR helps, without ARQ", NEITHER, BGR), ("BGR helps, with ARQ", ARQ, BOTH),
+        ("ARQ helps, without BGR", NEITHER, ARQ), ("ARQ helps, with BGR", BGR, BOTH),
+    ):  # fmt: skip
+        for model, width in dict.fromkeys((p[1], p[2]) for p in cells):
+            found = difference(cells.get((less, model, width), {}), cells.get((more, model, width), {}))
+            text = ("not measured", "–") if found is None else (verdict(found), _said(found, ".4f"))
+            rows.append([title, model, f"relative L2 at W4{width}", *text])
+    return table(["expected", "model", "by", "verdict", "difference, 95 % interval"], rows) if rows else ""
+
+
+def against_all(results: Results, model: str, ours: str, width: str, others: str, index: int) -> tuple[str, str]:
+    """Verdict of "ours is better than every other" (holds against each, fails against one), and the hardest difference."""
+    measure, mine = MEASURES[index], measured(results, (model, ours, width))[index]
+    rivals = [p for p in results.places() if p[0] == model and p[2] == others and not p[1].startswith(FAMILY)]
+    pairs = [(p[1], difference(*(mine, measured(results, p)[index])[:: measure.sign])) for p in rivals]
+    found = [(name, pair) for name, pair in pairs if pair]
+    if not found:
+        return "not measured", "–"
+    overall = min((verdict(pair) for _, pair in found), key=("fails", "not decided", "holds").index)
+    name, pair = min((item for item in found if verdict(item[1]) == overall), key=lambda item: item[1][0])
+    return overall, f"to {name}: {_said(pair, measure.form)}"
+
+
+def _said(found: tuple[float, float, float, int], form: str) -> str:
+    return f"{found[0]:+{form}} [{found[1]:+{form}}, {found[2]:+{form}}], {found[3]} clips"
+
+
+def blocks(results: Results) -> dict[str, str]:
+    """Name -> text of every block."""
+    return {
+        "methods": methods_block(results), "expected": expected_block(results), "delta": delta_block(results),
+        "run": run_block(results) if results.runs else "",
+        **{name: study_block(results.studies.get(name, {})) for name in (*STUDIES, *results.studies)},
+    }  # fmt: skip
+
+
+def replace_blocks(text: str, texts: Mapping[str, str]) -> str:
+    """``text`` with each block between its marks; ResultsError where they are missing, there twice or in wrong order."""
+    for name, body in texts.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ResultsError(f"README has no block {name!r}", fix=f"put {begin} and {end} in it, once, on own lines")
+        text = f"{text[: text.index(begin)]}{begin}\n{body or 'Not measured.'}\n{text[text.index(end) :]}"
+    return text
+
+
+def write_report(results: Results, readme: Path) -> list[Path]:
+    """Draw the plots beside README and write its blocks; the files written. Nothing is, where README lacks a block."""
+    texts = blocks(results)
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ResultsError(f"{readme} cannot be read: {error}", fix="name a README that holds the blocks") from error
+    psnr = {place: interval(v[PSNR]) for place in results.places() if (v := measured(results, place))[PSNR]}
+    steps = {place: clips for place, clips in results.steps.items() if place[1] in STEP_METHODS}
+    points = [
+        (model, name, fmean(row["bits"] for row in clips.values()), interval(_psnr(clips)))
+        for model, variants in results.deltas.items() for (name, *_), clips in variants.items() if _psnr(clips)
+    ]  # fmt: skip
+    drawings = plots.drawings(psnr, steps, points, OURS)
+    for block, name, title, _ in drawings:
+        texts[block] += f"\n\n![{title}]({name})"
+    text = replace_blocks(text, texts)
+    for _, name, _, draw in drawings:
+        draw(readme.parent / name)
+    readme.write_text(text, encoding="utf-8")
+    return [readme, *(readme.parent / name for _, name, _, _ in drawings)]
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--readme", type=Path, default=Path(__file__).resolve().parent / "README.md")
+    options = parser.parse_args()
+    try:
+        written = write_report(read_results(options.results), options.readme)
+    except DvdquantError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    print("\n".join(str(path) for path in written))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Quality of every method on tiny-wan and on tiny-wan with outliers: clips, errors step by step, studies, the switch.
+
+    python benchmarks/quality/run.py                         everything, hours on two cores; then the tables and plots
+    python benchmarks/quality/run.py --parts studies         minutes
+    python benchmarks/quality/run.py --prompts 16 --seeds 1  fewer clips
+
+Finished parts are lines in ``WORK/results.jsonl``: killed and started again, it goes on; asked for more clips, it adds them.
+Rivals that are packages take part where they are installed (``--list`` says what is missing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE.parent.parent / "examples" / "tiny-wan"
+CHUNK = 16
+PARTS = ("studies", "methods", "delta")
+# The widths of a rival with other names than ours come from peers.py.
+OURS_FOR_DELTA = "dvdquant w4a4"
+DELTAS = (0.02, 0.06, 0.1, 0.14, 0.18, 0.25, 0.4)
+HIGH_SHARES = (0.25, 0.5, 0.75)
+
+Job = tuple[str, tuple[Any, ...], str]  # Worker's method, its arguments, the key of what it finishes
+
+
+def method_jobs(options: argparse.Namespace, chunks: list[list[Any]]) -> Iterator[Job]:
+    """Every method at every width: errors by step, then clips."""
+    from methods import METHODS
+    from peers import available_peers
+
+    names = {name: method.widths for name, method in METHODS.items()}
+    names |= {name: widths for name, (_, widths) in available_peers().items()}
+    rows = [("bf16", "A16")] + [(n, f"A{w}") for w in (4, 8, 6) for n, widths in names.items() if w in widths]
+    rows = [(n, w) for n, w in rows if not options.only or any(part in f"{n} {w}" for part in options.only)]
+    for model in options.models:
+        for name, width in rows:
+            if width != "A6" or name not in METHODS or not METHODS[name].switched:
+                yield "steps", (model, name, width), f"steps/{model}/{name}/{width}"
+    for index, chunk in enumerate(chunks):
+        for model in options.models:
+            for name, width in rows:
+                yield "clips", (model, name, width, index, chunk), f"clips/{model}/{name}/{width}/{index}"
+
+
+def study_jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """Every entry of every study at 4 and 8 bits."""
+    from studies import STUDIES
+
+    for model in options.models:
+        for study, entries in STUDIES.items():
+            if options.only and study not in options.only:
+                continue
+            for name in entries:
+                for width in ("A4", "A8"):
+                    yield "study", (model, study, name, width), f"study/{model}/{study}/{name}/{width}"
+
+
+def delta_jobs(options: argparse.Namespace, chunks: list[list[Any]], steps: int) -> Iterator[Job]:
+    """δ from .02 to .4 with and without step cache, the last two steps high, and fixed placements."""
+    variants: list[dict[str, Any]] = []
+    for delta in DELTAS:
+        variants += [
+            {"name": "δ-GBS", "delta": delta},
+            {"name": "δ-GBS, last 2 high", "delta": delta, "last_high": 2},
+            {"name": "δ-GBS + cache", "delta": delta, "last_high": 2, "cache": True},
+        ]
+    for place in ("first", "last", "evenly"):
+        variants += [{"name": place, "place": place, "high": round(share * steps)} for share in HIGH_SHARES]
+    for index, chunk in enumerate(chunks[: options.delta_chunks]):
+        for variant in variants:
+            key = json.dumps(variant, sort_keys=True, ensure_ascii=False)
+            model = options.models[0]
+            yield (
+                "delta_clips", (model, OURS_FOR_DELTA, variant, index, chunk),
+                f"delta/{model}/{OURS_FOR_DELTA}/{key}/{index}",
+            )  # fmt: skip
+
+
+_worker: Any = None
+
+
+def start_worker(folders: dict[str, Path], work: Path, steps: int) -> None:
+    """In a new process: one thread each."""
+    global _worker
+    import torch
+
+    torch.set_num_threads(1)
+    from work import Worker
+
+    _worker = Worker(folders, work, steps)
+
+
+def do(job: Job) -> tuple[str, list[dict[str, Any]], float]:
+    """In a worker process."""
+    started = time.perf_counter()
+    rows = getattr(_worker, job[0])(*job[1]) or []
+    return job[2], rows, time.perf_counter() - started
+
+
+def finished(results: Path) -> set[str]:
+    """Keys of the jobs whose rows are in the file; a line torn by a kill is cut off."""
+    keys = set()
+    if results.exists():
+        # A kill may have torn the last line; what is complete ends with a newline.
+        whole = results.read_bytes()
+        if not whole.endswith(b"\n"):
+            results.write_bytes(whole[: whole.rfind(b"\n") + 1])
+    for line in results.read_text().splitlines() if results.exists() else ():
+        keys.add(json.loads(line).get("job"))
+    return keys
+
+
+def run_jobs(pool: Any, jobs: list[Job], results: Path, what: str) -> None:
+    """All jobs that are not in the file, each job's rows in one write."""
+    from tqdm import tqdm
+
+    done = finished(results)
+    todo = [job for job in jobs if job[2] not in done]
+    bar = tqdm(total=len(todo), desc=what, unit=" jobs")
+    for key, rows, seconds in pool.imap_unordered(do, todo):
+        if not rows:  # leaves a file of its own behind
+            bar.update()
+            continue
+        # The last row carries the key: a torn write leaves the job to be done again.
+        lines = [json.dumps({**row, "part": key}, ensure_ascii=False) for row in rows[:-1]]
+        lines.append(
+            json.dumps({**rows[-1], "part": key, "job": key, "job_seconds": round(seconds, 1)}, ensure_ascii=False)
+        )
+        with open(results, "ab", buffering=0) as file:
+            file.write(("\n".join(lines) + "\n").encode())
+        bar.update()
+        bar.set_postfix_str(key)
+    bar.close()
+
+
+def hardware() -> str:
+    """Processor, cores, torch."""
+    import torch
+
+    model = next(
+        (l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")),
+        platform.machine(),
+    )
+    return f"{os.cpu_count()} cores of {model}, no GPU used, torch {torch.__version__}"
+
+
+def commit() -> str:
+    """Of the repository; empty outside of one."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False).stdout.strip()
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", type=Path, default=MODEL, help="a folder with transformer, scheduler and prompt table"
+    )
+    parser.add_argument("--work", type=Path, default=Path("out/quality"), help="results and what they were made from")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--models", nargs="+", choices=["plain", "outliers"], default=["plain", "outliers"])
+    parser.add_argument("--only", nargs="+", default=[], help="methods whose 'name width' contains one of these; studies of these names")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="denoising steps; those the model was trained for if not given")
+    parser.add_argument("--delta-chunks", type=int, default=1, help=f"chunks of {CHUNK} clips for the δ part")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--no-report", action="store_true", help="only measure")
+    parser.add_argument("--list", action="store_true", help="what takes part, and exit")
+    options = parser.parse_args()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
+    from peers import missing_peers, versions
+
+    print("packages:", ", ".join(f"{k} {v}" for k, v in versions().items()))
+    for name, how in missing_peers().items():
+        print(f"left out: {name} ({how})")
+    if options.list:
+        return 0
+    from clips import Bench
+    from outliers import write
+    from work import plan
+
+    options.work.mkdir(parents=True, exist_ok=True)
+    plain = options.model.resolve().name
+    folders = {plain: options.model.resolve(), f"{plain}-outliers": (options.work / f"{plain}-outliers").resolve()}
+    if not (folders[f"{plain}-outliers"] / "transformer" / "config.json").exists():
+        write(options.model, folders[f"{plain}-outliers"], count=5, largest=60.0)
+    options.models = [name for name, kind in zip(folders, ("plain", "outliers")) if kind in options.models]
+    bench = Bench.open(options.model)
+    steps = options.steps or bench.steps
+    every = plan(bench, options.prompts, options.seeds)
+    chunks = [every[i : i + CHUNK] for i in range(0, len(every), CHUNK)]
+    results, started = options.work / "results.jsonl", time.time()
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.processes, start_worker, (folders, options.work, steps)) as pool:
+        run_jobs(pool, [("held_out", (m,), f"held-out/{m}") for m in options.models], results, "held-out clips")
+        if "studies" in options.parts:
+            run_jobs(pool, list(study_jobs(options)), results, "studies")
+        if set(options.parts) & {"methods", "delta"}:
+            jobs: list[Job] = [
+                ("reference", (m, i, c), f"clips/{m}/fp32/{i}") for i, c in enumerate(chunks) for m in options.models
+            ]
+            run_jobs(pool, jobs, results, "fp32 clips")
+        if "methods" in options.parts:
+            run_jobs(pool, list(method_jobs(options, chunks)), results, "methods")
+        if "delta" in options.parts:
+            run_jobs(pool, list(delta_jobs(options, chunks, steps)), results, "δ")
+    record = {
+        "kind": "run", "hardware": hardware(), "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - started),
+        "command": "python benchmarks/quality/run.py " + " ".join(sys.argv[1:]),
+        "commit": commit(),
+        "packages": versions(),
+    }  # fmt: skip
+    with open(results, "a") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    if options.no_report:
+        return 0
+    return subprocess.run([sys.executable, str(HERE / "report.py"), str(results)], check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

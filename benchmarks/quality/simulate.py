@@ -1,0 +1,163 @@
+"""Quantized linear layers in simulation: what a method does to a layer, put in place of the layer in the fp32 model.
+
+Every method is compared on the same layers with the same arithmetic: operands on their grids, one matrix product, the
+result in 16 bit as a kernel would write it. Nothing here is fast; what runs on integers is in ``kernels/``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dvdquant.hadamard import Rotation
+from dvdquant.layers import LayerSpec
+from dvdquant.model import plan_model
+from dvdquant.recipe import RECIPES
+
+__all__ = ["Layer", "Simulated", "install", "layers_of", "set_product_dtype"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a method may look at: one linear layer, those that share their input (q, k, v) merged as the export does.
+
+    Args:
+        name: dotted name, the members joined by ``+``.
+        spec: the export's own plan of this layer.
+        weight: fp32 [N, K]. bias: fp32 [N], or None.
+        inputs: fp32 [T, K], inputs this layer had while clips of other prompts and seeds were generated. For the methods
+            that calibrate; DVD-Quant does not read it.
+        predicted: the same, predicted without data (``predict.py``), by the name of the prediction.
+    """
+
+    name: str
+    spec: LayerSpec
+    weight: Tensor
+    bias: Tensor | None
+    inputs: Tensor
+    predicted: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Simulated:
+    """``y = A(x̂ R) Ŵᵀ + (x̂ Lᵀ) Uᵀ + bias`` with ``x̂ = x / divide``.
+
+    Args:
+        weight: Ŵ, fp32 [N, K], quantized in the divided and rotated space.
+        activation: A, gives [..., K] on its grid; None leaves the input as it is.
+        divide: fp32 [K], or None. rotation: R, or None.
+        low_rank: (L [r, K], U [N, r]), a branch in 16 bit, or None.
+        whole: replaces all of it: x [..., K] to y [..., N] without bias, for packages that bring their own product.
+    """
+
+    weight: Tensor
+    activation: Callable[[Tensor], Tensor] | None = None
+    divide: Tensor | None = None
+    rotation: Rotation | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
+    whole: Callable[[Tensor], Tensor] | None = None
+
+
+# The operands are codes times scales, and a rotated input may be rounded to bf16 where the model around it is in bf16; bf16 adds 2⁻⁹ to each, an order of magnitude below what W4A8 changes, and is what
+# the unquantized layers of the deployed model compute in.
+_PRODUCT_DTYPE = [torch.bfloat16]
+
+
+def set_product_dtype(dtype: torch.dtype) -> None:
+    """dtype of the operands of every simulated product (bf16 unless set)."""
+    _PRODUCT_DTYPE[0] = dtype
+
+
+class _SimulatedGroup:
+    """One merged layer, computed once per input and handed out to its members."""
+
+    def __init__(self, layer: Layer, simulated: Simulated) -> None:
+        dtype = _PRODUCT_DTYPE[0]
+        self.layer, self.simulated, self.dtype = layer, simulated, dtype
+        self.weight = simulated.weight.to(dtype)
+        self.bias = layer.bias
+        rotation = simulated.rotation
+        self.matrices = None if rotation is None or rotation.identity else rotation.matrices(torch.float32)
+        self.low_rank = None if simulated.low_rank is None else tuple(t.to(dtype) for t in simulated.low_rank)
+        self.input: Tensor | None = None
+        self.output: tuple[Tensor, ...] = ()
+
+    def take(self, index: int, x: Tensor) -> Tensor:
+        if self.input is not x:
+            self.output = self._run(x.float()).split(list(self.layer.spec.rows), dim=-1)
+            self.input = x
+        part = self.output[index]
+        if index == len(self.output) - 1:
+            self.input, self.output = None, ()
+        return part
+
+    def _run(self, x: Tensor) -> Tensor:
+        sim = self.simulated
+        if sim.whole is not None:
+            y = sim.whole(x).float()
+            return y if self.bias is None else y + self.bias
+        divided = x if sim.divide is None else x / sim.divide
+        rotated = divided if self.matrices is None else _rotate(divided, *self.matrices)
+        on_grid = rotated if sim.activation is None else sim.activation(rotated)
+        y = torch.nn.functional.linear(on_grid.to(self.dtype), self.weight).float()
+        if self.low_rank is not None:
+            down, up = self.low_rank
+            small = torch.nn.functional.linear(divided.to(self.dtype), down)
+            y = y + torch.nn.functional.linear(small, up).float()
+        return y if self.bias is None else y + self.bias
+
+
+def _rotate(x: Tensor, hadamard: Tensor, outer: Tensor) -> Tensor:
+    inner, cores = len(hadamard), len(outer)
+    if cores == 1:
+        return (x.reshape(-1, inner) @ hadamard).reshape(x.shape)
+    return (outer.T @ (x.reshape(-1, cores, inner) @ hadamard)).reshape(x.shape)
+
+
+class _Member(nn.Module):
+    def __init__(self, group: _SimulatedGroup, index: int) -> None:
+        super().__init__()
+        self._group, self._index = [group], index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._group[0].take(self._index, x)
+
+
+def layers_of(
+    model: nn.Module, inputs: Mapping[str, Tensor] | None = None, predicted: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> list[Layer]:
+    """The layers every method quantizes: those the export would, of a float model.
+
+    Args:
+        model: the diffusers transformer in fp32.
+        inputs: calibration inputs [T, K] by the name of a layer's first member; zeros [0, K] where there are none.
+        predicted: such inputs by the name of a prediction.
+    """
+    plan = plan_model(dict(model.config), RECIPES["rtn"], torch.float32)  # type: ignore[call-overload]
+    found = []
+    for spec in plan.layers:
+        linears = [model.get_submodule(name) for name in spec.members]
+        weight = torch.cat([m.weight.detach().float() for m in linears])  # type: ignore[operator, union-attr]
+        biases = [m.bias for m in linears]
+        bias = None if biases[0] is None else torch.cat([b.detach().float() for b in biases])  # type: ignore[operator, union-attr]
+        first, none = spec.members[0], weight.new_zeros(0, spec.features)
+        seen = (inputs or {}).get(first, none)
+        guessed = {name: values.get(first, none) for name, values in (predicted or {}).items()}
+        found.append(Layer(spec.name, spec, weight, bias, seen, guessed))
+    return found
+
+
+def install(model: nn.Module, layers: Iterable[Layer], method: Callable[[Layer], Simulated]) -> nn.Module:
+    """A copy of the model with ``method`` in place of its layers; what is not replaced is shared with ``model``."""
+    memo = {id(p): p for p in (*model.parameters(), *model.buffers())}
+    changed = copy.deepcopy(model, memo)
+    for layer in layers:
+        group = _SimulatedGroup(layer, method(layer))
+        for index, name in enumerate(layer.spec.members):
+            parent, _, child = name.rpartition(".")
+            setattr(changed.get_submodule(parent), child, _Member(group, index))
+    return changed

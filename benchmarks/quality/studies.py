@@ -1,0 +1,194 @@
+"""What is varied one at a time, on the error of the transformer's output: entries of each study as layer methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from methods import LayerMethod, activation_grid, grid_method
+from simulate import Layer, Simulated
+from torch import Tensor
+
+from dvdquant.bgr import quantize_weight
+from dvdquant.feedback import round_with_feedback
+from dvdquant.hadamard import Rotation, rotate
+from dvdquant.recipe import WeightSpec
+
+__all__ = ["STUDIES"]
+
+MINMAX = WeightSpec(zero_point="paper", solver="minmax")
+PAPER = WeightSpec(zero_point="paper", solver="paper")
+SEARCH = WeightSpec()
+
+
+def clipped(
+    layer: Layer, bits: int, *, keep: float, rotation: str | int = "auto", weight: WeightSpec = SEARCH
+) -> Simulated:
+    """The activation scale is ``keep`` times what the largest value asks for; what is beyond it is clipped."""
+    result = grid_method(layer, bits, weight=weight, rotation=rotation)
+    qmax = 2 ** (bits - 1) - 1
+
+    def grid(x: Tensor) -> Tensor:
+        scale = keep * x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / qmax
+        return (x / scale).round().clamp(-qmax, qmax) * scale
+
+    result.activation = grid
+    return result
+
+
+def sixteen_levels(layer: Layer, bits: int, *, rotation: str | int = "auto", weight: WeightSpec = SEARCH) -> Simulated:
+    """All 2^bits codes, standing for odd multiples of half a step: one level more than the symmetric grid."""
+    result = grid_method(layer, bits, weight=weight, rotation=rotation)
+    half = 2 ** (bits - 1)
+
+    def grid(x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / (half - 0.5)
+        return ((x / scale).floor().clamp(-half, half - 1) + 0.5) * scale
+
+    result.activation = grid
+    return result
+
+
+def with_moments(
+    layer: Layer,
+    bits: int,
+    *,
+    source: Literal["data", "modulation", "noise run", "smooth run", "own run"],
+    feedback: bool = True,
+    balance: bool = False,
+    rounding: Literal["round", "trunc", "none"] = "trunc",
+    block: int = 0,
+    damping: float = 0.05,
+    weight: WeightSpec = SEARCH,
+    rotation: str | int = "auto",
+    act_group: int = 0,
+) -> Simulated:
+    """What the second moments of the inputs are good for; measured ones ("data") for comparison only.
+
+    Args:
+        feedback: round the codes with feedback.
+        balance: divide every channel by the root of (its root mean square over that of its weights).
+        rounding: of the divisors to powers of two, so that dividing is exact in 16 bit: to the nearest, or towards 1, which
+            leaves channels alone that differ by less than a factor of four.
+        block: of the moments along the diagonal; 0 is the whole row.
+    """
+    inputs = (layer.inputs if source == "data" else layer.predicted[source]).float()
+    w, divide = layer.weight, None
+    if balance and len(inputs):
+        divide = balance_of(inputs.square().mean(0), w.square().mean(0), rounding)
+        w, inputs = w * divide, inputs / divide
+    chosen = Rotation.for_features(layer.spec.features, rotation)
+    w, x = rotate(w, chosen), rotate(inputs, chosen)
+    grid = quantize_weight(w, weight)
+    if len(x) and feedback:
+        size = block or layer.spec.features
+        parts = x.view(len(x), -1, size).transpose(0, 1)
+        grid = round_with_feedback(w, grid, parts.transpose(1, 2) @ parts / len(x), damping)
+    return Simulated(grid.dequantize(), activation_grid(bits, act_group), divide, None if chosen.identity else chosen)
+
+
+def balance_of(x: Tensor, w: Tensor, rounding: str) -> Tensor:
+    """Divisors [K] from mean squares of inputs and weights [K]: both sides get the same root mean square per channel."""
+    exponent = 0.25 * (x.clamp(min=1e-12).log2() - w.clamp(min=1e-12).log2())
+    exponent -= exponent.mean()
+    if rounding != "none":
+        exponent = exponent.round() if rounding == "round" else exponent.trunc()
+    return torch.exp2(exponent)
+
+
+def _grid(**fields: object) -> LayerMethod:
+    return partial(grid_method, **fields)  # type: ignore[arg-type]
+
+
+def _groups(group: int, zero: str = "midrise") -> WeightSpec:
+    return WeightSpec(group_size=group, zero_point=zero)  # type: ignore[arg-type]
+
+
+STUDIES: dict[str, dict[str, Callable[[Layer, int], Simulated]]] = {
+    "ablation": {
+        "neither": _grid(weight=MINMAX),
+        "BGR": _grid(weight=PAPER),
+        "ARQ": _grid(weight=MINMAX, rotation="full"),
+        "BGR + ARQ": _grid(weight=PAPER, rotation="full"),
+    },
+    "granularity": {
+        "token": _grid(weight=SEARCH, rotation="auto"),
+        "128 channels": _grid(weight=SEARCH, rotation="auto", act_group=128),
+        "64 channels": _grid(weight=SEARCH, rotation="auto", act_group=64),
+        "channel (Λ of the paper, no integer GEMM)": _grid(weight=SEARCH, rotation="auto", act_group="channel"),
+    },
+    "weight-groups": {
+        "row": _grid(weight=SEARCH, rotation="auto"),
+        **{f"{g}": _grid(weight=_groups(g), rotation="auto") for g in (128, 64, 32, 16)},
+        "64, activations too": _grid(weight=_groups(64), rotation="auto", act_group=64),
+        "64, real zero-points": _grid(weight=_groups(64, "real"), rotation="auto"),
+        "32, real zero-points": _grid(weight=_groups(32, "real"), rotation="auto"),
+    },
+    "rotation": {
+        "none": _grid(weight=SEARCH),
+        **{f"{b}": _grid(weight=SEARCH, rotation=b) for b in (64, 128, 256)},
+        "full": _grid(weight=SEARCH, rotation="full"),
+    },
+    "zero-point": {
+        "paper, as published": _grid(weight=PAPER, rotation="auto"),
+        **{
+            f"{zero}, search": _grid(weight=_groups(0, zero), rotation="auto")
+            for zero in ("paper", "midrise", "symmetric", "real")
+        },
+    },
+    "improvements": {
+        "w4a4 (base)": _grid(weight=SEARCH, rotation="auto"),
+        "full rotation": _grid(weight=SEARCH, rotation="full"),
+        "activations clipped at 0.9": partial(clipped, keep=0.9),
+        "activations clipped at 0.8": partial(clipped, keep=0.8),
+        "activations on 16 levels": sixteen_levels,
+        **{
+            f"feedback, {source}{note}": partial(with_moments, source=source, **fields)
+            for source in ("modulation", "noise run", "data")
+            for note, fields in (
+                ("", {}),
+                (", blocks of 256", {"block": 256}),
+                (", damping 0.2", {"damping": 0.2}),
+                (", damping 0.01", {"damping": 0.01}),
+            )
+        },
+        "groups of 64 on both sides": _grid(weight=_groups(64), rotation="auto", act_group=64),
+        "groups of 64 on both sides, feedback": partial(
+            with_moments, source="noise run", weight=_groups(64), act_group=64
+        ),
+        "w4a8 recipe": _grid(weight=_groups(32, "real"), rotation="auto"),
+        "w4a8 recipe, feedback": partial(with_moments, source="noise run", weight=_groups(32, "real")),
+        "balance, noise run": partial(with_moments, source="noise run", feedback=False, balance=True),
+        "balance + feedback, noise run": partial(with_moments, source="noise run", balance=True),
+        "balance + feedback, noise run, any divisor": partial(
+            with_moments, source="noise run", balance=True, rounding="none"
+        ),
+        "balance + feedback, noise run, blocks of 256": partial(with_moments, source="noise run", balance=True, block=256),
+        "balance + feedback, noise run, unrotated": partial(
+            with_moments, source="noise run", balance=True, rotation="none"
+        ),
+        "trunc noise run": partial(with_moments, source="noise run", balance=True),
+        "trunc smooth run": partial(with_moments, source="smooth run", balance=True),
+        "trunc own run": partial(with_moments, source="own run", balance=True),
+        "trunc own run, 0.01": partial(with_moments, source="own run", balance=True, damping=0.01),
+        "trunc smooth run, 0.01": partial(with_moments, source="smooth run", balance=True, damping=0.01),
+        "g64 real trunc own run": partial(with_moments, source="own run", balance=True, weight=_groups(64, "real"), act_group=64),
+        "trunc data": partial(with_moments, source="data", balance=True),
+        "balance + feedback, modulation": partial(with_moments, source="modulation", balance=True),
+        "balance + feedback, data": partial(with_moments, source="data", balance=True),
+        "groups of 64, balance + feedback": partial(
+            with_moments, source="noise run", balance=True, weight=_groups(64), act_group=64
+        ),
+        "groups of 64 real, balance + feedback": partial(
+            with_moments, source="noise run", balance=True, weight=_groups(64, "real"), act_group=64
+        ),
+        "w4a8 recipe, balance + feedback": partial(
+            with_moments, source="noise run", balance=True, weight=_groups(32, "real")
+        ),
+        "w4a8 recipe of 16, balance + feedback": partial(
+            with_moments, source="noise run", balance=True, weight=_groups(16, "real")
+        ),
+    },
+}

@@ -1,0 +1,301 @@
+"""What one process of the quality benchmark does: clips, errors step by step, and the fp32 clips they are held against."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from clips import Bench, Clips, Prompt, bench_prompts, generate
+from methods import METHODS, Method
+from predict import noise_run, predicted_inputs
+from shapes import CHOICES, measure
+from simulate import Layer, install, layers_of
+from studies import STUDIES
+from torch import Tensor, nn
+
+from dvdquant.deploy.controller import StepController
+from dvdquant.deploy.planner import psnr
+from dvdquant.deploy.prompt_table import frames_from_latents
+from dvdquant.deploy.step_cache import StepCachePolicy
+from dvdquant.gbs import delta_for_average_bits, relative_change
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "switching"))
+from metrics import ssim
+
+__all__ = ["Worker", "place_high", "plan"]
+
+Row = dict[str, Any]
+# Clips whose trajectories and inputs are looked at: other prompts and seeds than those that are scored.
+HELD_OUT, HELD_OUT_SEED = 8, 1_000_000
+CALIBRATION_TOKENS = 1024
+# Clips generated together: few enough to stay in the cache of a core.
+TOGETHER = 4
+# Speed is drawn between 1 and 1.5 pixels a frame; half a pixel more on both sides is still that motion.
+SPEED = (0.5, 2.0)
+
+
+def plan(bench: Bench, prompts: int, seeds: int) -> list[tuple[Prompt, int]]:
+    """(prompt, seed) of every scored clip; the same prompts whatever the number of seeds."""
+    chosen = bench_prompts(bench.table, prompts, seed=0)
+    return [(prompt, 1000 * turn + index) for turn in range(seeds) for index, prompt in enumerate(chosen)]
+
+
+def place_high(place: str, count: int, steps: int) -> list[int | None]:
+    """``count`` 8-bit steps: the first, the last, or spread from the first to the last."""
+    if place == "first":
+        chosen = set(range(count))
+    elif place == "last":
+        chosen = set(range(steps - count, steps))
+    else:
+        chosen = {round(i * (steps - 1) / max(1, count - 1)) for i in range(count)}
+    return [8 if step in chosen else 4 for step in range(steps)]
+
+
+@dataclass
+class Worker:
+    """One process with one thread. ``folders`` are the models by name, ``work`` keeps what all processes share;
+    ``steps_each`` are the denoising steps of a clip."""
+
+    folders: dict[str, Path]
+    work: Path
+    steps_each: int
+    benches: dict[str, Bench] = field(default_factory=dict)
+    layers: dict[str, list[Layer]] = field(default_factory=dict)
+    built: dict[tuple[str, str, int], nn.Module] = field(default_factory=dict)
+
+    def bench(self, model: str) -> Bench:
+        """The model, read once."""
+        if model not in self.benches:
+            self.benches[model] = replace(Bench.open(self.folders[model], model), steps=self.steps_each)
+        return self.benches[model]
+
+    # ------------------------------------------------------------------------------------------ what is prepared once
+
+    def held_out(self, model: str) -> None:
+        """Trajectories and layer inputs of the held-out clips, into ``work``."""
+        path = self.work / f"{model}-held-out.pt"
+        if path.exists():
+            return
+        bench = self.bench(model)
+        prompts = bench_prompts(bench.table, HELD_OUT, seed=1)
+        names = [member for layer in layers_of(bench.model) for member in layer.spec.members[:1]]
+        seen: dict[str, list[Tensor]] = {name: [] for name in names}
+        generator = torch.Generator().manual_seed(2)
+
+        def watch(name: str) -> Any:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                tokens = args[0].reshape(-1, args[0].shape[-1])
+                seen[name].append(tokens[torch.randint(len(tokens), (32,), generator=generator)].clone())
+
+            return hook
+
+        hooks = [bench.model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in names]
+        seeds = [HELD_OUT_SEED + i for i in range(HELD_OUT)]
+        clips = generate(bench, {16: bench.model}, prompts, seeds, keep_trajectory=True)
+        for hook in hooks:
+            hook.remove()
+        inputs = {
+            name: torch.cat(tokens)[:: max(1, 32 * bench.steps // CALIBRATION_TOKENS)] for name, tokens in seen.items()
+        }
+        _save(path, {"prompts": prompts, "trajectory": clips.trajectory, "inputs": inputs})
+
+    def model_layers(self, model: str) -> list[Layer]:
+        """Layers with their calibration inputs."""
+        if model not in self.layers:
+            held = torch.load(self.work / f"{model}-held-out.pt")
+            bench = self.bench(model)
+            predicted = {"modulation": predicted_inputs(bench)}
+            for title, latents in (("noise run", "noise"), ("smooth run", "smooth"), ("own run", "own")):
+                predicted[title] = noise_run(bench, latents)
+            self.layers[model] = layers_of(bench.model, held["inputs"], predicted)
+        return self.layers[model]
+
+    def simulated(self, model: str, method: Method, bits: int) -> nn.Module:
+        """The model under a method; the two last used are kept."""
+        key = (model, method.name, bits)
+        if key not in self.built:
+            while len(self.built) > 1:
+                self.built.pop(next(iter(self.built)))
+            layers = self.model_layers(model)
+            self.built[key] = install(self.bench(model).model, layers, lambda layer: method.layer(layer, bits))
+        return self.built[key]
+
+    # ------------------------------------------------------------------------------------------------------ the jobs
+
+    def reference(self, model: str, index: int, chunk: Sequence[tuple[Prompt, int]]) -> list[Row]:
+        """fp32 clips of a chunk, kept for the others."""
+        bench = self.bench(model)
+        clips = _parts(bench, {16: bench.model}, chunk)
+        _save(self.work / f"{model}-fp32-{index}.pt", clips.latents)
+        return self._rows(model, "fp32", "A16", index, chunk, clips)
+
+    def clips(self, model: str, name: str, width: str, index: int, chunk: Sequence[tuple[Prompt, int]]) -> list[Row]:
+        """Clips of a method at one width."""
+        bench, bits = self.bench(model), int(width[1:])
+        if name == "bf16":
+            with torch.autocast("cpu", torch.bfloat16):
+                clips = generate(bench, {16: bench.model}, *_columns(chunk))
+            return self._rows(model, name, width, index, chunk, clips)
+        method = find_method(name)
+        if bits != 6 or not method.switched:
+            clips = generate(bench, {bits: self.simulated(model, method, bits)}, *_columns(chunk))
+        else:
+            delta = self.delta(model, method, 6.0)
+            clips = self._switched(
+                model, method, chunk, lambda _: StepController(delta=delta, last_high=method.last_high)
+            )
+        return self._rows(model, name, width, index, chunk, clips)
+
+    def _switched(self, model: str, method: Method, chunk: Sequence[tuple[Prompt, int]], make: Any) -> Clips:
+        models = {bits: self.simulated(model, method, bits) for bits in (4, 8)}
+        return generate(self.bench(model), models, *_columns(chunk), controllers=make)
+
+    def delta_clips(
+        self, model: str, name: str, variant: dict[str, Any], index: int, chunk: Sequence[tuple[Prompt, int]]
+    ) -> list[Row]:
+        """Clips under one setting of the switch, the cache, or a fixed placement of 8-bit steps."""
+        method, steps = find_method(name), self.bench(model).steps
+
+        def make(_: int) -> StepController:
+            if "place" in variant:
+                return StepController("planned", schedule=place_high(variant["place"], variant["high"], steps))
+            cache = StepCachePolicy.for_family("wan") if variant.get("cache") else None
+            return StepController(delta=variant["delta"], last_high=variant.get("last_high", 0), cache=cache)
+
+        rows = self._rows(model, name, "A6", index, chunk, self._switched(model, method, chunk, make))
+        extra = {"kind": "delta", "name": variant["name"], "delta": variant.get("delta"), "method": name}
+        return [{**row, **extra} for row in rows]
+
+    def steps(self, model: str, name: str, width: str) -> list[Row]:
+        """Relative L2 of the output at every second step and the last, on the fp32 trajectory of the held-out clips."""
+        bench = self.bench(model)
+        simulated = bench.model if name == "bf16" else self.simulated(model, find_method(name), int(width[1:]))
+        errors = self._errors(model, simulated, 2)
+        base = {"kind": "step", "model": model, "method": name, "width": width}
+        return [{**base, "clip": c, "step": s, "sigma": sigma, "error": e} for c, s, sigma, e in errors]
+
+    def study(self, model: str, study: str, name: str, width: str) -> list[Row]:
+        """The mean of such errors over every fourth step, for one entry of a study."""
+        method = Method(f"{study}/{name}", STUDIES[study][name])
+        errors = self._errors(model, self.simulated(model, method, int(width[1:])), 4)
+        base = {"kind": "study", "study": study, "model": model, "name": name, "width": width}
+        clips = sorted({c for c, *_ in errors})
+        means = {c: [e for clip, _, _, e in errors if clip == c] for c in clips}
+        return [{**base, "clip": c, "error": sum(means[c]) / len(means[c])} for c in clips]
+
+    @torch.inference_mode()
+    def _errors(self, model: str, simulated: nn.Module, every: int) -> list[tuple[int, int, float, float]]:
+        """(clip, step, σ, relative L2)."""
+        bench = self.bench(model)
+        held = torch.load(self.work / f"{model}-held-out.pt")
+        text = bench.words(held["prompts"])
+        bench.scheduler.set_timesteps(bench.steps)
+        found = []
+        for step, timestep in enumerate(bench.scheduler.timesteps):
+            if step % every and step != bench.steps - 1:
+                continue
+            x, exact = held["trajectory"][step]
+            with torch.autocast("cpu", torch.bfloat16):
+                y = simulated(x, timestep.expand(len(x)), text, return_dict=False)[0].float()
+            error = (y - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+            found += [(c, step, float(timestep) / 1000, float(e)) for c, e in enumerate(error)]
+        return found
+
+    @torch.inference_mode()
+    def delta(self, model: str, method: Method, average: float) -> float:
+        """δ for an average of bits, planned on the held-out trajectories."""
+        path = self.work / f"{model}-{method.name}-{method.last_high}-{average:g}.delta"
+        if path.exists():
+            return float(path.read_text())
+        bench = self.bench(model)
+        held = torch.load(self.work / f"{model}-held-out.pt")
+        text = bench.words(held["prompts"])[:4]
+        bench.scheduler.set_timesteps(bench.steps)
+        outputs: dict[int, list[Tensor]] = {}
+        for bits in (4, 8):
+            simulated = self.simulated(model, method, bits)
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs[bits] = [
+                    simulated(x[:4], t.expand(4), text, return_dict=False)[0].float()
+                    for (x, _), t in zip(held["trajectory"], bench.scheduler.timesteps)
+                ]
+        recordings = [
+            {
+                (a, b): [relative_change(outputs[b][t][c], outputs[a][t - 1][c]) for t in range(1, bench.steps)]
+                for a in (4, 8)
+                for b in (4, 8)
+            }
+            for c in range(4)
+        ]
+        delta, _ = delta_for_average_bits(recordings, average, last_high=method.last_high)
+        _replace(path, lambda partial: partial.write_text(repr(delta)))
+        return delta
+
+    def _rows(
+        self, model: str, name: str, width: str, index: int, chunk: Sequence[tuple[Prompt, int]], clips: Clips
+    ) -> list[Row]:
+        references = torch.load(self.work / f"{model}-fp32-{index}.pt")
+        rows = []
+        for (prompt, seed), latents, reference, bits in zip(chunk, clips.latents, references, clips.bits):
+            reading = measure(latents)
+            right = {kind: reading.words[kind] == word for kind, word in zip(CHOICES, prompt)}
+            right["speed"] = SPEED[0] <= reading.speed <= SPEED[1]
+            frames, exact = (frames_from_latents(t[None]) for t in (latents, reference))
+            same = name == "fp32" or bool((frames == exact).all())
+            computed = [b for b in bits if b is not None]
+            rows.append(
+                {
+                    "kind": "clip", "model": model, "method": name, "width": width, "prompt": " ".join(prompt),
+                    "seed": seed, "psnr": None if same else psnr(frames, exact), "ssim": ssim(frames, exact),
+                    "bits": sum(computed) / len(computed), "computed": len(computed) / len(bits), "right": right,
+                    "visible": reading.visible, "smoothness": reading.smoothness, "dynamic": reading.dynamic,
+                }
+            )  # fmt: skip
+        return rows
+
+
+def find_method(name: str) -> Method:
+    """Ours, or a package's."""
+    if name in METHODS:
+        return METHODS[name]
+    from peers import available_peers
+
+    layer, widths = available_peers()[name]
+    return Method(name, layer, widths)
+
+
+def _in_16_bit(
+    bench: Bench, models: Mapping[int, nn.Module], chunk: Sequence[tuple[Prompt, int]], make: Any = None
+) -> Clips:
+    """Clips of a model that computes in bf16 where it is not quantized, as the deployed one does."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return _parts(bench, models, chunk, make)
+
+
+def _parts(
+    bench: Bench, models: Mapping[int, nn.Module], chunk: Sequence[tuple[Prompt, int]], make: Any = None
+) -> Clips:
+    """The clips of a chunk, a few at a time."""
+    parts = [generate(bench, models, *_columns(chunk[i : i + TOGETHER]), make) for i in range(0, len(chunk), TOGETHER)]
+    return Clips(torch.cat([p.latents for p in parts]), [b for p in parts for b in p.bits], [])
+
+
+def _columns(chunk: Iterable[tuple[Prompt, int]]) -> tuple[list[Prompt], list[int]]:
+    pairs = list(chunk)
+    return [p for p, _ in pairs], [s for _, s in pairs]
+
+
+def _save(path: Path, value: Any) -> None:
+    _replace(path, lambda partial: torch.save(value, partial))
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Written whole or not at all: another process may be reading."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    write(partial)
+    partial.replace(path)

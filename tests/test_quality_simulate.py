@@ -1,0 +1,195 @@
+"""benchmarks/quality: simulated layers against the op they stand for, batches against single clips, and a whole small run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvdquant.bgr import quantize_weight
+from dvdquant.deploy.controller import StepController
+from dvdquant.hadamard import rotate
+from dvdquant.ops.quant_linear import quant_linear_reference
+from dvdquant.packing import pack_int4
+from dvdquant.recipe import RECIPES
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER, MODEL = ROOT / "benchmarks" / "quality", ROOT / "examples" / "tiny-wan"
+
+
+def module(name: str) -> ModuleType:
+    if str(FOLDER) not in sys.path:
+        sys.path.insert(0, str(FOLDER))
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    from dataclasses import replace
+
+    return replace(module("clips").Bench.open(MODEL), steps=3)
+
+
+@pytest.fixture
+def exact_products() -> Any:
+    simulate = module("simulate")
+    simulate.set_product_dtype(torch.float32)
+    yield
+    simulate.set_product_dtype(torch.bfloat16)
+
+
+def forward(model: Any, bench: Any, prompts: int = 2) -> Tensor:
+    x, text = bench.noise(range(prompts)), bench.words(module("clips").bench_prompts(bench.table, prompts, 0))
+    with torch.inference_mode():
+        return model(x, torch.full((prompts,), 600.0), text, return_dict=False)[0]
+
+
+@pytest.mark.usefixtures("exact_products")
+def test_layers_that_change_nothing_change_nothing(bench: Any) -> None:
+    """The surgery: merged members get their own rows and the bias."""
+    simulate = module("simulate")
+    layers = simulate.layers_of(bench.model)
+    assert len(layers) == 42
+    same = simulate.install(bench.model, layers, lambda layer: simulate.Simulated(layer.weight))
+    exact = forward(bench.model, bench)
+    # fp32 products in another order.
+    assert float((forward(same, bench) - exact).norm() / exact.norm()) < 1e-5
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("recipe", ["w4a4", "w4a4-g64", "paper", "rtn"])
+def test_a_recipe_is_what_the_op_computes(bench: Any, recipe: str, bits: int) -> None:
+    """A simulated layer against QuantLinear's reference on the packed tensors."""
+    simulate, methods = module("simulate"), module("methods")
+    layer = simulate.layers_of(bench.model)[0]
+    x = torch.randn(3, 20, layer.spec.features, generator=torch.Generator().manual_seed(1))
+    group = simulate._SimulatedGroup(layer, methods.from_recipe(RECIPES[recipe])(layer, bits))
+    y = torch.cat([group.take(i, x) for i in range(len(layer.spec.rows))], dim=-1)
+    chosen = methods.Rotation.for_features(layer.spec.features, RECIPES[recipe].rotation)
+    q = quantize_weight(rotate(layer.weight, chosen), RECIPES[recipe].weight)
+    exact = quant_linear_reference(
+        x.double(), pack_int4(q.codes), q.scale, q.factor, q.zero, layer.bias, *chosen.matrices(), bits,
+        RECIPES[recipe].activation(bits).group_size, torch.float64,
+    )  # fmt: skip
+    # A rotated value next to a rounding boundary may fall on its other side in fp32: one step of one input.
+    assert float((y - exact).norm() / exact.norm()) < (2e-3 if bits == 4 else 2e-4)
+
+
+def test_bf16_products_do_not_decide(bench: Any) -> None:
+    """The bench's products are rounded to bf16: far less than what W4A8 changes."""
+    simulate, method = module("simulate"), module("methods").from_recipe(RECIPES["w4a8"])
+    layers, outputs = simulate.layers_of(bench.model), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        simulate.set_product_dtype(dtype)
+        changed = simulate.install(bench.model, layers, lambda layer: method(layer, 8))
+        outputs[dtype] = forward(changed, bench)
+    exact = forward(bench.model, bench)
+    quantization = float((outputs[torch.float32] - exact).norm())
+    assert float((outputs[torch.bfloat16] - outputs[torch.float32]).norm()) < 0.3 * quantization
+
+
+def test_clips_do_not_depend_on_their_batch(bench: Any) -> None:
+    clips = module("clips")
+    prompts = clips.bench_prompts(bench.table, 3, seed=5)
+    together = clips.generate(bench, {16: bench.model}, prompts, [7, 8, 9]).latents
+    alone = clips.generate(bench, {16: bench.model}, prompts[1:2], [8]).latents
+    assert float((together[1] - alone[0]).norm() / alone.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("high", [0, 3])
+def test_a_planned_switch_is_its_one_model(bench: Any, high: int) -> None:
+    clips, simulate, methods = module("clips"), module("simulate"), module("methods")
+    layers = simulate.layers_of(bench.model)
+    method = methods.from_recipe(RECIPES["w4a4"])
+    models = {b: simulate.install(bench.model, layers, lambda layer, b=b: method(layer, b)) for b in (4, 8)}
+    bits = 8 if high else 4
+    prompts = clips.bench_prompts(bench.table, 2, seed=5)
+    alone = clips.generate(bench, {bits: models[bits]}, prompts, [1, 2])
+    planned = clips.generate(
+        bench, models, prompts, [1, 2], controllers=lambda _: StepController("planned", schedule=[bits] * 3)
+    )
+    assert planned.bits == [[bits] * 3] * 2
+    assert torch.equal(alone.latents, planned.latents)
+
+
+def test_outliers_change_the_inputs_and_not_the_output(bench: Any) -> None:
+    outliers, simulate = module("outliers"), module("simulate")
+    changed, factors = outliers.add_outliers(bench.model, count=5, largest=60.0)
+    exact = forward(bench.model, bench)
+    assert float((forward(changed, bench) - exact).norm() / exact.norm()) < 1e-5
+    assert max(factors.values()) == pytest.approx(60)
+    assert min(factors.values()) == pytest.approx(15)
+    largest: dict[bool, Tensor] = {}
+    for which, model in ((False, bench.model), (True, changed)):
+        hook = model.blocks[2].attn1.to_q.register_forward_pre_hook(
+            lambda _m, args, which=which: largest.__setitem__(which, args[0].abs().amax((0, 1)))
+        )
+        forward(model, bench)
+        hook.remove()
+    ratio = largest[True] / largest[False]
+    for channel in range(len(ratio)):
+        assert float(ratio[channel]) == pytest.approx(factors.get(channel, 1.0), rel=1e-3)
+    layer = simulate.layers_of(changed)[0]
+    assert layer.weight[:, max(factors, key=factors.get)].norm() < layer.weight.norm(dim=0).median() / 10
+
+
+def test_prompts_are_different_and_every_word_is_as_frequent(bench: Any) -> None:
+    prompts = module("clips").bench_prompts(bench.table, 64, seed=0)
+    assert len(set(prompts)) == 64
+    counts = Counter(word for prompt in prompts for word in prompt)
+    for words in bench.table.choices.values():
+        assert all(abs(counts[word] - 64 / len(words)) <= 8 for word in words)
+
+
+def test_predicted_inputs_resemble_the_real_ones(bench: Any) -> None:
+    """Feedback with predicted moments lowers the error on inputs the model really has."""
+    predict, simulate, clips = module("predict"), module("simulate"), module("clips")
+    feedback = importlib.import_module("dvdquant.feedback")
+    real: list[Tensor] = []
+    hook = bench.model.blocks[3].ffn.net[0].proj.register_forward_pre_hook(lambda _m, args: real.append(args[0]))
+    clips.generate(bench, {16: bench.model}, clips.bench_prompts(bench.table, 2, 3), [1, 2])
+    hook.remove()
+    x = torch.cat(real).flatten(0, 1)
+    layer = next(la for la in simulate.layers_of(bench.model) if la.name == "blocks.3.ffn.net.0.proj")
+    grid = quantize_weight(layer.weight, RECIPES["w4a4"].weight)
+    guessed = predict.predicted_inputs(bench)["blocks.3.ffn.net.0.proj"]
+    found = feedback.round_with_feedback(layer.weight, grid, guessed.T @ guessed)
+    before, after = (feedback.output_error(layer.weight, q.dequantize(), x.T @ x) for q in (grid, found))
+    assert after < before
+
+
+@pytest.mark.slow
+def test_a_whole_small_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:
+    """Real processes, real clips of two steps: rows of every kind, a torn line, and a report that reads them."""
+    command = [
+        sys.executable, str(FOLDER / "run.py"), "--work", str(tmp_path), "--prompts", "2", "--seeds", "1", "--steps", "2",
+        "--only", "RTN A4", "w4a4 A6", "--models", "plain", "--parts", "methods", "--no-report",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    results = tmp_path / "results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    clips = Counter((row["method"], row["width"]) for row in rows if row["kind"] == "clip")
+    assert clips == {("fp32", "A16"): 2, ("RTN", "A4"): 2, ("dvdquant w4a4", "A6"): 2}
+    assert all(row["psnr"] < 60 for row in rows if row["kind"] == "clip" and row["method"] == "RTN")
+    before = [line for line in results.read_text().splitlines() if '"RTN"' in line and '"clip"' in line]
+    cut = [line for line in results.read_text().splitlines() if not ('"RTN"' in line and '"clip"' in line)]
+    results.write_text("\n".join(cut[:-1]) + "\n" + before[0][:40])
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    again = [line for line in results.read_text().splitlines() if '"RTN"' in line and '"clip"' in line]
+    strip = [{k: v for k, v in json.loads(line).items() if k != "job_seconds"} for line in again]
+    assert strip == [{k: v for k, v in json.loads(line).items() if k != "job_seconds"} for line in before]
+    read = subprocess.run(
+        [sys.executable, "-c", f"import report; print(len(report.read_results(__import__('pathlib').Path({str(results)!r})).clips))"],
+        check=True, cwd=FOLDER, capture_output=True, text=True,
+    )  # fmt: skip
+    assert read.stdout.strip() == "3"
