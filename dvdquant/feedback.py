@@ -10,6 +10,10 @@ M may be predicted without data; see :mod:`dvdquant.moments`.
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,10 +21,13 @@ from .bgr import QuantizedWeight
 from .errors import ShapeError
 from .packing import expand_zero
 
-__all__ = ["output_error", "round_with_feedback"]
+__all__ = ["output_energy", "round_with_feedback"]
+
+F64 = npt.NDArray[np.float64]
+I8 = npt.NDArray[np.int8]
 
 # Columns rounded before the rest of the row is brought up to date by one matrix product.
-_LAZY = 64
+_LAZY = 32
 
 
 def round_with_feedback(w: Tensor, grid: QuantizedWeight, moments: Tensor, damping: float = 0.05) -> QuantizedWeight:
@@ -48,45 +55,72 @@ def round_with_feedback(w: Tensor, grid: QuantizedWeight, moments: Tensor, dampi
         )
     groups = grid.factor.shape[1]
     step = (grid.scale[:, None] * (grid.factor.float() / 255)).double()
-    zero = expand_zero(grid.zero).double().expand(rows, groups)
+    zero = expand_zero(grid.zero).double().expand(rows, groups).contiguous()
     size, codes = blocks.shape[1], torch.empty_like(grid.codes)
     for index, block in enumerate(blocks):
         columns = slice(index * size, (index + 1) * size)
-        of_column = torch.arange(columns.start, columns.stop, device=w.device) // (features // groups)
-        codes[:, columns] = _round_block(w[:, columns].double(), step[:, of_column], zero[:, of_column], block, damping)
+        factor = _passed_on(block.double(), damping).to(w.device)
+        round_block = _on_device if w.device.type != "cpu" else _compiled
+        codes[:, columns] = round_block(w[:, columns], step, zero, features // groups, columns.start, factor)
     return QuantizedWeight(codes, grid.scale, grid.factor, grid.zero)
 
 
-def _round_block(w: Tensor, step: Tensor, zero: Tensor, moments: Tensor, damping: float) -> Tensor:
-    """int8 codes of w [N, b] for moments [b, b]."""
-    size = w.shape[1]
-    m = moments.double()
-    level = float(m.diagonal().mean())
+def _passed_on(moments: Tensor, damping: float) -> Tensor:
+    """fp64 [b, b], upper triangular with ones on the diagonal: row i says how the columns after i move with its error."""
+    level = float(moments.diagonal().mean())
     if level <= 0.0:
-        m, level = torch.eye(size, dtype=torch.float64, device=w.device), 1.0
-    damped = m + damping * level * torch.eye(size, dtype=torch.float64, device=w.device)
-    # Row i of this factor of the inverse says how the columns after i move with the error of column i.
+        return torch.eye(len(moments), dtype=torch.float64)
+    damped = moments.cpu() / level + damping * torch.eye(len(moments), dtype=torch.float64)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor = torch.linalg.cholesky(inverse, upper=True)
-    left, codes = w.clone(), torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    for first in range(0, size, _LAZY):
-        last = min(first + _LAZY, size)
-        errors = torch.empty(len(w), last - first, dtype=torch.float64, device=w.device)
-        for i in range(first, last):
-            column, scale = left[:, i], step[:, i]
-            code = (
-                torch.where(scale > 0, column / scale.clamp(min=1e-300) + zero[:, i], zero[:, i]).round().clamp(-8, 7)
-            )
-            codes[:, i] = code.to(torch.int8)
-            error = (column - scale * (code - zero[:, i])) / factor[i, i]
-            left[:, i:last] -= error[:, None] * factor[i, i:last]
-            errors[:, i - first] = error
-        left[:, last:] -= errors @ factor[first:last, last:]
+    unit: Tensor = factor / factor.diagonal()[:, None]
+    return unit
+
+
+def _compiled(w: Tensor, step: Tensor, zero: Tensor, group: int, first: int, factor: Tensor) -> Tensor:
+    from .fast_rows import for_row_parts
+
+    size = w.shape[1]
+    left, codes = w.double(), torch.empty(w.shape, dtype=torch.int8)
+    steps, zeros, target = step.numpy(), zero.numpy(), codes.numpy()
+    for start in range(0, size, _LAZY):
+        columns = slice(start, min(start + _LAZY, size))
+        errors = torch.empty(len(w), columns.stop - start, dtype=torch.float64)
+        source, passed, found = left[:, columns].numpy(), factor[columns, columns].numpy(), errors.numpy()
+
+        rounding = partial(_round_rows, source, steps, zeros, group, first + start, passed, target[:, columns], found)
+        for_row_parts(len(w), rounding)
+        left[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
     return codes
 
 
-def output_error(w: Tensor, quantized: Tensor, moments: Tensor) -> float:
-    """``tr((W − Ŵ) M (W − Ŵ)ᵀ) / tr(W M Wᵀ)`` in fp64: relative squared error of the outputs. w, quantized [N, K]; M [K, K]."""
-    d, m = (w - quantized).double(), moments.double()
-    exact = w.double()
-    return float(((d @ m) * d).sum() / ((exact @ m) * exact).sum())
+def _round_rows(
+    left: F64, step: F64, zero: F64, group: int, first: int, factor: F64, codes: I8, errors: F64, rows: slice
+) -> None:
+    from .fast_feedback import round_columns  # numba takes a second to import: only those who quantize pay for it
+
+    round_columns(left[rows], step[rows], zero[rows], group, first, factor, codes[rows], errors[rows])
+
+
+def _on_device(w: Tensor, step: Tensor, zero: Tensor, group: int, first: int, factor: Tensor) -> Tensor:
+    """The same column by column for all rows at once, for a GPU."""
+    size = w.shape[1]
+    left, codes = w.double(), torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    for start in range(0, size, _LAZY):
+        stop = min(start + _LAZY, size)
+        errors = torch.empty(len(w), stop - start, dtype=torch.float64, device=w.device)
+        for i in range(start, stop):
+            scale, centre = step[:, (first + i) // group], zero[:, (first + i) // group]
+            code = torch.where(scale > 0, left[:, i] / scale.clamp(min=1e-300) + centre, centre).round().clamp(-8, 7)
+            codes[:, i] = code.to(torch.int8)
+            errors[:, i - start] = left[:, i] - scale * (code - centre)
+            left[:, i + 1 : stop] -= errors[:, i - start, None] * factor[i, i + 1 : stop]
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    return codes
+
+
+def output_energy(w: Tensor, moments: Tensor) -> float:
+    """``tr(W M Wᵀ)`` of w [N, K] for moments [K, K] or [K/b, b, b]: the sum of squares of the outputs, computed in fp32."""
+    blocks = (moments if moments.ndim == 3 else moments[None]).to(w)
+    parts = w.reshape(len(w), len(blocks), -1).transpose(0, 1)
+    return float(((parts @ blocks) * parts).sum(dtype=torch.float64))

@@ -42,6 +42,7 @@ class LayerSpec:
         rotation: the Hadamard rotation of its input.
         groups: weight groups per row (1 for a scale per row).
         floor: the least activation grid it accepts, used instead of one with fewer bits.
+        balanced: whether its input is multiplied by a power of two per channel before it is rotated.
         real_zero: whether there is a real zero-point per group, stored as a byte, instead of one fp32 per row.
     """
 
@@ -54,6 +55,7 @@ class LayerSpec:
     groups: int
     floor: ActivationSpec | None = None
     real_zero: bool = False
+    balanced: bool = False
 
     def activation(self, asked: ActivationSpec) -> ActivationSpec:
         """The grid it runs with where the graph's is ``asked``."""
@@ -74,6 +76,8 @@ class LayerSpec:
             "weight_zero": (torch.uint8, (n, self.groups)) if self.real_zero else (torch.float32, (n,)),
             "bias": (torch.float32, (n,)),
         }
+        if self.balanced:
+            shapes["pre_quant_scale"] = (torch.float32, (self.features,))
         return {f"{self.name}.{key}": value for key, value in shapes.items()}
 
 
@@ -102,7 +106,8 @@ class QuantLinear(nn.Module):
     """A linear layer with packed 4-bit weights and online rotated, scaled activations (see ``ops/quant_linear.py``).
 
     Buffers: weight int8 [N, K/2], weight_scale fp32 [N], weight_factor uint8 [N, groups], weight_zero fp32 [N] or
-    uint8 [N, groups], bias fp32 [N]. The rotation matrices live in the model's :class:`RotationTable`.
+    uint8 [N, groups], bias fp32 [N], and pre_quant_scale fp32 [K] of a balanced layer. The rotation matrices live in the
+    model's :class:`RotationTable`.
     """
 
     def __init__(self, spec: LayerSpec, activation: ActivationSpec, table: RotationTable) -> None:
@@ -129,8 +134,16 @@ class QuantLinear(nn.Module):
                 )
             setattr(self, full_name.removeprefix(self.spec.name + "."), tensor)
 
+    def balance(self, x: Tensor) -> Tensor:
+        """What the op receives of an input [..., K]: a balanced layer's channels are multiplied by powers of two, exact in
+        every dtype, in one pointwise operation that engines fuse with the one before it."""
+        if not self.spec.balanced:
+            return x
+        return x * self.get_buffer("pre_quant_scale").to(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
+        x = self.balance(x)
         hadamard, outer = self._table[0].matrices(self.spec.rotation)
         y: Tensor = quant_linear(
             x,

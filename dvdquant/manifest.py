@@ -51,7 +51,8 @@ class Source(TypedDict):
 
 class LayerEntry(TypedDict):
     """One quantized layer. ``members`` are the checkpoint's layers merged into it, ``rotation_block`` the Hadamard
-    block (1 = none), errors are relative mean squares of the rotated weight, null for an all-zero weight."""
+    block (1 = none). The errors are relative mean squares, null for an all-zero weight: of the rotated weight, or of the
+    outputs on predicted inputs where the recipe looks at inputs (:func:`dvdquant.recipe.error_name`)."""
 
     name: str
     members: list[str]

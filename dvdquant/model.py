@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -44,6 +45,11 @@ class ModelPlan:
     kept: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     shapes: Mapping[str, tuple[int, ...]]
     kept_linears: tuple[str, ...]
+
+    @property
+    def all_weights(self) -> int:
+        """Parameters of the transformer."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def quantized_weights(self) -> int:
@@ -192,6 +198,7 @@ def _layer_spec(
         groups=features // group,
         floor=floor,
         real_zero=recipe.weight.zero_point == "real",
+        balanced=recipe.balance,
     )
 
 

@@ -17,11 +17,13 @@ from torch import Tensor
 from .bgr import QuantizedWeight, quantize_weight
 from .errors import CheckpointError
 from .fast_rows import for_row_parts, hadamard_rows, pack_rows, squared_errors
+from .feedback import output_energy, round_with_feedback
 from .hadamard import Rotation, rotate
 from .layers import LayerSpec
 from .manifest import FileEntry, LayerEntry
 from .model import ModelPlan
 from .packing import expand_zero, pack_int4
+from .predicted import LayerInputs, predict_inputs
 from .progress import Progress
 from .safetensors_io import StreamingWriter, TensorInfo
 from .transaction import ExportTransaction
@@ -36,6 +38,8 @@ SHARD_BYTES = 5 << 30
 CHUNK_WEIGHTS = 1 << 23
 # Kept tensors journaled together.
 BATCH_BYTES = 64 << 20
+# Rows of a chunk whose output error goes into the table.
+SAMPLED_ROWS = 512
 
 Planned = tuple[str, torch.dtype, tuple[int, ...]]
 
@@ -107,6 +111,8 @@ def quantize_checkpoint(
         ResourceError: the disk is full.
     """
     check_weights(checkpoint, plan)
+    todo = [spec for spec in plan.layers if not transaction.is_done(f"{component}:layer:{spec.name}")]
+    predicted = predict_inputs(checkpoint, plan, transaction, progress, component) if todo else None
     with _Files(plan, transaction, component) as files:
         layers, nonfinite = [], []
         total = plan.quantized_weights
@@ -115,7 +121,10 @@ def quantize_checkpoint(
                 step = f"{component}:layer:{spec.name}"
                 stage.update(0, spec.name)
                 if not files.finished(step, spec.tensors()):
-                    tensors, entry, bad = _quantize_layer(checkpoint, plan, spec, allow_nonfinite, torch.device(device))
+                    known = predicted.layer(spec) if predicted else None
+                    tensors, entry, bad = _quantize_layer(
+                        checkpoint, plan, spec, known, allow_nonfinite, torch.device(device)
+                    )
                     files.store(step, tensors, {"entry": entry, "nonfinite": bad})
                 data = transaction.data(step)
                 layers.append(data["entry"])
@@ -224,12 +233,17 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _quantize_layer(
-    checkpoint: Checkpoint, plan: ModelPlan, spec: LayerSpec, allow_nonfinite: bool, device: torch.device
+    checkpoint: Checkpoint,
+    plan: ModelPlan,
+    spec: LayerSpec,
+    known: LayerInputs | None,
+    allow_nonfinite: bool,
+    device: torch.device,
 ) -> tuple[dict[str, Tensor], LayerEntry, list[str]]:
     """The packed tensors of one (merged) layer, its line of the error table, and its non-finite tensors."""
     packed, scales, factors, zeros, biases = [], [], [], [], []
     bad: list[str] = []
-    sums = _ErrorSums()
+    sums = _ErrorSums(known)
     for member, rows, has_bias in zip(spec.members, spec.rows, spec.biases):
         weight = checkpoint.read(f"{member}.weight")
         bad += (found := _nonfinite(checkpoint, f"{member}.weight", weight, allow_nonfinite))
@@ -238,8 +252,12 @@ def _quantize_layer(
             part = weight[start : start + step].to(device, torch.float32, copy=True)
             if found:
                 part = _zeroed(part)
+            if known is not None:
+                part *= known.divisors.to(device)
             rotated = rotate_rows(part, spec.rotation)
             quantized = quantize_weight(rotated, plan.recipe.weight)
+            if known is not None:
+                quantized = round_with_feedback(rotated, quantized, known.moments, known.damping)
             sums.add(rotated, quantized, plan)
             packed.append(_packed(quantized.codes))
             scales.append(quantized.scale)
@@ -250,17 +268,30 @@ def _quantize_layer(
         biases.append(_zeroed(bias) if found else bias)
     parts = (packed, scales, factors, zeros, biases)
     tensors = dict(zip(spec.tensors(), (torch.cat(p).cpu() for p in parts)))
+    if spec.balanced:
+        assert known is not None
+        tensors[f"{spec.name}.pre_quant_scale"] = 1 / known.divisors
     return tensors, sums.entry(spec), bad
 
 
 class _ErrorSums:
-    """Squared errors of BGR and of min-max, summed over the chunks of a layer."""
+    """Squared errors of the layer and of min-max, summed over its chunks: of the weights, or of the outputs where something
+    is known of the inputs; then of some rows, as the sum over all takes as long as quantizing them."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: LayerInputs | None) -> None:
+        self.known = known
         self.energy = self.error = self.minmax = 0.0
 
     def add(self, weight: Tensor, quantized: QuantizedWeight, plan: ModelPlan) -> None:
-        baseline = quantize_weight(weight, replace(plan.recipe.weight, solver="minmax"))
+        minmax = replace(plan.recipe.weight, solver="minmax")
+        if self.known is not None:
+            rows = slice(None, None, max(1, len(weight) // SAMPLED_ROWS))
+            some, moments = weight[rows].contiguous(), self.known.moments
+            self.energy += output_energy(some, moments)
+            self.error += output_energy(some - quantized.dequantize()[rows], moments)
+            self.minmax += output_energy(some - quantize_weight(some, minmax).dequantize(), moments)
+            return
+        baseline = quantize_weight(weight, minmax)
         energy, error = _squared_errors(weight, quantized)
         self.energy += energy
         self.error += error
@@ -324,10 +355,10 @@ def _squared_errors(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, 
     return float(energy), float(error)
 
 
-def rotated_weight(checkpoint: Checkpoint, spec: LayerSpec) -> Tensor:
-    """The rotated weight [N, K] of a (merged) layer in fp32, for quantizers other than ours."""
-    parts = [
-        rotate_rows(checkpoint.read(f"{member}.weight").to(torch.float32, copy=True), spec.rotation)
-        for member in spec.members
-    ]
+def rotated_weight(checkpoint: Checkpoint, spec: LayerSpec, pre_quant_scale: Tensor | None = None) -> Tensor:
+    """The rotated weight [N, K] of a (merged) layer in fp32, for quantizers other than ours; balanced where the layer is."""
+    parts = []
+    for member in spec.members:
+        weight = checkpoint.read(f"{member}.weight").to(torch.float32, copy=True)
+        parts.append(rotate_rows(weight if pre_quant_scale is None else weight.div_(pre_quant_scale), spec.rotation))
     return torch.cat(parts)

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from .errors import RecipeError
 
-__all__ = ["RECIPES", "RECIPE_VERSION", "ActivationSpec", "Recipe", "WeightSpec", "get_recipe"]
+__all__ = ["RECIPES", "RECIPE_VERSION", "ActivationSpec", "Recipe", "WeightSpec", "error_name", "get_recipe"]
 
 RECIPE_VERSION = 1
 GROUP_SIZES = (0, 16, 32, 64, 128)
 ZERO_POINTS = ("paper", "midrise", "symmetric", "real")
 SOLVERS = ("search", "paper", "minmax")
+INPUTS = ("ignored", "synthetic")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Recipe:
         rotation: Hadamard block along the input channels. ``auto`` takes the largest power of four up to 256 that
             divides K (its entries are powers of two, exact in every dtype); ``full`` the whole row; ``none`` no
             rotation; an integer that block.
+        inputs: ``synthetic`` predicts the second moments of every layer's input without data, by one run of the model on
+            synthetic latents (:mod:`dvdquant.moments`), and rounds the codes with feedback (:mod:`dvdquant.feedback`);
+            ``ignored`` looks at the weights alone, as the paper does.
+        balance: multiply every input channel by a power of two, and its column of the weight by the inverse, so that
+            outlier channels do not take the activation grid for themselves. Needs ``inputs="synthetic"``.
         modulation: the linears that turn the timestep into shifts, scales and gates, where a family has a large one in
             every block: ``keep`` leaves them in 16 bit, ``a8`` packs their weights too and never gives them less than
             8-bit activations. They are a quarter of HunyuanVideo's weights, and every token sees their error.
@@ -70,6 +76,8 @@ class Recipe:
     activations: tuple[ActivationSpec, ...]
     weight: WeightSpec = field(default_factory=WeightSpec)
     rotation: str | int = "auto"
+    inputs: Literal["ignored", "synthetic"] = "ignored"
+    balance: bool = False
     modulation: Literal["keep", "a8"] = "keep"
     keep: tuple[str, ...] = ()
     force: tuple[str, ...] = ()
@@ -147,6 +155,10 @@ def _check(recipe: Recipe) -> None:
             "zero_point 'paper' is one integer per row and cannot be combined with weight groups",
             fix="use weight.group_size 0, or zero_point 'midrise'",
         )
+    _one_of("inputs", recipe.inputs, INPUTS)
+    _one_of("balance", recipe.balance, (False, True))
+    if recipe.balance and recipe.inputs != "synthetic":
+        raise RecipeError("a recipe that balances channels needs to know their inputs", fix="set inputs to 'synthetic'")
     _one_of("modulation", recipe.modulation, ("keep", "a8"))
     if not recipe.activations:
         raise RecipeError("a recipe needs at least one activation grid", fix="add activations of 4 or 8 bits")
@@ -172,16 +184,24 @@ def _one_of(field_name: str, value: object, allowed: tuple[object, ...]) -> None
 
 _A4, _A8 = ActivationSpec(4), ActivationSpec(8)
 
+
+def _refined(name: str, activations: tuple[ActivationSpec, ...], weight: WeightSpec = WeightSpec()) -> Recipe:
+    """With all that is known of the inputs without data."""
+    return Recipe(name, activations, weight, inputs="synthetic", balance=True)
+
+
 RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (
         # One scale per row and per token: runs on every integer tensor core, both graphs.
-        Recipe("w4a4", (_A4, _A8)),
+        _refined("w4a4", (_A4, _A8)),
         # 8-bit activations only; weight groups cost memory alone where the GEMM is 8-bit, and decide the error there.
-        Recipe("w4a8", (_A8,), WeightSpec(group_size=32, zero_point="real")),
+        _refined("w4a8", (_A8,), WeightSpec(group_size=32, zero_point="real")),
         # Scales per 128 channels on both sides for the 4-bit graph.
-        Recipe("w4a4-g128", (ActivationSpec(4, 128), _A8), WeightSpec(group_size=128)),
-        Recipe("w4a4-g64", (ActivationSpec(4, 64), _A8), WeightSpec(group_size=64)),
+        _refined("w4a4-g128", (ActivationSpec(4, 128), _A8), WeightSpec(group_size=128)),
+        _refined("w4a4-g64", (ActivationSpec(4, 64), _A8), WeightSpec(group_size=64)),
+        # The same without a look at the inputs: BGR on the rotated weights alone. Quantizes without running the model.
+        Recipe("weights-only", (_A4, _A8)),
         # Algorithm 1 as published: integer zero-points, bounded init and descent, whole-row rotation.
         Recipe("paper", (_A4, _A8), WeightSpec(zero_point="paper", solver="paper"), rotation="full"),
         # Round to nearest on the min-max range, unrotated: the baseline everything is measured against.
@@ -198,3 +218,8 @@ def get_recipe(name: str) -> Recipe:
         raise RecipeError(
             f"unknown recipe {name!r}", available=RECIPES, fix="pick one of these with --recipe"
         ) from None
+
+
+def error_name(recipe: Mapping[str, Any]) -> str:
+    """What ``relative_mse`` of a manifest's layers is an error of, under a recipe as ``to_json`` gives it."""
+    return "output error on predicted inputs" if recipe.get("inputs") == "synthetic" else "weight error"

@@ -13,6 +13,8 @@ import torch
 
 from dvdquant.errors import ResourceError
 from dvdquant.model import ModelPlan
+from dvdquant.moments import moments_bytes
+from dvdquant.predicted import ITEM_TOKENS, noise_levels
 from dvdquant.quantize import CHUNK_WEIGHTS
 
 from .builders.report import BUILD_MEMORY_FACTOR, INT8_MEMORY_FACTOR
@@ -24,7 +26,8 @@ __all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "memory_limit",
 # Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B; see benchmarks/README.md.
 IMPORT_BYTES = 650 << 20
 TRACE_BYTES_PER_LAYER = 1000 << 10
-QUANTIZE_WEIGHTS_PER_SECOND = 60e6
+QUANTIZE_WEIGHTS_PER_SECOND, FEEDBACK_WEIGHTS_PER_SECOND = 60e6, 60e6
+INPUTS_FLOPS_PER_SECOND, INPUTS_BYTES, READ_BYTES_PER_SECOND = 120e9, 400 << 20, 300e6
 TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 2.0, 0.075
 BUILDER_BYTES, BUILDER_BYTES_PER_LAYER = 450 << 20, 2600 << 10
 ENGINE_BYTES = 11 << 20  # what an engine holds besides its weights
@@ -110,20 +113,28 @@ def estimate_export(
         BUILDER_BYTES + len(p.layers) * BUILDER_BYTES_PER_LAYER + int(size * _memory_factor(e)) for p, e, size in pairs
     ]
     cores = min(os.cpu_count() or 1, torch.get_num_threads())
+    looking = [p for p in plans if p.recipe.inputs == "synthetic"]
+    flops = sum(2.0 * p.all_weights * noise_levels(p) * ITEM_TOKENS for p in looking)
+    rate = 1 / QUANTIZE_WEIGHTS_PER_SECOND + (1 / FEEDBACK_WEIGHTS_PER_SECOND if looking else 0.0)
     seconds = {
-        "quantize": source_bytes / DISK_BYTES_PER_SECOND + weights / (QUANTIZE_WEIGHTS_PER_SECOND * cores / 2),
+        "inputs": (source_bytes / READ_BYTES_PER_SECOND + flops / INPUTS_FLOPS_PER_SECOND * 2 / cores)
+        if looking
+        else 0.0,
+        "quantize": source_bytes / DISK_BYTES_PER_SECOND + weights * rate * 2 / cores,
         "trace": TRACE_SECONDS * len(plans) + TRACE_SECONDS_PER_LAYER * layers,
         "engines": sum(
             BUILD_SECONDS + BUILD_SECONDS_PER_LAYER * len(p.layers) + size / BUILD_BYTES_PER_SECOND
             for p, _, size in pairs
         ),
     }
+    moments = max((moments_bytes(p) for p in looking), default=0)
+    running = moments + INPUTS_BYTES + 4 * largest if looking else 0
     return Estimate(
         source_bytes=source_bytes,
         weight_file_bytes=sum(packed_bytes(p) for p in plans),
         engine_bytes=sum(ENGINE_BYTES + size for _, _, size in pairs),
-        scratch_bytes=scratch,
-        resident_bytes=waiting + largest + 14 * CHUNK_WEIGHTS,
+        scratch_bytes=scratch + moments,
+        resident_bytes=waiting + max(running, largest + 14 * CHUNK_WEIGHTS),
         builder_bytes=max(builders, default=0),
         waiting_bytes=waiting,
         seconds=seconds,

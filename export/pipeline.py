@@ -21,6 +21,7 @@ from dvdquant.manifest import EngineEntry, FileEntry, GraphEntry, LayerEntry, Ma
 from dvdquant.model import ModelPlan, plan_model
 from dvdquant.progress import Progress
 from dvdquant.quantize import PackedWeights, check_weights, quantize_checkpoint, rotated_weight
+from dvdquant.safetensors_io import read_tensor
 from dvdquant.transaction import ExportTransaction, require_disk
 
 from .builders import load_backend
@@ -267,7 +268,10 @@ class _Run:
         specs = {spec.name: spec for spec in model_plan.layers}
 
         def source(layer: str) -> Tensor:
-            return rotated_weight(checkpoint, specs[layer])
+            if not specs[layer].balanced:
+                return rotated_weight(checkpoint, specs[layer])
+            relative, info = self._tensors(component)[f"{layer}.pre_quant_scale"]
+            return rotated_weight(checkpoint, specs[layer], read_tensor(self.transaction.tree / relative, info))
 
         hashes = {name: entry["sha256"] for name, entry in self.known.items()}
         return EngineStage(

@@ -72,7 +72,7 @@ class Reference:
         return Free(same_dtype, exact, flips / max(1, sum(c.numel() for c in codes)))
 
     def led(self, inputs: Mapping[str, Tensor], ys: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """What the layers receive, by name, and the output as ``sample``, where every quantized layer says ``ys``:
+        """What the layers' ops receive, by name, and the output as ``sample``, where every quantized layer says ``ys``:
         first in the model's dtype, then in float64. Nothing is rounded to codes on the way, so nothing is chaotic."""
         self._exact = self._exact or as_float64(self.model)
         rounded = {name: y.to(self.plan.dtype) for name, y in ys.items()}
@@ -88,7 +88,8 @@ class Reference:
         seen: dict[str, Tensor] = {}
 
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[_name(module)] = _strided(args[0], step).clone()
+            assert isinstance(module, QuantLinear)
+            seen[_name(module)] = module.balance(_strided(args[0], step)).clone()
 
         self._run(self.model, inputs, record)
         return seen
@@ -100,7 +101,7 @@ class Reference:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert isinstance(module, QuantLinear)
             tokens = args[0].shape[-2] if args[0].dim() > 1 else 1
-            x = _strided(args[0], -(-tokens // RECORDED_TOKENS))
+            x = module.balance(_strided(args[0], -(-tokens // RECORDED_TOKENS)))
             compute = torch.float64 if x.dtype == torch.float64 else torch.float32
             hadamard, outer = (m.to(compute) for m in module._table[0].matrices(module.spec.rotation))
             rotated = rotate_by_matrices(x.to(compute), hadamard, outer)
@@ -129,7 +130,7 @@ def _replaced(model: nn.Module, ys: Mapping[str, Tensor], seen: dict[str, Tensor
 
     def forward(name: str) -> Callable[[Tensor], Tensor]:
         def give(x: Tensor) -> Tensor:
-            seen[name] = x
+            seen[name] = layers[name].balance(x)
             return ys[name].to(x.dtype)
 
         return give

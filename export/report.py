@@ -19,6 +19,7 @@ from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.files import FileEntry, hash_file
 from dvdquant.manifest import MANIFEST, LayerEntry, Manifest
 from dvdquant.progress import Progress
+from dvdquant.recipe import error_name
 from dvdquant.safetensors_io import read_header
 
 from .report_charts import error_chart, line_chart, schedule_chart
@@ -254,7 +255,7 @@ def _context(report: Report) -> dict[str, Any]:
         "sizes": size_words(manifest.shapes),
         "facts": facts,
         "bars": _bars(report, manifest, facts),
-        "error_chart": error_chart(manifest.layers),
+        "error_chart": error_chart(manifest.layers, error_name(manifest.recipe)),
         "worst": _worst(manifest.layers),
         "unmeasured": sum(e["relative_mse"] is None for e in manifest.layers),
         "kept": kept_groups(manifest),
@@ -305,6 +306,7 @@ def _facts(report: Report) -> dict[str, Any]:
     packed = sum(size for name, size in _sizes(manifest) if name.startswith("onnx/") and not name.endswith(".onnx"))
     total = sum(size for _, size in _sizes(manifest))
     return {
+        "error_name": error_name(manifest.recipe),
         "error": ours,
         "minmax": theirs,
         "less": 100 * (1 - ours / theirs) if ours is not None and theirs else None,

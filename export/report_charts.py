@@ -89,7 +89,7 @@ def _decades(smallest: float, largest: float) -> list[float]:
 # ------------------------------------------------------------------------------------------------------- weight errors
 
 
-def error_chart(layers: Sequence[LayerEntry]) -> str:
+def error_chart(layers: Sequence[LayerEntry], name: str = "weight error") -> str:
     """Relative mean square error of every layer in model order: a ring for min-max, a dot for what was exported, both on
     one line. Bands are the blocks. Empty text when no error is known."""
     known = [e for e in layers if e["relative_mse"] is not None]
@@ -104,7 +104,7 @@ def error_chart(layers: Sequence[LayerEntry]) -> str:
     legend = _legend(right, (("minmax", "min-max"), ("ours", "exported")))
     bands = _bands(known, left, step, top, bottom)
     parts = (*bands, *axis.grid(left, right), label(caption, left - 54, 16), legend, *marks)
-    return svg(WIDTH, bottom + 42, "Weight error of every layer, min-max against the exported weights", *parts)
+    return svg(WIDTH, bottom + 42, f"{name.capitalize()} of every layer, min-max against the exported weights", *parts)
 
 
 def _layer_mark(entry: LayerEntry, x: float, step: float, axis: _Axis) -> str:

@@ -200,6 +200,7 @@ def test_rotation_and_groups_follow_the_recipe(name: str, recipe: str) -> None:
             "weight_factor": (n, spec.groups),
             "weight_zero": (n, spec.groups) if made.recipe.weight.zero_point == "real" else (n,),
             "bias": (n,),
+            **({"pre_quant_scale": (k,)} if made.recipe.balance else {}),
         }
 
 

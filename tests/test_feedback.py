@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dvdquant import feedback
 from dvdquant.bgr import QuantizedWeight, quantize_weight
 from dvdquant.errors import ShapeError
-from dvdquant.feedback import output_error, round_with_feedback
+from dvdquant.feedback import output_energy, round_with_feedback
+from dvdquant.packing import expand_zero
 from dvdquant.recipe import WeightSpec
 
 
@@ -53,7 +55,7 @@ def test_identity_moments_round_to_nearest() -> None:
 
 @pytest.mark.parametrize("features", [8, 64, 96, 160])
 def test_equals_the_textbook_recursion(features: int) -> None:
-    """Across the boundary of what is brought up to date at once (64 columns)."""
+    """Across the boundary of what is brought up to date at once (32 columns)."""
     w, moments = weight(12, features, 1), correlated(features, 2, rank=max(2, features // 4))
     grid = quantize_weight(w, WeightSpec())
     codes = round_with_feedback(w, grid, moments, damping=0.05).codes
@@ -61,9 +63,19 @@ def test_equals_the_textbook_recursion(features: int) -> None:
     assert torch.equal(codes, textbook(w, grid, moments, 0.05))
 
 
+@pytest.mark.parametrize("spec", [WeightSpec(), WeightSpec(group_size=16, zero_point="real")])
+def test_the_form_for_a_gpu_gives_the_same_codes(spec: WeightSpec) -> None:
+    w, moments = weight(9, 160, 12), correlated(160, 13, rank=20)
+    grid = quantize_weight(w, spec)
+    step = (grid.scale[:, None] * (grid.factor.float() / 255)).double()
+    zero = expand_zero(grid.zero).double().expand(step.shape).contiguous()
+    arguments = (w, step, zero, 160 // step.shape[1], 0, feedback._passed_on(moments, 0.05))
+    assert torch.equal(feedback._on_device(*arguments), feedback._compiled(*arguments))
+
+
 def test_lies_between_nearest_rounding_and_the_optimum() -> None:
-    w, moments = weight(6, 4, 3), correlated(4, 4, rank=2)
-    grid = quantize_weight(w, WeightSpec())
+    w, moments = weight(48, 4, 3), correlated(4, 4, rank=2)
+    grid = quantize_weight(w, WeightSpec(solver="minmax"))
     found = round_with_feedback(w, grid, moments, damping=0.01)
     every = torch.tensor(list(itertools.product(range(-8, 8), repeat=4)), dtype=torch.float64)
 
@@ -80,12 +92,14 @@ def test_lies_between_nearest_rounding_and_the_optimum() -> None:
     assert total["best"] <= total["feedback"] < total["nearest"]
 
 
-@pytest.mark.parametrize("spec", [WeightSpec(), WeightSpec(group_size=32), WeightSpec(group_size=32, zero_point="real")])
+@pytest.mark.parametrize(
+    "spec", [WeightSpec(), WeightSpec(group_size=32), WeightSpec(group_size=32, zero_point="real")]
+)
 def test_lowers_the_error_of_the_outputs_on_every_grid(spec: WeightSpec) -> None:
     w, moments = weight(32, 128, 5), correlated(128, 6, rank=16)
     grid = quantize_weight(w, spec)
     found = round_with_feedback(w, grid, moments)
-    before, after = (output_error(w, q.dequantize(torch.float64), moments) for q in (grid, found))
+    before, after = (output_energy(w.double() - q.dequantize(torch.float64), moments) for q in (grid, found))
     # With the inputs in 16 of 128 directions most of the error can be moved out of the way.
     assert after < 0.6 * before
     assert torch.equal(found.factor, grid.factor)
@@ -97,7 +111,7 @@ def test_blocks_equal_the_whole_where_nothing_lies_between_them() -> None:
     w, blocks = weight(8, 96, 7), torch.stack([correlated(32, seed, rank=8) for seed in (8, 9, 10)])
     grid = quantize_weight(w, WeightSpec())
     # One damping for all blocks, as the whole row has.
-    level = blocks.diagonal(dim1=1, dim2=2).mean((1, 2))
+    level = blocks.diagonal(dim1=1, dim2=2).mean(1)
     blocks = blocks / level[:, None, None]
     whole = torch.block_diag(*blocks)
     assert torch.equal(round_with_feedback(w, grid, blocks).codes, round_with_feedback(w, grid, whole).codes)

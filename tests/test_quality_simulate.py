@@ -164,7 +164,7 @@ def test_predicted_inputs_resemble_the_real_ones(bench: Any) -> None:
     grid = quantize_weight(layer.weight, RECIPES["w4a4"].weight)
     guessed = predict.predicted_inputs(bench)["blocks.3.ffn.net.0.proj"]
     found = feedback.round_with_feedback(layer.weight, grid, guessed.T @ guessed)
-    before, after = (feedback.output_error(layer.weight, q.dequantize(), x.T @ x) for q in (grid, found))
+    before, after = (feedback.output_energy(layer.weight - q.dequantize(), x.T @ x) for q in (grid, found))
     assert after < before
 
 
@@ -188,8 +188,7 @@ def test_a_whole_small_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     again = [line for line in results.read_text().splitlines() if '"RTN"' in line and '"clip"' in line]
     strip = [{k: v for k, v in json.loads(line).items() if k != "job_seconds"} for line in again]
     assert strip == [{k: v for k, v in json.loads(line).items() if k != "job_seconds"} for line in before]
-    read = subprocess.run(
-        [sys.executable, "-c", f"import report; print(len(report.read_results(__import__('pathlib').Path({str(results)!r})).clips))"],
-        check=True, cwd=FOLDER, capture_output=True, text=True,
-    )  # fmt: skip
+    code = "import pathlib, report, sys; print(len(report.read_results(pathlib.Path(sys.argv[1])).clips))"
+    reading = [sys.executable, "-c", code, str(results)]
+    read = subprocess.run(reading, check=True, cwd=FOLDER, capture_output=True, text=True)
     assert read.stdout.strip() == "3"

@@ -20,10 +20,13 @@ from dvdquant.errors import CheckpointError
 from dvdquant.export.graphs import GraphWriter
 from dvdquant.export.onnx import trace_graph
 from dvdquant.export.verify import load_quantized, verify_graph
+from dvdquant.feedback import round_with_feedback
 from dvdquant.hadamard import rotate
 from dvdquant.model import ModelPlan, plan_model
+from dvdquant.moments import synthetic_moments
 from dvdquant.ops.quant_linear import dequantize_weight
 from dvdquant.packing import unpack_int4
+from dvdquant.predicted import LayerInputs, layer_inputs, noise_levels
 from dvdquant.progress import Progress
 from dvdquant.quantize import PackedWeights, plan_shards, quantize_checkpoint, rotate_rows
 from dvdquant.recipe import RECIPES, get_recipe
@@ -62,21 +65,34 @@ def digests(folder: Path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------ content
 
 
+def known_inputs(model: Path, made: ModelPlan) -> dict[str, LayerInputs]:
+    """What quantizing may use of each layer's inputs, predicted once more; empty for recipes that ignore them."""
+    if made.recipe.inputs == "ignored":
+        return {}
+    found = synthetic_moments(open_checkpoint(model), made, Progress(), levels=noise_levels(made))
+    return {spec.name: layer_inputs(found[spec.name], spec) for spec in made.layers}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_files_hold_what_the_quantizer_makes_of_each_layer(recipe: str, model: Path, tmp_path: Path) -> None:
     """Every stored tensor, recomputed member by member without chunks, merging or files."""
     made = plan(recipe)
     packed = quantize(model, tmp_path, made)
+    known = known_inputs(model, made)
     stored = load_file(tmp_path / "tree/onnx/transformer.safetensors")
     source = load_file(model / SINGLE)
     for spec in made.layers:
         row = 0
         for member, rows in zip(spec.members, spec.rows):
             weight = source[f"{member}.weight"]
-            rotated = rotate_rows(weight.to(torch.float32, copy=True), spec.rotation)
-            exact = rotate(weight.double(), spec.rotation)
+            divisors = known[spec.name].divisors if known else torch.ones(spec.features)
+            rotated = rotate_rows(weight.float() * divisors, spec.rotation)
+            exact = rotate(weight.double() * divisors, spec.rotation)
             assert float((rotated - exact).abs().max()) <= 1e-6 * float(exact.abs().max())
             want = quantize_weight(rotated, made.recipe.weight)
+            if known:
+                want = round_with_feedback(rotated, want, known[spec.name].moments, known[spec.name].damping)
+                assert torch.equal(stored[f"{spec.name}.pre_quant_scale"], 1 / divisors)
             part = slice(row, row + rows)
             assert torch.equal(unpack_int4(stored[f"{spec.name}.weight"][part]), want.codes)
             assert torch.equal(stored[f"{spec.name}.weight_scale"][part], want.scale)
@@ -95,20 +111,26 @@ def test_files_hold_what_the_quantizer_makes_of_each_layer(recipe: str, model: P
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_error_table(recipe: str, model: Path, tmp_path: Path) -> None:
-    """Recomputed in float64 from the stored codes; never worse than min-max, and better where a search is asked for."""
+    """Recomputed in float64 from the stored codes; never worse than min-max, and better where a search is asked for.
+
+    Of the weights, or of the outputs where the recipe looks at inputs."""
     made = plan(recipe)
     packed = quantize(model, tmp_path, made)
+    known = known_inputs(model, made)
     source = load_file(model / SINGLE)
     root = tmp_path / "tree"
     for spec, entry in zip(made.layers, packed.layers, strict=True):
-        weight = torch.cat([rotate(source[f"{m}.weight"].double(), spec.rotation) for m in spec.members])
+        divisors = known[spec.name].divisors if known else torch.ones(spec.features)
+        weight = torch.cat([rotate(source[f"{m}.weight"].double() * divisors, spec.rotation) for m in spec.members])
         parts = [read_tensor(root / packed.tensors[n][0], packed.tensors[n][1]) for n in list(spec.tensors())[:4]]
-        error = (dequantize_weight(*parts, dtype=torch.float64) - weight).square().sum() / weight.square().sum()
+        wrong = dequantize_weight(*parts, dtype=torch.float64) - weight
+        moments = torch.block_diag(*known[spec.name].moments.double()) if known else torch.eye(spec.features).double()
+        error = ((wrong @ moments) * wrong).sum() / ((weight @ moments) * weight).sum()
         ours, theirs = entry["relative_mse"], entry["relative_mse_minmax"]
         assert ours is not None
         assert theirs is not None
-        # The table is summed in fp32 over a row, which keeps four digits.
-        assert ours == pytest.approx(float(error), rel=1e-4)
+        # The table is summed in fp32 over a row, which keeps four digits; with moments, over a product as well.
+        assert ours == pytest.approx(float(error), rel=1e-3 if known else 1e-4)
         if made.recipe.weight.solver == "minmax":
             assert ours == theirs
         else:

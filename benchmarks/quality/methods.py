@@ -7,7 +7,7 @@ A method gets a :class:`~simulate.Layer` and the bits of the activations, and re
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from dvdquant.arq import fake_quantize_activation
 from dvdquant.bgr import quantize_weight
+from dvdquant.feedback import round_with_feedback
 from dvdquant.hadamard import Rotation, rotate
+from dvdquant.predicted import layer_inputs
 from dvdquant.recipe import RECIPES, Recipe, WeightSpec
 
 __all__ = ["METHODS", "Method", "activation_grid", "from_recipe", "grid_method"]
@@ -92,7 +94,15 @@ def from_recipe(recipe: Recipe) -> LayerMethod:
 
     def method(layer: Layer, bits: int) -> Simulated:
         group = next((a.group_size for a in recipe.activations if a.bits == bits), recipe.activations[0].group_size)
-        return grid_method(layer, bits, weight=recipe.weight, rotation=recipe.rotation, act_group=group)
+        if recipe.inputs == "ignored":
+            return grid_method(layer, bits, weight=recipe.weight, rotation=recipe.rotation, act_group=group)
+        assert layer.moments is not None
+        chosen = Rotation.for_features(layer.spec.features, recipe.rotation)
+        known = layer_inputs(layer.moments, replace(layer.spec, rotation=chosen, balanced=recipe.balance))
+        w = rotate(layer.weight * known.divisors, chosen)
+        stored = round_with_feedback(w, quantize_weight(w, recipe.weight), known.moments, known.damping)
+        divide = known.divisors if recipe.balance else None
+        return Simulated(stored.dequantize(), activation_grid(bits, group), divide, None if chosen.identity else chosen)
 
     return method
 
@@ -107,6 +117,7 @@ METHODS: dict[str, Method] = {
         Method("QuaRot-style", partial(grid_method, weight=_RTN, rotation="full")),
         Method("ViDiT-Q-style", partial(grid_method, weight=_RTN, rotation="full", balance=0.5)),
         Method("DVD-Quant as published", from_recipe(RECIPES["paper"]), switched=True),
+        Method("dvdquant weights-only", from_recipe(RECIPES["weights-only"]), switched=True, last_high=2),
         Method("dvdquant w4a4", from_recipe(RECIPES["w4a4"]), switched=True, last_high=2),
         Method("dvdquant w4a4-g64", from_recipe(RECIPES["w4a4-g64"]), switched=True, last_high=2),
         Method("dvdquant w4a8", from_recipe(RECIPES["w4a8"]), (8,)),

@@ -170,9 +170,10 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("out/quality"), help="results and what they were made from")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=["plain", "outliers"], default=["plain", "outliers"])
-    parser.add_argument("--only", nargs="+", default=[], help="methods whose 'name width' contains one of these; studies of these names")
+    parser.add_argument("--only", nargs="+", default=[], help="methods by part of 'name width', studies by name")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--chunks", type=int, help=f"only so many chunks of {CHUNK} clips, of the same clips")
     parser.add_argument("--steps", type=int, help="denoising steps; those the model was trained for if not given")
     parser.add_argument("--delta-chunks", type=int, default=1, help=f"chunks of {CHUNK} clips for the δ part")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -201,7 +202,7 @@ def main() -> int:
     bench = Bench.open(options.model)
     steps = options.steps or bench.steps
     every = plan(bench, options.prompts, options.seeds)
-    chunks = [every[i : i + CHUNK] for i in range(0, len(every), CHUNK)]
+    chunks = [every[i : i + CHUNK] for i in range(0, len(every), CHUNK)][: options.chunks]
     results, started = options.work / "results.jsonl", time.time()
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.processes, start_worker, (folders, options.work, steps)) as pool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dvdquant.hadamard import Rotation
 from dvdquant.layers import LayerSpec
 from dvdquant.model import plan_model
+from dvdquant.moments import InputMoments
 from dvdquant.recipe import RECIPES
 
 __all__ = ["Layer", "Simulated", "install", "layers_of", "set_product_dtype"]
@@ -32,6 +33,7 @@ class Layer:
         inputs: fp32 [T, K], inputs this layer had while clips of other prompts and seeds were generated. For the methods
             that calibrate; DVD-Quant does not read it.
         predicted: the same, predicted without data (``predict.py``), by the name of the prediction.
+        moments: what the export predicts of the inputs.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Layer:
     bias: Tensor | None
     inputs: Tensor
     predicted: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: InputMoments | None = None
 
 
 @dataclass
@@ -62,8 +65,9 @@ class Simulated:
     whole: Callable[[Tensor], Tensor] | None = None
 
 
-# The operands are codes times scales, and a rotated input may be rounded to bf16 where the model around it is in bf16; bf16 adds 2⁻⁹ to each, an order of magnitude below what W4A8 changes, and is what
-# the unquantized layers of the deployed model compute in.
+# The operands are codes times scales. bf16 adds 2⁻⁹ to each, an order of magnitude below what W4A8 changes, and it is what
+# the unquantized layers of the deployed model compute in. A rotated input is rounded to bf16 too where the model around it
+# computes in bf16.
 _PRODUCT_DTYPE = [torch.bfloat16]
 
 
@@ -128,14 +132,17 @@ class _Member(nn.Module):
 
 
 def layers_of(
-    model: nn.Module, inputs: Mapping[str, Tensor] | None = None, predicted: Mapping[str, Mapping[str, Tensor]] | None = None
+    model: nn.Module,
+    inputs: Mapping[str, Tensor] | None = None,
+    predicted: Mapping[str, Mapping[str, Tensor]] | None = None,
+    moments: Mapping[str, InputMoments] | None = None,
 ) -> list[Layer]:
     """The layers every method quantizes: those the export would, of a float model.
 
     Args:
         model: the diffusers transformer in fp32.
         inputs: calibration inputs [T, K] by the name of a layer's first member; zeros [0, K] where there are none.
-        predicted: such inputs by the name of a prediction.
+        predicted: such inputs by the name of a prediction. moments: by the name of the layer.
     """
     plan = plan_model(dict(model.config), RECIPES["rtn"], torch.float32)  # type: ignore[call-overload]
     found = []
@@ -147,7 +154,7 @@ def layers_of(
         first, none = spec.members[0], weight.new_zeros(0, spec.features)
         seen = (inputs or {}).get(first, none)
         guessed = {name: values.get(first, none) for name, values in (predicted or {}).items()}
-        found.append(Layer(spec.name, spec, weight, bias, seen, guessed))
+        found.append(Layer(spec.name, spec, weight, bias, seen, guessed, (moments or {}).get(spec.name)))
     return found
 
 

@@ -7,14 +7,14 @@ from functools import partial
 from typing import Literal
 
 import torch
-from methods import LayerMethod, activation_grid, grid_method
+from methods import LayerMethod, activation_grid, from_recipe, grid_method
 from simulate import Layer, Simulated
 from torch import Tensor
 
 from dvdquant.bgr import quantize_weight
 from dvdquant.feedback import round_with_feedback
 from dvdquant.hadamard import Rotation, rotate
-from dvdquant.recipe import WeightSpec
+from dvdquant.recipe import RECIPES, WeightSpec
 
 __all__ = ["STUDIES"]
 
@@ -139,56 +139,36 @@ STUDIES: dict[str, dict[str, Callable[[Layer, int], Simulated]]] = {
         },
     },
     "improvements": {
-        "w4a4 (base)": _grid(weight=SEARCH, rotation="auto"),
+        "BGR and rotation (recipe weights-only)": from_recipe(RECIPES["weights-only"]),
         "full rotation": _grid(weight=SEARCH, rotation="full"),
         "activations clipped at 0.9": partial(clipped, keep=0.9),
         "activations clipped at 0.8": partial(clipped, keep=0.8),
         "activations on 16 levels": sixteen_levels,
-        **{
-            f"feedback, {source}{note}": partial(with_moments, source=source, **fields)
-            for source in ("modulation", "noise run", "data")
-            for note, fields in (
-                ("", {}),
-                (", blocks of 256", {"block": 256}),
-                (", damping 0.2", {"damping": 0.2}),
-                (", damping 0.01", {"damping": 0.01}),
-            )
-        },
+        "feedback": partial(with_moments, source="smooth run"),
+        "balance": partial(with_moments, source="smooth run", feedback=False, balance=True),
+        "balance to the nearest power of two": partial(
+            with_moments, source="smooth run", feedback=False, balance=True, rounding="round"
+        ),
+        "feedback and balance (recipe w4a4)": from_recipe(RECIPES["w4a4"]),
+        "the same, unrotated": partial(with_moments, source="smooth run", balance=True, rotation="none"),
+        "the same, whole rows": partial(with_moments, source="smooth run", balance=True),
+        "the same, moments of the modulation alone": partial(
+            with_moments, source="modulation", balance=True, block=256
+        ),
+        "the same, moments of pure noise": partial(with_moments, source="noise run", balance=True, block=256),
+        "the same, moments of the model's own clips of random words": partial(
+            with_moments, source="own run", balance=True, block=256
+        ),
+        "the same, measured moments (needs data)": partial(with_moments, source="data", balance=True, block=256),
         "groups of 64 on both sides": _grid(weight=_groups(64), rotation="auto", act_group=64),
-        "groups of 64 on both sides, feedback": partial(
-            with_moments, source="noise run", weight=_groups(64), act_group=64
+        "groups of 64, feedback and balance (recipe w4a4-g64)": from_recipe(RECIPES["w4a4-g64"]),
+        "the same with real zero-points": partial(
+            with_moments, source="smooth run", balance=True, block=256, weight=_groups(64, "real"), act_group=64
         ),
-        "w4a8 recipe": _grid(weight=_groups(32, "real"), rotation="auto"),
-        "w4a8 recipe, feedback": partial(with_moments, source="noise run", weight=_groups(32, "real")),
-        "balance, noise run": partial(with_moments, source="noise run", feedback=False, balance=True),
-        "balance + feedback, noise run": partial(with_moments, source="noise run", balance=True),
-        "balance + feedback, noise run, any divisor": partial(
-            with_moments, source="noise run", balance=True, rounding="none"
-        ),
-        "balance + feedback, noise run, blocks of 256": partial(with_moments, source="noise run", balance=True, block=256),
-        "balance + feedback, noise run, unrotated": partial(
-            with_moments, source="noise run", balance=True, rotation="none"
-        ),
-        "trunc noise run": partial(with_moments, source="noise run", balance=True),
-        "trunc smooth run": partial(with_moments, source="smooth run", balance=True),
-        "trunc own run": partial(with_moments, source="own run", balance=True),
-        "trunc own run, 0.01": partial(with_moments, source="own run", balance=True, damping=0.01),
-        "trunc smooth run, 0.01": partial(with_moments, source="smooth run", balance=True, damping=0.01),
-        "g64 real trunc own run": partial(with_moments, source="own run", balance=True, weight=_groups(64, "real"), act_group=64),
-        "trunc data": partial(with_moments, source="data", balance=True),
-        "balance + feedback, modulation": partial(with_moments, source="modulation", balance=True),
-        "balance + feedback, data": partial(with_moments, source="data", balance=True),
-        "groups of 64, balance + feedback": partial(
-            with_moments, source="noise run", balance=True, weight=_groups(64), act_group=64
-        ),
-        "groups of 64 real, balance + feedback": partial(
-            with_moments, source="noise run", balance=True, weight=_groups(64, "real"), act_group=64
-        ),
-        "w4a8 recipe, balance + feedback": partial(
-            with_moments, source="noise run", balance=True, weight=_groups(32, "real")
-        ),
-        "w4a8 recipe of 16, balance + feedback": partial(
-            with_moments, source="noise run", balance=True, weight=_groups(16, "real")
+        "groups of 32, real zero-points": _grid(weight=_groups(32, "real"), rotation="auto"),
+        "groups of 32, feedback and balance (recipe w4a8)": from_recipe(RECIPES["w4a8"]),
+        "groups of 16, feedback and balance": partial(
+            with_moments, source="smooth run", balance=True, block=256, weight=_groups(16, "real")
         ),
     },
 }

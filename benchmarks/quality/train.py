@@ -1,6 +1,6 @@
 """Trains tiny-wan further on moving shapes drawn by ``shapes.py``: rectified flow, v = ε − x₀.
 
-    python benchmarks/quality/train.py examples/tiny-wan out/tiny-wan-2 --steps 4000
+    python benchmarks/quality/train.py examples/tiny-wan out/tiny-wan-2
 
 Reads the model and the words' embeddings from SOURCE and writes a folder of the same form. Runs on a GPU where there is
 one. The learning rate falls along a cosine; a checkpoint is written every ``--save`` steps, and ``--resume`` goes on from
@@ -61,11 +61,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--drop", type=float, default=0.1, help="share of prompts replaced by the empty word")
-    parser.add_argument("--shift", type=float, default=5.0, help="of the noise levels; motion is decided at high ones")
+    parser.add_argument("--shift", type=float, default=4.0, help="of the noise levels; motion is decided at high ones")
     parser.add_argument("--forcing", type=float, default=0.5, help="share of batches with one frame shown")
     parser.add_argument("--save", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

@@ -18,11 +18,16 @@ from simulate import Layer, install, layers_of
 from studies import STUDIES
 from torch import Tensor, nn
 
+from dvdquant.checkpoint import open_checkpoint
 from dvdquant.deploy.controller import StepController
 from dvdquant.deploy.planner import psnr
 from dvdquant.deploy.prompt_table import frames_from_latents
 from dvdquant.deploy.step_cache import StepCachePolicy
 from dvdquant.gbs import delta_for_average_bits, relative_change
+from dvdquant.model import plan_model
+from dvdquant.moments import InputMoments, synthetic_moments
+from dvdquant.progress import Progress
+from dvdquant.recipe import RECIPES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "switching"))
 from metrics import ssim
@@ -112,8 +117,14 @@ class Worker:
             predicted = {"modulation": predicted_inputs(bench)}
             for title, latents in (("noise run", "noise"), ("smooth run", "smooth"), ("own run", "own")):
                 predicted[title] = noise_run(bench, latents)
-            self.layers[model] = layers_of(bench.model, held["inputs"], predicted)
+            self.layers[model] = layers_of(bench.model, held["inputs"], predicted, self._moments(model))
         return self.layers[model]
+
+    def _moments(self, model: str) -> dict[str, InputMoments]:
+        """What an export of this model predicts of its layers' inputs."""
+        checkpoint = open_checkpoint(self.folders[model])
+        planned = plan_model(checkpoint.config, RECIPES["w4a4"], torch.float32)
+        return synthetic_moments(checkpoint, planned, Progress("quiet"))
 
     def simulated(self, model: str, method: Method, bits: int) -> nn.Module:
         """The model under a method; the two last used are kept."""

@@ -230,6 +230,8 @@ def _result_json(result: ExportResult, seconds: float) -> dict[str, Any]:
 
 
 def _result_text(plan: ExportPlan, result: ExportResult, seconds: float) -> str:
+    from dvdquant.recipe import error_name
+
     manifest = result.manifest
     lines = []
     if result.up_to_date:
@@ -243,7 +245,7 @@ def _result_text(plan: ExportPlan, result: ExportResult, seconds: float) -> str:
     if manifest.engines:
         words = [(_target(e["backend"], e["sm"], e["act_bits"]), e["executes"]) for e in manifest.engines]
         lines += ["what executes", paragraphs(words), ""]
-    lines += [_error_line(manifest.layers)]
+    lines += [_error_line(manifest.layers, error_name(manifest.recipe))]
     for check in result.checks:
         lines += check.lines()
     if plan.options.report:
@@ -256,12 +258,12 @@ def _result_text(plan: ExportPlan, result: ExportResult, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _error_line(layers: Any) -> str:
+def _error_line(layers: Any, name: str) -> str:
     known = [(e["relative_mse"], e["relative_mse_minmax"]) for e in layers if e["relative_mse"] is not None]
     if not known:
-        return "weight error: none measured"
+        return f"{name}: none measured"
     ours, theirs = (sum(column) / len(known) for column in zip(*known))
-    return f"weight error (mean relative MSE over {len(known)} layers): {ours:.5f}, min-max {theirs:.5f}"
+    return f"{name} (mean relative MSE over {len(known)} layers): {ours:.5f}, min-max {theirs:.5f}"
 
 
 if __name__ == "__main__":

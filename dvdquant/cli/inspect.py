@@ -134,6 +134,8 @@ def _check_files(out: Path, manifest: Manifest) -> None:
 
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
+    from dvdquant.recipe import error_name
+
     recipe = manifest.recipe
     weight = recipe["weight"]
     sizes = {name: entry["bytes"] for name, entry in manifest.files.items()}
@@ -143,7 +145,8 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         f"exported {manifest.created} by dvdquant {manifest.dvdquant_version}; "
         + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
-        f"zero-point {weight['zero_point']}, solver {weight['solver']}",
+        f"zero-point {weight['zero_point']}, solver {weight['solver']}, inputs {recipe.get('inputs', 'ignored')}"
+        f"{', balanced' if recipe.get('balance') else ''}",
         f"latent sizes: {shapes}; {manifest.shapes['text_tokens']} text tokens, {manifest.shapes['dtype']}",
         "",
         table(("file", "size"), [(name, amount(size)) for name, size in sorted(sizes.items())], right=(1,)),
@@ -157,7 +160,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         lines += [
             paragraphs([(f"a{e['act_bits']} on SM {', '.join(e['sm'])}", e["executes"]) for e in manifest.engines])
         ]
-    lines += ["", _layer_table(list(manifest.layers), all_layers)]
+    lines += ["", _layer_table(list(manifest.layers), all_layers, error_name(manifest.recipe))]
     lines += [
         f"{len(manifest.kept)} linear layers in 16 bit: {', '.join(manifest.kept[:6])}{' …' * (len(manifest.kept) > 6)}"
     ]
@@ -169,7 +172,7 @@ def _range(axis: list[int]) -> str:
     return str(best) if low == high else f"{low}..{high} (tuned for {best})"
 
 
-def _layer_table(layers: list[LayerEntry], all_layers: bool) -> str:
+def _layer_table(layers: list[LayerEntry], all_layers: bool, error: str) -> str:
     known = [entry for entry in layers if entry["relative_mse"] is not None]
     shown = layers if all_layers else sorted(known, key=_error, reverse=True)[:10]
     rows: list[tuple[Any, ...]] = []
@@ -180,7 +183,7 @@ def _layer_table(layers: list[LayerEntry], all_layers: bool) -> str:
         rows.append((e["name"], f"{e['features_in']} → {e['features_out']}", e["rotation_block"], *texts, better))
     title = f"all {len(layers)} layers" if all_layers else f"worst {len(shown)} of {len(layers)} layers"
     header = (title, "K → N", "block", "relative MSE", "min-max", "less")
-    return table(header, rows, right=(2, 3, 4, 5))
+    return table(header, rows, right=(2, 3, 4, 5)) + f"\nrelative MSE: {error}"
 
 
 def _error(entry: LayerEntry) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -121,6 +121,7 @@ class Family(ABC):
     default_video: tuple[int, int, int]  # frames, height, width in pixels
     default_text_tokens: int
     vae_scale: tuple[int, int, int] = (4, 8, 8)  # time, height, width
+    schedule: Literal["flow", "diffusion"] = "flow"  # noise is mixed in linearly, or so that the variance stays
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -23,6 +23,7 @@ class CogVideoX(Family):
     modulation = ("*.norm1.linear", "*.norm2.linear")
     default_video = (49, 480, 720)
     default_text_tokens = 226
+    schedule = "diffusion"
 
     def patch(self) -> tuple[int, int, int]:
         """From the config; version 1.0 has no temporal patch."""

@@ -8,6 +8,8 @@ __all__ = ["emulate_bfloat16"]
 
 BF16, FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
+# Ends the names of the casts behind initializers.
+_UPCAST = "_fp32"
 # Moves values without computing on them: their outputs are as round as their inputs.
 EXACT = frozenset(
     "Reshape Transpose Slice Concat Split Squeeze Unsqueeze Expand Gather Identity ScatterND Flatten Tile Where".split()  # noqa: SIM905
@@ -35,7 +37,7 @@ def emulate_bfloat16(model: ir.Model) -> bool:
             _upcast_initializer(graph, value)
             changed = True
     for node in list(graph):
-        if node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].name in graph.initializers:
+        if node.name is not None and node.name.endswith(_UPCAST):
             continue  # ours
         changed |= _emulate_node(graph, node)
     return changed
@@ -45,9 +47,9 @@ def _upcast_initializer(graph: ir.Graph, value: ir.Value) -> None:
     users = list(value.uses())
     if not users:
         return
-    cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", FP32.value)], num_outputs=1, name=f"{value.name}_fp32")
+    cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", FP32.value)], num_outputs=1, name=f"{value.name}{_UPCAST}")
     result = cast.outputs[0]
-    result.name, result.dtype, result.shape = f"{value.name}_fp32", FP32, value.shape
+    result.name, result.dtype, result.shape = f"{value.name}{_UPCAST}", FP32, value.shape
     first = next(iter(graph))
     graph.insert_before(first, cast)
     for user, index in users:

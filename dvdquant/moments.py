@@ -1,0 +1,400 @@
+"""Second moments of the inputs of every layer, predicted from the checkpoint alone: nothing is generated, no data is read.
+
+The model itself is asked, once: a batch of smooth random fields in the place of clips, each mixed with as much noise as its
+timestep says, and random words. The weights pass through memory one module at a time, so that a model of 13 billion
+parameters needs no more than its activations, its largest layer in fp32, and the moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, ResourceError
+from .families import Axis, Family, Sizes
+from .hadamard import Rotation, rotate
+from .layers import LayerSpec
+from .model import ModelPlan, build_skeleton
+from .progress import Progress
+
+__all__ = [
+    "InputMoments",
+    "balance_divisors",
+    "moment_block",
+    "moments_bytes",
+    "rotated_moments",
+    "streamed",
+    "synthetic_inputs",
+    "synthetic_moments",
+]
+
+# Channels whose moments are kept together: half of K·256 floats a layer are 1 GB for HunyuanVideo.
+_BLOCK = 256
+# Exponents of the divisors: an outlier may be divided by what every 16-bit dtype takes as a factor, but a channel that is
+# quiet on synthetic inputs may be louder on real ones.
+_EXPONENTS = (-3, 12)
+# Patches of one item (frames, rows, columns): 128 tokens.
+_PATCHES = (2, 8, 8)
+_MOST_TOKENS = 8192
+# Few, where a family leaves the number open: in models that join text and video they are a hundredth of the tokens.
+_TEXT_TOKENS = 32
+# Inputs that pipelines hold constant, at the pipelines' own defaults (guidance 6, in thousandths).
+_CONSTANTS = {"guidance": 6000.0, "ofs": 2.0}
+_FRAME_RATE = 25
+
+
+@dataclass(frozen=True, eq=False)
+class InputMoments:
+    """What is predicted of the inputs of one layer, in the basis of the checkpoint (not rotated).
+
+    Args:
+        triangles: fp32 [K/b, b·(b+1)/2], E[xᵀx] along the diagonal: the lower triangle of each block, row after row.
+        weight_energy: fp32 [K], mean square of each column of the weight, over the rows of all members.
+        tokens: how many inputs the moments are the mean of; 0 where none was seen and the moments are the identity.
+    """
+
+    triangles: Tensor
+    weight_energy: Tensor
+    tokens: int
+
+    @classmethod
+    def from_blocks(cls, blocks: Tensor, weight_energy: Tensor, tokens: int = 0) -> InputMoments:
+        """From symmetric blocks [K/b, b, b]; their upper triangles are not read."""
+        return cls(_pack(blocks.float()), weight_energy.float(), tokens)
+
+    @property
+    def block(self) -> int:
+        """b, the order of a block."""
+        return (math.isqrt(8 * self.triangles.shape[1] + 1) - 1) // 2
+
+    @property
+    def blocks(self) -> Tensor:
+        """fp32 [K/b, b, b], a new tensor."""
+        order = self.block
+        full = torch.empty(len(self.triangles), order, order, dtype=self.triangles.dtype)
+        for i in range(order):
+            row = self.triangles.narrow(1, i * (i + 1) // 2, i + 1)
+            full[:, i, : i + 1] = row
+            full[:, :i, i] = row[:, :i]
+        return full
+
+    @property
+    def input_energy(self) -> Tensor:
+        """fp32 [K], mean square of each input channel."""
+        rows = torch.arange(self.block)
+        return self.triangles[:, rows * (rows + 3) // 2].flatten()
+
+
+def _pack(blocks: Tensor) -> Tensor:
+    return torch.cat([blocks[:, i, : i + 1] for i in range(blocks.shape[1])], dim=1)
+
+
+def moment_block(spec: LayerSpec) -> int:
+    """b: the largest multiple of the rotation's block up to 256 that divides K; the rotation's block where it is larger."""
+    step = spec.rotation.block
+    return max((b for b in range(step, _BLOCK + 1, step) if spec.features % b == 0), default=step)
+
+
+def balance_divisors(moments: InputMoments) -> Tensor:
+    """What to divide the input channels by, and multiply the weight's columns with, so that both sides vary alike.
+
+    ``2^trunc(½·log2(rms_x/rms_w) − mean)``: powers of two, so that dividing is exact in 16 bit, rounded towards 1, so that
+    channels stay as they are that differ from the mean by less than a factor of four; within 2⁻³..2¹².
+
+    Returns:
+        fp32 [K]. Channels without energy on either side get 1, and do not count in the mean.
+    """
+    x, w = moments.input_energy, moments.weight_energy
+    alive = (x > 0) & (w > 0)
+    divisors = torch.ones_like(x)
+    if bool(alive.any()):
+        exponent = 0.25 * (x[alive].double().log2() - w[alive].double().log2())
+        exponent = (exponent - exponent.mean()).trunc().clamp(*_EXPONENTS)
+        divisors[alive] = torch.exp2(exponent).float()
+    return divisors
+
+
+def rotated_moments(moments: InputMoments, spec: LayerSpec, divisors: Tensor | None) -> Tensor:
+    """Second moments of the rotation of ``x / divisors``: ``Hᵀ D⁻¹ M D⁻¹ H``, block by block.
+
+    Args:
+        divisors: [K], or None to divide by nothing.
+
+    Returns:
+        fp32 [K/b, b, b], as :func:`dvdquant.feedback.round_with_feedback` takes them.
+    """
+    blocks = moments.blocks
+    order = blocks.shape[1]
+    if divisors is not None:
+        d = divisors.float().view(-1, order)
+        blocks = blocks / d[:, :, None] / d[:, None, :]
+    rotation = Rotation(order, spec.rotation.inner, spec.rotation.outer)
+    return rotate(rotate(blocks, rotation).mT, rotation)
+
+
+def synthetic_moments(
+    checkpoint: Checkpoint, plan: ModelPlan, progress: Progress, *, levels: int = 16, seed: int = 0
+) -> dict[str, InputMoments]:
+    """Moments of the inputs of every planned layer, by ``LayerSpec.name``.
+
+    One forward of the model in fp32 on :func:`synthetic_inputs`; every module's own parameters are read when it is called
+    and dropped afterwards, NaN and infinities as 0.
+
+    Args:
+        levels: noise levels, one item of the batch each; fewer where the model runs at large sizes only.
+        seed: of the inputs. One seed gives one result for one number of threads.
+
+    Returns:
+        The moments; the identity for layers that the forward does not reach, or reaches with values beyond fp32.
+
+    Raises:
+        CheckpointError: a missing, misshapen or unreadable tensor, or a model that does not run.
+        ResourceError: the moments do not fit into memory (a rotation of whole rows needs all K² of them).
+    """
+    checkpoint.check_shapes(plan.shapes)
+    _check_memory(plan)
+    collected = _Collected(plan)
+    total = sum(math.prod(shape) for shape in plan.shapes.values())
+    with progress.stage("inputs", total, "weights") as stage, torch.inference_mode():
+        unread = set(plan.shapes)
+
+        def loaded(name: str, value: Tensor) -> None:
+            if name in unread:
+                unread.discard(name)
+                collected.add_weight(name, value)
+                stage.update(value.numel(), name)
+
+        model = build_skeleton(plan.family.config, torch.float32)
+        inputs = synthetic_inputs(plan.family, levels, seed)
+        hooks = [
+            model.get_submodule(spec.members[0]).register_forward_pre_hook(collected.watch(spec))
+            for spec in plan.layers
+        ]
+        try:
+            with streamed(model, checkpoint, loaded):
+                model(**plan.family.forward_kwargs(inputs), return_dict=False)
+        except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                f"the {checkpoint.class_name} of {checkpoint.root} does not run: {type(error).__name__}: {error}",
+                fix="compare config.json with the one the model was published with",
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name in sorted(unread & collected.wanted):
+            loaded(name, _read(checkpoint, name))
+        stage.update(sum(math.prod(plan.shapes[name]) for name in unread))
+    return {spec.name: collected.take(spec) for spec in plan.layers}
+
+
+class _Collected:
+    """Sums over the inputs and the weights of every layer."""
+
+    def __init__(self, plan: ModelPlan) -> None:
+        self._layer_of = {f"{member}.weight": spec.name for spec in plan.layers for member in spec.members}
+        self._triangles: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._energy: dict[str, Tensor] = {}
+
+    @property
+    def wanted(self) -> set[str]:
+        """Names of the weights whose energy is asked for."""
+        return set(self._layer_of)
+
+    def add_weight(self, name: str, value: Tensor) -> None:
+        layer = self._layer_of.get(name)
+        if layer is not None:
+            energy = torch.linalg.vector_norm(value, dim=0).square()
+            self._energy[layer] = self._energy[layer] + energy if layer in self._energy else energy
+
+    def watch(self, spec: LayerSpec) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """A forward pre-hook for the first member of ``spec``."""
+        order = moment_block(spec)
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, spec.features // order, order)
+            triangles = _pack(torch.stack([x.T @ x for x in rows.unbind(1)]))
+            if spec.name in self._triangles:
+                triangles += self._triangles[spec.name]
+            self._triangles[spec.name] = triangles
+            self._tokens[spec.name] = self._tokens.get(spec.name, 0) + len(rows)
+
+        return hook
+
+    def take(self, spec: LayerSpec) -> InputMoments:
+        """The result of one layer, which is forgotten here; ordinary tensors, outside of inference mode."""
+        order = moment_block(spec)
+        energy = self._energy.pop(spec.name) / spec.out_features
+        found = self._triangles.pop(spec.name, None)
+        tokens = self._tokens.get(spec.name, 0)
+        triangles = None if found is None else found / tokens
+        if triangles is None or not bool(torch.isfinite(triangles).all()):
+            triangles, tokens = _pack(torch.eye(order)[None]).repeat(spec.features // order, 1), 0
+        return InputMoments(triangles, energy, tokens)
+
+
+@contextmanager
+def streamed(
+    model: nn.Module, checkpoint: Checkpoint, loaded: Callable[[str, Tensor], None] | None = None
+) -> Iterator[nn.Module]:
+    """Within this context, ``model`` computes with the checkpoint's weights, although it holds none of them.
+
+    Every module reads its own parameters when it is called, in fp32, NaN and infinities as 0, and gives them up when it
+    returns or fails.
+
+    Args:
+        model: a skeleton in fp32 (:func:`dvdquant.model.build_skeleton`).
+        loaded: called with the name and the value of every parameter that was read.
+    """
+    hooks: list[Any] = []
+    placeholders = {name: dict(module._parameters) for name, module in model.named_modules()}
+
+    def load(prefix: str) -> Any:
+        def hook(module: nn.Module, _args: tuple[Any, ...]) -> None:
+            for key, placeholder in placeholders[prefix].items():
+                if placeholder is None:
+                    continue
+                name = f"{prefix}.{key}" if prefix else key
+                value = _read(checkpoint, name)
+                if loaded is not None:
+                    loaded(name, value)
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+
+        return hook
+
+    def drop(prefix: str) -> Any:
+        def hook(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+            module._parameters.update(placeholders[prefix])
+
+        return hook
+
+    try:
+        for name, module in model.named_modules():
+            if any(p is not None for p in placeholders[name].values()):
+                hooks.append(module.register_forward_pre_hook(load(name)))
+                hooks.append(module.register_forward_hook(drop(name), always_call=True))
+        yield model
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for name, module in model.named_modules():
+            module._parameters.update(placeholders[name])
+
+
+def _read(checkpoint: Checkpoint, name: str) -> Tensor:
+    value = checkpoint.read(name)
+    if not value.dtype.is_floating_point:
+        return value
+    return value.float().nan_to_num_(0.0, 0.0, 0.0)
+
+
+def moments_bytes(plan: ModelPlan) -> int:
+    """Size of all layers' moments."""
+    return 4 * sum(spec.features * (moment_block(spec) + 1) // 2 for spec in plan.layers)
+
+
+def _check_memory(plan: ModelPlan) -> None:
+    needed, available = moments_bytes(plan), psutil.virtual_memory().available
+    if needed > available:
+        raise ResourceError(
+            f"the second moments of the inputs take {needed / 2**30:.1f} GiB",
+            available=f"{available / 2**30:.1f} GiB of memory",
+            fix="use rotation auto, whose blocks are small, or a machine with more memory",
+        )
+
+
+def synthetic_inputs(family: Family, levels: int = 16, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of one forward on ``levels`` items, as ``family.sample`` names them; fp32, and whatever dtype is fixed.
+
+    Item i is a smooth random field that plays the clip, mixed with noise as the family's scheduler does at the i-th of
+    ``levels`` timesteps from nearly none to pure noise. Channels that condition (an encoded image) and embeddings are
+    N(0, 1). At most 8192 tokens in all: where a model runs at one size only, and that is large, there are fewer items.
+    """
+    sizes, items = _sizes(family, levels)
+    sizes = Sizes(sizes.frames, sizes.height, sizes.width, sizes.text_tokens, batch=items)
+    inputs = family.sample(sizes, torch.float32, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    timesteps, noise = _schedule(family, items)
+    signal = 1 - noise if family.schedule == "flow" else (1 - noise.square()).sqrt()
+    for spec in family.inputs(sizes):
+        value = inputs[spec.name]
+        if spec.name in _CONSTANTS:
+            inputs[spec.name] = torch.full_like(value, _CONSTANTS[spec.name])
+        elif spec.kind == "timestep":
+            inputs[spec.name] = timesteps.to(value.dtype).view(-1, *[1] * (value.ndim - 1)).expand(value.shape)
+        elif spec.kind == "coords":
+            inputs[spec.name] = _coordinates(family, sizes)[None].expand(value.shape)
+        elif spec.kind == "latent":
+            axis = next(i for i, size in enumerate(spec.shape) if i and not isinstance(size, str))
+            clean = _smooth_field(family, sizes, value.shape[axis], generator, packed="tokens" in spec.shape)
+            scale = (items, *[1] * (value.ndim - 1))
+            mixed = signal.view(scale) * clean.movedim(1, axis) + noise.view(scale) * value
+            # Beyond what the model returns lie conditions: they carry no noise, and no clip.
+            own = min(family.config.get("out_channels") or value.shape[axis], value.shape[axis])
+            value.narrow(axis, 0, own).copy_(mixed.narrow(axis, 0, own))
+    return inputs
+
+
+def _sizes(family: Family, levels: int) -> tuple[Sizes, int]:
+    """Sizes of one item, and the number of items."""
+    patch, probe, config = family.patch(), family.probe(), family.config
+    free = probe == tuple(2 * size for size in patch)
+    frames, height, width = (count * size for count, size in zip(_PATCHES, patch)) if free else (patch[0], *probe[1:])
+    text = _TEXT_TOKENS
+    if config.get("added_kv_proj_dim"):  # diffusers tells image tokens from words by the full number of these
+        text = family.default_text_tokens
+    elif config.get("max_text_seq_length") and not (free and config.get("use_rotary_positional_embeddings")):
+        text = config["max_text_seq_length"]  # the length of its position table
+    items = max(1, min(levels, _MOST_TOKENS // family.tokens(frames, height, width)))
+    return Sizes(Axis.fixed(frames), Axis.fixed(height), Axis.fixed(width), text_tokens=text), items
+
+
+def _schedule(family: Family, items: int) -> tuple[Tensor, Tensor]:
+    """(timesteps [items] up to 1000, standard deviation [items] of the noise in a latent of unit variance)."""
+    even = torch.arange(1, items + 1, dtype=torch.float64) / items
+    if family.schedule == "flow":
+        sigma = 3 * even / (1 + 2 * even)  # the shift of flow-matching schedulers, towards the noisy end
+        return (1000 * sigma).float(), sigma.float()
+    timesteps = (1000 * even).round().long() - 1
+    # The betas of latent diffusion, brought to no signal at all at the last step.
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+    signal = (1 - betas).cumprod(0).sqrt()
+    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    return timesteps.float(), (1 - signal[timesteps].square()).clamp(min=0).sqrt().float()
+
+
+def _smooth_field(family: Family, sizes: Sizes, channels: int, generator: torch.Generator, *, packed: bool) -> Tensor:
+    """Random fields of unit variance whose neighbours are alike, as those of a clip are.
+
+    Returns:
+        [B, C, F, H, W], or [B, C, tokens] where ``packed``.
+    """
+    shape = sizes.at("opt")
+    if packed:
+        shape = _grid(family, sizes)
+    coarse = torch.randn(sizes.batch, channels, *(max(2, size // 6) for size in shape), generator=generator)
+    field = nn.functional.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)
+    field = field / field.std(dim=(1, 2, 3, 4), keepdim=True)
+    return field.flatten(2) if packed else field
+
+
+def _grid(family: Family, sizes: Sizes) -> tuple[int, int, int]:
+    """Tokens along each axis."""
+    frames, height, width = (size // patch for size, patch in zip(sizes.at("opt"), family.patch()))
+    return frames, height, width
+
+
+def _coordinates(family: Family, sizes: Sizes) -> Tensor:
+    """[3, tokens]: seconds, row and column in pixels of every token."""
+    axes = [torch.arange(count, dtype=torch.float32) for count in _grid(family, sizes)]
+    time, height, width = (scale * patch for scale, patch in zip(family.vae_scale, family.patch()))
+    scales = torch.tensor([time / _FRAME_RATE, height, width])
+    return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]) * scales[:, None]

@@ -1,0 +1,110 @@
+"""What is predicted of every layer's input, kept beside the work of an export until its layers are quantized.
+
+The run that predicts it takes as long as reading the checkpoint and one forward; an export that is resumed reads what the
+first one found, so that it ends with the same codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .layers import LayerSpec
+from .model import ModelPlan
+from .moments import InputMoments, balance_divisors, moment_block, rotated_moments, synthetic_moments
+from .progress import Progress
+from .safetensors_io import StreamingWriter, TensorInfo, read_header, read_tensor
+from .transaction import ExportTransaction
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+__all__ = ["LayerInputs", "PredictedInputs", "layer_inputs", "noise_levels", "predict_inputs"]
+
+# How far predicted moments are trusted: they are not those of a real clip, however many tokens they come from.
+DAMPING = 0.05
+# Multiplications and additions of the run, and tokens per noise level.
+MOST_FLOPS, ITEM_TOKENS = 3e13, 128
+KINDS = ("triangles", "energy", "tokens")
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What quantizing one layer uses.
+
+    Args:
+        divisors: fp32 [K], powers of two; the input is divided by them and the weight's columns are multiplied. Ones where
+            the layer is not balanced.
+        moments: fp32 [K/b, b, b] of the divided and rotated input.
+        damping: for :func:`dvdquant.feedback.round_with_feedback`.
+    """
+
+    divisors: Tensor
+    moments: Tensor
+    damping: float
+
+
+def layer_inputs(found: InputMoments, spec: LayerSpec) -> LayerInputs:
+    """What quantizing ``spec`` uses of its predicted moments."""
+    divisors = balance_divisors(found) if spec.balanced else torch.ones(spec.features)
+    # Moments of few tokens have few directions; the others must not count as free of error.
+    damping = DAMPING + found.block / max(1, found.tokens)
+    return LayerInputs(divisors, rotated_moments(found, spec, divisors), damping)
+
+
+class PredictedInputs:
+    """The predictions of one transformer, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tensors: dict[str, TensorInfo] = dict(read_header(path).tensors)
+
+    def layer(self, spec: LayerSpec) -> LayerInputs:
+        """Read one layer's."""
+        triangles, energy, tokens = (self._read(f"{spec.name}.{kind}") for kind in KINDS)
+        return layer_inputs(InputMoments(triangles, energy, int(tokens)), spec)
+
+    def _read(self, name: str) -> Tensor:
+        return read_tensor(self._path, self._tensors[name])
+
+
+def noise_levels(plan: ModelPlan) -> int:
+    """How many noise levels the run looks at: 16, or what keeps it to minutes on a few cores."""
+    return max(4, min(16, int(MOST_FLOPS / (2 * plan.all_weights * ITEM_TOKENS))))
+
+
+def predict_inputs(
+    checkpoint: Checkpoint, plan: ModelPlan, transaction: ExportTransaction, progress: Progress, component: str
+) -> PredictedInputs | None:
+    """Predict, or read what an interrupted export predicted; None for a recipe that ignores inputs.
+
+    Raises:
+        CheckpointError: the transformer does not run. ResourceError: the disk is full.
+    """
+    if plan.recipe.inputs != "synthetic" or not plan.layers:
+        return None
+    path, step = transaction.tree.parent / f"{component}.moments.safetensors", f"{component}:moments"
+    if not (transaction.is_done(step) and path.exists()):
+        path.unlink(missing_ok=True)
+        found = synthetic_moments(checkpoint, plan, progress, levels=noise_levels(plan))
+        planned = []
+        for spec in plan.layers:
+            block = moment_block(spec)
+            planned += [
+                (f"{spec.name}.triangles", torch.float32, (spec.features // block, block * (block + 1) // 2)),
+                (f"{spec.name}.energy", torch.float32, (spec.features,)),
+                (f"{spec.name}.tokens", torch.float32, ()),
+            ]
+        with StreamingWriter(path, planned) as writer:
+            for spec in plan.layers:
+                moments = found.pop(spec.name)
+                writer.write(f"{spec.name}.triangles", moments.triangles)
+                writer.write(f"{spec.name}.energy", moments.weight_energy)
+                writer.write(f"{spec.name}.tokens", torch.tensor(float(moments.tokens)))
+            writer.finish()
+        transaction.done(step)
+    return PredictedInputs(path)
