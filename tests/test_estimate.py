@@ -15,6 +15,7 @@ from dvdquant.export.estimate import Estimate, engine_weight_bytes, estimate_exp
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.realize import plan_engines
 from dvdquant.model import ModelPlan, plan_model
+from dvdquant.moments import moments_bytes
 from dvdquant.progress import Progress
 from dvdquant.quantize import quantize_checkpoint
 from dvdquant.recipe import RECIPES, get_recipe
@@ -73,8 +74,10 @@ def test_known_sizes_of_wan_1_3b() -> None:
 def test_engines_decide_disk_and_memory() -> None:
     made = plan(num_layers=8, ffn_dim=4096)
     none, one, two = estimate([made], ()), estimate([made]), estimate([made], ("8.9", "12.0"))
-    assert none.engine_bytes == none.builder_bytes == none.scratch_bytes == 0
-    assert none.disk_bytes == none.weight_file_bytes
+    assert none.engine_bytes == none.builder_bytes == 0
+    # What is predicted of the inputs is kept beside the work until the layers are quantized.
+    assert none.scratch_bytes == moments_bytes(made)
+    assert none.disk_bytes == none.weight_file_bytes + none.scratch_bytes
     assert none.engine_bytes < one.engine_bytes < two.engine_bytes
     assert one.disk_bytes == one.weight_file_bytes + one.engine_bytes + one.scratch_bytes
     assert one.peak_bytes > none.peak_bytes
@@ -91,7 +94,7 @@ def test_two_transformers_take_twice_the_disk_but_not_the_memory() -> None:
     assert two.disk_bytes - two.scratch_bytes == 2 * (one.disk_bytes - one.scratch_bytes)
     assert two.scratch_bytes == one.scratch_bytes
     assert two.builder_bytes == one.builder_bytes
-    assert set(one.seconds) == {"quantize", "trace", "engines"}
+    assert set(one.seconds) == {"inputs", "quantize", "trace", "engines"}
     assert all(two.seconds[k] == pytest.approx(2 * v) for k, v in one.seconds.items())
 
 

@@ -46,7 +46,7 @@ from dvdquant.quantize import quantize_checkpoint
 from dvdquant.recipe import RECIPES
 from dvdquant.transaction import ExportTransaction
 
-recipe = RECIPES["w4a4"]
+recipe = RECIPES["weights-only"]
 checkpoint = open_checkpoint(sys.argv[1])
 plan = plan_model(checkpoint.config, recipe, torch.bfloat16)
 quantize_weight(torch.randn(8, 64), recipe.weight)  # compiled code is part of the baseline

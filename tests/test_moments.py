@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dvdquant import moments
+from dvdquant import moments, synthetic
 from dvdquant.checkpoint import Checkpoint, open_checkpoint
 from dvdquant.errors import CheckpointError, ResourceError
 from dvdquant.families import get_family
@@ -28,11 +28,11 @@ from dvdquant.moments import (
     moment_block,
     rotated_moments,
     streamed,
-    synthetic_inputs,
     synthetic_moments,
 )
 from dvdquant.progress import Progress
 from dvdquant.recipe import Recipe, get_recipe
+from dvdquant.synthetic import synthetic_inputs
 from tests import tiny_models as tiny
 from tests.exporting import with_changes
 
@@ -147,7 +147,7 @@ def test_inputs(name: str) -> None:
 
 
 def sizes_of(family: Any) -> Any:
-    return moments._sizes(family, 16)[0]
+    return synthetic._sizes(family, 16)[0]
 
 
 def test_condition_channels_stay_as_drawn() -> None:

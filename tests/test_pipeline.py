@@ -98,7 +98,7 @@ def test_json_log(wan22: tuple[Path, list[dict[str, Any]]]) -> None:
     for line in lines:
         if "stage" in line:
             stages.setdefault(line["stage"], []).append(line)
-    assert set(stages) == {"trace", "quantize", "hash", "graphs", "engines", "verify"}
+    assert set(stages) == {"trace", "inputs", "quantize", "hash", "graphs", "engines", "verify"}
     for name, entries in stages.items():
         ends = [e for e in entries if e["event"] == "end"]
         assert len(ends) == len([e for e in entries if e["event"] == "start"]) >= 1, name
@@ -249,4 +249,4 @@ def test_dry_run_as_json_and_its_estimates(wan22: tuple[Path, list[dict[str, Any
     )
     peak = max(line["rss_bytes"] for line in lines if "rss_bytes" in line)
     assert 0.5 * peak <= estimate["peak_bytes"] <= 3 * peak
-    assert set(estimate["seconds"]) == {"quantize", "trace", "engines"}
+    assert set(estimate["seconds"]) == {"inputs", "quantize", "trace", "engines"}

@@ -32,7 +32,7 @@ from dvdquant.recipe import RECIPES
 sys.path.append(str(Path(__file__).resolve().parent.parent / "switching"))
 from metrics import ssim
 
-__all__ = ["Worker", "place_high", "plan"]
+__all__ = ["Worker", "find_method", "in_16_bit", "place_high", "plan"]
 
 Row = dict[str, Any]
 # Clips whose trajectories and inputs are looked at: other prompts and seeds than those that are scored.
@@ -280,7 +280,7 @@ def find_method(name: str) -> Method:
     return Method(name, layer, widths)
 
 
-def _in_16_bit(
+def in_16_bit(
     bench: Bench, models: Mapping[int, nn.Module], chunk: Sequence[tuple[Prompt, int]], make: Any = None
 ) -> Clips:
     """Clips of a model that computes in bf16 where it is not quantized, as the deployed one does."""
