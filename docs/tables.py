@@ -46,7 +46,9 @@ def executes_table() -> str:
 
 def recipe_table() -> str:
     """Name, weight grid, activations, rotation of every recipe, and whether it looks at inputs."""
-    return _table(("recipe", "weights, 4 bits", "activations", "rotation", "inputs"), map(_recipe_row, RECIPES.values()))
+    return _table(
+        ("recipe", "weights, 4 bits", "activations", "rotation", "inputs"), map(_recipe_row, RECIPES.values())
+    )
 
 
 def _recipe_row(recipe: Recipe) -> tuple[str, ...]:
@@ -58,7 +60,9 @@ def _recipe_row(recipe: Recipe) -> tuple[str, ...]:
         f"{grid}; {weight.zero_point} zero-point; {weight.solver}",
         activations,
         str(recipe.rotation),
-        ("predicted; channels balanced" if recipe.balance else "predicted") if recipe.inputs == "synthetic" else "ignored",
+        ("predicted; channels balanced" if recipe.balance else "predicted")
+        if recipe.inputs == "synthetic"
+        else "ignored",
     )
 
 
