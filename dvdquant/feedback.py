@@ -21,7 +21,7 @@ from .bgr import QuantizedWeight
 from .errors import ShapeError
 from .packing import expand_zero
 
-__all__ = ["output_energy", "round_with_feedback"]
+__all__ = ["Feedback", "output_energy", "round_with_feedback"]
 
 F64 = npt.NDArray[np.float64]
 I8 = npt.NDArray[np.int8]
@@ -31,14 +31,12 @@ _LAZY = 32
 
 
 def round_with_feedback(w: Tensor, grid: QuantizedWeight, moments: Tensor, damping: float = 0.05) -> QuantizedWeight:
-    """New codes on the same grid.
+    """New codes on the same grid, for the rows of one matrix; :class:`Feedback` where they come in parts.
 
     Args:
         w: the rotated weight [N, K], floating.
         grid: its BGR grid; scales, factors and zero-points are kept.
-        moments: second moments of the rotated inputs, [K, K], or [K/b, b, b] for blocks along the diagonal, between which
-            nothing is passed on. Any scale; positive semidefinite.
-        damping: λ, added to the diagonal as λ·mean(diag M): how far the moments are trusted.
+        moments, damping: as :class:`Feedback` takes them.
 
     Returns:
         The grid with new codes.
@@ -46,23 +44,45 @@ def round_with_feedback(w: Tensor, grid: QuantizedWeight, moments: Tensor, dampi
     Raises:
         ShapeError: the moments do not fit K.
     """
-    rows, features = w.shape
-    blocks = moments if moments.ndim == 3 else moments[None]
-    if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or len(blocks) * blocks.shape[1] != features:
-        raise ShapeError(
-            f"second moments {list(moments.shape)} for {features} inputs",
-            available=f"[{features}, {features}], or blocks",
-        )
-    groups = grid.factor.shape[1]
-    step = (grid.scale[:, None] * (grid.factor.float() / 255)).double()
-    zero = expand_zero(grid.zero).double().expand(rows, groups).contiguous()
-    size, codes = blocks.shape[1], torch.empty_like(grid.codes)
-    for index, block in enumerate(blocks):
-        columns = slice(index * size, (index + 1) * size)
-        factor = _passed_on(block.double(), damping).to(w.device)
+    return Feedback(moments, damping).round(w, grid)
+
+
+class Feedback:
+    """How the errors of a row are passed on: worked out once for a layer, used for all its rows.
+
+    Args:
+        moments: second moments of the rotated inputs, [K, K], or [K/b, b, b] for blocks along the diagonal, between which
+            nothing is passed on. Any scale; positive semidefinite.
+        damping: λ, added to the diagonal as λ·mean(diag M): how far the moments are trusted.
+
+    Raises:
+        ShapeError: the moments are not square.
+    """
+
+    def __init__(self, moments: Tensor, damping: float = 0.05) -> None:
+        blocks = moments if moments.ndim == 3 else moments[None]
+        if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
+            raise ShapeError(f"second moments {list(moments.shape)}", available="[K, K], or blocks [K/b, b, b]")
+        self._factors = torch.stack([_passed_on(block.double(), damping) for block in blocks])
+
+    def round(self, w: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
+        """The grid of ``w`` [N, K] with new codes; ShapeError where K is not that of the moments."""
+        rows, features = w.shape
+        count, size, _ = self._factors.shape
+        if count * size != features:
+            raise ShapeError(
+                f"second moments {[count, size, size]} for {features} inputs",
+                available=f"[{features}, {features}], or blocks",
+            )
+        groups = grid.factor.shape[1]
+        step = (grid.scale[:, None] * (grid.factor.float() / 255)).double()
+        zero = expand_zero(grid.zero).double().expand(rows, groups).contiguous()
+        codes = torch.empty_like(grid.codes)
         round_block = _on_device if w.device.type != "cpu" else _compiled
-        codes[:, columns] = round_block(w[:, columns], step, zero, features // groups, columns.start, factor)
-    return QuantizedWeight(codes, grid.scale, grid.factor, grid.zero)
+        for index, factor in enumerate(self._factors.to(w.device)):
+            columns = slice(index * size, (index + 1) * size)
+            codes[:, columns] = round_block(w[:, columns], step, zero, features // groups, columns.start, factor)
+        return QuantizedWeight(codes, grid.scale, grid.factor, grid.zero)
 
 
 def _passed_on(moments: Tensor, damping: float) -> Tensor:

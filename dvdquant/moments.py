@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from .checkpoint import Checkpoint
 from .errors import CheckpointError, ResourceError
 from .hadamard import Rotation, rotate
 from .layers import LayerSpec
+from .memory import memory_limit
 from .model import ModelPlan, build_skeleton
 from .progress import Progress
 from .synthetic import synthetic_inputs
@@ -136,8 +136,8 @@ def synthetic_moments(
 ) -> dict[str, InputMoments]:
     """Moments of the inputs of every planned layer, by ``LayerSpec.name``.
 
-    One forward in fp32 on :func:`dvdquant.synthetic.synthetic_inputs`; every
-    module's own parameters are read when it is called and dropped afterwards, NaN and infinities as 0.
+    One forward in fp32 on :func:`dvdquant.synthetic.synthetic_inputs`; every module's own parameters are read when it is
+    called and dropped afterwards, NaN and infinities as 0.
 
     Args:
         levels: noise levels, one item of the batch each; fewer where the model runs at large sizes only.
@@ -153,8 +153,7 @@ def synthetic_moments(
     checkpoint.check_shapes(plan.shapes)
     _check_memory(plan)
     collected = _Collected(plan)
-    total = sum(math.prod(shape) for shape in plan.shapes.values())
-    with progress.stage("inputs", total, "weights") as stage, torch.inference_mode():
+    with progress.stage("inputs", plan.all_weights, "weights") as stage, torch.inference_mode():
         unread = set(plan.shapes)
 
         def loaded(name: str, value: Tensor) -> None:
@@ -293,7 +292,7 @@ def moments_bytes(plan: ModelPlan) -> int:
 
 
 def _check_memory(plan: ModelPlan) -> None:
-    needed, available = moments_bytes(plan), psutil.virtual_memory().available
+    needed, available = moments_bytes(plan), memory_limit()
     if needed > available:
         raise ResourceError(
             f"the second moments of the inputs take {needed / 2**30:.1f} GiB",

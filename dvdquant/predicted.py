@@ -7,12 +7,14 @@ first one found, so that it ends with the same codes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .feedback import Feedback
 from .layers import LayerSpec
 from .model import ModelPlan
 from .moments import InputMoments, balance_divisors, moment_block, rotated_moments, synthetic_moments
@@ -40,12 +42,17 @@ class LayerInputs:
         divisors: fp32 [K], powers of two; the input is divided by them and the weight's columns are multiplied. Ones where
             the layer is not balanced.
         moments: fp32 [K/b, b, b] of the divided and rotated input.
-        damping: for :func:`dvdquant.feedback.round_with_feedback`.
+        damping: for :class:`dvdquant.feedback.Feedback`.
     """
 
     divisors: Tensor
     moments: Tensor
     damping: float
+
+    @cached_property
+    def feedback(self) -> Feedback:
+        """Of these moments."""
+        return Feedback(self.moments, self.damping)
 
 
 def layer_inputs(found: InputMoments, spec: LayerSpec) -> LayerInputs:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .bgr import QuantizedWeight, quantize_weight
 from .errors import CheckpointError
 from .fast_rows import for_row_parts, hadamard_rows, pack_rows, squared_errors
-from .feedback import output_energy, round_with_feedback
+from .feedback import output_energy
 from .hadamard import Rotation, rotate
 from .layers import LayerSpec
 from .manifest import FileEntry, LayerEntry
@@ -111,16 +111,18 @@ def quantize_checkpoint(
         ResourceError: the disk is full.
     """
     check_weights(checkpoint, plan)
-    todo = [spec for spec in plan.layers if not transaction.is_done(f"{component}:layer:{spec.name}")]
-    predicted = predict_inputs(checkpoint, plan, transaction, progress, component) if todo else None
     with _Files(plan, transaction, component) as files:
+        finished = [files.finished(f"{component}:layer:{spec.name}", spec.tensors()) for spec in plan.layers]
+        predicted = None
+        if not all(finished):
+            predicted = predict_inputs(checkpoint, plan, transaction, progress, component)
         layers, nonfinite = [], []
         total = plan.quantized_weights
         with progress.stage("quantize", total, "weights") as stage:
-            for spec in plan.layers:
+            for spec, ready in zip(plan.layers, finished):
                 step = f"{component}:layer:{spec.name}"
                 stage.update(0, spec.name)
-                if not files.finished(step, spec.tensors()):
+                if not ready:
                     known = predicted.layer(spec) if predicted else None
                     tensors, entry, bad = _quantize_layer(
                         checkpoint, plan, spec, known, allow_nonfinite, torch.device(device)
@@ -257,7 +259,7 @@ def _quantize_layer(
             rotated = rotate_rows(part, spec.rotation)
             quantized = quantize_weight(rotated, plan.recipe.weight)
             if known is not None:
-                quantized = round_with_feedback(rotated, quantized, known.moments, known.damping)
+                quantized = known.feedback.round(rotated, quantized)
             sums.add(rotated, quantized, plan)
             packed.append(_packed(quantized.codes))
             scales.append(quantized.scale)

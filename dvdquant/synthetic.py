@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from .families import Axis, Family, Sizes
 
-__all__ = ["synthetic_inputs"]
+__all__ = ["smooth_field", "synthetic_inputs"]
 
 # Patches of one item (frames, rows, columns): 128 tokens.
 _PATCHES = (2, 8, 8)
@@ -42,7 +44,11 @@ def synthetic_inputs(family: Family, levels: int = 16, seed: int = 0) -> dict[st
             inputs[spec.name] = _coordinates(family, sizes)[None].expand(value.shape)
         elif spec.kind == "latent":
             axis = next(i for i, size in enumerate(spec.shape) if i and not isinstance(size, str))
-            clean = _smooth_field(family, sizes, value.shape[axis], generator, packed="tokens" in spec.shape)
+            packed = "tokens" in spec.shape
+            clean = smooth_field(
+                (items, value.shape[axis], *(_grid(family, sizes) if packed else sizes.at("opt"))), generator
+            )
+            clean = clean.flatten(2) if packed else clean
             scale = (items, *[1] * (value.ndim - 1))
             mixed = signal.view(scale) * clean.movedim(1, axis) + noise.view(scale) * value
             # Beyond what the model returns lie conditions: they carry no noise, and no clip.
@@ -79,19 +85,12 @@ def _schedule(family: Family, items: int) -> tuple[Tensor, Tensor]:
     return timesteps.float(), (1 - signal[timesteps].square()).clamp(min=0).sqrt().float()
 
 
-def _smooth_field(family: Family, sizes: Sizes, channels: int, generator: torch.Generator, *, packed: bool) -> Tensor:
-    """Random fields of unit variance whose neighbours are alike, as those of a clip are.
-
-    Returns:
-        [B, C, F, H, W], or [B, C, tokens] where ``packed``.
-    """
-    shape = sizes.at("opt")
-    if packed:
-        shape = _grid(family, sizes)
-    coarse = torch.randn(sizes.batch, channels, *(max(2, size // 6) for size in shape), generator=generator)
-    field = nn.functional.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)
-    field = field / field.std(dim=(1, 2, 3, 4), keepdim=True)
-    return field.flatten(2) if packed else field
+def smooth_field(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random fields [B, C, F, H, W] whose neighbours are alike, as those of a clip are; every item of unit variance."""
+    items, channels, *sizes = shape
+    coarse = torch.randn(items, channels, *(max(2, size // 6) for size in sizes), generator=generator)
+    field = nn.functional.interpolate(coarse, size=tuple(sizes), mode="trilinear", align_corners=True)
+    return field / field.std(dim=(1, 2, 3, 4), keepdim=True)
 
 
 def _grid(family: Family, sizes: Sizes) -> tuple[int, int, int]:

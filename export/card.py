@@ -24,6 +24,7 @@ def model_card(manifest: Manifest) -> str:
         "",
         f"- recipe `{recipe['name']}`: 4-bit weights ({grid}, {weight['zero_point']} zero-point, {weight['solver']} solver), "
         f"activations {_activations(manifest)}, rotation {recipe['rotation']}",
+        *_inputs(manifest),
         f"- sizes (latent, min/opt/max): frames {manifest.shapes['frames']}, height {manifest.shapes['height']}, "
         f"width {manifest.shapes['width']}; {manifest.shapes['text_tokens']} text tokens; {manifest.shapes['dtype']}",
         f"- {len(manifest.layers)} quantized layers, {len(manifest.kept)} linear layers kept in 16 bit",
@@ -40,6 +41,13 @@ def model_card(manifest: Manifest) -> str:
         lines += ["", "Engines run code when they are loaded: load only those you built or trust."]
     lines += ["", "`dvdq-inspect FOLDER` lists the layers and their errors, and checks the hashes.", ""]
     return "\n".join(lines)
+
+
+def _inputs(manifest: Manifest) -> list[str]:
+    if manifest.recipe.get("inputs") != "synthetic":
+        return []
+    balanced = "; input channels balanced by powers of two" if manifest.recipe.get("balance") else ""
+    return [f"- rounded with feedback for inputs predicted by one run on synthetic latents, no data{balanced}"]
 
 
 def _activations(manifest: Manifest) -> str:

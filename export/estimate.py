@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from dvdquant.errors import ResourceError
+from dvdquant.memory import memory_limit
 from dvdquant.model import ModelPlan
 from dvdquant.moments import moments_bytes
 from dvdquant.predicted import ITEM_TOKENS, noise_levels
@@ -21,7 +20,7 @@ from .builders.report import BUILD_MEMORY_FACTOR, INT8_MEMORY_FACTOR
 from .options import ExportOptions
 from .realize import EnginePlan
 
-__all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "memory_limit", "require_memory"]
+__all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "require_memory"]
 
 # Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B; see benchmarks/README.md.
 IMPORT_BYTES = 650 << 20
@@ -143,23 +142,6 @@ def estimate_export(
 
 def _memory_factor(engine: EnginePlan) -> float:
     return INT8_MEMORY_FACTOR if engine.realization == "int8" else BUILD_MEMORY_FACTOR
-
-
-def memory_limit() -> int:
-    """Bytes this process and its children may still take: available memory, or what its control group has left."""
-    limit = int(psutil.virtual_memory().available)
-    for maximum, current in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            text = Path(maximum).read_text().strip()
-            used = int(Path(current).read_text())
-        except (OSError, ValueError):
-            continue
-        if text.isdigit():
-            limit = min(limit, int(text) - used)
-    return max(limit, 0)
 
 
 def require_memory(estimate: Estimate, plans: Sequence[ModelPlan], engines: Sequence[EnginePlan]) -> None:

@@ -307,6 +307,7 @@ def _facts(report: Report) -> dict[str, Any]:
     total = sum(size for _, size in _sizes(manifest))
     return {
         "error_name": error_name(manifest.recipe),
+        "error_of_weights": manifest.recipe.get("inputs") != "synthetic",
         "error": ours,
         "minmax": theirs,
         "less": 100 * (1 - ours / theirs) if ours is not None and theirs else None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from dvdquant import feedback
 from dvdquant.bgr import QuantizedWeight, quantize_weight
 from dvdquant.errors import ShapeError
-from dvdquant.feedback import output_energy, round_with_feedback
+from dvdquant.feedback import Feedback, output_energy, round_with_feedback
 from dvdquant.packing import expand_zero
 from dvdquant.recipe import WeightSpec
 
@@ -132,5 +132,17 @@ def test_moments_of_another_size_are_refused() -> None:
     w = weight(4, 64)
     grid = quantize_weight(w, WeightSpec())
     for moments in (torch.eye(32), torch.zeros(3, 16, 16), torch.zeros(64, 63)):
-        with pytest.raises(ShapeError, match="64 inputs"):
+        with pytest.raises(ShapeError, match="second moments"):
             round_with_feedback(w, grid, moments)
+
+
+def test_rows_in_parts_get_the_codes_of_the_whole() -> None:
+    w = weight(12, 64)
+    grid = quantize_weight(w, WeightSpec())
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
+    moments = (x.T @ x / len(x)).view(64, 2, 32)[:32, 0][None].repeat(2, 1, 1)
+    feedback, whole = Feedback(moments, 0.1), round_with_feedback(w, grid, moments, 0.1)
+    for part in (slice(0, 5), slice(5, 12)):
+        piece = QuantizedWeight(grid.codes[part], grid.scale[part], grid.factor[part], grid.zero[part])
+        assert torch.equal(feedback.round(w[part], piece).codes, whole.codes[part])
+    assert not torch.equal(whole.codes, grid.codes)

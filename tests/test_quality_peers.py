@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +15,14 @@ from torch.nn import functional as F
 from dvdquant.arq import fake_quantize_activation
 from dvdquant.hadamard import Rotation
 from dvdquant.layers import LayerSpec
+from tests.quality_scripts import script
 
-QUALITY = Path(__file__).resolve().parents[1] / "benchmarks" / "quality"
 # Every name and width; which of them run depends on what is installed.
 WIDTHS = {
     "SmoothQuant (modelopt)": (8, 6, 4),
     "SmoothQuant α ½ (modelopt)": (8, 6, 4),
     "SVDQuant (modelopt)": (8, 6, 4),
+    "SVDQuant rank K/96 (modelopt)": (8, 6, 4),
     "HQQ": (8, 6, 4),
     "ConvRot W4A4 (comfy-kitchen)": (4,),
     "codebook W4A8 (comfy-kitchen)": (8,),
@@ -36,15 +34,9 @@ BF16 = 2.0**-9
 
 
 @pytest.fixture(scope="module")
-def modules() -> Iterator[SimpleNamespace]:
+def modules() -> SimpleNamespace:
     """The scripts' modules, which import each other by name."""
-    sys.path.insert(0, str(QUALITY))
-    names = ("simulate", "peers")
-    loaded: dict[str, ModuleType] = {name: importlib.import_module(name) for name in names}
-    yield SimpleNamespace(**loaded)
-    sys.path.remove(str(QUALITY))
-    for name in names:
-        del sys.modules[name]
+    return SimpleNamespace(simulate=script("simulate"), peers=script("peers"))
 
 
 def peer(modules: SimpleNamespace, name: str) -> Any:

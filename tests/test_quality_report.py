@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -11,15 +10,14 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "benchmarks" / "quality"
-README = FOLDER / "README.md"
+from tests.quality_scripts import QUALITY, script
+
+README = QUALITY / "README.md"
 Row = dict[str, Any]
 RIGHT = ("shape", "colour", "motion", "size", "background", "speed")
 OURS = "dvdquant w4a4"
@@ -28,18 +26,7 @@ METHODS = {OURS: (0.0, 1.0), "QuaRot": (-1.0, 1.3), "RTN": (-4.0, 2.0)}
 WIDTHS = {"A8": (30.0, 0.05), "A6": (27.0, 0.08), "A4": (24.0, 0.2)}
 
 
-def _load() -> ModuleType:
-    sys.path.insert(0, str(FOLDER))
-    spec = importlib.util.spec_from_file_location("quality_report", FOLDER / "report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["quality_report"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-report = _load()
+report = script("report")
 
 
 def clip(method: str, width: str, seed: int, psnr: float | None, **fields: Any) -> Row:
@@ -302,7 +289,7 @@ def test_broken_lines_name_the_line(line: str, said: str, tmp_path: Path) -> Non
 def test_command_ends_with_2_and_one_message(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"kind": "nonsense"}\n')
     (readme := tmp_path / "README.md").write_text(README.read_text())
-    command = [sys.executable, str(FOLDER / "report.py"), str(tmp_path / "r.jsonl"), "--readme", str(readme)]
+    command = [sys.executable, str(QUALITY / "report.py"), str(tmp_path / "r.jsonl"), "--readme", str(readme)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
     assert done.returncode == 2

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "quality"
+from tests.quality_scripts import script
+
 WRONG = {  # another word of each kind
     "shape": {"circle": "square", "square": "triangle", "triangle": "ring", "ring": "circle"},
     "colour": {"red": "yellow", "yellow": "green", "green": "blue", "blue": "red"},
@@ -28,15 +26,9 @@ OPPOSITE = {"right": "left", "left": "right", "up": "down", "down": "up"}
 SPEED_TOLERANCE = 0.1
 
 
-def _module(name: str) -> ModuleType:
-    if str(FOLDER) not in sys.path:
-        sys.path.insert(0, str(FOLDER))
-    return importlib.import_module(name)
-
-
 @pytest.fixture(scope="module")
 def shapes() -> ModuleType:
-    return _module("shapes")
+    return script("shapes")
 
 
 def _clips(shapes: ModuleType, seed: int) -> list[Any]:
@@ -197,7 +189,7 @@ def test_another_shape_is_refused(shapes: ModuleType, shape: tuple[int, ...]) ->
 
 @pytest.fixture(scope="module")
 def train() -> ModuleType:
-    return _module("train")
+    return script("train")
 
 
 def test_batch_is_opposite_pairs_that_read_as_they_say(shapes: ModuleType, train: ModuleType) -> None:

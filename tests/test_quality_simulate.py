@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,20 +26,15 @@ from dvdquant.packing import pack_int4
 from dvdquant.predicted import layer_inputs
 from dvdquant.progress import Progress
 from dvdquant.recipe import RECIPES
+from tests.quality_scripts import QUALITY, script
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER, MODEL = ROOT / "benchmarks" / "quality", ROOT / "examples" / "tiny-wan"
-
-
-def module(name: str) -> ModuleType:
-    if str(FOLDER) not in sys.path:
-        sys.path.insert(0, str(FOLDER))
-    return importlib.import_module(name)
+MODEL = ROOT / "examples" / "tiny-wan"
 
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    return replace(module("clips").Bench.open(MODEL), steps=3)
+    return replace(script("clips").Bench.open(MODEL), steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +42,19 @@ def layers(bench: Any) -> list[Any]:
     """With what an export predicts of their inputs."""
     checkpoint = open_checkpoint(MODEL)
     moments = synthetic_moments(checkpoint, plan_model(checkpoint.config, RECIPES["w4a4"], torch.float32), Progress())
-    return list(module("simulate").layers_of(bench.model, moments=moments))
+    return list(script("simulate").layers_of(bench.model, moments=moments))
 
 
 @pytest.fixture
 def exact_products() -> Any:
-    simulate = module("simulate")
+    simulate = script("simulate")
     simulate.set_product_dtype(torch.float32)
     yield
     simulate.set_product_dtype(torch.bfloat16)
 
 
 def forward(model: Any, bench: Any, prompts: int = 2) -> Tensor:
-    x, text = bench.noise(range(prompts)), bench.words(module("clips").bench_prompts(bench.table, prompts, 0))
+    x, text = bench.noise(range(prompts)), bench.words(script("clips").bench_prompts(bench.table, prompts, 0))
     with torch.inference_mode():
         return model(x, torch.full((prompts,), 600.0), text, return_dict=False)[0]
 
@@ -69,7 +62,7 @@ def forward(model: Any, bench: Any, prompts: int = 2) -> Tensor:
 @pytest.mark.usefixtures("exact_products")
 def test_layers_that_change_nothing_change_nothing(bench: Any) -> None:
     """The surgery: merged members get their own rows and the bias."""
-    simulate = module("simulate")
+    simulate = script("simulate")
     layers = simulate.layers_of(bench.model)
     assert len(layers) == 42
     same = simulate.install(bench.model, layers, lambda layer: simulate.Simulated(layer.weight))
@@ -83,7 +76,7 @@ def test_layers_that_change_nothing_change_nothing(bench: Any) -> None:
 @pytest.mark.parametrize("recipe", ["w4a4", "w4a4-g64", "paper", "rtn"])
 def test_a_recipe_is_what_the_op_computes(layers: list[Any], recipe: str, bits: int) -> None:
     """A simulated layer against QuantLinear's reference on the packed tensors."""
-    simulate, methods = module("simulate"), module("methods")
+    simulate, methods = script("simulate"), script("methods")
     layer = layers[0]
     x = torch.randn(3, 20, layer.spec.features, generator=torch.Generator().manual_seed(1))
     group = simulate._SimulatedGroup(layer, methods.from_recipe(RECIPES[recipe])(layer, bits))
@@ -106,7 +99,7 @@ def test_a_recipe_is_what_the_op_computes(layers: list[Any], recipe: str, bits: 
 
 def test_bf16_products_do_not_decide(bench: Any, layers: list[Any]) -> None:
     """The bench's products are rounded to bf16: far less than what W4A8 changes."""
-    simulate, method = module("simulate"), module("methods").from_recipe(RECIPES["w4a8"])
+    simulate, method = script("simulate"), script("methods").from_recipe(RECIPES["w4a8"])
     outputs = {}
     for dtype in (torch.float32, torch.bfloat16):
         simulate.set_product_dtype(dtype)
@@ -118,7 +111,7 @@ def test_bf16_products_do_not_decide(bench: Any, layers: list[Any]) -> None:
 
 
 def test_clips_do_not_depend_on_their_batch(bench: Any) -> None:
-    clips = module("clips")
+    clips = script("clips")
     prompts = clips.bench_prompts(bench.table, 3, seed=5)
     together = clips.generate(bench, {16: bench.model}, prompts, [7, 8, 9]).latents
     alone = clips.generate(bench, {16: bench.model}, prompts[1:2], [8]).latents
@@ -127,7 +120,7 @@ def test_clips_do_not_depend_on_their_batch(bench: Any) -> None:
 
 @pytest.mark.parametrize("high", [0, 3])
 def test_a_planned_switch_is_its_one_model(bench: Any, layers: list[Any], high: int) -> None:
-    clips, simulate, methods = module("clips"), module("simulate"), module("methods")
+    clips, simulate, methods = script("clips"), script("simulate"), script("methods")
     method = methods.from_recipe(RECIPES["w4a4"])
     models = {b: simulate.install(bench.model, layers, lambda layer, b=b: method(layer, b)) for b in (4, 8)}
     bits = 8 if high else 4
@@ -141,7 +134,7 @@ def test_a_planned_switch_is_its_one_model(bench: Any, layers: list[Any], high: 
 
 
 def test_outliers_change_the_inputs_and_not_the_output(bench: Any) -> None:
-    outliers, simulate = module("outliers"), module("simulate")
+    outliers, simulate = script("outliers"), script("simulate")
     changed, factors = outliers.add_outliers(bench.model, count=5, largest=60.0)
     exact = forward(bench.model, bench)
     assert float((forward(changed, bench) - exact).norm() / exact.norm()) < 1e-5
@@ -162,7 +155,7 @@ def test_outliers_change_the_inputs_and_not_the_output(bench: Any) -> None:
 
 
 def test_prompts_are_different_and_every_word_is_as_frequent(bench: Any) -> None:
-    prompts = module("clips").bench_prompts(bench.table, 64, seed=0)
+    prompts = script("clips").bench_prompts(bench.table, 64, seed=0)
     assert len(set(prompts)) == 64
     counts = Counter(word for prompt in prompts for word in prompt)
     for words in bench.table.choices.values():
@@ -171,7 +164,7 @@ def test_prompts_are_different_and_every_word_is_as_frequent(bench: Any) -> None
 
 def test_predicted_inputs_resemble_the_real_ones(bench: Any, layers: list[Any]) -> None:
     """Feedback with predicted moments lowers the error on the inputs that layers have in clips, of most layers by far."""
-    clips, methods = module("clips"), module("methods")
+    clips, methods = script("clips"), script("methods")
     real: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     hooks = [
         bench.model.get_submodule(layer.spec.members[0]).register_forward_pre_hook(
@@ -198,7 +191,7 @@ def test_predicted_inputs_resemble_the_real_ones(bench: Any, layers: list[Any]) 
 def test_a_whole_small_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     """Real processes, real clips of ten steps: rows of every kind, a torn line, and a report that reads them."""
     command = [
-        sys.executable, str(FOLDER / "run.py"), "--work", str(tmp_path), "--prompts", "2", "--seeds", "1", "--steps", "10",
+        sys.executable, str(QUALITY / "run.py"), "--work", str(tmp_path), "--prompts", "2", "--seeds", "1", "--steps", "10",
         "--only", "RTN A4", "w4a4 A6", "--models", "plain", "--parts", "methods", "--no-report",
     ]  # fmt: skip
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
@@ -216,5 +209,5 @@ def test_a_whole_small_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     assert strip == [{k: v for k, v in json.loads(line).items() if k != "job_seconds"} for line in before]
     code = "import pathlib, report, sys; print(len(report.read_results(pathlib.Path(sys.argv[1])).clips))"
     reading = [sys.executable, "-c", code, str(results)]
-    read = subprocess.run(reading, check=True, cwd=FOLDER, capture_output=True, text=True)
+    read = subprocess.run(reading, check=True, cwd=QUALITY, capture_output=True, text=True)
     assert read.stdout.strip() == "3"

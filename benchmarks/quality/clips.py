@@ -84,9 +84,6 @@ class Clips:
     trajectory: list[tuple[Tensor, Tensor]]
 
 
-Watch = Callable[[int, Tensor], None]
-
-
 @torch.inference_mode()
 def generate(
     bench: Bench,
@@ -107,12 +104,12 @@ def generate(
     x = bench.noise(seeds)
     scheduler = copy.deepcopy(bench.scheduler)
     scheduler.set_timesteps(bench.steps)
-    run = _Switch(bench, models, controllers, count, text, empty) if controllers else None
+    run = _Switch(bench.steps, models, controllers, count, text, empty) if controllers else None
     only = next(iter(models.values()))
     result = Clips(x, [[] for _ in prompts], [])
     for step, timestep in enumerate(scheduler.timesteps):
         if run is None:
-            output = _both(bench, only, x, timestep, text, empty)
+            output = _both(only, x, timestep, text, empty)
             for bits in result.bits:
                 bits.append(next(iter(models)))
         else:
@@ -125,7 +122,7 @@ def generate(
     return result
 
 
-def _both(bench: Bench, model: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, empty: Tensor) -> Tensor:
+def _both(model: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, empty: Tensor) -> Tensor:
     """[2, B, C, F, H, W]: with the prompt, and without."""
     twice = torch.cat((x, x))
     out = model(twice, timestep.expand(len(twice)), torch.cat((text, empty)), return_dict=False)[0]
@@ -136,13 +133,13 @@ class _Switch:
     """Every clip asks its own controller; clips that want the same bits run together."""
 
     def __init__(
-        self, bench: Bench, models: Mapping[int, nn.Module], make: Callable[[int], StepController], count: int,
+        self, steps: int, models: Mapping[int, nn.Module], make: Callable[[int], StepController], count: int,
         text: Tensor, empty: Tensor,
     ) -> None:  # fmt: skip
-        self.bench, self.models, self.text, self.empty = bench, models, text, empty
+        self.models, self.text, self.empty = models, text, empty
         self.controllers = [make(i) for i in range(count)]
         for controller in self.controllers:
-            controller.reset(bench.steps)
+            controller.reset(steps)
         self.last: list[Tensor | None] = [None] * count  # F_t of the branch that decides: the one with the prompt
         self.kept: list[Tensor | None] = [None] * count
 
@@ -151,9 +148,7 @@ class _Switch:
         output = torch.empty(2, *x.shape)
         for width in {d for d in decided if d is not None}:
             chosen = torch.tensor([i for i, d in enumerate(decided) if d == width])
-            output[:, chosen] = _both(
-                self.bench, self.models[width], x[chosen], timestep, self.text[chosen], self.empty[chosen]
-            )
+            output[:, chosen] = _both(self.models[width], x[chosen], timestep, self.text[chosen], self.empty[chosen])
         for i, (controller, width) in enumerate(zip(self.controllers, decided)):
             cache = controller.cache
             if width is None:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dvdquant.arq import fake_quantize_activation
 from dvdquant.bgr import quantize_weight
-from dvdquant.feedback import round_with_feedback
 from dvdquant.hadamard import Rotation, rotate
 from dvdquant.predicted import layer_inputs
 from dvdquant.recipe import RECIPES, Recipe, WeightSpec
@@ -100,7 +99,7 @@ def from_recipe(recipe: Recipe) -> LayerMethod:
         chosen = Rotation.for_features(layer.spec.features, recipe.rotation)
         known = layer_inputs(layer.moments, replace(layer.spec, rotation=chosen, balanced=recipe.balance))
         w = rotate(layer.weight * known.divisors, chosen)
-        stored = round_with_feedback(w, quantize_weight(w, recipe.weight), known.moments, known.damping)
+        stored = known.feedback.round(w, quantize_weight(w, recipe.weight))
         divide = known.divisors if recipe.balance else None
         return Simulated(stored.dequantize(), activation_grid(bits, group), divide, None if chosen.identity else chosen)
 
@@ -108,7 +107,6 @@ def from_recipe(recipe: Recipe) -> LayerMethod:
 
 
 _RTN = WeightSpec(zero_point="paper", solver="minmax")
-_BGR = WeightSpec(zero_point="paper", solver="paper")
 
 METHODS: dict[str, Method] = {
     m.name: m

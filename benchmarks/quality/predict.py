@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from clips import Bench
 from outliers import modulation
-from simulate import layers_of
+from simulate import sampled_inputs
 from torch import Tensor, nn
+
+from dvdquant.synthetic import smooth_field
 
 __all__ = ["noise_run", "predicted_inputs"]
 
@@ -58,40 +60,20 @@ def noise_run(bench: Bench, latents: str = "noise", runs: int = 32, kept: int = 
         latents: ``noise`` N(0, 1) at every timestep; ``smooth`` noise mixed as the scheduler does with a smooth random
             field in the place of a clip; ``own`` what the model makes of noise step by step.
     """
-    names = [layer.spec.members[0] for layer in layers_of(bench.model)]
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
     generator = torch.Generator().manual_seed(0)
-
-    def watch(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1])
-            seen[name].append(rows[torch.randint(len(rows), (kept,), generator=generator)].clone())
-
-        return hook
-
-    hooks = [bench.model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in names]
     scheduler = copy.deepcopy(bench.scheduler)
     scheduler.set_timesteps(runs)
     text = bench.table.embeddings.shape[1]
     x = torch.randn(1, *bench.table.latent, generator=generator)
     words = torch.randn(1, len(bench.table.order), text, generator=generator)
-    for timestep in scheduler.timesteps:
-        if latents != "own":
-            words = torch.randn(words.shape, generator=generator)
-            x = torch.randn(x.shape, generator=generator)
-        if latents == "smooth":
-            x = torch.lerp(smooth_field(x.shape, generator), x, float(timestep) / 1000)
-        v = bench.model(x, timestep.expand(1), words, return_dict=False)[0]
-        if latents == "own":
-            x = scheduler.step(v, timestep, x, return_dict=False)[0]
-    for hook in hooks:
-        hook.remove()
+    with sampled_inputs(bench.model, kept, generator) as seen:
+        for timestep in scheduler.timesteps:
+            if latents != "own":
+                words = torch.randn(words.shape, generator=generator)
+                x = torch.randn(x.shape, generator=generator)
+            if latents == "smooth":
+                x = torch.lerp(smooth_field(x.shape, generator), x, float(timestep) / 1000)
+            v = bench.model(x, timestep.expand(1), words, return_dict=False)[0]
+            if latents == "own":
+                x = scheduler.step(v, timestep, x, return_dict=False)[0]
     return {name: torch.cat(rows) for name, rows in seen.items()}
-
-
-def smooth_field(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """A random field [1, C, F, H, W] of unit variance whose neighbours are alike, as those of a clip are."""
-    _, channels, *sizes = shape
-    coarse = torch.randn(1, channels, *(max(2, s // 6) for s in sizes), generator=generator)
-    field = nn.functional.interpolate(coarse, size=tuple(sizes), mode="trilinear", align_corners=True)
-    return field / field.std()

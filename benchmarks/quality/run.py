@@ -26,7 +26,6 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent.parent / "examples" / "tiny-wan"
 CHUNK = 16
 PARTS = ("studies", "methods", "delta")
-# The widths of a rival with other names than ours come from peers.py.
 OURS_FOR_DELTA = "dvdquant w4a4"
 DELTAS = (0.02, 0.06, 0.1, 0.14, 0.18, 0.25, 0.4)
 HIGH_SHARES = (0.25, 0.5, 0.75)

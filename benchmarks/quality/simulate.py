@@ -7,7 +7,8 @@ result in 16 bit as a kernel would write it. Nothing here is fast; what runs on 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,7 @@ from dvdquant.model import plan_model
 from dvdquant.moments import InputMoments
 from dvdquant.recipe import RECIPES
 
-__all__ = ["Layer", "Simulated", "install", "layers_of", "set_product_dtype"]
+__all__ = ["Layer", "Simulated", "install", "layers_of", "sampled_inputs", "set_product_dtype"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,27 @@ def layers_of(
         guessed = {name: values.get(first, none) for name, values in (predicted or {}).items()}
         found.append(Layer(spec.name, spec, weight, bias, seen, guessed, (moments or {}).get(spec.name)))
     return found
+
+
+@contextmanager
+def sampled_inputs(model: nn.Module, kept: int, generator: torch.Generator) -> Iterator[dict[str, list[Tensor]]]:
+    """While it is open, ``kept`` random tokens [kept, K] of every call of every layer, by the name of its first member."""
+    names = [layer.spec.members[0] for layer in layers_of(model)]
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            tokens = args[0].reshape(-1, args[0].shape[-1])
+            seen[name].append(tokens[torch.randint(len(tokens), (kept,), generator=generator)].clone())
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def install(model: nn.Module, layers: Iterable[Layer], method: Callable[[Layer], Simulated]) -> nn.Module:

@@ -74,7 +74,7 @@ def with_moments(
             leaves channels alone that differ by less than a factor of four.
         block: of the moments along the diagonal; 0 is the whole row.
     """
-    inputs = (layer.inputs if source == "data" else layer.predicted[source]).float()
+    inputs = layer.inputs if source == "data" else layer.predicted[source]
     w, divide = layer.weight, None
     if balance and len(inputs):
         divide = balance_of(inputs.square().mean(0), w.square().mean(0), rounding)

@@ -14,7 +14,7 @@ from clips import Bench, Clips, Prompt, bench_prompts, generate
 from methods import METHODS, Method
 from predict import noise_run, predicted_inputs
 from shapes import CHOICES, measure
-from simulate import Layer, install, layers_of
+from simulate import Layer, install, layers_of, sampled_inputs
 from studies import STUDIES
 from torch import Tensor, nn
 
@@ -30,9 +30,10 @@ from dvdquant.progress import Progress
 from dvdquant.recipe import RECIPES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "switching"))
+from measure import place_high
 from metrics import ssim
 
-__all__ = ["Worker", "find_method", "in_16_bit", "place_high", "plan"]
+__all__ = ["Worker", "find_method", "in_16_bit", "plan"]
 
 Row = dict[str, Any]
 # Clips whose trajectories and inputs are looked at: other prompts and seeds than those that are scored.
@@ -50,17 +51,6 @@ def plan(bench: Bench, prompts: int, seeds: int) -> list[tuple[Prompt, int]]:
     return [(prompt, 1000 * turn + index) for turn in range(seeds) for index, prompt in enumerate(chosen)]
 
 
-def place_high(place: str, count: int, steps: int) -> list[int | None]:
-    """``count`` 8-bit steps: the first, the last, or spread from the first to the last."""
-    if place == "first":
-        chosen = set(range(count))
-    elif place == "last":
-        chosen = set(range(steps - count, steps))
-    else:
-        chosen = {round(i * (steps - 1) / max(1, count - 1)) for i in range(count)}
-    return [8 if step in chosen else 4 for step in range(steps)]
-
-
 @dataclass
 class Worker:
     """One process with one thread. ``folders`` are the models by name, ``work`` keeps what all processes share;
@@ -70,7 +60,9 @@ class Worker:
     work: Path
     steps_each: int
     benches: dict[str, Bench] = field(default_factory=dict)
-    layers: dict[str, list[Layer]] = field(default_factory=dict)
+    layers: dict[tuple[str, bool], list[Layer]] = field(default_factory=dict)
+    moments: dict[str, dict[str, InputMoments]] = field(default_factory=dict)
+    held: dict[str, dict[str, Any]] = field(default_factory=dict)
     built: dict[tuple[str, str, int], nn.Module] = field(default_factory=dict)
 
     def bench(self, model: str) -> Bench:
@@ -88,51 +80,47 @@ class Worker:
             return
         bench = self.bench(model)
         prompts = bench_prompts(bench.table, HELD_OUT, seed=1)
-        names = [member for layer in layers_of(bench.model) for member in layer.spec.members[:1]]
-        seen: dict[str, list[Tensor]] = {name: [] for name in names}
-        generator = torch.Generator().manual_seed(2)
-
-        def watch(name: str) -> Any:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                tokens = args[0].reshape(-1, args[0].shape[-1])
-                seen[name].append(tokens[torch.randint(len(tokens), (32,), generator=generator)].clone())
-
-            return hook
-
-        hooks = [bench.model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in names]
         seeds = [HELD_OUT_SEED + i for i in range(HELD_OUT)]
-        clips = generate(bench, {16: bench.model}, prompts, seeds, keep_trajectory=True)
-        for hook in hooks:
-            hook.remove()
+        with sampled_inputs(bench.model, 32, torch.Generator().manual_seed(2)) as seen:
+            clips = generate(bench, {16: bench.model}, prompts, seeds, keep_trajectory=True)
         inputs = {
             name: torch.cat(tokens)[:: max(1, 32 * bench.steps // CALIBRATION_TOKENS)] for name, tokens in seen.items()
         }
         _save(path, {"prompts": prompts, "trajectory": clips.trajectory, "inputs": inputs})
 
-    def model_layers(self, model: str) -> list[Layer]:
-        """Layers with their calibration inputs."""
-        if model not in self.layers:
-            held = torch.load(self.work / f"{model}-held-out.pt")
-            bench = self.bench(model)
-            predicted = {"modulation": predicted_inputs(bench)}
-            for title, latents in (("noise run", "noise"), ("smooth run", "smooth"), ("own run", "own")):
-                predicted[title] = noise_run(bench, latents)
-            self.layers[model] = layers_of(bench.model, held["inputs"], predicted, self._moments(model))
-        return self.layers[model]
+    def _held(self, model: str) -> dict[str, Any]:
+        """What :meth:`held_out` left, read once."""
+        if model not in self.held:
+            self.held[model] = torch.load(self.work / f"{model}-held-out.pt")
+        return self.held[model]
+
+    def model_layers(self, model: str, studied: bool = False) -> list[Layer]:
+        """Layers with their calibration inputs; where they are ``studied``, with every prediction that is compared."""
+        if (model, studied) not in self.layers:
+            bench, predicted = self.bench(model), {}
+            if studied:
+                predicted = {"modulation": predicted_inputs(bench)}
+                for title, latents in (("noise run", "noise"), ("smooth run", "smooth"), ("own run", "own")):
+                    predicted[title] = noise_run(bench, latents)
+            inputs, moments = self._held(model)["inputs"], self._moments(model)
+            self.layers[model, studied] = layers_of(bench.model, inputs, predicted, moments)
+        return self.layers[model, studied]
 
     def _moments(self, model: str) -> dict[str, InputMoments]:
         """What an export of this model predicts of its layers' inputs."""
-        checkpoint = open_checkpoint(self.folders[model])
-        planned = plan_model(checkpoint.config, RECIPES["w4a4"], torch.float32)
-        return synthetic_moments(checkpoint, planned, Progress("quiet"))
+        if model not in self.moments:
+            checkpoint = open_checkpoint(self.folders[model])
+            planned = plan_model(checkpoint.config, RECIPES["w4a4"], torch.float32)
+            self.moments[model] = synthetic_moments(checkpoint, planned, Progress("quiet"))
+        return self.moments[model]
 
-    def simulated(self, model: str, method: Method, bits: int) -> nn.Module:
+    def simulated(self, model: str, method: Method, bits: int, studied: bool = False) -> nn.Module:
         """The model under a method; the two last used are kept."""
         key = (model, method.name, bits)
         if key not in self.built:
             while len(self.built) > 1:
                 self.built.pop(next(iter(self.built)))
-            layers = self.model_layers(model)
+            layers = self.model_layers(model, studied)
             self.built[key] = install(self.bench(model).model, layers, lambda layer: method.layer(layer, bits))
         return self.built[key]
 
@@ -149,12 +137,10 @@ class Worker:
         """Clips of a method at one width."""
         bench, bits = self.bench(model), int(width[1:])
         if name == "bf16":
-            with torch.autocast("cpu", torch.bfloat16):
-                clips = generate(bench, {16: bench.model}, *_columns(chunk))
-            return self._rows(model, name, width, index, chunk, clips)
+            return self._rows(model, name, width, index, chunk, in_16_bit(bench, {16: bench.model}, chunk))
         method = find_method(name)
         if bits != 6 or not method.switched:
-            clips = generate(bench, {bits: self.simulated(model, method, bits)}, *_columns(chunk))
+            clips = in_16_bit(bench, {bits: self.simulated(model, method, bits)}, chunk)
         else:
             delta = self.delta(model, method, 6.0)
             clips = self._switched(
@@ -164,7 +150,7 @@ class Worker:
 
     def _switched(self, model: str, method: Method, chunk: Sequence[tuple[Prompt, int]], make: Any) -> Clips:
         models = {bits: self.simulated(model, method, bits) for bits in (4, 8)}
-        return generate(self.bench(model), models, *_columns(chunk), controllers=make)
+        return in_16_bit(self.bench(model), models, chunk, make)
 
     def delta_clips(
         self, model: str, name: str, variant: dict[str, Any], index: int, chunk: Sequence[tuple[Prompt, int]]
@@ -193,7 +179,7 @@ class Worker:
     def study(self, model: str, study: str, name: str, width: str) -> list[Row]:
         """The mean of such errors over every fourth step, for one entry of a study."""
         method = Method(f"{study}/{name}", STUDIES[study][name])
-        errors = self._errors(model, self.simulated(model, method, int(width[1:])), 4)
+        errors = self._errors(model, self.simulated(model, method, int(width[1:]), studied=True), 4)
         base = {"kind": "study", "study": study, "model": model, "name": name, "width": width}
         clips = sorted({c for c, *_ in errors})
         means = {c: [e for clip, _, _, e in errors if clip == c] for c in clips}
@@ -203,7 +189,7 @@ class Worker:
     def _errors(self, model: str, simulated: nn.Module, every: int) -> list[tuple[int, int, float, float]]:
         """(clip, step, σ, relative L2)."""
         bench = self.bench(model)
-        held = torch.load(self.work / f"{model}-held-out.pt")
+        held = self._held(model)
         text = bench.words(held["prompts"])
         bench.scheduler.set_timesteps(bench.steps)
         found = []
@@ -224,7 +210,7 @@ class Worker:
         if path.exists():
             return float(path.read_text())
         bench = self.bench(model)
-        held = torch.load(self.work / f"{model}-held-out.pt")
+        held = self._held(model)
         text = bench.words(held["prompts"])[:4]
         bench.scheduler.set_timesteps(bench.steps)
         outputs: dict[int, list[Tensor]] = {}

@@ -8,8 +8,6 @@ __all__ = ["emulate_bfloat16"]
 
 BF16, FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
-# Ends the names of the casts behind initializers.
-_UPCAST = "_fp32"
 # Moves values without computing on them: their outputs are as round as their inputs.
 EXACT = frozenset(
     "Reshape Transpose Slice Concat Split Squeeze Unsqueeze Expand Gather Identity ScatterND Flatten Tile Where".split()  # noqa: SIM905
@@ -29,31 +27,33 @@ def emulate_bfloat16(model: ir.Model) -> bool:
     """
     graph = model.graph
     changed = False
+    ours: set[ir.Node] = set()
     for value in graph.inputs:
         if value.dtype == BF16:
             value.dtype, changed = FP32, True
     for value in list(graph.initializers.values()):
         if value.dtype == BF16 or (value.const_value is not None and value.const_value.dtype == BF16):
-            _upcast_initializer(graph, value)
+            ours |= _upcast_initializer(graph, value)
             changed = True
     for node in list(graph):
-        if node.name is not None and node.name.endswith(_UPCAST):
-            continue  # ours
-        changed |= _emulate_node(graph, node)
+        if node not in ours:
+            changed |= _emulate_node(graph, node)
     return changed
 
 
-def _upcast_initializer(graph: ir.Graph, value: ir.Value) -> None:
+def _upcast_initializer(graph: ir.Graph, value: ir.Value) -> set[ir.Node]:
+    """Put a Cast to float32 between an initializer and its users; returns what was put there."""
     users = list(value.uses())
     if not users:
-        return
-    cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", FP32.value)], num_outputs=1, name=f"{value.name}{_UPCAST}")
+        return set()
+    name = f"{value.name}_fp32"
+    cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", FP32.value)], num_outputs=1, name=name)
     result = cast.outputs[0]
-    result.name, result.dtype, result.shape = f"{value.name}{_UPCAST}", FP32, value.shape
-    first = next(iter(graph))
-    graph.insert_before(first, cast)
+    result.name, result.dtype, result.shape = name, FP32, value.shape
+    graph.insert_before(next(iter(graph)), cast)
     for user, index in users:
         user.replace_input_with(index, result)
+    return {cast}
 
 
 def _emulate_node(graph: ir.Graph, node: ir.Node) -> bool:
