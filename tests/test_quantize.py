@@ -283,12 +283,13 @@ def test_resume_after_several_interruptions(model: Path, tmp_path: Path, monkeyp
     assert digests(tmp_path / "cut/tree") == digests(tmp_path / "whole/tree")
 
 
+@pytest.mark.parametrize(("target", "calls"), [("_quantize_layer", 6), ("_converted", 0)])
 def test_a_tensor_that_did_not_reach_the_disk_is_written_again(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, calls: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power cut the journal may know a layer whose bytes are gone: the checksum finds it."""
+    """After a power cut the journal may know a layer whose bytes are gone: the checksum finds it, be it the only one left."""
     whole = quantize(model, tmp_path / "whole", plan())
-    undo = stop_after(monkeypatch, "_quantize_layer", 6)
+    undo = stop_after(monkeypatch, target, calls)
     with pytest.raises(Interrupted):
         quantize(model, tmp_path / "cut", plan())
     undo()
