@@ -66,6 +66,10 @@ class QuantizedWeight:
     factor: Tensor
     zero: Tensor
 
+    def rows(self, part: slice) -> QuantizedWeight:
+        """Some rows, as views."""
+        return QuantizedWeight(self.codes[part], self.scale[part], self.factor[part], self.zero[part])
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``scale · (factor/255) · (codes − zero)`` [N, K], scales rounded to fp32 as every kernel does."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32

@@ -26,8 +26,8 @@ __all__ = ["Feedback", "output_energy", "round_with_feedback"]
 F64 = npt.NDArray[np.float64]
 I8 = npt.NDArray[np.int8]
 
-# Columns rounded before the rest of the row is brought up to date by one matrix product.
-_LAZY = 32
+# Columns rounded before the rest of the row is brought up to date by one matrix product: by compiled loops, and by tensors.
+_LAZY, _LAZY_TENSORS = 256, 32
 
 
 def round_with_feedback(w: Tensor, grid: QuantizedWeight, moments: Tensor, damping: float = 0.05) -> QuantizedWeight:
@@ -87,12 +87,13 @@ class Feedback:
 
 def _passed_on(moments: Tensor, damping: float) -> Tensor:
     """fp64 [b, b], upper triangular with ones on the diagonal: row i says how the columns after i move with its error."""
-    level = float(moments.diagonal().mean())
+    level, identity = float(moments.diagonal().mean()), torch.eye(len(moments), dtype=torch.float64)
     if level <= 0.0:
-        return torch.eye(len(moments), dtype=torch.float64)
-    damped = moments.cpu() / level + damping * torch.eye(len(moments), dtype=torch.float64)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+        return identity
+    damped = moments.cpu() / level + damping * identity
+    # The Cholesky factor U of the inverse, M⁻¹ = UᵀU, without the inverse: backwards, M = LLᵀ, and U is L⁻¹ backwards.
+    lower = torch.linalg.cholesky(damped.flip(0, 1))
+    factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
     unit: Tensor = factor / factor.diagonal()[:, None]
     return unit
 
@@ -105,12 +106,14 @@ def _compiled(w: Tensor, step: Tensor, zero: Tensor, group: int, first: int, fac
     steps, zeros, target = step.numpy(), zero.numpy(), codes.numpy()
     for start in range(0, size, _LAZY):
         columns = slice(start, min(start + _LAZY, size))
-        errors = torch.empty(len(w), columns.stop - start, dtype=torch.float64)
+        after = columns.stop < size
+        errors = torch.empty(len(w), columns.stop - start if after else 0, dtype=torch.float64)
         source, passed, found = left[:, columns].numpy(), factor[columns, columns].numpy(), errors.numpy()
 
         rounding = partial(_round_rows, source, steps, zeros, group, first + start, passed, target[:, columns], found)
         for_row_parts(len(w), rounding)
-        left[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
+        if after:
+            left[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
     return codes
 
 
@@ -126,8 +129,8 @@ def _on_device(w: Tensor, step: Tensor, zero: Tensor, group: int, first: int, fa
     """The same column by column for all rows at once, for a GPU."""
     size = w.shape[1]
     left, codes = w.double(), torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    for start in range(0, size, _LAZY):
-        stop = min(start + _LAZY, size)
+    for start in range(0, size, _LAZY_TENSORS):
+        stop = min(start + _LAZY_TENSORS, size)
         errors = torch.empty(len(w), stop - start, dtype=torch.float64, device=w.device)
         for i in range(start, stop):
             scale, centre = step[:, (first + i) // group], zero[:, (first + i) // group]

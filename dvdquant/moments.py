@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ __all__ = [
     "rotated_moments",
     "streamed",
     "synthetic_moments",
+    "triangles_shape",
 ]
 
 # Channels whose moments are kept together: half of K·256 floats a layer are 1 GB for HunyuanVideo.
@@ -86,6 +88,12 @@ class InputMoments:
 
 def _pack(blocks: Tensor) -> Tensor:
     return torch.cat([blocks[:, i, : i + 1] for i in range(blocks.shape[1])], dim=1)
+
+
+def triangles_shape(spec: LayerSpec) -> tuple[int, int]:
+    """Of :attr:`InputMoments.triangles`."""
+    order = moment_block(spec)
+    return spec.features // order, order * (order + 1) // 2
 
 
 def moment_block(spec: LayerSpec) -> int:
@@ -186,12 +194,21 @@ def synthetic_moments(
 
 
 class _Collected:
-    """Sums over the inputs and the weights of every layer."""
+    """Sums over the inputs and the weights of every layer.
+
+    The sums lie in one allocation: many of a few megabytes, made between the passing ones of a forward, left holes that took
+    as much memory as they did.
+    """
 
     def __init__(self, plan: ModelPlan) -> None:
         self._layer_of = {f"{member}.weight": spec.name for spec in plan.layers for member in spec.members}
-        self._triangles: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = {}
+        shapes = {spec.name: triangles_shape(spec) for spec in plan.layers}
+        ends = list(accumulate(math.prod(shape) for shape in shapes.values()))
+        space = torch.empty(ends[-1] if ends else 0)
+        self._triangles = {
+            name: space[end - math.prod(shape) : end].view(shape) for end, (name, shape) in zip(ends, shapes.items())
+        }
+        self._tokens = dict.fromkeys(shapes, 0)
         self._energy: dict[str, Tensor] = {}
 
     @property
@@ -207,27 +224,27 @@ class _Collected:
 
     def watch(self, spec: LayerSpec) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """A forward pre-hook for the first member of ``spec``."""
-        order = moment_block(spec)
+        order, sums = moment_block(spec), self._triangles[spec.name]
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].reshape(-1, spec.features // order, order)
-            triangles = _pack(torch.stack([x.T @ x for x in rows.unbind(1)]))
-            if spec.name in self._triangles:
-                triangles += self._triangles[spec.name]
-            self._triangles[spec.name] = triangles
-            self._tokens[spec.name] = self._tokens.get(spec.name, 0) + len(rows)
+            if not self._tokens[spec.name]:
+                sums.zero_()
+            blocks = torch.stack([x.T @ x for x in rows.unbind(1)])
+            for i in range(order):
+                sums.narrow(1, i * (i + 1) // 2, i + 1).add_(blocks[:, i, : i + 1])
+            self._tokens[spec.name] += len(rows)
 
         return hook
 
     def take(self, spec: LayerSpec) -> InputMoments:
         """The result of one layer, which is forgotten here; ordinary tensors, outside of inference mode."""
-        order = moment_block(spec)
         energy = self._energy.pop(spec.name) / spec.out_features
-        found = self._triangles.pop(spec.name, None)
-        tokens = self._tokens.get(spec.name, 0)
-        triangles = None if found is None else found / tokens
-        if triangles is None or not bool(torch.isfinite(triangles).all()):
-            triangles, tokens = _pack(torch.eye(order)[None]).repeat(spec.features // order, 1), 0
+        triangles, tokens = self._triangles.pop(spec.name), self._tokens[spec.name]
+        if tokens:
+            triangles /= tokens
+        if not tokens or not bool(torch.isfinite(triangles).all()):
+            triangles, tokens = _pack(torch.eye(moment_block(spec))[None]).repeat(len(triangles), 1), 0
         return InputMoments(triangles, energy, tokens)
 
 
@@ -288,7 +305,7 @@ def _read(checkpoint: Checkpoint, name: str) -> Tensor:
 
 def moments_bytes(plan: ModelPlan) -> int:
     """Size of all layers' moments."""
-    return 4 * sum(spec.features * (moment_block(spec) + 1) // 2 for spec in plan.layers)
+    return 4 * sum(math.prod(triangles_shape(spec)) for spec in plan.layers)
 
 
 def _check_memory(plan: ModelPlan) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .feedback import Feedback
 from .layers import LayerSpec
 from .model import ModelPlan
-from .moments import InputMoments, balance_divisors, moment_block, rotated_moments, synthetic_moments
+from .moments import InputMoments, balance_divisors, rotated_moments, synthetic_moments, triangles_shape
 from .progress import Progress
 from .safetensors_io import StreamingWriter, TensorInfo, read_header, read_tensor
 from .transaction import ExportTransaction
@@ -100,9 +100,8 @@ def predict_inputs(
         found = synthetic_moments(checkpoint, plan, progress, levels=noise_levels(plan))
         planned = []
         for spec in plan.layers:
-            block = moment_block(spec)
             planned += [
-                (f"{spec.name}.triangles", torch.float32, (spec.features // block, block * (block + 1) // 2)),
+                (f"{spec.name}.triangles", torch.float32, triangles_shape(spec)),
                 (f"{spec.name}.energy", torch.float32, (spec.features,)),
                 (f"{spec.name}.tokens", torch.float32, ()),
             ]

@@ -38,7 +38,7 @@ SHARD_BYTES = 5 << 30
 CHUNK_WEIGHTS = 1 << 23
 # Kept tensors journaled together.
 BATCH_BYTES = 64 << 20
-# Rows of a chunk whose output error goes into the table.
+# Rows of a layer whose output error goes into the table; at most twice as many.
 SAMPLED_ROWS = 512
 
 Planned = tuple[str, torch.dtype, tuple[int, ...]]
@@ -245,7 +245,7 @@ def _quantize_layer(
     """The packed tensors of one (merged) layer, its line of the error table, and its non-finite tensors."""
     packed, scales, factors, zeros, biases = [], [], [], [], []
     bad: list[str] = []
-    sums = _ErrorSums(known)
+    sums = _ErrorSums(known, max(1, spec.out_features // SAMPLED_ROWS))
     for member, rows, has_bias in zip(spec.members, spec.rows, spec.biases):
         weight = checkpoint.read(f"{member}.weight")
         bad += (found := _nonfinite(checkpoint, f"{member}.weight", weight, allow_nonfinite))
@@ -260,7 +260,7 @@ def _quantize_layer(
             quantized = quantize_weight(rotated, plan.recipe.weight)
             if known is not None:
                 quantized = known.feedback.round(rotated, quantized)
-            sums.add(rotated, quantized, plan)
+            sums.add(rotated, quantized, plan, start)
             packed.append(_packed(quantized.codes))
             scales.append(quantized.scale)
             factors.append(quantized.factor)
@@ -278,20 +278,22 @@ def _quantize_layer(
 
 class _ErrorSums:
     """Squared errors of the layer and of min-max, summed over its chunks: of the weights, or of the outputs where something
-    is known of the inputs; then of some rows, as the sum over all takes as long as quantizing them."""
+    is known of the inputs; then of every ``stride``-th row, as the sum over all takes longer than quantizing them."""
 
-    def __init__(self, known: LayerInputs | None) -> None:
-        self.known = known
+    def __init__(self, known: LayerInputs | None, stride: int) -> None:
+        self.known, self.stride = known, stride
         self.energy = self.error = self.minmax = 0.0
 
-    def add(self, weight: Tensor, quantized: QuantizedWeight, plan: ModelPlan) -> None:
+    def add(self, weight: Tensor, quantized: QuantizedWeight, plan: ModelPlan, start: int) -> None:
+        """Rows ``start`` and following of one member."""
         minmax = replace(plan.recipe.weight, solver="minmax")
         if self.known is not None:
-            rows = slice(None, None, max(1, len(weight) // SAMPLED_ROWS))
+            rows = slice(-start % self.stride, None, self.stride)
             some, moments = weight[rows].contiguous(), self.known.moments
-            self.energy += output_energy(some, moments)
-            self.error += output_energy(some - quantized.dequantize()[rows], moments)
-            self.minmax += output_energy(some - quantize_weight(some, minmax).dequantize(), moments)
+            if len(some):
+                self.energy += output_energy(some, moments)
+                self.error += output_energy(some - quantized.rows(rows).dequantize(), moments)
+                self.minmax += output_energy(some - quantize_weight(some, minmax).dequantize(), moments)
             return
         baseline = quantize_weight(weight, minmax)
         energy, error = _squared_errors(weight, quantized)

@@ -25,8 +25,9 @@ __all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "require_memory
 # Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B; see benchmarks/README.md.
 IMPORT_BYTES = 650 << 20
 TRACE_BYTES_PER_LAYER = 1000 << 10
-QUANTIZE_WEIGHTS_PER_SECOND, FEEDBACK_WEIGHTS_PER_SECOND = 60e6, 60e6
-INPUTS_FLOPS_PER_SECOND, INPUTS_BYTES, READ_BYTES_PER_SECOND = 120e9, 400 << 20, 300e6
+QUANTIZE_WEIGHTS_PER_SECOND = 60e6
+REFINED_WEIGHTS_PER_SECOND, REFINED_SECONDS_PER_LAYER = 48e6, 0.045
+INPUTS_FLOPS_PER_SECOND, INPUTS_BYTES, READ_BYTES_PER_SECOND = 180e9, 400 << 20, 700e6
 TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 2.0, 0.075
 BUILDER_BYTES, BUILDER_BYTES_PER_LAYER = 450 << 20, 2600 << 10
 ENGINE_BYTES = 11 << 20  # what an engine holds besides its weights
@@ -114,12 +115,14 @@ def estimate_export(
     cores = min(os.cpu_count() or 1, torch.get_num_threads())
     looking = [p for p in plans if p.recipe.inputs == "synthetic"]
     flops = sum(2.0 * p.all_weights * noise_levels(p) * ITEM_TOKENS for p in looking)
-    rate = 1 / QUANTIZE_WEIGHTS_PER_SECOND + (1 / FEEDBACK_WEIGHTS_PER_SECOND if looking else 0.0)
+    rate, each = (
+        (REFINED_WEIGHTS_PER_SECOND, REFINED_SECONDS_PER_LAYER) if looking else (QUANTIZE_WEIGHTS_PER_SECOND, 0.0)
+    )
     seconds = {
         "inputs": (source_bytes / READ_BYTES_PER_SECOND + flops / INPUTS_FLOPS_PER_SECOND * 2 / cores)
         if looking
         else 0.0,
-        "quantize": source_bytes / DISK_BYTES_PER_SECOND + weights * rate * 2 / cores,
+        "quantize": source_bytes / DISK_BYTES_PER_SECOND + (weights / rate + each * layers) * 2 / cores,
         "trace": TRACE_SECONDS * len(plans) + TRACE_SECONDS_PER_LAYER * layers,
         "engines": sum(
             BUILD_SECONDS + BUILD_SECONDS_PER_LAYER * len(p.layers) + size / BUILD_BYTES_PER_SECOND

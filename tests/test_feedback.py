@@ -143,6 +143,5 @@ def test_rows_in_parts_get_the_codes_of_the_whole() -> None:
     moments = (x.T @ x / len(x)).view(64, 2, 32)[:32, 0][None].repeat(2, 1, 1)
     feedback, whole = Feedback(moments, 0.1), round_with_feedback(w, grid, moments, 0.1)
     for part in (slice(0, 5), slice(5, 12)):
-        piece = QuantizedWeight(grid.codes[part], grid.scale[part], grid.factor[part], grid.zero[part])
-        assert torch.equal(feedback.round(w[part], piece).codes, whole.codes[part])
+        assert torch.equal(feedback.round(w[part], grid.rows(part)).codes, whole.codes[part])
     assert not torch.equal(whole.codes, grid.codes)
