@@ -140,6 +140,23 @@ def test_error_table(recipe: str, model: Path, tmp_path: Path) -> None:
         assert entry["rotation_block"] == spec.rotation.block
 
 
+def test_sampled_rows_stand_for_all_whatever_the_chunks(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = {}
+    for name, chunk, rows in (("all", 1 << 23, 1 << 20), ("sampled", 1 << 23, 16), ("in chunks", 128 * 7, 16)):
+        monkeypatch.setattr(quantize_module, "CHUNK_WEIGHTS", chunk)
+        monkeypatch.setattr(quantize_module, "SAMPLED_ROWS", rows)
+        packed = quantize(model, tmp_path / name, plan())
+        tables[name] = torch.tensor([[e["relative_mse"], e["relative_mse_minmax"]] for e in packed.layers])
+    torch.testing.assert_close(tables["in chunks"], tables["sampled"], rtol=1e-5, atol=0)
+    assert not torch.equal(tables["sampled"], tables["all"])
+    # Rows of 64 inputs differ in their error by about as much as they have: 16 of them by a quarter of it.
+    ratios = tables["sampled"] / tables["all"]
+    assert 0.3 < float(ratios.min()) <= float(ratios.max()) < 2
+    assert abs(float(ratios.mean()) - 1) < 0.15
+
+
 def test_chunks_do_not_change_a_bit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize(model, tmp_path / "whole", plan())
     monkeypatch.setattr(quantize_module, "CHUNK_WEIGHTS", 128 * 7)
