@@ -63,57 +63,57 @@ class Feedback:
         blocks = moments if moments.ndim == 3 else moments[None]
         if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
             raise ShapeError(f"second moments {list(moments.shape)}", available="[K, K], or blocks [K/b, b, b]")
-        self._factors = torch.stack([_passed_on(block.double(), damping) for block in blocks])
+        self._factors = _passed_on(blocks.double(), damping)
 
     def round(self, w: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
         """The grid of ``w`` [N, K] with new codes; ShapeError where K is not that of the moments."""
-        rows, features = w.shape
-        count, size, _ = self._factors.shape
+        features, (count, size, _) = w.shape[1], self._factors.shape
         if count * size != features:
             raise ShapeError(
                 f"second moments {[count, size, size]} for {features} inputs",
                 available=f"[{features}, {features}], or blocks",
             )
-        groups = grid.factor.shape[1]
         step = (grid.scale[:, None] * (grid.factor.float() / 255)).double()
-        zero = expand_zero(grid.zero).double().expand(rows, groups).contiguous()
-        codes = torch.empty_like(grid.codes)
-        round_block = _on_device if w.device.type != "cpu" else _compiled
-        for index, factor in enumerate(self._factors.to(w.device)):
-            columns = slice(index * size, (index + 1) * size)
-            codes[:, columns] = round_block(w[:, columns], step, zero, features // groups, columns.start, factor)
-        return QuantizedWeight(codes, grid.scale, grid.factor, grid.zero)
+        zero = expand_zero(grid.zero).double().expand(step.shape).contiguous()
+        if self._factors.device != w.device:
+            self._factors = self._factors.to(w.device)
+        rounded = _on_device if w.device.type != "cpu" else _compiled
+        return QuantizedWeight(rounded(w, step, zero, self._factors), grid.scale, grid.factor, grid.zero)
 
 
 def _passed_on(moments: Tensor, damping: float) -> Tensor:
-    """fp64 [b, b], upper triangular with ones on the diagonal: row i says how the columns after i move with its error."""
-    level, identity = float(moments.diagonal().mean()), torch.eye(len(moments), dtype=torch.float64)
-    if level <= 0.0:
-        return identity
-    damped = moments.cpu() / level + damping * identity
+    """fp64 [n, b, b], upper triangular with ones on the diagonal: row i says how the columns after i move with its error."""
+    level = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
+    damped = torch.where(level > 0, moments / level.clamp(min=1e-300) + damping * identity, identity)
     # The Cholesky factor U of the inverse, M⁻¹ = UᵀU, without the inverse: backwards, M = LLᵀ, and U is L⁻¹ backwards.
-    lower = torch.linalg.cholesky(damped.flip(0, 1))
-    factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    unit: Tensor = factor / factor.diagonal()[:, None]
+    lower = torch.linalg.cholesky(damped.flip(1, 2))
+    factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(1, 2)
+    unit: Tensor = factor / factor.diagonal(dim1=1, dim2=2)[..., None]
     return unit
 
 
-def _compiled(w: Tensor, step: Tensor, zero: Tensor, group: int, first: int, factor: Tensor) -> Tensor:
+def _compiled(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
+    """Codes [N, K], block after block."""
     from .fast_rows import for_row_parts
 
-    size = w.shape[1]
-    left, codes = w.double(), torch.empty(w.shape, dtype=torch.int8)
+    size, group = factors.shape[1], w.shape[1] // step.shape[1]
+    codes = torch.empty(w.shape, dtype=torch.int8)
     steps, zeros, target = step.numpy(), zero.numpy(), codes.numpy()
-    for start in range(0, size, _LAZY):
-        columns = slice(start, min(start + _LAZY, size))
-        after = columns.stop < size
-        errors = torch.empty(len(w), columns.stop - start if after else 0, dtype=torch.float64)
-        source, passed, found = left[:, columns].numpy(), factor[columns, columns].numpy(), errors.numpy()
-
-        rounding = partial(_round_rows, source, steps, zeros, group, first + start, passed, target[:, columns], found)
-        for_row_parts(len(w), rounding)
-        if after:
-            left[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
+    for block, factor in enumerate(factors):
+        first = block * size
+        left = w[:, first : first + size].double()
+        for start in range(0, size, _LAZY):
+            columns = slice(start, min(start + _LAZY, size))
+            after = columns.stop < size
+            errors = torch.empty(len(w), columns.stop - start if after else 0, dtype=torch.float64)
+            rounding = partial(
+                _round_rows, left[:, columns].numpy(), steps, zeros, group, first + start,
+                factor[columns, columns].numpy(), target[:, first + start : first + columns.stop], errors.numpy(),
+            )  # fmt: skip
+            for_row_parts(len(w), rounding)
+            if after:
+                left[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
     return codes
 
 
@@ -125,21 +125,25 @@ def _round_rows(
     round_columns(left[rows], step[rows], zero[rows], group, first, factor, codes[rows], errors[rows])
 
 
-def _on_device(w: Tensor, step: Tensor, zero: Tensor, group: int, first: int, factor: Tensor) -> Tensor:
-    """The same column by column for all rows at once, for a GPU."""
-    size = w.shape[1]
-    left, codes = w.double(), torch.empty(w.shape, dtype=torch.int8, device=w.device)
+def _on_device(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
+    """The same for a GPU: column by column for all rows and all blocks at once, as a kernel's start takes as long as the
+    arithmetic on a column."""
+    (count, size, _), group = factors.shape, w.shape[1] // step.shape[1]
+    left = w.double().view(len(w), count, size).permute(2, 1, 0).contiguous()
+    codes = torch.empty(left.shape, dtype=torch.int8, device=w.device)
+    firsts = torch.arange(count, device=w.device) * size
     for start in range(0, size, _LAZY_TENSORS):
         stop = min(start + _LAZY_TENSORS, size)
-        errors = torch.empty(len(w), stop - start, dtype=torch.float64, device=w.device)
+        errors = torch.empty_like(left[start:stop])
         for i in range(start, stop):
-            scale, centre = step[:, (first + i) // group], zero[:, (first + i) // group]
-            code = torch.where(scale > 0, left[:, i] / scale.clamp(min=1e-300) + centre, centre).round().clamp(-8, 7)
-            codes[:, i] = code.to(torch.int8)
-            errors[:, i - start] = left[:, i] - scale * (code - centre)
-            left[:, i + 1 : stop] -= errors[:, i - start, None] * factor[i, i + 1 : stop]
-        left[:, stop:] -= errors @ factor[start:stop, stop:]
-    return codes
+            place = (firsts + i) // group
+            scale, centre = step[:, place].T, zero[:, place].T
+            code = torch.where(scale > 0, left[i] / scale.clamp(min=1e-300) + centre, centre).round().clamp(-8, 7)
+            codes[i] = code
+            errors[i - start] = left[i] - scale * (code - centre)
+            left[i + 1 : stop] -= factors[:, i, i + 1 : stop].T[..., None] * errors[i - start]
+        left[stop:] -= (factors[:, start:stop, stop:].mT @ errors.transpose(0, 1)).transpose(0, 1)
+    return codes.permute(2, 1, 0).reshape(w.shape)
 
 
 def output_energy(w: Tensor, moments: Tensor) -> float:

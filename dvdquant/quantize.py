@@ -245,6 +245,8 @@ def _quantize_layer(
     """The packed tensors of one (merged) layer, its line of the error table, and its non-finite tensors."""
     packed, scales, factors, zeros, biases = [], [], [], [], []
     bad: list[str] = []
+    if known is not None and device.type != "cpu":
+        known = replace(known, divisors=known.divisors.to(device), moments=known.moments.to(device))
     sums = _ErrorSums(known, max(1, spec.out_features // SAMPLED_ROWS))
     for member, rows, has_bias in zip(spec.members, spec.rows, spec.biases):
         weight = checkpoint.read(f"{member}.weight")
@@ -255,7 +257,7 @@ def _quantize_layer(
             if found:
                 part = _zeroed(part)
             if known is not None:
-                part *= known.divisors.to(device)
+                part *= known.divisors
             rotated = rotate_rows(part, spec.rotation)
             quantized = quantize_weight(rotated, plan.recipe.weight)
             if known is not None:
@@ -272,7 +274,7 @@ def _quantize_layer(
     tensors = dict(zip(spec.tensors(), (torch.cat(p).cpu() for p in parts)))
     if spec.balanced:
         assert known is not None
-        tensors[f"{spec.name}.pre_quant_scale"] = 1 / known.divisors
+        tensors[f"{spec.name}.pre_quant_scale"] = 1 / known.divisors.cpu()
     return tensors, sums.entry(spec), bad
 
 

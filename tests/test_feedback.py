@@ -53,9 +53,9 @@ def test_identity_moments_round_to_nearest() -> None:
     assert torch.equal(again.zero, grid.zero)
 
 
-@pytest.mark.parametrize("features", [8, 64, 96, 160])
+@pytest.mark.parametrize("features", [8, 64, 160, 288])
 def test_equals_the_textbook_recursion(features: int) -> None:
-    """Across the boundary of what is brought up to date at once (32 columns)."""
+    """Across the boundary of what is brought up to date at once (256 columns)."""
     w, moments = weight(12, features, 1), correlated(features, 2, rank=max(2, features // 4))
     grid = quantize_weight(w, WeightSpec())
     codes = round_with_feedback(w, grid, moments, damping=0.05).codes
@@ -63,13 +63,15 @@ def test_equals_the_textbook_recursion(features: int) -> None:
     assert torch.equal(codes, textbook(w, grid, moments, 0.05))
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("spec", [WeightSpec(), WeightSpec(group_size=16, zero_point="real")])
-def test_the_form_for_a_gpu_gives_the_same_codes(spec: WeightSpec) -> None:
-    w, moments = weight(9, 160, 12), correlated(160, 13, rank=20)
+def test_the_form_for_a_gpu_gives_the_same_codes(spec: WeightSpec, blocks: int) -> None:
+    w, moments = weight(9, 160, 12), correlated(160 // blocks, 13, rank=20).expand(blocks, -1, -1)
+    moments = moments * torch.arange(1.0, 1 + blocks)[:, None, None]
     grid = quantize_weight(w, spec)
     step = (grid.scale[:, None] * (grid.factor.float() / 255)).double()
     zero = expand_zero(grid.zero).double().expand(step.shape).contiguous()
-    arguments = (w, step, zero, 160 // step.shape[1], 0, feedback._passed_on(moments, 0.05))
+    arguments = (w, step, zero, feedback._passed_on(moments, 0.05))
     assert torch.equal(feedback._on_device(*arguments), feedback._compiled(*arguments))
 
 

@@ -78,7 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     bench_text = ""
     if not options.no_bench:
         outcome, bench_text = run_bench(library, bench.device)
-        status |= report(iter([outcome]), outcomes)
+        quantizer, quantizer_text = run_quantizer(options.seconds - (time.monotonic() - started))
+        status |= report(iter([outcome, quantizer]), outcomes)
+        bench_text += quantizer_text
     facts |= {f"{name} at the end": value for name, value in smi().items() if name.startswith(("clocks", "temp"))}
     facts["seconds"] = f"{time.monotonic() - started:.0f}"
     options.out.mkdir(parents=True, exist_ok=True)
@@ -197,6 +199,21 @@ def run_bench(library: KernelLibrary, device: torch.device) -> tuple[Outcome, st
         return Outcome("bench", False, note=f"{type(error).__name__}: {error}"), ""
     print(text)
     return Outcome("bench", bool(rows), len(rows), note="see the table below"), text
+
+
+def run_quantizer(seconds: float) -> tuple[Outcome, str]:
+    """Quantizing weights on the GPU: its row, and the table of ``benchmarks/quantize.py`` for the report.
+
+    It should take no longer than reading the weights, two bytes each, from a disk.
+    """
+    script = REPOSITORY / "benchmarks" / "quantize.py"
+    command = [sys.executable, str(script), *"--device cuda --rows 8192 --kinds rotated --groups 0 64 32".split()]  # noqa: SIM905
+    status, output = run_command(command, seconds)
+    if status is None:
+        return Outcome("quantizer", True, 0, note=f"not run to its end within {seconds:.0f} s"), ""
+    print(output[-6000:])
+    text = f"\n\n## Quantizing weights\n\n```text\n{output}\n```\n" if status == 0 else ""
+    return Outcome("quantizer", status == 0, note="see the table below"), text
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
