@@ -18,8 +18,16 @@ from work import Worker, find_method, in_16_bit
 from dvdquant.deploy.planner import psnr
 from dvdquant.deploy.prompt_table import frames_from_latents
 
-ROWS = ("RTN", "QuaRot-style", "ViDiT-Q-style", "DVD-Quant as published", "dvdquant w4a4", "dvdquant w4a4-g64")
-SCALE, LABEL, GAP = 2, 190, 12
+ROWS = (
+    "RTN",
+    "QuaRot-style",
+    "DVD-Quant as published",
+    "ViDiT-Q-style",
+    "SVDQuant rank K/96 (modelopt)",
+    "dvdquant w4a4",
+    "dvdquant w4a4-g64",
+)
+SCALE, LABEL, GAP = 2, 214, 12
 
 
 def main() -> None:
@@ -45,7 +53,7 @@ def main() -> None:
             frames = _frames(worker, model, method, clip, options.bits)
             shown.append((method, frames, f"{psnr(frames, exact):.1f} dB"))
         columns.append((model, shown))
-    _draw(columns).save(options.output)
+    _draw(columns).quantize(128).save(options.output, optimize=True)
     print(options.output)
 
 
