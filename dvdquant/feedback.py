@@ -90,7 +90,7 @@ def _passed_on(moments: Tensor, damping: float) -> Tensor:
     lower = torch.linalg.cholesky(damped.flip(1, 2))
     factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(1, 2)
     unit: Tensor = factor / factor.diagonal(dim1=1, dim2=2)[..., None]
-    return unit
+    return unit.contiguous()  # LAPACK's are not, and the compiled loop runs along rows
 
 
 def _compiled(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
