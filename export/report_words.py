@@ -81,7 +81,7 @@ def recipe_words(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]
     turned = {"auto": "Hadamard, the largest block that divides the row", "full": "Hadamard over the whole row"}
     turned["none"] = "none"
     modulation = {"keep": "16 bit", "a8": "4-bit weights, 8-bit activations"}[recipe["modulation"]]
-    predicted = "from one run on synthetic latents, no data; codes rounded with feedback for them"
+    predicted = "predicted by one run on synthetic latents, no data; codes rounded with feedback for them"
     if recipe.get("balance"):
         predicted += ", channels balanced by powers of two"
     has_modulation = any(f.modulation for f in FAMILIES if f.name == family)

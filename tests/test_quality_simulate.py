@@ -200,11 +200,11 @@ def test_a_whole_small_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     clips = Counter((row["method"], row["width"]) for row in rows if row["kind"] == "clip")
     assert clips == {("fp32", "A16"): 2, ("RTN", "A4"): 2, ("dvdquant w4a4", "A6"): 2}
     assert all(row["psnr"] < 60 for row in rows if row["kind"] == "clip" and row["method"] == "RTN")
-    before = [line for line in results.read_text().splitlines() if '"RTN"' in line and '"clip"' in line]
-    cut = [line for line in results.read_text().splitlines() if not ('"RTN"' in line and '"clip"' in line)]
+    before = [line for line in results.read_text().splitlines() if '"RTN"' in line and '"kind": "clip"' in line]
+    cut = [line for line in results.read_text().splitlines() if not ('"RTN"' in line and '"kind": "clip"' in line)]
     results.write_text("\n".join(cut[:-1]) + "\n" + before[0][:40])
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    again = [line for line in results.read_text().splitlines() if '"RTN"' in line and '"clip"' in line]
+    again = [line for line in results.read_text().splitlines() if '"RTN"' in line and '"kind": "clip"' in line]
     strip = [{k: v for k, v in json.loads(line).items() if k != "job_seconds"} for line in again]
     assert strip == [{k: v for k, v in json.loads(line).items() if k != "job_seconds"} for line in before]
     code = "import pathlib, report, sys; print(len(report.read_results(pathlib.Path(sys.argv[1])).clips))"
