@@ -62,18 +62,15 @@ def ours(solver: str, zero_point: str, group: int) -> Entry:
     return Entry(f"dvdquant {solver}, {zero_point}", group, bits, run)
 
 
-def with_feedback(features: int, zero_point: str, group: int) -> Entry:
+def with_feedback(features: int, zero_point: str, group: int, device: torch.device) -> Entry:
     """The default recipes: the search, then codes rounded with feedback for inputs with moments in blocks of 256."""
     plain, size = ours("search", zero_point, group), math.gcd(features, 256)
-    x = torch.randn(2048, size, generator=torch.Generator().manual_seed(0)) @ torch.diag(
-        torch.arange(1, size + 1) ** -0.5
-    )
-    moments = rotate(
-        rotate(x.T @ x / len(x), Rotation.for_features(size, "auto")).T, Rotation.for_features(size, "auto")
-    )
+    falling = torch.randn(2048, size, generator=torch.Generator().manual_seed(0)) * torch.arange(1, size + 1) ** -0.5
+    x = rotate(falling, Rotation.for_features(size, "auto"))
+    moments = (x.T @ x / len(x)).to(device).expand(features // size, size, size)
 
     def run(w: Tensor) -> Callable[[], Tensor]:
-        feedback = Feedback(moments.expand(features // size, size, size))
+        feedback = Feedback(moments)
         return feedback.round(w, quantize_weight(w, WeightSpec(group, zero_point))).dequantize  # type: ignore[arg-type]
 
     return Entry(f"dvdquant + feedback, {zero_point}", group, plain.bits, run)
@@ -138,7 +135,7 @@ def entries(groups: list[int], features: int, device: torch.device) -> list[Entr
     for group in groups:
         for zero_point in ("real", "midrise", "symmetric") if group else ("real", "paper", "midrise", "symmetric"):
             table += [ours(solver, zero_point, group) for solver in ("minmax", "paper", "search")]
-        table.append(with_feedback(features, "midrise", group))
+        table.append(with_feedback(features, "midrise", group, device))
         if importlib.util.find_spec("hqq"):
             table.append(hqq(group, device))
     if importlib.util.find_spec("modelopt"):

@@ -193,8 +193,7 @@ def relative_mse(w: Tensor, quantized: QuantizedWeight | Tensor) -> float:
         if isinstance(quantized, Tensor):
             part = quantized[rows]
         else:
-            q = quantized
-            part = QuantizedWeight(q.codes[rows], q.scale[rows], q.factor[rows], q.zero[rows]).dequantize(torch.float64)
+            part = quantized.rows(rows).dequantize(torch.float64)
         exact = w[rows].to(device="cpu", dtype=torch.float64)
         total += float(exact.square().sum())
         error += float((exact - part.to(device="cpu", dtype=torch.float64)).square().sum())

@@ -62,7 +62,10 @@ class Feedback:
     def __init__(self, moments: Tensor, damping: float = 0.05) -> None:
         blocks = moments if moments.ndim == 3 else moments[None]
         if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
-            raise ShapeError(f"second moments {list(moments.shape)}", available="[K, K], or blocks [K/b, b, b]")
+            raise ShapeError(
+                f"second moments {list(moments.shape)} for {len(blocks) * blocks.shape[1]} inputs",
+                available="[K, K], or blocks [K/b, b, b]",
+            )
         self._factors = _passed_on(blocks.double(), damping)
 
     def round(self, w: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
@@ -75,10 +78,9 @@ class Feedback:
             )
         step = (grid.scale[:, None] * (grid.factor.float() / 255)).double()
         zero = expand_zero(grid.zero).double().expand(step.shape).contiguous()
-        if self._factors.device != w.device:
-            self._factors = self._factors.to(w.device)
         rounded = _on_device if w.device.type != "cpu" else _compiled
-        return QuantizedWeight(rounded(w, step, zero, self._factors), grid.scale, grid.factor, grid.zero)
+        codes = rounded(w, step, zero, self._factors.to(w.device))
+        return QuantizedWeight(codes, grid.scale, grid.factor, grid.zero)
 
 
 def _passed_on(moments: Tensor, damping: float) -> Tensor:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -203,11 +202,9 @@ class _Collected:
     def __init__(self, plan: ModelPlan) -> None:
         self._layer_of = {f"{member}.weight": spec.name for spec in plan.layers for member in spec.members}
         shapes = {spec.name: triangles_shape(spec) for spec in plan.layers}
-        ends = list(accumulate(math.prod(shape) for shape in shapes.values()))
-        space = torch.empty(ends[-1] if ends else 0)
-        self._triangles = {
-            name: space[end - math.prod(shape) : end].view(shape) for end, (name, shape) in zip(ends, shapes.items())
-        }
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        parts = torch.split(torch.zeros(sum(sizes)), sizes)
+        self._triangles = {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items())}
         self._tokens = dict.fromkeys(shapes, 0)
         self._energy: dict[str, Tensor] = {}
 
@@ -228,11 +225,7 @@ class _Collected:
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].reshape(-1, spec.features // order, order)
-            if not self._tokens[spec.name]:
-                sums.zero_()
-            blocks = torch.stack([x.T @ x for x in rows.unbind(1)])
-            for i in range(order):
-                sums.narrow(1, i * (i + 1) // 2, i + 1).add_(blocks[:, i, : i + 1])
+            sums.add_(_pack(torch.stack([x.T @ x for x in rows.unbind(1)])))
             self._tokens[spec.name] += len(rows)
 
         return hook

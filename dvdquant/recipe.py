@@ -10,7 +10,16 @@ from typing import Any, Literal
 
 from .errors import RecipeError
 
-__all__ = ["RECIPES", "RECIPE_VERSION", "ActivationSpec", "Recipe", "WeightSpec", "error_name", "get_recipe"]
+__all__ = [
+    "RECIPES",
+    "RECIPE_VERSION",
+    "ActivationSpec",
+    "Recipe",
+    "WeightSpec",
+    "error_name",
+    "get_recipe",
+    "looks_at_inputs",
+]
 
 RECIPE_VERSION = 1
 GROUP_SIZES = (0, 16, 32, 64, 128)
@@ -222,4 +231,9 @@ def get_recipe(name: str) -> Recipe:
 
 def error_name(recipe: Mapping[str, Any]) -> str:
     """What ``relative_mse`` of a manifest's layers is an error of, under a recipe as ``to_json`` gives it."""
-    return "output error on predicted inputs" if recipe.get("inputs") == "synthetic" else "weight error"
+    return "output error on predicted inputs" if looks_at_inputs(recipe) else "weight error"
+
+
+def looks_at_inputs(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe as ``to_json`` gives it predicts the inputs of layers; those of older manifests do not say."""
+    return recipe.get("inputs") == "synthetic"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dvdquant.manifest import Manifest
+from dvdquant.recipe import looks_at_inputs
 
 __all__ = ["model_card"]
 
@@ -44,7 +45,7 @@ def model_card(manifest: Manifest) -> str:
 
 
 def _inputs(manifest: Manifest) -> list[str]:
-    if manifest.recipe.get("inputs") != "synthetic":
+    if not looks_at_inputs(manifest.recipe):
         return []
     balanced = "; input channels balanced by powers of two" if manifest.recipe.get("balance") else ""
     return [f"- rounded with feedback for inputs predicted by one run on synthetic latents, no data{balanced}"]

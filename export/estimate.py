@@ -22,7 +22,7 @@ from .realize import EnginePlan
 
 __all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "require_memory"]
 
-# Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B; see benchmarks/README.md.
+# Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B and HunyuanVideo-13B; see benchmarks/README.md.
 IMPORT_BYTES = 650 << 20
 TRACE_BYTES_PER_LAYER = 1000 << 10
 QUANTIZE_WEIGHTS_PER_SECOND = 60e6

@@ -19,7 +19,7 @@ from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.files import FileEntry, hash_file
 from dvdquant.manifest import MANIFEST, LayerEntry, Manifest
 from dvdquant.progress import Progress
-from dvdquant.recipe import error_name
+from dvdquant.recipe import error_name, looks_at_inputs
 from dvdquant.safetensors_io import read_header
 
 from .report_charts import error_chart, line_chart, schedule_chart
@@ -307,7 +307,7 @@ def _facts(report: Report) -> dict[str, Any]:
     total = sum(size for _, size in _sizes(manifest))
     return {
         "error_name": error_name(manifest.recipe),
-        "error_of_weights": manifest.recipe.get("inputs") != "synthetic",
+        "error_of_weights": not looks_at_inputs(manifest.recipe),
         "error": ours,
         "minmax": theirs,
         "less": 100 * (1 - ours / theirs) if ours is not None and theirs else None,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dvdquant.manifest import EngineEntry, Manifest
+from dvdquant.recipe import looks_at_inputs
 
 __all__ = [
     "Execution",
@@ -88,7 +89,7 @@ def recipe_words(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]
     return [
         ("Weights", f"{weight['bits']} bits, {grid}; {zero[weight['zero_point']]}"),
         ("Solver", solver[weight["solver"]]),
-        *([("Inputs", predicted)] if recipe.get("inputs") == "synthetic" else []),
+        *([("Inputs", predicted)] if looks_at_inputs(recipe) else []),
         ("Activations", "; ".join(grids) + ", quantized while the model runs"),
         ("Rotation", turned.get(str(rotation), f"Hadamard, blocks of {rotation}")),
         *([("Modulation", modulation)] if has_modulation else []),

@@ -11,19 +11,20 @@ __all__ = ["QUALITY", "script"]
 
 QUALITY = Path(__file__).resolve().parents[1] / "benchmarks" / "quality"
 
+_NAMES = [path.stem for path in QUALITY.glob("*.py")]
 _loaded: dict[str, ModuleType] = {}
 
 
 def script(name: str) -> ModuleType:
     """The module ``name``, and nothing left behind: other folders of scripts have a ``report`` and ``peers`` of their own."""
-    hidden = {other: sys.modules.pop(other) for other in [p.stem for p in QUALITY.glob("*.py")] if other in sys.modules}
+    hidden = {other: sys.modules.pop(other) for other in _NAMES if other in sys.modules}
     sys.modules.update(_loaded)
     sys.path.insert(0, str(QUALITY))
     try:
         return importlib.import_module(name)
     finally:
         sys.path.remove(str(QUALITY))
-        for other in [p.stem for p in QUALITY.glob("*.py")]:
+        for other in _NAMES:
             if other in sys.modules:
                 _loaded[other] = sys.modules.pop(other)
         sys.modules.update(hidden)

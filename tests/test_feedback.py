@@ -53,7 +53,7 @@ def test_identity_moments_round_to_nearest() -> None:
     assert torch.equal(again.zero, grid.zero)
 
 
-@pytest.mark.parametrize("features", [8, 64, 160, 288])
+@pytest.mark.parametrize("features", [8, 64, 96, 160, 288])
 def test_equals_the_textbook_recursion(features: int) -> None:
     """Across the boundary of what is brought up to date at once (256 columns)."""
     w, moments = weight(12, features, 1), correlated(features, 2, rank=max(2, features // 4))
@@ -64,7 +64,7 @@ def test_equals_the_textbook_recursion(features: int) -> None:
 
 
 def test_factors_lie_row_by_row() -> None:
-    """Column by column, as LAPACK leaves them, the compiled loop takes three times as long."""
+    """Column by column, as LAPACK leaves them, the compiled loop is not vectorized."""
     assert feedback._passed_on(correlated(32, 5).expand(3, -1, -1), 0.05).is_contiguous()
 
 
@@ -139,7 +139,7 @@ def test_moments_of_another_size_are_refused() -> None:
     w = weight(4, 64)
     grid = quantize_weight(w, WeightSpec())
     for moments in (torch.eye(32), torch.zeros(3, 16, 16), torch.zeros(64, 63)):
-        with pytest.raises(ShapeError, match="second moments"):
+        with pytest.raises(ShapeError, match="64 inputs"):
             round_with_feedback(w, grid, moments)
 
 

@@ -131,8 +131,8 @@ def main(**arguments: Any) -> None:
     recipe = get_recipe(arguments.pop("recipe")).with_globs(arguments.pop("keep"), arguments.pop("force"))
     if (modulation := arguments.pop("modulation")) is not None:
         recipe = replace(recipe, modulation=modulation)
-    # PyTorch's threads wait for their next turn by spinning, and take the cores of the compiled loops in between: a fifth of
-    # the time of quantizing on two cores. Read once, when torch is imported.
+    # PyTorch's threads wait for their next turn by spinning, and take the cores of the compiled loops in between. Read once,
+    # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # These take seconds to import; --help does not wait for them.
     from dvdquant.export.options import ExportOptions

@@ -27,25 +27,23 @@ def emulate_bfloat16(model: ir.Model) -> bool:
     """
     graph = model.graph
     changed = False
-    ours: set[ir.Node] = set()
     for value in graph.inputs:
         if value.dtype == BF16:
             value.dtype, changed = FP32, True
     for value in list(graph.initializers.values()):
         if value.dtype == BF16 or (value.const_value is not None and value.const_value.dtype == BF16):
-            ours |= _upcast_initializer(graph, value)
+            _upcast_initializer(graph, value)
             changed = True
     for node in list(graph):
-        if node not in ours:
-            changed |= _emulate_node(graph, node)
+        changed |= _emulate_node(graph, node)
     return changed
 
 
-def _upcast_initializer(graph: ir.Graph, value: ir.Value) -> set[ir.Node]:
-    """Put a Cast to float32 between an initializer and its users; returns what was put there."""
+def _upcast_initializer(graph: ir.Graph, value: ir.Value) -> None:
+    """Put a Cast to float32 between an initializer and its users."""
     users = list(value.uses())
     if not users:
-        return set()
+        return
     name = f"{value.name}_fp32"
     cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", FP32.value)], num_outputs=1, name=name)
     result = cast.outputs[0]
@@ -53,7 +51,6 @@ def _upcast_initializer(graph: ir.Graph, value: ir.Value) -> set[ir.Node]:
     graph.insert_before(next(iter(graph)), cast)
     for user, index in users:
         user.replace_input_with(index, result)
-    return {cast}
 
 
 def _emulate_node(graph: ir.Graph, node: ir.Node) -> bool:
