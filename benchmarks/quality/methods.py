@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from grid import Grid
 from simulate import Layer, Simulated
 from torch import Tensor
 
@@ -45,7 +46,7 @@ def activation_grid(bits: int, group: int | Literal["channel"] = 0) -> Callable[
     """Fake quantization of [B, T, K]: a scale per token (0), per group of channels, or per channel over a clip's tokens."""
     if group == "channel":
         return lambda x: _per_channel(x, bits)
-    return partial(fake_quantize_activation, bits=bits, group_size=group)
+    return Grid(bits, group)
 
 
 def _per_channel(x: Tensor, bits: int) -> Tensor:

@@ -17,14 +17,13 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
+from grid import Grid
 from simulate import Layer, Simulated
 from torch import Tensor, nn
 
-from dvdquant.arq import fake_quantize_activation
 from dvdquant.errors import DvdquantError
 from dvdquant.hadamard import Rotation
 
@@ -97,7 +96,7 @@ def svdquant(layer: Layer, act_bits: int, low_rank: int = LOW_RANK) -> Simulated
     branch = linear.weight_quantizer
     return Simulated(
         _modelopt_weight(linear),
-        activation=partial(fake_quantize_activation, bits=act_bits, group_size=GROUP),
+        activation=Grid(act_bits, GROUP),
         divide=_divisor(linear),
         low_rank=(branch.svdquant_lora_a.detach(), branch.svdquant_lora_b.detach()),
     )
@@ -126,7 +125,7 @@ def hqq(layer: Layer, act_bits: int) -> Simulated:
             layer.weight, nbits=4, group_size=GROUP, axis=1, device="cpu", compute_dtype=torch.float32
         )
         weight = Quantizer.dequantize(codes, meta | {"compute_dtype": torch.float32})
-    return Simulated(weight, activation=partial(fake_quantize_activation, bits=act_bits, group_size=0))
+    return Simulated(weight, activation=Grid(act_bits))
 
 
 def convrot_w4a4(layer: Layer, act_bits: int = 4) -> Simulated:
@@ -271,7 +270,7 @@ def _smoothquant(name: str, layer: Layer, act_bits: int, algorithm: dict[str, An
         from modelopt.torch.quantization import INT8_SMOOTHQUANT_CFG
     linear = _modelopt_linear(layer, {**INT8_SMOOTHQUANT_CFG, "algorithm": algorithm})
     linear.weight_quantizer.num_bits = 4
-    activation = partial(fake_quantize_activation, bits=act_bits, group_size=0)
+    activation = Grid(act_bits)
     return Simulated(_modelopt_weight(linear), activation=activation, divide=_divisor(linear))
 
 

@@ -34,7 +34,7 @@ Job = tuple[str, tuple[Any, ...], str]  # Worker's method, its arguments, the ke
 
 
 def method_jobs(options: argparse.Namespace, chunks: list[list[Any]]) -> Iterator[Job]:
-    """Every method at every width: errors by step, then clips."""
+    """Every method at every width: errors by step, then the first clips of all, then the other clips row by row."""
     from methods import METHODS
     from peers import available_peers
 
@@ -46,10 +46,11 @@ def method_jobs(options: argparse.Namespace, chunks: list[list[Any]]) -> Iterato
         for name, width in rows:
             if width != "A6" or name not in METHODS or not METHODS[name].switched:
                 yield "steps", (model, name, width), f"steps/{model}/{name}/{width}"
-    for index, chunk in enumerate(chunks):
-        for model in options.models:
-            for name, width in rows:
-                yield "clips", (model, name, width, index, chunk), f"clips/{model}/{name}/{width}/{index}"
+    first = [(row, model, 0) for model in options.models for row in rows]
+    # A process keeps the models it built last: all clips of one before the next.
+    others = [(row, model, index) for row in rows for model in options.models for index in range(1, len(chunks))]
+    for (name, width), model, index in first + others:
+        yield "clips", (model, name, width, index, chunks[index]), f"clips/{model}/{name}/{width}/{index}"
 
 
 def study_jobs(options: argparse.Namespace) -> Iterator[Job]:
@@ -73,6 +74,8 @@ def delta_jobs(options: argparse.Namespace, chunks: list[list[Any]], steps: int)
             {"name": "δ-GBS", "delta": delta},
             {"name": "δ-GBS, last 2 high", "delta": delta, "last_high": 2},
             {"name": "δ-GBS + cache", "delta": delta, "last_high": 2, "cache": True},
+            {"name": "δ-GBS, weighted", "delta": delta, "weighted": True},
+            {"name": "δ-GBS, weighted, last 2 high", "delta": delta, "last_high": 2, "weighted": True},
         ]
     for place in ("first", "last", "evenly"):
         variants += [{"name": place, "place": place, "high": round(share * steps)} for share in HIGH_SHARES]

@@ -10,13 +10,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from clips import generate
 from PIL import Image, ImageDraw, ImageFont
 from run import MODEL
-from work import Worker, find_method, in_16_bit
+from work import Worker, find_method
 
 from dvdquant.deploy.planner import psnr
-from dvdquant.deploy.prompt_table import frames_from_latents
+from dvdquant.deploy.prompt_table import PromptTable, frames_from_latents
 
 ROWS = (
     "RTN",
@@ -28,6 +31,9 @@ ROWS = (
     "dvdquant w4a4-g64",
 )
 SCALE, LABEL, GAP = 2, 214, 12
+
+# A model, and of each method the frames and what is said of them.
+Column = tuple[str, list[tuple[str, npt.NDArray[np.uint8], str]]]
 
 
 def main() -> None:
@@ -42,33 +48,26 @@ def main() -> None:
     options = parser.parse_args()
     name = options.model.resolve().name
     folders = {name: options.model, f"{name}-outliers": options.work / f"{name}-outliers"}
-    clip = [(tuple(options.prompt.split()), options.seed)]
-    columns = []
+    prompt = tuple(options.prompt.split())
+    worker = Worker(folders, options.work, PromptTable.open(options.model).steps)
+    columns: list[Column] = []
     for model in folders:
-        worker = Worker(folders, options.work, 50)
         worker.held_out(model)
-        exact = _frames(worker, model, None, clip, options.bits)
+        bench = worker.bench(model)
+        exact = frames_from_latents(generate(bench, {16: bench.model}, [prompt], [options.seed]).latents)
         shown = [("fp32", exact, "")]
         for method in ROWS:
-            frames = _frames(worker, model, method, clip, options.bits)
+            simulated = worker.simulated(model, find_method(method), options.bits)
+            clips = generate(bench, {options.bits: simulated}, [prompt], [options.seed])
+            frames = frames_from_latents(clips.latents)
             shown.append((method, frames, f"{psnr(frames, exact):.1f} dB"))
         columns.append((model, shown))
     _draw(columns).quantize(128).save(options.output, optimize=True)
     print(options.output)
 
 
-def _frames(worker: Worker, model: str, method: str | None, clip: list, bits: int):  # type: ignore[no-untyped-def, type-arg]
-    from clips import generate
-
-    if method is None:
-        latents = generate(worker.bench(model), {16: worker.bench(model).model}, [clip[0][0]], [clip[0][1]]).latents
-    else:
-        simulated = worker.simulated(model, find_method(method), bits)
-        latents = in_16_bit(worker.bench(model), {bits: simulated}, clip).latents
-    return frames_from_latents(latents)
-
-
-def _draw(columns):  # type: ignore[no-untyped-def]
+def _draw(columns: list[Column]) -> Image.Image:
+    """A column for each model, a row of frames for each method, its text below."""
     frames, side = columns[0][1][0][1].shape[:2]
     cell = side * SCALE
     width = frames * cell + GAP

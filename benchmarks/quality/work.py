@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from clips import Bench, Clips, Prompt, bench_prompts, generate
+from compiled import CompiledModel
 from methods import METHODS, Method
 from predict import noise_run, predicted_inputs
 from shapes import CHOICES, measure
-from simulate import Layer, install, layers_of, sampled_inputs
+from simulate import Layer, Simulated, layers_of, sampled_inputs
 from studies import STUDIES
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "switching"))
 from measure import place_high
 from metrics import ssim
 
-__all__ = ["Worker", "find_method", "in_16_bit", "plan"]
+__all__ = ["Worker", "find_method", "plan"]
 
 Row = dict[str, Any]
 # Clips whose trajectories and inputs are looked at: other prompts and seeds than those that are scored.
@@ -64,6 +65,7 @@ class Worker:
     moments: dict[str, dict[str, InputMoments]] = field(default_factory=dict)
     held: dict[str, dict[str, Any]] = field(default_factory=dict)
     built: dict[tuple[str, str, int], nn.Module] = field(default_factory=dict)
+    compiled: dict[tuple[str, bool], CompiledModel] = field(default_factory=dict)
 
     def bench(self, model: str) -> Bench:
         """The model, read once."""
@@ -121,15 +123,27 @@ class Worker:
             while len(self.built) > 1:
                 self.built.pop(next(iter(self.built)))
             layers = self.model_layers(model, studied)
-            self.built[key] = install(self.bench(model).model, layers, lambda layer: method.layer(layer, bits))
+            with torch.no_grad():
+                self.built[key] = self._compiled(model).install(layers, lambda layer: method.layer(layer, bits))
         return self.built[key]
+
+    def _compiled(self, model: str, wide: bool = False) -> CompiledModel:
+        if (model, wide) not in self.compiled:
+            bench = self.bench(model)
+            self.compiled[model, wide] = CompiledModel(bench.model, layers_of(bench.model), wide)
+        return self.compiled[model, wide]
+
+    def _unquantized(self, model: str, wide: bool) -> nn.Module:
+        """In bf16 as it would be deployed, or in fp32."""
+        compiled = self._compiled(model, wide)
+        return compiled.install(compiled.layers, lambda layer: Simulated(layer.weight))
 
     # ------------------------------------------------------------------------------------------------------ the jobs
 
     def reference(self, model: str, index: int, chunk: Sequence[tuple[Prompt, int]]) -> list[Row]:
         """fp32 clips of a chunk, kept for the others."""
         bench = self.bench(model)
-        clips = _parts(bench, {16: bench.model}, chunk)
+        clips = _parts(bench, {16: self._unquantized(model, wide=True)}, chunk)
         _save(self.work / f"{model}-fp32-{index}.pt", clips.latents)
         return self._rows(model, "fp32", "A16", index, chunk, clips)
 
@@ -137,10 +151,11 @@ class Worker:
         """Clips of a method at one width."""
         bench, bits = self.bench(model), int(width[1:])
         if name == "bf16":
-            return self._rows(model, name, width, index, chunk, in_16_bit(bench, {16: bench.model}, chunk))
+            clips = _parts(bench, {16: self._unquantized(model, wide=False)}, chunk)
+            return self._rows(model, name, width, index, chunk, clips)
         method = find_method(name)
         if bits != 6 or not method.switched:
-            clips = in_16_bit(bench, {bits: self.simulated(model, method, bits)}, chunk)
+            clips = _parts(bench, {bits: self.simulated(model, method, bits)}, chunk)
         else:
             delta = self.delta(model, method, 6.0)
             clips = self._switched(
@@ -150,7 +165,7 @@ class Worker:
 
     def _switched(self, model: str, method: Method, chunk: Sequence[tuple[Prompt, int]], make: Any) -> Clips:
         models = {bits: self.simulated(model, method, bits) for bits in (4, 8)}
-        return in_16_bit(self.bench(model), models, chunk, make)
+        return _parts(self.bench(model), models, chunk, make)
 
     def delta_clips(
         self, model: str, name: str, variant: dict[str, Any], index: int, chunk: Sequence[tuple[Prompt, int]]
@@ -162,6 +177,8 @@ class Worker:
             if "place" in variant:
                 return StepController("planned", schedule=place_high(variant["place"], variant["high"], steps))
             cache = StepCachePolicy.for_family("wan") if variant.get("cache") else None
+            if variant.get("weighted"):
+                return Weighted(delta=variant["delta"], last_high=variant.get("last_high", 0), cache=cache)
             return StepController(delta=variant["delta"], last_high=variant.get("last_high", 0), cache=cache)
 
         rows = self._rows(model, name, "A6", index, chunk, self._switched(model, method, chunk, make))
@@ -170,8 +187,10 @@ class Worker:
 
     def steps(self, model: str, name: str, width: str) -> list[Row]:
         """Relative L2 of the output at every second step and the last, on the fp32 trajectory of the held-out clips."""
-        bench = self.bench(model)
-        simulated = bench.model if name == "bf16" else self.simulated(model, find_method(name), int(width[1:]))
+        if name == "bf16":
+            simulated = self._unquantized(model, wide=False)
+        else:
+            simulated = self.simulated(model, find_method(name), int(width[1:]))
         errors = self._errors(model, simulated, 2)
         base = {"kind": "step", "model": model, "method": name, "width": width}
         return [{**base, "clip": c, "step": s, "sigma": sigma, "error": e} for c, s, sigma, e in errors]
@@ -197,8 +216,7 @@ class Worker:
             if step % every and step != bench.steps - 1:
                 continue
             x, exact = held["trajectory"][step]
-            with torch.autocast("cpu", torch.bfloat16):
-                y = simulated(x, timestep.expand(len(x)), text, return_dict=False)[0].float()
+            y = simulated(x, timestep.expand(len(x)), text, return_dict=False)[0].float()
             error = (y - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
             found += [(c, step, float(timestep) / 1000, float(e)) for c, e in enumerate(error)]
         return found
@@ -216,11 +234,10 @@ class Worker:
         outputs: dict[int, list[Tensor]] = {}
         for bits in (4, 8):
             simulated = self.simulated(model, method, bits)
-            with torch.autocast("cpu", torch.bfloat16):
-                outputs[bits] = [
-                    simulated(x[:4], t.expand(4), text, return_dict=False)[0].float()
-                    for (x, _), t in zip(held["trajectory"], bench.scheduler.timesteps)
-                ]
+            outputs[bits] = [
+                simulated(x[:4], t.expand(4), text, return_dict=False)[0].float()
+                for (x, _), t in zip(held["trajectory"], bench.scheduler.timesteps)
+            ]
         recordings = [
             {
                 (a, b): [relative_change(outputs[b][t][c], outputs[a][t - 1][c]) for t in range(1, bench.steps)]
@@ -256,6 +273,20 @@ class Worker:
         return rows
 
 
+class Weighted(StepController):
+    last: float | None = None
+
+    def reset(self, steps=None):
+        super().reset(steps)
+        self.last = None
+
+    def ran(self, branch, step, timestep, bits, change):
+        if change is not None and self.last is not None:
+            change *= (self.last - timestep) * self.steps / 1000
+        self.last = timestep
+        super().ran(branch, step, timestep, bits, change)
+
+
 def find_method(name: str) -> Method:
     """Ours, or a package's."""
     if name in METHODS:
@@ -264,14 +295,6 @@ def find_method(name: str) -> Method:
 
     layer, widths = available_peers()[name]
     return Method(name, layer, widths)
-
-
-def in_16_bit(
-    bench: Bench, models: Mapping[int, nn.Module], chunk: Sequence[tuple[Prompt, int]], make: Any = None
-) -> Clips:
-    """Clips of a model that computes in bf16 where it is not quantized, as the deployed one does."""
-    with torch.autocast("cpu", torch.bfloat16):
-        return _parts(bench, models, chunk, make)
 
 
 def _parts(

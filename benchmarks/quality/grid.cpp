@@ -1,0 +1,103 @@
+// Rotates tokens and rounds them to their activation grid, as dvdquant/hadamard.py and dvdquant/arq.py do in fp32. What a
+// simulated layer spends most of its time on when every step is a tensor operation of its own.
+//
+// A Sylvester matrix of order b is H(b/16) ⊗ H(16): the inner factor as 16 broadcast products of one vector, the outer one
+// as stages of sums and differences of whole vectors.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+constexpr int kLanes = 16;
+typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4)));
+
+inline Vec& vec(float* p) { return *reinterpret_cast<Vec*>(p); }
+
+// y = x (I ⊗ H16); n is a multiple of 64.
+void inner_factor(const float* x, float* y, int n, const Vec* h) {
+  for (int i = 0; i < n; i += 4 * kLanes) {
+    Vec sum[4];
+    for (int j = 0; j < 4; ++j) sum[j] = h[0] * x[i + j * kLanes];
+    for (int k = 1; k < kLanes; ++k) {
+      for (int j = 0; j < 4; ++j) sum[j] += h[k] * x[i + j * kLanes + k];
+    }
+    for (int j = 0; j < 4; ++j) vec(y + i + j * kLanes) = sum[j];
+  }
+}
+
+void outer_factor(float* y, int n, int block) {
+  for (int h = kLanes; h < block; h *= 2) {
+    for (int i = 0; i < n; i += 2 * h) {
+      for (int j = i; j < i + h; j += kLanes) {
+        const Vec a = vec(y + j), b = vec(y + j + h);
+        vec(y + j) = a + b;
+        vec(y + j + h) = a - b;
+      }
+    }
+  }
+}
+
+float largest(float* v, int n) {
+  Vec top = {};
+  for (int i = 0; i < n; i += kLanes) {
+    const Vec x = vec(v + i), size = x < 0 ? -x : x;
+    top = size > top ? size : top;
+  }
+  float amax = 0x1p-100f;  // AMAX_FLOOR of dvdquant/arq.py
+  for (int lane = 0; lane < kLanes; ++lane) amax = std::max(amax, top[lane]);
+  return amax;
+}
+
+inline uint16_t to_bf16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(uint16_t x) { return std::bit_cast<float>(static_cast<uint32_t>(x) << 16); }
+
+template <typename Input>
+void run(const Input* x, const float* divide, int64_t tokens, int k, int block, int group, float qmax, uint16_t* out) {
+  Vec h[kLanes];
+  for (unsigned i = 0; i < kLanes; ++i) {
+    for (unsigned j = 0; j < kLanes; ++j) h[i][j] = std::popcount(i & j) % 2 ? -1.0f : 1.0f;
+  }
+  const float norm = 1.0f / std::sqrt(static_cast<float>(block));
+  std::vector<float> first(k), second(k);
+  for (int64_t t = 0; t < tokens; ++t, x += k, out += k) {
+    float* v = first.data();
+    if (divide != nullptr) {
+      for (int i = 0; i < k; ++i) v[i] = to_float(x[i]) / divide[i];
+    } else {
+      for (int i = 0; i < k; ++i) v[i] = to_float(x[i]);
+    }
+    if (block > 1) {
+      inner_factor(first.data(), second.data(), k, h);
+      v = second.data();
+      outer_factor(v, k, block);
+      for (int i = 0; i < k; i += kLanes) vec(v + i) *= norm;
+    }
+    for (int g = 0; g < k; g += group) {
+      const float amax = largest(v + g, group), up = qmax / amax, scale = amax / qmax;
+      for (int i = g; i < g + group; ++i) {
+        const float code = std::nearbyint(v[i] * up);
+        out[i] = to_bf16(std::min(std::max(code, -qmax), qmax) * scale);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// x [tokens, k] fp32 or bf16, divide [k] or null, out [tokens, k] bf16; 64 divides k, 16 divides block (or it is 1) and group.
+extern "C" void quality_grid(const void* x, int bf16, const float* divide, int64_t tokens, int k, int block, int group,
+                             float qmax, uint16_t* out) {
+  if (bf16) {
+    run(static_cast<const uint16_t*>(x), divide, tokens, k, block, group, qmax, out);
+  } else {
+    run(static_cast<const float*>(x), divide, tokens, k, block, group, qmax, out);
+  }
+}

@@ -1,0 +1,81 @@
+"""The activation grid of a simulated layer as one call: divide, rotate, round, in compiled code where there is a compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvdquant.arq import QMAX, fake_quantize_activation
+from dvdquant.hadamard import Rotation
+
+__all__ = ["Grid", "rotated_to_grid"]
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_FOLDER = _SOURCE.parents[2] / "build" / "quality"
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Symmetric codes of ``bits`` bits with one scale per token, or per ``group`` channels of it: x [..., K] to [..., K]."""
+
+    bits: int
+    group: int = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return fake_quantize_activation(x, self.bits, self.group)
+
+
+def rotated_to_grid(x: Tensor, divide: Tensor | None, rotation: Rotation | None, grid: Grid) -> Tensor | None:
+    """``grid(rotate(x / divide))`` in bf16, or None where that has no compiled form.
+
+    Args:
+        x: [..., K] fp32 or bf16 on the CPU. divide: fp32 [K].
+    """
+    features = x.shape[-1]
+    block = 1 if rotation is None else rotation.block
+    group = grid.group or features
+    sylvester = rotation is None or rotation.outer == 1
+    fits = features % 64 == 0 and (block == 1 or block % 16 == 0) and group % 16 == 0
+    if not (sylvester and fits and x.dtype in (torch.float32, torch.bfloat16)) or (library := _library()) is None:
+        return None
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=torch.bfloat16)
+    library.quality_grid(
+        x.data_ptr(), x.dtype == torch.bfloat16, None if divide is None else divide.data_ptr(), x.numel() // features,
+        features, block, group, QMAX[grid.bits], out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+@lru_cache
+def _library() -> Any:
+    """``grid.cpp`` compiled for this machine, named after its content; None where there is no compiler."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        return None
+    machine = next((l for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("flags")), "")
+    key = hashlib.sha256(_SOURCE.read_bytes() + f"{compiler} {_FLAGS} {machine}".encode()).hexdigest()[:16]
+    path = _FOLDER / f"grid-{key}.so"
+    if not path.exists():
+        _FOLDER.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(partial)], check=True)
+        partial.replace(path)
+    library = ctypes.CDLL(str(path))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    library.quality_grid.argtypes = [
+        pointer, integer, pointer, ctypes.c_int64, integer, integer, integer, ctypes.c_float, pointer,
+    ]  # fmt: skip
+    library.quality_grid.restype = None
+    return library
