@@ -2,7 +2,8 @@
 
     python benchmarks/quantize.py                       one table, about a minute
     python benchmarks/quantize.py --rows 4096 --features 5120 --repeat 5
-    python benchmarks/quantize.py --device cuda --rows 8192 --kinds rotated    the same code on a GPU
+    python benchmarks/quantize.py --device cuda --rows 8192 --kinds rotated    the same on a GPU
+    python benchmarks/quantize.py --traffic             bytes that the tensor operations for a GPU move, counted on the CPU
 
 Weights: ``gauss`` N(0, 1); ``heavy`` Student-t(4) with 1 % of the input channels ×10; ``rotated`` is ``heavy`` after
 the Hadamard rotation of the ``auto`` recipes, quantized there (the error is the same in either space). The baseline is
@@ -26,11 +27,15 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from dvdquant.bgr import quantize_weight, relative_mse
+from dvdquant.bgr_device import quantize_rows
 from dvdquant.feedback import Feedback
 from dvdquant.hadamard import Rotation, rotate
 from dvdquant.recipe import WeightSpec
@@ -156,6 +161,42 @@ def measure(entry: Entry, w: Tensor, repeat: int) -> tuple[float, float]:
     return relative_mse(w, restore()), best
 
 
+class Traffic(TorchDispatchMode):
+    """Counts operations that start a kernel, and the bytes of their operands; an expanded axis counts once."""
+
+    VIEWS = ("view", "slice", "expand", "transpose", "t", "unsqueeze", "squeeze", "select", "split", "detach", "permute",
+             "alias", "unbind", "empty", "empty_like", "diagonal", "as_strided")  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__.strip("_") not in self.VIEWS:
+            operands = [t for t in tree_flatten((args, kwargs, result))[0] if isinstance(t, Tensor)]
+            self.bytes += sum(
+                t.element_size() * math.prod(n for n, s in zip(t.shape, t.stride()) if s) for t in operands
+            )
+            self.operations += 1
+        return result
+
+
+def print_traffic(w: Tensor, groups: list[int]) -> None:
+    """Of :mod:`dvdquant.bgr_device`, beside what the CUDA kernel of the same search reads and writes."""
+    print(
+        f"{w.shape[0]} x {w.shape[1]}\n{'search':<12}{'group':>6}{'bytes a weight':>16}{'operations':>12}{'kernel':>8}"
+    )
+    for zero_point in ("midrise", "real"):
+        for group in groups:
+            count = w.shape[1] // group if group else 1
+            with Traffic() as seen:
+                quantize_rows(w, count, zero_point, "search")
+            own = 5 + 2 * count / w.shape[1]
+            moved = seen.bytes / w.numel()
+            print(f"{zero_point:<12}{group or 'row':>6}{moved:>16.0f}{seen.operations:>12}{own:>8.1f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1024)
@@ -168,8 +209,12 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where it runs: cpu or cuda")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--traffic", action="store_true", help="only count what the tensor operations for a GPU move")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.traffic:
+        print_traffic(weights("rotated", min(args.rows, 512), args.features, args.seed), args.groups)
+        return 0
     cuda = args.device.type == "cuda"
     where = torch.cuda.get_device_name(args.device) if cuda else platform.processor() or platform.machine()
     print(f"{args.rows} x {args.features}, {args.threads} threads, {where}")

@@ -12,8 +12,9 @@ Solvers:
     groups of 16, where the 8-bit factor is the limit. Of groups, every factor around the best scale is tried as well.
     A real zero-point is searched together with the scale, by linear regression of the weights on the codes.
 
-The loops are compiled by numba for the CPU they run on. Weights on a GPU are quantized there, by :mod:`dvdquant.bgr_device`
-(``paper`` excepted: its blocks go through the CPU).
+The loops are compiled by numba for the CPU they run on. Weights on a GPU are quantized there, by the kernels of
+:mod:`dvdquant.bgr_kernels` where they are built, else by :mod:`dvdquant.bgr_device` (``paper`` excepted: its blocks go through
+the CPU).
 """
 
 from __future__ import annotations
@@ -126,7 +127,12 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
         exact = w.detach().to(torch.float32)
         if not bool(torch.isfinite(exact).all()):
             raise _nonfinite(w)
-        return QuantizedWeight(*bgr_device.quantize_rows(exact, groups, spec.zero_point, spec.solver))
+        from .bgr_kernels import quantizer_kernels
+
+        kernels = quantizer_kernels(w.device)
+        taken = kernels is not None and kernels.searches(w.shape[1], groups, spec.zero_point, spec.solver)
+        search = kernels.search if kernels is not None and taken else bgr_device.quantize_rows
+        return QuantizedWeight(*search(exact, groups, spec.zero_point, spec.solver))
     from . import bgr_real, bgr_search  # numba takes a second to import: only those who quantize pay for it
 
     # Of groups the factors are searched afterwards, over the neighbourhood of each scale.

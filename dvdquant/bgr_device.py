@@ -9,7 +9,8 @@ with ``i_b`` the first weight from ``Δ(b − ½ − z)`` on. So a grid costs 15
 thousands can be tried: there is no loop over weights, and nothing returns to the host before the result. The mid-rise grid
 is z = −½, the symmetric one z = 0; a real z is the regression of the weights on the codes, as in :mod:`dvdquant.bgr_real`.
 
-Runs on any device; on the CPU the compiled loops of :mod:`dvdquant.bgr_search` are faster.
+Runs on any device; on the CPU the compiled loops of :mod:`dvdquant.bgr_search` are faster, and on a GPU the kernels of
+:mod:`dvdquant.bgr_kernels` where they are built: this moves 3 to 50 KB for each weight (``benchmarks/quantize.py --traffic``).
 """
 
 from __future__ import annotations

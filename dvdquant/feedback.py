@@ -55,9 +55,14 @@ class Feedback:
             nothing is passed on. Any scale; positive semidefinite.
         damping: λ, added to the diagonal as λ·mean(diag M): how far the moments are trusted.
 
+    ``factors`` is what was worked out: fp64 [K/b, b, b], unit upper triangular; row i of a block says how the columns after i
+    move with its error.
+
     Raises:
         ShapeError: the moments are not square.
     """
+
+    factors: Tensor
 
     def __init__(self, moments: Tensor, damping: float = 0.05) -> None:
         blocks = moments if moments.ndim == 3 else moments[None]
@@ -66,21 +71,40 @@ class Feedback:
                 f"second moments {list(moments.shape)} for {len(blocks) * blocks.shape[1]} inputs",
                 available="[K, K], or blocks [K/b, b, b]",
             )
-        self._factors = _passed_on(blocks.double(), damping)
+        self.factors = _passed_on(blocks.double(), damping)
+
+    @classmethod
+    def of_factors(cls, factors: Tensor) -> Feedback:
+        """From what an earlier one has worked out: fp64 [K/b, b, b], unit upper triangular."""
+        feedback = cls.__new__(cls)
+        feedback.factors = factors
+        return feedback
 
     def round(self, w: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
         """The grid of ``w`` [N, K] with new codes; ShapeError where K is not that of the moments."""
-        features, (count, size, _) = w.shape[1], self._factors.shape
+        features, (count, size, _) = w.shape[1], self.factors.shape
         if count * size != features:
             raise ShapeError(
                 f"second moments {[count, size, size]} for {features} inputs",
                 available=f"[{features}, {features}], or blocks",
             )
+        if w.device.type != "cpu" and (found := self._by_kernel(w, grid)) is not None:
+            return QuantizedWeight(found, grid.scale, grid.factor, grid.zero)
         step = (grid.scale[:, None] * (grid.factor.float() / 255)).double()
         zero = expand_zero(grid.zero).double().expand(step.shape).contiguous()
         rounded = _on_device if w.device.type != "cpu" else _compiled
-        codes = rounded(w, step, zero, self._factors.to(w.device))
+        codes = rounded(w, step, zero, self.factors.to(w.device))
         return QuantizedWeight(codes, grid.scale, grid.factor, grid.zero)
+
+    def _by_kernel(self, w: Tensor, grid: QuantizedWeight) -> Tensor | None:
+        """The codes by the CUDA kernel, or None where there is none for this device, row and block."""
+        from .bgr_kernels import quantizer_kernels
+
+        kernels = quantizer_kernels(w.device)
+        if kernels is None or not kernels.rounds(w.shape[1], grid.factor.shape[1], self.factors.shape[1]):
+            return None
+        factors = self.factors.to(w.device, torch.float32)
+        return kernels.round(w.float(), grid.scale, grid.factor, grid.zero, factors)
 
 
 def _passed_on(moments: Tensor, damping: float) -> Tensor:

@@ -144,8 +144,8 @@ def test_the_library_is_looked_for_where_the_docs_say(tmp_path: Path, monkeypatc
 
 
 def test_another_abi_is_refused(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "ABI_VERSION", 2)
-    with pytest.raises(KernelError, match="ABI version 1"):
+    monkeypatch.setattr(cuda, "ABI_VERSION", cuda.ABI_VERSION + 1)
+    with pytest.raises(KernelError, match="ABI version"):
         KernelLibrary(library.path)
 
 

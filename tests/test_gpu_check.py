@@ -11,6 +11,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ sys.path.insert(0, str(BENCH))
 import check_cases  # noqa: E402
 import check_kernels  # noqa: E402
 import check_ops  # noqa: E402
+import check_quantizer  # noqa: E402
 import check_report  # noqa: E402
 import gpu_check  # noqa: E402
 from check_compare import check_equal, half_ulp  # noqa: E402
@@ -58,6 +60,10 @@ def large(b: Any) -> Rows:
     return check_kernels.check_large(b, 77, 512, 40, chunk=16)
 
 
+def quantizer(b: Any) -> Rows:
+    return check_quantizer.check_quantizer(b, 12, (256,))
+
+
 CHECKS: dict[str, Callable[[Any], Rows]] = {
     "dispatch": check_kernels.check_dispatch,
     "shapes": shapes,
@@ -65,6 +71,7 @@ CHECKS: dict[str, Callable[[Any], Rows]] = {
     "exact": check_kernels.check_exact_sums,
     "large": large,
     "op": check_ops.check_op,
+    "quantizer": quantizer,
 }
 
 
@@ -225,6 +232,25 @@ class WrapsRows(HostLibrary):
             out[0] = out[-1]
 
 
+class WidestGrid(HostLibrary):
+    def search_grid(self, grid: Any, weight: int, out: Any, stream: int) -> None:
+        super().search_grid(replace(grid, solver="minmax"), weight, out, stream)
+
+
+class OneCodeOff(HostLibrary):
+    def search_grid(self, grid: Any, weight: int, out: Any, stream: int) -> None:
+        super().search_grid(grid, weight, out, stream)
+        codes = _view(out.codes, (grid.n, grid.k), torch.int8)
+        codes[-1, -1] += 1 if codes[-1, -1] < 7 else -1
+
+
+class ForgetsErrors(HostLibrary):
+    def round_feedback(self, grid: Any, weight: int, out: Any, factors: int, block: int, stream: int) -> None:
+        passed = _view(factors, (grid.k // block, block, block), torch.float32)
+        passed.copy_(torch.eye(block).expand(passed.shape))
+        super().round_feedback(grid, weight, out, factors, block, stream)
+
+
 WRONG: list[tuple[type[HostLibrary], str, int, str]] = [
     (SwappedNibbles, "shapes", 80, "s4_token: codes"),
     (WrongSums, "shapes", 80, "s4_group: codes"),
@@ -250,6 +276,9 @@ WRONG: list[tuple[type[HostLibrary], str, int, str]] = [
     (RacyOutput, "shapes", 90, "one call = two calls"),
     (WrongPath, "dispatch", 90, "dispatch table"),
     (WrapsRows, "large", 90, "outputs beyond"),
+    (WidestGrid, "quantizer", 90, "quantizer: search"),
+    (OneCodeOff, "quantizer", 90, "quantizer: codes"),
+    (ForgetsErrors, "quantizer", 90, "quantizer: feedback"),
 ]
 
 

@@ -22,6 +22,10 @@ from ..repack import LayerShape
 __all__ = [
     "ABI_VERSION",
     "DTYPES",
+    "GRID_SOLVERS",
+    "GRID_ZERO_POINTS",
+    "GridPointers",
+    "GridShape",
     "KernelError",
     "KernelLibrary",
     "LayerPlan",
@@ -30,12 +34,14 @@ __all__ = [
     "load_library",
 ]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ENVIRONMENT = "DVDQUANT_KERNELS"
 LIBRARY = "libdvdquant_kernels.so"
 BUILD = "run `make kernels` in a checkout (needs nvcc), or set DVDQUANT_KERNELS to the built library"
 DTYPES = ("bf16", "fp16")
 CODES = ("s4", "s8", "e4m3")
+GRID_ZERO_POINTS = ("midrise", "symmetric", "real")
+GRID_SOLVERS = ("minmax", "search")
 
 
 class KernelError(DvdquantError):
@@ -62,6 +68,43 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("path", "codes", "scale_rows", "needs_sums")),
         *((name, ctypes.c_int64) for name in ("prepared_bytes", "codes_bytes_per_token")),
     ]
+
+
+class _Grid(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n", "k", "groups")),
+        *((name, ctypes.c_int32) for name in ("zero_point", "solver")),
+    ]
+
+
+class _GridOut(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "factor", "zero")]
+
+
+@dataclass(frozen=True)
+class GridShape:
+    """``dvdq_grid``: the grid that is searched for a weight [n, k] on a device.
+
+    Args:
+        groups: segments per row. zero_point: one of :data:`GRID_ZERO_POINTS`. solver: one of :data:`GRID_SOLVERS`.
+    """
+
+    n: int
+    k: int
+    groups: int
+    zero_point: str
+    solver: str
+
+
+@dataclass(frozen=True)
+class GridPointers:
+    """``dvdq_grid_out``: device addresses of codes int8 [n, k], scale, factor and zero as in
+    :class:`dvdquant.bgr.QuantizedWeight`."""
+
+    codes: int
+    scale: int
+    factor: int
+    zero: int
 
 
 @dataclass(frozen=True)
@@ -133,6 +176,8 @@ class KernelLibrary:
             "rotate_quantize": (i32, [layer, i32, *[pointer] * 5, i64, pointer]),
             "linear_gemm": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
             "quant_linear": (i32, [layer, i32, *[pointer] * 4, i64, pointer, i64, pointer]),
+            "search_grid": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer]),
+            "round_feedback": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer, i64, pointer]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(self._library, f"dvdq_{name}")
@@ -235,6 +280,20 @@ class KernelLibrary:
             )
         )
 
+    def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:
+        """Grid and nearest codes of weight fp32 [n, k], into ``out``."""
+        pointers = _GridOut(out.codes, out.scale, out.factor, out.zero)
+        self._check(self._library.dvdq_search_grid(_grid(grid), weight, ctypes.byref(pointers), stream))
+
+    def round_feedback(
+        self, grid: GridShape, weight: int, out: GridPointers, factors: int, block: int, stream: int
+    ) -> None:
+        """New codes for the grid in ``out``, rounded with feedback by factors fp32 [k/block, block, block]."""
+        pointers = _GridOut(out.codes, out.scale, out.factor, out.zero)
+        self._check(
+            self._library.dvdq_round_feedback(_grid(grid), weight, ctypes.byref(pointers), factors, block, stream)
+        )
+
 
 def find_library() -> Path | None:
     """The kernel library of this installation, or None if it was not built.
@@ -267,6 +326,15 @@ def load_library() -> KernelLibrary:
 @functools.lru_cache(maxsize=8)
 def _opened(path: Path) -> KernelLibrary:
     return KernelLibrary(path)
+
+
+def _grid(grid: GridShape) -> _Grid:
+    if grid.zero_point not in GRID_ZERO_POINTS or grid.solver not in GRID_SOLVERS:
+        raise UnsupportedError(
+            f"the kernels have no {grid.solver} of {grid.zero_point} zero-points",
+            available=[*GRID_SOLVERS, *GRID_ZERO_POINTS],
+        )
+    return _Grid(grid.n, grid.k, grid.groups, GRID_ZERO_POINTS.index(grid.zero_point), GRID_SOLVERS.index(grid.solver))
 
 
 def _layer(layer: LayerShape) -> _Layer:

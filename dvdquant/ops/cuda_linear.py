@@ -32,6 +32,7 @@ __all__ = [
     "layer_shape",
     "reference_policy",
     "run_quant_linear",
+    "stream_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class CudaKernels:
         size = self.plan(layer).prepared_bytes
         tensors = [t.contiguous() for t in packed]
         prepared = self.allocate((size,), torch.uint8, tensors[0].device)
-        with _on(prepared) as stream:
+        with stream_of(prepared) as stream:
             pointers = WeightPointers(*(t.data_ptr() for t in tensors))
             self.library.prepare_weight(layer, self.sm, pointers, prepared.data_ptr(), size, stream)
         return prepared
@@ -100,7 +101,7 @@ class CudaKernels:
         scales = self.allocate((plan.scale_rows, tokens), torch.float32, x.device)
         sums = self.allocate((plan.scale_rows, tokens), torch.float32, x.device)
         if tokens:
-            with _on(x) as stream:
+            with stream_of(x) as stream:
                 self.library.rotate_quantize(
                     layer,
                     self.sm,
@@ -121,7 +122,7 @@ class CudaKernels:
         if tokens:
             size = self.library.workspace_bytes(layer, self.sm, tokens)
             workspace = self.allocate((size,), torch.uint8, codes.device)
-            with _on(codes) as stream:
+            with stream_of(codes) as stream:
                 self.library.linear_gemm(
                     layer,
                     self.sm,
@@ -144,7 +145,7 @@ class CudaKernels:
         if tokens:
             size = self.library.workspace_bytes(layer, self.sm, tokens)
             workspace = self.allocate((size,), torch.uint8, x.device)
-            with _on(x) as stream:
+            with stream_of(x) as stream:
                 self.library.quant_linear(
                     layer,
                     self.sm,
@@ -353,7 +354,7 @@ def _outer_pointer(layer: LayerShape, outer: Tensor) -> int:
 
 
 @contextmanager
-def _on(tensor: Tensor) -> Iterator[int]:
+def stream_of(tensor: Tensor) -> Iterator[int]:
     """The tensor's device as the current one; gives its current stream."""
     if not tensor.is_cuda:
         yield 0

@@ -38,6 +38,7 @@ from check_kernels import (  # noqa: E402
     run_all,
 )
 from check_ops import check_graph, check_model, check_op  # noqa: E402
+from check_quantizer import check_quantizer  # noqa: E402
 from check_report import hardware, line, markdown, report_path, smi  # noqa: E402
 
 from dvdquant.errors import DvdquantError  # noqa: E402
@@ -70,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     kernels = GuardedKernels(library, 10 * major + minor)
     if options.small:
         bench = Bench(kernels, torch.device("cuda"), SMALL_FEATURES, SMALL)
-        return report(run_all([check_shapes(bench), check_extremes(bench, 7)]), [])
+        checks = [check_shapes(bench), check_extremes(bench, 7), check_quantizer(bench, 33, (256,))]
+        return report(run_all(checks), [])
     bench = Bench(kernels, torch.device("cuda"), FEATURES)
     bench.deadline = started + 0.6 * options.seconds
     facts = hardware() | {"library": f"{library.path} for {';'.join(library.architectures)}"}
@@ -103,6 +105,7 @@ def every_check(bench: Bench, options: argparse.Namespace, started: float) -> It
             check_op(bench),
             check_graph(bench),
             check_model(bench),
+            check_quantizer(bench),
             check_large(bench, 118800, 21504, 21504),
             check_shapes(bench),
         ]

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from dvdquant.arq import quantize_activation
+from dvdquant.bgr import QuantizedWeight, quantize_weight
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.feedback import Feedback
 from dvdquant.hadamard import hadamard_matrix
-from dvdquant.ops.cuda import LayerPlan, WeightPointers
+from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, WeightPointers
 from dvdquant.ops.cuda_linear import DTYPES
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.quant_linear import rotate_by_matrices
 from dvdquant.ops.rotate_quantize import encode_codes
+from dvdquant.recipe import WeightSpec
 from dvdquant.repack import LayerShape, dequantize, from_bytes, prepare, prepared_bytes, to_bytes
 
 
@@ -129,6 +132,23 @@ class HostLibrary:
         self.rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream)
         self.linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, workspace, size, stream)
 
+    def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:
+        """By the compiled loops."""
+        group = grid.k // grid.groups if grid.groups > 1 else 0
+        spec = WeightSpec(group, grid.zero_point, grid.solver)  # type: ignore[arg-type]
+        found = quantize_weight(_view(weight, (grid.n, grid.k), torch.float32), spec)
+        for view, tensor in zip(_grid_views(grid, out), (found.codes, found.scale, found.factor, found.zero)):
+            view.copy_(tensor)
+
+    def round_feedback(
+        self, grid: GridShape, weight: int, out: GridPointers, factors: int, block: int, stream: int
+    ) -> None:
+        """By the compiled loop."""
+        views = _grid_views(grid, out)
+        feedback = Feedback.of_factors(_view(factors, (grid.k // block, block, block), torch.float32).double())
+        w = _view(weight, (grid.n, grid.k), torch.float32)
+        views[0].copy_(feedback.round(w, QuantizedWeight(*views)).codes)
+
     def outer(self, layer: LayerShape, address: int) -> Tensor:
         """The outer matrix a caller passed, [1, 1] for none."""
         return _view(address, (layer.outer, layer.outer), torch.float32) if layer.outer > 1 else torch.ones(1, 1)
@@ -145,6 +165,17 @@ class HostLibrary:
         w = torch.from_numpy(dequantize(layer, weight))
         bias = torch.from_numpy(weight.bias.astype(np.float64))
         return torch.nn.functional.linear(values.reshape(len(codes), layer.k), w, bias)
+
+
+def _grid_views(grid: GridShape, out: GridPointers) -> list[Tensor]:
+    real = grid.zero_point == "real"
+    shape = (grid.n, grid.groups)
+    return [
+        _view(out.codes, (grid.n, grid.k), torch.int8),
+        _view(out.scale, (grid.n,), torch.float32),
+        _view(out.factor, shape, torch.uint8),
+        _view(out.zero, shape if real else (grid.n,), torch.uint8 if real else torch.float32),
+    ]
 
 
 def _view(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -51,6 +51,12 @@ DVDQ_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 DVDQ_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DVDQ_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 DVDQ_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// a * b + c, held to 0..1; NaN gives 0.
+DVDQ_DEVICE float multiply_add_saturate(float a, float b, float c) {
+  float result;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+  return result;
+}
 DVDQ_DEVICE float int_to_float(int value) { return __int2float_rn(value); }
 DVDQ_DEVICE int popcount(uint32_t bits) { return __popc(bits); }
 // Word i of a vector; i is a constant of an unrolled loop.
@@ -63,6 +69,13 @@ DVDQ_DEVICE float max_nan(float a, float b) {
   return result;
 }
 DVDQ_DEVICE float round_half_even(float value) { return rintf(value); }
+DVDQ_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+DVDQ_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+DVDQ_DEVICE float clamp(float value, float low, float high) { return fminf(fmaxf(value, low), high); }
+DVDQ_DEVICE float square_root(float value) { return __fsqrt_rn(value); }
+// Good to some 2^-22: for where to look, not for what is stored.
+DVDQ_DEVICE float power_of_two(float value) { return exp2f(value); }
+DVDQ_DEVICE float log_of_two(float value) { return log2f(value); }
 // prmt: byte i of the result is byte (selector >> 4i) & 7 of b:a; bit 3 of a nibble replicates that byte's sign.
 DVDQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result;

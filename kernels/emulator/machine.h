@@ -62,12 +62,22 @@ inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 inline float divide(float a, float b) { return a / b; }
 inline float multiply_add(float a, float b, float c) { return std::fmaf(a, b, c); }
+inline float multiply_add_saturate(float a, float b, float c) {
+  const float value = std::fmaf(a, b, c);
+  return value > 0.0f ? std::min(value, 1.0f) : 0.0f;
+}
 inline float int_to_float(int value) { return static_cast<float>(value); }
 inline int popcount(uint32_t bits) { return __builtin_popcount(bits); }
 inline uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 inline float magnitude(float value) { return std::fabs(value); }
 inline float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? bits_float(0x7fffffffu) : std::max(a, b); }
 inline float round_half_even(float value) { return std::nearbyintf(value); }
+inline float smaller(float a, float b) { return std::fmin(a, b); }
+inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float clamp(float value, float low, float high) { return std::fmin(std::fmax(value, low), high); }
+inline float square_root(float value) { return std::sqrt(value); }
+inline float power_of_two(float value) { return std::exp2(value); }
+inline float log_of_two(float value) { return std::log2(value); }
 
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = (static_cast<uint64_t>(b) << 32) | a;

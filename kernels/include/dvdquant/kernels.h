@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define DVDQ_ABI_VERSION 1
+#define DVDQ_ABI_VERSION 2
 
 typedef void* dvdq_stream;  // cudaStream_t
 
@@ -113,6 +113,38 @@ DVDQ_API dvdq_status dvdq_linear_gemm(const dvdq_layer* layer, int32_t sm, const
 DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const float* outer_matrix,
                                        const void* prepared, void* y, int64_t m, void* workspace,
                                        int64_t workspace_bytes, dvdq_stream stream);
+
+// ---- quantizing: rotated weights -> 4-bit grids -----------------------------------------------------------------------
+
+typedef enum dvdq_zero_point { DVDQ_ZERO_MIDRISE = 0, DVDQ_ZERO_SYMMETRIC = 1, DVDQ_ZERO_REAL = 2 } dvdq_zero_point;
+typedef enum dvdq_solver { DVDQ_SOLVER_MINMAX = 0, DVDQ_SOLVER_SEARCH = 1 } dvdq_solver;
+
+// What is searched for. W[n, k] = scale[n] * (factor[n, g] / 255) * (codes[n, k] - z).
+typedef struct dvdq_grid {
+  int64_t n;           // rows
+  int64_t k;           // columns, a multiple of 16, up to 20480
+  int64_t groups;      // segments per row; 1 = a scale per row, else k / groups is a multiple of 16 up to 256
+  int32_t zero_point;  // dvdq_zero_point
+  int32_t solver;      // dvdq_solver
+} dvdq_grid;
+
+// A quantized weight on the device, codes unpacked.
+typedef struct dvdq_grid_out {
+  void* codes;   // int8 [n, k], -8..7
+  float* scale;  // [n], at least 2^-118
+  void* factor;  // uint8 [n, groups], 1..255; 255 for a scale per row
+  void* zero;    // fp32 [n], or uint8 [n, groups] with DVDQ_ZERO_REAL: z = byte / 16 - 8
+} dvdq_grid_out;
+
+// BGR: the grid of least squared error of each row or group of `weight` [n, k], fp32 and finite. Writes all of `out`.
+DVDQ_API dvdq_status dvdq_search_grid(const dvdq_grid* grid, const float* weight, const dvdq_grid_out* out,
+                                      dvdq_stream stream);
+
+// Rounds `weight` to the grid in `out` with feedback and overwrites its codes; reads scale, factor and zero. factors:
+// fp32 [k / block, block, block], unit upper triangular, row i says how the columns after i of a block take up the error of
+// column i. block: 16 to 256, divides k.
+DVDQ_API dvdq_status dvdq_round_feedback(const dvdq_grid* grid, const float* weight, const dvdq_grid_out* out,
+                                         const float* factors, int64_t block, dvdq_stream stream);
 
 #ifdef __cplusplus
 }

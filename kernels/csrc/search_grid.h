@@ -1,0 +1,17 @@
+// Launchers of the quantizer's kernels; arguments are checked by the caller (quantizer_api.cpp).
+#pragma once
+
+#include "dvdquant/kernels.h"
+#include "runtime.h"
+
+namespace dvdq {
+
+// Dynamic shared memory of search_grid: the row and two floats per group; of round_feedback: a block of 32 rows.
+int64_t search_shared_bytes(int64_t k, int64_t groups);
+int64_t feedback_shared_bytes(int64_t block);
+
+dvdq_status search_grid(const dvdq_grid& grid, const float* weight, const dvdq_grid_out& out, cudaStream_t stream);
+dvdq_status round_feedback(const dvdq_grid& grid, const float* weight, const dvdq_grid_out& out, const float* factors,
+                           int64_t block, cudaStream_t stream);
+
+}  // namespace dvdq
