@@ -236,7 +236,7 @@ class _Collected:
         triangles, tokens = self._triangles.pop(spec.name), self._tokens[spec.name]
         if tokens:
             triangles /= tokens
-        if not tokens or not bool(torch.isfinite(triangles).all()):
+        if not tokens or not all(math.isfinite(extreme) for extreme in torch.aminmax(triangles)):
             triangles, tokens = _pack(torch.eye(moment_block(spec))[None]).repeat(len(triangles), 1), 0
         return InputMoments(triangles, energy, tokens)
 
