@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from dvdquant.errors import UnsupportedError
-from dvdquant.gbs import BitSwitch
+from dvdquant.gbs import BitSwitch, Weighting, step_weight
 
 from .schedule import Schedule
 from .step_cache import ChangeForecast, StepCachePolicy
@@ -101,10 +101,7 @@ class _History:
     forecast: ChangeForecast = field(default_factory=ChangeForecast)
     changes: list[float] = field(default_factory=list)
     step: int = -1  # the last one that this branch took part in
-
-    @property
-    def accumulated(self) -> float:
-        return self.rule.accumulated + self.forecast.pending
+    computed: tuple[int, float] | None = None  # step and timestep of the last one that was computed
 
 
 class StepController:
@@ -118,8 +115,10 @@ class StepController:
         bits: of the fixed mode; ``high`` if not given.
         schedule: a :class:`Schedule`, or bits per step (None: skip).
         cache: skip steps too, in the switch and fixed modes.
+        weighting: in the switch mode, ``step`` weighs the change of a step with how far it moves the timestep, where the
+            number of steps is known; ``none`` is the published rule. See :mod:`dvdquant.gbs`.
         last_high: in the switch mode, steps at the end that run on the high engine whatever the sum says, where the number
-            of steps is known. 0 is the published rule. See :mod:`dvdquant.gbs`.
+            of steps is known. 0 is the published rule.
         branch_policy: with classifier-free guidance a step calls the transformer for several branches. ``shared``
             decides once a step, from the history of the branch that is called first: guidance subtracts the branches
             from each other, and their errors cancel best when both come from the same engine. ``separate`` gives every
@@ -142,6 +141,7 @@ class StepController:
         cache: StepCachePolicy | None = None,
         branch_policy: BranchPolicy = "shared",
         last_high: int = 0,
+        weighting: Weighting = "none",
     ) -> None:
         needed: dict[str, Any] = {"switch": delta, "fixed": 0, "planned": schedule, "callback": callback}
         if mode not in needed:
@@ -155,6 +155,8 @@ class StepController:
             raise UnsupportedError(f"δ is {delta}", available="a number from 0 (all high) to infinity (all low)")
         if branch_policy not in get_args(BranchPolicy):
             raise UnsupportedError(f"unknown branch policy {branch_policy!r:.40}", available=get_args(BranchPolicy))
+        if weighting not in get_args(Weighting):
+            raise UnsupportedError(f"unknown weighting {weighting!r:.40}", available=get_args(Weighting))
         if last_high < 0:
             raise UnsupportedError(f"last_high is {last_high}", available="a number of steps, from 0")
         if not low <= high:
@@ -166,7 +168,7 @@ class StepController:
         self.mode, self.branch_policy, self.cache = mode, branch_policy, cache
         self.delta, self.low, self.high = delta, low, high
         self.bits = high if bits is None else bits
-        self.callback, self.last_high = callback, last_high
+        self.callback, self.last_high, self.weighting = callback, last_high, weighting
         self.schedule = schedule.bits if isinstance(schedule, Schedule) else tuple(schedule or ())
         self.steps: int | None = None
         self._histories: dict[str, _History] = {}
@@ -202,11 +204,13 @@ class StepController:
         """
         history = self._history(self._deciding(branch, step))
         if self.mode == "switch":
-            return self._skip(history, step, timestep) or self._switch(history, step)
+            return self._skip(history, step, timestep) or self._switch(history, step, timestep)
         if self.mode == "fixed":
-            return self._skip(history, step, timestep) or Decision(self.bits, "fixed", history.accumulated)
+            return self._skip(history, step, timestep) or Decision(
+                self.bits, "fixed", self._sum(history, step, timestep)
+            )
         if self.mode == "planned":
-            return self._planned(history, step)
+            return self._planned(history, step, timestep)
         return self._asked(history, step, timestep)
 
     def ran(self, branch: str, step: int, timestep: float, bits: int | None, change: float | None) -> None:
@@ -224,8 +228,24 @@ class StepController:
         history.rule.ran(bits)
         history.forecast.ran(timestep, change)
         if change is not None:
-            history.rule.observe(change)
+            history.rule.observe(change * self._weight(history, step, timestep))
             history.changes.append(change)
+        history.computed = (step, timestep)
+
+    def _weight(self, history: _History, step: int, timestep: float) -> float:
+        """Of a change between the last computed step and this one; of several steps in between, their mean."""
+        if self.weighting == "none" or not self.steps or history.computed is None:
+            return 1.0
+        before, began = history.computed
+        return step_weight((began - timestep) / max(1, step - before), self.steps)
+
+    def _pending(self, history: _History, step: int, timestep: float) -> float:
+        """What is predicted of steps that were skipped since the last computed one."""
+        pending = history.forecast.pending
+        return pending * self._weight(history, step, timestep) if pending else 0.0
+
+    def _sum(self, history: _History, step: int, timestep: float) -> float:
+        return history.rule.accumulated + self._pending(history, step, timestep)
 
     def _history(self, branch: str) -> _History:
         delta = 0.0 if self.delta is None else self.delta
@@ -239,15 +259,15 @@ class StepController:
             self._decider = branch
         return self._decider
 
-    def _switch(self, history: _History, step: int) -> Decision:
+    def _switch(self, history: _History, step: int, timestep: float) -> Decision:
         if not history.rule.known:
             return Decision(self.high, "no history", None)
+        total = self._sum(history, step, timestep)
         if self.steps is not None and step >= self.steps - self.last_high:
-            return Decision(self.high, f"one of the last {self.last_high} steps", history.accumulated)
-        bits = history.rule.decide(history.forecast.pending)
-        below = history.accumulated < history.rule.delta
-        reason = f"change {history.accumulated:.4g} {'<' if below else '≥'} {history.rule.delta:.4g}"
-        return Decision(bits, reason, history.accumulated)
+            return Decision(self.high, f"one of the last {self.last_high} steps", total)
+        bits = history.rule.decide(self._pending(history, step, timestep))
+        reason = f"change {total:.4g} {'<' if total < history.rule.delta else '≥'} {history.rule.delta:.4g}"
+        return Decision(bits, reason, total)
 
     def _skip(self, history: _History, step: int, timestep: float) -> Decision | None:
         """A skip, if the cache allows it here."""
@@ -261,26 +281,26 @@ class StepController:
         if not total < cache.threshold:
             return None
         reason = f"cache: predicted change {total:.4g} < {cache.threshold:.4g}, skip {forecast.skips + 1} in a row"
-        return Decision(None, reason, history.accumulated)
+        return Decision(None, reason, self._sum(history, step, timestep))
 
-    def _planned(self, history: _History, step: int) -> Decision:
+    def _planned(self, history: _History, step: int, timestep: float) -> Decision:
         if step >= len(self.schedule):
             raise UnsupportedError(
                 f"step {step} is beyond the schedule's {len(self.schedule)} steps",
                 fix="generate with as many steps as were planned, or plan again with dvdq-plan --steps",
             )
-        bits = self.schedule[step]
+        bits, total = self.schedule[step], self._sum(history, step, timestep)
         if bits is None and not _has_output(history):
-            return Decision(self.high, "planned skip, but there is no output to reuse", history.accumulated)
-        return Decision(bits, "planned", history.accumulated)
+            return Decision(self.high, "planned skip, but there is no output to reuse", total)
+        return Decision(bits, "planned", total)
 
     def _asked(self, history: _History, step: int, timestep: float) -> Decision:
         assert self.callback is not None
         branch = self._decider or next(name for name, h in self._histories.items() if h is history)
         can_skip, changes = _has_output(history), tuple(history.changes)
-        info = StepInfo(step, self.steps, timestep, branch, changes, history.accumulated, can_skip)
+        info = StepInfo(step, self.steps, timestep, branch, changes, self._sum(history, step, timestep), can_skip)
         answer = self.callback(info)
-        decision = answer if isinstance(answer, Decision) else Decision(answer, "callback", history.accumulated)
+        decision = answer if isinstance(answer, Decision) else Decision(answer, "callback", info.accumulated)
         if decision.bits is None and not can_skip:
             raise UnsupportedError(
                 f"the callback skips step {step}, but no step of branch {branch} was computed before it",

@@ -137,7 +137,8 @@ def make_controller(artifact: Artifact, component: str, request: GenerateRequest
         return StepController("planned", schedule=request.schedule, low=low, high=high)
     if request.mode == "switch":
         delta = DEFAULT_DELTA if request.delta is None else request.delta
-        return StepController("switch", delta=delta, low=low, high=high, cache=cache, last_high=request.last_high)
+        rule: dict[str, Any] = {"last_high": request.last_high, "weighting": request.weighting}
+        return StepController("switch", delta=delta, low=low, high=high, cache=cache, **rule)
     return StepController("fixed", bits=int(request.mode.removeprefix("a")), low=low, high=high, cache=cache)
 
 

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from dvdquant.errors import UnsupportedError
-from dvdquant.gbs import Stair, delta_for_average_bits, delta_of_stair, staircase, switch_pairs
+from dvdquant.gbs import (
+    PairChanges,
+    Stair,
+    Weighting,
+    delta_for_average_bits,
+    delta_of_stair,
+    staircase,
+    switch_pairs,
+    weighted_changes,
+)
 from dvdquant.progress import Progress
 
 from .artifact import Artifact
@@ -102,6 +111,7 @@ def plan(
     steps: int | None = None,
     reference: bool = False,
     last_high: int = 0,
+    weighting: Weighting = "none",
     pipeline: str | None = None,
     backend: str = "auto",
     device: str = "auto",
@@ -111,7 +121,7 @@ def plan(
 
     Args:
         steps: of a clip; default the model's own. reference: compare with the original 16-bit checkpoint too.
-        last_high: see :class:`dvdquant.deploy.controller.StepController`.
+        last_high, weighting: see :class:`dvdquant.deploy.controller.StepController`.
 
     Raises:
         UnsupportedError: the export has one bit-width only, or no δ reaches the goal (saying the range).
@@ -123,12 +133,13 @@ def plan(
     with open_generator(
         artifact, pipeline=pipeline, backend=backend, device=device, wrap_session=recorder.wrap
     ) as generator:
-        base = GenerateRequest(prompts[0], steps=steps, seed=seeds[0], mode=f"a{high}", last_high=last_high)
+        base = GenerateRequest(prompts[0], steps=steps, seed=seeds[0], mode=f"a{high}")
+        base = replace(base, last_high=last_high, weighting=weighting)
         requests = [replace(base, prompt=p, seed=s) for p in prompts for s in seeds]
         checked = [generator.check(request) for request in requests]
         _check_goal(goal, checked[0].steps or 0, low, high, last_high)
         clips, highs = _record(generator, recorder, checked, progress)
-        found = _choose(artifact, goal, clips, len(requests), recorder, last_high, (prompts, seeds))
+        found = _choose(artifact, goal, clips, len(requests), recorder, (last_high, weighting), (prompts, seeds))
         delta = found.delta
         result = _generate(generator, replace(checked[0], mode="switch", delta=delta), progress, "validate")
         found.measured_bits = average_bits([record.bits for record in result.trace])
@@ -136,7 +147,7 @@ def plan(
         found.measured_retries = sum(record.retried for record in result.trace)
         if reference:
             found.quality = _qualities(generator, checked, highs, delta, found.stairs, (low, high), progress)
-    found.schedule.details.update(_details(found, last_high))
+    found.schedule.details.update(_details(found, last_high, weighting))
     return found
 
 
@@ -146,12 +157,15 @@ def _choose(
     clips: list[ClipRecording],
     requests: int,
     recorder: Recorder,
-    last_high: int,
+    rule: tuple[int, Weighting],
     recorded: tuple[Sequence[str], Sequence[int]],
 ) -> Plan:
-    """δ for the goal and everything predicted of it; nothing measured yet."""
+    """δ for the goal and everything predicted of it; nothing measured yet. ``rule``: last_high and weighting."""
     low, high = recorder.low, recorder.high
-    pairs = [clip.changes for clip in clips]
+    last_high, weighting = rule
+    # Two transformers share the steps of a request.
+    per_request = sum({clip.component: len(clip.timesteps) for clip in clips}.values())
+    pairs = [weighted_changes(c.changes, c.timesteps, per_request, weighting) for c in clips]
     per_call = median_seconds(clips)
     calls = sum(clip.calls for clip in clips) / requests
     stairs = staircase(pairs, low, high, last_high=last_high)
@@ -162,10 +176,10 @@ def _choose(
     else:
         delta = goal.delta or 0.0
         bits = next((s.average_bits for s in stairs if s.above < delta <= s.upto), float(high))
-    first = [clip for clip in clips if (clip.prompt, clip.seed) == (clips[0].prompt, clips[0].seed)]
-    predicted = [b for c in first for b in switch_pairs(c.changes, delta, low, high, last_high=last_high)[0]]
+    first = [p for p, c in zip(pairs, clips) if (c.prompt, c.seed) == (clips[0].prompt, clips[0].seed)]
+    predicted = [b for changes in first for b in switch_pairs(changes, delta, low, high, last_high=last_high)[0]]
     return Plan(
-        schedule=_schedule(artifact, clips, bits, delta, (low, high), last_high, *recorded),
+        schedule=_schedule(artifact, list(zip(clips, pairs)), bits, delta, (low, high), last_high, *recorded),
         delta=delta,
         predicted_bits=bits,
         predicted_seconds=_seconds(bits, calls, per_call, low, high),
@@ -309,7 +323,7 @@ def _qualities(
 
 def _schedule(
     artifact: Artifact,
-    clips: Sequence[ClipRecording],
+    clips: Sequence[tuple[ClipRecording, PairChanges]],
     bits: float,
     delta: float,
     engines: tuple[int, int],
@@ -321,8 +335,8 @@ def _schedule(
     average (the mean is smoother than its parts, so that δ differs a little)."""
     low, high = engines
     chosen: list[int | None] = []
-    for component in dict.fromkeys(clip.component for clip in clips):
-        own = [clip.changes for clip in clips if clip.component == component]
+    for component in dict.fromkeys(clip.component for clip, _ in clips):
+        own = [changes for clip, changes in clips if clip.component == component]
         mean = {pair: [sum(values) / len(values) for values in zip(*(c[pair] for c in own))] for pair in own[0]}
         stairs = staircase([mean], low, high, last_high=last_high)
         nearest = min(stairs, key=lambda s: (abs(s.average_bits - bits), s.above - s.upto))
@@ -340,7 +354,7 @@ def _schedule(
     )
 
 
-def _details(found: Plan, last_high: int) -> dict[str, Any]:
+def _details(found: Plan, last_high: int, weighting: Weighting) -> dict[str, Any]:
     """For people and for other averages: what was predicted and measured, and the whole staircase."""
     return {
         "predicted": {"average_bits": found.predicted_bits, "seconds": found.predicted_seconds},
@@ -356,6 +370,7 @@ def _details(found: Plan, last_high: int) -> dict[str, Any]:
         "calls_per_clip": found.calls,
         "backend": found.backend,
         "last_high": last_high,
+        "weighting": weighting,
         "stairs": [[s.above, None if math.isinf(s.upto) else s.upto, s.average_bits] for s in found.stairs],
         "quality": [
             {"delta": q.delta, "average_bits": q.average_bits, "psnr": q.psnr if math.isfinite(q.psnr) else None}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dvdquant.errors import OutputError, ShapeError, UnsupportedError
 from dvdquant.families import Axis, Sizes
-from dvdquant.gbs import Stair, delta_of_stair
+from dvdquant.gbs import Stair, Weighting, delta_of_stair
 
 if TYPE_CHECKING:
     from .artifact import Artifact
@@ -52,7 +52,8 @@ class GenerateRequest:
         mode: ``switch`` (4 or 8 activation bits by δ-GBS, step by step), ``planned`` (the bits of ``schedule``), ``a4``,
             ``a8`` (fixed), or ``16`` (the original checkpoint in PyTorch).
         delta: δ of ``switch``; None is :data:`DEFAULT_DELTA`. last_high: so many last steps of ``switch`` on
-            the high engine, whatever δ says; 0 is the published rule. schedule: of ``planned``.
+            the high engine, whatever δ says. weighting: of ``switch``, "step" or "none"; "none" and 0 last steps are the
+            published rule. schedule: of ``planned``.
         cache: threshold of the step cache; None computes every step.
         height, width, num_frames: in pixels and frames; None is what the export was tuned for.
     """
@@ -65,6 +66,7 @@ class GenerateRequest:
     mode: str = "switch"
     delta: float | None = None
     last_high: int = 0
+    weighting: Weighting = "none"
     schedule: Schedule | None = None
     cache: float | None = None
     height: int | None = None

@@ -26,6 +26,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from dvdquant.errors import UnsupportedError
+from dvdquant.gbs import Weighting
 from dvdquant.manifest import Manifest
 
 from .adapters import get_adapter
@@ -86,6 +87,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         cache: StepCachePolicy | float | None = None,
         branch_policy: str = "shared",
         last_high: int = 0,
+        weighting: Weighting = "none",
         torch_dtype: torch.dtype | None = None,
         **unknown: Any,
     ) -> Self:
@@ -98,7 +100,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                 ``callback`` (with ``callback``); the last two are understood from their argument.
             delta: δ of ``switch``: 0 is always 8 bits, infinity always 4.
             cache: a threshold turns the step cache on with the family's policy.
-            branch_policy, last_high: see :class:`dvdquant.deploy.controller.StepController`.
+            branch_policy, last_high, weighting: see :class:`dvdquant.deploy.controller.StepController`.
             torch_dtype: refused unless it is the export's.
 
         Raises:
@@ -118,7 +120,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             )
         session = open_session(artifact, name, backend=backend, device=device)
         try:
-            more = {"branch_policy": branch_policy, "last_high": last_high}
+            more = {"branch_policy": branch_policy, "last_high": last_high, "weighting": weighting}
             controller = _controller(session, artifact.manifest, mode, delta, schedule, callback, cache, **more)
             return cls(session, controller)
         except BaseException:
@@ -168,7 +170,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
 
         Rarely needed: pipelines report the end of a request by themselves, also of an interrupted one. ``steps`` matters
         where the pipeline does not pass their number (all but WanPipeline, in diffusers 0.42) and the controller treats
-        the last ones otherwise: the step cache skips all but the last, ``last_high`` counts from the end.
+        the last ones otherwise: the step cache skips all but the last, ``last_high`` counts from the end, and without it
+        ``weighting`` does nothing.
         """
         self._runner.begin_request(steps)
         self._position = _Position(announced=True)

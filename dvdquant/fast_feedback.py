@@ -9,15 +9,16 @@ from .jit import jit
 
 __all__ = ["round_columns"]
 
-F64 = npt.NDArray[np.float64]
+F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
 
 # Rows that share each value of the factor that is loaded.
 _ROWS = 4
+_NIL, _LOW, _HIGH = np.float32(0), np.float32(-8), np.float32(7)
 
 
 @jit
-def round_columns(left: F64, step: F64, zero: F64, group: int, first: int, factor: F64, codes: I8, errors: F64) -> None:
+def round_columns(left: F32, step: F32, zero: F32, group: int, first: int, factor: F32, codes: I8, errors: F32) -> None:
     """Codes of a few hundred columns, each error passed on to the columns after it among these.
 
     Args:
@@ -27,7 +28,7 @@ def round_columns(left: F64, step: F64, zero: F64, group: int, first: int, facto
         codes: [R, c] and errors: [R, c], the results; errors may be [R, 0] where nobody asks for them.
     """
     size, wanted = left.shape[1], errors.shape[1] > 0
-    rows, error = np.zeros((_ROWS, size)), np.zeros(_ROWS)
+    rows, error = np.zeros((_ROWS, size), np.float32), np.zeros(_ROWS, np.float32)
     for start in range(0, left.shape[0], _ROWS):
         count = min(_ROWS, left.shape[0] - start)
         for r in range(count):
@@ -38,9 +39,9 @@ def round_columns(left: F64, step: F64, zero: F64, group: int, first: int, facto
             for r in range(count):
                 scale, centre = step[start + r, place], zero[start + r, place]
                 code = centre
-                if scale > 0.0:
+                if scale > _NIL:
                     code = rows[r, i] / scale + centre
-                code = min(7.0, max(-8.0, np.rint(code)))
+                code = min(_HIGH, max(_LOW, np.rint(code)))
                 codes[start + r, i] = np.int8(code)
                 error[r] = rows[r, i] - scale * (code - centre)
                 if wanted:

@@ -11,8 +11,14 @@ and t_p the last step on the high engine, step i runs on
 
 Steps 0 and 1 have no L1 before them and run on the high engine. δ = 0 is all high; δ = ∞ is all low from step 2.
 
-``last_high`` is ours, 0 by default: so many steps at the end of a request run on the high engine whatever the sum says.
-The rule looks back, and what a last step gets wrong no later one can correct.
+Two things are ours, and not in the rule as published:
+
+``weighting`` "step" counts L1(t) times how far the step moves, w(t) = (τ_{t−1} − τ_t)·n/1000 with timesteps τ from 1000 to 0 in
+n steps. What a step gets wrong enters the latent in proportion to its length, and schedules with a shift (flow matching at
+video sizes) end in steps several times as long as those they begin with. On even steps it is the published rule.
+
+``last_high`` steps at the end of a request run on the high engine whatever the sum says: what a last step gets wrong no
+later one can correct.
 """
 
 from __future__ import annotations
@@ -20,6 +26,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +38,7 @@ __all__ = [
     "BitSwitch",
     "PairChanges",
     "Stair",
+    "Weighting",
     "change_from_sums",
     "change_sums",
     "delta_for_average_bits",
@@ -37,11 +46,16 @@ __all__ = [
     "relative_change",
     "staircase",
     "switch_bits",
+    "step_weight",
     "switch_pairs",
+    "weighted_changes",
 ]
 
 # (bits of the step before, bits of the step) -> L1(1), L1(2), …, had those two steps run at those bits.
 PairChanges = Mapping[tuple[int, int], Sequence[float]]
+Weighting = Literal["none", "step"]
+# What the timesteps of every supported family count down from.
+_TIMESTEPS = 1000.0
 
 
 def change_sums(current: Tensor, previous: Tensor | None) -> Tensor:
@@ -73,6 +87,24 @@ def relative_change(current: Tensor, previous: Tensor) -> float:
     """L1(t) = ‖F_t − F_{t−1}‖₁ / ‖F_{t−1}‖₁ with float64 sums; infinity if F_{t−1} is zero and F_t is not."""
     difference, norm, _ = change_sums(current, previous).tolist()
     return change_from_sums(difference, norm)
+
+
+def step_weight(moved: float, steps: int) -> float:
+    """w of a step whose timestep fell by ``moved``, in a request of ``steps`` steps; 1 for one of mean length."""
+    return max(0.0, moved) * steps / _TIMESTEPS
+
+
+def weighted_changes(changes: PairChanges, timesteps: Sequence[float], steps: int, weighting: Weighting) -> PairChanges:
+    """L1(1), L1(2), … of every pair of engines, each times w of its step where ``weighting`` is "step".
+
+    Args:
+        timesteps: of the steps the changes are of, one more than changes. steps: of the whole request, which is more where two
+            transformers share one.
+    """
+    if weighting == "none":
+        return changes
+    weights = [step_weight(before - after, steps) for before, after in pairwise(timesteps)]
+    return {pair: [w * value for w, value in zip(weights, values)] for pair, values in changes.items()}
 
 
 @dataclass

@@ -15,6 +15,7 @@ from dvdquant.model import ModelPlan
 from dvdquant.moments import moments_bytes
 from dvdquant.predicted import ITEM_TOKENS, noise_levels
 from dvdquant.quantize import CHUNK_WEIGHTS
+from dvdquant.recipe import WeightSpec
 
 from .builders.report import BUILD_MEMORY_FACTOR, INT8_MEMORY_FACTOR
 from .options import ExportOptions
@@ -25,8 +26,12 @@ __all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "require_memory
 # Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B and HunyuanVideo-13B; see benchmarks/README.md.
 IMPORT_BYTES = 650 << 20
 TRACE_BYTES_PER_LAYER = 1000 << 10
-QUANTIZE_WEIGHTS_PER_SECOND = 60e6
-REFINED_WEIGHTS_PER_SECOND, REFINED_SECONDS_PER_LAYER = 48e6, 0.045
+# Everything of a weight but the search of its grid: reading, rotating, packing, hashing, errors; with feedback, that too.
+HANDLED_WEIGHTS_PER_SECOND, REFINED_WEIGHTS_PER_SECOND, REFINED_SECONDS_PER_LAYER = 108e6, 74e6, 0.045
+# Of the search, by benchmarks/quantize.py on rotated weights: (real zero-point, group size) -> million weights a second.
+_SEARCHED = {(True, 0): 31, (True, 128): 39, (True, 64): 29, (True, 32): 18.6, (True, 16): 12}
+_SEARCHED |= {(False, 0): 135, (False, 128): 94, (False, 64): 80, (False, 32): 55, (False, 16): 33}
+_SOLVED = {"paper": 157e6, "minmax": 640e6}
 INPUTS_FLOPS_PER_SECOND, INPUTS_BYTES, READ_BYTES_PER_SECOND = 180e9, 400 << 20, 700e6
 TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 2.0, 0.075
 BUILDER_BYTES, BUILDER_BYTES_PER_LAYER = 450 << 20, 2600 << 10
@@ -35,6 +40,13 @@ BUILD_SECONDS, BUILD_SECONDS_PER_LAYER, BUILD_BYTES_PER_SECOND = 4.0, 0.05, 57e6
 DISK_BYTES_PER_SECOND = 800e6
 
 BYTES_PER_WEIGHT = {"int8": 1.0, "int4-weight-only": 0.516, "nvfp4": 0.5625, "plugin": 0.0}
+
+
+def search_rate(weight: WeightSpec) -> float:
+    """Weights a second whose grid is found on two cores."""
+    if weight.solver in _SOLVED:
+        return _SOLVED[weight.solver]
+    return 1e6 * _SEARCHED[weight.zero_point == "real", weight.group_size]
 
 
 @dataclass(frozen=True)
@@ -116,8 +128,9 @@ def estimate_export(
     looking = [p for p in plans if p.recipe.inputs == "synthetic"]
     flops = sum(2.0 * p.all_weights * noise_levels(p) * ITEM_TOKENS for p in looking)
     rate, each = (
-        (REFINED_WEIGHTS_PER_SECOND, REFINED_SECONDS_PER_LAYER) if looking else (QUANTIZE_WEIGHTS_PER_SECOND, 0.0)
+        (REFINED_WEIGHTS_PER_SECOND, REFINED_SECONDS_PER_LAYER) if looking else (HANDLED_WEIGHTS_PER_SECOND, 0.0)
     )
+    rate = 1 / (1 / rate + 1 / search_rate(plans[0].recipe.weight))
     seconds = {
         "inputs": (source_bytes / READ_BYTES_PER_SECOND + flops / INPUTS_FLOPS_PER_SECOND * 2 / cores)
         if looking

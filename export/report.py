@@ -369,6 +369,7 @@ def _schedule(schedule: Schedule) -> dict[str, Any]:
             "skipped": sum(b is None for b in schedule.bits),
             "prompts": len(schedule.prompts),
             "last_high": schedule.details.get("last_high"),
+            "weighting": schedule.details.get("weighting"),
         }
     )
     return words | {"chart": schedule_chart(schedule.bits)}

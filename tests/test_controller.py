@@ -265,3 +265,69 @@ def test_the_last_steps_can_be_kept_high() -> None:
         assert [row[0].bits for row in rows[-3:]] == [8] * 3
         assert rows[-1][0].reason == "one of the last 3 steps"
     assert [row[0].bits for row in drive(StepController("switch", delta=1e9), [0.01] * 9)] == [8, 8, *[4] * 8]
+
+
+def test_weighting_counts_how_far_a_step_moves() -> None:
+    """Steps of 20, 20, 40 and 80: of 50 steps the mean is 20."""
+    timesteps, changes = [1000.0, 980.0, 960.0, 920.0, 840.0], [0.1, 0.1, 0.1, 0.1]
+    sums = {}
+    for weighting in ("none", "step"):
+        controller = StepController("switch", delta=9.0, weighting=weighting)  # type: ignore[arg-type]
+        controller.reset(50)
+        found = []
+        for step, timestep in enumerate(timesteps):
+            decision = controller.decide("cond", step, timestep)
+            controller.ran("cond", step, timestep, decision.bits, changes[step - 1] if step else None)
+            found.append(decision.accumulated)
+        sums[weighting] = [*found[2:], controller.decide("cond", 5, 800.0).accumulated]
+    assert sums["none"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert sums["step"] == pytest.approx([0.1, 0.2, 0.4, 0.8])
+
+
+@settings(max_examples=80, deadline=None)
+@given(CHANGES, st.floats(0, 3))
+def test_weighting_is_the_published_rule_on_even_steps_and_without_a_number_of_steps(
+    changes: list[float], delta: float
+) -> None:
+    even = 1000 / (len(changes) + 1)
+    plain = [row[0].bits for row in drive(StepController("switch", delta=delta), changes)]
+    # A δ apart from every sum, which the weights change in their last bits.
+    if all(abs(total - delta) > 1e-6 for total in partial_sums(changes)):
+        weighted = drive(StepController("switch", delta=delta, weighting="step"), changes, spacing=even)
+        assert [row[0].bits for row in weighted] == plain
+    controller = StepController("switch", delta=delta, weighting="step")
+    controller.reset(None)
+    bits = []
+    for step in range(len(changes) + 1):
+        decision = controller.decide("cond", step, 1000.0 - 7 * step)
+        controller.ran("cond", step, 1000.0 - 7 * step, decision.bits, changes[step - 1] if step else None)
+        bits.append(decision.bits)
+    assert bits == plain
+
+
+def partial_sums(changes: list[float]) -> list[float]:
+    """Of all runs of adjacent changes."""
+    return [sum(changes[i:j]) for i in range(len(changes)) for j in range(i + 1, len(changes) + 1)]
+
+
+def test_steps_that_were_skipped_weigh_their_mean() -> None:
+    """Long steps, two of them skipped: their predicted changes count as often as a measured one of their length would."""
+    cache = StepCachePolicy(0.25, max_skips=2)
+    controller = StepController("switch", delta=9.0, weighting="step", cache=cache)
+    controller.reset(10)
+    accumulated = []
+    for step in range(5):
+        timestep = 1000.0 - 200 * step
+        decision = controller.decide("cond", step, timestep)
+        accumulated.append((decision.bits, decision.accumulated))
+        change = None if step == 0 or decision.bits is None else 0.1 if step < 3 else 0.3
+        controller.ran("cond", step, timestep, decision.bits, change)
+    # Every step is twice as long as the mean of ten.
+    assert [bits for bits, _ in accumulated] == [8, 8, None, None, 4]
+    assert accumulated[-1][1] == pytest.approx(2 * (0.1 + 0.2))
+    assert controller.decide("cond", 5, 10.0).accumulated == pytest.approx(2 * (0.1 + 0.3))
+
+
+def test_an_unknown_weighting_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="weighting"):
+        StepController("switch", delta=0.1, weighting="sigma")  # type: ignore[arg-type]

@@ -74,8 +74,8 @@ def test_the_form_for_a_gpu_gives_the_same_codes(spec: WeightSpec, blocks: int) 
     w, moments = weight(9, 160, 12), correlated(160 // blocks, 13, rank=20).expand(blocks, -1, -1)
     moments = moments * torch.arange(1.0, 1 + blocks)[:, None, None]
     grid = quantize_weight(w, spec)
-    step = (grid.scale[:, None] * (grid.factor.float() / 255)).double()
-    zero = expand_zero(grid.zero).double().expand(step.shape).contiguous()
+    step = grid.scale[:, None] * (grid.factor.float() / 255)
+    zero = expand_zero(grid.zero).float().expand(step.shape).contiguous()
     arguments = (w, step, zero, feedback._passed_on(moments, 0.05))
     assert torch.equal(feedback._on_device(*arguments), feedback._compiled(*arguments))
 

@@ -22,6 +22,7 @@ from dvdquant.gbs import (
     staircase,
     switch_bits,
     switch_pairs,
+    weighted_changes,
 )
 
 CHANGES = st.lists(st.floats(0, 2, allow_nan=False) | st.sampled_from([0.0, 1e-12, 0.05, 0.1]), max_size=60)
@@ -198,3 +199,30 @@ def test_last_high_only_changes_the_end(changes: list[float], delta: float, last
     assert staircase(pairs, last_high=last_high)[-1].average_bits == pytest.approx(
         sum(switch_bits(changes, math.inf, last_high=last_high)) / len(plain)
     )
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=30), st.integers(1, 999))
+def test_weights_of_even_steps_change_nothing(changes: list[float], last: int) -> None:
+    """And those of others add up to the way that all steps go together."""
+    steps = len(changes) + 1
+    pairs = _pairs(changes)
+    even = [1000 - 1000 * i / steps for i in range(steps)]
+    for pair, values in weighted_changes(pairs, even, steps, "step").items():
+        assert list(values) == pytest.approx(list(pairs[pair]))
+    assert weighted_changes(pairs, even, steps, "none") == pairs
+    uneven = [1000 - (1000 - last) * (i / (steps - 1)) ** 3 for i in range(steps)]
+    ones = weighted_changes({(8, 8): [1.0] * (steps - 1)}, uneven, steps, "step")[8, 8]
+    assert sum(ones) == pytest.approx((1000 - last) * steps / 1000)
+    assert list(ones) == sorted(ones)
+
+
+def test_a_shifted_schedule_has_its_high_steps_where_they_are_long() -> None:
+    """Flow matching with a shift of 5: as many high steps by a δ of its own, but the most of them late."""
+    steps = 50
+    sigmas = [5 * s / (1 + 4 * s) for s in (1 - i / steps for i in range(steps))]
+    pairs = _pairs([0.05] * (steps - 1))
+    weighted = weighted_changes(pairs, [1000 * s for s in sigmas], steps, "step")
+    chosen = [switch_pairs(p, delta_for_average_bits([p], 5.5)[0])[0] for p in (pairs, weighted)]
+    assert abs(sum(chosen[0]) - sum(chosen[1])) <= 8
+    late = [sum(bits == 8 for bits in c[30:]) for c in chosen]
+    assert late[1] > 1.5 * late[0]

@@ -168,6 +168,19 @@ def test_last_high_is_planned_and_run(out: Path) -> None:
         plan(Artifact.open(out), PROMPTS[:1], Goal(average_bits=5.9), steps=10, last_high=3, backend="onnxruntime")
 
 
+def test_a_weighted_rule_is_planned_as_it_runs(out: Path) -> None:
+    """The schedule of tiny-wan has a shift: weighed, other steps are high, and the prediction still fits the run."""
+    artifact, goal = Artifact.open(out), Goal(average_bits=6.0)
+    plans = {
+        w: plan(artifact, PROMPTS[:1], goal, steps=10, weighting=w, backend="onnxruntime") for w in ("none", "step")
+    }
+    for weighting, found in plans.items():
+        assert found.schedule.details["weighting"] == weighting
+        assert abs(found.measured_bits - found.predicted_clip_bits) <= 2 * 4 / 10
+    assert plans["none"].delta != plans["step"].delta
+    assert plans["none"].stairs != plans["step"].stairs
+
+
 def test_psnr_by_hand() -> None:
     black, other = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 51, np.uint8)
     assert psnr(other, black) == pytest.approx(10 * math.log10(25))

@@ -385,3 +385,16 @@ def test_plots_show_what_they_are_given(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_labels_keep_their_distance(wanted: list[float], expected: list[float]) -> None:
     assert report.plots.spread(wanted, 0.1, 0.0, 1.0) == pytest.approx(expected, abs=1e-4)
+
+
+def test_archive_gives_the_same_report(tmp_path: Path) -> None:
+    """Compressed and rounded to six digits, and small changes of numbers do not show in a table."""
+    results = read(tmp_path, made_up())
+    report.write_archive(tmp_path / "results.jsonl", tmp_path / "kept.jsonl.xz")
+    again = report.read_results(tmp_path / "kept.jsonl.xz")
+    assert {name: sorted(text.splitlines()) for name, text in report.blocks(again).items()} == {
+        name: sorted(text.splitlines()) for name, text in report.blocks(results).items()
+    }
+    (tmp_path / "torn.jsonl.xz").write_bytes((tmp_path / "kept.jsonl.xz").read_bytes()[:-40])
+    with pytest.raises(report.ResultsError, match="cannot be read"):
+        report.read_results(tmp_path / "torn.jsonl.xz")

@@ -159,6 +159,9 @@ def test_a_schedule_is_followed(out: Path, tmp_path: Path) -> None:
     drawn(*common, "--schedule", tmp_path / "s.json", "--average-bits", 6.4, "--trace", tmp_path / "t.json")
     (clip,) = json.loads((tmp_path / "t.json").read_text())["clips"]
     assert (clip["request"]["mode"], clip["request"]["delta"], clip["request"]["last_high"]) == ("switch", 0.16, 1)
+    assert clip["request"]["weighting"] == "none"  # a schedule from before there was another
+    refused(run(*common, "--schedule", tmp_path / "s.json", "--weighting", "step"), "--weighting is for switching")
+    refused(run(*common, "--mode", "a8", "--weighting", "step"), "--weighting is for switching")
     refused(run(*common, "--schedule", tmp_path / "s.json", "--average-bits", 4.2), "4.2", "5.00 to 8.00")
     refused(run(*common, "--schedule", tmp_path / "s.json", "--steps", 7), "5 steps", "7")
     schedule(out, 8, 8, fingerprint="0" * 64).save(tmp_path / "other.json")

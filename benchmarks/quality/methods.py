@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dvdquant.arq import fake_quantize_activation
 from dvdquant.bgr import quantize_weight
+from dvdquant.gbs import Weighting
 from dvdquant.hadamard import Rotation, rotate
 from dvdquant.predicted import layer_inputs
 from dvdquant.recipe import RECIPES, Recipe, WeightSpec
@@ -32,7 +33,7 @@ class Method:
 
     Args:
         widths: activation bits it is measured at. switched: its W4A6 is δ-GBS between 4 and 8 bits, at 6 on average.
-        last_high: of that switching.
+        last_high, weighting: of that switching, as dvdq-run has them or as published.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Method:
     widths: tuple[int, ...] = (8, 6, 4)
     switched: bool = False
     last_high: int = 0
+    weighting: Weighting = "none"
 
 
 def activation_grid(bits: int, group: int | Literal["channel"] = 0) -> Callable[[Tensor], Tensor]:
@@ -116,9 +118,11 @@ METHODS: dict[str, Method] = {
         Method("QuaRot-style", partial(grid_method, weight=_RTN, rotation="full")),
         Method("ViDiT-Q-style", partial(grid_method, weight=_RTN, rotation="full", balance=0.5)),
         Method("DVD-Quant as published", from_recipe(RECIPES["paper"]), switched=True),
-        Method("dvdquant weights-only", from_recipe(RECIPES["weights-only"]), switched=True, last_high=2),
-        Method("dvdquant w4a4", from_recipe(RECIPES["w4a4"]), switched=True, last_high=2),
-        Method("dvdquant w4a4-g64", from_recipe(RECIPES["w4a4-g64"]), switched=True, last_high=2),
+        Method(
+            "dvdquant weights-only", from_recipe(RECIPES["weights-only"]), switched=True, last_high=2, weighting="step"
+        ),
+        Method("dvdquant w4a4", from_recipe(RECIPES["w4a4"]), switched=True, last_high=2, weighting="step"),
+        Method("dvdquant w4a4-g64", from_recipe(RECIPES["w4a4-g64"]), switched=True, last_high=2, weighting="step"),
         Method("dvdquant w4a8", from_recipe(RECIPES["w4a8"]), (8,)),
     )
 }

@@ -1,9 +1,10 @@
 """From a file of results to the tables and plots of README.md.
 
-    python benchmarks/quality/report.py RESULTS.jsonl [--readme benchmarks/quality/README.md]
+    python benchmarks/quality/report.py RESULTS.jsonl [--readme benchmarks/quality/README.md] [--archive RESULTS.jsonl.xz]
+    python benchmarks/quality/report.py benchmarks/quality/results.jsonl.xz     from the rows that are kept here
 
-RESULTS.jsonl holds one JSON object a line; ``FIELDS`` lists the kinds and what each must have. A line that is there twice
-(the same model, method, width and clip) counts once, the later. What stands between ``<!-- NAME:begin -->`` and
+RESULTS.jsonl holds one JSON object a line, compressed where it ends in .xz. ``FIELDS`` lists the kinds and what each must have.
+A line that is there twice (the same model, method, width and clip) counts once, the later. What stands between ``<!-- NAME:begin -->`` and
 ``<!-- NAME:end -->`` is written anew, the prose around it is left alone, and the same file gives the same text and plots.
 
 Intervals are 95 % percentile bootstrap intervals over clips; differences are paired, same prompt and seed.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
 import re
 import sys
@@ -101,14 +103,31 @@ class Results:
 def read_results(path: Path) -> Results:
     """Read and check a results file; a ResultsError names the line that is broken, of an unknown kind or incomplete."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_lines(path)
+    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise ResultsError(f"{path} cannot be read: {error}", fix="name a file of JSON lines") from error
     results = Results()
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and (row := _checked(line, f"{path}, line {number}"))["kind"] != "none":
             results.add(row)
     return results
+
+
+def read_lines(path: Path) -> str:
+    """The text of a results file, compressed or not."""
+    content = path.read_bytes()
+    return (lzma.decompress(content) if path.suffix == ".xz" else content).decode("utf-8")
+
+
+def write_archive(source: Path, target: Path) -> None:
+    """The rows of a results file as they are worth keeping: six digits of every number, compressed, sorted by their job."""
+    rows = [
+        json.loads(line, parse_float=lambda text: float(f"{float(text):.6g}"))
+        for line in read_lines(source).splitlines()
+    ]
+    rows.sort(key=lambda row: row.get("part", "~"))
+    lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows]
+    target.write_bytes(lzma.compress("".join(lines).encode(), preset=9))
 
 
 def _checked(line: str, where: str) -> Row:
@@ -387,9 +406,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--readme", type=Path, default=Path(__file__).resolve().parent / "README.md")
+    parser.add_argument("--archive", type=Path, metavar="XZ", help="also keep the rows in this file")
     options = parser.parse_args()
     try:
         written = write_report(read_results(options.results), options.readme)
+        if options.archive is not None:
+            write_archive(options.results, options.archive)
+            written.append(options.archive)
     except DvdquantError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

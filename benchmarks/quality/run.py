@@ -5,6 +5,7 @@
     python benchmarks/quality/run.py --prompts 16 --seeds 1  fewer clips
 
 Finished parts are lines in ``WORK/results.jsonl``: killed and started again, it goes on; asked for more clips, it adds them.
+With ``--add-to benchmarks/quality/results.jsonl.xz`` it goes on from the rows that are kept here, if nothing changed since.
 Rivals that are packages take part where they are installed (``--list`` says what is missing).
 """
 
@@ -67,7 +68,8 @@ def study_jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 
 def delta_jobs(options: argparse.Namespace, chunks: list[list[Any]], steps: int) -> Iterator[Job]:
-    """δ from .02 to .4 with and without step cache, the last two steps high, and fixed placements."""
+    """δ from .02 to .4 as published, with the last two steps high, weighed with the length of steps, with the step cache; and
+    fixed placements."""
     variants: list[dict[str, Any]] = []
     for delta in DELTAS:
         variants += [
@@ -179,6 +181,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="denoising steps; those the model was trained for if not given")
     parser.add_argument("--delta-chunks", type=int, default=1, help=f"chunks of {CHUNK} clips for the δ part")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--add-to", type=Path, metavar="FILE", help="rows of an earlier run, into an empty WORK")
     parser.add_argument("--no-report", action="store_true", help="only measure")
     parser.add_argument("--list", action="store_true", help="what takes part, and exit")
     options = parser.parse_args()
@@ -206,6 +209,12 @@ def main() -> int:
     every = plan(bench, options.prompts, options.seeds)
     chunks = [every[i : i + CHUNK] for i in range(0, len(every), CHUNK)][: options.chunks]
     results, started = options.work / "results.jsonl", time.time()
+    if options.add_to is not None:
+        if results.exists():
+            parser.error(f"{results} is there already: leave --add-to out to go on from it, or name another --work")
+        from report import read_lines
+
+        results.write_text(read_lines(options.add_to), encoding="utf-8")
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.processes, start_worker, (folders, options.work, steps)) as pool:
         run_jobs(pool, [("held_out", (m,), f"held-out/{m}") for m in options.models], results, "held-out clips")

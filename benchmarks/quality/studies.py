@@ -161,10 +161,10 @@ STUDIES: dict[str, dict[str, Callable[[Layer, int], Simulated]]] = {
         ),
         "the same, measured moments (needs data)": partial(with_moments, source="data", balance=True, block=256),
         "groups of 64 on both sides": _grid(weight=_groups(64), rotation="auto", act_group=64),
-        "groups of 64, feedback and balance (recipe w4a4-g64)": from_recipe(RECIPES["w4a4-g64"]),
-        "the same with real zero-points": partial(
-            with_moments, source="smooth run", balance=True, block=256, weight=_groups(64, "real"), act_group=64
+        "groups of 64, feedback and balance": partial(
+            with_moments, source="smooth run", balance=True, block=256, weight=_groups(64), act_group=64
         ),
+        "the same with real zero-points (recipe w4a4-g64)": from_recipe(RECIPES["w4a4-g64"]),
         "groups of 32, real zero-points": _grid(weight=_groups(32, "real"), rotation="auto"),
         "groups of 32, feedback and balance (recipe w4a8)": from_recipe(RECIPES["w4a8"]),
         "groups of 16, feedback and balance": partial(

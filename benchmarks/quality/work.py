@@ -24,7 +24,7 @@ from dvdquant.deploy.controller import StepController
 from dvdquant.deploy.planner import psnr
 from dvdquant.deploy.prompt_table import frames_from_latents
 from dvdquant.deploy.step_cache import StepCachePolicy
-from dvdquant.gbs import delta_for_average_bits, relative_change
+from dvdquant.gbs import Weighting, delta_for_average_bits, relative_change, weighted_changes
 from dvdquant.model import plan_model
 from dvdquant.moments import InputMoments, synthetic_moments
 from dvdquant.progress import Progress
@@ -144,8 +144,11 @@ class Worker:
         """fp32 clips of a chunk, kept for the others."""
         bench = self.bench(model)
         clips = _parts(bench, {16: self._unquantized(model, wide=True)}, chunk)
-        _save(self.work / f"{model}-fp32-{index}.pt", clips.latents)
+        _save(self._latents(model, index), clips.latents)
         return self._rows(model, "fp32", "A16", index, chunk, clips)
+
+    def _latents(self, model: str, index: int) -> Path:
+        return self.work / f"{model}-fp32-{index}.pt"
 
     def clips(self, model: str, name: str, width: str, index: int, chunk: Sequence[tuple[Prompt, int]]) -> list[Row]:
         """Clips of a method at one width."""
@@ -158,9 +161,8 @@ class Worker:
             clips = _parts(bench, {bits: self.simulated(model, method, bits)}, chunk)
         else:
             delta = self.delta(model, method, 6.0)
-            clips = self._switched(
-                model, method, chunk, lambda _: StepController(delta=delta, last_high=method.last_high)
-            )
+            rule: dict[str, Any] = {"last_high": method.last_high, "weighting": method.weighting}
+            clips = self._switched(model, method, chunk, lambda _: StepController(delta=delta, **rule))
         return self._rows(model, name, width, index, chunk, clips)
 
     def _switched(self, model: str, method: Method, chunk: Sequence[tuple[Prompt, int]], make: Any) -> Clips:
@@ -177,9 +179,9 @@ class Worker:
             if "place" in variant:
                 return StepController("planned", schedule=place_high(variant["place"], variant["high"], steps))
             cache = StepCachePolicy.for_family("wan") if variant.get("cache") else None
-            if variant.get("weighted"):
-                return Weighted(delta=variant["delta"], last_high=variant.get("last_high", 0), cache=cache)
-            return StepController(delta=variant["delta"], last_high=variant.get("last_high", 0), cache=cache)
+            weighting: Weighting = "step" if variant.get("weighted") else "none"
+            rule: dict[str, Any] = {"last_high": variant.get("last_high", 0), "weighting": weighting}
+            return StepController(delta=variant["delta"], cache=cache, **rule)
 
         rows = self._rows(model, name, "A6", index, chunk, self._switched(model, method, chunk, make))
         extra = {"kind": "delta", "name": variant["name"], "delta": variant.get("delta"), "method": name}
@@ -224,7 +226,7 @@ class Worker:
     @torch.inference_mode()
     def delta(self, model: str, method: Method, average: float) -> float:
         """δ for an average of bits, planned on the held-out trajectories."""
-        path = self.work / f"{model}-{method.name}-{method.last_high}-{average:g}.delta"
+        path = self.work / f"{model}-{method.name}-{method.last_high}-{method.weighting}-{average:g}.delta"
         if path.exists():
             return float(path.read_text())
         bench = self.bench(model)
@@ -246,14 +248,18 @@ class Worker:
             }
             for c in range(4)
         ]
-        delta, _ = delta_for_average_bits(recordings, average, last_high=method.last_high)
+        timesteps = [float(t) for t in bench.scheduler.timesteps]
+        weighted = [weighted_changes(r, timesteps, bench.steps, method.weighting) for r in recordings]
+        delta, _ = delta_for_average_bits(weighted, average, last_high=method.last_high)
         _replace(path, lambda partial: partial.write_text(repr(delta)))
         return delta
 
     def _rows(
         self, model: str, name: str, width: str, index: int, chunk: Sequence[tuple[Prompt, int]], clips: Clips
     ) -> list[Row]:
-        references = torch.load(self.work / f"{model}-fp32-{index}.pt")
+        if not self._latents(model, index).exists():  # rows of an earlier run, whose clips are gone
+            self.reference(model, index, chunk)
+        references = torch.load(self._latents(model, index))
         rows = []
         for (prompt, seed), latents, reference, bits in zip(chunk, clips.latents, references, clips.bits):
             reading = measure(latents)
@@ -271,20 +277,6 @@ class Worker:
                 }
             )  # fmt: skip
         return rows
-
-
-class Weighted(StepController):
-    last: float | None = None
-
-    def reset(self, steps=None):
-        super().reset(steps)
-        self.last = None
-
-    def ran(self, branch, step, timestep, bits, change):
-        if change is not None and self.last is not None:
-            change *= (self.last - timestep) * self.steps / 1000
-        self.last = timestep
-        super().ran(branch, step, timestep, bits, change)
 
 
 def find_method(name: str) -> Method:

@@ -13,7 +13,7 @@ import click
 from dvdquant import __version__
 from dvdquant.errors import OutputError, ShapeError
 
-from .common import LAST_HIGH, ExamplesCommand, report_errors, runs_on, setup_logging, table
+from .common import LAST_HIGH, WEIGHTINGS, ExamplesCommand, report_errors, runs_on, setup_logging, table
 
 if TYPE_CHECKING:
     from dvdquant.deploy.planner import Plan
@@ -49,6 +49,10 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
 @click.option("--delta", type=float, help="Evaluate this delta instead of searching one.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
 @click.option("--seeds", default="0", show_default=True, metavar="N,N,...", help="Each prompt is recorded with each.")
+@click.option(
+    "--weighting", type=click.Choice(WEIGHTINGS), default=WEIGHTINGS[0], show_default=True,
+    help="step: a change counts by how far its step moves. none: the published rule.",
+)  # fmt: skip
 @click.option(
     "--last-high", type=int, default=LAST_HIGH, show_default=True, metavar="N",
     help="Keep the last N steps on the high engine, whatever delta says; 0 is the published rule.",

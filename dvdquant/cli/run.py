@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from dvdquant import __version__
 from dvdquant.errors import OutputError, ShapeError, UnsupportedError
 
-from .common import LAST_HIGH, ExamplesCommand, report_errors, runs_on, setup_logging
+from .common import LAST_HIGH, WEIGHTINGS, ExamplesCommand, report_errors, runs_on, setup_logging
 
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
@@ -49,7 +49,16 @@ GROUPS = {
         "steps",
         "guidance",
     ),
-    "Which engine each step runs on": ("mode", "delta", "last_high", "schedule", "average_bits", "cache", "compare"),
+    "Which engine each step runs on": (
+        "mode",
+        "delta",
+        "weighting",
+        "last_high",
+        "schedule",
+        "average_bits",
+        "cache",
+        "compare",
+    ),
     "What to write": ("output", "gif", "strip", "trace", "fps"),
     "Where it runs": ("pipeline", "backend", "device"),
 }
@@ -84,6 +93,7 @@ class RunOptions:
     guidance: float | None
     mode: str | None
     delta: float | None
+    weighting: str | None
     last_high: int | None
     schedule: Path | None
     average_bits: float | None
@@ -125,6 +135,12 @@ class RunOptions:
     type=float,
     help="A step runs on a4 while the output has changed by less since the last a8 step; 0 is always a8.  "
     "[default: 0.12]",
+)
+@click.option(
+    "--weighting",
+    type=click.Choice(WEIGHTINGS),
+    help="step: a change counts by how far its step moves, which favours the long steps at the end. none: the published "
+    "rule.  [default: step]",
 )
 @click.option(
     "--last-high",
@@ -239,6 +255,7 @@ def requests_for(settings: RunOptions, artifact: Artifact, prompt: str) -> list[
         prompt,
         steps=schedule.steps if settings.steps is None and schedule is not None else settings.steps,
         cache=parse_cache(settings.cache),
+        weighting=cast(Any, settings.weighting or WEIGHTINGS[0]),
         last_high=LAST_HIGH if settings.last_high is None else settings.last_high,
         **{name: getattr(settings, name) for name in names},
     )
@@ -262,7 +279,8 @@ def _switching(request: GenerateRequest, settings: RunOptions, schedule: Any) ->
 
         delta = delta_for_average(schedule, settings.average_bits)
         last = schedule.details.get("last_high", 0) if settings.last_high is None else settings.last_high
-        return dataclasses.replace(request, mode="switch", delta=delta, last_high=last)
+        weighting: Any = settings.weighting or schedule.details.get("weighting", "none")
+        return dataclasses.replace(request, mode="switch", delta=delta, last_high=last, weighting=weighting)
     return dataclasses.replace(request, mode="planned", schedule=schedule)
 
 
@@ -278,6 +296,8 @@ def check_options(settings: RunOptions) -> None:
         f"--schedule says the bits of each step, and so does --mode {settings.mode}": settings.schedule and fixed,
         "--schedule says the bits of each step, so --delta does not apply": settings.schedule
         and settings.delta is not None,
+        "--weighting is for switching engines by delta": settings.weighting is not None
+        and (fixed or (settings.schedule and settings.average_bits is None)),
         "--last-high is for switching engines by delta": settings.last_high is not None
         and (fixed or (settings.schedule and settings.average_bits is None)),
         "--average-bits is read from a schedule, and none was given": settings.average_bits is not None
