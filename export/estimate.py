@@ -29,8 +29,8 @@ TRACE_BYTES_PER_LAYER = 1000 << 10
 # Everything of a weight but the search of its grid: reading, rotating, packing, hashing, errors; with feedback, that too.
 HANDLED_WEIGHTS_PER_SECOND, REFINED_WEIGHTS_PER_SECOND, REFINED_SECONDS_PER_LAYER = 108e6, 74e6, 0.045
 # Of the search, by benchmarks/quantize.py on rotated weights: (real zero-point, group size) -> million weights a second.
-_SEARCHED = {(True, 0): 31, (True, 128): 39, (True, 64): 29, (True, 32): 18.6, (True, 16): 12}
-_SEARCHED |= {(False, 0): 135, (False, 128): 94, (False, 64): 80, (False, 32): 55, (False, 16): 33}
+_SEARCHED = {(True, 0): 33, (True, 128): 40, (True, 64): 32, (True, 32): 19, (True, 16): 11}
+_SEARCHED |= {(False, 0): 130, (False, 128): 94, (False, 64): 78, (False, 32): 52, (False, 16): 36}
 _SOLVED = {"paper": 157e6, "minmax": 640e6}
 INPUTS_FLOPS_PER_SECOND, INPUTS_BYTES, READ_BYTES_PER_SECOND = 180e9, 400 << 20, 700e6
 TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 2.0, 0.075
