@@ -5,7 +5,8 @@
 
 RESULTS.jsonl holds one JSON object a line, compressed where it ends in .xz. ``FIELDS`` lists the kinds and what each must have.
 A line that is there twice (the same model, method, width and clip) counts once, the later. What stands between
-``<!-- NAME:begin -->`` and ``<!-- NAME:end -->`` is written anew, the prose around it is left alone, and the same file gives the same text and plots.
+``<!-- NAME:begin -->`` and ``<!-- NAME:end -->`` is written anew, the prose around it is left alone, and the same file gives
+the same text and plots.
 
 Intervals are 95 % percentile bootstrap intervals over clips; differences are paired, same prompt and seed.
 """
