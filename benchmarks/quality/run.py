@@ -212,7 +212,7 @@ def main() -> int:
     if options.add_to is not None:
         if results.exists():
             parser.error(f"{results} is there already: leave --add-to out to go on from it, or name another --work")
-        from report import read_lines
+        from results_file import read_lines
 
         results.write_text(read_lines(options.add_to), encoding="utf-8")
     context = multiprocessing.get_context("spawn")
