@@ -32,6 +32,7 @@ from dvdquant.deploy.switching import TIMESTEP
 from dvdquant.deploy.video import enlarge, psnr
 from dvdquant.errors import UnsupportedError
 from dvdquant.progress import Progress, Stage
+from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 
 if TYPE_CHECKING:
     from dvdquant.deploy.schedule import Schedule
@@ -136,8 +137,9 @@ def _sample(
     results = []
     for mode in modes:
         planned = schedule is not None and mode == "switch"
+        rule: dict[str, Any] = {"last_high": LAST_HIGH, "weighting": WEIGHTINGS[0]} if mode == "switch" else {}
         request = GenerateRequest(
-            prompt, steps=steps, mode="planned" if planned else mode, schedule=schedule if planned else None
+            prompt, steps=steps, mode="planned" if planned else mode, schedule=schedule if planned else None, **rule
         )
         results.append(generator.generate(request, lambda record: stage.update(1, prompt)))
     high = generator.artifact.bits(generator.artifact.components[0])[-1]

@@ -17,11 +17,6 @@ from dvdquant.errors import DvdquantError
 
 __all__ = ["ExamplesCommand", "amount", "paragraphs", "report_errors", "setup_logging", "table"]
 
-# Of dvdq-run and dvdq-plan, instead of the published rule's 0 and "none", which are the defaults in Python. On tiny-wan at 5 bits
-# on average the two together keep 1.7 dB more (benchmarks/quality, δ-GBS).
-LAST_HIGH = 2
-WEIGHTINGS = ("step", "none")  # the default first
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

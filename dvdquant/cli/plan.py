@@ -12,8 +12,9 @@ import click
 
 from dvdquant import __version__
 from dvdquant.errors import OutputError, ShapeError
+from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 
-from .common import LAST_HIGH, WEIGHTINGS, ExamplesCommand, report_errors, runs_on, setup_logging, table
+from .common import ExamplesCommand, report_errors, runs_on, setup_logging, table
 
 if TYPE_CHECKING:
     from dvdquant.deploy.planner import Plan

@@ -13,8 +13,9 @@ import click
 
 from dvdquant import __version__
 from dvdquant.errors import OutputError, ShapeError, UnsupportedError
+from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 
-from .common import LAST_HIGH, WEIGHTINGS, ExamplesCommand, report_errors, runs_on, setup_logging
+from .common import ExamplesCommand, report_errors, runs_on, setup_logging
 
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
