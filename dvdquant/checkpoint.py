@@ -140,10 +140,8 @@ def count_nonfinite(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
         part = flat[start : start + step]
         part = part.float() if part.element_size() == 1 else part
         # Extremes carry NaN and infinities, and are found a hundred times as fast as isfinite looks at every value.
-        if all(math.isfinite(extreme) for extreme in torch.aminmax(part)):
-            continue
-        bad = ~torch.isfinite(part)
-        if found := int(bad.sum()):
+        finite = all(math.isfinite(extreme) for extreme in torch.aminmax(part))
+        if not finite and (found := int((bad := ~torch.isfinite(part)).sum())):
             first = start + int(bad.nonzero()[0]) if first < 0 else first
             count += found
     strides = [math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.ndim)]
