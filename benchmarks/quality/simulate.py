@@ -89,7 +89,12 @@ class SimulatedGroup:
         rotation = simulated.rotation
         self.rotation = None if rotation is None or rotation.identity else rotation
         self.matrices = None if self.rotation is None else self.rotation.matrices(torch.float32)
-        self.low_rank = None if simulated.low_rank is None else tuple(t.to(dtype) for t in simulated.low_rank)
+        self.down: Tensor | None = None
+        if simulated.low_rank is not None:
+            # The branch as more columns of the product, [A(x̂ R), x̂ Lᵀ] [Ŵ, U]ᵀ: one sum, rounded once.
+            down, up = simulated.low_rank
+            self.down = (down if self.divide is None else down / self.divide).to(dtype)
+            self.weight = torch.cat((self.weight, up.to(dtype)), dim=1)
 
     @torch.autocast("cpu", enabled=False)
     def __call__(self, x: Tensor) -> Tensor:
@@ -97,13 +102,10 @@ class SimulatedGroup:
         if sim.whole is not None:
             y = sim.whole(x.float())
             return y.to(self.dtype) if self.bias is None else (y.float() + self.bias.float()).to(self.dtype)
-        if self.low_rank is None:
-            return _linear(self._on_grid(x), self.weight, self.bias)
-        divided = x if self.divide is None else x / self.divide
-        down, up = self.low_rank
-        branch = _linear(_linear(divided.to(self.dtype), down), up)
-        y = _linear(self._on_grid(x), self.weight).float() + branch.float()
-        return (y if self.bias is None else y + self.bias.float()).to(self.dtype)
+        operand = self._on_grid(x)
+        if self.down is not None:
+            operand = torch.cat((operand, _linear(x.to(self.dtype), self.down)), dim=-1)
+        return _linear(operand, self.weight, self.bias)
 
     def _on_grid(self, x: Tensor) -> Tensor:
         activation = self.simulated.activation
