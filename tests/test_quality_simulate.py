@@ -260,7 +260,7 @@ def test_a_whole_small_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     """Real processes, real clips of ten steps: rows of every kind, a torn line, and a report that reads them."""
     command = [
         sys.executable, str(QUALITY / "run.py"), "--work", str(tmp_path), "--prompts", "2", "--seeds", "1", "--steps", "10",
-        "--only", "RTN A4", "w4a4 A6", "--models", "plain", "--parts", "methods", "--no-report",
+        "--only", "RTN A4", "w4a4 A6", "--models", "plain", "--parts", "methods", "--no-report", "--eager",
     ]  # fmt: skip
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     results = tmp_path / "results.jsonl"

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from simulate import Layer, Simulated, SimulatedGroup
+from simulate import Layer, Simulated, SimulatedGroup, install
 from torch import Tensor, nn
 
-__all__ = ["CompiledModel", "WithLayers"]
+__all__ = ["CompiledModel", "EagerModel", "WithLayers"]
 
 # What every operator does at the moment: one model runs at a time in a process.
 _running: list[SimulatedGroup] = []
@@ -103,10 +103,22 @@ class CompiledModel:
         return WithLayers(self, [SimulatedGroup(layer, method(layer), dtype) for layer in layers])
 
 
+class EagerModel:
+    """As :class:`CompiledModel`, not compiled: for a few clips, which take less time than compiling does."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], wide: bool = False) -> None:
+        self.run, self.layers, self.wide = model, list(layers), wide
+
+    def install(self, layers: Iterable[Layer], method: Callable[[Layer], Simulated]) -> WithLayers:
+        """The model with ``method`` in place of its layers."""
+        dtype = torch.float32 if self.wide else torch.bfloat16
+        return WithLayers(EagerModel(install(self.run, layers, method, dtype), self.layers, self.wide), [])
+
+
 class WithLayers(nn.Module):
     """A compiled model and what its layers are; called as the diffusers model is."""
 
-    def __init__(self, compiled: CompiledModel, groups: Iterable[SimulatedGroup]) -> None:
+    def __init__(self, compiled: CompiledModel | EagerModel, groups: Iterable[SimulatedGroup]) -> None:
         super().__init__()
         self._compiled, self._groups = compiled, list(groups)
 

@@ -94,7 +94,7 @@ def delta_jobs(options: argparse.Namespace, chunks: list[list[Any]], steps: int)
 _worker: Any = None
 
 
-def start_worker(folders: dict[str, Path], work: Path, steps: int) -> None:
+def start_worker(folders: dict[str, Path], work: Path, steps: int, eager: bool) -> None:
     """In a new process: one thread each."""
     global _worker
     import torch
@@ -102,7 +102,7 @@ def start_worker(folders: dict[str, Path], work: Path, steps: int) -> None:
     torch.set_num_threads(1)
     from work import Worker
 
-    _worker = Worker(folders, work, steps)
+    _worker = Worker(folders, work, steps, eager)
 
 
 def do(job: Job) -> tuple[str, list[dict[str, Any]], float]:
@@ -181,6 +181,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="denoising steps; those the model was trained for if not given")
     parser.add_argument("--delta-chunks", type=int, default=1, help=f"chunks of {CHUNK} clips for the δ part")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--eager", action="store_true", help="do not compile the model: for a few clips")
     parser.add_argument("--add-to", type=Path, metavar="FILE", help="rows of an earlier run, into an empty WORK")
     parser.add_argument("--no-report", action="store_true", help="only measure")
     parser.add_argument("--list", action="store_true", help="what takes part, and exit")
@@ -216,7 +217,7 @@ def main() -> int:
 
         results.write_text(read_lines(options.add_to), encoding="utf-8")
     context = multiprocessing.get_context("spawn")
-    with context.Pool(options.processes, start_worker, (folders, options.work, steps)) as pool:
+    with context.Pool(options.processes, start_worker, (folders, options.work, steps, options.eager)) as pool:
         run_jobs(pool, [("held_out", (m,), f"held-out/{m}") for m in options.models], results, "held-out clips")
         if "studies" in options.parts:
             run_jobs(pool, list(study_jobs(options)), results, "studies")

@@ -210,7 +210,12 @@ def sampled_inputs(model: nn.Module, kept: int, generator: torch.Generator) -> I
             hook.remove()
 
 
-def install(model: nn.Module, layers: Iterable[Layer], method: Callable[[Layer], Simulated]) -> nn.Module:
+def install(
+    model: nn.Module,
+    layers: Iterable[Layer],
+    method: Callable[[Layer], Simulated],
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """A copy of the model with ``method`` in place of its layers; what is not replaced is shared with ``model``.
 
     Exact in what it leaves alone. ``compiled.py`` does the same three times as fast.
@@ -218,7 +223,7 @@ def install(model: nn.Module, layers: Iterable[Layer], method: Callable[[Layer],
     memo = {id(p): p for p in (*model.parameters(), *model.buffers())}
     changed = copy.deepcopy(model, memo)
     for layer in layers:
-        shared = _Shared(SimulatedGroup(layer, method(layer)))
+        shared = _Shared(SimulatedGroup(layer, method(layer), dtype))
         for index, name in enumerate(layer.spec.members):
             parent, _, child = name.rpartition(".")
             setattr(changed.get_submodule(parent), child, _Member(shared, index))

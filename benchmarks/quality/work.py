@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from clips import Bench, Clips, Prompt, bench_prompts, generate
-from compiled import CompiledModel
+from compiled import CompiledModel, EagerModel
 from methods import METHODS, Method
 from predict import noise_run, predicted_inputs
 from shapes import CHOICES, measure
@@ -60,12 +60,13 @@ class Worker:
     folders: dict[str, Path]
     work: Path
     steps_each: int
+    eager: bool = False
     benches: dict[str, Bench] = field(default_factory=dict)
     layers: dict[tuple[str, bool], list[Layer]] = field(default_factory=dict)
     moments: dict[str, dict[str, InputMoments]] = field(default_factory=dict)
     held: dict[str, dict[str, Any]] = field(default_factory=dict)
     built: dict[tuple[str, str, int], nn.Module] = field(default_factory=dict)
-    compiled: dict[tuple[str, bool], CompiledModel] = field(default_factory=dict)
+    compiled: dict[tuple[str, bool], CompiledModel | EagerModel] = field(default_factory=dict)
 
     def bench(self, model: str) -> Bench:
         """The model, read once."""
@@ -127,10 +128,11 @@ class Worker:
                 self.built[key] = self._compiled(model).install(layers, lambda layer: method.layer(layer, bits))
         return self.built[key]
 
-    def _compiled(self, model: str, wide: bool = False) -> CompiledModel:
+    def _compiled(self, model: str, wide: bool = False) -> CompiledModel | EagerModel:
         if (model, wide) not in self.compiled:
             bench = self.bench(model)
-            self.compiled[model, wide] = CompiledModel(bench.model, layers_of(bench.model), wide)
+            kind = EagerModel if self.eager else CompiledModel
+            self.compiled[model, wide] = kind(bench.model, layers_of(bench.model), wide)
         return self.compiled[model, wide]
 
     def _unquantized(self, model: str, wide: bool) -> nn.Module:
