@@ -35,7 +35,7 @@ MODULES = {
 # Imported by diffusers for us: its video writer, and the text encoders of its pipelines.
 THROUGH_DIFFUSERS = {"imageio", "transformers"}
 MAX_LINES = 400
-BINARY = (".png", ".safetensors")
+BINARY = (".png", ".safetensors", ".xz")
 
 
 def _source_files() -> list[str]:
