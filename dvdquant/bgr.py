@@ -129,9 +129,9 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
             raise _nonfinite(w)
         from .bgr_kernels import quantizer_kernels
 
-        kernels = quantizer_kernels(w.device)
-        taken = kernels is not None and kernels.searches(w.shape[1], groups, spec.zero_point, spec.solver)
-        search = kernels.search if kernels is not None and taken else bgr_device.quantize_rows
+        kernels, search = quantizer_kernels(w.device), bgr_device.quantize_rows
+        if kernels is not None and kernels.searches(w.shape[1], groups, spec.zero_point, spec.solver):
+            search = kernels.search
         return QuantizedWeight(*search(exact, groups, spec.zero_point, spec.solver))
     from . import bgr_real, bgr_search  # numba takes a second to import: only those who quantize pay for it
 

@@ -1,7 +1,8 @@
 """The quantizer's CUDA kernels on tensors: the search of :mod:`dvdquant.bgr` and the rounding of :mod:`dvdquant.feedback`.
 
 They run where the kernel library is built (``make kernels``) and take the shapes it takes; everything else on a device goes
-through tensor operations (:mod:`dvdquant.bgr_device`), which move a hundred times as many bytes.
+through tensor operations (:mod:`dvdquant.bgr_device`), which move hundreds of times as many bytes
+(``benchmarks/quantize.py --traffic``).
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class SimulatedGroup:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dtype == torch.float32:
-        # oneDNN's fp32 product; the one behind linear takes 2.5 times as long on AMD.
+        # oneDNN's fp32 product; the one behind linear is slower on AMD.
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")  # type: ignore[no-any-return]
     return nn.functional.linear(x, weight, bias)
 
@@ -218,7 +218,7 @@ def install(
 ) -> nn.Module:
     """A copy of the model with ``method`` in place of its layers; what is not replaced is shared with ``model``.
 
-    Exact in what it leaves alone. ``compiled.py`` does the same three times as fast.
+    Exact in what it leaves alone. ``compiled.py`` does the same for many clips.
     """
     memo = {id(p): p for p in (*model.parameters(), *model.buffers())}
     changed = copy.deepcopy(model, memo)

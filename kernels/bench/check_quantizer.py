@@ -89,7 +89,7 @@ def _nearest(w: Tensor, found: QuantizedWeight) -> Verdict:
 
 
 def _rounded(kernels: QuantizerKernels, bench: Bench, w: Tensor, group: int, zero: Any, block: int) -> Verdict:
-    """Against the compiled loop on the CPU, in fp64."""
+    """Against the compiled loop on the CPU."""
     generator = torch.Generator().manual_seed(22)
     falling = torch.randn(2 * block, block, generator=generator) * torch.arange(1, block + 1) ** -0.5
     turned = falling @ torch.linalg.qr(torch.randn(block, block, generator=generator))[0]

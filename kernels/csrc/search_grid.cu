@@ -248,8 +248,9 @@ DVDQ_DEVICE float sum_of_groups(const Row& row, float mine) {
   return total;
 }
 
-// Chooses factors and zero-points of all groups under `scale`, and leaves them in row.step (as factors) and row.zero.
-template <bool Searches>
+// Chooses factors and zero-points of all groups under `scale`, by search or by min-max, and returns the error of the row.
+// Keeps: leaves them in row.step (as factors) and row.zero.
+template <bool Searches, bool Keeps>
 DVDQ_DEVICE float store_groups(const Params& p, const Row& row, float scale, bool real) {
   float total = 0.0f;
 #pragma unroll 1
@@ -259,7 +260,7 @@ DVDQ_DEVICE float store_groups(const Params& p, const Row& row, float scale, boo
     if (!(of.energy > 0.0f)) {  // of a group of zeros, the levels next to zero
       const float level = real ? 0.0f : multiply(factor_step(scale, 1), p.zero);
       total = multiply_add(int_to_float(p.size), multiply(level, level), total);
-      if (lane_id() == 0) row.step[g] = 1.0f, row.zero[g] = real ? 0.0f : p.zero;
+      if (Keeps && lane_id() == 0) row.step[g] = 1.0f, row.zero[g] = real ? 0.0f : p.zero;
       continue;
     }
     Stored chosen;
@@ -273,7 +274,7 @@ DVDQ_DEVICE float store_groups(const Params& p, const Row& row, float scale, boo
     }
     total = add(total, chosen.error);
     sync_warp();
-    if (lane_id() == 0) row.step[g] = int_to_float(chosen.factor), row.zero[g] = chosen.zero;
+    if (Keeps && lane_id() == 0) row.step[g] = int_to_float(chosen.factor), row.zero[g] = chosen.zero;
   }
   return sum_of_groups(row, total);
 }
@@ -296,27 +297,14 @@ DVDQ_DEVICE float solve_groups(const Params& p, const Row& row, bool real) {
   }
   const float base_scale = row_scale(row, largest_base);
   if (!p.searches) {
-    store_groups<false>(p, row, base_scale, real);
+    store_groups<false, true>(p, row, base_scale, real);
     return base_scale;
   }
   const float scale = row_scale(row, largest);
-  const float found = store_groups<true>(p, row, scale, real);
-  // Min-max last: where it is better, which is rare, it has the last word.
-  float base = 0.0f;
-#pragma unroll 1
-  for (int g = warp_id(); g < p.groups; g += kWarps) {
-    const float* const w = row.w + g * p.size;
-    const Statistics of = segment_statistics(w, p.size);
-    const Gain grid = min_max(of, real, p.zero);
-    const float step = factor_step(base_scale, nearest_factor(grid.step, base_scale));
-    if (of.energy > 0.0f) base = add(base, error_of(w, p.size, step, real ? stored_zero(grid.zero) : grid.zero));
-  }
-  base = sum_of_groups(row, base);
-  if (base <= found) {
-    store_groups<false>(p, row, base_scale, real);
-    return base_scale;
-  }
-  return scale;
+  const float base = store_groups<false, false>(p, row, base_scale, real);
+  if (store_groups<true, true>(p, row, scale, real) < base) return scale;
+  store_groups<false, true>(p, row, base_scale, real);
+  return base_scale;
 }
 
 // ---- the kernel --------------------------------------------------------------------------------------------------------
