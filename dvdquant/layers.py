@@ -43,6 +43,7 @@ class LayerSpec:
         groups: weight groups per row (1 for a scale per row).
         floor: the least activation grid it accepts, used instead of one with fewer bits.
         balanced: whether its input is multiplied by a power of two per channel before it is rotated.
+        signs: whether these powers have random signs. shifted: whether a constant is subtracted from the input before.
         real_zero: whether there is a real zero-point per group, stored as a byte, instead of one fp32 per row.
     """
 
@@ -56,6 +57,8 @@ class LayerSpec:
     floor: ActivationSpec | None = None
     real_zero: bool = False
     balanced: bool = False
+    signs: bool = False
+    shifted: bool = False
 
     def activation(self, asked: ActivationSpec) -> ActivationSpec:
         """The grid it runs with where the graph's is ``asked``."""
@@ -76,6 +79,8 @@ class LayerSpec:
             "weight_zero": (torch.uint8, (n, self.groups)) if self.real_zero else (torch.float32, (n,)),
             "bias": (torch.float32, (n,)),
         }
+        if self.shifted:
+            shapes["pre_quant_shift"] = (torch.float32, (self.features,))
         if self.balanced:
             shapes["pre_quant_scale"] = (torch.float32, (self.features,))
         return {f"{self.name}.{key}": value for key, value in shapes.items()}
@@ -106,8 +111,8 @@ class QuantLinear(nn.Module):
     """A linear layer with packed 4-bit weights and online rotated, scaled activations (see ``ops/quant_linear.py``).
 
     Buffers: weight int8 [N, K/2], weight_scale fp32 [N], weight_factor uint8 [N, groups], weight_zero fp32 [N] or
-    uint8 [N, groups], bias fp32 [N], and pre_quant_scale fp32 [K] of a balanced layer. The rotation matrices live in the
-    model's :class:`RotationTable`.
+    uint8 [N, groups], bias fp32 [N], pre_quant_shift fp32 [K] of a shifted and pre_quant_scale fp32 [K] of a balanced layer.
+    The rotation matrices live in the model's :class:`RotationTable`.
     """
 
     def __init__(self, spec: LayerSpec, activation: ActivationSpec, table: RotationTable) -> None:
@@ -125,7 +130,7 @@ class QuantLinear(nn.Module):
         self.act_bits, self.act_group = chosen.bits, chosen.group_size
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the five packed tensors by full name; ShapeError when one has another shape or dtype."""
+        """Take the packed tensors by full name; ShapeError when one has another shape or dtype."""
         for full_name, (dtype, shape) in self.spec.tensors().items():
             tensor = tensors[full_name]
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
@@ -135,11 +140,13 @@ class QuantLinear(nn.Module):
             setattr(self, full_name.removeprefix(self.spec.name + "."), tensor)
 
     def balance(self, x: Tensor) -> Tensor:
-        """What the op receives of an input [..., K]: a balanced layer's channels are multiplied by powers of two, exact in
-        every dtype, in one pointwise operation that engines fuse with the one before it."""
-        if not self.spec.balanced:
-            return x
-        return x * self.get_buffer("pre_quant_scale").to(x.dtype)
+        """What the op receives of an input [..., K]: less the shift, its channels multiplied by powers of two, which is exact
+        in every dtype; pointwise operations that engines fuse with the one before them."""
+        if self.spec.shifted:
+            x = x - self.get_buffer("pre_quant_shift").to(x.dtype)
+        if self.spec.balanced:
+            x = x * self.get_buffer("pre_quant_scale").to(x.dtype)
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""

@@ -125,7 +125,11 @@ def plan_model(config: Mapping[str, Any], recipe: Recipe, dtype: torch.dtype) ->
             fix="compare config.json with the one the model was published with",
         ) from error
     floor = recipe.modulation_activation
-    specs = [_layer_spec(group, linears, recipe, floor if group[0] in modulation else None) for group in groups]
+    steady = {n for n in linears if any(fnmatchcase(n, glob) for glob in family.steady)}
+    specs = [
+        _layer_spec(group, linears, recipe, floor if group[0] in modulation else None, group[0] in steady)
+        for group in groups
+    ]
     replaced = {f"{member}.{kind}" for spec in specs for member in spec.members for kind in ("weight", "bias")}
     kept = {n: (p.dtype, tuple(p.shape)) for n, p in model.named_parameters() if n not in replaced}
     kept_linears = tuple(name for name in linears if name not in chosen)
@@ -175,7 +179,11 @@ def _fake_forward(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
 
 
 def _layer_spec(
-    members: tuple[str, ...], linears: Mapping[str, nn.Module], recipe: Recipe, floor: ActivationSpec | None
+    members: tuple[str, ...],
+    linears: Mapping[str, nn.Module],
+    recipe: Recipe,
+    floor: ActivationSpec | None,
+    steady: bool,
 ) -> LayerSpec:
     first = linears[members[0]]
     features = int(first.in_features)  # type: ignore[arg-type]
@@ -188,17 +196,20 @@ def _layer_spec(
             available=[str(g) for g in (16, 32, 64, 128) if features % g == 0] or "none",
             fix="choose a recipe with another group size, or keep the layer in 16 bit with --keep",
         )
+    rotation = Rotation.for_features(features, recipe.rotation)
     return LayerSpec(
         name=f"{parent}.{joined}" if parent else joined,
         members=members,
         rows=tuple(int(linears[name].out_features) for name in members),  # type: ignore[arg-type]
         features=features,
         biases=tuple(linears[name].bias is not None for name in members),
-        rotation=Rotation.for_features(features, recipe.rotation),
+        rotation=rotation,
         groups=features // group,
         floor=floor,
         real_zero=recipe.weight.zero_point == "real",
         balanced=recipe.balance,
+        signs=recipe.signs and not rotation.identity,
+        shifted=recipe.shift and steady,
     )
 
 

@@ -7,12 +7,14 @@ parameters needs no more than its activations, its largest layer in fp32, and th
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ from .synthetic import synthetic_inputs
 __all__ = [
     "InputMoments",
     "balance_divisors",
+    "channel_signs",
     "moment_block",
     "moments_bytes",
     "rotated_moments",
@@ -50,17 +53,22 @@ class InputMoments:
     Args:
         triangles: fp32 [K/b, b·(b+1)/2], E[xᵀx] along the diagonal: the lower triangle of each block, row after row.
         weight_energy: fp32 [K], mean square of each column of the weight, over the rows of all members.
+        mean: fp32 [K], E[x]; zeros where no input was seen.
         tokens: how many inputs the moments are the mean of; 0 where none was seen and the moments are the identity.
     """
 
     triangles: Tensor
     weight_energy: Tensor
+    mean: Tensor
     tokens: int
 
     @classmethod
-    def from_blocks(cls, blocks: Tensor, weight_energy: Tensor, tokens: int = 0) -> InputMoments:
-        """From symmetric blocks [K/b, b, b]; their upper triangles are not read."""
-        return cls(_pack(blocks.float()), weight_energy.float(), tokens)
+    def from_blocks(
+        cls, blocks: Tensor, weight_energy: Tensor, tokens: int = 0, mean: Tensor | None = None
+    ) -> InputMoments:
+        """From symmetric blocks [K/b, b, b]; their upper triangles are not read. ``mean`` [K] is 0 if not given."""
+        energy = weight_energy.float()
+        return cls(_pack(blocks.float()), energy, torch.zeros_like(energy) if mean is None else mean.float(), tokens)
 
     @property
     def block(self) -> int:
@@ -99,6 +107,17 @@ def moment_block(spec: LayerSpec) -> int:
     """b: the largest multiple of the rotation's block up to 256 that divides K; the rotation's block where it is larger."""
     step = spec.rotation.block
     return max((b for b in range(step, _BLOCK + 1, step) if spec.features % b == 0), default=step)
+
+
+def channel_signs(name: str, features: int) -> Tensor:
+    """Random signs [K], fp32, always the same for one ``name``: the bits of SHAKE-256 of it.
+
+    A Hadamard matrix adds all channels of a block up in its first column, so inputs that are mostly positive (those behind a
+    GELU) get one outlier per block from it. With random signs no direction is special.
+    """
+    digest = hashlib.shake_256(name.encode()).digest(-(-features // 8))
+    bits = np.unpackbits(np.frombuffer(digest, np.uint8), count=features)
+    return torch.from_numpy(1.0 - 2.0 * bits).float()
 
 
 def balance_divisors(moments: InputMoments) -> Tensor:
@@ -205,6 +224,7 @@ class _Collected:
         sizes = [math.prod(shape) for shape in shapes.values()]
         parts = torch.split(torch.zeros(sum(sizes)), sizes)
         self._triangles = {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items())}
+        self._sums = {spec.name: torch.zeros(spec.features) for spec in plan.layers}
         self._tokens = dict.fromkeys(shapes, 0)
         self._energy: dict[str, Tensor] = {}
 
@@ -226,6 +246,7 @@ class _Collected:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].reshape(-1, spec.features // order, order)
             sums.add_(_pack(torch.stack([x.T @ x for x in rows.unbind(1)])))
+            self._sums[spec.name] += rows.sum(0).flatten()
             self._tokens[spec.name] += len(rows)
 
         return hook
@@ -234,11 +255,14 @@ class _Collected:
         """The result of one layer, which is forgotten here; ordinary tensors, outside of inference mode."""
         energy = self._energy.pop(spec.name) / spec.out_features
         triangles, tokens = self._triangles.pop(spec.name), self._tokens[spec.name]
+        mean = self._sums.pop(spec.name).clone()
         if tokens:
             triangles /= tokens
+            mean /= tokens
         if not tokens or not all(math.isfinite(extreme) for extreme in torch.aminmax(triangles)):
             triangles, tokens = _pack(torch.eye(moment_block(spec))[None]).repeat(len(triangles), 1), 0
-        return InputMoments(triangles, energy, tokens)
+            mean = torch.zeros_like(mean)
+        return InputMoments(triangles, energy, mean, tokens)
 
 
 @contextmanager

@@ -17,7 +17,14 @@ from torch import Tensor
 from .feedback import Feedback
 from .layers import LayerSpec
 from .model import ModelPlan
-from .moments import InputMoments, balance_divisors, rotated_moments, synthetic_moments, triangles_shape
+from .moments import (
+    InputMoments,
+    balance_divisors,
+    channel_signs,
+    rotated_moments,
+    synthetic_moments,
+    triangles_shape,
+)
 from .progress import Progress
 from .safetensors_io import StreamingWriter, TensorInfo, read_header, read_tensor
 from .transaction import ExportTransaction
@@ -31,7 +38,7 @@ __all__ = ["LayerInputs", "PredictedInputs", "layer_inputs", "noise_levels", "pr
 DAMPING = 0.05
 # Multiplications and additions of the run, and tokens per noise level.
 MOST_FLOPS, ITEM_TOKENS = 3e13, 128
-KINDS = ("triangles", "energy", "tokens")
+KINDS = ("triangles", "energy", "mean", "tokens")
 
 
 @dataclass(frozen=True)
@@ -39,15 +46,18 @@ class LayerInputs:
     """What quantizing one layer uses.
 
     Args:
-        divisors: fp32 [K], powers of two; the input is divided by them and the weight's columns are multiplied. Ones where
-            the layer is not balanced.
-        moments: fp32 [K/b, b, b] of the divided and rotated input.
+        shift: fp32 [K], subtracted from the input, its product with the weight added to the bias; or None.
+        divisors: fp32 [K], powers of two, with a sign each where the layer has signs; the shifted input is divided by them
+            and the weight's columns are multiplied. Ones where the layer is not balanced.
+        moments: fp32 [K/b, b, b] of the divided and rotated input. Not less its mean: feedback then minds how far the shift
+            is from the mean of real inputs, and that was no worse on predicted inputs and better on real ones.
         damping: for :class:`dvdquant.feedback.Feedback`.
     """
 
     divisors: Tensor
     moments: Tensor
     damping: float
+    shift: Tensor | None = None
 
     @cached_property
     def feedback(self) -> Feedback:
@@ -58,9 +68,11 @@ class LayerInputs:
 def layer_inputs(found: InputMoments, spec: LayerSpec) -> LayerInputs:
     """What quantizing ``spec`` uses of its predicted moments."""
     divisors = balance_divisors(found) if spec.balanced else torch.ones(spec.features)
+    if spec.signs:
+        divisors = divisors * channel_signs(spec.name, spec.features)
     # Moments of few tokens have few directions; the others must not count as free of error.
     damping = DAMPING + found.block / max(1, found.tokens)
-    return LayerInputs(divisors, rotated_moments(found, spec, divisors), damping)
+    return LayerInputs(divisors, rotated_moments(found, spec, divisors), damping, found.mean if spec.shifted else None)
 
 
 class PredictedInputs:
@@ -72,8 +84,8 @@ class PredictedInputs:
 
     def layer(self, spec: LayerSpec) -> LayerInputs:
         """Read one layer's."""
-        triangles, energy, tokens = (self._read(f"{spec.name}.{kind}") for kind in KINDS)
-        return layer_inputs(InputMoments(triangles, energy, int(tokens)), spec)
+        triangles, energy, mean, tokens = (self._read(f"{spec.name}.{kind}") for kind in KINDS)
+        return layer_inputs(InputMoments(triangles, energy, mean, int(tokens)), spec)
 
     def _read(self, name: str) -> Tensor:
         return read_tensor(self._path, self._tensors[name])
@@ -103,6 +115,7 @@ def predict_inputs(
             planned += [
                 (f"{spec.name}.triangles", torch.float32, triangles_shape(spec)),
                 (f"{spec.name}.energy", torch.float32, (spec.features,)),
+                (f"{spec.name}.mean", torch.float32, (spec.features,)),
                 (f"{spec.name}.tokens", torch.float32, ()),
             ]
         with StreamingWriter(path, planned) as writer:
@@ -110,6 +123,7 @@ def predict_inputs(
                 moments = found.pop(spec.name)
                 writer.write(f"{spec.name}.triangles", moments.triangles)
                 writer.write(f"{spec.name}.energy", moments.weight_energy)
+                writer.write(f"{spec.name}.mean", moments.mean)
                 writer.write(f"{spec.name}.tokens", torch.tensor(float(moments.tokens)))
             writer.finish()
         transaction.done(step)

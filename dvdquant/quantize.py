@@ -247,15 +247,20 @@ def _quantize_layer(
     bad: list[str] = []
     if known is not None and device.type != "cpu":
         known = replace(known, divisors=known.divisors.to(device), moments=known.moments.to(device))
+    # As the graph subtracts it, so that what is added to the bias is the same.
+    shift = None if known is None or known.shift is None else known.shift.to(plan.dtype).double()
     sums = _ErrorSums(known, max(1, spec.out_features // SAMPLED_ROWS))
     for member, rows, has_bias in zip(spec.members, spec.rows, spec.biases):
         weight = checkpoint.read(f"{member}.weight")
         bad += (found := _nonfinite(checkpoint, f"{member}.weight", weight, allow_nonfinite))
+        shifted = []
         step = max(1, CHUNK_WEIGHTS // spec.features)
         for start in range(0, rows, step):
             part = weight[start : start + step].to(device, torch.float32, copy=True)
             if found:
                 part = _zeroed(part)
+            if shift is not None:
+                shifted.append(part.cpu().double() @ shift)
             if known is not None:
                 part *= known.divisors
             rotated = rotate_rows(part, spec.rotation)
@@ -269,9 +274,14 @@ def _quantize_layer(
             zeros.append(quantized.zero)
         bias = checkpoint.read(f"{member}.bias").float() if has_bias else torch.zeros(rows)
         bad += (found := _nonfinite(checkpoint, f"{member}.bias", bias, allow_nonfinite))
-        biases.append(_zeroed(bias) if found else bias)
+        bias = _zeroed(bias) if found else bias
+        # W·x = W·(x − shift) + W·shift, the second with the weight as it was.
+        biases.append((bias.double() + torch.cat(shifted)).float() if shifted else bias)
     parts = (packed, scales, factors, zeros, biases)
     tensors = dict(zip(spec.tensors(), (torch.cat(p).cpu() for p in parts)))
+    if spec.shifted:
+        assert shift is not None
+        tensors[f"{spec.name}.pre_quant_shift"] = shift.float()
     if spec.balanced:
         assert known is not None
         tensors[f"{spec.name}.pre_quant_scale"] = 1 / known.divisors.cpu()

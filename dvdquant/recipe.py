@@ -74,6 +74,9 @@ class Recipe:
             ``ignored`` looks at the weights alone, as the paper does.
         balance: multiply every input channel by a power of two, and its column of the weight by the inverse, so that
             outlier channels do not take the activation grid for themselves. Needs ``inputs="synthetic"``.
+        signs: give these powers of two random signs, so that the rotation adds up no inputs of one sign. Needs ``balance``.
+        shift: subtract the predicted mean from the inputs of layers where weights determine it, and add its product with the
+            weights to the bias: what has a grid is smaller then. Needs ``inputs="synthetic"``.
         modulation: the linears that turn the timestep into shifts, scales and gates, where a family has a large one in
             every block: ``keep`` leaves them in 16 bit, ``a8`` packs their weights too and never gives them less than
             8-bit activations. They are a quarter of HunyuanVideo's weights, and every token sees their error.
@@ -87,6 +90,8 @@ class Recipe:
     rotation: str | int = "auto"
     inputs: Literal["ignored", "synthetic"] = "ignored"
     balance: bool = False
+    signs: bool = False
+    shift: bool = False
     modulation: Literal["keep", "a8"] = "keep"
     keep: tuple[str, ...] = ()
     force: tuple[str, ...] = ()
@@ -168,6 +173,14 @@ def _check(recipe: Recipe) -> None:
     _one_of("balance", recipe.balance, (False, True))
     if recipe.balance and recipe.inputs != "synthetic":
         raise RecipeError("a recipe that balances channels needs to know their inputs", fix="set inputs to 'synthetic'")
+    _one_of("signs", recipe.signs, (False, True))
+    if recipe.signs and not recipe.balance:
+        raise RecipeError(
+            "signs are those of the balance, and this recipe has none", fix="set balance, or signs to false"
+        )
+    _one_of("shift", recipe.shift, (False, True))
+    if recipe.shift and recipe.inputs != "synthetic":
+        raise RecipeError("a recipe that shifts inputs needs to know their mean", fix="set inputs to 'synthetic'")
     _one_of("modulation", recipe.modulation, ("keep", "a8"))
     if not recipe.activations:
         raise RecipeError("a recipe needs at least one activation grid", fix="add activations of 4 or 8 bits")
@@ -194,9 +207,11 @@ def _one_of(field_name: str, value: object, allowed: tuple[object, ...]) -> None
 _A4, _A8 = ActivationSpec(4), ActivationSpec(8)
 
 
-def _refined(name: str, activations: tuple[ActivationSpec, ...], weight: WeightSpec = WeightSpec()) -> Recipe:
-    """With all that is known of the inputs without data."""
-    return Recipe(name, activations, weight, inputs="synthetic", balance=True)
+def _refined(
+    name: str, activations: tuple[ActivationSpec, ...], weight: WeightSpec = WeightSpec(), fitted: bool = True
+) -> Recipe:
+    """With all that is known of the inputs without data; ``fitted`` to the narrow grid of 4-bit activations or not."""
+    return Recipe(name, activations, weight, inputs="synthetic", balance=True, signs=fitted, shift=fitted)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -204,8 +219,9 @@ RECIPES: dict[str, Recipe] = {
     for r in (
         # One scale per row and per token: runs on every integer tensor core, both graphs.
         _refined("w4a4", (_A4, _A8)),
-        # 8-bit activations only; weight groups cost memory alone where the GEMM is 8-bit, and decide the error there.
-        _refined("w4a8", (_A8,), WeightSpec(group_size=32, zero_point="real")),
+        # 8-bit activations only; weight groups cost memory alone where the GEMM is 8-bit, and decide the error there. Signs
+        # and shifts gain nothing on a grid of 255 levels.
+        _refined("w4a8", (_A8,), WeightSpec(group_size=32, zero_point="real"), fitted=False),
         # Scales per 128 channels on both sides for the 4-bit graph. The kernels read a byte per group for the scale anyway;
         # one more for the zero-point takes 15 to 22 % off the error of the weights.
         _refined("w4a4-g128", (ActivationSpec(4, 128), _A8), WeightSpec(group_size=128, zero_point="real")),

@@ -47,8 +47,11 @@ def model_card(manifest: Manifest) -> str:
 def _inputs(manifest: Manifest) -> list[str]:
     if not looks_at_inputs(manifest.recipe):
         return []
-    balanced = "; input channels balanced by powers of two" if manifest.recipe.get("balance") else ""
-    return [f"- rounded with feedback for inputs predicted by one run on synthetic latents, no data{balanced}"]
+    recipe = manifest.recipe
+    signs = " with random signs" if recipe.get("signs") else ""
+    also = f"; input channels balanced by powers of two{signs}" if recipe.get("balance") else ""
+    also += "; predicted means subtracted" if recipe.get("shift") else ""
+    return [f"- rounded with feedback for inputs predicted by one run on synthetic latents, no data{also}"]
 
 
 def _activations(manifest: Manifest) -> str:

@@ -84,7 +84,9 @@ def recipe_words(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]
     modulation = {"keep": "16 bit", "a8": "4-bit weights, 8-bit activations"}[recipe["modulation"]]
     predicted = "predicted by one run on synthetic latents, no data; codes rounded with feedback for them"
     if recipe.get("balance"):
-        predicted += ", channels balanced by powers of two"
+        predicted += ", channels balanced by powers of two" + (" with random signs" if recipe.get("signs") else "")
+    if recipe.get("shift"):
+        predicted += ", predicted means subtracted"
     has_modulation = any(f.modulation for f in FAMILIES if f.name == family)
     return [
         ("Weights", f"{weight['bits']} bits, {grid}; {zero[weight['zero_point']]}"),

@@ -72,25 +72,33 @@ def test_layers_that_change_nothing_change_nothing(bench: Any) -> None:
 
 
 @pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("recipe", ["w4a4", "w4a4-g64", "paper", "rtn"])
+@pytest.mark.parametrize(
+    ("recipe", "bits"),
+    [(r, a.bits) for r in ("w4a4", "w4a4-g64", "w4a8", "paper", "rtn") for a in RECIPES[r].activations],
+)
 def test_a_recipe_is_what_the_op_computes(layers: list[Any], recipe: str, bits: int) -> None:
     """A simulated layer against QuantLinear's reference on the packed tensors."""
     simulate, methods = script("simulate"), script("methods")
-    layer = layers[0]
+    layer, bias = layers[0], layers[0].bias
     x = torch.randn(3, 20, layer.spec.features, generator=torch.Generator().manual_seed(1))
     group = simulate.SimulatedGroup(layer, methods.from_recipe(RECIPES[recipe])(layer, bits))
     y = group(x)
     chosen = methods.Rotation.for_features(layer.spec.features, RECIPES[recipe].rotation)
     if RECIPES[recipe].balance:
-        known = layer_inputs(layer.moments, replace(layer.spec, rotation=chosen, balanced=True))
+        fitted = RECIPES[recipe].signs
+        spec = replace(layer.spec, rotation=chosen, balanced=True, signs=fitted, shifted=fitted)
+        known = layer_inputs(layer.moments, spec)
         w = rotate(layer.weight * known.divisors, chosen)
         q = round_with_feedback(w, quantize_weight(w, RECIPES[recipe].weight), known.moments, known.damping)
+        if known.shift is not None:
+            assert known.shift.abs().max() > 0.1
+            x, bias = x - known.shift, bias + layer.weight @ known.shift
+        assert bool((known.divisors < 0).any()) == fitted
         x = x / known.divisors
     else:
         q = quantize_weight(rotate(layer.weight, chosen), RECIPES[recipe].weight)
     exact = quant_linear_reference(
-        x.double(), pack_int4(q.codes), q.scale, q.factor, q.zero, layer.bias, *chosen.matrices(), bits,
+        x.double(), pack_int4(q.codes), q.scale, q.factor, q.zero, bias, *chosen.matrices(), bits,
         RECIPES[recipe].activation(bits).group_size, torch.float64,
     )  # fmt: skip
     # A rotated value next to a rounding boundary may fall on its other side in fp32: one step of one input.
@@ -99,38 +107,41 @@ def test_a_recipe_is_what_the_op_computes(layers: list[Any], recipe: str, bits: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize(
     ("features", "block", "group"), [(256, 256, 0), (1024, 256, 64), (1024, 1024, 0), (192, 64, 96), (64, 1, 0)]
 )
 def test_the_compiled_grid_is_the_grid(
-    features: int, block: int, group: int, divided: bool, dtype: torch.dtype
+    features: int, block: int, group: int, shifted: bool, divided: bool, dtype: torch.dtype
 ) -> None:
     """Rotation sums in another order: a value next to a rounding boundary may fall on its other side."""
     grid, rotation = script("grid"), Rotation.for_features(features, block if block > 1 else "none")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 50, features, generator=generator).mul(torch.rand(features, generator=generator) * 9).to(dtype)
-    x[0, 0] = 0
+    shift = torch.randn(features, generator=generator) if shifted else torch.zeros(features)
+    x[0, 0] = shift  # nothing is left of it where it is fp32
     divide = torch.rand(features, generator=generator) + 0.5 if divided else None
     for bits in (4, 8):
-        found = grid.rotated_to_grid(x, divide, rotation, grid.Grid(bits, group))
+        found = grid.rotated_to_grid(x, shift if shifted else None, divide, rotation, grid.Grid(bits, group))
         if found is None:
             pytest.skip("no g++: the grid runs in tensor operations")
-        rotated = rotate(x.float() if divide is None else x.float() / divide, rotation)
+        centred = x.float() - shift
+        rotated = rotate(centred if divide is None else centred / divide, rotation)
         exact = grid.Grid(bits, group)(rotated)
         step = rotated.unflatten(-1, (-1, group or features)).abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
         away = (found.float() - exact.to(torch.bfloat16).float()).unflatten(-1, (-1, group or features)).abs()
         assert float((away > 0).float().mean()) < 1e-3
         assert bool((away <= 1.5 * step).all())  # one code, and the rounding to bf16
-        assert not found[0, 0].any()
+        assert dtype == torch.bfloat16 or not found[0, 0].any()
 
 
 def test_what_has_no_compiled_grid_says_so() -> None:
     grid = script("grid")
     odd = Rotation.for_features(12, "full")
     assert odd.outer > 1
-    assert grid.rotated_to_grid(torch.randn(2, 12), None, odd, grid.Grid(4)) is None
-    assert grid.rotated_to_grid(torch.randn(2, 64, dtype=torch.float64), None, None, grid.Grid(4)) is None
-    assert grid.rotated_to_grid(torch.randn(2, 64), None, None, grid.Grid(4, 8)) is None
+    assert grid.rotated_to_grid(torch.randn(2, 12), None, None, odd, grid.Grid(4)) is None
+    assert grid.rotated_to_grid(torch.randn(2, 64, dtype=torch.float64), None, None, None, grid.Grid(4)) is None
+    assert grid.rotated_to_grid(torch.randn(2, 64), None, None, None, grid.Grid(4, 8)) is None
 
 
 @pytest.mark.slow

@@ -13,6 +13,13 @@ from dvdquant.errors import RecipeError
 from dvdquant.recipe import GROUP_SIZES, RECIPES, SOLVERS, ZERO_POINTS, ActivationSpec, Recipe, WeightSpec, get_recipe
 
 GOOD = RECIPES["w4a4"].to_json()
+LOOKS: list[dict[str, Any]] = [
+    {},
+    {"inputs": "synthetic"},
+    {"inputs": "synthetic", "balance": True},
+    {"inputs": "synthetic", "balance": True, "signs": True},
+    {"inputs": "synthetic", "shift": True},
+]
 
 
 @st.composite
@@ -29,6 +36,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         keep=draw(globs),
         force=draw(globs),
         modulation=draw(st.sampled_from(["keep", "a8"])),
+        **draw(st.sampled_from(LOOKS)),
     )
 
 
@@ -82,6 +90,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rotation": None}, "rotation"),
     ({"surprise": 1}, "unknown field"),
     ({"keep": 5}, "missing or unknown"),
+    ({"signs": True, "balance": False}, "signs are those of the balance"),
+    ({"signs": "yes"}, "signs"),
+    ({"shift": True, "inputs": "ignored", "balance": False, "signs": False}, "needs to know their mean"),
+    ({"shift": 2}, "shift"),
 ]
 
 

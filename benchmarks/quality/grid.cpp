@@ -60,7 +60,8 @@ inline float to_float(float x) { return x; }
 inline float to_float(uint16_t x) { return std::bit_cast<float>(static_cast<uint32_t>(x) << 16); }
 
 template <typename Input>
-void run(const Input* x, const float* divide, int64_t tokens, int k, int block, int group, float qmax, uint16_t* out) {
+void run(const Input* x, const float* shift, const float* divide, int64_t tokens, int k, int block, int group, float qmax,
+         uint16_t* out) {
   Vec h[kLanes];
   for (unsigned i = 0; i < kLanes; ++i) {
     for (unsigned j = 0; j < kLanes; ++j) h[i][j] = std::popcount(i & j) % 2 ? -1.0f : 1.0f;
@@ -69,10 +70,12 @@ void run(const Input* x, const float* divide, int64_t tokens, int k, int block, 
   std::vector<float> first(k), second(k);
   for (int64_t t = 0; t < tokens; ++t, x += k, out += k) {
     float* v = first.data();
+    for (int i = 0; i < k; ++i) v[i] = to_float(x[i]);
+    if (shift != nullptr) {
+      for (int i = 0; i < k; ++i) v[i] -= shift[i];
+    }
     if (divide != nullptr) {
-      for (int i = 0; i < k; ++i) v[i] = to_float(x[i]) / divide[i];
-    } else {
-      for (int i = 0; i < k; ++i) v[i] = to_float(x[i]);
+      for (int i = 0; i < k; ++i) v[i] /= divide[i];
     }
     if (block > 1) {
       inner_factor(first.data(), second.data(), k, h);
@@ -92,12 +95,12 @@ void run(const Input* x, const float* divide, int64_t tokens, int k, int block, 
 
 }  // namespace
 
-// x [tokens, k] fp32 or bf16, divide [k] or null, out [tokens, k] bf16; 64 divides k, 16 divides block (or it is 1) and group.
-extern "C" void quality_grid(const void* x, int bf16, const float* divide, int64_t tokens, int k, int block, int group,
-                             float qmax, uint16_t* out) {
+// x [tokens, k] fp32 or bf16, shift and divide [k] or null, out [tokens, k] bf16; 64 divides k, 16 divides block (or it is 1) and group.
+extern "C" void quality_grid(const void* x, int bf16, const float* shift, const float* divide, int64_t tokens, int k, int block,
+                             int group, float qmax, uint16_t* out) {
   if (bf16) {
-    run(static_cast<const uint16_t*>(x), divide, tokens, k, block, group, qmax, out);
+    run(static_cast<const uint16_t*>(x), shift, divide, tokens, k, block, group, qmax, out);
   } else {
-    run(static_cast<const float*>(x), divide, tokens, k, block, group, qmax, out);
+    run(static_cast<const float*>(x), shift, divide, tokens, k, block, group, qmax, out);
   }
 }

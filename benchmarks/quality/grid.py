@@ -1,4 +1,4 @@
-"""The activation grid of a simulated layer as one call: divide, rotate, round, in compiled code where there is a compiler."""
+"""The activation grid of a simulated layer as one call, compiled where there is a compiler: shift, divide, rotate, round."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ class Grid:
         return fake_quantize_activation(x, self.bits, self.group)
 
 
-def rotated_to_grid(x: Tensor, divide: Tensor | None, rotation: Rotation | None, grid: Grid) -> Tensor | None:
-    """``grid(rotate(x / divide))`` in bf16, or None where that has no compiled form.
+def rotated_to_grid(
+    x: Tensor, shift: Tensor | None, divide: Tensor | None, rotation: Rotation | None, grid: Grid
+) -> Tensor | None:
+    """``grid(rotate((x - shift) / divide))`` in bf16, or None where that has no compiled form.
 
     Args:
-        x: [..., K] fp32 or bf16 on the CPU. divide: fp32 [K].
+        x: [..., K] fp32 or bf16 on the CPU. shift, divide: fp32 [K].
     """
     features = x.shape[-1]
     block = 1 if rotation is None else rotation.block
@@ -52,8 +54,9 @@ def rotated_to_grid(x: Tensor, divide: Tensor | None, rotation: Rotation | None,
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.bfloat16)
     library.quality_grid(
-        x.data_ptr(), x.dtype == torch.bfloat16, None if divide is None else divide.data_ptr(), x.numel() // features,
-        features, block, group, QMAX[grid.bits], out.data_ptr(),
+        x.data_ptr(), x.dtype == torch.bfloat16, None if shift is None else shift.data_ptr(),
+        None if divide is None else divide.data_ptr(), x.numel() // features, features, block, group, QMAX[grid.bits],
+        out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -75,7 +78,7 @@ def _library() -> Any:
     library = ctypes.CDLL(str(path))
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.quality_grid.argtypes = [
-        pointer, integer, pointer, ctypes.c_int64, integer, integer, integer, ctypes.c_float, pointer,
+        pointer, integer, pointer, pointer, ctypes.c_int64, integer, integer, integer, ctypes.c_float, pointer,
     ]  # fmt: skip
     library.quality_grid.restype = None
     return library

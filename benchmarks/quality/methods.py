@@ -100,11 +100,19 @@ def from_recipe(recipe: Recipe) -> LayerMethod:
             return grid_method(layer, bits, weight=recipe.weight, rotation=recipe.rotation, act_group=group)
         assert layer.moments is not None
         chosen = Rotation.for_features(layer.spec.features, recipe.rotation)
-        known = layer_inputs(layer.moments, replace(layer.spec, rotation=chosen, balanced=recipe.balance))
+        spec = replace(
+            layer.spec,
+            rotation=chosen,
+            balanced=recipe.balance,
+            signs=recipe.signs and not chosen.identity,
+            shifted=recipe.shift and layer.spec.shifted,
+        )
+        known = layer_inputs(layer.moments, spec)
         w = rotate(layer.weight * known.divisors, chosen)
         stored = known.feedback.round(w, quantize_weight(w, recipe.weight))
         divide = known.divisors if recipe.balance else None
-        return Simulated(stored.dequantize(), activation_grid(bits, group), divide, None if chosen.identity else chosen)
+        rotation = None if chosen.identity else chosen
+        return Simulated(stored.dequantize(), activation_grid(bits, group), divide, rotation, shift=known.shift)
 
     return method
 

@@ -49,13 +49,13 @@ class Layer:
 
 @dataclass
 class Simulated:
-    """``y = A(x̂ R) Ŵᵀ + (x̂ Lᵀ) Uᵀ + bias`` with ``x̂ = x / divide``.
+    """``y = A(x̂ R) Ŵᵀ + (x̂ Lᵀ) Uᵀ + shift·Wᵀ + bias`` with ``x̂ = (x − shift) / divide``.
 
     Args:
         weight: Ŵ, fp32 [N, K], quantized in the divided and rotated space.
         activation: A, gives [..., K] on its grid; None leaves the input as it is.
-        divide: fp32 [K], or None. rotation: R, or None.
-        low_rank: (L [r, K], U [N, r]), a branch in 16 bit, or None.
+        shift, divide: fp32 [K], or None. rotation: R, or None.
+        low_rank: (L [r, K], U [N, r]), a branch in 16 bit, or None; not together with a shift.
         whole: replaces all of it: x [..., K] to y [..., N] without bias, for packages that bring their own product.
     """
 
@@ -65,6 +65,7 @@ class Simulated:
     rotation: Rotation | None = None
     low_rank: tuple[Tensor, Tensor] | None = None
     whole: Callable[[Tensor], Tensor] | None = None
+    shift: Tensor | None = None
 
 
 # The operands are codes times scales. bf16 adds 2⁻⁹ to each, an order of magnitude below what W4A8 changes, and it is what
@@ -84,7 +85,11 @@ class SimulatedGroup:
         dtype = dtype or _PRODUCT_DTYPE[0]
         self.layer, self.simulated, self.dtype = layer, simulated, dtype
         self.weight = simulated.weight.to(dtype)
-        self.bias = None if layer.bias is None else layer.bias.to(dtype)
+        bias, self.shift = layer.bias, simulated.shift
+        if self.shift is not None:
+            added = layer.weight @ self.shift
+            bias = added if bias is None else bias + added
+        self.bias = None if bias is None else bias.to(dtype)
         self.divide = None if simulated.divide is None else simulated.divide.float().contiguous()
         rotation = simulated.rotation
         self.rotation = None if rotation is None or rotation.identity else rotation
@@ -110,12 +115,12 @@ class SimulatedGroup:
     def _on_grid(self, x: Tensor) -> Tensor:
         activation = self.simulated.activation
         if isinstance(activation, Grid) and self.dtype == torch.bfloat16:
-            compiled = rotated_to_grid(x, self.divide, self.rotation, activation)
+            compiled = rotated_to_grid(x, self.shift, self.divide, self.rotation, activation)
             if compiled is not None:
                 return compiled
-        if activation is None and self.divide is None and self.matrices is None:
+        if activation is None and self.shift is None and self.divide is None and self.matrices is None:
             return x.to(self.dtype)
-        x = x.float()
+        x = x.float() if self.shift is None else x.float() - self.shift
         divided = x if self.divide is None else x / self.divide
         rotated = divided if self.matrices is None else _rotate(divided, *self.matrices)
         return (rotated if activation is None else activation(rotated)).to(self.dtype)
@@ -175,7 +180,8 @@ def layers_of(
         inputs: calibration inputs [T, K] by the name of a layer's first member; zeros [0, K] where there are none.
         predicted: such inputs by the name of a prediction. moments: by the name of the layer.
     """
-    plan = plan_model(dict(model.config), RECIPES["rtn"], torch.float32)  # type: ignore[call-overload]
+    # Of the recipe that says most of a layer: whether it can be shifted.
+    plan = plan_model(dict(model.config), RECIPES["w4a4"], torch.float32)  # type: ignore[call-overload]
     found = []
     for spec in plan.layers:
         linears = [model.get_submodule(name) for name in spec.members]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -14,25 +15,31 @@ from torch import Tensor
 from dvdquant.bgr import quantize_weight
 from dvdquant.feedback import round_with_feedback
 from dvdquant.hadamard import Rotation, rotate
-from dvdquant.recipe import RECIPES, WeightSpec
+from dvdquant.recipe import RECIPES, Recipe, WeightSpec
 
 __all__ = ["STUDIES"]
 
 MINMAX = WeightSpec(zero_point="paper", solver="minmax")
 PAPER = WeightSpec(zero_point="paper", solver="paper")
 SEARCH = WeightSpec()
+UNFITTED = replace(RECIPES["w4a4"], signs=False, shift=False)
 
 
 def clipped(
-    layer: Layer, bits: int, *, keep: float, rotation: str | int = "auto", weight: WeightSpec = SEARCH
+    layer: Layer, bits: int, *, keep: float = 1.0, rms: float | None = None, recipe: Recipe = RECIPES["weights-only"]
 ) -> Simulated:
-    """The activation scale is ``keep`` times what the largest value asks for; what is beyond it is clipped."""
-    result = grid_method(layer, bits, weight=weight, rotation=rotation)
-    qmax = 2 ** (bits - 1) - 1
+    """The activation scale is ``keep`` times what the largest value asks for, and at most what ``rms`` root mean squares ask
+    for; what is beyond it is clipped."""
+    result = from_recipe(recipe)(layer, bits)
+    qmax, group = 2 ** (bits - 1) - 1, recipe.activation(bits).group_size or layer.spec.features
 
     def grid(x: Tensor) -> Tensor:
-        scale = keep * x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / qmax
-        return (x / scale).round().clamp(-qmax, qmax) * scale
+        parts = x.unflatten(-1, (-1, group))
+        largest = keep * parts.abs().amax(-1, keepdim=True)
+        if rms is not None:
+            largest = torch.minimum(largest, rms * parts.square().mean(-1, keepdim=True).sqrt())
+        scale = largest.clamp(min=1e-30) / qmax
+        return ((parts / scale).round().clamp(-qmax, qmax) * scale).flatten(-2)
 
     result.activation = grid
     return result
@@ -149,22 +156,38 @@ STUDIES: dict[str, dict[str, Callable[[Layer, int], Simulated]]] = {
         "balance to the nearest power of two": partial(
             with_moments, source="smooth run", feedback=False, balance=True, rounding="round"
         ),
-        "feedback and balance (recipe w4a4)": from_recipe(RECIPES["w4a4"]),
-        "the same, unrotated": partial(with_moments, source="smooth run", balance=True, rotation="none"),
-        "the same, whole rows": partial(with_moments, source="smooth run", balance=True),
-        "the same, moments of the modulation alone": partial(
+        "feedback and balance": from_recipe(UNFITTED),
+        "feedback, balance, signs": from_recipe(replace(UNFITTED, signs=True)),
+        "feedback, balance, shift": from_recipe(replace(UNFITTED, shift=True)),
+        "feedback, balance, signs, shift (recipe w4a4)": from_recipe(RECIPES["w4a4"]),
+        "recipe w4a4, activations clipped at 0.9": partial(clipped, keep=0.9, recipe=RECIPES["w4a4"]),
+        "recipe w4a4, activations clipped at 0.8": partial(clipped, keep=0.8, recipe=RECIPES["w4a4"]),
+        "recipe w4a4, activations clipped at 2.5 root mean squares": partial(clipped, rms=2.5, recipe=RECIPES["w4a4"]),
+        "feedback and balance, unrotated": partial(with_moments, source="smooth run", balance=True, rotation="none"),
+        "feedback and balance, whole rows": partial(with_moments, source="smooth run", balance=True),
+        "feedback and balance, moments of the modulation alone": partial(
             with_moments, source="modulation", balance=True, block=256
         ),
-        "the same, moments of pure noise": partial(with_moments, source="noise run", balance=True, block=256),
-        "the same, moments of the model's own clips of random words": partial(
+        "feedback and balance, moments of pure noise": partial(
+            with_moments, source="noise run", balance=True, block=256
+        ),
+        "feedback and balance, moments of the model's own clips of random words": partial(
             with_moments, source="own run", balance=True, block=256
         ),
-        "the same, measured moments (needs data)": partial(with_moments, source="data", balance=True, block=256),
+        "feedback and balance, measured moments (needs data)": partial(
+            with_moments, source="data", balance=True, block=256
+        ),
         "groups of 64 on both sides": _grid(weight=_groups(64), rotation="auto", act_group=64),
         "groups of 64, feedback and balance": partial(
             with_moments, source="smooth run", balance=True, block=256, weight=_groups(64), act_group=64
         ),
-        "the same with real zero-points (recipe w4a4-g64)": from_recipe(RECIPES["w4a4-g64"]),
+        "groups of 64, feedback, balance, real zero-points": from_recipe(
+            replace(RECIPES["w4a4-g64"], signs=False, shift=False)
+        ),
+        "groups of 64, feedback, balance, signs, shift, real zero-points (recipe w4a4-g64)": from_recipe(
+            RECIPES["w4a4-g64"]
+        ),
+        "recipe w4a4-g64, activations clipped at 0.9": partial(clipped, keep=0.9, recipe=RECIPES["w4a4-g64"]),
         "groups of 32, real zero-points": _grid(weight=_groups(32, "real"), rotation="auto"),
         "groups of 32, feedback and balance (recipe w4a8)": from_recipe(RECIPES["w4a8"]),
         "groups of 16, feedback and balance": partial(

@@ -146,7 +146,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
         f"zero-point {weight['zero_point']}, solver {weight['solver']}, inputs {recipe.get('inputs', 'ignored')}"
-        f"{', balanced' if recipe.get('balance') else ''}",
+        + "".join(f", {word}" for key, word in (("balance", "balanced"), ("shift", "shifted")) if recipe.get(key)),
         f"latent sizes: {shapes}; {manifest.shapes['text_tokens']} text tokens, {manifest.shapes['dtype']}",
         "",
         table(("file", "size"), [(name, amount(size)) for name, size in sorted(sizes.items())], right=(1,)),

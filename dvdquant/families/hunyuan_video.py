@@ -17,6 +17,12 @@ class HunyuanVideo(Family):
     # The token refiner is the text embedder.
     keep = ("x_embedder*", "context_embedder*", "time_text_embed*", "norm_out*", "proj_out")
     modulation = ("*blocks.*.norm.linear", "*blocks.*.norm1.linear", "*blocks.*.norm1_context.linear")
+    steady = (
+        "transformer_blocks.*.attn.to_q",
+        "transformer_blocks.*.ff.net.*",
+        "single_transformer_blocks.*.attn.to_q",
+        "single_transformer_blocks.*.proj_mlp",
+    )
     default_video = (61, 720, 1280)
     default_text_tokens = 256
 

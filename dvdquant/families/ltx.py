@@ -20,6 +20,7 @@ class LTXVideo(Family):
     name = "ltx-video"
     class_names = ("LTXVideoTransformer3DModel",)
     keep = ("proj_in", "time_embed*", "caption_projection*", "norm_out*", "proj_out")
+    steady = ("transformer_blocks.*.attn1.to_q", "transformer_blocks.*.ff.net.*")
     default_video = (161, 512, 704)
     default_text_tokens = 128
     vae_scale = (8, 32, 32)

@@ -15,6 +15,7 @@ class Wan(Family):
     name = "wan"
     class_names = ("WanTransformer3DModel",)
     keep = ("patch_embedding", "condition_embedder*", "norm_out*", "proj_out")
+    steady = ("blocks.*.attn1.to_q", "blocks.*.attn2.to_q", "blocks.*.ffn.net.*")
     default_video = (81, 480, 832)
     default_text_tokens = 512
 
