@@ -60,7 +60,12 @@ def _recipe_row(recipe: Recipe) -> tuple[str, ...]:
         f"{grid}; {weight.zero_point} zero-point; {weight.solver}",
         activations,
         str(recipe.rotation),
-        ("predicted; channels balanced" if recipe.balance else "predicted")
+        "; ".join(
+            ["predicted"]
+            + ["channels balanced"] * recipe.balance
+            + ["random signs"] * recipe.signs
+            + ["means subtracted"] * recipe.shift
+        )
         if recipe.inputs == "synthetic"
         else "ignored",
     )

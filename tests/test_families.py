@@ -115,24 +115,6 @@ def test_quantized_and_merged_layers(name: str) -> None:
         assert len(spec.rows) == len(spec.biases) == len(spec.members)
 
 
-SHIFTED = {
-    "wan": {"attn1.to_q+to_k+to_v", "attn2.to_q", "ffn.net.0.proj", "ffn.net.2"},
-    "hunyuan-video": {"attn.to_q+to_k+to_v", "ff.net.0.proj", "ff.net.2", "proj_mlp"},
-    "cogvideox": set(),  # its norms see words and video as one sequence, whose proportion a synthetic run has not
-    "ltx-video": {"attn1.to_q+to_k+to_v", "ff.net.0.proj", "ff.net.2"},
-}
-
-
-@pytest.mark.parametrize("name", SHIFTED)
-def test_shifted_layers(name: str) -> None:
-    """Those behind a modulated norm and inside the feed-forward of video tokens, if the recipe shifts at all."""
-    made = plan(CONFIGS[name])
-    assert {spec.name.split(".", 2)[2] for spec in made.layers if spec.shifted} == SHIFTED[name]
-    assert all(spec.signs == (spec.rotation.block > 1) for spec in made.layers)
-    for other in (plan(CONFIGS[name], "weights-only"), plan(CONFIGS[name], "paper")):
-        assert not any(spec.shifted or spec.signs for spec in other.layers)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kept_layers(name: str) -> None:
     made = plan(CONFIGS[name])
@@ -218,8 +200,7 @@ def test_rotation_and_groups_follow_the_recipe(name: str, recipe: str) -> None:
             "weight_factor": (n, spec.groups),
             "weight_zero": (n, spec.groups) if made.recipe.weight.zero_point == "real" else (n,),
             "bias": (n,),
-            **({"pre_quant_shift": (k,)} if spec.shifted else {}),
-            **({"pre_quant_scale": (k,)} if made.recipe.balance else {}),
+            **{f"pre_quant_{n}": (k,) for n, there in (("shift", spec.shifted), ("scale", spec.balanced)) if there},
         }
 
 

@@ -25,7 +25,6 @@ from dvdquant.model import ModelPlan, build_skeleton, plan_model
 from dvdquant.moments import (
     InputMoments,
     balance_divisors,
-    channel_signs,
     moment_block,
     rotated_moments,
     streamed,
@@ -220,23 +219,6 @@ def test_balance_divisors() -> None:
     assert found.min() == 2.0**-3
     assert found.max() == 2.0**12
     assert torch.equal(found.log2(), found.log2().round())
-
-
-def test_channel_signs() -> None:
-    """The same for one name, about as many of each, and unlike those of another name; a mean is spread by them."""
-    signs = channel_signs("blocks.3.ffn.net.2", 8960)
-    assert torch.equal(signs, channel_signs("blocks.3.ffn.net.2", 8960))
-    assert torch.equal(signs[:100], channel_signs("blocks.3.ffn.net.2", 100))
-    assert signs.dtype == torch.float32
-    assert torch.equal(signs.abs(), torch.ones(8960))
-    assert abs(float(signs.mean())) < 0.04
-    assert abs(float((signs * channel_signs("blocks.4.ffn.net.2", 8960)).mean())) < 0.04
-    # Known bits: another order of them would make another artifact of the same checkpoint.
-    assert channel_signs("a", 8).tolist() == [-1, 1, 1, 1, 1, -1, -1, 1]
-    rotation = Rotation.for_features(8960, "auto")
-    x = torch.nn.functional.gelu(torch.randn(16, 8960, generator=torch.Generator().manual_seed(0)))
-    plain, spread = (rotate(v, rotation).abs().amax(-1).mean() for v in (x, x * signs))
-    assert spread < 0.6 * plain
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ class CogVideoX(Family):
     class_names = ("CogVideoXTransformer3DModel",)
     keep = ("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out")
     modulation = ("*.norm1.linear", "*.norm2.linear")
+    # No steady layers: they see words and video as one sequence, and a synthetic run has them in another proportion.
     default_video = (49, 480, 720)
     default_text_tokens = 226
     schedule = "diffusion"

@@ -1,0 +1,80 @@
+"""What precedes the activation grid: predicted means that are subtracted, and the signs of the powers of two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dvdquant.checkpoint import open_checkpoint
+from dvdquant.hadamard import Rotation, rotate
+from dvdquant.model import ModelPlan, plan_model
+from dvdquant.moments import channel_signs
+from dvdquant.progress import Progress
+from dvdquant.quantize import quantize_checkpoint, rotated_weight
+from dvdquant.recipe import get_recipe
+from dvdquant.transaction import ExportTransaction
+from tests import tiny_models as tiny
+
+
+def plan(name: str, recipe: str = "w4a4") -> ModelPlan:
+    return plan_model(tiny.CONFIGS[name], get_recipe(recipe), torch.bfloat16)
+
+
+SHIFTED = {
+    "wan": {"attn1.to_q+to_k+to_v", "attn2.to_q", "ffn.net.0.proj", "ffn.net.2"},
+    "hunyuan-video": {"attn.to_q+to_k+to_v", "ff.net.0.proj", "ff.net.2", "proj_mlp"},
+    "cogvideox": set(),  # its norms see words and video as one sequence, whose proportion a synthetic run has not
+    "ltx-video": {"attn1.to_q+to_k+to_v", "ff.net.0.proj", "ff.net.2"},
+}
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_shifted_layers(name: str) -> None:
+    """Those behind a modulated norm and inside the feed-forward of video tokens, if the recipe shifts at all."""
+    made = plan(name)
+    assert {spec.name.split(".", 2)[2] for spec in made.layers if spec.shifted} == SHIFTED[name]
+    assert all(spec.signs == (spec.rotation.block > 1) for spec in made.layers)
+    for other in (plan(name, "weights-only"), plan(name, "paper")):
+        assert not any(spec.shifted or spec.signs for spec in other.layers)
+
+
+def test_channel_signs() -> None:
+    """The same for one name, about as many of each, and unlike those of another name; a mean is spread by them."""
+    signs = channel_signs("blocks.3.ffn.net.2", 8960)
+    assert torch.equal(signs, channel_signs("blocks.3.ffn.net.2", 8960))
+    assert torch.equal(signs[:100], channel_signs("blocks.3.ffn.net.2", 100))
+    assert signs.dtype == torch.float32
+    assert torch.equal(signs.abs(), torch.ones(8960))
+    assert abs(float(signs.mean())) < 0.04
+    assert abs(float((signs * channel_signs("blocks.4.ffn.net.2", 8960)).mean())) < 0.04
+    # Known bits: another order of them would make another artifact of the same checkpoint.
+    assert channel_signs("a", 8).tolist() == [-1, 1, 1, 1, 1, -1, -1, 1]
+    rotation = Rotation.for_features(8960, "auto")
+    x = torch.nn.functional.gelu(torch.randn(16, 8960, generator=torch.Generator().manual_seed(0)))
+    plain, spread = (rotate(v, rotation).abs().amax(-1).mean() for v in (x, x * signs))
+    assert spread < 0.6 * plain
+
+
+def test_what_precedes_the_grid_leaves_the_layer_as_it_is(tmp_path: Path) -> None:
+    """Shift, signed powers of two and rotation, with the weight before rounding and the stored bias, are the linear layer."""
+    made, model = plan("wan"), tiny.write_checkpoint(tmp_path / "wan", tiny.WAN)
+    with ExportTransaction(tmp_path / "work", key={"model": "tiny"}) as transaction:
+        quantize_checkpoint(open_checkpoint(model), made, transaction, Progress())
+        stored = load_file(transaction.tree / "onnx/transformer.safetensors")
+    source = load_file(model / "diffusion_pytorch_model.safetensors")
+    assert {spec.shifted for spec in made.layers} == {True, False}
+    for spec in made.layers:
+        x = 2 + torch.randn(5, spec.features, generator=torch.Generator().manual_seed(1))
+        scale = stored[f"{spec.name}.pre_quant_scale"].double()
+        shift = stored[f"{spec.name}.pre_quant_shift"].double() if spec.shifted else torch.zeros(spec.features)
+        assert not spec.shifted or shift.any()
+        assert set(scale.sign().tolist()) == {1.0, -1.0}
+        assert torch.equal(scale.abs().log2(), scale.abs().log2().round())
+        weight = rotated_weight(open_checkpoint(model), spec, scale.float()).double()
+        found = rotate((x.double() - shift) * scale, spec.rotation) @ weight.T + stored[f"{spec.name}.bias"].double()
+        exact = torch.cat([source[f"{m}.weight"].double() @ x.double().T for m in spec.members]).T
+        exact += torch.cat([source[f"{m}.bias"].double() for m in spec.members])
+        assert (found - exact).norm() <= 1e-5 * exact.norm(), spec.name
