@@ -137,6 +137,10 @@ STUDIES: dict[str, dict[str, Callable[[Layer, int], Simulated]]] = {
         "none": _grid(weight=SEARCH),
         **{f"{b}": _grid(weight=SEARCH, rotation=b) for b in (64, 128, 256)},
         "full": _grid(weight=SEARCH, rotation="full"),
+        **{
+            f"{b}, feedback, balance, signs, shift": from_recipe(replace(RECIPES["w4a4"], rotation=b))
+            for b in (64, 128, 256, "full")
+        },
     },
     "zero-point": {
         "paper, as published": _grid(weight=PAPER, rotation="auto"),
@@ -190,6 +194,7 @@ STUDIES: dict[str, dict[str, Callable[[Layer, int], Simulated]]] = {
         "recipe w4a4-g64, activations clipped at 0.9": partial(clipped, keep=0.9, recipe=RECIPES["w4a4-g64"]),
         "groups of 32, real zero-points": _grid(weight=_groups(32, "real"), rotation="auto"),
         "groups of 32, feedback and balance (recipe w4a8)": from_recipe(RECIPES["w4a8"]),
+        "groups of 32, feedback, balance, signs, shift": from_recipe(replace(RECIPES["w4a8"], signs=True, shift=True)),
         "groups of 16, feedback and balance": partial(
             with_moments, source="smooth run", balance=True, block=256, weight=_groups(16, "real")
         ),
