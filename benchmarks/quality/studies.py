@@ -139,7 +139,7 @@ STUDIES: dict[str, dict[str, Callable[[Layer, int], Simulated]]] = {
         "full": _grid(weight=SEARCH, rotation="full"),
         **{
             f"{b}, feedback, balance, signs, shift": from_recipe(replace(RECIPES["w4a4"], rotation=b))
-            for b in (64, 128, 256, "full")
+            for b in (64, 128, 256)
         },
     },
     "zero-point": {
