@@ -110,7 +110,8 @@ def test_whole_graph_is_as_close_to_float64_as_pytorch(export: Export) -> None:
             check = verify_graph(path, export.plan, export.sizes, export.model(bits), bits, seed=3, which=which)
             assert check.passed, check.faults()
             assert check.flipped_codes is not None
-            assert 0 <= check.flipped_codes < 0.5
+            # 16-bit inputs are no finer than an 8-bit grid: half of its codes may differ.
+            assert 0 <= check.flipped_codes < 0.6
             assert len(check.layers.judged) == check.layers.total == len(export.plan.layers)
             assert check.between is not None
             assert check.between.places == len(export.plan.layers) + 1
