@@ -43,7 +43,8 @@ class LayerSpec:
         groups: weight groups per row (1 for a scale per row).
         floor: the least activation grid it accepts, used instead of one with fewer bits.
         balanced: whether its input is multiplied by a power of two per channel before it is rotated.
-        signs: whether these powers have random signs. shifted: whether a constant is subtracted from the input before.
+        signs: whether these powers have random signs where there is a rotation.
+        shifted: whether a constant is subtracted from the input before.
         real_zero: whether there is a real zero-point per group, stored as a byte, instead of one fp32 per row.
     """
 
@@ -141,7 +142,7 @@ class QuantLinear(nn.Module):
 
     def balance(self, x: Tensor) -> Tensor:
         """What the op receives of an input [..., K]: less the shift, its channels multiplied by powers of two, which is exact
-        in every dtype; pointwise operations that engines fuse with the one before them."""
+        in every dtype; pointwise operations, for engines to fuse with the one before them."""
         if self.spec.shifted:
             x = x - self.get_buffer("pre_quant_shift").to(x.dtype)
         if self.spec.balanced:

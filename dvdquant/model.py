@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -114,7 +114,7 @@ def plan_model(config: Mapping[str, Any], recipe: Recipe, dtype: torch.dtype) ->
     family = get_family({**defaults, **config})
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    modulation = {n for n in linears if any(fnmatchcase(n, glob) for glob in family.modulation)}
+    modulation, steady = (_named(linears, globs) for globs in (family.modulation, family.steady))
     keep = family.keep if recipe.modulation != "keep" else (*family.keep, *family.modulation)
     chosen = {name for name in linears if not recipe.keeps(name, keep)}
     try:
@@ -125,7 +125,6 @@ def plan_model(config: Mapping[str, Any], recipe: Recipe, dtype: torch.dtype) ->
             fix="compare config.json with the one the model was published with",
         ) from error
     floor = recipe.modulation_activation
-    steady = {n for n in linears if any(fnmatchcase(n, glob) for glob in family.steady)}
     specs = [
         _layer_spec(group, linears, recipe, floor if group[0] in modulation else None, group[0] in steady)
         for group in groups
@@ -134,6 +133,11 @@ def plan_model(config: Mapping[str, Any], recipe: Recipe, dtype: torch.dtype) ->
     kept = {n: (p.dtype, tuple(p.shape)) for n, p in model.named_parameters() if n not in replaced}
     kept_linears = tuple(name for name in linears if name not in chosen)
     return ModelPlan(family, recipe, dtype, tuple(specs), kept, shapes, kept_linears)
+
+
+def _named(names: Iterable[str], globs: tuple[str, ...]) -> set[str]:
+    """Those that match one of the globs."""
+    return {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
 
 
 def _shared_inputs(model: nn.Module, family: Family, chosen: set[str], dtype: torch.dtype) -> list[tuple[str, ...]]:
@@ -196,19 +200,18 @@ def _layer_spec(
             available=[str(g) for g in (16, 32, 64, 128) if features % g == 0] or "none",
             fix="choose a recipe with another group size, or keep the layer in 16 bit with --keep",
         )
-    rotation = Rotation.for_features(features, recipe.rotation)
     return LayerSpec(
         name=f"{parent}.{joined}" if parent else joined,
         members=members,
         rows=tuple(int(linears[name].out_features) for name in members),  # type: ignore[arg-type]
         features=features,
         biases=tuple(linears[name].bias is not None for name in members),
-        rotation=rotation,
+        rotation=Rotation.for_features(features, recipe.rotation),
         groups=features // group,
         floor=floor,
         real_zero=recipe.weight.zero_point == "real",
         balanced=recipe.balance,
-        signs=recipe.signs and not rotation.identity,
+        signs=recipe.signs,
         shifted=recipe.shift and steady,
     )
 

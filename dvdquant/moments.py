@@ -63,12 +63,10 @@ class InputMoments:
     tokens: int
 
     @classmethod
-    def from_blocks(
-        cls, blocks: Tensor, weight_energy: Tensor, tokens: int = 0, mean: Tensor | None = None
-    ) -> InputMoments:
-        """From symmetric blocks [K/b, b, b]; their upper triangles are not read. ``mean`` [K] is 0 if not given."""
+    def from_blocks(cls, blocks: Tensor, weight_energy: Tensor, tokens: int = 0) -> InputMoments:
+        """From symmetric blocks [K/b, b, b] of inputs with a mean of 0; their upper triangles are not read."""
         energy = weight_energy.float()
-        return cls(_pack(blocks.float()), energy, torch.zeros_like(energy) if mean is None else mean.float(), tokens)
+        return cls(_pack(blocks.float()), energy, torch.zeros_like(energy), tokens)
 
     @property
     def block(self) -> int:
@@ -255,7 +253,7 @@ class _Collected:
         """The result of one layer, which is forgotten here; ordinary tensors, outside of inference mode."""
         energy = self._energy.pop(spec.name) / spec.out_features
         triangles, tokens = self._triangles.pop(spec.name), self._tokens[spec.name]
-        mean = self._sums.pop(spec.name).clone()
+        mean = self._sums.pop(spec.name)
         if tokens:
             triangles /= tokens
             mean /= tokens

@@ -47,8 +47,8 @@ class LayerInputs:
 
     Args:
         shift: fp32 [K], subtracted from the input, its product with the weight added to the bias; or None.
-        divisors: fp32 [K], powers of two, with a sign each where the layer has signs; the shifted input is divided by them
-            and the weight's columns are multiplied. Ones where the layer is not balanced.
+        divisors: fp32 [K], powers of two, with a sign each where the layer has signs and is rotated; the shifted input is
+            divided by them and the weight's columns are multiplied. Ones where the layer is not balanced.
         moments: fp32 [K/b, b, b] of the divided and rotated input. Not less its mean: feedback then minds how far the shift
             is from the mean of real inputs, and that was no worse on predicted inputs and better on real ones.
         damping: for :class:`dvdquant.feedback.Feedback`.
@@ -68,7 +68,7 @@ class LayerInputs:
 def layer_inputs(found: InputMoments, spec: LayerSpec) -> LayerInputs:
     """What quantizing ``spec`` uses of its predicted moments."""
     divisors = balance_divisors(found) if spec.balanced else torch.ones(spec.features)
-    if spec.signs:
+    if spec.signs and not spec.rotation.identity:
         divisors = divisors * channel_signs(spec.name, spec.features)
     # Moments of few tokens have few directions; the others must not count as free of error.
     damping = DAMPING + found.block / max(1, found.tokens)

@@ -248,7 +248,7 @@ def _quantize_layer(
     if known is not None and device.type != "cpu":
         known = replace(known, divisors=known.divisors.to(device), moments=known.moments.to(device))
     # As the graph subtracts it, so that what is added to the bias is the same.
-    shift = None if known is None or known.shift is None else known.shift.to(plan.dtype).double()
+    shift = None if known is None or known.shift is None else known.shift.to(device, plan.dtype).double()
     sums = _ErrorSums(known, max(1, spec.out_features // SAMPLED_ROWS))
     for member, rows, has_bias in zip(spec.members, spec.rows, spec.biases):
         weight = checkpoint.read(f"{member}.weight")
@@ -260,7 +260,7 @@ def _quantize_layer(
             if found:
                 part = _zeroed(part)
             if shift is not None:
-                shifted.append(part.cpu().double() @ shift)
+                shifted.append(part.double() @ shift)
             if known is not None:
                 part *= known.divisors
             rotated = rotate_rows(part, spec.rotation)
@@ -276,12 +276,12 @@ def _quantize_layer(
         bad += (found := _nonfinite(checkpoint, f"{member}.bias", bias, allow_nonfinite))
         bias = _zeroed(bias) if found else bias
         # W·x = W·(x − shift) + W·shift, the second with the weight as it was.
-        biases.append((bias.double() + torch.cat(shifted)).float() if shifted else bias)
+        biases.append((bias.double() + torch.cat(shifted).cpu()).float() if shifted else bias)
     parts = (packed, scales, factors, zeros, biases)
     tensors = dict(zip(spec.tensors(), (torch.cat(p).cpu() for p in parts)))
     if spec.shifted:
         assert shift is not None
-        tensors[f"{spec.name}.pre_quant_shift"] = shift.float()
+        tensors[f"{spec.name}.pre_quant_shift"] = shift.float().cpu()
     if spec.balanced:
         assert known is not None
         tensors[f"{spec.name}.pre_quant_scale"] = 1 / known.divisors.cpu()

@@ -17,6 +17,7 @@ __all__ = [
     "Recipe",
     "WeightSpec",
     "error_name",
+    "fitted_words",
     "get_recipe",
     "looks_at_inputs",
 ]
@@ -249,6 +250,13 @@ def get_recipe(name: str) -> Recipe:
 def error_name(recipe: Mapping[str, Any]) -> str:
     """What ``relative_mse`` of a manifest's layers is an error of, under a recipe as ``to_json`` gives it."""
     return "output error on predicted inputs" if looks_at_inputs(recipe) else "weight error"
+
+
+def fitted_words(recipe: Mapping[str, Any]) -> list[str]:
+    """What a recipe as ``to_json`` gives it does to inputs before the rotation, for people."""
+    signs = " with random signs" if recipe.get("signs") else ""
+    words = [f"channels balanced by powers of two{signs}"] if recipe.get("balance") else []
+    return words + ["predicted means subtracted"] * bool(recipe.get("shift"))
 
 
 def looks_at_inputs(recipe: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dvdquant.manifest import Manifest
-from dvdquant.recipe import looks_at_inputs
+from dvdquant.recipe import fitted_words, looks_at_inputs
 
 __all__ = ["model_card"]
 
@@ -47,11 +47,8 @@ def model_card(manifest: Manifest) -> str:
 def _inputs(manifest: Manifest) -> list[str]:
     if not looks_at_inputs(manifest.recipe):
         return []
-    recipe = manifest.recipe
-    signs = " with random signs" if recipe.get("signs") else ""
-    also = f"; input channels balanced by powers of two{signs}" if recipe.get("balance") else ""
-    also += "; predicted means subtracted" if recipe.get("shift") else ""
-    return [f"- rounded with feedback for inputs predicted by one run on synthetic latents, no data{also}"]
+    predicted = "rounded with feedback for inputs predicted by one run on synthetic latents, no data"
+    return ["- " + "; ".join([predicted, *fitted_words(manifest.recipe)])]
 
 
 def _activations(manifest: Manifest) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dvdquant.manifest import EngineEntry, Manifest
-from dvdquant.recipe import looks_at_inputs
+from dvdquant.recipe import fitted_words, looks_at_inputs
 
 __all__ = [
     "Execution",
@@ -83,10 +83,7 @@ def recipe_words(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]
     turned["none"] = "none"
     modulation = {"keep": "16 bit", "a8": "4-bit weights, 8-bit activations"}[recipe["modulation"]]
     predicted = "predicted by one run on synthetic latents, no data; codes rounded with feedback for them"
-    if recipe.get("balance"):
-        predicted += ", channels balanced by powers of two" + (" with random signs" if recipe.get("signs") else "")
-    if recipe.get("shift"):
-        predicted += ", predicted means subtracted"
+    predicted = ", ".join([predicted, *fitted_words(recipe)])
     has_modulation = any(f.modulation for f in FAMILIES if f.name == family)
     return [
         ("Weights", f"{weight['bits']} bits, {grid}; {zero[weight['zero_point']]}"),

@@ -2,8 +2,8 @@
 4-bit weights.
 
 On the PyTorch backend the two are the same arithmetic and agree to the bit. ONNX Runtime rounds elsewhere, and 4-bit codes
-flip at ties, so its distance from the float64 model is compared with that of the 16-bit PyTorch model: at most twice, as
-for single graphs.
+flip at ties, so its distance from the float64 model is compared with that of the 16-bit PyTorch model: at most
+twice.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def plan(name: str, recipe: str = "w4a4") -> ModelPlan:
 SHIFTED = {
     "wan": {"attn1.to_q+to_k+to_v", "attn2.to_q", "ffn.net.0.proj", "ffn.net.2"},
     "hunyuan-video": {"attn.to_q+to_k+to_v", "ff.net.0.proj", "ff.net.2", "proj_mlp"},
-    "cogvideox": set(),  # its norms see words and video as one sequence, whose proportion a synthetic run has not
+    "cogvideox": set(),  # words and video pass as one sequence, each with a modulation of its own
     "ltx-video": {"attn1.to_q+to_k+to_v", "ff.net.0.proj", "ff.net.2"},
 }
 

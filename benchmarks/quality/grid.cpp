@@ -95,7 +95,8 @@ void run(const Input* x, const float* shift, const float* divide, int64_t tokens
 
 }  // namespace
 
-// x [tokens, k] fp32 or bf16, shift and divide [k] or null, out [tokens, k] bf16; 64 divides k, 16 divides block (or it is 1) and group.
+// x [tokens, k] fp32 or bf16, shift and divide [k] or null, out [tokens, k] bf16; 64 divides k, 16 divides block (or it is 1)
+// and group.
 extern "C" void quality_grid(const void* x, int bf16, const float* shift, const float* divide, int64_t tokens, int k, int block,
                              int group, float qmax, uint16_t* out) {
   if (bf16) {

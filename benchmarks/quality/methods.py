@@ -104,7 +104,7 @@ def from_recipe(recipe: Recipe) -> LayerMethod:
             layer.spec,
             rotation=chosen,
             balanced=recipe.balance,
-            signs=recipe.signs and not chosen.identity,
+            signs=recipe.signs,
             shifted=recipe.shift and layer.spec.shifted,
         )
         known = layer_inputs(layer.moments, spec)

@@ -118,8 +118,8 @@ class Family(ABC):
     class_names: tuple[str, ...]
     keep: tuple[str, ...]  # globs of layers that stay in 16 bit
     modulation: tuple[str, ...] = ()  # globs of the blocks' own modulation linears
-    # Globs of layers behind a norm with modulation or behind the feed-forward's activation, on video tokens: the mean of
-    # their inputs is a matter of the weights, and random words predict it.
+    # Globs of layers behind a norm with modulation or behind the feed-forward's activation, of video tokens or of all with
+    # one modulation: the mean of their inputs is a matter of the weights, and a synthetic run predicts it.
     steady: tuple[str, ...] = ()
     default_video: tuple[int, int, int]  # frames, height, width in pixels
     default_text_tokens: int

@@ -21,7 +21,8 @@ class CogVideoX(Family):
     class_names = ("CogVideoXTransformer3DModel",)
     keep = ("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out")
     modulation = ("*.norm1.linear", "*.norm2.linear")
-    # No steady layers: they see words and video as one sequence, and a synthetic run has them in another proportion.
+    # No steady layers: words and video pass as one sequence, each with a modulation of its own, and a synthetic run has them
+    # in another proportion.
     default_video = (49, 480, 720)
     default_text_tokens = 226
     schedule = "diffusion"
