@@ -106,6 +106,10 @@ def _random(name: str, dtype: torch.dtype, shape: tuple[int, ...], layer: QuantL
         return torch.full(shape, -0.5, dtype=dtype, device=device)
     if kind == "weight_scale":
         return torch.full(shape, 0.2 * layer.spec.features**-0.5, dtype=dtype, device=device)
+    if kind == "pre_quant_scale":
+        return torch.randint(0, 2, shape, device=device).mul_(2).sub_(1).to(dtype)
+    if kind == "pre_quant_shift":
+        return torch.randn(shape, dtype=dtype, device=device).mul_(0.1)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ShapeError
 from .hadamard import Rotation
-from .ops.quant_linear import quant_linear
+from .ops.quant_linear import balanced_quant_linear, pack_balance, quant_linear
 from .recipe import ActivationSpec
 
 __all__ = [
@@ -120,6 +121,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.spec = spec
         self.use(activation)
+        self._rows: tuple[Any, ...] | None = None
         # In a list, so that the shared table is not registered as a child of every layer.
         self._table = [table]
         for full_name, (dtype, shape) in spec.tensors().items():
@@ -151,21 +153,32 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        x = self.balance(x)
         hadamard, outer = self._table[0].matrices(self.spec.rotation)
-        y: Tensor = quant_linear(
-            x,
-            self.weight,
-            self.weight_scale,
-            self.weight_factor,
-            self.weight_zero,
-            self.bias,
-            hadamard,
-            outer,
-            self.act_bits,
-            self.act_group,
-        )
+        rest = (self.weight, self.weight_scale, self.weight_factor, self.weight_zero, self.bias, hadamard, outer,
+                self.act_bits, self.act_group)  # fmt: skip
+        y: Tensor
+        # Eager on a GPU a pointwise operation is a pass over memory of its own; compilers and engines fuse it.
+        fused = (self.spec.balanced or self.spec.shifted) and self.spec.features % 8 == 0
+        if fused and x.is_cuda and not torch.compiler.is_compiling():
+            y = balanced_quant_linear(x, self.balance_rows(x.dtype), *rest)
+        else:
+            y = quant_linear(self.balance(x), *rest)
         return y
+
+    def balance_rows(self, dtype: torch.dtype) -> Tensor:
+        """:meth:`balance` as :func:`pack_balance` of ``dtype``, made again when the tensors it comes from changed."""
+        scales, shift = (self._buffers.get(name) for name in ("pre_quant_scale", "pre_quant_shift"))
+        versions = [0 if b is None or b.is_inference() else b._version for b in (scales, shift)]
+        kept = self._rows
+        # The tensors are held, so that another at the same address is not taken for them.
+        if kept is None or kept[0] is not scales or kept[1] is not shift or kept[2:4] != (versions, dtype):
+            scale, offset = torch.zeros(2, self.spec.features, dtype=dtype, device=self.get_buffer("weight").device)
+            scale[:] = 1 if scales is None else scales
+            if shift is not None:
+                offset[:] = -shift.to(dtype) * scale
+            self._rows = kept = (scales, shift, versions, dtype, pack_balance(scale, offset))
+        rows: Tensor = kept[4]
+        return rows
 
     def extra_repr(self) -> str:
         """K, N, bits and block."""

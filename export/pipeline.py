@@ -342,10 +342,7 @@ class _Run:
         if self.previous is not None:
             nonfinite = self.previous.nonfinite
         kept = [name for model_plan in plan.plans for name in model_plan.kept_linears]
-        tools = {
-            name: importlib.metadata.version(name)
-            for name in ("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu")
-        }
+        tools = _versions("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
         return Manifest(
             source=Source(model=plan.options.model, class_name=first.class_name, fingerprint=first.fingerprint()),
             family=plan.plans[0].family.name,
@@ -360,6 +357,17 @@ class _Run:
             components=plan.components,
             tools=tools,
         )
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of the packages that are installed: ONNX Runtime has several names."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -161,6 +161,7 @@ def test_emulated_kernels_pass_gpu_check(library: KernelLibrary, sm: int) -> Non
         check_kernels.check_extremes(bench(library, sm), 5),
         check_kernels.check_exact_sums(bench(library, sm), 256),
         check_ops.check_op(bench(library, sm)),
+        check_ops.check_balance(bench(library, sm), 5),
     ]
     rows = list(check_kernels.run_all(checks))
     assert len(rows) > 30

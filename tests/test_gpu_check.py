@@ -21,6 +21,7 @@ import torch
 from dvdquant.arq import AMAX_FLOOR, QMAX, quantize_activation
 from dvdquant.hadamard import hadamard_matrix
 from dvdquant.ops import cuda_linear
+from dvdquant.ops.cuda_linear import DTYPES
 from dvdquant.ops.quant_linear import rotate_by_matrices
 
 BENCH = Path(__file__).parent.parent / "kernels" / "bench"
@@ -67,6 +68,7 @@ CHECKS: dict[str, Callable[[Any], Rows]] = {
     "exact": check_kernels.check_exact_sums,
     "large": large,
     "op": check_ops.check_op,
+    "balance": check_ops.check_balance,
     "quantizer": lambda b: check_quantizer.check_quantizer(b, 12, (256,)),
 }
 
@@ -95,17 +97,28 @@ def test_every_path_of_a_device_is_reached() -> None:
 
 
 class SwappedNibbles(HostLibrary):
-    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int) -> None:  # fmt: skip # noqa: E501
-        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream)
+    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
+        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
         plan = self.plan_layer(layer, sm)
         raw = _view(codes, (m, plan.codes_bytes_per_token), torch.uint8)
         if plan.codes == "s4":
             raw.copy_((raw << 4) | (raw >> 4))
 
 
+class UnbalancedTail(HostLibrary):
+    """Balances whole strips of 256 channels only."""
+
+    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
+        if balance and layer.k % 256:
+            rows = _view(balance, (layer.k // 8, 2, 8), DTYPES[layer.dtype]).clone()
+            rows[layer.k // 256 * 32 :, 0], rows[layer.k // 256 * 32 :, 1] = 1, 0
+            balance = rows.data_ptr()
+        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
+
+
 class WrongSums(HostLibrary):
-    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int) -> None:  # fmt: skip # noqa: E501
-        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream)
+    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
+        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
         if sums:
             _view(sums, (self.plan_layer(layer, sm).scale_rows, m), torch.float32)[-1, -1] += 1
 
@@ -252,6 +265,7 @@ WRONG: list[tuple[type[HostLibrary], str, int, str]] = [
     (RoundedBetweenStages, "shapes", 90, "s8_wgmma: codes"),
     (OuterNotTransposed, "shapes", 90, "s8_wgmma: codes"),
     (OuterNotTransposed, "op", 90, "op against float64"),
+    (UnbalancedTail, "balance", 90, "balance in the kernel"),
     (AsymmetricRange, "extremes", 90, "all codes ±qmax"),
     (NoFloor, "extremes", 90, "zeros"),
     (NanHidden, "extremes", 90, "NaN and Inf"),
@@ -360,14 +374,21 @@ def test_report_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert check_report.report_path(tmp_path, facts).name == "2026-01-02-nvidia-h200.md"
 
 
-def test_tools_become_rows(tmp_path: Path) -> None:
-    python = sys.executable
-    row = gpu_check.run_tool("t", [python, "-c", "print('3 passed')"], 60)
-    assert (row.passed, row.cases, row.note) == (True, 1, "3 passed")
-    assert not gpu_check.run_tool("t", [python, "-c", "raise SystemExit(9)"], 60).passed
-    refused = gpu_check.run_tool("t", [python, "-c", "print('Device not supported'); raise SystemExit(1)"], 60)
+def test_tools_run_beside_and_become_rows() -> None:
+    def row(code: str, seconds: float = 60) -> Any:
+        running = gpu_check.Running("t", [sys.executable, "-c", code], gpu_check.judge_tool)
+        outcome = running.finish(seconds)
+        running.stop()
+        return outcome
+
+    ran = row("print('3 passed')")
+    assert (ran.passed, ran.cases, ran.note) == (True, 1, "3 passed")
+    assert not row("raise SystemExit(9)").passed
+    refused = row("print('Device not supported'); raise SystemExit(1)")
     assert (refused.passed, refused.cases) == (True, 0)
-    assert "not run to its end" in gpu_check.run_tool("t", [python, "-c", ""], 5).note
+    late = row("import time; time.sleep(60)", 0)
+    assert (late.passed, late.cases) == (True, 0)
+    assert "not run to its end" in late.note
 
 
 def test_pytest_rows_excuse_missing_packages_only() -> None:

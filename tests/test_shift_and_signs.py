@@ -78,3 +78,33 @@ def test_what_precedes_the_grid_leaves_the_layer_as_it_is(tmp_path: Path) -> Non
         exact = torch.cat([source[f"{m}.weight"].double() @ x.double().T for m in spec.members]).T
         exact += torch.cat([source[f"{m}.bias"].double() for m in spec.members])
         assert (found - exact).norm() <= 1e-5 * exact.norm(), spec.name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_balance_is_the_modules(dtype: torch.dtype) -> None:
+    """What the kernel multiplies and adds at once gives what the two pointwise operations give, bit by bit."""
+    from dvdquant.layers import QuantLinear, RotationTable
+    from dvdquant.ops.quant_linear import apply_balance, balanced_quant_linear, quant_linear
+
+    made = plan("wan")
+    spec = next(spec for spec in made.layers if spec.shifted and spec.balanced)
+    layer = QuantLinear(spec, made.recipe.activation(4), RotationTable([spec.rotation]))
+    generator = torch.Generator().manual_seed(0)
+    for name, (kind, shape) in spec.tensors().items():
+        tensor = torch.randint(0, 200, shape, generator=generator) if not kind.is_floating_point else torch.randn(shape)
+        setattr(layer, name.removeprefix(spec.name + "."), tensor.to(kind))
+    signs = 2 * torch.randint(0, 2, (spec.features,), generator=generator) - 1
+    layer.pre_quant_scale = signs * torch.exp2(torch.randint(0, 4, (spec.features,), generator=generator))
+    x = torch.randn(3, 5, spec.features, generator=generator).to(dtype)
+    rows = layer.balance_rows(dtype)
+    assert rows.shape == (spec.features // 8, 2, 8)
+    assert torch.equal(apply_balance(x, rows), layer.balance(x))
+    rest = (layer.weight, layer.weight_scale, layer.weight_factor, layer.weight_zero, layer.bias,
+            *layer._table[0].matrices(spec.rotation), 4, 0)  # fmt: skip
+    assert torch.equal(balanced_quant_linear(x, rows, *rest), quant_linear(layer.balance(x), *rest))
+    torch.library.opcheck(torch.ops.dvdquant.balanced_quant_linear.default, (x, rows, *rest))
+    assert layer.balance_rows(dtype) is rows
+    layer.pre_quant_shift.mul_(2)
+    assert torch.equal(apply_balance(x, layer.balance_rows(dtype)), layer.balance(x))
+    layer.pre_quant_scale = layer.pre_quant_scale.clone().neg_()
+    assert torch.equal(apply_balance(x, layer.balance_rows(dtype)), layer.balance(x))

@@ -34,7 +34,7 @@ __all__ = [
     "load_library",
 ]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ENVIRONMENT = "DVDQUANT_KERNELS"
 LIBRARY = "libdvdquant_kernels.so"
 BUILD = "run `make kernels` in a checkout (needs nvcc), or set DVDQUANT_KERNELS to the built library"
@@ -173,9 +173,9 @@ class KernelLibrary:
             "plan_layer": (i32, [layer, i32, ctypes.POINTER(_Plan)]),
             "workspace_bytes": (i32, [layer, i32, i64, ctypes.POINTER(i64)]),
             "prepare_weight": (i32, [layer, i32, ctypes.POINTER(_Weight), pointer, i64, pointer]),
-            "rotate_quantize": (i32, [layer, i32, *[pointer] * 5, i64, pointer]),
+            "rotate_quantize": (i32, [layer, i32, *[pointer] * 6, i64, pointer]),
             "linear_gemm": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
-            "quant_linear": (i32, [layer, i32, *[pointer] * 4, i64, pointer, i64, pointer]),
+            "quant_linear": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
             "search_grid": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer]),
             "round_feedback": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer, i64, pointer]),
         }
@@ -233,10 +233,14 @@ class KernelLibrary:
         sums: int,
         tokens: int,
         stream: int,
+        balance: int = 0,
     ) -> None:
-        """x [M, K] to codes, scales and sums; ``outer`` is 0 where the outer factor is 1, ``sums`` 0 for none."""
+        """x [M, K] to codes, scales and sums; ``outer`` is 0 where the outer factor is 1, ``sums`` and ``balance``
+        ([K/8, 2, 8] of x's dtype) 0 for none."""
         self._check(
-            self._library.dvdq_rotate_quantize(_layer(layer), sm, x, outer, codes, scales, sums, tokens, stream)
+            self._library.dvdq_rotate_quantize(
+                _layer(layer), sm, x, balance, outer, codes, scales, sums, tokens, stream
+            )
         )
 
     def linear_gemm(
@@ -272,11 +276,12 @@ class KernelLibrary:
         workspace: int,
         workspace_bytes: int,
         stream: int,
+        balance: int = 0,
     ) -> None:
         """Both in one call, with the codes in the workspace."""
         self._check(
             self._library.dvdq_quant_linear(
-                _layer(layer), sm, x, outer, prepared, y, tokens, workspace, workspace_bytes, stream
+                _layer(layer), sm, x, balance, outer, prepared, y, tokens, workspace, workspace_bytes, stream
             )
         )
 

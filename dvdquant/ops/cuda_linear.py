@@ -93,8 +93,10 @@ class CudaKernels:
             self.library.prepare_weight(layer, self.sm, pointers, prepared.data_ptr(), size, stream)
         return prepared
 
-    def rotate_quantize(self, layer: LayerShape, x: Tensor, outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [M, K] to codes uint8 [M, bytes], scales and sums fp32 [scale rows, M]."""
+    def rotate_quantize(
+        self, layer: LayerShape, x: Tensor, outer: Tensor, balance: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [M, K] to codes uint8 [M, bytes], scales and sums fp32 [scale rows, M]; balance [K/8, 2, 8] of x's dtype."""
         plan = self.plan(layer)
         x, tokens = _aligned(x), len(x)
         codes = self.allocate((tokens, plan.codes_bytes_per_token), torch.uint8, x.device)
@@ -112,6 +114,7 @@ class CudaKernels:
                     sums.data_ptr(),
                     tokens,
                     stream,
+                    _pointer(balance),
                 )
         return codes, scales, sums
 
@@ -138,8 +141,10 @@ class CudaKernels:
                 )
         return y
 
-    def quant_linear(self, layer: LayerShape, x: Tensor, outer: Tensor, prepared: Tensor) -> Tensor:
-        """x [M, K] to y [M, N] in one call; can be captured in a CUDA graph."""
+    def quant_linear(
+        self, layer: LayerShape, x: Tensor, outer: Tensor, prepared: Tensor, balance: Tensor | None = None
+    ) -> Tensor:
+        """x [M, K], balance [K/8, 2, 8] to y [M, N] in one call; can be captured in a CUDA graph."""
         x, tokens = _aligned(x), len(x)
         y = self.allocate((tokens, layer.n), x.dtype, x.device)
         if tokens:
@@ -157,6 +162,7 @@ class CudaKernels:
                     workspace.data_ptr(),
                     size,
                     stream,
+                    _pointer(balance),
                 )
         return y
 
@@ -215,16 +221,25 @@ CACHE = PreparedCache()
 
 
 def run_quant_linear(
-    kernels: CudaKernels, cache: PreparedCache, x: Tensor, packed: PackedLayer, act_bits: int, act_group: int
+    kernels: CudaKernels,
+    cache: PreparedCache,
+    x: Tensor,
+    packed: PackedLayer,
+    act_bits: int,
+    act_group: int,
+    balance: Tensor | None = None,
 ) -> Tensor:
-    """``dvdquant::quant_linear`` on the kernels; UnsupportedError where only the reference can."""
+    """``dvdquant::quant_linear`` on the kernels, of x balanced by [K/8, 2, 8] of its dtype; UnsupportedError where only the
+    reference can."""
     layer = layer_shape(x, packed, act_bits, act_group)
     kernels.plan(layer)
     if not cache.is_sylvester(packed.hadamard):
         raise UnsupportedError("the kernels rotate by Sylvester matrices, and the hadamard input is another one")
     prepared = cache.get(kernels, layer, packed)
     outer = packed.outer.contiguous()
-    y = kernels.quant_linear(layer, x.reshape(x.numel() // layer.k, layer.k), outer, prepared)
+    if balance is not None:
+        balance = _aligned(balance)
+    y = kernels.quant_linear(layer, x.reshape(x.numel() // layer.k, layer.k), outer, prepared, balance)
     return y.reshape(*x.shape[:-1], layer.n)
 
 
@@ -277,13 +292,15 @@ def require_kernels(device: torch.device) -> CudaKernels:
     return kernels
 
 
-def quant_linear_cuda(x: Tensor, packed: PackedLayer, act_bits: int, act_group: int) -> Tensor | None:
+def quant_linear_cuda(
+    x: Tensor, packed: PackedLayer, act_bits: int, act_group: int, balance: Tensor | None = None
+) -> Tensor | None:
     """y on the kernels, or None where the reference has to compute it (logged once per reason)."""
     kernels = kernels_for(x.device)
     reason = f"the CUDA kernel library is not built; {BUILD}"
     if kernels is not None:
         try:
-            return run_quant_linear(kernels, CACHE, x, packed, act_bits, act_group)
+            return run_quant_linear(kernels, CACHE, x, packed, act_bits, act_group, balance)
         except UnsupportedError as error:
             reason = str(error)
     if _policy == "raise":
@@ -347,6 +364,10 @@ def _version(tensor: Tensor) -> int:
 def _aligned(x: Tensor) -> Tensor:
     x = x.contiguous()
     return x.clone() if x.data_ptr() % _ALIGNMENT else x
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _outer_pointer(layer: LayerShape, outer: Tensor) -> int:

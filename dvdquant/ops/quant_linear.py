@@ -15,13 +15,40 @@ more, to 8 bits per row (``repack.py`` states by how much).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..arq import fake_quantize_activation
 from ..packing import expand_zero, unpack_int4
 
-__all__ = ["dequantize_weight", "quant_linear", "quant_linear_reference", "rotate_by_matrices"]
+__all__ = [
+    "apply_balance",
+    "balanced_quant_linear",
+    "dequantize_weight",
+    "pack_balance",
+    "quant_linear",
+    "quant_linear_reference",
+    "rotate_by_matrices",
+]
+
+
+def pack_balance(scale: Tensor, offset: Tensor) -> Tensor:
+    """Scales and offsets [K] to [K/8, 2, 8], as a thread of the kernel reads them."""
+    return torch.stack((scale.reshape(-1, 8), offset.reshape(-1, 8)), dim=1)
+
+
+def apply_balance(x: Tensor, balance: Tensor) -> Tensor:
+    """``x · scale + offset``, rounded once to x's dtype.
+
+    Args:
+        x: [..., K]. balance: :func:`pack_balance` of scales that are ± powers of two, and offsets, of x's dtype.
+    """
+    # Not addcmul in 16 bits: on a CPU it rounds products of subnormal fp16 numbers too.
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale, offset = (balance[:, i].reshape(-1).to(compute) for i in (0, 1))
+    return torch.addcmul(offset, x.to(compute), scale).to(x.dtype)
 
 
 def rotate_by_matrices(x: Tensor, hadamard: Tensor, outer: Tensor) -> Tensor:
@@ -132,9 +159,10 @@ def _quant_linear_fake(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@quant_linear.register_kernel("cuda")
-def _quant_linear_cuda(
+@torch.library.custom_op("dvdquant::balanced_quant_linear", mutates_args=())
+def balanced_quant_linear(
     x: Tensor,
+    balance: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     weight_factor: Tensor,
@@ -145,13 +173,41 @@ def _quant_linear_cuda(
     act_bits: int,
     act_group: int,
 ) -> Tensor:
-    from .cuda_linear import PackedLayer, quant_linear_cuda
+    """:func:`quant_linear` of :func:`apply_balance`, for eager PyTorch on a GPU: the kernel that quantizes x balances it.
 
-    packed = PackedLayer(weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer)
-    y = quant_linear_cuda(x, packed, act_bits, act_group)
-    if y is not None:
-        return y
+    Graphs and compilers get the two apart: they fuse the balance with what produces x.
+    """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x = apply_balance(x, balance)
     return quant_linear_reference(
         x, weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer, act_bits, act_group, compute
     )
+
+
+@balanced_quant_linear.register_fake
+def _balanced_quant_linear_fake(x: Tensor, balance: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    torch._check(x.shape[-1] == 2 * weight.shape[1])  # type: ignore[no-untyped-call]
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@quant_linear.register_kernel("cuda")
+def _quant_linear_cuda(x: Tensor, *rest: Any) -> Tensor:
+    return _on_cuda(x, None, *rest)
+
+
+@balanced_quant_linear.register_kernel("cuda")
+def _balanced_quant_linear_cuda(x: Tensor, balance: Tensor, *rest: Any) -> Tensor:
+    return _on_cuda(x, balance, *rest)
+
+
+def _on_cuda(x: Tensor, balance: Tensor | None, *rest: Any) -> Tensor:
+    from .cuda_linear import PackedLayer, quant_linear_cuda
+
+    *tensors, act_bits, act_group = rest
+    y = quant_linear_cuda(x, PackedLayer(*tensors), act_bits, act_group, balance)
+    if y is not None:
+        return y
+    if balance is not None:
+        x = apply_balance(x, balance)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return quant_linear_reference(x, *tensors, act_bits, act_group, compute)  # type: ignore[call-arg]

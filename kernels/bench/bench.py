@@ -235,7 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("the benchmark needs a CUDA device and a PyTorch with CUDA")
         return 2
     device = torch.device(options.device)
-    torch.cuda.set_device(device)
+    # torch takes no device without an index here.
+    torch.cuda.set_device(device.index or 0)
     gpu = torch.cuda.get_device_name(device)
     peers = PEERS[:1] if options.no_peers else PEERS
     try:

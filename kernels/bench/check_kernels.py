@@ -156,18 +156,20 @@ def _check_layer(bench: Bench, grid: Grid, layer: LayerShape, tally: Tally) -> N
         if rows * layer.k <= _REPACKED:
             tally.add(f"{path}: prepared bits", _repacked(shape, path, part, prepared), where)
         for tokens in (m for m, n in bench.pairs if n == rows):
-            _check_tokens(bench, shape, part, x[:tokens].clone(), prepared, weight, bias, tally, f"M {tokens}, {where}")
+            _check_tokens(
+                bench, shape, part, x[:tokens].clone(), prepared, weight, bias, exact, tally, f"M {tokens}, {where}"
+            )
 
 
 def _check_tokens(
     bench: Bench, layer: LayerShape, packed: PackedLayer, x: Tensor, prepared: Tensor, weight: Tensor, bias: Tensor,
-    tally: Tally, where: str,
+    integers: bool, tally: Tally, where: str,
 ) -> None:  # fmt: skip
     kernels, path = bench.kernels, bench.kernels.plan(layer).path
     codes, scales, sums = kernels.rotate_quantize(layer, x, packed.outer)
     tally.add(f"{path}: codes, scales, sums", check_codes(layer, packed, path, x, codes, scales, sums), where)
     y = kernels.linear_gemm(layer, codes, scales, sums, prepared)
-    tally.add(f"{path}: product", check_product(layer, path, codes, scales, weight, bias, y), where)
+    tally.add(f"{path}: product", check_product(layer, path, codes, scales, weight, bias, y, integers), where)
     again = kernels.quant_linear(layer, x, packed.outer, prepared)
     tally.add(f"{path}: one call = two calls", check_equal(y, again, "y"), where)
     once_more = kernels.quant_linear(layer, x, packed.outer, prepared)

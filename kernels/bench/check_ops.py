@@ -19,7 +19,13 @@ from torch import Tensor, nn
 import dvdquant.layers
 from dvdquant.ops.cuda_linear import DTYPES, PackedLayer, PreparedCache, reference_policy, run_quant_linear
 from dvdquant.ops.linear_gemm import decode_codes
-from dvdquant.ops.quant_linear import dequantize_weight, quant_linear, quant_linear_reference
+from dvdquant.ops.quant_linear import (
+    apply_balance,
+    dequantize_weight,
+    pack_balance,
+    quant_linear,
+    quant_linear_reference,
+)
 from dvdquant.repack import LayerShape
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -65,6 +71,26 @@ def check_op(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
         # Powers of two change no rounding, except of fp16 numbers that pass its range or were subnormal.
         same = (2 * y == doubled) | ~torch.isfinite(doubled) | (y.abs() < 2.0**-13)
         tally.add("op after weights changed in place", Verdict(bool(same.all())), where)
+    yield from tally.rows.values()
+
+
+def check_balance(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
+    """A balance in the kernel gives what a balanced x gives, bit by bit; K 1920 cuts a strip of the kernel."""
+    tally = Tally()
+    for features, rotation in ((1536, "full"), (1536, "auto"), (1920, "auto")):
+        for path, grid, layer in reachable_layers(bench, features, rotation=rotation):
+            packed = make_weight(layer, grid.zero, bench.device, seed=11)
+            x = make_tokens(layer, tokens, bench.device, seed=12)
+            generator = torch.Generator(bench.device).manual_seed(13)
+            powers = torch.randint(-3, 4, (layer.k,), generator=generator, device=bench.device)
+            signs = 2 * torch.randint(0, 2, (layer.k,), generator=generator, device=bench.device) - 1
+            shift = torch.randn(layer.k, generator=generator, device=bench.device)
+            scale = signs * torch.exp2(powers)
+            balance = pack_balance(scale, -shift.to(x.dtype) * scale).to(x.dtype)
+            prepared = bench.kernels.prepare(layer, packed.stored())
+            y = bench.kernels.quant_linear(layer, x, packed.outer, prepared, balance)
+            apart = bench.kernels.quant_linear(layer, apply_balance(x, balance), packed.outer, prepared)
+            tally.add("balance in the kernel", check_equal(y, apart, "y"), f"{path}, K {features}, {rotation}, {grid}")
     yield from tally.rows.values()
 
 
@@ -129,12 +155,14 @@ def check_graph(bench: Bench) -> Iterator[Outcome]:
 def layers_run(op: Op) -> Iterator[None]:
     """QuantLinear modules call ``op`` instead of ``dvdquant::quant_linear``."""
     names = vars(dvdquant.layers)
-    before = names["quant_linear"]
+    before = {name: names[name] for name in ("quant_linear", "balanced_quant_linear")}
     names["quant_linear"] = op
+    if op is not quant_linear:
+        names["balanced_quant_linear"] = lambda x, balance, *rest: op(apply_balance(x, balance), *rest)
     try:
         yield
     finally:
-        names["quant_linear"] = before
+        names.update(before)
 
 
 def check_model(bench: Bench) -> Iterator[Outcome]:

@@ -15,8 +15,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,7 +38,7 @@ from check_kernels import (  # noqa: E402
     check_shapes,
     run_all,
 )
-from check_ops import check_graph, check_model, check_op  # noqa: E402
+from check_ops import check_balance, check_graph, check_model, check_op  # noqa: E402
 from check_quantizer import check_quantizer  # noqa: E402
 from check_report import hardware, line, markdown, report_path, smi  # noqa: E402
 
@@ -47,6 +48,8 @@ from dvdquant.ops.cuda import KernelLibrary, find_library, load_library  # noqa:
 # Shapes for the sanitizer, under which everything takes a hundred times as long.
 SMALL = ((7, 8), (33, 136), (129, 136))
 SMALL_FEATURES = (256, 1920)
+# racecheck takes some ten times as long as memcheck.
+SMALLEST = ((33, 136),)
 _ERROR_EXIT = 9
 # Beside --seconds, as the benchmark is.
 _QUANTIZER_SECONDS = 120.0
@@ -70,20 +73,27 @@ def main(arguments: list[str] | None = None) -> int:
     major, minor = torch.cuda.get_device_capability()
     kernels = GuardedKernels(library, 10 * major + minor)
     if options.small:
-        bench = Bench(kernels, torch.device("cuda"), SMALL_FEATURES, SMALL)
-        checks = [check_shapes(bench), check_extremes(bench, 7), check_quantizer(bench, 33, (256,))]
+        least = options.small == "race"
+        bench = Bench(
+            kernels, torch.device("cuda"), SMALL_FEATURES[:1] if least else SMALL_FEATURES, SMALLEST if least else SMALL
+        )
+        checks = [
+            check_shapes(bench),
+            *([] if least else [check_extremes(bench, 7)]),
+            check_quantizer(bench, 33, (256,)),
+        ]
         return report(run_all(checks), [])
     bench = Bench(kernels, torch.device("cuda"), FEATURES)
     bench.deadline = started + 0.6 * options.seconds
     facts = hardware() | {"library": f"{library.path} for {';'.join(library.architectures)}"}
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     outcomes: list[Outcome] = []
-    status = report(every_check(bench, options, started), outcomes)
+    status = report(every_check(bench, options, started), outcomes, started)
     bench_text = ""
     if not options.no_bench:
         outcome, bench_text = run_bench(library, bench.device)
         quantizer, quantizer_text = run_quantizer(_QUANTIZER_SECONDS)
-        status |= report(iter([outcome, quantizer]), outcomes)
+        status |= report(iter([outcome, quantizer]), outcomes, started)
         bench_text += quantizer_text
     facts |= {f"{name} at the end": value for name, value in smi().items() if name.startswith(("clocks", "temp"))}
     facts["seconds"] = f"{time.monotonic() - started:.0f}"
@@ -96,31 +106,38 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def every_check(bench: Bench, options: argparse.Namespace, started: float) -> Iterator[Outcome]:
-    """All rows but the benchmark's, the cheap and telling ones first."""
-    yield from run_all(
-        [
-            check_dispatch(bench),
-            check_extremes(bench),
-            check_exact_sums(bench),
-            check_op(bench),
-            check_graph(bench),
-            check_model(bench),
-            check_quantizer(bench),
-            check_large(bench, 118800, 21504, 21504),
-            check_shapes(bench),
-        ]
-    )
-    torch.cuda.empty_cache()
-    yield run_pytest(options.seconds - (time.monotonic() - started))
-    for tool in ("memcheck", "racecheck"):
-        yield run_sanitizer(tool, options.seconds - (time.monotonic() - started))
+    """All rows but the benchmark's, the cheap and telling ones first; the sanitizers and pytest run beside them."""
+    beside = [start_pytest(), start_sanitizer("memcheck"), start_sanitizer("racecheck")]
+    try:
+        yield from run_all(
+            [
+                check_dispatch(bench),
+                check_extremes(bench),
+                check_exact_sums(bench),
+                check_op(bench),
+                check_balance(bench),
+                check_graph(bench),
+                check_model(bench),
+                check_quantizer(bench),
+                check_large(bench, 118800, 21504, 21504),
+                check_shapes(bench),
+            ]
+        )
+        torch.cuda.empty_cache()
+        for tool in beside:
+            yield tool if isinstance(tool, Outcome) else tool.finish(options.seconds - (time.monotonic() - started))
+    finally:
+        for tool in beside:
+            if isinstance(tool, Running):
+                tool.stop()
 
 
-def report(rows: Iterator[Outcome], outcomes: list[Outcome]) -> int:
-    """Prints and collects rows; 1 if one failed."""
+def report(rows: Iterator[Outcome], outcomes: list[Outcome], started: float | None = None) -> int:
+    """Prints and collects rows, with the seconds since ``started``; 1 if one failed."""
     status = 0
     for outcome in rows:
-        print(line(outcome), flush=True)
+        clock = "" if started is None else f"{time.monotonic() - started:4.0f} s  "
+        print(clock + line(outcome), flush=True)
         outcomes.append(outcome)
         status |= not outcome.passed
     return status
@@ -132,7 +149,33 @@ def build() -> bool:
     return find_library() is not None
 
 
-def run_pytest(seconds: float) -> Outcome:
+class Running:
+    """A command that runs beside the checks until :meth:`stop`; ``judge(name, status, output)`` makes its row."""
+
+    def __init__(self, name: str, command: list[str], judge: Callable[[str, int, str], Outcome]) -> None:
+        self.name, self.judge = name, judge
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(command, cwd=REPOSITORY, stdout=self._output, stderr=subprocess.STDOUT)
+
+    def finish(self, seconds: float) -> Outcome:
+        """The row, after waiting for at most ``seconds``."""
+        try:
+            status = self._process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return Outcome(self.name, True, 0, note="not run to its end: the time was used up")
+        self._output.seek(0)
+        return self.judge(self.name, status, self._output.read().strip())
+
+    def stop(self) -> None:
+        """End it, if it still runs."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._output.close()
+
+
+def start_pytest() -> Running | Outcome:
     """The tests marked gpu, of the files that have some; files that need a package this machine lacks are counted."""
     name = "pytest -m gpu"
     files = [str(p) for p in sorted((REPOSITORY / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
@@ -140,8 +183,7 @@ def run_pytest(seconds: float) -> Outcome:
         return Outcome(name, True, 0, note="not run: no pytest, or no such tests")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfE",
                "--continue-on-collection-errors", *files]  # fmt: skip
-    status, output = run_command(command, seconds)
-    return Outcome(name, False, note="took too long") if status is None else judge_pytest(name, status, output)
+    return Running(name, command, judge_pytest)
 
 
 def judge_pytest(name: str, status: int, output: str) -> Outcome:
@@ -160,26 +202,23 @@ def judge_pytest(name: str, status: int, output: str) -> Outcome:
     return Outcome(name, passed, int(ran.group(1)) if ran else 0, note=note)
 
 
-def run_sanitizer(tool: str, seconds: float) -> Outcome:
+def start_sanitizer(tool: str) -> Running | Outcome:
     """compute-sanitizer over the small shapes."""
     found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if found is None:
         return Outcome(tool, True, 0, note="not run: compute-sanitizer was not found")
-    command = [found, "--tool", tool, "--error-exitcode", str(_ERROR_EXIT), sys.executable, __file__, "--small"]
-    return run_tool(tool, command, seconds)
+    command = [found, "--tool", tool, "--error-exitcode", str(_ERROR_EXIT), sys.executable, __file__,
+               "--small", "race" if tool == "racecheck" else "memory"]  # fmt: skip
+    return Running(tool, command, judge_tool)
 
 
-def run_tool(name: str, command: list[str], seconds: float) -> Outcome:
-    """A command as one row: its last line, and "not run" where there is no time or the device refuses the tool."""
-    status, output = run_command(command, seconds)
-    if status is None:
-        return Outcome(name, True, 0, note=f"not run to its end within {seconds:.0f} s")
-    last = output.splitlines()[-1] if output else "no output"
+def judge_tool(name: str, status: int, output: str) -> Outcome:
+    """A command as one row: its last line, and "not run" where the device refuses the tool."""
     if "Device not supported" in output:
         return Outcome(name, True, 0, note="not run: the machine's runtime does not let it see the device")
     if status:
         print(output[-6000:])
-    return Outcome(name, status == 0, note=last)
+    return Outcome(name, status == 0, note=output.splitlines()[-1] if output else "no output")
 
 
 def run_command(command: list[str], seconds: float) -> tuple[int | None, str]:
@@ -228,7 +267,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--seconds", type=float, default=480, help="time for everything but the build and the benchmarks"
     )
     parser.add_argument("--no-bench", action="store_true", help="correctness only")
-    parser.add_argument("--small", action="store_true", help="a few small shapes, as under compute-sanitizer")
+    parser.add_argument("--small", choices=("memory", "race"), help="a few small shapes, as under compute-sanitizer")
     return parser.parse_args(arguments)
 
 

@@ -22,7 +22,7 @@ from dvdquant.hadamard import hadamard_matrix
 from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, WeightPointers
 from dvdquant.ops.cuda_linear import DTYPES
 from dvdquant.ops.linear_gemm import decode_codes
-from dvdquant.ops.quant_linear import rotate_by_matrices
+from dvdquant.ops.quant_linear import apply_balance, rotate_by_matrices
 from dvdquant.ops.rotate_quantize import encode_codes
 from dvdquant.recipe import WeightSpec
 from dvdquant.repack import LayerShape, dequantize, from_bytes, prepare, prepared_bytes, to_bytes
@@ -94,11 +94,15 @@ class HostLibrary:
         ctypes.memmove(prepared, raw, len(raw))
 
     def rotate_quantize(
-        self, layer: LayerShape, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int
-    ) -> None:
+        self, layer: LayerShape, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int,
+        balance: int = 0,
+    ) -> None:  # fmt: skip
         """Codes, scales and sums in the path's layout."""
-        plan = self.plan_layer(layer, sm)
-        values, scale = self.quantize(layer, _view(x, (m, layer.k), DTYPES[layer.dtype]), self.outer(layer, outer))
+        plan, dtype = self.plan_layer(layer, sm), DTYPES[layer.dtype]
+        tokens = _view(x, (m, layer.k), dtype)
+        if balance:
+            tokens = apply_balance(tokens, _view(balance, (layer.k // 8, 2, 8), dtype))
+        values, scale = self.quantize(layer, tokens, self.outer(layer, outer))
         _view(codes, (m, plan.codes_bytes_per_token), torch.uint8).copy_(encode_codes(values, plan.path))
         _view(scales, (plan.scale_rows, m), torch.float32).copy_(scale.T)
         if sums:
@@ -120,7 +124,7 @@ class HostLibrary:
 
     def quant_linear(
         self, layer: LayerShape, sm: int, x: int, outer: int, prepared: int, y: int, m: int, workspace: int, size: int,
-        stream: int,
+        stream: int, balance: int = 0,
     ) -> None:  # fmt: skip
         """Both, with the codes in the workspace."""
         plan = self.plan_layer(layer, sm)
@@ -129,7 +133,7 @@ class HostLibrary:
         # Scales first: they need 4-byte alignment, which an odd number of codes would break.
         scales, sums = workspace, workspace + 4 * m * plan.scale_rows
         codes = sums + 4 * m * plan.scale_rows
-        self.rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream)
+        self.rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
         self.linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, workspace, size, stream)
 
     def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:

@@ -85,6 +85,18 @@ DVDQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
 }
 DVDQ_DEVICE int dot4(uint32_t a, uint32_t b, int c) { return __dp4a(static_cast<int>(a), static_cast<int>(b), c); }
 
+// a * b + c of the two 16-bit floats in each word, rounded once.
+template <bool Half>
+DVDQ_DEVICE uint32_t multiply_add_16bit2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  if constexpr (Half) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  }
+  return result;
+}
+
 DVDQ_DEVICE float bf16_to_float(uint16_t value) { return __uint_as_float(static_cast<uint32_t>(value) << 16); }
 DVDQ_DEVICE float fp16_to_float(uint16_t value) { return __half2float(__ushort_as_half(value)); }
 // Two floats to two 16-bit values, `low` in the low half; round to nearest even.

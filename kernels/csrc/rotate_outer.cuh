@@ -15,6 +15,7 @@ constexpr int kMaxThreads = 640;
 
 struct Params {
   const uint16_t* x;
+  const uint16_t* balance;  // [channels / 8, 2, 8]: scales, offsets; null: none
   const float* matrix;  // [p, p]
   unsigned char* codes;
   float* scales;
@@ -34,7 +35,8 @@ DVDQ_DEVICE void load_row(const Params& p, int64_t token, float* row) {
   // The power of two of 1/sqrt(b): exact.
   const float unit = bits_float(static_cast<uint32_t>(127 - (p.log2_block >> 1)) << 23);
   for (int channel = 8 * static_cast<int>(threadIdx.x); channel < p.channels; channel += 8 * static_cast<int>(blockDim.x)) {
-    const uint4 raw = load_once_16(from + channel);
+    uint4 raw = load_once_16(from + channel);
+    if (p.balance != nullptr) balance_8<Half>(raw, p.balance + 2 * channel);
     float v[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

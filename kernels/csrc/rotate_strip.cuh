@@ -32,6 +32,7 @@ constexpr int kRegisters = 96;
 
 struct Params {
   const uint16_t* x;
+  const uint16_t* balance;  // [channels / 8, 2, 8]: scales, offsets; null: none
   unsigned char* codes;
   float* scales;
   float* sums;        // null: none
@@ -131,6 +132,12 @@ DVDQ_DEVICE void load_and_rotate(const Params& p, const Place& place, float (&v)
   make_matrix<Half>(a, p.log2_block);
 #pragma unroll
   for (int bit5 = 0; bit5 < 2; ++bit5) {
+    // Half of the vectors at a time, which is what the registers carry.
+#pragma unroll
+    for (int i = bit5; i < 8; i += 2) {
+      const int channel = place.channel + 32 * i + 8 * t;
+      if (p.balance != nullptr && channel < p.channels) balance_8<Half>(raw[i], p.balance + 2 * channel);
+    }
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       // Input bit 0 (a register's halves) = channel bit 6, input bit 3 (the two registers) = channel bit 7.

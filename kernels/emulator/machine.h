@@ -112,6 +112,7 @@ inline uint16_t float_to_fp16(float value) {
   const uint16_t sign = static_cast<uint16_t>((float_bits(value) >> 16) & 0x8000u);
   if (std::isnan(value)) return 0x7fffu;
   const float magnitude = std::fabs(value);
+  if (magnitude == 0.0f) return sign;
   if (magnitude >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00u);
   int exponent = 0;
   std::frexp(magnitude, &exponent);
@@ -122,6 +123,20 @@ inline uint16_t float_to_fp16(float value) {
   return static_cast<uint16_t>(sign | bits);
 }
 inline uint32_t pack_bf16(float low, float high) { return float_to_bf16(low) | (static_cast<uint32_t>(float_to_bf16(high)) << 16); }
+// In fp32 between: its rounding changes a sum of two 16-bit numbers only where the smaller is lost in either format.
+template <bool Half>
+inline uint32_t multiply_add_16bit2(uint32_t a, uint32_t b, uint32_t c) {
+  float sum[2];
+  for (int i = 0; i < 2; ++i) {
+    const auto widen = [i](uint32_t word) {
+      const uint16_t half = static_cast<uint16_t>(word >> (16 * i));
+      return Half ? fp16_to_float(half) : bf16_to_float(half);
+    };
+    sum[i] = fmaf(widen(a), widen(b), widen(c));
+  }
+  return Half ? float_to_fp16(sum[0]) | (static_cast<uint32_t>(float_to_fp16(sum[1])) << 16)
+              : float_to_bf16(sum[0]) | (static_cast<uint32_t>(float_to_bf16(sum[1])) << 16);
+}
 inline uint32_t pack_fp16(float low, float high) { return float_to_fp16(low) | (static_cast<uint32_t>(float_to_fp16(high)) << 16); }
 
 // ---- memory -------------------------------------------------------------------------------------------------------

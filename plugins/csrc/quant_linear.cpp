@@ -166,8 +166,9 @@ void QuantLinear::run(PluginTensorDesc const* in, void const* const* inputs, voi
   int64_t needed = 0;
   check_kernels(kernels().workspace_bytes(&*layer_, sm_, tokens, &needed), "workspace size");
   auto const* outer = layer_->outer > 1 ? static_cast<float const*>(inputs[kOuter]) : nullptr;
-  check_kernels(kernels().quant_linear(&*layer_, sm_, inputs[kX], outer, weight_->data(), y, tokens, workspace, needed,
-                                       stream),
+  // No balance: the graph's own pointwise operations before this node are it, fused by TensorRT.
+  check_kernels(kernels().quant_linear(&*layer_, sm_, inputs[kX], nullptr, outer, weight_->data(), y, tokens, workspace,
+                                       needed, stream),
                 fields_.layer.c_str());
 }
 

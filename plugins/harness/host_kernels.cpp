@@ -130,10 +130,11 @@ DVDQ_API dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t, const
   return DVDQ_OK;
 }
 
-DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const float* outer,
-                                       const void* prepared, void* y, int64_t m, void* workspace, int64_t bytes,
-                                       dvdq_stream stream) {
+DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* balance,
+                                       const float* outer, const void* prepared, void* y, int64_t m, void* workspace,
+                                       int64_t bytes, dvdq_stream stream) {
   int64_t needed = 0;
+  if (balance != nullptr) return fail(DVDQ_BAD_ARGUMENT, "the plugin passes no balance");
   if (dvdq_status const status = dvdq_workspace_bytes(layer, sm, m, &needed); status != DVDQ_OK) return status;
   if (bytes < needed || workspace == nullptr) return fail(DVDQ_WORKSPACE, "workspace too small");
   if (layer->outer > 1 && outer == nullptr) return fail(DVDQ_BAD_ARGUMENT, "outer is null");

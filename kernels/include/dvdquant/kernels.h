@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define DVDQ_ABI_VERSION 2
+#define DVDQ_ABI_VERSION 3
 
 typedef void* dvdq_stream;  // cudaStream_t
 
@@ -100,9 +100,13 @@ DVDQ_API dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t sm, co
 
 // RQ. x [m, k] row-major; codes as plan.codes; scales fp32: [m] per token, [k / act_group, m] per group (group-major);
 // sums fp32, same layout as scales, the sum of the codes of that group, or null.
+// balance: [k / 8, 2, 8] of layer.dtype, 8 scales and 8 offsets in turns; or null. x becomes fma(x, scale, offset), rounded
+// once to layer.dtype, before the rotation: the pre_quant_scale and pre_quant_shift of a layer, for callers who have no
+// pointwise operation to fuse them into.
 // outer_matrix: fp32 [p, p] on the device, null when outer == 1. The inner factor is the Sylvester matrix / sqrt(b).
-DVDQ_API dvdq_status dvdq_rotate_quantize(const dvdq_layer* layer, int32_t sm, const void* x, const float* outer_matrix,
-                                          void* codes, float* scales, float* sums, int64_t m, dvdq_stream stream);
+DVDQ_API dvdq_status dvdq_rotate_quantize(const dvdq_layer* layer, int32_t sm, const void* x, const void* balance,
+                                          const float* outer_matrix, void* codes, float* scales, float* sums, int64_t m,
+                                          dvdq_stream stream);
 
 // QL. Same layouts; y [m, n] row-major of layer.dtype.
 DVDQ_API dvdq_status dvdq_linear_gemm(const dvdq_layer* layer, int32_t sm, const void* codes, const float* scales,
@@ -110,9 +114,9 @@ DVDQ_API dvdq_status dvdq_linear_gemm(const dvdq_layer* layer, int32_t sm, const
                                       int64_t workspace_bytes, dvdq_stream stream);
 
 // RQ + QL. Capturable in a CUDA graph: no allocation, no synchronisation, no host copy.
-DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const float* outer_matrix,
-                                       const void* prepared, void* y, int64_t m, void* workspace,
-                                       int64_t workspace_bytes, dvdq_stream stream);
+DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* balance,
+                                       const float* outer_matrix, const void* prepared, void* y, int64_t m,
+                                       void* workspace, int64_t workspace_bytes, dvdq_stream stream);
 
 // ---- quantizing: rotated weights -> 4-bit grids -----------------------------------------------------------------------
 
