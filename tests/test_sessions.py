@@ -315,6 +315,10 @@ def test_batches_and_fixed_sizes_in_words() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["onnxruntime", "pytorch"])
 def test_on_a_gpu(backend: str) -> None:
+    import onnxruntime
+
+    if backend == "onnxruntime" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs ONNX Runtime's CUDA provider: pip install onnxruntime-gpu")
     artifact = Artifact.open(made.family_export("wan"))
     inputs = sample(artifact)
     with open_session(artifact, backend=backend, device="cuda") as session:

@@ -90,21 +90,20 @@ class OnnxRuntimeSession(EngineSession):
             options.add_external_initializers(constants, [self._constants[name] for name in constants])
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.device.type == "cuda":
+            _check_cuda(onnxruntime.get_available_providers(), "install onnxruntime-gpu in place of onnxruntime")
             providers.insert(0, ("CUDAExecutionProvider", self._cuda_options()))
         try:
             raw = ir.serde.serialize_model(model).SerializeToString()
             session = onnxruntime.InferenceSession(raw, options, providers=providers)
+            if self.device.type == "cuda":
+                _check_cuda(session.get_providers(), "install the CUDA libraries this onnxruntime-gpu was built for")
             binding = session.io_binding()
             for name, kind in bound.items():
                 _bind(binding, name, self._weights[name], kind)
+        except EngineError:
+            raise
         except Exception as error:  # onnxruntime's own exceptions share no base class but this
             raise EngineError(f"ONNX Runtime refused {path}: {error}") from error
-        if self.device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-            raise EngineError(
-                "ONNX Runtime could not start its CUDA provider",
-                available=session.get_providers(),
-                fix="install the CUDA libraries this onnxruntime-gpu was built for, or use --device cpu",
-            )
         return _Bound(session, binding)
 
     def _options(self, onnxruntime: Any) -> Any:
@@ -216,6 +215,15 @@ class _Bound:
 
     session: Any
     binding: Any
+
+
+def _check_cuda(providers: Sequence[str], fix: str) -> None:
+    if "CUDAExecutionProvider" not in providers:
+        raise EngineError(
+            "ONNX Runtime has no CUDA provider here",
+            available=providers,
+            fix=f"{fix}, or use --backend pytorch or --device cpu",
+        )
 
 
 def _parse(raw: bytes, path: str) -> ir.Model:

@@ -53,6 +53,8 @@ SMALLEST = ((33, 136),)
 _ERROR_EXIT = 9
 # Beside --seconds, as the benchmark is.
 _QUANTIZER_SECONDS = 120.0
+# Tests marked slow run where there is so much time.
+_SLOW_SECONDS = 300
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,30 +86,42 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         return report(run_all(checks), [])
     bench = Bench(kernels, torch.device("cuda"), FEATURES)
-    bench.deadline = started + 0.6 * options.seconds
+    bench.deadline = started + 0.7 * options.seconds
     facts = hardware() | {"library": f"{library.path} for {';'.join(library.architectures)}"}
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     outcomes: list[Outcome] = []
     status = report(every_check(bench, options, started), outcomes, started)
     bench_text = ""
+    path = report_path(options.out, facts)
+    write(path, facts, outcomes, bench_text)
     if not options.no_bench:
-        outcome, bench_text = run_bench(library, bench.device)
-        quantizer, quantizer_text = run_quantizer(_QUANTIZER_SECONDS)
-        status |= report(iter([outcome, quantizer]), outcomes, started)
+        outcome, bench_text = run_bench(library, bench.device, options.bench_seconds)
+        status |= report(iter([outcome]), outcomes, started)
+        write(path, facts, outcomes, bench_text)
+        outcome, quantizer_text = run_quantizer(_QUANTIZER_SECONDS)
+        status |= report(iter([outcome]), outcomes, started)
         bench_text += quantizer_text
     facts |= {f"{name} at the end": value for name, value in smi().items() if name.startswith(("clocks", "temp"))}
     facts["seconds"] = f"{time.monotonic() - started:.0f}"
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = report_path(options.out, facts)
-    path.write_text(markdown("gpu-check", facts, outcomes, bench_text))
+    write(path, facts, outcomes, bench_text)
     failed = sum(not o.passed for o in outcomes)
     print(f"{len(outcomes) - failed} rows passed, {failed} failed; report {path}")
     return status
 
 
+def write(path: Path, facts: dict[str, str], outcomes: list[Outcome], text: str) -> None:
+    """The report, as far as it is: what is cut off later keeps what was found."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(markdown("gpu-check", facts, outcomes, text))
+
+
 def every_check(bench: Bench, options: argparse.Namespace, started: float) -> Iterator[Outcome]:
     """All rows but the benchmark's, the cheap and telling ones first; the sanitizers and pytest run beside them."""
-    beside = [start_pytest(), start_sanitizer("memcheck"), start_sanitizer("racecheck")]
+    beside = [
+        start_pytest(slow=options.seconds >= _SLOW_SECONDS),
+        start_sanitizer("memcheck"),
+        start_sanitizer("racecheck"),
+    ]
     try:
         yield from run_all(
             [
@@ -117,10 +131,10 @@ def every_check(bench: Bench, options: argparse.Namespace, started: float) -> It
                 check_op(bench),
                 check_balance(bench),
                 check_graph(bench),
-                check_model(bench),
-                check_quantizer(bench),
-                check_large(bench, 118800, 21504, 21504),
                 check_shapes(bench),
+                check_large(bench, 118800, 21504, 21504),
+                check_quantizer(bench),
+                check_model(bench),
             ]
         )
         torch.cuda.empty_cache()
@@ -175,13 +189,14 @@ class Running:
         self._output.close()
 
 
-def start_pytest() -> Running | Outcome:
+def start_pytest(slow: bool = True) -> Running | Outcome:
     """The tests marked gpu, of the files that have some; files that need a package this machine lacks are counted."""
-    name = "pytest -m gpu"
+    marks = "gpu" if slow else "gpu and not slow"
+    name = f"pytest -m '{marks}'"
     files = [str(p) for p in sorted((REPOSITORY / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
     if importlib.util.find_spec("pytest") is None or not files:
         return Outcome(name, True, 0, note="not run: no pytest, or no such tests")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfE",
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:cacheprovider", "-rfE",
                "--continue-on-collection-errors", *files]  # fmt: skip
     return Running(name, command, judge_pytest)
 
@@ -232,12 +247,12 @@ def run_command(command: list[str], seconds: float) -> tuple[int | None, str]:
     return run.returncode, (run.stdout + run.stderr).strip()
 
 
-def run_bench(library: KernelLibrary, device: torch.device) -> tuple[Outcome, str]:
+def run_bench(library: KernelLibrary, device: torch.device, seconds: float) -> tuple[Outcome, str]:
     """The benchmark beside this file: its row, and its table for the report."""
     try:
         import bench
 
-        rows = bench.run(library, device, progress=print)
+        rows = bench.run(library, device, seconds=seconds, progress=print)
         text = "#" + bench.to_markdown(rows, "Speed", bench.describe(device, library))
     except (DvdquantError, RuntimeError, ImportError) as error:
         return Outcome("bench", False, note=f"{type(error).__name__}: {error}"), ""
@@ -266,6 +281,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=480, help="time for everything but the build and the benchmarks"
     )
+    parser.add_argument("--bench-seconds", type=float, default=230, help="start no further peers after this")
     parser.add_argument("--no-bench", action="store_true", help="correctness only")
     parser.add_argument("--small", choices=("memory", "race"), help="a few small shapes, as under compute-sanitizer")
     return parser.parse_args(arguments)

@@ -30,14 +30,23 @@ class Timer:
         warm_up: calls before them.
     """
 
+    # More of them until so much time has passed.
+    warm_up_seconds = 0.0
+
     def __init__(self, repeats: int = 20, warm_up: int = 3) -> None:
         self.repeats, self.warm_up = repeats, warm_up
 
     def milliseconds(self, call: Callable[[], object]) -> float:
         """Median time of ``call``."""
-        for _ in range(self.warm_up):
+        start, calls = time.perf_counter(), 0
+        while calls < self.warm_up or time.perf_counter() - start < self.warm_up_seconds:
             call()
+            self._wait()
+            calls += 1
         return statistics.median(self._samples(call))
+
+    def _wait(self) -> None:
+        """Until the call is done."""
 
     def _samples(self, call: Callable[[], object]) -> list[float]:
         raise NotImplementedError
@@ -62,9 +71,15 @@ class HostTimer(Timer):
 class CudaTimer(Timer):
     """CUDA events around every call, with the L2 emptied in between."""
 
+    # A GPU that idled needs some for its clocks.
+    warm_up_seconds = 0.03
+
     def __init__(self, repeats: int = 20, warm_up: int = 3) -> None:
         super().__init__(repeats, warm_up)
         self._flush = torch.ones(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+
+    def _wait(self) -> None:
+        torch.cuda.synchronize()
 
     def _samples(self, call: Callable[[], object]) -> list[float]:
         pairs = [(_event(), _event()) for _ in range(self.repeats)]

@@ -56,7 +56,7 @@ struct Instance {
          static_cast<const float*>(unit),
          unit_scales(n, k)},
         {Fused::arguments(args), nullptr, {}, static_cast<Output*>(args.y), {args.n, {}, 0}}};
-    return launch<Gemm>(arguments, args, "e4m3_group");
+    return launch<Gemm>(arguments, args, kSquare, "e4m3_group");
   }
 };
 

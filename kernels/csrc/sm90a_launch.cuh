@@ -59,12 +59,20 @@ inline dvdq_status check_sizes(const GemmArgs& args, const char* name) {
               static_cast<long long>(args.m), static_cast<long long>(args.n), static_cast<long long>(args.k));
 }
 
-// Consecutive CTAs walk 8 tiles along one side before the other, so that a wave reads a near-square part of the
-// product: at 118800 x 12288 it halves what one wave takes out of L2.
-constexpr int kSwizzle = 8;
+// How many tiles consecutive CTAs walk along one side before the other: 8 gives near-square parts, 1 walks past the whole
+// weight before the next rows, so that each activation is read from memory once, if the weight stays in L2.
+constexpr int kSquare = 8;
+constexpr int kWholeWeight = 1;
+
+inline dvdq_status query_l2(const char* name, int* bytes) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(bytes, cudaDevAttrL2CacheSize, device);
+  return check_cuda(error, name);
+}
 
 template <typename Gemm>
-dvdq_status launch(typename Gemm::Arguments arguments, const GemmArgs& args, const char* name) {
+dvdq_status launch(typename Gemm::Arguments arguments, const GemmArgs& args, int swizzle, const char* name) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) {
@@ -72,7 +80,7 @@ dvdq_status launch(typename Gemm::Arguments arguments, const GemmArgs& args, con
   }
   arguments.hw_info.device_id = device;
   arguments.hw_info.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(device);
-  arguments.scheduler.max_swizzle_size = kSwizzle;
+  arguments.scheduler.max_swizzle_size = swizzle;
   if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess) {
     return fail(DVDQ_UNSUPPORTED, "%s cannot run m %lld, n %lld, k %lld: n has to be a multiple of 8 and k of 16", name,
                 static_cast<long long>(args.m), static_cast<long long>(args.n), static_cast<long long>(args.k));
