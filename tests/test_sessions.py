@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dvdquant.deploy import sessions
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
-from dvdquant.deploy.sessions.pytorch import PyTorchSession
+from dvdquant.deploy.sessions.pytorch import PyTorchSession, bits_advice
 from dvdquant.errors import DvdquantError, EngineError, ShapeError, UnsupportedError
 from dvdquant.export.verify import ATOL, FACTOR
 from dvdquant.families import Sizes
@@ -240,6 +241,38 @@ def test_auto_says_why(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "dvdquant.deploy.sessions"), open_session(artifact, device="cpu") as session:
         assert (session.backend, session.bits) == ("onnxruntime", (4, 8))
     assert "transformer on cpu: onnxruntime (no CUDA device)" in caplog.text
+
+
+def test_what_runs_where_no_engine_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA kernels where they are built, else whichever of ONNX Runtime and PyTorch reaches the GPU."""
+    import onnxruntime
+
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(sessions, "find_library", lambda: tmp_path)
+    assert sessions.without_engine(gpu) == ("pytorch", ["the CUDA kernels are built"])
+    assert sessions.without_engine(torch.device("cpu")) == ("onnxruntime", [])
+    monkeypatch.setattr(sessions, "find_library", lambda: None)
+    for providers, name in ((["CUDAExecutionProvider", "CPUExecutionProvider"], "onnxruntime"), ([], "pytorch")):
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda found=providers: found)
+        chosen, reasons = sessions.without_engine(gpu)
+        assert chosen == name
+        assert "make kernels" in reasons[0]
+
+
+def test_four_bits_are_advised_against_where_they_gain_nothing() -> None:
+    assert bits_advice(89, (4, 8)) is None
+    assert bits_advice(90, (8,)) is None
+    assert "SM 9.0 has no 4-bit" in str(bits_advice(90, (4, 8)))
+
+
+def test_onnxruntime_without_its_cuda_provider_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    artifact = Artifact.open(made.family_export("wan"))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EngineError, match="no CUDA provider here") as caught:
+        OnnxRuntimeSession(artifact, device=torch.device("cuda"))
+    assert "onnxruntime-gpu" in str(caught.value)
 
 
 def test_a_failing_backend_is_an_engine_error(session: EngineSession, monkeypatch: pytest.MonkeyPatch) -> None:

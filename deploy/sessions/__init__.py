@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import DvdquantError, UnsupportedError
+from dvdquant.ops.cuda import BUILD, find_library
 
 from .base import EngineSession, chosen_bits
 
@@ -36,7 +37,8 @@ def open_session(
     Args:
         component: ``transformer`` or ``transformer_2``.
         backend: one of :data:`BACKENDS`. ``auto`` takes an engine where there is a CUDA device and one that fits it, else
-            ONNX Runtime; the log (INFO) says what was taken and why.
+            PyTorch with the CUDA kernels where they are built, else ONNX Runtime if it runs on the device; the log (INFO)
+            says what was taken and why.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         bits: activation bits to load; default all.
         plugins: TensorRT plugin libraries to load before the engines that need them.
@@ -118,5 +120,19 @@ def _open_best(
             return _open(name, artifact, component, bits, device, plugins)
     else:
         reasons.append("no CUDA device")
-    log.info("%s on %s: onnxruntime (%s)", component, device, "; ".join(reasons))
-    return _open("onnxruntime", artifact, component, bits, device, ())
+    name, reason = without_engine(device)
+    log.info("%s on %s: %s (%s)", component, device, name, "; ".join([*reasons, *reason]))
+    return _open(name, artifact, component, bits, device, ())
+
+
+def without_engine(device: torch.device) -> tuple[str, list[str]]:
+    """The backend for a device that no engine fits, and why."""
+    if device.type != "cuda":
+        return "onnxruntime", []
+    import onnxruntime
+
+    if find_library() is not None:
+        return "pytorch", ["the CUDA kernels are built"]
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return "onnxruntime", [f"the CUDA kernels are not built; {BUILD}"]
+    return "pytorch", [f"ONNX Runtime has no CUDA provider, and the CUDA kernels are not built; {BUILD}"]

@@ -59,6 +59,10 @@ class OnnxRuntimeSession(EngineSession):
         if weights not in ("packed", "expanded"):
             raise UnsupportedError(f"weights is {weights!r}", available=["packed", "expanded"])
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
+        if self.device.type == "cuda":
+            import onnxruntime
+
+            _check_cuda(onnxruntime.get_available_providers(), "install onnxruntime-gpu in place of onnxruntime")
         self.weights: WeightForm = weights
         self._threads = threads or torch.get_num_threads()
         self._files = WeightFiles(artifact, component)
@@ -90,7 +94,6 @@ class OnnxRuntimeSession(EngineSession):
             options.add_external_initializers(constants, [self._constants[name] for name in constants])
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.device.type == "cuda":
-            _check_cuda(onnxruntime.get_available_providers(), "install onnxruntime-gpu in place of onnxruntime")
             providers.insert(0, ("CUDAExecutionProvider", self._cuda_options()))
         try:
             raw = ir.serde.serialize_model(model).SerializeToString()

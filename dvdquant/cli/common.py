@@ -90,7 +90,7 @@ def runs_on(command: Callable[P, R]) -> Callable[P, R]:
         type=click.Choice(["auto", "onnxruntime", "pytorch", "rtx", "tensorrt"]),
         default="auto",
         show_default=True,
-        help="auto: an engine for this GPU, else ONNX Runtime.",
+        help="auto: an engine for this GPU, else PyTorch with the CUDA kernels, else ONNX Runtime.",
     )
     device = click.option(
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where it runs."
