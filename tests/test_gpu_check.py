@@ -6,23 +6,17 @@ a mistake kernels make: tails, rounding, saturation, indices, races, stale cache
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dvdquant.arq import AMAX_FLOOR, QMAX, quantize_activation
-from dvdquant.hadamard import hadamard_matrix
 from dvdquant.ops import cuda_linear
-from dvdquant.ops.cuda_linear import DTYPES
-from dvdquant.ops.quant_linear import rotate_by_matrices
 
 BENCH = Path(__file__).parent.parent / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
@@ -34,7 +28,9 @@ import check_quantizer  # noqa: E402
 import check_report  # noqa: E402
 import gpu_check  # noqa: E402
 from check_compare import check_equal, half_ulp  # noqa: E402
-from host_library import HostLibrary, _view  # noqa: E402
+from host_library import HostLibrary  # noqa: E402
+
+from tests import wrong_kernels as wrong  # noqa: E402
 
 Rows = Iterator[Any]
 
@@ -96,197 +92,35 @@ def test_every_path_of_a_device_is_reached() -> None:
 # ------------------------------------------------------------------------------------------------------ wrong libraries
 
 
-class SwappedNibbles(HostLibrary):
-    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
-        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
-        plan = self.plan_layer(layer, sm)
-        raw = _view(codes, (m, plan.codes_bytes_per_token), torch.uint8)
-        if plan.codes == "s4":
-            raw.copy_((raw << 4) | (raw >> 4))
-
-
-class UnbalancedTail(HostLibrary):
-    """Balances whole strips of 256 channels only."""
-
-    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
-        if balance and layer.k % 256:
-            rows = _view(balance, (layer.k // 8, 2, 8), DTYPES[layer.dtype]).clone()
-            rows[layer.k // 256 * 32 :, 0], rows[layer.k // 256 * 32 :, 1] = 1, 0
-            balance = rows.data_ptr()
-        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
-
-
-class WrongSums(HostLibrary):
-    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
-        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
-        if sums:
-            _view(sums, (self.plan_layer(layer, sm).scale_rows, m), torch.float32)[-1, -1] += 1
-
-
-class Truncated(HostLibrary):
-    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
-        hadamard = hadamard_matrix(layer.block, torch.float32)
-        rotated = rotate_by_matrices(x.float(), hadamard, outer)
-        _, scale = quantize_activation(rotated, layer.act_bits, layer.act_group)
-        grouped = rotated.reshape(len(x), scale.shape[1], -1)
-        return (grouped / scale[..., None]).trunc().to(torch.int8).flatten(1), scale
-
-
-class RoundedBetweenStages(HostLibrary):
-    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
-        inner = rotate_by_matrices(x.float(), hadamard_matrix(layer.block, torch.float32), torch.ones(1, 1))
-        rotated = rotate_by_matrices(inner.to(x.dtype).float(), torch.eye(layer.block), outer)
-        return quantize_activation(rotated, layer.act_bits, layer.act_group)
-
-
-class OuterNotTransposed(HostLibrary):
-    def outer(self, layer: Any, address: int) -> Any:
-        return super().outer(layer, address).T
-
-
-class AsymmetricRange(HostLibrary):
-    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
-        codes, scale = super().quantize(layer, x, outer)
-        return torch.where(codes == -QMAX[layer.act_bits], codes - 1, codes), scale
-
-
-class NoFloor(HostLibrary):
-    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
-        codes, scale = super().quantize(layer, x, outer)
-        return codes, torch.where(scale <= AMAX_FLOOR, torch.nan, scale)
-
-
-class NanHidden(HostLibrary):
-    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
-        return super().quantize(layer, torch.nan_to_num(x, nan=0.0), outer)
-
-
-class NanSpreads(HostLibrary):
-    def multiply(self, *args: Any) -> Any:
-        y = super().multiply(*args)
-        return y + 0 * y.sum()
-
-
-class UnwrittenTail(HostLibrary):
-    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
-        whole = m - m % 16 if m > 16 else m
-        plan = self.plan_layer(layer, sm)
-        all_scales = _view(scales, (plan.scale_rows, m), torch.float32)[:, :whole].clone()
-        super().linear_gemm(layer, sm, codes, all_scales.data_ptr(), sums, prepared, y, whole, *rest)
-
-
-class WritesBeyond(HostLibrary):
-    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
-        super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
-        ctypes.memset(y + 2 * m * layer.n, 0, 2)
-
-
-class LosesAGroup(HostLibrary):
-    def multiply(self, layer: Any, path: str, codes: Any, scales: Any, prepared: bytes) -> Any:
-        scales = scales.clone()
-        if len(scales) > 1:
-            scales[-1] = 0
-        return super().multiply(layer, path, codes, scales, prepared)
-
-
-class NoBias(HostLibrary):
-    def multiply(self, layer: Any, path: str, codes: Any, scales: Any, prepared: bytes) -> Any:
-        return super().multiply(layer, path, codes, scales, prepared) - super().multiply(
-            layer, path, codes, 0 * scales, prepared
-        )
-
-
-class CoarseSums(HostLibrary):
-    """Products summed with 11 bits, as fp16 accumulators would."""
-
-    def multiply(self, layer: Any, path: str, codes: Any, scales: Any, prepared: bytes) -> Any:
-        base = super().multiply(layer, path, codes, 0 * scales, prepared)
-        exact = super().multiply(layer, path, codes, scales, prepared) - base
-        mantissa, exponent = torch.frexp(exact)
-        return torch.ldexp(torch.round(mantissa * 2**11) / 2**11, exponent) + base
-
-
-class ScaleOffByOneBit(HostLibrary):
-    def prepare_weight(self, layer: Any, sm: int, weight: Any, prepared: int, size: int, stream: int) -> None:
-        super().prepare_weight(layer, sm, weight, prepared, size, stream)
-        plan = self.plan_layer(layer, sm)
-        width = layer.k // 2 if plan.codes == "s4" else layer.k
-        scale = _view(prepared + -(-layer.n * width // 256) * 256, (layer.n,), torch.int32)
-        scale[-1] += 1
-
-
-class RacyOutput(HostLibrary):
-    calls = 0
-
-    def multiply(self, *args: Any) -> Any:
-        self.calls += 1
-        return super().multiply(*args) * (1 + 2.0**-7 * (self.calls % 2))
-
-
-class WrongPath(HostLibrary):
-    def plan_layer(self, layer: Any, sm: int) -> Any:
-        from dataclasses import replace
-
-        plan = super().plan_layer(layer, sm)
-        return replace(plan, path="s8_token") if sm == 90 and plan.path == "s8_wgmma" else plan
-
-
-class WrapsRows(HostLibrary):
-    """Row indices that overflow: the last token is written over the first."""
-
-    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
-        super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
-        out = _view(y, (m, layer.n), torch.bfloat16)
-        if m > 64:
-            out[0] = out[-1]
-
-
-class WidestGrid(HostLibrary):
-    def search_grid(self, grid: Any, weight: int, out: Any, stream: int) -> None:
-        super().search_grid(replace(grid, solver="minmax"), weight, out, stream)
-
-
-class OneCodeOff(HostLibrary):
-    def search_grid(self, grid: Any, weight: int, out: Any, stream: int) -> None:
-        super().search_grid(grid, weight, out, stream)
-        _view(out.codes, (grid.n, grid.k), torch.int8)[-1, -1] ^= 1
-
-
-class ForgetsErrors(HostLibrary):
-    def round_feedback(self, grid: Any, weight: int, out: Any, factors: int, block: int, stream: int) -> None:
-        _view(factors, (grid.k // block, block, block), torch.float32).copy_(torch.eye(block))
-        super().round_feedback(grid, weight, out, factors, block, stream)
-
-
 WRONG: list[tuple[type[HostLibrary], str, int, str]] = [
-    (SwappedNibbles, "shapes", 80, "s4_token: codes"),
-    (WrongSums, "shapes", 80, "s4_group: codes"),
-    (Truncated, "shapes", 90, "s8_wgmma: codes"),
-    (RoundedBetweenStages, "shapes", 90, "s8_wgmma: codes"),
-    (OuterNotTransposed, "shapes", 90, "s8_wgmma: codes"),
-    (OuterNotTransposed, "op", 90, "op against float64"),
-    (UnbalancedTail, "balance", 90, "balance in the kernel"),
-    (AsymmetricRange, "extremes", 90, "all codes ±qmax"),
-    (NoFloor, "extremes", 90, "zeros"),
-    (NanHidden, "extremes", 90, "NaN and Inf"),
-    (NanSpreads, "extremes", 90, "NaN and Inf"),
-    (UnwrittenTail, "shapes", 90, "s8_wgmma: product"),
-    (UnwrittenTail, "large", 90, "outputs beyond"),
-    (WritesBeyond, "shapes", 90, "guard zones"),
-    (LosesAGroup, "shapes", 90, "e4m3_group: product"),
-    (LosesAGroup, "op", 90, "op against float64"),
-    (NoBias, "extremes", 90, "zeros give the bias"),
-    (CoarseSums, "exact", 90, "e4m3_group: integer-exact sums"),
-    (CoarseSums, "exact", 80, "s4_group: integer-exact sums"),
-    (ScaleOffByOneBit, "shapes", 90, "prepared bits"),
-    (ScaleOffByOneBit, "shapes", 80, "prepared bits"),
-    (RacyOutput, "shapes", 90, "two runs bit-equal"),
-    (RacyOutput, "shapes", 90, "one call = two calls"),
-    (WrongPath, "dispatch", 90, "dispatch table"),
-    (WrapsRows, "large", 90, "outputs beyond"),
-    (WidestGrid, "quantizer", 90, "quantizer: search"),
-    (OneCodeOff, "quantizer", 90, "quantizer: codes"),
-    (ForgetsErrors, "quantizer", 90, "quantizer: feedback"),
+    (wrong.SwappedNibbles, "shapes", 80, "s4_token: codes"),
+    (wrong.WrongSums, "shapes", 80, "s4_group: codes"),
+    (wrong.Truncated, "shapes", 90, "s8_wgmma: codes"),
+    (wrong.RoundedBetweenStages, "shapes", 90, "s8_wgmma: codes"),
+    (wrong.OuterNotTransposed, "shapes", 90, "s8_wgmma: codes"),
+    (wrong.OuterNotTransposed, "op", 90, "op against float64"),
+    (wrong.UnbalancedTail, "balance", 90, "balance in the kernel"),
+    (wrong.AsymmetricRange, "extremes", 90, "all codes ±qmax"),
+    (wrong.NoFloor, "extremes", 90, "zeros"),
+    (wrong.NanHidden, "extremes", 90, "NaN and Inf"),
+    (wrong.NanSpreads, "extremes", 90, "NaN and Inf"),
+    (wrong.UnwrittenTail, "shapes", 90, "s8_wgmma: product"),
+    (wrong.UnwrittenTail, "large", 90, "outputs beyond"),
+    (wrong.WritesBeyond, "shapes", 90, "guard zones"),
+    (wrong.LosesAGroup, "shapes", 90, "e4m3_group: product"),
+    (wrong.LosesAGroup, "op", 90, "op against float64"),
+    (wrong.NoBias, "extremes", 90, "zeros give the bias"),
+    (wrong.CoarseSums, "exact", 90, "e4m3_group: integer-exact sums"),
+    (wrong.CoarseSums, "exact", 80, "s4_group: integer-exact sums"),
+    (wrong.ScaleOffByOneBit, "shapes", 90, "prepared bits"),
+    (wrong.ScaleOffByOneBit, "shapes", 80, "prepared bits"),
+    (wrong.RacyOutput, "shapes", 90, "two runs bit-equal"),
+    (wrong.RacyOutput, "shapes", 90, "one call = two calls"),
+    (wrong.WrongPath, "dispatch", 90, "dispatch table"),
+    (wrong.WrapsRows, "large", 90, "outputs beyond"),
+    (wrong.WidestGrid, "quantizer", 90, "quantizer: search"),
+    (wrong.OneCodeOff, "quantizer", 90, "quantizer: codes"),
+    (wrong.ForgetsErrors, "quantizer", 90, "quantizer: feedback"),
 ]
 
 
@@ -330,8 +164,8 @@ def test_a_stack_of_modules_runs_on_the_binding_and_a_wrong_product_fails() -> N
     row = check_ops._compare_model(b, "stack", *check_ops._stack(b))
     assert row.passed
     assert 0 < row.worst <= 1
-    wrong = bench(NoBias())
-    assert not check_ops._compare_model(wrong, "stack", *check_ops._stack(wrong)).passed
+    unbiased = bench(wrong.NoBias())
+    assert not check_ops._compare_model(unbiased, "stack", *check_ops._stack(unbiased)).passed
 
 
 def test_tiny_wan_runs_on_the_binding() -> None:

@@ -110,22 +110,16 @@ def _decode(plan: LayerPlan, codes: npt.NDArray[np.uint8], m: int, k: int) -> np
 
 
 def _rotate_quantize(
-    library: KernelLibrary,
-    layer: LayerShape,
-    sm: int,
-    x: torch.Tensor,
-    sums: bool = True,
-    balance: torch.Tensor | None = None,
+    library: KernelLibrary, layer: LayerShape, sm: int, x: torch.Tensor, sums: bool = True
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Codes [M, K], scales [M, groups], sums [M, groups], with guards and poison checked."""
     m, plan = len(x), library.plan_layer(layer, sm)
     source, outer = _buffer(x), _outer(layer)
-    rows = None if balance is None else _buffer(balance)
     codes, scales = Buffer(m * plan.codes_bytes_per_token), Buffer(4 * m * plan.scale_rows)
     totals = Buffer(4 * m * plan.scale_rows)
     library.rotate_quantize(
         layer, sm, source.address, outer.address if outer else 0, codes.address, scales.address,
-        totals.address if sums else 0, m, 0, rows.address if rows else 0,
+        totals.address if sums else 0, m, 0,
     )  # fmt: skip
     for buffer in (source, codes, scales, totals, *([outer] if outer else [])):
         buffer.check_guards()

@@ -87,7 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         return report(run_all(checks), [])
     bench = Bench(kernels, torch.device("cuda"), FEATURES)
     bench.deadline = started + 0.7 * options.seconds
-    facts = hardware() | {"library": f"{library.path} for {';'.join(library.architectures)}"}
+    path = library.path.relative_to(REPOSITORY) if library.path.is_relative_to(REPOSITORY) else library.path
+    facts = hardware() | {"library": f"{path} for {';'.join(library.architectures)}"}
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     outcomes: list[Outcome] = []
     status = report(every_check(bench, options, started), outcomes, started)
