@@ -26,7 +26,16 @@ __all__ = ["average_bits", "bit_strip", "bits_name", "block", "clip_json", "mach
 
 TRACE_VERSION = 1
 _BLOCKS = {None: "·", 4: "▄", 6: "▆", 8: "█", 16: "█"}
-_PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "numpy")
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt-rtx",
+    "tensorrt",
+    "numpy",
+)
 
 
 def block(bits: int | None) -> str:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ShapeError
 from .hadamard import Rotation
-from .ops.quant_linear import balanced_quant_linear, pack_balance, quant_linear
+from .ops.quant_linear import balance_input, balanced_quant_linear, quant_linear
 from .recipe import ActivationSpec
 
 __all__ = [
@@ -121,7 +120,6 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.spec = spec
         self.use(activation)
-        self._rows: tuple[Any, ...] | None = None
         # In a list, so that the shared table is not registered as a child of every layer.
         self._table = [table]
         for full_name, (dtype, shape) in spec.tensors().items():
@@ -143,13 +141,12 @@ class QuantLinear(nn.Module):
             setattr(self, full_name.removeprefix(self.spec.name + "."), tensor)
 
     def balance(self, x: Tensor) -> Tensor:
-        """What the op receives of an input [..., K]: less the shift, its channels multiplied by powers of two, which is exact
-        in every dtype; pointwise operations, for engines to fuse with the one before them."""
-        if self.spec.shifted:
-            x = x - self.get_buffer("pre_quant_shift").to(x.dtype)
-        if self.spec.balanced:
-            x = x * self.get_buffer("pre_quant_scale").to(x.dtype)
-        return x
+        """What the op receives of an input [..., K]: less the shift, its channels multiplied by powers of two."""
+        return balance_input(x, *self._balance())
+
+    def _balance(self) -> tuple[Tensor | None, Tensor | None]:
+        scale, shift = (self._buffers.get(name) for name in ("pre_quant_scale", "pre_quant_shift"))
+        return scale, shift
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -160,25 +157,10 @@ class QuantLinear(nn.Module):
         # Eager on a GPU a pointwise operation is a pass over memory of its own; compilers and engines fuse it.
         fused = (self.spec.balanced or self.spec.shifted) and self.spec.features % 8 == 0
         if fused and x.is_cuda and not torch.compiler.is_compiling():
-            y = balanced_quant_linear(x, self.balance_rows(x.dtype), *rest)
+            y = balanced_quant_linear(x, *self._balance(), *rest)
         else:
             y = quant_linear(self.balance(x), *rest)
         return y
-
-    def balance_rows(self, dtype: torch.dtype) -> Tensor:
-        """:meth:`balance` as :func:`pack_balance` of ``dtype``, made again when the tensors it comes from changed."""
-        scales, shift = (self._buffers.get(name) for name in ("pre_quant_scale", "pre_quant_shift"))
-        versions = [0 if b is None or b.is_inference() else b._version for b in (scales, shift)]
-        kept = self._rows
-        # The tensors are held, so that another at the same address is not taken for them.
-        if kept is None or kept[0] is not scales or kept[1] is not shift or kept[2:4] != (versions, dtype):
-            scale, offset = torch.zeros(2, self.spec.features, dtype=dtype, device=self.get_buffer("weight").device)
-            scale[:] = 1 if scales is None else scales
-            if shift is not None:
-                offset[:] = -shift.to(dtype) * scale
-            self._rows = kept = (scales, shift, versions, dtype, pack_balance(scale, offset))
-        rows: Tensor = kept[4]
-        return rows
 
     def extra_repr(self) -> str:
         """K, N, bits and block."""

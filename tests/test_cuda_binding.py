@@ -149,6 +149,18 @@ def test_another_abi_is_refused(library: KernelLibrary, monkeypatch: pytest.Monk
         KernelLibrary(library.path)
 
 
+def test_which_gpus_a_library_serves() -> None:
+    class Built(KernelLibrary):
+        def __init__(self, *architectures: str) -> None:
+            self.architectures = architectures
+
+    every = Built("80", "90a", "100", "120")
+    assert all(every.serves(sm) for sm in (80, 86, 89, 90, 100, 103, 120, 121))
+    assert not any(every.serves(sm) for sm in (75, 110))
+    assert not Built("89").serves(80)
+    assert not Built("host").serves(90)
+
+
 # ----------------------------------------------------------------------------------------------- the device code, emulated
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.ops import cuda_linear
+from dvdquant.ops import prepared_cache
 
 BENCH = Path(__file__).parent.parent / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
@@ -135,7 +136,7 @@ def test_a_wrong_library_fails(library: type[HostLibrary], check: str, sm: int, 
 
 
 def test_a_stale_prepared_weight_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_linear, "_version", lambda tensor: 0)
+    monkeypatch.setattr(prepared_cache, "_version", lambda tensor: 0)
     rows = {r.name: r.passed for r in check_ops.check_op(bench(HostLibrary()))}
     assert rows["op after weights changed in place"] is False
     assert rows["op against float64"] is True
@@ -223,6 +224,31 @@ def test_tools_run_beside_and_become_rows() -> None:
     late = row("import time; time.sleep(60)", 0)
     assert (late.passed, late.cases) == (True, 0)
     assert "not run to its end" in late.note
+    for found in ("..F..", "FAILED tests/test_a.py::test_b", "========= Invalid __global__ read of size 4 bytes"):
+        late = row(f"import time; print({found!r}, flush=True); time.sleep(60)", 3)
+        assert not late.passed
+        assert found in late.note
+
+
+def test_stopped_tools_take_their_children_along() -> None:
+    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    running = gpu_check.Running("t", [sys.executable, "-c", code], lambda name, status, output: output)
+    time.sleep(2)
+    running._output.seek(0)
+    child = int(running._output.read())
+    running.stop()
+    time.sleep(0.2)
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize("library", [wrong.WrongAtTheTilesEdge, wrong.SkipsOneToken])
+def test_many_tokens_are_checked_at_the_edges_of_tiles(library: type[HostLibrary]) -> None:
+    for made, passes in ((HostLibrary(), True), (library(), False)):
+        kernels = check_kernels.GuardedKernels(made, 90)
+        rows = check_kernels.check_shapes(check_kernels.Bench(kernels, torch.device("cpu"), (256,), ((300, 8),)))
+        products = [row.passed for row in rows if row.name.endswith("product")]
+        assert all(products) if passes else not any(products)
 
 
 def test_pytest_rows_excuse_missing_packages_only() -> None:

@@ -18,6 +18,8 @@ from dvdquant.deploy.sessions.pytorch import PyTorchSession, bits_advice
 from dvdquant.errors import DvdquantError, EngineError, ShapeError, UnsupportedError
 from dvdquant.export.verify import ATOL, FACTOR
 from dvdquant.families import Sizes
+from dvdquant.ops.cuda_linear import CudaKernels
+from dvdquant.recipe import get_recipe
 from tests import session_exports as made
 
 FAMILIES = {"wan": "bf16", "hunyuan-video": "bf16", "cogvideox": "bf16", "ltx-video": "fp16"}
@@ -243,15 +245,23 @@ def test_auto_says_why(caplog: pytest.LogCaptureFixture) -> None:
     assert "transformer on cpu: onnxruntime (no CUDA device)" in caplog.text
 
 
-def test_what_runs_where_no_engine_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_where_no_engine_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA kernels where they are built, else whichever of ONNX Runtime and PyTorch reaches the GPU."""
     import onnxruntime
 
-    gpu = torch.device("cuda")
-    monkeypatch.setattr(sessions, "find_library", lambda: tmp_path)
-    assert sessions.without_engine(gpu) == ("pytorch", ["the CUDA kernels are built"])
-    assert sessions.without_engine(torch.device("cpu")) == ("onnxruntime", [])
-    monkeypatch.setattr(sessions, "find_library", lambda: None)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+
+    class Library:
+        def serves(self, sm: int) -> bool:
+            return sm == 90
+
+    for sm, found in ((90, "pytorch"), (75, "onnxruntime")):
+        monkeypatch.setattr(sessions, "kernels_for", lambda device, sm=sm: CudaKernels(Library(), sm))  # type: ignore[arg-type]
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+        assert sessions.without_engine(gpu)[0] == found
+    assert sessions.without_engine(gpu)[1] == ["the CUDA kernels are built for other GPUs"]
+    assert sessions.without_engine(cpu) == ("onnxruntime", [])
+    monkeypatch.setattr(sessions, "kernels_for", lambda device: None)
     for providers, name in ((["CUDAExecutionProvider", "CPUExecutionProvider"], "onnxruntime"), ([], "pytorch")):
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda found=providers: found)
         chosen, reasons = sessions.without_engine(gpu)
@@ -259,10 +269,19 @@ def test_what_runs_where_no_engine_fits(tmp_path: Path, monkeypatch: pytest.Monk
         assert "make kernels" in reasons[0]
 
 
-def test_four_bits_are_advised_against_where_they_gain_nothing() -> None:
-    assert bits_advice(89, (4, 8)) is None
-    assert bits_advice(90, (8,)) is None
-    assert "SM 9.0 has no 4-bit" in str(bits_advice(90, (4, 8)))
+def test_four_bits_are_advised_against_where_they_gain_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    plain, grouped = get_recipe("w4a4"), get_recipe("w4a4-g64")
+    assert bits_advice(89, plain) is None
+    assert "save no time here" in str(bits_advice(120, grouped))
+    assert "take longer here" in str(bits_advice(90, grouped))
+    artifact = Artifact.open(made.family_export("wan"))
+    with PyTorchSession(artifact) as session:
+        session._advice = bits_advice(90, plain)
+        session.run(sample(artifact), 8)
+        assert "4-bit" not in caplog.text
+        for _ in range(2):
+            session.run(sample(artifact), 4)
+    assert caplog.text.count("SM 9.0 has no 4-bit integer tensor cores") == 1
 
 
 def test_onnxruntime_without_its_cuda_provider_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,10 +367,11 @@ def test_batches_and_fixed_sizes_in_words() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["onnxruntime", "pytorch"])
 def test_on_a_gpu(backend: str) -> None:
-    import onnxruntime
+    if backend == "onnxruntime":
+        import onnxruntime
 
-    if backend == "onnxruntime" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("needs ONNX Runtime's CUDA provider: pip install onnxruntime-gpu")
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            pytest.skip("needs ONNX Runtime's CUDA provider: pip install onnxruntime-gpu")
     artifact = Artifact.open(made.family_export("wan"))
     inputs = sample(artifact)
     with open_session(artifact, backend=backend, device="cuda") as session:

@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 
 from dvdquant.checkpoint import open_checkpoint
 from dvdquant.hadamard import Rotation, rotate
+from dvdquant.layers import QuantLinear, RotationTable
 from dvdquant.model import ModelPlan, plan_model
 from dvdquant.moments import channel_signs
+from dvdquant.ops.prepared_cache import PreparedCache
+from dvdquant.ops.quant_linear import apply_balance, balance_input, balanced_quant_linear, pack_balance
 from dvdquant.progress import Progress
 from dvdquant.quantize import quantize_checkpoint, rotated_weight
 from dvdquant.recipe import get_recipe
@@ -82,10 +85,25 @@ def test_what_precedes_the_grid_leaves_the_layer_as_it_is(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernels_balance_is_the_modules(dtype: torch.dtype) -> None:
-    """What the kernel multiplies and adds at once gives what the two pointwise operations give, bit by bit."""
-    from dvdquant.layers import QuantLinear, RotationTable
-    from dvdquant.ops.quant_linear import apply_balance, balanced_quant_linear, quant_linear
+    """One fused multiply-add per channel gives what the two pointwise operations give, bit by bit in bf16; in fp16, where small
+    powers of two make subnormal numbers, up to one unit in the last place."""
+    generator = torch.Generator().manual_seed(0)
+    k = 4096
+    signs = 2 * torch.randint(0, 2, (k,), generator=generator) - 1
+    scale = signs * torch.exp2(torch.randint(-12, 4, (k,), generator=generator).float())
+    shift, x = (torch.randn(size, generator=generator) for size in ((k,), (9, k)))
+    x = x.to(dtype)
+    for parts in ((scale, shift), (scale, None), (None, shift)):
+        rows = pack_balance(*parts, dtype)
+        assert rows.shape == (k // 8, 2, 8)
+        at_once, apart = apply_balance(x, rows), balance_input(x, *parts)
+        off = (at_once.double() - apart.double()).abs()
+        unit = (2.0**-10 * apart.double().abs()).clamp(min=2.0**-24) * (dtype == torch.float16)
+        assert bool((off <= unit).all())
+        assert float((off == 0).double().mean()) > 0.9
 
+
+def test_a_balanced_layer_is_the_op_on_a_balanced_input() -> None:
     made = plan("wan")
     spec = next(spec for spec in made.layers if spec.shifted and spec.balanced)
     layer = QuantLinear(spec, made.recipe.activation(4), RotationTable([spec.rotation]))
@@ -93,18 +111,31 @@ def test_the_kernels_balance_is_the_modules(dtype: torch.dtype) -> None:
     for name, (kind, shape) in spec.tensors().items():
         tensor = torch.randint(0, 200, shape, generator=generator) if not kind.is_floating_point else torch.randn(shape)
         setattr(layer, name.removeprefix(spec.name + "."), tensor.to(kind))
-    signs = 2 * torch.randint(0, 2, (spec.features,), generator=generator) - 1
-    layer.pre_quant_scale = signs * torch.exp2(torch.randint(0, 4, (spec.features,), generator=generator))
-    x = torch.randn(3, 5, spec.features, generator=generator).to(dtype)
-    rows = layer.balance_rows(dtype)
-    assert rows.shape == (spec.features // 8, 2, 8)
-    assert torch.equal(apply_balance(x, rows), layer.balance(x))
+    layer.pre_quant_scale = torch.exp2(torch.randint(0, 4, (spec.features,), generator=generator).float())
+    x = torch.randn(3, 5, spec.features, generator=generator).bfloat16()
     rest = (layer.weight, layer.weight_scale, layer.weight_factor, layer.weight_zero, layer.bias,
             *layer._table[0].matrices(spec.rotation), 4, 0)  # fmt: skip
-    assert torch.equal(balanced_quant_linear(x, rows, *rest), quant_linear(layer.balance(x), *rest))
-    torch.library.opcheck(torch.ops.dvdquant.balanced_quant_linear.default, (x, rows, *rest))
-    assert layer.balance_rows(dtype) is rows
-    layer.pre_quant_shift.mul_(2)
-    assert torch.equal(apply_balance(x, layer.balance_rows(dtype)), layer.balance(x))
-    layer.pre_quant_scale = layer.pre_quant_scale.clone().neg_()
-    assert torch.equal(apply_balance(x, layer.balance_rows(dtype)), layer.balance(x))
+    parts = (layer.pre_quant_scale, layer.pre_quant_shift)
+    assert torch.equal(balanced_quant_linear(x, *parts, *rest), layer(x))
+    torch.library.opcheck(torch.ops.dvdquant.balanced_quant_linear.default, (x, *parts, *rest))
+
+
+def test_packed_balances_follow_their_tensors() -> None:
+    """Made once for a dtype, anew when a tensor changed or was replaced, and gone with the layer."""
+    cache = PreparedCache()
+    scale, shift = torch.ones(16), torch.zeros(16)
+    first = cache.balance(scale, shift, torch.bfloat16)
+    assert cache.balance(scale, shift, torch.bfloat16) is first
+    half = cache.balance(scale, shift, torch.float16)
+    assert half is not None
+    assert half.dtype == torch.float16
+    assert cache.balance(scale, shift, torch.bfloat16) is first
+    shift.add_(1)
+    for changed in ((scale, shift), (scale, shift.clone() + 1), (scale, None), (None, shift)):
+        rows = cache.balance(*changed, torch.bfloat16)
+        assert rows is not None
+        assert torch.equal(rows, pack_balance(*changed, torch.bfloat16))
+    assert cache.balance(None, None, torch.bfloat16) is None
+    assert len(cache._balances) == 2
+    del scale, shift, changed
+    assert len(cache._balances) == 0

@@ -166,6 +166,26 @@ class WrapsRows(HostLibrary):
             out[0] = out[-1]
 
 
+class WrongAtTheTilesEdge(HostLibrary):
+    """The first token of the second tile gets the one before."""
+
+    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
+        super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
+        out = _view(y, (m, layer.n), DTYPES[layer.dtype])
+        if m > 128:
+            out[128] = out[127]
+
+
+class SkipsOneToken(HostLibrary):
+    """A token in the middle, which no float64 product looks at, stays unwritten."""
+
+    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
+        before = _view(y, (m, layer.n), DTYPES[layer.dtype]).clone()
+        super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
+        if m > 150:
+            _view(y, (m, layer.n), DTYPES[layer.dtype])[141] = before[141]
+
+
 class WidestGrid(HostLibrary):
     def search_grid(self, grid: Any, weight: int, out: Any, stream: int) -> None:
         super().search_grid(replace(grid, solver="minmax"), weight, out, stream)

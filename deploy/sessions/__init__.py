@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import DvdquantError, UnsupportedError
-from dvdquant.ops.cuda import BUILD, find_library
+from dvdquant.ops.cuda import BUILD
+from dvdquant.ops.cuda_linear import kernels_for
 
 from .base import EngineSession, chosen_bits
 
@@ -129,10 +130,18 @@ def without_engine(device: torch.device) -> tuple[str, list[str]]:
     """The backend for a device that no engine fits, and why."""
     if device.type != "cuda":
         return "onnxruntime", []
-    import onnxruntime
-
-    if find_library() is not None:
+    kernels = kernels_for(device)
+    if kernels is not None and kernels.library.serves(kernels.sm):
         return "pytorch", ["the CUDA kernels are built"]
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        return "onnxruntime", [f"the CUDA kernels are not built; {BUILD}"]
-    return "pytorch", [f"ONNX Runtime has no CUDA provider, and the CUDA kernels are not built; {BUILD}"]
+    reason = (
+        f"the CUDA kernels are not built; {BUILD}" if kernels is None else "the CUDA kernels are built for other GPUs"
+    )
+    try:
+        import onnxruntime
+
+        providers = onnxruntime.get_available_providers()
+    except ImportError:
+        providers = []
+    if "CUDAExecutionProvider" in providers:
+        return "onnxruntime", [reason]
+    return "pytorch", [f"ONNX Runtime has no CUDA provider, and {reason}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from dvdquant.export.verify import fill_quantized
 from dvdquant.layers import QuantLinear, set_activation
 from dvdquant.model import quantized_skeleton
 from dvdquant.ops.cuda_linear import kernels_for
+from dvdquant.recipe import Recipe
 
 from .base import EngineSession
 from .weights import WeightFiles
@@ -40,8 +42,10 @@ class PyTorchSession(EngineSession):
         device: torch.device | None = None,
     ) -> None:
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
+        kernels = kernels_for(self.device) if self.device.type == "cuda" else None
         plan = artifact.plan(component)
         self._recipe = plan.recipe
+        self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
         self._current = self.bits[0]
         self._files = WeightFiles(artifact, component)
         try:
@@ -55,14 +59,12 @@ class PyTorchSession(EngineSession):
             ) from error
         if self.device.type != "cpu":
             self._files.drop_pages()
-            kernels = kernels_for(self.device)
-            advice = None if kernels is None else bits_advice(kernels.sm, self.bits)
-            if advice:
-                log.warning(advice)
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         model = self._model
         assert model is not None
+        if bits == 4 and self._advice:
+            _say_once(self._advice)
         if bits != self._current:
             set_activation(model, self._recipe.activation(bits))
             self._current = bits
@@ -86,11 +88,19 @@ class PyTorchSession(EngineSession):
         self._files.close()
 
 
-def bits_advice(sm: int, bits: Sequence[int]) -> str | None:
-    """What to say where a session switches to 4 bits on a GPU whose tensor cores gain nothing by it."""
-    if sm < 90 or len(bits) < 2:
+def bits_advice(sm: int, recipe: Recipe) -> str | None:
+    """What to say before a step with 4-bit activations on a GPU whose tensor cores gain nothing by them."""
+    if sm < 90:
         return None
+    time = "save no time here"
+    if sm == 90 and recipe.activation(4).group_size:
+        time = "take longer here, with their scales per group"
     return (
-        f"SM {sm / 10} has no 4-bit integer tensor cores: steps with 4-bit activations save no time here, with scales per "
-        "group they take longer, and 8 bits are nearer to the original; --mode a8 runs all steps so"
+        f"SM {sm / 10} has no 4-bit integer tensor cores: steps with 4-bit activations {time}, and 8 bits are nearer to the "
+        "original; --mode a8 runs all steps so"
     )
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    log.warning(text)

@@ -188,6 +188,11 @@ class KernelLibrary:
             text = self._library.dvdq_last_error().decode(errors="replace")
             raise _ERRORS.get(status, KernelError)(text or f"the kernel library answered status {status}")
 
+    def serves(self, sm: int) -> bool:
+        """Whether it holds machine code that runs on ``sm``: of that major version, and of no later minor."""
+        numbers = [int(name.rstrip("af")) for name in self.architectures if name.rstrip("af").isdigit()]
+        return any(number // 10 == sm // 10 and number <= sm for number in numbers)
+
     def path_name(self, path: int) -> str:
         """Name of a ``dvdq_path``, as in :data:`dvdquant.repack.PATHS`."""
         return str(self._library.dvdq_path_name(path).decode()).lower()

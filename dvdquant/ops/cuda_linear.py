@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,12 +16,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ShapeError, UnsupportedError
-from ..hadamard import hadamard_matrix
 from ..repack import LayerShape
 from .cuda import BUILD, KernelError, KernelLibrary, LayerPlan, WeightPointers, find_library, load_library
+from .prepared_cache import PreparedCache
 
 __all__ = [
     "CudaKernels",
@@ -167,56 +165,6 @@ class CudaKernels:
         return y
 
 
-class PreparedCache:
-    """Prepared weights, each living as long as the packed weight tensor it was made from.
-
-    An entry is keyed by the weight tensor and the path, and made again when one of the five stored tensors was replaced,
-    moved or changed in place. On 8-bit paths it takes one byte per weight, beside the half byte of the packed one.
-    4- and 8-bit activations share an entry where they run on the same path.
-    """
-
-    def __init__(self) -> None:
-        self._entries: Any = WeakTensorKeyDictionary()
-        self._sylvester: Any = WeakTensorKeyDictionary()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return sum(len(paths) for paths in self._entries.values())
-
-    def get(self, kernels: CudaKernels, layer: LayerShape, packed: PackedLayer) -> Tensor:
-        """The prepared weight of a layer.
-
-        Raises:
-            KernelError: it would have to be made while a CUDA graph is being captured.
-        """
-        plan = kernels.plan(layer)
-        key = (plan.path, plan.prepared_bytes)
-        state = tuple((t.data_ptr(), _version(t)) for t in packed.stored())
-        with self._lock:
-            paths = self._entries.setdefault(packed.weight, {})
-            if key in paths and paths[key][0] == state:
-                prepared: Tensor = paths[key][1]
-                return prepared
-            _refuse_capture(packed.weight, "its weight is prepared at the first call")
-            prepared = kernels.prepare(layer, packed.stored())
-            _synchronize(prepared)
-            paths[key] = (state, prepared)
-            return prepared
-
-    def is_sylvester(self, hadamard: Tensor) -> bool:
-        """Whether ``hadamard`` is the Sylvester matrix / √b, the only inner factor the kernels have."""
-        version = _version(hadamard)
-        with self._lock:
-            known = self._sylvester.get(hadamard)
-            if known is None or known[0] != version:
-                _refuse_capture(hadamard, "its Hadamard matrix is checked at the first call")
-                order = hadamard.shape[0]
-                power = order & (order - 1) == 0
-                same = power and torch.equal(hadamard, hadamard_matrix(order).to(hadamard))
-                self._sylvester[hadamard] = known = (version, same)
-            return bool(known[1])
-
-
 CACHE = PreparedCache()
 
 
@@ -227,18 +175,17 @@ def run_quant_linear(
     packed: PackedLayer,
     act_bits: int,
     act_group: int,
-    balance: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """``dvdquant::quant_linear`` on the kernels, of x balanced by [K/8, 2, 8] of its dtype; UnsupportedError where only the
-    reference can."""
+    """``dvdquant::balanced_quant_linear`` on the kernels; UnsupportedError where only the reference can."""
     layer = layer_shape(x, packed, act_bits, act_group)
     kernels.plan(layer)
     if not cache.is_sylvester(packed.hadamard):
         raise UnsupportedError("the kernels rotate by Sylvester matrices, and the hadamard input is another one")
     prepared = cache.get(kernels, layer, packed)
     outer = packed.outer.contiguous()
-    if balance is not None:
-        balance = _aligned(balance)
+    balance = cache.balance(scale, shift, x.dtype)
     y = kernels.quant_linear(layer, x.reshape(x.numel() // layer.k, layer.k), outer, prepared, balance)
     return y.reshape(*x.shape[:-1], layer.n)
 
@@ -293,14 +240,19 @@ def require_kernels(device: torch.device) -> CudaKernels:
 
 
 def quant_linear_cuda(
-    x: Tensor, packed: PackedLayer, act_bits: int, act_group: int, balance: Tensor | None = None
+    x: Tensor,
+    packed: PackedLayer,
+    act_bits: int,
+    act_group: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor | None:
     """y on the kernels, or None where the reference has to compute it (logged once per reason)."""
     kernels = kernels_for(x.device)
     reason = f"the CUDA kernel library is not built; {BUILD}"
     if kernels is not None:
         try:
-            return run_quant_linear(kernels, CACHE, x, packed, act_bits, act_group, balance)
+            return run_quant_linear(kernels, CACHE, x, packed, act_bits, act_group, scale, shift)
         except UnsupportedError as error:
             reason = str(error)
     if _policy == "raise":
@@ -340,25 +292,6 @@ def layer_with_path(kernels: CudaKernels, layer: LayerShape, path: str, **choice
             return candidate
         found[chosen] = None
     raise UnsupportedError(f"SM {kernels.sm / 10} does not run such a layer on {path}", available=found)
-
-
-def _refuse_capture(tensor: Tensor, why: str) -> None:
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise KernelError(
-            f"a quantized layer is being captured in a CUDA graph before it ever ran: {why}",
-            fix="call the model once before capturing it",
-        )
-
-
-def _synchronize(tensor: Tensor) -> None:
-    """Once per prepared weight, so that it can be used from every stream."""
-    if tensor.is_cuda:
-        torch.cuda.current_stream(tensor.device).synchronize()
-
-
-def _version(tensor: Tensor) -> int:
-    # Inference tensors count no versions.
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _aligned(x: Tensor) -> Tensor:

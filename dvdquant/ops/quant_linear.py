@@ -25,6 +25,7 @@ from ..packing import expand_zero, unpack_int4
 
 __all__ = [
     "apply_balance",
+    "balance_input",
     "balanced_quant_linear",
     "dequantize_weight",
     "pack_balance",
@@ -34,21 +35,35 @@ __all__ = [
 ]
 
 
-def pack_balance(scale: Tensor, offset: Tensor) -> Tensor:
-    """Scales and offsets [K] to [K/8, 2, 8], as a thread of the kernel reads them."""
-    return torch.stack((scale.reshape(-1, 8), offset.reshape(-1, 8)), dim=1)
+def balance_input(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """``(x − shift) · scale`` as two pointwise operations, for engines and compilers to fuse with the one before them.
+
+    Args:
+        x: [..., K]. scale: fp32 [K], ± powers of two, which is exact in every dtype. shift: fp32 [K].
+    """
+    if shift is not None:
+        x = x - shift.to(x.dtype)
+    if scale is not None:
+        x = x * scale.to(x.dtype)
+    return x
+
+
+def pack_balance(scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The same as scales and offsets of ``dtype``, [K/8, 2, 8], as a thread of the kernel reads them."""
+    scale = torch.ones_like(shift) if scale is None else scale  # type: ignore[arg-type]
+    offset = torch.zeros_like(scale) if shift is None else -shift.to(dtype) * scale
+    return torch.stack((scale.reshape(-1, 8), offset.reshape(-1, 8)), dim=1).to(dtype)
 
 
 def apply_balance(x: Tensor, balance: Tensor) -> Tensor:
-    """``x · scale + offset``, rounded once to x's dtype.
+    """What the kernel makes of :func:`pack_balance`: ``x · scale + offset``, rounded once to x's dtype.
 
-    Args:
-        x: [..., K]. balance: :func:`pack_balance` of scales that are ± powers of two, and offsets, of x's dtype.
+    It is :func:`balance_input` bit by bit in bf16. In fp16 a small power of two may leave subnormal numbers, which differ by
+    one unit in the last place.
     """
     # Not addcmul in 16 bits: on a CPU it rounds products of subnormal fp16 numbers too.
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scale, offset = (balance[:, i].reshape(-1).to(compute) for i in (0, 1))
-    return torch.addcmul(offset, x.to(compute), scale).to(x.dtype)
+    scale, offset = (balance[:, i].reshape(-1).float() for i in (0, 1))
+    return torch.addcmul(offset, x.float(), scale).to(x.dtype)
 
 
 def rotate_by_matrices(x: Tensor, hadamard: Tensor, outer: Tensor) -> Tensor:
@@ -162,7 +177,8 @@ def _quant_linear_fake(
 @torch.library.custom_op("dvdquant::balanced_quant_linear", mutates_args=())
 def balanced_quant_linear(
     x: Tensor,
-    balance: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
     weight_factor: Tensor,
@@ -173,41 +189,42 @@ def balanced_quant_linear(
     act_bits: int,
     act_group: int,
 ) -> Tensor:
-    """:func:`quant_linear` of :func:`apply_balance`, for eager PyTorch on a GPU: the kernel that quantizes x balances it.
+    """:func:`quant_linear` of :func:`balance_input`, for eager PyTorch on a GPU: the kernel that quantizes x balances it.
 
-    Graphs and compilers get the two apart: they fuse the balance with what produces x.
+    Graphs and compilers get the two apart.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x = apply_balance(x, balance)
+    x = balance_input(x, scale, shift)
     return quant_linear_reference(
         x, weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer, act_bits, act_group, compute
     )
 
 
 @balanced_quant_linear.register_fake
-def _balanced_quant_linear_fake(x: Tensor, balance: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _balanced_quant_linear_fake(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, *rest: Any
+) -> Tensor:
     torch._check(x.shape[-1] == 2 * weight.shape[1])  # type: ignore[no-untyped-call]
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @quant_linear.register_kernel("cuda")
 def _quant_linear_cuda(x: Tensor, *rest: Any) -> Tensor:
-    return _on_cuda(x, None, *rest)
+    return _on_cuda(x, None, None, *rest)
 
 
 @balanced_quant_linear.register_kernel("cuda")
-def _balanced_quant_linear_cuda(x: Tensor, balance: Tensor, *rest: Any) -> Tensor:
-    return _on_cuda(x, balance, *rest)
+def _balanced_quant_linear_cuda(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
+    return _on_cuda(x, scale, shift, *rest)
 
 
-def _on_cuda(x: Tensor, balance: Tensor | None, *rest: Any) -> Tensor:
+def _on_cuda(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
     from .cuda_linear import PackedLayer, quant_linear_cuda
 
     *tensors, act_bits, act_group = rest
-    y = quant_linear_cuda(x, PackedLayer(*tensors), act_bits, act_group, balance)
+    y = quant_linear_cuda(x, PackedLayer(*tensors), act_bits, act_group, scale, shift)
     if y is not None:
         return y
-    if balance is not None:
-        x = apply_balance(x, balance)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x = balance_input(x, scale, shift)
     return quant_linear_reference(x, *tensors, act_bits, act_group, compute)  # type: ignore[call-arg]

@@ -1,6 +1,6 @@
 """Times the kernels of a GPU on the linear layers of three models, against lower bounds and against other libraries.
 
-    python kernels/bench/bench.py                 the whole table, under four minutes on an H200
+    python kernels/bench/bench.py                 the whole table, minutes
     python kernels/bench/bench.py --shapes Wan    only layers whose name or sizes contain "Wan"
 
 Every number is the median of 20 calls after 30 ms of others, by CUDA events, on random data, with the L2 emptied before

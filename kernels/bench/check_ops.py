@@ -21,6 +21,8 @@ from dvdquant.ops.cuda_linear import DTYPES, PackedLayer, PreparedCache, referen
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.quant_linear import (
     apply_balance,
+    balance_input,
+    balanced_quant_linear,
     dequantize_weight,
     pack_balance,
     quant_linear,
@@ -76,22 +78,27 @@ def check_op(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
 
 def check_balance(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
     """A balance in the kernel gives what a balanced x gives, bit by bit; K 1920 cuts a strip of the kernel."""
-    tally = Tally()
+    tally, cache = Tally(), PreparedCache()
     for features, rotation in ((1536, "full"), (1536, "auto"), (1920, "auto")):
         for path, grid, layer in reachable_layers(bench, features, rotation=rotation):
             packed = make_weight(layer, grid.zero, bench.device, seed=11)
             x = make_tokens(layer, tokens, bench.device, seed=12)
-            generator = torch.Generator(bench.device).manual_seed(13)
-            powers = torch.randint(-3, 4, (layer.k,), generator=generator, device=bench.device)
-            signs = 2 * torch.randint(0, 2, (layer.k,), generator=generator, device=bench.device) - 1
-            shift = torch.randn(layer.k, generator=generator, device=bench.device)
-            scale = signs * torch.exp2(powers)
-            balance = pack_balance(scale, -shift.to(x.dtype) * scale).to(x.dtype)
-            prepared = bench.kernels.prepare(layer, packed.stored())
-            y = bench.kernels.quant_linear(layer, x, packed.outer, prepared, balance)
-            apart = bench.kernels.quant_linear(layer, apply_balance(x, balance), packed.outer, prepared)
-            tally.add("balance in the kernel", check_equal(y, apart, "y"), f"{path}, K {features}, {rotation}, {grid}")
+            scale, shift = make_balance(layer, bench.device)
+            for parts in ((scale, shift), (scale, None), (None, shift)):
+                y = run_quant_linear(bench.kernels, cache, x, packed, layer.act_bits, layer.act_group, *parts)
+                balanced = apply_balance(x, pack_balance(parts[0], parts[1], x.dtype))
+                apart = run_quant_linear(bench.kernels, cache, balanced, packed, layer.act_bits, layer.act_group)
+                where = f"{path}, K {features}, {rotation}, {grid}"
+                tally.add("balance in the kernel", check_equal(y, apart, "y"), where)
     yield from tally.rows.values()
+
+
+def make_balance(layer: LayerShape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scales ±2⁻³ to ±2³ and shifts near 1, fp32 [K]."""
+    generator = torch.Generator(device).manual_seed(13)
+    powers = torch.randint(-3, 4, (layer.k,), generator=generator, device=device)
+    signs = 2 * torch.randint(0, 2, (layer.k,), generator=generator, device=device) - 1
+    return signs * torch.exp2(powers), torch.randn(layer.k, generator=generator, device=device)
 
 
 def _end_to_end(bench: Bench, layer: LayerShape, packed: PackedLayer, x: Tensor, y: Tensor) -> Verdict:
@@ -127,24 +134,26 @@ def check_graph(bench: Bench) -> Iterator[Outcome]:
     tally = Tally()
     for path, grid, layer in reachable_layers(bench, 1536, rotation="full"):
         packed = make_weight(layer, grid.zero, bench.device, seed=13)
-        rest = arguments(packed, layer)
+        rest = (*make_balance(layer, bench.device), *arguments(packed, layer))
         static = make_tokens(layer, 129, bench.device, seed=14)
         with reference_policy("raise"), torch.inference_mode():
-            quant_linear(static, *rest)
+            balanced_quant_linear(static, *rest)
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                quant_linear(static, *rest)
+                balanced_quant_linear(static, *rest)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                captured = quant_linear(static, *rest)
+                captured = balanced_quant_linear(static, *rest)
             for seed in (15, 16):
                 fresh = make_tokens(layer, 129, bench.device, seed=seed)
                 static.copy_(fresh)
                 captured.fill_(float("nan"))
                 graph.replay()
-                tally.add("CUDA graph replay = eager", check_equal(captured, quant_linear(fresh, *rest), "y"), path)
+                tally.add(
+                    "CUDA graph replay = eager", check_equal(captured, balanced_quant_linear(fresh, *rest), "y"), path
+                )
     yield from tally.rows.values()
 
 
@@ -158,7 +167,7 @@ def layers_run(op: Op) -> Iterator[None]:
     before = {name: names[name] for name in ("quant_linear", "balanced_quant_linear")}
     names["quant_linear"] = op
     if op is not quant_linear:
-        names["balanced_quant_linear"] = lambda x, balance, *rest: op(apply_balance(x, balance), *rest)
+        names["balanced_quant_linear"] = lambda x, scale, shift, *rest: op(balance_input(x, scale, shift), *rest)
     try:
         yield
     finally:

@@ -59,7 +59,27 @@ def hardware() -> dict[str, str]:
             f"{p.name}, SM {p.major}.{p.minor}, {p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.0f} GiB"
         )
         facts["CUDA"] = str(torch.version.cuda)
-    return facts | smi()
+    return facts | revision() | smi()
+
+
+def revision() -> dict[str, str]:
+    """The commit that is checked out, and whether files differ from it; empty outside a checkout."""
+    command = [
+        "git",
+        "-c",
+        "safe.directory=*",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": done.stdout.strip()}
 
 
 def smi() -> dict[str, str]:

@@ -10,9 +10,12 @@ that says "not run".
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,6 +56,8 @@ SMALLEST = ((33, 136),)
 _ERROR_EXIT = 9
 # Beside --seconds, as the benchmark is.
 _QUANTIZER_SECONDS = 120.0
+# What pytest and the sanitizers print of a failure.
+_FOUND = re.compile(r"^(?:=+ (?:Invalid|Error|Race|Uninitialized).*|.*\bFAILED\b.*|[.sx]*F[.sxFE]*)$", re.MULTILINE)
 # Tests marked slow run where there is so much time.
 _SLOW_SECONDS = 300
 
@@ -81,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         checks = [
             check_shapes(bench),
+            check_balance(bench, 3),
             *([] if least else [check_extremes(bench, 7)]),
             check_quantizer(bench, 33, (256,)),
         ]
@@ -91,10 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
     facts = hardware() | {"library": f"{path} for {';'.join(library.architectures)}"}
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     outcomes: list[Outcome] = []
-    status = report(every_check(bench, options, started), outcomes, started)
     bench_text = ""
     path = report_path(options.out, facts)
-    write(path, facts, outcomes, bench_text)
+    status = 0
+    for outcome in every_check(bench, options, started):
+        status |= report(iter([outcome]), outcomes, started)
+        write(path, facts, outcomes, bench_text)
     if not options.no_bench:
         outcome, bench_text = run_bench(library, bench.device, options.bench_seconds)
         status |= report(iter([outcome]), outcomes, started)
@@ -170,24 +178,31 @@ class Running:
     def __init__(self, name: str, command: list[str], judge: Callable[[str, int, str], Outcome]) -> None:
         self.name, self.judge = name, judge
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(command, cwd=REPOSITORY, stdout=self._output, stderr=subprocess.STDOUT)
+        # A group of its own: the sanitizer's child would live on and disturb the benchmark.
+        self._process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
     def finish(self, seconds: float) -> Outcome:
-        """The row, after waiting for at most ``seconds``."""
+        """The row, after waiting for at most ``seconds``; what ran out of time fails where it had found something."""
         try:
-            status = self._process.wait(max(0.0, seconds))
+            status: int | None = self._process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
-            self.stop()
-            return Outcome(self.name, True, 0, note="not run to its end: the time was used up")
+            status = None
+        self.stop()
         self._output.seek(0)
-        return self.judge(self.name, status, self._output.read().strip())
+        output = self._output.read().strip()
+        if status is not None:
+            return self.judge(self.name, status, output)
+        found = _FOUND.search(output)
+        note = "not run to its end: the time was used up"
+        return Outcome(self.name, found is None, 0, note=f"{note}, after: {found[0]}" if found else note)
 
     def stop(self) -> None:
-        """End it, if it still runs."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        self._output.close()
+        """End it and its children, if they still run."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 def start_pytest(slow: bool = True) -> Running | Outcome:

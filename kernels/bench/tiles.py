@@ -22,6 +22,7 @@ for folder in (HERE.parents[1], HERE.parent, HERE):
 
 import torch  # noqa: E402
 from bench import SHAPES  # noqa: E402
+from build import content_key  # noqa: E402
 from cublaslt import CublasLtError, Int8Product  # noqa: E402
 from peers import random_codes  # noqa: E402
 from report import Shape  # noqa: E402
@@ -49,19 +50,20 @@ class Variant:
         return f"{self.m}x{self.n} {schedule} {self.cluster[0]}x{self.cluster[1]}"
 
     def build(self) -> Path:
-        """The variant as a shared library, compiled unless it is there."""
-        path = BUILD / "tiles" / f"{self.name.replace(' ', '-')}.so"
-        if path.is_file():
-            return path
+        """The variant as a shared library, compiled unless one of the same sources is there."""
         nvcc, cutlass = find_nvcc(BUILD / "kernels"), find_cutlass(BUILD / "kernels")
-        path.parent.mkdir(parents=True, exist_ok=True)
         sizes = {"TILE_M": self.m, "TILE_N": self.n, "CLUSTER_M": self.cluster[0], "CLUSTER_N": self.cluster[1],
                  "PINGPONG": int(self.pingpong)}  # fmt: skip
         command = [nvcc.program, "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr"]
         command += [f"-D{name}={value}" for name, value in sizes.items()]
         command += ["-I", str(HERE.parent / "include"), "-I", str(HERE.parent / "csrc"), "-isystem", str(cutlass)]
-        command += ["-gencode=arch=compute_90a,code=sm_90a", "-shared", "-o", f"{path}.part"]
-        command += [str(HERE / "tiles.cu"), str(HERE.parent / "csrc" / "error.cpp")]
+        command += ["-gencode=arch=compute_90a,code=sm_90a", "-shared"]
+        key = content_key(HERE / "tiles.cu", command, nvcc.version)
+        path = BUILD / "tiles" / f"{self.name.replace(' ', '-')}-{key}.so"
+        if path.is_file():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command += ["-o", f"{path}.part", str(HERE / "tiles.cu"), str(HERE.parent / "csrc" / "error.cpp")]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise BuildError(f"{self.name} does not compile:\n{done.stderr[-4000:]}")
@@ -100,6 +102,14 @@ class Problem:
         if status:
             raise RuntimeError(f"status {status}")
 
+    def error(self, rows: int = 64) -> float:
+        """Largest error of some rows of y against float64, as a share of the largest output of its row."""
+        some = torch.randint(0, self.shape.m, (rows,), device=self.y.device)
+        token, row, bias = (v.double() for v in self.vectors)
+        exact = (self.codes[some].double() @ self.weight.double().T) * token[some, None] * row + bias
+        off = (self.y[some].double() - exact).abs() / exact.abs().amax(dim=1, keepdim=True)
+        return float(torch.nan_to_num(off, nan=float("inf")).max())
+
 
 def measure(shape: Shape, libraries: dict[str, ctypes.CDLL], timer: CudaTimer) -> list[tuple[float, str]]:
     """(milliseconds, what), best first; a variant whose y differs from the first one's is an error."""
@@ -111,6 +121,8 @@ def measure(shape: Shape, libraries: dict[str, ctypes.CDLL], timer: CudaTimer) -
             problem.run(library, swizzle)
             if wanted is None:
                 wanted = problem.y.clone()
+                if problem.error() > 2.0**-8:
+                    raise RuntimeError(f"{name}: y is {problem.error():.3g} off float64 on {shape}")
             elif not torch.equal(wanted, problem.y):
                 raise RuntimeError(f"{name}, swizzle {swizzle}: y differs on {shape}")
             call = lambda library=library, swizzle=swizzle: problem.run(library, swizzle)  # noqa: E731

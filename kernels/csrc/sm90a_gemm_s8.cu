@@ -2,8 +2,8 @@
 //
 // Two tiles: 128x256x128 with two consumer warpgroups on one tile (least shared-memory traffic per product), and
 // 128x128x128 ping-pong, whose warpgroups take turns (one multiplies while the other stores), for problems of less than
-// one wave and for short rows, where storing is a large part: on an H100 it is 1.15 times faster at k = 1536 and 1.2 times
-// slower at k = 3072 (bench/tiles.py).
+// one wave and for short rows, where storing is a large part: on an H100 it is 1.2 times faster at k = 1536 and 1.2 times
+// slower at k = 3072 (bench/results, tiles); where between them it turns is not measured.
 #include "sm90a_s8.cuh"
 
 namespace dvdq {

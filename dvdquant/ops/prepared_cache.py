@@ -1,0 +1,111 @@
+"""What the kernels need of a layer's stored tensors, made once: prepared weights, packed balances, facts about matrices."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..hadamard import hadamard_matrix
+from ..repack import LayerShape
+from .cuda import KernelError
+from .quant_linear import pack_balance
+
+if TYPE_CHECKING:
+    from .cuda_linear import CudaKernels, PackedLayer
+
+__all__ = ["PreparedCache"]
+
+
+class PreparedCache:
+    """Prepared weights, each living as long as the packed weight tensor it was made from.
+
+    An entry is keyed by the weight tensor and the path, and made again when one of the five stored tensors was replaced,
+    moved or changed in place. On 8-bit paths it takes one byte per weight, beside the half byte of the packed one.
+    4- and 8-bit activations share an entry where they run on the same path.
+    """
+
+    def __init__(self) -> None:
+        self._entries: Any = WeakTensorKeyDictionary()
+        self._sylvester: Any = WeakTensorKeyDictionary()
+        self._balances: Any = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return sum(len(paths) for paths in self._entries.values())
+
+    def get(self, kernels: CudaKernels, layer: LayerShape, packed: PackedLayer) -> Tensor:
+        """The prepared weight of a layer.
+
+        Raises:
+            KernelError: it would have to be made while a CUDA graph is being captured.
+        """
+        plan = kernels.plan(layer)
+        key = (plan.path, plan.prepared_bytes)
+        state = tuple((t.data_ptr(), _version(t)) for t in packed.stored())
+        with self._lock:
+            paths = self._entries.setdefault(packed.weight, {})
+            if key in paths and paths[key][0] == state:
+                prepared: Tensor = paths[key][1]
+                return prepared
+            _refuse_capture(packed.weight, "its weight is prepared at the first call")
+            prepared = kernels.prepare(layer, packed.stored())
+            _synchronize(prepared)
+            paths[key] = (state, prepared)
+            return prepared
+
+    def balance(self, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """:func:`pack_balance` of a layer's tensors, kept as long as they are; None where there are none.
+
+        Raises:
+            KernelError: it would have to be made while a CUDA graph is being captured.
+        """
+        key, other = (shift, None) if scale is None else (scale, shift)
+        if key is None:
+            return None
+        state = [(t.data_ptr(), _version(t), t.device) for t in (key, other) if t is not None]
+        with self._lock:
+            kept = self._balances.setdefault(key, {})
+            if dtype in kept and kept[dtype][0] is other and kept[dtype][1] == state:
+                rows: Tensor = kept[dtype][2]
+                return rows
+            _refuse_capture(key, "its balance is prepared at the first call")
+            rows = pack_balance(scale, shift, dtype)
+            _synchronize(rows)
+            kept[dtype] = (other, state, rows)
+            return rows
+
+    def is_sylvester(self, hadamard: Tensor) -> bool:
+        """Whether ``hadamard`` is the Sylvester matrix / √b, the only inner factor the kernels have."""
+        version = _version(hadamard)
+        with self._lock:
+            known = self._sylvester.get(hadamard)
+            if known is None or known[0] != version:
+                _refuse_capture(hadamard, "its Hadamard matrix is checked at the first call")
+                order = hadamard.shape[0]
+                power = order & (order - 1) == 0
+                same = power and torch.equal(hadamard, hadamard_matrix(order).to(hadamard))
+                self._sylvester[hadamard] = known = (version, same)
+            return bool(known[1])
+
+
+def _refuse_capture(tensor: Tensor, why: str) -> None:
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise KernelError(
+            f"a quantized layer is being captured in a CUDA graph before it ever ran: {why}",
+            fix="call the model once before capturing it",
+        )
+
+
+def _synchronize(tensor: Tensor) -> None:
+    """Once per prepared weight, so that it can be used from every stream."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
+
+
+def _version(tensor: Tensor) -> int:
+    # Inference tensors count no versions.
+    return 0 if tensor.is_inference() else tensor._version
