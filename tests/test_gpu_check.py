@@ -225,7 +225,7 @@ def test_tools_run_beside_and_become_rows() -> None:
     assert (late.passed, late.cases) == (True, 0)
     assert "not run to its end" in late.note
     for found in ("..F..", "FAILED tests/test_a.py::test_b", "========= Invalid __global__ read of size 4 bytes"):
-        late = row(f"import time; print({found!r}, flush=True); time.sleep(60)", 3)
+        late = row(f"import time; print({found!r}, flush=True); time.sleep(60)", 1.5)
         assert not late.passed
         assert found in late.note
 
@@ -233,9 +233,12 @@ def test_tools_run_beside_and_become_rows() -> None:
 def test_stopped_tools_take_their_children_along() -> None:
     code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     running = gpu_check.Running("t", [sys.executable, "-c", code], lambda name, status, output: output)
-    time.sleep(2)
-    running._output.seek(0)
-    child = int(running._output.read())
+    written = ""
+    while not written.endswith("\n"):
+        time.sleep(0.05)
+        running._output.seek(0)
+        written = running._output.read()
+    child = int(written)
     running.stop()
     time.sleep(0.2)
     state = Path(f"/proc/{child}/stat")
