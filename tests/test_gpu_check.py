@@ -224,6 +224,8 @@ def test_tools_run_beside_and_become_rows() -> None:
     late = row("import time; time.sleep(60)", 0)
     assert (late.passed, late.cases) == (True, 0)
     assert "not run to its end" in late.note
+    tests = gpu_check.Running("p", [sys.executable, "-c", "import time; time.sleep(60)"], gpu_check.judge_pytest, False)
+    assert not tests.finish(0).passed
     for found in ("..F..", "FAILED tests/test_a.py::test_b", "========= Invalid __global__ read of size 4 bytes"):
         late = row(f"import time; print({found!r}, flush=True); time.sleep(60)", 1.5)
         assert not late.passed
