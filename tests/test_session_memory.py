@@ -89,7 +89,10 @@ def test_memory_of_a_wide_model() -> None:
     measured = {}
     for forms in (("packed", "pytorch"), ("expanded",)):
         command = [sys.executable, "-c", MEASURE, str(out), *forms]
-        settings = {**environment(), "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+        # Whatever is large is mapped, so that the system has it back when it is freed. glibc would raise the threshold
+        # to 32 MiB by itself, and then keep what a load freed: 0 to 100 MB here, by where it lay.
+        malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        settings = {**environment(), **malloc, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
         assert done.returncode == 0, done.stderr
         measured |= json.loads(done.stdout)
@@ -106,5 +109,4 @@ def test_memory_of_a_wide_model() -> None:
     # The same figures see the fp32 matrices, which a session of both bit-widths has once.
     expanded = 8 * codes
     assert measured["expanded"]["said"]["weights"] > expanded
-    # Part of it may lie in memory the process had taken and freed before.
-    assert 0.6 * expanded < measured["expanded"]["both"] < 1.6 * expanded
+    assert expanded < measured["expanded"]["both"] < 1.2 * expanded
