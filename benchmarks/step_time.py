@@ -31,8 +31,9 @@ from tqdm import tqdm
 from dvdquant.export.onnx import GraphWrapper
 from dvdquant.families import Axis, Family, Sizes
 from dvdquant.gbs import change_sums
-from dvdquant.layers import QuantLinear, set_activation
+from dvdquant.layers import QuantLinear, prepare_layers, set_activation
 from dvdquant.model import ModelPlan, build_skeleton, plan_model, quantized_skeleton
+from dvdquant.ops.cuda_linear import usable_kernels
 from dvdquant.recipe import get_recipe
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -153,6 +154,10 @@ def measure(case: Case, depth: int, options: argparse.Namespace) -> tuple[Times,
         quantized = flavour == "quantized"
         skeleton = quantized_skeleton(plan, 8) if quantized else build_skeleton(plan.family.config, torch.bfloat16)
         model = GraphWrapper(fill(skeleton, device), plan.family)
+        kernels = usable_kernels(device)
+        if quantized and kernels is not None:
+            # As a session does it.
+            prepare_layers(model, kernels, [plan.recipe.activation(bits) for bits in (4, 8)], plan.dtype, device)
         with torch.inference_mode():
             for bits in (8, 4) if quantized else (16,):
                 name = f"a{bits}" if quantized else "bf16"

@@ -6,16 +6,21 @@ that x is rotated and quantized once. The merged layer is called after its membe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ShapeError
+from .errors import ShapeError, UnsupportedError
 from .hadamard import Rotation
 from .ops.quant_linear import balance_input, balanced_quant_linear, quant_linear
 from .recipe import ActivationSpec
+
+if TYPE_CHECKING:
+    from .ops.cuda_linear import CudaKernels
+    from .ops.kernel_layer import KernelLayer
 
 __all__ = [
     "LayerSpec",
@@ -23,6 +28,7 @@ __all__ = [
     "RotationTable",
     "empty_tensor",
     "install_quant_linears",
+    "prepare_layers",
     "set_activation",
 ]
 
@@ -114,6 +120,8 @@ class QuantLinear(nn.Module):
     Buffers: weight int8 [N, K/2], weight_scale fp32 [N], weight_factor uint8 [N, groups], weight_zero fp32 [N] or
     uint8 [N, groups], bias fp32 [N], pre_quant_shift fp32 [K] of a shifted and pre_quant_scale fp32 [K] of a balanced layer.
     The rotation matrices live in the model's :class:`RotationTable`.
+
+    :meth:`prepare` replaces the first five by what the kernels multiply, ``kernel``.
     """
 
     def __init__(self, spec: LayerSpec, activation: ActivationSpec, table: RotationTable) -> None:
@@ -122,6 +130,7 @@ class QuantLinear(nn.Module):
         self.use(activation)
         # In a list, so that the shared table is not registered as a child of every layer.
         self._table = [table]
+        self.kernel: KernelLayer | None = None
         for full_name, (dtype, shape) in spec.tensors().items():
             self.register_buffer(full_name.removeprefix(spec.name + "."), empty_tensor(shape, dtype))
 
@@ -139,6 +148,29 @@ class QuantLinear(nn.Module):
                     f"{full_name} is {tensor.dtype} {tuple(tensor.shape)}", available=f"expected {dtype} {shape}"
                 )
             setattr(self, full_name.removeprefix(self.spec.name + "."), tensor)
+        self.kernel = None
+
+    def prepare(
+        self, kernels: CudaKernels, activations: Iterable[ActivationSpec], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Keep the weight as the kernels of ``device`` multiply it with these grids, and let go of the packed one.
+
+        The device holds the packed weight only meanwhile. What :meth:`load` gives afterwards is prepared no longer.
+
+        Raises:
+            UnsupportedError: the kernels do not run the layer with one of the grids; it stays as it is.
+        """
+        from .ops.cuda_linear import PackedLayer
+        from .ops.kernel_layer import KernelLayer
+
+        matrices = self._table[0].to(device).matrices(self.spec.rotation)
+        stored = (self.get_buffer(name).to(device) for name in TENSORS)
+        packed = PackedLayer(*stored, *matrices)  # type: ignore[call-arg]
+        balance = (None if part is None else part.to(device) for part in self._balance())
+        grids = dict.fromkeys(self.spec.activation(asked) for asked in activations)
+        self.kernel = KernelLayer(kernels, packed, grids, dtype, *balance)
+        for name in TENSORS:
+            self._buffers[name] = None
 
     def balance(self, x: Tensor) -> Tensor:
         """What the op receives of an input [..., K]: less the shift, its channels multiplied by powers of two."""
@@ -150,6 +182,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
+        if self.kernel is not None:
+            return self.kernel(x, self.act_bits, self.act_group)
         hadamard, outer = self._table[0].matrices(self.spec.rotation)
         rest = (self.weight, self.weight_scale, self.weight_factor, self.weight_zero, self.bias, hadamard, outer,
                 self.act_bits, self.act_group)  # fmt: skip
@@ -251,3 +285,21 @@ def set_activation(model: nn.Module, activation: ActivationSpec) -> None:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.use(activation)
+
+
+def prepare_layers(
+    model: nn.Module,
+    kernels: CudaKernels,
+    activations: Sequence[ActivationSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, str]:
+    """:meth:`QuantLinear.prepare` of every layer of ``model``; those that stay packed by name, with the reason."""
+    left = {}
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            try:
+                module.prepare(kernels, activations, dtype, device)
+            except UnsupportedError as error:
+                left[module.spec.name] = error.what
+    return left

@@ -162,16 +162,24 @@ def test_a_late_or_raising_check_is_a_failed_row() -> None:
 
 def test_a_stack_of_modules_runs_on_the_binding_and_a_wrong_product_fails() -> None:
     b = bench(HostLibrary())
-    row = check_ops._compare_model(b, "stack", *check_ops._stack(b))
+    row, same = check_ops._compare_model(b, "stack", *check_ops._stack(b))
     assert row.passed
+    assert same.passed
     assert 0 < row.worst <= 1
     unbiased = bench(wrong.NoBias())
-    assert not check_ops._compare_model(unbiased, "stack", *check_ops._stack(unbiased)).passed
+    row, same = check_ops._compare_model(unbiased, "stack", *check_ops._stack(unbiased))
+    assert not row.passed
+    assert same.passed
+    again = bench(wrong.PreparedTwice())
+    row, same = check_ops._compare_model(again, "stack", *check_ops._stack(again))
+    assert row.passed
+    assert not same.passed
 
 
 def test_tiny_wan_runs_on_the_binding() -> None:
     rows = list(check_ops.check_model(bench(HostLibrary())))
-    assert [r.name for r in rows[1:]] == ["tiny Wan (diffusers), a8", "tiny Wan (diffusers), a4"]
+    assert [r.name for r in rows[2::2]] == ["tiny Wan (diffusers), a8", "tiny Wan (diffusers), a4"]
+    assert all(r.name.endswith("only prepared weights held") for r in rows[1::2])
     assert all(r.passed and r.cases == 1 for r in rows)
 
 

@@ -201,3 +201,17 @@ class ForgetsErrors(HostLibrary):
     def round_feedback(self, grid: Any, weight: int, out: Any, factors: int, block: int, stream: int) -> None:
         _view(factors, (grid.k // block, block, block), torch.float32).copy_(torch.eye(block))
         super().round_feedback(grid, weight, out, factors, block, stream)
+
+
+class PreparedTwice(HostLibrary):
+    """Right the first time a weight is prepared; later its codes are those of another."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def prepare_weight(self, layer: Any, sm: int, weight: Any, prepared: int, size: int, stream: int) -> None:
+        super().prepare_weight(layer, sm, weight, prepared, size, stream)
+        if weight.codes in self.seen:
+            codes = _view(prepared, (layer.n, layer.k), torch.uint8)
+            codes.copy_(codes.flip(0))
+        self.seen.add(weight.codes)

@@ -13,9 +13,9 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import EngineError
 from dvdquant.export.onnx import GraphWrapper
 from dvdquant.export.verify import fill_quantized
-from dvdquant.layers import QuantLinear, set_activation
+from dvdquant.layers import QuantLinear, prepare_layers, set_activation
 from dvdquant.model import quantized_skeleton
-from dvdquant.ops.cuda_linear import kernels_for
+from dvdquant.ops.cuda_linear import usable_kernels
 from dvdquant.recipe import Recipe
 
 from .base import EngineSession
@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 class PyTorchSession(EngineSession):
     """One model for all bit-widths: switching sets the activation grid of its QuantLinear modules.
 
-    On the CPU the weights are the mapped files themselves; on a GPU they are copied there once.
+    On the CPU the weights are the mapped files themselves. On a GPU that the kernels are built for, each layer is held as
+    they multiply it, once per path that the session's bit-widths take: as 4 or 8 bits a weight, see ``kernels/README.md``.
+    On another GPU the packed weights are copied there.
     """
 
     backend = "pytorch"
@@ -42,7 +44,7 @@ class PyTorchSession(EngineSession):
         device: torch.device | None = None,
     ) -> None:
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
-        kernels = kernels_for(self.device) if self.device.type == "cuda" else None
+        kernels = usable_kernels(self.device)
         plan = artifact.plan(component)
         self._recipe = plan.recipe
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
@@ -50,8 +52,11 @@ class PyTorchSession(EngineSession):
         self._files = WeightFiles(artifact, component)
         try:
             model = quantized_skeleton(plan, self._current)
-            fill_quantized(model, plan, lambda name: self._files.tensor(name).to(self.device))
-            # What is left are tables the skeleton computed.
+            fill_quantized(model, plan, self._files.tensor)
+            if kernels is not None:
+                grids = [plan.recipe.activation(width) for width in self.bits]
+                for name, reason in prepare_layers(model, kernels, grids, plan.dtype, self.device).items():
+                    log.info("%s stays packed: %s", name, reason)
             self._model: nn.Module | None = GraphWrapper(model.to(self.device), self.family)
         except torch.OutOfMemoryError as error:
             raise EngineError(
@@ -74,14 +79,18 @@ class PyTorchSession(EngineSession):
         return output.to(self.dtype, copy=True)
 
     def resident_bytes(self) -> dict[str, int]:
-        """``workspace`` is the least: the largest layer's weight in fp32, which the reference op expands in each call."""
+        """``workspace`` is the least: the largest layer's, of its kernels at the export's largest size, or its weight in fp32,
+        which the reference op expands in each call."""
         if self._model is None:
             return {"weights": 0, "engines": 0, "workspace": 0}
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        held = {t.data_ptr(): t.nbytes for t in tensors}
-        layers = [m.spec for m in self._model.modules() if isinstance(m, QuantLinear)]
-        largest = max(4 * spec.out_features * spec.features for spec in layers)
-        return {"weights": sum(held.values()), "engines": 0, "workspace": largest}
+        held = {t.data_ptr(): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}
+        layers = [m for m in self._model.modules() if isinstance(m, QuantLinear)]
+        kernels = [layer.kernel for layer in layers if layer.kernel is not None]
+        tokens = self.family.tokens(*self.sizes.at("max")) * self.sizes.batch
+        scratch = [kernel.workspace_bytes(tokens) for kernel in kernels]
+        scratch += [4 * layer.spec.out_features * layer.spec.features for layer in layers if layer.kernel is None]
+        weights = sum(held.values()) + sum(kernel.nbytes for kernel in kernels)
+        return {"weights": weights, "engines": 0, "workspace": max(scratch)}
 
     def _close(self) -> None:
         self._model = None

@@ -28,9 +28,11 @@ __all__ = [
     "PreparedCache",
     "kernels_for",
     "layer_shape",
+    "packed_shape",
     "reference_policy",
     "run_quant_linear",
     "stream_of",
+    "usable_kernels",
 ]
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,11 @@ class CudaKernels:
         self.plan = functools.lru_cache(maxsize=4096)(functools.partial(self._plan))
 
     def _plan(self, layer: LayerShape) -> LayerPlan:
-        return self.library.plan_layer(layer, self.sm)
+        try:
+            return self.library.plan_layer(layer, self.sm)
+        except ShapeError as error:
+            # Of a layer, not of a call: PyTorch computes it all the same.
+            raise UnsupportedError(f"the kernels do not run a layer like this: {error.what}") from error
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialized tensor."""
@@ -197,7 +203,7 @@ def layer_shape(x: Tensor, packed: PackedLayer, act_bits: int, act_group: int) -
         ShapeError: x has another number of channels, or the tensors are on several devices.
         UnsupportedError: a dtype the kernels have none for.
     """
-    rows, half = packed.weight.shape
+    half = packed.weight.shape[1]
     if x.ndim == 0 or x.shape[-1] != 2 * half:
         raise ShapeError(f"a layer of {2 * half} channels got a tensor of shape {tuple(x.shape)}")
     devices = {t.device for t in (x, *packed.stored(), packed.hadamard, packed.outer)}
@@ -206,11 +212,21 @@ def layer_shape(x: Tensor, packed: PackedLayer, act_bits: int, act_group: int) -
             f"x and the layer are on different devices: {', '.join(sorted(map(str, devices)))}",
             fix="move the model with .to(device)",
         )
-    if x.dtype not in DTYPE_NAMES:
-        raise UnsupportedError(f"the kernels have no {x.dtype} activations", available=DTYPE_NAMES.values())
+    return packed_shape(packed, x.dtype, act_bits, act_group)
+
+
+def packed_shape(packed: PackedLayer, dtype: torch.dtype, act_bits: int, act_group: int) -> LayerShape:
+    """The layer that the stored tensors and rotation factors describe, for activations of ``dtype``.
+
+    Raises:
+        UnsupportedError: a dtype the kernels have none for.
+    """
+    if dtype not in DTYPE_NAMES:
+        raise UnsupportedError(f"the kernels have no {dtype} activations", available=DTYPE_NAMES.values())
+    rows, half = packed.weight.shape
     real = not packed.zero.is_floating_point()
     block, outer = packed.hadamard.shape[0], packed.outer.shape[0]
-    name = DTYPE_NAMES[x.dtype]
+    name = DTYPE_NAMES[dtype]
     return LayerShape(rows, 2 * half, packed.factor.shape[1], real, block, outer, act_bits, act_group, name)
 
 
@@ -229,6 +245,12 @@ def _kernels_for(index: int) -> CudaKernels | None:
         return None
     major, minor = torch.cuda.get_device_capability(index)
     return CudaKernels(load_library(), 10 * major + minor)
+
+
+def usable_kernels(device: torch.device) -> CudaKernels | None:
+    """As :func:`kernels_for`, but None also for a CPU and where the library is built for other GPUs."""
+    kernels = kernels_for(device) if device.type == "cuda" else None
+    return kernels if kernels is not None and kernels.library.serves(kernels.sm) else None
 
 
 def require_kernels(device: torch.device) -> CudaKernels:

@@ -17,6 +17,7 @@ from check_kernels import Bench, Outcome, Tally, reachable_layers
 from torch import Tensor, nn
 
 import dvdquant.layers
+from dvdquant.layers import QuantLinear, prepare_layers
 from dvdquant.ops.cuda_linear import DTYPES, PackedLayer, PreparedCache, reference_policy, run_quant_linear
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.quant_linear import (
@@ -28,6 +29,7 @@ from dvdquant.ops.quant_linear import (
     quant_linear,
     quant_linear_reference,
 )
+from dvdquant.recipe import ActivationSpec
 from dvdquant.repack import LayerShape
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -175,16 +177,17 @@ def layers_run(op: Op) -> Iterator[None]:
 
 
 def check_model(bench: Bench) -> Iterator[Outcome]:
-    """Models of QuantLinear modules on the device: no further from fp32 on the CPU than twice the reference op is."""
-    yield _compare_model(bench, "a stack of QuantLinear modules", *_stack(bench))
+    """Models of QuantLinear modules on the device: no further from fp32 on the CPU than twice the reference op is, and the
+    same bits once only prepared weights are left."""
+    yield from _compare_model(bench, "a stack of QuantLinear modules", *_stack(bench))
     if importlib.util.find_spec("diffusers") is None:
         yield Outcome("tiny Wan (diffusers)", True, 0, note="not run: diffusers is not installed")
         return
     for bits in (8, 4):
-        yield _compare_model(bench, f"tiny Wan (diffusers), a{bits}", *_tiny_wan(bits))
+        yield from _compare_model(bench, f"tiny Wan (diffusers), a{bits}", *_tiny_wan(bits))
 
 
-def _compare_model(bench: Bench, name: str, model: nn.Module, inputs: dict[str, Tensor]) -> Outcome:
+def _compare_model(bench: Bench, name: str, model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Outcome]:
     with torch.inference_mode():
         wide = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
         exact = copy.deepcopy(model).float()(**wide)[0].double()
@@ -194,9 +197,13 @@ def _compare_model(bench: Bench, name: str, model: nn.Module, inputs: dict[str, 
             reference = model(**here)[0].double().cpu()
         with layers_run(kernel_op(bench)), reference_policy("raise"):
             y = model(**here)[0].double().cpu()
+        grids = {ActivationSpec(m.act_bits, m.act_group) for m in model.modules() if isinstance(m, QuantLinear)}
+        left = prepare_layers(model, bench.kernels, list(grids), DTYPES["bf16"], bench.device)
+        same = not left and torch.equal(model(**here)[0].double().cpu(), y)
     error, bound = (y - exact).norm(), 2 * (reference - exact).norm()
     passed = bool(error <= bound) and bool(torch.isfinite(y).all())
-    return Outcome(name, passed, 1, float(error / bound), note=f"{float(error / exact.norm()):.3g} relative to fp32")
+    yield Outcome(name, passed, 1, float(error / bound), note=f"{float(error / exact.norm()):.3g} relative to fp32")
+    yield Outcome(f"{name}, only prepared weights held", same, 1, note="; ".join(left.values()))
 
 
 class _Stack(nn.Module):
@@ -205,8 +212,7 @@ class _Stack(nn.Module):
     def __init__(self, bench: Bench) -> None:
         super().__init__()
         from dvdquant.hadamard import Rotation
-        from dvdquant.layers import LayerSpec, QuantLinear, RotationTable
-        from dvdquant.recipe import ActivationSpec
+        from dvdquant.layers import LayerSpec, RotationTable
 
         rotation = Rotation.for_features(256, "auto")
         self.table = RotationTable([rotation])
