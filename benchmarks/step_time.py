@@ -153,11 +153,12 @@ def measure(case: Case, depth: int, options: argparse.Namespace) -> tuple[Times,
     for flavour in ("bf16", "quantized"):
         quantized = flavour == "quantized"
         skeleton = quantized_skeleton(plan, 8) if quantized else build_skeleton(plan.family.config, torch.bfloat16)
-        model = GraphWrapper(fill(skeleton, device), plan.family)
-        kernels = usable_kernels(device)
-        if quantized and kernels is not None:
-            # As a session does it.
+        kernels = usable_kernels(device) if quantized else None
+        # As a session does it: the packed weights stay on the CPU.
+        model = GraphWrapper(fill(skeleton, device if kernels is None else torch.device("cpu")), plan.family)
+        if kernels is not None:
             prepare_layers(model, kernels, [plan.recipe.activation(bits) for bits in (4, 8)], plan.dtype, device)
+        model = model.to(device)
         with torch.inference_mode():
             for bits in (8, 4) if quantized else (16,):
                 name = f"a{bits}" if quantized else "bf16"

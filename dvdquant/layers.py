@@ -121,7 +121,7 @@ class QuantLinear(nn.Module):
     uint8 [N, groups], bias fp32 [N], pre_quant_shift fp32 [K] of a shifted and pre_quant_scale fp32 [K] of a balanced layer.
     The rotation matrices live in the model's :class:`RotationTable`.
 
-    :meth:`prepare` replaces the first five by what the kernels multiply, ``kernel``.
+    After :meth:`prepare` the first five are in ``kernel``, for the device to hold them as its kernels multiply them.
     """
 
     def __init__(self, spec: LayerSpec, activation: ActivationSpec, table: RotationTable) -> None:
@@ -153,9 +153,10 @@ class QuantLinear(nn.Module):
     def prepare(
         self, kernels: CudaKernels, activations: Iterable[ActivationSpec], dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Keep the weight as the kernels of ``device`` multiply it with these grids, and let go of the packed one.
+        """Run these grids on the kernels of ``device``, which then holds the weight only as they multiply it.
 
-        The device holds the packed weight only meanwhile. What :meth:`load` gives afterwards is prepared no longer.
+        The packed tensors stay where they are and are no buffers any more: the module is for running, not for saving, and a
+        move passes them by. :meth:`load` undoes it.
 
         Raises:
             UnsupportedError: the kernels do not run the layer with one of the grids; it stays as it is.
@@ -163,12 +164,11 @@ class QuantLinear(nn.Module):
         from .ops.cuda_linear import PackedLayer
         from .ops.kernel_layer import KernelLayer
 
-        matrices = self._table[0].to(device).matrices(self.spec.rotation)
-        stored = (self.get_buffer(name).to(device) for name in TENSORS)
+        matrices = self._table[0].matrices(self.spec.rotation)
+        stored = [self.get_buffer(name) for name in TENSORS] if self.kernel is None else self.kernel.packed.stored()
         packed = PackedLayer(*stored, *matrices)  # type: ignore[call-arg]
-        balance = (None if part is None else part.to(device) for part in self._balance())
         grids = dict.fromkeys(self.spec.activation(asked) for asked in activations)
-        self.kernel = KernelLayer(kernels, packed, grids, dtype, *balance)
+        self.kernel = KernelLayer(kernels, packed, grids, dtype, device, *self._balance())
         for name in TENSORS:
             self._buffers[name] = None
 
@@ -182,12 +182,13 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        if self.kernel is not None:
-            return self.kernel(x, self.act_bits, self.act_group)
         hadamard, outer = self._table[0].matrices(self.spec.rotation)
+        y: Tensor
+        if self.kernel is not None:
+            y = self.kernel(x, outer, self.act_bits, self.act_group)
+            return y
         rest = (self.weight, self.weight_scale, self.weight_factor, self.weight_zero, self.bias, hadamard, outer,
                 self.act_bits, self.act_group)  # fmt: skip
-        y: Tensor
         # Eager on a GPU a pointwise operation is a pass over memory of its own; compilers and engines fuse it.
         fused = (self.spec.balanced or self.spec.shifted) and self.spec.features % 8 == 0
         if fused and x.is_cuda and not torch.compiler.is_compiling():
@@ -294,7 +295,10 @@ def prepare_layers(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, str]:
-    """:meth:`QuantLinear.prepare` of every layer of ``model``; those that stay packed by name, with the reason."""
+    """:meth:`QuantLinear.prepare` of every layer of ``model``; those that stay as they are by name, with the reason.
+
+    Move the model afterwards: what was on the device before stays there beside the prepared weights.
+    """
     left = {}
     for module in model.modules():
         if isinstance(module, QuantLinear):

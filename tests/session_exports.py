@@ -46,6 +46,15 @@ def family_export(name: str, dtype: str = "bf16") -> Path:
 
 
 @functools.cache
+def recipe_export(recipe: str) -> Path:
+    """Graphs of a tiny Wan by another recipe than rounding to nearest."""
+    source, out = _folder() / f"{recipe}-model", _folder() / recipe
+    tiny.write_checkpoint(source, tiny.WAN)
+    in_process(source, "-o", out, "--recipe", recipe, "--target", "graphs", *RANGES)
+    return out
+
+
+@functools.cache
 def engine_export(sm: str = "8.9") -> Path:
     """A Wan 2.2 pipeline, two transformers with different weights, with TensorRT-RTX engines for one SM."""
     source, out = _folder() / f"wan22-model-{sm}", _folder() / f"wan22-{sm}"

@@ -203,8 +203,11 @@ def test_prepared_weights_are_made_once_and_die_with_the_weight() -> None:
     for bits in (8, 4, 8, 4):  # both widths run on one path here and share an entry
         run_quant_linear(kernels, cache, x, packed, bits, 0)
     assert (kernels.prepared, len(cache)) == (1, 1)
-    run_quant_linear(kernels, cache, x, packed, 8, 128)
+    run_quant_linear(kernels, cache, x, packed, 8, 128)  # another path, with weights in the same form
+    assert (kernels.prepared, len(cache)) == (1, 1)
+    run_quant_linear(kernels, cache, x, packed, 4, 128)  # as e4m3
     assert (kernels.prepared, len(cache)) == (2, 2)
+    assert cache.held_bytes(packed.weight) == 2 * prepared_bytes(layer, "s8_wgmma")
     before = run_quant_linear(kernels, cache, x, packed, 8, 0)
     packed.bias.add_(1)
     after = run_quant_linear(kernels, cache, x, packed, 8, 0)

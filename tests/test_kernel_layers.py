@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "kernels" / folder) for folde
 import check_kernels  # noqa: E402
 import check_ops  # noqa: E402
 from check_cases import make_tokens, make_weight  # noqa: E402
-from host_library import HostLibrary  # noqa: E402
+from host_library import HostLibrary, choose_path  # noqa: E402
 
 CPU = torch.device("cpu")
 ROTATION = Rotation.for_features(256, "auto")
@@ -58,47 +56,75 @@ def tokens(count: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "sm"),
+    ("name", "sm", "forms"),
     [
-        ("wan", "bf16", 90),
-        ("wan", "bf16", 89),
-        ("hunyuan-video", "bf16", 90),
-        ("cogvideox", "bf16", 120),
-        ("ltx-video", "fp16", 90),
+        ("hunyuan-video", 90, 1),
+        ("cogvideox", 120, 1),
+        ("ltx-video", 90, 1),
+        ("w4a4", 80, 2),
+        ("w4a4-g64", 90, 1),
     ],
 )
 def test_sessions_give_what_the_op_gives_without_packed_weights(
-    name: str, dtype: str, sm: int, monkeypatch: pytest.MonkeyPatch
+    name: str, sm: int, forms: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    artifact = Artifact.open(made.family_export(name, dtype))
+    """Families rounded to nearest, and recipes with balances, shifts and groups; ``forms`` are held of each weight."""
+    recipe = name.startswith("w4a4")
+    artifact = Artifact.open(
+        made.recipe_export(name) if recipe else made.family_export(name, "fp16" if name == "ltx-video" else "bf16")
+    )
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
     kernels = double(sm)
     called: list[torch.dtype] = []
     run: Callable[..., torch.Tensor] = KernelLayer.__call__
 
-    def call(self: KernelLayer, x: torch.Tensor, *grid: int) -> torch.Tensor:
+    def call(self: KernelLayer, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         called.append(x.dtype)
-        return run(self, x, *grid)
+        return run(self, x, *rest)
 
     monkeypatch.setattr(KernelLayer, "__call__", call)
     bench = check_kernels.Bench(kernels, CPU, (256,), ((3, 8),))
-    with PyTorchSession(artifact) as packed, check_ops.layers_run(check_ops.kernel_op(bench)):
-        wanted = {bits: packed.run(inputs, bits) for bits in (4, 8)}
-        before = packed.resident_bytes()["weights"]
+    with PyTorchSession(artifact) as session, check_ops.layers_run(check_ops.kernel_op(bench)):
+        wanted = {bits: session.run(inputs, bits) for bits in (4, 8)}
+        packed = session.resident_bytes()["weights"]
     assert called == []
     monkeypatch.setattr(pytorch, "usable_kernels", lambda device: kernels)
     with PyTorchSession(artifact) as session:
         layers = [m for m in session._model.modules() if isinstance(m, QuantLinear)]  # type: ignore[union-attr]
+        dropped = sum(tensor.nbytes for layer in layers for tensor in _packed(layer))
+        assert session.resident_bytes()["weights"] == packed - dropped
+        held = {}
         for bits in (8, 4, 8):
             assert torch.equal(session.run(inputs, bits), wanted[bits])
+            held[bits] = session.resident_bytes()["weights"] - packed + dropped
         assert len(called) == 3 * len(layers)
         # Nothing between the layers widens what they get: it would be rounded back.
         assert set(called) == {artifact.dtype}
-        assert not any(buffer.dtype == torch.int8 for buffer in session._model.buffers())  # type: ignore[union-attr]
-        dropped = sum(tensor.nbytes for layer in layers for tensor in _packed(layer))
-        added = sum(_prepared(layer, sm, artifact) for layer in layers)
-        assert session.resident_bytes()["weights"] == before - dropped + added
+        balances = sum(4 * layer.spec.features for layer in layers if layer.spec.balanced or layer.spec.shifted)
+        eight = {layer.spec.name: _prepared(layer, sm, artifact, 8) for layer in layers}
+        assert held[8] - balances >= sum(size for _, size in eight.values())
+        every = [{eight[layer.spec.name], _prepared(layer, sm, artifact, 4)} for layer in layers]
+        assert held[4] - balances == sum(size for found in every for _, size in found)
+        assert max(map(len, every)) == forms
         assert session.resident_bytes()["workspace"] > 0
+
+
+def test_a_session_of_one_width_holds_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = Artifact.open(made.recipe_export("w4a4"))
+    inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
+    monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double(80))
+    with PyTorchSession(artifact) as session:
+        start = session.resident_bytes()["weights"]
+        session.run(inputs, 4)
+        four = session.resident_bytes()["weights"] - start
+        session.run(inputs, 8)
+        both = session.resident_bytes()["weights"] - start
+        codes = sum(
+            m.spec.features * m.spec.out_features for m in session._model.modules() if isinstance(m, QuantLinear)
+        )  # type: ignore[union-attr]
+        # Half a byte a weight, then one more; the rest are rows' scales, zero-points and biases.
+        assert 0.5 * codes < four < 0.65 * codes
+        assert 1.5 * codes < both < 1.8 * codes
 
 
 def _packed(layer: QuantLinear) -> list[torch.Tensor]:
@@ -107,17 +133,13 @@ def _packed(layer: QuantLinear) -> list[torch.Tensor]:
     return [torch.empty(shapes[name][1], dtype=shapes[name][0], device="meta") for name in TENSORS]
 
 
-def _prepared(layer: QuantLinear, sm: int, artifact: Artifact) -> int:
-    """Bytes of prepared weights by their definition: once for both bit-widths where these share a path."""
-    spec, sizes = layer.spec, {}
-    for bits in (4, 8):
-        grid = spec.activation(artifact.plan("transformer").recipe.activation(bits))
-        shape = LayerShape(
-            spec.out_features, spec.features, spec.groups, spec.real_zero, act_bits=grid.bits, act_group=grid.group_size
-        )
-        path = HostLibrary().plan_layer(shape, sm).path
-        sizes[path] = prepared_bytes(shape, path)
-    return sum(sizes.values())
+def _prepared(layer: QuantLinear, sm: int, artifact: Artifact, bits: int) -> tuple[str, int]:
+    """Kind and bytes of the prepared weight that a width multiplies, by the table of paths."""
+    spec = layer.spec
+    grid = spec.activation(artifact.plan("transformer").recipe.activation(bits))
+    shape = LayerShape(spec.out_features, spec.features, spec.groups, spec.real_zero, 1, 1, grid.bits, grid.group_size)
+    path = choose_path(shape, sm)
+    return path.partition("_")[0], prepared_bytes(shape, path)
 
 
 def test_a_balanced_layer() -> None:
@@ -134,18 +156,32 @@ def test_a_balanced_layer() -> None:
     assert torch.equal(layer(x.reshape(1, 5, 256)), wanted[None])
 
 
-def test_the_packed_weight_is_let_go_and_comes_back_by_load() -> None:
+def test_the_packed_weight_stays_where_it_was_and_comes_back_by_load() -> None:
     layer = small_layer()
-    kept = {f"layer.{name}": layer.get_buffer(name).clone() for name in TENSORS}
-    gone = weakref.ref(layer.weight)
-    layer.prepare(double(90), [ActivationSpec(bits) for bits in (4, 8)], torch.bfloat16, CPU)
+    kept = {f"layer.{name}": layer.get_buffer(name) for name in TENSORS}
+    layer.prepare(double(90), [ActivationSpec(8)], torch.bfloat16, CPU)
     prepared = layer(tokens())
-    gc.collect()
-    assert gone() is None
     assert dict(layer.named_buffers()) == {}
+    # With other grids, from the same tensors.
+    layer.prepare(double(80), [ActivationSpec(bits) for bits in (4, 8)], torch.bfloat16, CPU)
+    assert torch.equal(layer(tokens()), prepared)
+    assert layer.kernel is not None
+    assert [t.data_ptr() for t in layer.kernel.packed.stored()] == [t.data_ptr() for t in kept.values()]
     layer.load(kept)
     assert layer.kernel is None
     assert torch.allclose(layer(tokens()), prepared, atol=0.05)
+
+
+@pytest.mark.parametrize(("sm", "group", "groups"), [(90, 64, 1), (90, 128, 2), (120, 64, 4)])
+def test_weights_of_one_form_are_the_same_bytes(sm: int, group: int, groups: int) -> None:
+    """What lets a4 in groups and a8 per token share a weight: their paths differ, what they multiply does not."""
+    kernels = double(sm)
+    eight = LayerShape(16, 256, groups)
+    four = LayerShape(16, 256, groups, act_bits=4, act_group=group)
+    packed = make_weight(eight, "midrise", CPU, seed=4)
+    assert kernels.plan(four).path != kernels.plan(eight).path
+    assert kernels.plan(four).form == kernels.plan(eight).form
+    assert torch.equal(kernels.prepare(four, packed.stored()), kernels.prepare(eight, packed.stored()))
 
 
 def test_what_a_prepared_layer_refuses() -> None:
@@ -156,7 +192,7 @@ def test_what_a_prepared_layer_refuses() -> None:
     with pytest.raises(ShapeError, match="the layer is on cpu, x on meta"):
         layer(tokens().to("meta"))
     layer.use(ActivationSpec(4))
-    with pytest.raises(UnsupportedError, match="not prepared for 4-bit") as caught:
+    with pytest.raises(UnsupportedError, match="not made for 4-bit") as caught:
         layer(tokens())
     assert caught.value.available == "8 bits, groups of 0"
     layer.use(ActivationSpec(8))

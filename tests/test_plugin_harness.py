@@ -221,7 +221,7 @@ def test_enqueue_passes_the_layer_on(sanitized: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("sm", "added"), [(90, 0), (80, 1)])
-def test_the_two_widths_share_a_prepared_weight_where_their_path_is_one(
+def test_the_two_widths_share_a_prepared_weight_where_they_can(
     sanitized: Path, tmp_path: Path, sm: int, added: int
 ) -> None:
     folder = CASES["a4-token-rotated"].write(tmp_path / "layer")

@@ -62,7 +62,7 @@ def _device(device: str) -> torch.device:
     import torch
 
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -77,7 +77,8 @@ def _device(device: str) -> torch.device:
             available=["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))],
             fix="use --device cpu, or install a driver and a torch built for CUDA",
         )
-    return chosen
+    # "cuda" alone is another device in another thread.
+    return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
 
 
 def _open(

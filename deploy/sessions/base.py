@@ -1,4 +1,4 @@
-"""What every backend shares: one transformer, all of its bit-widths, one copy of the packed weights."""
+"""What every backend shares: one transformer, all of its bit-widths, and weights that these share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["EngineSession", "WrappedSession"]
 
 
 class EngineSession(ABC):
-    """All bit-widths of one transformer on one backend, sharing one copy of the packed weights.
+    """All bit-widths of one transformer on one backend, sharing weights as far as the backend can.
 
     Calls from several threads wait for each other. Close it, or use it in a ``with`` statement, to give memory back.
 
@@ -90,8 +90,8 @@ class EngineSession(ABC):
 
     @abstractmethod
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes held between calls: ``weights`` (packed and kept tensors and constants, counted once for all
-        bit-widths), ``engines`` (what the backend loaded besides) and ``workspace`` (scratch: what is known of it)."""
+        """Bytes held between calls: ``weights`` (quantized and kept tensors and constants, what bit-widths share counted
+        once), ``engines`` (what the backend loaded besides) and ``workspace`` (scratch: what is known of it)."""
 
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """ShapeError unless the export serves ``inputs``; says what it serves and with which option to widen it."""

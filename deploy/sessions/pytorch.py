@@ -15,7 +15,7 @@ from dvdquant.export.onnx import GraphWrapper
 from dvdquant.export.verify import fill_quantized
 from dvdquant.layers import QuantLinear, prepare_layers, set_activation
 from dvdquant.model import quantized_skeleton
-from dvdquant.ops.cuda_linear import usable_kernels
+from dvdquant.ops.cuda_linear import CACHE, usable_kernels
 from dvdquant.recipe import Recipe
 
 from .base import EngineSession
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 class PyTorchSession(EngineSession):
     """One model for all bit-widths: switching sets the activation grid of its QuantLinear modules.
 
-    On the CPU the weights are the mapped files themselves. On a GPU that the kernels are built for, each layer is held as
-    they multiply it, once per path that the session's bit-widths take: as 4 or 8 bits a weight, see ``kernels/README.md``.
-    On another GPU the packed weights are copied there.
+    On the CPU the weights are the mapped files themselves. A GPU that the kernels are built for holds each layer as they multiply
+    it, in 4 or 8 bits a weight, from the first step that needs it; both where the bit-widths that ran differ in that. To
+    another GPU the packed weights are copied.
     """
 
     backend = "pytorch"
@@ -49,6 +49,7 @@ class PyTorchSession(EngineSession):
         self._recipe = plan.recipe
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
         self._current = self.bits[0]
+        self._ran: set[int] = set()
         self._files = WeightFiles(artifact, component)
         try:
             model = quantized_skeleton(plan, self._current)
@@ -56,7 +57,7 @@ class PyTorchSession(EngineSession):
             if kernels is not None:
                 grids = [plan.recipe.activation(width) for width in self.bits]
                 for name, reason in prepare_layers(model, kernels, grids, plan.dtype, self.device).items():
-                    log.info("%s stays packed: %s", name, reason)
+                    log.info("%s is computed in fp32: %s", name, reason)
             self._model: nn.Module | None = GraphWrapper(model.to(self.device), self.family)
         except torch.OutOfMemoryError as error:
             raise EngineError(
@@ -75,24 +76,32 @@ class PyTorchSession(EngineSession):
             self._current = bits
         with torch.inference_mode():
             output: Tensor = model(inputs)
+        if bits not in self._ran and self.device.type != "cpu":
+            self._files.drop_pages()
+        self._ran.add(bits)
         # A copy made out here is an ordinary tensor, which schedulers may change in place.
         return output.to(self.dtype, copy=True)
 
     def resident_bytes(self) -> dict[str, int]:
-        """``workspace`` is the least: the largest layer's, of its kernels at the export's largest size, or its weight in fp32,
-        which the reference op expands in each call."""
+        """``weights`` grow with the bit-widths that ran; ``workspace`` is the least: the largest layer's, of its kernels at the
+        export's largest size, or its weight in fp32, which the reference op expands in each call."""
         if self._model is None:
             return {"weights": 0, "engines": 0, "workspace": 0}
         held = {t.data_ptr(): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}
-        layers = [m for m in self._model.modules() if isinstance(m, QuantLinear)]
-        kernels = [layer.kernel for layer in layers if layer.kernel is not None]
-        tokens = self.family.tokens(*self.sizes.at("max")) * self.sizes.batch
-        scratch = [kernel.workspace_bytes(tokens) for kernel in kernels]
-        scratch += [4 * layer.spec.out_features * layer.spec.features for layer in layers if layer.kernel is None]
-        weights = sum(held.values()) + sum(kernel.nbytes for kernel in kernels)
+        weights, scratch = sum(held.values()), [0]
+        tokens = (self.family.tokens(*self.sizes.at("max")) + self.sizes.text_tokens) * self.sizes.batch
+        for layer in self._model.modules():
+            if isinstance(layer, QuantLinear):
+                kernel = layer.kernel
+                weights += CACHE.held_bytes(layer.get_buffer("weight")) if kernel is None else kernel.nbytes
+                fp32 = 4 * layer.spec.out_features * layer.spec.features
+                scratch.append(fp32 if kernel is None else kernel.workspace_bytes(tokens))
         return {"weights": weights, "engines": 0, "workspace": max(scratch)}
 
     def _close(self) -> None:
+        if self.device.type == "cuda":
+            # Of whatever stream it ran on: freed weights go to whoever asks next.
+            torch.cuda.synchronize(self.device)
         self._model = None
         self._files.close()
 

@@ -126,6 +126,11 @@ class LayerPlan:
     prepared_bytes: int
     codes_bytes_per_token: int
 
+    @property
+    def form(self) -> tuple[str, int]:
+        """What decides the prepared weight's bytes: paths with codes of one kind multiply the same buffer."""
+        return self.codes, self.prepared_bytes
+
 
 @dataclass(frozen=True)
 class WeightPointers:

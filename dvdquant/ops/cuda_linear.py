@@ -77,11 +77,7 @@ class CudaKernels:
         self.plan = functools.lru_cache(maxsize=4096)(functools.partial(self._plan))
 
     def _plan(self, layer: LayerShape) -> LayerPlan:
-        try:
-            return self.library.plan_layer(layer, self.sm)
-        except ShapeError as error:
-            # Of a layer, not of a call: PyTorch computes it all the same.
-            raise UnsupportedError(f"the kernels do not run a layer like this: {error.what}") from error
+        return self.library.plan_layer(layer, self.sm)
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialized tensor."""

@@ -1,4 +1,4 @@
-"""A quantized layer as the kernels hold it: what they multiply, and nothing besides."""
+"""A quantized layer as the kernels hold it: on their device, only what they multiply."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
 from ..recipe import ActivationSpec
-from ..repack import LayerShape
 from .cuda_linear import CACHE, CudaKernels, PackedLayer, packed_shape
+from .prepared_cache import refuse_capture, synchronize
 from .quant_linear import pack_balance
 
 __all__ = ["KernelLayer"]
 
 
 class KernelLayer:
-    """The prepared weights of one layer, one per path that its activation grids run on, on the device of ``packed``.
+    """The prepared weights of one layer, each made when a call first needs it.
 
-    It keeps nothing of ``packed`` but the outer rotation factor, so that the 4-bit weight can go. On 8-bit paths, which most
-    GPUs take, the prepared weight has half the bytes of a bf16 one; with the packed weight beside it that were three quarters.
+    The packed tensors stay where they are, mapped files of an export for instance. On an 8-bit path, which most GPUs take, a
+    weight has one byte on the device, half of bf16; with the packed one beside it that were three quarters. Activation grids
+    whose paths hold weights in the same form share them.
 
     Args:
-        packed: the stored tensors and rotation factors, on one device.
+        packed: the stored tensors and rotation factors, on any device.
         grids: the activation grids it will be called with.
-        dtype: bf16 or fp16, of the model.
-        scale, shift: pre_quant_scale and pre_quant_shift, fp32 [K], on the same device.
+        dtype: bf16 or fp16, of the model. device: where it runs.
+        scale, shift: pre_quant_scale and pre_quant_shift, fp32 [K].
 
     Raises:
-        UnsupportedError: the kernels lack one of the grids, the dtype or the rotation.
+        UnsupportedError: the kernels lack one of the grids, the shape, the dtype or the rotation.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class KernelLayer:
         packed: PackedLayer,
         grids: Iterable[ActivationSpec],
         dtype: torch.dtype,
+        device: torch.device,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> None:
@@ -46,50 +48,62 @@ class KernelLayer:
         shapes = {
             (grid.bits, grid.group_size): packed_shape(packed, dtype, grid.bits, grid.group_size) for grid in grids
         }
-        # Before anything is allocated: a layer is taken whole or not at all.
-        keys = {shape: (plan.path, plan.prepared_bytes) for shape in shapes.values() for plan in (kernels.plan(shape),)}
-        weights: dict[tuple[str, int], Tensor] = {}
-        for shape, key in keys.items():
-            if key not in weights:
-                weights[key] = kernels.prepare(shape, packed.stored())
-        self.dtype, self.device = dtype, packed.weight.device
-        self._kernels = kernels
-        self._outer = packed.outer.contiguous()
-        self._balance = None if scale is None and shift is None else pack_balance(scale, shift, dtype)
-        self._runs = {grid: (shape, weights[keys[shape]]) for grid, shape in shapes.items()}
-        if self.device.type == "cuda":
-            # Made on this stream, used on any.
-            torch.cuda.current_stream(self.device).synchronize()
+        try:
+            self._runs = {grid: (shape, kernels.plan(shape).form) for grid, shape in shapes.items()}
+        except ShapeError as error:
+            # Of the layer, not of a call: PyTorch computes it all the same.
+            raise UnsupportedError(error.what) from error
+        self.packed, self.dtype, self.device = packed, dtype, device
+        self._kernels, self._parts = kernels, (scale, shift)
+        self._weights: dict[tuple[str, int], Tensor] = {}
+        self._balance: Tensor | None = None
 
-    def __call__(self, x: Tensor, act_bits: int, act_group: int) -> Tensor:
-        """x [..., K] to y [..., N] of x's dtype; another dtype than the model's is rounded to it first.
+    @torch.compiler.disable
+    def __call__(self, x: Tensor, outer: Tensor, act_bits: int, act_group: int) -> Tensor:
+        """x [..., K] to y [..., N] of x's dtype; another dtype than the model's is rounded to it first. No gradients.
+
+        Args:
+            outer: the outer rotation factor, fp32 [p, p] on x's device.
 
         Raises:
             ShapeError: x has another number of channels, or is on another device.
-            UnsupportedError: a grid that was not prepared.
+            UnsupportedError: a grid that was not asked for.
+            KernelError: a weight would have to be prepared while a CUDA graph is being captured.
         """
         if (act_bits, act_group) not in self._runs:
             raise UnsupportedError(
-                f"the layer was not prepared for {act_bits}-bit activations in groups of {act_group}",
+                f"the layer is not made for {act_bits}-bit activations in groups of {act_group}",
                 available=[f"{bits} bits, groups of {group}" for bits, group in self._runs],
                 fix="open the session with these bits",
             )
-        shape, prepared = self._runs[act_bits, act_group]
+        shape, _ = self._runs[act_bits, act_group]
         if x.ndim == 0 or x.shape[-1] != shape.k:
             raise ShapeError(f"a layer of {shape.k} channels got a tensor of shape {tuple(x.shape)}")
-        if x.device != self.device:
+        if x.device.type != self.device.type or self.device.index not in (None, x.device.index):
             raise ShapeError(f"the layer is on {self.device}, x on {x.device}", fix="move x there with .to(device)")
+        prepared = self._weight(act_bits, act_group)
         tokens = x.to(self.dtype).reshape(x.numel() // shape.k, shape.k)
-        y = self._kernels.quant_linear(shape, tokens, self._outer, prepared, self._balance)
+        y = self._kernels.quant_linear(shape, tokens, outer.contiguous(), prepared, self._balance)
         return y.reshape(*x.shape[:-1], shape.n).to(x.dtype)
+
+    def _weight(self, act_bits: int, act_group: int) -> Tensor:
+        shape, form = self._runs[act_bits, act_group]
+        if form not in self._weights:
+            refuse_capture(self.device, "its weight is prepared at the first call")
+            here = tuple(tensor.to(self.device) for tensor in self.packed.stored())
+            self._weights[form] = self._kernels.prepare(shape, here)
+            if self._balance is None and any(part is not None for part in self._parts):
+                scale, shift = (None if part is None else part.to(self.device) for part in self._parts)
+                self._balance = pack_balance(scale, shift, self.dtype)
+            synchronize(self._weights[form])
+        return self._weights[form]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of prepared weights and balance."""
-        weights = {prepared.data_ptr(): prepared.nbytes for _, prepared in self._runs.values()}
-        return sum(weights.values()) + (0 if self._balance is None else self._balance.nbytes)
+        """Bytes on the device: prepared weights and balance."""
+        return sum(w.nbytes for w in self._weights.values()) + (0 if self._balance is None else self._balance.nbytes)
 
     def workspace_bytes(self, tokens: int) -> int:
         """Scratch of a call with so many tokens, at the most demanding grid."""
-        shapes: list[LayerShape] = [shape for shape, _ in self._runs.values()]
+        shapes = [shape for shape, _ in self._runs.values()]
         return max(self._kernels.library.workspace_bytes(shape, self._kernels.sm, tokens) for shape in shapes)

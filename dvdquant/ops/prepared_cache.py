@@ -17,15 +17,15 @@ from .quant_linear import pack_balance
 if TYPE_CHECKING:
     from .cuda_linear import CudaKernels, PackedLayer
 
-__all__ = ["PreparedCache"]
+__all__ = ["PreparedCache", "refuse_capture", "synchronize"]
 
 
 class PreparedCache:
     """Prepared weights, each living as long as the packed weight tensor it was made from.
 
-    An entry is keyed by the weight tensor and the path, and made again when one of the five stored tensors was replaced,
-    moved or changed in place. On 8-bit paths it takes one byte per weight, beside the half byte of the packed one.
-    4- and 8-bit activations share an entry where they run on the same path.
+    An entry is keyed by the weight tensor and :attr:`LayerPlan.form`, and made again when one of the five stored tensors
+    was replaced, moved or changed in place. On 8-bit paths it takes one byte per weight, beside the half byte of the packed one.
+    4- and 8-bit activations share an entry where their paths hold weights in the same form.
     """
 
     def __init__(self) -> None:
@@ -43,19 +43,23 @@ class PreparedCache:
         Raises:
             KernelError: it would have to be made while a CUDA graph is being captured.
         """
-        plan = kernels.plan(layer)
-        key = (plan.path, plan.prepared_bytes)
+        key = kernels.plan(layer).form
         state = tuple((t.data_ptr(), _version(t)) for t in packed.stored())
         with self._lock:
             paths = self._entries.setdefault(packed.weight, {})
             if key in paths and paths[key][0] == state:
                 prepared: Tensor = paths[key][1]
                 return prepared
-            _refuse_capture(packed.weight, "its weight is prepared at the first call")
+            refuse_capture(packed.weight.device, "its weight is prepared at the first call")
             prepared = kernels.prepare(layer, packed.stored())
-            _synchronize(prepared)
+            synchronize(prepared)
             paths[key] = (state, prepared)
             return prepared
+
+    def held_bytes(self, weight: Tensor) -> int:
+        """Bytes of the prepared weights made of this packed one."""
+        with self._lock:
+            return sum(prepared.nbytes for _, prepared in self._entries.get(weight, {}).values())
 
     def balance(self, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """:func:`pack_balance` of a layer's tensors, kept as long as they are; None where there are none.
@@ -72,9 +76,9 @@ class PreparedCache:
             if dtype in kept and kept[dtype][0] is other and kept[dtype][1] == state:
                 rows: Tensor = kept[dtype][2]
                 return rows
-            _refuse_capture(key, "its balance is prepared at the first call")
+            refuse_capture(key.device, "its balance is prepared at the first call")
             rows = pack_balance(scale, shift, dtype)
-            _synchronize(rows)
+            synchronize(rows)
             kept[dtype] = (other, state, rows)
             return rows
 
@@ -84,7 +88,7 @@ class PreparedCache:
         with self._lock:
             known = self._sylvester.get(hadamard)
             if known is None or known[0] != version:
-                _refuse_capture(hadamard, "its Hadamard matrix is checked at the first call")
+                refuse_capture(hadamard.device, "its Hadamard matrix is checked at the first call")
                 order = hadamard.shape[0]
                 power = order & (order - 1) == 0
                 same = power and torch.equal(hadamard, hadamard_matrix(order).to(hadamard))
@@ -92,16 +96,17 @@ class PreparedCache:
             return bool(known[1])
 
 
-def _refuse_capture(tensor: Tensor, why: str) -> None:
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+def refuse_capture(device: torch.device, why: str) -> None:
+    """KernelError if a CUDA graph is being captured."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise KernelError(
             f"a quantized layer is being captured in a CUDA graph before it ever ran: {why}",
             fix="call the model once before capturing it",
         )
 
 
-def _synchronize(tensor: Tensor) -> None:
-    """Once per prepared weight, so that it can be used from every stream."""
+def synchronize(tensor: Tensor) -> None:
+    """Wait for what was made on this stream, so that it can be used from every stream."""
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
 

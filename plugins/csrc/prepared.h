@@ -14,19 +14,19 @@
 namespace dvdquant::plugin {
 
 // What decides a prepared weight's bytes. The layer's name is part of it because TensorRT may hand two layers the same
-// scratch address in turn; act_bits is not, because two graphs at different activation widths share one weight
-// whenever their path is the same.
+// scratch address in turn; act_bits and path are not, because two graphs at different activation widths share one weight
+// whenever their paths hold weights in the same form, which is that of the activations' codes.
 struct PreparedKey {
   int device;
   int32_t sm;
   std::string layer;
   std::array<void const*, kInputs> inputs;  // addresses of weight .. bias; others null
   int64_t n, k, groups, bytes;
-  int32_t real_zero, path;
+  int32_t real_zero, codes;
   bool factor_int32, zero_int32;  // the type inputs came in as
 
   auto tied() const {
-    return std::tie(device, sm, layer, inputs, n, k, groups, bytes, real_zero, path, factor_int32, zero_int32);
+    return std::tie(device, sm, layer, inputs, n, k, groups, bytes, real_zero, codes, factor_int32, zero_int32);
   }
   bool operator<(PreparedKey const& other) const { return tied() < other.tied(); }
   bool operator==(PreparedKey const& other) const { return tied() == other.tied(); }

@@ -173,12 +173,12 @@ void QuantLinear::run(PluginTensorDesc const* in, void const* const* inputs, voi
 }
 
 void QuantLinear::use_weight(void const* const* inputs, Stream stream) {
-  bool same = weight_ != nullptr && key_->path == plan_.path && key_->bytes == plan_.prepared_bytes;
+  bool same = weight_ != nullptr && key_->codes == plan_.codes && key_->bytes == plan_.prepared_bytes;
   for (int32_t i = kWeight; same && i <= kBias; ++i) same = key_->inputs[i] == inputs[i];
   bool const capturing = is_capturing(stream);
   if (!same) {
     PreparedKey key{device_,  sm_, fields_.layer, {}, layer_->n, layer_->k, layer_->weight_groups, plan_.prepared_bytes,
-                    layer_->real_zero, plan_.path, factor_int32_, zero_int32_};
+                    layer_->real_zero, plan_.codes, factor_int32_, zero_int32_};
     for (int32_t i = kWeight; i <= kBias; ++i) key.inputs[i] = inputs[i];
     Prepared weight = find_prepared(key);
     if (!weight && capturing) {

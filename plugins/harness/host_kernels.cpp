@@ -97,6 +97,7 @@ DVDQ_API dvdq_status dvdq_plan_layer(const dvdq_layer* layer, int32_t sm, dvdq_p
   plan->path = layer->act_group ? DVDQ_PATH_S8_GROUP
                : sm == 90       ? DVDQ_PATH_S8_WGMMA
                : layer->act_bits == 4 ? DVDQ_PATH_S4_TOKEN : DVDQ_PATH_S8_TOKEN;
+  plan->codes = plan->path == DVDQ_PATH_S4_TOKEN ? DVDQ_CODES_S4 : DVDQ_CODES_S8;
   plan->scale_rows = layer->act_group ? static_cast<int32_t>(layer->k / layer->act_group) : 1;
   plan->prepared_bytes = prepared_bytes(*layer);
   return DVDQ_OK;
