@@ -74,7 +74,7 @@ typedef struct dvdq_weight {
 // What a device needs for a layer.
 typedef struct dvdq_plan {
   int32_t path;              // dvdq_path
-  int32_t codes;             // dvdq_codes RQ emits; layers equal in it, n, k and weight share one prepared buffer
+  int32_t codes;             // dvdq_codes RQ emits; plans of one weight equal here and in prepared_bytes share its buffer
   int32_t scale_rows;        // activation scales per token: 1 or K / act_group
   int32_t needs_sums;        // whether QL reads the token sums (native s4 with a zero-point correction)
   int64_t prepared_bytes;    // of the prepared weight: codes, then row scales, corrections and bias
