@@ -60,7 +60,9 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
 
     def __init__(self, session: EngineSession, controller: StepController) -> None:
         super().__init__()
-        self.register_to_config(**session.family.config, _name_or_path=str(session.artifact.root))
+        # diffusers notes there where a model was loaded from, also in the config.json that it saves.
+        config = {**session.family.config, "_name_or_path": str(session.artifact.root)}
+        self.register_to_config(**config)
         self._session = session
         self._adapter = get_adapter(session.family, session.sizes, session.dtype)
         self._context: tuple[str, Mapping[str, Any]] | None = None

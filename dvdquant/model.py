@@ -6,6 +6,7 @@ torch.export, and tells which linear layers share their input.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import math
@@ -25,6 +26,9 @@ from .layers import LayerSpec, empty_tensor, install_quant_linears
 from .recipe import ActivationSpec, Recipe
 
 __all__ = ["ModelPlan", "build_skeleton", "plan_model", "quantized_skeleton"]
+
+# More than any model has: of blocks, and of whatever else a config.json counts.
+MOST_LAYERS, MOST_OF_ANYTHING = 1000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
         UnsupportedError: unknown class. CheckpointError: diffusers refuses the config.
     """
     get_family(config)
+    _check_counts(config)
     # Imported here: diffusers takes seconds to import, and --help must not.
     from accelerate import init_empty_weights
 
@@ -97,6 +102,39 @@ def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def _check_counts(config: Mapping[str, Any]) -> None:
+    """CheckpointError for numbers that no model has: building the modules, not their weights, would fill the memory."""
+    for name, value in config.items():
+        most = MOST_LAYERS if name.endswith("layers") else MOST_OF_ANYTHING
+        sizes = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(size, int) and size > most for size in sizes):
+            raise CheckpointError(
+                f"config.json says {name} = {value!s:.100}",
+                available=f"at most {most}",
+                fix="compare config.json with the one the model was published with",
+            )
+
+
+def _check_globs(recipe: Recipe, linears: Iterable[str]) -> None:
+    """UnsupportedError for a glob of the recipe that matches no linear layer, and for a layer that is kept and forced."""
+    names = list(linears)
+    found: dict[str, set[str]] = {}
+    for option, globs in (("keep", recipe.keep), ("force", recipe.force)):
+        for glob in globs:
+            matched = _named(names, (glob,))
+            if not matched:
+                raise UnsupportedError(
+                    f"--{option} {glob!r:.200} matches no linear layer",
+                    available=difflib.get_close_matches(glob, names, 5, 0.3) or names[:5],
+                    fix="give a name, or a glob such as 'blocks.0.*', in quotes",
+                )
+            found.setdefault(option, set()).update(matched)
+    if both := sorted(found.get("keep", set()) & found.get("force", set())):
+        raise UnsupportedError(
+            "layers are both in --keep and in --force", available=both[:5], fix="narrow one of the globs"
+        )
+
+
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)
@@ -106,7 +144,8 @@ def plan_model(config: Mapping[str, Any], recipe: Recipe, dtype: torch.dtype) ->
     """Decide, layer by layer, what is quantized, merged and rotated.
 
     Raises:
-        UnsupportedError: unknown family, or a layer whose K has no Hadamard matrix of the recipe's kind.
+        UnsupportedError: unknown family, a layer whose K has no Hadamard matrix of the recipe's kind, a glob of the recipe that
+            matches nothing.
     """
     model = build_skeleton(config, dtype)
     # What config.json leaves out has a default in diffusers, which the family needs too.
@@ -114,6 +153,7 @@ def plan_model(config: Mapping[str, Any], recipe: Recipe, dtype: torch.dtype) ->
     family = get_family({**defaults, **config})
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    _check_globs(recipe, linears)
     modulation, steady = (_named(linears, globs) for globs in (family.modulation, family.steady))
     keep = family.keep if recipe.modulation != "keep" else (*family.keep, *family.modulation)
     chosen = {name for name in linears if not recipe.keeps(name, keep)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dvdquant.manifest import Manifest
 from dvdquant.recipe import fitted_words, looks_at_inputs
 
+from .report_words import model_name
+
 __all__ = ["model_card"]
 
 
@@ -19,7 +21,7 @@ def model_card(manifest: Manifest) -> str:
         "tags: [video, diffusion, quantization, tensorrt, onnx]",
         "---",
         "",
-        f"# {_code(manifest.source['model'])} in 4 bits",
+        f"# {_code(model_name(manifest.source['model']))} in 4 bits",
         "",
         f"`{manifest.source['class_name']}`, quantized by dvdquant {manifest.dvdquant_version} without calibration data.",
         "",

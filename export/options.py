@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.families import Axis, Family, Sizes
 from dvdquant.recipe import Recipe
 
-__all__ = ["DTYPES", "TARGETS", "ExportOptions", "resolve_sizes"]
+__all__ = ["DTYPES", "TARGETS", "ExportOptions", "recorded_model", "resolve_sizes"]
 
 TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
 MAX_WORKSPACE_GIB = 1024
@@ -109,6 +110,12 @@ class ExportOptions:
         """Engine builders that are needed."""
         names = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
         return tuple(names[t] for t in self.targets if t in names)
+
+
+def recorded_model(model: str) -> str:
+    """A local folder as an absolute path, for an export to be used from anywhere; a hub id as it is."""
+    folder = os.path.abspath(os.path.expanduser(model))
+    return folder if os.path.isdir(folder) else model
 
 
 def resolve_sizes(family: Family, options: ExportOptions) -> Sizes:

@@ -30,7 +30,7 @@ from .engines import EngineStage, engine_path, find_current
 from .estimate import Estimate, estimate_export, require_memory
 from .graphs import FLAVOURS, GraphWriter, graph_path
 from .onnx import trace_graph
-from .options import ExportOptions, resolve_sizes
+from .options import ExportOptions, recorded_model, resolve_sizes
 from .realize import EnginePlan, plan_engines
 from .report import add_report
 from .verify import GraphCheck
@@ -344,7 +344,9 @@ class _Run:
         kept = [name for model_plan in plan.plans for name in model_plan.kept_linears]
         tools = _versions("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
         return Manifest(
-            source=Source(model=plan.options.model, class_name=first.class_name, fingerprint=first.fingerprint()),
+            source=Source(
+                model=recorded_model(plan.options.model), class_name=first.class_name, fingerprint=first.fingerprint()
+            ),
             family=plan.plans[0].family.name,
             config_sha256=hash_file(self.transaction.tree / "config.json")["sha256"],
             recipe=plan.options.recipe.to_json(),

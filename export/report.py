@@ -23,7 +23,17 @@ from dvdquant.recipe import error_name, looks_at_inputs
 from dvdquant.safetensors_io import read_header
 
 from .report_charts import error_chart, line_chart, schedule_chart
-from .report_words import commands, executions, kept_groups, millions, python_lines, recipe_words, shown, size_words
+from .report_words import (
+    commands,
+    executions,
+    kept_groups,
+    millions,
+    model_name,
+    python_lines,
+    recipe_words,
+    shown,
+    size_words,
+)
 from .verify import GraphCheck
 
 if TYPE_CHECKING:
@@ -249,7 +259,7 @@ def _context(report: Report) -> dict[str, Any]:
     schedule, facts = report.schedule, _facts(report)
     return {
         "m": manifest,
-        "name": _name(manifest.source["model"]),
+        "name": model_name(manifest.source["model"]),
         "created": manifest.created[:16].replace("T", " "),
         "recipe": recipe_words(manifest.recipe, manifest.family),
         "sizes": size_words(manifest.shapes),
@@ -272,12 +282,6 @@ def _context(report: Report) -> dict[str, Any]:
 
 def _lines(text: str) -> str:
     return "\n".join(shown(line) for line in text.split("\n"))
-
-
-def _name(model: str) -> str:
-    """The last two parts of a hub id or path."""
-    parts = [part for part in model.replace("\\", "/").split("/") if part not in ("", ".")]
-    return "/".join(parts[-2:]) or model
 
 
 def _prompt(report: Report) -> tuple[bool, str]:

@@ -94,6 +94,9 @@ MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "config that does not run": (edit_config(lambda c: c.update(patch_size=[1, 2])), ["WanTransformer3DModel"]),
     "config of a larger model": (edit_config(lambda c: c.update(num_layers=3)), ["blocks.2"]),
     "config of a smaller model": (edit_config(lambda c: c.update(num_layers=1)), ["blocks.1", "unexpected"]),
+    "more blocks than any model": (edit_config(lambda c: c.update(num_layers=10**6)), ["num_layers", "1000"]),
+    "a table that fills the memory": (edit_config(lambda c: c.update(rope_max_seq_len=2**40)), ["rope_max_seq_len"]),
+    "a patch of terabytes": (edit_config(lambda c: c.update(patch_size=[1, 2, 2**40])), ["patch_size"]),
     "odd channels": (edit_config(lambda c: c.update(ffn_dim=255)), ["255"]),
     "pickled weights": (pickle_only, ["diffusion_pytorch_model.bin", "pickled"]),
     "no weights": (lambda f: (f / SINGLE).unlink(), ["no weights"]),
@@ -204,6 +207,12 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "batch 0": ([*SIZES, "--batch", "0"], ["--batch", "0"]),
     "text tokens in words": (["--text-tokens", "many"], ["many"]),
     "everything kept": ([*SIZES, "--keep", "*"], ["no layer", "--keep"]),
+    "keep that matches nothing": ([*SIZES, "--keep", "blokcs.0.*"], ["--keep", "blokcs.0.*", "blocks.0."]),
+    "force that matches nothing": ([*SIZES, "--force", "head"], ["--force", "head"]),
+    "kept and forced": (
+        [*SIZES, "--keep", "blocks.0.*", "--force", "*.to_q"],
+        ["--keep", "--force", "blocks.0.attn1.to_q"],
+    ),
     "log format": ([*SIZES, "--log-format", "xml"], ["xml", "json"]),
     "optimization level": ([*SIZES, "--optimization-level", "9"], ["9"]),
     "workspace of nothing": ([*SIZES, "--workspace-gib", "0"], ["--workspace-gib", "0"]),
@@ -211,7 +220,8 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "workspace NaN": ([*SIZES, "--workspace-gib", "nan"], ["--workspace-gib", "nan"]),
     "plugin for rtx that is not there": ([*SIZES, "--plugin", "/nowhere/plugin.so"], ["/nowhere/plugin.so"]),
     "unknown option": ([*SIZES, "--recipee", "w4a4"], ["--recipee"]),
-    "sizes beyond the rotary table": (["--latent", "40x8x8", "--target", "onnx"], ["wan", "traced"]),
+    "sizes beyond the rotary table": (["--latent", "40x8x8", "--dry-run"], ["frames is 40", "up to 32"]),
+    "a range beyond the rotary table": (["--latent", "2x8x8:16:66", "--dry-run"], ["width is 66", "up to 64"]),
 }
 
 

@@ -250,3 +250,17 @@ def test_dry_run_as_json_and_its_estimates(wan22: tuple[Path, list[dict[str, Any
     peak = max(line["rss_bytes"] for line in lines if "rss_bytes" in line)
     assert 0.5 * peak <= estimate["peak_bytes"] <= 3 * peak
     assert set(estimate["seconds"]) == {"inputs", "quantize", "trace", "engines"}
+
+
+def test_a_relative_model_is_recorded_for_use_from_anywhere(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent.parent)
+    relative = model.relative_to(Path.cwd())
+    out = tmp_path / "out"
+    in_process(relative, "-o", out, "--target", "graphs", "--recipe", "rtn", *SIZES)
+    assert load_manifest(out).source["model"] == str(model)
+    card = (out / "README.md").read_text()
+    assert f"`{relative}` in 4 bits" in card
+    # Where the model lies on this machine is nobody's business who gets the card.
+    assert str(model) not in card

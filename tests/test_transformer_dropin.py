@@ -63,6 +63,18 @@ def test_face(transformer: Any, wan: Exported) -> None:
         assert text in repr(transformer)
 
 
+def test_a_config_that_says_where_it_was_loaded_from(wan: Exported) -> None:
+    """diffusers writes that into the config.json of a model it saves."""
+    from dvdquant.deploy.transformer import DvdqTransformer
+
+    opened: Any = wan.open("pytorch")
+    session = opened.session
+    session.family.config = {**session.family.config, "_name_or_path": "somebody/elses"}
+    again = DvdqTransformer(session, opened._runner.controller)
+    assert again.config["_name_or_path"] == str(session.artifact.root)
+    assert again.config["patch_size"] == [1, 2, 2]
+
+
 @pytest.mark.parametrize("kind", ["cogvideox-1.5", "ltx-video", "hunyuan-video"])
 def test_config_has_diffusers_defaults(tmp_path_factory: pytest.TempPathFactory, kind: str) -> None:
     """Pipelines read keys that a config.json may lack."""

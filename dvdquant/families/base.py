@@ -152,8 +152,15 @@ class Family(ABC):
         return (frames // t) * (height // h) * (width // w)
 
     def check(self, sizes: Sizes) -> None:
-        """ShapeError when an axis is no multiple of the patch, naming the nearest sizes that are."""
+        """ShapeError when an axis is no multiple of the patch, naming the nearest sizes that are, or too long for the model."""
+        longest = self.longest_axis()
         for axis_name, axis, patch in zip(("frames", "height", "width"), self._axes(sizes), self.patch()):
+            if longest is not None and axis.max > longest * patch:
+                raise ShapeError(
+                    f"{axis_name} is {axis.max} in latent units, and the model has positions for {longest} patches of {patch}",
+                    available=f"up to {longest * patch}",
+                    fix=f"change --{axis_name.replace('frames', 'num-frames')} or --latent",
+                )
             for size in {axis.min, axis.opt, axis.max}:
                 if size % patch:
                     below = size // patch * patch
@@ -162,6 +169,10 @@ class Family(ABC):
                         available=f"{below or patch} or {below + patch}",
                         fix=f"change --{axis_name.replace('frames', 'num-frames')} or --latent",
                     )
+
+    def longest_axis(self) -> int | None:
+        """Patches along an axis that the model has positions for; None where it computes them for any length."""
+        return None
 
     def probe(self) -> tuple[int, int, int]:
         """Small latent sizes (frames, height, width) that the model runs at."""

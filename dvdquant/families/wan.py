@@ -34,6 +34,10 @@ class Wan(Family):
         time, height, width = self.config["patch_size"]
         return time, height, width
 
+    def longest_axis(self) -> int | None:
+        """The length of the rotary table."""
+        return int(self.config.get("rope_max_seq_len", 1024))
+
     def inputs(self, sizes: Sizes) -> tuple[InputSpec, ...]:
         """hidden_states, timestep, encoder_hidden_states and, for image-to-video 2.1, the image embedding."""
         batch, config = sizes.batch, self.config
