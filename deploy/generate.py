@@ -163,7 +163,7 @@ class TableGenerator(Generator):
         self.table.encode(request.prompt)
         if request.negative_prompt is not None:
             self.table.encode(request.negative_prompt)
-        size = resolve_size(request, self.artifact.sizes, (1, 1, 1), causal=False)
+        size = resolve_size(request, self.artifact.sizes, (1, 1, 1), self.family.patch(), causal=False)
         steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
         return dataclasses.replace(
             request,

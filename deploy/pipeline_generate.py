@@ -78,7 +78,9 @@ class PipelineGenerator(Generator):
                 f"{self.folder.class_name} is distilled and has no unconditional branch for a negative prompt",
                 fix="leave --negative-prompt out",
             )
-        size = resolve_size(request, self.artifact.sizes, self.family.vae_scale, causal=True)
+        # Of the frames a pipeline fills the last patch itself.
+        patch = (1, *self.family.patch()[1:])
+        size = resolve_size(request, self.artifact.sizes, self.family.vae_scale, patch, causal=True)
         defaults = _call_defaults(self.folder.class_name)
         steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
         return dataclasses.replace(

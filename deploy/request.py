@@ -185,35 +185,43 @@ def delta_for_average(schedule: Schedule, bits: float) -> float:
     return delta_of_stair(min(stairs, key=lambda s: (abs(s.average_bits - bits), s.above - s.upto)))
 
 
-def resolve_size(request: GenerateRequest, sizes: Sizes, scale: tuple[int, int, int], *, causal: bool) -> VideoSize:
+def resolve_size(
+    request: GenerateRequest,
+    sizes: Sizes,
+    scale: tuple[int, int, int],
+    patch: tuple[int, int, int],
+    *,
+    causal: bool,
+) -> VideoSize:
     """The size of the clip in pixels, checked against the profile of the export.
 
     Args:
-        sizes: latent sizes of the graphs. scale: pixels per latent unit (time, height, width). causal: whether the VAE
-            makes one latent of the first frame and one of every ``scale[0]`` more, so frames = (latent − 1)·scale + 1.
+        sizes: latent sizes of the graphs. scale: pixels per latent unit (time, height, width). patch: latent units that the
+            transformer takes at once. causal: whether the VAE makes one latent of the first frame and one of every
+            ``scale[0]`` more, so frames = (latent − 1)·scale + 1.
 
     Raises:
-        ShapeError: outside the profile or no multiple of the scale; names the profile in pixels and how to widen it.
+        ShapeError: outside the profile or no multiple of scale and patch; names the profile in pixels and how to widen it.
     """
     names = ("--num-frames", "--height", "--width")
     asked = (request.num_frames, request.height, request.width)
     pixels, latent = [], []
-    for name, value, axis, step in zip(names, asked, (sizes.frames, sizes.height, sizes.width), scale):
+    for name, value, axis, step, units in zip(names, asked, (sizes.frames, sizes.height, sizes.width), scale, patch):
         offset = 1 if causal and name == "--num-frames" else 0
-        size, unit = _resolve_axis(name, value, axis, step, offset)
+        size, unit = _resolve_axis(name, value, axis, step, units, offset)
         pixels.append(size)
         latent.append(unit)
     return VideoSize(pixels[0], pixels[1], pixels[2], (latent[0], latent[1], latent[2]))
 
 
-def _resolve_axis(name: str, value: int | None, axis: Axis, step: int, offset: int) -> tuple[int, int]:
+def _resolve_axis(name: str, value: int | None, axis: Axis, step: int, patch: int, offset: int) -> tuple[int, int]:
     def to_pixels(size: int) -> int:
         return (size - offset) * step + offset
 
     if value is None:
         return to_pixels(axis.opt), axis.opt
     profile = f"{to_pixels(axis.min)} to {to_pixels(axis.max)}" if axis.dynamic else str(to_pixels(axis.opt))
-    profile += f" in steps of {step}" if axis.dynamic and step > 1 else ""
+    profile += f" in steps of {step * patch}" if axis.dynamic and step * patch > 1 else ""
     if (value - offset) % step:
         below = to_pixels((value - offset) // step + offset)
         raise ShapeError(
@@ -221,12 +229,21 @@ def _resolve_axis(name: str, value: int | None, axis: Axis, step: int, offset: i
             available=f"{max(below, offset or step)} or {below + step}; the export's profile is {profile}",
         )
     unit = (value - offset) // step + offset
+    # The multiples of the patch on both sides: dvdq-export takes no other size.
+    below, above = unit // patch * patch, -(-unit // patch) * patch
     if not axis.min <= unit <= axis.max:
-        wider = f"{min(value, to_pixels(axis.min))}:{max(value, to_pixels(axis.max))}"
+        low, high = min(below or patch, axis.min), max(above, axis.max)
+        wider = f"{to_pixels(low)}:{to_pixels(high)}"
         option = f"{name} {wider}" if offset or step > 1 else f"a --latent that covers it ({wider} for this axis)"
         raise ShapeError(
             f"{name} is {value}, outside the profile this export was made for",
             available=profile,
             fix=f"pick a size within it, or export again with {option}",
+        )
+    if below != above:
+        raise ShapeError(
+            f"{name} is {value}, no multiple of the {step * patch} that the transformer's patch takes",
+            available=f"{to_pixels(below)} or {to_pixels(above)}; the export's profile is {profile}",
+            fix="use one of these sizes",
         )
     return value, unit

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from dvdquant.deploy.request import GenerateRequest, resolve_size
+from dvdquant.errors import ShapeError
+from dvdquant.families import Axis, Sizes
 from tests.commands import environment, refused
 from tests.exporting import TINY_WAN
 from tests.running import PROMPT, call, drawn, run, tiny_wan_export
@@ -85,6 +88,13 @@ def _swap_graphs(folder: Path) -> None:
     path.write_text(json.dumps(data))
 
 
+def _widen(folder: Path) -> None:
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    data["shapes"] |= {"frames": [4, 8, 8], "height": [24, 48, 48], "width": [24, 48, 48]}
+    path.write_text(json.dumps(data))
+
+
 def _flip(name: str) -> Callable[[Path], None]:
     def flip(folder: Path) -> None:
         path = folder / name
@@ -106,6 +116,10 @@ def _flip(name: str) -> Callable[[Path], None]:
         (lambda f: (f / "manifest.json").write_text('{"format_version": 99}'), (), ("newer",)),
         (_swap_graphs, ("--mode", "a4"), ("a4", "a8", "dvdq-export")),
         (_swap_graphs, ("--mode", "switch"), ("switch", "a8")),
+        # Without a VAE a latent is a pixel, and the patch is 4 of them.
+        (_widen, ("--height", "46"), ("--height is 46", "available: 44 or 48; ", "24 to 48 in steps of 4")),
+        (_widen, ("--height", "50"), ("--height is 50", "24 to 48", "(24:52 for this axis)")),
+        (_widen, ("--width", "10"), ("--width is 10", "(8:48 for this axis)")),
     ],
 )
 def test_exports_that_cannot_be_used(
@@ -115,6 +129,27 @@ def test_exports_that_cannot_be_used(
     damage(copy)
     refused(run(*call(copy, "--prompt", PROMPT, "-o", tmp_path / "c.mp4", *options)), *said, way_out=False)
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "available", "fix"),
+    [
+        ({"height": 68}, "the VAE does not divide", "64 or 72; the export's profile is 32 to 96 in steps of 16", None),
+        ({"height": 40}, "no multiple of the 16", "32 or 48; the export's profile is 32 to 96 in steps of 16", "these"),
+        ({"width": 152}, "outside the profile", "32 to 96 in steps of 16", "--width 32:160"),
+        ({"width": 8}, "outside the profile", "32 to 96 in steps of 16", "--width 16:96"),
+        ({"num_frames": 17}, "outside the profile", "5 to 13 in steps of 4", "--num-frames 5:17"),
+    ],
+)
+def test_sizes_in_the_pixels_of_a_vae(options: dict[str, int], what: str, available: str, fix: str | None) -> None:
+    """Every size that is advised is one that dvdq-export takes: a multiple of the VAE's factor and the patch."""
+    request = GenerateRequest("a cat", **options)  # type: ignore[arg-type]
+    sizes = Sizes(Axis(2, 3, 4), Axis(4, 8, 12), Axis(4, 8, 12), 12)
+    with pytest.raises(ShapeError) as caught:
+        resolve_size(request, sizes, (4, 8, 8), (1, 2, 2), causal=True)
+    assert what in caught.value.what
+    assert caught.value.available == available
+    assert (fix or "") in (caught.value.fix or "")
 
 
 def test_an_export_of_one_bit_width_runs_at_it(out: Path, tmp_path: Path) -> None:

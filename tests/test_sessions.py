@@ -154,6 +154,10 @@ BAD_INPUTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], list[str]]] = {
         _latent(1, 4, 3, 20, 8),
         ["height is 20 latents (160 pixels)", "height 4..12 latents (32..96 pixels)", "--height 32:160"],
     ),
+    "too high and no multiple of the patch": (
+        _latent(1, 4, 3, 15, 8),
+        ["height is 15 latents (120 pixels)", "--height 32:128"],
+    ),
     "too few frames": (
         _latent(1, 4, 1, 8, 8),
         ["frames is 1 latents (1 frames)", "frames 2..4 latents (5..13 frames)", "--num-frames 1:13"],

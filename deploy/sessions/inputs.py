@@ -113,7 +113,8 @@ def _check_axis(name: str, size: int, family: Family, sizes: Sizes) -> None:
     patch = family.patch()[("frames", "height", "width").index(name)]
     served = (axis.min, axis.max) if axis.dynamic else (axis.opt,)
     if not axis.min <= size <= axis.max:
-        low, high = (min(axis.min, size), max(axis.max, size)) if size % patch == 0 else (axis.min, axis.max)
+        # The export takes multiples of the patch only.
+        low, high = min(axis.min, size // patch * patch or patch), max(axis.max, -(-size // patch) * patch)
         ends = [_pixels(name, end, family) for end in (low, high)]
         option = f"{_OPTIONS[name]} {ends[0]}:{ends[1]}" if None not in ends else f"--latent, {name} {low}:{high}"
         raise ShapeError(
