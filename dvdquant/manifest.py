@@ -315,7 +315,9 @@ def load_manifest(out: str | Path) -> Manifest:
     try:
         raw = read_limited(path, MAX_MANIFEST)
     except FileNotFoundError:
-        raise OutputError(
+        from .unfinished import unfinished_export  # likewise
+
+        raise unfinished_export(folder) or OutputError(
             f"{folder} is not a dvdquant export: it has no {MANIFEST}",
             available=_listing(folder),
             fix="give the folder that dvdq-export wrote, or run dvdq-export first",

@@ -22,7 +22,6 @@ from typing import Any
 
 from .commit import (
     COMMIT,
-    LOCK,
     OWNER,
     STAGE,
     TREE,
@@ -39,13 +38,13 @@ from .commit import (
 from .errors import OutputError
 from .files import FileEntry, disk_error, hash_file, read_limited, require_disk, strict_json
 from .manifest import MANIFEST, MAX_MANIFEST, Manifest, check_relpath
+from .output_folder import previous_export, real_path
+from .unfinished import differences
 
 __all__ = ["ExportTransaction", "Journal", "recover", "require_disk"]
 
 JOURNAL = "journal.jsonl"
 MAX_JOURNAL = 1 << 30
-# What file systems and desktops put into an otherwise empty folder.
-_FOREIGN = {"lost+found", ".DS_Store"}
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +135,7 @@ class ExportTransaction:
         resume: bool = False,
         keep_for_resume: bool = False,
     ) -> None:
-        try:
-            self.out = Path(os.path.realpath(Path(out).expanduser()))
-        except (ValueError, RuntimeError) as error:
-            raise OutputError(f"{str(out)!r:.200} is no usable path: {error}", fix="pick another -o") from error
+        self.out = real_path(out)
         text = json.dumps(dict(key or {}), sort_keys=True, allow_nan=False)
         self.key: dict[str, Any] = json.loads(text)
         self.export_key = hashlib.sha256(text.encode()).hexdigest()
@@ -156,7 +152,7 @@ class ExportTransaction:
         try:
             self._lock = self._open_folder()
             self.recovered = recover_locked(self.out)
-            self.previous = _previous(self.out)
+            self.previous = previous_export(self.out)
             self.complete = bool(self.key) and self.previous is not None and self.previous.export_key == self.export_key
             adopted = self._find_work() if self.resume and not self.complete else None
             sweep(self.out, keep=adopted)
@@ -216,10 +212,9 @@ class ExportTransaction:
         if newest:
             raise OutputError(
                 f"--resume: the interrupted export in {self.out} was another one",
-                available="; ".join(_differences(keys[newest[0]], self.key)[:5]),
+                available=differences(keys[newest[0]], self.key),
                 fix="use the same model and options, or leave out --resume to start again",
             )
-        logger.info("nothing to resume in %s, starting from the beginning", self.out)
         return None
 
     def _abort(self) -> None:
@@ -368,32 +363,3 @@ def _drop_unclaimed(tree: Path, claimed: set[str]) -> None:
     for name in list(walk_files(tree)):
         if name not in claimed:
             (tree / name).unlink()
-
-
-def _previous(out: Path) -> Manifest | None:
-    """The manifest of the export in ``out``, None for an empty folder; OutputError for anything else."""
-    names = {entry.name for entry in out.iterdir()} - _FOREIGN - {LOCK}
-    names = {name for name in names if not STAGE.fullmatch(name)}
-    if MANIFEST in names:
-        try:
-            return Manifest.from_json(read_limited(out / MANIFEST, MAX_MANIFEST))
-        except (ValueError, OutputError) as error:
-            reason = error.what if isinstance(error, OutputError) else str(error)
-            raise OutputError(
-                f"{out} holds a {MANIFEST} that is not a valid one of dvdquant: {reason}",
-                fix="pick another -o, or empty the folder",
-            ) from error
-    if names:
-        raise OutputError(
-            f"{out} is not empty and not a dvdquant export",
-            available=sorted(names)[:8],
-            fix="pick another -o or empty it",
-        )
-    return None
-
-
-def _differences(then: Any, now: Any, prefix: str = "") -> list[str]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        names = sorted({*then, *now})
-        return [line for name in names for line in _differences(then.get(name), now.get(name), f"{prefix}.{name}")]
-    return [] if then == now else [f"{prefix.lstrip('.') or 'key'}: {then!r:.80} before, {now!r:.80} now"]

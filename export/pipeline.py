@@ -19,6 +19,7 @@ from dvdquant.errors import CheckpointError, EngineError, OutputError, Unsupport
 from dvdquant.families import Sizes
 from dvdquant.manifest import EngineEntry, FileEntry, GraphEntry, LayerEntry, Manifest, Source, hash_file, verify_files
 from dvdquant.model import ModelPlan, plan_model
+from dvdquant.output_folder import check_output
 from dvdquant.progress import Progress
 from dvdquant.quantize import PackedWeights, check_weights, quantize_checkpoint, rotated_weight
 from dvdquant.safetensors_io import read_tensor
@@ -145,10 +146,13 @@ def run_export(plan: ExportPlan, progress: Progress) -> ExportResult:
         DvdquantError: with the output folder as it was (and, for finished layers, work kept for ``--resume``).
     """
     options = plan.options
+    check_output(options.out)
     require_memory(plan.estimate, plan.plans, plan.engines)
     require_disk(options.out, plan.estimate.disk_bytes, "the export")
     with ExportTransaction(options.out, key=plan.key, resume=options.resume, keep_for_resume=True) as transaction:
         run = _Run(plan, transaction, progress)
+        if options.resume and not (transaction.resumed or transaction.complete):
+            progress.say(f"nothing to resume in {options.out}, starting from the beginning")
         if transaction.complete and transaction.previous is not None and run.adopt(transaction.previous):
             progress.say(f"weights and graphs in {options.out} are up to date")
             if not (run.missing_engines() or options.verify or options.report):

@@ -68,7 +68,7 @@ OUTPUTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "below a file": (below_file, ["not a folder"]),
     "somebody's files": (foreign, ["holiday.jpg", "not empty"]),
     "somebody's manifest": (other_manifest, ["manifest.json"]),
-    "not writable": (lambda out: Path("/proc/nothing/out"), ["/proc"]),
+    "not writable": (lambda out: Path("/proc/nothing/out"), ["cannot write /proc/nothing/out", "pick an -o"]),
     "name too long": (lambda out: out / ("x" * 300), ["x" * 100]),
 }
 
@@ -80,6 +80,15 @@ def test_bad_output(name: str, pristine: Path, tmp_path: Path) -> None:
     before = state_of(tmp_path)
     refused(run(pristine, "-o", out, "--target", "onnx", *SIZES), *named)
     assert state_of(tmp_path) == before
+    refused(run(pristine, "-o", out, "--target", "onnx", *SIZES, "--dry-run"), *named)
+    assert state_of(tmp_path) == before
+
+
+def test_output_over_the_model_is_refused_by_the_dry_run_too(model: Path) -> None:
+    before = state_of(model)
+    for more in ([], ["--dry-run"]):
+        refused(run(model, "-o", model, "--target", "onnx", *SIZES, *more), "not empty and not a dvdquant export")
+    assert state_of(model) == before
 
 
 def test_disk_too_small(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +97,7 @@ def test_disk_too_small(pristine: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     def tiny_disk(path: Any) -> Any:
         info = real(path)
-        return SimpleNamespace(f_bavail=100, f_bfree=100, f_frsize=info.f_frsize, f_bsize=info.f_bsize)
+        return SimpleNamespace(f_blocks=1000, f_bavail=100, f_bfree=100, f_frsize=info.f_frsize, f_bsize=info.f_bsize)
 
     monkeypatch.setattr(os, "statvfs", tiny_disk)
     refused(run(pristine, "-o", tmp_path / "out", *SIZES), "GB", "free", "the export needs")
@@ -118,8 +127,9 @@ def test_disk_fills_up_while_writing(pristine: Path, tmp_path: Path, monkeypatch
 @pytest.fixture(scope="module")
 def exported(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "out"
-    result = run(pristine, "-o", out, "--target", "onnx", *SIZES)
+    result = run(pristine, "-o", out, "--target", "onnx", *SIZES, "--resume")
     assert result.exit_code == 0, result.output
+    assert f"nothing to resume in {out}" in result.output
     return out
 
 
@@ -168,8 +178,14 @@ def damage_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path],
     return damage
 
 
+def interrupt(out: Path) -> None:
+    shutil.rmtree(out)
+    (out / ".tmp-0123456789abcdef" / "tree").mkdir(parents=True)
+
+
 MANIFESTS: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
     "no export": (lambda out: (out / "manifest.json").unlink(), [], ["not a dvdquant export"]),
+    "interrupted": (interrupt, [], ["was interrupted", "dvdq-export MODEL -o", "--resume"]),
     "no folder": (shutil.rmtree, [], ["does not exist"]),
     "cut manifest": (lambda out: os.truncate(out / "manifest.json", 500), [], ["not valid JSON"]),
     "field missing": (damage_manifest(lambda m: m.pop("family")), [], ["family", "missing"]),

@@ -15,6 +15,7 @@ import pytest
 from dvdquant.errors import OutputError
 from dvdquant.manifest import load_manifest, verify_files
 from dvdquant.transaction import ExportTransaction, Journal
+from dvdquant.unfinished import differences
 from tests.helpers_checkpoint import (
     KEY,
     CleanChildren,
@@ -105,13 +106,37 @@ def test_resume_after_a_kill_at_every_operation(memory: Path, case: str) -> None
 def test_resume_of_other_options_says_what_differs_and_keeps_thesix_steps(tmp_path: Path) -> None:
     out = tmp_path / "out"
     _interrupted(out, 2)
-    other = {**KEY, "recipe": {"name": "w4a4", "weight": {"group_size": 64}}, "sm": ["8.9", "12.0"]}
+    other = {
+        **KEY,
+        "recipe": {"name": "w4a4", "weight": {"group_size": 64}},
+        "sm": ["8.9", "12.0"],
+        "layers": [[["blocks.0.attn1.to_q+to_k+to_v", 256, 1]] * 40],
+    }
     with pytest.raises(OutputError) as caught, ExportTransaction(out, key=other, resume=True):
         pytest.fail("entered")
     assert "recipe.weight.group_size: 32 before, 64 now" in str(caught.value)
-    assert "sm: ['8.9'] before, ['8.9', '12.0'] now" in str(caught.value)
+    assert "sm: [8.9] before, [8.9, 12.0] now; other layers\n" in str(caught.value)
     with ExportTransaction(out, key=KEY, resume=True) as transaction:
         assert list(transaction.steps) == ["layer0", "layer1"]
+
+
+def test_many_differences_are_counted() -> None:
+    then, now = ({"recipe": {f"field{i}": value for i in range(8)} | {"name": str(value)}} for value in (None, True))
+    said = differences(then, now)
+    assert said.startswith("recipe.name: None before, True now; recipe.field0: none before, True now; ")
+    assert said.endswith("recipe.field4: none before, True now; and 3 more")
+
+
+def test_a_reader_is_told_that_the_export_was_interrupted_or_still_runs(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _interrupted(out, 2)
+    (out / ".lock").touch()  # a killed process leaves its file
+    before = sorted(out.rglob("*"))
+    with pytest.raises(OutputError, match=r"was interrupted(?s:.*)available: .*\.tmp-(?s:.*)dvdq-export .* --resume"):
+        load_manifest(out)
+    assert sorted(out.rglob("*")) == before
+    with ExportTransaction(out, key=KEY, resume=True), pytest.raises(OutputError, match="still running"):
+        load_manifest(out)
 
 
 def test_work_whose_deletion_failed_is_no_longer_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
