@@ -19,6 +19,7 @@ __all__ = [
     "TENSORRT_SMS",
     "EnginePlan",
     "Realization",
+    "check_sms",
     "choose_realization",
     "plan_engines",
     "what_executes",
@@ -122,6 +123,14 @@ def choose_realization(backend: str, sm: str, activation: ActivationSpec, overri
         "one scale per token" if whole else f"groups of {activation.group_size}"
     )
     raise UnsupportedError(f"{override} cannot run {grid} on SM {sm}", available=accepted, fix="pick with --realize")
+
+
+def check_sms(sms: Iterable[str]) -> None:
+    """UnsupportedError for an SM that no backend has; also where no engine is built for it, a typo is a typo."""
+    known = sorted({*RTX_SMS, *TENSORRT_SMS}, key=float)
+    for sm in sms:
+        if sm not in known:
+            raise UnsupportedError(f"there are no engines for SM {sm!r:.40}", available=known, fix="pick with --sm")
 
 
 def _known_sms(backend: str) -> tuple[str, ...]:

@@ -190,6 +190,8 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "unknown target": (["--target", "openvino", *SIZES], ["openvino", "rtx"]),
     "unknown dtype": (["--dtype", "fp8", *SIZES], ["fp8", "bf16"]),
     "unknown SM": (["--sm", "3.5", *SIZES], ["3.5", "8.9"]),
+    "unknown SM, and no engine to build": (["--sm", "9.9", "--target", "graphs", *SIZES], ["'9.9'", "8.9", "12.1"]),
+    "revision of a folder": (["--revision", "main", *SIZES], ["--revision 'main'", "local folder"]),
     "SM without a dot": (["--sm", "89", *SIZES], ["89", "8.9"]),
     "SM of the other backend": (["--sm", "9.0", *SIZES], ["9.0", "12.0"]),
     "unknown realization": (["--realize", "int3", *SIZES], ["int3", "nvfp4"]),

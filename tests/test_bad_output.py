@@ -168,6 +168,22 @@ def test_inspect_of_a_good_export(previous: Path) -> None:
         assert "blocks.0" in result.output or "--graph" in arguments
 
 
+def test_inspect_does_all_that_is_asked(previous: Path, tmp_path: Path) -> None:
+    page = tmp_path / "x.html"
+    result = inspect(previous, "--json", "--html", page, "--layers", "--check")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert json.loads(result.stdout)["family"] == "wan"
+    assert page.is_file()
+    assert f"{page} written" in result.stderr
+    assert "files match the manifest" in result.stderr
+    page.unlink()
+    result = inspect(previous, "--html", page, "--layers")
+    assert page.is_file()
+    assert "all 14 layers" in result.stdout
+    for more in ("--json", "--layers"):
+        refused(inspect(previous, "--graph", "onnx/transformer_a4.onnx", more), "--graph", more)
+
+
 def damage_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def damage(out: Path) -> None:
         path = out / "manifest.json"

@@ -313,7 +313,11 @@ def test_default_output_keeps_the_export_valid(out: Path, tmp_path: Path) -> Non
         (("--prompt", PROMPTS[0], "-o", "/no/such/folder/s.json"), "/no/such/folder"),
         (("--prompt", PROMPTS[0], "--plot", "."), "is a folder"),
         (("--prompts", "/no/such/prompts.txt"), "prompts.txt"),
-        (("--check", "/no/such/schedule.json"), "schedule.json"),
+        (("--check", "s.json"), "--check records nothing, so --backend does not apply"),
+        (
+            ("--check", "s.json", "--prompt", "x", "-o", "t.json", "--steps", "4"),
+            "so --prompt, --output, --backend do not",
+        ),
     ],
 )
 def test_bad_input_is_refused(out: Path, arguments: tuple[str, ...], said: str) -> None:
@@ -325,6 +329,7 @@ def test_an_empty_prompt_file_a_wrong_model_and_no_export(out: Path, tmp_path: P
     (tmp_path / "empty.txt").write_text("\n\n")
     refused(run(out, "--prompts", tmp_path / "empty.txt"), "prompt")
     refused(run(tmp_path, "--prompt", PROMPTS[0]), "not a dvdquant export")
+    refused(run(out, "--check", "/no/such/schedule.json"), "schedule.json")
     planned.schedule.save(tmp_path / "s.json")
     refused(run(tiny_export(), "--check", tmp_path / "s.json"), "another model")
     refused(run(out, "--check", tmp_path / "s.json", "--steps", "11"), f"planned for {STEPS} steps, and 11")

@@ -47,6 +47,7 @@ def out() -> Path:
         (("--prompt", PROMPT, "--cache", "inf"), ("--cache is inf",)),
         (("--prompt", PROMPT, "--mode", "a4", "--delta", "0.1"), ("--delta", "--mode a4")),
         (("--prompt", PROMPT, "--mode", "16", "--compare"), ("--compare", "--mode 16")),
+        (("--prompt", PROMPT, "--mode", "16", "--backend", "onnxruntime"), ("--mode 16", "--backend onnxruntime")),
         (("--prompt", PROMPT, "--average-bits", "6"), ("--average-bits", "dvdq-plan")),
         (("--prompt", PROMPT, "--schedule", "gone.json"), ("gone.json", "dvdq-plan")),
         (("--prompt", PROMPT, "--fps", "0"), ("--fps is 0",)),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
+from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import RECIPES, get_recipe
 
 from .common import ExamplesCommand, amount, paragraphs, report_errors, setup_logging, table
@@ -128,6 +129,7 @@ def main(**arguments: Any) -> None:
     """
     dry_run, verbose, log_format = (arguments.pop(n) for n in ("dry_run", "verbose", "log_format"))
     setup_logging(verbose, log_format)
+    _check_revision(arguments["model"], arguments["revision"])
     recipe = get_recipe(arguments.pop("recipe")).with_globs(arguments.pop("keep"), arguments.pop("force"))
     if (modulation := arguments.pop("modulation")) is not None:
         recipe = replace(recipe, modulation=modulation)
@@ -137,11 +139,13 @@ def main(**arguments: Any) -> None:
     # These take seconds to import; --help does not wait for them.
     from dvdquant.export.options import ExportOptions
     from dvdquant.export.pipeline import plan_export, run_export
+    from dvdquant.export.realize import check_sms
     from dvdquant.output_folder import check_output
     from dvdquant.progress import Progress
 
     started = time.monotonic()
     options = ExportOptions(recipe=recipe, **arguments)
+    check_sms(options.sms)
     plan = plan_export(options)
     if dry_run:
         check_output(options.out)
@@ -153,6 +157,14 @@ def main(**arguments: Any) -> None:
         progress.event("done", **_result_json(result, time.monotonic() - started))
     else:
         click.echo(_result_text(plan, result, time.monotonic() - started))
+
+
+def _check_revision(model: str, revision: str | None) -> None:
+    if revision is not None and os.path.exists(os.path.expanduser(model)):
+        raise UnsupportedError(
+            f"--revision {revision!r:.100} is for a hub id, and {model} is a local folder",
+            fix="leave --revision out, and check the revision out there",
+        )
 
 
 def _plan_json(plan: ExportPlan) -> dict[str, Any]:

@@ -80,19 +80,23 @@ def main(
 
     if samples and page is None:
         raise OutputError("--samples without --html", fix="give --html PATH too: samples are a part of the page")
+    if graph is not None and (as_json or all_layers):
+        raise OutputError(
+            f"--graph shows one graph, as text, so {'--json' if as_json else '--layers'} does not apply",
+            fix="leave one of the two out",
+        )
     manifest = load_manifest(out)
     if page is not None:
         _write_page(out, manifest, page, samples)
-        return
+        click.echo(f"{page} written", err=as_json)  # stdout is the JSON's alone
     if graph is not None:
         click.echo(_graph_summary(out, manifest, graph))
-        return
-    if as_json:
+    elif as_json:
         click.echo(manifest.to_json().rstrip())
-    else:
+    elif page is None or all_layers:
         click.echo(_summary(out, manifest, all_layers))
     if check:
-        _check_files(out, manifest)
+        click.echo(_check_files(out, manifest), err=as_json)
 
 
 def _write_page(out: Path, manifest: Manifest, page: Path, samples: int) -> None:
@@ -101,7 +105,6 @@ def _write_page(out: Path, manifest: Manifest, page: Path, samples: int) -> None
 
     check_place(page, out, manifest)
     write_report(page, collect(out, manifest, Progress("text"), samples=samples))
-    click.echo(f"{page} written")
 
 
 def _graph_summary(out: Path, manifest: Manifest, graph: str) -> str:
@@ -123,14 +126,14 @@ def _graph_summary(out: Path, manifest: Manifest, graph: str) -> str:
     return "\n".join(lines)
 
 
-def _check_files(out: Path, manifest: Manifest) -> None:
+def _check_files(out: Path, manifest: Manifest) -> str:
     from dvdquant.manifest import verify_files
     from dvdquant.progress import Progress
 
     total = sum(entry["bytes"] for entry in manifest.files.values())
     with Progress("text").stage("check", total, "B") as stage:
         verify_files(out, manifest, progress=stage.update)
-    click.echo(f"{len(manifest.files)} files match the manifest ({amount(total)})")
+    return f"{len(manifest.files)} files match the manifest ({amount(total)})"
 
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:

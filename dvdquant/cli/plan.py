@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+from click.core import ParameterSource
 
 from dvdquant import __version__
-from dvdquant.errors import OutputError, ShapeError
+from dvdquant.errors import OutputError, ShapeError, UnsupportedError
 from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 
 from .common import ExamplesCommand, report_errors, runs_on, setup_logging, table
@@ -88,6 +89,7 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     from dvdquant.manifest import load_manifest
 
     if check is not None:
+        _refuse_besides_check()
         click.echo(_checked(check, load_manifest(out), options["steps"]))
         return
     prompts, seeds = _prompts(options.pop("prompt"), options.pop("prompts")), _seeds(options.pop("seeds"))
@@ -116,6 +118,24 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     progress.event("plan", delta=found.delta, schedule=str(output), **found.schedule.details)
     click.echo(_summary(found))
     click.echo(f"schedule  {output}" + (f"\nplot      {plot}" if plot is not None else ""))
+
+
+def _refuse_besides_check() -> None:
+    """UnsupportedError for an option that is about recording a plan, which ``--check`` does not do."""
+    context = click.get_current_context()
+    given = [
+        parameter.opts[-1]
+        for parameter in context.command.params
+        if isinstance(parameter, click.Option)
+        and parameter.name not in ("check", "steps", "log_format", "verbose")
+        and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise UnsupportedError(
+            f"--check records nothing, so {', '.join(given)} {'does' if len(given) == 1 else 'do'} not apply",
+            available="--steps",
+            fix="leave out --check to plan, or the others to check",
+        )
 
 
 def _checked(path: Path, manifest: Manifest, steps: int | None) -> str:

@@ -308,6 +308,9 @@ def check_options(settings: RunOptions) -> None:
         and settings.cache != "off",
         "--cache skips steps of the engines, and --mode 16 runs the original checkpoint": settings.cache != "off"
         and settings.mode == "16",
+        f"--mode 16 runs the original checkpoint in PyTorch, so --backend {settings.backend} does not apply": (
+            settings.mode == "16" and settings.backend not in ("auto", "pytorch")
+        ),
     }
     for what, clash in clashes.items():
         if clash:
