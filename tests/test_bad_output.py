@@ -184,6 +184,12 @@ def test_inspect_does_all_that_is_asked(previous: Path, tmp_path: Path) -> None:
         refused(inspect(previous, "--graph", "onnx/transformer_a4.onnx", more), "--graph", more)
 
 
+def test_inspect_and_the_card_use_the_same_words_for_the_inputs(previous: Path) -> None:
+    said = "channels balanced by powers of two with random signs, predicted means subtracted"
+    assert f"inputs predicted, {said}" in inspect(previous).output
+    assert said.replace(", ", "; ") in (previous / "README.md").read_text()
+
+
 def damage_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def damage(out: Path) -> None:
         path = out / "manifest.json"
