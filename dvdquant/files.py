@@ -110,9 +110,9 @@ def disk_error(error: OSError, path: Path | str) -> DvdquantError:
     """The error for a failed write at ``path``: ResourceError when the disk or a quota is full, else OutputError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ResourceError(
-            f"no room left while writing {path}: {error.strerror}", fix="free disk space or pick another -o, then retry"
+            f"no room left while writing {path}: {error.strerror}", fix="free disk space or write elsewhere, then retry"
         )
-    return OutputError(f"cannot write {path}: {error.strerror or error}", fix="pick an -o you may write to")
+    return OutputError(f"cannot write {path}: {error.strerror or error}", fix="pick a place you may write to")
 
 
 def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:

@@ -190,6 +190,12 @@ def test_inspect_and_the_card_use_the_same_words_for_the_inputs(previous: Path) 
     assert said.replace(", ", "; ") in (previous / "README.md").read_text()
 
 
+def test_a_page_that_cannot_be_written(previous: Path) -> None:
+    result = inspect(previous, "--html", "/proc/x.html")
+    refused(result, "cannot write /proc/x.html", "fix: pick a place you may write to")
+    assert " -o " not in result.output
+
+
 def damage_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def damage(out: Path) -> None:
         path = out / "manifest.json"
