@@ -52,6 +52,8 @@ def test_clip_gif_strip_and_trace(out: Path, tmp_path: Path) -> None:
         assert str(path) in text
     assert decode(paths["clip.mp4"]).shape == decode(paths["clip.gif"]).shape == (8, 192, 192, 3)
     (clip,) = json.loads(paths["trace.json"].read_text())["clips"]
+    names = {"clip": "clip.mp4", "gif": "clip.gif", "strip": "strip.png"}
+    assert clip["outputs"] == {kind: str(paths[name]) for kind, name in names.items()}
     # Step 0 and 1 have no change before them; an infinite delta then never switches back.
     assert [r["bits"] for r in clip["records"] if r["branch"] == "cond"] == [8, 8, 4, 4]
     assert clip["blocks"] == "██▄▄"

@@ -106,6 +106,8 @@ class Writer:
         if self.settings.strip is not None:
             write_strip(self.settings.strip, self.rows)
             self.written.append(("strip", self.settings.strip))
+            for clip in self.clips:
+                clip["outputs"]["strip"] = str(self.settings.strip)  # one picture of all of them
         if self.settings.trace is not None:
             write_trace(self.settings.trace, artifact, self.clips)
             self.written.append(("trace", self.settings.trace))
