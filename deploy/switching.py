@@ -275,10 +275,12 @@ class StepRunner:
         else:
             what += f"{failure} on the {bits}-bit engine: {cause.what if isinstance(cause, DvdquantError) else cause}"
         earlier = f"; before, on the low engine: {current.failed}" if current.failed else ""
-        memory = isinstance(cause, _OUT_OF_MEMORY)
-        fix = (
-            "use a smaller size or free device memory" if memory else "check the engines with dvdq-inspect OUT --check"
-        )
+        if isinstance(cause, DvdquantError) and cause.fix:
+            fix = cause.fix  # the session knows best: of a closed one no file is damaged
+        elif isinstance(cause, _OUT_OF_MEMORY):
+            fix = "use a smaller size or free device memory"
+        else:
+            fix = "check the engines with dvdq-inspect OUT --check"
         return EngineError(what + earlier, fix=fix)
 
     # ----------------------------------------------------------------------------------------------------------- summary

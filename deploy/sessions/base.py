@@ -62,7 +62,10 @@ class EngineSession(ABC):
         """
         with self._lock:
             if self.closed:
-                raise EngineError(f"the {self.backend} session of {self.component} is closed", fix="open a new one")
+                raise EngineError(
+                    f"the {self.backend} session of {self.component} is closed",
+                    fix="open the export anew, by what opened it: DvdqTransformer.from_pretrained or open_session",
+                )
             if bits not in self.bits:
                 raise EngineError(
                     f"the {self.backend} session of {self.component} has no {bits}-bit activations",
