@@ -19,6 +19,7 @@ from PIL import Image
 from dvdquant.cli.plan import main as plan_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generate import open_generator
+from dvdquant.deploy.plan_plot import draw_plan
 from dvdquant.deploy.planner import Goal, Plan, delta_for_seconds, plan, psnr
 from dvdquant.deploy.recording import RecordingSession
 from dvdquant.deploy.request import GenerateRequest
@@ -284,6 +285,27 @@ def test_the_command_plans_writes_and_draws(out: Path, tmp_path: Path) -> None:
     checked = run(out, "--check", tmp_path / "s.json", "--steps", 6)
     assert checked.exit_code == 0, checked.output
     assert "6 steps" in checked.output
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.02, 0.3])
+def test_no_line_of_the_picture_crosses_the_note(
+    delta: float, planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a backend where 4 bits are no faster, wherever δ is."""
+    from matplotlib import pyplot as plt
+
+    figures: list[Any] = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    same = dict.fromkeys(planned.seconds_per_call, 0.036)
+    draw_plan(replace(planned, delta=delta, seconds_per_call=same), tmp_path / "plan.png")
+    monkeypatch.undo()
+    (figure,) = figures
+    axis, renderer = figure.axes[0], figure.canvas.get_renderer()
+    (note,) = figure.findobj(lambda artist: "s per clip at every δ" in getattr(artist, "get_text", str)())
+    place = note.get_window_extent(renderer)
+    assert place.width > 100
+    assert not [line for line in axis.lines if line.get_window_extent(renderer).overlaps(place)]
+    plt.close(figure)
 
 
 def test_default_output_keeps_the_export_valid(out: Path, tmp_path: Path) -> None:
