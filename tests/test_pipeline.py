@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,12 @@ def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
     ):
         assert part in text
     assert state_of(tmp_path) == before
+    # The words account for the total: the exporter alone, or what is left of it and the builder.
+    (line,) = [line for line in text.splitlines() if line.startswith("memory")]
+    units = {"MiB": 1.0, "GiB": 1024.0}
+    peak, alone, later, builder = (float(n) * units[unit] for n, unit in re.findall(r"([\d.]+) ([MG]iB)", line))
+    assert builder > 0
+    assert peak == pytest.approx(max(alone, later + builder), rel=0.05)
 
 
 def test_dry_run_as_json_and_its_estimates(wan22: tuple[Path, list[dict[str, Any]]], pipeline_folder: Path) -> None:

@@ -19,6 +19,7 @@ from dvdquant.recipe import RECIPES, get_recipe
 from .common import ExamplesCommand, amount, paragraphs, report_errors, setup_logging, table
 
 if TYPE_CHECKING:
+    from dvdquant.export.estimate import Estimate
     from dvdquant.export.pipeline import ExportPlan, ExportResult
 
 FOR_GRAPH = {
@@ -216,13 +217,21 @@ def _plan_text(plan: ExportPlan) -> str:
         f"disk      {amount(estimate.disk_bytes):>10}   weights {amount(estimate.weight_file_bytes)} "
         f"(from {amount(estimate.source_bytes)}), engines {amount(estimate.engine_bytes)}, "
         f"scratch {amount(estimate.scratch_bytes)}",
-        f"memory    {amount(estimate.peak_bytes):>10}   exporter {amount(estimate.resident_bytes)}, "
-        f"engine builder {amount(estimate.builder_bytes)}",
+        f"memory    {amount(estimate.peak_bytes):>10}   {_memory_words(estimate)}",
         f"time      {sum(estimate.seconds.values()):>8.0f} s   "
         + ", ".join(f"{name} {value:.0f} s" for name, value in estimate.seconds.items()),
         "dry run: nothing was written",
     ]
     return "\n".join(lines)
+
+
+def _memory_words(estimate: Estimate) -> str:
+    """What the peak is the larger of."""
+    words = f"exporter {amount(estimate.resident_bytes)}"
+    if not estimate.builder_bytes:
+        return words
+    waiting, builder = amount(estimate.waiting_bytes), amount(estimate.builder_bytes)
+    return f"{words}, later {waiting} of it beside the engine builder's {builder}"
 
 
 def _target(backend: str, sms: Sequence[str], bits: int) -> str:
