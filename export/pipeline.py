@@ -341,16 +341,14 @@ class _Run:
         return self.transaction.commit(manifest, self.known)
 
     def _manifest(self) -> Manifest:
-        plan, first = self.plan, self.plan.checkpoints[0]
+        plan, first, model = self.plan, self.plan.checkpoints[0], recorded_model(self.plan.options.model)
         nonfinite = tuple(name for packed in self.packed.values() for name in packed.nonfinite)
         if self.previous is not None:
             nonfinite = self.previous.nonfinite
         kept = [name for model_plan in plan.plans for name in model_plan.kept_linears]
         tools = _versions("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
         return Manifest(
-            source=Source(
-                model=recorded_model(plan.options.model), class_name=first.class_name, fingerprint=first.fingerprint()
-            ),
+            source=Source(model=model, class_name=first.class_name, fingerprint=first.fingerprint()),
             family=plan.plans[0].family.name,
             config_sha256=hash_file(self.transaction.tree / "config.json")["sha256"],
             recipe=plan.options.recipe.to_json(),
