@@ -127,9 +127,8 @@ def test_disk_fills_up_while_writing(pristine: Path, tmp_path: Path, monkeypatch
 @pytest.fixture(scope="module")
 def exported(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "out"
-    result = run(pristine, "-o", out, "--target", "onnx", *SIZES, "--resume")
+    result = run(pristine, "-o", out, "--target", "onnx", *SIZES)
     assert result.exit_code == 0, result.output
-    assert f"nothing to resume in {out}" in result.output
     return out
 
 
@@ -155,6 +154,12 @@ def test_resume_of_another_export(previous: Path, pristine: Path, tmp_path: Path
     before = state_of(tmp_path / "out")
     refused(run(pristine, "-o", tmp_path / "out", "--target", "onnx", *SIZES, "--resume"), "--resume", "another one")
     assert state_of(tmp_path / "out") == before
+
+
+def test_resume_with_nothing_to_resume_says_so(pristine: Path, tmp_path: Path) -> None:
+    result = run(pristine, "-o", tmp_path / "out", "--target", "graphs", "--recipe", "weights-only", *SIZES, "--resume")
+    assert result.exit_code == 0, result.output
+    assert f"nothing to resume in {tmp_path / 'out'}, starting from the beginning" in result.output
 
 
 def inspect(*arguments: object) -> Result:
