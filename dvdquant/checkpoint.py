@@ -187,7 +187,8 @@ def _open(root: Path, model: str, subfolder: str | None, component: str) -> Chec
     elif component != "transformer":
         raise CheckpointError(f"{folder} is not a pipeline and has no {component!r}", available=_entries(folder))
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is missing", available=_entries(folder.parent))
+        fix = "give a folder of the model with --subfolder, or leave it out"
+        raise CheckpointError(f"{folder} is missing", available=_entries(folder.parent), fix=fix)
     config = _read_config(folder, allowed)
     tensors, headers = _read_weights(folder, allowed)
     return Checkpoint(model, component, folder, config, tensors, headers)

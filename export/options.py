@@ -149,7 +149,7 @@ def _parse_latent(text: str) -> list[Axis]:
     parts = text.lower().split("x")
     if len(parts) != 3:
         raise ShapeError(f"--latent is {text!r}", available="FRAMESxHEIGHTxWIDTH in latent units, such as 21x60x104")
-    return [Axis.parse(part, "--latent") for part in parts]
+    return [Axis.parse(part, f"--latent ({name})") for name, part in zip(("frames", "height", "width"), parts)]
 
 
 def _from_pixels(family: Family, pixels: tuple[str | None, str | None, str | None]) -> list[Axis]:

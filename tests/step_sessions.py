@@ -73,8 +73,7 @@ class FaultySession(OnnxRuntimeSession):
     """The real one, whose outputs at some timesteps and bits meet a fault; logs every call."""
 
     def __init__(self, out: Path) -> None:
-        torch.set_num_threads(1)
-        super().__init__(Artifact.open(out))
+        super().__init__(Artifact.open(out), threads=1)
         self.faults: dict[tuple[float, int], Callable[[Tensor], Tensor]] = {}
         self.calls: list[tuple[float, int]] = []
 
