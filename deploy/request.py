@@ -229,21 +229,20 @@ def _resolve_axis(name: str, value: int | None, axis: Axis, step: int, patch: in
             available=f"{max(below, offset or step)} or {below + step}; the export's profile is {profile}",
         )
     unit = (value - offset) // step + offset
-    # The multiples of the patch on both sides: dvdq-export takes no other size.
-    below, above = unit // patch * patch, -(-unit // patch) * patch
     if not axis.min <= unit <= axis.max:
-        low, high = min(below or patch, axis.min), max(above, axis.max)
-        wider = f"{to_pixels(low)}:{to_pixels(high)}"
+        # dvdq-export takes multiples of the patch only.
+        wider = ":".join(str(to_pixels(end)) for end in axis.covering(unit, patch))
         option = f"{name} {wider}" if offset or step > 1 else f"a --latent that covers it ({wider} for this axis)"
         raise ShapeError(
             f"{name} is {value}, outside the profile this export was made for",
             available=profile,
             fix=f"pick a size within it, or export again with {option}",
         )
-    if below != above:
+    if unit % patch:
+        below = unit // patch * patch
         raise ShapeError(
             f"{name} is {value}, no multiple of the {step * patch} that the transformer's patch takes",
-            available=f"{to_pixels(below)} or {to_pixels(above)}; the export's profile is {profile}",
+            available=f"{to_pixels(below)} or {to_pixels(below + patch)}; the export's profile is {profile}",
             fix="use one of these sizes",
         )
     return value, unit

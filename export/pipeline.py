@@ -32,7 +32,7 @@ from .estimate import Estimate, estimate_export, require_memory
 from .graphs import FLAVOURS, GraphWriter, graph_path
 from .onnx import trace_graph
 from .options import ExportOptions, recorded_model, resolve_sizes
-from .realize import EnginePlan, plan_engines
+from .realize import EnginePlan, check_sms, plan_engines
 from .report import add_report
 from .verify import GraphCheck
 from .verify_export import verify_export
@@ -96,6 +96,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     Raises:
         DvdquantError: whatever would make the export fail later and can be known now.
     """
+    check_sms(options.sms)
     names = (
         [options.subfolder] if options.subfolder else Checkpoint.components(options.model, revision=options.revision)
     )
@@ -134,6 +135,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             "the tensorrt target needs the dvdquant plugin library, and --plugin was not given",
             fix="pass the built library with --plugin, or use --target rtx, or --target onnx for graphs alone",
         )
+    check_output(options.out)
     largest = max(c.largest.nbytes for c in opened)
     estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest)
     return ExportPlan(options, components, tuple(opened), tuple(plans), sizes, tuple(engines), versions, estimate)
@@ -146,7 +148,6 @@ def run_export(plan: ExportPlan, progress: Progress) -> ExportResult:
         DvdquantError: with the output folder as it was (and, for finished layers, work kept for ``--resume``).
     """
     options = plan.options
-    check_output(options.out)
     require_memory(plan.estimate, plan.plans, plan.engines)
     require_disk(options.out, plan.estimate.disk_bytes, "the export")
     with ExportTransaction(options.out, key=plan.key, resume=options.resume, keep_for_resume=True) as transaction:

@@ -182,16 +182,6 @@ def test_study_table(tmp_path: Path) -> None:
     assert sum("**" in v for _, v in table.values()) == 1
 
 
-def test_delta_table(tmp_path: Path) -> None:
-    table = cells(report.delta_block(read(tmp_path, made_up())))
-    assert [row[:2] for row in table] == [
-        ["δ-GBS", "0.05"], ["+ cache", "0.05"], ["δ-GBS", "0.2"], ["+ cache", "0.2"], ["last", "–"],
-    ]  # fmt: skip
-    assert table[1][2:] == ["7.00", "31.00 ± 0.00", "75", "100", "8"]
-    assert table[4][2:] == ["6.00", "30.50 ± 0.00", "75", "100", "8"]
-    assert 7 < figure(table[0][2]) < 7.1
-
-
 def test_run_block(tmp_path: Path) -> None:
     run = {"kind": "run", "commit": "c1", "hardware": "H", "date": "2026-01-03", "seconds": 7200, "command": "python a"}
     other = {**run, "date": "2026-01-01", "seconds": 3600, "command": "python b"}

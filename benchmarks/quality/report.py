@@ -192,6 +192,26 @@ def delta_block(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def throughout_block(results: Results) -> str:
+    """The clips of the δ settings with a8 and with a4 in every step, and the PSNR of every setting less that of a8."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for model, variants in results.deltas.items():
+        first = next(iter(variants.values()))
+        method = next(iter(first.values())).get("method", "")
+        whole = {width: _psnr(results.clips.get((model, method, width), {})) for width in ("A8", "A4")}
+        for width, values in whole.items():
+            same = {key: value for key, value in values.items() if key in first}
+            cells.setdefault((f"{width} throughout", ""), {})[model] = _cell(same, MEASURES[PSNR])
+        for (name, delta, bits), clips in variants.items():
+            found = difference(_psnr(clips), whole["A8"])
+            setting = f"δ {delta:.4g}" if delta is not None else f"{bits:.2f} bits"
+            cells.setdefault((name, setting), {})[model] = "–" if found is None else _said(found, ".2f")
+    if not cells:
+        return ""
+    head = ["", "setting", *results.deltas]
+    return table(head, [[*place, *(row.get(model, "–") for model in results.deltas)] for place, row in cells.items()])
+
+
 def _psnr(rows: Mapping[Hashable, Row]) -> Values:
     return {key: row["psnr"] for key, row in rows.items() if row["psnr"] is not None}
 
@@ -252,6 +272,7 @@ def blocks(results: Results) -> dict[str, str]:
     """Name -> text of every block."""
     return {
         "methods": methods_block(results), "expected": expected_block(results), "delta": delta_block(results),
+        "throughout": throughout_block(results),
         "run": run_block(results) if results.runs else "",
         **{name: study_block(results.studies.get(name, {})) for name in (*STUDIES, *results.studies)},
     }  # fmt: skip

@@ -114,7 +114,7 @@ def _check_axis(name: str, size: int, family: Family, sizes: Sizes) -> None:
     served = (axis.min, axis.max) if axis.dynamic else (axis.opt,)
     if not axis.min <= size <= axis.max:
         # The export takes multiples of the patch only.
-        low, high = min(axis.min, size // patch * patch or patch), max(axis.max, -(-size // patch) * patch)
+        low, high = axis.covering(size, patch)
         ends = [_pixels(name, end, family) for end in (low, high)]
         option = f"{_OPTIONS[name]} {ends[0]}:{ends[1]}" if None not in ends else f"--latent, {name} {low}:{high}"
         raise ShapeError(

@@ -140,16 +140,12 @@ def main(**arguments: Any) -> None:
     # These take seconds to import; --help does not wait for them.
     from dvdquant.export.options import ExportOptions
     from dvdquant.export.pipeline import plan_export, run_export
-    from dvdquant.export.realize import check_sms
-    from dvdquant.output_folder import check_output
     from dvdquant.progress import Progress
 
     started = time.monotonic()
     options = ExportOptions(recipe=recipe, **arguments)
-    check_sms(options.sms)
     plan = plan_export(options)
     if dry_run:
-        check_output(options.out)
         click.echo(json.dumps(_plan_json(plan)) if log_format == "json" else _plan_text(plan))
         return
     progress = Progress(log_format)

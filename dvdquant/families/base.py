@@ -49,6 +49,10 @@ class Axis:
         """Whether the axis ranges."""
         return self.min != self.max
 
+    def covering(self, size: int, patch: int) -> tuple[int, int]:
+        """The ends of the least range over this axis and ``size`` that are multiples of ``patch``."""
+        return min(self.min, size // patch * patch or patch), max(self.max, -(-size // patch) * patch)
+
     def map(self, function: Any) -> Axis:
         """Apply an int -> int function to the three sizes."""
         return Axis(function(self.min), function(self.opt), function(self.max))
@@ -155,11 +159,12 @@ class Family(ABC):
         """ShapeError when an axis is no multiple of the patch, naming the nearest sizes that are, or too long for the model."""
         longest = self.longest_axis()
         for axis_name, axis, patch in zip(("frames", "height", "width"), self._axes(sizes), self.patch()):
+            fix = f"change --{axis_name.replace('frames', 'num-frames')} or --latent"
             if longest is not None and axis.max > longest * patch:
                 raise ShapeError(
                     f"{axis_name} is {axis.max} in latent units, and the model has positions for {longest} patches of {patch}",
                     available=f"up to {longest * patch}",
-                    fix=f"change --{axis_name.replace('frames', 'num-frames')} or --latent",
+                    fix=fix,
                 )
             for size in {axis.min, axis.opt, axis.max}:
                 if size % patch:
@@ -167,7 +172,7 @@ class Family(ABC):
                     raise ShapeError(
                         f"{axis_name} is {size} in latent units, no multiple of the patch size {patch}",
                         available=f"{below or patch} or {below + patch}",
-                        fix=f"change --{axis_name.replace('frames', 'num-frames')} or --latent",
+                        fix=fix,
                     )
 
     def longest_axis(self) -> int | None:

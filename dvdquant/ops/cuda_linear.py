@@ -26,6 +26,7 @@ __all__ = [
     "CudaKernels",
     "PackedLayer",
     "PreparedCache",
+    "check_channels",
     "kernels_for",
     "layer_shape",
     "packed_shape",
@@ -199,9 +200,7 @@ def layer_shape(x: Tensor, packed: PackedLayer, act_bits: int, act_group: int) -
         ShapeError: x has another number of channels, or the tensors are on several devices.
         UnsupportedError: a dtype the kernels have none for.
     """
-    half = packed.weight.shape[1]
-    if x.ndim == 0 or x.shape[-1] != 2 * half:
-        raise ShapeError(f"a layer of {2 * half} channels got a tensor of shape {tuple(x.shape)}")
+    check_channels(x, 2 * packed.weight.shape[1])
     devices = {t.device for t in (x, *packed.stored(), packed.hadamard, packed.outer)}
     if len(devices) > 1:
         raise ShapeError(
@@ -209,6 +208,12 @@ def layer_shape(x: Tensor, packed: PackedLayer, act_bits: int, act_group: int) -
             fix="move the model with .to(device)",
         )
     return packed_shape(packed, x.dtype, act_bits, act_group)
+
+
+def check_channels(x: Tensor, channels: int) -> None:
+    """ShapeError unless x is [..., channels]."""
+    if x.ndim == 0 or x.shape[-1] != channels:
+        raise ShapeError(f"a layer of {channels} channels got a tensor of shape {tuple(x.shape)}")
 
 
 def packed_shape(packed: PackedLayer, dtype: torch.dtype, act_bits: int, act_group: int) -> LayerShape:

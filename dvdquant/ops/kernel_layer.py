@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
 from ..recipe import ActivationSpec
-from .cuda_linear import CACHE, CudaKernels, PackedLayer, packed_shape
+from .cuda_linear import CACHE, CudaKernels, PackedLayer, check_channels, packed_shape
 from .prepared_cache import refuse_capture, synchronize
 from .quant_linear import pack_balance
 
@@ -77,8 +77,7 @@ class KernelLayer:
                 fix="open the session with these bits",
             )
         shape, _ = self._runs[act_bits, act_group]
-        if x.ndim == 0 or x.shape[-1] != shape.k:
-            raise ShapeError(f"a layer of {shape.k} channels got a tensor of shape {tuple(x.shape)}")
+        check_channels(x, shape.k)
         if x.device.type != self.device.type or self.device.index not in (None, x.device.index):
             raise ShapeError(f"the layer is on {self.device}, x on {x.device}", fix="move x there with .to(device)")
         prepared = self._weight(act_bits, act_group)
