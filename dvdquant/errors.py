@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .text import shown
+
 __all__ = [
     "CheckpointError",
     "DvdquantError",
@@ -22,7 +24,7 @@ __all__ = [
 
 
 class DvdquantError(Exception):
-    """A failure the user can act on.
+    """A failure the user can act on. Its text is safe to print whatever names and values it holds.
 
     Args:
         what: what was wrong, naming the thing (a path, a tensor, an option and its value).
@@ -33,10 +35,10 @@ class DvdquantError(Exception):
     def __init__(self, what: str, *, available: str | Iterable[str] | None = None, fix: str | None = None) -> None:
         if available is not None and not isinstance(available, str):
             available = ", ".join(str(item) for item in available) or "nothing"
-        self.what = what
-        self.available = available
-        self.fix = fix
-        super().__init__(what)
+        self.what = _safe(what)
+        self.available = None if available is None else _safe(available)
+        self.fix = None if fix is None else _safe(fix)
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -45,6 +47,10 @@ class DvdquantError(Exception):
         if self.fix:
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
+
+
+def _safe(text: str) -> str:
+    return shown(text, 0, keep="\n")
 
 
 class CheckpointError(DvdquantError):
