@@ -28,7 +28,7 @@ help:
 	@echo "make venv    only the environment: $(VENV) with dvdq-export and dvdq-inspect"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrite the sources in the house style"
-	@echo "make docs    rewrite README's generated tables and the picture"
+	@echo "make docs    the documentation as a site, build/site/index.html"
 	@echo "make plugin  the TensorRT plugin library, build/plugins/libdvdquant_plugins.so; needs TENSORRT_ROOT"
 	@echo "make clean   remove caches, build outputs and $(OUT)*; $(VENV) stays"
 	@echo
@@ -106,9 +106,11 @@ GPU_OUT ?= kernels/bench/results
 gpu-check:
 	$(GPU_PYTHON) kernels/bench/gpu_check.py --out $(GPU_OUT)
 
-docs: $(INSTALLED)
-	$(BIN)/python docs/chain.py
-	$(BIN)/python docs/tables.py
+# The drawings take minutes and stay as they are: python docs/scripts/drawings.py.
+docs: $(INSTALLED_TEST)
+	$(BIN)/python docs/scripts/chain.py
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site      build/site/index.html"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OUT) $(OUT).log $(OUT)-clip

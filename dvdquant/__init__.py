@@ -1,10 +1,42 @@
-"""dvdquant: video diffusion transformers as TensorRT engines with 4-bit weights and 4- or 8-bit activations."""
+"""dvdquant: video diffusion transformers as TensorRT engines with 4-bit weights and 4- or 8-bit activations.
 
+The public face: :func:`export_model`, :func:`plan_schedule`, :func:`inspect_export`, :class:`DvdqTransformer` and
+:class:`Recipe`. Each is imported at its first use, so that ``import dvdquant`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import export_model, inspect_export, plan_schedule
+    from .deploy.transformer import DvdqTransformer
+    from .recipe import Recipe
 
 try:
     __version__ = version("dvdquant")
 except PackageNotFoundError:  # an uninstalled checkout
     __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["DvdqTransformer", "Recipe", "__version__", "export_model", "inspect_export", "plan_schedule"]
+
+_HOMES = {
+    "DvdqTransformer": "dvdquant.deploy.transformer",
+    "Recipe": "dvdquant.recipe",
+    "export_model": "dvdquant.api",
+    "inspect_export": "dvdquant.api",
+    "plan_schedule": "dvdquant.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module that holds it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dvdquant' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

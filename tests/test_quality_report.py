@@ -17,7 +17,7 @@ import pytest
 
 from tests.quality_scripts import QUALITY, script
 
-README = QUALITY / "README.md"
+README = QUALITY.parents[1] / "docs" / "quality" / "index.md"
 Row = dict[str, Any]
 RIGHT = ("shape", "colour", "motion", "size", "background", "speed")
 OURS = "dvdquant w4a4"

@@ -1,4 +1,4 @@
-"""README.md says what the code does: links, commands, tables and the picture."""
+"""README.md and the pages of docs/ say what the code does: links, commands, options, tables, examples and the picture."""
 
 from __future__ import annotations
 
@@ -19,13 +19,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-FOLDERS = (".", "benchmarks", "deploy", "docs", "examples/tiny-wan", "kernels", "plugins")
-PAGES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
+FOLDERS = (
+    ".",
+    "benchmarks",
+    "benchmarks/quality",
+    "benchmarks/switching",
+    "deploy",
+    "examples/tiny-wan",
+    "kernels",
+    "plugins",
+)
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md")) + DOCS
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def _script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -56,10 +66,16 @@ def test_relative_links_exist(page: Path) -> None:
             assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
 
 
-def test_named_files_exist() -> None:
-    names = re.findall(r"`((?:tests|benchmarks|export|dvdquant|docs|examples)/[\w./-]+)`", README)
-    assert names
-    assert [name for name in names if not (ROOT / name).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_files_exist(page: Path) -> None:
+    names = re.findall(
+        r"`((?:tests|benchmarks|export|deploy|dvdquant|docs|examples|kernels|plugins)/[\w./*-]+)`", page.read_text()
+    )
+    assert [name for name in names if not list(ROOT.glob(name.rstrip("/")))] == []
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -74,6 +90,8 @@ def test_commands_parse(page: Path) -> None:
             _command(program).make_context(program, arguments)
         elif program == "python":
             assert (ROOT / arguments[0]).exists(), arguments
+        elif name == "eval":
+            assert any(f"_{known.upper().replace('-', '_')}_COMPLETE" in arguments[0] for known in PROJECT["scripts"])
         else:
             pytest.fail(f"{page.relative_to(ROOT)} has a command this test does not know: {name}")
 
@@ -84,21 +102,20 @@ def test_the_two_commands_are_there() -> None:
     assert ["make", "test"] in commands
 
 
-def test_options_named_in_the_text_exist() -> None:
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_options_named_in_the_text_exist(page: Path) -> None:
     """Each `--option` in a code span belongs to some command."""
     known = {o for name in PROJECT["scripts"] for p in _command(name).params for o in (*p.opts, *p.secondary_opts)}
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    named = set(re.findall(r"(?<![\w=-])--[a-z][a-z-]+", " ".join(re.findall(r"`[^`]+`", prose))))
-    assert {"--dry-run", "--resume", "--verify"} <= named
-    assert named - known == set()
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    spans = [span for span in re.findall(r"`[^`]+`", prose) if "benchmarks/" not in span and "pip " not in span]
+    named = set(re.findall(r"(?<![\w=-])--[a-z][a-z-]+", " ".join(spans)))
+    # Of a script of benchmarks/quality, named in its page.
+    assert named - known <= {"--add-to", "--parts", "--delta-chunks", "--help"}
 
 
-def test_tables_are_what_the_code_says() -> None:
-    tables = _script("tables")
-    for name, make in tables.TABLES.items():
-        content = README.partition(f"<!-- {name}:begin -->\n")[2].partition(f"\n<!-- {name}:end -->")[0]
-        assert content == make(), f"table {name} is old: make docs"
-    assert tables.fill(README) == README
+def test_pages_take_in_the_generated_tables() -> None:
+    marks = {name for page in DOCS for name in re.findall(r"<!-- table: ([\w-]+) -->", page.read_text())}
+    assert marks == {"executes", "recipes", "errors", "schema"}
 
 
 def test_table_of_what_executes_names_every_sm() -> None:
@@ -114,7 +131,9 @@ def test_table_of_what_executes_names_every_sm() -> None:
 
 
 def test_every_dependency_is_explained() -> None:
-    section = README.partition("## What each dependency is for")[2].partition("\n## ")[0]
+    section = (
+        (ROOT / "CONTRIBUTING.md").read_text().partition("## What each dependency is for")[2].partition("\n## ")[0]
+    )
     for requirement in PROJECT["dependencies"]:
         name = re.split(r"[<>=\[ ]", requirement, maxsplit=1)[0]
         assert f"`{name}`" in section, name
@@ -130,9 +149,9 @@ def test_every_family_is_named() -> None:
 
 
 def test_picture_is_what_its_script_draws() -> None:
-    text = (ROOT / "docs" / "chain.svg").read_text()
+    text = (ROOT / "docs" / "images" / "chain.svg").read_text()
     assert text == _script("chain").draw()
-    assert "docs/chain.svg" in README
+    assert "docs/images/chain.svg" in README
     root = ElementTree.fromstring(text)
     _, _, width, height = map(float, root.attrib["viewBox"].split())
     for element in root.iter("{http://www.w3.org/2000/svg}rect"):
@@ -143,49 +162,77 @@ def test_picture_is_what_its_script_draws() -> None:
         assert y + h <= height
 
 
-def _examples() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def _examples(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_pipeline_example_is_valid() -> None:
-    """It needs a real checkpoint to run; its imports and the arguments it gives are checked. Pipelines run in test_pipelines."""
-    from dvdquant.deploy import DvdqTransformer
+EXAMPLES = [(page, text) for page in (ROOT / "README.md", *DOCS) for text in _examples(page)]
+
+
+@pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[str(page.relative_to(ROOT)) for page, _ in EXAMPLES])
+def test_examples_use_the_public_face_as_it_is(page: Path, example: str) -> None:
+    """They need a real checkpoint to run; what they take from dvdquant and the arguments they give are checked."""
+    import dvdquant
+
+    tree = ast.parse(example)
+    modules = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    modules |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name for name in modules if name.startswith("dvdquant.")}, "the public face is dvdquant itself"
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    ours = [call for call in calls if ast.unparse(call.func).startswith("dvdquant.")]
+    assert ours
+    for call in ours:
+        function: object = dvdquant
+        for name in ast.unparse(call.func).split(".")[1:]:
+            function = getattr(function, name)
+        assert callable(function)
+        arguments = [ast.literal_eval(a) for a in call.args]
+        keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        signature = inspect.signature(function)
+        signature.bind(*arguments, **keywords)
+        assert set(keywords) <= set(signature.parameters)
+
+
+def test_steps_of_a_trace_have_what_the_example_prints() -> None:
     from dvdquant.deploy.controller import StepRecord
 
-    (example,) = [text for text in _examples() if "WanPipeline" in text]
-    calls = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Call)]
-    (made,) = [call for call in calls if ast.unparse(call.func) == "DvdqTransformer.from_pretrained"]
-    arguments = [ast.literal_eval(a) for a in made.args]
-    keywords = {k.arg: ast.literal_eval(k.value) for k in made.keywords if k.arg}
-    signature = inspect.signature(DvdqTransformer.from_pretrained)
-    signature.bind(*arguments, **keywords)
-    assert set(keywords) <= set(signature.parameters)
     assert {"step", "bits", "reason"} <= {f.name for f in dataclasses.fields(StepRecord)}
 
 
-def test_python_example_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example runs up to and including the plan; the export itself is what `make demo` does."""
-    (example,) = [text for text in _examples() if "run_export" in text]
-    head, mark, _ = example.partition("result = run_export(")
-    assert mark
+def test_export_from_python_plans_as_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's export up to and including the plan; the export itself is what `make demo` does."""
+    import dvdquant
+    from dvdquant.export import pipeline
+
+    plans: list[pipeline.ExportPlan] = []
     monkeypatch.chdir(ROOT)
-    names: dict[str, object] = {}
-    exec(f"{head}plan = plan_export(options)\n", names)
-    plan = names["plan"]
-    assert [e.act_bits for e in plan.engines] == [4, 8]  # type: ignore[attr-defined]
+    monkeypatch.setattr(pipeline, "run_export", lambda plan, progress: plans.append(plan))
+    dvdquant.export_model("examples/tiny-wan", "out/tiny-wan", latent="8x24x24", text_tokens=5)
+    (plan,) = plans
+    assert [engine.act_bits for engine in plan.engines] == [4, 8]
+    defaults = {p.name: p.default for p in _command("dvdq-export").params}
+    options = plan.options
+    assert (options.recipe.name, options.targets, options.sms) == (
+        defaults["recipe"],
+        defaults["targets"],
+        defaults["sms"],
+    )
+    assert (options.dtype, options.device, options.batch) == (defaults["dtype"], defaults["device"], defaults["batch"])
 
 
-def test_demo_output_names_the_engines_of_the_demo() -> None:
-    """The engine folders in the pasted output are those the demo's options give today."""
-    from dvdquant.export.realize import plan_engines
-    from dvdquant.recipe import get_recipe
+def test_the_public_face_is_lazy_and_complete() -> None:
+    import subprocess
+    import sys
 
-    demo = (ROOT / "Makefile").read_text().partition("\ndemo:")[2].partition("\n\n")[0]
-    words = shlex.split(demo.replace("\\\n", " ").partition("dvdq-export")[2].partition("|")[0])
-    sms = [words[i + 1] for i, word in enumerate(words) if word == "--sm"]
-    assert sms == ["8.0", "8.6", "8.9", "12.0"]
-    recipe = get_recipe("w4a4")
-    planned = plan_engines("tensorrt_rtx", sms, recipe.activations, recipe=recipe, from_checkpoint=True)
-    pasted = README.partition("```text\n")[2].partition("```")[0]
-    for engine in planned:
-        assert f"on SM {', '.join(engine.sms)}, {engine.act_bits}-bit activations: {engine.executes}" in pasted
+    code = (
+        "import sys, dvdquant\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
+        "assert set(dvdquant.__all__) <= set(dir(dvdquant))\n"
+        "dvdquant.export_model, dvdquant.plan_schedule, dvdquant.inspect_export, dvdquant.Recipe\n"
+        "assert 'torch' not in sys.modules\n"
+        "dvdquant.DvdqTransformer\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+    listed = subprocess.run([sys.executable, "-m", "dvdquant"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert all(name in listed.stdout for name in PROJECT["scripts"])

@@ -1,6 +1,6 @@
-"""From a file of results to the tables and plots of README.md.
+"""Turn a file of results into the tables and plots of docs/quality.
 
-    python benchmarks/quality/report.py RESULTS.jsonl [--readme benchmarks/quality/README.md] [--archive RESULTS.jsonl.xz]
+    python benchmarks/quality/report.py RESULTS.jsonl [--readme docs/quality/index.md] [--archive RESULTS.jsonl.xz]
     python benchmarks/quality/report.py benchmarks/quality/results.jsonl.xz     from the rows that are kept here
 
 RESULTS.jsonl holds one JSON object a line, compressed where it ends in .xz. ``results_file.py`` lists what is in it.
@@ -37,6 +37,9 @@ STEP_METHODS = ("bf16", "RTN", "QuaRot-style", PUBLISHED, *OURS)
 STUDIES = ("ablation", "granularity", "weight-groups", "rotation", "zero-point", "improvements")
 # All of fewer differences than this can have one sign by chance oftener than one time in twenty (2 · 2⁻⁵ = 6 %).
 MIN_PAIRS = 6
+
+# The page that holds the blocks; plots lie beside it.
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "quality" / "index.md"
 
 Values = Mapping[Hashable, float]  # clip -> value
 
@@ -315,7 +318,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--readme", type=Path, default=Path(__file__).resolve().parent / "README.md")
+    parser.add_argument("--readme", type=Path, default=PAGE)
     parser.add_argument("--archive", type=Path, metavar="XZ", help="also keep the rows in this file")
     options = parser.parse_args()
     try:

@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--prompt", default="ring red right large black")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).resolve().parent / "strips.png")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path(__file__).resolve().parents[2] / "docs" / "quality" / "strips.png"
+    )
     options = parser.parse_args()
     name = options.model.resolve().name
     folders = {name: options.model, f"{name}-outliers": options.work / f"{name}-outliers"}

@@ -1,4 +1,4 @@
-"""Draw the chain of README.md as docs/chain.svg: ``python docs/chain.py``."""
+"""Draw the chain of README.md as docs/images/chain.svg: ``python docs/scripts/chain.py``."""
 
 from __future__ import annotations
 
@@ -128,4 +128,4 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("chain.svg").write_text(draw())
+    (Path(__file__).resolve().parents[1] / "images" / "chain.svg").write_text(draw())

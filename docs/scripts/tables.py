@@ -1,25 +1,16 @@
-"""Write the generated tables of README.md, each between its two marks: ``python docs/tables.py``.
+"""The tables of the documentation that come from the code: what GPUs execute, the recipes, the fields of a manifest.
 
-What GPUs execute comes from ``export/realize.py``, the recipes from ``dvdquant/recipe.py``, the options from the
-commands themselves. tests/test_readme.py compares README.md with these functions.
+``python docs/scripts/tables.py`` prints them. The site takes them in while it is built (hooks.py).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from typing import Any
 
-import click
-
-from dvdquant.cli import export as export_command
-from dvdquant.cli import inspect as inspect_command
-from dvdquant.cli import plan as plan_command
-from dvdquant.cli import run as run_command
+from dvdquant import manifest
 from dvdquant.export.realize import RTX_SMS, TENSORRT_SMS, choose_realization, what_executes
 from dvdquant.recipe import RECIPES, ActivationSpec, Recipe
-
-README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -75,56 +66,32 @@ def _group(activation: ActivationSpec) -> str:
     return f"{activation.group_size} channels" if activation.group_size else "token"
 
 
-def export_options() -> str:
-    """The options of dvdq-export."""
-    return _options(export_command.main)
+def schema_tables() -> str:
+    """Return the fields of a manifest and of its entries, with their types."""
+    parts = []
+    records: dict[str, Any] = {
+        "The manifest": manifest.Manifest,
+        "`source`": manifest.Source,
+        "An entry of `files`": manifest.FileEntry,
+        "An entry of `layers`": manifest.LayerEntry,
+        "An entry of `graphs`": manifest.GraphEntry,
+        "An entry of `engines`": manifest.EngineEntry,
+    }
+    for title, record in records.items():
+        rows = [(f"`{name}`", f"`{kind}`") for name, kind in record.__annotations__.items()]
+        parts += [f"### {title}", "", _prose(record.__doc__ or ""), "", _table(("field", "type"), rows), ""]
+    return "\n".join(parts)
 
 
-def inspect_options() -> str:
-    """The options of dvdq-inspect."""
-    return _options(inspect_command.main)
+def _prose(docstring: str) -> str:
+    """Return the text of a docstring before its sections, as Markdown."""
+    text = docstring.split("Args:")[0]
+    return " ".join(text.split()).replace("``", "`").replace(":func:", "")
 
 
-def plan_options() -> str:
-    """The options of dvdq-plan."""
-    return _options(plan_command.main)
-
-
-def run_options() -> str:
-    """The options of dvdq-run."""
-    return _options(run_command.main)
-
-
-def _options(command: click.Command) -> str:
-    context = click.Context(command, info_name=command.name)
-    rows = []
-    for parameter in command.params:
-        record = parameter.get_help_record(context)
-        if record is not None:
-            rows.append((f"`{record[0]}`", record[1]))
-    return _table(("option", "what it does"), rows)
-
-
-TABLES: dict[str, Callable[[], str]] = {
-    "executes": executes_table,
-    "recipes": recipe_table,
-    "export-options": export_options,
-    "inspect-options": inspect_options,
-    "plan-options": plan_options,
-    "run-options": run_options,
-}
-
-
-def fill(text: str) -> str:
-    """``text`` with every table between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->`` made anew."""
-    for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        if len(pattern.findall(text)) != 1:
-            raise SystemExit(f"README.md must hold the marks of table {name!r} once")
-        content = make()
-        text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)  # type: ignore[misc]
-    return text
+TABLES: dict[str, Callable[[], str]] = {"executes": executes_table, "recipes": recipe_table}
 
 
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))
+    for make in (*TABLES.values(), schema_tables):
+        print(make(), end="\n\n")

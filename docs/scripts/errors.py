@@ -1,0 +1,88 @@
+"""The list of every error with its remedy, read out of the source: ``python docs/scripts/errors.py`` prints it.
+
+An error is a call of a subclass of DvdquantError. Parts that are filled in when it is raised stand as ``…``.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+from dvdquant import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("dvdquant", "export", "deploy")
+CLASSES = [name for name in errors.__all__ if name != "DvdquantError"]
+
+
+@dataclass(frozen=True, order=True)
+class Entry:
+    """One error: its class, what it says, and the remedy."""
+
+    kind: str
+    what: str
+    fix: str
+
+
+def collect() -> list[Entry]:
+    """Return every error of the source, without repetitions, in the order of its text."""
+    found = set()
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            relative = path.relative_to(ROOT)
+            if path.is_symlink() or any((ROOT / p).is_symlink() for p in relative.parents if str(p) != "."):
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and (entry := _entry(node)):
+                    found.add(entry)
+    return sorted(found)
+
+
+def _entry(call: ast.Call) -> Entry | None:
+    name = ast.unparse(call.func).rpartition(".")[2]
+    if name not in CLASSES or not call.args:
+        return None
+    fix = next((keyword.value for keyword in call.keywords if keyword.arg == "fix"), None)
+    what = _words(call.args[0])
+    return Entry(name, what, _words(fix) if fix is not None else "") if what.strip(" …") else None
+
+
+def _words(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_words(part) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    if isinstance(node, ast.IfExp):
+        return f"{_words(node.body)} / {_words(node.orelse)}"
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _words(node.left) + _words(node.right)
+    return "…"
+
+
+def error_tables() -> str:
+    """Return Markdown: a section for each class with its errors, remedies and places."""
+    entries = collect()
+    lines = []
+    for kind in CLASSES:
+        doc = (getattr(errors, kind).__doc__ or "").splitlines()[0]
+        lines += ["", f"## {kind}", "", doc, "", "| what is said | what to do |", "| --- | --- |"]
+        lines += [f"| {_cell(e.what)} | {_remedy(e.fix)} |" for e in entries if e.kind == kind]
+    return "\n".join(lines)
+
+
+def _remedy(fix: str) -> str:
+    if not fix:
+        return "what is available stands in the error"
+    return "the error says it" if not fix.strip("… /") else _cell(fix)
+
+
+def _cell(text: str) -> str:
+    text = " ".join(text.split())
+    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'"), ("*", "\\*")):
+        text = text.replace(character, entity)
+    return text.replace("_", "\\_").replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    print(error_tables())
