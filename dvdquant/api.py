@@ -70,7 +70,6 @@ def export_model(
     from dvdquant.export.pipeline import plan_export, run_export
     from dvdquant.progress import Progress
 
-    sizes = {"height": height, "width": width, "num_frames": num_frames}
     arguments = ExportOptions(
         model=str(model),
         out=Path(out),
@@ -83,7 +82,9 @@ def export_model(
         device=device,
         verify=verify,
         resume=resume,
-        **{name: None if size is None else str(size) for name, size in sizes.items()},
+        height=_size(height),
+        width=_size(width),
+        num_frames=_size(num_frames),
         **options,
     )
     return run_export(plan_export(arguments), progress or Progress())
@@ -168,6 +169,10 @@ def inspect_export(out: str | Path, *, check: bool = False) -> Manifest:
     if check:
         verify_files(out, manifest)
     return manifest
+
+
+def _size(value: int | str | None) -> str | None:
+    return None if value is None else str(value)
 
 
 def _several(value: str | Sequence[str]) -> tuple[str, ...]:

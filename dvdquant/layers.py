@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from .errors import ShapeError, UnsupportedError
 from .hadamard import Rotation
-from .ops.quant_linear import balance_input, balanced_quant_linear, quant_linear
+from .ops.balance import balance_input
+from .ops.kernel_layer import KernelLayer
+from .ops.packed_layer import PackedLayer
+from .ops.quant_linear import balanced_quant_linear, quant_linear
 from .recipe import ActivationSpec
 
 if TYPE_CHECKING:
     from .ops.cuda_linear import CudaKernels
-    from .ops.kernel_layer import KernelLayer
 
 __all__ = [
     "LayerSpec",
@@ -161,9 +163,6 @@ class QuantLinear(nn.Module):
         Raises:
             UnsupportedError: the kernels do not run the layer with one of the grids; it stays as it is.
         """
-        from .ops.cuda_linear import PackedLayer
-        from .ops.kernel_layer import KernelLayer
-
         matrices = self._table[0].matrices(self.spec.rotation)
         stored = [self.get_buffer(name) for name in TENSORS] if self.kernel is None else self.kernel.packed.stored()
         packed = PackedLayer(*stored, *matrices)  # type: ignore[call-arg]

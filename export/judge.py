@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dvdquant.arq import QMAX
 from dvdquant.layers import TENSORS, QuantLinear
-from dvdquant.ops.quant_linear import dequantize_weight, rotate_by_matrices
+from dvdquant.ops.reference import dequantize_weight, rotate_by_matrices
 
 __all__ = ["UNIT", "Judged", "OpInputs", "judge"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dvdquant.arq import quantize_activation
 from dvdquant.layers import QuantLinear, set_activation
 from dvdquant.model import ModelPlan
-from dvdquant.ops.quant_linear import rotate_by_matrices
+from dvdquant.ops.reference import rotate_by_matrices
 
 from .onnx import GraphWrapper
 

@@ -19,9 +19,11 @@ from dvdquant.errors import ResourceError, ShapeError, UnsupportedError
 from dvdquant.export import realize
 from dvdquant.ops import cuda, cuda_linear
 from dvdquant.ops.cuda import KernelError, KernelLibrary, WeightPointers, find_library, load_library
-from dvdquant.ops.cuda_linear import CudaKernels, PackedLayer, PreparedCache, run_quant_linear
+from dvdquant.ops.cuda_linear import CudaKernels, run_quant_linear
 from dvdquant.ops.linear_gemm import linear_gemm
+from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.prepare_weight import prepare_weight
+from dvdquant.ops.prepared_cache import PreparedCache
 from dvdquant.ops.quant_linear import quant_linear
 from dvdquant.ops.rotate_quantize import rotate_quantize
 from dvdquant.repack import PATHS, LayerShape, prepared_bytes

@@ -26,7 +26,7 @@ from dvdquant.arq import fake_quantize_activation
 from dvdquant.errors import ResourceError, ShapeError, UnsupportedError
 from dvdquant.hadamard import Rotation, rotate
 from dvdquant.ops.cuda import KernelLibrary, LayerPlan, WeightPointers
-from dvdquant.ops.quant_linear import dequantize_weight, quant_linear_reference
+from dvdquant.ops.reference import dequantize_weight, quant_linear_reference
 from dvdquant.packing import pack_int4
 from dvdquant.repack import LayerShape
 

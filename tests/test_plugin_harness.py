@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.hadamard import hadamard_matrix
-from dvdquant.ops.quant_linear import quant_linear_reference
+from dvdquant.ops.reference import quant_linear_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.tensorrt_headers

@@ -21,7 +21,7 @@ from dvdquant.feedback import round_with_feedback
 from dvdquant.hadamard import Rotation, rotate
 from dvdquant.model import plan_model
 from dvdquant.moments import synthetic_moments
-from dvdquant.ops.quant_linear import quant_linear_reference
+from dvdquant.ops.reference import quant_linear_reference
 from dvdquant.packing import pack_int4
 from dvdquant.predicted import layer_inputs
 from dvdquant.progress import Progress

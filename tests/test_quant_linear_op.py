@@ -15,7 +15,8 @@ from torch import Tensor
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.export.functions import QuantLinear, QuantLinearRealZero
 from dvdquant.export.schema import register_schemas
-from dvdquant.ops.quant_linear import quant_linear, quant_linear_reference
+from dvdquant.ops.quant_linear import quant_linear
+from dvdquant.ops.reference import quant_linear_reference
 from dvdquant.packing import pack_int4
 from tests.exporting import OpInputs, activations, judge, op_inputs
 

@@ -24,7 +24,7 @@ from dvdquant.feedback import round_with_feedback
 from dvdquant.hadamard import rotate
 from dvdquant.model import ModelPlan, plan_model
 from dvdquant.moments import synthetic_moments
-from dvdquant.ops.quant_linear import dequantize_weight
+from dvdquant.ops.reference import dequantize_weight
 from dvdquant.packing import unpack_int4
 from dvdquant.predicted import LayerInputs, layer_inputs, noise_levels
 from dvdquant.progress import Progress

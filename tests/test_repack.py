@@ -14,7 +14,7 @@ import dvdquant.repack as repack
 from dvdquant.bgr import quantize_weight
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.hadamard import Rotation, rotate
-from dvdquant.ops.quant_linear import dequantize_weight
+from dvdquant.ops.reference import dequantize_weight
 from dvdquant.packing import pack_int4
 from dvdquant.recipe import get_recipe
 from dvdquant.repack import (

@@ -13,8 +13,9 @@ from dvdquant.hadamard import Rotation, rotate
 from dvdquant.layers import QuantLinear, RotationTable
 from dvdquant.model import ModelPlan, plan_model
 from dvdquant.moments import channel_signs
+from dvdquant.ops.balance import apply_balance, balance_input, pack_balance
 from dvdquant.ops.prepared_cache import PreparedCache
-from dvdquant.ops.quant_linear import apply_balance, balance_input, balanced_quant_linear, pack_balance
+from dvdquant.ops.quant_linear import balanced_quant_linear
 from dvdquant.progress import Progress
 from dvdquant.quantize import quantize_checkpoint, rotated_weight
 from dvdquant.recipe import get_recipe

@@ -12,8 +12,8 @@ import torch
 
 from dvdquant.arq import AMAX_FLOOR, QMAX, quantize_activation
 from dvdquant.hadamard import hadamard_matrix
-from dvdquant.ops.cuda_linear import DTYPES
-from dvdquant.ops.quant_linear import rotate_by_matrices
+from dvdquant.ops.packed_layer import DTYPES
+from dvdquant.ops.reference import rotate_by_matrices
 
 BENCH = Path(__file__).parent.parent / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))

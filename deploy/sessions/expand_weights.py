@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dvdquant.errors import EngineError
 from dvdquant.export.schema import DOMAIN
-from dvdquant.ops.quant_linear import dequantize_weight
+from dvdquant.ops.reference import dequantize_weight
 
 __all__ = ["EXPANDED", "expand_weights", "expanded_weight"]
 

@@ -11,25 +11,21 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError, UnsupportedError
+from ..errors import UnsupportedError
 from ..repack import LayerShape
 from .cuda import BUILD, KernelError, KernelLibrary, LayerPlan, WeightPointers, find_library, load_library
+from .packed_layer import DTYPES, PackedLayer, layer_shape
 from .prepared_cache import PreparedCache
 
 __all__ = [
     "CudaKernels",
-    "PackedLayer",
-    "PreparedCache",
-    "check_channels",
     "kernels_for",
-    "layer_shape",
-    "packed_shape",
     "reference_policy",
     "run_quant_linear",
     "stream_of",
@@ -38,28 +34,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # Loads and the copy engine work on 16 bytes at a time.
 _ALIGNMENT = 16
 _policy: Literal["log", "raise"] = "log"
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """The tensors of one quantized layer as the op gets them; shapes in ``ops/quant_linear.py``."""
-
-    weight: Tensor
-    scale: Tensor
-    factor: Tensor
-    zero: Tensor
-    bias: Tensor
-    hadamard: Tensor
-    outer: Tensor
-
-    def stored(self) -> tuple[Tensor, ...]:
-        """What a prepared weight is made of."""
-        return (self.weight, self.scale, self.factor, self.zero, self.bias)
 
 
 class CudaKernels:
@@ -191,44 +168,6 @@ def run_quant_linear(
     balance = cache.balance(scale, shift, x.dtype)
     y = kernels.quant_linear(layer, x.reshape(x.numel() // layer.k, layer.k), outer, prepared, balance)
     return y.reshape(*x.shape[:-1], layer.n)
-
-
-def layer_shape(x: Tensor, packed: PackedLayer, act_bits: int, act_group: int) -> LayerShape:
-    """The layer that the tensors describe.
-
-    Raises:
-        ShapeError: x has another number of channels, or the tensors are on several devices.
-        UnsupportedError: a dtype the kernels have none for.
-    """
-    check_channels(x, 2 * packed.weight.shape[1])
-    devices = {t.device for t in (x, *packed.stored(), packed.hadamard, packed.outer)}
-    if len(devices) > 1:
-        raise ShapeError(
-            f"x and the layer are on different devices: {', '.join(sorted(map(str, devices)))}",
-            fix="move the model with .to(device)",
-        )
-    return packed_shape(packed, x.dtype, act_bits, act_group)
-
-
-def check_channels(x: Tensor, channels: int) -> None:
-    """ShapeError unless x is [..., channels]."""
-    if x.ndim == 0 or x.shape[-1] != channels:
-        raise ShapeError(f"a layer of {channels} channels got a tensor of shape {tuple(x.shape)}")
-
-
-def packed_shape(packed: PackedLayer, dtype: torch.dtype, act_bits: int, act_group: int) -> LayerShape:
-    """The layer that the stored tensors and rotation factors describe, for activations of ``dtype``.
-
-    Raises:
-        UnsupportedError: a dtype the kernels have none for.
-    """
-    if dtype not in DTYPE_NAMES:
-        raise UnsupportedError(f"the kernels have no {dtype} activations", available=DTYPE_NAMES.values())
-    rows, half = packed.weight.shape
-    real = not packed.zero.is_floating_point()
-    block, outer = packed.hadamard.shape[0], packed.outer.shape[0]
-    name = DTYPE_NAMES[dtype]
-    return LayerShape(rows, 2 * half, packed.factor.shape[1], real, block, outer, act_bits, act_group, name)
 
 
 def kernels_for(device: torch.device) -> CudaKernels | None:

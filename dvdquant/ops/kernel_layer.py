@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
 from ..recipe import ActivationSpec
-from .cuda_linear import CACHE, CudaKernels, PackedLayer, check_channels, packed_shape
+from .balance import pack_balance
+from .cuda_linear import CACHE, CudaKernels
+from .packed_layer import PackedLayer, check_channels, packed_shape
 from .prepared_cache import refuse_capture, synchronize
-from .quant_linear import pack_balance
 
 __all__ = ["KernelLayer"]
 

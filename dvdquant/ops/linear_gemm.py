@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedError
 from ..packing import unpack_int4
 from ..repack import PATHS, LayerShape, dequantize, from_bytes
+from .cuda_linear import layer_with_path, require_kernels
+from .packed_layer import DTYPE_NAMES
 
 __all__ = ["decode_codes", "linear_gemm"]
 
@@ -89,10 +93,6 @@ def _linear_gemm_cuda(
     path: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    from dataclasses import replace
-
-    from .cuda_linear import DTYPE_NAMES, layer_with_path, require_kernels
-
     if dtype not in DTYPE_NAMES:
         raise UnsupportedError(f"the kernels write no {dtype}", available=DTYPE_NAMES.values())
     kernels = require_kernels(codes.device)

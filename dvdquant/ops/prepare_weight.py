@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..repack import PATHS, LayerShape, prepare, prepared_bytes, to_bytes
+from .cuda_linear import layer_with_path, require_kernels
 
 __all__ = ["packed_shape", "prepare_weight"]
 
@@ -51,8 +52,6 @@ def _prepare_weight_fake(
 def _prepare_weight_cuda(
     weight: Tensor, weight_scale: Tensor, weight_factor: Tensor, weight_zero: Tensor, bias: Tensor, path: str
 ) -> Tensor:
-    from .cuda_linear import layer_with_path, require_kernels
-
     if path not in PATHS:
         raise UnsupportedError(f"unknown path {path!r}", available=PATHS)
     kernels = require_kernels(weight.device)

@@ -11,11 +11,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..hadamard import hadamard_matrix
 from ..repack import LayerShape
+from .balance import pack_balance
 from .cuda import KernelError
-from .quant_linear import pack_balance
+from .packed_layer import PackedLayer
 
 if TYPE_CHECKING:
-    from .cuda_linear import CudaKernels, PackedLayer
+    from .cuda_linear import CudaKernels
 
 __all__ = ["PreparedCache", "refuse_capture", "synchronize"]
 

@@ -9,7 +9,9 @@ from ..arq import quantize_activation
 from ..errors import UnsupportedError
 from ..packing import pack_int4
 from ..repack import PATHS, LayerShape
-from .quant_linear import rotate_by_matrices
+from .cuda_linear import CACHE, layer_with_path, require_kernels
+from .packed_layer import DTYPE_NAMES
+from .reference import rotate_by_matrices
 
 __all__ = ["encode_codes", "rotate_quantize"]
 
@@ -64,8 +66,6 @@ def _rotate_quantize_fake(
 def _rotate_quantize_cuda(
     x: Tensor, hadamard: Tensor, outer: Tensor, act_bits: int, act_group: int, path: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .cuda_linear import CACHE, DTYPE_NAMES, layer_with_path, require_kernels
-
     _check(path, act_bits)
     if x.dtype not in DTYPE_NAMES or not CACHE.is_sylvester(hadamard):
         raise UnsupportedError(

@@ -10,7 +10,7 @@ import torch
 
 from dvdquant.arq import AMAX_FLOOR
 from dvdquant.errors import ExportError
-from dvdquant.ops.quant_linear import dequantize_weight
+from dvdquant.ops.reference import dequantize_weight
 
 from .lower_common import Emitter, QuantLinearNode, lower_each
 from .lower_store import TensorStore

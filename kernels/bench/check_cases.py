@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dvdquant.errors import DvdquantError
 from dvdquant.hadamard import Rotation
-from dvdquant.ops.cuda_linear import DTYPES, PackedLayer
+from dvdquant.ops.packed_layer import DTYPES, PackedLayer
 from dvdquant.repack import LayerShape
 
 TOKENS = (1, 7, 33, 127, 129, 4095)

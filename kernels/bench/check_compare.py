@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dvdquant.arq import AMAX_FLOOR, QMAX
-from dvdquant.ops.cuda_linear import PackedLayer
 from dvdquant.ops.linear_gemm import decode_codes
-from dvdquant.ops.quant_linear import rotate_by_matrices
+from dvdquant.ops.packed_layer import PackedLayer
+from dvdquant.ops.reference import rotate_by_matrices
 from dvdquant.repack import ALIGNMENT, LayerShape, prepared_bytes
 
 # Bits of significand, and the smallest spacing of numbers.
@@ -169,7 +169,7 @@ def check_expansion(layer: LayerShape, packed: PackedLayer, weight: Tensor, exac
     Exact expansions differ by the fp32 rounding of the row's step; rounded ones by at most half a step of 8 bits, or half
     of 2⁻³ of the value in e4m3.
     """
-    from dvdquant.ops.quant_linear import dequantize_weight
+    from dvdquant.ops.reference import dequantize_weight
 
     want = dequantize_weight(packed.weight, packed.scale, packed.factor, packed.zero, torch.float64)
     row = want.abs().amax(dim=1, keepdim=True)

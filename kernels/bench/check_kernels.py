@@ -19,7 +19,8 @@ from torch import Tensor
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.hadamard import Rotation
 from dvdquant.ops.cuda import LayerPlan
-from dvdquant.ops.cuda_linear import DTYPES, CudaKernels, PackedLayer
+from dvdquant.ops.cuda_linear import CudaKernels
+from dvdquant.ops.packed_layer import DTYPES, PackedLayer
 from dvdquant.repack import LayerShape, prepare, to_bytes
 
 HOST = HostLibrary()

@@ -18,17 +18,13 @@ from torch import Tensor, nn
 
 import dvdquant.layers
 from dvdquant.layers import QuantLinear, prepare_layers
-from dvdquant.ops.cuda_linear import DTYPES, PackedLayer, PreparedCache, reference_policy, run_quant_linear
+from dvdquant.ops.balance import apply_balance, balance_input, pack_balance
+from dvdquant.ops.cuda_linear import reference_policy, run_quant_linear
 from dvdquant.ops.linear_gemm import decode_codes
-from dvdquant.ops.quant_linear import (
-    apply_balance,
-    balance_input,
-    balanced_quant_linear,
-    dequantize_weight,
-    pack_balance,
-    quant_linear,
-    quant_linear_reference,
-)
+from dvdquant.ops.packed_layer import DTYPES, PackedLayer
+from dvdquant.ops.prepared_cache import PreparedCache
+from dvdquant.ops.quant_linear import balanced_quant_linear, quant_linear
+from dvdquant.ops.reference import dequantize_weight, quant_linear_reference
 from dvdquant.recipe import ActivationSpec
 from dvdquant.repack import LayerShape
 

@@ -19,10 +19,11 @@ from dvdquant.bgr import QuantizedWeight, quantize_weight
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.feedback import Feedback
 from dvdquant.hadamard import hadamard_matrix
+from dvdquant.ops.balance import apply_balance
 from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, WeightPointers
-from dvdquant.ops.cuda_linear import DTYPES
 from dvdquant.ops.linear_gemm import decode_codes
-from dvdquant.ops.quant_linear import apply_balance, rotate_by_matrices
+from dvdquant.ops.packed_layer import DTYPES
+from dvdquant.ops.reference import rotate_by_matrices
 from dvdquant.ops.rotate_quantize import encode_codes
 from dvdquant.recipe import WeightSpec
 from dvdquant.repack import LayerShape, dequantize, from_bytes, prepare, prepared_bytes, to_bytes
