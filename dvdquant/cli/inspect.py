@@ -138,6 +138,7 @@ def _check_files(out: Path, manifest: Manifest) -> str:
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
     from dvdquant.recipe import error_name, fitted_words, looks_at_inputs
+    from dvdquant.verified import verified_words
 
     recipe = manifest.recipe
     inputs = ["inputs predicted" if looks_at_inputs(recipe) else "inputs ignored", *fitted_words(recipe)]
@@ -150,6 +151,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
         f"zero-point {weight['zero_point']}, solver {weight['solver']}, {', '.join(inputs)}",
+        verified_words(manifest.verified),
         f"latent sizes: {shapes}; {manifest.shapes['text_tokens']} text tokens, {manifest.shapes['dtype']}",
         "",
         table(("file", "size"), [(name, amount(size)) for name, size in sorted(sizes.items())], right=(1,)),
