@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dvdquant import __version__
 from dvdquant.checkpoint import Checkpoint, open_checkpoint
-from dvdquant.errors import CheckpointError, EngineError, OutputError, ResourceError, UnsupportedError
+from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, ResourceError, UnsupportedError
 from dvdquant.families import Sizes
 from dvdquant.manifest import (
     EngineEntry,
@@ -38,6 +38,7 @@ from dvdquant.transaction import ExportTransaction, require_disk
 
 from .builders import load_backend
 from .card import model_card
+from .check_links import check_links
 from .engines import EngineStage, engine_path, find_current
 from .estimate import Estimate, estimate_export, require_memory
 from .graphs import FLAVOURS, GraphWriter, graph_path
@@ -185,6 +186,7 @@ def run_export(plan: ExportPlan, progress: Progress) -> ExportResult:
                 ) from error
         if options.verify:
             run.verify_stored()  # before the engines: nothing is built from weights that are not the checkpoint's
+            run.verify_graphs()
         run.build_engines()
         checks = run.verify() if options.verify else []
         manifest = run.commit(checks)
@@ -351,6 +353,42 @@ class _Run:
                 )
                 self.stored.append(check)
 
+    def verify_graphs(self) -> None:
+        """Of graphs that were there before: that they read the stored weights, and are what this version writes.
+
+        Raises:
+            OutputError: files do not fit together. ExportError: a graph is another one.
+        """
+        previous, tree = self.previous, self.transaction.tree
+        if previous is None:
+            return
+        plan, now = self.plan, self._tools()
+        check_links(tree, previous.files, self.graphs, self.engines, plan.components, previous.layers)
+        other = [name for name, version in now.items() if previous.tools.get(name, version) != version]
+        if other:
+            self.progress.say(
+                f"the graphs were written with another {', '.join(other)}: they are judged by what they compute alone"
+            )
+            return
+        for component, model_plan in zip(plan.components, plan.plans):
+            with self.progress.stage("trace", 1, "graph") as stage:
+                base = trace_graph(model_plan, plan.sizes)
+                stage.update(1, component)
+            own = [graph for graph in self.graphs if Path(graph["path"]).name.startswith(f"{component}_a")]
+            names = [*(graph["path"] for graph in own), f"onnx/{component}.constants.bin"]
+            for name in names:
+                (tree / name).unlink(missing_ok=True)
+            writer = GraphWriter(tree, model_plan, component, base, self._tensors(component))
+            for graph in own:
+                writer.write(graph["act_bits"], graph["target"])
+            for name in names:
+                written = hash_file(tree / name) if (tree / name).exists() else None
+                if written != self.known.get(name):
+                    raise ExportError(
+                        f"{name} is not what this version of dvdquant writes for {plan.options.model}",
+                        fix="remove the output folder and export again",
+                    )
+
     def verify(self) -> list[GraphCheck]:
         """Every graph in ONNX Runtime; ExportError if one is out of bounds."""
         plans = dict(zip(self.plan.components, self.plan.plans))
@@ -394,7 +432,7 @@ class _Run:
         if self.previous is not None:
             nonfinite = self.previous.nonfinite
         kept = [name for model_plan in plan.plans for name in model_plan.kept_linears]
-        tools = _versions("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
+        tools = {**self._tools(), **_versions("onnxruntime-gpu", "onnxruntime")}
         tools["device"] = _device_name(plan.options.torch_device)
         if self.previous is not None and "device" in self.previous.tools:
             tools["device"] = self.previous.tools["device"]  # it made the weights, which are still the same
@@ -413,6 +451,10 @@ class _Run:
             tools=tools,
             verified=self._verified(),
         )
+
+    def _tools(self) -> dict[str, str]:
+        """What graphs depend on besides dvdquant itself."""
+        return _versions("torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
 
     def _verified(self) -> Verified | None:
         """What this run compared; of weights and graphs that were there before, what was compared then."""
