@@ -117,8 +117,8 @@ def verify_stored(
     Raises:
         ExportError: naming the first layer or tensor that is not the checkpoint's, and how it differs.
     """
-    run = _Stored(tree, checkpoint, plan, tensors, allow_nonfinite)
-    run.check_table(component, entries)
+    run = _Stored(component, tree, checkpoint, plan, tensors, allow_nonfinite)
+    run.check_table(entries)
     sampled, worst, gain = 0, "", 0.0
     for spec, entry in zip(plan.layers, entries):
         rows, better = run.check_layer(spec, entry)
@@ -133,47 +133,45 @@ def verify_stored(
     return StoredCheck(component, len(plan.layers), rows, sampled, len(plan.kept), worst, gain)
 
 
-def wrong(name: str, how: str) -> ExportError:
-    """The error for something stored that is not the checkpoint's."""
-    return ExportError(
-        f"{name}: what is stored is not the checkpoint's: {how}",
-        fix="remove the output folder and export again; if that says the same, report it with the model's config.json",
-    )
-
-
 class _Stored:
     """The stored tensors of one transformer beside its checkpoint."""
 
     def __init__(
         self,
+        component: str,
         tree: Path,
         checkpoint: Checkpoint,
         plan: ModelPlan,
         tensors: Mapping[str, tuple[str, TensorInfo]],
         allow_nonfinite: bool,
     ) -> None:
-        self.tree, self.checkpoint, self.plan, self.tensors = tree, checkpoint, plan, tensors
+        self.component, self.tree, self.checkpoint = component, tree, checkpoint
+        self.plan, self.tensors = plan, tensors
         self.allow_nonfinite = allow_nonfinite
         self.feedback = plan.recipe.inputs == "synthetic"
 
-    def check_table(self, component: str, entries: Sequence[LayerEntry]) -> None:
+    def check_table(self, entries: Sequence[LayerEntry]) -> None:
         """The manifest's table says what the plan says."""
         specs = self.plan.layers
         if len(entries) != len(specs):
-            raise wrong(component, f"the manifest lists {len(entries)} quantized layers of {len(specs)}")
+            raise self._wrong(
+                "the table of layers", f"the manifest lists {len(entries)} quantized layers of {len(specs)}"
+            )
         for spec, entry in zip(specs, entries):
             there = (entry["name"], *entry["members"], entry["features_in"], entry["features_out"])
             if (*there, entry["rotation_block"]) != (
                 spec.name, *spec.members, spec.features, spec.out_features, spec.rotation.block,
             ):  # fmt: skip
-                raise wrong(spec.name, f"the manifest has the layer {entry['name']!r} of another form in its place")
+                raise self._wrong(
+                    spec.name, f"the manifest has the layer {entry['name']!r} of another form in its place"
+                )
 
     def check_kept(self, name: str) -> None:
         """A tensor in 16 bit: bit by bit."""
         dtype, shape = self.plan.kept[name]
         expected, stored = self._source(name).to(dtype), self._read(name)
         if stored.dtype != dtype or tuple(stored.shape) != shape or not _same_bits(stored, expected):
-            raise wrong(name, f"it is no {str(dtype).removeprefix('torch.')} copy of that tensor")
+            raise self._wrong(name, f"it is no {str(dtype).removeprefix('torch.')} copy of that tensor")
 
     def check_layer(self, spec: LayerSpec, entry: LayerEntry) -> tuple[int, float]:
         """(sampled rows, what a new search gains on them)."""
@@ -181,7 +179,7 @@ class _Stored:
         for full, (dtype, shape) in spec.tensors().items():
             tensor = self._read(full)
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise wrong(full, f"it is {tensor.dtype} {list(tensor.shape)} instead of {dtype} {list(shape)}")
+                raise self._wrong(full, f"it is {tensor.dtype} {list(tensor.shape)} instead of {dtype} {list(shape)}")
             stored[full.removeprefix(spec.name + ".")] = tensor
         self._check_inputs(spec, stored)
         self._check_grid(spec, stored)
@@ -215,7 +213,7 @@ class _Stored:
         if spec.shifted:
             shift = stored["pre_quant_shift"]
             if not _same_bits(shift.to(self.plan.dtype).float(), shift) or not bool(shift.isfinite().all()):
-                raise wrong(spec.name, f"pre_quant_shift holds values that {self.plan.dtype} does not have")
+                raise self._wrong(spec.name, f"pre_quant_shift holds values that {self.plan.dtype} does not have")
         if spec.balanced:
             scale = stored["pre_quant_scale"]
             signs = torch.ones(spec.features)
@@ -224,15 +222,17 @@ class _Stored:
             mantissa, exponent = torch.frexp(scale * signs)
             # Divisors are 2⁻³ to 2¹², and frexp's mantissa of a power of two is a half.
             if not bool(((mantissa == 0.5) & (exponent >= -11) & (exponent <= 4)).all()):
-                raise wrong(spec.name, "pre_quant_scale are not powers of two from 2^-12 to 2^3 with the layer's signs")
+                raise self._wrong(
+                    spec.name, "pre_quant_scale are not powers of two from 2^-12 to 2^3 with the layer's signs"
+                )
 
     def _check_grid(self, spec: LayerSpec, stored: Mapping[str, Tensor]) -> None:
         scale, factor, zero = stored["weight_scale"], stored["weight_factor"], stored["weight_zero"]
         kind = self.plan.recipe.weight.zero_point
         if not bool((scale.isfinite() & (scale > 0)).all()):
-            raise wrong(spec.name, "weight_scale holds values that are not positive")
+            raise self._wrong(spec.name, "weight_scale holds values that are not positive")
         if not bool((factor > 0).all()) or (spec.groups == 1 and not bool((factor == 255).all())):
-            raise wrong(spec.name, "weight_factor holds values that no grid has")
+            raise self._wrong(spec.name, "weight_factor holds values that no grid has")
         fine = {
             "midrise": lambda: (zero == -0.5) | (zero == 0),
             "symmetric": lambda: zero == 0,
@@ -240,7 +240,7 @@ class _Stored:
             "real": lambda: torch.ones_like(zero, dtype=torch.bool),
         }[kind]()
         if not bool(fine.all()):
-            raise wrong(spec.name, f"weight_zero holds values that the {kind} grid does not have")
+            raise self._wrong(spec.name, f"weight_zero holds values that the {kind} grid does not have")
 
     def _judge(
         self, spec: LayerSpec, rotated: Tensor, stored: Mapping[str, Tensor], here: slice, out: np.ndarray
@@ -265,7 +265,7 @@ class _Stored:
         if not bool((difference <= bound).all()):
             row = int((difference - bound).nan_to_num(nan=float("inf")).argmax())
             words = " + weight · pre_quant_shift" if spec.shifted else ""
-            raise wrong(
+            raise self._wrong(
                 spec.name,
                 f"bias[{row}] is {float(stored[row]):.6g}, and the checkpoint's bias{words} is {float(expected[row]):.6g}",
             )
@@ -279,7 +279,7 @@ class _Stored:
         # Sums of a group's terms in fp32 on the one side.
         slack = LAMBDA * (spec.features // spec.groups) ** 0.5 * _FINE
         if not abs(found - recorded) <= slack * recorded + FLOOR:
-            raise wrong(
+            raise self._wrong(
                 spec.name, f"the relative error of its weight is {found:.6g}, and {recorded:.6g} was recorded for it"
             )
 
@@ -287,13 +287,13 @@ class _Stored:
         if not self.feedback:
             row = int(sums[:, 3].argmax())
             if not sums[row, 3] <= 0:
-                raise wrong(spec.name, f"row {row} has a code {sums[row, 3] + 0.5:.3g} steps from the weight")
+                raise self._wrong(spec.name, f"row {row} has a code {sums[row, 3] + 0.5:.3g} steps from the weight")
             return
         energy, error, nearest, _ = sums.T
         bad = ~(error <= FEEDBACK * nearest + FLOOR * energy)
         if bad.any():
             row = int(bad.argmax())
-            raise wrong(
+            raise self._wrong(
                 spec.name,
                 f"row {row} is off by {error[row] / max(energy[row], 1e-300):.3g} of its energy, and "
                 f"{FEEDBACK * nearest[row] / max(energy[row], 1e-300):.3g} is the bound of its grid",
@@ -305,18 +305,25 @@ class _Stored:
         best = float((rotated.double() - again).square().sum())
         energy, _, nearest, _ = sums[sample.places].sum(0)
         if not nearest <= (1 + GRID_SLACK) * best + FLOOR * energy:
-            raise wrong(
+            raise self._wrong(
                 spec.name,
                 f"on its grid the nearest codes of {sample.count} rows are off by {nearest / max(energy, 1e-300):.4g} of "
                 f"their energy, and on a new one by {best / max(energy, 1e-300):.4g}",
             )
         return float(nearest / best - 1) if best else 0.0
 
+    def _wrong(self, name: str, how: str) -> ExportError:
+        """The error for something stored that is not the checkpoint's."""
+        return ExportError(
+            f"{name} of {self.component}: what is stored is not the checkpoint's: {how}",
+            fix="remove the output folder and export again; if that says the same, report it with the model's config.json",
+        )
+
     # ------------------------------------------------------------------------------------------------------- reading
 
     def _read(self, name: str) -> Tensor:
         if name not in self.tensors:
-            raise wrong(name, "it is not in the weight files")
+            raise self._wrong(name, "it is not in the weight files")
         relative, info = self.tensors[name]
         return read_tensor(self.tree / relative, info)
 

@@ -17,33 +17,21 @@ from torch import Tensor
 from dvdquant.checkpoint import Checkpoint, open_checkpoint
 from dvdquant.errors import ExportError
 from dvdquant.export.verify_stored import StoredCheck, verify_stored
-from dvdquant.manifest import hash_file, load_manifest, verify_files
+from dvdquant.manifest import load_manifest, verify_files
 from dvdquant.model import ModelPlan, plan_model
 from dvdquant.packing import pack_int4, unpack_int4
 from dvdquant.progress import Progress
 from dvdquant.quantize import PackedWeights, quantize_checkpoint
 from dvdquant.recipe import RECIPES, get_recipe
-from dvdquant.safetensors_io import read_header, read_tensor
 from dvdquant.transaction import ExportTransaction
 from tests import tiny_models as tiny
-from tests.commands import SIZES, in_process, refused, run
+from tests.commands import SIZES, change, in_process, refused, rehash, run
 
 VICTIM = "blocks.1.attn2.to_k+to_v"
 SHIFTED = "blocks.0.attn1.to_q+to_k+to_v"
 KEPT = "blocks.1.scale_shift_table"
 
 Change = Callable[[Tensor], Any]
-
-
-def change(path: Path, name: str, edit: Change) -> None:
-    """Edit one stored tensor in its place; ``edit`` works in place or returns the new values."""
-    info = read_header(path).tensors[name]
-    value = read_tensor(path, info)
-    result = edit(value)
-    value = value if result is None else result.to(value.dtype)
-    with path.open("r+b") as file:
-        file.seek(info.offset)
-        file.write(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
 # ------------------------------------------------------------------------------------------------ one transformer, bare
@@ -279,15 +267,6 @@ def verified(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(model: Path, out: Path) -> list[object]:
     return [model, "-o", out, "--target", "graphs", "--verify", *SIZES]
-
-
-def rehash(out: Path, *names: str) -> None:
-    """Make the manifest vouch for changed files, as somebody does who wants them used."""
-    path = out / "manifest.json"
-    data = json.loads(path.read_text())
-    for name in names:
-        data["files"][name] = hash_file(out / name)
-    path.write_text(json.dumps(data))
 
 
 def test_the_manifest_says_what_was_verified(verified: Path, model: Path) -> None:
