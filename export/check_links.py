@@ -87,7 +87,8 @@ def link_problems(
 
 def unlisted_files(root: Path, files: Mapping[str, FileEntry]) -> tuple[list[str], list[str]]:
     """What lies in an export and is not in its manifest: (in the folders of graphs and engines, elsewhere)."""
-    inside, outside = [], []
+    inside: list[str] = []
+    outside: list[str] = []
     for name in sorted(_walk(root, "")):
         top = name.partition("/")[0]
         if name in files or name == MANIFEST or top in (LOCK, COMMIT) or STAGE.fullmatch(top):

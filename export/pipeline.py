@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -337,7 +338,10 @@ class _Run:
     def verify_stored(self) -> None:
         """All that is stored against the checkpoints; ExportError if a layer or a tensor is not what it should be."""
         entries, first = self._layers(), 0
-        with self.progress.stage("compare", sum(plan.all_weights for plan in self.plan.plans), "weights") as stage:
+        plans = self.plan.plans
+        kept = sum(math.prod(shape) for plan in plans for _, shape in plan.kept.values())
+        total = kept + sum(plan.quantized_weights for plan in plans)
+        with self.progress.stage("compare", total, "weights") as stage:
             for component, checkpoint, plan in zip(self.plan.components, self.plan.checkpoints, self.plan.plans):
                 mine = entries[first : first + len(plan.layers)]
                 first += len(plan.layers)
