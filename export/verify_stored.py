@@ -276,8 +276,10 @@ class _Stored:
         if recorded is None:  # an all-zero weight, or a manifest of before this was recorded
             return
         found = error / energy if energy else float("inf")
-        # Sums of a group's terms in fp32 on the one side.
-        slack = LAMBDA * (spec.features // spec.groups) ** 0.5 * _FINE
+        # On the one side a group's terms are summed in fp32: a random error of √n roundings for each group, of which the layer
+        # has many; and what all of them share, as the rounding of the scales does, by some roundings.
+        groups = spec.out_features * spec.groups
+        slack = (LAMBDA * (spec.features / spec.groups / groups) ** 0.5 + 4) * _FINE
         if not abs(found - recorded) <= slack * recorded + FLOOR:
             raise self._wrong(
                 spec.name, f"the relative error of its weight is {found:.6g}, and {recorded:.6g} was recorded for it"

@@ -237,7 +237,8 @@ def test_a_doubled_shift(wan: Callable[[str], Stored], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [15, pytest.param(1500, marks=pytest.mark.stress)])
 def test_no_byte_of_the_weights_changes_unnoticed(count: int, wan: Callable[[str], Stored], tmp_path: Path) -> None:
-    """Codes, transforms of the input and 16-bit tensors: any byte. Scales and biases in fp32: what is more than rounding."""
+    """Codes, transforms of the input and 16-bit tensors: any byte. Biases and shifts in fp32: what is more than rounding.
+    The scale of a row: half a percent, which costs a thousandth of the row's error."""
     export = wan("w4a4")
     path = export.tree / "onnx/transformer.safetensors"
     tree = Path(shutil.copytree(export.tree, tmp_path / "tree"))
@@ -264,7 +265,8 @@ def test_no_byte_of_the_weights_changes_unnoticed(count: int, wan: Callable[[str
                 assert info.dtype == "F32", (info, place, bit)
                 assert not info.name.endswith("pre_quant_scale")
                 change = (read_tensor(Path(file.name), info) - original).abs().max()
-                assert change <= 1e-5 * original.abs().max(), (info, place, bit)
+                most = 5e-3 if info.name.endswith("weight_scale") else 1e-5
+                assert change <= most * original.abs().max(), (info, place, bit)
             file.seek(place)
             file.write(bytes([byte]))
     export.verify(tree)
