@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from . import __version__
 from .errors import OutputError, RecipeError
@@ -27,6 +27,7 @@ __all__ = [
     "LayerEntry",
     "Manifest",
     "Source",
+    "Verified",
     "check_relpath",
     "hash_file",
     "load_manifest",
@@ -52,7 +53,8 @@ class Source(TypedDict):
 class LayerEntry(TypedDict):
     """One quantized layer. ``members`` are the checkpoint's layers merged into it, ``rotation_block`` the Hadamard
     block (1 = none). The errors are relative mean squares, null for an all-zero weight: of the rotated weight, or of the
-    outputs on predicted inputs where the recipe looks at inputs (:func:`dvdquant.recipe.error_name`)."""
+    outputs on predicted inputs where the recipe looks at inputs (:func:`dvdquant.recipe.error_name`). There ``weight_mse``
+    is that of the rotated weight over all rows, for ``--verify`` to find again; manifests of before it lack it."""
 
     name: str
     members: list[str]
@@ -61,6 +63,18 @@ class LayerEntry(TypedDict):
     rotation_block: int
     relative_mse: float | None
     relative_mse_minmax: float | None
+    weight_mse: NotRequired[float | None]
+
+
+class Verified(TypedDict):
+    """What ``--verify`` compared last: the dvdquant that did; the quantized layers, their rows, and the tensors in 16 bit that
+    were held against the checkpoint; the graphs that ran and were judged."""
+
+    dvdquant: str
+    layers: int
+    rows: int
+    kept: int
+    graphs: list[str]
 
 
 class GraphEntry(TypedDict):
@@ -97,7 +111,8 @@ class Manifest:
         files: relative POSIX path to hash and size; filled in by the transaction, together with ``export_key``.
         kept: names of the layers left in 16 bit. nonfinite: tensors whose NaN and infinities were accepted, and stored
             as 0. components: the pipeline folders exported.
-        tools: versions of torch, onnx and so on. created: UTC, ISO 8601.
+        tools: versions of torch, onnx and so on, and the device that quantized. created: UTC, ISO 8601.
+        verified: what ``--verify`` compared with the checkpoint; None if it did not.
     """
 
     source: Source
@@ -116,6 +131,7 @@ class Manifest:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     dvdquant_version: str = __version__
     export_key: str = ""
+    verified: Verified | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -149,6 +165,7 @@ class Manifest:
                 available=f"format {FORMAT_VERSION}",
                 fix=f"install dvdquant {data.get('dvdquant_version', 'that wrote it')!s:.40} or newer",
             )
+        data.setdefault("verified", None)  # manifests of before it was recorded
         _check(data)
         return cls(**data)
 
@@ -222,6 +239,7 @@ _FIELDS: dict[str, Check] = {
     "created": _is_time,
     "dvdquant_version": _is_str,
     "export_key": lambda value: value == "" or _is_hash(value),
+    "verified": lambda value: value is None or _is_dict(value),
     "format_version": lambda value: value == FORMAT_VERSION,
 }
 _SOURCE: dict[str, Check] = {"model": _is_str, "class_name": _is_str, "fingerprint": _is_str}
@@ -246,6 +264,13 @@ _ENGINE: dict[str, Check] = {
     "versions": _is_versions,
     "shapes": _is_dict,
 }
+_VERIFIED: dict[str, Check] = {
+    "dvdquant": _is_str,
+    "layers": _is_count,
+    "rows": _is_count,
+    "kept": lambda value: _is_int(value) and value >= 0,
+    "graphs": _is_names,
+}
 _FILE: dict[str, Check] = {"sha256": _is_hash, "bytes": lambda value: _is_int(value) and value >= 0}
 
 
@@ -258,6 +283,10 @@ def _check(data: dict[str, Any]) -> None:
     for table, checks in (("layers", _LAYER), ("graphs", _GRAPH), ("engines", _ENGINE)):
         for index, entry in enumerate(data[table]):
             _check_fields(f"{table}[{index}].", entry, checks)
+            if "weight_mse" in entry and not _is_error(entry["weight_mse"]):
+                raise OutputError(f"manifest field {table}[{index}].weight_mse is {entry['weight_mse']!r:.80}")
+    if data["verified"] is not None:
+        _check_fields("verified.", data["verified"], _VERIFIED)
     for path, entry in data["files"].items():
         check_relpath(path)
         if not isinstance(entry, dict) or entry.keys() != _FILE.keys():

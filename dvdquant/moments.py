@@ -156,7 +156,13 @@ def rotated_moments(moments: InputMoments, spec: LayerSpec, divisors: Tensor | N
 
 
 def synthetic_moments(
-    checkpoint: Checkpoint, plan: ModelPlan, progress: Progress, *, levels: int = 16, seed: int = 0
+    checkpoint: Checkpoint,
+    plan: ModelPlan,
+    progress: Progress,
+    *,
+    levels: int = 16,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, InputMoments]:
     """Moments of the inputs of every planned layer, by ``LayerSpec.name``.
 
@@ -166,6 +172,7 @@ def synthetic_moments(
     Args:
         levels: noise levels, one item of the batch each; fewer where the model runs at large sizes only.
         seed: of the inputs. One seed gives one result for one number of threads.
+        device: where the model runs; what is predicted comes back to the CPU.
 
     Returns:
         The moments; the identity for layers that the forward does not reach, or reaches with values beyond fp32.
@@ -187,14 +194,17 @@ def synthetic_moments(
                 stage.update(value.numel(), name)
 
         model = build_skeleton(plan.family.config, torch.float32)
-        inputs = synthetic_inputs(plan.family, levels, seed)
+        _move_buffers(model, device)
+        inputs = {name: value.to(device) for name, value in synthetic_inputs(plan.family, levels, seed).items()}
         hooks = [
             model.get_submodule(spec.members[0]).register_forward_pre_hook(collected.watch(spec))
             for spec in plan.layers
         ]
         try:
-            with streamed(model, checkpoint, loaded):
+            with streamed(model, checkpoint, loaded, device):
                 model(**plan.family.forward_kwargs(inputs), return_dict=False)
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the model
         except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"the {checkpoint.class_name} of {checkpoint.root} does not run: {type(error).__name__}: {error}",
@@ -234,7 +244,7 @@ class _Collected:
     def add_weight(self, name: str, value: Tensor) -> None:
         layer = self._layer_of.get(name)
         if layer is not None:
-            energy = torch.linalg.vector_norm(value, dim=0).square()
+            energy = torch.linalg.vector_norm(value, dim=0).square().cpu()
             self._energy[layer] = self._energy[layer] + energy if layer in self._energy else energy
 
     def watch(self, spec: LayerSpec) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -243,8 +253,8 @@ class _Collected:
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].reshape(-1, spec.features // order, order)
-            sums.add_(_pack(torch.stack([x.T @ x for x in rows.unbind(1)])))
-            self._sums[spec.name] += rows.sum(0).flatten()
+            sums.add_(_pack(torch.stack([x.T @ x for x in rows.unbind(1)])).cpu())
+            self._sums[spec.name] += rows.sum(0).flatten().cpu()
             self._tokens[spec.name] += len(rows)
 
         return hook
@@ -263,9 +273,20 @@ class _Collected:
         return InputMoments(triangles, energy, mean, tokens)
 
 
+def _move_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Move what a skeleton holds real values of; moving a placeholder would give each of its elements memory."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
 @contextmanager
 def streamed(
-    model: nn.Module, checkpoint: Checkpoint, loaded: Callable[[str, Tensor], None] | None = None
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    loaded: Callable[[str, Tensor], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Iterator[nn.Module]:
     """Within this context, ``model`` computes with the checkpoint's weights, although it holds none of them.
 
@@ -275,6 +296,7 @@ def streamed(
     Args:
         model: a skeleton in fp32 (:func:`dvdquant.model.build_skeleton`).
         loaded: called with the name and the value of every parameter that was read.
+        device: where the parameters go; the caller moves buffers and inputs.
     """
     hooks: list[Any] = []
     placeholders = {name: dict(module._parameters) for name, module in model.named_modules()}
@@ -285,7 +307,7 @@ def streamed(
                 if placeholder is None:
                     continue
                 name = f"{prefix}.{key}" if prefix else key
-                value = _read(checkpoint, name)
+                value = _read(checkpoint, name).to(device)
                 if loaded is not None:
                     loaded(name, value)
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)

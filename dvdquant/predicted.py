@@ -97,9 +97,17 @@ def noise_levels(plan: ModelPlan) -> int:
 
 
 def predict_inputs(
-    checkpoint: Checkpoint, plan: ModelPlan, transaction: ExportTransaction, progress: Progress, component: str
+    checkpoint: Checkpoint,
+    plan: ModelPlan,
+    transaction: ExportTransaction,
+    progress: Progress,
+    component: str,
+    device: torch.device | str = "cpu",
 ) -> PredictedInputs | None:
     """Predict, or read what an interrupted export predicted; None for a recipe that ignores inputs.
+
+    Args:
+        device: where the model runs.
 
     Raises:
         CheckpointError: the transformer does not run. ResourceError: the disk is full.
@@ -109,7 +117,7 @@ def predict_inputs(
     path, step = transaction.tree.parent / f"{component}.moments.safetensors", f"{component}:moments"
     if not (transaction.is_done(step) and path.exists()):
         path.unlink(missing_ok=True)
-        found = synthetic_moments(checkpoint, plan, progress, levels=noise_levels(plan))
+        found = synthetic_moments(checkpoint, plan, progress, levels=noise_levels(plan), device=device)
         planned = []
         for spec in plan.layers:
             planned += [

@@ -104,7 +104,7 @@ def quantize_checkpoint(
     """Quantize every planned layer of ``checkpoint`` and store what stays, into ``transaction``'s tree.
 
     Args:
-        device: where rows are rotated and searched. Codes at rounding ties depend on it.
+        device: where inputs are predicted, and rows rotated and searched. Codes at rounding ties depend on it.
 
     Raises:
         CheckpointError: a missing or misshapen tensor, or NaN/Inf without ``allow_nonfinite``.
@@ -115,7 +115,7 @@ def quantize_checkpoint(
         finished = [files.finished(f"{component}:layer:{spec.name}", spec.tensors()) for spec in plan.layers]
         predicted = None
         if not all(finished):
-            predicted = predict_inputs(checkpoint, plan, transaction, progress, component)
+            predicted = predict_inputs(checkpoint, plan, transaction, progress, component, device)
         layers, nonfinite = [], []
         total = plan.quantized_weights
         with progress.stage("quantize", total, "weights") as stage:
@@ -295,10 +295,14 @@ class _ErrorSums:
     def __init__(self, known: LayerInputs | None, stride: int) -> None:
         self.known, self.stride = known, stride
         self.energy = self.error = self.minmax = 0.0
+        self.weight_energy = self.weight_error = 0.0
 
     def add(self, weight: Tensor, quantized: QuantizedWeight, plan: ModelPlan, start: int) -> None:
         """Rows ``start`` and following of one member."""
         minmax = replace(plan.recipe.weight, solver="minmax")
+        energy, error = _squared_errors(weight, quantized)
+        self.weight_energy += energy
+        self.weight_error += error
         if self.known is not None:
             rows = slice(-start % self.stride, None, self.stride)
             some, moments = weight[rows].contiguous(), self.known.moments
@@ -308,7 +312,6 @@ class _ErrorSums:
                 self.minmax += output_energy(some - quantize_weight(some, minmax).dequantize(), moments)
             return
         baseline = quantize_weight(weight, minmax)
-        energy, error = _squared_errors(weight, quantized)
         self.energy += energy
         self.error += error
         self.minmax += _squared_errors(weight, baseline)[1]
@@ -317,7 +320,7 @@ class _ErrorSums:
         def relative(error: float) -> float | None:
             return error / self.energy if self.energy else None
 
-        return LayerEntry(
+        entry = LayerEntry(
             name=spec.name,
             members=list(spec.members),
             features_in=spec.features,
@@ -326,6 +329,9 @@ class _ErrorSums:
             relative_mse=relative(self.error),
             relative_mse_minmax=relative(self.minmax),
         )
+        if self.known is not None and self.weight_energy:
+            entry["weight_mse"] = self.weight_error / self.weight_energy
+        return entry
 
 
 def rotate_rows(weight: Tensor, rotation: Rotation) -> Tensor:

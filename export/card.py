@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dvdquant.manifest import Manifest
 from dvdquant.recipe import fitted_words, looks_at_inputs
+from dvdquant.verified import verified_words
 
 from .report_words import model_name
 
@@ -31,6 +32,7 @@ def model_card(manifest: Manifest) -> str:
         f"- sizes (latent, min/opt/max): frames {manifest.shapes['frames']}, height {manifest.shapes['height']}, "
         f"width {manifest.shapes['width']}; {manifest.shapes['text_tokens']} text tokens; {manifest.shapes['dtype']}",
         f"- {len(manifest.layers)} quantized layers, {len(manifest.kept)} linear layers kept in 16 bit",
+        f"- {verified_words(manifest.verified)}",
         "",
         "| graph | for | activation bits |",
         "|---|---|---|",

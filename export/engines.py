@@ -76,6 +76,9 @@ class EngineStage:
                 optimization_level=self.options.optimization_level,
                 data_roots=(self.root / "onnx",),
                 progress=self.progress.log_format == "text",
+                alive=lambda seconds, silent: self.progress.event(
+                    "working", stage="engines", label=target.name, seconds=round(seconds, 1), silent=round(silent, 1)
+                ),
             )
         except EngineError as error:
             what = f"{self.component} a{engine.act_bits} for {engine.backend} SM {', '.join(engine.sms)}: {error.what}"

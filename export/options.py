@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dvdquant.devices import resolve_device
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.families import Axis, Family, Sizes
 from dvdquant.recipe import Recipe
@@ -17,7 +18,6 @@ __all__ = ["DTYPES", "TARGETS", "ExportOptions", "recorded_model", "resolve_size
 TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
 MAX_WORKSPACE_GIB = 1024
 MAX_SAMPLES = 16
-DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,7 +35,8 @@ class ExportOptions:
         latent: "FxHxW" in latent units instead.
         workspace_gib: the builder's workspace limit.
         keep_graphs: keep the graphs made for the engines: lowered for rtx, with the plugin for tensorrt.
-        device: where weights are rotated and quantized: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
+        device: where inputs are predicted and weights are rotated and quantized: a word that
+            :func:`dvdquant.devices.resolve_device` knows.
         report: write report.html too. samples: prompts it shows clips of; None is one where a clip costs seconds.
     """
 
@@ -76,14 +77,7 @@ class ExportOptions:
             raise UnsupportedError(
                 f"--workspace-gib is {self.workspace_gib:g}", available=f"more than 0, at most {MAX_WORKSPACE_GIB}"
             )
-        if self.device not in DEVICES:
-            raise UnsupportedError(f"unknown device {self.device!r}", available=DEVICES, fix="pick with --device")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UnsupportedError(
-                "--device is cuda, and PyTorch sees no CUDA device",
-                available="cpu",
-                fix="install a CUDA build of PyTorch on a machine with a GPU, or leave --device out",
-            )
+        resolve_device(self.device)  # a device that is not there is refused before any work
         if self.samples is not None and not 0 <= self.samples <= MAX_SAMPLES:
             raise UnsupportedError(f"--samples is {self.samples}", available=f"0 to {MAX_SAMPLES}")
         if self.samples and not self.report:
@@ -101,9 +95,8 @@ class ExportOptions:
 
     @property
     def torch_device(self) -> torch.device:
-        """Where weights are rotated and quantized."""
-        cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
-        return torch.device("cuda" if cuda else "cpu")
+        """Where inputs are predicted and weights are rotated and quantized."""
+        return resolve_device(self.device)
 
     @property
     def backends(self) -> tuple[str, ...]:

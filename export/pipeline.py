@@ -5,19 +5,31 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dvdquant import __version__
 from dvdquant.checkpoint import Checkpoint, open_checkpoint
-from dvdquant.errors import CheckpointError, EngineError, OutputError, UnsupportedError
+from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, ResourceError, UnsupportedError
 from dvdquant.families import Sizes
-from dvdquant.manifest import EngineEntry, FileEntry, GraphEntry, LayerEntry, Manifest, Source, hash_file, verify_files
+from dvdquant.manifest import (
+    EngineEntry,
+    FileEntry,
+    GraphEntry,
+    LayerEntry,
+    Manifest,
+    Source,
+    Verified,
+    hash_file,
+    verify_files,
+)
 from dvdquant.model import ModelPlan, plan_model
 from dvdquant.output_folder import check_output
 from dvdquant.progress import Progress
@@ -27,6 +39,7 @@ from dvdquant.transaction import ExportTransaction, require_disk
 
 from .builders import load_backend
 from .card import model_card
+from .check_links import check_links
 from .engines import EngineStage, engine_path, find_current
 from .estimate import Estimate, estimate_export, require_memory
 from .graphs import FLAVOURS, GraphWriter, graph_path
@@ -36,6 +49,7 @@ from .realize import EnginePlan, check_sms, plan_engines
 from .report import add_report
 from .verify import GraphCheck
 from .verify_export import verify_export
+from .verify_stored import StoredCheck, verify_stored
 
 __all__ = ["ExportPlan", "ExportResult", "plan_export", "run_export"]
 
@@ -80,11 +94,13 @@ class ExportPlan:
 
 @dataclass
 class ExportResult:
-    """What came out: the manifest, the checks of ``--verify``, seconds per stage, and whether anything was done."""
+    """What came out: the manifest, the checks of ``--verify`` (of graphs, and of what is stored), seconds per stage, and
+    whether anything was done."""
 
     out: Path
     manifest: Manifest
     checks: list[GraphCheck] = field(default_factory=list)
+    stored: list[StoredCheck] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     builds: list[dict[str, Any]] = field(default_factory=list)
     up_to_date: bool = False
@@ -164,10 +180,18 @@ def run_export(plan: ExportPlan, progress: Progress) -> ExportResult:
             except CheckpointError:
                 transaction.keep_for_resume = False  # going on with the same weights would fail in the same place
                 raise
+            except torch.OutOfMemoryError as error:
+                raise ResourceError(
+                    f"{options.torch_device} has no memory left for a layer: {str(error).splitlines()[0]:.200}",
+                    fix="free the GPU's memory, or use --device cpu",
+                ) from error
+        if options.verify:
+            run.verify_stored()  # before the engines: nothing is built from weights that are not the checkpoint's
+            run.verify_graphs()
         run.build_engines()
         checks = run.verify() if options.verify else []
         manifest = run.commit(checks)
-    return ExportResult(options.out, manifest, checks, progress.seconds, run.builds)
+    return ExportResult(options.out, manifest, checks, run.stored, progress.seconds, run.builds)
 
 
 class _Run:
@@ -180,6 +204,7 @@ class _Run:
         self.graphs: list[GraphEntry] = []
         self.engines: list[EngineEntry] = []
         self.builds: list[dict[str, Any]] = []
+        self.stored: list[StoredCheck] = []
         self.previous: Manifest | None = None
 
     # ---------------------------------------------------------------------------------------------- reuse
@@ -234,7 +259,13 @@ class _Run:
                 base = trace_graph(model_plan, plan.sizes)
                 stage.update(1, component)
             packed = quantize_checkpoint(
-                checkpoint, model_plan, self.transaction, self.progress, component, options.allow_nonfinite
+                checkpoint,
+                model_plan,
+                self.transaction,
+                self.progress,
+                component,
+                options.allow_nonfinite,
+                options.torch_device,
             )
             self.packed[component] = packed
             self.known |= packed.files
@@ -304,6 +335,64 @@ class _Run:
 
     # ---------------------------------------------------------------------------------------------- the end
 
+    def verify_stored(self) -> None:
+        """All that is stored against the checkpoints; ExportError if a layer or a tensor is not what it should be."""
+        entries, first = self._layers(), 0
+        plans = self.plan.plans
+        kept = sum(math.prod(shape) for plan in plans for _, shape in plan.kept.values())
+        total = kept + sum(plan.quantized_weights for plan in plans)
+        with self.progress.stage("compare", total, "weights") as stage:
+            for component, checkpoint, plan in zip(self.plan.components, self.plan.checkpoints, self.plan.plans):
+                mine = entries[first : first + len(plan.layers)]
+                first += len(plan.layers)
+                check = verify_stored(
+                    component,
+                    self.transaction.tree,
+                    checkpoint,
+                    plan,
+                    self._tensors(component),
+                    mine,
+                    self.plan.options.allow_nonfinite,
+                    stage.update,
+                )
+                self.stored.append(check)
+
+    def verify_graphs(self) -> None:
+        """Of graphs that were there before: that they read the stored weights, and are what this version writes.
+
+        Raises:
+            OutputError: files do not fit together. ExportError: a graph is another one.
+        """
+        previous, tree = self.previous, self.transaction.tree
+        if previous is None:
+            return
+        plan, now = self.plan, self._tools()
+        check_links(tree, previous.files, self.graphs, self.engines, plan.components, previous.layers)
+        other = [name for name, version in now.items() if previous.tools.get(name, version) != version]
+        if other:
+            self.progress.say(
+                f"the graphs were written with another {', '.join(other)}: they are judged by what they compute alone"
+            )
+            return
+        for component, model_plan in zip(plan.components, plan.plans):
+            with self.progress.stage("trace", 1, "graph") as stage:
+                base = trace_graph(model_plan, plan.sizes)
+                stage.update(1, component)
+            own = [graph for graph in self.graphs if Path(graph["path"]).name.startswith(f"{component}_a")]
+            names = [*(graph["path"] for graph in own), f"onnx/{component}.constants.bin"]
+            for name in names:
+                (tree / name).unlink(missing_ok=True)
+            writer = GraphWriter(tree, model_plan, component, base, self._tensors(component))
+            for graph in own:
+                writer.write(graph["act_bits"], graph["target"])
+            for name in names:
+                written = hash_file(tree / name) if (tree / name).exists() else None
+                if written != self.known.get(name):
+                    raise ExportError(
+                        f"{name} is not what this version of dvdquant writes for {plan.options.model}",
+                        fix="remove the output folder and export again",
+                    )
+
     def verify(self) -> list[GraphCheck]:
         """Every graph in ONNX Runtime; ExportError if one is out of bounds."""
         plans = dict(zip(self.plan.components, self.plan.plans))
@@ -347,7 +436,10 @@ class _Run:
         if self.previous is not None:
             nonfinite = self.previous.nonfinite
         kept = [name for model_plan in plan.plans for name in model_plan.kept_linears]
-        tools = _versions("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
+        tools = {**self._tools(), **_versions("onnxruntime-gpu", "onnxruntime")}
+        tools["device"] = _device_name(plan.options.torch_device)
+        if self.previous is not None and "device" in self.previous.tools:
+            tools["device"] = self.previous.tools["device"]  # it made the weights, which are still the same
         return Manifest(
             source=Source(model=model, class_name=first.class_name, fingerprint=first.fingerprint()),
             family=plan.plans[0].family.name,
@@ -361,6 +453,23 @@ class _Run:
             engines=tuple(self.engines),
             components=plan.components,
             tools=tools,
+            verified=self._verified(),
+        )
+
+    def _tools(self) -> dict[str, str]:
+        """What graphs depend on besides dvdquant itself."""
+        return _versions("torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
+
+    def _verified(self) -> Verified | None:
+        """What this run compared; of weights and graphs that were there before, what was compared then."""
+        if not self.stored:
+            return None if self.previous is None else self.previous.verified
+        return Verified(
+            dvdquant=__version__,
+            layers=sum(check.layers for check in self.stored),
+            rows=sum(check.rows for check in self.stored),
+            kept=sum(check.kept for check in self.stored),
+            graphs=[graph["path"] for graph in self.graphs],
         )
 
 
@@ -373,6 +482,10 @@ def _versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _device_name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else f"cuda ({torch.cuda.get_device_name(device)})"
 
 
 def _copy(source: Path, target: Path) -> None:

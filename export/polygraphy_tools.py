@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ __all__ = ["UnsupportedPart", "onnx_summary", "rtx_unsupported"]
 
 _MAIN = "import sys; from polygraphy.tools import main; sys.exit(main())"
 _NOISE = re.compile(r"^\[[WIV]\] ('colored' module|Loading |RUNNING|PASSED|Will generate)")
+
+LIMIT_SECONDS = 900.0  # it parses a graph without weights, in seconds
 
 UnsupportedPart = tuple[str, str, str]
 """(operator, node name, the parser's reason)."""
@@ -74,11 +77,32 @@ def _polygraphy(arguments: list[str], folder: Path) -> str:
     # Never let it install packages behind the user's back.
     environment.pop("POLYGRAPHY_AUTOINSTALL_DEPS", None)
     command = [sys.executable, "-c", _MAIN, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    what = f"polygraphy {' '.join(arguments[:2])}"
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            cwd=folder,
+            env=environment,
+            timeout=LIMIT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineError(
+            f"{what} gave no answer on {arguments[2]} within {LIMIT_SECONDS:.0f} s", fix="try again on an idle machine"
+        ) from None
+    except OSError as error:
+        raise EngineError(f"{what} cannot be started: {error.strerror}", fix="free memory, then try again") from error
+    if done.returncode < 0:
+        raise EngineError(
+            f"{what} was killed by {signal.Signals(-done.returncode).name} on {arguments[2]}",
+            fix="free memory, then try again",
+        )
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()[-12:]
         raise EngineError(
-            f"polygraphy {' '.join(arguments[:2])} failed on {arguments[2]}:\n    " + "\n    ".join(lines),
+            f"{what} failed on {arguments[2]}:\n    " + "\n    ".join(lines),
             fix="pip install polygraphy tensorrt-rtx",
         )
     return done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from dvdquant.errors import EngineError, OutputError, UnsupportedError
+from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export.builders import Backend, BuildReport, build_engine, load_backend
+from dvdquant.export.builders import engine as engine_module
 from dvdquant.export.builders.backend import backend_name
 from dvdquant.export.builders.network import WeightMaps, check_custom_ops
 from dvdquant.export.builders.worker import _check_device, _load_plugins
@@ -23,6 +25,7 @@ from dvdquant.export.passes.lower_store import TensorStore
 from dvdquant.export.realize import RTX_SMS, plan_engines
 from dvdquant.recipe import ActivationSpec
 from tests import quant_linear_graphs as qg
+from tests.exporting import REPOSITORY
 
 LOWER = {"int8": lower_int8, "int4-weight-only": lower_qdq_int4, "nvfp4": lower_nvfp4}
 LISTED = {"int8": "Int8", "int4-weight-only": "Int4", "nvfp4": "FP4E2M1"}
@@ -201,25 +204,130 @@ def test_a_failed_build_keeps_the_engine_there_was(tmp_path: Path) -> None:
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".dvdq")]
 
 
-@pytest.mark.parametrize("signal", ["SIGABRT", "SIGSEGV", "SIGKILL"])
-def test_a_crash_of_the_builder_is_an_error(signal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The interpreter imports this before the worker runs: the builder process really dies of the signal.
-    hook = tmp_path / "hook"
+def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Have every builder process run ``lines`` first: the interpreter imports this before the worker."""
+    hook = folder / "hook"
     hook.mkdir()
-    lines = [
-        "import os, signal, sys",
-        "if 'dvdquant.export.builders.worker' in sys.orig_argv:",
-        "    os.write(2, b'last words of the builder\\n')",
-        f"    os.kill(os.getpid(), signal.{signal})",
-    ]
-    (hook / "sitecustomize.py").write_text("\n".join(lines))
+    begin = ["import os, signal, sys, time", "if 'dvdquant.export.builders.worker' in sys.orig_argv:"]
+    (hook / "sitecustomize.py").write_text("\n".join([*begin, *(f"    {line}" for line in lines)]))
     monkeypatch.setenv("PYTHONPATH", str(hook))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[Path, qg.Spec]:
     spec = qg.Spec("fp16", (64, 64), 8, block=1)
-    path = save(spec, tmp_path, "int8")
-    with pytest.raises(EngineError, match=f"killed by {signal}(?s:.*)last words of the builder") as caught:
-        build(path, spec)
+    return save(spec, tmp_path, "int8"), spec
+
+
+@pytest.mark.parametrize("signal", ["SIGABRT", "SIGSEGV", "SIGKILL"])
+def test_a_crash_of_the_builder_is_an_error(
+    signal: str, small: tuple[Path, qg.Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(
+        tmp_path, monkeypatch, "os.write(2, b'last words of the builder\\n')", f"os.kill(os.getpid(), signal.{signal})"
+    )
+    with pytest.raises(EngineError, match=f"of x.engine was killed by {signal}(?s:.*)last words") as caught:
+        build(*small)
     assert ("free memory" in str(caught.value)) == (signal == "SIGKILL")
+    assert caught.value.fix
     assert not (tmp_path / "x.engine").exists()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("time.sleep(600)",),
+        ("os.kill(os.getpid(), signal.SIGSTOP)",),
+        ("sys.stdout.flush()", "os.close(1)", "time.sleep(600)"),
+    ],
+    ids=["sleeps", "stopped", "hangs on its way out"],
+)
+def test_a_builder_that_hangs_is_ended(
+    lines: tuple[str, ...], small: tuple[Path, qg.Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, monkeypatch, "os.write(2, b'last words of the builder\\n')", *lines)
+    monkeypatch.setattr(engine_module, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(engine_module, "BEAT_SECONDS", 0.1)
+    beats: list[tuple[float, float]] = []
+    with pytest.raises(EngineError, match=r"of x.engine hangs(?s:.*)last words(?s:.*)--resume"):
+        build(*small, alive=lambda seconds, silent: beats.append((seconds, silent)))
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".dvdq")]
+    if "close" not in str(lines):
+        assert len(beats) > 3
+        assert beats == sorted(beats)
+
+
+def test_a_builder_that_works_in_silence_is_not_ended(
+    small: tuple[Path, qg.Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, monkeypatch, "begun = time.process_time()", "while time.process_time() < begun + 2.5: pass")
+    # Other processes may take most of a processor: within this time it gets a second of one.
+    monkeypatch.setattr(engine_module, "SILENT_SECONDS", 30.0)
+    monkeypatch.setattr(engine_module, "BEAT_SECONDS", 0.1)
+    beats: list[float] = []
+    assert build(*small, alive=lambda seconds, silent: beats.append(silent)).bytes > 0
+    assert beats
+
+
+FAILS: dict[str, tuple[str, type[Exception], str]] = {
+    "memory": ("MemoryError()", ResourceError, "no memory left"),
+    "disk": ("OSError(28, 'No space left on device', '/there')", ResourceError, "/there"),
+    "input": ("OSError(5, 'Input/output error', '/there')", OutputError, "/there"),
+}
+
+
+@pytest.mark.parametrize("fault", FAILS)
+def test_a_failure_in_the_builder_process_is_an_error_in_words(
+    fault: str, small: tuple[Path, qg.Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised, kind, named = FAILS[fault]
+    plant(
+        tmp_path,
+        monkeypatch,
+        f"sys.path.append({str(REPOSITORY)!r})",
+        "import dvdquant.export.builders.backend as backend",
+        f"def fail(name): raise {raised}",
+        "backend.load_backend = fail",
+    )
+    with pytest.raises(kind, match=named) as caught:
+        build(*small)
+    assert "x.engine" in str(caught.value)
+    assert caught.value.fix  # type: ignore[attr-defined]
+    assert "Traceback" not in str(caught.value)
+
+
+def test_memory_that_ends_within_the_library(
+    small: tuple[Path, qg.Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, monkeypatch, "os.write(2, b'terminate called: std::bad_alloc\\n')", "os.abort()")
+    with pytest.raises(EngineError, match=r"SIGABRT(?s:.*)free memory"):
+        build(*small)
+
+
+def test_what_is_no_message_is_log(
+    small: tuple[Path, qg.Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["@dvdq {", "@dvdq []", '@dvdq {"kind": 1}', '@dvdq {"other": 1}', "@dvdq " + "[" * 100000, "x" * 1_000_000]
+    plant(tmp_path, monkeypatch, *(f"print({text!r})" for text in texts))
+    log = tmp_path / "log"
+    assert build(*small, log_file=log).bytes > 0
+    assert all(text in log.read_text() for text in texts)
+
+
+def test_a_builder_that_claims_an_engine(
+    small: tuple[Path, qg.Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = BuildReport("tensorrt_rtx", "1", ("8.9",), 1.0, 1, 1, "0" * 64)
+    message = "@dvdq " + json.dumps({"kind": "report", "report": report.to_json()})
+    plant(tmp_path, monkeypatch, f"print({message!r}, flush=True)", "os._exit(0)")
+    with pytest.raises(EngineError, match=r"x.engine was built, and left no file"):
+        build(*small)
+
+
+def test_a_process_that_cannot_be_started(small: tuple[Path, qg.Spec], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module.sys, "executable", str(small[0]))  # a file, and not executable
+    with pytest.raises(EngineError, match=r"of x.engine cannot be started: Permission denied"):
+        build(*small)
 
 
 def test_the_worker_runs_without_pythonpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

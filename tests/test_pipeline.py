@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dvdquant.manifest import Manifest, load_manifest, verify_files
 from dvdquant.recipe import RECIPES, Recipe
 from tests import tiny_models as tiny
-from tests.commands import SIZES, export, in_process
+from tests.commands import SIZES, change, export, in_process, refused, rehash, run
 from tests.exporting import state_of
 
 
@@ -99,7 +99,7 @@ def test_json_log(wan22: tuple[Path, list[dict[str, Any]]]) -> None:
     for line in lines:
         if "stage" in line:
             stages.setdefault(line["stage"], []).append(line)
-    assert set(stages) == {"trace", "inputs", "quantize", "hash", "graphs", "engines", "verify"}
+    assert set(stages) == {"trace", "inputs", "quantize", "hash", "graphs", "compare", "engines", "verify"}
     for name, entries in stages.items():
         ends = [e for e in entries if e["event"] == "end"]
         assert len(ends) == len([e for e in entries if e["event"] == "start"]) >= 1, name
@@ -115,6 +115,19 @@ def test_json_log(wan22: tuple[Path, list[dict[str, Any]]]) -> None:
     assert done["up_to_date"] is False
     assert set(done["seconds"]) == {*stages, "total"}
     assert done["seconds"]["total"] >= sum(v for k, v in done["seconds"].items() if k != "total") - 0.5
+
+
+def test_verify_holds_both_transformers_against_their_checkpoints(
+    wan22: tuple[Path, list[dict[str, Any]]], pipeline_folder: Path, tmp_path: Path
+) -> None:
+    out, lines = wan22
+    assert [check["component"] for check in lines[-1]["stored"]] == ["transformer", "transformer_2"]
+    again = Path(shutil.copytree(out, tmp_path / "again"))
+    layer, path = "blocks.0.ffn.net.2", again / "onnx/transformer_2.safetensors"
+    change(path, f"{layer}.weight", lambda codes: codes ^ -1)
+    rehash(again, "onnx/transformer_2.safetensors")
+    options = ["--target", "rtx", "--target", "onnx", "--sm", "8.9", "--verify", *SIZES]
+    refused(run(pipeline_folder, "-o", again, *options), f"{layer} of transformer_2")
 
 
 def test_verify_covers_every_graph(wan22: tuple[Path, list[dict[str, Any]]]) -> None:

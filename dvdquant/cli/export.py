@@ -97,17 +97,18 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.option("--keep-graphs", is_flag=True, help="Keep the graphs made for the engine builders in onnx/.")
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where weights are rotated and quantized.",
+    metavar="auto|cpu|cuda[:N]",
+    help="Where inputs are predicted and weights are quantized.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN/Inf weights (as zeros) and record their names.")
 @click.option("--resume", is_flag=True, help="Go on from an interrupted export with the same options.")
 @click.option(
     "--verify",
     is_flag=True,
-    help="Run every graph in ONNX Runtime and judge it against PyTorch in float64, layer by layer and as a whole.",
+    help="Compare all that is stored with MODEL; run every graph in ONNX Runtime and judge it against PyTorch in float64, "
+    "layer by layer and as a whole. Checks an export that is there already, too.",
 )
 @click.option("--report", is_flag=True, help="Write report.html: sizes, error of every layer, what executes, samples.")
 @click.option(
@@ -248,6 +249,7 @@ def _result_json(result: ExportResult, seconds: float) -> dict[str, Any]:
             {k: b[k] for k in ("path", "seconds", "bytes", "peak_rss_bytes", "products")} for b in result.builds
         ],
         "checks": [check.to_json() for check in result.checks],
+        "stored": [check.to_json() for check in result.stored],
         "report": "report.html" if "report.html" in result.manifest.files else None,
     }
 
@@ -269,6 +271,8 @@ def _result_text(plan: ExportPlan, result: ExportResult, seconds: float) -> str:
         words = [(_target(e["backend"], e["sm"], e["act_bits"]), e["executes"]) for e in manifest.engines]
         lines += ["what executes", paragraphs(words), ""]
     lines += [_error_line(manifest.layers, error_name(manifest.recipe))]
+    for stored in result.stored:
+        lines += stored.lines()
     for check in result.checks:
         lines += check.lines()
     if plan.options.report:

@@ -39,7 +39,7 @@ dvdq-inspect out/tiny-wan --html tiny-wan.html --samples 2
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--check", is_flag=True, help="Hash every file and compare with the manifest.")
+@click.option("--check", is_flag=True, help="Hash every file, compare with the manifest and each other.")
 @click.option("--layers", "all_layers", is_flag=True, help="Every layer, not only the ten worst.")
 @click.option(
     "--graph",
@@ -127,17 +127,32 @@ def _graph_summary(out: Path, manifest: Manifest, graph: str) -> str:
 
 
 def _check_files(out: Path, manifest: Manifest) -> str:
+    from dvdquant.export.check_links import check_links, unlisted_files
     from dvdquant.manifest import verify_files
     from dvdquant.progress import Progress
+    from dvdquant.text import shown
 
     total = sum(entry["bytes"] for entry in manifest.files.values())
     with Progress("text").stage("check", total, "B") as stage:
         verify_files(out, manifest, progress=stage.update)
-    return f"{len(manifest.files)} files match the manifest ({amount(total)})"
+    check_links(out, manifest.files, manifest.graphs, manifest.engines, manifest.components, manifest.layers)
+    inside, outside = unlisted_files(out, manifest.files)
+    if inside:
+        raise OutputError(
+            f"{out} holds {len(inside)} files of graphs or engines that its manifest does not list: "
+            + ", ".join(shown(name) for name in inside[:5]),
+            available=f"the {len(manifest.files)} files it lists are as they were written",
+            fix="remove them, or move them out of the export",
+        )
+    lines = [f"{len(manifest.files)} files match the manifest ({amount(total)}) and fit together"]
+    if outside:
+        lines.append(f"not of the export: {', '.join(shown(name) for name in outside[:5])}" + " …" * (len(outside) > 5))
+    return "\n".join(lines)
 
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
     from dvdquant.recipe import error_name, fitted_words, looks_at_inputs
+    from dvdquant.verified import verified_words
 
     recipe = manifest.recipe
     inputs = ["inputs predicted" if looks_at_inputs(recipe) else "inputs ignored", *fitted_words(recipe)]
@@ -150,6 +165,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
         f"zero-point {weight['zero_point']}, solver {weight['solver']}, {', '.join(inputs)}",
+        verified_words(manifest.verified),
         f"latent sizes: {shapes}; {manifest.shapes['text_tokens']} text tokens, {manifest.shapes['dtype']}",
         "",
         table(("file", "size"), [(name, amount(size)) for name, size in sorted(sizes.items())], right=(1,)),

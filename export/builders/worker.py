@@ -13,15 +13,17 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dvdquant.errors import DvdquantError, EngineError, OutputError
+from dvdquant.errors import DvdquantError, EngineError, ResourceError
+from dvdquant.files import disk_error
 
 from .backend import Backend, load_backend
 from .network import WeightMaps, check_custom_ops, parse_network, read_model
-from .report import MARK, BuildReport, BuildRequest, layer_summary
+from .report import BUILD_MEMORY_FACTOR, MARK, BuildReport, BuildRequest, layer_summary
 
 __all__ = ["build", "main"]
 
@@ -149,7 +151,7 @@ def _write(path: Path, data: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OutputError(f"writing the engine to {path} failed: {error.strerror}") from error
+        raise disk_error(error, path) from error
 
 
 def _peak_rss() -> int:
@@ -245,11 +247,25 @@ def main(arguments: list[str]) -> int:
     request = BuildRequest.from_json(Path(arguments[0]).read_text())
     try:
         send("report", report=build(request).to_json())
-    except DvdquantError as error:
+    except (DvdquantError, MemoryError, OSError) as caught:
+        error = _as_error(caught, request)
         fields = {"what": error.what, "available": error.available, "fix": error.fix}
         send("error", type=type(error).__name__, **fields)
         return 3
     return 0
+
+
+def _as_error(error: DvdquantError | MemoryError | OSError, request: BuildRequest) -> DvdquantError:
+    """What the exporter is told; the log keeps where it happened."""
+    if isinstance(error, DvdquantError):
+        return error
+    traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, MemoryError):
+        return ResourceError(
+            f"the {request.backend} builder process has no memory left",
+            fix=f"free memory: a build takes up to {BUILD_MEMORY_FACTOR} times the bytes of the weights",
+        )
+    return disk_error(error, error.filename or request.engine)
 
 
 if __name__ == "__main__":
