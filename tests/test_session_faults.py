@@ -141,17 +141,12 @@ def test_no_damaged_file_reaches_a_backend_10000(tmp_path: Path, monkeypatch: py
     assert damaged_files(10_000, tmp_path, monkeypatch) == {"engine": 0, "onnxruntime": 0, "pytorch": 0}
 
 
-def test_a_file_is_hashed_once_as_long_as_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again after any write, even one that puts the modification time back."""
+def test_sessions_share_a_copy_as_long_as_the_file_stays(tmp_path: Path) -> None:
+    """One that is changed is not opened again, even if its modification time is put back; what is open goes on."""
     out = made.copy_of(made.family_export("wan"), tmp_path / "out")
     artifact = Artifact.open(out)
-    hashed: list[int] = []
-    monkeypatch.setattr(weights.os, "preadv", _counting(os.preadv, hashed))
-    WeightFiles(artifact, "transformer").close()
-    first = len(hashed)
-    assert first > 0
-    WeightFiles(artifact, "transformer").close()
-    assert len(hashed) == first
+    first, second = (WeightFiles(artifact, "transformer") for _ in range(2))
+    assert first._copies[0] is second._copies[0]
     path = out / "onnx/transformer.safetensors"
     info = path.stat()
     with path.open("r+b") as file:
@@ -163,15 +158,9 @@ def test_a_file_is_hashed_once_as_long_as_it_stays(tmp_path: Path, monkeypatch: 
     assert path.stat().st_mtime_ns == info.st_mtime_ns
     with pytest.raises(OutputError, match="was changed"):
         WeightFiles(artifact, "transformer")
-    assert len(hashed) > first
-
-
-def _counting(function: Callable[..., int], calls: list[int]) -> Callable[..., int]:
-    def counted(*args: Any) -> int:
-        calls.append(1)
-        return function(*args)
-
-    return counted
+    assert bytes(first.region("transformer.safetensors", info.st_size - 1, 1)) == last
+    first.close()
+    second.close()
 
 
 def test_a_file_swapped_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +201,7 @@ def test_regions_outside_of_the_files() -> None:
         files.tensor("blocks.9.weight")
 
 
-def test_what_is_mapped_is_never_written(tmp_path: Path) -> None:
+def test_the_file_is_never_written(tmp_path: Path) -> None:
     """A write through a tensor stays in this process."""
     out = made.copy_of(made.family_export("wan"), tmp_path / "out")
     before = (out / "onnx/transformer.safetensors").read_bytes()
@@ -221,7 +210,7 @@ def test_what_is_mapped_is_never_written(tmp_path: Path) -> None:
     tensor.zero_()
     assert not tensor.any()
     files.close()
-    assert not tensor.any()  # the map lives as long as the tensor
+    assert not tensor.any()  # the copy lives as long as the tensor
     assert (out / "onnx/transformer.safetensors").read_bytes() == before
     assert torch.count_nonzero(WeightFiles(Artifact.open(out), "transformer").tensor("blocks.0.ffn.net.2.weight"))
 
