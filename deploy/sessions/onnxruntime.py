@@ -273,7 +273,7 @@ def _external_tensors(message: Any) -> Iterator[bool]:
         return
     for field, value in message.ListFields():
         if field.message_type is not None:
-            for part in value if field.is_repeated else (value,):
+            for part in (value,) if hasattr(value, "ListFields") else value:
                 yield from _external_tensors(part)
 
 
