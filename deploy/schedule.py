@@ -10,7 +10,7 @@ import secrets
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field, GetPydanticSchema, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
@@ -59,7 +59,7 @@ class Schedule:
         details: predicted and measured figures, for people.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
 
     fingerprint: Text
     recipe: Text

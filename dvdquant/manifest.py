@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, FailFast, Field, GetPydanticSchema, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
@@ -71,6 +71,8 @@ def _check_order(sizes: list[int]) -> list[int]:
 
 
 def _check_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("the name of one transformer or more")
     if len(set(names)) != len(names):
         raise ValueError("every name once")
     return names
@@ -176,7 +178,7 @@ class Manifest:
         tools: versions of torch, onnx and so on. created: UTC, ISO 8601.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__ = _STRICT
 
     source: Source
     family: Text
@@ -190,7 +192,7 @@ class Manifest:
     nonfinite: Annotated[tuple[Text, ...], FailFast()] = ()
     graphs: Annotated[tuple[GraphEntry, ...], FailFast()] = ()
     engines: Annotated[tuple[EngineEntry, ...], FailFast()] = ()
-    components: Annotated[tuple[ComponentName, ...], Field(min_length=1, max_length=8), AfterValidator(_check_once)] = (
+    components: Annotated[tuple[ComponentName, ...], Field(max_length=8), AfterValidator(_check_once)] = (
         "transformer",
     )
     files: dict[str, Annotated[FileEntry, GetPydanticSchema(lambda _, schema_of: schema_of(_File))]] = field(
@@ -291,7 +293,9 @@ def _check(data: dict[str, Any], raw: bytes) -> Recipe:
     try:
         return Recipe.from_json(data["recipe"])
     except RecipeError as error:
-        raise OutputError(f"manifest field recipe: {error.what}", available=error.available, fix=error.fix) from error
+        raise OutputError(
+            f"manifest field recipe: {error.what}", available=error.available, fix=error.fix or "export again"
+        ) from error
 
 
 def check_relpath(path: str) -> str:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import RecipeError
 from .files import strict_json
@@ -51,7 +51,7 @@ class WeightSpec:
             keeps the clip range at the extremes (the baseline).
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__ = _STRICT
 
     group_size: int = 0
     zero_point: Literal["paper", "midrise", "symmetric", "real"] = "midrise"
@@ -68,7 +68,7 @@ class ActivationSpec:
         group_size: channels that share a scale; 0 is the whole token.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__ = _STRICT
 
     bits: int
     group_size: int = 0
@@ -98,7 +98,7 @@ class Recipe:
         force: globs of layer names that are quantized although the family's defaults keep them.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__ = _STRICT
 
     name: str
     activations: tuple[ActivationSpec, ...]
