@@ -101,7 +101,8 @@ class Artifact:
 
             parameters = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters.values()
             defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-            self._cache[key] = _family_of({**defaults, **config}, f"the config of {component} in {self.root}")
+            where = f"the config of {component} in {self.root}"
+            self._cache[key] = _family_of({**defaults, **config}, where, self.sizes)
         family: Family = self._cache[key]
         return family
 
@@ -238,10 +239,15 @@ def _read_config(root: Path, manifest: Manifest, name: str) -> dict[str, Any]:
     return config
 
 
-def _family_of(config: dict[str, Any], where: str) -> Family:
-    """The family of a config; UnsupportedError for one it cannot be made of."""
+def _family_of(config: dict[str, Any], where: str, sizes: Sizes | None = None) -> Family:
+    """The family of a config; UnsupportedError for one it cannot be made of, or that does not give inputs of ``sizes``."""
     try:
-        return get_family(config)
+        family = get_family(config)
+        if sizes is not None:
+            family.patch()
+            family.inputs(sizes)
+            family.tokens(*sizes.at("opt"))
+        return family
     except DvdquantError:
         raise
     except Exception as error:  # a config is free text: what a family computes of odd values fails in many ways

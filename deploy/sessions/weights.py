@@ -51,6 +51,8 @@ class WeightFiles:
             location = name.rpartition("/")[2]
             if not entry["bytes"]:
                 artifact.read(name)  # no system maps nothing, but it must be there and be empty
+                if name.endswith(".safetensors"):
+                    read_header(artifact.root / name)  # which says what such a file lacks
                 self._arrays[location] = np.empty(0, np.uint8)
                 continue
             copy = private_copy(artifact.root, name, entry, in_memory)
