@@ -18,8 +18,9 @@ from pydantic import AfterValidator, FailFast, Field, GetPydanticSchema, TypeAda
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from . import __version__
-from .errors import OutputError, RecipeError
+from .errors import OutputError, RecipeError, ResourceError
 from .files import FileEntry, hash_file, open_regular, read_limited, strict_json
+from .memory import memory_limit
 from .recipe import Recipe
 from .records import brief, first_problem
 
@@ -398,9 +399,15 @@ def read_verified(out: str | Path, manifest: Manifest, name: str) -> bytes:
     in which the file could be swapped. For engines, whose deserialization runs code.
 
     Raises:
-        OutputError: as :func:`verify_files`.
+        OutputError: as :func:`verify_files`. ResourceError: it is larger than the memory that is free.
     """
     entry, path = _entry(manifest, name), Path(out) / check_relpath(name)
+    if entry["bytes"] > (free := memory_limit()):
+        raise ResourceError(
+            f"{path} is to be read into memory: {entry['bytes'] / 1e9:.2f} GB",
+            available=f"{free / 1e9:.2f} GB are free",
+            fix="free memory, or use a machine with more",
+        )
     try:
         linked = os.path.realpath(path) != os.path.join(os.path.realpath(out), name)
         raw = b"" if linked else read_limited(path, entry["bytes"])
