@@ -267,13 +267,13 @@ def mutated(data: Any, rng: random.Random) -> bytes:
             parent = parent[part]
         kind = rng.randrange(6)
         if kind <= 2:
-            parent[path[-1]] = rng.choice(HOSTILE)
+            parent[path[-1]] = copy.deepcopy(rng.choice(HOSTILE))
         elif kind == 3:
             del parent[path[-1]]
         elif kind == 4 and isinstance(parent, list):
             parent.insert(path[-1], copy.deepcopy(parent[path[-1]]))
         elif kind == 4:
-            parent[rng.choice(("extra", "", "../x", "\x1b", "path", "bytes"))] = rng.choice(HOSTILE)
+            parent[rng.choice(("extra", "", "../x", "\x1b", "path", "bytes"))] = copy.deepcopy(rng.choice(HOSTILE))
         else:
             other = data
             for part in rng.choice(all_places):
