@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field, GetPydanticSchema, TypeAdapter, ValidationError
+from pydantic import FailFast, Field, GetPydanticSchema, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from dvdquant import __version__
@@ -35,10 +35,10 @@ def average_bits(bits: tuple[int | None, ...] | list[int | None] | list[int]) ->
     return sum(computed) / len(computed)
 
 
+@with_config({"extra": "allow", "strict": True})
 class _Details(TypedDict, total=False):
     """What later runs read of ``details``; the rest is for people."""
 
-    __pydantic_config__ = {"extra": "allow", "strict": True}  # type: ignore[misc]
     stairs: Annotated[
         list[tuple[_Finite, _Finite | None, Annotated[float, Field(ge=0, le=16)]]], Field(min_length=1), FailFast()
     ]

@@ -14,7 +14,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, FailFast, Field, GetPydanticSchema, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    GetPydanticSchema,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from . import __version__
@@ -40,7 +49,7 @@ __all__ = [
     "verify_files",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 << 20
 _RESERVED = re.compile(r"\.(tmp-.*|lock|commit)|manifest\.json")
@@ -79,8 +88,8 @@ def _check_once(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-_STRICT = {"extra": "forbid", "strict": True}
-_OPEN = {"extra": "allow", "strict": True}  # an entry may say more than this version reads
+_STRICT: ConfigDict = {"extra": "forbid", "strict": True}
+_OPEN: ConfigDict = {"extra": "allow", "strict": True}  # an entry may say more than this version reads
 
 Text = Annotated[str, Field(max_length=4096)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -96,10 +105,10 @@ AxisSizes = Annotated[
 ]
 
 
+@with_config(_OPEN)
 class _Shapes(TypedDict):
     """The sizes of the graphs, ``families.Sizes.to_json()``, and the dtype of activations."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     frames: AxisSizes
     height: AxisSizes
     width: AxisSizes
@@ -108,29 +117,29 @@ class _Shapes(TypedDict):
     dtype: Literal["bf16", "fp16"]
 
 
+@with_config(_STRICT)
 class _File(TypedDict):
     """:class:`dvdquant.files.FileEntry`, in form."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     sha256: Digest
     bytes: Size
 
 
+@with_config(_OPEN)
 class Source(TypedDict):
     """Where the weights came from: the MODEL argument, the diffusers class and ``Checkpoint.fingerprint()``."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     model: Annotated[Text, AfterValidator(_check_model)]
     class_name: Text
     fingerprint: Text
 
 
+@with_config(_OPEN)
 class LayerEntry(TypedDict):
     """One quantized layer. ``members`` are the checkpoint's layers merged into it, ``rotation_block`` the Hadamard
     block (1 = none). The errors are relative mean squares, null for an all-zero weight: of the rotated weight, or of the
     outputs on predicted inputs where the recipe looks at inputs (:func:`dvdquant.recipe.error_name`)."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     name: Text
     members: list[Text]
     features_in: Count
@@ -140,20 +149,20 @@ class LayerEntry(TypedDict):
     relative_mse_minmax: ErrorShare | None
 
 
+@with_config(_OPEN)
 class GraphEntry(TypedDict):
     """One ONNX graph: its path in the export, the target it is for and its activation bits."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     path: Text
     target: Text
     act_bits: Bits
 
 
+@with_config(_OPEN)
 class EngineEntry(TypedDict):
     """One engine: ``sm`` as ``["8.9", "12.0"]``, ``realization`` a short name and ``executes`` words for what really
     runs, ``versions`` of the builder, ``shapes`` its profile."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
     path: Text
     backend: Text
     sm: Annotated[list[ComputeCapability], Field(max_length=100)]
