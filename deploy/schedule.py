@@ -117,12 +117,12 @@ class Schedule:
         for name in names:
             if name not in data:
                 raise OutputError(f"{path}: field {name} is missing", fix="plan again with dvdq-plan")
+        if unknown := data.keys() - set(names):
+            raise OutputError(f"{path}: unknown field {brief(min(unknown))}", available=names)
         try:
             schedule = _adapter().validate_json(raw)
         except ValidationError as error:
             problem = first_problem(error, data)
-            if problem.state == "is unknown":
-                raise OutputError(f"{path}: unknown field '{problem.field}'", available=names) from error
             raise OutputError(
                 f"{path}: field {problem.field} {problem.state}",
                 available=problem.allowed,

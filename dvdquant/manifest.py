@@ -277,6 +277,8 @@ def _check(data: dict[str, Any], raw: bytes) -> Recipe:
     for name in names:
         if name not in data:
             raise OutputError(f"manifest field {name} is missing", fix="export again")
+    if unknown := data.keys() - set(names):
+        raise OutputError(f"the manifest has an unknown field {brief(min(unknown))}", available=names)
     files = data["files"]
     if isinstance(files, dict):
         for path in files:
@@ -285,10 +287,6 @@ def _check(data: dict[str, Any], raw: bytes) -> Recipe:
         _adapter().validate_json(raw)
     except ValidationError as error:
         problem = first_problem(error, data)
-        if problem.state == "is unknown" and problem.field not in data:
-            problem = dataclasses.replace(problem, allowed="no more than sha256 and bytes")
-        elif problem.state == "is unknown":
-            raise OutputError(f"the manifest has an unknown field '{problem.field}'", available=names) from error
         raise OutputError(
             f"manifest field {problem.field} {problem.state}", available=problem.allowed, fix="export again"
         ) from error
