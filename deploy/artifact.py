@@ -7,7 +7,6 @@ comparing hashes.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Artifact"]
 
-_AXES = ("frames", "height", "width")
+MAX_CONFIG = 4 << 20  # bytes; those of published transformers have some kilobytes
 
 
 @dataclass(frozen=True)
@@ -57,26 +56,10 @@ class Artifact:
         root = Path(out)
         manifest = load_manifest(root)
         artifact = cls(root, manifest, {})
-        artifact._check_shapes()
         for component in manifest.components:
             name = "config.json" if component == manifest.components[0] else f"{component}.config.json"
             artifact.configs[component] = _read_config(root, manifest, name)
-        if not artifact.configs:
-            raise OutputError(f"the manifest of {root} names no transformer", fix="export again")
         return artifact
-
-    def _check_shapes(self) -> None:
-        """OutputError unless ``manifest.shapes`` gives sizes and a dtype."""
-        shapes = self.manifest.shapes
-        try:
-            sizes = Sizes.from_json(shapes)
-            axes = [getattr(sizes, name) for name in _AXES]
-            numbers = [n for axis in axes for n in (axis.min, axis.opt, axis.max)] + [sizes.text_tokens, sizes.batch]
-            good = all(type(n) is int and n > 0 for n in numbers) and all(a.min <= a.opt <= a.max for a in axes)
-        except (KeyError, TypeError, ValueError) as error:
-            raise OutputError(f"manifest field shapes is {shapes!r:.200}: {error}", fix="export again") from error
-        if not good or shapes.get("dtype") not in _dtypes():
-            raise OutputError(f"manifest field shapes is {shapes!r:.200}", available=_dtypes(), fix="export again")
 
     # ------------------------------------------------------------------------------------------------ what is in it
 
@@ -118,7 +101,8 @@ class Artifact:
 
             parameters = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters.values()
             defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-            self._cache[key] = get_family({**defaults, **config})
+            where = f"the config of {component} in {self.root}"
+            self._cache[key] = _family_of({**defaults, **config}, where, self.sizes)
         family: Family = self._cache[key]
         return family
 
@@ -185,7 +169,11 @@ class Artifact:
         pattern = re.compile(rf"onnx/{re.escape(component)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
         names = sorted(name for name in self.manifest.files if pattern.fullmatch(name))
         if not names:
-            raise OutputError(f"the export has no weight file of {component}", available=self.manifest.files)
+            raise OutputError(
+                f"the export has no weight file of {component}",
+                available=sorted(self.manifest.files)[:8],
+                fix="export again",
+            )
         constants = f"onnx/{component}.constants.bin"
         return (*names, *((constants,) if constants in self.manifest.files else ()))
 
@@ -235,19 +223,36 @@ def _dtypes() -> dict[str, torch.dtype]:
 
 
 def _read_config(root: Path, manifest: Manifest, name: str) -> dict[str, Any]:
+    if name in manifest.files and manifest.files[name]["bytes"] > MAX_CONFIG:
+        raise OutputError(
+            f"{root / name} is said to have {manifest.files[name]['bytes']} bytes",
+            available=f"at most {MAX_CONFIG}",
+            fix="export again",
+        )
     try:
         config = strict_json(read_verified(root, manifest, name))
-    except (ValueError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise OutputError(f"{root / name} is not valid JSON: {error}", fix="export again") from error
     if not isinstance(config, dict):
         raise OutputError(f"{root / name} is not a JSON object", fix="export again")
-    try:
-        get_family(config)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DvdquantError):
-            raise
-        raise UnsupportedError(f"{root / name} lacks what its family needs: {error}", fix="export again") from error
+    _family_of(config, str(root / name))
     return config
+
+
+def _family_of(config: dict[str, Any], where: str, sizes: Sizes | None = None) -> Family:
+    """The family of a config; UnsupportedError for one it cannot be made of, or that does not give inputs of ``sizes``."""
+    try:
+        family = get_family(config)
+        if sizes is not None:
+            family.patch()
+            family.inputs(sizes)
+            family.tokens(*sizes.at("opt"))
+        return family
+    except DvdquantError:
+        raise
+    except Exception as error:  # a config is free text: what a family computes of odd values fails in many ways
+        kind = type(error).__name__
+        raise UnsupportedError(f"{where} is not what its family needs: {kind} {error}", fix="export again") from error
 
 
 def _version(sm: str) -> tuple[int, ...]:

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import math
 import os
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import FailFast, Field, GetPydanticSchema, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from dvdquant import __version__
 from dvdquant.errors import OutputError
 from dvdquant.files import disk_error, read_limited, strict_json
-from dvdquant.manifest import Manifest
+from dvdquant.manifest import Bits, Manifest, Text
+from dvdquant.records import brief, first_problem
 
 __all__ = ["FORMAT_VERSION", "Schedule", "average_bits", "write_whole"]
 
 FORMAT_VERSION = 1
 MAX_BYTES = 4 << 20
+MAX_STEPS = 100_000
+_Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def average_bits(bits: tuple[int | None, ...] | list[int | None] | list[int]) -> float:
     """Mean over the computed steps; skipped ones (None) are not counted."""
     computed = [b for b in bits if b is not None]
     return sum(computed) / len(computed)
+
+
+@with_config({"extra": "allow", "strict": True})
+class _Details(TypedDict, total=False):
+    """What later runs read of ``details``; the rest is for people."""
+
+    stairs: Annotated[
+        list[tuple[_Finite, _Finite | None, Annotated[float, Field(ge=0, le=16)]]], Field(min_length=1), FailFast()
+    ]
+    last_high: Annotated[int, Field(ge=0, le=MAX_STEPS)]
+    weighting: Literal["step", "none"]
 
 
 @dataclass(frozen=True)
@@ -43,18 +59,22 @@ class Schedule:
         details: predicted and measured figures, for people.
     """
 
-    fingerprint: str
-    recipe: str
-    steps: int
-    delta: float
-    bits: tuple[int | None, ...]
-    average_bits: float
-    prompts: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
-    components: tuple[str, ...] = ("transformer",)
-    details: dict[str, Any] = field(default_factory=dict)
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    dvdquant_version: str = __version__
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    fingerprint: Text
+    recipe: Text
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    delta: _Finite
+    bits: Annotated[tuple[Bits | None, ...], Field(min_length=1, max_length=MAX_STEPS), FailFast()]
+    average_bits: Annotated[float, Field(ge=0, le=16, allow_inf_nan=False)]
+    prompts: Annotated[tuple[str, ...], FailFast()] = ()
+    seeds: Annotated[tuple[Annotated[int, Field(ge=-(2**63), lt=2**64)], ...], FailFast()] = ()
+    components: Annotated[tuple[Text, ...], FailFast()] = ("transformer",)
+    details: Annotated[dict[str, Any], GetPydanticSchema(lambda _, schema_of: schema_of(_Details))] = field(
+        default_factory=dict
+    )
+    created: Text = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    dvdquant_version: Text = __version__
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -65,14 +85,18 @@ class Schedule:
             OutputError: no such file, not a schedule (naming the field), of another model, recipe or step count.
         """
         try:
-            data = strict_json(read_limited(Path(path), MAX_BYTES))
+            raw = read_limited(Path(path), MAX_BYTES)
+            values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+            if values > 4 * MAX_STEPS:
+                raise ValueError(f"about {values} values, more than {4 * MAX_STEPS}")
+            data = strict_json(raw)
         except OSError as error:
             raise OutputError(
                 f"schedule {path} cannot be read: {error.strerror or error}", fix="write one with dvdq-plan OUT -o PATH"
             ) from error
         except ValueError as error:
             raise OutputError(f"schedule {path} is not valid JSON: {error}", fix="plan again with dvdq-plan") from error
-        schedule = cls._from_json(data, path)
+        schedule = cls._from_json(data, raw, path)
         if manifest is not None:
             schedule.check(manifest, steps, path)
         elif steps is not None:
@@ -80,27 +104,41 @@ class Schedule:
         return schedule
 
     @classmethod
-    def _from_json(cls, data: Any, path: str | Path) -> Schedule:
-        if not isinstance(data, dict) or not isinstance(data.get("format_version"), int):
+    def _from_json(cls, data: Any, raw: bytes, path: str | Path) -> Schedule:
+        if not isinstance(data, dict) or type(data.get("format_version")) is not int:
             raise OutputError(f"{path} is no schedule: it has no format_version", fix="write one with dvdq-plan")
         if data["format_version"] != FORMAT_VERSION:
             raise OutputError(
-                f"{path} is a schedule of format {data['format_version']!r:.20}",
+                f"{path} is a schedule of format {brief(data['format_version'])}",
                 available=f"format {FORMAT_VERSION}",
                 fix="plan again with dvdq-plan",
             )
-        for name, valid in _FIELDS.items():
-            if name not in data or not valid(data[name]):
-                found = f"is {data[name]!r:.80}" if name in data else "is missing"
-                raise OutputError(f"{path}: field {name} {found}", fix="plan again with dvdq-plan")
-        if unknown := sorted(data.keys() - _FIELDS.keys()):
-            raise OutputError(f"{path}: unknown field {unknown[0]!r:.80}", available=_FIELDS)
-        if len(data["bits"]) != data["steps"]:
+        names = [each.name for each in dataclasses.fields(cls)]
+        for name in names:
+            if name not in data:
+                raise OutputError(f"{path}: field {name} is missing", fix="plan again with dvdq-plan")
+        if unknown := data.keys() - set(names):
+            raise OutputError(f"{path}: unknown field {brief(min(unknown))}", available=names)
+        try:
+            schedule = _adapter().validate_json(raw)
+        except ValidationError as error:
+            problem = first_problem(error, data)
             raise OutputError(
-                f"{path}: {data['steps']} steps but bits for {len(data['bits'])}", fix="plan again with dvdq-plan"
+                f"{path}: field {problem.field} {problem.state}",
+                available=problem.allowed,
+                fix="plan again with dvdq-plan",
+            ) from error
+        if schedule.bits[0] is None:
+            raise OutputError(
+                f"{path}: field bits begins with null",
+                available="a first step that runs",
+                fix="plan again with dvdq-plan",
             )
-        lists = {name: tuple(data[name]) for name in ("bits", "prompts", "seeds", "components")}
-        return cls(**{**data, **lists})
+        if len(schedule.bits) != schedule.steps:
+            raise OutputError(
+                f"{path}: {schedule.steps} steps but bits for {len(schedule.bits)}", fix="plan again with dvdq-plan"
+            )
+        return schedule
 
     def check(self, manifest: Manifest, steps: int | None = None, path: str | Path = "the schedule") -> None:
         """OutputError unless this is for ``manifest``'s model and recipe, its bits exported, and for ``steps`` steps."""
@@ -162,38 +200,6 @@ def write_whole(path: Path, data: bytes) -> None:
         raise disk_error(error, path) from error
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value) and value >= 0
-
-
-def _is_str(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_bits(value: Any) -> bool:
-    return isinstance(value, list) and 0 < len(value) < 100_000 and value[0] is not None and all(map(_is_choice, value))
-
-
-def _is_choice(value: Any) -> bool:
-    return value is None or (_is_int(value) and value in (4, 6, 8))
-
-
-_FIELDS: Mapping[str, Any] = {
-    "fingerprint": _is_str,
-    "recipe": _is_str,
-    "steps": lambda value: _is_int(value) and value > 0,
-    "delta": _is_number,
-    "bits": _is_bits,
-    "average_bits": _is_number,
-    "prompts": lambda value: isinstance(value, list) and all(map(_is_str, value)),
-    "components": lambda value: isinstance(value, list) and all(map(_is_str, value)),
-    "seeds": lambda value: isinstance(value, list) and all(map(_is_int, value)),
-    "details": lambda value: isinstance(value, dict),
-    "created": _is_str,
-    "dvdquant_version": _is_str,
-    "format_version": _is_int,
-}
+@functools.cache
+def _adapter() -> TypeAdapter[Schedule]:
+    return TypeAdapter(Schedule)

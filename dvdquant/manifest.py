@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    GetPydanticSchema,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+from typing_extensions import NotRequired, TypedDict  # typing's own from Python 3.12 on
 
 from . import __version__
-from .errors import OutputError, RecipeError
+from .errors import OutputError, RecipeError, ResourceError
 from .files import FileEntry, hash_file, open_regular, read_limited, strict_json
+from .memory import memory_limit
 from .recipe import Recipe
+from .records import brief, first_problem
 
 __all__ = [
     "FORMAT_VERSION",
@@ -35,68 +50,142 @@ __all__ = [
     "verify_files",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 << 20
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _RESERVED = re.compile(r"\.(tmp-.*|lock|commit)|manifest\.json")
+# An export holds some tens of files and some hundreds of layers, together some thousand values. What reads one must not
+# take minutes and gigabytes over a hostile one: this many values cost about two seconds and 300 MB.
+MAX_VALUES = 200_000
 
 
+def _check_time(text: str) -> str:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.utcoffset() is None:
+        raise ValueError("a time in ISO 8601 with its offset from UTC")
+    return text
+
+
+def _check_model(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a text without NUL")
+    return text
+
+
+def _check_order(sizes: list[int]) -> list[int]:
+    if sorted(sizes) != sizes:
+        raise ValueError("[MIN, OPT, MAX] with MIN ≤ OPT ≤ MAX")
+    return sizes
+
+
+def _check_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("the name of one transformer or more")
+    if len(set(names)) != len(names):
+        raise ValueError("every name once")
+    return names
+
+
+_STRICT: ConfigDict = {"extra": "forbid", "strict": True}
+_OPEN: ConfigDict = {"extra": "allow", "strict": True}  # an entry may say more than this version reads
+
+Text = Annotated[str, Field(max_length=4096)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+Bits = Annotated[int, Field(ge=4, le=8, multiple_of=2)]
+ErrorShare = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+ComputeCapability = Annotated[str, Field(pattern="^[0-9]{1,2}[.][0-9]$")]
+# As the exporter's own --subfolder takes them.
+ComponentName = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+AxisSizes = Annotated[
+    list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(min_length=3, max_length=3), AfterValidator(_check_order)
+]
+
+
+@with_config(_OPEN)
+class _Shapes(TypedDict):
+    """The sizes of the graphs, ``families.Sizes.to_json()``, and the dtype of activations."""
+
+    frames: AxisSizes
+    height: AxisSizes
+    width: AxisSizes
+    text_tokens: Annotated[int, Field(ge=1, le=1 << 20)]
+    batch: Annotated[int, Field(ge=1, le=1 << 16)]
+    dtype: Literal["bf16", "fp16"]
+
+
+@with_config(_STRICT)
+class _File(TypedDict):
+    """:class:`dvdquant.files.FileEntry`, in form."""
+
+    sha256: Digest
+    bytes: Size
+
+
+@with_config(_OPEN)
 class Source(TypedDict):
     """Where the weights came from: the MODEL argument, the diffusers class and ``Checkpoint.fingerprint()``."""
 
-    model: str
-    class_name: str
-    fingerprint: str
+    model: Annotated[Text, AfterValidator(_check_model)]
+    class_name: Text
+    fingerprint: Text
 
 
+@with_config(_OPEN)
 class LayerEntry(TypedDict):
     """One quantized layer. ``members`` are the checkpoint's layers merged into it, ``rotation_block`` the Hadamard
     block (1 = none). The errors are relative mean squares, null for an all-zero weight: of the rotated weight, or of the
     outputs on predicted inputs where the recipe looks at inputs (:func:`dvdquant.recipe.error_name`). There ``weight_mse``
     is that of the rotated weight over all rows, for ``--verify`` to find again; manifests of before it lack it."""
 
-    name: str
-    members: list[str]
-    features_in: int
-    features_out: int
-    rotation_block: int
-    relative_mse: float | None
-    relative_mse_minmax: float | None
-    weight_mse: NotRequired[float | None]
+    name: Text
+    members: list[Text]
+    features_in: Count
+    features_out: Count
+    rotation_block: Count
+    relative_mse: ErrorShare | None
+    relative_mse_minmax: ErrorShare | None
+    weight_mse: NotRequired[ErrorShare | None]
 
 
+@with_config(_STRICT)
 class Verified(TypedDict):
     """What ``--verify`` compared last: the dvdquant that did; the quantized layers, their rows, and the tensors in 16 bit that
     were held against the checkpoint; the graphs that ran and were judged."""
 
-    dvdquant: str
-    layers: int
-    rows: int
-    kept: int
-    graphs: list[str]
+    dvdquant: Text
+    layers: Count
+    rows: Count
+    kept: Size
+    graphs: list[Text]
 
 
+@with_config(_OPEN)
 class GraphEntry(TypedDict):
     """One ONNX graph: its path in the export, the target it is for and its activation bits."""
 
-    path: str
-    target: str
-    act_bits: int
+    path: Text
+    target: Text
+    act_bits: Bits
 
 
+@with_config(_OPEN)
 class EngineEntry(TypedDict):
     """One engine: ``sm`` as ``["8.9", "12.0"]``, ``realization`` a short name and ``executes`` words for what really
     runs, ``versions`` of the builder, ``shapes`` its profile."""
 
-    path: str
-    backend: str
-    sm: list[str]
-    act_bits: int
-    realization: str
-    executes: str
-    onnx_sha256: str
-    versions: dict[str, str]
+    path: Text
+    backend: Text
+    sm: Annotated[list[ComputeCapability], Field(max_length=100)]
+    act_bits: Bits
+    realization: Text
+    executes: Text
+    onnx_sha256: Digest
+    versions: dict[Text, Text]
     shapes: dict[str, Any]
 
 
@@ -115,24 +204,34 @@ class Manifest:
         verified: what ``--verify`` compared with the checkpoint; None if it did not.
     """
 
+    __pydantic_config__ = _STRICT
+
     source: Source
-    family: str
-    config_sha256: str
+    family: Text
+    config_sha256: Digest
     recipe: dict[str, Any]
-    shapes: dict[str, Any] = field(default_factory=dict)
-    layers: tuple[LayerEntry, ...] = ()
-    kept: tuple[str, ...] = ()
-    nonfinite: tuple[str, ...] = ()
-    graphs: tuple[GraphEntry, ...] = ()
-    engines: tuple[EngineEntry, ...] = ()
-    components: tuple[str, ...] = ("transformer",)
-    files: dict[str, FileEntry] = field(default_factory=dict)
-    tools: dict[str, str] = field(default_factory=dict)
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    dvdquant_version: str = __version__
-    export_key: str = ""
+    shapes: Annotated[dict[str, Any], GetPydanticSchema(lambda _, schema_of: schema_of(_Shapes))] = field(
+        default_factory=dict
+    )
+    layers: Annotated[tuple[LayerEntry, ...], FailFast()] = ()
+    kept: Annotated[tuple[Text, ...], FailFast()] = ()
+    nonfinite: Annotated[tuple[Text, ...], FailFast()] = ()
+    graphs: Annotated[tuple[GraphEntry, ...], FailFast()] = ()
+    engines: Annotated[tuple[EngineEntry, ...], FailFast()] = ()
+    components: Annotated[tuple[ComponentName, ...], Field(max_length=8), AfterValidator(_check_once)] = (
+        "transformer",
+    )
+    files: dict[str, Annotated[FileEntry, GetPydanticSchema(lambda _, schema_of: schema_of(_File))]] = field(
+        default_factory=dict
+    )
+    tools: dict[Text, Text] = field(default_factory=dict)
+    created: Annotated[str, AfterValidator(_check_time)] = field(
+        default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds")
+    )
+    dvdquant_version: Text = __version__
+    export_key: Digest | Literal[""] = ""
     verified: Verified | None = None
-    format_version: int = FORMAT_VERSION
+    format_version: Literal[1] = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         for name in ("layers", "kept", "nonfinite", "graphs", "engines", "components"):
@@ -142,175 +241,87 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest as JSON text; OutputError names the field that is out of form."""
         data = dataclasses.asdict(self)
-        _check(data)
         try:
-            return json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+            text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+            _check(json.loads(text), text.encode("utf-8", "surrogatepass"))
+            if "NaN" in text or "Infinity" in text:
+                json.dumps(data, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise OutputError(f"the manifest holds a value JSON cannot carry: {error}") from error
+        return text
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
         """Inverse of :meth:`to_json`; OutputError names the field, or the version needed for a newer format."""
         try:
-            data = strict_json(text.encode() if isinstance(text, str) else text)
+            raw = text.encode() if isinstance(text, str) else text
+            values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+            if values > MAX_VALUES:
+                raise ValueError(f"about {values} values, more than {MAX_VALUES}")
+            data = strict_json(raw)
         except ValueError as error:
             raise OutputError(f"the manifest is not valid JSON: {error}", fix="export again") from error
-        if not isinstance(data, dict) or not _is_int(data.get("format_version")):
+        if not isinstance(data, dict) or type(data.get("format_version")) is not int:
             raise OutputError(
                 "the manifest is not one of dvdquant: it has no format_version", fix="pick another folder"
             )
         if data["format_version"] > FORMAT_VERSION:
             raise OutputError(
-                f"manifest format {data['format_version']} is newer than this dvdquant {__version__} can read",
+                f"manifest format {brief(data['format_version'])} is newer than this dvdquant {__version__} can read",
                 available=f"format {FORMAT_VERSION}",
                 fix=f"install dvdquant {data.get('dvdquant_version', 'that wrote it')!s:.40} or newer",
             )
         data.setdefault("verified", None)  # manifests of before it was recorded
-        _check(data)
-        return cls(**data)
+        recipe = _check(data, raw)
+        # Defaults filled in: a manifest of an older version may lack fields that readers of this one look at.
+        return cls(**{**data, "recipe": recipe.to_json()})
 
 
 # -------------------------------------------------------------------------------------------------------- validation
 
-Check = Callable[[Any], bool]
+
+@functools.cache
+def _adapter() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
 
 
-def _is_str(value: Any) -> bool:
-    return isinstance(value, str)
+def _check(data: dict[str, Any], raw: bytes) -> Recipe:
+    """The recipe of a manifest in form; OutputError on the first field that is missing, unknown or out of form.
 
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_error(value: Any) -> bool:
-    return value is None or ((_is_int(value) or isinstance(value, float)) and value >= 0)
-
-
-def _is_bits(value: Any) -> bool:
-    return _is_int(value) and value in (4, 6, 8)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_int(value) and value >= 1
-
-
-def _is_hash(value: Any) -> bool:
-    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
-
-
-def _is_versions(value: Any) -> bool:
-    return _is_dict(value) and all(map(_is_str, value.values()))
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_str, value))
-
-
-def _is_time(value: Any) -> bool:
+    Args:
+        data: what ``raw`` holds.
+    """
+    names = [each.name for each in dataclasses.fields(Manifest)]
+    for name in names:
+        if name not in data:
+            raise OutputError(f"manifest field {name} is missing", fix="export again")
+    if unknown := data.keys() - set(names):
+        raise OutputError(f"the manifest has an unknown field {brief(min(unknown))}", available=names)
+    files = data["files"]
+    if isinstance(files, dict):
+        for path in files:
+            check_relpath(path)
     try:
-        return isinstance(value, str) and datetime.fromisoformat(value).utcoffset() is not None
-    except ValueError:
-        return False
-
-
-def _is_dicts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_dict, value))
-
-
-_FIELDS: dict[str, Check] = {
-    "source": _is_dict,
-    "family": _is_str,
-    "config_sha256": _is_hash,
-    "recipe": _is_dict,
-    "shapes": _is_dict,
-    "layers": _is_dicts,
-    "kept": _is_names,
-    "nonfinite": _is_names,
-    "graphs": _is_dicts,
-    "engines": _is_dicts,
-    "components": _is_names,
-    "files": _is_dict,
-    "tools": _is_versions,
-    "created": _is_time,
-    "dvdquant_version": _is_str,
-    "export_key": lambda value: value == "" or _is_hash(value),
-    "verified": lambda value: value is None or _is_dict(value),
-    "format_version": lambda value: value == FORMAT_VERSION,
-}
-_SOURCE: dict[str, Check] = {"model": _is_str, "class_name": _is_str, "fingerprint": _is_str}
-_LAYER: dict[str, Check] = {
-    "name": _is_str,
-    "members": _is_names,
-    "features_in": _is_count,
-    "features_out": _is_count,
-    "rotation_block": _is_count,
-    "relative_mse": _is_error,
-    "relative_mse_minmax": _is_error,
-}
-_GRAPH: dict[str, Check] = {"path": _is_str, "target": _is_str, "act_bits": _is_bits}
-_ENGINE: dict[str, Check] = {
-    "path": _is_str,
-    "backend": _is_str,
-    "sm": _is_names,
-    "act_bits": _is_bits,
-    "realization": _is_str,
-    "executes": _is_str,
-    "onnx_sha256": _is_hash,
-    "versions": _is_versions,
-    "shapes": _is_dict,
-}
-_VERIFIED: dict[str, Check] = {
-    "dvdquant": _is_str,
-    "layers": _is_count,
-    "rows": _is_count,
-    "kept": lambda value: _is_int(value) and value >= 0,
-    "graphs": _is_names,
-}
-_FILE: dict[str, Check] = {"sha256": _is_hash, "bytes": lambda value: _is_int(value) and value >= 0}
-
-
-def _check(data: dict[str, Any]) -> None:
-    """OutputError on the first field that is missing, unknown (entries may carry more) or out of form."""
-    _check_fields("", data, _FIELDS)
-    if unknown := sorted(data.keys() - _FIELDS.keys()):
-        raise OutputError(f"the manifest has an unknown field {unknown[0]!r:.100}", available=_FIELDS)
-    _check_fields("source.", data["source"], _SOURCE)
-    for table, checks in (("layers", _LAYER), ("graphs", _GRAPH), ("engines", _ENGINE)):
-        for index, entry in enumerate(data[table]):
-            _check_fields(f"{table}[{index}].", entry, checks)
-            if "weight_mse" in entry and not _is_error(entry["weight_mse"]):
-                raise OutputError(f"manifest field {table}[{index}].weight_mse is {entry['weight_mse']!r:.80}")
-    if data["verified"] is not None:
-        _check_fields("verified.", data["verified"], _VERIFIED)
-    for path, entry in data["files"].items():
-        check_relpath(path)
-        if not isinstance(entry, dict) or entry.keys() != _FILE.keys():
-            raise OutputError(f"manifest field files[{path!r:.200}] is {entry!r:.80}", available=_FILE)
-        _check_fields(f"files[{path!r:.200}].", entry, _FILE)
+        _adapter().validate_json(raw)
+    except ValidationError as error:
+        problem = first_problem(error, data)
+        raise OutputError(
+            f"manifest field {problem.field} {problem.state}", available=problem.allowed, fix="export again"
+        ) from error
     for table in ("graphs", "engines"):
         for index, entry in enumerate(data[table]):
-            if entry["path"] not in data["files"]:
+            if entry["path"] not in files:
                 raise OutputError(
-                    f"manifest field {table}[{index}].path is {entry['path']!r:.200}, which files does not list",
-                    available=sorted(data["files"])[:8],
+                    f"manifest field {table}[{index}].path is {brief(entry['path'])}, which files does not list",
+                    available=sorted(files)[:8],
+                    fix="export again",
                 )
     try:
-        Recipe.from_json(data["recipe"])
+        return Recipe.from_json(data["recipe"])
     except RecipeError as error:
-        raise OutputError(f"manifest field recipe: {error.what}", available=error.available, fix=error.fix) from error
-
-
-def _check_fields(prefix: str, entry: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
-    for name, check in checks.items():
-        if name not in entry:
-            raise OutputError(f"manifest field {prefix}{name} is missing", fix="export again")
-        if not check(entry[name]):
-            raise OutputError(f"manifest field {prefix}{name} is {entry[name]!r:.80}", fix="export again")
+        raise OutputError(
+            f"manifest field recipe: {error.what}", available=error.available, fix=error.fix or "export again"
+        ) from error
 
 
 def check_relpath(path: str) -> str:
@@ -413,9 +424,15 @@ def read_verified(out: str | Path, manifest: Manifest, name: str) -> bytes:
     in which the file could be swapped. For engines, whose deserialization runs code.
 
     Raises:
-        OutputError: as :func:`verify_files`.
+        OutputError: as :func:`verify_files`. ResourceError: it is larger than the memory that is free.
     """
     entry, path = _entry(manifest, name), Path(out) / check_relpath(name)
+    if entry["bytes"] > (free := memory_limit()):
+        raise ResourceError(
+            f"{path} is to be read into memory: {entry['bytes'] / 1e9:.2f} GB",
+            available=f"{free / 1e9:.2f} GB are free",
+            fix="free memory, or use a machine with more",
+        )
     try:
         linked = os.path.realpath(path) != os.path.join(os.path.realpath(out), name)
         raw = b"" if linked else read_limited(path, entry["bytes"])

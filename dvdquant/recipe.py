@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import RecipeError
+from .files import strict_json
+from .records import brief, first_problem
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "RECIPES",
@@ -27,6 +33,9 @@ GROUP_SIZES = (0, 16, 32, 64, 128)
 ZERO_POINTS = ("paper", "midrise", "symmetric", "real")
 SOLVERS = ("search", "paper", "minmax")
 INPUTS = ("ignored", "synthetic")
+MAX_BLOCK = 1 << 20
+MAX_GLOBS = 10_000
+_STRICT = {"extra": "forbid", "strict": True}
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class WeightSpec:
             keeps the clip range at the extremes (the baseline).
     """
 
+    __pydantic_config__ = _STRICT
+
     group_size: int = 0
     zero_point: Literal["paper", "midrise", "symmetric", "real"] = "midrise"
     solver: Literal["search", "paper", "minmax"] = "search"
@@ -56,6 +67,8 @@ class ActivationSpec:
         bits: 4, 6 or 8. 6 exists in simulation only (δ-GBS reaches an average of 6 by switching 4 and 8).
         group_size: channels that share a scale; 0 is the whole token.
     """
+
+    __pydantic_config__ = _STRICT
 
     bits: int
     group_size: int = 0
@@ -84,6 +97,8 @@ class Recipe:
         keep: globs of layer names that stay in 16 bit besides the family's own defaults.
         force: globs of layer names that are quantized although the family's defaults keep them.
     """
+
+    __pydantic_config__ = _STRICT
 
     name: str
     activations: tuple[ActivationSpec, ...]
@@ -131,32 +146,43 @@ class Recipe:
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> Recipe:
         """Inverse of :meth:`to_json`; RecipeError names the field that is missing, unknown or out of range."""
-        if isinstance(data, str):
-            try:
-                data = json.loads(data)
-            except json.JSONDecodeError as error:
-                raise RecipeError(f"the recipe is not JSON: {error}") from error
-        if not isinstance(data, Mapping):
-            raise RecipeError(f"a recipe is a JSON object, not {type(data).__name__}")
-        if data.get("version") != RECIPE_VERSION:
+        from pydantic import ValidationError  # here: the commands' help needs recipes, not their schema
+
+        try:
+            text = data if isinstance(data, str) else json.dumps(data, allow_nan=False)
+            known = strict_json(text.encode())
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"the recipe is not JSON: {error}") from error
+        if not isinstance(known, dict):
+            raise RecipeError(f"a recipe is a JSON object, not {type(known).__name__}")
+        if type(known.get("version")) is not int or known["version"] != RECIPE_VERSION:
             raise RecipeError(
-                f"recipe version {data.get('version')!r} is unknown",
+                f"recipe version {brief(known.get('version'))} is unknown",
                 available=str(RECIPE_VERSION),
                 fix="re-export with this version of dvdquant, or install the version that wrote it",
             )
-        known = dict(data)
+        for name in ("activations", "keep", "force"):
+            if isinstance(known.get(name), list) and len(known[name]) > MAX_GLOBS:
+                raise RecipeError(f"recipe field {name} has {len(known[name])} items", available=f"at most {MAX_GLOBS}")
         try:
-            known["weight"] = WeightSpec(**known.get("weight", {}))
-            known["activations"] = tuple(ActivationSpec(**a) for a in known["activations"])
-            known["keep"] = tuple(known.get("keep", ()))
-            known["force"] = tuple(known.get("force", ()))
-            return cls(**known)
-        except (TypeError, KeyError) as error:
-            raise RecipeError(f"the recipe has a missing or unknown field: {error}") from error
+            recipe: Recipe = _adapter().validate_json(text)
+        except ValidationError as error:
+            problem = first_problem(error, known)  # RecipeError where _check found it
+            if problem.state == "is unknown":
+                raise RecipeError(f"the recipe has an unknown field '{problem.field}'") from error
+            raise RecipeError(f"recipe field {problem.field} {problem.state}", available=problem.allowed) from error
+        return recipe
 
     def with_globs(self, keep: tuple[str, ...] = (), force: tuple[str, ...] = ()) -> Recipe:
         """The same recipe with more layers kept or forced."""
         return replace(self, keep=(*self.keep, *keep), force=(*self.force, *force))
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Recipe]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Recipe)
 
 
 def _check(recipe: Recipe) -> None:
@@ -198,11 +224,15 @@ def _check(recipe: Recipe) -> None:
         _one_of("rotation", rotation, ("auto", "full", "none"))
     elif rotation < 2:
         raise RecipeError(f"rotation block {rotation} is too small", fix="use 'none', 'auto', 'full' or a block ≥ 2")
+    elif rotation > MAX_BLOCK:
+        raise RecipeError(
+            f"rotation block {brief(rotation)} is too large", available=f"at most {MAX_BLOCK}", fix="use 'full'"
+        )
 
 
 def _one_of(field_name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise RecipeError(f"{field_name} is {value!r}", available=[repr(a) for a in allowed])
+        raise RecipeError(f"{field_name} is {brief(value)}", available=[repr(a) for a in allowed])
 
 
 _A4, _A8 = ActivationSpec(4), ActivationSpec(8)

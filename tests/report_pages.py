@@ -127,7 +127,8 @@ def with_text(manifest: Manifest, text: str) -> Manifest:
         "versions": {text: text},
         "shapes": {text: text},
     }
-    changed = dataclasses.replace(
+    # Not by way of JSON: a manifest that is read takes no free text as an SM or a dtype, and the page trusts none of them.
+    return dataclasses.replace(
         manifest,
         source={**manifest.source, "model": text, "class_name": text, "fingerprint": text},
         family=text,
@@ -142,7 +143,6 @@ def with_text(manifest: Manifest, text: str) -> Manifest:
         tools={text: text},
         dvdquant_version=text,
     )
-    return Manifest.from_json(changed.to_json())
 
 
 def planned(manifest: Manifest, *bits: int | None) -> Schedule:

@@ -132,8 +132,11 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "no sizes": (lambda out: edited(out, lambda d: d["shapes"].pop("frames")), "manifest field shapes"),
     "text for a size": (lambda out: edited(out, lambda d: d["shapes"].update(frames=["1", 2, 3])), "field shapes"),
     "sizes upside down": (lambda out: edited(out, lambda d: d["shapes"].update(frames=[3, 2, 1])), "field shapes"),
-    "unknown dtype": (lambda out: edited(out, lambda d: d["shapes"].update(dtype="fp64")), "available: bf16, fp16"),
-    "no component": (lambda out: edited(out, lambda d: d.update(components=[])), "names no transformer"),
+    "unknown dtype": (
+        lambda out: edited(out, lambda d: d["shapes"].update(dtype="fp64")),
+        "available: 'bf16' or 'fp16'",
+    ),
+    "no component": (lambda out: edited(out, lambda d: d.update(components=[])), "field components is []"),
     "component without a config": (
         lambda out: edited(out, lambda d: d["components"].append("transformer_3")),
         "does not list 'transformer_3.config.json'",

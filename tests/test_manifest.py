@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dvdquant.errors import OutputError
+from dvdquant.errors import OutputError, ResourceError
 from dvdquant.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -144,7 +144,7 @@ def test_text_that_is_no_manifest(text: str) -> None:
 def test_values_json_cannot_carry_are_refused_on_writing() -> None:
     for shapes in ({"x": float("nan")}, {"x": {1, 2}}, {"x": float("inf")}):
         with pytest.raises(OutputError, match="JSON cannot carry"):
-            manifest(shapes=shapes).to_json()
+            manifest(shapes={**manifest().shapes, **shapes}).to_json()
     bad = copy.deepcopy(manifest().layers[0])
     bad["relative_mse"] = float("nan")
     with pytest.raises(OutputError, match="relative_mse"):
@@ -255,6 +255,15 @@ def test_every_kind_of_tampering_is_named(export: tuple[Path, Manifest], tmp_pat
     (tmp_path / "folder" / path.name).write_bytes(whole)
     path.parent.symlink_to(tmp_path / "folder")
     refused()
+
+
+def test_a_file_larger_than_memory_is_not_begun(export: tuple[Path, Manifest]) -> None:
+    """A hole of a terabyte costs who wrote the export nothing."""
+    out, value = export
+    os.truncate(out / str(ENGINE["path"]), 1 << 40)
+    files: Any = {**value.files, str(ENGINE["path"]): {"sha256": HASH, "bytes": 1 << 40}}
+    with pytest.raises(ResourceError, match=r"1099\.51 GB(?s:.*)are free"):
+        read_verified(out, dataclasses.replace(value, files=files), str(ENGINE["path"]))
 
 
 def test_files_that_are_not_listed(export: tuple[Path, Manifest]) -> None:

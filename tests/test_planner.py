@@ -229,6 +229,16 @@ def test_a_schedule_of_another_model_recipe_or_step_count(planned: Plan, out: Pa
         ({"delta": -1}, "field delta"),
         ({"prompts": "all"}, "field prompts"),
         ({"more": 1}, "unknown field 'more'"),
+        ({"steps": True}, "field steps is True"),
+        ({"steps": 10**30}, "field steps is 1000"),
+        ({"average_bits": 1e300}, "field average_bits"),
+        ({"seeds": ["0"]}, r"field seeds\[0\] is '0'"),
+        ({"components": [None]}, r"field components\[0\] is None"),
+        ({"details": []}, r"field details is \[\]"),
+        ({"details": {"stairs": [[0.0, None]]}}, r"field details.stairs\[0\]\[2\] is missing"),
+        ({"details": {"stairs": [["a", None, 6]]}}, r"field details.stairs\[0\]\[0\] is 'a'"),
+        ({"details": {"last_high": "2"}}, "field details.last_high is '2'"),
+        ({"details": {"weighting": "all"}}, "field details.weighting is 'all'"),
     ],
 )
 def test_a_schedule_out_of_form(planned: Plan, tmp_path: Path, change: Mapping[str, Any], said: str) -> None:

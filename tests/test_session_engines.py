@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import engine_choice, engines, open_session
@@ -22,7 +25,7 @@ from dvdquant.export.builders.backend import Backend, load_backend
 from dvdquant.export.verify import ATOL, FACTOR
 from dvdquant.manifest import Manifest
 from tests import session_exports as made
-from tests.engine_double import Library
+from tests.engine_double import DoubleContext, Library
 
 HOST = torch.device("cpu")
 BF16 = {
@@ -354,6 +357,140 @@ def test_failures_while_running(artifact: Artifact, sample: dict[str, Tensor], m
             session.run(sample, 4)
         library.fail = None
         assert torch.equal(session.run(sample, 4), sample["hidden_states"])
+
+
+# ---------------------------------------------------------------------------------------------- order of streams (double)
+
+
+class Device:
+    """What is queued on the streams of a device, and what must be over before each of it begins.
+
+    ``order`` has (what, stream, what is over by then) of every operation, by number. PyTorch's operators count as queued on
+    the current stream, as they are on a GPU.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.order: list[tuple[str, int, frozenset[int]]] = []
+        self.streams = {0: DeviceStream(self, 0)}
+        self.current = self.streams[0]
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        patch.setattr(torch.cuda, "stream", self.use)
+
+    def stream(self) -> DeviceStream:
+        made_one = self.streams[len(self.streams)] = DeviceStream(self, len(self.streams))
+        return made_one
+
+    @contextlib.contextmanager
+    def use(self, stream: DeviceStream) -> Iterator[None]:
+        before = self.current
+        self.current = stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def queue(self, what: str, stream: DeviceStream | None = None) -> int:
+        stream = stream or self.current
+        self.order.append((what, stream.cuda_stream, frozenset(stream.seen)))
+        stream.seen.add(len(self.order) - 1)
+        return len(self.order) - 1
+
+
+class DeviceStream:
+    """The part of ``torch.cuda.Stream`` that orders."""
+
+    def __init__(self, device: Device, handle: int) -> None:
+        self.device, self.cuda_stream = device, handle
+        self.seen: set[int] = set()
+
+    def wait_stream(self, other: DeviceStream) -> None:
+        self.seen |= other.seen
+
+    def wait_event(self, event: DeviceEvent) -> None:
+        self.seen |= event.seen
+
+
+class DeviceEvent:
+    """Of ``torch.cuda.Event``."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def record(self, stream: DeviceStream) -> None:
+        self.seen = set(stream.seen)
+
+
+class Watch(TorchDispatchMode):
+    """Puts the operators that move data into the device's order."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.aten.clone):
+            self.device.queue(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_passes_and_what_surrounds_them_are_in_order(
+    replays: bool, artifact: Artifact, sample: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From whatever streams a session is called: a pass begins after its inputs and after all of the pass before, which has
+    the same scratch and, captured, the same inputs and output; the result is read after the pass."""
+    library = Library(
+        {**BF16, "sample": ("FLOAT", (1, 4, -1, -1, -1), True)}, lambda inputs, name: inputs["hidden_states"]
+    )
+    on_the_host(monkeypatch, library)
+    session = TensorRTSession(artifact, device=HOST)
+    session.run(sample, 4)  # binds shapes and scratch; nothing of it counts
+    device = Device(monkeypatch)
+    lane = session._lane
+    lane.own, lane._done = device.stream(), DeviceEvent()
+    execute = DoubleContext.execute_async_v3
+
+    def passing(context: DoubleContext, stream: int) -> bool:
+        device.queue("pass", device.streams[stream])
+        with (
+            torch.utils._python_dispatch._disable_current_modes()
+        ):  # what the double computes by is no work of the session
+            return execute(context, stream)
+
+    monkeypatch.setattr(DoubleContext, "execute_async_v3", passing)
+    if replays:
+        held = {name: tensor.clone() for name, tensor in sample.items()}
+        output = sample["hidden_states"].float()
+        graph = SimpleNamespace(replay=lambda: device.queue("pass"))
+        monkeypatch.setattr(session, "_cuda_graphs", True)
+        monkeypatch.setattr(session, "_library", SimpleNamespace(takes_plugins=True))
+        session._captures[4] = engines._Capture(graph, held, output, session._scratch.generation)
+    others = [device.stream(), device.stream()]
+    with Watch(device):
+        for caller in (device.streams[0], others[0], device.streams[0], device.streams[0], others[1], others[0]):
+            with device.use(caller):
+                first = device.queue("the caller makes the inputs")
+                session.run(sample, 4)
+                last = device.queue("the caller uses the output")
+            whole = range(first, last + 1)
+            (run,) = [i for i in whole if device.order[i][0] == "pass"]
+            inside = device.order[run][2]
+            assert first in inside
+            assert set(range(run + 1, last)) <= device.order[last][2]
+            for i in range(run + 1, last + 1):
+                assert run in device.order[i][2], device.order[i][0]
+            # Of the passes before, and of what was read of them: nothing goes on beside this one.
+            earlier = [i for i in range(first) if device.order[i][0] not in ("the caller uses the output",)]
+            mine = {i for i in earlier if device.order[i][0] == "pass"}
+            assert mine <= inside
+            if replays:
+                # The copies into the captured inputs and out of the captured output, which all passes share.
+                shared = {i for i in earlier if device.order[i][0] == "copy_"}
+                (before,) = {min(i for i in whole if device.order[i][0] == "copy_")}
+                assert shared <= device.order[before][2]
+    assert sum(what == "pass" for what, _, _ in device.order) == 6
+    assert any(what == "_to_copy" for what, _, _ in device.order)  # the watch sees the cast
+    session.close()
 
 
 # ------------------------------------------------------------------------------------------------------- on a GPU (real)

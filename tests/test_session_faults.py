@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -21,8 +23,11 @@ from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import DvdquantError, EngineError, OutputError
 from dvdquant.export.builders.backend import Backend, load_backend
+from dvdquant.files import hash_file
+from dvdquant.manifest import MANIFEST
 from tests import session_exports as made
 from tests.engine_double import Library
+from tests.test_checkpoint_attacks import _watch
 from tests.test_session_engines import BF16, HOST
 
 
@@ -141,17 +146,12 @@ def test_no_damaged_file_reaches_a_backend_10000(tmp_path: Path, monkeypatch: py
     assert damaged_files(10_000, tmp_path, monkeypatch) == {"engine": 0, "onnxruntime": 0, "pytorch": 0}
 
 
-def test_a_file_is_hashed_once_as_long_as_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again after any write, even one that puts the modification time back."""
+def test_sessions_share_a_copy_as_long_as_the_file_stays(tmp_path: Path) -> None:
+    """One that is changed is not opened again, even if its modification time is put back; what is open goes on."""
     out = made.copy_of(made.family_export("wan"), tmp_path / "out")
     artifact = Artifact.open(out)
-    hashed: list[int] = []
-    monkeypatch.setattr(weights.os, "preadv", _counting(os.preadv, hashed))
-    WeightFiles(artifact, "transformer").close()
-    first = len(hashed)
-    assert first > 0
-    WeightFiles(artifact, "transformer").close()
-    assert len(hashed) == first
+    first, second = (WeightFiles(artifact, "transformer") for _ in range(2))
+    assert first._copies[0] is second._copies[0]
     path = out / "onnx/transformer.safetensors"
     info = path.stat()
     with path.open("r+b") as file:
@@ -163,15 +163,9 @@ def test_a_file_is_hashed_once_as_long_as_it_stays(tmp_path: Path, monkeypatch: 
     assert path.stat().st_mtime_ns == info.st_mtime_ns
     with pytest.raises(OutputError, match="was changed"):
         WeightFiles(artifact, "transformer")
-    assert len(hashed) > first
-
-
-def _counting(function: Callable[..., int], calls: list[int]) -> Callable[..., int]:
-    def counted(*args: Any) -> int:
-        calls.append(1)
-        return function(*args)
-
-    return counted
+    assert bytes(first.region("transformer.safetensors", info.st_size - 1, 1)) == last
+    first.close()
+    second.close()
 
 
 def test_a_file_swapped_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +206,7 @@ def test_regions_outside_of_the_files() -> None:
         files.tensor("blocks.9.weight")
 
 
-def test_what_is_mapped_is_never_written(tmp_path: Path) -> None:
+def test_the_file_is_never_written(tmp_path: Path) -> None:
     """A write through a tensor stays in this process."""
     out = made.copy_of(made.family_export("wan"), tmp_path / "out")
     before = (out / "onnx/transformer.safetensors").read_bytes()
@@ -221,7 +215,7 @@ def test_what_is_mapped_is_never_written(tmp_path: Path) -> None:
     tensor.zero_()
     assert not tensor.any()
     files.close()
-    assert not tensor.any()  # the map lives as long as the tensor
+    assert not tensor.any()  # the copy lives as long as the tensor
     assert (out / "onnx/transformer.safetensors").read_bytes() == before
     assert torch.count_nonzero(WeightFiles(Artifact.open(out), "transformer").tensor("blocks.0.ffn.net.2.weight"))
 
@@ -247,3 +241,166 @@ def test_plugin_libraries_are_loaded_once(tmp_path: Path) -> None:
             load_plugins(library, [plugin])
         assert text in str(caught.value)
     assert loaded == [str(good.resolve())]
+
+
+# ------------------------------------------------------------------------------------------- hostile, with right hashes
+
+
+def rehashed(out: Path, name: str) -> None:
+    """Let the manifest vouch for the file as it is: whoever writes the files of an export writes its manifest too."""
+    data = json.loads((out / MANIFEST).read_text())
+    data["files"][name] = hash_file(out / name)
+    (out / MANIFEST).write_text(json.dumps(data))
+
+
+def _external(tensor: onnx.TensorProto, **where: object) -> None:
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in where.items():
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def _stored_weight(model: onnx.ModelProto) -> onnx.TensorProto:
+    return next(t for t in model.graph.initializer if t.external_data and t.name.endswith(".weight"))
+
+
+def _weight_at(**where: object) -> Callable[[onnx.ModelProto, Path], None]:
+    """Move a weight: to another file, or another place in the right one."""
+
+    def change(model: onnx.ModelProto, secret: Path) -> None:
+        tensor = _stored_weight(model)
+        there = {entry.key: entry.value for entry in tensor.external_data}
+        _external(tensor, **{**there, **{k: str(v).replace("SECRET", str(secret)) for k, v in where.items()}})
+
+    return change
+
+
+def _constant(model: onnx.ModelProto, secret: Path) -> None:
+    """A Constant node's value: ONNX Runtime and the passes would open it relative to the working folder."""
+    tensor = onnx.TensorProto(name="value", dims=[4], data_type=onnx.TensorProto.FLOAT)
+    _external(tensor, location="secret.bin", offset=0, length=16)
+    model.graph.node.add(op_type="Constant", output=["stray"]).attribute.add(
+        name="value", type=onnx.AttributeProto.TENSOR, t=tensor
+    )
+
+
+def _constant_of_a_function(model: onnx.ModelProto, secret: Path) -> None:
+    tensor = onnx.TensorProto(name="value", dims=[4], data_type=onnx.TensorProto.FLOAT)
+    _external(tensor, location=str(secret), offset=0, length=16)
+    model.functions[0].node.add(op_type="Constant", output=["stray"]).attribute.add(
+        name="value", type=onnx.AttributeProto.TENSOR, t=tensor
+    )
+
+
+def _initializer_of_a_branch(model: onnx.ModelProto, secret: Path) -> None:
+    branch = onnx.GraphProto(name="branch")
+    _external(branch.initializer.add(name="w", dims=[4], data_type=onnx.TensorProto.FLOAT), location=str(secret))
+    attribute = model.graph.node.add(op_type="If", input=["x"], output=["y"]).attribute.add(name="then_branch")
+    attribute.type = onnx.AttributeProto.GRAPH
+    attribute.g.CopyFrom(branch)
+
+
+def _another_shape(model: onnx.ModelProto, secret: Path) -> None:
+    tensor = _stored_weight(model)
+    tensor.dims[0] *= 1 << 20
+
+
+GRAPHS: dict[str, Callable[[onnx.ModelProto, Path], None]] = {
+    "a weight in the folder above": _weight_at(location="../secret.bin"),
+    "a weight by its whole path": _weight_at(location="SECRET"),
+    "a weight of a device": _weight_at(location="/dev/zero"),
+    "a weight in no file": _weight_at(location=""),
+    "a weight of the other transformer": _weight_at(location="transformer_2.safetensors"),
+    "a weight in a file of safetensors elsewhere": _weight_at(location="../secret.safetensors"),
+    "a weight before the file": _weight_at(offset=-64),
+    "a weight behind the file": _weight_at(offset=1 << 50),
+    "a weight of huge length": _weight_at(length=1 << 60),
+    "a weight of negative length": _weight_at(length=-1),
+    "an offset that is no number": _weight_at(offset="0x10"),
+    "an offset of 5000 digits": _weight_at(offset="9" * 5000),
+    "a weight of another place": _weight_at(offset=0),
+    "a weight of another shape": _another_shape,
+    "a constant in a file": _constant,
+    "a function's constant in a file": _constant_of_a_function,
+    "a branch's weight in a file": _initializer_of_a_branch,
+}
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_graphs_cannot_name_files(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph takes the weights that the export lists, where they lie; no other file is opened, and nothing begun."""
+    out = made.copy_of(made.engine_export(), tmp_path / "out")
+    for place in (tmp_path / "secret.bin", out / "secret.bin", tmp_path / "secret.safetensors"):
+        place.write_bytes(bytes(64))
+    monkeypatch.chdir(out)
+    path = out / "onnx/transformer_a8.onnx"
+    model = onnx.load(path, load_external_data=False)
+    GRAPHS[kind](model, tmp_path / "secret.bin")
+    path.write_bytes(model.SerializeToString())
+    rehashed(out, "onnx/transformer_a8.onnx")
+    session = Counted()
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    artifact = Artifact.open(out)
+    opened: list[str] = []
+    _watch(opened)
+    try:
+        with pytest.raises(DvdquantError) as caught:
+            OnnxRuntimeSession(artifact, bits=[8])
+    finally:
+        _watch(None)
+    assert not [name for name in opened if "secret" in name or name.startswith("/dev")]
+    assert (session.calls, bool(caught.value.fix)) == (0, True)
+
+
+def _in_place(change: Callable[[Path], object], name: str) -> Callable[[Path], None]:
+    def damage(out: Path) -> None:
+        change(out / name)
+        if (out / name).is_file():
+            rehashed(out, name)
+
+    return damage
+
+
+def _pipe_for(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _link_to_a_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+WEIGHTS = "onnx/transformer.safetensors"
+FILES: dict[str, Callable[[Path], None]] = {
+    "weights cut in half": _in_place(lambda p: os.truncate(p, p.stat().st_size // 2), WEIGHTS),
+    "weights cut to a header's length": _in_place(lambda p: os.truncate(p, 8), WEIGHTS),
+    "weights cut to nothing": _in_place(lambda p: os.truncate(p, 0), WEIGHTS),
+    "weights that are no safetensors": _in_place(lambda p: p.write_bytes(b"\xff" * 4096), WEIGHTS),
+    "weights with a header of 2^63": _in_place(lambda p: p.write_bytes(b"\xff" * 7 + b"\x7f" + bytes(99)), WEIGHTS),
+    "weights that are a pipe": _in_place(_pipe_for, WEIGHTS),
+    "weights that are a device": _in_place(_link_to_a_device, WEIGHTS),
+    "a graph that is text": _in_place(lambda p: p.write_text("graph"), "onnx/transformer_a8.onnx"),
+    "a graph that is empty": _in_place(lambda p: p.write_bytes(b""), "onnx/transformer_a8.onnx"),
+    "a graph that is a pipe": _in_place(_pipe_for, "onnx/transformer_a8.onnx"),
+    "a config that is a list": _in_place(lambda p: p.write_text("[]"), "config.json"),
+    "a config that is deep": _in_place(lambda p: p.write_text("[" * 9999), "config.json"),
+    "a config of another kind": _in_place(lambda p: p.write_text('{"_class_name": "os.system"}'), "config.json"),
+    "a config of odd numbers": _in_place(
+        lambda p: p.write_text(json.dumps({**json.loads(p.read_text()), "patch_size": [[], {}, None]})), "config.json"
+    ),
+    "a config that is a pipe": _in_place(_pipe_for, "config.json"),
+    "a config that is a device": _in_place(_link_to_a_device, "config.json"),
+    "a config of 5 MB": _in_place(lambda p: p.write_text('{"x": "' + "x" * (5 << 20) + '"}'), "config.json"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_hostile_files_are_refused(kind: str, tmp_path: Path) -> None:
+    """By an error that names the file: of bad content with its right hash, and of what is no file."""
+    out = made.copy_of(made.engine_export(), tmp_path / "out")
+    FILES[kind](out)
+    with pytest.raises(DvdquantError) as caught:
+        OnnxRuntimeSession(Artifact.open(out), bits=[8])
+    assert any(name in str(caught.value) for name in ("transformer", "config.json"))

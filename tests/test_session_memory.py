@@ -18,7 +18,7 @@ from tests.commands import environment
 
 
 def test_bit_widths_share_every_weight() -> None:
-    """Both graphs are bound to the same addresses, which lie in the mapped file."""
+    """Both graphs are bound to the same addresses, which lie in the one copy of the file."""
     artifact = Artifact.open(made.family_export("wan"))
     with OnnxRuntimeSession(artifact) as both, OnnxRuntimeSession(artifact, bits=[4]) as one:
         assert both.resident_bytes() == one.resident_bytes()
@@ -43,14 +43,14 @@ def anonymous():
     with open("/proc/self/smaps_rollup") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("Anonymous:"))
 
-def mapped(path):
-    # Rss and private dirty bytes of every map of the file.
-    found, inside = {"Rss:": 0, "Private_Dirty:": 0, "maps": 0}, False
+def mapped(name):
+    # Rss and anonymous bytes (copied on write) of every map of that name, by /proc.
+    found, inside = {"Rss:": 0, "Anonymous:": 0, "maps": 0}, False
     with open("/proc/self/smaps") as file:
         for line in file:
             words = line.split()
             if "-" in words[0]:
-                inside = line.rstrip().endswith(path)
+                inside = line.rstrip().endswith(name)
                 found["maps"] += inside
             elif inside and words[0] in found:
                 found[words[0]] += int(words[1]) << 10
@@ -58,7 +58,8 @@ def mapped(path):
 
 root = sys.argv[1]
 artifact = Artifact.open(root)
-path = str((artifact.root / "onnx/transformer.safetensors").resolve())
+NAME = "/memfd:dvdq:transformer.safetensors (deleted)"
+FILE = str((artifact.root / "onnx/transformer.safetensors").resolve())
 inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
 def measure(open_one):
     start = anonymous()
@@ -67,8 +68,9 @@ def measure(open_one):
     one.close(); del one
     for bits in (4, 8):
         both.run(inputs, bits)
-    found = {"one": first, "both": second, "map": mapped(path), "said": both.resident_bytes()}
-    both.close()
+    found = {"one": first, "both": second, "map": mapped(NAME), "file": mapped(FILE), "said": both.resident_bytes()}
+    both.close(); del both
+    found["left"] = mapped(NAME)
     return found
 ort = lambda form: lambda bits: OnnxRuntimeSession(artifact, bits=bits, weights=form, threads=1)
 results = {name: measure(ort(name)) for name in sys.argv[2:] if name != "pytorch"}
@@ -81,7 +83,8 @@ print(json.dumps(results))
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc/self/smaps, which Linux has")
 def test_memory_of_a_wide_model() -> None:
-    """Measured, not booked: a second bit-width adds no copy of the weights, and nothing writes to the mapped file."""
+    """Measured, not booked: a second bit-width adds no copy of the weights, nothing writes to the one there is, and nothing is
+    mapped of the file itself."""
     out = made.wide_export()
     artifact = Artifact.open(out)
     stored = artifact.manifest.files["onnx/transformer.safetensors"]["bytes"]
@@ -98,14 +101,17 @@ def test_memory_of_a_wide_model() -> None:
         measured |= json.loads(done.stdout)
     for form in ("packed", "pytorch"):
         found = measured[form]
-        # One map, resident once, and never copied on write.
+        # One map of the copy, resident once, never copied on write, and gone with the session.
         assert found["map"]["maps"] == 1
         assert 0.9 * stored < found["map"]["Rss:"] <= stored + os.sysconf("SC_PAGE_SIZE")
-        assert found["map"]["Private_Dirty:"] == 0
+        assert found["map"]["Anonymous:"] == 0
+        assert found["file"]["maps"] == found["left"]["maps"] == 0
         assert codes < found["said"]["weights"] <= stored * 1.01
     # What a session takes besides is its graphs'; a second bit-width adds less than one copy of the codes.
     assert measured["packed"]["both"] - measured["packed"]["one"] < codes
     assert measured["pytorch"]["both"] < codes
+    # Whose packed copy is gone: the matrices are all that is left of it.
+    assert measured["expanded"]["map"]["maps"] == 0
     # The same figures see the fp32 matrices, which a session of both bit-widths has once.
     expanded = 8 * codes
     assert measured["expanded"]["said"]["weights"] > expanded

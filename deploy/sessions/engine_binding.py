@@ -231,7 +231,8 @@ def current_device(device: torch.device) -> contextlib.AbstractContextManager[An
 class Lane:
     """Puts the passes of a session one after the other on the device, whatever streams the callers are on.
 
-    They share scratch memory, so a pass waits for the one before it.
+    They share scratch memory, so a pass waits for the one before it. All of a pass must be queued on the stream that
+    :meth:`stream` gives: what torch queues on its current stream meanwhile is ordered with nothing of it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -240,14 +241,15 @@ class Lane:
         self._done: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
-    def stream(self) -> Iterator[int]:
-        """The handle of a stream that is ordered with torch's current one; 0 on the host, which has none.
+    def stream(self) -> Iterator[Any]:
+        """A ``torch.cuda.Stream`` that is ordered with torch's current one; None on the host, which has none.
 
         That is the current stream itself, or one of our own where the current one is the default stream, on which the
-        libraries synchronize the whole device at every call.
+        libraries synchronize the whole device at every call. It begins after what the current stream has queued and after
+        the pass before; what the current stream is given once the ``with`` has ended, begins after the pass.
         """
         if self.own is None:
-            yield 0
+            yield None
             return
         current = torch.cuda.current_stream(self._device)
         used = current if current.cuda_stream != 0 else self.own
@@ -255,7 +257,7 @@ class Lane:
         if used is self.own:
             used.wait_stream(current)
         try:
-            yield used.cuda_stream
+            yield used
         finally:
             self._done.record(used)
             if used is self.own:

@@ -85,6 +85,8 @@ class TensorRTSession(EngineSession):
             self._runtime = make_runtime(self._library, self._log)
             for width, entry in entries.items():
                 self._engines[width] = self._load(entry)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # weights were copied on this thread's stream; passes may be on others
         self._drop_files()
 
     def _load(self, entry: EngineEntry) -> BoundEngine:
@@ -104,7 +106,7 @@ class TensorRTSession(EngineSession):
         return self._on_device[name]
 
     def _drop_files(self) -> None:
-        """The mapped weights, once they are on the device."""
+        """The private copy of the weights, once they are on the device."""
         if self._files is not None:
             self._files.close()
             self._files = None
@@ -114,21 +116,28 @@ class TensorRTSession(EngineSession):
         with current_device(self.device), self._lane.stream() as stream:
             # TensorRT-RTX captures by itself; TensorRT is captured here.
             if self._cuda_graphs and self._library.takes_plugins:
-                return self._replay(engine, inputs, bits).to(self.dtype)
-            return engine.enqueue(inputs, self.device, stream).to(self.dtype)
+                output = self._replay(engine, inputs, bits, stream)
+            else:
+                output = engine.enqueue(inputs, self.device, 0 if stream is None else stream.cuda_stream)
+        # Not before the pass is over: the cast is queued on torch's current stream, which waits for the pass from here on.
+        return output.to(self.dtype)
 
-    def _replay(self, engine: BoundEngine, inputs: dict[str, Tensor], bits: int) -> Tensor:
-        """Replay on torch's current stream; capture anew where shapes or scratch are other than at the capture."""
+    def _replay(self, engine: BoundEngine, inputs: dict[str, Tensor], bits: int, stream: Any) -> Tensor:
+        """Replay on ``stream``; capture anew where shapes or scratch are other than at the capture."""
         engine.prepare(inputs)
         capture = self._captures.get(bits)
         shapes = {name: tensor.shape for name, tensor in inputs.items()}
         if capture is None or capture.generation != self._scratch.generation or capture.shapes != shapes:
             self._captures.pop(bits, None)
             capture = self._captures[bits] = self._capture(engine, inputs)
-        for name, tensor in inputs.items():
-            capture.inputs[name].copy_(tensor)
-        capture.graph.replay()
-        return capture.output.clone()
+        # Memory of torch's current stream, which the caller may give back there; it is filled on the stream of the pass.
+        output = torch.empty_like(capture.output)
+        with torch.cuda.stream(stream):
+            for name, tensor in inputs.items():
+                capture.inputs[name].copy_(tensor)
+            capture.graph.replay()
+            output.copy_(capture.output)
+        return output
 
     def _capture(self, engine: BoundEngine, inputs: dict[str, Tensor]) -> _Capture:
         held = {name: tensor.clone() for name, tensor in inputs.items()}

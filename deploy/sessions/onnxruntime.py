@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.export.verify import prepare_for_onnxruntime
 from dvdquant.layers import TENSORS
+from dvdquant.records import brief
 
 from .base import EngineSession
 from .expand_weights import EXPANDED, expand_weights, expanded_weight
@@ -29,7 +31,7 @@ WeightForm = Literal["packed", "expanded"]
 class OnnxRuntimeSession(EngineSession):
     """The graphs of every bit-width, sharing one copy of each weight.
 
-    Weights are graph inputs, bound once: to the mapped files on the CPU, to one copy on a CUDA device. As initializers
+    Weights are graph inputs, bound once: to the private copy of the files on the CPU, to one on a CUDA device. As initializers
     they would be held, and folded into fp32, once per bit-width.
 
     ``packed`` unpacks 4-bit weights layer by layer in every call. ``expanded`` does it when the session opens and holds
@@ -68,6 +70,7 @@ class OnnxRuntimeSession(EngineSession):
         self._files = WeightFiles(artifact, component)
         self._weights: dict[str, Tensor] = {}
         self._constants: dict[str, Any] = {}
+        self._constant_bytes: list[Any] = []
         self._bound: dict[int, _Bound] = {}
         self._largest = 0
         # All of them are read and hashed before the first is given to ONNX Runtime.
@@ -76,7 +79,7 @@ class OnnxRuntimeSession(EngineSession):
         for width, model in models.items():
             self._bound[width] = self._open(model, graphs[width])
         if self.device.type == "cuda" or weights == "expanded":
-            self._files.drop_pages()
+            self._files.close()  # what was made of the stored weights takes their place; the constants keep their file
 
     # ------------------------------------------------------------------------------------------------------- loading
 
@@ -129,7 +132,7 @@ class OnnxRuntimeSession(EngineSession):
     def _take_weights(self, model: ir.Model) -> dict[str, int]:
         """Turn stored weights into graph inputs and load them; returns the ONNX type of each by name.
 
-        Constants (rotation and rotary tables) stay initializers, over the mapped bytes: ONNX Runtime prepares the
+        Constants (rotation and rotary tables) stay initializers, over the copied bytes: ONNX Runtime prepares the
         matrices of constant products.
         """
         bound: dict[str, int] = {}
@@ -173,6 +176,7 @@ class OnnxRuntimeSession(EngineSession):
         # numpy has no bfloat16; ONNX Runtime takes the bits.
         plain = np.dtype(np.uint16) if place.dtype == ir.DataType.BFLOAT16 else place.dtype.numpy()
         array = raw.view(plain).reshape(tuple(int(d) for d in place.shape.numpy()))
+        self._constant_bytes.append(array)  # ONNX Runtime holds the address alone
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, place.dtype.value)
 
     # ------------------------------------------------------------------------------------------------------- running
@@ -209,6 +213,7 @@ class OnnxRuntimeSession(EngineSession):
         self._bound.clear()
         self._weights.clear()
         self._constants.clear()
+        self._constant_bytes.clear()
         self._files.close()
 
 
@@ -231,9 +236,45 @@ def _check_cuda(providers: Sequence[str], fix: str) -> None:
 
 def _parse(raw: bytes, path: str) -> ir.Model:
     try:
-        return ir.serde.deserialize_model(onnx.ModelProto.FromString(raw))
+        proto = onnx.ModelProto.FromString(raw)
+        places = [_place(tensor) for tensor in proto.graph.initializer if _is_external(tensor)]
+        strays = sum(_external_tensors(proto)) - len(places)
+        model = ir.serde.deserialize_model(proto)
+    except EngineError:
+        raise
     except Exception as error:  # protobuf's DecodeError has no stable import path
         raise EngineError(f"{path} is no ONNX graph this version reads: {error}", fix="export again") from error
+    # ONNX Runtime and the passes before it would open those by path, with no look at what they are.
+    if strays:
+        raise EngineError(f"{path} has {strays} tensors in files that are no weights of the graph", fix="export again")
+    for name, location in places:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", location):
+            raise EngineError(
+                f"{path} has {brief(name)} in the file {brief(location)}",
+                available="files of weights beside the graph",
+                fix="export again",
+            )
+    return model
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_location == onnx.TensorProto.EXTERNAL or len(tensor.external_data) > 0
+
+
+def _place(tensor: onnx.TensorProto) -> tuple[str, str]:
+    """Name and file of an external tensor."""
+    return tensor.name, next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+
+
+def _external_tensors(message: Any) -> Iterator[bool]:
+    """For every tensor of an ONNX message, in whatever part of it: whether it lies in another file."""
+    if isinstance(message, onnx.TensorProto):
+        yield _is_external(message)
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in (value,) if hasattr(value, "ListFields") else value:
+                yield from _external_tensors(part)
 
 
 def _largest_weight(model: ir.Model) -> int:

@@ -29,9 +29,10 @@ log = logging.getLogger(__name__)
 class PyTorchSession(EngineSession):
     """One model for all bit-widths: switching sets the activation grid of its QuantLinear modules.
 
-    On the CPU the weights are the mapped files themselves. A GPU that the kernels are built for holds each layer as they multiply
-    it, in 4 or 8 bits a weight, from the first step that needs it; both where the bit-widths that ran differ in that. To
-    another GPU the packed weights are copied.
+    On the CPU the weights are the private copy of the files itself (:class:`.weights.WeightFiles`). A GPU that the kernels are
+    built for holds each layer as they multiply it, in 4 or 8 bits a weight, from the first step that needs it; both where the
+    bit-widths that ran differ in that. The private copy stays beside it on the host, for a bit-width that runs later. To
+    another GPU the packed weights are copied, and the private copy ends.
     """
 
     backend = "pytorch"
@@ -63,8 +64,10 @@ class PyTorchSession(EngineSession):
             raise EngineError(
                 f"the weights of {component} do not fit {self.device}: {error}", fix="close other sessions"
             ) from error
-        if self.device.type != "cpu":
+        if kernels is not None:
             self._files.drop_pages()
+        elif self.device.type != "cpu":
+            self._files.close()
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         model = self._model

@@ -1,10 +1,9 @@
-"""The weight files of one transformer: hashed and mapped through one descriptor, and shared by everything that runs."""
+"""The weight files of one transformer: private copies, hashed once, that everything that runs in the process shares."""
 
 from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,20 @@ from torch import Tensor
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import OutputError
-from dvdquant.files import FileEntry, open_regular
 from dvdquant.safetensors_io import DTYPES, TensorInfo, read_header
+
+from .private_copy import PrivateCopy, fits_in_memory, private_copy
 
 __all__ = ["WeightFiles"]
 
-# Files found intact in this process: (device, inode, size, mtime, ctime) -> SHA-256. Any write changes the last two.
-_VERIFIED: dict[tuple[int, int, int, int, int], str] = {}
-
 
 class WeightFiles:
-    """Maps of a transformer's weight files.
+    """Maps of private copies of a transformer's weight files.
 
-    Every file is hashed through the descriptor that is then mapped, so a file put in its place in between is not read. The
-    pages are the page cache's: several sessions, and several processes, hold them once.
+    Every file is copied, and the copy is hashed and mapped (:mod:`.private_copy`): nothing that happens to the files later
+    changes what runs, and a file that is cut short later ends nothing. The sessions of a process hold a copy once; a process
+    that is forked has it too, another process makes its own. Copies are sealed memory; where they would fill more than half
+    of the memory that is free, they are unnamed files of TMPDIR or /var/tmp, whose pages the system drops and reads again.
 
     Args:
         artifact: the export. component: which transformer of it.
@@ -37,19 +36,28 @@ class WeightFiles:
 
     Raises:
         OutputError: a file is missing, cut, changed, or reached through a link.
+        ResourceError: there is no room for the copies.
     """
 
     def __init__(self, artifact: Artifact, component: str) -> None:
         self.tensors: dict[str, tuple[str, TensorInfo]] = {}
+        self._copies: list[PrivateCopy] = []
         self._maps: dict[str, mmap.mmap] = {}
         self._arrays: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
-        for name in artifact.weight_files(component):
+        names = artifact.weight_files(component)
+        entries = {name: artifact.manifest.files[name] for name in names}
+        in_memory = fits_in_memory(sum(entry["bytes"] for entry in entries.values()))
+        for name, entry in entries.items():
             location = name.rpartition("/")[2]
-            mapped = _map_verified(artifact.root, name, artifact.manifest.files[name])
-            if mapped is None:
+            if not entry["bytes"]:
+                artifact.read(name)  # no system maps nothing, but it must be there and be empty
+                if name.endswith(".safetensors"):
+                    read_header(artifact.root / name)  # which says what such a file lacks
                 self._arrays[location] = np.empty(0, np.uint8)
                 continue
-            self._maps[location] = mapped
+            copy = private_copy(artifact.root, name, entry, in_memory)
+            self._copies.append(copy)
+            mapped = self._maps[location] = copy.map()
             self._arrays[location] = np.frombuffer(mapped, np.uint8)
             if name.endswith(".safetensors"):
                 for key, info in _header_of(artifact.root / name, mapped).items():
@@ -80,50 +88,17 @@ class WeightFiles:
         return raw.view(getattr(torch, DTYPES[info.dtype][1])).reshape(info.shape)
 
     def drop_pages(self) -> None:
-        """Give the pages read so far back; what is read again comes from the page cache or the disk."""
+        """Give the pages read so far back, as far as they are copies on a disk; what is in memory stays there."""
         for mapped in self._maps.values():
             if hasattr(mapped, "madvise"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Let go of the maps; they end with the last tensor that shows into them."""
+        """Let go of the copies; each ends with the last session that holds it and the last tensor that shows into it."""
         self._maps.clear()
         self._arrays.clear()
+        self._copies.clear()
         self.tensors = {}
-
-
-def _map_verified(root: Path, name: str, entry: FileEntry) -> mmap.mmap | None:
-    """The map of a file whose hash is right; None for an empty one, which no system maps."""
-    path = root / name
-    try:
-        if os.path.realpath(path) != os.path.join(os.path.realpath(root), name):
-            raise ValueError("it is reached through a symbolic link")
-        fd, size = open_regular(path)
-        try:
-            if size != entry["bytes"]:
-                raise ValueError(f"it has {size} bytes instead of {entry['bytes']}")
-            if _digest(fd, size) != entry["sha256"]:
-                raise ValueError("it was changed (its SHA-256 differs)")
-            # A private map: nothing is ever written, but ONNX Runtime and PyTorch ask for writable buffers.
-            return mmap.mmap(fd, size, access=mmap.ACCESS_COPY) if size else None
-        finally:
-            os.close(fd)
-    except (OSError, ValueError) as error:
-        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        raise OutputError(f"{path} does not match its manifest: {reason}", fix="export again") from error
-
-
-def _digest(fd: int, size: int) -> str:
-    """SHA-256 of an open file, read once per process as long as it stays as it is."""
-    info = os.fstat(fd)
-    key = (info.st_dev, info.st_ino, size, info.st_mtime_ns, info.st_ctime_ns)
-    if key not in _VERIFIED:
-        digest, offset, block = hashlib.sha256(), 0, memoryview(bytearray(1 << 22))
-        while count := os.preadv(fd, [block], offset):
-            digest.update(block[:count])
-            offset += count
-        _VERIFIED[key] = digest.hexdigest()
-    return _VERIFIED[key]
 
 
 def _header_of(path: Path, mapped: mmap.mmap) -> dict[str, TensorInfo]:

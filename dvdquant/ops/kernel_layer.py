@@ -20,9 +20,9 @@ __all__ = ["KernelLayer"]
 class KernelLayer:
     """The prepared weights of one layer, each made when a call first needs it.
 
-    The packed tensors stay where they are, mapped files of an export for instance. On an 8-bit path, which most GPUs take, a
-    weight has one byte on the device, half of bf16; with the packed one beside it that were three quarters. Activation grids
-    whose paths hold weights in the same form share them.
+    The packed tensors stay where they are, a mapped copy of an export's files for instance. On an 8-bit path, which most GPUs
+    take, a weight has one byte on the device, half of bf16; with the packed one beside it that were three quarters.
+    Activation grids whose paths hold weights in the same form share them.
 
     Args:
         packed: the stored tensors and rotation factors, on any device.

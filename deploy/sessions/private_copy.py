@@ -1,0 +1,181 @@
+"""Private copies of an export's files: what runs is what was hashed, whatever happens to the files afterwards.
+
+A map of the file itself would show later writes to it, and a file that is cut short ends the process that maps it (SIGBUS).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import mmap
+import os
+import tempfile
+import threading
+import weakref
+from pathlib import Path
+
+from dvdquant.errors import OutputError, ResourceError
+from dvdquant.files import FileEntry, open_regular, write_all
+from dvdquant.memory import memory_limit
+
+__all__ = ["PrivateCopy", "fits_in_memory", "private_copy"]
+
+log = logging.getLogger(__name__)
+
+_BLOCK = 4 << 20
+# Of the memory that is free: a session needs some besides, and so do the text encoder and the VAE of its pipeline.
+_SHARE = 0.5
+
+_Key = tuple[int, int, int, int, int, str]
+_copies: weakref.WeakValueDictionary[_Key, PrivateCopy] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class PrivateCopy:
+    """The bytes of one file where nobody else writes, with the hash they were asked for.
+
+    Args:
+        fd: the descriptor that holds them; the copy owns it, and every map has one of its own.
+        size: bytes. in_memory: whether they are in sealed memory, not in a temporary file.
+    """
+
+    def __init__(self, fd: int, size: int, in_memory: bool) -> None:
+        self.size, self.in_memory = size, in_memory
+        self._fd = fd
+        weakref.finalize(self, os.close, fd)
+
+    def map(self) -> mmap.mmap:
+        """A private map of all bytes: what is written to it, PyTorch and ONNX Runtime ask for that, is seen by its holder
+        alone. It outlives the copy."""
+        return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_COPY)
+
+
+def fits_in_memory(nbytes: int) -> bool:
+    """Whether copies of ``nbytes`` may be taken into memory: they fill half of what is free at most."""
+    return hasattr(os, "memfd_create") and nbytes <= _SHARE * memory_limit()
+
+
+def private_copy(root: Path, name: str, entry: FileEntry, in_memory: bool) -> PrivateCopy:
+    """A copy of one file of an export whose size and SHA-256 are those of the manifest.
+
+    1. The file is copied into memory of the kernel (memfd) that is then sealed: no process can change it or its size any
+       more. Without room there it goes into a temporary file that has no name, which no other process can open; the system
+       may drop its pages and read them again.
+    2. The copy is hashed, not the file, and used only if the hash is right.
+    3. Sessions of one process share the copy while one of them lives and the file is still the same by device, inode, size
+       and times. Times that lie are no matter: the copy is what was hashed. Every other process makes its own.
+
+    Args:
+        root: the folder of the export. name: of the file in it, of at least one byte.
+        in_memory: see :func:`fits_in_memory`.
+
+    Raises:
+        OutputError: the file is missing, cut, changed, or reached through a link.
+        ResourceError: neither memory nor the disk of temporary files has room.
+    """
+    path = root / name
+    try:
+        if os.path.realpath(path) != os.path.join(os.path.realpath(root), name):
+            raise ValueError("it is reached through a symbolic link")
+        source, size = open_regular(path)
+        try:
+            if size != entry["bytes"]:
+                raise ValueError(f"it has {size} bytes instead of {entry['bytes']}")
+            info = os.fstat(source)
+            key = (info.st_dev, info.st_ino, size, info.st_mtime_ns, info.st_ctime_ns, entry["sha256"])
+            with _lock:
+                copy = _copies.get(key)
+                if copy is None:
+                    copy = _copies[key] = _copy_and_hash(source, path.name, entry, in_memory)
+            return copy
+        finally:
+            os.close(source)
+    except (OSError, ValueError) as error:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise OutputError(f"{path} does not match its manifest: {reason}", fix="export again") from error
+
+
+def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) -> PrivateCopy:
+    size = entry["bytes"]
+    fd = _memory_file(name, size) if in_memory else None
+    sealed = fd is not None
+    if fd is None:
+        fd = _unnamed_file(name, size)
+    copy = PrivateCopy(fd, size, sealed)
+    block, offset = memoryview(bytearray(_BLOCK)), 0
+    while offset < size:
+        count = os.preadv(source, [block[: size - offset]], offset)
+        if not count:
+            raise ValueError(f"it ends after {offset} bytes")
+        write_all(fd, block[:count], offset)
+        offset += count
+    if sealed:
+        # From here on the bytes cannot change, so the hash is of what will run.
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    digest, offset = hashlib.sha256(), 0
+    while count := os.preadv(fd, [block], offset):
+        digest.update(block[:count])
+        offset += count
+    if digest.hexdigest() != entry["sha256"]:
+        raise ValueError("it was changed (its SHA-256 differs)")
+    return copy
+
+
+def _memory_file(name: str, size: int) -> int | None:
+    """An anonymous file in memory, all of it taken at once; None where the system has none or no room."""
+    try:
+        fd = os.memfd_create(f"dvdq:{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        log.info("no anonymous memory for %s: %s", name, error.strerror)
+        return None
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        os.close(fd)
+        log.info("no room in memory for %s: %s", name, error.strerror)
+        return None
+    return fd
+
+
+def _unnamed_file(name: str, size: int) -> int:
+    """A temporary file without a name, its room taken at once; ResourceError where there is none."""
+    folder = _folder()
+    try:
+        with tempfile.TemporaryFile(dir=folder, prefix="dvdq-") as file:
+            fd = os.dup(file.fileno())
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError:
+            os.close(fd)
+            raise
+    except OSError as error:
+        free = 0
+        with contextlib.suppress(OSError):
+            info = os.statvfs(folder)
+            free = info.f_bavail * info.f_frsize
+        why = "" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f" ({error.strerror})"
+        raise ResourceError(
+            f"there is no room for a private copy of {name}: it takes {size / 1e9:.2f} GB{why}",
+            available=f"{memory_limit() / 1e9:.2f} GB of memory, of which it may fill half, and {free / 1e9:.2f} GB in {folder}",
+            fix="free memory, or set TMPDIR to a folder on a disk with room",
+        ) from error
+    return fd
+
+
+def _folder() -> str:
+    """Where temporary files go: TMPDIR, or what is on a disk. /tmp is memory on many systems."""
+    if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK):
+        return "/var/tmp"
+    return tempfile.gettempdir()
