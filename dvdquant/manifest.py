@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 from . import __version__
 from .errors import OutputError, RecipeError
 from .files import FileEntry, hash_file, open_regular, read_limited, strict_json
+from .folder import Folder
 from .recipe import Recipe
 
 __all__ = [
@@ -301,36 +302,41 @@ def check_relpath(path: str) -> str:
 
 
 def load_manifest(out: str | Path) -> Manifest:
-    """The manifest of an export folder; first completes a commit that was killed half-way.
+    """The manifest of an export folder. Nothing is written, whatever an interrupted export left there: the folder may come
+    from a stranger, and only an export into it puts it in order.
 
     Raises:
-        OutputError: no folder, no manifest (then it is no export), or one that is out of form, naming the field.
+        OutputError: no folder, no manifest (then it is no export, or an unfinished one: says how to finish it), or one that
+            is a link or out of form, naming the field.
     """
-    folder = Path(out)
-    path = folder / MANIFEST
-    if not path.is_file() and (folder / ".commit").exists():
-        from .transaction import recover  # it imports this module
-
-        recover(folder)
+    path = Path(out) / MANIFEST
     try:
-        raw = read_limited(path, MAX_MANIFEST)
-    except FileNotFoundError:
-        from .unfinished import unfinished_export  # likewise
+        with Folder.open(Path(out), follow=True) as folder:
+            raw = folder.read(MANIFEST, MAX_MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        from .unfinished import unfinished_export  # it imports this module
 
-        raise unfinished_export(folder) or OutputError(
-            f"{folder} is not a dvdquant export: it has no {MANIFEST}",
-            available=_listing(folder),
+        raise unfinished_export(Path(out)) or OutputError(
+            f"{out} is not a dvdquant export: it has no {MANIFEST}",
+            available=_listing(Path(out)),
             fix="give the folder that dvdq-export wrote, or run dvdq-export first",
         ) from None
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror}", fix="give a folder that you may read") from error
+    except ValueError as error:
+        raise OutputError(f"{path} cannot be read: {error}", fix="give the folder that dvdq-export wrote") from error
     return Manifest.from_json(raw)
 
 
 def _listing(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder} is a file" if folder.exists() else f"{folder} does not exist"
-    names = sorted(entry.name for entry in folder.iterdir())
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return f"{folder} does not exist"
+    except NotADirectoryError:
+        return f"{folder} is a file"
+    except (OSError, ValueError) as error:
+        return f"{folder} cannot be listed: {error}"
     return ", ".join(names[:8]) or "an empty folder"
 
 
