@@ -474,6 +474,8 @@ def _check_trees(folder: Folder, tree: Folder, record: Record) -> None:
         raise _damaged(folder, f"its manifest: {_first_line(error)}") from error
     if set(manifest.files) != set(record.install):
         raise _damaged(folder, f"{COMMIT} and its manifest list other files")
+    if folder.has_folder(MANIFEST):
+        raise _damaged(folder, f"a folder is in the way of {MANIFEST}")
     for name in record.install:
         here, there = _state(tree, name), _state(folder, name)
         if here not in ("file", "nothing"):

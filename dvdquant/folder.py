@@ -69,7 +69,8 @@ class Folder:
         """Close the descriptor."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            os.close(fd)
+            with contextlib.suppress(OSError):  # of a folder nothing is left to write, and it is closed in any case
+                os.close(fd)
 
     def __enter__(self) -> Folder:
         return self
@@ -83,9 +84,7 @@ class Folder:
         try:
             yield
         except OSError as error:
-            error.filename = str(self.path / name)
-            error.filename2 = None
-            raise
+            raise OSError(error.errno, error.strerror or str(error), str(self.path / name)) from error
 
     # ------------------------------------------------------------------------------------------------------- looking
 
@@ -281,7 +280,7 @@ class Folder:
         if not self.has_folder(name):
             self.unlink(name)
             return
-        with self.child(name) as top:
+        with self._child_to_delete(name) as top:
             device = top.own().st_dev
             while names := top.names():
                 for inner in names:
@@ -296,15 +295,24 @@ class Folder:
         with contextlib.suppress(OSError):
             self.remove_folder(name)  # an empty one goes without the right to look into it
             return
-        with self.child(name) as folder:
+        with self._child_to_delete(name) as folder:
             if folder.own().st_dev != device:
                 raise OSError(errno.EXDEV, "another file system is mounted there", str(folder.path))
             for inner in folder.names():
                 if folder.has_folder(inner):
+                    folder._child_to_delete(inner).close()
                     folder.rename(inner, self, f".{secrets.token_hex(16)}")
                 else:
                     folder.unlink(inner)
         self.remove_folder(name)
+
+    def _child_to_delete(self, name: str) -> Folder:
+        """As :meth:`child`, of a folder that is to go: one that is write-protected is made writable."""
+        folder = self.child(name)
+        with contextlib.suppress(OSError):  # not of this user, who perhaps may delete in it all the same
+            if folder.own().st_mode & 0o700 != 0o700:
+                os.fchmod(folder.fd, 0o700)
+        return folder
 
 
 def _kind(mode: int) -> str:

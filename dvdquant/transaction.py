@@ -352,12 +352,26 @@ class ExportTransaction:
         """
         path = self.tree / check_relpath(relative)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._check_place()
+            assert self._stage is not None
+            self._stage.reach([TREE, *relative.split("/")[:-1]], make=True).close()
             if resumable and self._journal is not None and relative not in self._journal.files:
                 self._journal.add(None, None, [relative])
         except OSError as error:
-            raise disk_error(error, path) from error
+            raise disk_error(error, error.filename or path) from error
         return path
+
+    def _check_place(self) -> None:
+        """OutputError if the path of the output folder leads to another one by now: what is written goes by that path."""
+        assert self._stage is not None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            there, own = os.lstat(self._stage.path), self._stage.own()
+            if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+                return
+        raise OutputError(
+            f"{self.out} was moved, replaced or deleted while the export was written",
+            fix="export again into another -o",
+        )
 
     def done(self, step: str, data: Any = None, files: Iterable[str] = ()) -> None:
         """Record that ``step`` is finished, with JSON ``data`` to find again; ``files`` of it are fsynced first."""
@@ -414,6 +428,7 @@ class ExportTransaction:
         if self.committed or stage is None or lock is None:
             raise RuntimeError("the transaction is over")
         try:
+            self._check_place()
             with stage.child(TREE) as tree:
                 tree.unlink(MANIFEST)
                 files = _hash_tree(tree, known or {}, progress)
