@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import io
 import logging
 import os
 import resource
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from dvdquant.errors import DvdquantError, OutputError, ResourceError
 from dvdquant.folder import Folder
 from dvdquant.manifest import load_manifest
 from dvdquant.transaction import ExportTransaction
+from tests.faults import ERRORS, FULL, WRITES, Faults
 from tests.helpers_checkpoint import (
     KEY,
     content,
@@ -36,54 +35,9 @@ from tests.helpers_checkpoint import (
     state,
 )
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-ERRORS = (errno.EIO, errno.EROFS, errno.EMFILE, *FULL, errno.EACCES)
-# (the module, the name, ...) of all calls by which the exporter, or pathlib for it, reaches files.
-CALLS: list[tuple[Any, str]] = [
-    *((os, name) for name in ("open", "close", "dup", "stat", "lstat", "fstat", "listdir", "mkdir", "rmdir", "unlink")),
-    *(
-        (os, name)
-        for name in ("rename", "replace", "link", "fsync", "fdatasync", "pwrite", "pread", "ftruncate", "fchmod")
-    ),
-    (io, "open"),
-    (fcntl, "flock"),
-    (dvdquant.commit, "exchange"),
-]
-
 
 def seen(version: int) -> dict[str, str]:
     return hashes(content(version))
-
-
-class Faults:
-    """Counts the calls and makes one of them fail.
-
-    Args:
-        code: the errno. at: the number of the failing call. only: names of calls that count. lasting: whether those after
-            it fail, too.
-    """
-
-    def __init__(self, code: int, at: int, only: tuple[str, ...] = (), *, lasting: bool = False) -> None:
-        self.code, self.at, self.only, self.lasting = code, at, only, lasting
-        self.count = 0
-        self.failed: str | None = None
-
-    def install(self, patch: pytest.MonkeyPatch) -> None:
-        for module, name in CALLS:
-            if not self.only or name in self.only:
-                patch.setattr(module, name, self._wrapped(name, getattr(module, name)))
-
-    def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            number, self.count = self.count, self.count + 1
-            if number == self.at or (self.lasting and number > self.at):
-                self.failed = self.failed or name
-                if name == "close":
-                    real(*arguments, **options)  # the kernel lets go of the descriptor in any case
-                raise OSError(self.code, os.strerror(self.code))
-            return real(*arguments, **options)
-
-        return call
 
 
 @pytest.fixture
@@ -100,7 +54,7 @@ def _one_fault(out: Path, way: str, before: bool, faults: Faults) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if way == "roll-forward":
             patch.setattr(dvdquant.commit, "exchange", no_exchange)
-        faults.install(patch)
+        faults.install(patch.setattr)
         try:
             export(out, 2, key=KEY)
         except DvdquantError as error:
@@ -159,21 +113,8 @@ def test_every_call_failing_with_every_error(memory: Path, way: str, before: boo
 def test_a_disk_that_fails_for_good(memory: Path, way: str, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing can be cleaned up either: from some call on, all that write fail."""
     caplog.set_level(logging.CRITICAL)
-    writes = (
-        "mkdir",
-        "rmdir",
-        "unlink",
-        "rename",
-        "replace",
-        "link",
-        "fsync",
-        "fdatasync",
-        "pwrite",
-        "ftruncate",
-        "fchmod",
-    )
     for at in range(500):
-        faults = Faults(ERRORS[at % 2], at, writes, lasting=True)
+        faults = Faults(ERRORS[at % 2], at, WRITES, lasting=True)
         _one_fault(memory / str(at) / "out", way, True, faults)
         if faults.failed is None:
             return
@@ -189,7 +130,7 @@ def test_every_call_of_a_resumed_export_failing(memory: Path, caplog: pytest.Log
             six_steps(transaction, 2)
         faults = Faults(errno.EIO, at)
         with pytest.MonkeyPatch.context() as patch:
-            faults.install(patch)
+            faults.install(patch.setattr)
             try:
                 export_resumable(out, resume=True)
             except DvdquantError as error:
