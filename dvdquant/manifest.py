@@ -20,6 +20,7 @@ from .errors import OutputError, RecipeError
 from .files import FileEntry, hash_file, open_regular, read_limited, strict_json
 from .folder import Folder
 from .recipe import Recipe
+from .text import shown
 
 __all__ = [
     "FORMAT_VERSION",
@@ -40,6 +41,7 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 << 20
+_SHOWN_PATH = 400  # characters
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RESERVED = re.compile(r"\.(tmp-.*|lock|commit)|manifest\.json")
 
@@ -311,7 +313,7 @@ def load_manifest(out: str | Path) -> Manifest:
         OutputError: no folder, no manifest (then it is no export, or an unfinished one: says how to finish it), or one that
             is a link or out of form, naming the field.
     """
-    path = Path(out) / MANIFEST
+    name = shown(out, _SHOWN_PATH)
     try:
         with Folder.open(Path(out), follow=True) as folder:
             raw = folder.read(MANIFEST, MAX_MANIFEST)
@@ -319,26 +321,27 @@ def load_manifest(out: str | Path) -> Manifest:
         from .unfinished import unfinished_export  # it imports this module
 
         raise unfinished_export(Path(out)) or OutputError(
-            f"{out} is not a dvdquant export: it has no {MANIFEST}",
+            f"{name} is not a dvdquant export: it has no {MANIFEST}",
             available=_listing(Path(out)),
             fix="give the folder that dvdq-export wrote, or run dvdq-export first",
         ) from None
     except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}", fix="give a folder that you may read") from error
+        raise OutputError(f"{name}/{MANIFEST} cannot be read: {error.strerror}", fix="give a folder to read") from error
     except ValueError as error:
-        raise OutputError(f"{path} cannot be read: {error}", fix="give the folder that dvdq-export wrote") from error
+        raise OutputError(f"{name}/{MANIFEST} cannot be read: {error}", fix="give a folder of dvdq-export") from error
     return Manifest.from_json(raw)
 
 
 def _listing(folder: Path) -> str:
+    name = shown(folder, _SHOWN_PATH)
     try:
         names = sorted(os.listdir(folder))
     except FileNotFoundError:
-        return f"{folder} does not exist"
+        return f"{name} does not exist"
     except NotADirectoryError:
-        return f"{folder} is a file"
+        return f"{name} is a file"
     except (OSError, ValueError) as error:
-        return f"{folder} cannot be listed: {error}"
+        return f"{name} cannot be listed: {error}"
     return ", ".join(names[:8]) or "an empty folder"
 
 
