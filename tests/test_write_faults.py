@@ -77,8 +77,7 @@ def _one_fault(out: Path, way: str, before: bool, faults: Faults) -> None:
     assert names_in(out) == {*content(3), "manifest.json"}, said
 
 
-@pytest.mark.parametrize("way", ["exchange", "roll-forward"])
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(("way", "before"), [("exchange", True), ("roll-forward", True), ("roll-forward", False)])
 def test_every_call_failing(memory: Path, way: str, before: bool, caplog: pytest.LogCaptureFixture) -> None:
     """Each with one of the errors, by turns; the full set is under stress."""
     caplog.set_level(logging.CRITICAL)
@@ -98,8 +97,7 @@ def test_every_call_failing(memory: Path, way: str, before: bool, caplog: pytest
 @pytest.mark.stress
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("code", ERRORS)
-@pytest.mark.parametrize("way", ["exchange", "roll-forward"])
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(("way", "before"), [("exchange", True), ("roll-forward", True), ("roll-forward", False)])
 def test_every_call_failing_with_every_error(memory: Path, way: str, before: bool, code: int, lasting: bool) -> None:
     for at in range(2000):
         faults = Faults(code, at, lasting=lasting)
