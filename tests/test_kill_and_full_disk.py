@@ -81,7 +81,8 @@ def contents(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_sixty_random_kills_then_resume_is_bit_identical(exporter: Exporter, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(200, marks=pytest.mark.stress)])
+def test_random_kills_then_resume_is_bit_identical(exporter: Exporter, tmp_path: Path, kills: int) -> None:
     reference = tmp_path / "reference"
     assert exporter.run(reference, "w4a4")["status"] == 0  # compiles and traces
     started = time.monotonic()
@@ -93,7 +94,7 @@ def test_sixty_random_kills_then_resume_is_bit_identical(exporter: Exporter, tmp
     generator = random.Random(7)
     killed = finished = 0
     out = tmp_path / "out0"
-    while killed < KILLS:
+    while killed < kills:
         result = exporter.run(out, "w4a4", resume=True, kill_after=generator.uniform(0, seconds))
         if result["status"] == signal.SIGKILL:
             killed += 1
