@@ -18,6 +18,7 @@ from .errors import DvdquantError, OutputError, ResourceError
 __all__ = [
     "FileEntry",
     "disk_error",
+    "hash_descriptor",
     "hash_file",
     "open_regular",
     "read_limited",
@@ -106,13 +107,26 @@ def read_limited(path: Path, limit: int) -> bytes:
     return raw
 
 
+# What helps against a failed write, besides picking another place.
+_FIXES = {
+    errno.EIO: "the disk or its connection is faulty: check it (the kernel's log says more), then retry",
+    errno.EROFS: "the file system is read-only: pick a place on another one, or mount it for writing",
+    errno.EMFILE: "too few files may be open in this process: raise the limit (ulimit -n), then retry",
+    errno.ENFILE: "too many files are open on this machine: end other programs, then retry",
+    errno.ENAMETOOLONG: "pick a shorter path",
+    errno.ELOOP: "a symbolic link is in the place of a file or folder: delete it, or pick another place",
+    errno.ENOMEM: "free memory, then retry",
+}
+
+
 def disk_error(error: OSError, path: Path | str) -> DvdquantError:
     """The error for a failed write at ``path``: ResourceError when the disk or a quota is full, else OutputError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ResourceError(
             f"no room left while writing {path}: {error.strerror}", fix="free disk space or write elsewhere, then retry"
         )
-    return OutputError(f"cannot write {path}: {error.strerror or error}", fix="pick a place you may write to")
+    fix = _FIXES.get(error.errno or 0, "pick a place you may write to")
+    return OutputError(f"cannot write {path}: {error.strerror or error}", fix=fix)
 
 
 def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
@@ -128,26 +142,37 @@ def hash_file(path: str | Path, progress: Callable[[int], None] | None = None) -
 
     OutputError if the file cannot be read.
     """
-    digest, total, block = hashlib.sha256(), 0, memoryview(bytearray(1 << 22))
     try:
         fd, _ = open_regular(Path(path))
-        with os.fdopen(fd, "rb", buffering=0) as file:
-            while count := file.readinto(block):
-                digest.update(block[:count])
-                total += count
-                if progress is not None:
-                    progress(count)
+        try:
+            return hash_descriptor(fd, progress)
+        finally:
+            os.close(fd)
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read: {error}") from error
+
+
+def hash_descriptor(fd: int, progress: Callable[[int], None] | None = None) -> FileEntry:
+    """SHA-256 and size of an open file from its position on; as :func:`hash_file`, with OSError."""
+    digest, total, block = hashlib.sha256(), 0, memoryview(bytearray(1 << 22))
+    with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            total += count
+            if progress is not None:
+                progress(count)
     return {"sha256": digest.hexdigest(), "bytes": total}
 
 
 def require_disk(path: str | Path, nbytes: int, what: str) -> None:
     """ResourceError, with need and free space, unless ``nbytes`` fit on the file system ``path`` is or will be on."""
-    place = Path(path).absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    info = os.statvfs(place)
+    try:
+        place = Path(path).absolute()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        info = os.statvfs(place)
+    except OSError as error:
+        raise disk_error(error, path) from error
     free = info.f_bavail * info.f_frsize
     if nbytes > free:
         raise ResourceError(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import (
     AfterValidator,
@@ -24,14 +24,16 @@ from pydantic import (
     ValidationError,
     with_config,
 )
-from typing_extensions import NotRequired, TypedDict  # typing's own from Python 3.12 on
+from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from . import __version__
 from .errors import OutputError, RecipeError, ResourceError
 from .files import FileEntry, hash_file, open_regular, read_limited, strict_json
+from .folder import Folder
 from .memory import memory_limit
 from .recipe import Recipe
 from .records import brief, first_problem
+from .text import shown
 
 __all__ = [
     "FORMAT_VERSION",
@@ -53,6 +55,7 @@ __all__ = [
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 << 20
+_SHOWN_PATH = 400  # characters
 _RESERVED = re.compile(r"\.(tmp-.*|lock|commit)|manifest\.json")
 # An export holds some tens of files and some hundreds of layers, together some thousand values. What reads one must not
 # take minutes and gigabytes over a hostile one: this many values cost about two seconds and 300 MB.
@@ -341,36 +344,42 @@ def check_relpath(path: str) -> str:
 
 
 def load_manifest(out: str | Path) -> Manifest:
-    """The manifest of an export folder; first completes a commit that was killed half-way.
+    """The manifest of an export folder. Nothing is written, whatever an interrupted export left there: the folder may come
+    from a stranger, and only an export into it puts it in order.
 
     Raises:
-        OutputError: no folder, no manifest (then it is no export), or one that is out of form, naming the field.
+        OutputError: no folder, no manifest (then it is no export, or an unfinished one: says how to finish it), or one that
+            is a link or out of form, naming the field.
     """
-    folder = Path(out)
-    path = folder / MANIFEST
-    if not path.is_file() and (folder / ".commit").exists():
-        from .transaction import recover  # it imports this module
-
-        recover(folder)
+    name = shown(out, _SHOWN_PATH)
     try:
-        raw = read_limited(path, MAX_MANIFEST)
-    except FileNotFoundError:
-        from .unfinished import unfinished_export  # likewise
+        with Folder.open(Path(out), follow=True) as folder:
+            raw = folder.read(MANIFEST, MAX_MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        from .unfinished import unfinished_export  # it imports this module
 
-        raise unfinished_export(folder) or OutputError(
-            f"{folder} is not a dvdquant export: it has no {MANIFEST}",
-            available=_listing(folder),
+        raise unfinished_export(Path(out)) or OutputError(
+            f"{name} is not a dvdquant export: it has no {MANIFEST}",
+            available=_listing(Path(out)),
             fix="give the folder that dvdq-export wrote, or run dvdq-export first",
         ) from None
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise OutputError(f"{name}/{MANIFEST} cannot be read: {error.strerror}", fix="give a folder to read") from error
+    except ValueError as error:
+        raise OutputError(f"{name}/{MANIFEST} cannot be read: {error}", fix="give a folder of dvdq-export") from error
     return Manifest.from_json(raw)
 
 
 def _listing(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder} is a file" if folder.exists() else f"{folder} does not exist"
-    names = sorted(entry.name for entry in folder.iterdir())
+    name = shown(folder, _SHOWN_PATH)
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return f"{name} does not exist"
+    except NotADirectoryError:
+        return f"{name} is a file"
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be listed: {error}"
     return ", ".join(names[:8]) or "an empty folder"
 
 

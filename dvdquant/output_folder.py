@@ -8,26 +8,52 @@ from pathlib import Path
 
 from .commit import COMMIT, LOCK, STAGE
 from .errors import OutputError
-from .files import disk_error, read_limited
+from .files import disk_error
+from .folder import Folder
 from .manifest import MANIFEST, MAX_MANIFEST, Manifest
+from .text import shown
 
-__all__ = ["check_output", "previous_export", "real_path"]
+__all__ = ["check_output", "check_path", "previous_export", "real_path"]
 
 # What file systems and desktops put into an otherwise empty folder.
 _FOREIGN = {"lost+found", ".DS_Store"}
+# Bytes of a path that Linux takes, and what is left for the folders and files that an export makes below its own.
+_PATH_MAX, _BELOW = 4096, 512
 
 
 def real_path(out: str | Path) -> Path:
     """``out`` without links and ``~``; OutputError for what is no path."""
     try:
         return Path(os.path.realpath(Path(out).expanduser()))
-    except (ValueError, RuntimeError) as error:
+    except FileNotFoundError as error:
+        raise OutputError(
+            f"{shown(out)} is relative, and the working directory was deleted", fix="change to a folder that exists"
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
         raise OutputError(f"{str(out)!r:.200} is no usable path: {error}", fix="pick another -o") from error
+
+
+def check_path(folder: Path) -> None:
+    """OutputError for a resolved path that an export would fail at later: too long, or not to be written as text."""
+    try:
+        length = len(str(folder).encode())
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"{shown(folder)} holds bytes that are not UTF-8: the libraries that write graphs and engines take no such path",
+            fix="pick another -o, or rename that folder",
+        ) from error
+    if length > _PATH_MAX - _BELOW:
+        raise OutputError(
+            f"the path {shown(folder, 60)} has {length} bytes",
+            available=f"at most {_PATH_MAX - _BELOW}, which leaves room for the files below it",
+            fix="pick a shorter -o",
+        )
 
 
 def check_output(out: str | Path) -> None:
     """OutputError where an export into ``out`` would be refused; nothing is made, so that a dry run can ask too."""
     folder = real_path(out)
+    check_path(folder)
     try:
         there = _deepest(folder)
         # /proc and its like let root write by their permissions and hold no files: they have no blocks.
@@ -35,7 +61,8 @@ def check_output(out: str | Path) -> None:
             raise OutputError(f"cannot write {folder}: {there} takes no files", fix="pick an -o you may write to")
         # What a killed commit left is put in order by the next export.
         if there == folder and not os.path.lexists(folder / COMMIT):
-            previous_export(folder)
+            with Folder.open(folder) as opened:
+                previous_export(opened)
     except OSError as error:
         raise disk_error(error, error.filename or folder) from error
 
@@ -57,22 +84,22 @@ def _deepest(folder: Path) -> Path:
     return there
 
 
-def previous_export(out: Path) -> Manifest | None:
+def previous_export(out: Folder) -> Manifest | None:
     """The manifest of the export in ``out``, None for an empty folder; OutputError for anything else."""
-    names = {entry.name for entry in out.iterdir()} - _FOREIGN - {LOCK}
+    names = set(out.names()) - _FOREIGN - {LOCK}
     names = {name for name in names if not STAGE.fullmatch(name)}
     if MANIFEST in names:
         try:
-            return Manifest.from_json(read_limited(out / MANIFEST, MAX_MANIFEST))
+            return Manifest.from_json(out.read(MANIFEST, MAX_MANIFEST))
         except (ValueError, OutputError) as error:
             reason = error.what if isinstance(error, OutputError) else str(error)
             raise OutputError(
-                f"{out} holds a {MANIFEST} that is not a valid one of dvdquant: {reason}",
+                f"{out.path} holds a {MANIFEST} that is not a valid one of dvdquant: {reason}",
                 fix="pick another -o, or empty the folder",
             ) from error
     if names:
         raise OutputError(
-            f"{out} is not empty and not a dvdquant export",
+            f"{out.path} is not empty and not a dvdquant export",
             available=sorted(names)[:8],
             fix="pick another -o or empty it",
         )

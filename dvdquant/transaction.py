@@ -6,19 +6,22 @@ in place (see :mod:`dvdquant.commit`). The layout a reader sees is ``OUT/manifes
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import secrets
 import socket
+import stat
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from pydantic import StrictInt, StrictStr, TypeAdapter
 
 from .commit import (
     COMMIT,
@@ -27,43 +30,77 @@ from .commit import (
     TREE,
     FolderLock,
     install,
+    is_trusted,
     recover,
     recover_locked,
-    remove_tree,
+    remove_stage,
     sweep,
-    sync_path,
-    walk_files,
-    write_durable,
 )
-from .errors import OutputError
-from .files import FileEntry, disk_error, hash_file, read_limited, require_disk, strict_json
+from .errors import DvdquantError, OutputError, ResourceError
+from .files import FileEntry, disk_error, hash_descriptor, require_disk, strict_json
+from .folder import Folder
 from .manifest import MANIFEST, MAX_MANIFEST, Manifest, check_relpath
-from .output_folder import previous_export, real_path
+from .output_folder import check_path, previous_export, real_path
 from .unfinished import differences
 
 __all__ = ["ExportTransaction", "Journal", "recover", "require_disk"]
 
 JOURNAL = "journal.jsonl"
-MAX_JOURNAL = 1 << 30
+MAX_JOURNAL = 64 << 20
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a journal: the step that is finished (None for only naming files), its data, and its files."""
+
+    step: StrictStr | None
+    data: Any
+    files: list[StrictStr]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """``owner.json`` of a stage: the process that made it, and the key of its work."""
+
+    pid: StrictInt
+    host: StrictStr
+    started: StrictStr
+    key: dict[StrictStr, Any]
+
+
+_LINE, _OWNER = TypeAdapter(Line), TypeAdapter(Owner)
 
 
 class Journal:
     """An append-only list of finished steps, each line on disk before ``add`` returns.
 
-    A line torn by a kill or a power cut ends the journal: it and what follows are dropped.
+    A line torn by a kill or a power cut ends the journal: it and what follows are dropped, and so is a line whose data
+    are not what the exporter writes.
+
+    Args:
+        stage: the folder it lies in. name: its name there.
+        accept: says whether the data of a step can be gone on from; they come from a file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, stage: Folder, name: str = JOURNAL, accept: Callable[[str, Any], bool] = lambda step, data: True
+    ) -> None:
         self.done: dict[str, Any] = {}
         self.files: set[str] = set()
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._accept = accept
+        raw = b""
+        if stage.has(name):
+            raw = _read_journal(stage, name)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        self._fd = os.open(name, flags, 0o644, dir_fd=stage.fd)
         try:
             self._end = 0
-            for line in read_limited(path, MAX_JOURNAL).splitlines(keepends=True):
+            for line in raw.splitlines(keepends=True):
                 if not self._load(line):
-                    logger.warning("%s: dropped what follows byte %d, a line that was not completed", path, self._end)
+                    place = stage.path / name
+                    logger.warning("%s: dropped what follows byte %d, a line that is not whole", place, self._end)
                     break
                 self._end += len(line)
             os.ftruncate(self._fd, self._end)
@@ -72,13 +109,17 @@ class Journal:
             raise
 
     def _load(self, line: bytes) -> bool:
-        try:
-            entry: Any = strict_json(line) if line.endswith(b"\n") else None
-            files = {check_relpath(name) for name in entry["files"]}
-            if entry["step"] is not None:
-                self.done[str(entry["step"])] = entry["data"]
-        except (ValueError, TypeError, KeyError, OutputError):
+        if not line.endswith(b"\n"):
             return False
+        try:
+            entry = _LINE.validate_python(strict_json(line))
+            files = {check_relpath(name) for name in entry.files}
+        except (ValueError, OutputError):
+            return False
+        if entry.step is not None:
+            if not self._accept(entry.step, entry.data):
+                return False
+            self.done[entry.step] = entry.data
         self.files |= files
         return True
 
@@ -92,16 +133,31 @@ class Journal:
                 written += os.pwrite(self._fd, line[written:], self._end + written)
             os.fdatasync(self._fd)
         except OSError:
-            os.ftruncate(self._fd, self._end)  # a full disk may have taken half a line
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk may have taken half a line; half of it ends the journal, too
+                os.ftruncate(self._fd, self._end)
             raise
         self._end += len(line)
-        self._load(line)
+        if step is not None:
+            self.done[step] = json.loads(line)["data"]
+        self.files |= set(entry["files"])
 
     def close(self) -> None:
         """Close the file."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            with contextlib.suppress(OSError):  # every line was synced, or its failure was raised
+                os.close(fd)
+
+
+def _read_journal(stage: Folder, name: str) -> bytes:
+    """Its content; ValueError for what cannot be a journal of this stage, or is another file as well."""
+    raw = stage.read(name, MAX_JOURNAL)
+    info = stage.info(name)
+    if info is None or info.st_nlink != 1:
+        raise ValueError(f"{name} has several names")
+    return raw
 
 
 class ExportTransaction:
@@ -116,6 +172,7 @@ class ExportTransaction:
         key: what the result depends on (checkpoint fingerprint, recipe, options), plain JSON values.
         resume: adopt the work of an interrupted run with the same key.
         keep_for_resume: keep finished work on failure; may be set later as an attribute.
+        accept: says of a step and its data, read from the journal of interrupted work, whether they are in form.
 
     Attributes:
         previous: the manifest of the export being replaced. complete: whether that has the same key, so that there is
@@ -124,7 +181,8 @@ class ExportTransaction:
 
     Raises:
         OutputError: ``out`` is a file, holds something else, is in use (naming the pid) or cannot be written;
-            ``resume`` finds work of another key. ResourceError: the disk is full.
+            ``resume`` finds work of another key. ResourceError: the disk is full. An OSError in the block, whatever
+            it came from, leaves it as one of these two.
     """
 
     def __init__(
@@ -134,8 +192,10 @@ class ExportTransaction:
         key: Mapping[str, Any] | None = None,
         resume: bool = False,
         keep_for_resume: bool = False,
+        accept: Callable[[str, Any], bool] = lambda step, data: True,
     ) -> None:
         self.out = real_path(out)
+        check_path(self.out)
         text = json.dumps(dict(key or {}), sort_keys=True, allow_nan=False)
         self.key: dict[str, Any] = json.loads(text)
         self.export_key = hashlib.sha256(text.encode()).hexdigest()
@@ -145,23 +205,27 @@ class ExportTransaction:
         self.kept: Path | None = None
         self._made: list[Path] = []
         self._lock: FolderLock | None = None
-        self._stage: Path | None = None
+        self._stage: Folder | None = None
         self._journal: Journal | None = None
+        self._accept = accept
 
     def __enter__(self) -> ExportTransaction:
         try:
             self._lock = self._open_folder()
-            self.recovered = recover_locked(self.out)
-            self.previous = previous_export(self.out)
+            folder = self._lock.folder
+            self.recovered = recover_locked(folder)
+            self.previous = previous_export(folder)
             self.complete = bool(self.key) and self.previous is not None and self.previous.export_key == self.export_key
-            adopted = self._find_work() if self.resume and not self.complete else None
-            sweep(self.out, keep=adopted)
+            adopted = self._find_work(folder) if self.resume and not self.complete else None
+            sweep(folder, keep=adopted)
             if adopted:
-                self._journal = Journal(adopted / JOURNAL)
-                _drop_unclaimed(adopted / TREE, self._journal.files)
+                self._stage = folder.child(adopted)
+                self._journal = Journal(self._stage, accept=self._accept)
+                _drop_unclaimed(self._stage, self._journal.files, folder)
                 self.resumed = self.keep_for_resume = True
-            self._stage = adopted or self._new_stage()
-            self._journal = self._journal or Journal(self._stage / JOURNAL)
+            else:
+                self._stage = self._new_stage(folder)
+                self._journal = Journal(self._stage)
         except BaseException as error:
             self._abort()
             if isinstance(error, OSError):
@@ -171,8 +235,17 @@ class ExportTransaction:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._abort()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise disk_error(error, error.filename or self.out) from error
+        # A pipe that nobody reads any more is the terminal's, and no fault of the folder.
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> DvdquantError:
+        """What to say of an OSError of the work: it may be of a file elsewhere, or of no file."""
+        place = error.filename if isinstance(error.filename, str) else os.fsdecode(error.filename or b"")
+        said = disk_error(error, place or self.out)
+        if isinstance(said, ResourceError) or Path(place or self.out).is_relative_to(self.out):
+            return said
+        return OutputError(f"the export into {self.out} failed at {place}: {error.strerror}", fix=said.fix)
 
     def _open_folder(self) -> FolderLock:
         attempts = 100
@@ -186,33 +259,45 @@ class ExportTransaction:
                 if not (attempts := attempts - 1):
                     raise
 
-    def _new_stage(self) -> Path:
-        stage = self.out / f".tmp-{secrets.token_hex(8)}"
-        (stage / TREE).mkdir(parents=True)
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": datetime.now(UTC).isoformat()}
-        write_durable(stage / OWNER, json.dumps({**owner, "key": self.key}).encode())
-        sync_path(stage)
-        sync_path(self.out)
+    def _new_stage(self, folder: Folder) -> Folder:
+        """A new stage, which nobody else may enter: what is written into it later goes by its path."""
+        name = f".tmp-{secrets.token_hex(8)}"
+        folder.make(name, 0o700)
+        stage = folder.child(name)
+        try:
+            stage.make(TREE)
+            owner = Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(), self.key)
+            stage.write(OWNER, json.dumps(vars(owner)).encode())
+            stage.sync()
+            folder.sync()
+        except BaseException:
+            stage.close()
+            with contextlib.suppress(OSError):
+                remove_stage(folder, name)
+            raise
         return stage
 
-    def _find_work(self) -> Path | None:
+    def _find_work(self, folder: Folder) -> str | None:
         """The newest work with our key and anything finished; OutputError if there is only such work of another key."""
-        keys: dict[Path, Any] = {}
-        for stage in self.out.iterdir():
-            if STAGE.fullmatch(stage.name) and (stage / TREE).is_dir() and not (stage / TREE).is_symlink():
+        found: list[tuple[int, str, dict[str, Any]]] = []
+        for name in folder.names():
+            if STAGE.fullmatch(name) and folder.has_folder(name):
                 try:
-                    if (stage / JOURNAL).stat().st_size:
-                        keys[stage] = strict_json(read_limited(stage / OWNER, MAX_MANIFEST))["key"]
-                except (OSError, ValueError, TypeError, KeyError):
-                    continue  # killed while it was made or being deleted
-        newest = sorted(keys, key=lambda stage: stage.stat().st_mtime_ns, reverse=True)
-        for stage in newest:
-            if keys[stage] == self.key:
-                return stage
-        if newest:
+                    with folder.child(name) as stage:
+                        if _is_work(stage, folder):
+                            owner = _OWNER.validate_python(strict_json(stage.read(OWNER, MAX_MANIFEST)))
+                            found.append((stage.own().st_mtime_ns, name, owner.key))
+                except (OSError, ValueError) as error:
+                    # Killed while it was made or being deleted; or of somebody else, or made to look like work.
+                    logger.info("%s is no work to go on with: %s", folder.path / name, error)
+        found.sort(key=lambda work: work[0], reverse=True)
+        for _, name, key in found:
+            if key == self.key:
+                return name
+        if found:
             raise OutputError(
                 f"--resume: the interrupted export in {self.out} was another one",
-                available=differences(keys[newest[0]], self.key),
+                available=differences(found[0][2], self.key),
                 fix="use the same model and options, or leave out --resume to start again",
             )
         return None
@@ -222,17 +307,12 @@ class ExportTransaction:
         finished = self._journal is not None and bool(self._journal.done)
         if self._journal is not None:
             self._journal.close()
-        stage = self._stage
         try:
-            if stage is not None and stage.exists() and not os.path.lexists(self.out / COMMIT):
-                if finished and self.keep_for_resume and not self.committed:
-                    self.kept = stage
-                    logger.warning("finished work is kept in %s: run again with --resume to go on from it", stage)
-                else:
-                    remove_tree(stage)
-        except OSError as error:
-            logger.warning("%s could not be removed (%s); the next export into %s does it", stage, error, self.out)
+            if self._stage is not None and self._lock is not None:
+                self._leave_stage(self._stage, self._lock.folder, finished)
         finally:
+            if self._stage is not None:
+                self._stage.close()
             if self._lock is not None:
                 self._lock.release()
         if not self.committed:
@@ -242,6 +322,19 @@ class ExportTransaction:
                 except OSError:
                     break  # not empty: work kept for --resume, or somebody else's files
 
+    def _leave_stage(self, stage: Folder, folder: Folder, finished: bool) -> None:
+        place, name = self.out / stage.path.name, stage.path.name
+        try:
+            if not folder.has_folder(name) or folder.has(COMMIT):
+                return
+            if finished and self.keep_for_resume and not self.committed:
+                self.kept = place
+                logger.warning("finished work is kept in %s: run again with --resume to go on from it", place)
+            else:
+                remove_stage(folder, name)
+        except OSError as error:
+            logger.warning("%s could not be removed (%s); the next export into %s does it", place, error, self.out)
+
     # -------------------------------------------------------------------------------------------------- the work
 
     @property
@@ -249,7 +342,7 @@ class ExportTransaction:
         """The folder that becomes the export; write only into it."""
         if self._stage is None:
             raise RuntimeError("the transaction has not been entered")
-        return self._stage / TREE
+        return self._stage.path / TREE
 
     def path(self, relative: str, *, resumable: bool = False) -> Path:
         """The place of a file of the export, its parent folders made.
@@ -259,12 +352,26 @@ class ExportTransaction:
         """
         path = self.tree / check_relpath(relative)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._check_place()
+            assert self._stage is not None
+            self._stage.reach([TREE, *relative.split("/")[:-1]], make=True).close()
             if resumable and self._journal is not None and relative not in self._journal.files:
                 self._journal.add(None, None, [relative])
         except OSError as error:
-            raise disk_error(error, path) from error
+            raise disk_error(error, error.filename or path) from error
         return path
+
+    def _check_place(self) -> None:
+        """OutputError if the path of the output folder leads to another one by now: what is written goes by that path."""
+        assert self._stage is not None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            there, own = os.lstat(self._stage.path), self._stage.own()
+            if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+                return
+        raise OutputError(
+            f"{self.out} was moved, replaced or deleted while the export was written",
+            fix="export again into another -o",
+        )
 
     def done(self, step: str, data: Any = None, files: Iterable[str] = ()) -> None:
         """Record that ``step`` is finished, with JSON ``data`` to find again; ``files`` of it are fsynced first."""
@@ -273,10 +380,19 @@ class ExportTransaction:
         names = [check_relpath(name) for name in files]
         try:
             for name in names:
-                sync_path(self.tree / name)
+                self._sync_file(name)
             self._journal.add(step, data, names)
         except OSError as error:
-            raise disk_error(error, self.tree) from error
+            raise disk_error(error, error.filename or self.tree) from error
+
+    def _sync_file(self, name: str) -> None:
+        assert self._stage is not None
+        *parents, last = name.split("/")
+        try:
+            with self._stage.reach([TREE, *parents]) as folder:
+                folder.sync_file(last)
+        except ValueError as error:
+            raise OutputError(f"{self.tree / name} cannot be part of an export: {error}") from error
 
     def is_done(self, step: str) -> bool:
         """Whether ``step`` was finished, in this run or in the one resumed."""
@@ -308,18 +424,23 @@ class ExportTransaction:
         Raises:
             OutputError, ResourceError: the export before this one is still in place, or the next run completes this.
         """
-        tree, stage = self.tree, self._stage
-        if self.committed or stage is None or self._lock is None:
+        stage, lock = self._stage, self._lock
+        if self.committed or stage is None or lock is None:
             raise RuntimeError("the transaction is over")
         try:
-            (tree / MANIFEST).unlink(missing_ok=True)
-            files = _hash_tree(tree, known or {}, progress)
-            final = replace(manifest, files=files, export_key=self.export_key)
-            write_durable(tree / MANIFEST, final.to_json().encode())
-            for folder, _, _ in os.walk(tree, topdown=False):
-                sync_path(Path(folder))
-            sync_path(stage)
-            self._lock = install(self.out, stage, files, self.previous, self._lock)
+            self._check_place()
+            with stage.child(TREE) as tree:
+                tree.unlink(MANIFEST)
+                files = _hash_tree(tree, known or {}, progress)
+                final = replace(manifest, files=files, export_key=self.export_key)
+                tree.write(MANIFEST, final.to_json().encode())
+                for entry in list(tree.walk()):
+                    if entry.is_folder:
+                        with tree.reach(entry.path.split("/")) as folder:
+                            folder.sync()
+                tree.sync()
+            stage.sync()
+            self._lock = install(lock, stage, files, self.previous)
         except OSError as error:
             if os.path.lexists(self.out / COMMIT):
                 raise OutputError(
@@ -345,21 +466,63 @@ def _make_folder(folder: Path) -> bool:
 
 
 def _hash_tree(
-    tree: Path, known: Mapping[str, FileEntry], progress: Callable[[int], None] | None
+    tree: Folder, known: Mapping[str, FileEntry], progress: Callable[[int], None] | None
 ) -> dict[str, FileEntry]:
+    """Make every file readable and durable, and return its hash and size, of the same descriptor."""
     files: dict[str, FileEntry] = {}
-    for name in sorted(walk_files(tree)):
-        path = tree / check_relpath(name)
-        if path.is_symlink() or not path.is_file():
-            raise OutputError(f"{path} is not a regular file and cannot be part of an export")
-        os.chmod(path, 0o644)
-        sync_path(path)
-        entry = known.get(name)
-        files[name] = entry if entry and entry["bytes"] == path.stat().st_size else hash_file(path, progress)
+    for item in sorted(tree.walk(), key=lambda item: item.path):
+        if item.is_folder:
+            continue
+        *parents, last = check_relpath(item.path).split("/")
+        with tree.reach(parents) as folder:
+            try:
+                fd = folder.open_file(last)
+            except ValueError as error:
+                raise OutputError(f"{tree.path / item.path} cannot be part of an export: {error}") from error
+            try:
+                info = os.fstat(fd)
+                if stat.S_IMODE(info.st_mode) != 0o644 and info.st_nlink == 1:
+                    os.fchmod(fd, 0o644)
+                os.fsync(fd)
+                entry = known.get(item.path)
+                fits = entry is not None and entry["bytes"] == info.st_size
+                files[item.path] = entry if entry is not None and fits else hash_descriptor(fd, progress)
+            except OSError as error:
+                error.filename = str(tree.path / item.path)
+                raise
+            finally:
+                os.close(fd)
     return files
 
 
-def _drop_unclaimed(tree: Path, claimed: set[str]) -> None:
-    for name in list(walk_files(tree)):
-        if name not in claimed:
-            (tree / name).unlink()
+def _is_work(stage: Folder, out: Folder) -> bool:
+    """Whether an interrupted export of a trusted user left anything finished there."""
+    journal = stage.info(JOURNAL)
+    if journal is None or not journal.st_size or not stage.has_folder(TREE) or not is_trusted(stage.own(), out):
+        return False
+    _read_journal(stage, JOURNAL)
+    with stage.child(TREE) as tree:
+        for _ in tree.walk():  # no deeper than an export is
+            pass
+    return True
+
+
+def _drop_unclaimed(stage: Folder, claimed: set[str], out: Folder) -> None:
+    """Delete from adopted work what no finished step names, and whatever is no file of its own: writing to a link, or to
+    the second name of a file, would write elsewhere."""
+    os.fchmod(stage.fd, 0o700)
+    for name in stage.names():
+        info = stage.info(name)
+        if info is not None and name != TREE and not _is_own_file(info, out):
+            stage.remove(name)
+    with stage.child(TREE) as tree:
+        for entry in list(tree.walk()):
+            if entry.is_folder or (entry.path in claimed and _is_own_file(entry.info, out)):
+                continue
+            *parents, last = entry.path.split("/")
+            with tree.reach(parents) as folder:
+                folder.unlink(last)
+
+
+def _is_own_file(info: os.stat_result, out: Folder) -> bool:
+    return stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and is_trusted(info, out)

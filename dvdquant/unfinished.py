@@ -4,43 +4,58 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
-from .commit import LOCK, STAGE
+from .commit import COMMIT, LOCK, STAGE
 from .errors import OutputError
+from .folder import Folder
 
 __all__ = ["differences", "unfinished_export"]
 
 _SHORT = 40  # characters of a value that is shown
 
 
-def unfinished_export(folder: Path) -> OutputError | None:
-    """The error for a folder that holds the work of an export and no export yet; None for any other."""
+def unfinished_export(out: Path) -> OutputError | None:
+    """The error for a folder that holds the work of an export and no export yet; None for any other.
+
+    Only looks: no file is made or changed, and no lock is kept.
+    """
     try:
-        stages = sorted(entry.name for entry in folder.iterdir() if STAGE.fullmatch(entry.name) and entry.is_dir())
-    except OSError:
+        with Folder.open(out, follow=True) as folder:
+            stages = [name for name in folder.names() if STAGE.fullmatch(name) and folder.has_folder(name)]
+            decided, running = folder.has(COMMIT), _is_locked(folder)
+    except (OSError, ValueError):
         return None
-    if not stages:
-        return None
-    if _is_locked(folder):
+    again = f"dvdq-export MODEL -o {shlex.quote(str(out))} ... --resume"
+    if running and (stages or decided):
         return OutputError(
-            f"the export into {folder} is still running", available=stages, fix="wait until dvdq-export has ended"
+            f"the export into {out} is still running", available=stages, fix="wait until dvdq-export has ended"
         )
-    return OutputError(
-        f"the export into {folder} was interrupted, there is no manifest.json yet",
-        available=f"its unfinished work in {', '.join(stages)}",
-        fix=f"go on with it by the same line and --resume: dvdq-export MODEL -o {folder} ... --resume",
-    )
+    if decided:
+        return OutputError(
+            f"the export into {out} was interrupted while it was put in place, there is no manifest.json yet",
+            available=f"{COMMIT}, which says what is to be moved, and {', '.join(stages) or 'nothing to move'}",
+            fix=f"complete it by the same line and --resume: {again}; any other dvdq-export into it completes it first, too",
+        )
+    if stages:
+        return OutputError(
+            f"the export into {out} was interrupted, there is no manifest.json yet",
+            available=f"its unfinished work in {', '.join(stages)}",
+            fix=f"go on with it by the same line and --resume: {again}",
+        )
+    return None
 
 
-def _is_locked(folder: Path) -> bool:
+def _is_locked(folder: Folder) -> bool:
     """Whether a process writes there. A killed one leaves its lock file, and no lock."""
     try:
-        fd = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
+        fd = folder.open_file(LOCK)
+    except (OSError, ValueError):
         return False
     try:
+        # Shared and for an instant: an export that begins just then waits for it.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from dvdquant.errors import EngineError
 from dvdquant.families import Sizes
-from dvdquant.manifest import EngineEntry
+from dvdquant.manifest import EngineEntry, hash_file
 from dvdquant.model import ModelPlan
 from dvdquant.progress import Progress
 
@@ -28,7 +31,7 @@ from .passes.lower_store import TensorStore
 from .passes.plugin_inputs import plugin_inputs
 from .realize import EnginePlan
 
-__all__ = ["EngineStage", "engine_path", "find_current"]
+__all__ = ["BuildSettings", "EngineStage", "build_settings", "engine_path", "find_current"]
 
 
 def engine_path(component: str, engine: EnginePlan) -> str:
@@ -136,17 +139,81 @@ class EngineStage:
         )
 
 
-def find_current(
-    engine: EnginePlan, component: str, entries: Sequence[EngineEntry], onnx_sha256: str, version: str
-) -> EngineEntry | None:
-    """The entry of an engine that need not be rebuilt: same graph, same realization, same SMs, same builder."""
-    for entry in entries:
-        same = (
-            entry["path"] == engine_path(component, engine)
-            and entry["onnx_sha256"] == onnx_sha256
-            and entry["realization"] == engine.realization
-            and entry["versions"].get(engine.backend) == version
+@dataclass(frozen=True)
+class BuildSettings:
+    """All that an engine of a given path depends on: an engine that was built with other ones is built again.
+
+    Args:
+        onnx_sha256: of the QuantLinear graph it was lowered from; the weights behind it are the same in one export.
+        realization, backend: as in the plan.
+        version: of the builder. An engine loads in the release that built it only.
+        optimization_level, workspace_gib: as given to the builder, None for its own defaults.
+        plugins: SHA-256 of the plugin libraries that the builder loaded, in their order.
+    """
+
+    onnx_sha256: str
+    realization: str
+    backend: str
+    version: str
+    optimization_level: int | None
+    workspace_gib: float | None
+    plugins: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Short and the same for the same settings, for the name of a step."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def recorded(self) -> dict[str, Any]:
+        """What an engine's entry in the manifest holds of them besides its own fields."""
+        return {
+            "optimization_level": self.optimization_level,
+            "workspace_gib": self.workspace_gib,
+            "plugins": list(self.plugins),
+        }
+
+    def made(self, entry: Mapping[str, Any]) -> bool:
+        """Whether the engine of this manifest entry was built with these settings.
+
+        Exports of before these fields count as built with the builder's defaults, and with the same plugin libraries: a
+        library that does not fit an engine is found out when the engine is loaded.
+        """
+        return (
+            entry["onnx_sha256"] == self.onnx_sha256
+            and entry["realization"] == self.realization
+            and entry["versions"].get(self.backend) == self.version
+            and entry.get("optimization_level") == self.optimization_level
+            and entry.get("workspace_gib") == self.workspace_gib
+            and entry.get("plugins", list(self.plugins)) == list(self.plugins)
         )
-        if same:
-            return entry
-    return None
+
+
+def build_settings(
+    engine: EnginePlan, component: str, options: ExportOptions, hashes: Mapping[str, str], version: str
+) -> BuildSettings:
+    """The settings ``options`` ask for.
+
+    Args:
+        hashes: SHA-256 of each graph, by relative path. version: of the engine's builder.
+
+    Raises:
+        OutputError: a plugin library cannot be read.
+    """
+    plugins = options.plugins if engine.backend == "tensorrt" else ()
+    return BuildSettings(
+        hashes[graph_path(component, engine.act_bits, "tensorrt")],
+        engine.realization,
+        engine.backend,
+        version,
+        options.optimization_level,
+        options.workspace_gib,
+        tuple(hash_file(plugin)["sha256"] for plugin in plugins),
+    )
+
+
+def find_current(
+    engine: EnginePlan, component: str, entries: Sequence[EngineEntry], settings: BuildSettings
+) -> EngineEntry | None:
+    """The entry of an engine that need not be rebuilt: at the same path, built with the same settings."""
+    path = engine_path(component, engine)
+    return next((entry for entry in entries if entry["path"] == path and settings.made(entry)), None)

@@ -12,8 +12,9 @@ from dvdquant.devices import resolve_device
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.families import Axis, Family, Sizes
 from dvdquant.recipe import Recipe
+from dvdquant.text import shown
 
-__all__ = ["DTYPES", "TARGETS", "ExportOptions", "recorded_model", "resolve_sizes"]
+__all__ = ["DTYPES", "TARGETS", "ExportOptions", "check_text", "recorded_model", "resolve_sizes"]
 
 TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
 MAX_WORKSPACE_GIB = 1024
@@ -107,8 +108,31 @@ class ExportOptions:
 
 def recorded_model(model: str) -> str:
     """A local folder as an absolute path, for an export to be used from anywhere; a hub id as it is."""
-    folder = os.path.abspath(os.path.expanduser(model))
+    try:
+        folder = os.path.abspath(os.path.expanduser(model))
+    except FileNotFoundError:  # relative, and the working directory was deleted: nothing local
+        return model
     return folder if os.path.isdir(folder) else model
+
+
+def check_text(options: ExportOptions) -> None:
+    """Refuse options whose bytes are not UTF-8: they would end in the manifest, in file names, or in the hands of libraries
+    that take text alone, after all the work.
+
+    Raises:
+        UnsupportedError: names the option.
+    """
+    texts = [("MODEL", recorded_model(options.model)), ("--subfolder", options.subfolder or "")]
+    texts += [("--revision", options.revision or ""), ("--timing-cache", str(options.timing_cache or ""))]
+    texts += [("--plugin", str(plugin)) for plugin in options.plugins]
+    texts += [("--keep or --force", glob) for glob in (*options.recipe.keep, *options.recipe.force)]
+    for name, text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UnsupportedError(
+                f"{name} is {shown(text)}, which holds bytes that are not UTF-8", fix="rename it, or use a copy or link"
+            ) from error
 
 
 def resolve_sizes(family: Family, options: ExportOptions) -> Sizes:

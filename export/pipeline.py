@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.metadata
 import json
@@ -40,13 +41,14 @@ from dvdquant.transaction import ExportTransaction, require_disk
 from .builders import load_backend
 from .card import model_card
 from .check_links import check_links
-from .engines import EngineStage, engine_path, find_current
+from .engines import BuildSettings, EngineStage, build_settings, engine_path, find_current
 from .estimate import Estimate, estimate_export, require_memory
-from .graphs import FLAVOURS, GraphWriter, graph_path
+from .graphs import FLAVOURS, GraphWriter
 from .onnx import trace_graph
-from .options import ExportOptions, recorded_model, resolve_sizes
+from .options import ExportOptions, check_text, recorded_model, resolve_sizes
 from .realize import EnginePlan, check_sms, plan_engines
 from .report import add_report
+from .steps import is_step
 from .verify import GraphCheck
 from .verify_export import verify_export
 from .verify_stored import StoredCheck, verify_stored
@@ -113,6 +115,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         DvdquantError: whatever would make the export fail later and can be known now.
     """
     check_sms(options.sms)
+    check_text(options)
     names = (
         [options.subfolder] if options.subfolder else Checkpoint.components(options.model, revision=options.revision)
     )
@@ -166,7 +169,9 @@ def run_export(plan: ExportPlan, progress: Progress) -> ExportResult:
     options = plan.options
     require_memory(plan.estimate, plan.plans, plan.engines)
     require_disk(options.out, plan.estimate.disk_bytes, "the export")
-    with ExportTransaction(options.out, key=plan.key, resume=options.resume, keep_for_resume=True) as transaction:
+    with ExportTransaction(
+        options.out, key=plan.key, resume=options.resume, keep_for_resume=True, accept=is_step
+    ) as transaction:
         run = _Run(plan, transaction, progress)
         if options.resume and not (transaction.resumed or transaction.complete):
             progress.say(f"nothing to resume in {options.out}, starting from the beginning")
@@ -212,7 +217,7 @@ class _Run:
     def adopt(self, previous: Manifest) -> bool:
         """Link the previous export's files into the new tree, but for damaged engines, which are then built again;
         False when a weight file or graph is damaged."""
-        out = self.plan.options.out
+        out = self.transaction.out
         weights, engines = ([n for n in previous.files if n.startswith(top)] for top in ("onnx/", "engines/"))
         total = sum(previous.files[name]["bytes"] for name in (*weights, *engines))
         good = list(weights)
@@ -242,11 +247,13 @@ class _Run:
         missing = []
         for component in self.plan.components:
             for engine in self.plan.engines:
-                graph = graph_path(component, engine.act_bits, "tensorrt")
-                version = self.plan.versions[engine.backend]
-                if find_current(engine, component, self.engines, self.known[graph]["sha256"], version) is None:
+                if find_current(engine, component, self.engines, self._settings(component, engine)) is None:
                     missing.append((component, engine))
         return missing
+
+    def _settings(self, component: str, engine: EnginePlan) -> BuildSettings:
+        hashes = {name: entry["sha256"] for name, entry in self.known.items()}
+        return build_settings(engine, component, self.plan.options, hashes, self.plan.versions[engine.backend])
 
     # ---------------------------------------------------------------------------------------------- weights, graphs
 
@@ -323,11 +330,13 @@ class _Run:
 
     def _build(self, stage: EngineStage, component: str, engine: EnginePlan) -> None:
         relative = engine_path(component, engine)
-        step = f"engine:{relative}:{engine.realization}"
+        settings = self._settings(component, engine)
+        step = f"engine:{relative}:{settings.digest}"
         if not self.transaction.is_done(step) or not (self.transaction.tree / relative).exists():
             (self.transaction.tree / relative).unlink(missing_ok=True)
             entry, report = stage.build(engine)
-            self.transaction.done(step, {"entry": entry, "report": report.to_json()}, [relative])
+            data = {"entry": {**entry, **settings.recorded()}, "report": report.to_json()}
+            self.transaction.done(step, data, [relative])
         data = self.transaction.data(step)
         self.engines = [e for e in self.engines if e["path"] != relative] + [data["entry"]]
         self.known.pop(relative, None)
@@ -421,14 +430,24 @@ class _Run:
     def commit(self, checks: list[GraphCheck]) -> Manifest:
         """Write config, card and report, hash, and put the export in place."""
         plan, tree = self.plan, self.transaction.tree
+        self._drop_other_engines()
         for component, checkpoint in zip(plan.components, plan.checkpoints):
             name = "config.json" if component == plan.components[0] else f"{component}.config.json"
-            (tree / name).write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n")
+            (tree / name).write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         manifest = self._manifest()
-        (tree / "README.md").write_text(model_card(manifest))
+        (tree / "README.md").write_text(model_card(manifest), encoding="utf-8")
         if plan.options.report:
             add_report(tree, manifest, self.known, checks, plan.options, plan.estimate.source_bytes, self.progress)
         return self.transaction.commit(manifest, self.known)
+
+    def _drop_other_engines(self) -> None:
+        """Delete the engines of an interrupted run that this one, which resumed it, was not asked for."""
+        tree, wanted = self.transaction.tree, {entry["path"] for entry in self.engines}
+        for path in sorted(tree.glob("engines/*/*")):
+            if path.relative_to(tree).as_posix() not in wanted:
+                path.unlink()
+                with contextlib.suppress(OSError):  # others are left there
+                    path.parent.rmdir()
 
     def _manifest(self) -> Manifest:
         plan, first, model = self.plan, self.plan.checkpoints[0], recorded_model(self.plan.options.model)
@@ -505,9 +524,14 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link where the file system has them, else a copy."""
+    """A hard link where the file system has them, else a copy; of a file with other names already, a copy, too: its mode and
+    bytes are not this export's alone."""
     target.unlink(missing_ok=True)
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        if source.stat().st_nlink == 1:
+            os.link(source, target)
+            return
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise  # a copy would fail as well
+    shutil.copy2(source, target)

@@ -1,6 +1,8 @@
 """A process that has imported and traced everything, and forks one export for every line it reads.
 
-Protocol, JSON lines: ``{"out": …, "recipe": …, "resume": bool}`` in; ``{"pid": …}`` and then ``{"status": …, "error": …}`` out.
+Protocol, JSON lines: ``{"out": …, "recipe": …, "resume": bool, "fault": …}`` in; ``{"pid": …}`` and then
+``{"status": …, "error": …, "failed": …}`` out. ``fault`` is None or [errno, number of the writing call that fails], and
+``failed`` the name of that call, None if the export made fewer. ``error`` ends with the traceback if it is no refusal.
 Tracing happens once, before the forks: a killed export then dies in the stages that write, not in an import.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from dvdquant.export import pipeline
 from dvdquant.export.options import ExportOptions
 from dvdquant.progress import Progress
 from dvdquant.recipe import get_recipe
+from tests.faults import WRITES, Faults
 
 
 def options(request: dict[str, Any]) -> ExportOptions:
@@ -36,13 +40,19 @@ def options(request: dict[str, Any]) -> ExportOptions:
 
 def export(request: dict[str, Any], plan: pipeline.ExportPlan, report: int) -> None:
     """One export in this (forked) process; never returns."""
-    error = None
+    error, code, faults, write = None, 0, None, os.write
+    if request.get("fault"):
+        number, at = request["fault"]
+        faults = Faults(number, at, WRITES)
+        faults.install()
     try:
         pipeline.run_export(plan, Progress("quiet"))
     except DvdquantError as problem:
-        error = f"{type(problem).__name__}: {problem}"
-    os.write(report, json.dumps(error).encode())
-    os._exit(2 if error else 0)
+        error, code = f"{type(problem).__name__}: {problem}", 2
+    except BaseException:  # noqa: BLE001
+        error, code = traceback.format_exc(), 1
+    write(report, json.dumps({"error": error, "failed": faults.failed if faults else None}).encode())
+    os._exit(code)
 
 
 def main() -> None:
@@ -65,10 +75,10 @@ def main() -> None:
             export(request, plan, writer)
         os.close(writer)
         print(json.dumps({"pid": pid}), flush=True)
-        error = os.read(reader, 1 << 16)
+        said = os.read(reader, 1 << 16)
         os.close(reader)
         _, status = os.waitpid(pid, 0)
-        print(json.dumps({"status": status, "error": json.loads(error) if error else None}), flush=True)
+        print(json.dumps({"status": status, **(json.loads(said) if said else {"error": None})}), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -143,6 +144,20 @@ def state(out: Path) -> dict[str, str] | None:
     return {name: listed["sha256"] for name, listed in data["files"].items()}
 
 
+def state_of(folder: Path) -> dict[str, tuple[Any, ...]]:
+    """Every path at or below ``folder`` (no link followed) with its inode, mode, time and content; whatever it is."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for place in (folder, *sorted(folder.rglob("*"))):
+        info = place.lstat()
+        content: Any = None
+        if stat.S_ISREG(info.st_mode):
+            content = place.read_bytes()
+        elif stat.S_ISLNK(info.st_mode):
+            content = os.readlink(place)
+        found[str(place.relative_to(folder))] = (info.st_ino, info.st_mode, info.st_mtime_ns, content)
+    return found
+
+
 def hashes(files: Mapping[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(body).hexdigest() for name, body in files.items()}
 
@@ -179,13 +194,19 @@ def at_operation(count: int, action: Callable[[], None], out: Path) -> None:
     """From now on, run ``action`` before the ``count``-th operation on names below or beside ``out``. For a child: an
     audit hook stays for good."""
     names = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod")
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
     left = count
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal left
-        within = event in names and str(out.parent) in str(args[0])
-        below = event in ("os.remove", "os.rmdir") and args[1] not in (-1, None)  # shutil.rmtree, by descriptors
-        if within or below or event == "ctypes.dlsym":
+        if event in names:
+            path = os.fspath(args[0]) if isinstance(args[0], str | os.PathLike) else None
+            # What is reached by the descriptor of its folder has a name alone.
+            within = path is None or not os.path.isabs(path) or str(out.parent) in path
+            counted = within and (event != "open" or (path is not None and bool(args[2] & writing)))
+        else:
+            counted = event == "ctypes.dlsym"
+        if counted:
             left -= 1
             if left == -1:
                 action()
@@ -201,7 +222,7 @@ def no_space() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def no_exchange(a: Path, b: Path) -> None:
+def no_exchange(*names: object) -> None:
     """In place of ``dvdquant.commit.exchange``: a file system without renameat2."""
     raise OSError(errno.EINVAL, "Invalid argument")
 

@@ -84,6 +84,58 @@ def test_bad_output(name: str, pristine: Path, tmp_path: Path) -> None:
     assert state_of(tmp_path) == before
 
 
+UNDECODABLE = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.parametrize("option", ["-o", "MODEL", "--subfolder", "--keep", "--force", "--timing-cache", "hub id"])
+def test_text_that_is_not_utf8_is_refused_before_the_work(option: str, pristine: Path, tmp_path: Path) -> None:
+    """It would end in the manifest, or in a library that takes text alone, when all the rest is done."""
+    out, model, more = tmp_path / "out", pristine, [option, UNDECODABLE]
+    if option == "-o":
+        out, more = tmp_path / UNDECODABLE / "out", []
+    elif option == "MODEL":
+        model, more = Path(shutil.copytree(pristine, tmp_path / UNDECODABLE)), []
+    elif option == "hub id":
+        model, more = Path(f"org/{UNDECODABLE}"), []
+    before = state_of(tmp_path)
+    refused(run(model, "-o", out, "--target", "onnx", *SIZES, *more), "caf\\xe9", "not UTF-8", "fix: ")
+    assert state_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("length", [300, 3600, 5000, 100_000])
+@pytest.mark.parametrize("parts", ["/", "/d"])
+def test_paths_that_are_too_long(parts: str, length: int, pristine: Path, tmp_path: Path) -> None:
+    long = tmp_path / ("n" * length if parts == "/" else "d/" * (length // 2))
+    if length > 300 or parts == "/":
+        refused(run(pristine, "-o", long, "--target", "onnx", *SIZES), way_out=True)
+        refused(run(pristine, "-o", long, "--target", "onnx", *SIZES, "--dry-run"), way_out=True)
+    refused(run(long, "-o", tmp_path / "out", "--target", "onnx", *SIZES), way_out=False)
+    said = inspect(long)
+    refused(said, "does not exist" if length < 4000 and parts != "/" else "File name too long")
+    assert len(said.output) < 2000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_deleted_working_directory_and_a_name_with_everything(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Absolute paths work, with any text in the name; relative ones are refused, whatever they are of."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    rest = ["--target", "graphs", "--recipe", "rtn", *SIZES]
+    for out in ("out", ".", "../out"):
+        refused(run(pristine, "-o", out, *rest), "working directory was deleted", "fix: ")
+    refused(run("model", "-o", tmp_path / "out", *rest), "'model'", way_out=False)
+    refused(run("org/name", "-o", tmp_path / "out", *rest), "org/name", way_out=False)
+    refused(inspect("out"), "does not exist")
+    assert list(tmp_path.iterdir()) == []
+    out = tmp_path / "a 'b' \"c\" $d %s {e} #f\nü 漢 \u202e\x1b[31m"
+    for _ in range(2):
+        assert run(pristine, "-o", out, *rest).exit_code == 0
+    assert inspect(out, "--check").exit_code == 0
+
+
 def test_output_over_the_model_is_refused_by_the_dry_run_too(model: Path) -> None:
     before = state_of(model)
     for more in ([], ["--dry-run"]):

@@ -19,6 +19,7 @@ import pytest
 
 from dvdquant.manifest import load_manifest, verify_files
 from tests.exporting import REPOSITORY
+from tests.faults import ERRORS
 
 KILLS = 60
 OFFSETS = 50
@@ -34,11 +35,24 @@ class Exporter:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
         )
 
-    def run(self, out: Path, recipe: str, *, resume: bool = False, kill_after: float | None = None) -> dict[str, Any]:
-        """The export's status and error; killed ``kill_after`` seconds into it if it still runs then."""
+    def run(
+        self,
+        out: Path,
+        recipe: str,
+        *,
+        resume: bool = False,
+        kill_after: float | None = None,
+        fault: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
+        """The export's status and error; killed ``kill_after`` seconds into it if it still runs then.
+
+        Args:
+            fault: errno, and the number of the writing call that fails with it.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(json.dumps({"out": str(out), "recipe": recipe, "resume": resume}), file=self.process.stdin, flush=True)
+        request = {"out": str(out), "recipe": recipe, "resume": resume, "fault": fault}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
         pid = json.loads(self.process.stdout.readline())["pid"]
         timer = None
         if kill_after is not None:
@@ -67,7 +81,8 @@ def contents(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_sixty_random_kills_then_resume_is_bit_identical(exporter: Exporter, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(200, marks=pytest.mark.stress)])
+def test_random_kills_then_resume_is_bit_identical(exporter: Exporter, tmp_path: Path, kills: int) -> None:
     reference = tmp_path / "reference"
     assert exporter.run(reference, "w4a4")["status"] == 0  # compiles and traces
     started = time.monotonic()
@@ -79,7 +94,7 @@ def test_sixty_random_kills_then_resume_is_bit_identical(exporter: Exporter, tmp
     generator = random.Random(7)
     killed = finished = 0
     out = tmp_path / "out0"
-    while killed < KILLS:
+    while killed < kills:
         result = exporter.run(out, "w4a4", resume=True, kill_after=generator.uniform(0, seconds))
         if result["status"] == signal.SIGKILL:
             killed += 1
@@ -93,6 +108,36 @@ def test_sixty_random_kills_then_resume_is_bit_identical(exporter: Exporter, tmp
         out = tmp_path / f"out{finished}"
     assert exporter.run(out, "w4a4", resume=True)["status"] == 0
     assert contents(out) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.stress)])
+def test_every_writing_call_of_an_export_failing(exporter: Exporter, tmp_path: Path, step: int) -> None:
+    """With one of the errors of disks, by turns: exit 2 and one sentence, and the export of before as it was."""
+    out = tmp_path / "out"
+    assert exporter.run(out, "w4a4")["status"] == 0
+    kept = shutil.copytree(out, tmp_path / "kept")
+    before = contents(out)
+    tried: list[str] = []
+    for at in range(7 % step, 5000, step):
+        code = ERRORS[at // step % len(ERRORS)]
+        result = exporter.run(out, "rtn", fault=(code, at))
+        said = (at, os.strerror(code), result)
+        if result["failed"] is None:
+            assert result["status"] == 0, said
+            break
+        tried.append(result["failed"])
+        if result["status"] == 0:  # what failed is not needed, such as the exchange, or removes the replaced export
+            assert contents(out) != before, said
+            shutil.rmtree(out)
+            shutil.copytree(kept, out)
+        else:
+            assert os.waitstatus_to_exitcode(result["status"]) == 2, said
+            assert "fix: " in result["error"], said
+            assert os.strerror(code) in result["error"], said
+            assert contents(out) == before, said
+    assert len(tried) > 5
+    print(f"{len(tried)} calls failed: {sorted(set(tried))}")
 
 
 @pytest.mark.slow

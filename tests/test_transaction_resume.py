@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from dvdquant.errors import OutputError
+from dvdquant.folder import Folder
 from dvdquant.manifest import load_manifest, verify_files
 from dvdquant.transaction import ExportTransaction, Journal
 from dvdquant.unfinished import differences
@@ -143,11 +143,11 @@ def test_work_whose_deletion_failed_is_no_longer_work(tmp_path: Path, monkeypatc
     """Whatever order a file system deletes in, half of it never passes for all of it."""
     _interrupted(tmp_path / "out", 2)
 
-    def fail(path: Path) -> None:
-        raise OSError(errno.EIO, "Input/output error", str(path))
+    def fail(folder: Folder, name: str) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(folder.path / name))
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", fail)
+        patch.setattr(Folder, "remove", fail)
         with pytest.raises(OutputError, match="Input/output error"), ExportTransaction(tmp_path / "out", key=KEY):
             pytest.fail("entered")
     with ExportTransaction(tmp_path / "out", key=KEY, resume=True) as transaction:
@@ -176,23 +176,24 @@ def test_resume_with_nothing_to_resume_and_of_a_complete_export(tmp_path: Path) 
 
 
 def test_a_journal_torn_at_every_byte(memory: Path) -> None:
-    whole = memory / "whole"
-    journal = Journal(whole)
+    folder = Folder.open(memory)
+    journal = Journal(folder, "whole")
     for step in range(5):
         journal.add(f"step{step}", {"n": step}, [f"file{step}"])
     journal.close()
-    raw = whole.read_bytes()
+    raw = (memory / "whole").read_bytes()
     following = json.dumps({"step": "next", "data": None, "files": []})
     ghost = b"?" * len(following) + b"\n" + following.replace("next", "ghost").encode() + b"\n"
     for cut in range(len(raw) + 1):
         for tail in (b"", b"\x00\xff garbage", b'{"step":"evil","data":0,"files":["../../x"]}\n', ghost):
             (memory / "torn").write_bytes(raw[:cut] + tail)
-            torn = Journal(memory / "torn")
+            torn = Journal(folder, "torn")
             complete = raw[:cut].count(b"\n")
             assert list(torn.done) == [f"step{step}" for step in range(complete)]
             assert torn.files == {f"file{step}" for step in range(complete)}
             torn.add("next", None, [])
             torn.close()
-            again = Journal(memory / "torn")
+            again = Journal(folder, "torn")
             assert list(again.done)[complete:] == ["next"]
             again.close()
+    folder.close()
