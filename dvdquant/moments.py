@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, ResourceError
+from .errors import CheckpointError, DvdquantError, ResourceError
 from .hadamard import Rotation, rotate
 from .layers import LayerSpec
+from .magnitudes import Magnitudes
 from .memory import memory_limit
 from .model import ModelPlan, build_skeleton
 from .progress import Progress
@@ -156,7 +157,13 @@ def rotated_moments(moments: InputMoments, spec: LayerSpec, divisors: Tensor | N
 
 
 def synthetic_moments(
-    checkpoint: Checkpoint, plan: ModelPlan, progress: Progress, *, levels: int = 16, seed: int = 0
+    checkpoint: Checkpoint,
+    plan: ModelPlan,
+    progress: Progress,
+    *,
+    levels: int = 16,
+    seed: int = 0,
+    limits: Magnitudes | None = None,
 ) -> dict[str, InputMoments]:
     """Moments of the inputs of every planned layer, by ``LayerSpec.name``.
 
@@ -166,15 +173,16 @@ def synthetic_moments(
     Args:
         levels: noise levels, one item of the batch each; fewer where the model runs at large sizes only.
         seed: of the inputs. One seed gives one result for one number of threads.
+        limits: refuses a value that the export could not hold, so that nothing is quantized before it is found.
 
     Returns:
         The moments; the identity for layers that the forward does not reach, or reaches with values beyond fp32.
 
     Raises:
-        CheckpointError: a missing, misshapen or unreadable tensor, or a model that does not run.
+        CheckpointError: a missing, misshapen or unreadable tensor, one beyond the limits, or a model that does not run.
         ResourceError: the moments do not fit into memory (a rotation of whole rows needs all K² of them).
     """
-    checkpoint.check_shapes(plan.shapes)
+    checkpoint.check_shapes(plan.shapes, set(plan.left_out(checkpoint.tensors)))
     _check_memory(plan)
     collected = _Collected(plan)
     with progress.stage("inputs", plan.all_weights, "weights") as stage, torch.inference_mode():
@@ -193,9 +201,12 @@ def synthetic_moments(
             for spec in plan.layers
         ]
         try:
-            with streamed(model, checkpoint, loaded):
+            with streamed(model, checkpoint, loaded, limits):
                 model(**plan.family.forward_kwargs(inputs), return_dict=False)
-        except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+        except DvdquantError:
+            raise
+        except Exception as error:
+            # diffusers and PyTorch raise every class there is.
             raise CheckpointError(
                 f"the {checkpoint.class_name} of {checkpoint.root} does not run: {type(error).__name__}: {error}",
                 fix="compare config.json with the one the model was published with",
@@ -204,7 +215,7 @@ def synthetic_moments(
             for hook in hooks:
                 hook.remove()
         for name in sorted(unread & collected.wanted):
-            loaded(name, _read(checkpoint, name))
+            loaded(name, _read(checkpoint, name, limits))
         stage.update(sum(math.prod(plan.shapes[name]) for name in unread))
     return {spec.name: collected.take(spec) for spec in plan.layers}
 
@@ -265,7 +276,10 @@ class _Collected:
 
 @contextmanager
 def streamed(
-    model: nn.Module, checkpoint: Checkpoint, loaded: Callable[[str, Tensor], None] | None = None
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    loaded: Callable[[str, Tensor], None] | None = None,
+    limits: Magnitudes | None = None,
 ) -> Iterator[nn.Module]:
     """Within this context, ``model`` computes with the checkpoint's weights, although it holds none of them.
 
@@ -275,6 +289,7 @@ def streamed(
     Args:
         model: a skeleton in fp32 (:func:`dvdquant.model.build_skeleton`).
         loaded: called with the name and the value of every parameter that was read.
+        limits: refuses a value that an export could not hold.
     """
     hooks: list[Any] = []
     placeholders = {name: dict(module._parameters) for name, module in model.named_modules()}
@@ -285,7 +300,7 @@ def streamed(
                 if placeholder is None:
                     continue
                 name = f"{prefix}.{key}" if prefix else key
-                value = _read(checkpoint, name)
+                value = _read(checkpoint, name, limits)
                 if loaded is not None:
                     loaded(name, value)
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
@@ -311,8 +326,10 @@ def streamed(
             module._parameters.update(placeholders[name])
 
 
-def _read(checkpoint: Checkpoint, name: str) -> Tensor:
+def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes | None = None) -> Tensor:
     value = checkpoint.read(name)
+    if limits is not None:
+        limits.check(checkpoint, name, value)
     if not value.dtype.is_floating_point:
         return value
     return value.float().nan_to_num_(0.0, 0.0, 0.0)

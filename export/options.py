@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.families import Axis, Family, Sizes
 from dvdquant.recipe import Recipe
 
-__all__ = ["DTYPES", "TARGETS", "ExportOptions", "recorded_model", "resolve_sizes"]
+__all__ = ["DTYPES", "TARGETS", "ExportOptions", "recorded_model", "resolve_sizes", "with_table_defaults"]
 
 TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
 MAX_WORKSPACE_GIB = 1024
@@ -116,6 +116,26 @@ def recorded_model(model: str) -> str:
     """A local folder as an absolute path, for an export to be used from anywhere; a hub id as it is."""
     folder = os.path.abspath(os.path.expanduser(model))
     return folder if os.path.isdir(folder) else model
+
+
+def with_table_defaults(options: ExportOptions) -> ExportOptions:
+    """``options`` with what the prompt table of a model without text encoder decides, where it is not asked for: the text has a
+    token for every slot of a prompt, and its clips have one size, in latents.
+
+    Raises:
+        CheckpointError: the table cannot be read.
+    """
+    from dvdquant.deploy.prompt_table import PromptTable
+
+    sized = any(v is not None for v in (options.latent, options.num_frames, options.height, options.width))
+    if (options.text_tokens is not None and sized) or not PromptTable.is_at(options.model):
+        return options
+    table = PromptTable.open(options.model)
+    return replace(
+        options,
+        text_tokens=len(table.order) if options.text_tokens is None else options.text_tokens,
+        latent=options.latent if sized else "x".join(map(str, table.latent[1:])),
+    )
 
 
 def resolve_sizes(family: Family, options: ExportOptions) -> Sizes:
