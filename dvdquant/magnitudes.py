@@ -69,7 +69,7 @@ class Magnitudes:
             limit = _FP32_MAX**0.5 / _MOST_DIVISOR / (spec.features * spec.out_features) ** 0.5
             if value > limit:
                 raise CheckpointError(
-                    f"{checkpoint.root}: tensor {name!r:.200} holds {value:.3g}, and weights beyond {limit:.2g} cannot be "
+                    f"{checkpoint.root}: {name:.200} holds {value:.3g}, and weights beyond {limit:.2g} cannot be "
                     "quantized: their squares do not fit into fp32",
                     fix=f"check the checkpoint; --keep '{member}' leaves the layer in 16 bit",
                 )
@@ -83,7 +83,7 @@ class Magnitudes:
         value = largest(rotated)
         if value > torch.finfo(self._plan.dtype).max / 2:
             raise CheckpointError(
-                f"{checkpoint.root}: tensor {member + '.weight'!r:.200} comes to {value:.3g} in the rotation of {spec.name}, "
+                f"{checkpoint.root}: {member:.200}.weight comes to {value:.3g} in the rotation of {spec.name}, "
                 f"more than {_name(self._plan.dtype)} holds",
                 fix=self._fix(value, f"--keep '{member}' leaves the layer as it is"),
             )
@@ -103,7 +103,7 @@ class Magnitudes:
         if math.isfinite(float(torch.tensor(value, dtype=torch.float64).to(dtype))):
             return
         raise CheckpointError(
-            f"{checkpoint.root}: tensor {name!r:.200} holds {value:.9g}, which {_name(dtype)} cannot represent",
+            f"{checkpoint.root}: {name:.200} holds {value:.3g}, which {_name(dtype)} cannot represent",
             fix=self._fix(value, "check the checkpoint: no trained weight is that large"),
         )
 

@@ -107,7 +107,7 @@ def _diffusers_model(checked: Mapping[str, Any], given: Mapping[str, Any]) -> nn
     name = checked["_class_name"]
     cls = getattr(importlib.import_module("diffusers"), name)
     fields = {key: value for key, value in checked.items() if not key.startswith("_")}
-    known = inspect.signature(cls.__init__).parameters
+    known = {key: p for key, p in inspect.signature(cls.__init__).parameters.items() if key != "self"}
     other = [key for key in fields if key not in known]
     other += [key for key in known.keys() - fields.keys() if key in given and given[key] != known[key].default]
     if other:

@@ -153,9 +153,8 @@ def quantize_checkpoint(
             if not files.finished(step, batch):
                 kept, bad = {}, []
                 for name in batch:
-                    value, found = _read(checkpoint, name, limits, allow_nonfinite)
+                    kept[name], found = _converted(checkpoint, name, limits, allow_nonfinite, plan.kept[name][0])
                     bad += found
-                    kept[name] = value.to(plan.kept[name][0])
                 files.store(step, kept, {"nonfinite": bad})
             nonfinite += transaction.data(step)["nonfinite"]
         entries = files.finish(progress)
@@ -255,6 +254,14 @@ def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes, allow_nonfinite
         found, tensor = [name], _zeroed(tensor)
     limits.check(checkpoint, name, tensor)
     return tensor, found
+
+
+def _converted(
+    checkpoint: Checkpoint, name: str, limits: Magnitudes, allow_nonfinite: bool, dtype: torch.dtype
+) -> tuple[Tensor, list[str]]:
+    """One tensor that stays, in the dtype it is stored in, and its name if it had NaN or infinities."""
+    tensor, found = _read(checkpoint, name, limits, allow_nonfinite)
+    return tensor.to(dtype), found
 
 
 def _zeroed(tensor: Tensor) -> Tensor:
