@@ -200,7 +200,10 @@ def _open(root: Path, model: str, subfolder: str | None, component: str) -> Chec
 def _patterns(subfolder: str | None, component: str) -> list[str]:
     names = ["config.json", SINGLE, INDEX, f"{WEIGHTS}-*-of-*.safetensors"]
     base = f"{subfolder}/" if subfolder else ""
-    return [f"{base}model_index.json"] + [f"{base}{folder}{name}" for folder in ("", f"{component}/") for name in names]
+    # The VAE's config tells the scale of the latents (dvdquant.pipeline_facts).
+    return [f"{base}model_index.json", f"{base}vae/config.json"] + [
+        f"{base}{folder}{name}" for folder in ("", f"{component}/") for name in names
+    ]
 
 
 def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
