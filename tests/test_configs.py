@@ -18,6 +18,8 @@ import torch
 from dvdquant.checkpoint import open_checkpoint
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import CheckpointError, DvdquantError, UnsupportedError
+from dvdquant.export.estimate import estimate_export
+from dvdquant.export.options import ExportOptions, resolve_sizes
 from dvdquant.families import FAMILIES, get_family
 from dvdquant.families.configs import MOST_BLOCKS
 from dvdquant.files import hash_file
@@ -329,6 +331,7 @@ def test_mutated_configs_are_planned_or_refused(count: int, tmp_path: Path) -> N
     opened = {n: open_checkpoint(tiny.write_checkpoint(tmp_path / n, config)) for n, config in CONFIGS.items()}
     chance = random.Random(count)
     recipes = [get_recipe(name) for name in RECIPES]
+    options = ExportOptions("model", tmp_path / "out", recipes[0])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     planned = longest = 0
     for index in range(count):
@@ -338,8 +341,10 @@ def test_mutated_configs_are_planned_or_refused(count: int, tmp_path: Path) -> N
         checkpoint = opened[name] if chance.random() < 0.95 else None
         started = time.process_time()
         try:
-            plan_model(config, chance.choice(recipes), torch.bfloat16, checkpoint)
+            made = plan_model(config, chance.choice(recipes), torch.bfloat16, checkpoint)
             planned += 1
+            resolve_sizes(made.family, options)
+            json.dumps(estimate_export([made], [], options, 0, 0).to_json(), allow_nan=False)
         except DvdquantError as error:
             longest = max(longest, len(str(error)))
         except Exception as error:
