@@ -6,7 +6,6 @@ comparing hashes.
 
 from __future__ import annotations
 
-import inspect
 import re
 import shlex
 from collections.abc import Sequence
@@ -51,7 +50,8 @@ class Artifact:
 
         Raises:
             OutputError: the folder is no export, its manifest is out of form, or a config differs from its hash.
-            UnsupportedError: a transformer class this version does not know.
+            UnsupportedError: a transformer class this version does not know. CheckpointError: a config that no model of the
+                class has.
         """
         root = Path(out)
         manifest = load_manifest(root)
@@ -95,14 +95,8 @@ class Artifact:
         """The model family, with the config's left-out fields filled in by diffusers' defaults."""
         key = ("family", component)
         if key not in self._cache:
-            config = self.config(component)
-            get_family(config)  # before diffusers is imported for its defaults
-            import diffusers
-
-            parameters = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters.values()
-            defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
             where = f"the config of {component} in {self.root}"
-            self._cache[key] = _family_of({**defaults, **config}, where, self.sizes)
+            self._cache[key] = _family_of(self.config(component), where, self.sizes)
         family: Family = self._cache[key]
         return family
 

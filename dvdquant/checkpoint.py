@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,10 +113,13 @@ class Checkpoint:
                 fix="download the weights again, or use --allow-nonfinite to go on and record them in the manifest",
             )
 
-    def check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """CheckpointError, listing up to five tensors, unless names and shapes are exactly those of ``expected``."""
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
+        """CheckpointError, listing up to five tensors, unless names and shapes are exactly those of ``expected``; tensors
+        of ``unused`` may be there besides."""
         problems = [f"missing {name!r} {list(shape)}" for name, shape in expected.items() if name not in self.tensors]
         for name, info in self.tensors.items():
+            if name in unused:
+                continue
             if name not in expected:
                 problems.append(f"unexpected {name!r:.200} {list(info.shape)}")
             elif info.shape != tuple(expected[name]):
@@ -197,7 +200,10 @@ def _open(root: Path, model: str, subfolder: str | None, component: str) -> Chec
 def _patterns(subfolder: str | None, component: str) -> list[str]:
     names = ["config.json", SINGLE, INDEX, f"{WEIGHTS}-*-of-*.safetensors"]
     base = f"{subfolder}/" if subfolder else ""
-    return [f"{base}model_index.json"] + [f"{base}{folder}{name}" for folder in ("", f"{component}/") for name in names]
+    # The VAE's config tells the scale of the latents (dvdquant.pipeline_facts).
+    return [f"{base}model_index.json", f"{base}vae/config.json"] + [
+        f"{base}{folder}{name}" for folder in ("", f"{component}/") for name in names
+    ]
 
 
 def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, ResourceError
+from .errors import CheckpointError, DvdquantError, ResourceError
 from .hadamard import Rotation, rotate
 from .layers import LayerSpec
+from .magnitudes import Magnitudes
 from .memory import memory_limit
 from .model import ModelPlan, build_skeleton
 from .progress import Progress
@@ -163,6 +164,7 @@ def synthetic_moments(
     levels: int = 16,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    limits: Magnitudes | None = None,
 ) -> dict[str, InputMoments]:
     """Moments of the inputs of every planned layer, by ``LayerSpec.name``.
 
@@ -173,15 +175,16 @@ def synthetic_moments(
         levels: noise levels, one item of the batch each; fewer where the model runs at large sizes only.
         seed: of the inputs. One seed gives one result for one number of threads.
         device: where the model runs; what is predicted comes back to the CPU.
+        limits: refuses a value that the export could not hold, so that nothing is quantized before it is found.
 
     Returns:
         The moments; the identity for layers that the forward does not reach, or reaches with values beyond fp32.
 
     Raises:
-        CheckpointError: a missing, misshapen or unreadable tensor, or a model that does not run.
+        CheckpointError: a missing, misshapen or unreadable tensor, one beyond the limits, or a model that does not run.
         ResourceError: the moments do not fit into memory (a rotation of whole rows needs all K² of them).
     """
-    checkpoint.check_shapes(plan.shapes)
+    checkpoint.check_shapes(plan.shapes, set(plan.left_out(checkpoint.tensors)))
     _check_memory(plan)
     collected = _Collected(plan)
     with progress.stage("inputs", plan.all_weights, "weights") as stage, torch.inference_mode():
@@ -201,11 +204,12 @@ def synthetic_moments(
             for spec in plan.layers
         ]
         try:
-            with streamed(model, checkpoint, loaded, device):
+            with streamed(model, checkpoint, loaded, device, limits):
                 model(**plan.family.forward_kwargs(inputs), return_dict=False)
-        except torch.OutOfMemoryError:
-            raise  # says nothing about the model
-        except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+        except (DvdquantError, torch.OutOfMemoryError):
+            raise  # the second says nothing about the model
+        except Exception as error:
+            # diffusers and PyTorch raise every class there is.
             raise CheckpointError(
                 f"the {checkpoint.class_name} of {checkpoint.root} does not run: {type(error).__name__}: {error}",
                 fix="compare config.json with the one the model was published with",
@@ -214,7 +218,7 @@ def synthetic_moments(
             for hook in hooks:
                 hook.remove()
         for name in sorted(unread & collected.wanted):
-            loaded(name, _read(checkpoint, name))
+            loaded(name, _read(checkpoint, name, limits))
         stage.update(sum(math.prod(plan.shapes[name]) for name in unread))
     return {spec.name: collected.take(spec) for spec in plan.layers}
 
@@ -287,6 +291,7 @@ def streamed(
     checkpoint: Checkpoint,
     loaded: Callable[[str, Tensor], None] | None = None,
     device: torch.device | str = "cpu",
+    limits: Magnitudes | None = None,
 ) -> Iterator[nn.Module]:
     """Within this context, ``model`` computes with the checkpoint's weights, although it holds none of them.
 
@@ -297,6 +302,7 @@ def streamed(
         model: a skeleton in fp32 (:func:`dvdquant.model.build_skeleton`).
         loaded: called with the name and the value of every parameter that was read.
         device: where the parameters go; the caller moves buffers and inputs.
+        limits: refuses a value that an export could not hold.
     """
     hooks: list[Any] = []
     placeholders = {name: dict(module._parameters) for name, module in model.named_modules()}
@@ -307,7 +313,7 @@ def streamed(
                 if placeholder is None:
                     continue
                 name = f"{prefix}.{key}" if prefix else key
-                value = _read(checkpoint, name).to(device)
+                value = _read(checkpoint, name, limits).to(device)
                 if loaded is not None:
                     loaded(name, value)
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
@@ -333,8 +339,10 @@ def streamed(
             module._parameters.update(placeholders[name])
 
 
-def _read(checkpoint: Checkpoint, name: str) -> Tensor:
+def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes | None = None) -> Tensor:
     value = checkpoint.read(name)
+    if limits is not None:
+        limits.check(checkpoint, name, value)
     if not value.dtype.is_floating_point:
         return value
     return value.float().nan_to_num_(0.0, 0.0, 0.0)

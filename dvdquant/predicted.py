@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .feedback import Feedback
 from .layers import LayerSpec
+from .magnitudes import Magnitudes
 from .model import ModelPlan
 from .moments import (
     InputMoments,
@@ -117,7 +118,8 @@ def predict_inputs(
     path, step = transaction.tree.parent / f"{component}.moments.safetensors", f"{component}:moments"
     if not (transaction.is_done(step) and path.exists()):
         path.unlink(missing_ok=True)
-        found = synthetic_moments(checkpoint, plan, progress, levels=noise_levels(plan), device=device)
+        limits, levels = Magnitudes(plan), noise_levels(plan)
+        found = synthetic_moments(checkpoint, plan, progress, levels=levels, device=device, limits=limits)
         planned = []
         for spec in plan.layers:
             planned += [

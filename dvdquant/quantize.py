@@ -6,6 +6,7 @@ offset and journaled, so that a killed run goes on where it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from .fast_rows import for_row_parts, hadamard_rows, pack_rows, squared_errors
 from .feedback import output_energy
 from .hadamard import Rotation, rotate
 from .layers import LayerSpec
+from .magnitudes import Magnitudes
 from .manifest import FileEntry, LayerEntry
 from .model import ModelPlan
 from .packing import expand_zero, pack_int4
@@ -31,7 +33,16 @@ from .transaction import ExportTransaction
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
-__all__ = ["PackedWeights", "check_weights", "plan_shards", "quantize_checkpoint", "rotate_rows", "rotated_weight"]
+__all__ = [
+    "PackedWeights",
+    "check_weights",
+    "left_out_words",
+    "plan_shards",
+    "quantize_checkpoint",
+    "reading_bytes",
+    "rotate_rows",
+    "rotated_weight",
+]
 
 SHARD_BYTES = 5 << 30
 # Weights rotated and refined at a time: 32 MiB of fp32.
@@ -82,9 +93,10 @@ def plan_shards(plan: ModelPlan, component: str, shard_bytes: int = SHARD_BYTES)
 
 def check_weights(checkpoint: Checkpoint, plan: ModelPlan) -> None:
     """CheckpointError unless the checkpoint holds exactly the planned tensors, all of a floating dtype."""
-    checkpoint.check_shapes(plan.shapes)
+    unused = set(plan.left_out(checkpoint.tensors))
+    checkpoint.check_shapes(plan.shapes, unused)
     for name, info in checkpoint.tensors.items():
-        if not info.dtype.startswith(("F", "BF")):
+        if name not in unused and not info.dtype.startswith(("F", "BF")):
             raise CheckpointError(
                 f"{info.path}: tensor {name!r} is stored as {info.dtype}, which is already quantized or no weight",
                 available="floating-point weights",
@@ -107,10 +119,14 @@ def quantize_checkpoint(
         device: where inputs are predicted, and rows rotated and searched. Codes at rounding ties depend on it.
 
     Raises:
-        CheckpointError: a missing or misshapen tensor, or NaN/Inf without ``allow_nonfinite``.
+        CheckpointError: a missing or misshapen tensor, NaN/Inf without ``allow_nonfinite``, or a value that the export cannot
+            hold.
         ResourceError: the disk is full.
     """
     check_weights(checkpoint, plan)
+    if unused := plan.left_out(checkpoint.tensors):
+        progress.say(left_out_words(checkpoint, unused))
+    limits = Magnitudes(plan)
     with _Files(plan, transaction, component) as files:
         finished = [files.finished(f"{component}:layer:{spec.name}", spec.tensors()) for spec in plan.layers]
         predicted = None
@@ -125,7 +141,7 @@ def quantize_checkpoint(
                 if not ready:
                     known = predicted.layer(spec) if predicted else None
                     tensors, entry, bad = _quantize_layer(
-                        checkpoint, plan, spec, known, allow_nonfinite, torch.device(device)
+                        checkpoint, plan, spec, known, limits, allow_nonfinite, torch.device(device)
                     )
                     files.store(step, tensors, {"entry": entry, "nonfinite": bad})
                 data = transaction.data(step)
@@ -137,13 +153,25 @@ def quantize_checkpoint(
             if not files.finished(step, batch):
                 kept, bad = {}, []
                 for name in batch:
-                    value = checkpoint.read(name)
-                    bad += (found := _nonfinite(checkpoint, name, value, allow_nonfinite))
-                    kept[name] = _converted(name, _zeroed(value) if found else value, plan.kept[name][0])
+                    kept[name], found = _converted(checkpoint, name, limits, allow_nonfinite, plan.kept[name][0])
+                    bad += found
                 files.store(step, kept, {"nonfinite": bad})
             nonfinite += transaction.data(step)["nonfinite"]
         entries = files.finish(progress)
         return PackedWeights(files.places, entries, tuple(layers), tuple(nonfinite))
+
+
+def reading_bytes(info: TensorInfo) -> int:
+    """Memory that one tensor takes while it is read: fp8 lies beside its copy in bf16."""
+    return info.nbytes * (3 if info.dtype.startswith("F8") else 1)
+
+
+def left_out_words(checkpoint: Checkpoint, names: list[str]) -> str:
+    """What is said of the tensors that a checkpoint holds and its class does not use."""
+    return (
+        f"{len(names)} tensors are left out, as diffusers does, because {checkpoint.class_name} does not use them: "
+        f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    )
 
 
 class _Files:
@@ -208,14 +236,32 @@ def _batches(plan: ModelPlan) -> Iterator[list[str]]:
         yield batch
 
 
-def _nonfinite(checkpoint: Checkpoint, name: str, tensor: Tensor, allow: bool) -> list[str]:
+def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes, allow_nonfinite: bool) -> tuple[Tensor, list[str]]:
+    """One tensor, finite and within the limits, and its name if it had NaN or infinities that are 0 now.
+
+    fp8 comes as bf16, which holds all of its values: few operations know fp8, and so an export is the same as that of the
+    converted checkpoint.
+    """
+    tensor = checkpoint.read(name)
+    if tensor.dtype.is_floating_point and tensor.element_size() == 1:
+        tensor = tensor.to(torch.bfloat16)
+    found = []
     try:
         checkpoint.check_finite(name, tensor)
     except CheckpointError:
-        if not allow:
+        if not allow_nonfinite:
             raise
-        return [name]
-    return []
+        found, tensor = [name], _zeroed(tensor)
+    limits.check(checkpoint, name, tensor)
+    return tensor, found
+
+
+def _converted(
+    checkpoint: Checkpoint, name: str, limits: Magnitudes, allow_nonfinite: bool, dtype: torch.dtype
+) -> tuple[Tensor, list[str]]:
+    """One tensor that stays, in the dtype it is stored in, and its name if it had NaN or infinities."""
+    tensor, found = _read(checkpoint, name, limits, allow_nonfinite)
+    return tensor.to(dtype), found
 
 
 def _zeroed(tensor: Tensor) -> Tensor:
@@ -223,22 +269,12 @@ def _zeroed(tensor: Tensor) -> Tensor:
     return torch.where(torch.isfinite(tensor), tensor, torch.zeros((), dtype=tensor.dtype))
 
 
-def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in the dtype it is stored in; CheckpointError if that makes an infinity of a value."""
-    result = tensor.to(dtype)
-    if dtype != tensor.dtype and not bool(torch.isfinite(result).all()):
-        raise CheckpointError(
-            f"{name} holds {float(tensor.abs().max()):.3g}, which {str(dtype).removeprefix('torch.')} cannot represent",
-            fix="export with --dtype bf16",
-        )
-    return result
-
-
 def _quantize_layer(
     checkpoint: Checkpoint,
     plan: ModelPlan,
     spec: LayerSpec,
     known: LayerInputs | None,
+    limits: Magnitudes,
     allow_nonfinite: bool,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], LayerEntry, list[str]]:
@@ -248,22 +284,21 @@ def _quantize_layer(
     if known is not None and device.type != "cpu":
         known = replace(known, divisors=known.divisors.to(device), moments=known.moments.to(device))
     # As the graph subtracts it, so that what is added to the bias is the same.
-    shift = None if known is None or known.shift is None else known.shift.to(device, plan.dtype).double()
+    shift = None if known is None or known.shift is None else _shift(known.shift, plan.dtype).to(device)
     sums = _ErrorSums(known, max(1, spec.out_features // SAMPLED_ROWS))
     for member, rows, has_bias in zip(spec.members, spec.rows, spec.biases):
-        weight = checkpoint.read(f"{member}.weight")
-        bad += (found := _nonfinite(checkpoint, f"{member}.weight", weight, allow_nonfinite))
+        weight, found = _read(checkpoint, f"{member}.weight", limits, allow_nonfinite)
+        bad += found
         shifted = []
         step = max(1, CHUNK_WEIGHTS // spec.features)
         for start in range(0, rows, step):
             part = weight[start : start + step].to(device, torch.float32, copy=True)
-            if found:
-                part = _zeroed(part)
             if shift is not None:
                 shifted.append(part.double() @ shift)
             if known is not None:
                 part *= known.divisors
             rotated = rotate_rows(part, spec.rotation)
+            limits.check_rotated(checkpoint, spec, member, rotated)
             quantized = quantize_weight(rotated, plan.recipe.weight)
             if known is not None:
                 quantized = known.feedback.round(rotated, quantized)
@@ -272,20 +307,32 @@ def _quantize_layer(
             scales.append(quantized.scale)
             factors.append(quantized.factor)
             zeros.append(quantized.zero)
-        bias = checkpoint.read(f"{member}.bias").float() if has_bias else torch.zeros(rows)
-        bad += (found := _nonfinite(checkpoint, f"{member}.bias", bias, allow_nonfinite))
-        bias = _zeroed(bias) if found else bias
+        bias = torch.zeros(rows)
+        if has_bias:
+            stored, found = _read(checkpoint, f"{member}.bias", limits, allow_nonfinite)
+            bias = stored.float()
+            bad += found
         # W·x = W·(x − shift) + W·shift, the second with the weight as it was.
         biases.append((bias.double() + torch.cat(shifted).cpu()).float() if shifted else bias)
     parts = (packed, scales, factors, zeros, biases)
     tensors = dict(zip(spec.tensors(), (torch.cat(p).cpu() for p in parts)))
+    limits.check_bias(checkpoint, spec, tensors[f"{spec.name}.bias"])
     if spec.shifted:
         assert shift is not None
         tensors[f"{spec.name}.pre_quant_shift"] = shift.float().cpu()
     if spec.balanced:
         assert known is not None
         tensors[f"{spec.name}.pre_quant_scale"] = 1 / known.divisors.cpu()
-    return tensors, sums.entry(spec), bad
+    return tensors, sums.entry(checkpoint, spec), bad
+
+
+def _shift(mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """The constants [K] subtracted from a layer's inputs, as the graph has them; fp64.
+
+    Any will do. Channels whose mean is more than half of what ``dtype`` holds keep theirs: what is left of them might not fit.
+    """
+    fits = mean.abs() <= torch.finfo(dtype).max / 2
+    return torch.where(fits, mean, torch.zeros_like(mean)).to(dtype).double()
 
 
 class _ErrorSums:
@@ -316,7 +363,15 @@ class _ErrorSums:
         self.error += error
         self.minmax += _squared_errors(weight, baseline)[1]
 
-    def entry(self, spec: LayerSpec) -> LayerEntry:
+    def entry(self, checkpoint: Checkpoint, spec: LayerSpec) -> LayerEntry:
+        """The line of ``spec``; CheckpointError where the sums overflowed."""
+        if not all(map(math.isfinite, (self.energy, self.error, self.minmax))):
+            raise CheckpointError(
+                f"{checkpoint.root}: the error of {spec.name} cannot be computed: its weights, or the inputs predicted for it, "
+                "are too large",
+                fix=f"check the checkpoint; --keep '{spec.members[0]}' leaves the layer in 16 bit",
+            )
+
         def relative(error: float) -> float | None:
             return error / self.energy if self.energy else None
 
@@ -381,6 +436,6 @@ def rotated_weight(checkpoint: Checkpoint, spec: LayerSpec, pre_quant_scale: Ten
     """The rotated weight [N, K] of a (merged) layer in fp32, for quantizers other than ours; balanced where the layer is."""
     parts = []
     for member in spec.members:
-        weight = checkpoint.read(f"{member}.weight").to(torch.float32, copy=True)
+        weight = _zeroed(checkpoint.read(f"{member}.weight").to(torch.float32, copy=True))
         parts.append(rotate_rows(weight if pre_quant_scale is None else weight.div_(pre_quant_scale), spec.rotation))
     return torch.cat(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,15 @@ from dvdquant.families import Axis, Family, Sizes
 from dvdquant.recipe import Recipe
 from dvdquant.text import shown
 
-__all__ = ["DTYPES", "TARGETS", "ExportOptions", "check_text", "recorded_model", "resolve_sizes"]
+__all__ = [
+    "DTYPES",
+    "TARGETS",
+    "ExportOptions",
+    "check_text",
+    "recorded_model",
+    "resolve_sizes",
+    "with_table_defaults",
+]
 
 TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
 MAX_WORKSPACE_GIB = 1024
@@ -133,6 +141,26 @@ def check_text(options: ExportOptions) -> None:
             raise UnsupportedError(
                 f"{name} is {shown(text)}, which holds bytes that are not UTF-8", fix="rename it, or use a copy or link"
             ) from error
+
+
+def with_table_defaults(options: ExportOptions) -> ExportOptions:
+    """``options`` with what the prompt table of a model without text encoder decides, where it is not asked for: the text has a
+    token for every slot of a prompt, and its clips have one size, in latents.
+
+    Raises:
+        CheckpointError: the table cannot be read.
+    """
+    from dvdquant.deploy.prompt_table import PromptTable
+
+    sized = any(v is not None for v in (options.latent, options.num_frames, options.height, options.width))
+    if (options.text_tokens is not None and sized) or not PromptTable.is_at(options.model):
+        return options
+    table = PromptTable.open(options.model)
+    return replace(
+        options,
+        text_tokens=len(table.order) if options.text_tokens is None else options.text_tokens,
+        latent=options.latent if sized else "x".join(map(str, table.latent[1:])),
+    )
 
 
 def resolve_sizes(family: Family, options: ExportOptions) -> Sizes:

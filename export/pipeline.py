@@ -33,8 +33,9 @@ from dvdquant.manifest import (
 )
 from dvdquant.model import ModelPlan, plan_model
 from dvdquant.output_folder import check_output
+from dvdquant.pipeline_facts import with_pipeline_facts
 from dvdquant.progress import Progress
-from dvdquant.quantize import PackedWeights, check_weights, quantize_checkpoint, rotated_weight
+from dvdquant.quantize import PackedWeights, check_weights, quantize_checkpoint, reading_bytes, rotated_weight
 from dvdquant.safetensors_io import read_tensor
 from dvdquant.transaction import ExportTransaction, require_disk
 
@@ -45,7 +46,7 @@ from .engines import BuildSettings, EngineStage, build_settings, engine_path, fi
 from .estimate import Estimate, estimate_export, require_memory
 from .graphs import FLAVOURS, GraphWriter
 from .onnx import trace_graph
-from .options import ExportOptions, check_text, recorded_model, resolve_sizes
+from .options import ExportOptions, check_text, recorded_model, resolve_sizes, with_table_defaults
 from .realize import EnginePlan, check_sms, plan_engines
 from .report import add_report
 from .steps import is_step
@@ -124,17 +125,17 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     for name in components:
         arguments: dict[str, Any] = {"revision": options.revision}
         arguments |= {"subfolder": options.subfolder} if options.subfolder else {"component": name}
-        opened.append(open_checkpoint(options.model, **arguments))
+        opened.append(with_pipeline_facts(open_checkpoint(options.model, **arguments)))
     plans = []
     for checkpoint in opened:
-        plan = plan_model(checkpoint.config, options.recipe, options.torch_dtype)
+        plan = plan_model(checkpoint.config, options.recipe, options.torch_dtype, checkpoint)
         check_weights(checkpoint, plan)
         if not plan.layers:
             raise UnsupportedError(
                 "no layer is left to quantize", available=list(plan.kept_linears)[:5], fix="give fewer --keep globs"
             )
         plans.append(plan)
-    sizes = resolve_sizes(plans[0].family, options)
+    sizes = resolve_sizes(plans[0].family, with_table_defaults(options))
     for plan in plans[1:]:
         plan.family.check(sizes)
     engines: list[EnginePlan] = []
@@ -155,7 +156,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             fix="pass the built library with --plugin, or use --target rtx, or --target onnx for graphs alone",
         )
     check_output(options.out)
-    largest = max(c.largest.nbytes for c in opened)
+    largest = max(reading_bytes(info) for c in opened for info in c.tensors.values())
     estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest)
     return ExportPlan(options, components, tuple(opened), tuple(plans), sizes, tuple(engines), versions, estimate)
 

@@ -49,8 +49,13 @@ _PLUGIN_A4: dict[str, str] = {
     "8.9": _S4,
     "9.0": "8-bit tensor cores (Hopper has no 4-bit integer units), so A4 is no faster than A8",
     "10.0": _S8,
+    "10.3": _S8,
     "12.0": _S8,
+    "12.1": _S8,
 }
+# Machine code runs on later minor versions of its major version, unless it was made for one version's own instructions (sm_90a
+# is, sm_100 and sm_120 are not). The kernel library is built for 8.0, 9.0a, 10.0 and 12.0.
+_PLUGIN_CODE_OF = {"10.3": "10.0", "12.1": "12.0"}
 TENSORRT_SMS: tuple[str, ...] = tuple(_PLUGIN_A4)
 """SMs the TensorRT plugin has kernels for."""
 
@@ -177,9 +182,9 @@ def what_executes(
 def _plugin_words(act_bits: int, sm: str) -> str:
     if sm not in _PLUGIN_A4:
         raise UnsupportedError(f"the TensorRT plugin has no kernels for SM {sm}", available=TENSORRT_SMS)
-    if act_bits == 4:
-        return f"dvdquant plugin: {_PLUGIN_A4[sm]}"
-    return "dvdquant plugin: 8-bit tensor cores, 4-bit weights widened to 8 bits"
+    words = _PLUGIN_A4[sm] if act_bits == 4 else "8-bit tensor cores, 4-bit weights widened to 8 bits"
+    code = f" (machine code of SM {_PLUGIN_CODE_OF[sm]})" if sm in _PLUGIN_CODE_OF else ""
+    return f"dvdquant plugin: {words}{code}"
 
 
 def plan_engines(

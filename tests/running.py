@@ -31,9 +31,9 @@ def _folder() -> Path:
 
 @functools.cache
 def tiny_wan_export() -> Path:
-    """The graphs of the trained toy model, made once a process."""
+    """The graphs of the trained toy model, made once a process; its prompt table decides the sizes and the text tokens."""
     out = _folder() / "tiny-wan"
-    in_process(TINY_WAN, "-o", out, "--target", "graphs", "--latent", "8x24x24", "--text-tokens", "5")
+    in_process(TINY_WAN, "-o", out, "--target", "graphs")
     return out
 
 

@@ -86,7 +86,9 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.option(
     "--latent", metavar="FxHxW", help="The sizes in latent units instead (each SIZE, MIN:MAX or MIN:OPT:MAX)."
 )
-@click.option("--text-tokens", type=int, help="Length of the text embedding.  [default: the family's]")
+@click.option(
+    "--text-tokens", type=int, help="Length of the text embedding.  [default: the prompt table's, or the family's]"
+)
 @click.option("--batch", default=1, show_default=True, help="Batch size of the graphs.")
 @click.option("--subfolder", help="Folder of the transformer inside MODEL.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
@@ -177,12 +179,15 @@ def _plan_json(plan: ExportPlan) -> dict[str, Any]:
             for s in p.layers
         ],
         "kept": [name for p in plan.plans for name in p.kept_linears],
+        "left_out": [name for p, c in zip(plan.plans, plan.checkpoints) for name in p.left_out(c.tensors)],
         "engines": [{"sm": e.sms, "act_bits": e.act_bits, "executes": e.executes} for e in plan.engines],
         "estimate": plan.estimate.to_json(),
     }
 
 
 def _plan_text(plan: ExportPlan) -> str:
+    from dvdquant.quantize import left_out_words
+
     first, estimate = plan.plans[0], plan.estimate
     kinds: dict[tuple[int, int, int, int], list[str]] = {}
     for model_plan in plan.plans:
@@ -204,6 +209,9 @@ def _plan_text(plan: ExportPlan) -> str:
         table(("layers", "K → N", "rotation", "weight group", "such as"), rows, right=(0, 2, 3)),
         "",
     ]
+    for model_plan, checkpoint in zip(plan.plans, plan.checkpoints):
+        if unused := model_plan.left_out(checkpoint.tensors):
+            lines += [left_out_words(checkpoint, unused), ""]
     if plan.engines:
         lines += [
             "what will execute",

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from .base import Axis, Family, InputSpec, Sizes
 from .cogvideox import CogVideoX
+from .configs import read_config
 from .hunyuan_video import HunyuanVideo
 from .ltx import LTXVideo
 from .wan import Wan
@@ -18,13 +19,17 @@ FAMILIES: tuple[type[Family], ...] = (Wan, HunyuanVideo, CogVideoX, LTXVideo)
 
 
 def get_family(config: Mapping[str, Any]) -> Family:
-    """The family of a transformer's ``config.json``; UnsupportedError lists the classes there are."""
+    """The family of a transformer's ``config.json``, every field checked, those it leaves out by diffusers' defaults.
+
+    Raises:
+        UnsupportedError: another class; lists those there are. CheckpointError: a field that no model of the class has.
+    """
     class_name = config.get("_class_name")
     for family in FAMILIES:
         if class_name in family.class_names:
-            return family(config)
+            return family(read_config(family.record, config))
     raise UnsupportedError(
-        f"transformer class {class_name!r} is not supported",
+        f"transformer class {class_name!r:.200} is not supported",
         available=[name for family in FAMILIES for name in family.class_names],
         fix="point at the folder of one of these transformers",
     )

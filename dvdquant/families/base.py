@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from .configs import PIPELINE, PipelineFacts, TransformerConfig
 
 __all__ = ["Axis", "Family", "InputSpec", "Sizes"]
 
@@ -120,6 +121,7 @@ class Family(ABC):
 
     name: str
     class_names: tuple[str, ...]
+    record: type[TransformerConfig]  # what its config.json may say
     keep: tuple[str, ...]  # globs of layers that stay in 16 bit
     modulation: tuple[str, ...] = ()  # globs of the blocks' own modulation linears
     # Globs of layers behind a norm with modulation or behind the feed-forward's activation, of video tokens or of all with
@@ -131,7 +133,9 @@ class Family(ABC):
     schedule: Literal["flow", "diffusion"] = "flow"  # noise is mixed in linearly, or so that the variance stays
 
     def __init__(self, config: Config) -> None:
+        """Use :func:`dvdquant.families.get_family`, which checks the config and completes it."""
         self.config = config
+        self.facts = PipelineFacts(**config.get(PIPELINE, {}))
 
     @abstractmethod
     def patch(self) -> tuple[int, int, int]:

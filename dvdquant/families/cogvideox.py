@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from .base import Family, InputSpec, Sizes
+from .configs import CogVideoXConfig
 
 __all__ = ["CogVideoX"]
 
@@ -19,6 +20,7 @@ class CogVideoX(Family):
 
     name = "cogvideox"
     class_names = ("CogVideoXTransformer3DModel",)
+    record = CogVideoXConfig
     keep = ("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out")
     modulation = ("*.norm1.linear", "*.norm2.linear")
     # No steady layers: words and video pass as one sequence, each with a modulation of its own, and a synthetic run has them

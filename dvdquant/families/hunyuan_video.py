@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .base import Family, InputSpec, Sizes
+from .configs import HunyuanVideoConfig
 
 __all__ = ["HunyuanVideo"]
 
@@ -14,6 +15,7 @@ class HunyuanVideo(Family):
 
     name = "hunyuan-video"
     class_names = ("HunyuanVideoTransformer3DModel",)
+    record = HunyuanVideoConfig
     # The token refiner is the text embedder.
     keep = ("x_embedder*", "context_embedder*", "time_text_embed*", "norm_out*", "proj_out")
     modulation = ("*blocks.*.norm.linear", "*blocks.*.norm1.linear", "*blocks.*.norm1_context.linear")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Family, InputSpec, Sizes
+from .configs import LTXVideoConfig
 
 __all__ = ["LTXVideo"]
 
@@ -19,6 +20,7 @@ class LTXVideo(Family):
 
     name = "ltx-video"
     class_names = ("LTXVideoTransformer3DModel",)
+    record = LTXVideoConfig
     keep = ("proj_in", "time_embed*", "caption_projection*", "norm_out*", "proj_out")
     steady = ("transformer_blocks.*.attn1.to_q", "transformer_blocks.*.ff.net.*")
     default_video = (161, 512, 704)

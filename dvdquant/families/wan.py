@@ -5,15 +5,21 @@ from __future__ import annotations
 import torch
 
 from .base import Config, Family, InputSpec, Sizes
+from .configs import WanConfig
 
 __all__ = ["Wan"]
 
 
 class Wan(Family):
-    """``WanTransformer3DModel``. Latents [B, C, F, H, W]; the timestep is one per sample, or per token on TI2V."""
+    """``WanTransformer3DModel``. Latents [B, C, F, H, W]; the timestep is one per sample, or per token on TI2V.
+
+    The VAE decides the scale of the latents: where the pipeline beside the transformer does not say, the channels the model
+    returns do, 48 of the VAE of Wan 2.2 and 16 of the older one. Its input channels do not: they hold conditions too.
+    """
 
     name = "wan"
     class_names = ("WanTransformer3DModel",)
+    record = WanConfig
     keep = ("patch_embedding", "condition_embedder*", "norm_out*", "proj_out")
     steady = ("blocks.*.attn1.to_q", "blocks.*.attn2.to_q", "blocks.*.ffn.net.*")
     default_video = (81, 480, 832)
@@ -21,13 +27,15 @@ class Wan(Family):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if self.per_token_timestep:
-            self.vae_scale, self.default_video = (4, 16, 16), (121, 704, 1280)
-
-    @property
-    def per_token_timestep(self) -> bool:
-        """TI2V-5B, known by the 48 channels of its VAE: the tokens of a given first frame have timestep 0."""
-        return bool(self.config.get("in_channels") == 48)
+        of_wan_22 = (config.get("out_channels") or config.get("in_channels")) == 48
+        scale = self.facts.vae_scale or ([4, 16, 16] if of_wan_22 else [4, 8, 8])
+        self.vae_scale = (scale[0], scale[1], scale[2])
+        if self.vae_scale[1] == 16:
+            self.default_video = (121, 704, 1280)
+        # The tokens of a given first frame have timestep 0. A graph with one per token serves a pipeline with one per sample,
+        # so that is the choice where nothing is known.
+        per_token = self.facts.timestep_per_token
+        self.per_token_timestep: bool = of_wan_22 if per_token is None else per_token
 
     def patch(self) -> tuple[int, int, int]:
         """From the config."""
