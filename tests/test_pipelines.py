@@ -188,7 +188,7 @@ def wan22(export: Export) -> Exported:
 
 def test_wan22_switches_between_two_exports(wan22: Exported) -> None:
     """Each transformer has its own controller; the history of the second begins at its first step."""
-    first, second = (wan22.open("pytorch", component=name, delta=1e9) for name in wan22.plans)
+    first, second = (wan22.open("pytorch", component=name, delta=1e9, last_high=0) for name in wan22.plans)
     calls = {0: tiny.record_calls(first), 1: tiny.record_calls(second)}
     pipe = build_pipeline("wan", first, transformer_2=second, boundary_ratio=0.8)
     for _ in range(2):  # the second request begins anew in both
@@ -214,7 +214,7 @@ def test_wan22_switches_between_two_exports(wan22: Exported) -> None:
 
 def test_wan22_after_an_exception_in_the_second_stage(wan22: Exported) -> None:
     """Nothing reports that request's end, and the next one calls transformer_2 at the very step where the other ended."""
-    first, second = (wan22.open("pytorch", component=name, delta=1e9) for name in wan22.plans)
+    first, second = (wan22.open("pytorch", component=name, delta=1e9, last_high=0) for name in wan22.plans)
     pipe = build_pipeline("wan", first, transformer_2=second, boundary_ratio=0.8)
     boundary = None
 

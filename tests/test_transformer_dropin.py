@@ -70,7 +70,7 @@ def test_a_config_that_says_where_it_was_loaded_from(wan: Exported) -> None:
     opened: Any = wan.open("pytorch")
     session = opened.session
     session.family.config = {**session.family.config, "_name_or_path": "somebody/elses"}
-    again = DvdqTransformer(session, opened._runner.controller)
+    again = DvdqTransformer(session, opened.runner.controller)
     assert again.config["_name_or_path"] == str(session.artifact.root)
     assert again.config["patch_size"] == [1, 2, 2]
 
