@@ -248,9 +248,9 @@ class RequestTable:
             self._thread.plain = request
         else:
             self._thread.owners[owner] = request
-        if not isinstance(owner, DiffusionPipeline) and request not in self._paused:
-            reachable = [other for other in self._paused if other.reachable or other.busy]
-            self._paused = [*reachable, request][-MAX_PAUSED:]
+        direct = not isinstance(owner, DiffusionPipeline)
+        others = [other for other in self._paused if other is not request and (other.reachable or other.busy)]
+        self._paused = [*others, request][-MAX_PAUSED:] if direct else others
 
     def _new(self, before: Request | None) -> Request:
         """A request that leaves ``before`` as it is, unless nothing can go on with that one."""

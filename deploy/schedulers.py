@@ -12,11 +12,12 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic takes the one of typing from Python 3.12 on only
 
 from dvdquant.errors import CheckpointError
 from dvdquant.files import read_limited, strict_json
