@@ -113,7 +113,8 @@ class Adapter:
         latents, spec = given.get("hidden_states"), self.specs[0]
         if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.ndim != len(spec.shape):
             raise ShapeError(
-                f"hidden_states is {_named(latents)}", available=f"latents of floats [{', '.join(map(str, spec.shape))}]"
+                f"hidden_states is {_named(latents)}",
+                available=f"latents of floats [{', '.join(map(str, spec.shape))}]",
             )
         if not latents.shape[0]:
             raise ShapeError("hidden_states holds no sample", available="a batch of 1 or more")
@@ -179,7 +180,9 @@ class WanAdapter(Adapter):
             tokens = self.family.tokens(*latents.shape[-3:])
             value = super()._timestep(spec, value, latents)[:, None].expand(-1, tokens)
         if value.ndim != 2 or not value.shape[1]:
-            raise ShapeError(f"timestep has shape {list(value.shape)}", available="one per sample, or [samples, tokens]")
+            raise ShapeError(
+                f"timestep has shape {list(value.shape)}", available="one per sample, or [samples, tokens]"
+            )
         return value.to(torch.float32)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, get_args
 
 from dvdquant.errors import UnsupportedError
 from dvdquant.gbs import BitSwitch, Weighting, step_weight
@@ -157,7 +157,7 @@ class StepController:
         if last_high is None:
             last_high = LAST_HIGH if mode == "switch" else 0
         if weighting is None:
-            weighting = cast(Weighting, WEIGHTINGS[0]) if mode == "switch" else "none"
+            weighting = WEIGHTINGS[0] if mode == "switch" else "none"
         if delta is not None and not delta >= 0:
             raise UnsupportedError(f"δ is {delta}", available="a number from 0 (all high) to infinity (all low)")
         if branch_policy not in get_args(BranchPolicy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +112,7 @@ def plan(
     steps: int | None = None,
     reference: bool = False,
     last_high: int = LAST_HIGH,
-    weighting: Weighting = cast(Weighting, WEIGHTINGS[0]),
+    weighting: Weighting = WEIGHTINGS[0],
     pipeline: str | None = None,
     backend: str = "auto",
     device: str = "auto",

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -67,7 +67,7 @@ class GenerateRequest:
     mode: str = "switch"
     delta: float | None = None
     last_high: int = LAST_HIGH
-    weighting: Weighting = cast(Weighting, WEIGHTINGS[0])
+    weighting: Weighting = WEIGHTINGS[0]
     schedule: Schedule | None = None
     cache: float | None = None
     height: int | None = None
@@ -152,7 +152,8 @@ def _check_options(request: GenerateRequest) -> None:
         f"schedule says the bits of each step, and mode {mode!r:.40} does not follow it": (
             request.schedule is not None and mode != "planned"
         ),
-        "schedule says which steps are skipped, so cache does not apply": request.cache is not None and mode == "planned",
+        "schedule says which steps are skipped, so cache does not apply": request.cache is not None
+        and mode == "planned",
         "cache skips steps of the engines, and mode '16' runs the original checkpoint": (
             request.cache is not None and mode == "16"
         ),

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 _HARMLESS = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")
 keep_in_from_pipe()
 # Of each transformer, the branch its pipeline is calling. A context is one thread's and one asyncio task's own.
-_BRANCHES: ContextVar[Mapping[int, tuple[str, Mapping[str, Any]]]] = ContextVar("dvdquant_branches", default={})
+_BRANCHES: ContextVar[Mapping[int, tuple[str, Mapping[str, Any]]]] = ContextVar("dvdquant_branches")
 
 
 class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
@@ -176,7 +176,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
     def cache_context(self, name: str, **where: Any) -> Iterator[None]:
         """Pipelines name the branch they call (``cond``, ``uncond``, ``cond_uncond``) and some pass ``step_index`` and
         ``num_inference_steps``."""
-        before = _BRANCHES.get()
+        before = _BRANCHES.get({})
         _BRANCHES.set({**before, id(self): (name, where)})
         try:
             yield
@@ -225,7 +225,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
 
     def _run(self, arguments: Mapping[str, Any]) -> Tensor:
         inputs = self._adapter.inputs(arguments)
-        branch, where = _BRANCHES.get().get(id(self), (None, {}))
+        branch, where = _BRANCHES.get({}).get(id(self), (None, {}))
         given, steps = where.get("step_index"), where.get("num_inference_steps")
         timestep = float(inputs["timestep"].max())
         if not math.isfinite(timestep):
@@ -233,9 +233,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         slices = list(self._adapter.slices(inputs))
         samples = []
         text = arguments["encoder_hidden_states"]
-        with self._requests.call(
-            branch, given, steps, timestep, text if isinstance(text, Tensor) else None
-        ) as place:
+        with self._requests.call(branch, given, steps, timestep, text if isinstance(text, Tensor) else None) as place:
             runner, branch, step = place
             for index, (part, count) in enumerate(slices):
                 name = branch if len(slices) == 1 else f"{branch}/{index}"

@@ -7,9 +7,11 @@ average the two here together keep 1.7 dB more (benchmarks/quality, δ-GBS).
 
 from __future__ import annotations
 
+from typing import Literal
+
 __all__ = ["LAST_HIGH", "WEIGHTINGS"]
 
 # Nothing after the last steps removes their noise.
 LAST_HIGH = 2
 # The default first; see dvdquant/gbs.py.
-WEIGHTINGS = ("step", "none")
+WEIGHTINGS: tuple[Literal["step"], Literal["none"]] = ("step", "none")

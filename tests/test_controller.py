@@ -21,6 +21,7 @@ from dvdquant.gbs import switch_bits
 from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 from tests.test_gbs import literal
 
+
 def published(delta: float, **more: Any) -> StepController:
     """The rule as published, unless ``more`` says otherwise."""
     return StepController("switch", delta=delta, **{"last_high": 0, "weighting": "none", **more})

@@ -21,7 +21,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_with_two_gpus(gpus: None) -> None:
-    for name, wanted in (("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+    for name, wanted in (
+        ("auto", "cuda:1"),
+        ("cuda", "cuda:1"),
+        ("cuda:0", "cuda:0"),
+        ("cuda:1", "cuda:1"),
+        ("cpu", "cpu"),
+    ):
         assert resolve_device(name) == torch.device(wanted)
         assert str(resolve_device(name)) == wanted
     assert str(resolve_device(torch.device("cuda:0"))) == "cuda:0"
@@ -59,7 +65,9 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
     table = object.__new__(generate.TableGenerator)
     pipeline = object.__new__(pipeline_generate.PipelineGenerator)
     artifact = SimpleNamespace(dtype=torch.bfloat16)
-    vars(table).update(artifact=artifact, device="cuda:1", table=SimpleNamespace(root="r"), component="t", _original=None)
+    vars(table).update(
+        artifact=artifact, device="cuda:1", table=SimpleNamespace(root="r"), component="t", _original=None
+    )
     folder = SimpleNamespace(root="r", transformers=("transformer",))
     vars(pipeline).update(artifact=artifact, device="cuda:0", folder=folder, _originals={})
     with pytest.raises(InterruptedError):

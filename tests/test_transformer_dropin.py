@@ -175,7 +175,9 @@ def test_refuses_hooks_given_as_functions(transformer: Any) -> None:
         ("SeaCache", {}),
         ("TextKVCache", {}),
     ):
-        function = {"MagCache": "mag", "TaylorSeerCache": "taylorseer", "SeaCache": "sea", "TextKVCache": "text_kv"}[name]
+        function = {"MagCache": "mag", "TaylorSeerCache": "taylorseer", "SeaCache": "sea", "TextKVCache": "text_kv"}[
+            name
+        ]
         apply, config = getattr(hooks, f"apply_{function}_cache", None), getattr(hooks, f"{name}Config", None)
         if apply is not None and config is not None:  # later than the oldest diffusers that is supported
             calls[apply.__name__] = lambda apply=apply, config=config, options=options: apply(  # type: ignore[misc]
@@ -271,7 +273,12 @@ def test_options_that_contradict_each_other(wan: Exported) -> None:
         with pytest.raises(UnsupportedError, match=text) as caught:
             wan.open("pytorch", **options)
         assert caught.value.fix
-    for options in ({"schedule": plan}, {"mode": "planned", "schedule": plan}, {"callback": rule}, {"mode": "a8", "cache": 0.1}):
+    for options in (
+        {"schedule": plan},
+        {"mode": "planned", "schedule": plan},
+        {"callback": rule},
+        {"mode": "a8", "cache": 0.1},
+    ):
         wan.open("pytorch", **options)
     controller = wan.open("pytorch").runner.controller
     assert (controller.delta, controller.last_high, controller.weighting) == (DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import gc
 import threading
@@ -181,10 +182,8 @@ def test_an_engine_that_fails_in_one_request_only(
 
     def second() -> Run:
         def callback(_pipe: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            try:
+            with contextlib.suppress(threading.BrokenBarrierError):
                 barrier.wait(60)
-            except threading.BrokenBarrierError:
-                pass
             return values
 
         return run(transformer, 1, pipes[1], callback_on_step_end=callback)
