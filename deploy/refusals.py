@@ -180,6 +180,9 @@ def keep_in_from_pipe() -> None:
         kept = {name: part for name, part in parts.items() if isinstance(part, WholeEngine) and name in expected}
         if kept and kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = next(iter(kept.values())).dtype  # type: ignore[attr-defined]
+        for part in kept.values():
+            # Refused here, before the parts that both pipelines share are cast.
+            part.to(kwargs.get("dtype") or kwargs["torch_dtype"])  # type: ignore[attr-defined]
         return original(cls, pipeline, **{**kept, **kwargs})
 
     from_pipe.keeps_engines = True  # type: ignore[attr-defined]

@@ -28,11 +28,11 @@ FOLDER, FILE, INDEX = "scheduler", "scheduler_config.json", "model_index.json"
 MAX_JSON = 1 << 20
 MAX_TRAIN_TIMESTEPS = 100_000  # a thousand in every published model; tables of this length take a second at most
 
-_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 _SOLVERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
 # What a family's pipeline can be run with.
 SCHEDULERS: Mapping[str, tuple[str, ...]] = {
-    "wan": (*_FLOW, *_SOLVERS),
+    "wan": (*_FLOW, "FlowMatchHeunDiscreteScheduler", *_SOLVERS),
     "hunyuan-video": (*_FLOW, *_SOLVERS),
     "ltx-video": (*_FLOW, *_SOLVERS),
     "cogvideox": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
@@ -212,7 +212,9 @@ def _check_timesteps(timesteps: Any, scheduler: Any, steps: int, path: Path) -> 
 
 
 def _unusable(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be used: {why}", fix="get the model's scheduler again, or use fewer steps")
+    return CheckpointError(
+        f"{path} cannot be used: {why}", fix="get the model's scheduler again, or try another number of steps"
+    )
 
 
 def _shift_of(config: Mapping[str, Any], tokens: int) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import resource
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.deploy import generate, schedulers
-from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.prompt_table import PromptTable
-from dvdquant.deploy.request import GenerateRequest, check_request
-from dvdquant.deploy.schedule import Schedule
+from dvdquant.deploy import schedulers
 from dvdquant.deploy.schedulers import SCHEDULERS, build_scheduler, open_scheduler, rehearse, set_timesteps
-from dvdquant.errors import CheckpointError, DvdquantError, UnsupportedError
-from tests.exporting import TINY_WAN
-from tests.step_sessions import trained_export
+from dvdquant.errors import CheckpointError, DvdquantError
 
 PATH = Path("scheduler/scheduler_config.json")
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
@@ -59,8 +52,12 @@ def attempt(config: Mapping[str, Any], family: str, steps: int = 20, tokens: int
 
 @pytest.mark.parametrize(("family", "config"), PUBLISHED)
 def test_what_models_are_published_with(family: str, config: dict[str, Any]) -> None:
-    for steps in (1, 2, 20, 50):
+    # A schedule that is stretched to end at a given noise level has no room in one step: diffusers divides zero by zero.
+    for steps in (2 if config.get("shift_terminal") else 1, 2, 20, 50):
         attempt(config, family, steps)
+    if config.get("shift_terminal"):
+        with pytest.raises(CheckpointError, match="not finite"):
+            attempt(config, family, 1)
     assert config["_class_name"] in SCHEDULERS[family]
 
 
@@ -130,7 +127,7 @@ HOSTILE: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("ltx-video", LTX, {"max_shift": 1e9}, "max_shift"),
     ("ltx-video", LTX, {"max_shift": None}, "TypeError"),
     ("ltx-video", LTX, {"base_image_seq_len": 4095, "max_shift": 1000.0, "base_shift": -1000.0}, "cannot be used"),
-    ("ltx-video", HEUN, {}, "mu"),
+    ("ltx-video", HEUN, {}, "sigmas"),
     ("cogvideox", COG, {"beta_start": -1.0}, "beta_start"),
     ("cogvideox", COG, {"beta_end": 2.0}, "beta_end"),
     ("cogvideox", COG, {"beta_schedule": "random"}, "beta_schedule"),
@@ -175,6 +172,7 @@ def test_the_class_is_one_that_the_pipeline_can_use(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="the scheduler is"):
             open_scheduler(folder(tmp_path, FLOW, {"scheduler": entry}), "wan")
     index = {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    folder(tmp_path, FLOW, index)
     for text in (
         "",
         "[]",
@@ -190,63 +188,10 @@ def test_the_class_is_one_that_the_pipeline_can_use(tmp_path: Path) -> None:
             open_scheduler(tmp_path, "wan")
     (tmp_path / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(CheckpointError, match="is missing"):
-        open_scheduler(folder(tmp_path, FLOW, index) / "none", "wan")
-
-
-def test_the_scheduler_of_a_prompt_table_is_tried_before_anything_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the generator that the commands use; once for a number of steps."""
-
-    def loads(*_args: Any, **_options: Any) -> None:
-        raise AssertionError("something was loaded")
-
-    for name in ("open_session", "load_original"):
-        monkeypatch.setattr(generate, name, loads)
-    shutil.copytree(TINY_WAN, tmp_path / "model")
-    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
-    good = json.loads(path.read_text())
-    artifact = Artifact.open(trained_export())
-    prompt = PromptTable.open(TINY_WAN).example()
-    for change, text in (({"num_train_timesteps": 0}, "num_train_timesteps"), ({"use_dynamic_shifting": True}, "mu")):
-        path.write_text(json.dumps({**good, **change}))
-        for mode in ("a8", "16"):
-            with (
-                generate.open_generator(artifact, pipeline=tmp_path / "model") as generator,
-                pytest.raises(CheckpointError, match=text),
-            ):
-                generator.prepare(GenerateRequest(prompt, steps=3, mode=mode))
-    path.write_text(json.dumps(good))
-    with generate.open_generator(artifact, pipeline=tmp_path / "model") as generator:
-        assert generator.check(GenerateRequest(prompt, steps=3, mode="a8")).steps == 3
-        path.unlink()
-        generator.check(GenerateRequest(prompt, steps=3, mode="a4"))
-
-
-def test_fields_of_a_request_that_contradict_each_other() -> None:
-    """As the commands refuse the options."""
-    artifact = Artifact.open(trained_export())
-    schedule = Schedule("f", "w4a4", 3, 0.1, (8, 4, 4), 5.3)
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"mode": "a8", "delta": 0.1}, "delta"),
-        ({"mode": "a4", "delta": 0.0}, "delta"),
-        ({"mode": "planned", "schedule": schedule, "delta": 0.1}, "delta"),
-        ({"mode": "switch", "schedule": schedule}, "schedule"),
-        ({"mode": "a8", "schedule": schedule}, "schedule"),
-        ({"mode": "planned", "schedule": schedule, "cache": 0.1}, "cache"),
-        ({"mode": "16", "cache": 0.1}, "cache"),
-    ]
-    for fields, text in cases:
-        with pytest.raises(UnsupportedError, match=text) as caught:
-            check_request(GenerateRequest("a", **fields), artifact)
-        assert caught.value.fix
-    for fields in (
-        {"delta": 0.1},
-        {"mode": "planned", "schedule": schedule},
-        {"mode": "a8", "cache": 0.1},
-        {"mode": "16"},
-    ):
-        check_request(GenerateRequest("a", **fields), artifact)  # type: ignore[arg-type]
+        open_scheduler(tmp_path, "wan")
+    (tmp_path / "model_index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"model_index\.json is missing"):
+        open_scheduler(tmp_path, "wan")
 
 
 # ---------------------------------------------------------------------------------------------------------------- fuzzing

@@ -92,18 +92,24 @@ def test_one_row_is_for_all_samples_and_other_numbers_are_refused(
 
 
 def test_one_embedding_for_two_videos(wan: Exported) -> None:
-    """As diffusers' own transformer takes it, which broadcasts; bit for bit."""
+    """As diffusers' own transformer takes it, which broadcasts; bit for bit what two rows give."""
     embeddings = torch.randn(2, 1, tiny.TOKENS, 32, generator=torch.Generator().manual_seed(4)).to(DTYPE)
-    call = {"prompt": None, "prompt_embeds": embeddings[0], "negative_prompt_embeds": embeddings[1]}
     results = []
-    for model in (wan.open("pytorch", mode="a8"), wan.reference(8)):
+    for model, rows, videos in (
+        (wan.open("pytorch", mode="a8"), 1, 2),
+        (wan.open("pytorch", mode="a8"), 2, 1),
+        (wan.reference(8), 1, 2),
+    ):
+        texts = embeddings.repeat(1, rows, 1, 1)
+        call = {"prompt": None, "prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        more = arguments("wan", steps=2, num_videos_per_prompt=2, **call)
+        more = arguments("wan", steps=2, num_videos_per_prompt=videos, **call)
         results.append(build_pipeline("wan", model)(**{**more, "generator": generators}).frames)
-    ours, theirs = results
+    ours, repeated, theirs = results
     assert ours.shape[0] == 2
-    # A matrix product over two samples may sum in another order than one over each.
-    assert tiny.relative(ours, theirs) < 0.02
+    assert torch.equal(ours, repeated)
+    # A matrix product over two samples may sum in another order than one over each, and 8-bit codes flip at ties.
+    assert tiny.relative(ours, theirs) < 0.1
     assert not torch.equal(ours[0], ours[1])
 
 
@@ -119,7 +125,6 @@ def test_a_third_prompt_is_not_dropped(wan: Exported) -> None:
 
 
 WRONG: list[tuple[str, Any, str]] = [
-    ("hidden_states", None, "hidden_states is missing"),
     ("hidden_states", "latents", "hidden_states is a str"),
     ("hidden_states", torch.zeros(()), "hidden_states is float32"),
     ("hidden_states", torch.zeros(0, 4, 3, 8, 8), "no sample"),
