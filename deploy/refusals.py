@@ -169,7 +169,7 @@ def keep_in_from_pipe() -> None:
     out; and it casts everything to float32 unless told otherwise. Both are right for transformers of PyTorch blocks. A
     pipeline without an exported transformer is made as before.
     """
-    original = DiffusionPipeline.from_pipe.__func__  # type: ignore[attr-defined]
+    original = DiffusionPipeline.from_pipe.__func__
     if getattr(original, "keeps_engines", False):
         return
 
@@ -186,4 +186,4 @@ def keep_in_from_pipe() -> None:
         return original(cls, pipeline, **{**kept, **kwargs})
 
     from_pipe.keeps_engines = True  # type: ignore[attr-defined]
-    DiffusionPipeline.from_pipe = classmethod(from_pipe)  # type: ignore[assignment]
+    DiffusionPipeline.from_pipe = classmethod(from_pipe)

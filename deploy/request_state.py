@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -284,13 +285,13 @@ def _continues(request: Request, branch: str | None, timestep: float) -> bool:
 
 def _owner() -> Any:
     """The pipeline that is running in this thread, the innermost; else the asyncio task; else None."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
             caller = frame.f_locals.get("self")
             if isinstance(caller, DiffusionPipeline):
                 return caller
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     try:
         return asyncio.current_task()
     except RuntimeError:  # no loop runs in this thread
