@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from dvdquant.errors import UnsupportedError
 from dvdquant.gbs import BitSwitch, Weighting, step_weight
+from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 
 from .schedule import Schedule
 from .step_cache import ChangeForecast, StepCachePolicy
@@ -115,10 +117,11 @@ class StepController:
         bits: of the fixed mode; ``high`` if not given.
         schedule: a :class:`Schedule`, or bits per step (None: skip).
         cache: skip steps too, in the switch and fixed modes.
-        weighting: in the switch mode, ``step`` weighs the change of a step with how far it moves the timestep, where the
-            number of steps is known; ``none`` is the published rule. See :mod:`dvdquant.gbs`.
+        weighting: in the switch mode, ``step`` (the default there) weighs the change of a step with how far it moves the
+            timestep, where the number of steps is known; ``none`` is the published rule. See :mod:`dvdquant.gbs`.
         last_high: in the switch mode, steps at the end that run on the high engine whatever the sum says, where the number
-            of steps is known. 0 is the published rule.
+            of steps is known; there the default is :data:`dvdquant.switch_defaults.LAST_HIGH`. 0 is the published rule.
+            In the fixed mode, steps at the end that the cache computes; one is computed in any case.
         branch_policy: with classifier-free guidance a step calls the transformer for several branches. ``shared``
             decides once a step, from the history of the branch that is called first: guidance subtracts the branches
             from each other, and their errors cancel best when both come from the same engine. ``separate`` gives every
@@ -140,8 +143,8 @@ class StepController:
         callback: Callable[[StepInfo], int | Decision | None] | None = None,
         cache: StepCachePolicy | None = None,
         branch_policy: BranchPolicy = "shared",
-        last_high: int = 0,
-        weighting: Weighting = "none",
+        last_high: int | None = None,
+        weighting: Weighting | None = None,
     ) -> None:
         needed: dict[str, Any] = {"switch": delta, "fixed": 0, "planned": schedule, "callback": callback}
         if mode not in needed:
@@ -151,6 +154,10 @@ class StepController:
             raise UnsupportedError(
                 f"mode {mode} needs {option}", fix=f"give {option}=…, or another mode; dvdq-plan finds δ and schedules"
             )
+        if last_high is None:
+            last_high = LAST_HIGH if mode == "switch" else 0
+        if weighting is None:
+            weighting = WEIGHTINGS[0] if mode == "switch" else "none"
         if delta is not None and not delta >= 0:
             raise UnsupportedError(f"δ is {delta}", available="a number from 0 (all high) to infinity (all low)")
         if branch_policy not in get_args(BranchPolicy):
@@ -179,6 +186,12 @@ class StepController:
         """The bits this controller may ask for, ascending; a callback's are not known before it is asked."""
         used = {"switch": {self.low}, "fixed": {self.bits}, "planned": {b for b in self.schedule if b is not None}}
         return tuple(sorted(used.get(self.mode, set()) | {self.high}))
+
+    def fresh(self) -> Self:
+        """Another controller with the same rule and no history, for another request."""
+        twin = copy.copy(self)
+        twin.steps, twin._histories, twin._decider = None, {}, None
+        return twin
 
     def reset(self, steps: int | None = None) -> None:
         """Forget every history: a new request, of ``steps`` steps if known.

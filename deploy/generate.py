@@ -22,9 +22,11 @@ from dvdquant.errors import CheckpointError, UnsupportedError
 
 from .artifact import Artifact
 from .controller import StepController, StepRecord
+from .devices import resolve_device
 from .original import OriginalRunner, load_original
 from .prompt_table import PromptTable, frames_from_latents, open_scheduler
 from .request import DEFAULT_DELTA, GenerateRequest, GenerateResult, OnStep, check_request, resolve_size
+from .schedulers import FILE, FOLDER, rehearse
 from .sessions import EngineSession, open_session
 from .step_cache import StepCachePolicy
 from .switching import StepRunner
@@ -155,6 +157,7 @@ class TableGenerator(Generator):
         self._wrap = wrap
         self._session: EngineSession | None = None
         self._original: OriginalRunner | None = None
+        self._tried: set[int] = set()  # numbers of steps that the scheduler has gone through
         self._check_model()
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
@@ -165,14 +168,23 @@ class TableGenerator(Generator):
             self.table.encode(request.negative_prompt)
         size = resolve_size(request, self.artifact.sizes, (1, 1, 1), self.family.patch(), causal=False)
         steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
+        steps = steps or self.table.steps
+        self._try_scheduler(steps)
         return dataclasses.replace(
             request,
-            steps=steps or self.table.steps,
+            steps=steps,
             guidance=self.table.guidance_scale if request.guidance is None else request.guidance,
             num_frames=size.frames,
             height=size.height,
             width=size.width,
         )
+
+    def _try_scheduler(self, steps: int) -> None:
+        """CheckpointError now for a scheduler that would fail once the model is loaded."""
+        if steps not in self._tried:
+            path = self.table.root / FOLDER / FILE
+            rehearse(open_scheduler(self.table.root), self.family.name, steps, path)
+            self._tried.add(steps)
 
     def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
         """See :class:`Generator`."""
@@ -233,7 +245,7 @@ class TableGenerator(Generator):
     def _runner(self, request: GenerateRequest) -> tuple[Runner, torch.device, torch.dtype]:
         if request.mode == "16":
             if self._original is None:
-                device = torch.device("cuda" if self._on_cuda() else "cpu")
+                device = resolve_device(self.device)
                 # Nothing but the transformer runs here, so a CPU may take the arithmetic it is good at.
                 dtype = torch.float32 if device.type == "cpu" else self.artifact.dtype
                 model = load_original(self.artifact, self.table.root, self.component, device, dtype)
@@ -244,9 +256,6 @@ class TableGenerator(Generator):
             self._session = session if self._wrap is None else self._wrap(session)
         runner = StepRunner(self._session, make_controller(self.artifact, self.component, request))
         return runner, self._session.device, self._session.dtype
-
-    def _on_cuda(self) -> bool:
-        return self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
 
     def _executed(self, request: GenerateRequest) -> dict[str, Any]:
         if request.mode == "16" and self._original is not None:

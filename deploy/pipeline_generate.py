@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
 
 from .artifact import Artifact
+from .devices import resolve_device
 from .generate import Generator, executed_original, executed_session, make_controller
 from .original import CallRecorder, load_original, synchronize
 from .pipeline_parts import PIPELINES, open_pipeline_folder
-from .request import GenerateRequest, GenerateResult, OnStep, check_request, resolve_size
+from .request import GenerateRequest, GenerateResult, OnStep, VideoSize, check_request, resolve_size
+from .schedulers import FILE, FOLDER, open_scheduler, rehearse
 from .sessions import EngineSession, open_session
 from .transformer import DvdqTransformer
 
@@ -59,6 +61,7 @@ class PipelineGenerator(Generator):
         self._engines: dict[str, DvdqTransformer] = {}
         self._originals: dict[str, nn.Module] = {}
         self._pipe: Any = None
+        self._tried: set[tuple[int, int]] = set()  # steps and tokens that the scheduler has gone through
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -83,14 +86,24 @@ class PipelineGenerator(Generator):
         size = resolve_size(request, self.artifact.sizes, self.family.vae_scale, patch, causal=True)
         defaults = _call_defaults(self.folder.class_name)
         steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
+        steps = steps or int(defaults["num_inference_steps"])
+        self._try_scheduler(steps, size)
         return dataclasses.replace(
             request,
-            steps=steps or int(defaults["num_inference_steps"]),
+            steps=steps,
             guidance=float(defaults["guidance_scale"]) if request.guidance is None else request.guidance,
             num_frames=size.frames,
             height=size.height,
             width=size.width,
         )
+
+    def _try_scheduler(self, steps: int, size: VideoSize) -> None:
+        """CheckpointError now for a scheduler that would fail once the model is loaded."""
+        tokens = self.family.tokens(*size.latent)
+        if (steps, tokens) not in self._tried:
+            name, root = self.family.name, self.folder.root
+            rehearse(open_scheduler(root, name), name, steps, root / FOLDER / FILE, tokens)
+            self._tried.add((steps, tokens))
 
     def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
         """See :class:`Generator`."""
@@ -146,10 +159,9 @@ class PipelineGenerator(Generator):
         return {name: self._engines[name] for name in self.components}
 
     def _originals_of(self) -> dict[str, nn.Module]:
-        cuda = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
         for name in self.components:
             if name not in self._originals:
-                device = torch.device("cuda" if cuda else "cpu")
+                device = resolve_device(self.device)
                 # The pipeline's other parts give it tensors of the export's dtype.
                 dtype = self.artifact.dtype
                 self._originals[name] = load_original(self.artifact, self.folder.root, name, device, dtype)

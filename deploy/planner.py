@@ -21,6 +21,7 @@ from dvdquant.gbs import (
     weighted_changes,
 )
 from dvdquant.progress import Progress
+from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 
 from .artifact import Artifact
 from .controller import StepRecord
@@ -110,8 +111,8 @@ def plan(
     seeds: Sequence[int] = (0,),
     steps: int | None = None,
     reference: bool = False,
-    last_high: int = 0,
-    weighting: Weighting = "none",
+    last_high: int = LAST_HIGH,
+    weighting: Weighting = WEIGHTINGS[0],
     pipeline: str | None = None,
     backend: str = "auto",
     device: str = "auto",
@@ -121,7 +122,7 @@ def plan(
 
     Args:
         steps: of a clip; default the model's own. reference: compare with the original 16-bit checkpoint too.
-        last_high, weighting: see :class:`dvdquant.deploy.controller.StepController`.
+        last_high, weighting: see :class:`dvdquant.deploy.controller.StepController`; here too the default is the commands'.
 
     Raises:
         UnsupportedError: the export has one bit-width only, or no δ reaches the goal (saying the range).

@@ -141,12 +141,9 @@ def open_scheduler(folder: Path) -> Any:
     config = _read_json(path)
     if config.get("_class_name") != _SCHEDULER:
         raise CheckpointError(f"{path} is a {config.get('_class_name')!r:.80}", available=_SCHEDULER)
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from .schedulers import build_scheduler
 
-    try:
-        return FlowMatchEulerDiscreteScheduler.from_config(config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be used: {error}", fix="get the model again") from error
+    return build_scheduler(config, _SCHEDULER, path)
 
 
 def frames_from_latents(latents: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

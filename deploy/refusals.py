@@ -1,13 +1,25 @@
-"""What diffusers offers on a transformer made of PyTorch blocks and an engine cannot do, refused with the way out."""
+"""What diffusers offers on a transformer made of PyTorch blocks and an engine cannot do, refused with the way out.
+
+diffusers' hooks are methods of a model and functions, too (``diffusers.hooks.apply_…``). Such a function looks for blocks
+among the module's children, finds none, and either says nothing or fails over an empty list. It shows by its name when it
+asks for them, or by the attribute that it leaves on the module.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any, NoReturn
+
+from diffusers import DiffusionPipeline
+from torch import nn
 
 from dvdquant.errors import UnsupportedError
 
-__all__ = ["WholeEngine"]
+__all__ = ["COPIED", "LOADED", "REFUSED", "WholeEngine", "refuse"]
 
 _LORA = (
     "its weights are packed in 4 bits inside the export",
@@ -28,6 +40,19 @@ _DTYPE = ("its dtype is that of the export", "export again with --dtype")
 _SAVE = (
     "the engines are an export of their own and are not saved in diffusers format",
     "copy the export folder; load both with Pipeline.from_pretrained(FOLDER, transformer=DvdqTransformer.from_pretrained(OUT))",
+)
+
+LOADED = (
+    "its weights are packed in 4 bits inside the export",
+    "load the state into the original checkpoint, save that (save_pretrained) and export it",
+)
+COPIED = (
+    "its engines belong to this process",
+    "open the export again where you need it: DvdqTransformer.from_pretrained(OUT); copy.deepcopy shares the engines",
+)
+_HOOKS = (
+    "the transformer is one engine, without blocks to hook",
+    "leave it out, and use dvdquant's step cache: DvdqTransformer.from_pretrained(OUT, cache=THRESHOLD)",
 )
 
 _NAMES = (
@@ -62,11 +87,69 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
     return method
 
 
+# diffusers' functions on a module, by the reason to refuse them.
+_FUNCTIONS = {
+    "apply_group_offloading": _OFFLOAD,
+    "apply_tensor_parallel": _OFFLOAD,
+    "apply_context_parallel": _OFFLOAD,
+    "apply_layerwise_casting": _DTYPE,
+    "apply_layerwise_casting_hook": _DTYPE,
+}
+
+
+def _hooking(frame: FrameType | None) -> str | None:
+    """The function of ``diffusers.hooks`` that is running, if one is."""
+    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("diffusers.hooks."):
+        name = frame.f_code.co_name
+        if name.startswith("apply_"):
+            return name
+        frame = frame.f_back
+    return None
+
+
+def _refuse_hooks(frame: FrameType | None) -> None:
+    name = _hooking(frame)
+    if name is not None:
+        reason = _FUNCTIONS.get(name) or (_CACHE if "cache" in name or "broadcast" in name else _HOOKS)
+        refuse(name, *reason)
+
+
 class WholeEngine:
-    """Base of a transformer that is one engine; every method of :data:`REFUSED` raises UnsupportedError."""
+    """Base of a transformer that is one engine; every method of :data:`REFUSED` raises UnsupportedError, and so does every
+    ``diffusers.hooks.apply_…`` on it."""
 
     is_cache_enabled = False
     is_gradient_checkpointing = False
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """There are none; a function of diffusers that wants blocks is refused."""
+        _refuse_hooks(sys._getframe(1))
+        return super().named_children()  # type: ignore[misc,no-any-return]
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The module itself; a function of diffusers that wants blocks is refused."""
+        _refuse_hooks(sys._getframe(1))
+        return super().named_modules(*args, **kwargs)  # type: ignore[misc,no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        # For what is not there; such a function asks for its blocks by name, too.
+        _refuse_hooks(sys._getframe(1))
+        return super().__getattr__(name)  # type: ignore[misc]
+
+    @property
+    def _diffusers_hook(self) -> NoReturn:
+        # Where diffusers keeps its hooks; it asks for it also where it wants to know that there are none.
+        raise AttributeError("_diffusers_hook")
+
+    @_diffusers_hook.setter
+    def _diffusers_hook(self, registry: Any) -> None:
+        del registry
+        # Setting an attribute of a module goes through torch.
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("torch."):
+            frame = frame.f_back
+        _refuse_hooks(frame)
+        refuse("a hook of diffusers", *_HOOKS)
 
     def disable_cache(self) -> None:
         """Nothing to do: diffusers' caches are never on."""
@@ -77,3 +160,30 @@ class WholeEngine:
 
 for _name in REFUSED:
     setattr(WholeEngine, _name, _refusing(_name))
+
+
+def keep_in_from_pipe() -> None:
+    """Let ``Pipeline.from_pipe(pipe)`` keep an exported transformer, in its own dtype.
+
+    diffusers hands a model on only where its class is the very one of the new pipeline's signature, and leaves any other
+    out; and it casts everything to float32 unless told otherwise. Both are right for transformers of PyTorch blocks. A
+    pipeline without an exported transformer is made as before.
+    """
+    original = DiffusionPipeline.from_pipe.__func__
+    if getattr(original, "keeps_engines", False):
+        return
+
+    @functools.wraps(original)
+    def from_pipe(cls: Any, pipeline: Any, **kwargs: Any) -> Any:
+        expected = inspect.signature(cls.__init__).parameters
+        parts = {**pipeline.components, **kwargs}
+        kept = {name: part for name, part in parts.items() if isinstance(part, WholeEngine) and name in expected}
+        if kept and kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = next(iter(kept.values())).dtype  # type: ignore[attr-defined]
+        for part in kept.values():
+            # Refused here, before the parts that both pipelines share are cast.
+            part.to(kwargs.get("dtype") or kwargs["torch_dtype"])  # type: ignore[attr-defined]
+        return original(cls, pipeline, **{**kept, **kwargs})
+
+    from_pipe.keeps_engines = True  # type: ignore[attr-defined]
+    DiffusionPipeline.from_pipe = classmethod(from_pipe)

@@ -14,6 +14,7 @@ from torch import Tensor
 from dvdquant.errors import OutputError, ShapeError, UnsupportedError
 from dvdquant.families import Axis, Sizes
 from dvdquant.gbs import Stair, Weighting, delta_of_stair
+from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 
 if TYPE_CHECKING:
     from .artifact import Artifact
@@ -52,8 +53,8 @@ class GenerateRequest:
         mode: ``switch`` (4 or 8 activation bits by δ-GBS, step by step), ``planned`` (the bits of ``schedule``), ``a4``,
             ``a8`` (fixed), or ``16`` (the original checkpoint in PyTorch).
         delta: δ of ``switch``; None is :data:`DEFAULT_DELTA`. last_high: so many last steps of ``switch`` on
-            the high engine, whatever δ says. weighting: of ``switch``, "step" or "none"; "none" and 0 last steps are the
-            published rule. schedule: of ``planned``.
+            the high engine, whatever δ says. weighting: of ``switch``, "step" or "none". Both as in the commands where not
+            given; "none" and 0 last steps are the published rule. schedule: of ``planned``.
         cache: threshold of the step cache; None computes every step.
         height, width, num_frames: in pixels and frames; None is what the export was tuned for.
     """
@@ -65,8 +66,8 @@ class GenerateRequest:
     guidance: float | None = None
     mode: str = "switch"
     delta: float | None = None
-    last_high: int = 0
-    weighting: Weighting = "none"
+    last_high: int = LAST_HIGH
+    weighting: Weighting = WEIGHTINGS[0]
     schedule: Schedule | None = None
     cache: float | None = None
     height: int | None = None
@@ -138,8 +139,28 @@ def check_request(request: GenerateRequest, artifact: Artifact) -> None:
             raise ShapeError(
                 f"{name} is {value}", available=f"{low} to {high}" if high < math.inf else f"{low} or more"
             )
+    _check_options(request)
     for component in artifact.components:
         _check_mode(request, artifact, component)
+
+
+def _check_options(request: GenerateRequest) -> None:
+    """UnsupportedError for fields that contradict each other, naming the one to leave out."""
+    mode = request.mode
+    clashes = {
+        f"delta switches engines, and mode {mode!r:.40} does not": request.delta is not None and mode != "switch",
+        f"schedule says the bits of each step, and mode {mode!r:.40} does not follow it": (
+            request.schedule is not None and mode != "planned"
+        ),
+        "schedule says which steps are skipped, so cache does not apply": request.cache is not None
+        and mode == "planned",
+        "cache skips steps of the engines, and mode '16' runs the original checkpoint": (
+            request.cache is not None and mode == "16"
+        ),
+    }
+    for what, clash in clashes.items():
+        if clash:
+            raise UnsupportedError(what, fix="leave one of the two out")
 
 
 def _check_mode(request: GenerateRequest, artifact: Artifact, component: str) -> None:

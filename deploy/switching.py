@@ -96,6 +96,10 @@ class StepRunner:
         self._parts.clear()
         self._step = None
 
+    def forget_outputs(self) -> None:
+        """Give back the outputs kept for the next step; the trace stays. For a request that is over."""
+        self._parts.clear()
+
     def run(
         self, inputs: Mapping[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
     ) -> Tensor:

@@ -14,26 +14,28 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from dvdquant.errors import UnsupportedError
+from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.gbs import Weighting
 from dvdquant.manifest import Manifest
 
 from .adapters import get_adapter
 from .artifact import Artifact
 from .controller import StepController, StepInfo, StepRecord
-from .refusals import WholeEngine, refuse
+from .refusals import COPIED, LOADED, WholeEngine, keep_in_from_pipe, refuse
 from .request import DEFAULT_DELTA
+from .request_state import RequestTable
 from .schedule import Schedule
 from .sessions import EngineSession, open_session
 from .step_cache import StepCachePolicy
@@ -42,6 +44,12 @@ from .switching import StepRunner
 __all__ = ["DvdqTransformer"]
 
 log = logging.getLogger(__name__)
+
+# Options of diffusers' from_pretrained that say nothing an export could differ in.
+_HARMLESS = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")
+keep_in_from_pipe()
+# Of each transformer, the branch its pipeline is calling. A context is one thread's and one asyncio task's own.
+_BRANCHES: ContextVar[Mapping[int, tuple[str, Mapping[str, Any]]]] = ContextVar("dvdquant_branches")
 
 
 class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
@@ -54,8 +62,11 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
     A batch larger than the export's is run in slices of the export's batch, one after the other; all slices of a step
     run on the same engine.
 
+    Several pipelines may share it, also in several threads: every request has decisions, history and trace of its own (see
+    :mod:`dvdquant.deploy.request_state`), and the engines run one call after the other. A deep copy shares the engines.
+
     Args:
-        session: an open session. controller: what decides the bits of each step.
+        session: an open session. controller: what decides the bits of each step; every request gets a fresh one like it.
     """
 
     def __init__(self, session: EngineSession, controller: StepController) -> None:
@@ -65,12 +76,11 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         self.register_to_config(**config)
         self._session = session
         self._adapter = get_adapter(session.family, session.sizes, session.dtype)
-        self._context: tuple[str, Mapping[str, Any]] | None = None
         # Accelerate's offloading asks for the device of a module's first parameter.
         placement = torch.empty(0, dtype=session.dtype, device=session.device)
         self.register_parameter("placement", torch.nn.Parameter(placement, requires_grad=False))
         self._placed = False
-        self.use(controller)
+        self._requests = RequestTable(session, controller)
         self.eval()
 
     @classmethod
@@ -83,14 +93,15 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         backend: str = "auto",
         device: str = "auto",
         mode: str = "switch",
-        delta: float = DEFAULT_DELTA,
+        delta: float | None = None,
         schedule: Schedule | str | Path | None = None,
         callback: Callable[[StepInfo], Any] | None = None,
         cache: StepCachePolicy | float | None = None,
         branch_policy: str = "shared",
-        last_high: int = 0,
-        weighting: Weighting = "none",
-        torch_dtype: torch.dtype | None = None,
+        last_high: int | None = None,
+        weighting: Weighting | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         **unknown: Any,
     ) -> Self:
         """Open an export folder.
@@ -100,15 +111,19 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             backend, device: as in :func:`dvdquant.deploy.sessions.open_session`.
             mode: ``switch`` (δ-GBS), ``a4`` or ``a8`` (always that engine), ``planned`` (with ``schedule``) or
                 ``callback`` (with ``callback``); the last two are understood from their argument.
-            delta: δ of ``switch``: 0 is always 8 bits, infinity always 4.
+            delta: δ of ``switch``: 0 is always 8 bits, infinity always 4; :data:`DEFAULT_DELTA` if not given.
             cache: a threshold turns the step cache on with the family's policy.
-            branch_policy, last_high, weighting: see :class:`dvdquant.deploy.controller.StepController`.
-            torch_dtype: refused unless it is the export's.
+            branch_policy, last_high, weighting: see :class:`dvdquant.deploy.controller.StepController`; the last two are
+                for ``switch``, where the defaults are those of the commands.
+            torch_dtype, dtype: refused unless it is the export's, or "auto".
 
         Raises:
             OutputError: the folder is no export. EngineError: no engine fits. UnsupportedError: an option that does not
-            apply.
+            apply, or two that contradict each other.
         """
+        _check_options(mode, delta, schedule, callback, last_high, weighting)
+        if unknown.get("use_safetensors") is not False:
+            unknown = {name: value for name, value in unknown.items() if name not in _HARMLESS}
         if unknown:
             options = [name for name in inspect.signature(cls.from_pretrained).parameters if name != "unknown"]
             raise UnsupportedError(
@@ -116,10 +131,11 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             )
         artifact = Artifact.open(pretrained_model_name_or_path)
         name = component or subfolder or artifact.components[0]
-        if torch_dtype not in (None, artifact.dtype):
-            raise UnsupportedError(
-                f"torch_dtype is {torch_dtype}", available=str(artifact.dtype), fix="export again with --dtype"
-            )
+        for option, wanted in (("torch_dtype", torch_dtype), ("dtype", dtype)):
+            if wanted not in (None, "auto", artifact.dtype, str(artifact.dtype).removeprefix("torch.")):
+                raise UnsupportedError(
+                    f"{option} is {wanted!s:.80}", available=str(artifact.dtype), fix="export again with --dtype"
+                )
         session = open_session(artifact, name, backend=backend, device=device)
         try:
             more = {"branch_policy": branch_policy, "last_high": last_high, "weighting": weighting}
@@ -132,14 +148,13 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
     # -------------------------------------------------------------------------------------------------- what it decides
 
     def use(self, controller: StepController) -> None:
-        """Decide the coming requests with another controller; trace and history begin anew."""
-        self._runner = StepRunner(self._session, controller)
-        self._position = _Position()
+        """Decide the coming requests with another controller; trace and history of this thread begin anew."""
+        self._requests.use(controller)
 
     @property
     def runner(self) -> StepRunner:
-        """Runs the steps; has ``summary()`` and ``on_step``."""
-        return self._runner
+        """Runs the steps of this thread's last (or running) request; has ``summary()`` and ``on_step``."""
+        return self._requests.own.runner
 
     @property
     def session(self) -> EngineSession:
@@ -148,8 +163,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
 
     @property
     def trace(self) -> list[StepRecord]:
-        """Every call of the last (or running) request, in order."""
-        return self._runner.trace
+        """Every call of this thread's last (or running) request, in order; of any thread's, where this one had none."""
+        return self._requests.latest.runner.trace
 
     def close(self) -> None:
         """Give back the engines' memory; a later call raises EngineError."""
@@ -161,28 +176,29 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
     def cache_context(self, name: str, **where: Any) -> Iterator[None]:
         """Pipelines name the branch they call (``cond``, ``uncond``, ``cond_uncond``) and some pass ``step_index`` and
         ``num_inference_steps``."""
-        previous, self._context = self._context, (name, where)
+        before = _BRANCHES.get({})
+        _BRANCHES.set({**before, id(self): (name, where)})
         try:
             yield
         finally:
-            self._context = previous
+            _BRANCHES.set(before)
 
     def begin_request(self, steps: int | None = None) -> None:
-        """The next call starts a new request with an empty history.
+        """The next call in this thread starts a new request with an empty history.
 
         Rarely needed: pipelines report the end of a request by themselves, also of an interrupted one. ``steps`` matters
         where the pipeline does not pass their number (all but WanPipeline, in diffusers 0.42) and the controller treats
         the last ones otherwise: the step cache skips all but the last, ``last_high`` counts from the end, and without it
         ``weighting`` does nothing.
         """
-        self._runner.begin_request(steps)
-        self._position = _Position(announced=True)
+        self._requests.begin(steps)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         # Called by a pipeline when a request has ended. The trace stays until the next one.
         del recurse
-        self._position.ended = True
+        self._requests.end()
 
+    @torch.compiler.disable  # a compiled caller runs the engines as they are
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The arguments of the family's diffusers class.
 
@@ -190,8 +206,9 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             ``Transformer2DModelOutput`` with the sample in ``self.dtype``, or a tuple with ``return_dict=False``.
 
         Raises:
-            ShapeError: a size or text length outside the export's profile. UnsupportedError: ``attention_kwargs``, or an
-            input the graph does not have. EngineError: the engine failed, or gave NaN at the highest bits too.
+            ShapeError: a size or text length outside the export's profile, or inputs for other numbers of samples.
+            UnsupportedError: ``attention_kwargs``, or an input the graph does not have. EngineError: the engine failed,
+            or gave NaN at the highest bits too.
         """
         arguments = self._adapter.bind(args, kwargs)
         return_dict = arguments.pop("return_dict", True)
@@ -208,17 +225,19 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
 
     def _run(self, arguments: Mapping[str, Any]) -> Tensor:
         inputs = self._adapter.inputs(arguments)
-        branch, where = self._context or (None, {})
-        step, steps = where.get("step_index"), where.get("num_inference_steps")
+        branch, where = _BRANCHES.get({}).get(id(self), (None, {}))
+        given, steps = where.get("step_index"), where.get("num_inference_steps")
         timestep = float(inputs["timestep"].max())
-        if self._position.begins(branch, step, timestep):
-            self.begin_request(steps)
-        branch, step = self._position.move(branch, step, timestep)
+        if not math.isfinite(timestep):
+            raise ShapeError(f"the timestep is {timestep}", available="a finite number", fix="check the scheduler")
         slices = list(self._adapter.slices(inputs))
         samples = []
-        for index, (part, count) in enumerate(slices):
-            name = branch if len(slices) == 1 else f"{branch}/{index}"
-            samples.append(self._runner.run(part, branch=name, step=step, steps=steps)[:count])
+        text = arguments["encoder_hidden_states"]
+        with self._requests.call(branch, given, steps, timestep, text if isinstance(text, Tensor) else None) as place:
+            runner, branch, step = place
+            for index, (part, count) in enumerate(slices):
+                name = branch if len(slices) == 1 else f"{branch}/{index}"
+                samples.append(runner.run(part, branch=name, step=step, steps=steps)[:count])
         whole = samples[0] if len(samples) == 1 else torch.cat(samples)
         return whole.to(arguments["hidden_states"].device)
 
@@ -285,6 +304,26 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         """See :meth:`to`."""
         return self.to(dst_type)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """UnsupportedError for any other state than this module's own, which holds no weights."""
+        if set(state_dict) != {"placement"}:
+            refuse("load_state_dict", *LOADED)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Another transformer on the same engines, with requests of its own; closing one closes both."""
+        twin = type(self)(self._session, self._requests.controller.fresh())
+        memo[id(self)] = twin
+        return twin
+
+    def __copy__(self) -> Self:
+        """See :meth:`__deepcopy__`."""
+        return self.__deepcopy__({})
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """UnsupportedError: engines cannot be pickled."""
+        refuse("pickle", *COPIED)
+
     def train(self, mode: bool = True) -> Self:
         """UnsupportedError for the training mode."""
         if mode:
@@ -304,47 +343,6 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         return f"{self.config['_class_name']} {session.component}, {bits}, {session.backend} on {session.device}"
 
 
-@dataclass
-class _Position:
-    """Where the pipeline's denoising loop is, from what its calls say.
-
-    Args:
-        given: the step index it passed. index: the same, or counted here. called: branches of this step.
-        ended: the pipeline has said that the request is over. announced: begun by hand, without a call yet.
-    """
-
-    given: int | None = None
-    timestep: float | None = None
-    index: int = -1
-    called: list[str] = field(default_factory=list)
-    ended: bool = False
-    announced: bool = False
-
-    def begins(self, branch: str | None, step: int | None, timestep: float) -> bool:
-        """Whether a call is the first of a new request.
-
-        Timesteps fall and steps rise within a request. A request that an exception ended is not reported as ended; if
-        it came no further than its first step, the next one begins at the same step and shows by a repeated branch. Later
-        in a request the same branch at the same timestep is a step of its own, of a solver that evaluates one twice.
-        """
-        if self.timestep is None or self.ended:
-            return not self.announced
-        if timestep > self.timestep or (step is not None and self.given is not None and step < self.given):
-            return True
-        repeated = (step, timestep) == (self.given, self.timestep) and branch in self.called
-        return repeated and (step is not None or self.index == 0)
-
-    def move(self, branch: str | None, step: int | None, timestep: float) -> tuple[str, int]:
-        """Go to the step of this call; its branch and index. Calls that name no branch are told apart by their order."""
-        if (step, timestep) != (self.given, self.timestep) or branch in self.called:
-            self.given, self.timestep, self.called = step, timestep, []
-            self.index = self.index + 1 if step is None else step
-        self.announced = self.ended = False
-        name = f"call {len(self.called)}" if branch is None else branch
-        self.called.append(name)
-        return name, self.index
-
-
 def _same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
@@ -353,7 +351,7 @@ def _controller(
     session: EngineSession,
     manifest: Manifest,
     mode: str,
-    delta: float,
+    delta: float | None,
     schedule: Schedule | str | Path | None,
     callback: Callable[[StepInfo], Any] | None,
     cache: StepCachePolicy | float | None,
@@ -383,4 +381,30 @@ def _controller(
     if mode not in ("switch", "planned", "callback"):
         modes = [*(f"a{bits}" for bits in session.bits), "switch", "planned", "callback"]
         raise UnsupportedError(f"unknown mode {mode!r:.40}", available=modes)
+    if mode == "switch":
+        delta = DEFAULT_DELTA if delta is None else delta
     return StepController(mode, delta=delta, schedule=schedule, callback=callback, **common)  # type: ignore[arg-type]
+
+
+def _check_options(
+    mode: str, delta: Any, schedule: Any, callback: Any, last_high: int | None, weighting: str | None
+) -> None:
+    """UnsupportedError for options that contradict each other, as the command dvdq-run refuses them."""
+    follows = schedule is not None or callback is not None  # then the mode is understood from it
+    switches = mode == "switch" and not follows
+    rule = "callback" if callback is not None else "schedule"
+    clashes = {
+        "schedule says the bits of each step, and so does callback": schedule is not None and callback is not None,
+        f"schedule says the bits of each step, and so does mode={mode!r:.40}": (
+            schedule is not None and mode not in ("switch", "planned")
+        ),
+        f"callback says the bits of each step, and so does mode={mode!r:.40}": (
+            callback is not None and mode not in ("switch", "callback")
+        ),
+    }
+    for name, value in (("delta", delta), ("last_high", last_high), ("weighting", weighting)):
+        what = f"{rule} says the bits of each step" if follows else f"mode={mode!r:.40} does not switch"
+        clashes[f"{name} is for switching engines by delta, and {what}"] = value is not None and not switches
+    for what, clash in clashes.items():
+        if clash:
+            raise UnsupportedError(what, fix="leave one of the two out")

@@ -10,7 +10,7 @@ from dvdquant.deploy.video import default_fps, enlarge, write_mp4
 
 def main(out: Path, prompt: str, clip: Path) -> None:
     """Draw ``prompt`` with the export in ``out`` and print a line for every step."""
-    request = GenerateRequest(prompt, steps=20, delta=0.2, last_high=2)
+    request = GenerateRequest(prompt, steps=20, delta=0.2)
     result = generate(Artifact.open(out), request)
     for record in result.trace:
         if record.branch.startswith("cond"):

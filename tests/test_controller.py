@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from typing import Any
@@ -12,10 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvdquant.deploy.controller import PUBLISHED_COST, Decision, StepController, StepInfo, StepRecord, relative_cost
+from dvdquant.deploy.planner import plan
+from dvdquant.deploy.request import GenerateRequest
 from dvdquant.deploy.step_cache import ChangeForecast, StepCachePolicy, keep_residual, reuse
 from dvdquant.errors import UnsupportedError
 from dvdquant.gbs import switch_bits
+from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 from tests.test_gbs import literal
+
+
+def published(delta: float, **more: Any) -> StepController:
+    """The rule as published, unless ``more`` says otherwise."""
+    return StepController("switch", delta=delta, **{"last_high": 0, "weighting": "none", **more})
+
 
 CHANGES = st.lists(st.floats(0, 1), min_size=1, max_size=50)
 
@@ -42,12 +52,12 @@ def drive(
 @settings(max_examples=150, deadline=None)
 @given(CHANGES, st.floats(0, 3))
 def test_switch_is_the_offline_rule(changes: list[float], delta: float) -> None:
-    rows = drive(StepController("switch", delta=delta), changes, ("cond", "uncond"))
+    rows = drive(published(delta), changes, ("cond", "uncond"))
     assert [row[0].bits for row in rows] == switch_bits(changes, delta)
 
 
 def test_every_switch_decision_gives_its_sum_and_delta() -> None:
-    rows = drive(StepController("switch", delta=0.15), [0.083, 0.04, 0.05, 0.01])
+    rows = drive(published(0.15), [0.083, 0.04, 0.05, 0.01])
     assert [(row[0].bits, row[0].reason) for row in rows] == [
         (8, "no history"),
         (8, "no history"),
@@ -62,16 +72,16 @@ def test_every_switch_decision_gives_its_sum_and_delta() -> None:
 def test_separate_branches_have_histories_of_their_own() -> None:
     """ "uncond" changes by 1e9 a step: it stays high, while "cond" goes by its own changes."""
     changes = [0.1] * 11
-    rows = drive(StepController("switch", delta=0.35, branch_policy="separate"), changes, ("cond", "uncond"))
+    rows = drive(published(0.35, branch_policy="separate"), changes, ("cond", "uncond"))
     assert [row[0].bits for row in rows] == literal(changes, 0.35)
     assert [row[1].bits for row in rows] == [8] * 12
-    shared = drive(StepController("switch", delta=0.35), changes, ("cond", "uncond"))
+    shared = drive(published(0.35), changes, ("cond", "uncond"))
     assert [row[0].bits for row in shared] == literal(changes, 0.35)
 
 
 def test_a_branch_that_stops_is_followed_by_the_next_one_called() -> None:
     """Guidance is switched off after step 3; the history of "uncond", called first so far, ends there."""
-    controller = StepController("switch", delta=100.0)
+    controller = published(100.0)
     for step in range(4):
         decision = controller.decide("uncond", step, 1000 - step)
         for branch in ("uncond", "cond"):
@@ -176,7 +186,7 @@ def test_forecast_by_hand() -> None:
 @given(CHANGES, st.floats(0, 1), st.integers(1, 4), st.sampled_from(["switch", "fixed"]))
 def test_cache_never_skips_the_ends_nor_too_long(changes: list[float], threshold: float, most: int, mode: Any) -> None:
     cache = StepCachePolicy(threshold, max_skips=most)
-    rows = drive(StepController(mode, delta=0.3, cache=cache), changes)
+    rows = drive(StepController(mode, delta=0.3, cache=cache, last_high=0, weighting="none"), changes)
     bits = [row[0].bits for row in rows]
     assert None not in bits[:2]
     assert bits[-1] is not None
@@ -194,7 +204,7 @@ def test_cache_never_skips_the_ends_nor_too_long(changes: list[float], threshold
 
 def test_skipped_steps_count_for_delta_until_they_are_measured() -> None:
     """L1 = .1 a step, cache threshold .25, δ = .25: steps 2 and 3 are skipped, for which .1 each stands in."""
-    controller = StepController("switch", delta=0.25, cache=StepCachePolicy(0.25))
+    controller = published(0.25, cache=StepCachePolicy(0.25))
     decisions = drive(controller, [0.1, math.nan, math.nan, 0.3, 0.1])
     assert [row[0].bits for row in decisions[:5]] == [8, 8, None, None, 8]
     assert decisions[4][0].accumulated == pytest.approx(0.3)  # .1 measured + .2 predicted
@@ -261,10 +271,10 @@ def test_records_are_strict_json() -> None:
 def test_the_last_steps_can_be_kept_high() -> None:
     cache = StepCachePolicy(10.0)
     for more in ({}, {"cache": cache}):
-        rows = drive(StepController("switch", delta=1e9, last_high=3, **more), [0.01] * 9)  # type: ignore[arg-type]
+        rows = drive(published(1e9, last_high=3, **more), [0.01] * 9)
         assert [row[0].bits for row in rows[-3:]] == [8] * 3
         assert rows[-1][0].reason == "one of the last 3 steps"
-    assert [row[0].bits for row in drive(StepController("switch", delta=1e9), [0.01] * 9)] == [8, 8, *[4] * 8]
+    assert [row[0].bits for row in drive(published(1e9), [0.01] * 9)] == [8, 8, *[4] * 8]
 
 
 def test_weighting_counts_how_far_a_step_moves() -> None:
@@ -272,7 +282,7 @@ def test_weighting_counts_how_far_a_step_moves() -> None:
     timesteps, changes = [1000.0, 980.0, 960.0, 920.0, 840.0], [0.1, 0.1, 0.1, 0.1]
     sums = {}
     for weighting in ("none", "step"):
-        controller = StepController("switch", delta=9.0, weighting=weighting)  # type: ignore[arg-type]
+        controller = published(9.0, weighting=weighting)
         controller.reset(50)
         found = []
         for step, timestep in enumerate(timesteps):
@@ -290,12 +300,12 @@ def test_weighting_is_the_published_rule_on_even_steps_and_without_a_number_of_s
     changes: list[float], delta: float
 ) -> None:
     even = 1000 / (len(changes) + 1)
-    plain = [row[0].bits for row in drive(StepController("switch", delta=delta), changes)]
+    plain = [row[0].bits for row in drive(published(delta), changes)]
     # A δ apart from every sum, which the weights change in their last bits.
     if all(abs(total - delta) > 1e-6 for total in partial_sums(changes)):
-        weighted = drive(StepController("switch", delta=delta, weighting="step"), changes, spacing=even)
+        weighted = drive(published(delta, weighting="step"), changes, spacing=even)
         assert [row[0].bits for row in weighted] == plain
-    controller = StepController("switch", delta=delta, weighting="step")
+    controller = published(delta, weighting="step")
     controller.reset(None)
     bits = []
     for step in range(len(changes) + 1):
@@ -326,6 +336,29 @@ def test_steps_that_were_skipped_weigh_their_mean() -> None:
     assert [bits for bits, _ in accumulated] == [8, 8, None, None, 4]
     assert accumulated[-1][1] == pytest.approx(2 * (0.1 + 0.2))
     assert controller.decide("cond", 5, 10.0).accumulated == pytest.approx(2 * (0.1 + 0.3))
+
+
+def test_the_rule_of_the_commands_is_the_default_of_switching() -> None:
+    """Two last steps high, and changes weighted; the other modes have neither."""
+    for mode, options in (("switch", {"delta": 1e9}), ("fixed", {}), ("planned", {"schedule": [8, 4]})):
+        controller = StepController(mode, **options)  # type: ignore[arg-type]
+        rule = (controller.last_high, controller.weighting)
+        assert rule == ((LAST_HIGH, WEIGHTINGS[0]) if mode == "switch" else (0, "none"))
+    rows = drive(StepController("switch", delta=1e9), [0.01] * 9)
+    assert [row[0].bits for row in rows] == [8, 8, 4, 4, 4, 4, 4, 4, 8, 8]
+    for signature in (GenerateRequest, plan):
+        parameters = inspect.signature(signature).parameters
+        assert (parameters["last_high"].default, parameters["weighting"].default) == (LAST_HIGH, WEIGHTINGS[0])
+
+
+def test_a_fresh_controller_has_the_rule_and_no_history() -> None:
+    controller = published(0.35)
+    expected = [row[0].bits for row in drive(controller, [0.1, 0.2, 0.3, 0.1])]
+    fresh = controller.fresh()
+    assert fresh.steps is None
+    assert fresh.decide("cond", 0, 1000.0).reason == "no history"
+    assert [row[0].bits for row in drive(fresh, [0.1, 0.2, 0.3, 0.1])] == expected
+    assert controller.decide("cond", 5, 500.0).reason != "no history"
 
 
 def test_an_unknown_weighting_is_refused() -> None:

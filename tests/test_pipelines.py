@@ -8,6 +8,7 @@ twice.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from dvdquant.errors import CheckpointError
 from tests import tiny_pipelines as tiny
 from tests.tiny_pipelines import Exported, Judge, arguments, build_pipeline, relative
 
@@ -188,7 +190,7 @@ def wan22(export: Export) -> Exported:
 
 def test_wan22_switches_between_two_exports(wan22: Exported) -> None:
     """Each transformer has its own controller; the history of the second begins at its first step."""
-    first, second = (wan22.open("pytorch", component=name, delta=1e9) for name in wan22.plans)
+    first, second = (wan22.open("pytorch", component=name, delta=1e9, last_high=0) for name in wan22.plans)
     calls = {0: tiny.record_calls(first), 1: tiny.record_calls(second)}
     pipe = build_pipeline("wan", first, transformer_2=second, boundary_ratio=0.8)
     for _ in range(2):  # the second request begins anew in both
@@ -214,7 +216,7 @@ def test_wan22_switches_between_two_exports(wan22: Exported) -> None:
 
 def test_wan22_after_an_exception_in_the_second_stage(wan22: Exported) -> None:
     """Nothing reports that request's end, and the next one calls transformer_2 at the very step where the other ended."""
-    first, second = (wan22.open("pytorch", component=name, delta=1e9) for name in wan22.plans)
+    first, second = (wan22.open("pytorch", component=name, delta=1e9, last_high=0) for name in wan22.plans)
     pipe = build_pipeline("wan", first, transformer_2=second, boundary_ratio=0.8)
     boundary = None
 
@@ -255,3 +257,41 @@ def test_pipeline_from_pretrained(export: Export, tmp_path_factory: pytest.TempP
     assert frames.shape == (1, 5, 32, 32, 3)
     assert np.isfinite(frames).all()
     assert [r.step for r in transformer.trace] == [0, 0, 1, 1]
+
+
+def test_a_scheduler_that_fails_later_is_refused_before_anything_is_loaded(
+    export: Export, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the generator that the commands use, in a pipeline's folder."""
+    import diffusers
+
+    from dvdquant.deploy import pipeline_generate
+    from dvdquant.deploy.artifact import Artifact
+    from dvdquant.deploy.generate import open_generator
+    from dvdquant.deploy.request import GenerateRequest
+
+    def loads(*_args: Any, **_options: Any) -> None:
+        raise AssertionError("something was loaded")
+
+    made = export("wan")
+    original = diffusers.WanTransformer3DModel.from_pretrained(made.source / "transformer")
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    build_pipeline("wan", original).save_pretrained(folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    good = json.loads(path.read_text())
+    monkeypatch.setattr(pipeline_generate, "open_session", loads)
+    monkeypatch.setattr(pipeline_generate, "load_original", loads)
+    for change, text in (
+        ({"num_train_timesteps": 1}, "num_train_timesteps"),
+        ({"use_dynamic_shifting": True}, "mu"),
+        ({"flow_shift": 1e-30}, "timesteps"),
+    ):
+        path.write_text(json.dumps({**good, **change}))
+        for mode in ("a8", "16"):
+            with open_generator(Artifact.open(made.out), pipeline=folder) as generator:
+                with pytest.raises(CheckpointError, match=text) as caught:
+                    generator.prepare(GenerateRequest("a red cat", steps=3, mode=mode))
+                assert "scheduler_config.json" in caught.value.what
+    path.write_text(json.dumps(good))
+    with open_generator(Artifact.open(made.out), pipeline=folder) as generator:
+        assert generator.check(GenerateRequest("a red cat", steps=3, mode="a8")).steps == 3

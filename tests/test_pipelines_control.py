@@ -31,7 +31,7 @@ def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 @pytest.fixture
 def transformer(wan: Exported) -> Any:
     """On the PyTorch backend, δ so large that every step but the first runs on 4 bits."""
-    return wan.open("pytorch", delta=1e9)
+    return wan.open("pytorch", delta=1e9, last_high=0)
 
 
 def decisions(transformer: Any) -> list[tuple[int, str, int | None]]:
@@ -65,7 +65,7 @@ def test_callback_that_changes_latents(wan: Exported) -> None:
 def test_interrupted_request(wan: Exported, hunyuan: Exported, kind: str, at: int) -> None:
     """It stops within one step, and the next request is as of a transformer just opened."""
     made = wan if kind == "wan" else hunyuan
-    transformer = made.open("pytorch", delta=1e9)
+    transformer = made.open("pytorch", delta=1e9, last_high=0)
     pipe = build_pipeline(kind, transformer)
     ran = []
 
@@ -78,7 +78,7 @@ def test_interrupted_request(wan: Exported, hunyuan: Exported, kind: str, at: in
     assert ran == list(range(at + 1))
     assert {r.step for r in transformer.trace} == set(ran)
     again = pipe(**arguments(kind, steps=4)).frames
-    fresh = made.open("pytorch", delta=1e9)
+    fresh = made.open("pytorch", delta=1e9, last_high=0)
     expected = build_pipeline(kind, fresh)(**arguments(kind, steps=4)).frames
     assert torch.equal(again, expected)
     assert decisions(transformer) == decisions(fresh)
@@ -91,7 +91,7 @@ def test_interrupted_request(wan: Exported, hunyuan: Exported, kind: str, at: in
 @pytest.mark.parametrize("at", [0, 2])
 def test_request_ended_by_an_exception(wan: Exported, hunyuan: Exported, kind: str, at: int) -> None:
     """Nothing tells the transformer; a repeated first step or a risen timestep does."""
-    transformer = (wan if kind == "wan" else hunyuan).open("pytorch", delta=1e9)
+    transformer = (wan if kind == "wan" else hunyuan).open("pytorch", delta=1e9, last_high=0)
     pipe = build_pipeline(kind, transformer)
 
     def fail(_pipe: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def test_progress_bar_is_the_pipelines_own(transformer: Any) -> None:
 def test_failing_engine_inside_a_pipeline(wan: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN from the 4-bit engine: the step runs again on 8 bits. From both: EngineError, and the pipeline can be used
     again."""
-    transformer = wan.open("pytorch", delta=1e9)
+    transformer = wan.open("pytorch", delta=1e9, last_high=0)
     pipe, session = build_pipeline("wan", transformer), transformer.session
     run, broken = session.run, {4}
     monkeypatch.setattr(

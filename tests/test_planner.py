@@ -17,18 +17,20 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from dvdquant.cli.plan import main as plan_main
+from dvdquant.deploy import generate
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generate import open_generator
 from dvdquant.deploy.plan_plot import draw_plan
 from dvdquant.deploy.planner import Goal, Plan, delta_for_seconds, plan, psnr
 from dvdquant.deploy.recording import RecordingSession
-from dvdquant.deploy.request import GenerateRequest
+from dvdquant.deploy.request import GenerateRequest, check_request
 from dvdquant.deploy.schedule import Schedule
 from dvdquant.deploy.sessions.base import EngineSession
-from dvdquant.errors import OutputError, UnsupportedError
+from dvdquant.errors import CheckpointError, OutputError, UnsupportedError
 from dvdquant.gbs import Stair, relative_change, switch_bits
 from dvdquant.manifest import load_manifest
 from tests.commands import refused
+from tests.exporting import TINY_WAN
 from tests.step_sessions import FaultySession, inputs_at, tiny_export, trained_export, walk
 
 PROMPTS = ["circle red right small black", "ring blue up large grey"]
@@ -365,3 +367,62 @@ def test_an_empty_prompt_file_a_wrong_model_and_no_export(out: Path, tmp_path: P
     planned.schedule.save(tmp_path / "s.json")
     refused(run(tiny_export(), "--check", tmp_path / "s.json"), "another model")
     refused(run(out, "--check", tmp_path / "s.json", "--steps", "11"), f"planned for {STEPS} steps, and 11")
+
+
+# ------------------------------------------------------------------------------- what every generation checks before it loads
+
+
+def test_the_scheduler_of_a_prompt_table_is_tried_before_anything_is_loaded(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the generator that the commands use; once for a number of steps."""
+
+    def loads(*_args: Any, **_options: Any) -> None:
+        raise AssertionError("something was loaded")
+
+    for name in ("open_session", "load_original"):
+        monkeypatch.setattr(generate, name, loads)
+    shutil.copytree(TINY_WAN, tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    good = json.loads(path.read_text())
+    artifact = Artifact.open(out)
+    prompt = PROMPTS[0]
+    for change, text in (({"num_train_timesteps": 0}, "num_train_timesteps"), ({"use_dynamic_shifting": True}, "mu")):
+        path.write_text(json.dumps({**good, **change}))
+        for mode in ("a8", "16"):
+            with (
+                generate.open_generator(artifact, pipeline=tmp_path / "model") as generator,
+                pytest.raises(CheckpointError, match=text),
+            ):
+                generator.prepare(GenerateRequest(prompt, steps=3, mode=mode))
+    path.write_text(json.dumps(good))
+    with generate.open_generator(artifact, pipeline=tmp_path / "model") as generator:
+        assert generator.check(GenerateRequest(prompt, steps=3, mode="a8")).steps == 3
+        path.unlink()
+        generator.check(GenerateRequest(prompt, steps=3, mode="a4"))
+
+
+def test_fields_of_a_request_that_contradict_each_other(out: Path) -> None:
+    """As the commands refuse the options."""
+    artifact = Artifact.open(out)
+    schedule = Schedule("f", "w4a4", 3, 0.1, (8, 4, 4), 5.3)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"mode": "a8", "delta": 0.1}, "delta"),
+        ({"mode": "a4", "delta": 0.0}, "delta"),
+        ({"mode": "planned", "schedule": schedule, "delta": 0.1}, "delta"),
+        ({"mode": "switch", "schedule": schedule}, "schedule"),
+        ({"mode": "a8", "schedule": schedule}, "schedule"),
+        ({"mode": "planned", "schedule": schedule, "cache": 0.1}, "cache"),
+        ({"mode": "16", "cache": 0.1}, "cache"),
+    ]
+    for fields, text in cases:
+        with pytest.raises(UnsupportedError, match=text) as caught:
+            check_request(GenerateRequest("a", **fields), artifact)
+        assert caught.value.fix
+    for fields in (
+        {"delta": 0.1},
+        {"mode": "planned", "schedule": schedule},
+        {"mode": "a8", "cache": 0.1},
+        {"mode": "16"},
+    ):
+        check_request(GenerateRequest("a", **fields), artifact)  # type: ignore[arg-type]

@@ -36,7 +36,9 @@ def session(opened: FaultySession) -> FaultySession:
 
 
 def switch(session: FaultySession, delta: float = DELTA, **more: object) -> StepRunner:
-    return StepRunner(session, StepController("switch", delta=delta, **more))  # type: ignore[arg-type]
+    """The published rule, unless ``more`` says otherwise."""
+    rule = {"last_high": 0, "weighting": "none", **more}
+    return StepRunner(session, StepController("switch", delta=delta, **rule))  # type: ignore[arg-type]
 
 
 def bits_of(runner: StepRunner, branch: str = "cond") -> list[int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from dvdquant.deploy.adapters import ADAPTERS, LTXVideoAdapter, get_adapter
 from dvdquant.deploy.refusals import REFUSED
+from dvdquant.deploy.request import DEFAULT_DELTA
 from dvdquant.errors import EngineError, OutputError, ShapeError, UnsupportedError
 from dvdquant.families import FAMILIES, Axis, Family, Sizes, get_family
 from dvdquant.model import build_skeleton
+from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 from tests import tiny_models
 from tests import tiny_pipelines as tiny
 from tests.tiny_pipelines import Exported, arguments, build_pipeline, relative
@@ -70,7 +73,7 @@ def test_a_config_that_says_where_it_was_loaded_from(wan: Exported) -> None:
     opened: Any = wan.open("pytorch")
     session = opened.session
     session.family.config = {**session.family.config, "_name_or_path": "somebody/elses"}
-    again = DvdqTransformer(session, opened._runner.controller)
+    again = DvdqTransformer(session, opened.runner.controller)
     assert again.config["_name_or_path"] == str(session.artifact.root)
     assert again.config["patch_size"] == [1, 2, 2]
 
@@ -147,6 +150,161 @@ def test_refuses_diffusers_own_entry_points(transformer: Any, tmp_path: Path) ->
         pipe(**arguments("wan", attention_kwargs={"scale": 0.5}))
     assert "LoRA" in str(caught.value.fix)
     pipe(**arguments("wan", steps=1, attention_kwargs={}))
+
+
+def test_refuses_hooks_given_as_functions(transformer: Any) -> None:
+    """diffusers.hooks.apply_…: by their own names, and nothing is left behind."""
+    from diffusers import hooks
+
+    at: dict[str, Any] = {"current_timestep_callback": lambda: 500}
+    calls: dict[str, Callable[[], Any]] = {
+        "apply_first_block_cache": lambda: hooks.apply_first_block_cache(
+            transformer, hooks.FirstBlockCacheConfig(threshold=0.1)
+        ),
+        "apply_faster_cache": lambda: hooks.apply_faster_cache(transformer, hooks.FasterCacheConfig(**at)),
+        "apply_pyramid_attention_broadcast": lambda: hooks.apply_pyramid_attention_broadcast(
+            transformer, hooks.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, **at)
+        ),
+        "apply_layerwise_casting": lambda: hooks.apply_layerwise_casting(transformer, torch.float16, DTYPE),
+        "apply_group_offloading": lambda: hooks.apply_group_offloading(transformer, "cpu", num_blocks_per_group=1),
+        "apply_layer_skip": lambda: hooks.apply_layer_skip(transformer, hooks.LayerSkipConfig(indices=[0])),
+    }
+    for name, options in (
+        ("MagCache", {"num_inference_steps": 3, "calibrate": True}),
+        ("TaylorSeerCache", {}),
+        ("SeaCache", {}),
+        ("TextKVCache", {}),
+    ):
+        function = {"MagCache": "mag", "TaylorSeerCache": "taylorseer", "SeaCache": "sea", "TextKVCache": "text_kv"}[
+            name
+        ]
+        apply, config = getattr(hooks, f"apply_{function}_cache", None), getattr(hooks, f"{name}Config", None)
+        if apply is not None and config is not None:  # later than the oldest diffusers that is supported
+            calls[apply.__name__] = lambda apply=apply, config=config, options=options: apply(  # type: ignore[misc]
+                transformer, config(**options)
+            )
+    for name, call in calls.items():
+        with pytest.raises(UnsupportedError, match=name) as caught:
+            call()
+        assert caught.value.fix
+    with pytest.raises(UnsupportedError, match="group_offloading"):
+        hooks.apply_group_offloading(transformer, "cpu", offload_type="leaf_level")
+    with pytest.raises(UnsupportedError, match="layerwise_casting"):
+        hooks.apply_layerwise_casting(transformer, torch.float16, DTYPE, skip_modules_pattern=None)
+    with pytest.raises(UnsupportedError, match="hook"):
+        hooks.HookRegistry.check_if_exists_or_initialize(transformer)
+    assert not hasattr(transformer, "_diffusers_hook")
+    assert list(transformer.named_children()) == []
+    assert [name for name, _ in transformer.named_modules()] == [""]
+    build_pipeline("wan", transformer)(**arguments("wan", steps=1))
+
+
+def test_state_that_is_loaded_or_pickled(transformer: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="load_state_dict") as caught:
+        transformer.load_state_dict({"blocks.0.weight": torch.zeros(2)}, strict=False)
+    assert "export it" in str(caught.value.fix)
+    with pytest.raises(UnsupportedError, match="load_state_dict"):
+        transformer.load_state_dict({}, strict=False)
+    assert transformer.load_state_dict(transformer.state_dict()).missing_keys == []
+    for thing in (transformer, build_pipeline("wan", transformer)):
+        with pytest.raises(UnsupportedError, match="pickle") as caught:
+            pickle.dumps(thing)
+        assert "from_pretrained(OUT)" in str(caught.value.fix)
+    with pytest.raises(UnsupportedError, match="pickle"):
+        torch.save(transformer, tmp_path / "saved.pt")
+
+
+def test_from_pipe_keeps_it(transformer: Any) -> None:
+    """In its own dtype where none is given; another dtype is refused as by .to()."""
+    import diffusers
+
+    pipe = build_pipeline("wan", transformer)
+    for options in ({}, {"torch_dtype": DTYPE}, {"dtype": DTYPE}, {"transformer": transformer}):
+        made = diffusers.WanPipeline.from_pipe(pipe, **options)
+        assert made.transformer is transformer
+        assert made.text_encoder.dtype == DTYPE
+    video = diffusers.WanVideoToVideoPipeline.from_pipe(pipe)
+    assert video.transformer is transformer
+    with pytest.raises(UnsupportedError, match="float32"):
+        diffusers.WanPipeline.from_pipe(pipe, dtype=torch.float32)
+    made.set_progress_bar_config(disable=True)
+    expected = build_pipeline("wan", transformer)(**arguments("wan", steps=2)).frames
+    assert torch.equal(made(**arguments("wan", steps=2)).frames, expected)
+
+
+def test_from_pipe_of_others_is_as_before(wan: Exported) -> None:
+    import diffusers
+
+    pipe = build_pipeline("wan", wan.reference(8))
+    made = diffusers.WanPipeline.from_pipe(pipe)
+    assert made.transformer is pipe.transformer
+    assert made.text_encoder.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_a_compiled_caller_runs_the_engines_as_they_are(transformer: Any) -> None:
+    pipe = build_pipeline("wan", transformer)
+    expected = pipe(**arguments("wan", steps=2)).frames
+    pipe.transformer = torch.compile(transformer)
+    assert torch.equal(pipe(**arguments("wan", steps=2)).frames, expected)
+
+
+def test_options_that_contradict_each_other(wan: Exported) -> None:
+    """As dvdq-run refuses them, and before anything is opened."""
+    plan = [8, 4, 4]
+    rule = lambda info: 8  # noqa: E731
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"mode": "a8", "schedule": plan}, "schedule"),
+        ({"mode": "a8", "delta": 0.1}, "delta"),
+        ({"mode": "a4", "delta": 0.1}, "delta"),
+        ({"mode": "a4", "delta": 0.0}, "delta"),
+        ({"mode": "a8", "callback": rule}, "callback"),
+        ({"mode": "a8", "last_high": 2}, "last_high"),
+        ({"mode": "a8", "weighting": "step"}, "weighting"),
+        ({"mode": "planned", "callback": rule}, "callback"),
+        ({"mode": "callback", "schedule": plan}, "schedule"),
+        ({"schedule": plan, "callback": rule}, "callback"),
+        ({"schedule": plan, "delta": 0.1}, "delta"),
+        ({"callback": rule, "delta": 0.1}, "delta"),
+        ({"schedule": plan, "last_high": 0}, "last_high"),
+        ({"schedule": plan, "cache": 0.1}, "cache"),
+    ]
+    for options, text in cases:
+        with pytest.raises(UnsupportedError, match=text) as caught:
+            wan.open("pytorch", **options)
+        assert caught.value.fix
+    for options in (
+        {"schedule": plan},
+        {"mode": "planned", "schedule": plan},
+        {"callback": rule},
+        {"mode": "a8", "cache": 0.1},
+    ):
+        wan.open("pytorch", **options)
+    controller = wan.open("pytorch").runner.controller
+    assert (controller.delta, controller.last_high, controller.weighting) == (DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS[0])
+    published = wan.open("pytorch", last_high=0, weighting="none").runner.controller
+    assert (published.last_high, published.weighting) == (0, "none")
+
+
+def test_options_of_diffusers_own_loading(wan: Exported) -> None:
+    """The dtype under both of its names, and what an export cannot differ in."""
+    for options in (
+        {"dtype": DTYPE},
+        {"torch_dtype": DTYPE},
+        {"dtype": "bfloat16"},
+        {"dtype": "auto"},
+        {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": True},
+    ):
+        assert wan.open("pytorch", **options).dtype == DTYPE
+    for options, text in (
+        ({"dtype": torch.float16}, "float16"),
+        ({"dtype": "float32"}, "float32"),
+        ({"dtype": {"default": DTYPE}}, "dtype"),
+        ({"use_safetensors": False}, "use_safetensors"),
+        ({"device_map": "cuda"}, "device_map"),
+    ):
+        with pytest.raises(UnsupportedError, match=text):
+            wan.open("pytorch", **options)
 
 
 def test_refuses_other_dtypes_and_devices(

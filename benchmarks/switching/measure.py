@@ -106,7 +106,8 @@ class Worker:
         """Generate what is missing of one clip, and append a row for each."""
         from dvdquant.deploy.request import GenerateRequest
 
-        base = GenerateRequest(prompt, seed=seed, steps=self.steps)
+        # The published rule, unless a variant says otherwise.
+        base = GenerateRequest(prompt, seed=seed, steps=self.steps, last_high=0, weighting="none")
         reference = None
         for variant in variants:
             if variant["name"] in done:

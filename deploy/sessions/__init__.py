@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.devices import resolve_device
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.ops.cuda import BUILD
 from dvdquant.ops.cuda_linear import kernels_for
@@ -51,34 +52,11 @@ def open_session(
     name = _ALIASES.get(backend, backend)
     if name not in BACKENDS:
         raise UnsupportedError(f"unknown backend {backend!r:.100}", available=BACKENDS, fix="pick one of these")
-    place = _device(device)
+    place = resolve_device(device)
     chosen_bits(artifact, component, bits)
     if name == "auto":
         return _open_best(artifact, component, bits, place, plugins)
     return _open(name, artifact, component, bits, place, plugins)
-
-
-def _device(device: str) -> torch.device:
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UnsupportedError(
-            f"unknown device {device!r:.100}", available=["auto", "cpu", "cuda", "cuda:N"]
-        ) from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"device {device!r:.100} is not supported", available=["auto", "cpu", "cuda", "cuda:N"])
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UnsupportedError(
-            f"there is no device {device}",
-            available=["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))],
-            fix="use --device cpu, or install a driver and a torch built for CUDA",
-        )
-    # "cuda" alone is another device in another thread.
-    return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
 
 
 def _open(

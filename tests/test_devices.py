@@ -1,0 +1,87 @@
+"""The device a user names, also on machines that have several GPUs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from dvdquant.deploy.devices import resolve_device
+from dvdquant.errors import UnsupportedError
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them, the second one current."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+
+def test_with_two_gpus(gpus: None) -> None:
+    for name, wanted in (
+        ("auto", "cuda:1"),
+        ("cuda", "cuda:1"),
+        ("cuda:0", "cuda:0"),
+        ("cuda:1", "cuda:1"),
+        ("cpu", "cpu"),
+    ):
+        assert resolve_device(name) == torch.device(wanted)
+        assert str(resolve_device(name)) == wanted
+    assert str(resolve_device(torch.device("cuda:0"))) == "cuda:0"
+    with pytest.raises(UnsupportedError, match="cuda:2") as caught:
+        resolve_device("cuda:2")
+    assert "cuda:1" in str(caught.value.available)
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name in ("auto", "cpu", "cpu:0"):
+        assert str(resolve_device(name)) == "cpu"
+    names: list[Any] = ["cuda", "cuda:1", "cuda:-1", "cuda:x", "gpu", "", "mps", "meta", 3.5, None, "cuda:99999999999"]
+    for name in names:
+        with pytest.raises(UnsupportedError):
+            resolve_device(name)
+
+
+def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both generators ask here; what they load goes where this says."""
+    from types import SimpleNamespace
+
+    from dvdquant.deploy import generate, pipeline_generate
+    from dvdquant.deploy.request import GenerateRequest
+
+    places: list[torch.device] = []
+
+    def load(artifact: Any, root: Any, component: str, device: torch.device, dtype: torch.dtype) -> Any:
+        places.append(device)
+        raise InterruptedError
+
+    for module in (generate, pipeline_generate):
+        monkeypatch.setattr(module, "load_original", load)
+    table = object.__new__(generate.TableGenerator)
+    pipeline = object.__new__(pipeline_generate.PipelineGenerator)
+    artifact = SimpleNamespace(dtype=torch.bfloat16)
+    vars(table).update(
+        artifact=artifact, device="cuda:1", table=SimpleNamespace(root="r"), component="t", _original=None
+    )
+    folder = SimpleNamespace(root="r", transformers=("transformer",))
+    vars(pipeline).update(artifact=artifact, device="cuda:0", folder=folder, _originals={})
+    with pytest.raises(InterruptedError):
+        table._runner(GenerateRequest("a", mode="16"))
+    with pytest.raises(InterruptedError):
+        pipeline._originals_of()
+    assert [str(place) for place in places] == ["cuda:1", "cuda:0"]
+
+
+def test_nothing_else_in_deploy_reads_a_device_name() -> None:
+    import dvdquant.deploy.generate
+    import dvdquant.deploy.pipeline_generate
+    import dvdquant.deploy.sessions
+
+    for module in (dvdquant.deploy.generate, dvdquant.deploy.pipeline_generate, dvdquant.deploy.sessions):
+        assert "is_available" not in inspect.getsource(module)
+        assert "resolve_device" in inspect.getsource(module)
