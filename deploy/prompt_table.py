@@ -209,7 +209,7 @@ def frames_from_latents(latents: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def _read_json(place: UntrustedFolder, name: str) -> dict[str, Any]:
     folder = place.root / name.rpartition("/")[0]
     if not place.has(name) and not os.path.lexists(place.root / name):
-        there = UntrustedFolder(folder if folder.is_dir() else place.root, place.allowed)
+        there = UntrustedFolder(folder if os.path.isdir(folder) else place.root, place.allowed)
         raise CheckpointError(f"{place.root / name} is missing", available=there.listing(), fix=_FIX)
     return place.json(name, MAX_JSON, fix=_FIX)
 

@@ -44,7 +44,8 @@ __all__ = ["Checkpoint", "ShardTensor", "count_nonfinite", "fingerprint_hint", "
 WEIGHTS = "diffusion_pytorch_model"
 SINGLE, INDEX = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"
 MAX_JSON = 64 << 20
-MAX_SHARDS = 10_000
+MAX_SHARDS, MAX_TENSORS = 10_000, 200_000
+"""More than any model has: the largest have some thousands of tensors."""
 FINGERPRINT = "v2-"
 """How a fingerprint starts that holds no times. Those without it are of releases that hashed modification times."""
 SAMPLE = 4096
@@ -525,6 +526,8 @@ def _read_weights(
         finally:
             os.close(fd)
         headers[shard] = header.digest
+        if len(tensors) + len(header.tensors) > MAX_TENSORS:
+            raise CheckpointError(f"{folder.root} holds more than {MAX_TENSORS} tensors")
         if expected is not None:
             _check_shard(folder.root / shard, header.tensors.keys(), expected[shard], where)
         for i in header.tensors.values():
@@ -604,6 +607,8 @@ def _read_index(folder: UntrustedFolder) -> dict[str, str]:
     path, weight_map = folder.root / INDEX, folder.json(INDEX, MAX_JSON).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map of tensor names to shard files")
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(f"{path} names {len(weight_map)} tensors, more than {MAX_TENSORS}")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
             raise CheckpointError(

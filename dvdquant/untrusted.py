@@ -72,7 +72,7 @@ class UntrustedFolder:
         for place in (root, *root.parents):
             if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
                 blobs = place.parent.parent / "blobs"
-                if blobs.is_dir() and not blobs.is_symlink():
+                if os.path.isdir(blobs) and not os.path.islink(blobs):
                     return cls(root, (root, blobs))
         return cls(root, (root,))
 

@@ -13,7 +13,7 @@ import pytest
 from dvdquant.checkpoint import open_checkpoint
 from dvdquant.errors import CheckpointError
 from dvdquant.recognize import BLOCK_SCALED, CONTENTS, FOLDERS, TENSORS, recognize_tensors
-from tests.helpers_checkpoint import CONFIG, entry, raw_safetensors, save_checkpoint, write_index
+from tests.helpers_checkpoint import CONFIG, entry, raw_safetensors, save_plain, write_index
 
 ROOT = Path(__file__).parents[1]
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -159,7 +159,7 @@ def test_contents(tmp_path: Path, row: str) -> None:
     """As the weights of a folder, in a shard, under an odd name without a config, and given as MODEL."""
     found = CONTENTS[row][1]
     for name in ("single", "sharded"):
-        save_checkpoint(tmp_path / name, 1 if name == "single" else 2)
+        save_plain(tmp_path / name, 1 if name == "single" else 2)
     (tmp_path / "single" / SINGLE).write_bytes(STARTS[row])
     (tmp_path / "sharded" / "diffusion_pytorch_model-00002-of-00002.safetensors").write_bytes(STARTS[row])
     (tmp_path / "odd").mkdir()
@@ -213,7 +213,7 @@ def test_folders(tmp_path: Path, row: str) -> None:
     ],
 )
 def test_configs(tmp_path: Path, config: dict[str, object], said: str) -> None:
-    save_checkpoint(tmp_path / "m", config=config)
+    save_plain(tmp_path / "m", config=config)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(tmp_path / "m")
     assert said in caught.value.what
@@ -222,7 +222,7 @@ def test_configs(tmp_path: Path, config: dict[str, object], said: str) -> None:
 
 @pytest.mark.parametrize("code", BLOCK_SCALED)
 def test_dtypes_of_block_scales(tmp_path: Path, code: str) -> None:
-    save_checkpoint(tmp_path / "m")
+    save_plain(tmp_path / "m")
     (tmp_path / "m" / SINGLE).write_bytes(raw_safetensors({"x": entry(code, (24,))}, bytes(24)))
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(tmp_path / "m")
@@ -252,7 +252,7 @@ def _older(folder: Path) -> None:
 @pytest.mark.parametrize("change", [_both, _newer, _older, lambda f: shutil.copy(f / SINGLE, f / SHARD)])
 def test_two_sets_of_weights(tmp_path: Path, change: Callable[[Path], object]) -> None:
     """Neither is taken, whatever their times: a copy does not keep them."""
-    save_checkpoint(tmp_path / "m")
+    save_plain(tmp_path / "m")
     change(tmp_path / "m")
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(tmp_path / "m")
@@ -263,9 +263,9 @@ def test_two_sets_of_weights(tmp_path: Path, change: Callable[[Path], object]) -
 
 def test_variants(tmp_path: Path) -> None:
     """As in diffusers: beside the full weights a variant is not looked at; alone it is not taken without being asked."""
-    saved = save_checkpoint(tmp_path / "m")
+    saved = save_plain(tmp_path / "m")
     (tmp_path / "m" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not even looked at")
-    assert open_checkpoint(tmp_path / "m").tensors.keys() == saved.keys()
+    assert open_checkpoint(tmp_path / "m").tensors.keys() == set(saved)
     (tmp_path / "m" / SINGLE).unlink()
     for name in ("fp16", "fp16-00001-of-00002", "non_ema"):
         for path in (tmp_path / "m").glob("*.safetensors"):
@@ -275,7 +275,7 @@ def test_variants(tmp_path: Path) -> None:
 
 
 def test_shards_without_their_index(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "m", 2)
+    save_plain(tmp_path / "m", 2)
     (tmp_path / "m" / f"{SINGLE}.index.json").unlink()
     with pytest.raises(CheckpointError, match="holds shards") as caught:
         open_checkpoint(tmp_path / "m")
@@ -284,7 +284,7 @@ def test_shards_without_their_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [".cache/huggingface/download/transformer", "transformer"])
 def test_interrupted_downloads(tmp_path: Path, place: str) -> None:
-    save_checkpoint(tmp_path / "transformer", 2)
+    save_plain(tmp_path / "transformer", 2)
     (tmp_path / "transformer" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     (tmp_path / place / "x.incomplete").write_bytes(b"")
