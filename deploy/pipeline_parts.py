@@ -11,7 +11,7 @@ from typing import Any
 from dvdquant.checkpoint import locate_model, refuse_scripts
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.safetensors_io import read_header_from
-from dvdquant.untrusted import UntrustedFolder, reason_of
+from dvdquant.untrusted import UntrustedFolder, fix_of, reason_of
 
 from .prompt_table import check_scheduler_config
 
@@ -145,7 +145,8 @@ def _problem(root: UntrustedFolder, part: str) -> str | None:
             fd = folder.open(name)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{folder.root / name} cannot be read: {reason_of(error)}", fix="download the pipeline again"
+                f"{folder.root / name} cannot be read: {reason_of(error)}",
+                fix=fix_of(error, "download the pipeline again"),
             ) from error
         try:
             read_header_from(fd, folder.root / name)

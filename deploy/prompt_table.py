@@ -23,7 +23,7 @@ from torch import Tensor
 from dvdquant.errors import CheckpointError, ShapeError
 from dvdquant.safetensors_io import read_header_from, read_tensor_from
 from dvdquant.text import shown
-from dvdquant.untrusted import UntrustedFolder, few, reason_of
+from dvdquant.untrusted import UntrustedFolder, few, fix_of, reason_of
 
 __all__ = [
     "EMPTY_WORD",
@@ -221,7 +221,7 @@ def _read_words(place: UntrustedFolder, count: int) -> Tensor:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing", fix=_FIX) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}", fix=_FIX) from error
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}", fix=fix_of(error, _FIX)) from error
     try:
         header = read_header_from(fd, path)
         info = header.tensors.get("words")

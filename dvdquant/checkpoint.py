@@ -34,7 +34,7 @@ from .recognize import (
 )
 from .safetensors_io import TensorInfo, read_header_from, read_tensor_from
 from .text import shown
-from .untrusted import FileIdentity, UntrustedFolder, few, reason_of
+from .untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +137,10 @@ class Checkpoint:
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} has gone", fix="leave the model as it is while it is read") from error
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
+            raise CheckpointError(
+                f"{path} cannot be read: {reason_of(error)}",
+                fix=fix_of(error, "leave the model as it is while it is read"),
+            ) from error
         try:
             self._require_same(fd, shard)
             yield fd
@@ -182,7 +185,9 @@ class Checkpoint:
                     try:
                         digest.update(os.pread(fd, count, info.offset + (info.nbytes - count) // 2))
                     except OSError as error:
-                        raise CheckpointError(f"{info.path} cannot be read: {reason_of(error)}") from error
+                        raise CheckpointError(
+                            f"{info.path} cannot be read: {reason_of(error)}", fix=fix_of(error, "download it again")
+                        ) from error
         return FINGERPRINT + digest.hexdigest()
 
     def check_finite(self, name: str, tensor: torch.Tensor) -> None:
@@ -275,7 +280,7 @@ def open_checkpoint(
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or shown(model)} cannot be read: {reason_of(error)}",
-            fix="give a folder that you may read",
+            fix=fix_of(error, "give a folder that you may read"),
         ) from error
 
 
@@ -332,7 +337,8 @@ def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
             )
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home folder to expand to
         raise CheckpointError(
-            f"{shown(model)!r:.200} cannot be opened: {reason_of(error)}", fix="give a folder that you may read"
+            f"{shown(model)!r:.200} cannot be opened: {reason_of(error)}",
+            fix=fix_of(error, "give a folder that you may read"),
         ) from error
     return _download(model, revision, patterns)
 
@@ -514,7 +520,7 @@ def _read_weights(
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{folder.root / shard} is not a usable safetensors file: {reason_of(error)}",
-                fix="download or convert the file again",
+                fix=fix_of(error, "download or convert the file again"),
             ) from error
         try:
             files[shard] = FileIdentity.of(fd)

@@ -23,7 +23,7 @@ from .errors import CheckpointError
 from .files import read_all, strict_json
 from .text import shown
 
-__all__ = ["MAX_ENTRIES", "FileIdentity", "UntrustedFolder", "few", "reason_of"]
+__all__ = ["MAX_ENTRIES", "FileIdentity", "UntrustedFolder", "few", "fix_of", "reason_of"]
 
 MAX_ENTRIES = 100_000
 """Entries a folder of a model may have: a real one has some dozens."""
@@ -135,7 +135,9 @@ class UntrustedFolder:
         try:
             value = strict_json(self.read(name, limit))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.root / name} cannot be used: {reason_of(error)}", fix=fix) from error
+            raise CheckpointError(
+                f"{self.root / name} cannot be used: {reason_of(error)}", fix=fix_of(error, fix)
+            ) from error
         if not isinstance(value, dict):
             raise CheckpointError(f"{self.root / name} is not a JSON object but {type(value).__name__}", fix=fix)
         return value
@@ -157,7 +159,7 @@ class UntrustedFolder:
                         )
         except OSError as error:
             raise CheckpointError(
-                f"{self.root} cannot be read: {reason_of(error)}", fix="give a folder that you may read"
+                f"{self.root} cannot be read: {reason_of(error)}", fix=fix_of(error, "give a folder that you may read")
             ) from error
         return sorted(found)
 
@@ -217,7 +219,7 @@ class UntrustedFolder:
             except OSError as error:
                 raise CheckpointError(
                     f"{error.filename or folder} cannot be read: {reason_of(error)}",
-                    fix="give a folder that you may read",
+                    fix=fix_of(error, "give a folder that you may read"),
                 ) from error
 
 
@@ -244,6 +246,22 @@ def _require_regular(info: os.stat_result) -> None:
 def reason_of(error: Exception) -> str:
     """Return why something failed, without the path that an OSError repeats."""
     return shown((error.strerror if isinstance(error, OSError) else None) or error, 500)
+
+
+_WAYS = {
+    errno.EACCES: "make it readable for you (chmod u+rX), or run as the user who owns it",
+    errno.EPERM: "make it readable for you (chmod u+rX), or run as the user who owns it",
+    errno.EMFILE: "raise the number of open files (ulimit -n)",
+    errno.ENFILE: "close programs: the machine has too many open files",
+    errno.EIO: "the disk fails to read it: copy the model from elsewhere to another disk",
+    errno.ESTALE: "the network disk lost it: mount it again",
+    errno.ENAMETOOLONG: "check the name: it is longer than a file's name can be",
+}
+
+
+def fix_of(error: Exception, otherwise: str) -> str:
+    """Return what helps against a failed read: the way out of its errno, or ``otherwise``."""
+    return _WAYS.get(error.errno or 0, otherwise) if isinstance(error, OSError) else otherwise
 
 
 def few(names: Iterable[object], count: int = 8) -> list[str]:
