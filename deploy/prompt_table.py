@@ -36,7 +36,7 @@ __all__ = [
 
 PROMPTS, EMBEDDINGS, EMPTY_WORD = "prompts.json", "prompts.safetensors", "<none>"
 MAX_JSON = 1 << 20
-MAX_WORDS, MAX_SLOTS, MAX_STEPS = 65536, 512, 1000
+MAX_WORDS, MAX_WORD, MAX_SLOTS, MAX_STEPS = 65536, 80, 512, 1000
 MAX_EMBEDDINGS = 256 << 20
 MAX_LATENT = 1 << 28
 """Values of a latent clip: 81 frames of 720p RGB have 224 million."""
@@ -101,9 +101,9 @@ class PromptTable:
         if len(words) != len(self.order):
             raise ShapeError(
                 f"prompt {prompt!r:.200} has {len(words)} words and this model takes {len(self.order)}: "
-                + ", ".join(self.order),
+                + shown(", ".join(self.order), 1000),
                 available=self.describe(),
-                fix=f'one word for each, like "{self.example()}"',
+                fix=f'one word for each, like "{shown(self.example(), 1000)}"',
             )
         return self._by_slot(prompt, words) if self.choices else tuple(words)
 
@@ -126,7 +126,10 @@ class PromptTable:
 
     def example(self) -> str:
         """A prompt that the model takes."""
-        return " ".join(self.choices[slot][-1] if self.choices else self.known[i] for i, slot in enumerate(self.order))
+        known = self.known
+        return " ".join(
+            self.choices[slot][-1] if self.choices else known[i % len(known)] for i, slot in enumerate(self.order)
+        )
 
     def _unknown(self, word: str) -> ShapeError:
         near = difflib.get_close_matches(word.lower()[:80], [k for k in self.known if len(k) <= 80][:5000], n=1)
@@ -134,18 +137,18 @@ class PromptTable:
         return ShapeError(
             f"the model does not know the word {word!r:.80}{hint}",
             available=self.describe(),
-            fix=f'one word for each of {", ".join(self.order)}, like "{self.example()}"',
+            fix=f'one word for each of {shown(", ".join(self.order), 1000)}, like "{shown(self.example(), 1000)}"',
         )
 
     def _by_slot(self, prompt: str, words: list[str]) -> tuple[str, ...]:
         chosen = {slot: [word for word in words if word in self.choices[slot]] for slot in self.order}
         for slot, found in chosen.items():
             if len(found) != 1:
-                count = f"two words for {slot} ({' and '.join(found)})" if found else f"no word for {slot}"
+                count = f"two words for {slot} ({shown(' and '.join(found))})" if found else f"no word for {slot}"
                 raise ShapeError(
                     f"prompt {prompt!r:.200} has {count}",
-                    available=f"{slot}: {' '.join(self.choices[slot])}",
-                    fix=f'one word for each, like "{self.example()}"',
+                    available=shown(f"{slot}: {' '.join(self.choices[slot])}", 2000),
+                    fix=f'one word for each, like "{shown(self.example(), 1000)}"',
                 )
         return tuple(chosen[slot][0] for slot in self.order)
 
@@ -244,6 +247,8 @@ def _read_words(place: UntrustedFolder, count: int) -> Tensor:
 
 def _parse(root: Path, data: dict[str, Any], words: tuple[str, ...], embeddings: Tensor) -> PromptTable:
     order = _names(data, "order", MAX_SLOTS)
+    if set(words) == {EMPTY_WORD}:
+        raise ValueError("words holds nothing but the empty word")
     if EMPTY_WORD not in words:
         raise ValueError(f"words lacks {EMPTY_WORD!r}, the empty word of the unconditional branch")
     if data.get("tokens_per_prompt", len(order)) != len(order):
@@ -275,4 +280,6 @@ def _names(data: Mapping[str, Any], field: str, most: int) -> tuple[str, ...]:
         raise ValueError(f"{field:.80} is no list of 1 to {most} words")
     if not all(isinstance(word, str) and word and not word.isspace() for word in value) or len(set(value)) < len(value):
         raise ValueError(f"{field:.80} holds something that is no word, or a word twice")
+    if long := next((word for word in value if len(word) > MAX_WORD), None):
+        raise ValueError(f"{field:.80} holds {long!r:.40}…, longer than {MAX_WORD} characters")
     return tuple(value)

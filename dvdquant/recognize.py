@@ -227,10 +227,13 @@ TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
         (_any(r"(^|\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."),),
         Found("a model saved out of its training wrapper (FSDP, DeepSpeed)", "unwrap it before it is saved"),
     ),
-    "transformer.": (
-        (_any(r"^(transformer|model|dit|net)\.(blocks|transformer_blocks|single_transformer_blocks)\.\d+\."),),
-        Found("a transformer whose tensors have a prefix of the class around it", _STRIP.format("transformer.")),
-    ),
+    **{
+        prefix: (
+            (_any(rf"^{re.escape(prefix)}(blocks|transformer_blocks|single_transformer_blocks)\.\d+\."),),
+            Found(f"a transformer whose tensors have the prefix {prefix} of what was around it", _STRIP.format(prefix)),
+        )
+        for prefix in ("transformer.", "model.", "dit.", "net.", "state_dict.", "ema.", "student.")
+    },
     "wan-original": (
         (_any(r"^blocks\.\d+\.(self_attn|cross_attn)\.[qkvo]\.weight$"),),
         Found(

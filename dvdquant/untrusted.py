@@ -21,6 +21,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .files import read_all, strict_json
+from .recognize import SNIFFED, recognize_bytes
 from .text import shown
 
 __all__ = ["MAX_ENTRIES", "FileIdentity", "UntrustedFolder", "few", "fix_of", "reason_of"]
@@ -132,11 +133,15 @@ class UntrustedFolder:
 
     def json(self, name: str, limit: int, fix: str = "download the model again") -> dict[str, Any]:
         """Return the JSON object in a file; CheckpointError, naming it, for whatever is wrong with it."""
+        raw = b""
         try:
-            value = strict_json(self.read(name, limit))
+            raw = self.read(name, limit)
+            value = strict_json(raw)
         except (OSError, ValueError) as error:
+            found = recognize_bytes(raw[:SNIFFED]) if raw else None
+            reason = f"it is {found.what}" if found else reason_of(error)
             raise CheckpointError(
-                f"{self.root / name} cannot be used: {reason_of(error)}", fix=fix_of(error, fix)
+                f"{self.root / name} cannot be used: {reason}", fix=found.fix if found else fix_of(error, fix)
             ) from error
         if not isinstance(value, dict):
             raise CheckpointError(f"{self.root / name} is not a JSON object but {type(value).__name__}", fix=fix)

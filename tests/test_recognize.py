@@ -49,7 +49,10 @@ EXAMPLES: dict[str, list[str]] = {
     "module.": [f"module.{WEIGHT}"],
     "_orig_mod.": [f"_orig_mod.{WEIGHT}"],
     "_fsdp": [f"_fsdp_wrapped_module.{WEIGHT}"],
-    "transformer.": [f"transformer.{WEIGHT}"],
+    **{
+        prefix: [f"{prefix}{WEIGHT}"]
+        for prefix in ("transformer.", "model.", "dit.", "net.", "state_dict.", "ema.", "student.")
+    },
     "wan-original": ["blocks.0.self_attn.q.weight", "blocks.0.ffn.0.weight", "head.head.weight"],
     "hunyuan-original": ["double_blocks.0.img_attn_qkv.weight", "single_blocks.0.linear1.weight"],
     "ltx-original": ["patchify_proj.weight", "transformer_blocks.0.attn1.q_norm.weight"],
@@ -169,6 +172,18 @@ def test_contents(tmp_path: Path, row: str) -> None:
             open_checkpoint(model)
         assert found.what in caught.value.what
         assert caught.value.fix == found.fix
+
+
+@pytest.mark.parametrize("row", ["git-lfs", "html"])
+@pytest.mark.parametrize("name", ["config.json", f"{SINGLE}.index.json", "model_index.json"])
+def test_contents_in_place_of_json(tmp_path: Path, row: str, name: str) -> None:
+    save_plain(tmp_path / "m", 2)
+    (tmp_path / "m" / name).write_bytes(STARTS[row])
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path / "m")
+    assert name in caught.value.what
+    assert CONTENTS[row][1].what in caught.value.what
+    assert caught.value.fix == CONTENTS[row][1].fix
 
 
 NAMES: dict[str, list[str]] = {
