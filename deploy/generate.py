@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dvdquant.devices import resolve_device
 from dvdquant.errors import CheckpointError, UnsupportedError
 
 from .artifact import Artifact
 from .controller import StepController, StepRecord
-from .devices import resolve_device
 from .original import OriginalRunner, load_original
 from .prompt_table import PromptTable, frames_from_latents, open_scheduler
 from .request import DEFAULT_DELTA, GenerateRequest, GenerateResult, OnStep, check_request, resolve_size

@@ -38,12 +38,16 @@ def load_original(
     _check_same(artifact, checkpoint, component)
     import diffusers
 
+    # diffusers reads the folder by path: nothing in it may lead out, and the weights must be the checked ones.
+    checkpoint.folder.check_tree()
+    checkpoint.check_unchanged()
     try:
         model = getattr(diffusers, checkpoint.class_name).from_pretrained(
             checkpoint.root, torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.root} cannot be loaded: {error!s:.500}") from error
+    checkpoint.check_unchanged()
     module: nn.Module = model.to(device).eval()
     return module
 

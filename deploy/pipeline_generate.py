@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dvdquant.devices import resolve_device
 from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
 
 from .artifact import Artifact
-from .devices import resolve_device
 from .generate import Generator, executed_original, executed_session, make_controller
 from .original import CallRecorder, load_original, synchronize
 from .pipeline_parts import PIPELINES, open_pipeline_folder

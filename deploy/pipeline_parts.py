@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvdquant.checkpoint import allowed_folders, locate_model, real_path
+from dvdquant.checkpoint import locate_model, refuse_scripts
 from dvdquant.errors import CheckpointError, UnsupportedError
-from dvdquant.files import read_limited, strict_json
-from dvdquant.safetensors_io import read_header
+from dvdquant.safetensors_io import read_header_from
+from dvdquant.untrusted import UntrustedFolder, fix_of, reason_of
+
+from .schedulers import check_scheduler_config
 
 __all__ = ["PIPELINES", "PipelineFolder", "open_pipeline_folder"]
 
@@ -24,6 +26,7 @@ PIPELINES = {
 }
 INDEX = "model_index.json"
 MAX_JSON = 1 << 20
+MAX_PARTS = 64
 _TRANSFORMER = re.compile(r"transformer(_\d+)?")
 _LIBRARIES = ("diffusers", "transformers")
 # What a pipeline reads besides the transformers, which the engines replace.
@@ -51,10 +54,11 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
         CheckpointError: no pipeline there, parts missing (naming them), weights that are not safetensors, or damaged ones.
         UnsupportedError: a pipeline class without a place here, or of another family.
     """
-    root = _find(source)
-    index = _read_index(root, source)
+    folder = UntrustedFolder.at(_find(source))
+    root = folder.root
+    index = _read_index(folder, source)
     name = index.get("_class_name")
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise UnsupportedError(
             f"{root} is a pipeline of class {name!r:.100}",
             available=PIPELINES,
@@ -63,17 +67,21 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
     if PIPELINES[name] != family:
         raise UnsupportedError(f"{root} is a {name}, and the export is of family {family}", fix="give its own pipeline")
     parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
+    if len(parts) > MAX_PARTS:
+        raise CheckpointError(
+            f"{root / INDEX} names {len(parts)} parts, more than {MAX_PARTS}", fix="download it again"
+        )
     for part, entry in parts.items():
-        _check_entry(root, part, entry)
+        _check_entry(folder, part, entry)
     missing = [
         problem
         for part in parts
-        if not _TRANSFORMER.fullmatch(part) and (problem := _problem(root / part, part)) is not None
+        if not _TRANSFORMER.fullmatch(part) and (problem := _problem(folder, part)) is not None
     ]
     if missing:
         raise CheckpointError(
             f"the pipeline {root} is not complete: {'; '.join(missing)}",
-            available=sorted(entry.name for entry in root.iterdir()),
+            available=folder.listing(),
             fix=_how_to_fetch(source),
         )
     return PipelineFolder(root, name, tuple(part for part in parts if _TRANSFORMER.fullmatch(part)))
@@ -90,52 +98,60 @@ def _find(source: str) -> Path:
         ) from error
 
 
-def _read_index(root: Path, source: str) -> dict[str, Any]:
-    path = root / INDEX
-    if not path.is_file():
+def _read_index(folder: UntrustedFolder, source: str) -> dict[str, Any]:
+    if not folder.has(INDEX):
         raise CheckpointError(
-            f"{root} is no diffusers pipeline: it has no {INDEX}",
-            available=sorted(entry.name for entry in root.iterdir())[:10],
+            f"{folder.root} is no diffusers pipeline: it has no {INDEX}",
+            available=folder.listing(),
             fix=f"the transformer alone draws no video; {_how_to_fetch(source)}",
         )
-    try:
-        index = strict_json(read_limited(path, MAX_JSON))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", fix="download the pipeline again") from error
-    if not isinstance(index, dict):
-        raise CheckpointError(f"{path} is no JSON object", fix="download the pipeline again")
-    return index
+    return folder.json(INDEX, MAX_JSON, fix="download the pipeline again")
 
 
-def _check_entry(root: Path, part: str, entry: list[Any]) -> None:
-    """CheckpointError unless a part is a class of diffusers or transformers, in a folder of the pipeline's own."""
+def _check_entry(root: UntrustedFolder, part: str, entry: list[Any]) -> None:
+    """CheckpointError unless a part is a class of diffusers or transformers, in a folder of the pipeline's own.
+
+    These libraries read the folder by path, so every entry of it is looked at.
+    """
     good = len(entry) == 2 and entry[0] in _LIBRARIES and isinstance(entry[1], str) and entry[1].isidentifier()
-    if not good or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", part):
+    if not good or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,80}", part):
         raise CheckpointError(
-            f"{root / INDEX}: {part!r:.80} is {entry!r:.120}, and code of a model is never run",
+            f"{root.root / INDEX}: {part!r:.80} is {entry!r:.120}, and code of a model is never run",
             available=[f"[{library}, <class>]" for library in _LIBRARIES],
         )
-    folder = root / part
-    if folder.is_dir():
-        if scripts := sorted(e.name for e in folder.iterdir() if e.suffix in (".py", ".pyc", ".so")):
-            raise CheckpointError(f"{folder} holds code ({scripts[0]!r:.100}), which is never run", fix="remove it")
-        allowed = allowed_folders(root)
-        for path in (folder, *folder.rglob("*")):
-            real_path(path, allowed)
+    if root.has_folder(part):
+        folder = root.sub(part)
+        refuse_scripts(folder.root, folder.names())
+        folder.check_tree()
 
 
-def _problem(folder: Path, part: str) -> str | None:
+def _problem(root: UntrustedFolder, part: str) -> str | None:
     """What a part lacks, in words."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    folder = root.sub(part)
+    names = folder.names() if root.has_folder(part) else []
+    if not names:
         return f"{part}/ is missing"
+    if part.startswith("scheduler") and folder.has("scheduler_config.json"):
+        config = folder.json("scheduler_config.json", MAX_JSON, fix="download the pipeline again")
+        check_scheduler_config(config, folder.root / "scheduler_config.json")
     if part.startswith(_WEIGHTLESS):
         return None
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = [name for name in names if name.endswith(".safetensors")]
     if not weights:
-        pickled = [e.name for e in folder.iterdir() if e.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         return f"{part}/ has {'only pickled weights, which run code when loaded' if pickled else 'no weights'}"
-    for path in weights:
-        read_header(path)  # names a damaged file, before minutes of loading
+    for name in weights:  # a damaged file is named before minutes of loading
+        try:
+            fd = folder.open(name)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder.root / name} cannot be read: {reason_of(error)}",
+                fix=fix_of(error, "download the pipeline again"),
+            ) from error
+        try:
+            read_header_from(fd, folder.root / name)
+        finally:
+            os.close(fd)
     return None
 
 

@@ -174,15 +174,15 @@ def keep_in_from_pipe() -> None:
         return
 
     @functools.wraps(original)
-    def from_pipe(cls: Any, pipeline: Any, **kwargs: Any) -> Any:
+    def from_pipe(cls: type[Any], /, pipeline: Any, **kwargs: Any) -> Any:
         expected = inspect.signature(cls.__init__).parameters
         parts = {**pipeline.components, **kwargs}
-        kept = {name: part for name, part in parts.items() if isinstance(part, WholeEngine) and name in expected}
+        kept: dict[str, Any] = {n: part for n, part in parts.items() if isinstance(part, WholeEngine) and n in expected}
         if kept and kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            kwargs["dtype"] = next(iter(kept.values())).dtype  # type: ignore[attr-defined]
+            kwargs["dtype"] = next(iter(kept.values())).dtype
         for part in kept.values():
             # Refused here, before the parts that both pipelines share are cast.
-            part.to(kwargs.get("dtype") or kwargs["torch_dtype"])  # type: ignore[attr-defined]
+            part.to(kwargs.get("dtype") or kwargs["torch_dtype"])
         return original(cls, pipeline, **{**kept, **kwargs})
 
     from_pipe.keeps_engines = True  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from pydantic import FailFast, Field, GetPydanticSchema, TypeAdapter, Validation
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from dvdquant import __version__
+from dvdquant.checkpoint import fingerprint_hint
 from dvdquant.errors import OutputError
 from dvdquant.files import disk_error, read_limited, strict_json
 from dvdquant.manifest import Bits, Manifest, Text
@@ -143,8 +144,10 @@ class Schedule:
     def check(self, manifest: Manifest, steps: int | None = None, path: str | Path = "the schedule") -> None:
         """OutputError unless this is for ``manifest``'s model and recipe, its bits exported, and for ``steps`` steps."""
         if self.fingerprint != manifest.source["fingerprint"]:
+            older = fingerprint_hint(self.fingerprint, manifest.source["fingerprint"])
             raise OutputError(
-                f"{path} was planned on another model (fingerprint {self.fingerprint[:12]}…)",
+                f"{path} was planned on another model (fingerprint {self.fingerprint[:12]}…)"
+                + (f", or {older}" if older else ""),
                 available=f"this export is of {manifest.source['model']} ({manifest.source['fingerprint'][:12]}…)",
                 fix="plan again with dvdq-plan on this export",
             )

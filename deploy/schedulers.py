@@ -20,9 +20,9 @@ from torch import Tensor
 from typing_extensions import TypedDict  # pydantic takes the one of typing from Python 3.12 on only
 
 from dvdquant.errors import CheckpointError
-from dvdquant.files import read_limited, strict_json
+from dvdquant.untrusted import UntrustedFolder
 
-__all__ = ["SCHEDULERS", "build_scheduler", "open_scheduler", "rehearse", "set_timesteps"]
+__all__ = ["SCHEDULERS", "build_scheduler", "check_scheduler_config", "open_scheduler", "rehearse", "set_timesteps"]
 
 FOLDER, FILE, INDEX = "scheduler", "scheduler_config.json", "model_index.json"
 MAX_JSON = 1 << 20
@@ -118,7 +118,7 @@ def open_scheduler(root: Path, family: str, expected: str | None = None) -> Any:
             fix="give a pipeline with one of these by --pipeline, or put DvdqTransformer into your own",
         )
     path = root / FOLDER / FILE
-    return build_scheduler(_read(path), name, path)
+    return build_scheduler(_read(root, f"{FOLDER}/{FILE}"), name, path)
 
 
 def build_scheduler(config: Mapping[str, Any], class_name: str, path: Path) -> Any:
@@ -130,6 +130,22 @@ def build_scheduler(config: Mapping[str, Any], class_name: str, path: Path) -> A
     Raises:
         CheckpointError: a field that is out of form, naming it, or fields that the class refuses.
     """
+    check_scheduler_config(config, path)
+    import diffusers
+
+    with _said_once(path):
+        return getattr(diffusers, class_name).from_config({**config, "_class_name": class_name})
+
+
+def check_scheduler_config(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a field whose value no published scheduler has: tables that take memory, numbers that give no noise levels.
+
+    Args:
+        path: what errors name.
+
+    Raises:
+        CheckpointError: names the field, its value and what it may be.
+    """
     try:
         _ADAPTER.validate_python({name: value for name, value in config.items() if not name.startswith("_")})
     except ValidationError as error:
@@ -138,10 +154,6 @@ def build_scheduler(config: Mapping[str, Any], class_name: str, path: Path) -> A
         raise CheckpointError(
             f"{path}: {where} is {first['input']!r:.80}: {first['msg']}", fix="get the model's scheduler again"
         ) from None
-    import diffusers
-
-    with _said_once(path):
-        return getattr(diffusers, class_name).from_config({**config, "_class_name": class_name})
 
 
 def set_timesteps(scheduler: Any, family: str, steps: int, tokens: int) -> None:
@@ -244,7 +256,7 @@ def _said_once(path: Path) -> Iterator[None]:
 
 
 def _class_of(root: Path) -> str:
-    entry = _read(root / INDEX).get("scheduler")
+    entry = _read(root, INDEX).get("scheduler")
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
         raise CheckpointError(
             f"{root / INDEX}: the scheduler is {entry!r:.80}", available='["diffusers", "<class>"]', fix="get it again"
@@ -252,13 +264,5 @@ def _class_of(root: Path) -> str:
     return entry[1]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = strict_json(read_limited(path, MAX_JSON))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing", fix="get the model's folder again") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", fix="get the model's folder again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is no JSON object", fix="get the model's folder again")
-    return value
+def _read(root: Path, name: str) -> dict[str, Any]:
+    return UntrustedFolder.at(root).json(name, MAX_JSON, "get the model's folder again")

@@ -1,11 +1,13 @@
 """The reader of diffusers checkpoints: everything is checked before a weight is used, and one tensor is read at a time.
 
 A model folder may come from anywhere. Nothing in it is executed, nothing outside it is read, and only safetensors files
-are opened (pickled weights run code when they are loaded).
+are opened (pickled weights run code when they are loaded). A file that is no longer the one whose header was checked is
+refused when it is read, so a checkpoint never mixes two models.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import hashlib
@@ -13,37 +15,63 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+import stat
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, UnsupportedError
-from .files import disk_error, read_limited, strict_json
-from .safetensors_io import TensorInfo, read_header, read_tensor
+from .files import disk_error
+from .recognize import (
+    SNIFFED,
+    Found,
+    recognize_bytes,
+    recognize_config,
+    recognize_folder,
+    recognize_tensors,
+    tensor_names,
+)
+from .safetensors_io import TensorInfo, read_header_from, read_tensor_from
+from .text import shown
+from .untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "ShardTensor", "count_nonfinite", "open_checkpoint"]
+__all__ = ["Checkpoint", "ShardTensor", "count_nonfinite", "fingerprint_hint", "open_checkpoint"]
 
 WEIGHTS = "diffusion_pytorch_model"
 SINGLE, INDEX = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"
 MAX_JSON = 64 << 20
+MAX_SHARDS, MAX_TENSORS = 10_000, 200_000
+"""More than any model has: the largest have some thousands of tensors."""
+FINGERPRINT = "v2-"
+"""How a fingerprint starts that holds no times. Those without it are of releases that hashed modification times."""
+SAMPLE = 4096
+"""Bytes in the middle of each tensor that are part of a fingerprint."""
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,240}\.safetensors")
 _SHARD_SERIES = re.compile(WEIGHTS + r"-\d+-of-\d+\.safetensors")
+_VARIANT = re.compile(
+    WEIGHTS
+    + r"\.(?P<name>[A-Za-z0-9_]+)(-\d+-of-\d+)?\.safetensors|"
+    + re.escape(INDEX.removesuffix("json"))
+    + r"(?P<index>[A-Za-z0-9_]+)\.json"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _PICKLED = (".bin", ".pt", ".ckpt", ".pth", ".pkl")
 _CONVERT = (
     "convert them in a place you trust: from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
 )
+_SINGLE_FILE = "diffusers.<transformer class>.from_single_file(FILE).save_pretrained(FOLDER), then give FOLDER"
 
 
 @dataclass(frozen=True)
 class ShardTensor(TensorInfo):
-    """A tensor of a checkpoint and the real path of the file that holds it."""
+    """A tensor of a checkpoint, the real path of the file that holds it, and that file's name in the folder."""
 
     path: Path = field(default=Path())
+    shard: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +79,9 @@ class Checkpoint:
     """One transformer, opened and checked by :func:`open_checkpoint`; weights stay on disk until :meth:`read`.
 
     ``model`` is the argument as given, ``component`` the pipeline folder, ``root`` the real folder of the transformer,
-    ``tensors`` every tensor by name, ``headers`` the SHA-256 of each file's header by file name.
+    ``tensors`` every tensor by name, ``headers`` the SHA-256 of each file's header by file name. ``files`` is what each
+    file was when its header was checked; nothing is read from a file that is another by now. No descriptor is kept, so
+    hundreds of shards cost none and a checkpoint can be pickled.
     """
 
     model: str
@@ -60,13 +90,15 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, ShardTensor]
     headers: dict[str, str]
+    folder: UntrustedFolder
+    files: dict[str, FileIdentity]
 
     @staticmethod
     def components(model: str | Path, *, revision: str | None = None) -> list[str]:
         """The transformers in a pipeline folder, ``["transformer", "transformer_2"]`` for Wan 2.2; in a plain
         transformer folder, ``["transformer"]``. CheckpointError as in :func:`open_checkpoint`."""
-        root = locate_model(str(model), revision, ["model_index.json"])
-        return _components(root) or ["transformer"]
+        folder = UntrustedFolder.at(locate_model(str(model), revision, ["model_index.json"]))
+        return _components(folder) or ["transformer"]
 
     @property
     def class_name(self) -> str:
@@ -84,24 +116,79 @@ class Checkpoint:
         return max(self.tensors.values(), key=lambda info: info.nbytes)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor into private CPU memory, dtype and shape as stored; CheckpointError if absent or unreadable."""
+        """One tensor into private CPU memory, dtype and shape as stored.
+
+        CheckpointError if it is absent or unreadable, or if its file has changed since it was opened.
+        """
         info = self.tensors.get(name)
         if info is None:
-            near = difflib.get_close_matches(name, self.tensors, n=4) or sorted(self.tensors)[:4]
+            short = [other for _, other in zip(range(5000), self.tensors) if len(other) <= 200]
+            near = difflib.get_close_matches(name[:200], short, n=4) or sorted(short)[:4]
             raise CheckpointError(f"{self.root} has no tensor {name!r:.200}", available=near)
-        return read_tensor(info.path, info)
+        with self._opened(info.shard) as fd:
+            return read_tensor_from(fd, info, info.path)
+
+    @contextlib.contextmanager
+    def _opened(self, shard: str) -> Iterator[int]:
+        """A descriptor of a shard that is the file whose header was checked, before and after the block."""
+        path = self.root / shard
+        try:
+            fd = self.folder.open(shard)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} has gone", fix="leave the model as it is while it is read") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {reason_of(error)}",
+                fix=fix_of(error, "leave the model as it is while it is read"),
+            ) from error
+        try:
+            self._require_same(fd, shard)
+            yield fd
+            self._require_same(fd, shard)
+        finally:
+            os.close(fd)
+
+    def _require_same(self, fd: int, shard: str) -> None:
+        if FileIdentity.of(fd) != self.files[shard]:
+            raise CheckpointError(
+                f"{self.root / shard} has changed since it was opened: it was written to or replaced",
+                fix="leave the model as it is while it is read, and start again",
+            )
+
+    def check_unchanged(self) -> None:
+        """CheckpointError, naming the file, unless every shard is still the file that was opened.
+
+        For a library that reads the folder by path: call it before and after.
+        """
+        for shard in self.files:
+            with self._opened(shard):
+                pass
 
     def fingerprint(self) -> str:
-        """SHA-256 of config, header hashes, sizes and modification times: cheap, and enough to tell for ``--resume``
-        that the same checkpoint lies there. It is no hash of the weights. CheckpointError if a file has gone."""
-        rows: list[Any] = [json.dumps(self.config, sort_keys=True)]
-        for name, digest in sorted(self.headers.items()):
-            try:
-                info = (self.root / name).stat()
-            except OSError as error:
-                raise CheckpointError(f"{self.root / name} has gone: {error.strerror}") from error
-            rows.append([name, digest, info.st_size, info.st_mtime_ns])
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        """Return what tells one model from another: ``v2-`` and a SHA-256 of the config, of every header, and of up to
+        4096 bytes in the middle of every tensor.
+
+        It costs one short read a tensor, and it is the same wherever the same files lie: it holds no times and no paths.
+        It is no hash of the weights: two models that differ only outside these bytes have one fingerprint.
+
+        Raises:
+            CheckpointError: a file has gone or has changed since it was opened.
+        """
+        digest = hashlib.sha256(json.dumps([self.config, sorted(self.headers.items())], sort_keys=True).encode())
+        by_shard: dict[str, list[ShardTensor]] = {shard: [] for shard in sorted(self.headers)}
+        for info in self.tensors.values():
+            by_shard[info.shard].append(info)
+        for shard, infos in by_shard.items():
+            with self._opened(shard) as fd:
+                for info in sorted(infos, key=lambda info: info.offset):
+                    count = min(SAMPLE, info.nbytes)
+                    try:
+                        digest.update(os.pread(fd, count, info.offset + (info.nbytes - count) // 2))
+                    except OSError as error:
+                        raise CheckpointError(
+                            f"{info.path} cannot be read: {reason_of(error)}", fix=fix_of(error, "download it again")
+                        ) from error
+        return FINGERPRINT + digest.hexdigest()
 
     def check_finite(self, name: str, tensor: torch.Tensor) -> None:
         """CheckpointError with their count and the first index if ``tensor`` holds NaN or infinities."""
@@ -116,20 +203,35 @@ class Checkpoint:
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
         """CheckpointError, listing up to five tensors, unless names and shapes are exactly those of ``expected``; tensors
         of ``unused`` may be there besides."""
-        problems = [f"missing {name!r} {list(shape)}" for name, shape in expected.items() if name not in self.tensors]
+        problems: list[str] = []
+        count = 0
+        for name, shape in expected.items():
+            if name not in self.tensors:
+                count += 1
+                if len(problems) < 5:
+                    problems.append(f"missing {name!r} {list(shape)}")
         for name, info in self.tensors.items():
-            if name in unused:
+            if name in unused or (name in expected and info.shape == tuple(expected[name])):
                 continue
-            if name not in expected:
-                problems.append(f"unexpected {name!r:.200} {list(info.shape)}")
-            elif info.shape != tuple(expected[name]):
+            count += 1
+            if len(problems) < 5 and name in expected:
                 problems.append(f"{name!r} is {list(info.shape)}, {self.class_name} needs {list(expected[name])}")
-        if problems:
-            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+            elif len(problems) < 5:
+                problems.append(f"unexpected {name!r:.200} {list(info.shape)}")
+        if count:
+            more = f"; and {count - 5} more" if count > 5 else ""
             raise CheckpointError(
-                f"{self.root} does not fit its config.json: {'; '.join(problems[:5])}{more}",
+                f"{self.root} does not fit its config.json: {'; '.join(problems)}{more}",
                 fix="use the config.json and the weights of one and the same model",
             )
+
+
+def fingerprint_hint(*fingerprints: str) -> str | None:
+    """Return why fingerprints of one model may differ: some are of a release that hashed modification times. None if
+    all are of one kind."""
+    if len({value.startswith(FINGERPRINT) for value in fingerprints}) == 1:
+        return None
+    return "one of them was recorded by an older release, whose fingerprint held the times of the files"
 
 
 def count_nonfinite(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
@@ -173,28 +275,36 @@ def open_checkpoint(
     for part in (*(subfolder.split("/") if subfolder else ()), component):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part):
             raise CheckpointError(f"{part!r:.200} is no plain folder name", fix="name a folder inside the model")
-    root = locate_model(str(model), revision, _patterns(subfolder, component))
+    folder = UntrustedFolder.at(locate_model(str(model), revision, _patterns(subfolder, component)))
     try:
-        return _open(root, str(model), subfolder, component)
+        return _open(folder, str(model), subfolder, component)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or model} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"{error.filename or shown(model)} cannot be read: {reason_of(error)}",
+            fix=fix_of(error, "give a folder that you may read"),
+        ) from error
 
 
-def _open(root: Path, model: str, subfolder: str | None, component: str) -> Checkpoint:
-    allowed = allowed_folders(root)
-    folder = real_path(root / subfolder, allowed) if subfolder else root
+def _open(folder: UntrustedFolder, model: str, subfolder: str | None, component: str) -> Checkpoint:
+    top = folder
+    if subfolder:
+        folder = folder.sub(subfolder)
     if found := _components(folder):
         if component not in found:
-            raise CheckpointError(f"{folder} has no component {component!r}", available=found)
-        folder = real_path(folder / component, allowed)
+            raise CheckpointError(f"{folder.root} has no component {component!r}", available=few(found))
+        folder = folder.sub(component)
     elif component != "transformer":
-        raise CheckpointError(f"{folder} is not a pipeline and has no {component!r}", available=_entries(folder))
-    if not folder.is_dir():
+        raise CheckpointError(f"{folder.root} is not a pipeline and has no {component!r}", available=folder.listing())
+    if not folder.root.is_dir():
         fix = "give a folder of the model with --subfolder, or leave it out"
-        raise CheckpointError(f"{folder} is missing", available=_entries(folder.parent), fix=fix)
-    config = _read_config(folder, allowed)
-    tensors, headers = _read_weights(folder, allowed)
-    return Checkpoint(model, component, folder, config, tensors, headers)
+        above = UntrustedFolder(folder.root.parent, folder.allowed)
+        raise CheckpointError(f"{folder.root} is missing", available=above.listing(), fix=fix)
+    names = folder.names()
+    config = _read_config(folder, names)
+    tensors, headers, files = _read_weights(folder, names, top)
+    if foreign := recognize_tensors(tensors):
+        raise CheckpointError(f"{folder.root} holds {foreign.what}", available=few(tensors, 3), fix=foreign.fix)
+    return Checkpoint(model, component, folder.root, config, tensors, headers, folder, files)
 
 
 def _patterns(subfolder: str | None, component: str) -> list[str]:
@@ -211,19 +321,68 @@ def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
     if "\0" in model or not model.strip():
         raise CheckpointError(f"{model!r:.200} is no model", fix="give a local folder or a hub id like org/name")
     try:
+        model.encode()
+    except UnicodeEncodeError as error:  # the name goes into manifests and graphs, which are UTF-8
+        raise CheckpointError(
+            f"the name {shown(model)} is not UTF-8", fix="rename the folder, or give it by a link with a plain name"
+        ) from error
+    try:
         path = Path(os.path.realpath(os.path.expanduser(model)))
-        if path.is_dir():
+        info = _status(path)
+        if info is not None and stat.S_ISDIR(info.st_mode):
             return path
-        exists = path.exists()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model!r:.200} cannot be opened: {error}") from error
-    if exists:
-        hint = _CONVERT if path.suffix in _PICKLED else "give the folder that holds config.json"
-        raise CheckpointError(f"{model} is a file, not a model folder", fix=hint)
-    if not _HUB_ID.fullmatch(model) or Path(model.split("/")[0]).is_dir():
-        parent = next(place for place in path.parents if place.is_dir())
-        raise CheckpointError(f"there is no folder {model!r:.300}", available=f"{parent} holds {_entries(parent)}")
+        if info is not None:
+            raise _no_folder(shown(model), path, info)
+        if not _HUB_ID.fullmatch(model) or Path(model.split("/")[0]).is_dir():
+            parent = next(place for place in path.parents if place.is_dir())
+            available = f"{parent} holds {UntrustedFolder(parent, (parent,)).listing()}"
+            raise CheckpointError(
+                f"there is no folder {shown(model)!r:.300}", available=available, fix="give a local folder or a hub id"
+            )
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home folder to expand to
+        raise CheckpointError(
+            f"{shown(model)!r:.200} cannot be opened: {reason_of(error)}",
+            fix=fix_of(error, "give a folder that you may read"),
+        ) from error
     return _download(model, revision, patterns)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _no_folder(model: str, path: Path, info: os.stat_result) -> CheckpointError:
+    """The error for a MODEL that is there and is no folder, which says what it is."""
+    if not stat.S_ISREG(info.st_mode):
+        return CheckpointError(f"{model} is a device, a pipe or a socket", fix="give the folder that holds config.json")
+    found = _recognize_file(UntrustedFolder.at(path.parent), path.name)
+    if found is not None:
+        return CheckpointError(f"{model} is a file, not a model folder: it is {found.what}", fix=found.fix)
+    if path.suffix == ".safetensors":
+        fix = (
+            "give the folder that holds config.json; a single file of a whole model is converted first: " + _SINGLE_FILE
+        )
+    else:
+        fix = _CONVERT if path.suffix in _PICKLED else "give the folder that holds config.json"
+    return CheckpointError(f"{model} is a file, not a model folder", fix=fix)
+
+
+def _recognize_file(folder: UntrustedFolder, name: str) -> Found | None:
+    try:
+        fd = folder.open(name)
+    except (CheckpointError, OSError, ValueError):
+        return None
+    try:
+        # A header with the names of a large model takes about 200 kB.
+        start = os.pread(fd, 64 * SNIFFED, 0)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return recognize_bytes(start) or recognize_tensors(tensor_names(start) or ())
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
@@ -247,61 +406,48 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     return Path(os.path.realpath(found))
 
 
-def allowed_folders(root: Path) -> list[Path]:
-    """The real folders files may come from: the model's own, and the blobs of its repository in a hub cache."""
-    for place in (root, *root.parents):
-        if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
-            blobs = place.parent.parent / "blobs"
-            return [root, blobs] if blobs.is_dir() and not blobs.is_symlink() else [root]
-    return [root]
+def _read_config(folder: UntrustedFolder, names: list[str]) -> dict[str, Any]:
+    path = folder.root / "config.json"
+    if "config.json" not in names:
+        raise _no_config(folder, names)
+    config = folder.json("config.json", MAX_JSON)
+    refuse_scripts(folder.root, names)
+    _refuse_code(config, path)
+    if found := recognize_config(config):
+        raise CheckpointError(f"{path} is of {found.what}", available=folder.listing(), fix=found.fix)
+    name = config.get("_class_name")
+    if not isinstance(name, str) or not name.isidentifier() or len(name) > 200:
+        raise CheckpointError(f"{path} has the _class_name {name!r:.80}", available="a diffusers class name")
+    return config
 
 
-def real_path(path: Path, allowed: list[Path]) -> Path:
-    """``path`` without links; CheckpointError if it leaves the allowed folders."""
-    real = Path(os.path.realpath(path))
-    if not any(folder in (real, *real.parents) for folder in allowed):
-        raise CheckpointError(f"{path} is a link that reads outside the folder", fix="copy what it leads to into it")
-    return real
-
-
-def _entries(folder: Path) -> str:
-    try:
-        names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    except OSError as error:
-        return str(error.strerror)
-    return (
-        ", ".join(f"{name!r}" for name in names[:10]) + (f" and {len(names) - 10} more" * (len(names) > 10))
-        or "nothing"
+def _no_config(folder: UntrustedFolder, names: list[str]) -> CheckpointError:
+    weights = [name for name in names if name.endswith(".safetensors")]
+    found = recognize_folder(names)
+    if found is None:
+        found = next((known for name in weights[:4] if (known := _recognize_file(folder, name))), None)
+    if found is not None:
+        return CheckpointError(
+            f"{folder.root} is no diffusers model, it has no config.json: it is {found.what}",
+            available=folder.listing(),
+            fix=found.fix,
+        )
+    fix = "give a transformer folder or a pipeline folder in diffusers format"
+    if weights:
+        fix = (
+            f"put the config.json of the same model beside {weights[0]!r:.200}; a file of another format is converted: "
+        )
+        fix += _SINGLE_FILE
+    return CheckpointError(
+        f"{folder.root} is no diffusers model: it has no config.json", available=folder.listing(), fix=fix
     )
 
 
-def _read_json(path: Path, allowed: list[Path]) -> dict[str, Any]:
-    try:
-        value = strict_json(read_limited(real_path(path, allowed), MAX_JSON))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path} cannot be used: {reason}", fix="download the model again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object but {type(value).__name__}")
-    return value
-
-
-def _read_config(folder: Path, allowed: list[Path]) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.exists():
-        raise CheckpointError(
-            f"{folder} is no diffusers model: it has no config.json",
-            available=_entries(folder),
-            fix="give a transformer folder or a pipeline folder in diffusers format",
-        )
-    config = _read_json(path, allowed)
-    if scripts := sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".py", ".pyc", ".so")):
-        raise CheckpointError(f"{folder} holds code ({scripts[0]!r:.200}), which is never run", fix="remove it")
-    _refuse_code(config, path)
-    name = config.get("_class_name")
-    if not isinstance(name, str) or not name.isidentifier():
-        raise CheckpointError(f"{path} has the _class_name {name!r:.80}", available="a diffusers class name")
-    return config
+def refuse_scripts(root: Path, names: list[str]) -> None:
+    """CheckpointError if a folder holds code: it is never run, and a model that needs it would not be itself."""
+    for name in names:
+        if os.path.splitext(name)[1] in (".py", ".pyc", ".so"):
+            raise CheckpointError(f"{root} holds code ({name!r:.200}), which is never run", fix="remove it")
 
 
 def _refuse_code(value: Any, path: Path) -> None:
@@ -316,78 +462,163 @@ def _refuse_code(value: Any, path: Path) -> None:
         raise CheckpointError(f"{path} names a Python file ({value!r:.200}), which is never run", fix="remove it")
 
 
-def _components(folder: Path) -> list[str]:
+def _components(folder: UntrustedFolder) -> list[str]:
     """Names of the transformers of a pipeline, empty for a transformer folder.
 
     ``model_index.json`` has ``[library, class]`` or ``[null, null]`` for each; without it, folders with a config count.
     """
-    path, name_of_one = folder / "model_index.json", re.compile(r"transformer(_\d+)?")
-    if not path.exists():
-        if not folder.is_dir() or (folder / "config.json").exists():
+    path, name_of_one = folder.root / "model_index.json", re.compile(r"transformer(_\d+)?")
+    if not folder.root.is_dir():
+        return []
+    names = folder.names()
+    if "model_index.json" not in names:
+        if "config.json" in names:
             return []
-        return sorted(
-            e.name for e in folder.iterdir() if name_of_one.fullmatch(e.name) and (e / "config.json").exists()
-        )
-    index, found = _read_json(path, allowed_folders(folder)), []
+        return [name for name in names if name_of_one.fullmatch(name) and folder.has(f"{name}/config.json")]
+    index, found = folder.json("model_index.json", MAX_JSON), []
     for name, entry in index.items():
         if not name_of_one.fullmatch(name) or entry is None or entry == [None, None]:
             continue
         if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers":
-            raise CheckpointError(f"{path}: {name} is {entry!r:.200}", available="['diffusers', <class>]")
+            raise CheckpointError(f"{path}: {name:.80} is {entry!r:.200}", available="['diffusers', <class>]")
         found.append(name)
     if not found:
-        raise UnsupportedError(f"{folder} is a pipeline without a transformer", available=list(index)[:12])
+        what = "a pipeline with a UNet, as image models have it," if "unet" in index else "a pipeline"
+        raise UnsupportedError(f"{folder.root} is {what} without a transformer", available=few(index, 12))
     return found
 
 
-def _read_weights(folder: Path, allowed: list[Path]) -> tuple[dict[str, ShardTensor], dict[str, str]]:
-    names = sorted(entry.name for entry in folder.iterdir())
-    weight_map: dict[str, str] | None = None
+def _read_weights(
+    folder: UntrustedFolder, names: list[str], top: UntrustedFolder
+) -> tuple[dict[str, ShardTensor], dict[str, str], dict[str, FileIdentity]]:
+    expected: dict[str, set[str]] | None = None
+    where: dict[str, str] = {}
+    series = [name for name in names if _SHARD_SERIES.fullmatch(name)]
     if INDEX in names:
-        weight_map = _read_index(folder / INDEX, allowed)
-        shards = sorted(set(weight_map.values()))
-        if extra := [n for n in names if _SHARD_SERIES.fullmatch(n) and n not in shards]:
-            raise CheckpointError(f"{folder / extra[0]} is a shard that {INDEX} does not name", available=shards[:8])
+        where = _read_index(folder)
+        expected = {}
+        for name, shard in where.items():
+            expected.setdefault(shard, set()).add(name)
+        shards = sorted(expected)
+        if len(shards) > MAX_SHARDS:
+            raise CheckpointError(f"{folder.root / INDEX} names {len(shards)} shards, more than {MAX_SHARDS}")
+        if extra := next((name for name in series if name not in expected), None):
+            raise CheckpointError(f"{folder.root / extra} is a shard that {INDEX} does not name", available=shards[:8])
+        if SINGLE in names and SINGLE not in expected:
+            raise _two_sets(folder, INDEX)
     elif SINGLE in names:
         shards = [SINGLE]
+        if series:
+            raise _two_sets(folder, series[0])
     else:
-        raise _no_weights(folder, names)
+        raise _no_weights(folder, names, series)
     tensors: dict[str, ShardTensor] = {}
     headers: dict[str, str] = {}
+    files: dict[str, FileIdentity] = {}
     for shard in shards:
-        real = real_path(folder / shard, allowed)
-        if not real.exists():
+        real = folder.locate(shard)
+        try:
+            fd = folder.open(shard)
+        except FileNotFoundError as error:
+            raise _no_shard(folder, shard, names, top) from error
+        except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{folder} lacks the shard {shard}", available=_entries(folder), fix="download it again"
-            )
-        header = read_header(real)
+                f"{folder.root / shard} is not a usable safetensors file: {reason_of(error)}",
+                fix=fix_of(error, "download or convert the file again"),
+            ) from error
+        try:
+            files[shard] = FileIdentity.of(fd)
+            header = read_header_from(fd, real)
+            if FileIdentity.of(fd) != files[shard]:
+                raise CheckpointError(
+                    f"{folder.root / shard} changed while it was read", fix="wait until it is written, then try again"
+                )
+        finally:
+            os.close(fd)
         headers[shard] = header.digest
-        if weight_map is not None:
-            _check_shard(folder / shard, header.tensors, weight_map)
-        tensors.update(
-            (i.name, ShardTensor(i.name, i.dtype, i.shape, i.offset, i.nbytes, real)) for i in header.tensors.values()
-        )
+        if len(tensors) + len(header.tensors) > MAX_TENSORS:
+            raise CheckpointError(f"{folder.root} holds more than {MAX_TENSORS} tensors")
+        if expected is not None:
+            _check_shard(folder.root / shard, header.tensors.keys(), expected[shard], where)
+        for i in header.tensors.values():
+            tensors[i.name] = ShardTensor(i.name, i.dtype, i.shape, i.offset, i.nbytes, real, shard)
     if not tensors:
-        raise CheckpointError(f"{folder} holds no tensors")
-    return tensors, headers
+        raise CheckpointError(f"{folder.root} holds no tensors", fix="download the model again")
+    return tensors, headers, files
 
 
-def _no_weights(folder: Path, names: list[str]) -> CheckpointError:
+def _two_sets(folder: UntrustedFolder, other: str) -> CheckpointError:
+    """Nothing says which of two sets of weights is meant: the times of files do not survive a copy."""
+    return CheckpointError(
+        f"{folder.root} holds two sets of weights: {SINGLE} and the shards of {other}",
+        fix=f"move one of them away: {SINGLE}, or {INDEX} and {WEIGHTS}-*-of-*.safetensors",
+    )
+
+
+def _no_shard(folder: UntrustedFolder, shard: str, names: list[str], top: UntrustedFolder) -> CheckpointError:
+    if _is_interrupted(names, top):
+        return CheckpointError(
+            f"{folder.root} lacks the shard {shard}, and its download was interrupted",
+            available=folder.listing(),
+            fix="finish the download: hf download ORG/NAME --local-dir FOLDER",
+        )
+    return CheckpointError(
+        f"{folder.root} lacks the shard {shard}", available=folder.listing(), fix="download it again"
+    )
+
+
+def _is_interrupted(names: list[str], top: UntrustedFolder) -> bool:
+    """Whether a tool for downloads left an unfinished file, in the folder or where those of the hub keep it."""
+    places = [top.root / ".cache" / "huggingface" / "download", *top.allowed[1:]]
+    places.append(places[0] / "transformer")
+    if any(name.endswith((".incomplete", ".crdownload", ".aria2", ".part")) for name in names):
+        return True
+    for place in places:
+        try:
+            with os.scandir(place) as entries:
+                if any(entry.name.endswith(".incomplete") for _, entry in zip(range(100_000), entries)):
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def _no_weights(folder: UntrustedFolder, names: list[str], series: list[str]) -> CheckpointError:
+    root, fix = folder.root, f"rename one set of weights to {SINGLE}, or add {INDEX}"
+    if series:
+        return CheckpointError(
+            f"{root} holds shards ({series[0]}) and not their {INDEX}",
+            available=few(names),
+            fix=f"download {INDEX} too",
+        )
+    if variants := [match for name in names if (match := _VARIANT.fullmatch(name))]:
+        variant = variants[0]["name"] or variants[0]["index"]
+        fix = f"take the name .{variant} out of all of these files (and of those named in the index), or get {SINGLE}"
+        what = f"{root} holds only the variant {variant!r}, neither {SINGLE} nor {INDEX}"
+        return CheckpointError(what, available=few(match[0] for match in variants), fix=fix)
     if others := [name for name in names if name.endswith(".safetensors")]:
-        fix = f"rename one set of weights to {SINGLE}, or add {INDEX}"
-        return CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}", available=others[:8], fix=fix)
+        if found := next((known for name in others[:4] if (known := _recognize_file(folder, name))), None):
+            return CheckpointError(f"{root} holds {found.what}", available=few(others), fix=found.fix)
+        return CheckpointError(f"{root} has neither {SINGLE} nor {INDEX}", available=few(others), fix=fix)
+    if found := recognize_folder(names):
+        return CheckpointError(f"{root} has no weights: it is {found.what}", available=folder.listing(), fix=found.fix)
     if pickled := [name for name in names if name.endswith(_PICKLED)]:
         return CheckpointError(
-            f"{folder} holds only pickled weights ({pickled[0]!r:.200}), which run code when loaded",
+            f"{root} holds only pickled weights ({pickled[0]!r:.200}), which run code when loaded",
             fix=_CONVERT,
         )
-    return CheckpointError(f"{folder} has no weights", available=_entries(folder), fix=f"add {SINGLE}")
+    if _is_interrupted(names, folder):
+        fix = "finish the download: hf download ORG/NAME --local-dir FOLDER"
+        return CheckpointError(f"{root} has no weights: a download was interrupted", available=few(names), fix=fix)
+    return CheckpointError(f"{root} has no weights", available=folder.listing(), fix=f"add {SINGLE}")
 
 
-def _read_index(path: Path, allowed: list[Path]) -> dict[str, str]:
-    weight_map = _read_json(path, allowed).get("weight_map")
+def _read_index(folder: UntrustedFolder) -> dict[str, str]:
+    path, weight_map = folder.root / INDEX, folder.json(INDEX, MAX_JSON).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map of tensor names to shard files")
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(f"{path} names {len(weight_map)} tensors, more than {MAX_TENSORS}")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
             raise CheckpointError(
@@ -396,11 +627,11 @@ def _read_index(path: Path, allowed: list[Path]) -> dict[str, str]:
     return weight_map
 
 
-def _check_shard(path: Path, tensors: Iterable[str], weight_map: dict[str, str]) -> None:
+def _check_shard(path: Path, held: Set[str], meant: Set[str], where: Mapping[str, str]) -> None:
     """CheckpointError unless the shard holds exactly the tensors that the index says."""
-    held, meant = set(tensors), {name for name, shard in weight_map.items() if shard == path.name}
-    if missing := sorted(meant - held):
-        raise CheckpointError(f"{path} lacks tensor {missing[0]!r:.200}, which {INDEX} says it holds")
-    if extra := sorted(held - meant):
-        where = f"lie in {weight_map[extra[0]]}" if extra[0] in weight_map else "not exist"
-        raise CheckpointError(f"{path} holds tensor {extra[0]!r:.200}, which should {where} by {INDEX}")
+    if missing := meant - held:
+        raise CheckpointError(f"{path} lacks tensor {min(missing)!r:.200}, which {INDEX} says it holds")
+    if extra := held - meant:
+        name = min(extra)
+        should = f"lie in {where[name]}" if name in where else "not exist"
+        raise CheckpointError(f"{path} holds tensor {name!r:.200}, which should {should} by {INDEX}")

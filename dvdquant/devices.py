@@ -17,11 +17,11 @@ DEVICE_WORDS = ("auto", "cpu", "cuda", "cuda:N")
 _CUDA = re.compile(r"cuda(?::(0|[1-9][0-9]{0,2}))?", re.ASCII)
 
 
-def resolve_device(text: str) -> torch.device:
-    """Return the device that ``text`` names, with its index where it is a GPU.
+def resolve_device(word: str | torch.device) -> torch.device:
+    """Return the device that ``word`` names, with its index where it is a GPU.
 
     Args:
-        text: ``auto`` (the current GPU where PyTorch sees one, else the CPU), ``cpu``, ``cuda`` (the current GPU) or
+        word: ``auto`` (the current GPU where PyTorch sees one, else the CPU), ``cpu``, ``cuda`` (the current GPU) or
             ``cuda:N``.
 
     Raises:
@@ -29,6 +29,7 @@ def resolve_device(text: str) -> torch.device:
     """
     import torch  # the command line knows the words without it
 
+    text = str(word)
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
     if text == "cpu":

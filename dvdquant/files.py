@@ -21,13 +21,15 @@ __all__ = [
     "hash_descriptor",
     "hash_file",
     "open_regular",
+    "read_all",
     "read_limited",
     "require_disk",
     "strict_json",
     "write_all",
 ]
 
-MAX_JSON_ITEMS = 4_000_000
+MAX_JSON_ITEMS = 1_000_000
+"""What JSON may hold: Python takes up to 600 bytes for each of them, and an index has one for each tensor."""
 
 
 class FileEntry(TypedDict):
@@ -39,7 +41,7 @@ class FileEntry(TypedDict):
 
 def strict_json(raw: bytes, max_depth: int = 64) -> Any:
     """Parse UTF-8 JSON; ValueError on duplicate keys, NaN and infinities, lone surrogates, or more than ``max_depth``
-    levels or four million items."""
+    levels or a million items."""
     items = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
     if items > MAX_JSON_ITEMS:
         raise ValueError(f"about {items} values, more than {MAX_JSON_ITEMS}")
@@ -88,17 +90,25 @@ def open_regular(path: Path) -> tuple[int, int]:
     O_NONBLOCK keeps a pipe planted in a model folder from blocking the open for ever.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("not a regular file")
+    except BaseException:
         os.close(fd)
-        raise ValueError("not a regular file")
+        raise
     return fd, info.st_size
 
 
 def read_limited(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most ``limit`` bytes; OSError or ValueError otherwise."""
-    fd, size = open_regular(path)
+    return read_all(open_regular(path)[0], limit)
+
+
+def read_all(fd: int, limit: int) -> bytes:
+    """Return what an open regular file of at most ``limit`` bytes holds, and close it; OSError or ValueError otherwise."""
     with os.fdopen(fd, "rb") as file:
+        size = os.fstat(fd).st_size
         if size > limit:
             raise ValueError(f"{size} bytes, more than the {limit} allowed")
         raw = file.read(limit + 1)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .checkpoint import Checkpoint, allowed_folders, real_path
-from .errors import CheckpointError
+from .checkpoint import Checkpoint
 from .families import get_family
 from .families.configs import PIPELINE, PipelineFacts, refused
 from .families.wan import Wan
-from .files import read_limited, strict_json
+from .untrusted import UntrustedFolder
 
 __all__ = ["with_pipeline_facts"]
 
@@ -69,23 +67,19 @@ def _read(checkpoint: Checkpoint) -> PipelineFacts:
     given = os.path.realpath(os.path.expanduser(checkpoint.model))
     if given == str(checkpoint.root):  # the transformer's own folder was given: what lies around it was not
         return PipelineFacts()
-    index, vae = _fields(folder / "model_index.json", _Index), _fields(folder / "vae" / "config.json", _Vae)
+    place = UntrustedFolder.at(folder)
+    index, vae = _fields(place, "model_index.json", _Index), _fields(place, "vae/config.json", _Vae)
     return PipelineFacts(
         vae_scale=[vae.scale_factor_temporal, vae.scale_factor_spatial, vae.scale_factor_spatial] if vae else None,
         timestep_per_token=index.expand_timesteps if index else None,
     )
 
 
-def _fields(path: Path, record: type[Any]) -> Any:
+def _fields(folder: UntrustedFolder, name: str, record: type[Any]) -> Any:
     """The fields of a JSON file of the pipeline, or None where there is no such file."""
-    root = path.parent if path.parent.name != "vae" else path.parent.parent
-    if not os.path.lexists(path):
+    if not os.path.lexists(folder.root / name):
         return None
     try:
-        value = strict_json(read_limited(real_path(path, allowed_folders(root)), MAX_JSON))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", fix=_FIX) from error
-    try:
-        return record.model_validate(value)
+        return record.model_validate(folder.json(name, MAX_JSON, _FIX))
     except ValidationError as error:
-        raise refused(str(path), error, _FIX) from error
+        raise refused(str(folder.root / name), error, _FIX) from error

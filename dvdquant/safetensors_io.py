@@ -20,13 +20,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, OutputError
+from .errors import CheckpointError, OutputError, ResourceError
 from .files import FileEntry, disk_error, hash_file, open_regular, strict_json, write_all
+from .recognize import BLOCK_SCALED, SNIFFED, Found, recognize_bytes
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ALIGNMENT", "Header", "StreamingWriter", "TensorInfo", "read_header", "read_tensor"]
+__all__ = [
+    "ALIGNMENT",
+    "Header",
+    "StreamingWriter",
+    "TensorInfo",
+    "read_header",
+    "read_header_from",
+    "read_tensor",
+    "read_tensor_from",
+]
 
 ALIGNMENT = 64
 """Every tensor starts at a multiple of this many bytes of the file, so that ONNX external data can be mapped."""
@@ -87,11 +97,25 @@ def read_header(path: str | Path) -> Header:
     Raises:
         CheckpointError: the file is not complete and consistent; names the file and the first tensor affected.
     """
-    path = Path(path)
     try:
-        fd, size = open_regular(path)
-        with os.fdopen(fd, "rb", buffering=0) as file:
-            raw = _header_bytes(file.read(8), file, size)
+        fd, _ = open_regular(Path(path))
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from error
+    try:
+        return read_header_from(fd, path)
+    finally:
+        os.close(fd)
+
+
+def read_header_from(fd: int, path: str | Path) -> Header:
+    """Read and check the header of the open file ``fd``, from its start; ``path`` is what an error calls it.
+
+    Raises:
+        CheckpointError: as :func:`read_header`.
+    """
+    try:
+        size = os.fstat(fd).st_size
+        raw = _header_bytes(fd, size)
         entries = strict_json(raw, max_depth=4)
         if not raw.startswith(b"{") or not isinstance(entries, dict):
             raise ValueError("the header is not a JSON object")
@@ -101,25 +125,40 @@ def read_header(path: str | Path) -> Header:
         infos = [_tensor_info(name, entry, 8 + len(raw)) for name, entry in entries.items()]
         tensors = _check_layout(infos, 8 + len(raw), size)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CheckpointError(
-            f"{path} is not a usable safetensors file: {reason}", fix="download or convert the file again"
-        ) from error
+        found = None if isinstance(error, OSError) else recognize_bytes(_start_of(fd))
+        raise _unusable(path, error, found) from error
     return Header(tensors, metadata, size, hashlib.sha256(raw).hexdigest())
 
 
-def _header_bytes(prefix: bytes, file: Any, size: int) -> bytes:
+def _unusable(path: str | Path, error: Exception, found: Found | None = None) -> CheckpointError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if found is not None:
+        return CheckpointError(f"{path} is not a usable safetensors file: it is {found.what} ({reason})", fix=found.fix)
+    return CheckpointError(
+        f"{path} is not a usable safetensors file: {reason}", fix="download or convert the file again"
+    )
+
+
+def _start_of(fd: int) -> bytes:
+    try:
+        return os.pread(fd, SNIFFED, 0)
+    except OSError:
+        return b""
+
+
+def _header_bytes(fd: int, size: int) -> bytes:
+    prefix = os.pread(fd, 8, 0)
     if len(prefix) < 8:
         raise ValueError(f"cut short: {size} bytes, not even a header length")
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER:
         raise ValueError(f"header length {length} exceeds {MAX_HEADER}: damaged, or another format")
     raw = bytearray()
-    while len(raw) < length and (chunk := file.read(length - len(raw))):
+    while len(raw) < length and (chunk := os.pread(fd, min(1 << 24, length - len(raw)), 8 + len(raw))):
         raw += chunk
     if len(raw) < length:
-        first = re.search(rb'"((?:[^"\\]|\\.)+)"\s*:\s*\{\s*"', bytes(raw))
-        name = f", first tensor {first[1].decode('utf-8', 'replace')!r}" if first else ""
+        first = re.search(rb'"((?:[^"\\]|\\.)+)"\s*:\s*\{\s*"', bytes(raw[: 1 << 20]))
+        name = f", first tensor {first[1].decode('utf-8', 'replace')!r:.200}" if first else ""
         raise ValueError(f"cut short inside the header ({size} bytes of at least {8 + length}{name})")
     return bytes(raw)
 
@@ -133,6 +172,10 @@ def _tensor_info(name: str, entry: Any, start: int) -> TensorInfo:
         raise ValueError(f"tensor {name!r:.200} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
+        if isinstance(dtype, str) and dtype in BLOCK_SCALED:
+            raise ValueError(
+                f"tensor {name!r:.200} is {dtype}, a part of {BLOCK_SCALED[dtype]}, which is not read here"
+            )
         raise ValueError(f"tensor {name!r:.200} has the unknown dtype {dtype!r:.40} (known: {', '.join(DTYPES)})")
     if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_size, shape)):
         raise ValueError(f"tensor {name!r:.200} has the shape {shape!r:.80}")
@@ -169,24 +212,38 @@ def read_tensor(path: str | Path, info: TensorInfo) -> torch.Tensor:
     Raises:
         CheckpointError: the file ends inside the tensor or cannot be read, or a BOOL byte is neither 0 nor 1.
     """
-    import torch
-
-    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-    view, done = buffer.numpy().data, 0
     try:
         fd, _ = open_regular(Path(path))
-        try:
-            while done < info.nbytes:
-                count = os.preadv(fd, [view[done : done + (1 << 30)]], info.offset + done)
-                if not count:
-                    raise ValueError(f"the file ends {info.nbytes - done} bytes early")
-                done += count
-        finally:
-            os.close(fd)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: tensor {info.name!r:.200} cannot be read: {error}") from error
+    try:
+        return read_tensor_from(fd, info, path)
+    finally:
+        os.close(fd)
+
+
+def read_tensor_from(fd: int, info: TensorInfo, path: str | Path) -> torch.Tensor:
+    """Read one tensor of the open file ``fd`` as :func:`read_tensor` does; ``path`` is what an error calls it."""
+    import torch
+
+    try:
+        # A file with holes may claim more bytes than there is memory.
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        view, done = buffer.numpy().data, 0
+        while done < info.nbytes:
+            count = os.preadv(fd, [view[done : done + (1 << 30)]], info.offset + done)
+            if not count:
+                raise ValueError(f"the file ends {info.nbytes - done} bytes early")
+            done += count
         if info.dtype == "BOOL" and info.nbytes and int(buffer.max()) > 1:
             raise ValueError("a BOOL value is neither 0 nor 1")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: tensor {info.name!r:.200} cannot be read: {error}") from error
+    except (MemoryError, RuntimeError) as error:  # torch's allocator raises RuntimeError
+        raise ResourceError(
+            f"{path}: tensor {info.name!r:.200} takes {info.nbytes / 1e9:.2f} GB, which is not free",
+            fix="free memory, or use a larger machine",
+        ) from error
     return buffer.view(getattr(torch, DTYPES[info.dtype][1])).reshape(info.shape)
 
 

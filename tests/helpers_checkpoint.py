@@ -60,6 +60,24 @@ def save_checkpoint(folder: Path, shards: int = 1, config: Mapping[str, Any] | N
     return content
 
 
+def save_plain(folder: Path, shards: int = 1, config: Mapping[str, Any] | None = None) -> list[str]:
+    """A transformer folder as :func:`save_checkpoint` lays it out, of one float a tensor and without torch; its names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+    names = [f"blocks.{i}.weight" for i in range(6)]
+    weight_map = {}
+    for shard in range(shards):
+        name = f"diffusion_pytorch_model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        path = folder / (name if shards > 1 else "diffusion_pytorch_model.safetensors")
+        part = names[shard::shards]
+        header = {key: entry("F32", (1,), (4 * i, 4 * i + 4)) for i, key in enumerate(part)}
+        path.write_bytes(raw_safetensors(header, bytes(range(4 * len(part)))))
+        weight_map.update(dict.fromkeys(part, name))
+    if shards > 1:
+        write_index(folder, weight_map)
+    return names
+
+
 def save_pipeline(folder: Path, *components: str, **entries: Any) -> None:
     index = {"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"], "transformer_9": [None, None]}
     index |= {name: ["diffusers", "WanTransformer3DModel"] for name in components} | entries

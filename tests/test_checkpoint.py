@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dvdquant.checkpoint import Checkpoint, count_nonfinite, open_checkpoint
+from dvdquant.checkpoint import Checkpoint, count_nonfinite, fingerprint_hint, open_checkpoint
 from dvdquant.errors import CheckpointError
 from dvdquant.safetensors_io import DTYPES
 from tests.helpers_checkpoint import (
@@ -259,19 +262,67 @@ def test_counting_nonfinite_values(tmp_path: Path) -> None:
     assert count_nonfinite(big.t()) == (3, (0, 2))
 
 
-def test_fingerprints_follow_the_files(tmp_path: Path) -> None:
+def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "m", 2)
     first = open_checkpoint(tmp_path / "m")
     assert first.fingerprint() == open_checkpoint(tmp_path / "m").fingerprint()
-    seen = {first.fingerprint()}
-    os.utime(tmp_path / "m" / SHARD1, ns=(1, 1))
-    seen.add(open_checkpoint(tmp_path / "m").fingerprint())
+    assert first.fingerprint().startswith("v2-")
     _rewrite_config(num_layers=3)(tmp_path / "m")
-    seen.add(open_checkpoint(tmp_path / "m").fingerprint())
-    assert len(seen) == 3
+    assert open_checkpoint(tmp_path / "m").fingerprint() != first.fingerprint()
     (tmp_path / "m" / SHARD1).unlink()
     with pytest.raises(CheckpointError, match="has gone"):
         first.fingerprint()
+
+
+def test_a_copy_of_a_model_is_the_same_model(tmp_path: Path) -> None:
+    """Another place, other times, another umask, or the links of a hub cache: the same files have one fingerprint."""
+    save_checkpoint(tmp_path / "m", 2)
+    first = open_checkpoint(tmp_path / "m").fingerprint()
+    shutil.copytree(tmp_path / "m", tmp_path / "copy", copy_function=shutil.copyfile)
+    for number, path in enumerate((tmp_path / "copy").iterdir()):
+        os.utime(path, ns=(number, number))
+    assert open_checkpoint(tmp_path / "copy").fingerprint() == first
+    snapshot = _hub_cache(tmp_path / "cache")
+    save_checkpoint(tmp_path / "single")
+    assert open_checkpoint(snapshot).fingerprint() == open_checkpoint(tmp_path / "single").fingerprint() != first
+
+
+@pytest.mark.parametrize("name", [f"blocks.{i}.weight" for i in range(6)])
+def test_other_weights_with_the_same_header_are_another_model(tmp_path: Path, name: str) -> None:
+    content = save_checkpoint(tmp_path / "m")
+    first = open_checkpoint(tmp_path / "m")
+    content[name] = -content[name]
+    save_file(content, tmp_path / "m" / SINGLE)
+    second = open_checkpoint(tmp_path / "m")
+    assert second.headers == first.headers
+    assert second.fingerprint() != fingerprint_of(tmp_path)
+
+
+def fingerprint_of(tmp_path: Path) -> str:
+    """The fingerprint of the model that ``save_checkpoint`` writes."""
+    save_checkpoint(tmp_path / "again")
+    return open_checkpoint(tmp_path / "again").fingerprint()
+
+
+def test_fingerprints_of_older_releases_are_told_apart() -> None:
+    assert fingerprint_hint("v2-" + "0" * 64, "v2-" + "1" * 64) is None
+    assert fingerprint_hint("0" * 64, "1" * 64) is None
+    assert "older release" in str(fingerprint_hint("0" * 64, "v2-" + "0" * 64))
+
+
+def test_a_checkpoint_can_be_pickled_and_holds_no_descriptor(tmp_path: Path) -> None:
+    """Hundreds of shards need hundreds of files, but not at the same time."""
+    saved = save_checkpoint(tmp_path / "m", 3)
+    before = set(os.listdir("/proc/self/fd"))
+    checkpoint = pickle.loads(pickle.dumps(open_checkpoint(tmp_path / "m")))
+    for name, value in saved.items():
+        assert torch.equal(checkpoint.read(name), value)
+    assert set(os.listdir("/proc/self/fd")) == before
+    with mock.patch("os.open", side_effect=OSError(errno.EMFILE, "Too many open files")):
+        with pytest.raises(CheckpointError, match="Too many open files"):
+            checkpoint.read("blocks.0.weight")
+        with pytest.raises(CheckpointError, match="Too many open files"):
+            open_checkpoint(tmp_path / "m")
 
 
 def test_opening_needs_no_torch(tmp_path: Path) -> None:

@@ -80,6 +80,16 @@ def test_without_choices_the_order_is_the_users(folder: Path) -> None:
     assert table.parse("red ring right large black") == ("red", "ring", "right", "large", "black")
 
 
+def test_fewer_words_than_slots(folder: Path) -> None:
+    """An error shows an example although the table has one word for five slots."""
+    _edit(folder, lambda data: data.update(words=[EMPTY_WORD, "ring"], choices={}))
+    _tensor(lambda t: t[:2])(folder)
+    table = PromptTable.open(folder)
+    with pytest.raises(ShapeError, match="ring ring ring ring ring"):
+        table.parse("rings")
+    assert table.encode(table.example()).shape == (1, 5, 64)
+
+
 def _edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     data = json.loads((folder / "prompts.json").read_text())
     change(data)
@@ -105,6 +115,9 @@ def _json(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (_json(lambda d: d["words"].append("oval")), "every word once"),
         (_json(lambda d: d["words"].remove(EMPTY_WORD)), EMPTY_WORD),
         (_json(lambda d: d.update(words="ring")), "no list"),
+        (_json(lambda d: d.update(words=[EMPTY_WORD])), "nothing but the empty word"),
+        (_json(lambda d: d["words"].__setitem__(0, "r" * 81)), "longer than 80"),
+        (_json(lambda d: d.update(order=[f"s{i}" for i in range(513)])), "order is no list of 1 to 512"),
         (_json(lambda d: d["words"].__setitem__(0, 7)), "no word"),
         (_json(lambda d: d.update(tokens_per_prompt=4)), "tokens_per_prompt"),
         (_json(lambda d: d["choices"].pop("shape")), "choices"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.devices import resolve_device
+from dvdquant.devices import resolve_device
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.ops.cuda import BUILD
 from dvdquant.ops.cuda_linear import kernels_for

@@ -1,0 +1,394 @@
+"""What a model is that cannot be read here: known formats, told by their first bytes, names of files and of tensors.
+
+A user who gives another format is told what it is and what makes it usable, before shapes are compared with a config
+that does not belong to it. Each row of a table is one format; the first row that fits is taken. Nothing is imported, so
+every reader may ask.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+__all__ = [
+    "BLOCK_SCALED",
+    "CONTENTS",
+    "FOLDERS",
+    "SNIFFED",
+    "TENSORS",
+    "Found",
+    "recognize_bytes",
+    "recognize_config",
+    "recognize_folder",
+    "recognize_tensors",
+    "tensor_names",
+]
+
+SNIFFED = 1 << 16
+"""Bytes of the start of a file that :func:`recognize_bytes` wants."""
+MAX_NAMES = 20_000
+MAX_LENGTH = 300
+
+_ORIGINAL = "use the model's 16-bit checkpoint in diffusers format"
+_DIFFUSERS = "get the repository whose name ends in -Diffusers, or convert the file"
+_CONVERT_SINGLE = "diffusers.{cls}.from_single_file(FILE).save_pretrained(FOLDER), then give FOLDER"
+_DOWNLOAD = "download it again (hf download ORG/NAME --local-dir FOLDER)"
+_PICKLE = (
+    "convert them in a place you trust: from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
+)
+
+# Codes of the safetensors format that only parts of block-scaled weights have.
+BLOCK_SCALED = {
+    "F8_E8M0": "MXFP8 or MXFP4 weights (block scales)",
+    "F4": "FP4 weights (NVFP4 or MXFP4)",
+    "F6_E2M3": "MXFP6 weights",
+    "F6_E3M2": "MXFP6 weights",
+    "F8_E4M3FNUZ": "weights in AMD's own fp8",
+    "F8_E5M2FNUZ": "weights in AMD's own fp8",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A format: what it is, as the end of "it is …", and what helps."""
+
+    what: str
+    fix: str
+
+
+# ----------------------------------------------------------------------------------------------------- the first bytes
+
+# (how the file starts, what it is); a regular expression on the first bytes.
+CONTENTS: dict[str, tuple[re.Pattern[bytes], Found]] = {
+    "gguf": (re.compile(rb"GGUF"), Found("a GGUF file, whose weights are already quantized", _ORIGINAL)),
+    "git-lfs": (
+        re.compile(rb"version https://git-lfs"),
+        Found("a pointer of Git LFS, not the weights themselves", f"run git lfs pull in that folder, or {_DOWNLOAD}"),
+    ),
+    "html": (
+        re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE),
+        Found("a web page, not the weights: the download failed or needs a login", f"log in and {_DOWNLOAD}"),
+    ),
+    "json-error": (
+        re.compile(rb'\s*\{\s*"(error|message|detail)"'),
+        Found("the text of an error, not the weights: the download failed", f"log in and {_DOWNLOAD}"),
+    ),
+    "zip-pickle": (
+        re.compile(rb"PK\x03\x04"),
+        Found("a zip archive, as PyTorch saves pickled weights, which run code when loaded", _PICKLE),
+    ),
+    "pickle": (re.compile(rb"\x80[\x02-\x05]"), Found("a pickle, which runs code when loaded", _PICKLE)),
+    "hdf5": (re.compile(rb"\x89HDF\r\n"), Found("an HDF5 file of Keras or TensorFlow", _ORIGINAL)),
+    "gzip": (re.compile(rb"\x1f\x8b"), Found("a gzip archive", "unpack it and give the folder")),
+    "zstd": (re.compile(rb"\x28\xb5\x2f\xfd"), Found("a zstd archive", "unpack it and give the folder")),
+    "xet": (
+        re.compile(rb"# xet version"),
+        Found("a pointer of the hub's Xet storage, not the weights themselves", _DOWNLOAD),
+    ),
+    "zeros": (
+        re.compile(rb"\x00{4096}"),
+        Found("a file of zeros: space was reserved and the download never filled it", _DOWNLOAD),
+    ),
+}
+
+
+def recognize_bytes(start: bytes) -> Found | None:
+    """Return what a file is by its first ``SNIFFED`` bytes, or None."""
+    return next((found for pattern, found in CONTENTS.values() if pattern.match(start)), None)
+
+
+# ---------------------------------------------------------------------------------------------------- names of tensors
+
+
+def _any(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+_LORA_FIX = (
+    "fuse it into its model: pipe.load_lora_weights(LORA); pipe.fuse_lora(); pipe.unload_lora_weights(); "
+    "pipe.transformer.save_pretrained(FOLDER)"
+)
+_STRIP = "save it without the prefix: save_file({{k.removeprefix({0!r}): v for k, v in tensors.items()}}, FILE)"
+
+# (patterns of which every one is found among the names, what it is). The order matters: a quantized format that has
+# low-rank parts of its own stands before LoRA, one with two scales before one with a single scale.
+TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
+    "svdquant": (
+        (_any(r"\.(wscales|wtscale|wcscales|smooth_factor(_orig)?|smooth_orig)$"),),
+        Found("a SVDQuant (Nunchaku) checkpoint, already in 4 bits", _ORIGINAL),
+    ),
+    "bitsandbytes": (
+        (_any(r"\.(absmax|nested_absmax|quant_map|quant_state\.bitsandbytes__\w+|SCB|weight_format)$"),),
+        Found("a bitsandbytes checkpoint, already in 4 or 8 bits", _ORIGINAL),
+    ),
+    "gptq-awq": (
+        (_any(r"\.(qweight|qzeros|g_idx|weight_packed)$"),),
+        Found("a GPTQ or AWQ checkpoint, already quantized", _ORIGINAL),
+    ),
+    "quanto": (
+        (_any(r"\.weight\._(data|scale|shift)$"),),
+        Found("a quanto checkpoint, already quantized", _ORIGINAL),
+    ),
+    "torchao": (
+        (_any(r"(weight[._:]_?qdata|\.tensor_impl\b|layout_tensor|weight:_?\w*(int_data|scale))"),),
+        Found("a torchao checkpoint, already quantized", _ORIGINAL),
+    ),
+    "nvfp4": (
+        (_any(r"\.weight_(scale_2|double_scale|global_scale)$"),),
+        Found("an NVFP4 checkpoint: 4-bit weights with block scales", _ORIGINAL),
+    ),
+    "mxfp8": (
+        (_any(r"\.(weight_scale_inv|weight_block_scale|block_scale|weight_scales)$"),),
+        Found(
+            "an MXFP8 or block-scaled fp8 checkpoint: its weights mean nothing without their block scales", _ORIGINAL
+        ),
+    ),
+    "comfy-quant": (
+        (_any(r"(^|\.)comfy_quant$"),),
+        Found("a checkpoint quantized for ComfyUI", _ORIGINAL),
+    ),
+    "fp8-scaled": (
+        (_any(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale)$"),),
+        Found("an fp8-scaled checkpoint: its weights mean nothing without their scales", _ORIGINAL),
+    ),
+    "peft": (
+        (_any(r"\.base_layer\.(weight|bias)$"),),
+        Found(
+            "a model with a LoRA that is not fused",
+            "fuse it before you save: pipe.fuse_lora(); pipe.unload_lora_weights(); "
+            "pipe.transformer.save_pretrained(FOLDER)",
+        ),
+    ),
+    "dora": (
+        (_any(r"(\.dora_scale$|lora_magnitude_vector)"),),
+        Found("a DoRA (a LoRA with magnitudes), not a model", _LORA_FIX),
+    ),
+    "lora": (
+        (
+            _any(
+                r"((^|\.)lora_(A|B|down|up)(\.|$)|^lora_(unet|te\d?|transformer)_|\.lora\.(up|down)\.|\.processor\..*_lora\.)"
+            ),
+        ),
+        Found("a LoRA (low-rank changes to a model), not a model", _LORA_FIX),
+    ),
+    "lokr-loha": (
+        (_any(r"\.(lokr_w[12](_[ab])?|hada_[wt][12](_[ab])?|oft_blocks|diff(_b|_m)?)$"),),
+        Found("changes to a model (LoKr, LoHa or differences), not a model", _LORA_FIX),
+    ),
+    "alpha": (
+        (_any(r"(attn|attention|self_attn|cross_attn|ffn|ff|mlp|to_[qkv]|linear)[\w.]*\.alpha$"),),
+        Found("a LoRA or a model with parts of one (.alpha)", _LORA_FIX),
+    ),
+    "all-in-one": (
+        (
+            _any(r"^model\.diffusion_model\."),
+            _any(r"^(vae|first_stage_model|text_encoders|cond_stage_model|conditioner)\."),
+        ),
+        Found(
+            "an all-in-one checkpoint (transformer, VAE and text encoder in one file)",
+            _CONVERT_SINGLE.format(cls="<class of the transformer>"),
+        ),
+    ),
+    "model.diffusion_model.": (
+        (_any(r"^model\.diffusion_model\."),),
+        Found(
+            "a transformer as ComfyUI and the original authors save it (prefix model.diffusion_model.)",
+            _CONVERT_SINGLE.format(cls="<class of the transformer>"),
+        ),
+    ),
+    "diffusion_model.": (
+        (_any(r"^diffusion_model\."),),
+        Found(
+            "a transformer as ComfyUI saves it (prefix diffusion_model.)",
+            _CONVERT_SINGLE.format(cls="<class of the transformer>"),
+        ),
+    ),
+    "base_model.model.": (
+        (_any(r"^base_model\.model\."),),
+        Found("a model saved out of its PEFT wrapper (prefix base_model.model.)", _STRIP.format("base_model.model.")),
+    ),
+    "module.": (
+        (_any(r"^module\."),),
+        Found("a model saved out of its DataParallel wrapper (prefix module.)", _STRIP.format("module.")),
+    ),
+    "_orig_mod.": (
+        (_any(r"(^|\.)_orig_mod\."),),
+        Found(
+            "a model saved out of torch.compile (prefix _orig_mod.)",
+            "save it without: save_file({k.replace('_orig_mod.', ''): v for k, v in tensors.items()}, FILE)",
+        ),
+    ),
+    "_fsdp": (
+        (_any(r"(^|\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."),),
+        Found("a model saved out of its training wrapper (FSDP, DeepSpeed)", "unwrap it before it is saved"),
+    ),
+    **{
+        prefix: (
+            (_any(rf"^{re.escape(prefix)}(blocks|transformer_blocks|single_transformer_blocks)\.\d+\."),),
+            Found(f"a transformer whose tensors have the prefix {prefix} of what was around it", _STRIP.format(prefix)),
+        )
+        for prefix in ("transformer.", "model.", "dit.", "net.", "state_dict.", "ema.", "student.")
+    },
+    "wan-original": (
+        (_any(r"^blocks\.\d+\.(self_attn|cross_attn)\.[qkvo]\.weight$"),),
+        Found(
+            "a Wan transformer with the names of its authors, not those of diffusers",
+            f"{_DIFFUSERS}: {_CONVERT_SINGLE.format(cls='WanTransformer3DModel')}",
+        ),
+    ),
+    "hunyuan-original": (
+        (_any(r"^double_blocks\.\d+\.img_attn_qkv\."),),
+        Found(
+            "a HunyuanVideo transformer with the names of its authors, not those of diffusers",
+            f"{_DIFFUSERS}: {_CONVERT_SINGLE.format(cls='HunyuanVideoTransformer3DModel')}",
+        ),
+    ),
+    "ltx-original": (
+        (_any(r"^patchify_proj\.weight$"),),
+        Found(
+            "an LTX transformer with the names of its authors, not those of diffusers",
+            f"{_DIFFUSERS}: {_CONVERT_SINGLE.format(cls='LTXVideoTransformer3DModel')}",
+        ),
+    ),
+    "cogvideox-original": (
+        (_any(r"^(model\.diffusion_model\.)?transformer\.layers\.\d+\.attention\.(query_key_value|dense)\."),),
+        Found(
+            "a CogVideoX transformer with the names of its authors (SAT)",
+            "get the diffusers repository (THUDM/CogVideoX-5b)",
+        ),
+    ),
+    "flux": (
+        (_any(r"^(double_blocks\.\d+\.img_attn\.qkv\.|joint_blocks\.\d+\.)"),),
+        Found("an image model (FLUX or Stable Diffusion 3)", "give a video model"),
+    ),
+    "unet": (
+        (
+            _any(
+                r"^(input_blocks\.\d+\.|down_blocks\.\d+\.(attentions|resnets)\.\d+\.(transformer_blocks|time_emb_proj))"
+            ),
+        ),
+        Found("a UNet, as image models before diffusion transformers have it", "give a video diffusion transformer"),
+    ),
+    "vae": (
+        (_any(r"^(first_stage_model\.)?decoder\.(conv_in|conv1|mid_block|mid|middle|up_blocks|upsamples|up)\b"),),
+        Found("a VAE, not a transformer", "give the pipeline's folder, or its transformer/"),
+    ),
+    "text-encoder": (
+        (
+            _any(
+                r"^(shared\.weight$|encoder\.block\.\d+\.layer\.\d+\.|text_model\.|(language_)?model\.(language_model\.)?"
+                r"layers\.\d+\.(self_attn|mlp)\.|blocks\.\d+\.pos_embedding\.embedding\.|encoder\.embed_tokens)"
+            ),
+        ),
+        Found("a text encoder, not a transformer", "give the pipeline's folder, or its transformer/"),
+    ),
+}
+
+
+def recognize_tensors(names: Iterable[str]) -> Found | None:
+    """Return the foreign format that these names of tensors belong to, or None."""
+    wanted = [name[-MAX_LENGTH:] if len(name) > MAX_LENGTH else name for name in islice(names, MAX_NAMES)]
+    for patterns, found in TENSORS.values():
+        if all(any(map(pattern.search, wanted)) for pattern in patterns):
+            return found
+    return None
+
+
+def tensor_names(start: bytes) -> list[str] | None:
+    """Return the names in the start of a safetensors file as far as they are there, or None if it is no such file.
+
+    It is for naming a file that is not going to be read: nothing else is checked.
+    """
+    if len(start) < 10 or start[8:9] != b"{" or not 2 <= struct.unpack("<Q", start[:8])[0] <= 100_000_000:
+        return None
+    found = re.findall(rb'"((?:[^"\\]|\\.){1,300})"\s*:\s*\{\s*"(?:dtype|shape|data_offsets)', start[8:])
+    return [name.decode("utf-8", "replace") for name in found]
+
+
+# --------------------------------------------------------------------------------------------------- names of the files
+
+
+def _holds(names: Collection[str], *wanted: str) -> bool:
+    return all(name in names for name in wanted)
+
+
+def _ends(names: Iterable[str], *endings: str) -> str | None:
+    return next((name for name in names if name.lower().endswith(endings)), None)
+
+
+_WAN_22 = Found(
+    "Wan 2.2 in the format of its authors (high_noise_model/, low_noise_model/)",
+    "get the diffusers repository (Wan-AI/Wan2.2-T2V-A14B-Diffusers)",
+)
+_WAN_21 = Found("Wan in the format of its authors", "get the diffusers repository (Wan-AI/Wan2.1-T2V-1.3B-Diffusers)")
+_ADAPTER = Found("a LoRA folder of PEFT, not a model", _LORA_FIX)
+_HUNYUAN = Found(
+    "HunyuanVideo in the format of its authors",
+    "get the diffusers repository (hunyuanvideo-community/HunyuanVideo)",
+)
+_GGUF = Found("a folder of GGUF files, whose weights are already quantized", _ORIGINAL)
+_INTERRUPTED = Found("a download that was interrupted", f"finish it: {_DOWNLOAD}")
+
+# (the folder's names fit, what it is), for folders that cannot be opened.
+FOLDERS: dict[str, tuple[Any, Found]] = {
+    "wan 2.2 original": (lambda names: _holds(names, "high_noise_model", "low_noise_model"), _WAN_22),
+    "wan original": (
+        lambda names: any(
+            re.fullmatch(r"(Wan2\.\d_VAE|models_t5_umt5-xxl-enc-bf16)\.(pth|safetensors)", n) for n in names
+        ),
+        _WAN_21,
+    ),
+    "hunyuan original": (lambda names: _holds(names, "hunyuan-video-t2v-720p"), _HUNYUAN),
+    "peft folder": (lambda names: bool({"adapter_config.json", "adapter_model.safetensors"} & set(names)), _ADAPTER),
+    "lora file": (lambda names: "pytorch_lora_weights.safetensors" in names, _ADAPTER),
+    "gguf folder": (lambda names: _ends(names, ".gguf") is not None, _GGUF),
+    "interrupted": (
+        lambda names: _ends(names, ".incomplete", ".crdownload", ".aria2", ".part") is not None,
+        _INTERRUPTED,
+    ),
+    "git-lfs clone": (
+        lambda names: _holds(names, ".git", ".gitattributes"),
+        Found("a clone without a model in it", "run git lfs pull in it, and give the folder with config.json"),
+    ),
+}
+
+
+def recognize_folder(names: Collection[str]) -> Found | None:
+    """Return what a folder is by the names in it, or None."""
+    return next((found for fits, found in FOLDERS.values() if fits(names)), None)
+
+
+_IMAGE = re.compile(r".*2D(Condition)?Model|.*DiT2DModel|UNet.*")
+_TEXT_ENCODER = re.compile(r"(T5|UMT5|MT5|CLIP|Llama|Llava|Qwen|Gemma|Mistral|Siglip|Bert)\w*")
+
+
+def recognize_config(config: Mapping[str, Any]) -> Found | None:
+    """Return what a ``config.json`` belongs to when it is not that of a diffusers video transformer, or None."""
+    name = config.get("_class_name")
+    name = name if isinstance(name, str) else ""
+    kind, architectures = config.get("model_type"), config.get("architectures")
+    if name == "WanModel" or (not name and kind in ("t2v", "i2v", "ti2v", "flf2v", "vace", "s2v", "animate")):
+        return _WAN_21
+    if re.match(r"(Asymmetric|Consistency)?Autoencoder|VQModel|AutoencoderTiny", name):
+        return Found(f"the VAE {name:.80}, not a transformer", "give the pipeline's folder, or its transformer/")
+    if _IMAGE.fullmatch(name):
+        return Found(f"the {name:.80} of an image model", "give a video model")
+    if name.endswith(("Scheduler", "Pipeline")):
+        return Found(f"the configuration of a {name:.80}, not a transformer", "give the folder of the transformer")
+    if not name and isinstance(architectures, list) and architectures:
+        first = architectures[0] if isinstance(architectures[0], str) else ""
+        if _TEXT_ENCODER.match(first):
+            return Found(
+                f"the text encoder {first:.80}, not a transformer", "give the pipeline's folder, or its transformer/"
+            )
+        return Found(f"the {first:.80} of the transformers library", "give a diffusers video transformer")
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict) and quantized:
+        method = json.dumps(quantized.get("quant_method", "?"))
+        return Found(f"a checkpoint that is already quantized (quant_method {method:.60})", _ORIGINAL)
+    return None
