@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -240,3 +244,106 @@ def test_modules_inside_lists_are_replaced_in_place() -> None:
     assert isinstance(one.get_submodule("attn.to_out.1"), nn.Identity)
     assert "24" not in one.get_submodule("attn.to_out.0").extra_repr()
     assert "to_q+to_k+to_v" in one.get_submodule("attn.to_k").extra_repr()
+
+
+def test_threads_that_share_a_merged_layer_get_their_own_rows() -> None:
+    """Each thread calls the members in another order with its own tensor; a thread is stopped anywhere in between."""
+    one, _ = merged()
+    inputs = [torch.randn(1, FEATURES, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    layer = one.get_submodule("attn.to_q+to_k+to_v")
+    members = [one.get_submodule(f"attn.to_{name}") for name in "qkv"]
+    wanted = [layer(x).split(list(ROWS), dim=-1) for x in inputs]
+    # The rows themselves stand for the kernel: the faults are in the bookkeeping, which should take most of the time.
+    rows = {id(x): torch.cat(parts, dim=-1) for x, parts in zip(inputs, wanted)}
+    layer.forward = lambda x: rows[id(x)]  # type: ignore[method-assign, assignment]
+    problems: list[str] = []
+    start = threading.Barrier(len(inputs))
+
+    def run(thread: int) -> None:
+        x = inputs[thread]
+        start.wait()
+        try:
+            for _ in range(1500):
+                for i in range(3):
+                    index = (i + thread) % 3
+                    if not torch.equal(members[index](x), wanted[thread][index]):
+                        problems.append(f"thread {thread} got other rows")
+        except KeyError as error:
+            problems.append(f"thread {thread}: {error!r}")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(inputs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert problems[:3] == []
+
+
+def test_threads_at_work_in_the_same_layer_keep_only_one_input() -> None:
+    """Both are inside the layer at once; whoever ends last, both then find the rows of their own input."""
+    one, three = merged()
+    inputs = [torch.randn(2, FEATURES, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    layer = one.get_submodule("attn.to_q+to_k+to_v")
+    inside = threading.Barrier(2, timeout=20)
+    first = set(map(id, inputs))
+    forward = layer.forward
+
+    def meet(x: Tensor) -> Tensor:
+        if id(x) in first:
+            first.discard(id(x))
+            inside.wait()
+        y: Tensor = forward(x)
+        return y
+
+    layer.forward = meet  # type: ignore[method-assign, assignment]
+    found: dict[int, list[Tensor]] = {}
+
+    def run(thread: int) -> None:
+        found[thread] = [call(one, name, inputs[thread]) for name in "qkv"]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, x in enumerate(inputs):
+        for name, got in zip("qkv", found[i]):
+            torch.testing.assert_close(got, call(three, name, x), rtol=2e-6, atol=2e-5)
+
+
+def test_rows_of_an_input_that_changes_while_the_layer_runs_are_not_kept() -> None:
+    one, _ = merged()
+    layer = one.get_submodule("attn.to_q+to_k+to_v")
+    assert isinstance(layer, QuantLinear)
+    forward = layer.forward
+    x = torch.randn(2, FEATURES, generator=torch.Generator().manual_seed(0))
+
+    def changed_meanwhile(value: Tensor) -> Tensor:
+        y: Tensor = forward(value)
+        value.mul_(2)
+        return y
+
+    layer.forward = changed_meanwhile  # type: ignore[method-assign, assignment]
+    call(one, "q", x)
+    layer.forward = forward  # type: ignore[method-assign]
+    got = call(one, "k", x)
+    assert torch.equal(got, layer(x).split(list(ROWS), dim=-1)[1])
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_merged_model_computes_the_same(way: Callable[[nn.Module], nn.Module]) -> None:
+    """Half through the members, too: the copy does not wait for rows of the original's input."""
+    one, _ = merged()
+    x = torch.randn(2, FEATURES, generator=torch.Generator().manual_seed(0))
+    wanted = [call(one, name, x) for name in "qkv"]
+    call(one, "q", x)
+    again = way(one)
+    assert all(torch.equal(call(again, name, x), want) for name, want in zip("qkv", wanted))
+    parts = [again.get_submodule(f"attn.to_{name}") for name in "qkv"]
+    assert len({id(part._shared) for part in parts}) == 1
+    assert parts[0]._shared.layer is again.get_submodule("attn.to_q+to_k+to_v")  # type: ignore[union-attr]

@@ -73,7 +73,9 @@ def test_nested_groups_of_version_1(tmp_path: Path) -> None:
     assert memory_limit(tmp_path) == 30 * MIB
 
 
-@pytest.mark.parametrize(("maximum", "high", "left"), [("max", 80, 70), (80, "max", 70), (60, 80, 50), ("max", "max", 1000)])
+@pytest.mark.parametrize(
+    ("maximum", "high", "left"), [("max", 80, 70), (80, "max", 70), (60, 80, 50), ("max", "max", 1000)]
+)
 def test_the_lower_of_max_and_high(tmp_path: Path, maximum: int | str, high: int | str, left: int) -> None:
     own_group(tmp_path, "0::/a\n")
     texts = [value if isinstance(value, str) else value * MIB for value in (maximum, high)]
