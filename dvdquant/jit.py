@@ -116,7 +116,7 @@ def _compile_in_turn(compiled: Any) -> None:
     def load(signature: Any, context: Any) -> Any:
         try:
             return load_stored(signature, context)
-        except Exception as error:  # a damaged file fails anywhere in pickle or LLVM
+        except Exception as error:  # noqa: BLE001 - a damaged file fails anywhere in pickle or LLVM
             log.warning(
                 "compiled code in %s cannot be loaded and is made anew (%s: %s)",
                 shown(folder), type(error).__name__, shown(error),

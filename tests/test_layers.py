@@ -7,14 +7,18 @@ import itertools
 import pickle
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dvdquant import layers
 from dvdquant.errors import ShapeError
 from dvdquant.hadamard import Rotation
 from dvdquant.layers import LayerSpec, QuantLinear, empty_tensor, install_quant_linears, set_activation
@@ -247,7 +251,7 @@ def test_modules_inside_lists_are_replaced_in_place() -> None:
 
 
 def test_threads_that_share_a_merged_layer_get_their_own_rows() -> None:
-    """Each thread calls the members in another order with its own tensor; a thread is stopped anywhere in between."""
+    """Each thread calls the members in another order with its own tensor, and stops between any two instructions."""
     one, _ = merged()
     inputs = [torch.randn(1, FEATURES, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     layer = one.get_submodule("attn.to_q+to_k+to_v")
@@ -258,29 +262,37 @@ def test_threads_that_share_a_merged_layer_get_their_own_rows() -> None:
     layer.forward = lambda x: rows[id(x)]  # type: ignore[method-assign, assignment]
     problems: list[str] = []
     start = threading.Barrier(len(inputs))
+    source = layers.__file__
+
+    def stop(frame: FrameType, event: str, argument: object) -> Any:
+        """Let another thread run at every instruction of the module under test."""
+        if frame.f_code.co_filename != source:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            time.sleep(0)
+        return stop
 
     def run(thread: int) -> None:
         x = inputs[thread]
         start.wait()
+        sys.settrace(stop)
         try:
-            for _ in range(1500):
+            for _ in range(20):
                 for i in range(3):
                     index = (i + thread) % 3
                     if not torch.equal(members[index](x), wanted[thread][index]):
                         problems.append(f"thread {thread} got other rows")
         except KeyError as error:
             problems.append(f"thread {thread}: {error!r}")
+        finally:
+            sys.settrace(None)
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(inputs))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert problems[:3] == []
 
 
