@@ -255,7 +255,7 @@ class _SharedInput:
 
     def _run(self, index: int, x: Tensor, lock: AbstractContextManager[Any] | None = None) -> Tensor:
         state = self._state(x)
-        parts = dict(enumerate(self.layer(x).split(list(self.layer.spec.rows), dim=-1)))
+        parts: dict[int, Tensor] = dict(enumerate(self.layer(x).split(list(self.layer.spec.rows), dim=-1)))
         part = parts.pop(index)
         with nullcontext() if lock is None else lock:
             # Rows are kept only if no other thread changed the input or switched the bits while the layer ran.

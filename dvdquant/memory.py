@@ -63,11 +63,11 @@ def _groups(root: Path) -> Iterator[tuple[_Names, Path]]:
     for line in _read(root / "proc/self/cgroup").splitlines():
         # hierarchy:controllers:path; version 2 has hierarchy 0 and no controllers.
         hierarchy, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
+        controllers, _, own = rest.partition(":")
         if hierarchy == "0" and not controllers:
-            paths[_V2] = PurePosixPath(path)
+            paths[_V2] = PurePosixPath(own)
         elif "memory" in controllers.split(","):
-            paths[_V1] = PurePosixPath(path)
+            paths[_V1] = PurePosixPath(own)
     for names, path in paths.items():
         mount = root / names.mount
         # The mount itself is always asked: in a container it is the container's group, whatever path the host gave it.

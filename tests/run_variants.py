@@ -21,9 +21,39 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-NUMERIC = """arq bgr bgr_device fast_rows feedback gbs hadamard kernel_layers kernels_emulated kernels_gemm layers lowering
-lowering_nvfp4 modulation moments onnx_graphs packing passes quality_peers quality_shapes quality_simulate quant_linear_op
-quantize quantizer_kernels realize repack sessions shift_and_signs switching transformer_dropin verify_layers""".split()
+NUMERIC = [
+    "arq",
+    "bgr",
+    "bgr_device",
+    "fast_rows",
+    "feedback",
+    "gbs",
+    "hadamard",
+    "kernel_layers",
+    "kernels_emulated",
+    "kernels_gemm",
+    "layers",
+    "lowering",
+    "lowering_nvfp4",
+    "modulation",
+    "moments",
+    "onnx_graphs",
+    "packing",
+    "passes",
+    "quality_peers",
+    "quality_shapes",
+    "quality_simulate",
+    "quant_linear_op",
+    "quantize",
+    "quantizer_kernels",
+    "realize",
+    "repack",
+    "sessions",
+    "shift_and_signs",
+    "switching",
+    "transformer_dropin",
+    "verify_layers",
+]
 
 
 def _threads(count: int) -> dict[str, str]:
