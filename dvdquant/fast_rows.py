@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -24,15 +25,18 @@ _LANES = 16
 
 
 @lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="dvdquant-rows")
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Return the threads of one process: a forked child inherits the pool, but none of its threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"dvdquant-rows-{process}")
 
 
 def for_row_parts(rows: int, work: Callable[[slice], None], multiple: int = _LANES) -> None:
     """Call ``work`` for slices that cover ``rows``, on as many threads as PyTorch may use; re-raises what it raises."""
-    parts = max(1, 4 * torch.get_num_threads())
+    threads = max(1, torch.get_num_threads())
+    pool = _pool(os.getpid(), threads)
+    parts = 4 * threads
     step = max(multiple, -(-rows // parts) // multiple * multiple)
-    for job in [_pool().submit(work, slice(i, min(i + step, rows))) for i in range(0, rows, step)]:
+    for job in [pool.submit(work, slice(i, min(i + step, rows))) for i in range(0, rows, step)]:
         job.result()
 
 

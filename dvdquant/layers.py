@@ -6,9 +6,11 @@ that x is rotated and quantized once. The merged layer is called after its membe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +212,8 @@ class _SharedInput:
 
     A member that is called with another tensor than the one last seen, or with that tensor changed in place, or after a
     switch of the activation bits, triggers a new call, so results are right for every order of calls; only the saving
-    depends on the members being called one after the other.
+    depends on the members being called one after the other. Threads that call the members at the same time, each with
+    its own tensor, run the layer more often; none gets another's rows.
     """
 
     def __init__(self, layer: QuantLinear) -> None:
@@ -218,17 +221,47 @@ class _SharedInput:
         self.input: Tensor | None = None
         self.state: tuple[int, int, int] | None = None
         self.pending: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the model needs: the layer. A copy has rows of its own to wait for, and its own lock."""
+        return {"layer": self.layer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["layer"])  # type: ignore[misc]
 
     def take(self, index: int, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # a trace has one thread, and a lock is nothing that can be traced
+            part = self._kept(index, x, self._state(x))
+            return self._run(index, x) if part is None else part
+        with self._lock:
+            part = self._kept(index, x, self._state(x))
+        # The layer runs outside of the lock: what it takes must not stop the other threads.
+        return self._run(index, x, self._lock) if part is None else part
+
+    def _state(self, x: Tensor) -> tuple[int, int, int]:
         # Inference tensors count no versions, and a compiler sees every change in place by itself.
         version = 0 if x.is_inference() or torch.compiler.is_compiling() else x._version
-        state = (version, self.layer.act_bits, self.layer.act_group)
+        return version, self.layer.act_bits, self.layer.act_group
+
+    def _kept(self, index: int, x: Tensor, state: tuple[int, int, int]) -> Tensor | None:
         if self.input is not x or self.state != state or index not in self.pending:
-            parts = self.layer(x).split(list(self.layer.spec.rows), dim=-1)
-            self.input, self.state, self.pending = x, state, dict(enumerate(parts))
+            return None
         part = self.pending.pop(index)
         if not self.pending:
             self.input = None
+        return part
+
+    def _run(self, index: int, x: Tensor, lock: AbstractContextManager[Any] | None = None) -> Tensor:
+        state = self._state(x)
+        parts: dict[int, Tensor] = dict(enumerate(self.layer(x).split(list(self.layer.spec.rows), dim=-1)))
+        part = parts.pop(index)
+        with nullcontext() if lock is None else lock:
+            # Rows are kept only if no other thread changed the input or switched the bits while the layer ran.
+            keep = bool(parts) and state == self._state(x)
+            self.input = x if keep else None
+            self.state = state
+            self.pending = parts if keep else {}
         return part
 
 

@@ -2,25 +2,105 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import psutil
 
 __all__ = ["memory_limit"]
 
 
-def memory_limit() -> int:
-    """Bytes this process and its children may still take: available memory, or what its control group has left."""
-    limit = int(psutil.virtual_memory().available)
-    for maximum, current in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            text = Path(maximum).read_text().strip()
-            used = int(Path(current).read_text())
-        except (OSError, ValueError):
+@dataclass(frozen=True)
+class _Names:
+    """The files of one version of control groups, and the fields of ``memory.stat`` that the kernel can take back.
+
+    Those are what ``MemAvailable`` of the whole machine counts, too: pages of files, recently used or not, and slab
+    memory. Files in memory (tmpfs, shared memory) and locked pages are in none of them. Pages not yet written count:
+    the kernel writes them and then takes them back.
+    """
+
+    mount: str
+    limits: tuple[str, ...]
+    used: str
+    reclaimable: tuple[str, ...]
+
+
+_V2 = _Names(
+    mount="sys/fs/cgroup",
+    # Above "high" nothing is killed, but the kernel slows the group down until it is below again.
+    limits=("memory.max", "memory.high"),
+    used="memory.current",
+    reclaimable=("inactive_file", "active_file", "slab_reclaimable"),
+)
+_V1 = _Names(
+    mount="sys/fs/cgroup/memory",
+    limits=("memory.limit_in_bytes",),
+    used="memory.usage_in_bytes",
+    # Usage includes the groups below, so the totals are what belongs to it. Version 1 does not count slab memory here.
+    reclaimable=("total_inactive_file", "total_active_file"),
+)
+
+
+def memory_limit(root: Path = Path("/")) -> int:
+    """Return the bytes this process and its children may still take: the least of machine and control groups.
+
+    A control group has left what its limit is above its use, where memory that the kernel can take back (the page cache
+    of a checkpoint that was just downloaded) is not in use. Every group from the process's own to the root is asked.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    left = int(psutil.virtual_memory().available)
+    for names, folder in _groups(root):
+        left = min(left, _left_in_group(names, folder, left))
+    return max(left, 0)
+
+
+def _groups(root: Path) -> Iterator[tuple[_Names, Path]]:
+    """Yield the folders of the process's control groups and of all above them; some may not exist."""
+    paths = {_V2: PurePosixPath("/"), _V1: PurePosixPath("/")}
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        # hierarchy:controllers:path; version 2 has hierarchy 0 and no controllers.
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, own = rest.partition(":")
+        if hierarchy == "0" and not controllers:
+            paths[_V2] = PurePosixPath(own)
+        elif "memory" in controllers.split(","):
+            paths[_V1] = PurePosixPath(own)
+    for names, path in paths.items():
+        mount = root / names.mount
+        # The mount itself is always asked: in a container it is the container's group, whatever path the host gave it.
+        yield names, mount
+        if ".." in path.parts:  # the group lies outside of what this namespace can see
             continue
-        if text.isdigit():
-            limit = min(limit, int(text) - used)
-    return max(limit, 0)
+        for group in (path, *path.parents):
+            inside = str(group).lstrip("/")
+            if inside:
+                yield names, mount / inside
+
+
+def _left_in_group(names: _Names, folder: Path, otherwise: int) -> int:
+    limits = [_number(_read(folder / name)) for name in names.limits]
+    known = [limit for limit in limits if limit is not None]
+    if not known:  # no such group, no limit ("max"), or not for us to read
+        return otherwise
+    used = _number(_read(folder / names.used)) or 0
+    reclaimable = 0
+    for line in _read(folder / "memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if name in names.reclaimable:
+            reclaimable += _number(value) or 0
+    return min(known) - max(used - reclaimable, 0)
+
+
+def _number(text: str) -> int | None:
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -67,3 +69,43 @@ def test_for_row_parts_covers_every_row_once_and_reraises() -> None:
 
     with pytest.raises(ValueError, match="rows 0"):
         for_row_parts(10, fail)
+
+
+def count_rows(rows: int) -> int:
+    seen = np.zeros(rows, int)
+
+    def count(part: slice) -> None:
+        seen[part] += 1
+
+    for_row_parts(rows, count)
+    return int((seen == 1).sum())
+
+
+# Python warns of any fork of a process that has threads: this one has a pool on purpose.
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    """The child inherits the pool of its parent, whose threads it does not have."""
+    assert count_rows(1001) == 1001
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+    child = fork.Process(target=lambda: there.send(count_rows(1001)))
+    child.start()
+    try:
+        assert here.poll(30), "the child hangs"
+        assert here.recv() == 1001
+        child.join(30)
+        assert child.exitcode == 0, "the child cannot end"
+    finally:
+        if child.exitcode is None:
+            child.kill()
+    assert count_rows(1001) == 1001
+
+
+def test_the_pool_follows_the_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, threads):
+            torch.set_num_threads(count)
+            assert count_rows(1001) == 1001
+    finally:
+        torch.set_num_threads(threads)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 LOOPS = """
 import sys
@@ -29,7 +35,39 @@ print(repr(float(total(np.linspace(0, 1, 1001, dtype=np.float32)))), sum(total.s
 
 def start(script: Path, cache: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
-    return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def run(script: Path, cache: Path) -> tuple[str, str, str]:
+    """Run the loops; returns their value, how many signatures were compiled, and what was said."""
+    process = start(script, cache)
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    value, misses = out.split()
+    return value, misses, said
+
+
+def lock_file(cache: Path) -> Path:
+    """Return the lock of the one folder in a cache that was filled."""
+    (found,) = cache.rglob(".dvdquant.lock")
+    return found
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Hold a lock as another process that compiles does: this one."""
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "loops.py"
+    path.write_text("import dvdquant.jit\ndvdquant.jit.SAY_AFTER_SECONDS = 0.2\n" + LOOPS)
+    return path
 
 
 def test_processes_on_a_cold_cache_compile_once(tmp_path: Path) -> None:
@@ -51,3 +89,129 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
     value, _ = process.communicate(timeout=120)[0].split()
     assert process.returncode == 0
     assert abs(float(value) - 1001 / 3) < 1
+
+
+def empty_cache(script: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Fill a cache and empty it; returns it and its lock file, which is where the next run looks for it."""
+    cache = tmp_path / "cache"
+    run(script, cache)
+    lock = lock_file(cache)
+    for path in lock.parent.glob("*.nb?"):
+        path.unlink()
+    return cache, lock
+
+
+def test_a_warm_cache_does_not_ask_for_the_lock(script: Path, tmp_path: Path) -> None:
+    """Another process holds it and never lets go; or something else stands where it was."""
+    cache = tmp_path / "cache"
+    value, misses, said = run(script, cache)
+    assert (misses, said) == ("1", "")
+    lock = lock_file(cache)
+    with held(lock):
+        assert run(script, cache) == (value, "0", "")
+    lock.unlink()
+    os.mkfifo(lock)
+    assert run(script, cache) == (value, "0", "")
+
+
+def test_waiting_is_said_and_ends_when_the_other_process_is_done(script: Path, tmp_path: Path) -> None:
+    cache, lock = empty_cache(script, tmp_path)
+    with held(lock):
+        process = start(script, cache)
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        assert "waiting" in said
+        assert f"process {os.getpid()} (" in said
+        assert str(lock) in said
+        assert process.poll() is None
+    out, rest = process.communicate(timeout=120)
+    assert (process.returncode, out.split()[1], rest) == (0, "1", "")
+
+
+def test_a_process_that_never_lets_go_is_an_error_after_a_limit(script: Path, tmp_path: Path) -> None:
+    script.write_text("import dvdquant.jit\ndvdquant.jit.WAIT_SECONDS = 0.5\n" + LOOPS)
+    cache, lock = empty_cache(script, tmp_path)
+    with held(lock):
+        start_time = time.monotonic()
+        process = start(script, cache)
+        out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert "ResourceError" in said
+    assert f"process {os.getpid()} (" in said
+    assert "NUMBA_CACHE_DIR" in said
+    assert time.monotonic() - start_time < 30
+    # What the message advises helps, and so does the end of the other process.
+    with held(lock):
+        assert run(script, tmp_path / "other")[1] == "1"
+    assert run(script, cache)[1] == "1"
+
+
+def test_what_was_planted_as_the_lock_is_not_followed(script: Path, tmp_path: Path) -> None:
+    """Nothing is written through it and nothing is stored; the loops run all the same."""
+    cache, lock = empty_cache(script, tmp_path)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    missing = tmp_path / "missing"
+    plants: tuple[Callable[[], object], ...] = (
+        lambda: lock.symlink_to(victim),
+        lambda: lock.symlink_to(missing),
+        lambda: os.mkfifo(lock),
+        lock.mkdir,
+    )
+    for plant in plants:
+        lock.unlink()
+        plant()
+        _, misses, said = run(script, cache)
+        assert misses == "1"
+        assert str(lock) in said
+        assert victim.read_text() == "precious"
+        assert not missing.exists()
+        assert not list(cache.rglob("*.nb?"))
+
+
+def test_a_lock_file_keeps_what_it_holds(script: Path, tmp_path: Path) -> None:
+    """It may be a hard link to another file, and may be read-only."""
+    cache, lock = empty_cache(script, tmp_path)
+    lock.write_text("precious")
+    lock.chmod(0o400)
+    assert run(script, cache)[1:] == ("1", "")
+    assert run(script, cache)[1:] == ("0", "")
+    assert lock.read_text() == "precious"
+
+
+def test_damaged_code_is_compiled_anew(script: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    value = run(script, cache)[0]
+    for suffix in ("nbi", "nbc"):
+        for path in cache.rglob(f"*.{suffix}"):
+            path.write_bytes(path.read_bytes()[:20])
+        again, misses, said = run(script, cache)
+        assert (again, misses) == (value, "1")
+        assert "made anew" in said
+        assert run(script, cache) == (value, "0", "")
+
+
+def test_a_numba_without_the_hooks_compiles_without_the_cache(script: Path, tmp_path: Path) -> None:
+    missing = "Dispatcher._cache.load_overload"
+    text = script.read_text()
+    script.write_text(f"import dvdquant.jit\ndvdquant.jit._missing_hooks = lambda compiled: {missing!r}\n{text}")
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        _, misses, said = run(script, cache)
+        assert misses == "1"
+        assert said.count(missing) == 1
+        assert "pip install 'numba" in said
+    assert not list(cache.rglob("*.nb?"))
+
+
+def test_this_numba_has_the_hooks() -> None:
+    """They are not public: without them every process compiles for seconds. The next numba may have moved them."""
+    from numba import njit
+
+    from dvdquant import jit as module
+
+    compiled = njit(cache=True)(module.jit)
+    assert module._missing_hooks(compiled) == ""
+    assert module._missing_hooks(object()) == "Dispatcher.compile"
+    compiled._cache = object()
+    assert module._missing_hooks(compiled) == "Dispatcher._cache.load_overload"

@@ -22,6 +22,7 @@ from dvdquant.ops.kernel_layer import KernelLayer
 from dvdquant.recipe import ActivationSpec
 from dvdquant.repack import LayerShape, prepared_bytes
 from tests import session_exports as made
+from tests.bounds import assert_layer
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "kernels" / folder) for folder in ("", "bench")]
 
@@ -169,7 +170,7 @@ def test_the_packed_weight_stays_where_it_was_and_comes_back_by_load() -> None:
     assert [t.data_ptr() for t in layer.kernel.packed.stored()] == [t.data_ptr() for t in kept.values()]
     layer.load(kept)
     assert layer.kernel is None
-    assert torch.allclose(layer(tokens()), prepared, atol=0.05)
+    assert_layer(layer, tokens(), layer(tokens()), prepared, rotated_in=torch.bfloat16)
 
 
 @pytest.mark.parametrize(("sm", "group", "groups"), [(90, 64, 1), (90, 128, 2), (120, 64, 4)])
