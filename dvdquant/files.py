@@ -107,12 +107,25 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 def disk_error(error: OSError, path: Path | str) -> DvdquantError:
-    """The error for a failed write at ``path``: ResourceError when the disk or a quota is full, else OutputError."""
+    """Return the error for a failed write at ``path``: ResourceError when the disk, a quota or the number of open files is
+    at its limit, else OutputError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ResourceError(
             f"no room left while writing {path}: {error.strerror}", fix="free disk space or write elsewhere, then retry"
         )
-    return OutputError(f"cannot write {path}: {error.strerror or error}", fix="pick a place you may write to")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ResourceError(
+            f"{path} cannot be opened: {error.strerror}", fix="raise the limit of open files (ulimit -n), then retry"
+        )
+    fixes = {
+        errno.EIO: "check the disk (dmesg), or pick another place",
+        errno.EROFS: "pick a place on a file system that is not mounted read-only",
+        errno.ENAMETOOLONG: "pick a shorter name",
+    }
+    return OutputError(
+        f"cannot write {path}: {error.strerror or error}",
+        fix=fixes.get(error.errno or 0, "pick a place you may write to"),
+    )
 
 
 def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from . import __version__
 from .errors import OutputError, RecipeError
 from .files import FileEntry, hash_file, open_regular, read_limited, strict_json
 from .recipe import Recipe
+from .text import json_text
 
 __all__ = [
     "FORMAT_VERSION",
@@ -128,7 +128,7 @@ class Manifest:
         data = dataclasses.asdict(self)
         _check(data)
         try:
-            return json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+            return json_text(data, indent=1) + "\n"
         except (TypeError, ValueError) as error:
             raise OutputError(f"the manifest holds a value JSON cannot carry: {error}") from error
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dvdquant.manifest import Manifest
 from dvdquant.recipe import fitted_words, looks_at_inputs
+from dvdquant.text import markdown
+from dvdquant.text import markdown_code as code
 
 from .report_words import model_name
 
@@ -11,7 +13,7 @@ __all__ = ["model_card"]
 
 
 def model_card(manifest: Manifest) -> str:
-    """Markdown. The model name is untrusted text and stays inside code spans."""
+    """Return the card as Markdown. Names are untrusted text: in code spans, or with what is markup escaped."""
     recipe = manifest.recipe
     weight = recipe["weight"]
     grid = "one scale per row" if not weight["group_size"] else f"groups of {weight['group_size']}"
@@ -21,11 +23,11 @@ def model_card(manifest: Manifest) -> str:
         "tags: [video, diffusion, quantization, tensorrt, onnx]",
         "---",
         "",
-        f"# {_code(model_name(manifest.source['model']))} in 4 bits",
+        f"# {code(model_name(manifest.source['model']))} in 4 bits",
         "",
-        f"`{manifest.source['class_name']}`, quantized by dvdquant {manifest.dvdquant_version} without calibration data.",
+        f"{code(manifest.source['class_name'])}, quantized by dvdquant {manifest.dvdquant_version} without calibration data.",
         "",
-        f"- recipe `{recipe['name']}`: 4-bit weights ({grid}, {weight['zero_point']} zero-point, {weight['solver']} solver), "
+        f"- recipe {code(recipe['name'])}: 4-bit weights ({grid}, {weight['zero_point']} zero-point, {weight['solver']} solver), "
         f"activations {_activations(manifest)}, rotation {recipe['rotation']}",
         *_inputs(manifest),
         f"- sizes (latent, min/opt/max): frames {manifest.shapes['frames']}, height {manifest.shapes['height']}, "
@@ -34,12 +36,13 @@ def model_card(manifest: Manifest) -> str:
         "",
         "| graph | for | activation bits |",
         "|---|---|---|",
-        *(f"| `{g['path']}` | {g['target']} | {g['act_bits']} |" for g in manifest.graphs),
+        *(f"| {code(g['path'], 0)} | {markdown(g['target'])} | {g['act_bits']} |" for g in manifest.graphs),
     ]
     if manifest.engines:
         lines += ["", "| engine | SM | activation bits | what executes |", "|---|---|---|---|"]
         lines += [
-            f"| `{e['path']}` | {', '.join(e['sm'])} | {e['act_bits']} | {e['executes']} |" for e in manifest.engines
+            f"| {code(e['path'], 0)} | {markdown(', '.join(e['sm']))} | {e['act_bits']} | {markdown(e['executes'])} |"
+            for e in manifest.engines
         ]
         lines += ["", "Engines run code when they are loaded: load only those you built or trust."]
     lines += ["", "`dvdq-inspect FOLDER` lists the layers and their errors, and checks the hashes.", ""]
@@ -58,8 +61,3 @@ def _activations(manifest: Manifest) -> str:
     return ", ".join(
         f"{a['bits']} bits per {'token' if not a['group_size'] else str(a['group_size']) + ' channels'}" for a in grids
     )
-
-
-def _code(text: str) -> str:
-    """As a code span, whatever it holds."""
-    return "`" + " ".join(text.replace("`", "'").split())[:200] + "`"

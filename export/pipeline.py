@@ -336,7 +336,7 @@ class _Run:
             name = "config.json" if component == plan.components[0] else f"{component}.config.json"
             (tree / name).write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n")
         manifest = self._manifest()
-        (tree / "README.md").write_text(model_card(manifest))
+        (tree / "README.md").write_text(model_card(manifest), encoding="utf-8")
         if plan.options.report:
             add_report(tree, manifest, self.known, checks, plan.options, plan.estimate.source_bytes, self.progress)
         return self.transaction.commit(manifest, self.known)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,8 +13,10 @@ import click
 from dvdquant import __version__
 from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import RECIPES, get_recipe
+from dvdquant.text import json_text
 
-from .common import ExamplesCommand, amount, paragraphs, report_errors, setup_logging, table
+from .common import ExamplesCommand, amount, echo, paragraphs, setup_logging, table
+from .paths import PATH
 
 if TYPE_CHECKING:
     from dvdquant.export.estimate import Estimate
@@ -54,7 +54,7 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.argument("model")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder for the export.")
+@click.option("-o", "--output", "out", required=True, type=PATH, help="Folder for the export.")
 @click.option("--recipe", default="w4a4", show_default=True, help=f"What is quantized how: {', '.join(RECIPES)}.")
 @click.option(
     "--modulation",
@@ -90,9 +90,9 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.option("--batch", default=1, show_default=True, help="Batch size of the graphs.")
 @click.option("--subfolder", help="Folder of the transformer inside MODEL.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), help="TensorRT plugin library.")
+@click.option("--plugin", "plugins", multiple=True, type=PATH, help="TensorRT plugin library.")
 @click.option("--workspace-gib", type=float, help="Workspace limit of the engine builder.")
-@click.option("--timing-cache", type=click.Path(path_type=Path), help="TensorRT timing cache to read and update.")
+@click.option("--timing-cache", type=PATH, help="TensorRT timing cache to read and update.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="Builder effort (TensorRT).")
 @click.option("--keep-graphs", is_flag=True, help="Keep the graphs made for the engine builders in onnx/.")
 @click.option(
@@ -120,7 +120,6 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-export")
-@report_errors
 def main(**arguments: Any) -> None:
     """Quantize the video diffusion transformer MODEL (a diffusers folder or hub id) to 4-bit weights and 4/8-bit
     activations, without calibration data, and export ONNX graphs and TensorRT engines.
@@ -146,14 +145,14 @@ def main(**arguments: Any) -> None:
     options = ExportOptions(recipe=recipe, **arguments)
     plan = plan_export(options)
     if dry_run:
-        click.echo(json.dumps(_plan_json(plan)) if log_format == "json" else _plan_text(plan))
+        echo(json_text(_plan_json(plan)) if log_format == "json" else _plan_text(plan))
         return
     progress = Progress(log_format)
     result = run_export(plan, progress)
     if log_format == "json":
         progress.event("done", **_result_json(result, time.monotonic() - started))
     else:
-        click.echo(_result_text(plan, result, time.monotonic() - started))
+        echo(_result_text(plan, result, time.monotonic() - started))
 
 
 def _check_revision(model: str, revision: str | None) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -15,7 +14,9 @@ from dvdquant import __version__
 from dvdquant.errors import OutputError, ShapeError, UnsupportedError
 from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 
-from .common import ExamplesCommand, report_errors, runs_on, setup_logging, table
+from .common import ExamplesCommand, echo, runs_on, setup_logging, table
+from .paths import PATH, TEXT_FILE
+from .prompt_file import read_prompts
 
 if TYPE_CHECKING:
     from dvdquant.deploy.planner import Plan
@@ -41,9 +42,9 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
     examples=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="A clip to record; repeat it. Two to eight are plenty.")
-@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, one a line.")
+@click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line.")
 @click.option("--average-bits", type=float, metavar="BITS", help="Wanted average of activation bits.  [default: 6]")
 @click.option(
     "--time-budget", type=float, metavar="SECONDS", help="Wanted time of the transformer in one clip, on this machine."
@@ -65,12 +66,12 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
     help="Also compare a few delta with the original 16-bit checkpoint (PSNR); much slower.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="PATH",
+    "-o", "--output", type=PATH, metavar="PATH",
     help="The schedule.  [default: OUT/schedule.json]",
 )  # fmt: skip
-@click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Delta against bits, time and quality.")
+@click.option("--plot", type=PATH, metavar="PNG", help="Delta against bits, time and quality.")
 @click.option(
-    "--check", type=click.Path(path_type=Path), metavar="PATH",
+    "--check", type=PATH, metavar="PATH",
     help="Record nothing: say whether this schedule fits the export and --steps.",
 )  # fmt: skip
 @click.option("--pipeline", metavar="PATH", help="Folder or hub id of the model.  [default: the exported one]")
@@ -78,7 +79,6 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-plan")
-@report_errors
 def main(out: Path, check: Path | None, log_format: str, verbose: int, **options: Any) -> None:
     """Find the delta of step switching for the export in folder OUT, and write it with its schedule.
 
@@ -90,9 +90,9 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
 
     if check is not None:
         _refuse_besides_check()
-        click.echo(_checked(check, load_manifest(out), options["steps"]))
+        echo(_checked(check, load_manifest(out), options["steps"]))
         return
-    prompts, seeds = _prompts(options.pop("prompt"), options.pop("prompts")), _seeds(options.pop("seeds"))
+    prompts, seeds = read_prompts(options.pop("prompt"), options.pop("prompts")), _seeds(options.pop("seeds"))
     output = options.pop("output") or out / "schedule.json"
     plot = options.pop("plot")
     load_manifest(out)  # before minutes of work, as the output
@@ -116,8 +116,8 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
 
         draw_plan(found, plot)
     progress.event("plan", delta=found.delta, schedule=str(output), **found.schedule.details)
-    click.echo(_summary(found))
-    click.echo(f"schedule  {output}" + (f"\nplot      {plot}" if plot is not None else ""))
+    echo(_summary(found))
+    echo(f"schedule  {output}" + (f"\nplot      {plot}" if plot is not None else ""))
 
 
 def _refuse_besides_check() -> None:
@@ -146,12 +146,6 @@ def _checked(path: Path, manifest: Manifest, steps: int | None) -> str:
         f"{path} fits: {schedule.steps} steps, {schedule.average_bits:.3g} bits on average, δ {schedule.delta:.4g}, "
         f"planned on {len(schedule.prompts)} prompts, {schedule.created}"
     )
-
-
-def _prompts(texts: tuple[str, ...], path: Path | None) -> list[str]:
-    from .run import RunOptions, read_prompts
-
-    return read_prompts(cast(RunOptions, SimpleNamespace(prompt=texts, prompts=path)))
 
 
 def _seeds(text: str) -> list[int]:
