@@ -7,7 +7,6 @@ shows the pixels the model made and not a blur.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from dvdquant.errors import OutputError, ShapeError
-from dvdquant.files import disk_error
 from dvdquant.text import shown
-from dvdquant.whole_file import atomic_path, check_replaceable, sweep_unfinished
+from dvdquant.whole_file import atomic_path, check_writable
 
 from .encoder import encode_mp4, find_encoder
 
@@ -93,17 +91,9 @@ def check_target(path: Path, suffixes: Sequence[str]) -> Path:
             available=suffixes,
             fix=f"call it {path.with_suffix(suffixes[0]).name}",
         )
-    try:
-        check_replaceable(path)
-        place = path.absolute().parent
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        tempfile.TemporaryFile(dir=place).close()
-        if path.suffix.lower() == ".mp4":
-            find_encoder()
-        sweep_unfinished(path.parent)
-    except OSError as error:
-        raise disk_error(error, path) from error
+    check_writable(path)
+    if path.suffix.lower() == ".mp4":
+        find_encoder()
     return path
 
 

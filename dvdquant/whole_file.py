@@ -13,13 +13,14 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import OutputError
 from .files import disk_error
 
-__all__ = ["atomic_path", "check_replaceable", "sweep_unfinished", "write_whole"]
+__all__ = ["atomic_path", "check_replaceable", "check_writable", "sweep_unfinished", "write_whole"]
 
 UNFINISHED = re.compile(r"\..*\.dvdq-[0-9a-f]{12}(\.[^.]{0,12})?", re.DOTALL)
 _LONGEST_STEM = 40  # characters of the name kept in that of the unfinished file, which may have 255 bytes
@@ -79,6 +80,28 @@ def check_replaceable(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
         raise OutputError(f"{path} is {kind}, and no file that could be replaced", fix="pick another name")
+
+
+def check_writable(path: Path, *, make_folder: bool = True) -> None:
+    """Refuse a path that :func:`atomic_path` would refuse, before hours of work; nothing is made.
+
+    Args:
+        make_folder: whether its folder will be made where it is missing; else it must be there.
+
+    Raises:
+        OutputError, ResourceError: a folder or a device is in its place, or its folder takes no files.
+    """
+    try:
+        check_replaceable(path)
+        place = path.absolute().parent
+        if not make_folder and not place.is_dir():
+            raise OutputError(f"there is no folder {place}", fix="make it, or pick another path")
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise disk_error(error, path) from error
+    sweep_unfinished(path.parent)
 
 
 def sweep_unfinished(folder: Path) -> None:

@@ -14,6 +14,7 @@ import click
 
 from dvdquant.text import json_text, shown
 
+from .paths import WORD
 from .process import echo, require_folder, run_as_process, user_error
 
 __all__ = ["ExamplesCommand", "amount", "echo", "paragraphs", "runs_on", "setup_logging", "table"]
@@ -106,7 +107,7 @@ def runs_on(command: Callable[P, R]) -> Callable[P, R]:
         help="auto: an engine for this GPU, else PyTorch with the CUDA kernels, else ONNX Runtime.",
     )
     device = click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where it runs."
+        "--device", type=WORD, default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where it runs."
     )
     return backend(device(command))
 

@@ -11,7 +11,7 @@ from dvdquant import __version__
 from dvdquant.errors import OutputError
 
 from .common import ExamplesCommand, amount, echo, paragraphs, setup_logging, table
-from .paths import PATH
+from .paths import EXPORT, PATH, WORD
 
 if TYPE_CHECKING:
     from dvdquant.manifest import LayerEntry, Manifest
@@ -39,11 +39,12 @@ dvdq-inspect out/tiny-wan --html tiny-wan.html --samples 2
     examples=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.argument("out", type=PATH)
+@click.argument("out", type=EXPORT)
 @click.option("--check", is_flag=True, help="Hash every file and compare with the manifest.")
 @click.option("--layers", "all_layers", is_flag=True, help="Every layer, not only the ten worst.")
 @click.option(
     "--graph",
+    type=WORD,
     metavar="PATH",
     help="One ONNX file by Polygraphy; of a QDQ graph also what TensorRT-RTX would refuse.",
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,12 @@ import click
 from click.core import ParameterSource
 
 from dvdquant import __version__
-from dvdquant.errors import OutputError, ShapeError, UnsupportedError
+from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
+from dvdquant.whole_file import check_writable
 
 from .common import ExamplesCommand, echo, runs_on, setup_logging, table
-from .paths import PATH, TEXT_FILE
+from .paths import EXPORT, MODEL, PATH, TEXT_FILE, WORD
 from .prompt_file import read_prompts
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
     examples=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.argument("out", type=PATH)
+@click.argument("out", type=EXPORT)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="A clip to record; repeat it. Two to eight are plenty.")
 @click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line.")
 @click.option("--average-bits", type=float, metavar="BITS", help="Wanted average of activation bits.  [default: 6]")
@@ -51,7 +51,9 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
 )
 @click.option("--delta", type=float, help="Evaluate this delta instead of searching one.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
-@click.option("--seeds", default="0", show_default=True, metavar="N,N,...", help="Each prompt is recorded with each.")
+@click.option(
+    "--seeds", type=WORD, default="0", show_default=True, metavar="N,N,...", help="Each prompt is recorded with each."
+)
 @click.option(
     "--weighting", type=click.Choice(WEIGHTINGS), default=WEIGHTINGS[0], show_default=True,
     help="step: a change counts by how far its step moves. none: the published rule.",
@@ -74,7 +76,9 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
     "--check", type=PATH, metavar="PATH",
     help="Record nothing: say whether this schedule fits the export and --steps.",
 )  # fmt: skip
-@click.option("--pipeline", metavar="PATH", help="Folder or hub id of the model.  [default: the exported one]")
+@click.option(
+    "--pipeline", type=MODEL, metavar="PATH", help="Folder or hub id of the model.  [default: the exported one]"
+)
 @runs_on
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
@@ -98,7 +102,7 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     load_manifest(out)  # before minutes of work, as the output
     for path in (output, plot):
         if path is not None:
-            _require_writable(path)
+            check_writable(path, make_folder=False)
     goal_options = {name: options.pop(name) for name in ("average_bits", "time_budget", "delta")}
 
     from dvdquant.deploy.artifact import Artifact
@@ -156,17 +160,6 @@ def _seeds(text: str) -> list[int]:
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ShapeError(f"--seeds is {text!r:.80}", available="different numbers from 0 up, such as 0,1,2")
     return seeds
-
-
-def _require_writable(path: Path) -> None:
-    """OutputError where the file cannot be written: known before the recording, not after it."""
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder", fix="name a file in it")
-    if not folder.is_dir():
-        raise OutputError(f"there is no folder {folder}", fix="make it, or pick another path")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder} cannot be written to", fix="pick a path you may write to")
 
 
 def _summary(found: Plan) -> str:

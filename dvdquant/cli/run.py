@@ -16,7 +16,7 @@ from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 
 from .common import ExamplesCommand, runs_on, setup_logging
-from .paths import PATH, TEXT_FILE
+from .paths import EXPORT, MODEL, PATH, TEXT_FILE, WORD
 from .prompt_file import check_prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class RunOptions:
     examples=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.argument("out", type=PATH)
+@click.argument("out", type=EXPORT)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="What to draw; repeat it for several clips.")
 @click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line.")
 @click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]")
@@ -156,6 +156,7 @@ class RunOptions:
 )
 @click.option(
     "--cache",
+    type=WORD,
     metavar="THRESHOLD|off",
     default="off",
     show_default=True,
@@ -175,6 +176,7 @@ class RunOptions:
 @click.option("--fps", type=float, help="Frames per second of the files.  [default: the model's]")
 @click.option(
     "--pipeline",
+    type=MODEL,
     metavar="PATH",
     help="Folder or hub id with text encoder, VAE, scheduler.  [default: the exported model]",
 )
