@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dvdquant.manifest import Manifest
 from dvdquant.recipe import fitted_words, looks_at_inputs
-from dvdquant.text import markdown
+from dvdquant.text import markdown, shown
 from dvdquant.text import markdown_code as code
 
 from .report_words import model_name
@@ -17,6 +17,7 @@ def model_card(manifest: Manifest) -> str:
     recipe = manifest.recipe
     weight = recipe["weight"]
     grid = "one scale per row" if not weight["group_size"] else f"groups of {weight['group_size']}"
+    shapes = {name: shown(value) for name, value in manifest.shapes.items()}
     lines = [
         "---",
         "library_name: dvdquant",
@@ -25,13 +26,14 @@ def model_card(manifest: Manifest) -> str:
         "",
         f"# {code(model_name(manifest.source['model']))} in 4 bits",
         "",
-        f"{code(manifest.source['class_name'])}, quantized by dvdquant {manifest.dvdquant_version} without calibration data.",
+        f"{code(manifest.source['class_name'])}, quantized by dvdquant {markdown(manifest.dvdquant_version)} without calibration data.",
         "",
-        f"- recipe {code(recipe['name'])}: 4-bit weights ({grid}, {weight['zero_point']} zero-point, {weight['solver']} solver), "
-        f"activations {_activations(manifest)}, rotation {recipe['rotation']}",
+        f"- recipe {code(recipe['name'])}: 4-bit weights ({markdown(grid)}, {markdown(weight['zero_point'])} "
+        f"zero-point, {markdown(weight['solver'])} solver), activations {_activations(manifest)}, "
+        f"rotation {markdown(recipe['rotation'])}",
         *_inputs(manifest),
-        f"- sizes (latent, min/opt/max): frames {manifest.shapes['frames']}, height {manifest.shapes['height']}, "
-        f"width {manifest.shapes['width']}; {manifest.shapes['text_tokens']} text tokens; {manifest.shapes['dtype']}",
+        f"- sizes (latent, min/opt/max): frames {shapes['frames']}, height {shapes['height']}, width {shapes['width']}; "
+        f"{shapes['text_tokens']} text tokens; {shapes['dtype']}",
         f"- {len(manifest.layers)} quantized layers, {len(manifest.kept)} linear layers kept in 16 bit",
         "",
         "| graph | for | activation bits |",
@@ -53,7 +55,7 @@ def _inputs(manifest: Manifest) -> list[str]:
     if not looks_at_inputs(manifest.recipe):
         return []
     predicted = "rounded with feedback for inputs predicted by one run on synthetic latents, no data"
-    return ["- " + "; ".join([predicted, *fitted_words(manifest.recipe)])]
+    return ["- " + "; ".join([predicted, *map(shown, fitted_words(manifest.recipe))])]
 
 
 def _activations(manifest: Manifest) -> str:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
-from tests.exporting import TINY_WAN
+from dvdquant.text import unsafe
+from tests.exporting import REPOSITORY, TINY_WAN
 from tests.forking_commands import COMMANDS
 
 PROMPT = "ring red right large black"
@@ -149,3 +156,82 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
                 rest = without(base(name), parameter)
                 words = [value, *rest] if isinstance(parameter, click.Argument) else [*rest, option, value]
                 yield f"dvdq-{name} {option}: {kind}", [name, *words]
+
+
+# What a kind of value costs: a whole clip or a whole plan, because it is no fault there.
+_COSTLY = {"0", "inf", "1e400", "9" * 30, "9" * 5000, "1e-320", LATIN, HOSTILE}
+PER_OPTION = 3
+
+
+def some_command_lines() -> list[tuple[str, list[str]]]:
+    """Up to three faults of every option, those left out that only show when a clip is made."""
+    groups: dict[tuple[str, str], list[tuple[str, list[str]]]] = {}
+    for what, words in command_lines():
+        value = words[-1]
+        whole = words[0] in ("plan", "run") and (value in _COSTLY or value.endswith(tuple(SUFFIXES.values())))
+        if not whole and not (words[0] == "plan" and what.split(":")[0].endswith(("--plot", "--output"))):
+            groups.setdefault((words[0], what.partition(":")[0]), []).append((what, words))
+    chosen = []
+    for lines in groups.values():
+        step = max(1, len(lines) / PER_OPTION)
+        chosen += [lines[int(i * step)] for i in range(min(PER_OPTION, len(lines)))]
+    return chosen
+
+
+class CommandServer:
+    """The forking process, and one command at a time in it."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "forking_commands.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=REPOSITORY,
+        )
+
+    def run(self, *words: object, **request: Any) -> Ended:
+        """Run ``dvdq-<words[0]>`` in the folder; ``request`` as :func:`tests.forking_commands.child` says."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        line = {"words": [str(word) for word in words], "cwd": str(self.folder), **request}
+        print(json.dumps(line), file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        texts = [answer[name].encode("latin-1").decode("utf-8", "surrogateescape") for name in ("out", "err")]
+        return Ended(answer["code"], *texts, answer["seconds"])
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended and what it said; bytes that are no UTF-8 as surrogates."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    def faults(self) -> list[str]:
+        """What no command line may do, whatever it is."""
+        said, found = self.out + self.err, []
+        if self.code not in (0, 2):
+            found.append(f"exit code {self.code}")
+        if "Traceback" in said:
+            found.append("a traceback")
+        if self.code == 2 and not re.search(r'error: |"event": "error"', self.err):
+            found.append("no error")
+        if self.code == 2 and not re.search(r'fix: |available: |Usage: |"(fix|available)": "', self.err):
+            found.append("no way out")
+        if len(self.err) > 20_000:
+            found.append(f"{len(self.err)} characters of error")
+        if characters := sorted({c for c in said if unsafe(c) and c not in "\n\r"}):
+            found.append(f"sends {characters}")
+        return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -148,6 +149,8 @@ def main() -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1):
         os.dup2(nowhere, number)
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page of what was imported
     for line in requests:
         print(json.dumps(serve(json.loads(line))), file=answers, flush=True)
 

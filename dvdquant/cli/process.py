@@ -303,7 +303,7 @@ class _Reporter:
         """How the command is used, and what was wrong."""
         context = getattr(error, "ctx", None)
         if self.as_json:
-            fix = None if context is None else f"{context.command_path} --help lists the options"
+            fix = f"{'the command' if context is None else context.command_path} --help lists the options"
             self._line({"event": "error", "error": "UsageError", "what": error.format_message(), "fix": fix})
             return 2
         if context is not None:
