@@ -26,7 +26,8 @@ def model_card(manifest: Manifest) -> str:
         "",
         f"# {code(model_name(manifest.source['model']))} in 4 bits",
         "",
-        f"{code(manifest.source['class_name'])}, quantized by dvdquant {markdown(manifest.dvdquant_version)} without calibration data.",
+        f"{code(manifest.source['class_name'])}, quantized by dvdquant {markdown(manifest.dvdquant_version)} "
+        "without calibration data.",
         "",
         f"- recipe {code(recipe['name'])}: 4-bit weights ({markdown(grid)}, {markdown(weight['zero_point'])} "
         f"zero-point, {markdown(weight['solver'])} solver), activations {_activations(manifest)}, "
