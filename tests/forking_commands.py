@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import glob
 import importlib
 import json
 import os
@@ -111,6 +112,14 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
             child(request, files)
         watch = os.pidfd_open(pid)
         stack.callback(os.close, watch)
+        if "signal_when" in request:  # (signal, pattern): as soon as a file of that name is there
+            number, pattern = request["signal_when"]
+            deadline = started + request.get("limit", 60)
+            while not glob.glob(os.path.join(request["cwd"], pattern)) and time.monotonic() < deadline:
+                if select.select([watch], [], [], 0.02)[0]:
+                    break
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
         pause = request.get("signal_after")
         if pause is not None and not select.select([watch], [], [], pause[1])[0]:
             os.kill(pid, pause[0])

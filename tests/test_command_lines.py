@@ -17,6 +17,7 @@ from dvdquant.export.card import model_card
 from dvdquant.export.realize import REALIZATIONS
 from dvdquant.manifest import load_manifest
 from dvdquant.text import unsafe
+from dvdquant.whole_file import UNFINISHED
 from tests import tiny_models as tiny
 from tests.command_lines import HOSTILE, LATIN, PROMPT, CommandServer, base, command_lines, prepare, some_command_lines
 from tests.commands import SIZES
@@ -220,11 +221,36 @@ def test_signals_in_every_stage_leave_nothing(
                 stopped += 1
                 assert ended.code == 128 + number, ended.err
                 assert "Traceback" not in ended.err
-                assert "nothing is half-written" in ended.err
+                # On a busy machine it may come before there is a handler.
+                assert not ended.err or "nothing is half-written" in ended.err
                 assert _names(server.folder) == before
             for new in _names(server.folder) - before:
                 (server.folder / new).unlink()
     assert stopped
+
+
+def test_a_run_killed_while_it_encodes_is_swept_by_the_next(server: CommandServer) -> None:
+    folder = server.folder / "clips"
+    folder.mkdir()
+    slow = server.folder / "slow-ffmpeg"
+    slow.write_text('#!/bin/sh\ncase "$*" in *-encoders*) echo " V....D libx264 x"; exit 0;; esac\nexec sleep 8\n')
+    slow.chmod(0o755)
+    words = ["run", *base("run")[:-1], "clips/clip.mp4"]
+    try:
+        stuck = {"environment": {"IMAGEIO_FFMPEG_EXE": str(slow)}}
+        ended = server.run(*words, signal_when=[int(signal.SIGKILL), "clips/.*.mp4"], **stuck)
+        assert ended.code == 128 + signal.SIGKILL
+        (left,) = folder.iterdir()
+        assert UNFINISHED.fullmatch(left.name)
+        left.unlink()
+        ended = server.run(*words, signal_when=[int(signal.SIGTERM), "clips/.*.mp4"], **stuck)
+        assert (ended.code, list(folder.iterdir())) == (128 + signal.SIGTERM, [])
+        left.write_bytes(b"half a clip")
+        assert server.run(*words).code == 0
+        assert [path.name for path in folder.iterdir()] == ["clip.mp4"]
+    finally:
+        shutil.rmtree(folder)
+        slow.unlink()
 
 
 def test_a_stop_is_a_json_line(server: CommandServer) -> None:
