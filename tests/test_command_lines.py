@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from dvdquant.cli.process import user_error
+from dvdquant.errors import EngineError, ExportError, ResourceError
 from dvdquant.export.card import model_card
 from dvdquant.export.realize import REALIZATIONS
 from dvdquant.manifest import load_manifest
@@ -20,7 +25,7 @@ from dvdquant.text import unsafe
 from dvdquant.whole_file import UNFINISHED
 from tests import tiny_models as tiny
 from tests.command_lines import HOSTILE, LATIN, PROMPT, CommandServer, base, command_lines, prepare, some_command_lines
-from tests.commands import SIZES
+from tests.commands import SIZES, environment
 from tests.exporting import TINY_WAN
 from tests.running import tiny_wan_export
 
@@ -178,10 +183,66 @@ def test_a_library_without_memory(message: str, server: CommandServer) -> None:
             assert (line["event"], line["error"]) == ("error", "ResourceError")
 
 
-def test_other_exceptions_are_bugs_and_say_where(server: CommandServer) -> None:
-    ended = server.run("run", *base("run"), fault=["dvdquant.deploy.artifact", "load_manifest", "never\x1b[31m seen"])
-    assert ended.code == 1
-    assert "Traceback" in ended.err
+def test_an_error_that_wraps_a_failed_allocation_advises_memory() -> None:
+    for kind in (EngineError, ExportError):
+        error = user_error(kind("onnxruntime failed in a8: std::bad_alloc", fix="check the engines"))
+        assert isinstance(error, ResourceError)
+        assert "free memory" in (error.fix or "")
+    assert user_error(ValueError("a bug")) is None
+    assert isinstance(user_error(RecursionError("maximum recursion depth exceeded")), ResourceError)
+    assert isinstance(user_error(OSError(12, "Cannot allocate memory")), ResourceError)
+    assert isinstance(user_error(OSError(24, "Too many open files", "x")), ResourceError)
+    assert "'a\\x1b' cannot" in str(user_error(OSError(5, "Input/output error", "'a\x1b'")))
+
+
+# ------------------------------------------------------------------------------------------------- as a process of its own
+
+BUG = """
+import click
+from dvdquant.cli.common import ExamplesCommand
+@click.command(cls=ExamplesCommand)
+def main():
+    raise ValueError("never \\x1b[31m seen \\u202e")
+main([])
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("{python} -c {bug}", 1, "never \\x1b[31m seen \\u202e\nthis is a fault of dvdquant"),
+        ("{inspect} --help > /dev/full", 2, "standard output cannot be written: No space left on device"),
+        ("{inspect} --help >&-", 2, "standard output cannot be written"),
+        ("{inspect} --help > /dev/full 2> /dev/full", 2, ""),
+        ("{inspect} --help 2>&- >&- <&-", 2, ""),
+        ("{inspect} --help 2> /dev/full > /dev/null", 0, ""),
+        ("{inspect} nowhere 2>&-", 2, ""),
+        ("{inspect} nowhere 2> /dev/full", 2, ""),
+        ("set -o pipefail; {inspect} --help | true", 141, ""),
+        ("{inspect} --version | head -1 > /dev/null", 0, ""),
+        ("{inspect} --no-$'\\x1b[31m' --log-format json", 2, "error: No such option '--no-\\x1b[31m'"),
+        ("{run} $'\\x1b[31m' --log-format json", 2, '"event": "error", "error": "UsageError"'),
+        ("PYTHONIOENCODING=ascii {inspect} --help > /dev/null", 0, ""),
+        ("LC_ALL=C {inspect} $'\\xff'", 2, "\\xff is not a dvdquant export"),
+        ("mkdir gone; cd gone; rmdir ../gone; {inspect} x", 2, "working directory"),
+        ("{inspect} x &> /dev/null & kill -TERM $!; wait $!", 143, ""),
+    ],
+)
+def test_the_interpreter_ends_as_the_command_does(line: str, code: int, said: str, tmp_path: Path) -> None:
+    """Also what Python itself does after the command: the last flush, and the traceback of a bug."""
+    python = shlex.quote(sys.executable)
+    parts = {name: f"{python} -m dvdquant.cli.{name}" for name in ("inspect", "run")}
+    script = line.replace("{python}", python).replace("{bug}", shlex.quote(BUG))
+    for name, part in parts.items():
+        script = script.replace(f"{{{name}}}", part)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, env=environment(), cwd=tmp_path, check=False)
+    err = done.stderr.decode()
+    assert done.returncode == code, err
+    assert said in err
+    assert not {c for c in err if unsafe(c)} - {"\n"}
+    assert "Exception ignored" not in err
+    assert ("Traceback" in err) == (code == 1)
+    assert said or not err
 
 
 @pytest.mark.parametrize("name", ["inspect", "plan", "run"])

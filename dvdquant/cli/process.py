@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 import click
 
-from dvdquant.errors import DvdquantError, OutputError, ResourceError
+from dvdquant.errors import DvdquantError, EngineError, ExportError, OutputError, ResourceError
 from dvdquant.files import disk_error
 from dvdquant.text import json_text, shown
 
@@ -33,6 +33,9 @@ _NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|std::bad_alloc|out of memory|failed to allocate memory|bad allocation"
     r"|failed to map segment|can't start new thread|not enough memory",
     re.IGNORECASE,
+)
+_MEMORY_FIX = (
+    "free memory (of the GPU, where it is CUDA's), raise the limit (ulimit -v, the container's), or ask for less"
 )
 _BAR = re.compile(r"(\n|\x1b\[A)*")  # how tqdm moves between its bars
 
@@ -225,6 +228,8 @@ def _signals() -> Iterator[None]:
 
 def user_error(error: BaseException) -> DvdquantError | None:
     """Return the error to show for ``error`` where the cause is not a bug: memory, a file, the disk; else None."""
+    if isinstance(error, (EngineError, ExportError)) and _NO_MEMORY.search(error.what):
+        return ResourceError(error.what, fix=_MEMORY_FIX)  # whatever it advised: the engine is not to blame
     if isinstance(error, DvdquantError):
         return error
     text = str(error)
@@ -252,10 +257,7 @@ def _system_error(error: OSError) -> DvdquantError:
 
 def _no_memory(text: str) -> ResourceError:
     said = shown(" ".join(text.split())) or "an allocation failed"
-    return ResourceError(
-        f"there is not enough memory: {said}",
-        fix="free memory or raise the limit (ulimit -v, the container's), or ask for smaller sizes",
-    )
+    return ResourceError(f"there is not enough memory: {said}", fix=_MEMORY_FIX)
 
 
 def require_folder() -> None:

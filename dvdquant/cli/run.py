@@ -118,7 +118,7 @@ class RunOptions:
 )
 @click.argument("out", type=EXPORT)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="What to draw; repeat it for several clips.")
-@click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line.")
+@click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line; - is standard input.")
 @click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]")
 @click.option("--height", type=int, help="Pixels.  [default: what the export was tuned for]")
 @click.option("--width", type=int, help="Pixels.")
