@@ -7,7 +7,6 @@ comparing hashes.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from dvdquant.families import Family, Sizes, get_family
 from dvdquant.files import strict_json
 from dvdquant.manifest import EngineEntry, GraphEntry, Manifest, load_manifest, read_verified
 from dvdquant.recipe import RECIPES, Recipe
+from dvdquant.text import shell_line
 
 if TYPE_CHECKING:
     import torch
@@ -207,7 +207,7 @@ class Artifact:
             words += ["--subfolder", self.components[0]]
         if manifest.nonfinite:
             words.append("--allow-nonfinite")
-        return shlex.join(words)
+        return shell_line(words)
 
 
 def _dtypes() -> dict[str, torch.dtype]:

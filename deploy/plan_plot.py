@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .schedule import write_whole
+from dvdquant.whole_file import write_whole
 
 if TYPE_CHECKING:
     from .planner import Plan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -16,11 +15,12 @@ from typing import Any
 
 from dvdquant import __version__
 from dvdquant.errors import OutputError
+from dvdquant.text import json_text
+from dvdquant.whole_file import write_whole
 
 from .artifact import Artifact
 from .controller import StepRecord
 from .request import GenerateResult
-from .video import atomic_path
 
 __all__ = ["average_bits", "bit_strip", "bits_name", "block", "clip_json", "machine", "steps_of", "write_trace"]
 
@@ -122,11 +122,10 @@ def write_trace(path: Path, artifact: Artifact, clips: Sequence[dict[str, Any]])
         "clips": list(clips),
     }
     try:
-        text = json.dumps(_plain(data), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        text = json_text(_plain(data), indent=1) + "\n"
     except (TypeError, ValueError) as error:
         raise OutputError(f"the trace holds a value JSON cannot carry: {error}") from error
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_whole(path, text.encode())
 
 
 def _versions() -> dict[str, str]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
-import secrets
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,11 +15,13 @@ from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 from dvdquant import __version__
 from dvdquant.checkpoint import fingerprint_hint
 from dvdquant.errors import OutputError
-from dvdquant.files import disk_error, read_limited, strict_json
+from dvdquant.files import read_limited, strict_json
 from dvdquant.manifest import Bits, Manifest, Text
 from dvdquant.records import brief, first_problem
+from dvdquant.text import json_text
+from dvdquant.whole_file import write_whole
 
-__all__ = ["FORMAT_VERSION", "Schedule", "average_bits", "write_whole"]
+__all__ = ["FORMAT_VERSION", "Schedule", "average_bits"]
 
 FORMAT_VERSION = 1
 MAX_BYTES = 4 << 20
@@ -186,21 +185,7 @@ class Schedule:
 
     def save(self, path: str | Path) -> None:
         """Write to ``path``, whole or not at all. OutputError or ResourceError if that fails."""
-        write_whole(Path(path), (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write beside ``path``, fsync, rename: a reader finds the old file or the new one. OutputError if it fails."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
+        write_whole(Path(path), (json_text(self.to_json(), indent=1) + "\n").encode())
 
 
 @functools.cache

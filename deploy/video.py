@@ -6,11 +6,8 @@ shows the pixels the model made and not a blur.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,10 @@ from typing import Any
 import numpy as np
 
 from dvdquant.errors import OutputError, ShapeError
-from dvdquant.files import disk_error
+from dvdquant.text import shown
+from dvdquant.whole_file import atomic_path, check_writable
+
+from .encoder import encode_mp4, find_encoder
 
 __all__ = [
     "Row",
@@ -79,10 +79,11 @@ def enlarge(clip: Clip, min_side: int = MIN_SIDE) -> Clip:
 
 
 def check_target(path: Path, suffixes: Sequence[str]) -> Path:
-    """``path`` if a file of that kind can be written there, found out before hours of work.
+    """Return ``path`` if a file of that kind can be written there, found out before hours of work.
 
     Raises:
-        OutputError: another suffix, a folder in its place, or a folder that cannot be written or made.
+        OutputError: another suffix, a folder or device in its place, a folder that cannot be written or made, or for .mp4
+            no encoder.
     """
     if path.suffix.lower() not in suffixes:
         raise OutputError(
@@ -90,70 +91,23 @@ def check_target(path: Path, suffixes: Sequence[str]) -> Path:
             available=suffixes,
             fix=f"call it {path.with_suffix(suffixes[0]).name}",
         )
-    if path.exists() and not path.is_file():
-        raise OutputError(f"{path} is no file that could be replaced", fix="pick another name")
-    place = path.absolute().parent
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    try:
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise disk_error(error, path) from error
+    check_writable(path)
+    if path.suffix.lower() == ".mp4":
+        find_encoder()
     return path
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path``, of the same suffix, that takes its place if the block ends well, and otherwise
-    goes; what lay at ``path`` stays until then. OutputError or ResourceError when the folder or the disk refuses."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes files that only their owner may read; a clip gets what the umask allows.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # an encoder that was interrupted too
-            raise KeyboardInterrupt from error
-        raise disk_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_mp4(path: Path, clip: Clip, fps: float) -> None:
     """Write an H.264 file that players show: even sizes (the last row or column is repeated), yuv420p.
 
     Raises:
-        OutputError: the encoder failed, or wrote another number of frames than it was given.
+        OutputError: the encoder failed, did not answer, or wrote another number of frames than it was given.
     """
-    import imageio_ffmpeg  # type: ignore[import-untyped]
-    from diffusers.utils import export_to_video
-    from PIL import Image
-
     _check_clip(clip)
     _check_fps(fps)
     padded = np.pad(clip, ((0, 0), (0, clip.shape[1] % 2), (0, clip.shape[2] % 2), (0, 0)), mode="edge")
     with atomic_path(path) as temporary:
-        # PIL images: arrays would be taken for floats in [0, 1].
-        frames = [Image.fromarray(frame) for frame in padded]
-        export_to_video(frames, str(temporary), fps=fps, quality=9.0, macro_block_size=2)
-        # The encoder's exit code is not looked at by the library, so a full disk would leave a stump.
-        try:
-            written, _ = imageio_ffmpeg.count_frames_and_secs(str(temporary))
-        except RuntimeError as error:
-            raise OutputError(f"{path} could not be encoded: {str(error).strip()[-200:]}") from error
-        if written != len(clip):
-            raise OutputError(f"{path} got {written} of {len(clip)} frames", fix="free disk space, then retry")
+        encode_mp4(temporary, padded, fps)
 
 
 def write_gif(path: Path, clip: Clip, fps: float) -> None:
@@ -258,7 +212,7 @@ def _shrink(clip: Clip, longest: int) -> Clip:
 def _wrap(text: str, width: int) -> list[str]:
     import textwrap
 
-    return [line for part in text.split("\n") if part for line in textwrap.wrap(part, width)]
+    return [line for part in shown(text, 0, keep="\n").split("\n") if part for line in textwrap.wrap(part, width)]
 
 
 def _fonts() -> tuple[Any, Any]:

@@ -130,12 +130,15 @@ _FIXES = {
 
 
 def disk_error(error: OSError, path: Path | str) -> DvdquantError:
-    """The error for a failed write at ``path``: ResourceError when the disk or a quota is full, else OutputError."""
+    """Return the error for a failed write at ``path``: ResourceError when the disk, a quota or the number of open files is
+    at its limit, else OutputError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ResourceError(
             f"no room left while writing {path}: {error.strerror}", fix="free disk space or write elsewhere, then retry"
         )
     fix = _FIXES.get(error.errno or 0, "pick a place you may write to")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ResourceError(f"{path} cannot be opened: {error.strerror}", fix=fix)
     return OutputError(f"cannot write {path}: {error.strerror or error}", fix=fix)
 
 

@@ -33,7 +33,7 @@ from .folder import Folder
 from .memory import memory_limit
 from .recipe import Recipe
 from .records import brief, first_problem
-from .text import shown
+from .text import json_text, shown
 
 __all__ = [
     "FORMAT_VERSION",
@@ -247,11 +247,9 @@ class Manifest:
         try:
             text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
             _check(json.loads(text), text.encode("utf-8", "surrogatepass"))
-            if "NaN" in text or "Infinity" in text:
-                json.dumps(data, allow_nan=False)
+            return json_text(data, indent=1) + "\n"
         except (TypeError, ValueError) as error:
             raise OutputError(f"the manifest holds a value JSON cannot carry: {error}") from error
-        return text
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:

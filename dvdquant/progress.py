@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import time
 from types import TracebackType
@@ -10,6 +10,8 @@ from typing import Any, Literal, TextIO
 
 import psutil
 from tqdm import tqdm
+
+from .text import json_text, shown
 
 __all__ = ["LogFormat", "Progress", "Stage"]
 
@@ -36,7 +38,7 @@ class Stage:
         if owner.log_format == "text":
             self._bar = tqdm(
                 total=total,
-                desc=f"{name:<9}",
+                desc=f"{shown(name):<9}",
                 unit=unit if unit == "B" else f" {unit}",
                 unit_scale=total > 10_000,
                 unit_divisor=1024 if unit == "B" else 1000,
@@ -53,7 +55,7 @@ class Stage:
         if label is not None:
             self.label = label
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{_memory_text()} {self.label}", refresh=False)
+            self._bar.set_postfix_str(f"{_memory_text()} {shown(self.label)}", refresh=False)
             self._bar.update(amount)
         elif time.monotonic() - self._printed >= _JSON_INTERVAL:
             self._emit("progress")
@@ -108,14 +110,26 @@ class Progress:
     def event(self, event: str, **fields: Any) -> None:
         """A JSON line, where JSON was asked for."""
         if self.log_format == "json":
-            print(json.dumps({"time": round(time.time(), 3), "event": event, **fields}), file=self.stream, flush=True)
+            line = json_text(_plain({"time": round(time.time(), 3), "event": event, **fields}))
+            print(line, file=self.stream, flush=True)
 
     def say(self, text: str) -> None:
         """A line for people (or a ``message`` event)."""
         if self.log_format == "text":
-            tqdm.write(text, file=self.stream)
+            tqdm.write(shown(text, 0, keep="\n"), file=self.stream)
         else:
             self.event("message", text=text)
+
+
+def _plain(value: Any) -> Any:
+    """Infinities and NaN, which JSON has not, as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _memory_text() -> str:

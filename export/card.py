@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dvdquant.manifest import Manifest
 from dvdquant.recipe import fitted_words, looks_at_inputs
+from dvdquant.text import markdown, shown
+from dvdquant.text import markdown_code as code
 from dvdquant.verified import verified_words
 
 from .report_words import model_name
@@ -12,36 +14,40 @@ __all__ = ["model_card"]
 
 
 def model_card(manifest: Manifest) -> str:
-    """Markdown. The model name is untrusted text and stays inside code spans."""
+    """Return the card as Markdown. Names are untrusted text: in code spans, or with what is markup escaped."""
     recipe = manifest.recipe
     weight = recipe["weight"]
     grid = "one scale per row" if not weight["group_size"] else f"groups of {weight['group_size']}"
+    shapes = {name: shown(value) for name, value in manifest.shapes.items()}
     lines = [
         "---",
         "library_name: dvdquant",
         "tags: [video, diffusion, quantization, tensorrt, onnx]",
         "---",
         "",
-        f"# {_code(model_name(manifest.source['model']))} in 4 bits",
+        f"# {code(model_name(manifest.source['model']))} in 4 bits",
         "",
-        f"`{manifest.source['class_name']}`, quantized by dvdquant {manifest.dvdquant_version} without calibration data.",
+        f"{code(manifest.source['class_name'])}, quantized by dvdquant {markdown(manifest.dvdquant_version)} "
+        "without calibration data.",
         "",
-        f"- recipe `{recipe['name']}`: 4-bit weights ({grid}, {weight['zero_point']} zero-point, {weight['solver']} solver), "
-        f"activations {_activations(manifest)}, rotation {recipe['rotation']}",
+        f"- recipe {code(recipe['name'])}: 4-bit weights ({markdown(grid)}, {markdown(weight['zero_point'])} "
+        f"zero-point, {markdown(weight['solver'])} solver), activations {_activations(manifest)}, "
+        f"rotation {markdown(recipe['rotation'])}",
         *_inputs(manifest),
-        f"- sizes (latent, min/opt/max): frames {manifest.shapes['frames']}, height {manifest.shapes['height']}, "
-        f"width {manifest.shapes['width']}; {manifest.shapes['text_tokens']} text tokens; {manifest.shapes['dtype']}",
+        f"- sizes (latent, min/opt/max): frames {shapes['frames']}, height {shapes['height']}, width {shapes['width']}; "
+        f"{shapes['text_tokens']} text tokens; {shapes['dtype']}",
         f"- {len(manifest.layers)} quantized layers, {len(manifest.kept)} linear layers kept in 16 bit",
         f"- {verified_words(manifest.verified)}",
         "",
         "| graph | for | activation bits |",
         "|---|---|---|",
-        *(f"| `{g['path']}` | {g['target']} | {g['act_bits']} |" for g in manifest.graphs),
+        *(f"| {code(g['path'], 0)} | {markdown(g['target'])} | {g['act_bits']} |" for g in manifest.graphs),
     ]
     if manifest.engines:
         lines += ["", "| engine | SM | activation bits | what executes |", "|---|---|---|---|"]
         lines += [
-            f"| `{e['path']}` | {', '.join(e['sm'])} | {e['act_bits']} | {e['executes']} |" for e in manifest.engines
+            f"| {code(e['path'], 0)} | {markdown(', '.join(e['sm']))} | {e['act_bits']} | {markdown(e['executes'])} |"
+            for e in manifest.engines
         ]
         lines += ["", "Engines run code when they are loaded: load only those you built or trust."]
     lines += ["", "`dvdq-inspect FOLDER` lists the layers and their errors, and checks the hashes.", ""]
@@ -52,7 +58,7 @@ def _inputs(manifest: Manifest) -> list[str]:
     if not looks_at_inputs(manifest.recipe):
         return []
     predicted = "rounded with feedback for inputs predicted by one run on synthetic latents, no data"
-    return ["- " + "; ".join([predicted, *fitted_words(manifest.recipe)])]
+    return ["- " + "; ".join([predicted, *map(shown, fitted_words(manifest.recipe))])]
 
 
 def _activations(manifest: Manifest) -> str:
@@ -60,8 +66,3 @@ def _activations(manifest: Manifest) -> str:
     return ", ".join(
         f"{a['bits']} bits per {'token' if not a['group_size'] else str(a['group_size']) + ' channels'}" for a in grids
     )
-
-
-def _code(text: str) -> str:
-    """As a code span, whatever it holds."""
-    return "`" + " ".join(text.replace("`", "'").split())[:200] + "`"

@@ -175,11 +175,9 @@ def render_report(report: Report) -> str:
 
 def write_report(path: Path, report: Report) -> None:
     """Write the page to ``path``, whole or not at all. OutputError or ResourceError when that fails."""
-    from dvdquant.deploy.video import atomic_path
+    from dvdquant.whole_file import write_whole
 
-    page = render_report(report)
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_whole(path, render_report(report).encode())
 
 
 def check_place(path: Path, out: Path, manifest: Manifest) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from dvdquant.manifest import EngineEntry, Manifest
 from dvdquant.recipe import fitted_words, looks_at_inputs
+from dvdquant.text import shell_word, unsafe
 
 __all__ = [
     "Execution",
@@ -34,8 +34,6 @@ _TOKEN = re.compile(
     r"|AKIA[0-9A-Z]{12,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
 )
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{12,}")
-# Control characters, and those that turn the direction of text around or do not show.
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff0-\ufffb\ud800-\udfff]")
 _SLOW = re.compile(r"(?i)no faster than a8")
 
 
@@ -47,7 +45,7 @@ def shown(value: Any) -> Any:
         text = _USER.sub(r"\1…@", value[: 4 * LONGEST])
         text = _PARAMETER.sub(r"\1…", text)
         text = _BEARER.sub(r"\1 …", _TOKEN.sub("…", text))
-        text = _UNSEEN.sub("\ufffd", text)
+        text = "".join("\ufffd" if unsafe(c) else c for c in text)
         return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
     if isinstance(value, Mapping):
         return {shown(key): shown(item) for key, item in value.items()}
@@ -185,7 +183,7 @@ def _builder(engine: EngineEntry) -> str:
 
 def commands(manifest: Manifest, out: Path | str, prompt: str, schedule: bool) -> list[tuple[str, str]]:
     """(what it does, shell line) for this export."""
-    folder, words = shlex.quote(str(out)), shlex.quote(prompt)
+    folder, words = shell_word(str(out)), shell_word(prompt)
     bits = sorted({g["act_bits"] for g in manifest.graphs})
     if len(bits) < 2:
         mode = f"a{bits[0]}" if bits else "16"
@@ -200,7 +198,7 @@ def commands(manifest: Manifest, out: Path | str, prompt: str, schedule: bool) -
         ),
         ("16 bit, a8, switching and a4 side by side", f"dvdq-run {folder} --prompt {words} -o compare.mp4 --compare"),
     ]
-    path = shlex.quote(str(Path(out) / "schedule.json"))
+    path = shell_word(str(Path(out) / "schedule.json"))
     if schedule:
         lines.append(("Follow its schedule", f"dvdq-run {folder} --prompt {words} -o clip.mp4 --schedule {path}"))
     else:

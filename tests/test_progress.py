@@ -11,6 +11,7 @@ import pytest
 
 import dvdquant.progress as progress_module
 from dvdquant.progress import Progress
+from dvdquant.text import unsafe
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:
@@ -106,3 +107,22 @@ def test_empty_stage(log_format: Any) -> None:
     with Progress(log_format, stream).stage("hash", 0, "B"):
         pass
     assert "hash" in stream.getvalue()
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_names_of_strangers_are_shown_not_sent(log_format: Any) -> None:
+    evil = "layer\x1b[31m\u202e\x7f\x9b\r\nx"
+    stream = io.StringIO()
+    progress = Progress(log_format, stream)
+    with progress.stage(evil, 20_000, "weights") as stage:
+        stage.update(10_000, evil)
+    progress.say(evil)
+    progress.event("any", value=evil, infinite=float("inf"), deep=[(float("nan"), 1.5)])
+    text = stream.getvalue()
+    assert not {c for c in text if unsafe(c)} - {"\n", "\r"}
+    if log_format == "json":
+        events = lines(stream)
+        assert {event["label"] for event in events if "label" in event} == {"", evil}
+        assert (events[-1]["value"], events[-1]["infinite"], events[-1]["deep"]) == (evil, None, [[None, 1.5]])
+    else:
+        assert "layer\\x1b[31m\\u202e\\x7f\\x9b\\x0d" in text

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 
 import pytest
 
 from dvdquant.errors import CheckpointError
-from dvdquant.text import shown
+from dvdquant.text import json_text, markdown, markdown_code, shell_line, shell_word, shown, unsafe
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,43 @@ def test_long_text_is_cut_and_own_line_breaks_stay() -> None:
 def test_an_error_is_safe_to_print() -> None:
     error = CheckpointError("\x1b]0;title\x07 is bad", available=["\u202e", "b"], fix="a\nb")
     assert str(error) == "\\x1b]0;title\\x07 is bad\n  available: \\u202e, b\n  fix: a\nb"
+
+
+# What acts on a terminal, on Markdown, on a shell and on JSON.
+EVIL = "a\x1b[31m\u202e\x7f\x9b\u2028\U000e0041 b'\\\"$(x)`y` |<b>&[c](d)*_#\n-é漢"
+
+
+def test_json_is_the_same_value_without_what_acts_on_a_terminal() -> None:
+    for indent in (None, 1):
+        text = json_text({EVIL: [EVIL, 1, None]}, indent)
+        assert json.loads(text) == {EVIL: [EVIL, 1, None]}
+        assert not {c for c in text if unsafe(c)} - {"\n"}
+        assert "é漢" in text
+    # Half a pair has no JSON: it is shown as the byte it stands for.
+    assert json.loads(json_text(os.fsdecode(b"caf\xe9"))) == "caf\\xe9"
+    assert json.loads(json_text("\ud800")) == "\\ud800"
+    with pytest.raises(ValueError):
+        json_text(float("nan"))
+
+
+def test_a_shell_gets_the_very_bytes_from_printable_words() -> None:
+    words = [EVIL, os.fsdecode(b"caf\xe9 \xff"), "plain", "", "it's", "é漢 x"]
+    line = shell_line(words)
+    assert not any(unsafe(c) for c in line)
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True)
+    assert done.stdout.split(b"\0")[:-1] == [os.fsencode(word) for word in words]
+    assert shell_word("a b") == "'a b'"
+
+
+def test_markdown_is_the_text_and_no_markup() -> None:
+    plain = markdown(EVIL)
+    assert not any(unsafe(c) for c in plain)
+    assert "<b>" not in plain
+    assert "\\|" in plain
+    assert "\\[c\\](d)" in plain
+    code = markdown_code(EVIL)
+    assert code.startswith("`")
+    assert code.count("`") == 2
+    assert not any(unsafe(c) for c in code)
+    assert markdown_code("onnx/a_b*.onnx") == "`onnx/a_b*.onnx`"
+    assert markdown_code("") == ""

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dvdquant.deploy import video
+from dvdquant.deploy import encoder, video
 from dvdquant.deploy.video import Row, atomic_path, check_target, enlarge, psnr, side_by_side
 from dvdquant.errors import DvdquantError, OutputError, ShapeError
 from tests.commands import environment
@@ -170,6 +171,104 @@ except DvdquantError as error:
     assert "refused:" in done.stdout, done.stderr
     assert target.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+# ------------------------------------------------------------------------------------------------- encoders that fail
+
+LISTING = 'case "$*" in *-encoders*) echo " V....D libx264 H.264"; exit 0;; esac\n'
+
+
+def _encoder(tmp_path: Path, script: str) -> str:
+    """A program that stands in for ffmpeg; it lists an H.264 encoder, and then runs ``script``. $out is the clip."""
+    path = tmp_path / "ffmpeg"
+    path.write_text(f"#!/bin/sh\n{LISTING}for out; do :; done\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+FAILING = {
+    "does nothing": ("cat > /dev/null; exit 0", "no mp4"),
+    "writes words": ("cat > /dev/null; echo hello > $out", "no mp4"),
+    "writes the head of an mp4": (
+        "cat > /dev/null; printf '\\000\\000\\000\\020ftypisom\\000\\000\\000\\000' > $out",
+        "no mp4",
+    ),
+    "dies half-way": ("head -c 1000 > /dev/null; echo 'out of \033[31mideas'; exit 3", "failed with code 3"),
+    "is killed": ("head -c 1000 > /dev/null; kill -9 $$", "was killed by SIGKILL"),
+    "says that the disk is full": ("cat > /dev/null; echo 'No space left on device'; exit 1", "free disk space"),
+    "never answers": ("exec sleep 60", "has not answered for 1 s"),
+    "takes a little and stops": ("head -c 5000 > /dev/null; exec sleep 60", "has not answered for 1 s"),
+    "leaves a child behind": ("cat > /dev/null; sleep 60 & exit 0", "no mp4"),
+}
+
+
+@pytest.mark.parametrize("what", FAILING)
+def test_an_encoder_that_fails_is_named(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, said = FAILING[what]
+    exe = _encoder(tmp_path, script)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", exe)
+    monkeypatch.setattr(encoder, "PATIENCE", 1.0)
+    target = tmp_path / "clips" / "clip.mp4"
+    target.parent.mkdir()
+    target.write_bytes(b"the clip of yesterday")
+    started = time.monotonic()
+    with pytest.raises(OutputError) as caught:
+        video.write_mp4(target, enlarge(clip()), 4)
+    assert time.monotonic() - started < 20
+    text = str(caught.value)
+    assert said in text
+    assert exe in text
+    assert caught.value.fix
+    assert "\x1b" not in text
+    assert [(p.name, p.read_bytes()) for p in target.parent.iterdir()] == [("clip.mp4", b"the clip of yesterday")]
+
+
+def test_too_few_frames_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole mp4 of another clip: the sample table and the decoder both tell."""
+    other = tmp_path / "other.mp4"
+    video.write_mp4(other, enlarge(clip(3)), 4)
+    assert encoder.mp4_frames(other) == encoder.count_frames(other) == 3
+    for length in (8, 40, other.stat().st_size - 1):
+        (tmp_path / "stump.mp4").write_bytes(other.read_bytes()[:length])
+        assert encoder.mp4_frames(tmp_path / "stump.mp4") is None
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", _encoder(tmp_path, f"cat > /dev/null; cp {other} $out"))
+    with pytest.raises(OutputError, match="3 of 5 frames"):
+        video.write_mp4(tmp_path / "clip.mp4", enlarge(clip(5)), 4)
+    assert not (tmp_path / "clip.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("exe", "said"),
+    [
+        ("/bin/true", "does not answer like ffmpeg"),
+        ("/bin/false", "failed with code 1"),
+        ("/bin/echo", "does not answer like ffmpeg"),
+        ("/nowhere/ffmpeg", "No such file"),
+        ("/etc/passwd", "Permission denied"),
+        ("/", "Permission denied"),
+    ],
+)
+def test_what_is_no_ffmpeg_is_named_before_any_work(
+    exe: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", exe)
+    with pytest.raises(OutputError) as caught:
+        check_target(tmp_path / "clip.mp4", (".mp4", ".gif"))
+    assert said in str(caught.value)
+    assert f"IMAGEIO_FFMPEG_EXE={exe}" in str(caught.value)
+    assert "IMAGEIO_FFMPEG_EXE" in (caught.value.fix or "")
+    check_target(tmp_path / "clip.gif", (".mp4", ".gif"))  # which needs none
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_encoder_that_never_lists_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ffmpeg"
+    path.write_text("#!/bin/sh\nexec sleep 60\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
+    monkeypatch.setattr(encoder, "PATIENCE", 0.5)
+    with pytest.raises(OutputError, match="has not answered"):
+        check_target(tmp_path / "clip.mp4", (".mp4",))
 
 
 def test_bad_clips_and_rates_are_refused(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import sys
 import textwrap
@@ -13,20 +12,38 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from dvdquant.errors import DvdquantError
+from dvdquant.text import json_text, shown
 
-__all__ = ["ExamplesCommand", "amount", "paragraphs", "report_errors", "setup_logging", "table"]
+from .paths import WORD
+from .process import echo, require_folder, run_as_process, user_error
+
+__all__ = ["ExamplesCommand", "amount", "echo", "paragraphs", "runs_on", "setup_logging", "table"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class ExamplesCommand(click.Command):
-    """A command whose help ends with its examples, printed as they are."""
+    """A command whose help ends with its examples, printed as they are, and whose errors are words and an exit code."""
 
     def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.examples = examples
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """As click's; a standalone command ends the process as :mod:`dvdquant.cli.process` says."""
+        words = list(sys.argv[1:] if args is None else args)
+        call = functools.partial(super().main, words, *more, standalone_mode=False, **extra)
+        return sys.exit(run_as_process(call, words)) if standalone_mode else call()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's, in a folder that exists. An OSError becomes a DvdquantError before click makes of EPIPE an exit."""
+        require_folder()
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            known = user_error(error)
+            raise known or error from error
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The examples."""
@@ -36,51 +53,48 @@ class ExamplesCommand(click.Command):
                     formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
-def report_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Print a DvdquantError as what / available / fix and exit 2; Ctrl-C exits 130. Other exceptions are bugs."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        as_json = kwargs.get("log_format") == "json"
-        try:
-            return function(*args, **kwargs)
-        except DvdquantError as error:
-            if as_json:
-                fields = {
-                    "error": type(error).__name__,
-                    "what": error.what,
-                    "available": error.available,
-                    "fix": error.fix,
-                }
-                print(json.dumps({"event": "error", **fields}), file=sys.stderr)
-            else:
-                click.echo(f"error: {error}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("interrupted; the output folder is as it was", err=True)
-            sys.exit(130)
-
-    return run
-
-
 def setup_logging(verbose: int, log_format: str) -> None:
     """Our own log at WARNING, INFO with -v, DEBUG with -vv; other libraries' warnings only with -vv."""
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=logging.WARNING if verbose < 2 else level, format="%(levelname)s %(name)s: %(message)s")
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING if verbose < 2 else level)
+    ours = next((handler for handler in root.handlers if isinstance(handler, _ToStderr)), None)
+    if ours is None:
+        ours = _ToStderr()
+        root.addHandler(ours)
+    ours.setFormatter(_JsonLines() if log_format == "json" else _Lines("%(levelname)s %(name)s: %(message)s"))
     logging.getLogger("dvdquant").setLevel(level)
     if verbose < 2:
         warnings.simplefilter("ignore")
         for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers", "diffusers"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    if log_format == "json":
-        logging.getLogger().handlers[0].setFormatter(_JsonLines())
+
+
+class _ToStderr(logging.StreamHandler[Any]):
+    """Writes to what ``sys.stderr`` is at that time."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        """Standard error."""
+        return sys.stderr
+
+
+class _Lines(logging.Formatter):
+    """Messages quote names of files and tensors, which are strangers' words."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record), 0, keep="\n")
 
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(
-            {"event": "log", "level": record.levelname, "logger": record.name, "text": record.getMessage()}
-        )
+        fields = {"event": "log", "level": record.levelname, "logger": record.name, "text": record.getMessage()}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json_text(fields)
 
 
 def runs_on(command: Callable[P, R]) -> Callable[P, R]:
@@ -93,7 +107,7 @@ def runs_on(command: Callable[P, R]) -> Callable[P, R]:
         help="auto: an engine for this GPU, else PyTorch with the CUDA kernels, else ONNX Runtime.",
     )
     device = click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where it runs."
+        "--device", type=WORD, default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where it runs."
     )
     return backend(device(command))
 
@@ -110,12 +124,12 @@ def amount(nbytes: float) -> str:
 def paragraphs(items: Sequence[tuple[str, str]], width: int = 100) -> str:
     """``head: text`` items, wrapped and indented."""
     wrap = functools.partial(textwrap.fill, width=width, initial_indent="  ", subsequent_indent="      ")
-    return "\n".join(wrap(f"{head}: {text}") for head, text in items)
+    return "\n".join(wrap(shown(f"{head}: {text}", 0)) for head, text in items)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[int] = ()) -> str:
-    """Columns as wide as they need to be; columns numbered in ``right`` are right-aligned."""
-    cells = [[str(c) for c in row] for row in (header, *rows)]
+    """Return columns as wide as they need to be, every cell safe to print; those numbered in ``right`` are right-aligned."""
+    cells = [[shown(c, 0) for c in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
     for row in cells:

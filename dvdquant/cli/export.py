@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,8 +13,10 @@ import click
 from dvdquant import __version__
 from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import RECIPES, get_recipe
+from dvdquant.text import json_text
 
-from .common import ExamplesCommand, amount, paragraphs, report_errors, setup_logging, table
+from .common import ExamplesCommand, amount, echo, paragraphs, setup_logging, table
+from .paths import MODEL, PATH, WORD
 
 if TYPE_CHECKING:
     from dvdquant.export.estimate import Estimate
@@ -26,6 +26,14 @@ FOR_GRAPH = {
     "tensorrt": "TensorRT with the plugin; ONNX Runtime by its function bodies",
     "onnx": "standard QDQ, for any runtime",
 }
+
+REALIZE = (
+    "auto",
+    "int8",
+    "int4-weight-only",
+    "nvfp4",
+)  # those of dvdquant.export.realize, which takes seconds to import
+MAX_TOKENS, MAX_BATCH = 1 << 16, 1 << 10
 
 EXAMPLES = """
 # a trained toy model, engines for one RTX generation, in half a minute
@@ -53,48 +61,67 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
     examples=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.argument("model")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder for the export.")
-@click.option("--recipe", default="w4a4", show_default=True, help=f"What is quantized how: {', '.join(RECIPES)}.")
+@click.argument("model", type=MODEL)
+@click.option("-o", "--output", "out", required=True, type=PATH, help="Folder for the export.")
+@click.option(
+    "--recipe", type=WORD, default="w4a4", show_default=True, help=f"What is quantized how: {', '.join(RECIPES)}."
+)
 @click.option(
     "--modulation",
     type=click.Choice(["keep", "a8"]),
     help="The blocks' modulation linears: 16 bit, or 4-bit weights with 8-bit activations.  [default: the recipe's]",
 )
-@click.option("--keep", multiple=True, metavar="GLOB", help="Layers to keep in 16 bit besides the family's own.")
-@click.option("--force", multiple=True, metavar="GLOB", help="Layers to quantize although the family keeps them.")
+@click.option(
+    "--keep", type=WORD, multiple=True, metavar="GLOB", help="Layers to keep in 16 bit besides the family's own."
+)
+@click.option(
+    "--force", type=WORD, multiple=True, metavar="GLOB", help="Layers to quantize although the family keeps them."
+)
 @click.option(
     "--target",
     "targets",
+    type=WORD,
     multiple=True,
     default=("rtx",),
     show_default=True,
     help="rtx: TensorRT-RTX engines. tensorrt: TensorRT engines with the plugin. onnx: QDQ graphs for any runtime. "
     "graphs: nothing besides the graphs with QuantLinear nodes, which are always written. Repeatable.",
 )
-@click.option("--sm", "sms", multiple=True, default=("8.9",), show_default=True, help="Compute capability; repeatable.")
+@click.option(
+    "--sm", "sms", type=WORD, multiple=True, default=("8.9",), show_default=True, help="Compute capability; repeatable."
+)
 @click.option(
     "--realize",
+    type=click.Choice(REALIZE),
     default="auto",
     show_default=True,
-    help="How rtx engines run the quantized layers: auto, int8, int4-weight-only, nvfp4.",
-)
-@click.option("--dtype", default="bf16", show_default=True, help="bf16 or fp16: activations and what is not quantized.")
-@click.option("--height", metavar="SIZE|MIN:MAX", help="Pixels.  [default: the family's]")
-@click.option("--width", metavar="SIZE|MIN:MAX", help="Pixels.  [default: the family's]")
-@click.option("--num-frames", metavar="SIZE|MIN:MAX", help="Frames.  [default: the family's]")
-@click.option(
-    "--latent", metavar="FxHxW", help="The sizes in latent units instead (each SIZE, MIN:MAX or MIN:OPT:MAX)."
+    help="How rtx engines run the quantized layers.",
 )
 @click.option(
-    "--text-tokens", type=int, help="Length of the text embedding.  [default: the prompt table's, or the family's]"
+    "--dtype", type=WORD, default="bf16", show_default=True, help="bf16 or fp16: activations and what is not quantized."
 )
-@click.option("--batch", default=1, show_default=True, help="Batch size of the graphs.")
-@click.option("--subfolder", help="Folder of the transformer inside MODEL.")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), help="TensorRT plugin library.")
+@click.option("--height", type=WORD, metavar="SIZE|MIN:MAX", help="Pixels.  [default: the family's]")
+@click.option("--width", type=WORD, metavar="SIZE|MIN:MAX", help="Pixels.  [default: the family's]")
+@click.option("--num-frames", type=WORD, metavar="SIZE|MIN:MAX", help="Frames.  [default: the family's]")
+@click.option(
+    "--latent",
+    type=WORD,
+    metavar="FxHxW",
+    help="The sizes in latent units instead (each SIZE, MIN:MAX or MIN:OPT:MAX).",
+)
+@click.option(
+    "--text-tokens",
+    type=click.IntRange(1, MAX_TOKENS),
+    help="Length of the text embedding.  [default: the prompt table's, or the family's]",
+)
+@click.option(
+    "--batch", type=click.IntRange(1, MAX_BATCH), default=1, show_default=True, help="Batch size of the graphs."
+)
+@click.option("--subfolder", type=WORD, help="Folder of the transformer inside MODEL.")
+@click.option("--revision", type=WORD, help="Branch, tag or commit of a hub id.")
+@click.option("--plugin", "plugins", multiple=True, type=PATH, help="TensorRT plugin library.")
 @click.option("--workspace-gib", type=float, help="Workspace limit of the engine builder.")
-@click.option("--timing-cache", type=click.Path(path_type=Path), help="TensorRT timing cache to read and update.")
+@click.option("--timing-cache", type=PATH, help="TensorRT timing cache to read and update.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="Builder effort (TensorRT).")
 @click.option("--keep-graphs", is_flag=True, help="Keep the graphs made for the engine builders in onnx/.")
 @click.option(
@@ -123,7 +150,6 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-export")
-@report_errors
 def main(**arguments: Any) -> None:
     """Quantize the video diffusion transformer MODEL (a diffusers folder or hub id) to 4-bit weights and 4/8-bit
     activations, without calibration data, and export ONNX graphs and TensorRT engines.
@@ -144,19 +170,22 @@ def main(**arguments: Any) -> None:
     from dvdquant.export.options import ExportOptions
     from dvdquant.export.pipeline import plan_export, run_export
     from dvdquant.progress import Progress
+    from dvdquant.whole_file import check_writable
 
     started = time.monotonic()
     options = ExportOptions(recipe=recipe, **arguments)
+    if options.timing_cache is not None:
+        check_writable(options.timing_cache)
     plan = plan_export(options)
     if dry_run:
-        click.echo(json.dumps(_plan_json(plan)) if log_format == "json" else _plan_text(plan))
+        echo(json_text(_plan_json(plan)) if log_format == "json" else _plan_text(plan))
         return
     progress = Progress(log_format)
     result = run_export(plan, progress)
     if log_format == "json":
         progress.event("done", **_result_json(result, time.monotonic() - started))
     else:
-        click.echo(_result_text(plan, result, time.monotonic() - started))
+        echo(_result_text(plan, result, time.monotonic() - started))
 
 
 def _check_revision(model: str, revision: str | None) -> None:

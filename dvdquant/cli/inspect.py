@@ -10,7 +10,8 @@ import click
 from dvdquant import __version__
 from dvdquant.errors import OutputError
 
-from .common import ExamplesCommand, amount, paragraphs, report_errors, setup_logging, table
+from .common import ExamplesCommand, amount, echo, paragraphs, setup_logging, table
+from .paths import EXPORT, PATH, WORD
 
 if TYPE_CHECKING:
     from dvdquant.manifest import LayerEntry, Manifest
@@ -38,18 +39,19 @@ dvdq-inspect out/tiny-wan --html tiny-wan.html --samples 2
     examples=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=EXPORT)
 @click.option("--check", is_flag=True, help="Hash every file, compare with the manifest and each other.")
 @click.option("--layers", "all_layers", is_flag=True, help="Every layer, not only the ten worst.")
 @click.option(
     "--graph",
+    type=WORD,
     metavar="PATH",
     help="One ONNX file by Polygraphy; of a QDQ graph also what TensorRT-RTX would refuse.",
 )
 @click.option(
     "--html",
     "page",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="PATH",
     help="Write the report of the export as one HTML page.",
 )
@@ -63,7 +65,6 @@ dvdq-inspect out/tiny-wan --html tiny-wan.html --samples 2
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
 @click.option("-v", "--verbose", count=True)
 @click.version_option(__version__, prog_name="dvdq-inspect")
-@report_errors
 def main(
     out: Path,
     check: bool,
@@ -88,15 +89,15 @@ def main(
     manifest = load_manifest(out)
     if page is not None:
         _write_page(out, manifest, page, samples)
-        click.echo(f"{page} written", err=as_json)  # stdout is the JSON's alone
+        echo(f"{page} written", err=as_json)  # stdout is the JSON's alone
     if graph is not None:
-        click.echo(_graph_summary(out, manifest, graph))
+        echo(_graph_summary(out, manifest, graph))
     elif as_json:
-        click.echo(manifest.to_json().rstrip())
+        echo(manifest.to_json().rstrip())
     elif page is None or all_layers:
-        click.echo(_summary(out, manifest, all_layers))
+        echo(_summary(out, manifest, all_layers))
     if check:
-        click.echo(_check_files(out, manifest), err=as_json)
+        echo(_check_files(out, manifest), err=as_json)
 
 
 def _write_page(out: Path, manifest: Manifest, page: Path, samples: int) -> None:

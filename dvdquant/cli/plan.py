@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from dvdquant import __version__
-from dvdquant.errors import OutputError, ShapeError, UnsupportedError
+from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
+from dvdquant.whole_file import check_writable
 
-from .common import ExamplesCommand, report_errors, runs_on, setup_logging, table
+from .common import ExamplesCommand, echo, runs_on, setup_logging, table
+from .paths import EXPORT, MODEL, PATH, TEXT_FILE, WORD
+from .prompt_file import read_prompts
 
 if TYPE_CHECKING:
     from dvdquant.deploy.planner import Plan
@@ -41,16 +42,18 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
     examples=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=EXPORT)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="A clip to record; repeat it. Two to eight are plenty.")
-@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, one a line.")
+@click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line; - is standard input.")
 @click.option("--average-bits", type=float, metavar="BITS", help="Wanted average of activation bits.  [default: 6]")
 @click.option(
     "--time-budget", type=float, metavar="SECONDS", help="Wanted time of the transformer in one clip, on this machine."
 )
 @click.option("--delta", type=float, help="Evaluate this delta instead of searching one.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the model's]")
-@click.option("--seeds", default="0", show_default=True, metavar="N,N,...", help="Each prompt is recorded with each.")
+@click.option(
+    "--seeds", type=WORD, default="0", show_default=True, metavar="N,N,...", help="Each prompt is recorded with each."
+)
 @click.option(
     "--weighting", type=click.Choice(WEIGHTINGS), default=WEIGHTINGS[0], show_default=True,
     help="step: a change counts by how far its step moves. none: the published rule.",
@@ -65,20 +68,21 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
     help="Also compare a few delta with the original 16-bit checkpoint (PSNR); much slower.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="PATH",
+    "-o", "--output", type=PATH, metavar="PATH",
     help="The schedule.  [default: OUT/schedule.json]",
 )  # fmt: skip
-@click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Delta against bits, time and quality.")
+@click.option("--plot", type=PATH, metavar="PNG", help="Delta against bits, time and quality.")
 @click.option(
-    "--check", type=click.Path(path_type=Path), metavar="PATH",
+    "--check", type=PATH, metavar="PATH",
     help="Record nothing: say whether this schedule fits the export and --steps.",
 )  # fmt: skip
-@click.option("--pipeline", metavar="PATH", help="Folder or hub id of the model.  [default: the exported one]")
+@click.option(
+    "--pipeline", type=MODEL, metavar="PATH", help="Folder or hub id of the model.  [default: the exported one]"
+)
 @runs_on
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-plan")
-@report_errors
 def main(out: Path, check: Path | None, log_format: str, verbose: int, **options: Any) -> None:
     """Find the delta of step switching for the export in folder OUT, and write it with its schedule.
 
@@ -90,15 +94,15 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
 
     if check is not None:
         _refuse_besides_check()
-        click.echo(_checked(check, load_manifest(out), options["steps"]))
+        echo(_checked(check, load_manifest(out), options["steps"]))
         return
-    prompts, seeds = _prompts(options.pop("prompt"), options.pop("prompts")), _seeds(options.pop("seeds"))
+    prompts, seeds = read_prompts(options.pop("prompt"), options.pop("prompts")), _seeds(options.pop("seeds"))
     output = options.pop("output") or out / "schedule.json"
     plot = options.pop("plot")
     load_manifest(out)  # before minutes of work, as the output
     for path in (output, plot):
         if path is not None:
-            _require_writable(path)
+            check_writable(path, make_folder=False)
     goal_options = {name: options.pop(name) for name in ("average_bits", "time_budget", "delta")}
 
     from dvdquant.deploy.artifact import Artifact
@@ -116,8 +120,8 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
 
         draw_plan(found, plot)
     progress.event("plan", delta=found.delta, schedule=str(output), **found.schedule.details)
-    click.echo(_summary(found))
-    click.echo(f"schedule  {output}" + (f"\nplot      {plot}" if plot is not None else ""))
+    echo(_summary(found))
+    echo(f"schedule  {output}" + (f"\nplot      {plot}" if plot is not None else ""))
 
 
 def _refuse_besides_check() -> None:
@@ -148,12 +152,6 @@ def _checked(path: Path, manifest: Manifest, steps: int | None) -> str:
     )
 
 
-def _prompts(texts: tuple[str, ...], path: Path | None) -> list[str]:
-    from .run import RunOptions, read_prompts
-
-    return read_prompts(cast(RunOptions, SimpleNamespace(prompt=texts, prompts=path)))
-
-
 def _seeds(text: str) -> list[int]:
     try:
         seeds = [int(part) for part in text.split(",")]
@@ -162,17 +160,6 @@ def _seeds(text: str) -> list[int]:
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ShapeError(f"--seeds is {text!r:.80}", available="different numbers from 0 up, such as 0,1,2")
     return seeds
-
-
-def _require_writable(path: Path) -> None:
-    """OutputError where the file cannot be written: known before the recording, not after it."""
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder", fix="name a file in it")
-    if not folder.is_dir():
-        raise OutputError(f"there is no folder {folder}", fix="make it, or pick another path")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder} cannot be written to", fix="pick a path you may write to")
 
 
 def _summary(found: Plan) -> str:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from dvdquant import __version__
-from dvdquant.errors import OutputError, ShapeError, UnsupportedError
+from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 
-from .common import ExamplesCommand, report_errors, runs_on, setup_logging
+from .common import ExamplesCommand, runs_on, setup_logging
+from .paths import EXPORT, MODEL, PATH, TEXT_FILE, WORD
+from .prompt_file import check_prompt, read_prompts
 
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
@@ -63,7 +65,6 @@ GROUPS = {
     "What to write": ("output", "gif", "strip", "trace", "fps"),
     "Where it runs": ("pipeline", "backend", "device"),
 }
-MAX_PROMPT_FILE, MAX_PROMPTS = 1 << 18, 256
 
 
 class GroupedCommand(ExamplesCommand):
@@ -115,9 +116,9 @@ class RunOptions:
     examples=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=EXPORT)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="What to draw; repeat it for several clips.")
-@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, one a line.")
+@click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line; - is standard input.")
 @click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]")
 @click.option("--height", type=int, help="Pixels.  [default: what the export was tuned for]")
 @click.option("--width", type=int, help="Pixels.")
@@ -149,12 +150,13 @@ class RunOptions:
     metavar="N",
     help="Run the last N steps on a8, whatever delta says; 0 is the published rule.  [default: 2]",
 )
-@click.option("--schedule", type=click.Path(path_type=Path), metavar="PATH", help="Follow a schedule of dvdq-plan.")
+@click.option("--schedule", type=PATH, metavar="PATH", help="Follow a schedule of dvdq-plan.")
 @click.option(
     "--average-bits", type=float, metavar="BITS", help="Switch with the delta that had this average in --schedule."
 )
 @click.option(
     "--cache",
+    type=WORD,
     metavar="THRESHOLD|off",
     default="off",
     show_default=True,
@@ -165,19 +167,16 @@ class RunOptions:
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The clip, .mp4 or .gif; numbered if several.",
 )
-@click.option("--gif", type=click.Path(path_type=Path), metavar="PATH", help="The clip as a GIF too.")
-@click.option(
-    "--strip", type=click.Path(path_type=Path), metavar="PATH", help="Frames as one PNG, a row for each clip."
-)
-@click.option(
-    "--trace", type=click.Path(path_type=Path), metavar="PATH", help="Every step with bits, reason and seconds."
-)
+@click.option("--gif", type=PATH, metavar="PATH", help="The clip as a GIF too.")
+@click.option("--strip", type=PATH, metavar="PATH", help="Frames as one PNG, a row for each clip.")
+@click.option("--trace", type=PATH, metavar="PATH", help="Every step with bits, reason and seconds.")
 @click.option("--fps", type=float, help="Frames per second of the files.  [default: the model's]")
 @click.option(
     "--pipeline",
+    type=MODEL,
     metavar="PATH",
     help="Folder or hub id with text encoder, VAE, scheduler.  [default: the exported model]",
 )
@@ -185,12 +184,13 @@ class RunOptions:
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-run")
-@report_errors
 def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
     """Generate video with the export in folder OUT and write clips to -o."""
     setup_logging(verbose, log_format)
     settings = RunOptions(**options)
-    prompts = read_prompts(settings)
+    prompts = read_prompts(settings.prompt, settings.prompts)
+    if settings.negative_prompt is not None:
+        check_prompt("--negative-prompt", settings.negative_prompt, may_be_empty=True)
     check_options(settings)
 
     from dvdquant.deploy.artifact import Artifact
@@ -328,38 +328,6 @@ def parse_cache(text: str) -> float | None:
         return float(text)
     except ValueError:
         raise ShapeError(f"--cache is {text!r:.80}", available="a number such as 0.02, or off") from None
-
-
-def read_prompts(settings: RunOptions) -> list[str]:
-    """The prompts of ``--prompt`` and of the file; ShapeError for an empty one, OutputError for a file that cannot be used."""
-    prompts = list(settings.prompt)
-    if settings.prompts is not None:
-        prompts += _read_file(settings.prompts)
-    if not prompts:
-        raise ShapeError("there is no prompt", fix='give --prompt "..." or --prompts FILE')
-    for prompt in prompts:
-        if not prompt.strip():
-            raise ShapeError("the prompt is empty", fix='describe the clip: --prompt "..."')
-    if len(prompts) > MAX_PROMPTS:
-        raise ShapeError(f"{len(prompts)} prompts", available=f"up to {MAX_PROMPTS} in one run", fix="split them")
-    return prompts
-
-
-def _read_file(path: Path) -> list[str]:
-    from dvdquant.files import read_limited
-
-    try:
-        text = read_limited(path, MAX_PROMPT_FILE).decode("utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(
-            f"the prompt file {path} cannot be used: {reason}",
-            available=f"UTF-8 text, one prompt a line, up to {MAX_PROMPT_FILE >> 10} KiB",
-        ) from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ShapeError(f"the prompt file {path} is empty", fix="write one prompt a line")
-    return prompts
 
 
 if __name__ == "__main__":

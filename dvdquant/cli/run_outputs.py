@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from dvdquant.errors import OutputError
 
+from .common import echo
 from .run_text import compare_text, summary_text
 
 if TYPE_CHECKING:
@@ -81,8 +80,8 @@ class Writer:
                 fields = {"prompt": prompt, "mode": result.request.mode, "psnr_to_16_bit": value}
                 progress.event("clip", **fields, seconds=result.seconds, summary=result.summary)
             return
-        click.echo(f'\n"{prompt}", seed {results[0].request.seed}')
-        click.echo(compare_text(results, values) if compare else summary_text(results[0]))
+        echo(f'\n"{prompt}", seed {results[0].request.seed}')
+        echo(compare_text(results, values) if compare else summary_text(results[0]))
 
     def _write(self, picture: Any, fps: float) -> dict[str, str]:
         """The clip's own files; their paths by kind."""
@@ -114,9 +113,9 @@ class Writer:
         if progress.log_format == "json":
             progress.event("done", files=[str(path) for _, path in self.written])
             return
-        click.echo("")
+        echo("")
         for kind, path in self.written:
-            click.echo(f"{kind:<6} {path}")
+            echo(f"{kind:<6} {path}")
 
 
 def _row(result: GenerateResult, psnr: float | None) -> Row:

@@ -20,6 +20,7 @@ from typing import Any
 
 from dvdquant.errors import DvdquantError, EngineError, ResourceError
 from dvdquant.files import disk_error
+from dvdquant.whole_file import write_whole
 
 from .backend import Backend, load_backend
 from .network import WeightMaps, check_custom_ops, parse_network, read_model
@@ -139,9 +140,7 @@ def _save_timing_cache(config: Any, path: Path | None) -> None:
         return
     cache = config.get_timing_cache()
     if cache is not None:
-        part = path.with_name(path.name + f".{os.getpid()}.part")
-        part.write_bytes(bytes(cache.serialize()))
-        part.replace(path)
+        write_whole(path, bytes(cache.serialize()))
 
 
 def _write(path: Path, data: Any) -> None:
