@@ -32,7 +32,7 @@ def resolve_device(word: str | torch.device) -> torch.device:
     text = str(word)
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
-    if text == "cpu":
+    if text in ("cpu", "cpu:0"):  # torch writes its own device so
         return torch.device("cpu")
     match = _CUDA.fullmatch(text)
     if match is None:

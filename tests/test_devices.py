@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from dvdquant.deploy.devices import resolve_device
 
+from dvdquant.devices import resolve_device
 from dvdquant.errors import UnsupportedError
 
 
