@@ -24,7 +24,7 @@ def get_family(config: Mapping[str, Any]) -> Family:
         if class_name in family.class_names:
             return family(config)
     raise UnsupportedError(
-        f"transformer class {class_name!r} is not supported",
+        f"transformer class {class_name!r:.100} is not supported",
         available=[name for family in FAMILIES for name in family.class_names],
         fix="point at the folder of one of these transformers",
     )
