@@ -62,7 +62,6 @@ NO_WORDS = (
     "cuda:٣",
     "cuda:1:2",
     "meta",
-    "cpu:0",
 )
 
 

@@ -146,7 +146,8 @@ class OnnxRuntimeSession(EngineSession):
                 model.graph.inputs.append(value)
                 bound[name] = tensor.dtype.value
                 if name not in self._weights:
-                    self._weights[name] = self._stored(name, tensor).to(self.device)
+                    # A view would hold the whole copy, which "expanded" is about to give back.
+                    self._weights[name] = self._stored(name, tensor).to(self.device, copy=self.weights == "expanded")
             elif name not in self._constants:
                 self._constants[name] = self._constant(tensor)
         for value in model.graph.inputs:
