@@ -222,6 +222,8 @@ main([])
         ("{inspect} --version | head -1 > /dev/null", 0, ""),
         ("{inspect} --no-$'\\x1b[31m' --log-format json", 2, "error: No such option '--no-\\x1b[31m'"),
         ("{run} $'\\x1b[31m' --log-format json", 2, '"event": "error", "error": "UsageError"'),
+        ("PYTHONUNBUFFERED=1 {inspect} --help > /dev/full", 2, "standard output cannot be written: No space left"),
+        ("PYTHONUNBUFFERED= {inspect} --help > /dev/full", 2, "standard output cannot be written: No space left"),
         ("PYTHONIOENCODING=ascii {inspect} --help > /dev/null", 0, ""),
         ("LC_ALL=C {inspect} $'\\xff'", 2, "\\xff is not a dvdquant export"),
         ("mkdir gone; cd gone; rmdir ../gone; {inspect} x", 2, "working directory"),
