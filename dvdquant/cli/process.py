@@ -67,7 +67,8 @@ class _Stream:
     def _send(self, text: str) -> int:
         if not isinstance(text, str):
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        self.inner.write(self.safe(text))
+        if text:  # without a buffer, writing nothing to a full device is an error
+            self.inner.write(self.safe(text))
         return len(text)
 
     def safe(self, text: str) -> str:
@@ -85,7 +86,11 @@ class _Stream:
 
 
 class _Results(_Stream):
-    """Standard output: what cannot be written there is an error."""
+    """Standard output: what cannot be written there is an error, now and at every later write, for some callers pass over it."""
+
+    def __init__(self, inner: TextIO) -> None:
+        super().__init__(inner)
+        self.failure: Exception | None = None
 
     @property
     def encoding(self) -> str:
@@ -105,17 +110,19 @@ class _Results(_Stream):
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
+        if self.failure is not None:
+            raise self.failure
         try:
             yield
-        except BrokenPipeError as error:
-            _discard(self.inner)
-            raise ReaderGone from error
         except OSError as error:
             _discard(self.inner)
-            raise OutputError(
+            self.failure = OutputError(
                 f"standard output cannot be written: {error.strerror or error}",
                 fix="give it a place that can be written, or > /dev/null; the files this command wrote are whole",
-            ) from error
+            )
+            if isinstance(error, BrokenPipeError):
+                self.failure = ReaderGone()
+            raise self.failure from error
 
 
 class _Messages(_Stream):
