@@ -12,8 +12,8 @@ import click
 import torch
 from tqdm import tqdm
 
-from dvdquant.model import build_skeleton
-from dvdquant.safetensors_io import StreamingWriter
+from dvdquant.model.plan import build_skeleton
+from dvdquant.system.safetensors_io import StreamingWriter
 
 SHARD_BYTES = 5 << 30
 NAME = "diffusion_pytorch_model"

@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from dvdquant.bgr import quantize_weight, relative_mse
-from dvdquant.bgr_device import quantize_rows
-from dvdquant.feedback import Feedback
-from dvdquant.hadamard import Rotation, rotate
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.quantize.backends.torch_grid import quantize_rows
+from dvdquant.quantize.bgr import quantize_weight, relative_mse
+from dvdquant.quantize.gptq import Feedback
 from dvdquant.recipe import WeightSpec
 
 # Quantizes a weight and returns a function that gives it back; only the first part is timed.
@@ -183,7 +183,7 @@ class Traffic(TorchDispatchMode):
 
 
 def print_traffic(w: Tensor, groups: list[int]) -> None:
-    """Of :mod:`dvdquant.bgr_device`, beside what the CUDA kernel of the same search reads and writes."""
+    """Of :mod:`dvdquant.quantize.backends.torch_grid`, beside what the CUDA kernel of the same search reads and writes."""
     print(
         f"{w.shape[0]} x {w.shape[1]}\n{'search':<12}{'group':>6}{'bytes a weight':>16}{'operations':>12}{'kernel':>8}"
     )

@@ -21,8 +21,8 @@ import torch
 
 from dvdquant.deploy.sessions import weights
 from dvdquant.deploy.sessions.weights import WeightFiles
-from dvdquant.files import hash_file
-from dvdquant.safetensors_io import StreamingWriter
+from dvdquant.system.files import hash_file
+from dvdquant.system.safetensors_io import StreamingWriter
 
 NAME = "onnx/transformer.safetensors"
 TENSORS = 64

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .transformer import DvdqTransformer
+    from dvdquant.deploy.pipelines.transformer import DvdqTransformer
 
 __all__ = ["DvdqTransformer"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "DvdqTransformer":
-        from .transformer import DvdqTransformer
+        from dvdquant.deploy.pipelines.transformer import DvdqTransformer
 
         return DvdqTransformer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

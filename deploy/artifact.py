@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvdquant.artifact.manifest import EngineEntry, GraphEntry, Manifest, load_manifest, read_verified
 from dvdquant.errors import DvdquantError, EngineError, OutputError, UnsupportedError
-from dvdquant.families import Family, Sizes, get_family
-from dvdquant.files import strict_json
-from dvdquant.manifest import EngineEntry, GraphEntry, Manifest, load_manifest, read_verified
+from dvdquant.model.families import Family, Sizes, get_family
 from dvdquant.recipe import RECIPES, Recipe
-from dvdquant.text import shell_line
+from dvdquant.system.files import strict_json
+from dvdquant.system.text import shell_line
 
 if TYPE_CHECKING:
     import torch
 
-    from dvdquant.model import ModelPlan
+    from dvdquant.model.plan import ModelPlan
 
 __all__ = ["Artifact"]
 
@@ -108,7 +108,7 @@ class Artifact:
         """
         key = ("plan", component)
         if key not in self._cache:
-            from dvdquant.model import plan_model
+            from dvdquant.model.plan import plan_model
 
             plan = plan_model(self.config(component), self.recipe, self.dtype)
             layers = len(plan.layers)
@@ -146,7 +146,7 @@ class Artifact:
 
     def engines(self, component: str, backend: str, bits: int) -> tuple[EngineEntry, ...]:
         """Engines of one transformer and bit-width, whatever SM they are for; UnsupportedError for an unknown backend."""
-        from dvdquant.export.builders.backend import backend_name
+        from dvdquant.backends import backend_name
 
         self.config(component)
         name = backend_name(backend)

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import export_model, inspect_export, plan_schedule
-    from .deploy.transformer import DvdqTransformer
-    from .recipe import Recipe
+    from dvdquant.api import export_model, inspect_export, plan_schedule
+    from dvdquant.deploy.pipelines.transformer import DvdqTransformer
+    from dvdquant.recipe import Recipe
 
 try:
     __version__ = version("dvdquant")
@@ -23,7 +23,7 @@ except PackageNotFoundError:  # an uninstalled checkout
 __all__ = ["DvdqTransformer", "Recipe", "__version__", "export_model", "inspect_export", "plan_schedule"]
 
 _HOMES = {
-    "DvdqTransformer": "dvdquant.deploy.transformer",
+    "DvdqTransformer": "dvdquant.deploy.pipelines.transformer",
     "Recipe": "dvdquant.recipe",
     "export_model": "dvdquant.api",
     "inspect_export": "dvdquant.api",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import __version__
+from dvdquant import __version__
 
 COMMANDS = {
     "dvdq-export": "quantize a model and write graphs and engines",

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .recipe import Recipe, get_recipe
-from .switch_defaults import LAST_HIGH
+from dvdquant.deploy.switching.defaults import LAST_HIGH
+from dvdquant.recipe import Recipe, get_recipe
 
 if TYPE_CHECKING:
-    from dvdquant.deploy.planner import Plan
+    from dvdquant.artifact.manifest import Manifest
+    from dvdquant.deploy.planning.planner import Plan
     from dvdquant.export.pipeline import ExportResult
-    from dvdquant.manifest import Manifest
-    from dvdquant.progress import Progress
+    from dvdquant.system.progress import Progress
 
 __all__ = ["export_model", "inspect_export", "plan_schedule"]
 
@@ -68,7 +68,7 @@ def export_model(
     """
     from dvdquant.export.options import ExportOptions
     from dvdquant.export.pipeline import plan_export, run_export
-    from dvdquant.progress import Progress
+    from dvdquant.system.progress import Progress
 
     arguments = ExportOptions(
         model=str(model),
@@ -123,7 +123,7 @@ def plan_schedule(
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: where progress goes; default: nowhere.
-        **options: ``pipeline`` and ``reference`` of :func:`dvdquant.deploy.planner.plan`.
+        **options: ``pipeline`` and ``reference`` of :func:`dvdquant.deploy.planning.planner.plan`.
 
     Returns:
         δ, what it predicts and what one real run measured.
@@ -132,7 +132,7 @@ def plan_schedule(
         DvdquantError: the folder is no export, more than one goal is given, or a clip cannot be drawn.
     """
     from dvdquant.deploy.artifact import Artifact
-    from dvdquant.deploy.planner import Goal, plan
+    from dvdquant.deploy.planning.planner import Goal, plan
 
     if average_bits is None and seconds is None and delta is None:
         average_bits = 6.0
@@ -163,7 +163,7 @@ def inspect_export(out: str | Path, *, check: bool = False) -> Manifest:
     Raises:
         OutputError: the folder is no export, or with ``check`` a file is missing or changed.
     """
-    from dvdquant.manifest import load_manifest, verify_files
+    from dvdquant.artifact.manifest import load_manifest, verify_files
 
     manifest = load_manifest(out)
     if check:

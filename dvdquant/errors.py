@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .text import shown
+from dvdquant.system.text import shown
 
 __all__ = [
     "CheckpointError",

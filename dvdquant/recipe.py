@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import RecipeError
-from .files import strict_json
-from .records import brief, first_problem
+from dvdquant.errors import RecipeError
+from dvdquant.system.files import strict_json
+from dvdquant.system.records import brief, first_problem
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -84,7 +84,7 @@ class Recipe:
             divides K (its entries are powers of two, exact in every dtype); ``full`` the whole row; ``none`` no
             rotation; an integer that block.
         inputs: ``synthetic`` predicts the second moments of every layer's input without data, by one run of the model on
-            synthetic latents (:mod:`dvdquant.moments`), and rounds the codes with feedback (:mod:`dvdquant.feedback`);
+            synthetic latents (:mod:`dvdquant.quantize.hessian`), and rounds the codes with feedback (:mod:`dvdquant.quantize.gptq`);
             ``ignored`` looks at the weights alone, as the paper does.
         balance: multiply every input channel by a power of two, and its column of the weight by the inverse, so that
             outlier channels do not take the activation grid for themselves. Needs ``inputs="synthetic"``.

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 
 from dvdquant.errors import ResourceError
-from dvdquant.memory import memory_limit
-from dvdquant.model import ModelPlan
-from dvdquant.moments import moments_bytes
-from dvdquant.predicted import ITEM_TOKENS, noise_levels
-from dvdquant.quantize import CHUNK_WEIGHTS
+from dvdquant.export.engines.precision import EnginePlan
+from dvdquant.export.engines.report import BUILD_MEMORY_FACTOR, INT8_MEMORY_FACTOR
+from dvdquant.export.options import ExportOptions
+from dvdquant.model.plan import ModelPlan
+from dvdquant.quantize.checkpoint import CHUNK_WEIGHTS
+from dvdquant.quantize.hessian import moments_bytes
+from dvdquant.quantize.layer_inputs import ITEM_TOKENS, noise_levels
 from dvdquant.recipe import WeightSpec
-
-from .builders.report import BUILD_MEMORY_FACTOR, INT8_MEMORY_FACTOR
-from .options import ExportOptions
-from .realize import EnginePlan
+from dvdquant.system.memory import memory_limit
 
 __all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "require_memory"]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from dvdquant.devices import resolve_device
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.families import Axis, Family, Sizes
+from dvdquant.model.families import Axis, Family, Sizes
 from dvdquant.recipe import Recipe
-from dvdquant.text import shown
+from dvdquant.system.devices import resolve_device
+from dvdquant.system.text import shown
 
 __all__ = [
     "DTYPES",
@@ -45,7 +45,7 @@ class ExportOptions:
         workspace_gib: the builder's workspace limit.
         keep_graphs: keep the graphs made for the engines: lowered for rtx, with the plugin for tensorrt.
         device: where inputs are predicted and weights are rotated and quantized: a word that
-            :func:`dvdquant.devices.resolve_device` knows.
+            :func:`dvdquant.system.devices.resolve_device` knows.
         report: write report.html too. samples: prompts it shows clips of; None is one where a clip costs seconds.
     """
 
@@ -150,7 +150,7 @@ def with_table_defaults(options: ExportOptions) -> ExportOptions:
     Raises:
         CheckpointError: the table cannot be read.
     """
-    from dvdquant.deploy.prompt_table import PromptTable
+    from dvdquant.checkpoint.prompt_table import PromptTable
 
     sized = any(v is not None for v in (options.latent, options.num_frames, options.height, options.width))
     if (options.text_tokens is not None and sized) or not PromptTable.is_at(options.model):

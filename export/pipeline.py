@@ -17,10 +17,7 @@ import torch
 from torch import Tensor
 
 from dvdquant import __version__
-from dvdquant.checkpoint import Checkpoint, open_checkpoint
-from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, ResourceError, UnsupportedError
-from dvdquant.families import Sizes
-from dvdquant.manifest import (
+from dvdquant.artifact.manifest import (
     EngineEntry,
     FileEntry,
     GraphEntry,
@@ -31,28 +28,36 @@ from dvdquant.manifest import (
     hash_file,
     verify_files,
 )
-from dvdquant.model import ModelPlan, plan_model
-from dvdquant.output_folder import check_output
-from dvdquant.pipeline_facts import with_pipeline_facts
-from dvdquant.progress import Progress
-from dvdquant.quantize import PackedWeights, check_weights, quantize_checkpoint, reading_bytes, rotated_weight
-from dvdquant.safetensors_io import read_tensor
-from dvdquant.transaction import ExportTransaction, require_disk
-
-from .builders import load_backend
-from .card import model_card
-from .check_links import check_links
-from .engines import BuildSettings, EngineStage, build_settings, engine_path, find_current
-from .estimate import Estimate, estimate_export, require_memory
-from .graphs import FLAVOURS, GraphWriter
-from .onnx import trace_graph
-from .options import ExportOptions, check_text, recorded_model, resolve_sizes, with_table_defaults
-from .realize import EnginePlan, check_sms, plan_engines
-from .report import add_report
-from .steps import is_step
-from .verify import GraphCheck
-from .verify_export import verify_export
-from .verify_stored import StoredCheck, verify_stored
+from dvdquant.artifact.output_folder import check_output
+from dvdquant.artifact.transaction import ExportTransaction, require_disk
+from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
+from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.deploy.report.page import add_report
+from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, ResourceError, UnsupportedError
+from dvdquant.export.engines import load_backend
+from dvdquant.export.engines.precision import EnginePlan, check_sms, plan_engines
+from dvdquant.export.engines.stage import BuildSettings, EngineStage, build_settings, engine_path, find_current
+from dvdquant.export.estimate import Estimate, estimate_export, require_memory
+from dvdquant.export.graph.trace import trace_graph
+from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
+from dvdquant.export.model_card import model_card
+from dvdquant.export.options import ExportOptions, check_text, recorded_model, resolve_sizes, with_table_defaults
+from dvdquant.export.steps import is_step
+from dvdquant.export.verify.export import verify_export
+from dvdquant.export.verify.graph import GraphCheck
+from dvdquant.export.verify.links import check_links
+from dvdquant.export.verify.stored import StoredCheck, verify_stored
+from dvdquant.model.families import Sizes
+from dvdquant.model.plan import ModelPlan, plan_model
+from dvdquant.quantize.checkpoint import (
+    PackedWeights,
+    check_weights,
+    quantize_checkpoint,
+    reading_bytes,
+    rotated_weight,
+)
+from dvdquant.system.progress import Progress
+from dvdquant.system.safetensors_io import read_tensor
 
 __all__ = ["ExportPlan", "ExportResult", "plan_export", "run_export"]
 
@@ -418,8 +423,8 @@ class _Run:
     def _tensors(self, component: str) -> dict[str, Any]:
         if component in self.packed:
             return dict(self.packed[component].tensors)
-        from dvdquant.quantize import plan_shards
-        from dvdquant.safetensors_io import read_header
+        from dvdquant.quantize.checkpoint import plan_shards
+        from dvdquant.system.safetensors_io import read_header
 
         plan = self.plan.plans[self.plan.components.index(component)]
         return {

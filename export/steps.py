@@ -7,9 +7,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
-from dvdquant.manifest import EngineEntry, LayerEntry
-
-from .builders import BuildReport
+from dvdquant.artifact.manifest import EngineEntry, LayerEntry
+from dvdquant.export.engines import BuildReport
 
 __all__ = ["is_step"]
 

@@ -4,7 +4,7 @@ No bound here was read off a machine. Processors, libraries and thread counts di
 whether a product is rounded before it is added; a right computation may differ by that, and by no more:
 
 * A sum of n terms has n roundings of at most u of what they round; they are independent, so their sum stays below
-  λ·√n·u·‖terms‖ (λ and the reasoning are the layer judge's, :mod:`dvdquant.export.judge`).
+  λ·√n·u·‖terms‖ (λ and the reasoning are the layer judge's, :mod:`dvdquant.export.verify.tolerance`).
 * A value within that of a rounding boundary of a coarser grid (a tie) may fall on either side. Only such a value may:
   tests name the ties and let them be one step off, instead of allowing an error that holds so many flips on average.
 
@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dvdquant.export.judge import LAMBDA, UNIT, OpInputs, judge
-from dvdquant.layers import QuantLinear
+from dvdquant.export.verify.tolerance import LAMBDA, UNIT, OpInputs, judge
+from dvdquant.model.layers import QuantLinear
 
 __all__ = ["LAMBDA", "UNIT", "assert_layer", "product_error", "sum_error"]
 

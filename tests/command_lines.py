@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from dvdquant.text import unsafe
+from dvdquant.system.text import unsafe
 from tests.exporting import REPOSITORY, TINY_WAN
 from tests.forking_commands import COMMANDS
 

@@ -17,9 +17,9 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from dvdquant.artifact.manifest import hash_file
 from dvdquant.cli.export import main as export_main
-from dvdquant.manifest import hash_file
-from dvdquant.safetensors_io import read_header, read_tensor
+from dvdquant.system.safetensors_io import read_header, read_tensor
 from tests.exporting import REPOSITORY
 
 SINGLE = "diffusion_pytorch_model.safetensors"

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.sessions.engine_binding import torch_dtype
-from dvdquant.export.builders.backend import Backend, load_backend
 
 Compute = Callable[[dict[str, Tensor], str], Tensor]
 _REAL = {"runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext", "config": "IRuntimeConfig"}

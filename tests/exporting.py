@@ -12,24 +12,24 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from dvdquant.bgr import quantize_weight
-from dvdquant.checkpoint import open_checkpoint
-from dvdquant.export.graphs import FLAVOURS, GraphWriter
-from dvdquant.export.judge import Judged, OpInputs, judge
-from dvdquant.export.onnx import trace_graph
-from dvdquant.export.taps import load_graph
-from dvdquant.export.verify import load_quantized
-from dvdquant.export.verify_layers import LayerCheck
-from dvdquant.export.verify_layers import check_layers as judge_graph
-from dvdquant.families import Sizes
-from dvdquant.hadamard import Rotation, rotate
-from dvdquant.manifest import GraphEntry
-from dvdquant.model import ModelPlan, plan_model
-from dvdquant.packing import pack_int4
-from dvdquant.progress import Progress
-from dvdquant.quantize import PackedWeights, quantize_checkpoint
+from dvdquant.artifact.manifest import GraphEntry
+from dvdquant.artifact.transaction import ExportTransaction
+from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.export.graph.trace import trace_graph
+from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
+from dvdquant.export.verify.graph import load_quantized
+from dvdquant.export.verify.intermediates import load_graph
+from dvdquant.export.verify.layers import LayerCheck
+from dvdquant.export.verify.layers import check_layers as judge_graph
+from dvdquant.export.verify.tolerance import Judged, OpInputs, judge
+from dvdquant.model.families import Sizes
+from dvdquant.model.plan import ModelPlan, plan_model
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.numerics.packing import pack_int4
+from dvdquant.quantize.bgr import quantize_weight
+from dvdquant.quantize.checkpoint import PackedWeights, quantize_checkpoint
 from dvdquant.recipe import Recipe, WeightSpec
-from dvdquant.transaction import ExportTransaction
+from dvdquant.system.progress import Progress
 
 __all__ = [
     "REPOSITORY",

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import dvdquant.commit
+import dvdquant.artifact.commit
 
 __all__ = ["ERRORS", "FULL", "WRITES", "Faults"]
 
@@ -25,7 +25,7 @@ _CALLS: list[tuple[Any, str]] = [
     *((os, name) for name in (*_LOOKS, *_MAKE, *_FILL)),
     (io, "open"),
     (fcntl, "flock"),
-    (dvdquant.commit, "exchange"),
+    (dvdquant.artifact.commit, "exchange"),
 ]
 
 

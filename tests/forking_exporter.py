@@ -20,8 +20,8 @@ import torch
 from dvdquant.errors import DvdquantError
 from dvdquant.export import pipeline
 from dvdquant.export.options import ExportOptions
-from dvdquant.progress import Progress
 from dvdquant.recipe import get_recipe
+from dvdquant.system.progress import Progress
 from tests.faults import WRITES, Faults
 
 

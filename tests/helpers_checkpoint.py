@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import dvdquant.commit
-from dvdquant.manifest import Manifest
+import dvdquant.artifact.commit
+from dvdquant.artifact.manifest import Manifest
+from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.recipe import get_recipe
-from dvdquant.transaction import ExportTransaction
 
 if TYPE_CHECKING:  # the processes of the kill tests start faster without it
     import torch
@@ -241,14 +241,14 @@ def no_space() -> None:
 
 
 def no_exchange(*names: object) -> None:
-    """In place of ``dvdquant.commit.exchange``: a file system without renameat2."""
+    """In place of ``dvdquant.artifact.commit.exchange``: a file system without renameat2."""
     raise OSError(errno.EINVAL, "Invalid argument")
 
 
 def disturbed(work: str, out: str, count: int, action: str, way: str) -> None:
     """Run ``export_2``, ``resumable`` or ``abandoned``, with ``action`` before the ``count``-th operation on names."""
     if way == "roll-forward":
-        dvdquant.commit.exchange = no_exchange
+        dvdquant.artifact.commit.exchange = no_exchange
     at_operation(count, {"kill": kill_self, "no space": no_space}[action], Path(out))
     if work == "abandoned":
         export(Path(out), 2, finish=False)

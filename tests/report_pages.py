@@ -14,11 +14,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from dvdquant.deploy.schedule import Schedule
-from dvdquant.export.report import Report
-from dvdquant.export.report_samples import Sample, SampleRow
-from dvdquant.export.report_words import shown
-from dvdquant.manifest import Manifest
+from dvdquant.artifact.manifest import Manifest
+from dvdquant.deploy.report.page import Report
+from dvdquant.deploy.report.samples import Sample, SampleRow
+from dvdquant.deploy.report.text import shown
+from dvdquant.deploy.switching.schedule import Schedule
 from tests.commands import in_process
 from tests.exporting import TINY_WAN
 

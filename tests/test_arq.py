@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvdquant.arq import (
+from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.numerics.activation_grid import (
     AMAX_FLOOR,
     QMAX,
     dequantize_activation,
@@ -16,7 +17,6 @@ from dvdquant.arq import (
     fake_quantize_per_channel,
     quantize_activation,
 )
-from dvdquant.errors import ShapeError, UnsupportedError
 
 
 def _scalar_reference(row: list[float], bits: int, group: int) -> tuple[list[int], list[float]]:

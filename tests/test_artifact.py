@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from dvdquant.artifact.manifest import MANIFEST
 from dvdquant.cli.export import main as export_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import DvdquantError, EngineError, OutputError, UnsupportedError
-from dvdquant.families import Axis
-from dvdquant.manifest import MANIFEST
+from dvdquant.model.families import Axis
 from dvdquant.recipe import RECIPES
 from tests import session_exports as made
 

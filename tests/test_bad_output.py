@@ -199,7 +199,7 @@ def test_previous_export_survives_a_bad_model(name: str, previous: Path, model: 
 
 def test_resume_of_another_export(previous: Path, pristine: Path, tmp_path: Path) -> None:
     """Work begun with other options is not mixed in; the message says which option differs."""
-    from dvdquant.transaction import ExportTransaction
+    from dvdquant.artifact.transaction import ExportTransaction
 
     with ExportTransaction(tmp_path / "out", key={"recipe": {"name": "rtn"}}, keep_for_resume=True) as transaction:
         transaction.done("something")

@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dvdquant.bgr import QuantizedWeight, quantize_weight, refine_grid, relative_mse
 from dvdquant.errors import CheckpointError, DvdquantError, RecipeError, ShapeError
-from dvdquant.hadamard import Rotation, rotate
-from dvdquant.packing import expand_zero
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.numerics.packing import expand_zero
+from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, refine_grid, relative_mse
 from dvdquant.recipe import WeightSpec
 
 ZERO_POINTS = ("midrise", "symmetric", "paper", "real")
@@ -379,7 +379,7 @@ def test_errors() -> None:
 
 def test_compiles_where_nothing_can_be_cached() -> None:
     code = """
-        from dvdquant.jit import jit
+        from dvdquant.quantize.backends.jit import jit
         scope = {}
         exec(compile("def double(x):\\n    return 2.0 * x\\n", "/proc/none/f.py", "exec"), scope)
         compiled = jit(scope["double"])
@@ -395,6 +395,6 @@ def test_compiles_where_nothing_can_be_cached() -> None:
 
 
 def test_importing_the_data_types_does_not_import_numba() -> None:
-    code = "import sys, dvdquant.bgr; print('numba' in sys.modules)"
+    code = "import sys, dvdquant.quantize.bgr; print('numba' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == "False", result.stderr

@@ -1,4 +1,4 @@
-"""BGR in tensor operations (:mod:`dvdquant.bgr_device`) against the compiled loops and against itself on odd input.
+"""BGR in tensor operations (:mod:`dvdquant.quantize.backends.torch_grid`) against the compiled loops and against itself on odd input.
 
 The same operations run on a GPU; here they run on the CPU.
 """
@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant import bgr_device
-from dvdquant.bgr import QuantizedWeight, quantize_weight, relative_mse
-from dvdquant.bgr_device import quantize_rows
 from dvdquant.errors import CheckpointError
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.pipeline import plan_export, run_export
-from dvdquant.hadamard import Rotation, rotate
-from dvdquant.progress import Progress
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.quantize.backends import torch_grid as bgr_device
+from dvdquant.quantize.backends.torch_grid import quantize_rows
+from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, relative_mse
 from dvdquant.recipe import WeightSpec, get_recipe
+from dvdquant.system.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 

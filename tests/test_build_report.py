@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dvdquant.export.builders import BUILD_MEMORY_FACTOR
-from dvdquant.export.builders.report import BuildRequest, layer_summary
+from dvdquant.export.engines import BUILD_MEMORY_FACTOR
+from dvdquant.export.engines.report import BuildRequest, layer_summary
 from tests import quant_linear_graphs as qg
 from tests.test_builders import build, save
 

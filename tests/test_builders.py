@@ -12,17 +12,17 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from dvdquant.backends import backend_name
 from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
-from dvdquant.export.builders import Backend, BuildReport, build_engine, load_backend
-from dvdquant.export.builders import engine as engine_module
-from dvdquant.export.builders.backend import backend_name
-from dvdquant.export.builders.network import WeightMaps, check_custom_ops
-from dvdquant.export.builders.worker import _check_device, _load_plugins
-from dvdquant.export.passes.lower_int8 import lower_int8
-from dvdquant.export.passes.lower_nvfp4 import lower_nvfp4
-from dvdquant.export.passes.lower_qdq_int4 import lower_qdq_int4
-from dvdquant.export.passes.lower_store import TensorStore
-from dvdquant.export.realize import RTX_SMS, plan_engines
+from dvdquant.export.engines import Backend, BuildReport, build_engine, load_backend
+from dvdquant.export.engines import engine as engine_module
+from dvdquant.export.engines.network import WeightMaps, check_custom_ops
+from dvdquant.export.engines.precision import RTX_SMS, plan_engines
+from dvdquant.export.engines.worker import _check_device, _load_plugins
+from dvdquant.export.passes.lowering.int8 import lower_int8
+from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
+from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
+from dvdquant.export.passes.lowering.store import TensorStore
 from dvdquant.recipe import ActivationSpec
 from tests import quant_linear_graphs as qg
 from tests.exporting import REPOSITORY
@@ -208,7 +208,7 @@ def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     """Have every builder process run ``lines`` first: the interpreter imports this before the worker."""
     hook = folder / "hook"
     hook.mkdir()
-    begin = ["import os, signal, sys, time", "if 'dvdquant.export.builders.worker' in sys.orig_argv:"]
+    begin = ["import os, signal, sys, time", "if 'dvdquant.export.engines.worker' in sys.orig_argv:"]
     (hook / "sitecustomize.py").write_text("\n".join([*begin, *(f"    {line}" for line in lines)]))
     monkeypatch.setenv("PYTHONPATH", str(hook))
 
@@ -285,7 +285,7 @@ def test_a_failure_in_the_builder_process_is_an_error_in_words(
         tmp_path,
         monkeypatch,
         f"sys.path.append({str(REPOSITORY)!r})",
-        "import dvdquant.export.builders.backend as backend",
+        "import dvdquant.backends as backend",
         f"def fail(name): raise {raised}",
         "backend.load_backend = fail",
     )

@@ -12,9 +12,9 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 
+from dvdquant.artifact.manifest import hash_file, load_manifest, verify_files
 from dvdquant.cli.inspect import main as inspect_main
-from dvdquant.export.passes import lower_store
-from dvdquant.manifest import hash_file, load_manifest, verify_files
+from dvdquant.export.passes.lowering import store as lower_store
 from tests import tiny_models as tiny
 from tests.commands import SIZES, in_process, refused, run
 

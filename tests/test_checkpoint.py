@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dvdquant.checkpoint import Checkpoint, count_nonfinite, fingerprint_hint, open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint, count_nonfinite, fingerprint_hint, open_checkpoint
 from dvdquant.errors import CheckpointError
-from dvdquant.safetensors_io import DTYPES
+from dvdquant.system.safetensors_io import DTYPES
 from tests.helpers_checkpoint import (
     CONFIG,
     save_checkpoint,
@@ -143,7 +143,7 @@ def test_a_hub_cache_whose_blobs_are_a_link(tmp_path: Path) -> None:
 def _offline(tmp_path: Path, model: str, **env: str) -> str:
     """What opening ``model`` prints in a fresh process, where the hub's settings are read from the environment."""
     code = f"""
-from dvdquant.checkpoint import open_checkpoint
+from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.errors import CheckpointError
 try:
     print("opened", open_checkpoint({model!r}).root)
@@ -329,7 +329,7 @@ def test_opening_needs_no_torch(tmp_path: Path) -> None:
     """Checking a model takes a blink, and --help does not pay for it either."""
     save_checkpoint(tmp_path / "m", 2)
     code = (
-        "import sys; from dvdquant.checkpoint import open_checkpoint;"
+        "import sys; from dvdquant.checkpoint.reader import open_checkpoint;"
         "open_checkpoint(sys.argv[1]); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "m"], cwd=ROOT, check=True)

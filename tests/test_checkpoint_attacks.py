@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dvdquant.checkpoint import open_checkpoint
+from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.errors import CheckpointError, DvdquantError
 from tests.helpers_checkpoint import (
     CONFIG,

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
+from dvdquant.artifact.manifest import load_manifest
 from dvdquant.cli.process import user_error
 from dvdquant.errors import EngineError, ExportError, ResourceError
-from dvdquant.export.card import model_card
-from dvdquant.export.realize import REALIZATIONS
-from dvdquant.manifest import load_manifest
-from dvdquant.text import unsafe
-from dvdquant.whole_file import UNFINISHED
+from dvdquant.export.engines.precision import REALIZATIONS
+from dvdquant.export.model_card import model_card
+from dvdquant.system.text import unsafe
+from dvdquant.system.whole_file import UNFINISHED
 from tests import tiny_models as tiny
 from tests.command_lines import HOSTILE, LATIN, PROMPT, CommandServer, base, command_lines, prepare, some_command_lines
 from tests.commands import SIZES, environment

@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.checkpoint import open_checkpoint
+from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import CheckpointError, DvdquantError, UnsupportedError
 from dvdquant.export.estimate import estimate_export
 from dvdquant.export.options import ExportOptions, resolve_sizes
-from dvdquant.families import FAMILIES, get_family
-from dvdquant.families.configs import MOST_BLOCKS
-from dvdquant.files import hash_file
-from dvdquant.model import build_skeleton, plan_model
+from dvdquant.model.families import FAMILIES, get_family
+from dvdquant.model.families.configs import MOST_BLOCKS
+from dvdquant.model.plan import build_skeleton, plan_model
 from dvdquant.recipe import RECIPES, get_recipe
+from dvdquant.system.files import hash_file
 from tests import tiny_models as tiny
 from tests.commands import SIZES, environment, refused, run
 from tests.exporting import with_changes
@@ -225,7 +225,7 @@ COST = """
 import json, resource, sys, time
 import torch, diffusers, accelerate
 from dvdquant.errors import DvdquantError
-from dvdquant.model import plan_model
+from dvdquant.model.plan import plan_model
 from dvdquant.recipe import get_recipe
 from tests import tiny_models
 def peak():
@@ -278,7 +278,7 @@ def test_published_sizes_are_within_the_bounds() -> None:
 
 def test_repeated_blocks_are_planned_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first block runs for all of its kind: with every block run, the plan is the same, whatever is kept of some."""
-    from dvdquant import model as model_module
+    from dvdquant.model import plan as model_module
 
     recipe = get_recipe("w4a4").with_globs(("*blocks.1.attn*.to_k", "*blocks.0.ff*"), ())
     configs = [with_changes(CONFIGS[n], num_layers=3) for n in ("wan-i2v", "hunyuan-video", "cogvideox", "ltx-video")]

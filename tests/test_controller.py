@@ -12,13 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvdquant.deploy.controller import PUBLISHED_COST, Decision, StepController, StepInfo, StepRecord, relative_cost
-from dvdquant.deploy.planner import plan
-from dvdquant.deploy.request import GenerateRequest
-from dvdquant.deploy.step_cache import ChangeForecast, StepCachePolicy, keep_residual, reuse
+from dvdquant.deploy.generation.request import GenerateRequest
+from dvdquant.deploy.planning.planner import plan
+from dvdquant.deploy.switching.controller import (
+    PUBLISHED_COST,
+    Decision,
+    StepController,
+    StepInfo,
+    StepRecord,
+    relative_cost,
+)
+from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
+from dvdquant.deploy.switching.gbs import switch_bits
+from dvdquant.deploy.switching.step_cache import ChangeForecast, StepCachePolicy, keep_residual, reuse
 from dvdquant.errors import UnsupportedError
-from dvdquant.gbs import switch_bits
-from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
 from tests.test_gbs import literal
 
 

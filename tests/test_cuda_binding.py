@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dvdquant.errors import ResourceError, ShapeError, UnsupportedError
-from dvdquant.export import realize
+from dvdquant.export.engines import precision as realize
 from dvdquant.ops import cuda, cuda_linear
 from dvdquant.ops.cuda import KernelError, KernelLibrary, WeightPointers, find_library, load_library
 from dvdquant.ops.cuda_linear import CudaKernels, run_quant_linear
@@ -25,8 +25,8 @@ from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.prepare_weight import prepare_weight
 from dvdquant.ops.prepared_cache import PreparedCache
 from dvdquant.ops.quant_linear import quant_linear
+from dvdquant.ops.repack import PATHS, LayerShape, prepared_bytes
 from dvdquant.ops.rotate_quantize import rotate_quantize
-from dvdquant.repack import PATHS, LayerShape, prepared_bytes
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 sys.path[:0] = [str(KERNELS), str(KERNELS / "bench")]

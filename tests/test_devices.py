@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.devices import resolve_device
 from dvdquant.errors import UnsupportedError
+from dvdquant.system.devices import resolve_device
 
 
 @pytest.fixture
@@ -51,8 +51,9 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
     """Both generators ask here; what they load goes where this says."""
     from types import SimpleNamespace
 
-    from dvdquant.deploy import generate, pipeline_generate
-    from dvdquant.deploy.request import GenerateRequest
+    from dvdquant.deploy.generation import generate
+    from dvdquant.deploy.generation import in_pipeline as pipeline_generate
+    from dvdquant.deploy.generation.request import GenerateRequest
 
     places: list[torch.device] = []
 
@@ -78,10 +79,14 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
 
 
 def test_nothing_else_in_deploy_reads_a_device_name() -> None:
-    import dvdquant.deploy.generate
-    import dvdquant.deploy.pipeline_generate
+    import dvdquant.deploy.generation.generate
+    import dvdquant.deploy.generation.in_pipeline
     import dvdquant.deploy.sessions
 
-    for module in (dvdquant.deploy.generate, dvdquant.deploy.pipeline_generate, dvdquant.deploy.sessions):
+    for module in (
+        dvdquant.deploy.generation.generate,
+        dvdquant.deploy.generation.in_pipeline,
+        dvdquant.deploy.sessions,
+    ):
         assert "is_available" not in inspect.getsource(module)
         assert "resolve_device" in inspect.getsource(module)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from dvdquant.export import engines, pipeline
-from dvdquant.export.builders import BuildReport, load_backend
-from dvdquant.export.engines import BuildSettings
+from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.export import pipeline
+from dvdquant.export.engines import BuildReport, load_backend
+from dvdquant.export.engines import stage as engines
+from dvdquant.export.engines.stage import BuildSettings
 from dvdquant.export.steps import is_step
-from dvdquant.manifest import load_manifest, verify_files
 from tests import tiny_models as tiny
 from tests.commands import SIZES, in_process, run
 

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.checkpoint import open_checkpoint
+from dvdquant.artifact.transaction import ExportTransaction
+from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.export.engines.precision import plan_engines
 from dvdquant.export.estimate import Estimate, engine_weight_bytes, estimate_export, packed_bytes
 from dvdquant.export.options import ExportOptions
-from dvdquant.export.realize import plan_engines
-from dvdquant.model import ModelPlan, plan_model
-from dvdquant.moments import moments_bytes
-from dvdquant.progress import Progress
-from dvdquant.quantize import quantize_checkpoint
+from dvdquant.model.plan import ModelPlan, plan_model
+from dvdquant.quantize.checkpoint import quantize_checkpoint
+from dvdquant.quantize.hessian import moments_bytes
 from dvdquant.recipe import RECIPES, get_recipe
-from dvdquant.transaction import ExportTransaction
+from dvdquant.system.progress import Progress
 from tests import tiny_models as tiny
 from tests.exporting import with_changes
 

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.checkpoint import open_checkpoint
-from dvdquant.devices import resolve_device
+from dvdquant.artifact.manifest import load_manifest
+from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.errors import ExportError, UnsupportedError
 from dvdquant.export import pipeline
-from dvdquant.manifest import load_manifest
-from dvdquant.model import plan_model
-from dvdquant.moments import _move_buffers, build_skeleton, streamed
+from dvdquant.model.plan import plan_model
+from dvdquant.quantize.hessian import _move_buffers, build_skeleton, streamed
+from dvdquant.quantize.synthetic_inputs import synthetic_inputs
 from dvdquant.recipe import get_recipe
-from dvdquant.synthetic import synthetic_inputs
+from dvdquant.system.devices import resolve_device
 from tests import tiny_models as tiny
 from tests.commands import SIZES, in_process, refused, run
 
@@ -127,7 +127,7 @@ def test_the_quantizer_gets_the_device(
         seen.append(given[-1])
         raise ExportError("far enough")
 
-    monkeypatch.setattr("dvdquant.quantize.predict_inputs", predict)
+    monkeypatch.setattr("dvdquant.quantize.checkpoint.predict_inputs", predict)
     refused(run(*arguments(model, tmp_path / "out", text)), "far enough", way_out=False)
     assert seen == [torch.device(device)]
 
@@ -152,7 +152,7 @@ def test_memory_of_the_gpu(
     def fail(*_given: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
 
-    monkeypatch.setattr("dvdquant.quantize.predict_inputs", fail)
+    monkeypatch.setattr("dvdquant.quantize.checkpoint.predict_inputs", fail)
     refused(run(*arguments(model, tmp_path / "out", "cuda")), "cuda:1", "20.00 GiB", "--device cpu")
 
 

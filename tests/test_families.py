@@ -11,8 +11,8 @@ from torch import nn
 
 from dvdquant.errors import CheckpointError, ShapeError, UnsupportedError
 from dvdquant.export.options import ExportOptions, resolve_sizes
-from dvdquant.families import FAMILIES, Axis, Sizes, get_family
-from dvdquant.model import ModelPlan, build_skeleton, plan_model, quantized_skeleton
+from dvdquant.model.families import FAMILIES, Axis, Sizes, get_family
+from dvdquant.model.plan import ModelPlan, build_skeleton, plan_model, quantized_skeleton
 from dvdquant.recipe import RECIPES, get_recipe
 from tests import tiny_models as tiny
 from tests.exporting import with_changes

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from dvdquant.export.engines.precision import RTX_SMS
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.pipeline import plan_export, run_export
-from dvdquant.export.realize import RTX_SMS
-from dvdquant.progress import Progress
 from dvdquant.recipe import get_recipe
+from dvdquant.system.progress import Progress
 from tests.tiny_models import CONFIGS, write_checkpoint
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dvdquant.bgr import quantize_weight, relative_mse
-from dvdquant.fast_rows import for_row_parts, hadamard_rows, pack_rows, squared_errors
-from dvdquant.hadamard import Rotation, rotate
-from dvdquant.packing import expand_zero, pack_int4
-from dvdquant.quantize import rotate_rows
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.numerics.packing import expand_zero, pack_int4
+from dvdquant.quantize.backends.numba_rows import for_row_parts, hadamard_rows, pack_rows, squared_errors
+from dvdquant.quantize.bgr import quantize_weight, relative_mse
+from dvdquant.quantize.checkpoint import rotate_rows
 from dvdquant.recipe import WeightSpec
 
 

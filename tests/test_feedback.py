@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant import feedback
-from dvdquant.bgr import QuantizedWeight, quantize_weight
 from dvdquant.errors import ShapeError
-from dvdquant.feedback import Feedback, output_energy, round_with_feedback
-from dvdquant.packing import expand_zero
+from dvdquant.numerics.packing import expand_zero
+from dvdquant.quantize import gptq as feedback
+from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight
+from dvdquant.quantize.gptq import Feedback, output_energy, round_with_feedback
 from dvdquant.recipe import WeightSpec
 
 

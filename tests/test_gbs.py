@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvdquant.errors import UnsupportedError
-from dvdquant.gbs import (
+from dvdquant.deploy.switching.gbs import (
     BitSwitch,
     PairChanges,
     change_sums,
@@ -24,6 +23,7 @@ from dvdquant.gbs import (
     switch_pairs,
     weighted_changes,
 )
+from dvdquant.errors import UnsupportedError
 
 CHANGES = st.lists(st.floats(0, 2, allow_nan=False) | st.sampled_from([0.0, 1e-12, 0.05, 0.1]), max_size=60)
 DELTAS = st.floats(0, 5, allow_nan=False) | st.sampled_from([0.0, 0.05, 0.1, 0.15, math.inf])

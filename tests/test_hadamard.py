@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.hadamard import MAX_INNER, Rotation, hadamard_matrix, rotate, rotate_inverse
+from dvdquant.numerics.hadamard import MAX_INNER, Rotation, hadamard_matrix, rotate, rotate_inverse
 
 # Input channels of the linear layers of Wan, HunyuanVideo, CogVideoX and LTX-Video.
 FEATURES = (1536, 1920, 2048, 3072, 5120, 8192, 8960, 12288, 13824, 15360, 20480)

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-import dvdquant.commit
+import dvdquant.artifact.commit
+from dvdquant.artifact.commit import FolderLock, recover
+from dvdquant.artifact.folder import Folder
+from dvdquant.artifact.manifest import Manifest, load_manifest
+from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.cli.inspect import main as inspect_main
-from dvdquant.commit import FolderLock, recover
 from dvdquant.errors import DvdquantError, OutputError
-from dvdquant.folder import Folder
-from dvdquant.manifest import Manifest, load_manifest
-from dvdquant.transaction import ExportTransaction
 from tests.helpers_checkpoint import (
     KEY,
     content,
@@ -125,7 +125,7 @@ def _half_installed(out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 os._exit(0)
             real(folder, name, target, new)
 
-        dvdquant.commit.exchange = no_exchange
+        dvdquant.artifact.commit.exchange = no_exchange
         Folder.rename = rename  # type: ignore[method-assign]
         export(out, 2)
 
@@ -330,7 +330,7 @@ def test_an_export_touches_nothing_outside(
 ) -> None:
     """It is made, or refused in words; either way all files elsewhere keep their places, bytes, modes and times."""
     if way == "roll-forward":
-        monkeypatch.setattr(dvdquant.commit, "exchange", no_exchange)
+        monkeypatch.setattr(dvdquant.artifact.commit, "exchange", no_exchange)
     out = tmp_path / "out"
     ATTACKS[attack](out, home)
     before = outside(tmp_path)
@@ -618,13 +618,13 @@ def _fuzz(folder: Path, cases: int, seed: int) -> dict[str, int]:
         except DvdquantError:
             counts["unread"] += 1
         assert state_of(base) == before, case
-        real = dvdquant.commit.exchange
+        real = dvdquant.artifact.commit.exchange
         if rng.random() < 0.5:
-            dvdquant.commit.exchange = no_exchange
+            dvdquant.artifact.commit.exchange = no_exchange
         try:
             refusal = _refusal(lambda: export(out, 2, key=KEY, resume=rng.random() < 0.5))  # noqa: B023
         finally:
-            dvdquant.commit.exchange = real
+            dvdquant.artifact.commit.exchange = real
         assert refusal is None or refusal.fix or refusal.available, case
         counts["made" if refusal is None else "refused"] += 1
         assert state_of(base / "home") == home, case

@@ -16,7 +16,7 @@ import pytest
 LOOPS = """
 import sys
 import numpy as np
-from dvdquant.jit import jit
+from dvdquant.quantize.backends.jit import jit
 
 @jit
 def square(x: float) -> float:
@@ -66,7 +66,7 @@ def held(lock: Path) -> Iterator[None]:
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "loops.py"
-    path.write_text("import dvdquant.jit\ndvdquant.jit.SAY_AFTER_SECONDS = 0.2\n" + LOOPS)
+    path.write_text("import dvdquant.quantize.backends.jit\ndvdquant.jit.SAY_AFTER_SECONDS = 0.2\n" + LOOPS)
     return path
 
 
@@ -129,7 +129,7 @@ def test_waiting_is_said_and_ends_when_the_other_process_is_done(script: Path, t
 
 
 def test_a_process_that_never_lets_go_is_an_error_after_a_limit(script: Path, tmp_path: Path) -> None:
-    script.write_text("import dvdquant.jit\ndvdquant.jit.WAIT_SECONDS = 0.5\n" + LOOPS)
+    script.write_text("import dvdquant.quantize.backends.jit\ndvdquant.jit.WAIT_SECONDS = 0.5\n" + LOOPS)
     cache, lock = empty_cache(script, tmp_path)
     with held(lock):
         start_time = time.monotonic()
@@ -194,7 +194,9 @@ def test_damaged_code_is_compiled_anew(script: Path, tmp_path: Path) -> None:
 def test_a_numba_without_the_hooks_compiles_without_the_cache(script: Path, tmp_path: Path) -> None:
     missing = "Dispatcher._cache.load_overload"
     text = script.read_text()
-    script.write_text(f"import dvdquant.jit\ndvdquant.jit._missing_hooks = lambda compiled: {missing!r}\n{text}")
+    script.write_text(
+        f"import dvdquant.quantize.backends.jit\ndvdquant.jit._missing_hooks = lambda compiled: {missing!r}\n{text}"
+    )
     cache = tmp_path / "cache"
     for _ in range(2):
         _, misses, said = run(script, cache)
@@ -208,7 +210,7 @@ def test_this_numba_has_the_hooks() -> None:
     """They are not public: without them every process compiles for seconds. The next numba may have moved them."""
     from numba import njit
 
-    from dvdquant import jit as module
+    from dvdquant.quantize.backends import jit as module
 
     compiled = njit(cache=True)(module.jit)
     assert module._missing_hooks(compiled) == ""

@@ -14,13 +14,13 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import pytorch
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.hadamard import Rotation
-from dvdquant.layers import TENSORS, LayerSpec, QuantLinear, RotationTable, prepare_layers
+from dvdquant.model.layers import TENSORS, LayerSpec, QuantLinear, RotationTable, prepare_layers
+from dvdquant.numerics.hadamard import Rotation
 from dvdquant.ops import cuda_linear
 from dvdquant.ops.cuda_linear import CudaKernels, usable_kernels
 from dvdquant.ops.kernel_layer import KernelLayer
+from dvdquant.ops.repack import LayerShape, prepared_bytes
 from dvdquant.recipe import ActivationSpec
-from dvdquant.repack import LayerShape, prepared_bytes
 from tests import session_exports as made
 from tests.bounds import assert_layer
 

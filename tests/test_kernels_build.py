@@ -21,7 +21,7 @@ import pytest
 
 from dvdquant.errors import DvdquantError, ShapeError, UnsupportedError
 from dvdquant.ops.cuda import KernelLibrary
-from dvdquant.repack import LayerShape
+from dvdquant.ops.repack import LayerShape
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels"

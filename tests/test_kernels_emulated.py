@@ -1,6 +1,6 @@
 """The kernels' device code on the CPU: the very .cu files, compiled by g++ against kernels/emulator, behind the C ABI.
 
-Rotation and codes are judged by float64, prepared weights bit by bit by dvdquant.repack, a whole layer by
+Rotation and codes are judged by float64, prepared weights bit by bit by dvdquant.ops.repack, a whole layer by
 ``quant_linear_reference`` in float64. Every buffer lies between guard bytes that must not change. In place of CUTLASS's
 main loops the emulated library runs plain ones, so their checks are the GPU's (`make gpu-check`).
 """
@@ -21,14 +21,14 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from dvdquant import repack
-from dvdquant.arq import fake_quantize_activation
 from dvdquant.errors import ResourceError, ShapeError, UnsupportedError
-from dvdquant.hadamard import Rotation, rotate
+from dvdquant.numerics.activation_grid import fake_quantize_activation
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.numerics.packing import pack_int4
+from dvdquant.ops import repack
 from dvdquant.ops.cuda import KernelLibrary, LayerPlan, WeightPointers
 from dvdquant.ops.reference import dequantize_weight, quant_linear_reference
-from dvdquant.packing import pack_int4
-from dvdquant.repack import LayerShape
+from dvdquant.ops.repack import LayerShape
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 UNIT = 2.0**-24

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dvdquant.manifest import load_manifest, verify_files
+from dvdquant.artifact.manifest import load_manifest, verify_files
 from tests.exporting import REPOSITORY
 from tests.faults import ERRORS
 

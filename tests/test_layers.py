@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dvdquant import layers
 from dvdquant.errors import ShapeError
-from dvdquant.hadamard import Rotation
-from dvdquant.layers import LayerSpec, QuantLinear, empty_tensor, install_quant_linears, set_activation
+from dvdquant.model import layers
+from dvdquant.model.layers import LayerSpec, QuantLinear, empty_tensor, install_quant_linears, set_activation
+from dvdquant.numerics.hadamard import Rotation
 from dvdquant.recipe import ActivationSpec
 from tests.bounds import assert_layer
 from tests.exporting import OpInputs, activations, judge, op_inputs

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from dvdquant.errors import ExportError, OutputError
-from dvdquant.export.passes.emulate_bfloat16 import emulate_bfloat16
-from dvdquant.export.passes.lower_common import quant_linear_nodes, split_rotation
-from dvdquant.export.passes.lower_int8 import int8_weight, lower_int8
-from dvdquant.export.passes.lower_nvfp4 import lower_nvfp4
-from dvdquant.export.passes.lower_qdq_int4 import int4_block, lower_qdq_int4
-from dvdquant.export.passes.lower_store import TensorStore
+from dvdquant.export.passes.lowering.common import quant_linear_nodes, split_rotation
+from dvdquant.export.passes.lowering.int8 import int8_weight, lower_int8
+from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
+from dvdquant.export.passes.lowering.qdq_int4 import int4_block, lower_qdq_int4
+from dvdquant.export.passes.lowering.store import TensorStore
+from dvdquant.onnx.emulate_bfloat16 import emulate_bfloat16
 from tests import quant_linear_graphs as qg
 
 LOWERINGS = {"int4": lower_qdq_int4, "int8": lower_int8}

@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from dvdquant.errors import ExportError
-from dvdquant.export.passes.lower_nvfp4 import lower_nvfp4, nvfp4_weight
+from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4, nvfp4_weight
 from tests import quant_linear_graphs as qg
 from tests.bounds import LAMBDA, product_error
 from tests.test_lowering import E2M1, nearest_e2m1, nvfp4_reference, to_e4m3

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dvdquant.checkpoint import open_checkpoint
+from dvdquant.artifact.transaction import ExportTransaction
+from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.errors import CheckpointError
-from dvdquant.magnitudes import largest
-from dvdquant.model import plan_model
-from dvdquant.predicted import LayerInputs
-from dvdquant.progress import Progress
-from dvdquant.quantize import PackedWeights, _shift, quantize_checkpoint, rotated_weight
+from dvdquant.model.plan import plan_model
+from dvdquant.quantize.checkpoint import PackedWeights, _shift, quantize_checkpoint, rotated_weight
+from dvdquant.quantize.layer_inputs import LayerInputs
+from dvdquant.quantize.magnitudes import largest
 from dvdquant.recipe import get_recipe
-from dvdquant.transaction import ExportTransaction
+from dvdquant.system.progress import Progress
 from tests import tiny_models as tiny
 from tests.commands import SINGLE, SIZES, edit_weights, in_process, poke, refused, run
 from tests.exporting import with_changes
@@ -147,7 +147,7 @@ def test_the_shift_of_an_input_beyond_the_dtype() -> None:
 
 def test_a_bias_that_the_shift_makes_too_large(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """W·shift goes into the bias: rows of 3e4 times a mean of 30 do not fit into fp16."""
-    from dvdquant import predicted
+    from dvdquant.quantize import layer_inputs as predicted
 
     real = predicted.layer_inputs
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from dvdquant.errors import OutputError, ResourceError
-from dvdquant.manifest import (
+from dvdquant.artifact.manifest import (
     FORMAT_VERSION,
     Manifest,
     check_relpath,
@@ -22,6 +21,7 @@ from dvdquant.manifest import (
     read_verified,
     verify_files,
 )
+from dvdquant.errors import OutputError, ResourceError
 from tests.helpers_checkpoint import manifest
 
 HASH = "a" * 64

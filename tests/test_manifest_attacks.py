@@ -14,26 +14,19 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from dvdquant.artifact.manifest import MAX_VALUES, Manifest, load_manifest
 from dvdquant.cli.inspect import _summary
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.cli.plan import main as plan_main
 from dvdquant.deploy.artifact import Artifact, _family_of
-from dvdquant.deploy.request import delta_for_average
-from dvdquant.deploy.schedule import Schedule
+from dvdquant.deploy.generation.request import delta_for_average
+from dvdquant.deploy.report.charts import error_chart
+from dvdquant.deploy.report.page import _bars, _schedule, _worst
+from dvdquant.deploy.report.text import commands, executions, kept_groups, python_lines, recipe_words, size_words
+from dvdquant.deploy.report.text import shown as shown_in_page
+from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.errors import DvdquantError, OutputError
-from dvdquant.export.card import model_card
-from dvdquant.export.report import _bars, _schedule, _worst
-from dvdquant.export.report_charts import error_chart
-from dvdquant.export.report_words import (
-    commands,
-    executions,
-    kept_groups,
-    python_lines,
-    recipe_words,
-    size_words,
-)
-from dvdquant.export.report_words import shown as shown_in_page
-from dvdquant.manifest import MAX_VALUES, Manifest, load_manifest
+from dvdquant.export.model_card import model_card
 from dvdquant.recipe import Recipe, error_name
 from tests import tiny_models as tiny
 from tests.commands import refused
@@ -227,7 +220,7 @@ class Read:
         delta_for_average(value, 6.0)
 
     def config(self, raw: bytes) -> None:
-        from dvdquant.files import strict_json
+        from dvdquant.system.files import strict_json
 
         try:
             config = strict_json(raw)

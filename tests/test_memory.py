@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.model import build_skeleton
-from dvdquant.safetensors_io import StreamingWriter
+from dvdquant.model.plan import build_skeleton
+from dvdquant.system.safetensors_io import StreamingWriter
 from tests.exporting import REPOSITORY
 
 CONFIG: dict[str, Any] = {
@@ -36,15 +36,15 @@ CONFIG: dict[str, Any] = {
 MEASURE = """
 import json, resource, sys
 import dvdquant.cli.export, dvdquant.export.pipeline, diffusers, onnxruntime, torch
-import dvdquant.bgr_search
+import dvdquant.quantize.backends.numba_search
 from pathlib import Path
-from dvdquant.bgr import quantize_weight
-from dvdquant.checkpoint import open_checkpoint
-from dvdquant.model import plan_model
-from dvdquant.progress import Progress
-from dvdquant.quantize import quantize_checkpoint
+from dvdquant.quantize.bgr import quantize_weight
+from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.model.plan import plan_model
+from dvdquant.system.progress import Progress
+from dvdquant.quantize.checkpoint import quantize_checkpoint
 from dvdquant.recipe import RECIPES
-from dvdquant.transaction import ExportTransaction
+from dvdquant.artifact.transaction import ExportTransaction
 
 recipe = RECIPES["weights-only"]
 checkpoint = open_checkpoint(sys.argv[1])

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dvdquant.memory import memory_limit
+from dvdquant.system.memory import memory_limit
 
 MIB = 1 << 20
 UNLIMITED = 0x7FFFFFFFFFFFF000  # what version 1 says where there is no limit

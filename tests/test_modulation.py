@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dvdquant.layers import QuantLinear, set_activation
-from dvdquant.model import plan_model, quantized_skeleton
+from dvdquant.model.layers import QuantLinear, set_activation
+from dvdquant.model.plan import plan_model, quantized_skeleton
 from dvdquant.recipe import ActivationSpec, Recipe, get_recipe
 from tests.tiny_models import COGVIDEOX, FIXED, HUNYUAN, WAN
 
@@ -42,7 +42,7 @@ def test_floor_is_the_recipes_own_8_bit_grid() -> None:
 
 
 def test_four_bit_graph_runs_them_with_eight() -> None:
-    from dvdquant.export.onnx import trace_graph
+    from dvdquant.export.graph.trace import trace_graph
     from dvdquant.export.passes.set_activation import set_activation as set_nodes
 
     plan = plan_model(HUNYUAN, packed(), torch.float16)

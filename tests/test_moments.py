@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dvdquant import moments, synthetic
-from dvdquant.checkpoint import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.errors import CheckpointError, ResourceError
-from dvdquant.families import get_family
-from dvdquant.hadamard import Rotation, rotate
-from dvdquant.layers import LayerSpec
-from dvdquant.model import ModelPlan, build_skeleton, plan_model
-from dvdquant.moments import (
+from dvdquant.model.families import get_family
+from dvdquant.model.layers import LayerSpec
+from dvdquant.model.plan import ModelPlan, build_skeleton, plan_model
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.quantize import hessian as moments
+from dvdquant.quantize import synthetic_inputs as synthetic
+from dvdquant.quantize.hessian import (
     InputMoments,
     balance_divisors,
     moment_block,
@@ -30,9 +31,9 @@ from dvdquant.moments import (
     streamed,
     synthetic_moments,
 )
-from dvdquant.progress import Progress
+from dvdquant.quantize.synthetic_inputs import synthetic_inputs
 from dvdquant.recipe import Recipe, get_recipe
-from dvdquant.synthetic import synthetic_inputs
+from dvdquant.system.progress import Progress
 from tests import tiny_models as tiny
 from tests.exporting import with_changes
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from dvdquant.errors import ExportError, ShapeError
-from dvdquant.export.graphs import FLAVOURS
-from dvdquant.export.onnx import profile_shapes, trace_graph
-from dvdquant.export.verify import verify_graph
-from dvdquant.families import Axis, Sizes
-from dvdquant.model import plan_model
+from dvdquant.export.graph.trace import profile_shapes, trace_graph
+from dvdquant.export.graph.writer import FLAVOURS
+from dvdquant.export.verify.graph import verify_graph
+from dvdquant.model.families import Axis, Sizes
+from dvdquant.model.plan import plan_model
 from dvdquant.recipe import ActivationSpec, Recipe, WeightSpec, get_recipe
-from dvdquant.safetensors_io import read_header
+from dvdquant.system.safetensors_io import read_header
 from tests import tiny_models as tiny
 from tests.exporting import TINY_WAN, Export, check_layers, export_graphs, with_changes
 
@@ -157,7 +157,7 @@ def test_no_weight_bytes_inside_the_graph_files(export: Export) -> None:
         kept = set(export.plan.kept)
         assert not {name for name in inside if name in packed | kept}, (bits, flavour)
         # What is left are shapes, rotary tables, and the QDQ flavour's vectors and rotations (in the graph's dtype).
-        rotations = {n for n in inside if n.startswith(("dvdquant.hadamard.", "dvdquant.outer."))}
+        rotations = {n for n in inside if n.startswith(("dvdquant.numerics.hadamard.", "dvdquant.outer."))}
         assert max((size for name, size in inside.items() if name not in rotations), default=0) <= 1 << 16
         assert flavour == "onnx" or not rotations
 

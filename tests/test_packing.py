@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvdquant.errors import ShapeError
-from dvdquant.packing import expand_zero, pack_int4, unpack_int4
+from dvdquant.numerics.packing import expand_zero, pack_int4, unpack_int4
 
 
 def test_layout_of_every_pair() -> None:

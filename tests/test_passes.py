@@ -12,14 +12,14 @@ import onnxruntime
 import pytest
 
 from dvdquant.errors import ExportError
-from dvdquant.export.functions import attach_functions
+from dvdquant.export.graph.functions import attach_functions
 from dvdquant.export.passes.bind_weights import StoredTensor, bind_weights
 from dvdquant.export.passes.boolean_where import boolean_where
-from dvdquant.export.passes.emulate_bfloat16 import emulate_bfloat16
-from dvdquant.export.passes.expand_attention_mask import expand_attention_mask
 from dvdquant.export.passes.name_weights import name_weights
 from dvdquant.export.passes.set_activation import set_activation
 from dvdquant.export.passes.simplify import simplify
+from dvdquant.onnx.emulate_bfloat16 import emulate_bfloat16
+from dvdquant.onnx.expand_attention_mask import expand_attention_mask
 from dvdquant.recipe import ActivationSpec
 from tests.small_graphs import ops, parse, random, reference, run
 

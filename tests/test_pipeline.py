@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dvdquant.manifest import Manifest, load_manifest, verify_files
+from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
 from dvdquant.recipe import RECIPES, Recipe
 from tests import tiny_models as tiny
 from tests.commands import SIZES, change, export, in_process, refused, rehash, run

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from dvdquant.manifest import load_manifest, verify_files
+from dvdquant.artifact.manifest import load_manifest, verify_files
 from tests import tiny_models as tiny
 from tests.commands import SIZES, digests, export, in_process, kill_when
 

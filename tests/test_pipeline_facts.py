@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.checkpoint import open_checkpoint
-from dvdquant.deploy.adapters import get_adapter
+from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
+from dvdquant.checkpoint.prompt_table import PromptTable
+from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.prompt_table import PromptTable
+from dvdquant.deploy.pipelines.adapters import get_adapter
 from dvdquant.errors import CheckpointError
 from dvdquant.export.options import ExportOptions, with_table_defaults
 from dvdquant.export.pipeline import ExportPlan, plan_export
-from dvdquant.families import get_family
-from dvdquant.families.configs import PIPELINE
-from dvdquant.families.wan import Wan
-from dvdquant.model import plan_model
-from dvdquant.pipeline_facts import with_pipeline_facts
+from dvdquant.model.families import get_family
+from dvdquant.model.families.configs import PIPELINE
+from dvdquant.model.families.wan import Wan
+from dvdquant.model.plan import plan_model
 from dvdquant.recipe import get_recipe
 from tests import tiny_models as tiny
 from tests.commands import SIZES, in_process, refused, run

@@ -265,10 +265,10 @@ def test_a_scheduler_that_fails_later_is_refused_before_anything_is_loaded(
     """By the generator that the commands use, in a pipeline's folder."""
     import diffusers
 
-    from dvdquant.deploy import pipeline_generate
     from dvdquant.deploy.artifact import Artifact
-    from dvdquant.deploy.generate import open_generator
-    from dvdquant.deploy.request import GenerateRequest
+    from dvdquant.deploy.generation import in_pipeline as pipeline_generate
+    from dvdquant.deploy.generation.generate import open_generator
+    from dvdquant.deploy.generation.request import GenerateRequest
 
     def loads(*_args: Any, **_options: Any) -> None:
         raise AssertionError("something was loaded")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.deploy.controller import StepController, StepInfo
-from dvdquant.deploy.step_cache import StepCachePolicy
+from dvdquant.deploy.switching.controller import StepController, StepInfo
+from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import EngineError, UnsupportedError
 from tests import tiny_pipelines as tiny
 from tests.tiny_pipelines import Exported, arguments, build_pipeline

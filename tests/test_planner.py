@@ -16,19 +16,19 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from dvdquant.artifact.manifest import load_manifest
 from dvdquant.cli.plan import main as plan_main
-from dvdquant.deploy import generate
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generate import open_generator
-from dvdquant.deploy.plan_plot import draw_plan
-from dvdquant.deploy.planner import Goal, Plan, delta_for_seconds, plan, psnr
-from dvdquant.deploy.recording import RecordingSession
-from dvdquant.deploy.request import GenerateRequest, check_request
-from dvdquant.deploy.schedule import Schedule
+from dvdquant.deploy.generation import generate
+from dvdquant.deploy.generation.generate import open_generator
+from dvdquant.deploy.generation.request import GenerateRequest, check_request
+from dvdquant.deploy.planning.planner import Goal, Plan, delta_for_seconds, plan, psnr
+from dvdquant.deploy.planning.plot import draw_plan
+from dvdquant.deploy.planning.recording import RecordingSession
 from dvdquant.deploy.sessions.base import EngineSession
+from dvdquant.deploy.switching.gbs import Stair, relative_change, switch_bits
+from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.errors import CheckpointError, OutputError, UnsupportedError
-from dvdquant.gbs import Stair, relative_change, switch_bits
-from dvdquant.manifest import load_manifest
 from tests.commands import refused
 from tests.exporting import TINY_WAN
 from tests.step_sessions import FaultySession, inputs_at, tiny_export, trained_export, walk

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant.hadamard import hadamard_matrix
+from dvdquant.numerics.hadamard import hadamard_matrix
 from dvdquant.ops.reference import quant_linear_reference
 
 ROOT = Path(__file__).resolve().parents[1]

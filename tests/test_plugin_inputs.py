@@ -14,15 +14,15 @@ import onnx_ir as ir
 import pytest
 
 from dvdquant.errors import EngineError
-from dvdquant.export.builders.network import check_custom_ops, read_model
-from dvdquant.export.engines import EngineStage
-from dvdquant.export.functions import attach_functions
+from dvdquant.export.engines.network import check_custom_ops, read_model
+from dvdquant.export.engines.precision import EnginePlan
+from dvdquant.export.engines.stage import EngineStage
+from dvdquant.export.graph.functions import attach_functions
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.passes.plugin_inputs import PLUGIN_NAMESPACE, PLUGIN_VERSION, plugin_inputs
-from dvdquant.export.realize import EnginePlan
-from dvdquant.families import Axis, Sizes
-from dvdquant.progress import Progress
+from dvdquant.model.families import Axis, Sizes
 from dvdquant.recipe import RECIPES
+from dvdquant.system.progress import Progress
 from tests import quant_linear_graphs as qg
 from tests.test_builders import as_tensorrt
 

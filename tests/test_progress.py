@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-import dvdquant.progress as progress_module
-from dvdquant.progress import Progress
-from dvdquant.text import unsafe
+import dvdquant.system.progress as progress_module
+from dvdquant.system.progress import Progress
+from dvdquant.system.text import unsafe
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dvdquant.deploy.prompt_table import EMPTY_WORD, PromptTable, frames_from_latents, open_scheduler
+from dvdquant.checkpoint.prompt_table import EMPTY_WORD, PromptTable, frames_from_latents, open_scheduler
 from dvdquant.errors import CheckpointError, ShapeError
 from tests.exporting import TINY_WAN
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvdquant.arq import fake_quantize_activation
-from dvdquant.hadamard import Rotation
-from dvdquant.layers import LayerSpec
+from dvdquant.model.layers import LayerSpec
+from dvdquant.numerics.activation_grid import fake_quantize_activation
+from dvdquant.numerics.hadamard import Rotation
 from tests.quality_scripts import script
 
 # Every name and width; which of them run depends on what is installed.

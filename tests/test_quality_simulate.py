@@ -14,18 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant.bgr import quantize_weight
-from dvdquant.checkpoint import open_checkpoint
-from dvdquant.deploy.controller import StepController
-from dvdquant.feedback import round_with_feedback
-from dvdquant.hadamard import Rotation, rotate
-from dvdquant.model import plan_model
-from dvdquant.moments import synthetic_moments
+from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.deploy.switching.controller import StepController
+from dvdquant.model.plan import plan_model
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.numerics.packing import pack_int4
 from dvdquant.ops.reference import dequantize_weight
-from dvdquant.packing import pack_int4
-from dvdquant.predicted import layer_inputs
-from dvdquant.progress import Progress
+from dvdquant.quantize.bgr import quantize_weight
+from dvdquant.quantize.gptq import round_with_feedback
+from dvdquant.quantize.hessian import synthetic_moments
+from dvdquant.quantize.layer_inputs import layer_inputs
 from dvdquant.recipe import RECIPES
+from dvdquant.system.progress import Progress
 from tests.bounds import LAMBDA, UNIT, assert_layer
 from tests.exporting import OpInputs, judge
 from tests.quality_scripts import QUALITY, script

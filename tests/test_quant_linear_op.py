@@ -13,11 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.export.functions import QuantLinear, QuantLinearRealZero
-from dvdquant.export.schema import register_schemas
+from dvdquant.export.graph.functions import QuantLinear, QuantLinearRealZero
+from dvdquant.numerics.packing import pack_int4
+from dvdquant.onnx.schema import register_schemas
 from dvdquant.ops.quant_linear import quant_linear
 from dvdquant.ops.reference import quant_linear_reference
-from dvdquant.packing import pack_int4
 from tests.bounds import assert_layer
 from tests.exporting import OpInputs, activations, judge, op_inputs
 

@@ -13,25 +13,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import dvdquant.quantize as quantize_module
-from dvdquant.bgr import quantize_weight
-from dvdquant.checkpoint import open_checkpoint
+import dvdquant.quantize.checkpoint as quantize_module
+from dvdquant.artifact.transaction import ExportTransaction
+from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.errors import CheckpointError
-from dvdquant.export.graphs import GraphWriter
-from dvdquant.export.onnx import trace_graph
-from dvdquant.export.verify import load_quantized, verify_graph
-from dvdquant.feedback import round_with_feedback
-from dvdquant.hadamard import rotate
-from dvdquant.model import ModelPlan, plan_model
-from dvdquant.moments import synthetic_moments
+from dvdquant.export.graph.trace import trace_graph
+from dvdquant.export.graph.writer import GraphWriter
+from dvdquant.export.verify.graph import load_quantized, verify_graph
+from dvdquant.model.plan import ModelPlan, plan_model
+from dvdquant.numerics.hadamard import rotate
+from dvdquant.numerics.packing import unpack_int4
 from dvdquant.ops.reference import dequantize_weight
-from dvdquant.packing import unpack_int4
-from dvdquant.predicted import LayerInputs, layer_inputs, noise_levels
-from dvdquant.progress import Progress
-from dvdquant.quantize import PackedWeights, plan_shards, quantize_checkpoint, rotate_rows
+from dvdquant.quantize.bgr import quantize_weight
+from dvdquant.quantize.checkpoint import PackedWeights, plan_shards, quantize_checkpoint, rotate_rows
+from dvdquant.quantize.gptq import round_with_feedback
+from dvdquant.quantize.hessian import synthetic_moments
+from dvdquant.quantize.layer_inputs import LayerInputs, layer_inputs, noise_levels
 from dvdquant.recipe import RECIPES, get_recipe
-from dvdquant.safetensors_io import read_tensor
-from dvdquant.transaction import ExportTransaction
+from dvdquant.system.progress import Progress
+from dvdquant.system.safetensors_io import read_tensor
 from tests import tiny_models as tiny
 
 SINGLE = "diffusion_pytorch_model.safetensors"

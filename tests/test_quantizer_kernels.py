@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant import bgr_device, bgr_kernels
-from dvdquant.bgr import QuantizedWeight, quantize_weight, relative_mse
-from dvdquant.bgr_kernels import QuantizerKernels
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.feedback import Feedback
 from dvdquant.ops.cuda import GridPointers, GridShape, KernelLibrary
+from dvdquant.quantize.backends import cuda_grid as bgr_kernels
+from dvdquant.quantize.backends import torch_grid as bgr_device
+from dvdquant.quantize.backends.cuda_grid import QuantizerKernels
+from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, relative_mse
+from dvdquant.quantize.gptq import Feedback
 from dvdquant.recipe import WeightSpec
 from tests.test_bgr_device import CLOSENESS, GRIDS, assert_as_good, layer_errors, weights
 

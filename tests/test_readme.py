@@ -119,7 +119,7 @@ def test_pages_take_in_the_generated_tables() -> None:
 
 
 def test_table_of_what_executes_names_every_sm() -> None:
-    from dvdquant.export.realize import RTX_SMS, TENSORRT_SMS
+    from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS
 
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in _script("tables").executes_table().splitlines()
@@ -140,7 +140,7 @@ def test_every_dependency_is_explained() -> None:
 
 
 def test_every_family_is_named() -> None:
-    from dvdquant.families import FAMILIES
+    from dvdquant.model.families import FAMILIES
 
     spoken = README.lower().replace("-", "").replace(" ", "")
     for family in FAMILIES:
@@ -194,7 +194,7 @@ def test_examples_use_the_public_face_as_it_is(page: Path, example: str) -> None
 
 
 def test_steps_of_a_trace_have_what_the_example_prints() -> None:
-    from dvdquant.deploy.controller import StepRecord
+    from dvdquant.deploy.switching.controller import StepRecord
 
     assert {"step", "bits", "reason"} <= {f.name for f in dataclasses.fields(StepRecord)}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dvdquant.errors import EngineError, UnsupportedError
-from dvdquant.export.polygraphy_tools import onnx_summary, rtx_unsupported
-from dvdquant.export.realize import RTX_SMS, TENSORRT_SMS, choose_realization, plan_engines, what_executes
+from dvdquant.export.engines.polygraphy_tools import onnx_summary, rtx_unsupported
+from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_realization, plan_engines, what_executes
 from dvdquant.recipe import RECIPES, ActivationSpec
 from tests import quant_linear_graphs as qg
 from tests.test_builders import save, unparsable

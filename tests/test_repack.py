@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import dvdquant.repack as repack
-from dvdquant.bgr import quantize_weight
+import dvdquant.ops.repack as repack
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.hadamard import Rotation, rotate
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.numerics.packing import pack_int4
 from dvdquant.ops.reference import dequantize_weight
-from dvdquant.packing import pack_int4
-from dvdquant.recipe import get_recipe
-from dvdquant.repack import (
+from dvdquant.ops.repack import (
     PATHS,
     LayerShape,
     added_error,
@@ -28,6 +26,8 @@ from dvdquant.repack import (
     restore,
     to_bytes,
 )
+from dvdquant.quantize.bgr import quantize_weight
+from dvdquant.recipe import get_recipe
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 EXPANDED = ("s8_token", "s8_group", "s8_wgmma", "e4m3_group")
@@ -103,7 +103,7 @@ def test_other_rows_round_to_half_a_step(path: str, zero: str, groups: int) -> N
 
 
 def unpacked(codes: np.ndarray) -> np.ndarray:
-    from dvdquant.packing import unpack_int4
+    from dvdquant.numerics.packing import unpack_int4
 
     return unpack_int4(torch.from_numpy(codes)).numpy()
 

@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
+from dvdquant.checkpoint.prompt_table import PromptTable, open_scheduler
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generate import GenerateRequest, generate
-from dvdquant.deploy.original import OriginalRunner, load_original
-from dvdquant.deploy.prompt_table import PromptTable, open_scheduler
+from dvdquant.deploy.generation.generate import GenerateRequest, generate
+from dvdquant.deploy.generation.original import OriginalRunner, load_original
+from dvdquant.deploy.report.page import check_place, write_report
+from dvdquant.deploy.report.samples import make_samples, sample_prompts
+from dvdquant.deploy.report.text import commands, python_lines
 from dvdquant.deploy.sessions import open_session
 from dvdquant.errors import OutputError, UnsupportedError
-from dvdquant.export.report import check_place, write_report
-from dvdquant.export.report_samples import make_samples, sample_prompts
-from dvdquant.export.report_words import commands, python_lines
-from dvdquant.manifest import Manifest, load_manifest, verify_files
-from dvdquant.progress import Progress
+from dvdquant.system.progress import Progress
 from tests.commands import in_process, refused, run
 from tests.exporting import TINY_WAN
 from tests.report_pages import STEPS, Page, full_report, planned, report_export, report_source
@@ -124,7 +124,7 @@ def test_page_holds_the_numbers_of_the_manifest(page: Page, manifest: Manifest) 
 
 
 def test_parameters_are_those_of_the_checkpoint(page: Page, source: Path) -> None:
-    from dvdquant.checkpoint import open_checkpoint
+    from dvdquant.checkpoint.reader import open_checkpoint
 
     checkpoint = open_checkpoint(source, component="transformer")
     elements = sum(math.prod(info.shape) for info in checkpoint.tensors.values())

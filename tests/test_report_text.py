@@ -9,10 +9,10 @@ import re
 import numpy as np
 import pytest
 
-from dvdquant.export.report import render_report
-from dvdquant.export.report_charts import error_chart, line_chart, schedule_chart
-from dvdquant.export.report_words import shown
-from dvdquant.manifest import Manifest, load_manifest
+from dvdquant.artifact.manifest import Manifest, load_manifest
+from dvdquant.deploy.report.charts import error_chart, line_chart, schedule_chart
+from dvdquant.deploy.report.page import render_report
+from dvdquant.deploy.report.text import shown
 from tests.report_pages import PIXEL, Page, full_report, report_export
 
 pytestmark = pytest.mark.slow  # the export that both files of report tests look at

@@ -114,7 +114,7 @@ import sys
 target, packages, root = sys.argv[1:]
 sys.path[:0] = [target]
 sys.path.append(packages)
-import dvdquant, dvdquant.export.pipeline, dvdquant.deploy, dvdquant.export.builders.worker
+import dvdquant, dvdquant.export.pipeline, dvdquant.deploy, dvdquant.export.engines.worker
 for module in [m for n, m in sys.modules.items() if n.partition(".")[0] == "dvdquant"]:
     assert module.__file__.startswith(target), module
 assert not [p for p in sys.path if p.rstrip("/") == root]

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.deploy.request import GenerateRequest, resolve_size
+from dvdquant.deploy.generation.request import GenerateRequest, resolve_size
 from dvdquant.errors import ShapeError
-from dvdquant.families import Axis, Sizes
+from dvdquant.model.families import Axis, Sizes
 from tests.commands import environment, refused
 from tests.exporting import TINY_WAN
 from tests.running import PROMPT, call, drawn, run, tiny_wan_export

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents, open_scheduler
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.controller import StepController
-from dvdquant.deploy.generate import GenerateRequest, generate, open_generator
-from dvdquant.deploy.prompt_table import PromptTable, frames_from_latents, open_scheduler
-from dvdquant.deploy.schedule import Schedule
+from dvdquant.deploy.generation.generate import GenerateRequest, generate, open_generator
 from dvdquant.deploy.sessions import open_session
-from dvdquant.deploy.switching import StepRunner
+from dvdquant.deploy.switching.controller import StepController
+from dvdquant.deploy.switching.runner import StepRunner
+from dvdquant.deploy.switching.schedule import Schedule
 from tests.commands import refused
 from tests.exporting import TINY_WAN
 from tests.running import PROMPT, call, decode, drawn, run, tiny_wan_export

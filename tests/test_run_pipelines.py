@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generate import GenerateRequest, generate
+from dvdquant.deploy.generation.generate import GenerateRequest, generate
 from tests.commands import refused
 from tests.running import decode, drawn, run, wan_pipeline
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dvdquant.errors import CheckpointError
-from dvdquant.safetensors_io import DTYPES, StreamingWriter, read_header, read_tensor
+from dvdquant.system.safetensors_io import DTYPES, StreamingWriter, read_header, read_tensor
 from tests.helpers_checkpoint import entry, memory_folder, raw_safetensors, tensors
 
 DATA = bytes(range(24))

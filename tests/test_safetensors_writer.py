@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
-from dvdquant.safetensors_io import ALIGNMENT, DTYPES, StreamingWriter, read_header
+from dvdquant.system.safetensors_io import ALIGNMENT, DTYPES, StreamingWriter, read_header
 from tests.helpers_checkpoint import in_child
 
 PLAN = [

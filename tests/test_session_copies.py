@@ -23,7 +23,7 @@ from dvdquant.deploy.sessions.private_copy import private_copy
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import OutputError, ResourceError
-from dvdquant.files import hash_file
+from dvdquant.system.files import hash_file
 from tests import session_exports as made
 from tests.commands import environment
 

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dvdquant.artifact.manifest import Manifest
+from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import engine_choice, engines, open_session
 from dvdquant.deploy.sessions.engine_binding import EngineLog
 from dvdquant.deploy.sessions.engines import TensorRTSession, deserialize, make_runtime, select_engine
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import DvdquantError, EngineError
-from dvdquant.export.builders.backend import Backend, load_backend
-from dvdquant.export.verify import ATOL, FACTOR
-from dvdquant.manifest import Manifest
+from dvdquant.export.verify.graph import ATOL, FACTOR
 from tests import session_exports as made
 from tests.engine_double import DoubleContext, Library
 

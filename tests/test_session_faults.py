@@ -15,6 +15,8 @@ import onnxruntime
 import pytest
 import torch
 
+from dvdquant.artifact.manifest import MANIFEST
+from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import engine_choice, engines, weights
 from dvdquant.deploy.sessions.engines import TensorRTSession, load_plugins
@@ -22,9 +24,7 @@ from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import DvdquantError, EngineError, OutputError
-from dvdquant.export.builders.backend import Backend, load_backend
-from dvdquant.files import hash_file
-from dvdquant.manifest import MANIFEST
+from dvdquant.system.files import hash_file
 from tests import session_exports as made
 from tests.engine_double import Library
 from tests.test_checkpoint_attacks import _watch

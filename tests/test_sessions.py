@@ -16,8 +16,8 @@ from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.deploy.sessions.pytorch import PyTorchSession, bits_advice
 from dvdquant.errors import DvdquantError, EngineError, ShapeError, UnsupportedError
-from dvdquant.export.verify import ATOL, FACTOR
-from dvdquant.families import Sizes
+from dvdquant.export.verify.graph import ATOL, FACTOR
+from dvdquant.model.families import Sizes
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.recipe import get_recipe
 from tests import session_exports as made
@@ -355,7 +355,7 @@ def test_batches_and_fixed_sizes_in_words() -> None:
     """The words of a fixed profile."""
     artifact = Artifact.open(made.family_export("wan"))
     from dvdquant.deploy.sessions.inputs import check_inputs
-    from dvdquant.families import Axis
+    from dvdquant.model.families import Axis
 
     sizes = Sizes(Axis.fixed(3), Axis.fixed(8), Axis.fixed(8), 12)
     inputs = artifact.family().sample(Sizes(Axis.fixed(3), Axis.fixed(10), Axis.fixed(8), 12), torch.bfloat16)

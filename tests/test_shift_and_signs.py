@@ -8,18 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dvdquant.checkpoint import open_checkpoint
-from dvdquant.hadamard import Rotation, rotate
-from dvdquant.layers import QuantLinear, RotationTable
-from dvdquant.model import ModelPlan, plan_model
-from dvdquant.moments import channel_signs
+from dvdquant.artifact.transaction import ExportTransaction
+from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.model.layers import QuantLinear, RotationTable
+from dvdquant.model.plan import ModelPlan, plan_model
+from dvdquant.numerics.hadamard import Rotation, rotate
 from dvdquant.ops.balance import apply_balance, balance_input, pack_balance
 from dvdquant.ops.prepared_cache import PreparedCache
 from dvdquant.ops.quant_linear import balanced_quant_linear
-from dvdquant.progress import Progress
-from dvdquant.quantize import quantize_checkpoint, rotated_weight
+from dvdquant.quantize.checkpoint import quantize_checkpoint, rotated_weight
+from dvdquant.quantize.hessian import channel_signs
 from dvdquant.recipe import get_recipe
-from dvdquant.transaction import ExportTransaction
+from dvdquant.system.progress import Progress
 from tests import tiny_models as tiny
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant.deploy.controller import StepController
-from dvdquant.deploy.step_cache import StepCachePolicy
-from dvdquant.deploy.switching import StepRunner
+from dvdquant.deploy.switching.controller import StepController
+from dvdquant.deploy.switching.gbs import relative_change, switch_bits
+from dvdquant.deploy.switching.runner import StepRunner
+from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import EngineError, ShapeError, UnsupportedError
-from dvdquant.gbs import relative_change, switch_bits
 from tests.bounds import UNIT
 from tests.step_sessions import FAULTS, TIMESTEPS, FaultySession, inputs_at, poison, tiny_export, walk
 
@@ -382,7 +382,7 @@ def test_one_spoiled_value_anywhere_is_seen(session: FaultySession) -> None:
 @pytest.mark.gpu
 def test_history_stays_on_the_gpu_and_a_nan_there_is_seen() -> None:
     """The same reduction on a CUDA device, against float64 on the CPU."""
-    from dvdquant.gbs import change_sums
+    from dvdquant.deploy.switching.gbs import change_sums
 
     generator = torch.Generator().manual_seed(3)
     current, previous = (torch.randn(1, 16, 9, 60, 104, generator=generator).bfloat16() for _ in range(2))

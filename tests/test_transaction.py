@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-import dvdquant.commit
+import dvdquant.artifact.commit
+from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.errors import OutputError, ResourceError
-from dvdquant.manifest import load_manifest, verify_files
-from dvdquant.transaction import ExportTransaction, require_disk
 from tests.helpers_checkpoint import (
     KEY,
     content,
@@ -36,7 +36,7 @@ def seen(version: int) -> dict[str, str]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The two ways of putting an export in place; the second as on a file system without renameat2."""
     if request.param == "roll-forward":
-        monkeypatch.setattr(dvdquant.commit, "exchange", no_exchange)
+        monkeypatch.setattr(dvdquant.artifact.commit, "exchange", no_exchange)
     return str(request.param)
 
 

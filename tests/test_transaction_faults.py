@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-import dvdquant.commit
-from dvdquant.commit import FolderLock, recover
+import dvdquant.artifact.commit
+from dvdquant.artifact.commit import FolderLock, recover
+from dvdquant.artifact.manifest import load_manifest
+from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.errors import OutputError, ResourceError
-from dvdquant.manifest import load_manifest
-from dvdquant.transaction import ExportTransaction, require_disk
 from tests.helpers_checkpoint import (
     CleanChildren,
     content,
@@ -267,7 +267,7 @@ def test_a_lock_file_removed_between_opening_and_locking_it(tmp_path: Path, monk
 
 
 def test_the_new_folder_is_locked_from_the_moment_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, real, refused = tmp_path / "out", dvdquant.commit.exchange, []
+    out, real, refused = tmp_path / "out", dvdquant.artifact.commit.exchange, []
 
     def exchange(*names: Any) -> None:
         real(*names)
@@ -275,7 +275,7 @@ def test_the_new_folder_is_locked_from_the_moment_it_is_there(tmp_path: Path, mo
             FolderLock(out)
         refused.append(caught.value)
 
-    monkeypatch.setattr(dvdquant.commit, "exchange", exchange)
+    monkeypatch.setattr(dvdquant.artifact.commit, "exchange", exchange)
     export(out, 1)
     export(out, 2)
     assert len(refused) == 1

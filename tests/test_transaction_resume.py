@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from dvdquant.artifact.folder import Folder
+from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.artifact.transaction import ExportTransaction, Journal
+from dvdquant.artifact.unfinished import differences
 from dvdquant.errors import OutputError
-from dvdquant.folder import Folder
-from dvdquant.manifest import load_manifest, verify_files
-from dvdquant.transaction import ExportTransaction, Journal
-from dvdquant.unfinished import differences
 from tests.helpers_checkpoint import (
     KEY,
     CleanChildren,

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant.deploy.adapters import ADAPTERS, LTXVideoAdapter, get_adapter
-from dvdquant.deploy.refusals import REFUSED
-from dvdquant.deploy.request import DEFAULT_DELTA
+from dvdquant.deploy.generation.request import DEFAULT_DELTA
+from dvdquant.deploy.pipelines.adapters import ADAPTERS, LTXVideoAdapter, get_adapter
+from dvdquant.deploy.pipelines.unsupported import REFUSED
+from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import EngineError, OutputError, ShapeError, UnsupportedError
-from dvdquant.families import FAMILIES, Axis, Family, Sizes, get_family
-from dvdquant.model import build_skeleton
-from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
+from dvdquant.model.families import FAMILIES, Axis, Family, Sizes, get_family
+from dvdquant.model.plan import build_skeleton
 from tests import tiny_models
 from tests import tiny_pipelines as tiny
 from tests.tiny_pipelines import Exported, arguments, build_pipeline, relative
@@ -68,7 +68,7 @@ def test_face(transformer: Any, wan: Exported) -> None:
 
 def test_a_config_that_says_where_it_was_loaded_from(wan: Exported) -> None:
     """diffusers writes that into the config.json of a model it saves."""
-    from dvdquant.deploy.transformer import DvdqTransformer
+    from dvdquant.deploy.pipelines.transformer import DvdqTransformer
 
     opened: Any = wan.open("pytorch")
     session = opened.session
@@ -110,7 +110,7 @@ def test_import_is_lazy() -> None:
     code = (
         "import sys, dvdquant.deploy as d; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules;"
         "from dvdquant.deploy import DvdqTransformer; assert 'onnxruntime' not in sys.modules;"
-        "assert DvdqTransformer.__module__ == 'dvdquant.deploy.transformer'; "
+        "assert DvdqTransformer.__module__ == 'dvdquant.deploy.pipelines.transformer'; "
         "import pytest; pytest.raises(AttributeError, getattr, d, 'Nothing')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -334,7 +334,7 @@ def test_refuses_other_dtypes_and_devices(
         assert "device='cuda" in str(caught.value.fix)
     # As on a GPU: the CPU is where offloading moves things, another GPU is not where the engines are.
     monkeypatch.setattr(transformer.session, "device", torch.device("cuda:0"))
-    with caplog.at_level(logging.INFO, "dvdquant.deploy.transformer"):
+    with caplog.at_level(logging.INFO, "dvdquant.deploy.pipelines.transformer"):
         transformer.to("cpu").to("cuda").to("cuda:0").cpu()
     assert len([r for r in caplog.records if "stay on cuda:0" in r.getMessage()]) == 1
     with pytest.raises(UnsupportedError, match="cuda:1"):

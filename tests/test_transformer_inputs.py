@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant.deploy.adapters import Adapter, get_adapter
+from dvdquant.deploy.pipelines.adapters import Adapter, get_adapter
 from dvdquant.errors import DvdquantError, ShapeError
-from dvdquant.families import Axis, Family, Sizes, get_family
-from dvdquant.model import build_skeleton
+from dvdquant.model.families import Axis, Family, Sizes, get_family
+from dvdquant.model.plan import build_skeleton
 from tests import tiny_models
 from tests import tiny_pipelines as tiny
 from tests.tiny_pipelines import Exported, arguments, build_pipeline

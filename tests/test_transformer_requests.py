@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant.deploy.controller import StepController
-from dvdquant.deploy.step_cache import StepCachePolicy
+from dvdquant.deploy.switching.controller import StepController
+from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import EngineError, UnsupportedError
 from tests import tiny_pipelines as tiny
 from tests.tiny_pipelines import Exported, arguments, build_pipeline

@@ -20,11 +20,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dvdquant.checkpoint import Checkpoint, open_checkpoint
-from dvdquant.deploy.pipeline_parts import open_pipeline_folder
-from dvdquant.deploy.prompt_table import PromptTable, open_scheduler
+from dvdquant.checkpoint.prompt_table import PromptTable, open_scheduler
+from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.untrusted import UntrustedFolder
+from dvdquant.deploy.pipelines.parts import open_pipeline_folder
 from dvdquant.errors import CheckpointError, DvdquantError
-from dvdquant.untrusted import UntrustedFolder
 from tests.helpers_checkpoint import (
     entry,
     in_child,

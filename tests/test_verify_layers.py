@@ -13,17 +13,18 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from dvdquant.artifact.manifest import LayerEntry
 from dvdquant.errors import ExportError
-from dvdquant.export import verify, verify_layers
-from dvdquant.export.judge import Judged, OpInputs, judge
-from dvdquant.export.taps import add_taps, cut_out, find_taps, load_graph, run_graph
-from dvdquant.export.verify import BetweenCheck, GraphCheck, Verifier
-from dvdquant.export.verify_export import verify_export
-from dvdquant.export.verify_layers import LayerCheck, LayersCheck, choose_layers, token_step
-from dvdquant.manifest import LayerEntry
-from dvdquant.model import plan_model
-from dvdquant.progress import Progress
+from dvdquant.export.verify import graph as verify
+from dvdquant.export.verify import layers as verify_layers
+from dvdquant.export.verify.export import verify_export
+from dvdquant.export.verify.graph import BetweenCheck, GraphCheck, Verifier
+from dvdquant.export.verify.intermediates import add_taps, cut_out, find_taps, load_graph, run_graph
+from dvdquant.export.verify.layers import LayerCheck, LayersCheck, choose_layers, token_step
+from dvdquant.export.verify.tolerance import Judged, OpInputs, judge
+from dvdquant.model.plan import plan_model
 from dvdquant.recipe import get_recipe
+from dvdquant.system.progress import Progress
 from tests import tiny_models as tiny
 from tests.exporting import Export, export_graphs
 

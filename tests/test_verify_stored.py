@@ -15,18 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant.checkpoint import Checkpoint, open_checkpoint
+from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.artifact.transaction import ExportTransaction
+from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.errors import ExportError
-from dvdquant.export.card import model_card
-from dvdquant.export.verify_stored import StoredCheck, verify_stored
-from dvdquant.manifest import load_manifest, verify_files
-from dvdquant.model import ModelPlan, plan_model
-from dvdquant.packing import pack_int4, unpack_int4
-from dvdquant.progress import Progress
-from dvdquant.quantize import PackedWeights, quantize_checkpoint
+from dvdquant.export.model_card import model_card
+from dvdquant.export.verify.stored import StoredCheck, verify_stored
+from dvdquant.model.plan import ModelPlan, plan_model
+from dvdquant.numerics.packing import pack_int4, unpack_int4
+from dvdquant.quantize.checkpoint import PackedWeights, quantize_checkpoint
 from dvdquant.recipe import RECIPES, get_recipe
-from dvdquant.safetensors_io import read_header, read_tensor
-from dvdquant.transaction import ExportTransaction
+from dvdquant.system.progress import Progress
+from dvdquant.system.safetensors_io import read_header, read_tensor
 from tests import tiny_models as tiny
 from tests.commands import SIZES, change, digests, in_process, refused, rehash, run
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dvdquant.deploy import encoder, video
-from dvdquant.deploy.video import Row, atomic_path, check_target, enlarge, psnr, side_by_side
+from dvdquant.deploy.generation import encoder, video
+from dvdquant.deploy.generation.video import Row, atomic_path, check_target, enlarge, psnr, side_by_side
 from dvdquant.errors import DvdquantError, OutputError, ShapeError
 from tests.commands import environment
 from tests.running import decode
@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_the_old_clip(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 import numpy as np
-from dvdquant.deploy.video import write_mp4
+from dvdquant.deploy.generation.video import write_mp4
 from dvdquant.errors import DvdquantError
 import diffusers.utils, imageio_ffmpeg
 noise = np.random.default_rng(0).integers(0, 256, (20, 192, 192, 3), dtype=np.uint8)

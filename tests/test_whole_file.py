@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
-from dvdquant.files import disk_error
-from dvdquant.whole_file import UNFINISHED, atomic_path, check_writable, sweep_unfinished, write_whole
+from dvdquant.system.files import disk_error
+from dvdquant.system.whole_file import UNFINISHED, atomic_path, check_writable, sweep_unfinished, write_whole
 from tests.commands import environment
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from dvdquant.whole_file import atomic_path
+from dvdquant.system.whole_file import atomic_path
 with atomic_path(Path(sys.argv[1])) as temporary:
     temporary.write_bytes(b"half")
     print(temporary, flush=True)

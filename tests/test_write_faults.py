@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-import dvdquant.commit
-from dvdquant.commit import FolderLock, recover
+import dvdquant.artifact.commit
+from dvdquant.artifact.commit import FolderLock, recover
+from dvdquant.artifact.folder import Folder
+from dvdquant.artifact.manifest import load_manifest
+from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
-from dvdquant.folder import Folder
-from dvdquant.manifest import load_manifest
-from dvdquant.transaction import ExportTransaction
 from tests.faults import ERRORS, FULL, WRITES, Faults
 from tests.helpers_checkpoint import (
     KEY,
@@ -53,7 +53,7 @@ def _one_fault(out: Path, way: str, before: bool, faults: Faults) -> None:
     raised: DvdquantError | None = None
     with pytest.MonkeyPatch.context() as patch:
         if way == "roll-forward":
-            patch.setattr(dvdquant.commit, "exchange", no_exchange)
+            patch.setattr(dvdquant.artifact.commit, "exchange", no_exchange)
         faults.install(patch.setattr)
         try:
             export(out, 2, key=KEY)
@@ -157,7 +157,7 @@ def test_a_lock_that_cannot_be_removed_after_the_commit(
         real(path, **options)
 
     if way == "roll-forward":
-        monkeypatch.setattr(dvdquant.commit, "exchange", no_exchange)
+        monkeypatch.setattr(dvdquant.artifact.commit, "exchange", no_exchange)
     export(out, 1)
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", unlink)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dvdquant.families import Axis, Sizes
+from dvdquant.model.families import Axis, Sizes
 
 WAN: dict[str, Any] = {
     "_class_name": "WanTransformer3DModel",
@@ -90,7 +90,7 @@ RANGES = Sizes(Axis(2, 3, 4), Axis(4, 8, 12), Axis(6, 8, 10), text_tokens=12)
 
 def write_checkpoint(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
     """A diffusers transformer folder with heavy-tailed random weights."""
-    from dvdquant.model import build_skeleton
+    from dvdquant.model.plan import build_skeleton
 
     generator = torch.Generator().manual_seed(seed)
     tensors = {}

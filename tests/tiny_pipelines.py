@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.pipeline import plan_export, run_export
-from dvdquant.export.reference import as_float64
-from dvdquant.export.verify import load_quantized
-from dvdquant.layers import set_activation
-from dvdquant.model import ModelPlan
-from dvdquant.progress import Progress
-from dvdquant.quantize import plan_shards
+from dvdquant.export.verify.graph import load_quantized
+from dvdquant.export.verify.reference import as_float64
+from dvdquant.model.layers import set_activation
+from dvdquant.model.plan import ModelPlan
+from dvdquant.quantize.checkpoint import plan_shards
 from dvdquant.recipe import RECIPES
-from dvdquant.safetensors_io import read_header
+from dvdquant.system.progress import Progress
+from dvdquant.system.safetensors_io import read_header
 from tests import tiny_models as tiny
 
 WORDS = ["a", "cat", "dog", "runs", "sits", "in", "the", "rain", "snow", "red", "blue"]
@@ -242,7 +242,7 @@ class Exported:
         key = (backend, options.get("component") or options.get("subfolder") or "transformer")
         session = self.sessions.get(key)
         if session is not None and not session.closed:
-            with mock.patch("dvdquant.deploy.transformer.open_session", return_value=session):
+            with mock.patch("dvdquant.deploy.pipelines.transformer.open_session", return_value=session):
                 return DvdqTransformer.from_pretrained(self.out, backend=backend, **options)
         opened = DvdqTransformer.from_pretrained(self.out, backend=backend, **options)
         self.sessions[key] = opened.session

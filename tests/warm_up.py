@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from dvdquant.bgr import quantize_weight, refine_grid
-from dvdquant.hadamard import Rotation
-from dvdquant.quantize import _packed, _squared_errors, rotate_rows
+from dvdquant.numerics.hadamard import Rotation
+from dvdquant.quantize.bgr import quantize_weight, refine_grid
+from dvdquant.quantize.checkpoint import _packed, _squared_errors, rotate_rows
 from dvdquant.recipe import SOLVERS, ZERO_POINTS, WeightSpec
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from dvdquant.arq import AMAX_FLOOR, QMAX, quantize_activation
-from dvdquant.hadamard import hadamard_matrix
+from dvdquant.numerics.activation_grid import AMAX_FLOOR, QMAX, quantize_activation
+from dvdquant.numerics.hadamard import hadamard_matrix
 from dvdquant.ops.packed_layer import DTYPES
 from dvdquant.ops.reference import rotate_by_matrices
 

@@ -12,10 +12,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from dvdquant.deploy.controller import StepController
-from dvdquant.deploy.prompt_table import EMPTY_WORD, PromptTable, open_scheduler
-from dvdquant.deploy.step_cache import keep_residual, reuse
-from dvdquant.gbs import relative_change
+from dvdquant.checkpoint.prompt_table import EMPTY_WORD, PromptTable, open_scheduler
+from dvdquant.deploy.switching.controller import StepController
+from dvdquant.deploy.switching.gbs import relative_change
+from dvdquant.deploy.switching.step_cache import keep_residual, reuse
 
 __all__ = ["Bench", "Clips", "bench_prompts", "generate"]
 

@@ -1,4 +1,4 @@
-// Rotates tokens and rounds them to their activation grid, as dvdquant/hadamard.py and dvdquant/arq.py do in fp32. What a
+// Rotates tokens and rounds them to their activation grid, as dvdquant/numerics/hadamard.py and dvdquant/numerics/activation_grid.py do in fp32. What a
 // simulated layer spends most of its time on when every step is a tensor operation of its own.
 //
 // A Sylvester matrix of order b is H(b/16) ⊗ H(16): the inner factor as 16 broadcast products of one vector, the outer one
@@ -46,7 +46,7 @@ float largest(float* v, int n) {
     const Vec x = vec(v + i), size = x < 0 ? -x : x;
     top = size > top ? size : top;
   }
-  float amax = 0x1p-100f;  // AMAX_FLOOR of dvdquant/arq.py
+  float amax = 0x1p-100f;  // AMAX_FLOOR of dvdquant/numerics/activation_grid.py
   for (int lane = 0; lane < kLanes; ++lane) amax = std::max(amax, top[lane]);
   return amax;
 }

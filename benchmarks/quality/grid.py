@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvdquant.arq import QMAX, fake_quantize_activation
-from dvdquant.hadamard import Rotation
+from dvdquant.numerics.activation_grid import QMAX, fake_quantize_activation
+from dvdquant.numerics.hadamard import Rotation
 
 __all__ = ["Grid", "rotated_to_grid"]
 

@@ -15,11 +15,11 @@ from grid import Grid
 from simulate import Layer, Simulated
 from torch import Tensor
 
-from dvdquant.arq import fake_quantize_activation
-from dvdquant.bgr import quantize_weight
-from dvdquant.gbs import Weighting
-from dvdquant.hadamard import Rotation, rotate
-from dvdquant.predicted import layer_inputs
+from dvdquant.deploy.switching.gbs import Weighting
+from dvdquant.numerics.activation_grid import fake_quantize_activation
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.quantize.bgr import quantize_weight
+from dvdquant.quantize.layer_inputs import layer_inputs
 from dvdquant.recipe import RECIPES, Recipe, WeightSpec
 
 __all__ = ["METHODS", "Method", "activation_grid", "from_recipe", "grid_method"]

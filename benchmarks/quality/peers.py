@@ -25,7 +25,7 @@ from simulate import Layer, Simulated
 from torch import Tensor, nn
 
 from dvdquant.errors import DvdquantError
-from dvdquant.hadamard import Rotation
+from dvdquant.numerics.hadamard import Rotation
 
 __all__ = [
     "PEERS",

@@ -17,7 +17,7 @@ from outliers import modulation
 from simulate import sampled_inputs
 from torch import Tensor, nn
 
-from dvdquant.synthetic import smooth_field
+from dvdquant.quantize.synthetic_inputs import smooth_field
 
 __all__ = ["noise_run", "predicted_inputs"]
 

@@ -15,10 +15,10 @@ import torch
 from grid import Grid, rotated_to_grid
 from torch import Tensor, nn
 
-from dvdquant.hadamard import Rotation
-from dvdquant.layers import LayerSpec
-from dvdquant.model import plan_model
-from dvdquant.moments import InputMoments
+from dvdquant.model.layers import LayerSpec
+from dvdquant.model.plan import plan_model
+from dvdquant.numerics.hadamard import Rotation
+from dvdquant.quantize.hessian import InputMoments
 from dvdquant.recipe import RECIPES
 
 __all__ = ["Layer", "Simulated", "SimulatedGroup", "install", "layers_of", "sampled_inputs", "set_product_dtype"]

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from run import MODEL
 from work import Worker, find_method
 
-from dvdquant.deploy.planner import psnr
-from dvdquant.deploy.prompt_table import PromptTable, frames_from_latents
+from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
+from dvdquant.deploy.planning.planner import psnr
 
 ROWS = (
     "RTN",

@@ -12,9 +12,9 @@ from methods import LayerMethod, activation_grid, from_recipe, grid_method
 from simulate import Layer, Simulated
 from torch import Tensor
 
-from dvdquant.bgr import quantize_weight
-from dvdquant.feedback import round_with_feedback
-from dvdquant.hadamard import Rotation, rotate
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.quantize.bgr import quantize_weight
+from dvdquant.quantize.gptq import round_with_feedback
 from dvdquant.recipe import RECIPES, Recipe, WeightSpec
 
 __all__ = ["STUDIES"]

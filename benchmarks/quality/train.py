@@ -23,7 +23,7 @@ from shapes import FRAMES, SIDE, Clip, draw, random_clip
 from torch import Tensor
 from tqdm import trange
 
-from dvdquant.deploy.prompt_table import EMPTY_WORD, PromptTable
+from dvdquant.checkpoint.prompt_table import EMPTY_WORD, PromptTable
 
 OPPOSITE = {"right": "left", "left": "right", "up": "down", "down": "up"}
 

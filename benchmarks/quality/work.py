@@ -19,16 +19,16 @@ from simulate import Layer, Simulated, layers_of, sampled_inputs
 from studies import STUDIES
 from torch import Tensor, nn
 
-from dvdquant.checkpoint import open_checkpoint
-from dvdquant.deploy.controller import StepController
-from dvdquant.deploy.planner import psnr
-from dvdquant.deploy.prompt_table import frames_from_latents
-from dvdquant.deploy.step_cache import StepCachePolicy
-from dvdquant.gbs import Weighting, delta_for_average_bits, relative_change, weighted_changes
-from dvdquant.model import plan_model
-from dvdquant.moments import InputMoments, synthetic_moments
-from dvdquant.progress import Progress
+from dvdquant.checkpoint.prompt_table import frames_from_latents
+from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.deploy.planning.planner import psnr
+from dvdquant.deploy.switching.controller import StepController
+from dvdquant.deploy.switching.gbs import Weighting, delta_for_average_bits, relative_change, weighted_changes
+from dvdquant.deploy.switching.step_cache import StepCachePolicy
+from dvdquant.model.plan import plan_model
+from dvdquant.quantize.hessian import InputMoments, synthetic_moments
 from dvdquant.recipe import RECIPES
+from dvdquant.system.progress import Progress
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "switching"))
 from measure import place_high

@@ -88,7 +88,7 @@ class Worker:
 
         torch.set_num_threads(1)
         from dvdquant.deploy.artifact import Artifact
-        from dvdquant.deploy.generate import open_generator
+        from dvdquant.deploy.generation.generate import open_generator
         from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 
         self.artifact, self.steps, self.results = Artifact.open(out), steps, results
@@ -104,7 +104,7 @@ class Worker:
 
     def clip(self, key: str, prompt: str, seed: int, variants: Sequence[Variant], done: dict[str, Row]) -> None:
         """Generate what is missing of one clip, and append a row for each."""
-        from dvdquant.deploy.request import GenerateRequest
+        from dvdquant.deploy.generation.request import GenerateRequest
 
         # The published rule, unless a variant says otherwise.
         base = GenerateRequest(prompt, seed=seed, steps=self.steps, last_high=0, weighting="none")
@@ -123,9 +123,9 @@ class Worker:
     def _one(self, base: Any, variant: Variant, reference: Any, done: dict[str, Row]) -> Row:
         from metrics import ssim
 
-        from dvdquant.deploy import step_cache
-        from dvdquant.deploy.planner import psnr
-        from dvdquant.deploy.schedule import Schedule, average_bits
+        from dvdquant.deploy.planning.planner import psnr
+        from dvdquant.deploy.switching import step_cache
+        from dvdquant.deploy.switching.schedule import Schedule, average_bits
 
         fields = {name: variant[name] for name in ("mode", "delta", "last_high", "cache") if name in variant}
         if "place" in variant:
@@ -198,9 +198,9 @@ def plan_deltas(out: Path, model: Path, steps: int, results: Path, export_key: s
     if known:
         return {name: row["delta"] for name, row in known.items()}
     from dvdquant.deploy.artifact import Artifact
-    from dvdquant.deploy.planner import Goal, plan
-    from dvdquant.gbs import delta_for_average_bits
-    from dvdquant.progress import Progress
+    from dvdquant.deploy.planning.planner import Goal, plan
+    from dvdquant.deploy.switching.gbs import delta_for_average_bits
+    from dvdquant.system.progress import Progress
 
     prompts = clip_prompts(model, 4, seed=1)
     found = plan(
@@ -257,8 +257,8 @@ def main() -> None:
         os.environ[name] = "1"
     from report import write_cache_report, write_report
 
-    from dvdquant.deploy.step_cache import StepCachePolicy
-    from dvdquant.manifest import load_manifest
+    from dvdquant.artifact.manifest import load_manifest
+    from dvdquant.deploy.switching.step_cache import StepCachePolicy
 
     started = time.monotonic()
     export_key = load_manifest(arguments.out).export_key

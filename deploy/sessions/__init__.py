@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.devices import resolve_device
+from dvdquant.deploy.sessions.base import EngineSession, chosen_bits
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.ops.cuda import BUILD
 from dvdquant.ops.cuda_linear import kernels_for
-
-from .base import EngineSession, chosen_bits
+from dvdquant.system.devices import resolve_device
 
 if TYPE_CHECKING:
     import torch
@@ -69,14 +68,14 @@ def _open(
 ) -> EngineSession:
     # Imported here: each backend needs a library of its own.
     if name == "pytorch":
-        from .pytorch import PyTorchSession
+        from dvdquant.deploy.sessions.pytorch import PyTorchSession
 
         return PyTorchSession(artifact, component, bits, device)
     if name == "onnxruntime":
-        from .onnxruntime import OnnxRuntimeSession
+        from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 
         return OnnxRuntimeSession(artifact, component, bits, device)
-    from .engines import TensorRTSession
+    from dvdquant.deploy.sessions.engines import TensorRTSession
 
     return TensorRTSession(
         artifact, component, bits, device, backend=name, plugins=plugins if name == "tensorrt" else ()
@@ -88,7 +87,7 @@ def _open_best(
 ) -> EngineSession:
     reasons = []
     if device.type == "cuda":
-        from .engines import find_engines
+        from dvdquant.deploy.sessions.engines import find_engines
 
         for name in ("tensorrt_rtx", "tensorrt"):
             try:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions.inputs import check_inputs, graph_dtype
 from dvdquant.errors import DvdquantError, EngineError
-from dvdquant.families import Family, Sizes
-
-from .inputs import check_inputs, graph_dtype
+from dvdquant.model.families import Family, Sizes
 
 __all__ = ["EngineSession", "WrappedSession"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvdquant.backends import Backend
 from dvdquant.errors import EngineError
-from dvdquant.export.builders.backend import Backend
 
 __all__ = [
     "BoundEngine",

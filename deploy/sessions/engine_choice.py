@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
+from dvdquant.artifact.manifest import EngineEntry
+from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import EngineError, UnsupportedError
-from dvdquant.export.builders.backend import Backend, load_backend
-from dvdquant.families import Sizes
-from dvdquant.manifest import EngineEntry
+from dvdquant.model.families import Sizes
 
 __all__ = ["build_target", "device_sm", "find_engines", "select_engine"]
 

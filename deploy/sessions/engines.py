@@ -10,15 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvdquant.artifact.manifest import EngineEntry
+from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions.base import EngineSession
+from dvdquant.deploy.sessions.engine_binding import (
+    BoundEngine,
+    EngineLog,
+    Lane,
+    Scratch,
+    current_device,
+    make_logger,
+)
+from dvdquant.deploy.sessions.engine_choice import build_target, device_sm, find_engines, select_engine
+from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, OutputError
-from dvdquant.export.builders.backend import Backend, load_backend
-from dvdquant.manifest import EngineEntry
-
-from .base import EngineSession
-from .engine_binding import BoundEngine, EngineLog, Lane, Scratch, current_device, make_logger
-from .engine_choice import build_target, device_sm, find_engines, select_engine
-from .weights import WeightFiles
 
 __all__ = ["TensorRTSession", "deserialize", "device_sm", "find_engines", "load_plugins", "select_engine"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import EngineError
-from dvdquant.export.schema import DOMAIN
+from dvdquant.onnx.schema import DOMAIN
 from dvdquant.ops.reference import dequantize_weight
 
 __all__ = ["EXPANDED", "expand_weights", "expanded_weight"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import ShapeError
-from dvdquant.families import Axis, Family, InputSpec, Sizes
+from dvdquant.model.families import Axis, Family, InputSpec, Sizes
 
 __all__ = ["check_inputs", "graph_dtype"]
 

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions.base import EngineSession
+from dvdquant.deploy.sessions.expand_weights import EXPANDED, expand_weights, expanded_weight
+from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
-from dvdquant.export.verify import prepare_for_onnxruntime
-from dvdquant.layers import TENSORS
-from dvdquant.records import brief
-
-from .base import EngineSession
-from .expand_weights import EXPANDED, expand_weights, expanded_weight
-from .weights import WeightFiles
+from dvdquant.export.verify.graph import prepare_for_onnxruntime
+from dvdquant.model.layers import TENSORS
+from dvdquant.system.records import brief
 
 __all__ = ["OnnxRuntimeSession", "WeightForm"]
 
@@ -38,7 +37,7 @@ class OnnxRuntimeSession(EngineSession):
     fp32 matrices, eight times the packed bytes but once for all bit-widths.
 
     bfloat16 graphs run as float32 graphs that round after every operator, see
-    :func:`dvdquant.export.passes.emulate_bfloat16.emulate_bfloat16`: right, but no faster than float32. For speed on a GPU
+    :func:`dvdquant.onnx.emulate_bfloat16.emulate_bfloat16`: right, but no faster than float32. For speed on a GPU
     use an engine.
 
     Args:

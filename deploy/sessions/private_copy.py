@@ -18,8 +18,8 @@ import weakref
 from pathlib import Path
 
 from dvdquant.errors import OutputError, ResourceError
-from dvdquant.files import FileEntry, open_regular, write_all
-from dvdquant.memory import memory_limit
+from dvdquant.system.files import FileEntry, open_regular, write_all
+from dvdquant.system.memory import memory_limit
 
 __all__ = ["PrivateCopy", "fits_in_memory", "private_copy"]
 

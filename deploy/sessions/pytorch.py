@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions.base import EngineSession
+from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError
-from dvdquant.export.onnx import GraphWrapper
-from dvdquant.export.verify import fill_quantized
-from dvdquant.layers import QuantLinear, prepare_layers, set_activation
-from dvdquant.model import quantized_skeleton
+from dvdquant.export.graph.trace import GraphWrapper
+from dvdquant.export.verify.graph import fill_quantized
+from dvdquant.model.layers import QuantLinear, prepare_layers, set_activation
+from dvdquant.model.plan import quantized_skeleton
 from dvdquant.ops.cuda_linear import CACHE, usable_kernels
 from dvdquant.recipe import Recipe
-
-from .base import EngineSession
-from .weights import WeightFiles
 
 __all__ = ["PyTorchSession"]
 

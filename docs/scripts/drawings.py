@@ -19,10 +19,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dvdquant.bgr import quantize_weight  # noqa: E402
-from dvdquant.checkpoint import open_checkpoint  # noqa: E402
-from dvdquant.gbs import relative_change, switch_bits  # noqa: E402
-from dvdquant.hadamard import Rotation, rotate  # noqa: E402
+from dvdquant.checkpoint.reader import open_checkpoint  # noqa: E402
+from dvdquant.deploy.switching.gbs import relative_change, switch_bits  # noqa: E402
+from dvdquant.numerics.hadamard import Rotation, rotate  # noqa: E402
+from dvdquant.quantize.bgr import quantize_weight  # noqa: E402
 from dvdquant.recipe import WeightSpec  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dvdquant import manifest
-from dvdquant.export.realize import RTX_SMS, TENSORRT_SMS, choose_realization, what_executes
+from dvdquant.artifact import manifest
+from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_realization, what_executes
 from dvdquant.recipe import RECIPES, ActivationSpec, Recipe
 
 

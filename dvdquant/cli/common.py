@@ -12,10 +12,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from dvdquant.text import json_text, shown
-
-from .paths import WORD
-from .process import echo, require_folder, run_as_process, user_error
+from dvdquant.cli.paths import WORD
+from dvdquant.cli.process import echo, require_folder, run_as_process, user_error
+from dvdquant.system.text import json_text, shown
 
 __all__ = ["ExamplesCommand", "amount", "echo", "paragraphs", "runs_on", "setup_logging", "table"]
 

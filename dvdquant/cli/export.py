@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
+from dvdquant.cli.common import ExamplesCommand, amount, echo, paragraphs, setup_logging, table
+from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import RECIPES, get_recipe
-from dvdquant.text import json_text
-
-from .common import ExamplesCommand, amount, echo, paragraphs, setup_logging, table
-from .paths import MODEL, PATH, WORD
+from dvdquant.system.text import json_text
 
 if TYPE_CHECKING:
     from dvdquant.export.estimate import Estimate
@@ -32,7 +31,7 @@ REALIZE = (
     "int8",
     "int4-weight-only",
     "nvfp4",
-)  # those of dvdquant.export.realize, which takes seconds to import
+)  # those of dvdquant.export.engines.precision, which takes seconds to import
 MAX_TOKENS, MAX_BATCH = 1 << 16, 1 << 10
 
 EXAMPLES = """
@@ -169,8 +168,8 @@ def main(**arguments: Any) -> None:
     # These take seconds to import; --help does not wait for them.
     from dvdquant.export.options import ExportOptions
     from dvdquant.export.pipeline import plan_export, run_export
-    from dvdquant.progress import Progress
-    from dvdquant.whole_file import check_writable
+    from dvdquant.system.progress import Progress
+    from dvdquant.system.whole_file import check_writable
 
     started = time.monotonic()
     options = ExportOptions(recipe=recipe, **arguments)
@@ -215,7 +214,7 @@ def _plan_json(plan: ExportPlan) -> dict[str, Any]:
 
 
 def _plan_text(plan: ExportPlan) -> str:
-    from dvdquant.quantize import left_out_words
+    from dvdquant.quantize.checkpoint import left_out_words
 
     first, estimate = plan.plans[0], plan.estimate
     kinds: dict[tuple[int, int, int, int], list[str]] = {}

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
+from dvdquant.cli.common import ExamplesCommand, amount, echo, paragraphs, setup_logging, table
+from dvdquant.cli.paths import EXPORT, PATH, WORD
 from dvdquant.errors import OutputError
 
-from .common import ExamplesCommand, amount, echo, paragraphs, setup_logging, table
-from .paths import EXPORT, PATH, WORD
-
 if TYPE_CHECKING:
-    from dvdquant.manifest import LayerEntry, Manifest
+    from dvdquant.artifact.manifest import LayerEntry, Manifest
 
 EXAMPLES = """
 # files, engines and what executes on each SM, the ten worst layers
@@ -77,7 +76,7 @@ def main(
 ) -> None:
     """Show the export in folder OUT: sizes, graphs, engines and what they execute, weight errors layer by layer."""
     setup_logging(verbose, "text")
-    from dvdquant.manifest import load_manifest
+    from dvdquant.artifact.manifest import load_manifest
 
     if samples and page is None:
         raise OutputError("--samples without --html", fix="give --html PATH too: samples are a part of the page")
@@ -101,15 +100,15 @@ def main(
 
 
 def _write_page(out: Path, manifest: Manifest, page: Path, samples: int) -> None:
-    from dvdquant.export.report import check_place, collect, write_report
-    from dvdquant.progress import Progress
+    from dvdquant.deploy.report.page import check_place, collect, write_report
+    from dvdquant.system.progress import Progress
 
     check_place(page, out, manifest)
     write_report(page, collect(out, manifest, Progress("text"), samples=samples))
 
 
 def _graph_summary(out: Path, manifest: Manifest, graph: str) -> str:
-    from dvdquant.export.polygraphy_tools import onnx_summary, rtx_unsupported
+    from dvdquant.export.engines.polygraphy_tools import onnx_summary, rtx_unsupported
 
     targets = {g["path"]: g["target"] for g in manifest.graphs}
     if graph not in targets:
@@ -128,10 +127,10 @@ def _graph_summary(out: Path, manifest: Manifest, graph: str) -> str:
 
 
 def _check_files(out: Path, manifest: Manifest) -> str:
-    from dvdquant.export.check_links import check_links, unlisted_files
-    from dvdquant.manifest import verify_files
-    from dvdquant.progress import Progress
-    from dvdquant.text import shown
+    from dvdquant.artifact.manifest import verify_files
+    from dvdquant.export.verify.links import check_links, unlisted_files
+    from dvdquant.system.progress import Progress
+    from dvdquant.system.text import shown
 
     total = sum(entry["bytes"] for entry in manifest.files.values())
     with Progress("text").stage("check", total, "B") as stage:
@@ -152,8 +151,8 @@ def _check_files(out: Path, manifest: Manifest) -> str:
 
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
+    from dvdquant.artifact.verified import verified_words
     from dvdquant.recipe import error_name, fitted_words, looks_at_inputs
-    from dvdquant.verified import verified_words
 
     recipe = manifest.recipe
     inputs = ["inputs predicted" if looks_at_inputs(recipe) else "inputs ignored", *fitted_words(recipe)]

@@ -10,17 +10,16 @@ import click
 from click.core import ParameterSource
 
 from dvdquant import __version__
+from dvdquant.cli.common import ExamplesCommand, echo, runs_on, setup_logging, table
+from dvdquant.cli.paths import EXPORT, MODEL, PATH, TEXT_FILE, WORD
+from dvdquant.cli.prompt_file import read_prompts
+from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
-from dvdquant.whole_file import check_writable
-
-from .common import ExamplesCommand, echo, runs_on, setup_logging, table
-from .paths import EXPORT, MODEL, PATH, TEXT_FILE, WORD
-from .prompt_file import read_prompts
+from dvdquant.system.whole_file import check_writable
 
 if TYPE_CHECKING:
-    from dvdquant.deploy.planner import Plan
-    from dvdquant.manifest import Manifest
+    from dvdquant.artifact.manifest import Manifest
+    from dvdquant.deploy.planning.planner import Plan
 
 EXAMPLES = """
 # delta for 6 activation bits on average, into out/tiny-wan/schedule.json
@@ -90,7 +89,7 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     delta, picks one, and checks it by a real run. Nothing here changes the weights.
     """
     setup_logging(verbose, log_format)
-    from dvdquant.manifest import load_manifest
+    from dvdquant.artifact.manifest import load_manifest
 
     if check is not None:
         _refuse_besides_check()
@@ -106,8 +105,8 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     goal_options = {name: options.pop(name) for name in ("average_bits", "time_budget", "delta")}
 
     from dvdquant.deploy.artifact import Artifact
-    from dvdquant.deploy.planner import Goal, plan
-    from dvdquant.progress import Progress
+    from dvdquant.deploy.planning.planner import Goal, plan
+    from dvdquant.system.progress import Progress
 
     if all(value is None for value in goal_options.values()):
         goal_options["average_bits"] = 6.0
@@ -116,7 +115,7 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     found = plan(Artifact.open(out), prompts, goal, seeds=seeds, progress=progress, **options)
     found.schedule.save(output)
     if plot is not None:
-        from dvdquant.deploy.plan_plot import draw_plan
+        from dvdquant.deploy.planning.plot import draw_plan
 
         draw_plan(found, plot)
     progress.event("plan", delta=found.delta, schedule=str(output), **found.schedule.details)
@@ -143,7 +142,7 @@ def _refuse_besides_check() -> None:
 
 
 def _checked(path: Path, manifest: Manifest, steps: int | None) -> str:
-    from dvdquant.deploy.schedule import Schedule
+    from dvdquant.deploy.switching.schedule import Schedule
 
     schedule = Schedule.load(path, manifest, steps)
     return (

@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from dvdquant import __version__
+from dvdquant.cli.common import ExamplesCommand, runs_on, setup_logging
+from dvdquant.cli.paths import EXPORT, MODEL, PATH, TEXT_FILE, WORD
+from dvdquant.cli.prompt_file import check_prompt, read_prompts
+from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.switch_defaults import LAST_HIGH, WEIGHTINGS
-
-from .common import ExamplesCommand, runs_on, setup_logging
-from .paths import EXPORT, MODEL, PATH, TEXT_FILE, WORD
-from .prompt_file import check_prompt, read_prompts
 
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
-    from dvdquant.deploy.generate import Generator
-    from dvdquant.deploy.request import GenerateRequest, GenerateResult
-    from dvdquant.progress import Progress
+    from dvdquant.deploy.generation.generate import Generator
+    from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
+    from dvdquant.system.progress import Progress
 
 EXAMPLES = """
 # a clip, its frames as one picture, and why every step ran on which engine
@@ -193,11 +192,10 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
         check_prompt("--negative-prompt", settings.negative_prompt, may_be_empty=True)
     check_options(settings)
 
+    from dvdquant.cli.run_outputs import Writer
     from dvdquant.deploy.artifact import Artifact
-    from dvdquant.deploy.generate import open_generator
-    from dvdquant.progress import Progress
-
-    from .run_outputs import Writer
+    from dvdquant.deploy.generation.generate import open_generator
+    from dvdquant.system.progress import Progress
 
     writer = Writer.open(settings, len(prompts))
     artifact = Artifact.open(out)
@@ -225,7 +223,7 @@ def generate_one(generator: Generator, request: GenerateRequest, progress: Progr
 @contextmanager
 def step_bar(progress: Progress, title: str, steps: int) -> Iterator[Callable[[Any], None]]:
     """A callback for every record of the trace: the bar moves with the first call of each step."""
-    from dvdquant.deploy.run_report import bits_name, block
+    from dvdquant.deploy.generation.run_report import bits_name, block
 
     blocks: list[str] = []
     last = -1
@@ -245,8 +243,8 @@ def step_bar(progress: Progress, title: str, steps: int) -> Iterator[Callable[[A
 
 def requests_for(settings: RunOptions, artifact: Artifact, prompt: str) -> list[GenerateRequest]:
     """The clips of one prompt: one, or one for every mode to compare."""
-    from dvdquant.deploy.request import GenerateRequest
-    from dvdquant.deploy.schedule import Schedule
+    from dvdquant.deploy.generation.request import GenerateRequest
+    from dvdquant.deploy.switching.schedule import Schedule
 
     schedule = None
     if settings.schedule is not None:
@@ -276,7 +274,7 @@ def _switching(request: GenerateRequest, settings: RunOptions, schedule: Any) ->
     if schedule is None:
         return dataclasses.replace(request, mode="switch")
     if settings.average_bits is not None:
-        from dvdquant.deploy.request import delta_for_average
+        from dvdquant.deploy.generation.request import delta_for_average
 
         delta = delta_for_average(schedule, settings.average_bits)
         last = schedule.details.get("last_high", 0) if settings.last_high is None else settings.last_high

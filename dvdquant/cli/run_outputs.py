@@ -6,18 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvdquant.cli.common import echo
+from dvdquant.cli.run_text import compare_text, summary_text
 from dvdquant.errors import OutputError
 
-from .common import echo
-from .run_text import compare_text, summary_text
-
 if TYPE_CHECKING:
+    from dvdquant.cli.run import RunOptions
     from dvdquant.deploy.artifact import Artifact
-    from dvdquant.deploy.request import GenerateResult
-    from dvdquant.deploy.video import Row
-    from dvdquant.progress import Progress
-
-    from .run import RunOptions
+    from dvdquant.deploy.generation.request import GenerateResult
+    from dvdquant.deploy.generation.video import Row
+    from dvdquant.system.progress import Progress
 
 __all__ = ["Writer", "numbered"]
 
@@ -41,7 +39,7 @@ class Writer:
     def open(cls, settings: RunOptions, count: int) -> Writer:
         """Check every path before anything is generated. OutputError: unknown suffix, a folder that cannot be written,
         or one path for two files."""
-        from dvdquant.deploy.video import check_target
+        from dvdquant.deploy.generation.video import check_target
 
         wanted = (
             ("--output", settings.output, (".mp4", ".gif"), True),
@@ -64,8 +62,8 @@ class Writer:
 
     def clip(self, results: list[GenerateResult], fps: int, progress: Progress) -> None:
         """Write the clip of one prompt (several results: side by side), and say how it was made."""
-        from dvdquant.deploy.run_report import clip_json
-        from dvdquant.deploy.video import enlarge, psnr, side_by_side
+        from dvdquant.deploy.generation.run_report import clip_json
+        from dvdquant.deploy.generation.video import enlarge, psnr, side_by_side
 
         compare = len(results) > 1
         values = [psnr(r.frames, results[0].frames) if compare and i else None for i, r in enumerate(results)]
@@ -85,7 +83,7 @@ class Writer:
 
     def _write(self, picture: Any, fps: float) -> dict[str, str]:
         """The clip's own files; their paths by kind."""
-        from dvdquant.deploy.video import write_gif, write_mp4
+        from dvdquant.deploy.generation.video import write_gif, write_mp4
 
         index = len({clip["outputs"]["clip"] for clip in self.clips})
         outputs: dict[str, str] = {}
@@ -99,8 +97,8 @@ class Writer:
 
     def finish(self, artifact: Artifact, progress: Progress) -> None:
         """Write strip and trace, and list every file."""
-        from dvdquant.deploy.run_report import write_trace
-        from dvdquant.deploy.video import write_strip
+        from dvdquant.deploy.generation.run_report import write_trace
+        from dvdquant.deploy.generation.video import write_strip
 
         if self.settings.strip is not None:
             write_strip(self.settings.strip, self.rows)
@@ -120,8 +118,8 @@ class Writer:
 
 def _row(result: GenerateResult, psnr: float | None) -> Row:
     """The clip under the name of its mode."""
-    from dvdquant.deploy.run_report import average_bits, steps_of
-    from dvdquant.deploy.video import Row
+    from dvdquant.deploy.generation.run_report import average_bits, steps_of
+    from dvdquant.deploy.generation.video import Row
 
     request = result.request
     if request.mode == "16":
@@ -136,7 +134,7 @@ def _row(result: GenerateResult, psnr: float | None) -> Row:
 
 def _strip_row(row: Row, prompt: str, place: int | None) -> Row:
     """The row of a strip. ``place`` in a comparison: its first row also says the prompt; else the prompt is the title."""
-    from dvdquant.deploy.video import Row
+    from dvdquant.deploy.generation.video import Row
 
     if place is None:
         return Row(row.frames, prompt, f"{row.title}\n{row.note}")

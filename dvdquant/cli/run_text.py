@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from .common import table
+from dvdquant.cli.common import table
 
 if TYPE_CHECKING:
-    from dvdquant.deploy.request import GenerateResult
+    from dvdquant.deploy.generation.request import GenerateResult
 
 __all__ = ["compare_text", "summary_text"]
 
@@ -19,7 +19,7 @@ _LEGEND = "█ a8  ▄ a4  · skipped"
 
 def summary_text(result: GenerateResult) -> str:
     """The closing lines for people: counts, blocks, retries and time, with machine, backend and device named."""
-    from dvdquant.deploy.run_report import average_bits, bit_strip, steps_of
+    from dvdquant.deploy.generation.run_report import average_bits, bit_strip, steps_of
 
     steps = steps_of(result.trace)
     if result.request.mode == "16":
@@ -43,7 +43,7 @@ def summary_text(result: GenerateResult) -> str:
 
 def compare_text(results: Sequence[GenerateResult], values: Sequence[float | None]) -> str:
     """A table of several results of one prompt and seed; ``values`` are PSNRs to the first, None for itself."""
-    from dvdquant.deploy.run_report import average_bits, bit_strip, steps_of
+    from dvdquant.deploy.generation.run_report import average_bits, bit_strip, steps_of
 
     rows = []
     for result, value in zip(results, values):
@@ -68,7 +68,7 @@ def compare_text(results: Sequence[GenerateResult], values: Sequence[float | Non
 
 def call_times(result: GenerateResult) -> str:
     """Mean milliseconds of a call by what ran: ``a4 41.2 ms, a8 40.9 ms``."""
-    from dvdquant.deploy.run_report import bits_name
+    from dvdquant.deploy.generation.run_report import bits_name
 
     times: dict[int | None, list[float]] = {}
     for record in result.trace:
@@ -84,7 +84,7 @@ def _by_bits(items: Mapping[int | None, T]) -> list[tuple[int | None, T]]:
 
 def _where(results: Sequence[GenerateResult]) -> str:
     """Backend, device and machine."""
-    from dvdquant.deploy.run_report import machine
+    from dvdquant.deploy.generation.run_report import machine
 
     places = dict.fromkeys(f"{r.executed['backend']} on {r.executed['device']}" for r in results)
     return f"{' and '.join(places)}; {machine()}"

@@ -16,8 +16,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DvdquantError, ResourceError, ShapeError, UnsupportedError
-from ..repack import LayerShape
+from dvdquant.errors import DvdquantError, ResourceError, ShapeError, UnsupportedError
+from dvdquant.ops.repack import LayerShape
 
 __all__ = [
     "ABI_VERSION",
@@ -99,7 +99,7 @@ class GridShape:
 @dataclass(frozen=True)
 class GridPointers:
     """``dvdq_grid_out``: device addresses of codes int8 [n, k], scale, factor and zero as in
-    :class:`dvdquant.bgr.QuantizedWeight`."""
+    :class:`dvdquant.quantize.bgr.QuantizedWeight`."""
 
     codes: int
     scale: int
@@ -112,7 +112,7 @@ class LayerPlan:
     """``dvdq_plan``: what a device needs for a layer.
 
     Args:
-        path: one of :data:`dvdquant.repack.PATHS`.
+        path: one of :data:`dvdquant.ops.repack.PATHS`.
         codes: ``s4``, ``s8`` or ``e4m3``, what rotate_quantize emits.
         scale_rows: activation scales per token.
         needs_sums: whether the GEMM reads the token sums.
@@ -199,7 +199,7 @@ class KernelLibrary:
         return any(number // 10 == sm // 10 and number <= sm for number in numbers)
 
     def path_name(self, path: int) -> str:
-        """Name of a ``dvdq_path``, as in :data:`dvdquant.repack.PATHS`."""
+        """Name of a ``dvdq_path``, as in :data:`dvdquant.ops.repack.PATHS`."""
         return str(self._library.dvdq_path_name(path).decode()).lower()
 
     def plan_layer(self, layer: LayerShape, sm: int) -> LayerPlan:

@@ -17,11 +17,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
-from ..repack import LayerShape
-from .cuda import BUILD, KernelError, KernelLibrary, LayerPlan, WeightPointers, find_library, load_library
-from .packed_layer import DTYPES, PackedLayer, layer_shape
-from .prepared_cache import PreparedCache
+from dvdquant.errors import UnsupportedError
+from dvdquant.ops.cuda import (
+    BUILD,
+    KernelError,
+    KernelLibrary,
+    LayerPlan,
+    WeightPointers,
+    find_library,
+    load_library,
+)
+from dvdquant.ops.packed_layer import DTYPES, PackedLayer, layer_shape
+from dvdquant.ops.prepared_cache import PreparedCache
+from dvdquant.ops.repack import LayerShape
 
 __all__ = [
     "CudaKernels",

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError, UnsupportedError
-from ..recipe import ActivationSpec
-from .balance import pack_balance
-from .cuda_linear import CACHE, CudaKernels
-from .packed_layer import PackedLayer, check_channels, packed_shape
-from .prepared_cache import refuse_capture, synchronize
+from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.ops.balance import pack_balance
+from dvdquant.ops.cuda_linear import CACHE, CudaKernels
+from dvdquant.ops.packed_layer import PackedLayer, check_channels, packed_shape
+from dvdquant.ops.prepared_cache import refuse_capture, synchronize
+from dvdquant.recipe import ActivationSpec
 
 __all__ = ["KernelLayer"]
 

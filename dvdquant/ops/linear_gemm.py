@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError, UnsupportedError
-from ..packing import unpack_int4
-from ..repack import PATHS, LayerShape, dequantize, from_bytes
-from .cuda_linear import layer_with_path, require_kernels
-from .packed_layer import DTYPE_NAMES
+from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.numerics.packing import unpack_int4
+from dvdquant.ops.cuda_linear import layer_with_path, require_kernels
+from dvdquant.ops.packed_layer import DTYPE_NAMES
+from dvdquant.ops.repack import PATHS, LayerShape, dequantize, from_bytes
 
 __all__ = ["decode_codes", "linear_gemm"]
 

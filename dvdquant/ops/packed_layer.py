@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError, UnsupportedError
-from ..repack import LayerShape
+from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.ops.repack import LayerShape
 
 __all__ = ["DTYPES", "DTYPE_NAMES", "PackedLayer", "check_channels", "layer_shape", "packed_shape"]
 

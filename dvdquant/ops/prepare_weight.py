@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
-from ..repack import PATHS, LayerShape, prepare, prepared_bytes, to_bytes
-from .cuda_linear import layer_with_path, require_kernels
+from dvdquant.errors import UnsupportedError
+from dvdquant.ops.cuda_linear import layer_with_path, require_kernels
+from dvdquant.ops.repack import PATHS, LayerShape, prepare, prepared_bytes, to_bytes
 
 __all__ = ["packed_shape", "prepare_weight"]
 
@@ -26,7 +26,7 @@ def prepare_weight(
 
     Args:
         weight, weight_scale, weight_factor, weight_zero, bias: as in ``dvdquant::quant_linear``.
-        path: one of :data:`dvdquant.repack.PATHS`; on CUDA one that the device runs.
+        path: one of :data:`dvdquant.ops.repack.PATHS`; on CUDA one that the device runs.
 
     Returns:
         uint8 [bytes]: codes, fp32 row scales, row zero-points and bias, on s4_group factors and group zero-points.

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..hadamard import hadamard_matrix
-from ..repack import LayerShape
-from .balance import pack_balance
-from .cuda import KernelError
-from .packed_layer import PackedLayer
+from dvdquant.numerics.hadamard import hadamard_matrix
+from dvdquant.ops.balance import pack_balance
+from dvdquant.ops.cuda import KernelError
+from dvdquant.ops.packed_layer import PackedLayer
+from dvdquant.ops.repack import LayerShape
 
 if TYPE_CHECKING:
-    from .cuda_linear import CudaKernels
+    from dvdquant.ops.cuda_linear import CudaKernels
 
 __all__ = ["PreparedCache", "refuse_capture", "synchronize"]
 

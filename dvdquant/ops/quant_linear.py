@@ -1,7 +1,7 @@
 """``dvdquant::quant_linear``: rotate, scale and quantize x online, multiply with 4-bit weights, correct (ARQ and BGR).
 
 One definition for every executor: the PyTorch reference (``ops/reference.py``), the ONNX function body
-(``export/functions.py``), the CUDA launcher and the TensorRT plugin, all in fp32. On a CUDA device the op runs on the kernel
+(``export/graph/functions.py``), the CUDA launcher and the TensorRT plugin, all in fp32. On a CUDA device the op runs on the kernel
 library where that is built and has a path for the layer (``ops/cuda_linear.py``); there weights with several scales per row
 are rounded once more, to 8 bits per row (``repack.py`` states by how much).
 """
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .balance import balance_input
-from .cuda_linear import quant_linear_cuda
-from .packed_layer import PackedLayer
-from .reference import quant_linear_reference
+from dvdquant.ops.balance import balance_input
+from dvdquant.ops.cuda_linear import quant_linear_cuda
+from dvdquant.ops.packed_layer import PackedLayer
+from dvdquant.ops.reference import quant_linear_reference
 
 __all__ = ["balanced_quant_linear", "quant_linear"]
 

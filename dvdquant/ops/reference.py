@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arq import fake_quantize_activation
-from ..packing import expand_zero, unpack_int4
+from dvdquant.numerics.activation_grid import fake_quantize_activation
+from dvdquant.numerics.packing import expand_zero, unpack_int4
 
 __all__ = ["dequantize_weight", "quant_linear_reference", "rotate_by_matrices"]
 
@@ -45,7 +45,7 @@ def dequantize_weight(
     Args:
         weight: int8 or uint8 [N, K/2], low nibble = even k, signed codes −8..7.
         scale: fp32 [N]. factor: uint8 [N, groups], 255 = 1.0. zero: fp32 [N], centred, or uint8 [N, groups] (see
-            :func:`dvdquant.packing.expand_zero`).
+            :func:`dvdquant.numerics.packing.expand_zero`).
     """
     codes = unpack_int4(weight).to(dtype)
     rows, features = codes.shape

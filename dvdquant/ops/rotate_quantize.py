@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arq import quantize_activation
-from ..errors import UnsupportedError
-from ..packing import pack_int4
-from ..repack import PATHS, LayerShape
-from .cuda_linear import CACHE, layer_with_path, require_kernels
-from .packed_layer import DTYPE_NAMES
-from .reference import rotate_by_matrices
+from dvdquant.errors import UnsupportedError
+from dvdquant.numerics.activation_grid import quantize_activation
+from dvdquant.numerics.packing import pack_int4
+from dvdquant.ops.cuda_linear import CACHE, layer_with_path, require_kernels
+from dvdquant.ops.packed_layer import DTYPE_NAMES
+from dvdquant.ops.reference import rotate_by_matrices
+from dvdquant.ops.repack import PATHS, LayerShape
 
 __all__ = ["encode_codes", "rotate_quantize"]
 
@@ -35,7 +35,7 @@ def rotate_quantize(
         x: [M, K] float32 (CPU only), float16 or bfloat16.
         hadamard: fp32 [b, b], the Sylvester matrix / √b on CUDA. outer: fp32 [p, p].
         act_bits: 4 or 8. act_group: channels per scale, 0 for the whole token.
-        path: one of :data:`dvdquant.repack.PATHS`; on CUDA one that the device runs.
+        path: one of :data:`dvdquant.ops.repack.PATHS`; on CUDA one that the device runs.
 
     Returns:
         codes uint8 [M, K/2] on s4 paths, [M, K] on others (:func:`encode_codes`); scales fp32 [groups, M]; token sums

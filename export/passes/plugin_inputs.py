@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from dvdquant.export.schema import DOMAIN
+from dvdquant.onnx.schema import DOMAIN
 
 __all__ = ["PLUGIN_NAMESPACE", "PLUGIN_VERSION", "plugin_inputs"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from dvdquant.export.schema import DOMAIN
+from dvdquant.onnx.schema import DOMAIN
 from dvdquant.recipe import ActivationSpec
 
 __all__ = ["set_activation"]

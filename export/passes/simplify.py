@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript import optimizer
 
-from .interleave_pairs import interleave_pairs
+from dvdquant.export.passes.interleave_pairs import interleave_pairs
 
 __all__ = ["simplify"]
 

@@ -26,10 +26,10 @@ from report import Machine, Row, Shape, floor_gemm, floor_rotate_quantize, to_ma
 from timing import CudaTimer, HostTimer, Timer, record_clocks
 
 from dvdquant.errors import DvdquantError, UnsupportedError
-from dvdquant.hadamard import Rotation
+from dvdquant.numerics.hadamard import Rotation
 from dvdquant.ops.cuda import KernelLibrary, load_library
 from dvdquant.ops.cuda_linear import CudaKernels
-from dvdquant.repack import LayerShape
+from dvdquant.ops.repack import LayerShape
 
 __all__ = ["MODES", "SHAPES", "Mode", "run", "to_markdown", "write"]
 

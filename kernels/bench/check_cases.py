@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import DvdquantError
-from dvdquant.hadamard import Rotation
+from dvdquant.numerics.hadamard import Rotation
 from dvdquant.ops.packed_layer import DTYPES, PackedLayer
-from dvdquant.repack import LayerShape
+from dvdquant.ops.repack import LayerShape
 
 TOKENS = (1, 7, 33, 127, 129, 4095)
 ROWS = (8, 136, 3080)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dvdquant.arq import AMAX_FLOOR, QMAX
+from dvdquant.numerics.activation_grid import AMAX_FLOOR, QMAX
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.reference import rotate_by_matrices
-from dvdquant.repack import ALIGNMENT, LayerShape, prepared_bytes
+from dvdquant.ops.repack import ALIGNMENT, LayerShape, prepared_bytes
 
 # Bits of significand, and the smallest spacing of numbers.
 _SIGNIFICAND = {torch.bfloat16: (8, 2.0**-133), torch.float16: (11, 2.0**-24)}

@@ -17,11 +17,11 @@ from host_library import HostLibrary
 from torch import Tensor
 
 from dvdquant.errors import DvdquantError, UnsupportedError
-from dvdquant.hadamard import Rotation
+from dvdquant.numerics.hadamard import Rotation
 from dvdquant.ops.cuda import LayerPlan
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.packed_layer import DTYPES, PackedLayer
-from dvdquant.repack import LayerShape, prepare, to_bytes
+from dvdquant.ops.repack import LayerShape, prepare, to_bytes
 
 HOST = HostLibrary()
 _GUARD_BYTES, _ALIGNMENT = 4096, 256
@@ -185,7 +185,7 @@ def _check_tokens(
 
 
 def _repacked(layer: LayerShape, path: str, packed: PackedLayer, prepared: Tensor) -> Verdict:
-    """The device's prepared buffer against ``dvdquant.repack`` bit by bit, padding left out."""
+    """The device's prepared buffer against ``dvdquant.ops.repack`` bit by bit, padding left out."""
     raw = to_bytes(prepare(layer, path, *(t.cpu() for t in packed.stored())))
     want = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     got, start = prepared.cpu(), 0
@@ -288,8 +288,8 @@ def check_exact_sums(bench: Bench, features: int = 1024) -> Iterator[Outcome]:
 
 
 def _exact_sums(bench: Bench, layer: LayerShape, pattern: str) -> Verdict:
+    from dvdquant.numerics.packing import pack_int4
     from dvdquant.ops.rotate_quantize import encode_codes
-    from dvdquant.packing import pack_int4
 
     n, k, device, tokens = layer.n, layer.k, bench.device, 65
     path = bench.kernels.plan(layer).path

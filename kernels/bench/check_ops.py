@@ -16,8 +16,8 @@ from check_compare import Verdict, check_equal, decode_prepared, exact_codes
 from check_kernels import Bench, Outcome, Tally, reachable_layers
 from torch import Tensor, nn
 
-import dvdquant.layers
-from dvdquant.layers import QuantLinear, prepare_layers
+import dvdquant.model.layers
+from dvdquant.model.layers import QuantLinear, prepare_layers
 from dvdquant.ops.balance import apply_balance, balance_input, pack_balance
 from dvdquant.ops.cuda_linear import reference_policy, run_quant_linear
 from dvdquant.ops.linear_gemm import decode_codes
@@ -25,8 +25,8 @@ from dvdquant.ops.packed_layer import DTYPES, PackedLayer
 from dvdquant.ops.prepared_cache import PreparedCache
 from dvdquant.ops.quant_linear import balanced_quant_linear, quant_linear
 from dvdquant.ops.reference import dequantize_weight, quant_linear_reference
+from dvdquant.ops.repack import LayerShape
 from dvdquant.recipe import ActivationSpec
-from dvdquant.repack import LayerShape
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Op = Callable[..., Tensor]
@@ -161,7 +161,7 @@ def check_graph(bench: Bench) -> Iterator[Outcome]:
 @contextmanager
 def layers_run(op: Op) -> Iterator[None]:
     """QuantLinear modules call ``op`` instead of ``dvdquant::quant_linear``."""
-    names = vars(dvdquant.layers)
+    names = vars(dvdquant.model.layers)
     before = {name: names[name] for name in ("quant_linear", "balanced_quant_linear")}
     names["quant_linear"] = op
     if op is not quant_linear:
@@ -207,8 +207,8 @@ class _Stack(nn.Module):
 
     def __init__(self, bench: Bench) -> None:
         super().__init__()
-        from dvdquant.hadamard import Rotation
-        from dvdquant.layers import LayerSpec, RotationTable
+        from dvdquant.model.layers import LayerSpec, RotationTable
+        from dvdquant.numerics.hadamard import Rotation
 
         rotation = Rotation.for_features(256, "auto")
         self.table = RotationTable([rotation])
@@ -235,13 +235,13 @@ def _stack(bench: Bench) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def _tiny_wan(bits: int) -> tuple[nn.Module, dict[str, Tensor]]:
     """examples/tiny-wan, quantized with recipe w4a4 in bf16, and one step's inputs."""
-    from dvdquant.checkpoint import open_checkpoint
-    from dvdquant.export.verify import load_quantized
-    from dvdquant.model import plan_model
-    from dvdquant.progress import Progress
-    from dvdquant.quantize import quantize_checkpoint
+    from dvdquant.artifact.transaction import ExportTransaction
+    from dvdquant.checkpoint.reader import open_checkpoint
+    from dvdquant.export.verify.graph import load_quantized
+    from dvdquant.model.plan import plan_model
+    from dvdquant.quantize.checkpoint import quantize_checkpoint
     from dvdquant.recipe import get_recipe
-    from dvdquant.transaction import ExportTransaction
+    from dvdquant.system.progress import Progress
 
     checkpoint = open_checkpoint(REPOSITORY / "examples" / "tiny-wan")
     plan = plan_model(checkpoint.config, get_recipe("w4a4"), torch.bfloat16)

@@ -11,10 +11,10 @@ from check_compare import Verdict, check_equal
 from check_kernels import Bench, Outcome, Tally
 from torch import Tensor
 
-from dvdquant.bgr import QuantizedWeight, quantize_weight, relative_mse
-from dvdquant.bgr_kernels import QuantizerKernels
-from dvdquant.feedback import Feedback
-from dvdquant.packing import expand_zero
+from dvdquant.numerics.packing import expand_zero
+from dvdquant.quantize.backends.cuda_grid import QuantizerKernels
+from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, relative_mse
+from dvdquant.quantize.gptq import Feedback
 from dvdquant.recipe import WeightSpec
 
 __all__ = ["check_quantizer"]

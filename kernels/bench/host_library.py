@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvdquant.arq import quantize_activation
-from dvdquant.bgr import QuantizedWeight, quantize_weight
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.feedback import Feedback
-from dvdquant.hadamard import hadamard_matrix
+from dvdquant.numerics.activation_grid import quantize_activation
+from dvdquant.numerics.hadamard import hadamard_matrix
 from dvdquant.ops.balance import apply_balance
 from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, WeightPointers
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES
 from dvdquant.ops.reference import rotate_by_matrices
+from dvdquant.ops.repack import LayerShape, dequantize, from_bytes, prepare, prepared_bytes, to_bytes
 from dvdquant.ops.rotate_quantize import encode_codes
+from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight
+from dvdquant.quantize.gptq import Feedback
 from dvdquant.recipe import WeightSpec
-from dvdquant.repack import LayerShape, dequantize, from_bytes, prepare, prepared_bytes, to_bytes
 
 
 def choose_path(layer: LayerShape, sm: int) -> str:
@@ -78,7 +78,7 @@ class HostLibrary:
     def prepare_weight(
         self, layer: LayerShape, sm: int, weight: WeightPointers, prepared: int, size: int, stream: int
     ) -> None:
-        """``dvdquant.repack.prepare`` into the buffer."""
+        """``dvdquant.ops.repack.prepare`` into the buffer."""
         plan = self.plan_layer(layer, sm)
         if size < plan.prepared_bytes:
             raise ShapeError(f"a prepared buffer of {size} bytes", available=f"{plan.prepared_bytes} bytes")

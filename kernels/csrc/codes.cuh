@@ -1,4 +1,4 @@
-// From rotated fp32 values to codes: one definition for every rotate_quantize kernel (dvdquant/arq.py).
+// From rotated fp32 values to codes: one definition for every rotate_quantize kernel (dvdquant/numerics/activation_grid.py).
 //
 //   amax = max(max|x|, 2^-100), scale = amax / qmax, code = clamp(rint(x * (qmax / amax)), -qmax, qmax)
 //

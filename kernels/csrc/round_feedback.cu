@@ -1,4 +1,4 @@
-// Codes rounded with feedback (dvdquant/feedback.py): from left to right, each column passes its error on to those after it.
+// Codes rounded with feedback (dvdquant/quantize/gptq.py): from left to right, each column passes its error on to those after it.
 //
 // One warp holds 32 rows of one block of columns in shared memory, a row per lane, and goes through the columns; nothing is
 // passed on between blocks. Row i of the factors, unit upper triangular, says how the columns after i move with its error;

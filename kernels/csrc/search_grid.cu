@@ -18,7 +18,7 @@ namespace dvdq {
 namespace search {
 namespace {
 
-constexpr float kScaleFloor = 0x1p-118f;  // SCALE_FLOOR of dvdquant/bgr_search.py
+constexpr float kScaleFloor = 0x1p-118f;  // SCALE_FLOOR of dvdquant/quantize/backends/numba_search.py
 constexpr int kScratch = 4 * kWarps;
 
 struct Params {

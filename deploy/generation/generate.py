@@ -1,0 +1,310 @@
+"""Generate clips with an export: text (or words of a prompt table) in, frames and the trace of every step out.
+
+Two kinds of model. One with a prompt table beside its transformer (examples/tiny-wan) is denoised here: flow matching
+Euler steps with classifier-free guidance v = v_uncond + g · (v_cond − v_uncond), latents are RGB. Every other model runs in
+its own diffusers pipeline (:mod:`dvdquant.deploy.generation.in_pipeline`), with the engines in place of its transformer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents, open_scheduler
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.original import OriginalRunner, load_original
+from dvdquant.deploy.generation.request import (
+    DEFAULT_DELTA,
+    GenerateRequest,
+    GenerateResult,
+    OnStep,
+    check_request,
+    resolve_size,
+)
+from dvdquant.deploy.generation.schedulers import FILE, FOLDER, rehearse
+from dvdquant.deploy.generation.video import default_fps
+from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.deploy.switching.controller import StepController, StepRecord
+from dvdquant.deploy.switching.runner import StepRunner
+from dvdquant.deploy.switching.step_cache import StepCachePolicy
+from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.system.devices import resolve_device
+
+__all__ = ["Generator", "GenerateRequest", "GenerateResult", "generate", "make_controller", "open_generator"]
+
+WrapSession = Callable[[EngineSession], EngineSession]
+
+
+class Runner(Protocol):
+    """What StepRunner and OriginalRunner share."""
+
+    trace: list[StepRecord]
+    on_step: OnStep | None
+
+    def begin_request(self, steps: int | None = None) -> None: ...
+
+    def run(
+        self, inputs: dict[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
+    ) -> Tensor: ...
+
+    def summary(self) -> dict[str, Any]: ...
+
+
+class Generator(ABC):
+    """A model opened for several clips; a context manager. Engines and weights are loaded once, when first needed."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+
+    @abstractmethod
+    def check(self, request: GenerateRequest) -> GenerateRequest:
+        """``request`` with steps, guidance and size filled in, before anything is loaded. DvdquantError when the model
+        or the export cannot make it."""
+
+    @abstractmethod
+    def prepare(self, request: GenerateRequest) -> None:
+        """Load what ``request`` needs, so that a missing engine is found before anything is drawn."""
+
+    @abstractmethod
+    def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
+        """One clip; ``on_step`` gets the record of every call of the transformer as soon as it has ended."""
+
+    def fps(self, frames: int) -> int:
+        """Frames per second at which a clip of ``frames`` frames is meant to be seen."""
+        return default_fps(frames)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free engines and weights."""
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def generate(
+    artifact: Artifact,
+    request: GenerateRequest,
+    *,
+    generator: Generator | None = None,
+    pipeline: str | Path | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    on_step: OnStep | None = None,
+) -> GenerateResult:
+    """One clip of ``artifact``. With a ``generator`` from :func:`open_generator`, what it has loaded is used again."""
+    if generator is not None:
+        return generator.generate(request, on_step)
+    with open_generator(artifact, pipeline=pipeline, backend=backend, device=device) as opened:
+        return opened.generate(request, on_step)
+
+
+def open_generator(
+    artifact: Artifact,
+    *,
+    pipeline: str | Path | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    wrap_session: WrapSession | None = None,
+) -> Generator:
+    """The generator for the model of ``artifact``. Engines and weights are loaded at the first clip that needs them.
+
+    Args:
+        pipeline: folder or hub id of the model, if it is no longer where the export was made from.
+        wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
+
+    Raises:
+        CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
+    """
+    source = str(pipeline or artifact.manifest.source["model"])
+    if PromptTable.is_at(source):
+        return TableGenerator(artifact, PromptTable.open(source), backend=backend, device=device, wrap=wrap_session)
+    from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
+
+    return PipelineGenerator(artifact, source, backend=backend, device=device, wrap=wrap_session)
+
+
+def make_controller(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:
+    """The controller for one component and one request (mode ``16`` needs none)."""
+    bits = artifact.bits(component)
+    cache = None
+    if request.cache is not None:
+        cache = StepCachePolicy.for_family(artifact.family(component).name, threshold=request.cache)
+    low, high = bits[0], bits[-1]
+    if request.mode == "planned":
+        return StepController("planned", schedule=request.schedule, low=low, high=high)
+    if request.mode == "switch":
+        delta = DEFAULT_DELTA if request.delta is None else request.delta
+        rule: dict[str, Any] = {"last_high": request.last_high, "weighting": request.weighting}
+        return StepController("switch", delta=delta, low=low, high=high, cache=cache, **rule)
+    return StepController("fixed", bits=int(request.mode.removeprefix("a")), low=low, high=high, cache=cache)
+
+
+class TableGenerator(Generator):
+    """A model with a prompt table: flow matching Euler steps, latents are RGB."""
+
+    def __init__(
+        self, artifact: Artifact, table: PromptTable, *, backend: str, device: str, wrap: WrapSession | None = None
+    ) -> None:
+        super().__init__(artifact)
+        (self.component,) = artifact.components
+        self.family = artifact.family(self.component)
+        self.table, self.backend, self.device = table, backend, device
+        self._wrap = wrap
+        self._session: EngineSession | None = None
+        self._original: OriginalRunner | None = None
+        self._tried: set[int] = set()  # numbers of steps that the scheduler has gone through
+        self._check_model()
+
+    def check(self, request: GenerateRequest) -> GenerateRequest:
+        """See :class:`Generator`; also checks the words."""
+        check_request(request, self.artifact)
+        self.table.encode(request.prompt)
+        if request.negative_prompt is not None:
+            self.table.encode(request.negative_prompt)
+        size = resolve_size(request, self.artifact.sizes, (1, 1, 1), self.family.patch(), causal=False)
+        steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
+        steps = steps or self.table.steps
+        self._try_scheduler(steps)
+        return dataclasses.replace(
+            request,
+            steps=steps,
+            guidance=self.table.guidance_scale if request.guidance is None else request.guidance,
+            num_frames=size.frames,
+            height=size.height,
+            width=size.width,
+        )
+
+    def _try_scheduler(self, steps: int) -> None:
+        """CheckpointError now for a scheduler that would fail once the model is loaded."""
+        if steps not in self._tried:
+            path = self.table.root / FOLDER / FILE
+            rehearse(open_scheduler(self.table.root), self.family.name, steps, path)
+            self._tried.add(steps)
+
+    def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
+        """See :class:`Generator`."""
+        request = self.check(request)
+        runner, device, dtype = self._runner(request)
+        started = time.perf_counter()
+        runner.on_step = on_step
+        latents = self._denoise(request, runner, device, dtype)
+        return GenerateResult(
+            request,
+            frames_from_latents(latents),
+            latents,
+            list(runner.trace),
+            runner.summary(),
+            self._executed(request),
+            time.perf_counter() - started,
+            {self.component: list(runner.trace)},
+        )
+
+    def prepare(self, request: GenerateRequest) -> None:
+        """See :class:`Generator`."""
+        self._runner(self.check(request))
+
+    def close(self) -> None:
+        """See :class:`Generator`."""
+        if self._session is not None:
+            self._session.close()
+        self._session = self._original = None
+
+    @torch.inference_mode()
+    def _denoise(self, request: GenerateRequest, runner: Runner, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Latents [1, 3, F, H, W] after all steps. They, the scheduler and the guidance stay in float32 on the CPU."""
+        steps, guidance, size = request.steps, request.guidance, (request.num_frames, request.height, request.width)
+        assert steps is not None and guidance is not None and None not in size  # noqa: PT018  (filled in by check)
+        scheduler = open_scheduler(self.table.root)
+        scheduler.set_timesteps(steps)
+        shape = (1, self.table.latent[0], *(n for n in size if n is not None))
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
+        branches = {"cond": self.table.encode(request.prompt)}
+        if guidance != 1:
+            branches["uncond"] = self.table.encode(request.negative_prompt)
+        runner.begin_request(steps)
+        for step, timestep in enumerate(scheduler.timesteps):
+            velocities = {}
+            for branch, words in branches.items():
+                inputs = {
+                    "hidden_states": latents.to(device, dtype),
+                    "timestep": timestep.reshape(1).to(device, torch.float32),
+                    "encoder_hidden_states": words.to(device, dtype),
+                }
+                velocities[branch] = runner.run(inputs, branch=branch, step=step, steps=steps).float().cpu()
+            velocity = velocities["cond"]
+            if guidance != 1:
+                velocity = velocities["uncond"] + guidance * (velocity - velocities["uncond"])
+            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        return latents
+
+    def _runner(self, request: GenerateRequest) -> tuple[Runner, torch.device, torch.dtype]:
+        if request.mode == "16":
+            if self._original is None:
+                device = resolve_device(self.device)
+                # Nothing but the transformer runs here, so a CPU may take the arithmetic it is good at.
+                dtype = torch.float32 if device.type == "cpu" else self.artifact.dtype
+                model = load_original(self.artifact, self.table.root, self.component, device, dtype)
+                self._original = OriginalRunner(model, self.family)
+            return self._original, self._original.device, self._original.dtype
+        if self._session is None:
+            session = open_session(self.artifact, self.component, backend=self.backend, device=self.device)
+            self._session = session if self._wrap is None else self._wrap(session)
+        runner = StepRunner(self._session, make_controller(self.artifact, self.component, request))
+        return runner, self._session.device, self._session.dtype
+
+    def _executed(self, request: GenerateRequest) -> dict[str, Any]:
+        if request.mode == "16" and self._original is not None:
+            return executed_original(self._original.device, self._original.dtype)
+        assert self._session is not None
+        return executed_session(self._session)
+
+    def _check_model(self) -> None:
+        """CheckpointError unless table and export fit each other; UnsupportedError for inputs a table cannot give."""
+        specs = self.family.inputs(self.artifact.sizes)
+        names = [spec.name for spec in specs]
+        if names != ["hidden_states", "timestep", "encoder_hidden_states"]:
+            raise UnsupportedError(
+                f"{self.table.root} has a prompt table, but its transformer takes {', '.join(names)}",
+                available="models that take hidden_states, timestep and encoder_hidden_states",
+            )
+        if self.artifact.sizes.batch != 1:
+            raise UnsupportedError(
+                f"the export has batch {self.artifact.sizes.batch}; clips from a prompt table are made one at a time",
+                fix="export again with --batch 1",
+            )
+        tokens, dimension = len(self.table.order), self.table.embeddings.shape[1]
+        wants = specs[2].shape[1:]
+        if wants != (tokens, dimension) or specs[0].shape[1] != self.table.latent[0]:
+            raise CheckpointError(
+                f"{self.table.root} gives text embeddings [{tokens}, {dimension}] and {self.table.latent[0]} channels; "
+                f"the export takes {list(wants)} and {specs[0].shape[1]}",
+                fix=f"export with --text-tokens {tokens}, or give the model of this export with --pipeline",
+            )
+
+
+def executed_session(session: EngineSession) -> dict[str, Any]:
+    """Backend, device, dtype and resident bytes of a session, for trace and summary."""
+    return {
+        "backend": session.backend,
+        "device": str(session.device),
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "activation_bits": list(session.bits),
+        "resident_bytes": session.resident_bytes(),
+    }
+
+
+def executed_original(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The same of the original checkpoint."""
+    name = str(dtype).removeprefix("torch.")
+    return {"backend": "pytorch, original checkpoint", "device": str(device), "dtype": name}

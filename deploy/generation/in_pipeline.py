@@ -1,0 +1,293 @@
+"""Clips by the model's own diffusers pipeline, with the engines of an export in place of its transformer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.generate import Generator, executed_original, executed_session, make_controller
+from dvdquant.deploy.generation.original import CallRecorder, load_original, synchronize
+from dvdquant.deploy.generation.request import (
+    GenerateRequest,
+    GenerateResult,
+    OnStep,
+    VideoSize,
+    check_request,
+    resolve_size,
+)
+from dvdquant.deploy.generation.schedulers import FILE, FOLDER, open_scheduler, rehearse
+from dvdquant.deploy.pipelines.parts import PIPELINES, open_pipeline_folder
+from dvdquant.deploy.pipelines.transformer import DvdqTransformer
+from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
+from dvdquant.system.devices import resolve_device
+
+__all__ = ["PipelineGenerator"]
+
+# Frames per second the models were trained at.
+_FPS = {"wan": 16, "hunyuan-video": 24, "cogvideox": 8, "ltx-video": 25}
+# Guidance-distilled: the scale is an input of the transformer, and there is no unconditional branch.
+_DISTILLED = ("hunyuan-video",)
+
+
+class PipelineGenerator(Generator):
+    """The pipeline class named in ``model_index.json``; parts and engines are loaded at the first clip.
+
+    Only classes of diffusers and transformers are loaded, only safetensors, and no code of a model is run.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        source: str,
+        *,
+        backend: str,
+        device: str,
+        wrap: Callable[[EngineSession], EngineSession] | None = None,
+    ) -> None:
+        super().__init__(artifact)
+        self.family = artifact.family(artifact.components[0])
+        self.source, self.backend, self.device, self._wrap = source, backend, device, wrap
+        self.folder = open_pipeline_folder(source, self.family.name)
+        if missing := sorted(set(self.folder.transformers) - set(artifact.components)):
+            raise UnsupportedError(
+                f"the pipeline {self.folder.root} also has {missing[0]}, which the export lacks",
+                available=artifact.components,
+                fix=f"export the whole pipeline: dvdq-export {source} -o {artifact.root}",
+            )
+        self._engines: dict[str, DvdqTransformer] = {}
+        self._originals: dict[str, nn.Module] = {}
+        self._pipe: Any = None
+        self._tried: set[tuple[int, int]] = set()  # steps and tokens that the scheduler has gone through
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The transformers the pipeline calls."""
+        return self.folder.transformers
+
+    def fps(self, frames: int) -> int:
+        """See :class:`Generator`."""
+        del frames
+        return _FPS[self.family.name]
+
+    def check(self, request: GenerateRequest) -> GenerateRequest:
+        """See :class:`Generator`."""
+        check_request(request, self.artifact)
+        if request.negative_prompt and self.family.name in _DISTILLED:
+            raise UnsupportedError(
+                f"{self.folder.class_name} is distilled and has no unconditional branch for a negative prompt",
+                fix="leave --negative-prompt out",
+            )
+        # Of the frames a pipeline fills the last patch itself.
+        patch = (1, *self.family.patch()[1:])
+        size = resolve_size(request, self.artifact.sizes, self.family.vae_scale, patch, causal=True)
+        defaults = _call_defaults(self.folder.class_name)
+        steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
+        steps = steps or int(defaults["num_inference_steps"])
+        self._try_scheduler(steps, size)
+        return dataclasses.replace(
+            request,
+            steps=steps,
+            guidance=float(defaults["guidance_scale"]) if request.guidance is None else request.guidance,
+            num_frames=size.frames,
+            height=size.height,
+            width=size.width,
+        )
+
+    def _try_scheduler(self, steps: int, size: VideoSize) -> None:
+        """CheckpointError now for a scheduler that would fail once the model is loaded."""
+        tokens = self.family.tokens(*size.latent)
+        if (steps, tokens) not in self._tried:
+            name, root = self.family.name, self.folder.root
+            rehearse(open_scheduler(root, name), name, steps, root / FOLDER / FILE, tokens)
+            self._tried.add((steps, tokens))
+
+    def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
+        """See :class:`Generator`."""
+        request = self.check(request)
+        transformers = self._transformers(request)
+        pipe = self._pipeline(transformers)
+        started = time.perf_counter()
+        if request.mode == "16":
+            with _recorded(transformers) as recorders:
+                for recorder in recorders.values():
+                    recorder.on_step = on_step
+                frames, latents = self._call(pipe, request)
+            traces = {name: recorder.trace for name, recorder in recorders.items()}
+            summaries = {name: recorder.summary() for name, recorder in recorders.items()}
+        else:
+            for name in transformers:
+                self._engines[name].runner.on_step = on_step
+                # Most pipelines keep the number of steps to themselves; the last ones are treated otherwise.
+                self._engines[name].begin_request(request.steps)
+            frames, latents = self._call(pipe, request)
+            traces = {name: list(self._engines[name].trace) for name in transformers}
+            summaries = {name: self._engines[name].runner.summary() for name in transformers}
+        seconds = time.perf_counter() - started
+        trace = sorted((record for records in traces.values() for record in records), key=lambda record: record.step)
+        summary = summaries["transformer"] if len(summaries) == 1 else {"components": summaries}
+        return GenerateResult(
+            request, frames, latents, trace, summary, self._executed(request, transformers), seconds, traces
+        )
+
+    def close(self) -> None:
+        """See :class:`Generator`."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines, self._originals, self._pipe = {}, {}, None
+
+    # ------------------------------------------------------------------------------------------------ what is loaded
+
+    def prepare(self, request: GenerateRequest) -> None:
+        """See :class:`Generator`."""
+        self._pipeline(self._transformers(self.check(request)))
+
+    def _transformers(self, request: GenerateRequest) -> dict[str, nn.Module]:
+        return self._originals_of() if request.mode == "16" else self._engines_of(request)
+
+    def _engines_of(self, request: GenerateRequest) -> dict[str, nn.Module]:
+        for name in self.components:
+            controller = make_controller(self.artifact, name, request)
+            if name in self._engines:
+                self._engines[name].use(controller)
+                continue
+            session = open_session(self.artifact, name, backend=self.backend, device=self.device)
+            self._engines[name] = DvdqTransformer(session if self._wrap is None else self._wrap(session), controller)
+        return {name: self._engines[name] for name in self.components}
+
+    def _originals_of(self) -> dict[str, nn.Module]:
+        for name in self.components:
+            if name not in self._originals:
+                device = resolve_device(self.device)
+                # The pipeline's other parts give it tensors of the export's dtype.
+                dtype = self.artifact.dtype
+                self._originals[name] = load_original(self.artifact, self.folder.root, name, device, dtype)
+        return self._originals
+
+    def _pipeline(self, transformers: dict[str, nn.Module]) -> Any:
+        """The pipeline with these transformers; its other parts are loaded once."""
+        if self._pipe is not None:
+            self._pipe.register_modules(**transformers)
+            return self._pipe
+        import diffusers
+
+        # Wan's VAE loses detail in bf16; the other pipelines decode in the dtype of their text encoder.
+        dtypes = {"default": self.artifact.dtype}
+        if self.family.name == "wan":
+            dtypes["vae"] = torch.float32
+        try:
+            pipe = getattr(diffusers, self.folder.class_name).from_pretrained(
+                self.folder.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **transformers
+            )
+        except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"the pipeline {self.folder.root} cannot be loaded: {str(error).strip():.500}",
+                fix="download it again, or give another with --pipeline",
+            ) from error
+        pipe.set_progress_bar_config(disable=True)
+        self._pipe = pipe.to(next(iter(transformers.values())).device)
+        return self._pipe
+
+    # --------------------------------------------------------------------------------------------------------- the call
+
+    def _call(self, pipe: Any, request: GenerateRequest) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], Tensor]:
+        """Frames uint8 [F, H, W, 3] and the last latents."""
+        last: list[Tensor] = []
+
+        def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            del pipe, step, timestep
+            last[:] = [tensors["latents"]]
+            return {}
+
+        negative = {} if request.negative_prompt is None else {"negative_prompt": request.negative_prompt}
+        output = pipe(
+            prompt=request.prompt,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            num_frames=request.num_frames,
+            height=request.height,
+            width=request.width,
+            generator=torch.Generator().manual_seed(request.seed),
+            max_sequence_length=self.artifact.sizes.text_tokens,
+            callback_on_step_end=keep,
+            output_type="np",
+            **negative,
+        )
+        unit = np.asarray(output.frames[0], dtype=np.float64)
+        if not np.isfinite(unit).all():
+            raise EngineError("the VAE gave NaN or infinities", fix="decode in float32, or check the pipeline's VAE")
+        return np.rint(unit.clip(0, 1) * 255).astype(np.uint8), last[0].detach().float().cpu()
+
+    def _executed(self, request: GenerateRequest, transformers: dict[str, nn.Module]) -> dict[str, Any]:
+        if request.mode == "16":
+            parameter = next(transformers[self.components[0]].parameters())
+            return executed_original(parameter.device, parameter.dtype)
+        sessions = {name: executed_session(self._engines[name].session) for name in transformers}
+        first = sessions[self.components[0]]
+        return {**first, "pipeline": self.folder.class_name, "components": sessions if len(sessions) > 1 else {}}
+
+
+def _call_defaults(class_name: str) -> dict[str, Any]:
+    """Defaults of the arguments of a pipeline's call."""
+    import diffusers
+
+    assert class_name in PIPELINES
+    parameters = inspect.signature(getattr(diffusers, class_name).__call__).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+@contextlib.contextmanager
+def _recorded(transformers: dict[str, nn.Module]) -> Iterator[dict[str, CallRecorder]]:
+    """Record every call of the original transformers while the block runs."""
+    recorders = {name: CallRecorder() for name in transformers}
+    watch = _Watch()
+    handles = []
+    for name, module in transformers.items():
+        handles.append(module.register_forward_pre_hook(watch.before, with_kwargs=True))
+        handles.append(module.register_forward_hook(watch.after(recorders[name]), with_kwargs=True))
+    try:
+        yield recorders
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Watch:
+    """Where the loop is: a step begins when the timestep changes; branches are told apart by their order."""
+
+    def __init__(self) -> None:
+        self.step, self.calls = -1, 0
+        self.timestep: float | None = None
+        self.started = 0.0
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the step of a call that begins."""
+        del module, args
+        timestep = float(kwargs["timestep"].max())
+        if timestep != self.timestep:
+            self.timestep, self.step, self.calls = timestep, self.step + 1, 0
+        self.calls += 1
+        self.started = time.perf_counter()
+
+    def after(self, recorder: CallRecorder) -> Callable[..., None]:
+        """A hook that records a call that ended."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            del module, args
+            sample = output[0]
+            synchronize(sample.device)
+            seconds = time.perf_counter() - self.started
+            both = kwargs["hidden_states"].shape[0] > 1
+            branch = "cond_uncond" if both else "cond" if self.calls == 1 else "uncond"
+            recorder.record(sample, step=self.step, branch=branch, timestep=self.timestep or 0.0, seconds=seconds)
+
+        return hook

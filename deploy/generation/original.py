@@ -1,0 +1,161 @@
+"""The original checkpoint in PyTorch, to put a picture beside the quantized one."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.switching.controller import StepRecord
+from dvdquant.deploy.switching.gbs import relative_change
+from dvdquant.errors import CheckpointError, EngineError
+from dvdquant.model.families import Family
+
+__all__ = ["CallRecorder", "OriginalRunner", "load_original"]
+
+ORIGINAL_BITS = 16
+
+
+def load_original(
+    artifact: Artifact, source: str | Path, component: str, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """The transformer the export was made from, its weights cast to ``dtype``.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another configuration than the export's.
+    """
+    checkpoint = open_checkpoint(source, component=component)
+    _check_same(artifact, checkpoint, component)
+    import diffusers
+
+    # diffusers reads the folder by path: nothing in it may lead out, and the weights must be the checked ones.
+    checkpoint.folder.check_tree()
+    checkpoint.check_unchanged()
+    try:
+        model = getattr(diffusers, checkpoint.class_name).from_pretrained(
+            checkpoint.root, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.root} cannot be loaded: {error!s:.500}") from error
+    checkpoint.check_unchanged()
+    module: nn.Module = model.to(device).eval()
+    return module
+
+
+def _check_same(artifact: Artifact, checkpoint: Checkpoint, component: str) -> None:
+    ours, theirs = _complete(artifact.configs[component]), _complete(checkpoint.config)
+    if different := sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)):
+        raise CheckpointError(
+            f"{checkpoint.root} is another model than {artifact.root} was exported from: {', '.join(different[:5])} differ",
+            available=f"exported from {artifact.manifest.source['model']}",
+            fix="give that model's folder with --pipeline",
+        )
+
+
+def _complete(config: Mapping[str, Any]) -> dict[str, str]:
+    """A config as text per field, with what it leaves out filled in by the defaults of its class."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    fields = {**defaults, **{k: v for k, v in config.items() if k == "_class_name" or not k.startswith("_")}}
+    return {name: json.dumps(value, sort_keys=True, default=str) for name, value in fields.items()}
+
+
+class CallRecorder:
+    """A :class:`StepRecord` for every call of a transformer; L1 of adjacent outputs for each branch."""
+
+    def __init__(self) -> None:
+        self.trace: list[StepRecord] = []
+        self.on_step: Callable[[StepRecord], None] | None = None
+        self._last: dict[str, Tensor] = {}
+        self._seconds = 0.0
+
+    def begin_request(self, steps: int | None = None) -> None:
+        """Forget the last clip."""
+        del steps
+        self.trace, self._last = [], {}
+
+    def record(self, output: Tensor, *, step: int, branch: str, timestep: float, seconds: float) -> None:
+        """Note one call. EngineError when the output is not finite."""
+        if not bool(torch.isfinite(output).all()):
+            raise EngineError(f"the original checkpoint gave NaN or infinities at step {step} ({branch})")
+        last = self._last.get(branch)
+        change = None if last is None or last.shape != output.shape else relative_change(output, last)
+        self._last[branch] = output
+        self.trace.append(
+            StepRecord(
+                step=step,
+                branch=branch,
+                timestep=timestep,
+                bits=ORIGINAL_BITS,
+                reason="original checkpoint",
+                change=change,
+                accumulated=0.0,
+                seconds=seconds,
+                retried=False,
+            )
+        )
+        if self.on_step is not None:
+            self.on_step(self.trace[-1])
+
+    def summary(self) -> dict[str, Any]:
+        """As far as the summary of a StepRunner makes sense here."""
+        return {
+            "steps": len({record.step for record in self.trace}),
+            "average_bits": float(ORIGINAL_BITS),
+            "retries": 0,
+            "seconds": sum(record.seconds for record in self.trace),
+        }
+
+
+class OriginalRunner(CallRecorder):
+    """The original transformer behind the part of StepRunner's interface that a generation needs."""
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.model, self.family = model, family
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+
+    @torch.inference_mode()
+    def run(
+        self, inputs: Mapping[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
+    ) -> Tensor:
+        """The transformer's output at the graph's inputs by name, given on the model's device and in its dtype."""
+        del steps
+        started = time.perf_counter()
+        with _one_thread(self.device):
+            output: Tensor = self.model(**self.family.forward_kwargs(inputs), return_dict=False)[0]
+        synchronize(self.device)
+        seconds = time.perf_counter() - started
+        timestep = float(inputs["timestep"].flatten()[0])
+        self.record(output, step=step or 0, branch=branch, timestep=timestep, seconds=seconds)
+        return output
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """The models with a prompt table are too small to gain from threads; where others use the cores too, threads that
+    wait for each other at every layer take fifty times as long. One thread also gives the same bits everywhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the GPU, so that a time is a time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,269 @@
+"""What is asked of a generation and what comes back; the sizes an export can make."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
+from dvdquant.deploy.switching.gbs import Stair, Weighting, delta_of_stair
+from dvdquant.errors import OutputError, ShapeError, UnsupportedError
+from dvdquant.model.families import Axis, Sizes
+
+if TYPE_CHECKING:
+    from dvdquant.deploy.artifact import Artifact
+    from dvdquant.deploy.switching.controller import StepRecord
+    from dvdquant.deploy.switching.schedule import Schedule
+
+__all__ = [
+    "DEFAULT_DELTA",
+    "MAX_PROMPT",
+    "GenerateRequest",
+    "GenerateResult",
+    "OnStep",
+    "VideoSize",
+    "check_request",
+    "delta_for_average",
+    "resolve_size",
+]
+
+OnStep = Callable[["StepRecord"], None]
+
+DEFAULT_DELTA = 0.12  # the middle of the range .06 to .18 that the paper reports; dvdq-plan finds one for a model
+MAX_PROMPT = 4096  # characters
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One clip.
+
+    Args:
+        prompt: text, or the words of a prompt table. negative_prompt: None is the model's own (mostly empty).
+        steps: denoising steps; None is the schedule's count, or the model's own. seed: of the first noise, drawn on the
+            CPU, so that it does not depend on the device.
+        guidance: scale of classifier-free guidance, or the embedded one of a distilled model; None is the model's own.
+        mode: ``switch`` (4 or 8 activation bits by δ-GBS, step by step), ``planned`` (the bits of ``schedule``), ``a4``,
+            ``a8`` (fixed), or ``16`` (the original checkpoint in PyTorch).
+        delta: δ of ``switch``; None is :data:`DEFAULT_DELTA`. last_high: so many last steps of ``switch`` on
+            the high engine, whatever δ says. weighting: of ``switch``, "step" or "none". Both as in the commands where not
+            given; "none" and 0 last steps are the published rule. schedule: of ``planned``.
+        cache: threshold of the step cache; None computes every step.
+        height, width, num_frames: in pixels and frames; None is what the export was tuned for.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    steps: int | None = None
+    seed: int = 0
+    guidance: float | None = None
+    mode: str = "switch"
+    delta: float | None = None
+    last_high: int = LAST_HIGH
+    weighting: Weighting = WEIGHTINGS[0]
+    schedule: Schedule | None = None
+    cache: float | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For the trace; a schedule as its own JSON."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "schedule"}
+        return {**fields, "schedule": None if self.schedule is None else dataclasses.asdict(self.schedule)}
+
+
+@dataclass
+class GenerateResult:
+    """One clip and how it was made.
+
+    Args:
+        request: with steps, guidance and size filled in.
+        frames: uint8 [F, H, W, 3]. latents: the last ones, float32 on the CPU, in the model's own layout.
+        trace: a record for every call of the transformer, in order. summary: the StepRunner's.
+        executed: backend, device, dtype and what runs at each bit-width, in words.
+        seconds: the whole clip, text encoder and VAE included, loading not.
+    """
+
+    request: GenerateRequest
+    frames: np.ndarray[Any, np.dtype[np.uint8]]
+    latents: Tensor
+    trace: list[StepRecord]
+    summary: dict[str, Any]
+    executed: dict[str, Any]
+    seconds: float
+    components: dict[str, list[StepRecord]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VideoSize:
+    """The size of one clip in pixels, and in latent units [frames, height, width]."""
+
+    frames: int
+    height: int
+    width: int
+    latent: tuple[int, int, int]
+
+
+def check_request(request: GenerateRequest, artifact: Artifact) -> None:
+    """ShapeError for a number out of range or a prompt that is empty or too long; UnsupportedError for a mode the
+    export has no graph for."""
+    prompts = [("prompt", request.prompt)]
+    if request.negative_prompt is not None:
+        prompts.append(("negative prompt", request.negative_prompt))
+    for name, text in prompts:
+        if name == "prompt" and not text.strip():
+            raise ShapeError("the prompt is empty", fix='describe the clip: --prompt "..."')
+        if len(text) > MAX_PROMPT or "\0" in text:
+            raise ShapeError(f"the {name} has {len(text)} characters", available=f"up to {MAX_PROMPT}, no NUL")
+    ranges: tuple[tuple[str, float | None, float, float], ...] = (
+        ("--steps", request.steps, 1, MAX_STEPS),
+        ("--seed", request.seed, 0, MAX_SEED),
+        ("--guidance", request.guidance, 0, 1000),
+        ("--delta", request.delta, 0, math.inf),
+        ("--last-high", request.last_high, 0, MAX_STEPS),
+        ("--cache", request.cache, 0, 1e6),
+        ("--height", request.height, 1, 1 << 15),
+        ("--width", request.width, 1, 1 << 15),
+        ("--num-frames", request.num_frames, 1, 1 << 15),
+    )
+    for name, value, low, high in ranges:
+        if value is not None and not low <= value <= high:
+            raise ShapeError(
+                f"{name} is {value}", available=f"{low} to {high}" if high < math.inf else f"{low} or more"
+            )
+    _check_options(request)
+    for component in artifact.components:
+        _check_mode(request, artifact, component)
+
+
+def _check_options(request: GenerateRequest) -> None:
+    """UnsupportedError for fields that contradict each other, naming the one to leave out."""
+    mode = request.mode
+    clashes = {
+        f"delta switches engines, and mode {mode!r:.40} does not": request.delta is not None and mode != "switch",
+        f"schedule says the bits of each step, and mode {mode!r:.40} does not follow it": (
+            request.schedule is not None and mode != "planned"
+        ),
+        "schedule says which steps are skipped, so cache does not apply": request.cache is not None
+        and mode == "planned",
+        "cache skips steps of the engines, and mode '16' runs the original checkpoint": (
+            request.cache is not None and mode == "16"
+        ),
+    }
+    for what, clash in clashes.items():
+        if clash:
+            raise UnsupportedError(what, fix="leave one of the two out")
+
+
+def _check_mode(request: GenerateRequest, artifact: Artifact, component: str) -> None:
+    bits = artifact.bits(component)
+    modes = [*(f"a{b}" for b in bits), *(("switch", "planned") if len(bits) > 1 else ()), "16"]
+    if request.mode not in modes:
+        made = " and ".join(f"a{b}" for b in bits) or "no graph"
+        raise UnsupportedError(
+            f"mode {request.mode!r} needs a graph this export lacks: {component} has {made}",
+            available=modes,
+            fix=f"pick one of these, or export with a recipe that has both: {artifact.rebuild_command()}",
+        )
+    if request.mode == "planned":
+        if request.schedule is None:
+            raise UnsupportedError("mode 'planned' without a schedule", fix="give --schedule, made by dvdq-plan")
+        if request.steps not in (None, request.schedule.steps):
+            raise UnsupportedError(
+                f"the schedule is for {request.schedule.steps} steps, {request.steps} were asked for",
+                fix=f"use --steps {request.schedule.steps}, or plan again: dvdq-plan {artifact.root} --steps {request.steps}",
+            )
+
+
+def delta_for_average(schedule: Schedule, bits: float) -> float:
+    """δ that had an average of ``bits``, or the nearest there was, over the prompts ``schedule`` was planned on.
+
+    Raises:
+        ShapeError: outside the range. OutputError: the schedule does not say.
+    """
+    try:
+        stairs = [
+            Stair(float(above), math.inf if upto is None else float(upto), float(average))
+            for above, upto, average in schedule.details["stairs"]
+        ]
+        least, most = min(s.average_bits for s in stairs), max(s.average_bits for s in stairs)
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutputError(
+            "the schedule does not say which δ gives which average", fix="plan again with dvdq-plan"
+        ) from error
+    if not least <= bits <= most:
+        raise ShapeError(
+            f"no δ gives {bits:g} bits on average", available=f"{least:.2f} to {most:.2f} in this schedule"
+        )
+    return delta_of_stair(min(stairs, key=lambda s: (abs(s.average_bits - bits), s.above - s.upto)))
+
+
+def resolve_size(
+    request: GenerateRequest,
+    sizes: Sizes,
+    scale: tuple[int, int, int],
+    patch: tuple[int, int, int],
+    *,
+    causal: bool,
+) -> VideoSize:
+    """The size of the clip in pixels, checked against the profile of the export.
+
+    Args:
+        sizes: latent sizes of the graphs. scale: pixels per latent unit (time, height, width). patch: latent units that the
+            transformer takes at once. causal: whether the VAE makes one latent of the first frame and one of every
+            ``scale[0]`` more, so frames = (latent − 1)·scale + 1.
+
+    Raises:
+        ShapeError: outside the profile or no multiple of scale and patch; names the profile in pixels and how to widen it.
+    """
+    names = ("--num-frames", "--height", "--width")
+    asked = (request.num_frames, request.height, request.width)
+    pixels, latent = [], []
+    for name, value, axis, step, units in zip(names, asked, (sizes.frames, sizes.height, sizes.width), scale, patch):
+        offset = 1 if causal and name == "--num-frames" else 0
+        size, unit = _resolve_axis(name, value, axis, step, units, offset)
+        pixels.append(size)
+        latent.append(unit)
+    return VideoSize(pixels[0], pixels[1], pixels[2], (latent[0], latent[1], latent[2]))
+
+
+def _resolve_axis(name: str, value: int | None, axis: Axis, step: int, patch: int, offset: int) -> tuple[int, int]:
+    def to_pixels(size: int) -> int:
+        return (size - offset) * step + offset
+
+    if value is None:
+        return to_pixels(axis.opt), axis.opt
+    profile = f"{to_pixels(axis.min)} to {to_pixels(axis.max)}" if axis.dynamic else str(to_pixels(axis.opt))
+    profile += f" in steps of {step * patch}" if axis.dynamic and step * patch > 1 else ""
+    if (value - offset) % step:
+        below = to_pixels((value - offset) // step + offset)
+        raise ShapeError(
+            f"{name} is {value}, which the VAE does not divide",
+            available=f"{max(below, offset or step)} or {below + step}; the export's profile is {profile}",
+        )
+    unit = (value - offset) // step + offset
+    if not axis.min <= unit <= axis.max:
+        # dvdq-export takes multiples of the patch only.
+        wider = ":".join(str(to_pixels(end)) for end in axis.covering(unit, patch))
+        option = f"{name} {wider}" if offset or step > 1 else f"a --latent that covers it ({wider} for this axis)"
+        raise ShapeError(
+            f"{name} is {value}, outside the profile this export was made for",
+            available=profile,
+            fix=f"pick a size within it, or export again with {option}",
+        )
+    if unit % patch:
+        below = unit // patch * patch
+        raise ShapeError(
+            f"{name} is {value}, no multiple of the {step * patch} that the transformer's patch takes",
+            available=f"{to_pixels(below)} or {to_pixels(below + patch)}; the export's profile is {profile}",
+            fix="use one of these sizes",
+        )
+    return value, unit

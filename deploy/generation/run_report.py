@@ -1,0 +1,150 @@
+"""What a generation says about itself: a block for every step, and the trace as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dvdquant import __version__
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.request import GenerateResult
+from dvdquant.deploy.switching.controller import StepRecord
+from dvdquant.errors import OutputError
+from dvdquant.system.text import json_text
+from dvdquant.system.whole_file import write_whole
+
+__all__ = ["average_bits", "bit_strip", "bits_name", "block", "clip_json", "machine", "steps_of", "write_trace"]
+
+TRACE_VERSION = 1
+_BLOCKS = {None: "·", 4: "▄", 6: "▆", 8: "█", 16: "█"}
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt-rtx",
+    "tensorrt",
+    "numpy",
+)
+
+
+def block(bits: int | None) -> str:
+    """One character for a step: ``█`` 8 bits, ``▄`` 4 bits, ``·`` skipped."""
+    return _BLOCKS.get(bits, "?")
+
+
+def bits_name(bits: int | None) -> str:
+    """``a4``, ``a8``, ``skip``, or ``16 bit`` for the original checkpoint."""
+    return "skip" if bits is None else "16 bit" if bits == 16 else f"a{bits}"
+
+
+def steps_of(trace: Sequence[StepRecord]) -> list[StepRecord]:
+    """The first record of every step: that of the branch that decided it."""
+    seen: dict[int, StepRecord] = {}
+    for record in trace:
+        seen.setdefault(record.step, record)
+    return [seen[step] for step in sorted(seen)]
+
+
+def bit_strip(trace: Sequence[StepRecord]) -> str:
+    """A block for every step, in order."""
+    return "".join(block(record.bits) for record in steps_of(trace))
+
+
+def average_bits(steps: Sequence[StepRecord]) -> str:
+    """Mean over the computed steps, as text."""
+    computed = [record.bits for record in steps if record.bits is not None]
+    return f"{sum(computed) / len(computed):.2f}" if computed else "-"
+
+
+@cache
+def machine() -> str:
+    """Processor and number of usable cores, and the GPU if PyTorch sees one."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = names[0] if names else name
+    parts = [f"{name}, {len(os.sched_getaffinity(0))} cores"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return "; ".join(parts)
+
+
+def clip_json(result: GenerateResult, outputs: dict[str, str], psnr: float | None) -> dict[str, Any]:
+    """One clip of the trace: request, what executed, summary, and every record. ``psnr`` in dB against 16 bit, None
+    where it was not measured or is infinite (equal clips)."""
+    return {
+        "request": result.request.to_json(),
+        "outputs": outputs,
+        "executed": result.executed,
+        "summary": result.summary,
+        "blocks": bit_strip(result.trace),
+        "psnr_to_16_bit": psnr if psnr is not None and math.isfinite(psnr) else None,
+        "seconds": result.seconds,
+        "records": [record.to_json() for record in result.trace],
+    }
+
+
+def write_trace(path: Path, artifact: Artifact, clips: Sequence[dict[str, Any]]) -> None:
+    """The trace of a run as JSON: the export, versions, machine, and what :func:`clip_json` made of every clip."""
+    manifest = artifact.manifest
+    data = {
+        "format_version": TRACE_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dvdquant_version": __version__,
+        "versions": _versions(),
+        "machine": machine(),
+        "export": {
+            "folder": str(artifact.root),
+            "source": dict(manifest.source),
+            "recipe": manifest.recipe["name"],
+            "shapes": manifest.shapes,
+            "key": manifest.export_key,
+            "engines": [
+                {k: engine[k] for k in ("path", "backend", "sm", "act_bits", "executes")} for engine in manifest.engines
+            ],
+        },
+        "clips": list(clips),
+    }
+    try:
+        text = json_text(_plain(data), indent=1) + "\n"
+    except (TypeError, ValueError) as error:
+        raise OutputError(f"the trace holds a value JSON cannot carry: {error}") from error
+    write_whole(path, text.encode())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Infinities and NaN as null, tuples as lists, dataclasses as dicts."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,268 @@
+"""The scheduler of a model, from a file that is not trusted: checked and tried before anything large is loaded.
+
+diffusers takes whatever ``scheduler_config.json`` says: some values fail in the constructor, some when the timesteps are
+made, and some in the first step, minutes later. So the fields are checked against bounds, the scheduler is built, its
+timesteps are made as the pipeline makes them, and every step is taken once on a tensor of sixteen numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from torch import Tensor
+from typing_extensions import TypedDict  # pydantic takes the one of typing from Python 3.12 on only
+
+from dvdquant.checkpoint.untrusted import UntrustedFolder
+from dvdquant.errors import CheckpointError
+
+__all__ = ["SCHEDULERS", "build_scheduler", "check_scheduler_config", "open_scheduler", "rehearse", "set_timesteps"]
+
+FOLDER, FILE, INDEX = "scheduler", "scheduler_config.json", "model_index.json"
+MAX_JSON = 1 << 20
+MAX_TRAIN_TIMESTEPS = 100_000  # a thousand in every published model; tables of this length take a second at most
+
+_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
+_SOLVERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
+# What a family's pipeline can be run with.
+SCHEDULERS: Mapping[str, tuple[str, ...]] = {
+    "wan": (*_FLOW, "FlowMatchHeunDiscreteScheduler", *_SOLVERS),
+    "hunyuan-video": (*_FLOW, *_SOLVERS),
+    "ltx-video": (*_FLOW, *_SOLVERS),
+    "cogvideox": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+}
+
+_Positive = Annotated[float, Field(gt=0, le=1000)]
+_Number = Annotated[float, Field(ge=-1000, le=1000)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Beta = Annotated[float, Field(gt=0, lt=1)]
+_Length = Annotated[int, Field(ge=1, le=1 << 24)]
+
+
+@with_config(ConfigDict(strict=True, extra="allow", allow_inf_nan=False))
+class _Config(TypedDict, total=False):
+    """The fields of the schedulers above; a field of another one is ignored, as diffusers does."""
+
+    num_train_timesteps: Annotated[int, Field(ge=2, le=MAX_TRAIN_TIMESTEPS)]
+    shift: _Positive
+    flow_shift: _Positive
+    use_dynamic_shifting: bool
+    base_shift: _Number | None
+    max_shift: _Number | None
+    base_image_seq_len: _Length
+    max_image_seq_len: _Length
+    invert_sigmas: bool
+    shift_terminal: Annotated[float, Field(ge=0, lt=1)] | None
+    use_karras_sigmas: bool | None
+    use_exponential_sigmas: bool | None
+    use_beta_sigmas: bool | None
+    use_flow_sigmas: bool | None
+    use_lu_lambdas: bool | None
+    time_shift_type: Literal["exponential", "linear"]
+    stochastic_sampling: bool
+    beta_start: _Beta
+    beta_end: _Beta
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+    trained_betas: Annotated[list[_Beta], Field(min_length=2, max_length=MAX_TRAIN_TIMESTEPS)] | None
+    solver_order: Annotated[int, Field(ge=1, le=3)]
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
+    thresholding: bool
+    dynamic_thresholding_ratio: _Share
+    sample_max_value: _Positive
+    predict_x0: bool
+    algorithm_type: Literal["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"]
+    solver_type: Literal["bh1", "bh2", "midpoint", "heun", "logrho"]
+    lower_order_final: bool
+    euler_at_final: bool
+    disable_corrector: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1000)]
+    solver_p: None
+    timestep_spacing: Literal["linspace", "leading", "trailing"]
+    steps_offset: Annotated[int, Field(ge=0, le=1000)]
+    final_sigmas_type: Literal["zero", "sigma_min"]
+    rescale_betas_zero_snr: bool
+    sigma_min: Annotated[float, Field(gt=0, le=1000)] | None
+    sigma_max: Annotated[float, Field(gt=0, le=1000)] | None
+    clip_sample: bool
+    clip_sample_range: _Positive
+    set_alpha_to_one: bool
+    snr_shift_scale: _Positive
+    lambda_min_clipped: Annotated[float, Field(ge=-1e6, le=1e6)]
+    variance_type: Literal["learned", "learned_range"] | None
+    upscale_mode: Literal["nearest", "linear", "bilinear", "bicubic", "trilinear", "area", "nearest-exact"]
+    scale_factors: list[_Positive] | None
+
+
+_ADAPTER: TypeAdapter[_Config] = TypeAdapter(_Config)
+
+
+def open_scheduler(root: Path, family: str, expected: str | None = None) -> Any:
+    """The scheduler of a model's folder, of the class its ``model_index.json`` names.
+
+    Args:
+        family: whose pipeline is to use it. expected: the class, where there is no ``model_index.json``.
+
+    Raises:
+        CheckpointError: no such file, a class the family's pipeline cannot use, or a field out of its bounds.
+    """
+    name = expected or _class_of(root)
+    if name not in SCHEDULERS[family]:
+        raise CheckpointError(
+            f"{root / INDEX}: the scheduler is a {name!r:.80}, which this pipeline cannot use",
+            available=SCHEDULERS[family],
+            fix="give a pipeline with one of these by --pipeline, or put DvdqTransformer into your own",
+        )
+    path = root / FOLDER / FILE
+    return build_scheduler(_read(root, f"{FOLDER}/{FILE}"), name, path)
+
+
+def build_scheduler(config: Mapping[str, Any], class_name: str, path: Path) -> Any:
+    """The scheduler of a config that is not trusted.
+
+    Args:
+        class_name: one of :data:`SCHEDULERS`. path: what errors name.
+
+    Raises:
+        CheckpointError: a field that is out of form, naming it, or fields that the class refuses.
+    """
+    check_scheduler_config(config, path)
+    import diffusers
+
+    with _said_once(path):
+        return getattr(diffusers, class_name).from_config({**config, "_class_name": class_name})
+
+
+def check_scheduler_config(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a field whose value no published scheduler has: tables that take memory, numbers that give no noise levels.
+
+    Args:
+        path: what errors name.
+
+    Raises:
+        CheckpointError: names the field, its value and what it may be.
+    """
+    try:
+        _ADAPTER.validate_python({name: value for name, value in config.items() if not name.startswith("_")})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"{path}: {where} is {first['input']!r:.80}: {first['msg']}", fix="get the model's scheduler again"
+        ) from None
+
+
+def set_timesteps(scheduler: Any, family: str, steps: int, tokens: int) -> None:
+    """Make the timesteps of a request as the family's pipeline does.
+
+    Args:
+        tokens: of the clip, which some pipelines shift the schedule by.
+    """
+    import numpy as np
+
+    if family == "hunyuan-video":
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
+    elif family == "ltx-video":
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=_shift_of(scheduler.config, tokens))
+    else:
+        scheduler.set_timesteps(steps)
+
+
+def rehearse(scheduler: Any, family: str, steps: int, path: Path, tokens: int = 1) -> None:
+    """Take every step of a request once, on a tensor of sixteen numbers.
+
+    Args:
+        steps, tokens: of the request. path: what errors name.
+
+    Raises:
+        CheckpointError: no timesteps, too many or too few, some that are not finite or that rise, or a step that fails or
+            gives NaN or infinities.
+    """
+    # Some schedulers draw noise of their own, which must not change what the caller draws afterwards.
+    with _said_once(path), torch.random.fork_rng(devices=[]):
+        set_timesteps(scheduler, family, steps, tokens)
+        timesteps = scheduler.timesteps
+        _check_timesteps(timesteps, scheduler, steps, path)
+        # Pipelines that make their own sigmas let the scheduler find its place from the timestep.
+        if family in ("wan", "hunyuan-video"):
+            scheduler.set_begin_index(0)
+        last = _walk(scheduler, timesteps)
+    if not bool(torch.isfinite(last).all()):
+        raise _unusable(path, f"a step of {steps} gives NaN or infinities")
+
+
+def _walk(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """A sample after all steps of a model that predicts noise."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 4, 1, 2, 2)
+    sample = torch.randn(shape, generator=generator)
+    before = None
+    for index, timestep in enumerate(timesteps):
+        output = torch.randn(shape, generator=generator)
+        if type(scheduler).__name__ == "CogVideoXDPMScheduler":
+            earlier = timesteps[index - 1] if index else None
+            sample, before = scheduler.step(output, before, timestep, earlier, sample, return_dict=False)
+        else:
+            sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+    return sample
+
+
+def _check_timesteps(timesteps: Any, scheduler: Any, steps: int, path: Path) -> None:
+    order = int(scheduler.order)
+    wanted = order * steps - (order - 1)  # a solver of order 2 evaluates every step but one twice
+    if not isinstance(timesteps, Tensor) or timesteps.shape != (wanted,):
+        raise _unusable(path, f"it makes {len(timesteps)} timesteps of {steps} steps")
+    values = timesteps.double()
+    if not bool(torch.isfinite(values).all()):
+        raise _unusable(path, "its timesteps are not finite")
+    if bool((values.diff() > 0).any()) or (wanted > order and not values[0] > values[-1]):
+        raise _unusable(path, f"its timesteps do not fall: {values[0]:g} to {values[-1]:g}")
+
+
+def _unusable(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be used: {why}", fix="get the model's scheduler again, or try another number of steps"
+    )
+
+
+def _shift_of(config: Mapping[str, Any], tokens: int) -> float:
+    """μ of LTX's pipeline: on the line through (base length, base shift) and (longest, largest shift)."""
+    short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (high - low) / (long - short)
+    return float(tokens * slope + low - slope * short)
+
+
+@contextlib.contextmanager
+def _said_once(path: Path) -> Iterator[None]:
+    """CheckpointError for whatever diffusers raises over a config; its own warnings are about what is tried here."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # numpy, torch, scipy and diffusers: no common base
+        raise _unusable(path, f"{type(error).__name__}: {error!s:.300}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def _class_of(root: Path) -> str:
+    entry = _read(root, INDEX).get("scheduler")
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+        raise CheckpointError(
+            f"{root / INDEX}: the scheduler is {entry!r:.80}", available='["diffusers", "<class>"]', fix="get it again"
+        )
+    return entry[1]
+
+
+def _read(root: Path, name: str) -> dict[str, Any]:
+    return UntrustedFolder.at(root).json(name, MAX_JSON, "get the model's folder again")

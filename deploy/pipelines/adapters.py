@@ -1,0 +1,327 @@
+"""What a diffusers pipeline passes to its transformer, as the inputs of the exported graph.
+
+A pipeline calls the same ``forward`` whatever stands behind it, so an adapter takes the arguments of the family's own
+diffusers class and gives the graph's inputs by name: floating tensors in the export's dtype, timesteps and guidance in
+fp32, masks in int64, rotary tables and coordinates in fp32.
+
+Timesteps are never rounded here: integers below 2²⁴ and fp32 values pass into fp32 exactly. Where the pipeline itself has
+rounded one (HunyuanVideo casts t to the dtype of its latents, 16-bit from the second step on), that value is kept,
+because it is the one the unquantized transformer gets too.
+
+The latents say how many samples there are. An input that has one is for all of them, as in diffusers; any other number is
+refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.model.families import Family, InputSpec, Sizes
+
+__all__ = ["ADAPTERS", "Adapter", "get_adapter"]
+
+
+class Adapter:
+    """One family's forward arguments -> graph inputs, for an export of ``sizes`` in ``dtype``."""
+
+    ignored: tuple[str, ...] = ()  # arguments that the diffusers forward also ignores for this config
+
+    def __init__(self, family: Family, sizes: Sizes, dtype: torch.dtype) -> None:
+        self.family, self.sizes, self.dtype = family, sizes, dtype
+        self.specs = family.inputs(sizes)
+        model_class = getattr(importlib.import_module("diffusers"), family.config["_class_name"])
+        self._signature = inspect.signature(model_class.forward)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name; TypeError for one that the family's diffusers class does not take either."""
+        arguments = dict(self._signature.bind(None, *args, **kwargs).arguments)
+        arguments.pop("self")
+        return arguments
+
+    def inputs(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The graph's inputs of the whole batch, in graph order.
+
+        Raises:
+            UnsupportedError: an argument that the exported graph has no input for.
+            ShapeError: an input is missing or no tensor, has another text length, timestep shape or number of axes than
+                the export's, or neither one sample nor as many as the latents.
+        """
+        given = {name: value for name, value in arguments.items() if value is not None and name not in self.ignored}
+        latents = self._latents(given)
+        values = {spec.name: self._value(spec, given, latents) for spec in self.specs}
+        if given:
+            name = next(iter(given))
+            raise UnsupportedError(
+                f"the exported {self.family.name} graph has no input for {name}",
+                available=[spec.name for spec in self.specs],
+                fix=f"leave {name} out, or run this model in diffusers",
+            )
+        self._check_text(values)
+        return {spec.name: self._batched(spec, values[spec.name], latents.shape[0]) for spec in self.specs}
+
+    def slices(self, inputs: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """Cut the batch into calls of ``sizes.batch`` samples: the inputs of each call and how many samples count.
+
+        A last call that is not full repeats its last sample, since the graph's batch is fixed.
+        """
+        batch, limit = inputs["hidden_states"].shape[0], self.sizes.batch
+        for start in range(0, batch, limit):
+            count = min(limit, batch - start)
+            rows = torch.arange(start, start + limit).clamp(max=start + count - 1).tolist()
+            yield {spec.name: self._rows(spec, inputs[spec.name], rows) for spec in self.specs}, count
+
+    def _each(self, spec: InputSpec) -> int | None:
+        """Rows of one sample: 2 for the image embeddings of a first and a last frame; None where all samples share one."""
+        size = spec.shape[0]
+        if not isinstance(size, int) or size % self.sizes.batch or spec.name == "ofs":
+            return None
+        return size // self.sizes.batch
+
+    def _batched(self, spec: InputSpec, value: Tensor, batch: int) -> Tensor:
+        """An input for ``batch`` samples: as it is, or one sample's repeated. ShapeError for another number."""
+        each = self._each(spec)
+        if each is None or value.shape[0] == each * batch:
+            return value
+        if value.shape[0] == each:
+            return value.repeat(batch, *(1 for _ in value.shape[1:]))
+        samples = f"{value.shape[0] / each:g}"
+        raise ShapeError(
+            f"{spec.name} has shape {list(value.shape)}, for {samples} samples, and the latents have {batch}",
+            available=f"{each * batch} rows, or {each} for all samples",
+            fix="give every input for the same samples; pipelines repeat prompts by num_videos_per_prompt",
+        )
+
+    def _rows(self, spec: InputSpec, value: Tensor, rows: list[int]) -> Tensor:
+        each = self._each(spec)
+        if each is None:
+            return value
+        if rows == list(range(value.shape[0] // each)):
+            return value
+        return value[[row * each + i for row in rows for i in range(each)]]
+
+    def _latents(self, given: Mapping[str, Any]) -> Tensor:
+        """The latents, which the other inputs are held against."""
+        latents, spec = given.get("hidden_states"), self.specs[0]
+        if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.ndim != len(spec.shape):
+            raise ShapeError(
+                f"hidden_states is {_named(latents)}",
+                available=f"latents of floats [{', '.join(map(str, spec.shape))}]",
+            )
+        if not latents.shape[0]:
+            raise ShapeError("hidden_states holds no sample", available="a batch of 1 or more")
+        return latents
+
+    def _value(self, spec: InputSpec, given: dict[str, Any], latents: Tensor) -> Tensor:
+        """One graph input, taken out of ``given``."""
+        value = given.pop(spec.name, None)
+        if value is None:
+            raise ShapeError(
+                f"the transformer was called without {spec.name}",
+                available=list(given),
+                fix=f"pass {spec.name}: the exported graph has it as an input",
+            )
+        tensor = as_tensor(spec.name, value).to(latents.device)
+        if spec.kind == "timestep":
+            return self._timestep(spec, tensor, latents)
+        if tensor.ndim != len(spec.shape):
+            raise ShapeError(
+                f"{spec.name} has shape {list(tensor.shape)}: {tensor.ndim} axes instead of {len(spec.shape)}",
+                available=f"[{', '.join(map(str, spec.shape))}]",
+            )
+        dtype = (
+            torch.int64 if spec.kind == "mask" else torch.float32 if spec.kind in ("rotary", "coords") else self.dtype
+        )
+        return tensor.to(spec.dtype or dtype)
+
+    def _timestep(self, spec: InputSpec, value: Tensor, latents: Tensor) -> Tensor:
+        """fp32, one per sample, or as many as the spec has."""
+        value = value.to(torch.float32)
+        samples = 1 if spec.name == "ofs" else latents.shape[0]
+        if value.ndim == 0 or (value.ndim == 1 and value.shape[0] == 1):
+            value = value.reshape(1).expand(samples)
+        if spec.name == "ofs" and value.shape != (1,):
+            raise ShapeError(f"ofs has shape {list(value.shape)}", available="one number for all samples")
+        if value.ndim != 1:
+            raise ShapeError(
+                f"{spec.name} has the shape {tuple(value.shape)}: one per token, but this {self.family.name} was "
+                "exported with one per sample",
+                available=f"a {spec.name} of shape ({latents.shape[0]},)",
+                fix="use the text-to-video pipeline of this model (for Wan: expand_timesteps=False)",
+            )
+        return value
+
+    def _check_text(self, values: Mapping[str, Tensor]) -> None:
+        text = values["encoder_hidden_states"]
+        if text.shape[1] != self.sizes.text_tokens:
+            raise ShapeError(
+                f"the text embedding has {text.shape[1]} tokens, and this export takes {self.sizes.text_tokens}",
+                available=f"{self.sizes.text_tokens} text tokens",
+                fix=f"call the pipeline with max_sequence_length={self.sizes.text_tokens}, or export again with "
+                f"--text-tokens {text.shape[1]}",
+            )
+
+
+class WanAdapter(Adapter):
+    """Timesteps per sample, or per token for TI2V-5B, whose samples' own timestep stands for all of their tokens."""
+
+    def _timestep(self, spec: InputSpec, value: Tensor, latents: Tensor) -> Tensor:
+        if spec.shape[1:] != ("tokens",):
+            return super()._timestep(spec, value, latents)
+        if value.ndim < 2:
+            tokens = self.family.tokens(*latents.shape[-3:])
+            value = super()._timestep(spec, value, latents)[:, None].expand(-1, tokens)
+        if value.ndim != 2 or not value.shape[1]:
+            raise ShapeError(
+                f"timestep has shape {list(value.shape)}", available="one per sample, or [samples, tokens]"
+            )
+        return value.to(torch.float32)
+
+
+class HunyuanVideoAdapter(Adapter):
+    """The pipeline passes the guidance scale always; only guidance-distilled models have an input for it."""
+
+    def __init__(self, family: Family, sizes: Sizes, dtype: torch.dtype) -> None:
+        super().__init__(family, sizes, dtype)
+        if not family.config["guidance_embeds"]:
+            self.ignored = ("guidance",)
+
+
+class CogVideoXAdapter(Adapter):
+    """``image_rotary_emb``, a pair, becomes the inputs ``rotary_cos`` and ``rotary_sin`` [tokens, head_dim]."""
+
+    def inputs(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See :meth:`Adapter.inputs`."""
+        arguments = dict(arguments)
+        rotary = arguments.pop("image_rotary_emb", None)
+        if rotary is not None:
+            if not self.family.config["use_rotary_positional_embeddings"]:
+                raise UnsupportedError(
+                    "image_rotary_emb was given to a CogVideoX with additive position embeddings",
+                    fix="leave image_rotary_emb out",
+                )
+            if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
+                raise ShapeError(
+                    f"image_rotary_emb is {_named(rotary)}", available="a pair of tensors: cosines and sines"
+                )
+            arguments["rotary_cos"], arguments["rotary_sin"] = rotary
+        return super().inputs(arguments)
+
+
+class LTXVideoAdapter(Adapter):
+    """``num_frames``, ``height``, ``width`` and the interpolation scale become the input ``video_coords`` [B, 3, tokens].
+
+    The graph divides coordinates by the base sizes (20 frames, 2048 × 2048 pixels) as diffusers does for a given
+    ``video_coords``; the products here are formed in diffusers' order, so that the quotient is the same to the bit.
+    """
+
+    base = (20, 2048, 2048)
+
+    def inputs(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See :meth:`Adapter.inputs`."""
+        arguments = dict(arguments)
+        axes = {name: arguments.pop(name, None) for name in ("num_frames", "height", "width")}
+        scale = arguments.pop("rope_interpolation_scale", None)
+        mask = arguments.get("encoder_attention_mask")
+        if mask is not None and as_tensor("encoder_attention_mask", mask).ndim != 2:
+            raise ShapeError(
+                f"encoder_attention_mask has the shape {tuple(as_tensor('encoder_attention_mask', mask).shape)}",
+                available="[batch, text tokens], 1 for a token and 0 for padding",
+                fix="pass the tokenizer's mask, not an attention bias",
+            )
+        if arguments.get("video_coords") is None:
+            missing = [name for name, size in axes.items() if size is None]
+            if missing:
+                raise ShapeError(
+                    f"the transformer was called without video_coords and without {', '.join(missing)}",
+                    fix="pass num_frames, height and width in latent units, or video_coords",
+                )
+            latents = self._latents(arguments)
+            sizes = self._sizes(axes, latents)
+            arguments["video_coords"] = self.coordinates(latents, sizes, None if scale is None else _factors(scale))
+        return super().inputs(arguments)
+
+    def _sizes(self, axes: Mapping[str, Any], latents: Tensor) -> tuple[int, int, int]:
+        """Frames, height and width as whole numbers that make as many tokens as the latents have."""
+        numbers = []
+        for name, size in axes.items():
+            try:
+                number = operator.index(size)
+            except TypeError:
+                number = 0
+            if number < 1:
+                raise ShapeError(f"{name} is {size!r:.80}", available="a whole number from 1, in latent units")
+            numbers.append(number)
+        if math.prod(numbers) != latents.shape[1]:
+            raise ShapeError(
+                f"num_frames, height and width are {' × '.join(map(str, numbers))} and the latents have "
+                f"{latents.shape[1]} tokens",
+                fix="give the sizes of these latents, in latent units",
+            )
+        return numbers[0], numbers[1], numbers[2]
+
+    def coordinates(self, latents: Tensor, sizes: tuple[int, int, int], scale: Any) -> Tensor:
+        """fp32 [B, 3, frames · height · width]: frame, row and column of every token, times ``scale`` and the patch.
+
+        Args:
+            sizes: frames, height, width in latent units. scale: three factors (to seconds and pixels), or None.
+        """
+        grid = torch.meshgrid(
+            *(torch.arange(size, dtype=torch.float32, device=latents.device) for size in sizes), indexing="ij"
+        )
+        patch = self.family.patch()
+        factors = self.base if scale is None else scale
+        steps = (1, 1, 1) if scale is None else patch
+        axes = [axis * factor * step for axis, factor, step in zip(grid, factors, steps)]
+        return torch.stack(axes).flatten(1)[None].expand(latents.shape[0], -1, -1)
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """A tensor of real numbers. ShapeError for anything else."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(f"{name} is {_named(value)}", available="a tensor") from error
+    if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
+        raise ShapeError(f"{name} is {_named(tensor)}", available="a dense tensor of real numbers")
+    return tensor
+
+
+def _named(value: Any) -> str:
+    """A value in few words, for an error."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return "missing" if value is None else f"a {type(value).__name__}"
+
+
+def _factors(scale: Any) -> tuple[float, float, float]:
+    try:
+        time, height, width = (float(factor) for factor in scale)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(
+            f"rope_interpolation_scale is {scale!r:.80}", available="three numbers: time, height, width"
+        ) from error
+    return time, height, width
+
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    "wan": WanAdapter,
+    "hunyuan-video": HunyuanVideoAdapter,
+    "cogvideox": CogVideoXAdapter,
+    "ltx-video": LTXVideoAdapter,
+}
+
+
+def get_adapter(family: Family, sizes: Sizes, dtype: torch.dtype) -> Adapter:
+    """The adapter of ``family``; UnsupportedError for a family that has none."""
+    if family.name not in ADAPTERS:
+        raise UnsupportedError(f"there is no pipeline adapter for {family.name}", available=ADAPTERS)
+    return ADAPTERS[family.name](family, sizes, dtype)

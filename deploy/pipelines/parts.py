@@ -1,0 +1,160 @@
+"""The folder of a diffusers pipeline, checked before anything in it is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvdquant.checkpoint.reader import locate_model, refuse_scripts
+from dvdquant.checkpoint.untrusted import UntrustedFolder, fix_of, reason_of
+from dvdquant.deploy.generation.schedulers import check_scheduler_config
+from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.system.safetensors_io import read_header_from
+
+__all__ = ["PIPELINES", "PipelineFolder", "open_pipeline_folder"]
+
+# Text-to-video pipelines, by the family they belong to.
+PIPELINES = {
+    "WanPipeline": "wan",
+    "HunyuanVideoPipeline": "hunyuan-video",
+    "CogVideoXPipeline": "cogvideox",
+    "LTXPipeline": "ltx-video",
+}
+INDEX = "model_index.json"
+MAX_JSON = 1 << 20
+MAX_PARTS = 64
+_TRANSFORMER = re.compile(r"transformer(_\d+)?")
+_LIBRARIES = ("diffusers", "transformers")
+# What a pipeline reads besides the transformers, which the engines replace.
+_WANTED = (INDEX, *(f"{part}/*" for part in ("scheduler", "tokenizer*", "text_encoder*", "vae")))
+_WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A pipeline on this machine: its folder, its class, and the folders of its transformers."""
+
+    root: Path
+    class_name: str
+    transformers: tuple[str, ...]
+
+
+def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
+    """Find and check the pipeline of a model.
+
+    Args:
+        source: its folder, or a hub id ``org/name``, of which text encoder, tokenizer, VAE and scheduler are downloaded.
+        family: of the export.
+
+    Raises:
+        CheckpointError: no pipeline there, parts missing (naming them), weights that are not safetensors, or damaged ones.
+        UnsupportedError: a pipeline class without a place here, or of another family.
+    """
+    folder = UntrustedFolder.at(_find(source))
+    root = folder.root
+    index = _read_index(folder, source)
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in PIPELINES:
+        raise UnsupportedError(
+            f"{root} is a pipeline of class {name!r:.100}",
+            available=PIPELINES,
+            fix="put DvdqTransformer into that pipeline yourself, see dvdquant.deploy.pipelines.transformer",
+        )
+    if PIPELINES[name] != family:
+        raise UnsupportedError(f"{root} is a {name}, and the export is of family {family}", fix="give its own pipeline")
+    parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
+    if len(parts) > MAX_PARTS:
+        raise CheckpointError(
+            f"{root / INDEX} names {len(parts)} parts, more than {MAX_PARTS}", fix="download it again"
+        )
+    for part, entry in parts.items():
+        _check_entry(folder, part, entry)
+    missing = [
+        problem
+        for part in parts
+        if not _TRANSFORMER.fullmatch(part) and (problem := _problem(folder, part)) is not None
+    ]
+    if missing:
+        raise CheckpointError(
+            f"the pipeline {root} is not complete: {'; '.join(missing)}",
+            available=folder.listing(),
+            fix=_how_to_fetch(source),
+        )
+    return PipelineFolder(root, name, tuple(part for part in parts if _TRANSFORMER.fullmatch(part)))
+
+
+def _find(source: str) -> Path:
+    try:
+        return locate_model(source, None, list(_WANTED))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the model the export was made from is needed for text, VAE and scheduler, and is not here: {error.what}",
+            available=error.available,
+            fix="give its folder or hub id with --pipeline, or run where the export was made",
+        ) from error
+
+
+def _read_index(folder: UntrustedFolder, source: str) -> dict[str, Any]:
+    if not folder.has(INDEX):
+        raise CheckpointError(
+            f"{folder.root} is no diffusers pipeline: it has no {INDEX}",
+            available=folder.listing(),
+            fix=f"the transformer alone draws no video; {_how_to_fetch(source)}",
+        )
+    return folder.json(INDEX, MAX_JSON, fix="download the pipeline again")
+
+
+def _check_entry(root: UntrustedFolder, part: str, entry: list[Any]) -> None:
+    """CheckpointError unless a part is a class of diffusers or transformers, in a folder of the pipeline's own.
+
+    These libraries read the folder by path, so every entry of it is looked at.
+    """
+    good = len(entry) == 2 and entry[0] in _LIBRARIES and isinstance(entry[1], str) and entry[1].isidentifier()
+    if not good or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,80}", part):
+        raise CheckpointError(
+            f"{root.root / INDEX}: {part!r:.80} is {entry!r:.120}, and code of a model is never run",
+            available=[f"[{library}, <class>]" for library in _LIBRARIES],
+        )
+    if root.has_folder(part):
+        folder = root.sub(part)
+        refuse_scripts(folder.root, folder.names())
+        folder.check_tree()
+
+
+def _problem(root: UntrustedFolder, part: str) -> str | None:
+    """What a part lacks, in words."""
+    folder = root.sub(part)
+    names = folder.names() if root.has_folder(part) else []
+    if not names:
+        return f"{part}/ is missing"
+    if part.startswith("scheduler") and folder.has("scheduler_config.json"):
+        config = folder.json("scheduler_config.json", MAX_JSON, fix="download the pipeline again")
+        check_scheduler_config(config, folder.root / "scheduler_config.json")
+    if part.startswith(_WEIGHTLESS):
+        return None
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if not weights:
+        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        return f"{part}/ has {'only pickled weights, which run code when loaded' if pickled else 'no weights'}"
+    for name in weights:  # a damaged file is named before minutes of loading
+        try:
+            fd = folder.open(name)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder.root / name} cannot be read: {reason_of(error)}",
+                fix=fix_of(error, "download the pipeline again"),
+            ) from error
+        try:
+            read_header_from(fd, folder.root / name)
+        finally:
+            os.close(fd)
+    return None
+
+
+def _how_to_fetch(source: str) -> str:
+    local = os.path.isdir(os.path.expanduser(source))
+    name = "ORG/NAME" if local else source
+    return f"fetch the whole pipeline (hf download {name} --local-dir FOLDER) and give --pipeline FOLDER"

@@ -1,0 +1,409 @@
+"""An export in the place of a pipeline's transformer.
+
+    transformer = DvdqTransformer.from_pretrained("out/wan", delta=0.1)
+    pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", transformer=transformer, torch_dtype=torch.bfloat16)
+    video = pipe("a cat in the snow").frames[0]
+    for record in transformer.trace: print(record.step, record.branch, record.bits, record.reason)
+
+The pipeline's own code runs unchanged: scheduler, guidance, callbacks, VAE. Every call of its transformer goes to the
+engine that the step controller picks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from dvdquant.artifact.manifest import Manifest
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.request import DEFAULT_DELTA
+from dvdquant.deploy.pipelines.adapters import get_adapter
+from dvdquant.deploy.pipelines.request_state import RequestTable
+from dvdquant.deploy.pipelines.unsupported import COPIED, LOADED, WholeEngine, keep_in_from_pipe, refuse
+from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.deploy.switching.controller import StepController, StepInfo, StepRecord
+from dvdquant.deploy.switching.gbs import Weighting
+from dvdquant.deploy.switching.runner import StepRunner
+from dvdquant.deploy.switching.schedule import Schedule
+from dvdquant.deploy.switching.step_cache import StepCachePolicy
+from dvdquant.errors import ShapeError, UnsupportedError
+
+__all__ = ["DvdqTransformer"]
+
+log = logging.getLogger(__name__)
+
+# Options of diffusers' from_pretrained that say nothing an export could differ in.
+_HARMLESS = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")
+keep_in_from_pipe()
+# Of each transformer, the branch its pipeline is calling. A context is one thread's and one asyncio task's own.
+_BRANCHES: ContextVar[Mapping[int, tuple[str, Mapping[str, Any]]]] = ContextVar("dvdquant_branches")
+
+
+class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
+    """The transformer of a diffusers pipeline, executed by the engines of an export, one bit-width per denoising step.
+
+    It has no blocks, and no parameter but an empty one. ``config`` is that of the exported transformer, ``dtype`` the
+    export's (what the pipeline casts latents and embeddings to), ``device`` where the engines are; inputs may be on any
+    device and outputs go back to the latents' device.
+
+    A batch larger than the export's is run in slices of the export's batch, one after the other; all slices of a step
+    run on the same engine.
+
+    Several pipelines may share it, also in several threads: every request has decisions, history and trace of its own (see
+    :mod:`dvdquant.deploy.pipelines.request_state`), and the engines run one call after the other. A deep copy shares the engines.
+
+    Args:
+        session: an open session. controller: what decides the bits of each step; every request gets a fresh one like it.
+    """
+
+    def __init__(self, session: EngineSession, controller: StepController) -> None:
+        super().__init__()
+        # diffusers notes there where a model was loaded from, also in the config.json that it saves.
+        config = {**session.family.config, "_name_or_path": str(session.artifact.root)}
+        self.register_to_config(**config)
+        self._session = session
+        self._adapter = get_adapter(session.family, session.sizes, session.dtype)
+        # Accelerate's offloading asks for the device of a module's first parameter.
+        placement = torch.empty(0, dtype=session.dtype, device=session.device)
+        self.register_parameter("placement", torch.nn.Parameter(placement, requires_grad=False))
+        self._placed = False
+        self._requests = RequestTable(session, controller)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        component: str | None = None,
+        subfolder: str | None = None,
+        backend: str = "auto",
+        device: str = "auto",
+        mode: str = "switch",
+        delta: float | None = None,
+        schedule: Schedule | str | Path | None = None,
+        callback: Callable[[StepInfo], Any] | None = None,
+        cache: StepCachePolicy | float | None = None,
+        branch_policy: str = "shared",
+        last_high: int | None = None,
+        weighting: Weighting | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        **unknown: Any,
+    ) -> Self:
+        """Open an export folder.
+
+        Args:
+            component: ``transformer`` or ``transformer_2`` of Wan 2.2; ``subfolder`` is the same by diffusers' name.
+            backend, device: as in :func:`dvdquant.deploy.sessions.open_session`.
+            mode: ``switch`` (δ-GBS), ``a4`` or ``a8`` (always that engine), ``planned`` (with ``schedule``) or
+                ``callback`` (with ``callback``); the last two are understood from their argument.
+            delta: δ of ``switch``: 0 is always 8 bits, infinity always 4; :data:`DEFAULT_DELTA` if not given.
+            cache: a threshold turns the step cache on with the family's policy.
+            branch_policy, last_high, weighting: see :class:`dvdquant.deploy.switching.controller.StepController`; the last two are
+                for ``switch``, where the defaults are those of the commands.
+            torch_dtype, dtype: refused unless it is the export's, or "auto".
+
+        Raises:
+            OutputError: the folder is no export. EngineError: no engine fits. UnsupportedError: an option that does not
+            apply, or two that contradict each other.
+        """
+        _check_options(mode, delta, schedule, callback, last_high, weighting)
+        if unknown.get("use_safetensors") is not False:
+            unknown = {name: value for name, value in unknown.items() if name not in _HARMLESS}
+        if unknown:
+            options = [name for name in inspect.signature(cls.from_pretrained).parameters if name != "unknown"]
+            raise UnsupportedError(
+                f"DvdqTransformer.from_pretrained has no option {next(iter(unknown))}", available=options[1:]
+            )
+        artifact = Artifact.open(pretrained_model_name_or_path)
+        name = component or subfolder or artifact.components[0]
+        for option, wanted in (("torch_dtype", torch_dtype), ("dtype", dtype)):
+            if wanted not in (None, "auto", artifact.dtype, str(artifact.dtype).removeprefix("torch.")):
+                raise UnsupportedError(
+                    f"{option} is {wanted!s:.80}", available=str(artifact.dtype), fix="export again with --dtype"
+                )
+        session = open_session(artifact, name, backend=backend, device=device)
+        try:
+            more = {"branch_policy": branch_policy, "last_high": last_high, "weighting": weighting}
+            controller = _controller(session, artifact.manifest, mode, delta, schedule, callback, cache, **more)
+            return cls(session, controller)
+        except BaseException:
+            session.close()
+            raise
+
+    # -------------------------------------------------------------------------------------------------- what it decides
+
+    def use(self, controller: StepController) -> None:
+        """Decide the coming requests with another controller; trace and history of this thread begin anew."""
+        self._requests.use(controller)
+
+    @property
+    def runner(self) -> StepRunner:
+        """Runs the steps of this thread's last (or running) request; has ``summary()`` and ``on_step``."""
+        return self._requests.own.runner
+
+    @property
+    def session(self) -> EngineSession:
+        """The engines."""
+        return self._session
+
+    @property
+    def trace(self) -> list[StepRecord]:
+        """Every call of this thread's last (or running) request, in order; of any thread's, where this one had none."""
+        return self._requests.latest.runner.trace
+
+    def close(self) -> None:
+        """Give back the engines' memory; a later call raises EngineError."""
+        self._session.close()
+
+    # ---------------------------------------------------------------------------------------------- the pipeline's calls
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """Pipelines name the branch they call (``cond``, ``uncond``, ``cond_uncond``) and some pass ``step_index`` and
+        ``num_inference_steps``."""
+        before = _BRANCHES.get({})
+        _BRANCHES.set({**before, id(self): (name, where)})
+        try:
+            yield
+        finally:
+            _BRANCHES.set(before)
+
+    def begin_request(self, steps: int | None = None) -> None:
+        """The next call in this thread starts a new request with an empty history.
+
+        Rarely needed: pipelines report the end of a request by themselves, also of an interrupted one. ``steps`` matters
+        where the pipeline does not pass their number (all but WanPipeline, in diffusers 0.42) and the controller treats
+        the last ones otherwise: the step cache skips all but the last, ``last_high`` counts from the end, and without it
+        ``weighting`` does nothing.
+        """
+        self._requests.begin(steps)
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        # Called by a pipeline when a request has ended. The trace stays until the next one.
+        del recurse
+        self._requests.end()
+
+    @torch.compiler.disable  # a compiled caller runs the engines as they are
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The arguments of the family's diffusers class.
+
+        Returns:
+            ``Transformer2DModelOutput`` with the sample in ``self.dtype``, or a tuple with ``return_dict=False``.
+
+        Raises:
+            ShapeError: a size or text length outside the export's profile, or inputs for other numbers of samples.
+            UnsupportedError: ``attention_kwargs``, or an input the graph does not have. EngineError: the engine failed,
+            or gave NaN at the highest bits too.
+        """
+        arguments = self._adapter.bind(args, kwargs)
+        return_dict = arguments.pop("return_dict", True)
+        if arguments.pop("attention_kwargs", None):
+            refuse(
+                "attention_kwargs", "attention runs inside the engine", "leave them out; a LoRA is fused before export"
+            )
+        floats = [value for value in arguments.values() if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and any(value.requires_grad for value in floats):
+            refuse("a call with gradients", "an engine has none", "call it under torch.no_grad()")
+        with torch.no_grad():
+            sample = self._run(arguments)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _run(self, arguments: Mapping[str, Any]) -> Tensor:
+        inputs = self._adapter.inputs(arguments)
+        branch, where = _BRANCHES.get({}).get(id(self), (None, {}))
+        given, steps = where.get("step_index"), where.get("num_inference_steps")
+        timestep = float(inputs["timestep"].max())
+        if not math.isfinite(timestep):
+            raise ShapeError(f"the timestep is {timestep}", available="a finite number", fix="check the scheduler")
+        slices = list(self._adapter.slices(inputs))
+        samples = []
+        text = arguments["encoder_hidden_states"]
+        with self._requests.call(branch, given, steps, timestep, text if isinstance(text, Tensor) else None) as place:
+            runner, branch, step = place
+            for index, (part, count) in enumerate(slices):
+                name = branch if len(slices) == 1 else f"{branch}/{index}"
+                samples.append(runner.run(part, branch=name, step=step, steps=steps)[:count])
+        whole = samples[0] if len(samples) == 1 else torch.cat(samples)
+        return whole.to(arguments["hidden_states"].device)
+
+    # ------------------------------------------------------------------------------------------------ dtype, device, mode
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the export."""
+        return self._session.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engines are."""
+        return self._session.device
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Engines stay where they were opened. Their own device, and the CPU that offloading moves everything to, are
+        accepted; UnsupportedError for another accelerator or another dtype."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype not in (None, self.dtype):
+            refuse(f".to({dtype})", "its dtype is that of the export", "export again with --dtype", str(self.dtype))
+        if device is not None and not _same_device(device, self.device):
+            if device.type != "cpu":
+                refuse(
+                    f".to({str(device)!r})",
+                    f"its engines were opened on {self.device}",
+                    f"open it there: DvdqTransformer.from_pretrained(OUT, device={str(device)!r})",
+                    str(self.device),
+                )
+            if not self._placed:
+                log.info(
+                    "the engines of %s stay on %s; close() gives their memory back",
+                    self._session.component,
+                    self.device,
+                )
+                self._placed = True
+        return self
+
+    def cuda(self, device: int | torch.device | None = None) -> Self:
+        """See :meth:`to`."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
+    def cpu(self) -> Self:
+        """See :meth:`to`."""
+        return self.to("cpu")
+
+    def half(self, *args: Any) -> Self:
+        """See :meth:`to`."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Self:
+        """See :meth:`to`."""
+        return self.to(torch.bfloat16)
+
+    def float(self, *args: Any) -> Self:
+        """See :meth:`to`."""
+        return self.to(torch.float32)
+
+    def double(self) -> Self:
+        """See :meth:`to`."""
+        return self.to(torch.float64)
+
+    def type(self, dst_type: Any) -> Self:
+        """See :meth:`to`."""
+        return self.to(dst_type)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """UnsupportedError for any other state than this module's own, which holds no weights."""
+        if set(state_dict) != {"placement"}:
+            refuse("load_state_dict", *LOADED)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Another transformer on the same engines, with requests of its own; closing one closes both."""
+        twin = type(self)(self._session, self._requests.controller.fresh())
+        memo[id(self)] = twin
+        return twin
+
+    def __copy__(self) -> Self:
+        """See :meth:`__deepcopy__`."""
+        return self.__deepcopy__({})
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """UnsupportedError: engines cannot be pickled."""
+        refuse("pickle", *COPIED)
+
+    def train(self, mode: bool = True) -> Self:
+        """UnsupportedError for the training mode."""
+        if mode:
+            refuse("training", "an engine has no gradients", "train the original checkpoint and export it again")
+        super().train(False)
+        return self
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes held between calls: weights once, engines, scratch."""
+        del return_buffers
+        return sum(self._session.resident_bytes().values())
+
+    def extra_repr(self) -> str:
+        """Component, backend, device and bits."""
+        session = self._session
+        bits = " and ".join(f"a{bits}" for bits in session.bits)
+        return f"{self.config['_class_name']} {session.component}, {bits}, {session.backend} on {session.device}"
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
+
+
+def _controller(
+    session: EngineSession,
+    manifest: Manifest,
+    mode: str,
+    delta: float | None,
+    schedule: Schedule | str | Path | None,
+    callback: Callable[[StepInfo], Any] | None,
+    cache: StepCachePolicy | float | None,
+    **more: Any,
+) -> StepController:
+    """The controller that the options of :meth:`DvdqTransformer.from_pretrained` describe."""
+    low, high = session.bits[0], session.bits[-1]
+    if mode == "switch" and (schedule is not None or callback is not None):
+        mode = "planned" if schedule is not None else "callback"
+    if isinstance(schedule, (str, Path)):
+        schedule = Schedule.load(schedule, manifest)
+    if isinstance(cache, (int, float)):
+        cache = StepCachePolicy.for_family(session.family.name, threshold=cache)
+    common: dict[str, Any] = {"low": low, "high": high, "cache": cache, **more}
+    fixed = re.fullmatch(r"a(\d+)", mode)
+    if mode == "switch" and low == high:
+        log.info("%s was exported with %d-bit activations only: nothing to switch", session.component, low)
+        return StepController("fixed", bits=low, **common)
+    if fixed is not None:
+        if int(fixed[1]) not in session.bits:
+            raise UnsupportedError(
+                f"mode {mode} needs a graph the export lacks",
+                available=[*(f"a{bits}" for bits in session.bits), "switch"],
+                fix="pick one of these, or export with a recipe that has it",
+            )
+        return StepController("fixed", bits=int(fixed[1]), **common)
+    if mode not in ("switch", "planned", "callback"):
+        modes = [*(f"a{bits}" for bits in session.bits), "switch", "planned", "callback"]
+        raise UnsupportedError(f"unknown mode {mode!r:.40}", available=modes)
+    if mode == "switch":
+        delta = DEFAULT_DELTA if delta is None else delta
+    return StepController(mode, delta=delta, schedule=schedule, callback=callback, **common)  # type: ignore[arg-type]
+
+
+def _check_options(
+    mode: str, delta: Any, schedule: Any, callback: Any, last_high: int | None, weighting: str | None
+) -> None:
+    """UnsupportedError for options that contradict each other, as the command dvdq-run refuses them."""
+    follows = schedule is not None or callback is not None  # then the mode is understood from it
+    switches = mode == "switch" and not follows
+    rule = "callback" if callback is not None else "schedule"
+    clashes = {
+        "schedule says the bits of each step, and so does callback": schedule is not None and callback is not None,
+        f"schedule says the bits of each step, and so does mode={mode!r:.40}": (
+            schedule is not None and mode not in ("switch", "planned")
+        ),
+        f"callback says the bits of each step, and so does mode={mode!r:.40}": (
+            callback is not None and mode not in ("switch", "callback")
+        ),
+    }
+    for name, value in (("delta", delta), ("last_high", last_high), ("weighting", weighting)):
+        what = f"{rule} says the bits of each step" if follows else f"mode={mode!r:.40} does not switch"
+        clashes[f"{name} is for switching engines by delta, and {what}"] = value is not None and not switches
+    for what, clash in clashes.items():
+        if clash:
+            raise UnsupportedError(what, fix="leave one of the two out")

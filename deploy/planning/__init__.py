@@ -1,0 +1,1 @@
+"""Finding the δ of step switching."""

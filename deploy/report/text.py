@@ -1,0 +1,253 @@
+"""What the report says in words: untrusted text made showable, the recipe, kept layers, what executes, commands to run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from dvdquant.artifact.manifest import EngineEntry, Manifest
+from dvdquant.recipe import fitted_words, looks_at_inputs
+from dvdquant.system.text import shell_word, unsafe
+
+__all__ = [
+    "Execution",
+    "commands",
+    "executions",
+    "kept_groups",
+    "millions",
+    "model_name",
+    "python_lines",
+    "recipe_words",
+    "shown",
+    "size_words",
+]
+
+LONGEST = 600  # characters of one text of the page
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,20}:/{1,2})[^/\s@]+@")
+_SECRET = r"token|secret|passw|api[-_]?key|access[-_]?key|auth|credential|signature|\bsig\b|\bkey\b"
+_PARAMETER = re.compile(rf"(?i)([^=&?;#\s]{{0,60}}(?:{_SECRET})[^=&?;#\s]{{0,60}}=)[^&#;\s]+")
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{8,}|gh[a-z]_[A-Za-z0-9]{8,}|github_pat_\w{8,}|sk-[\w-]{12,}|glpat-[\w-]{8,}"
+    r"|AKIA[0-9A-Z]{12,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
+)
+_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{12,}")
+_SLOW = re.compile(r"(?i)no faster than a8")
+
+
+def shown(value: Any) -> Any:
+    """``value`` with every text in it, keys too, fit to be shown: secrets of URLs and known kinds of token replaced by
+    an ellipsis, control and direction characters by U+FFFD, cut at :data:`LONGEST` characters. Escaping is the
+    template's work."""
+    if isinstance(value, str):
+        text = _USER.sub(r"\1…@", value[: 4 * LONGEST])
+        text = _PARAMETER.sub(r"\1…", text)
+        text = _BEARER.sub(r"\1 …", _TOKEN.sub("…", text))
+        text = "".join("\ufffd" if unsafe(c) else c for c in text)
+        return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    if isinstance(value, Mapping):
+        return {shown(key): shown(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shown(item) for item in value]
+    return value
+
+
+# --------------------------------------------------------------------------------------------------------- the recipe
+
+
+def recipe_words(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]]:
+    """(what, how) of a ``Recipe.to_json()`` for a model of ``family``."""
+    from dvdquant.model.families import FAMILIES
+
+    weight, rotation = recipe["weight"], recipe["rotation"]
+    grid = f"one scale per {weight['group_size']} inputs" if weight["group_size"] else "one scale per output row"
+    zero = {
+        "midrise": "codes stand for odd multiples of half a step",
+        "symmetric": "codes around zero",
+        "real": "a zero-point in sixteenths of a step for each group",
+        "paper": "one integer zero-point per row",
+    }
+    solver = {
+        "search": "BGR with the best scale of each row searched",
+        "paper": "BGR as published",
+        "minmax": "round to nearest between minimum and maximum",
+    }
+    grids = [
+        f"{a['bits']} bits, one scale per {'token' if not a['group_size'] else str(a['group_size']) + ' channels'}"
+        for a in recipe["activations"]
+    ]
+    turned = {"auto": "Hadamard, the largest block that divides the row", "full": "Hadamard over the whole row"}
+    turned["none"] = "none"
+    modulation = {"keep": "16 bit", "a8": "4-bit weights, 8-bit activations"}[recipe["modulation"]]
+    predicted = "predicted by one run on synthetic latents, no data; codes rounded with feedback for them"
+    predicted = ", ".join([predicted, *fitted_words(recipe)])
+    has_modulation = any(f.modulation for f in FAMILIES if f.name == family)
+    return [
+        ("Weights", f"{weight['bits']} bits, {grid}; {zero[weight['zero_point']]}"),
+        ("Solver", solver[weight["solver"]]),
+        *([("Inputs", predicted)] if looks_at_inputs(recipe) else []),
+        ("Activations", "; ".join(grids) + ", quantized while the model runs"),
+        ("Rotation", turned.get(str(rotation), f"Hadamard, blocks of {rotation}")),
+        *([("Modulation", modulation)] if has_modulation else []),
+    ]
+
+
+def millions(count: int) -> str:
+    """A number of weights: ``6.29 M``, ``12.80 B``."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def size_words(shapes: Mapping[str, Any]) -> str:
+    """Latent sizes of the graphs, ranges with what they are tuned for."""
+    parts = []
+    for axis in ("frames", "height", "width"):
+        low, best, high = (shapes.get(axis) or [0, 0, 0])[:3]
+        parts.append(f"{best} {axis}" if low == high else f"{low} to {high} {axis} (tuned for {best})")
+    return f"{' × '.join(parts)}; {shapes.get('text_tokens', '?')} text tokens; batch {shapes.get('batch', 1)}"
+
+
+# --------------------------------------------------------------------------------------------------------- kept layers
+
+
+def kept_groups(manifest: Manifest) -> list[dict[str, Any]]:
+    """Layers in 16 bit by the glob that keeps them: ``why``, ``glob``, ``names``, ``count``."""
+    from dvdquant.model.families import FAMILIES
+
+    family = next((f for f in FAMILIES if f.name == manifest.family), None)
+    rules = [(str(glob), "asked for with --keep") for glob in manifest.recipe["keep"]]
+    if family is not None:
+        rules += [
+            (glob, f"the {family.name} family keeps input, output and conditioning layers") for glob in family.keep
+        ]
+        rules += [(glob, "modulation, kept by the recipe") for glob in family.modulation]
+    groups: dict[str, dict[str, Any]] = {}
+    for name in manifest.kept:
+        glob, why = next(
+            (rule for rule in rules if fnmatchcase(name, rule[0])), ("", "no rule of this version names it")
+        )
+        groups.setdefault(glob, {"glob": glob, "why": why, "names": []})["names"].append(name)
+    return [{**group, "count": len(group["names"])} for group in groups.values()]
+
+
+# ------------------------------------------------------------------------------------------------------- what executes
+
+
+class Execution(dict[str, Any]):
+    """One row of the table: ``where``, ``graph``, ``path``, ``words``, ``slow`` (A4 no faster than A8 there)."""
+
+
+def executions(manifest: Manifest) -> tuple[list[Execution], list[str]]:
+    """Rows for engines and then for graphs, and the SMs on which 4-bit activations bring no speed."""
+    rows, slow = [], []
+    for engine in manifest.engines:
+        flat = engine["act_bits"] == 4 and _SLOW.search(engine["executes"]) is not None
+        slow += [sm for sm in engine["sm"] if flat and sm not in slow]
+        rows.append(
+            Execution(
+                where=f"SM {', '.join(engine['sm'])}",
+                graph=f"a{engine['act_bits']}",
+                by=_builder(engine),
+                path=engine["path"],
+                words=engine["executes"],
+                slow=flat,
+            )
+        )
+    words = {
+        "tensorrt": "QuantLinear nodes: TensorRT with the plugin, or ONNX Runtime by their function bodies",
+        "onnx": "standard QuantizeLinear and DequantizeLinear, for any runtime",
+    }
+    for graph in manifest.graphs:
+        rows.append(
+            Execution(
+                where="any",
+                graph=f"a{graph['act_bits']}",
+                by="ONNX",
+                path=graph["path"],
+                words=words.get(graph["target"], graph["target"]),
+                slow=False,
+            )
+        )
+    return rows, slow
+
+
+def _builder(engine: EngineEntry) -> str:
+    names = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
+    versions = ", ".join(engine["versions"].values())
+    return f"{names.get(engine['backend'], engine['backend'])} {versions}".strip()
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def commands(manifest: Manifest, out: Path | str, prompt: str, schedule: bool) -> list[tuple[str, str]]:
+    """(what it does, shell line) for this export."""
+    folder, words = shell_word(str(out)), shell_word(prompt)
+    bits = sorted({g["act_bits"] for g in manifest.graphs})
+    if len(bits) < 2:
+        mode = f"a{bits[0]}" if bits else "16"
+        return [
+            ("A clip", f"dvdq-run {folder} --prompt {words} --mode {mode} -o clip.mp4"),
+            ("Check every file against the manifest", f"dvdq-inspect {folder} --check"),
+        ]
+    lines = [
+        (
+            "A clip, 4 or 8 bits chosen at every step",
+            f"dvdq-run {folder} --prompt {words} -o clip.mp4 --trace clip.json",
+        ),
+        ("16 bit, a8, switching and a4 side by side", f"dvdq-run {folder} --prompt {words} -o compare.mp4 --compare"),
+    ]
+    path = shell_word(str(Path(out) / "schedule.json"))
+    if schedule:
+        lines.append(("Follow its schedule", f"dvdq-run {folder} --prompt {words} -o clip.mp4 --schedule {path}"))
+    else:
+        lines.append(("Plan the bits of every step", f"dvdq-plan {folder} --prompt {words} --average-bits 6 -o {path}"))
+    return [*lines, ("Check every file against the manifest", f"dvdq-inspect {folder} --check")]
+
+
+def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool) -> str:
+    """A script that makes a clip with this export. ``table``: its source has a prompt table instead of a pipeline."""
+    folder, model = str(out), manifest.source["model"]
+    bits = sorted({g["act_bits"] for g in manifest.graphs})
+    mode = "switch" if len(bits) > 1 else f"a{bits[0]}" if bits else "16"
+    if table:
+        return "\n".join(
+            [
+                "from pathlib import Path",
+                "",
+                "from dvdquant.deploy.artifact import Artifact",
+                "from dvdquant.deploy.generation.generate import GenerateRequest, generate",
+                "from dvdquant.deploy.generation.video import enlarge, write_mp4",
+                "",
+                f"artifact = Artifact.open({folder!r})",
+                f"result = generate(artifact, GenerateRequest({prompt!r}, mode={mode!r}))",
+                'write_mp4(Path("clip.mp4"), enlarge(result.frames), fps=8)',
+            ]
+        )
+    from dvdquant.deploy.pipelines.parts import PIPELINES
+
+    pipeline = next((name for name, family in PIPELINES.items() if family == manifest.family), "DiffusionPipeline")
+    load = [
+        f"{name} = DvdqTransformer.from_pretrained({folder!r}, component={name!r}, mode={mode!r})"
+        for name in manifest.components
+    ]
+    given = ", ".join(f"{name}={name}" for name in manifest.components)
+    return "\n".join(
+        [
+            "import torch",
+            f"from diffusers import {pipeline}",
+            "",
+            "from dvdquant.deploy import DvdqTransformer",
+            "",
+            *load,
+            f"pipe = {pipeline}.from_pretrained({model!r}, {given}, torch_dtype=torch.bfloat16)",
+            f"frames = pipe({prompt!r}).frames[0]",
+        ]
+    )
+
+
+def model_name(model: str) -> str:
+    """The last two parts of a hub id or path."""
+    parts = [part for part in model.replace("\\", "/").split("/") if part not in ("", ".")]
+    return "/".join(parts[-2:]) or model

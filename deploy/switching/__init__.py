@@ -1,0 +1,1 @@
+"""Which engine runs a step, and how a request moves through its steps."""

@@ -1,0 +1,332 @@
+"""Which engine a denoising step runs on: δ-GBS, a fixed one, a plan, or the caller's own rule; and when to skip one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
+
+from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
+from dvdquant.deploy.switching.gbs import BitSwitch, Weighting, step_weight
+from dvdquant.deploy.switching.schedule import Schedule
+from dvdquant.deploy.switching.step_cache import ChangeForecast, StepCachePolicy
+from dvdquant.errors import UnsupportedError
+
+__all__ = [
+    "PUBLISHED_COST",
+    "BranchPolicy",
+    "Decision",
+    "Mode",
+    "StepController",
+    "StepInfo",
+    "StepRecord",
+    "relative_cost",
+]
+
+Mode = Literal["switch", "fixed", "planned", "callback"]
+BranchPolicy = Literal["shared", "separate"]
+# An assumption, not a measurement: latencies published for HunyuanVideo are 1.75 (W4A8) and 2.12 (W4A4) times below 16 bit.
+PUBLISHED_COST: Mapping[int, float] = {8: 1.0, 4: 1.75 / 2.12}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a step runs on (``bits`` None: the last output is reused) and why.
+
+    ``accumulated`` is the sum compared with δ, None where there was none to compare.
+    """
+
+    bits: int | None
+    reason: str
+    accumulated: float | None = None
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback decides from.
+
+    Args:
+        step, steps: from 0, and how many there are, if known.
+        branch: the deciding branch ("cond").
+        changes: L1 of every computed step so far. accumulated: since the last high step, predictions of skipped steps
+            included.
+        can_skip: whether there is an output to reuse.
+    """
+
+    step: int
+    steps: int | None
+    timestep: float
+    branch: str
+    changes: tuple[float, ...]
+    accumulated: float
+    can_skip: bool
+
+
+@dataclass
+class StepRecord:
+    """One call of the transformer: what ran and why.
+
+    Args:
+        bits: what the output was computed with in the end; None if an earlier one was reused.
+        change: L1 of this output against the last computed one of the same branch; None for the first, and for a reused
+            one.
+        accumulated: the sum compared with δ at the decision.
+        seconds: of the engine, failed attempts included.
+        retried: the low engine failed and the high one ran.
+    """
+
+    step: int
+    branch: str
+    timestep: float
+    bits: int | None
+    reason: str
+    change: float | None
+    accumulated: float | None
+    seconds: float
+    retried: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dict of JSON values; an infinite change (from an all-zero output) is written as null."""
+        data = dataclasses.asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
+
+
+@dataclass
+class _History:
+    """What is known of one deciding branch."""
+
+    rule: BitSwitch
+    forecast: ChangeForecast = field(default_factory=ChangeForecast)
+    changes: list[float] = field(default_factory=list)
+    step: int = -1  # the last one that this branch took part in
+    computed: tuple[int, float] | None = None  # step and timestep of the last one that was computed
+
+
+class StepController:
+    """Decides each step and keeps the sums the decision is made from. One request at a time; ``reset`` between them.
+
+    Args:
+        mode: ``switch`` is δ-GBS; ``fixed`` runs ``bits`` throughout; ``planned`` follows ``schedule``; ``callback``
+            asks ``callback(StepInfo)`` for bits, None (skip) or a :class:`Decision`.
+        delta: δ of the switch mode, 0 to infinity.
+        low, high: activation bits of the two engines.
+        bits: of the fixed mode; ``high`` if not given.
+        schedule: a :class:`Schedule`, or bits per step (None: skip).
+        cache: skip steps too, in the switch and fixed modes.
+        weighting: in the switch mode, ``step`` (the default there) weighs the change of a step with how far it moves the
+            timestep, where the number of steps is known; ``none`` is the published rule. See :mod:`dvdquant.deploy.switching.gbs`.
+        last_high: in the switch mode, steps at the end that run on the high engine whatever the sum says, where the number
+            of steps is known; there the default is :data:`dvdquant.deploy.switching.defaults.LAST_HIGH`. 0 is the published rule.
+            In the fixed mode, steps at the end that the cache computes; one is computed in any case.
+        branch_policy: with classifier-free guidance a step calls the transformer for several branches. ``shared``
+            decides once a step, from the history of the branch that is called first: guidance subtracts the branches
+            from each other, and their errors cancel best when both come from the same engine. ``separate`` gives every
+            branch its own history.
+
+    Raises:
+        UnsupportedError: an argument that is missing, out of range, or without meaning in this mode.
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "switch",
+        *,
+        delta: float | None = None,
+        low: int = 4,
+        high: int = 8,
+        bits: int | None = None,
+        schedule: Schedule | Sequence[int | None] | None = None,
+        callback: Callable[[StepInfo], int | Decision | None] | None = None,
+        cache: StepCachePolicy | None = None,
+        branch_policy: BranchPolicy = "shared",
+        last_high: int | None = None,
+        weighting: Weighting | None = None,
+    ) -> None:
+        needed: dict[str, Any] = {"switch": delta, "fixed": 0, "planned": schedule, "callback": callback}
+        if mode not in needed:
+            raise UnsupportedError(f"unknown mode {mode!r:.40}", available=get_args(Mode))
+        if needed[mode] is None:
+            option = {"switch": "delta", "planned": "schedule", "callback": "callback"}[mode]
+            raise UnsupportedError(
+                f"mode {mode} needs {option}", fix=f"give {option}=…, or another mode; dvdq-plan finds δ and schedules"
+            )
+        if last_high is None:
+            last_high = LAST_HIGH if mode == "switch" else 0
+        if weighting is None:
+            weighting = WEIGHTINGS[0] if mode == "switch" else "none"
+        if delta is not None and not delta >= 0:
+            raise UnsupportedError(f"δ is {delta}", available="a number from 0 (all high) to infinity (all low)")
+        if branch_policy not in get_args(BranchPolicy):
+            raise UnsupportedError(f"unknown branch policy {branch_policy!r:.40}", available=get_args(BranchPolicy))
+        if weighting not in get_args(Weighting):
+            raise UnsupportedError(f"unknown weighting {weighting!r:.40}", available=get_args(Weighting))
+        if last_high < 0:
+            raise UnsupportedError(f"last_high is {last_high}", available="a number of steps, from 0")
+        if not low <= high:
+            raise UnsupportedError(f"low is {low} bits and high {high}", fix="exchange them")
+        if cache is not None and mode in ("planned", "callback"):
+            raise UnsupportedError(
+                f"mode {mode} says itself which steps are skipped", fix="leave the cache out, or use mode switch"
+            )
+        self.mode, self.branch_policy, self.cache = mode, branch_policy, cache
+        self.delta, self.low, self.high = delta, low, high
+        self.bits = high if bits is None else bits
+        self.callback, self.last_high, self.weighting = callback, last_high, weighting
+        self.schedule = schedule.bits if isinstance(schedule, Schedule) else tuple(schedule or ())
+        self.steps: int | None = None
+        self._histories: dict[str, _History] = {}
+        self._decider: str | None = None
+
+    @property
+    def engines(self) -> tuple[int, ...]:
+        """The bits this controller may ask for, ascending; a callback's are not known before it is asked."""
+        used = {"switch": {self.low}, "fixed": {self.bits}, "planned": {b for b in self.schedule if b is not None}}
+        return tuple(sorted(used.get(self.mode, set()) | {self.high}))
+
+    def fresh(self) -> Self:
+        """Another controller with the same rule and no history, for another request."""
+        twin = copy.copy(self)
+        twin.steps, twin._histories, twin._decider = None, {}, None
+        return twin
+
+    def reset(self, steps: int | None = None) -> None:
+        """Forget every history: a new request, of ``steps`` steps if known.
+
+        Raises:
+            UnsupportedError: the schedule is for another number of steps.
+        """
+        if self.mode == "planned" and steps is not None and steps != len(self.schedule):
+            raise UnsupportedError(
+                f"the schedule has {len(self.schedule)} steps and the request {steps}",
+                fix=f"generate with {len(self.schedule)} steps, or plan again with dvdq-plan --steps {steps}",
+            )
+        self.steps = steps
+        self._histories.clear()
+        self._decider = None
+
+    def decide(self, branch: str, step: int, timestep: float) -> Decision:
+        """The decision of a step, made at its first call (``separate``: at the first call of each branch).
+
+        Args:
+            branch: the one that is called. Under ``shared`` the history is that of the branch that decided the step
+                before, as long as it took part in it.
+        """
+        history = self._history(self._deciding(branch, step))
+        if self.mode == "switch":
+            return self._skip(history, step, timestep) or self._switch(history, step, timestep)
+        if self.mode == "fixed":
+            return self._skip(history, step, timestep) or Decision(
+                self.bits, "fixed", self._sum(history, step, timestep)
+            )
+        if self.mode == "planned":
+            return self._planned(history, step, timestep)
+        return self._asked(history, step, timestep)
+
+    def ran(self, branch: str, step: int, timestep: float, bits: int | None, change: float | None) -> None:
+        """Note how a branch's step came out, once per branch and step.
+
+        Args:
+            bits: what it really ran on, after retries. change: L1 of its output, all slices of a split batch together;
+                None without an output before it, or when reused.
+        """
+        history = self._history(branch)
+        history.step = step
+        if bits is None:
+            history.forecast.skipped(timestep)
+            return
+        history.rule.ran(bits)
+        history.forecast.ran(timestep, change)
+        if change is not None:
+            history.rule.observe(change * self._weight(history, step, timestep))
+            history.changes.append(change)
+        history.computed = (step, timestep)
+
+    def _weight(self, history: _History, step: int, timestep: float) -> float:
+        """Of a change between the last computed step and this one; of several steps in between, their mean."""
+        if self.weighting == "none" or not self.steps or history.computed is None:
+            return 1.0
+        before, began = history.computed
+        return step_weight((began - timestep) / max(1, step - before), self.steps)
+
+    def _pending(self, history: _History, step: int, timestep: float) -> float:
+        """What is predicted of steps that were skipped since the last computed one."""
+        pending = history.forecast.pending
+        return pending * self._weight(history, step, timestep) if pending else 0.0
+
+    def _sum(self, history: _History, step: int, timestep: float) -> float:
+        return history.rule.accumulated + self._pending(history, step, timestep)
+
+    def _history(self, branch: str) -> _History:
+        delta = 0.0 if self.delta is None else self.delta
+        return self._histories.setdefault(branch, _History(BitSwitch(delta, self.low, self.high)))
+
+    def _deciding(self, branch: str, step: int) -> str:
+        if self.branch_policy == "separate":
+            return branch
+        # A branch that stopped being called (guidance switched off half-way) has nothing more to say.
+        if self._decider is None or self._history(self._decider).step < step - 1:
+            self._decider = branch
+        return self._decider
+
+    def _switch(self, history: _History, step: int, timestep: float) -> Decision:
+        if not history.rule.known:
+            return Decision(self.high, "no history", None)
+        total = self._sum(history, step, timestep)
+        if self.steps is not None and step >= self.steps - self.last_high:
+            return Decision(self.high, f"one of the last {self.last_high} steps", total)
+        bits = history.rule.decide(self._pending(history, step, timestep))
+        reason = f"change {total:.4g} {'<' if total < history.rule.delta else '≥'} {history.rule.delta:.4g}"
+        return Decision(bits, reason, total)
+
+    def _skip(self, history: _History, step: int, timestep: float) -> Decision | None:
+        """A skip, if the cache allows it here."""
+        cache, forecast = self.cache, history.forecast
+        if cache is None or forecast.skips >= cache.max_skips:
+            return None
+        change = forecast.predict(timestep)
+        if change is None or step < 2 or (self.steps is not None and step >= self.steps - max(1, self.last_high)):
+            return None
+        total = forecast.pending + change
+        if not total < cache.threshold:
+            return None
+        reason = f"cache: predicted change {total:.4g} < {cache.threshold:.4g}, skip {forecast.skips + 1} in a row"
+        return Decision(None, reason, self._sum(history, step, timestep))
+
+    def _planned(self, history: _History, step: int, timestep: float) -> Decision:
+        if step >= len(self.schedule):
+            raise UnsupportedError(
+                f"step {step} is beyond the schedule's {len(self.schedule)} steps",
+                fix="generate with as many steps as were planned, or plan again with dvdq-plan --steps",
+            )
+        bits, total = self.schedule[step], self._sum(history, step, timestep)
+        if bits is None and not _has_output(history):
+            return Decision(self.high, "planned skip, but there is no output to reuse", total)
+        return Decision(bits, "planned", total)
+
+    def _asked(self, history: _History, step: int, timestep: float) -> Decision:
+        assert self.callback is not None
+        branch = self._decider or next(name for name, h in self._histories.items() if h is history)
+        can_skip, changes = _has_output(history), tuple(history.changes)
+        info = StepInfo(step, self.steps, timestep, branch, changes, self._sum(history, step, timestep), can_skip)
+        answer = self.callback(info)
+        decision = answer if isinstance(answer, Decision) else Decision(answer, "callback", info.accumulated)
+        if decision.bits is None and not can_skip:
+            raise UnsupportedError(
+                f"the callback skips step {step}, but no step of branch {branch} was computed before it",
+                fix="skip only where StepInfo.can_skip is true",
+            )
+        return decision
+
+
+def _has_output(history: _History) -> bool:
+    return history.forecast.computed is not None
+
+
+def relative_cost(records: Sequence[StepRecord], high: int, low: int, cost: Mapping[int, float]) -> float:
+    """Cost of the calls relative to all of them on the high engine: Σ cost / (calls · cost[high]). A reused output costs
+    nothing, a retried step both engines."""
+    total = sum(0.0 if r.bits is None else cost[r.bits] + (cost[low] if r.retried else 0.0) for r in records)
+    return total / (len(records) * cost[high]) if records else 0.0

@@ -1,0 +1,318 @@
+"""Runs each denoising step on the engine its controller chooses, and recovers from a failing low-bit engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dvdquant.deploy.switching.controller import PUBLISHED_COST, Decision, StepController, StepRecord, relative_cost
+from dvdquant.deploy.switching.gbs import change_from_sums, change_sums
+from dvdquant.deploy.switching.schedule import average_bits
+from dvdquant.deploy.switching.step_cache import keep_residual, reuse
+from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
+
+if TYPE_CHECKING:
+    from dvdquant.deploy.sessions.base import EngineSession
+
+__all__ = ["LATENT", "TIMESTEP", "StepRunner"]
+
+# What every family's graph calls them.
+LATENT, TIMESTEP = "hidden_states", "timestep"
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+@dataclass
+class _Part:
+    """The last computed output of one slice of one branch."""
+
+    output: Tensor
+    residual: Tensor
+    shape: tuple[int, ...]  # of the latent
+    step: int  # the last one it took part in, computed or reused
+
+
+@dataclass
+class _Step:
+    """The step in progress: decisions by branch, and what its calls summed up to."""
+
+    index: int
+    timestep: float
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)  # of each branch name
+    sums: dict[str, list[float]] = field(default_factory=dict)  # branch -> Σ‖F_t − F_{t−1}‖₁, Σ‖F_{t−1}‖₁
+    ran: dict[str, int | None] = field(default_factory=dict)
+    failed: str | None = None  # why the low engine is not asked again in this step
+
+
+class _Failure(Exception):
+    """An attempt that gave no usable output, in a few words."""
+
+
+class StepRunner:
+    """One request at a time through one session.
+
+    A step begins when ``step`` changes or, where it is not given, the timestep. A request begins with
+    :meth:`begin_request`, with step 0, when the timestep rises or ``step`` falls, or when a branch's latent changes
+    shape. Branch names are free; the part before a slash is the branch ("cond_uncond/0" and "cond_uncond/1" are slices of
+    one batched call, and decide as the whole would).
+
+    An output is checked before it is returned: its L1 norm, which is finite exactly if every value is, and the sums of
+    L1(t) come from one reduction on the device and one transfer of three numbers. The check therefore waits for the
+    engine at each call; what it costs on top is in ``summary()["controller_seconds"]``.
+
+    A step of the low engine that raises EngineError, runs out of memory, or gives NaN or infinities runs again on the
+    high one, and so do the step's other branches; for δ-GBS it is a high step. On the high engine such a failure raises
+    EngineError. Neither output ever enters the history.
+
+    Raises:
+        UnsupportedError: the session lacks an engine that the controller may ask for.
+    """
+
+    def __init__(self, session: EngineSession, controller: StepController) -> None:
+        if missing := sorted(set(controller.engines) - set(session.bits)):
+            raise UnsupportedError(
+                f"the session has no engine with {missing[0]}-bit activations, which mode {controller.mode} may ask for",
+                available=[f"{b} bits" for b in session.bits],
+                fix="open the session with these bits, export them, or set the controller's low= and high=",
+            )
+        self.session, self.controller = session, controller
+        self.trace: list[StepRecord] = []
+        self.on_step: Callable[[StepRecord], None] | None = None
+        self.controller_seconds = 0.0
+        self._parts: dict[tuple[str, int], _Part] = {}
+        self._step: _Step | None = None
+
+    def begin_request(self, steps: int | None = None) -> None:
+        """Forget history and trace. ``steps`` of the request, if known, protects the last one from being skipped."""
+        self.controller.reset(steps)
+        self.trace = []
+        self.controller_seconds = 0.0
+        self._parts.clear()
+        self._step = None
+
+    def forget_outputs(self) -> None:
+        """Give back the outputs kept for the next step; the trace stays. For a request that is over."""
+        self._parts.clear()
+
+    def run(
+        self, inputs: Mapping[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
+    ) -> Tensor:
+        """The transformer's output for ``inputs``, computed or reused.
+
+        Args:
+            inputs: graph inputs by name. branch: which call of the step this is.
+            step, steps: index from 0 and their number, where the caller knows them.
+
+        Raises:
+            EngineError: the high engine failed or gave NaN or infinities, naming step and branch.
+            UnsupportedError: a schedule or a callback asks for what is not there.
+            ShapeError: inputs outside the exported profile.
+        """
+        started = time.perf_counter()
+        current = self._enter(inputs, branch, step, steps)
+        name = branch.partition("/")[0]
+        key = (branch, current.calls.get(branch, 0))
+        decision = self._decide(current, name)
+        decision = self._possible(current, key, decision)
+        self.controller_seconds += time.perf_counter() - started
+        return self._execute(inputs, current, name, key, decision)
+
+    # ---------------------------------------------------------------------------------------------- steps and decisions
+
+    def _enter(self, inputs: Mapping[str, Tensor], branch: str, step: int | None, steps: int | None) -> _Step:
+        """The step this call belongs to, begun if it is a new one."""
+        timestep, current = float(inputs[TIMESTEP].max()), self._step
+        if current is None or self._is_new_request(current, inputs, branch, step, timestep):
+            if current is not None:
+                self.begin_request(steps)
+            elif steps is not None and steps != self.controller.steps:
+                self.controller.reset(steps)
+            current = None
+        elif step == current.index if step is not None else timestep == current.timestep:
+            return current
+        else:
+            self._finish(current)
+        index = step if step is not None else 0 if current is None else current.index + 1
+        self._step = _Step(index, timestep)
+        return self._step
+
+    def _is_new_request(
+        self, current: _Step, inputs: Mapping[str, Tensor], branch: str, step: int | None, timestep: float
+    ) -> bool:
+        if timestep > current.timestep or (step is not None and step < current.index):
+            return True
+        part = self._parts.get((branch, current.calls.get(branch, 0))) or self._parts.get((branch, 0))
+        return part is not None and part.shape != tuple(inputs[LATENT].shape)
+
+    def _decide(self, current: _Step, name: str) -> Decision:
+        slot = name if self.controller.branch_policy == "separate" else ""
+        if slot not in current.decisions:
+            decision = self.controller.decide(name, current.index, current.timestep)
+            if decision.bits is not None and decision.bits not in self.session.bits:
+                raise UnsupportedError(
+                    f"step {current.index}: {decision.reason} asks for {decision.bits}-bit activations",
+                    available=[f"{b} bits" for b in self.session.bits],
+                )
+            current.decisions[slot] = decision
+        return current.decisions[slot]
+
+    def _possible(self, current: _Step, key: tuple[str, int], decision: Decision) -> Decision:
+        """The decision, or the high engine where this call cannot follow it."""
+        if current.failed and decision.bits not in (None, self.controller.high):
+            reason = f"{current.failed} in another call of this step"
+            return Decision(self.controller.high, reason, decision.accumulated)
+        part = self._parts.get(key)
+        if decision.bits is None and (part is None or part.step < current.index - 1):
+            return Decision(self.controller.high, f"no output to reuse; {decision.reason}", decision.accumulated)
+        return decision
+
+    def _finish(self, current: _Step) -> None:
+        """Tell the controller how the step came out."""
+        for name, bits in current.ran.items():
+            sums = current.sums.get(name)
+            change = change_from_sums(*sums) if sums is not None and bits is not None else None
+            self.controller.ran(name, current.index, current.timestep, bits, change)
+
+    # --------------------------------------------------------------------------------------------------------- execution
+
+    def _execute(
+        self, inputs: Mapping[str, Tensor], current: _Step, name: str, key: tuple[str, int], decision: Decision
+    ) -> Tensor:
+        started, before = time.perf_counter(), self.controller_seconds
+        bits, reason, retried = decision.bits, decision.reason, False
+        try:
+            output, sums = self._attempt(inputs, key, bits)
+        except _Failure as failure:
+            if bits in (None, self.controller.high):
+                raise self._error(current, key[0], bits, failure) from failure.__cause__
+            current.failed = f"retry after {failure} on the {bits}-bit engine"
+            bits, retried, reason = self.controller.high, True, f"{current.failed} ({reason})"
+            if inputs[LATENT].is_cuda:
+                torch.cuda.empty_cache()
+            try:
+                output, sums = self._attempt(inputs, key, bits)
+            except _Failure as again:
+                raise self._error(current, key[0], bits, again) from again.__cause__
+        seconds = time.perf_counter() - started - (self.controller_seconds - before)
+        change = self._remember(inputs, current, name, key, bits, output, sums)
+        record = StepRecord(
+            current.index, key[0], current.timestep, bits, reason, change, decision.accumulated, seconds, retried
+        )
+        self.trace.append(record)
+        if self.on_step is not None:
+            self.on_step(record)
+        return output
+
+    def _attempt(
+        self, inputs: Mapping[str, Tensor], key: tuple[str, int], bits: int | None
+    ) -> tuple[Tensor, list[float]]:
+        """(output, its sums); _Failure if there is none or it is not finite."""
+        part = self._parts.get(key)
+        try:
+            if bits is None:
+                assert part is not None
+                output = reuse(part.residual, inputs[LATENT], self._residual)
+            else:
+                output = self.session.run(inputs, bits)
+            if output.is_cuda:
+                # Only for the clock: the engine's time is the engine's, not that of the reduction behind it.
+                torch.cuda.current_stream(output.device).synchronize()
+            started = time.perf_counter()
+            comparable = part is not None and part.output.shape == output.shape
+            sums = change_sums(output, part.output if part is not None and comparable else None).tolist()
+        except EngineError as error:
+            raise _Failure("EngineError") from error
+        except _OUT_OF_MEMORY as error:
+            raise _Failure("running out of memory") from error
+        self.controller_seconds += time.perf_counter() - started
+        # NaN is the one value that does not equal itself; an infinity makes the norm infinite.
+        if not sums[2] < float("inf"):
+            raise _Failure("NaN" if sums[2] != sums[2] else "infinity")
+        return output, sums if comparable else []
+
+    @property
+    def _residual(self) -> Any:
+        return self.controller.cache.residual if self.controller.cache is not None else "output"
+
+    def _remember(
+        self,
+        inputs: Mapping[str, Tensor],
+        current: _Step,
+        name: str,
+        key: tuple[str, int],
+        bits: int | None,
+        output: Tensor,
+        sums: list[float],
+    ) -> float | None:
+        """Keep what the next step needs; returns L1 of this output."""
+        started = time.perf_counter()
+        change = None
+        current.calls[key[0]] = key[1] + 1
+        if bits is None:
+            self._parts[key].step = current.index
+            current.ran.setdefault(name, None)
+        else:
+            # Copied: the caller may work on the output in place, and an engine may write its next one there.
+            copy, latent = output.detach().clone(), inputs[LATENT]
+            residual = copy if self._residual == "output" else keep_residual(copy, latent, "latent")
+            self._parts[key] = _Part(copy, residual, tuple(latent.shape), current.index)
+            high = bits == self.controller.high or current.ran.get(name) == self.controller.high
+            current.ran[name] = self.controller.high if high else bits
+            if sums:
+                change = change_from_sums(sums[0], sums[1])
+                joined = current.sums.setdefault(name, [0.0, 0.0])
+                joined[0], joined[1] = joined[0] + sums[0], joined[1] + sums[1]
+        self.controller_seconds += time.perf_counter() - started
+        return change
+
+    def _error(self, current: _Step, branch: str, bits: int | None, failure: _Failure) -> EngineError:
+        cause = failure.__cause__
+        what = f"step {current.index}, branch {branch}: "
+        if cause is None:
+            what += f"the output holds {failure}" + (f" on the {bits}-bit engine" if bits else ", reused")
+        else:
+            what += f"{failure} on the {bits}-bit engine: {cause.what if isinstance(cause, DvdquantError) else cause}"
+        earlier = f"; before, on the low engine: {current.failed}" if current.failed else ""
+        if isinstance(cause, DvdquantError) and cause.fix:
+            fix = cause.fix  # the session knows best: of a closed one no file is damaged
+        elif isinstance(cause, _OUT_OF_MEMORY):
+            fix = "use a smaller size or free device memory"
+        else:
+            fix = "check the engines with dvdq-inspect OUT --check"
+        return EngineError(what + earlier, fix=fix)
+
+    # ----------------------------------------------------------------------------------------------------------- summary
+
+    def summary(self, cost: Mapping[int, float] | None = None) -> dict[str, Any]:
+        """The request so far, as JSON values.
+
+        Args:
+            cost: relative cost of a call per bits. Without it the measured seconds per call, where both engines ran, are
+                still reported beside the published ratio, which is an assumption about another model and machine.
+        """
+        records, controller = self.trace, self.controller
+        computed = [r for r in records if r.bits is not None]
+        counts = {b: sum(r.bits == b for r in records) for b in sorted(self.session.bits)}
+        times = {b: [r.seconds for r in computed if r.bits == b and not r.retried] for b in counts}
+        table = {**PUBLISHED_COST, **(cost or {})}
+        known = all(b in table for b in {r.bits for r in computed} | {controller.low, controller.high})
+        return {
+            "mode": controller.mode,
+            "delta": controller.delta if controller.delta is not None and controller.delta < float("inf") else None,
+            "steps": len({r.step for r in records}),
+            "calls": len(records),
+            "average_bits": average_bits([r.bits for r in computed]) if computed else None,
+            "calls_at": {str(b): n for b, n in counts.items()},
+            "skipped": len(records) - len(computed),
+            "retries": sum(r.retried for r in records),
+            "seconds": sum(r.seconds for r in records),
+            "seconds_per_call": {str(b): sum(t) / len(t) for b, t in times.items() if t},
+            "controller_seconds": self.controller_seconds,
+            "relative_cost": relative_cost(records, controller.high, controller.low, table) if known else None,
+            "cost_basis": "given" if cost else "assumed: published latencies, 1.75 (8 bit) and 2.12 (4 bit)",
+        }

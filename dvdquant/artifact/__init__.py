@@ -1,0 +1,1 @@
+"""The export folder: its manifest, and how it is put in place whole."""

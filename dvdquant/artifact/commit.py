@@ -1,0 +1,554 @@
+"""Putting a finished export in place so that a kill at any instant leaves the old export or the new one.
+
+Two ways, tried in this order:
+
+1. Exchange. The new tree moves beside OUT and the two directories swap names in one system call. Used when OUT already
+   holds an export. Not possible when OUT is a mount point, the parent is not writable, the file system cannot, or the
+   process itself runs inside OUT (its working directory would turn into the old tree).
+2. Roll forward. A record ``OUT/.commit`` names what to install and what to remove; renaming it into place decides for
+   the new export. The old manifest goes first and the new one comes last, so at no time does a manifest stand beside
+   files of another export; :func:`recover` finishes what a kill interrupted.
+
+States a kill can leave, and what the next export into the folder makes of them (a reader changes nothing):
+
+* ``OUT/.tmp-<id>``: unfinished work; swept, or adopted by ``--resume``.
+* ``.<OUT>.dvdquant-<id>`` beside OUT, while ``OUT/.tmp-<id>`` exists: killed before the exchange; moved back.
+* the same without ``OUT/.tmp-<id>``: killed after the exchange, it is the replaced export; deleted.
+* ``OUT/.commit``: decided, perhaps half installed; rolled forward.
+
+The folder may come from a stranger, with all of these prepared. So everything here works on open folders
+(:class:`dvdquant.artifact.folder.Folder`): a link, in whichever place and put there at whatever time, is refused or deleted as the
+link it is, and nothing outside OUT and its own folders beside it is moved, read, written or deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import socket
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import StrictStr, TypeAdapter
+
+from dvdquant.artifact.folder import Folder
+from dvdquant.artifact.manifest import MANIFEST, MAX_MANIFEST, Manifest, check_relpath
+from dvdquant.errors import OutputError
+from dvdquant.system.files import disk_error, strict_json, write_all
+
+__all__ = [
+    "COMMIT",
+    "LOCK",
+    "STAGE",
+    "TREE",
+    "FolderLock",
+    "install",
+    "recover",
+    "recover_locked",
+    "remove_stage",
+    "sweep",
+    "walk_files",
+]
+
+LOCK = ".lock"
+COMMIT = ".commit"
+TREE = "tree"
+OWNER = "owner.json"
+STAGE = re.compile(r"\.tmp-[0-9a-f]{16}")
+MAX_RECORD = 4 << 20  # some ten thousand files
+_RENAME_EXCHANGE = 2
+_LOOKS, _LOOK_SECONDS = 100, 0.01  # how long a reader that only looks at the lock may be in the way
+
+logger = logging.getLogger(__name__)
+
+
+class FolderLock:
+    """An exclusive lock on a folder, held by ``flock`` on its ``.lock`` and gone with the process.
+
+    Attributes:
+        folder: the locked folder, open until the release.
+
+    Raises:
+        OutputError: another process holds it (names its pid), or ``.lock`` is no file. FileNotFoundError: the folder
+            vanished.
+    """
+
+    def __init__(self, path: Path) -> None:
+        looks = _LOOKS
+        while True:
+            self.folder = Folder.open(path)
+            self._fd = -1
+            try:
+                self._fd = self._open()
+                if self._try_lock(looks) and self._is_current() and _is_same(os.lstat(path), self.folder.own()):
+                    if os.fstat(self._fd).st_nlink == 1:
+                        self._sign()
+                        return
+                    # A second name of a file that is perhaps elsewhere: it is not ours to write. Take it out of the way.
+                    self.folder.unlink(LOCK)
+            except FileNotFoundError:
+                if looks < -_LOOKS or not os.path.lexists(path):
+                    self._close()
+                    raise
+            except BaseException:
+                self._close()
+                raise
+            # A reader looked, or the holder before us removed or swapped this file: lock the one that is there now.
+            self._close()
+            looks -= 1
+
+    def _open(self) -> int:
+        info, place = self.folder.info(LOCK), self.folder.path / LOCK
+        if info is not None and not stat.S_ISREG(info.st_mode):
+            raise OutputError(f"cannot write {place}: it is no file of dvdquant", fix="delete it or pick another -o")
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            return os.open(LOCK, flags, 0o644, dir_fd=self.folder.fd)
+        except OSError as error:
+            error.filename = str(place)
+            raise
+
+    def _try_lock(self, looks: int) -> bool:
+        """Whether it is locked now; False if only readers were there. OutputError if another export holds it."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                if looks > 0:
+                    time.sleep(_LOOK_SECONDS)
+                    return False
+            holder = os.pread(self._fd, 200, 0).decode("utf-8", "replace").strip() or "another process"
+            raise OutputError(
+                f"{self.folder.path} is being written by another export ({holder!r:.200})",
+                fix="wait for it to end or pick another -o",
+            ) from None
+        return True
+
+    def _is_current(self) -> bool:
+        there = self.folder.info(LOCK)
+        return there is not None and _is_same(there, os.fstat(self._fd))
+
+    def _sign(self) -> None:
+        try:
+            os.ftruncate(self._fd, 0)
+            write_all(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Remove the lock file, then let go: whoever opened it meanwhile notices and opens a new one.
+
+        A file that cannot be removed is left with a warning: it locks nothing once the process has ended.
+        """
+        if self._fd < 0:
+            return
+        try:
+            if self._is_current():
+                self.folder.unlink(LOCK)
+        except OSError as error:
+            place = self.folder.path / LOCK
+            logger.warning("%s could not be removed (%s); it locks nothing and may be deleted", place, error.strerror)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        with contextlib.suppress(OSError):  # a file system may report an earlier write here; the lock holds nothing
+            if fd >= 0:
+                os.close(fd)
+        self.folder.close()
+
+
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+
+
+# ------------------------------------------------------------------------------------------------- files and folders
+
+
+def walk_files(root: Path) -> Iterator[str]:
+    """Relative POSIX paths of everything under ``root`` that is no directory, links to directories included."""
+    with Folder.open(root) as folder:
+        yield from [entry.path for entry in folder.walk() if not entry.is_folder]
+
+
+def _is_bookkeeping(name: str) -> bool:
+    return name in (LOCK, COMMIT) or STAGE.fullmatch(name) is not None
+
+
+def is_trusted(info: os.stat_result, out: Folder) -> bool:
+    """Whether a file or folder is of this user, or of the one whose output folder it is."""
+    return info.st_uid in (os.geteuid(), out.own().st_uid)
+
+
+def remove_stage(folder: Folder, name: str) -> None:
+    """Delete a stage, its owner first: half deleted, it must not look like work that can be resumed."""
+    if folder.has_folder(name):
+        with folder.child(name) as stage:
+            if not stage.has_folder(OWNER):
+                stage.unlink(OWNER)
+    folder.remove(name)
+
+
+def sweep(folder: Folder, keep: str | None = None) -> None:
+    """Delete the unfinished work of dead processes; the caller holds the lock, so nobody alive owns any."""
+    for name in folder.names():
+        if STAGE.fullmatch(name) and name != keep:
+            logger.info("removing the unfinished work of an earlier run: %s", folder.path / name)
+            remove_stage(folder, name)
+
+
+# ----------------------------------------------------------------------------------------------------------- exchange
+
+
+def install(lock: FolderLock, stage: Folder, new: Iterable[str], old: Manifest | None) -> FolderLock:
+    """Make ``stage/tree`` (files ``new`` and a manifest, all fsynced) the content of the locked folder, in place of ``old``.
+
+    Files of the folder that the old manifest does not list stay, unless the new export has one of the same path. Returns
+    the lock that is held afterwards. OSError and OutputError leave the folder as it was, or decided and recoverable.
+    """
+    listed = set(old.files) if old is not None else set()
+    if old is not None and not _works_inside(lock.folder.path):
+        swapped = _swap(lock, stage, listed)
+        if swapped is not None:
+            lock.release()
+            return swapped
+    _decide(lock.folder, stage, sorted(new), sorted(listed - set(new)))
+    _roll_forward(lock.folder)
+    return lock
+
+
+def _works_inside(out: Path) -> bool:
+    try:
+        here = Path(os.path.realpath(os.getcwd()))
+    except FileNotFoundError:  # the working directory was deleted
+        return False
+    except OSError:  # somewhere below a folder that may not be looked into
+        return True
+    return out in (here, *here.parents)
+
+
+def _sibling(out: Path, stage_name: str) -> str:
+    return f".{out.name}.dvdquant-{stage_name.removeprefix('.tmp-')}"
+
+
+def exchange(parent: Folder, one: str, other: str) -> None:
+    """Swap two folders in one step (renameat2). OSError when the kernel, the library or the file system cannot."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        raise OSError(errno.ENOSYS, "no renameat2")
+    function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    if function(parent.fd, os.fsencode(one), parent.fd, os.fsencode(other), _RENAME_EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(parent.path / one))
+
+
+def _swap(lock: FolderLock, stage: Folder, listed: set[str]) -> FolderLock | None:
+    """Way 1; None, with everything as before, where it is not possible."""
+    old, out, sibling = lock.folder, lock.folder.path, _sibling(lock.folder.path, stage.path.name)
+    try:
+        parent = Folder.open(out.parent)
+    except OSError as error:
+        logger.debug("no exchange of %s: %s", out, error)
+        return None
+    with parent:
+        try:
+            if parent.has(sibling):
+                raise OSError(errno.EEXIST, "there already", str(parent.path / sibling))
+            tree = stage.info(TREE)
+            stage.rename(TREE, parent, sibling)
+        except OSError as error:
+            logger.debug("no exchange of %s: %s", out, error)
+            return None
+        swapped: FolderLock | None = None
+        try:
+            swapped = FolderLock(out.parent / sibling)  # whoever finds the new folder finds it locked
+            there = parent.info(out.name)
+            if (
+                tree is None
+                or there is None
+                or not _is_same(swapped.folder.own(), tree)
+                or not _is_same(there, old.own())
+            ):
+                raise OSError(errno.ESTALE, "a folder was replaced meanwhile", str(out))
+            _carry(old, swapped.folder, listed)
+            os.fchmod(swapped.folder.fd, stat.S_IMODE(old.own().st_mode))
+            swapped.folder.sync()
+            exchange(parent, sibling, out.name)
+        except BaseException as error:
+            if tree is not None and _is_at(parent, out.name, tree):
+                raise  # interrupted just after the exchange: the next run deletes the replaced tree
+            if swapped is not None:
+                swapped.release()
+            parent.rename(sibling, stage, TREE)
+            if not isinstance(error, OSError | OutputError):
+                raise
+            logger.debug("no exchange of %s: %s", out, error)
+            return None
+        swapped.folder.path = out
+        try:
+            parent.sync()
+            _retire(parent, sibling, old, swapped.folder, stage.path.name, listed)
+        except OSError as error:
+            logger.warning(
+                "the export is in place, but the one it replaces is left at %s: %s", out.parent / sibling, error
+            )
+    return swapped
+
+
+def _is_at(folder: Folder, name: str, what: os.stat_result) -> bool:
+    with contextlib.suppress(OSError):
+        there = folder.info(name)
+        return there is not None and _is_same(there, what)
+    return False
+
+
+def _carry(source: Folder, target: Folder, listed: set[str]) -> None:
+    """Hard-link what ``source`` holds besides an export into ``target``, where it has nothing of that name."""
+    for entry in source.walk(_is_bookkeeping):
+        if entry.is_folder:
+            if entry.empty:
+                target.reach(entry.path.split("/"), make=True).close()
+            continue
+        if entry.path in listed or entry.path == MANIFEST:
+            continue
+        *parents, name = entry.path.split("/")
+        with target.reach(parents, make=True) as there, source.reach(parents) as here:
+            if not there.has(name):
+                here.link(name, there, name)
+
+
+def _retire(parent: Folder, sibling: str, old: Folder, new: Folder, stage_name: str, listed: set[str]) -> None:
+    _carry(old, new, listed)  # what somebody put into the old folder since the first time
+    parent.rename(sibling, new, stage_name)
+    new.remove(stage_name)
+
+
+def _recover_siblings(folder: Folder) -> None:
+    """Put back, or delete, what an interrupted exchange left beside the folder."""
+    out = folder.path
+    pattern = re.compile(re.escape(f".{out.name}.dvdquant-") + "[0-9a-f]{16}")
+    try:
+        with Folder.open(out.parent) as parent:
+            for name in parent.names():
+                if pattern.fullmatch(name):
+                    _recover_sibling(folder, parent, name)
+    except PermissionError:
+        return  # a parent that cannot be listed: no exchange ever left anything that we could see or delete
+
+
+def _recover_sibling(folder: Folder, parent: Folder, name: str) -> None:
+    place, stage_name = parent.path / name, f".tmp-{name[-16:]}"
+    try:
+        info = parent.info(name)
+        if info is None or not stat.S_ISDIR(info.st_mode) or not is_trusted(info, folder):
+            return
+        with parent.child(name) as sibling:
+            if folder.has_folder(stage_name):
+                with folder.child(stage_name) as stage:
+                    if not stage.has(TREE):
+                        parent.rename(name, stage, TREE)
+            elif not folder.has(stage_name) and sibling.has_file(MANIFEST):
+                listed = set(Manifest.from_json(sibling.read(MANIFEST, MAX_MANIFEST)).files)
+                _retire(parent, name, sibling, folder, stage_name, listed)
+    except (OSError, ValueError, OutputError) as error:
+        logger.warning("%s looks like what an interrupted export replaced, and is left alone: %s", place, error)
+
+
+# ------------------------------------------------------------------------------------------------------- roll forward
+
+
+@dataclass(frozen=True)
+class Record:
+    """``OUT/.commit``: the stage whose tree is installed, the files of it, and those of the old export that go."""
+
+    stage: StrictStr
+    install: list[StrictStr]
+    remove: list[StrictStr]
+
+
+_RECORD = TypeAdapter(Record)
+
+
+def _decide(folder: Folder, stage: Folder, new: list[str], remove: list[str]) -> None:
+    """Way 2, first half: refuse what cannot be installed, then write the record that decides for the new export."""
+    for name in new:
+        if reason := _obstacle(folder, name):
+            raise OutputError(f"{folder.path / name} cannot be written: {reason} is in its way", fix="move it away")
+    gone = [name for name in remove if _state(folder, name) in ("file", "link")]
+    record = json.dumps({"stage": stage.path.name, "install": new, "remove": gone}).encode()
+    if len(record) > MAX_RECORD:
+        raise OutputError(
+            f"{folder.path} and the new export have {len(new) + len(gone)} files, too many to replace one by one",
+            fix="pick another -o",
+        )
+    stage.write("commit.json", record)
+    stage.sync()
+    stage.rename("commit.json", folder, COMMIT)
+    folder.sync()
+
+
+def _state(folder: Folder, name: str) -> str:
+    """What is at ``name`` below the folder: "nothing", "file", "folder", "link" (or a pipe or device), or "other" where a
+    parent is no real folder."""
+    *parents, last = name.split("/")
+    try:
+        with folder.reach(parents) as place:
+            info = place.info(last)
+    except FileNotFoundError:
+        return "nothing"
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            return "other"
+        raise
+    if info is None:
+        return "nothing"
+    return "file" if stat.S_ISREG(info.st_mode) else "folder" if stat.S_ISDIR(info.st_mode) else "link"
+
+
+def _obstacle(folder: Folder, name: str) -> str | None:
+    """What keeps a file from being renamed to ``name``; a link of that very name does not, it is replaced."""
+    return {"folder": "a folder", "other": "a file or link"}.get(_state(folder, name))
+
+
+def _roll_forward(folder: Folder) -> None:
+    """Way 2, second half; every step may be repeated, so a run killed in it is finished by the next.
+
+    Nothing is changed before the whole record was compared with both trees. A link that comes in between ends it with an
+    OSError: no step goes through a link.
+    """
+    record = _read_record(folder)
+    if folder.has_folder(record.stage):
+        with folder.child(record.stage) as stage:
+            if stage.has_folder(TREE):
+                with stage.child(TREE) as tree:
+                    if tree.has(MANIFEST):
+                        _check_trees(folder, tree, record)
+                        _install_files(folder, tree, record)
+    elif folder.has(record.stage):
+        raise _damaged(folder, f"{record.stage} is no folder")
+    if not folder.has_file(MANIFEST):
+        raise _damaged(folder, "its manifest is lost")
+    try:
+        if folder.has_folder(record.stage):
+            with folder.child(record.stage) as stage:
+                stage.unlink(OWNER)
+        folder.unlink(COMMIT)
+        remove_stage(folder, record.stage)
+    except OSError as error:
+        logger.warning("the export is in place, but %s is left of its making: %s", error.filename, error.strerror)
+
+
+def _read_record(folder: Folder) -> Record:
+    try:
+        record = _RECORD.validate_python(strict_json(folder.read(COMMIT, MAX_RECORD)))
+        if not STAGE.fullmatch(record.stage):
+            raise ValueError(f"{record.stage!r:.100} is no stage of an export")
+        for name in (*record.install, *record.remove):
+            check_relpath(name)
+    except (ValueError, OutputError) as error:
+        raise _damaged(folder, f"{COMMIT}: {_first_line(error)}") from error
+    return record
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _check_trees(folder: Folder, tree: Folder, record: Record) -> None:
+    """OutputError unless every file of the record is where it can be taken from and can go where it belongs."""
+    try:
+        manifest = Manifest.from_json(tree.read(MANIFEST, MAX_MANIFEST))
+    except (ValueError, OutputError) as error:
+        raise _damaged(folder, f"its manifest: {_first_line(error)}") from error
+    if set(manifest.files) != set(record.install):
+        raise _damaged(folder, f"{COMMIT} and its manifest list other files")
+    if folder.has_folder(MANIFEST):
+        raise _damaged(folder, f"a folder is in the way of {MANIFEST}")
+    for name in record.install:
+        here, there = _state(tree, name), _state(folder, name)
+        if here not in ("file", "nothing"):
+            raise _damaged(folder, f"{name!r:.200} is no regular file, or is reached through a link")
+        if there not in ("file", "nothing", "link") or (there == "link" and here == "nothing"):
+            raise _damaged(folder, f"a folder, file or link is in the way of {name!r:.200}")
+        if here == there == "nothing":
+            raise _damaged(folder, f"{name!r:.200} is lost")
+    for name in record.remove:
+        if _state(folder, name) == "other":
+            raise _damaged(folder, f"{name!r:.200} is reached through a link")
+
+
+def _install_files(folder: Folder, tree: Folder, record: Record) -> None:
+    folder.unlink(MANIFEST)
+    folder.sync()
+    for name in record.remove:
+        _unlink_pruned(folder, name)
+    touched: set[tuple[str, ...]] = set()
+    for name in record.install:
+        *parents, last = name.split("/")
+        with contextlib.suppress(FileNotFoundError), tree.reach(parents) as source:
+            if source.has_file(last):
+                with folder.reach(parents, make=True) as target:
+                    source.rename(last, target, last)
+        touched |= {tuple(parents[:depth]) for depth in range(len(parents) + 1)}
+    for place in sorted(touched, reverse=True):
+        with folder.reach(list(place)) as target:
+            target.sync()
+    tree.rename(MANIFEST, folder, MANIFEST)
+    folder.sync()
+
+
+def _unlink_pruned(folder: Folder, name: str) -> None:
+    """Delete a file, and the folders that it leaves empty."""
+    *parents, last = name.split("/")
+    if _state(folder, name) in ("folder", "other"):
+        return
+    with contextlib.suppress(FileNotFoundError), folder.reach(parents) as place:
+        place.unlink(last)
+    while parents:
+        *parents, last = parents
+        try:
+            with folder.reach(parents) as place:
+                place.remove_folder(last)
+        except OSError:
+            return  # not empty, or not there
+
+
+def _damaged(folder: Folder, why: str) -> OutputError:
+    return OutputError(
+        f"{folder.path} holds an export that was interrupted while being put in place and cannot be completed: {why}",
+        fix="empty the folder and export again, or pick another -o",
+    )
+
+
+def recover_locked(folder: Folder) -> bool:
+    """Bring the folder to the old or the new export; the caller holds its lock. True if a commit was completed."""
+    _recover_siblings(folder)
+    if not folder.has(COMMIT):
+        return False
+    _roll_forward(folder)
+    return True
+
+
+def recover(out: Path) -> bool:
+    """As :func:`recover_locked`, taking the lock. OutputError if an export is running or ``out`` cannot be written."""
+    out = Path(os.path.realpath(out))
+    try:
+        lock = FolderLock(out)
+        try:
+            return recover_locked(lock.folder)
+        finally:
+            lock.release()
+    except OSError as error:
+        raise disk_error(error, error.filename or out) from error

@@ -1,0 +1,451 @@
+"""The manifest of an export: one frozen value, written last, without which a folder is no export."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    GetPydanticSchema,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+from typing_extensions import TypedDict  # typing's own from Python 3.12 on
+
+from dvdquant import __version__
+from dvdquant.artifact.folder import Folder
+from dvdquant.errors import OutputError, RecipeError, ResourceError
+from dvdquant.recipe import Recipe
+from dvdquant.system.files import FileEntry, hash_file, open_regular, read_limited, strict_json
+from dvdquant.system.memory import memory_limit
+from dvdquant.system.records import brief, first_problem
+from dvdquant.system.text import json_text, shown
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "EngineEntry",
+    "FileEntry",
+    "GraphEntry",
+    "LayerEntry",
+    "Manifest",
+    "Source",
+    "Verified",
+    "check_relpath",
+    "hash_file",
+    "load_manifest",
+    "read_verified",
+    "verify_files",
+]
+
+FORMAT_VERSION: Literal[1] = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST = 64 << 20
+_SHOWN_PATH = 400  # characters
+_RESERVED = re.compile(r"\.(tmp-.*|lock|commit)|manifest\.json")
+# An export holds some tens of files and some hundreds of layers, together some thousand values. What reads one must not
+# take minutes and gigabytes over a hostile one: this many values cost about two seconds and 300 MB.
+MAX_VALUES = 200_000
+
+
+def _check_time(text: str) -> str:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.utcoffset() is None:
+        raise ValueError("a time in ISO 8601 with its offset from UTC")
+    return text
+
+
+def _check_model(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a text without NUL")
+    return text
+
+
+def _check_order(sizes: list[int]) -> list[int]:
+    if sorted(sizes) != sizes:
+        raise ValueError("[MIN, OPT, MAX] with MIN ≤ OPT ≤ MAX")
+    return sizes
+
+
+def _check_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("the name of one transformer or more")
+    if len(set(names)) != len(names):
+        raise ValueError("every name once")
+    return names
+
+
+_STRICT: ConfigDict = {"extra": "forbid", "strict": True}
+_OPEN: ConfigDict = {"extra": "allow", "strict": True}  # an entry may say more than this version reads
+
+Text = Annotated[str, Field(max_length=4096)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+Bits = Annotated[int, Field(ge=4, le=8, multiple_of=2)]
+ErrorShare = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+ComputeCapability = Annotated[str, Field(pattern="^[0-9]{1,2}[.][0-9]$")]
+# As the exporter's own --subfolder takes them.
+ComponentName = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+AxisSizes = Annotated[
+    list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(min_length=3, max_length=3), AfterValidator(_check_order)
+]
+
+
+@with_config(_OPEN)
+class _Shapes(TypedDict):
+    """The sizes of the graphs, ``families.Sizes.to_json()``, and the dtype of activations."""
+
+    frames: AxisSizes
+    height: AxisSizes
+    width: AxisSizes
+    text_tokens: Annotated[int, Field(ge=1, le=1 << 20)]
+    batch: Annotated[int, Field(ge=1, le=1 << 16)]
+    dtype: Literal["bf16", "fp16"]
+
+
+@with_config(_STRICT)
+class _File(TypedDict):
+    """:class:`dvdquant.system.files.FileEntry`, in form."""
+
+    sha256: Digest
+    bytes: Size
+
+
+@with_config(_OPEN)
+class Source(TypedDict):
+    """Where the weights came from: the MODEL argument, the diffusers class and ``Checkpoint.fingerprint()``."""
+
+    model: Annotated[Text, AfterValidator(_check_model)]
+    class_name: Text
+    fingerprint: Text
+
+
+@with_config(_OPEN)
+class LayerEntry(TypedDict):
+    """One quantized layer. ``members`` are the checkpoint's layers merged into it, ``rotation_block`` the Hadamard
+    block (1 = none). The errors are relative mean squares, null for an all-zero weight: of the rotated weight, or of the
+    outputs on predicted inputs where the recipe looks at inputs (:func:`dvdquant.recipe.error_name`). There ``weight_mse``
+    is that of the rotated weight over all rows, for ``--verify`` to find again; manifests of before it lack it."""
+
+    name: Text
+    members: list[Text]
+    features_in: Count
+    features_out: Count
+    rotation_block: Count
+    relative_mse: ErrorShare | None
+    relative_mse_minmax: ErrorShare | None
+    weight_mse: NotRequired[ErrorShare | None]
+
+
+@with_config(_STRICT)
+class Verified(TypedDict):
+    """What ``--verify`` compared last: the dvdquant that did; the quantized layers, their rows, and the tensors in 16 bit that
+    were held against the checkpoint; the graphs that ran and were judged."""
+
+    dvdquant: Text
+    layers: Count
+    rows: Count
+    kept: Size
+    graphs: list[Text]
+
+
+@with_config(_OPEN)
+class GraphEntry(TypedDict):
+    """One ONNX graph: its path in the export, the target it is for and its activation bits."""
+
+    path: Text
+    target: Text
+    act_bits: Bits
+
+
+@with_config(_OPEN)
+class EngineEntry(TypedDict):
+    """One engine: ``sm`` as ``["8.9", "12.0"]``, ``realization`` a short name and ``executes`` words for what really
+    runs, ``versions`` of the builder, ``shapes`` its profile."""
+
+    path: Text
+    backend: Text
+    sm: Annotated[list[ComputeCapability], Field(max_length=100)]
+    act_bits: Bits
+    realization: Text
+    executes: Text
+    onnx_sha256: Digest
+    versions: dict[Text, Text]
+    shapes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an export holds. ``Manifest.from_json(m.to_json()) == m`` for every valid one.
+
+    Args:
+        config_sha256: hash of the transformer's own config.json.
+        recipe: ``Recipe.to_json()``.
+        shapes: the sizes the graphs were exported for (frames, height, width, dynamic ranges).
+        files: relative POSIX path to hash and size; filled in by the transaction, together with ``export_key``.
+        kept: names of the layers left in 16 bit. nonfinite: tensors whose NaN and infinities were accepted, and stored
+            as 0. components: the pipeline folders exported.
+        tools: versions of torch, onnx and so on, and the device that quantized. created: UTC, ISO 8601.
+        verified: what ``--verify`` compared with the checkpoint; None if it did not.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    source: Source
+    family: Text
+    config_sha256: Digest
+    recipe: dict[str, Any]
+    shapes: Annotated[dict[str, Any], GetPydanticSchema(lambda _, schema_of: schema_of(_Shapes))] = field(
+        default_factory=dict
+    )
+    layers: Annotated[tuple[LayerEntry, ...], FailFast()] = ()
+    kept: Annotated[tuple[Text, ...], FailFast()] = ()
+    nonfinite: Annotated[tuple[Text, ...], FailFast()] = ()
+    graphs: Annotated[tuple[GraphEntry, ...], FailFast()] = ()
+    engines: Annotated[tuple[EngineEntry, ...], FailFast()] = ()
+    components: Annotated[tuple[ComponentName, ...], Field(max_length=8), AfterValidator(_check_once)] = (
+        "transformer",
+    )
+    files: dict[str, Annotated[FileEntry, GetPydanticSchema(lambda _, schema_of: schema_of(_File))]] = field(
+        default_factory=dict
+    )
+    tools: dict[Text, Text] = field(default_factory=dict)
+    created: Annotated[str, AfterValidator(_check_time)] = field(
+        default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds")
+    )
+    dvdquant_version: Text = __version__
+    export_key: Digest | Literal[""] = ""
+    verified: Verified | None = None
+    format_version: Literal[1] = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "kept", "nonfinite", "graphs", "engines", "components"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+
+    def to_json(self) -> str:
+        """The manifest as JSON text; OutputError names the field that is out of form."""
+        data = dataclasses.asdict(self)
+        try:
+            text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+            _check(json.loads(text), text.encode("utf-8", "surrogatepass"))
+            return json_text(data, indent=1) + "\n"
+        except (TypeError, ValueError) as error:
+            raise OutputError(f"the manifest holds a value JSON cannot carry: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Inverse of :meth:`to_json`; OutputError names the field, or the version needed for a newer format."""
+        try:
+            raw = text.encode() if isinstance(text, str) else text
+            values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+            if values > MAX_VALUES:
+                raise ValueError(f"about {values} values, more than {MAX_VALUES}")
+            data = strict_json(raw)
+        except ValueError as error:
+            raise OutputError(f"the manifest is not valid JSON: {error}", fix="export again") from error
+        if not isinstance(data, dict) or type(data.get("format_version")) is not int:
+            raise OutputError(
+                "the manifest is not one of dvdquant: it has no format_version", fix="pick another folder"
+            )
+        if data["format_version"] > FORMAT_VERSION:
+            raise OutputError(
+                f"manifest format {brief(data['format_version'])} is newer than this dvdquant {__version__} can read",
+                available=f"format {FORMAT_VERSION}",
+                fix=f"install dvdquant {data.get('dvdquant_version', 'that wrote it')!s:.40} or newer",
+            )
+        data.setdefault("verified", None)  # manifests of before it was recorded
+        recipe = _check(data, raw)
+        # Defaults filled in: a manifest of an older version may lack fields that readers of this one look at.
+        return cls(**{**data, "recipe": recipe.to_json()})
+
+
+# -------------------------------------------------------------------------------------------------------- validation
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
+
+
+def _check(data: dict[str, Any], raw: bytes) -> Recipe:
+    """The recipe of a manifest in form; OutputError on the first field that is missing, unknown or out of form.
+
+    Args:
+        data: what ``raw`` holds.
+    """
+    names = [each.name for each in dataclasses.fields(Manifest)]
+    for name in names:
+        if name not in data:
+            raise OutputError(f"manifest field {name} is missing", fix="export again")
+    if unknown := data.keys() - set(names):
+        raise OutputError(f"the manifest has an unknown field {brief(min(unknown))}", available=names)
+    files = data["files"]
+    if isinstance(files, dict):
+        for path in files:
+            check_relpath(path)
+    try:
+        _adapter().validate_json(raw)
+    except ValidationError as error:
+        problem = first_problem(error, data)
+        raise OutputError(
+            f"manifest field {problem.field} {problem.state}", available=problem.allowed, fix="export again"
+        ) from error
+    for table in ("graphs", "engines"):
+        for index, entry in enumerate(data[table]):
+            if entry["path"] not in files:
+                raise OutputError(
+                    f"manifest field {table}[{index}].path is {brief(entry['path'])}, which files does not list",
+                    available=sorted(files)[:8],
+                    fix="export again",
+                )
+    try:
+        return Recipe.from_json(data["recipe"])
+    except RecipeError as error:
+        raise OutputError(
+            f"manifest field recipe: {error.what}", available=error.available, fix=error.fix or "export again"
+        ) from error
+
+
+def check_relpath(path: str) -> str:
+    """``path`` if it is a plain relative POSIX path in an export and none of its own bookkeeping; else OutputError."""
+    parts = path.split("/") if isinstance(path, str) else []
+    bad = (
+        not parts
+        or any(part in ("", ".", "..") for part in parts)
+        or re.search(r"[\x00-\x1f\x7f\\:\ud800-\udfff]", path)
+    )
+    if bad or len(path) > 1024 or _RESERVED.fullmatch(parts[0]):
+        raise OutputError(f"{path!r:.200} is no path of a file in an export", fix="export again")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- loading, verifying
+
+
+def load_manifest(out: str | Path) -> Manifest:
+    """The manifest of an export folder. Nothing is written, whatever an interrupted export left there: the folder may come
+    from a stranger, and only an export into it puts it in order.
+
+    Raises:
+        OutputError: no folder, no manifest (then it is no export, or an unfinished one: says how to finish it), or one that
+            is a link or out of form, naming the field.
+    """
+    name = shown(out, _SHOWN_PATH)
+    try:
+        with Folder.open(Path(out), follow=True) as folder:
+            raw = folder.read(MANIFEST, MAX_MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        from dvdquant.artifact.unfinished import unfinished_export  # it imports this module
+
+        raise unfinished_export(Path(out)) or OutputError(
+            f"{name} is not a dvdquant export: it has no {MANIFEST}",
+            available=_listing(Path(out)),
+            fix="give the folder that dvdq-export wrote, or run dvdq-export first",
+        ) from None
+    except OSError as error:
+        raise OutputError(f"{name}/{MANIFEST} cannot be read: {error.strerror}", fix="give a folder to read") from error
+    except ValueError as error:
+        raise OutputError(f"{name}/{MANIFEST} cannot be read: {error}", fix="give a folder of dvdq-export") from error
+    return Manifest.from_json(raw)
+
+
+def _listing(folder: Path) -> str:
+    name = shown(folder, _SHOWN_PATH)
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return f"{name} does not exist"
+    except NotADirectoryError:
+        return f"{name} is a file"
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be listed: {error}"
+    return ", ".join(names[:8]) or "an empty folder"
+
+
+def verify_files(
+    out: str | Path,
+    manifest: Manifest,
+    only: Iterable[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Compare the files of an export, or those of ``only``, with the SHA-256 of the manifest.
+
+    Raises:
+        OutputError: naming up to five files that are missing, of another size, changed, or reached through a link.
+    """
+    names = list(manifest.files) if only is None else list(only)
+    problems = []
+    for name in names:
+        if problem := _problem(Path(out), manifest, name, progress):
+            problems.append(problem)
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise OutputError(f"{out} does not match its manifest: {'; '.join(problems[:5])}{more}", fix="export again")
+
+
+def _entry(manifest: Manifest, name: str) -> FileEntry:
+    if name not in manifest.files:
+        raise OutputError(f"the manifest does not list {name!r:.200}", available=sorted(manifest.files)[:8])
+    return manifest.files[name]
+
+
+def _problem(out: Path, manifest: Manifest, name: str, progress: Callable[[int], None] | None) -> str | None:
+    entry, path = _entry(manifest, name), out / check_relpath(name)
+    try:
+        if os.path.realpath(path) != os.path.join(os.path.realpath(out), name):
+            return f"{name} is reached through a symbolic link"
+        fd, size = open_regular(path)
+        os.close(fd)
+        if size != entry["bytes"]:
+            return f"{name} has {size} bytes instead of {entry['bytes']}"
+        if hash_file(path, progress)["sha256"] != entry["sha256"]:
+            return f"{name} was changed (its SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, ValueError, OutputError) as error:
+        return f"{name} cannot be read ({error})"
+    return None
+
+
+def read_verified(out: str | Path, manifest: Manifest, name: str) -> bytes:
+    """The bytes of one file, hashed *as read*: what is returned is what the manifest vouches for, with no second open
+    in which the file could be swapped. For engines, whose deserialization runs code.
+
+    Raises:
+        OutputError: as :func:`verify_files`. ResourceError: it is larger than the memory that is free.
+    """
+    entry, path = _entry(manifest, name), Path(out) / check_relpath(name)
+    if entry["bytes"] > (free := memory_limit()):
+        raise ResourceError(
+            f"{path} is to be read into memory: {entry['bytes'] / 1e9:.2f} GB",
+            available=f"{free / 1e9:.2f} GB are free",
+            fix="free memory, or use a machine with more",
+        )
+    try:
+        linked = os.path.realpath(path) != os.path.join(os.path.realpath(out), name)
+        raw = b"" if linked else read_limited(path, entry["bytes"])
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} does not match its manifest: {error}", fix="export again") from error
+    if linked or hashlib.sha256(raw).hexdigest() != entry["sha256"]:
+        how = "is reached through a symbolic link" if linked else "was changed (its SHA-256 differs)"
+        raise OutputError(f"{path} {how}: refusing to use it", fix="export again")
+    return raw

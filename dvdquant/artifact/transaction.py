@@ -1,0 +1,528 @@
+"""The output folder of an export as a transaction: all of the new export, or nothing of it.
+
+Work goes into ``OUT/.tmp-<id>/tree``, beside a journal of what is finished; ``commit`` hashes and fsyncs it and puts it
+in place (see :mod:`dvdquant.artifact.commit`). The layout a reader sees is ``OUT/manifest.json`` and the files it lists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import secrets
+import socket
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pydantic import StrictInt, StrictStr, TypeAdapter
+
+from dvdquant.artifact.commit import (
+    COMMIT,
+    OWNER,
+    STAGE,
+    TREE,
+    FolderLock,
+    install,
+    is_trusted,
+    recover,
+    recover_locked,
+    remove_stage,
+    sweep,
+)
+from dvdquant.artifact.folder import Folder
+from dvdquant.artifact.manifest import MANIFEST, MAX_MANIFEST, Manifest, check_relpath
+from dvdquant.artifact.output_folder import check_path, previous_export, real_path
+from dvdquant.artifact.unfinished import differences
+from dvdquant.errors import DvdquantError, OutputError, ResourceError
+from dvdquant.system.files import FileEntry, disk_error, hash_descriptor, require_disk, strict_json
+
+__all__ = ["ExportTransaction", "Journal", "recover", "require_disk"]
+
+JOURNAL = "journal.jsonl"
+MAX_JOURNAL = 64 << 20
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a journal: the step that is finished (None for only naming files), its data, and its files."""
+
+    step: StrictStr | None
+    data: Any
+    files: list[StrictStr]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """``owner.json`` of a stage: the process that made it, and the key of its work."""
+
+    pid: StrictInt
+    host: StrictStr
+    started: StrictStr
+    key: dict[StrictStr, Any]
+
+
+_LINE, _OWNER = TypeAdapter(Line), TypeAdapter(Owner)
+
+
+class Journal:
+    """An append-only list of finished steps, each line on disk before ``add`` returns.
+
+    A line torn by a kill or a power cut ends the journal: it and what follows are dropped, and so is a line whose data
+    are not what the exporter writes.
+
+    Args:
+        stage: the folder it lies in. name: its name there.
+        accept: says whether the data of a step can be gone on from; they come from a file.
+    """
+
+    def __init__(
+        self, stage: Folder, name: str = JOURNAL, accept: Callable[[str, Any], bool] = lambda step, data: True
+    ) -> None:
+        self.done: dict[str, Any] = {}
+        self.files: set[str] = set()
+        self._accept = accept
+        raw = b""
+        if stage.has(name):
+            raw = _read_journal(stage, name)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        self._fd = os.open(name, flags, 0o644, dir_fd=stage.fd)
+        try:
+            self._end = 0
+            for line in raw.splitlines(keepends=True):
+                if not self._load(line):
+                    place = stage.path / name
+                    logger.warning("%s: dropped what follows byte %d, a line that is not whole", place, self._end)
+                    break
+                self._end += len(line)
+            os.ftruncate(self._fd, self._end)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, line: bytes) -> bool:
+        if not line.endswith(b"\n"):
+            return False
+        try:
+            entry = _LINE.validate_python(strict_json(line))
+            files = {check_relpath(name) for name in entry.files}
+        except (ValueError, OutputError):
+            return False
+        if entry.step is not None:
+            if not self._accept(entry.step, entry.data):
+                return False
+            self.done[entry.step] = entry.data
+        self.files |= files
+        return True
+
+    def add(self, step: str | None, data: Any, files: Iterable[str]) -> None:
+        """Append one line: the step finished (None for only naming files), what it left, and its files."""
+        entry = {"step": step, "data": data, "files": sorted(files)}
+        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        written = 0
+        try:
+            while written < len(line):
+                written += os.pwrite(self._fd, line[written:], self._end + written)
+            os.fdatasync(self._fd)
+        except OSError:
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk may have taken half a line; half of it ends the journal, too
+                os.ftruncate(self._fd, self._end)
+            raise
+        self._end += len(line)
+        if step is not None:
+            self.done[step] = json.loads(line)["data"]
+        self.files |= set(entry["files"])
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            with contextlib.suppress(OSError):  # every line was synced, or its failure was raised
+                os.close(fd)
+
+
+def _read_journal(stage: Folder, name: str) -> bytes:
+    """Its content; ValueError for what cannot be a journal of this stage, or is another file as well."""
+    raw = stage.read(name, MAX_JOURNAL)
+    info = stage.info(name)
+    if info is None or info.st_nlink != 1:
+        raise ValueError(f"{name} has several names")
+    return raw
+
+
+class ExportTransaction:
+    """Context manager around one export into ``out``.
+
+    ``out`` may be absent (it and its parents are created), empty, or a previous export, which stays until the commit
+    and is replaced by it. Leaving the block without :meth:`commit`, by an exception or not, removes all that was
+    written; with ``keep_for_resume`` and a finished step, the work is kept for a run with ``resume``.
+
+    Args:
+        out: the output folder.
+        key: what the result depends on (checkpoint fingerprint, recipe, options), plain JSON values.
+        resume: adopt the work of an interrupted run with the same key.
+        keep_for_resume: keep finished work on failure; may be set later as an attribute.
+        accept: says of a step and its data, read from the journal of interrupted work, whether they are in form.
+
+    Attributes:
+        previous: the manifest of the export being replaced. complete: whether that has the same key, so that there is
+        nothing left to do. resumed: whether work was adopted. recovered: whether a killed commit was completed on
+        entry. kept: the folder of the work left behind for ``--resume``.
+
+    Raises:
+        OutputError: ``out`` is a file, holds something else, is in use (naming the pid) or cannot be written;
+            ``resume`` finds work of another key. ResourceError: the disk is full. An OSError in the block, whatever
+            it came from, leaves it as one of these two.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        key: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        keep_for_resume: bool = False,
+        accept: Callable[[str, Any], bool] = lambda step, data: True,
+    ) -> None:
+        self.out = real_path(out)
+        check_path(self.out)
+        text = json.dumps(dict(key or {}), sort_keys=True, allow_nan=False)
+        self.key: dict[str, Any] = json.loads(text)
+        self.export_key = hashlib.sha256(text.encode()).hexdigest()
+        self.resume, self.keep_for_resume = resume, keep_for_resume
+        self.previous: Manifest | None = None
+        self.complete = self.resumed = self.recovered = self.committed = False
+        self.kept: Path | None = None
+        self._made: list[Path] = []
+        self._lock: FolderLock | None = None
+        self._stage: Folder | None = None
+        self._journal: Journal | None = None
+        self._accept = accept
+
+    def __enter__(self) -> ExportTransaction:
+        try:
+            self._lock = self._open_folder()
+            folder = self._lock.folder
+            self.recovered = recover_locked(folder)
+            self.previous = previous_export(folder)
+            self.complete = bool(self.key) and self.previous is not None and self.previous.export_key == self.export_key
+            adopted = self._find_work(folder) if self.resume and not self.complete else None
+            sweep(folder, keep=adopted)
+            if adopted:
+                self._stage = folder.child(adopted)
+                self._journal = Journal(self._stage, accept=self._accept)
+                _drop_unclaimed(self._stage, self._journal.files, folder)
+                self.resumed = self.keep_for_resume = True
+            else:
+                self._stage = self._new_stage(folder)
+                self._journal = Journal(self._stage)
+        except BaseException as error:
+            self._abort()
+            if isinstance(error, OSError):
+                raise disk_error(error, error.filename or self.out) from error
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._abort()
+        # A pipe that nobody reads any more is the terminal's, and no fault of the folder.
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> DvdquantError:
+        """What to say of an OSError of the work: it may be of a file elsewhere, or of no file."""
+        place = error.filename if isinstance(error.filename, str) else os.fsdecode(error.filename or b"")
+        said = disk_error(error, place or self.out)
+        if isinstance(said, ResourceError) or Path(place or self.out).is_relative_to(self.out):
+            return said
+        return OutputError(f"the export into {self.out} failed at {place}: {error.strerror}", fix=said.fix)
+
+    def _open_folder(self) -> FolderLock:
+        attempts = 100
+        while True:
+            try:
+                for folder in reversed((self.out, *self.out.parents)):
+                    if _make_folder(folder) and folder not in self._made:
+                        self._made.append(folder)
+                return FolderLock(self.out)
+            except FileNotFoundError:  # another export failed just now and removed the folders it had made
+                if not (attempts := attempts - 1):
+                    raise
+
+    def _new_stage(self, folder: Folder) -> Folder:
+        """A new stage, which nobody else may enter: what is written into it later goes by its path."""
+        name = f".tmp-{secrets.token_hex(8)}"
+        folder.make(name, 0o700)
+        stage = folder.child(name)
+        try:
+            stage.make(TREE)
+            owner = Owner(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(), self.key)
+            stage.write(OWNER, json.dumps(vars(owner)).encode())
+            stage.sync()
+            folder.sync()
+        except BaseException:
+            stage.close()
+            with contextlib.suppress(OSError):
+                remove_stage(folder, name)
+            raise
+        return stage
+
+    def _find_work(self, folder: Folder) -> str | None:
+        """The newest work with our key and anything finished; OutputError if there is only such work of another key."""
+        found: list[tuple[int, str, dict[str, Any]]] = []
+        for name in folder.names():
+            if STAGE.fullmatch(name) and folder.has_folder(name):
+                try:
+                    with folder.child(name) as stage:
+                        if _is_work(stage, folder):
+                            owner = _OWNER.validate_python(strict_json(stage.read(OWNER, MAX_MANIFEST)))
+                            found.append((stage.own().st_mtime_ns, name, owner.key))
+                except (OSError, ValueError) as error:
+                    # Killed while it was made or being deleted; or of somebody else, or made to look like work.
+                    logger.info("%s is no work to go on with: %s", folder.path / name, error)
+        found.sort(key=lambda work: work[0], reverse=True)
+        for _, name, key in found:
+            if key == self.key:
+                return name
+        if found:
+            raise OutputError(
+                f"--resume: the interrupted export in {self.out} was another one",
+                available=differences(found[0][2], self.key),
+                fix="use the same model and options, or leave out --resume to start again",
+            )
+        return None
+
+    def _abort(self) -> None:
+        """Close; unless committed, remove what was written (or keep it for --resume), then what was created for it."""
+        finished = self._journal is not None and bool(self._journal.done)
+        if self._journal is not None:
+            self._journal.close()
+        try:
+            if self._stage is not None and self._lock is not None:
+                self._leave_stage(self._stage, self._lock.folder, finished)
+        finally:
+            if self._stage is not None:
+                self._stage.close()
+            if self._lock is not None:
+                self._lock.release()
+        if not self.committed:
+            for folder in reversed(self._made):
+                try:
+                    folder.rmdir()
+                except OSError:
+                    break  # not empty: work kept for --resume, or somebody else's files
+
+    def _leave_stage(self, stage: Folder, folder: Folder, finished: bool) -> None:
+        place, name = self.out / stage.path.name, stage.path.name
+        try:
+            if not folder.has_folder(name) or folder.has(COMMIT):
+                return
+            if finished and self.keep_for_resume and not self.committed:
+                self.kept = place
+                logger.warning("finished work is kept in %s: run again with --resume to go on from it", place)
+            else:
+                remove_stage(folder, name)
+        except OSError as error:
+            logger.warning("%s could not be removed (%s); the next export into %s does it", place, error, self.out)
+
+    # -------------------------------------------------------------------------------------------------- the work
+
+    @property
+    def tree(self) -> Path:
+        """The folder that becomes the export; write only into it."""
+        if self._stage is None:
+            raise RuntimeError("the transaction has not been entered")
+        return self._stage.path / TREE
+
+    def path(self, relative: str, *, resumable: bool = False) -> Path:
+        """The place of a file of the export, its parent folders made.
+
+        A resumed run finds only files that were ``resumable`` or named by a finished step; others are deleted, since
+        nobody knows whether they are whole.
+        """
+        path = self.tree / check_relpath(relative)
+        try:
+            self._check_place()
+            assert self._stage is not None
+            self._stage.reach([TREE, *relative.split("/")[:-1]], make=True).close()
+            if resumable and self._journal is not None and relative not in self._journal.files:
+                self._journal.add(None, None, [relative])
+        except OSError as error:
+            raise disk_error(error, error.filename or path) from error
+        return path
+
+    def _check_place(self) -> None:
+        """OutputError if the path of the output folder leads to another one by now: what is written goes by that path."""
+        assert self._stage is not None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            there, own = os.lstat(self._stage.path), self._stage.own()
+            if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+                return
+        raise OutputError(
+            f"{self.out} was moved, replaced or deleted while the export was written",
+            fix="export again into another -o",
+        )
+
+    def done(self, step: str, data: Any = None, files: Iterable[str] = ()) -> None:
+        """Record that ``step`` is finished, with JSON ``data`` to find again; ``files`` of it are fsynced first."""
+        if self._journal is None:
+            raise RuntimeError("the transaction has not been entered")
+        names = [check_relpath(name) for name in files]
+        try:
+            for name in names:
+                self._sync_file(name)
+            self._journal.add(step, data, names)
+        except OSError as error:
+            raise disk_error(error, error.filename or self.tree) from error
+
+    def _sync_file(self, name: str) -> None:
+        assert self._stage is not None
+        *parents, last = name.split("/")
+        try:
+            with self._stage.reach([TREE, *parents]) as folder:
+                folder.sync_file(last)
+        except ValueError as error:
+            raise OutputError(f"{self.tree / name} cannot be part of an export: {error}") from error
+
+    def is_done(self, step: str) -> bool:
+        """Whether ``step`` was finished, in this run or in the one resumed."""
+        return step in self.steps
+
+    def data(self, step: str) -> Any:
+        """What :meth:`done` was given for ``step``; KeyError if it is not done."""
+        return self.steps[step]
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        """All finished steps and their data, in order."""
+        return dict(self._journal.done) if self._journal else {}
+
+    def commit(
+        self,
+        manifest: Manifest,
+        known: Mapping[str, FileEntry] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Manifest:
+        """Hash the tree, write the manifest and put the export in place; returns the manifest with its files.
+
+        Args:
+            manifest: everything but ``files`` and ``export_key``, which are filled in here.
+            known: hashes already at hand (``StreamingWriter.finish()``), by relative path; of the right size, they are
+                not computed again.
+            progress: gets the number of bytes of every block hashed.
+
+        Raises:
+            OutputError, ResourceError: the export before this one is still in place, or the next run completes this.
+        """
+        stage, lock = self._stage, self._lock
+        if self.committed or stage is None or lock is None:
+            raise RuntimeError("the transaction is over")
+        try:
+            self._check_place()
+            with stage.child(TREE) as tree:
+                tree.unlink(MANIFEST)
+                files = _hash_tree(tree, known or {}, progress)
+                final = replace(manifest, files=files, export_key=self.export_key)
+                tree.write(MANIFEST, final.to_json().encode())
+                for entry in list(tree.walk()):
+                    if entry.is_folder:
+                        with tree.reach(entry.path.split("/")) as folder:
+                            folder.sync()
+                tree.sync()
+            stage.sync()
+            self._lock = install(lock, stage, files, self.previous)
+        except OSError as error:
+            if os.path.lexists(self.out / COMMIT):
+                raise OutputError(
+                    f"the export is finished, but putting it in place failed at {error.filename}: {error.strerror}",
+                    fix="remove the cause, then run the same command with --resume, which completes it at once",
+                ) from error
+            raise disk_error(error, error.filename or self.out) from error
+        self.committed = True
+        return final
+
+
+def _make_folder(folder: Path) -> bool:
+    """Whether it was made; OutputError if a file has its name."""
+    try:
+        folder.mkdir()
+    except OSError:
+        if folder.is_dir():
+            return False
+        if os.path.lexists(folder):
+            raise OutputError(f"{folder} is not a folder", fix="pick another -o") from None
+        raise
+    return True
+
+
+def _hash_tree(
+    tree: Folder, known: Mapping[str, FileEntry], progress: Callable[[int], None] | None
+) -> dict[str, FileEntry]:
+    """Make every file readable and durable, and return its hash and size, of the same descriptor."""
+    files: dict[str, FileEntry] = {}
+    for item in sorted(tree.walk(), key=lambda item: item.path):
+        if item.is_folder:
+            continue
+        *parents, last = check_relpath(item.path).split("/")
+        with tree.reach(parents) as folder:
+            try:
+                fd = folder.open_file(last)
+            except ValueError as error:
+                raise OutputError(f"{tree.path / item.path} cannot be part of an export: {error}") from error
+            try:
+                info = os.fstat(fd)
+                if stat.S_IMODE(info.st_mode) != 0o644 and info.st_nlink == 1:
+                    os.fchmod(fd, 0o644)
+                os.fsync(fd)
+                entry = known.get(item.path)
+                fits = entry is not None and entry["bytes"] == info.st_size
+                files[item.path] = entry if entry is not None and fits else hash_descriptor(fd, progress)
+            except OSError as error:
+                error.filename = str(tree.path / item.path)
+                raise
+            finally:
+                os.close(fd)
+    return files
+
+
+def _is_work(stage: Folder, out: Folder) -> bool:
+    """Whether an interrupted export of a trusted user left anything finished there."""
+    journal = stage.info(JOURNAL)
+    if journal is None or not journal.st_size or not stage.has_folder(TREE) or not is_trusted(stage.own(), out):
+        return False
+    _read_journal(stage, JOURNAL)
+    with stage.child(TREE) as tree:
+        for _ in tree.walk():  # no deeper than an export is
+            pass
+    return True
+
+
+def _drop_unclaimed(stage: Folder, claimed: set[str], out: Folder) -> None:
+    """Delete from adopted work what no finished step names, and whatever is no file of its own: writing to a link, or to
+    the second name of a file, would write elsewhere."""
+    os.fchmod(stage.fd, 0o700)
+    for name in stage.names():
+        info = stage.info(name)
+        if info is not None and name != TREE and not _is_own_file(info, out):
+            stage.remove(name)
+    with stage.child(TREE) as tree:
+        for entry in list(tree.walk()):
+            if entry.is_folder or (entry.path in claimed and _is_own_file(entry.info, out)):
+                continue
+            *parents, last = entry.path.split("/")
+            with tree.reach(parents) as folder:
+                folder.unlink(last)
+
+
+def _is_own_file(info: os.stat_result, out: Folder) -> bool:
+    return stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and is_trusted(info, out)

@@ -1,0 +1,22 @@
+"""What ``--verify`` compared, in words for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dvdquant.system.text import shown
+
+if TYPE_CHECKING:
+    from dvdquant.artifact.manifest import Verified
+
+__all__ = ["verified_words"]
+
+
+def verified_words(verified: Verified | None) -> str:
+    """Return one line about the manifest's field ``verified``; its texts are untrusted."""
+    if verified is None:
+        return "not verified against the checkpoint (dvdq-export with --verify does it)"
+    return (
+        f"verified by dvdquant {shown(verified['dvdquant'], 40)}: {verified['rows']} rows of {verified['layers']} layers and "
+        f"{verified['kept']} tensors in 16 bit against the checkpoint, {len(verified['graphs'])} graphs against float64"
+    )

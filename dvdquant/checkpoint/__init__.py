@@ -1,0 +1,1 @@
+"""Readers of models that come from anywhere, and are not trusted."""

@@ -1,0 +1,637 @@
+"""The reader of diffusers checkpoints: everything is checked before a weight is used, and one tensor is read at a time.
+
+A model folder may come from anywhere. Nothing in it is executed, nothing outside it is read, and only safetensors files
+are opened (pickled weights run code when they are loaded). A file that is no longer the one whose header was checked is
+refused when it is read, so a checkpoint never mixes two models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Collection, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dvdquant.checkpoint.recognize import (
+    SNIFFED,
+    Found,
+    recognize_bytes,
+    recognize_config,
+    recognize_folder,
+    recognize_tensors,
+    tensor_names,
+)
+from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
+from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.system.files import disk_error
+from dvdquant.system.safetensors_io import TensorInfo, read_header_from, read_tensor_from
+from dvdquant.system.text import shown
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Checkpoint", "ShardTensor", "count_nonfinite", "fingerprint_hint", "open_checkpoint"]
+
+WEIGHTS = "diffusion_pytorch_model"
+SINGLE, INDEX = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"
+MAX_JSON = 64 << 20
+MAX_SHARDS, MAX_TENSORS = 10_000, 200_000
+"""More than any model has: the largest have some thousands of tensors."""
+FINGERPRINT = "v2-"
+"""How a fingerprint starts that holds no times. Those without it are of releases that hashed modification times."""
+SAMPLE = 4096
+"""Bytes in the middle of each tensor that are part of a fingerprint."""
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,240}\.safetensors")
+_SHARD_SERIES = re.compile(WEIGHTS + r"-\d+-of-\d+\.safetensors")
+_VARIANT = re.compile(
+    WEIGHTS
+    + r"\.(?P<name>[A-Za-z0-9_]+)(-\d+-of-\d+)?\.safetensors|"
+    + re.escape(INDEX.removesuffix("json"))
+    + r"(?P<index>[A-Za-z0-9_]+)\.json"
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_PICKLED = (".bin", ".pt", ".ckpt", ".pth", ".pkl")
+_CONVERT = (
+    "convert them in a place you trust: from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
+)
+_SINGLE_FILE = "diffusers.<transformer class>.from_single_file(FILE).save_pretrained(FOLDER), then give FOLDER"
+
+
+@dataclass(frozen=True)
+class ShardTensor(TensorInfo):
+    """A tensor of a checkpoint, the real path of the file that holds it, and that file's name in the folder."""
+
+    path: Path = field(default=Path())
+    shard: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One transformer, opened and checked by :func:`open_checkpoint`; weights stay on disk until :meth:`read`.
+
+    ``model`` is the argument as given, ``component`` the pipeline folder, ``root`` the real folder of the transformer,
+    ``tensors`` every tensor by name, ``headers`` the SHA-256 of each file's header by file name. ``files`` is what each
+    file was when its header was checked; nothing is read from a file that is another by now. No descriptor is kept, so
+    hundreds of shards cost none and a checkpoint can be pickled.
+    """
+
+    model: str
+    component: str
+    root: Path
+    config: dict[str, Any]
+    tensors: dict[str, ShardTensor]
+    headers: dict[str, str]
+    folder: UntrustedFolder
+    files: dict[str, FileIdentity]
+
+    @staticmethod
+    def components(model: str | Path, *, revision: str | None = None) -> list[str]:
+        """The transformers in a pipeline folder, ``["transformer", "transformer_2"]`` for Wan 2.2; in a plain
+        transformer folder, ``["transformer"]``. CheckpointError as in :func:`open_checkpoint`."""
+        folder = UntrustedFolder.at(locate_model(str(model), revision, ["model_index.json"]))
+        return _components(folder) or ["transformer"]
+
+    @property
+    def class_name(self) -> str:
+        """The diffusers class in ``config.json``."""
+        return str(self.config["_class_name"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def largest(self) -> ShardTensor:
+        """The tensor that sets the peak of memory."""
+        return max(self.tensors.values(), key=lambda info: info.nbytes)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor into private CPU memory, dtype and shape as stored.
+
+        CheckpointError if it is absent or unreadable, or if its file has changed since it was opened.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            short = [other for _, other in zip(range(5000), self.tensors) if len(other) <= 200]
+            near = difflib.get_close_matches(name[:200], short, n=4) or sorted(short)[:4]
+            raise CheckpointError(f"{self.root} has no tensor {name!r:.200}", available=near)
+        with self._opened(info.shard) as fd:
+            return read_tensor_from(fd, info, info.path)
+
+    @contextlib.contextmanager
+    def _opened(self, shard: str) -> Iterator[int]:
+        """A descriptor of a shard that is the file whose header was checked, before and after the block."""
+        path = self.root / shard
+        try:
+            fd = self.folder.open(shard)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} has gone", fix="leave the model as it is while it is read") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {reason_of(error)}",
+                fix=fix_of(error, "leave the model as it is while it is read"),
+            ) from error
+        try:
+            self._require_same(fd, shard)
+            yield fd
+            self._require_same(fd, shard)
+        finally:
+            os.close(fd)
+
+    def _require_same(self, fd: int, shard: str) -> None:
+        if FileIdentity.of(fd) != self.files[shard]:
+            raise CheckpointError(
+                f"{self.root / shard} has changed since it was opened: it was written to or replaced",
+                fix="leave the model as it is while it is read, and start again",
+            )
+
+    def check_unchanged(self) -> None:
+        """CheckpointError, naming the file, unless every shard is still the file that was opened.
+
+        For a library that reads the folder by path: call it before and after.
+        """
+        for shard in self.files:
+            with self._opened(shard):
+                pass
+
+    def fingerprint(self) -> str:
+        """Return what tells one model from another: ``v2-`` and a SHA-256 of the config, of every header, and of up to
+        4096 bytes in the middle of every tensor.
+
+        It costs one short read a tensor, and it is the same wherever the same files lie: it holds no times and no paths.
+        It is no hash of the weights: two models that differ only outside these bytes have one fingerprint.
+
+        Raises:
+            CheckpointError: a file has gone or has changed since it was opened.
+        """
+        digest = hashlib.sha256(json.dumps([self.config, sorted(self.headers.items())], sort_keys=True).encode())
+        by_shard: dict[str, list[ShardTensor]] = {shard: [] for shard in sorted(self.headers)}
+        for info in self.tensors.values():
+            by_shard[info.shard].append(info)
+        for shard, infos in by_shard.items():
+            with self._opened(shard) as fd:
+                for info in sorted(infos, key=lambda info: info.offset):
+                    count = min(SAMPLE, info.nbytes)
+                    try:
+                        digest.update(os.pread(fd, count, info.offset + (info.nbytes - count) // 2))
+                    except OSError as error:
+                        raise CheckpointError(
+                            f"{info.path} cannot be read: {reason_of(error)}", fix=fix_of(error, "download it again")
+                        ) from error
+        return FINGERPRINT + digest.hexdigest()
+
+    def check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        """CheckpointError with their count and the first index if ``tensor`` holds NaN or infinities."""
+        count, first = count_nonfinite(tensor)
+        if count:
+            raise CheckpointError(
+                f"{self.root}: tensor {name!r:.200} holds {count} NaN or infinite values of {tensor.numel()}, "
+                f"the first at index {list(first)}",
+                fix="download the weights again, or use --allow-nonfinite to go on and record them in the manifest",
+            )
+
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
+        """CheckpointError, listing up to five tensors, unless names and shapes are exactly those of ``expected``; tensors
+        of ``unused`` may be there besides."""
+        problems: list[str] = []
+        count = 0
+        for name, shape in expected.items():
+            if name not in self.tensors:
+                count += 1
+                if len(problems) < 5:
+                    problems.append(f"missing {name!r} {list(shape)}")
+        for name, info in self.tensors.items():
+            if name in unused or (name in expected and info.shape == tuple(expected[name])):
+                continue
+            count += 1
+            if len(problems) < 5 and name in expected:
+                problems.append(f"{name!r} is {list(info.shape)}, {self.class_name} needs {list(expected[name])}")
+            elif len(problems) < 5:
+                problems.append(f"unexpected {name!r:.200} {list(info.shape)}")
+        if count:
+            more = f"; and {count - 5} more" if count > 5 else ""
+            raise CheckpointError(
+                f"{self.root} does not fit its config.json: {'; '.join(problems)}{more}",
+                fix="use the config.json and the weights of one and the same model",
+            )
+
+
+def fingerprint_hint(*fingerprints: str) -> str | None:
+    """Return why fingerprints of one model may differ: some are of a release that hashed modification times. None if
+    all are of one kind."""
+    if len({value.startswith(FINGERPRINT) for value in fingerprints}) == 1:
+        return None
+    return "one of them was recorded by an older release, whose fingerprint held the times of the files"
+
+
+def count_nonfinite(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """(number of NaN and infinite values, index of the first or ``()``) of a tensor of any dtype, in bounded memory."""
+    import torch
+
+    if not tensor.dtype.is_floating_point or not tensor.numel():
+        return 0, ()
+    count, first, flat, step = 0, -1, tensor.reshape(-1), 1 << 22
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step]
+        part = part.float() if part.element_size() == 1 else part
+        # Extremes carry NaN and infinities, and finding them is one pass without an intermediate.
+        finite = all(math.isfinite(extreme) for extreme in torch.aminmax(part))
+        if not finite and (found := int((bad := ~torch.isfinite(part)).sum())):
+            first = start + int(bad.nonzero()[0]) if first < 0 else first
+            count += found
+    strides = [math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.ndim)]
+    return count, tuple(first // s % n for s, n in zip(strides, tensor.shape)) if count else ()
+
+
+def open_checkpoint(
+    model: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    component: str = "transformer",
+) -> Checkpoint:
+    """Open a transformer and check its config, index and every header, without reading a weight.
+
+    Args:
+        model: a transformer folder (``config.json`` and safetensors), a pipeline folder (with the transformer in
+            ``transformer/``), or a hub id ``org/name``, of which only the config and the safetensors of the transformer
+            are downloaded. What exists as a local path is never looked for elsewhere.
+        subfolder: a folder inside ``model`` to look in. revision: of a hub id.
+        component: the folder of a pipeline; :meth:`Checkpoint.components` lists them.
+
+    Raises:
+        CheckpointError: whatever is wrong with the folder, saying which file and tensor.
+    """
+    for part in (*(subfolder.split("/") if subfolder else ()), component):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part):
+            raise CheckpointError(f"{part!r:.200} is no plain folder name", fix="name a folder inside the model")
+    folder = UntrustedFolder.at(locate_model(str(model), revision, _patterns(subfolder, component)))
+    try:
+        return _open(folder, str(model), subfolder, component)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or shown(model)} cannot be read: {reason_of(error)}",
+            fix=fix_of(error, "give a folder that you may read"),
+        ) from error
+
+
+def _open(folder: UntrustedFolder, model: str, subfolder: str | None, component: str) -> Checkpoint:
+    top = folder
+    if subfolder:
+        folder = folder.sub(subfolder)
+    if found := _components(folder):
+        if component not in found:
+            raise CheckpointError(f"{folder.root} has no component {component!r}", available=few(found))
+        folder = folder.sub(component)
+    elif component != "transformer":
+        raise CheckpointError(f"{folder.root} is not a pipeline and has no {component!r}", available=folder.listing())
+    if not folder.root.is_dir():
+        fix = "give a folder of the model with --subfolder, or leave it out"
+        above = UntrustedFolder(folder.root.parent, folder.allowed)
+        raise CheckpointError(f"{folder.root} is missing", available=above.listing(), fix=fix)
+    names = folder.names()
+    config = _read_config(folder, names)
+    tensors, headers, files = _read_weights(folder, names, top)
+    if foreign := recognize_tensors(tensors):
+        raise CheckpointError(f"{folder.root} holds {foreign.what}", available=few(tensors, 3), fix=foreign.fix)
+    return Checkpoint(model, component, folder.root, config, tensors, headers, folder, files)
+
+
+def _patterns(subfolder: str | None, component: str) -> list[str]:
+    names = ["config.json", SINGLE, INDEX, f"{WEIGHTS}-*-of-*.safetensors"]
+    base = f"{subfolder}/" if subfolder else ""
+    # The VAE's config tells the scale of the latents (dvdquant.checkpoint.pipeline_facts).
+    return [f"{base}model_index.json", f"{base}vae/config.json"] + [
+        f"{base}{folder}{name}" for folder in ("", f"{component}/") for name in names
+    ]
+
+
+def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
+    """The real local folder of a path or a hub id."""
+    if "\0" in model or not model.strip():
+        raise CheckpointError(f"{model!r:.200} is no model", fix="give a local folder or a hub id like org/name")
+    try:
+        model.encode()
+    except UnicodeEncodeError as error:  # the name goes into manifests and graphs, which are UTF-8
+        raise CheckpointError(
+            f"the name {shown(model)} is not UTF-8", fix="rename the folder, or give it by a link with a plain name"
+        ) from error
+    try:
+        path = Path(os.path.realpath(os.path.expanduser(model)))
+        info = _status(path)
+        if info is not None and stat.S_ISDIR(info.st_mode):
+            return path
+        if info is not None:
+            raise _no_folder(shown(model), path, info)
+        if not _HUB_ID.fullmatch(model) or Path(model.split("/")[0]).is_dir():
+            parent = next(place for place in path.parents if place.is_dir())
+            available = f"{parent} holds {UntrustedFolder(parent, (parent,)).listing()}"
+            raise CheckpointError(
+                f"there is no folder {shown(model)!r:.300}", available=available, fix="give a local folder or a hub id"
+            )
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home folder to expand to
+        raise CheckpointError(
+            f"{shown(model)!r:.200} cannot be opened: {reason_of(error)}",
+            fix=fix_of(error, "give a folder that you may read"),
+        ) from error
+    return _download(model, revision, patterns)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _no_folder(model: str, path: Path, info: os.stat_result) -> CheckpointError:
+    """The error for a MODEL that is there and is no folder, which says what it is."""
+    if not stat.S_ISREG(info.st_mode):
+        return CheckpointError(f"{model} is a device, a pipe or a socket", fix="give the folder that holds config.json")
+    found = _recognize_file(UntrustedFolder.at(path.parent), path.name)
+    if found is not None:
+        return CheckpointError(f"{model} is a file, not a model folder: it is {found.what}", fix=found.fix)
+    if path.suffix == ".safetensors":
+        fix = (
+            "give the folder that holds config.json; a single file of a whole model is converted first: " + _SINGLE_FILE
+        )
+    else:
+        fix = _CONVERT if path.suffix in _PICKLED else "give the folder that holds config.json"
+    return CheckpointError(f"{model} is a file, not a model folder", fix=fix)
+
+
+def _recognize_file(folder: UntrustedFolder, name: str) -> Found | None:
+    try:
+        fd = folder.open(name)
+    except (CheckpointError, OSError, ValueError):
+        return None
+    try:
+        # A header with the names of a large model takes about 200 kB.
+        start = os.pread(fd, 64 * SNIFFED, 0)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return recognize_bytes(start) or recognize_tensors(tensor_names(start) or ())
+
+
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    local = "or give a local folder that holds the model"
+    try:
+        found = huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
+    except Exception as error:  # the HTTP client underneath has its own classes, which differ between versions
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_error(error, f"the hub cache with {model}") from error
+        if isinstance(error, GatedRepoError):
+            what, fix = "may only be downloaded after its terms are accepted", f"accept them and log in, {local}"
+        elif isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)):
+            what, fix = f"(revision {revision}) is neither a local folder nor on the hub", f"check the name, {local}"
+        else:
+            what, fix = "is no local folder, and the hub gave nothing", f"connect, unset HF_HUB_OFFLINE, {local}"
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"model {model!r} {what} ({type(error).__name__}: {reason:.200})", fix=fix) from error
+    return Path(os.path.realpath(found))
+
+
+def _read_config(folder: UntrustedFolder, names: list[str]) -> dict[str, Any]:
+    path = folder.root / "config.json"
+    if "config.json" not in names:
+        raise _no_config(folder, names)
+    config = folder.json("config.json", MAX_JSON)
+    refuse_scripts(folder.root, names)
+    _refuse_code(config, path)
+    if found := recognize_config(config):
+        raise CheckpointError(f"{path} is of {found.what}", available=folder.listing(), fix=found.fix)
+    name = config.get("_class_name")
+    if not isinstance(name, str) or not name.isidentifier() or len(name) > 200:
+        raise CheckpointError(f"{path} has the _class_name {name!r:.80}", available="a diffusers class name")
+    return config
+
+
+def _no_config(folder: UntrustedFolder, names: list[str]) -> CheckpointError:
+    weights = [name for name in names if name.endswith(".safetensors")]
+    found = recognize_folder(names)
+    if found is None:
+        found = next((known for name in weights[:4] if (known := _recognize_file(folder, name))), None)
+    if found is not None:
+        return CheckpointError(
+            f"{folder.root} is no diffusers model, it has no config.json: it is {found.what}",
+            available=folder.listing(),
+            fix=found.fix,
+        )
+    fix = "give a transformer folder or a pipeline folder in diffusers format"
+    if weights:
+        fix = (
+            f"put the config.json of the same model beside {weights[0]!r:.200}; a file of another format is converted: "
+        )
+        fix += _SINGLE_FILE
+    return CheckpointError(
+        f"{folder.root} is no diffusers model: it has no config.json", available=folder.listing(), fix=fix
+    )
+
+
+def refuse_scripts(root: Path, names: list[str]) -> None:
+    """CheckpointError if a folder holds code: it is never run, and a model that needs it would not be itself."""
+    for name in names:
+        if os.path.splitext(name)[1] in (".py", ".pyc", ".so"):
+            raise CheckpointError(f"{root} holds code ({name!r:.200}), which is never run", fix="remove it")
+
+
+def _refuse_code(value: Any, path: Path) -> None:
+    if isinstance(value, dict):
+        if "auto_map" in value or "custom_pipelines" in value:
+            raise CheckpointError(f"{path} asks for code of its own (auto_map), which is never run", fix="remove it")
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            _refuse_code(item, path)
+    elif isinstance(value, str) and value.endswith(".py"):
+        raise CheckpointError(f"{path} names a Python file ({value!r:.200}), which is never run", fix="remove it")
+
+
+def _components(folder: UntrustedFolder) -> list[str]:
+    """Names of the transformers of a pipeline, empty for a transformer folder.
+
+    ``model_index.json`` has ``[library, class]`` or ``[null, null]`` for each; without it, folders with a config count.
+    """
+    path, name_of_one = folder.root / "model_index.json", re.compile(r"transformer(_\d+)?")
+    if not folder.root.is_dir():
+        return []
+    names = folder.names()
+    if "model_index.json" not in names:
+        if "config.json" in names:
+            return []
+        return [name for name in names if name_of_one.fullmatch(name) and folder.has(f"{name}/config.json")]
+    index, found = folder.json("model_index.json", MAX_JSON), []
+    for name, entry in index.items():
+        if not name_of_one.fullmatch(name) or entry is None or entry == [None, None]:
+            continue
+        if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers":
+            raise CheckpointError(f"{path}: {name:.80} is {entry!r:.200}", available="['diffusers', <class>]")
+        found.append(name)
+    if not found:
+        what = "a pipeline with a UNet, as image models have it," if "unet" in index else "a pipeline"
+        raise UnsupportedError(f"{folder.root} is {what} without a transformer", available=few(index, 12))
+    return found
+
+
+def _read_weights(
+    folder: UntrustedFolder, names: list[str], top: UntrustedFolder
+) -> tuple[dict[str, ShardTensor], dict[str, str], dict[str, FileIdentity]]:
+    expected: dict[str, set[str]] | None = None
+    where: dict[str, str] = {}
+    series = [name for name in names if _SHARD_SERIES.fullmatch(name)]
+    if INDEX in names:
+        where = _read_index(folder)
+        expected = {}
+        for name, shard in where.items():
+            expected.setdefault(shard, set()).add(name)
+        shards = sorted(expected)
+        if len(shards) > MAX_SHARDS:
+            raise CheckpointError(f"{folder.root / INDEX} names {len(shards)} shards, more than {MAX_SHARDS}")
+        if extra := next((name for name in series if name not in expected), None):
+            raise CheckpointError(f"{folder.root / extra} is a shard that {INDEX} does not name", available=shards[:8])
+        if SINGLE in names and SINGLE not in expected:
+            raise _two_sets(folder, INDEX)
+    elif SINGLE in names:
+        shards = [SINGLE]
+        if series:
+            raise _two_sets(folder, series[0])
+    else:
+        raise _no_weights(folder, names, series)
+    tensors: dict[str, ShardTensor] = {}
+    headers: dict[str, str] = {}
+    files: dict[str, FileIdentity] = {}
+    for shard in shards:
+        real = folder.locate(shard)
+        try:
+            fd = folder.open(shard)
+        except FileNotFoundError as error:
+            raise _no_shard(folder, shard, names, top) from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder.root / shard} is not a usable safetensors file: {reason_of(error)}",
+                fix=fix_of(error, "download or convert the file again"),
+            ) from error
+        try:
+            files[shard] = FileIdentity.of(fd)
+            header = read_header_from(fd, real)
+            if FileIdentity.of(fd) != files[shard]:
+                raise CheckpointError(
+                    f"{folder.root / shard} changed while it was read", fix="wait until it is written, then try again"
+                )
+        finally:
+            os.close(fd)
+        headers[shard] = header.digest
+        if len(tensors) + len(header.tensors) > MAX_TENSORS:
+            raise CheckpointError(f"{folder.root} holds more than {MAX_TENSORS} tensors")
+        if expected is not None:
+            _check_shard(folder.root / shard, header.tensors.keys(), expected[shard], where)
+        for i in header.tensors.values():
+            tensors[i.name] = ShardTensor(i.name, i.dtype, i.shape, i.offset, i.nbytes, real, shard)
+    if not tensors:
+        raise CheckpointError(f"{folder.root} holds no tensors", fix="download the model again")
+    return tensors, headers, files
+
+
+def _two_sets(folder: UntrustedFolder, other: str) -> CheckpointError:
+    """Nothing says which of two sets of weights is meant: the times of files do not survive a copy."""
+    return CheckpointError(
+        f"{folder.root} holds two sets of weights: {SINGLE} and the shards of {other}",
+        fix=f"move one of them away: {SINGLE}, or {INDEX} and {WEIGHTS}-*-of-*.safetensors",
+    )
+
+
+def _no_shard(folder: UntrustedFolder, shard: str, names: list[str], top: UntrustedFolder) -> CheckpointError:
+    if _is_interrupted(names, top):
+        return CheckpointError(
+            f"{folder.root} lacks the shard {shard}, and its download was interrupted",
+            available=folder.listing(),
+            fix="finish the download: hf download ORG/NAME --local-dir FOLDER",
+        )
+    return CheckpointError(
+        f"{folder.root} lacks the shard {shard}", available=folder.listing(), fix="download it again"
+    )
+
+
+def _is_interrupted(names: list[str], top: UntrustedFolder) -> bool:
+    """Whether a tool for downloads left an unfinished file, in the folder or where those of the hub keep it."""
+    places = [top.root / ".cache" / "huggingface" / "download", *top.allowed[1:]]
+    places.append(places[0] / "transformer")
+    if any(name.endswith((".incomplete", ".crdownload", ".aria2", ".part")) for name in names):
+        return True
+    for place in places:
+        try:
+            with os.scandir(place) as entries:
+                if any(entry.name.endswith(".incomplete") for _, entry in zip(range(100_000), entries)):
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def _no_weights(folder: UntrustedFolder, names: list[str], series: list[str]) -> CheckpointError:
+    root, fix = folder.root, f"rename one set of weights to {SINGLE}, or add {INDEX}"
+    if series:
+        return CheckpointError(
+            f"{root} holds shards ({series[0]}) and not their {INDEX}",
+            available=few(names),
+            fix=f"download {INDEX} too",
+        )
+    if variants := [match for name in names if (match := _VARIANT.fullmatch(name))]:
+        variant = variants[0]["name"] or variants[0]["index"]
+        fix = f"take the name .{variant} out of all of these files (and of those named in the index), or get {SINGLE}"
+        what = f"{root} holds only the variant {variant!r}, neither {SINGLE} nor {INDEX}"
+        return CheckpointError(what, available=few(match[0] for match in variants), fix=fix)
+    if others := [name for name in names if name.endswith(".safetensors")]:
+        if found := next((known for name in others[:4] if (known := _recognize_file(folder, name))), None):
+            return CheckpointError(f"{root} holds {found.what}", available=few(others), fix=found.fix)
+        return CheckpointError(f"{root} has neither {SINGLE} nor {INDEX}", available=few(others), fix=fix)
+    if found := recognize_folder(names):
+        return CheckpointError(f"{root} has no weights: it is {found.what}", available=folder.listing(), fix=found.fix)
+    if pickled := [name for name in names if name.endswith(_PICKLED)]:
+        return CheckpointError(
+            f"{root} holds only pickled weights ({pickled[0]!r:.200}), which run code when loaded",
+            fix=_CONVERT,
+        )
+    if _is_interrupted(names, folder):
+        fix = "finish the download: hf download ORG/NAME --local-dir FOLDER"
+        return CheckpointError(f"{root} has no weights: a download was interrupted", available=few(names), fix=fix)
+    return CheckpointError(f"{root} has no weights", available=folder.listing(), fix=f"add {SINGLE}")
+
+
+def _read_index(folder: UntrustedFolder) -> dict[str, str]:
+    path, weight_map = folder.root / INDEX, folder.json(INDEX, MAX_JSON).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map of tensor names to shard files")
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(f"{path} names {len(weight_map)} tensors, more than {MAX_TENSORS}")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
+            raise CheckpointError(
+                f"{path}: tensor {name!r:.200} is said to lie in {shard!r:.200}", available="plain *.safetensors names"
+            )
+    return weight_map
+
+
+def _check_shard(path: Path, held: Set[str], meant: Set[str], where: Mapping[str, str]) -> None:
+    """CheckpointError unless the shard holds exactly the tensors that the index says."""
+    if missing := meant - held:
+        raise CheckpointError(f"{path} lacks tensor {min(missing)!r:.200}, which {INDEX} says it holds")
+    if extra := held - meant:
+        name = min(extra)
+        should = f"lie in {where[name]}" if name in where else "not exist"
+        raise CheckpointError(f"{path} holds tensor {name!r:.200}, which should {should} by {INDEX}")

@@ -1,0 +1,274 @@
+"""The one way into a folder that may come from anybody: no name, link, pipe or device in it leads out of it or blocks.
+
+A file is opened component by component from a folder that is allowed, and no component may be a link at that moment. So
+a link that somebody puts there between the check and the open is refused, not followed. Only regular files are read.
+
+Where a library reads a folder by path itself (diffusers, transformers), :meth:`UntrustedFolder.check_tree` looks at every
+entry first. What is changed between that check and the library's own open is not seen: who can write to the folder at
+that moment decides what the library reads. Weights of a transformer are compared again after such a load.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvdquant.checkpoint.recognize import SNIFFED, recognize_bytes
+from dvdquant.errors import CheckpointError
+from dvdquant.system.files import read_all, strict_json
+from dvdquant.system.text import shown
+
+__all__ = ["MAX_ENTRIES", "FileIdentity", "UntrustedFolder", "few", "fix_of", "reason_of"]
+
+MAX_ENTRIES = 100_000
+"""Entries a folder of a model may have: a real one has some dozens."""
+_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What tells that a file is still the one that was checked: device, inode, bytes, and both times in nanoseconds.
+
+    Every ordinary write, truncation or replacement changes it. A store through a shared mapping may not.
+    """
+
+    device: int
+    inode: int
+    nbytes: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, fd: int) -> FileIdentity:
+        """Return the identity of an open file."""
+        info = os.fstat(fd)
+        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
+@dataclass(frozen=True)
+class UntrustedFolder:
+    """A folder of a model and the real folders its files may lie in. It holds no descriptor and can be pickled.
+
+    Args:
+        root: the real path of the folder. allowed: real folders that links may lead into.
+    """
+
+    root: Path
+    allowed: tuple[Path, ...]
+
+    @classmethod
+    def at(cls, path: str | Path) -> UntrustedFolder:
+        """Return the folder at ``path``; links on the way to it are the user's own and are followed.
+
+        Files may come from the folder itself and, in a cache of the Hugging Face hub, from the blobs of its repository.
+        """
+        root = Path(os.path.realpath(os.path.expanduser(path)))
+        for place in (root, *root.parents):
+            if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
+                blobs = place.parent.parent / "blobs"
+                if os.path.isdir(blobs) and not os.path.islink(blobs):
+                    return cls(root, (root, blobs))
+        return cls(root, (root,))
+
+    def sub(self, name: str) -> UntrustedFolder:
+        """Return a folder inside, with the same places allowed; CheckpointError if it is a link that leaves them."""
+        return UntrustedFolder(self.locate(name), self.allowed)
+
+    def locate(self, name: str) -> Path:
+        """Return the real path of an entry, which need not exist; CheckpointError if it leaves the allowed folders."""
+        real = Path(os.path.realpath(self.root / name))
+        if self._base(real) is None:
+            raise CheckpointError(
+                f"{self.root / name} is a link that reads outside the folder", fix="copy what it leads to into it"
+            )
+        return real
+
+    def _base(self, real: Path) -> Path | None:
+        return next((folder for folder in self.allowed if folder in (real, *real.parents)), None)
+
+    def open(self, name: str) -> int:
+        """Return a descriptor of a regular file, opened for reading; no link is followed once its place was checked.
+
+        Raises:
+            CheckpointError: a link that leaves the folder. OSError: it cannot be opened. ValueError: it is a folder, a
+                pipe or a device.
+        """
+        real = self.locate(name)
+        base = self._base(real)
+        assert base is not None
+        parts = real.relative_to(base).parts
+        if not parts:
+            raise ValueError("not a regular file")
+        folder = os.open(base, _FOLDER)
+        try:
+            for part in parts[:-1]:
+                inner = os.open(part, _FOLDER, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            # A device does something when it is opened, so it is looked at first; the descriptor is what counts.
+            _require_regular(os.stat(parts[-1], dir_fd=folder, follow_symlinks=False))
+            fd = os.open(parts[-1], _FILE, dir_fd=folder)
+        except OSError as error:
+            error.filename = str(self.root / name)
+            raise
+        finally:
+            os.close(folder)
+        try:
+            _require_regular(os.fstat(fd))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Return the content of a file of at most ``limit`` bytes. Raises as :meth:`open`; ValueError if it is longer."""
+        return read_all(self.open(name), limit)
+
+    def json(self, name: str, limit: int, fix: str = "download the model again") -> dict[str, Any]:
+        """Return the JSON object in a file; CheckpointError, naming it, for whatever is wrong with it."""
+        raw = b""
+        try:
+            raw = self.read(name, limit)
+            value = strict_json(raw)
+        except (OSError, ValueError) as error:
+            found = recognize_bytes(raw[:SNIFFED]) if raw else None
+            reason = f"it is {found.what}" if found else reason_of(error)
+            raise CheckpointError(
+                f"{self.root / name} cannot be used: {reason}", fix=found.fix if found else fix_of(error, fix)
+            ) from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.root / name} is not a JSON object but {type(value).__name__}", fix=fix)
+        return value
+
+    def names(self) -> list[str]:
+        """Return the sorted names of the entries.
+
+        Raises:
+            CheckpointError: the folder cannot be listed, or has more than ``MAX_ENTRIES`` entries.
+        """
+        found = []
+        try:
+            with os.scandir(self.root) as entries:
+                for entry in entries:
+                    found.append(entry.name)
+                    if len(found) > MAX_ENTRIES:
+                        raise CheckpointError(
+                            f"{self.root} has more than {MAX_ENTRIES} entries", fix="give the folder of one model"
+                        )
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.root} cannot be read: {reason_of(error)}", fix=fix_of(error, "give a folder that you may read")
+            ) from error
+        return sorted(found)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a regular file at ``name``; a link is followed, to look and not to open."""
+        try:
+            return (self.root / name).is_file()
+        except (OSError, ValueError):
+            return False
+
+    def has_folder(self, name: str) -> bool:
+        """Whether there is a folder at ``name``."""
+        try:
+            return (self.root / name).is_dir()
+        except (OSError, ValueError):
+            return False
+
+    def listing(self, count: int = 10) -> str:
+        """Return the first names in words, for an error; folders end in a slash."""
+        try:
+            with os.scandir(self.root) as entries:
+                names = [entry.name + "/" * _is_folder(entry) for _, entry in zip(range(MAX_ENTRIES), entries)]
+        except (OSError, ValueError) as error:
+            return reason_of(error)
+        first = ", ".join(f"{name!r:.200}" for name in heapq.nsmallest(count, names))
+        return first + f" and {len(names) - count} more" * (len(names) > count) or "nothing"
+
+    def check_tree(self) -> None:
+        """Look at every entry below, as far as links inside lead, before a library reads the folder by path.
+
+        Raises:
+            CheckpointError: a link that leaves the allowed folders, a pipe, a device, a socket, or too many entries.
+        """
+        left, seen, count = [self.root], set(), 0
+        while left:
+            folder = left.pop()
+            try:
+                for path in _children(folder):
+                    count += 1
+                    if count > MAX_ENTRIES:
+                        raise CheckpointError(
+                            f"{self.root} has more than {MAX_ENTRIES} entries", fix="give the folder of one model"
+                        )
+                    real = self.locate(str(path))
+                    try:
+                        info = os.lstat(real)
+                    except FileNotFoundError:
+                        continue  # a link to nothing inside the folder: the library says what it misses
+                    if stat.S_ISDIR(info.st_mode):
+                        if (info.st_dev, info.st_ino) not in seen:
+                            seen.add((info.st_dev, info.st_ino))
+                            left.append(real)
+                    elif not stat.S_ISREG(info.st_mode):
+                        raise CheckpointError(
+                            f"{path} is not a regular file", fix="remove it, or download the model again"
+                        )
+            except OSError as error:
+                raise CheckpointError(
+                    f"{error.filename or folder} cannot be read: {reason_of(error)}",
+                    fix=fix_of(error, "give a folder that you may read"),
+                ) from error
+
+
+def _children(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield folder / entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _require_regular(info: os.stat_result) -> None:
+    if stat.S_ISLNK(info.st_mode):
+        raise OSError(errno.ELOOP, "too many symbolic links, or it became one while it was opened")
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError("not a regular file")
+
+
+def reason_of(error: Exception) -> str:
+    """Return why something failed, without the path that an OSError repeats."""
+    return shown((error.strerror if isinstance(error, OSError) else None) or error, 500)
+
+
+_WAYS = {
+    errno.EACCES: "make it readable for you (chmod u+rX), or run as the user who owns it",
+    errno.EPERM: "make it readable for you (chmod u+rX), or run as the user who owns it",
+    errno.EMFILE: "raise the number of open files (ulimit -n)",
+    errno.ENFILE: "close programs: the machine has too many open files",
+    errno.EIO: "the disk fails to read it: copy the model from elsewhere to another disk",
+    errno.ESTALE: "the network disk lost it: mount it again",
+    errno.ENAMETOOLONG: "check the name: it is longer than a file's name can be",
+}
+
+
+def fix_of(error: Exception, otherwise: str) -> str:
+    """Return what helps against a failed read: the way out of its errno, or ``otherwise``."""
+    return _WAYS.get(error.errno or 0, otherwise) if isinstance(error, OSError) else otherwise
+
+
+def few(names: Iterable[object], count: int = 8) -> list[str]:
+    """Return the first ``count`` names, each cut to 100 characters: a list in an error stays short whatever a file says."""
+    return [shown(name, 100) for name, _ in zip(names, range(count))]

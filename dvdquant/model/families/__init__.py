@@ -1,0 +1,35 @@
+"""The model families dvdquant knows, by the diffusers class in ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dvdquant.errors import UnsupportedError
+from dvdquant.model.families.base import Axis, Family, InputSpec, Sizes
+from dvdquant.model.families.cogvideox import CogVideoX
+from dvdquant.model.families.configs import read_config
+from dvdquant.model.families.hunyuan_video import HunyuanVideo
+from dvdquant.model.families.ltx import LTXVideo
+from dvdquant.model.families.wan import Wan
+
+__all__ = ["FAMILIES", "Axis", "Family", "InputSpec", "Sizes", "get_family"]
+
+FAMILIES: tuple[type[Family], ...] = (Wan, HunyuanVideo, CogVideoX, LTXVideo)
+
+
+def get_family(config: Mapping[str, Any]) -> Family:
+    """The family of a transformer's ``config.json``, every field checked, those it leaves out by diffusers' defaults.
+
+    Raises:
+        UnsupportedError: another class; lists those there are. CheckpointError: a field that no model of the class has.
+    """
+    class_name = config.get("_class_name")
+    for family in FAMILIES:
+        if class_name in family.class_names:
+            return family(read_config(family.record, config))
+    raise UnsupportedError(
+        f"transformer class {class_name!r:.200} is not supported",
+        available=[name for family in FAMILIES for name in family.class_names],
+        fix="point at the folder of one of these transformers",
+    )

@@ -1,0 +1,99 @@
+"""CogVideoX 2B, 5B and 1.5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvdquant.errors import ShapeError
+from dvdquant.model.families.base import Family, InputSpec, Sizes
+from dvdquant.model.families.configs import CogVideoXConfig
+
+__all__ = ["CogVideoX"]
+
+
+class CogVideoX(Family):
+    """``CogVideoXTransformer3DModel``. Latents [B, F, C, H, W]; the rotary tables are inputs, as in its pipeline."""
+
+    name = "cogvideox"
+    class_names = ("CogVideoXTransformer3DModel",)
+    record = CogVideoXConfig
+    keep = ("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out")
+    modulation = ("*.norm1.linear", "*.norm2.linear")
+    # No steady layers: words and video pass as one sequence, each with a modulation of its own, and a synthetic run has them
+    # in another proportion.
+    default_video = (49, 480, 720)
+    default_text_tokens = 226
+    schedule = "diffusion"
+
+    def patch(self) -> tuple[int, int, int]:
+        """From the config; version 1.0 has no temporal patch."""
+        return self.config.get("patch_size_t") or 1, self.config["patch_size"], self.config["patch_size"]
+
+    def inputs(self, sizes: Sizes) -> tuple[InputSpec, ...]:
+        """hidden_states, encoder_hidden_states, timestep, and the rotary cosines and sines [tokens, head_dim]."""
+        batch, config = sizes.batch, self.config
+        specs = [
+            InputSpec("hidden_states", (batch, "frames", config["in_channels"], "height", "width"), "latent"),
+            InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["text_embed_dim"]), "embedding"),
+            InputSpec("timestep", (batch,), "timestep", torch.float32),
+        ]
+        if config.get("ofs_embed_dim"):
+            specs.append(InputSpec("ofs", (1,), "timestep", torch.float32))
+        if config["use_rotary_positional_embeddings"]:
+            for name in ("rotary_cos", "rotary_sin"):
+                specs.append(InputSpec(name, ("tokens", config["attention_head_dim"]), "rotary", torch.float32))
+        return tuple(specs)
+
+    def probe(self) -> tuple[int, int, int]:
+        """With learned position embeddings, their own height and width."""
+        time, height, width = super().probe()
+        if self.config.get("use_learned_positional_embeddings"):
+            return time, self.config["sample_height"], self.config["sample_width"]
+        return time, height, width
+
+    def latent_frames(self, frames: int) -> int:
+        """Version 1.5 pads the latents in front to a multiple of its temporal patch, as its pipeline does."""
+        latents, patch = super().latent_frames(frames), self.patch()[0]
+        return latents + -latents % patch
+
+    def forward_kwargs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Pairs the rotary tables."""
+        kwargs: dict[str, Any] = dict(inputs)
+        if "rotary_cos" in kwargs:
+            kwargs["image_rotary_emb"] = (kwargs.pop("rotary_cos"), kwargs.pop("rotary_sin"))
+        return kwargs
+
+    def check(self, sizes: Sizes) -> None:
+        """Also: CogVideoX-2B computes a sine table for its exact size on the host, so its graph has fixed sizes."""
+        super().check(sizes)
+        config = self.config
+        if sizes.dynamic and not config["use_rotary_positional_embeddings"]:
+            raise ShapeError(
+                "this CogVideoX has additive position embeddings, which are computed for one size",
+                fix="give one --num-frames, --height and --width instead of ranges",
+            )
+        if config.get("use_learned_positional_embeddings"):
+            learned = (config["sample_height"], config["sample_width"])
+            if (sizes.height.opt, sizes.width.opt) != learned or sizes.dynamic:
+                raise ShapeError(
+                    f"this CogVideoX has learned position embeddings for latents of {learned[0]}×{learned[1]} only",
+                    fix="export it at that size",
+                )
+        if sizes.text_tokens != config["max_text_seq_length"] and not config["use_rotary_positional_embeddings"]:
+            raise ShapeError(
+                f"{sizes.text_tokens} text tokens, but this model's position table holds {config['max_text_seq_length']}",
+                fix=f"--text-tokens {config['max_text_seq_length']}",
+            )
+
+    def draw(self, spec: InputSpec, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        """Rotary tables are cosines and sines of the same angles."""
+        if spec.kind != "rotary":
+            return super().draw(spec, shape, dtype, generator)
+        tokens, dim = shape
+        angles = torch.arange(tokens)[:, None] * 0.37 ** torch.arange(dim // 2)[None]
+        table = angles.cos() if spec.name == "rotary_cos" else angles.sin()
+        return table.repeat_interleave(2, dim=1).float()

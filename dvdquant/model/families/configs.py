@@ -1,0 +1,307 @@
+"""What the config.json of each transformer class may say: one record per class, read strictly, with bounds.
+
+A record has the fields of the diffusers constructor and its defaults. Other fields are left out, as diffusers does. Numbers
+are bounded one by one where they size a weight, and in products where diffusers computes a table from them: a table is made
+when the modules are built, whatever the checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from dvdquant.errors import CheckpointError
+
+__all__ = [
+    "MOST_BLOCKS",
+    "PIPELINE",
+    "CogVideoXConfig",
+    "HunyuanVideoConfig",
+    "LTXVideoConfig",
+    "PipelineFacts",
+    "TransformerConfig",
+    "WanConfig",
+    "read_config",
+]
+
+PIPELINE = "_pipeline"
+"""The field of a stored config.json that holds :class:`PipelineFacts`. diffusers leaves fields out that begin with ``_``."""
+
+# Several times what any published model has. Building and planning a block takes milliseconds, so their number is a time.
+MOST_BLOCKS = 512
+MOST_CHANNELS, MOST_WIDTH = 1 << 17, 1 << 16
+MOST_TOKENS = 1 << 16
+MOST_PATCH = 4096  # latents in one patch
+# Published models: 1 MiB (Wan), 206 MiB (CogVideoX-5B image to video). Diffusers computes them in fp64, in up to five parts.
+ROTARY_TABLE, POSITION_TABLE = 64 << 20, 512 << 20
+# Elements of a text embedding at the length the config names.
+MOST_TEXT = 1 << 26
+
+FIX = "compare config.json with the one the model was published with"
+
+Count = Annotated[int, Field(ge=0, le=MOST_BLOCKS)]
+Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Patch = Annotated[int, Field(ge=1, le=64)]
+Epsilon = Annotated[float, Field(ge=0, le=1)]
+Scale = Annotated[float, Field(ge=1e-3, le=1e3)]
+FeedForward = Literal["gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"]
+# diffusers takes these in any case.
+Activation = Annotated[str, StringConstraints(to_lower=True, pattern=r"^(swish|silu|mish|gelu|relu)$")]
+
+
+def _as_list(value: Any) -> Any:
+    """A tuple (of a config that was loaded by diffusers) as the list that JSON has."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _problem(text: str, available: str) -> PydanticCustomError:
+    """An error about several fields at once."""
+    return PydanticCustomError("product", "{text}", {"text": text, "available": available})
+
+
+class TransformerConfig(BaseModel):
+    """What the records share."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+    num_attention_heads: Channels
+    attention_head_dim: Channels
+
+    @property
+    def inner_dim(self) -> int:
+        """Channels of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    def check(self) -> None:
+        """Refuse what no single field shows."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.inner_dim > MOST_WIDTH:
+            raise _problem(
+                f"num_attention_heads {self.num_attention_heads} × attention_head_dim {self.attention_head_dim} is "
+                f"{self.inner_dim}",
+                f"at most {MOST_WIDTH}",
+            )
+        if self.attention_head_dim % 2:
+            raise _problem(f"attention_head_dim is {self.attention_head_dim}", "an even number")
+        self.check()
+        return self
+
+    def _check_table(self, what: str, nbytes: int, most: int) -> None:
+        if nbytes > most:
+            raise _problem(f"{what} makes a table of {nbytes / 2**20:.0f} MiB", f"at most {most >> 20} MiB")
+
+    def _check_patch(self, *sizes: int) -> None:
+        if math.prod(sizes) > MOST_PATCH:
+            raise _problem(f"patch_size is {'×'.join(map(str, sizes))}", f"at most {MOST_PATCH} latents in a patch")
+
+
+class WanConfig(TransformerConfig):
+    """``WanTransformer3DModel``."""
+
+    patch_size: Annotated[list[Patch], BeforeValidator(_as_list), Field(min_length=3, max_length=3)] = [1, 2, 2]
+    num_attention_heads: Channels = 40
+    attention_head_dim: Channels = 128
+    in_channels: Channels = 16
+    out_channels: Channels | None = 16
+    text_dim: Channels = 4096
+    freq_dim: Annotated[int, Field(ge=2, le=MOST_CHANNELS)] = 256
+    ffn_dim: Channels = 13824
+    num_layers: Count = 40
+    cross_attn_norm: bool = True
+    # diffusers builds the same norm whatever this says.
+    qk_norm: Literal["rms_norm_across_heads"] | None = "rms_norm_across_heads"
+    eps: Epsilon = 1e-6
+    image_dim: Channels | None = None
+    added_kv_proj_dim: Channels | None = None
+    rope_max_seq_len: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+    pos_embed_seq_len: Annotated[int, Field(ge=2, le=MOST_TOKENS)] | None = None
+
+    def check(self) -> None:
+        """Bound the rotary table: cosines and sines in fp32."""
+        self._check_patch(*self.patch_size)
+        what = f"rope_max_seq_len {self.rope_max_seq_len} × attention_head_dim {self.attention_head_dim}"
+        self._check_table(what, 8 * self.rope_max_seq_len * self.attention_head_dim, ROTARY_TABLE)
+
+
+class HunyuanVideoConfig(TransformerConfig):
+    """``HunyuanVideoTransformer3DModel``."""
+
+    in_channels: Channels = 16
+    out_channels: Channels | None = 16
+    num_attention_heads: Channels = 24
+    attention_head_dim: Channels = 128
+    num_layers: Count = 20
+    num_single_layers: Count = 40
+    num_refiner_layers: Count = 2
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
+    patch_size: Patch = 2
+    patch_size_t: Patch = 1
+    qk_norm: Literal["layer_norm", "fp32_layer_norm", "rms_norm", "rms_norm_across_heads"] | None = "rms_norm"
+    guidance_embeds: bool = True
+    text_embed_dim: Channels = 4096
+    pooled_projection_dim: Channels = 768
+    rope_theta: Annotated[float, Field(ge=1, le=1e9)] = 256.0
+    rope_axes_dim: Annotated[list[Channels], BeforeValidator(_as_list), Field(min_length=3, max_length=3)] = [
+        16,
+        56,
+        56,
+    ]
+    image_condition_type: Literal["latent_concat", "token_replace"] | None = None
+
+    def check(self) -> None:
+        """Refuse axes that do not fill a head."""
+        self._check_patch(self.patch_size_t, self.patch_size, self.patch_size)
+        axes = self.rope_axes_dim
+        if sum(axes) != self.attention_head_dim or any(size % 2 for size in axes):
+            raise _problem(
+                f"rope_axes_dim is {axes}",
+                f"three even numbers that add up to attention_head_dim {self.attention_head_dim}",
+            )
+        if self.num_layers + self.num_single_layers + self.num_refiner_layers > MOST_BLOCKS:
+            raise _problem(
+                f"num_layers {self.num_layers}, num_single_layers {self.num_single_layers} and num_refiner_layers "
+                f"{self.num_refiner_layers} are too many",
+                f"at most {MOST_BLOCKS} together",
+            )
+
+
+class CogVideoXConfig(TransformerConfig):
+    """``CogVideoXTransformer3DModel``."""
+
+    num_attention_heads: Channels = 30
+    attention_head_dim: Channels = 64
+    in_channels: Channels = 16
+    out_channels: Channels = 16
+    flip_sin_to_cos: bool = True
+    freq_shift: Annotated[int, Field(ge=0, le=1)] = 0
+    time_embed_dim: Channels = 512
+    ofs_embed_dim: Annotated[int, Field(ge=0, le=MOST_CHANNELS)] | None = None
+    text_embed_dim: Channels = 4096
+    num_layers: Count = 30
+    dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    attention_bias: bool = True
+    sample_width: Tokens = 90
+    sample_height: Tokens = 60
+    sample_frames: Tokens = 49
+    patch_size: Patch = 2
+    patch_size_t: Patch | None = None
+    temporal_compression_ratio: Patch = 4
+    max_text_seq_length: Tokens = 226
+    activation_fn: FeedForward = "gelu-approximate"
+    timestep_activation_fn: Activation = "silu"
+    norm_elementwise_affine: bool = True
+    norm_eps: Epsilon = 1e-5
+    spatial_interpolation_scale: Scale = 1.875
+    temporal_interpolation_scale: Scale = 1.0
+    use_rotary_positional_embeddings: bool = False
+    use_learned_positional_embeddings: bool = False
+    patch_bias: bool = True
+
+    def check(self) -> None:
+        """Bound the table of positions, fp32 [text tokens + patches, channels], and the text embedding."""
+        self._check_patch(self.patch_size_t or 1, self.patch_size, self.patch_size)
+        if self.max_text_seq_length * self.text_embed_dim > MOST_TEXT:
+            raise _problem(
+                f"max_text_seq_length {self.max_text_seq_length} × text_embed_dim {self.text_embed_dim} is "
+                f"{self.max_text_seq_length * self.text_embed_dim}",
+                f"at most {MOST_TEXT}",
+            )
+        if self.use_rotary_positional_embeddings and not self.use_learned_positional_embeddings:
+            return
+        frames = (self.sample_frames - 1) // self.temporal_compression_ratio + 1
+        patches = frames * (self.sample_height // self.patch_size) * (self.sample_width // self.patch_size)
+        what = (
+            f"sample_frames {self.sample_frames}, sample_height {self.sample_height}, sample_width {self.sample_width} "
+            f"and max_text_seq_length {self.max_text_seq_length} × {self.inner_dim} channels"
+        )
+        self._check_table(what, 4 * (patches + self.max_text_seq_length) * self.inner_dim, POSITION_TABLE)
+
+
+class LTXVideoConfig(TransformerConfig):
+    """``LTXVideoTransformer3DModel``."""
+
+    in_channels: Channels = 128
+    out_channels: Channels | None = 128
+    patch_size: Patch = 1
+    patch_size_t: Patch = 1
+    num_attention_heads: Channels = 32
+    attention_head_dim: Channels = 64
+    cross_attention_dim: Channels = 2048
+    num_layers: Count = 28
+    activation_fn: FeedForward = "gelu-approximate"
+    qk_norm: Literal["rms_norm_across_heads"] = "rms_norm_across_heads"
+    norm_elementwise_affine: bool = False
+    norm_eps: Epsilon = 1e-6
+    caption_channels: Channels = 4096
+    attention_bias: bool = True
+    attention_out_bias: bool = True
+
+    def check(self) -> None:
+        """Bound the patch."""
+        self._check_patch(self.patch_size_t, self.patch_size, self.patch_size)
+
+
+class PipelineFacts(BaseModel):
+    """What the pipeline around a transformer decides of its inputs; None where it does not say.
+
+    Args:
+        vae_scale: pixels (frames) per latent: time, height, width.
+        timestep_per_token: whether the pipeline gives a timestep for every token (``expand_timesteps``).
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    vae_scale: Annotated[list[Patch], BeforeValidator(_as_list), Field(min_length=3, max_length=3)] | None = None
+    timestep_per_token: bool | None = None
+
+
+def read_config(record: type[TransformerConfig], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``config`` that ``record`` has, its defaults where they are left out, the class name, and what was
+    stored of the pipeline.
+
+    Raises:
+        CheckpointError: a value of another type, out of bounds, or that does not go with the others; names the field.
+    """
+    class_name = str(config["_class_name"])
+    try:
+        fields = record.model_validate(dict(config)).model_dump()
+        facts = PipelineFacts.model_validate(dict(config[PIPELINE])) if config.get(PIPELINE) else None
+    except (ValidationError, TypeError, ValueError) as error:
+        raise refused(f"config.json of {class_name}", error) from error
+    stored = {} if facts is None else {PIPELINE: facts.model_dump(exclude_none=True)}
+    return {"_class_name": class_name, **fields, **stored}
+
+
+def refused(what: str, error: Exception, fix: str = FIX) -> CheckpointError:
+    """The first finding of a validation as CheckpointError: the field, its value, and what it may be.
+
+    Args:
+        what: the file, such as ``config.json of WanTransformer3DModel``.
+    """
+    if not isinstance(error, ValidationError):
+        return CheckpointError(f"{what} cannot be used: {error!s:.200}", fix=fix)
+    found = error.errors(include_url=False)[0]
+    if found["type"] == "product":
+        return CheckpointError(f"{what}: {found['ctx']['text']}", available=found["ctx"]["available"], fix=fix)
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found["loc"]).strip(".")
+    if found["type"] == "missing":
+        return CheckpointError(f"{what} lacks {field:.100}", fix=fix)
+    return CheckpointError(
+        f"{what}: {field:.100} is {_shortened(found['input'])}",
+        available=found["msg"].removeprefix("Input should be "),
+        fix=fix,
+    )
+
+
+def _shortened(value: Any) -> str:
+    """The text of a value, which may be a number of thousands of digits."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+        return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
+    return f"{value!r:.100}"

@@ -1,0 +1,47 @@
+"""HunyuanVideo."""
+
+from __future__ import annotations
+
+import torch
+
+from dvdquant.model.families.base import Family, InputSpec, Sizes
+from dvdquant.model.families.configs import HunyuanVideoConfig
+
+__all__ = ["HunyuanVideo"]
+
+
+class HunyuanVideo(Family):
+    """``HunyuanVideoTransformer3DModel``. Latents [B, C, F, H, W], text embedding with its mask, pooled text."""
+
+    name = "hunyuan-video"
+    class_names = ("HunyuanVideoTransformer3DModel",)
+    record = HunyuanVideoConfig
+    # The token refiner is the text embedder.
+    keep = ("x_embedder*", "context_embedder*", "time_text_embed*", "norm_out*", "proj_out")
+    modulation = ("*blocks.*.norm.linear", "*blocks.*.norm1.linear", "*blocks.*.norm1_context.linear")
+    steady = (
+        "transformer_blocks.*.attn.to_q",
+        "transformer_blocks.*.ff.net.*",
+        "single_transformer_blocks.*.attn.to_q",
+        "single_transformer_blocks.*.proj_mlp",
+    )
+    default_video = (61, 720, 1280)
+    default_text_tokens = 256
+
+    def patch(self) -> tuple[int, int, int]:
+        """From the config."""
+        return self.config["patch_size_t"], self.config["patch_size"], self.config["patch_size"]
+
+    def inputs(self, sizes: Sizes) -> tuple[InputSpec, ...]:
+        """hidden_states, timestep, text embedding and mask, pooled text, and guidance where it is distilled in."""
+        batch, config = sizes.batch, self.config
+        specs = [
+            InputSpec("hidden_states", (batch, config["in_channels"], "frames", "height", "width"), "latent"),
+            InputSpec("timestep", (batch,), "timestep", torch.float32),
+            InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["text_embed_dim"]), "embedding"),
+            InputSpec("encoder_attention_mask", (batch, sizes.text_tokens), "mask", torch.int64),
+            InputSpec("pooled_projections", (batch, config["pooled_projection_dim"]), "embedding"),
+        ]
+        if config["guidance_embeds"]:
+            specs.append(InputSpec("guidance", (batch,), "timestep", torch.float32))
+        return tuple(specs)

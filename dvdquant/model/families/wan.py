@@ -1,0 +1,65 @@
+"""Wan 2.1 and 2.2 (text to video, image to video, TI2V-5B)."""
+
+from __future__ import annotations
+
+import torch
+
+from dvdquant.model.families.base import Config, Family, InputSpec, Sizes
+from dvdquant.model.families.configs import WanConfig
+
+__all__ = ["Wan"]
+
+
+class Wan(Family):
+    """``WanTransformer3DModel``. Latents [B, C, F, H, W]; the timestep is one per sample, or per token on TI2V.
+
+    The VAE decides the scale of the latents: where the pipeline beside the transformer does not say, the channels the model
+    returns do, 48 of the VAE of Wan 2.2 and 16 of the older one. Its input channels do not: they hold conditions too.
+    """
+
+    name = "wan"
+    class_names = ("WanTransformer3DModel",)
+    record = WanConfig
+    keep = ("patch_embedding", "condition_embedder*", "norm_out*", "proj_out")
+    steady = ("blocks.*.attn1.to_q", "blocks.*.attn2.to_q", "blocks.*.ffn.net.*")
+    default_video = (81, 480, 832)
+    default_text_tokens = 512
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        of_wan_22 = (config.get("out_channels") or config.get("in_channels")) == 48
+        scale = self.facts.vae_scale or ([4, 16, 16] if of_wan_22 else [4, 8, 8])
+        self.vae_scale = (scale[0], scale[1], scale[2])
+        if self.vae_scale[1] == 16:
+            self.default_video = (121, 704, 1280)
+        # The tokens of a given first frame have timestep 0. A graph with one per token serves a pipeline with one per sample,
+        # so that is the choice where nothing is known.
+        per_token = self.facts.timestep_per_token
+        self.per_token_timestep: bool = of_wan_22 if per_token is None else per_token
+
+    def patch(self) -> tuple[int, int, int]:
+        """From the config."""
+        time, height, width = self.config["patch_size"]
+        return time, height, width
+
+    def longest_axis(self) -> int | None:
+        """The length of the rotary table."""
+        return int(self.config.get("rope_max_seq_len", 1024))
+
+    def inputs(self, sizes: Sizes) -> tuple[InputSpec, ...]:
+        """hidden_states, timestep, encoder_hidden_states and, for image-to-video 2.1, the image embedding."""
+        batch, config = sizes.batch, self.config
+        specs = [
+            InputSpec("hidden_states", (batch, config["in_channels"], "frames", "height", "width"), "latent"),
+            InputSpec(
+                "timestep", (batch, "tokens") if self.per_token_timestep else (batch,), "timestep", torch.float32
+            ),
+            InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["text_dim"]), "embedding"),
+        ]
+        if config.get("image_dim"):
+            # CLIP vision tokens, 257 an image. With a last frame (pos_embed_seq_len 514) two images follow each other
+            # on the batch axis, and the model joins them.
+            both = config.get("pos_embed_seq_len")
+            images, tokens = (2 * batch, both // 2) if both else (batch, 257)
+            specs.append(InputSpec("encoder_hidden_states_image", (images, tokens, config["image_dim"]), "embedding"))
+        return tuple(specs)

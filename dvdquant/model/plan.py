@@ -1,0 +1,336 @@
+"""The transformer as a skeleton: diffusers' own module tree with placeholder weights, and the plan of its layers.
+
+Nothing here reads a weight. A skeleton of a 13-billion-parameter model occupies a few megabytes, can be traced by
+torch.export, and tells which linear layers share their input.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.model.families import Axis, Family, Sizes, get_family
+from dvdquant.model.families.configs import FIX
+from dvdquant.model.layers import LayerSpec, empty_tensor, install_quant_linears
+from dvdquant.numerics.hadamard import Rotation
+from dvdquant.recipe import ActivationSpec, Recipe
+
+if TYPE_CHECKING:
+    from dvdquant.checkpoint.reader import Checkpoint
+
+__all__ = ["ModelPlan", "build_skeleton", "plan_model", "quantized_skeleton"]
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What will be quantized and what stays.
+
+    Args:
+        layers: the quantized layers, merged where they share their input, in module order.
+        kept: every other parameter, name -> (dtype, shape) as it will be stored.
+        shapes: name -> shape of every parameter a checkpoint must hold.
+        kept_linears: names of the linear layers that stay in 16 bit.
+        ignored: patterns of tensors that a checkpoint may hold and the class does not use (diffusers'
+            ``_keys_to_ignore_on_load_unexpected``).
+    """
+
+    family: Family
+    recipe: Recipe
+    dtype: torch.dtype
+    layers: tuple[LayerSpec, ...]
+    kept: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    shapes: Mapping[str, tuple[int, ...]]
+    kept_linears: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+
+    def left_out(self, names: Iterable[str]) -> list[str]:
+        """Those of a checkpoint's tensors that the class does not use, by diffusers' own list of such names."""
+        return _left_out(names, self.shapes, self.ignored)
+
+    @property
+    def all_weights(self) -> int:
+        """Parameters of the transformer."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def quantized_weights(self) -> int:
+        """Weights that become 4-bit codes."""
+        return sum(spec.out_features * spec.features for spec in self.layers)
+
+
+def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The diffusers transformer of ``config`` in eval mode, its parameters placeholders of one element each.
+
+    Non-persistent buffers (rotary tables) hold their real values. Modules that diffusers keeps in fp32 stay fp32.
+
+    Raises:
+        UnsupportedError: unknown class. CheckpointError: a field that no model of the class has, or diffusers refuses it.
+    """
+    # Imported here: diffusers takes seconds to import, and --help must not.
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = _diffusers_model(get_family(config).config, config)
+    return _with_placeholders(model, dtype)
+
+
+def _outline(family: Family, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """As :func:`build_skeleton`, with placeholders for the rotary tables too: it costs no memory, whatever the numbers."""
+    with torch.device("meta"):
+        model = _diffusers_model(family.config, config)
+    model = _with_placeholders(model, dtype)
+    for name, buffer in list(model.named_buffers()):
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent)._buffers[child] = empty_tensor(tuple(buffer.shape), buffer.dtype)
+    return model
+
+
+def _diffusers_model(checked: Mapping[str, Any], given: Mapping[str, Any]) -> nn.Module:
+    """The model of a checked config. What else ``given`` holds never reaches diffusers.
+
+    Raises:
+        CheckpointError: diffusers refuses it. UnsupportedError: a field that only one of this diffusers and dvdquant knows.
+    """
+    name = checked["_class_name"]
+    cls = getattr(importlib.import_module("diffusers"), name)
+    fields = {key: value for key, value in checked.items() if not key.startswith("_")}
+    known = {key: p for key, p in inspect.signature(cls.__init__).parameters.items() if key != "self"}
+    other = [key for key in fields if key not in known]
+    other += [key for key in known.keys() - fields.keys() if key in given and given[key] != known[key].default]
+    if other:
+        raise UnsupportedError(
+            f"{other[0]} of {name} is known to only one of this diffusers and this dvdquant",
+            fix="install the newest dvdquant and the diffusers release it asks for",
+        )
+    try:
+        model: nn.Module = cls(**fields)
+    except Exception as error:
+        # diffusers and PyTorch raise every class there is on numbers that do not fit.
+        raise CheckpointError(
+            f"diffusers cannot build {name} from this config.json: {type(error).__name__}: {error!s:.500}", fix=FIX
+        ) from error
+    return model
+
+
+def _with_placeholders(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``model`` with a placeholder for every tensor of its checkpoint, in the dtype it is stored in."""
+    fp32_modules = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.numel():
+            raise CheckpointError(f"with this config.json, {name} of {type(model).__name__} has no element", fix=FIX)
+        stored = torch.float32 if fp32_modules & set(name.split(".")) else dtype
+        _set_parameter(model, name, empty_tensor(tuple(parameter.shape), stored))
+    saved = set(model.state_dict())
+    for name, buffer in list(model.named_buffers()):
+        if name in saved:  # part of the checkpoint (learned position embeddings), so treated like a parameter
+            parent, _, child = name.rpartition(".")
+            del model.get_submodule(parent)._buffers[child]
+            stored = dtype if buffer.is_floating_point() else buffer.dtype
+            _set_parameter(model, name, empty_tensor(tuple(buffer.shape), stored))
+    return model.eval().requires_grad_(False)
+
+
+def _left_out(names: Iterable[str], shapes: Mapping[str, Any], ignored: tuple[str, ...]) -> list[str]:
+    return [name for name in names if name not in shapes and any(re.search(pattern, name) for pattern in ignored)]
+
+
+def _check_globs(recipe: Recipe, linears: Iterable[str]) -> None:
+    """UnsupportedError for a glob of the recipe that matches no linear layer, and for a layer that is kept and forced."""
+    names = list(linears)
+    found: dict[str, set[str]] = {}
+    for option, globs in (("keep", recipe.keep), ("force", recipe.force)):
+        for glob in globs:
+            matched = _named(names, (glob,))
+            if not matched:
+                raise UnsupportedError(
+                    f"--{option} {glob!r:.200} matches no linear layer",
+                    available=difflib.get_close_matches(glob, names, 5, 0.3) or names[:5],
+                    fix="give a name, or a glob such as 'blocks.0.*', in quotes",
+                )
+            found.setdefault(option, set()).update(matched)
+    if both := sorted(found.get("keep", set()) & found.get("force", set())):
+        raise UnsupportedError(
+            "layers are both in --keep and in --force", available=both[:5], fix="narrow one of the globs"
+        )
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)
+
+
+def plan_model(
+    config: Mapping[str, Any], recipe: Recipe, dtype: torch.dtype, checkpoint: Checkpoint | None = None
+) -> ModelPlan:
+    """Decide, layer by layer, what is quantized, merged and rotated.
+
+    Args:
+        checkpoint: the one that is meant; its names and shapes are compared before the model is run to see which layers
+            share their input.
+
+    Raises:
+        UnsupportedError: unknown family, a layer whose K has no Hadamard matrix of the recipe's kind, a glob of the recipe that
+            matches nothing.
+        CheckpointError: a config that no model has, a model that does not run, or another checkpoint than the config says.
+    """
+    family = get_family(config)
+    model = _outline(family, config, dtype)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    if checkpoint is not None:
+        checkpoint.check_shapes(shapes, set(_left_out(checkpoint.tensors, shapes, ignored)))
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    _check_globs(recipe, linears)
+    modulation, steady = (_named(linears, globs) for globs in (family.modulation, family.steady))
+    keep = family.keep if recipe.modulation != "keep" else (*family.keep, *family.modulation)
+    chosen = {name for name in linears if not recipe.keeps(name, keep)}
+    kept = {n: (p.dtype, tuple(p.shape)) for n, p in model.named_parameters()}
+    try:
+        groups = _shared_inputs(model, family, linears, chosen, dtype)
+    except Exception as error:
+        # PyTorch raises every class there is on shapes that do not fit each other.
+        raise CheckpointError(
+            f"the {config['_class_name']} of this config.json does not run: {type(error).__name__}: {error!s:.500}",
+            fix=FIX,
+        ) from error
+    floor = recipe.modulation_activation
+    specs = [
+        _layer_spec(group, linears, recipe, floor if group[0] in modulation else None, group[0] in steady)
+        for group in groups
+    ]
+    replaced = {f"{member}.{kind}" for spec in specs for member in spec.members for kind in ("weight", "bias")}
+    kept = {name: value for name, value in kept.items() if name not in replaced}
+    kept_linears = tuple(name for name in linears if name not in chosen)
+    return ModelPlan(family, recipe, dtype, tuple(specs), kept, shapes, kept_linears, ignored)
+
+
+def _named(names: Iterable[str], globs: tuple[str, ...]) -> set[str]:
+    """Those that match one of the globs."""
+    return {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
+
+
+def _shared_inputs(
+    model: nn.Module, family: Family, linears: Mapping[str, nn.Module], chosen: set[str], dtype: torch.dtype
+) -> list[tuple[str, ...]]:
+    """Groups of chosen linears of one parent that get the very same tensor, found by one forward on fake tensors.
+
+    Blocks that are alike call their layers alike, so that the first of each kind runs for all. Leaves ``model`` without the
+    others.
+    """
+    seen: dict[tuple[str, int, int], list[str]] = {}
+    alive: list[Tensor] = []  # keeps ids unique while the forward runs
+
+    def record(name: str, features: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            alive.append(args[0])
+            members = seen.setdefault((name.rpartition(".")[0], id(args[0]), features), [])
+            if name not in members:
+                members.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(record(n, m.in_features)) for n, m in linears.items()]  # type: ignore[arg-type]
+    repeated = _drop_repeated_blocks(model)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it prints tracebacks of errors that are reported here in words
+    try:
+        _fake_forward(model, family, dtype)
+    finally:
+        log.setLevel(level)
+        for hook in hooks:
+            hook.remove()
+    groups = []
+    for members in seen.values():
+        stack, _, rest = members[0].partition(".0.")
+        groups += [
+            tuple(group)
+            for block in (range(repeated[stack]) if rest and stack in repeated else (0,))
+            if (group := [n for m in members if (n := _in_block(m, stack, block)) in chosen])
+        ]
+    missing = chosen - {name for group in groups for name in group}
+    # A linear that this forward does not reach (an unused branch) is quantized alone.
+    order = {name: i for i, name in enumerate(linears)}
+    return sorted([*groups, *((name,) for name in missing)], key=lambda g: order[g[0]])
+
+
+def _in_block(name: str, stack: str, block: int) -> str:
+    """The layer of ``name``, which lies in block 0 of ``stack`` where block is not 0, in another block."""
+    return f"{stack}.{block}.{name.removeprefix(f'{stack}.0.')}" if block else name
+
+
+def _drop_repeated_blocks(model: nn.Module) -> dict[str, int]:
+    """Leave the first block only in every stack of blocks that are alike; how many there were, by the stack's name."""
+    dropped = {}
+    for name, stack in list(model.named_children()):
+        if not isinstance(stack, nn.ModuleList) or len(stack) < 2:
+            continue
+        kinds = [(type(m), [(n, p.shape) for n, p in m.named_parameters()]) for m in stack]
+        if all(kind == kinds[0] for kind in kinds):
+            dropped[name] = len(stack)
+            setattr(model, name, nn.ModuleList([stack[0]]))
+    return dropped
+
+
+def _fake_forward(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
+    frames, height, width = (Axis.fixed(size) for size in family.probe())
+    text = family.config.get("max_text_seq_length") or family.default_text_tokens
+    sizes = Sizes(frames, height, width, text_tokens=text)
+    axes = family.axes(sizes)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake = {s.name: torch.empty(s.sizes(axes), dtype=s.dtype or dtype) for s in family.inputs(sizes)}
+        model(**family.forward_kwargs(fake), return_dict=False)
+
+
+def _layer_spec(
+    members: tuple[str, ...],
+    linears: Mapping[str, nn.Module],
+    recipe: Recipe,
+    floor: ActivationSpec | None,
+    steady: bool,
+) -> LayerSpec:
+    first = linears[members[0]]
+    features = int(first.in_features)  # type: ignore[arg-type]
+    parent, _, _ = members[0].rpartition(".")
+    joined = "+".join(name.rpartition(".")[2] for name in members)
+    group = recipe.weight.group_size or features
+    if features % group or features % 2:
+        raise UnsupportedError(
+            f"layer {members[0]} has {features} input channels, which weight groups of {group} do not divide",
+            available=[str(g) for g in (16, 32, 64, 128) if features % g == 0] or "none",
+            fix="choose a recipe with another group size, or keep the layer in 16 bit with --keep",
+        )
+    return LayerSpec(
+        name=f"{parent}.{joined}" if parent else joined,
+        members=members,
+        rows=tuple(int(linears[name].out_features) for name in members),  # type: ignore[arg-type]
+        features=features,
+        biases=tuple(linears[name].bias is not None for name in members),
+        rotation=Rotation.for_features(features, recipe.rotation),
+        groups=features // group,
+        floor=floor,
+        real_zero=recipe.weight.zero_point == "real",
+        balanced=recipe.balance,
+        signs=recipe.signs,
+        shifted=recipe.shift and steady,
+    )
+
+
+def quantized_skeleton(plan: ModelPlan, bits: int) -> nn.Module:
+    """The skeleton with every planned layer replaced by a QuantLinear of ``bits``-bit activations."""
+    model = build_skeleton(plan.family.config, plan.dtype)
+    install_quant_linears(model, plan.layers, plan.recipe.activation(bits))
+    return model

@@ -1,0 +1,1 @@
+"""The numbers of the method: Hadamard rotation, activation grids, packed codes."""

@@ -1,0 +1,1 @@
+"""The loops of the quantizer: numba on the CPU, PyTorch or our kernels on a GPU."""

@@ -1,0 +1,114 @@
+"""The quantizer's CUDA kernels on tensors: the search of :mod:`dvdquant.quantize.bgr` and the rounding of :mod:`dvdquant.quantize.gptq`.
+
+They run where the kernel library is built (``make kernels``) and take the shapes it takes; everything else on a device goes
+through tensor operations (:mod:`dvdquant.quantize.backends.torch_grid`), which move hundreds of times as many bytes
+(``benchmarks/quantize.py --traffic``).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from dvdquant.errors import DvdquantError
+from dvdquant.ops.cuda import (
+    BUILD,
+    GRID_SOLVERS,
+    GRID_ZERO_POINTS,
+    GridPointers,
+    GridShape,
+    KernelLibrary,
+    find_library,
+    load_library,
+)
+from dvdquant.ops.cuda_linear import stream_of
+
+__all__ = ["QuantizerKernels", "quantizer_kernels"]
+
+log = logging.getLogger(__name__)
+
+# As in kernels/csrc/quantizer_api.cpp.
+_MAX_FEATURES, _MAX_GROUP, _MAX_BLOCK, _UNIT = 20480, 256, 256, 16
+_SHARED_FLOATS = 99 * 1024 // 4 - 24
+
+
+class QuantizerKernels:
+    """The library's calls on tensors of one device, on its current stream."""
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self.library = library
+
+    def searches(self, features: int, groups: int, zero_point: str, solver: str) -> bool:
+        """Whether :meth:`search` takes these rows."""
+        size = features // groups
+        return (
+            zero_point in GRID_ZERO_POINTS
+            and solver in GRID_SOLVERS
+            and features % _UNIT == 0
+            and features <= _MAX_FEATURES
+            and (groups == 1 or (size % _UNIT == 0 and size <= _MAX_GROUP))
+            and features + 2 * groups <= _SHARED_FLOATS
+        )
+
+    def rounds(self, features: int, groups: int, block: int) -> bool:
+        """Whether :meth:`round` takes these rows and blocks of moments."""
+        return self.searches(features, groups, "real", "search") and _UNIT <= block <= _MAX_BLOCK
+
+    def search(self, w: Tensor, groups: int, zero_point: str, solver: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes int8 [N, K], scale fp32 [N], factor uint8 [N, groups], zero fp32 [N] or (``real``) uint8 [N, groups].
+
+        Args:
+            w: fp32 [N, K], finite, of a shape that :meth:`searches` takes.
+        """
+        w = w.contiguous()
+        rows, features = w.shape
+        codes = torch.empty(rows, features, dtype=torch.int8, device=w.device)
+        scale = torch.empty(rows, device=w.device)
+        factor = torch.empty(rows, groups, dtype=torch.uint8, device=w.device)
+        zero = torch.empty_like(factor) if zero_point == "real" else torch.empty_like(scale)
+        shape = GridShape(rows, features, groups, zero_point, solver)
+        with stream_of(w) as stream:
+            self.library.search_grid(shape, w.data_ptr(), _pointers(codes, scale, factor, zero), stream)
+        return codes, scale, factor, zero
+
+    def round(self, w: Tensor, scale: Tensor, factor: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
+        """Codes int8 [N, K] of w fp32 [N, K] on the grid (scale, factor, zero), rounded with feedback.
+
+        Args:
+            factors: fp32 [K/b, b, b], unit upper triangular, on the device of w; b as :meth:`rounds` takes it.
+        """
+        w = w.contiguous()
+        codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+        zero_point = "real" if zero.dtype == torch.uint8 else "midrise"
+        rows, features = w.shape
+        shape = GridShape(rows, features, factor.shape[1], zero_point, "search")
+        kept = [t.contiguous() for t in (scale, factor, zero)]
+        pointers = _pointers(codes, *kept)
+        passed = factors.contiguous()
+        with stream_of(w) as stream:
+            self.library.round_feedback(shape, w.data_ptr(), pointers, passed.data_ptr(), passed.shape[1], stream)
+        return codes
+
+
+def _pointers(codes: Tensor, scale: Tensor, factor: Tensor, zero: Tensor) -> GridPointers:
+    return GridPointers(codes.data_ptr(), scale.data_ptr(), factor.data_ptr(), zero.data_ptr())
+
+
+def quantizer_kernels(device: torch.device) -> QuantizerKernels | None:
+    """The kernels for a CUDA device, or None, said once: then tensor operations quantize."""
+    return _opened() if device.type == "cuda" else None
+
+
+@functools.lru_cache(maxsize=1)
+def _opened() -> QuantizerKernels | None:
+    try:
+        if find_library() is None:
+            log.warning("the CUDA kernels are not built; weights are quantized by slower tensor operations (%s)", BUILD)
+            return None
+        return QuantizerKernels(load_library())
+    except DvdquantError as error:
+        log.warning("the CUDA kernels cannot be used, weights are quantized by slower tensor operations: %s", error)
+        return None

@@ -1,0 +1,58 @@
+"""The compiled loop of rounding with feedback: four rows at a time, the columns that are left in SIMD lanes."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from dvdquant.quantize.backends.jit import jit
+
+__all__ = ["round_columns"]
+
+F32 = npt.NDArray[np.float32]
+I8 = npt.NDArray[np.int8]
+
+# Rows that share each value of the factor that is loaded.
+_ROWS = 4
+_NIL, _LOW, _HIGH = np.float32(0), np.float32(-8), np.float32(7)
+
+
+@jit
+def round_columns(left: F32, step: F32, zero: F32, group: int, first: int, factor: F32, codes: I8, errors: F32) -> None:
+    """Codes of a few hundred columns, each error passed on to the columns after it among these.
+
+    Args:
+        left: [R, c], what is left to round; not changed. step, zero: [R, groups] of the whole row; a step of 0 stands for
+            a group of zeros. group: columns per group. first: place of the first column in the row.
+        factor: [c, c], row i: how the columns after i move with the error of column i.
+        codes: [R, c] and errors: [R, c], the results; errors may be [R, 0] where nobody asks for them.
+    """
+    size, wanted = left.shape[1], errors.shape[1] > 0
+    rows, error = np.zeros((_ROWS, size), np.float32), np.zeros(_ROWS, np.float32)
+    for start in range(0, left.shape[0], _ROWS):
+        count = min(_ROWS, left.shape[0] - start)
+        for r in range(count):
+            for i in range(size):
+                rows[r, i] = left[start + r, i]
+        for i in range(size):
+            place = (first + i) // group
+            for r in range(count):
+                scale, centre = step[start + r, place], zero[start + r, place]
+                code = centre
+                if scale > _NIL:
+                    code = rows[r, i] / scale + centre
+                code = min(_HIGH, max(_LOW, np.rint(code)))
+                codes[start + r, i] = np.int8(code)
+                error[r] = rows[r, i] - scale * (code - centre)
+                if wanted:
+                    errors[start + r, i] = error[r]
+            # Views and plain counters: with rows[r, j] and j from i + 1 on, the loop is not vectorized.
+            share, after = factor[i, i + 1 :], size - i - 1
+            row0, row1, row2, row3 = rows[0, i + 1 :], rows[1, i + 1 :], rows[2, i + 1 :], rows[3, i + 1 :]
+            error0, error1, error2, error3 = error[0], error[1], error[2], error[3]
+            for j in range(after):
+                moved = share[j]
+                row0[j] -= error0 * moved
+                row1[j] -= error1 * moved
+                row2[j] -= error2 * moved
+                row3[j] -= error3 * moved

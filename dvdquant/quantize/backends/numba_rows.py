@@ -1,0 +1,95 @@
+"""Compiled passes over rows of weights: Walsh–Hadamard transform, packing, errors. Memory speed, all cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dvdquant.quantize.backends.jit import jit
+
+__all__ = ["for_row_parts", "hadamard_rows", "pack_rows", "squared_errors"]
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I8 = npt.NDArray[np.int8]
+U8 = npt.NDArray[np.uint8]
+
+# Rows transformed together: one per SIMD lane, so that every butterfly is a vector operation whatever its stride.
+_LANES = 16
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Return the threads of one process: a forked child inherits the pool, but none of its threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"dvdquant-rows-{process}")
+
+
+def for_row_parts(rows: int, work: Callable[[slice], None], multiple: int = _LANES) -> None:
+    """Call ``work`` for slices that cover ``rows``, on as many threads as PyTorch may use; re-raises what it raises."""
+    threads = max(1, torch.get_num_threads())
+    pool = _pool(os.getpid(), threads)
+    parts = 4 * threads
+    step = max(multiple, -(-rows // parts) // multiple * multiple)
+    for job in [pool.submit(work, slice(i, min(i + step, rows))) for i in range(0, rows, step)]:
+        job.result()
+
+
+@jit
+def hadamard_rows(w: F32, order: int, scale: float) -> None:
+    """In place: every block of ``order`` (a power of two) of w [R, K] times the Sylvester matrix times ``scale``."""
+    tile = np.empty((order, _LANES), np.float32)
+    factor = np.float32(scale)
+    for first in range(0, w.shape[0], _LANES):
+        lanes = min(_LANES, w.shape[0] - first)
+        for start in range(0, w.shape[1], order):
+            for lane in range(lanes):
+                row = w[first + lane, start : start + order]
+                for k in range(order):
+                    tile[k, lane] = row[k]
+            half = 1
+            while half < order:
+                for block in range(0, order, 2 * half):
+                    for k in range(block, block + half):
+                        for lane in range(_LANES):
+                            a, b = tile[k, lane], tile[k + half, lane]
+                            tile[k, lane], tile[k + half, lane] = a + b, a - b
+                half *= 2
+            for lane in range(lanes):
+                row = w[first + lane, start : start + order]
+                for k in range(order):
+                    row[k] = tile[k, lane] * factor
+
+
+@jit
+def pack_rows(codes: I8, packed: I8) -> None:
+    """codes [R, K] in −8..7 to packed [R, K/2], low nibble = even k."""
+    for r in range(codes.shape[0]):
+        for k in range(packed.shape[1]):
+            packed[r, k] = np.int8((codes[r, 2 * k] & 15) | (codes[r, 2 * k + 1] << 4))
+
+
+@jit
+def squared_errors(w: F32, codes: I8, scale: F32, factor: U8, zero: F32, out: F64) -> None:
+    """Adds to out: ‖w‖² and ‖w − ŵ‖² of w [R, K] and its codes, in fp32 per group and fp64 between groups.
+
+    zero is that of :func:`dvdquant.numerics.packing.expand_zero`, [R, 1] or [R, groups].
+    """
+    size = w.shape[1] // factor.shape[1]
+    for r in range(w.shape[0]):
+        for g in range(factor.shape[1]):
+            centre = zero[r, min(g, zero.shape[1] - 1)]
+            step = scale[r] * (np.float32(factor[r, g]) / np.float32(255.0))
+            energy, error = np.float32(0.0), np.float32(0.0)
+            for k in range(g * size, (g + 1) * size):
+                value = w[r, k]
+                difference = value - step * (np.float32(codes[r, k]) - centre)
+                energy += value * value
+                error += difference * difference
+            out[0] += energy
+            out[1] += error

@@ -1,0 +1,320 @@
+"""BGR in tensor operations, for weights on a GPU: the solvers ``minmax`` and ``search`` of :mod:`dvdquant.quantize.bgr`.
+
+Every segment (a group, or the whole row) is sorted once. The nearest codes ``c = clamp(round(w/Δ + z), −8, 7)`` of any grid
+(Δ, z) are then 15 cuts of the sorted weights, and from prefix sums at the cuts follow
+
+    Σc = −8n + Σ_b (n − i_b),   Σc² = 64n + Σ_b (2b − 1)(n − i_b),   Σcw = −8Σw + Σ_b Σ_{i ≥ i_b} w_i,   b = −7..7
+
+with ``i_b`` the first weight from ``Δ(b − ½ − z)`` on. So a grid costs 15 look-ups whatever the length of the segment, and
+thousands can be tried: there is no loop over weights, and nothing returns to the host before the result. The mid-rise grid
+is z = −½, the symmetric one z = 0; a real z is the regression of the weights on the codes, as in :mod:`dvdquant.quantize.backends.numba_real`.
+
+Runs on any device; on the CPU the compiled loops of :mod:`dvdquant.quantize.backends.numba_search` are faster, and on a GPU the kernels of
+:mod:`dvdquant.quantize.backends.cuda_grid` where they are built: this moves 3 to 50 KB for each weight (``benchmarks/quantize.py --traffic``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["quantize_rows", "solves"]
+
+# Smallest row scale, as in bgr_search; times 1/255 it is still a normal fp32 number.
+SCALE_FLOOR = 2.0**-118
+_LOW, _HIGH = -8.0, 7.9375
+# Look-ups at a time: bounds the memory of one block of segments to a few hundred megabytes.
+_LOOKUPS = 1 << 23
+# Scales scanned of a row and of a group, whose factor is searched again afterwards; descents from the best of them.
+_SCALES, _GROUP_SCALES, _STARTS, _STEPS = 192, 64, 8, 12
+# Zero-points tried with each scale in the scan of a real zero-point, and the narrowest scale of a short segment.
+_PLACES, _SHORT, _NARROWEST, _SHORT_SCALES, _SHORT_PLACES = 4, 256, 0.45, 16, 8
+# Long segments with a real zero-point: 8 x 8 grids around the best, 2.5 % of the scale and half a level apart, then closer.
+_PEAKS, _SIDE, _ZOOMS, _NEAR_SCALE, _NEAR_ZERO = 8, 8, 3, 0.025, 0.5
+# Factors tried around the best scale of a group, as ratios to it; stored zero-points on either side.
+_WINDOW_LOW, _WINDOW_HIGH, _WINDOW, _ZEROS = 0.75, 1.25, 96, 4
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """Segments [S, n], normalized by powers of two so that amax is in [0.5, 1), sorted, with prefix sums in fp64."""
+
+    values: Tensor
+    prefix: Tensor
+    total: Tensor
+    energy: Tensor
+
+    @classmethod
+    def of(cls, v: Tensor) -> _Segments:
+        values = v.sort(dim=1).values
+        prefix = torch.nn.functional.pad(values.double().cumsum(1), (1, 0))
+        return cls(values, prefix, prefix[:, -1:].clone(), values.double().square().sum(1, keepdim=True))
+
+    def take(self, rows: slice) -> _Segments:
+        return _Segments(self.values[rows], self.prefix[rows], self.total[rows], self.energy[rows])
+
+    def moments(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Σc, Σc², Σcw fp64 [S, J] of the grids (scale, zero) [S, J]."""
+        n = self.values.shape[1]
+        s0, s1 = torch.full_like(scale, -8.0 * n), torch.full_like(scale, 64.0 * n)
+        s2 = -8.0 * self.total.expand_as(scale)
+        for b in range(-7, 8):
+            cut = (scale * (b - 0.5 - zero)).float().contiguous()
+            index = torch.searchsorted(self.values, cut)
+            above = (n - index).double()
+            s0 = s0 + above
+            s1 = s1 + (2 * b - 1) * above
+            s2 = s2 + (self.total - self.prefix.gather(1, index))
+        return s0, s1, s2
+
+    def products(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """⟨c − z, w⟩ and ⟨c − z, c − z⟩ of the nearest codes."""
+        s0, s1, s2 = self.moments(scale, zero)
+        return s2 - zero * self.total, s1 - 2.0 * zero * s0 + self.values.shape[1] * zero.square()
+
+    def error(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """‖w − Δ(c − z)‖² [S, J]."""
+        t1, t2 = self.products(scale, zero)
+        return self.energy - scale * (2.0 * t1 - scale * t2)
+
+    def regress(self, scale: Tensor, zero: Tensor, real: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(Δ, z) of least error for the codes of each grid, and the gain ‖w‖² less that error; z only if ``real``."""
+        n = self.values.shape[1]
+        s0, s1, s2 = self.moments(scale, zero)
+        if real:
+            slope = (s2 - s0 * self.total / n).clamp(min=1e-30) / (s1 - s0.square() / n).clamp(min=1e-30)
+            moved = ((s0 - self.total / slope) / n).clamp(_LOW, _HIGH)
+        else:
+            moved = zero
+        t1, t2 = s2 - moved * self.total, s1 - 2.0 * moved * s0 + n * moved.square()
+        good = (t1 > 1e-30) & (t2 > 1e-30)
+        gain = torch.where(good, t1.square() / t2.clamp(min=1e-30), -1.0)
+        return torch.where(good, t1 / t2.clamp(min=1e-30), scale), torch.where(good, moved, zero), gain
+
+
+def solves(device: torch.device, zero_point: str, solver: str) -> bool:
+    """Whether weights on ``device`` are quantized here: not on the CPU, and not by the paper's own algorithm."""
+    return device.type != "cpu" and zero_point != "paper" and solver != "paper"
+
+
+def quantize_rows(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes and scales of rows, on the device of ``w``.
+
+    Args:
+        w: fp32 [N, K], finite. groups: segments of a row. zero_point: ``midrise``, ``symmetric`` or ``real``.
+        solver: ``minmax`` or ``search``.
+
+    Returns:
+        codes int8 [N, K], scale fp32 [N], factor uint8 [N, groups], zero fp32 [N] or, for ``real``, uint8 [N, groups].
+    """
+    rows, features = w.shape
+    per_segment = (_WINDOW + _GROUP_SCALES) if groups > 1 else _SCALES * _PLACES
+    step = max(1, _LOOKUPS // max(features, per_segment * groups))
+    parts = [_quantize_block(w[i : i + step], groups, zero_point, solver) for i in range(0, rows, step)]
+    codes, scale, factor, zero = (torch.cat(p) for p in zip(*parts))
+    return codes, scale, factor, zero
+
+
+def _quantize_block(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, features = w.shape
+    parts = w.reshape(rows * groups, features // groups)
+    amax = parts.abs().amax(1, keepdim=True)
+    unit = torch.ldexp(torch.ones_like(amax, dtype=torch.float64), torch.frexp(amax).exponent)
+    unit = torch.where(amax > 0, unit, 0.0).reshape(rows, groups)
+    # Far below any error of the row: zero, so that fp32 holds every ratio.
+    unit = torch.where(unit < unit.amax(1, keepdim=True) * 2.0**-100, 0.0, unit)
+    live = (unit > 0).reshape(-1, 1)
+    inverse = torch.where(live, 1.0 / unit.reshape(-1, 1).clamp(min=1e-300), 0.0)
+    v = (parts.double() * inverse).float()
+    segments = _Segments.of(v)
+    best = _solve(segments, unit, zero_point, "minmax")
+    if solver == "search":
+        found = _solve(segments, unit, zero_point, "search")
+        better = (found.error < best.error)[:, None]  # the min-max grid comes first and wins ties
+        scale, factor, zero = (torch.where(better, a, b) for a, b in zip(found.grids, best.grids))
+        best = _Stored(scale, factor, zero, torch.minimum(found.error, best.error))
+    return _encode(v, unit, best, zero_point)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Grids as they are stored: row scale fp32 [N, 1], factor [N, groups], zero [N, groups]; squared error [N]."""
+
+    scale: Tensor
+    factor: Tensor
+    zero: Tensor
+    error: Tensor
+
+    @property
+    def grids(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.scale, self.factor, self.zero
+
+
+def _solve(segments: _Segments, unit: Tensor, zero_point: str, solver: str) -> _Stored:
+    """The best grid of every segment, then the stored one nearest to it, or around it, of least error."""
+    rows, groups = unit.shape
+    real = zero_point == "real"
+    if solver == "search":
+        scale, zero = _search(segments, zero_point, groups > 1)
+        if real and groups == 1:
+            scale, zero = _row_around(segments, scale, _stored_zero(zero))
+    else:
+        scale, zero = _min_max(segments, zero_point)
+    scale = (scale.reshape(rows, groups) * unit).clamp(min=0)
+    row = scale.amax(1, keepdim=True).clamp(min=SCALE_FLOOR).float()
+    zero = _stored_zero(zero) if real else zero
+    near = 255.0 * scale / row.double()
+    factor = near.round().clamp(1, 255) if groups > 1 else torch.full_like(near, 255.0)
+    safe = torch.where(unit > 0, unit, 1.0).reshape(-1, 1)
+    if solver == "search" and groups > 1:
+        step = (row.double() / 255.0).expand(rows, groups).reshape(-1, 1) / safe
+        factor, zero = _stored_around(segments, step, near.reshape(-1, 1), zero, real)
+    flat = factor.reshape(-1, 1)
+    stored = (row * (factor.reshape(rows, groups).float() / 255.0)).double().reshape(-1, 1) / safe
+    error = segments.error(stored, zero) * unit.reshape(-1, 1).square()
+    if not real:
+        # Of a group of zeros, the nearest levels of a grid without one at zero.
+        level = (row.double() * zero.reshape(rows, groups)[:, :1]).expand(rows, groups).reshape(-1, 1) / 255.0
+        dead = segments.values.shape[1] * level.square()
+        flat = torch.where(unit.reshape(-1, 1) > 0, flat, 1.0 if groups > 1 else 255.0)
+        error = torch.where(unit.reshape(-1, 1) > 0, error, dead)
+    return _Stored(row, flat.reshape(rows, groups), zero.reshape(rows, groups), error.reshape(rows, groups).sum(1))
+
+
+def _min_max(segments: _Segments, zero_point: str) -> tuple[Tensor, Tensor]:
+    """The grid whose ends lie on the extremes of the segment, 0 among them."""
+    low = segments.values[:, :1].double().clamp(max=0)
+    high = segments.values[:, -1:].double().clamp(min=0)
+    if zero_point == "real":
+        scale = ((high - low) / 15.0).clamp(min=1e-30)
+        return scale, -8.0 - low / scale
+    half = 0.5 if zero_point == "midrise" else 0.0
+    return torch.maximum(-low, high) / (7.0 + half), torch.full_like(low, -half)
+
+
+def _scan(segments: _Segments, zero_point: str, count: int, places: int) -> tuple[Tensor, Tensor]:
+    """Grids [S, count · places]: a geometric row of scales, each with every place of a real zero-point in turn."""
+    n, real = segments.values.shape[1], zero_point == "real"
+    rms = (segments.energy / n).sqrt()
+    if real:
+        low = segments.values[:, :1].double().clamp(max=0)
+        high = segments.values[:, -1:].double().clamp(min=0)
+        top = (high - low) / 15.0 * 1.1
+        bottom = _NARROWEST * top if n <= _SHORT else torch.minimum(0.12 * rms, 0.6 * top)
+    else:
+        widest, zero = _min_max(segments, zero_point)
+        top = widest * (1.4 if n <= 32 else 1.25 if n <= 256 else 1.07)
+        # No 16-level grid is best below about 0.2 rms, unless the range itself is short.
+        bottom = torch.minimum(0.2 * rms, 0.6 * top)
+    top, bottom = top.clamp(min=1e-30), bottom.clamp(min=1e-31)
+    scale = top * (bottom / top) ** torch.linspace(0, 1, count, dtype=torch.float64, device=top.device)
+    if not real:
+        return scale, zero.expand_as(scale)
+    scale = scale.repeat_interleave(places, 1)
+    ends = -8.0 - low / scale, 7.0 - high / scale
+    first, last = torch.minimum(*ends) - 0.5, torch.maximum(*ends) + 0.5
+    place = (torch.arange(places, dtype=torch.float64, device=top.device) + 0.5) / places
+    return scale, (first + (last - first) * place.repeat(count)).clamp(_LOW, _HIGH)
+
+
+def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor, Tensor]:
+    """The best grid of a scan, refined by descent from its highest gains: (scale, zero) [S, 1]."""
+    n, real = segments.values.shape[1], zero_point == "real"
+    many = real and n <= _SHORT  # many narrow minima: descent from the best place of every scale
+    count = _SHORT_SCALES if many else _GROUP_SCALES if grouped else _SCALES
+    places = (_SHORT_PLACES if many else _PLACES) if real else 1
+    scale, zero = _scan(segments, zero_point, count, places)
+    refined = segments.regress(scale, zero, real)
+    # Peaks only: neighbours of the highest descend into the same minimum.
+    gain = refined[2]
+    spaced = gain.reshape(len(gain), count, -1).amax(2)
+    padded = torch.nn.functional.pad(spaced, (1, 1), value=-2.0)
+    peak = (spaced >= padded[:, :-2]) & (spaced >= padded[:, 2:]) | many
+    ranked = (
+        torch.where(peak, spaced, spaced - 2.0 * segments.energy)
+        .topk(count if many else min(_STARTS, count), dim=1)
+        .indices
+    )
+    inside = gain.reshape(len(gain), count, -1).argmax(2).gather(1, ranked)
+    chosen = ranked * places + inside
+    scale, zero, gain = (t.gather(1, chosen) for t in refined)
+    for _ in range(_STEPS):
+        new = segments.regress(scale, zero, real)
+        risen = new[2] > gain
+        scale, zero, gain = (torch.where(risen, a, b) for a, b in zip(new, (scale, zero, gain)))
+    winner = gain.argmax(1, keepdim=True)
+    if real and n > _SHORT:
+        return _zoom(segments, *(t.gather(1, gain.topk(_PEAKS, dim=1).indices) for t in (scale, zero, gain)))
+    return scale.gather(1, winner), zero.gather(1, winner)
+
+
+def _zoom(segments: _Segments, scale: Tensor, zero: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Long segments are smooth, but descent is slow there: one regression of each grid around the best, ever closer."""
+    side = torch.arange(_SIDE, dtype=torch.float64, device=scale.device) - _SIDE // 2
+    across, along = side.repeat_interleave(_SIDE), side.repeat(_SIDE)
+    for zoom in range(_ZOOMS):
+        width = 0.25**zoom
+        # Offset 0 is one of them: the error never rises.
+        scales = (scale[..., None] * (1.0 + _NEAR_SCALE * width * across)).flatten(1)
+        zeros = (zero[..., None] + _NEAR_ZERO * width * along).flatten(1).clamp(_LOW, _HIGH)
+        grids = [t.reshape(len(t), -1, _SIDE * _SIDE) for t in segments.regress(scales, zeros, True)]
+        best = grids[2].argmax(2, keepdim=True)
+        scale, zero, gain = (t.gather(2, best).squeeze(2) for t in grids)
+    winner = gain.argmax(1, keepdim=True)
+    return scale.gather(1, winner), zero.gather(1, winner)
+
+
+def _stored_zero(zero: Tensor) -> Tensor:
+    """The nearest zero-point of the byte format, z = byte/16 − 8."""
+    return ((zero + 8.0) * 16.0).round().clamp(0, 255) / 16.0 - 8.0
+
+
+def _row_around(segments: _Segments, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """The stored zero-point next to ``zero`` of least error, with the fp32 scale that fits it."""
+    reach = torch.arange(-_ZEROS, _ZEROS, dtype=torch.float64, device=scale.device) / 16.0
+    zeros = (zero + reach).clamp(_LOW, _HIGH)
+    scales = scale.expand_as(zeros)
+    for _ in range(3):
+        t1, t2 = segments.products(scales, zeros)
+        scales = torch.where((t1 > 1e-30) & (t2 > 1e-30), t1 / t2.clamp(min=1e-30), scales)
+    best = segments.error(scales, zeros).argmin(1, keepdim=True)
+    return scales.gather(1, best), zeros.gather(1, best)
+
+
+def _stored_around(segments: _Segments, step: Tensor, near: Tensor, zero: Tensor, real: bool) -> tuple[Tensor, Tensor]:
+    """The stored factor, and zero-point if ``real``, of least error around (near, zero); Δ = step · factor."""
+    if real:
+        reach = torch.arange(-_ZEROS, _ZEROS, dtype=torch.float64, device=step.device)
+        factors = (near.round() + reach.repeat_interleave(2 * _ZEROS)).clamp(1, 255)
+        zeros = (zero + reach.repeat(2 * _ZEROS) / 16.0).clamp(_LOW, _HIGH)
+    else:
+        first = (near * _WINDOW_LOW).floor().clamp(1, 255)
+        last = torch.maximum((near * _WINDOW_HIGH).ceil().clamp(1, 255), first)
+        ratio = torch.linspace(0, 1, _WINDOW, dtype=torch.float64, device=step.device)
+        factors = (first + (last - first) * ratio).round()
+        zeros = zero.expand_as(factors)
+    best = segments.error(step * factors, zeros).argmin(1, keepdim=True)
+    return factors.gather(1, best), zeros.gather(1, best)
+
+
+def _encode(v: Tensor, unit: Tensor, best: _Stored, zero_point: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Nearest codes under the stored grids, by the fp32 arithmetic of the compiled loops."""
+    rows, groups = unit.shape
+    factor = best.factor.to(torch.uint8)
+    stored = best.scale * (factor.float() / 255.0)
+    live = unit > 0
+    inverse = torch.where(live, 1.0 / (stored.double() / torch.where(live, unit, 1.0)).float(), 1.0)
+    codes = (v.reshape(rows, groups, -1) * inverse[:, :, None] + best.zero.float()[:, :, None]).round().clamp(-8, 7)
+    # Zeros, or too small for any grid: exactly zero, also where the mid-rise grid has no level at zero.
+    nothing = unit.amax(1) <= SCALE_FLOOR
+    codes = torch.where(nothing[:, None, None], 0.0, codes).to(torch.int8).reshape(rows, -1)
+    scale = torch.where(nothing, SCALE_FLOOR, best.scale[:, 0]).float()
+    factor = torch.where(nothing[:, None], 255, factor).to(torch.uint8)
+    if zero_point == "real":
+        byte = ((best.zero + 8.0) * 16.0).round()
+        zero = torch.where(live & ~nothing[:, None], byte, 128.0).to(torch.uint8)
+        codes = torch.where(live.repeat_interleave(v.shape[1], 1), codes, 0).to(torch.int8)
+        return codes, scale, factor, zero
+    return codes, scale, factor, torch.where(nothing, 0.0, best.zero[:, 0]).float()

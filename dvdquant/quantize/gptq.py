@@ -1,0 +1,183 @@
+"""Codes that pass their rounding error on: each column's error is made up for by the columns that are rounded after it.
+
+A grid of least squared weight error treats all inputs alike. With the second moments of the inputs, ``M = E[xᵀx]``, the
+error of the output is ``(w − ŵ) M (w − ŵ)ᵀ`` for every row, and rounding one column after the other while moving the rest
+of the row along the inverse of M lowers it (optimal brain quantization with a fixed order, as GPTQ does it). The scales
+and zero-points stay those of BGR: only codes change, so every kernel, graph and engine runs the result as it is.
+
+M may be predicted without data; see :mod:`dvdquant.quantize.hessian`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dvdquant.errors import ShapeError
+from dvdquant.numerics.packing import expand_zero
+from dvdquant.quantize.bgr import QuantizedWeight
+
+__all__ = ["Feedback", "output_energy", "round_with_feedback"]
+
+F32 = npt.NDArray[np.float32]
+I8 = npt.NDArray[np.int8]
+
+# Columns rounded before the rest of the row is brought up to date by one matrix product: by compiled loops, and by tensors.
+_LAZY, _LAZY_TENSORS = 256, 32
+
+
+def round_with_feedback(w: Tensor, grid: QuantizedWeight, moments: Tensor, damping: float = 0.05) -> QuantizedWeight:
+    """New codes on the same grid, for the rows of one matrix; :class:`Feedback` where they come in parts.
+
+    Args:
+        w: the rotated weight [N, K], floating.
+        grid: its BGR grid; scales, factors and zero-points are kept.
+        moments, damping: as :class:`Feedback` takes them.
+
+    Returns:
+        The grid with new codes.
+
+    Raises:
+        ShapeError: the moments do not fit K.
+    """
+    return Feedback(moments, damping).round(w, grid)
+
+
+class Feedback:
+    """How the errors of a row are passed on: worked out once for a layer, used for all its rows.
+
+    Args:
+        moments: second moments of the rotated inputs, [K, K], or [K/b, b, b] for blocks along the diagonal, between which
+            nothing is passed on. Any scale; positive semidefinite.
+        damping: λ, added to the diagonal as λ·mean(diag M): how far the moments are trusted.
+
+    ``factors`` is what was worked out: fp64 [K/b, b, b], unit upper triangular; row i of a block says how the columns after i
+    move with its error.
+
+    Raises:
+        ShapeError: the moments are not square.
+    """
+
+    factors: Tensor
+
+    def __init__(self, moments: Tensor, damping: float = 0.05) -> None:
+        blocks = moments if moments.ndim == 3 else moments[None]
+        if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
+            raise ShapeError(
+                f"second moments {list(moments.shape)} for {len(blocks) * blocks.shape[1]} inputs",
+                available="[K, K], or blocks [K/b, b, b]",
+            )
+        self.factors = _passed_on(blocks.double(), damping)
+
+    @classmethod
+    def of_factors(cls, factors: Tensor) -> Feedback:
+        """From what an earlier one has worked out: fp64 [K/b, b, b], unit upper triangular."""
+        feedback = cls.__new__(cls)
+        feedback.factors = factors
+        return feedback
+
+    def round(self, w: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
+        """The grid of ``w`` [N, K] with new codes; ShapeError where K is not that of the moments."""
+        features, (count, size, _) = w.shape[1], self.factors.shape
+        if count * size != features:
+            raise ShapeError(
+                f"second moments {[count, size, size]} for {features} inputs",
+                available=f"[{features}, {features}], or blocks",
+            )
+        if w.device.type != "cpu" and (found := self._by_kernel(w, grid)) is not None:
+            return QuantizedWeight(found, grid.scale, grid.factor, grid.zero)
+        step = grid.scale[:, None] * (grid.factor.float() / 255)
+        zero = expand_zero(grid.zero).float().expand(step.shape).contiguous()
+        rounded = _on_device if w.device.type != "cpu" else _compiled
+        codes = rounded(w, step, zero, self.factors.to(w.device))
+        return QuantizedWeight(codes, grid.scale, grid.factor, grid.zero)
+
+    def _by_kernel(self, w: Tensor, grid: QuantizedWeight) -> Tensor | None:
+        """The codes by the CUDA kernel, or None where there is none for this device, row and block."""
+        from dvdquant.quantize.backends.cuda_grid import quantizer_kernels
+
+        kernels = quantizer_kernels(w.device)
+        if kernels is None or not kernels.rounds(w.shape[1], grid.factor.shape[1], self.factors.shape[1]):
+            return None
+        factors = self.factors.to(w.device, torch.float32)
+        return kernels.round(w.float(), grid.scale, grid.factor, grid.zero, factors)
+
+
+def _passed_on(moments: Tensor, damping: float) -> Tensor:
+    """fp64 [n, b, b], upper triangular with ones on the diagonal: row i says how the columns after i move with its error."""
+    level = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
+    damped = torch.where(level > 0, moments / level.clamp(min=1e-300) + damping * identity, identity)
+    # The Cholesky factor U of the inverse, M⁻¹ = UᵀU, without the inverse: backwards, M = LLᵀ, and U is L⁻¹ backwards.
+    lower = torch.linalg.cholesky(damped.flip(1, 2))
+    factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(1, 2)
+    unit: Tensor = factor / factor.diagonal(dim1=1, dim2=2)[..., None]
+    return unit.contiguous()  # LAPACK's are not, and the compiled loop runs along rows
+
+
+def _compiled(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
+    """Codes [N, K], block after block. In fp32, as in the kernel: an error is below a step, and a column takes up some hundreds
+    of them. fp64 gives the same codes but for values within some 10⁻⁶ steps of a tie, and takes a quarter longer."""
+    from dvdquant.quantize.backends.numba_rows import for_row_parts
+
+    size, group = factors.shape[1], w.shape[1] // step.shape[1]
+    codes = torch.empty(w.shape, dtype=torch.int8)
+    steps, zeros, target = step.numpy(), zero.numpy(), codes.numpy()
+    for block, factor in enumerate(factors.float()):
+        first = block * size
+        left = w[:, first : first + size].to(torch.float32, copy=True)
+        for start in range(0, size, _LAZY):
+            columns = slice(start, min(start + _LAZY, size))
+            after = columns.stop < size
+            errors = torch.empty(len(w), columns.stop - start if after else 0)
+            rounding = partial(
+                _round_rows, left[:, columns].numpy(), steps, zeros, group, first + start,
+                factor[columns, columns].numpy(), target[:, first + start : first + columns.stop], errors.numpy(),
+            )  # fmt: skip
+            for_row_parts(len(w), rounding)
+            if after:
+                left[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
+    return codes
+
+
+def _round_rows(
+    left: F32, step: F32, zero: F32, group: int, first: int, factor: F32, codes: I8, errors: F32, rows: slice
+) -> None:
+    from dvdquant.quantize.backends.numba_gptq import (
+        round_columns,  # numba takes a second to import: only those who quantize pay for it
+    )
+
+    round_columns(left[rows], step[rows], zero[rows], group, first, factor, codes[rows], errors[rows])
+
+
+def _on_device(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
+    """The same for a GPU: column by column for all rows and all blocks at once, as a kernel's start takes as long as the
+    arithmetic on a column."""
+    (count, size, _), group = factors.shape, w.shape[1] // step.shape[1]
+    step, zero = step.double(), zero.double()
+    left = w.double().view(len(w), count, size).permute(2, 1, 0).contiguous()
+    codes = torch.empty(left.shape, dtype=torch.int8, device=w.device)
+    firsts = torch.arange(count, device=w.device) * size
+    for start in range(0, size, _LAZY_TENSORS):
+        stop = min(start + _LAZY_TENSORS, size)
+        errors = torch.empty_like(left[start:stop])
+        for i in range(start, stop):
+            place = (firsts + i) // group
+            scale, centre = step[:, place].T, zero[:, place].T
+            code = torch.where(scale > 0, left[i] / scale.clamp(min=1e-300) + centre, centre).round().clamp(-8, 7)
+            codes[i] = code
+            errors[i - start] = left[i] - scale * (code - centre)
+            left[i + 1 : stop] -= factors[:, i, i + 1 : stop].T[..., None] * errors[i - start]
+        left[stop:] -= (factors[:, start:stop, stop:].mT @ errors.transpose(0, 1)).transpose(0, 1)
+    return codes.permute(2, 1, 0).reshape(w.shape)
+
+
+def output_energy(w: Tensor, moments: Tensor) -> float:
+    """``tr(W M Wᵀ)`` of w [N, K] for moments [K, K] or [K/b, b, b]: the sum of squares of the outputs, computed in fp32."""
+    blocks = (moments if moments.ndim == 3 else moments[None]).to(w)
+    parts = w.reshape(len(w), len(blocks), -1).transpose(0, 1)
+    return float(((parts @ blocks) * parts).sum(dtype=torch.float64))

@@ -1,0 +1,363 @@
+"""Second moments of the inputs of every layer, predicted from the checkpoint alone: nothing is generated, no data is read.
+
+The model itself is asked, once: a batch of smooth random fields in the place of clips, each mixed with as much noise as its
+timestep says, and random words. The weights pass through memory one module at a time, so that a model of 13 billion
+parameters needs no more than its activations, its largest layer in fp32, and the moments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dvdquant.checkpoint.reader import Checkpoint
+from dvdquant.errors import CheckpointError, DvdquantError, ResourceError
+from dvdquant.model.layers import LayerSpec
+from dvdquant.model.plan import ModelPlan, build_skeleton
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.quantize.magnitudes import Magnitudes
+from dvdquant.quantize.synthetic_inputs import synthetic_inputs
+from dvdquant.system.memory import memory_limit
+from dvdquant.system.progress import Progress
+
+__all__ = [
+    "InputMoments",
+    "balance_divisors",
+    "channel_signs",
+    "moment_block",
+    "moments_bytes",
+    "rotated_moments",
+    "streamed",
+    "synthetic_moments",
+    "triangles_shape",
+]
+
+# Channels whose moments are kept together: half of K·256 floats a layer are 1 GB for HunyuanVideo.
+_BLOCK = 256
+# Exponents of the divisors: an outlier may be divided by what every 16-bit dtype takes as a factor, but a channel that is
+# quiet on synthetic inputs may be louder on real ones.
+_EXPONENTS = (-3, 12)
+
+
+@dataclass(frozen=True, eq=False)
+class InputMoments:
+    """What is predicted of the inputs of one layer, in the basis of the checkpoint (not rotated).
+
+    Args:
+        triangles: fp32 [K/b, b·(b+1)/2], E[xᵀx] along the diagonal: the lower triangle of each block, row after row.
+        weight_energy: fp32 [K], mean square of each column of the weight, over the rows of all members.
+        mean: fp32 [K], E[x]; zeros where no input was seen.
+        tokens: how many inputs the moments are the mean of; 0 where none was seen and the moments are the identity.
+    """
+
+    triangles: Tensor
+    weight_energy: Tensor
+    mean: Tensor
+    tokens: int
+
+    @classmethod
+    def from_blocks(cls, blocks: Tensor, weight_energy: Tensor, tokens: int = 0) -> InputMoments:
+        """From symmetric blocks [K/b, b, b] of inputs with a mean of 0; their upper triangles are not read."""
+        energy = weight_energy.float()
+        return cls(_pack(blocks.float()), energy, torch.zeros_like(energy), tokens)
+
+    @property
+    def block(self) -> int:
+        """b, the order of a block."""
+        return (math.isqrt(8 * self.triangles.shape[1] + 1) - 1) // 2
+
+    @property
+    def blocks(self) -> Tensor:
+        """fp32 [K/b, b, b], a new tensor."""
+        order = self.block
+        full = torch.empty(len(self.triangles), order, order, dtype=self.triangles.dtype)
+        for i in range(order):
+            row = self.triangles.narrow(1, i * (i + 1) // 2, i + 1)
+            full[:, i, : i + 1] = row
+            full[:, :i, i] = row[:, :i]
+        return full
+
+    @property
+    def input_energy(self) -> Tensor:
+        """fp32 [K], mean square of each input channel."""
+        rows = torch.arange(self.block)
+        return self.triangles[:, rows * (rows + 3) // 2].flatten()
+
+
+def _pack(blocks: Tensor) -> Tensor:
+    return torch.cat([blocks[:, i, : i + 1] for i in range(blocks.shape[1])], dim=1)
+
+
+def triangles_shape(spec: LayerSpec) -> tuple[int, int]:
+    """Of :attr:`InputMoments.triangles`."""
+    order = moment_block(spec)
+    return spec.features // order, order * (order + 1) // 2
+
+
+def moment_block(spec: LayerSpec) -> int:
+    """b: the largest multiple of the rotation's block up to 256 that divides K; the rotation's block where it is larger."""
+    step = spec.rotation.block
+    return max((b for b in range(step, _BLOCK + 1, step) if spec.features % b == 0), default=step)
+
+
+def channel_signs(name: str, features: int) -> Tensor:
+    """Random signs [K], fp32, always the same for one ``name``: the bits of SHAKE-256 of it.
+
+    A Hadamard matrix adds all channels of a block up in its first column, so inputs that are mostly positive (those behind a
+    GELU) get one outlier per block from it. With random signs no direction is special.
+    """
+    digest = hashlib.shake_256(name.encode()).digest(-(-features // 8))
+    bits = np.unpackbits(np.frombuffer(digest, np.uint8), count=features)
+    return torch.from_numpy(1.0 - 2.0 * bits).float()
+
+
+def balance_divisors(moments: InputMoments) -> Tensor:
+    """What to divide the input channels by, and multiply the weight's columns with, so that both sides vary alike.
+
+    ``2^trunc(½·log2(rms_x/rms_w) − mean)``: powers of two, so that dividing is exact in 16 bit, rounded towards 1, so that
+    channels stay as they are that differ from the mean by less than a factor of four; within 2⁻³..2¹².
+
+    Returns:
+        fp32 [K]. Channels without energy on either side get 1, and do not count in the mean.
+    """
+    x, w = moments.input_energy, moments.weight_energy
+    alive = (x > 0) & (w > 0)
+    divisors = torch.ones_like(x)
+    if bool(alive.any()):
+        exponent = 0.25 * (x[alive].double().log2() - w[alive].double().log2())
+        exponent = (exponent - exponent.mean()).trunc().clamp(*_EXPONENTS)
+        divisors[alive] = torch.exp2(exponent).float()
+    return divisors
+
+
+def rotated_moments(moments: InputMoments, spec: LayerSpec, divisors: Tensor | None) -> Tensor:
+    """Second moments of the rotation of ``x / divisors``: ``Hᵀ D⁻¹ M D⁻¹ H``, block by block.
+
+    Args:
+        divisors: [K], or None to divide by nothing.
+
+    Returns:
+        fp32 [K/b, b, b], as :func:`dvdquant.quantize.gptq.round_with_feedback` takes them.
+    """
+    blocks = moments.blocks
+    order = blocks.shape[1]
+    if divisors is not None:
+        d = divisors.float().view(-1, order)
+        blocks = blocks / d[:, :, None] / d[:, None, :]
+    rotation = Rotation(order, spec.rotation.inner, spec.rotation.outer)
+    return rotate(rotate(blocks, rotation).mT, rotation)
+
+
+def synthetic_moments(
+    checkpoint: Checkpoint,
+    plan: ModelPlan,
+    progress: Progress,
+    *,
+    levels: int = 16,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    limits: Magnitudes | None = None,
+) -> dict[str, InputMoments]:
+    """Moments of the inputs of every planned layer, by ``LayerSpec.name``.
+
+    One forward in fp32 on :func:`dvdquant.quantize.synthetic_inputs.synthetic_inputs`; every module's own parameters are read when it is
+    called and dropped afterwards, NaN and infinities as 0.
+
+    Args:
+        levels: noise levels, one item of the batch each; fewer where the model runs at large sizes only.
+        seed: of the inputs. One seed gives one result for one number of threads.
+        device: where the model runs; what is predicted comes back to the CPU.
+        limits: refuses a value that the export could not hold, so that nothing is quantized before it is found.
+
+    Returns:
+        The moments; the identity for layers that the forward does not reach, or reaches with values beyond fp32.
+
+    Raises:
+        CheckpointError: a missing, misshapen or unreadable tensor, one beyond the limits, or a model that does not run.
+        ResourceError: the moments do not fit into memory (a rotation of whole rows needs all K² of them).
+    """
+    checkpoint.check_shapes(plan.shapes, set(plan.left_out(checkpoint.tensors)))
+    _check_memory(plan)
+    collected = _Collected(plan)
+    with progress.stage("inputs", plan.all_weights, "weights") as stage, torch.inference_mode():
+        unread = set(plan.shapes)
+
+        def loaded(name: str, value: Tensor) -> None:
+            if name in unread:
+                unread.discard(name)
+                collected.add_weight(name, value)
+                stage.update(value.numel(), name)
+
+        model = build_skeleton(plan.family.config, torch.float32)
+        _move_buffers(model, device)
+        inputs = {name: value.to(device) for name, value in synthetic_inputs(plan.family, levels, seed).items()}
+        hooks = [
+            model.get_submodule(spec.members[0]).register_forward_pre_hook(collected.watch(spec))
+            for spec in plan.layers
+        ]
+        try:
+            with streamed(model, checkpoint, loaded, device, limits):
+                model(**plan.family.forward_kwargs(inputs), return_dict=False)
+        except (DvdquantError, torch.OutOfMemoryError):
+            raise  # the second says nothing about the model
+        except Exception as error:
+            # diffusers and PyTorch raise every class there is.
+            raise CheckpointError(
+                f"the {checkpoint.class_name} of {checkpoint.root} does not run: {type(error).__name__}: {error}",
+                fix="compare config.json with the one the model was published with",
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name in sorted(unread & collected.wanted):
+            loaded(name, _read(checkpoint, name, limits))
+        stage.update(sum(math.prod(plan.shapes[name]) for name in unread))
+    return {spec.name: collected.take(spec) for spec in plan.layers}
+
+
+class _Collected:
+    """Sums over the inputs and the weights of every layer.
+
+    The sums lie in one allocation: many of a few megabytes, made between the passing ones of a forward, left holes that took
+    as much memory as they did.
+    """
+
+    def __init__(self, plan: ModelPlan) -> None:
+        self._layer_of = {f"{member}.weight": spec.name for spec in plan.layers for member in spec.members}
+        shapes = {spec.name: triangles_shape(spec) for spec in plan.layers}
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        parts = torch.split(torch.zeros(sum(sizes)), sizes)
+        self._triangles = {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items())}
+        self._sums = {spec.name: torch.zeros(spec.features) for spec in plan.layers}
+        self._tokens = dict.fromkeys(shapes, 0)
+        self._energy: dict[str, Tensor] = {}
+
+    @property
+    def wanted(self) -> set[str]:
+        """Names of the weights whose energy is asked for."""
+        return set(self._layer_of)
+
+    def add_weight(self, name: str, value: Tensor) -> None:
+        layer = self._layer_of.get(name)
+        if layer is not None:
+            energy = torch.linalg.vector_norm(value, dim=0).square().cpu()
+            self._energy[layer] = self._energy[layer] + energy if layer in self._energy else energy
+
+    def watch(self, spec: LayerSpec) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """A forward pre-hook for the first member of ``spec``."""
+        order, sums = moment_block(spec), self._triangles[spec.name]
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, spec.features // order, order)
+            sums.add_(_pack(torch.stack([x.T @ x for x in rows.unbind(1)])).cpu())
+            self._sums[spec.name] += rows.sum(0).flatten().cpu()
+            self._tokens[spec.name] += len(rows)
+
+        return hook
+
+    def take(self, spec: LayerSpec) -> InputMoments:
+        """The result of one layer, which is forgotten here; ordinary tensors, outside of inference mode."""
+        energy = self._energy.pop(spec.name) / spec.out_features
+        triangles, tokens = self._triangles.pop(spec.name), self._tokens[spec.name]
+        mean = self._sums.pop(spec.name)
+        if tokens:
+            triangles /= tokens
+            mean /= tokens
+        if not tokens or not all(math.isfinite(extreme) for extreme in torch.aminmax(triangles)):
+            triangles, tokens = _pack(torch.eye(moment_block(spec))[None]).repeat(len(triangles), 1), 0
+            mean = torch.zeros_like(mean)
+        return InputMoments(triangles, energy, mean, tokens)
+
+
+def _move_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Move what a skeleton holds real values of; moving a placeholder would give each of its elements memory."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+@contextmanager
+def streamed(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    loaded: Callable[[str, Tensor], None] | None = None,
+    device: torch.device | str = "cpu",
+    limits: Magnitudes | None = None,
+) -> Iterator[nn.Module]:
+    """Within this context, ``model`` computes with the checkpoint's weights, although it holds none of them.
+
+    Every module reads its own parameters when it is called, in fp32, NaN and infinities as 0, and gives them up when it
+    returns or fails.
+
+    Args:
+        model: a skeleton in fp32 (:func:`dvdquant.model.plan.build_skeleton`).
+        loaded: called with the name and the value of every parameter that was read.
+        device: where the parameters go; the caller moves buffers and inputs.
+        limits: refuses a value that an export could not hold.
+    """
+    hooks: list[Any] = []
+    placeholders = {name: dict(module._parameters) for name, module in model.named_modules()}
+
+    def load(prefix: str) -> Any:
+        def hook(module: nn.Module, _args: tuple[Any, ...]) -> None:
+            for key, placeholder in placeholders[prefix].items():
+                if placeholder is None:
+                    continue
+                name = f"{prefix}.{key}" if prefix else key
+                value = _read(checkpoint, name, limits).to(device)
+                if loaded is not None:
+                    loaded(name, value)
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+
+        return hook
+
+    def drop(prefix: str) -> Any:
+        def hook(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+            module._parameters.update(placeholders[prefix])
+
+        return hook
+
+    try:
+        for name, module in model.named_modules():
+            if any(p is not None for p in placeholders[name].values()):
+                hooks.append(module.register_forward_pre_hook(load(name)))
+                hooks.append(module.register_forward_hook(drop(name), always_call=True))
+        yield model
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for name, module in model.named_modules():
+            module._parameters.update(placeholders[name])
+
+
+def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes | None = None) -> Tensor:
+    value = checkpoint.read(name)
+    if limits is not None:
+        limits.check(checkpoint, name, value)
+    if not value.dtype.is_floating_point:
+        return value
+    return value.float().nan_to_num_(0.0, 0.0, 0.0)
+
+
+def moments_bytes(plan: ModelPlan) -> int:
+    """Size of all layers' moments."""
+    return 4 * sum(math.prod(triangles_shape(spec)) for spec in plan.layers)
+
+
+def _check_memory(plan: ModelPlan) -> None:
+    needed, available = moments_bytes(plan), memory_limit()
+    if needed > available:
+        raise ResourceError(
+            f"the second moments of the inputs take {needed / 2**30:.1f} GiB",
+            available=f"{available / 2**30:.1f} GiB of memory",
+            fix="use rotation auto, whose blocks are small, or a machine with more memory",
+        )

@@ -1,0 +1,140 @@
+"""What is predicted of every layer's input, kept beside the work of an export until its layers are quantized.
+
+The run that predicts it takes as long as reading the checkpoint and one forward; an export that is resumed reads what the
+first one found, so that it ends with the same codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dvdquant.artifact.transaction import ExportTransaction
+from dvdquant.model.layers import LayerSpec
+from dvdquant.model.plan import ModelPlan
+from dvdquant.quantize.gptq import Feedback
+from dvdquant.quantize.hessian import (
+    InputMoments,
+    balance_divisors,
+    channel_signs,
+    rotated_moments,
+    synthetic_moments,
+    triangles_shape,
+)
+from dvdquant.quantize.magnitudes import Magnitudes
+from dvdquant.system.progress import Progress
+from dvdquant.system.safetensors_io import StreamingWriter, TensorInfo, read_header, read_tensor
+
+if TYPE_CHECKING:
+    from dvdquant.checkpoint.reader import Checkpoint
+
+__all__ = ["LayerInputs", "PredictedInputs", "layer_inputs", "noise_levels", "predict_inputs"]
+
+# How far predicted moments are trusted: they are not those of a real clip, however many tokens they come from.
+DAMPING = 0.05
+# Multiplications and additions of the run, and tokens per noise level.
+MOST_FLOPS, ITEM_TOKENS = 3e13, 128
+KINDS = ("triangles", "energy", "mean", "tokens")
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What quantizing one layer uses.
+
+    Args:
+        shift: fp32 [K], subtracted from the input, its product with the weight added to the bias; or None.
+        divisors: fp32 [K], powers of two, with a sign each where the layer has signs and is rotated; the shifted input is
+            divided by them and the weight's columns are multiplied. Ones where the layer is not balanced.
+        moments: fp32 [K/b, b, b] of the divided and rotated input. Not less its mean: feedback then minds how far the shift
+            is from the mean of real inputs, and that was no worse on predicted inputs and better on real ones.
+        damping: for :class:`dvdquant.quantize.gptq.Feedback`.
+    """
+
+    divisors: Tensor
+    moments: Tensor
+    damping: float
+    shift: Tensor | None = None
+
+    @cached_property
+    def feedback(self) -> Feedback:
+        """Of these moments."""
+        return Feedback(self.moments, self.damping)
+
+
+def layer_inputs(found: InputMoments, spec: LayerSpec) -> LayerInputs:
+    """What quantizing ``spec`` uses of its predicted moments."""
+    divisors = balance_divisors(found) if spec.balanced else torch.ones(spec.features)
+    if spec.signs and not spec.rotation.identity:
+        divisors = divisors * channel_signs(spec.name, spec.features)
+    # Moments of few tokens have few directions; the others must not count as free of error.
+    damping = DAMPING + found.block / max(1, found.tokens)
+    return LayerInputs(divisors, rotated_moments(found, spec, divisors), damping, found.mean if spec.shifted else None)
+
+
+class PredictedInputs:
+    """The predictions of one transformer, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tensors: dict[str, TensorInfo] = dict(read_header(path).tensors)
+
+    def layer(self, spec: LayerSpec) -> LayerInputs:
+        """Read one layer's."""
+        triangles, energy, mean, tokens = (self._read(f"{spec.name}.{kind}") for kind in KINDS)
+        return layer_inputs(InputMoments(triangles, energy, mean, int(tokens)), spec)
+
+    def _read(self, name: str) -> Tensor:
+        return read_tensor(self._path, self._tensors[name])
+
+
+def noise_levels(plan: ModelPlan) -> int:
+    """How many noise levels the run looks at: 16, or what keeps it to minutes on a few cores."""
+    return max(4, min(16, int(MOST_FLOPS / (2 * plan.all_weights * ITEM_TOKENS))))
+
+
+def predict_inputs(
+    checkpoint: Checkpoint,
+    plan: ModelPlan,
+    transaction: ExportTransaction,
+    progress: Progress,
+    component: str,
+    device: torch.device | str = "cpu",
+) -> PredictedInputs | None:
+    """Predict, or read what an interrupted export predicted; None for a recipe that ignores inputs.
+
+    Args:
+        device: where the model runs.
+
+    Raises:
+        CheckpointError: the transformer does not run. ResourceError: the disk is full.
+    """
+    if plan.recipe.inputs != "synthetic" or not plan.layers:
+        return None
+    path, step = transaction.tree.parent / f"{component}.moments.safetensors", f"{component}:moments"
+    if not (transaction.is_done(step) and path.exists()):
+        path.unlink(missing_ok=True)
+        limits, levels = Magnitudes(plan), noise_levels(plan)
+        found = synthetic_moments(checkpoint, plan, progress, levels=levels, device=device, limits=limits)
+        planned = []
+        for spec in plan.layers:
+            planned += [
+                (f"{spec.name}.triangles", torch.float32, triangles_shape(spec)),
+                (f"{spec.name}.energy", torch.float32, (spec.features,)),
+                (f"{spec.name}.mean", torch.float32, (spec.features,)),
+                (f"{spec.name}.tokens", torch.float32, ()),
+            ]
+        with StreamingWriter(path, planned) as writer:
+            for spec in plan.layers:
+                moments = found.pop(spec.name)
+                writer.write(f"{spec.name}.triangles", moments.triangles)
+                writer.write(f"{spec.name}.energy", moments.weight_energy)
+                writer.write(f"{spec.name}.mean", moments.mean)
+                writer.write(f"{spec.name}.tokens", torch.tensor(float(moments.tokens)))
+            writer.finish()
+        transaction.done(step)
+    return PredictedInputs(path)

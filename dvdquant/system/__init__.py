@@ -1,0 +1,1 @@
+"""What is not about models: files, safetensors, memory, progress, text."""

@@ -1,0 +1,50 @@
+"""Which PyTorch device a user's word for one means: decided here, for the exporter and the runtime alike."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from dvdquant.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DEVICE_WORDS", "resolve_device"]
+
+DEVICE_WORDS = ("auto", "cpu", "cuda", "cuda:N")
+# More digits are no index of a device, and torch.device overflows on them.
+_CUDA = re.compile(r"cuda(?::(0|[1-9][0-9]{0,2}))?", re.ASCII)
+
+
+def resolve_device(word: str | torch.device) -> torch.device:
+    """Return the device that ``word`` names, with its index where it is a GPU.
+
+    Args:
+        word: ``auto`` (the current GPU where PyTorch sees one, else the CPU), ``cpu``, ``cuda`` (the current GPU) or
+            ``cuda:N``.
+
+    Raises:
+        UnsupportedError: another word, or a GPU that PyTorch does not see.
+    """
+    import torch  # the command line knows the words without it
+
+    text = str(word)
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    if text in ("cpu", "cpu:0"):  # torch writes its own device so
+        return torch.device("cpu")
+    match = _CUDA.fullmatch(text)
+    if match is None:
+        raise UnsupportedError(f"unknown device {text!r:.100}", available=DEVICE_WORDS, fix="pick one with --device")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # "cuda" alone is another device in another thread.
+    index = int(match[1]) if match[1] is not None else (torch.cuda.current_device() if count else 0)
+    if index >= count:
+        seen = ["cpu", *(f"cuda:{i}" for i in range(count))]
+        raise UnsupportedError(
+            f"there is no device {text}: PyTorch sees {f'{count} CUDA devices' if count else 'no CUDA device'}",
+            available=seen,
+            fix="use --device cpu, or a machine with a GPU, its driver and a CUDA build of PyTorch",
+        )
+    return torch.device("cuda", index)

@@ -1,0 +1,167 @@
+"""Files that appear whole or not at all: written beside their place, then renamed; what a killed process left is swept.
+
+The unfinished file is called ``.NAME.dvdq-XXXXXXXXXXXX.SUFFIX`` and is locked (``flock``) as long as its writer lives, so
+that the next one can tell what nobody will finish.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dvdquant.errors import OutputError
+from dvdquant.system.files import disk_error
+
+__all__ = ["atomic_path", "check_replaceable", "check_writable", "sweep_unfinished", "write_whole"]
+
+UNFINISHED = re.compile(r"\..*\.dvdq-[0-9a-f]{12}(\.[^.]{0,12})?", re.DOTALL)
+_LONGEST_STEM = 40  # characters of the name kept in that of the unfinished file, which may have 255 bytes
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside ``path``, of the same suffix, that takes its place if the block ends well.
+
+    Otherwise it goes, and what lay at ``path`` stays. Missing folders are made. What killed writers left in the folder is
+    swept first.
+
+    Raises:
+        OutputError, ResourceError: the folder or the disk refuses, or ``path`` is a folder or a device.
+    """
+    try:
+        check_replaceable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_unfinished(path.parent)
+        temporary, descriptor = _create(path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    try:
+        yield temporary
+        # Opened again: a writer may have put another file under the name.
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # an encoder that was interrupted too
+            raise KeyboardInterrupt from error
+        raise disk_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):  # the cause is being reported already
+            temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, whole or not at all. OutputError or ResourceError as :func:`atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse a path whose place is taken by something else than a file: a folder, or a device such as /dev/null, which
+    a rename would replace.
+
+    Raises:
+        OutputError: naming what is there. OSError: the path cannot be looked at.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise OutputError(f"{path} is {kind}, and no file that could be replaced", fix="pick another name")
+
+
+def check_writable(path: Path, *, make_folder: bool = True) -> None:
+    """Refuse a path that :func:`atomic_path` would refuse, before hours of work; nothing is made.
+
+    Args:
+        make_folder: whether its folder will be made where it is missing; else it must be there.
+
+    Raises:
+        OutputError, ResourceError: a folder or a device is in its place, or its folder takes no files.
+    """
+    try:
+        check_replaceable(path)
+        place = path.absolute().parent
+        if not make_folder and not place.is_dir():
+            raise OutputError(f"there is no folder {place}", fix="make it, or pick another path")
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise disk_error(error, path) from error
+    sweep_unfinished(path.parent)
+
+
+def sweep_unfinished(folder: Path) -> None:
+    """Delete what killed writers left in ``folder``: files of this module's own names that no living process locks."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if UNFINISHED.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    _remove_if_abandoned(entry.path)
+
+
+def _remove_if_abandoned(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its writer lives
+        os.unlink(path)
+    finally:
+        os.close(descriptor)
+
+
+def _create(path: Path) -> tuple[Path, int]:
+    """Make the unfinished file, locked, with the permissions that the umask allows; (path, descriptor)."""
+    suffix = path.suffix if len(path.suffix) <= 12 else ""
+    while True:
+        temporary = path.with_name(f".{path.stem[:_LONGEST_STEM]}.dvdq-{secrets.token_hex(6)}{suffix}")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(temporary, flags, 0o666)
+        try:
+            _lock(descriptor)
+            if _is_at(descriptor, temporary):
+                return temporary, descriptor
+        except BaseException:
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        os.close(descriptor)  # a sweep took it between the two calls, before it was locked
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:  # a file system without locks: then a sweep gets none either, and deletes nothing
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        there, mine = os.stat(path, follow_symlinks=False), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name durable, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

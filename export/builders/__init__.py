@@ -1,7 +1,0 @@
-"""Engine builders: TensorRT and TensorRT-RTX through one code path, each build in a process of its own."""
-
-from .backend import RTX, TENSORRT, Backend, load_backend
-from .engine import build_engine
-from .report import BUILD_MEMORY_FACTOR, BuildReport
-
-__all__ = ["BUILD_MEMORY_FACTOR", "RTX", "TENSORRT", "Backend", "BuildReport", "build_engine", "load_backend"]

@@ -1,0 +1,359 @@
+"""Build an engine in a process of its own: a crash of the builder becomes an error, and its memory comes back."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import psutil
+from tqdm import tqdm
+
+import dvdquant
+from dvdquant import errors
+from dvdquant.backends import backend_name
+from dvdquant.errors import DvdquantError, EngineError, OutputError
+from dvdquant.export.engines.report import BUILD_MEMORY_FACTOR, MARK, BuildReport, BuildRequest, Shapes
+from dvdquant.system.files import disk_error, strict_json
+
+__all__ = ["build_engine"]
+
+TAIL_LINES = 30
+# A builder that works uses a processor, writes its log or reports a step. One that uses less than a second of a processor in
+# this time, and says nothing, never ends.
+SILENT_SECONDS = 900.0
+BEAT_SECONDS = 5.0
+_NO_MEMORY = ("MemoryError", "bad_alloc", "Cannot allocate memory")
+
+
+def build_engine(
+    model: Path | bytes,
+    engine: Path,
+    *,
+    backend: str,
+    sms: Sequence[str],
+    profile: Shapes | None = None,
+    plugins: Sequence[Path] = (),
+    workspace_bytes: int | None = None,
+    timing_cache: Path | None = None,
+    optimization_level: int | None = None,
+    data_roots: Sequence[Path] = (),
+    log_file: Path | None = None,
+    progress: bool = False,
+    alive: Callable[[float, float], None] = lambda seconds, silent: None,
+) -> BuildReport:
+    """Build ``model`` into the file ``engine``, which appears complete or not at all.
+
+    Args:
+        model: an ONNX file, or a serialized ModelProto. External data is mapped, not copied.
+        backend: ``rtx`` or ``tensorrt``.
+        sms: targets such as "8.9". TensorRT-RTX puts all of them in one engine; TensorRT builds for the GPU present.
+        profile: (min, opt, max) shape of every dynamic input.
+        plugins: TensorRT plugin libraries, which the engine needs again when it is loaded; refused for TensorRT-RTX.
+        workspace_bytes: the builder's workspace limit; must exceed the weights. Default: the library's.
+        timing_cache: file to read and update; a no-op in TensorRT-RTX.
+        optimization_level: 0 to 5; no effect on TensorRT-RTX builds.
+        data_roots: folders external data may lie in, besides the model's own; with ``bytes`` the first is the one that
+            locations are relative to.
+        log_file: gets the builder's whole log.
+        progress: show a bar on stderr.
+        alive: called every few seconds of a long step with the seconds since the build began, and since the builder said
+            something.
+
+    Raises:
+        EngineError: the backend is not installed, refuses the graph, fails, crashes or hangs (with the tail of its log).
+        UnsupportedError: an SM the backend does not know.
+        OutputError: the folder of ``engine`` is missing or cannot be written. ResourceError: disk or memory is full.
+    """
+    engine = engine.absolute()
+    if not engine.parent.is_dir():
+        raise OutputError(f"{engine.parent} is no folder", fix="create it first")
+    try:
+        return _build(
+            model,
+            engine,
+            BuildRequest(
+                backend=backend_name(backend),
+                model="",
+                engine="",
+                sms=tuple(sms),
+                data_dir="",
+                data_roots=(),
+                profile=None if profile is None else {k: [list(s) for s in v] for k, v in profile.items()},
+                plugins=tuple(str(p.absolute()) for p in plugins),
+                workspace_bytes=workspace_bytes,
+                timing_cache=str(timing_cache.absolute()) if timing_cache else None,
+                optimization_level=optimization_level,
+            ),
+            data_roots,
+            log_file,
+            progress,
+            alive,
+        )
+    except OSError as error:
+        raise disk_error(error, error.filename or engine) from error
+
+
+def _build(
+    model: Path | bytes,
+    engine: Path,
+    wanted: BuildRequest,
+    data_roots: Sequence[Path],
+    log_file: Path | None,
+    progress: bool,
+    alive: Callable[[float, float], None],
+) -> BuildReport:
+    with tempfile.TemporaryDirectory(prefix=".dvdq-build-", dir=engine.parent) as scratch:
+        folder = Path(scratch)
+        path, roots = _model_file(model, folder, data_roots)
+        request = replace(
+            wanted,
+            model=str(path),
+            engine=str(folder / "engine"),
+            data_dir=str(roots[0].absolute()),
+            data_roots=tuple(str(root.absolute()) for root in roots),
+        )
+        report = _run(request, engine.name, folder, log_file or folder / "log", progress, alive)
+        if not (folder / "engine").is_file():
+            raise EngineError(
+                f"the {request.backend} builder process said that {engine.name} was built, and left no file"
+            )
+        os.replace(request.engine, engine)
+    _sync_folder(engine.parent)
+    return report
+
+
+def _model_file(model: Path | bytes, scratch: Path, data_roots: Sequence[Path]) -> tuple[Path, list[Path]]:
+    """(the ONNX file, the folders its data may lie in, the one locations are relative to first)."""
+    if isinstance(model, Path):
+        return model.absolute(), [model.absolute().parent, *data_roots]
+    path = scratch / "model.onnx"
+    path.write_bytes(model)
+    return path, list(data_roots) or [scratch]
+
+
+def _run(
+    request: BuildRequest,
+    title: str,
+    folder: Path,
+    log_file: Path,
+    progress: bool,
+    alive: Callable[[float, float], None],
+) -> BuildReport:
+    spec = folder / "request.json"
+    spec.write_text(request.to_json())
+    environment = dict(os.environ)
+    # The process must find this package the way this one did, installed or not.
+    parent = str(Path(dvdquant.__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (parent, environment.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "dvdquant.export.engines.worker", str(spec)]
+    result: dict[str, Any] = {}
+    with log_file.open("wb") as log, _Bar(title, progress) as bar:
+        try:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, errors="replace"
+            )
+        except OSError as error:
+            raise EngineError(
+                f"the {request.backend} builder process of {title} cannot be started: {error.strerror}",
+                fix="free memory, or end other processes, and run the same command with --resume",
+            ) from error
+        try:
+            watch = _Watch(process, log)
+            lines = _lines(process)
+            while True:
+                try:
+                    line = lines.get(timeout=BEAT_SECONDS)
+                except queue.Empty:
+                    if process.poll() is not None:
+                        break  # what it started may hold its end of the pipe
+                    watch.look()
+                    alive(watch.running, watch.silent)
+                    bar.beat(watch)
+                    if watch.hangs:
+                        raise _hangs(request, title, watch, log_file) from None
+                    continue
+                if line is None:
+                    break
+                watch.heard()
+                message = _message(line)
+                if message is None:
+                    log.write(line.encode())
+                    log.flush()
+                elif message["kind"] in ("report", "error"):
+                    result = message
+                else:
+                    bar.update(message)
+            code = _ended(process, watch)
+            if code is None:
+                raise _hangs(request, title, watch, log_file)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return _outcome(request, title, result, code, log_file)
+
+
+def _lines(process: subprocess.Popen[str]) -> queue.Queue[str | None]:
+    """What the process writes, line by line, read by a thread so that nobody waits for ever; None at the end."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        try:
+            for line in process.stdout or ():
+                lines.put(line)
+        except (OSError, ValueError):  # closed on this side
+            pass
+        finally:
+            lines.put(None)
+
+    threading.Thread(target=read, daemon=True, name="dvdquant-builder-output").start()
+    return lines
+
+
+def _message(line: str) -> dict[str, Any] | None:
+    """A message of the worker; None for a line of log, whatever it begins with."""
+    if not line.startswith(MARK):
+        return None
+    try:
+        message = strict_json(line[len(MARK) :].encode())
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) and isinstance(message.get("kind"), str) else None
+
+
+def _ended(process: subprocess.Popen[str], watch: _Watch) -> int | None:
+    """The exit code of a process that has closed its output; None if it hangs on its way out."""
+    while True:
+        try:
+            return process.wait(timeout=BEAT_SECONDS)
+        except subprocess.TimeoutExpired:
+            watch.look()
+            if watch.hangs:
+                return None
+
+
+class _Watch:
+    """Whether the process still does something: it writes, or uses a processor."""
+
+    def __init__(self, process: subprocess.Popen[str], log: IO[bytes]) -> None:
+        self._pid, self._log = process.pid, log
+        self._started = self._heard = self._active = time.monotonic()
+        self._seen = self._state()
+
+    @property
+    def running(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    @property
+    def silent(self) -> float:
+        """Seconds since it wrote a line."""
+        return time.monotonic() - self._heard
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it has done nothing for too long."""
+        return time.monotonic() - self._active > SILENT_SECONDS
+
+    def heard(self) -> None:
+        """It wrote a line."""
+        self._heard = self._active = time.monotonic()
+
+    def look(self) -> None:
+        """Look at its processor time and its log."""
+        seconds, written = self._state()
+        if written != self._seen[1]:
+            self.heard()
+        elif seconds < self._seen[0] + 1.0:
+            return
+        self._active = time.monotonic()
+        self._seen = (seconds, written)
+
+    def _state(self) -> tuple[float, int]:
+        try:
+            times = psutil.Process(self._pid).cpu_times()
+        except psutil.Error:  # it has just ended
+            return 0.0, -1
+        return times.user + times.system, os.fstat(self._log.fileno()).st_size
+
+
+def _hangs(request: BuildRequest, title: str, watch: _Watch, log_file: Path) -> EngineError:
+    return EngineError(
+        f"the {request.backend} builder process of {title} hangs: for {SILENT_SECONDS:.0f} s of {watch.running:.0f} s it "
+        f"wrote nothing and used no processor\n  log:\n{_tail(log_file)}",
+        fix="run the same command with --resume: weights and graphs are kept, and the engine is begun again",
+    )
+
+
+def _outcome(request: BuildRequest, title: str, result: dict[str, Any], code: int, log_file: Path) -> BuildReport:
+    if code == 0 and result.get("kind") == "report":
+        return BuildReport.from_json(result["report"])
+    tail = _tail(log_file)
+    if result.get("kind") == "error":
+        found = getattr(errors, str(result.get("type")), EngineError)
+        kind = found if isinstance(found, type) and issubclass(found, DvdquantError) else EngineError
+        what = str(result.get("what"))
+        what = what if kind is EngineError else f"{title}: {what}"
+        what += f"\n  log:\n{tail}" if "could not build" in what else ""
+        raise kind(what, available=result.get("available"), fix=result.get("fix"))
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    memory = code == -signal.SIGKILL or any(word in tail for word in _NO_MEMORY)
+    fix = (
+        f"free memory: a build takes up to {BUILD_MEMORY_FACTOR} times the bytes of the weights"
+        if memory
+        else "run the same command with --resume, and report the log if it ends like this again"
+    )
+    raise EngineError(f"the {request.backend} builder process of {title} {how}\n  log:\n{tail}", fix=fix)
+
+
+def _tail(log_file: Path) -> str:
+    with log_file.open(errors="replace") as log:
+        return "".join(f"    {line}" for line in deque(log, TAIL_LINES))
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class _Bar:
+    """One bar over the steps of all phases the builder announces."""
+
+    def __init__(self, title: str, shown: bool) -> None:
+        self._title = title
+        self._bar: tqdm[Any] = tqdm(desc=title, total=0, disable=not shown, leave=False, unit="step")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._bar.close()
+
+    def beat(self, watch: _Watch) -> None:
+        """Show that the builder is still there, and for how long it has said nothing."""
+        self._bar.set_description_str(f"{self._title} ({watch.running:.0f} s, silent for {watch.silent:.0f} s)")
+
+    def update(self, message: dict[str, Any]) -> None:
+        """Take one progress message of the worker."""
+        if message["kind"] == "phase":
+            self._bar.total += message["steps"]
+            self._bar.set_description_str(self._title, refresh=False)
+            self._bar.set_postfix_str(message["name"])
+        elif message["kind"] == "step":
+            self._bar.update(1)

@@ -1,0 +1,218 @@
+"""The engine stage: lower each graph for its realization, build it, and describe the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor
+
+from dvdquant.artifact.manifest import EngineEntry, hash_file
+from dvdquant.errors import EngineError
+from dvdquant.export.engines import build_engine
+from dvdquant.export.engines.precision import EnginePlan
+from dvdquant.export.engines.report import BuildReport
+from dvdquant.export.graph.trace import profile_shapes
+from dvdquant.export.graph.writer import graph_path
+from dvdquant.export.options import ExportOptions
+from dvdquant.export.passes.lowering.int8 import lower_int8
+from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
+from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
+from dvdquant.export.passes.lowering.store import TensorStore
+from dvdquant.export.passes.plugin_inputs import plugin_inputs
+from dvdquant.model.families import Sizes
+from dvdquant.model.plan import ModelPlan
+from dvdquant.system.progress import Progress
+
+__all__ = ["BuildSettings", "EngineStage", "build_settings", "engine_path", "find_current"]
+
+
+def engine_path(component: str, engine: EnginePlan) -> str:
+    """Where an engine lies, relative to the export."""
+    backend = engine.backend.removeprefix("tensorrt_")
+    return f"engines/{backend}-sm{'+'.join(sm.replace('.', '') for sm in engine.sms)}/{component}_a{engine.act_bits}.engine"
+
+
+@dataclass
+class EngineStage:
+    """Builds the engines of one transformer from the ONNX graphs in ``root``.
+
+    Args:
+        weight_source: the rotated fp32 weight of a layer from the original checkpoint, where there is one.
+        hashes: SHA-256 of each QuantLinear graph, by relative path.
+    """
+
+    root: Path
+    plan: ModelPlan
+    sizes: Sizes
+    component: str
+    options: ExportOptions
+    progress: Progress
+    hashes: dict[str, str]
+    weight_source: Callable[[str], Tensor] | None = None
+    _stores: dict[str, TensorStore] = field(default_factory=dict)
+
+    def build(self, engine: EnginePlan) -> tuple[EngineEntry, BuildReport]:
+        """Build one engine; EngineError when the builder refuses, with its log's tail."""
+        source = self.root / graph_path(self.component, engine.act_bits, "tensorrt")
+        target = self.root / engine_path(self.component, engine)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        graph = self._for_plugin(source, engine) if engine.realization == "plugin" else self._lower(source, engine)
+        workspace = self.options.workspace_gib
+        try:
+            report = build_engine(
+                graph,
+                target,
+                backend=engine.backend,
+                sms=engine.sms,
+                profile=profile_shapes(self.plan.family, self.sizes),
+                plugins=self.options.plugins if engine.backend == "tensorrt" else (),
+                workspace_bytes=int(workspace * 2**30) if workspace else None,
+                timing_cache=self.options.timing_cache,
+                optimization_level=self.options.optimization_level,
+                data_roots=(self.root / "onnx",),
+                progress=self.progress.log_format == "text",
+                alive=lambda seconds, silent: self.progress.event(
+                    "working", stage="engines", label=target.name, seconds=round(seconds, 1), silent=round(silent, 1)
+                ),
+            )
+        except EngineError as error:
+            what = f"{self.component} a{engine.act_bits} for {engine.backend} SM {', '.join(engine.sms)}: {error.what}"
+            raise EngineError(what, available=error.available, fix=error.fix) from error
+        finally:
+            if graph != source and not self.options.keep_graphs:
+                graph.unlink(missing_ok=True)
+        return self._entry(engine, report), report
+
+    def _for_plugin(self, source: Path, engine: EnginePlan) -> Path:
+        """The graph as TensorRT's parser and the plugin need it; it holds no packed weights."""
+        model = ir.load(source)
+        plugin_inputs(model)
+        path = source.with_name(f"{self.component}_a{engine.act_bits}_plugin.onnx")
+        ir.save(model, path)
+        return path
+
+    def _lower(self, source: Path, engine: EnginePlan) -> Path:
+        """The graph with standard operators only. Its derived weights, the same at every bit-width, are written once."""
+        model = ir.load(source)
+        model.functions.clear()
+        stem = self.root / "onnx" / f"{self.component}_rtx_{engine.realization}"
+        store = self._stores.get(engine.realization)
+        if store is None:
+            store = self._stores[engine.realization] = TensorStore(stem.with_suffix(".bin"), self.root / "onnx")
+        if engine.realization == "int8":
+            lower_int8(model, store)
+        elif engine.realization == "nvfp4":
+            lower_nvfp4(model, self.weight_source, store)
+        else:
+            lower_qdq_int4(model, store)
+        path = stem.with_name(f"{self.component}_a{engine.act_bits}_rtx_{engine.realization}.onnx")
+        ir.save(model, path)
+        return path
+
+    def close(self) -> None:
+        """Remove the derived weights, unless the graphs that read them are kept."""
+        for store in self._stores.values():
+            if store.path is not None and (not self.options.keep_graphs or not store.bytes_written):
+                store.path.unlink(missing_ok=True)
+
+    def _entry(self, engine: EnginePlan, report: BuildReport) -> EngineEntry:
+        graph = graph_path(self.component, engine.act_bits, "tensorrt")
+        shapes: dict[str, Any] = dict(self.sizes.to_json())
+        return EngineEntry(
+            path=engine_path(self.component, engine),
+            backend=engine.backend,
+            sm=list(engine.sms),
+            act_bits=engine.act_bits,
+            realization=engine.realization,
+            executes=engine.executes,
+            onnx_sha256=self.hashes[graph],
+            versions={engine.backend: report.version},
+            shapes=shapes,
+        )
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """All that an engine of a given path depends on: an engine that was built with other ones is built again.
+
+    Args:
+        onnx_sha256: of the QuantLinear graph it was lowered from; the weights behind it are the same in one export.
+        realization, backend: as in the plan.
+        version: of the builder. An engine loads in the release that built it only.
+        optimization_level, workspace_gib: as given to the builder, None for its own defaults.
+        plugins: SHA-256 of the plugin libraries that the builder loaded, in their order.
+    """
+
+    onnx_sha256: str
+    realization: str
+    backend: str
+    version: str
+    optimization_level: int | None
+    workspace_gib: float | None
+    plugins: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Short and the same for the same settings, for the name of a step."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def recorded(self) -> dict[str, Any]:
+        """What an engine's entry in the manifest holds of them besides its own fields."""
+        return {
+            "optimization_level": self.optimization_level,
+            "workspace_gib": self.workspace_gib,
+            "plugins": list(self.plugins),
+        }
+
+    def made(self, entry: Mapping[str, Any]) -> bool:
+        """Whether the engine of this manifest entry was built with these settings.
+
+        Exports of before these fields count as built with the builder's defaults, and with the same plugin libraries: a
+        library that does not fit an engine is found out when the engine is loaded.
+        """
+        return (
+            entry["onnx_sha256"] == self.onnx_sha256
+            and entry["realization"] == self.realization
+            and entry["versions"].get(self.backend) == self.version
+            and entry.get("optimization_level") == self.optimization_level
+            and entry.get("workspace_gib") == self.workspace_gib
+            and entry.get("plugins", list(self.plugins)) == list(self.plugins)
+        )
+
+
+def build_settings(
+    engine: EnginePlan, component: str, options: ExportOptions, hashes: Mapping[str, str], version: str
+) -> BuildSettings:
+    """The settings ``options`` ask for.
+
+    Args:
+        hashes: SHA-256 of each graph, by relative path. version: of the engine's builder.
+
+    Raises:
+        OutputError: a plugin library cannot be read.
+    """
+    plugins = options.plugins if engine.backend == "tensorrt" else ()
+    return BuildSettings(
+        hashes[graph_path(component, engine.act_bits, "tensorrt")],
+        engine.realization,
+        engine.backend,
+        version,
+        options.optimization_level,
+        options.workspace_gib,
+        tuple(hash_file(plugin)["sha256"] for plugin in plugins),
+    )
+
+
+def find_current(
+    engine: EnginePlan, component: str, entries: Sequence[EngineEntry], settings: BuildSettings
+) -> EngineEntry | None:
+    """The entry of an engine that need not be rebuilt: at the same path, built with the same settings."""
+    path = engine_path(component, engine)
+    return next((entry for entry in entries if entry["path"] == path and settings.made(entry)), None)

@@ -1,0 +1,270 @@
+"""The builder process: ``python -m dvdquant.export.engines.worker REQUEST.json`` builds one engine.
+
+It runs apart from the exporter because the builder may abort the process it runs in, and holds three times the weights
+in memory. Lines starting with ``@dvdq`` on stdout are JSON for the exporter: progress, the report, or an error.
+Everything else is the builder's log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dvdquant.backends import Backend, load_backend
+from dvdquant.errors import DvdquantError, EngineError, ResourceError
+from dvdquant.export.engines.network import WeightMaps, check_custom_ops, parse_network, read_model
+from dvdquant.export.engines.report import BUILD_MEMORY_FACTOR, MARK, BuildReport, BuildRequest, layer_summary
+from dvdquant.system.files import disk_error
+from dvdquant.system.whole_file import write_whole
+
+__all__ = ["build", "main"]
+
+_LOCK = threading.Lock()
+# The importer says this for every use of a function body after the first; the engine is the same.
+_INLINED_AGAIN = "the output tensors of this new instance will not be queryable"
+
+
+def send(kind: str, **fields: Any) -> None:
+    """One message to the exporter; safe from the builder's own threads."""
+    with _LOCK:
+        sys.stdout.write(MARK + json.dumps({"kind": kind, **fields}) + "\n")
+        sys.stdout.flush()
+
+
+def _logger(trt: Any, listing: list[str], warnings: list[str]) -> Any:
+    class Logger(trt.ILogger):
+        """Errors, warnings and info to stderr; the verbose layer listing into ``listing``."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if _INLINED_AGAIN in message:
+                return
+            if severity <= trt.ILogger.Severity.INFO:
+                print(f"[{str(severity).rsplit('.', 1)[-1]}] {message}", file=sys.stderr, flush=True)
+            if severity == trt.ILogger.Severity.WARNING and message not in warnings:
+                warnings.append(message)
+            if "LayerType: " in message:
+                listing.extend(message.splitlines())
+
+    return Logger()
+
+
+def _monitor(trt: Any, each_phase: Callable[[], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Phases and steps as messages; the builder calls it from several threads."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            each_phase()
+            send("phase", name=phase, parent=parent, steps=steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            send("step", name=phase, step=step)
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            each_phase()
+            send("finish", name=phase)
+
+    return Monitor()
+
+
+def _load_plugins(backend: Backend, builder: Any, plugins: tuple[str, ...]) -> None:
+    """Register the libraries. They stay outside the engine: a library inside each engine is loaded once per engine, and
+    the engines of one process would each prepare their own copy of the packed weights."""
+    registry = builder.get_plugin_registry()
+    for plugin in plugins:
+        if registry.load_library(plugin) is None:
+            raise EngineError(f"plugin library {plugin} does not load in {backend.name} {backend.version}")
+
+
+def _configure(backend: Backend, builder: Any, request: BuildRequest) -> Any:
+    trt = backend.module
+    config = builder.create_builder_config()
+    # Only at this verbosity does the builder list the types its products run in; it adds nothing to the engine's size.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if request.optimization_level is not None:
+        config.builder_optimization_level = request.optimization_level
+    if request.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
+    if backend.builds_for_sms:
+        config.num_compute_capabilities = len(request.sms)
+        for index, sm in enumerate(request.sms):
+            config.set_compute_capability(backend.compute_capability(sm), index)
+    if request.profile is not None:
+        profile = builder.create_optimization_profile()
+        for name, (low, best, high) in request.profile.items():
+            profile.set_shape(name, tuple(low), tuple(best), tuple(high))
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _check_profile(network: Any, request: BuildRequest) -> None:
+    """Every dynamic input needs a range, and a range must name an input."""
+    inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
+    profile = request.profile or {}
+    unknown = [name for name in profile if name not in inputs]
+    missing = [name for name, shape in inputs.items() if -1 in shape and name not in profile]
+    if unknown or missing:
+        raise EngineError(
+            f"the optimization profile names unknown inputs {unknown} and lacks dynamic inputs {missing}",
+            available=[f"{name} {list(shape)}" for name, shape in inputs.items()],
+        )
+    for name, shapes in profile.items():
+        for shape in shapes:
+            if len(shape) != len(inputs[name]) or any(d not in (-1, s) for d, s in zip(inputs[name], shape)):
+                raise EngineError(f"profile shape {shape} does not fit input {name} {list(inputs[name])}")
+
+
+def _timing_cache(config: Any, path: Path | None) -> None:
+    if path is not None:
+        stored = path.read_bytes() if path.exists() else b""
+        config.set_timing_cache(config.create_timing_cache(stored), False)
+
+
+def _save_timing_cache(config: Any, path: Path | None) -> None:
+    if path is None:
+        return
+    cache = config.get_timing_cache()
+    if cache is not None:
+        write_whole(path, bytes(cache.serialize()))
+
+
+def _write(path: Path, data: Any) -> None:
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def _peak_rss() -> int:
+    """Peak resident bytes of this process."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _check_device(backend: Backend, sms: tuple[str, ...]) -> None:
+    """TensorRT builds for the GPU at hand: it must be there and be the one that was asked for."""
+    if backend.builds_for_sms:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EngineError(
+            f"{backend.name} builds an engine on the GPU it is for, and this machine has none",
+            fix="build on the target machine, or use the rtx target, which builds without a GPU",
+        )
+    present = "{}.{}".format(*torch.cuda.get_device_capability())
+    if sms != (present,):
+        raise EngineError(f"{backend.name} cannot build for SM {', '.join(sms)} here", available=f"SM {present}")
+
+
+def build(request: BuildRequest) -> BuildReport:
+    """Parse, build and write one engine in this process; the file is complete or the call raises.
+
+    Raises:
+        EngineError, UnsupportedError: the backend is missing, refuses the graph, or the build fails.
+        OutputError: the engine cannot be written.
+    """
+    start = time.monotonic()
+    backend = load_backend(request.backend)
+    path = Path(request.model)
+    model = read_model(path)
+    check_custom_ops(model, backend, [Path(p) for p in request.plugins])
+    _check_device(backend, request.sms)
+    listing: list[str] = []
+    warnings: list[str] = []
+    logger = _logger(backend.module, listing, warnings)
+    builder = backend.module.Builder(logger)
+    config = _configure(backend, builder, request)
+    if request.plugins:
+        _load_plugins(backend, builder, request.plugins)
+    maps = WeightMaps(Path(request.data_dir), [Path(root) for root in request.data_roots])
+    network, _parser = parse_network(backend, builder, logger, model, maps)
+    del model
+    _check_profile(network, request)
+    size = _build_plan(backend, builder, network, config, request, maps)
+    products, constants = layer_summary(listing)
+    return BuildReport(
+        backend=backend.name,
+        version=backend.version,
+        sms=tuple(request.sms),
+        seconds=round(time.monotonic() - start, 3),
+        bytes=size,
+        peak_rss_bytes=_peak_rss(),
+        onnx_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        products=products,
+        constant_bytes=constants,
+        warnings=tuple(warnings),
+    )
+
+
+def _build_plan(
+    backend: Backend, builder: Any, network: Any, config: Any, request: BuildRequest, maps: WeightMaps
+) -> int:
+    """Build and write the engine with progress and timing cache; returns its bytes."""
+    cache = Path(request.timing_cache) if request.timing_cache else None
+    _timing_cache(config, cache)
+    # The builder keeps no reference to its monitor.
+    config.progress_monitor = monitor = _monitor(backend.module, maps.drop_pages)
+    plan = builder.build_serialized_network(network, config)
+    del monitor
+    if plan is None:
+        raise EngineError(
+            f"{backend.name} {backend.version} could not build the engine for SM {', '.join(request.sms)}",
+            fix=None if request.workspace_bytes is None else "raise the workspace limit: it must exceed the weights",
+        )
+    _write(Path(request.engine), plan)
+    _save_timing_cache(config, cache)
+    return int(plan.nbytes)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the request in the named JSON file; 0 and a report, or 3 and an error message."""
+    request = BuildRequest.from_json(Path(arguments[0]).read_text())
+    try:
+        send("report", report=build(request).to_json())
+    except (DvdquantError, MemoryError, OSError) as caught:
+        error = _as_error(caught, request)
+        fields = {"what": error.what, "available": error.available, "fix": error.fix}
+        send("error", type=type(error).__name__, **fields)
+        return 3
+    return 0
+
+
+def _as_error(error: DvdquantError | MemoryError | OSError, request: BuildRequest) -> DvdquantError:
+    """What the exporter is told; the log keeps where it happened."""
+    if isinstance(error, DvdquantError):
+        return error
+    traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, MemoryError):
+        return ResourceError(
+            f"the {request.backend} builder process has no memory left",
+            fix=f"free memory: a build takes up to {BUILD_MEMORY_FACTOR} times the bytes of the weights",
+        )
+    return disk_error(error, error.filename or request.engine)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""The ONNX files of an export: one base graph, a file per bit-width and flavour, one copy of every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from dvdquant.artifact.manifest import GraphEntry
+from dvdquant.export.graph.functions import attach_functions
+from dvdquant.export.passes.bind_weights import StoredTensor, bind_weights
+from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
+from dvdquant.export.passes.lowering.store import TensorStore
+from dvdquant.export.passes.set_activation import set_activation
+from dvdquant.model.plan import ModelPlan
+from dvdquant.onnx.expand_attention_mask import expand_attention_mask
+from dvdquant.system.safetensors_io import TensorInfo
+
+__all__ = ["FLAVOURS", "GraphWriter", "graph_path", "stored_tensors"]
+
+FLAVOURS = {
+    "tensorrt": "dvdquant::QuantLinear nodes for the TensorRT plugin, with function bodies for ONNX Runtime",
+    "onnx": "standard QDQ: INT4 DequantizeLinear weights, activations rounded online; rotation as dvdquant::Rotate",
+}
+
+_DTYPES = {
+    "F64": ir.DataType.DOUBLE,
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "I8": ir.DataType.INT8,
+    "U8": ir.DataType.UINT8,
+}
+
+
+def graph_path(component: str, bits: int, flavour: str) -> str:
+    """The ONNX file of a flavour, relative to the export."""
+    return f"onnx/{component}_a{bits}{'_qdq' if flavour == 'onnx' else ''}.onnx"
+
+
+def stored_tensors(tensors: Mapping[str, tuple[str, TensorInfo]]) -> dict[str, StoredTensor]:
+    """Places in the weight files as external data relative to ``onnx/``."""
+    return {
+        name: StoredTensor(Path(relative).name, info.offset, info.nbytes, _DTYPES[info.dtype], info.shape)
+        for name, (relative, info) in tensors.items()
+    }
+
+
+@dataclass
+class GraphWriter:
+    """Writes the graphs of one transformer into ``root/onnx``.
+
+    Args:
+        base: the traced graph; it is changed, and serves every bit-width in turn.
+        tensors: name -> (weight file relative to ``root``, place).
+    """
+
+    root: Path
+    plan: ModelPlan
+    component: str
+    base: ir.Model
+    tensors: Mapping[str, tuple[str, TensorInfo]]
+
+    def __post_init__(self) -> None:
+        self._folder = self.root / "onnx"
+        self._folder.mkdir(exist_ok=True)
+        # Rotary tables and Hadamard matrices: the same in every graph, so stored once.
+        self.constants = TensorStore(self._folder / f"{self.component}.constants.bin", self._folder)
+        bind_weights(self.base, stored_tensors(self.tensors), str(self._folder))
+        for name, value in self.base.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is not None and not isinstance(tensor, ir.ExternalTensor):
+                value.const_value = self.constants.put(name, tensor.numpy(), tensor.dtype, tuple(tensor.shape.numpy()))
+
+    def quantlinear(self, bits: int) -> ir.Model:
+        """The graph with QuantLinear nodes at ``bits``; the base graph itself, so use it before the next call."""
+        asked = self.plan.recipe.activation(bits)
+        specs = {spec.name: spec for spec in self.plan.layers}
+        set_activation(self.base, asked, lambda layer: specs[layer].activation(asked))
+        attach_functions(self.base)
+        return self.base
+
+    def write(self, bits: int, flavour: str) -> GraphEntry:
+        """Save one graph; every flavour reads the same weight file."""
+        relative = graph_path(self.component, bits, flavour)
+        model = self.quantlinear(bits)
+        if flavour == "onnx":
+            model = self.base.clone()
+            lower_qdq_int4(model, self.constants)
+            expand_attention_mask(model)
+        ir.save(model, self.root / relative)
+        return GraphEntry(path=relative, target=flavour, act_bits=bits)

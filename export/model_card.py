@@ -1,0 +1,67 @@
+"""The README.md of an export: what it holds and how it was made, for whoever finds the folder later."""
+
+from __future__ import annotations
+
+from dvdquant.artifact.manifest import Manifest
+from dvdquant.artifact.verified import verified_words
+from dvdquant.deploy.report.text import model_name
+from dvdquant.recipe import fitted_words, looks_at_inputs
+from dvdquant.system.text import markdown, shown
+from dvdquant.system.text import markdown_code as code
+
+__all__ = ["model_card"]
+
+
+def model_card(manifest: Manifest) -> str:
+    """Return the card as Markdown. Names are untrusted text: in code spans, or with what is markup escaped."""
+    recipe = manifest.recipe
+    weight = recipe["weight"]
+    grid = "one scale per row" if not weight["group_size"] else f"groups of {weight['group_size']}"
+    shapes = {name: shown(value) for name, value in manifest.shapes.items()}
+    lines = [
+        "---",
+        "library_name: dvdquant",
+        "tags: [video, diffusion, quantization, tensorrt, onnx]",
+        "---",
+        "",
+        f"# {code(model_name(manifest.source['model']))} in 4 bits",
+        "",
+        f"{code(manifest.source['class_name'])}, quantized by dvdquant {markdown(manifest.dvdquant_version)} "
+        "without calibration data.",
+        "",
+        f"- recipe {code(recipe['name'])}: 4-bit weights ({markdown(grid)}, {markdown(weight['zero_point'])} "
+        f"zero-point, {markdown(weight['solver'])} solver), activations {_activations(manifest)}, "
+        f"rotation {markdown(recipe['rotation'])}",
+        *_inputs(manifest),
+        f"- sizes (latent, min/opt/max): frames {shapes['frames']}, height {shapes['height']}, width {shapes['width']}; "
+        f"{shapes['text_tokens']} text tokens; {shapes['dtype']}",
+        f"- {len(manifest.layers)} quantized layers, {len(manifest.kept)} linear layers kept in 16 bit",
+        f"- {verified_words(manifest.verified)}",
+        "",
+        "| graph | for | activation bits |",
+        "|---|---|---|",
+        *(f"| {code(g['path'], 0)} | {markdown(g['target'])} | {g['act_bits']} |" for g in manifest.graphs),
+    ]
+    if manifest.engines:
+        lines += ["", "| engine | SM | activation bits | what executes |", "|---|---|---|---|"]
+        lines += [
+            f"| {code(e['path'], 0)} | {markdown(', '.join(e['sm']))} | {e['act_bits']} | {markdown(e['executes'])} |"
+            for e in manifest.engines
+        ]
+        lines += ["", "Engines run code when they are loaded: load only those you built or trust."]
+    lines += ["", "`dvdq-inspect FOLDER` lists the layers and their errors, and checks the hashes.", ""]
+    return "\n".join(lines)
+
+
+def _inputs(manifest: Manifest) -> list[str]:
+    if not looks_at_inputs(manifest.recipe):
+        return []
+    predicted = "rounded with feedback for inputs predicted by one run on synthetic latents, no data"
+    return ["- " + "; ".join([predicted, *map(shown, fitted_words(manifest.recipe))])]
+
+
+def _activations(manifest: Manifest) -> str:
+    grids = manifest.recipe["activations"]
+    return ", ".join(
+        f"{a['bits']} bits per {'token' if not a['group_size'] else str(a['group_size']) + ' channels'}" for a in grids
+    )

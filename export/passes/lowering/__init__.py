@@ -1,0 +1,1 @@
+"""Graphs as one builder runs them: INT8, packed INT4, NVFP4."""

@@ -1,0 +1,1 @@
+"""``--verify``: graphs and stored weights against PyTorch in float64 and the checkpoint."""

@@ -1,0 +1,322 @@
+"""Check an exported graph: ONNX Runtime against the quantized PyTorch model, with float64 as the judge.
+
+Three questions, each with a bound of its own:
+
+1. Every quantized layer alone, on the x it had in the graph: :mod:`dvdquant.export.verify.layers`.
+2. What lies between the layers (norms, attention, residuals, the split of merged rows): PyTorch runs with the graph's own
+   outputs in the place of every quantized layer, and what the next layers receive is compared.
+3. The whole graph. 4-bit activations are chaotic at rounding ties: a difference in the last bit of x̃ flips a code, and
+   the flip moves every later layer. So the question is not whether two executors agree to 1e-3, but whether the graph is
+   as close to the exact (float64) quantized model as PyTorch in the graph's own dtype is. The bound is three times that distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor, nn
+
+from dvdquant.export.verify.intermediates import (
+    Tap,
+    add_taps,
+    find_taps,
+    load_graph,
+    prepare_for_onnxruntime,
+    run_graph,
+)
+from dvdquant.export.verify.layers import LayersCheck, choose_layers, judge_layers, token_step
+from dvdquant.export.verify.reference import Free, Reference, relative_distance
+from dvdquant.export.verify.tolerance import UNIT
+from dvdquant.model.families import Axis, Sizes
+from dvdquant.model.layers import QuantLinear
+from dvdquant.model.plan import ModelPlan, quantized_skeleton
+from dvdquant.system.safetensors_io import TensorInfo, read_tensor
+
+__all__ = [
+    "BetweenCheck",
+    "GraphCheck",
+    "Verifier",
+    "fill_quantized",
+    "load_quantized",
+    "prepare_for_onnxruntime",
+    "verify_graph",
+]
+
+FACTOR = 2.0
+# Of the whole graph. What ONNX Runtime rounds one by one between the layers, PyTorch computes as one; where the grids leave
+# little error, that is most of it (2.0 times PyTorch's distance on small CogVideoX models in bf16).
+GRAPH_FACTOR = 3.0
+ATOL = 1e-6
+# Of 16-bit operators in a row that ONNX Runtime rounds one by one and PyTorch computes as one.
+ROUNDINGS = 8
+# Beyond these the whole graph is not run: attention scores of all heads and float64 on a CPU would not end.
+WHOLE_TOKENS = 4096
+WHOLE_PRODUCTS = 1 << 42  # tokens times quantized weights
+BETWEEN_BYTES = 1 << 30  # of all layers' inputs and outputs
+
+
+@dataclass(frozen=True)
+class BetweenCheck:
+    """The worst of all places between quantized layers: relative L2 distances from float64, with the layers' outputs
+    given.
+
+    Args:
+        place: the layer that receives the value, or ``sample`` for the graph's output.
+        error: of ONNX Runtime. bound: twice PyTorch's in the graph's dtype, and some roundings.
+        places: how many were compared.
+    """
+
+    place: str
+    error: float
+    bound: float
+    places: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every place is within its bound (NaN is not)."""
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class GraphCheck:
+    """Distances are relative L2 of the output, ‖y − y₆₄‖ / ‖y₆₄‖; None where the graph is too large to run here.
+
+    Args:
+        graph: name of the graph.
+        error: ONNX Runtime from the float64 quantized model.
+        reference_error: PyTorch in the graph's dtype from the same.
+        difference: ONNX Runtime from PyTorch in the graph's dtype.
+        flipped_codes: share of activation codes in which PyTorch in the graph's dtype differs from float64.
+        layers: the layers one by one.
+        between: what lies between them; None where it was not compared.
+        tokens: of the transformer in this run, video and text.
+    """
+
+    graph: str
+    error: float | None
+    reference_error: float | None
+    difference: float | None
+    flipped_codes: float | None
+    layers: LayersCheck
+    between: BetweenCheck | None
+    tokens: int
+
+    @property
+    def bound(self) -> float | None:
+        """The largest error that passes."""
+        return None if self.reference_error is None else GRAPH_FACTOR * self.reference_error + ATOL
+
+    @property
+    def passed(self) -> bool:
+        """Whether the graph, its layers and what is between them are within their bounds (NaN is not)."""
+        return not self.faults()
+
+    def faults(self) -> list[str]:
+        """What is out of bounds, the most telling first."""
+        found = [
+            f"layer {c.name} is {c.error:.2e} from float64 on the input it had, and {c.bound:.2e} is the bound"
+            for c in self.layers.failed[:3]
+        ]
+        if len(self.layers.failed) > 3:
+            found.append(f"{len(self.layers.failed) - 3} more layers are out of bounds")
+        if not self.layers.judged:
+            found.append("no layer was judged")
+        if self.between is not None and not self.between.passed:
+            found.append(
+                f"what {self.between.place} receives is {self.between.error:.2e} from float64 with the layers' outputs "
+                f"given, and {self.between.bound:.2e} is the bound"
+            )
+        if self.error is not None and self.bound is not None and not self.error <= self.bound:
+            found.append(
+                f"ONNX Runtime is {self.error:.2e} from the exact quantized model, PyTorch {self.reference_error:.2e}, "
+                "and three times that is the bound"
+            )
+        return found
+
+    def lines(self) -> list[str]:
+        """For people: the whole graph, the layers, and what is between them."""
+        worst = self.layers.worst
+        if self.error is None or self.bound is None:
+            first = (
+                f"verify {self.graph}: not run as a whole ({self.tokens} tokens); layers on inputs PyTorch gave them"
+            )
+        else:
+            first = (
+                f"verify {self.graph}: {self.error:.1e} from the exact quantized model (bound {self.bound:.1e}, "
+                f"PyTorch {self.reference_error:.1e})"
+            )
+        lines = [
+            first,
+            f"  layers: {len(self.layers.judged)} of {self.layers.total} judged, worst {worst.excess:.2g} of its bound "
+            f"({worst.name})",
+        ]
+        if self.between is not None:
+            lines.append(
+                f"  between layers: {self.between.places} places compared, worst "
+                f"{self.between.error / self.between.bound:.2g} of its bound ({self.between.place})"
+            )
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """With the bounds and the verdicts."""
+        own = {name: getattr(self, name) for name in ("graph", "error", "reference_error", "difference")}
+        between = None if self.between is None else {**asdict(self.between), "passed": self.between.passed}
+        return {
+            **own,
+            "flipped_codes": self.flipped_codes,
+            "bound": self.bound,
+            "tokens": self.tokens,
+            "layers": self.layers.to_json(),
+            "between": between,
+            "passed": self.passed,
+        }
+
+
+def load_quantized(plan: ModelPlan, tensors: Mapping[str, tuple[str, TensorInfo]], root: Path, bits: int) -> nn.Module:
+    """The quantized PyTorch model of an export, in its own dtype.
+
+    Args:
+        tensors: name -> (weight file relative to ``root``, place), as in :class:`dvdquant.quantize.checkpoint.PackedWeights`.
+    """
+    model = quantized_skeleton(plan, bits)
+
+    def read(name: str) -> Tensor:
+        relative, info = tensors[name]
+        return read_tensor(root / relative, info)
+
+    fill_quantized(model, plan, read)
+    return model
+
+
+def fill_quantized(model: nn.Module, plan: ModelPlan, read: Callable[[str], Tensor]) -> None:
+    """Put the stored tensors into a :func:`dvdquant.model.plan.quantized_skeleton`; ``read`` gives one by its name."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.load({name: read(name) for name in module.spec.tensors()})
+    for name in plan.kept:
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent)._parameters[child] = nn.Parameter(read(name), requires_grad=False)
+
+
+class Verifier:
+    """Checks the graphs of one transformer on random inputs; what PyTorch says is computed once per bit-width.
+
+    Args:
+        model: see :func:`load_quantized`.
+        which: the profile sizes to run at: ``min``, ``opt`` or ``max``.
+        worst: layers that must be among the judged ones where there are too many to judge all.
+    """
+
+    def __init__(
+        self,
+        plan: ModelPlan,
+        sizes: Sizes,
+        model: nn.Module,
+        *,
+        seed: int = 0,
+        which: str = "opt",
+        worst: Iterable[str] = (),
+    ) -> None:
+        self.plan = plan
+        self.reference = Reference(plan, model)
+        self.chosen = choose_layers(plan.layers, worst)
+        self.tokens = plan.family.tokens(*sizes.at(which)) + sizes.text_tokens
+        products = self.tokens * sizes.batch * plan.quantized_weights
+        self.whole = self.tokens <= WHOLE_TOKENS and products <= WHOLE_PRODUCTS
+        specs = [spec for spec in plan.layers if spec.name in self.chosen]
+        self.step = token_step(specs, sizes.batch * (self.tokens if self.whole else sizes.text_tokens))
+        if not self.whole:
+            frames, height, width = (Axis.fixed(size) for size in plan.family.probe())
+            sizes = Sizes(frames, height, width, sizes.text_tokens, sizes.batch)
+        self.inputs = plan.family.sample(sizes, plan.dtype, seed, which)
+        # fp32 in ONNX Runtime at most; every layer's y, and x.
+        values = sum(spec.features + spec.out_features for spec in plan.layers) * self.tokens * sizes.batch
+        self.between = self.whole and 4 * values <= BETWEEN_BYTES
+        self._free: dict[int, Free] = {}
+        self._seen: dict[int, dict[str, Tensor]] = {}
+
+    def check(self, path: Path, bits: int, advance: Callable[[str], None] = lambda done: None) -> GraphCheck:
+        """Check the graph at ``path``, whose folder is that of the weight files.
+
+        Args:
+            advance: called with a name for each judged layer and once for the rest.
+
+        Raises:
+            ExportError: ONNX Runtime cannot run the graph, or a layer is missing in it.
+        """
+        model = load_graph(path)
+        taps = find_taps(model, [spec.name for spec in self.plan.layers] if self.between else self.chosen)
+        self.reference.use(bits)
+        xs, seen = self._run(model, taps, path) if self.whole else (self._probed(bits), None)
+        judged = {name: taps[name] for name in self.chosen}
+        checks = judge_layers(model, judged, xs, self.reference.layers, self.plan.dtype, path.parent, advance)
+        layers = LayersCheck(tuple(checks), len(self.plan.layers))
+        between = self._check_between(seen) if seen is not None and self.between else None
+        check = self._graph_check(path.name, bits, None if seen is None else seen["sample"], layers, between)
+        advance(path.name)
+        return check
+
+    def _run(self, model: ir.Model, taps: Mapping[str, Tap], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One run of the whole graph: (x of the chosen layers, the output as ``sample`` with ``to`` and ``from`` layers)."""
+        wanted = {"sample": model.graph.outputs[0]}
+        if self.between:
+            wanted |= {f"to {name}": tap.x for name, tap in taps.items()}
+            wanted |= {f"from {name}": tap.y for name, tap in taps.items()}
+        strided = add_taps(model, {name: taps[name].x for name in self.chosen}, self.step)
+        names = add_taps(model, wanted)
+        got = run_graph(model, path.parent, self.inputs, path.name)
+        return {key: got[name] for key, name in strided.items()}, {key: got[name] for key, name in names.items()}
+
+    def _probed(self, bits: int) -> dict[str, Tensor]:
+        if bits not in self._seen:
+            seen = self.reference.layer_inputs(self.inputs, bits, self.step)
+            self._seen = {bits: {name: seen[name] for name in self.chosen}}
+        return self._seen[bits]
+
+    def _check_between(self, seen: Mapping[str, Tensor]) -> BetweenCheck:
+        """The place furthest beyond its bound, or closest to it."""
+        ys = {key.removeprefix("from "): value for key, value in seen.items() if key.startswith("from ")}
+        near, exact = self.reference.led(self.inputs, ys)
+        checks = []
+        for place, reference in exact.items():
+            got = seen["sample" if place == "sample" else f"to {place}"]
+            if got.shape != reference.shape:
+                checks.append(BetweenCheck(place, float("inf"), 1.0, len(exact)))
+                continue
+            bound = FACTOR * relative_distance(near[place], reference) + ROUNDINGS * UNIT[self.plan.dtype]
+            checks.append(BetweenCheck(place, relative_distance(got, reference), bound, len(exact)))
+        return max(checks, key=lambda c: (not c.passed, c.error / c.bound))
+
+    def _graph_check(
+        self, name: str, bits: int, got: Tensor | None, layers: LayersCheck, between: BetweenCheck | None
+    ) -> GraphCheck:
+        if got is None:
+            return GraphCheck(name, None, None, None, None, layers, between, self.tokens)
+        if bits not in self._free:
+            self._free[bits] = self.reference.free(self.inputs, bits)
+        free = self._free[bits]
+        return GraphCheck(
+            graph=name,
+            error=relative_distance(got, free.exact),
+            reference_error=relative_distance(free.same_dtype, free.exact),
+            difference=relative_distance(got, free.same_dtype),
+            flipped_codes=free.flipped_codes,
+            layers=layers,
+            between=between,
+            tokens=self.tokens,
+        )
+
+
+def verify_graph(
+    path: Path, plan: ModelPlan, sizes: Sizes, model: nn.Module, bits: int, *, seed: int = 0, which: str = "opt"
+) -> GraphCheck:
+    """Check one graph with :class:`Verifier`.
+
+    Raises:
+        ExportError: as :meth:`Verifier.check`.
+    """
+    return Verifier(plan, sizes, model, seed=seed, which=which).check(path, bits)

@@ -1,0 +1,182 @@
+"""Running exported graphs in ONNX Runtime's CPU provider, whole with the inputs of chosen layers, or a layer alone."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common
+import torch
+from torch import Tensor
+
+from dvdquant.errors import ExportError
+from dvdquant.onnx.emulate_bfloat16 import emulate_bfloat16
+from dvdquant.onnx.expand_attention_mask import expand_attention_mask
+
+__all__ = ["Tap", "add_taps", "cut_out", "find_taps", "load_graph", "prepare_for_onnxruntime", "run_graph", "select"]
+
+LONG = np.iinfo(np.int64).max
+
+
+@dataclass
+class Tap:
+    """The input and output of one layer in a graph; ``lowered`` where standard operators stand in QuantLinear's place."""
+
+    layer: str
+    x: ir.Value
+    y: ir.Value
+    lowered: bool
+
+    @property
+    def fed(self) -> str:
+        """Name of the input that takes the place of x where the layer is cut out."""
+        return f"{self.layer}::x"
+
+
+def prepare_for_onnxruntime(model: ir.Model) -> ir.Model:
+    """Rewrite, in place, what ONNX Runtime's CPU provider cannot run; the arithmetic stays. Returns ``model``."""
+    expand_attention_mask(model)
+    emulate_bfloat16(model)
+    return model
+
+
+def load_graph(path: Path, edit: Callable[[ir.Model], None] | None = None) -> ir.Model:
+    """The graph at ``path``, made ready for ONNX Runtime; ``edit`` changes it before."""
+    model = ir.load(path)
+    if edit is not None:
+        edit(model)
+    return prepare_for_onnxruntime(model)
+
+
+def find_taps(model: ir.Model, layers: Iterable[str]) -> dict[str, Tap]:
+    """x and y of each layer: of its QuantLinear node, or of the first and last node it was lowered to.
+
+    Raises:
+        ExportError: a layer is not in the graph.
+    """
+    whole = {n.inputs[1].name: n for n in model.graph if n.op_type == "QuantLinear" and n.inputs[1] is not None}
+    parts = {node.name: node for node in model.graph}
+    taps = {}
+    for layer in layers:
+        node = whole.get(f"{layer}.weight")
+        first, last = (node, node) if node is not None else (_first(parts, layer), parts.get(f"{layer}.output"))
+        if first is None or last is None or first.inputs[0] is None:
+            raise ExportError(f"the graph {model.graph.name} has no layer {layer}")
+        taps[layer] = Tap(layer, first.inputs[0], last.outputs[0], node is None)
+    return taps
+
+
+def _first(parts: Mapping[str | None, ir.Node], layer: str) -> ir.Node | None:
+    """Where x enters a lowered layer: the rotation; without one, the split into groups or the absolute values."""
+    for step in ("rotate", "act_groups", "abs"):
+        if (node := parts.get(f"{layer}.{step}")) is not None:
+            return node
+    return None
+
+
+def add_taps(model: ir.Model, values: Mapping[str, ir.Value], step: int = 1) -> dict[str, str]:
+    """Make values outputs of the graph, every ``step``-th token of them (the last axis but one).
+
+    Returns the name of the output for each key.
+    """
+    graph, names = model.graph, {}
+    for key, value in values.items():
+        if step > 1 and value.shape is not None and len(value.shape) > 1:
+            value = _strided(graph, value, step)
+        if all(value is not output for output in graph.outputs):
+            graph.outputs.append(value)
+        names[key] = value.name or ""
+    return names
+
+
+def _strided(graph: ir.Graph, value: ir.Value, step: int) -> ir.Value:
+    name = f"{value.name}::strided"
+    for output in graph.outputs:
+        if output.name == name:
+            return output
+    bounds = []
+    for part, number in (("start", 0), ("end", LONG), ("axis", -2), ("step", step)):
+        constant = f"dvdquant.tap.{part}"
+        if constant not in graph.initializers:
+            tensor = ir.tensor(np.array([number], np.int64), name=constant)
+            made = ir.Value(name=constant, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            graph.initializers[constant] = made
+        bounds.append(graph.initializers[constant])
+    node = ir.node("Slice", [value, *bounds], name=name)
+    node.outputs[0].name, node.outputs[0].dtype = name, value.dtype
+    graph.append(node)
+    return node.outputs[0]
+
+
+def cut_out(model: ir.Model, taps: Mapping[str, Tap]) -> ir.Model:
+    """The layers alone, in place: an input ``<layer>::x`` with any number of tokens, and the output y, for each."""
+    graph = model.graph
+    for layer, tap in taps.items():
+        shape = None if tap.x.shape is None else ir.Shape([None] * (len(tap.x.shape) - 1) + [tap.x.shape[-1]])
+        fed = ir.Value(name=tap.fed, type=ir.TensorType(tap.x.dtype or ir.DataType.FLOAT), shape=shape)
+        graph.inputs.append(fed)
+        for node, index in list(tap.x.uses()):
+            if node is tap.y.producer() or (node.name or "").startswith(f"{layer}."):
+                node.replace_input_with(index, fed)
+    model = select(model, [tap.y for tap in taps.values()])
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None  # it was that of the graph's tokens
+    return model
+
+
+def select(model: ir.Model, outputs: Iterable[ir.Value]) -> ir.Model:
+    """Only what ``outputs`` need, in place."""
+    graph = model.graph
+    graph.outputs.clear()
+    graph.outputs.extend(outputs)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    for value in [v for v in graph.inputs if not v.uses()]:
+        graph.inputs.remove(value)
+    return model
+
+
+def run_graph(model: ir.Model, folder: Path, inputs: Mapping[str, Tensor], title: str) -> dict[str, Tensor]:
+    """One run of a prepared graph on the CPU provider; every output by name, bfloat16 as float32.
+
+    Weights are unpacked when their layer runs and freed after it, so memory grows with the largest layer.
+
+    Args:
+        folder: that of the weight files, for a copy of the graph while it loads.
+        inputs: those the graph has, and perhaps others; bfloat16 ones are fed as float32.
+        title: what to call the graph in an error.
+
+    Raises:
+        ExportError: ONNX Runtime cannot run the graph.
+    """
+    import onnxruntime
+
+    for value in model.graph.outputs:
+        value.dtype = value.dtype or ir.DataType.FLOAT
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Fusions would drop the casts that stand for rounding to bfloat16; folding would hold every weight in fp32.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.enable_cpu_mem_arena = False
+    copy = folder / f".verify-{uuid.uuid4().hex}.onnx"
+    try:
+        ir.save(model, copy)
+        session = onnxruntime.InferenceSession(
+            str(copy), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+        )
+        feeds = {}
+        for value in session.get_inputs():
+            tensor = inputs[value.name]
+            feeds[value.name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        results = session.run(None, feeds)
+    except Exception as error:  # onnxruntime's own exceptions share no base class but this
+        raise ExportError(f"ONNX Runtime refused {title}: {error}") from error
+    finally:
+        copy.unlink(missing_ok=True)
+    return {o.name: torch.from_numpy(np.asarray(value)) for o, value in zip(session.get_outputs(), results)}

@@ -1,0 +1,179 @@
+"""Check the quantized layers of an exported graph one by one: each on a given x, against float64, with a derived bound.
+
+Between two executors of a whole 4-bit-activation network the codes at rounding ties decide, and they hide a wrong layer.
+Alone, on the very x it had in the graph, a layer has no such freedom: see :mod:`dvdquant.export.verify.tolerance`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from dvdquant.export.verify.intermediates import Tap, add_taps, cut_out, find_taps, run_graph, select
+from dvdquant.export.verify.reference import quant_linears
+from dvdquant.export.verify.tolerance import OpInputs, judge
+from dvdquant.model.layers import LayerSpec, QuantLinear
+
+__all__ = ["LayerCheck", "LayersCheck", "check_layers", "choose_layers", "judge_layers", "token_step"]
+
+MAX_LAYERS = 64
+MIN_TOKENS = 32
+PRODUCTS = 1 << 36  # of activations and weights, per graph; some 10 float64 operations each
+BATCH = 1 << 25  # weights that run in one cut-out
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer against float64 on one input.
+
+    Args:
+        excess: largest |y − y₆₄| / bound over all elements; at most 1 where the layer is right.
+        ties, codes: activation codes near a rounding tie, and all of them.
+        error, bound: |y − y₆₄| and its bound at the element of ``excess``.
+    """
+
+    name: str
+    excess: float
+    ties: int
+    codes: int
+    error: float = 0.0
+    bound: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether every element is within its bound (NaN is not)."""
+        return self.excess <= 1.0
+
+
+@dataclass(frozen=True)
+class LayersCheck:
+    """The judged layers of one graph, out of ``total``."""
+
+    judged: tuple[LayerCheck, ...]
+    total: int
+
+    @property
+    def worst(self) -> LayerCheck:
+        """The layer closest to its bound, or furthest beyond."""
+        return max(self.judged, key=lambda check: np.nan_to_num(check.excess, nan=np.inf))
+
+    @property
+    def failed(self) -> tuple[LayerCheck, ...]:
+        """Those out of bounds, worst first."""
+        return tuple(sorted((c for c in self.judged if not c.passed), key=lambda c: -c.excess))
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are layers and all of them are within their bounds."""
+        return bool(self.judged) and not self.failed
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, the worst layer and those that failed; numbers of the worst element of each."""
+        return {
+            "judged": len(self.judged),
+            "total": self.total,
+            "worst": asdict(self.worst),
+            "failed": [asdict(check) for check in self.failed],
+            "passed": self.passed,
+        }
+
+
+def choose_layers(specs: Iterable[LayerSpec], worst: Iterable[str] = (), limit: int = MAX_LAYERS) -> tuple[str, ...]:
+    """The layers to judge, in module order: all up to ``limit``; of more an even spread with the first, the last and
+    those named in ``worst``."""
+    names = [spec.name for spec in specs]
+    if len(names) <= limit:
+        return tuple(names)
+    wanted = {name for name in worst if name in names}
+    places = np.linspace(0, len(names) - 1, max(2, limit - len(wanted))).round().astype(int)
+    wanted |= {names[place] for place in places}
+    return tuple(name for name in names if name in wanted)
+
+
+def token_step(specs: Iterable[LayerSpec], tokens: int) -> int:
+    """Every how-manieth token is judged, so that tokens × weights stay below ``PRODUCTS`` (but ``MIN_TOKENS`` at least)."""
+    weights = sum(spec.out_features * spec.features for spec in specs)
+    return max(1, tokens // max(MIN_TOKENS, PRODUCTS // max(1, weights)))
+
+
+def judge_layers(
+    model: ir.Model,
+    taps: Mapping[str, Tap],
+    xs: Mapping[str, Tensor],
+    layers: Mapping[str, QuantLinear],
+    dtype: torch.dtype,
+    folder: Path,
+    advance: Callable[[str], None] = lambda layer: None,
+) -> list[LayerCheck]:
+    """Run the layers again, cut out, on the given inputs, and judge what comes out; ``model`` is consumed.
+
+    Cut out, because ONNX Runtime drops the rounding between an fp16 operator it runs in fp32 and the layer's first
+    cast: inside the graph a layer does not see quite the x that comes out as an output.
+
+    Args:
+        xs: x of each layer [..., K] in the graph's dtype, or in fp32 where that is bfloat16.
+        layers: the loaded PyTorch layers, with the activation grids the graph is meant to have.
+        dtype: of the graph.
+        folder: that of the weight files.
+        advance: called with the name of every layer that is done.
+
+    Raises:
+        ExportError: ONNX Runtime cannot run a layer.
+    """
+    cut = cut_out(model, taps)
+    checks = []
+    for batch in _batches(taps, layers):
+        part = cut.clone() if len(batch) < len(taps) else cut
+        outputs = {value.name: value for value in part.graph.outputs}
+        part = select(part, [outputs[taps[name].y.name] for name in batch])
+        ys = run_graph(part, folder, {taps[name].fed: xs[name] for name in batch}, f"layer {batch[0]} and others")
+        for name in batch:
+            tap, layer = taps[name], layers[name]
+            judged = judge(OpInputs.of(layer), xs[name], dtype if tap.lowered else torch.float32, dtype)
+            excess, error, bound = judged.worst(ys[tap.y.name or ""])
+            checks.append(LayerCheck(name, excess, int(judged.near.sum()), judged.near.numel(), error, bound))
+            advance(name)
+    return checks
+
+
+def check_layers(
+    model: ir.Model,
+    torch_model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    folder: Path,
+    names: Iterable[str] | None = None,
+    step: int = 1,
+) -> list[LayerCheck]:
+    """Run a prepared graph, then judge the layers ``names`` (all by default) on every ``step``-th token they had there.
+
+    Args:
+        torch_model: the quantized PyTorch model with the stored weights, set to the graph's activation grid.
+    """
+    layers = quant_linears(torch_model)
+    taps = find_taps(model, layers if names is None else names)
+    outputs = add_taps(model, {name: tap.x for name, tap in taps.items()}, step)
+    seen = run_graph(model, folder, inputs, model.graph.name or "the graph")
+    return judge_layers(model, taps, {name: seen[outputs[name]] for name in taps}, layers, dtype, folder)
+
+
+def _batches(taps: Mapping[str, Tap], layers: Mapping[str, QuantLinear]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    weights = 0
+    for name in taps:
+        spec = layers[name].spec
+        size = spec.out_features * spec.features
+        if batch and weights + size > BATCH:
+            yield batch
+            batch, weights = [], 0
+        batch.append(name)
+        weights += size
+    if batch:
+        yield batch

@@ -1,0 +1,262 @@
+"""Check how the files of an export refer to each other: hashes say that each is as it was written, not that they fit.
+
+An engine is of a graph, a graph reads its weights from the weight files and nowhere else, the graphs of all bit-widths read the
+same ones, and what lies beside them unlisted may be taken for a part of the export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from dvdquant.artifact.commit import COMMIT, LOCK, STAGE
+from dvdquant.artifact.manifest import MANIFEST, EngineEntry, GraphEntry, LayerEntry
+from dvdquant.errors import DvdquantError, OutputError
+from dvdquant.export.graph.writer import graph_path
+from dvdquant.system.files import FileEntry
+from dvdquant.system.safetensors_io import PAD, TensorInfo, read_header
+from dvdquant.system.text import shown
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["check_links", "link_problems", "unlisted_files"]
+
+PACKED = ("weight", "weight_scale", "weight_factor", "weight_zero", "bias")
+# Folders whose files are taken by their place: by builders, runtimes and people.
+OWN_FOLDERS = ("onnx", "engines")
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Where external data lies."""
+
+    location: str
+    offset: int
+    length: int
+
+
+def check_links(
+    root: Path,
+    files: Mapping[str, FileEntry],
+    graphs: Sequence[GraphEntry],
+    engines: Sequence[EngineEntry],
+    components: Sequence[str],
+    layers: Sequence[LayerEntry],
+) -> None:
+    """Refuse an export whose files do not fit together; the arguments are the fields of its manifest.
+
+    Raises:
+        OutputError: naming up to five problems.
+    """
+    problems = link_problems(root, files, graphs, engines, components, layers)
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise OutputError(
+            f"the files of {root} do not fit together: {'; '.join(problems[:5])}{more}",
+            fix="remove the folder and export again",
+        )
+
+
+def link_problems(
+    root: Path,
+    files: Mapping[str, FileEntry],
+    graphs: Sequence[GraphEntry],
+    engines: Sequence[EngineEntry],
+    components: Sequence[str],
+    layers: Sequence[LayerEntry],
+) -> list[str]:
+    """What does not fit, each a clause that names the file."""
+    problems = [*_engine_problems(files, engines, components)]
+    names = {entry["name"] for entry in layers}
+    for component in components:
+        weights = _weights(root, files, component, problems)
+        regions: dict[str, tuple[str, _Region]] = {}
+        bare: dict[str, tuple[str, bytes]] = {}
+        for graph in graphs:
+            path = graph["path"]
+            if PurePosixPath(path).name.startswith(f"{component}_a"):
+                problems += _graph_problems(root, files, graph, names, weights, regions, bare)
+    known = {g["path"] for g in graphs if any(PurePosixPath(g["path"]).name.startswith(f"{c}_a") for c in components)}
+    problems += [f"{g['path']} is of none of the transformers" for g in graphs if g["path"] not in known]
+    return problems
+
+
+def unlisted_files(root: Path, files: Mapping[str, FileEntry]) -> tuple[list[str], list[str]]:
+    """What lies in an export and is not in its manifest: (in the folders of graphs and engines, elsewhere)."""
+    inside: list[str] = []
+    outside: list[str] = []
+    for name in sorted(_walk(root, "")):
+        top = name.partition("/")[0]
+        if name in files or name == MANIFEST or top in (LOCK, COMMIT) or STAGE.fullmatch(top):
+            continue
+        (inside if top in OWN_FOLDERS else outside).append(name)
+    return inside, outside
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[str]:
+    """Every path below that is no folder; a link is not followed."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            yield from _walk(entry, f"{prefix}{entry.name}/")
+        else:
+            yield f"{prefix}{entry.name}"
+
+
+def _engine_problems(
+    files: Mapping[str, FileEntry], engines: Sequence[EngineEntry], components: Sequence[str]
+) -> Iterator[str]:
+    for engine in engines:
+        stem = PurePosixPath(engine["path"]).name
+        graph = next(
+            (graph_path(c, engine["act_bits"], "tensorrt") for c in components if stem.startswith(f"{c}_a")), None
+        )
+        if graph is None or graph not in files:
+            yield f"{engine['path']} is of no graph of the export"
+        elif engine["onnx_sha256"] != files[graph]["sha256"]:
+            yield f"{engine['path']} was built from another {graph}"
+
+
+def _weights(
+    root: Path, files: Mapping[str, FileEntry], component: str, problems: list[str]
+) -> dict[str, tuple[str, TensorInfo]]:
+    """Every stored tensor of a transformer: (weight file, place)."""
+    found: dict[str, tuple[str, TensorInfo]] = {}
+    for name in files:
+        path = PurePosixPath(name)
+        of = path.name == f"{component}.safetensors" or (
+            path.name.startswith(f"{component}-") and path.name.endswith(".safetensors")
+        )
+        if str(path.parent) != "onnx" or not of:
+            continue
+        try:
+            tensors = read_header(root / name).tensors
+        except DvdquantError as error:
+            problems.append(error.what)
+            continue
+        for key, info in tensors.items():
+            if key.startswith(PAD):
+                continue
+            if key in found:
+                problems.append(f"{shown(key)} is in {found[key][0]} and in {name}")
+            found[key] = (name, info)
+    if not found:
+        problems.append(f"there are no weights of {component}")
+    return found
+
+
+def _graph_problems(
+    root: Path,
+    files: Mapping[str, FileEntry],
+    graph: GraphEntry,
+    layers: set[str],
+    weights: Mapping[str, tuple[str, TensorInfo]],
+    regions: dict[str, tuple[str, _Region]],
+    bare: dict[str, tuple[str, bytes]],
+) -> Iterator[str]:
+    import onnx
+
+    from dvdquant.export.engines.network import read_model
+
+    path = graph["path"]
+    try:
+        model = read_model(root / path)
+    except DvdquantError as error:
+        yield error.what
+        return
+    for tensor, own in _tensors(model):
+        external = tensor.data_location == onnx.TensorProto.EXTERNAL
+        name = shown(tensor.name, 100)
+        if not external:
+            if tensor.name in weights:
+                yield f"{path} carries a {name} of its own instead of the stored one"
+            continue
+        region = _region(tensor)
+        if region is None or not own:
+            yield f"{path}: the external data of {name} is out of form"
+            continue
+        place = (PurePosixPath(path).parent / region.location).as_posix()
+        if place not in files or "/" in region.location:
+            yield f"{path} reads {name} from {shown(region.location, 100)}, which is no file of the export beside it"
+        elif region.offset + region.length > files[place]["bytes"]:
+            yield f"{path} reads {name} beyond the end of {place}"
+        elif place.endswith(".safetensors") or tensor.name in weights:
+            stored = weights.get(tensor.name)
+            if stored is None or (stored[0], stored[1].offset, stored[1].nbytes) != (
+                place,
+                region.offset,
+                region.length,
+            ):
+                yield f"{path} reads {name} from another place than that of its tensor in the weight file"
+        before = regions.setdefault(tensor.name, (path, region))
+        if before[1] != region:
+            yield f"{path} and {before[0]} read different {name}"
+    yield from _layer_problems(path, graph, model, layers, weights)
+    if graph["target"] == "tensorrt":
+        rest = _without_bits(model)
+        first = bare.setdefault(graph["target"], (path, rest))
+        if first[1] != rest:
+            yield f"{path} and {first[0]} differ in more than the activation bits"
+
+
+def _layer_problems(
+    path: str, graph: GraphEntry, model: onnx.ModelProto, layers: set[str], weights: Mapping[str, Any]
+) -> Iterator[str]:
+    """Every quantized layer reads its own packed tensors."""
+    packed = {f"{name}.weight" for name in layers if f"{name}.weight" in weights}
+    used: set[str] = set()
+    for node in model.graph.node:
+        if (node.domain, node.op_type) == ("dvdquant", "QuantLinear"):
+            layer = node.input[1].removesuffix(".weight") if len(node.input) > len(PACKED) else ""
+            if list(node.input[1 : 1 + len(PACKED)]) != [f"{layer}.{kind}" for kind in PACKED]:
+                yield f"{path}: a QuantLinear reads {shown(', '.join(node.input[1:6]), 200)}"
+        used.update(node.input)
+    if missing := sorted(packed - used):
+        yield f"{path} does not use {shown(missing[0])}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+
+
+def _region(tensor: onnx.TensorProto) -> _Region | None:
+    entry = {item.key: item.value for item in tensor.external_data}
+    try:
+        region = _Region(entry["location"], int(entry["offset"]), int(entry["length"]))
+    except (KeyError, ValueError):
+        return None
+    return region if region.offset >= 0 and region.length >= 0 else None
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
+    """All of them, and whether each is an initializer of the graph: those in attributes of nodes, in subgraphs and in
+    functions are not."""
+    for tensor in model.graph.initializer:
+        yield tensor, True
+    for sparse in model.graph.sparse_initializer:
+        yield sparse.values, False
+        yield sparse.indices, False
+    pending = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while pending:
+        node = pending.pop()
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t, False
+            for tensor in attribute.tensors:
+                yield tensor, False
+            for sub in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                for tensor in sub.initializer:
+                    yield tensor, False
+                pending += sub.node
+
+
+def _without_bits(model: onnx.ModelProto) -> bytes:
+    """The graph but for the activation grids of its quantized layers."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        if (node.domain, node.op_type) == ("dvdquant", "QuantLinear"):
+            kept = [a for a in node.attribute if a.name not in ("act_bits", "act_group")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return bytes(copy.SerializeToString(deterministic=True))

@@ -1,0 +1,53 @@
+"""One compiled pass over the rows of a stored weight: its errors, and whether its codes are the nearest ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from dvdquant.quantize.backends.jit import jit
+
+__all__ = ["SUMS", "judge_rows"]
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I8 = npt.NDArray[np.int8]
+U8 = npt.NDArray[np.uint8]
+
+# What judge_rows says of a row.
+SUMS = ("energy", "error", "nearest", "astray")
+
+
+@jit
+def judge_rows(w: F32, packed: I8, scale: F32, factor: U8, zero: F32, unit: float, out: F64) -> None:
+    """Fill out [R, 4] with ‖w‖², ‖w − ŵ‖², ‖w − ŵ′‖² where ŵ′ has the nearest codes on the same grid, and how far beyond
+    half a step the codes are from the nearest place on it, in steps, less what a rotation's rounding explains.
+
+    Args:
+        w: the rotated weight [R, K]. packed: int8 [R, K/2], low nibble = even k. scale: [R]. factor: [R, groups].
+        zero: that of :func:`dvdquant.numerics.packing.expand_zero`, [R, 1] or [R, groups].
+        unit: error of an element of w over the norm of its row.
+    """
+    size = w.shape[1] // factor.shape[1]
+    for r in range(w.shape[0]):
+        energy = 0.0
+        for k in range(w.shape[1]):
+            energy += np.float64(w[r, k]) * np.float64(w[r, k])
+        slack = unit * np.sqrt(energy)
+        error, nearest, astray = 0.0, 0.0, 0.0
+        for g in range(factor.shape[1]):
+            centre = zero[r, min(g, zero.shape[1] - 1)]
+            step = scale[r] * (np.float32(factor[r, g]) / np.float32(255.0))
+            if step <= 0.0:
+                step = np.float32(1e-38)  # no grid that is written has such a scale; the error says so
+            for k in range(g * size, (g + 1) * size):
+                byte = packed[r, k >> 1]
+                code = (byte >> 4) if k & 1 else (((byte & 15) ^ 8) - 8)
+                ideal = min(max(np.float64(w[r, k]) / np.float64(step) + np.float64(centre), -8.0), 7.0)
+                difference = np.float64(w[r, k]) - np.float64(step) * (np.float64(code) - np.float64(centre))
+                error += difference * difference
+                difference = np.float64(w[r, k]) - np.float64(step) * (np.floor(ideal + 0.5) - np.float64(centre))
+                nearest += difference * difference
+                beyond = abs(np.float64(code) - ideal) - 0.5 - slack / np.float64(step)
+                astray = max(astray, beyond)
+        out[r, 0], out[r, 1], out[r, 2], out[r, 3] = energy, error, nearest, astray
