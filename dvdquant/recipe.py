@@ -84,7 +84,7 @@ class Recipe:
             divides K (its entries are powers of two, exact in every dtype); ``full`` the whole row; ``none`` no
             rotation; an integer that block.
         inputs: ``synthetic`` predicts the second moments of every layer's input without data, by one run of the model on
-            synthetic latents (:mod:`dvdquant.quantize.hessian`), and rounds the codes with feedback (:mod:`dvdquant.quantize.gptq`);
+            synthetic latents (``quantize/hessian.py``), and rounds the codes with feedback (``quantize/gptq.py``);
             ``ignored`` looks at the weights alone, as the paper does.
         balance: multiply every input channel by a power of two, and its column of the weight by the inverse, so that
             outlier channels do not take the activation grid for themselves. Needs ``inputs="synthetic"``.

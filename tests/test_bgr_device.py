@@ -1,4 +1,4 @@
-"""BGR in tensor operations (:mod:`dvdquant.quantize.backends.torch_grid`) against the compiled loops and against itself on odd input.
+"""BGR in tensor operations (``backends/torch_grid.py``) against the compiled loops and against itself on odd input.
 
 The same operations run on a GPU; here they run on the CPU.
 """

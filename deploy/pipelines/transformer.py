@@ -112,7 +112,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                 ``callback`` (with ``callback``); the last two are understood from their argument.
             delta: δ of ``switch``: 0 is always 8 bits, infinity always 4; :data:`DEFAULT_DELTA` if not given.
             cache: a threshold turns the step cache on with the family's policy.
-            branch_policy, last_high, weighting: see :class:`dvdquant.deploy.switching.controller.StepController`; the last two are
+            branch_policy, last_high, weighting: see :class:`StepController`; the last two are
                 for ``switch``, where the defaults are those of the commands.
             torch_dtype, dtype: refused unless it is the export's, or "auto".
 

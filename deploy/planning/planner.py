@@ -121,7 +121,7 @@ def plan(
 
     Args:
         steps: of a clip; default the model's own. reference: compare with the original 16-bit checkpoint too.
-        last_high, weighting: see :class:`dvdquant.deploy.switching.controller.StepController`; here too the default is the commands'.
+        last_high, weighting: see :class:`StepController`; here too the default is the commands'.
 
     Raises:
         UnsupportedError: the export has one bit-width only, or no δ reaches the goal (saying the range).

@@ -117,7 +117,7 @@ class StepController:
         schedule: a :class:`Schedule`, or bits per step (None: skip).
         cache: skip steps too, in the switch and fixed modes.
         weighting: in the switch mode, ``step`` (the default there) weighs the change of a step with how far it moves the
-            timestep, where the number of steps is known; ``none`` is the published rule. See :mod:`dvdquant.deploy.switching.gbs`.
+            timestep, where the number of steps is known; ``none`` is the published rule. See ``gbs.py``.
         last_high: in the switch mode, steps at the end that run on the high engine whatever the sum says, where the number
             of steps is known; there the default is :data:`dvdquant.deploy.switching.defaults.LAST_HIGH`. 0 is the published rule.
             In the fixed mode, steps at the end that the cache computes; one is computed in any case.

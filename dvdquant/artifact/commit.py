@@ -17,7 +17,7 @@ States a kill can leave, and what the next export into the folder makes of them 
 * ``OUT/.commit``: decided, perhaps half installed; rolled forward.
 
 The folder may come from a stranger, with all of these prepared. So everything here works on open folders
-(:class:`dvdquant.artifact.folder.Folder`): a link, in whichever place and put there at whatever time, is refused or deleted as the
+(:class:`Folder`): a link, in whichever place and put there at whatever time, is refused or deleted as the
 link it is, and nothing outside OUT and its own folders beside it is moved, read, written or deleted.
 """
 

@@ -1,8 +1,8 @@
 """``dvdquant::quant_linear``: rotate, scale and quantize x online, multiply with 4-bit weights, correct (ARQ and BGR).
 
 One definition for every executor: the PyTorch reference (``ops/reference.py``), the ONNX function body
-(``export/graph/functions.py``), the CUDA launcher and the TensorRT plugin, all in fp32. On a CUDA device the op runs on the kernel
-library where that is built and has a path for the layer (``ops/cuda_linear.py``); there weights with several scales per row
+(``export/graph/functions.py``), the CUDA launcher and the TensorRT plugin, all in fp32. On a CUDA device the op runs on the
+kernel library where that is built and has a path for the layer (``ops/cuda_linear.py``); there weights with several scales per row
 are rounded once more, to 8 bits per row (``repack.py`` states by how much).
 """
 

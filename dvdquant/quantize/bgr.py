@@ -13,7 +13,7 @@ Solvers:
     A real zero-point is searched together with the scale, by linear regression of the weights on the codes.
 
 The loops are compiled by numba for the CPU they run on. Weights on a GPU are quantized there, by the kernels of
-:mod:`dvdquant.quantize.backends.cuda_grid` where they are built, else by :mod:`dvdquant.quantize.backends.torch_grid` (``paper`` excepted: its blocks go through
+``backends/cuda_grid.py`` where they are built, else by ``backends/torch_grid.py`` (``paper`` excepted: its blocks go through
 the CPU).
 """
 

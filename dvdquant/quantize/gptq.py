@@ -5,7 +5,7 @@ error of the output is ``(w − ŵ) M (w − ŵ)ᵀ`` for every row, and roundin
 of the row along the inverse of M lowers it (optimal brain quantization with a fixed order, as GPTQ does it). The scales
 and zero-points stay those of BGR: only codes change, so every kernel, graph and engine runs the result as it is.
 
-M may be predicted without data; see :mod:`dvdquant.quantize.hessian`.
+M may be predicted without data; see ``hessian.py``.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def synthetic_moments(
 ) -> dict[str, InputMoments]:
     """Moments of the inputs of every planned layer, by ``LayerSpec.name``.
 
-    One forward in fp32 on :func:`dvdquant.quantize.synthetic_inputs.synthetic_inputs`; every module's own parameters are read when it is
+    One forward in fp32 on :func:`synthetic_inputs`; every module's own parameters are read when it is
     called and dropped afterwards, NaN and infinities as 0.
 
     Args:

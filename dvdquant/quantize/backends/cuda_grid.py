@@ -1,7 +1,7 @@
-"""The quantizer's CUDA kernels on tensors: the search of :mod:`dvdquant.quantize.bgr` and the rounding of :mod:`dvdquant.quantize.gptq`.
+"""The quantizer's CUDA kernels on tensors: the search of ``bgr.py`` and the rounding of ``gptq.py``.
 
 They run where the kernel library is built (``make kernels``) and take the shapes it takes; everything else on a device goes
-through tensor operations (:mod:`dvdquant.quantize.backends.torch_grid`), which move hundreds of times as many bytes
+through tensor operations (``backends/torch_grid.py``), which move hundreds of times as many bytes
 (``benchmarks/quantize.py --traffic``).
 """
 

@@ -1,6 +1,6 @@
-"""The compiled loops of :mod:`dvdquant.quantize.bgr` for grids with a real zero-point: ``w ≈ Δ·(c − z)``, c in −8..7, per segment.
+"""The compiled loops of ``bgr.py`` for grids with a real zero-point: ``w ≈ Δ·(c − z)``, c in −8..7, per segment.
 
-A segment is a group, or the whole row, normalized by :mod:`dvdquant.quantize.backends.torch_rows`. Of given codes the best (Δ, z) is the
+A segment is a group, or the whole row, normalized by ``backends/torch_rows.py``. Of given codes the best (Δ, z) is the
 linear regression of w on them: ``Δ = cov(c, w)/var(c)``, ``z = mean(c) − mean(w)/Δ``. Where z leaves −8..7 15/16 it stays
 on that end and ``Δ = ⟨c − z, w⟩/⟨c − z, c − z⟩``. The *gain* ``⟨c − z, w⟩²/⟨c − z, c − z⟩`` is ‖w‖² less the error.
 

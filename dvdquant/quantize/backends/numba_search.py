@@ -1,6 +1,6 @@
-"""The compiled loops of :mod:`dvdquant.quantize.bgr`: scoring, descent and search of 4-bit grids, one row at a time.
+"""The compiled loops of ``bgr.py``: scoring, descent and search of 4-bit grids, one row at a time.
 
-A *segment* is the run of weights that share a scale: a group, or the whole row, normalized by :mod:`dvdquant.quantize.backends.torch_rows`.
+A *segment* is the run of weights that share a scale: a group, or the whole row, normalized by ``backends/torch_rows.py``.
 
 Levels are ``Δ·q``, ``q = clamp(round(w/Δ − half), low, high) + half``: half = 0.5, low..high = −8..7 for the mid-rise
 grid; half = 0, low..high = −8−z..7−z for an integer zero-point z. Of given q the best scale is ``Δ = S1/S2`` with

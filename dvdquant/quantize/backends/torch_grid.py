@@ -1,4 +1,4 @@
-"""BGR in tensor operations, for weights on a GPU: the solvers ``minmax`` and ``search`` of :mod:`dvdquant.quantize.bgr`.
+"""BGR in tensor operations, for weights on a GPU: the solvers ``minmax`` and ``search`` of ``bgr.py``.
 
 Every segment (a group, or the whole row) is sorted once. The nearest codes ``c = clamp(round(w/Δ + z), −8, 7)`` of any grid
 (Δ, z) are then 15 cuts of the sorted weights, and from prefix sums at the cuts follow
@@ -7,10 +7,10 @@ Every segment (a group, or the whole row) is sorted once. The nearest codes ``c 
 
 with ``i_b`` the first weight from ``Δ(b − ½ − z)`` on. So a grid costs 15 look-ups whatever the length of the segment, and
 thousands can be tried: there is no loop over weights, and nothing returns to the host before the result. The mid-rise grid
-is z = −½, the symmetric one z = 0; a real z is the regression of the weights on the codes, as in :mod:`dvdquant.quantize.backends.numba_real`.
+is z = −½, the symmetric one z = 0; a real z is the regression of the weights on the codes, as in ``backends/numba_real.py``.
 
-Runs on any device; on the CPU the compiled loops of :mod:`dvdquant.quantize.backends.numba_search` are faster, and on a GPU the kernels of
-:mod:`dvdquant.quantize.backends.cuda_grid` where they are built: this moves 3 to 50 KB for each weight (``benchmarks/quantize.py --traffic``).
+Runs on any device; on the CPU the compiled loops of ``backends/numba_search.py`` are faster, and on a GPU the kernels of
+``backends/cuda_grid.py`` where they are built: this moves 3 to 50 KB for each weight (``benchmarks/quantize.py --traffic``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of weights made ready for the solvers of :mod:`dvdquant.quantize.bgr`: every group scaled by a power of two of its own.
+"""Rows of weights made ready for the solvers of ``bgr.py``: every group scaled by a power of two of its own.
 
 amax of a group is then in [0.5, 1), so squares neither overflow nor vanish in fp32 whatever the weights are.
 """
