@@ -94,7 +94,8 @@ def _find(source: str) -> Path:
         raise CheckpointError(
             f"the model the export was made from is needed for text, VAE and scheduler, and is not here: {error.what}",
             available=error.available,
-            fix="give its folder or hub id with --pipeline, or run where the export was made",
+            fix="give its folder or hub id with --pipeline, or run where the export was made"
+            + (f"; or {error.fix}" if error.fix else ""),
         ) from error
 
 
