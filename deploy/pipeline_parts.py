@@ -100,7 +100,7 @@ def _find(source: str) -> Path:
 
 
 def _read_index(folder: UntrustedFolder, source: str) -> dict[str, Any]:
-    if not folder.has(INDEX):
+    if INDEX not in folder.names():  # a folder that may not be listed says so
         raise CheckpointError(
             f"{folder.root} is no diffusers pipeline: it has no {INDEX}",
             available=folder.listing(),
