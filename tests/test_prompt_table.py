@@ -133,7 +133,7 @@ def _json(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (lambda folder: (folder / "prompts.safetensors").unlink(), "is missing"),
         (lambda folder: (folder / "prompts.safetensors").write_bytes(b"\x08"), "prompts.safetensors"),
         (lambda folder: (folder / "prompts.json").write_text("{"), "prompts.json"),
-        (lambda folder: (folder / "prompts.json").write_text("[]"), "no JSON object"),
+        (lambda folder: (folder / "prompts.json").write_text("[]"), "not a JSON object"),
     ],
 )
 def test_damaged_tables_are_refused(folder: Path, damage: Callable[[Path], None], said: str) -> None:

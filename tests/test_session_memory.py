@@ -115,4 +115,6 @@ def test_memory_of_a_wide_model() -> None:
     # The same figures see the fp32 matrices, which a session of both bit-widths has once.
     expanded = 8 * codes
     assert measured["expanded"]["said"]["weights"] > expanded
-    assert expanded < measured["expanded"]["both"] < 1.2 * expanded
+    # Beside them the tensors that are not packed, copied out of the copy that is given back.
+    kept = stored - codes
+    assert expanded < measured["expanded"]["both"] < 1.2 * expanded + kept

@@ -93,12 +93,13 @@ def _find(source: str) -> Path:
         raise CheckpointError(
             f"the model the export was made from is needed for text, VAE and scheduler, and is not here: {error.what}",
             available=error.available,
-            fix="give its folder or hub id with --pipeline, or run where the export was made",
+            fix="give its folder or hub id with --pipeline, or run where the export was made"
+            + (f"; or {error.fix}" if error.fix else ""),
         ) from error
 
 
 def _read_index(folder: UntrustedFolder, source: str) -> dict[str, Any]:
-    if not folder.has(INDEX):
+    if INDEX not in folder.names():  # a folder that may not be listed says so
         raise CheckpointError(
             f"{folder.root} is no diffusers pipeline: it has no {INDEX}",
             available=folder.listing(),

@@ -78,10 +78,15 @@ class PromptTable:
         data = _read_json(place, PROMPTS)
         try:
             words = _names(data, "words", MAX_WORDS)
-            table = _parse(root, data, words, _read_words(place, len(words)))
+            table = _parse(root, data, words, _read_words(place))
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"{root / PROMPTS} cannot be used: {reason}", fix="get the model again") from error
+        if len(table.words) != table.embeddings.shape[0]:
+            raise CheckpointError(
+                f"{root / EMBEDDINGS} has {table.embeddings.shape[0]} rows for the {len(table.words)} words of {PROMPTS}",
+                fix="use the two files of one and the same model",
+            )
         return table
 
     def parse(self, prompt: str) -> tuple[str, ...]:
@@ -178,7 +183,7 @@ def _read_json(place: UntrustedFolder, name: str) -> dict[str, Any]:
     return place.json(name, MAX_JSON, fix=_FIX)
 
 
-def _read_words(place: UntrustedFolder, count: int) -> Tensor:
+def _read_words(place: UntrustedFolder) -> Tensor:
     path = place.root / EMBEDDINGS
     try:
         fd = place.open(EMBEDDINGS)
@@ -193,11 +198,6 @@ def _read_words(place: UntrustedFolder, count: int) -> Tensor:
             raise CheckpointError(f"{path} has no tensor 'words' [words, text_dim]", available=few(header.tensors))
         if info.nbytes > MAX_EMBEDDINGS:
             raise CheckpointError(f"{path}: 'words' takes {info.nbytes} bytes, more than {MAX_EMBEDDINGS}", fix=_FIX)
-        if info.shape[0] != count:
-            raise CheckpointError(
-                f"{path} has {info.shape[0]} rows for the {count} words of {PROMPTS}",
-                fix="use the two files of one and the same model",
-            )
         tensor = read_tensor_from(fd, info, path)
     finally:
         os.close(fd)
