@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dvdquant.deploy.switching.gbs import change_sums
-from dvdquant.export.graph.trace import GraphWrapper
 from dvdquant.model.families import Axis, Family, Sizes
 from dvdquant.model.layers import QuantLinear, prepare_layers, set_activation
+from dvdquant.model.loading import GraphWrapper
 from dvdquant.model.plan import ModelPlan, build_skeleton, plan_model, quantized_skeleton
 from dvdquant.ops.cuda_linear import usable_kernels
 from dvdquant.recipe import get_recipe

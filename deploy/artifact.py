@@ -211,7 +211,7 @@ class Artifact:
 
 
 def _dtypes() -> dict[str, torch.dtype]:
-    from dvdquant.export.options import DTYPES
+    from dvdquant.numerics.dtypes import DTYPES
 
     return DTYPES
 

@@ -66,6 +66,7 @@ def export_model(
     Raises:
         DvdquantError: what was wrong, what was available and how to fix it; the folder is as it was.
     """
+    from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
     from dvdquant.export.pipeline import plan_export, run_export
     from dvdquant.system.progress import Progress
@@ -87,7 +88,7 @@ def export_model(
         num_frames=_size(num_frames),
         **options,
     )
-    return run_export(plan_export(arguments), progress or Progress())
+    return run_export(plan_export(arguments), progress or Progress(), add_report)
 
 
 def plan_schedule(

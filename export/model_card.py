@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dvdquant.artifact.manifest import Manifest
+from dvdquant.artifact.manifest import Manifest, model_name
 from dvdquant.artifact.verified import verified_words
-from dvdquant.deploy.report.text import model_name
 from dvdquant.recipe import fitted_words, looks_at_inputs
 from dvdquant.system.text import markdown, shown
 from dvdquant.system.text import markdown_code as code

@@ -10,12 +10,12 @@ import torch
 
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.model.families import Axis, Family, Sizes
+from dvdquant.numerics.dtypes import DTYPES
 from dvdquant.recipe import Recipe
 from dvdquant.system.devices import resolve_device
 from dvdquant.system.text import shown
 
 __all__ = [
-    "DTYPES",
     "TARGETS",
     "ExportOptions",
     "check_text",
@@ -27,7 +27,6 @@ __all__ = [
 TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
 MAX_WORKSPACE_GIB = 1024
 MAX_SAMPLES = 16
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

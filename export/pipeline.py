@@ -9,9 +9,10 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +33,6 @@ from dvdquant.artifact.output_folder import check_output
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
-from dvdquant.deploy.report.page import add_report
 from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export.engines import load_backend
 from dvdquant.export.engines.precision import EnginePlan, check_sms, plan_engines
@@ -166,19 +166,46 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     return ExportPlan(options, components, tuple(opened), tuple(plans), sizes, tuple(engines), versions, estimate)
 
 
-def run_export(plan: ExportPlan, progress: Progress) -> ExportResult:
+class WriteReport(Protocol):
+    """Writes ``report.html`` into the tree of an unfinished export; :func:`dvdquant.deploy.report.page.add_report` is one.
+
+    The report draws clips, which needs the runtime; so it is given to the exporter, which knows none.
+    """
+
+    def __call__(
+        self,
+        tree: Path,
+        manifest: Manifest,
+        known: dict[str, FileEntry],
+        *,
+        checks: Sequence[Mapping[str, Any]],
+        out: Path,
+        samples: int | None,
+        checkpoint_bytes: int,
+        progress: Progress,
+    ) -> None: ...
+
+
+def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport | None = None) -> ExportResult:
     """Carry out ``plan``; the output folder holds all of the new export, or what it held before.
+
+    Args:
+        write_report: needed where the options ask for a report.
 
     Raises:
         DvdquantError: with the output folder as it was (and, for finished layers, work kept for ``--resume``).
     """
     options = plan.options
+    if options.report and write_report is None:
+        raise UnsupportedError(
+            "a report was asked for without its writer", fix="use dvdquant.export_model, which has it"
+        )
     require_memory(plan.estimate, plan.plans, plan.engines)
     require_disk(options.out, plan.estimate.disk_bytes, "the export")
     with ExportTransaction(
         options.out, key=plan.key, resume=options.resume, keep_for_resume=True, accept=is_step
     ) as transaction:
-        run = _Run(plan, transaction, progress)
+        run = _Run(plan, transaction, progress, write_report)
         if options.resume and not (transaction.resumed or transaction.complete):
             progress.say(f"nothing to resume in {options.out}, starting from the beginning")
         if transaction.complete and transaction.previous is not None and run.adopt(transaction.previous):
@@ -208,8 +235,15 @@ def run_export(plan: ExportPlan, progress: Progress) -> ExportResult:
 class _Run:
     """The stages of one export and what they leave for each other."""
 
-    def __init__(self, plan: ExportPlan, transaction: ExportTransaction, progress: Progress) -> None:
+    def __init__(
+        self,
+        plan: ExportPlan,
+        transaction: ExportTransaction,
+        progress: Progress,
+        write_report: WriteReport | None = None,
+    ) -> None:
         self.plan, self.transaction, self.progress = plan, transaction, progress
+        self.write_report = write_report
         self.known: dict[str, FileEntry] = {}
         self.packed: dict[str, PackedWeights] = {}
         self.graphs: list[GraphEntry] = []
@@ -442,8 +476,17 @@ class _Run:
             (tree / name).write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         manifest = self._manifest()
         (tree / "README.md").write_text(model_card(manifest), encoding="utf-8")
-        if plan.options.report:
-            add_report(tree, manifest, self.known, checks, plan.options, plan.estimate.source_bytes, self.progress)
+        if self.write_report is not None and plan.options.report:
+            self.write_report(
+                tree,
+                manifest,
+                self.known,
+                checks=[check.to_json() for check in checks],
+                out=plan.options.out,
+                samples=plan.options.samples,
+                checkpoint_bytes=plan.estimate.source_bytes,
+                progress=self.progress,
+            )
         return self.transaction.commit(manifest, self.known)
 
     def _drop_other_engines(self) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.export.graph.trace import GraphWrapper
 from dvdquant.export.verify.graph import load_quantized
 from dvdquant.export.verify.reference import as_float64
 from dvdquant.model.layers import set_activation
+from dvdquant.model.loading import GraphWrapper
 from dvdquant.system.safetensors_io import read_header
 from tests import tiny_models as tiny
 from tests.commands import in_process

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.artifact.manifest import MANIFEST
+from dvdquant.artifact.layout import MANIFEST
 from dvdquant.cli.export import main as export_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import DvdquantError, EngineError, OutputError, UnsupportedError

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dvdquant.checkpoint.prompt_table import EMPTY_WORD, PromptTable, frames_from_latents, open_scheduler
+from dvdquant.checkpoint.prompt_table import EMPTY_WORD, PromptTable, frames_from_latents
+from dvdquant.deploy.generation.schedulers import open_table_scheduler
 from dvdquant.errors import CheckpointError, ShapeError
 from tests.exporting import TINY_WAN
 
@@ -144,17 +145,17 @@ def test_damaged_tables_are_refused(folder: Path, damage: Callable[[Path], None]
 
 
 def test_scheduler(folder: Path) -> None:
-    scheduler = open_scheduler(folder)
+    scheduler = open_table_scheduler(folder)
     scheduler.set_timesteps(10)
     assert type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     assert scheduler.config.shift == 3.0
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(path.read_text().replace("FlowMatchEuler", "Euler"))
     with pytest.raises(CheckpointError, match="EulerDiscreteScheduler"):
-        open_scheduler(folder)
+        open_table_scheduler(folder)
     path.unlink()
     with pytest.raises(CheckpointError, match="is missing"):
-        open_scheduler(folder)
+        open_table_scheduler(folder)
 
 
 def test_frames_are_the_rounded_latents() -> None:

@@ -17,11 +17,12 @@ import pytest
 from click.testing import CliRunner
 
 from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
-from dvdquant.checkpoint.prompt_table import PromptTable, open_scheduler
+from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import GenerateRequest, generate
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
+from dvdquant.deploy.generation.schedulers import open_table_scheduler
 from dvdquant.deploy.report.page import check_place, write_report
 from dvdquant.deploy.report.samples import make_samples, sample_prompts
 from dvdquant.deploy.report.text import commands, python_lines
@@ -245,7 +246,7 @@ def test_errors_are_those_along_the_originals_trajectory(out: Path, source: Path
     import torch
 
     (sample,) = make_samples(out, str(source), 1, None, Progress())
-    artifact, table, scheduler = Artifact.open(out), PromptTable.open(source), open_scheduler(source)
+    artifact, table, scheduler = Artifact.open(out), PromptTable.open(source), open_table_scheduler(source)
     model = load_original(artifact, source, "transformer", torch.device("cpu"), torch.float32)
     original = OriginalRunner(model, artifact.family())
     scheduler.set_timesteps(STEPS)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents, open_scheduler
+from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import GenerateRequest, generate, open_generator
+from dvdquant.deploy.generation.schedulers import open_table_scheduler
 from dvdquant.deploy.sessions import open_session
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.runner import StepRunner
@@ -78,7 +79,7 @@ def test_trace_is_what_the_runner_recorded(out: Path) -> None:
 def test_clip_is_the_scheduler_on_guided_engine_outputs(out: Path) -> None:
     """The loop by hand: same engines, guidance in float64 from its definition."""
     table, artifact = PromptTable.open(TINY_WAN), Artifact.open(out)
-    scheduler = open_scheduler(TINY_WAN)
+    scheduler = open_table_scheduler(TINY_WAN)
     scheduler.set_timesteps(3)
     latents = torch.randn(1, 3, 8, 24, 24, generator=torch.Generator().manual_seed(11))
     with open_session(artifact, backend="onnxruntime", device="cpu") as session:

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 
-from dvdquant.artifact.manifest import MANIFEST
+from dvdquant.artifact.layout import MANIFEST
 from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import engine_choice, engines, weights

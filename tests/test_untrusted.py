@@ -20,9 +20,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dvdquant.checkpoint.prompt_table import PromptTable, open_scheduler
+from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.checkpoint.untrusted import UntrustedFolder
+from dvdquant.deploy.generation.schedulers import open_table_scheduler
 from dvdquant.deploy.pipelines.parts import open_pipeline_folder
 from dvdquant.errors import CheckpointError, DvdquantError
 from tests.helpers_checkpoint import (
@@ -78,8 +79,8 @@ def pipeline(tmp_path: Path) -> Path:
 READERS: dict[str, Callable[[Path], Any]] = {
     "prompts.json": PromptTable.open,
     "prompts.safetensors": PromptTable.open,
-    "scheduler": open_scheduler,
-    "scheduler/scheduler_config.json": open_scheduler,
+    "scheduler": open_table_scheduler,
+    "scheduler/scheduler_config.json": open_table_scheduler,
     "transformer": open_checkpoint,
     "transformer/config.json": open_checkpoint,
     f"transformer/{SINGLE}": open_checkpoint,
@@ -486,7 +487,7 @@ TARGETS: dict[str, tuple[list[str], Callable[[Path], Any]]] = {
     "components": (["model_index.json"], lambda p: (Checkpoint.components(p), open_checkpoint(p))),
     "table": (["prompts.json"], lambda p: _use(PromptTable.open(p))),
     "words": (["prompts.safetensors"], lambda p: _use(PromptTable.open(p))),
-    "scheduler": (["scheduler/scheduler_config.json"], open_scheduler),
+    "scheduler": (["scheduler/scheduler_config.json"], open_table_scheduler),
     "index": ([f"transformer/{INDEX}"], open_checkpoint),
     "shard": ([f"transformer/{SHARD1}"], lambda p: [c.read(n) for c in [open_checkpoint(p)] for n in c.tensors]),
 }
@@ -552,7 +553,7 @@ def test_schedulers_that_give_no_noise_levels(tiny: Path, change: dict[str, Any]
     path = tiny / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=said) as caught:
-        open_scheduler(tiny)
+        open_table_scheduler(tiny)
     assert caught.value.fix
 
 

@@ -12,7 +12,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from dvdquant.checkpoint.prompt_table import EMPTY_WORD, PromptTable, open_scheduler
+from dvdquant.checkpoint.prompt_table import EMPTY_WORD, PromptTable
+from dvdquant.deploy.generation.schedulers import open_table_scheduler
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.gbs import relative_change
 from dvdquant.deploy.switching.step_cache import keep_residual, reuse
@@ -43,7 +44,7 @@ class Bench:
         table = PromptTable.open(folder)
         model = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval()
         model.requires_grad_(False)
-        return cls(name or folder.name, model, table, open_scheduler(folder), table.steps, table.guidance_scale)
+        return cls(name or folder.name, model, table, open_table_scheduler(folder), table.steps, table.guidance_scale)
 
     def words(self, prompts: Sequence[Prompt]) -> Tensor:
         """Embeddings [B, slots, text_dim] in fp32."""

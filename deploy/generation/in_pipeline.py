@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation.generate import Generator, executed_original, executed_session, make_controller
+from dvdquant.deploy.generation.generator import Generator, executed_original, executed_session, make_controller
 from dvdquant.deploy.generation.original import CallRecorder, load_original, synchronize
 from dvdquant.deploy.generation.request import (
     GenerateRequest,

@@ -22,7 +22,15 @@ from typing_extensions import TypedDict  # pydantic takes the one of typing from
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.errors import CheckpointError
 
-__all__ = ["SCHEDULERS", "build_scheduler", "check_scheduler_config", "open_scheduler", "rehearse", "set_timesteps"]
+__all__ = [
+    "SCHEDULERS",
+    "build_scheduler",
+    "check_scheduler_config",
+    "open_scheduler",
+    "open_table_scheduler",
+    "rehearse",
+    "set_timesteps",
+]
 
 FOLDER, FILE, INDEX = "scheduler", "scheduler_config.json", "model_index.json"
 MAX_JSON = 1 << 20
@@ -119,6 +127,17 @@ def open_scheduler(root: Path, family: str, expected: str | None = None) -> Any:
         )
     path = root / FOLDER / FILE
     return build_scheduler(_read(root, f"{FOLDER}/{FILE}"), name, path)
+
+
+def open_table_scheduler(folder: Path) -> Any:
+    """Return the scheduler of a model with a prompt table, flow matching Euler. CheckpointError where it is another."""
+    path = folder / FOLDER / FILE
+    config = _read(folder, f"{FOLDER}/{FILE}")
+    if config.get("_class_name") != _FLOW[0]:
+        raise CheckpointError(
+            f"{path} is a {config.get('_class_name')!r:.80}", available=_FLOW[0], fix="get the model's folder again"
+        )
+    return build_scheduler(config, _FLOW[0], path)
 
 
 def build_scheduler(config: Mapping[str, Any], class_name: str, path: Path) -> Any:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.artifact.manifest import MANIFEST, LayerEntry, Manifest
+from dvdquant.artifact.layout import MANIFEST
+from dvdquant.artifact.manifest import LayerEntry, Manifest, model_name
 from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.deploy.report.charts import error_chart, line_chart, schedule_chart
 from dvdquant.deploy.report.text import (
@@ -22,14 +23,12 @@ from dvdquant.deploy.report.text import (
     executions,
     kept_groups,
     millions,
-    model_name,
     python_lines,
     recipe_words,
     shown,
     size_words,
 )
 from dvdquant.errors import DvdquantError, OutputError
-from dvdquant.export.verify.graph import GraphCheck
 from dvdquant.recipe import error_name, looks_at_inputs
 from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress
@@ -38,7 +37,6 @@ from dvdquant.system.safetensors_io import read_header
 if TYPE_CHECKING:
     from dvdquant.deploy.report.samples import Sample
     from dvdquant.deploy.switching.schedule import Schedule
-    from dvdquant.export.options import ExportOptions
 
 __all__ = ["REPORT", "Report", "add_report", "check_place", "collect", "render_report", "write_report"]
 
@@ -56,7 +54,7 @@ class Report:
         manifest: with its files. out: the folder, as commands are to name it.
         checkpoint_bytes: tensors of the source, None when it is not at hand. parameters: (in 4 bits, kept in 16 bit),
             the second None when the weight files cannot be read.
-        checks: of ``--verify``, if it ran. schedule: of ``schedule.json``. samples: see report_samples.
+        checks: what ``--verify`` found, one record a graph, if it ran. schedule: of ``schedule.json``. samples: see samples.py.
         notes: what is missing from the page and why.
     """
 
@@ -64,7 +62,7 @@ class Report:
     out: str
     checkpoint_bytes: int | None = None
     parameters: tuple[int, int | None] = (0, None)
-    checks: tuple[GraphCheck, ...] = ()
+    checks: tuple[Mapping[str, Any], ...] = ()
     schedule: Schedule | None = None
     samples: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
@@ -80,7 +78,7 @@ def collect(
     *,
     out: Path | None = None,
     samples: int = 0,
-    checks: Sequence[GraphCheck] = (),
+    checks: Sequence[Mapping[str, Any]] = (),
     checkpoint_bytes: int | None = None,
 ) -> Report:
     """Gather a page about the export whose files lie in ``root``.
@@ -155,7 +153,7 @@ def render_report(report: Report) -> str:
     """The page as HTML."""
     import jinja2
 
-    from dvdquant.cli.common import amount
+    from dvdquant.system.text import amount
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -201,15 +199,22 @@ def add_report(
     tree: Path,
     manifest: Manifest,
     known: dict[str, FileEntry],
-    checks: Sequence[GraphCheck],
-    options: ExportOptions,
+    *,
+    checks: Sequence[Mapping[str, Any]],
+    out: Path,
+    samples: int | None,
     checkpoint_bytes: int,
     progress: Progress,
 ) -> None:
     """Write the page of an unfinished export into its ``tree``, from where the commit takes it like every other file.
 
     Args:
-        manifest: without files. known: hashes at hand; those of the other files of ``tree`` are added.
+        manifest: without files.
+        known: hashes at hand; those of the other files of ``tree`` are added.
+        checks: what ``--verify`` found, one record a graph.
+        out: the folder that the export will lie in, for the lines that the page shows.
+        samples: prompts to draw clips of; None is one where a clip costs seconds.
+        checkpoint_bytes: tensors of the source.
     """
     from dvdquant.artifact.commit import walk_files
 
@@ -219,7 +224,7 @@ def add_report(
             known[name] = hash_file(tree / name)
     there = {name: known[name] for name in sorted(known) if (tree / name).is_file()}
     complete = replace(manifest, files=there)
-    count = default_samples(manifest.source["model"]) if options.samples is None else options.samples
+    count = default_samples(manifest.source["model"]) if samples is None else samples
     try:
         # The runtime opens only what a manifest vouches for; the commit writes the final one.
         (tree / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
@@ -227,7 +232,7 @@ def add_report(
             tree,
             complete,
             progress,
-            out=options.out,
+            out=out,
             samples=count,
             checks=checks,
             checkpoint_bytes=checkpoint_bytes,
@@ -267,7 +272,7 @@ def _context(report: Report) -> dict[str, Any]:
         "kept": kept_groups(manifest),
         "executions": rows,
         "slow": slow,
-        "checks": [shown(check.to_json()) for check in report.checks],
+        "checks": [shown(dict(check)) for check in report.checks],
         "schedule": None if schedule is None else _schedule(schedule),
         "samples": [_sample(sample) for sample in report.samples],
         "commands": shown(commands(manifest, report.out, prompt, schedule is not None)),

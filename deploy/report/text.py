@@ -18,7 +18,6 @@ __all__ = [
     "executions",
     "kept_groups",
     "millions",
-    "model_name",
     "python_lines",
     "recipe_words",
     "shown",
@@ -245,9 +244,3 @@ def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool) 
             f"frames = pipe({prompt!r}).frames[0]",
         ]
     )
-
-
-def model_name(model: str) -> str:
-    """The last two parts of a hub id or path."""
-    parts = [part for part in model.replace("\\", "/").split("/") if part not in ("", ".")]
-    return "/".join(parts[-2:]) or model

@@ -18,8 +18,8 @@ from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.expand_weights import EXPANDED, expand_weights, expanded_weight
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
-from dvdquant.export.verify.graph import prepare_for_onnxruntime
 from dvdquant.model.layers import TENSORS
+from dvdquant.onnx.prepare import prepare_for_onnxruntime
 from dvdquant.system.records import brief
 
 __all__ = ["OnnxRuntimeSession", "WeightForm"]

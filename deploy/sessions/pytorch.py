@@ -13,9 +13,8 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError
-from dvdquant.export.graph.trace import GraphWrapper
-from dvdquant.export.verify.graph import fill_quantized
 from dvdquant.model.layers import QuantLinear, prepare_layers, set_activation
+from dvdquant.model.loading import GraphWrapper, fill_quantized
 from dvdquant.model.plan import quantized_skeleton
 from dvdquant.ops.cuda_linear import CACHE, usable_kernels
 from dvdquant.recipe import Recipe

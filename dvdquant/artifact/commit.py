@@ -41,15 +41,12 @@ from pathlib import Path
 from pydantic import StrictStr, TypeAdapter
 
 from dvdquant.artifact.folder import Folder
-from dvdquant.artifact.manifest import MANIFEST, MAX_MANIFEST, Manifest, check_relpath
+from dvdquant.artifact.layout import COMMIT, LOCK, MANIFEST, OWNER, STAGE, TREE
+from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.errors import OutputError
 from dvdquant.system.files import disk_error, strict_json, write_all
 
 __all__ = [
-    "COMMIT",
-    "LOCK",
-    "STAGE",
-    "TREE",
     "FolderLock",
     "install",
     "recover",
@@ -59,11 +56,6 @@ __all__ = [
     "walk_files",
 ]
 
-LOCK = ".lock"
-COMMIT = ".commit"
-TREE = "tree"
-OWNER = "owner.json"
-STAGE = re.compile(r"\.tmp-[0-9a-f]{16}")
 MAX_RECORD = 4 << 20  # some ten thousand files
 _RENAME_EXCHANGE = 2
 _LOOKS, _LOOK_SECONDS = 100, 0.01  # how long a reader that only looks at the lock may be in the way

@@ -28,6 +28,8 @@ from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from dvdquant import __version__
 from dvdquant.artifact.folder import Folder
+from dvdquant.artifact.layout import MANIFEST
+from dvdquant.artifact.unfinished import unfinished_export
 from dvdquant.errors import OutputError, RecipeError, ResourceError
 from dvdquant.recipe import Recipe
 from dvdquant.system.files import FileEntry, hash_file, open_regular, read_limited, strict_json
@@ -37,7 +39,6 @@ from dvdquant.system.text import json_text, shown
 
 __all__ = [
     "FORMAT_VERSION",
-    "MANIFEST",
     "EngineEntry",
     "FileEntry",
     "GraphEntry",
@@ -48,12 +49,12 @@ __all__ = [
     "check_relpath",
     "hash_file",
     "load_manifest",
+    "model_name",
     "read_verified",
     "verify_files",
 ]
 
 FORMAT_VERSION: Literal[1] = 1
-MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 << 20
 _SHOWN_PATH = 400  # characters
 _RESERVED = re.compile(r"\.(tmp-.*|lock|commit)|manifest\.json")
@@ -354,8 +355,6 @@ def load_manifest(out: str | Path) -> Manifest:
         with Folder.open(Path(out), follow=True) as folder:
             raw = folder.read(MANIFEST, MAX_MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
-        from dvdquant.artifact.unfinished import unfinished_export  # it imports this module
-
         raise unfinished_export(Path(out)) or OutputError(
             f"{name} is not a dvdquant export: it has no {MANIFEST}",
             available=_listing(Path(out)),
@@ -379,6 +378,12 @@ def _listing(folder: Path) -> str:
     except (OSError, ValueError) as error:
         return f"{name} cannot be listed: {error}"
     return ", ".join(names[:8]) or "an empty folder"
+
+
+def model_name(model: str) -> str:
+    """The last two parts of a hub id or path."""
+    parts = [part for part in model.replace("\\", "/").split("/") if part not in ("", ".")]
+    return "/".join(parts[-2:]) or model
 
 
 def verify_files(

@@ -6,9 +6,9 @@ import contextlib
 import os
 from pathlib import Path
 
-from dvdquant.artifact.commit import COMMIT, LOCK, STAGE
 from dvdquant.artifact.folder import Folder
-from dvdquant.artifact.manifest import MANIFEST, MAX_MANIFEST, Manifest
+from dvdquant.artifact.layout import COMMIT, LOCK, MANIFEST, STAGE
+from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest
 from dvdquant.errors import OutputError
 from dvdquant.system.files import disk_error
 from dvdquant.system.text import shown

@@ -24,10 +24,6 @@ from typing import Any
 from pydantic import StrictInt, StrictStr, TypeAdapter
 
 from dvdquant.artifact.commit import (
-    COMMIT,
-    OWNER,
-    STAGE,
-    TREE,
     FolderLock,
     install,
     is_trusted,
@@ -37,7 +33,8 @@ from dvdquant.artifact.commit import (
     sweep,
 )
 from dvdquant.artifact.folder import Folder
-from dvdquant.artifact.manifest import MANIFEST, MAX_MANIFEST, Manifest, check_relpath
+from dvdquant.artifact.layout import COMMIT, MANIFEST, OWNER, STAGE, TREE
+from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.artifact.output_folder import check_path, previous_export, real_path
 from dvdquant.artifact.unfinished import differences
 from dvdquant.errors import DvdquantError, OutputError, ResourceError

@@ -8,8 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dvdquant.artifact.commit import COMMIT, LOCK, STAGE
 from dvdquant.artifact.folder import Folder
+from dvdquant.artifact.layout import COMMIT, LOCK, STAGE
 from dvdquant.errors import OutputError
 
 __all__ = ["differences", "unfinished_export"]

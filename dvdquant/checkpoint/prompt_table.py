@@ -29,7 +29,6 @@ __all__ = [
     "PROMPTS",
     "PromptTable",
     "frames_from_latents",
-    "open_scheduler",
 ]
 
 PROMPTS, EMBEDDINGS, EMPTY_WORD = "prompts.json", "prompts.safetensors", "<none>"
@@ -39,7 +38,6 @@ MAX_EMBEDDINGS = 256 << 20
 MAX_LATENT = 1 << 28
 """Values of a latent clip: 81 frames of 720p RGB have 224 million."""
 _FIX = "get the model's folder again"
-_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 @dataclass(frozen=True)
@@ -153,18 +151,6 @@ class PromptTable:
                     fix=f'one word for each, like "{shown(self.example(), 1000)}"',
                 )
         return tuple(chosen[slot][0] for slot in self.order)
-
-
-def open_scheduler(folder: Path) -> Any:
-    """The FlowMatchEulerDiscreteScheduler of ``folder/scheduler``; CheckpointError where it is missing or another."""
-    place = UntrustedFolder.at(folder)
-    path = place.root / "scheduler" / "scheduler_config.json"
-    config = _read_json(place, "scheduler/scheduler_config.json")
-    if config.get("_class_name") != _SCHEDULER:
-        raise CheckpointError(f"{path} is a {config.get('_class_name')!r:.80}", available=_SCHEDULER, fix=_FIX)
-    from dvdquant.deploy.generation.schedulers import build_scheduler
-
-    return build_scheduler(config, _SCHEDULER, path)
 
 
 def frames_from_latents(latents: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -16,7 +16,7 @@ from dvdquant.cli.paths import WORD
 from dvdquant.cli.process import echo, require_folder, run_as_process, user_error
 from dvdquant.system.text import json_text, shown
 
-__all__ = ["ExamplesCommand", "amount", "echo", "paragraphs", "runs_on", "setup_logging", "table"]
+__all__ = ["ExamplesCommand", "echo", "paragraphs", "runs_on", "setup_logging", "table"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,15 +109,6 @@ def runs_on(command: Callable[P, R]) -> Callable[P, R]:
         "--device", type=WORD, default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where it runs."
     )
     return backend(device(command))
-
-
-def amount(nbytes: float) -> str:
-    """Bytes for people: ``1.4 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"
 
 
 def paragraphs(items: Sequence[tuple[str, str]], width: int = 100) -> str:

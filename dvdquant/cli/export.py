@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, amount, echo, paragraphs, setup_logging, table
+from dvdquant.cli.common import ExamplesCommand, echo, paragraphs, setup_logging, table
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import RECIPES, get_recipe
-from dvdquant.system.text import json_text
+from dvdquant.system.text import amount, json_text
 
 if TYPE_CHECKING:
     from dvdquant.export.estimate import Estimate
@@ -166,6 +166,7 @@ def main(**arguments: Any) -> None:
     # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # These take seconds to import; --help does not wait for them.
+    from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
     from dvdquant.export.pipeline import plan_export, run_export
     from dvdquant.system.progress import Progress
@@ -180,7 +181,7 @@ def main(**arguments: Any) -> None:
         echo(json_text(_plan_json(plan)) if log_format == "json" else _plan_text(plan))
         return
     progress = Progress(log_format)
-    result = run_export(plan, progress)
+    result = run_export(plan, progress, add_report)
     if log_format == "json":
         progress.event("done", **_result_json(result, time.monotonic() - started))
     else:

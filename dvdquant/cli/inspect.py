@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, amount, echo, paragraphs, setup_logging, table
+from dvdquant.cli.common import ExamplesCommand, echo, paragraphs, setup_logging, table
 from dvdquant.cli.paths import EXPORT, PATH, WORD
 from dvdquant.errors import OutputError
+from dvdquant.system.text import amount
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import LayerEntry, Manifest

@@ -2,8 +2,8 @@
 
 One definition for every executor: the PyTorch reference (``ops/reference.py``), the ONNX function body
 (``export/graph/functions.py``), the CUDA launcher and the TensorRT plugin, all in fp32. On a CUDA device the op runs on the
-kernel library where that is built and has a path for the layer (``ops/cuda_linear.py``); there weights with several scales per row
-are rounded once more, to 8 bits per row (``repack.py`` states by how much).
+kernel library where that is built and has a path for the layer (``ops/cuda_linear.py``). There, weights with several scales
+per row are rounded once more, to 8 bits per row (``repack.py`` states by how much).
 """
 
 from __future__ import annotations

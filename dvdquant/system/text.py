@@ -12,7 +12,17 @@ import shlex
 import unicodedata
 from typing import Any
 
-__all__ = ["escape_json", "json_text", "markdown", "markdown_code", "shell_line", "shell_word", "shown", "unsafe"]
+__all__ = [
+    "amount",
+    "escape_json",
+    "json_text",
+    "markdown",
+    "markdown_code",
+    "shell_line",
+    "shell_word",
+    "shown",
+    "unsafe",
+]
 
 # Control characters, marks that reorder or hide text, halves of surrogate pairs, private use, and line separators.
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -105,3 +115,12 @@ def _shell_escape(character: str) -> str:
     # What os.fsdecode made of a byte becomes that byte again; no other half of a pair can come from a file name.
     errors = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
     return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", errors))
+
+
+def amount(nbytes: float) -> str:
+    """Bytes for people: ``1.4 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"

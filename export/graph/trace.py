@@ -14,37 +14,20 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
 
 from dvdquant.errors import ExportError
 from dvdquant.export.passes.boolean_where import boolean_where
 from dvdquant.export.passes.name_weights import name_weights
 from dvdquant.export.passes.simplify import simplify
 from dvdquant.model.families import Family, Sizes
+from dvdquant.model.loading import GraphWrapper
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
 from dvdquant.onnx.schema import OPSET, register_schemas
 
-__all__ = ["OPSET_VERSION", "GraphWrapper", "profile_shapes", "trace_graph"]
+__all__ = ["OPSET_VERSION", "profile_shapes", "trace_graph"]
 
 OPSET_VERSION = 23
 log = logging.getLogger(__name__)
-
-
-class GraphWrapper(nn.Module):
-    """The transformer with the graph's inputs as one dictionary and one tensor as output.
-
-    A dictionary, because torch.export loses the shape ranges of ``**kwargs``.
-    """
-
-    def __init__(self, model: nn.Module, family: Family) -> None:
-        super().__init__()
-        self.model = model
-        self._family = family
-
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Family inputs -> sample."""
-        output: Tensor = self.model(**self._family.forward_kwargs(inputs), return_dict=False)[0]
-        return output
 
 
 def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:

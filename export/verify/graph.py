@@ -20,19 +20,12 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from dvdquant.export.verify.intermediates import (
-    Tap,
-    add_taps,
-    find_taps,
-    load_graph,
-    prepare_for_onnxruntime,
-    run_graph,
-)
+from dvdquant.export.verify.intermediates import Tap, add_taps, find_taps, load_graph, run_graph
 from dvdquant.export.verify.layers import LayersCheck, choose_layers, judge_layers, token_step
 from dvdquant.export.verify.reference import Free, Reference, relative_distance
 from dvdquant.export.verify.tolerance import UNIT
 from dvdquant.model.families import Axis, Sizes
-from dvdquant.model.layers import QuantLinear
+from dvdquant.model.loading import fill_quantized
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
 from dvdquant.system.safetensors_io import TensorInfo, read_tensor
 
@@ -40,9 +33,7 @@ __all__ = [
     "BetweenCheck",
     "GraphCheck",
     "Verifier",
-    "fill_quantized",
     "load_quantized",
-    "prepare_for_onnxruntime",
     "verify_graph",
 ]
 
@@ -190,16 +181,6 @@ def load_quantized(plan: ModelPlan, tensors: Mapping[str, tuple[str, TensorInfo]
 
     fill_quantized(model, plan, read)
     return model
-
-
-def fill_quantized(model: nn.Module, plan: ModelPlan, read: Callable[[str], Tensor]) -> None:
-    """Put the stored tensors into a :func:`dvdquant.model.plan.quantized_skeleton`; ``read`` gives one by its name."""
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.load({name: read(name) for name in module.spec.tensors()})
-    for name in plan.kept:
-        parent, _, child = name.rpartition(".")
-        model.get_submodule(parent)._parameters[child] = nn.Parameter(read(name), requires_grad=False)
 
 
 class Verifier:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import ExportError
-from dvdquant.onnx.emulate_bfloat16 import emulate_bfloat16
-from dvdquant.onnx.expand_attention_mask import expand_attention_mask
+from dvdquant.onnx.prepare import prepare_for_onnxruntime
 
-__all__ = ["Tap", "add_taps", "cut_out", "find_taps", "load_graph", "prepare_for_onnxruntime", "run_graph", "select"]
+__all__ = ["Tap", "add_taps", "cut_out", "find_taps", "load_graph", "run_graph", "select"]
 
 LONG = np.iinfo(np.int64).max
 
@@ -35,13 +34,6 @@ class Tap:
     def fed(self) -> str:
         """Name of the input that takes the place of x where the layer is cut out."""
         return f"{self.layer}::x"
-
-
-def prepare_for_onnxruntime(model: ir.Model) -> ir.Model:
-    """Rewrite, in place, what ONNX Runtime's CPU provider cannot run; the arithmetic stays. Returns ``model``."""
-    expand_attention_mask(model)
-    emulate_bfloat16(model)
-    return model
 
 
 def load_graph(path: Path, edit: Callable[[ir.Model], None] | None = None) -> ir.Model:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvdquant.export.graph.trace import GraphWrapper
 from dvdquant.model.layers import QuantLinear, set_activation
+from dvdquant.model.loading import GraphWrapper
 from dvdquant.model.plan import ModelPlan
 from dvdquant.numerics.activation_grid import quantize_activation
 from dvdquant.ops.reference import rotate_by_matrices

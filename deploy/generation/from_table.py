@@ -1,0 +1,184 @@
+"""Clips of a model with a prompt table: flow matching Euler steps with classifier-free guidance
+
+    v = v_uncond + g · (v_cond − v_uncond)
+
+on latents that are RGB, so that neither text encoder nor VAE is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.generator import (
+    Generator,
+    Runner,
+    WrapSession,
+    executed_original,
+    executed_session,
+    make_controller,
+)
+from dvdquant.deploy.generation.original import OriginalRunner, load_original
+from dvdquant.deploy.generation.request import (
+    GenerateRequest,
+    GenerateResult,
+    OnStep,
+    check_request,
+    resolve_size,
+)
+from dvdquant.deploy.generation.schedulers import FILE, FOLDER, open_table_scheduler, rehearse
+from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.deploy.switching.runner import StepRunner
+from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.system.devices import resolve_device
+
+__all__ = ["TableGenerator"]
+
+
+class TableGenerator(Generator):
+    """A model with a prompt table: flow matching Euler steps, latents are RGB."""
+
+    def __init__(
+        self, artifact: Artifact, table: PromptTable, *, backend: str, device: str, wrap: WrapSession | None = None
+    ) -> None:
+        super().__init__(artifact)
+        (self.component,) = artifact.components
+        self.family = artifact.family(self.component)
+        self.table, self.backend, self.device = table, backend, device
+        self._wrap = wrap
+        self._session: EngineSession | None = None
+        self._original: OriginalRunner | None = None
+        self._tried: set[int] = set()  # numbers of steps that the scheduler has gone through
+        self._check_model()
+
+    def check(self, request: GenerateRequest) -> GenerateRequest:
+        """See :class:`Generator`; also checks the words."""
+        check_request(request, self.artifact)
+        self.table.encode(request.prompt)
+        if request.negative_prompt is not None:
+            self.table.encode(request.negative_prompt)
+        size = resolve_size(request, self.artifact.sizes, (1, 1, 1), self.family.patch(), causal=False)
+        steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
+        steps = steps or self.table.steps
+        self._try_scheduler(steps)
+        return dataclasses.replace(
+            request,
+            steps=steps,
+            guidance=self.table.guidance_scale if request.guidance is None else request.guidance,
+            num_frames=size.frames,
+            height=size.height,
+            width=size.width,
+        )
+
+    def _try_scheduler(self, steps: int) -> None:
+        """CheckpointError now for a scheduler that would fail once the model is loaded."""
+        if steps not in self._tried:
+            path = self.table.root / FOLDER / FILE
+            rehearse(open_table_scheduler(self.table.root), self.family.name, steps, path)
+            self._tried.add(steps)
+
+    def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
+        """See :class:`Generator`."""
+        request = self.check(request)
+        runner, device, dtype = self._runner(request)
+        started = time.perf_counter()
+        runner.on_step = on_step
+        latents = self._denoise(request, runner, device, dtype)
+        return GenerateResult(
+            request,
+            frames_from_latents(latents),
+            latents,
+            list(runner.trace),
+            runner.summary(),
+            self._executed(request),
+            time.perf_counter() - started,
+            {self.component: list(runner.trace)},
+        )
+
+    def prepare(self, request: GenerateRequest) -> None:
+        """See :class:`Generator`."""
+        self._runner(self.check(request))
+
+    def close(self) -> None:
+        """See :class:`Generator`."""
+        if self._session is not None:
+            self._session.close()
+        self._session = self._original = None
+
+    @torch.inference_mode()
+    def _denoise(self, request: GenerateRequest, runner: Runner, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Latents [1, 3, F, H, W] after all steps. They, the scheduler and the guidance stay in float32 on the CPU."""
+        steps, guidance, size = request.steps, request.guidance, (request.num_frames, request.height, request.width)
+        assert steps is not None and guidance is not None and None not in size  # noqa: PT018  (filled in by check)
+        scheduler = open_table_scheduler(self.table.root)
+        scheduler.set_timesteps(steps)
+        shape = (1, self.table.latent[0], *(n for n in size if n is not None))
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
+        branches = {"cond": self.table.encode(request.prompt)}
+        if guidance != 1:
+            branches["uncond"] = self.table.encode(request.negative_prompt)
+        runner.begin_request(steps)
+        for step, timestep in enumerate(scheduler.timesteps):
+            velocities = {}
+            for branch, words in branches.items():
+                inputs = {
+                    "hidden_states": latents.to(device, dtype),
+                    "timestep": timestep.reshape(1).to(device, torch.float32),
+                    "encoder_hidden_states": words.to(device, dtype),
+                }
+                velocities[branch] = runner.run(inputs, branch=branch, step=step, steps=steps).float().cpu()
+            velocity = velocities["cond"]
+            if guidance != 1:
+                velocity = velocities["uncond"] + guidance * (velocity - velocities["uncond"])
+            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        return latents
+
+    def _runner(self, request: GenerateRequest) -> tuple[Runner, torch.device, torch.dtype]:
+        if request.mode == "16":
+            if self._original is None:
+                device = resolve_device(self.device)
+                # Nothing but the transformer runs here, so a CPU may take the arithmetic it is good at.
+                dtype = torch.float32 if device.type == "cpu" else self.artifact.dtype
+                model = load_original(self.artifact, self.table.root, self.component, device, dtype)
+                self._original = OriginalRunner(model, self.family)
+            return self._original, self._original.device, self._original.dtype
+        if self._session is None:
+            session = open_session(self.artifact, self.component, backend=self.backend, device=self.device)
+            self._session = session if self._wrap is None else self._wrap(session)
+        runner = StepRunner(self._session, make_controller(self.artifact, self.component, request))
+        return runner, self._session.device, self._session.dtype
+
+    def _executed(self, request: GenerateRequest) -> dict[str, Any]:
+        if request.mode == "16" and self._original is not None:
+            return executed_original(self._original.device, self._original.dtype)
+        assert self._session is not None
+        return executed_session(self._session)
+
+    def _check_model(self) -> None:
+        """CheckpointError unless table and export fit each other; UnsupportedError for inputs a table cannot give."""
+        specs = self.family.inputs(self.artifact.sizes)
+        names = [spec.name for spec in specs]
+        if names != ["hidden_states", "timestep", "encoder_hidden_states"]:
+            raise UnsupportedError(
+                f"{self.table.root} has a prompt table, but its transformer takes {', '.join(names)}",
+                available="models that take hidden_states, timestep and encoder_hidden_states",
+            )
+        if self.artifact.sizes.batch != 1:
+            raise UnsupportedError(
+                f"the export has batch {self.artifact.sizes.batch}; clips from a prompt table are made one at a time",
+                fix="export again with --batch 1",
+            )
+        tokens, dimension = len(self.table.order), self.table.embeddings.shape[1]
+        wants = specs[2].shape[1:]
+        if wants != (tokens, dimension) or specs[0].shape[1] != self.table.latent[0]:
+            raise CheckpointError(
+                f"{self.table.root} gives text embeddings [{tokens}, {dimension}] and {self.table.latent[0]} channels; "
+                f"the export takes {list(wants)} and {specs[0].shape[1]}",
+                fix=f"export with --text-tokens {tokens}, or give the model of this export with --pipeline",
+            )

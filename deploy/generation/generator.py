@@ -1,0 +1,104 @@
+"""What every generator of clips shares: its interface, the controller of a request, and what is said of where it ran."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.request import DEFAULT_DELTA, GenerateRequest, GenerateResult, OnStep
+from dvdquant.deploy.generation.video import default_fps
+from dvdquant.deploy.sessions import EngineSession
+from dvdquant.deploy.switching.controller import StepController, StepRecord
+from dvdquant.deploy.switching.step_cache import StepCachePolicy
+
+__all__ = ["Generator", "Runner", "WrapSession", "executed_original", "executed_session", "make_controller"]
+
+WrapSession = Callable[[EngineSession], EngineSession]
+
+
+class Runner(Protocol):
+    """What StepRunner and OriginalRunner share."""
+
+    trace: list[StepRecord]
+    on_step: OnStep | None
+
+    def begin_request(self, steps: int | None = None) -> None: ...
+
+    def run(
+        self, inputs: dict[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
+    ) -> Tensor: ...
+
+    def summary(self) -> dict[str, Any]: ...
+
+
+class Generator(ABC):
+    """A model opened for several clips; a context manager. Engines and weights are loaded once, when first needed."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+
+    @abstractmethod
+    def check(self, request: GenerateRequest) -> GenerateRequest:
+        """``request`` with steps, guidance and size filled in, before anything is loaded. DvdquantError when the model
+        or the export cannot make it."""
+
+    @abstractmethod
+    def prepare(self, request: GenerateRequest) -> None:
+        """Load what ``request`` needs, so that a missing engine is found before anything is drawn."""
+
+    @abstractmethod
+    def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
+        """One clip; ``on_step`` gets the record of every call of the transformer as soon as it has ended."""
+
+    def fps(self, frames: int) -> int:
+        """Frames per second at which a clip of ``frames`` frames is meant to be seen."""
+        return default_fps(frames)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free engines and weights."""
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def make_controller(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:
+    """The controller for one component and one request (mode ``16`` needs none)."""
+    bits = artifact.bits(component)
+    cache = None
+    if request.cache is not None:
+        cache = StepCachePolicy.for_family(artifact.family(component).name, threshold=request.cache)
+    low, high = bits[0], bits[-1]
+    if request.mode == "planned":
+        return StepController("planned", schedule=request.schedule, low=low, high=high)
+    if request.mode == "switch":
+        delta = DEFAULT_DELTA if request.delta is None else request.delta
+        rule: dict[str, Any] = {"last_high": request.last_high, "weighting": request.weighting}
+        return StepController("switch", delta=delta, low=low, high=high, cache=cache, **rule)
+    return StepController("fixed", bits=int(request.mode.removeprefix("a")), low=low, high=high, cache=cache)
+
+
+def executed_session(session: EngineSession) -> dict[str, Any]:
+    """Backend, device, dtype and resident bytes of a session, for trace and summary."""
+    return {
+        "backend": session.backend,
+        "device": str(session.device),
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "activation_bits": list(session.bits),
+        "resident_bytes": session.resident_bytes(),
+    }
+
+
+def executed_original(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The same of the original checkpoint."""
+    name = str(dtype).removeprefix("torch.")
+    return {"backend": "pytorch, original checkpoint", "device": str(device), "dtype": name}
