@@ -26,9 +26,10 @@ import torch
 
 COMMANDS = {name: importlib.import_module(f"dvdquant.cli.{name}").main for name in ("export", "inspect", "plan", "run")}
 MODULES = (
-    "export.pipeline", "export.options", "export.report", "deploy.artifact", "deploy.generate", "deploy.planner",
-    "deploy.plan_plot", "deploy.run_report", "deploy.video", "deploy.sessions", "deploy.original", "deploy.prompt_table",
-    "export.polygraphy_tools", "progress", "predicted",
+    "export.pipeline", "export.options", "deploy.report.page", "deploy.artifact", "deploy.generation.generate",
+    "deploy.planning.planner", "deploy.planning.plot", "deploy.generation.run_report", "deploy.generation.video",
+    "deploy.sessions", "deploy.generation.original", "checkpoint.prompt_table", "export.engines.polygraphy_tools",
+    "system.progress", "quantize.layer_inputs",
 )  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, sources: list[str
     expected = {name for name in folders if name.endswith((".py", "py.typed"))}
     assert {n for n in names if n.endswith((".py", "py.typed"))} == expected
     assert {"dvdquant/export/pipeline.py", "dvdquant/export/passes/__init__.py", "dvdquant/py.typed"} <= names
-    assert {"dvdquant/deploy/__init__.py", "dvdquant/export/templates/report.html.j2"} <= names
+    assert {"dvdquant/deploy/__init__.py", "dvdquant/deploy/report/templates/report.html.j2"} <= names
     assert "dvdquant/_native/kernels/csrc/probe.cu" in names
 
 
