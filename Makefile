@@ -70,16 +70,16 @@ lint: $(INSTALLED_TEST)
 	$(BIN)/mypy
 
 test: lint
-	@$(BIN)/python tests/warm_up.py
+	@$(BIN)/python tests/support/warm_up.py
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not stress" $(PYTEST_ARGS)
 
 stress: $(INSTALLED_TEST)
-	@$(BIN)/python tests/warm_up.py
+	@$(BIN)/python tests/support/warm_up.py
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m stress --timeout 3600 $(PYTEST_ARGS)
 
 VARIANTS ?=
 variants: $(INSTALLED_TEST)
-	$(BIN)/python tests/run_variants.py $(VARIANTS)
+	$(BIN)/python tests/support/run_variants.py $(VARIANTS)
 
 format: $(INSTALLED_TEST)
 	$(BIN)/ruff check --fix .

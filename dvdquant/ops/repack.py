@@ -23,7 +23,7 @@ Rounding grouped weights to 8 bits per row adds, as a share of the squared error
     w4a4-g64    1.05 %             1.22 %
     w4a4-g128   0.79 %             0.94 %
 
-(python -m pytest tests/test_repack.py -k states_the_added_error -s)
+(python -m pytest tests/ops/test_repack.py -k states_the_added_error -s)
 """
 
 from __future__ import annotations

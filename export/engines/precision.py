@@ -1,6 +1,6 @@
 """What really executes: the frozen table from (backend, SM, activation grid) to a realization, and its plain words.
 
-Evidence: TOOLCHAIN and KERNELS notes, and tests/test_builders.py, which builds every entry of the RTX table and reads
+Evidence: TOOLCHAIN and KERNELS notes, and tests/export/test_builders.py, which builds every entry of the RTX table and reads
 the operand types out of the builder's own listing.
 """
 

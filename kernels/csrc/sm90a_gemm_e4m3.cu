@@ -3,7 +3,7 @@
 // A group of 128 channels is summed in the tensor core and then added, times s[m, g], to an fp32 accumulator. Codes are
 // integers, |activation| <= 7 and |weight| <= 16 (exact in e4m3), so a partial sum stays below 7 * 16 * 128 = 14336 <
 // 2^14 and every one is an integer: it is exact if the tensor core keeps 13 bits below the leading one of the largest
-// term (tests/test_kernels_gemm.py proves that; gpu_check measures that the device does).
+// term (tests/kernels/test_kernels_gemm.py proves that; gpu_check measures that the device does).
 //
 // No block scale on the weight side: row_scale is in the epilogue, and the collective reads a single 1.0f.
 #include "sm90a_launch.cuh"

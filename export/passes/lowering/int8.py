@@ -42,7 +42,7 @@ def int8_weight(layer: QuantLinearNode) -> tuple[np.ndarray, np.ndarray]:
 
     1. per row, all z integers: c − z, in −15..15; exact. 2. per row, all 2z integers: 2(c − z), in −30..30, half the
     step; exact (mid-rise: 2c + 1). 3. weight groups or a real z: rounded again, per row, to ±127. Half a step of 1/127
-    of the row's largest weight is small against half a step of the 4-bit grid (tests/test_lowering.py measures it).
+    of the row's largest weight is small against half a step of the 4-bit grid (tests/export/test_lowering.py measures it).
     """
     zero = layer.zero_points
     doubled = zero * 2

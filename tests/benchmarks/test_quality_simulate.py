@@ -1,0 +1,334 @@
+"""benchmarks/quality: simulated layers against the op they stand for, batches against single clips, and a whole small run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.deploy.switching.controller import StepController
+from dvdquant.model.plan import plan_model
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.numerics.packing import pack_int4
+from dvdquant.ops.reference import dequantize_weight
+from dvdquant.quantize.bgr import quantize_weight
+from dvdquant.quantize.gptq import round_with_feedback
+from dvdquant.quantize.hessian import synthetic_moments
+from dvdquant.quantize.layer_inputs import layer_inputs
+from dvdquant.recipe import RECIPES
+from dvdquant.system.progress import Progress
+from tests.support.bounds import LAMBDA, UNIT, assert_layer
+from tests.support.exporting import OpInputs, judge
+from tests.support.quality_scripts import QUALITY, script
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "examples" / "tiny-wan"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    return replace(script("clips").Bench.open(MODEL), steps=3)
+
+
+@pytest.fixture(scope="module")
+def layers(bench: Any) -> list[Any]:
+    """With what an export predicts of their inputs."""
+    checkpoint = open_checkpoint(MODEL)
+    moments = synthetic_moments(checkpoint, plan_model(checkpoint.config, RECIPES["w4a4"], torch.float32), Progress())
+    return list(script("simulate").layers_of(bench.model, moments=moments))
+
+
+@pytest.fixture
+def exact_products() -> Any:
+    simulate = script("simulate")
+    simulate.set_product_dtype(torch.float32)
+    yield
+    simulate.set_product_dtype(torch.bfloat16)
+
+
+def forward(model: Any, bench: Any, prompts: int = 2) -> Tensor:
+    x, text = bench.noise(range(prompts)), bench.words(script("clips").bench_prompts(bench.table, prompts, 0))
+    with torch.inference_mode():
+        return model(x, torch.full((prompts,), 600.0), text, return_dict=False)[0]
+
+
+@pytest.mark.usefixtures("exact_products")
+def test_layers_that_change_nothing_change_nothing(bench: Any) -> None:
+    """The surgery: merged members get their own rows and the bias."""
+    simulate = script("simulate")
+    layers = simulate.layers_of(bench.model)
+    assert len(layers) == 42
+    same = simulate.install(bench.model, layers, lambda layer: simulate.Simulated(layer.weight))
+    exact = forward(bench.model, bench)
+    # fp32 products in another order: √K roundings of 2⁻²⁴ in each of 42 layers of K = 256 and more, independent of one
+    # another, are √(42·256)·2⁻²⁴ = 6e-6 of the norm; the residual stream passes most layers by.
+    assert float((forward(same, bench) - exact).norm() / exact.norm()) < 1e-5
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize(
+    ("recipe", "bits"),
+    [(r, a.bits) for r in ("w4a4", "w4a4-g64", "w4a8", "paper", "rtn") for a in RECIPES[r].activations],
+)
+def test_a_recipe_is_what_the_op_computes(layers: list[Any], recipe: str, bits: int) -> None:
+    """A simulated layer against QuantLinear's reference on the packed tensors."""
+    simulate, methods = script("simulate"), script("methods")
+    layer, bias = layers[0], layers[0].bias
+    x = torch.randn(3, 20, layer.spec.features, generator=torch.Generator().manual_seed(1))
+    group = simulate.SimulatedGroup(layer, methods.from_recipe(RECIPES[recipe])(layer, bits))
+    y = group(x)
+    chosen = methods.Rotation.for_features(layer.spec.features, RECIPES[recipe].rotation)
+    if RECIPES[recipe].balance:
+        fitted = RECIPES[recipe].signs
+        spec = replace(layer.spec, rotation=chosen, balanced=True, signs=fitted, shifted=fitted)
+        known = layer_inputs(layer.moments, spec)
+        w = rotate(layer.weight * known.divisors, chosen)
+        q = round_with_feedback(w, quantize_weight(w, RECIPES[recipe].weight), known.moments, known.damping)
+        if known.shift is not None:
+            assert known.shift.abs().max() > 0.1
+            x, bias = x - known.shift, bias + layer.weight @ known.shift
+        assert bool((known.divisors < 0).any()) == fitted
+        x = x / known.divisors
+    else:
+        q = quantize_weight(rotate(layer.weight, chosen), RECIPES[recipe].weight)
+    hadamard, outer = chosen.matrices(torch.float32)
+    tensors = {
+        "weight": pack_int4(q.codes).view(torch.int8),
+        "weight_scale": q.scale,
+        "weight_factor": q.factor,
+        "weight_zero": q.zero,
+        "bias": bias,
+        "hadamard": hadamard,
+        "outer": outer,
+    }
+    op = OpInputs(tensors, bits, RECIPES[recipe].activation(bits).group_size)
+    # A rotated value next to a rounding boundary may fall on its other side: one step of one input, whose share of a
+    # result depends on the processor's order of sums. The judge counts those values.
+    assert_layer(op, x, y)
+    # The bound is worth something: the layer without its grid leaves it, and almost no code is near a boundary.
+    ungridded = (
+        rotate(x.double(), chosen) @ dequantize_weight(tensors["weight"], q.scale, q.factor, q.zero, torch.float64).T
+        + bias
+    )
+    judged = judge(op, x)
+    assert judged.excess(ungridded) > 1.0
+    assert float(judged.near.double().mean()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(
+    ("features", "block", "group"), [(256, 256, 0), (1024, 256, 64), (1024, 1024, 0), (192, 64, 96), (64, 1, 0)]
+)
+def test_the_compiled_grid_is_the_grid(
+    features: int, block: int, group: int, shifted: bool, divided: bool, dtype: torch.dtype
+) -> None:
+    """Rotation sums in another order: a value next to a rounding boundary may fall on its other side."""
+    grid, rotation = script("grid"), Rotation.for_features(features, block if block > 1 else "none")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 50, features, generator=generator).mul(torch.rand(features, generator=generator) * 9).to(dtype)
+    shift = torch.randn(features, generator=generator) if shifted else torch.zeros(features)
+    shift = shift.to(dtype).float()  # so that nothing is left of the first token
+    x[0, 0] = shift
+    divide = torch.rand(features, generator=generator) + 0.5 if divided else None
+    for bits in (4, 8):
+        found = grid.rotated_to_grid(x, shift if shifted else None, divide, rotation, grid.Grid(bits, group))
+        if found is None:
+            pytest.skip("no g++: the grid runs in tensor operations")
+        centred = x.float() - shift
+        rotated = rotate(centred if divide is None else centred / divide, rotation)
+        exact = grid.Grid(bits, group)(rotated)
+        grouped = rotated.double().unflatten(-1, (-1, group or features))
+        values = exact.double().unflatten(-1, (-1, group or features))
+        amax = grouped.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+        step = amax / (2 ** (bits - 1) - 1)
+        away = (found.float() - exact.to(torch.bfloat16).float()).double().reshape(grouped.shape).abs()
+        # Sums of a block of the rotation in fp32, in two orders, and the roundings of the scale.
+        size = (
+            (centred if divide is None else centred / divide).double().unflatten(-1, (-1, rotation.block)).norm(dim=-1)
+        )
+        size = size.repeat_interleave(rotation.block, -1).reshape(grouped.shape)
+        sums = 2 * LAMBDA * UNIT[torch.float32] * size * (rotation.block > 1)
+        relative = sums.amax(-1, keepdim=True) / amax + 8 * UNIT[torch.float32]
+        grid_position = grouped / step
+        code_tie = (grid_position - grid_position.floor() - 0.5).abs() <= sums / step + grid_position.abs() * relative
+        # A code's value that lies next to the middle of two bf16 numbers may be rounded to either.
+        unit = torch.exp2(values.abs().clamp(min=2.0**-120).log2().floor() - 7)
+        position = values / unit
+        bf16_tie = (position - position.floor() - 0.5).abs() <= relative * position.abs()
+        assert bool(((away == 0) | code_tie | bf16_tie).all())
+        assert bool((away <= 1.5 * step).all())  # one code, and the rounding to bf16
+        assert float((code_tie | bf16_tie).double().mean()) < 0.1
+        assert not found[0, 0].any()
+
+
+def test_what_has_no_compiled_grid_says_so() -> None:
+    grid = script("grid")
+    odd = Rotation.for_features(12, "full")
+    assert odd.outer > 1
+    assert grid.rotated_to_grid(torch.randn(2, 12), None, None, odd, grid.Grid(4)) is None
+    assert grid.rotated_to_grid(torch.randn(2, 64, dtype=torch.float64), None, None, None, grid.Grid(4)) is None
+    assert grid.rotated_to_grid(torch.randn(2, 64), None, None, None, grid.Grid(4, 8)) is None
+
+
+@pytest.mark.slow
+def test_the_compiled_model_is_the_model(bench: Any, layers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32: the same numbers. bf16: as near to fp32 as the eager bf16 model, and a method exchanged without compiling again."""
+    simulate, compiled, methods = script("simulate"), script("compiled"), script("methods")
+    for module in (simulate, compiled):  # the compiler looks them up by name
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    exact = forward(bench.model, bench)
+
+    def away(y: Tensor, reference: Tensor = exact) -> float:
+        return float((y.float() - reference).norm() / reference.norm())
+
+    wide = compiled.CompiledModel(bench.model, layers, wide=True)
+    assert away(forward(wide.install(layers, lambda layer: simulate.Simulated(layer.weight)), bench)) < 1e-5
+    narrow = compiled.CompiledModel(bench.model, layers)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = away(forward(bench.model, bench))
+    unquantized = narrow.install(layers, lambda layer: simulate.Simulated(layer.weight))
+    assert away(forward(unquantized, bench)) < 1.5 * eager
+    torch._dynamo.utils.counters.clear()
+    for recipe, bits in (("w4a8", 8), ("rtn", 4)):
+        method = methods.from_recipe(RECIPES[recipe])
+        found = forward(narrow.install(layers, lambda layer, m=method, b=bits: m(layer, b)), bench)
+        slow = simulate.install(bench.model, layers, lambda layer, m=method, b=bits: m(layer, b))
+        with torch.autocast("cpu", torch.bfloat16):
+            apart = away(forward(slow, bench), found.float())
+        # Codes near ties differ in both, as they would between any two bf16 surroundings.
+        assert apart < 0.8 * away(found)
+        assert away(found) == pytest.approx(away(forward(slow, bench)), rel=0.1)
+    assert not torch._dynamo.utils.counters["frames"]["total"]
+    assert away(forward(unquantized, bench)) < 1.5 * eager  # its own layers again
+
+
+def test_bf16_products_do_not_decide(bench: Any, layers: list[Any]) -> None:
+    """The bench's products are rounded to bf16: far less than what W4A8 changes."""
+    simulate, method = script("simulate"), script("methods").from_recipe(RECIPES["w4a8"])
+    outputs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        simulate.set_product_dtype(dtype)
+        changed = simulate.install(bench.model, layers, lambda layer: method(layer, 8))
+        outputs[dtype] = forward(changed, bench)
+    exact = forward(bench.model, bench)
+    quantization = float((outputs[torch.float32] - exact).norm())
+    assert float((outputs[torch.bfloat16] - outputs[torch.float32]).norm()) < 0.3 * quantization
+
+
+def test_clips_do_not_depend_on_their_batch(bench: Any) -> None:
+    clips = script("clips")
+    prompts = clips.bench_prompts(bench.table, 3, seed=5)
+    together = clips.generate(bench, {16: bench.model}, prompts, [7, 8, 9]).latents
+    alone = clips.generate(bench, {16: bench.model}, prompts[1:2], [8]).latents
+    assert float((together[1] - alone[0]).norm() / alone.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("high", [0, 3])
+def test_a_planned_switch_is_its_one_model(bench: Any, layers: list[Any], high: int) -> None:
+    clips, simulate, methods = script("clips"), script("simulate"), script("methods")
+    method = methods.from_recipe(RECIPES["w4a4"])
+    models = {b: simulate.install(bench.model, layers, lambda layer, b=b: method(layer, b)) for b in (4, 8)}
+    bits = 8 if high else 4
+    prompts = clips.bench_prompts(bench.table, 2, seed=5)
+    alone = clips.generate(bench, {bits: models[bits]}, prompts, [1, 2])
+    planned = clips.generate(
+        bench, models, prompts, [1, 2], controllers=lambda _: StepController("planned", schedule=[bits] * 3)
+    )
+    assert planned.bits == [[bits] * 3] * 2
+    assert torch.equal(alone.latents, planned.latents)
+
+
+def test_outliers_change_the_inputs_and_not_the_output(bench: Any) -> None:
+    outliers, simulate = script("outliers"), script("simulate")
+    changed, factors = outliers.add_outliers(bench.model, count=5, largest=60.0)
+    exact = forward(bench.model, bench)
+    assert float((forward(changed, bench) - exact).norm() / exact.norm()) < 1e-5
+    assert max(factors.values()) == pytest.approx(60)
+    assert min(factors.values()) == pytest.approx(15)
+    largest: dict[bool, Tensor] = {}
+    for which, model in ((False, bench.model), (True, changed)):
+        hook = model.blocks[2].attn1.to_q.register_forward_pre_hook(
+            lambda _m, args, which=which: largest.__setitem__(which, args[0].abs().amax((0, 1)))
+        )
+        forward(model, bench)
+        hook.remove()
+    ratio = largest[True] / largest[False]
+    for channel in range(len(ratio)):
+        assert float(ratio[channel]) == pytest.approx(factors.get(channel, 1.0), rel=1e-3)
+    layer = simulate.layers_of(changed)[0]
+    assert layer.weight[:, max(factors, key=factors.get)].norm() < layer.weight.norm(dim=0).median() / 10
+
+
+def test_prompts_are_different_and_every_word_is_as_frequent(bench: Any) -> None:
+    prompts = script("clips").bench_prompts(bench.table, 64, seed=0)
+    assert len(set(prompts)) == 64
+    counts = Counter(word for prompt in prompts for word in prompt)
+    for words in bench.table.choices.values():
+        assert all(abs(counts[word] - 64 / len(words)) <= 8 for word in words)
+
+
+def test_predicted_inputs_resemble_the_real_ones(bench: Any, layers: list[Any]) -> None:
+    """Feedback with predicted moments lowers the error on the inputs that layers have in clips, of most layers by far."""
+    clips, methods = script("clips"), script("methods")
+    real: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    hooks = [
+        bench.model.get_submodule(layer.spec.members[0]).register_forward_pre_hook(
+            lambda _m, args, name=layer.name: real[name].append(args[0].flatten(0, -2)[::8])
+        )
+        for layer in layers
+    ]
+    clips.generate(bench, {16: bench.model}, clips.bench_prompts(bench.table, 2, 3), [1, 2])
+    for hook in hooks:
+        hook.remove()
+    ratios = []
+    for layer in layers:
+        x, errors = torch.cat(real[layer.name]), []
+        for recipe in ("w4a4", "weights-only"):
+            found = methods.from_recipe(RECIPES[recipe])(layer, 8)
+            y = rotate(x if found.divide is None else x / found.divide, found.rotation) @ found.weight.T
+            errors.append(float((y - x @ layer.weight.T).square().sum()))
+        ratios.append(errors[0] / errors[1])
+    assert sorted(ratios)[len(ratios) // 2] < 0.6
+    assert sum(ratio < 1 for ratio in ratios) > 0.9 * len(ratios)
+
+
+@pytest.mark.slow
+def test_a_whole_small_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:
+    """Real processes, real clips of ten steps: rows of every kind, a torn line, and a report that reads them."""
+    command = [
+        sys.executable, str(QUALITY / "run.py"), "--work", str(tmp_path), "--prompts", "2", "--seeds", "1", "--steps", "10",
+        "--only", "RTN A4", "w4a4 A6", "--models", "plain", "--parts", "methods", "--no-report", "--eager",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    results = tmp_path / "results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    clips = Counter((row["method"], row["width"]) for row in rows if row["kind"] == "clip")
+    assert clips == {("fp32", "A16"): 2, ("RTN", "A4"): 2, ("dvdquant w4a4", "A6"): 2}
+    assert all(row["psnr"] < 60 for row in rows if row["kind"] == "clip" and row["method"] == "RTN")
+    before = [line for line in results.read_text().splitlines() if '"RTN"' in line and '"clip"' in line]
+    cut = [line for line in results.read_text().splitlines() if not ('"RTN"' in line and '"clip"' in line)]
+    results.write_text("\n".join(cut[:-1]) + "\n" + before[0][:40])
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    again = [line for line in results.read_text().splitlines() if '"RTN"' in line and '"clip"' in line]
+
+    def rows_of(lines: list[str]) -> list[dict[str, Any]]:
+        """In one order, as parallel jobs finish in any, and without what a job took."""
+        rows = [{k: v for k, v in json.loads(line).items() if k != "job_seconds"} for line in lines]
+        return sorted(rows, key=str)
+
+    assert rows_of(again) == rows_of(before)
+    code = "import pathlib, report, sys; print(len(report.read_results(pathlib.Path(sys.argv[1])).clips))"
+    reading = [sys.executable, "-c", code, str(results)]
+    read = subprocess.run(reading, check=True, cwd=QUALITY, capture_output=True, text=True)
+    assert read.stdout.strip() == "3"

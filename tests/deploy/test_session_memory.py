@@ -1,0 +1,120 @@
+"""Weights are in memory once, whatever the number of bit-widths: by address, and as the kernel counts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
+from dvdquant.deploy.sessions.pytorch import PyTorchSession
+from tests.support import session_exports as made
+from tests.support.commands import environment
+
+
+def test_bit_widths_share_every_weight() -> None:
+    """Both graphs are bound to the same addresses, which lie in the one copy of the file."""
+    artifact = Artifact.open(made.family_export("wan"))
+    with OnnxRuntimeSession(artifact) as both, OnnxRuntimeSession(artifact, bits=[4]) as one:
+        assert both.resident_bytes() == one.resident_bytes()
+        files = sum(artifact.manifest.files[name]["bytes"] for name in artifact.weight_files("transformer"))
+        stored = sum(info.nbytes for _, info in both._files.tensors.values())
+        assert stored * 0.9 < both.resident_bytes()["weights"] <= files
+        location, info = both._files.tensors["blocks.0.ffn.net.2.weight"]
+        mapped = both._files.region(location, info.offset, info.nbytes).ctypes.data
+        assert both._weights["blocks.0.ffn.net.2.weight"].data_ptr() == mapped
+    with PyTorchSession(artifact) as pytorch:
+        weights = pytorch.resident_bytes()["weights"]
+        assert abs(weights - stored) < 0.1 * stored
+
+
+MEASURE = """
+import json, sys
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
+from dvdquant.deploy.sessions.pytorch import PyTorchSession
+
+def anonymous():
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("Anonymous:"))
+
+def mapped(name):
+    # Rss and anonymous bytes (copied on write) of every map of that name, by /proc.
+    found, inside = {"Rss:": 0, "Anonymous:": 0, "maps": 0}, False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            words = line.split()
+            if "-" in words[0]:
+                inside = line.rstrip().endswith(name)
+                found["maps"] += inside
+            elif inside and words[0] in found:
+                found[words[0]] += int(words[1]) << 10
+    return found
+
+root = sys.argv[1]
+artifact = Artifact.open(root)
+NAME = "/memfd:dvdq:transformer.safetensors (deleted)"
+FILE = str((artifact.root / "onnx/transformer.safetensors").resolve())
+inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
+def measure(open_one):
+    start = anonymous()
+    one = open_one((4,)); first = anonymous() - start
+    both = open_one((4, 8)); second = anonymous() - start - first
+    one.close(); del one
+    for bits in (4, 8):
+        both.run(inputs, bits)
+    found = {"one": first, "both": second, "map": mapped(NAME), "file": mapped(FILE), "said": both.resident_bytes()}
+    both.close(); del both
+    found["left"] = mapped(NAME)
+    return found
+ort = lambda form: lambda bits: OnnxRuntimeSession(artifact, bits=bits, weights=form, threads=1)
+results = {name: measure(ort(name)) for name in sys.argv[2:] if name != "pytorch"}
+if "pytorch" in sys.argv:
+    results["pytorch"] = measure(lambda bits: PyTorchSession(artifact, bits=bits))
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc/self/smaps, which Linux has")
+def test_memory_of_a_wide_model() -> None:
+    """Measured, not booked: a second bit-width adds no copy of the weights, nothing writes to the one there is, and nothing is
+    mapped of the file itself."""
+    out = made.wide_export()
+    artifact = Artifact.open(out)
+    stored = artifact.manifest.files["onnx/transformer.safetensors"]["bytes"]
+    codes = sum(e["features_in"] * e["features_out"] for e in artifact.manifest.layers) // 2
+    measured = {}
+    for forms in (("packed", "pytorch"), ("expanded",)):
+        command = [sys.executable, "-c", MEASURE, str(out), *forms]
+        # Whatever is large is mapped, so that the system has it back when it is freed. glibc would raise the threshold
+        # to 32 MiB by itself, and then keep what a load freed: 0 to 100 MB here, by where it lay.
+        malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        settings = {**environment(), **malloc, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
+        assert done.returncode == 0, done.stderr
+        measured |= json.loads(done.stdout)
+    for form in ("packed", "pytorch"):
+        found = measured[form]
+        # One map of the copy, resident once, never copied on write, and gone with the session.
+        assert found["map"]["maps"] == 1
+        assert 0.9 * stored < found["map"]["Rss:"] <= stored + os.sysconf("SC_PAGE_SIZE")
+        assert found["map"]["Anonymous:"] == 0
+        assert found["file"]["maps"] == found["left"]["maps"] == 0
+        assert codes < found["said"]["weights"] <= stored * 1.01
+    # What a session takes besides is its graphs'; a second bit-width adds less than one copy of the codes.
+    assert measured["packed"]["both"] - measured["packed"]["one"] < codes
+    assert measured["pytorch"]["both"] < codes
+    # Whose packed copy is gone: the matrices are all that is left of it.
+    assert measured["expanded"]["map"]["maps"] == 0
+    # The same figures see the fp32 matrices, which a session of both bit-widths has once.
+    expanded = 8 * codes
+    assert measured["expanded"]["said"]["weights"] > expanded
+    # Beside them the tensors that are not packed, copied out of the copy that is given back.
+    kept = stored - codes
+    assert expanded < measured["expanded"]["both"] < 1.2 * expanded + kept

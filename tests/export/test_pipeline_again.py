@@ -1,0 +1,181 @@
+"""``dvdq-export`` again into the same folder: engines added, damaged or missing, and runs that were killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from dvdquant.artifact.manifest import load_manifest, verify_files
+from tests.support import tiny_models as tiny
+from tests.support.commands import SIZES, digests, export, in_process, kill_when
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN)
+
+
+# --------------------------------------------------------------------------------------------------- engines, rebuilt
+
+
+@pytest.fixture(scope="module")
+def engines(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("engines") / "wan"
+    in_process(model, "-o", out, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", *SIZES)
+    return out
+
+
+@pytest.fixture
+def one_engine(engines: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(engines, tmp_path / "wan"))
+
+
+ENGINE = "engines/rtx-sm89/transformer_a8.engine"
+
+
+def test_another_sm_builds_only_its_engine(one_engine: Path, model: Path) -> None:
+    before = digests(one_engine, "onnx", "engines")
+    lines = export(model, "-o", one_engine, "--target", "rtx", "--sm", "12.0", "--recipe", "w4a8", *SIZES)
+    (engines,) = [line for line in lines if line.get("stage") == "engines" and line["event"] == "end"]
+    assert engines["total"] == 1
+    assert "quantize" not in {line.get("stage") for line in lines}
+    after = digests(one_engine, "onnx", "engines")
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"engines/rtx-sm120/transformer_a8.engine"}
+    manifest = load_manifest(one_engine)
+    verify_files(one_engine, manifest)
+    assert {tuple(e["sm"]) for e in manifest.engines} == {("8.9",), ("12.0",)}
+
+
+def delete_engine(out: Path) -> None:
+    (out / ENGINE).unlink()
+
+
+def flip_engine(out: Path) -> None:
+    data = bytearray((out / ENGINE).read_bytes())
+    data[len(data) // 2] ^= 1
+    (out / ENGINE).write_bytes(data)
+
+
+def cut_engine(out: Path) -> None:
+    os.truncate(out / ENGINE, 100)
+
+
+@pytest.mark.parametrize("damage", [delete_engine, flip_engine, pytest.param(cut_engine, marks=pytest.mark.slow)])
+def test_damaged_engine_is_rebuilt_alone(one_engine: Path, model: Path, damage: Callable[[Path], None]) -> None:
+    weights = digests(one_engine, "onnx")
+    damage(one_engine)
+    lines = export(model, "-o", one_engine, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", *SIZES)
+    assert "engines" in {line.get("stage") for line in lines}
+    assert "quantize" not in {line.get("stage") for line in lines}, "an engine's damage cost the weights"
+    assert any("engine" in line.get("text", "") for line in lines if line["event"] == "message")
+    verify_files(one_engine, load_manifest(one_engine))
+    assert digests(one_engine, "onnx") == weights
+
+
+def test_damaged_weights_are_made_again(one_engine: Path, model: Path) -> None:
+    before = digests(one_engine, "onnx")
+    path = one_engine / "onnx/transformer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 255
+    path.write_bytes(data)
+    lines = export(model, "-o", one_engine, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", *SIZES)
+    assert any("damaged" in line.get("text", "") for line in lines)
+    assert digests(one_engine, "onnx") == before
+    verify_files(one_engine, load_manifest(one_engine))
+
+
+@pytest.mark.slow
+def test_ranges_build_one_engine_with_a_profile(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lines = export(
+        model, "-o", out, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", "--verify",
+        "--latent", "2:3x6:8:10x8", "--text-tokens", "4",
+    )  # fmt: skip
+    (entry,) = load_manifest(out).engines
+    assert entry["shapes"]["frames"] == [2, 3, 3]
+    assert entry["shapes"]["height"] == [6, 8, 10]
+    assert entry["shapes"]["width"] == [8, 8, 8]
+    assert lines[-1]["checks"][0]["passed"]
+    graph = onnx.load(out / "onnx/transformer_a8.onnx", load_external_data=False)
+    dims = graph.graph.input[0].type.tensor_type.shape.dim
+    assert [d.HasField("dim_param") for d in dims] == [False, False, True, True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("realize", "sm", "chosen", "stored"),
+    [
+        ("int4-weight-only", "8.9", "int4-weight-only", "INT4"),
+        ("int8", "12.0", "int8", "INT8"),
+        ("auto", "12.0", "nvfp4", "FLOAT4E2M1"),
+    ],
+)
+def test_realize(realize: str, sm: str, chosen: str, stored: str, model: Path, tmp_path: Path) -> None:
+    """The override, or the choice, reaches the manifest and the types of the weights in the graph that was built."""
+    out = tmp_path / "out"
+    in_process(model, "-o", out, "--sm", sm, "--realize", realize, "--keep-graphs", *SIZES)
+    manifest = load_manifest(out)
+    assert {e["realization"] for e in manifest.engines if e["act_bits"] == 4} == {chosen}
+    kept = list((out / "onnx").glob(f"*_rtx_{chosen}.onnx"))
+    assert kept
+    types = {
+        onnx.TensorProto.DataType.Name(t.data_type)
+        for path in kept
+        for t in onnx.load(path, load_external_data=False).graph.initializer
+    }
+    assert stored in types
+
+
+# --------------------------------------------------------------------------------------------------------- interrupted
+
+
+def journal_lines(out: Path, marker: str) -> int:
+    return sum(p.read_text(errors="replace").count(marker) for p in out.glob(".tmp-*/journal.jsonl"))
+
+
+def engine_begun(out: Path) -> bool:
+    return any(out.glob(".tmp-*/tree/engines/*/.dvdq-build-*"))
+
+
+STAGES: dict[str, Callable[[Path], bool]] = {
+    "quantize": lambda out: journal_lines(out, ":layer:") >= 5,
+    "engines": engine_begun,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_after_a_kill(stage: str, model: Path, tmp_path: Path) -> None:
+    """Bit-identical weights and graphs, and the finished layers are not quantized again."""
+    arguments: list[object] = [model, "--target", "rtx", "--sm", "8.9", *SIZES]
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    in_process(*arguments, "-o", whole)
+    assert kill_when([*arguments, "-o", out], lambda: STAGES[stage](out)), "the export ended before it could be killed"
+    assert not (out / "manifest.json").exists()
+    finished = journal_lines(out, ":layer:")
+    assert finished
+    (weights,) = out.glob(".tmp-*/tree/onnx/transformer.safetensors")
+    inode = weights.stat().st_ino
+    export(*arguments, "-o", out, "--resume")
+    assert digests(out, "onnx") == digests(whole, "onnx")
+    assert (out / "onnx/transformer.safetensors").stat().st_ino == inode
+    manifest = load_manifest(out)
+    verify_files(out, manifest)
+    assert manifest.layers == load_manifest(whole).layers
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_a_kill_without_resume_leaves_no_trace_in_the_next_run(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments: list[object] = [model, "-o", out, "--target", "onnx", *SIZES]
+    assert kill_when(arguments, lambda: journal_lines(out, ":layer:") >= 3)
+    in_process(*arguments)
+    verify_files(out, load_manifest(out))
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]

@@ -1,0 +1,294 @@
+"""gpu_check on the CPU: a correct library passes every check, and each of these wrong ones fails the check meant for it.
+
+The library is ``host_library.HostLibrary``, the C ABI computed from the definitions. What each broken variant does wrong is
+a mistake kernels make: tails, rounding, saturation, indices, races, stale caches.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dvdquant.ops import prepared_cache
+
+BENCH = Path(__file__).parents[2] / "kernels" / "bench"
+sys.path.insert(0, str(BENCH))
+
+import check_cases  # noqa: E402
+import check_kernels  # noqa: E402
+import check_ops  # noqa: E402
+import check_quantizer  # noqa: E402
+import check_report  # noqa: E402
+import gpu_check  # noqa: E402
+from check_compare import check_equal, half_ulp  # noqa: E402
+from host_library import HostLibrary  # noqa: E402
+
+from tests.support import wrong_kernels as wrong  # noqa: E402
+
+Rows = Iterator[Any]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Thousands of tiny products: handing them to threads costs more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def bench(library: Any, sm: int = 90, features: tuple[int, ...] = (384,)) -> Any:
+    kernels = check_kernels.GuardedKernels(library, sm)
+    return check_kernels.Bench(kernels, torch.device("cpu"), features, ((1, 8), (7, 24), (33, 16)))
+
+
+def shapes(b: Any) -> Rows:
+    return check_kernels.check_shapes(b)
+
+
+def large(b: Any) -> Rows:
+    return check_kernels.check_large(b, 77, 512, 40, chunk=16)
+
+
+CHECKS: dict[str, Callable[[Any], Rows]] = {
+    "dispatch": check_kernels.check_dispatch,
+    "shapes": shapes,
+    "extremes": check_kernels.check_extremes,
+    "exact": check_kernels.check_exact_sums,
+    "large": large,
+    "op": check_ops.check_op,
+    "balance": check_ops.check_balance,
+    "quantizer": lambda b: check_quantizer.check_quantizer(b, 12, (256,)),
+}
+
+
+@pytest.mark.parametrize("sm", [80, 90, 120])
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_correct_library_passes(name: str, sm: int) -> None:
+    rows = list(check_kernels.run_all([CHECKS[name](bench(HostLibrary(), sm))]))
+    assert rows
+    assert [r for r in rows if not r.passed] == []
+    assert all(r.cases > 0 for r in rows)
+
+
+def test_every_path_of_a_device_is_reached() -> None:
+    for sm, paths in (
+        (80, {"s4_token", "s4_group", "s8_token", "s8_group"}),
+        (90, {"s8_wgmma", "s8_group", "e4m3_group"}),
+        (120, {"s8_token", "s8_group"}),
+    ):
+        b = bench(HostLibrary(), sm)
+        list(shapes(b))
+        assert b.paths == paths
+
+
+# ------------------------------------------------------------------------------------------------------ wrong libraries
+
+
+WRONG: list[tuple[type[HostLibrary], str, int, str]] = [
+    (wrong.SwappedNibbles, "shapes", 80, "s4_token: codes"),
+    (wrong.WrongSums, "shapes", 80, "s4_group: codes"),
+    (wrong.Truncated, "shapes", 90, "s8_wgmma: codes"),
+    (wrong.RoundedBetweenStages, "shapes", 90, "s8_wgmma: codes"),
+    (wrong.OuterNotTransposed, "shapes", 90, "s8_wgmma: codes"),
+    (wrong.OuterNotTransposed, "op", 90, "op against float64"),
+    (wrong.UnbalancedTail, "balance", 90, "balance in the kernel"),
+    (wrong.AsymmetricRange, "extremes", 90, "all codes ±qmax"),
+    (wrong.NoFloor, "extremes", 90, "zeros"),
+    (wrong.NanHidden, "extremes", 90, "NaN and Inf"),
+    (wrong.NanSpreads, "extremes", 90, "NaN and Inf"),
+    (wrong.UnwrittenTail, "shapes", 90, "s8_wgmma: product"),
+    (wrong.UnwrittenTail, "large", 90, "outputs beyond"),
+    (wrong.WritesBeyond, "shapes", 90, "guard zones"),
+    (wrong.LosesAGroup, "shapes", 90, "e4m3_group: product"),
+    (wrong.LosesAGroup, "op", 90, "op against float64"),
+    (wrong.NoBias, "extremes", 90, "zeros give the bias"),
+    (wrong.CoarseSums, "exact", 90, "e4m3_group: integer-exact sums"),
+    (wrong.CoarseSums, "exact", 80, "s4_group: integer-exact sums"),
+    (wrong.ScaleOffByOneBit, "shapes", 90, "prepared bits"),
+    (wrong.ScaleOffByOneBit, "shapes", 80, "prepared bits"),
+    (wrong.RacyOutput, "shapes", 90, "two runs bit-equal"),
+    (wrong.RacyOutput, "shapes", 90, "one call = two calls"),
+    (wrong.WrongPath, "dispatch", 90, "dispatch table"),
+    (wrong.WrapsRows, "large", 90, "outputs beyond"),
+    (wrong.WidestGrid, "quantizer", 90, "quantizer: search"),
+    (wrong.OneCodeOff, "quantizer", 90, "quantizer: codes"),
+    (wrong.ForgetsErrors, "quantizer", 90, "quantizer: feedback"),
+]
+
+
+@pytest.mark.parametrize(
+    ("library", "check", "sm", "row"), WRONG, ids=[f"{w[0].__name__}-{w[1]}-{w[2]}" for w in WRONG]
+)
+def test_a_wrong_library_fails(library: type[HostLibrary], check: str, sm: int, row: str) -> None:
+    rows = list(check_kernels.run_all([CHECKS[check](bench(library(), sm))]))
+    failed = [r for r in rows if not r.passed]
+    assert any(row in r.name for r in failed), [r.name for r in failed]
+    assert all(r.note for r in failed)
+
+
+def test_a_stale_prepared_weight_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_cache, "_version", lambda tensor: 0)
+    rows = {r.name: r.passed for r in check_ops.check_op(bench(HostLibrary()))}
+    assert rows["op after weights changed in place"] is False
+    assert rows["op against float64"] is True
+
+
+def test_a_late_or_raising_check_is_a_failed_row() -> None:
+    b = bench(HostLibrary())
+    b.deadline = 0.0
+    (row,) = list(shapes(b))
+    assert (row.name, row.passed) == ("time", False)
+
+    class Raises(HostLibrary):
+        def prepare_weight(self, *args: Any) -> None:
+            raise RuntimeError("illegal memory access")
+
+    rows = list(check_kernels.run_all([shapes(bench(Raises())), check_kernels.check_dispatch(bench(Raises()))]))
+    assert "illegal memory access" in rows[0].note
+    assert [r.passed for r in rows] == [False, True]
+
+
+# --------------------------------------------------------------------------------------------------- models and reports
+
+
+def test_a_stack_of_modules_runs_on_the_binding_and_a_wrong_product_fails() -> None:
+    b = bench(HostLibrary())
+    row, same = check_ops._compare_model(b, "stack", *check_ops._stack(b))
+    assert row.passed
+    assert same.passed
+    assert 0 < row.worst <= 1
+    unbiased = bench(wrong.NoBias())
+    row, same = check_ops._compare_model(unbiased, "stack", *check_ops._stack(unbiased))
+    assert not row.passed
+    assert same.passed
+    again = bench(wrong.PreparedTwice())
+    row, same = check_ops._compare_model(again, "stack", *check_ops._stack(again))
+    assert row.passed
+    assert not same.passed
+
+
+def test_tiny_wan_runs_on_the_binding() -> None:
+    rows = list(check_ops.check_model(bench(HostLibrary())))
+    assert [r.name for r in rows[2::2]] == ["tiny Wan (diffusers), a8", "tiny Wan (diffusers), a4"]
+    assert all(r.name.endswith("only prepared weights held") for r in rows[1::2])
+    assert all(r.passed and r.cases == 1 for r in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_an_ulp_is_what_rounding_may_lose(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # From fp32, since torch rounds float64 to fp32 on its way.
+    y = torch.cat([torch.randn(4096, generator=generator) * 2.0**e for e in (-24, -14, 0, 10)]).double()
+    share = (y.to(dtype).double() - y).abs() / half_ulp(y, dtype)
+    assert 0.99 < float(share.max()) <= 1
+
+
+def test_bits_that_differ_are_counted() -> None:
+    a = torch.tensor([1.0, float("nan"), -0.0])
+    assert check_equal(a, a.clone(), "y").passed
+    assert not check_equal(a, a.abs(), "y").passed
+    assert not check_equal(a, a[:2], "y").passed
+
+
+def test_report_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = check_kernels.Outcome("good", True, 3, 0.5, 2)
+    bad = check_kernels.Outcome("bad", False, 1, 7.0, 0, "y at [0, 1]: 7 × its bound | more")
+    skipped = check_kernels.Outcome("skipped", True, 0, note="not run: no tool")
+    collected: list[Any] = []
+    assert gpu_check.report(iter([good, skipped]), collected) == 0
+    assert gpu_check.report(iter([bad]), collected) == 1
+    out = capsys.readouterr().out
+    assert "FAILED  bad" in out
+    assert "not run skipped" in out
+    facts = {"date": "2026-01-02 03:04 UTC", "GPU": "NVIDIA H200, SM 9.0", "driver_version": "1"}
+    text = check_report.markdown("gpu-check", facts, collected, "extra")
+    assert "| bad | **failed** | 1 | 7 | 0 | y at [0, 1]: 7 × its bound \\| more |" in text
+    assert "| skipped | not run |" in text
+    assert text.endswith("\nextra\n")
+    assert check_report.report_path(tmp_path, facts).name == "2026-01-02-nvidia-h200.md"
+
+
+def test_tools_run_beside_and_become_rows() -> None:
+    def row(code: str, seconds: float = 60) -> Any:
+        running = gpu_check.Running("t", [sys.executable, "-c", code], gpu_check.judge_tool)
+        outcome = running.finish(seconds)
+        running.stop()
+        return outcome
+
+    ran = row("print('3 passed')")
+    assert (ran.passed, ran.cases, ran.note) == (True, 1, "3 passed")
+    assert not row("raise SystemExit(9)").passed
+    refused = row("print('Device not supported'); raise SystemExit(1)")
+    assert (refused.passed, refused.cases) == (True, 0)
+    late = row("import time; time.sleep(60)", 0)
+    assert (late.passed, late.cases) == (True, 0)
+    assert "not run to its end" in late.note
+    tests = gpu_check.Running("p", [sys.executable, "-c", "import time; time.sleep(60)"], gpu_check.judge_pytest, False)
+    assert not tests.finish(0).passed
+    for found in ("..F..", "FAILED tests/test_a.py::test_b", "========= Invalid __global__ read of size 4 bytes"):
+        late = row(f"import time; print({found!r}, flush=True); time.sleep(60)", 1.5)
+        assert not late.passed
+        assert found in late.note
+
+
+def test_stopped_tools_take_their_children_along() -> None:
+    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    running = gpu_check.Running("t", [sys.executable, "-c", code], lambda name, status, output: output)
+    written = ""
+    while not written.endswith("\n"):
+        time.sleep(0.05)
+        running._output.seek(0)
+        written = running._output.read()
+    child = int(written)
+    running.stop()
+    time.sleep(0.2)
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize("library", [wrong.WrongAtTheTilesEdge, wrong.SkipsOneToken])
+def test_many_tokens_are_checked_at_the_edges_of_tiles(library: type[HostLibrary]) -> None:
+    for made, passes in ((HostLibrary(), True), (library(), False)):
+        kernels = check_kernels.GuardedKernels(made, 90)
+        rows = check_kernels.check_shapes(check_kernels.Bench(kernels, torch.device("cpu"), (256,), ((300, 8),)))
+        products = [row.passed for row in rows if row.name.endswith("product")]
+        assert all(products) if passes else not any(products)
+
+
+def test_pytest_rows_excuse_missing_packages_only() -> None:
+    lacks = "ERROR tests/test_a.py - ModuleNotFoundError: No module named 'diffusers'\n"
+    row = gpu_check.judge_pytest("p", 1, lacks + "3 passed, 1 error in 2s")
+    assert (row.passed, row.cases) == (True, 3)
+    assert "missing: diffusers" in row.note
+    ours = "ERROR tests/test_a.py - ModuleNotFoundError: No module named 'dvdquant.ops.gone'\n"
+    assert not gpu_check.judge_pytest("p", 1, ours + "3 passed, 1 error in 2s").passed
+    assert not gpu_check.judge_pytest("p", 1, lacks + "FAILED tests/test_b.py::t - x\n1 failed, 1 error").passed
+    assert not gpu_check.judge_pytest("p", 2, lacks + "ERROR tests/test_b.py - SyntaxError\n2 errors").passed
+    assert gpu_check.judge_pytest("p", 5, "no tests ran in 1s").cases == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_command_says_so() -> None:
+    run = subprocess.run([sys.executable, BENCH / "gpu_check.py"], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "needs a CUDA device" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_cases_cover_what_is_promised() -> None:
+    assert {m for m, _ in check_cases.PAIRS} == set(check_cases.TOKENS)
+    assert {n for _, n in check_cases.PAIRS} == set(check_cases.ROWS)
+    seen = [(layer.block, layer.outer, layer.dtype) for k in check_cases.FEATURES for _, layer in check_cases.layers(k)]
+    assert {d for _, _, d in seen} == {"bf16", "fp16"}
+    assert any(outer > 1 for _, outer, _ in seen)
+    assert any(block == 1 for block, _, _ in seen)
+    assert importlib.util.find_spec("check_cases") is not None

@@ -1,0 +1,289 @@
+"""The TensorRT plugin library, driven by a host program through the interfaces TensorRT calls.
+
+Without a GPU the program's device is the host (plugins/harness/host_cuda.cpp and host_kernels.cpp): that shows what the
+plugin asks, refuses, passes on, prepares and frees, not what the CUDA kernels compute. With a GPU the last test runs the
+same program on the real ones.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dvdquant.numerics.hadamard import hadamard_matrix
+from dvdquant.ops.reference import quant_linear_reference
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.tensorrt_headers
+
+INPUTS = ("x", "weight", "weight_scale", "weight_factor", "weight_zero", "bias", "hadamard", "outer")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = {torch.float32: "fp32", torch.int8: "int8", torch.uint8: "int8", torch.int32: "int32"}
+# Rounding y to its type, of which the reference is not guilty: half a unit in the last place.
+HALF_ULP = {"bf16": 2.0**-8, "fp16": 2.0**-11}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer. ``wide``: the stored bytes arrive as INT32, as TensorRT's parser makes them of UINT8 initializers."""
+
+    shape: tuple[int, ...]
+    rows: int
+    act_bits: int
+    act_group: int = 0
+    block: int = 1
+    outer: int = 1
+    groups: int = 1
+    real_zero: bool = False
+    wide: bool = False
+    dtype: str = "bf16"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The inputs as the op takes them, x heavy in outliers."""
+        seed = torch.Generator().manual_seed(zlib.crc32(repr(self).encode()))
+        features = self.shape[-1]
+        x = torch.randn(self.shape, generator=seed) * torch.exp2(torch.randn(features, generator=seed))
+        zero = (
+            torch.randint(0, 256, (self.rows, self.groups), generator=seed, dtype=torch.uint8)
+            if self.real_zero
+            else torch.randint(-15, 15, (self.rows,), generator=seed) / 2
+        )
+        values = (
+            x.to(DTYPES[self.dtype]),
+            torch.randint(-128, 128, (self.rows, features // 2), generator=seed, dtype=torch.int8),
+            torch.rand(self.rows, generator=seed) / 64 + 1e-3,
+            torch.randint(1, 256, (self.rows, self.groups), generator=seed, dtype=torch.uint8),
+            zero,
+            torch.randn(self.rows, generator=seed),
+            hadamard_matrix(self.block).float(),
+            torch.linalg.qr(torch.randn(self.outer, self.outer, generator=seed, dtype=torch.float64))[0].float()
+            if self.outer > 1
+            else torch.ones(1, 1),
+        )
+        return dict(zip(INPUTS, values, strict=True))
+
+    def exact(self) -> Tensor:
+        """y in float64, of the very inputs that are bound."""
+        tensors = self.tensors()
+        tensors["x"] = tensors["x"].double()
+        # Both are exact in float64 up to the fp32 rounding of 1/sqrt(block), which the kernels do not have.
+        tensors["hadamard"] = hadamard_matrix(self.block).double()
+        return quant_linear_reference(
+            **tensors, act_bits=self.act_bits, act_group=self.act_group, compute=torch.float64
+        )
+
+    def write(self, folder: Path) -> Path:
+        """case.txt and one file of raw bytes per input."""
+        folder.mkdir()
+        lines = [f"field act_bits {self.act_bits}", f"field act_group {self.act_group}", f"layer {folder.name}"]
+        for name, tensor in self.tensors().items():
+            stored = tensor.int() if self.wide and tensor.dtype == torch.uint8 else tensor
+            kind = self.dtype if name == "x" else TYPES[stored.dtype]
+            lines.append(f"tensor {name} {kind} {' '.join(map(str, stored.shape))}")
+            raw = stored.contiguous().view(torch.int16) if name == "x" else stored.contiguous()
+            (folder / f"{name}.bin").write_bytes(raw.numpy().tobytes())
+        lines.append(f"tensor y {self.dtype} {' '.join(map(str, (*self.shape[:-1], self.rows)))}")
+        (folder / "case.txt").write_text("\n".join(lines))
+        return folder
+
+    def read(self, folder: Path, name: str) -> Tensor:
+        """What the program wrote, in float64."""
+        raw = torch.from_numpy(np.fromfile(folder / name, np.int16))
+        return raw.view(DTYPES[self.dtype]).double().reshape(*self.shape[:-1], self.rows)
+
+
+CASES = {
+    "a4-token-rotated": Case((2, 5, 96), 40, act_bits=4, block=8, outer=12),
+    "a8-token-fp16": Case((7, 128), 24, act_bits=8, block=128, dtype="fp16"),
+    "a4-group-real-zero": Case((1, 3, 2, 256), 33, act_bits=4, act_group=64, groups=8, real_zero=True, block=64),
+    "a8-wide-bytes": Case((4, 64), 9, act_bits=8, groups=2, real_zero=True, wide=True, block=32),
+    "a8-no-rotation": Case((1, 32), 1, act_bits=8, wide=True, dtype="fp16"),
+    "vector": Case((64,), 5, act_bits=4, groups=4, block=32, outer=2),
+}
+
+
+def _cuda_include() -> Path | None:
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [Path(place) for place in places if place] + sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
+    return next((f / "include" for f in folders if (f / "include/cuda_runtime_api.h").is_file()), None)
+
+
+def _configure(build: Path, *options: str) -> Path:
+    for tool in ("cmake", "c++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool} to build the plugin")
+    include = _cuda_include()
+    if include is None:
+        pytest.skip("needs cuda_runtime_api.h, which TensorRT's headers include: set CUDA_HOME")
+    command = ["cmake", "-S", str(ROOT / "plugins"), "-B", str(build), f"-DCUDA_INCLUDE={include}", *options]
+    for step in (command, ["cmake", "--build", str(build), "-j", "2"]):
+        done = subprocess.run(step, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return build
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The build folder, with address and undefined-behaviour sanitizers."""
+    return _configure(
+        tmp_path_factory.mktemp("plugin"), "-DCMAKE_BUILD_TYPE=Debug", "-DDVDQUANT_SANITIZE=address,undefined"
+    )
+
+
+def run(build: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The harness; variables that are not given are unset."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("LD_LIBRARY_PATH", "DVDQUANT_KERNELS")}
+    return subprocess.run(
+        [str(build / "harness"), str(build / "libdvdquant_plugins.so"), *arguments],
+        capture_output=True,
+        text=True,
+        env=clean | environment,
+        timeout=300,
+    )
+
+
+def host_device(build: Path, sm: int = 90) -> dict[str, str]:
+    """The variables that make the host the device."""
+    folder = build / "host_device"
+    kernels = str(folder / "libhost_kernels.so")
+    return {"LD_LIBRARY_PATH": str(folder), "DVDQUANT_KERNELS": kernels, "HOST_CUDA_SM": str(sm)}
+
+
+def check(done: subprocess.CompletedProcess[str], device: bool) -> None:
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 failed" in done.stdout
+    assert ("with a device" in done.stdout) is device
+
+
+def test_the_interfaces_answer_as_tensorrt_expects(sanitized: Path) -> None:
+    check(run(sanitized, "contract", **host_device(sanitized)), device=True)
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a CUDA driver")
+def test_without_a_driver_everything_but_planning_works_and_planning_says_why(sanitized: Path) -> None:
+    check(run(sanitized, "contract"), device=False)
+    kernels = host_device(sanitized)["DVDQUANT_KERNELS"]
+    check(run(sanitized, "missing-driver", DVDQUANT_KERNELS=kernels), device=False)
+
+
+@pytest.mark.parametrize("environment", [{}, {"DVDQUANT_KERNELS": "/nowhere/libdvdquant_kernels.so"}])
+def test_missing_kernels_are_named(sanitized: Path, environment: dict[str, str]) -> None:
+    check(run(sanitized, "missing-kernels", **environment), device=False)
+
+
+def test_it_registers_itself_where_the_program_only_opens_it(sanitized: Path) -> None:
+    asked = host_device(sanitized) | {"DVDQUANT_PLUGIN_REGISTER": "1"}
+    check(run(sanitized, "registration", **asked), device=False)
+    # Not unless asked: loadLibrary would refuse it.
+    unasked = run(sanitized, "registration", **host_device(sanitized))
+    assert unasked.returncode == 1
+    assert "count == 1" in unasked.stderr
+    alone = run(sanitized, "missing-kernels", DVDQUANT_PLUGIN_REGISTER="1")
+    assert "is not in this process" in alone.stderr
+
+
+def test_a_tensorrt_of_another_major_version_is_refused(sanitized: Path) -> None:
+    done = run(sanitized, "other-version", **host_device(sanitized))
+    check(done, device=False)
+    assert "this library is built for TensorRT" in done.stderr
+
+
+def test_only_the_two_doors_are_exported(sanitized: Path) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm (binutils)")
+    command = ["nm", "-D", "--defined-only", str(sanitized / "libdvdquant_plugins.so")]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[-1] for line in listed.splitlines()} == {"getCreators", "setLoggerFinder"}
+
+
+def test_enqueue_passes_the_layer_on(sanitized: Path, tmp_path: Path) -> None:
+    folders = {name: case.write(tmp_path / name) for name, case in CASES.items()}
+    done = run(sanitized, "run", *map(str, folders.values()), **host_device(sanitized))
+    check(done, device=True)
+    for name, case in CASES.items():
+        exact = case.exact()
+        y = case.read(folders[name], "y.bin")
+        # The host kernels sum in double: what is left is y's own rounding (and fp32's, once).
+        torch.testing.assert_close(
+            y, exact, rtol=HALF_ULP[case.dtype] * 1.01, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        assert torch.equal(y, case.read(folders[name], "y_graph.bin")), name
+
+
+@pytest.mark.parametrize(("sm", "added"), [(90, 0), (80, 1)])
+def test_the_two_widths_share_a_prepared_weight_where_they_can(
+    sanitized: Path, tmp_path: Path, sm: int, added: int
+) -> None:
+    folder = CASES["a4-token-rotated"].write(tmp_path / "layer")
+    done = run(sanitized, "run", str(folder), **host_device(sanitized, sm))
+    check(done, device=True)
+    assert f"other width allocates {added}\n" in done.stdout
+
+
+def test_an_unsupported_gpu_is_refused_in_the_kernels_words(sanitized: Path, tmp_path: Path) -> None:
+    folder = CASES["vector"].write(tmp_path / "layer")
+    done = run(sanitized, "run", str(folder), **host_device(sanitized, 75))
+    assert done.returncode == 1
+    assert "layer on SM 75: SM 75 has no kernels; available: 80 and newer" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Path:
+    """The kernels' own device code compiled for the host, behind the same C ABI."""
+    command = [sys.executable, str(ROOT / "kernels/build.py"), "--emulated"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_enqueue_on_the_emulated_kernels(sanitized: Path, emulated: Path, tmp_path: Path, sm: int) -> None:
+    folders = {name: case.write(tmp_path / name) for name, case in CASES.items()}
+    done = run(
+        sanitized,
+        "run",
+        *map(str, folders.values()),
+        **host_device(sanitized, sm) | {"DVDQUANT_KERNELS": str(emulated)},
+    )
+    check(done, device=True)
+    for name, case in CASES.items():
+        exact, y = case.exact(), case.read(folders[name], "y.bin")
+        plain = quant_linear_reference(**case.tensors(), act_bits=case.act_bits, act_group=case.act_group).double()
+        allowed = 2 * (plain - exact).norm() / exact.norm()
+        if case.groups > 1:
+            # Rounded again to 8 bits per row: steps of max/127, uniform errors, an rms weight above a third of the max.
+            allowed = allowed + 3 / 127 / 12**0.5
+        assert (y - exact).norm() <= allowed * exact.norm(), name
+
+
+@pytest.mark.gpu
+def test_enqueue_on_the_gpu(tmp_path: Path) -> None:
+    kernels = Path(os.environ.get("DVDQUANT_KERNELS", ROOT / "build/kernels/libdvdquant_kernels.so"))
+    if not kernels.is_file():
+        pytest.skip(f"needs the CUDA kernels ({kernels}): make kernels")
+    build = _configure(tmp_path / "build")
+    cases = {
+        "a4": Case((2, 131, 1536), 768, act_bits=4, block=128, outer=12),
+        "a8": Case((333, 1024), 512, act_bits=8, block=1024, dtype="fp16"),
+        "a4-group": Case((100, 1024), 256, act_bits=4, act_group=128, block=128),
+    }
+    folders = {name: case.write(tmp_path / name) for name, case in cases.items()}
+    check(run(build, "run", *map(str, folders.values()), DVDQUANT_KERNELS=str(kernels)), device=True)
+    for name, case in cases.items():
+        exact, y = case.exact(), case.read(folders[name], "y.bin")
+        tensors = case.tensors()
+        plain = quant_linear_reference(**tensors, act_bits=case.act_bits, act_group=case.act_group).double()
+        # PyTorch's fp32 error at the same types: a code that rounds the other way, and y's rounding.
+        allowed = 2 * (plain - exact).norm() + HALF_ULP[case.dtype] * exact.norm()
+        assert (y - exact).norm() <= allowed, name
+        assert torch.equal(y, case.read(folders[name], "y_graph.bin")), name

@@ -1,0 +1,342 @@
+"""Moments of the inputs from the checkpoint alone: the streamed model against the loaded one, sums against brute force."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.errors import CheckpointError, ResourceError
+from dvdquant.model.families import get_family
+from dvdquant.model.layers import LayerSpec
+from dvdquant.model.plan import ModelPlan, build_skeleton, plan_model
+from dvdquant.numerics.hadamard import Rotation, rotate
+from dvdquant.quantize import hessian as moments
+from dvdquant.quantize import synthetic_inputs as synthetic
+from dvdquant.quantize.hessian import (
+    InputMoments,
+    balance_divisors,
+    moment_block,
+    rotated_moments,
+    streamed,
+    synthetic_moments,
+)
+from dvdquant.quantize.synthetic_inputs import synthetic_inputs
+from dvdquant.recipe import Recipe, get_recipe
+from dvdquant.system.progress import Progress
+from tests.support import tiny_models as tiny
+from tests.support.exporting import with_changes
+
+I2V = with_changes(tiny.WAN, image_dim=32, added_kv_proj_dim=128, in_channels=36, out_channels=16)
+CONFIGS = {
+    **tiny.CONFIGS,
+    "wan-i2v": I2V,
+    "wan-flf": with_changes(I2V, pos_embed_seq_len=514),
+    "wan-ti2v": with_changes(tiny.WAN, in_channels=48, out_channels=48),
+    "cogvideox-1.5": with_changes(tiny.COGVIDEOX, patch_size_t=2, ofs_embed_dim=32, sample_frames=9),
+    "cogvideox-i2v": with_changes(tiny.COGVIDEOX, use_learned_positional_embeddings=True, in_channels=8),
+}
+LEVELS = 3
+
+
+def opened(folder: Path, config: dict[str, Any], recipe: Recipe | str = "w4a4") -> tuple[Checkpoint, ModelPlan]:
+    """A random checkpoint and its plan."""
+    tiny.write_checkpoint(folder, config)
+    chosen = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    return open_checkpoint(folder), plan_model(config, chosen, torch.bfloat16)
+
+
+def spec_of(features: int, rotation: str | int, rows: int = 8) -> LayerSpec:
+    return LayerSpec("x", ("x",), (rows,), features, (False,), Rotation.for_features(features, rotation), 1)
+
+
+def changed(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Rewrite the checkpoint in ``folder``."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    content = load_file(path)
+    change(content)
+    save_file(content, path, metadata={"format": "pt"})
+
+
+def loaded_model(folder: Path, config: dict[str, Any]) -> Any:
+    return getattr(diffusers, config["_class_name"]).from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+
+def seen_inputs(model: nn.Module, plan: ModelPlan, levels: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output of the loaded model, and [T, K] of every member of every layer."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        return lambda _module, args: seen.update({name: args[0].reshape(-1, args[0].shape[-1]).clone()})
+
+    for spec in plan.layers:
+        for member in spec.members:
+            model.get_submodule(member).register_forward_pre_hook(watch(member))
+    with torch.inference_mode():
+        output = model(**plan.family.forward_kwargs(synthetic_inputs(plan.family, levels)), return_dict=False)[0]
+    return output, seen
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_streamed_model_is_the_loaded_one(tmp_path: Path, name: str) -> None:
+    """In every family: the same output, the moments that hooks on the loaded model give, and no weight left behind."""
+    config = CONFIGS[name]
+    checkpoint, plan = opened(tmp_path, config, dataclasses.replace(get_recipe("w4a4"), modulation="a8"))
+    model = loaded_model(tmp_path, config)
+    energies = {
+        spec.name: torch.cat([model.get_submodule(m).weight for m in spec.members]).square().mean(0)
+        for spec in plan.layers
+    }
+    expected, seen = seen_inputs(model, plan, LEVELS)
+    skeleton = build_skeleton(config, torch.float32)
+    with torch.inference_mode(), streamed(skeleton, checkpoint):
+        inputs = synthetic_inputs(plan.family, LEVELS)
+        output = skeleton(**plan.family.forward_kwargs(inputs), return_dict=False)[0]
+    assert (output - expected).norm() <= 1e-5 * expected.norm()
+    assert len(expected) == LEVELS
+    assert expected.std() > 1e-3
+    assert all(p.untyped_storage().nbytes() <= p.element_size() for p in skeleton.parameters())
+
+    found = synthetic_moments(checkpoint, plan, Progress(), levels=LEVELS)
+    assert list(found) == [spec.name for spec in plan.layers]
+    for spec in plan.layers:
+        rows = seen[spec.members[0]].double()
+        for member in spec.members:
+            assert torch.equal(seen[member], seen[spec.members[0]])
+        parts = rows.view(len(rows), -1, moment_block(spec)).transpose(0, 1)
+        reference = parts.transpose(1, 2) @ parts / len(rows)
+        blocks = found[spec.name].blocks
+        assert blocks.dtype == torch.float32
+        assert found[spec.name].tokens == len(rows)
+        assert (blocks - reference).norm() <= 1e-4 * reference.norm()
+        assert torch.equal(blocks, blocks.mT)
+        torch.testing.assert_close(found[spec.name].mean.double(), rows.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[spec.name].weight_energy, energies[spec.name].detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(found[spec.name].input_energy, blocks.diagonal(dim1=1, dim2=2).flatten())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_inputs(name: str) -> None:
+    """Shapes as the family has them, 64 to 512 tokens an item, noise as its timestep says."""
+    family = get_family(CONFIGS[name])
+    inputs = synthetic_inputs(family, 16)
+    latents, steps = inputs["hidden_states"], inputs["timestep"].view(len(inputs["timestep"]), -1)[:, 0]
+    assert latents.dtype == torch.float32
+    assert len(steps) == 16
+    assert steps.diff().min() > 0
+    assert steps[-1] == (999 if "cogvideox" in name else 1000)
+    axes = [i for i in range(1, latents.ndim) if not isinstance(family.inputs(sizes_of(family))[0].shape[i], str)]
+    channels = latents.movedim(axes[0], 1)[:, : CONFIGS[name]["out_channels"]]
+    smooth = channels.flatten(0, 1)
+    assert (channels.flatten(1).std(dim=1) - 1).abs().max() < (0.35 if "cogvideox" in name else 0.9)
+    # Neighbours in the last axis differ by noise alone, and the more of it there is, the more.
+    steps_apart = smooth.diff(dim=-1).view(16, -1).square().mean(1)
+    assert steps_apart[-1] == pytest.approx(2.0, rel=0.2)
+    assert steps_apart[0] < steps_apart[7] < steps_apart[-1]
+    again = synthetic_inputs(family, 16)
+    assert all(torch.equal(inputs[key], again[key]) for key in inputs)
+    assert not torch.equal(latents, synthetic_inputs(family, 16, seed=1)["hidden_states"])
+
+
+def sizes_of(family: Any) -> Any:
+    return synthetic._sizes(family, 16)[0]
+
+
+def test_condition_channels_stay_as_drawn() -> None:
+    family = get_family(I2V)
+    latents = synthetic_inputs(family, 4)["hidden_states"]
+    sizes = dataclasses.replace(sizes_of(family), batch=4)
+    drawn = family.sample(sizes, torch.float32)["hidden_states"]
+    assert torch.equal(latents[:, 16:], drawn[:, 16:])
+    assert not torch.equal(latents[:, :16], drawn[:, :16])
+    assert torch.equal(latents[-1], drawn[-1])  # pure noise
+
+
+def test_large_fixed_sizes_mean_fewer_items() -> None:
+    config = with_changes(CONFIGS["cogvideox-i2v"], sample_height=60, sample_width=90)
+    family = get_family(config)
+    inputs = synthetic_inputs(family)
+    assert tuple(inputs["hidden_states"].shape[-2:]) == (60, 90)
+    assert len(inputs["timestep"]) == 6  # of 1350 tokens each
+    assert inputs["timestep"][-1] == 999
+
+
+@pytest.mark.parametrize(
+    ("features", "rotation", "block"),
+    [
+        (256, "auto", 256),
+        (1024, "auto", 256),
+        (1920, "auto", 192),
+        (5120, "auto", 256),
+        (12288, "auto", 256),
+        (15360, "auto", 256),
+        (256, "full", 256),
+        (1024, "full", 1024),
+        (1920, "full", 1920),
+        (5120, "full", 5120),
+        (12288, "full", 12288),
+        (15360, "full", 15360),
+        (256, "none", 256),
+        (1920, "none", 240),
+        (5120, "none", 256),
+        (514, "none", 2),
+        (257, "none", 1),
+    ],
+)
+def test_moment_block(features: int, rotation: str, block: int) -> None:
+    assert moment_block(spec_of(features, rotation)) == block
+
+
+def test_balance_divisors() -> None:
+    """Root mean squares 1 apart from one outlier of 100, one of 3 (left alone), a quiet one, and channels without energy."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 64, generator=generator)
+    x[:, 3] *= 100
+    x[:, 5] *= 3
+    x[:, 7] /= 5000
+    x[:, 9] = 0
+    w = torch.ones(64)
+    w[11] = 0
+    parts = x.view(4096, 4, 16).transpose(0, 1)
+    divisors = balance_divisors(InputMoments.from_blocks(parts.mT @ parts / 4096, w))
+    expected = torch.ones(64)
+    # Half of log2(100) is 3.3, of log2(1/5000) −6.1, which is more than a quiet channel is trusted; the mean is near 0.
+    expected[3], expected[7] = 8, 2.0**-3
+    assert torch.equal(divisors, expected)
+    quiet = InputMoments.from_blocks(torch.zeros(4, 16, 16), w)
+    assert torch.equal(balance_divisors(quiet), torch.ones(64))
+    extreme = torch.diag_embed(torch.logspace(-30, 30, 64).view(4, 16))
+    found = balance_divisors(InputMoments.from_blocks(extreme, torch.ones(64)))
+    assert found.min() == 2.0**-3
+    assert found.max() == 2.0**12
+    assert torch.equal(found.log2(), found.log2().round())
+
+
+@pytest.mark.parametrize(
+    ("features", "rotation"), [(512, "auto"), (1920, "auto"), (192, "full"), (240, "none"), (24, 12)]
+)
+@pytest.mark.parametrize("divide", [True, False])
+def test_rotated_moments(features: int, rotation: str | int, divide: bool) -> None:
+    """Against the moments of divided and rotated samples; a multiple of the rotation's block keeps blocks apart."""
+    generator = torch.Generator().manual_seed(features)
+    spec = spec_of(features, rotation)
+    order = moment_block(spec)
+    x = torch.randn(300, features, generator=generator).exp()
+    found = InputMoments.from_blocks(_moments(x, order), torch.ones(features))
+    divisors = torch.exp2(torch.randint(-3, 4, (features,), generator=generator).float()) if divide else None
+    rotated = rotate((x if divisors is None else x / divisors).double(), spec.rotation)
+    torch.testing.assert_close(
+        rotated_moments(found, spec, divisors), _moments(rotated, order).float(), rtol=1e-4, atol=1e-3
+    )
+
+
+def _moments(x: Tensor, order: int) -> Tensor:
+    parts = x.view(len(x), -1, order).transpose(0, 1)
+    return parts.mT @ parts / len(x)
+
+
+def test_deterministic_and_ordinary_tensors(tmp_path: Path) -> None:
+    checkpoint, plan = opened(tmp_path, tiny.WAN)
+    first, again = (synthetic_moments(checkpoint, plan, Progress(), levels=2) for _ in range(2))
+    other = synthetic_moments(checkpoint, plan, Progress(), levels=2, seed=1)
+    for name, value in first.items():
+        assert torch.equal(value.triangles, again[name].triangles)
+        assert not torch.equal(value.triangles, other[name].triangles)
+        assert torch.equal(value.weight_energy, other[name].weight_energy)
+        assert not value.triangles.is_inference()
+        assert not value.weight_energy.is_inference()
+
+
+def test_nonfinite_weights_count_as_zero(tmp_path: Path) -> None:
+    def spoil(content: dict[str, Tensor]) -> None:
+        weight = content["blocks.0.attn1.to_k.weight"]
+        weight[3, 5], weight[4, 6], weight[0, 0] = float("nan"), float("inf"), -float("inf")
+
+    def clean(content: dict[str, Tensor]) -> None:
+        weight = content["blocks.0.attn1.to_k.weight"]
+        weight[3, 5] = weight[4, 6] = weight[0, 0] = 0
+
+    _, plan = opened(tmp_path, tiny.WAN)
+    changed(tmp_path, spoil)
+    spoiled = synthetic_moments(open_checkpoint(tmp_path), plan, Progress(), levels=2)
+    changed(tmp_path, clean)
+    cleaned = synthetic_moments(open_checkpoint(tmp_path), plan, Progress(), levels=2)
+    for name, value in spoiled.items():
+        assert torch.equal(value.triangles, cleaned[name].triangles)
+        assert torch.equal(value.weight_energy, cleaned[name].weight_energy)
+
+
+def test_values_beyond_fp32_mean_no_prediction(tmp_path: Path) -> None:
+    def enlarge(content: dict[str, Tensor]) -> None:
+        content["blocks.1.ffn.net.0.proj.weight"].fill_(1e38)
+
+    opened(tmp_path, tiny.WAN)
+    changed(tmp_path, enlarge)
+    _, plan = open_checkpoint(tmp_path), plan_model(tiny.WAN, get_recipe("w4a4"), torch.bfloat16)
+    found = synthetic_moments(open_checkpoint(tmp_path), plan, Progress(), levels=2)
+    identity = torch.eye(256)[None]
+    assert torch.equal(found["blocks.1.ffn.net.2"].blocks, identity)
+    assert found["blocks.1.ffn.net.2"].tokens == 0
+    assert not torch.equal(found["blocks.0.ffn.net.2"].blocks, identity)
+    assert all(value.triangles.isfinite().all() for value in found.values())
+
+
+def test_layer_never_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Identity moments, the energy from the weights."""
+    checkpoint, plan = opened(tmp_path, tiny.WAN)
+
+    def without_second_block(config: Any, dtype: torch.dtype) -> nn.Module:
+        model = build_skeleton(config, dtype)
+        model.get_submodule("blocks.1.ffn").forward = lambda x: x  # type: ignore[assignment]
+        return model
+
+    monkeypatch.setattr(moments, "build_skeleton", without_second_block)
+    stream = io.StringIO()
+    found = synthetic_moments(checkpoint, plan, Progress("json", stream), levels=2)
+    weight = checkpoint.read("blocks.1.ffn.net.2.weight").float()
+    assert torch.equal(found["blocks.1.ffn.net.2"].blocks, torch.eye(256)[None])
+    assert found["blocks.1.ffn.net.2"].tokens == 0
+    torch.testing.assert_close(found["blocks.1.ffn.net.2"].weight_energy, weight.square().mean(0))
+    end = json.loads(stream.getvalue().splitlines()[-1])
+    assert (end["event"], end["stage"], end["done"]) == ("end", "inputs", end["total"])
+    assert end["total"] == sum(info.nbytes // 2 for info in checkpoint.tensors.values())
+
+
+def test_failures_are_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, plan = opened(tmp_path, tiny.WAN)
+    models: list[nn.Module] = []
+
+    def broken(config: Any, dtype: torch.dtype) -> nn.Module:
+        models.append(build_skeleton(config, dtype))
+        models[0].get_submodule("blocks.1.attn1").to_out[0].forward = lambda x: x @ x.new_zeros(3, 3)  # type: ignore
+        return models[0]
+
+    monkeypatch.setattr(moments, "build_skeleton", broken)
+    with pytest.raises(CheckpointError, match=r"does not run: RuntimeError"):
+        synthetic_moments(checkpoint, plan, Progress(), levels=2)
+    assert all(p.untyped_storage().nbytes() <= p.element_size() for p in models[0].parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in models[0].modules())
+    monkeypatch.undo()
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="diffusion_pytorch_model"):
+        synthetic_moments(checkpoint, plan, Progress(), levels=2)
+    changed_plan = dataclasses.replace(plan, shapes={**plan.shapes, "proj_out.bias": (5,)})
+    with pytest.raises(CheckpointError, match=r"proj_out\.bias"):
+        synthetic_moments(checkpoint, changed_plan, Progress(), levels=2)
+
+
+def test_moments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    checkpoint, plan = opened(tmp_path, tiny.WAN)
+    huge = dataclasses.replace(spec_of(1 << 20, 1024), rotation=Rotation(1 << 20, 1024, 1024))
+    with pytest.raises(ResourceError, match="GiB"):
+        synthetic_moments(checkpoint, dataclasses.replace(plan, layers=(huge,)), Progress())

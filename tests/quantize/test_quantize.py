@@ -1,0 +1,385 @@
+"""Checkpoint to packed weights: resume, shards, sharded sources, refusals, and the error table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dvdquant.quantize.checkpoint as quantize_module
+from dvdquant.artifact.transaction import ExportTransaction
+from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.errors import CheckpointError
+from dvdquant.export.graph.trace import trace_graph
+from dvdquant.export.graph.writer import GraphWriter
+from dvdquant.export.verify.graph import load_quantized, verify_graph
+from dvdquant.model.plan import ModelPlan, plan_model
+from dvdquant.numerics.hadamard import rotate
+from dvdquant.numerics.packing import unpack_int4
+from dvdquant.ops.reference import dequantize_weight
+from dvdquant.quantize.bgr import quantize_weight
+from dvdquant.quantize.checkpoint import PackedWeights, plan_shards, quantize_checkpoint, rotate_rows
+from dvdquant.quantize.gptq import round_with_feedback
+from dvdquant.quantize.hessian import synthetic_moments
+from dvdquant.quantize.layer_inputs import LayerInputs, layer_inputs, noise_levels
+from dvdquant.recipe import RECIPES, get_recipe
+from dvdquant.system.progress import Progress
+from dvdquant.system.safetensors_io import read_tensor
+from tests.support import tiny_models as tiny
+
+SINGLE = "diffusion_pytorch_model.safetensors"
+KEY = {"model": "tiny"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN)
+
+
+def plan(recipe: str = "w4a4", dtype: torch.dtype = torch.bfloat16) -> ModelPlan:
+    return plan_model(tiny.WAN, get_recipe(recipe), dtype)
+
+
+def quantize(source: Path, out: Path, made: ModelPlan, *, resume: bool = False, **options: Any) -> PackedWeights:
+    """Quantize into ``out/work`` and leave the files in ``out/tree``."""
+    with ExportTransaction(out / "work", key=KEY, resume=resume, keep_for_resume=True) as transaction:
+        packed = quantize_checkpoint(open_checkpoint(source), made, transaction, Progress(), **options)
+        shutil.copytree(transaction.tree, out / "tree")
+        transaction.keep_for_resume = False
+    return packed
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ content
+
+
+def known_inputs(model: Path, made: ModelPlan) -> dict[str, LayerInputs]:
+    """What quantizing may use of each layer's inputs, predicted once more; empty for recipes that ignore them."""
+    if made.recipe.inputs == "ignored":
+        return {}
+    found = synthetic_moments(open_checkpoint(model), made, Progress(), levels=noise_levels(made))
+    return {spec.name: layer_inputs(found[spec.name], spec) for spec in made.layers}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_files_hold_what_the_quantizer_makes_of_each_layer(recipe: str, model: Path, tmp_path: Path) -> None:
+    """Every stored tensor, recomputed member by member without chunks, merging or files."""
+    made = plan(recipe)
+    packed = quantize(model, tmp_path, made)
+    known = known_inputs(model, made)
+    stored = load_file(tmp_path / "tree/onnx/transformer.safetensors")
+    source = load_file(model / SINGLE)
+    for spec in made.layers:
+        row = 0
+        for member, rows in zip(spec.members, spec.rows):
+            weight = source[f"{member}.weight"]
+            divisors = known[spec.name].divisors if known else torch.ones(spec.features)
+            rotated = rotate_rows(weight.float() * divisors, spec.rotation)
+            exact = rotate(weight.double() * divisors, spec.rotation)
+            assert float((rotated - exact).abs().max()) <= 1e-6 * float(exact.abs().max())
+            want = quantize_weight(rotated, made.recipe.weight)
+            if known:
+                want = round_with_feedback(rotated, want, known[spec.name].moments, known[spec.name].damping)
+                assert torch.equal(stored[f"{spec.name}.pre_quant_scale"], 1 / divisors)
+            part = slice(row, row + rows)
+            assert torch.equal(unpack_int4(stored[f"{spec.name}.weight"][part]), want.codes)
+            assert torch.equal(stored[f"{spec.name}.weight_scale"][part], want.scale)
+            assert torch.equal(stored[f"{spec.name}.weight_factor"][part], want.factor)
+            assert torch.equal(stored[f"{spec.name}.weight_zero"][part], want.zero)
+            bias = source[f"{member}.bias"].float()
+            if spec.shifted:
+                shift = known[spec.name].shift
+                assert shift is not None
+                assert torch.equal(stored[f"{spec.name}.pre_quant_shift"], shift.to(made.dtype).float())
+                moved = bias.double() + weight.double() @ shift.to(made.dtype).double()
+                torch.testing.assert_close(stored[f"{spec.name}.bias"][part].double(), moved, rtol=1e-6, atol=1e-6)
+            else:
+                assert torch.equal(stored[f"{spec.name}.bias"][part], bias)
+            row += rows
+    for name, (dtype, _) in made.kept.items():
+        assert torch.equal(stored[name], source[name].to(dtype))
+    assert packed.nonfinite == ()
+    assert set(packed.tensors) == {n for n in stored if not n.startswith("__pad")}
+    for relative, entry in packed.files.items():
+        path = tmp_path / "tree" / relative
+        assert entry == {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_error_table(recipe: str, model: Path, tmp_path: Path) -> None:
+    """Recomputed in float64 from the stored codes; never worse than min-max, and better where a search is asked for.
+
+    Of the weights, or of the outputs where the recipe looks at inputs."""
+    made = plan(recipe)
+    packed = quantize(model, tmp_path, made)
+    known = known_inputs(model, made)
+    source = load_file(model / SINGLE)
+    root = tmp_path / "tree"
+    for spec, entry in zip(made.layers, packed.layers, strict=True):
+        divisors = known[spec.name].divisors if known else torch.ones(spec.features)
+        weight = torch.cat([rotate(source[f"{m}.weight"].double() * divisors, spec.rotation) for m in spec.members])
+        parts = [read_tensor(root / packed.tensors[n][0], packed.tensors[n][1]) for n in list(spec.tensors())[:4]]
+        wrong = dequantize_weight(*parts, dtype=torch.float64) - weight
+        moments = torch.block_diag(*known[spec.name].moments.double()) if known else torch.eye(spec.features).double()
+        error = ((wrong @ moments) * wrong).sum() / ((weight @ moments) * weight).sum()
+        ours, theirs = entry["relative_mse"], entry["relative_mse_minmax"]
+        assert ours is not None
+        assert theirs is not None
+        # The table is summed in fp32 over a row, which keeps four digits; with moments, over a product as well.
+        assert ours == pytest.approx(float(error), rel=1e-3 if known else 1e-4)
+        if made.recipe.weight.solver == "minmax":
+            assert ours == theirs
+        else:
+            assert ours < theirs
+        assert (entry["name"], entry["members"]) == (spec.name, list(spec.members))
+        assert (entry["features_in"], entry["features_out"]) == (spec.features, spec.out_features)
+        assert entry["rotation_block"] == spec.rotation.block
+
+
+def test_sampled_rows_stand_for_all_whatever_the_chunks(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = {}
+    for name, chunk, rows in (("all", 1 << 23, 1 << 20), ("sampled", 1 << 23, 16), ("in chunks", 128 * 7, 16)):
+        monkeypatch.setattr(quantize_module, "CHUNK_WEIGHTS", chunk)
+        monkeypatch.setattr(quantize_module, "SAMPLED_ROWS", rows)
+        packed = quantize(model, tmp_path / name, plan())
+        tables[name] = torch.tensor([[e["relative_mse"], e["relative_mse_minmax"]] for e in packed.layers])
+    torch.testing.assert_close(tables["in chunks"], tables["sampled"], rtol=1e-5, atol=0)
+    assert not torch.equal(tables["sampled"], tables["all"])
+    # Rows of 64 inputs differ in their error by about as much as they have: 16 of them by a quarter of it.
+    ratios = tables["sampled"] / tables["all"]
+    assert 0.3 < float(ratios.min()) <= float(ratios.max()) < 2
+    assert abs(float(ratios.mean()) - 1) < 0.15
+
+
+def test_chunks_do_not_change_a_bit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize(model, tmp_path / "whole", plan())
+    monkeypatch.setattr(quantize_module, "CHUNK_WEIGHTS", 128 * 7)
+    monkeypatch.setattr(quantize_module, "BATCH_BYTES", 1000)
+    quantize(model, tmp_path / "chunks", plan())
+    assert digests(tmp_path / "chunks/tree") == digests(tmp_path / "whole/tree")
+
+
+def test_zero_layer_has_no_relative_error(model: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(source / SINGLE)
+    tensors["blocks.0.attn1.to_out.0.weight"].zero_()
+    save_file(tensors, source / SINGLE)
+    packed = quantize(source, tmp_path, plan())
+    (entry,) = [e for e in packed.layers if e["name"] == "blocks.0.attn1.to_out.0"]
+    assert entry["relative_mse"] is None
+    layer = load_quantized(plan(), packed.tensors, tmp_path / "tree", 4).get_submodule("blocks.0.attn1.to_out.0")
+    x = torch.randn(3, 128)
+    assert torch.equal(layer(x), tensors["blocks.0.attn1.to_out.0.bias"].float().expand(3, -1))
+
+
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+def test_sharded_source_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "sharded"
+    source.mkdir()
+    shutil.copy(model / "config.json", source)
+    tensors = load_file(model / SINGLE)
+    names = [f"diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors" for i in range(3)]
+    # Members of one merged layer end up in different shards.
+    mapping = {name: names[i % 3] for i, name in enumerate(sorted(tensors))}
+    for shard in names:
+        save_file({n: t for n, t in tensors.items() if mapping[n] == shard}, source / shard)
+    (source / f"{SINGLE}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": mapping}))
+    quantize(model, tmp_path / "one", plan())
+    quantize(source, tmp_path / "three", plan())
+    assert digests(tmp_path / "three/tree") == digests(tmp_path / "one/tree")
+
+
+@pytest.mark.parametrize("source_dtype", [torch.float32, torch.float16], ids=str)
+def test_source_dtypes(source_dtype: torch.dtype, model: Path, tmp_path: Path) -> None:
+    """bf16 values stored wider are the same values (fp16 keeps these: they are in its range, with more digits)."""
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = {n: t.to(source_dtype) for n, t in load_file(source / SINGLE).items()}
+    assert source_dtype == torch.float16 or all(torch.isfinite(t).all() for t in tensors.values())
+    save_file(tensors, source / SINGLE)
+    quantize(model, tmp_path / "bf16", plan())
+    quantize(source, tmp_path / "other", plan())
+    ours, theirs = (load_file(tmp_path / f"{n}/tree/onnx/transformer.safetensors") for n in ("bf16", "other"))
+    if source_dtype == torch.float32:
+        assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    else:
+        close = [n for n in ours if n.endswith("weight_scale")]
+        assert all(torch.allclose(ours[n], theirs[n], rtol=2e-2) for n in close)
+
+
+def test_small_shards_reach_onnx_runtime(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight files of at most 60 kB: names, sizes, and a graph over all of them that verifies."""
+    limit = 60_000
+    monkeypatch.setattr(quantize_module, "SHARD_BYTES", limit)
+    monkeypatch.setattr(plan_shards, "__defaults__", (limit,))
+    made = plan(dtype=torch.float16)
+    shards = plan_shards(made, "transformer")
+    assert len(shards) > 3
+    assert list(shards) == [
+        f"onnx/transformer-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]
+    for tensors in shards.values():
+        size = sum(d.itemsize * torch.Size(s).numel() for _, d, s in tensors)
+        assert size <= limit or len(tensors) == 1
+    base = trace_graph(made, tiny.FIXED)
+    with ExportTransaction(tmp_path / "out") as transaction:
+        packed = quantize_checkpoint(open_checkpoint(model), made, transaction, Progress())
+        assert set(packed.files) == set(shards)
+        writer = GraphWriter(transaction.tree, made, "transformer", base, packed.tensors)
+        entry = writer.write(8, "tensorrt")
+        path = transaction.tree / entry["path"]
+        torch_model = load_quantized(made, packed.tensors, transaction.tree, 8)
+        check = verify_graph(path, made, tiny.FIXED, torch_model, 8)
+        assert check.passed
+        whole = quantize(model, tmp_path, made)
+        for name, (relative, info) in whole.tensors.items():
+            again = read_tensor(transaction.tree / packed.tensors[name][0], packed.tensors[name][1])
+            assert torch.equal(read_tensor(tmp_path / "tree" / relative, info), again)
+
+
+# ------------------------------------------------------------------------------------------------------- interruption
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a run in the middle."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, target: str, calls: int) -> Callable[[], None]:
+    """Make ``quantize.<target>`` raise after ``calls`` calls; returns what undoes it."""
+    real = getattr(quantize_module, target)
+    count = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise Interrupted(f"{target} {count}")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(quantize_module, target, wrapped)
+    return lambda: monkeypatch.setattr(quantize_module, target, real)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 5, 13])
+def test_resume_is_bit_identical(layers: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quantize(model, tmp_path / "whole", plan())
+    undo = stop_after(monkeypatch, "_quantize_layer", layers)
+    with pytest.raises(Interrupted):
+        quantize(model, tmp_path / "cut", plan())
+    undo()
+    counted: list[str] = []
+    real = quantize_module._quantize_layer
+
+    def count(checkpoint: Any, made: Any, spec: Any, *rest: Any) -> Any:
+        counted.append(spec.name)
+        return real(checkpoint, made, spec, *rest)
+
+    monkeypatch.setattr(quantize_module, "_quantize_layer", count)
+    packed = quantize(model, tmp_path / "cut", plan(), resume=True)
+    assert counted == [spec.name for spec in plan().layers][layers:]
+    assert digests(tmp_path / "cut/tree") == digests(tmp_path / "whole/tree")
+    assert packed == whole
+
+
+def test_resume_after_several_interruptions(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize(model, tmp_path / "whole", plan())
+    monkeypatch.setattr(quantize_module, "BATCH_BYTES", 20_000)
+    for target, calls in (("_quantize_layer", 3), ("_quantize_layer", 4), ("_converted", 20)):
+        undo = stop_after(monkeypatch, target, calls)
+        with pytest.raises(Interrupted):
+            quantize(model, tmp_path / "cut", plan(), resume=True)
+        undo()
+    quantize(model, tmp_path / "cut", plan(), resume=True)
+    assert digests(tmp_path / "cut/tree") == digests(tmp_path / "whole/tree")
+
+
+@pytest.mark.parametrize(("target", "calls"), [("_quantize_layer", 6), ("_converted", 0)])
+def test_a_tensor_that_did_not_reach_the_disk_is_written_again(
+    target: str, calls: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut the journal may know a layer whose bytes are gone: the checksum finds it, be it the only one left."""
+    whole = quantize(model, tmp_path / "whole", plan())
+    undo = stop_after(monkeypatch, target, calls)
+    with pytest.raises(Interrupted):
+        quantize(model, tmp_path / "cut", plan())
+    undo()
+    (path,) = (tmp_path / "cut/work").glob(".tmp-*/tree/onnx/transformer.safetensors")
+    _, info = whole.tensors["blocks.0.attn1.to_out.0.weight"]
+    with path.open("r+b") as file:
+        file.seek(info.offset)
+        file.write(bytes(info.nbytes))
+    quantize(model, tmp_path / "cut", plan(), resume=True)
+    assert digests(tmp_path / "cut/tree") == digests(tmp_path / "whole/tree")
+
+
+# --------------------------------------------------------------------------------------------------------- non-finite
+
+NAMES = ["blocks.0.attn1.to_k.weight", "blocks.1.ffn.net.2.bias", "proj_out.weight", "scale_shift_table"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", NAMES)
+def test_nonfinite(name: str, value: float, model: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(source / SINGLE)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, source / SINGLE)
+    with pytest.raises(CheckpointError) as info:
+        quantize(source, tmp_path / "refused", plan())
+    assert name in str(info.value)
+    assert "--allow-nonfinite" in str(info.value)
+    packed = quantize(source, tmp_path / "allowed", plan(), allow_nonfinite=True)
+    assert packed.nonfinite == (name,)
+    # What comes out is what a checkpoint with a zero in its place gives.
+    tensors[name].view(-1)[-1] = 0.0
+    save_file(tensors, source / SINGLE)
+    quantize(source, tmp_path / "zero", plan())
+    assert digests(tmp_path / "allowed/tree") == digests(tmp_path / "zero/tree")
+
+
+def test_nonfinite_names_survive_resume(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(source / SINGLE)
+    for name in NAMES:
+        tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, source / SINGLE)
+    undo = stop_after(monkeypatch, "_quantize_layer", 4)
+    with pytest.raises(Interrupted):
+        quantize(source, tmp_path, plan(), allow_nonfinite=True)
+    undo()
+    packed = quantize(source, tmp_path, plan(), resume=True, allow_nonfinite=True)
+    assert sorted(packed.nonfinite) == sorted(NAMES)
+
+
+def test_kept_value_that_fp16_cannot_hold(model: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(source / SINGLE)
+    tensors["proj_out.weight"].view(-1)[0] = 1e5
+    save_file(tensors, source / SINGLE)
+    with pytest.raises(CheckpointError, match=r"proj_out\.weight holds 9.98e\+04.*float16"):
+        quantize(source, tmp_path / "fp16", plan(dtype=torch.float16))
+    quantize(source, tmp_path / "bf16", plan())
+
+
+def test_integer_tensors_are_refused(model: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(source / SINGLE)
+    tensors["proj_out.weight"] = tensors["proj_out.weight"].to(torch.int8)
+    save_file(tensors, source / SINGLE)
+    with pytest.raises(CheckpointError, match=r"proj_out\.weight.*I8"):
+        quantize(source, tmp_path, plan())

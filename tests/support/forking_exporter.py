@@ -1,0 +1,85 @@
+"""A process that has imported and traced everything, and forks one export for every line it reads.
+
+Protocol, JSON lines: ``{"out": …, "recipe": …, "resume": bool, "fault": …}`` in; ``{"pid": …}`` and then
+``{"status": …, "error": …, "failed": …}`` out. ``fault`` is None or [errno, number of the writing call that fails], and
+``failed`` the name of that call, None if the export made fewer. ``error`` ends with the traceback if it is no refusal.
+Tracing happens once, before the forks: a killed export then dies in the stages that write, not in an import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvdquant.errors import DvdquantError
+from dvdquant.export import pipeline
+from dvdquant.export.options import ExportOptions
+from dvdquant.recipe import get_recipe
+from dvdquant.system.progress import Progress
+from tests.support.faults import WRITES, Faults
+
+
+def options(request: dict[str, Any]) -> ExportOptions:
+    """tiny-wan, graphs only."""
+    return ExportOptions(
+        str(Path(__file__).parents[2] / "examples" / "tiny-wan"),
+        Path(request["out"]),
+        get_recipe(request["recipe"]),
+        targets=("onnx",),
+        latent="8x24x24",
+        text_tokens=5,
+        resume=request.get("resume", False),
+    )
+
+
+def export(request: dict[str, Any], plan: pipeline.ExportPlan, report: int) -> None:
+    """One export in this (forked) process; never returns."""
+    error, code, faults, write = None, 0, None, os.write
+    if request.get("fault"):
+        number, at = request["fault"]
+        faults = Faults(number, at, WRITES)
+        faults.install()
+    try:
+        pipeline.run_export(plan, Progress("quiet"))
+    except DvdquantError as problem:
+        error, code = f"{type(problem).__name__}: {problem}", 2
+    except BaseException:  # noqa: BLE001
+        error, code = traceback.format_exc(), 1
+    write(report, json.dumps({"error": error, "failed": faults.failed if faults else None}).encode())
+    os._exit(code)
+
+
+def main() -> None:
+    """Serve until stdin closes."""
+    torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
+    traced: dict[str, Any] = {}
+    trace = pipeline.trace_graph
+    # The space check would refuse before anything is written; here the disk is to fill up half-way.
+    pipeline.require_disk = lambda *_: None  # type: ignore[attr-defined]
+    for line in sys.stdin:
+        request = json.loads(line)
+        plan = pipeline.plan_export(options(request))
+        if request["recipe"] not in traced:
+            traced[request["recipe"]] = trace(plan.plans[0], plan.sizes)
+        base = traced[request["recipe"]]
+        pipeline.trace_graph = lambda *_, base=base: base  # type: ignore[attr-defined]
+        reader, writer = os.pipe()
+        if (pid := os.fork()) == 0:
+            os.close(reader)
+            export(request, plan, writer)
+        os.close(writer)
+        print(json.dumps({"pid": pid}), flush=True)
+        said = os.read(reader, 1 << 16)
+        os.close(reader)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"status": status, **(json.loads(said) if said else {"error": None})}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""``dvdq-run`` in this process, the export of tiny-wan it runs on, and a pipeline of tiny random parts."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from click.testing import CliRunner, Result
+
+from dvdquant.cli.run import main as run_main
+from tests.support import tiny_pipelines
+from tests.support.commands import in_process
+from tests.support.exporting import TINY_WAN
+
+# Sessions are fast enough; what costs is the number of steps.
+QUICK = ("--steps", 4, "--backend", "onnxruntime", "--device", "cpu")
+PROMPT = "ring red right large black"
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="dvdq-run-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@functools.cache
+def tiny_wan_export() -> Path:
+    """The graphs of the trained toy model, made once a process; its prompt table decides the sizes and the text tokens."""
+    out = _folder() / "tiny-wan"
+    in_process(TINY_WAN, "-o", out, "--target", "graphs")
+    return out
+
+
+@functools.cache
+def wan_pipeline(components: int = 1) -> tuple[Path, Path]:
+    """(export, folder of the whole pipeline) of a Wan with tiny random parts; with two transformers a Wan 2.2."""
+    import diffusers
+    import torch
+
+    folder = _folder() / f"wan-{components}"
+    exported = tiny_pipelines.export_kind("wan", folder, components=components)
+    parts = [
+        diffusers.WanTransformer3DModel.from_pretrained(exported.source / name, torch_dtype=torch.bfloat16)
+        for name in ("transformer", "transformer_2")[:components]
+    ]
+    more: dict[str, Any] = {"transformer_2": parts[1], "boundary_ratio": 0.7} if components > 1 else {}
+    tiny_pipelines.build_pipeline("wan", parts[0], **more).save_pretrained(folder / "pipeline")
+    return exported.out, folder / "pipeline"
+
+
+def call(out: Path, *more: object) -> tuple[object, ...]:
+    """Arguments of a short run with the toy model."""
+    return (out, "--pipeline", TINY_WAN, *QUICK, *more)
+
+
+def run(*arguments: object) -> Result:
+    """``dvdq-run`` in this process."""
+    return CliRunner().invoke(run_main, [str(a) for a in arguments])
+
+
+def drawn(*arguments: object) -> str:
+    """As :func:`run`, for a run that succeeds; its output."""
+    result = run(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def decode(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Frames [F, H, W, 3] of an mp4 or GIF, by the decoder."""
+    import imageio.v3
+
+    return np.stack([frame[..., :3] for frame in imageio.v3.imiter(path)])

@@ -1,0 +1,111 @@
+"""Small exports that the tests of the runtime share: made once per test process, removed at its end."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib.util
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.export.verify.graph import load_quantized
+from dvdquant.export.verify.reference import as_float64
+from dvdquant.model.layers import set_activation
+from dvdquant.model.loading import GraphWrapper
+from dvdquant.system.safetensors_io import read_header
+from tests.support import tiny_models as tiny
+from tests.support.commands import in_process
+
+RANGES = ["--latent", "2:3:4x4:8:12x6:8:10", "--text-tokens", "12"]
+# Rounding to nearest is the fastest recipe; what it does to the weights is no matter here.
+QUICK = ["--recipe", "rtn", "--target", "graphs"]
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="dvdq-sessions-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@functools.cache
+def family_export(name: str, dtype: str = "bf16") -> Path:
+    """Graphs of a tiny transformer of one family, with ranges of sizes; of Wan the first of :func:`engine_export`."""
+    if (name, dtype) == ("wan", "bf16") and importlib.util.find_spec("tensorrt_rtx"):
+        return engine_export()
+    source, out = _folder() / f"{name}-{dtype}-model", _folder() / f"{name}-{dtype}"
+    tiny.write_checkpoint(source, tiny.CONFIGS[name])
+    in_process(source, "-o", out, "--dtype", dtype, *QUICK, *RANGES)
+    return out
+
+
+@functools.cache
+def recipe_export(recipe: str) -> Path:
+    """Graphs of a tiny Wan by another recipe than rounding to nearest."""
+    source, out = _folder() / f"{recipe}-model", _folder() / recipe
+    tiny.write_checkpoint(source, tiny.WAN)
+    in_process(source, "-o", out, "--recipe", recipe, "--target", "graphs", *RANGES)
+    return out
+
+
+@functools.cache
+def engine_export(sm: str = "8.9") -> Path:
+    """A Wan 2.2 pipeline, two transformers with different weights, with TensorRT-RTX engines for one SM."""
+    source, out = _folder() / f"wan22-model-{sm}", _folder() / f"wan22-{sm}"
+    for seed, name in enumerate(("transformer", "transformer_2")):
+        tiny.write_checkpoint(source / name, tiny.WAN, seed=seed)
+    kind = ["diffusers", "WanTransformer3DModel"]
+    index = {"_class_name": "WanPipeline", "transformer": kind, "transformer_2": kind}
+    (source / "model_index.json").write_text(json.dumps(index))
+    in_process(source, "-o", out, "--recipe", "rtn", "--target", "rtx", "--sm", sm, *RANGES)
+    return out
+
+
+@functools.cache
+def wide_export() -> Path:
+    """A Wan of 34 million quantized weights: large beside what sessions take besides weights."""
+    config = {**tiny.WAN, "num_attention_heads": 16, "ffn_dim": 4096, "num_layers": 2}
+    out = _folder() / "wide"
+    source = tiny.write_checkpoint(_folder() / "wide-model", config)
+    in_process(source, "-o", out, *QUICK, "--latent", "2x8x8", "--text-tokens", "4")
+    return out
+
+
+def copy_of(out: Path, target: Path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(out, target)
+    return target
+
+
+def quantized_model(artifact: Artifact, component: str, bits: int) -> torch.nn.Module:
+    """The quantized PyTorch model as the exporter's own check loads it."""
+    tensors: dict[str, Any] = {}
+    for name in artifact.weight_files(component):
+        if name.endswith(".safetensors"):
+            tensors |= {key: (name, info) for key, info in read_header(artifact.root / name).tensors.items()}
+    return load_quantized(artifact.plan(component), tensors, artifact.root, bits)
+
+
+def reference(
+    artifact: Artifact, component: str, bits: int, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output in the export's dtype, output in float64) of the quantized model, by PyTorch."""
+    model = quantized_model(artifact, component, bits)
+    plan = artifact.plan(component)
+    set_activation(model, plan.recipe.activation(bits))
+    wide = {n: t.double() if t.dtype == plan.dtype else t for n, t in inputs.items()}
+    with torch.no_grad():
+        same = GraphWrapper(model, plan.family)(dict(inputs))
+        exact = GraphWrapper(as_float64(model), plan.family)(wide)
+    return same, exact
+
+
+def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖value − exact‖ / ‖exact‖ in float64."""
+    return float((value.double() - exact.double()).norm() / exact.double().norm())

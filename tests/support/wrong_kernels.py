@@ -1,0 +1,217 @@
+"""Kernel libraries that make the mistakes kernels make, for the tests of gpu_check: each is right but for one thing."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvdquant.numerics.activation_grid import AMAX_FLOOR, QMAX, quantize_activation
+from dvdquant.numerics.hadamard import hadamard_matrix
+from dvdquant.ops.packed_layer import DTYPES
+from dvdquant.ops.reference import rotate_by_matrices
+
+BENCH = Path(__file__).parents[2] / "kernels" / "bench"
+sys.path.insert(0, str(BENCH))
+
+from host_library import HostLibrary, _view  # noqa: E402
+
+
+class SwappedNibbles(HostLibrary):
+    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
+        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
+        plan = self.plan_layer(layer, sm)
+        raw = _view(codes, (m, plan.codes_bytes_per_token), torch.uint8)
+        if plan.codes == "s4":
+            raw.copy_((raw << 4) | (raw >> 4))
+
+
+class UnbalancedTail(HostLibrary):
+    """Balances whole strips of 256 channels only."""
+
+    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
+        if balance and layer.k % 256:
+            rows = _view(balance, (layer.k // 8, 2, 8), DTYPES[layer.dtype]).clone()
+            rows[layer.k // 256 * 32 :, 0], rows[layer.k // 256 * 32 :, 1] = 1, 0
+            balance = rows.data_ptr()
+        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
+
+
+class WrongSums(HostLibrary):
+    def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
+        super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
+        if sums:
+            _view(sums, (self.plan_layer(layer, sm).scale_rows, m), torch.float32)[-1, -1] += 1
+
+
+class Truncated(HostLibrary):
+    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
+        hadamard = hadamard_matrix(layer.block, torch.float32)
+        rotated = rotate_by_matrices(x.float(), hadamard, outer)
+        _, scale = quantize_activation(rotated, layer.act_bits, layer.act_group)
+        grouped = rotated.reshape(len(x), scale.shape[1], -1)
+        return (grouped / scale[..., None]).trunc().to(torch.int8).flatten(1), scale
+
+
+class RoundedBetweenStages(HostLibrary):
+    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
+        inner = rotate_by_matrices(x.float(), hadamard_matrix(layer.block, torch.float32), torch.ones(1, 1))
+        rotated = rotate_by_matrices(inner.to(x.dtype).float(), torch.eye(layer.block), outer)
+        return quantize_activation(rotated, layer.act_bits, layer.act_group)
+
+
+class OuterNotTransposed(HostLibrary):
+    def outer(self, layer: Any, address: int) -> Any:
+        return super().outer(layer, address).T
+
+
+class AsymmetricRange(HostLibrary):
+    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
+        codes, scale = super().quantize(layer, x, outer)
+        return torch.where(codes == -QMAX[layer.act_bits], codes - 1, codes), scale
+
+
+class NoFloor(HostLibrary):
+    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
+        codes, scale = super().quantize(layer, x, outer)
+        return codes, torch.where(scale <= AMAX_FLOOR, torch.nan, scale)
+
+
+class NanHidden(HostLibrary):
+    def quantize(self, layer: Any, x: Any, outer: Any) -> Any:
+        return super().quantize(layer, torch.nan_to_num(x, nan=0.0), outer)
+
+
+class NanSpreads(HostLibrary):
+    def multiply(self, *args: Any) -> Any:
+        y = super().multiply(*args)
+        return y + 0 * y.sum()
+
+
+class UnwrittenTail(HostLibrary):
+    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
+        whole = m - m % 16 if m > 16 else m
+        plan = self.plan_layer(layer, sm)
+        all_scales = _view(scales, (plan.scale_rows, m), torch.float32)[:, :whole].clone()
+        super().linear_gemm(layer, sm, codes, all_scales.data_ptr(), sums, prepared, y, whole, *rest)
+
+
+class WritesBeyond(HostLibrary):
+    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
+        super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
+        ctypes.memset(y + 2 * m * layer.n, 0, 2)
+
+
+class LosesAGroup(HostLibrary):
+    def multiply(self, layer: Any, path: str, codes: Any, scales: Any, prepared: bytes) -> Any:
+        scales = scales.clone()
+        if len(scales) > 1:
+            scales[-1] = 0
+        return super().multiply(layer, path, codes, scales, prepared)
+
+
+class NoBias(HostLibrary):
+    def multiply(self, layer: Any, path: str, codes: Any, scales: Any, prepared: bytes) -> Any:
+        return super().multiply(layer, path, codes, scales, prepared) - super().multiply(
+            layer, path, codes, 0 * scales, prepared
+        )
+
+
+class CoarseSums(HostLibrary):
+    """Products summed with 11 bits, as fp16 accumulators would."""
+
+    def multiply(self, layer: Any, path: str, codes: Any, scales: Any, prepared: bytes) -> Any:
+        base = super().multiply(layer, path, codes, 0 * scales, prepared)
+        exact = super().multiply(layer, path, codes, scales, prepared) - base
+        mantissa, exponent = torch.frexp(exact)
+        return torch.ldexp(torch.round(mantissa * 2**11) / 2**11, exponent) + base
+
+
+class ScaleOffByOneBit(HostLibrary):
+    def prepare_weight(self, layer: Any, sm: int, weight: Any, prepared: int, size: int, stream: int) -> None:
+        super().prepare_weight(layer, sm, weight, prepared, size, stream)
+        plan = self.plan_layer(layer, sm)
+        width = layer.k // 2 if plan.codes == "s4" else layer.k
+        scale = _view(prepared + -(-layer.n * width // 256) * 256, (layer.n,), torch.int32)
+        scale[-1] += 1
+
+
+class RacyOutput(HostLibrary):
+    calls = 0
+
+    def multiply(self, *args: Any) -> Any:
+        self.calls += 1
+        return super().multiply(*args) * (1 + 2.0**-7 * (self.calls % 2))
+
+
+class WrongPath(HostLibrary):
+    def plan_layer(self, layer: Any, sm: int) -> Any:
+        from dataclasses import replace
+
+        plan = super().plan_layer(layer, sm)
+        return replace(plan, path="s8_token") if sm == 90 and plan.path == "s8_wgmma" else plan
+
+
+class WrapsRows(HostLibrary):
+    """Row indices that overflow: the last token is written over the first."""
+
+    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
+        super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
+        out = _view(y, (m, layer.n), torch.bfloat16)
+        if m > 64:
+            out[0] = out[-1]
+
+
+class WrongAtTheTilesEdge(HostLibrary):
+    """The first token of the second tile gets the one before."""
+
+    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
+        super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
+        out = _view(y, (m, layer.n), DTYPES[layer.dtype])
+        if m > 128:
+            out[128] = out[127]
+
+
+class SkipsOneToken(HostLibrary):
+    """A token in the middle, which no float64 product looks at, stays unwritten."""
+
+    def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
+        before = _view(y, (m, layer.n), DTYPES[layer.dtype]).clone()
+        super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
+        if m > 150:
+            _view(y, (m, layer.n), DTYPES[layer.dtype])[141] = before[141]
+
+
+class WidestGrid(HostLibrary):
+    def search_grid(self, grid: Any, weight: int, out: Any, stream: int) -> None:
+        super().search_grid(replace(grid, solver="minmax"), weight, out, stream)
+
+
+class OneCodeOff(HostLibrary):
+    def search_grid(self, grid: Any, weight: int, out: Any, stream: int) -> None:
+        super().search_grid(grid, weight, out, stream)
+        _view(out.codes, (grid.n, grid.k), torch.int8)[-1, -1] ^= 1
+
+
+class ForgetsErrors(HostLibrary):
+    def round_feedback(self, grid: Any, weight: int, out: Any, factors: int, block: int, stream: int) -> None:
+        _view(factors, (grid.k // block, block, block), torch.float32).copy_(torch.eye(block))
+        super().round_feedback(grid, weight, out, factors, block, stream)
+
+
+class PreparedTwice(HostLibrary):
+    """Right the first time a weight is prepared; later its codes are those of another."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def prepare_weight(self, layer: Any, sm: int, weight: Any, prepared: int, size: int, stream: int) -> None:
+        super().prepare_weight(layer, sm, weight, prepared, size, stream)
+        if weight.codes in self.seen:
+            codes = _view(prepared, (layer.n, layer.k), torch.uint8)
+            codes.copy_(codes.flip(0))
+        self.seen.add(weight.codes)

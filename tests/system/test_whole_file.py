@@ -1,0 +1,139 @@
+"""Files that appear whole or not at all, and what killed writers left."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dvdquant.errors import DvdquantError, OutputError, ResourceError
+from dvdquant.system.files import disk_error
+from dvdquant.system.whole_file import UNFINISHED, atomic_path, check_writable, sweep_unfinished, write_whole
+from tests.support.commands import environment
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from dvdquant.system.whole_file import atomic_path
+with atomic_path(Path(sys.argv[1])) as temporary:
+    temporary.write_bytes(b"half")
+    print(temporary, flush=True)
+    time.sleep(60)
+"""
+
+
+def _writer(target: Path) -> tuple[subprocess.Popen[str], Path]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, text=True, env=environment()
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_the_next_writer_sweeps_what_a_killed_one_left_and_nothing_else(tmp_path: Path) -> None:
+    killed, left = _writer(tmp_path / "clip.mp4")
+    living, there = _writer(tmp_path / "other.mp4")
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    mine = [".clip.abcdefgh.mp4", ".clip.dvdq-notours12345.mp4", "clip.dvdq-0123456789ab.mp4", ".x.dvdq-0123456789ab.d"]
+    for name in mine[:3]:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / mine[3]).mkdir()
+    (tmp_path / ".link.dvdq-0123456789ab.mp4").symlink_to(tmp_path / mine[0])
+    assert UNFINISHED.fullmatch(left.name)
+    write_whole(tmp_path / "clip.json", b"{}")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"clip.json", there.name, *mine, ".link.dvdq-0123456789ab.mp4"}
+    os.kill(living.pid, signal.SIGTERM)
+    living.wait()
+    sweep_unfinished(tmp_path)
+    assert not there.exists()
+
+
+def test_a_device_is_never_replaced(tmp_path: Path) -> None:
+    """A rename over /dev/null, or over what a link leads to, would break the machine."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (Path("/dev/null"), tmp_path / "pipe", tmp_path / "link", tmp_path):
+        for refuse in (check_writable, lambda p: write_whole(p, b"x")):
+            with pytest.raises(OutputError, match="no file that could be replaced"):
+                refuse(path)
+    assert Path("/dev/null").is_char_device()
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "name", ["n" * 255, "é" * 127, "a." + "s" * 200, os.fsdecode(b"caf\xe9.mp4"), "a\x1b\n.mp4", "-"]
+)
+def test_any_name_that_a_file_can_have(name: str, tmp_path: Path) -> None:
+    write_whole(tmp_path / name, b"one")
+    write_whole(tmp_path / name, b"two")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"two")]
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "replace", "unlink", "flock", "stat"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE, errno.EACCES, errno.EDQUOT])
+def test_a_failing_system_call_leaves_the_old_file(
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "a.json"
+    target.write_bytes(b"old")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    module = "fcntl.flock" if call == "flock" else f"os.{call}"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, fail)
+        try:
+            write_whole(target, b"new")
+            refused: DvdquantError | None = None
+        except DvdquantError as error:
+            refused = error
+    if call != "unlink":
+        assert refused is not None
+        assert str(target) in refused.what
+        assert refused.fix
+        assert target.read_bytes() == b"old"
+    sweep_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_disk_errors_say_what_helps() -> None:
+    for number, kind, words in (
+        (errno.ENOSPC, ResourceError, "free disk space"),
+        (errno.EMFILE, ResourceError, "ulimit -n"),
+        (errno.EROFS, OutputError, "read-only"),
+        (errno.EIO, OutputError, "check the disk"),
+        (errno.ENAMETOOLONG, OutputError, "shorter name"),
+        (errno.EACCES, OutputError, "you may write to"),
+    ):
+        error = disk_error(OSError(number, os.strerror(number)), "a\x1b")
+        assert type(error) is kind
+        assert words in (error.fix or "")
+        assert "\x1b" not in str(error)
+
+
+def test_a_folder_that_is_missing_is_made_or_named(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b.json")
+    with pytest.raises(OutputError, match="there is no folder"):
+        check_writable(tmp_path / "a" / "b.json", make_folder=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="Not a directory"):
+        check_writable(tmp_path / "file" / "b.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with atomic_path(tmp_path / "a" / "b.json") as temporary:
+        temporary.write_text("{}")
+    assert (tmp_path / "a" / "b.json").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
