@@ -17,9 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import errors  # noqa: E402
+import rooms  # noqa: E402
 import tables  # noqa: E402
 
-TABLES: dict[str, Callable[[], str]] = {**tables.TABLES, "errors": errors.error_tables, "schema": tables.schema_tables}
+TABLES: dict[str, Callable[[], str]] = {
+    **tables.TABLES,
+    "errors": errors.error_tables,
+    "schema": tables.schema_tables,
+    "rooms": rooms.drawing,
+}
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
