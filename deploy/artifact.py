@@ -17,7 +17,7 @@ from dvdquant.errors import DvdquantError, EngineError, OutputError, Unsupported
 from dvdquant.model.families import Family, Sizes, get_family
 from dvdquant.recipe import RECIPES, Recipe
 from dvdquant.system.files import strict_json
-from dvdquant.system.text import shell_line
+from dvdquant.text import shell_line
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dvdquant.system.text import shown
+from dvdquant.text import shown
 
 __all__ = [
     "CheckpointError",

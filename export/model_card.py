@@ -5,8 +5,8 @@ from __future__ import annotations
 from dvdquant.artifact.manifest import Manifest, model_name
 from dvdquant.artifact.verified import verified_words
 from dvdquant.recipe import fitted_words, looks_at_inputs
-from dvdquant.system.text import markdown, shown
-from dvdquant.system.text import markdown_code as code
+from dvdquant.text import markdown, shown
+from dvdquant.text import markdown_code as code
 
 __all__ = ["model_card"]
 

@@ -13,7 +13,7 @@ from dvdquant.model.families import Axis, Family, Sizes
 from dvdquant.numerics.dtypes import DTYPES
 from dvdquant.recipe import Recipe
 from dvdquant.system.devices import resolve_device
-from dvdquant.system.text import shown
+from dvdquant.text import shown
 
 __all__ = [
     "TARGETS",

@@ -13,7 +13,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from dvdquant.checkpoint.prompt_table import EMPTY_WORD, PromptTable
-from dvdquant.deploy.generation.schedulers import open_table_scheduler
+from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.gbs import relative_change
 from dvdquant.deploy.switching.step_cache import keep_residual, reuse

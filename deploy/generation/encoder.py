@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dvdquant.errors import OutputError
-from dvdquant.system.text import shown
+from dvdquant.text import shown
 
 __all__ = ["count_frames", "encode_mp4", "find_encoder", "mp4_frames"]
 

@@ -32,7 +32,7 @@ from dvdquant.deploy.generation.request import (
     check_request,
     resolve_size,
 )
-from dvdquant.deploy.generation.schedulers import FILE, FOLDER, open_table_scheduler, rehearse
+from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_table_scheduler, rehearse
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import CheckpointError, UnsupportedError

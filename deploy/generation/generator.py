@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation.request import DEFAULT_DELTA, GenerateRequest, GenerateResult, OnStep
+from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.deploy.generation.video import default_fps
 from dvdquant.deploy.sessions import EngineSession
 from dvdquant.deploy.switching.controller import StepController, StepRecord
+from dvdquant.deploy.switching.defaults import DEFAULT_DELTA
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 
 __all__ = ["Generator", "Runner", "WrapSession", "executed_original", "executed_session", "make_controller"]

@@ -24,8 +24,8 @@ from dvdquant.deploy.generation.request import (
     check_request,
     resolve_size,
 )
-from dvdquant.deploy.generation.schedulers import FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.parts import PIPELINES, open_pipeline_folder
+from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.errors import CheckpointError, EngineError, UnsupportedError

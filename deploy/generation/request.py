@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dvdquant.deploy.switching.schedule import Schedule
 
 __all__ = [
-    "DEFAULT_DELTA",
     "MAX_PROMPT",
     "GenerateRequest",
     "GenerateResult",
@@ -35,7 +34,6 @@ __all__ = [
 
 OnStep = Callable[["StepRecord"], None]
 
-DEFAULT_DELTA = 0.12  # the middle of the range .06 to .18 that the paper reports; dvdq-plan finds one for a model
 MAX_PROMPT = 4096  # characters
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1

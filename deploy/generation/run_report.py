@@ -18,8 +18,8 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.request import GenerateResult
 from dvdquant.deploy.switching.controller import StepRecord
 from dvdquant.errors import OutputError
-from dvdquant.system.text import json_text
 from dvdquant.system.whole_file import write_whole
+from dvdquant.text import json_text
 
 __all__ = ["average_bits", "bit_strip", "bits_name", "block", "clip_json", "machine", "steps_of", "write_trace"]
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from dvdquant.deploy.generation.encoder import encode_mp4, find_encoder
 from dvdquant.errors import OutputError, ShapeError
-from dvdquant.system.text import shown
 from dvdquant.system.whole_file import atomic_path, check_writable
+from dvdquant.text import shown
 
 __all__ = [
     "Row",

@@ -10,7 +10,7 @@ from typing import Any
 
 from dvdquant.checkpoint.reader import locate_model, refuse_scripts
 from dvdquant.checkpoint.untrusted import UntrustedFolder, fix_of, reason_of
-from dvdquant.deploy.generation.schedulers import check_scheduler_config
+from dvdquant.deploy.pipelines.schedulers import check_scheduler_config
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.system.safetensors_io import read_header_from
 

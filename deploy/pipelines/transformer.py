@@ -28,12 +28,12 @@ from torch import Tensor
 
 from dvdquant.artifact.manifest import Manifest
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation.request import DEFAULT_DELTA
 from dvdquant.deploy.pipelines.adapters import get_adapter
 from dvdquant.deploy.pipelines.request_state import RequestTable
 from dvdquant.deploy.pipelines.unsupported import COPIED, LOADED, WholeEngine, keep_in_from_pipe, refuse
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.switching.controller import StepController, StepInfo, StepRecord
+from dvdquant.deploy.switching.defaults import DEFAULT_DELTA
 from dvdquant.deploy.switching.gbs import Weighting
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.deploy.switching.schedule import Schedule

@@ -153,7 +153,7 @@ def render_report(report: Report) -> str:
     """The page as HTML."""
     import jinja2
 
-    from dvdquant.system.text import amount
+    from dvdquant.text import amount
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),

@@ -25,11 +25,11 @@ from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import Generator, open_generator
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
-from dvdquant.deploy.generation.request import DEFAULT_DELTA, GenerateRequest, GenerateResult
+from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
 from dvdquant.deploy.generation.run_report import average_bits, steps_of
 from dvdquant.deploy.generation.video import enlarge, psnr
 from dvdquant.deploy.sessions.base import EngineSession, WrappedSession
-from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
+from dvdquant.deploy.switching.defaults import DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS
 from dvdquant.deploy.switching.runner import TIMESTEP
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.progress import Progress, Stage

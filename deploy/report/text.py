@@ -10,7 +10,7 @@ from typing import Any
 
 from dvdquant.artifact.manifest import EngineEntry, Manifest
 from dvdquant.recipe import fitted_words, looks_at_inputs
-from dvdquant.system.text import shell_word, unsafe
+from dvdquant.text import shell_word, unsafe
 
 __all__ = [
     "Execution",

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["LAST_HIGH", "WEIGHTINGS"]
+__all__ = ["DEFAULT_DELTA", "LAST_HIGH", "WEIGHTINGS"]
 
+# The middle of the range .06 to .18 that the paper reports; dvdq-plan finds one for a model.
+DEFAULT_DELTA = 0.12
 # Nothing after the last steps removes their noise.
 LAST_HIGH = 2
 # The default first; see deploy/switching/gbs.py.

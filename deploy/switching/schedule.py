@@ -18,8 +18,8 @@ from dvdquant.checkpoint.reader import fingerprint_hint
 from dvdquant.errors import OutputError
 from dvdquant.system.files import read_limited, strict_json
 from dvdquant.system.records import brief, first_problem
-from dvdquant.system.text import json_text
 from dvdquant.system.whole_file import write_whole
+from dvdquant.text import json_text
 
 __all__ = ["FORMAT_VERSION", "Schedule", "average_bits"]
 

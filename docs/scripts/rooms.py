@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BOX_WIDTH, BOX_HEIGHT, GAP, ROW = 148, 32, 16, 62
-# The files beside the rooms: what all stand on, and what stands on all.
-BASIS, FACE_OF_ALL = "errors, recipe, backends", "dvdquant.*"
-TOP_FILES = ("__init__", "__main__", "api")
+# Files of the package itself that stand above all rooms.
+ABOVE = ("__init__", "__main__", "api")
 FACE = "font: 13px system-ui, 'DejaVu Sans', sans-serif"
 
 
@@ -23,30 +23,37 @@ def imports() -> dict[str, set[str]]:
                 continue
             room = _room(top, relative.parts)
             targets = found.setdefault(room, set())
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in _running(ast.parse(path.read_text())):
                 names = []
                 if isinstance(node, ast.ImportFrom) and node.module:
-                    names = [node.module]
+                    names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
                 elif isinstance(node, ast.Import):
                     names = [alias.name for alias in node.names]
                 targets |= {_room_of(name) for name in names if name.startswith("dvdquant.")} - {room}
     return {room: targets & found.keys() for room, targets in found.items()}
 
 
+def _running(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those under ``if TYPE_CHECKING``, which never run."""
+    for child in ast.iter_child_nodes(tree):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
+            yield child
+            yield from _running(child)
+
+
 def _room(top: str, parts: tuple[str, ...]) -> str:
     if len(parts) > 1:
         return f"{top}/{parts[0]}"
-    if top != "dvdquant":
-        return top
-    return FACE_OF_ALL if parts[0].removesuffix(".py") in TOP_FILES else BASIS
+    name = parts[0].removesuffix(".py")
+    if name in ABOVE or (top == "dvdquant" and name == "__init__"):
+        return "dvdquant.*" if top == "dvdquant" else f"{top}.*"
+    return f"{top}/{name}"
 
 
 def _room_of(module: str) -> str:
     parts = module.split(".")[1:]
-    top = parts.pop(0) if parts[0] in ("export", "deploy") else "dvdquant"
-    if parts and (ROOT / top / parts[0]).is_dir():
-        return f"{top}/{parts[0]}"
-    return top if top != "dvdquant" else BASIS
+    top = parts.pop(0) if parts[:1] in (["export"], ["deploy"]) else "dvdquant"
+    return _room(top, (parts[0] if parts else "__init__",)) if len(parts) < 2 else f"{top}/{parts[0]}"
 
 
 def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
@@ -99,7 +106,7 @@ def drawing() -> str:
             if ty > y:
                 start, end = (x + BOX_WIDTH / 2, y + BOX_HEIGHT), (tx + BOX_WIDTH / 2, ty)
                 lines.append(f'<path class="use" d="M{start[0]:.0f} {start[1]:.0f}L{end[0]:.0f} {end[1]:.0f}"/>')
-        kind = room.split("/")[0] if room.startswith(("export", "deploy")) else "dvdquant"
+        kind = room.replace(".", "/").split("/")[0]
         boxes.append(f'<rect class="{kind}" x="{x:.0f}" y="{y:.0f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="5"/>')
         boxes.append(f'<text x="{x + BOX_WIDTH / 2:.0f}" y="{y + 22:.0f}" text-anchor="middle">{room}</text>')
     style = (

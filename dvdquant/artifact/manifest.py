@@ -35,7 +35,7 @@ from dvdquant.recipe import Recipe
 from dvdquant.system.files import FileEntry, hash_file, open_regular, read_limited, strict_json
 from dvdquant.system.memory import memory_limit
 from dvdquant.system.records import brief, first_problem
-from dvdquant.system.text import json_text, shown
+from dvdquant.text import json_text, shown
 
 __all__ = [
     "FORMAT_VERSION",

@@ -11,7 +11,7 @@ from dvdquant.artifact.layout import COMMIT, LOCK, MANIFEST, STAGE
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest
 from dvdquant.errors import OutputError
 from dvdquant.system.files import disk_error
-from dvdquant.system.text import shown
+from dvdquant.text import shown
 
 __all__ = ["check_output", "check_path", "previous_export", "real_path"]
 

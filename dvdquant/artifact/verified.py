@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dvdquant.system.text import shown
+from dvdquant.text import shown
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Verified

@@ -22,7 +22,7 @@ from torch import Tensor
 from dvdquant.checkpoint.untrusted import UntrustedFolder, few, fix_of, reason_of
 from dvdquant.errors import CheckpointError, ShapeError
 from dvdquant.system.safetensors_io import read_header_from, read_tensor_from
-from dvdquant.system.text import shown
+from dvdquant.text import shown
 
 __all__ = [
     "EMPTY_WORD",

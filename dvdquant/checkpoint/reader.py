@@ -21,7 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.checkpoint.recognize import (
+from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
+from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.system.files import disk_error
+from dvdquant.system.recognize import (
     SNIFFED,
     Found,
     recognize_bytes,
@@ -30,11 +33,8 @@ from dvdquant.checkpoint.recognize import (
     recognize_tensors,
     tensor_names,
 )
-from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
-from dvdquant.errors import CheckpointError, UnsupportedError
-from dvdquant.system.files import disk_error
 from dvdquant.system.safetensors_io import TensorInfo, read_header_from, read_tensor_from
-from dvdquant.system.text import shown
+from dvdquant.text import shown
 
 if TYPE_CHECKING:
     import torch

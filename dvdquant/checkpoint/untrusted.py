@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvdquant.checkpoint.recognize import SNIFFED, recognize_bytes
 from dvdquant.errors import CheckpointError
 from dvdquant.system.files import read_all, strict_json
-from dvdquant.system.text import shown
+from dvdquant.system.recognize import SNIFFED, recognize_bytes
+from dvdquant.text import shown
 
 __all__ = ["MAX_ENTRIES", "FileIdentity", "UntrustedFolder", "few", "fix_of", "reason_of"]
 

@@ -14,7 +14,7 @@ import click
 
 from dvdquant.cli.paths import WORD
 from dvdquant.cli.process import echo, require_folder, run_as_process, user_error
-from dvdquant.system.text import json_text, shown
+from dvdquant.text import json_text, shown
 
 __all__ = ["ExamplesCommand", "echo", "paragraphs", "runs_on", "setup_logging", "table"]
 

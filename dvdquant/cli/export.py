@@ -15,7 +15,7 @@ from dvdquant.cli.common import ExamplesCommand, echo, paragraphs, setup_logging
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import RECIPES, get_recipe
-from dvdquant.system.text import amount, json_text
+from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:
     from dvdquant.export.estimate import Estimate

@@ -11,7 +11,7 @@ from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, echo, paragraphs, setup_logging, table
 from dvdquant.cli.paths import EXPORT, PATH, WORD
 from dvdquant.errors import OutputError
-from dvdquant.system.text import amount
+from dvdquant.text import amount
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import LayerEntry, Manifest
@@ -131,7 +131,7 @@ def _check_files(out: Path, manifest: Manifest) -> str:
     from dvdquant.artifact.manifest import verify_files
     from dvdquant.export.verify.links import check_links, unlisted_files
     from dvdquant.system.progress import Progress
-    from dvdquant.system.text import shown
+    from dvdquant.text import shown
 
     total = sum(entry["bytes"] for entry in manifest.files.values())
     with Progress("text").stage("check", total, "B") as stage:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from dvdquant.system.text import shown
+from dvdquant.text import shown
 
 __all__ = ["EXPORT", "MODEL", "PATH", "TEXT_FILE", "WORD", "FilePath", "ModelName", "Word"]
 

@@ -24,7 +24,7 @@ import click
 
 from dvdquant.errors import DvdquantError, EngineError, ExportError, OutputError, ResourceError
 from dvdquant.system.files import disk_error
-from dvdquant.system.text import json_text, shown
+from dvdquant.text import json_text, shown
 
 __all__ = ["ReaderGone", "Stopped", "echo", "require_folder", "run_as_process", "user_error"]
 

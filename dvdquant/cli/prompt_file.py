@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dvdquant.errors import OutputError, ShapeError
-from dvdquant.system.text import shown
+from dvdquant.text import shown
 
 __all__ = ["MAX_PROMPTS", "MAX_PROMPT_FILE", "check_prompt", "decode_text", "read_prompts"]
 

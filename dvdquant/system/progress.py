@@ -11,7 +11,7 @@ from typing import Any, Literal, TextIO
 import psutil
 from tqdm import tqdm
 
-from dvdquant.system.text import json_text, shown
+from dvdquant.text import json_text, shown
 
 __all__ = ["LogFormat", "Progress", "Stage"]
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.checkpoint.recognize import BLOCK_SCALED, SNIFFED, Found, recognize_bytes
 from dvdquant.errors import CheckpointError, OutputError, ResourceError
 from dvdquant.system.files import FileEntry, disk_error, hash_file, open_regular, strict_json, write_all
+from dvdquant.system.recognize import BLOCK_SCALED, SNIFFED, Found, recognize_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.export.graph.writer import graph_path
 from dvdquant.system.files import FileEntry
 from dvdquant.system.safetensors_io import PAD, TensorInfo, read_header
-from dvdquant.system.text import shown
+from dvdquant.text import shown
 
 if TYPE_CHECKING:
     import onnx

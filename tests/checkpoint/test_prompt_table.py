@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dvdquant.checkpoint.prompt_table import EMPTY_WORD, PromptTable, frames_from_latents
-from dvdquant.deploy.generation.schedulers import open_table_scheduler
+from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.errors import CheckpointError, ShapeError
 from tests.support.exporting import TINY_WAN
 

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.checkpoint.untrusted import UntrustedFolder
-from dvdquant.deploy.generation.schedulers import open_table_scheduler
 from dvdquant.deploy.pipelines.parts import open_pipeline_folder
+from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.errors import CheckpointError, DvdquantError
 from tests.support.helpers_checkpoint import (
     entry,

@@ -21,8 +21,8 @@ from dvdquant.cli.process import user_error
 from dvdquant.errors import EngineError, ExportError, ResourceError
 from dvdquant.export.engines.precision import REALIZATIONS
 from dvdquant.export.model_card import model_card
-from dvdquant.system.text import unsafe
 from dvdquant.system.whole_file import UNFINISHED
+from dvdquant.text import unsafe
 from tests.support import tiny_models as tiny
 from tests.support.command_lines import (
     HOSTILE,

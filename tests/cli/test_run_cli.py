@@ -14,7 +14,7 @@ import torch
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import GenerateRequest, generate, open_generator
-from dvdquant.deploy.generation.schedulers import open_table_scheduler
+from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.deploy.sessions import open_session
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.runner import StepRunner

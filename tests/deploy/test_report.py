@@ -22,7 +22,7 @@ from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import GenerateRequest, generate
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
-from dvdquant.deploy.generation.schedulers import open_table_scheduler
+from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.deploy.report.page import check_place, write_report
 from dvdquant.deploy.report.samples import make_samples, sample_prompts
 from dvdquant.deploy.report.text import commands, python_lines

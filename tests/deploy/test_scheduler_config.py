@@ -13,14 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.deploy.generation import schedulers
-from dvdquant.deploy.generation.schedulers import (
-    SCHEDULERS,
-    build_scheduler,
-    open_scheduler,
-    rehearse,
-    set_timesteps,
-)
+from dvdquant.deploy.pipelines import schedulers
+from dvdquant.deploy.pipelines.schedulers import SCHEDULERS, build_scheduler, open_scheduler, rehearse, set_timesteps
 from dvdquant.errors import CheckpointError, DvdquantError
 
 PATH = Path("scheduler/scheduler_config.json")

@@ -14,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant.deploy.generation.request import DEFAULT_DELTA
 from dvdquant.deploy.pipelines.adapters import ADAPTERS, LTXVideoAdapter, get_adapter
 from dvdquant.deploy.pipelines.unsupported import REFUSED
-from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
+from dvdquant.deploy.switching.defaults import DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import EngineError, OutputError, ShapeError, UnsupportedError
 from dvdquant.model.families import FAMILIES, Axis, Family, Sizes, get_family
 from dvdquant.model.plan import build_skeleton

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from dvdquant.system.text import unsafe
+from dvdquant.text import unsafe
 from tests.support.exporting import REPOSITORY, TINY_WAN
 from tests.support.forking_commands import COMMANDS
 

@@ -11,7 +11,7 @@ import pytest
 
 import dvdquant.system.progress as progress_module
 from dvdquant.system.progress import Progress
-from dvdquant.system.text import unsafe
+from dvdquant.text import unsafe
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from dvdquant.errors import CheckpointError
-from dvdquant.system.text import json_text, markdown, markdown_code, shell_line, shell_word, shown, unsafe
+from dvdquant.text import json_text, markdown, markdown_code, shell_line, shell_word, shown, unsafe
 
 
 @pytest.mark.parametrize(

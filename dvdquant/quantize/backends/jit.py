@@ -18,7 +18,7 @@ import numba
 from numba import njit
 
 from dvdquant.errors import ResourceError
-from dvdquant.system.text import shown
+from dvdquant.text import shown
 
 __all__ = ["jit"]
 
