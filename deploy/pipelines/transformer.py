@@ -103,22 +103,31 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         dtype: torch.dtype | str | None = None,
         **unknown: Any,
     ) -> Self:
-        """Open an export folder.
+        """Open an export folder as the transformer of a diffusers pipeline.
 
         Args:
-            component: ``transformer`` or ``transformer_2`` of Wan 2.2; ``subfolder`` is the same by diffusers' name.
-            backend, device: as in :func:`dvdquant.deploy.sessions.open_session`.
+            pretrained_model_name_or_path: the export folder.
+            component: ``transformer`` or ``transformer_2`` of Wan 2.2.
+            subfolder: the same by diffusers' name.
+            backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             mode: ``switch`` (δ-GBS), ``a4`` or ``a8`` (always that engine), ``planned`` (with ``schedule``) or
                 ``callback`` (with ``callback``); the last two are understood from their argument.
-            delta: δ of ``switch``: 0 is always 8 bits, infinity always 4; :data:`DEFAULT_DELTA` if not given.
+            delta: δ of ``switch``: 0 is always 8 bits, infinity always 4; default 0.12.
+            schedule: of ``dvdq-plan``, or the path of one.
+            callback: asked for the bits of every step.
             cache: a threshold turns the step cache on with the family's policy.
-            branch_policy, last_high, weighting: see :class:`StepController`; the last two are
-                for ``switch``, where the defaults are those of the commands.
-            torch_dtype, dtype: refused unless it is the export's, or "auto".
+            branch_policy: whether the branches of guidance share one decision, see :class:`StepController`.
+            last_high: so many last steps of ``switch`` run on 8 bits; default 2, the published rule has 0.
+            weighting: ``step`` counts a change by how far its step moves (default), ``none`` is the published rule.
+            torch_dtype: refused unless it is the export's, or "auto".
+            dtype: the same by its newer name.
+            **unknown: refused, but for what makes no difference here.
 
         Raises:
-            OutputError: the folder is no export. EngineError: no engine fits. UnsupportedError: an option that does not
-            apply, or two that contradict each other.
+            OutputError: The folder is no export.
+            EngineError: No engine fits.
+            UnsupportedError: An option does not apply, or two contradict each other.
         """
         _check_options(mode, delta, schedule, callback, last_high, weighting)
         if unknown.get("use_safetensors") is not False:
