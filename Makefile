@@ -109,7 +109,7 @@ plugin:
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_OUT ?= kernels/bench/results
 gpu-check:
-	$(GPU_PYTHON) kernels/bench/gpu_check.py --out $(GPU_OUT)
+	$(GPU_PYTHON) kernels/check/gpu_check.py --out $(GPU_OUT)
 
 # The drawings take minutes and stay as they are: python docs/scripts/drawings.py.
 docs: $(INSTALLED_TEST)

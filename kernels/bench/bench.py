@@ -13,10 +13,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+# The checks make the weights that are timed.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
 
 import torch
 from check_cases import make_weight

@@ -19,8 +19,8 @@ import torch
 
 from dvdquant.ops import prepared_cache
 
-BENCH = Path(__file__).parents[2] / "kernels" / "bench"
-sys.path.insert(0, str(BENCH))
+CHECK = Path(__file__).parents[2] / "kernels" / "check"
+sys.path[:0] = [str(CHECK), str(CHECK.parent / "bench")]
 
 import check_cases  # noqa: E402
 import check_kernels  # noqa: E402
@@ -278,7 +278,7 @@ def test_pytest_rows_excuse_missing_packages_only() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_the_command_says_so() -> None:
-    run = subprocess.run([sys.executable, BENCH / "gpu_check.py"], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, CHECK / "gpu_check.py"], capture_output=True, text=True, timeout=120)
     assert run.returncode == 1
     assert "needs a CUDA device" in run.stderr
     assert "Traceback" not in run.stderr

@@ -18,11 +18,12 @@ def modules() -> Iterator[SimpleNamespace]:
     """The scripts' modules, which import each other by name."""
     import importlib
 
-    sys.path.insert(0, str(BENCH))
+    sys.path[:0] = [str(BENCH), str(BENCH.parent / "check")]
     names = ("bench", "peers", "report", "timing", "cublaslt", "host_library")
     loaded: dict[str, ModuleType] = {name: importlib.import_module(name) for name in names}
     yield SimpleNamespace(**loaded)
     sys.path.remove(str(BENCH))
+    sys.path.remove(str(BENCH.parent / "check"))
     for name in names:
         del sys.modules[name]
 

@@ -29,7 +29,7 @@ from dvdquant.ops.repack import PATHS, LayerShape, prepared_bytes
 from dvdquant.ops.rotate_quantize import rotate_quantize
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-sys.path[:0] = [str(KERNELS), str(KERNELS / "bench")]
+sys.path[:0] = [str(KERNELS), str(KERNELS / "bench"), str(KERNELS / "check")]
 
 import check_kernels  # noqa: E402
 import check_ops  # noqa: E402

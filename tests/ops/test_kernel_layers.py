@@ -24,7 +24,7 @@ from dvdquant.recipe import ActivationSpec
 from tests.support import session_exports as made
 from tests.support.bounds import assert_layer
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "bench")]
+sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "bench", "check")]
 
 import check_kernels  # noqa: E402
 import check_ops  # noqa: E402

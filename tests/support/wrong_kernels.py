@@ -15,8 +15,8 @@ from dvdquant.numerics.hadamard import hadamard_matrix
 from dvdquant.ops.packed_layer import DTYPES
 from dvdquant.ops.reference import rotate_by_matrices
 
-BENCH = Path(__file__).parents[2] / "kernels" / "bench"
-sys.path.insert(0, str(BENCH))
+CHECK = Path(__file__).parents[2] / "kernels" / "check"
+sys.path.insert(0, str(CHECK))
 
 from host_library import HostLibrary, _view  # noqa: E402
 

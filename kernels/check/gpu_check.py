@@ -1,6 +1,6 @@
 """Everything about the kernels that needs a GPU, in one command: ``make gpu-check``, minutes on an H200.
 
-    python kernels/bench/gpu_check.py [--out FOLDER] [--seconds 480]
+    python kernels/check/gpu_check.py [--out FOLDER] [--seconds 480]
 
 Builds the library if there is none, runs every check, prints one row each, writes ``FOLDER/<date>-<gpu>.md`` and exits 1
 if anything failed. Needs torch with CUDA and numpy; what else is missing (diffusers, pytest, compute-sanitizer) is a row
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-for folder in (REPOSITORY, Path(__file__).resolve().parent):
+for folder in (REPOSITORY, Path(__file__).resolve().parent, REPOSITORY / "kernels" / "bench"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
@@ -270,7 +270,7 @@ def run_command(command: list[str], seconds: float) -> tuple[int | None, str]:
 
 
 def run_bench(library: KernelLibrary, device: torch.device, seconds: float) -> tuple[Outcome, str]:
-    """The benchmark beside this file: its row, and its table for the report."""
+    """The benchmark of ``kernels/bench``: its row, and its table for the report."""
     try:
         import bench
 
