@@ -71,11 +71,11 @@ lint: $(INSTALLED_TEST)
 
 test: lint
 	@$(BIN)/python tests/support/warm_up.py
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not stress" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not stress" $(PYTEST_ARGS)
 
 stress: $(INSTALLED_TEST)
 	@$(BIN)/python tests/support/warm_up.py
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m stress --timeout 3600 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m stress --timeout 3600 $(PYTEST_ARGS)
 
 VARIANTS ?=
 variants: $(INSTALLED_TEST)

@@ -1,6 +1,6 @@
 """What every test run shares: thread counts, markers that skip with a reason, a closing list of what did not run.
 
-@pytest.mark.slow               more than about ten seconds; runs last
+@pytest.mark.slow               more than about ten seconds
 @pytest.mark.gpu                needs a CUDA device
 @pytest.mark.tensorrt           needs TensorRT itself, not TensorRT-RTX
 @pytest.mark.tensorrt_headers   needs TensorRT's C++ headers, found by TENSORRT_ROOT
@@ -67,13 +67,12 @@ _NEEDS: dict[str, Callable[[], str | None]] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine lacks, saying what; put slow tests last, the order otherwise kept."""
+    """Skip what this machine lacks, saying what."""
     for item in items:
         for name, missing in _NEEDS.items():
             reason = missing() if item.get_closest_marker(name) else None
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -135,7 +135,7 @@ def test_every_dependency_is_explained() -> None:
         (ROOT / "CONTRIBUTING.md").read_text().partition("## What each dependency is for")[2].partition("\n## ")[0]
     )
     for requirement in PROJECT["dependencies"]:
-        name = re.split(r"[<>=\[ ]", requirement, maxsplit=1)[0]
+        name = re.split(r"[<>=,\[ ]", requirement, maxsplit=1)[0]
         assert f"`{name}`" in section, name
 
 
