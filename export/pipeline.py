@@ -494,7 +494,8 @@ class _Run:
         tree, wanted = self.transaction.tree, {entry["path"] for entry in self.engines}
         for path in sorted(tree.glob("engines/*/*")):
             if path.relative_to(tree).as_posix() not in wanted:
-                path.unlink()
+                # A builder that was killed leaves its folder of scratch files.
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
                 with contextlib.suppress(OSError):  # others are left there
                     path.parent.rmdir()
 

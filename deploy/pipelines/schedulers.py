@@ -130,13 +130,18 @@ def open_scheduler(root: Path, family: str, expected: str | None = None) -> Any:
 
 
 def open_table_scheduler(folder: Path) -> Any:
-    """Return the scheduler of a model with a prompt table, flow matching Euler. CheckpointError where it is another."""
+    """Return the scheduler of a model with a prompt table, flow matching Euler, tried for a few steps.
+
+    Raises:
+        CheckpointError: it is missing, another, out of form, or gives no steps.
+    """
     path = folder / FOLDER / FILE
     config = _read(folder, f"{FOLDER}/{FILE}")
     if config.get("_class_name") != _FLOW[0]:
         raise CheckpointError(
             f"{path} is a {config.get('_class_name')!r:.80}", available=_FLOW[0], fix="get the model's folder again"
         )
+    rehearse(build_scheduler(config, _FLOW[0], path), "wan", 4, path)
     return build_scheduler(config, _FLOW[0], path)
 
 

@@ -120,7 +120,8 @@ class Schedule:
         if unknown := data.keys() - set(names):
             raise OutputError(f"{path}: unknown field {brief(min(unknown))}", available=names)
         try:
-            schedule = _adapter().validate_json(raw)
+            # Details stay as they are written; the validator makes tuples of their pairs.
+            schedule = dataclasses.replace(_adapter().validate_json(raw), details=data["details"])
         except ValidationError as error:
             problem = first_problem(error, data)
             raise OutputError(

@@ -519,6 +519,11 @@ def _drop_unclaimed(stage: Folder, claimed: set[str], out: Folder) -> None:
             *parents, last = entry.path.split("/")
             with tree.reach(parents) as folder:
                 folder.unlink(last)
+        # Folders that hold nothing now, the scratch folder of a killed builder among them.
+        for entry in reversed([entry for entry in tree.walk() if entry.is_folder]):
+            *parents, last = entry.path.split("/")
+            with tree.reach(parents) as folder, contextlib.suppress(OSError):
+                folder.remove_folder(last)
 
 
 def _is_own_file(info: os.stat_result, out: Folder) -> bool:

@@ -137,6 +137,9 @@ class UntrustedFolder:
         try:
             raw = self.read(name, limit)
             value = strict_json(raw)
+        except FileNotFoundError:
+            folder = self.sub(os.path.dirname(name)) if os.path.dirname(name) else self
+            raise CheckpointError(f"{self.root / name} is missing", available=folder.listing(), fix=fix) from None
         except (OSError, ValueError) as error:
             found = recognize_bytes(raw[:SNIFFED]) if raw else None
             reason = f"it is {found.what}" if found else reason_of(error)

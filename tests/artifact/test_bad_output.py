@@ -111,7 +111,8 @@ def test_paths_that_are_too_long(parts: str, length: int, pristine: Path, tmp_pa
         refused(run(pristine, "-o", long, "--target", "onnx", *SIZES, "--dry-run"), way_out=True)
     refused(run(long, "-o", tmp_path / "out", "--target", "onnx", *SIZES), way_out=False)
     said = inspect(long)
-    refused(said, "does not exist" if length < 4000 and parts != "/" else "File name too long")
+    wanted = "the path has" if length > 4000 else "does not exist" if parts != "/" else "File name too long"
+    refused(said, wanted)
     assert len(said.output) < 2000
     assert list(tmp_path.iterdir()) == []
 
@@ -125,7 +126,7 @@ def test_a_deleted_working_directory_and_a_name_with_everything(
     (tmp_path / "gone").rmdir()
     rest = ["--target", "graphs", "--recipe", "rtn", *SIZES]
     for out in ("out", ".", "../out"):
-        refused(run(pristine, "-o", out, *rest), "working directory was deleted", "fix: ")
+        refused(run(pristine, "-o", out, *rest), "working directory", "fix: ")
     refused(run("model", "-o", tmp_path / "out", *rest), "'model'", way_out=False)
     refused(run("org/name", "-o", tmp_path / "out", *rest), "org/name", way_out=False)
     refused(inspect("out"), "does not exist")

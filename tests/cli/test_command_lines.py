@@ -277,17 +277,20 @@ def test_limits_of_the_system(name: str, limit: list[Any], server: CommandServer
 @pytest.mark.parametrize(
     ("number", "stages"),
     [
-        (signal.SIGTERM, {"run": (0.05, 0.3, 0.6, 0.9), "plan": (0.2, 1.2), "export": (0.3,)}),
-        (signal.SIGHUP, {"run": (0.4,)}),
-        (signal.SIGINT, {"run": (0.4,), "plan": (0.8,)}),
+        (signal.SIGTERM, {"run": (0.05, 0.3, 0.6, 0.9), "plan": (0.1, 0.5), "export": (0.3,)}),
+        (signal.SIGHUP, {"run": (0.2, 0.5)}),
+        (signal.SIGINT, {"run": (0.2, 0.5), "plan": (0.4,)}),
     ],
 )
 def test_signals_in_every_stage_leave_nothing(
     number: signal.Signals, stages: dict[str, tuple[float, ...]], server: CommandServer
 ) -> None:
     before, stopped = _names(server.folder), 0
-    for name, seconds in stages.items():
-        for pause in seconds:
+    for name, shares in stages.items():
+        whole = server.run(name, *base(name)).seconds
+        for new in _names(server.folder) - before:
+            (server.folder / new).unlink()
+        for pause in (share * whole for share in shares):
             ended = server.run(name, *base(name), signal_after=[int(number), pause])
             if ended.code != 0:
                 stopped += 1
@@ -403,11 +406,16 @@ def test_a_card_is_markdown_whatever_the_names(server: CommandServer) -> None:
 
 @pytest.mark.slow
 def test_a_model_and_a_folder_with_hostile_names_are_exported(server: CommandServer) -> None:
-    """Bytes that are no UTF-8, escapes and bidirectional marks in both names; every byte that comes out is looked at."""
-    model = server.folder / f"model {LATIN}{HOSTILE}"
-    out = server.folder / f"out {LATIN}{HOSTILE}"
+    """Escapes and bidirectional marks in both names; every byte that comes out is looked at. Names that are no UTF-8 are
+    refused before any work."""
+    model = server.folder / f"model {HOSTILE}"
+    out = server.folder / f"out {HOSTILE}"
     tiny.write_checkpoint(model, tiny.WAN)
     try:
+        for words in ([f"{model}{LATIN}", "-o", out], [model, "-o", f"{out}{LATIN}"]):
+            ended = server.run("export", *words, "--target", "graphs", *SIZES)
+            assert ended.code == 2, ended.err
+            assert ended.faults() == []
         for more in (["-vv"], ["--log-format", "json", "-v"]):
             ended = server.run("export", model, "-o", out, "--target", "graphs", *SIZES, *more, limit=120)
             assert ended.code == 0, ended.err

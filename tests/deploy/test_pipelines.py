@@ -288,10 +288,12 @@ def test_a_scheduler_that_fails_later_is_refused_before_anything_is_loaded(
     ):
         path.write_text(json.dumps({**good, **change}))
         for mode in ("a8", "16"):
-            with open_generator(Artifact.open(made.out), pipeline=folder) as generator:
-                with pytest.raises(CheckpointError, match=text) as caught:
-                    generator.prepare(GenerateRequest("a red cat", steps=3, mode=mode))
-                assert "scheduler_config.json" in caught.value.what
+            with (
+                pytest.raises(CheckpointError, match=text) as caught,
+                open_generator(Artifact.open(made.out), pipeline=folder) as generator,
+            ):
+                generator.prepare(GenerateRequest("a red cat", steps=3, mode=mode))
+            assert "scheduler_config.json" in caught.value.what
     path.write_text(json.dumps(good))
     with open_generator(Artifact.open(made.out), pipeline=folder) as generator:
         assert generator.check(GenerateRequest("a red cat", steps=3, mode="a8")).steps == 3

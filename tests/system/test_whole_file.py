@@ -110,7 +110,7 @@ def test_disk_errors_say_what_helps() -> None:
         (errno.ENOSPC, ResourceError, "free disk space"),
         (errno.EMFILE, ResourceError, "ulimit -n"),
         (errno.EROFS, OutputError, "read-only"),
-        (errno.EIO, OutputError, "check the disk"),
+        (errno.EIO, OutputError, "check it"),
         (errno.ENAMETOOLONG, OutputError, "shorter name"),
         (errno.EACCES, OutputError, "you may write to"),
     ):
