@@ -206,7 +206,7 @@ def test_export_from_python_plans_as_the_command_does(monkeypatch: pytest.Monkey
 
     plans: list[pipeline.ExportPlan] = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(pipeline, "run_export", lambda plan, progress: plans.append(plan))
+    monkeypatch.setattr(pipeline, "run_export", lambda plan, progress, write_report: plans.append(plan))
     dvdquant.export_model("examples/tiny-wan", "out/tiny-wan", latent="8x24x24", text_tokens=5)
     (plan,) = plans
     assert [engine.act_bits for engine in plan.engines] == [4, 8]

@@ -442,7 +442,7 @@ class ExportTransaction:
             if os.path.lexists(self.out / COMMIT):
                 raise OutputError(
                     f"the export is finished, but putting it in place failed at {error.filename}: {error.strerror}",
-                    fix="remove the cause, then run the same command with --resume, which completes it at once",
+                    fix=f"remove the cause ({disk_error(error, self.out).fix}); the same command with --resume completes it",
                 ) from error
             raise disk_error(error, error.filename or self.out) from error
         self.committed = True

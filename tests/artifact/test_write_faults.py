@@ -180,7 +180,7 @@ def test_too_few_open_files(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, used + spare))
             try:
                 export(tmp_path / "out", 2)
-            except OutputError as error:
+            except DvdquantError as error:
                 assert "Too many open files" in str(error)  # noqa: PT017
                 assert "ulimit" in str(error)  # noqa: PT017
                 os._exit(7)

@@ -19,7 +19,7 @@ from PIL import Image
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.cli.plan import main as plan_main
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation import generate
+from dvdquant.deploy.generation import from_table
 from dvdquant.deploy.generation.generate import open_generator
 from dvdquant.deploy.generation.request import GenerateRequest, check_request
 from dvdquant.deploy.planning.planner import Goal, Plan, delta_for_seconds, plan, psnr
@@ -384,7 +384,7 @@ def test_the_scheduler_of_a_prompt_table_is_tried_before_anything_is_loaded(
         raise AssertionError("something was loaded")
 
     for name in ("open_session", "load_original"):
-        monkeypatch.setattr(generate, name, loads)
+        monkeypatch.setattr(from_table, name, loads)
     shutil.copytree(TINY_WAN, tmp_path / "model")
     path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     good = json.loads(path.read_text())
@@ -394,12 +394,12 @@ def test_the_scheduler_of_a_prompt_table_is_tried_before_anything_is_loaded(
         path.write_text(json.dumps({**good, **change}))
         for mode in ("a8", "16"):
             with (
-                generate.open_generator(artifact, pipeline=tmp_path / "model") as generator,
+                open_generator(artifact, pipeline=tmp_path / "model") as generator,
                 pytest.raises(CheckpointError, match=text),
             ):
                 generator.prepare(GenerateRequest(prompt, steps=3, mode=mode))
     path.write_text(json.dumps(good))
-    with generate.open_generator(artifact, pipeline=tmp_path / "model") as generator:
+    with open_generator(artifact, pipeline=tmp_path / "model") as generator:
         assert generator.check(GenerateRequest(prompt, steps=3, mode="a8")).steps == 3
         path.unlink()
         generator.check(GenerateRequest(prompt, steps=3, mode="a4"))

@@ -51,7 +51,7 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
     """Both generators ask here; what they load goes where this says."""
     from types import SimpleNamespace
 
-    from dvdquant.deploy.generation import generate
+    from dvdquant.deploy.generation import from_table as generate
     from dvdquant.deploy.generation import in_pipeline as pipeline_generate
     from dvdquant.deploy.generation.request import GenerateRequest
 
@@ -79,12 +79,12 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
 
 
 def test_nothing_else_in_deploy_reads_a_device_name() -> None:
-    import dvdquant.deploy.generation.generate
+    import dvdquant.deploy.generation.from_table
     import dvdquant.deploy.generation.in_pipeline
     import dvdquant.deploy.sessions
 
     for module in (
-        dvdquant.deploy.generation.generate,
+        dvdquant.deploy.generation.from_table,
         dvdquant.deploy.generation.in_pipeline,
         dvdquant.deploy.sessions,
     ):

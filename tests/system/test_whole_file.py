@@ -111,7 +111,7 @@ def test_disk_errors_say_what_helps() -> None:
         (errno.EMFILE, ResourceError, "ulimit -n"),
         (errno.EROFS, OutputError, "read-only"),
         (errno.EIO, OutputError, "check it"),
-        (errno.ENAMETOOLONG, OutputError, "shorter name"),
+        (errno.ENAMETOOLONG, OutputError, "shorter path"),
         (errno.EACCES, OutputError, "you may write to"),
     ):
         error = disk_error(OSError(number, os.strerror(number)), "a\x1b")
