@@ -1,6 +1,7 @@
-"""Running the exported engines: sessions per backend, step switching, a drop-in transformer for diffusers pipelines.
+"""Tools that run the exported engines.
 
-``from dvdquant.deploy import DvdqTransformer`` imports PyTorch and diffusers at that moment, not with the package.
+The package has sessions per backend, step switching, and a drop-in transformer for diffusers pipelines. ``from
+dvdquant.deploy import DvdqTransformer`` imports PyTorch and diffusers at that moment, not with the package.
 """
 
 from __future__ import annotations

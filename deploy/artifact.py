@@ -1,7 +1,7 @@
-"""An export as the runtime sees it: its manifest, its configs, and where the graphs and engines of a transformer are.
+"""Read access to an export: its manifest, its configs, and the places of its graphs and engines.
 
-Opening reads and checks JSON only. Nothing is deserialized or executed here; :mod:`dvdquant.deploy.sessions` does that, after
-comparing hashes.
+Opening an export reads and checks JSON only. Nothing is deserialized or executed here. :mod:`dvdquant.deploy.sessions`
+does that, after it has compared the hashes.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Artifact"]
 
-MAX_CONFIG = 4 << 20  # bytes; those of published transformers have some kilobytes
+MAX_CONFIG = 4 << 20  # bytes; the configs of published transformers have some kilobytes
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An export folder, opened and checked.
+    """An export folder that was opened and checked.
 
     Args:
-        root: the folder.
-        manifest: what it holds.
-        configs: component -> the transformer's own config.json.
+        root: The export folder.
+        manifest: The checked content of the manifest file.
+        configs: A mapping from each component to the transformer's own config.json.
+        _cache: Results of :meth:`family` and :meth:`plan`, kept between calls.
     """
 
     root: Path
@@ -46,12 +47,15 @@ class Artifact:
 
     @classmethod
     def open(cls, out: str | Path) -> Artifact:
-        """Open an export.
+        """Open an export and check its manifest and its configs.
+
+        Args:
+            out: The export folder.
 
         Raises:
-            OutputError: the folder is no export, its manifest is out of form, or a config differs from its hash.
-            UnsupportedError: a transformer class this version does not know. CheckpointError: a config that no model of the
-                class has.
+            OutputError: The folder is no export, its manifest is malformed, or a config differs from its hash.
+            UnsupportedError: This version does not know the transformer class.
+            CheckpointError: No model of the class has such a config.
         """
         root = Path(out)
         manifest = load_manifest(root)
@@ -65,26 +69,33 @@ class Artifact:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """``("transformer",)``, or with ``"transformer_2"`` for Wan 2.2."""
+        """Return ``("transformer",)``, or with ``"transformer_2"`` for Wan 2.2."""
         return self.manifest.components
 
     @property
     def sizes(self) -> Sizes:
-        """Latent sizes of the graphs, fixed or ranges, text tokens and batch."""
+        """Return the sizes of the graphs: latent sizes (fixed or ranges), text tokens and batch."""
         return Sizes.from_json(self.manifest.shapes)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and of what is not quantized: bfloat16 or float16."""
+        """Return the dtype of activations and of everything that is not quantized: bfloat16 or float16."""
         return _dtypes()[self.manifest.shapes["dtype"]]
 
     @property
     def recipe(self) -> Recipe:
-        """What the export did."""
+        """Return the recipe that the export was made with."""
         return Recipe.from_json(self.manifest.recipe)
 
     def config(self, component: str = "transformer") -> dict[str, Any]:
-        """The transformer's own config; OutputError lists the components there are."""
+        """Return the transformer's own config.
+
+        Args:
+            component: One of :attr:`components`.
+
+        Raises:
+            OutputError: The export has no such component. The error lists the components that it has.
+        """
         if component not in self.configs:
             raise OutputError(
                 f"the export has no component {component!r:.100}", available=self.components, fix="pick one of these"
@@ -92,7 +103,15 @@ class Artifact:
         return self.configs[component]
 
     def family(self, component: str = "transformer") -> Family:
-        """The model family, with the config's left-out fields filled in by diffusers' defaults."""
+        """Return the model family. Diffusers' defaults fill in the fields that the config leaves out.
+
+        Args:
+            component: One of :attr:`components`.
+
+        Raises:
+            OutputError: The export has no such component.
+            UnsupportedError: The family cannot be made from the config, or cannot give inputs of the export's sizes.
+        """
         key = ("family", component)
         if key not in self._cache:
             where = f"the config of {component} in {self.root}"
@@ -101,10 +120,14 @@ class Artifact:
         return family
 
     def plan(self, component: str = "transformer") -> ModelPlan:
-        """Which layers are quantized and how, as the export decided it.
+        """Return the plan of the export: the layers that are quantized, and how.
+
+        Args:
+            component: One of :attr:`components`.
 
         Raises:
-            EngineError: this version of dvdquant would decide otherwise than the one that wrote the export.
+            OutputError: The export has no such component.
+            EngineError: This version of dvdquant would decide otherwise than the version that wrote the export.
         """
         key = ("plan", component)
         if key not in self._cache:
@@ -124,7 +147,11 @@ class Artifact:
         return cached
 
     def bits(self, component: str = "transformer") -> tuple[int, ...]:
-        """Activation bits exported, ascending, such as (4, 8)."""
+        """Return the exported activation bits in ascending order, such as (4, 8).
+
+        Args:
+            component: One of :attr:`components`.
+        """
         self.config(component)
         return tuple(sorted({g["act_bits"] for g in self._graphs(component)}))
 
@@ -133,7 +160,16 @@ class Artifact:
         return [g for g in wanted if Path(g["path"]).stem == f"{component}_a{g['act_bits']}"]
 
     def graph(self, component: str, bits: int) -> str:
-        """Relative path of the graph with QuantLinear nodes; EngineError names the bits there are."""
+        """Return the relative path of the graph with QuantLinear nodes.
+
+        Args:
+            component: One of :attr:`components`.
+            bits: Activation bits, one of :meth:`bits`.
+
+        Raises:
+            OutputError: The export has no such component.
+            EngineError: The export has no graph with these bits. The error names the bits that it has.
+        """
         self.config(component)
         for entry in self._graphs(component):
             if entry["act_bits"] == bits:
@@ -145,7 +181,17 @@ class Artifact:
         )
 
     def engines(self, component: str, backend: str, bits: int) -> tuple[EngineEntry, ...]:
-        """Engines of one transformer and bit-width, whatever SM they are for; UnsupportedError for an unknown backend."""
+        """Return the engines of one transformer and one bit-width, for any SM.
+
+        Args:
+            component: One of :attr:`components`.
+            backend: The name of a TensorRT backend, or an alias of it.
+            bits: Activation bits.
+
+        Raises:
+            OutputError: The export has no such component.
+            UnsupportedError: The backend is unknown.
+        """
         from dvdquant.backends import backend_name
 
         self.config(component)
@@ -159,7 +205,14 @@ class Artifact:
         )
 
     def weight_files(self, component: str) -> tuple[str, ...]:
-        """Relative paths of the files that hold one transformer's tensors: packed weights, then constants."""
+        """Return the relative paths of the files with one transformer's tensors: first packed weights, then constants.
+
+        Args:
+            component: One of :attr:`components`.
+
+        Raises:
+            OutputError: The export has no weight file of the component.
+        """
         pattern = re.compile(rf"onnx/{re.escape(component)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
         names = sorted(name for name in self.manifest.files if pattern.fullmatch(name))
         if not names:
@@ -172,26 +225,35 @@ class Artifact:
         return (*names, *((constants,) if constants in self.manifest.files else ()))
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file, hashed as read; OutputError when they are not what the manifest vouches for."""
+        """Return the bytes of one file, which are hashed as they are read.
+
+        Args:
+            name: The path of the file, relative to the export folder.
+
+        Raises:
+            OutputError: The bytes are not those that the manifest vouches for.
+        """
         return read_verified(self.root, self.manifest, name)
 
     # ------------------------------------------------------------------------------------------------ making it again
 
     def rebuild_command(self, *, sm: str | None = None, target: str | None = None, options: Sequence[str] = ()) -> str:
-        """The ``dvdq-export`` line that makes what is missing, with what the export was made with.
+        """Return the ``dvdq-export`` command line that makes what is missing, with the options of this export.
 
-        For TensorRT the path of the built plugin library stands as ``PLUGIN_LIBRARY``.
+        For TensorRT, ``PLUGIN_LIBRARY`` stands for the path of the built plugin library.
 
         Args:
-            sm: compute capability to build engines for ("8.9"); default: those there are.
-            target: ``rtx`` or ``tensorrt``; default: those there are.
-            options: sizes to use instead of the export's, such as ``["--height", "480:720"]``.
+            sm: The compute capability to build engines for, such as "8.9". The default is all that the export has.
+            target: ``rtx`` or ``tensorrt``. The default is all targets that the export has.
+            options: Size options that replace those of the export, such as ``["--height", "480:720"]``.
         """
         manifest = self.manifest
+        # 1. Source and recipe.
         words = ["dvdq-export", manifest.source["model"], "-o", str(self.root), *_recipe_options(manifest.recipe)]
+        # 2. Targets and the SMs to build for.
         targets = {target} if target else {e["backend"].removeprefix("tensorrt_") for e in manifest.engines}
         if any(g["target"] == "onnx" for g in manifest.graphs):
-            targets.add("onnx")  # without it the graphs would be made again
+            targets.add("onnx")  # without this target the graphs would be made again
         for name in sorted(targets) or ["graphs"]:
             words += ["--target", name]
         if "tensorrt" in targets:
@@ -199,10 +261,12 @@ class Artifact:
         sms = {sm} if sm else {item for entry in manifest.engines for item in entry["sm"]}
         for name in sorted(sms, key=_version):
             words += ["--sm", name]
+        # 3. Dtype and sizes.
         words += ["--dtype", manifest.shapes["dtype"], *(options or _size_options(self.sizes))]
         words += ["--text-tokens", str(self.sizes.text_tokens)]
         if self.sizes.batch != 1:
             words += ["--batch", str(self.sizes.batch)]
+        # 4. Other options, where they differ from their defaults.
         if self.components[0] != "transformer":
             words += ["--subfolder", self.components[0]]
         if manifest.nonfinite:
@@ -234,7 +298,16 @@ def _read_config(root: Path, manifest: Manifest, name: str) -> dict[str, Any]:
 
 
 def _family_of(config: dict[str, Any], where: str, sizes: Sizes | None = None) -> Family:
-    """The family of a config; UnsupportedError for one it cannot be made of, or that does not give inputs of ``sizes``."""
+    """Return the family of a config.
+
+    Args:
+        config: The transformer's config. Its values are not trusted.
+        where: The name of the config in error messages.
+        sizes: Sizes that the family must give inputs for, or None to skip this check.
+
+    Raises:
+        UnsupportedError: The family cannot be made from the config, or cannot give inputs of ``sizes``.
+    """
     try:
         family = get_family(config)
         if sizes is not None:
@@ -244,7 +317,7 @@ def _family_of(config: dict[str, Any], where: str, sizes: Sizes | None = None) -
         return family
     except DvdquantError:
         raise
-    except Exception as error:  # a config is free text: what a family computes of odd values fails in many ways
+    except Exception as error:  # a config is free text: computing with odd values can fail in many ways
         kind = type(error).__name__
         raise UnsupportedError(f"{where} is not what its family needs: {kind} {error}", fix="export again") from error
 

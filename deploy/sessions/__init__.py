@@ -33,20 +33,24 @@ def open_session(
     bits: Sequence[int] | None = None,
     plugins: Sequence[Path] = (),
 ) -> EngineSession:
-    """Open one transformer of an export.
+    """Open a session for one transformer of an export.
+
+    ``auto`` takes an engine if there is a CUDA device and an engine that fits it. Otherwise it takes PyTorch with the
+    CUDA kernels if they are built, and otherwise ONNX Runtime if it runs on the device. If nothing else is left on a
+    CUDA device, it takes PyTorch without the kernels. The log (INFO) says what was taken and why.
 
     Args:
+        artifact: The export.
         component: ``transformer`` or ``transformer_2``.
-        backend: one of :data:`BACKENDS`. ``auto`` takes an engine where there is a CUDA device and one that fits it, else
-            PyTorch with the CUDA kernels where they are built, else ONNX Runtime if it runs on the device; the log (INFO)
-            says what was taken and why.
+        backend: One of :data:`BACKENDS`, or ``rtx``, ``ort`` or ``torch`` for short.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        bits: activation bits to load; default all.
+        bits: The activation bits to load. The default is all.
         plugins: TensorRT plugin libraries to load before the engines that need them.
 
     Raises:
-        UnsupportedError: an unknown backend or device. OutputError: a file differs from the manifest.
-        EngineError: no engine fits, or the backend refuses the export.
+        UnsupportedError: The backend or the device is unknown.
+        OutputError: A file differs from the manifest.
+        EngineError: No engine fits, or the backend refuses the export.
     """
     name = _ALIASES.get(backend, backend)
     if name not in BACKENDS:
@@ -66,7 +70,7 @@ def _open(
     device: torch.device,
     plugins: Sequence[Path],
 ) -> EngineSession:
-    # Imported here: each backend needs a library of its own.
+    # The backends are imported here, because each needs a library of its own.
     if name == "pytorch":
         from dvdquant.deploy.sessions.pytorch import PyTorchSession
 
@@ -105,7 +109,14 @@ def _open_best(
 
 
 def without_engine(device: torch.device) -> tuple[str, list[str]]:
-    """The backend for a device that no engine fits, and why."""
+    """Return the backend for a device that no engine fits, and the reasons for it.
+
+    Args:
+        device: The device that the session will run on.
+
+    Returns:
+        The name of the backend, and zero or more reasons in words.
+    """
     if device.type != "cuda":
         return "onnxruntime", []
     kernels = kernels_for(device)

@@ -1,4 +1,4 @@
-"""What every backend shares: one transformer, all of its bit-widths, and weights that these share."""
+"""The common base of all backends: one transformer, all its bit-widths, and the weights that they share."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ __all__ = ["EngineSession", "WrappedSession"]
 
 
 class EngineSession(ABC):
-    """All bit-widths of one transformer on one backend, sharing weights as far as the backend can.
+    """All bit-widths of one transformer on one backend. They share weights as far as the backend can.
 
-    Calls from several threads wait for each other. Close it, or use it in a ``with`` statement, to give memory back.
+    Calls from several threads wait for each other. Close the session, or use it in a ``with`` statement, to free
+    memory.
 
     Args:
-        artifact: the export.
-        component: which transformer of it.
-        bits: activation bits to make available, a part of ``artifact.bits(component)``; default all.
-        device: where inputs are taken to and outputs come out.
+        artifact: The export.
+        component: The name of one transformer of the export.
+        bits: The activation bits to make available, a part of ``artifact.bits(component)``. None means all.
+        device: The device that inputs are moved to and outputs are on.
     """
 
     backend: str
@@ -45,19 +46,19 @@ class EngineSession(ABC):
         self._lock = threading.RLock()
 
     def run(self, inputs: Mapping[str, Tensor], bits: int) -> Tensor:
-        """One forward pass.
+        """Run one forward pass.
 
         Args:
-            inputs: the graph's inputs by name, as ``family.inputs(sizes)`` lists them; any device. Latents and embeddings
-                are cast to ``self.dtype``, the others to the dtype of their InputSpec.
-            bits: activation bits, one of ``self.bits``.
+            inputs: The graph's inputs by name, as ``family.inputs(sizes)`` lists them, on any device. Latents and
+                embeddings are cast to ``self.dtype``, the others to the dtype of their InputSpec.
+            bits: Activation bits, one of ``self.bits``.
 
         Returns:
             The sample, in ``self.dtype`` on ``self.device``.
 
         Raises:
-            ShapeError: an input that the export does not serve, see :meth:`check_inputs`.
-            EngineError: the session is closed, lacks ``bits``, or the backend failed (its own error is the cause).
+            ShapeError: The export does not serve one of the inputs, see :meth:`check_inputs`.
+            EngineError: The session is closed, lacks ``bits``, or the backend failed (its own error is the cause).
         """
         with self._lock:
             if self.closed:
@@ -83,24 +84,43 @@ class EngineSession(ABC):
                     f"{self.backend} ran out of device memory in {self.component} a{bits}: {error}",
                     fix="close other sessions, or export for a smaller size",
                 ) from error
-            except Exception as error:  # every backend has exceptions of its own, without a common base
+            except Exception as error:  # each backend has its own exceptions, and they share no base class
                 raise EngineError(f"{self.backend} failed in {self.component} a{bits}: {error}") from error
 
     @abstractmethod
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
-        """One forward pass on inputs that are checked, contiguous, on ``self.device`` and of the graph's dtypes."""
+        """Run one forward pass on checked inputs.
+
+        Args:
+            inputs: Inputs by name. They are contiguous, on ``self.device``, and have the graph's dtypes.
+            bits: Activation bits, one of ``self.bits``.
+        """
 
     @abstractmethod
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes held between calls: ``weights`` (quantized and kept tensors and constants, what bit-widths share counted
-        once), ``engines`` (what the backend loaded besides) and ``workspace`` (scratch: what is known of it)."""
+        """Return the bytes that are held between calls.
+
+        Returns:
+            ``weights``: quantized and kept tensors and constants. What bit-widths share is counted once. ``engines``:
+            what the backend loaded besides. ``workspace``: scratch memory, as far as it is known.
+        """
 
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
-        """ShapeError unless the export serves ``inputs``; says what it serves and with which option to widen it."""
+        """Refuse inputs that the export does not serve.
+
+        Args:
+            inputs: The graph's inputs by name.
+
+        Raises:
+            ShapeError: An input does not fit. The error says what the export serves, and which option widens it.
+        """
         check_inputs(self.family, self.sizes, inputs)
 
     def close(self) -> None:
-        """Give back weights, engines and scratch; again is harmless. What :meth:`run` returned stays valid."""
+        """Free weights, engines and scratch memory.
+
+        A second call is harmless. Outputs that :meth:`run` returned stay valid.
+        """
         with self._lock:
             if not self.closed:
                 self.closed = True
@@ -108,7 +128,7 @@ class EngineSession(ABC):
 
     @abstractmethod
     def _close(self) -> None:
-        """Drop what the backend holds."""
+        """Drop everything that the backend holds."""
 
     def __enter__(self) -> Self:
         return self
@@ -118,7 +138,13 @@ class EngineSession(ABC):
 
 
 class WrappedSession(EngineSession):
-    """A session around another one, for a subclass whose ``run`` does something besides; closing it closes the inner one."""
+    """A session around another session, for a subclass whose ``run`` does additional work.
+
+    Closing it closes the inner session too.
+
+    Args:
+        inner: The session that runs the engines.
+    """
 
     def __init__(self, inner: EngineSession) -> None:
         super().__init__(inner.artifact, inner.component, inner.bits, inner.device)
@@ -128,7 +154,7 @@ class WrappedSession(EngineSession):
         return self.inner._run(inputs, bits)
 
     def resident_bytes(self) -> dict[str, int]:
-        """Of the inner session."""
+        """Return the bytes that the inner session holds."""
         return self.inner.resident_bytes()
 
     def _close(self) -> None:
@@ -136,7 +162,16 @@ class WrappedSession(EngineSession):
 
 
 def chosen_bits(artifact: Artifact, component: str, bits: Sequence[int] | None) -> tuple[int, ...]:
-    """``bits`` ascending and once each, or all there are; EngineError names those an export has."""
+    """Return the wanted bits in ascending order and without duplicates.
+
+    Args:
+        artifact: The export.
+        component: The name of one transformer of the export.
+        bits: The wanted activation bits, or None for all that were exported.
+
+    Raises:
+        EngineError: ``bits`` is empty, or the export lacks some of them. The error names the bits that it has.
+    """
     there = artifact.bits(component)
     chosen = there if bits is None else tuple(sorted(set(bits)))
     for width in chosen:

@@ -1,6 +1,7 @@
-"""A deserialized engine on torch memory: tensors are bound by address, work is queued on torch's current stream.
+"""A deserialized engine on torch memory.
 
-The same calls serve TensorRT-RTX and TensorRT. Nothing here deserializes.
+Tensors are bound by address, and work is queued on a stream ordered with torch's current stream. The same calls serve
+TensorRT-RTX and TensorRT. Nothing is deserialized here.
 """
 
 from __future__ import annotations
@@ -39,34 +40,46 @@ _TORCH_DTYPES = {
 
 
 def torch_dtype(kind: Any) -> torch.dtype:
-    """The torch dtype of a library's ``DataType``; EngineError for one torch has no buffers of."""
+    """Return the torch dtype of a library's ``DataType``.
+
+    Args:
+        kind: A member of the library's ``DataType``.
+
+    Raises:
+        EngineError: Torch has no buffers of this type.
+    """
     if kind.name not in _TORCH_DTYPES:
         raise EngineError(f"the engine has a tensor of type {kind.name}", available=_TORCH_DTYPES)
     return _TORCH_DTYPES[kind.name]
 
 
 class EngineLog:
-    """The last errors and warnings of the library, for messages."""
+    """The last errors and warnings of the library, for error messages."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=8)
 
     def tail(self) -> str:
-        """The lines, newest last."""
+        """Return the lines as one string, newest last."""
         return "; ".join(self.lines) or "the library gave no reason"
 
 
 def make_logger(module: Any, log: EngineLog) -> Any:
-    """An ``ILogger`` of the library that keeps errors and warnings in ``log``."""
+    """Make an ``ILogger`` of the library that keeps errors and warnings in ``log``.
+
+    Args:
+        module: The Python module of the library.
+        log: The place where messages are kept.
+    """
 
     class Logger(module.ILogger):
-        """Keeps what matters when something fails."""
+        """A logger that keeps errors and warnings."""
 
         def __init__(self) -> None:
             module.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            """Called by the library, from any of its threads."""
+            """Keep one message. The library calls this from any of its threads."""
             if severity <= module.ILogger.Severity.WARNING:
                 log.lines.append(message.strip())
 
@@ -74,9 +87,12 @@ def make_logger(module: Any, log: EngineLog) -> Any:
 
 
 class Scratch:
-    """One allocation for all contexts of a session: they never run at once.
+    """One allocation of scratch memory for all contexts of a session, which never run at once.
 
-    Grows to the largest need; ``generation`` counts growths, after which addresses baked into CUDA graphs are stale.
+    It grows to the largest need. ``generation`` counts the growths. After a growth, addresses in CUDA graphs are stale.
+
+    Args:
+        device: The device of the memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -86,21 +102,27 @@ class Scratch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Return the bytes held."""
         return 0 if self._memory is None else self._memory.nbytes
 
     def at_least(self, nbytes: int) -> tuple[int, int]:
-        """(address, size) of at least ``nbytes``. torch aligns CUDA allocations to 512 bytes; the libraries ask for 256."""
+        """Return the address and the size of at least ``nbytes`` bytes.
+
+        Torch aligns CUDA allocations to 512 bytes; the libraries ask for 256.
+
+        Args:
+            nbytes: The least size in bytes.
+        """
         if self._memory is None or self._memory.nbytes < nbytes:
             if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # a pass on any stream may still use it
-            self._memory = None  # first, so that the old and the new are not held together
+                torch.cuda.synchronize(self._device)  # a pass on any stream may still use the old memory
+            self._memory = None  # freed first, so that the old and the new memory are not held together
             self._memory = torch.empty(max(nbytes, 1), dtype=torch.uint8, device=self._device)
             self.generation += 1
         return self._memory.data_ptr(), self._memory.nbytes
 
     def free(self) -> None:
-        """Give it back."""
+        """Free the memory."""
         self._memory = None
 
 
@@ -108,15 +130,18 @@ class BoundEngine:
     """An engine with its execution context.
 
     Args:
-        library: the backend the engine belongs to.
-        engine: what its runtime deserialized.
-        scratch: shared by the engines of a session.
-        weight: gives a packed weight on the device, by name, for engines that take their weights as inputs.
-        inputs: names of the graph's own inputs.
-        library_graphs: let TensorRT-RTX capture CUDA graphs by itself.
+        library: The backend that the engine belongs to.
+        engine: The engine as the library's runtime deserialized it.
+        log: The messages of the library.
+        scratch: Scratch memory that the engines of a session share.
+        weight: A function that takes a name and returns a packed weight on the device. It serves engines that take
+            their weights as inputs.
+        inputs: The names of the graph's own inputs.
+        library_graphs: True lets TensorRT-RTX capture CUDA graphs by itself.
 
     Raises:
-        EngineError: the context cannot be made, or an input is neither the graph's nor a weight, or differs from it.
+        EngineError: The context cannot be made, the engine lacks an input of the graph, or an input is neither the
+            graph's nor a weight, or differs from the weight.
     """
 
     def __init__(
@@ -186,7 +211,14 @@ class BoundEngine:
     # ------------------------------------------------------------------------------------------------------- running
 
     def prepare(self, inputs: Mapping[str, Tensor]) -> None:
-        """Tell the context the shapes where they changed, and give it the scratch they need."""
+        """Tell the context the shapes if they changed, and give it the scratch memory that they need.
+
+        Args:
+            inputs: The inputs of the next pass by name.
+
+        Raises:
+            EngineError: The engine refuses a shape, or lacks one.
+        """
         shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         if shapes != self._shapes:
             self._shapes = None
@@ -203,10 +235,16 @@ class BoundEngine:
             self._generation = self._scratch.generation
 
     def enqueue(self, inputs: Mapping[str, Tensor], device: torch.device, stream: int) -> Tensor:
-        """Queue one pass on ``stream``; returns the first output, which is filled when the stream gets there.
+        """Queue one pass on ``stream`` and return the first output, which is filled when the stream gets there.
 
         Args:
-            inputs: contiguous, on the device; cast here to the engine's dtypes. They must outlive the pass.
+            inputs: Inputs by name. They are contiguous, on the device, and have the engine's dtypes. They must outlive
+                the pass.
+            device: The device of the outputs.
+            stream: The handle of a CUDA stream, or 0 for the default stream.
+
+        Raises:
+            EngineError: An input has another dtype than the engine wants, or the library refuses the pass.
         """
         self.prepare(inputs)
         for name, tensor in inputs.items():
@@ -224,15 +262,19 @@ class BoundEngine:
 
 
 def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a CUDA device the current one; does nothing on the host."""
+    """Return a context manager that makes a CUDA device the current one, and does nothing on the host."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Lane:
-    """Puts the passes of a session one after the other on the device, whatever streams the callers are on.
+    """A queue that runs the passes of a session one after the other, whatever streams the callers use.
 
-    They share scratch memory, so a pass waits for the one before it. All of a pass must be queued on the stream that
-    :meth:`stream` gives: what torch queues on its current stream meanwhile is ordered with nothing of it.
+    The passes share scratch memory, so each pass waits for the one before it. All work of a pass must be queued on the
+    stream that :meth:`stream` gives. Work that torch queues on its current stream meanwhile is not ordered with the
+    pass.
+
+    Args:
+        device: The device of the session.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -242,11 +284,12 @@ class Lane:
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[Any]:
-        """A ``torch.cuda.Stream`` that is ordered with torch's current one; None on the host, which has none.
+        """Yield a ``torch.cuda.Stream`` that is ordered with torch's current stream, or None on the host.
 
-        That is the current stream itself, or one of our own where the current one is the default stream, on which the
-        libraries synchronize the whole device at every call. It begins after what the current stream has queued and after
-        the pass before; what the current stream is given once the ``with`` has ended, begins after the pass.
+        The stream is the current stream itself, unless that is the default stream. On the default stream the libraries
+        synchronize the whole device at every call, so this gives a stream of its own instead. The stream begins after
+        the work that is queued on the current stream, and after the pass before. Work that the current stream gets
+        after the ``with`` block begins after the pass.
         """
         if self.own is None:
             yield None
@@ -261,5 +304,5 @@ class Lane:
         finally:
             self._done.record(used)
             if used is self.own:
-                # What was allocated on the current stream may be used again there only after this.
+                # Memory that was allocated on the current stream may be reused there only after the pass.
                 current.wait_stream(used)

@@ -1,4 +1,4 @@
-"""Which engine of the manifest runs on a GPU: decided from the manifest alone, before any byte of an engine is read.
+"""The choice of the engine that runs on a GPU, from the manifest alone, before any byte of an engine is read.
 
 Deserializing an engine runs its code, and an engine fits one SM and one release of its library only.
 """
@@ -19,7 +19,14 @@ __all__ = ["build_target", "device_sm", "find_engines", "select_engine"]
 
 
 def device_sm(device: torch.device) -> str:
-    """Compute capability of a CUDA device as "8.9"; EngineError where there is none."""
+    """Return the compute capability of a CUDA device, such as "8.9".
+
+    Args:
+        device: The device to ask.
+
+    Raises:
+        EngineError: The device is no CUDA device, or CUDA is not available.
+    """
     if device.type != "cuda" or not torch.cuda.is_available():
         raise EngineError(
             f"engines run on CUDA devices, not on {device}",
@@ -33,19 +40,33 @@ def device_sm(device: torch.device) -> str:
 def find_engines(
     artifact: Artifact, component: str, backend: str, bits: Sequence[int], device: torch.device
 ) -> dict[int, EngineEntry]:
-    """The engine of each bit-width for ``device`` and the installed library; EngineError as :func:`select_engine`."""
+    """Find the engine of each bit-width for a device and the installed library.
+
+    Args:
+        artifact: The export.
+        component: The name of one transformer of the export.
+        backend: ``tensorrt_rtx`` or ``tensorrt``.
+        bits: Activation bits.
+        device: The CUDA device that the engines run on.
+
+    Returns:
+        A mapping from bits to the manifest's entry of the engine.
+
+    Raises:
+        EngineError: The device is no CUDA device, or no engine fits, see :func:`select_engine`.
+    """
     sm = device_sm(device)
     library = load_backend(backend)
     return {width: select_engine(artifact, component, library, width, sm) for width in bits}
 
 
 def build_target(library: Backend) -> str:
-    """What ``dvdq-export --target`` calls a library."""
+    """Return the name of a library as an argument of ``dvdq-export --target``."""
     return "tensorrt" if library.takes_plugins else "rtx"
 
 
 def _how_to_build(artifact: Artifact, library: Backend, sm: str) -> str:
-    """The command that builds the engines for ``sm``, or what else there is where the library cannot."""
+    """Return the command that builds engines for ``sm``, or name other backends if the library cannot."""
     if library.builds_for_sms:
         try:
             library.compute_capability(sm)
@@ -55,11 +76,18 @@ def _how_to_build(artifact: Artifact, library: Backend, sm: str) -> str:
 
 
 def select_engine(artifact: Artifact, component: str, library: Backend, bits: int, sm: str) -> EngineEntry:
-    """The manifest's engine for one bit-width.
+    """Return the manifest's engine for one bit-width.
+
+    Args:
+        artifact: The export.
+        component: The name of one transformer of the export.
+        library: The backend with its installed library.
+        bits: Activation bits.
+        sm: The compute capability of the GPU, such as "8.9".
 
     Raises:
-        EngineError: there is none for this backend or this SM, it was built by another release, from another graph or
-            for other sizes. Gives the command that builds it.
+        EngineError: No engine is for this backend or this SM, or it was built by another release, from another graph or
+            for other sizes. The error gives the command that builds it.
     """
     fix = _how_to_build(artifact, library, sm)
     entries = artifact.engines(component, library.name, bits)
@@ -86,7 +114,7 @@ def select_engine(artifact: Artifact, component: str, library: Backend, bits: in
 
 
 def _problem(artifact: Artifact, component: str, library: Backend, entry: EngineEntry) -> str | None:
-    """Why an engine for the right SM must not be loaded, in words."""
+    """Return in words why an engine for the right SM must not be loaded, or None if it may."""
     built = entry["versions"].get(library.name)
     if built != library.version:
         return f"was built by {library.name} {built or 'of an unknown release'}, and loads in that release only"

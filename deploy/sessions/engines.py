@@ -1,4 +1,4 @@
-"""The TensorRT-RTX and TensorRT backend: verified engines, shared scratch and weights, torch's memory and streams."""
+"""The TensorRT-RTX and TensorRT backend: verified engines with shared scratch and weights, on torch's streams."""
 
 from __future__ import annotations
 
@@ -33,7 +33,14 @@ _PLUGINS: set[tuple[str, Path]] = set()
 
 @dataclass
 class _Capture:
-    """A CUDA graph of one bit-width, with the memory it reads and writes."""
+    """A CUDA graph of one bit-width, with the memory that it reads and writes.
+
+    Args:
+        graph: The ``torch.cuda.CUDAGraph``.
+        inputs: The tensors that the graph reads, by name.
+        output: The tensor that the graph writes.
+        generation: The generation of the scratch memory at the capture.
+    """
 
     graph: Any
     inputs: dict[str, Tensor]
@@ -42,24 +49,29 @@ class _Capture:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """What it was captured at: an engine's graph holds for the shapes its context had."""
+        """Return the input shapes of the capture. An engine's graph holds only for the shapes that its context had."""
         return {name: tensor.shape for name, tensor in self.inputs.items()}
 
 
 class TensorRTSession(EngineSession):
-    """The engines of an export for the GPU at hand.
+    """The engines of an export for the GPU of this machine.
 
-    Nothing is deserialized before the manifest says that the engine is for this SM, this release of the library and this
-    graph, and the bytes read have its SHA-256.
+    An engine is deserialized only after two checks. The manifest says that it is for this SM, this release of the
+    library and this graph. The bytes that were read have the manifest's SHA-256.
 
     Args:
+        artifact: The export.
+        component: The name of one transformer of the export.
+        bits: The activation bits to make available. The default is all.
+        device: A CUDA device. The default is ``cuda``.
         backend: ``tensorrt_rtx`` or ``tensorrt``.
-        plugins: plugin libraries, loaded once per process before engines that need them. One library for all engines
-            lets their contexts share what the plugin prepares of a weight; the copy inside an engine shares nothing.
-        cuda_graphs: replay passes of the same shapes as a CUDA graph, which saves launches.
+        plugins: Plugin libraries, loaded once per process before the engines that need them. If all engines use one
+            library, their contexts share what the plugin prepares from a weight. The copy inside an engine shares
+            nothing.
+        cuda_graphs: True replays passes of the same shapes as a CUDA graph, which saves kernel launches.
 
     Raises:
-        EngineError: no engine fits (with the command that builds it), or the library refuses it.
+        EngineError: No engine fits (the error gives the command that builds it), or the library refuses the engine.
     """
 
     def __init__(
@@ -92,7 +104,7 @@ class TensorRTSession(EngineSession):
             for width, entry in entries.items():
                 self._engines[width] = self._load(entry)
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # weights were copied on this thread's stream; passes may be on others
+            torch.cuda.synchronize(self.device)  # weights were copied on this thread's stream; passes may use others
         self._drop_files()
 
     def _load(self, entry: EngineEntry) -> BoundEngine:
@@ -104,7 +116,7 @@ class TensorRTSession(EngineSession):
         )
 
     def _weight(self, name: str) -> Tensor:
-        """A packed weight on the device; the same memory for every bit-width."""
+        """Return a packed weight on the device. Every bit-width gets the same memory."""
         if name not in self._on_device:
             if self._files is None:
                 self._files = WeightFiles(self.artifact, self.component)
@@ -112,7 +124,7 @@ class TensorRTSession(EngineSession):
         return self._on_device[name]
 
     def _drop_files(self) -> None:
-        """The private copy of the weights, once they are on the device."""
+        """Drop the private copy of the weights when they are on the device."""
         if self._files is not None:
             self._files.close()
             self._files = None
@@ -120,23 +132,23 @@ class TensorRTSession(EngineSession):
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         engine = self._engines[bits]
         with current_device(self.device), self._lane.stream() as stream:
-            # TensorRT-RTX captures by itself; TensorRT is captured here.
+            # TensorRT-RTX captures CUDA graphs by itself. For TensorRT this session captures them.
             if self._cuda_graphs and self._library.takes_plugins:
                 output = self._replay(engine, inputs, bits, stream)
             else:
                 output = engine.enqueue(inputs, self.device, 0 if stream is None else stream.cuda_stream)
-        # Not before the pass is over: the cast is queued on torch's current stream, which waits for the pass from here on.
+        # The cast runs after the pass: it is queued on torch's current stream, which waits for the pass from here on.
         return output.to(self.dtype)
 
     def _replay(self, engine: BoundEngine, inputs: dict[str, Tensor], bits: int, stream: Any) -> Tensor:
-        """Replay on ``stream``; capture anew where shapes or scratch are other than at the capture."""
+        """Replay the CUDA graph on ``stream``, after a new capture if shapes or scratch memory have changed."""
         engine.prepare(inputs)
         capture = self._captures.get(bits)
         shapes = {name: tensor.shape for name, tensor in inputs.items()}
         if capture is None or capture.generation != self._scratch.generation or capture.shapes != shapes:
             self._captures.pop(bits, None)
             capture = self._captures[bits] = self._capture(engine, inputs)
-        # Memory of torch's current stream, which the caller may give back there; it is filled on the stream of the pass.
+        # The output is allocated on torch's current stream, where the caller may free it. The pass's stream fills it.
         output = torch.empty_like(capture.output)
         with torch.cuda.stream(stream):
             for name, tensor in inputs.items():
@@ -148,7 +160,7 @@ class TensorRTSession(EngineSession):
     def _capture(self, engine: BoundEngine, inputs: dict[str, Tensor]) -> _Capture:
         held = {name: tensor.clone() for name, tensor in inputs.items()}
         torch.cuda.synchronize(self.device)
-        # Libraries do their lazy set-up in the first pass, which must not be captured.
+        # Libraries do their lazy set-up in the first pass, so the first pass must not be captured.
         stream = self._lane.own
         engine.enqueue(held, self.device, stream.cuda_stream)
         torch.cuda.synchronize(self.device)
@@ -158,7 +170,10 @@ class TensorRTSession(EngineSession):
         return _Capture(graph, held, output, self._scratch.generation)
 
     def resident_bytes(self) -> dict[str, int]:
-        """``engines`` are the bytes of the engine files, which hold the weights where these are no inputs."""
+        """Return the bytes that are held between calls.
+
+        ``engines`` is the size of the engine files. They hold the weights if the weights are not inputs of the engine.
+        """
         weights = sum(tensor.nbytes for tensor in self._on_device.values())
         return {"weights": weights, "engines": self._engine_bytes, "workspace": self._scratch.nbytes}
 
@@ -173,10 +188,14 @@ class TensorRTSession(EngineSession):
 
 
 def load_plugins(library: Backend, plugins: Sequence[Path]) -> None:
-    """Register plugin libraries, each once per process. Their code runs: load only what you built.
+    """Register plugin libraries, each once per process. Their code runs: load only libraries that you built.
+
+    Args:
+        library: The backend that takes the plugins.
+        plugins: The paths of the libraries.
 
     Raises:
-        EngineError: the backend has no plugins, or a library does not load.
+        EngineError: The backend has no plugins, or a library does not load.
     """
     if plugins and not library.takes_plugins:
         raise EngineError(f"{library.name} has no plugins, got {[str(p) for p in plugins]}", fix="leave them out")
@@ -193,7 +212,15 @@ def load_plugins(library: Backend, plugins: Sequence[Path]) -> None:
 
 
 def make_runtime(library: Backend, log: EngineLog) -> Any:
-    """The library's ``Runtime``; EngineError with its log when it cannot start."""
+    """Make the library's ``Runtime``.
+
+    Args:
+        library: The backend with its installed library.
+        log: The place where the library's messages are kept.
+
+    Raises:
+        EngineError: The runtime cannot start. The error gives the library's messages.
+    """
     try:
         runtime = library.module.Runtime(make_logger(library.module, log))
     except (RuntimeError, TypeError) as error:
@@ -202,11 +229,20 @@ def make_runtime(library: Backend, log: EngineLog) -> Any:
 
 
 def deserialize(artifact: Artifact, entry: EngineEntry, library: Backend, runtime: Any, log: EngineLog) -> Any:
-    """Read, hash, and only then deserialize one engine.
+    """Read and hash one engine, and only then deserialize it.
+
+    Args:
+        artifact: The export.
+        entry: The manifest's entry of the engine.
+        library: The backend with its installed library.
+        runtime: The library's ``Runtime``.
+        log: The messages of the library.
+
+    Returns:
+        The engine as the library gives it.
 
     Raises:
-        EngineError: the file differs from the manifest, the library's own look at the header finds it unfit, or
-            deserializing failed.
+        EngineError: The file differs from the manifest, the library finds the header unfit, or deserializing failed.
     """
     sm = entry["sm"][0] if entry["sm"] else None
     fix = f"build it again: {artifact.rebuild_command(sm=sm, target=build_target(library))}"
@@ -224,7 +260,7 @@ def deserialize(artifact: Artifact, entry: EngineEntry, library: Backend, runtim
 
 
 def _check_header(raw: bytes, entry: EngineEntry, library: Backend, runtime: Any, log: EngineLog, fix: str) -> None:
-    """Ask the library about the engine's header where it can be asked, so that an unfit engine is not begun with."""
+    """Check the engine's header with the library, if the library can, before an unfit engine is deserialized."""
     if not hasattr(runtime, "get_engine_validity"):
         return
     validity, found = runtime.get_engine_validity(raw[: runtime.engine_header_size])

@@ -20,22 +20,32 @@ _KEY = (DOMAIN, "QuantLinear", "")
 
 
 def expand_weights(model: ir.Model) -> bool:
-    """Make every QuantLinear take ``<layer>.expanded``, a new graph input fp32 [K, N], instead of its packed weight.
+    """Give every QuantLinear its weight as a new graph input, fp32 [K, N], in place of its packed weight.
 
-    1. A QuantLinear node ``(x, weight, scale, factor, zero, bias, …)`` becomes ``(x, expanded, bias, …)``.
-    2. In its function body the product's right operand is that input; what unpacked the weight is dropped.
-    3. A graph without QuantLinear is left alone.
+    1. A QuantLinear node ``(x, weight, scale, factor, zero, bias, …)`` becomes ``(x, expanded, bias, …)``. The new
+       graph input is called ``<layer>.expanded``.
+    2. In its function body, that input becomes the right operand of the product. The nodes that unpacked the weight are
+       removed.
+    3. A graph without QuantLinear is not changed.
 
-    ONNX Runtime's own constant folding would do the same, but keeps a copy per session and every intermediate result.
+    ONNX Runtime's own constant folding does the same, but it keeps a copy per session and every intermediate result.
 
-    Returns whether there was one.
+    Args:
+        model: The graph, which is changed in place.
+
+    Returns:
+        True if the graph has a QuantLinear.
+
+    Raises:
+        EngineError: A weight has no known shape, or the function body of QuantLinear has an unknown form.
     """
     nodes = [node for node in model.graph if (node.domain, node.op_type) == _KEY[:2]]
+    # 1. Replace each node by one that takes the expanded weight.
     for node in nodes:
         weight = node.inputs[1]
         if weight is None or weight.name is None or weight.shape is None:
             raise EngineError(f"{node.name} has no weight of known shape", fix="export again")
-        rows, half = (int(d) for d in weight.shape.numpy())
+        rows, half = (int(d) for d in weight.shape.numpy())  # packed weight: uint8 [N, K/2]
         expanded = ir.Value(
             name=weight.name.removesuffix(".weight") + EXPANDED,
             type=ir.TensorType(ir.DataType.FLOAT),
@@ -48,6 +58,7 @@ def expand_weights(model: ir.Model) -> bool:
         output = new.outputs[0]
         output.dtype, output.shape = node.outputs[0].dtype, node.outputs[0].shape
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], [node.outputs[0]], [output])
+    # 2. Change the function body once, and drop the initializers that nothing uses any more.
     if nodes:
         _expand_body(model.functions[_KEY])
         for name, value in list(model.graph.initializers.items()):
@@ -81,6 +92,11 @@ def _made_by(value: ir.Value) -> str | None:
 
 
 def expanded_weight(tensors: Mapping[str, Tensor]) -> Tensor:
-    """fp32 [K, N], contiguous, of the four packed tensors of a layer (``weight`` … ``weight_zero``)."""
+    """Return the weight of one layer as fp32 [K, N], contiguous.
+
+    Args:
+        tensors: The four packed tensors of the layer: ``weight``, ``weight_scale``, ``weight_factor`` and
+            ``weight_zero``.
+    """
     weight, scale, factor, zero = (tensors[kind] for kind in _PACKED)
     return dequantize_weight(weight, scale, factor, zero, torch.float32).T.contiguous()

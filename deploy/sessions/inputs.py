@@ -1,4 +1,4 @@
-"""Inputs of a session against what the export serves, refused in the words of the user's own options."""
+"""Checks of a session's inputs against the export. Errors name the user's own options."""
 
 from __future__ import annotations
 
@@ -15,31 +15,45 @@ __all__ = ["check_inputs", "graph_dtype"]
 _OPTIONS = {"frames": "--num-frames", "height": "--height", "width": "--width"}
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# What each kind of input may come as; it is then cast to the graph's own dtype.
+# The dtypes in which each kind of input may arrive. It is then cast to the graph's own dtype.
 _ACCEPTED = {"mask": _INTEGERS, "timestep": (*_FLOATS, *_INTEGERS[1:])}
 
 
 def graph_dtype(spec: InputSpec, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a graph input: its own, or the model's for latents and embeddings."""
+    """Return the dtype of a graph input: its own, or the model's for latents and embeddings.
+
+    Args:
+        spec: The graph input.
+        dtype: The dtype of the model.
+    """
     return spec.dtype or dtype
 
 
 def check_inputs(family: Family, sizes: Sizes, inputs: Mapping[str, Tensor]) -> None:
-    """ShapeError unless ``inputs`` are the graph's, with shapes the export serves.
+    """Refuse inputs that are not the graph's, or have shapes that the export does not serve.
 
-    The message gives the size in latent units and in pixels or frames, the range the export has, and the option of
-    ``dvdq-export`` that widens it.
+    Args:
+        family: The model family.
+        sizes: The sizes that the export serves.
+        inputs: Tensors by name.
+
+    Raises:
+        ShapeError: An input does not fit. The error gives the size in latent units and in pixels or frames, the range
+            of the export, and the option of ``dvdq-export`` that widens it.
     """
     specs = {spec.name: spec for spec in family.inputs(sizes)}
+    # 1. Names.
     missing, unknown = sorted(specs.keys() - inputs.keys()), sorted(inputs.keys() - specs.keys())
     if missing or unknown:
         parts = [f"lack {', '.join(missing)}"] * bool(missing) + [f"have an unknown {', '.join(unknown)}"] * bool(
             unknown
         )
         raise ShapeError(f"the inputs {' and '.join(parts)}", available=specs, fix="give each of these, and no other")
+    # 2. Each input by itself. ``axes``: name of an axis -> (size, input that it was first seen in).
     axes: dict[str, tuple[int, str]] = {}
     for name, spec in specs.items():
         _check_one(spec, inputs[name], family, sizes, axes)
+    # 3. Sizes that the inputs have in common.
     for name in ("frames", "height", "width"):
         if name in axes:
             _check_axis(name, axes[name][0], family, sizes)
@@ -48,7 +62,7 @@ def check_inputs(family: Family, sizes: Sizes, inputs: Mapping[str, Tensor]) -> 
 
 
 def _check_one(spec: InputSpec, tensor: object, family: Family, sizes: Sizes, axes: dict[str, tuple[int, str]]) -> None:
-    """Type, dtype, rank and fixed sizes of one input; the size of each named axis goes into ``axes``."""
+    """Check type, dtype, rank and fixed sizes of one input, and write the size of each named axis into ``axes``."""
     if not isinstance(tensor, Tensor):
         raise ShapeError(f"{spec.name} is a {type(tensor).__name__}", available="a torch.Tensor")
     accepted = _ACCEPTED.get(spec.kind, _FLOATS)
@@ -93,7 +107,7 @@ def _refuse_size(spec: InputSpec, position: int, shape: tuple[int, ...], sizes: 
 
 
 def _pixels(name: str, size: int, family: Family) -> int | None:
-    """Pixels or frames that make ``size`` latents; None where none do."""
+    """Return the number of pixels or frames that gives ``size`` latents, or None if no number does."""
     scale = family.vae_scale[("frames", "height", "width").index(name)]
     if name != "frames":
         return size * scale
@@ -113,7 +127,7 @@ def _check_axis(name: str, size: int, family: Family, sizes: Sizes) -> None:
     patch = family.patch()[("frames", "height", "width").index(name)]
     served = (axis.min, axis.max) if axis.dynamic else (axis.opt,)
     if not axis.min <= size <= axis.max:
-        # The export takes multiples of the patch only.
+        # The export takes only multiples of the patch.
         low, high = axis.covering(size, patch)
         ends = [_pixels(name, end, family) for end in (low, high)]
         option = f"{_OPTIONS[name]} {ends[0]}:{ends[1]}" if None not in ends else f"--latent, {name} {low}:{high}"

@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend: the QuantLinear graphs, their function bodies inlined, on the CPU or a CUDA device."""
+"""The ONNX Runtime backend: the QuantLinear graphs, with inlined function bodies, on the CPU or a CUDA device."""
 
 from __future__ import annotations
 
@@ -28,21 +28,30 @@ WeightForm = Literal["packed", "expanded"]
 
 
 class OnnxRuntimeSession(EngineSession):
-    """The graphs of every bit-width, sharing one copy of each weight.
+    """The graphs of all bit-widths, which share one copy of each weight.
 
-    Weights are graph inputs, bound once: to the private copy of the files on the CPU, to one on a CUDA device. As initializers
-    they would be held, and folded into fp32, once per bit-width.
+    Weights are graph inputs and are bound once. On the CPU they are the private copy of the files, on a CUDA device a
+    copy of it. As initializers they would be held, and folded into fp32, once per bit-width.
 
-    ``packed`` unpacks 4-bit weights layer by layer in every call. ``expanded`` does it when the session opens and holds
-    fp32 matrices, eight times the packed bytes but once for all bit-widths.
+    ``packed`` unpacks the 4-bit weights layer by layer in every call. ``expanded`` unpacks them when the session opens
+    and holds fp32 matrices. These take eight times the packed bytes, but once for all bit-widths.
 
     bfloat16 graphs run as float32 graphs that round after every operator, see
-    :func:`dvdquant.onnx.emulate_bfloat16.emulate_bfloat16`: right, but no faster than float32. For speed on a GPU
-    use an engine.
+    :func:`dvdquant.onnx.emulate_bfloat16.emulate_bfloat16`. This is correct, but no faster than float32. For speed on a
+    GPU use an engine.
 
     Args:
+        artifact: The export.
+        component: The name of one transformer of the export.
+        bits: The activation bits to make available. The default is all.
+        device: The CPU (default) or a CUDA device.
         weights: ``packed`` or ``expanded``.
-        threads: of each operator; default: as many as PyTorch uses.
+        threads: The number of threads of each operator. The default is the number that PyTorch uses.
+
+    Raises:
+        UnsupportedError: ``weights`` is neither ``packed`` nor ``expanded``.
+        EngineError: ONNX Runtime has no CUDA provider for a CUDA device, or it refuses a graph.
+        OutputError: A file differs from the manifest.
     """
 
     backend = "onnxruntime"
@@ -72,13 +81,13 @@ class OnnxRuntimeSession(EngineSession):
         self._constant_bytes: list[Any] = []
         self._bound: dict[int, _Bound] = {}
         self._largest = 0
-        # All of them are read and hashed before the first is given to ONNX Runtime.
+        # All graphs are read and hashed before ONNX Runtime gets the first.
         graphs = {width: artifact.graph(component, width) for width in self.bits}
         models = {width: _parse(artifact.read(path), path) for width, path in graphs.items()}
         for width, model in models.items():
             self._bound[width] = self._open(model, graphs[width])
         if self.device.type == "cuda" or weights == "expanded":
-            self._files.close()  # what was made of the stored weights takes their place; the constants keep their file
+            self._files.close()  # other copies replace the stored weights; the constants still hold their own file
 
     # ------------------------------------------------------------------------------------------------------- loading
 
@@ -114,13 +123,13 @@ class OnnxRuntimeSession(EngineSession):
     def _options(self, onnxruntime: Any) -> Any:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # Fusions would drop the casts that stand for rounding to bfloat16.
+        # Fusions would drop the casts that round to bfloat16.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
-        # A pool per bit-width, of which one works at a time: the other must not spin beside it.
+        # Each bit-width has a thread pool, and only one pool works at a time: the others must not spin meanwhile.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # An arena per bit-width would keep the scratch of both, though they never run at once.
+        # With an arena per bit-width, the scratch of all would be kept, though they never run at once.
         options.enable_cpu_mem_arena = False
         return options
 
@@ -129,10 +138,16 @@ class OnnxRuntimeSession(EngineSession):
         return {"device_id": index, "arena_extend_strategy": "kSameAsRequested"}
 
     def _take_weights(self, model: ir.Model) -> dict[str, int]:
-        """Turn stored weights into graph inputs and load them; returns the ONNX type of each by name.
+        """Turn stored weights into graph inputs, and load them.
 
-        Constants (rotation and rotary tables) stay initializers, over the copied bytes: ONNX Runtime prepares the
-        matrices of constant products.
+        Constants (rotation and rotary tables) stay initializers over the copied bytes, because ONNX Runtime prepares
+        the matrices of products with constants.
+
+        Args:
+            model: The graph, which is changed in place.
+
+        Returns:
+            A mapping from the name of each weight to its ONNX type.
         """
         bound: dict[str, int] = {}
         for name, value in list(model.graph.initializers.items()):
@@ -145,7 +160,7 @@ class OnnxRuntimeSession(EngineSession):
                 model.graph.inputs.append(value)
                 bound[name] = tensor.dtype.value
                 if name not in self._weights:
-                    # A view would hold the whole copy, which "expanded" is about to give back.
+                    # With "expanded" the whole private copy is closed later, so a view into it would keep it alive.
                     self._weights[name] = self._stored(name, tensor).to(self.device, copy=self.weights == "expanded")
             elif name not in self._constants:
                 self._constants[name] = self._constant(tensor)
@@ -160,7 +175,7 @@ class OnnxRuntimeSession(EngineSession):
         return bound
 
     def _stored(self, name: str, place: ir.ExternalTensor) -> Tensor:
-        """A weight of the files, which must be what the graph says of it."""
+        """Return a weight of the files, after checking that the graph describes it correctly."""
         tensor = self._files.tensor(name)
         location, info = self._files.tensors[name]
         there = (location, info.offset, info.nbytes, tuple(tensor.shape))
@@ -173,10 +188,10 @@ class OnnxRuntimeSession(EngineSession):
         import onnxruntime
 
         raw = self._files.region(str(place.location), place.offset or 0, place.length or 0)
-        # numpy has no bfloat16; ONNX Runtime takes the bits.
+        # numpy has no bfloat16, so ONNX Runtime gets the bits as uint16.
         plain = np.dtype(np.uint16) if place.dtype == ir.DataType.BFLOAT16 else place.dtype.numpy()
         array = raw.view(plain).reshape(tuple(int(d) for d in place.shape.numpy()))
-        self._constant_bytes.append(array)  # ONNX Runtime holds the address alone
+        self._constant_bytes.append(array)  # keeps the bytes alive: ONNX Runtime holds only their address
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, place.dtype.value)
 
     # ------------------------------------------------------------------------------------------------------- running
@@ -187,11 +202,11 @@ class OnnxRuntimeSession(EngineSession):
         feeds = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in inputs.items()}
         for name, tensor in feeds.items():
             _bind(binding, name, tensor, _ONNX_TYPES[tensor.dtype])
-        # Bound anew: into an output that is there already, a second run would write over what the first returned.
+        # The output is bound anew: otherwise a second run would write over the output that the first run returned.
         binding.clear_binding_outputs()
         binding.bind_output("sample", self.device.type, self.device.index or 0)
         if self.device.type == "cuda":
-            # ONNX Runtime works on a stream of its own, and has waited for it when the run returns.
+            # ONNX Runtime has its own stream, so the inputs must be ready. It waits for that stream before it returns.
             torch.cuda.current_stream(self.device).synchronize()
         session.run_with_iobinding(binding)
         (value,) = binding.get_outputs()
@@ -200,8 +215,11 @@ class OnnxRuntimeSession(EngineSession):
         return output.to(self.dtype)
 
     def resident_bytes(self) -> dict[str, int]:
-        """``weights`` counts every bound tensor and constant once for all bit-widths; ``workspace`` is the least: the
-        largest layer's weight in fp32, which ``packed`` makes in every call."""
+        """Return the bytes that are held between calls.
+
+        ``weights`` counts every bound tensor and every constant once for all bit-widths. ``workspace`` is a lower
+        bound: the largest layer's weight in fp32, which ``packed`` makes in every call.
+        """
         if self.closed:
             return {"weights": 0, "engines": 0, "workspace": 0}
         held = {tensor.data_ptr(): tensor.nbytes for tensor in self._weights.values()}
@@ -219,7 +237,12 @@ class OnnxRuntimeSession(EngineSession):
 
 @dataclass(frozen=True)
 class _Bound:
-    """A session, and its binding with the weights in place."""
+    """An ONNX Runtime session with its binding, in which the weights are bound.
+
+    Args:
+        session: The ``onnxruntime.InferenceSession``.
+        binding: The session's ``IOBinding``.
+    """
 
     session: Any
     binding: Any
@@ -244,7 +267,7 @@ def _parse(raw: bytes, path: str) -> ir.Model:
         raise
     except Exception as error:  # protobuf's DecodeError has no stable import path
         raise EngineError(f"{path} is no ONNX graph this version reads: {error}", fix="export again") from error
-    # ONNX Runtime and the passes before it would open those by path, with no look at what they are.
+    # ONNX Runtime and the graph passes would open such files by path, without any check.
     if strays:
         raise EngineError(f"{path} has {strays} tensors in files that are no weights of the graph", fix="export again")
     for name, location in places:
@@ -262,12 +285,12 @@ def _is_external(tensor: onnx.TensorProto) -> bool:
 
 
 def _place(tensor: onnx.TensorProto) -> tuple[str, str]:
-    """Name and file of an external tensor."""
+    """Return the name and the file of an external tensor."""
     return tensor.name, next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
 
 
 def _external_tensors(message: Any) -> Iterator[bool]:
-    """For every tensor of an ONNX message, in whatever part of it: whether it lies in another file."""
+    """Yield for every tensor in any part of an ONNX message whether it is stored in another file."""
     if isinstance(message, onnx.TensorProto):
         yield _is_external(message)
         return
@@ -278,7 +301,7 @@ def _external_tensors(message: Any) -> Iterator[bool]:
 
 
 def _largest_weight(model: ir.Model) -> int:
-    """Elements of the largest packed weight."""
+    """Return the number of elements of the largest packed weight."""
     sizes = [0]
     for node in model.graph:
         if node.op_type == "QuantLinear" and node.inputs[1] is not None and node.inputs[1].shape is not None:
@@ -296,5 +319,12 @@ _ONNX_TYPES = {
 
 
 def _bind(binding: Any, name: str, tensor: Tensor, kind: int) -> None:
-    """Bind by address; ``kind`` is the ONNX type of the bytes. The tensor must outlive the runs."""
+    """Bind a graph input to the address of a tensor, which must outlive the runs.
+
+    Args:
+        binding: The ``IOBinding`` of a session.
+        name: The name of the graph input.
+        tensor: A contiguous tensor on the session's device.
+        kind: The ONNX type of the bytes.
+    """
     binding.bind_input(name, tensor.device.type, tensor.device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr())

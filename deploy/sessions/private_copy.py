@@ -1,6 +1,6 @@
-"""Private copies of an export's files: what runs is what was hashed, whatever happens to the files afterwards.
+"""Private copies of an export's files: exactly the hashed bytes run, whatever happens to the files afterwards.
 
-A map of the file itself would show later writes to it, and a file that is cut short ends the process that maps it (SIGBUS).
+A map of the file itself would show later writes to it. A file that is cut short ends the process that maps it (SIGBUS).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = ["PrivateCopy", "fits_in_memory", "private_copy"]
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 4 << 20
-# Of the memory that is free: a session needs some besides, and so do the text encoder and the VAE of its pipeline.
+_BLOCK = 4 << 20  # bytes that are copied or hashed at a time
+# The share of free memory that copies may fill. The session, and the pipeline's text encoder and VAE, need the rest.
 _SHARE = 0.5
 
 _Key = tuple[int, int, int, int, int, str]
@@ -36,18 +36,19 @@ _lock = threading.Lock()
 
 def _after_fork() -> None:
     global _lock
-    _lock = threading.Lock()  # another thread of the parent may have held it
+    _lock = threading.Lock()  # another thread of the parent may have held the old lock
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
 class PrivateCopy:
-    """The bytes of one file where nobody else writes, with the hash they were asked for.
+    """The bytes of one file, in a place where nobody else writes.
 
     Args:
-        fd: the descriptor that holds them; the copy owns it, and every map has one of its own.
-        size: bytes. in_memory: whether they are in sealed memory, not in a temporary file.
+        fd: The descriptor that holds the bytes. The copy owns it, and every map has a descriptor of its own.
+        size: The number of bytes.
+        in_memory: True if the bytes are in sealed memory, False if they are in a temporary file.
     """
 
     def __init__(self, fd: int, size: int, in_memory: bool) -> None:
@@ -56,33 +57,38 @@ class PrivateCopy:
         weakref.finalize(self, os.close, fd)
 
     def map(self) -> mmap.mmap:
-        """A private map of all bytes: what is written to it, PyTorch and ONNX Runtime ask for that, is seen by its holder
-        alone. It outlives the copy."""
+        """Return a private map of all bytes, which outlives the copy.
+
+        PyTorch and ONNX Runtime ask for a writable map. Only the holder of the map sees what is written to it.
+        """
         return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_COPY)
 
 
 def fits_in_memory(nbytes: int) -> bool:
-    """Whether copies of ``nbytes`` may be taken into memory: they fill half of what is free at most."""
+    """Return whether copies of ``nbytes`` bytes may be taken into memory: they fill at most half of the free memory."""
     return hasattr(os, "memfd_create") and nbytes <= _SHARE * memory_limit()
 
 
 def private_copy(root: Path, name: str, entry: FileEntry, in_memory: bool) -> PrivateCopy:
-    """A copy of one file of an export whose size and SHA-256 are those of the manifest.
+    """Return a copy of one file of an export that has the size and the SHA-256 of the manifest.
 
-    1. The file is copied into memory of the kernel (memfd) that is then sealed: no process can change it or its size any
-       more. Without room there it goes into a temporary file that has no name, which no other process can open; the system
-       may drop its pages and read them again.
-    2. The copy is hashed, not the file, and used only if the hash is right.
-    3. Sessions of one process share the copy while one of them lives and the file is still the same by device, inode, size
-       and times. Times that lie are no matter: the copy is what was hashed. Every other process makes its own.
+    1. The file is copied into memory of the kernel (memfd), which is then sealed: no process can change its bytes or
+       its size any more. If there is no room, the copy is a temporary file without a name, which no other process can
+       open. The system may drop the pages of that file and read them again.
+    2. The copy is hashed, not the file. It is used only if the hash is right.
+    3. Sessions of one process share the copy while one of them lives and the file is the same by device, inode, size
+       and times. Wrong times do no harm, because the copy is what was hashed. Every other process makes a copy of its
+       own.
 
     Args:
-        root: the folder of the export. name: of the file in it, of at least one byte.
-        in_memory: see :func:`fits_in_memory`.
+        root: The export folder.
+        name: The path of the file in the folder. The file has at least one byte.
+        entry: The size in bytes and the SHA-256 of the file, as the manifest gives them.
+        in_memory: True to try memory first, see :func:`fits_in_memory`.
 
     Raises:
-        OutputError: the file is missing, cut, changed, or reached through a link.
-        ResourceError: neither memory nor the disk of temporary files has room.
+        OutputError: The file is missing, cut, changed, or reached through a link.
+        ResourceError: Neither memory nor the disk of temporary files has room.
     """
     path = root / name
     try:
@@ -121,7 +127,7 @@ def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) ->
         write_all(fd, block[:count], offset)
         offset += count
     if sealed:
-        # From here on the bytes cannot change, so the hash is of what will run.
+        # From here on the bytes cannot change, so the hash is that of the bytes that will run.
         seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     digest, offset = hashlib.sha256(), 0
@@ -134,7 +140,11 @@ def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) ->
 
 
 def _memory_file(name: str, size: int) -> int | None:
-    """An anonymous file in memory, all of it taken at once; None where the system has none or no room."""
+    """Make an anonymous file in memory and reserve all of its room at once.
+
+    Returns:
+        The descriptor, or None if the system has no such files or no room.
+    """
     try:
         fd = os.memfd_create(f"dvdq:{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
@@ -150,7 +160,11 @@ def _memory_file(name: str, size: int) -> int | None:
 
 
 def _unnamed_file(name: str, size: int) -> int:
-    """A temporary file without a name, its room taken at once; ResourceError where there is none."""
+    """Make a temporary file without a name, reserve all of its room at once, and return its descriptor.
+
+    Raises:
+        ResourceError: There is no room for the file, or it cannot be made.
+    """
     folder = _folder()
     try:
         with tempfile.TemporaryFile(dir=folder, prefix="dvdq-") as file:
@@ -175,7 +189,10 @@ def _unnamed_file(name: str, size: int) -> int:
 
 
 def _folder() -> str:
-    """Where temporary files go: TMPDIR, or what is on a disk. /tmp is memory on many systems."""
+    """Return the folder of temporary files: TMPDIR if it is set, else a folder on a disk.
+
+    /tmp is memory on many systems, so /var/tmp comes first.
+    """
     if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK):
         return "/var/tmp"
     return tempfile.gettempdir()

@@ -25,12 +25,25 @@ log = logging.getLogger(__name__)
 
 
 class PyTorchSession(EngineSession):
-    """One model for all bit-widths: switching sets the activation grid of its QuantLinear modules.
+    """One model for all bit-widths. A switch sets the activation grid of its QuantLinear modules.
 
-    On the CPU the weights are the private copy of the files itself (:class:`.weights.WeightFiles`). A GPU that the kernels are
-    built for holds each layer as they multiply it, in 4 or 8 bits a weight, from the first step that needs it; both where the
-    bit-widths that ran differ in that. The private copy stays beside it on the host, for a bit-width that runs later. To
-    another GPU the packed weights are copied, and the private copy ends.
+    On the CPU the weights are the private copy of the files itself (:class:`.weights.WeightFiles`).
+
+    A GPU that the kernels are built for holds each layer in the form that the kernels multiply, with 4 or 8 bits a
+    weight. It makes this form at the first step that needs it, and holds both forms if the bit-widths that ran differ
+    in it. The private copy stays on the host, for a bit-width that runs later.
+
+    On another GPU the packed weights are copied, and the private copy is closed.
+
+    Args:
+        artifact: The export.
+        component: The name of one transformer of the export.
+        bits: The activation bits to make available. The default is all.
+        device: The CPU (default) or a CUDA device.
+
+    Raises:
+        EngineError: The weights do not fit the device's memory.
+        OutputError: A file differs from the manifest.
     """
 
     backend = "pytorch"
@@ -80,12 +93,16 @@ class PyTorchSession(EngineSession):
         if bits not in self._ran and self.device.type != "cpu":
             self._files.drop_pages()
         self._ran.add(bits)
-        # A copy made out here is an ordinary tensor, which schedulers may change in place.
+        # A copy made outside of inference mode is an ordinary tensor, which schedulers may change in place.
         return output.to(self.dtype, copy=True)
 
     def resident_bytes(self) -> dict[str, int]:
-        """``weights`` grow with the bit-widths that ran; ``workspace`` is the least: the largest layer's, of its kernels at the
-        export's largest size, or its weight in fp32, which the reference op expands in each call."""
+        """Return the bytes that are held between calls.
+
+        ``weights`` grows with the bit-widths that ran. ``workspace`` is a lower bound: the scratch memory of the
+        largest layer. For a layer with kernels, that is the kernels' workspace at the export's largest size. For
+        another layer, it is the weight in fp32, which the reference op expands in each call.
+        """
         if self._model is None:
             return {"weights": 0, "engines": 0, "workspace": 0}
         held = {t.data_ptr(): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}
@@ -101,14 +118,22 @@ class PyTorchSession(EngineSession):
 
     def _close(self) -> None:
         if self.device.type == "cuda":
-            # Of whatever stream it ran on: freed weights go to whoever asks next.
+            # Wait for every stream: freed memory goes to whoever asks next, and a pass may still read the weights.
             torch.cuda.synchronize(self.device)
         self._model = None
         self._files.close()
 
 
 def bits_advice(sm: int, recipe: Recipe) -> str | None:
-    """What to say before a step with 4-bit activations on a GPU whose tensor cores gain nothing by them."""
+    """Return the advice to log before a step with 4-bit activations on a GPU whose tensor cores gain nothing by them.
+
+    Args:
+        sm: The compute capability times 10, such as 89 or 90.
+        recipe: The recipe of the export.
+
+    Returns:
+        The advice, or None for SM below 9.0, whose tensor cores gain by 4-bit activations.
+    """
     if sm < 90:
         return None
     time = "save no time here"

@@ -1,4 +1,4 @@
-"""The weight files of one transformer: private copies, hashed once, that everything that runs in the process shares."""
+"""The weight files of one transformer: private copies, hashed once and shared by all sessions of the process."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ __all__ = ["WeightFiles"]
 class WeightFiles:
     """Maps of private copies of a transformer's weight files.
 
-    Every file is copied, and the copy is hashed and mapped (:mod:`.private_copy`): nothing that happens to the files later
-    changes what runs, and a file that is cut short later ends nothing. The sessions of a process hold a copy once; a process
-    that is forked has it too, another process makes its own. Copies are sealed memory; where they would fill more than half
-    of the memory that is free, they are unnamed files of TMPDIR or /var/tmp, whose pages the system drops and reads again.
+    Every file is copied, and the copy is hashed and mapped (:mod:`.private_copy`). Later changes to the files do not
+    change what runs, and a file that is cut short later ends no process. All sessions of a process share one copy. A
+    forked process has it too; another process makes its own. Copies are sealed memory. If they would fill more than
+    half of the free memory, they are unnamed files of TMPDIR or /var/tmp, whose pages the system drops and reads again.
 
     Args:
-        artifact: the export. component: which transformer of it.
+        artifact: The export.
+        component: The name of one transformer of the export.
 
     Attributes:
-        tensors: name -> (file relative to ``onnx/``, place) of what the safetensors files hold.
+        tensors: A mapping from the name of each tensor in the safetensors files to its file (relative to ``onnx/``) and
+            its place in the file.
 
     Raises:
-        OutputError: a file is missing, cut, changed, or reached through a link.
-        ResourceError: there is no room for the copies.
+        OutputError: A file is missing, cut, changed, or reached through a link.
+        ResourceError: There is no room for the copies.
     """
 
     def __init__(self, artifact: Artifact, component: str) -> None:
@@ -49,9 +51,9 @@ class WeightFiles:
         for name, entry in entries.items():
             location = name.rpartition("/")[2]
             if not entry["bytes"]:
-                artifact.read(name)  # no system maps nothing, but it must be there and be empty
+                artifact.read(name)  # an empty file cannot be mapped, but it must exist and be empty
                 if name.endswith(".safetensors"):
-                    read_header(artifact.root / name)  # which says what such a file lacks
+                    read_header(artifact.root / name)  # raises an error that says what an empty file lacks
                 self._arrays[location] = np.empty(0, np.uint8)
                 continue
             copy = private_copy(artifact.root, name, entry, in_memory)
@@ -64,11 +66,20 @@ class WeightFiles:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
+        """Return the number of bytes of all files."""
         return sum(array.nbytes for array in self._arrays.values())
 
     def region(self, location: str, offset: int, length: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """``length`` bytes of one file, not copied; OutputError when a graph points outside of the files."""
+        """Return a range of bytes of one file as uint8, without a copy.
+
+        Args:
+            location: The file, relative to ``onnx/``.
+            offset: The first byte.
+            length: The number of bytes.
+
+        Raises:
+            OutputError: The range is outside of the files. A graph that points there is damaged.
+        """
         array = self._arrays.get(location)
         if array is None or offset < 0 or length < 0 or offset + length > array.nbytes:
             raise OutputError(
@@ -79,7 +90,16 @@ class WeightFiles:
         return array[offset : offset + length]
 
     def tensor(self, name: str) -> Tensor:
-        """One stored tensor on the CPU, not copied. Do not write to it: what is written is seen by this process alone."""
+        """Return one stored tensor on the CPU, without a copy.
+
+        Do not write to it: only this process sees what is written.
+
+        Args:
+            name: The name of the tensor in the safetensors files.
+
+        Raises:
+            OutputError: The files have no such tensor.
+        """
         if name not in self.tensors:
             raise OutputError(f"the weight files have no tensor {name!r:.200}", available=list(self.tensors)[:8])
         location, info = self.tensors[name]
@@ -87,13 +107,19 @@ class WeightFiles:
         return raw.view(getattr(torch, DTYPES[info.dtype][1])).reshape(info.shape)
 
     def drop_pages(self) -> None:
-        """Give the pages read so far back, as far as they are copies on a disk; what is in memory stays there."""
+        """Give back the pages that were read so far.
+
+        This frees pages of copies on a disk. Copies in memory stay in memory.
+        """
         for mapped in self._maps.values():
             if hasattr(mapped, "madvise"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Let go of the copies; each ends with the last session that holds it and the last tensor that shows into it."""
+        """Release the copies.
+
+        Each copy ends with the last session that holds it and the last tensor that points into it.
+        """
         self._maps.clear()
         self._arrays.clear()
         self._copies.clear()
@@ -101,7 +127,13 @@ class WeightFiles:
 
 
 def _header_of(path: Path, mapped: mmap.mmap) -> dict[str, TensorInfo]:
-    """The tensors of a mapped safetensors file. The header is parsed by path, then compared with the mapped one."""
+    """Return the tensors of a mapped safetensors file, by name.
+
+    The header is parsed by path and then compared with the mapped header.
+
+    Raises:
+        OutputError: The file was replaced while it was opened.
+    """
     header = read_header(path)
     length = int.from_bytes(mapped[:8], "little")
     if header.file_size != len(mapped) or hashlib.sha256(mapped[8 : 8 + length]).hexdigest() != header.digest:
