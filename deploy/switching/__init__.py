@@ -1,1 +1,1 @@
-"""Which engine runs a step, and how a request moves through its steps."""
+"""The choice of the engine that runs a step, and the course of a request through its steps."""

@@ -1,4 +1,7 @@
-"""Which engine a denoising step runs on: δ-GBS, a fixed one, a plan, or the caller's own rule; and when to skip one."""
+"""The choice of the engine for each denoising step: δ-GBS, a fixed engine, a plan, or the caller's own rule.
+
+The controller also decides when a step is skipped.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +37,12 @@ PUBLISHED_COST: Mapping[int, float] = {8: 1.0, 4: 1.75 / 2.12}
 
 @dataclass(frozen=True)
 class Decision:
-    """What a step runs on (``bits`` None: the last output is reused) and why.
+    """The decision for one step, and the reason for it.
 
-    ``accumulated`` is the sum compared with δ, None where there was none to compare.
+    Args:
+        bits: The activation bits that the step runs on. None reuses the last output.
+        reason: The reason in words.
+        accumulated: The sum that is compared with δ, or None if there was nothing to compare.
     """
 
     bits: int | None
@@ -46,14 +52,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a callback decides from.
+    """The facts that a callback decides from.
 
     Args:
-        step, steps: from 0, and how many there are, if known.
-        branch: the deciding branch ("cond").
-        changes: L1 of every computed step so far. accumulated: since the last high step, predictions of skipped steps
-            included.
-        can_skip: whether there is an output to reuse.
+        step: The index of the step, from 0.
+        steps: The number of steps of the request, or None if it is not known.
+        timestep: The timestep of the step.
+        branch: The name of the branch that decides, such as "cond".
+        changes: L1 of every step computed so far.
+        accumulated: The sum of L1 since the last high step, with the predictions of skipped steps.
+        can_skip: True if there is an output to reuse.
     """
 
     step: int
@@ -70,12 +78,16 @@ class StepRecord:
     """One call of the transformer: what ran and why.
 
     Args:
-        bits: what the output was computed with in the end; None if an earlier one was reused.
-        change: L1 of this output against the last computed one of the same branch; None for the first, and for a reused
-            one.
-        accumulated: the sum compared with δ at the decision.
-        seconds: of the engine, failed attempts included.
-        retried: the low engine failed and the high one ran.
+        step: The index of the step, from 0.
+        branch: The name of the branch. A slash and the number of the slice follow it if the batch was split.
+        timestep: The timestep of the step.
+        bits: The activation bits that the output was finally computed with. None if an earlier output was reused.
+        reason: The reason in words.
+        change: L1 of this output against the last computed output of the same branch. None for the first output, and
+            for a reused one.
+        accumulated: The sum that was compared with δ at the decision, or None.
+        seconds: The seconds that the engine took, with failed attempts.
+        retried: True if the low engine failed and the high engine ran.
     """
 
     step: int
@@ -89,45 +101,61 @@ class StepRecord:
     retried: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """As a dict of JSON values; an infinite change (from an all-zero output) is written as null."""
+        """Return the record as a dict of JSON values.
+
+        An infinite change (from an all-zero output) becomes null.
+        """
         data = dataclasses.asdict(self)
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
 
 
 @dataclass
 class _History:
-    """What is known of one deciding branch."""
+    """The history of one deciding branch.
+
+    Args:
+        rule: The δ-GBS rule with its sum.
+        forecast: The prediction of the step cache.
+        changes: L1 of every computed step, without weights.
+        step: The last step that this branch took part in, or -1.
+        computed: Step and timestep of the last computed step, or None.
+    """
 
     rule: BitSwitch
     forecast: ChangeForecast = field(default_factory=ChangeForecast)
     changes: list[float] = field(default_factory=list)
-    step: int = -1  # the last one that this branch took part in
-    computed: tuple[int, float] | None = None  # step and timestep of the last one that was computed
+    step: int = -1
+    computed: tuple[int, float] | None = None
 
 
 class StepController:
-    """Decides each step and keeps the sums the decision is made from. One request at a time; ``reset`` between them.
+    """A rule that decides each step, with the sums that it decides from.
+
+    It serves one request at a time; call :meth:`reset` between requests.
 
     Args:
-        mode: ``switch`` is δ-GBS; ``fixed`` runs ``bits`` throughout; ``planned`` follows ``schedule``; ``callback``
+        mode: ``switch`` is δ-GBS. ``fixed`` runs ``bits`` in every step. ``planned`` follows ``schedule``. ``callback``
             asks ``callback(StepInfo)`` for bits, None (skip) or a :class:`Decision`.
-        delta: δ of the switch mode, 0 to infinity.
-        low, high: activation bits of the two engines.
-        bits: of the fixed mode; ``high`` if not given.
-        schedule: a :class:`Schedule`, or bits per step (None: skip).
-        cache: skip steps too, in the switch and fixed modes.
-        weighting: in the switch mode, ``step`` (the default there) weighs the change of a step with how far it moves the
-            timestep, where the number of steps is known; ``none`` is the published rule. See ``gbs.py``.
-        last_high: in the switch mode, steps at the end that run on the high engine whatever the sum says, where the number
-            of steps is known; there the default is :data:`dvdquant.deploy.switching.defaults.LAST_HIGH`. 0 is the published rule.
-            In the fixed mode, steps at the end that the cache computes; one is computed in any case.
-        branch_policy: with classifier-free guidance a step calls the transformer for several branches. ``shared``
+        delta: δ of the switch mode, from 0 to infinity.
+        low: Activation bits of the low engine.
+        high: Activation bits of the high engine.
+        bits: Activation bits of the fixed mode. The default is ``high``.
+        schedule: A :class:`Schedule`, or the bits of each step (None skips the step).
+        callback: The rule of the callback mode.
+        cache: A policy to skip steps too, in the switch and fixed modes.
+        branch_policy: With classifier-free guidance, a step calls the transformer for several branches. ``shared``
             decides once a step, from the history of the branch that is called first: guidance subtracts the branches
-            from each other, and their errors cancel best when both come from the same engine. ``separate`` gives every
+            from each other, and their errors cancel best if both come from the same engine. ``separate`` gives every
             branch its own history.
+        last_high: In the switch mode, the number of steps at the end that run on the high engine, whatever the sum
+            says. It applies only if the number of steps is known. The default is
+            :data:`dvdquant.deploy.switching.defaults.LAST_HIGH`; the published rule has 0. In the fixed mode, the
+            number of steps at the end that the cache does not skip; the last step is always computed.
+        weighting: In the switch mode, ``step`` (the default) multiplies the change of a step by how far the step moves
+            the timestep, if the number of steps is known. ``none`` is the published rule. See ``gbs.py``.
 
     Raises:
-        UnsupportedError: an argument that is missing, out of range, or without meaning in this mode.
+        UnsupportedError: An argument is missing, out of range, or has no meaning in this mode.
     """
 
     def __init__(
@@ -145,6 +173,7 @@ class StepController:
         last_high: int | None = None,
         weighting: Weighting | None = None,
     ) -> None:
+        # 1. The mode and what it needs.
         needed: dict[str, Any] = {"switch": delta, "fixed": 0, "planned": schedule, "callback": callback}
         if mode not in needed:
             raise UnsupportedError(f"unknown mode {mode!r:.40}", available=get_args(Mode))
@@ -153,10 +182,12 @@ class StepController:
             raise UnsupportedError(
                 f"mode {mode} needs {option}", fix=f"give {option}=…, or another mode; dvdq-plan finds δ and schedules"
             )
+        # 2. Defaults.
         if last_high is None:
             last_high = LAST_HIGH if mode == "switch" else 0
         if weighting is None:
             weighting = WEIGHTINGS[0] if mode == "switch" else "none"
+        # 3. Ranges.
         if delta is not None and not delta >= 0:
             raise UnsupportedError(f"δ is {delta}", available="a number from 0 (all high) to infinity (all low)")
         if branch_policy not in get_args(BranchPolicy):
@@ -171,6 +202,7 @@ class StepController:
             raise UnsupportedError(
                 f"mode {mode} says itself which steps are skipped", fix="leave the cache out, or use mode switch"
             )
+        # 4. The rule, and the state of a request.
         self.mode, self.branch_policy, self.cache = mode, branch_policy, cache
         self.delta, self.low, self.high = delta, low, high
         self.bits = high if bits is None else bits
@@ -182,21 +214,27 @@ class StepController:
 
     @property
     def engines(self) -> tuple[int, ...]:
-        """The bits this controller may ask for, ascending; a callback's are not known before it is asked."""
+        """Return the bits that this controller may ask for, in ascending order.
+
+        The bits of a callback are not known before it is asked.
+        """
         used = {"switch": {self.low}, "fixed": {self.bits}, "planned": {b for b in self.schedule if b is not None}}
         return tuple(sorted(used.get(self.mode, set()) | {self.high}))
 
     def fresh(self) -> Self:
-        """Another controller with the same rule and no history, for another request."""
+        """Return another controller with the same rule and no history, for another request."""
         twin = copy.copy(self)
         twin.steps, twin._histories, twin._decider = None, {}, None
         return twin
 
     def reset(self, steps: int | None = None) -> None:
-        """Forget every history: a new request, of ``steps`` steps if known.
+        """Forget every history, for a new request.
+
+        Args:
+            steps: The number of steps of the new request, or None if it is not known.
 
         Raises:
-            UnsupportedError: the schedule is for another number of steps.
+            UnsupportedError: The schedule is for another number of steps.
         """
         if self.mode == "planned" and steps is not None and steps != len(self.schedule):
             raise UnsupportedError(
@@ -208,11 +246,18 @@ class StepController:
         self._decider = None
 
     def decide(self, branch: str, step: int, timestep: float) -> Decision:
-        """The decision of a step, made at its first call (``separate``: at the first call of each branch).
+        """Return the decision for a step.
+
+        Call it at the first call of a step (with ``separate``: at the first call of each branch in the step).
 
         Args:
-            branch: the one that is called. Under ``shared`` the history is that of the branch that decided the step
-                before, as long as it took part in it.
+            branch: The branch that is called. Under ``shared`` the history is that of the branch that decided the step
+                before, as long as that branch took part in that step.
+            step: The index of the step, from 0.
+            timestep: The timestep of the step.
+
+        Raises:
+            UnsupportedError: The step is beyond the schedule, or a callback skips a step without an output to reuse.
         """
         history = self._history(self._deciding(branch, step))
         if self.mode == "switch":
@@ -226,11 +271,15 @@ class StepController:
         return self._asked(history, step, timestep)
 
     def ran(self, branch: str, step: int, timestep: float, bits: int | None, change: float | None) -> None:
-        """Note how a branch's step came out, once per branch and step.
+        """Note the result of a branch's step, once per branch and step.
 
         Args:
-            bits: what it really ran on, after retries. change: L1 of its output, all slices of a split batch together;
-                None without an output before it, or when reused.
+            branch: The branch that was called.
+            step: The index of the step, from 0.
+            timestep: The timestep of the step.
+            bits: The bits that the step really ran on, after retries. None if an output was reused.
+            change: L1 of the output, over all slices of a split batch together. None if there was no output before it,
+                or if an output was reused.
         """
         history = self._history(branch)
         history.step = step
@@ -245,14 +294,17 @@ class StepController:
         history.computed = (step, timestep)
 
     def _weight(self, history: _History, step: int, timestep: float) -> float:
-        """Of a change between the last computed step and this one; of several steps in between, their mean."""
+        """Return the weight of the change between the last computed step and this one.
+
+        If several steps lie between them, the weight is that of their mean length.
+        """
         if self.weighting == "none" or not self.steps or history.computed is None:
             return 1.0
         before, began = history.computed
         return step_weight((began - timestep) / max(1, step - before), self.steps)
 
     def _pending(self, history: _History, step: int, timestep: float) -> float:
-        """What is predicted of steps that were skipped since the last computed one."""
+        """Return the predicted change of the steps that were skipped since the last computed step, with its weight."""
         pending = history.forecast.pending
         return pending * self._weight(history, step, timestep) if pending else 0.0
 
@@ -266,7 +318,7 @@ class StepController:
     def _deciding(self, branch: str, step: int) -> str:
         if self.branch_policy == "separate":
             return branch
-        # A branch that stopped being called (guidance switched off half-way) has nothing more to say.
+        # A branch that is no longer called (guidance was switched off half-way) cannot decide any more.
         if self._decider is None or self._history(self._decider).step < step - 1:
             self._decider = branch
         return self._decider
@@ -282,7 +334,7 @@ class StepController:
         return Decision(bits, reason, total)
 
     def _skip(self, history: _History, step: int, timestep: float) -> Decision | None:
-        """A skip, if the cache allows it here."""
+        """Return a decision to skip the step, or None if the cache does not allow it here."""
         cache, forecast = self.cache, history.forecast
         if cache is None or forecast.skips >= cache.max_skips:
             return None
@@ -326,7 +378,15 @@ def _has_output(history: _History) -> bool:
 
 
 def relative_cost(records: Sequence[StepRecord], high: int, low: int, cost: Mapping[int, float]) -> float:
-    """Cost of the calls relative to all of them on the high engine: Σ cost / (calls · cost[high]). A reused output costs
-    nothing, a retried step both engines."""
+    """Return the cost of the calls relative to running all of them on the high engine: Σ cost / (calls · cost[high]).
+
+    A reused output costs nothing. A retried step costs both engines.
+
+    Args:
+        records: The calls of a request.
+        high: Activation bits of the high engine.
+        low: Activation bits of the low engine.
+        cost: The relative cost of a call, by activation bits.
+    """
     total = sum(0.0 if r.bits is None else cost[r.bits] + (cost[low] if r.retried else 0.0) for r in records)
     return total / (len(records) * cost[high]) if records else 0.0

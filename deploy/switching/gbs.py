@@ -1,24 +1,24 @@
-"""δ-guided bit switching (δ-GBS): the mathematics, without engines or tensors kept between calls.
+"""The mathematics of δ-guided bit switching (δ-GBS), without engines and without tensors kept between calls.
 
-F_t is the transformer's output at step t. With the relative change of adjacent outputs
+F_t is the transformer's output at step t. The relative change of adjacent outputs is
 
     L1(t) = ‖F_t − F_{t−1}‖₁ / ‖F_{t−1}‖₁
 
-and t_p the last step on the high engine, step i runs on
+With t_p the last step on the high engine, step i runs on
 
-    low   if  Σ_{t=t_p}^{i−1} L1(t) < δ
-    high  otherwise, and then t_p = i.
+    low   if  Σ_{t=t_p}^{i−1} L1(t) < δ high  otherwise, and then t_p = i.
 
 Steps 0 and 1 have no L1 before them and run on the high engine. δ = 0 is all high; δ = ∞ is all low from step 2.
 
-Two things are ours, and not in the rule as published:
+Two things are additions of this project and not in the published rule:
 
-``weighting`` "step" counts L1(t) times how far the step moves, w(t) = (τ_{t−1} − τ_t)·n/1000 with timesteps τ from 1000 to 0 in
-n steps. What a step gets wrong enters the latent in proportion to its length, and schedules with a shift (flow matching at
-video sizes) end in steps several times as long as those they begin with. On even steps it is the published rule.
+``weighting`` "step" multiplies L1(t) by how far the step moves, w(t) = (τ_{t−1} − τ_t)·n/1000 with timesteps τ from
+1000 to 0 in n steps. The error of a step enters the latent in proportion to the step's length. Schedules with a shift
+(flow matching at video sizes) end in steps that are several times as long as their first steps. On even steps this is
+the published rule.
 
-``last_high`` steps at the end of a request run on the high engine whatever the sum says: what a last step gets wrong no
-later one can correct.
+``last_high`` steps at the end of a request run on the high engine, whatever the sum says. No later step can correct the
+error of a last step.
 """
 
 from __future__ import annotations
@@ -51,21 +51,27 @@ __all__ = [
     "weighted_changes",
 ]
 
-# (bits of the step before, bits of the step) -> L1(1), L1(2), …, had those two steps run at those bits.
+# (bits of the step before, bits of the step) -> L1(1), L1(2), …, as if those two steps had run at those bits.
 PairChanges = Mapping[tuple[int, int], Sequence[float]]
 Weighting = Literal["none", "step"]
-# What the timesteps of every supported family count down from.
+# The timesteps of every supported family count down from this number.
 _TIMESTEPS = 1000.0
 
 
 def change_sums(current: Tensor, previous: Tensor | None) -> Tensor:
-    """[‖current − previous‖₁, ‖previous‖₁, ‖current‖₁] as one float64 tensor [3] on the tensors' device.
+    """Compute ‖current − previous‖₁, ‖previous‖₁ and ‖current‖₁.
 
-    Nothing is read back, so that the caller pays one transfer for all three. Without ``previous`` the first two are 0.
-    A finite tensor of up to 32 bits cannot overflow a float64 sum: ‖current‖₁ is finite exactly if every value is.
+    Nothing is read back, so the caller pays one transfer for all three. A finite tensor of up to 32 bits cannot
+    overflow a float64 sum: ‖current‖₁ is finite exactly if every value is.
 
     Args:
-        current, previous: outputs of one shape; any floating dtype. The difference is taken in at least float32.
+        current: The output of this step, any shape and floating dtype.
+        previous: The output of the step before, in the same shape, or None. The difference is taken in at least
+            float32.
+
+    Returns:
+        The three sums in this order, float64 [3], on the device of ``current``. Without ``previous`` the first two are
+        0.
     """
     norm = current.abs().sum(dtype=torch.float64)
     if previous is None:
@@ -77,29 +83,49 @@ def change_sums(current: Tensor, previous: Tensor | None) -> Tensor:
 
 
 def change_from_sums(difference: float, norm: float) -> float:
-    """L1 from its two sums. From an all-zero output every change is infinite, and none is 0."""
+    """Return L1 from its two sums.
+
+    From an all-zero output every change is infinite, and no change is 0.
+
+    Args:
+        difference: ‖F_t − F_{t−1}‖₁.
+        norm: ‖F_{t−1}‖₁.
+    """
     if norm > 0.0:
         return difference / norm
     return math.inf if difference > 0.0 else 0.0
 
 
 def relative_change(current: Tensor, previous: Tensor) -> float:
-    """L1(t) = ‖F_t − F_{t−1}‖₁ / ‖F_{t−1}‖₁ with float64 sums; infinity if F_{t−1} is zero and F_t is not."""
+    """Return L1(t) = ‖F_t − F_{t−1}‖₁ / ‖F_{t−1}‖₁ with float64 sums; infinity if F_{t−1} is zero and F_t is not.
+
+    Args:
+        current: F_t, any floating dtype.
+        previous: F_{t−1}, in the shape of ``current``.
+    """
     difference, norm, _ = change_sums(current, previous).tolist()
     return change_from_sums(difference, norm)
 
 
 def step_weight(moved: float, steps: int) -> float:
-    """w of a step whose timestep fell by ``moved``, in a request of ``steps`` steps; 1 for one of mean length."""
+    """Return the weight w of a step, which is 1 for a step of mean length.
+
+    Args:
+        moved: How far the timestep fell in this step. Timesteps count down from 1000 to 0.
+        steps: The number of steps of the request.
+    """
     return max(0.0, moved) * steps / _TIMESTEPS
 
 
 def weighted_changes(changes: PairChanges, timesteps: Sequence[float], steps: int, weighting: Weighting) -> PairChanges:
-    """L1(1), L1(2), … of every pair of engines, each times w of its step where ``weighting`` is "step".
+    """Return L1(1), L1(2), … of every pair of engines, each times w of its step if ``weighting`` is "step".
 
     Args:
-        timesteps: of the steps the changes are of, one more than changes. steps: of the whole request, which is more where two
-            transformers share one.
+        changes: The recorded changes of every pair of engines.
+        timesteps: The timesteps of the recorded steps, one more than there are changes.
+        steps: The number of steps of the whole request. It is larger than the recorded steps if two transformers share
+            one request.
+        weighting: ``step`` or ``none``.
     """
     if weighting == "none":
         return changes
@@ -109,12 +135,14 @@ def weighted_changes(changes: PairChanges, timesteps: Sequence[float], steps: in
 
 @dataclass
 class BitSwitch:
-    """The rule, one step at a time: ``decide`` before a step, ``observe`` with L1 of its output after it.
+    """The rule, one step at a time: ``decide`` before a step, and ``ran`` and ``observe`` with its result after it.
 
     Args:
         delta: δ ≥ 0, or infinity.
-        accumulated: Σ L1(t) since t_p, counting step t_p itself.
-        known: whether any L1 is known since the start.
+        low: Activation bits of the low engine.
+        high: Activation bits of the high engine.
+        accumulated: Σ L1(t) since t_p, with step t_p itself.
+        known: True if any L1 is known since the start.
     """
 
     delta: float
@@ -124,20 +152,31 @@ class BitSwitch:
     known: bool = False
 
     def decide(self, pending: float = 0.0) -> int:
-        """The bits of the next step. Changes nothing: what then really ran goes into :meth:`ran`.
+        """Return the bits of the next step, and change nothing.
+
+        The bits that then really ran go into :meth:`ran`.
 
         Args:
-            pending: what a step cache predicts for steps it skipped, until a computed step measures it.
+            pending: The change that a step cache predicts for the steps it skipped, until a computed step measures it.
         """
         return self.low if self.known and self.accumulated + pending < self.delta else self.high
 
     def ran(self, bits: int | None) -> None:
-        """Tell on what the step runs: on the high engine it becomes t_p. None (a reused output) leaves t_p."""
+        """Note the bits that the step runs on.
+
+        Args:
+            bits: Activation bits. With those of the high engine, the step becomes t_p. None (a reused output) leaves
+                t_p.
+        """
         if bits == self.high:
             self.accumulated = 0.0
 
     def observe(self, change: float) -> None:
-        """Add L1(t) of the step that ran."""
+        """Add L1(t) of the step that ran.
+
+        Args:
+            change: L1(t), possibly weighted.
+        """
         self.accumulated += change
         self.known = True
 
@@ -145,14 +184,17 @@ class BitSwitch:
 def switch_bits(
     changes: Sequence[float], delta: float, low: int = 4, high: int = 8, *, last_high: int = 0
 ) -> list[int]:
-    """The rule on recorded changes.
+    """Apply the rule to recorded changes.
 
     Args:
-        changes: L1(1), …, L1(n−1) of n steps. The last one decides nothing.
-        last_high: steps at the end that are high in any case.
+        changes: L1(1), …, L1(n−1) of n steps. The last change decides nothing.
+        delta: δ ≥ 0, or infinity.
+        low: Activation bits of the low engine.
+        high: Activation bits of the high engine.
+        last_high: The number of steps at the end that are high in any case.
 
     Returns:
-        n bit-widths.
+        The bit-widths of the n steps.
     """
     pairs = {(a, b): changes for a in (low, high) for b in (low, high)}
     return switch_pairs(pairs, delta, low, high, last_high=last_high)[0]
@@ -161,13 +203,21 @@ def switch_bits(
 def switch_pairs(
     changes: PairChanges, delta: float, low: int = 4, high: int = 8, *, last_high: int = 0
 ) -> tuple[list[int], float]:
-    """The rule on changes recorded for every pair of engines.
+    """Apply the rule to changes that were recorded for every pair of engines.
 
-    Between a 4-bit and an 8-bit output lies quantization noise on top of the change from step to step, and δ-GBS sees
-    both. So L1(t) is taken from the pair of engines that steps t−1 and t are decided to run on.
+    Between a 4-bit and an 8-bit output there is quantization noise in addition to the change from step to step, and
+    δ-GBS sees both. So L1(t) is taken from the pair of engines that steps t−1 and t are decided to run on.
+
+    Args:
+        changes: L1(1), …, L1(n−1) of n steps, for every pair of engines.
+        delta: δ ≥ 0, or infinity.
+        low: Activation bits of the low engine.
+        high: Activation bits of the high engine.
+        last_high: The number of steps at the end that are high in any case.
 
     Returns:
-        The n bit-widths, and the smallest sum that was not below δ: up to and including it every δ decides the same.
+        The n bit-widths, and the smallest sum that was not below δ. Every δ from here up to and including that sum
+        decides the same.
     """
     steps = len(changes[high, high]) + 1
     rule, bits, edge = BitSwitch(delta, low, high), [high], math.inf
@@ -183,7 +233,13 @@ def switch_pairs(
 
 @dataclass(frozen=True)
 class Stair:
-    """δ in (``above``, ``upto``] decides the same everywhere: ``average_bits`` over all recorded steps."""
+    """A range of δ in which every δ decides the same.
+
+    Args:
+        above: The lower end, which is not in the range.
+        upto: The upper end, which is in the range.
+        average_bits: The average bits over all recorded steps.
+    """
 
     above: float
     upto: float
@@ -191,17 +247,23 @@ class Stair:
 
 
 def staircase(recordings: Sequence[PairChanges], low: int = 4, high: int = 8, *, last_high: int = 0) -> list[Stair]:
-    """Average bits as a function of δ, exactly: a staircase from all high to all low.
+    """Compute the average bits as an exact function of δ: a staircase from all high to all low.
 
-    Found by walking: from the smallest δ, each run of the rule says up to which δ nothing changes.
+    It starts at the smallest δ. Each run of the rule says up to which δ nothing changes.
 
     Args:
-        recordings: one per generated clip and transformer; every step counts equally.
+        recordings: The changes of each generated clip and transformer. Every step counts equally.
+        low: Activation bits of the low engine.
+        high: Activation bits of the high engine.
+        last_high: The number of steps at the end that are high in any case.
+
+    Returns:
+        The stairs in ascending order of δ. They cover all δ above 0.
     """
     curves = [_stairs_of_one(recording, low, high, last_high) for recording in recordings]
     edges = sorted({stair.upto for curve in curves for stair in curve})
     weights = [len(recording[high, high]) + 1 for recording in recordings]
-    places, above = [0] * len(curves), 0.0
+    places, above = [0] * len(curves), 0.0  # places: by recording, the index of the stair that contains the edge
     stairs: list[Stair] = []
     for edge in edges:
         for index, curve in enumerate(curves):
@@ -227,7 +289,13 @@ def _stairs_of_one(changes: PairChanges, low: int, high: int, last_high: int) ->
 
 
 def delta_of_stair(stair: Stair) -> float:
-    """A δ inside, far from both edges: the middle, or a quarter above where there is no upper edge."""
+    """Return a δ inside the stair, far from both edges.
+
+    It is the middle, or a quarter above the lower edge if there is no upper edge.
+
+    Args:
+        stair: A range of δ.
+    """
     if math.isinf(stair.upto):
         return 1.25 * stair.above or 1.0
     middle = (stair.above + stair.upto) / 2
@@ -237,11 +305,23 @@ def delta_of_stair(stair: Stair) -> float:
 def delta_for_average_bits(
     recordings: Sequence[PairChanges], average: float, low: int = 4, high: int = 8, *, last_high: int = 0
 ) -> tuple[float, float]:
-    """(δ, its average bits over the recordings) nearest to a wanted average; of equals the widest stair, whose δ has the
-    most room for other prompts.
+    """Find the δ whose average bits are nearest to a wanted average.
+
+    Of equally near stairs it takes the widest, whose δ has the most room for other prompts.
+
+    Args:
+        recordings: The changes of each generated clip and transformer.
+        average: The wanted average of the activation bits.
+        low: Activation bits of the low engine.
+        high: Activation bits of the high engine.
+        last_high: The number of steps at the end that are high in any case.
+
+    Returns:
+        δ, and its average bits over the recordings.
 
     Raises:
-        UnsupportedError: no δ reaches it; says the range. The first two steps are always high, so all low is not within.
+        UnsupportedError: No δ reaches the average. The error gives the range. The first two steps are always high, so
+            the range does not contain all low.
     """
     stairs = staircase(recordings, low, high, last_high=last_high)
     least, most = min(s.average_bits for s in stairs), max(s.average_bits for s in stairs)

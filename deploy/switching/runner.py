@@ -1,4 +1,4 @@
-"""Runs each denoising step on the engine its controller chooses, and recovers from a failing low-bit engine."""
+"""The execution of steps on the engine that the controller chooses, with recovery from a failing low engine."""
 
 from __future__ import annotations
 
@@ -21,56 +21,77 @@ if TYPE_CHECKING:
 
 __all__ = ["LATENT", "TIMESTEP", "StepRunner"]
 
-# What every family's graph calls them.
+# The names of these inputs in the graphs of all families.
 LATENT, TIMESTEP = "hidden_states", "timestep"
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 @dataclass
 class _Part:
-    """The last computed output of one slice of one branch."""
+    """The last computed output of one slice of one branch.
+
+    Args:
+        output: A copy of the output.
+        residual: The tensor that a skipped step reuses, see :func:`.step_cache.keep_residual`.
+        shape: The shape of the latent.
+        step: The last step that the slice took part in, computed or reused.
+    """
 
     output: Tensor
     residual: Tensor
-    shape: tuple[int, ...]  # of the latent
-    step: int  # the last one it took part in, computed or reused
+    shape: tuple[int, ...]
+    step: int
 
 
 @dataclass
 class _Step:
-    """The step in progress: decisions by branch, and what its calls summed up to."""
+    """The step in progress: decisions by branch, and the results of its calls.
+
+    Args:
+        index: The index of the step, from 0.
+        timestep: The timestep of the step.
+        decisions: The decision by branch, or under "" if the branches share one.
+        calls: The number of calls so far, by full branch name.
+        sums: Σ‖F_t − F_{t−1}‖₁ and Σ‖F_{t−1}‖₁ over the slices, by branch.
+        ran: The bits that really ran, by branch. None if an output was reused.
+        failed: The reason why the low engine is not asked again in this step, or None.
+    """
 
     index: int
     timestep: float
     decisions: dict[str, Decision] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)  # of each branch name
-    sums: dict[str, list[float]] = field(default_factory=dict)  # branch -> Σ‖F_t − F_{t−1}‖₁, Σ‖F_{t−1}‖₁
+    calls: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, list[float]] = field(default_factory=dict)
     ran: dict[str, int | None] = field(default_factory=dict)
-    failed: str | None = None  # why the low engine is not asked again in this step
+    failed: str | None = None
 
 
 class _Failure(Exception):
-    """An attempt that gave no usable output, in a few words."""
+    """A failed attempt that gave no usable output. The message says why in a few words."""
 
 
 class StepRunner:
-    """One request at a time through one session.
+    """A runner of one request at a time through one session.
 
-    A step begins when ``step`` changes or, where it is not given, the timestep. A request begins with
-    :meth:`begin_request`, with step 0, when the timestep rises or ``step`` falls, or when a branch's latent changes
-    shape. Branch names are free; the part before a slash is the branch ("cond_uncond/0" and "cond_uncond/1" are slices of
-    one batched call, and decide as the whole would).
+    A step begins when ``step`` changes or, if it is not given, when the timestep changes. A request begins with
+    :meth:`begin_request`, when the timestep rises or ``step`` falls, or when a branch's latent changes shape. Branch
+    names are free; the part before a slash is the branch ("cond_uncond/0" and "cond_uncond/1" are slices of one batched
+    call, and decide as the whole call would).
 
-    An output is checked before it is returned: its L1 norm, which is finite exactly if every value is, and the sums of
+    An output is checked before it is returned. Its L1 norm, which is finite exactly if every value is, and the sums of
     L1(t) come from one reduction on the device and one transfer of three numbers. The check therefore waits for the
-    engine at each call; what it costs on top is in ``summary()["controller_seconds"]``.
+    engine at each call. Its additional cost is in ``summary()["controller_seconds"]``.
 
-    A step of the low engine that raises EngineError, runs out of memory, or gives NaN or infinities runs again on the
-    high one, and so do the step's other branches; for δ-GBS it is a high step. On the high engine such a failure raises
-    EngineError. Neither output ever enters the history.
+    A step of the low engine fails if it raises EngineError, runs out of memory, or gives NaN or infinities. It runs
+    again on the high engine, and so do the step's other branches; for δ-GBS it is a high step. Such a failure on the
+    high engine raises EngineError. No failed output ever enters the history.
+
+    Args:
+        session: The session that runs the engines.
+        controller: The rule that chooses the engine of each step.
 
     Raises:
-        UnsupportedError: the session lacks an engine that the controller may ask for.
+        UnsupportedError: The session lacks an engine that the controller may ask for.
     """
 
     def __init__(self, session: EngineSession, controller: StepController) -> None:
@@ -88,7 +109,11 @@ class StepRunner:
         self._step: _Step | None = None
 
     def begin_request(self, steps: int | None = None) -> None:
-        """Forget history and trace. ``steps`` of the request, if known, protects the last one from being skipped."""
+        """Forget history and trace, for a new request.
+
+        Args:
+            steps: The number of steps of the request, or None. If it is known, the last step is never skipped.
+        """
         self.controller.reset(steps)
         self.trace = []
         self.controller_seconds = 0.0
@@ -96,22 +121,27 @@ class StepRunner:
         self._step = None
 
     def forget_outputs(self) -> None:
-        """Give back the outputs kept for the next step; the trace stays. For a request that is over."""
+        """Free the outputs that are kept for the next step, when a request is over.
+
+        The trace stays.
+        """
         self._parts.clear()
 
     def run(
         self, inputs: Mapping[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
     ) -> Tensor:
-        """The transformer's output for ``inputs``, computed or reused.
+        """Return the transformer's output for ``inputs``, computed or reused.
 
         Args:
-            inputs: graph inputs by name. branch: which call of the step this is.
-            step, steps: index from 0 and their number, where the caller knows them.
+            inputs: Graph inputs by name.
+            branch: The name of the branch that this call of the step is for.
+            step: The index of the step from 0, if the caller knows it.
+            steps: The number of steps of the request, if the caller knows it.
 
         Raises:
-            EngineError: the high engine failed or gave NaN or infinities, naming step and branch.
-            UnsupportedError: a schedule or a callback asks for what is not there.
-            ShapeError: inputs outside the exported profile.
+            EngineError: The high engine failed or gave NaN or infinities. The error names step and branch.
+            UnsupportedError: A schedule or a callback asks for what is not there.
+            ShapeError: The inputs are outside the exported profile.
         """
         started = time.perf_counter()
         current = self._enter(inputs, branch, step, steps)
@@ -125,7 +155,7 @@ class StepRunner:
     # ---------------------------------------------------------------------------------------------- steps and decisions
 
     def _enter(self, inputs: Mapping[str, Tensor], branch: str, step: int | None, steps: int | None) -> _Step:
-        """The step this call belongs to, begun if it is a new one."""
+        """Return the step that this call belongs to, after beginning it if it is new."""
         timestep, current = float(inputs[TIMESTEP].max()), self._step
         if current is None or self._is_new_request(current, inputs, branch, step, timestep):
             if current is not None:
@@ -162,7 +192,7 @@ class StepRunner:
         return current.decisions[slot]
 
     def _possible(self, current: _Step, key: tuple[str, int], decision: Decision) -> Decision:
-        """The decision, or the high engine where this call cannot follow it."""
+        """Return the decision, or one for the high engine if this call cannot follow it."""
         if current.failed and decision.bits not in (None, self.controller.high):
             reason = f"{current.failed} in another call of this step"
             return Decision(self.controller.high, reason, decision.accumulated)
@@ -172,7 +202,7 @@ class StepRunner:
         return decision
 
     def _finish(self, current: _Step) -> None:
-        """Tell the controller how the step came out."""
+        """Tell the controller the result of the step."""
         for name, bits in current.ran.items():
             sums = current.sums.get(name)
             change = change_from_sums(*sums) if sums is not None and bits is not None else None
@@ -183,6 +213,7 @@ class StepRunner:
     def _execute(
         self, inputs: Mapping[str, Tensor], current: _Step, name: str, key: tuple[str, int], decision: Decision
     ) -> Tensor:
+        # 1. The decided engine; after a failure of the low engine, the high one.
         started, before = time.perf_counter(), self.controller_seconds
         bits, reason, retried = decision.bits, decision.reason, False
         try:
@@ -198,6 +229,7 @@ class StepRunner:
                 output, sums = self._attempt(inputs, key, bits)
             except _Failure as again:
                 raise self._error(current, key[0], bits, again) from again.__cause__
+        # 2. History and trace.
         seconds = time.perf_counter() - started - (self.controller_seconds - before)
         change = self._remember(inputs, current, name, key, bits, output, sums)
         record = StepRecord(
@@ -211,7 +243,14 @@ class StepRunner:
     def _attempt(
         self, inputs: Mapping[str, Tensor], key: tuple[str, int], bits: int | None
     ) -> tuple[Tensor, list[float]]:
-        """(output, its sums); _Failure if there is none or it is not finite."""
+        """Compute or reuse one output, and check it.
+
+        Returns:
+            The output, and the three sums of :func:`.gbs.change_sums` (empty without a comparable output before it).
+
+        Raises:
+            _Failure: There is no output, or it is not finite.
+        """
         part = self._parts.get(key)
         try:
             if bits is None:
@@ -220,7 +259,7 @@ class StepRunner:
             else:
                 output = self.session.run(inputs, bits)
             if output.is_cuda:
-                # Only for the clock: the engine's time is the engine's, not that of the reduction behind it.
+                # Only for the clock: the engine's seconds must not contain the reduction that follows.
                 torch.cuda.current_stream(output.device).synchronize()
             started = time.perf_counter()
             comparable = part is not None and part.output.shape == output.shape
@@ -230,7 +269,7 @@ class StepRunner:
         except _OUT_OF_MEMORY as error:
             raise _Failure("running out of memory") from error
         self.controller_seconds += time.perf_counter() - started
-        # NaN is the one value that does not equal itself; an infinity makes the norm infinite.
+        # NaN is the only value that does not equal itself. An infinity makes the norm infinite.
         if not sums[2] < float("inf"):
             raise _Failure("NaN" if sums[2] != sums[2] else "infinity")
         return output, sums if comparable else []
@@ -249,7 +288,7 @@ class StepRunner:
         output: Tensor,
         sums: list[float],
     ) -> float | None:
-        """Keep what the next step needs; returns L1 of this output."""
+        """Keep what the next step needs, and return L1 of this output, or None."""
         started = time.perf_counter()
         change = None
         current.calls[key[0]] = key[1] + 1
@@ -257,7 +296,7 @@ class StepRunner:
             self._parts[key].step = current.index
             current.ran.setdefault(name, None)
         else:
-            # Copied: the caller may work on the output in place, and an engine may write its next one there.
+            # The output is copied: the caller may change it in place, and an engine may write its next output there.
             copy, latent = output.detach().clone(), inputs[LATENT]
             residual = copy if self._residual == "output" else keep_residual(copy, latent, "latent")
             self._parts[key] = _Part(copy, residual, tuple(latent.shape), current.index)
@@ -279,7 +318,7 @@ class StepRunner:
             what += f"{failure} on the {bits}-bit engine: {cause.what if isinstance(cause, DvdquantError) else cause}"
         earlier = f"; before, on the low engine: {current.failed}" if current.failed else ""
         if isinstance(cause, DvdquantError) and cause.fix:
-            fix = cause.fix  # the session knows best: of a closed one no file is damaged
+            fix = cause.fix  # the session knows the reason best; a closed session, for example, has no damaged file
         elif isinstance(cause, _OUT_OF_MEMORY):
             fix = "use a smaller size or free device memory"
         else:
@@ -289,11 +328,12 @@ class StepRunner:
     # ----------------------------------------------------------------------------------------------------------- summary
 
     def summary(self, cost: Mapping[int, float] | None = None) -> dict[str, Any]:
-        """The request so far, as JSON values.
+        """Return the figures of the request so far, as JSON values.
 
         Args:
-            cost: relative cost of a call per bits. Without it the measured seconds per call, where both engines ran, are
-                still reported beside the published ratio, which is an assumption about another model and machine.
+            cost: The relative cost of a call by activation bits. Without it the relative cost rests on the published
+                ratio, which is an assumption about another model and machine. The measured seconds per call are always
+                reported beside it, for each engine that ran.
         """
         records, controller = self.trace, self.controller
         computed = [r for r in records if r.bits is not None]

@@ -1,4 +1,7 @@
-"""schedule.json: the bits of every step, planned once and followed by every request, tied to one model and step count."""
+"""The file schedule.json: the bits of every step, planned once for one model and step count.
+
+Every request with the schedule follows it.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,24 @@ from dvdquant.text import json_text
 __all__ = ["FORMAT_VERSION", "Schedule", "average_bits"]
 
 FORMAT_VERSION = 1
-MAX_BYTES = 4 << 20
+MAX_BYTES = 4 << 20  # of the file
 MAX_STEPS = 100_000
 _Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def average_bits(bits: tuple[int | None, ...] | list[int | None] | list[int]) -> float:
-    """Mean over the computed steps; skipped ones (None) are not counted."""
+    """Return the mean over the computed steps.
+
+    Args:
+        bits: The bits of each step. Skipped steps (None) are not counted; at least one step is computed.
+    """
     computed = [b for b in bits if b is not None]
     return sum(computed) / len(computed)
 
 
 @with_config({"extra": "allow", "strict": True})
 class _Details(TypedDict, total=False):
-    """What later runs read of ``details``; the rest is for people."""
+    """The fields of ``details`` that later runs read. The rest is for people."""
 
     stairs: Annotated[
         list[tuple[_Finite, _Finite | None, Annotated[float, Field(ge=0, le=16)]]], Field(min_length=1), FailFast()
@@ -48,15 +55,22 @@ class _Details(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Schedule:
-    """What dvdq-plan found.
+    """The result of dvdq-plan.
 
     Args:
-        fingerprint: ``manifest.source["fingerprint"]`` of the model it was recorded on. recipe: name of its recipe.
-        steps: of a request, ``len(bits)``. delta: the δ that decides so, for the switch mode.
-        bits: per step; None skips it. average_bits: mean over the computed steps.
-        prompts, seeds: what was recorded.
-        components: the transformers it is for; steps count through all of them.
-        details: predicted and measured figures, for people.
+        fingerprint: ``manifest.source["fingerprint"]`` of the model that it was recorded on.
+        recipe: The name of the model's recipe.
+        steps: The number of steps of a request, ``len(bits)``.
+        delta: The δ that decides the same bits in the switch mode.
+        bits: The bits of each step. None skips the step.
+        average_bits: The mean over the computed steps.
+        prompts: The prompts that were recorded.
+        seeds: The seeds that were recorded.
+        components: The transformers that it is for. Steps count through all of them.
+        details: Predicted and measured figures, for people.
+        created: The time of the plan, ISO 8601 in UTC.
+        dvdquant_version: The version of dvdquant that planned.
+        format_version: The version of the file's format.
     """
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}
@@ -79,10 +93,16 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | Path, manifest: Manifest | None = None, steps: int | None = None) -> Schedule:
-        """Read ``path`` and :meth:`check` it.
+        """Read a schedule from a file and :meth:`check` it.
+
+        Args:
+            path: The file.
+            manifest: The manifest of the export that the schedule must be for, or None.
+            steps: The number of steps that the schedule must have, or None.
 
         Raises:
-            OutputError: no such file, not a schedule (naming the field), of another model, recipe or step count.
+            OutputError: The file does not exist, is no schedule (the error names the field), or is for another model,
+                recipe or step count.
         """
         try:
             raw = read_limited(Path(path), MAX_BYTES)
@@ -105,6 +125,7 @@ class Schedule:
 
     @classmethod
     def _from_json(cls, data: Any, raw: bytes, path: str | Path) -> Schedule:
+        # 1. The format.
         if not isinstance(data, dict) or type(data.get("format_version")) is not int:
             raise OutputError(f"{path} is no schedule: it has no format_version", fix="write one with dvdq-plan")
         if data["format_version"] != FORMAT_VERSION:
@@ -113,14 +134,16 @@ class Schedule:
                 available=f"format {FORMAT_VERSION}",
                 fix="plan again with dvdq-plan",
             )
+        # 2. The names of the fields.
         names = [each.name for each in dataclasses.fields(cls)]
         for name in names:
             if name not in data:
                 raise OutputError(f"{path}: field {name} is missing", fix="plan again with dvdq-plan")
         if unknown := data.keys() - set(names):
             raise OutputError(f"{path}: unknown field {brief(min(unknown))}", available=names)
+        # 3. Their types and ranges.
         try:
-            # Details stay as they are written; the validator makes tuples of their pairs.
+            # Details stay as they are in the file. The validator would make tuples of their pairs.
             schedule = dataclasses.replace(_adapter().validate_json(raw), details=data["details"])
         except ValidationError as error:
             problem = first_problem(error, data)
@@ -129,6 +152,7 @@ class Schedule:
                 available=problem.allowed,
                 fix="plan again with dvdq-plan",
             ) from error
+        # 4. Fields that must agree with each other.
         if schedule.bits[0] is None:
             raise OutputError(
                 f"{path}: field bits begins with null",
@@ -142,7 +166,18 @@ class Schedule:
         return schedule
 
     def check(self, manifest: Manifest, steps: int | None = None, path: str | Path = "the schedule") -> None:
-        """OutputError unless this is for ``manifest``'s model and recipe, its bits exported, and for ``steps`` steps."""
+        """Refuse the schedule unless it is for a given export and step count.
+
+        Args:
+            manifest: The manifest of the export. Fingerprint, recipe and components must match, and the bits must be
+                exported.
+            steps: The number of steps that the schedule must have, or None.
+            path: The name of the schedule in error messages.
+
+        Raises:
+            OutputError: The schedule is for another model, recipe, components or step count, or its bits are not
+                exported.
+        """
         if self.fingerprint != manifest.source["fingerprint"]:
             older = fingerprint_hint(self.fingerprint, manifest.source["fingerprint"])
             raise OutputError(
@@ -181,11 +216,19 @@ class Schedule:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the schedule as JSON values."""
         return dataclasses.asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write to ``path``, whole or not at all. OutputError or ResourceError if that fails."""
+        """Write the schedule to ``path``, whole or not at all.
+
+        Args:
+            path: The file to write.
+
+        Raises:
+            OutputError: The file cannot be written.
+            ResourceError: There is no room for the file.
+        """
         write_whole(Path(path), (json_text(self.to_json(), indent=1) + "\n").encode())
 
 
