@@ -1,15 +1,15 @@
-"""What a diffusers pipeline passes to its transformer, as the inputs of the exported graph.
+"""Adapters from the arguments that a diffusers pipeline passes to its transformer to the inputs of the exported graph.
 
-A pipeline calls the same ``forward`` whatever stands behind it, so an adapter takes the arguments of the family's own
-diffusers class and gives the graph's inputs by name: floating tensors in the export's dtype, timesteps and guidance in
-fp32, masks in int64, rotary tables and coordinates in fp32.
+A pipeline calls the same ``forward`` for every kind of transformer. So an adapter takes the arguments of the family's
+own diffusers class and gives the graph's inputs by name: floating tensors in the export's dtype, timesteps and guidance
+in fp32, masks in int64, rotary tables and coordinates in fp32.
 
-Timesteps are never rounded here: integers below 2²⁴ and fp32 values pass into fp32 exactly. Where the pipeline itself has
-rounded one (HunyuanVideo casts t to the dtype of its latents, 16-bit from the second step on), that value is kept,
-because it is the one the unquantized transformer gets too.
+Timesteps are never rounded here: integers below 2²⁴ and fp32 values pass into fp32 exactly. If the pipeline itself has
+rounded a timestep (HunyuanVideo casts t to the dtype of its latents, 16-bit from the second step on), the rounded value
+is kept, because the unquantized transformer gets it too.
 
-The latents say how many samples there are. An input that has one is for all of them, as in diffusers; any other number is
-refused.
+The number of latents is the number of samples. An input for one sample is used for all of them, as in diffusers. Any
+other number is refused.
 """
 
 from __future__ import annotations
@@ -31,9 +31,15 @@ __all__ = ["ADAPTERS", "Adapter", "get_adapter"]
 
 
 class Adapter:
-    """One family's forward arguments -> graph inputs, for an export of ``sizes`` in ``dtype``."""
+    """A conversion of one family's forward arguments to graph inputs.
 
-    ignored: tuple[str, ...] = ()  # arguments that the diffusers forward also ignores for this config
+    Args:
+        family: The model family.
+        sizes: The sizes of the export.
+        dtype: The dtype of the export.
+    """
+
+    ignored: tuple[str, ...] = ()  # arguments that diffusers' own forward also ignores for this config
 
     def __init__(self, family: Family, sizes: Sizes, dtype: torch.dtype) -> None:
         self.family, self.sizes, self.dtype = family, sizes, dtype
@@ -42,18 +48,29 @@ class Adapter:
         self._signature = inspect.signature(model_class.forward)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments by name; TypeError for one that the family's diffusers class does not take either."""
+        """Return the arguments by name.
+
+        Args:
+            args: The positional arguments of ``forward``.
+            kwargs: The keyword arguments of ``forward``.
+
+        Raises:
+            TypeError: The family's diffusers class does not take such an argument either.
+        """
         arguments = dict(self._signature.bind(None, *args, **kwargs).arguments)
         arguments.pop("self")
         return arguments
 
     def inputs(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The graph's inputs of the whole batch, in graph order.
+        """Return the graph's inputs of the whole batch, in graph order.
+
+        Args:
+            arguments: The arguments of ``forward`` by name.
 
         Raises:
-            UnsupportedError: an argument that the exported graph has no input for.
-            ShapeError: an input is missing or no tensor, has another text length, timestep shape or number of axes than
-                the export's, or neither one sample nor as many as the latents.
+            UnsupportedError: The exported graph has no input for an argument.
+            ShapeError: An input is missing or no tensor. Or its text length, timestep shape or number of axes differs
+                from the export's. Or it is for neither one sample nor as many samples as the latents.
         """
         given = {name: value for name, value in arguments.items() if value is not None and name not in self.ignored}
         latents = self._latents(given)
@@ -69,9 +86,15 @@ class Adapter:
         return {spec.name: self._batched(spec, values[spec.name], latents.shape[0]) for spec in self.specs}
 
     def slices(self, inputs: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], int]]:
-        """Cut the batch into calls of ``sizes.batch`` samples: the inputs of each call and how many samples count.
+        """Cut the batch into calls of ``sizes.batch`` samples.
 
-        A last call that is not full repeats its last sample, since the graph's batch is fixed.
+        If the last call is not full, it repeats its last sample, because the graph's batch is fixed.
+
+        Args:
+            inputs: The graph's inputs of the whole batch.
+
+        Yields:
+            The inputs of one call, and the number of its samples that count.
         """
         batch, limit = inputs["hidden_states"].shape[0], self.sizes.batch
         for start in range(0, batch, limit):
@@ -80,14 +103,21 @@ class Adapter:
             yield {spec.name: self._rows(spec, inputs[spec.name], rows) for spec in self.specs}, count
 
     def _each(self, spec: InputSpec) -> int | None:
-        """Rows of one sample: 2 for the image embeddings of a first and a last frame; None where all samples share one."""
+        """Return the rows of one sample, or None if all samples share one row.
+
+        It is 2 for the image embeddings of a first and a last frame.
+        """
         size = spec.shape[0]
         if not isinstance(size, int) or size % self.sizes.batch or spec.name == "ofs":
             return None
         return size // self.sizes.batch
 
     def _batched(self, spec: InputSpec, value: Tensor, batch: int) -> Tensor:
-        """An input for ``batch`` samples: as it is, or one sample's repeated. ShapeError for another number."""
+        """Return an input for ``batch`` samples: unchanged, or repeated if it is for one sample.
+
+        Raises:
+            ShapeError: The input is for another number of samples.
+        """
         each = self._each(spec)
         if each is None or value.shape[0] == each * batch:
             return value
@@ -109,7 +139,11 @@ class Adapter:
         return value[[row * each + i for row in rows for i in range(each)]]
 
     def _latents(self, given: Mapping[str, Any]) -> Tensor:
-        """The latents, which the other inputs are held against."""
+        """Return the latents, which the other inputs are compared with.
+
+        Raises:
+            ShapeError: They are no floating tensor with the graph's number of axes, or have no sample.
+        """
         latents, spec = given.get("hidden_states"), self.specs[0]
         if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.ndim != len(spec.shape):
             raise ShapeError(
@@ -121,7 +155,7 @@ class Adapter:
         return latents
 
     def _value(self, spec: InputSpec, given: dict[str, Any], latents: Tensor) -> Tensor:
-        """One graph input, taken out of ``given``."""
+        """Take one graph input out of ``given`` and return it in its dtype."""
         value = given.pop(spec.name, None)
         if value is None:
             raise ShapeError(
@@ -143,7 +177,7 @@ class Adapter:
         return tensor.to(spec.dtype or dtype)
 
     def _timestep(self, spec: InputSpec, value: Tensor, latents: Tensor) -> Tensor:
-        """fp32, one per sample, or as many as the spec has."""
+        """Return the timesteps in fp32, one per sample, or as many as the spec has."""
         value = value.to(torch.float32)
         samples = 1 if spec.name == "ofs" else latents.shape[0]
         if value.ndim == 0 or (value.ndim == 1 and value.shape[0] == 1):
@@ -171,7 +205,10 @@ class Adapter:
 
 
 class WanAdapter(Adapter):
-    """Timesteps per sample, or per token for TI2V-5B, whose samples' own timestep stands for all of their tokens."""
+    """The adapter of Wan. Timesteps are per sample, or per token for TI2V-5B.
+
+    If TI2V-5B is given one timestep per sample, it is used for all tokens of the sample.
+    """
 
     def _timestep(self, spec: InputSpec, value: Tensor, latents: Tensor) -> Tensor:
         if spec.shape[1:] != ("tokens",):
@@ -187,7 +224,10 @@ class WanAdapter(Adapter):
 
 
 class HunyuanVideoAdapter(Adapter):
-    """The pipeline passes the guidance scale always; only guidance-distilled models have an input for it."""
+    """The adapter of HunyuanVideo, which ignores the guidance scale for models that have no input for it.
+
+    The pipeline always passes the guidance scale. Only guidance-distilled models have an input for it.
+    """
 
     def __init__(self, family: Family, sizes: Sizes, dtype: torch.dtype) -> None:
         super().__init__(family, sizes, dtype)
@@ -196,10 +236,17 @@ class HunyuanVideoAdapter(Adapter):
 
 
 class CogVideoXAdapter(Adapter):
-    """``image_rotary_emb``, a pair, becomes the inputs ``rotary_cos`` and ``rotary_sin`` [tokens, head_dim]."""
+    """The adapter of CogVideoX.
+
+    The pair ``image_rotary_emb`` becomes the inputs ``rotary_cos`` and ``rotary_sin`` [tokens, head_dim].
+    """
 
     def inputs(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-        """See :meth:`Adapter.inputs`."""
+        """Return the graph's inputs of the whole batch, see :meth:`Adapter.inputs`.
+
+        Args:
+            arguments: The arguments of ``forward`` by name.
+        """
         arguments = dict(arguments)
         rotary = arguments.pop("image_rotary_emb", None)
         if rotary is not None:
@@ -217,16 +264,22 @@ class CogVideoXAdapter(Adapter):
 
 
 class LTXVideoAdapter(Adapter):
-    """``num_frames``, ``height``, ``width`` and the interpolation scale become the input ``video_coords`` [B, 3, tokens].
+    """The adapter of LTX-Video.
+
+    ``num_frames``, ``height``, ``width`` and the interpolation scale become the input ``video_coords`` [B, 3, tokens].
 
     The graph divides coordinates by the base sizes (20 frames, 2048 × 2048 pixels) as diffusers does for a given
-    ``video_coords``; the products here are formed in diffusers' order, so that the quotient is the same to the bit.
+    ``video_coords``. The products are computed here in diffusers' order, so that the quotient is the same to the bit.
     """
 
     base = (20, 2048, 2048)
 
     def inputs(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-        """See :meth:`Adapter.inputs`."""
+        """Return the graph's inputs of the whole batch, see :meth:`Adapter.inputs`.
+
+        Args:
+            arguments: The arguments of ``forward`` by name.
+        """
         arguments = dict(arguments)
         axes = {name: arguments.pop(name, None) for name in ("num_frames", "height", "width")}
         scale = arguments.pop("rope_interpolation_scale", None)
@@ -250,7 +303,11 @@ class LTXVideoAdapter(Adapter):
         return super().inputs(arguments)
 
     def _sizes(self, axes: Mapping[str, Any], latents: Tensor) -> tuple[int, int, int]:
-        """Frames, height and width as whole numbers that make as many tokens as the latents have."""
+        """Return frames, height and width as whole numbers.
+
+        Raises:
+            ShapeError: One is no whole number from 1, or they do not make as many tokens as the latents have.
+        """
         numbers = []
         for name, size in axes.items():
             try:
@@ -269,10 +326,17 @@ class LTXVideoAdapter(Adapter):
         return numbers[0], numbers[1], numbers[2]
 
     def coordinates(self, latents: Tensor, sizes: tuple[int, int, int], scale: Any) -> Tensor:
-        """fp32 [B, 3, frames · height · width]: frame, row and column of every token, times ``scale`` and the patch.
+        """Return the coordinates of every token: frame, row and column.
+
+        They are multiplied by ``scale`` and the patch, or without a scale by the base sizes.
 
         Args:
-            sizes: frames, height, width in latent units. scale: three factors (to seconds and pixels), or None.
+            latents: The latents, which give batch and device.
+            sizes: Frames, height and width in latent units.
+            scale: Three factors (to seconds and pixels), or None.
+
+        Returns:
+            fp32 [B, 3, frames · height · width].
         """
         grid = torch.meshgrid(
             *(torch.arange(size, dtype=torch.float32, device=latents.device) for size in sizes), indexing="ij"
@@ -285,7 +349,15 @@ class LTXVideoAdapter(Adapter):
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """A tensor of real numbers. ShapeError for anything else."""
+    """Return a value as a dense tensor of real numbers.
+
+    Args:
+        name: The name of the value in error messages.
+        value: A tensor, or what ``torch.as_tensor`` takes.
+
+    Raises:
+        ShapeError: The value is no such tensor.
+    """
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -296,7 +368,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
 
 
 def _named(value: Any) -> str:
-    """A value in few words, for an error."""
+    """Describe a value in a few words, for an error message."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return "missing" if value is None else f"a {type(value).__name__}"
@@ -321,7 +393,16 @@ ADAPTERS: dict[str, type[Adapter]] = {
 
 
 def get_adapter(family: Family, sizes: Sizes, dtype: torch.dtype) -> Adapter:
-    """The adapter of ``family``; UnsupportedError for a family that has none."""
+    """Return the adapter of a family.
+
+    Args:
+        family: The model family.
+        sizes: The sizes of the export.
+        dtype: The dtype of the export.
+
+    Raises:
+        UnsupportedError: The family has no adapter.
+    """
     if family.name not in ADAPTERS:
         raise UnsupportedError(f"there is no pipeline adapter for {family.name}", available=ADAPTERS)
     return ADAPTERS[family.name](family, sizes, dtype)

@@ -1,4 +1,4 @@
-"""The folder of a diffusers pipeline, checked before anything in it is loaded."""
+"""The folder of a diffusers pipeline, which is checked before anything in it is loaded."""
 
 from __future__ import annotations
 
@@ -28,14 +28,20 @@ MAX_JSON = 1 << 20
 MAX_PARTS = 64
 _TRANSFORMER = re.compile(r"transformer(_\d+)?")
 _LIBRARIES = ("diffusers", "transformers")
-# What a pipeline reads besides the transformers, which the engines replace.
+# The files that a pipeline reads besides the transformers, which the engines replace.
 _WANTED = (INDEX, *(f"{part}/*" for part in ("scheduler", "tokenizer*", "text_encoder*", "vae")))
 _WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")
 
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """A pipeline on this machine: its folder, its class, and the folders of its transformers."""
+    """A pipeline on this machine.
+
+    Args:
+        root: The folder of the pipeline.
+        class_name: The name of its diffusers class, one of :data:`PIPELINES`.
+        transformers: The names of its transformers' folders.
+    """
 
     root: Path
     class_name: str
@@ -46,13 +52,16 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
     """Find and check the pipeline of a model.
 
     Args:
-        source: its folder, or a hub id ``org/name``, of which text encoder, tokenizer, VAE and scheduler are downloaded.
-        family: of the export.
+        source: The folder of the pipeline, or a hub id ``org/name``. Of a hub id, text encoder, tokenizer, VAE and
+            scheduler are downloaded.
+        family: The name of the export's family.
 
     Raises:
-        CheckpointError: no pipeline there, parts missing (naming them), weights that are not safetensors, or damaged ones.
-        UnsupportedError: a pipeline class without a place here, or of another family.
+        CheckpointError: There is no pipeline, parts are missing (the error names them), or weights are damaged or not
+            safetensors.
+        UnsupportedError: The class of the pipeline is not supported here, or belongs to another family.
     """
+    # 1. The class of the pipeline.
     folder = UntrustedFolder.at(_find(source))
     root = folder.root
     index = _read_index(folder, source)
@@ -65,6 +74,7 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
         )
     if PIPELINES[name] != family:
         raise UnsupportedError(f"{root} is a {name}, and the export is of family {family}", fix="give its own pipeline")
+    # 2. Its parts: their entries first, then their files.
     parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
     if len(parts) > MAX_PARTS:
         raise CheckpointError(
@@ -99,7 +109,7 @@ def _find(source: str) -> Path:
 
 
 def _read_index(folder: UntrustedFolder, source: str) -> dict[str, Any]:
-    if INDEX not in folder.names():  # a folder that may not be listed says so
+    if INDEX not in folder.names():  # a folder that may not be listed raises an error of its own
         raise CheckpointError(
             f"{folder.root} is no diffusers pipeline: it has no {INDEX}",
             available=folder.listing(),
@@ -109,9 +119,12 @@ def _read_index(folder: UntrustedFolder, source: str) -> dict[str, Any]:
 
 
 def _check_entry(root: UntrustedFolder, part: str, entry: list[Any]) -> None:
-    """CheckpointError unless a part is a class of diffusers or transformers, in a folder of the pipeline's own.
+    """Refuse a part unless it is a class of diffusers or transformers, in a folder inside the pipeline's own.
 
-    These libraries read the folder by path, so every entry of it is looked at.
+    These libraries read the folder by path, so every entry of it is checked.
+
+    Raises:
+        CheckpointError: The part is anything else.
     """
     good = len(entry) == 2 and entry[0] in _LIBRARIES and isinstance(entry[1], str) and entry[1].isidentifier()
     if not good or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,80}", part):
@@ -126,7 +139,7 @@ def _check_entry(root: UntrustedFolder, part: str, entry: list[Any]) -> None:
 
 
 def _problem(root: UntrustedFolder, part: str) -> str | None:
-    """What a part lacks, in words."""
+    """Return in words what a part lacks, or None if it is complete."""
     folder = root.sub(part)
     names = folder.names() if root.has_folder(part) else []
     if not names:
@@ -140,7 +153,7 @@ def _problem(root: UntrustedFolder, part: str) -> str | None:
     if not weights:
         pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         return f"{part}/ has {'only pickled weights, which run code when loaded' if pickled else 'no weights'}"
-    for name in weights:  # a damaged file is named before minutes of loading
+    for name in weights:  # a damaged file is reported before minutes of loading
         try:
             fd = folder.open(name)
         except (OSError, ValueError) as error:

@@ -1,13 +1,14 @@
-"""Which request a call of the transformer belongs to: each has decisions, history and trace of its own.
+"""The requests of a transformer, and the rule that finds the request of a call.
 
-A pipeline calls its transformer without saying for whom. Two pipelines in two threads may share one transformer, and a
-pipeline may run another one in its callback; both would otherwise decide by each other's outputs. So a request is known
-by who runs it: the thread, and in it the pipeline whose ``__call__`` is running, else the asyncio task, else nothing more.
+Each request has its own decisions, history and trace. A pipeline calls its transformer without saying for whom. Two
+pipelines in two threads may share one transformer, and a pipeline may run another pipeline in its callback. Without
+requests, both would decide by each other's outputs. So a request is identified by its owner: the thread, and in the
+thread the pipeline whose ``__call__`` is running, else the asyncio task, else nothing more.
 
-Code that calls the transformer by itself may also take turns with another loop in one thread, or run its steps in one
-thread after the other (a generator that a web server steps through). Such a call goes to the request that has had the same
-text embedding, the very tensor, if it continues that one and not the thread's own. All calls of one step must come from
-one thread.
+Code that calls the transformer by itself may also take turns with another loop in one thread. Or it may run its steps
+in one thread after the other (a generator that a web server steps through). Such a call goes to the request that has
+had the same text embedding (the very same tensor), if the call continues that request and not the thread's own. All
+calls of one step must come from one thread.
 """
 
 from __future__ import annotations
@@ -32,17 +33,21 @@ from dvdquant.errors import UnsupportedError
 
 __all__ = ["Position", "Request", "RequestTable"]
 
-# Requests of callers without a pipeline, of which nobody says when they end: so many are kept to go on with.
+# Nobody reports the end of a request of a caller without a pipeline. So many of them are kept, to be continued.
 MAX_PAUSED = 8
 
 
 @dataclass
 class Position:
-    """Where the pipeline's denoising loop is, from what its calls say.
+    """The place of the pipeline's denoising loop, as far as its calls show it.
 
     Args:
-        given: the step index it passed. index: the same, or counted here. called: branches of this step.
-        ended: the pipeline has said that the request is over. announced: begun by hand, without a call yet.
+        given: The step index that the pipeline passed, or None.
+        timestep: The timestep of the step, or None before the first call.
+        index: The index of the step: the given one, or one that is counted here.
+        called: The branches of this step that were called.
+        ended: True if the pipeline has said that the request is over.
+        announced: True if the request was begun by hand and has no call yet.
     """
 
     given: int | None = None
@@ -53,11 +58,17 @@ class Position:
     announced: bool = False
 
     def begins(self, branch: str | None, step: int | None, timestep: float) -> bool:
-        """Whether a call is the first of a new request.
+        """Return whether a call is the first of a new request.
 
-        Timesteps fall and steps rise within a request. A request that an exception ended is not reported as ended; if
-        it came no further than its first step, the next one begins at the same step and shows by a repeated branch. Later
-        in a request the same branch at the same timestep is a step of its own, of a solver that evaluates one twice.
+        Timesteps fall and steps rise within a request. A request that an exception ended is not reported as ended. If
+        it did not get beyond its first step, the next request begins at the same step, and a repeated branch shows
+        this. Later in a request, the same branch at the same timestep is a step of its own, of a solver that evaluates
+        one timestep twice.
+
+        Args:
+            branch: The branch that the call names, or None.
+            step: The step index that the call passes, or None.
+            timestep: The timestep of the call.
         """
         if self.timestep is None or self.ended:
             return not self.announced
@@ -67,7 +78,18 @@ class Position:
         return repeated and (step is not None or self.index == 0)
 
     def move(self, branch: str | None, step: int | None, timestep: float) -> tuple[str, int]:
-        """Go to the step of this call; its branch and index. Calls that name no branch are told apart by their order."""
+        """Go to the step of a call.
+
+        Calls that name no branch are told apart by their order.
+
+        Args:
+            branch: The branch that the call names, or None.
+            step: The step index that the call passes, or None.
+            timestep: The timestep of the call.
+
+        Returns:
+            The branch and the index of the step.
+        """
         if (step, timestep) != (self.given, self.timestep) or branch in self.called:
             self.given, self.timestep, self.called = step, timestep, []
             self.index = self.index + 1 if step is None else step
@@ -79,12 +101,15 @@ class Position:
 
 @dataclass(eq=False)
 class Request:
-    """One request: what decides it, and where it is.
+    """One request: the runner that decides its steps, and its position.
 
     Args:
-        generation: which controller of the transformer it was begun with.
-        busy: a call of it is running. spent: a later request has taken its runner over.
-        texts: by branch, the embeddings it was called with.
+        runner: The runner of its steps.
+        generation: The number of the transformer's controller that it was begun with.
+        position: The place of its denoising loop.
+        busy: True while a call of it is running.
+        spent: True if a later request has taken over its runner.
+        texts: Weak references to the text embeddings that it was called with, by branch.
     """
 
     runner: StepRunner
@@ -95,34 +120,46 @@ class Request:
     texts: dict[str | None, list[weakref.ref[Tensor]]] = field(default_factory=dict)
 
     def knows(self, branch: str | None, text: Tensor | None) -> bool:
-        """Whether this very tensor was the text embedding of an earlier call of ``branch``."""
+        """Return whether this very tensor was the text embedding of an earlier call of a branch.
+
+        Args:
+            branch: The name of the branch, or None.
+            text: The text embedding, or None.
+        """
         return text is not None and any(known() is text for known in self.texts.get(branch, ()))
 
     def remember(self, branch: str | None, text: Tensor | None) -> None:
-        """Note the text embedding of a call."""
+        """Note the text embedding of a call.
+
+        Args:
+            branch: The name of the branch, or None.
+            text: The text embedding, or None.
+        """
         if text is not None and not self.knows(branch, text):
             alive = [known for known in self.texts.get(branch, ()) if known() is not None]
             self.texts[branch] = [*alive, weakref.ref(text)]
 
     @property
     def reachable(self) -> bool:
-        """Whether one of its embeddings is still there to be given again."""
+        """Return whether one of its embeddings still exists, so that a caller can give it again."""
         return any(known() is not None for texts in self.texts.values() for known in texts)
 
 
 class _Thread(threading.local):
-    """What one thread runs.
+    """The requests of one thread.
 
-    Args:
-        owners: pipeline or asyncio task -> its request. plain: the request of calls without either.
-        announced: begun by hand and not called yet. last: the one that was begun or called last.
+    Attributes:
+        owners: A mapping from a pipeline or an asyncio task to its request.
+        plain: The request of calls without a pipeline or a task.
+        announced: The request that was begun by hand and not called yet.
+        last: The request that was begun or called last.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all of it."""
+        """Forget all requests of the thread."""
         self.owners: weakref.WeakKeyDictionary[Any, Request] = weakref.WeakKeyDictionary()
         self.plain: Request | None = None
         self.announced: Request | None = None
@@ -130,10 +167,13 @@ class _Thread(threading.local):
 
 
 class RequestTable:
-    """The requests that are open on one transformer. Any thread may use it; one request is called by one at a time.
+    """The requests that are open on one transformer.
+
+    Any thread may use the table. Only one caller at a time may call one request.
 
     Args:
-        session: the engines, which serve one call at a time. controller: how the coming requests decide.
+        session: The engines, which serve one call at a time.
+        controller: The rule that decides the coming requests.
     """
 
     def __init__(self, session: EngineSession, controller: StepController) -> None:
@@ -144,7 +184,13 @@ class RequestTable:
         self.use(controller)
 
     def use(self, controller: StepController) -> None:
-        """Decide the coming requests with another controller. Requests that other threads run end as they began."""
+        """Decide the coming requests with another controller.
+
+        Requests that other threads run end as they began.
+
+        Args:
+            controller: The rule that decides the coming requests.
+        """
         first = Request(StepRunner(self._session, controller), self._generation + 1)
         with self._lock:
             self._generation += 1
@@ -156,27 +202,31 @@ class RequestTable:
 
     @property
     def own(self) -> Request:
-        """The request that this thread began or called last; a new one, if it has none."""
+        """Return the request that this thread began or called last, or a new one if it has none."""
         if self._thread.last is None:
             self._thread.last = self._new(None)
         return self._thread.last
 
     @property
     def latest(self) -> Request:
-        """The request that this thread called last; that of any thread, if this one has called none."""
+        """Return the request that this thread called last, or that of any thread if this one has called none."""
         own = self._thread.last
         uncalled = own is None or (own.position.timestep is None and not own.position.announced)
         return self._latest if uncalled and self._latest is not None else self.own
 
     def begin(self, steps: int | None) -> None:
-        """The next call in this thread starts a new request of ``steps`` steps."""
+        """Start a new request with the next call in this thread.
+
+        Args:
+            steps: The number of steps of the request, or None if it is not known.
+        """
         request = self._new(self._thread.last)
         request.runner.begin_request(steps)
         request.position = Position(announced=True)
         self._thread.announced = self._thread.last = request
 
     def end(self) -> None:
-        """The request that is running here is over; its trace stays."""
+        """End the request that is running in this thread. Its trace stays."""
         request = self._of_owner(_owner())
         if request is not None and not request.busy:
             request.position.ended = True
@@ -192,14 +242,17 @@ class RequestTable:
         """Run one call of the transformer in the ``with`` block.
 
         Args:
-            branch, step, steps: as the pipeline names them; None where it does not. timestep: of the call.
-            text: its text embedding, as it was given.
+            branch: The branch that the pipeline names, or None.
+            step: The step index that the pipeline passes, or None.
+            steps: The number of steps that the pipeline passes, or None.
+            timestep: The timestep of the call.
+            text: The text embedding of the call, as it was given, or None.
 
         Yields:
-            What runs it, and its branch and step.
+            The runner of the call, its branch, and the index of its step.
 
         Raises:
-            UnsupportedError: another call of the same request is running.
+            UnsupportedError: Another call of the same request is running.
         """
         with self._lock:
             request = self._find(branch, step, steps, timestep, text)
@@ -221,12 +274,14 @@ class RequestTable:
     def _find(
         self, branch: str | None, step: int | None, steps: int | None, timestep: float, text: Tensor | None
     ) -> Request:
-        """The request of a call, begun if it is a new one."""
+        """Return the request of a call, after beginning it if it is new."""
         owner = _owner()
+        # 1. A request that was begun by hand.
         announced, self._thread.announced = self._thread.announced, None
         if announced is not None:
             self._keep(owner, announced)
             return announced
+        # 2. A request of another loop or thread that has had this text embedding.
         request = self._of_owner(owner)
         direct = not isinstance(owner, DiffusionPipeline)
         if direct and not (request is not None and request.knows(branch, text)):
@@ -234,6 +289,7 @@ class RequestTable:
                 if other is not request and other.knows(branch, text) and _continues(other, branch, timestep):
                     self._keep(owner, other)
                     return other
+        # 3. The owner's own request, or a new one.
         if request is None or request.position.begins(branch, step, timestep):
             request = self._new(request) if direct else self._again(request)
             request.runner.begin_request(steps)
@@ -253,16 +309,19 @@ class RequestTable:
         self._paused = [*others, request][-MAX_PAUSED:] if direct else others
 
     def _new(self, before: Request | None) -> Request:
-        """A request that leaves ``before`` as it is, unless nothing can go on with that one."""
+        """Return a new request that leaves ``before`` as it is, unless ``before`` cannot be continued any more."""
         if before is None or before.position.ended or before.position.timestep is None:
             return self._again(before)
         return Request(self._runner(before), self._generation)
 
     def _again(self, before: Request | None) -> Request:
-        """A request in the place of ``before``, with its runner where that is free and has the controller of now."""
+        """Return a new request in the place of ``before``.
+
+        It takes over the runner of ``before`` if that runner is free and has the current controller.
+        """
         last = self._thread.last
         if before is None and last is not None and last.position.timestep is None:
-            before = last  # what ``use`` made, and nobody has called
+            before = last  # the request that ``use`` made, which nobody has called yet
         if before is None or before.busy or before.spent or before.generation != self._generation:
             return Request(self._runner(before or last), self._generation)
         before.spent = True
@@ -275,7 +334,7 @@ class RequestTable:
 
 
 def _continues(request: Request, branch: str | None, timestep: float) -> bool:
-    """Whether a call that another loop or thread makes goes on with ``request``, and is no start of its own."""
+    """Return whether a call that another loop or thread makes continues ``request``, and does not start a new one."""
     position = request.position
     if request.busy or position.ended or position.timestep is None or timestep > position.timestep:
         return False
@@ -283,7 +342,7 @@ def _continues(request: Request, branch: str | None, timestep: float) -> bool:
 
 
 def _owner() -> Any:
-    """The pipeline that is running in this thread, the innermost; else the asyncio task; else None."""
+    """Return the innermost pipeline that is running in this thread, else the asyncio task, else None."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):

@@ -1,8 +1,8 @@
-"""The scheduler of a model, from a file that is not trusted: checked and tried before anything large is loaded.
+"""The scheduler of a model, from an untrusted file that is checked and tried before anything large is loaded.
 
-diffusers takes whatever ``scheduler_config.json`` says: some values fail in the constructor, some when the timesteps are
-made, and some in the first step, minutes later. So the fields are checked against bounds, the scheduler is built, its
-timesteps are made as the pipeline makes them, and every step is taken once on a tensor of sixteen numbers.
+diffusers accepts whatever ``scheduler_config.json`` says. Some values fail in the constructor, some when the timesteps
+are made, and some in the first step, minutes later. So the fields are checked against bounds, the scheduler is built,
+its timesteps are made as the pipeline makes them, and every step is taken once on a tensor of sixteen numbers.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ __all__ = [
 ]
 
 FOLDER, FILE, INDEX = "scheduler", "scheduler_config.json", "model_index.json"
-MAX_JSON = 1 << 20
+MAX_JSON = 1 << 20  # bytes
 MAX_TRAIN_TIMESTEPS = 100_000  # a thousand in every published model; tables of this length take a second at most
 
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 _SOLVERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
-# What a family's pipeline can be run with.
+# The scheduler classes that each family's pipeline can be run with.
 SCHEDULERS: Mapping[str, tuple[str, ...]] = {
     "wan": (*_FLOW, "FlowMatchHeunDiscreteScheduler", *_SOLVERS),
     "hunyuan-video": (*_FLOW, *_SOLVERS),
@@ -55,7 +55,7 @@ _Length = Annotated[int, Field(ge=1, le=1 << 24)]
 
 @with_config(ConfigDict(strict=True, extra="allow", allow_inf_nan=False))
 class _Config(TypedDict, total=False):
-    """The fields of the schedulers above; a field of another one is ignored, as diffusers does."""
+    """The fields of the schedulers above. A field of another scheduler is ignored, as diffusers does."""
 
     num_train_timesteps: Annotated[int, Field(ge=2, le=MAX_TRAIN_TIMESTEPS)]
     shift: _Positive
@@ -110,13 +110,16 @@ _ADAPTER: TypeAdapter[_Config] = TypeAdapter(_Config)
 
 
 def open_scheduler(root: Path, family: str, expected: str | None = None) -> Any:
-    """The scheduler of a model's folder, of the class its ``model_index.json`` names.
+    """Build the scheduler of a model's folder, of the class that its ``model_index.json`` names.
 
     Args:
-        family: whose pipeline is to use it. expected: the class, where there is no ``model_index.json``.
+        root: The folder of the model.
+        family: The name of the family whose pipeline will use it.
+        expected: The class, if there is no ``model_index.json``.
 
     Raises:
-        CheckpointError: no such file, a class the family's pipeline cannot use, or a field out of its bounds.
+        CheckpointError: The file does not exist, the family's pipeline cannot use the class, or a field is out of
+            bounds.
     """
     name = expected or _class_of(root)
     if name not in SCHEDULERS[family]:
@@ -132,8 +135,11 @@ def open_scheduler(root: Path, family: str, expected: str | None = None) -> Any:
 def open_table_scheduler(folder: Path) -> Any:
     """Return the scheduler of a model with a prompt table, flow matching Euler, tried for a few steps.
 
+    Args:
+        folder: The folder of the model.
+
     Raises:
-        CheckpointError: it is missing, another, out of form, or gives no steps.
+        CheckpointError: The scheduler is missing, is of another class, is malformed, or gives no steps.
     """
     path = folder / FOLDER / FILE
     config = _read(folder, f"{FOLDER}/{FILE}")
@@ -146,13 +152,15 @@ def open_table_scheduler(folder: Path) -> Any:
 
 
 def build_scheduler(config: Mapping[str, Any], class_name: str, path: Path) -> Any:
-    """The scheduler of a config that is not trusted.
+    """Build the scheduler of an untrusted config.
 
     Args:
-        class_name: one of :data:`SCHEDULERS`. path: what errors name.
+        config: The values of ``scheduler_config.json``.
+        class_name: One of :data:`SCHEDULERS`.
+        path: The file that errors name.
 
     Raises:
-        CheckpointError: a field that is out of form, naming it, or fields that the class refuses.
+        CheckpointError: A field is malformed (the error names it), or the class refuses the fields.
     """
     check_scheduler_config(config, path)
     import diffusers
@@ -162,13 +170,16 @@ def build_scheduler(config: Mapping[str, Any], class_name: str, path: Path) -> A
 
 
 def check_scheduler_config(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse a field whose value no published scheduler has: tables that take memory, numbers that give no noise levels.
+    """Refuse a field whose value no published scheduler has.
+
+    Such values are tables that take memory, or numbers that give no noise levels.
 
     Args:
-        path: what errors name.
+        config: The values of ``scheduler_config.json``.
+        path: The file that errors name.
 
     Raises:
-        CheckpointError: names the field, its value and what it may be.
+        CheckpointError: A field is out of bounds. The error names the field, its value and the allowed values.
     """
     try:
         _ADAPTER.validate_python({name: value for name, value in config.items() if not name.startswith("_")})
@@ -184,7 +195,10 @@ def set_timesteps(scheduler: Any, family: str, steps: int, tokens: int) -> None:
     """Make the timesteps of a request as the family's pipeline does.
 
     Args:
-        tokens: of the clip, which some pipelines shift the schedule by.
+        scheduler: The scheduler, which is changed.
+        family: The name of the family.
+        steps: The number of steps of the request.
+        tokens: The number of video tokens of the clip. LTX's pipeline shifts the schedule by it.
     """
     import numpy as np
 
@@ -200,18 +214,22 @@ def rehearse(scheduler: Any, family: str, steps: int, path: Path, tokens: int = 
     """Take every step of a request once, on a tensor of sixteen numbers.
 
     Args:
-        steps, tokens: of the request. path: what errors name.
+        scheduler: The scheduler, which is changed.
+        family: The name of the family.
+        steps: The number of steps of the request.
+        path: The file that errors name.
+        tokens: The number of video tokens of the clip.
 
     Raises:
-        CheckpointError: no timesteps, too many or too few, some that are not finite or that rise, or a step that fails or
-            gives NaN or infinities.
+        CheckpointError: There are no timesteps, too many or too few, or some that are not finite or that rise. Or a
+            step fails or gives NaN or infinities.
     """
-    # Some schedulers draw noise of their own, which must not change what the caller draws afterwards.
+    # Some schedulers draw random noise, which must not change what the caller draws afterwards.
     with _said_once(path), torch.random.fork_rng(devices=[]):
         set_timesteps(scheduler, family, steps, tokens)
         timesteps = scheduler.timesteps
         _check_timesteps(timesteps, scheduler, steps, path)
-        # Pipelines that make their own sigmas let the scheduler find its place from the timestep.
+        # Pipelines that make their own sigmas let the scheduler find the step from the timestep.
         if family in ("wan", "hunyuan-video"):
             scheduler.set_begin_index(0)
         last = _walk(scheduler, timesteps)
@@ -220,7 +238,7 @@ def rehearse(scheduler: Any, family: str, steps: int, path: Path, tokens: int = 
 
 
 def _walk(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """A sample after all steps of a model that predicts noise."""
+    """Return a sample after all steps of a model whose outputs are noise."""
     generator = torch.Generator().manual_seed(0)
     shape = (1, 4, 1, 2, 2)
     sample = torch.randn(shape, generator=generator)
@@ -254,7 +272,7 @@ def _unusable(path: Path, why: str) -> CheckpointError:
 
 
 def _shift_of(config: Mapping[str, Any], tokens: int) -> float:
-    """μ of LTX's pipeline: on the line through (base length, base shift) and (longest, largest shift)."""
+    """Return μ of LTX's pipeline: on the line through (base length, base shift) and (longest, largest shift)."""
     short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (high - low) / (long - short)
@@ -263,7 +281,10 @@ def _shift_of(config: Mapping[str, Any], tokens: int) -> float:
 
 @contextlib.contextmanager
 def _said_once(path: Path) -> Iterator[None]:
-    """CheckpointError for whatever diffusers raises over a config; its own warnings are about what is tried here."""
+    """Turn whatever diffusers raises over a config into CheckpointError, and silence its warnings.
+
+    The warnings are about what is tried here.
+    """
     logger = logging.getLogger("diffusers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,9 @@
-"""An export in the place of a pipeline's transformer.
+"""A drop-in replacement of a pipeline's transformer by an export.
 
     transformer = DvdqTransformer.from_pretrained("out/wan", delta=0.1)
-    pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", transformer=transformer, torch_dtype=torch.bfloat16)
+    pipe = WanPipeline.from_pretrained(
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", transformer=transformer, torch_dtype=torch.bfloat16
+    )
     video = pipe("a cat in the snow").frames[0]
     for record in transformer.trace: print(record.step, record.branch, record.bits, record.reason)
 
@@ -47,30 +49,33 @@ log = logging.getLogger(__name__)
 # Options of diffusers' from_pretrained that say nothing an export could differ in.
 _HARMLESS = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")
 keep_in_from_pipe()
-# Of each transformer, the branch its pipeline is calling. A context is one thread's and one asyncio task's own.
+# id of a transformer -> the branch that its pipeline is calling. Each thread and each asyncio task has its own context.
 _BRANCHES: ContextVar[Mapping[int, tuple[str, Mapping[str, Any]]]] = ContextVar("dvdquant_branches")
 
 
 class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
     """The transformer of a diffusers pipeline, executed by the engines of an export, one bit-width per denoising step.
 
-    It has no blocks, and no parameter but an empty one. ``config`` is that of the exported transformer, ``dtype`` the
-    export's (what the pipeline casts latents and embeddings to), ``device`` where the engines are; inputs may be on any
-    device and outputs go back to the latents' device.
+    It has no blocks, and only one parameter, which is empty. ``config`` is that of the exported transformer. ``dtype``
+    is the export's; the pipeline casts latents and embeddings to it. ``device`` is where the engines are. Inputs may be
+    on any device, and outputs go back to the latents' device.
 
-    A batch larger than the export's is run in slices of the export's batch, one after the other; all slices of a step
+    A batch larger than the export's is run in slices of the export's batch, one after the other. All slices of a step
     run on the same engine.
 
-    Several pipelines may share it, also in several threads: every request has decisions, history and trace of its own (see
-    :mod:`dvdquant.deploy.pipelines.request_state`), and the engines run one call after the other. A deep copy shares the engines.
+    Several pipelines may share it, also in several threads. Every request has its own decisions, history and trace (see
+    :mod:`dvdquant.deploy.pipelines.request_state`), and the engines run one call after the other. A deep copy shares
+    the engines.
 
     Args:
-        session: an open session. controller: what decides the bits of each step; every request gets a fresh one like it.
+        session: An open session.
+        controller: The rule that decides the bits of each step. Every request gets a fresh controller with the same
+            rule.
     """
 
     def __init__(self, session: EngineSession, controller: StepController) -> None:
         super().__init__()
-        # diffusers notes there where a model was loaded from, also in the config.json that it saves.
+        # In _name_or_path diffusers notes where a model was loaded from, also in the config.json that it saves.
         config = {**session.family.config, "_name_or_path": str(session.artifact.root)}
         self.register_to_config(**config)
         self._session = session
@@ -106,29 +111,33 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         """Open an export folder as the transformer of a diffusers pipeline.
 
         Args:
-            pretrained_model_name_or_path: the export folder.
-            component: ``transformer`` or ``transformer_2`` of Wan 2.2.
-            subfolder: the same by diffusers' name.
+            pretrained_model_name_or_path: The export folder.
+            component: ``transformer``, or ``transformer_2`` of Wan 2.2. The default is the first of the export.
+            subfolder: The same as ``component``, by diffusers' name.
             backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             mode: ``switch`` (δ-GBS), ``a4`` or ``a8`` (always that engine), ``planned`` (with ``schedule``) or
-                ``callback`` (with ``callback``); the last two are understood from their argument.
-            delta: δ of ``switch``: 0 is always 8 bits, infinity always 4; default 0.12.
-            schedule: of ``dvdq-plan``, or the path of one.
-            callback: asked for the bits of every step.
-            cache: a threshold turns the step cache on with the family's policy.
-            branch_policy: whether the branches of guidance share one decision, see :class:`StepController`.
-            last_high: so many last steps of ``switch`` run on 8 bits; default 2, the published rule has 0.
-            weighting: ``step`` counts a change by how far its step moves (default), ``none`` is the published rule.
-            torch_dtype: refused unless it is the export's, or "auto".
-            dtype: the same by its newer name.
-            **unknown: refused, but for what makes no difference here.
+                ``callback`` (with ``callback``). The last two follow from their argument.
+            delta: δ of ``switch``. 0 gives 8 bits in every step. Infinity gives 4 bits from step 2 on, except in the
+                last ``last_high`` steps. The default is 0.12.
+            schedule: A schedule of ``dvdq-plan``, or the path of one.
+            callback: A function that is asked for the bits of every step.
+            cache: A step cache policy. A number is a threshold for the family's policy.
+            branch_policy: ``shared`` or ``separate`` decisions of the branches of guidance, see
+                :class:`StepController`.
+            last_high: The number of last steps of ``switch`` that run on 8 bits. The default is 2; the published rule
+                has 0.
+            weighting: ``step`` (default) multiplies a change by how far its step moves. ``none`` is the published rule.
+            torch_dtype: Refused unless it is the export's dtype, or "auto".
+            dtype: The same as ``torch_dtype``, by its newer name.
+            **unknown: Refused, except options that make no difference here.
 
         Raises:
             OutputError: The folder is no export.
             EngineError: No engine fits.
-            UnsupportedError: An option does not apply, or two contradict each other.
+            UnsupportedError: An option does not apply, or two options contradict each other.
         """
+        # 1. The options.
         _check_options(mode, delta, schedule, callback, last_high, weighting)
         if unknown.get("use_safetensors") is not False:
             unknown = {name: value for name, value in unknown.items() if name not in _HARMLESS}
@@ -137,6 +146,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             raise UnsupportedError(
                 f"DvdqTransformer.from_pretrained has no option {next(iter(unknown))}", available=options[1:]
             )
+        # 2. The export, and the dtype that was asked for.
         artifact = Artifact.open(pretrained_model_name_or_path)
         name = component or subfolder or artifact.components[0]
         for option, wanted in (("torch_dtype", torch_dtype), ("dtype", dtype)):
@@ -144,6 +154,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                 raise UnsupportedError(
                     f"{option} is {wanted!s:.80}", available=str(artifact.dtype), fix="export again with --dtype"
                 )
+        # 3. The engines and their controller.
         session = open_session(artifact, name, backend=backend, device=device)
         try:
             more = {"branch_policy": branch_policy, "last_high": last_high, "weighting": weighting}
@@ -156,34 +167,45 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
     # -------------------------------------------------------------------------------------------------- what it decides
 
     def use(self, controller: StepController) -> None:
-        """Decide the coming requests with another controller; trace and history of this thread begin anew."""
+        """Decide the coming requests with another controller. Trace and history of this thread begin anew.
+
+        Args:
+            controller: The rule that decides the coming requests.
+        """
         self._requests.use(controller)
 
     @property
     def runner(self) -> StepRunner:
-        """Runs the steps of this thread's last (or running) request; has ``summary()`` and ``on_step``."""
+        """Return the runner of this thread's last (or running) request. It has ``summary()`` and ``on_step``."""
         return self._requests.own.runner
 
     @property
     def session(self) -> EngineSession:
-        """The engines."""
+        """Return the session that runs the engines."""
         return self._session
 
     @property
     def trace(self) -> list[StepRecord]:
-        """Every call of this thread's last (or running) request, in order; of any thread's, where this one had none."""
+        """Return every call of this thread's last (or running) request, in order.
+
+        If this thread had no request, the trace is that of the latest request of any thread.
+        """
         return self._requests.latest.runner.trace
 
     def close(self) -> None:
-        """Give back the engines' memory; a later call raises EngineError."""
+        """Free the engines' memory. A later call raises EngineError."""
         self._session.close()
 
-    # ---------------------------------------------------------------------------------------------- the pipeline's calls
+    # --------------------------------------------------------------------------------------------- the pipeline's calls
 
     @contextlib.contextmanager
     def cache_context(self, name: str, **where: Any) -> Iterator[None]:
-        """Pipelines name the branch they call (``cond``, ``uncond``, ``cond_uncond``) and some pass ``step_index`` and
-        ``num_inference_steps``."""
+        """Note the branch that the pipeline calls in the ``with`` block.
+
+        Args:
+            name: The name of the branch: ``cond``, ``uncond`` or ``cond_uncond``.
+            **where: ``step_index`` and ``num_inference_steps``, which some pipelines pass.
+        """
         before = _BRANCHES.get({})
         _BRANCHES.set({**before, id(self): (name, where)})
         try:
@@ -192,31 +214,39 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             _BRANCHES.set(before)
 
     def begin_request(self, steps: int | None = None) -> None:
-        """The next call in this thread starts a new request with an empty history.
+        """Start a new request with an empty history at the next call in this thread.
 
-        Rarely needed: pipelines report the end of a request by themselves, also of an interrupted one. ``steps`` matters
-        where the pipeline does not pass their number (all but WanPipeline, in diffusers 0.42) and the controller treats
-        the last ones otherwise: the step cache skips all but the last, ``last_high`` counts from the end, and without it
-        ``weighting`` does nothing.
+        This is rarely needed: pipelines report the end of a request by themselves, also of an interrupted one.
+
+        Args:
+            steps: The number of steps of the request. It matters if the pipeline does not pass the number (all but
+                WanPipeline, in diffusers 0.42) and the controller treats the last steps otherwise. The step cache skips
+                all but the last step, ``last_high`` counts from the end, and without the number ``weighting`` does
+                nothing.
         """
         self._requests.begin(steps)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        # Called by a pipeline when a request has ended. The trace stays until the next one.
+        # A pipeline calls this when a request has ended. The trace stays until the next request.
         del recurse
         self._requests.end()
 
     @torch.compiler.disable  # a compiled caller runs the engines as they are
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The arguments of the family's diffusers class.
+        """Run the transformer on the arguments of the family's diffusers class.
+
+        Args:
+            *args: The positional arguments of that class's ``forward``.
+            **kwargs: The keyword arguments of that class's ``forward``.
 
         Returns:
             ``Transformer2DModelOutput`` with the sample in ``self.dtype``, or a tuple with ``return_dict=False``.
 
         Raises:
-            ShapeError: a size or text length outside the export's profile, or inputs for other numbers of samples.
-            UnsupportedError: ``attention_kwargs``, or an input the graph does not have. EngineError: the engine failed,
-            or gave NaN at the highest bits too.
+            ShapeError: A size or text length is outside the export's profile, or inputs are for other numbers of
+                samples.
+            UnsupportedError: ``attention_kwargs`` are given, an input is not in the graph, or gradients are asked for.
+            EngineError: The engine failed, or gave NaN at the highest bits too.
         """
         arguments = self._adapter.bind(args, kwargs)
         return_dict = arguments.pop("return_dict", True)
@@ -249,21 +279,30 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         whole = samples[0] if len(samples) == 1 else torch.cat(samples)
         return whole.to(arguments["hidden_states"].device)
 
-    # ------------------------------------------------------------------------------------------------ dtype, device, mode
+    # ---------------------------------------------------------------------------------------------- dtype, device, mode
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the export."""
+        """Return the dtype of the export."""
         return self._session.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the engines are."""
+        """Return the device of the engines."""
         return self._session.device
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Engines stay where they were opened. Their own device, and the CPU that offloading moves everything to, are
-        accepted; UnsupportedError for another accelerator or another dtype."""
+        """Accept the engines' own device and dtype, and the CPU, but leave the engines where they were opened.
+
+        Offloading moves everything to the CPU, so that device is accepted.
+
+        Args:
+            *args: The arguments of ``torch.nn.Module.to``.
+            **kwargs: The keyword arguments of ``torch.nn.Module.to``.
+
+        Raises:
+            UnsupportedError: The device is another accelerator, or the dtype is not the export's.
+        """
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype not in (None, self.dtype):
             refuse(f".to({dtype})", "its dtype is that of the export", "export again with --dtype", str(self.dtype))
@@ -285,67 +324,99 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         return self
 
     def cuda(self, device: int | torch.device | None = None) -> Self:
-        """See :meth:`to`."""
+        """Accept the engines' own CUDA device, see :meth:`to`.
+
+        Args:
+            device: A CUDA device or its index. The default is ``cuda``.
+        """
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
 
     def cpu(self) -> Self:
-        """See :meth:`to`."""
+        """Accept the CPU but leave the engines where they are, see :meth:`to`."""
         return self.to("cpu")
 
     def half(self, *args: Any) -> Self:
-        """See :meth:`to`."""
+        """Accept float16 if it is the export's dtype, see :meth:`to`."""
         return self.to(torch.float16)
 
     def bfloat16(self) -> Self:
-        """See :meth:`to`."""
+        """Accept bfloat16 if it is the export's dtype, see :meth:`to`."""
         return self.to(torch.bfloat16)
 
     def float(self, *args: Any) -> Self:
-        """See :meth:`to`."""
+        """Refuse float32, which is no export's dtype, see :meth:`to`."""
         return self.to(torch.float32)
 
     def double(self) -> Self:
-        """See :meth:`to`."""
+        """Refuse float64, which is no export's dtype, see :meth:`to`."""
         return self.to(torch.float64)
 
     def type(self, dst_type: Any) -> Self:
-        """See :meth:`to`."""
+        """Accept a dtype if it is the export's, see :meth:`to`.
+
+        Args:
+            dst_type: The dtype.
+        """
         return self.to(dst_type)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """UnsupportedError for any other state than this module's own, which holds no weights."""
+        """Accept only this module's own state, which holds no weights.
+
+        Args:
+            state_dict: The state of this module.
+            *args: Further arguments of ``torch.nn.Module.load_state_dict``.
+            **kwargs: Further keyword arguments of ``torch.nn.Module.load_state_dict``.
+
+        Raises:
+            UnsupportedError: The state is another one.
+        """
         if set(state_dict) != {"placement"}:
             refuse("load_state_dict", *LOADED)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Another transformer on the same engines, with requests of its own; closing one closes both."""
+        """Return another transformer on the same engines, with its own requests. Closing one closes both."""
         twin = type(self)(self._session, self._requests.controller.fresh())
         memo[id(self)] = twin
         return twin
 
     def __copy__(self) -> Self:
-        """See :meth:`__deepcopy__`."""
+        """Return another transformer on the same engines, see :meth:`__deepcopy__`."""
         return self.__deepcopy__({})
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """UnsupportedError: engines cannot be pickled."""
+        """Refuse pickling.
+
+        Raises:
+            UnsupportedError: Engines cannot be pickled.
+        """
         refuse("pickle", *COPIED)
 
     def train(self, mode: bool = True) -> Self:
-        """UnsupportedError for the training mode."""
+        """Refuse the training mode.
+
+        Args:
+            mode: True for the training mode, False for the evaluation mode.
+
+        Raises:
+            UnsupportedError: ``mode`` is True.
+        """
         if mode:
             refuse("training", "an engine has no gradients", "train the original checkpoint and export it again")
         super().train(False)
         return self
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes held between calls: weights once, engines, scratch."""
+        """Return the bytes held between calls: weights once, engines and scratch.
+
+        Args:
+            return_buffers: Without effect.
+        """
         del return_buffers
         return sum(self._session.resident_bytes().values())
 
     def extra_repr(self) -> str:
-        """Component, backend, device and bits."""
+        """Return class, component, bits, backend and device as text."""
         session = self._session
         bits = " and ".join(f"a{bits}" for bits in session.bits)
         return f"{self.config['_class_name']} {session.component}, {bits}, {session.backend} on {session.device}"
@@ -365,7 +436,7 @@ def _controller(
     cache: StepCachePolicy | float | None,
     **more: Any,
 ) -> StepController:
-    """The controller that the options of :meth:`DvdqTransformer.from_pretrained` describe."""
+    """Return the controller that the options of :meth:`DvdqTransformer.from_pretrained` describe."""
     low, high = session.bits[0], session.bits[-1]
     if mode == "switch" and (schedule is not None or callback is not None):
         mode = "planned" if schedule is not None else "callback"
@@ -397,8 +468,12 @@ def _controller(
 def _check_options(
     mode: str, delta: Any, schedule: Any, callback: Any, last_high: int | None, weighting: str | None
 ) -> None:
-    """UnsupportedError for options that contradict each other, as the command dvdq-run refuses them."""
-    follows = schedule is not None or callback is not None  # then the mode is understood from it
+    """Refuse options that contradict each other, as the command dvdq-run does.
+
+    Raises:
+        UnsupportedError: Two options contradict each other.
+    """
+    follows = schedule is not None or callback is not None  # then the mode follows from this argument
     switches = mode == "switch" and not follows
     rule = "callback" if callback is not None else "schedule"
     clashes = {

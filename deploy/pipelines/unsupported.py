@@ -1,8 +1,10 @@
-"""What diffusers offers on a transformer made of PyTorch blocks and an engine cannot do, refused with the way out.
+"""Refusals of what diffusers offers on a transformer of PyTorch blocks, but an engine cannot do.
 
-diffusers' hooks are methods of a model and functions, too (``diffusers.hooks.apply_…``). Such a function looks for blocks
-among the module's children, finds none, and either says nothing or fails over an empty list. It shows by its name when it
-asks for them, or by the attribute that it leaves on the module.
+The errors name another way.
+
+diffusers' hooks are methods of a model, and also functions (``diffusers.hooks.apply_…``). Such a function looks for
+blocks among the module's children and finds none. Then it either says nothing or fails over an empty list. It is
+recognized by its name when it asks for blocks, or by the attribute that it leaves on the module.
 """
 
 from __future__ import annotations
@@ -73,7 +75,17 @@ REFUSED = {name: reason for names, reason in _NAMES for name in names.split()}
 
 
 def refuse(name: str, why: str, fix: str, available: str | Iterable[str] | None = None) -> NoReturn:
-    """UnsupportedError saying that ``name`` does not apply to an engine."""
+    """Raise UnsupportedError that says that ``name`` does not apply to an engine.
+
+    Args:
+        name: The method or option.
+        why: The reason.
+        fix: What to do instead.
+        available: The allowed values, or None.
+
+    Raises:
+        UnsupportedError: Always.
+    """
     raise UnsupportedError(f"{name} does not apply to an exported transformer: {why}", available=available, fix=fix)
 
 
@@ -87,7 +99,7 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
     return method
 
 
-# diffusers' functions on a module, by the reason to refuse them.
+# diffusers' functions on a module, each with the reason to refuse it.
 _FUNCTIONS = {
     "apply_group_offloading": _OFFLOAD,
     "apply_tensor_parallel": _OFFLOAD,
@@ -98,7 +110,7 @@ _FUNCTIONS = {
 
 
 def _hooking(frame: FrameType | None) -> str | None:
-    """The function of ``diffusers.hooks`` that is running, if one is."""
+    """Return the name of the function of ``diffusers.hooks`` that is running, or None."""
     while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("diffusers.hooks."):
         name = frame.f_code.co_name
         if name.startswith("apply_"):
@@ -115,36 +127,43 @@ def _refuse_hooks(frame: FrameType | None) -> None:
 
 
 class WholeEngine:
-    """Base of a transformer that is one engine; every method of :data:`REFUSED` raises UnsupportedError, and so does every
-    ``diffusers.hooks.apply_…`` on it."""
+    """The base of a transformer that is one engine.
+
+    Every method of :data:`REFUSED` raises UnsupportedError, and so does every ``diffusers.hooks.apply_…`` on it.
+    """
 
     is_cache_enabled = False
     is_gradient_checkpointing = False
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """There are none; a function of diffusers that wants blocks is refused."""
+        """Return no children, and refuse a function of diffusers that wants blocks."""
         _refuse_hooks(sys._getframe(1))
         return super().named_children()  # type: ignore[misc,no-any-return]
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The module itself; a function of diffusers that wants blocks is refused."""
+        """Return the module itself, and refuse a function of diffusers that wants blocks.
+
+        Args:
+            *args: The arguments of ``torch.nn.Module.named_modules``.
+            **kwargs: The keyword arguments of ``torch.nn.Module.named_modules``.
+        """
         _refuse_hooks(sys._getframe(1))
         return super().named_modules(*args, **kwargs)  # type: ignore[misc,no-any-return]
 
     def __getattr__(self, name: str) -> Any:
-        # For what is not there; such a function asks for its blocks by name, too.
+        # Python calls this for missing attributes. A function of diffusers asks for blocks by name, too.
         _refuse_hooks(sys._getframe(1))
         return super().__getattr__(name)  # type: ignore[misc]
 
     @property
     def _diffusers_hook(self) -> NoReturn:
-        # Where diffusers keeps its hooks; it asks for it also where it wants to know that there are none.
+        # diffusers keeps its hooks in this attribute. It also reads it to see that there are no hooks.
         raise AttributeError("_diffusers_hook")
 
     @_diffusers_hook.setter
     def _diffusers_hook(self, registry: Any) -> None:
         del registry
-        # Setting an attribute of a module goes through torch.
+        # Setting an attribute of a module goes through torch, so frames of torch are skipped.
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("torch."):
             frame = frame.f_back
@@ -152,10 +171,10 @@ class WholeEngine:
         refuse("a hook of diffusers", *_HOOKS)
 
     def disable_cache(self) -> None:
-        """Nothing to do: diffusers' caches are never on."""
+        """Do nothing: diffusers' caches are never on."""
 
     def disable_gradient_checkpointing(self) -> None:
-        """Nothing to do: it is never on."""
+        """Do nothing: gradient checkpointing is never on."""
 
 
 for _name in REFUSED:
@@ -165,9 +184,9 @@ for _name in REFUSED:
 def keep_in_from_pipe() -> None:
     """Let ``Pipeline.from_pipe(pipe)`` keep an exported transformer, in its own dtype.
 
-    diffusers hands a model on only where its class is the very one of the new pipeline's signature, and leaves any other
-    out; and it casts everything to float32 unless told otherwise. Both are right for transformers of PyTorch blocks. A
-    pipeline without an exported transformer is made as before.
+    diffusers passes a model on only if its class is exactly that of the new pipeline's signature, and leaves any other
+    model out. It also casts everything to float32 unless told otherwise. Both are right for transformers of PyTorch
+    blocks. A pipeline without an exported transformer is made as before.
     """
     original = DiffusionPipeline.from_pipe.__func__
     if getattr(original, "keeps_engines", False):
@@ -181,7 +200,7 @@ def keep_in_from_pipe() -> None:
         if kept and kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = next(iter(kept.values())).dtype
         for part in kept.values():
-            # Refused here, before the parts that both pipelines share are cast.
+            # A wrong dtype is refused here, before the parts that both pipelines share are cast.
             part.to(kwargs.get("dtype") or kwargs["torch_dtype"])
         return original(cls, pipeline, **{**kept, **kwargs})
 

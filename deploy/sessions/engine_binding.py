@@ -79,7 +79,14 @@ def make_logger(module: Any, log: EngineLog) -> Any:
             module.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            """Keep one message. The library calls this from any of its threads."""
+            """Keep one message.
+
+            The library calls this from any of its threads.
+
+            Args:
+                severity: A member of the library's ``ILogger.Severity``. Only errors and warnings are kept.
+                message: The message of the library.
+            """
             if severity <= module.ILogger.Severity.WARNING:
                 log.lines.append(message.strip())
 
@@ -262,7 +269,11 @@ class BoundEngine:
 
 
 def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return a context manager that makes a CUDA device the current one, and does nothing on the host."""
+    """Return a context manager that makes a CUDA device the current one, and does nothing on the host.
+
+    Args:
+        device: The device of the work in the ``with`` block.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

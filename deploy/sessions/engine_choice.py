@@ -61,7 +61,11 @@ def find_engines(
 
 
 def build_target(library: Backend) -> str:
-    """Return the name of a library as an argument of ``dvdq-export --target``."""
+    """Return the name of a library as an argument of ``dvdq-export --target``.
+
+    Args:
+        library: The backend of the engines.
+    """
     return "tensorrt" if library.takes_plugins else "rtx"
 
 

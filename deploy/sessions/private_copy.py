@@ -65,7 +65,11 @@ class PrivateCopy:
 
 
 def fits_in_memory(nbytes: int) -> bool:
-    """Return whether copies of ``nbytes`` bytes may be taken into memory: they fill at most half of the free memory."""
+    """Return whether copies may be taken into memory: they fill at most half of the free memory.
+
+    Args:
+        nbytes: The size of all copies together, in bytes.
+    """
     return hasattr(os, "memfd_create") and nbytes <= _SHARE * memory_limit()
 
 

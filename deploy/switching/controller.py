@@ -31,7 +31,8 @@ __all__ = [
 
 Mode = Literal["switch", "fixed", "planned", "callback"]
 BranchPolicy = Literal["shared", "separate"]
-# An assumption, not a measurement: latencies published for HunyuanVideo are 1.75 (W4A8) and 2.12 (W4A4) times below 16 bit.
+# An assumption, not a measurement: the latencies published for HunyuanVideo are 1.75 (W4A8) and 2.12 (W4A4) times
+# below the latency of 16 bit.
 PUBLISHED_COST: Mapping[int, float] = {8: 1.0, 4: 1.75 / 2.12}
 
 
@@ -86,7 +87,7 @@ class StepRecord:
         change: L1 of this output against the last computed output of the same branch. None for the first output, and
             for a reused one.
         accumulated: The sum that was compared with δ at the decision, or None.
-        seconds: The seconds that the engine took, with failed attempts.
+        seconds: The seconds that the engine took, including failed attempts.
         retried: True if the low engine failed and the high engine ran.
     """
 

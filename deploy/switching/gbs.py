@@ -6,13 +6,14 @@ F_t is the transformer's output at step t. The relative change of adjacent outpu
 
 With t_p the last step on the high engine, step i runs on
 
-    low   if  Σ_{t=t_p}^{i−1} L1(t) < δ high  otherwise, and then t_p = i.
+    low   if  Σ_{t=t_p}^{i−1} L1(t) < δ
+    high  otherwise, and then t_p = i.
 
 Steps 0 and 1 have no L1 before them and run on the high engine. δ = 0 is all high; δ = ∞ is all low from step 2.
 
 Two things are additions of this project and not in the published rule:
 
-``weighting`` "step" multiplies L1(t) by how far the step moves, w(t) = (τ_{t−1} − τ_t)·n/1000 with timesteps τ from
+``weighting`` "step" multiplies L1(t) by how far the step moves, w(t) = (τ_{t−1} − τ_t)·n/1000, with timesteps τ from
 1000 to 0 in n steps. The error of a step enters the latent in proportion to the step's length. Schedules with a shift
 (flow matching at video sizes) end in steps that are several times as long as their first steps. On even steps this is
 the published rule.
@@ -85,7 +86,7 @@ def change_sums(current: Tensor, previous: Tensor | None) -> Tensor:
 def change_from_sums(difference: float, norm: float) -> float:
     """Return L1 from its two sums.
 
-    From an all-zero output every change is infinite, and no change is 0.
+    If the output before is all zero, L1 is infinity for any difference, and 0 without a difference.
 
     Args:
         difference: ‖F_t − F_{t−1}‖₁.

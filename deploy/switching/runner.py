@@ -208,7 +208,7 @@ class StepRunner:
             change = change_from_sums(*sums) if sums is not None and bits is not None else None
             self.controller.ran(name, current.index, current.timestep, bits, change)
 
-    # --------------------------------------------------------------------------------------------------------- execution
+    # -------------------------------------------------------------------------------------------------------- execution
 
     def _execute(
         self, inputs: Mapping[str, Tensor], current: _Step, name: str, key: tuple[str, int], decision: Decision
@@ -325,7 +325,7 @@ class StepRunner:
             fix = "check the engines with dvdq-inspect OUT --check"
         return EngineError(what + earlier, fix=fix)
 
-    # ----------------------------------------------------------------------------------------------------------- summary
+    # ---------------------------------------------------------------------------------------------------------- summary
 
     def summary(self, cost: Mapping[int, float] | None = None) -> dict[str, Any]:
         """Return the figures of the request so far, as JSON values.

@@ -67,12 +67,13 @@ class StepCachePolicy:
         return policy if threshold is None else cls(threshold, policy.residual, policy.max_skips)
 
 
-# Measured on tiny-wan only: python benchmarks/switching/measure.py OUT --study cache --clips 4 (50 steps; PSNR to the fp32
-# model, mean of four clips; the table is in benchmarks/switching/README.md). All on a8, 29.60 dB without a cache:
+# Measured on tiny-wan only: python benchmarks/switching/measure.py OUT --study cache --clips 4 (50 steps; PSNR to the
+# fp32 model, mean of four clips; the table is in benchmarks/switching/README.md). All on a8, 29.60 dB without a cache:
 #   threshold .01  no step skipped
 #   threshold .02  24 of 50 skipped; reusing the output 29.68 dB, output − latent 29.71
 #   threshold .05  33 of 50 skipped; reusing the output 29.74 dB, output − latent 29.51
-# So the default is .02, which loses no quality (+.21 dB on 32 clips), and "output", which is better where more is skipped.
+# So the default is .02, which loses no quality (+.21 dB on 32 clips), and "output", which is better where more steps
+# are skipped.
 # With a 4-bit engine in the switch, the same threshold skips almost nothing (1 of 50): L1 then has quantization noise.
 _DEFAULT = StepCachePolicy(threshold=0.02)
 # Families that need another policy than the default. Only Wan was measured, and the default rests on it.
