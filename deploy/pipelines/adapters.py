@@ -227,6 +227,11 @@ class HunyuanVideoAdapter(Adapter):
     """The adapter of HunyuanVideo, which ignores the guidance scale for models that have no input for it.
 
     The pipeline always passes the guidance scale. Only guidance-distilled models have an input for it.
+
+    Args:
+        family: The model family.
+        sizes: The sizes of the export.
+        dtype: The dtype of the export.
     """
 
     def __init__(self, family: Family, sizes: Sizes, dtype: torch.dtype) -> None:

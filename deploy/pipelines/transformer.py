@@ -220,9 +220,9 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
 
         Args:
             steps: The number of steps of the request. It matters if the pipeline does not pass the number (all but
-                WanPipeline, in diffusers 0.42) and the controller treats the last steps otherwise. The step cache skips
-                all but the last step, ``last_high`` counts from the end, and without the number ``weighting`` does
-                nothing.
+                WanPipeline, in diffusers 0.42) and the controller treats the last steps differently. The step cache
+                may skip any step but the last, and ``last_high`` counts from the end. Without the number,
+                ``weighting`` does nothing.
         """
         self._requests.begin(steps)
 
