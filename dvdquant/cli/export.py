@@ -260,7 +260,7 @@ def _plan_text(plan: ExportPlan) -> str:
 
 
 def _memory_words(estimate: Estimate) -> str:
-    """What the peak is the larger of."""
+    """Return what the peak is the larger of."""
     words = f"exporter {amount(estimate.resident_bytes)}"
     if not estimate.builder_bytes:
         return words
