@@ -131,7 +131,7 @@ def mp4_frames(path: Path) -> int | None:
 
 @lru_cache
 def _codec(exe: str, patience: float) -> str:
-    """The first H.264 codec of ``exe`` that works; hardware ones are tried, for ffmpeg lists them without the hardware."""
+    """Return the first H.264 codec of ``exe`` that works; hardware ones are tried, for ffmpeg lists them without the hardware."""
     listed = _run([exe, "-hide_banner", "-encoders"], None, None, patience)
     names = set(re.findall(r"^\s*V\S+\s+(\S+)", listed.decode("utf-8", "replace"), re.MULTILINE))
     trial = ["-hide_banner", "-f", "lavfi", "-i", "nullsrc=s=256x256:d=1", "-vcodec"]
@@ -237,7 +237,7 @@ def _attend(process: subprocess.Popen[bytes], data: memoryview | None, output: P
 
 
 def _operand(path: Path) -> str:
-    """The path as ffmpeg takes it for a file: not for an option or a protocol, whatever its name."""
+    """Return the path as ffmpeg takes it for a file: not for an option or a protocol, whatever its name."""
     return str(path.absolute())
 
 

@@ -1,4 +1,6 @@
-"""Clips of a model with a prompt table: flow matching Euler steps with classifier-free guidance
+"""Clips of a model with a prompt table.
+
+They take flow matching Euler steps with classifier-free guidance
 
     v = v_uncond + g · (v_cond − v_uncond)
 

@@ -29,7 +29,7 @@ def generate(
     device: str = "auto",
     on_step: OnStep | None = None,
 ) -> GenerateResult:
-    """One clip of ``artifact``. With a ``generator`` from :func:`open_generator`, what it has loaded is used again."""
+    """Draw one clip of ``artifact``. With a ``generator`` from :func:`open_generator`, what it has loaded is used again."""
     if generator is not None:
         return generator.generate(request, on_step)
     with open_generator(artifact, pipeline=pipeline, backend=backend, device=device) as opened:
@@ -44,9 +44,14 @@ def open_generator(
     device: str = "auto",
     wrap_session: WrapSession | None = None,
 ) -> Generator:
-    """The generator for the model of ``artifact``. Engines and weights are loaded at the first clip that needs them.
+    """Return the generator for the model of ``artifact``.
+
+    Engines and weights are loaded at the first clip that needs them.
 
     Args:
+        artifact: the export.
+        backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         pipeline: folder or hub id of the model, if it is no longer where the export was made from.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
 

@@ -29,13 +29,19 @@ class Runner(Protocol):
     trace: list[StepRecord]
     on_step: OnStep | None
 
-    def begin_request(self, steps: int | None = None) -> None: ...
+    def begin_request(self, steps: int | None = None) -> None:
+        """Begin a request of ``steps`` steps; the trace begins anew."""
+        ...
 
     def run(
         self, inputs: dict[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Run one call and return the output of the transformer."""
+        ...
 
-    def summary(self) -> dict[str, Any]: ...
+    def summary(self) -> dict[str, Any]:
+        """Return counts, average bits and seconds of the request."""
+        ...
 
 
 class Generator(ABC):
@@ -46,8 +52,11 @@ class Generator(ABC):
 
     @abstractmethod
     def check(self, request: GenerateRequest) -> GenerateRequest:
-        """``request`` with steps, guidance and size filled in, before anything is loaded. DvdquantError when the model
-        or the export cannot make it."""
+        """Return ``request`` with steps, guidance and size filled in, before anything is loaded.
+
+        Raises:
+            DvdquantError: The model or the export cannot make it.
+        """
 
     @abstractmethod
     def prepare(self, request: GenerateRequest) -> None:
@@ -55,10 +64,10 @@ class Generator(ABC):
 
     @abstractmethod
     def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
-        """One clip; ``on_step`` gets the record of every call of the transformer as soon as it has ended."""
+        """Draw one clip; ``on_step`` gets the record of every call of the transformer as soon as it has ended."""
 
     def fps(self, frames: int) -> int:
-        """Frames per second at which a clip of ``frames`` frames is meant to be seen."""
+        """Return the frames per second at which a clip of ``frames`` frames is meant to be seen."""
         return default_fps(frames)
 
     @abstractmethod
@@ -73,7 +82,7 @@ class Generator(ABC):
 
 
 def make_controller(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:
-    """The controller for one component and one request (mode ``16`` needs none)."""
+    """Return the controller for one component and one request (mode ``16`` needs none)."""
     bits = artifact.bits(component)
     cache = None
     if request.cache is not None:
@@ -89,7 +98,7 @@ def make_controller(artifact: Artifact, component: str, request: GenerateRequest
 
 
 def executed_session(session: EngineSession) -> dict[str, Any]:
-    """Backend, device, dtype and resident bytes of a session, for trace and summary."""
+    """Return backend, device, dtype and resident bytes of a session, for trace and summary."""
     return {
         "backend": session.backend,
         "device": str(session.device),
@@ -100,6 +109,6 @@ def executed_session(session: EngineSession) -> dict[str, Any]:
 
 
 def executed_original(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The same of the original checkpoint."""
+    """Return what a trace says of the original checkpoint: backend, device, dtype."""
     name = str(dtype).removeprefix("torch.")
     return {"backend": "pytorch, original checkpoint", "device": str(device), "dtype": name}

@@ -174,7 +174,7 @@ class PipelineGenerator(Generator):
         return self._originals
 
     def _pipeline(self, transformers: dict[str, nn.Module]) -> Any:
-        """The pipeline with these transformers; its other parts are loaded once."""
+        """Return the pipeline with these transformers; its other parts are loaded once."""
         if self._pipe is not None:
             self._pipe.register_modules(**transformers)
             return self._pipe
@@ -279,7 +279,7 @@ class _Watch:
         self.started = time.perf_counter()
 
     def after(self, recorder: CallRecorder) -> Callable[..., None]:
-        """A hook that records a call that ended."""
+        """Return a hook that records a call that ended."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             del module, args

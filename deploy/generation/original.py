@@ -28,7 +28,7 @@ ORIGINAL_BITS = 16
 def load_original(
     artifact: Artifact, source: str | Path, component: str, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """The transformer the export was made from, its weights cast to ``dtype``.
+    """Return the transformer the export was made from, its weights cast to ``dtype``.
 
     Raises:
         CheckpointError: missing, damaged, or of another configuration than the export's.
@@ -62,7 +62,7 @@ def _check_same(artifact: Artifact, checkpoint: Checkpoint, component: str) -> N
 
 
 def _complete(config: Mapping[str, Any]) -> dict[str, str]:
-    """A config as text per field, with what it leaves out filled in by the defaults of its class."""
+    """Return a config as text per field, with what it leaves out filled in by the defaults of its class."""
     import diffusers
 
     parameters = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters.values()
@@ -131,7 +131,7 @@ class OriginalRunner(CallRecorder):
     def run(
         self, inputs: Mapping[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
     ) -> Tensor:
-        """The transformer's output at the graph's inputs by name, given on the model's device and in its dtype."""
+        """Return the transformer's output at the graph's inputs by name, given on the model's device and in its dtype."""
         del steps
         started = time.perf_counter()
         with _one_thread(self.device):
@@ -145,8 +145,11 @@ class OriginalRunner(CallRecorder):
 
 @contextlib.contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """The models with a prompt table are too small to gain from threads; where others use the cores too, threads that
-    wait for each other at every layer take fifty times as long. One thread also gives the same bits everywhere."""
+    """Run PyTorch on one thread on a CPU, within this context.
+
+    The models with a prompt table are too small to gain from threads; where others use the cores too, threads that
+    wait for each other at every layer take fifty times as long. One thread also gives the same bits everywhere.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if device.type == "cpu" else threads)
     try:

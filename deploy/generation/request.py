@@ -111,8 +111,12 @@ class VideoSize:
 
 
 def check_request(request: GenerateRequest, artifact: Artifact) -> None:
-    """ShapeError for a number out of range or a prompt that is empty or too long; UnsupportedError for a mode the
-    export has no graph for."""
+    """Refuse a request that no export, or not this one, can make.
+
+    Raises:
+        ShapeError: A number is out of range, or a prompt is empty or too long.
+        UnsupportedError: The export has no graph for the mode.
+    """
     prompts = [("prompt", request.prompt)]
     if request.negative_prompt is not None:
         prompts.append(("negative prompt", request.negative_prompt))
@@ -212,12 +216,15 @@ def resolve_size(
     *,
     causal: bool,
 ) -> VideoSize:
-    """The size of the clip in pixels, checked against the profile of the export.
+    """Return the size of the clip in pixels, checked against the profile of the export.
 
     Args:
-        sizes: latent sizes of the graphs. scale: pixels per latent unit (time, height, width). patch: latent units that the
-            transformer takes at once. causal: whether the VAE makes one latent of the first frame and one of every
-            ``scale[0]`` more, so frames = (latent − 1)·scale + 1.
+        request: its size in pixels, or None for what the export was tuned for.
+        sizes: latent sizes of the graphs.
+        scale: pixels per latent unit (time, height, width).
+        patch: latent units that the transformer takes at once (time, height, width).
+        causal: whether the VAE makes one latent of the first frame and one of every ``scale[0]`` more, so
+            frames = (latent − 1)·scale + 1.
 
     Raises:
         ShapeError: outside the profile or no multiple of scale and patch; names the profile in pixels and how to widen it.

@@ -48,7 +48,7 @@ def bits_name(bits: int | None) -> str:
 
 
 def steps_of(trace: Sequence[StepRecord]) -> list[StepRecord]:
-    """The first record of every step: that of the branch that decided it."""
+    """Return the first record of every step: that of the branch that decided it."""
     seen: dict[int, StepRecord] = {}
     for record in trace:
         seen.setdefault(record.step, record)
@@ -56,7 +56,7 @@ def steps_of(trace: Sequence[StepRecord]) -> list[StepRecord]:
 
 
 def bit_strip(trace: Sequence[StepRecord]) -> str:
-    """A block for every step, in order."""
+    """Return a block for every step, in order."""
     return "".join(block(record.bits) for record in steps_of(trace))
 
 
@@ -85,8 +85,10 @@ def machine() -> str:
 
 
 def clip_json(result: GenerateResult, outputs: dict[str, str], psnr: float | None) -> dict[str, Any]:
-    """One clip of the trace: request, what executed, summary, and every record. ``psnr`` in dB against 16 bit, None
-    where it was not measured or is infinite (equal clips)."""
+    """Return one clip of the trace: request, what executed, summary, and every record.
+
+    ``psnr`` is in dB against 16 bit, None where it was not measured or is infinite (equal clips).
+    """
     return {
         "request": result.request.to_json(),
         "outputs": outputs,
@@ -100,7 +102,7 @@ def clip_json(result: GenerateResult, outputs: dict[str, str], psnr: float | Non
 
 
 def write_trace(path: Path, artifact: Artifact, clips: Sequence[dict[str, Any]]) -> None:
-    """The trace of a run as JSON: the export, versions, machine, and what :func:`clip_json` made of every clip."""
+    """Return the trace of a run as JSON: the export, versions, machine, and what :func:`clip_json` made of every clip."""
     manifest = artifact.manifest
     data = {
         "format_version": TRACE_VERSION,

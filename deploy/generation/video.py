@@ -128,14 +128,16 @@ def write_gif(path: Path, clip: Clip, fps: float) -> None:
 
 
 def write_strip(path: Path, rows: Sequence[Row], columns: int = 8, min_side: int = 96) -> None:
-    """Write a PNG with one row a clip: title and note, then up to ``columns`` frames spaced evenly from first to last,
-    numbered from 1 along the top."""
+    """Write a PNG with one row a clip.
+
+    A row has title and note, then up to ``columns`` frames spaced evenly from first to last, numbered from 1 along the top.
+    """
     with atomic_path(path) as temporary:
         draw_strip(rows, columns, min_side).save(temporary)
 
 
 def draw_strip(rows: Sequence[Row], columns: int = 8, min_side: int = 96) -> Any:
-    """The picture of :func:`write_strip` as a PIL image."""
+    """Return the picture of :func:`write_strip` as a PIL image."""
     from PIL import Image, ImageDraw
 
     if not rows:
@@ -164,7 +166,7 @@ def draw_strip(rows: Sequence[Row], columns: int = 8, min_side: int = 96) -> Any
 
 
 def side_by_side(rows: Sequence[Row]) -> Clip:
-    """The clips of ``rows``, of one shape [F, H, W, 3], beside each other under their titles and notes, as one clip."""
+    """Return the clips of ``rows``, of one shape [F, H, W, 3], beside each other under their titles and notes, as one clip."""
     from PIL import Image, ImageDraw
 
     if len({row.frames.shape for row in rows}) != 1:

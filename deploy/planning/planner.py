@@ -98,7 +98,7 @@ class Plan:
     quality: list[Quality] = field(default_factory=list)
 
     def seconds_at(self, bits: float) -> float:
-        """Predicted seconds of the transformer per clip at an average."""
+        """Return the predicted seconds of the transformer per clip at an average of bits."""
         return _seconds(bits, self.calls, self.seconds_per_call, self.low, self.high)
 
 
@@ -120,12 +120,22 @@ def plan(
     """Record every prompt with every seed, find δ for ``goal``, and validate it on the first clip.
 
     Args:
-        steps: of a clip; default the model's own. reference: compare with the original 16-bit checkpoint too.
-        last_high, weighting: see :class:`StepController`; here too the default is the commands'.
+        artifact: the export.
+        prompts: clips to record, two to eight.
+        goal: average bits, seconds, or a δ of one's own.
+        seeds: each prompt is recorded with each.
+        steps: of a clip; default the model's own.
+        reference: compare with the original 16-bit checkpoint too.
+        last_high: so many last steps run on the high engine; the default is the commands'.
+        weighting: ``step`` counts a change by how far its step moves, ``none`` is the published rule.
+        pipeline: folder or hub id of the model; default the exported one.
+        backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        progress: where progress goes; default nowhere.
 
     Raises:
-        UnsupportedError: the export has one bit-width only, or no δ reaches the goal (saying the range).
-        DvdquantError: whatever a generation raises.
+        UnsupportedError: The export has one bit-width only, or no δ reaches the goal (saying the range).
+        DvdquantError: Whatever a generation raises.
     """
     low, high = _two_engines(artifact)
     progress = progress or Progress()
@@ -248,7 +258,7 @@ def _seconds(bits: float, calls: float, per_call: dict[int, float], low: int, hi
 def _record(
     generator: Generator, recorder: Recorder, requests: Sequence[GenerateRequest], progress: Progress
 ) -> tuple[list[ClipRecording], list[GenerateResult]]:
-    """The recordings, clip by clip and transformer by transformer, and the clips themselves."""
+    """Return the recordings, clip by clip and transformer by transformer, and the clips themselves."""
     clips: list[ClipRecording] = []
     results: list[GenerateResult] = []
     steps = sum(request.steps or 0 for request in requests)
@@ -331,8 +341,11 @@ def _schedule(
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> Schedule:
-    """One schedule for all prompts: the rule on the mean of the recorded changes, with the δ that gives it the chosen
-    average (the mean is smoother than its parts, so that δ differs a little)."""
+    """Return one schedule for all prompts.
+
+    It is the rule on the mean of the recorded changes, with the δ that gives it the chosen average. The mean is smoother than
+    its parts, so that δ differs a little.
+    """
     low, high = engines
     chosen: list[int | None] = []
     for component in dict.fromkeys(clip.component for clip, _ in clips):

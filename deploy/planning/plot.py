@@ -18,8 +18,14 @@ _BITS, _CHOSEN, _MEASURED, _QUALITY, _GREY = "#1f5fa8", "#c1121f", "#e07a00", "#
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
-    """Write a PNG: the staircase of average bits over δ with predicted seconds on the right, the chosen δ and what one
-    real run measured there; below it PSNR to the 16-bit model, if there is any. OutputError if it cannot be written."""
+    """Write a plan as a PNG.
+
+    It shows the staircase of average bits over δ with predicted seconds on the right, the chosen δ and what one real run
+    measured there; below it PSNR to the 16-bit model, if there is any.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,7 +58,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
 
 
 def _edges(plan: Plan) -> tuple[float, float]:
-    """A little beyond both ends of the staircase; the chosen δ is always inside."""
+    """Return limits a little beyond both ends of the staircase; the chosen δ is always inside."""
     edges = [s.upto for s in plan.stairs if 0 < s.upto < math.inf] + [plan.delta] * (plan.delta > 0) or [1.0]
     return min(edges) / 1.5, max(edges) * 1.5
 

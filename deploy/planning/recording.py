@@ -119,7 +119,7 @@ class Recorder:
 
 
 def median_seconds(clips: Sequence[ClipRecording]) -> dict[int, float]:
-    """bits -> seconds of one call, the median over all clips."""
+    """Bits -> seconds of one call, the median over all clips."""
     together: dict[int, list[float]] = {}
     for clip in clips:
         for bits, times in clip.seconds.items():

@@ -29,17 +29,17 @@ def tag(name: str, *content: str, **attributes: object) -> str:
 
 
 def label(text: str, x: float, y: float, kind: str = "t", **more: object) -> str:
-    """A text."""
+    """Return a text element."""
     return tag("text", html.escape(text), x=x, y=y, class_=kind, **more)
 
 
 def title(text: str) -> str:
-    """What the pointer shows over the element around it."""
+    """Return what the pointer shows over the element around it."""
     return tag("title", html.escape(text))
 
 
 def svg(width: float, height: float, name: str, *content: str) -> str:
-    """The picture; ``name`` is read out by screen readers."""
+    """Return the picture; ``name`` is read out by screen readers."""
     parts = (title(name), *content)
     return tag("svg", *parts, viewBox=f"0 0 {_number(width)} {_number(height)}", role="img", class_="chart")
 
@@ -90,8 +90,10 @@ def _decades(smallest: float, largest: float) -> list[float]:
 
 
 def error_chart(layers: Sequence[LayerEntry], name: str = "weight error") -> str:
-    """Relative mean square error of every layer in model order: a ring for min-max, a dot for what was exported, both on
-    one line. Bands are the blocks. Empty text when no error is known."""
+    """Return the chart of every layer's relative mean square error, in model order.
+
+    A ring is min-max, a dot what was exported, both on one line. Bands are the blocks. The text is empty when no error is known.
+    """
     known = [e for e in layers if e["relative_mse"] is not None]
     if not known:
         return ""
@@ -127,7 +129,7 @@ def _less(ours: float, minmax: float) -> str:
 
 
 def _bands(known: Sequence[LayerEntry], left: float, step: float, top: float, bottom: float) -> Iterator[str]:
-    """A tinted column for every second block, block numbers where there is room, and the names of the lists below."""
+    """Yield a tinted column for every second block, block numbers where there is room, and the names of the lists below."""
     place, spans, last = 0, [], -math.inf
     for i, (key, group) in enumerate(groupby(known, key=_block_of)):
         count = len(list(group))
@@ -168,8 +170,10 @@ def _legend(right: float, items: Sequence[tuple[str, str]]) -> str:
 
 
 def line_chart(series: Mapping[str, Sequence[float]], unit: str, name: str) -> str:
-    """One line for each of ``series`` (a4 and a8 have colours of their own) over steps counted from 1, named at its end.
-    Values that are not finite are left out."""
+    """Return a chart with one line for each of ``series`` over steps counted from 1, named at its end.
+
+    a4 and a8 have colours of their own. Values that are not finite are left out.
+    """
     left, right, top, bottom = 62.0, WIDTH - 58.0, 34.0, 250.0
     count = max(map(len, series.values()))
     axis = _Axis([v for line in series.values() for v in line], top, bottom)
@@ -200,7 +204,7 @@ def line_chart(series: Mapping[str, Sequence[float]], unit: str, name: str) -> s
 
 
 def schedule_chart(bits: Sequence[int | None]) -> str:
-    """A block for every step: full height for 8 bits, half for 4, a dot for a skipped one."""
+    """Return a block for every step: full height for 8 bits, half for 4, a dot for a skipped one."""
     left, right, bottom, full = 28.0, WIDTH - 12.0, 70.0, 56.0
     step = min(44.0, (right - left) / len(bits))
     gap = 0.14 * step

@@ -87,8 +87,13 @@ def collect(
     and is said on the way: the export is good without it.
 
     Args:
+        root: folder of the files.
+        manifest: what they are.
+        progress: where progress and notes go.
         out: the folder the export is or will be in, with its schedule.json; default ``root``.
-        samples: prompts to generate clips of. checkpoint_bytes: if known already.
+        samples: prompts to generate clips of.
+        checks: what ``--verify`` found, one record a graph.
+        checkpoint_bytes: tensors of the source, if known already.
     """
     folder, notes = out or root, []
 
@@ -150,7 +155,7 @@ def _source_bytes(manifest: Manifest) -> int | None:
 
 
 def render_report(report: Report) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     import jinja2
 
     from dvdquant.text import amount
@@ -209,12 +214,14 @@ def add_report(
     """Write the page of an unfinished export into its ``tree``, from where the commit takes it like every other file.
 
     Args:
+        tree: folder of the unfinished export.
         manifest: without files.
         known: hashes at hand; those of the other files of ``tree`` are added.
         checks: what ``--verify`` found, one record a graph.
         out: the folder that the export will lie in, for the lines that the page shows.
         samples: prompts to draw clips of; None is one where a clip costs seconds.
         checkpoint_bytes: tensors of the source.
+        progress: where progress and notes go.
     """
     from dvdquant.artifact.commit import walk_files
 
@@ -253,7 +260,7 @@ def default_samples(model: str) -> int:
 
 
 def _context(report: Report) -> dict[str, Any]:
-    """What the template shows; every text in it is :func:`shown`, every chart is finished SVG."""
+    """Return what the template shows; every text in it is :func:`shown`, every chart is finished SVG."""
     manifest = Manifest(**shown({f: getattr(report.manifest, f) for f in Manifest.__dataclass_fields__}))
     rows, slow = executions(manifest)
     table, prompt = _prompt(report)
@@ -303,7 +310,7 @@ def _prompt(report: Report) -> tuple[bool, str]:
 
 
 def _facts(report: Report) -> dict[str, Any]:
-    """The numbers of the summary."""
+    """Return the numbers of the summary."""
     manifest, (quantized, kept) = report.manifest, report.parameters
     known = [(e["relative_mse"], e["relative_mse_minmax"]) for e in manifest.layers]
     pairs = [(ours, theirs) for ours, theirs in known if ours is not None and theirs is not None]

@@ -1,5 +1,6 @@
-"""Samples for the report: clips of a model with a prompt table in 16 bit, with 4-bit activations and switching, and how far
-the engines are from the original checkpoint at every step.
+"""Samples for the report: clips in 16 bit, a4 and switching, and the engines' distance from the original at every step.
+
+They are made for models with a prompt table, whose clips cost seconds.
 
 The distance is taken along the original's own trajectory: at each step all get the same latents and embeddings (in the
 graphs' dtype), and the original's output leads on. Of step t it is
@@ -58,8 +59,12 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt. ``errors``: ``a4``, ``a8`` -> e(t) of every step. ``executed``: backend, device, dtype and resident
-    bytes of the engines."""
+    """The clips of one prompt, and how far the engines are from the original.
+
+    Args:
+        errors: ``a4``, ``a8`` -> e(t) of every step.
+        executed: backend, device, dtype and resident bytes of the engines.
+    """
 
     prompt: str
     seed: int
@@ -96,11 +101,16 @@ def make_samples(
     """Generate ``count`` samples with the export in ``root``.
 
     Args:
-        model: folder of the source, with the prompt table. schedule: followed instead of the default δ.
+        root: folder of the export.
+        model: folder of the source, with the prompt table.
+        count: number of samples.
+        schedule: followed instead of the default δ.
+        progress: where progress goes.
         steps: denoising steps; None is the schedule's, or the model's.
 
     Raises:
-        UnsupportedError: the source has no prompt table. DvdquantError: what a generation raises.
+        UnsupportedError: The source has no prompt table.
+        DvdquantError: What a generation raises.
     """
     if not has_prompt_table(model):
         raise UnsupportedError(
@@ -120,7 +130,7 @@ def make_samples(
 
 
 def _modes(artifact: Artifact) -> list[str]:
-    """What is put beside each other: 16, the fewest bits, and switching between them where there are two."""
+    """Return what is put beside each other: 16, the fewest bits, and switching between them where there are two."""
     bits = artifact.bits(artifact.components[0])
     return ["16", f"a{bits[0]}", *(["switch"] if len(bits) > 1 else [])]
 
@@ -188,8 +198,10 @@ def frames_png(result: GenerateResult) -> tuple[str, int, int]:
 
 
 class _Watch:
-    """Wraps the session of a generator; inside :meth:`along_original` the original checkpoint answers and the engines'
-    distance from it is noted."""
+    """Wraps the session of a generator.
+
+    Inside :meth:`along_original` the original checkpoint answers, and the engines' distance from it is noted.
+    """
 
     def __init__(self, artifact: Artifact, model: str) -> None:
         self.artifact, self.model = artifact, model

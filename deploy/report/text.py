@@ -37,9 +37,11 @@ _SLOW = re.compile(r"(?i)no faster than a8")
 
 
 def shown(value: Any) -> Any:
-    """``value`` with every text in it, keys too, fit to be shown: secrets of URLs and known kinds of token replaced by
-    an ellipsis, control and direction characters by U+FFFD, cut at :data:`LONGEST` characters. Escaping is the
-    template's work."""
+    """Return ``value`` with every text in it, keys too, fit to be shown.
+
+    Secrets of URLs and known kinds of token are replaced by an ellipsis, control and direction characters by U+FFFD, and a
+    text is cut at :data:`LONGEST` characters. Escaping is the template's work.
+    """
     if isinstance(value, str):
         text = _USER.sub(r"\1…@", value[: 4 * LONGEST])
         text = _PARAMETER.sub(r"\1…", text)
@@ -57,7 +59,7 @@ def shown(value: Any) -> Any:
 
 
 def recipe_words(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]]:
-    """(what, how) of a ``Recipe.to_json()`` for a model of ``family``."""
+    """Return (what, how) of a ``Recipe.to_json()`` for a model of ``family``."""
     from dvdquant.model.families import FAMILIES
 
     weight, rotation = recipe["weight"], recipe["rotation"]
@@ -94,7 +96,7 @@ def recipe_words(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]
 
 
 def millions(count: int) -> str:
-    """A number of weights: ``6.29 M``, ``12.80 B``."""
+    """Return a number of weights: ``6.29 M``, ``12.80 B``."""
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
@@ -181,7 +183,7 @@ def _builder(engine: EngineEntry) -> str:
 
 
 def commands(manifest: Manifest, out: Path | str, prompt: str, schedule: bool) -> list[tuple[str, str]]:
-    """(what it does, shell line) for this export."""
+    """Return (what it does, shell line) for this export."""
     folder, words = shell_word(str(out)), shell_word(prompt)
     bits = sorted({g["act_bits"] for g in manifest.graphs})
     if len(bits) < 2:
@@ -206,7 +208,7 @@ def commands(manifest: Manifest, out: Path | str, prompt: str, schedule: bool) -
 
 
 def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool) -> str:
-    """A script that makes a clip with this export. ``table``: its source has a prompt table instead of a pipeline."""
+    """Return a script that makes a clip with this export. ``table``: its source has a prompt table instead of a pipeline."""
     folder, model = str(out), manifest.source["model"]
     bits = sorted({g["act_bits"] for g in manifest.graphs})
     mode = "switch" if len(bits) > 1 else f"a{bits[0]}" if bits else "16"

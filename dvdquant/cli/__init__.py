@@ -1,0 +1,1 @@
+"""The commands: dvdq-export, dvdq-inspect, dvdq-plan and dvdq-run."""

@@ -45,7 +45,7 @@ class ExamplesCommand(click.Command):
             raise known or error from error
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The examples."""
+        """Write the examples after the options."""
         if self.examples:
             with formatter.section("Examples"):
                 for line in self.examples.strip().splitlines():
@@ -97,7 +97,7 @@ class _JsonLines(logging.Formatter):
 
 
 def runs_on(command: Callable[P, R]) -> Callable[P, R]:
-    """The options --backend and --device."""
+    """Add the options --backend and --device."""
     backend = click.option(
         "--backend",
         type=click.Choice(["auto", "onnxruntime", "pytorch", "rtx", "tensorrt"]),

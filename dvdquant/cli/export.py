@@ -150,8 +150,9 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-export")
 def main(**arguments: Any) -> None:
-    """Quantize the video diffusion transformer MODEL (a diffusers folder or hub id) to 4-bit weights and 4/8-bit
-    activations, without calibration data, and export ONNX graphs and TensorRT engines.
+    """Quantize the video diffusion transformer MODEL and export it as ONNX graphs and TensorRT engines.
+
+    MODEL is a diffusers folder or a hub id. It gets 4-bit weights and 4/8-bit activations, without calibration data.
 
     The output folder gets manifest.json (what is in it, and what really executes on each SM), the packed weights once,
     a graph and an engine per bit-width, and a model card. It holds the whole new export or what it held before, never half.
@@ -260,7 +261,7 @@ def _plan_text(plan: ExportPlan) -> str:
 
 
 def _memory_words(estimate: Estimate) -> str:
-    """What the peak is the larger of."""
+    """Return what the peak is the larger of."""
     words = f"exporter {amount(estimate.resident_bytes)}"
     if not estimate.builder_bytes:
         return words

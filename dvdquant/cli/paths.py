@@ -1,5 +1,7 @@
-"""Values of the command line, checked where they are read: what no file, model or word can be is refused in the option's
-name, with what to do instead."""
+"""Values of the command line, checked where they are read.
+
+What no file, model or word can be is refused in the option's name, with what to do instead.
+"""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class _Messages(_Stream):
         self.lost = False
 
     def safe(self, text: str) -> str:
-        """A bar begins with a carriage return, and moves the cursor in writes of its own."""
+        """Pass what a bar writes: it begins with a carriage return, and moves the cursor in writes of its own."""
         if _BAR.fullmatch(text):
             return text
         return "\r" * text.startswith("\r") + super().safe(text.removeprefix("\r"))
@@ -170,8 +170,10 @@ def _discard(stream: TextIO) -> None:
 
 
 def _occupy_closed_descriptors() -> None:
-    """Open the closed ones of 0, 1, 2, in the direction that fails: else the next file gets the number, and whatever is
-    printed."""
+    """Open the closed ones of descriptors 0, 1 and 2, in the direction that fails.
+
+    Otherwise the next file would get the number, and whatever is printed.
+    """
     for number, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDONLY)):
         try:
             os.fstat(number)
@@ -255,7 +257,7 @@ def user_error(error: BaseException) -> DvdquantError | None:
 
 
 def _system_error(error: OSError) -> DvdquantError:
-    """An error of the operating system that nobody expected: of a read or a write, which is not known here."""
+    """Return the error for one of the operating system that nobody expected: of a read or a write, which is not known here."""
     path = "a file" if error.filename is None else error.filename
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EROFS):
         return disk_error(error, path)
@@ -281,6 +283,7 @@ def run_as_process(call: Callable[[], Any], words: Sequence[str]) -> int:
     """Return the exit code of ``call``, a click command outside its standalone mode, its errors printed.
 
     Args:
+        call: runs the command and returns what it returns.
         words: the command line; with ``--log-format json`` errors are JSON lines.
     """
     if sys.excepthook is sys.__excepthook__:
@@ -300,7 +303,7 @@ class _Reporter:
         self.as_json = as_json
 
     def failed(self, error: DvdquantError) -> int:
-        """what / available / fix."""
+        """Print what, available and fix."""
         if self.as_json:
             fields = {"error": type(error).__name__, "what": error.what, "available": error.available, "fix": error.fix}
             self._line({"event": "error", **fields})
@@ -367,7 +370,7 @@ def _wants_json(words: Sequence[str]) -> bool:
 
 
 def _print_bug(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-    """A traceback quotes names of files and tensors, too."""
+    """Print a traceback, escaped: it quotes names of files and tensors, too."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         text = "".join(traceback.format_exception(kind, error, where))
         sys.stderr.write(

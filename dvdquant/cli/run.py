@@ -222,7 +222,7 @@ def generate_one(generator: Generator, request: GenerateRequest, progress: Progr
 
 @contextmanager
 def step_bar(progress: Progress, title: str, steps: int) -> Iterator[Callable[[Any], None]]:
-    """A callback for every record of the trace: the bar moves with the first call of each step."""
+    """Return a callback for every record of the trace: the bar moves with the first call of each step."""
     from dvdquant.deploy.generation.run_report import bits_name, block
 
     blocks: list[str] = []
@@ -242,7 +242,7 @@ def step_bar(progress: Progress, title: str, steps: int) -> Iterator[Callable[[A
 
 
 def requests_for(settings: RunOptions, artifact: Artifact, prompt: str) -> list[GenerateRequest]:
-    """The clips of one prompt: one, or one for every mode to compare."""
+    """Return the clips of one prompt: one, or one for every mode to compare."""
     from dvdquant.deploy.generation.request import GenerateRequest
     from dvdquant.deploy.switching.schedule import Schedule
 
@@ -270,7 +270,7 @@ def requests_for(settings: RunOptions, artifact: Artifact, prompt: str) -> list[
 
 
 def _switching(request: GenerateRequest, settings: RunOptions, schedule: Any) -> GenerateRequest:
-    """The request that switches: by a schedule's bits, by the δ of a wanted average in it, or by δ."""
+    """Return the request that switches: by a schedule's bits, by the δ of a wanted average in it, or by δ."""
     if schedule is None:
         return dataclasses.replace(request, mode="switch")
     if settings.average_bits is not None:

@@ -37,8 +37,11 @@ class Writer:
 
     @classmethod
     def open(cls, settings: RunOptions, count: int) -> Writer:
-        """Check every path before anything is generated. OutputError: unknown suffix, a folder that cannot be written,
-        or one path for two files."""
+        """Check every path before anything is generated.
+
+        Raises:
+            OutputError: A suffix is unknown, a folder cannot be written, or one path is given for two files.
+        """
         from dvdquant.deploy.generation.video import check_target
 
         wanted = (
@@ -82,7 +85,7 @@ class Writer:
         echo(compare_text(results, values) if compare else summary_text(results[0]))
 
     def _write(self, picture: Any, fps: float) -> dict[str, str]:
-        """The clip's own files; their paths by kind."""
+        """Write the clip's own files; their paths by kind."""
         from dvdquant.deploy.generation.video import write_gif, write_mp4
 
         index = len({clip["outputs"]["clip"] for clip in self.clips})
@@ -117,7 +120,7 @@ class Writer:
 
 
 def _row(result: GenerateResult, psnr: float | None) -> Row:
-    """The clip under the name of its mode."""
+    """Return the clip under the name of its mode."""
     from dvdquant.deploy.generation.run_report import average_bits, steps_of
     from dvdquant.deploy.generation.video import Row
 
@@ -133,7 +136,7 @@ def _row(result: GenerateResult, psnr: float | None) -> Row:
 
 
 def _strip_row(row: Row, prompt: str, place: int | None) -> Row:
-    """The row of a strip. ``place`` in a comparison: its first row also says the prompt; else the prompt is the title."""
+    """Return the row of a strip. ``place`` in a comparison: its first row also says the prompt; else the prompt is the title."""
     from dvdquant.deploy.generation.video import Row
 
     if place is None:

@@ -18,7 +18,7 @@ _LEGEND = "█ a8  ▄ a4  · skipped"
 
 
 def summary_text(result: GenerateResult) -> str:
-    """The closing lines for people: counts, blocks, retries and time, with machine, backend and device named."""
+    """Return the closing lines for people: counts, blocks, retries and time, with machine, backend and device named."""
     from dvdquant.deploy.generation.run_report import average_bits, bit_strip, steps_of
 
     steps = steps_of(result.trace)
@@ -42,7 +42,7 @@ def summary_text(result: GenerateResult) -> str:
 
 
 def compare_text(results: Sequence[GenerateResult], values: Sequence[float | None]) -> str:
-    """A table of several results of one prompt and seed; ``values`` are PSNRs to the first, None for itself."""
+    """Return a table of several results of one prompt and seed; ``values`` are PSNRs to the first, None for itself."""
     from dvdquant.deploy.generation.run_report import average_bits, bit_strip, steps_of
 
     rows = []
