@@ -10,7 +10,7 @@ from typing import Any
 
 from dvdquant.checkpoint.reader import locate_model, refuse_scripts
 from dvdquant.checkpoint.untrusted import UntrustedFolder, fix_of, reason_of
-from dvdquant.deploy.pipelines.schedulers import check_scheduler_config
+from dvdquant.deploy.pipelines.schedulers import check_scheduler_config, read_scheduler_config
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.system.safetensors_io import read_header_from
 
@@ -145,7 +145,7 @@ def _problem(root: UntrustedFolder, part: str) -> str | None:
     if not names:
         return f"{part}/ is missing"
     if part.startswith("scheduler") and folder.has("scheduler_config.json"):
-        config = folder.json("scheduler_config.json", MAX_JSON, fix="download the pipeline again")
+        config = read_scheduler_config(folder, "scheduler_config.json", "download the pipeline again")
         check_scheduler_config(config, folder.root / "scheduler_config.json")
     if part.startswith(_WEIGHTLESS):
         return None

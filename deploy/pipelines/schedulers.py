@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing_extensions import TypedDict  # pydantic takes the one of typing from
 
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.errors import CheckpointError
+from dvdquant.system.files import strict_json
 
 __all__ = [
     "SCHEDULERS",
@@ -28,12 +30,15 @@ __all__ = [
     "check_scheduler_config",
     "open_scheduler",
     "open_table_scheduler",
+    "read_scheduler_config",
     "rehearse",
     "set_timesteps",
 ]
 
 FOLDER, FILE, INDEX = "scheduler", "scheduler_config.json", "model_index.json"
 MAX_JSON = 1 << 20  # bytes
+_LIMIT = "lambda_min_clipped"  # the field that diffusers writes as minus infinity
+_NO_LIMIT = re.compile(rb'("lambda_min_clipped"\s*:\s*)-Infinity\b')
 MAX_TRAIN_TIMESTEPS = 100_000  # a thousand in every published model; tables of this length take a second at most
 
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
@@ -309,5 +314,30 @@ def _class_of(root: Path) -> str:
     return entry[1]
 
 
+def read_scheduler_config(folder: UntrustedFolder, name: str, fix: str) -> dict[str, Any]:
+    """Return the JSON object of a scheduler's file.
+
+    diffusers writes minus infinity, which is no JSON, for a limit that is not set. That field is left out: the class has the same
+    default.
+
+    Args:
+        folder: of the model or of the scheduler.
+        name: the file in it.
+        fix: what helps where it cannot be used.
+
+    Raises:
+        CheckpointError: It is missing, too large, or no JSON object.
+    """
+    try:
+        raw = folder.read(name, MAX_JSON)
+        if _NO_LIMIT.search(raw):
+            config = strict_json(_NO_LIMIT.sub(rb"\1null", raw))
+            if isinstance(config, dict):
+                return {key: value for key, value in config.items() if key != _LIMIT or value is not None}
+    except (OSError, ValueError):
+        pass  # said below, in words
+    return folder.json(name, MAX_JSON, fix)
+
+
 def _read(root: Path, name: str) -> dict[str, Any]:
-    return UntrustedFolder.at(root).json(name, MAX_JSON, "get the model's folder again")
+    return read_scheduler_config(UntrustedFolder.at(root), name, "get the model's folder again")

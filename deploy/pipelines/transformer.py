@@ -138,7 +138,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             UnsupportedError: An option does not apply, or two options contradict each other.
         """
         # 1. The options.
-        _check_options(mode, delta, schedule, callback, last_high, weighting)
+        _check_options(mode, delta, schedule, callback, last_high, weighting, cache)
         if unknown.get("use_safetensors") is not False:
             unknown = {name: value for name, value in unknown.items() if name not in _HARMLESS}
         if unknown:
@@ -176,8 +176,11 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
 
     @property
     def runner(self) -> StepRunner:
-        """Return the runner of this thread's last (or running) request. It has ``summary()`` and ``on_step``."""
-        return self._requests.own.runner
+        """Return the runner of this thread's last (or running) request, else of the latest of any thread.
+
+        It has ``summary()`` and ``on_step``.
+        """
+        return self._requests.latest.runner
 
     @property
     def session(self) -> EngineSession:
@@ -466,7 +469,13 @@ def _controller(
 
 
 def _check_options(
-    mode: str, delta: Any, schedule: Any, callback: Any, last_high: int | None, weighting: str | None
+    mode: str,
+    delta: Any,
+    schedule: Any,
+    callback: Any,
+    last_high: int | None,
+    weighting: str | None,
+    cache: Any = None,
 ) -> None:
     """Refuse options that contradict each other, as the command dvdq-run does.
 
@@ -485,9 +494,12 @@ def _check_options(
             callback is not None and mode not in ("switch", "callback")
         ),
     }
+    # Of a fixed width, last steps are those that the step cache computes.
+    for_cache = cache is not None and re.fullmatch(r"a\d+", mode) is not None and not follows
     for name, value in (("delta", delta), ("last_high", last_high), ("weighting", weighting)):
         what = f"{rule} says the bits of each step" if follows else f"mode={mode!r:.40} does not switch"
-        clashes[f"{name} is for switching engines by delta, and {what}"] = value is not None and not switches
+        allowed = switches or (name == "last_high" and for_cache)
+        clashes[f"{name} is for switching engines by delta, and {what}"] = value is not None and not allowed
     for what, clash in clashes.items():
         if clash:
             raise UnsupportedError(what, fix="leave one of the two out")

@@ -42,6 +42,21 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+def _map(fd: int, size: int) -> mmap.mmap:
+    """Return a private map of a whole file, for which the system sets no memory aside before it is written to.
+
+    Raises:
+        ResourceError: The system refuses the map.
+    """
+    try:
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0), prot=protection)
+    except OSError as error:
+        raise ResourceError(
+            f"{size / 1e9:.2f} GB of weights cannot be mapped: {error.strerror}", fix="free memory, then try again"
+        ) from error
+
+
 class PrivateCopy:
     """The bytes of one file, in a place where nobody else writes.
 
@@ -61,7 +76,7 @@ class PrivateCopy:
 
         PyTorch and ONNX Runtime ask for a writable map. Only the holder of the map sees what is written to it.
         """
-        return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_COPY)
+        return _map(self._fd, self.size)
 
 
 def fits_in_memory(nbytes: int) -> bool:
@@ -111,9 +126,13 @@ def private_copy(root: Path, name: str, entry: FileEntry, in_memory: bool) -> Pr
             return copy
         finally:
             os.close(source)
-    except (OSError, ValueError) as error:
-        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        raise OutputError(f"{path} does not match its manifest: {reason}", fix="export again") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise OutputError(f"{path} does not match its manifest: {reason}", fix="export again") from error
+        raise OutputError(f"{path} cannot be read: {reason}", fix="mend that, then try again") from error
+    except ValueError as error:
+        raise OutputError(f"{path} does not match its manifest: {error}", fix="export again") from error
 
 
 def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) -> PrivateCopy:
@@ -169,8 +188,9 @@ def _unnamed_file(name: str, size: int) -> int:
     Raises:
         ResourceError: There is no room for the file, or it cannot be made.
     """
-    folder = _folder()
+    folder = "the folder of temporary files"
     try:
+        folder = _folder()
         with tempfile.TemporaryFile(dir=folder, prefix="dvdq-") as file:
             fd = os.dup(file.fileno())
         try:

@@ -85,6 +85,12 @@ class FolderLock:
                     if os.fstat(self._fd).st_nlink == 1:
                         self._sign()
                         return
+                    if (
+                        looks < -_LOOKS
+                    ):  # a file system that counts names in its own way, or somebody who links it again
+                        raise OutputError(
+                            f"cannot write {path / LOCK}: it has other names", fix="delete it or pick another -o"
+                        )
                     # A second name of a file that is perhaps elsewhere: it is not ours to write. Take it out of the way.
                     self.folder.unlink(LOCK)
             except FileNotFoundError:

@@ -448,7 +448,11 @@ def read_verified(out: str | Path, manifest: Manifest, name: str) -> bytes:
     try:
         linked = os.path.realpath(path) != os.path.join(os.path.realpath(out), name)
         raw = b"" if linked else read_limited(path, entry["bytes"])
-    except (OSError, ValueError) as error:
+    except FileNotFoundError as error:
+        raise OutputError(f"{path} does not match its manifest: it is missing", fix="export again") from error
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror}", fix="mend that, then try again") from error
+    except ValueError as error:
         raise OutputError(f"{path} does not match its manifest: {error}", fix="export again") from error
     if linked or hashlib.sha256(raw).hexdigest() != entry["sha256"]:
         how = "is reached through a symbolic link" if linked else "was changed (its SHA-256 differs)"

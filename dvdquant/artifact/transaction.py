@@ -437,6 +437,9 @@ class ExportTransaction:
                             folder.sync()
                 tree.sync()
             stage.sync()
+            # Closed before its folder is deleted: NFS keeps a name for an open file.
+            if self._journal is not None:
+                self._journal.close()
             self._lock = install(lock, stage, files, self.previous)
         except OSError as error:
             if os.path.lexists(self.out / COMMIT):

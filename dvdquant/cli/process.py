@@ -342,7 +342,9 @@ def _outcome(call: Callable[[], Any], report: _Reporter) -> int:
         code = call()
     except click.ClickException as error:
         return report.misused(error)
-    except click.Abort as error:  # what click makes of KeyboardInterrupt
+    except click.Abort as error:  # what click makes of KeyboardInterrupt, and of an EOFError, which is a bug
+        if isinstance(error.__cause__, EOFError):
+            raise error.__cause__ from None  # with its traceback, as every other bug
         return report.stopped(getattr(error.__cause__, "signum", signal.SIGINT))
     except KeyboardInterrupt as error:
         return report.stopped(getattr(error, "signum", signal.SIGINT))

@@ -181,7 +181,7 @@ TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
         Found("changes to a model (LoKr, LoHa or differences), not a model", _LORA_FIX),
     ),
     "alpha": (
-        (_any(r"(attn|attention|self_attn|cross_attn|ffn|ff|mlp|to_[qkv]|linear)[\w.]*\.alpha$"),),
+        (_any(r"^(?=.{0,400}(attn|attention|ffn|ff|mlp|to_[qkv]|linear)).*\.alpha$"),),
         Found("a LoRA or a model with parts of one (.alpha)", _LORA_FIX),
     ),
     "all-in-one": (

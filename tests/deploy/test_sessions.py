@@ -229,7 +229,7 @@ def test_what_open_session_refuses() -> None:
         ({"backend": "openvino"}, "unknown backend 'openvino'\n  available: auto, tensorrt_rtx"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"device": "meta"}, "unknown device 'meta'"),
-        ({"device": "cuda:99"}, "there is no device cuda:99\n  available: cpu"),
+        ({"device": "cuda:99"}, "there is no device cuda:99: PyTorch sees no CUDA device\n  available: cpu"),
         ({"bits": [6]}, "no graph of transformer with 6-bit activations\n  available: 4 bits, 8 bits"),
         ({"bits": []}, "no activation bits were asked for"),
         ({"component": "vae"}, "no component 'vae'\n  available: transformer, transformer_2"),

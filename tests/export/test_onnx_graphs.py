@@ -157,7 +157,7 @@ def test_no_weight_bytes_inside_the_graph_files(export: Export) -> None:
         kept = set(export.plan.kept)
         assert not {name for name in inside if name in packed | kept}, (bits, flavour)
         # What is left are shapes, rotary tables, and the QDQ flavour's vectors and rotations (in the graph's dtype).
-        rotations = {n for n in inside if n.startswith(("dvdquant.numerics.hadamard.", "dvdquant.outer."))}
+        rotations = {n for n in inside if n.startswith(("dvdquant.hadamard.", "dvdquant.outer."))}
         assert max((size for name, size in inside.items() if name not in rotations), default=0) <= 1 << 16
         assert flavour == "onnx" or not rotations
 

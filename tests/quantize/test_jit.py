@@ -66,7 +66,9 @@ def held(lock: Path) -> Iterator[None]:
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "loops.py"
-    path.write_text("import dvdquant.quantize.backends.jit\ndvdquant.jit.SAY_AFTER_SECONDS = 0.2\n" + LOOPS)
+    path.write_text(
+        "import dvdquant.quantize.backends.jit\ndvdquant.quantize.backends.jit.SAY_AFTER_SECONDS = 0.2\n" + LOOPS
+    )
     return path
 
 
@@ -129,7 +131,9 @@ def test_waiting_is_said_and_ends_when_the_other_process_is_done(script: Path, t
 
 
 def test_a_process_that_never_lets_go_is_an_error_after_a_limit(script: Path, tmp_path: Path) -> None:
-    script.write_text("import dvdquant.quantize.backends.jit\ndvdquant.jit.WAIT_SECONDS = 0.5\n" + LOOPS)
+    script.write_text(
+        "import dvdquant.quantize.backends.jit\ndvdquant.quantize.backends.jit.WAIT_SECONDS = 0.5\n" + LOOPS
+    )
     cache, lock = empty_cache(script, tmp_path)
     with held(lock):
         start_time = time.monotonic()
@@ -195,7 +199,7 @@ def test_a_numba_without_the_hooks_compiles_without_the_cache(script: Path, tmp_
     missing = "Dispatcher._cache.load_overload"
     text = script.read_text()
     script.write_text(
-        f"import dvdquant.quantize.backends.jit\ndvdquant.jit._missing_hooks = lambda compiled: {missing!r}\n{text}"
+        f"import dvdquant.quantize.backends.jit\ndvdquant.quantize.backends.jit._missing_hooks = lambda compiled: {missing!r}\n{text}"
     )
     cache = tmp_path / "cache"
     for _ in range(2):

@@ -166,7 +166,7 @@ def _locked(folder: Path) -> int | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Nothing is ever written to it, and a link is not followed: a file that somebody put there stays as it is.
-        lock = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        lock = _open_lock(path)
     except OSError as error:
         log.warning("loops are compiled for this process alone: %s: %s", shown(path), shown(error.strerror or error))
         return None
@@ -176,10 +176,23 @@ def _locked(folder: Path) -> int | None:
             os.close(lock)
             return None
         _wait_for(lock, path)
+    except OSError as error:  # a file system without locks
+        log.warning("loops are compiled for this process alone: %s: %s", shown(path), shown(error.strerror or error))
+        os.close(lock)
+        return None
     except BaseException:
         os.close(lock)
         raise
     return lock
+
+
+def _open_lock(path: Path) -> int:
+    """Open the lock file, for writing where that is allowed: NFS gives an exclusive lock to such a descriptor only."""
+    flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(path, os.O_RDWR | flags, 0o644)
+    except PermissionError:  # the file is of somebody else
+        return os.open(path, os.O_RDONLY | flags, 0o644)
 
 
 def _wait_for(lock: int, path: Path) -> None:
