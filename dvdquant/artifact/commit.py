@@ -85,9 +85,8 @@ class FolderLock:
                     if os.fstat(self._fd).st_nlink == 1:
                         self._sign()
                         return
-                    if (
-                        looks < -_LOOKS
-                    ):  # a file system that counts names in its own way, or somebody who links it again
+                    # A file system that counts names in its own way, or somebody who links it again.
+                    if looks < -_LOOKS:
                         raise OutputError(
                             f"cannot write {path / LOCK}: it has other names", fix="delete it or pick another -o"
                         )

@@ -227,7 +227,7 @@ import torch, diffusers, accelerate
 from dvdquant.errors import DvdquantError
 from dvdquant.model.plan import plan_model
 from dvdquant.recipe import get_recipe
-from tests import tiny_models
+from tests.support import tiny_models
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 plan_model(tiny_models.WAN, get_recipe("w4a4"), torch.bfloat16)

@@ -199,7 +199,7 @@ def test_a_numba_without_the_hooks_compiles_without_the_cache(script: Path, tmp_
     missing = "Dispatcher._cache.load_overload"
     text = script.read_text()
     script.write_text(
-        f"import dvdquant.quantize.backends.jit\ndvdquant.quantize.backends.jit._missing_hooks = lambda compiled: {missing!r}\n{text}"
+        f"from dvdquant.quantize.backends import jit\njit._missing_hooks = lambda compiled: {missing!r}\n{text}"
     )
     cache = tmp_path / "cache"
     for _ in range(2):

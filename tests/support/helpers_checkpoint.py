@@ -263,7 +263,7 @@ class CleanChildren:
 
     def __init__(self) -> None:
         code = (
-            "import json, sys; from tests import helpers_checkpoint as h\n"
+            "import json, sys; from tests.support import helpers_checkpoint as h\n"
             "for line in sys.stdin: print(h.in_child(lambda: h.disturbed(*json.loads(line))), flush=True)"
         )
         command, pipe = [sys.executable, "-c", code], subprocess.PIPE
