@@ -32,6 +32,7 @@ __all__ = [
     "RotationTable",
     "empty_tensor",
     "install_quant_linears",
+    "make_weights",
     "prepare_layers",
     "set_activation",
 ]
@@ -241,7 +242,7 @@ class _SharedInput:
 
     def _state(self, x: Tensor) -> tuple[int, int, int]:
         # Inference tensors count no versions, and a compiler sees every change in place by itself.
-        version = 0 if x.is_inference() or torch.compiler.is_compiling() else x._version
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         return version, self.layer.act_bits, self.layer.act_group
 
     def _kept(self, index: int, x: Tensor, state: tuple[int, int, int]) -> Tensor | None:
@@ -339,3 +340,13 @@ def prepare_layers(
             except UnsupportedError as error:
                 left[module.spec.name] = error.what
     return left
+
+
+def make_weights(model: nn.Module) -> None:
+    """Make the prepared weight of every layer of ``model`` for its current activation grid, where kernels run it.
+
+    A compiled model cannot make one while it runs.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and module.kernel is not None:
+            module.kernel.make_weight(module.act_bits, module.act_group)
