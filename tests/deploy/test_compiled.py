@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.sessions import compiled, pytorch
+from dvdquant.deploy.sessions import compiled, open_session, pytorch
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import UnsupportedError
 from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers
@@ -20,6 +20,9 @@ from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.prepared_linear import handle_of, prepared_linear
 from dvdquant.ops.repack import LayerShape
 from tests.support import session_exports as made
+from tests.support.commands import refused
+from tests.support.exporting import TINY_WAN
+from tests.support.running import PROMPT, call, decode, drawn, run, tiny_wan_export
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "bench", "check")]
 
@@ -65,6 +68,23 @@ def test_the_weight_is_made_before_the_compiled_step() -> None:
     assert not any(layer.kernel.nbytes for layer in layers if layer.kernel)
     make_weights(model)
     assert all(layer.kernel.nbytes for layer in layers if layer.kernel)
+
+
+def test_what_compile_does_not_go_with() -> None:
+    artifact = Artifact.open(made.family_export("wan"))
+    with pytest.raises(UnsupportedError, match="does not take compile"):
+        open_session(artifact, backend="onnxruntime", device="cpu", compile=True)
+    out = tiny_wan_export()
+    refused(run(*call(out, "--prompt", PROMPT, "--compile", "-o", "clip.mp4")), "--compile runs in PyTorch")
+    refused(run(out, "--prompt", PROMPT, "--compile", "--mode", "16", "-o", "clip.mp4"), "--compile", "leave one")
+
+
+def test_a_compiled_run_draws_a_clip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    short = (tiny_wan_export(), "--pipeline", TINY_WAN, "--steps", 2, "--device", "cpu", "--prompt", PROMPT)
+    drawn(*short, "--compile", "-o", tmp_path / "compiled.mp4")
+    drawn(*short, "--backend", "pytorch", "-o", tmp_path / "eager.mp4")
+    assert (decode(tmp_path / "compiled.mp4") == decode(tmp_path / "eager.mp4")).all()
 
 
 def test_a_model_without_blocks_is_refused() -> None:
