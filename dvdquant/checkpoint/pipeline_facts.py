@@ -77,7 +77,7 @@ def with_pipeline_facts(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _read(checkpoint: Checkpoint) -> PipelineFacts:
-    """Return the facts from the files beside the transformer, without any fact if its own folder was given as the model.
+    """Return the facts from the files beside the transformer, or none if its own folder was given as the model.
 
     Raises:
         CheckpointError: A file cannot be read, or a field is out of form.

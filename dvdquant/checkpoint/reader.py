@@ -504,7 +504,6 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     Raises:
         CheckpointError: The hub does not give them.
         ResourceError: The disk is full.
-        OutputError: The cache of the hub cannot be written.
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
