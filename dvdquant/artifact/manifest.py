@@ -188,7 +188,7 @@ class LayerEntry(TypedDict):
         features_out: N, the number of output channels.
         rotation_block: The size of the Hadamard block in channels; 1 means no rotation.
         relative_mse: The error of the stored weight.
-        relative_mse_minmax: The same error for the clip range at the extremes, for comparison.
+        relative_mse_minmax: The same error of the solver ``minmax`` (clip range at the extremes), for comparison.
         weight_mse: The error of the rotated weight over all rows, which ``--verify`` computes again. It is recorded if
             the recipe looks at inputs; older manifests lack it.
     """
