@@ -103,7 +103,7 @@ class FolderLock:
             except BaseException:
                 self._close()
                 raise
-            # A reader looked, or the holder before us removed or swapped this file: lock the one that is there now.
+            # A reader held the lock, or the last holder removed or replaced this file: lock the file that is there now.
             self._close()
             looks -= 1
 
@@ -181,7 +181,7 @@ class FolderLock:
     def _close(self) -> None:
         """Close the lock file and the folder."""
         fd, self._fd = self._fd, -1
-        with contextlib.suppress(OSError):  # a file system may report an earlier write here; the lock holds nothing
+        with contextlib.suppress(OSError):  # an earlier write may be reported here, but the lock file holds no data
             if fd >= 0:
                 os.close(fd)
         self.folder.close()
@@ -298,7 +298,7 @@ def _works_inside(out: Path) -> bool:
         here = Path(os.path.realpath(os.getcwd()))
     except FileNotFoundError:  # the working directory was deleted
         return False
-    except OSError:  # somewhere below a folder that may not be looked into
+    except OSError:  # it is below a folder that may not be read, so it may be in the output folder
         return True
     return out in (here, *here.parents)
 
@@ -434,7 +434,7 @@ def _retire(parent: Folder, sibling: str, old: Folder, new: Folder, stage_name: 
         stage_name: The name in the output folder under which the replaced folder is deleted.
         listed: The paths of the replaced export's files.
     """
-    _carry(old, new, listed)  # what somebody put into the old folder since the first time
+    _carry(old, new, listed)  # files that somebody put into the old folder since the first time
     parent.rename(sibling, new, stage_name)
     new.remove(stage_name)
 
@@ -693,7 +693,7 @@ def _unlink_pruned(folder: Folder, name: str) -> None:
             with folder.reach(parents) as place:
                 place.remove_folder(last)
         except OSError:
-            return  # not empty, or not there
+            return  # it is not empty, or not there
 
 
 def _damaged(folder: Folder, why: str) -> OutputError:

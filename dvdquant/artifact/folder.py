@@ -77,7 +77,7 @@ class Folder:
         """Close the descriptor."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            with contextlib.suppress(OSError):  # of a folder nothing is left to write, and it is closed in any case
+            with contextlib.suppress(OSError):  # a folder has nothing left to write, and it is closed in any case
                 os.close(fd)
 
     def __enter__(self) -> Folder:
@@ -166,7 +166,7 @@ class Folder:
                     if not relative and skip(name):
                         continue
                     if (info := folder.info(name)) is None:
-                        continue  # gone since the listing
+                        continue  # it was deleted since the listing
                     path = f"{relative}/{name}" if relative else name
                     empty = False
                     if stat.S_ISDIR(info.st_mode):
@@ -261,7 +261,7 @@ class Folder:
         with self._named(name):
             fd = os.open(name, flags, dir_fd=self.fd)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):  # swapped in between
+            if not stat.S_ISREG(os.fstat(fd).st_mode):  # it was replaced since the first look
                 raise ValueError(f"{name} is not a regular file")
         except BaseException:
             os.close(fd)
@@ -400,7 +400,7 @@ class Folder:
             self.unlink(name)
             return
         with contextlib.suppress(OSError):
-            self.remove_folder(name)  # an empty one goes without the right to look into it
+            self.remove_folder(name)  # an empty folder can be deleted without the right to read it
             return
         with self._child_to_delete(name) as folder:
             if folder.own().st_dev != device:
@@ -416,7 +416,7 @@ class Folder:
     def _child_to_delete(self, name: str) -> Folder:
         """Open a folder in this one that is to be deleted; a write-protected one is made writable."""
         folder = self.child(name)
-        with contextlib.suppress(OSError):  # not of this user, who perhaps may delete in it all the same
+        with contextlib.suppress(OSError):  # it belongs to another user; deleting in it may be allowed all the same
             if folder.own().st_mode & 0o700 != 0o700:
                 os.fchmod(folder.fd, 0o700)
         return folder

@@ -123,7 +123,7 @@ Size = Annotated[int, Field(ge=0, lt=2**63)]
 Bits = Annotated[int, Field(ge=4, le=8, multiple_of=2)]
 ErrorShare = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 ComputeCapability = Annotated[str, Field(pattern="^[0-9]{1,2}[.][0-9]$")]
-# As the exporter's own --subfolder takes them.
+# The same names that the exporter's --subfolder takes.
 ComponentName = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 AxisSizes = Annotated[
     list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(min_length=3, max_length=3), AfterValidator(_check_order)
@@ -153,7 +153,12 @@ class _Shapes(TypedDict):
 
 @with_config(_STRICT)
 class _File(TypedDict):
-    """The checked form of :class:`dvdquant.system.files.FileEntry`."""
+    """The checked form of :class:`dvdquant.system.files.FileEntry`.
+
+    Attributes:
+        sha256: The SHA-256 as 64 lower-case hex digits.
+        bytes: The size in bytes.
+    """
 
     sha256: Digest
     bytes: Size

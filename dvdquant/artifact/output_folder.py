@@ -78,7 +78,7 @@ def check_output(out: str | Path) -> None:
     check_path(folder)
     try:
         there = _deepest(folder)
-        # /proc and its like let root write by their permissions and hold no files: they have no blocks.
+        # File systems such as /proc let root write by their permissions, but hold no files: they have no blocks.
         if not os.access(there, os.W_OK | os.X_OK) or not os.statvfs(there).f_blocks:
             raise OutputError(f"cannot write {folder}: {there} takes no files", fix="pick an -o you may write to")
         # The next export puts in order what a killed commit left, so it is no reason to refuse.

@@ -163,9 +163,8 @@ class Journal:
                 written += os.pwrite(self._fd, line[written:], self._end + written)
             os.fdatasync(self._fd)
         except OSError:
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk may have taken half a line; half of it ends the journal, too
+            # A full disk may have taken half a line, which would end the journal.
+            with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._end)
             raise
         self._end += len(line)
@@ -372,7 +371,7 @@ class ExportTransaction:
                 try:
                     folder.rmdir()
                 except OSError:
-                    break  # not empty: work kept for --resume, or somebody else's files
+                    break  # it holds work kept for --resume, or somebody else's files
 
     def _leave_stage(self, stage: Folder, folder: Folder, finished: bool) -> None:
         """Remove the stage, or keep it for --resume.

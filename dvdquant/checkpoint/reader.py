@@ -444,7 +444,7 @@ def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
             raise CheckpointError(
                 f"there is no folder {shown(model)!r:.300}", available=available, fix="give a local folder or a hub id"
             )
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home folder to expand to
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: there is no home folder for ~
         raise CheckpointError(
             f"{shown(model)!r:.200} cannot be opened: {reason_of(error)}",
             fix=fix_of(error, "give a folder that you may read"),
@@ -511,7 +511,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     local = "or give a local folder that holds the model"
     try:
         found = huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
-    except Exception as error:  # the HTTP client underneath has its own classes, which differ between versions
+    except Exception as error:  # the HTTP client has exceptions of its own, which differ between versions
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_error(error, f"the hub cache with {model}") from error
         if isinstance(error, GatedRepoError):

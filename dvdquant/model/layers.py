@@ -163,7 +163,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.spec = spec
         self.use(activation)
-        # In a list, so that the shared table is not registered as a child of every layer.
+        # The table is in a list, so that it is not registered as a child of every layer.
         self._table = [table]
         self.kernel: KernelLayer | None = None
         for full_name, (dtype, shape) in spec.tensors().items():

@@ -92,7 +92,7 @@ def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
         UnsupportedError: The class is unknown, or only one of this diffusers and dvdquant knows a field.
         CheckpointError: No model of the class has such a field, or diffusers refuses the config.
     """
-    # Imported here: diffusers takes seconds to import, and --help must not.
+    # The import is here because diffusers takes seconds to import, and --help must be fast.
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -167,7 +167,7 @@ def _with_placeholders(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         _set_parameter(model, name, empty_tensor(tuple(parameter.shape), stored))
     saved = set(model.state_dict())
     for name, buffer in list(model.named_buffers()):
-        if name in saved:  # part of the checkpoint (learned position embeddings), so treated like a parameter
+        if name in saved:  # it is in the checkpoint (learned position embeddings), so it is treated like a parameter
             parent, _, child = name.rpartition(".")
             del model.get_submodule(parent)._buffers[child]
             stored = dtype if buffer.is_floating_point() else buffer.dtype
@@ -294,7 +294,10 @@ def _shared_inputs(
     alive: list[Tensor] = []  # keeps ids unique while the forward runs
 
     def record(name: str, features: int) -> Any:
+        """Return a hook that notes which tensor the layer ``name`` gets."""
+
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            """Add the layer to the group of its parent, its input tensor and its number of input channels."""
             alive.append(args[0])
             members = seen.setdefault((name.rpartition(".")[0], id(args[0]), features), [])
             if name not in members:
@@ -306,7 +309,7 @@ def _shared_inputs(
     repeated = _drop_repeated_blocks(model)
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # it prints tracebacks of errors that are reported here in words
+    log.setLevel(logging.CRITICAL)  # this logger prints tracebacks of errors that are reported in words here
     try:
         _fake_forward(model, family, dtype)
     finally:

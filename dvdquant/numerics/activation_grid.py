@@ -21,9 +21,9 @@ __all__ = [
     "quantize_activation",
 ]
 
-# Largest code by bit-width. The grid is symmetric, so −2^(bits−1) is not used.
+# The largest code by bit-width. The grid is symmetric, so −2^(bits−1) is not used.
 QMAX = {4: 7, 6: 31, 8: 127}
-# Keeps qmax / amax finite for a group of zeros, and amax / qmax a normal number.
+# The floor keeps qmax / amax finite for a group of zeros, and amax / qmax a normal number.
 AMAX_FLOOR = 2.0**-100
 
 

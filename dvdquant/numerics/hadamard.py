@@ -27,7 +27,7 @@ MAX_INNER = 1024
 # Without dvdquant's kernels, a rotation is a dense product in 16 bit that costs block/N of the layer's own product.
 # Beyond 256 the gain in error is not worth the time, and the matrices of a small engine are larger than its weights.
 AUTO_BLOCK = 256
-# Up to this order one dense product is faster than two thinner ones (measured on AVX-512; AVX2 agrees within a few %).
+# Up to this order, one dense product is faster than two thinner ones (measured on AVX-512; AVX2 agrees within a few %).
 _DENSE_STAGE = 64
 # The number of elements rotated at a time: the stages of one slice then find their input in the L3 cache.
 _SLICE = 1 << 20
@@ -239,7 +239,7 @@ def _rotate_rows(x: Tensor, rotation: Rotation, stages: list[Tensor], outer: Ten
         if below == 1:
             y = y.reshape(-1, order) @ stage
         else:
-            # Sylvester factors are symmetric: no transpose on the left.
+            # Sylvester factors are symmetric, so the factor on the left needs no transpose.
             y = stage @ y.reshape(-1, order, below)
         below *= order
     if rotation.outer > 1:

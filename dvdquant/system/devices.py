@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["DEVICE_WORDS", "resolve_device"]
 
 DEVICE_WORDS = ("auto", "cpu", "cuda", "cuda:N")
-# More digits are no index of a device, and torch.device overflows on them.
+# A number with more digits is no index of a device, and torch.device overflows on it.
 _CUDA = re.compile(r"cuda(?::(0|[1-9][0-9]{0,2}))?", re.ASCII)
 
 
@@ -27,7 +27,7 @@ def resolve_device(word: str | torch.device) -> torch.device:
     Raises:
         UnsupportedError: The word is another one, or PyTorch does not see that GPU.
     """
-    import torch  # the command line knows the words without it
+    import torch  # imported here, because the command line needs the words without torch
 
     text = str(word)
     if text == "auto":

@@ -72,7 +72,8 @@ def strict_json(raw: bytes, max_depth: int = 64) -> Any:
     else:
         raise ValueError(f"nested deeper than {max_depth} levels")
     if re.search(rb"\\u[dD][89a-fA-F]", raw):
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # UnicodeEncodeError, a ValueError, on a lone surrogate
+        # A lone surrogate raises UnicodeEncodeError, which is a ValueError.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 

@@ -97,7 +97,7 @@ def _left_in_group(names: _Names, folder: Path, otherwise: int) -> int:
     """
     limits = [_number(_read(folder / name)) for name in names.limits]
     known = [limit for limit in limits if limit is not None]
-    if not known:  # no such group, no limit ("max"), or not for us to read
+    if not known:  # there is no such group, it has no limit ("max"), or it cannot be read
         return otherwise
     used = _number(_read(folder / names.used)) or 0
     reclaimable = 0

@@ -305,7 +305,7 @@ def read_tensor_from(fd: int, info: TensorInfo, path: str | Path) -> torch.Tenso
     import torch
 
     try:
-        # A file with holes may claim more bytes than there is memory.
+        # A sparse file may claim more bytes than there is memory.
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         view, done = buffer.numpy().data, 0
         while done < info.nbytes:
@@ -388,7 +388,7 @@ def _reserve(fd: int, nbytes: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        os.ftruncate(fd, nbytes)  # a file system without reservations: a full disk then shows at the write
+        os.ftruncate(fd, nbytes)  # without reservations, a full disk shows only at the write
 
 
 class StreamingWriter:

@@ -23,7 +23,7 @@ from dvdquant.system.files import disk_error
 __all__ = ["atomic_path", "check_replaceable", "check_writable", "sweep_unfinished", "write_whole"]
 
 UNFINISHED = re.compile(r"\..*\.dvdq-[0-9a-f]{12}(\.[^.]{0,12})?", re.DOTALL)
-_LONGEST_STEM = 40  # characters of the name kept in that of the unfinished file, which may have 255 bytes
+_LONGEST_STEM = 40  # characters of the name that the unfinished file's name keeps; a name may have 255 bytes
 
 
 @contextlib.contextmanager
@@ -49,13 +49,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise disk_error(error, path) from error
     try:
         yield temporary
-        # Opened again: a writer may have put another file under the name.
+        # The file is opened again, because a writer may have put another file under the name.
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # an encoder that was interrupted too
+        if isinstance(error.__context__, KeyboardInterrupt):  # an encoder was interrupted and then failed
             raise KeyboardInterrupt from error
         raise disk_error(error, path) from error
     finally:
@@ -143,7 +143,7 @@ def _remove_if_abandoned(path: str) -> None:
     Raises:
         OSError: Its writer lives (BlockingIOError), or it cannot be opened or deleted.
     """
-    # For writing: NFS gives an exclusive lock to such a descriptor only.
+    # The file is opened for writing, because NFS gives an exclusive lock only to such a descriptor.
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its writer lives
@@ -172,14 +172,14 @@ def _create(path: Path) -> tuple[Path, int]:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        os.close(descriptor)  # a sweep took it between the two calls, before it was locked
+        os.close(descriptor)  # a sweep deleted it before it was locked
 
 
 def _lock(descriptor: int) -> None:
     """Lock the open file for its writer; do nothing on a file system without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:  # a file system without locks: then a sweep gets none either, and deletes nothing
+    except OSError as error:  # on a file system without locks, a sweep gets no lock either, and deletes nothing
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
 

@@ -136,6 +136,7 @@ class Sizes:
         return cls(frames, height, width, int(data["text_tokens"]), int(data["batch"]))
 
     def _axes(self) -> list[tuple[str, Axis]]:
+        """Return the three axes with their names."""
         return [("frames", self.frames), ("height", self.height), ("width", self.width)]
 
 
@@ -189,7 +190,7 @@ class Family(ABC):
 
     name: str
     class_names: tuple[str, ...]
-    record: type[TransformerConfig]  # what its config.json may say
+    record: type[TransformerConfig]  # the fields that its config.json may have
     keep: tuple[str, ...]  # globs of layers that stay in 16 bit
     modulation: tuple[str, ...] = ()  # globs of the blocks' own modulation linears
     # Globs of layers behind a norm with modulation or behind the feed-forward's activation, for video tokens or for all
@@ -198,7 +199,7 @@ class Family(ABC):
     default_video: tuple[int, int, int]  # frames, height, width in pixels
     default_text_tokens: int
     vae_scale: tuple[int, int, int] = (4, 8, 8)  # time, height, width
-    schedule: Literal["flow", "diffusion"] = "flow"  # noise is mixed in linearly, or so that the variance stays
+    schedule: Literal["flow", "diffusion"] = "flow"  # how noise is mixed in: linearly, or so that the variance stays
 
     def __init__(self, config: Config) -> None:
         """Keep the config and the facts of its pipeline."""

@@ -26,8 +26,8 @@ class CogVideoX(Family):
     record = CogVideoXConfig
     keep = ("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out")
     modulation = ("*.norm1.linear", "*.norm2.linear")
-    # There are no steady layers: words and video are one sequence, each with a modulation of its own, and a synthetic run
-    # has them in another proportion.
+    # There are no steady layers: words and video are one sequence, each with a modulation of its own, and a synthetic
+    # run has them in another proportion.
     default_video = (49, 480, 720)
     default_text_tokens = 226
     schedule = "diffusion"

@@ -90,7 +90,11 @@ class TransformerConfig(BaseModel):
         return self.num_attention_heads * self.attention_head_dim
 
     def check(self) -> None:
-        """Refuse combinations of fields that no single field shows."""
+        """Refuse combinations of fields that no single field shows.
+
+        Raises:
+            PydanticCustomError: A combination is refused.
+        """
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -124,7 +128,26 @@ class TransformerConfig(BaseModel):
 
 
 class WanConfig(TransformerConfig):
-    """The config of ``WanTransformer3DModel``, with the fields of its diffusers constructor."""
+    """The config of ``WanTransformer3DModel``, with the fields of its diffusers constructor.
+
+    Attributes:
+        patch_size: The patch size in latents: time, height, width.
+        num_attention_heads: The number of attention heads.
+        attention_head_dim: The number of channels of a head.
+        in_channels: The channels of the input, latents and conditions together.
+        out_channels: The channels of the output latents; None means those of the input.
+        text_dim: The channels of the text embedding.
+        freq_dim: The channels of the sinusoidal timestep embedding.
+        ffn_dim: The inner channels of the feed-forward.
+        num_layers: The number of blocks.
+        cross_attn_norm: The cross-attention has a norm before it.
+        qk_norm: The norm of queries and keys.
+        eps: The epsilon of the norms.
+        image_dim: The channels of the image embedding; None for a model without one.
+        added_kv_proj_dim: The channels of the added key and value projections for the image embedding, or None.
+        rope_max_seq_len: The length of the rotary table, in patches along an axis.
+        pos_embed_seq_len: The length in tokens of the position embedding of two images, or None.
+    """
 
     patch_size: Annotated[list[Patch], BeforeValidator(_as_list), Field(min_length=3, max_length=3)] = [1, 2, 2]
     num_attention_heads: Channels = 40
@@ -145,14 +168,38 @@ class WanConfig(TransformerConfig):
     pos_embed_seq_len: Annotated[int, Field(ge=2, le=MOST_TOKENS)] | None = None
 
     def check(self) -> None:
-        """Bound the patch and the rotary table: cosines and sines in fp32."""
+        """Bound the patch and the rotary table: cosines and sines in fp32.
+
+        Raises:
+            PydanticCustomError: One of them is too large.
+        """
         self._check_patch(*self.patch_size)
         what = f"rope_max_seq_len {self.rope_max_seq_len} × attention_head_dim {self.attention_head_dim}"
         self._check_table(what, 8 * self.rope_max_seq_len * self.attention_head_dim, ROTARY_TABLE)
 
 
 class HunyuanVideoConfig(TransformerConfig):
-    """The config of ``HunyuanVideoTransformer3DModel``, with the fields of its diffusers constructor."""
+    """The config of ``HunyuanVideoTransformer3DModel``, with the fields of its diffusers constructor.
+
+    Attributes:
+        in_channels: The channels of the input latents.
+        out_channels: The channels of the output latents; None means those of the input.
+        num_attention_heads: The number of attention heads.
+        attention_head_dim: The number of channels of a head.
+        num_layers: The number of blocks with two streams.
+        num_single_layers: The number of blocks with one stream.
+        num_refiner_layers: The number of blocks of the token refiner.
+        mlp_ratio: The inner channels of the feed-forward, as a multiple of the token's channels.
+        patch_size: The patch size in height and width, in latents.
+        patch_size_t: The patch size in time, in latents.
+        qk_norm: The norm of queries and keys.
+        guidance_embeds: The guidance scale is an input (it is distilled into the model).
+        text_embed_dim: The channels of the text embedding.
+        pooled_projection_dim: The channels of the pooled text embedding.
+        rope_theta: The base of the rotary frequencies.
+        rope_axes_dim: The channels of a head for each axis of the rotary embedding: time, height, width.
+        image_condition_type: The way in which a model for image to video gets its image, or None.
+    """
 
     in_channels: Channels = 16
     out_channels: Channels | None = 16
@@ -177,7 +224,11 @@ class HunyuanVideoConfig(TransformerConfig):
     image_condition_type: Literal["latent_concat", "token_replace"] | None = None
 
     def check(self) -> None:
-        """Refuse rotary axes that do not fill a head, too large a patch, and too many blocks."""
+        """Refuse rotary axes that do not fill a head, too large a patch, and too many blocks.
+
+        Raises:
+            PydanticCustomError: One of these is found.
+        """
         self._check_patch(self.patch_size_t, self.patch_size, self.patch_size)
         axes = self.rope_axes_dim
         if sum(axes) != self.attention_head_dim or any(size % 2 for size in axes):
@@ -194,7 +245,38 @@ class HunyuanVideoConfig(TransformerConfig):
 
 
 class CogVideoXConfig(TransformerConfig):
-    """The config of ``CogVideoXTransformer3DModel``, with the fields of its diffusers constructor."""
+    """The config of ``CogVideoXTransformer3DModel``, with the fields of its diffusers constructor.
+
+    Attributes:
+        num_attention_heads: The number of attention heads.
+        attention_head_dim: The number of channels of a head.
+        in_channels: The channels of the input, latents and conditions together.
+        out_channels: The channels of the output latents.
+        flip_sin_to_cos: The timestep embedding has cosines before sines.
+        freq_shift: The shift of the frequencies of the timestep embedding: 0 or 1.
+        time_embed_dim: The channels of the timestep embedding.
+        ofs_embed_dim: The channels of the embedding of ``ofs`` (version 1.5 image to video), or None.
+        text_embed_dim: The channels of the text embedding.
+        num_layers: The number of blocks.
+        dropout: The dropout probability in training.
+        attention_bias: The attention projections have a bias.
+        sample_width: The width in latents that the position embedding is made for.
+        sample_height: The height in latents that the position embedding is made for.
+        sample_frames: The number of frames in pixels that the position embedding is made for.
+        patch_size: The patch size in height and width, in latents.
+        patch_size_t: The patch size in time, in latents; None in version 1.0, which has no temporal patch.
+        temporal_compression_ratio: The number of frames per latent frame.
+        max_text_seq_length: The greatest length of the text embedding in tokens.
+        activation_fn: The activation of the feed-forward.
+        timestep_activation_fn: The activation of the timestep embedding.
+        norm_elementwise_affine: The norms have weights and biases.
+        norm_eps: The epsilon of the norms.
+        spatial_interpolation_scale: The scale of the position embedding in height and width.
+        temporal_interpolation_scale: The scale of the position embedding in time.
+        use_rotary_positional_embeddings: The positions are rotary instead of added.
+        use_learned_positional_embeddings: The added positions are learned.
+        patch_bias: The patch embedding has a bias.
+    """
 
     num_attention_heads: Channels = 30
     attention_head_dim: Channels = 64
@@ -226,7 +308,11 @@ class CogVideoXConfig(TransformerConfig):
     patch_bias: bool = True
 
     def check(self) -> None:
-        """Bound the patch, the text embedding, and the table of positions, fp32 [text tokens + patches, channels]."""
+        """Bound the patch, the text embedding, and the table of positions, fp32 [text tokens + patches, channels].
+
+        Raises:
+            PydanticCustomError: One of them is too large.
+        """
         self._check_patch(self.patch_size_t or 1, self.patch_size, self.patch_size)
         if self.max_text_seq_length * self.text_embed_dim > MOST_TEXT:
             raise _problem(
@@ -246,7 +332,25 @@ class CogVideoXConfig(TransformerConfig):
 
 
 class LTXVideoConfig(TransformerConfig):
-    """The config of ``LTXVideoTransformer3DModel``, with the fields of its diffusers constructor."""
+    """The config of ``LTXVideoTransformer3DModel``, with the fields of its diffusers constructor.
+
+    Attributes:
+        in_channels: The channels of the input latents.
+        out_channels: The channels of the output latents; None means those of the input.
+        patch_size: The patch size in height and width, in latents.
+        patch_size_t: The patch size in time, in latents.
+        num_attention_heads: The number of attention heads.
+        attention_head_dim: The number of channels of a head.
+        cross_attention_dim: The channels of the text as the cross-attention gets it.
+        num_layers: The number of blocks.
+        activation_fn: The activation of the feed-forward.
+        qk_norm: The norm of queries and keys.
+        norm_elementwise_affine: The norms have weights and biases.
+        norm_eps: The epsilon of the norms.
+        caption_channels: The channels of the text embedding that the pipeline gives.
+        attention_bias: The attention projections have a bias.
+        attention_out_bias: The output projections of the attention have a bias.
+    """
 
     in_channels: Channels = 128
     out_channels: Channels | None = 128
@@ -265,7 +369,11 @@ class LTXVideoConfig(TransformerConfig):
     attention_out_bias: bool = True
 
     def check(self) -> None:
-        """Bound the patch."""
+        """Bound the patch.
+
+        Raises:
+            PydanticCustomError: It is too large.
+        """
         self._check_patch(self.patch_size_t, self.patch_size, self.patch_size)
 
 

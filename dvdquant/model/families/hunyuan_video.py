@@ -19,7 +19,7 @@ class HunyuanVideo(Family):
     name = "hunyuan-video"
     class_names = ("HunyuanVideoTransformer3DModel",)
     record = HunyuanVideoConfig
-    # The token refiner is the text embedder.
+    # context_embedder is the token refiner, which embeds the text.
     keep = ("x_embedder*", "context_embedder*", "time_text_embed*", "norm_out*", "proj_out")
     modulation = ("*blocks.*.norm.linear", "*blocks.*.norm1.linear", "*blocks.*.norm1_context.linear")
     steady = (

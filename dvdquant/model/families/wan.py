@@ -19,6 +19,9 @@ class Wan(Family):
     channels of the model do: 48 with the VAE of Wan 2.2 and 16 with the older one. The input channels do not tell it,
     because they hold conditions too.
 
+    Args:
+        config: The checked content of the transformer's ``config.json``.
+
     Attributes:
         per_token_timestep: True if the graph has a timestep for every token.
     """
