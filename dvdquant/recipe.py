@@ -63,7 +63,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """The activation grid: symmetric codes, one fp32 scale per (token, group of ``group_size`` channels), computed online.
+    """The activation grid: symmetric codes, one fp32 scale per (token, group of ``group_size`` channels), online.
 
     Args:
         bits: 4, 6 or 8. 6 exists in simulation only (δ-GBS reaches an average of 6 by switching 4 and 8).
@@ -306,11 +306,11 @@ RECIPES: dict[str, Recipe] = {
     for r in (
         # One scale per row and per token: both graphs run on every integer tensor core.
         _refined("w4a4", (_A4, _A8)),
-        # 8-bit activations only. With an 8-bit GEMM, weight groups cost memory alone, and they decide the error. Signs and
-        # shifts gain nothing on a grid of 255 levels.
+        # 8-bit activations only. With an 8-bit GEMM, weight groups cost memory alone, and they decide the error. Signs
+        # and shifts gain nothing on a grid of 255 levels.
         _refined("w4a8", (_A8,), WeightSpec(group_size=32, zero_point="real"), fitted=False),
-        # Scales per 128 channels on both sides for the 4-bit graph. The kernels read a byte per group for the scale anyway.
-        # One more byte for the zero-point takes 15 to 22 % off the error of the weights.
+        # Scales per 128 channels on both sides for the 4-bit graph. The kernels read a byte per group for the scale
+        # anyway. One more byte for the zero-point takes 15 to 22 % off the error of the weights.
         _refined("w4a4-g128", (ActivationSpec(4, 128), _A8), WeightSpec(group_size=128, zero_point="real")),
         _refined("w4a4-g64", (ActivationSpec(4, 64), _A8), WeightSpec(group_size=64, zero_point="real")),
         # w4a4 without a look at the inputs: BGR on the rotated weights alone. It quantizes without running the model.

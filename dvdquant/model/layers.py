@@ -252,7 +252,8 @@ class QuantLinear(nn.Module):
             return y
         rest = (self.weight, self.weight_scale, self.weight_factor, self.weight_zero, self.bias, hadamard, outer,
                 self.act_bits, self.act_group)  # fmt: skip
-        # In eager mode on a GPU, every pointwise operation is a pass over memory of its own. Compilers and engines fuse it.
+        # In eager mode on a GPU, every pointwise operation is a pass over memory of its own. Compilers and engines fuse
+        # it.
         fused = (self.spec.balanced or self.spec.shifted) and self.spec.features % 8 == 0
         if fused and x.is_cuda and not torch.compiler.is_compiling():
             y = balanced_quant_linear(x, *self._balance(), *rest)

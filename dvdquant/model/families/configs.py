@@ -37,8 +37,8 @@ MOST_BLOCKS = 512
 MOST_CHANNELS, MOST_WIDTH = 1 << 17, 1 << 16
 MOST_TOKENS = 1 << 16
 MOST_PATCH = 4096  # latents in one patch
-# Bytes of a table. Published models have 1 MiB (Wan) and 206 MiB (CogVideoX-5B image to video). diffusers computes such a
-# table in fp64, in up to five parts.
+# Bytes of a table. Published models have 1 MiB (Wan) and 206 MiB (CogVideoX-5B image to video). diffusers computes such
+# a table in fp64, in up to five parts.
 ROTARY_TABLE, POSITION_TABLE = 64 << 20, 512 << 20
 # Elements of a text embedding at the length that the config names.
 MOST_TEXT = 1 << 26
@@ -182,7 +182,7 @@ class HunyuanVideoConfig(TransformerConfig):
     """The config of ``HunyuanVideoTransformer3DModel``, with the fields of its diffusers constructor.
 
     Attributes:
-        in_channels: The channels of the input latents.
+        in_channels: The channels of the input, latents and conditions together.
         out_channels: The channels of the output latents; None means those of the input.
         num_attention_heads: The number of attention heads.
         attention_head_dim: The number of channels of a head.
@@ -262,7 +262,7 @@ class CogVideoXConfig(TransformerConfig):
         attention_bias: The attention projections have a bias.
         sample_width: The width in latents that the position embedding is made for.
         sample_height: The height in latents that the position embedding is made for.
-        sample_frames: The number of frames in pixels that the position embedding is made for.
+        sample_frames: The number of video frames that the position embedding is made for.
         patch_size: The patch size in height and width, in latents.
         patch_size_t: The patch size in time, in latents; None in version 1.0, which has no temporal patch.
         temporal_compression_ratio: The number of frames per latent frame.

@@ -41,8 +41,8 @@ class Wan(Family):
         self.vae_scale = (scale[0], scale[1], scale[2])
         if self.vae_scale[1] == 16:
             self.default_video = (121, 704, 1280)
-        # The tokens of a given first frame have timestep 0. A graph with a timestep per token also serves a pipeline with
-        # one per sample, so Wan 2.2 gets such a graph if the pipeline does not tell.
+        # The tokens of a given first frame have timestep 0. A graph with a timestep per token also serves a pipeline
+        # with one per sample, so Wan 2.2 gets such a graph if the pipeline does not tell.
         per_token = self.facts.timestep_per_token
         self.per_token_timestep: bool = of_wan_22 if per_token is None else per_token
 
