@@ -128,10 +128,10 @@ class FolderLock:
         """Lock the file and return True, or return False if only readers were in the way.
 
         Args:
-            looks: The number of waits that are left for readers; below 1, the function does not wait.
+            looks: The number of waits that are left for readers; below 1, the function does not wait for them.
 
         Raises:
-            OutputError: Another export holds the lock.
+            OutputError: Another export holds the lock, or readers are still in the way after the last wait.
         """
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -449,7 +449,7 @@ def _recover_siblings(folder: Folder) -> None:
                 if pattern.fullmatch(name):
                     _recover_sibling(folder, parent, name)
     except PermissionError:
-        return  # the parent cannot be listed, so no exchange can have taken place in it
+        return  # the parent cannot be listed, so nothing that an exchange left can be seen or deleted
 
 
 def _recover_sibling(folder: Folder, parent: Folder, name: str) -> None:
