@@ -1,4 +1,4 @@
-"""The compiled loop of rounding with feedback: four rows at a time, the columns that are left in SIMD lanes."""
+"""Compiled loop of rounding with feedback: four rows at a time, the remaining columns in SIMD lanes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ _NIL, _LOW, _HIGH = np.float32(0), np.float32(-8), np.float32(7)
 
 @jit
 def round_columns(left: F32, step: F32, zero: F32, group: int, first: int, factor: F32, codes: I8, errors: F32) -> None:
-    """Codes of a few hundred columns, each error passed on to the columns after it among these.
+    """Round a few hundred columns one by one, and pass each error on to the columns after it among these.
 
     Args:
-        left: [R, c], what is left to round; not changed. step, zero: [R, groups] of the whole row; a step of 0 stands for
-            a group of zeros. group: columns per group. first: place of the first column in the row.
-        factor: [c, c], row i: how the columns after i move with the error of column i.
-        codes: [R, c] and errors: [R, c], the results; errors may be [R, 0] where nobody asks for them.
+        left: fp32 [R, c], what is left to round; not changed.
+        step: fp32 [R, groups], Δ of every group of the whole row; 0 stands for a group of zeros.
+        zero: fp32 [R, groups], centred zero-point of every group of the whole row.
+        group: Columns per group.
+        first: Place of the first column in the row.
+        factor: fp32 [c, c], unit upper triangular; row i says how the columns after i move with the error of column i.
+        codes: int8 [R, c], written: the codes, −8..7.
+        errors: fp32 [R, c], written: the error of every column; [R, 0] where nobody asks for them.
     """
     size, wanted = left.shape[1], errors.shape[1] > 0
     rows, error = np.zeros((_ROWS, size), np.float32), np.zeros(_ROWS, np.float32)

@@ -39,7 +39,14 @@ _WINDOW_LOW, _WINDOW_HIGH, _WINDOW, _ZEROS = 0.75, 1.25, 96, 4
 
 @dataclass(frozen=True)
 class _Segments:
-    """Segments [S, n], normalized by powers of two so that amax is in [0.5, 1), sorted, with prefix sums in fp64."""
+    """Segments [S, n], normalized by powers of two so that amax is in [0.5, 1), sorted, with prefix sums in fp64.
+
+    Args:
+        values: fp32 [S, n], ascending.
+        prefix: fp64 [S, n + 1], sums of the first i values.
+        total: fp64 [S, 1], Σw.
+        energy: fp64 [S, 1], ‖w‖².
+    """
 
     values: Tensor
     prefix: Tensor
@@ -56,7 +63,7 @@ class _Segments:
         return _Segments(self.values[rows], self.prefix[rows], self.total[rows], self.energy[rows])
 
     def moments(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Σc, Σc², Σcw fp64 [S, J] of the grids (scale, zero) [S, J]."""
+        """Return Σc, Σc², Σcw fp64 [S, J] of the grids (scale, zero) [S, J]."""
         n = self.values.shape[1]
         s0, s1 = torch.full_like(scale, -8.0 * n), torch.full_like(scale, 64.0 * n)
         s2 = -8.0 * self.total.expand_as(scale)
@@ -70,17 +77,17 @@ class _Segments:
         return s0, s1, s2
 
     def products(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """⟨c − z, w⟩ and ⟨c − z, c − z⟩ of the nearest codes."""
+        """Return ⟨c − z, w⟩ and ⟨c − z, c − z⟩ of the nearest codes, [S, J]."""
         s0, s1, s2 = self.moments(scale, zero)
         return s2 - zero * self.total, s1 - 2.0 * zero * s0 + self.values.shape[1] * zero.square()
 
     def error(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """‖w − Δ(c − z)‖² [S, J]."""
+        """Return ‖w − Δ(c − z)‖² [S, J]."""
         t1, t2 = self.products(scale, zero)
         return self.energy - scale * (2.0 * t1 - scale * t2)
 
     def regress(self, scale: Tensor, zero: Tensor, real: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(Δ, z) of least error for the codes of each grid, and the gain ‖w‖² less that error; z only if ``real``."""
+        """Return (Δ, z) of least error for the codes of each grid, and the gain ‖w‖² less that error; z moves only if ``real``."""
         n = self.values.shape[1]
         s0, s1, s2 = self.moments(scale, zero)
         if real:
@@ -95,15 +102,23 @@ class _Segments:
 
 
 def solves(device: torch.device, zero_point: str, solver: str) -> bool:
-    """Whether weights on ``device`` are quantized here: not on the CPU, and not by the paper's own algorithm."""
+    """Return whether weights on ``device`` are quantized here: not on the CPU, and not by the paper's own algorithm.
+
+    Args:
+        device: The device of the weight.
+        zero_point: Zero-point of the recipe.
+        solver: Solver of the recipe.
+    """
     return device.type != "cpu" and zero_point != "paper" and solver != "paper"
 
 
 def quantize_rows(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes and scales of rows, on the device of ``w``.
+    """Quantize rows on the device of ``w``.
 
     Args:
-        w: fp32 [N, K], finite. groups: segments of a row. zero_point: ``midrise``, ``symmetric`` or ``real``.
+        w: fp32 [N, K], finite.
+        groups: Segments of a row; divides K.
+        zero_point: ``midrise``, ``symmetric`` or ``real``.
         solver: ``minmax`` or ``search``.
 
     Returns:
@@ -140,7 +155,14 @@ def _quantize_block(w: Tensor, groups: int, zero_point: str, solver: str) -> tup
 
 @dataclass(frozen=True)
 class _Stored:
-    """Grids as they are stored: row scale fp32 [N, 1], factor [N, groups], zero [N, groups]; squared error [N]."""
+    """Grids as they are stored, and their error.
+
+    Args:
+        scale: Row scale, fp32 [N, 1].
+        factor: fp64 [N, groups], whole numbers 1..255.
+        zero: fp64 [N, groups], centred zero-points.
+        error: fp64 [N], squared error of each row.
+    """
 
     scale: Tensor
     factor: Tensor
@@ -153,7 +175,7 @@ class _Stored:
 
 
 def _solve(segments: _Segments, unit: Tensor, zero_point: str, solver: str) -> _Stored:
-    """The best grid of every segment, then the stored one nearest to it, or around it, of least error."""
+    """Find the best grid of every segment, then the stored one nearest to it, or around it, of least error."""
     rows, groups = unit.shape
     real = zero_point == "real"
     if solver == "search":
@@ -184,7 +206,7 @@ def _solve(segments: _Segments, unit: Tensor, zero_point: str, solver: str) -> _
 
 
 def _min_max(segments: _Segments, zero_point: str) -> tuple[Tensor, Tensor]:
-    """The grid whose ends lie on the extremes of the segment, 0 among them."""
+    """Return the grid whose ends lie on the extremes of the segment, 0 among them: (scale, zero) [S, 1]."""
     low = segments.values[:, :1].double().clamp(max=0)
     high = segments.values[:, -1:].double().clamp(min=0)
     if zero_point == "real":
@@ -195,7 +217,7 @@ def _min_max(segments: _Segments, zero_point: str) -> tuple[Tensor, Tensor]:
 
 
 def _scan(segments: _Segments, zero_point: str, count: int, places: int) -> tuple[Tensor, Tensor]:
-    """Grids [S, count · places]: a geometric row of scales, each with every place of a real zero-point in turn."""
+    """Return grids [S, count · places]: a geometric row of scales, each with every place of a real zero-point in turn."""
     n, real = segments.values.shape[1], zero_point == "real"
     rms = (segments.energy / n).sqrt()
     if real:
@@ -220,7 +242,7 @@ def _scan(segments: _Segments, zero_point: str, count: int, places: int) -> tupl
 
 
 def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor, Tensor]:
-    """The best grid of a scan, refined by descent from its highest gains: (scale, zero) [S, 1]."""
+    """Return the best grid of a scan, refined by descent from its highest gains: (scale, zero) [S, 1]."""
     n, real = segments.values.shape[1], zero_point == "real"
     many = real and n <= _SHORT  # many narrow minima: descent from the best place of every scale
     count = _SHORT_SCALES if many else _GROUP_SCALES if grouped else _SCALES
@@ -251,7 +273,7 @@ def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor
 
 
 def _zoom(segments: _Segments, scale: Tensor, zero: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Long segments are smooth, but descent is slow there: one regression of each grid around the best, ever closer."""
+    """Regress each grid around the best once, ever closer: long segments are smooth, but descent is slow there."""
     side = torch.arange(_SIDE, dtype=torch.float64, device=scale.device) - _SIDE // 2
     across, along = side.repeat_interleave(_SIDE), side.repeat(_SIDE)
     for zoom in range(_ZOOMS):
@@ -267,12 +289,12 @@ def _zoom(segments: _Segments, scale: Tensor, zero: Tensor, gain: Tensor) -> tup
 
 
 def _stored_zero(zero: Tensor) -> Tensor:
-    """The nearest zero-point of the byte format, z = byte/16 − 8."""
+    """Return the nearest zero-point of the byte format, z = byte/16 − 8."""
     return ((zero + 8.0) * 16.0).round().clamp(0, 255) / 16.0 - 8.0
 
 
 def _row_around(segments: _Segments, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """The stored zero-point next to ``zero`` of least error, with the fp32 scale that fits it."""
+    """Return the stored zero-point next to ``zero`` of least error, with the fp32 scale that fits it."""
     reach = torch.arange(-_ZEROS, _ZEROS, dtype=torch.float64, device=scale.device) / 16.0
     zeros = (zero + reach).clamp(_LOW, _HIGH)
     scales = scale.expand_as(zeros)
@@ -284,7 +306,7 @@ def _row_around(segments: _Segments, scale: Tensor, zero: Tensor) -> tuple[Tenso
 
 
 def _stored_around(segments: _Segments, step: Tensor, near: Tensor, zero: Tensor, real: bool) -> tuple[Tensor, Tensor]:
-    """The stored factor, and zero-point if ``real``, of least error around (near, zero); Δ = step · factor."""
+    """Return the stored factor, and zero-point if ``real``, of least error around (near, zero); Δ = step · factor."""
     if real:
         reach = torch.arange(-_ZEROS, _ZEROS, dtype=torch.float64, device=step.device)
         factors = (near.round() + reach.repeat_interleave(2 * _ZEROS)).clamp(1, 255)
@@ -300,7 +322,7 @@ def _stored_around(segments: _Segments, step: Tensor, near: Tensor, zero: Tensor
 
 
 def _encode(v: Tensor, unit: Tensor, best: _Stored, zero_point: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Nearest codes under the stored grids, by the fp32 arithmetic of the compiled loops."""
+    """Return the nearest codes under the stored grids, by the fp32 arithmetic of the compiled loops."""
     rows, groups = unit.shape
     factor = best.factor.to(torch.uint8)
     stored = best.scale * (factor.float() / 255.0)
