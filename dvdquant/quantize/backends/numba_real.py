@@ -164,7 +164,7 @@ def _lay_ranges(low: float, high: float, rms: float, short: bool, scale: F64, ze
 
 @jit
 def _descend(v: F32, total: float, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, sums: F64) -> None:
-    """Find nearest codes and regress in turn, on all grids, until no gain rises any more."""
+    """Find nearest codes and regress in turn, on all grids, until the sum of the gains stops rising."""
     before = -math.inf
     for _ in range(steps):
         risen = gain.sum()
@@ -296,7 +296,7 @@ def _code(zero: float) -> int:
 
 @jit
 def _stored_near(v: F32, step: float, near: float, zero: float, grids: F64, lanes: F32, sums: F64) -> tuple[int, int]:
-    """Return the best factor and zero-point byte around (near, z), each grid with codes of its own; Δ = step · factor."""
+    """Return the best factor and zero-point byte around (near, z), each grid with its own codes; Δ = step · factor."""
     total, count = _extent(v)[2], _FACTORS * _ZEROS
     first = min(max(int(np.rint(near)) - _FACTORS // 2, 1), 256 - _FACTORS)
     lowest = min(max(_code(zero) - _ZEROS // 2, 0), 256 - _ZEROS)

@@ -135,7 +135,7 @@ def _climb_zero(v: F32, scale: float, zero: float) -> tuple[float, float]:
 
 @jit
 def _scan(v: F32, mode: int, top: float, ratio: float, work: F32, gains: F64, zeros: F64) -> None:
-    """Write the gain of every scale top·ratio^i, and the integer zero-point it is reached with (``zeros[0]`` on entry)."""
+    """Write the gain of every scale top·ratio^i and the integer zero-point that reaches it (``zeros[0]`` on entry)."""
     half = _HALF if mode == MIDRISE else _NIL
     count, zero, scale = gains.shape[0], zeros[0], top
     zeros[:] = zero
@@ -237,8 +237,8 @@ def _solve_row(
 ) -> None:
     """Write scale (in the weight's own units; 0 for a group of zeros) and integer zero-point of every group.
 
-    starts 0 is for grids whose factors are searched afterwards, around each scale: there a rough scale is enough, except
-    in the group of the largest scale, which becomes the scale of the row.
+    starts 0 is for grids whose factors are searched afterwards, around each scale: there a rough scale is enough,
+    except in the group of the largest scale, which becomes the scale of the row.
     """
     size = v.shape[0] // units.shape[0]
     largest, descents = 0, max(starts, 1)

@@ -87,7 +87,7 @@ class _Segments:
         return self.energy - scale * (2.0 * t1 - scale * t2)
 
     def regress(self, scale: Tensor, zero: Tensor, real: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (Δ, z) of least error for the codes of each grid, and the gain ‖w‖² less that error; z moves only if ``real``."""
+        """Return (Δ, z) of least error for the codes of each grid, and the gain ‖w‖² less that error; z fixed unless real."""
         n = self.values.shape[1]
         s0, s1, s2 = self.moments(scale, zero)
         if real:
@@ -217,7 +217,7 @@ def _min_max(segments: _Segments, zero_point: str) -> tuple[Tensor, Tensor]:
 
 
 def _scan(segments: _Segments, zero_point: str, count: int, places: int) -> tuple[Tensor, Tensor]:
-    """Return grids [S, count · places]: a geometric row of scales, each with every place of a real zero-point in turn."""
+    """Return grids [S, count · places]: a geometric row of scales, each with every place of a real zero-point."""
     n, real = segments.values.shape[1], zero_point == "real"
     rms = (segments.energy / n).sqrt()
     if real:
