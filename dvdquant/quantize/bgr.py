@@ -129,6 +129,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
     groups = _check_shape(w, spec.group_size)
     if spec.group_size % 2:
         raise ShapeError(f"weight groups of {spec.group_size} are odd", available="even group sizes, or 0 for the row")
+    # 1. On a GPU: by the kernels where they take these rows, else by tensor operations.
     from dvdquant.quantize.backends import torch_grid as bgr_device
 
     if bgr_device.solves(w.device, spec.zero_point, spec.solver):
@@ -141,6 +142,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
         if kernels is not None and kernels.searches(w.shape[1], groups, spec.zero_point, spec.solver):
             search = kernels.search
         return QuantizedWeight(*search(exact, groups, spec.zero_point, spec.solver))
+    # 2. On the CPU, or by the paper's algorithm: by compiled loops, blocks of rows on all threads.
     from dvdquant.quantize.backends import (  # numba takes a second to import: only those who quantize pay for it
         numba_real as bgr_real,
     )
@@ -148,6 +150,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
 
     # Of groups the factors are searched afterwards, over the neighbourhood of each scale.
     starts = _STARTS if groups == 1 else 0
+    # Results, filled block by block through their numpy views.
     rows, features = w.shape
     codes = torch.empty(rows, features, dtype=torch.int8)
     scale, factor = torch.empty(rows), torch.empty(rows, groups, dtype=torch.uint8)
@@ -310,7 +313,7 @@ def _nonfinite(w: Tensor) -> CheckpointError:
 
 
 def _row_blocks(w: Tensor, weights: int = _BLOCK) -> Iterator[tuple[int, Tensor]]:
-    """Yield slices of rows as contiguous fp32 on the CPU, and where each starts; a slice is valid until the next one."""
+    """Yield slices of rows as contiguous fp32 on the CPU, and where each starts; a slice is valid until the next."""
     step = max(1, weights // w.shape[1])
     w = w.detach()
     as_it_is = w.device.type == "cpu" and w.dtype == torch.float32 and w.is_contiguous()

@@ -151,10 +151,12 @@ def quantize_checkpoint(
         progress.say(left_out_words(checkpoint, unused))
     limits = Magnitudes(plan)
     with _Files(plan, transaction, component) as files:
+        # 1. Predict the inputs, unless an earlier run finished all layers.
         finished = [files.finished(f"{component}:layer:{spec.name}", spec.tensors()) for spec in plan.layers]
         predicted = None
         if not all(finished):
             predicted = predict_inputs(checkpoint, plan, transaction, progress, component, device)
+        # 2. Quantize the layers that are not finished, one after another.
         layers, nonfinite = [], []
         total = plan.quantized_weights
         with progress.stage("quantize", total, "weights") as stage:
@@ -171,6 +173,7 @@ def quantize_checkpoint(
                 layers.append(data["entry"])
                 nonfinite += data["nonfinite"]
                 stage.update(spec.out_features * spec.features, spec.name)
+        # 3. Store the tensors that stay as they are, in batches.
         for index, batch in enumerate(_batches(plan)):
             step = f"{component}:kept:{index}"
             if not files.finished(step, batch):
@@ -180,6 +183,7 @@ def quantize_checkpoint(
                     bad += found
                 files.store(step, kept, {"nonfinite": bad})
             nonfinite += transaction.data(step)["nonfinite"]
+        # 4. Close the files and take their checksums.
         entries = files.finish(progress)
         return PackedWeights(files.places, entries, tuple(layers), tuple(nonfinite))
 
@@ -321,6 +325,7 @@ def _quantize_layer(
     for member, rows, has_bias in zip(spec.members, spec.rows, spec.biases):
         weight, found = _read(checkpoint, f"{member}.weight", limits, allow_nonfinite)
         bad += found
+        # 1. In chunks of rows: W·shift, balance, rotate, quantize (BGR), round with feedback, add up errors, pack.
         shifted = []
         step = max(1, CHUNK_WEIGHTS // spec.features)
         for start in range(0, rows, step):
@@ -339,6 +344,7 @@ def _quantize_layer(
             scales.append(quantized.scale)
             factors.append(quantized.factor)
             zeros.append(quantized.zero)
+        # 2. The bias of this member, with W·shift.
         bias = torch.zeros(rows)
         if has_bias:
             stored, found = _read(checkpoint, f"{member}.bias", limits, allow_nonfinite)
@@ -346,6 +352,7 @@ def _quantize_layer(
             bad += found
         # W·x = W·(x − shift) + W·shift, the second with the weight as it was.
         biases.append((bias.double() + torch.cat(shifted).cpu()).float() if shifted else bias)
+    # 3. Members of a merged layer, one below the other.
     parts = (packed, scales, factors, zeros, biases)
     tensors = dict(zip(spec.tensors(), (torch.cat(p).cpu() for p in parts)))
     limits.check_bias(checkpoint, spec, tensors[f"{spec.name}.bias"])
@@ -361,8 +368,8 @@ def _quantize_layer(
 def _shift(mean: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the constants [K] that are subtracted from a layer's inputs, as the graph has them; fp64.
 
-    Any constants are correct. Channels whose mean is more than half of what ``dtype`` holds keep theirs (the constant is 0):
-    what is left of them might not fit.
+    Any constants are correct. Channels whose mean is more than half of what ``dtype`` holds keep theirs (the constant
+    is 0): what is left of them might not fit.
     """
     fits = mean.abs() <= torch.finfo(dtype).max / 2
     return torch.where(fits, mean, torch.zeros_like(mean)).to(dtype).double()

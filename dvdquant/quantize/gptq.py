@@ -55,8 +55,8 @@ class Feedback:
     after i move with its error.
 
     Args:
-        moments: Second moments of the rotated inputs, [K, K], or [K/b, b, b] for blocks along the diagonal, between which
-            nothing is passed on. Any scale; positive semidefinite.
+        moments: Second moments of the rotated inputs, [K, K], or [K/b, b, b] for blocks along the diagonal, between
+            which nothing is passed on. Any scale; positive semidefinite.
         damping: λ, added to the diagonal as λ·mean(diag M): the larger it is, the less the moments are trusted.
 
     Raises:
@@ -144,6 +144,7 @@ def _compiled(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
     codes = torch.empty(w.shape, dtype=torch.int8)
     steps, zeros, target = step.numpy(), zero.numpy(), codes.numpy()
     for block, factor in enumerate(factors.float()):
+        # Working copy [N, b] of a block's columns; every column moves with the errors of those before it.
         first = block * size
         left = w[:, first : first + size].to(torch.float32, copy=True)
         for start in range(0, size, _LAZY):
@@ -155,6 +156,7 @@ def _compiled(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
                 factor[columns, columns].numpy(), target[:, first + start : first + columns.stop], errors.numpy(),
             )  # fmt: skip
             for_row_parts(len(w), rounding)
+            # The columns after these take all their errors at once.
             if after:
                 left[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
     return codes
@@ -173,11 +175,12 @@ def _round_rows(
 def _on_device(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
     """Return codes [N, K], rounded by tensor operations for a GPU, in fp64.
 
-    It goes column by column for all rows and all blocks at once, as the start of a kernel takes as long as the arithmetic
-    on a column.
+    It goes column by column for all rows and all blocks at once, as the start of a kernel takes as long as the
+    arithmetic on a column.
     """
     (count, size, _), group = factors.shape, w.shape[1] // step.shape[1]
     step, zero = step.double(), zero.double()
+    # Working copy [b, blocks, N], column i of every block in left[i]; codes have the same layout.
     left = w.double().view(len(w), count, size).permute(2, 1, 0).contiguous()
     codes = torch.empty(left.shape, dtype=torch.int8, device=w.device)
     firsts = torch.arange(count, device=w.device) * size

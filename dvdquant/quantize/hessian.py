@@ -1,8 +1,8 @@
-"""Second moments of the inputs of every layer, predicted from the checkpoint alone: nothing is generated, no data is read.
+"""Second moments of the inputs of every layer, predicted from the checkpoint alone, without data or generated clips.
 
-The model itself runs once, on a batch of smooth random fields in the place of clips, each mixed with as much noise as its
-timestep says, and on random words. The weights pass through memory one module at a time, so that a model of 13 billion
-parameters needs no more than its activations, its largest layer in fp32, and the moments.
+The model itself runs once, on a batch of smooth random fields in the place of clips, each mixed with as much noise as
+its timestep says, and on random words. The weights pass through memory one module at a time, so that a model of 13
+billion parameters needs no more than its activations, its largest layer in fp32, and the moments.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def triangles_shape(spec: LayerSpec) -> tuple[int, int]:
 def moment_block(spec: LayerSpec) -> int:
     """Return b, the order of a block of moments.
 
-    It is the largest multiple of the rotation's block up to 256 that divides K, or the rotation's block where that is larger.
+    It is the largest multiple of the rotation's block up to 256 that divides K, or the rotation's block where that is
+    larger.
 
     Args:
         spec: The layer.
@@ -142,8 +143,8 @@ def channel_signs(name: str, features: int) -> Tensor:
 def balance_divisors(moments: InputMoments) -> Tensor:
     """Return the divisors of the input channels, which multiply the weight's columns, so that both sides vary alike.
 
-    ``2^trunc(½·log2(rms_x/rms_w) − mean)``: powers of two, so that dividing is exact in 16 bit; rounded towards 1, so that
-    channels stay as they are that differ from the mean by less than a factor of four; within 2⁻³..2¹².
+    ``2^trunc(½·log2(rms_x/rms_w) − mean)``: powers of two, so that dividing is exact in 16 bit; rounded towards 1, so
+    that channels stay as they are that differ from the mean by less than a factor of four; within 2⁻³..2¹².
 
     Args:
         moments: Prediction about the layer's inputs.
@@ -203,7 +204,8 @@ def synthetic_moments(
         levels: Noise levels, one item of the batch each; fewer where the model runs at large sizes only.
         seed: Seed of the inputs. One seed gives one result for one number of threads.
         device: Where the model runs; what is predicted comes back to the CPU.
-        limits: Refuses a value that the export could not hold, so that nothing is quantized before it is found; or None.
+        limits: Refuses a value that the export could not hold, so that nothing is quantized before it is found; or
+            None.
 
     Returns:
         The moments; the identity for layers that the forward does not reach, or reaches with values beyond fp32.
@@ -224,6 +226,7 @@ def synthetic_moments(
                 collected.add_weight(name, value)
                 stage.update(value.numel(), name)
 
+        # 1. A model without weights, its inputs, and a hook at each layer that adds up what it gets.
         model = build_skeleton(plan.family.config, torch.float32)
         _move_buffers(model, device)
         inputs = {name: value.to(device) for name, value in synthetic_inputs(plan.family, levels, seed).items()}
@@ -231,6 +234,7 @@ def synthetic_moments(
             model.get_submodule(spec.members[0]).register_forward_pre_hook(collected.watch(spec))
             for spec in plan.layers
         ]
+        # 2. One forward; weights are read as they are needed.
         try:
             with streamed(model, checkpoint, loaded, device, limits):
                 model(**plan.family.forward_kwargs(inputs), return_dict=False)
@@ -245,6 +249,7 @@ def synthetic_moments(
         finally:
             for hook in hooks:
                 hook.remove()
+        # 3. Weights that the forward did not reach: their column energy is needed all the same.
         for name in sorted(unread & collected.wanted):
             loaded(name, _read(checkpoint, name, limits))
         stage.update(sum(math.prod(plan.shapes[name]) for name in unread))
@@ -292,7 +297,7 @@ class _Collected:
         return hook
 
     def take(self, spec: LayerSpec) -> InputMoments:
-        """Return the result of one layer and forget it here; call it outside of inference mode, for ordinary tensors."""
+        """Return the result of one layer and forget it here; outside inference mode these are ordinary tensors."""
         energy = self._energy.pop(spec.name) / spec.out_features
         triangles, tokens = self._triangles.pop(spec.name), self._tokens[spec.name]
         mean = self._sums.pop(spec.name)

@@ -1,7 +1,7 @@
 """Prediction about every layer's input, kept beside the work of an export until its layers are quantized.
 
-The run that predicts it takes as long as reading the checkpoint and one forward. An export that is resumed reads what the
-first one found, so that it ends with the same codes.
+The run that predicts it takes as long as reading the checkpoint and one forward. An export that is resumed reads what
+the first one found, so that it ends with the same codes.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ class LayerInputs:
 
     Args:
         divisors: fp32 [K], powers of two, with a sign each where the layer has signs and is rotated; the shifted input is
-            divided by them and the weight's columns are multiplied. Without a sign, ones where the layer is not balanced.
-        moments: fp32 [K/b, b, b] of the divided and rotated input. The mean is not subtracted: feedback then minds how far
-            the shift is from the mean of real inputs. That was no worse on predicted inputs and better on real ones.
+            divided by them and the weight's columns are multiplied. Their magnitudes are 1 where the layer is not
+            balanced.
+        moments: fp32 [K/b, b, b] of the divided and rotated input. The mean is not subtracted: feedback then minds how
+            far the shift is from the mean of real inputs. That was no worse on predicted inputs and better on real
+            ones.
         damping: λ of :class:`dvdquant.quantize.gptq.Feedback`.
         shift: fp32 [K], subtracted from the input, its product with the weight added to the bias; or None.
     """

@@ -1,4 +1,4 @@
-"""Limits of the weights that an export can hold, checked as the weights are read; errors name the tensor and its value."""
+"""Limits of the weights that an export can hold, checked as they are read; errors name the tensor and its value."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Magnitudes:
     """The limits of every tensor of a checkpoint, for one plan.
 
     A tensor that stays as it is has to be finite in the dtype it is stored in, and so do the bias and the weight of a
-    quantized layer: their products are formed in 16 bit on some engines. The squares of a quantized weight are summed in
-    fp32 over rows and columns, after they were multiplied by up to 2¹².
+    quantized layer: their products are formed in 16 bit on some engines. The squares of a quantized weight are summed
+    in fp32 over rows and columns, after they were multiplied by up to 2¹².
 
     Args:
         plan: The plan of the model: layers, kept tensors, dtype.

@@ -24,10 +24,10 @@ _FRAME_RATE = 25
 def synthetic_inputs(family: Family, levels: int = 16, seed: int = 0) -> dict[str, Tensor]:
     """Make the inputs of one forward on ``levels`` items, by the names of ``family.sample``.
 
-    All are fp32, except those whose dtype is fixed. Item i is a smooth random field in the place of a clip, mixed with noise
-    as the family's scheduler does at the i-th of ``levels`` timesteps, from nearly none to pure noise. Channels that condition
-    (an encoded image) and embeddings are N(0, 1). There are at most 8192 tokens in all: a model that runs at one size only,
-    and a large one, gets fewer items.
+    All are fp32, except those whose dtype is fixed. Item i is a smooth random field in the place of a clip, mixed with
+    noise as the family's scheduler does at the i-th of ``levels`` timesteps, from nearly none to pure noise. Channels
+    that condition (an encoded image) and embeddings are N(0, 1). There are at most 8192 tokens in all: a model that
+    runs at one size only, and a large one, gets fewer items.
 
     Args:
         family: The family of the model.
@@ -92,7 +92,7 @@ def _schedule(family: Family, items: int) -> tuple[Tensor, Tensor]:
 
 
 def smooth_field(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Return random fields [B, C, F, H, W] whose neighbours are alike, as those of a clip are; each item has variance 1.
+    """Return random fields [B, C, F, H, W] whose neighbours are alike, as in a clip; each item has variance 1.
 
     Args:
         shape: (B, C, F, H, W).

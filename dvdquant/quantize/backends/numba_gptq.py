@@ -32,6 +32,7 @@ def round_columns(left: F32, step: F32, zero: F32, group: int, first: int, facto
         errors: fp32 [R, c], written: the error of every column; [R, 0] where nobody asks for them.
     """
     size, wanted = left.shape[1], errors.shape[1] > 0
+    # rows, fp32 [_ROWS, c]: working copy of what is left to round; error, fp32 [_ROWS]: errors of the current column.
     rows, error = np.zeros((_ROWS, size), np.float32), np.zeros(_ROWS, np.float32)
     for start in range(0, left.shape[0], _ROWS):
         count = min(_ROWS, left.shape[0] - start)
@@ -39,6 +40,7 @@ def round_columns(left: F32, step: F32, zero: F32, group: int, first: int, facto
             for i in range(size):
                 rows[r, i] = left[start + r, i]
         for i in range(size):
+            # 1. Round column i of every row.
             place = (first + i) // group
             for r in range(count):
                 scale, centre = step[start + r, place], zero[start + r, place]
@@ -50,6 +52,7 @@ def round_columns(left: F32, step: F32, zero: F32, group: int, first: int, facto
                 error[r] = rows[r, i] - scale * (code - centre)
                 if wanted:
                     errors[start + r, i] = error[r]
+            # 2. Move the columns after it.
             # Views and plain counters: with rows[r, j] and j from i + 1 on, the loop is not vectorized.
             share, after = factor[i, i + 1 :], size - i - 1
             row0, row1, row2, row3 = rows[0, i + 1 :], rows[1, i + 1 :], rows[2, i + 1 :], rows[3, i + 1 :]

@@ -194,6 +194,7 @@ def _zoom(v: F32, total: float, steps: int, scale: F64, zero: F64, gain: F64, la
 @jit
 def _search(v: F32, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, sums: F64) -> tuple[float, float]:
     """Return the best grid of a scan of ranges, refined from its highest gains: (scale, zero)."""
+    # 1. Scan: one regression of every grid, then the best place of every scale to the front.
     n = v.shape[0]
     low, high, total, energy = _extent(v)
     short = n <= _SHORT
@@ -202,10 +203,12 @@ def _search(v: F32, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, su
     _moments(v, scale[:count], zero[:count], lanes, sums)
     _regress(n, total, sums, scale[:count], zero[:count], gain[:count])
     _to_front(scale[:count], zero[:count], gain[:count], kept)
+    # 2. Short segments: descend from all of them.
     if short:
         _descend(v, total, min(steps, _STEPS), scale[:kept], zero[:kept], gain[:kept], lanes, sums)
         _to_front(scale[:kept], zero[:kept], gain[:kept], 1)
         return scale[0], zero[0]
+    # 3. Long segments: zoom in on the highest peaks. The grids behind the first ``kept`` are free for it.
     most, s, z, around = -math.inf, 0.0, 0.0, slice(kept, kept + _SIDE * _SIDE)
     for _ in range(_PEAKS):
         peak = np.argmax(gain[:kept])
@@ -385,6 +388,10 @@ def solve_rows(v: F32, units: F64, solver: int, steps: int, scales: F64, zeros: 
         scales: fp64 [R, groups], written: Δ in the weight's own units; 0 for a group of zeros.
         zeros: fp64 [R, groups], written: centred zero-points, not rounded to bytes.
     """
+    # Scratch for up to _MOST grids at once, one grid a column.
+    # grids, fp64 [3, _MOST]: scale, zero-point, gain.
+    # lanes, fp32 [5, _MOST]: 1/Δ, z, and the sums Σc, Σc², Σcw of one run of weights.
+    # sums, fp64 [3, _MOST]: Σc, Σc², Σcw of the whole segment.
     grids, lanes, sums = np.empty((3, _MOST)), np.empty((5, _MOST), np.float32), np.empty((3, _MOST))
     for r in range(v.shape[0]):
         _solve_row(v[r], units[r], solver, steps, grids, lanes, sums, scales[r], zeros[r])
@@ -409,7 +416,12 @@ def quantize_rows(
         row_zeros: uint8 [R, groups], written: zero-point bytes, z = byte/16 − 8.
     """
     groups = factors.shape[1]
+    # Scratch for up to _MOST grids at once, one grid a column.
+    # grids, fp64 [3, _MOST]: scale, zero-point, gain.
+    # lanes, fp32 [5, _MOST]: 1/Δ, z, and the sums Σc, Σc², Σcw of one run of weights.
+    # sums, fp64 [3, _MOST]: Σc, Σc², Σcw of the whole segment.
     grids, lanes, sums = np.empty((3, _MOST)), np.empty((5, _MOST), np.float32), np.empty((3, _MOST))
+    # One value a group: solved scale and zero-point, then the stored factor and zero-point byte of this attempt.
     scales, zeros = np.empty(groups), np.empty(groups)
     trial, trial_bytes = np.empty(groups, np.uint8), np.empty(groups, np.uint8)
     for r in range(v.shape[0]):
@@ -417,6 +429,7 @@ def quantize_rows(
         factors[r].fill(255)
         row_zeros[r].fill(128)
         if units[r].max() > SCALE_FLOOR:
+            # Attempt 0 is min-max, attempt 1 the solver.
             for attempt in range(1 if solver == MINMAX else 2):
                 kind = solver if attempt > 0 else MINMAX
                 _solve_row(v[r], units[r], kind, steps, grids, lanes, sums, scales, zeros)

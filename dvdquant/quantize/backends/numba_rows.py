@@ -55,6 +55,7 @@ def hadamard_rows(w: F32, order: int, scale: float) -> None:
         order: Columns of a block, a power of two that divides K.
         scale: Factor of the result; order^(−1/2) makes the transform orthonormal.
     """
+    # tile, fp32 [order, _LANES]: one block of _LANES rows, transposed.
     tile = np.empty((order, _LANES), np.float32)
     factor = np.float32(scale)
     for first in range(0, w.shape[0], _LANES):

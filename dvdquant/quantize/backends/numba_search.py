@@ -161,6 +161,7 @@ def _scan(v: F32, mode: int, top: float, ratio: float, work: F32, gains: F64, ze
 @jit
 def _search(v: F32, mode: int, starts: int, steps: int, work: F32, gains: F64, zeros: F64) -> tuple[float, float]:
     """Return the best grid of a geometric scan of scales, refined by descent from its highest gains: (scale, zero)."""
+    # 1. Scan: the gain of every scale from above min-max down.
     low, high, rms = _extent(v)
     top, zeros[0] = _clip_range(low, high, mode)
     short = v.shape[0] <= _LANES
@@ -172,6 +173,7 @@ def _search(v: F32, mode: int, starts: int, steps: int, work: F32, gains: F64, z
     gains, zeros = gains[:count], zeros[:count]
     _scan(v, mode, top, ratio, work, gains, zeros)
     half = _HALF if mode == MIDRISE else _NIL
+    # 2. Descend from the highest gains; a peak and its neighbours are taken out once they were tried.
     best, scale, zero = -1.0, top, zeros[0]
     for _ in range(starts):
         peak = np.argmax(gains)
@@ -179,6 +181,7 @@ def _search(v: F32, mode: int, starts: int, steps: int, work: F32, gains: F64, z
         if gain > best:
             best, scale, zero = gain, start, zeros[peak]
         gains[max(peak - 1, 0) : peak + 2] = -1.0
+    # 3. The zero-point once more at the scale found, then the scale.
     if mode == INTEGER:
         zero, gain = _climb_zero(v, scale, zero)
         scale, gain = _descend(v, scale, half, zero, steps)
@@ -330,6 +333,9 @@ def solve_rows(v: F32, units: F64, mode: int, solver: int, starts: int, steps: i
         scales: fp64 [R, groups], written: Δ in the weight's own units; 0 for a group of zeros.
         zeros: fp64 [R, groups], written: integers −8..7; 0 for MIDRISE, whose half is left to the caller.
     """
+    # Scratch for up to _MOST scales at once, one scale a column.
+    # work, fp32 [3, _MOST]: 1/Δ, S1, S2.
+    # memory, fp64 [2, _MOST]: gain, integer zero-point.
     work, memory = np.empty((3, _MOST), np.float32), np.empty((2, _MOST))
     for r in range(v.shape[0]):
         _solve_row(v[r], units[r], mode, solver, starts, steps, work, memory, scales[r], zeros[r])
@@ -366,7 +372,11 @@ def quantize_rows(
     """
     groups = factors.shape[1]
     half = _HALF if mode == MIDRISE else _NIL
+    # Scratch for up to _MOST scales at once, one scale a column.
+    # work, fp32 [3, _MOST]: 1/Δ, S1, S2.
+    # memory, fp64 [2, _MOST]: gain, integer zero-point.
     work, memory = np.empty((3, _MOST), np.float32), np.empty((2, _MOST))
+    # One value a group: solved scale and zero-point, and the stored factor of this attempt.
     scales, zeros, trial = np.empty(groups), np.empty(groups), np.empty(groups, np.uint8)
     for r in range(v.shape[0]):
         row_scale, zero, least = SCALE_FLOOR, 0.0, math.inf
@@ -376,6 +386,7 @@ def quantize_rows(
             codes[r].fill(0)
             row_scales[r], row_zeros[r] = _f(row_scale), _f(0.0)
             continue
+        # Attempt 0 is min-max, attempt 1 the solver.
         for attempt in range(1 if solver == MINMAX else 2):
             kind = solver if attempt > 0 else MINMAX
             _solve_row(v[r], units[r], mode, kind, starts, steps, work, memory, scales, zeros)

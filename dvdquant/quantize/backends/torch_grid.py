@@ -87,7 +87,10 @@ class _Segments:
         return self.energy - scale * (2.0 * t1 - scale * t2)
 
     def regress(self, scale: Tensor, zero: Tensor, real: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (Δ, z) of least error for the codes of each grid, and the gain ‖w‖² less that error; z fixed unless real."""
+        """Return (Δ, z) of least error for the codes of each grid, and the gain ‖w‖² less that error.
+
+        z stays as it is unless ``real``.
+        """
         n = self.values.shape[1]
         s0, s1, s2 = self.moments(scale, zero)
         if real:
@@ -134,6 +137,7 @@ def quantize_rows(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple
 
 def _quantize_block(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, features = w.shape
+    # 1. Normalize every segment by a power of two.
     parts = w.reshape(rows * groups, features // groups)
     amax = parts.abs().amax(1, keepdim=True)
     unit = torch.ldexp(torch.ones_like(amax, dtype=torch.float64), torch.frexp(amax).exponent)
@@ -143,6 +147,7 @@ def _quantize_block(w: Tensor, groups: int, zero_point: str, solver: str) -> tup
     live = (unit > 0).reshape(-1, 1)
     inverse = torch.where(live, 1.0 / unit.reshape(-1, 1).clamp(min=1e-300), 0.0)
     v = (parts.double() * inverse).float()
+    # 2. Min-max, and the search where it is better.
     segments = _Segments.of(v)
     best = _solve(segments, unit, zero_point, "minmax")
     if solver == "search":
@@ -178,12 +183,14 @@ def _solve(segments: _Segments, unit: Tensor, zero_point: str, solver: str) -> _
     """Find the best grid of every segment, then the stored one nearest to it, or around it, of least error."""
     rows, groups = unit.shape
     real = zero_point == "real"
+    # 1. The best grid of every segment.
     if solver == "search":
         scale, zero = _search(segments, zero_point, groups > 1)
         if real and groups == 1:
             scale, zero = _row_around(segments, scale, _stored_zero(zero))
     else:
         scale, zero = _min_max(segments, zero_point)
+    # 2. As it is stored: the largest scale becomes the row's, the others 8-bit factors of it.
     scale = (scale.reshape(rows, groups) * unit).clamp(min=0)
     row = scale.amax(1, keepdim=True).clamp(min=SCALE_FLOOR).float()
     zero = _stored_zero(zero) if real else zero
@@ -193,6 +200,7 @@ def _solve(segments: _Segments, unit: Tensor, zero_point: str, solver: str) -> _
     if solver == "search" and groups > 1:
         step = (row.double() / 255.0).expand(rows, groups).reshape(-1, 1) / safe
         factor, zero = _stored_around(segments, step, near.reshape(-1, 1), zero, real)
+    # 3. The error of what is stored.
     flat = factor.reshape(-1, 1)
     stored = (row * (factor.reshape(rows, groups).float() / 255.0)).double().reshape(-1, 1) / safe
     error = segments.error(stored, zero) * unit.reshape(-1, 1).square()
@@ -247,9 +255,10 @@ def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor
     many = real and n <= _SHORT  # many narrow minima: descent from the best place of every scale
     count = _SHORT_SCALES if many else _GROUP_SCALES if grouped else _SCALES
     places = (_SHORT_PLACES if many else _PLACES) if real else 1
+    # 1. Scan.
     scale, zero = _scan(segments, zero_point, count, places)
     refined = segments.regress(scale, zero, real)
-    # Peaks only: neighbours of the highest descend into the same minimum.
+    # 2. Choose starts. Peaks only: neighbours of the highest descend into the same minimum.
     gain = refined[2]
     spaced = gain.reshape(len(gain), count, -1).amax(2)
     padded = torch.nn.functional.pad(spaced, (1, 1), value=-2.0)
@@ -262,6 +271,7 @@ def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor
     inside = gain.reshape(len(gain), count, -1).argmax(2).gather(1, ranked)
     chosen = ranked * places + inside
     scale, zero, gain = (t.gather(1, chosen) for t in refined)
+    # 3. Descend from each.
     for _ in range(_STEPS):
         new = segments.regress(scale, zero, real)
         risen = new[2] > gain
