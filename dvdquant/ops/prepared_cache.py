@@ -1,4 +1,4 @@
-"""What the kernels need of a layer's stored tensors, made once: prepared weights, balances, facts about matrices."""
+"""Results that the kernels need of a layer's stored tensors, made once: prepared weights, balances, matrix checks."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class PreparedWeight:
-    """What a path multiplies: ``W[n, k] = row_scale[n] · [f[n, g]/255 ·] (w8[n, k] − zero)``.
+    """The arrays that a path multiplies: ``W[n, k] = row_scale[n] · [f[n, g]/255 ·] (w8[n, k] − zero)``.
 
     Args:
         codes: int8 [N, K/2] packed (s4), int8 [N, K] (s8), or uint8 [N, K] of e4m3 bytes.

@@ -230,9 +230,11 @@ class _Files:
         self.places = {n: (relative, info) for relative, w in self._writers.items() for n, info in w.tensors.items()}
 
     def finished(self, step: str, names: Mapping[str, Any] | list[str]) -> bool:
+        """Return whether a step is in the journal and all its tensors are in the files."""
         return self._transaction.is_done(step) and all(n in self._writers[self.places[n][0]].written for n in names)
 
     def store(self, step: str, tensors: Mapping[str, Tensor], data: dict[str, Any]) -> None:
+        """Write the tensors of a step, sync their files, and then put the step with ``data`` into the journal."""
         crcs, touched = {}, set()
         for name, tensor in tensors.items():
             writer = self._writers[self.places[name][0]]
@@ -244,6 +246,7 @@ class _Files:
         self._transaction.done(step, {**data, "crc": crcs})
 
     def finish(self, progress: Progress) -> dict[str, FileEntry]:
+        """Finish all files; return relative path -> size and SHA-256."""
         with progress.stage("hash", sum(w.nbytes for w in self._writers.values()), "B") as stage:
             entries = {}
             for relative, writer in self._writers.items():

@@ -279,6 +279,7 @@ class _Collected:
         return set(self._layer_of)
 
     def add_weight(self, name: str, value: Tensor) -> None:
+        """Add the squared norm of each column of a weight to its layer; other parameters are ignored."""
         layer = self._layer_of.get(name)
         if layer is not None:
             energy = torch.linalg.vector_norm(value, dim=0).square().cpu()

@@ -70,6 +70,7 @@ def _moments_of_scales(v: F32, inverse: F32, half: Real, low: Real, high: Real, 
 
 @jit
 def _gain(v: F32, scale: float, half: Real, low: Real, high: Real) -> float:
+    """Return the gain S1²/S2 of one scale; 0 where all levels are 0."""
     s1, s2 = _moments(v, _f(1.0 / scale), half, low, high)
     return s1 * s1 / s2 if s2 > 0.0 else 0.0
 

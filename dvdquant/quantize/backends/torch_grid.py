@@ -55,11 +55,13 @@ class _Segments:
 
     @classmethod
     def of(cls, v: Tensor) -> _Segments:
+        """Return the sorted segments of normalized weights v, fp32 [S, n]."""
         values = v.sort(dim=1).values
         prefix = torch.nn.functional.pad(values.double().cumsum(1), (1, 0))
         return cls(values, prefix, prefix[:, -1:].clone(), values.double().square().sum(1, keepdim=True))
 
     def take(self, rows: slice) -> _Segments:
+        """Return some segments, as views."""
         return _Segments(self.values[rows], self.prefix[rows], self.total[rows], self.energy[rows])
 
     def moments(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,6 +138,7 @@ def quantize_rows(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple
 
 
 def _quantize_block(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantize some rows: arguments and results as :func:`quantize_rows`."""
     rows, features = w.shape
     # 1. Normalize every segment by a power of two.
     parts = w.reshape(rows * groups, features // groups)
@@ -176,6 +179,7 @@ class _Stored:
 
     @property
     def grids(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (scale, factor, zero)."""
         return self.scale, self.factor, self.zero
 
 
