@@ -21,8 +21,8 @@ class KernelLayer:
     """The prepared weights of one layer, each made when a call first needs it.
 
     The packed tensors stay where they are, a mapped copy of an export's files for instance. On an 8-bit path, which
-    most GPUs take, a weight has one byte on the device, half of bf16; with the packed weight beside it, it would be three
-    quarters. Activation grids whose paths hold weights in the same form share them.
+    most GPUs take, a weight has one byte on the device, half of bf16; with the packed weight beside it, it would be
+    three quarters. Activation grids whose paths hold weights in the same form share them.
 
     Args:
         kernels: The kernels of the device.
