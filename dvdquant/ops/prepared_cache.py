@@ -1,4 +1,4 @@
-"""What the kernels need of a layer's stored tensors, made once: prepared weights, packed balances, facts about matrices."""
+"""Results that the kernels need of a layer's stored tensors, made once: prepared weights, balances, matrix checks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["PreparedCache", "refuse_capture", "synchronize"]
 
 
 class PreparedCache:
-    """Prepared weights, each living as long as the packed weight tensor it was made from.
+    """Prepared weights, each kept as long as the packed weight tensor it was made from.
 
-    An entry is keyed by the weight tensor and :attr:`LayerPlan.form`, and made again when one of the five stored tensors
-    was replaced, moved or changed in place. On 8-bit paths it takes one byte per weight, beside the half byte of the packed one.
-    4- and 8-bit activations share an entry where their paths hold weights in the same form.
+    An entry is keyed by the weight tensor and :attr:`LayerPlan.form`. It is made again when one of the five stored
+    tensors was replaced, moved or changed in place. On 8-bit paths it takes one byte per weight, beside the half byte
+    of the packed one. 4- and 8-bit activations share an entry where their paths hold weights in the same form.
     """
 
     def __init__(self) -> None:
@@ -39,10 +39,15 @@ class PreparedCache:
         return sum(len(paths) for paths in self._entries.values())
 
     def get(self, kernels: CudaKernels, layer: LayerShape, packed: PackedLayer) -> Tensor:
-        """The prepared weight of a layer.
+        """Return the prepared weight of a layer, uint8 [plan.prepared_bytes]; make it if it is not there.
+
+        Args:
+            kernels: The kernels that prepare it.
+            layer: Shape and grids of the layer.
+            packed: The tensors of the layer.
 
         Raises:
-            KernelError: it would have to be made while a CUDA graph is being captured.
+            KernelError: It would have to be made while a CUDA graph is being captured.
         """
         key = kernels.plan(layer).form
         state = tuple((t.data_ptr(), _version(t)) for t in packed.stored())
@@ -58,15 +63,24 @@ class PreparedCache:
             return prepared
 
     def held_bytes(self, weight: Tensor) -> int:
-        """Bytes of the prepared weights made of this packed one."""
+        """Return the bytes of the prepared weights made of this packed weight.
+
+        Args:
+            weight: The packed weight tensor.
+        """
         with self._lock:
             return sum(prepared.nbytes for _, prepared in self._entries.get(weight, {}).values())
 
     def balance(self, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """:func:`pack_balance` of a layer's tensors, kept as long as they are; None where there are none.
+        """Return :func:`pack_balance` of a layer's tensors, kept as long as they are; None where both are None.
+
+        Args:
+            scale: fp32 [K], or None.
+            shift: fp32 [K], or None.
+            dtype: dtype of x.
 
         Raises:
-            KernelError: it would have to be made while a CUDA graph is being captured.
+            KernelError: It would have to be made while a CUDA graph is being captured.
         """
         key, other = (shift, None) if scale is None else (scale, shift)
         if key is None:
@@ -84,7 +98,14 @@ class PreparedCache:
             return rows
 
     def is_sylvester(self, hadamard: Tensor) -> bool:
-        """Whether ``hadamard`` is the Sylvester matrix / √b, the only inner factor the kernels have."""
+        """Return whether ``hadamard`` is the Sylvester matrix / √b, the only inner factor that the kernels have.
+
+        Args:
+            hadamard: The inner rotation factor, fp32 [b, b].
+
+        Raises:
+            KernelError: It would have to be checked for the first time while a CUDA graph is being captured.
+        """
         version = _version(hadamard)
         with self._lock:
             known = self._sylvester.get(hadamard)
@@ -98,7 +119,15 @@ class PreparedCache:
 
 
 def refuse_capture(device: torch.device, why: str) -> None:
-    """KernelError if a CUDA graph is being captured."""
+    """Refuse to go on while a CUDA graph is being captured.
+
+    Args:
+        device: Where the layer is; nothing is refused on a CPU.
+        why: What would have to be done now, for the message.
+
+    Raises:
+        KernelError: A CUDA graph is being captured.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise KernelError(
             f"a quantized layer is being captured in a CUDA graph before it ever ran: {why}",
@@ -107,7 +136,11 @@ def refuse_capture(device: torch.device, why: str) -> None:
 
 
 def synchronize(tensor: Tensor) -> None:
-    """Wait for what was made on this stream, so that it can be used from every stream."""
+    """Wait for what was made on the current stream, so that every stream can use it.
+
+    Args:
+        tensor: A tensor that was just made; nothing happens on a CPU.
+    """
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
 

@@ -34,15 +34,19 @@ def quant_linear(
     act_bits: int,
     act_group: int,
 ) -> Tensor:
-    """One quantized linear layer.
+    """Compute one quantized linear layer.
 
     Args:
-        x: [..., K] float32, float16 or bfloat16.
+        x: [..., K] float32, float16 or bfloat16; float64 is computed in float64 throughout.
         weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
-        weight_scale: fp32 [N]. weight_factor: uint8 [N, groups]. weight_zero: fp32 [N] or uint8 [N, groups].
+        weight_scale: fp32 [N], the step of each row.
+        weight_factor: uint8 [N, groups], 255 = 1.0.
+        weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
         bias: fp32 [N].
-        hadamard: fp32 [b, b]. outer: fp32 [p, p].
-        act_bits: 4, 6 or 8. act_group: channels per activation scale, 0 for the whole token.
+        hadamard: The inner rotation factor, fp32 [b, b].
+        outer: The outer rotation factor, fp32 [p, p].
+        act_bits: Bits of the activation codes: 4, 6 or 8.
+        act_group: Channels per activation scale; 0 for the whole token.
 
     Returns:
         [..., N] of x's dtype.
@@ -86,9 +90,26 @@ def balanced_quant_linear(
     act_bits: int,
     act_group: int,
 ) -> Tensor:
-    """:func:`quant_linear` of :func:`balance_input`, for eager PyTorch on a GPU: the kernel that quantizes x balances it.
+    """Compute :func:`quant_linear` of :func:`balance_input`, for eager PyTorch on a GPU.
 
-    Graphs and compilers get the two apart.
+    The kernel that quantizes x also balances it. Graphs and compilers get the two operations apart.
+
+    Args:
+        x: [..., K] float32, float16 or bfloat16.
+        scale: fp32 [K], ± powers of two, or None.
+        shift: fp32 [K], subtracted from x, or None.
+        weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
+        weight_scale: fp32 [N], the step of each row.
+        weight_factor: uint8 [N, groups], 255 = 1.0.
+        weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
+        bias: fp32 [N].
+        hadamard: The inner rotation factor, fp32 [b, b].
+        outer: The outer rotation factor, fp32 [p, p].
+        act_bits: Bits of the activation codes: 4, 6 or 8.
+        act_group: Channels per activation scale; 0 for the whole token.
+
+    Returns:
+        [..., N] of x's dtype.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     x = balance_input(x, scale, shift)
