@@ -449,7 +449,7 @@ class _Run:
         return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress)
 
     def _layers(self) -> tuple[LayerEntry, ...]:
-        """The table of weight errors."""
+        """Return the table of weight errors."""
         if self.previous is not None:
             return self.previous.layers
         return tuple(entry for packed in self.packed.values() for entry in packed.layers)

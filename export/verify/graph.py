@@ -168,7 +168,7 @@ class GraphCheck:
 
 
 def load_quantized(plan: ModelPlan, tensors: Mapping[str, tuple[str, TensorInfo]], root: Path, bits: int) -> nn.Module:
-    """The quantized PyTorch model of an export, in its own dtype.
+    """Return the quantized PyTorch model of an export, in its own dtype.
 
     Args:
         tensors: name -> (weight file relative to ``root``, place), as in :class:`dvdquant.quantize.checkpoint.PackedWeights`.

@@ -32,7 +32,7 @@ class Free:
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    """The quantized layers by name, in module order."""
+    """Return the quantized layers by name, in module order."""
     return {m.spec.name: m for m in model.modules() if isinstance(m, QuantLinear)}
 
 

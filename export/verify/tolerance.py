@@ -87,7 +87,7 @@ class Judged:
         return float(share[index]), float(distance.flatten()[index]), float(self.bound.flatten()[index])
 
     def excess(self, got: Tensor) -> float:
-        """The first of :meth:`worst`."""
+        """Return the first of :meth:`worst`."""
         return self.worst(got)[0]
 
 
