@@ -107,7 +107,7 @@ class GraphCheck:
         return not self.faults()
 
     def faults(self) -> list[str]:
-        """What is out of bounds, the most telling first."""
+        """Return what is out of bounds, the most telling first."""
         found = [
             f"layer {c.name} is {c.error:.2e} from float64 on the input it had, and {c.bound:.2e} is the bound"
             for c in self.layers.failed[:3]
