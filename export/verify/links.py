@@ -250,7 +250,7 @@ def _tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
 
 
 def _without_bits(model: onnx.ModelProto) -> bytes:
-    """Return the graph but for the activation grids of its quantized layers."""
+    """Return the serialized graph without the activation grids of its quantized layers."""
     import onnx
 
     copy = onnx.ModelProto()
