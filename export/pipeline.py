@@ -103,7 +103,8 @@ class ExportPlan:
 @dataclass
 class ExportResult:
     """What came out: the manifest, the checks of ``--verify`` (of graphs, and of what is stored), seconds per stage, and
-    whether anything was done."""
+    whether anything was done.
+    """
 
     out: Path
     manifest: Manifest
@@ -256,7 +257,8 @@ class _Run:
 
     def adopt(self, previous: Manifest) -> bool:
         """Link the previous export's files into the new tree, but for damaged engines, which are then built again;
-        False when a weight file or graph is damaged."""
+        False when a weight file or graph is damaged.
+        """
         out = self.transaction.out
         weights, engines = ([n for n in previous.files if n.startswith(top)] for top in ("onnx/", "engines/"))
         total = sum(previous.files[name]["bytes"] for name in (*weights, *engines))
@@ -449,7 +451,7 @@ class _Run:
         return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress)
 
     def _layers(self) -> tuple[LayerEntry, ...]:
-        """The table of weight errors."""
+        """Return the table of weight errors."""
         if self.previous is not None:
             return self.previous.layers
         return tuple(entry for packed in self.packed.values() for entry in packed.layers)
@@ -575,7 +577,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _link(source: Path, target: Path) -> None:
     """A hard link where the file system has them, else a copy; of a file with other names already, a copy, too: its mode and
-    bytes are not this export's alone."""
+    bytes are not this export's alone.
+    """
     target.unlink(missing_ok=True)
     try:
         if source.stat().st_nlink == 1:
