@@ -97,7 +97,7 @@ class QuantLinearNode:
 
 
 def quant_linear_nodes(model: ir.Model) -> Iterator[QuantLinearNode]:
-    """Return the QuantLinear nodes of the main graph, in order.
+    """Yield the QuantLinear nodes of the main graph, in order.
 
     Raises:
         ExportError: a node sits in a subgraph, two nodes share a weight, act_group does not divide K, or a weight,
