@@ -22,9 +22,9 @@ from dvdquant.deploy.generation.generator import (
     Generator,
     Runner,
     WrapSession,
+    controller_of,
     executed_original,
     executed_session,
-    make_controller,
 )
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
 from dvdquant.deploy.generation.request import (
@@ -153,7 +153,7 @@ class TableGenerator(Generator):
         if self._session is None:
             session = open_session(self.artifact, self.component, backend=self.backend, device=self.device)
             self._session = session if self._wrap is None else self._wrap(session)
-        runner = StepRunner(self._session, make_controller(self.artifact, self.component, request))
+        runner = StepRunner(self._session, controller_of(self.artifact, self.component, request))
         return runner, self._session.device, self._session.dtype
 
     def _executed(self, request: GenerateRequest) -> dict[str, Any]:

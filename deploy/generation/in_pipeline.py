@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation.generator import Generator, executed_original, executed_session, make_controller
+from dvdquant.deploy.generation.generator import Generator, controller_of, executed_original, executed_session
 from dvdquant.deploy.generation.original import CallRecorder, load_original, synchronize
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
@@ -28,6 +28,7 @@ from dvdquant.deploy.pipelines.parts import PIPELINES, open_pipeline_folder
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer
 from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
 from dvdquant.system.devices import resolve_device
 
@@ -156,7 +157,7 @@ class PipelineGenerator(Generator):
 
     def _engines_of(self, request: GenerateRequest) -> dict[str, nn.Module]:
         for name in self.components:
-            controller = make_controller(self.artifact, name, request)
+            controller = controller_of(self.artifact, name, request)
             if name in self._engines:
                 self._engines[name].use(controller)
                 continue
@@ -262,20 +263,19 @@ def _recorded(transformers: dict[str, nn.Module]) -> Iterator[dict[str, CallReco
 
 
 class _Watch:
-    """Where the loop is: a step begins when the timestep changes; branches are told apart by their order."""
+    """The place of the loop, for the hooks of the original transformers. Branches are told apart by their order."""
 
     def __init__(self) -> None:
-        self.step, self.calls = -1, 0
-        self.timestep: float | None = None
+        self.position = LoopPosition()
         self.started = 0.0
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the step of a call that begins."""
         del module, args
         timestep = float(kwargs["timestep"].max())
-        if timestep != self.timestep:
-            self.timestep, self.step, self.calls = timestep, self.step + 1, 0
-        self.calls += 1
+        if not self.position.at(None, timestep):
+            self.position.enter(None, timestep)
+        self.position.name(None)
         self.started = time.perf_counter()
 
     def after(self, recorder: CallRecorder) -> Callable[..., None]:
@@ -283,11 +283,12 @@ class _Watch:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             del module, args
-            sample = output[0]
+            sample, position = output[0], self.position
             synchronize(sample.device)
             seconds = time.perf_counter() - self.started
             both = kwargs["hidden_states"].shape[0] > 1
-            branch = "cond_uncond" if both else "cond" if self.calls == 1 else "uncond"
-            recorder.record(sample, step=self.step, branch=branch, timestep=self.timestep or 0.0, seconds=seconds)
+            branch = "cond_uncond" if both else "cond" if len(position.called) == 1 else "uncond"
+            timestep = position.timestep or 0.0
+            recorder.record(sample, step=position.index, branch=branch, timestep=timestep, seconds=seconds)
 
         return hook

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dvdquant.deploy.switching.controller import PUBLISHED_COST, Decision, StepController, StepRecord, relative_cost
 from dvdquant.deploy.switching.gbs import change_from_sums, change_sums
+from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.deploy.switching.schedule import average_bits
 from dvdquant.deploy.switching.step_cache import keep_residual, reuse
 from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
@@ -106,6 +107,7 @@ class StepRunner:
         self.on_step: Callable[[StepRecord], None] | None = None
         self.controller_seconds = 0.0
         self._parts: dict[tuple[str, int], _Part] = {}
+        self._position = LoopPosition()
         self._step: _Step | None = None
 
     def begin_request(self, steps: int | None = None) -> None:
@@ -118,6 +120,7 @@ class StepRunner:
         self.trace = []
         self.controller_seconds = 0.0
         self._parts.clear()
+        self._position = LoopPosition()
         self._step = None
 
     def forget_outputs(self) -> None:
@@ -157,25 +160,20 @@ class StepRunner:
     def _enter(self, inputs: Mapping[str, Tensor], branch: str, step: int | None, steps: int | None) -> _Step:
         """Return the step that this call belongs to, after beginning it if it is new."""
         timestep, current = float(inputs[TIMESTEP].max()), self._step
-        if current is None or self._is_new_request(current, inputs, branch, step, timestep):
-            if current is not None:
-                self.begin_request(steps)
-            elif steps is not None and steps != self.controller.steps:
+        if current is None:
+            if steps is not None and steps != self.controller.steps:
                 self.controller.reset(steps)
-            current = None
-        elif step == current.index if step is not None else timestep == current.timestep:
+        elif self._position.restarts(step, timestep) or self._has_other_shape(current, inputs, branch):
+            self.begin_request(steps)
+        elif self._position.at(step, timestep):
             return current
         else:
             self._finish(current)
-        index = step if step is not None else 0 if current is None else current.index + 1
-        self._step = _Step(index, timestep)
+        self._step = _Step(self._position.enter(step, timestep), timestep)
         return self._step
 
-    def _is_new_request(
-        self, current: _Step, inputs: Mapping[str, Tensor], branch: str, step: int | None, timestep: float
-    ) -> bool:
-        if timestep > current.timestep or (step is not None and step < current.index):
-            return True
+    def _has_other_shape(self, current: _Step, inputs: Mapping[str, Tensor], branch: str) -> bool:
+        """Return whether the latent has another shape than in the last call of this branch."""
         part = self._parts.get((branch, current.calls.get(branch, 0))) or self._parts.get((branch, 0))
         return part is not None and part.shape != tuple(inputs[LATENT].shape)
 
