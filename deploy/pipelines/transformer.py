@@ -47,7 +47,6 @@ log = logging.getLogger(__name__)
 
 # Options of diffusers' from_pretrained that say nothing an export could differ in.
 _HARMLESS = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")
-keep_in_from_pipe()
 # id of a transformer -> the branch that its pipeline is calling. Each thread and each asyncio task has its own context.
 _BRANCHES: ContextVar[Mapping[int, tuple[str, Mapping[str, Any]]]] = ContextVar("dvdquant_branches")
 
@@ -74,6 +73,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
 
     def __init__(self, session: EngineSession, controller: StepController) -> None:
         super().__init__()
+        keep_in_from_pipe()
         # In _name_or_path diffusers notes where a model was loaded from, also in the config.json that it saves.
         config = {**session.family.config, "_name_or_path": str(session.artifact.root)}
         self.register_to_config(**config)
