@@ -483,7 +483,7 @@ def _check_options(
         ),
     }
     # Of a fixed width, last steps are those that the step cache computes.
-    for_cache = cache is not None and re.fullmatch(r"a\d+", mode) is not None and not follows
+    for_cache = cache is not None and re.fullmatch(r"a\d+", str(mode)) is not None and not follows
     for name, value in (("delta", delta), ("last_high", last_high), ("weighting", weighting)):
         what = f"{rule} says the bits of each step" if follows else f"mode={mode!r:.40} does not switch"
         allowed = switches or (name == "last_high" and for_cache)

@@ -12,6 +12,7 @@ from dvdquant.deploy.switching.defaults import DEFAULT_DELTA
 from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import UnsupportedError
+from dvdquant.system.records import brief
 
 __all__ = ["make_controller"]
 
@@ -48,9 +49,11 @@ def make_controller(
         UnsupportedError: The mode is unknown, or needs a graph that the export lacks.
     """
     low, high = bits[0], bits[-1]
+    if not isinstance(mode, str):
+        raise UnsupportedError(f"the mode is {brief(mode)}", available=[*(f"a{width}" for width in bits), "switch"])
     if mode == "switch" and (schedule is not None or callback is not None):
         mode = "planned" if schedule is not None else "callback"
-    if isinstance(cache, (int, float)):
+    if cache is not None and not isinstance(cache, StepCachePolicy):
         cache = StepCachePolicy.for_family(family, threshold=cache)
     common: dict[str, Any] = {"low": low, "high": high, "cache": cache, **more}
     fixed = re.fullmatch(r"a(\d+)", mode)
