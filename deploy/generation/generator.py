@@ -17,7 +17,15 @@ from dvdquant.deploy.sessions import EngineSession
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 
-__all__ = ["Generator", "Runner", "WrapSession", "controller_of", "executed_original", "executed_session"]
+__all__ = [
+    "Generator",
+    "Runner",
+    "WrapSession",
+    "controller_of",
+    "executed_original",
+    "executed_session",
+    "wrapped",
+]
 
 WrapSession = Callable[[EngineSession], EngineSession]
 
@@ -94,6 +102,17 @@ def controller_of(artifact: Artifact, component: str, request: GenerateRequest) 
         cache=request.cache,
         **rule,
     )
+
+
+def wrapped(session: EngineSession, wrap: WrapSession | None) -> EngineSession:
+    """Return the session in its wrapper, or itself without one. If the wrapper fails, the session is closed."""
+    if wrap is None:
+        return session
+    try:
+        return wrap(session)
+    except BaseException:
+        session.close()
+        raise
 
 
 def executed_session(session: EngineSession) -> dict[str, Any]:

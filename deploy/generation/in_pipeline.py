@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation.generator import Generator, controller_of, executed_original, executed_session
+from dvdquant.deploy.generation.generator import (
+    Generator,
+    controller_of,
+    executed_original,
+    executed_session,
+    wrapped,
+)
 from dvdquant.deploy.generation.original import CallRecorder, load_original, synchronize
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
@@ -69,6 +76,8 @@ class PipelineGenerator(Generator):
         self._originals: dict[str, nn.Module] = {}
         self._pipe: Any = None
         self._tried: set[tuple[int, int]] = set()  # steps and tokens that the scheduler has gone through
+        self._drawing = threading.Lock()  # diffusers keeps the state of a call in the pipeline: one clip at a time
+        self._loading = threading.Lock()
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -115,8 +124,11 @@ class PipelineGenerator(Generator):
     def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
         """See :class:`Generator`."""
         request = self.check(request)
-        transformers = self._transformers(request)
-        pipe = self._pipeline(transformers)
+        with self._drawing:
+            return self._draw(request, on_step)
+
+    def _draw(self, request: GenerateRequest, on_step: OnStep | None) -> GenerateResult:
+        transformers, pipe = self._loaded(request)
         started = time.perf_counter()
         if request.mode == "16":
             with _recorded(transformers) as recorders:
@@ -126,13 +138,14 @@ class PipelineGenerator(Generator):
             traces = {name: recorder.trace for name, recorder in recorders.items()}
             summaries = {name: recorder.summary() for name, recorder in recorders.items()}
         else:
-            for name in transformers:
-                self._engines[name].runner.on_step = on_step
+            engines = _engines(transformers)
+            for engine in engines.values():
+                engine.runner.on_step = on_step
                 # Most pipelines keep the number of steps to themselves; the last ones are treated otherwise.
-                self._engines[name].begin_request(request.steps)
+                engine.begin_request(request.steps)
             frames, latents = self._call(pipe, request)
-            traces = {name: list(self._engines[name].trace) for name in transformers}
-            summaries = {name: self._engines[name].runner.summary() for name in transformers}
+            traces = {name: list(engine.trace) for name, engine in engines.items()}
+            summaries = {name: engine.runner.summary() for name, engine in engines.items()}
         seconds = time.perf_counter() - started
         trace = sorted((record for records in traces.values() for record in records), key=lambda record: record.step)
         summary = summaries["transformer"] if len(summaries) == 1 else {"components": summaries}
@@ -141,19 +154,25 @@ class PipelineGenerator(Generator):
         )
 
     def close(self) -> None:
-        """See :class:`Generator`."""
-        for engine in self._engines.values():
-            engine.close()
-        self._engines, self._originals, self._pipe = {}, {}, None
+        """See :class:`Generator`. A clip that another thread draws ends with EngineError."""
+        with self._loading:
+            engines, self._engines, self._originals, self._pipe = self._engines, {}, {}, None
+            for engine in engines.values():
+                engine.close()
 
     # ------------------------------------------------------------------------------------------------ what is loaded
 
     def prepare(self, request: GenerateRequest) -> None:
         """See :class:`Generator`."""
-        self._pipeline(self._transformers(self.check(request)))
+        request = self.check(request)
+        with self._drawing:
+            self._loaded(request)
 
-    def _transformers(self, request: GenerateRequest) -> dict[str, nn.Module]:
-        return self._originals_of() if request.mode == "16" else self._engines_of(request)
+    def _loaded(self, request: GenerateRequest) -> tuple[dict[str, nn.Module], Any]:
+        """Return the transformers that a request runs, and the pipeline that holds them."""
+        with self._loading:
+            transformers = self._originals_of() if request.mode == "16" else self._engines_of(request)
+            return transformers, self._pipeline(transformers)
 
     def _engines_of(self, request: GenerateRequest) -> dict[str, nn.Module]:
         for name in self.components:
@@ -162,7 +181,12 @@ class PipelineGenerator(Generator):
                 self._engines[name].use(controller)
                 continue
             session = open_session(self.artifact, name, backend=self.backend, device=self.device)
-            self._engines[name] = DvdqTransformer(session if self._wrap is None else self._wrap(session), controller)
+            session = wrapped(session, self._wrap)
+            try:
+                self._engines[name] = DvdqTransformer(session, controller)
+            except BaseException:
+                session.close()
+                raise
         return {name: self._engines[name] for name in self.components}
 
     def _originals_of(self) -> dict[str, nn.Module]:
@@ -232,9 +256,13 @@ class PipelineGenerator(Generator):
         if request.mode == "16":
             parameter = next(transformers[self.components[0]].parameters())
             return executed_original(parameter.device, parameter.dtype)
-        sessions = {name: executed_session(self._engines[name].session) for name in transformers}
+        sessions = {name: executed_session(engine.session) for name, engine in _engines(transformers).items()}
         first = sessions[self.components[0]]
         return {**first, "pipeline": self.folder.class_name, "components": sessions if len(sessions) > 1 else {}}
+
+
+def _engines(transformers: dict[str, nn.Module]) -> dict[str, DvdqTransformer]:
+    return {name: module for name, module in transformers.items() if isinstance(module, DvdqTransformer)}
 
 
 def _call_defaults(class_name: str) -> dict[str, Any]:

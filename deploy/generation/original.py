@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from dvdquant.model.families import Family
 __all__ = ["CallRecorder", "OriginalRunner", "load_original"]
 
 ORIGINAL_BITS = 16
+_THREADS = threading.RLock()
 
 
 def load_original(
@@ -149,13 +151,19 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
     The models with a prompt table are too small to gain from threads; where others use the cores too, threads that
     wait for each other at every layer take fifty times as long. One thread also gives the same bits everywhere.
+
+    The number belongs to the process, so one caller at a time changes it: a second one would put back the 1 of the first.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if device.type == "cpu" else threads)
-    try:
+    if device.type != "cpu":
         yield
-    finally:
-        torch.set_num_threads(threads)
+        return
+    with _THREADS:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def synchronize(device: torch.device) -> None:

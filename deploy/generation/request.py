@@ -6,12 +6,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.deploy.switching.gbs import Stair, Weighting, delta_of_stair
 from dvdquant.errors import OutputError, ShapeError, UnsupportedError
@@ -119,7 +119,7 @@ def check_request(request: GenerateRequest, artifact: Artifact) -> None:
         ShapeError: A number is out of range, or a prompt is empty or too long.
         UnsupportedError: The export has no graph for the mode.
     """
-    prompts = [("prompt", request.prompt)]
+    prompts: list[tuple[str, Any]] = [("prompt", request.prompt)]
     if request.negative_prompt is not None:
         prompts.append(("negative prompt", request.negative_prompt))
     for name, text in prompts:
@@ -143,9 +143,9 @@ def check_request(request: GenerateRequest, artifact: Artifact) -> None:
     for name, value, low, high in ranges:
         if value is None:
             continue
-        kind = Real if name in ("--guidance", "--delta", "--cache") else Integral
-        if isinstance(value, bool) or not isinstance(value, kind):
-            what = "a number" if kind is Real else "a whole number"
+        real = name in ("--guidance", "--delta", "--cache")
+        if not (is_number(value) if real else is_whole(value)):
+            what = "a number" if real else "a whole number"
             raise ShapeError(f"{name} is {brief(value)}", available=f"{what} from {low} up")
         if not low <= value <= high:
             raise ShapeError(

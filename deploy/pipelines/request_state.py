@@ -58,9 +58,11 @@ class _Caller:
         pipelines: A mapping from each pipeline that it runs to the pipeline's request.
         plain: The request of calls without a pipeline.
         last: The request that was begun or called last.
+        watched: True if the table is told when the task is cancelled.
     """
 
     def __init__(self, task: asyncio.Task[Any] | None) -> None:
+        self.watched = False
         self.thread = weakref.ref(threading.current_thread())
         self.task = None if task is None else weakref.ref(task)
         self.clear()
@@ -371,6 +373,25 @@ class RequestTable:
                 if request in self._paused:
                     self._paused.remove(request)
 
+    def forget(self, caller: _Caller) -> None:
+        """Forget what a caller has asked for.
+
+        Args:
+            caller: The caller, which has ended.
+        """
+        with self._lock:
+            for wish in self._wishes:
+                if wish.caller is caller:
+                    wish.close()
+
+    def forget_outputs(self) -> None:
+        """Free the outputs that open requests keep for their next step, when the engines are closed."""
+        with self._lock:
+            requests = [*self._paused, *([] if self._latest is None else [self._latest])]
+            for request in requests:
+                if not request.busy:
+                    request.runner.forget_outputs()
+
     @contextmanager
     def call(
         self, branch: str | None, step: int | None, steps: int | None, timestep: float, text: Tensor | None
@@ -564,8 +585,9 @@ class RequestTable:
         kept = [one for one in self._wishes if one.open and not (one.caller is wish.caller and one.what == wish.what)]
         self._wishes = [*kept, wish]
         task = None if wish.caller.task is None else wish.caller.task()
-        if task is not None:
-            task.add_done_callback(functools.partial(_drop, weakref.ref(wish)))
+        if task is not None and not wish.caller.watched:
+            wish.caller.watched = True
+            task.add_done_callback(functools.partial(_drop, weakref.ref(self), weakref.ref(wish.caller)))
 
     def _refuse_lost(self) -> None:
         """Refuse to begin a request while another thread waits for one that may be meant.
@@ -593,11 +615,11 @@ class RequestTable:
             )
 
 
-def _drop(wish: weakref.ref[_Wish], task: asyncio.Task[Any]) -> None:
+def _drop(table: weakref.ref[RequestTable], caller: weakref.ref[_Caller], task: asyncio.Task[Any]) -> None:
     """Forget what a task has asked for if the task was cancelled: its request does not come any more."""
-    asked = wish()
-    if asked is not None and task.cancelled():
-        asked.close()
+    asked, asker = table(), caller()
+    if asked is not None and asker is not None and task.cancelled():
+        asked.forget(asker)
 
 
 class RunnerView:

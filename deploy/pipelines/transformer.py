@@ -209,8 +209,9 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         return self._requests.latest.runner.trace
 
     def close(self) -> None:
-        """Free the engines' memory. A later call raises EngineError."""
+        """Free the engines' memory, after a call that is running. A later call raises EngineError."""
         self._session.close()
+        self._requests.forget_outputs()
 
     # --------------------------------------------------------------------------------------------- the pipeline's calls
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import Generator, open_generator
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
+from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.planning.recording import ClipRecording, Recorder, median_seconds
 from dvdquant.deploy.switching.controller import StepRecord
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
@@ -53,8 +53,7 @@ class Goal:
             raise UnsupportedError(
                 "more than one goal" if given else "no goal", available=_GOALS, fix="give one of them"
             )
-        number = isinstance(given[0], Real) and not isinstance(given[0], bool)
-        if not (number and math.isfinite(given[0]) and given[0] >= 0):
+        if not (is_number(given[0]) and math.isfinite(given[0]) and given[0] >= 0):
             raise UnsupportedError(f"the goal is {brief(given[0])}", available="a finite number from 0 up")
 
 
@@ -181,7 +180,7 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
     """Return the seeds as a list. ShapeError if there is none, or if one is no whole number."""
     several = list(seeds) if isinstance(seeds, Iterable) else [seeds]
     for seed in several:
-        if isinstance(seed, bool) or not isinstance(seed, Integral):
+        if not is_whole(seed):
             raise ShapeError(f"a seed is {brief(seed)}", available="a whole number from 0, or several")
     if not several:
         raise ShapeError("there is no seed", fix="give one or several, or leave seeds out")

@@ -10,9 +10,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any, Literal, Self, get_args
 
+from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.deploy.switching.gbs import BitSwitch, Weighting, step_weight
 from dvdquant.deploy.switching.schedule import Schedule
@@ -191,10 +191,10 @@ class StepController:
         if weighting is None:
             weighting = WEIGHTINGS[0] if mode == "switch" else "none"
         # 3. Kinds and ranges.
-        if delta is not None and not (_is(delta, Real) and delta >= 0):
+        if delta is not None and not (is_number(delta) and delta >= 0):
             raise UnsupportedError(f"δ is {brief(delta)}", available="a number from 0 (all high) to infinity (all low)")
         for name, width in (("low", low), ("high", high), ("bits", high if bits is None else bits)):
-            if not _is(width, Integral):
+            if not is_whole(width):
                 raise UnsupportedError(f"{name} is {brief(width)}", available="activation bits, such as 4 or 8")
         if callback is not None and not callable(callback):
             raise UnsupportedError(f"the callback is {brief(callback)}", available="a function of a StepInfo")
@@ -203,7 +203,7 @@ class StepController:
         planned = schedule.bits if isinstance(schedule, Schedule) else schedule
         if planned is not None:
             listed = isinstance(planned, Sequence) and not isinstance(planned, (str, bytes)) and len(planned) > 0
-            if not listed or not all(width is None or _is(width, Integral) for width in planned):
+            if not listed or not all(width is None or is_whole(width) for width in planned):
                 raise UnsupportedError(
                     f"the schedule is {brief(planned)}",
                     available="a Schedule, or the bits of each step: [8, 8, 4, None, 8]",
@@ -212,7 +212,7 @@ class StepController:
             raise UnsupportedError(f"unknown branch policy {branch_policy!r:.40}", available=get_args(BranchPolicy))
         if weighting not in get_args(Weighting):
             raise UnsupportedError(f"unknown weighting {weighting!r:.40}", available=get_args(Weighting))
-        if not _is(last_high, Integral) or last_high < 0:
+        if not is_whole(last_high) or last_high < 0:
             raise UnsupportedError(f"last_high is {brief(last_high)}", available="a number of steps, from 0")
         if not low <= high:
             raise UnsupportedError(f"low is {low} bits and high {high}", fix="exchange them")
@@ -389,11 +389,6 @@ class StepController:
                 fix="skip only where StepInfo.can_skip is true",
             )
         return decision
-
-
-def _is(value: Any, kind: type) -> bool:
-    """Return whether a value is a number of a kind. Truth values are none."""
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _has_output(history: _History) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -109,6 +110,7 @@ class StepRunner:
         self._parts: dict[tuple[str, int], _Part] = {}
         self._position = LoopPosition()
         self._step: _Step | None = None
+        self._running = threading.Lock()
 
     def begin_request(self, steps: int | None = None) -> None:
         """Forget history and trace, for a new request.
@@ -143,9 +145,20 @@ class StepRunner:
 
         Raises:
             EngineError: The high engine failed or gave NaN or infinities. The error names step and branch.
-            UnsupportedError: A schedule or a callback asks for what is not there.
+            UnsupportedError: A schedule or a callback asks for what is not there, or another call is running.
             ShapeError: The inputs are outside the exported profile.
         """
+        if not self._running.acquire(blocking=False):
+            raise UnsupportedError(
+                "two calls of one StepRunner at once",
+                fix="make a StepRunner with a controller of its own for every request; they may share the session",
+            )
+        try:
+            return self._run(inputs, branch, step, steps)
+        finally:
+            self._running.release()
+
+    def _run(self, inputs: Mapping[str, Tensor], branch: str, step: int | None, steps: int | None) -> Tensor:
         started = time.perf_counter()
         current = self._enter(inputs, branch, step, steps)
         name = branch.partition("/")[0]

@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Literal
 
 from torch import Tensor
 
+from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.records import brief
 
@@ -48,14 +48,13 @@ class StepCachePolicy:
     max_skips: int = 3
 
     def __post_init__(self) -> None:
-        number = isinstance(self.threshold, Real) and not isinstance(self.threshold, bool)
-        if not (number and self.threshold >= 0 and math.isfinite(self.threshold)):
+        if not (is_number(self.threshold) and self.threshold >= 0 and math.isfinite(self.threshold)):
             raise UnsupportedError(
                 f"the step cache's threshold is {brief(self.threshold)}", available="a number from 0 up"
             )
         if self.residual not in ("output", "latent"):
             raise UnsupportedError(f"the step cache cannot reuse {self.residual!r:.40}", available=("output", "latent"))
-        if not isinstance(self.max_skips, Integral) or self.max_skips < 1:
+        if not is_whole(self.max_skips) or self.max_skips < 1:
             raise UnsupportedError(
                 f"max_skips is {brief(self.max_skips)}",
                 available="1 or more",
