@@ -464,6 +464,7 @@ class RequestTable:
         begun = self._here().begun
         if begun is not None and begun.request is not None:
             request = begun.request
+            self._refuse_lost(begun=True)
             if request.generation != self._generation:
                 request.runner, request.generation = self._new(caller).runner, self._generation
                 request.runner.begin_request(request.steps)
@@ -484,7 +485,7 @@ class RequestTable:
                 return other
         # 3. The owner's own request, or a new one.
         if own is None or own.begins(branch, step, timestep):
-            self._refuse_lost()
+            self._refuse_lost(begun=False)
             own = self._new(caller)
             own.runner.begin_request(steps)
             self._keep(caller, pipeline, own)
@@ -589,10 +590,13 @@ class RequestTable:
             wish.caller.watched = True
             task.add_done_callback(functools.partial(_drop, weakref.ref(self), weakref.ref(wish.caller)))
 
-    def _refuse_lost(self) -> None:
+    def _refuse_lost(self, begun: bool) -> None:
         """Refuse to begin a request while another thread waits for one that may be meant.
 
         A wish that no call can get any more is refused once, and then forgotten.
+
+        Args:
+            begun: True if the request was begun by hand, so that its number of steps is known.
 
         Raises:
             UnsupportedError: A number of steps or a callback was asked for in another thread, and no call has got it.
@@ -600,7 +604,7 @@ class RequestTable:
         self._wishes = [wish for wish in self._wishes if wish.open]
         here, silent = threading.current_thread(), self._here().heard is None
         for wish in self._wishes:
-            wanted = silent if wish.request is None else wish.request.steps is not None
+            wanted = silent if wish.request is None else wish.request.steps is not None and not begun
             thread = wish.caller.thread()
             if not wanted or thread is here:
                 continue

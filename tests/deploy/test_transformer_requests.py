@@ -529,12 +529,16 @@ def test_what_is_asked_for_in_another_thread_is_not_lost(counted: Any, how: str)
         assert "MainThread" in caught.value.what
         assert "copy_context" in str(caught.value.fix)
 
-        def asks_itself() -> list[int]:
+        def asks_itself(of_callback: bool) -> list[int]:
             counted.begin_request(4)
-            counted.runner.on_step = None
+            if of_callback:
+                counted.runner.on_step = None
             return counted_loop(counted, 4)
 
-        assert pool.submit(asks_itself).result(60) == KNOWN
+        if how == "on_step":  # the number of steps alone does not answer who is told
+            with pytest.raises(UnsupportedError, match="on_step"):
+                pool.submit(asks_itself, False).result(60)
+        assert pool.submit(asks_itself, how == "on_step").result(60) == KNOWN
 
 
 def test_a_thread_that_asked_and_ended_is_said_once(counted: Any) -> None:
