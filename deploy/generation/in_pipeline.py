@@ -22,7 +22,7 @@ from dvdquant.deploy.generation.generator import (
     executed_session,
     wrapped,
 )
-from dvdquant.deploy.generation.original import CallRecorder, load_original, synchronize
+from dvdquant.deploy.generation.original import LOADING, CallRecorder, load_original, synchronize
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
     GenerateResult,
@@ -210,9 +210,10 @@ class PipelineGenerator(Generator):
         if self.family.name == "wan":
             dtypes["vae"] = torch.float32
         try:
-            pipe = getattr(diffusers, self.folder.class_name).from_pretrained(
-                self.folder.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **transformers
-            )
+            with LOADING:
+                pipe = getattr(diffusers, self.folder.class_name).from_pretrained(
+                    self.folder.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **transformers
+                )
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"the pipeline {self.folder.root} cannot be loaded: {str(error).strip():.500}",

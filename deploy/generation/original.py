@@ -21,10 +21,13 @@ from dvdquant.deploy.switching.gbs import relative_change
 from dvdquant.errors import CheckpointError, EngineError
 from dvdquant.model.families import Family
 
-__all__ = ["CallRecorder", "OriginalRunner", "load_original"]
+__all__ = ["LOADING", "CallRecorder", "OriginalRunner", "load_original"]
 
 ORIGINAL_BITS = 16
 _THREADS = threading.RLock()
+# diffusers and transformers change torch.nn.Module itself while they load (accelerate's init_empty_weights). Where two
+# threads load at once, the change stays, and every later module of the process is made on the meta device.
+LOADING = threading.RLock()
 
 
 def load_original(
@@ -43,9 +46,10 @@ def load_original(
     checkpoint.folder.check_tree()
     checkpoint.check_unchanged()
     try:
-        model = getattr(diffusers, checkpoint.class_name).from_pretrained(
-            checkpoint.root, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+        with LOADING:
+            model = getattr(diffusers, checkpoint.class_name).from_pretrained(
+                checkpoint.root, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.root} cannot be loaded: {error!s:.500}") from error
     checkpoint.check_unchanged()

@@ -157,6 +157,31 @@ def test_threads_that_share_a_generator(mode: str, monkeypatch: pytest.MonkeyPat
     assert seen == {threads}
 
 
+def test_two_generators_that_load_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers changes torch.nn.Module while it loads: two at once would leave every later module on the meta device."""
+    import diffusers
+
+    artifact, request = Artifact.open(trained_export()), GenerateRequest(PROMPTS[0], mode="16")
+    real, loading, most = diffusers.WanTransformer3DModel.from_pretrained, [], []
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        loading.append(1)
+        most.append(len(loading))
+        time.sleep(0.05)
+        try:
+            return real(*arguments, **options)
+        finally:
+            loading.pop()
+
+    monkeypatch.setattr(diffusers.WanTransformer3DModel, "from_pretrained", slow)
+    generators = [open_generator(artifact, backend="onnxruntime") for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for future in [pool.submit(generator.prepare, request) for generator in generators]:
+            future.result(60)
+    assert most == [1, 1, 1]
+    assert torch.nn.Linear(1, 1).weight.device.type == "cpu"
+
+
 def test_a_generator_that_is_closed_during_a_clip() -> None:
     """The clip ends with an error that says so; the generator can be used again."""
     artifact = Artifact.open(trained_export())

@@ -8,6 +8,8 @@ import contextvars
 import copy
 import functools
 import gc
+import itertools
+import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dvdquant.deploy import DvdqTransformer
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import EngineError, UnsupportedError
@@ -767,3 +770,58 @@ def test_a_call_that_failed_may_be_made_again(
     assert [(r.step, r.branch) for r in counted.trace] == [(step, b) for step in range(4) for b in COND_FIRST]
     bits = [r.bits for r in counted.trace if r.branch == "cond"]
     assert bits == KNOWN
+
+
+# ----------------------------------------------------------------------------------------------- any order, any embedding
+
+
+def outcomes_of_random_turns(wan: Exported, count: int, seed: int) -> dict[str, int]:
+    """Loops in threads of their own, in a random order of steps: each is as if it ran alone, or one is refused."""
+    generator, alone, outcomes = random.Random(seed), {}, {"equal": 0, "refused": 0}
+    opened = wan.open("pytorch", delta=1.2, last_high=0, weighting="none")
+    prompts = [texts["cond"] for texts in texts_of(opened)]
+    negative = texts_of(opened)[0]["uncond"]
+    for _ in range(count):
+        shared = DvdqTransformer(opened.session, opened.runner.controller)
+        loops, plans = [], []
+        for number in range(generator.choice([2, 2, 3])):
+            order = generator.choice([COND_FIRST, UNCOND_FIRST])
+            plan = (number, generator.choice([1000.0, 800.0, 600.0]), order, generator.randrange(2))
+            texts = {"cond": prompts[plan[3]], "uncond": negative}
+            if plan not in alone:
+                model = DvdqTransformer(opened.session, opened.runner.controller)
+                alone[plan] = list(itertools.islice(guided(model, number, texts, plan[1], order), 4))
+            plans.append(plan)
+            loops.append(guided(shared, number, texts, plan[1], order))
+        found: list[list[Tensor]] = [[] for _ in loops]
+        turns = [number for number in range(len(loops)) for _ in range(4)]
+        generator.shuffle(turns)
+        pools = [ThreadPoolExecutor(1) for _ in loops]
+        try:
+            for number in turns:
+                found[number].append(pools[number].submit(next, loops[number]).result(60))
+        except UnsupportedError as error:
+            if "share a text embedding" not in error.what:
+                raise
+            outcomes["refused"] += 1
+        else:
+            outcomes["equal"] += 1
+            for latents, plan in zip(found, plans):
+                assert all(torch.equal(one, other) for one, other in zip(latents, alone[plan], strict=True)), plans
+        finally:
+            for pool in pools:
+                pool.shutdown()
+    return outcomes
+
+
+def test_loops_in_any_order(wan: Exported) -> None:
+    assert outcomes_of_random_turns(wan, 6, 0)["equal"] >= 2
+
+
+@pytest.mark.stress
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_loops_in_any_order_500(wan: Exported) -> None:
+    outcomes = outcomes_of_random_turns(wan, 500, 1)
+    assert sum(outcomes.values()) == 500
+    assert min(outcomes.values()) > 50
