@@ -80,8 +80,9 @@ class Checkpoint:
 
     ``model`` is the argument as given, ``component`` the pipeline folder, ``root`` the real folder of the transformer,
     ``tensors`` every tensor by name, ``headers`` the SHA-256 of each file's header by file name. ``files`` is what each
-    file was when its header was checked; nothing is read from a file that is another by now. No descriptor is kept, so
-    hundreds of shards cost none and a checkpoint can be pickled.
+    file was when its header was checked; nothing is read from a file that is another by now. ``samples`` is the SHA-256 of
+    the bytes that :meth:`fingerprint` read of each file. No descriptor is kept, so hundreds of shards cost none and a
+    checkpoint can be pickled.
     """
 
     model: str
@@ -92,6 +93,7 @@ class Checkpoint:
     headers: dict[str, str]
     folder: UntrustedFolder
     files: dict[str, FileIdentity]
+    samples: dict[str, bytes] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def components(model: str | Path, *, revision: str | None = None) -> list[str]:
@@ -149,11 +151,29 @@ class Checkpoint:
             os.close(fd)
 
     def _require_same(self, fd: int, shard: str) -> None:
-        if FileIdentity.of(fd) != self.files[shard]:
-            raise CheckpointError(
-                f"{self.root / shard} has changed since it was opened: it was written to or replaced",
-                fix="leave the model as it is while it is read, and start again",
-            )
+        now, known = FileIdentity.of(fd), self.files[shard]
+        if now == known:
+            return
+        if now.may_hold_the_same(known) and self._holds_the_same(fd, shard):
+            self.files[shard] = now  # a new mode, owner or name of the file: compared once, not at every read
+            return
+        raise CheckpointError(
+            f"{self.root / shard} has changed since it was opened: it was written to or replaced",
+            fix="leave the model as it is while it is read, and start again",
+        )
+
+    def _holds_the_same(self, fd: int, shard: str) -> bool:
+        """Whether the header and the samples of a shard are those of before; False where none were taken."""
+        if shard not in self.samples:
+            return False
+        try:
+            header = read_header_from(fd, self.root / shard)
+        except CheckpointError:
+            return False
+        digest = hashlib.sha256()
+        for sample in _samples(fd, [info for info in self.tensors.values() if info.shard == shard]):
+            digest.update(sample)
+        return header.digest == self.headers[shard] and digest.digest() == self.samples[shard]
 
     def check_unchanged(self) -> None:
         """CheckpointError, naming the file, unless every shard is still the file that was opened.
@@ -179,15 +199,12 @@ class Checkpoint:
         for info in self.tensors.values():
             by_shard[info.shard].append(info)
         for shard, infos in by_shard.items():
+            own = hashlib.sha256()
             with self._opened(shard) as fd:
-                for info in sorted(infos, key=lambda info: info.offset):
-                    count = min(SAMPLE, info.nbytes)
-                    try:
-                        digest.update(os.pread(fd, count, info.offset + (info.nbytes - count) // 2))
-                    except OSError as error:
-                        raise CheckpointError(
-                            f"{info.path} cannot be read: {reason_of(error)}", fix=fix_of(error, "download it again")
-                        ) from error
+                for sample in _samples(fd, infos):
+                    digest.update(sample)
+                    own.update(sample)
+            self.samples[shard] = own.digest()
         return FINGERPRINT + digest.hexdigest()
 
     def check_finite(self, name: str, tensor: torch.Tensor) -> None:
@@ -224,6 +241,18 @@ class Checkpoint:
                 f"{self.root} does not fit its config.json: {'; '.join(problems)}{more}",
                 fix="use the config.json and the weights of one and the same model",
             )
+
+
+def _samples(fd: int, infos: Collection[ShardTensor]) -> Iterator[bytes]:
+    """Up to ``SAMPLE`` bytes in the middle of each tensor of one open file, in the order of the file."""
+    for info in sorted(infos, key=lambda info: info.offset):
+        count = min(SAMPLE, info.nbytes)
+        try:
+            yield os.pread(fd, count, info.offset + (info.nbytes - count) // 2)
+        except OSError as error:
+            raise CheckpointError(
+                f"{info.path} cannot be read: {reason_of(error)}", fix=fix_of(error, "download it again")
+            ) from error
 
 
 def fingerprint_hint(*fingerprints: str) -> str | None:

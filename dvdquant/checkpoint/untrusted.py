@@ -15,7 +15,7 @@ import heapq
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 class FileIdentity:
     """What tells that a file is still the one that was checked: device, inode, bytes, and both times in nanoseconds.
 
-    Every ordinary write, truncation or replacement changes it. A store through a shared mapping may not.
+    Every ordinary write, truncation or replacement changes it. A store through a shared mapping may not. A new mode,
+    owner or name changes ``changed_ns`` alone, and so does a writer that sets the time of its write back.
     """
 
     device: int
@@ -50,6 +51,10 @@ class FileIdentity:
         """Return the identity of an open file."""
         info = os.fstat(fd)
         return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+    def may_hold_the_same(self, other: FileIdentity) -> bool:
+        """Return whether the two differ in ``changed_ns`` at most: nothing but the content itself tells more."""
+        return replace(self, changed_ns=other.changed_ns) == other
 
 
 @dataclass(frozen=True)
