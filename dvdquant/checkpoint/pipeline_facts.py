@@ -67,7 +67,7 @@ def _read(checkpoint: Checkpoint) -> PipelineFacts:
     given = os.path.realpath(os.path.expanduser(checkpoint.model))
     if given == str(checkpoint.root):  # the transformer's own folder was given: what lies around it was not
         return PipelineFacts()
-    place = UntrustedFolder.at(folder)
+    place = UntrustedFolder(folder, checkpoint.folder.allowed)
     index, vae = _fields(place, "model_index.json", _Index), _fields(place, "vae/config.json", _Vae)
     return PipelineFacts(
         vae_scale=[vae.scale_factor_temporal, vae.scale_factor_spatial, vae.scale_factor_spatial] if vae else None,

@@ -346,7 +346,7 @@ def _patterns(subfolder: str | None, component: str) -> list[str]:
 
 
 def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
-    """The real local folder of a path or a hub id."""
+    """The local folder of a path or a hub id, with the links on the way to it, which :class:`UntrustedFolder` looks at."""
     if "\0" in model or not model.strip():
         raise CheckpointError(f"{model!r:.200} is no model", fix="give a local folder or a hub id like org/name")
     try:
@@ -356,10 +356,11 @@ def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
             f"the name {shown(model)} is not UTF-8", fix="rename the folder, or give it by a link with a plain name"
         ) from error
     try:
-        path = Path(os.path.realpath(os.path.expanduser(model)))
+        given = Path(os.path.expanduser(model))
+        path = Path(os.path.realpath(given))
         info = _status(path)
         if info is not None and stat.S_ISDIR(info.st_mode):
-            return path
+            return given
         if info is not None:
             raise _no_folder(shown(model), path, info)
         if not _HUB_ID.fullmatch(model) or Path(model.split("/")[0]).is_dir():
@@ -432,7 +433,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
             what, fix = "is no local folder, and the hub gave nothing", f"connect, unset HF_HUB_OFFLINE, {local}"
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"model {model!r} {what} ({type(error).__name__}: {reason:.200})", fix=fix) from error
-    return Path(os.path.realpath(found))
+    return Path(found)
 
 
 def _read_config(folder: UntrustedFolder, names: list[str]) -> dict[str, Any]:

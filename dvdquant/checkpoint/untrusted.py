@@ -10,6 +10,7 @@ that moment decides what the library reads. Weights of a transformer are compare
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import heapq
 import os
@@ -73,12 +74,17 @@ class UntrustedFolder:
         """Return the folder at ``path``; links on the way to it are the user's own and are followed.
 
         Files may come from the folder itself and, in a cache of the Hugging Face hub, from the blobs of its repository.
+        A repository that was moved elsewhere, under whatever name, and is reached by a link in the cache is one, too: that
+        link is on the way to the folder.
         """
-        root = Path(os.path.realpath(os.path.expanduser(path)))
-        for place in (root, *root.parents):
-            if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
-                blobs = place.parent.parent / "blobs"
-                if os.path.isdir(blobs) and not os.path.islink(blobs):
+        given = Path(os.path.expanduser(path))
+        root = Path(os.path.realpath(given))
+        for place in (root, *root.parents, *_above(given)):
+            if _is_snapshot(place):
+                repository = Path(os.path.realpath(place.parent.parent))
+                blobs = repository / "blobs"
+                inside = repository / "snapshots" in root.parents
+                if inside and os.path.isdir(blobs) and not os.path.islink(blobs):
                     return cls(root, (root, blobs))
         return cls(root, (root,))
 
@@ -90,9 +96,13 @@ class UntrustedFolder:
         """Return the real path of an entry, which need not exist; CheckpointError if it leaves the allowed folders."""
         real = Path(os.path.realpath(self.root / name))
         if self._base(real) is None:
-            raise CheckpointError(
-                f"{self.root / name} is a link that reads outside the folder", fix="copy what it leads to into it"
-            )
+            fix = "copy what it leads to into it"
+            if any(place.parent.name == "snapshots" for place in (self.root, *self.root.parents)):
+                fix = (
+                    "in a cache of the hub, move its folder models--ORG--NAME as a whole and put one link in its place, "
+                    "or set HF_HUB_CACHE; or take a folder without links: hf download ORG/NAME --local-dir FOLDER"
+                )
+            raise CheckpointError(f"{self.root / name} is a link that reads outside the folder", fix=fix)
         return real
 
     def _base(self, real: Path) -> Path | None:
@@ -234,6 +244,17 @@ class UntrustedFolder:
                     f"{error.filename or folder} cannot be read: {reason_of(error)}",
                     fix=fix_of(error, "give a folder that you may read"),
                 ) from error
+
+
+def _above(given: Path) -> Iterator[Path]:
+    """A path as it was given, made absolute, and all that it lies in; its links are not followed."""
+    with contextlib.suppress(OSError):  # the working directory was deleted
+        place = Path(os.path.join(os.getcwd(), given))
+        yield from (place, *place.parents)
+
+
+def _is_snapshot(place: Path) -> bool:
+    return place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")
 
 
 def _children(folder: Path) -> Iterator[Path]:
