@@ -46,6 +46,7 @@ from dvdquant.artifact.layout import COMMIT, LOCK, MANIFEST, OWNER, STAGE, TREE
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.errors import OutputError
 from dvdquant.system.files import disk_error, strict_json, write_all
+from dvdquant.system.network_disk import LIVE_SECONDS, locks_stay_here
 
 __all__ = [
     "FolderLock",
@@ -87,6 +88,7 @@ class FolderLock:
                 self._fd = self._open()
                 if self._try_lock(looks) and self._is_current() and _is_same(os.lstat(path), self.folder.own()):
                     if os.fstat(self._fd).st_nlink == 1:
+                        self._refuse_other_host()
                         self._sign()
                         return
                     # The file system counts names in its own way, or somebody links the file again and again.
@@ -152,6 +154,25 @@ class FolderLock:
         """Return whether the open lock file is still the one in the folder."""
         there = self.folder.info(LOCK)
         return there is not None and _is_same(there, os.fstat(self._fd))
+
+    def _refuse_other_host(self) -> None:
+        """OutputError where the lock says nothing of other machines, and the file is signed by an export on one, lately."""
+        if not locks_stay_here(self._fd):
+            return
+        holder = os.pread(self._fd, 200, 0).decode("utf-8", "replace").strip()
+        host = holder.partition(" on ")[2]
+        age = time.time() - os.fstat(self._fd).st_mtime
+        if host and host != socket.gethostname() and age < LIVE_SECONDS:
+            raise OutputError(
+                f"{self.folder.path} is perhaps being written by an export on another machine ({holder!r:.200}): "
+                "this disk keeps locks to one machine",
+                fix=f"wait for it to end or pick another -o; if nothing runs there any more, delete {self.folder.path / LOCK}",
+            )
+
+    def touch(self) -> None:
+        """Renew the time of the lock file, which tells other machines that its holder lives."""
+        with contextlib.suppress(OSError):
+            os.utime(self._fd)
 
     def _sign(self) -> None:
         """Write the pid and the host into the lock file, for the error of another export."""

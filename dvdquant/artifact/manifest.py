@@ -451,6 +451,13 @@ def check_relpath(path: str) -> str:
 
 # ------------------------------------------------------------------------------------------------- loading, verifying
 
+_LINKED = "is reached through a symbolic link"
+# A cache of the hub holds links alone.
+_NO_LINKS = (
+    "an export is read without links, and a cache of the hub is made of them: "
+    "hf download ORG/NAME --local-dir FOLDER, or cp -rL THIS FOLDER, then give FOLDER"
+)
+
 
 def load_manifest(out: str | Path) -> Manifest:
     """Return the manifest of an export folder.
@@ -478,7 +485,8 @@ def load_manifest(out: str | Path) -> Manifest:
     except OSError as error:
         raise OutputError(f"{name}/{MANIFEST} cannot be read: {error.strerror}", fix="give a folder to read") from error
     except ValueError as error:
-        raise OutputError(f"{name}/{MANIFEST} cannot be read: {error}", fix="give a folder of dvdq-export") from error
+        fix = _NO_LINKS if os.path.islink(Path(out) / MANIFEST) else "give a folder of dvdq-export"
+        raise OutputError(f"{name}/{MANIFEST} cannot be read: {error}", fix=fix) from error
     return Manifest.from_json(raw)
 
 
@@ -530,7 +538,11 @@ def verify_files(
             problems.append(problem)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise OutputError(f"{out} does not match its manifest: {'; '.join(problems[:5])}{more}", fix="export again")
+        linked = all(problem.endswith(_LINKED) for problem in problems)
+        raise OutputError(
+            f"{out} does not match its manifest: {'; '.join(problems[:5])}{more}",
+            fix=_NO_LINKS if linked else "export again",
+        )
 
 
 def _entry(manifest: Manifest, name: str) -> FileEntry:
@@ -556,7 +568,7 @@ def _problem(out: Path, manifest: Manifest, name: str, progress: Callable[[int],
     entry, path = _entry(manifest, name), out / check_relpath(name)
     try:
         if os.path.realpath(path) != os.path.join(os.path.realpath(out), name):
-            return f"{name} is reached through a symbolic link"
+            return f"{name} {_LINKED}"
         fd, size = open_regular(path)
         os.close(fd)
         if size != entry["bytes"]:
@@ -602,6 +614,6 @@ def read_verified(out: str | Path, manifest: Manifest, name: str) -> bytes:
     except ValueError as error:
         raise OutputError(f"{path} does not match its manifest: {error}", fix="export again") from error
     if linked or hashlib.sha256(raw).hexdigest() != entry["sha256"]:
-        how = "is reached through a symbolic link" if linked else "was changed (its SHA-256 differs)"
-        raise OutputError(f"{path} {how}: refusing to use it", fix="export again")
+        how = _LINKED if linked else "was changed (its SHA-256 differs)"
+        raise OutputError(f"{path} {how}: refusing to use it", fix=_NO_LINKS if linked else "export again")
     return raw

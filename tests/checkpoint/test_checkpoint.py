@@ -133,6 +133,44 @@ def test_a_hub_cache_whose_blobs_are_a_link(tmp_path: Path) -> None:
         open_checkpoint(snapshot / "transformer")
 
 
+def test_the_way_out_of_a_hub_cache_whose_blobs_are_a_link(tmp_path: Path) -> None:
+    """The repository is moved as a whole, under any name, and a link takes its place: as the error says."""
+    snapshot, repository = _hub_cache(tmp_path), tmp_path / "models--org--wan"
+    (repository / "blobs").rename(tmp_path / "elsewhere")
+    (repository / "blobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"move its folder models--ORG--NAME as a whole(?s:.*)--local-dir"):
+        open_checkpoint(snapshot)
+    (repository / "blobs").unlink()
+    (tmp_path / "elsewhere").rename(repository / "blobs")
+    (tmp_path / "disk").mkdir()
+    repository.rename(tmp_path / "disk" / "wan")
+    repository.symlink_to(tmp_path / "disk" / "wan")
+    for folder in (snapshot, snapshot / "transformer", snapshot / ".." / snapshot.name):
+        checkpoint = open_checkpoint(folder)
+        assert checkpoint.largest.path.parent == tmp_path / "disk" / "wan" / "blobs"
+        assert checkpoint.fingerprint()
+    assert Checkpoint.components(snapshot) == ["transformer"]
+    (tmp_path / "cache").symlink_to(tmp_path)  # the cache itself behind a link
+    assert open_checkpoint(tmp_path / "cache" / snapshot.relative_to(tmp_path)).fingerprint()
+    with pytest.raises(CheckpointError, match="reads outside the folder"):  # nothing says that it is one
+        open_checkpoint(tmp_path / "disk" / "wan" / "snapshots" / snapshot.name)
+
+
+def test_a_link_in_a_snapshot_does_not_make_other_folders_its_blobs(tmp_path: Path) -> None:
+    """What is given lies in a cache by its name; what it leads to must lie in that repository, too."""
+    snapshot = _hub_cache(tmp_path)
+    other = tmp_path / "models--org--secret" / "snapshots" / ("b" * 40)
+    shutil.copytree(snapshot, other, symlinks=True)
+    for link in other.rglob("*"):
+        if link.is_symlink():
+            target = (snapshot / link.relative_to(other)).resolve()
+            link.unlink()
+            link.symlink_to(target)
+    (snapshot.parent / "link").symlink_to(other)
+    with pytest.raises(CheckpointError, match="reads outside the folder"):
+        open_checkpoint(snapshot.parent / "link")
+
+
 # ----------------------------------------------------------------------------------------------------------- hub names
 
 
