@@ -19,7 +19,7 @@ from run import MODEL
 from work import Worker, find_method
 
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
-from dvdquant.deploy.planning.planner import psnr
+from dvdquant.deploy.generation.video import psnr
 
 ROWS = (
     "RTN",

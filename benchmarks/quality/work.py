@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from dvdquant.checkpoint.prompt_table import frames_from_latents
 from dvdquant.checkpoint.reader import open_checkpoint
-from dvdquant.deploy.planning.planner import psnr
+from dvdquant.deploy.generation.video import psnr
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.gbs import Weighting, delta_for_average_bits, relative_change, weighted_changes
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
@@ -29,6 +28,7 @@ from dvdquant.model.plan import plan_model
 from dvdquant.quantize.hessian import InputMoments, synthetic_moments
 from dvdquant.recipe import RECIPES
 from dvdquant.system.progress import Progress
+from dvdquant.system.whole_file import atomic_path, write_whole
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "switching"))
 from measure import place_high
@@ -253,7 +253,7 @@ class Worker:
         timesteps = [float(t) for t in bench.scheduler.timesteps]
         weighted = [weighted_changes(r, timesteps, bench.steps, method.weighting) for r in recordings]
         delta, _ = delta_for_average_bits(weighted, average, last_high=method.last_high)
-        _replace(path, lambda partial: partial.write_text(repr(delta)))
+        write_whole(path, repr(delta).encode())
         return delta
 
     def _rows(
@@ -305,11 +305,6 @@ def _columns(chunk: Iterable[tuple[Prompt, int]]) -> tuple[list[Prompt], list[in
 
 
 def _save(path: Path, value: Any) -> None:
-    _replace(path, lambda partial: torch.save(value, partial))
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Written whole or not at all: another process may be reading."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    write(partial)
-    partial.replace(path)
+    """Save a value with torch.save, whole or not at all: another process may be reading."""
+    with atomic_path(path) as partial:
+        torch.save(value, partial)
