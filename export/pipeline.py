@@ -32,6 +32,7 @@ from dvdquant.artifact.manifest import (
 from dvdquant.artifact.output_folder import check_output
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
+from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export.engines import load_backend
@@ -56,6 +57,7 @@ from dvdquant.quantize.checkpoint import (
     reading_bytes,
     rotated_weight,
 )
+from dvdquant.system.memory import memory_limit
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_io import read_tensor
 
@@ -246,6 +248,7 @@ class _Run:
         self.write_report = write_report
         self.known: dict[str, FileEntry] = {}
         self.packed: dict[str, PackedWeights] = {}
+        self.weights: dict[str, ReadOnce] = {}
         self.graphs: list[GraphEntry] = []
         self.engines: list[EngineEntry] = []
         self.builds: list[dict[str, Any]] = []
@@ -305,8 +308,9 @@ class _Run:
             with self.progress.stage("trace", 1, "graph") as stage:
                 base = trace_graph(model_plan, plan.sizes)
                 stage.update(1, component)
+            weights = self.weights[component] = ReadOnce.of(checkpoint, self._budget())
             packed = quantize_checkpoint(
-                checkpoint,
+                weights,
                 model_plan,
                 self.transaction,
                 self.progress,
@@ -314,6 +318,8 @@ class _Run:
                 options.allow_nonfinite,
                 options.torch_device,
             )
+            if not any(engine.realization == "nvfp4" for engine in plan.engines):
+                weights.forget()  # only NVFP4 is made from the original weights
             self.packed[component] = packed
             self.known |= packed.files
             bits = [a.bits for a in options.recipe.activations]
@@ -325,6 +331,13 @@ class _Run:
                         self.graphs.append(entry)
                         self.known[entry["path"]] = hash_file(self.transaction.tree / entry["path"])
                         stage.update(1, entry["path"])
+
+    def _budget(self) -> int:
+        """Return the bytes of checkpoint that may be held: half of what is free beyond the estimate of the export itself.
+
+        The other half is for what the estimate missed and for other processes.
+        """
+        return max(0, memory_limit() - self.plan.estimate.peak_bytes) // 2
 
     # ---------------------------------------------------------------------------------------------- engines
 
@@ -344,10 +357,12 @@ class _Run:
                         bar.update(1)
                 finally:
                     stage.close()
+                    if component in self.weights:
+                        self.weights[component].forget()
 
     def _engine_stage(self, component: str) -> EngineStage:
         index = self.plan.components.index(component)
-        model_plan, checkpoint = self.plan.plans[index], self.plan.checkpoints[index]
+        model_plan, checkpoint = self.plan.plans[index], self.weights.get(component, self.plan.checkpoints[index])
         specs = {spec.name: spec for spec in model_plan.layers}
 
         def source(layer: str) -> Tensor:
@@ -385,7 +400,13 @@ class _Run:
     # ---------------------------------------------------------------------------------------------- the end
 
     def verify_stored(self) -> None:
-        """All that is stored against the checkpoints; ExportError if a layer or a tensor is not what it should be."""
+        """Compare all that is stored with the checkpoints, which are read from the disk again for that.
+
+        What the stages before held in memory is no evidence: a fault of theirs could have changed it.
+
+        Raises:
+            ExportError: A layer or a tensor is not what it should be.
+        """
         entries, first = self._layers(), 0
         plans = self.plan.plans
         kept = sum(math.prod(shape) for plan in plans for _, shape in plan.kept.values())

@@ -345,7 +345,8 @@ def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes | None = None) -
         limits.check(checkpoint, name, value)
     if not value.dtype.is_floating_point:
         return value
-    return value.float().nan_to_num_(0.0, 0.0, 0.0)
+    # A copy, also of fp32: the tensor may be one that the checkpoint holds for others.
+    return value.to(torch.float32, copy=True).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def moments_bytes(plan: ModelPlan) -> int:
