@@ -91,11 +91,10 @@ def fill(model: nn.Module, device: torch.device) -> nn.Module:
         if isinstance(module, QuantLinear):
             for name, (dtype, shape) in module.spec.tensors().items():
                 setattr(module, name.removeprefix(module.spec.name + "."), _random(name, dtype, shape, module, device))
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                std = 0.02 if parameter.ndim > 1 else 1.0
-                value = torch.randn(parameter.shape, device=device).mul_(std).to(parameter.dtype)
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            std = 0.02 if parameter.ndim > 1 else 1.0
+            value = torch.randn(parameter.shape, device=device).mul_(std).to(parameter.dtype)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
     return model.to(device).eval()
 
 

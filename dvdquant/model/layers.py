@@ -22,6 +22,7 @@ from dvdquant.ops.kernel_layer import KernelLayer
 from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.quant_linear import balanced_quant_linear, quant_linear
 from dvdquant.recipe import ActivationSpec
+from dvdquant.system.torch_hooks import tensor_version
 
 if TYPE_CHECKING:
     from dvdquant.ops.cuda_linear import CudaKernels
@@ -240,8 +241,8 @@ class _SharedInput:
         return self._run(index, x, self._lock) if part is None else part
 
     def _state(self, x: Tensor) -> tuple[int, int, int]:
-        # Inference tensors count no versions, and a compiler sees every change in place by itself.
-        version = 0 if x.is_inference() or torch.compiler.is_compiling() else x._version
+        # A compiler sees every change in place by itself.
+        version = 0 if torch.compiler.is_compiling() else tensor_version(x)
         return version, self.layer.act_bits, self.layer.act_group
 
     def _kept(self, index: int, x: Tensor, state: tuple[int, int, int]) -> Tensor | None:

@@ -280,9 +280,13 @@ class _Collected:
 def _move_buffers(model: nn.Module, device: torch.device | str) -> None:
     """Move what a skeleton holds real values of; moving a placeholder would give each of its elements memory."""
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+
+
+def _set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    for key, parameter in parameters.items():
+        setattr(module, key, parameter)
 
 
 @contextmanager
@@ -305,30 +309,31 @@ def streamed(
         limits: refuses a value that an export could not hold.
     """
     hooks: list[Any] = []
-    placeholders = {name: dict(module._parameters) for name, module in model.named_modules()}
+    placeholders = {
+        name: dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        for name, module in model.named_modules()
+    }
 
     def load(prefix: str) -> Any:
         def hook(module: nn.Module, _args: tuple[Any, ...]) -> None:
-            for key, placeholder in placeholders[prefix].items():
-                if placeholder is None:
-                    continue
+            for key in placeholders[prefix]:
                 name = f"{prefix}.{key}" if prefix else key
                 value = _read(checkpoint, name, limits).to(device)
                 if loaded is not None:
                     loaded(name, value)
-                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+                setattr(module, key, nn.Parameter(value, requires_grad=False))
 
         return hook
 
     def drop(prefix: str) -> Any:
         def hook(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-            module._parameters.update(placeholders[prefix])
+            _set_parameters(module, placeholders[prefix])
 
         return hook
 
     try:
         for name, module in model.named_modules():
-            if any(p is not None for p in placeholders[name].values()):
+            if placeholders[name]:
                 hooks.append(module.register_forward_pre_hook(load(name)))
                 hooks.append(module.register_forward_hook(drop(name), always_call=True))
         yield model
@@ -336,7 +341,7 @@ def streamed(
         for handle in hooks:
             handle.remove()
         for name, module in model.named_modules():
-            module._parameters.update(placeholders[name])
+            _set_parameters(module, placeholders[name])
 
 
 def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes | None = None) -> Tensor:
