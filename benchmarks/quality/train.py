@@ -1,6 +1,6 @@
 """Trains tiny-wan further on moving shapes drawn by ``shapes.py``: rectified flow, v = ε − x₀.
 
-    python benchmarks/quality/train.py examples/tiny-wan out/tiny-wan-2
+    python -m benchmarks.quality train examples/tiny-wan out/tiny-wan-2
 
 Reads the model and the words' embeddings from SOURCE and writes a folder of the same form. Runs on a GPU where there is
 one. The learning rate falls along a cosine; a checkpoint is written every ``--save`` steps, and ``--resume`` goes on from
@@ -14,15 +14,17 @@ import argparse
 import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from shapes import FRAMES, SIDE, Clip, draw, random_clip
 from torch import Tensor
 from tqdm import trange
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
+from benchmarks.quality.toy.shapes import FRAMES, SIDE, Clip, draw, random_clip
 from dvdquant.checkpoint.prompt_table import EMPTY_WORD, PromptTable
 from dvdquant.system.devices import resolve_device
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from clips import Bench, Clips, Prompt, bench_prompts, generate
-from compiled import CompiledModel, EagerModel
-from methods import METHODS, Method
-from predict import noise_run, predicted_inputs
-from shapes import CHOICES, measure
-from simulate import Layer, Simulated, layers_of, sampled_inputs
-from studies import STUDIES
 from torch import Tensor, nn
 
+from benchmarks.quality.compared.methods import METHODS, Method
+from benchmarks.quality.compared.studies import STUDIES
+from benchmarks.quality.simulation.compiled import CompiledModel, EagerModel
+from benchmarks.quality.simulation.predict import noise_run, predicted_inputs
+from benchmarks.quality.simulation.simulate import Layer, Simulated, layers_of, sampled_inputs
+from benchmarks.quality.toy.clips import Bench, Clips, Prompt, bench_prompts, generate
+from benchmarks.quality.toy.shapes import CHOICES, measure
+from benchmarks.switching.measure import place_high
+from benchmarks.switching.metrics import ssim
 from dvdquant.checkpoint.prompt_table import frames_from_latents
 from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.deploy.generation.video import psnr
@@ -29,10 +30,6 @@ from dvdquant.quantize.hessian import InputMoments, synthetic_moments
 from dvdquant.recipe import RECIPES
 from dvdquant.system.progress import Progress
 from dvdquant.system.whole_file import atomic_path, write_whole
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "switching"))
-from measure import place_high
-from metrics import ssim
 
 __all__ = ["Worker", "find_method", "plan"]
 
@@ -285,7 +282,7 @@ def find_method(name: str) -> Method:
     """Ours, or a package's."""
     if name in METHODS:
         return METHODS[name]
-    from peers import available_peers
+    from benchmarks.quality.compared.peers import available_peers
 
     layer, widths = available_peers()[name]
     return Method(name, layer, widths)

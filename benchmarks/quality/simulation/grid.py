@@ -22,7 +22,7 @@ from dvdquant.system.whole_file import write_whole
 __all__ = ["Grid", "rotated_to_grid"]
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FOLDER = _SOURCE.parents[2] / "build" / "quality"
+_FOLDER = _SOURCE.parents[3] / "build" / "quality"
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
