@@ -22,10 +22,15 @@ _REQUESTS = "to see where a request of a pipeline ends"
 _REFUSALS = "to refuse hooks on a transformer without blocks"
 
 
+def _names(model: Any, attribute: str, why: str) -> tuple[str, ...]:
+    """Return the names in an attribute of a model, which may leave it out; refuse a diffusers that declares it no more."""
+    _check_declared(attribute, why)
+    return tuple(getattr(model, attribute, None) or ())
+
+
 @cache
-def _declared(name: str, why: str) -> None:
-    """Refuse a diffusers whose models do not declare an attribute any more; a model may still leave it out."""
-    hook("diffusers", f"diffusers:ModelMixin.{name}", why, REQUIREMENT)
+def _check_declared(attribute: str, why: str) -> None:
+    hook("diffusers", f"diffusers:ModelMixin.{attribute}", why, REQUIREMENT)
 
 
 def fp32_modules(model: Any) -> set[str]:
@@ -37,8 +42,7 @@ def fp32_modules(model: Any) -> set[str]:
     Raises:
         UnsupportedError: This diffusers names them in another way.
     """
-    _declared("_keep_in_fp32_modules", "to know which parameters stay in fp32")
-    return set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return set(_names(model, "_keep_in_fp32_modules", "to know which parameters stay in fp32"))
 
 
 def ignored_tensors(model: Any) -> tuple[str, ...]:
@@ -50,8 +54,7 @@ def ignored_tensors(model: Any) -> tuple[str, ...]:
     Raises:
         UnsupportedError: This diffusers names them in another way.
     """
-    _declared("_keys_to_ignore_on_load_unexpected", "to know which tensors a model does not use")
-    return tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    return _names(model, "_keys_to_ignore_on_load_unexpected", "to know which tensors a model does not use")
 
 
 @cache

@@ -15,7 +15,11 @@ ROOT = QUALITY.parents[1]
 def test_without_a_command_they_are_listed() -> None:
     for arguments, code in (([], 2), (["--help"], 0), (["nonsense"], 2)):
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.quality", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+            [sys.executable, "-m", "benchmarks.quality", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == code
         assert all(name in done.stderr for name in COMMANDS)

@@ -37,10 +37,10 @@ PRIVATE = re.compile(
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
     """The checks remember what they found."""
-    for check in (diffusers_hooks._declared, diffusers_hooks.check_pipeline_hooks):
+    for check in (diffusers_hooks._check_declared, diffusers_hooks.check_pipeline_hooks):
         check.cache_clear()
     yield
-    for check in (diffusers_hooks._declared, diffusers_hooks.check_pipeline_hooks):
+    for check in (diffusers_hooks._check_declared, diffusers_hooks.check_pipeline_hooks):
         check.cache_clear()
 
 
