@@ -1,6 +1,6 @@
-"""The public functions of dvdquant: export a model, plan its bit schedule, inspect what an export holds.
+"""The public functions of dvdquant: export a model, plan its bit schedule, inspect an export.
 
-They do what the commands do, with the same defaults. ``import dvdquant`` offers them without importing PyTorch.
+They do the same as the commands, with the same defaults. ``import dvdquant`` offers them without importing PyTorch.
 """
 
 from __future__ import annotations
@@ -43,28 +43,29 @@ def export_model(
     """Quantize a video diffusion transformer and write the export, as ``dvdq-export`` does.
 
     Args:
-        model: hub id, pipeline folder or transformer folder in diffusers format.
-        out: folder of the export. It holds the whole new export or what it held before.
-        recipe: name of a recipe, or a recipe of your own.
+        model: Hub id, pipeline folder or transformer folder in diffusers format.
+        out: Folder of the export. It holds the whole new export afterwards, or after an error what it held before.
+        recipe: Name of a recipe, or a recipe of your own.
         target: ``rtx``, ``tensorrt``, ``onnx`` or ``graphs``, or several of them.
-        sm: compute capabilities to build engines for, such as "8.9".
-        dtype: of activations and of what is not quantized.
-        height: pixels, a number or a range such as "480:720"; default: the family's.
-        width: pixels, as ``height``.
-        num_frames: frames, as ``height``.
-        latent: the three sizes in latent units instead, "FxHxW".
-        text_tokens: length of the text embedding; default: the model's.
-        device: where weights are quantized: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        verify: run every graph in ONNX Runtime and judge it against PyTorch in float64.
-        resume: go on from an interrupted export with the same options.
-        progress: where progress goes; default: nowhere.
-        **options: further fields of :class:`dvdquant.export.options.ExportOptions`.
+        sm: Compute capabilities to build engines for, such as "8.9".
+        dtype: Dtype of activations and of tensors that are not quantized: ``bf16`` or ``fp16``.
+        height: Height in pixels, a number or a range such as "480:720". None takes the default of the family.
+        width: Width in pixels, as ``height``.
+        num_frames: Number of frames, as ``height``.
+        latent: The three sizes in latent units instead, as "FxHxW".
+        text_tokens: Length of the text embedding in tokens. None takes that of the model.
+        device: Device that quantizes the weights: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        verify: Run every graph in ONNX Runtime and judge it against PyTorch in float64.
+        resume: Go on from an interrupted export with the same options.
+        progress: Receiver of the progress. None reports nothing.
+        **options: Further fields of :class:`dvdquant.export.options.ExportOptions`.
 
     Returns:
-        The manifest, the checks of ``verify``, and seconds per stage.
+        The manifest, the checks of ``verify``, and the time of each stage in seconds.
 
     Raises:
-        DvdquantError: what was wrong, what was available and how to fix it; the folder is as it was.
+        DvdquantError: The export failed. The error says what was wrong, what was available and how to fix it. The
+            folder is unchanged.
     """
     from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
@@ -110,27 +111,29 @@ def plan_schedule(
 ) -> Plan:
     """Find the δ of step switching and write its schedule, as ``dvdq-plan`` does.
 
+    At most one of ``average_bits``, ``seconds`` and ``delta`` is given.
+
     Args:
-        out: folder of an export.
-        prompts: clips to record, two to eight.
-        average_bits: wanted average of activation bits; 6 where no goal is given.
-        seconds: wanted time of the transformer in one clip, on this machine.
-        delta: a δ of your own, to be evaluated.
-        seeds: each prompt is recorded with each.
-        steps: denoising steps; default: the model's.
-        weighting: ``step`` counts a change by how far its step moves; ``none`` is the published rule.
-        last_high: steps at the end that stay on the high engine.
-        output: file of the schedule; default: ``schedule.json`` in the export.
+        out: Folder of an export.
+        prompts: Prompts of the clips to record, two to eight.
+        average_bits: Wanted average of activation bits. It is 6 if no goal is given.
+        seconds: Wanted time of the transformer in one clip, in seconds on this machine.
+        delta: A δ of your own, which is evaluated.
+        seeds: Seeds; each prompt is recorded with each of them.
+        steps: Number of denoising steps. None takes that of the model.
+        weighting: ``step`` weighs a change by how far its step moves; ``none`` is the published rule.
+        last_high: Number of steps at the end that stay on the engine with more bits.
+        output: File of the schedule. None takes ``schedule.json`` in the export.
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        progress: where progress goes; default: nowhere.
+        progress: Receiver of the progress. None reports nothing.
         **options: ``pipeline`` and ``reference`` of :func:`dvdquant.deploy.planning.planner.plan`.
 
     Returns:
-        δ, what it predicts and what one real run measured.
+        The plan: δ, the predictions for it, and the measurements of one real run.
 
     Raises:
-        DvdquantError: the folder is no export, more than one goal is given, or a clip cannot be drawn.
+        DvdquantError: The folder is no export, more than one goal is given, or a clip cannot be drawn.
     """
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.planning.planner import Goal, plan
@@ -155,14 +158,14 @@ def plan_schedule(
 
 
 def inspect_export(out: str | Path, *, check: bool = False) -> Manifest:
-    """Return the manifest of an export: files, graphs, engines and what they execute, error of every layer.
+    """Return the manifest of an export: files, graphs, engines and the arithmetic they execute, error of every layer.
 
     Args:
-        out: folder of an export. It is only read.
-        check: compare every file with its SHA-256, too.
+        out: Folder of an export. It is only read.
+        check: Also compare every file with its SHA-256.
 
     Raises:
-        OutputError: the folder is no export, or with ``check`` a file is missing or changed.
+        OutputError: The folder is no export, or with ``check`` a file is missing or changed.
     """
     from dvdquant.artifact.manifest import load_manifest, verify_files
 
@@ -173,8 +176,10 @@ def inspect_export(out: str | Path, *, check: bool = False) -> Manifest:
 
 
 def _size(value: int | str | None) -> str | None:
+    """Return a number of pixels or frames as the text of the command's option."""
     return None if value is None else str(value)
 
 
 def _several(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one text or several as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value)

@@ -47,12 +47,19 @@ class TableGenerator(Generator):
     """A model with a prompt table: flow matching Euler steps, latents are RGB."""
 
     def __init__(
-        self, artifact: Artifact, table: PromptTable, *, backend: str, device: str, wrap: WrapSession | None = None
+        self,
+        artifact: Artifact,
+        table: PromptTable,
+        *,
+        backend: str,
+        device: str,
+        wrap: WrapSession | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__(artifact)
         (self.component,) = artifact.components
         self.family = artifact.family(self.component)
-        self.table, self.backend, self.device = table, backend, device
+        self.table, self.backend, self.device, self.compile = table, backend, device, compile
         self._wrap = wrap
         self._session: EngineSession | None = None
         self._original: OriginalRunner | None = None
@@ -151,7 +158,9 @@ class TableGenerator(Generator):
                 self._original = OriginalRunner(model, self.family)
             return self._original, self._original.device, self._original.dtype
         if self._session is None:
-            session = open_session(self.artifact, self.component, backend=self.backend, device=self.device)
+            session = open_session(
+                self.artifact, self.component, backend=self.backend, device=self.device, compile=self.compile
+            )
             self._session = session if self._wrap is None else self._wrap(session)
         runner = StepRunner(self._session, make_controller(self.artifact, self.component, request))
         return runner, self._session.device, self._session.dtype

@@ -8,6 +8,7 @@ Two kinds of model. One with a prompt table beside its transformer (examples/tin
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
@@ -43,6 +44,7 @@ def open_generator(
     backend: str = "auto",
     device: str = "auto",
     wrap_session: WrapSession | None = None,
+    compile: bool = False,
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -53,12 +55,14 @@ def open_generator(
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         pipeline: folder or hub id of the model, if it is no longer where the export was made from.
+        compile: run the quantized transformer in PyTorch, with its blocks compiled.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
 
     Raises:
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
     """
     source = str(pipeline or artifact.manifest.source["model"])
+    how: Any = {"backend": backend, "device": device, "wrap": wrap_session, "compile": compile}
     if PromptTable.is_at(source):
-        return TableGenerator(artifact, PromptTable.open(source), backend=backend, device=device, wrap=wrap_session)
-    return PipelineGenerator(artifact, source, backend=backend, device=device, wrap=wrap_session)
+        return TableGenerator(artifact, PromptTable.open(source), **how)
+    return PipelineGenerator(artifact, source, **how)

@@ -109,6 +109,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         weighting: Weighting | None = None,
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
+        compile: bool = False,
         **unknown: Any,
     ) -> Self:
         """Open an export folder as the transformer of a diffusers pipeline.
@@ -133,6 +134,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             weighting: ``step`` (default) multiplies a change by how far its step moves. ``none`` is the published rule.
             torch_dtype: Refused unless it is the export's dtype, or "auto".
             dtype: The same as ``torch_dtype``, by its newer name.
+            compile: Run in PyTorch with the transformer's blocks compiled by torch.compile.
             **unknown: Refused, except options that make no difference here.
 
         Raises:
@@ -158,7 +160,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                     f"{option} is {wanted!s:.80}", available=str(artifact.dtype), fix="export again with --dtype"
                 )
         # 3. The engines and their controller.
-        session = open_session(artifact, name, backend=backend, device=device)
+        session = open_session(artifact, name, backend=backend, device=device, compile=compile)
         try:
             more = {"branch_policy": branch_policy, "last_high": last_high, "weighting": weighting}
             controller = _controller(session, artifact.manifest, mode, delta, schedule, callback, cache, **more)

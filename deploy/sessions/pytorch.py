@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.base import EngineSession
+from dvdquant.deploy.sessions.compiled import compile_blocks
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError
-from dvdquant.model.layers import QuantLinear, prepare_layers, set_activation
+from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper, fill_quantized
 from dvdquant.model.plan import quantized_skeleton
 from dvdquant.ops.cuda_linear import CACHE, usable_kernels
@@ -30,7 +31,7 @@ class PyTorchSession(EngineSession):
     On the CPU the weights are the private copy of the files itself (:class:`.weights.WeightFiles`).
 
     A GPU that the kernels are built for holds each layer in the form that the kernels multiply, with 4 or 8 bits a
-    weight. It makes this form at the first step that needs it, and holds both forms if the bit-widths that ran differ
+    weight. It makes this form before the first step that needs it, and holds both forms if the bit-widths that ran differ
     in it. The private copy stays on the host, for a bit-width that runs later.
 
     On another GPU the packed weights are copied, and the private copy is closed.
@@ -40,6 +41,8 @@ class PyTorchSession(EngineSession):
         component: The name of one transformer of the export.
         bits: The activation bits to make available. The default is all.
         device: The CPU (default) or a CUDA device.
+        compile: Compile the transformer's blocks with torch.compile. The first step with each bit-width takes a minute or
+            more then, and the outputs differ from those without by rounding.
 
     Raises:
         EngineError: The weights do not fit the device's memory.
@@ -54,6 +57,7 @@ class PyTorchSession(EngineSession):
         component: str = "transformer",
         bits: Sequence[int] | None = None,
         device: torch.device | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
         kernels = usable_kernels(self.device)
@@ -70,7 +74,12 @@ class PyTorchSession(EngineSession):
                 grids = [plan.recipe.activation(width) for width in self.bits]
                 for name, reason in prepare_layers(model, kernels, grids, plan.dtype, self.device).items():
                     log.info("%s is computed in fp32: %s", name, reason)
-            self._model: nn.Module | None = GraphWrapper(model.to(self.device), self.family)
+            model.to(self.device)
+            if compile:
+                log.info(
+                    "%s: %d blocks are compiled", component, compile_blocks(model, True if self.sizes.dynamic else None)
+                )
+            self._model: nn.Module | None = GraphWrapper(model, self.family)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"the weights of {component} do not fit {self.device}: {error}", fix="close other sessions"
@@ -88,6 +97,8 @@ class PyTorchSession(EngineSession):
         if bits != self._current:
             set_activation(model, self._recipe.activation(bits))
             self._current = bits
+        if bits not in self._ran:
+            make_weights(model)
         with torch.inference_mode():
             output: Tensor = model(inputs)
         if bits not in self._ran and self.device.type != "cpu":

@@ -26,8 +26,8 @@ class ExamplesCommand(click.Command):
     """A command whose help ends with its examples, printed as they are, and whose errors are words and an exit code."""
 
     def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
-        context = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-        super().__init__(*args, context_settings=context, **kwargs)
+        kwargs["context_settings"] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+        super().__init__(*args, **kwargs)
         self.examples = examples
 
     def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:

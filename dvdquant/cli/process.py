@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import mmap
 import os
 import re
 import signal
@@ -253,7 +254,22 @@ def user_error(error: BaseException) -> DvdquantError | None:
             return _no_memory(text)
     if isinstance(error, OSError):
         return _system_error(error)
+    if isinstance(error, Exception) and not _memory_is_left():
+        return _no_memory(f"{type(error).__name__}: {text}")
     return None
+
+
+def _memory_is_left() -> bool:
+    """Return whether the process can still map 32 MiB.
+
+    Not every library says that memory is short: Python's own compiler answers an import with "ValueError: field 'target' is
+    required for AnnAssign" then.
+    """
+    try:
+        mmap.mmap(-1, 32 << 20).close()
+    except (OSError, MemoryError):
+        return False
+    return True
 
 
 def _system_error(error: OSError) -> DvdquantError:

@@ -12,6 +12,8 @@ from dvdquant.ops.balance import pack_balance
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels
 from dvdquant.ops.packed_layer import PackedLayer, check_channels, packed_shape
 from dvdquant.ops.prepared_cache import refuse_capture, synchronize
+from dvdquant.ops.prepared_linear import handle_of, prepared_linear
+from dvdquant.ops.repack import LayerShape
 from dvdquant.recipe import ActivationSpec
 
 __all__ = ["KernelLayer"]
@@ -56,12 +58,15 @@ class KernelLayer:
             raise UnsupportedError(error.what) from error
         self.packed, self.dtype, self.device = packed, dtype, device
         self._kernels, self._parts = kernels, (scale, shift)
+        self._handle = handle_of(kernels)
         self._weights: dict[tuple[str, int], Tensor] = {}
         self._balance: Tensor | None = None
 
-    @torch.compiler.disable
     def __call__(self, x: Tensor, outer: Tensor, act_bits: int, act_group: int) -> Tensor:
         """x [..., K] to y [..., N] of x's dtype; another dtype than the model's is rounded to it first. No gradients.
+
+        In a model that is being compiled the layer is one operation, ``dvdquant::prepared_linear``. Its weight must be
+        there by then (:meth:`make_weight`): else the compiled function has a break.
 
         Args:
             outer: the outer rotation factor, fp32 [p, p] on x's device.
@@ -81,22 +86,37 @@ class KernelLayer:
         check_channels(x, shape.k)
         if x.device.type != self.device.type or self.device.index not in (None, x.device.index):
             raise ShapeError(f"the layer is on {self.device}, x on {x.device}", fix="move x there with .to(device)")
-        prepared = self._weight(act_bits, act_group)
+        prepared = self.make_weight(act_bits, act_group)
+        if torch.compiler.is_compiling():
+            return self._traced(x, outer, prepared, shape)
         tokens = x.to(self.dtype).reshape(x.numel() // shape.k, shape.k)
         y = self._kernels.quant_linear(shape, tokens, outer.contiguous(), prepared, self._balance)
         return y.reshape(*x.shape[:-1], shape.n).to(x.dtype)
 
-    def _weight(self, act_bits: int, act_group: int) -> Tensor:
-        shape, form = self._runs[act_bits, act_group]
+    def _traced(self, x: Tensor, outer: Tensor, prepared: Tensor, shape: LayerShape) -> Tensor:
+        y: Tensor = prepared_linear(
+            x.to(self.dtype), outer, prepared, self._balance, self._handle, shape.n, shape.weight_groups, shape.real_zero,
+            shape.block, shape.act_bits, shape.act_group,
+        )  # fmt: skip
+        return y.to(x.dtype)
+
+    def make_weight(self, act_bits: int, act_group: int) -> Tensor:
+        """Return the prepared weight for an activation grid, uint8 [bytes], made at the first call."""
+        form = self._runs[act_bits, act_group][1]
         if form not in self._weights:
-            refuse_capture(self.device, "its weight is prepared at the first call")
-            here = tuple(tensor.to(self.device) for tensor in self.packed.stored())
-            self._weights[form] = self._kernels.prepare(shape, here)
-            if self._balance is None and any(part is not None for part in self._parts):
-                scale, shift = (None if part is None else part.to(self.device) for part in self._parts)
-                self._balance = pack_balance(scale, shift, self.dtype)
-            synchronize(self._weights[form])
+            self._make(act_bits, act_group)
         return self._weights[form]
+
+    @torch.compiler.disable
+    def _make(self, act_bits: int, act_group: int) -> None:
+        shape, form = self._runs[act_bits, act_group]
+        refuse_capture(self.device, "its weight is prepared at the first call")
+        here = tuple(tensor.to(self.device) for tensor in self.packed.stored())
+        self._weights[form] = self._kernels.prepare(shape, here)
+        if self._balance is None and any(part is not None for part in self._parts):
+            scale, shift = (None if part is None else part.to(self.device) for part in self._parts)
+            self._balance = pack_balance(scale, shift, self.dtype)
+        synchronize(self._weights[form])
 
     @property
     def nbytes(self) -> int:

@@ -77,7 +77,7 @@ def _linear_gemm_cuda(codes: Tensor, scales: Tensor, sums: Tensor, prepared: Ten
     if dtype not in DTYPE_NAMES:
         raise UnsupportedError(f"the kernels write no {dtype}", available=DTYPE_NAMES.values())
     kernels = require_kernels(codes.device)
-    shape = replace(_layer(codes, *described, path), dtype=DTYPE_NAMES[dtype])
+    shape = replace(_layer(codes, *described, path), dtype=DTYPE_NAMES[dtype])  # type: ignore[call-arg]
     layer = layer_with_path(kernels, shape, path, act_bits=(4, 8))
     needed = kernels.plan(layer).prepared_bytes
     if prepared.numel() != needed:

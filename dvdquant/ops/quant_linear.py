@@ -53,8 +53,7 @@ def quant_linear(
 
 @quant_linear.register_fake
 def _quant_linear_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    torch._check(x.shape[-1] == 2 * weight.shape[1])  # type: ignore[no-untyped-call]
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return _output_of(x, weight)
 
 
 @torch.library.custom_op("dvdquant::balanced_quant_linear", mutates_args=())
@@ -84,7 +83,12 @@ def balanced_quant_linear(
 def _balanced_quant_linear_fake(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, *rest: Any
 ) -> Tensor:
-    return _quant_linear_fake(x, weight, *rest)
+    return _output_of(x, weight)
+
+
+def _output_of(x: Tensor, weight: Tensor) -> Tensor:
+    torch._check(x.shape[-1] == 2 * weight.shape[1])  # type: ignore[no-untyped-call]
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @quant_linear.register_kernel("cuda")
@@ -106,4 +110,4 @@ def _on_cuda(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) 
 def _reference(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
     # float64 in, float64 throughout: the judge of every other executor.
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return quant_linear_reference(balance_input(x, scale, shift), *rest, compute)
+    return quant_linear_reference(balance_input(x, scale, shift), *rest, compute)  # type: ignore[call-arg]

@@ -204,6 +204,28 @@ def test_an_error_that_wraps_a_failed_allocation_advises_memory() -> None:
     assert "'a\\x1b' cannot" in str(user_error(OSError(5, "Input/output error", "'a\x1b'")))
 
 
+NO_ROOM = """
+import resource
+from dvdquant.cli.process import user_error
+error = ValueError("field 'target' is required for AnnAssign")
+with_room = user_error(error)
+with open("/proc/self/statm") as file:
+    mapped = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + (4 << 20),) * 2)
+print(with_room, "|", user_error(error))
+"""
+
+
+def test_an_error_of_another_name_while_no_memory_is_left() -> None:
+    """Python's compiler says so when an import finds no memory; which allocation fails is chance."""
+    line = [sys.executable, "-c", NO_ROOM]
+    ended = subprocess.run(line, capture_output=True, text=True, check=True, env=environment())
+    with_room, without = ended.stdout.split("|")
+    assert with_room.strip() == "None"
+    assert "not enough memory: ValueError: field 'target'" in without
+    assert "fix: " in without
+
+
 # ------------------------------------------------------------------------------------------------- as a process of its own
 
 BUG = """
