@@ -28,7 +28,7 @@ PLACES = {
 }
 # A private name behind a module of another package; torch._check is documented.
 PRIVATE = re.compile(
-    r"\b(?:torch|diffusers|numba|onnxruntime|modelopt)(?:\.\w+)*\._(?!check\b)\w+"
+    r"\b(?:torch|diffusers|numba|onnxruntime|modelopt)(?:\.\w+)*\._(?!check\b|_)\w+"
     r"|(?<!self)(?<!cls)\._(?:parameters|buffers|modules|version|cache|compile_for_args|quantized_data)\b"
     r'|"_keep_in_fp32_modules"|"_keys_to_ignore_on_load_unexpected"'
 )
@@ -71,6 +71,10 @@ def test_this_diffusers_and_this_torch_have_all_of_them() -> None:
     assert diffusers_hooks.fp32_modules(object()) == set()
     assert torch_hooks.parse_to("cpu", torch.bfloat16) == (torch.device("cpu"), torch.bfloat16)
     assert torch_hooks.parse_to(torch.float16) == (None, torch.float16)
+    assert issubclass(torch_hooks.trace_error(), Exception)
+    limit = torch._dynamo.config.recompile_limit
+    torch_hooks.allow_recompiles(limit)
+    assert torch._dynamo.config.recompile_limit == limit
     x = torch.zeros(2)
     before = torch_hooks.tensor_version(x)
     x.add_(1)
