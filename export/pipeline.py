@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.metadata
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +55,7 @@ from dvdquant.quantize.checkpoint import (
     reading_bytes,
     rotated_weight,
 )
+from dvdquant.system.copies import copy_file, link_file
 from dvdquant.system.memory import memory_limit
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_io import read_tensor
@@ -278,7 +277,7 @@ class _Run:
                     self.progress.say(f"an engine is damaged and is built again: {error.what}")
         for name in good:
             # Readers of external data refuse files with several links, so graphs and weights are copied.
-            (_copy if name in weights else _link)(out / name, self.transaction.path(name))
+            (copy_file if name in weights else link_file)(out / name, self.transaction.path(name))
             self.known[name] = previous.files[name]
         self.previous = previous
         self.graphs = list(previous.graphs)
@@ -576,33 +575,3 @@ def _versions(*packages: str) -> dict[str, str]:
 
 def _device_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else f"cuda ({torch.cuda.get_device_name(device)})"
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A copy; the kernel shares the blocks where the file system can."""
-    target.unlink(missing_ok=True)
-    try:
-        with source.open("rb") as reader, target.open("wb") as writer:
-            left = os.fstat(reader.fileno()).st_size
-            while left > 0 and (count := os.copy_file_range(reader.fileno(), writer.fileno(), left)):
-                left -= count
-        if left:
-            raise OSError(errno.EINVAL, "the kernel copied a part only")
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        shutil.copyfile(source, target)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link where the file system has them, else a copy; of a file with other names already, a copy, too: its mode and
-    bytes are not this export's alone."""
-    target.unlink(missing_ok=True)
-    try:
-        if source.stat().st_nlink == 1:
-            os.link(source, target)
-            return
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise  # a copy would fail as well
-    shutil.copy2(source, target)

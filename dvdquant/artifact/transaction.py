@@ -24,7 +24,6 @@ from typing import Any
 from pydantic import StrictInt, StrictStr, TypeAdapter
 
 from dvdquant.artifact.commit import (
-    FolderLock,
     install,
     is_trusted,
     recover,
@@ -34,6 +33,7 @@ from dvdquant.artifact.commit import (
 )
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import COMMIT, MANIFEST, OWNER, STAGE, TREE
+from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.artifact.output_folder import check_path, previous_export, real_path
 from dvdquant.artifact.unfinished import differences
