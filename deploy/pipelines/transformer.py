@@ -40,6 +40,8 @@ from dvdquant.deploy.switching.gbs import Weighting
 from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.model.diffusers_hooks import check_pipeline_hooks
+from dvdquant.system.torch_hooks import parse_to
 
 __all__ = ["DvdqTransformer"]
 
@@ -47,6 +49,7 @@ log = logging.getLogger(__name__)
 
 # Options of diffusers' from_pretrained that say nothing an export could differ in.
 _HARMLESS = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")
+check_pipeline_hooks()
 # id of a transformer -> the branch that its pipeline is calling. Each thread and each asyncio task has its own context.
 _BRANCHES: ContextVar[Mapping[int, tuple[str, Mapping[str, Any]]]] = ContextVar("dvdquant_branches")
 
@@ -336,7 +339,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         Raises:
             UnsupportedError: The device is another accelerator, or the dtype is not the export's.
         """
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = parse_to(*args, **kwargs)
         if dtype not in (None, self.dtype):
             refuse(f".to({dtype})", "its dtype is that of the export", "export again with --dtype", str(self.dtype))
         if device is not None and not _same_device(device, self.device):

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import Generator, open_generator
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
+from dvdquant.deploy.generation.video import psnr
 from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.planning.recording import ClipRecording, Recorder, median_seconds
 from dvdquant.deploy.switching.controller import StepRecord
@@ -31,7 +30,7 @@ from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.system.progress import Progress
 from dvdquant.system.records import brief
 
-__all__ = ["Goal", "Plan", "Quality", "delta_for_seconds", "plan", "psnr"]
+__all__ = ["Goal", "Plan", "Quality", "delta_for_seconds", "plan"]
 
 
 @dataclass(frozen=True)
@@ -318,12 +317,6 @@ def _generate(generator: Generator, request: GenerateRequest, progress: Progress
                 stage.update(1)
 
         return generator.generate(request, note)
-
-
-def psnr(frames: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
-    """10·log₁₀(255² / mean squared difference) of uint8 frames, in dB; infinity where they are equal."""
-    error = float(np.mean((frames.astype(np.float64) - reference.astype(np.float64)) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def _qualities(

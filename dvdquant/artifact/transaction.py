@@ -24,7 +24,6 @@ from typing import Any
 from pydantic import StrictInt, StrictStr, TypeAdapter
 
 from dvdquant.artifact.commit import (
-    FolderLock,
     install,
     is_trusted,
     recover,
@@ -34,6 +33,7 @@ from dvdquant.artifact.commit import (
 )
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import COMMIT, MANIFEST, OWNER, STAGE, TREE
+from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.artifact.output_folder import check_path, previous_export, real_path
 from dvdquant.artifact.unfinished import differences
@@ -653,7 +653,7 @@ def _hash_tree(
 
 
 def _why_no_work(stage: Folder, out: Folder) -> str | None:
-    """Return why a run cannot go on with what is there, or None if an interrupted export of a trusted user left anything finished.
+    """Return why a run cannot go on with what is there, or None where a trusted user's export finished a step.
 
     Raises:
         OSError: It cannot be read, or is deeper than an export.

@@ -85,12 +85,12 @@ class UntrustedFolder:
     def at(cls, path: str | Path) -> UntrustedFolder:
         """Return the folder at ``path``; links on the way to it are the user's own and are followed.
 
-        Files may come from the folder itself and, in a cache of the Hugging Face hub, from the blobs of its repository.
+        Files may come from the folder itself and, in a cache of the Hugging Face hub, from the blobs of its repository. A
+        repository that was moved elsewhere, under whatever name, and is reached by a link in the cache is one, too: that
+        link is on the way to the folder.
 
         Args:
             path: The path of the folder; ``~`` is the user's home.
-        A repository that was moved elsewhere, under whatever name, and is reached by a link in the cache is one, too: that
-        link is on the way to the folder.
         """
         given = Path(os.path.expanduser(path))
         root = Path(os.path.realpath(given))

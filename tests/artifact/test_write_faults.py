@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import dvdquant.artifact.commit
-from dvdquant.artifact.commit import FolderLock, recover
+from dvdquant.artifact.commit import recover
 from dvdquant.artifact.folder import Folder
+from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.errors import DvdquantError, OutputError, ResourceError

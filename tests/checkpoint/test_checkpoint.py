@@ -21,13 +21,10 @@ from safetensors.torch import save_file
 from dvdquant.checkpoint.reader import Checkpoint, count_nonfinite, fingerprint_hint, open_checkpoint
 from dvdquant.errors import CheckpointError
 from dvdquant.system.safetensors_io import DTYPES
-from tests.support.helpers_checkpoint import CONFIG, save_checkpoint, save_pipeline
+from tests.support.helpers_checkpoint import CONFIG, SHARD1, SHARD2, SINGLE, save_checkpoint, save_pipeline
 
 ROOT = Path(__file__).parents[2]
 TINY_WAN = ROOT / "examples" / "tiny-wan"
-SINGLE = "diffusion_pytorch_model.safetensors"
-INDEX = SINGLE + ".index.json"
-SHARD1, SHARD2 = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
 
 
 def _rewrite_config(**changes: Any) -> Callable[[Path], None]:

@@ -27,6 +27,9 @@ from dvdquant.deploy.pipelines.parts import open_pipeline_folder
 from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.errors import CheckpointError, DvdquantError
 from tests.support.helpers_checkpoint import (
+    INDEX,
+    SHARD1,
+    SINGLE,
     entry,
     in_child,
     memory_folder,
@@ -39,9 +42,6 @@ from tests.support.helpers_checkpoint import (
 
 ROOT = Path(__file__).parents[2]
 TINY_WAN = ROOT / "examples" / "tiny-wan"
-SINGLE = "diffusion_pytorch_model.safetensors"
-INDEX = SINGLE + ".index.json"
-SHARD1, SHARD2 = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
 
 
 @pytest.fixture
