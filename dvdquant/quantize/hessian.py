@@ -141,7 +141,7 @@ def random_signs_of(name: str, features: int) -> Tensor:
 
 
 def smooth_scale_of(hessian: InputHessian) -> Tensor:
-    """Return the smooth scale, by which input channels are divided and which multiply the weight's columns, so that both sides vary alike.
+    """Return the smooth scale: inputs are divided by it and weights multiplied, so that both sides vary alike.
 
     ``2^trunc(½·log2(rms_x/rms_w) − mean)``: powers of two, so that dividing is exact in 16 bit; rounded towards 1, so
     that channels stay as they are that differ from the mean by less than a factor of four; within 2⁻³..2¹².
