@@ -33,7 +33,7 @@ FAMILIES = ("wan", "hunyuan-video", "cogvideox", "ltx-video")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "reference"])
+@pytest.mark.parametrize("kernels", [True, pytest.param(False, marks=pytest.mark.stress)], ids=["kernels", "reference"])
 def test_a_compiled_session_gives_what_an_eager_one_gives(
     name: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,10 @@ FACTOR, ATOL = 2.0, 1e-6
 UNBATCHED = ("wan", "wan-ti2v", "wan-i2v", "hunyuan-video")  # guidance by two calls; the others batch the two branches
 FAST = ("wan", "hunyuan-video", "cogvideox", "ltx-video")
 OTHERS = ("wan-ti2v", "wan-i2v", "cogvideox-2b", "cogvideox-1.5")
-SLOW = [pytest.param(kind, 8, marks=pytest.mark.slow) for kind in OTHERS]
+SLOW = [
+    pytest.param(kind, 8, marks=pytest.mark.slow if kind in ("wan-ti2v", "wan-i2v") else pytest.mark.stress)
+    for kind in OTHERS
+]
 
 Export = Callable[..., Exported]
 

@@ -32,8 +32,13 @@ def test_engines_of_every_family(family: str, tmp_path: Path) -> None:
         assert build["products"][listed] == layers
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["wan", "hunyuan-video", "cogvideox", "ltx-video"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("wan", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.stress) for name in ("hunyuan-video", "cogvideox", "ltx-video")),
+    ],
+)
 def test_ranges_of_every_family(family: str, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", CONFIGS[family])
     options = ExportOptions(

@@ -66,7 +66,7 @@ def cut_engine(out: Path) -> None:
     os.truncate(out / ENGINE, 100)
 
 
-@pytest.mark.parametrize("damage", [delete_engine, flip_engine, pytest.param(cut_engine, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("damage", [delete_engine, flip_engine, pytest.param(cut_engine, marks=pytest.mark.stress)])
 def test_damaged_engine_is_rebuilt_alone(one_engine: Path, model: Path, damage: Callable[[Path], None]) -> None:
     weights = digests(one_engine, "onnx")
     damage(one_engine)
@@ -112,7 +112,7 @@ def test_ranges_build_one_engine_with_a_profile(model: Path, tmp_path: Path) -> 
     ("precision", "sm", "chosen", "stored"),
     [
         ("int4-weight-only", "8.9", "int4-weight-only", "INT4"),
-        ("int8", "12.0", "int8", "INT8"),
+        pytest.param("int8", "12.0", "int8", "INT8", marks=pytest.mark.stress),
         ("auto", "12.0", "nvfp4", "FLOAT4E2M1"),
     ],
 )

@@ -150,7 +150,7 @@ def test_which_gpus_a_library_serves() -> None:
 # ----------------------------------------------------------------------------------------------- the device code, emulated
 
 
-@pytest.mark.parametrize("sm", [89, 90, 120])
+@pytest.mark.parametrize("sm", [pytest.param(89, marks=pytest.mark.stress), 90, 120])
 def test_emulated_kernels_pass_gpu_check(library: KernelLibrary, sm: int) -> None:
     """The very checks of ``make gpu-check``, on small shapes: our own device code, CUTLASS products by their reference."""
     checks = [

@@ -60,8 +60,8 @@ def tokens(count: int = 5) -> torch.Tensor:
     ("name", "sm", "forms"),
     [
         ("hunyuan-video", 90, 1),
-        ("cogvideox", 120, 1),
-        ("ltx-video", 90, 1),
+        pytest.param("cogvideox", 120, 1, marks=pytest.mark.stress),
+        pytest.param("ltx-video", 90, 1, marks=pytest.mark.stress),
         ("w4a4", 80, 2),
         ("w4a4-g64", 90, 1),
     ],
