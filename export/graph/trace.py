@@ -80,7 +80,15 @@ def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:
     with _quiet_exporter():
         simplify(model, parameters)
     boolean_where(model)
+    _forget_places(model)
     return model
+
+
+def _forget_places(model: ir.Model) -> None:
+    """Remove the exporter's stack traces: they hold paths of this machine, and bytes that depend on where dvdquant lies."""
+    for node in model.graph.all_nodes():
+        for key in [key for key in node.metadata_props if "stack_trace" in key]:
+            del node.metadata_props[key]
 
 
 def _translate_quant_linear(

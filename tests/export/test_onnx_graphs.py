@@ -308,6 +308,13 @@ def test_base_graph_is_the_same_every_time() -> None:
     assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
 
 
+def test_graphs_hold_no_place_of_this_machine(export: Export) -> None:
+    for bits, flavour in graphs(export):
+        raw = export.path(bits, flavour).read_bytes()
+        assert b"site-packages" not in raw
+        assert str(Path(torch.__file__).parents[1]).encode() not in raw
+
+
 def _stripped(model: ir.Model) -> ir.Model:
     """Placeholders take the size of the model when written: leave their data out."""
     for value in model.graph.initializers.values():
