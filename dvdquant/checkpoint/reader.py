@@ -39,6 +39,8 @@ from dvdquant.text import shown
 if TYPE_CHECKING:
     import torch
 
+    from dvdquant.checkpoint.lora.fuse import Loras
+
 __all__ = ["Checkpoint", "ShardTensor", "count_nonfinite", "fingerprint_hint", "open_checkpoint"]
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -92,6 +94,8 @@ class Checkpoint:
     headers: dict[str, str]
     folder: UntrustedFolder
     files: dict[str, FileIdentity]
+    lora: Loras | None = None
+    """LoRAs that :meth:`read` adds to the weights (:mod:`dvdquant.checkpoint.lora.fuse`)."""
 
     @staticmethod
     def components(model: str | Path, *, revision: str | None = None) -> list[str]:
@@ -116,7 +120,7 @@ class Checkpoint:
         return max(self.tensors.values(), key=lambda info: info.nbytes)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor into private CPU memory, dtype and shape as stored.
+        """One tensor into private CPU memory, dtype and shape as stored; one that a LoRA changes, fused and in fp32.
 
         CheckpointError if it is absent or unreadable, or if its file has changed since it was opened.
         """
@@ -126,7 +130,8 @@ class Checkpoint:
             near = difflib.get_close_matches(name[:200], short, n=4) or sorted(short)[:4]
             raise CheckpointError(f"{self.root} has no tensor {name!r:.200}", available=near)
         with self._opened(info.shard) as fd:
-            return read_tensor_from(fd, info, info.path)
+            value = read_tensor_from(fd, info, info.path)
+        return value if self.lora is None else self.lora.apply(name, value)
 
     @contextlib.contextmanager
     def _opened(self, shard: str) -> Iterator[int]:
@@ -188,6 +193,8 @@ class Checkpoint:
                         raise CheckpointError(
                             f"{info.path} cannot be read: {reason_of(error)}", fix=fix_of(error, "download it again")
                         ) from error
+        if self.lora is not None:
+            digest.update(self.lora.identity())
         return FINGERPRINT + digest.hexdigest()
 
     def check_finite(self, name: str, tensor: torch.Tensor) -> None:
