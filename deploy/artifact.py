@@ -266,7 +266,12 @@ class Artifact:
         words += ["--text-tokens", str(self.sizes.text_tokens)]
         if self.sizes.batch != 1:
             words += ["--batch", str(self.sizes.batch)]
-        # 4. Other options, where they differ from their defaults.
+        # 4. LoRAs, and the runtime's defaults.
+        for lora in manifest.lora:
+            words += ["--lora", f"{lora['component']}={lora['path']}:{lora['scale']!r}"]
+        for name, value in (manifest.sampling or {}).items():
+            words += [f"--{name}", f"{value:g}"]
+        # 5. Other options, where they differ from their defaults.
         if self.components[0] != "transformer":
             words += ["--subfolder", self.components[0]]
         if manifest.nonfinite:

@@ -14,6 +14,7 @@ from dvdquant.recipe import Recipe, get_recipe
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
+    from dvdquant.checkpoint.lora.spec import LoraSpec
     from dvdquant.deploy.planning.planner import Plan
     from dvdquant.export.pipeline import ExportResult
     from dvdquant.system.progress import Progress
@@ -38,6 +39,9 @@ def export_model(
     verify: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    lora: str | Path | LoraSpec | Sequence[str | Path | LoraSpec] = (),
+    steps: int | None = None,
+    guidance: float | None = None,
     **options: Any,
 ) -> ExportResult:
     """Quantize a video diffusion transformer and write the export, as ``dvdq-export`` does.
@@ -58,6 +62,9 @@ def export_model(
         verify: run every graph in ONNX Runtime and judge it against PyTorch in float64.
         resume: go on from an interrupted export with the same options.
         progress: where progress goes; default: nowhere.
+        lora: LoRAs to fuse into the weights: FILE, "FILE:SCALE", "transformer_2=FILE:SCALE", or several of them.
+        steps: denoising steps that the runtime takes where none are asked for, such as 4 of a distilled LoRA.
+        guidance: guidance scale that the runtime takes where none is asked for, such as 1.
         **options: further fields of :class:`dvdquant.export.options.ExportOptions`.
 
     Returns:
@@ -66,6 +73,7 @@ def export_model(
     Raises:
         DvdquantError: what was wrong, what was available and how to fix it; the folder is as it was.
     """
+    from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
     from dvdquant.export.pipeline import plan_export, run_export
@@ -86,6 +94,9 @@ def export_model(
         height=_size(height),
         width=_size(width),
         num_frames=_size(num_frames),
+        lora=parse_loras(lora),
+        steps=steps,
+        guidance=guidance,
         **options,
     )
     return run_export(plan_export(arguments), progress or Progress(), add_report)

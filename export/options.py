@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from dvdquant.artifact.manifest import MAX_GUIDANCE, MAX_STEPS, Sampling
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.model.families import Axis, Family, Sizes
 from dvdquant.numerics.dtypes import DTYPES
@@ -45,6 +47,8 @@ class ExportOptions:
         keep_graphs: keep the graphs made for the engines: lowered for rtx, with the plugin for tensorrt.
         device: where inputs are predicted and weights are rotated and quantized: a word that
             :func:`dvdquant.system.devices.resolve_device` knows.
+        lora: LoRAs fused into the weights. steps, guidance: recorded as the runtime's defaults, for a model or a LoRA that is
+            distilled; None is the model's own.
         report: write report.html too. samples: prompts it shows clips of; None is one where a clip costs seconds.
     """
 
@@ -74,6 +78,9 @@ class ExportOptions:
     device: str = "auto"
     report: bool = False
     samples: int | None = None
+    lora: tuple[LoraSpec, ...] = ()
+    steps: int | None = None
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -90,6 +97,13 @@ class ExportOptions:
             raise UnsupportedError(f"--samples is {self.samples}", available=f"0 to {MAX_SAMPLES}")
         if self.samples and not self.report:
             raise UnsupportedError("--samples without --report", fix="give --report too: samples are a part of it")
+        if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
+            raise UnsupportedError(f"--steps is {self.steps}", available=f"1 to {MAX_STEPS}")
+        if self.guidance is not None and not 0 <= self.guidance <= MAX_GUIDANCE:
+            raise UnsupportedError(
+                f"--guidance is {self.guidance:g}",
+                available=f"0 to {MAX_GUIDANCE}; 1 is no guidance, as distilled models want",
+            )
         for plugin in self.plugins:
             if not plugin.is_file():
                 raise UnsupportedError(
@@ -105,6 +119,16 @@ class ExportOptions:
     def torch_device(self) -> torch.device:
         """Where inputs are predicted and weights are rotated and quantized."""
         return resolve_device(self.device)
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """What the manifest records for the runtime; None where nothing was given."""
+        found: Sampling = {}
+        if self.steps is not None:
+            found["steps"] = self.steps
+        if self.guidance is not None:
+            found["guidance"] = float(self.guidance)
+        return found or None
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -132,6 +156,7 @@ def check_text(options: ExportOptions) -> None:
     texts = [("MODEL", recorded_model(options.model)), ("--subfolder", options.subfolder or "")]
     texts += [("--revision", options.revision or ""), ("--timing-cache", str(options.timing_cache or ""))]
     texts += [("--plugin", str(plugin)) for plugin in options.plugins]
+    texts += [("--lora", str(lora.path)) for lora in options.lora]
     texts += [("--keep or --force", glob) for glob in (*options.recipe.keep, *options.recipe.force)]
     for name, text in texts:
         try:

@@ -23,6 +23,7 @@ from dvdquant.artifact.manifest import (
     FileEntry,
     GraphEntry,
     LayerEntry,
+    LoraEntry,
     Manifest,
     Source,
     Verified,
@@ -31,6 +32,7 @@ from dvdquant.artifact.manifest import (
 )
 from dvdquant.artifact.output_folder import check_output
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
+from dvdquant.checkpoint.lora.fuse import components_of, lora_lines, model_fingerprint, with_loras
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, ResourceError, UnsupportedError
@@ -127,10 +129,11 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     )
     components = tuple(name.rpartition("/")[2] for name in names)
     opened = []
+    loras = components_of(options.lora, components)
     for name in components:
         arguments: dict[str, Any] = {"revision": options.revision}
         arguments |= {"subfolder": options.subfolder} if options.subfolder else {"component": name}
-        opened.append(with_pipeline_facts(open_checkpoint(options.model, **arguments)))
+        opened.append(with_loras(with_pipeline_facts(open_checkpoint(options.model, **arguments)), loras[name]))
     plans = []
     for checkpoint in opened:
         plan = plan_model(checkpoint.config, options.recipe, options.torch_dtype, checkpoint)
@@ -161,7 +164,11 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             fix="pass the built library with --plugin, or use --target rtx, or --target onnx for graphs alone",
         )
     check_output(options.out)
-    largest = max(reading_bytes(info) for c in opened for info in c.tensors.values())
+    largest = max(
+        reading_bytes(info) + (c.lora.reading_bytes(info.name, math.prod(info.shape)) if c.lora else 0)
+        for c in opened
+        for info in c.tensors.values()
+    )
     estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest)
     return ExportPlan(options, components, tuple(opened), tuple(plans), sizes, tuple(engines), versions, estimate)
 
@@ -206,11 +213,15 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
         options.out, key=plan.key, resume=options.resume, keep_for_resume=True, accept=is_step
     ) as transaction:
         run = _Run(plan, transaction, progress, write_report)
+        for line in lora_lines(plan.components, plan.checkpoints):
+            progress.say(line)
         if options.resume and not (transaction.resumed or transaction.complete):
             progress.say(f"nothing to resume in {options.out}, starting from the beginning")
         if transaction.complete and transaction.previous is not None and run.adopt(transaction.previous):
             progress.say(f"weights and graphs in {options.out} are up to date")
-            if not (run.missing_engines() or options.verify or options.report):
+            previous = transaction.previous
+            same = (previous.lora, previous.sampling) == (run.loras(), options.sampling)
+            if not (run.missing_engines() or options.verify or options.report) and same:
                 return ExportResult(options.out, transaction.previous, up_to_date=True)
         else:
             try:
@@ -510,7 +521,7 @@ class _Run:
         if self.previous is not None and "device" in self.previous.tools:
             tools["device"] = self.previous.tools["device"]  # it made the weights, which are still the same
         return Manifest(
-            source=Source(model=model, class_name=first.class_name, fingerprint=first.fingerprint()),
+            source=Source(model=model, class_name=first.class_name, fingerprint=model_fingerprint(plan.checkpoints)),
             family=plan.plans[0].family.name,
             config_sha256=hash_file(self.transaction.tree / "config.json")["sha256"],
             recipe=plan.options.recipe.to_json(),
@@ -523,6 +534,24 @@ class _Run:
             components=plan.components,
             tools=tools,
             verified=self._verified(),
+            lora=self.loras(),
+            sampling=plan.options.sampling,
+        )
+
+    def loras(self) -> tuple[LoraEntry, ...]:
+        """What was fused into each transformer."""
+        return tuple(
+            LoraEntry(
+                component=component,
+                path=os.path.abspath(lora.spec.path),
+                sha256=lora.sha256,
+                scale=float(lora.spec.scale),
+                format=lora.format,
+                layers=lora.layers,
+            )
+            for component, checkpoint in zip(self.plan.components, self.plan.checkpoints)
+            if checkpoint.lora is not None
+            for lora in checkpoint.lora.fused
         )
 
     def _tools(self) -> dict[str, str]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generator import (
@@ -25,6 +27,7 @@ from dvdquant.deploy.generation.generator import (
     executed_original,
     executed_session,
     make_controller,
+    sampling_defaults,
 )
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
 from dvdquant.deploy.generation.request import (
@@ -47,9 +50,16 @@ class TableGenerator(Generator):
     """A model with a prompt table: flow matching Euler steps, latents are RGB."""
 
     def __init__(
-        self, artifact: Artifact, table: PromptTable, *, backend: str, device: str, wrap: WrapSession | None = None
+        self,
+        artifact: Artifact,
+        table: PromptTable,
+        *,
+        backend: str,
+        device: str,
+        wrap: WrapSession | None = None,
+        lora: Sequence[LoraSpec] = (),
     ) -> None:
-        super().__init__(artifact)
+        super().__init__(artifact, lora)
         (self.component,) = artifact.components
         self.family = artifact.family(self.component)
         self.table, self.backend, self.device = table, backend, device
@@ -67,12 +77,13 @@ class TableGenerator(Generator):
             self.table.encode(request.negative_prompt)
         size = resolve_size(request, self.artifact.sizes, (1, 1, 1), self.family.patch(), causal=False)
         steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
-        steps = steps or self.table.steps
+        default_steps, default_guidance = sampling_defaults(self.artifact, self.table.steps, self.table.guidance_scale)
+        steps = steps or default_steps
         self._try_scheduler(steps)
         return dataclasses.replace(
             request,
             steps=steps,
-            guidance=self.table.guidance_scale if request.guidance is None else request.guidance,
+            guidance=default_guidance if request.guidance is None else request.guidance,
             num_frames=size.frames,
             height=size.height,
             width=size.width,
@@ -147,7 +158,7 @@ class TableGenerator(Generator):
                 device = resolve_device(self.device)
                 # Nothing but the transformer runs here, so a CPU may take the arithmetic it is good at.
                 dtype = torch.float32 if device.type == "cpu" else self.artifact.dtype
-                model = load_original(self.artifact, self.table.root, self.component, device, dtype)
+                model = load_original(self.artifact, self.table.root, self.component, device, dtype, self.lora)
                 self._original = OriginalRunner(model, self.family)
             return self._original, self._original.device, self._original.dtype
         if self._session is None:

@@ -7,8 +7,10 @@ Two kinds of model. One with a prompt table beside its transformer (examples/tin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.from_table import TableGenerator
@@ -43,6 +45,7 @@ def open_generator(
     backend: str = "auto",
     device: str = "auto",
     wrap_session: WrapSession | None = None,
+    lora: Sequence[LoraSpec] = (),
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -54,11 +57,13 @@ def open_generator(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         pipeline: folder or hub id of the model, if it is no longer where the export was made from.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
+        lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were.
 
     Raises:
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
     """
     source = str(pipeline or artifact.manifest.source["model"])
     if PromptTable.is_at(source):
-        return TableGenerator(artifact, PromptTable.open(source), backend=backend, device=device, wrap=wrap_session)
-    return PipelineGenerator(artifact, source, backend=backend, device=device, wrap=wrap_session)
+        table = PromptTable.open(source)
+        return TableGenerator(artifact, table, backend=backend, device=device, wrap=wrap_session, lora=lora)
+    return PipelineGenerator(artifact, source, backend=backend, device=device, wrap=wrap_session, lora=lora)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dvdquant.checkpoint.lora.recorded import check_given
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.deploy.generation.video import default_fps
@@ -18,7 +20,15 @@ from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.defaults import DEFAULT_DELTA
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 
-__all__ = ["Generator", "Runner", "WrapSession", "executed_original", "executed_session", "make_controller"]
+__all__ = [
+    "Generator",
+    "Runner",
+    "WrapSession",
+    "executed_original",
+    "executed_session",
+    "make_controller",
+    "sampling_defaults",
+]
 
 WrapSession = Callable[[EngineSession], EngineSession]
 
@@ -47,8 +57,9 @@ class Runner(Protocol):
 class Generator(ABC):
     """A model opened for several clips; a context manager. Engines and weights are loaded once, when first needed."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self.artifact = artifact
+    def __init__(self, artifact: Artifact, lora: Sequence[LoraSpec] = ()) -> None:
+        check_given(artifact.manifest.lora, lora)
+        self.artifact, self.lora = artifact, tuple(lora)
 
     @abstractmethod
     def check(self, request: GenerateRequest) -> GenerateRequest:
@@ -79,6 +90,16 @@ class Generator(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def sampling_defaults(artifact: Artifact, steps: int, guidance: float) -> tuple[int, float]:
+    """Return the steps and the guidance of a clip that asks for none: those recorded in the export, or else the model's.
+
+    Args:
+        steps: the model's own. guidance: the model's own.
+    """
+    recorded = artifact.manifest.sampling or {}
+    return recorded.get("steps", steps), float(recorded.get("guidance", guidance))
 
 
 def make_controller(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:

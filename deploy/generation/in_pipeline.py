@@ -6,15 +6,22 @@ import contextlib
 import dataclasses
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation.generator import Generator, executed_original, executed_session, make_controller
+from dvdquant.deploy.generation.generator import (
+    Generator,
+    executed_original,
+    executed_session,
+    make_controller,
+    sampling_defaults,
+)
 from dvdquant.deploy.generation.original import CallRecorder, load_original, synchronize
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
@@ -53,8 +60,9 @@ class PipelineGenerator(Generator):
         backend: str,
         device: str,
         wrap: Callable[[EngineSession], EngineSession] | None = None,
+        lora: Sequence[LoraSpec] = (),
     ) -> None:
-        super().__init__(artifact)
+        super().__init__(artifact, lora)
         self.family = artifact.family(artifact.components[0])
         self.source, self.backend, self.device, self._wrap = source, backend, device, wrap
         self.folder = open_pipeline_folder(source, self.family.name)
@@ -91,13 +99,15 @@ class PipelineGenerator(Generator):
         patch = (1, *self.family.patch()[1:])
         size = resolve_size(request, self.artifact.sizes, self.family.vae_scale, patch, causal=True)
         defaults = _call_defaults(self.folder.class_name)
+        own = int(defaults["num_inference_steps"]), float(defaults["guidance_scale"])
+        default_steps, default_guidance = sampling_defaults(self.artifact, *own)
         steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
-        steps = steps or int(defaults["num_inference_steps"])
+        steps = steps or default_steps
         self._try_scheduler(steps, size)
         return dataclasses.replace(
             request,
             steps=steps,
-            guidance=float(defaults["guidance_scale"]) if request.guidance is None else request.guidance,
+            guidance=default_guidance if request.guidance is None else request.guidance,
             num_frames=size.frames,
             height=size.height,
             width=size.width,
@@ -170,7 +180,7 @@ class PipelineGenerator(Generator):
                 device = resolve_device(self.device)
                 # The pipeline's other parts give it tensors of the export's dtype.
                 dtype = self.artifact.dtype
-                self._originals[name] = load_original(self.artifact, self.folder.root, name, device, dtype)
+                self._originals[name] = load_original(self.artifact, self.folder.root, name, device, dtype, self.lora)
         return self._originals
 
     def _pipeline(self, transformers: dict[str, nn.Module]) -> Any:

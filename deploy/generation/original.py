@@ -6,13 +6,15 @@ import contextlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dvdquant.checkpoint.lora.recorded import with_recorded
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.switching.controller import StepRecord
@@ -26,15 +28,26 @@ ORIGINAL_BITS = 16
 
 
 def load_original(
-    artifact: Artifact, source: str | Path, component: str, device: torch.device, dtype: torch.dtype
+    artifact: Artifact,
+    source: str | Path,
+    component: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    lora: Sequence[LoraSpec] = (),
 ) -> nn.Module:
     """Return the transformer the export was made from, its weights cast to ``dtype``.
 
+    LoRAs of the export are fused in fp32, as they were for it, and rounded once.
+
+    Args:
+        lora: files of the export's LoRAs that no longer lie where they were.
+
     Raises:
-        CheckpointError: missing, damaged, or of another configuration than the export's.
+        CheckpointError: missing, damaged, or of another configuration than the export's; a LoRA of the export is missing.
     """
     checkpoint = open_checkpoint(source, component=component)
     _check_same(artifact, checkpoint, component)
+    checkpoint = with_recorded(checkpoint, artifact.manifest.lora, component, lora)
     import diffusers
 
     # diffusers reads the folder by path: nothing in it may lead out, and the weights must be the checked ones.
@@ -47,8 +60,18 @@ def load_original(
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.root} cannot be loaded: {error!s:.500}") from error
     checkpoint.check_unchanged()
+    _fuse(model, checkpoint)
     module: nn.Module = model.to(device).eval()
     return module
+
+
+@torch.no_grad()
+def _fuse(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put what the checkpoint's LoRAs change into ``model``, one tensor at a time, in the dtype that it has there."""
+    changed = checkpoint.lora.terms if checkpoint.lora is not None else {}
+    for name, parameter in model.named_parameters():
+        if name in changed:
+            parameter.copy_(checkpoint.read(name).reshape(parameter.shape))
 
 
 def _check_same(artifact: Artifact, checkpoint: Checkpoint, component: str) -> None:

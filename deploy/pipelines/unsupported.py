@@ -25,7 +25,7 @@ __all__ = ["COPIED", "LOADED", "REFUSED", "WholeEngine", "refuse"]
 
 _LORA = (
     "its weights are packed in 4 bits inside the export",
-    "fuse the LoRA into the checkpoint first (pipe.fuse_lora(), pipe.transformer.save_pretrained()) and export that",
+    "export again with dvdq-export --lora FILE:SCALE, which fuses the LoRA into the weights",
 )
 _CACHE = (
     "the transformer is one engine, without blocks that a cache could hook",

@@ -21,6 +21,7 @@ from dvdquant.deploy.switching.gbs import (
     Weighting,
     delta_for_average_bits,
     delta_of_stair,
+    free_steps,
     staircase,
     switch_pairs,
     weighted_changes,
@@ -222,14 +223,19 @@ def _check_goal(goal: Goal, steps: int, low: int, high: int, last_high: int) -> 
             f"{steps} steps: δ-GBS runs the first two on the high engine and has nothing left to decide",
             fix="plan with more --steps",
         )
-    forced = min(steps, 2 + last_high)
-    least = (forced * high + (steps - forced) * low) / steps
+
+    def least_bits(last: int) -> float:
+        return high - free_steps(steps, last) * (high - low) / steps
+
+    least = least_bits(last_high)
     if goal.average_bits is not None and not least <= goal.average_bits <= high:
+        fewer = [last for last in range(last_high - 1, -1, -1) if least_bits(last) <= goal.average_bits <= high]
         raise UnsupportedError(
             f"no δ gives {goal.average_bits:g} bits on average",
             available=f"{least:.4g} to {high} with {steps} steps, of which the first two and the last {last_high} are always "
             f"at {high}",
-            fix="ask for an average in this range",
+            fix="ask for an average in this range"
+            + (f", or give --last-high {fewer[0]}: then {least_bits(fewer[0]):.4g} is the least" if fewer else ""),
         )
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from dvdquant.artifact.layout import MANIFEST
 from dvdquant.artifact.manifest import LayerEntry, Manifest, model_name
+from dvdquant.checkpoint.lora.fuse import model_fingerprint
+from dvdquant.checkpoint.lora.recorded import with_recorded
 from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.deploy.report.charts import error_chart, line_chart, schedule_chart
 from dvdquant.deploy.report.text import (
@@ -144,8 +146,10 @@ def _source_bytes(manifest: Manifest) -> int | None:
     try:
         if not model.is_dir():
             return None
-        opened = [open_checkpoint(model, component=name) for name in manifest.components]
-        same = opened[0].fingerprint() == manifest.source["fingerprint"]
+        opened = [
+            with_recorded(open_checkpoint(model, component=name), manifest.lora, name) for name in manifest.components
+        ]
+        same = model_fingerprint(opened) == manifest.source["fingerprint"]
         return sum(checkpoint.nbytes for checkpoint in opened) if same else None
     except (DvdquantError, OSError, ValueError):
         return None  # the size of a source that is not there, or no longer the same, is not known

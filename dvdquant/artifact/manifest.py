@@ -43,7 +43,9 @@ __all__ = [
     "FileEntry",
     "GraphEntry",
     "LayerEntry",
+    "LoraEntry",
     "Manifest",
+    "Sampling",
     "Source",
     "Verified",
     "check_relpath",
@@ -61,6 +63,11 @@ _RESERVED = re.compile(r"\.(tmp-.*|lock|commit)|manifest\.json")
 # An export holds some tens of files and some hundreds of layers, together some thousand values. What reads one must not
 # take minutes and gigabytes over a hostile one: this many values cost about two seconds and 300 MB.
 MAX_VALUES = 200_000
+MAX_STEPS = 1000
+MAX_LORAS = 64
+MAX_GUIDANCE = 1000
+# Fields that an export has only where there is something to say, so that others stay as they were.
+_OPTIONAL = frozenset({"lora", "sampling"})
 
 
 def _check_time(text: str) -> str:
@@ -140,6 +147,28 @@ class Source(TypedDict):
 
 
 @with_config(_OPEN)
+class LoraEntry(TypedDict):
+    """One LoRA that was fused into the weights: the transformer it went to, the file as it was then, its scale, the format of
+    its keys, and how many of its layers were found in the transformer, which is all of them."""
+
+    component: ComponentName
+    path: Annotated[Text, AfterValidator(_check_model)]
+    sha256: Digest
+    scale: Annotated[float, Field(allow_inf_nan=False)]
+    format: Text
+    layers: Count
+
+
+@with_config(_STRICT)
+class Sampling(TypedDict):
+    """What the model was distilled for, where the exporter was told: denoising steps and guidance scale. They are the defaults
+    of the runtime."""
+
+    steps: NotRequired[Annotated[int, Field(ge=1, le=MAX_STEPS)]]
+    guidance: NotRequired[Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]]
+
+
+@with_config(_OPEN)
 class LayerEntry(TypedDict):
     """One quantized layer. ``members`` are the checkpoint's layers merged into it, ``rotation_block`` the Hadamard
     block (1 = none). The errors are relative mean squares, null for an all-zero weight: of the rotated weight, or of the
@@ -206,6 +235,7 @@ class Manifest:
             as 0. components: the pipeline folders exported.
         tools: versions of torch, onnx and so on, and the device that quantized. created: UTC, ISO 8601.
         verified: what ``--verify`` compared with the checkpoint; None if it did not.
+        lora: LoRAs in the weights, in the order they were added. sampling: the runtime's defaults; None is the model's own.
     """
 
     __pydantic_config__ = _STRICT
@@ -235,16 +265,19 @@ class Manifest:
     dvdquant_version: Text = __version__
     export_key: Digest | Literal[""] = ""
     verified: Verified | None = None
+    lora: Annotated[tuple[LoraEntry, ...], FailFast(), Field(max_length=MAX_LORAS)] = ()
+    sampling: Sampling | None = None
     format_version: Literal[1] = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        for name in ("layers", "kept", "nonfinite", "graphs", "engines", "components"):
+        for name in ("layers", "kept", "nonfinite", "graphs", "engines", "components", "lora"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
 
     def to_json(self) -> str:
         """The manifest as JSON text; OutputError names the field that is out of form."""
         data = dataclasses.asdict(self)
+        data = {name: value for name, value in data.items() if name not in _OPTIONAL or value}
         try:
             text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
             _check(json.loads(text), text.encode("utf-8", "surrogatepass"))
@@ -295,7 +328,7 @@ def _check(data: dict[str, Any], raw: bytes) -> Recipe:
     """
     names = [each.name for each in dataclasses.fields(Manifest)]
     for name in names:
-        if name not in data:
+        if name not in data and name not in _OPTIONAL:
             raise OutputError(f"manifest field {name} is missing", fix="export again")
     if unknown := data.keys() - set(names):
         raise OutputError(f"the manifest has an unknown field {brief(min(unknown))}", available=names)

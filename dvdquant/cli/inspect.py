@@ -152,6 +152,7 @@ def _check_files(out: Path, manifest: Manifest) -> str:
 
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
+    from dvdquant.artifact.provenance import lora_words, sampling_words
     from dvdquant.artifact.verified import verified_words
     from dvdquant.recipe import error_name, fitted_words, looks_at_inputs
 
@@ -166,6 +167,8 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
         f"zero-point {weight['zero_point']}, solver {weight['solver']}, {', '.join(inputs)}",
+        *lora_words(manifest.lora),
+        *([f"defaults of dvdq-run and dvdq-plan: {sampling_words(manifest.sampling)}"] if manifest.sampling else []),
         verified_words(manifest.verified),
         f"latent sizes: {shapes}; {manifest.shapes['text_tokens']} text tokens, {manifest.shapes['dtype']}",
         "",

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
     from dvdquant.deploy.planning.planner import Plan
 
+FEW_STEPS = 8
+"""Up to as many, what is left to δ is said: a distilled model has four."""
+
 EXAMPLES = """
 # delta for 6 activation bits on average, into out/tiny-wan/schedule.json
 dvdq-plan out/tiny-wan --prompt "circle red right small black" --prompt "ring blue up large grey"
@@ -163,6 +166,8 @@ def _seeds(text: str) -> list[int]:
 
 def _summary(found: Plan) -> str:
     """δ, predicted against measured, and the quality table if there is one."""
+    from dvdquant.deploy.switching.gbs import free_steps
+
     low, high = found.low, found.high
     lines = [
         f"δ {found.delta:.4g}: {found.predicted_bits:.2f} bits on average, {found.predicted_seconds:.3g} s of the transformer "
@@ -173,6 +178,14 @@ def _summary(found: Plan) -> str:
         f"({found.backend})",
         f"steps     {''.join(str(b) for b in found.schedule.bits)}",
     ]
+    steps, last = found.schedule.steps, int(found.schedule.details.get("last_high", 0))
+    if steps <= FEW_STEPS:
+        left = free_steps(steps, last, len(found.schedule.components))
+        lines.append(
+            f"with {steps} steps, of which the first two{' of each transformer' * (len(found.schedule.components) > 1)} and the "
+            f"last {last} are always at {high}, {left or 'none'} {'is' if left < 2 else 'are'} left to δ: it can save up to "
+            f"{100 * left / steps:.0f} % of the calls from {high} bits"
+        )
     if found.seconds_per_call[low] >= found.seconds_per_call[high]:
         lines.append(
             f"the {low}-bit engine is no faster than the {high}-bit one on this backend: switching saves no time"

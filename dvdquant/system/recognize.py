@@ -109,10 +109,8 @@ def _any(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-_LORA_FIX = (
-    "fuse it into its model: pipe.load_lora_weights(LORA); pipe.fuse_lora(); pipe.unload_lora_weights(); "
-    "pipe.transformer.save_pretrained(FOLDER)"
-)
+_LORA_FIX = "give the model that it changes as MODEL, and this file with --lora FILE[:SCALE]"
+_OTHER_FIX = "fuse it into its model with the tool that trained it, and give the folder of the whole model"
 _STRIP = "save it without the prefix: save_file({{k.removeprefix({0!r}): v for k, v in tensors.items()}}, FILE)"
 
 # (patterns of which every one is found among the names, what it is). The order matters: a quantized format that has
@@ -166,7 +164,7 @@ TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
     ),
     "dora": (
         (_any(r"(\.dora_scale$|lora_magnitude_vector)"),),
-        Found("a DoRA (a LoRA with magnitudes), not a model", _LORA_FIX),
+        Found("a DoRA (a LoRA with magnitudes), not a model", _OTHER_FIX),
     ),
     "lora": (
         (
@@ -178,7 +176,10 @@ TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
     ),
     "lokr-loha": (
         (_any(r"\.(lokr_w[12](_[ab])?|hada_[wt][12](_[ab])?|oft_blocks|diff(_b|_m)?)$"),),
-        Found("changes to a model (LoKr, LoHa or differences), not a model", _LORA_FIX),
+        Found(
+            "changes to a model (LoKr, LoHa or differences), not a model",
+            f"{_LORA_FIX}; it takes differences, and a LoKr or LoHa is fused by the tool that trained it",
+        ),
     ),
     "alpha": (
         (_any(r"^(?=.{0,400}(attn|attention|ffn|ff|mlp|to_[qkv]|linear)).*\.alpha$"),),

@@ -77,8 +77,8 @@ MORE: dict[str, tuple[str, list[str]]] = {
 }
 # What the advice must name: the way out of this format and not of another.
 WAYS = {
-    "lora": "fuse_lora",
-    "dora": "fuse_lora",
+    "lora": "--lora FILE",
+    "dora": "fuse it into its model with the tool",
     "model.diffusion_model.": "from_single_file",
     "wan-original": "WanTransformer3DModel.from_single_file",
     "module.": "removeprefix('module.')",

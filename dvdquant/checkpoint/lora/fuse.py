@@ -6,6 +6,7 @@ LoRA stays in memory but its header: its two factors are read when their layer i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from dvdquant.checkpoint.reader import Checkpoint
 
-__all__ = ["FusedLora", "Loras", "components_of", "with_loras"]
+__all__ = ["FusedLora", "Loras", "components_of", "lora_lines", "model_fingerprint", "with_loras"]
 
 CHUNK_WEIGHTS = 1 << 23
 """Weights whose change is in memory at a time: 32 MiB of fp32."""
@@ -96,8 +97,7 @@ class _Term:
             self._require_finite(change, name)
             target.add_(change.reshape(target.shape))
             return
-        assert self.up is not None and self.down is not None
-        up, down = self._rows(self.file.read(self.up)).flatten(1), self.file.read(self.down).flatten(1)
+        up, down = self._factors()
         flat = value.view(value.shape[0], -1)
         step = max(1, CHUNK_WEIGHTS // flat.shape[1])
         for start in range(0, len(flat), step):
@@ -109,8 +109,14 @@ class _Term:
         """The whole change, not yet scaled."""
         if self.diff is not None:
             return self._rows(self.file.read(self.diff))
-        assert self.up is not None and self.down is not None
-        return self._rows(self.file.read(self.up)).flatten(1) @ self.file.read(self.down).flatten(1)
+        up, down = self._factors()
+        return up @ down
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """B [rows, rank] and A [rank, features]."""
+        assert self.up is not None
+        assert self.down is not None
+        return self._rows(self.file.read(self.up)).flatten(1), self.file.read(self.down).flatten(1)
 
     def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch
@@ -211,7 +217,9 @@ class _Reader:
         if foreign := foreign_kind(self.tensors):
             what, key = foreign
             raise CheckpointError(
-                f"{self.path} is {what}: {key!r:.200}", available="low-rank changes (LoRA) and differences", fix=_OWN_FUSE
+                f"{self.path} is {what}: {key!r:.200}",
+                available="low-rank changes (LoRA) and differences",
+                fix=_OWN_FUSE,
             )
         layers, unknown = group(self.tensors)
         if not layers:
@@ -226,7 +234,9 @@ class _Reader:
         for layer in layers:
             self._check(layer, places[id(layer)])
         # 4. Their values. All of them have the size of layers by now, so this costs no more than the model itself.
-        for info in {id(part): part for _, term in self.changes for part in (term.up, term.down, term.diff) if part}.values():
+        for info in {
+            id(part): part for _, term in self.changes for part in (term.up, term.down, term.diff) if part
+        }.values():
             self._check_values(info)
         ranks = (min(self.ranks), max(self.ranks)) if self.ranks else (0, 0)
         lora = FusedLora(
@@ -435,3 +445,31 @@ def components_of(specs: Sequence[LoraSpec], components: Sequence[str]) -> dict[
             )
         found[name].append(replace(spec, component=name))
     return found
+
+
+def model_fingerprint(checkpoints: Sequence[Checkpoint]) -> str:
+    """Return what tells one model of one transformer or more from another: the fingerprint of the first, and where a LoRA is
+    fused into another, that one's too.
+
+    Raises:
+        CheckpointError: a file has gone or has changed since it was opened.
+    """
+    first = checkpoints[0].fingerprint()
+    others = [checkpoint.lora.identity() if checkpoint.lora else b"" for checkpoint in checkpoints[1:]]
+    if not any(others):
+        return first
+    kind, _, value = first.rpartition("-")
+    return f"{kind}-{hashlib.sha256(b'|'.join([value.encode(), *others])).hexdigest()}"
+
+
+def lora_lines(components: Sequence[str], checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Return what is said of the LoRAs before an export: each file, what was found of it, and a transformer that has none."""
+    lines = []
+    for component, checkpoint in zip(components, checkpoints):
+        for lora in checkpoint.lora.fused if checkpoint.lora else ():
+            lines.append(f"LoRA {shown(lora.spec.path)} into {component}: {lora.words()}")
+            lines += [f"  {note}" for note in lora.notes]
+    without = [name for name, checkpoint in zip(components, checkpoints) if checkpoint.lora is None]
+    if lines and without:
+        lines.append(f"no LoRA for {', '.join(without)}: --lora {without[0]}=FILE gives it one")
+    return lines

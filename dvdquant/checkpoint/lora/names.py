@@ -188,7 +188,7 @@ def aliases(class_name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
         shapes: of every tensor of the checkpoint, by name.
     """
     modules = dict(_modules(shapes))
-    found = {name: (place,) for name, place in modules.items()}
+    found: dict[str, tuple[Place, ...]] = {name: (place,) for name, place in modules.items()}
     family = next((key for key in _FAMILIES if class_name.startswith(key)), "")
     rows = _FAMILIES.get(family, ())
     for pattern, names in rows:
