@@ -99,7 +99,8 @@ class _Term:
             return
         up, down = self._factors()
         flat = value.view(value.shape[0], -1)
-        step = max(1, CHUNK_WEIGHTS // flat.shape[1])
+        # Parts of one size: a part of few rows would be summed by another loop of the BLAS, and differ in the last bit.
+        step = math.ceil(len(flat) / math.ceil(flat.numel() / CHUNK_WEIGHTS))
         for start in range(0, len(flat), step):
             change = torch.mm(up[start : start + step], down).mul_(self.factor)
             self._require_finite(change, name)

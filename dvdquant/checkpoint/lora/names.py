@@ -69,13 +69,15 @@ _HUNYUAN: _Names = (
         )
         for number, layer in ((1, "in_layer"), (2, "out_layer"))
     ),
-    *(
-        (rf"{ours}\.linear_{number}", (f"{theirs}.linear_{number}", f"{theirs}.{layer}"))
-        for ours, theirs in (
-            (r"time_text_embed\.text_embedder", "vector_in"),
-            (r"context_embedder\.time_text_embed\.text_embedder", "txt_in.c_embedder"),
-        )
-        for number, layer in ((1, "in_layer"), (2, "out_layer"))
+    (r"time_text_embed\.text_embedder\.linear_1", ("vector_in.in_layer",)),
+    (r"time_text_embed\.text_embedder\.linear_2", ("vector_in.out_layer",)),
+    (
+        r"context_embedder\.time_text_embed\.text_embedder\.linear_1",
+        ("txt_in.c_embedder.linear_1", "txt_in.c_embedder.in_layer"),
+    ),
+    (
+        r"context_embedder\.time_text_embed\.text_embedder\.linear_2",
+        ("txt_in.c_embedder.linear_2", "txt_in.c_embedder.out_layer"),
     ),
     *(
         (rf"{_DOUBLE}\.{ours}", tuple(rf"double_blocks.\1.{name}" for name in theirs))
