@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterSettings", "LoraFile"]
 
-MAX_TENSORS = 100_000
+MAX_TENSORS = 50_000
 """More than any LoRA has: a file with three tensors for every layer of the largest models has some thousands."""
 MAX_SETTINGS = 1 << 20
 _BLOCK = 1 << 24
