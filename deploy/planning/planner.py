@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import Generator, open_generator
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
@@ -117,6 +118,7 @@ def plan(
     backend: str = "auto",
     device: str = "auto",
     progress: Progress | None = None,
+    lora: Sequence[LoraSpec] = (),
 ) -> Plan:
     """Record every prompt with every seed, find δ for ``goal``, and validate it on the first clip.
 
@@ -133,6 +135,7 @@ def plan(
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: where progress goes; default nowhere.
+        lora: where the export's LoRAs are now, for ``reference``, if they no longer lie where they were.
 
     Raises:
         UnsupportedError: The export has one bit-width only, or no δ reaches the goal (saying the range).
@@ -142,7 +145,7 @@ def plan(
     progress = progress or Progress()
     recorder = Recorder(low, high)
     with open_generator(
-        artifact, pipeline=pipeline, backend=backend, device=device, wrap_session=recorder.wrap
+        artifact, pipeline=pipeline, backend=backend, device=device, wrap_session=recorder.wrap, lora=lora
     ) as generator:
         base = GenerateRequest(prompts[0], steps=steps, seed=seeds[0], mode=f"a{high}")
         base = replace(base, last_high=last_high, weighting=weighting)

@@ -29,6 +29,7 @@ from dvdquant.deploy.report.text import (
     recipe_words,
     shown,
     size_words,
+    source_words,
 )
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.recipe import error_name, looks_at_inputs
@@ -273,7 +274,7 @@ def _context(report: Report) -> dict[str, Any]:
         "m": manifest,
         "name": model_name(manifest.source["model"]),
         "created": manifest.created[:16].replace("T", " "),
-        "recipe": recipe_words(manifest.recipe, manifest.family),
+        "recipe": [*recipe_words(manifest.recipe, manifest.family), *source_words(manifest)],
         "sizes": size_words(manifest.shapes),
         "facts": facts,
         "bars": _bars(report, manifest, facts),

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, echo, runs_on, setup_logging, table
-from dvdquant.cli.paths import EXPORT, MODEL, PATH, TEXT_FILE, WORD
+from dvdquant.cli.paths import EXPORT, LORA, MODEL, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
@@ -81,6 +81,10 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
 @click.option(
     "--pipeline", type=MODEL, metavar="PATH", help="Folder or hub id of the model.  [default: the exported one]"
 )
+@click.option(
+    "--lora", type=LORA, multiple=True, metavar="FILE",
+    help="Where a LoRA of the export is now; --reference fuses it.  [default: where it was]",
+)  # fmt: skip
 @runs_on
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
@@ -93,6 +97,7 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     """
     setup_logging(verbose, log_format)
     from dvdquant.artifact.manifest import load_manifest
+    from dvdquant.checkpoint.lora.spec import parse_loras
 
     if check is not None:
         _refuse_besides_check()
@@ -105,6 +110,7 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     for path in (output, plot):
         if path is not None:
             check_writable(path, make_folder=False)
+    loras = parse_loras(options.pop("lora"))
     goal_options = {name: options.pop(name) for name in ("average_bits", "time_budget", "delta")}
 
     from dvdquant.deploy.artifact import Artifact
@@ -115,7 +121,7 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
         goal_options["average_bits"] = 6.0
     goal = Goal(goal_options["average_bits"], goal_options["time_budget"], goal_options["delta"])
     progress = Progress("json" if log_format == "json" else "text")
-    found = plan(Artifact.open(out), prompts, goal, seeds=seeds, progress=progress, **options)
+    found = plan(Artifact.open(out), prompts, goal, seeds=seeds, progress=progress, lora=loras, **options)
     found.schedule.save(output)
     if plot is not None:
         from dvdquant.deploy.planning.plot import draw_plan

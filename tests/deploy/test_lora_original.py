@@ -18,7 +18,7 @@ from dvdquant.cli.run import undecided
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.original import load_original
 from dvdquant.deploy.generation.request import GenerateRequest
-from dvdquant.deploy.report.page import collect
+from dvdquant.deploy.report.page import collect, render_report
 from dvdquant.deploy.switching.gbs import free_steps
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.system.progress import Progress
@@ -133,3 +133,6 @@ def test_free_steps_and_their_words() -> None:
 def test_the_report_knows_the_source_again(made: Made) -> None:
     report = collect(made.out, Artifact.open(made.out).manifest, Progress())
     assert report.checkpoint_bytes
+    page = render_report(report)
+    assert "fast.safetensors" in page
+    assert "4 steps, guidance 1" in page
