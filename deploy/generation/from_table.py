@@ -28,6 +28,7 @@ from dvdquant.deploy.generation.generator import (
     executed_session,
     make_controller,
     sampling_defaults,
+    set_loras_or_close,
 )
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
 from dvdquant.deploy.generation.request import (
@@ -158,11 +159,13 @@ class TableGenerator(Generator):
                 device = resolve_device(self.device)
                 # Nothing but the transformer runs here, so a CPU may take the arithmetic it is good at.
                 dtype = torch.float32 if device.type == "cpu" else self.artifact.dtype
-                model = load_original(self.artifact, self.table.root, self.component, device, dtype, self.lora)
+                beside = self.beside[self.component]
+                model = load_original(self.artifact, self.table.root, self.component, device, dtype, self.lora, beside)
                 self._original = OriginalRunner(model, self.family)
             return self._original, self._original.device, self._original.dtype
         if self._session is None:
             session = open_session(self.artifact, self.component, backend=self.backend, device=self.device)
+            set_loras_or_close(session, self.beside[self.component])
             self._session = session if self._wrap is None else self._wrap(session)
         runner = StepRunner(self._session, make_controller(self.artifact, self.component, request))
         return runner, self._session.device, self._session.dtype

@@ -57,7 +57,8 @@ def open_generator(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         pipeline: folder or hub id of the model, if it is no longer where the export was made from.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
-        lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were.
+        lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
+            the quantized weights (:meth:`EngineSession.set_loras`).
 
     Raises:
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dvdquant.checkpoint.lora.recorded import check_given
+from dvdquant.checkpoint.lora.fuse import components_of
+from dvdquant.checkpoint.lora.recorded import split_given
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
@@ -28,6 +29,7 @@ __all__ = [
     "executed_session",
     "make_controller",
     "sampling_defaults",
+    "set_loras_or_close",
 ]
 
 WrapSession = Callable[[EngineSession], EngineSession]
@@ -58,8 +60,9 @@ class Generator(ABC):
     """A model opened for several clips; a context manager. Engines and weights are loaded once, when first needed."""
 
     def __init__(self, artifact: Artifact, lora: Sequence[LoraSpec] = ()) -> None:
-        check_given(artifact.manifest.lora, lora)
-        self.artifact, self.lora = artifact, tuple(lora)
+        self.artifact = artifact
+        self.lora, beside = split_given(artifact.manifest.lora, lora)
+        self.beside = components_of(beside, artifact.components)
 
     @abstractmethod
     def check(self, request: GenerateRequest) -> GenerateRequest:
@@ -118,9 +121,21 @@ def make_controller(artifact: Artifact, component: str, request: GenerateRequest
     return StepController("fixed", bits=int(request.mode.removeprefix("a")), low=low, high=high, cache=cache)
 
 
+def set_loras_or_close(session: EngineSession, specs: Sequence[LoraSpec]) -> None:
+    """Run ``specs`` beside the weights of a session that was just opened; if it cannot, it is closed again."""
+    try:
+        if specs:
+            session.set_loras(specs)
+    except BaseException:
+        session.close()
+        raise
+
+
 def executed_session(session: EngineSession) -> dict[str, Any]:
     """Return backend, device, dtype and resident bytes of a session, for trace and summary."""
+    beside = [{"path": str(spec.path), "scale": spec.scale} for spec in session.loras]
     return {
+        **({"lora": beside} if beside else {}),
         "backend": session.backend,
         "device": str(session.device),
         "dtype": str(session.dtype).removeprefix("torch."),

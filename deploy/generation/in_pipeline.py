@@ -21,6 +21,7 @@ from dvdquant.deploy.generation.generator import (
     executed_session,
     make_controller,
     sampling_defaults,
+    set_loras_or_close,
 )
 from dvdquant.deploy.generation.original import CallRecorder, load_original, synchronize
 from dvdquant.deploy.generation.request import (
@@ -171,6 +172,7 @@ class PipelineGenerator(Generator):
                 self._engines[name].use(controller)
                 continue
             session = open_session(self.artifact, name, backend=self.backend, device=self.device)
+            set_loras_or_close(session, self.beside[name])
             self._engines[name] = DvdqTransformer(session if self._wrap is None else self._wrap(session), controller)
         return {name: self._engines[name] for name in self.components}
 
@@ -180,7 +182,9 @@ class PipelineGenerator(Generator):
                 device = resolve_device(self.device)
                 # The pipeline's other parts give it tensors of the export's dtype.
                 dtype = self.artifact.dtype
-                self._originals[name] = load_original(self.artifact, self.folder.root, name, device, dtype, self.lora)
+                self._originals[name] = load_original(
+                    self.artifact, self.folder.root, name, device, dtype, self.lora, self.beside[name]
+                )
         return self._originals
 
     def _pipeline(self, transformers: dict[str, nn.Module]) -> Any:

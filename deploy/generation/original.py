@@ -34,6 +34,7 @@ def load_original(
     device: torch.device,
     dtype: torch.dtype,
     lora: Sequence[LoraSpec] = (),
+    beside: Sequence[LoraSpec] = (),
 ) -> nn.Module:
     """Return the transformer the export was made from, its weights cast to ``dtype``.
 
@@ -41,13 +42,14 @@ def load_original(
 
     Args:
         lora: files of the export's LoRAs that no longer lie where they were.
+        beside: LoRAs of this component that the export does not have; they are fused, too.
 
     Raises:
         CheckpointError: missing, damaged, or of another configuration than the export's; a LoRA of the export is missing.
     """
     checkpoint = open_checkpoint(source, component=component)
     _check_same(artifact, checkpoint, component)
-    checkpoint = with_recorded(checkpoint, artifact.manifest.lora, component, lora)
+    checkpoint = with_recorded(checkpoint, artifact.manifest.lora, component, lora, beside)
     import diffusers
 
     # diffusers reads the folder by path: nothing in it may lead out, and the weights must be the checked ones.

@@ -14,11 +14,12 @@ engine that the step controller picks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -29,6 +30,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from dvdquant.artifact.manifest import Manifest
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.pipelines.adapters import get_adapter
 from dvdquant.deploy.pipelines.request_state import RequestTable
@@ -84,6 +86,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         placement = torch.empty(0, dtype=session.dtype, device=session.device)
         self.register_parameter("placement", torch.nn.Parameter(placement, requires_grad=False))
         self._placed = False
+        self._loras: dict[str, LoraSpec] = {}
+        self._loras_on = True
         self._requests = RequestTable(session, controller)
         self.eval()
 
@@ -198,6 +202,79 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
     def close(self) -> None:
         """Free the engines' memory. A later call raises EngineError."""
         self._session.close()
+
+    # -------------------------------------------------------------------------------------------------------------- LoRAs
+
+    def load_lora_adapter(self, path: str | Path, scale: float = 1.0, adapter_name: str = "default") -> None:
+        """Run a LoRA beside the quantized weights, in 16 bit; an adapter of this name that is there already is replaced.
+
+        It is a branch of its own next to every layer that it changes: W_q·x + scale · alpha / rank · B·(A·x). LoRAs that
+        were fused when the model was exported stay in the weights.
+
+        Args:
+            path: The safetensors file.
+            scale: Its strength.
+            adapter_name: Its name, for :meth:`set_adapters` and :meth:`delete_adapters`.
+
+        Raises:
+            UnsupportedError: The backend is not ``pytorch``.
+            CheckpointError: The file is no LoRA of this model.
+        """
+        self._set_loras({**self._loras, adapter_name: LoraSpec(Path(path).expanduser(), float(scale))}, self._loras_on)
+
+    def set_adapters(self, adapter_names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
+        """Run these adapters at these scales, and no others; the others stay loaded at scale 0.
+
+        Args:
+            adapter_names: The names they were loaded under.
+            weights: A scale for each, or one for all. The default is 1.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        scales = list(weights) if isinstance(weights, Sequence) else [1.0 if weights is None else weights] * len(names)
+        if len(scales) != len(names):
+            raise UnsupportedError(
+                f"{len(scales)} scales for {len(names)} adapters", fix="give one for each, or one for all"
+            )
+        self._require_adapters(names)
+        chosen = dict(zip(names, scales))
+        loras = {n: dataclasses.replace(s, scale=float(chosen.get(n, 0.0))) for n, s in self._loras.items()}
+        self._set_loras(loras, True)
+
+    def active_adapters(self) -> list[str]:
+        """Return the names of the adapters that run."""
+        return [name for name, spec in self._loras.items() if spec.scale and self._loras_on]
+
+    def enable_lora(self) -> None:
+        """Switch the loaded adapters on again."""
+        self._set_loras(self._loras, True)
+
+    def disable_lora(self) -> None:
+        """Switch the loaded adapters off: the outputs are those of the export, bit by bit."""
+        self._set_loras(self._loras, False)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Unload some adapters.
+
+        Args:
+            adapter_names: The names they were loaded under.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._require_adapters(names)
+        self._set_loras({name: spec for name, spec in self._loras.items() if name not in names}, self._loras_on)
+
+    def unload_lora(self) -> None:
+        """Unload all adapters."""
+        self._set_loras({}, True)
+
+    def _require_adapters(self, names: Sequence[str]) -> None:
+        if unknown := [name for name in names if name not in self._loras]:
+            raise UnsupportedError(
+                f"no adapter is called {unknown[0]!r:.100}", available=list(self._loras), fix="load_lora_adapter first"
+            )
+
+    def _set_loras(self, loras: Mapping[str, LoraSpec], on: bool) -> None:
+        self._session.set_loras([spec for spec in loras.values() if spec.scale] if on else ())
+        self._loras, self._loras_on = dict(loras), on
 
     # --------------------------------------------------------------------------------------------- the pipeline's calls
 

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dvdquant.checkpoint.lora.fuse import read_loras
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.base import EngineSession
+from dvdquant.deploy.sessions.lora_branches import LoraBranches
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError
 from dvdquant.model.layers import QuantLinear, prepare_layers, set_activation
@@ -71,6 +74,7 @@ class PyTorchSession(EngineSession):
                 for name, reason in prepare_layers(model, kernels, grids, plan.dtype, self.device).items():
                     log.info("%s is computed in fp32: %s", name, reason)
             self._model: nn.Module | None = GraphWrapper(model.to(self.device), self.family)
+            self._branches: LoraBranches | None = None
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"the weights of {component} do not fit {self.device}: {error}", fix="close other sessions"
@@ -96,6 +100,23 @@ class PyTorchSession(EngineSession):
         # A copy made outside of inference mode is an ordinary tensor, which schedulers may change in place.
         return output.to(self.dtype, copy=True)
 
+    def set_loras(self, specs: Sequence[LoraSpec]) -> None:
+        """See :class:`EngineSession`. Each costs rank · (K + N) · 2 bytes a layer, and as many products for every token."""
+        with self._lock:
+            if self._model is None:
+                raise EngineError(f"the {self.backend} session of {self.component} is closed")
+            class_name = str(self.artifact.config(self.component)["_class_name"])
+            shapes = self.artifact.plan(self.component).shapes
+            # Read first: where a file cannot be used, those that ran before go on.
+            loras = read_loras(class_name, shapes, specs) if specs else None
+            if self._branches is not None:
+                self._branches.remove()
+            self._branches, self.loras = None, ()
+            if loras is not None:
+                model = self._model.get_submodule("model")
+                self._branches = LoraBranches(model, loras, self.dtype, self.device)
+                self.loras = tuple(specs)
+
     def resident_bytes(self) -> dict[str, int]:
         """Return the bytes that are held between calls.
 
@@ -107,6 +128,7 @@ class PyTorchSession(EngineSession):
             return {"weights": 0, "engines": 0, "workspace": 0}
         held = {t.data_ptr(): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}
         weights, scratch = sum(held.values()), [0]
+        weights += 0 if self._branches is None else self._branches.nbytes
         tokens = (self.family.tokens(*self.sizes.at("max")) + self.sizes.text_tokens) * self.sizes.batch
         for layer in self._model.modules():
             if isinstance(layer, QuantLinear):
@@ -120,7 +142,7 @@ class PyTorchSession(EngineSession):
         if self.device.type == "cuda":
             # Wait for every stream: freed memory goes to whoever asks next, and a pass may still read the weights.
             torch.cuda.synchronize(self.device)
-        self._model = None
+        self._model = self._branches = None
         self._files.close()
 
 

@@ -184,8 +184,9 @@ class RunOptions:
     "--lora",
     type=LORA,
     multiple=True,
-    metavar="FILE",
-    help="Where a LoRA of the export is now; --mode 16 and --compare fuse it.  [default: where it was]",
+    metavar="FILE[:SCALE]",
+    help="A LoRA to run beside the weights (pytorch backend), in 16 bit. Of a LoRA that the export has: where it is now, for "
+    "--mode 16 and --compare.",
 )
 @runs_on
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)

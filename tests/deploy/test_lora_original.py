@@ -20,7 +20,7 @@ from dvdquant.deploy.generation.original import load_original
 from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.deploy.report.page import collect, render_report
 from dvdquant.deploy.switching.gbs import free_steps
-from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.errors import CheckpointError
 from dvdquant.system.progress import Progress
 from tests.support.commands import in_process, refused
 from tests.support.exporting import TINY_WAN
@@ -80,20 +80,12 @@ def test_a_lora_that_has_moved(made: Made, tmp_path: Path) -> None:
         after = original(made, torch.float32, LoraSpec(moved))
         assert all(torch.equal(before[name], after[name]) for name in before)
         drawn(*clip, "--mode", "16", "--lora", moved)
-        refused(run(*clip, "--mode", "16", "--lora", other), "without the LoRA", "other.safetensors", "export again")
+        refused(run(*clip, "--mode", "16", "--lora", other), "no longer there", digest)
         refused(run(*clip, "--lora", f"{moved}:0.7"), "scale 0.1", "0.7")
         shutil.copy(other, made.lora)
         refused(run(*clip, "--mode", "16"), "another file by now", digest)
     finally:
         shutil.copy(moved, made.lora)
-
-
-def test_an_export_without_loras_refuses_one(made: Made) -> None:
-    from dvdquant.checkpoint.lora.recorded import check_given
-
-    with pytest.raises(UnsupportedError, match="without the LoRA") as error:
-        check_given((), [LoraSpec(made.lora)])
-    assert error.value.available == "no LoRA"
 
 
 def test_steps_and_guidance_of_the_export_are_the_defaults(made: Made, tmp_path: Path) -> None:

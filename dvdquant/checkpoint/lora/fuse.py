@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from dvdquant.checkpoint.reader import Checkpoint
 
-__all__ = ["FusedLora", "Loras", "components_of", "lora_lines", "model_fingerprint", "with_loras"]
+__all__ = ["FusedLora", "Loras", "Term", "components_of", "lora_lines", "model_fingerprint", "read_loras", "with_loras"]
 
 CHUNK_WEIGHTS = 1 << 23
 """Weights whose change is in memory at a time: 32 MiB of fp32."""
@@ -69,7 +69,7 @@ class FusedLora:
 
 
 @dataclass(frozen=True)
-class _Term:
+class Term:
     """One change to one tensor: ``factor`` times ``up @ down``, or times ``diff``; of ``place.rows`` where the file joins
     layers. ``channels``: the first input channels it is about; None is all of them."""
 
@@ -93,11 +93,11 @@ class _Term:
 
         target = value if self.channels is None else value[:, : self.channels]
         if self.diff is not None or self.channels is not None:  # of the size of a layer that is small
-            change = self._change().mul_(self.factor)
+            change = self.change().mul_(self.factor)
             self._require_finite(change, name)
             target.add_(change.reshape(target.shape))
             return
-        up, down = self._factors()
+        up, down = self.factors()
         flat = value.view(value.shape[0], -1)
         # Parts of one size: a part of few rows would be summed by another loop of the BLAS, and differ in the last bit.
         step = math.ceil(len(flat) / math.ceil(flat.numel() / CHUNK_WEIGHTS))
@@ -106,15 +106,15 @@ class _Term:
             self._require_finite(change, name)
             flat[start : start + step] += change
 
-    def _change(self) -> torch.Tensor:
-        """The whole change, not yet scaled."""
+    def change(self) -> torch.Tensor:
+        """Return the whole change in fp32, not yet multiplied by ``factor``."""
         if self.diff is not None:
             return self._rows(self.file.read(self.diff))
-        up, down = self._factors()
+        up, down = self.factors()
         return up @ down
 
-    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """B [rows, rank] and A [rank, features]."""
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return B [rows, rank] and A [rank, features] of a low-rank change, in fp32."""
         assert self.up is not None
         assert self.down is not None
         return self._rows(self.file.read(self.up)).flatten(1), self.file.read(self.down).flatten(1)
@@ -145,7 +145,7 @@ class Loras:
     """
 
     fused: tuple[FusedLora, ...]
-    terms: Mapping[str, tuple[_Term, ...]]
+    terms: Mapping[str, tuple[Term, ...]]
 
     def apply(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Return the tensor ``name`` with every change added, in fp32; a tensor without one is returned as it is.
@@ -177,31 +177,46 @@ class Loras:
 
 
 def with_loras(checkpoint: Checkpoint, specs: Sequence[LoraSpec]) -> Checkpoint:
-    """Return the checkpoint with ``specs`` fused into what it reads; without one, as it is.
+    """Return the checkpoint with ``specs`` fused into what it reads; without one, as it is. Raises as :func:`read_loras`."""
+    if not specs:
+        return checkpoint
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return replace(checkpoint, lora=read_loras(checkpoint.class_name, shapes, specs))
 
-    Every file is opened, and what it holds is compared with the checkpoint and read once: a fuse does not fail later.
+
+def read_loras(class_name: str, shapes: Mapping[str, tuple[int, ...]], specs: Sequence[LoraSpec]) -> Loras:
+    """Return the changes that ``specs`` make to a transformer.
+
+    Every file is opened, and what it holds is compared with the transformer and read once: a fuse does not fail later.
+
+    Args:
+        class_name: the diffusers class. shapes: of every tensor of its checkpoint, by name.
 
     Raises:
         CheckpointError: a file that is no LoRA, of another model, of another kind, or with values that are not finite.
     """
     fused: list[FusedLora] = []
-    terms: dict[str, list[_Term]] = {}
-    if not specs:
-        return checkpoint
-    names = aliases(checkpoint.class_name, {name: info.shape for name, info in checkpoint.tensors.items()})
+    terms: dict[str, list[Term]] = {}
+    names = aliases(class_name, shapes)
     for spec in specs:
-        lora, changes = _Reader(checkpoint, spec, names).read()
+        lora, changes = _Reader(class_name, shapes, spec, names).read()
         fused.append(lora)
         for name, term in changes:
             terms.setdefault(name, []).append(term)
-    return replace(checkpoint, lora=Loras(tuple(fused), {name: tuple(value) for name, value in terms.items()}))
+    return Loras(tuple(fused), {name: tuple(value) for name, value in terms.items()})
 
 
 class _Reader:
     """One file against one transformer."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: LoraSpec, names: Mapping[str, tuple[Place, ...]]) -> None:
-        self.checkpoint, self.spec, self.names = checkpoint, spec, names
+    def __init__(
+        self,
+        class_name: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        spec: LoraSpec,
+        names: Mapping[str, tuple[Place, ...]],
+    ) -> None:
+        self.class_name, self.shapes, self.spec, self.names = class_name, shapes, spec, names
         self.path = shown(spec.path)
         self.file = LoraFile.open(spec.path)
         self.tensors = self.file.header.tensors
@@ -210,9 +225,9 @@ class _Reader:
             self.flat.setdefault(name.replace(".", "_"), name)
         self.ranks: list[int] = []
         self.notes: list[str] = []
-        self.changes: list[tuple[str, _Term]] = []
+        self.changes: list[tuple[str, Term]] = []
 
-    def read(self) -> tuple[FusedLora, list[tuple[str, _Term]]]:
+    def read(self) -> tuple[FusedLora, list[tuple[str, Term]]]:
         """Return what is fused, and the changes by tensor."""
         # 1. What the keys are about.
         if foreign := foreign_kind(self.tensors):
@@ -290,7 +305,7 @@ class _Reader:
         total = len(layers) + len(lost) - (len(layers) - known)
         text = any(key.startswith(("lora_te", "text_encoder", "lora_clip")) for key in lost)
         image = any(part in key for key in lost for part in ("k_img", "v_img", "add_k_proj", "add_v_proj", "img_emb"))
-        what = f"{self.path}: {known} of {total} layers were found in this {self.checkpoint.class_name}; "
+        what = f"{self.path}: {known} of {total} layers were found in this {self.class_name}; "
         what += f"nothing is called {', '.join(repr(name) for name in few(lost, 4))}"
         what += f" and {len(lost) - 4} more" if len(lost) > 4 else ""
         if text:
@@ -348,7 +363,7 @@ class _Reader:
         down: TensorInfo | None = None,
         diff: TensorInfo | None = None,
     ) -> None:
-        self.changes.append((name, _Term(self.file, factor, up, down, diff, place, channels)))
+        self.changes.append((name, Term(self.file, factor, up, down, diff, place, channels)))
 
     def _strength(self, layer: Layer, infos: Mapping[str, TensorInfo]) -> float:
         """alpha / rank, by the file's own alpha or PEFT's settings; 1 where neither says it."""
@@ -372,7 +387,7 @@ class _Reader:
 
     def _check_pair(self, down: TensorInfo, up: TensorInfo, place: Place) -> int | None:
         """Return the input channels that a low-rank change is about, None for all. CheckpointError unless it fits."""
-        shape = self.checkpoint.tensors[place.weight].shape
+        shape = self.shapes[place.weight]
         rank, features = down.shape[0], math.prod(shape[1:])
         if len(shape) < 2:
             raise self._unfit(down, f"is a low-rank change to {place.weight}, which is {list(shape)}", "")
@@ -389,7 +404,7 @@ class _Reader:
 
     def _check_diff(self, info: TensorInfo, name: str, place: Place) -> int | None:
         """As :meth:`_check_pair`, for a difference."""
-        shape = self.checkpoint.tensors[name].shape
+        shape = self.shapes[name]
         whole = (place.height, *shape[1:]) if place.rows is not None else shape
         if (info.shape == whole) if place.rows is not None else (_plain(info.shape) == _plain(whole)):
             return None

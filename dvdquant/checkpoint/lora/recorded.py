@@ -13,27 +13,32 @@ from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.text import shown
 
-__all__ = ["check_given", "with_recorded"]
+__all__ = ["split_given", "with_recorded"]
 
 
 def with_recorded(
-    checkpoint: Checkpoint, entries: Sequence[LoraEntry], component: str, given: Sequence[LoraSpec] = ()
+    checkpoint: Checkpoint,
+    entries: Sequence[LoraEntry],
+    component: str,
+    given: Sequence[LoraSpec] = (),
+    beside: Sequence[LoraSpec] = (),
 ) -> Checkpoint:
     """Return the checkpoint with the LoRAs that an export has in ``component``, at the scales they were exported with.
 
     Args:
         entries: of the export's manifest.
         given: files that the user names, for those that no longer lie where they were.
+        beside: LoRAs of this component that the export does not have, fused after them.
 
     Raises:
         CheckpointError: a LoRA is neither given nor where it was, or the file there is another one: says which is needed.
     """
     wanted = [entry for entry in entries if entry["component"] == component]
     if not wanted:
-        return checkpoint
+        return with_loras(checkpoint, beside)
     places = {LoraFile.open(spec.path).digest(): spec.path for spec in given}
     specs = [LoraSpec(_place(entry, places), entry["scale"], component) for entry in wanted]
-    fused = with_loras(checkpoint, specs)
+    fused = with_loras(checkpoint, [*specs, *beside])
     assert fused.lora is not None
     for entry, lora in zip(wanted, fused.lora.fused):
         if lora.sha256 != entry["sha256"]:
@@ -41,30 +46,29 @@ def with_recorded(
     return fused
 
 
-def check_given(entries: Sequence[LoraEntry], given: Sequence[LoraSpec]) -> None:
-    """Refuse files that are no LoRA of the export, and scales that it was not made with.
+def split_given(
+    entries: Sequence[LoraEntry], given: Sequence[LoraSpec]
+) -> tuple[tuple[LoraSpec, ...], tuple[LoraSpec, ...]]:
+    """Return the files that are LoRAs of the export, and those that it was made without, which run beside its weights.
 
     Raises:
-        UnsupportedError: names the file and what the export has.
+        UnsupportedError: a scale of a LoRA of the export that it was not made with.
     """
     known: dict[str, list[LoraEntry]] = {}
     for entry in entries:
         known.setdefault(entry["sha256"], []).append(entry)
+    own: list[LoraSpec] = []
+    beside: list[LoraSpec] = []
     for spec in given:
-        digest = LoraFile.open(spec.path).digest()
-        if digest not in known:
-            raise UnsupportedError(
-                f"the export was made without the LoRA {shown(spec.path)} (SHA-256 {digest[:16]}…)",
-                available=[f"{shown(Path(e['path']).name)} (SHA-256 {e['sha256'][:16]}…)" for e in entries]
-                or "no LoRA",
-                fix=f"export again with --lora {shown(spec.path)}; LoRAs are in the weights of an export",
-            )
-        scales = [entry["scale"] for entry in known[digest]]
-        if spec.scale != 1 and spec.scale not in scales:
+        found = known.get(LoraFile.open(spec.path).digest(), [])
+        (own if found else beside).append(spec)
+        scales = [entry["scale"] for entry in found]
+        if found and spec.scale != 1 and spec.scale not in scales:
             raise UnsupportedError(
                 f"{shown(spec.path)} is in the export at scale {scales[0]:g}, and {spec.scale:g} was asked for",
                 fix="leave the scale out; for another one, export again",
             )
+    return tuple(own), tuple(beside)
 
 
 def _place(entry: LoraEntry, places: dict[str, Path]) -> Path:
