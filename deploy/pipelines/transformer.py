@@ -55,6 +55,14 @@ keep_in_from_pipe()
 _BRANCHES: ContextVar[Mapping[int, tuple[str, Mapping[str, Any]]]] = ContextVar("dvdquant_branches")
 
 
+@dataclasses.dataclass
+class _Adapters:
+    """LoRAs beside the weights of a session, by name, and whether they run; all transformers on the session share them."""
+
+    specs: dict[str, LoraSpec] = dataclasses.field(default_factory=dict)
+    on: bool = True
+
+
 class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
     """The transformer of a diffusers pipeline, executed by the engines of an export, one bit-width per denoising step.
 
@@ -86,8 +94,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         placement = torch.empty(0, dtype=session.dtype, device=session.device)
         self.register_parameter("placement", torch.nn.Parameter(placement, requires_grad=False))
         self._placed = False
-        self._loras: dict[str, LoraSpec] = {}
-        self._loras_on = True
+        self._adapters = _Adapters()
         self._requests = RequestTable(session, controller)
         self.eval()
 
@@ -205,7 +212,9 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
 
     # -------------------------------------------------------------------------------------------------------------- LoRAs
 
-    def load_lora_adapter(self, path: str | Path, scale: float = 1.0, adapter_name: str = "default") -> None:
+    def load_lora_adapter(
+        self, path: str | Path, scale: float = 1.0, adapter_name: str = "default", **unknown: Any
+    ) -> None:
         """Run a LoRA beside the quantized weights, in 16 bit; an adapter of this name that is there already is replaced.
 
         It is a branch of its own next to every layer that it changes: W_q·x + scale · alpha / rank · B·(A·x). LoRAs that
@@ -215,12 +224,21 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             path: The safetensors file.
             scale: Its strength.
             adapter_name: Its name, for :meth:`set_adapters` and :meth:`delete_adapters`.
+            **unknown: Refused: a pipeline's ``load_lora_weights`` comes with tensors that it has converted.
 
         Raises:
-            UnsupportedError: The backend is not ``pytorch``.
+            UnsupportedError: The backend is not ``pytorch``, or it is no path.
             CheckpointError: The file is no LoRA of this model.
         """
-        self._set_loras({**self._loras, adapter_name: LoraSpec(Path(path).expanduser(), float(scale))}, self._loras_on)
+        if unknown or not isinstance(path, (str, Path)):
+            refuse(
+                "load_lora_weights of a pipeline",
+                "a LoRA is read from its file here",
+                "call pipe.transformer.load_lora_adapter(FILE, scale)",
+            )
+        self._set_loras(
+            {**self._adapters.specs, adapter_name: LoraSpec(Path(path).expanduser(), float(scale))}, self._adapters.on
+        )
 
     def set_adapters(self, adapter_names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
         """Run these adapters at these scales, and no others; the others stay loaded at scale 0.
@@ -237,20 +255,20 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             )
         self._require_adapters(names)
         chosen = dict(zip(names, scales))
-        loras = {n: dataclasses.replace(s, scale=float(chosen.get(n, 0.0))) for n, s in self._loras.items()}
+        loras = {n: dataclasses.replace(s, scale=float(chosen.get(n, 0.0))) for n, s in self._adapters.specs.items()}
         self._set_loras(loras, True)
 
     def active_adapters(self) -> list[str]:
         """Return the names of the adapters that run."""
-        return [name for name, spec in self._loras.items() if spec.scale and self._loras_on]
+        return [name for name, spec in self._adapters.specs.items() if spec.scale and self._adapters.on]
 
     def enable_lora(self) -> None:
         """Switch the loaded adapters on again."""
-        self._set_loras(self._loras, True)
+        self._set_loras(self._adapters.specs, True)
 
     def disable_lora(self) -> None:
         """Switch the loaded adapters off: the outputs are those of the export, bit by bit."""
-        self._set_loras(self._loras, False)
+        self._set_loras(self._adapters.specs, False)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Unload some adapters.
@@ -260,21 +278,25 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._require_adapters(names)
-        self._set_loras({name: spec for name, spec in self._loras.items() if name not in names}, self._loras_on)
+        self._set_loras(
+            {name: spec for name, spec in self._adapters.specs.items() if name not in names}, self._adapters.on
+        )
 
     def unload_lora(self) -> None:
         """Unload all adapters."""
         self._set_loras({}, True)
 
     def _require_adapters(self, names: Sequence[str]) -> None:
-        if unknown := [name for name in names if name not in self._loras]:
+        if unknown := [name for name in names if name not in self._adapters.specs]:
             raise UnsupportedError(
-                f"no adapter is called {unknown[0]!r:.100}", available=list(self._loras), fix="load_lora_adapter first"
+                f"no adapter is called {unknown[0]!r:.100}",
+                available=list(self._adapters.specs),
+                fix="load_lora_adapter first",
             )
 
     def _set_loras(self, loras: Mapping[str, LoraSpec], on: bool) -> None:
         self._session.set_loras([spec for spec in loras.values() if spec.scale] if on else ())
-        self._loras, self._loras_on = dict(loras), on
+        self._adapters.specs, self._adapters.on = dict(loras), on
 
     # --------------------------------------------------------------------------------------------- the pipeline's calls
 
@@ -457,6 +479,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return another transformer on the same engines, with its own requests. Closing one closes both."""
         twin = type(self)(self._session, self._requests.controller.fresh())
+        twin._adapters = self._adapters
         memo[id(self)] = twin
         return twin
 
