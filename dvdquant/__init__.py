@@ -1,6 +1,6 @@
 """dvdquant: video diffusion transformers as TensorRT engines with 4-bit weights and 4- or 8-bit activations.
 
-The public face: :func:`export_model`, :func:`plan_schedule`, :func:`inspect_export`, :class:`DvdqTransformer` and
+The public names are :func:`export_model`, :func:`plan_schedule`, :func:`inspect_export`, :class:`DvdqTransformer` and
 :class:`Recipe`. Each is imported at its first use, so that ``import dvdquant`` costs nothing.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 try:
     __version__ = version("dvdquant")
-except PackageNotFoundError:  # an uninstalled checkout
+except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0.1.0"
 
 __all__ = ["DvdqTransformer", "Recipe", "__version__", "export_model", "inspect_export", "plan_schedule"]
@@ -32,7 +32,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from the module that holds it."""
+    """Import a public name from the module that holds it.
+
+    Raises:
+        AttributeError: The name is not public.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module 'dvdquant' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -13,7 +13,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Print the commands with a line each."""
+    """Print the commands with one line each."""
     print(f"dvdquant {__version__}: video diffusion transformers with 4-bit weights, as TensorRT engines\n")
     for name, purpose in COMMANDS.items():
         print(f"  {name:<14}{purpose}")

@@ -1,16 +1,21 @@
-"""The public functions of dvdquant: export a model, plan its bit schedule, inspect what an export holds.
+"""The public functions of dvdquant: export a model, plan its bit schedule, inspect an export.
 
-They do what the commands do, with the same defaults. ``import dvdquant`` offers them without importing PyTorch.
+They do the same as the commands, with the same defaults. ``import dvdquant`` offers them without importing PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from dvdquant.deploy.switching.defaults import LAST_HIGH
-from dvdquant.recipe import Recipe, get_recipe
+from dvdquant.errors import RecipeError, UnsupportedError
+from dvdquant.recipe import RECIPES, Recipe, get_recipe
+from dvdquant.system.records import brief
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
@@ -47,31 +52,32 @@ def export_model(
     """Quantize a video diffusion transformer and write the export, as ``dvdq-export`` does.
 
     Args:
-        model: hub id, pipeline folder or transformer folder in diffusers format.
-        out: folder of the export. It holds the whole new export or what it held before.
-        recipe: name of a recipe, or a recipe of your own.
+        model: Hub id, pipeline folder or transformer folder in diffusers format.
+        out: Folder of the export. It holds the whole new export afterwards, or after an error what it held before.
+        recipe: Name of a recipe, or a recipe of your own.
         target: ``rtx``, ``tensorrt``, ``onnx`` or ``graphs``, or several of them.
-        sm: compute capabilities to build engines for, such as "8.9".
-        dtype: of activations and of what is not quantized.
-        height: pixels, a number or a range such as "480:720"; default: the family's.
-        width: pixels, as ``height``.
-        num_frames: frames, as ``height``.
-        latent: the three sizes in latent units instead, "FxHxW".
-        text_tokens: length of the text embedding; default: the model's.
-        device: where weights are quantized: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        verify: run every graph in ONNX Runtime and judge it against PyTorch in float64.
-        resume: go on from an interrupted export with the same options.
-        progress: where progress goes; default: nowhere.
+        sm: Compute capabilities to build engines for, such as "8.9".
+        dtype: Dtype of activations and of tensors that are not quantized: ``bf16`` or ``fp16``.
+        height: Height in pixels, a number or a range such as "480:720". None takes the default of the family.
+        width: Width in pixels, as ``height``.
+        num_frames: Number of frames, as ``height``.
+        latent: The three sizes in latent units instead, as "FxHxW".
+        text_tokens: Length of the text embedding in tokens. None takes that of the model.
+        device: Device that quantizes the weights: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        verify: Run every graph in ONNX Runtime and judge it against PyTorch in float64.
+        resume: Go on from an interrupted export with the same options.
+        progress: Receiver of the progress. None reports nothing.
         lora: LoRAs to fuse into the weights: FILE, "FILE:SCALE", "transformer_2=FILE:SCALE", or several of them.
-        steps: denoising steps that the runtime takes where none are asked for, such as 4 of a distilled LoRA.
-        guidance: guidance scale that the runtime takes where none is asked for, such as 1.
-        **options: further fields of :class:`dvdquant.export.options.ExportOptions`.
+        steps: Number of denoising steps that the runtime takes if none is asked for, such as 4 of a distilled LoRA.
+        guidance: Guidance scale that the runtime takes if none is asked for, such as 1.
+        **options: Further fields of :class:`dvdquant.export.options.ExportOptions`.
 
     Returns:
-        The manifest, the checks of ``verify``, and seconds per stage.
+        The manifest, the checks of ``verify``, and the time of each stage in seconds.
 
     Raises:
-        DvdquantError: what was wrong, what was available and how to fix it; the folder is as it was.
+        DvdquantError: The export failed. The error says what was wrong, what was available and how to fix it. The
+            folder is unchanged.
     """
     from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.deploy.report.page import add_report
@@ -79,37 +85,45 @@ def export_model(
     from dvdquant.export.pipeline import plan_export, run_export
     from dvdquant.system.progress import Progress
 
+    _path("model", model)
+    named: dict[str, Any] = {
+        "dtype": dtype,
+        "latent": latent,
+        "text_tokens": text_tokens,
+        "device": device,
+        "verify": verify,
+        "resume": resume,
+        "steps": steps,
+        "guidance": guidance,
+    }
+    known = [field.name for field in fields(ExportOptions) if field.name not in ("targets", "sms", *_POSITIONAL)]
+    if unknown := sorted(options.keys() - set(known)):
+        raise UnsupportedError(f"export_model has no option {unknown[0]}", available=["target", "sm", *known])
+    if "plugins" in options:
+        options["plugins"] = _several("plugins", options["plugins"])
     arguments = ExportOptions(
         model=str(model),
-        out=Path(out),
-        recipe=get_recipe(recipe) if isinstance(recipe, str) else recipe,
-        targets=_several(target),
-        sms=_several(sm),
-        dtype=dtype,
-        latent=latent,
-        text_tokens=text_tokens,
-        device=device,
-        verify=verify,
-        resume=resume,
+        out=_path("out", out),
+        recipe=_recipe(recipe),
+        targets=_several("target", target),
+        sms=_several("sm", sm),
         height=_size(height),
         width=_size(width),
         num_frames=_size(num_frames),
         lora=parse_loras(lora),
-        steps=steps,
-        guidance=guidance,
-        **options,
+        **_typed(get_type_hints(ExportOptions), {**named, **options}),
     )
     return run_export(plan_export(arguments), progress or Progress(), add_report)
 
 
 def plan_schedule(
     out: str | Path,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     average_bits: float | None = None,
     seconds: float | None = None,
     delta: float | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: int | Sequence[int] = (0,),
     steps: int | None = None,
     weighting: Literal["step", "none"] = "step",
     last_high: int = LAST_HIGH,
@@ -121,36 +135,47 @@ def plan_schedule(
 ) -> Plan:
     """Find the δ of step switching and write its schedule, as ``dvdq-plan`` does.
 
+    At most one of ``average_bits``, ``seconds`` and ``delta`` is given.
+
     Args:
-        out: folder of an export.
-        prompts: clips to record, two to eight.
-        average_bits: wanted average of activation bits; 6 where no goal is given.
-        seconds: wanted time of the transformer in one clip, on this machine.
-        delta: a δ of your own, to be evaluated.
-        seeds: each prompt is recorded with each.
-        steps: denoising steps; default: the model's.
-        weighting: ``step`` counts a change by how far its step moves; ``none`` is the published rule.
-        last_high: steps at the end that stay on the high engine.
-        output: file of the schedule; default: ``schedule.json`` in the export.
+        out: Folder of an export.
+        prompts: Prompts of the clips to record, two to eight. One text is one prompt.
+        average_bits: Wanted average of activation bits. It is 6 if no goal is given.
+        seconds: Wanted time of the transformer in one clip, in seconds on this machine.
+        delta: A δ of your own, which is evaluated.
+        seeds: Seeds; each prompt is recorded with each of them. One number is one seed.
+        steps: Number of denoising steps. None takes that of the model.
+        weighting: ``step`` weighs a change by how far its step moves; ``none`` is the published rule.
+        last_high: Number of steps at the end that stay on the engine with more bits.
+        output: File of the schedule. None takes ``schedule.json`` in the export.
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        progress: where progress goes; default: nowhere.
+        progress: Receiver of the progress. None reports nothing.
         **options: ``pipeline`` and ``reference`` of :func:`dvdquant.deploy.planning.planner.plan`.
 
     Returns:
-        δ, what it predicts and what one real run measured.
+        The plan: δ, the predictions for it, and the measurements of one real run.
 
     Raises:
-        DvdquantError: the folder is no export, more than one goal is given, or a clip cannot be drawn.
+        DvdquantError: The folder is no export, there is no prompt, more than one goal is given, the schedule cannot be
+            written, or a clip cannot be drawn.
     """
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.planning.planner import Goal, plan
+    from dvdquant.system.whole_file import check_writable
 
+    more = ("pipeline", "reference")
+    if unknown := sorted(options.keys() - set(more)):
+        known = [name for name in signature(plan_schedule).parameters if name != "options"]
+        raise UnsupportedError(f"plan_schedule has no option {unknown[0]}", available=[*known, *more])
+    place = _path("out", out) / "schedule.json" if output is None else _path("output", output)
+    artifact = Artifact.open(_path("out", out))
+    check_writable(place, make_folder=False)  # before minutes of work
     if average_bits is None and seconds is None and delta is None:
         average_bits = 6.0
     found = plan(
-        Artifact.open(out),
-        list(prompts),
+        artifact,
+        prompts,
         Goal(average_bits, seconds, delta),
         seeds=seeds,
         steps=steps,
@@ -161,31 +186,84 @@ def plan_schedule(
         progress=progress,
         **options,
     )
-    found.schedule.save(Path(output) if output is not None else Path(out) / "schedule.json")
+    found.schedule.save(place)
     return found
 
 
 def inspect_export(out: str | Path, *, check: bool = False) -> Manifest:
-    """Return the manifest of an export: files, graphs, engines and what they execute, error of every layer.
+    """Return the manifest of an export: files, graphs, engines and the arithmetic they execute, error of every layer.
 
     Args:
-        out: folder of an export. It is only read.
-        check: compare every file with its SHA-256, too.
+        out: Folder of an export. It is only read.
+        check: Also compare every file with its SHA-256.
 
     Raises:
-        OutputError: the folder is no export, or with ``check`` a file is missing or changed.
+        OutputError: The folder is no export, or with ``check`` a file is missing or changed.
     """
     from dvdquant.artifact.manifest import load_manifest, verify_files
 
-    manifest = load_manifest(out)
+    manifest = load_manifest(_path("out", out))
     if check:
         verify_files(out, manifest)
     return manifest
 
 
+_POSITIONAL = ("model", "out", "recipe", "height", "width", "num_frames")
+
+
+def _path(name: str, value: str | Path) -> Path:
+    """Return a path of the caller's.
+
+    Raises:
+        UnsupportedError: it is neither text nor a path, or is empty.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise UnsupportedError(f"{name} is {brief(value)}", available="a path, as text or pathlib.Path")
+    return Path(value)
+
+
+def _recipe(recipe: str | Recipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str):
+        raise RecipeError(f"the recipe is {brief(recipe)}", available=RECIPES, fix="give a name or a Recipe")
+    return get_recipe(recipe)
+
+
 def _size(value: int | str | None) -> str | None:
+    """Return a number of pixels or frames as the text of the command's option."""
     return None if value is None else str(value)
 
 
-def _several(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+def _several(name: str, value: Any) -> tuple[str, ...]:
+    """Return one or several texts as a tuple. A number, such as 8.9, stands for its text.
+
+    Raises:
+        UnsupportedError: there is none, or one is of another kind.
+    """
+    one = isinstance(value, (str, int, float, os.PathLike))
+    several = (value,) if one or not isinstance(value, Iterable) else tuple(value)
+    for each in several:
+        if isinstance(each, bool) or not isinstance(each, (str, int, float, os.PathLike)):
+            raise UnsupportedError(f"{name} holds {brief(each)}", available="texts")
+    if not several and name != "plugins":
+        raise UnsupportedError(f"{name} is empty", fix=f"give one or several, or leave {name} out")
+    return tuple(str(each) for each in several)
+
+
+def _typed(hints: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options in the types of their fields.
+
+    Raises:
+        UnsupportedError: one is of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    values = {}
+    for name, value in given.items():
+        try:
+            values[name] = TypeAdapter(hints[name]).validate_python(value)
+        except ValidationError as error:
+            words = dict.fromkeys(each["msg"] for each in error.errors(include_url=False, include_input=False)[:3])
+            raise UnsupportedError(f"{name} is {brief(value)}", available="; ".join(words)) from None
+    return values

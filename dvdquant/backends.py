@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX behind one name: the same Python API, different modules, imported only when asked for."""
+"""TensorRT and TensorRT-RTX behind one name: the same Python API in different modules, imported only when needed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Backend:
 
     Args:
         name: ``tensorrt_rtx`` or ``tensorrt``.
-        module: the Python module.
-        version: its release; an engine loads in this release only.
+        module: The Python module.
+        version: Its release; an engine loads in this release only.
     """
 
     name: BackendName
@@ -40,16 +40,26 @@ class Backend:
 
     @property
     def takes_plugins(self) -> bool:
-        """TensorRT-RTX aborts the process on any plugin."""
+        """Return whether graphs may contain plugins; TensorRT-RTX aborts the process on any plugin."""
         return self.name == TENSORRT
 
     @property
     def builds_for_sms(self) -> bool:
-        """TensorRT-RTX compiles for the SMs it is told, without a GPU; TensorRT for the GPU it runs on."""
+        """Return whether the library compiles for the SMs that it is told.
+
+        TensorRT-RTX does, and needs no GPU. TensorRT compiles for the GPU that it runs on.
+        """
         return self.name == RTX
 
     def compute_capability(self, sm: str) -> Any:
-        """The library's own value for ``sm`` ("8.9"); UnsupportedError lists those it has."""
+        """Return the library's own value for a compute capability.
+
+        Args:
+            sm: The compute capability, such as "8.9".
+
+        Raises:
+            UnsupportedError: The library does not have it; the error lists those that it has.
+        """
         members = self.module.ComputeCapability.__members__
         key = "SM" + sm.replace(".", "")
         if key not in members:
@@ -61,18 +71,28 @@ class Backend:
 
 
 def backend_name(name: str) -> BackendName:
-    """The module behind ``rtx``, ``tensorrt_rtx`` or ``tensorrt``; UnsupportedError for any other name."""
+    """Return the name of the Python module for a backend.
+
+    Args:
+        name: ``rtx``, ``tensorrt_rtx`` or ``tensorrt``.
+
+    Raises:
+        UnsupportedError: There is no such backend.
+    """
     if name not in _ALIASES:
         raise UnsupportedError(f"unknown engine backend {name!r}", available=["rtx", "tensorrt"])
     return _ALIASES[name]
 
 
 def load_backend(name: str) -> Backend:
-    """Import the builder library called ``rtx``, ``tensorrt_rtx`` or ``tensorrt``.
+    """Import the builder library of a backend.
+
+    Args:
+        name: ``rtx``, ``tensorrt_rtx`` or ``tensorrt``.
 
     Raises:
-        UnsupportedError: no such backend.
-        EngineError: it is not installed or its libraries do not load; says how to install it.
+        UnsupportedError: There is no such backend.
+        EngineError: The library is not installed or does not load; the error says how to install it.
     """
     module_name = backend_name(name)
     try:

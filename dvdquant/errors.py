@@ -1,7 +1,7 @@
-"""Errors a user can cause, each saying what was wrong, what was available and how to fix it.
+"""Errors that a user can cause; each says what was wrong, what was available and how to fix it.
 
-The commands print such an error without a traceback and exit with code 2. Anything else that escapes is a bug and keeps
-its traceback.
+The commands print such an error without a traceback and exit with code 2. Any other exception that escapes is a bug and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = [
 
 
 class DvdquantError(Exception):
-    """A failure the user can act on. Its text is safe to print whatever names and values it holds.
+    """A failure that the user can act on. Its text is safe to print whatever names and values it holds.
 
     Args:
-        what: what was wrong, naming the thing (a path, a tensor, an option and its value).
-        available: what there was instead, as text or as the list of accepted values.
-        fix: what to do about it, as an instruction.
+        what: The problem, with the name of the thing (a path, a tensor, an option and its value).
+        available: The alternatives that exist, as text or as the list of accepted values.
+        fix: The way to solve it, as an instruction.
     """
 
     def __init__(self, what: str, *, available: str | Iterable[str] | None = None, fix: str | None = None) -> None:
@@ -50,6 +50,7 @@ class DvdquantError(Exception):
 
 
 def _safe(text: str) -> str:
+    """Return the text without characters that act on a terminal; line breaks stay."""
     return shown(text, 0, keep="\n")
 
 
@@ -62,11 +63,11 @@ class ShapeError(DvdquantError, ValueError):
 
 
 class RecipeError(DvdquantError, ValueError):
-    """An unknown recipe, or one whose parts contradict each other."""
+    """A recipe is unknown, or its parts contradict each other."""
 
 
 class UnsupportedError(DvdquantError):
-    """A model family, architecture, SM or backend that dvdquant does not handle."""
+    """dvdquant does not handle a model family, architecture, SM or backend."""
 
 
 class OutputError(DvdquantError):
@@ -74,7 +75,7 @@ class OutputError(DvdquantError):
 
 
 class ResourceError(DvdquantError):
-    """Not enough disk or memory for what was asked."""
+    """There is not enough disk or memory for the task."""
 
 
 class ExportError(DvdquantError):

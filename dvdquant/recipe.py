@@ -1,4 +1,4 @@
-"""Recipes: what is quantized and how, as one frozen, versioned value that travels with every artifact."""
+"""Recipes: one frozen, versioned value that says what is quantized and how, and is stored in every export."""
 
 from __future__ import annotations
 
@@ -43,12 +43,14 @@ class WeightSpec:
     """The weight grid: ``W ≈ scale · factor[group] · (codes − zero)`` with 4-bit signed codes of the rotated weight.
 
     Args:
-        group_size: input channels that share a scale; 0 is the whole row (one scale per output channel).
-        zero_point: ``paper`` a free integer per row; ``midrise`` −0.5 for all (codes stand for odd multiples of half a
-            step); ``symmetric`` 0 for all; ``real`` a number per group in steps of 1/16, found together with the scale
-            (8 bits more per group, and the least error).
-        solver: ``search`` reaches the per-row optimum; ``paper`` is bounded init and descent as published; ``minmax``
+        group_size: The number of input channels that share a scale: 16, 32, 64 or 128. 0 means the whole row (one scale
+            per output channel).
+        zero_point: ``paper`` is a free integer per row. ``midrise`` is −0.5 for all (codes stand for odd multiples of
+            half a step). ``symmetric`` is 0 for all. ``real`` is a number per group in steps of 1/16, found together
+            with the scale (8 bits more per group, and the least error).
+        solver: ``search`` reaches the per-row optimum. ``paper`` is bounded init and descent as published. ``minmax``
             keeps the clip range at the extremes (the baseline).
+        bits: The bits of the codes, always 4.
     """
 
     __pydantic_config__ = _STRICT
@@ -65,7 +67,7 @@ class ActivationSpec:
 
     Args:
         bits: 4, 6 or 8. 6 exists in simulation only (δ-GBS reaches an average of 6 by switching 4 and 8).
-        group_size: channels that share a scale; 0 is the whole token.
+        group_size: The number of channels that share a scale: 16, 32, 64 or 128. 0 means the whole token.
     """
 
     __pydantic_config__ = _STRICT
@@ -76,26 +78,35 @@ class ActivationSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one export does. ``Recipe.from_json(recipe.to_json()) == recipe`` holds for every valid recipe.
+    """The recipe of an export. ``Recipe.from_json(recipe.to_json()) == recipe`` holds for every valid recipe.
 
     Args:
-        activations: one graph, and one engine per target, is exported for each entry.
-        rotation: Hadamard block along the input channels. ``auto`` takes the largest power of four up to 256 that
-            divides K (its entries are powers of two, exact in every dtype); ``full`` the whole row; ``none`` no
-            rotation; an integer that block.
-        inputs: ``synthetic`` predicts the second moments of every layer's input without data, by one run of the model on
-            synthetic latents (``quantize/hessian.py``), and rounds the codes with feedback (``quantize/gptq.py``);
+        name: The name of the recipe.
+        activations: The activation grids. One graph, and one engine per target, is exported for each.
+        weight: The weight grid.
+        rotation: The Hadamard block along the input channels. ``auto`` takes the largest power of four up to 256 that
+            divides K (its entries are powers of two, exact in every dtype). ``full`` takes the whole row, ``none`` no
+            rotation, and an integer a block of that many channels.
+        inputs: ``synthetic`` predicts the second moments of every layer's input without data, by one run of the model
+            on synthetic latents (``quantize/hessian.py``), and rounds the codes with feedback (``quantize/gptq.py``).
             ``ignored`` looks at the weights alone, as the paper does.
-        balance: multiply every input channel by a power of two, and its column of the weight by the inverse, so that
-            outlier channels do not take the activation grid for themselves. Needs ``inputs="synthetic"``.
-        signs: give these powers of two random signs, so that the rotation adds up no inputs of one sign. Needs ``balance``.
-        shift: subtract the predicted mean from the inputs of layers where weights determine it, and add its product with the
-            weights to the bias: what has a grid is smaller then. Needs ``inputs="synthetic"``.
-        modulation: the linears that turn the timestep into shifts, scales and gates, where a family has a large one in
-            every block: ``keep`` leaves them in 16 bit, ``a8`` packs their weights too and never gives them less than
-            8-bit activations. They are a quarter of HunyuanVideo's weights, and every token sees their error.
-        keep: globs of layer names that stay in 16 bit besides the family's own defaults.
-        force: globs of layer names that are quantized although the family's defaults keep them.
+        balance: Multiply every input channel by a power of two, and its column of the weight by the inverse, so that
+            outlier channels do not take the activation grid for themselves. It needs ``inputs="synthetic"``.
+        signs: Give these powers of two random signs, so that the rotation does not add up inputs of one sign. It needs
+            ``balance``.
+        shift: Subtract the predicted mean from the inputs of the layers whose mean input is determined by weights, and
+            add its product with the weights to the bias. The values on the grid are smaller then. It needs
+            ``inputs="synthetic"``.
+        modulation: The treatment of the linears that turn the timestep into shifts, scales and gates, in families with
+            a large one in every block. ``keep`` leaves them in 16 bit. ``a8`` packs their weights too and never gives
+            them less than 8-bit activations. They are a quarter of HunyuanVideo's weights, and every token sees their
+            error.
+        keep: Globs of layer names that stay in 16 bit besides the family's own defaults.
+        force: Globs of layer names that are quantized although the family's defaults keep them.
+        version: The version of this format.
+
+    Raises:
+        RecipeError: A field is out of range, or two fields contradict each other.
     """
 
     __pydantic_config__ = _STRICT
@@ -117,7 +128,14 @@ class Recipe:
         _check(self)
 
     def activation(self, bits: int) -> ActivationSpec:
-        """The activation grid of the graph with ``bits`` bits; RecipeError if the recipe has none."""
+        """Return the activation grid of one of the graphs.
+
+        Args:
+            bits: The bits of the graph's activations.
+
+        Raises:
+            RecipeError: The recipe has no such graph.
+        """
         for spec in self.activations:
             if spec.bits == bits:
                 return spec
@@ -127,17 +145,25 @@ class Recipe:
 
     @property
     def modulation_activation(self) -> ActivationSpec:
-        """The least activation grid of a modulation linear: the recipe's own 8-bit one, or one scale per token."""
+        """Return the least activation grid of a modulation linear.
+
+        It is the recipe's own 8-bit grid, or 8 bits with one scale per token if the recipe has none.
+        """
         return next((a for a in self.activations if a.bits == 8), ActivationSpec(8))
 
     def keeps(self, layer: str, family_keeps: tuple[str, ...]) -> bool:
-        """Whether ``layer`` (its dotted module name) stays in 16 bit."""
+        """Return whether a layer stays in 16 bit.
+
+        Args:
+            layer: The dotted module name of the layer.
+            family_keeps: Globs of the layers that the family keeps in 16 bit.
+        """
         if any(fnmatchcase(layer, glob) for glob in self.force):
             return False
         return any(fnmatchcase(layer, glob) for glob in (*family_keeps, *self.keep))
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict for the manifest."""
+        """Return the recipe as a plain dict for the manifest."""
         data = asdict(self)
         data["activations"] = [asdict(a) for a in self.activations]
         data["keep"], data["force"] = list(self.keep), list(self.force)
@@ -145,8 +171,15 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> Recipe:
-        """Inverse of :meth:`to_json`; RecipeError names the field that is missing, unknown or out of range."""
-        from pydantic import ValidationError  # here: the commands' help needs recipes, not their schema
+        """Read a recipe from JSON, the inverse of :meth:`to_json`.
+
+        Args:
+            data: The recipe as :meth:`to_json` gives it, or as JSON text.
+
+        Raises:
+            RecipeError: A field is missing, unknown or out of range; the error names it.
+        """
+        from pydantic import ValidationError  # imported here: the help of the commands needs recipes without pydantic
 
         try:
             text = data if isinstance(data, str) else json.dumps(data, allow_nan=False)
@@ -167,25 +200,36 @@ class Recipe:
         try:
             recipe: Recipe = _adapter().validate_json(text)
         except ValidationError as error:
-            problem = first_problem(error, known)  # RecipeError where _check found it
+            problem = first_problem(error, known)  # raises the RecipeError if _check found the problem
             if problem.state == "is unknown":
                 raise RecipeError(f"the recipe has an unknown field '{problem.field}'") from error
             raise RecipeError(f"recipe field {problem.field} {problem.state}", available=problem.allowed) from error
         return recipe
 
     def with_globs(self, keep: tuple[str, ...] = (), force: tuple[str, ...] = ()) -> Recipe:
-        """The same recipe with more layers kept or forced."""
+        """Return the same recipe with more layers kept or forced.
+
+        Args:
+            keep: Globs of further layers that stay in 16 bit.
+            force: Globs of further layers that are quantized.
+        """
         return replace(self, keep=(*self.keep, *keep), force=(*self.force, *force))
 
 
 @functools.cache
 def _adapter() -> TypeAdapter[Recipe]:
+    """Return pydantic's checker of recipes, built once."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Recipe)
 
 
 def _check(recipe: Recipe) -> None:
+    """Check a recipe.
+
+    Raises:
+        RecipeError: A field is out of range, or two fields contradict each other.
+    """
     weight = recipe.weight
     _one_of("weight.bits", weight.bits, (4,))
     _one_of("weight.group_size", weight.group_size, GROUP_SIZES)
@@ -231,6 +275,11 @@ def _check(recipe: Recipe) -> None:
 
 
 def _one_of(field_name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Check that a field has one of the allowed values.
+
+    Raises:
+        RecipeError: It has another one.
+    """
     if value not in allowed:
         raise RecipeError(f"{field_name} is {brief(value)}", available=[repr(a) for a in allowed])
 
@@ -241,34 +290,48 @@ _A4, _A8 = ActivationSpec(4), ActivationSpec(8)
 def _refined(
     name: str, activations: tuple[ActivationSpec, ...], weight: WeightSpec = WeightSpec(), fitted: bool = True
 ) -> Recipe:
-    """With all that is known of the inputs without data; ``fitted`` to the narrow grid of 4-bit activations or not."""
+    """Return a recipe that uses all that is known of the inputs without data.
+
+    Args:
+        name: The name of the recipe.
+        activations: The activation grids.
+        weight: The weight grid.
+        fitted: Use signs and shifts too, which fit the inputs to the narrow grid of 4-bit activations.
+    """
     return Recipe(name, activations, weight, inputs="synthetic", balance=True, signs=fitted, shift=fitted)
 
 
 RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (
-        # One scale per row and per token: runs on every integer tensor core, both graphs.
+        # One scale per row and per token: both graphs run on every integer tensor core.
         _refined("w4a4", (_A4, _A8)),
-        # 8-bit activations only; weight groups cost memory alone where the GEMM is 8-bit, and decide the error there. Signs
+        # 8-bit activations only. With an 8-bit GEMM, weight groups cost memory alone, and they decide the error. Signs
         # and shifts gain nothing on a grid of 255 levels.
         _refined("w4a8", (_A8,), WeightSpec(group_size=32, zero_point="real"), fitted=False),
-        # Scales per 128 channels on both sides for the 4-bit graph. The kernels read a byte per group for the scale anyway;
-        # one more for the zero-point takes 15 to 22 % off the error of the weights.
+        # Scales per 128 channels on both sides for the 4-bit graph. The kernels read a byte per group for the scale
+        # anyway. One more byte for the zero-point takes 15 to 22 % off the error of the weights.
         _refined("w4a4-g128", (ActivationSpec(4, 128), _A8), WeightSpec(group_size=128, zero_point="real")),
         _refined("w4a4-g64", (ActivationSpec(4, 64), _A8), WeightSpec(group_size=64, zero_point="real")),
-        # The same without a look at the inputs: BGR on the rotated weights alone. Quantizes without running the model.
+        # w4a4 without a look at the inputs: BGR on the rotated weights alone. It quantizes without running the model.
         Recipe("weights-only", (_A4, _A8)),
         # Algorithm 1 as published: integer zero-points, bounded init and descent, whole-row rotation.
         Recipe("paper", (_A4, _A8), WeightSpec(zero_point="paper", solver="paper"), rotation="full"),
-        # Round to nearest on the min-max range, unrotated: the baseline everything is measured against.
+        # Round to nearest on the min-max range, without rotation: the baseline of all measurements.
         Recipe("rtn", (_A4, _A8), WeightSpec(zero_point="paper", solver="minmax"), rotation="none"),
     )
 }
 
 
 def get_recipe(name: str) -> Recipe:
-    """A named recipe; RecipeError lists the names there are."""
+    """Return a named recipe.
+
+    Args:
+        name: One of the names in ``RECIPES``.
+
+    Raises:
+        RecipeError: There is no such recipe; the error lists the names.
+    """
     try:
         return RECIPES[name]
     except KeyError:
@@ -278,17 +341,29 @@ def get_recipe(name: str) -> Recipe:
 
 
 def error_name(recipe: Mapping[str, Any]) -> str:
-    """What ``relative_mse`` of a manifest's layers is an error of, under a recipe as ``to_json`` gives it."""
+    """Return in words what kind of error ``relative_mse`` of a manifest's layers is.
+
+    Args:
+        recipe: The recipe of the export as ``to_json`` gives it.
+    """
     return "output error on predicted inputs" if looks_at_inputs(recipe) else "weight error"
 
 
 def fitted_words(recipe: Mapping[str, Any]) -> list[str]:
-    """What a recipe as ``to_json`` gives it does to inputs before the rotation, for people."""
+    """Return in words what a recipe does to inputs before the rotation.
+
+    Args:
+        recipe: The recipe as ``to_json`` gives it.
+    """
     signs = " with random signs" if recipe.get("signs") else ""
     words = [f"channels balanced by powers of two{signs}"] if recipe.get("balance") else []
     return words + ["predicted means subtracted"] * bool(recipe.get("shift"))
 
 
 def looks_at_inputs(recipe: Mapping[str, Any]) -> bool:
-    """Whether a recipe as ``to_json`` gives it predicts the inputs of layers; those of older manifests do not say."""
+    """Return whether a recipe predicts the inputs of layers; older manifests do not say, which counts as no.
+
+    Args:
+        recipe: The recipe as ``to_json`` gives it.
+    """
     return recipe.get("inputs") == "synthetic"

@@ -1,7 +1,8 @@
-"""Text from elsewhere as it may be shown: one line without characters that act on a terminal or reorder what is read.
+"""Text from elsewhere as it may be shown: one line without characters that act on a terminal or reorder the text.
 
-File names, tensor names, prompts and fields of files come from strangers. :func:`shown` makes them fit for a line of text,
-:func:`json_text` for JSON, :func:`shell_word` for a command to copy, :func:`markdown` and :func:`markdown_code` for a card.
+File names, tensor names, prompts and fields of files come from strangers. :func:`shown` makes them fit for a line of
+text, :func:`json_text` for JSON, :func:`shell_word` for a command to copy, :func:`markdown` and :func:`markdown_code`
+for a card.
 """
 
 from __future__ import annotations
@@ -30,20 +31,24 @@ _MARKDOWN = re.compile(r"[\\`*_\[\]|~#$]")
 
 
 def unsafe(character: str) -> bool:
-    """Return whether ``character`` acts on a terminal, reorders text, or does not show."""
+    """Return whether a character acts on a terminal, reorders text, or does not show.
+
+    Args:
+        character: One character.
+    """
     return unicodedata.category(character) in _UNSAFE
 
 
 def shown(value: object, limit: int = 200, *, keep: str = "") -> str:
-    """Return ``value`` as text that is safe to print: file names, tensor names and fields of files come from strangers.
+    r"""Return ``value`` as text that is safe to print, because names and fields of files come from strangers.
 
     A control character, a bidirectional mark, a half surrogate (how Python holds a byte that is no UTF-8) or another
-    invisible character becomes an escape such as ``\\x1b`` or ``\\u202e``.
+    invisible character becomes an escape such as ``\x1b`` or ``\u202e``.
 
     Args:
-        value: what is shown; ``str(value)`` is taken.
-        limit: characters kept; what is longer ends in "…". 0 keeps all.
-        keep: characters left as they are, such as a line break of one's own.
+        value: The value to show, as ``str(value)``.
+        limit: The number of characters kept; longer text ends in "…". 0 keeps all.
+        keep: Characters that are never escaped, such as a line break of one's own.
     """
     text = str(value)
     if limit and len(text) > limit:
@@ -54,30 +59,49 @@ def shown(value: object, limit: int = 200, *, keep: str = "") -> str:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Return ``value`` as JSON without any character that :func:`shown` would escape; a reader gets the same value.
+    r"""Return ``value`` as JSON without any character that :func:`shown` would escape; a reader gets the same value.
 
-    A byte that is no UTF-8 (half a surrogate pair) becomes the text ``\\xff``: JSON has no way to write it.
+    A byte that is no UTF-8 (half a surrogate pair) becomes the text ``\xff``: JSON has no way to write it.
+
+    Args:
+        value: Any value that JSON can carry.
+        indent: The number of spaces per level; None writes one line.
 
     Raises:
-        TypeError, ValueError: a value that JSON cannot carry, NaN and infinities among them.
+        TypeError: A value has a type that JSON cannot carry.
+        ValueError: A value is NaN or infinite.
     """
     return escape_json(json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False))
 
 
 def escape_json(text: str) -> str:
-    """Return the JSON ``text`` with every unsafe character of its strings as a JSON escape; line breaks stay."""
+    """Return a JSON text with every unsafe character of its strings as a JSON escape; line breaks stay.
+
+    Args:
+        text: The JSON text.
+    """
     if text.isascii() and text.replace("\n", "").isprintable():
         return text
     return "".join(c if c == "\n" or not unsafe(c) else _json_escape(c) for c in text)
 
 
 def shell_line(words: list[str]) -> str:
-    """Return ``words`` as a command line to copy, each through :func:`shell_word`."""
+    """Return words as a command line to copy, each quoted by :func:`shell_word`.
+
+    Args:
+        words: The words of the command line.
+    """
     return " ".join(shell_word(word) for word in words)
 
 
 def shell_word(text: str) -> str:
-    """Return ``text`` quoted for a shell; one with unsafe characters as ``$'…'`` (bash, zsh), which shows every byte."""
+    """Return a word quoted for a shell.
+
+    A word with unsafe characters becomes ``$'…'`` (bash, zsh), which shows every byte.
+
+    Args:
+        text: The word.
+    """
     if not any(unsafe(c) for c in text):
         return shlex.quote(text)
     plain = {"\\": "\\\\", "'": "\\'"}
@@ -85,18 +109,28 @@ def shell_word(text: str) -> str:
 
 
 def markdown(text: object) -> str:
-    """Return ``text`` as one line of Markdown that renders as that text: no markup, no HTML, no cell of a table."""
+    """Return a text as one line of Markdown that renders as that text: no markup, no HTML, no cell of a table.
+
+    Args:
+        text: The text, as ``str(text)``.
+    """
     line = _MARKDOWN.sub(r"\\\g<0>", shown(text, 0))
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def markdown_code(text: object, limit: int = 200) -> str:
-    """Return ``text`` as a code span, also inside a table: of at most ``limit`` characters, backticks as quotes."""
+    """Return a text as a code span, which is also possible inside a table; backticks become quotes.
+
+    Args:
+        text: The text, as ``str(text)``.
+        limit: The greatest number of characters.
+    """
     line = " ".join(shown(text, limit).replace("`", "'").split())
     return f"`{line}`".replace("|", "\\|") if line else ""
 
 
 def _escape(character: str) -> str:
+    """Return the escape of a character in the form of Python; a byte that is not UTF-8 gives that byte."""
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode keeps it
         return f"\\x{code - 0xDC00:02x}"
@@ -104,6 +138,7 @@ def _escape(character: str) -> str:
 
 
 def _json_escape(character: str) -> str:
+    """Return the escape of a character in JSON: one or two UTF-16 units."""
     code = ord(character)
     if 0xD800 <= code <= 0xDFFF:
         return "\\" + _escape(character)
@@ -112,13 +147,18 @@ def _json_escape(character: str) -> str:
 
 
 def _shell_escape(character: str) -> str:
+    """Return the escape of a character inside ``$'…'``: its bytes."""
     # What os.fsdecode made of a byte becomes that byte again; no other half of a pair can come from a file name.
     errors = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
     return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", errors))
 
 
 def amount(nbytes: float) -> str:
-    """Bytes for people: ``1.4 GiB``."""
+    """Return a number of bytes for people, such as ``1.4 GiB``.
+
+    Args:
+        nbytes: The number of bytes.
+    """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < 1024:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

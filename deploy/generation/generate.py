@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable
@@ -46,6 +47,7 @@ def open_generator(
     device: str = "auto",
     wrap_session: WrapSession | None = None,
     lora: Sequence[LoraSpec] = (),
+    compile: bool = False,
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -56,6 +58,7 @@ def open_generator(
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         pipeline: folder or hub id of the model, if it is no longer where the export was made from.
+        compile: run the quantized transformer in PyTorch, with its blocks compiled.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
         lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
             the quantized weights (:meth:`EngineSession.set_loras`).
@@ -64,7 +67,7 @@ def open_generator(
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
     """
     source = str(pipeline or artifact.manifest.source["model"])
+    how: Any = {"backend": backend, "device": device, "wrap": wrap_session, "compile": compile, "lora": lora}
     if PromptTable.is_at(source):
-        table = PromptTable.open(source)
-        return TableGenerator(artifact, table, backend=backend, device=device, wrap=wrap_session, lora=lora)
-    return PipelineGenerator(artifact, source, backend=backend, device=device, wrap=wrap_session, lora=lora)
+        return TableGenerator(artifact, PromptTable.open(source), **how)
+    return PipelineGenerator(artifact, source, **how)

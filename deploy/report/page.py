@@ -18,6 +18,7 @@ from dvdquant.artifact.layout import MANIFEST
 from dvdquant.artifact.manifest import LayerEntry, Manifest, model_name
 from dvdquant.checkpoint.lora.fuse import model_fingerprint
 from dvdquant.checkpoint.lora.recorded import with_recorded
+from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
 from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.deploy.report.charts import error_chart, line_chart, schedule_chart
 from dvdquant.deploy.report.text import (
@@ -147,8 +148,10 @@ def _source_bytes(manifest: Manifest) -> int | None:
     try:
         if not model.is_dir():
             return None
+        # With what its pipeline says, as the exporter opened it: that is a part of the fingerprint.
         opened = [
-            with_recorded(open_checkpoint(model, component=name), manifest.lora, name) for name in manifest.components
+            with_recorded(with_pipeline_facts(open_checkpoint(model, component=name)), manifest.lora, name)
+            for name in manifest.components
         ]
         same = model_fingerprint(opened) == manifest.source["fingerprint"]
         return sum(checkpoint.nbytes for checkpoint in opened) if same else None

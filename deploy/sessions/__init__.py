@@ -32,6 +32,7 @@ def open_session(
     device: str = "auto",
     bits: Sequence[int] | None = None,
     plugins: Sequence[Path] = (),
+    compile: bool = False,
 ) -> EngineSession:
     """Open a session for one transformer of an export.
 
@@ -46,9 +47,10 @@ def open_session(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         bits: The activation bits to load. The default is all.
         plugins: TensorRT plugin libraries to load before the engines that need them.
+        compile: Run in PyTorch with the transformer's blocks compiled (:class:`.pytorch.PyTorchSession`).
 
     Raises:
-        UnsupportedError: The backend or the device is unknown.
+        UnsupportedError: The backend or the device is unknown, or ``compile`` with a backend that is not PyTorch.
         OutputError: A file differs from the manifest.
         EngineError: No engine fits, or the backend refuses the export.
     """
@@ -57,6 +59,16 @@ def open_session(
         raise UnsupportedError(f"unknown backend {backend!r:.100}", available=BACKENDS, fix="pick one of these")
     place = resolve_device(device)
     chosen_bits(artifact, component, bits)
+    if compile:
+        if name not in ("auto", "pytorch"):
+            raise UnsupportedError(
+                f"{name} does not take compile: its engines and graphs are compiled already",
+                available="pytorch",
+                fix="leave compile out, or choose the backend pytorch",
+            )
+        from dvdquant.deploy.sessions.pytorch import PyTorchSession
+
+        return PyTorchSession(artifact, component, bits, place, compile=True)
     if name == "auto":
         return _open_best(artifact, component, bits, place, plugins)
     return _open(name, artifact, component, bits, place, plugins)

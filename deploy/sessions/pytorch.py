@@ -13,10 +13,11 @@ from dvdquant.checkpoint.lora.fuse import read_loras
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.base import EngineSession
+from dvdquant.deploy.sessions.compiled import compile_blocks
 from dvdquant.deploy.sessions.lora_branches import LoraBranches
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError
-from dvdquant.model.layers import QuantLinear, prepare_layers, set_activation
+from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper, fill_quantized
 from dvdquant.model.plan import quantized_skeleton
 from dvdquant.ops.cuda_linear import CACHE, usable_kernels
@@ -33,7 +34,7 @@ class PyTorchSession(EngineSession):
     On the CPU the weights are the private copy of the files itself (:class:`.weights.WeightFiles`).
 
     A GPU that the kernels are built for holds each layer in the form that the kernels multiply, with 4 or 8 bits a
-    weight. It makes this form at the first step that needs it, and holds both forms if the bit-widths that ran differ
+    weight. It makes this form before the first step that needs it, and holds both forms if the bit-widths that ran differ
     in it. The private copy stays on the host, for a bit-width that runs later.
 
     On another GPU the packed weights are copied, and the private copy is closed.
@@ -43,6 +44,8 @@ class PyTorchSession(EngineSession):
         component: The name of one transformer of the export.
         bits: The activation bits to make available. The default is all.
         device: The CPU (default) or a CUDA device.
+        compile: Compile the transformer's blocks with torch.compile. The first step with each bit-width takes a minute or
+            more then, and the outputs differ from those without by rounding.
 
     Raises:
         EngineError: The weights do not fit the device's memory.
@@ -57,24 +60,30 @@ class PyTorchSession(EngineSession):
         component: str = "transformer",
         bits: Sequence[int] | None = None,
         device: torch.device | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
         kernels = usable_kernels(self.device)
         plan = artifact.plan(component)
         self._recipe = plan.recipe
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
-        self._current = self.bits[0]
+        self._current: int | None = self.bits[0]
         self._ran: set[int] = set()
         self._files = WeightFiles(artifact, component)
         try:
-            model = quantized_skeleton(plan, self._current)
+            model = quantized_skeleton(plan, self.bits[0])
             fill_quantized(model, plan, self._files.tensor)
             if kernels is not None:
                 grids = [plan.recipe.activation(width) for width in self.bits]
                 for name, reason in prepare_layers(model, kernels, grids, plan.dtype, self.device).items():
                     log.info("%s is computed in fp32: %s", name, reason)
-            self._model: nn.Module | None = GraphWrapper(model.to(self.device), self.family)
             self._branches: LoraBranches | None = None
+            model.to(self.device)
+            if compile:
+                log.info(
+                    "%s: %d blocks are compiled", component, compile_blocks(model, True if self.sizes.dynamic else None)
+                )
+            self._model: nn.Module | None = GraphWrapper(model, self.family)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"the weights of {component} do not fit {self.device}: {error}", fix="close other sessions"
@@ -90,8 +99,12 @@ class PyTorchSession(EngineSession):
         if bits == 4 and self._advice:
             _say_once(self._advice)
         if bits != self._current:
+            # An interrupt may leave some layers on the old grid and some on the new one. Then all are set again.
+            self._current = None
             set_activation(model, self._recipe.activation(bits))
             self._current = bits
+        if bits not in self._ran:
+            make_weights(model)
         with torch.inference_mode():
             output: Tensor = model(inputs)
         if bits not in self._ran and self.device.type != "cpu":
@@ -117,15 +130,14 @@ class PyTorchSession(EngineSession):
                 self._branches = LoraBranches(model, loras, self.dtype, self.device)
                 self.loras = tuple(specs)
 
-    def resident_bytes(self) -> dict[str, int]:
+    def _resident_bytes(self) -> dict[str, int]:
         """Return the bytes that are held between calls.
 
         ``weights`` grows with the bit-widths that ran. ``workspace`` is a lower bound: the scratch memory of the
         largest layer. For a layer with kernels, that is the kernels' workspace at the export's largest size. For
         another layer, it is the weight in fp32, which the reference op expands in each call.
         """
-        if self._model is None:
-            return {"weights": 0, "engines": 0, "workspace": 0}
+        assert self._model is not None
         held = {t.data_ptr(): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}
         weights, scratch = sum(held.values()), [0]
         weights += 0 if self._branches is None else self._branches.nbytes

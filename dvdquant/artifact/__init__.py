@@ -1,1 +1,1 @@
-"""The export folder: its manifest, and how it is put in place whole."""
+"""The export folder: its manifest, and how a new export replaces the old one as a whole."""

@@ -1,24 +1,25 @@
-"""Putting a finished export in place so that a kill at any instant leaves the old export or the new one.
+"""The last step of an export: it is put in place so that a kill at any instant leaves the old export or the new one.
 
 Two ways, tried in this order:
 
-1. Exchange. The new tree moves beside OUT and the two directories swap names in one system call. Used when OUT already
-   holds an export. Not possible when OUT is a mount point, the parent is not writable, the file system cannot, or the
-   process itself runs inside OUT (its working directory would turn into the old tree).
-2. Roll forward. A record ``OUT/.commit`` names what to install and what to remove; renaming it into place decides for
-   the new export. The old manifest goes first and the new one comes last, so at no time does a manifest stand beside
-   files of another export; :func:`recover` finishes what a kill interrupted.
+1. Exchange. The new tree moves beside OUT and the two directories swap names in one system call. It is used if OUT
+   already holds an export. It is not possible if OUT is a mount point, the parent is not writable, the file system
+   cannot do it, or the process itself runs inside OUT (its working directory would turn into the old tree).
+2. Roll forward. A record ``OUT/.commit`` names the files to install and the files to remove; renaming it into place
+   decides for the new export. The old manifest goes first and the new one comes last, so at no time is a manifest
+   beside files of another export. :func:`recover` finishes what a kill interrupted.
 
-States a kill can leave, and what the next export into the folder makes of them (a reader changes nothing):
+A kill can leave these states, and the next export into the folder handles them (a reader changes nothing):
 
-* ``OUT/.tmp-<id>``: unfinished work; swept, or adopted by ``--resume``.
-* ``.<OUT>.dvdquant-<id>`` beside OUT, while ``OUT/.tmp-<id>`` exists: killed before the exchange; moved back.
-* the same without ``OUT/.tmp-<id>``: killed after the exchange, it is the replaced export; deleted.
-* ``OUT/.commit``: decided, perhaps half installed; rolled forward.
+* ``OUT/.tmp-<id>``: unfinished work; it is deleted, or adopted by ``--resume``.
+* ``.<OUT>.dvdquant-<id>`` beside OUT, while ``OUT/.tmp-<id>`` exists: the kill came before the exchange; the tree is
+  moved back.
+* the same without ``OUT/.tmp-<id>``: the kill came after the exchange, and this is the replaced export; it is deleted.
+* ``OUT/.commit``: the commit is decided and perhaps half installed; it is rolled forward.
 
 The folder may come from a stranger, with all of these prepared. So everything here works on open folders
-(:class:`Folder`): a link, in whichever place and put there at whatever time, is refused or deleted as the
-link it is, and nothing outside OUT and its own folders beside it is moved, read, written or deleted.
+(:class:`Folder`). A link, in whichever place and put there at whatever time, is refused or deleted as the link it is.
+Nothing outside OUT and its own folders beside it is moved, read, written or deleted.
 """
 
 from __future__ import annotations
@@ -26,14 +27,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import json
 import logging
 import os
 import re
-import socket
 import stat
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +40,12 @@ from pydantic import StrictStr, TypeAdapter
 
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import COMMIT, LOCK, MANIFEST, OWNER, STAGE, TREE
+from dvdquant.artifact.lock import FolderLock, is_same
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.errors import OutputError
-from dvdquant.system.files import disk_error, strict_json, write_all
+from dvdquant.system.files import disk_error, strict_json
 
 __all__ = [
-    "FolderLock",
     "install",
     "recover",
     "recover_locked",
@@ -58,139 +56,51 @@ __all__ = [
 
 MAX_RECORD = 4 << 20  # some ten thousand files
 _RENAME_EXCHANGE = 2
-_LOOKS, _LOOK_SECONDS = 100, 0.01  # how long a reader that only looks at the lock may be in the way
 
 logger = logging.getLogger(__name__)
-
-
-class FolderLock:
-    """An exclusive lock on a folder, held by ``flock`` on its ``.lock`` and gone with the process.
-
-    Attributes:
-        folder: the locked folder, open until the release.
-
-    Raises:
-        OutputError: another process holds it (names its pid), or ``.lock`` is no file. FileNotFoundError: the folder
-            vanished.
-    """
-
-    def __init__(self, path: Path) -> None:
-        looks = _LOOKS
-        while True:
-            self.folder = Folder.open(path)
-            self._fd = -1
-            try:
-                self._fd = self._open()
-                if self._try_lock(looks) and self._is_current() and _is_same(os.lstat(path), self.folder.own()):
-                    if os.fstat(self._fd).st_nlink == 1:
-                        self._sign()
-                        return
-                    # A file system that counts names in its own way, or somebody who links it again.
-                    if looks < -_LOOKS:
-                        raise OutputError(
-                            f"cannot write {path / LOCK}: it has other names", fix="delete it or pick another -o"
-                        )
-                    # A second name of a file that is perhaps elsewhere: it is not ours to write. Take it out of the way.
-                    self.folder.unlink(LOCK)
-            except FileNotFoundError:
-                if looks < -_LOOKS or not os.path.lexists(path):
-                    self._close()
-                    raise
-            except BaseException:
-                self._close()
-                raise
-            # A reader looked, or the holder before us removed or swapped this file: lock the one that is there now.
-            self._close()
-            looks -= 1
-
-    def _open(self) -> int:
-        info, place = self.folder.info(LOCK), self.folder.path / LOCK
-        if info is not None and not stat.S_ISREG(info.st_mode):
-            raise OutputError(f"cannot write {place}: it is no file of dvdquant", fix="delete it or pick another -o")
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        try:
-            return os.open(LOCK, flags, 0o644, dir_fd=self.folder.fd)
-        except OSError as error:
-            error.filename = str(place)
-            raise
-
-    def _try_lock(self, looks: int) -> bool:
-        """Whether it is locked now; False if only readers were there. OutputError if another export holds it."""
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                if looks > 0:
-                    time.sleep(_LOOK_SECONDS)
-                    return False
-            holder = os.pread(self._fd, 200, 0).decode("utf-8", "replace").strip() or "another process"
-            raise OutputError(
-                f"{self.folder.path} is being written by another export ({holder!r:.200})",
-                fix="wait for it to end or pick another -o",
-            ) from None
-        return True
-
-    def _is_current(self) -> bool:
-        there = self.folder.info(LOCK)
-        return there is not None and _is_same(there, os.fstat(self._fd))
-
-    def _sign(self) -> None:
-        try:
-            os.ftruncate(self._fd, 0)
-            write_all(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        except BaseException:
-            self.release()
-            raise
-
-    def release(self) -> None:
-        """Remove the lock file, then let go: whoever opened it meanwhile notices and opens a new one.
-
-        A file that cannot be removed is left with a warning: it locks nothing once the process has ended.
-        """
-        if self._fd < 0:
-            return
-        try:
-            if self._is_current():
-                self.folder.unlink(LOCK)
-        except OSError as error:
-            place = self.folder.path / LOCK
-            logger.warning("%s could not be removed (%s); it locks nothing and may be deleted", place, error.strerror)
-        finally:
-            self._close()
-
-    def _close(self) -> None:
-        fd, self._fd = self._fd, -1
-        with contextlib.suppress(OSError):  # a file system may report an earlier write here; the lock holds nothing
-            if fd >= 0:
-                os.close(fd)
-        self.folder.close()
-
-
-def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
-    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
 # ------------------------------------------------------------------------------------------------- files and folders
 
 
 def walk_files(root: Path) -> Iterator[str]:
-    """Relative POSIX paths of everything under ``root`` that is no directory, links to directories included."""
+    """Yield the relative POSIX paths of everything under ``root`` that is no directory, links to directories included.
+
+    Args:
+        root: The folder, which is no link.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
     with Folder.open(root) as folder:
         yield from [entry.path for entry in folder.walk() if not entry.is_folder]
 
 
 def _is_bookkeeping(name: str) -> bool:
+    """Return whether a name is that of a lock, a decided commit or a stage."""
     return name in (LOCK, COMMIT) or STAGE.fullmatch(name) is not None
 
 
 def is_trusted(info: os.stat_result, out: Folder) -> bool:
-    """Whether a file or folder is of this user, or of the one whose output folder it is."""
+    """Return whether a file or folder belongs to this user, or to the owner of the output folder.
+
+    Args:
+        info: The status of the file or folder.
+        out: The output folder.
+    """
     return info.st_uid in (os.geteuid(), out.own().st_uid)
 
 
 def remove_stage(folder: Folder, name: str) -> None:
-    """Delete a stage, its owner first: half deleted, it must not look like work that can be resumed."""
+    """Delete a stage, its owner file first: half deleted, it must not look like work that can be resumed.
+
+    Args:
+        folder: The output folder.
+        name: The name of the stage in it.
+
+    Raises:
+        OSError: Something cannot be deleted.
+    """
     if folder.has_folder(name):
         with folder.child(name) as stage:
             if not stage.has_folder(OWNER):
@@ -199,7 +109,17 @@ def remove_stage(folder: Folder, name: str) -> None:
 
 
 def sweep(folder: Folder, keep: str | None = None) -> None:
-    """Delete the unfinished work of dead processes; the caller holds the lock, so nobody alive owns any."""
+    """Delete the unfinished work of dead processes.
+
+    The caller holds the lock, so no living process owns any of it.
+
+    Args:
+        folder: The output folder.
+        keep: The name of a stage that stays.
+
+    Raises:
+        OSError: Something cannot be deleted.
+    """
     for name in folder.names():
         if STAGE.fullmatch(name) and name != keep:
             logger.info("removing the unfinished work of an earlier run: %s", folder.path / name)
@@ -210,10 +130,24 @@ def sweep(folder: Folder, keep: str | None = None) -> None:
 
 
 def install(lock: FolderLock, stage: Folder, new: Iterable[str], old: Manifest | None) -> FolderLock:
-    """Make ``stage/tree`` (files ``new`` and a manifest, all fsynced) the content of the locked folder, in place of ``old``.
+    """Make ``stage/tree`` the content of the locked folder, in place of the old export.
 
-    Files of the folder that the old manifest does not list stay, unless the new export has one of the same path. Returns
-    the lock that is held afterwards. OSError and OutputError leave the folder as it was, or decided and recoverable.
+    Files of the folder that the old manifest does not list stay, unless the new export has one of the same path. An
+    OSError or an OutputError leaves the folder unchanged, or decided and recoverable.
+
+    Args:
+        lock: The lock of the output folder.
+        stage: The stage. Its tree holds the files ``new`` and a manifest, all fsynced.
+        new: The relative POSIX paths of the new export's files.
+        old: The manifest of the export that is replaced, or None if there is none.
+
+    Returns:
+        The lock that is held afterwards.
+
+    Raises:
+        OSError: A file system call fails.
+        OutputError: Something is in the way of a new file, there are too many files to replace one by one, or the
+            folder was changed meanwhile.
     """
     listed = set(old.files) if old is not None else set()
     if old is not None and not _works_inside(lock.folder.path):
@@ -227,21 +161,32 @@ def install(lock: FolderLock, stage: Folder, new: Iterable[str], old: Manifest |
 
 
 def _works_inside(out: Path) -> bool:
+    """Return whether the working directory of this process is in the output folder, or may be."""
     try:
         here = Path(os.path.realpath(os.getcwd()))
     except FileNotFoundError:  # the working directory was deleted
         return False
-    except OSError:  # somewhere below a folder that may not be looked into
+    except OSError:  # it is below a folder that may not be read, so it may be in the output folder
         return True
     return out in (here, *here.parents)
 
 
 def _sibling(out: Path, stage_name: str) -> str:
+    """Return the name beside the output folder that the new tree has for the exchange."""
     return f".{out.name}.dvdquant-{stage_name.removeprefix('.tmp-')}"
 
 
 def exchange(parent: Folder, one: str, other: str) -> None:
-    """Swap two folders in one step (renameat2). OSError when the kernel, the library or the file system cannot."""
+    """Swap two folders in one step (renameat2).
+
+    Args:
+        parent: The folder that holds both.
+        one: The name of one of them.
+        other: The name of the other.
+
+    Raises:
+        OSError: The kernel, the library or the file system cannot do it.
+    """
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         raise OSError(errno.ENOSYS, "no renameat2")
@@ -252,8 +197,18 @@ def exchange(parent: Folder, one: str, other: str) -> None:
 
 
 def _swap(lock: FolderLock, stage: Folder, listed: set[str]) -> FolderLock | None:
-    """Way 1; None, with everything as before, where it is not possible."""
+    """Put the new tree in place by way 1; return None, with everything as before, if it is not possible.
+
+    Args:
+        lock: The lock of the output folder.
+        stage: The stage that holds the new tree.
+        listed: The paths of the old export's files.
+
+    Returns:
+        The lock of the new folder, or None.
+    """
     old, out, sibling = lock.folder, lock.folder.path, _sibling(lock.folder.path, stage.path.name)
+    # 1. Move the new tree beside the output folder.
     try:
         parent = Folder.open(out.parent)
     except OSError as error:
@@ -268,6 +223,7 @@ def _swap(lock: FolderLock, stage: Folder, listed: set[str]) -> FolderLock | Non
         except OSError as error:
             logger.debug("no exchange of %s: %s", out, error)
             return None
+        # 2. Lock it, carry over the files that are not of the old export, and exchange the two folders.
         swapped: FolderLock | None = None
         try:
             swapped = FolderLock(out.parent / sibling)  # whoever finds the new folder finds it locked
@@ -275,8 +231,8 @@ def _swap(lock: FolderLock, stage: Folder, listed: set[str]) -> FolderLock | Non
             if (
                 tree is None
                 or there is None
-                or not _is_same(swapped.folder.own(), tree)
-                or not _is_same(there, old.own())
+                or not is_same(swapped.folder.own(), tree)
+                or not is_same(there, old.own())
             ):
                 raise OSError(errno.ESTALE, "a folder was replaced meanwhile", str(out))
             _carry(old, swapped.folder, listed)
@@ -286,6 +242,7 @@ def _swap(lock: FolderLock, stage: Folder, listed: set[str]) -> FolderLock | Non
         except BaseException as error:
             if tree is not None and _is_at(parent, out.name, tree):
                 raise  # interrupted just after the exchange: the next run deletes the replaced tree
+            # The exchange did not happen: put the tree back.
             if swapped is not None:
                 swapped.release()
             parent.rename(sibling, stage, TREE)
@@ -293,6 +250,7 @@ def _swap(lock: FolderLock, stage: Folder, listed: set[str]) -> FolderLock | Non
                 raise
             logger.debug("no exchange of %s: %s", out, error)
             return None
+        # 3. Delete the replaced export, which has the name beside the output folder now.
         swapped.folder.path = out
         try:
             parent.sync()
@@ -305,14 +263,21 @@ def _swap(lock: FolderLock, stage: Folder, listed: set[str]) -> FolderLock | Non
 
 
 def _is_at(folder: Folder, name: str, what: os.stat_result) -> bool:
+    """Return whether ``name`` in the folder is the file or folder with the status ``what``."""
     with contextlib.suppress(OSError):
         there = folder.info(name)
-        return there is not None and _is_same(there, what)
+        return there is not None and is_same(there, what)
     return False
 
 
 def _carry(source: Folder, target: Folder, listed: set[str]) -> None:
-    """Hard-link what ``source`` holds besides an export into ``target``, where it has nothing of that name."""
+    """Hard-link everything in ``source`` but its export into ``target``, unless the name is taken there.
+
+    Args:
+        source: The old folder.
+        target: The new folder.
+        listed: The paths of the files of the export in ``source``.
+    """
     for entry in source.walk(_is_bookkeeping):
         if entry.is_folder:
             if entry.empty:
@@ -327,13 +292,23 @@ def _carry(source: Folder, target: Folder, listed: set[str]) -> None:
 
 
 def _retire(parent: Folder, sibling: str, old: Folder, new: Folder, stage_name: str, listed: set[str]) -> None:
-    _carry(old, new, listed)  # what somebody put into the old folder since the first time
+    """Delete the replaced export beside the output folder, after carrying over what is not of the export.
+
+    Args:
+        parent: The folder that holds both.
+        sibling: The name of the replaced folder in it.
+        old: The replaced folder.
+        new: The output folder.
+        stage_name: The name in the output folder under which the replaced folder is deleted.
+        listed: The paths of the replaced export's files.
+    """
+    _carry(old, new, listed)  # files that somebody put into the old folder since the first time
     parent.rename(sibling, new, stage_name)
     new.remove(stage_name)
 
 
 def _recover_siblings(folder: Folder) -> None:
-    """Put back, or delete, what an interrupted exchange left beside the folder."""
+    """Put back, or delete, the folders that an interrupted exchange left beside the output folder."""
     out = folder.path
     pattern = re.compile(re.escape(f".{out.name}.dvdquant-") + "[0-9a-f]{16}")
     try:
@@ -342,10 +317,19 @@ def _recover_siblings(folder: Folder) -> None:
                 if pattern.fullmatch(name):
                     _recover_sibling(folder, parent, name)
     except PermissionError:
-        return  # a parent that cannot be listed: no exchange ever left anything that we could see or delete
+        return  # the parent cannot be listed, so nothing that an exchange left can be seen or deleted
 
 
 def _recover_sibling(folder: Folder, parent: Folder, name: str) -> None:
+    """Put back the folder ``name`` beside the output folder, or delete it if it is the replaced export.
+
+    A folder that is neither, or of somebody else, is left alone.
+
+    Args:
+        folder: The output folder.
+        parent: Its parent.
+        name: The name of the folder beside it.
+    """
     place, stage_name = parent.path / name, f".tmp-{name[-16:]}"
     try:
         info = parent.info(name)
@@ -368,7 +352,13 @@ def _recover_sibling(folder: Folder, parent: Folder, name: str) -> None:
 
 @dataclass(frozen=True)
 class Record:
-    """``OUT/.commit``: the stage whose tree is installed, the files of it, and those of the old export that go."""
+    """The content of ``OUT/.commit``.
+
+    Args:
+        stage: The name of the stage whose tree is installed.
+        install: The paths of its files.
+        remove: The paths of the old export's files that are deleted.
+    """
 
     stage: StrictStr
     install: list[StrictStr]
@@ -379,7 +369,17 @@ _RECORD = TypeAdapter(Record)
 
 
 def _decide(folder: Folder, stage: Folder, new: list[str], remove: list[str]) -> None:
-    """Way 2, first half: refuse what cannot be installed, then write the record that decides for the new export."""
+    """Refuse what cannot be installed, then write the record that decides for the new export (way 2, first half).
+
+    Args:
+        folder: The output folder.
+        stage: The stage that holds the new tree.
+        new: The paths of the new export's files.
+        remove: The paths of the old export's files that the new one does not have.
+
+    Raises:
+        OutputError: Something is in the way of a new file, or there are too many files.
+    """
     for name in new:
         if reason := _obstacle(folder, name):
             raise OutputError(f"{folder.path / name} cannot be written: {reason} is in its way", fix="move it away")
@@ -397,8 +397,15 @@ def _decide(folder: Folder, stage: Folder, new: list[str], remove: list[str]) ->
 
 
 def _state(folder: Folder, name: str) -> str:
-    """What is at ``name`` below the folder: "nothing", "file", "folder", "link" (or a pipe or device), or "other" where a
-    parent is no real folder."""
+    """Return what is at ``name`` below the folder.
+
+    Args:
+        folder: The folder.
+        name: A path relative to it, with "/".
+
+    Returns:
+        "nothing", "file", "folder", "link" (a pipe or a device too), or "other" if a parent is no real folder.
+    """
     *parents, last = name.split("/")
     try:
         with folder.reach(parents) as place:
@@ -415,15 +422,23 @@ def _state(folder: Folder, name: str) -> str:
 
 
 def _obstacle(folder: Folder, name: str) -> str | None:
-    """What keeps a file from being renamed to ``name``; a link of that very name does not, it is replaced."""
+    """Return what keeps a file from being renamed to ``name``, or None.
+
+    A link of that very name is no obstacle: it is replaced.
+    """
     return {"folder": "a folder", "other": "a file or link"}.get(_state(folder, name))
 
 
 def _roll_forward(folder: Folder) -> None:
-    """Way 2, second half; every step may be repeated, so a run killed in it is finished by the next.
+    """Install the tree of the record (way 2, second half).
 
-    Nothing is changed before the whole record was compared with both trees. A link that comes in between ends it with an
-    OSError: no step goes through a link.
+    Every step may be repeated, so the next run finishes the work of a killed one. Nothing is changed before the whole
+    record was compared with both trees. A link that somebody puts there meanwhile ends the work with an OSError: no
+    step goes through a link.
+
+    Raises:
+        OutputError: The record or the trees are damaged.
+        OSError: A file system call fails.
     """
     record = _read_record(folder)
     if folder.has_folder(record.stage):
@@ -448,6 +463,11 @@ def _roll_forward(folder: Folder) -> None:
 
 
 def _read_record(folder: Folder) -> Record:
+    """Return the checked record of the folder.
+
+    Raises:
+        OutputError: It is out of form.
+    """
     try:
         record = _RECORD.validate_python(strict_json(folder.read(COMMIT, MAX_RECORD)))
         if not STAGE.fullmatch(record.stage):
@@ -460,11 +480,21 @@ def _read_record(folder: Folder) -> Record:
 
 
 def _first_line(error: Exception) -> str:
+    """Return the text of an error as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 def _check_trees(folder: Folder, tree: Folder, record: Record) -> None:
-    """OutputError unless every file of the record is where it can be taken from and can go where it belongs."""
+    """Check that every file of the record is where it can be taken from, and can go where it belongs.
+
+    Args:
+        folder: The output folder.
+        tree: The tree of the stage.
+        record: The decided commit.
+
+    Raises:
+        OutputError: A file is lost, or something is in its way.
+    """
     try:
         manifest = Manifest.from_json(tree.read(MANIFEST, MAX_MANIFEST))
     except (ValueError, OutputError) as error:
@@ -487,6 +517,13 @@ def _check_trees(folder: Folder, tree: Folder, record: Record) -> None:
 
 
 def _install_files(folder: Folder, tree: Folder, record: Record) -> None:
+    """Remove the old manifest and files, move the new files, and move the new manifest last.
+
+    Args:
+        folder: The output folder.
+        tree: The tree of the stage.
+        record: The decided commit.
+    """
     folder.unlink(MANIFEST)
     folder.sync()
     for name in record.remove:
@@ -507,7 +544,12 @@ def _install_files(folder: Folder, tree: Folder, record: Record) -> None:
 
 
 def _unlink_pruned(folder: Folder, name: str) -> None:
-    """Delete a file, and the folders that it leaves empty."""
+    """Delete a file, and the folders that it leaves empty.
+
+    Args:
+        folder: The output folder.
+        name: The path of the file in it.
+    """
     *parents, last = name.split("/")
     if _state(folder, name) in ("folder", "other"):
         return
@@ -519,10 +561,11 @@ def _unlink_pruned(folder: Folder, name: str) -> None:
             with folder.reach(parents) as place:
                 place.remove_folder(last)
         except OSError:
-            return  # not empty, or not there
+            return  # it is not empty, or not there
 
 
 def _damaged(folder: Folder, why: str) -> OutputError:
+    """Return the error for a commit that cannot be completed."""
     return OutputError(
         f"{folder.path} holds an export that was interrupted while being put in place and cannot be completed: {why}",
         fix="empty the folder and export again, or pick another -o",
@@ -530,7 +573,18 @@ def _damaged(folder: Folder, why: str) -> OutputError:
 
 
 def recover_locked(folder: Folder) -> bool:
-    """Bring the folder to the old or the new export; the caller holds its lock. True if a commit was completed."""
+    """Bring the folder to the old or the new export; the caller holds its lock.
+
+    Args:
+        folder: The output folder.
+
+    Returns:
+        True if a commit was completed.
+
+    Raises:
+        OutputError: A decided commit cannot be completed.
+        OSError: A file system call fails.
+    """
     _recover_siblings(folder)
     if not folder.has(COMMIT):
         return False
@@ -539,7 +593,18 @@ def recover_locked(folder: Folder) -> bool:
 
 
 def recover(out: Path) -> bool:
-    """As :func:`recover_locked`, taking the lock. OutputError if an export is running or ``out`` cannot be written."""
+    """Lock the folder, and bring it to the old or the new export.
+
+    Args:
+        out: The output folder.
+
+    Returns:
+        True if a commit was completed.
+
+    Raises:
+        OutputError: An export is running, ``out`` cannot be written, or a decided commit cannot be completed.
+        ResourceError: The disk is full, or too many files are open.
+    """
     out = Path(os.path.realpath(out))
     try:
         lock = FolderLock(out)

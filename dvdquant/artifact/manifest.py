@@ -1,4 +1,4 @@
-"""The manifest of an export: one frozen value, written last, without which a folder is no export."""
+"""The manifest of an export: one frozen value, written last. A folder without it is no export."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 from dvdquant import __version__
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import MANIFEST
+from dvdquant.artifact.listed_file import LINKED, NO_LINKS, ListedFileError, open_listed, require_digest
 from dvdquant.artifact.unfinished import unfinished_export
 from dvdquant.errors import OutputError, RecipeError, ResourceError
 from dvdquant.recipe import Recipe
-from dvdquant.system.files import FileEntry, hash_file, open_regular, read_limited, strict_json
+from dvdquant.system.files import FileEntry, hash_descriptor, hash_file, read_all, strict_json
 from dvdquant.system.memory import memory_limit
 from dvdquant.system.records import brief, first_problem
 from dvdquant.text import json_text, shown
@@ -60,8 +61,8 @@ FORMAT_VERSION: Literal[1] = 1
 MAX_MANIFEST = 64 << 20
 _SHOWN_PATH = 400  # characters
 _RESERVED = re.compile(r"\.(tmp-.*|lock|commit)|manifest\.json")
-# An export holds some tens of files and some hundreds of layers, together some thousand values. What reads one must not
-# take minutes and gigabytes over a hostile one: this many values cost about two seconds and 300 MB.
+# An export holds some tens of files and some hundreds of layers, together some thousand values. A hostile manifest must
+# not cost its reader minutes and gigabytes: this many values cost about two seconds and 300 MB.
 MAX_VALUES = 200_000
 MAX_STEPS = 1000
 MAX_LORAS = 64
@@ -71,6 +72,11 @@ _OPTIONAL = frozenset({"lora", "sampling"})
 
 
 def _check_time(text: str) -> str:
+    """Return the text if it is a time in ISO 8601 with its offset from UTC.
+
+    Raises:
+        ValueError: It is no such time.
+    """
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -81,18 +87,33 @@ def _check_time(text: str) -> str:
 
 
 def _check_model(text: str) -> str:
+    """Return the text if it holds no NUL.
+
+    Raises:
+        ValueError: It holds one.
+    """
     if "\0" in text:
         raise ValueError("a text without NUL")
     return text
 
 
 def _check_order(sizes: list[int]) -> list[int]:
+    """Return [MIN, OPT, MAX] if they are in ascending order.
+
+    Raises:
+        ValueError: They are not.
+    """
     if sorted(sizes) != sizes:
         raise ValueError("[MIN, OPT, MAX] with MIN ≤ OPT ≤ MAX")
     return sizes
 
 
 def _check_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names if there is at least one and none occurs twice.
+
+    Raises:
+        ValueError: There is no name, or one occurs twice.
+    """
     if not names:
         raise ValueError("the name of one transformer or more")
     if len(set(names)) != len(names):
@@ -101,7 +122,7 @@ def _check_once(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 _STRICT: ConfigDict = {"extra": "forbid", "strict": True}
-_OPEN: ConfigDict = {"extra": "allow", "strict": True}  # an entry may say more than this version reads
+_OPEN: ConfigDict = {"extra": "allow", "strict": True}  # an entry may have more fields than this version reads
 
 Text = Annotated[str, Field(max_length=4096)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -110,7 +131,7 @@ Size = Annotated[int, Field(ge=0, lt=2**63)]
 Bits = Annotated[int, Field(ge=4, le=8, multiple_of=2)]
 ErrorShare = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 ComputeCapability = Annotated[str, Field(pattern="^[0-9]{1,2}[.][0-9]$")]
-# As the exporter's own --subfolder takes them.
+# The same names that the exporter's --subfolder takes.
 ComponentName = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 AxisSizes = Annotated[
     list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(min_length=3, max_length=3), AfterValidator(_check_order)
@@ -119,7 +140,16 @@ AxisSizes = Annotated[
 
 @with_config(_OPEN)
 class _Shapes(TypedDict):
-    """The sizes of the graphs, ``families.Sizes.to_json()``, and the dtype of activations."""
+    """The sizes of the graphs, ``families.Sizes.to_json()``, and the dtype of activations.
+
+    Attributes:
+        frames: [MIN, OPT, MAX] of frames, in latent units.
+        height: [MIN, OPT, MAX] of the height, in latent units.
+        width: [MIN, OPT, MAX] of the width, in latent units.
+        text_tokens: The length of the text embedding in tokens.
+        batch: The number of samples in one call.
+        dtype: The dtype of activations.
+    """
 
     frames: AxisSizes
     height: AxisSizes
@@ -131,7 +161,12 @@ class _Shapes(TypedDict):
 
 @with_config(_STRICT)
 class _File(TypedDict):
-    """:class:`dvdquant.system.files.FileEntry`, in form."""
+    """The checked form of :class:`dvdquant.system.files.FileEntry`.
+
+    Attributes:
+        sha256: The SHA-256 as 64 lower-case hex digits.
+        bytes: The size in bytes.
+    """
 
     sha256: Digest
     bytes: Size
@@ -139,7 +174,13 @@ class _File(TypedDict):
 
 @with_config(_OPEN)
 class Source(TypedDict):
-    """Where the weights came from: the MODEL argument, the diffusers class and ``Checkpoint.fingerprint()``."""
+    """The origin of the weights.
+
+    Attributes:
+        model: The MODEL argument of the export.
+        class_name: The diffusers class.
+        fingerprint: ``Checkpoint.fingerprint()``.
+    """
 
     model: Annotated[Text, AfterValidator(_check_model)]
     class_name: Text
@@ -170,10 +211,22 @@ class Sampling(TypedDict):
 
 @with_config(_OPEN)
 class LayerEntry(TypedDict):
-    """One quantized layer. ``members`` are the checkpoint's layers merged into it, ``rotation_block`` the Hadamard
-    block (1 = none). The errors are relative mean squares, null for an all-zero weight: of the rotated weight, or of the
-    outputs on predicted inputs where the recipe looks at inputs (:func:`dvdquant.recipe.error_name`). There ``weight_mse``
-    is that of the rotated weight over all rows, for ``--verify`` to find again; manifests of before it lack it."""
+    """One quantized layer.
+
+    The errors are relative mean squares, null for an all-zero weight. They are errors of the rotated weight, or errors
+    of the outputs on predicted inputs if the recipe looks at inputs (:func:`dvdquant.recipe.error_name`).
+
+    Attributes:
+        name: The dotted name of the layer.
+        members: The checkpoint's layers that are merged into it.
+        features_in: K, the number of input channels.
+        features_out: N, the number of output channels.
+        rotation_block: The size of the Hadamard block in channels; 1 means no rotation.
+        relative_mse: The error of the stored weight.
+        relative_mse_minmax: The same error of the solver ``minmax`` (clip range at the extremes), for comparison.
+        weight_mse: The error of the rotated weight over all rows, which ``--verify`` computes again. It is recorded if
+            the recipe looks at inputs; older manifests lack it.
+    """
 
     name: Text
     members: list[Text]
@@ -187,8 +240,15 @@ class LayerEntry(TypedDict):
 
 @with_config(_STRICT)
 class Verified(TypedDict):
-    """What ``--verify`` compared last: the dvdquant that did; the quantized layers, their rows, and the tensors in 16 bit that
-    were held against the checkpoint; the graphs that ran and were judged."""
+    """The extent of the last ``--verify``.
+
+    Attributes:
+        dvdquant: The version of dvdquant that verified.
+        layers: The number of quantized layers that were compared with the checkpoint.
+        rows: The number of their rows.
+        kept: The number of tensors in 16 bit that were compared with the checkpoint.
+        graphs: The graphs that ran and were judged.
+    """
 
     dvdquant: Text
     layers: Count
@@ -199,7 +259,13 @@ class Verified(TypedDict):
 
 @with_config(_OPEN)
 class GraphEntry(TypedDict):
-    """One ONNX graph: its path in the export, the target it is for and its activation bits."""
+    """One ONNX graph.
+
+    Attributes:
+        path: The path of the file in the export.
+        target: The target that it is for.
+        act_bits: The bits of its activations: 4, 6 or 8.
+    """
 
     path: Text
     target: Text
@@ -208,8 +274,19 @@ class GraphEntry(TypedDict):
 
 @with_config(_OPEN)
 class EngineEntry(TypedDict):
-    """One engine: ``sm`` as ``["8.9", "12.0"]``, ``realization`` a short name and ``executes`` words for what really
-    runs, ``versions`` of the builder, ``shapes`` its profile."""
+    """One engine.
+
+    Attributes:
+        path: The path of the file in the export.
+        backend: The library that built it.
+        sm: The compute capabilities that it runs on, as ``["8.9", "12.0"]``.
+        act_bits: The bits of the graph's activations: 4, 6 or 8.
+        realization: A short name for the way in which the quantized layers run.
+        executes: The same in words: the arithmetic that really runs.
+        onnx_sha256: The SHA-256 of the graph that it was built from.
+        versions: The versions of the builder.
+        shapes: Its profile of sizes.
+    """
 
     path: Text
     backend: Text
@@ -224,18 +301,29 @@ class EngineEntry(TypedDict):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an export holds. ``Manifest.from_json(m.to_json()) == m`` for every valid one.
+    """The content of an export. ``Manifest.from_json(m.to_json()) == m`` holds for every valid manifest.
 
     Args:
-        config_sha256: hash of the transformer's own config.json.
+        source: The origin of the weights.
+        family: The name of the model family.
+        config_sha256: The hash of the transformer's own config.json.
         recipe: ``Recipe.to_json()``.
-        shapes: the sizes the graphs were exported for (frames, height, width, dynamic ranges).
-        files: relative POSIX path to hash and size; filled in by the transaction, together with ``export_key``.
-        kept: names of the layers left in 16 bit. nonfinite: tensors whose NaN and infinities were accepted, and stored
-            as 0. components: the pipeline folders exported.
-        tools: versions of torch, onnx and so on, and the device that quantized. created: UTC, ISO 8601.
-        verified: what ``--verify`` compared with the checkpoint; None if it did not.
-        lora: LoRAs in the weights, in the order they were added. sampling: the runtime's defaults; None is the model's own.
+        shapes: The sizes that the graphs were exported for (frames, height, width, dynamic ranges).
+        layers: The quantized layers.
+        kept: The names of the layers left in 16 bit.
+        nonfinite: The tensors whose NaN and infinities were accepted and stored as 0.
+        graphs: The ONNX graphs.
+        engines: The engines.
+        components: The pipeline folders that were exported.
+        files: Relative POSIX path -> hash and size. The transaction fills it in, together with ``export_key``.
+        tools: The versions of torch, onnx and so on, and the device that quantized.
+        created: The time of the export, in UTC and ISO 8601.
+        dvdquant_version: The version of dvdquant that exported.
+        export_key: The hash of everything that the export depends on, or an empty text.
+        verified: The part that ``--verify`` compared with the checkpoint; None if it did not run.
+        lora: The LoRAs in the weights, in the order they were added.
+        sampling: The defaults of the runtime; None takes the model's own.
+        format_version: The version of this format.
     """
 
     __pydantic_config__ = _STRICT
@@ -275,7 +363,11 @@ class Manifest:
                 object.__setattr__(self, name, tuple(value))
 
     def to_json(self) -> str:
-        """The manifest as JSON text; OutputError names the field that is out of form."""
+        """Return the manifest as JSON text.
+
+        Raises:
+            OutputError: A field is out of form; the error names it.
+        """
         data = dataclasses.asdict(self)
         data = {name: value for name, value in data.items() if name not in _OPTIONAL or value}
         try:
@@ -287,7 +379,15 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """Inverse of :meth:`to_json`; OutputError names the field, or the version needed for a newer format."""
+        """Read a manifest from JSON text, the inverse of :meth:`to_json`.
+
+        Args:
+            text: The content of a ``manifest.json``, which may come from a stranger.
+
+        Raises:
+            OutputError: The text is no manifest. The error names the field, or the version that is needed for a newer
+                format.
+        """
         try:
             raw = text.encode() if isinstance(text, str) else text
             values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
@@ -306,9 +406,9 @@ class Manifest:
                 available=f"format {FORMAT_VERSION}",
                 fix=f"install dvdquant {data.get('dvdquant_version', 'that wrote it')!s:.40} or newer",
             )
-        data.setdefault("verified", None)  # manifests of before it was recorded
+        data.setdefault("verified", None)  # older manifests lack it
         recipe = _check(data, raw)
-        # Defaults filled in: a manifest of an older version may lack fields that readers of this one look at.
+        # The recipe gets its defaults: an older manifest may lack fields that readers of this version look at.
         return cls(**{**data, "recipe": recipe.to_json()})
 
 
@@ -317,14 +417,19 @@ class Manifest:
 
 @functools.cache
 def _adapter() -> TypeAdapter[Manifest]:
+    """Return pydantic's checker of manifests, built once."""
     return TypeAdapter(Manifest)
 
 
 def _check(data: dict[str, Any], raw: bytes) -> Recipe:
-    """The recipe of a manifest in form; OutputError on the first field that is missing, unknown or out of form.
+    """Check a manifest and return its recipe.
 
     Args:
-        data: what ``raw`` holds.
+        data: The content of ``raw``.
+        raw: The manifest as JSON.
+
+    Raises:
+        OutputError: A field is missing, unknown or out of form; the error names the first one.
     """
     names = [each.name for each in dataclasses.fields(Manifest)]
     for name in names:
@@ -360,7 +465,14 @@ def _check(data: dict[str, Any], raw: bytes) -> Recipe:
 
 
 def check_relpath(path: str) -> str:
-    """``path`` if it is a plain relative POSIX path in an export and none of its own bookkeeping; else OutputError."""
+    """Return ``path`` if it is a plain relative POSIX path in an export and none of its own bookkeeping.
+
+    Args:
+        path: The path, which may come from a stranger.
+
+    Raises:
+        OutputError: It is no such path.
+    """
     parts = path.split("/") if isinstance(path, str) else []
     bad = (
         not parts
@@ -376,12 +488,17 @@ def check_relpath(path: str) -> str:
 
 
 def load_manifest(out: str | Path) -> Manifest:
-    """The manifest of an export folder. Nothing is written, whatever an interrupted export left there: the folder may come
-    from a stranger, and only an export into it puts it in order.
+    """Return the manifest of an export folder.
+
+    The function writes nothing, whatever an interrupted export left there. The folder may come from a stranger, and
+    only an export into it puts it in order.
+
+    Args:
+        out: The folder; links are followed.
 
     Raises:
-        OutputError: no folder, no manifest (then it is no export, or an unfinished one: says how to finish it), or one that
-            is a link or out of form, naming the field.
+        OutputError: There is no folder, no manifest (the folder is no export, or an unfinished one: the error says how
+            to finish it), or one that is a link or out of form (the error names the field).
     """
     name = shown(out, _SHOWN_PATH)
     try:
@@ -396,11 +513,13 @@ def load_manifest(out: str | Path) -> Manifest:
     except OSError as error:
         raise OutputError(f"{name}/{MANIFEST} cannot be read: {error.strerror}", fix="give a folder to read") from error
     except ValueError as error:
-        raise OutputError(f"{name}/{MANIFEST} cannot be read: {error}", fix="give a folder of dvdq-export") from error
+        fix = NO_LINKS if os.path.islink(Path(out) / MANIFEST) else "give a folder of dvdq-export"
+        raise OutputError(f"{name}/{MANIFEST} cannot be read: {error}", fix=fix) from error
     return Manifest.from_json(raw)
 
 
 def _listing(folder: Path) -> str:
+    """Return in words what is in a folder, for an error."""
     name = shown(folder, _SHOWN_PATH)
     try:
         names = sorted(os.listdir(folder))
@@ -414,7 +533,11 @@ def _listing(folder: Path) -> str:
 
 
 def model_name(model: str) -> str:
-    """The last two parts of a hub id or path."""
+    """Return the last two parts of a hub id or path.
+
+    Args:
+        model: The hub id or path, with "/" or backslashes.
+    """
     parts = [part for part in model.replace("\\", "/").split("/") if part not in ("", ".")]
     return "/".join(parts[-2:]) or model
 
@@ -425,51 +548,60 @@ def verify_files(
     only: Iterable[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Compare the files of an export, or those of ``only``, with the SHA-256 of the manifest.
+    """Compare the files of an export with the SHA-256 of the manifest.
+
+    Args:
+        out: The export folder.
+        manifest: Its manifest.
+        only: The paths of the files to compare; None means all of them.
+        progress: A function that gets the size in bytes of every block read.
 
     Raises:
-        OutputError: naming up to five files that are missing, of another size, changed, or reached through a link.
+        OutputError: Files are missing, of another size, changed, or reached through a link. The error names up to five.
     """
     names = list(manifest.files) if only is None else list(only)
     problems = []
     for name in names:
-        if problem := _problem(Path(out), manifest, name, progress):
-            problems.append(problem)
+        entry = _entry(manifest, name)
+        try:
+            with open_listed(Path(out), check_relpath(name), entry) as descriptor:
+                require_digest(hash_descriptor(descriptor, progress)["sha256"], entry)
+        except ListedFileError as error:
+            problems.append(f"{name} {error.reason}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise OutputError(f"{out} does not match its manifest: {'; '.join(problems[:5])}{more}", fix="export again")
+        linked = all(problem.endswith(LINKED) for problem in problems)
+        raise OutputError(
+            f"{out} does not match its manifest: {'; '.join(problems[:5])}{more}",
+            fix=NO_LINKS if linked else "export again",
+        )
 
 
 def _entry(manifest: Manifest, name: str) -> FileEntry:
+    """Return the manifest's entry of a file.
+
+    Raises:
+        OutputError: The manifest does not list it.
+    """
     if name not in manifest.files:
         raise OutputError(f"the manifest does not list {name!r:.200}", available=sorted(manifest.files)[:8])
     return manifest.files[name]
 
 
-def _problem(out: Path, manifest: Manifest, name: str, progress: Callable[[int], None] | None) -> str | None:
-    entry, path = _entry(manifest, name), out / check_relpath(name)
-    try:
-        if os.path.realpath(path) != os.path.join(os.path.realpath(out), name):
-            return f"{name} is reached through a symbolic link"
-        fd, size = open_regular(path)
-        os.close(fd)
-        if size != entry["bytes"]:
-            return f"{name} has {size} bytes instead of {entry['bytes']}"
-        if hash_file(path, progress)["sha256"] != entry["sha256"]:
-            return f"{name} was changed (its SHA-256 differs)"
-    except FileNotFoundError:
-        return f"{name} is missing"
-    except (OSError, ValueError, OutputError) as error:
-        return f"{name} cannot be read ({error})"
-    return None
-
-
 def read_verified(out: str | Path, manifest: Manifest, name: str) -> bytes:
-    """The bytes of one file, hashed *as read*: what is returned is what the manifest vouches for, with no second open
-    in which the file could be swapped. For engines, whose deserialization runs code.
+    """Return the content of one file, hashed *as read*.
+
+    The manifest vouches for exactly the bytes that are returned: there is no second open before which the file could be
+    swapped. It is for engines, whose deserialization runs code.
+
+    Args:
+        out: The export folder.
+        manifest: Its manifest.
+        name: The path of the file in the export.
 
     Raises:
-        OutputError: as :func:`verify_files`. ResourceError: it is larger than the memory that is free.
+        OutputError: The file is missing, of another size, changed, or reached through a link.
+        ResourceError: The file is larger than the free memory.
     """
     entry, path = _entry(manifest, name), Path(out) / check_relpath(name)
     if entry["bytes"] > (free := memory_limit()):
@@ -478,16 +610,7 @@ def read_verified(out: str | Path, manifest: Manifest, name: str) -> bytes:
             available=f"{free / 1e9:.2f} GB are free",
             fix="free memory, or use a machine with more",
         )
-    try:
-        linked = os.path.realpath(path) != os.path.join(os.path.realpath(out), name)
-        raw = b"" if linked else read_limited(path, entry["bytes"])
-    except FileNotFoundError as error:
-        raise OutputError(f"{path} does not match its manifest: it is missing", fix="export again") from error
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}", fix="mend that, then try again") from error
-    except ValueError as error:
-        raise OutputError(f"{path} does not match its manifest: {error}", fix="export again") from error
-    if linked or hashlib.sha256(raw).hexdigest() != entry["sha256"]:
-        how = "is reached through a symbolic link" if linked else "was changed (its SHA-256 differs)"
-        raise OutputError(f"{path} {how}: refusing to use it", fix="export again")
+    with open_listed(Path(out), name, entry) as descriptor:
+        raw = read_all(os.dup(descriptor), entry["bytes"])
+        require_digest(hashlib.sha256(raw).hexdigest(), entry)
     return raw

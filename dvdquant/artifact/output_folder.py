@@ -1,4 +1,4 @@
-"""Whether a folder may become an export, as far as that shows without writing to it."""
+"""Checks that a folder may become an export, as far as they are possible without writing to it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ from dvdquant.text import shown
 
 __all__ = ["check_output", "check_path", "previous_export", "real_path"]
 
-# What file systems and desktops put into an otherwise empty folder.
+# Names that file systems and desktops put into an otherwise empty folder.
 _FOREIGN = {"lost+found", ".DS_Store"}
-# Bytes of a path that Linux takes, and what is left for the folders and files that an export makes below its own.
+# The bytes that a path may have on Linux, and those kept for the folders and files that an export makes below its own.
 _PATH_MAX, _BELOW = 4096, 512
 
 
 def real_path(out: str | Path) -> Path:
-    """``out`` without links and ``~``; OutputError for what is no path."""
+    """Return ``out`` with links and ``~`` resolved.
+
+    Args:
+        out: The output folder, which need not exist.
+
+    Raises:
+        OutputError: It is no usable path, or it is relative and the working directory was deleted.
+    """
     try:
         return Path(os.path.realpath(Path(out).expanduser()))
     except FileNotFoundError as error:
@@ -34,7 +41,14 @@ def real_path(out: str | Path) -> Path:
 
 
 def check_path(folder: Path) -> None:
-    """OutputError for a resolved path that an export would fail at later: too long, or not to be written as text."""
+    """Refuse a resolved path that an export would fail at later.
+
+    Args:
+        folder: The output folder without links.
+
+    Raises:
+        OutputError: The path is too long, or holds bytes that are not UTF-8.
+    """
     try:
         length = len(str(folder).encode())
     except UnicodeEncodeError as error:
@@ -51,15 +65,23 @@ def check_path(folder: Path) -> None:
 
 
 def check_output(out: str | Path) -> None:
-    """OutputError where an export into ``out`` would be refused; nothing is made, so that a dry run can ask too."""
+    """Check that an export into ``out`` would be accepted, without making anything, so that a dry run can ask too.
+
+    Args:
+        out: The output folder, which need not exist.
+
+    Raises:
+        OutputError: The path is no usable one, the folder cannot be written, or it holds something else than an export.
+        ResourceError: The number of open files is at its limit.
+    """
     folder = real_path(out)
     check_path(folder)
     try:
         there = _deepest(folder)
-        # /proc and its like let root write by their permissions and hold no files: they have no blocks.
+        # File systems such as /proc let root write by their permissions, but hold no files: they have no blocks.
         if not os.access(there, os.W_OK | os.X_OK) or not os.statvfs(there).f_blocks:
             raise OutputError(f"cannot write {folder}: {there} takes no files", fix="pick an -o you may write to")
-        # What a killed commit left is put in order by the next export.
+        # The next export puts in order what a killed commit left, so it is no reason to refuse.
         if there == folder and not os.path.lexists(folder / COMMIT):
             with Folder.open(folder) as opened:
                 previous_export(opened)
@@ -68,7 +90,12 @@ def check_output(out: str | Path) -> None:
 
 
 def _deepest(folder: Path) -> Path:
-    """The deepest of ``folder`` and its parents that exists. OutputError if that is no folder, OSError for a bad name."""
+    """Return the deepest of ``folder`` and its parents that exists.
+
+    Raises:
+        OutputError: It is no folder.
+        OSError: A name in the path is too long or cannot be looked at.
+    """
     there = folder
     for place in reversed((folder, *folder.parents)):
         try:
@@ -85,7 +112,15 @@ def _deepest(folder: Path) -> Path:
 
 
 def previous_export(out: Folder) -> Manifest | None:
-    """The manifest of the export in ``out``, None for an empty folder; OutputError for anything else."""
+    """Return the manifest of the export in ``out``, or None for an empty folder.
+
+    Args:
+        out: The open folder. The lock file, unfinished work, and the files that file systems and desktops make do not
+            count.
+
+    Raises:
+        OutputError: The folder holds something else, or an invalid manifest.
+    """
     names = set(out.names()) - _FOREIGN - {LOCK}
     names = {name for name in names if not STAGE.fullmatch(name)}
     if MANIFEST in names:

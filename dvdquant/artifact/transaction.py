@@ -1,7 +1,7 @@
 """The output folder of an export as a transaction: all of the new export, or nothing of it.
 
-Work goes into ``OUT/.tmp-<id>/tree``, beside a journal of what is finished; ``commit`` hashes and fsyncs it and puts it
-in place (see :mod:`dvdquant.artifact.commit`). The layout a reader sees is ``OUT/manifest.json`` and the files it lists.
+Work goes into ``OUT/.tmp-<id>/tree``, beside a journal of the finished steps. ``commit`` hashes and fsyncs the tree and
+puts it in place (see :mod:`dvdquant.artifact.commit`). A reader sees ``OUT/manifest.json`` and the files that it lists.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 from pydantic import StrictInt, StrictStr, TypeAdapter
 
 from dvdquant.artifact.commit import (
-    FolderLock,
     install,
     is_trusted,
     recover,
@@ -34,11 +33,13 @@ from dvdquant.artifact.commit import (
 )
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import COMMIT, MANIFEST, OWNER, STAGE, TREE
+from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.artifact.output_folder import check_path, previous_export, real_path
 from dvdquant.artifact.unfinished import differences
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
 from dvdquant.system.files import FileEntry, disk_error, hash_descriptor, require_disk, strict_json
+from dvdquant.text import shown
 
 __all__ = ["ExportTransaction", "Journal", "recover", "require_disk"]
 
@@ -50,7 +51,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a journal: the step that is finished (None for only naming files), its data, and its files."""
+    """One line of a journal.
+
+    Args:
+        step: The step that is finished; None for a line that only names files.
+        data: The data of the step, as JSON.
+        files: The paths of its files.
+    """
 
     step: StrictStr | None
     data: Any
@@ -59,7 +66,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Owner:
-    """``owner.json`` of a stage: the process that made it, and the key of its work."""
+    """The content of ``owner.json`` of a stage: the process that made it, and the key of its work.
+
+    Args:
+        pid: The id of the process.
+        host: The name of its machine.
+        started: The time of its start, in ISO 8601.
+        key: The values that the result depends on.
+    """
 
     pid: StrictInt
     host: StrictStr
@@ -73,12 +87,21 @@ _LINE, _OWNER = TypeAdapter(Line), TypeAdapter(Owner)
 class Journal:
     """An append-only list of finished steps, each line on disk before ``add`` returns.
 
-    A line torn by a kill or a power cut ends the journal: it and what follows are dropped, and so is a line whose data
-    are not what the exporter writes.
+    A line torn by a kill or a power cut ends the journal: it and all that follows are dropped. So is a line whose data
+    are not in the form that the exporter writes.
 
     Args:
-        stage: the folder it lies in. name: its name there.
-        accept: says whether the data of a step can be gone on from; they come from a file.
+        stage: The folder that the journal lies in.
+        name: Its name there.
+        accept: A function of a step and its data, which come from a file. It says if the work can go on from them.
+
+    Attributes:
+        done: The data of every finished step, in order.
+        files: The paths of the files that lines name.
+
+    Raises:
+        OSError: The file cannot be read or written.
+        ValueError: The file cannot be a journal of this stage.
     """
 
     def __init__(
@@ -106,6 +129,7 @@ class Journal:
             raise
 
     def _load(self, line: bytes) -> bool:
+        """Take one line of the file; return False if it is not whole, out of form or not accepted."""
         if not line.endswith(b"\n"):
             return False
         try:
@@ -121,7 +145,17 @@ class Journal:
         return True
 
     def add(self, step: str | None, data: Any, files: Iterable[str]) -> None:
-        """Append one line: the step finished (None for only naming files), what it left, and its files."""
+        """Append one line and force it to the disk.
+
+        Args:
+            step: The step that is finished; None for a line that only names files.
+            data: The result of the step, as values that JSON can hold.
+            files: The paths of its files.
+
+        Raises:
+            OSError: The line cannot be written.
+            ValueError: The data hold NaN or infinities.
+        """
         entry = {"step": step, "data": data, "files": sorted(files)}
         line = json.dumps(entry, allow_nan=False).encode() + b"\n"
         written = 0
@@ -130,9 +164,8 @@ class Journal:
                 written += os.pwrite(self._fd, line[written:], self._end + written)
             os.fdatasync(self._fd)
         except OSError:
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk may have taken half a line; half of it ends the journal, too
+            # A full disk may have taken half a line, which would end the journal.
+            with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._end)
             raise
         self._end += len(line)
@@ -149,7 +182,12 @@ class Journal:
 
 
 def _read_journal(stage: Folder, name: str) -> bytes:
-    """Its content; ValueError for what cannot be a journal of this stage, or is another file as well."""
+    """Return the content of a journal.
+
+    Raises:
+        ValueError: It cannot be a journal of this stage, or the file has other names too.
+        OSError: It cannot be read.
+    """
     raw = stage.read(name, MAX_JOURNAL)
     info = stage.info(name)
     if info is None or info.st_nlink != 1:
@@ -158,28 +196,32 @@ def _read_journal(stage: Folder, name: str) -> bytes:
 
 
 class ExportTransaction:
-    """Context manager around one export into ``out``.
+    """A context manager around one export into ``out``.
 
     ``out`` may be absent (it and its parents are created), empty, or a previous export, which stays until the commit
-    and is replaced by it. Leaving the block without :meth:`commit`, by an exception or not, removes all that was
-    written; with ``keep_for_resume`` and a finished step, the work is kept for a run with ``resume``.
+    and is replaced by it. If the block ends without :meth:`commit`, by an exception or not, everything that was written
+    is removed. With ``keep_for_resume`` and a finished step, the work is kept for a run with ``resume``.
 
     Args:
-        out: the output folder.
-        key: what the result depends on (checkpoint fingerprint, recipe, options), plain JSON values.
-        resume: adopt the work of an interrupted run with the same key.
-        keep_for_resume: keep finished work on failure; may be set later as an attribute.
-        accept: says of a step and its data, read from the journal of interrupted work, whether they are in form.
+        out: The output folder.
+        key: The values that the result depends on (checkpoint fingerprint, recipe, options), as plain JSON.
+        resume: Adopt the work of an interrupted run with the same key.
+        keep_for_resume: Keep finished work on failure. It may be set later as an attribute.
+        accept: A function of a step and its data, read from the journal of interrupted work. It says if they are in
+            form.
 
     Attributes:
-        previous: the manifest of the export being replaced. complete: whether that has the same key, so that there is
-        nothing left to do. resumed: whether work was adopted. recovered: whether a killed commit was completed on
-        entry. kept: the folder of the work left behind for ``--resume``.
+        previous: The manifest of the export that is replaced, or None.
+        complete: True if that export has the same key, so that there is nothing left to do.
+        resumed: True if work was adopted.
+        recovered: True if a killed commit was completed on entry.
+        committed: True after :meth:`commit`.
+        kept: The folder of the work left behind for ``--resume``, or None.
 
     Raises:
-        OutputError: ``out`` is a file, holds something else, is in use (naming the pid) or cannot be written;
-            ``resume`` finds work of another key. ResourceError: the disk is full. An OSError in the block, whatever
-            it came from, leaves it as one of these two.
+        OutputError: ``out`` is a file, holds something else, is in use (the error names the pid) or cannot be written.
+            Or ``resume`` finds only work of another key. An OSError in the block becomes this error, or the next.
+        ResourceError: The disk is full.
     """
 
     def __init__(
@@ -205,6 +247,7 @@ class ExportTransaction:
         self._stage: Folder | None = None
         self._journal: Journal | None = None
         self._accept = accept
+        self._useless: dict[str, str] = {}
 
     def __enter__(self) -> ExportTransaction:
         try:
@@ -214,7 +257,7 @@ class ExportTransaction:
             self.previous = previous_export(folder)
             self.complete = bool(self.key) and self.previous is not None and self.previous.export_key == self.export_key
             adopted = self._find_work(folder) if self.resume and not self.complete else None
-            sweep(folder, keep=adopted)
+            self._sweep(folder, adopted)
             if adopted:
                 self._stage = folder.child(adopted)
                 self._journal = Journal(self._stage, accept=self._accept)
@@ -232,12 +275,12 @@ class ExportTransaction:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._abort()
-        # A pipe that nobody reads any more is the terminal's, and no fault of the folder.
+        # A pipe that nobody reads any more belongs to the terminal; the folder has no fault.
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> DvdquantError:
-        """What to say of an OSError of the work: it may be of a file elsewhere, or of no file."""
+        """Return the error for an OSError of the block, which may be of a file elsewhere, or of no file."""
         place = error.filename if isinstance(error.filename, str) else os.fsdecode(error.filename or b"")
         said = disk_error(error, place or self.out)
         if isinstance(said, ResourceError) or Path(place or self.out).is_relative_to(self.out):
@@ -245,6 +288,12 @@ class ExportTransaction:
         return OutputError(f"the export into {self.out} failed at {place}: {error.strerror}", fix=said.fix)
 
     def _open_folder(self) -> FolderLock:
+        """Make the output folder and its parents where they are missing, and lock it.
+
+        Raises:
+            OutputError: A file is in the place of a folder, or another export runs.
+            OSError: A folder cannot be made or opened.
+        """
         attempts = 100
         while True:
             try:
@@ -257,7 +306,10 @@ class ExportTransaction:
                     raise
 
     def _new_stage(self, folder: Folder) -> Folder:
-        """A new stage, which nobody else may enter: what is written into it later goes by its path."""
+        """Make and open a new stage.
+
+        Nobody else may enter its folder, because later files are written into it by path.
+        """
         name = f".tmp-{secrets.token_hex(8)}"
         folder.make(name, 0o700)
         stage = folder.child(name)
@@ -274,22 +326,43 @@ class ExportTransaction:
             raise
         return stage
 
+    def _sweep(self, folder: Folder, adopted: str | None) -> None:
+        """Delete the work of earlier runs but what is ``adopted``; who asked for --resume is told what goes, and why."""
+        for name in folder.names() if self.resume else ():
+            if STAGE.fullmatch(name) and name != adopted:
+                why = self._useless.get(name, "newer work of the same model and options is gone on with")
+                if self.complete:
+                    why = "the export it was for is finished"
+                logger.warning("--resume: %s is deleted: %s", folder.path / name, why)
+        sweep(folder, keep=adopted)
+
     def _find_work(self, folder: Folder) -> str | None:
-        """The newest work with our key and anything finished; OutputError if there is only such work of another key."""
+        """Return the name of the newest stage with our key and a finished step, or None if there is no unfinished work.
+
+        Raises:
+            OutputError: There is only work of another key.
+        """
         found: list[tuple[int, str, dict[str, Any]]] = []
         for name in folder.names():
             if STAGE.fullmatch(name) and folder.has_folder(name):
                 try:
                     with folder.child(name) as stage:
-                        if _is_work(stage, folder):
+                        if useless := _why_no_work(stage, folder):
+                            self._useless[name] = useless
+                        else:
                             owner = _OWNER.validate_python(strict_json(stage.read(OWNER, MAX_MANIFEST)))
                             found.append((stage.own().st_mtime_ns, name, owner.key))
                 except (OSError, ValueError) as error:
                     # Killed while it was made or being deleted; or of somebody else, or made to look like work.
-                    logger.info("%s is no work to go on with: %s", folder.path / name, error)
+                    reason = error.strerror if isinstance(error, OSError) else None
+                    self._useless[name] = f"it is damaged ({shown(reason or error, 200)})"
+            elif STAGE.fullmatch(name):
+                self._useless[name] = "it is no folder"
         found.sort(key=lambda work: work[0], reverse=True)
         for _, name, key in found:
             if key == self.key:
+                others = {other: "it is of another model or of other options" for _, other, its in found if its != key}
+                self._useless |= others
                 return name
         if found:
             raise OutputError(
@@ -300,7 +373,7 @@ class ExportTransaction:
         return None
 
     def _abort(self) -> None:
-        """Close; unless committed, remove what was written (or keep it for --resume), then what was created for it."""
+        """Close everything; unless committed, remove the work (or keep it for --resume) and the folders made for it."""
         finished = self._journal is not None and bool(self._journal.done)
         if self._journal is not None:
             self._journal.close()
@@ -317,9 +390,16 @@ class ExportTransaction:
                 try:
                     folder.rmdir()
                 except OSError:
-                    break  # not empty: work kept for --resume, or somebody else's files
+                    break  # it holds work kept for --resume, or somebody else's files
 
     def _leave_stage(self, stage: Folder, folder: Folder, finished: bool) -> None:
+        """Remove the stage, or keep it for --resume.
+
+        Args:
+            stage: The stage.
+            folder: The output folder.
+            finished: The journal has a finished step.
+        """
         place, name = self.out / stage.path.name, stage.path.name
         try:
             if not folder.has_folder(name) or folder.has(COMMIT):
@@ -336,16 +416,27 @@ class ExportTransaction:
 
     @property
     def tree(self) -> Path:
-        """The folder that becomes the export; write only into it."""
+        """Return the folder that becomes the export; write only into it.
+
+        Raises:
+            RuntimeError: The transaction has not been entered.
+        """
         if self._stage is None:
             raise RuntimeError("the transaction has not been entered")
         return self._stage.path / TREE
 
     def path(self, relative: str, *, resumable: bool = False) -> Path:
-        """The place of a file of the export, its parent folders made.
+        """Return the place of a file of the export, and make its parent folders.
 
-        A resumed run finds only files that were ``resumable`` or named by a finished step; others are deleted, since
-        nobody knows whether they are whole.
+        Args:
+            relative: The POSIX path of the file in the export.
+            resumable: Let a resumed run find the file even if no finished step names it. Other files are deleted then,
+                because nobody knows if they are whole.
+
+        Raises:
+            OutputError: The path is no plain one, the folder cannot be written, or it was moved or replaced meanwhile.
+            ResourceError: The disk is full.
+            RuntimeError: The transaction has not been entered.
         """
         path = self.tree / check_relpath(relative)
         try:
@@ -359,7 +450,11 @@ class ExportTransaction:
         return path
 
     def _check_place(self) -> None:
-        """OutputError if the path of the output folder leads to another one by now: what is written goes by that path."""
+        """Check that the path of the output folder still leads to it, because files are written by that path.
+
+        Raises:
+            OutputError: The folder was moved, replaced or deleted.
+        """
         assert self._stage is not None
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             there, own = os.lstat(self._stage.path), self._stage.own()
@@ -371,7 +466,18 @@ class ExportTransaction:
         )
 
     def done(self, step: str, data: Any = None, files: Iterable[str] = ()) -> None:
-        """Record that ``step`` is finished, with JSON ``data`` to find again; ``files`` of it are fsynced first."""
+        """Record that a step is finished, after its files are fsynced.
+
+        Args:
+            step: The name of the step.
+            data: Values that JSON can hold, for :meth:`data`.
+            files: The relative POSIX paths of the step's files.
+
+        Raises:
+            OutputError: A file is no regular file of the export, or the journal cannot be written.
+            ResourceError: The disk is full.
+            RuntimeError: The transaction has not been entered.
+        """
         if self._journal is None:
             raise RuntimeError("the transaction has not been entered")
         names = [check_relpath(name) for name in files]
@@ -379,10 +485,18 @@ class ExportTransaction:
             for name in names:
                 self._sync_file(name)
             self._journal.add(step, data, names)
+            if self._lock is not None:
+                self._lock.touch()
         except OSError as error:
             raise disk_error(error, error.filename or self.tree) from error
 
     def _sync_file(self, name: str) -> None:
+        """Make a file of the tree durable.
+
+        Raises:
+            OutputError: It is no regular file.
+            OSError: It is missing or cannot be synced.
+        """
         assert self._stage is not None
         *parents, last = name.split("/")
         try:
@@ -392,16 +506,27 @@ class ExportTransaction:
             raise OutputError(f"{self.tree / name} cannot be part of an export: {error}") from error
 
     def is_done(self, step: str) -> bool:
-        """Whether ``step`` was finished, in this run or in the one resumed."""
+        """Return whether a step was finished, in this run or in the resumed one.
+
+        Args:
+            step: The name of the step.
+        """
         return step in self.steps
 
     def data(self, step: str) -> Any:
-        """What :meth:`done` was given for ``step``; KeyError if it is not done."""
+        """Return the data that :meth:`done` was given for a step.
+
+        Args:
+            step: The name of the step.
+
+        Raises:
+            KeyError: The step is not done.
+        """
         return self.steps[step]
 
     @property
     def steps(self) -> dict[str, Any]:
-        """All finished steps and their data, in order."""
+        """Return all finished steps and their data, in order."""
         return dict(self._journal.done) if self._journal else {}
 
     def commit(
@@ -410,16 +535,22 @@ class ExportTransaction:
         known: Mapping[str, FileEntry] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Manifest:
-        """Hash the tree, write the manifest and put the export in place; returns the manifest with its files.
+        """Hash the tree, write the manifest and put the export in place.
 
         Args:
-            manifest: everything but ``files`` and ``export_key``, which are filled in here.
-            known: hashes already at hand (``StreamingWriter.finish()``), by relative path; of the right size, they are
-                not computed again.
-            progress: gets the number of bytes of every block hashed.
+            manifest: The manifest without ``files`` and ``export_key``, which are filled in here.
+            known: Hashes that are already known (``StreamingWriter.finish()``), by relative path. If the size is right,
+                they are not computed again.
+            progress: A function that gets the number of bytes of every block hashed.
+
+        Returns:
+            The manifest with its files.
 
         Raises:
-            OutputError, ResourceError: the export before this one is still in place, or the next run completes this.
+            OutputError: A file cannot be part of an export, or a file system call fails. The old export is still in
+                place, or the next run completes the new one.
+            ResourceError: The disk is full; the same holds.
+            RuntimeError: The transaction is over or has not been entered.
         """
         stage, lock = self._stage, self._lock
         if self.committed or stage is None or lock is None:
@@ -437,12 +568,12 @@ class ExportTransaction:
                             folder.sync()
                 tree.sync()
             stage.sync()
-            # Closed before its folder is deleted: NFS keeps a name for an open file.
+            # The journal is closed before its folder is deleted: NFS keeps a name for an open file.
             if self._journal is not None:
                 self._journal.close()
             self._lock = install(lock, stage, files, self.previous)
         except OSError as error:
-            if os.path.lexists(self.out / COMMIT):
+            if _may_be_there(self.out / COMMIT):
                 raise OutputError(
                     f"the export is finished, but putting it in place failed at {error.filename}: {error.strerror}",
                     fix=f"remove the cause ({disk_error(error, self.out).fix}); the same command with --resume completes it",
@@ -452,8 +583,24 @@ class ExportTransaction:
         return final
 
 
+def _may_be_there(path: Path) -> bool:
+    """Return whether a path exists; True, too, where the disk does not even say that."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _make_folder(folder: Path) -> bool:
-    """Whether it was made; OutputError if a file has its name."""
+    """Make a folder, and return False if it was there already.
+
+    Raises:
+        OutputError: A file has its name.
+        OSError: It cannot be made.
+    """
     try:
         folder.mkdir()
     except OSError:
@@ -468,7 +615,17 @@ def _make_folder(folder: Path) -> bool:
 def _hash_tree(
     tree: Folder, known: Mapping[str, FileEntry], progress: Callable[[int], None] | None
 ) -> dict[str, FileEntry]:
-    """Make every file readable and durable, and return its hash and size, of the same descriptor."""
+    """Make every file readable and durable, and return its hash and size, all by the same descriptor.
+
+    Args:
+        tree: The tree of the stage.
+        known: Hashes that are already known, by relative path.
+        progress: A function that gets the number of bytes of every block hashed.
+
+    Raises:
+        OutputError: A file is no regular file, or its path is no plain one.
+        OSError: A file cannot be read.
+    """
     files: dict[str, FileEntry] = {}
     for item in sorted(tree.walk(), key=lambda item: item.path):
         if item.is_folder:
@@ -495,21 +652,40 @@ def _hash_tree(
     return files
 
 
-def _is_work(stage: Folder, out: Folder) -> bool:
-    """Whether an interrupted export of a trusted user left anything finished there."""
+def _why_no_work(stage: Folder, out: Folder) -> str | None:
+    """Return why a run cannot go on with what is there, or None where a trusted user's export finished a step.
+
+    Raises:
+        OSError: It cannot be read, or is deeper than an export.
+        ValueError: Its journal is no journal.
+    """
+    if not is_trusted(stage.own(), out):
+        return "it is of another user"
+    if not stage.has_folder(TREE):
+        return "it is damaged (its files are missing)"
+    if not stage.has(OWNER):
+        return "it is half deleted, or was killed while it was begun"
     journal = stage.info(JOURNAL)
-    if journal is None or not journal.st_size or not stage.has_folder(TREE) or not is_trusted(stage.own(), out):
-        return False
+    if journal is None or not journal.st_size:
+        return "no step of it was finished"
     _read_journal(stage, JOURNAL)
     with stage.child(TREE) as tree:
-        for _ in tree.walk():  # no deeper than an export is
+        for _ in tree.walk():  # an OSError if it is deeper than an export
             pass
-    return True
+    return None
 
 
 def _drop_unclaimed(stage: Folder, claimed: set[str], out: Folder) -> None:
-    """Delete from adopted work what no finished step names, and whatever is no file of its own: writing to a link, or to
-    the second name of a file, would write elsewhere."""
+    """Delete the parts of adopted work that cannot be trusted to be whole or to be its own.
+
+    These are the files that no line of the journal names, and everything that is no file of its own: writing to a link,
+    or to the second name of a file, would write elsewhere.
+
+    Args:
+        stage: The adopted stage.
+        claimed: The paths that the journal names.
+        out: The output folder.
+    """
     os.fchmod(stage.fd, 0o700)
     for name in stage.names():
         info = stage.info(name)
@@ -522,7 +698,7 @@ def _drop_unclaimed(stage: Folder, claimed: set[str], out: Folder) -> None:
             *parents, last = entry.path.split("/")
             with tree.reach(parents) as folder:
                 folder.unlink(last)
-        # Folders that hold nothing now, the scratch folder of a killed builder among them.
+        # Delete the folders that are empty now, such as the scratch folder of a killed builder.
         for entry in reversed([entry for entry in tree.walk() if entry.is_folder]):
             *parents, last = entry.path.split("/")
             with tree.reach(parents) as folder, contextlib.suppress(OSError):
@@ -530,4 +706,5 @@ def _drop_unclaimed(stage: Folder, claimed: set[str], out: Folder) -> None:
 
 
 def _is_own_file(info: os.stat_result, out: Folder) -> bool:
+    """Return whether it is a regular file of a trusted user with this one name."""
     return stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and is_trusted(info, out)

@@ -1,4 +1,4 @@
-"""What is said of an export that was begun and not finished, to who reads its folder and to who resumes it."""
+"""Words about an export that was begun and not finished, for a reader of its folder and for a user who resumes it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ _SHORT = 40  # characters of a value that is shown
 
 
 def unfinished_export(out: Path) -> OutputError | None:
-    """The error for a folder that holds the work of an export and no export yet; None for any other.
+    """Return the error for a folder that holds the work of an export and no export yet, or None for any other folder.
 
-    Only looks: no file is made or changed, and no lock is kept.
+    The function only looks: it makes and changes no file, and keeps no lock.
+
+    Args:
+        out: The folder without a manifest.
     """
     try:
         with Folder.open(out, follow=True) as folder:
@@ -49,13 +52,13 @@ def unfinished_export(out: Path) -> OutputError | None:
 
 
 def _is_locked(folder: Folder) -> bool:
-    """Whether a process writes there. A killed one leaves its lock file, and no lock."""
+    """Return whether a process writes to the folder; a killed one leaves its lock file, but no lock."""
     try:
         fd = folder.open_file(LOCK)
     except (OSError, ValueError):
         return False
     try:
-        # Shared and for an instant: an export that begins just then waits for it.
+        # The lock is shared and held for an instant: an export that begins just then waits for it.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -67,7 +70,13 @@ def _is_locked(folder: Folder) -> bool:
 
 
 def differences(then: Any, now: Any, most: int = 6) -> str:
-    """In words, where two keys of exports differ: names first, then values that are short, of the others only the field."""
+    """Return in words where two keys of exports differ: names first, then short values, then fields with long values.
+
+    Args:
+        then: The key of the earlier export, as JSON.
+        now: The key of this export, as JSON.
+        most: The greatest number of differences that are named.
+    """
     short, long = [], []
     for name, before, after in sorted(_fields(then, now), key=lambda field: not field[0].endswith(".name")):
         texts = _text(before), _text(after)
@@ -80,6 +89,7 @@ def differences(then: Any, now: Any, most: int = 6) -> str:
 
 
 def _fields(then: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return ``(field, before, after)`` of every field that differs, at any depth."""
     if isinstance(then, dict) and isinstance(now, dict):
         names = sorted({*then, *now})
         return [each for name in names for each in _fields(then.get(name), now.get(name), f"{prefix}.{name}")]
@@ -87,7 +97,7 @@ def _fields(then: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]
 
 
 def _text(value: Any) -> str | None:
-    """A scalar, or a list of them, as it would be written; None for what is long or nested."""
+    """Return a scalar or a list of scalars as text, or None if it is long or nested."""
     if isinstance(value, list):
         if any(isinstance(item, (list, dict)) for item in value):
             return None

@@ -1,4 +1,4 @@
-"""What ``--verify`` compared, in words for people."""
+"""The result of ``--verify`` in words for people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ __all__ = ["verified_words"]
 
 
 def verified_words(verified: Verified | None) -> str:
-    """Return one line about the manifest's field ``verified``; its texts are untrusted."""
+    """Return one line about the manifest's field ``verified``; its texts are untrusted and made safe to print.
+
+    Args:
+        verified: The field, or None if the export was not verified.
+    """
     if verified is None:
         return "not verified against the checkpoint (dvdq-export with --verify does it)"
     return (

@@ -1,1 +1,1 @@
-"""Readers of models that come from anywhere, and are not trusted."""
+"""Readers of models that may come from anywhere and are not trusted."""

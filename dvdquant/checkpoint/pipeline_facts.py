@@ -1,7 +1,8 @@
-"""What the pipeline around a transformer says about its inputs, read from the files beside it.
+"""Facts about a transformer's inputs that only the pipeline around it tells, read from the files beside it.
 
-The channels of a Wan transformer do not tell its VAE: models that are steered have conditions among their input channels.
-The pipeline knows: ``vae/config.json`` has the scale of the latents, ``model_index.json`` whether every token has a timestep.
+The channels of a Wan transformer do not tell its VAE: models that are steered have conditions among their input
+channels. The pipeline knows: ``vae/config.json`` has the scale of the latents, and ``model_index.json`` tells whether
+every token has a timestep.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ _Compression = Annotated[int, Field(ge=1, le=64)]
 
 
 class _Index(BaseModel):
-    """The field of ``model_index.json`` that concerns the transformer."""
+    """The field of ``model_index.json`` that concerns the transformer.
+
+    Attributes:
+        expand_timesteps: Every token has a timestep; None if the file does not say.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -34,7 +39,12 @@ class _Index(BaseModel):
 
 
 class _Vae(BaseModel):
-    """The fields of the config of AutoencoderKLWan that concern the transformer, with their defaults in diffusers."""
+    """The fields of the config of AutoencoderKLWan that concern the transformer, with their defaults in diffusers.
+
+    Attributes:
+        scale_factor_temporal: The number of frames per latent frame.
+        scale_factor_spatial: The number of pixels per latent, in height and width.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -43,13 +53,17 @@ class _Vae(BaseModel):
 
 
 def with_pipeline_facts(checkpoint: Checkpoint) -> Checkpoint:
-    """``checkpoint`` with what its pipeline says in its config, where that is another thing than the transformer alone tells.
+    """Return ``checkpoint`` with the facts of its pipeline in its config, if they change how the transformer is used.
 
-    The config is stored in the export, so that it says the same wherever that is used. Files are read only inside the folder
-    that was given as the model.
+    The config is stored in the export, so the export says the same wherever it is used. Files are read only inside the
+    folder that was given as the model.
+
+    Args:
+        checkpoint: The opened transformer. Only that of a Wan model can change.
 
     Raises:
-        CheckpointError: a file of the pipeline that cannot be read, or a field out of form.
+        CheckpointError: A file of the pipeline cannot be read, or a field is out of form.
+        UnsupportedError: The class of the transformer is unknown.
     """
     config = {name: value for name, value in checkpoint.config.items() if name != PIPELINE}
     alone = get_family(config)
@@ -63,11 +77,16 @@ def with_pipeline_facts(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _read(checkpoint: Checkpoint) -> PipelineFacts:
+    """Return the facts from the files beside the transformer, or none if its own folder was given as the model.
+
+    Raises:
+        CheckpointError: A file cannot be read, or a field is out of form.
+    """
     folder = checkpoint.root.parent
     given = os.path.realpath(os.path.expanduser(checkpoint.model))
-    if given == str(checkpoint.root):  # the transformer's own folder was given: what lies around it was not
+    if given == str(checkpoint.root):  # only the transformer's own folder was given, so nothing around it is read
         return PipelineFacts()
-    place = UntrustedFolder.at(folder)
+    place = UntrustedFolder(folder, checkpoint.folder.allowed)
     index, vae = _fields(place, "model_index.json", _Index), _fields(place, "vae/config.json", _Vae)
     return PipelineFacts(
         vae_scale=[vae.scale_factor_temporal, vae.scale_factor_spatial, vae.scale_factor_spatial] if vae else None,
@@ -76,7 +95,16 @@ def _read(checkpoint: Checkpoint) -> PipelineFacts:
 
 
 def _fields(folder: UntrustedFolder, name: str, record: type[Any]) -> Any:
-    """The fields of a JSON file of the pipeline, or None where there is no such file."""
+    """Return the fields of a JSON file of the pipeline, or None if there is no such file.
+
+    Args:
+        folder: The folder of the pipeline.
+        name: The name of the file.
+        record: The pydantic model of its fields.
+
+    Raises:
+        CheckpointError: The file cannot be read, or a field is out of form.
+    """
     if not os.path.lexists(folder.root / name):
         return None
     try:

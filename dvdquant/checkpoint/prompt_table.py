@@ -1,8 +1,9 @@
-"""Prompts of models that have no text encoder: each word is one row of a table beside the transformer.
+"""Prompts of models without a text encoder: each word is one row of a table beside the transformer.
 
-A prompt table is two files in the folder that holds ``transformer/`` and ``scheduler/``: ``prompts.json`` (the words, the
-order of the slots, latent shape, guidance and steps the model was trained for) and ``prompts.safetensors`` with the
-tensor ``words`` [len(words), text_dim]. Its latents are RGB in [-1, 1], so a clip needs no VAE.
+A prompt table is two files in the folder that holds ``transformer/`` and ``scheduler/``. ``prompts.json`` has the
+words, the order of the slots, and the latent shape, guidance and steps that the model was trained for.
+``prompts.safetensors`` has the tensor ``words`` [len(words), text_dim]. The latents of such a model are RGB in [-1, 1],
+so a clip needs no VAE.
 """
 
 from __future__ import annotations
@@ -42,13 +43,18 @@ _FIX = "get the model's folder again"
 
 @dataclass(frozen=True)
 class PromptTable:
-    """The words a model knows and what else a clip of it needs.
+    """The words that a model knows, and what else a clip of it needs.
 
     Args:
-        root: the folder of the table. words: in the order of the rows of ``embeddings`` [words, text_dim], any float
-            dtype. order: name of each slot of a prompt. choices: slot name -> the words that may stand there, or empty
-            where prompts.json does not say; then the order of the words is the user's matter.
-        latent: (channels, frames, height, width). guidance_scale and steps: what the model was trained and scored with.
+        root: The folder of the table.
+        words: The words, in the order of the rows of ``embeddings``.
+        order: The name of each slot of a prompt.
+        choices: Slot name -> the words that may stand there. It is empty if prompts.json does not say; then the user is
+            responsible for the order of the words.
+        latent: The size of a clip in latents: (channels, frames, height, width).
+        guidance_scale: The guidance scale that the model was trained and scored with.
+        steps: The number of denoising steps that the model was trained and scored with.
+        embeddings: The rows of the words [words, text_dim], of any floating dtype.
     """
 
     root: Path
@@ -62,15 +68,26 @@ class PromptTable:
 
     @staticmethod
     def is_at(folder: str | Path) -> bool:
-        """Whether ``folder`` is local and holds a prompt table."""
+        """Return whether ``folder`` is local and holds a prompt table.
+
+        Args:
+            folder: A path or a hub id; ``~`` is the user's home.
+        """
         try:
             return (Path(os.path.expanduser(folder)) / PROMPTS).is_file()
         except (OSError, ValueError, RuntimeError):
-            return False  # a name that no file can have, or a folder that may not be entered: who opens it says so
+            return False  # no file can have this name, or the folder may not be entered; open() says so
 
     @classmethod
     def open(cls, folder: str | Path) -> PromptTable:
-        """Read and check both files. CheckpointError names the file and the field that is out of form."""
+        """Read and check both files of a prompt table.
+
+        Args:
+            folder: The folder that holds them; ``~`` is the user's home.
+
+        Raises:
+            CheckpointError: A file is missing or out of form; the error names the file and the field.
+        """
         root = Path(os.path.expanduser(folder))
         place = UntrustedFolder.at(root)
         data = _read_json(place, PROMPTS)
@@ -88,10 +105,16 @@ class PromptTable:
         return table
 
     def parse(self, prompt: str) -> tuple[str, ...]:
-        """The words of ``prompt`` in the order of the slots; where ``choices`` are known, in whatever order they came.
+        """Return the words of ``prompt`` in the order of the slots.
+
+        If ``choices`` are known, the words of the prompt may be in any order.
+
+        Args:
+            prompt: The words, separated by spaces or commas, in any case.
 
         Raises:
-            ShapeError: an unknown word (with the likely one), too few or too many, or two for one slot.
+            ShapeError: A word is unknown (the error names the likely one), there are too few or too many words, or two
+                words are for one slot.
         """
         words, known = prompt.replace(",", " ").split(), frozenset(self.known)
         for word in words:
@@ -108,30 +131,37 @@ class PromptTable:
         return self._by_slot(prompt, words) if self.choices else tuple(words)
 
     def encode(self, prompt: str | None) -> Tensor:
-        """Text embedding [1, slots, text_dim] of a prompt; of the empty word in every slot for None. ShapeError as
-        :meth:`parse`."""
+        """Return the text embedding [1, slots, text_dim] of a prompt.
+
+        Args:
+            prompt: The words as for :meth:`parse`. None stands for the empty word in every slot.
+
+        Raises:
+            ShapeError: The prompt is refused as in :meth:`parse`.
+        """
         words = (EMPTY_WORD,) * len(self.order) if prompt is None else self.parse(prompt)
         return self.embeddings[[self.words.index(word) for word in words]][None]
 
     @property
     def known(self) -> tuple[str, ...]:
-        """The words a prompt may hold."""
+        """Return the words that a prompt may hold."""
         return tuple(word for word in self.words if word != EMPTY_WORD)
 
     def describe(self) -> str:
-        """The words by slot, in one line of at most 2000 characters."""
+        """Return the words by slot, in one line of at most 2000 characters."""
         if not self.choices:
             return shown(", ".join(self.known), 2000)
         return shown("; ".join(f"{slot}: {' '.join(self.choices[slot])}" for slot in self.order), 2000)
 
     def example(self) -> str:
-        """A prompt that the model takes."""
+        """Return a prompt that the model takes."""
         known = self.known
         return " ".join(
             self.choices[slot][-1] if self.choices else known[i % len(known)] for i, slot in enumerate(self.order)
         )
 
     def _unknown(self, word: str) -> ShapeError:
+        """Return the error for a word that the model does not know, with the likely word."""
         near = difflib.get_close_matches(word.lower()[:80], [k for k in self.known if len(k) <= 80][:5000], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return ShapeError(
@@ -141,6 +171,15 @@ class PromptTable:
         )
 
     def _by_slot(self, prompt: str, words: list[str]) -> tuple[str, ...]:
+        """Return the words in the order of the slots, by ``choices``.
+
+        Args:
+            prompt: The prompt as given, for errors.
+            words: Its words in lower case.
+
+        Raises:
+            ShapeError: A slot has no word or several.
+        """
         chosen = {slot: [word for word in words if word in self.choices[slot]] for slot in self.order}
         for slot, found in chosen.items():
             if len(found) != 1:
@@ -154,7 +193,14 @@ class PromptTable:
 
 
 def frames_from_latents(latents: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Pictures [F, H, W, 3] uint8 of RGB latents [1, 3, F, H, W] in [-1, 1]: round(255 · clamp((x + 1) / 2, 0, 1))."""
+    """Return the pictures of RGB latents as uint8 [F, H, W, 3]: round(255 · clamp((x + 1) / 2, 0, 1)).
+
+    Args:
+        latents: RGB latents [1, 3, F, H, W] in [-1, 1], of any floating dtype.
+
+    Raises:
+        ShapeError: The latents have another shape.
+    """
     if latents.ndim != 5 or latents.shape[:2] != (1, 3):
         raise ShapeError(f"latents {list(latents.shape)} are no RGB clip", available="[1, 3, frames, height, width]")
     unit = ((latents[0].detach().to("cpu", torch.float64) + 1) / 2).clamp(0, 1)
@@ -162,6 +208,11 @@ def frames_from_latents(latents: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _read_json(place: UntrustedFolder, name: str) -> dict[str, Any]:
+    """Return the JSON object in a file of the table.
+
+    Raises:
+        CheckpointError: The file is missing or cannot be used.
+    """
     folder = place.root / name.rpartition("/")[0]
     if not place.has(name) and not os.path.lexists(place.root / name):
         there = UntrustedFolder(folder if os.path.isdir(folder) else place.root, place.allowed)
@@ -170,6 +221,13 @@ def _read_json(place: UntrustedFolder, name: str) -> dict[str, Any]:
 
 
 def _read_words(place: UntrustedFolder) -> Tensor:
+    """Return the tensor ``words`` [words, text_dim] of the table.
+
+    Raises:
+        CheckpointError: The file is missing, cannot be read, lacks the tensor, or the tensor is too large or not of
+            finite floats.
+        ResourceError: There is not enough memory for the tensor.
+    """
     path = place.root / EMBEDDINGS
     try:
         fd = place.open(EMBEDDINGS)
@@ -193,6 +251,18 @@ def _read_words(place: UntrustedFolder) -> Tensor:
 
 
 def _parse(root: Path, data: dict[str, Any], words: tuple[str, ...], embeddings: Tensor) -> PromptTable:
+    """Build the table from the content of its files.
+
+    Args:
+        root: The folder of the table.
+        data: The content of prompts.json.
+        words: The words in it.
+        embeddings: The rows of the words [words, text_dim].
+
+    Raises:
+        KeyError: A field is missing.
+        ValueError: A field is out of form.
+    """
     order = _names(data, "order", MAX_SLOTS)
     if set(words) == {EMPTY_WORD}:
         raise ValueError("words holds nothing but the empty word")
@@ -222,6 +292,17 @@ def _parse(root: Path, data: dict[str, Any], words: tuple[str, ...], embeddings:
 
 
 def _names(data: Mapping[str, Any], field: str, most: int) -> tuple[str, ...]:
+    """Return a field that is a list of different words.
+
+    Args:
+        data: The fields.
+        field: The name of the field.
+        most: The greatest number of words.
+
+    Raises:
+        KeyError: The field is missing.
+        ValueError: It is no list of 1 to ``most`` different words of at most ``MAX_WORD`` characters.
+    """
     value = data[field]
     if not isinstance(value, list) or not 0 < len(value) <= most:
         raise ValueError(f"{field:.80} is no list of 1 to {most} words")

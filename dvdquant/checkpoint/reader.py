@@ -70,7 +70,17 @@ _SINGLE_FILE = "diffusers.<transformer class>.from_single_file(FILE).save_pretra
 
 @dataclass(frozen=True)
 class ShardTensor(TensorInfo):
-    """A tensor of a checkpoint, the real path of the file that holds it, and that file's name in the folder."""
+    """A tensor of a checkpoint and the file that holds it.
+
+    Args:
+        name: The name of the tensor.
+        dtype: The safetensors code of the dtype (``BF16``...).
+        shape: The shape.
+        offset: The position of the first byte, counted from the start of the file.
+        nbytes: The size in bytes.
+        path: The real path of the file.
+        shard: The name of the file in the folder.
+    """
 
     path: Path = field(default=Path())
     shard: str = ""
@@ -80,10 +90,19 @@ class ShardTensor(TensorInfo):
 class Checkpoint:
     """One transformer, opened and checked by :func:`open_checkpoint`; weights stay on disk until :meth:`read`.
 
-    ``model`` is the argument as given, ``component`` the pipeline folder, ``root`` the real folder of the transformer,
-    ``tensors`` every tensor by name, ``headers`` the SHA-256 of each file's header by file name. ``files`` is what each
-    file was when its header was checked; nothing is read from a file that is another by now. No descriptor is kept, so
-    hundreds of shards cost none and a checkpoint can be pickled.
+    No descriptor is kept, so hundreds of shards need none, and a checkpoint can be pickled.
+
+    Args:
+        model: The model as it was given to :func:`open_checkpoint`.
+        component: The folder of the pipeline that the transformer is in.
+        root: The real folder of the transformer.
+        config: The content of its ``config.json``.
+        tensors: Every tensor by name.
+        headers: The SHA-256 of each file's header, by file name.
+        folder: The same folder as ``root``, with the places that its files may lie in.
+        files: The identity of each file when its header was checked, by file name. Nothing is read from a file that has
+            changed since.
+        samples: The SHA-256 of the bytes that :meth:`fingerprint` read of each file, by file name.
     """
 
     model: str
@@ -96,33 +115,51 @@ class Checkpoint:
     files: dict[str, FileIdentity]
     lora: Loras | None = None
     """LoRAs that :meth:`read` adds to the weights (:mod:`dvdquant.checkpoint.lora.fuse`)."""
+    samples: dict[str, bytes] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def components(model: str | Path, *, revision: str | None = None) -> list[str]:
-        """The transformers in a pipeline folder, ``["transformer", "transformer_2"]`` for Wan 2.2; in a plain
-        transformer folder, ``["transformer"]``. CheckpointError as in :func:`open_checkpoint`."""
+        """Return the transformers in a model folder.
+
+        Args:
+            model: A local folder or a hub id.
+            revision: The revision of a hub id.
+
+        Returns:
+            The names of their folders: ``["transformer", "transformer_2"]`` for a pipeline of Wan 2.2,
+            ``["transformer"]`` for a plain transformer folder.
+
+        Raises:
+            CheckpointError: There is no such folder, or its ``model_index.json`` cannot be used.
+            UnsupportedError: It is a pipeline without a transformer.
+        """
         folder = UntrustedFolder.at(locate_model(str(model), revision, ["model_index.json"]))
         return _components(folder) or ["transformer"]
 
     @property
     def class_name(self) -> str:
-        """The diffusers class in ``config.json``."""
+        """Return the diffusers class in ``config.json``."""
         return str(self.config["_class_name"])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the size of all tensors in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
     def largest(self) -> ShardTensor:
-        """The tensor that sets the peak of memory."""
+        """Return the largest tensor, which decides the peak of memory."""
         return max(self.tensors.values(), key=lambda info: info.nbytes)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor into private CPU memory, dtype and shape as stored; one that a LoRA changes, fused and in fp32.
 
-        CheckpointError if it is absent or unreadable, or if its file has changed since it was opened.
+        Args:
+            name: The name of the tensor.
+
+        Raises:
+            CheckpointError: The tensor is absent or unreadable, or its file has changed since it was opened.
+            ResourceError: There is not enough memory for the tensor.
         """
         info = self.tensors.get(name)
         if info is None:
@@ -135,7 +172,14 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def _opened(self, shard: str) -> Iterator[int]:
-        """A descriptor of a shard that is the file whose header was checked, before and after the block."""
+        """Yield a descriptor of a shard that is the file whose header was checked, both before and after the block.
+
+        Args:
+            shard: The name of the file in the folder.
+
+        Raises:
+            CheckpointError: The file has gone, cannot be read, or has changed.
+        """
         path = self.root / shard
         try:
             fd = self.folder.open(shard)
@@ -154,51 +198,83 @@ class Checkpoint:
             os.close(fd)
 
     def _require_same(self, fd: int, shard: str) -> None:
-        if FileIdentity.of(fd) != self.files[shard]:
-            raise CheckpointError(
-                f"{self.root / shard} has changed since it was opened: it was written to or replaced",
-                fix="leave the model as it is while it is read, and start again",
-            )
+        """Check that an open shard is still the file whose header was checked.
+
+        Raises:
+            CheckpointError: It was written to or replaced.
+        """
+        now, known = FileIdentity.of(fd), self.files[shard]
+        if now == known:
+            return
+        if now.may_hold_the_same(known) and self._holds_the_same(fd, shard):
+            self.files[shard] = now  # a new mode, owner or name of the file: compared once, not at every read
+            return
+        raise CheckpointError(
+            f"{self.root / shard} has changed since it was opened: it was written to or replaced",
+            fix="leave the model as it is while it is read, and start again",
+        )
+
+    def _holds_the_same(self, fd: int, shard: str) -> bool:
+        """Return whether the header and the samples of a shard are those of before; False where none were taken."""
+        if shard not in self.samples:
+            return False
+        try:
+            header = read_header_from(fd, self.root / shard)
+        except CheckpointError:
+            return False
+        digest = hashlib.sha256()
+        for sample in _samples(fd, [info for info in self.tensors.values() if info.shard == shard]):
+            digest.update(sample)
+        return header.digest == self.headers[shard] and digest.digest() == self.samples[shard]
 
     def check_unchanged(self) -> None:
-        """CheckpointError, naming the file, unless every shard is still the file that was opened.
+        """Check that every shard is still the file that was opened.
 
-        For a library that reads the folder by path: call it before and after.
+        It is for a library that reads the folder by path: call it before and after.
+
+        Raises:
+            CheckpointError: A file has gone or has changed; the error names it.
         """
         for shard in self.files:
             with self._opened(shard):
                 pass
 
     def fingerprint(self) -> str:
-        """Return what tells one model from another: ``v2-`` and a SHA-256 of the config, of every header, and of up to
-        4096 bytes in the middle of every tensor.
+        """Return a text that tells one model from another.
 
-        It costs one short read a tensor, and it is the same wherever the same files lie: it holds no times and no paths.
-        It is no hash of the weights: two models that differ only outside these bytes have one fingerprint.
+        It is ``v2-`` and a SHA-256 of the config, of every header, and of up to 4096 bytes in the middle of every
+        tensor. It costs one short read a tensor. It is the same wherever the same files lie, because it holds no times
+        and no paths. It is no hash of the weights: two models that differ only outside these bytes have one
+        fingerprint.
 
         Raises:
-            CheckpointError: a file has gone or has changed since it was opened.
+            CheckpointError: A file has gone, cannot be read, or has changed since it was opened.
         """
         digest = hashlib.sha256(json.dumps([self.config, sorted(self.headers.items())], sort_keys=True).encode())
         by_shard: dict[str, list[ShardTensor]] = {shard: [] for shard in sorted(self.headers)}
         for info in self.tensors.values():
             by_shard[info.shard].append(info)
         for shard, infos in by_shard.items():
+            own = hashlib.sha256()
             with self._opened(shard) as fd:
-                for info in sorted(infos, key=lambda info: info.offset):
-                    count = min(SAMPLE, info.nbytes)
-                    try:
-                        digest.update(os.pread(fd, count, info.offset + (info.nbytes - count) // 2))
-                    except OSError as error:
-                        raise CheckpointError(
-                            f"{info.path} cannot be read: {reason_of(error)}", fix=fix_of(error, "download it again")
-                        ) from error
+                for sample in _samples(fd, infos):
+                    digest.update(sample)
+                    own.update(sample)
+            self.samples[shard] = own.digest()
         if self.lora is not None:
             digest.update(self.lora.identity())
         return FINGERPRINT + digest.hexdigest()
 
     def check_finite(self, name: str, tensor: torch.Tensor) -> None:
-        """CheckpointError with their count and the first index if ``tensor`` holds NaN or infinities."""
+        """Check that a tensor holds neither NaN nor infinities.
+
+        Args:
+            name: The name of the tensor, for the error.
+            tensor: The tensor, of any shape and dtype.
+
+        Raises:
+            CheckpointError: It holds some; the error gives their count and the first index.
+        """
         count, first = count_nonfinite(tensor)
         if count:
             raise CheckpointError(
@@ -208,8 +284,15 @@ class Checkpoint:
             )
 
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
-        """CheckpointError, listing up to five tensors, unless names and shapes are exactly those of ``expected``; tensors
-        of ``unused`` may be there besides."""
+        """Check that names and shapes of the tensors are exactly the expected ones.
+
+        Args:
+            expected: The shape of every tensor by name.
+            unused: Names of tensors that may be there besides.
+
+        Raises:
+            CheckpointError: Tensors are missing, unexpected or of another shape; the error lists up to five.
+        """
         problems: list[str] = []
         count = 0
         for name, shape in expected.items():
@@ -233,16 +316,40 @@ class Checkpoint:
             )
 
 
+def _samples(fd: int, infos: Collection[ShardTensor]) -> Iterator[bytes]:
+    """Yield up to ``SAMPLE`` bytes in the middle of each tensor of one open file, in the order of the file."""
+    for info in sorted(infos, key=lambda info: info.offset):
+        count = min(SAMPLE, info.nbytes)
+        try:
+            yield os.pread(fd, count, info.offset + (info.nbytes - count) // 2)
+        except OSError as error:
+            raise CheckpointError(
+                f"{info.path} cannot be read: {reason_of(error)}", fix=fix_of(error, "download it again")
+            ) from error
+
+
 def fingerprint_hint(*fingerprints: str) -> str | None:
-    """Return why fingerprints of one model may differ: some are of a release that hashed modification times. None if
-    all are of one kind."""
+    """Return why fingerprints of one model may differ, or None if all were made in the same way.
+
+    Fingerprints of older releases hashed modification times.
+
+    Args:
+        *fingerprints: The fingerprints to compare.
+    """
     if len({value.startswith(FINGERPRINT) for value in fingerprints}) == 1:
         return None
     return "one of them was recorded by an older release, whose fingerprint held the times of the files"
 
 
 def count_nonfinite(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
-    """(number of NaN and infinite values, index of the first or ``()``) of a tensor of any dtype, in bounded memory."""
+    """Count the NaN and infinite values of a tensor in bounded memory.
+
+    Args:
+        tensor: The tensor, of any shape and dtype.
+
+    Returns:
+        Their number, and the index of the first one (``()`` if there is none).
+    """
     import torch
 
     if not tensor.dtype.is_floating_point or not tensor.numel():
@@ -251,7 +358,7 @@ def count_nonfinite(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     for start in range(0, flat.numel(), step):
         part = flat[start : start + step]
         part = part.float() if part.element_size() == 1 else part
-        # Extremes carry NaN and infinities, and finding them is one pass without an intermediate.
+        # The extremes show NaN and infinities, and need one pass without a temporary tensor.
         finite = all(math.isfinite(extreme) for extreme in torch.aminmax(part))
         if not finite and (found := int((bad := ~torch.isfinite(part)).sum())):
             first = start + int(bad.nonzero()[0]) if first < 0 else first
@@ -270,14 +377,17 @@ def open_checkpoint(
     """Open a transformer and check its config, index and every header, without reading a weight.
 
     Args:
-        model: a transformer folder (``config.json`` and safetensors), a pipeline folder (with the transformer in
-            ``transformer/``), or a hub id ``org/name``, of which only the config and the safetensors of the transformer
-            are downloaded. What exists as a local path is never looked for elsewhere.
-        subfolder: a folder inside ``model`` to look in. revision: of a hub id.
-        component: the folder of a pipeline; :meth:`Checkpoint.components` lists them.
+        model: A transformer folder (``config.json`` and safetensors), a pipeline folder (with the transformer in
+            ``transformer/``), or a hub id ``org/name``. Of a hub id, only the config and the safetensors of the
+            transformer, ``model_index.json`` and the config of the VAE are downloaded. A path that exists locally is
+            never looked for elsewhere.
+        subfolder: A folder inside ``model`` to look in.
+        revision: The revision of a hub id.
+        component: The folder of a pipeline; :meth:`Checkpoint.components` lists them.
 
     Raises:
-        CheckpointError: whatever is wrong with the folder, saying which file and tensor.
+        CheckpointError: Something is wrong with the folder; the error names the file and the tensor.
+        UnsupportedError: It is a pipeline without a transformer.
     """
     for part in (*(subfolder.split("/") if subfolder else ()), component):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part):
@@ -293,6 +403,19 @@ def open_checkpoint(
 
 
 def _open(folder: UntrustedFolder, model: str, subfolder: str | None, component: str) -> Checkpoint:
+    """Open and check the transformer in a local folder.
+
+    Args:
+        folder: The folder of the model.
+        model: The model as given.
+        subfolder: A folder inside ``folder`` to look in.
+        component: The folder of a pipeline.
+
+    Raises:
+        CheckpointError: Something is wrong with the folder.
+        UnsupportedError: It is a pipeline without a transformer.
+        OSError: A file cannot be read.
+    """
     top = folder
     if subfolder:
         folder = folder.sub(subfolder)
@@ -315,6 +438,7 @@ def _open(folder: UntrustedFolder, model: str, subfolder: str | None, component:
 
 
 def _patterns(subfolder: str | None, component: str) -> list[str]:
+    """Return the patterns of the files that are downloaded from the hub."""
     names = ["config.json", SINGLE, INDEX, f"{WEIGHTS}-*-of-*.safetensors"]
     base = f"{subfolder}/" if subfolder else ""
     # The VAE's config tells the scale of the latents (dvdquant.checkpoint.pipeline_facts).
@@ -324,7 +448,17 @@ def _patterns(subfolder: str | None, component: str) -> list[str]:
 
 
 def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
-    """The real local folder of a path or a hub id."""
+    """Return the real local folder of a path or a hub id; a hub id that is no local folder is downloaded.
+
+    Args:
+        model: A local folder or a hub id ``org/name``.
+        revision: The revision of a hub id; None takes the newest.
+        patterns: Globs of the files that are downloaded of a hub id.
+
+    Raises:
+        CheckpointError: There is no such folder, it cannot be opened, or the download fails.
+        ResourceError: The disk is full.
+    """
     if "\0" in model or not model.strip():
         raise CheckpointError(f"{model!r:.200} is no model", fix="give a local folder or a hub id like org/name")
     try:
@@ -334,10 +468,11 @@ def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
             f"the name {shown(model)} is not UTF-8", fix="rename the folder, or give it by a link with a plain name"
         ) from error
     try:
-        path = Path(os.path.realpath(os.path.expanduser(model)))
+        given = Path(os.path.expanduser(model))
+        path = Path(os.path.realpath(given))
         info = _status(path)
         if info is not None and stat.S_ISDIR(info.st_mode):
-            return path
+            return given
         if info is not None:
             raise _no_folder(shown(model), path, info)
         if not _HUB_ID.fullmatch(model) or Path(model.split("/")[0]).is_dir():
@@ -346,7 +481,7 @@ def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
             raise CheckpointError(
                 f"there is no folder {shown(model)!r:.300}", available=available, fix="give a local folder or a hub id"
             )
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home folder to expand to
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: there is no home folder for ~
         raise CheckpointError(
             f"{shown(model)!r:.200} cannot be opened: {reason_of(error)}",
             fix=fix_of(error, "give a folder that you may read"),
@@ -355,6 +490,7 @@ def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _status(path: Path) -> os.stat_result | None:
+    """Return the status of a path, or None if nothing is there."""
     try:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -362,7 +498,13 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _no_folder(model: str, path: Path, info: os.stat_result) -> CheckpointError:
-    """The error for a MODEL that is there and is no folder, which says what it is."""
+    """Return the error for a model path that is no folder; it names what is there instead.
+
+    Args:
+        model: The model as given, safe to print.
+        path: Its real path.
+        info: The status of the path.
+    """
     if not stat.S_ISREG(info.st_mode):
         return CheckpointError(f"{model} is a device, a pipe or a socket", fix="give the folder that holds config.json")
     found = _recognize_file(UntrustedFolder.at(path.parent), path.name)
@@ -378,6 +520,7 @@ def _no_folder(model: str, path: Path, info: os.stat_result) -> CheckpointError:
 
 
 def _recognize_file(folder: UntrustedFolder, name: str) -> Found | None:
+    """Return the foreign format of a file, or None if it is unknown or cannot be read."""
     try:
         fd = folder.open(name)
     except (CheckpointError, OSError, ValueError):
@@ -393,13 +536,19 @@ def _recognize_file(folder: UntrustedFolder, name: str) -> Found | None:
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
+    """Download the files of a hub id that fit ``patterns``, and return the folder that they are in.
+
+    Raises:
+        CheckpointError: The hub does not give them.
+        ResourceError: The disk is full.
+    """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     local = "or give a local folder that holds the model"
     try:
         found = huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
-    except Exception as error:  # the HTTP client underneath has its own classes, which differ between versions
+    except Exception as error:  # the HTTP client has exceptions of its own, which differ between versions
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_error(error, f"the hub cache with {model}") from error
         if isinstance(error, GatedRepoError):
@@ -410,10 +559,19 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
             what, fix = "is no local folder, and the hub gave nothing", f"connect, unset HF_HUB_OFFLINE, {local}"
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"model {model!r} {what} ({type(error).__name__}: {reason:.200})", fix=fix) from error
-    return Path(os.path.realpath(found))
+    return Path(found)
 
 
 def _read_config(folder: UntrustedFolder, names: list[str]) -> dict[str, Any]:
+    """Return the content of ``config.json``, checked except for the fields of its class.
+
+    Args:
+        folder: The folder of the transformer.
+        names: The names of its entries.
+
+    Raises:
+        CheckpointError: The file is missing or unusable, is of another format, or the folder asks for code of its own.
+    """
     path = folder.root / "config.json"
     if "config.json" not in names:
         raise _no_config(folder, names)
@@ -429,6 +587,7 @@ def _read_config(folder: UntrustedFolder, names: list[str]) -> dict[str, Any]:
 
 
 def _no_config(folder: UntrustedFolder, names: list[str]) -> CheckpointError:
+    """Return the error for a folder without ``config.json``; it names the format of the folder if it is known."""
     weights = [name for name in names if name.endswith(".safetensors")]
     found = recognize_folder(names)
     if found is None:
@@ -451,13 +610,30 @@ def _no_config(folder: UntrustedFolder, names: list[str]) -> CheckpointError:
 
 
 def refuse_scripts(root: Path, names: list[str]) -> None:
-    """CheckpointError if a folder holds code: it is never run, and a model that needs it would not be itself."""
+    """Refuse a folder that holds code: it is never run, and a model that needs it would be another one without it.
+
+    Args:
+        root: The folder, for the error.
+        names: The names of its entries.
+
+    Raises:
+        CheckpointError: One of the names is that of code.
+    """
     for name in names:
         if os.path.splitext(name)[1] in (".py", ".pyc", ".so"):
             raise CheckpointError(f"{root} holds code ({name!r:.200}), which is never run", fix="remove it")
 
 
 def _refuse_code(value: Any, path: Path) -> None:
+    """Refuse a config that asks for code of its own, at any depth.
+
+    Args:
+        value: The config, or a value in it.
+        path: The path of the file, for the error.
+
+    Raises:
+        CheckpointError: The config names a module or a Python file.
+    """
     if isinstance(value, dict):
         if "auto_map" in value or "custom_pipelines" in value:
             raise CheckpointError(f"{path} asks for code of its own (auto_map), which is never run", fix="remove it")
@@ -470,9 +646,14 @@ def _refuse_code(value: Any, path: Path) -> None:
 
 
 def _components(folder: UntrustedFolder) -> list[str]:
-    """Names of the transformers of a pipeline, empty for a transformer folder.
+    """Return the names of the transformers of a pipeline, or an empty list for a transformer folder.
 
-    ``model_index.json`` has ``[library, class]`` or ``[null, null]`` for each; without it, folders with a config count.
+    ``model_index.json`` has ``[library, class]`` or ``[null, null]`` for each of them. Without it, the folders that
+    have a config count.
+
+    Raises:
+        CheckpointError: ``model_index.json`` cannot be used.
+        UnsupportedError: The pipeline has no transformer.
     """
     path, name_of_one = folder.root / "model_index.json", re.compile(r"transformer(_\d+)?")
     if not folder.root.is_dir():
@@ -498,6 +679,20 @@ def _components(folder: UntrustedFolder) -> list[str]:
 def _read_weights(
     folder: UntrustedFolder, names: list[str], top: UntrustedFolder
 ) -> tuple[dict[str, ShardTensor], dict[str, str], dict[str, FileIdentity]]:
+    """Find the files of the weights, and check the header of each.
+
+    Args:
+        folder: The folder of the transformer.
+        names: The names of its entries.
+        top: The folder that was given as the model.
+
+    Returns:
+        The tensors by name, the SHA-256 of each header by file name, and the identity of each file by file name.
+
+    Raises:
+        CheckpointError: Files are missing, unusable, too many, in conflict with each other, or changed meanwhile.
+    """
+    # 1. Decide which files hold the weights: those of the index, or the single file.
     expected: dict[str, set[str]] | None = None
     where: dict[str, str] = {}
     series = [name for name in names if _SHARD_SERIES.fullmatch(name)]
@@ -519,6 +714,7 @@ def _read_weights(
             raise _two_sets(folder, series[0])
     else:
         raise _no_weights(folder, names, series)
+    # 2. Open each file, check its header, and check that it is the same file afterwards.
     tensors: dict[str, ShardTensor] = {}
     headers: dict[str, str] = {}
     files: dict[str, FileIdentity] = {}
@@ -542,6 +738,7 @@ def _read_weights(
                 )
         finally:
             os.close(fd)
+        # 3. Collect its tensors, which must be those that the index names for this file.
         headers[shard] = header.digest
         if len(tensors) + len(header.tensors) > MAX_TENSORS:
             raise CheckpointError(f"{folder.root} holds more than {MAX_TENSORS} tensors")
@@ -555,7 +752,10 @@ def _read_weights(
 
 
 def _two_sets(folder: UntrustedFolder, other: str) -> CheckpointError:
-    """Nothing says which of two sets of weights is meant: the times of files do not survive a copy."""
+    """Return the error for a folder with two sets of weights.
+
+    Nothing says which of them is meant: the times of files do not survive a copy.
+    """
     return CheckpointError(
         f"{folder.root} holds two sets of weights: {SINGLE} and the shards of {other}",
         fix=f"move one of them away: {SINGLE}, or {INDEX} and {WEIGHTS}-*-of-*.safetensors",
@@ -563,6 +763,7 @@ def _two_sets(folder: UntrustedFolder, other: str) -> CheckpointError:
 
 
 def _no_shard(folder: UntrustedFolder, shard: str, names: list[str], top: UntrustedFolder) -> CheckpointError:
+    """Return the error for a missing shard; it says if a download was interrupted."""
     if _is_interrupted(names, top):
         return CheckpointError(
             f"{folder.root} lacks the shard {shard}, and its download was interrupted",
@@ -575,7 +776,12 @@ def _no_shard(folder: UntrustedFolder, shard: str, names: list[str], top: Untrus
 
 
 def _is_interrupted(names: list[str], top: UntrustedFolder) -> bool:
-    """Whether a tool for downloads left an unfinished file, in the folder or where those of the hub keep it."""
+    """Return whether a tool for downloads left an unfinished file in the folder or in the places that the hub uses.
+
+    Args:
+        names: The names of the folder's entries.
+        top: The folder that was given as the model.
+    """
     places = [top.root / ".cache" / "huggingface" / "download", *top.allowed[1:]]
     places.append(places[0] / "transformer")
     if any(name.endswith((".incomplete", ".crdownload", ".aria2", ".part")) for name in names):
@@ -591,6 +797,13 @@ def _is_interrupted(names: list[str], top: UntrustedFolder) -> bool:
 
 
 def _no_weights(folder: UntrustedFolder, names: list[str], series: list[str]) -> CheckpointError:
+    """Return the error for a folder without usable weights; it names what is there instead.
+
+    Args:
+        folder: The folder of the transformer.
+        names: The names of its entries.
+        series: Those of the names that are shards.
+    """
     root, fix = folder.root, f"rename one set of weights to {SINGLE}, or add {INDEX}"
     if series:
         return CheckpointError(
@@ -621,6 +834,11 @@ def _no_weights(folder: UntrustedFolder, names: list[str], series: list[str]) ->
 
 
 def _read_index(folder: UntrustedFolder) -> dict[str, str]:
+    """Return the file name of each tensor, from the index of the shards.
+
+    Raises:
+        CheckpointError: The index cannot be used, names too many tensors, or names files that are no plain names.
+    """
     path, weight_map = folder.root / INDEX, folder.json(INDEX, MAX_JSON).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map of tensor names to shard files")
@@ -635,7 +853,17 @@ def _read_index(folder: UntrustedFolder) -> dict[str, str]:
 
 
 def _check_shard(path: Path, held: Set[str], meant: Set[str], where: Mapping[str, str]) -> None:
-    """CheckpointError unless the shard holds exactly the tensors that the index says."""
+    """Check that a shard holds exactly the tensors that the index says.
+
+    Args:
+        path: The path of the shard, for the error.
+        held: The names of the tensors that it holds.
+        meant: The names that the index gives for it.
+        where: The file name of every tensor in the index.
+
+    Raises:
+        CheckpointError: It lacks a tensor, or holds one too many.
+    """
     if missing := meant - held:
         raise CheckpointError(f"{path} lacks tensor {min(missing)!r:.200}, which {INDEX} says it holds")
     if extra := held - meant:

@@ -62,7 +62,7 @@ GROUPS = {
         "compare",
     ),
     "What to write": ("output", "gif", "strip", "trace", "fps"),
-    "Where it runs": ("pipeline", "lora", "backend", "device"),
+    "Where it runs": ("pipeline", "lora", "backend", "device", "compile"),
 }
 
 
@@ -109,12 +109,12 @@ class RunOptions:
     lora: tuple[str, ...]
     backend: str
     device: str
+    compile: bool
 
 
 @click.command(
     cls=GroupedCommand,
     examples=EXAMPLES,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.argument("out", type=EXPORT)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="What to draw; repeat it for several clips.")
@@ -189,6 +189,11 @@ class RunOptions:
     "--mode 16 and --compare.",
 )
 @runs_on
+@click.option(
+    "--compile",
+    is_flag=True,
+    help="Run in PyTorch and compile the transformer's blocks: the first step takes a minute more.",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-run")
@@ -216,6 +221,7 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
         backend=settings.backend,
         device=settings.device,
         lora=parse_loras(settings.lora),
+        compile=settings.compile,
     ) as generator:
         # Every request is checked, and every engine loaded, before the first clip is drawn.
         plan = [[generator.check(r) for r in requests_for(settings, artifact, p)] for p in prompts]
@@ -339,6 +345,10 @@ def check_options(settings: RunOptions) -> None:
         and settings.average_bits is None
         and settings.cache != "off",
         "--cache skips steps of the engines, and --mode 16 runs the original checkpoint": settings.cache != "off"
+        and settings.mode == "16",
+        f"--compile runs in PyTorch, so --backend {settings.backend} does not apply": settings.compile
+        and settings.backend not in ("auto", "pytorch"),
+        "--compile is for the quantized transformer, and --mode 16 runs the original": settings.compile
         and settings.mode == "16",
         f"--mode 16 runs the original checkpoint in PyTorch, so --backend {settings.backend} does not apply": (
             settings.mode == "16" and settings.backend not in ("auto", "pytorch")

@@ -1,7 +1,7 @@
 """QuantLinear modules, and the surgery that puts them in place of ``nn.Linear`` in a diffusers transformer.
 
-Linear layers of one parent module that receive the very same tensor (q/k/v) are merged into one :class:`QuantLinear`, so
-that x is rotated and quantized once. The merged layer is called after its members: ``attn1.to_q+to_k+to_v``.
+Linear layers of one parent module that receive the very same tensor (q/k/v) are merged into one :class:`QuantLinear`,
+so that x is rotated and quantized once. The merged layer is called after its members: ``attn1.to_q+to_k+to_v``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dvdquant.ops.kernel_layer import KernelLayer
 from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.quant_linear import balanced_quant_linear, quant_linear
 from dvdquant.recipe import ActivationSpec
+from dvdquant.system.torch_hooks import tensor_version
 
 if TYPE_CHECKING:
     from dvdquant.ops.cuda_linear import CudaKernels
@@ -32,6 +33,7 @@ __all__ = [
     "RotationTable",
     "empty_tensor",
     "install_quant_linears",
+    "make_weights",
     "prepare_layers",
     "set_activation",
 ]
@@ -41,21 +43,21 @@ TENSORS = ("weight", "weight_scale", "weight_factor", "weight_zero", "bias")
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One quantized layer: one or several ``nn.Linear`` with a shared input.
+    """The description of one quantized layer: one or several ``nn.Linear`` with a shared input.
 
     Args:
-        name: dotted name of the (merged) layer; the last part joins the members with ``+``.
-        members: dotted names of the ``nn.Linear`` it replaces, in row order.
-        rows: output features of each member.
-        features: input features K.
-        biases: whether each member has a bias.
-        rotation: the Hadamard rotation of its input.
-        groups: weight groups per row (1 for a scale per row).
-        floor: the least activation grid it accepts, used instead of one with fewer bits.
-        balanced: whether its input is multiplied by a power of two per channel before it is rotated.
-        signs: whether these powers have random signs where there is a rotation.
-        shifted: whether a constant is subtracted from the input before.
-        real_zero: whether there is a real zero-point per group, stored as a byte, instead of one fp32 per row.
+        name: The dotted name of the (merged) layer; the last part joins the members with ``+``.
+        members: The dotted names of the ``nn.Linear`` that it replaces, in row order.
+        rows: The number of output features of each member.
+        features: K, the number of input features.
+        biases: True for each member that has a bias.
+        rotation: The Hadamard rotation of its input.
+        groups: The number of weight groups per row (1 for a scale per row).
+        floor: The least activation grid that it accepts, used instead of one with fewer bits; None accepts all.
+        real_zero: True for a real zero-point per group, stored as a byte, instead of one in fp32 per row.
+        balanced: True if the input is multiplied by a power of two per channel before it is rotated.
+        signs: True if these powers of two have random signs, provided that there is a rotation.
+        shifted: True if a constant per channel is subtracted from the input before.
     """
 
     name: str
@@ -72,16 +74,20 @@ class LayerSpec:
     shifted: bool = False
 
     def activation(self, asked: ActivationSpec) -> ActivationSpec:
-        """The grid it runs with where the graph's is ``asked``."""
+        """Return the activation grid that the layer runs with.
+
+        Args:
+            asked: The grid of the graph. The layer's floor replaces it if it has fewer bits.
+        """
         return self.floor if self.floor is not None and asked.bits < self.floor.bits else asked
 
     @property
     def out_features(self) -> int:
-        """N, the rows of all members together."""
+        """Return N, the number of rows of all members together."""
         return sum(self.rows)
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """dtype and shape of each packed tensor, by its full name."""
+        """Return the dtype and the shape of each packed tensor, by its full name."""
         n = self.out_features
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "weight": (torch.int8, (n, self.features // 2)),
@@ -98,12 +104,21 @@ class LayerSpec:
 
 
 def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of that shape that occupies one element: for tracing, where only shape and dtype count."""
+    """Return a tensor that occupies one element whatever its shape, for tracing, where only shape and dtype count.
+
+    Args:
+        shape: The shape.
+        dtype: The dtype.
+    """
     return torch.zeros((), dtype=dtype).expand(shape)
 
 
 class RotationTable(nn.Module):
-    """The Hadamard matrices of a model, each held once and shared by the layers that use it."""
+    """The Hadamard matrices of a model, each held once and shared by the layers that use it.
+
+    Args:
+        rotations: The rotations of all layers.
+    """
 
     def __init__(self, rotations: Iterable[Rotation]) -> None:
         super().__init__()
@@ -114,37 +129,67 @@ class RotationTable(nn.Module):
                     self.register_buffer(name, matrix.contiguous(), persistent=False)
 
     def matrices(self, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """(hadamard [b, b], outer [p, p]) in fp32."""
+        """Return (hadamard [b, b], outer [p, p]) in fp32.
+
+        Args:
+            rotation: One of the rotations of the table.
+        """
         return self.get_buffer(f"hadamard_{rotation.inner}"), self.get_buffer(f"outer_{rotation.outer}")
 
 
 class QuantLinear(nn.Module):
     """A linear layer with packed 4-bit weights and online rotated, scaled activations (see ``ops/quant_linear.py``).
 
-    Buffers: weight int8 [N, K/2], weight_scale fp32 [N], weight_factor uint8 [N, groups], weight_zero fp32 [N] or
-    uint8 [N, groups], bias fp32 [N], pre_quant_shift fp32 [K] of a shifted and pre_quant_scale fp32 [K] of a balanced layer.
-    The rotation matrices live in the model's :class:`RotationTable`.
+    The rotation matrices are in the model's :class:`RotationTable`. After :meth:`prepare`, the first five buffers are
+    in ``kernel``, so that the device holds them as its kernels multiply them.
 
-    After :meth:`prepare` the first five are in ``kernel``, for the device to hold them as its kernels multiply them.
+    Args:
+        spec: The description of the layer.
+        activation: The activation grid of the graph.
+        table: The rotation matrices of the model.
+
+    Attributes:
+        weight: The packed codes, int8 [N, K/2].
+        weight_scale: The scales of the rows, fp32 [N].
+        weight_factor: The factors of the groups, uint8 [N, groups].
+        weight_zero: The zero-points, fp32 [N] or uint8 [N, groups].
+        bias: The bias, fp32 [N].
+        pre_quant_shift: The constant that is subtracted from the input, fp32 [K]; a shifted layer has it.
+        pre_quant_scale: The power of two of each input channel, fp32 [K]; a balanced layer has it.
+        act_bits: The bits of the activations.
+        act_group: The number of channels that share an activation scale; 0 means the whole token.
+        kernel: The prepared weights, or None before :meth:`prepare`.
     """
 
     def __init__(self, spec: LayerSpec, activation: ActivationSpec, table: RotationTable) -> None:
         super().__init__()
         self.spec = spec
         self.use(activation)
-        # In a list, so that the shared table is not registered as a child of every layer.
+        # The table is in a list, so that it is not registered as a child of every layer.
         self._table = [table]
         self.kernel: KernelLayer | None = None
         for full_name, (dtype, shape) in spec.tensors().items():
             self.register_buffer(full_name.removeprefix(spec.name + "."), empty_tensor(shape, dtype))
 
     def use(self, activation: ActivationSpec) -> None:
-        """Switch the activation grid (but not below the layer's floor); the packed weight stays as it is."""
+        """Switch the activation grid, but not below the layer's floor; the packed weight stays unchanged.
+
+        Args:
+            activation: The activation grid of the graph.
+        """
         chosen = self.spec.activation(activation)
         self.act_bits, self.act_group = chosen.bits, chosen.group_size
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the packed tensors by full name; ShapeError when one has another shape or dtype."""
+        """Take the packed tensors.
+
+        Args:
+            tensors: The tensors by full name. More than the layer's own may be there.
+
+        Raises:
+            ShapeError: A tensor has another shape or dtype.
+            KeyError: A tensor is missing.
+        """
         for full_name, (dtype, shape) in self.spec.tensors().items():
             tensor = tensors[full_name]
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
@@ -157,13 +202,20 @@ class QuantLinear(nn.Module):
     def prepare(
         self, kernels: CudaKernels, activations: Iterable[ActivationSpec], dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Run these grids on the kernels of ``device``, which then holds the weight only as they multiply it.
+        """Prepare the layer to run these grids on the kernels of ``device``.
 
-        The packed tensors stay where they are and are no buffers any more: the module is for running, not for saving, and a
-        move passes them by. :meth:`load` undoes it.
+        The device then holds the weight only in the form that the kernels multiply. The packed tensors stay where they
+        are and are no buffers any more. So the module is for running, not for saving, and moving the module does not
+        move them. :meth:`load` undoes it.
+
+        Args:
+            kernels: The kernels.
+            activations: The activation grids of the graphs that will run.
+            dtype: The dtype of the model, bf16 or fp16.
+            device: The device that it runs on.
 
         Raises:
-            UnsupportedError: the kernels do not run the layer with one of the grids; it stays as it is.
+            UnsupportedError: The kernels do not run the layer with one of the grids; the layer stays unchanged.
         """
         matrices = self._table[0].matrices(self.spec.rotation)
         stored = [self.get_buffer(name) for name in TENSORS] if self.kernel is None else self.kernel.packed.stored()
@@ -174,15 +226,27 @@ class QuantLinear(nn.Module):
             self._buffers[name] = None
 
     def balance(self, x: Tensor) -> Tensor:
-        """What the op receives of an input [..., K]: less the shift, its channels multiplied by powers of two."""
+        """Return the input of the op: ``x`` minus the shift, its channels multiplied by powers of two.
+
+        Args:
+            x: The input of the layer [..., K], floating point.
+        """
         return balance_input(x, *self._balance())
 
     def _balance(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return pre_quant_scale and pre_quant_shift, fp32 [K]; None for one that the layer does not have."""
         scale, shift = (self._buffers.get(name) for name in ("pre_quant_scale", "pre_quant_shift"))
         return scale, shift
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
+        """Compute the layer.
+
+        Args:
+            x: The input [..., K], floating point.
+
+        Returns:
+            The output [..., N].
+        """
         hadamard, outer = self._table[0].matrices(self.spec.rotation)
         y: Tensor
         if self.kernel is not None:
@@ -190,7 +254,8 @@ class QuantLinear(nn.Module):
             return y
         rest = (self.weight, self.weight_scale, self.weight_factor, self.weight_zero, self.bias, hadamard, outer,
                 self.act_bits, self.act_group)  # fmt: skip
-        # Eager on a GPU a pointwise operation is a pass over memory of its own; compilers and engines fuse it.
+        # In eager mode on a GPU, every pointwise operation is a pass over memory of its own. Compilers and engines fuse
+        # it.
         fused = (self.spec.balanced or self.spec.shifted) and self.spec.features % 8 == 0
         if fused and x.is_cuda and not torch.compiler.is_compiling():
             y = balanced_quant_linear(x, *self._balance(), *rest)
@@ -199,7 +264,7 @@ class QuantLinear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        """K, N, bits and block."""
+        """Return K, N, bits, groups and block for the printed module."""
         spec = self.spec
         return (
             f"{spec.features} -> {spec.out_features}, W4A{self.act_bits}, groups={spec.groups}, "
@@ -208,12 +273,15 @@ class QuantLinear(nn.Module):
 
 
 class _SharedInput:
-    """Runs a merged layer at its first member's call and hands the other members their rows.
+    """The shared state of the members of a merged layer: it runs the layer at the first call and keeps the other rows.
 
-    A member that is called with another tensor than the one last seen, or with that tensor changed in place, or after a
-    switch of the activation bits, triggers a new call, so results are right for every order of calls; only the saving
-    depends on the members being called one after the other. Threads that call the members at the same time, each with
-    its own tensor, run the layer more often; none gets another's rows.
+    A new call runs if a member is called with another tensor than the last one, with that tensor changed in place, or
+    after a switch of the activation bits. So results are right for every order of calls, and only the saving depends on
+    the members being called one after the other. Threads that call the members at the same time, each with its own
+    tensor, run the layer more often; none gets another's rows.
+
+    Args:
+        layer: The merged layer.
     """
 
     def __init__(self, layer: QuantLinear) -> None:
@@ -224,27 +292,38 @@ class _SharedInput:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy of the model needs: the layer. A copy has rows of its own to wait for, and its own lock."""
+        """Return the state that a copy of the model needs: the layer alone.
+
+        A copy waits for rows of its own, and has its own lock.
+        """
         return {"layer": self.layer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["layer"])  # type: ignore[misc]
 
     def take(self, index: int, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # a trace has one thread, and a lock is nothing that can be traced
+        """Return the rows of one member, [..., rows of the member].
+
+        Args:
+            index: The number of the member.
+            x: The input [..., K], floating point.
+        """
+        if torch.compiler.is_compiling():  # a trace has one thread, and a lock cannot be traced
             part = self._kept(index, x, self._state(x))
             return self._run(index, x) if part is None else part
         with self._lock:
             part = self._kept(index, x, self._state(x))
-        # The layer runs outside of the lock: what it takes must not stop the other threads.
+        # The layer runs outside of the lock, so that its time does not stop the other threads.
         return self._run(index, x, self._lock) if part is None else part
 
     def _state(self, x: Tensor) -> tuple[int, int, int]:
-        # Inference tensors count no versions, and a compiler sees every change in place by itself.
-        version = 0 if x.is_inference() or torch.compiler.is_compiling() else x._version
+        """Return what must not change while rows are kept: the version of the input, the bits and the group size."""
+        # A compiler sees every change in place by itself.
+        version = 0 if torch.compiler.is_compiling() else tensor_version(x)
         return version, self.layer.act_bits, self.layer.act_group
 
     def _kept(self, index: int, x: Tensor, state: tuple[int, int, int]) -> Tensor | None:
+        """Take the kept rows of one member, or return None if they are not those of this input and state."""
         if self.input is not x or self.state != state or index not in self.pending:
             return None
         part = self.pending.pop(index)
@@ -253,6 +332,13 @@ class _SharedInput:
         return part
 
     def _run(self, index: int, x: Tensor, lock: AbstractContextManager[Any] | None = None) -> Tensor:
+        """Run the layer, keep the rows of the other members, and return those of one.
+
+        Args:
+            index: The number of the member.
+            x: The input [..., K], floating point.
+            lock: The lock for the kept rows, or None while tracing.
+        """
         state = self._state(x)
         parts: dict[int, Tensor] = dict(enumerate(self.layer(x).split(list(self.layer.spec.rows), dim=-1)))
         part = parts.pop(index)
@@ -266,7 +352,12 @@ class _SharedInput:
 
 
 class MergedMember(nn.Module):
-    """Stands where one of the merged ``nn.Linear`` stood and returns its rows of the merged output."""
+    """The module in place of one merged ``nn.Linear``; it returns the rows of that layer from the merged output.
+
+    Args:
+        shared: The shared state of the merged layer.
+        index: The number of the member.
+    """
 
     def __init__(self, shared: _SharedInput, index: int) -> None:
         super().__init__()
@@ -274,19 +365,34 @@ class MergedMember(nn.Module):
         self._index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., rows of this member]."""
+        """Return the rows of this member.
+
+        Args:
+            x: The input [..., K], floating point.
+
+        Returns:
+            The output [..., rows of this member].
+        """
         return self._shared.take(self._index, x)
 
     def extra_repr(self) -> str:
-        """Which rows of which layer."""
+        """Return the names of the member and of its layer for the printed module."""
         spec = self._shared.layer.spec
         return f"rows of {spec.members[self._index]} in {spec.name}"
 
 
 def install_quant_linears(model: nn.Module, specs: Iterable[LayerSpec], activation: ActivationSpec) -> RotationTable:
-    """Replace the members of every spec in ``model``, in place; returns the rotation table it registered.
+    """Replace the members of every spec in ``model``, in place.
 
     The packed buffers are placeholders of one element until :meth:`QuantLinear.load`.
+
+    Args:
+        model: The diffusers transformer.
+        specs: The layers to quantize.
+        activation: The activation grid of the graph.
+
+    Returns:
+        The table of the rotation matrices, which is registered in the model.
     """
     specs = list(specs)
     table = RotationTable({spec.rotation: None for spec in specs})
@@ -305,6 +411,7 @@ def install_quant_linears(model: nn.Module, specs: Iterable[LayerSpec], activati
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in the place of the submodule ``name``."""
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)
     if isinstance(owner, (nn.ModuleList, nn.Sequential)):
@@ -314,7 +421,12 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def set_activation(model: nn.Module, activation: ActivationSpec) -> None:
-    """Switch every QuantLinear of ``model`` to ``activation``; the packed weights stay as they are."""
+    """Switch every QuantLinear of ``model`` to another activation grid; the packed weights stay unchanged.
+
+    Args:
+        model: The quantized model.
+        activation: The activation grid.
+    """
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.use(activation)
@@ -327,9 +439,19 @@ def prepare_layers(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, str]:
-    """:meth:`QuantLinear.prepare` of every layer of ``model``; those that stay as they are by name, with the reason.
+    """Prepare every layer of ``model`` with :meth:`QuantLinear.prepare`.
 
-    Move the model afterwards: what was on the device before stays there beside the prepared weights.
+    Move the model afterwards: buffers that were on the device before stay there beside the prepared weights.
+
+    Args:
+        model: The quantized model.
+        kernels: The kernels.
+        activations: The activation grids of the graphs that will run.
+        dtype: The dtype of the model, bf16 or fp16.
+        device: The device that it runs on.
+
+    Returns:
+        The names of the layers that stay unchanged, with the reason.
     """
     left = {}
     for module in model.modules():
@@ -339,3 +461,13 @@ def prepare_layers(
             except UnsupportedError as error:
                 left[module.spec.name] = error.what
     return left
+
+
+def make_weights(model: nn.Module) -> None:
+    """Make the prepared weight of every layer of ``model`` for its current activation grid, where kernels run it.
+
+    A compiled model cannot make one while it runs.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and module.kernel is not None:
+            module.kernel.make_weight(module.act_bits, module.act_group)

@@ -1,4 +1,4 @@
-"""A quantized model in PyTorch: its tensors put into the skeleton, and its call with the inputs of the graph."""
+"""A quantized model in PyTorch: its tensors are put into the skeleton, and it takes the inputs of the graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ __all__ = ["GraphWrapper", "fill_quantized"]
 class GraphWrapper(nn.Module):
     """The transformer with the graph's inputs as one dictionary and one tensor as output.
 
-    A dictionary, because torch.export loses the shape ranges of ``**kwargs``.
+    It takes a dictionary because torch.export loses the shape ranges of ``**kwargs``.
+
+    Args:
+        model: The transformer.
+        family: The model family.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
@@ -25,16 +29,29 @@ class GraphWrapper(nn.Module):
         self._family = family
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Family inputs -> sample."""
+        """Run the transformer and return the sample.
+
+        Args:
+            inputs: The inputs of the graph by name.
+        """
         output: Tensor = self.model(**self._family.forward_kwargs(inputs), return_dict=False)[0]
         return output
 
 
 def fill_quantized(model: nn.Module, plan: ModelPlan, read: Callable[[str], Tensor]) -> None:
-    """Put the stored tensors into a :func:`dvdquant.model.plan.quantized_skeleton`; ``read`` gives one by its name."""
+    """Put the stored tensors into a :func:`dvdquant.model.plan.quantized_skeleton`.
+
+    Args:
+        model: The skeleton, which is changed in place.
+        plan: The plan that it was built from.
+        read: A function that returns a stored tensor by its name.
+
+    Raises:
+        ShapeError: A packed tensor has another shape or dtype.
+    """
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.load({name: read(name) for name in module.spec.tensors()})
     for name in plan.kept:
         parent, _, child = name.rpartition(".")
-        model.get_submodule(parent)._parameters[child] = nn.Parameter(read(name), requires_grad=False)
+        setattr(model.get_submodule(parent), child, nn.Parameter(read(name), requires_grad=False))

@@ -1,4 +1,4 @@
-"""The transformer as a skeleton: diffusers' own module tree with placeholder weights, and the plan of its layers.
+"""The transformer as a skeleton (diffusers' own module tree with placeholder weights), and the plan of its layers.
 
 Nothing here reads a weight. A skeleton of a 13-billion-parameter model occupies a few megabytes, can be traced by
 torch.export, and tells which linear layers share their input.
@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.model.diffusers_hooks import fp32_modules, ignored_tensors
 from dvdquant.model.families import Axis, Family, Sizes, get_family
 from dvdquant.model.families.configs import FIX
 from dvdquant.model.layers import LayerSpec, empty_tensor, install_quant_linears
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.recipe import ActivationSpec, Recipe
+from dvdquant.system.torch_hooks import FAKE_TENSOR_LOG, FakeTensorMode
 
 if TYPE_CHECKING:
     from dvdquant.checkpoint.reader import Checkpoint
@@ -36,14 +37,17 @@ __all__ = ["ModelPlan", "build_skeleton", "plan_model", "quantized_skeleton"]
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What will be quantized and what stays.
+    """The plan of a model: the layers that are quantized and the tensors that stay.
 
     Args:
-        layers: the quantized layers, merged where they share their input, in module order.
-        kept: every other parameter, name -> (dtype, shape) as it will be stored.
-        shapes: name -> shape of every parameter a checkpoint must hold.
-        kept_linears: names of the linear layers that stay in 16 bit.
-        ignored: patterns of tensors that a checkpoint may hold and the class does not use (diffusers'
+        family: The model family.
+        recipe: The recipe of the export.
+        dtype: The dtype of activations and of tensors that are not quantized.
+        layers: The quantized layers, merged if they share their input, in module order.
+        kept: Every other parameter, name -> (dtype, shape) as it will be stored.
+        shapes: Name -> shape of every parameter that a checkpoint must hold.
+        kept_linears: The names of the linear layers that stay in 16 bit.
+        ignored: Patterns of tensors that a checkpoint may hold and the class does not use (diffusers'
             ``_keys_to_ignore_on_load_unexpected``).
     """
 
@@ -57,29 +61,39 @@ class ModelPlan:
     ignored: tuple[str, ...] = ()
 
     def left_out(self, names: Iterable[str]) -> list[str]:
-        """Those of a checkpoint's tensors that the class does not use, by diffusers' own list of such names."""
+        """Return the tensors of a checkpoint that the class does not use, by diffusers' own list of such names.
+
+        Args:
+            names: The names of the checkpoint's tensors.
+        """
         return _left_out(names, self.shapes, self.ignored)
 
     @property
     def all_weights(self) -> int:
-        """Parameters of the transformer."""
+        """Return the number of parameters of the transformer."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def quantized_weights(self) -> int:
-        """Weights that become 4-bit codes."""
+        """Return the number of weights that become 4-bit codes."""
         return sum(spec.out_features * spec.features for spec in self.layers)
 
 
 def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """The diffusers transformer of ``config`` in eval mode, its parameters placeholders of one element each.
+    """Build the diffusers transformer of a config in eval mode, with placeholders instead of parameters.
 
-    Non-persistent buffers (rotary tables) hold their real values. Modules that diffusers keeps in fp32 stay fp32.
+    Every placeholder occupies one element. Non-persistent buffers (rotary tables) hold their real values. Modules that
+    diffusers keeps in fp32 stay fp32.
+
+    Args:
+        config: The content of the transformer's ``config.json``.
+        dtype: The dtype of all other parameters.
 
     Raises:
-        UnsupportedError: unknown class. CheckpointError: a field that no model of the class has, or diffusers refuses it.
+        UnsupportedError: The class is unknown, or only one of this diffusers and dvdquant knows a field.
+        CheckpointError: No model of the class has such a field, or diffusers refuses the config.
     """
-    # Imported here: diffusers takes seconds to import, and --help must not.
+    # The import is here because diffusers takes seconds to import, and --help must be fast.
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -88,21 +102,32 @@ def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
 
 
 def _outline(family: Family, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """As :func:`build_skeleton`, with placeholders for the rotary tables too: it costs no memory, whatever the numbers."""
+    """Build a skeleton with placeholders for the rotary tables too: it costs no memory, whatever the config says.
+
+    Args:
+        family: The model family, with its checked config.
+        config: The config as given.
+        dtype: The dtype of the parameters.
+    """
     with torch.device("meta"):
         model = _diffusers_model(family.config, config)
     model = _with_placeholders(model, dtype)
     for name, buffer in list(model.named_buffers()):
         parent, _, child = name.rpartition(".")
-        model.get_submodule(parent)._buffers[child] = empty_tensor(tuple(buffer.shape), buffer.dtype)
+        setattr(model.get_submodule(parent), child, empty_tensor(tuple(buffer.shape), buffer.dtype))
     return model
 
 
 def _diffusers_model(checked: Mapping[str, Any], given: Mapping[str, Any]) -> nn.Module:
-    """The model of a checked config. What else ``given`` holds never reaches diffusers.
+    """Build the model of a checked config.
+
+    Args:
+        checked: The fields that dvdquant knows. Only these reach diffusers.
+        given: The config as given.
 
     Raises:
-        CheckpointError: diffusers refuses it. UnsupportedError: a field that only one of this diffusers and dvdquant knows.
+        CheckpointError: diffusers refuses the config.
+        UnsupportedError: Only one of this diffusers and dvdquant knows a field.
     """
     name = checked["_class_name"]
     cls = getattr(importlib.import_module("diffusers"), name)
@@ -118,7 +143,7 @@ def _diffusers_model(checked: Mapping[str, Any], given: Mapping[str, Any]) -> nn
     try:
         model: nn.Module = cls(**fields)
     except Exception as error:
-        # diffusers and PyTorch raise every class there is on numbers that do not fit.
+        # diffusers and PyTorch raise exceptions of many classes on numbers that do not fit.
         raise CheckpointError(
             f"diffusers cannot build {name} from this config.json: {type(error).__name__}: {error!s:.500}", fix=FIX
         ) from error
@@ -126,29 +151,46 @@ def _diffusers_model(checked: Mapping[str, Any], given: Mapping[str, Any]) -> nn
 
 
 def _with_placeholders(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``model`` with a placeholder for every tensor of its checkpoint, in the dtype it is stored in."""
-    fp32_modules = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    """Put a placeholder for every tensor of its checkpoint into ``model``, in the dtype that it is stored in.
+
+    Args:
+        model: The diffusers transformer, which is changed in place and returned.
+        dtype: The dtype of the parameters that diffusers does not keep in fp32.
+
+    Raises:
+        CheckpointError: A parameter has no element.
+    """
+    kept_in_fp32 = fp32_modules(model)
     for name, parameter in list(model.named_parameters()):
         if not parameter.numel():
             raise CheckpointError(f"with this config.json, {name} of {type(model).__name__} has no element", fix=FIX)
-        stored = torch.float32 if fp32_modules & set(name.split(".")) else dtype
+        stored = torch.float32 if kept_in_fp32 & set(name.split(".")) else dtype
         _set_parameter(model, name, empty_tensor(tuple(parameter.shape), stored))
     saved = set(model.state_dict())
     for name, buffer in list(model.named_buffers()):
-        if name in saved:  # part of the checkpoint (learned position embeddings), so treated like a parameter
+        if name in saved:  # it is in the checkpoint (learned position embeddings), so it is treated like a parameter
             parent, _, child = name.rpartition(".")
-            del model.get_submodule(parent)._buffers[child]
+            delattr(model.get_submodule(parent), child)
             stored = dtype if buffer.is_floating_point() else buffer.dtype
             _set_parameter(model, name, empty_tensor(tuple(buffer.shape), stored))
     return model.eval().requires_grad_(False)
 
 
 def _left_out(names: Iterable[str], shapes: Mapping[str, Any], ignored: tuple[str, ...]) -> list[str]:
+    """Return the names that are not in ``shapes`` and match one of the patterns in ``ignored``."""
     return [name for name in names if name not in shapes and any(re.search(pattern, name) for pattern in ignored)]
 
 
 def _check_globs(recipe: Recipe, linears: Iterable[str]) -> None:
-    """UnsupportedError for a glob of the recipe that matches no linear layer, and for a layer that is kept and forced."""
+    """Check the globs of a recipe against the linear layers of a model.
+
+    Args:
+        recipe: The recipe.
+        linears: The names of the linear layers.
+
+    Raises:
+        UnsupportedError: A glob matches no linear layer, or a layer is both kept and forced.
+    """
     names = list(linears)
     found: dict[str, set[str]] = {}
     for option, globs in (("keep", recipe.keep), ("force", recipe.force)):
@@ -168,30 +210,38 @@ def _check_globs(recipe: Recipe, linears: Iterable[str]) -> None:
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put ``value`` into the model as the parameter ``name``."""
     parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)
+    setattr(model.get_submodule(parent), child, nn.Parameter(value, requires_grad=False))
 
 
 def plan_model(
     config: Mapping[str, Any], recipe: Recipe, dtype: torch.dtype, checkpoint: Checkpoint | None = None
 ) -> ModelPlan:
-    """Decide, layer by layer, what is quantized, merged and rotated.
+    """Decide, layer by layer, which layers are quantized, merged and rotated.
 
     Args:
-        checkpoint: the one that is meant; its names and shapes are compared before the model is run to see which layers
-            share their input.
+        config: The content of the transformer's ``config.json``.
+        recipe: The recipe of the export.
+        dtype: The dtype of activations and of tensors that are not quantized.
+        checkpoint: The checkpoint that the config belongs to. Its names and shapes are compared before the model runs
+            to show which layers share their input.
 
     Raises:
-        UnsupportedError: unknown family, a layer whose K has no Hadamard matrix of the recipe's kind, a glob of the recipe that
-            matches nothing.
-        CheckpointError: a config that no model has, a model that does not run, or another checkpoint than the config says.
+        UnsupportedError: The family is unknown, the K of a layer has no Hadamard matrix of the recipe's kind or is not
+            divided by the weight groups, or a glob of the recipe matches nothing.
+        ShapeError: The rotation block of the recipe does not divide the K of a layer.
+        CheckpointError: No model has such a config, the model does not run, or the checkpoint is another one than the
+            config says.
     """
+    # 1. Build the outline, and compare it with the checkpoint.
     family = get_family(config)
     model = _outline(family, config, dtype)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    ignored = ignored_tensors(model)
     if checkpoint is not None:
         checkpoint.check_shapes(shapes, set(_left_out(checkpoint.tensors, shapes, ignored)))
+    # 2. Choose the linear layers, and group those that share their input.
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     _check_globs(recipe, linears)
     modulation, steady = (_named(linears, globs) for globs in (family.modulation, family.steady))
@@ -201,11 +251,12 @@ def plan_model(
     try:
         groups = _shared_inputs(model, family, linears, chosen, dtype)
     except Exception as error:
-        # PyTorch raises every class there is on shapes that do not fit each other.
+        # PyTorch raises exceptions of many classes on shapes that do not fit each other.
         raise CheckpointError(
             f"the {config['_class_name']} of this config.json does not run: {type(error).__name__}: {error!s:.500}",
             fix=FIX,
         ) from error
+    # 3. Describe the groups, and collect what stays.
     floor = recipe.modulation_activation
     specs = [
         _layer_spec(group, linears, recipe, floor if group[0] in modulation else None, group[0] in steady)
@@ -218,23 +269,36 @@ def plan_model(
 
 
 def _named(names: Iterable[str], globs: tuple[str, ...]) -> set[str]:
-    """Those that match one of the globs."""
+    """Return the names that match one of the globs."""
     return {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
 
 
 def _shared_inputs(
     model: nn.Module, family: Family, linears: Mapping[str, nn.Module], chosen: set[str], dtype: torch.dtype
 ) -> list[tuple[str, ...]]:
-    """Groups of chosen linears of one parent that get the very same tensor, found by one forward on fake tensors.
+    """Group the chosen linears of one parent that get the very same tensor, by one forward on fake tensors.
 
-    Blocks that are alike call their layers alike, so that the first of each kind runs for all. Leaves ``model`` without the
+    Blocks that are alike call their layers alike, so the first block of each kind runs for all. ``model`` loses the
     others.
+
+    Args:
+        model: The outline of the model.
+        family: The model family.
+        linears: Every linear layer by name.
+        chosen: The names of the layers to quantize.
+        dtype: The dtype of activations.
+
+    Returns:
+        The groups, each in the order of calls, sorted by module order.
     """
     seen: dict[tuple[str, int, int], list[str]] = {}
     alive: list[Tensor] = []  # keeps ids unique while the forward runs
 
     def record(name: str, features: int) -> Any:
+        """Return a hook that notes which tensor the layer ``name`` gets."""
+
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            """Add the layer to the group of its parent, its input tensor and its number of input channels."""
             alive.append(args[0])
             members = seen.setdefault((name.rpartition(".")[0], id(args[0]), features), [])
             if name not in members:
@@ -244,9 +308,9 @@ def _shared_inputs(
 
     hooks = [m.register_forward_pre_hook(record(n, m.in_features)) for n, m in linears.items()]  # type: ignore[arg-type]
     repeated = _drop_repeated_blocks(model)
-    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log = logging.getLogger(FAKE_TENSOR_LOG)
     level = log.level
-    log.setLevel(logging.CRITICAL)  # it prints tracebacks of errors that are reported here in words
+    log.setLevel(logging.CRITICAL)  # this logger prints tracebacks of errors that are reported in words here
     try:
         _fake_forward(model, family, dtype)
     finally:
@@ -268,12 +332,18 @@ def _shared_inputs(
 
 
 def _in_block(name: str, stack: str, block: int) -> str:
-    """The layer of ``name``, which lies in block 0 of ``stack`` where block is not 0, in another block."""
+    """Return the name of the same layer in another block.
+
+    Args:
+        name: The name of a layer. It is in block 0 of ``stack`` if ``block`` is not 0.
+        stack: The name of the stack of blocks.
+        block: The number of the block.
+    """
     return f"{stack}.{block}.{name.removeprefix(f'{stack}.0.')}" if block else name
 
 
 def _drop_repeated_blocks(model: nn.Module) -> dict[str, int]:
-    """Leave the first block only in every stack of blocks that are alike; how many there were, by the stack's name."""
+    """Keep only the first of every stack of blocks that are alike, and return their former numbers, by stack name."""
     dropped = {}
     for name, stack in list(model.named_children()):
         if not isinstance(stack, nn.ModuleList) or len(stack) < 2:
@@ -286,6 +356,7 @@ def _drop_repeated_blocks(model: nn.Module) -> dict[str, int]:
 
 
 def _fake_forward(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
+    """Run the model at small sizes on fake tensors, which have shapes and no values."""
     frames, height, width = (Axis.fixed(size) for size in family.probe())
     text = family.config.get("max_text_seq_length") or family.default_text_tokens
     sizes = Sizes(frames, height, width, text_tokens=text)
@@ -302,6 +373,19 @@ def _layer_spec(
     floor: ActivationSpec | None,
     steady: bool,
 ) -> LayerSpec:
+    """Describe one quantized layer.
+
+    Args:
+        members: The names of the linears that it replaces.
+        linears: Every linear layer by name.
+        recipe: The recipe of the export.
+        floor: The least activation grid of the layer, or None.
+        steady: True if weights determine the mean of its input.
+
+    Raises:
+        UnsupportedError: The weight groups do not divide K, or K has no Hadamard matrix of the recipe's kind.
+        ShapeError: The rotation block of the recipe does not divide K.
+    """
     first = linears[members[0]]
     features = int(first.in_features)  # type: ignore[arg-type]
     parent, _, _ = members[0].rpartition(".")
@@ -330,7 +414,15 @@ def _layer_spec(
 
 
 def quantized_skeleton(plan: ModelPlan, bits: int) -> nn.Module:
-    """The skeleton with every planned layer replaced by a QuantLinear of ``bits``-bit activations."""
+    """Build the skeleton with every planned layer replaced by a QuantLinear.
+
+    Args:
+        plan: The plan of the model.
+        bits: The bits of the activations, one of the recipe's.
+
+    Raises:
+        RecipeError: The recipe has no activations of so many bits.
+    """
     model = build_skeleton(plan.family.config, plan.dtype)
     install_quant_linears(model, plan.layers, plan.recipe.activation(bits))
     return model

@@ -1,4 +1,4 @@
-"""The dtypes of activations and of what stays in 16 bit, by the names that options and manifests use."""
+"""The dtypes of activations and of tensors that stay in 16 bit, by the names that options and manifests use."""
 
 from __future__ import annotations
 

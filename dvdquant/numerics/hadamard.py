@@ -1,7 +1,7 @@
-"""Hadamard matrices of any constructible order, and the fast rotation of weights and activations along their channels.
+"""Hadamard matrices of every constructible order, and the fast rotation of weights and activations by channels.
 
 Orders are ``2^a · p``: Sylvester's doubling for the power of two, Paley's constructions I and II over GF(q) for ``p``.
-Every matrix here is computed from the quadratic residues of its field; nothing is tabulated.
+Every matrix here is computed from the quadratic residues of its field; nothing is read from a table.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from dvdquant.errors import ShapeError, UnsupportedError
 
 __all__ = ["MAX_INNER", "Rotation", "hadamard_matrix", "rotate", "rotate_inverse"]
 
-# The inner factor is stored in every graph and held in shared memory by the kernels: 1024² fp32 is 4 MiB. What a larger
-# rotation needs beyond that goes into the outer factor.
+# The inner factor is stored in every graph, and the kernels hold it in shared memory: 1024² fp32 is 4 MiB. A larger
+# rotation puts the rest of its order into the outer factor.
 MAX_INNER = 1024
-# Where no kernel of ours runs, a rotation is a dense product: block/N of the layer's own, in 16 bit. Beyond 256 that
-# costs more time than it saves error, and the matrices of a small engine outweigh its weights.
+# Without dvdquant's kernels, a rotation is a dense product in 16 bit that costs block/N of the layer's own product.
+# Beyond 256 the gain in error is not worth the time, and the matrices of a small engine are larger than its weights.
 AUTO_BLOCK = 256
-# Up to this order one dense product is faster than two thinner ones (measured on AVX-512; AVX2 agrees within a few %).
+# Up to this order, one dense product is faster than two thinner ones (measured on AVX-512; AVX2 agrees within a few %).
 _DENSE_STAGE = 64
-# Elements rotated at a time, so that the stages of one slice find their input in the L3 cache.
+# The number of elements rotated at a time: the stages of one slice then find their input in the L3 cache.
 _SLICE = 1 << 20
 
 
@@ -41,12 +41,13 @@ class Rotation:
 
     Args:
         features: K, the length of the rotated axis.
-        inner: b, the order of the Sylvester factor, a power of two up to ``MAX_INNER``.
-        outer: p, the order of the outer factor: 1, a Paley order, or one of them times a power of two.
+        inner: b, the order of the Sylvester factor, a power of two. :meth:`for_features` takes at most ``MAX_INNER``.
+        outer: p, the order of the outer factor: 1, a power of two, a Paley order, or a Paley order times a power of
+            two.
 
     Raises:
         ShapeError: inner·outer does not divide features, or inner is no power of two.
-        UnsupportedError: no Hadamard matrix of order outer can be constructed.
+        UnsupportedError: No Hadamard matrix of order outer can be constructed.
     """
 
     features: int
@@ -68,26 +69,28 @@ class Rotation:
 
     @property
     def block(self) -> int:
-        """Channels that are mixed with each other."""
+        """Return the number of channels that are mixed with each other, ``inner · outer``."""
         return self.inner * self.outer
 
     @property
     def identity(self) -> bool:
-        """Whether the rotation leaves every channel as it is."""
+        """Return whether the rotation leaves every channel unchanged."""
         return self.block == 1
 
     @classmethod
     def for_features(cls, features: int, spec: str | int) -> Rotation:
-        """The rotation that a recipe asks for.
+        """Return the rotation that a recipe asks for.
 
         Args:
             features: K, the number of input channels.
-            spec: ``auto`` the largest power of four up to 256 that divides K (entries are powers of two, so exact in
-                every dtype); ``full`` the whole row, with the smallest Paley core; ``none``; or a block that divides K.
+            spec: ``auto`` takes the largest power of four up to 256 that divides K (its entries are powers of two, so
+                they are exact in every dtype). ``full`` takes the whole row, with the smallest Paley core. ``none``
+                takes no rotation. An integer takes a block of that many channels, which divides K.
 
         Raises:
-            ShapeError: the block does not divide K.
-            UnsupportedError: the block has no constructible Hadamard matrix; ``fix`` names the nearest one that has.
+            ShapeError: The block does not divide K.
+            UnsupportedError: ``spec`` is unknown, or the block has no constructible Hadamard matrix. ``fix`` then names
+                the largest block of K that has one.
         """
         if spec == "none":
             return cls(features, 1, 1)
@@ -113,7 +116,12 @@ class Rotation:
         return cls(features, inner, block // inner)
 
     def matrices(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """``(hadamard [inner, inner], outer [outer, outer])``, both orthonormal."""
+        """Return new copies of ``(hadamard [inner, inner], outer [outer, outer])``, both orthonormal.
+
+        Args:
+            dtype: The dtype of both matrices.
+            device: The device of both matrices.
+        """
         return (
             _normalized(self.inner).to(device=device, dtype=dtype, copy=True),
             _normalized(self.outer).to(device=device, dtype=dtype, copy=True),
@@ -121,10 +129,15 @@ class Rotation:
 
 
 def hadamard_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The orthonormal Hadamard matrix [n, n], ``core ⊗ Sylvester`` with the smallest core; all entries are ±1/√n.
+    """Return the orthonormal Hadamard matrix [n, n], ``core ⊗ Sylvester`` with the smallest core and entries ±1/√n.
+
+    Args:
+        n: The order, at least 1.
+        dtype: The floating dtype of the matrix.
 
     Raises:
-        UnsupportedError: no construction here reaches order n; ``fix`` names the largest order dividing n that has one.
+        UnsupportedError: No construction here reaches order n. ``fix`` names the largest divisor of n that is an order
+            with a construction.
     """
     signs = _signs(n)
     if signs is None:
@@ -137,29 +150,56 @@ def hadamard_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Rotation, dtype: torch.dtype | None = None) -> Tensor:
-    """``x̃ = outerᵀ @ (x @ hadamard)`` on every block of the last axis, in O(K log K) per row.
+    """Rotate every block of the last axis, ``x̃ = outerᵀ @ (x @ hadamard)``, in O(K log K) per row.
 
     Args:
-        x: [..., K] of a floating dtype, any device and strides.
-        rotation: with features K.
-        dtype: of the result; by default the dtype it is computed in: fp64 for fp64, fp32 for all others.
+        x: [..., K] of a floating dtype, on any device, with any strides.
+        rotation: The rotation, with features K.
+        dtype: The dtype of the result. By default it is the dtype of the computation: fp64 for fp64, fp32 for all
+            others.
 
     Returns:
         x̃ [..., K], a new tensor. ``rotate(x) · rotate(w)ᵀ == x · wᵀ`` up to rounding.
 
     Raises:
-        ShapeError: the last axis is not K.
+        ShapeError: The last axis is not K.
         UnsupportedError: x is not floating point.
     """
     return _apply(x, rotation, dtype, inverse=False)
 
 
 def rotate_inverse(x: Tensor, rotation: Rotation, dtype: torch.dtype | None = None) -> Tensor:
-    """The inverse of :func:`rotate`: ``x = outer @ (x̃ @ hadamardᵀ)`` on every block; same arguments and errors."""
+    """Undo :func:`rotate` on every block of the last axis: ``x = outer @ (x̃ @ hadamardᵀ)``.
+
+    Args:
+        x: x̃ [..., K] of a floating dtype, on any device, with any strides.
+        rotation: The rotation, with features K.
+        dtype: The dtype of the result. By default it is the dtype of the computation: fp64 for fp64, fp32 for all
+            others.
+
+    Returns:
+        x [..., K], a new tensor.
+
+    Raises:
+        ShapeError: The last axis is not K.
+        UnsupportedError: x is not floating point.
+    """
     return _apply(x, rotation, dtype, inverse=True)
 
 
 def _apply(x: Tensor, rotation: Rotation, dtype: torch.dtype | None, *, inverse: bool) -> Tensor:
+    """Check the input, and rotate it in one piece or, on a CPU, in slices that fit the cache.
+
+    Args:
+        x: [..., K] of a floating dtype.
+        rotation: The rotation, with features K.
+        dtype: The dtype of the result; None means the dtype of the computation.
+        inverse: Apply the inverse rotation instead.
+
+    Raises:
+        ShapeError: The last axis is not K.
+        UnsupportedError: x is not floating point.
+    """
     if x.ndim == 0 or x.shape[-1] != rotation.features:
         raise ShapeError(f"a rotation of {rotation.features} channels got a tensor of shape {tuple(x.shape)}")
     if not x.dtype.is_floating_point:
@@ -181,18 +221,25 @@ def _apply(x: Tensor, rotation: Rotation, dtype: torch.dtype | None, *, inverse:
 
 
 def _rotate_rows(x: Tensor, rotation: Rotation, stages: list[Tensor], outer: Tensor) -> Tensor:
-    """One product per factor of ``outer ⊗ stages[0] ⊗ … ⊗ stages[-1]``, from the fastest varying axis outwards."""
+    """Multiply by one factor of ``outer ⊗ stages[0] ⊗ … ⊗ stages[-1]`` at a time, the fastest varying axis first.
+
+    Args:
+        x: [..., K], fp32 or fp64.
+        rotation: The rotation, with features K.
+        stages: Symmetric Sylvester factors [n, n] whose Kronecker product has the order ``rotation.inner``.
+        outer: The factor [p, p] that multiplies from the left: ``outerᵀ`` to rotate, ``outer`` to rotate back.
+    """
     shape = x.shape
     if rotation.identity:
         return x.clone()
     y = x
-    below = 1
+    below = 1  # the product of the orders of the axes that are already rotated
     for stage in reversed(stages):
         order = stage.shape[0]
         if below == 1:
             y = y.reshape(-1, order) @ stage
         else:
-            # Sylvester factors are symmetric: no transpose on the left.
+            # Sylvester factors are symmetric, so the factor on the left needs no transpose.
             y = stage @ y.reshape(-1, order, below)
         below *= order
     if rotation.outer > 1:
@@ -202,7 +249,7 @@ def _rotate_rows(x: Tensor, rotation: Rotation, stages: list[Tensor], outer: Ten
 
 @lru_cache(maxsize=64)
 def _stages(order: int) -> tuple[Tensor, ...]:
-    """Sylvester factors of about equal order ≤ ``_DENSE_STAGE`` whose Kronecker product has ``order``; fp64."""
+    """Return fp64 Sylvester factors of about equal order ≤ ``_DENSE_STAGE``; their Kronecker product has this order."""
     exponent = order.bit_length() - 1
     if exponent == 0:
         return ()
@@ -213,12 +260,13 @@ def _stages(order: int) -> tuple[Tensor, ...]:
 
 @lru_cache(maxsize=64)
 def _normalized(order: int) -> Tensor:
+    """Return the orthonormal Hadamard matrix [order, order] in fp64 from a cache; the caller must not change it."""
     return hadamard_matrix(order)
 
 
 @lru_cache(maxsize=256)
 def _core(order: int) -> int | None:
-    """The smallest order p with order = 2^a·p, p in {1} or a Paley order; None where there is none."""
+    """Return the smallest order p with order = 2^a·p, where p is 1 or a Paley order, or None if there is none."""
     if order < 1:
         return None
     odd = order // (order & -order)
@@ -231,7 +279,7 @@ def _core(order: int) -> int | None:
 
 
 def _signs(order: int) -> npt.NDArray[np.int8] | None:
-    """The ±1 Hadamard matrix [order, order], or None."""
+    """Return the Hadamard matrix [order, order] of ±1, or None if no construction reaches the order."""
     core = _core(order)
     if core is None:
         return None
@@ -244,7 +292,7 @@ def _signs(order: int) -> npt.NDArray[np.int8] | None:
 
 
 def _paley_field(order: int) -> tuple[int, int, int] | None:
-    """``(construction, prime, degree)`` of the field behind a Paley matrix of this order, or None."""
+    """Return ``(construction, prime, degree)`` of the field behind a Paley matrix of this order, or None."""
     if order % 4:
         return None
     for construction, q in ((1, order - 1), (2, order // 2 - 1)):
@@ -256,7 +304,7 @@ def _paley_field(order: int) -> tuple[int, int, int] | None:
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
-    """``(prime, degree)`` with q = prime^degree, or None."""
+    """Return ``(prime, degree)`` with q = prime^degree, or None if q is no power of a prime."""
     if q < 2:
         return None
     prime = next((d for d in range(2, math.isqrt(q) + 1) if q % d == 0), q)
@@ -268,10 +316,13 @@ def _prime_power(q: int) -> tuple[int, int] | None:
 
 
 def _paley(order: int) -> npt.NDArray[np.int8]:
-    """Paley's matrix of signs; order is known to have a field.
+    """Return Paley's matrix of signs; the order must have a field.
 
     Construction I (q ≡ 3 mod 4): ``I + S``, S = [[0, 1ᵀ], [−1, Q]] skew. Construction II (q ≡ 1 mod 4):
     ``S ⊗ [[1, 1], [1, −1]] + I ⊗ [[1, −1], [−1, −1]]``, S = [[0, 1ᵀ], [1, Q]] symmetric. Q[i, j] = χ(aᵢ − aⱼ).
+
+    Raises:
+        UnsupportedError: No finite field gives a Paley matrix of this order.
     """
     field = _paley_field(order)
     if field is None:
@@ -289,9 +340,9 @@ def _paley(order: int) -> npt.NDArray[np.int8]:
 
 
 def _residue_matrix(prime: int, degree: int) -> npt.NDArray[np.int8]:
-    """χ(aᵢ − aⱼ) [q, q] over GF(prime^degree): 0 on the diagonal, 1 for squares, −1 for the others.
+    """Return χ(aᵢ − aⱼ) [q, q] over GF(prime^degree): 0 on the diagonal, 1 for squares, −1 for the others.
 
-    Element i has the base-``prime`` digits of i as the coefficients of its polynomial, lowest first.
+    The base-``prime`` digits of i, lowest first, are the coefficients of the polynomial of element i.
     """
     q = prime**degree
     weights = prime ** np.arange(degree)
@@ -307,7 +358,7 @@ def _residue_matrix(prime: int, degree: int) -> npt.NDArray[np.int8]:
 
 
 def _square(element: npt.NDArray[np.int64], modulus: tuple[int, ...], prime: int) -> npt.NDArray[np.int64]:
-    """element² modulo the monic ``modulus`` (coefficients lowest first, leading 1 left out)."""
+    """Return element² modulo the monic ``modulus`` (coefficients lowest first, without the leading 1)."""
     degree = len(modulus)
     powers = np.convolve(element, element) % prime
     for top in range(len(powers) - 1, degree - 1, -1):
@@ -317,7 +368,7 @@ def _square(element: npt.NDArray[np.int64], modulus: tuple[int, ...], prime: int
 
 
 def _irreducible(prime: int, degree: int) -> tuple[int, ...]:
-    """The first monic irreducible polynomial over GF(prime), without its leading 1, found by trial division."""
+    """Return the first monic irreducible polynomial over GF(prime), without its leading 1, found by trial division."""
     if degree == 1:
         return (0,)
     factors = [f for d in range(1, degree // 2 + 1) for f in product(range(prime), repeat=d)]
@@ -328,7 +379,7 @@ def _irreducible(prime: int, degree: int) -> tuple[int, ...]:
 
 
 def _divides(factor: Iterable[int], candidate: Iterable[int], prime: int) -> bool:
-    """Whether one monic polynomial divides another (both lowest first, leading 1 left out)."""
+    """Return whether one monic polynomial divides another (both lowest first, without the leading 1)."""
     divisor = [*factor, 1]
     rest = [*candidate, 1]
     while len(rest) >= len(divisor):
@@ -341,15 +392,16 @@ def _divides(factor: Iterable[int], candidate: Iterable[int], prime: int) -> boo
 
 
 def _divisors(n: int) -> list[int]:
+    """Return all divisors of n in ascending order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
 def _largest_block(features: int) -> int:
-    """The largest divisor of ``features`` with a Hadamard matrix."""
+    """Return the largest divisor of ``features`` that is the order of a Hadamard matrix."""
     return max(d for d in _divisors(features) if _core(d) is not None)
 
 
 def _nearest_block(features: int, wanted: int) -> int:
-    """The divisor of ``features`` with a Hadamard matrix that is nearest to ``wanted``."""
+    """Return the divisor of ``features`` nearest to ``wanted`` that is the order of a Hadamard matrix."""
     return min((d for d in _divisors(features) if _core(d) is not None), key=lambda d: (abs(d - wanted), d))

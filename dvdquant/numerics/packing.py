@@ -1,4 +1,4 @@
-"""The canonical weight layout: two 4-bit codes per byte, low nibble = even k, signed; zero-points as fp32 or bytes."""
+"""The canonical weight layout: two signed 4-bit codes per byte (low nibble: even k), zero-points as fp32 or bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ __all__ = ["expand_zero", "pack_int4", "unpack_int4"]
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Packs codes int8 [..., K] in −8..7 into uint8 [..., K/2]; byte j holds codes 2j (low nibble) and 2j+1 (high).
+    """Pack signed 4-bit codes, two per byte.
+
+    Args:
+        codes: The codes, int8 [..., K] in −8..7, with K even.
+
+    Returns:
+        uint8 [..., K/2]. Byte j holds code 2j in its low nibble and code 2j+1 in its high nibble.
 
     Raises:
         ShapeError: K is odd, the dtype is not int8, or a code lies outside −8..7.
@@ -27,16 +33,22 @@ def pack_int4(codes: Tensor) -> Tensor:
         low, high = (int(v) for v in torch.aminmax(codes))
         if low < -8 or high > 7:
             raise ShapeError(f"4-bit codes lie in −8..7, these in {low}..{high}")
-    # Same-size views keep the work in bytes: two's complement nibbles need no sign handling on the way in.
+    # pairs: uint8 [..., K/2, 2]. A two's complement nibble needs no sign handling when it is packed, so bytes suffice.
     pairs = codes.contiguous().view(torch.uint8).reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
-    """Inverse of :func:`pack_int4`: uint8 or int8 bytes [..., K/2] to codes int8 [..., K] in −8..7.
+    """Unpack bytes into signed 4-bit codes, the inverse of :func:`pack_int4`.
+
+    Args:
+        packed: The bytes, uint8 or int8 [..., K/2].
+
+    Returns:
+        The codes, int8 [..., K] in −8..7.
 
     Raises:
-        ShapeError: the dtype is not a byte.
+        ShapeError: The dtype is neither uint8 nor int8, or the tensor has no axis.
     """
     if packed.dtype not in (torch.uint8, torch.int8) or packed.ndim == 0:
         raise ShapeError(f"packed 4-bit codes are uint8 or int8 bytes, not {packed.dtype} of {packed.ndim} axes")
@@ -46,17 +58,17 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 def expand_zero(zero: Tensor) -> Tensor:
-    """The centred zero-points of a stored ``weight_zero``, one per row or per weight group.
+    """Return the centred zero-points of a stored ``weight_zero``, one per row or per weight group.
 
     Args:
-        zero: floating [N], one per row as it is; or uint8 [N, groups], a real zero-point in steps of 1/16:
-            ``z = byte/16 − 8``, −8 … 7 15/16, exact in every floating dtype.
+        zero: Floating point [N], one zero-point per row, stored as it is. Or uint8 [N, groups], a real zero-point in
+            steps of 1/16: ``z = byte/16 − 8``, from −8 to 7 15/16, exact in every floating dtype.
 
     Returns:
-        [N, 1] or [N, groups], fp32 (fp64 where ``zero`` is).
+        [N, 1] in the dtype of ``zero`` if it is floating point, else [N, groups] in fp32.
 
     Raises:
-        ShapeError: neither of the two.
+        ShapeError: ``zero`` has neither of the two forms.
     """
     if zero.is_floating_point() and zero.ndim == 1:
         return zero[:, None]

@@ -1,1 +1,1 @@
-"""What the exporter and the runtime both need of ONNX."""
+"""ONNX helpers that both the exporter and the runtime need."""

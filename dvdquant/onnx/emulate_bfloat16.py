@@ -1,4 +1,4 @@
-"""A bfloat16 graph as a float32 graph that rounds like it, since ONNX Runtime's CPU provider has no bfloat16 kernels."""
+"""A bfloat16 graph as a float32 graph that rounds like it: ONNX Runtime's CPU provider has no bfloat16 kernels."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ __all__ = ["emulate_bfloat16"]
 
 BF16, FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
-# Moves values without computing on them: their outputs are as round as their inputs.
+# Operators that move values without computing: their outputs need no rounding if their inputs are rounded.
 EXACT = frozenset(
     "Reshape Transpose Slice Concat Split Squeeze Unsqueeze Expand Gather Identity ScatterND Flatten Tile Where".split()  # noqa: SIM905
 )
 
 
 def emulate_bfloat16(model: ir.Model) -> bool:
-    """Replace bfloat16 by float32 everywhere, rounding to bfloat16 after every operator; returns whether there was any.
+    """Replace bfloat16 by float32 everywhere, and round to bfloat16 after every operator.
 
-    What PyTorch does on a CPU and tensor cores do on a GPU: operands in bfloat16, float32 inside, one rounding after.
+    PyTorch on a CPU and tensor cores on a GPU do the same: operands in bfloat16, float32 inside, one rounding after.
 
-    1. A graph input or output in bfloat16 becomes float32 (its values must be representable: feed rounded data).
+    1. A graph input or output in bfloat16 becomes float32. Its values must be representable: feed rounded data.
     2. A bfloat16 initializer stays as stored, with one Cast to float32 behind it.
-    3. A node with bfloat16 outputs computes in float32, followed by Cast to bfloat16 and back; operators that only move
-       values are not followed by casts.
-    4. ``Cast(to=bfloat16)`` becomes Cast to float32 and the rounding pair.
+    3. A node with bfloat16 outputs computes in float32, followed by a Cast to bfloat16 and a Cast back. Operators that
+       only move values are not followed by casts.
+    4. ``Cast(to=bfloat16)`` becomes a Cast to float32 and the rounding pair.
+
+    Args:
+        model: The graph, which is changed in place.
+
+    Returns:
+        True if there was any bfloat16.
     """
     graph = model.graph
     changed = False
@@ -54,6 +60,7 @@ def _upcast_initializer(graph: ir.Graph, value: ir.Value) -> None:
 
 
 def _emulate_node(graph: ir.Graph, node: ir.Node) -> bool:
+    """Let a node with bfloat16 outputs compute in float32, and return True if it has such outputs."""
     changed = False
     outputs = [o for o in node.outputs if o.dtype == BF16]
     if node.op_type == "Constant" and outputs:
@@ -69,6 +76,13 @@ def _emulate_node(graph: ir.Graph, node: ir.Node) -> bool:
 
 
 def _round(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+    """Round an output to bfloat16 and back to float32 before its users see it.
+
+    Args:
+        graph: The graph, which is changed in place.
+        node: The node that computes the output.
+        output: The output, already float32.
+    """
     users = list(output.uses())
     down = ir.Node("", "Cast", [output], [ir.AttrInt64("to", BF16.value)], num_outputs=1, name=f"{output.name}_round")
     up = ir.Node("", "Cast", [down.outputs[0]], [ir.AttrInt64("to", FP32.value)], num_outputs=1)

@@ -1,4 +1,4 @@
-"""Give attention masks their query axis, which ONNX Runtime's CPU Attention does not broadcast."""
+"""A rewrite that gives attention masks their query axis, which ONNX Runtime's CPU Attention does not broadcast."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ __all__ = ["expand_attention_mask"]
 
 
 def expand_attention_mask(model: ir.Model) -> bool:
-    """For ONNX Runtime only: TensorRT broadcasts, and a full mask of a 100 000-token self-attention fits nowhere.
+    """Expand attention masks with a query axis of size 1, for ONNX Runtime only.
 
-    1. ``Attention(q, k, v, mask[…, 1, S])``: the mask is expanded to ``[…, L, S]`` with L read from q at run time.
-    2. A mask whose query axis is symbolic or already L, or no mask: left alone.
+    TensorRT broadcasts the axis, and a full mask for a self-attention over 100 000 tokens fits into no memory.
 
-    Returns whether a mask was expanded.
+    1. ``Attention(q, k, v, mask[…, 1, S])``: the mask is expanded to ``[…, L, S]``, with L read from q at run time.
+    2. A mask whose query axis is symbolic or already L, or no mask: the node is left unchanged.
+
+    Args:
+        model: The graph, which is changed in place.
+
+    Returns:
+        True if a mask was expanded.
     """
     changed = False
     for node in list(model.graph):

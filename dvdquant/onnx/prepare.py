@@ -1,4 +1,4 @@
-"""A graph as ONNX Runtime on a CPU can run it."""
+"""The rewrite of a graph into one that ONNX Runtime can run on a CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ __all__ = ["prepare_for_onnxruntime"]
 
 
 def prepare_for_onnxruntime(model: ir.Model) -> ir.Model:
-    """Rewrite, in place, what ONNX Runtime's CPU provider cannot run; the arithmetic stays. Returns ``model``."""
+    """Rewrite the parts of a graph that ONNX Runtime's CPU provider cannot run; the arithmetic stays.
+
+    Args:
+        model: The graph, which is changed in place and returned.
+    """
     expand_attention_mask(model)
     emulate_bfloat16(model)
     return model

@@ -24,7 +24,7 @@ QUANT_LINEAR_INPUTS = (
 
 
 def register_schemas() -> None:
-    """Make ``dvdquant::QuantLinear`` known to onnx and onnxscript; calling it again does nothing."""
+    """Make ``dvdquant::QuantLinear`` known to onnx and onnxscript; a second call does nothing."""
     if onnx.defs.has("QuantLinear", DOMAIN):
         return
     parameter = onnx.defs.OpSchema.FormalParameter

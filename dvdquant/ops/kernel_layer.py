@@ -1,4 +1,4 @@
-"""A quantized layer as the kernels hold it: on their device, only what they multiply."""
+"""A quantized layer as the kernels hold it: on their device lies only what they multiply."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dvdquant.ops.balance import pack_balance
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels
 from dvdquant.ops.packed_layer import PackedLayer, check_channels, packed_shape
 from dvdquant.ops.prepared_cache import refuse_capture, synchronize
+from dvdquant.ops.prepared_linear import handle_of, prepared_linear
+from dvdquant.ops.repack import LayerShape
 from dvdquant.recipe import ActivationSpec
 
 __all__ = ["KernelLayer"]
@@ -20,18 +22,21 @@ __all__ = ["KernelLayer"]
 class KernelLayer:
     """The prepared weights of one layer, each made when a call first needs it.
 
-    The packed tensors stay where they are, a mapped copy of an export's files for instance. On an 8-bit path, which most GPUs
-    take, a weight has one byte on the device, half of bf16; with the packed one beside it that were three quarters.
-    Activation grids whose paths hold weights in the same form share them.
+    The packed tensors stay where they are, a mapped copy of an export's files for instance. On an 8-bit path, which
+    most GPUs take, a weight has one byte on the device, half of bf16; with the packed weight beside it, it would be
+    three quarters. Activation grids whose paths hold weights in the same form share them.
 
     Args:
-        packed: the stored tensors and rotation factors, on any device.
-        grids: the activation grids it will be called with.
-        dtype: bf16 or fp16, of the model. device: where it runs.
-        scale, shift: pre_quant_scale and pre_quant_shift, fp32 [K].
+        kernels: The kernels of the device.
+        packed: The stored tensors and rotation factors, on any device.
+        grids: The activation grids that the layer will be called with.
+        dtype: bf16 or fp16, the dtype of the model.
+        device: The device the layer runs on.
+        scale: pre_quant_scale, fp32 [K], or None.
+        shift: pre_quant_shift, fp32 [K], or None.
 
     Raises:
-        UnsupportedError: the kernels lack one of the grids, the shape, the dtype or the rotation.
+        UnsupportedError: The kernels lack one of the grids, the shape, the dtype or the rotation.
     """
 
     def __init__(
@@ -56,20 +61,26 @@ class KernelLayer:
             raise UnsupportedError(error.what) from error
         self.packed, self.dtype, self.device = packed, dtype, device
         self._kernels, self._parts = kernels, (scale, shift)
+        self._handle = handle_of(kernels)
         self._weights: dict[tuple[str, int], Tensor] = {}
         self._balance: Tensor | None = None
 
-    @torch.compiler.disable
     def __call__(self, x: Tensor, outer: Tensor, act_bits: int, act_group: int) -> Tensor:
-        """x [..., K] to y [..., N] of x's dtype; another dtype than the model's is rounded to it first. No gradients.
+        """Compute y [..., N] of x's dtype, without gradients.
+
+        In a model that is being compiled the layer is one operation, ``dvdquant::prepared_linear``. Its weight must be
+        there by then (:meth:`make_weight`): else the compiled function has a break.
 
         Args:
-            outer: the outer rotation factor, fp32 [p, p] on x's device.
+            x: [..., K] on the layer's device; another dtype than the model's is rounded to the model's first.
+            outer: The outer rotation factor, fp32 [p, p] on x's device.
+            act_bits: Bits of the activation codes, of one of the layer's grids.
+            act_group: Channels per activation scale of that grid; 0 for the whole token.
 
         Raises:
-            ShapeError: x has another number of channels, or is on another device.
-            UnsupportedError: a grid that was not asked for.
-            KernelError: a weight would have to be prepared while a CUDA graph is being captured.
+            ShapeError: x has another number of channels, or it is on another device.
+            UnsupportedError: The layer was not made for this grid.
+            KernelError: A weight would have to be prepared while a CUDA graph is being captured.
         """
         if (act_bits, act_group) not in self._runs:
             raise UnsupportedError(
@@ -81,29 +92,48 @@ class KernelLayer:
         check_channels(x, shape.k)
         if x.device.type != self.device.type or self.device.index not in (None, x.device.index):
             raise ShapeError(f"the layer is on {self.device}, x on {x.device}", fix="move x there with .to(device)")
-        prepared = self._weight(act_bits, act_group)
+        prepared = self.make_weight(act_bits, act_group)
+        if torch.compiler.is_compiling():
+            return self._traced(x, outer, prepared, shape)
         tokens = x.to(self.dtype).reshape(x.numel() // shape.k, shape.k)
         y = self._kernels.quant_linear(shape, tokens, outer.contiguous(), prepared, self._balance)
         return y.reshape(*x.shape[:-1], shape.n).to(x.dtype)
 
-    def _weight(self, act_bits: int, act_group: int) -> Tensor:
-        shape, form = self._runs[act_bits, act_group]
+    def _traced(self, x: Tensor, outer: Tensor, prepared: Tensor, shape: LayerShape) -> Tensor:
+        y: Tensor = prepared_linear(
+            x.to(self.dtype), outer, prepared, self._balance, self._handle, shape.n, shape.weight_groups, shape.real_zero,
+            shape.block, shape.act_bits, shape.act_group,
+        )  # fmt: skip
+        return y.to(x.dtype)
+
+    def make_weight(self, act_bits: int, act_group: int) -> Tensor:
+        """Return the prepared weight for an activation grid, uint8 [bytes], made at the first call."""
+        form = self._runs[act_bits, act_group][1]
         if form not in self._weights:
-            refuse_capture(self.device, "its weight is prepared at the first call")
-            here = tuple(tensor.to(self.device) for tensor in self.packed.stored())
-            self._weights[form] = self._kernels.prepare(shape, here)
-            if self._balance is None and any(part is not None for part in self._parts):
-                scale, shift = (None if part is None else part.to(self.device) for part in self._parts)
-                self._balance = pack_balance(scale, shift, self.dtype)
-            synchronize(self._weights[form])
+            self._make(act_bits, act_group)
         return self._weights[form]
+
+    @torch.compiler.disable
+    def _make(self, act_bits: int, act_group: int) -> None:
+        shape, form = self._runs[act_bits, act_group]
+        refuse_capture(self.device, "its weight is prepared at the first call")
+        here = tuple(tensor.to(self.device) for tensor in self.packed.stored())
+        self._weights[form] = self._kernels.prepare(shape, here)
+        if self._balance is None and any(part is not None for part in self._parts):
+            scale, shift = (None if part is None else part.to(self.device) for part in self._parts)
+            self._balance = pack_balance(scale, shift, self.dtype)
+        synchronize(self._weights[form])
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device: prepared weights and balance."""
+        """Return the bytes on the device: prepared weights and balance."""
         return sum(w.nbytes for w in self._weights.values()) + (0 if self._balance is None else self._balance.nbytes)
 
     def workspace_bytes(self, tokens: int) -> int:
-        """Scratch of a call with so many tokens, at the most demanding grid."""
+        """Return the bytes of scratch of one call, at the most demanding grid.
+
+        Args:
+            tokens: Rows M of x.
+        """
         shapes = [shape for shape, _ in self._runs.values()]
         return max(self._kernels.library.workspace_bytes(shape, self._kernels.sm, tokens) for shape in shapes)

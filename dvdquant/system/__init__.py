@@ -1,1 +1,1 @@
-"""What is not about models: files, safetensors, memory, progress, text."""
+"""Helpers that know nothing of models: files, safetensors, memory, progress and text."""

@@ -1,4 +1,4 @@
-"""Which PyTorch device a user's word for one means: decided here, for the exporter and the runtime alike."""
+"""The PyTorch device that a user's word means, decided here for the exporter and the runtime alike."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ if TYPE_CHECKING:
 __all__ = ["DEVICE_WORDS", "resolve_device"]
 
 DEVICE_WORDS = ("auto", "cpu", "cuda", "cuda:N")
-# More digits are no index of a device, and torch.device overflows on them.
+# A number with more digits is no index of a device, and torch.device overflows on it.
 _CUDA = re.compile(r"cuda(?::(0|[1-9][0-9]{0,2}))?", re.ASCII)
 
 
 def resolve_device(word: str | torch.device) -> torch.device:
-    """Return the device that ``word`` names, with its index where it is a GPU.
+    """Return the device that ``word`` names, with its index if it is a GPU.
 
     Args:
-        word: ``auto`` (the current GPU where PyTorch sees one, else the CPU), ``cpu``, ``cuda`` (the current GPU) or
-            ``cuda:N``.
+        word: ``auto`` (the current GPU if PyTorch sees one, else the CPU), ``cpu``, ``cuda`` (the current GPU) or
+            ``cuda:N``. A device of PyTorch is taken by its name.
 
     Raises:
-        UnsupportedError: another word, or a GPU that PyTorch does not see.
+        UnsupportedError: The word is another one, or PyTorch does not see that GPU.
     """
-    import torch  # the command line knows the words without it
+    import torch  # imported here, because the command line needs the words without torch
 
     text = str(word)
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
-    if text in ("cpu", "cpu:0"):  # torch writes its own device so
+    if text in ("cpu", "cpu:0"):  # torch writes its own CPU device as cpu or cpu:0
         return torch.device("cpu")
     match = _CUDA.fullmatch(text)
     if match is None:
         raise UnsupportedError(f"unknown device {text!r:.100}", available=DEVICE_WORDS, fix="pick one with --device")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # "cuda" alone is another device in another thread.
+    # "cuda" alone means another device in another thread, so the index is fixed here.
     index = int(match[1]) if match[1] is not None else (torch.cuda.current_device() if count else 0)
     if index >= count:
         seen = ["cpu", *(f"cuda:{i}" for i in range(count))]

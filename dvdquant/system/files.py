@@ -33,15 +33,28 @@ MAX_JSON_ITEMS = 1_000_000
 
 
 class FileEntry(TypedDict):
-    """What a manifest says of one file: SHA-256 as 64 lower-case hex digits, and the size in bytes."""
+    """The entry of one file in a manifest.
+
+    Attributes:
+        sha256: The SHA-256 as 64 lower-case hex digits.
+        bytes: The size in bytes.
+    """
 
     sha256: str
     bytes: int
 
 
 def strict_json(raw: bytes, max_depth: int = 64) -> Any:
-    """Parse UTF-8 JSON; ValueError on duplicate keys, NaN and infinities, lone surrogates, or more than ``max_depth``
-    levels or a million items."""
+    """Parse UTF-8 JSON and refuse what a stranger could misuse.
+
+    Args:
+        raw: The JSON text as bytes.
+        max_depth: The greatest number of nested levels.
+
+    Raises:
+        ValueError: The text is not JSON, or has duplicate keys, NaN, infinities, lone surrogates, more than
+            ``max_depth`` levels or more than about a million items.
+    """
     items = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
     if items > MAX_JSON_ITEMS:
         raise ValueError(f"about {items} values, more than {MAX_JSON_ITEMS}")
@@ -59,16 +72,23 @@ def strict_json(raw: bytes, max_depth: int = 64) -> Any:
     else:
         raise ValueError(f"nested deeper than {max_depth} levels")
     if re.search(rb"\\u[dD][89a-fA-F]", raw):
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # UnicodeEncodeError, a ValueError, on a lone surrogate
+        # A lone surrogate raises UnicodeEncodeError, which is a ValueError.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
 def _children(node: Any) -> Iterable[Any]:
+    """Return the lists and dictionaries that ``node`` holds directly."""
     children = node.values() if isinstance(node, dict) else node
     return [child for child in children if isinstance(child, (dict, list))] if isinstance(node, (dict, list)) else ()
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the dictionary of a JSON object.
+
+    Raises:
+        ValueError: A key appears twice.
+    """
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
@@ -78,6 +98,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float:
+    """Return the number that ``text`` stands for.
+
+    Raises:
+        ValueError: It is NaN or infinite.
+    """
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text[:40]} is not a finite number")
@@ -85,9 +110,16 @@ def _finite(text: str) -> float:
 
 
 def open_regular(path: Path) -> tuple[int, int]:
-    """(descriptor, size) of a regular file. OSError, or ValueError for a device, a pipe or a folder.
+    """Open a regular file for reading and return its descriptor and its size in bytes.
 
-    O_NONBLOCK keeps a pipe planted in a model folder from blocking the open for ever.
+    O_NONBLOCK keeps a pipe that somebody put into a model folder from blocking the open for ever.
+
+    Args:
+        path: The path of the file; links are followed.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: It is a device, a pipe or a folder.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -101,12 +133,30 @@ def open_regular(path: Path) -> tuple[int, int]:
 
 
 def read_limited(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes; OSError or ValueError otherwise."""
+    """Return the content of a regular file of at most ``limit`` bytes.
+
+    Args:
+        path: The path of the file; links are followed.
+        limit: The greatest size in bytes.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is no regular file, or it is larger than ``limit``.
+    """
     return read_all(open_regular(path)[0], limit)
 
 
 def read_all(fd: int, limit: int) -> bytes:
-    """Return what an open regular file of at most ``limit`` bytes holds, and close it; OSError or ValueError otherwise."""
+    """Return the content of an open regular file of at most ``limit`` bytes, and close the file.
+
+    Args:
+        fd: The descriptor of a regular file, opened for reading; it is closed.
+        limit: The greatest size in bytes.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is larger than ``limit``.
+    """
     with os.fdopen(fd, "rb") as file:
         size = os.fstat(fd).st_size
         if size > limit:
@@ -117,7 +167,7 @@ def read_all(fd: int, limit: int) -> bytes:
     return raw
 
 
-# What helps against a failed write, besides picking another place.
+# The way out of a failed write by errno, where another place alone does not help.
 _FIXES = {
     errno.EIO: "the disk or its connection is faulty: check it (the kernel's log says more), then retry",
     errno.EROFS: "the file system is read-only: pick a place on another one, or mount it for writing",
@@ -130,8 +180,15 @@ _FIXES = {
 
 
 def disk_error(error: OSError, path: Path | str) -> DvdquantError:
-    """Return the error for a failed write at ``path``: ResourceError when the disk, a quota or the number of open files is
-    at its limit, else OutputError."""
+    """Return the error that tells a user of a failed write.
+
+    Args:
+        error: The error of the operating system.
+        path: The file or folder that was written.
+
+    Returns:
+        ResourceError if the disk, a quota or the number of open files is at its limit, else OutputError.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ResourceError(
             f"no room left while writing {path}: {error.strerror}", fix="free disk space or write elsewhere, then retry"
@@ -143,7 +200,16 @@ def disk_error(error: OSError, path: Path | str) -> DvdquantError:
 
 
 def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
-    """pwrite until everything is written: one call may write less, and never more than 2 GB."""
+    """Write all of ``data`` with as many calls as needed: one call may write less, and never more than 2 GB.
+
+    Args:
+        fd: The descriptor, opened for writing.
+        data: The bytes to write.
+        offset: The position in the file, in bytes.
+
+    Raises:
+        OSError: A write fails.
+    """
     view = memoryview(data)
     while view:
         count = os.pwrite(fd, view[: 1 << 30], offset)
@@ -151,9 +217,14 @@ def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
 
 
 def hash_file(path: str | Path, progress: Callable[[int], None] | None = None) -> FileEntry:
-    """SHA-256 and size of a regular file, streamed; ``progress`` gets the size of every block read.
+    """Return the SHA-256 and the size of a regular file, read block by block.
 
-    OutputError if the file cannot be read.
+    Args:
+        path: The path of the file.
+        progress: A function that gets the size in bytes of every block read.
+
+    Raises:
+        OutputError: The file cannot be read.
     """
     try:
         fd, _ = open_regular(Path(path))
@@ -166,7 +237,15 @@ def hash_file(path: str | Path, progress: Callable[[int], None] | None = None) -
 
 
 def hash_descriptor(fd: int, progress: Callable[[int], None] | None = None) -> FileEntry:
-    """SHA-256 and size of an open file from its position on; as :func:`hash_file`, with OSError."""
+    """Return the SHA-256 and the size of an open file, from its position to its end.
+
+    Args:
+        fd: The descriptor, opened for reading. It stays open.
+        progress: A function that gets the size in bytes of every block read.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     digest, total, block = hashlib.sha256(), 0, memoryview(bytearray(1 << 22))
     with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
         while count := file.readinto(block):
@@ -178,7 +257,17 @@ def hash_descriptor(fd: int, progress: Callable[[int], None] | None = None) -> F
 
 
 def require_disk(path: str | Path, nbytes: int, what: str) -> None:
-    """ResourceError, with need and free space, unless ``nbytes`` fit on the file system ``path`` is or will be on."""
+    """Check that ``nbytes`` fit on the file system that ``path`` is or will be on.
+
+    Args:
+        path: A file or folder, which need not exist.
+        nbytes: The space needed, in bytes.
+        what: The thing that needs the space, as the subject of the error message.
+
+    Raises:
+        ResourceError: The free space is too small; the error gives both numbers.
+        OutputError: The place cannot be looked at.
+    """
     try:
         place = Path(path).absolute()
         while not place.exists() and place != place.parent:

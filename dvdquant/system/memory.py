@@ -1,4 +1,4 @@
-"""How much memory there is."""
+"""The memory that a process may still take."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ __all__ = ["memory_limit"]
 
 @dataclass(frozen=True)
 class _Names:
-    """The files of one version of control groups, and the fields of ``memory.stat`` that the kernel can take back.
+    """The files of one version of control groups.
 
-    Those are what ``MemAvailable`` of the whole machine counts, too: pages of files, recently used or not, and slab
-    memory. Files in memory (tmpfs, shared memory) and locked pages are in none of them. Pages not yet written count:
-    the kernel writes them and then takes them back.
+    ``reclaimable`` names the same memory that ``MemAvailable`` of the whole machine counts: pages of files, recently
+    used or not, and slab memory. Files in memory (tmpfs, shared memory) and locked pages are in none of these fields.
+    Pages that are not yet written count: the kernel writes them and then takes them back.
+
+    Args:
+        mount: The folder where the groups are mounted, below the root.
+        limits: The files that hold a limit in bytes.
+        used: The file that holds the bytes in use.
+        reclaimable: The fields of ``memory.stat`` that the kernel can take back.
     """
 
     mount: str
@@ -37,19 +43,20 @@ _V1 = _Names(
     mount="sys/fs/cgroup/memory",
     limits=("memory.limit_in_bytes",),
     used="memory.usage_in_bytes",
-    # Usage includes the groups below, so the totals are what belongs to it. Version 1 does not count slab memory here.
+    # The usage includes the groups below, so the totals belong to it. Version 1 does not count slab memory here.
     reclaimable=("total_inactive_file", "total_active_file"),
 )
 
 
 def memory_limit(root: Path = Path("/")) -> int:
-    """Return the bytes this process and its children may still take: the least of machine and control groups.
+    """Return the bytes that this process and its children may still take: the least of machine and control groups.
 
-    A control group has left what its limit is above its use, where memory that the kernel can take back (the page cache
-    of a checkpoint that was just downloaded) is not in use. Every group from the process's own to the root is asked.
+    A control group has left its limit less its use. Memory that the kernel can take back (the page cache of a
+    checkpoint that was just downloaded) does not count as in use. Every group from the process's own to the root is
+    asked.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
+        root: The folder where ``proc`` and ``sys`` are.
     """
     left = int(psutil.virtual_memory().available)
     for names, folder in _groups(root):
@@ -81,9 +88,16 @@ def _groups(root: Path) -> Iterator[tuple[_Names, Path]]:
 
 
 def _left_in_group(names: _Names, folder: Path, otherwise: int) -> int:
+    """Return the bytes that one control group has left, or ``otherwise`` if it has no limit.
+
+    Args:
+        names: The names of its files.
+        folder: The folder of the group, which may not exist.
+        otherwise: The result for a group without a known limit, in bytes.
+    """
     limits = [_number(_read(folder / name)) for name in names.limits]
     known = [limit for limit in limits if limit is not None]
-    if not known:  # no such group, no limit ("max"), or not for us to read
+    if not known:  # there is no such group, it has no limit ("max"), or it cannot be read
         return otherwise
     used = _number(_read(folder / names.used)) or 0
     reclaimable = 0
@@ -95,11 +109,13 @@ def _left_in_group(names: _Names, folder: Path, otherwise: int) -> int:
 
 
 def _number(text: str) -> int | None:
+    """Return the number that the text of a file holds, or None if it is no number ("max")."""
     text = text.strip()
     return int(text) if text.isascii() and text.isdigit() else None
 
 
 def _read(path: Path) -> str:
+    """Return the text of a file, or an empty text if it cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:

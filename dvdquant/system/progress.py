@@ -20,12 +20,13 @@ _JSON_INTERVAL = 1.0  # seconds between two lines of one stage
 
 
 class Stage:
-    """One stage with a known amount of work; a context manager.
+    """One stage with a known amount of work, used as a context manager.
 
     Args:
-        name: what is being done, as a verb ("quantize").
-        total: amount of work in ``unit``.
-        unit: ``weights``, ``B``, ``steps``; rates are per second of it.
+        owner: The progress that the stage reports to.
+        name: The work as a verb ("quantize").
+        total: The amount of work in ``unit``.
+        unit: The unit of the work: ``weights``, ``B`` or ``steps``. Rates are in units per second.
     """
 
     def __init__(self, owner: Progress, name: str, total: int, unit: str) -> None:
@@ -50,7 +51,12 @@ class Stage:
         self._emit("start")
 
     def update(self, amount: int, label: str | None = None) -> None:
-        """Add ``amount`` of work; ``label`` names the item just begun or finished."""
+        """Add an amount of finished work.
+
+        Args:
+            amount: The work in the unit of the stage.
+            label: The name of the item that has just begun or ended; None keeps the last one.
+        """
         self.count += amount
         if label is not None:
             self.label = label
@@ -73,6 +79,7 @@ class Stage:
             self._owner.seconds[self.name] = self._owner.seconds.get(self.name, 0.0) + time.monotonic() - self._started
 
     def _emit(self, event: str) -> None:
+        """Report ``event`` with the amount of work, the rate and the memory of the process."""
         self._printed = time.monotonic()
         elapsed = self._printed - self._started
         rate = self.count / elapsed if elapsed > 0 else 0.0
@@ -91,11 +98,14 @@ class Stage:
 
 
 class Progress:
-    """Where stages report to.
+    """The place that stages report to.
 
     Args:
-        log_format: ``text`` draws bars, ``json`` writes one object a line, ``quiet`` nothing.
-        stream: stderr by default, so that stdout stays free for results.
+        log_format: ``text`` draws bars, ``json`` writes one object a line, ``quiet`` writes nothing.
+        stream: The stream to write to. The default is stderr, so that stdout stays free for results.
+
+    Attributes:
+        seconds: The time in seconds of every stage that ended well, by its name.
     """
 
     def __init__(self, log_format: LogFormat = "quiet", stream: TextIO | None = None) -> None:
@@ -104,17 +114,32 @@ class Progress:
         self.seconds: dict[str, float] = {}
 
     def stage(self, name: str, total: int, unit: str) -> Stage:
-        """Begin a stage; use as a context manager."""
+        """Begin a stage, which is to be used as a context manager.
+
+        Args:
+            name: The work as a verb ("quantize").
+            total: The amount of work in ``unit``.
+            unit: The unit of the work: ``weights``, ``B`` or ``steps``.
+        """
         return Stage(self, name, total, unit)
 
     def event(self, event: str, **fields: Any) -> None:
-        """A JSON line, where JSON was asked for."""
+        """Write a JSON line if the log format is ``json``, else nothing.
+
+        Args:
+            event: The kind of the event.
+            **fields: Values that JSON can hold. NaN and infinities become null.
+        """
         if self.log_format == "json":
             line = json_text(_plain({"time": round(time.time(), 3), "event": event, **fields}))
             print(line, file=self.stream, flush=True)
 
     def say(self, text: str) -> None:
-        """A line for people (or a ``message`` event)."""
+        """Write a line for people, or a ``message`` event if the log format is ``json``.
+
+        Args:
+            text: The text. Characters that act on a terminal are escaped.
+        """
         if self.log_format == "text":
             tqdm.write(shown(text, 0, keep="\n"), file=self.stream)
         else:
@@ -122,7 +147,7 @@ class Progress:
 
 
 def _plain(value: Any) -> Any:
-    """Infinities and NaN, which JSON has not, as null."""
+    """Return ``value`` with null instead of infinities and NaN, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -133,4 +158,5 @@ def _plain(value: Any) -> Any:
 
 
 def _memory_text() -> str:
+    """Return the resident memory of this process, such as "1.4 GiB"."""
     return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"

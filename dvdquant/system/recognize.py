@@ -1,8 +1,8 @@
-"""What a model is that cannot be read here: known formats, told by their first bytes, names of files and of tensors.
+"""Names of models that cannot be read here: known formats, told by first bytes, names of files and names of tensors.
 
-A user who gives another format is told what it is and what makes it usable, before shapes are compared with a config
-that does not belong to it. Each row of a table is one format; the first row that fits is taken. Nothing is imported, so
-every reader may ask.
+A user who gives another format is told its name and how to make it usable. This comes before shapes are compared with a
+config that does not belong to it. Each row of a table is one format, and the first row that fits is taken. Nothing is
+imported, so every reader may ask.
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ BLOCK_SCALED = {
 
 @dataclass(frozen=True)
 class Found:
-    """A format: what it is, as the end of "it is …", and what helps."""
+    """A known format.
+
+    Args:
+        what: The name of the format, as the end of "it is …".
+        fix: The way to get a usable model.
+    """
 
     what: str
     fix: str
@@ -63,7 +68,7 @@ class Found:
 
 # ----------------------------------------------------------------------------------------------------- the first bytes
 
-# (how the file starts, what it is); a regular expression on the first bytes.
+# Name -> (a regular expression that the first bytes match, the format).
 CONTENTS: dict[str, tuple[re.Pattern[bytes], Found]] = {
     "gguf": (re.compile(rb"GGUF"), Found("a GGUF file, whose weights are already quantized", _ORIGINAL)),
     "git-lfs": (
@@ -98,7 +103,11 @@ CONTENTS: dict[str, tuple[re.Pattern[bytes], Found]] = {
 
 
 def recognize_bytes(start: bytes) -> Found | None:
-    """Return what a file is by its first ``SNIFFED`` bytes, or None."""
+    """Return the format of a file by its first bytes, or None if they fit no known format.
+
+    Args:
+        start: The first bytes of the file, ``SNIFFED`` of them if there are so many.
+    """
     return next((found for pattern, found in CONTENTS.values() if pattern.match(start)), None)
 
 
@@ -106,6 +115,7 @@ def recognize_bytes(start: bytes) -> Found | None:
 
 
 def _any(pattern: str) -> re.Pattern[str]:
+    """Return the compiled pattern."""
     return re.compile(pattern)
 
 
@@ -113,8 +123,8 @@ _LORA_FIX = "give the model that it changes as MODEL, and this file with --lora 
 _OTHER_FIX = "fuse it into its model with the tool that trained it, and give the folder of the whole model"
 _STRIP = "save it without the prefix: save_file({{k.removeprefix({0!r}): v for k, v in tensors.items()}}, FILE)"
 
-# (patterns of which every one is found among the names, what it is). The order matters: a quantized format that has
-# low-rank parts of its own stands before LoRA, one with two scales before one with a single scale.
+# Name -> (patterns that all must be found among the names, the format). The order matters: a quantized format that has
+# low-rank parts of its own comes before LoRA, and a format with two scales before one with a single scale.
 TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
     "svdquant": (
         (_any(r"\.(wscales|wtscale|wcscales|smooth_factor(_orig)?|smooth_orig)$"),),
@@ -292,7 +302,11 @@ TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
 
 
 def recognize_tensors(names: Iterable[str]) -> Found | None:
-    """Return the foreign format that these names of tensors belong to, or None."""
+    """Return the foreign format that these names of tensors belong to, or None if they fit no known format.
+
+    Args:
+        names: The names of the tensors. Only the first ``MAX_NAMES`` count.
+    """
     wanted = [name[-MAX_LENGTH:] if len(name) > MAX_LENGTH else name for name in islice(names, MAX_NAMES)]
     for patterns, found in TENSORS.values():
         if all(any(map(pattern.search, wanted)) for pattern in patterns):
@@ -301,9 +315,12 @@ def recognize_tensors(names: Iterable[str]) -> Found | None:
 
 
 def tensor_names(start: bytes) -> list[str] | None:
-    """Return the names in the start of a safetensors file as far as they are there, or None if it is no such file.
+    """Return the names of tensors in the start of a safetensors file as far as it goes, or None if it is no such file.
 
-    It is for naming a file that is not going to be read: nothing else is checked.
+    The names are for telling the format of a file that is not going to be read. Nothing else is checked.
+
+    Args:
+        start: The first bytes of the file.
     """
     if len(start) < 10 or start[8:9] != b"{" or not 2 <= struct.unpack("<Q", start[:8])[0] <= 100_000_000:
         return None
@@ -315,10 +332,12 @@ def tensor_names(start: bytes) -> list[str] | None:
 
 
 def _holds(names: Collection[str], *wanted: str) -> bool:
+    """Return whether all of ``wanted`` are among the names."""
     return all(name in names for name in wanted)
 
 
 def _ends(names: Iterable[str], *endings: str) -> str | None:
+    """Return the first name that ends in one of ``endings`` (lower case), or None."""
     return next((name for name in names if name.lower().endswith(endings)), None)
 
 
@@ -335,7 +354,7 @@ _HUNYUAN = Found(
 _GGUF = Found("a folder of GGUF files, whose weights are already quantized", _ORIGINAL)
 _INTERRUPTED = Found("a download that was interrupted", f"finish it: {_DOWNLOAD}")
 
-# (the folder's names fit, what it is), for folders that cannot be opened.
+# Name -> (a function that says if the names in a folder fit, the format), for folders that cannot be opened as a model.
 FOLDERS: dict[str, tuple[Any, Found]] = {
     "wan 2.2 original": (lambda names: _holds(names, "high_noise_model", "low_noise_model"), _WAN_22),
     "wan original": (
@@ -360,7 +379,11 @@ FOLDERS: dict[str, tuple[Any, Found]] = {
 
 
 def recognize_folder(names: Collection[str]) -> Found | None:
-    """Return what a folder is by the names in it, or None."""
+    """Return the format of a folder by the names in it, or None if they fit no known format.
+
+    Args:
+        names: The names of the folder's entries.
+    """
     return next((found for fits, found in FOLDERS.values() if fits(names)), None)
 
 
@@ -369,7 +392,11 @@ _TEXT_ENCODER = re.compile(r"(T5|UMT5|MT5|CLIP|Llama|Llava|Qwen|Gemma|Mistral|Si
 
 
 def recognize_config(config: Mapping[str, Any]) -> Found | None:
-    """Return what a ``config.json`` belongs to when it is not that of a diffusers video transformer, or None."""
+    """Return the format that a ``config.json`` belongs to, or None if it may be of a diffusers video transformer.
+
+    Args:
+        config: The content of the file.
+    """
     name = config.get("_class_name")
     name = name if isinstance(name, str) else ""
     kind, architectures = config.get("model_type"), config.get("architectures")

@@ -1,6 +1,6 @@
-"""safetensors files: a strict header parser, a reader of single tensors and a writer that streams.
+"""safetensors files: a strict header parser, a reader of single tensors and a streaming writer.
 
-The stock library maps whole files and accepts duplicate keys; a checkpoint from elsewhere deserves more doubt, and a
+The stock library maps whole files and accepts duplicate keys. A checkpoint from elsewhere deserves more doubt, and a
 model larger than memory needs one tensor at a time. Nothing here imports torch before a tensor is touched.
 """
 
@@ -66,7 +66,15 @@ _CODES = {name: code for code, (_, name) in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: ``offset`` is absolute in the file, ``dtype`` the safetensors code (``BF16``...)."""
+    """The place of a tensor in a safetensors file.
+
+    Args:
+        name: The name of the tensor.
+        dtype: The safetensors code of the dtype (``BF16``...).
+        shape: The shape.
+        offset: The position of the first byte, counted from the start of the file.
+        nbytes: The size in bytes.
+    """
 
     name: str
     dtype: str
@@ -77,7 +85,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header; ``tensors`` in file order, ``digest`` the SHA-256 of the header bytes."""
+    """A checked header of a safetensors file.
+
+    Args:
+        tensors: The tensors by name, in file order.
+        metadata: The string pairs of ``__metadata__``.
+        file_size: The size of the file in bytes.
+        digest: The SHA-256 of the header bytes, as hex digits.
+    """
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -94,8 +109,12 @@ def read_header(path: str | Path) -> Header:
     The layout is u64 header length, JSON, data. Offsets must cover the data exactly, in order, without a hole or an
     overlap, and ``shape`` × dtype must give the size of every tensor.
 
+    Args:
+        path: The path of the file.
+
     Raises:
-        CheckpointError: the file is not complete and consistent; names the file and the first tensor affected.
+        CheckpointError: The file is not complete and consistent; the error names the file and the first tensor
+            affected.
     """
     try:
         fd, _ = open_regular(Path(path))
@@ -108,10 +127,15 @@ def read_header(path: str | Path) -> Header:
 
 
 def read_header_from(fd: int, path: str | Path) -> Header:
-    """Read and check the header of the open file ``fd``, from its start; ``path`` is what an error calls it.
+    """Read and check the header of an open safetensors file, from its start.
+
+    Args:
+        fd: The descriptor, opened for reading.
+        path: The name of the file in errors.
 
     Raises:
-        CheckpointError: as :func:`read_header`.
+        CheckpointError: The file is not complete and consistent; the error names the file and the first tensor
+            affected.
     """
     try:
         size = os.fstat(fd).st_size
@@ -131,6 +155,13 @@ def read_header_from(fd: int, path: str | Path) -> Header:
 
 
 def _unusable(path: str | Path, error: Exception, found: Found | None = None) -> CheckpointError:
+    """Return the error for a file that is not a usable safetensors file.
+
+    Args:
+        path: The name of the file in errors.
+        error: The reason.
+        found: The format that the file has instead, or None if it is unknown.
+    """
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     if found is not None:
         return CheckpointError(f"{path} is not a usable safetensors file: it is {found.what} ({reason})", fix=found.fix)
@@ -140,6 +171,7 @@ def _unusable(path: str | Path, error: Exception, found: Found | None = None) ->
 
 
 def _start_of(fd: int) -> bytes:
+    """Return the first ``SNIFFED`` bytes of an open file, or none if it cannot be read."""
     try:
         return os.pread(fd, SNIFFED, 0)
     except OSError:
@@ -147,6 +179,16 @@ def _start_of(fd: int) -> bytes:
 
 
 def _header_bytes(fd: int, size: int) -> bytes:
+    """Return the JSON of the header, still unchecked.
+
+    Args:
+        fd: The descriptor, opened for reading.
+        size: The size of the file in bytes.
+
+    Raises:
+        ValueError: The file is cut short inside the header, or the header length is too large.
+        OSError: The file cannot be read.
+    """
     prefix = os.pread(fd, 8, 0)
     if len(prefix) < 8:
         raise ValueError(f"cut short: {size} bytes, not even a header length")
@@ -164,10 +206,21 @@ def _header_bytes(fd: int, size: int) -> bytes:
 
 
 def _is_size(value: Any) -> bool:
+    """Return whether ``value`` is an integer from 0 to 2⁶² − 1, as a size or an offset is."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def _tensor_info(name: str, entry: Any, start: int) -> TensorInfo:
+    """Return one checked entry of the header.
+
+    Args:
+        name: The name of the tensor.
+        entry: The entry as parsed JSON.
+        start: The position of the data section, in bytes.
+
+    Raises:
+        ValueError: The entry is out of form, or its size does not fit its shape and dtype.
+    """
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name!r:.200} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -191,6 +244,16 @@ def _tensor_info(name: str, entry: Any, start: int) -> TensorInfo:
 
 
 def _check_layout(infos: list[TensorInfo], start: int, size: int) -> dict[str, TensorInfo]:
+    """Return the tensors by name in file order, if they fill the data section exactly.
+
+    Args:
+        infos: All tensors of the file.
+        start: The position of the data section, in bytes.
+        size: The size of the file, in bytes.
+
+    Raises:
+        ValueError: There is a hole, an overlap, or data missing or left over at the end.
+    """
     position, infos = start, sorted(infos, key=lambda info: (info.offset, info.nbytes))
     for info in infos:
         if info.offset != position:
@@ -209,8 +272,13 @@ def read_tensor(path: str | Path, info: TensorInfo) -> torch.Tensor:
 
     Nothing stays mapped, so resident memory falls back when the tensor is dropped.
 
+    Args:
+        path: The path of the file.
+        info: The place of the tensor, from the header of the file.
+
     Raises:
-        CheckpointError: the file ends inside the tensor or cannot be read, or a BOOL byte is neither 0 nor 1.
+        CheckpointError: The file ends inside the tensor or cannot be read, or a BOOL byte is neither 0 nor 1.
+        ResourceError: There is not enough memory for the tensor.
     """
     try:
         fd, _ = open_regular(Path(path))
@@ -223,11 +291,21 @@ def read_tensor(path: str | Path, info: TensorInfo) -> torch.Tensor:
 
 
 def read_tensor_from(fd: int, info: TensorInfo, path: str | Path) -> torch.Tensor:
-    """Read one tensor of the open file ``fd`` as :func:`read_tensor` does; ``path`` is what an error calls it."""
+    """Read one tensor of an open file into private memory, as :func:`read_tensor` does.
+
+    Args:
+        fd: The descriptor, opened for reading.
+        info: The place of the tensor, from the header of the file.
+        path: The name of the file in errors.
+
+    Raises:
+        CheckpointError: The file ends inside the tensor or cannot be read, or a BOOL byte is neither 0 nor 1.
+        ResourceError: There is not enough memory for the tensor.
+    """
     import torch
 
     try:
-        # A file with holes may claim more bytes than there is memory.
+        # A sparse file may claim more bytes than there is memory.
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         view, done = buffer.numpy().data, 0
         while done < info.nbytes:
@@ -251,6 +329,11 @@ def read_tensor_from(fd: int, info: TensorInfo, path: str | Path) -> torch.Tenso
 
 
 def _code(dtype: torch.dtype | str) -> str:
+    """Return the safetensors code of a dtype of torch, or the code itself.
+
+    Raises:
+        ValueError: The dtype has no code here.
+    """
     code = dtype if isinstance(dtype, str) else _CODES.get(str(dtype).removeprefix("torch."), str(dtype))
     if code not in DTYPES:
         raise ValueError(f"dtype {dtype} has no safetensors code here (known: {', '.join(DTYPES)})")
@@ -260,10 +343,20 @@ def _code(dtype: torch.dtype | str) -> str:
 def _layout(
     plan: Sequence[tuple[str, torch.dtype | str, Sequence[int]]], metadata: Mapping[str, str]
 ) -> tuple[dict[str, TensorInfo], bytes, int]:
-    """(tensors in plan order, header bytes with their length prefix, file size).
+    """Lay out the tensors of a file and build its header.
 
-    safetensors allows no hole between tensors, so a ``__pad.N`` tensor of zero bytes fills up to the next multiple of
-    64 wherever a tensor does not end on one; spaces after the JSON align the data section itself.
+    safetensors allows no hole between tensors. So if a tensor does not end at a multiple of 64 bytes, a ``__pad.N``
+    tensor of zero bytes fills up to the next one. Spaces after the JSON align the data section itself.
+
+    Args:
+        plan: (name, dtype, shape) of every tensor. dtype is torch's or a safetensors code.
+        metadata: The string pairs of the header.
+
+    Returns:
+        The tensors by name in plan order, the header bytes with their length prefix, and the file size in bytes.
+
+    Raises:
+        ValueError: A name is taken twice or reserved, a dtype has no code, or the header is too long.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     relative: list[TensorInfo] = []
@@ -289,27 +382,33 @@ def _layout(
 
 
 def _reserve(fd: int, nbytes: int) -> None:
+    """Reserve ``nbytes`` on the disk for an open file, or only set its size if the file system has no reservations."""
     try:
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        os.ftruncate(fd, nbytes)  # a file system without reservations: a full disk then shows at the write
+        os.ftruncate(fd, nbytes)  # without reservations, a full disk shows only at the write
 
 
 class StreamingWriter:
-    """Write a safetensors file tensor by tensor, in any order, holding none of them.
+    """A writer of a safetensors file that writes tensor by tensor, in any order, and holds none of them.
 
     Args:
-        path: the file, created or truncated; its whole size is reserved at once, so a full disk shows before any work.
+        path: The file, created or truncated. Its whole size is reserved at once, so a full disk shows before any work.
         plan: (name, dtype, shape) of every tensor; the file keeps this order. dtype is torch's or a safetensors code.
-        metadata: string pairs of the header.
+        metadata: The string pairs of the header.
 
-    ``tensors`` gives the final :class:`TensorInfo` of each name, valid from the start (ONNX external data uses offset
-    and nbytes), and ``written`` the names written so far.
+    Attributes:
+        tensors: The final :class:`TensorInfo` of each name, valid from the start (ONNX external data uses offset and
+            nbytes).
+        nbytes: The size of the whole file in bytes.
+        written: The names of the tensors written so far.
 
     Raises:
-        ResourceError: disk or quota full. OutputError: any other failed write.
+        ResourceError: The disk or a quota is full.
+        OutputError: Another write failed.
+        ValueError: A name of the plan is taken twice or reserved, a dtype has no code, or the header is too long.
     """
 
     def __init__(
@@ -346,13 +445,19 @@ class StreamingWriter:
         done: Iterable[str] | Mapping[str, int],
         metadata: Mapping[str, str] | None = None,
     ) -> StreamingWriter:
-        """Go on with a file of the same plan, in which the tensors of ``done`` are already written.
+        """Go on with a file of the same plan, in which some tensors are already written.
 
-        As a mapping of name to the CRC-32 that :meth:`write` returned, ``done`` is checked against the file, and
-        whatever did not reach the disk before a power cut counts as unwritten.
+        Args:
+            path: The file that was begun.
+            plan: (name, dtype, shape) of every tensor, as the file was begun.
+            done: The names of the tensors that are written. Or a mapping from name to the CRC-32 that :meth:`write`
+                returned: then the file is checked, and a tensor that did not reach the disk before a power cut counts
+                as unwritten.
+            metadata: The string pairs of the header, as the file was begun.
 
         Raises:
-            OutputError: the file is missing, or was begun with another plan.
+            OutputError: The file is missing, or was begun with another plan, or has no tensor of a name in ``done``.
+            ResourceError: The disk, a quota or the number of open files is at its limit.
         """
         writer = cls(path, plan, metadata, _resume=True)
         try:
@@ -366,11 +471,17 @@ class StreamingWriter:
         return writer
 
     def _check_existing(self) -> None:
+        """Check that the file has the size and the header of this plan.
+
+        Raises:
+            OutputError: It was begun with another plan.
+        """
         if os.fstat(self._fd).st_size != self.nbytes or os.pread(self._fd, len(self._header), 0) != self._header:
             self.close()
             raise OutputError(f"{self.path} was begun with another plan", fix="start again without --resume")
 
     def _crc(self, name: str) -> int:
+        """Return the CRC-32 of a tensor's bytes in the file, or −1 if the file ends before."""
         info, crc, done = self.tensors[name], 0, 0
         while done < info.nbytes:
             block = os.pread(self._fd, min(1 << 24, info.nbytes - done), info.offset + done)
@@ -380,7 +491,17 @@ class StreamingWriter:
         return crc
 
     def write(self, name: str, tensor: torch.Tensor) -> int:
-        """Write one tensor of the planned dtype and shape (any device or strides); returns the CRC-32 of its bytes."""
+        """Write one tensor and return the CRC-32 of its bytes.
+
+        Args:
+            name: The name of the tensor in the plan.
+            tensor: The tensor of the planned dtype and shape, on any device, with any strides.
+
+        Raises:
+            ValueError: The name is not in the plan or written already, or dtype or shape is another.
+            ResourceError: The disk or a quota is full.
+            OutputError: The write failed in another way.
+        """
         import torch
 
         info = self.tensors.get(name)
@@ -399,17 +520,23 @@ class StreamingWriter:
         return zlib.crc32(data)
 
     def sync(self) -> None:
-        """Force what was written to the disk: call it before a journal says that a tensor is done."""
+        """Force the written tensors to the disk; call it before a journal says that a tensor is done.
+
+        Raises:
+            ResourceError: The disk or a quota is full.
+            OutputError: The file cannot be made durable.
+        """
         try:
             os.fdatasync(self._fd)
         except OSError as error:
             raise disk_error(error, self.path) from error
 
     def finish(self) -> FileEntry:
-        """Check that every tensor was written, make the file durable and readable (0644), and return size and SHA-256.
+        """Check that every tensor was written, make the file durable and readable (0644), and return its hash and size.
 
         Raises:
-            OutputError: tensors of the plan were never written; ResourceError or OutputError as in the class.
+            OutputError: Tensors of the plan were never written, or the file cannot be made durable or read.
+            ResourceError: The disk or a quota is full.
         """
         if missing := [name for name in self.tensors if name not in self.written]:
             raise OutputError(

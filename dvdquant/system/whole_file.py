@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all: written beside their place, then renamed; what a killed process left is swept.
+"""Files that appear whole or not at all: they are written beside their place and then renamed.
 
 The unfinished file is called ``.NAME.dvdq-XXXXXXXXXXXX.SUFFIX`` and is locked (``flock``) as long as its writer lives, so
-that the next one can tell what nobody will finish.
+that the next one can tell what nobody will finish. The first six digits tell the machine: where a disk of a network keeps
+locks to one machine, a file of another one is swept only when nobody has written to it for a day.
 """
 
 from __future__ import annotations
@@ -9,32 +10,40 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
+import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from dvdquant.errors import OutputError
 from dvdquant.system.files import disk_error
+from dvdquant.system.network_disk import LIVE_SECONDS, locks_stay_here
 
 __all__ = ["atomic_path", "check_replaceable", "check_writable", "sweep_unfinished", "write_whole"]
 
 UNFINISHED = re.compile(r"\..*\.dvdq-[0-9a-f]{12}(\.[^.]{0,12})?", re.DOTALL)
-_LONGEST_STEM = 40  # characters of the name kept in that of the unfinished file, which may have 255 bytes
+_LONGEST_STEM = 40  # characters of the name that the unfinished file's name keeps; a name may have 255 bytes
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary file beside ``path``, of the same suffix, that takes its place if the block ends well.
+    """Yield a temporary file beside ``path``, of the same suffix, that replaces ``path`` if the block ends well.
 
-    Otherwise it goes, and what lay at ``path`` stays. Missing folders are made. What killed writers left in the folder is
-    swept first.
+    Otherwise the temporary file is deleted, and the file at ``path`` stays. Missing folders are made. The files that
+    killed writers left in the folder are deleted first.
+
+    Args:
+        path: The file to write.
 
     Raises:
-        OutputError, ResourceError: the folder or the disk refuses, or ``path`` is a folder or a device.
+        OutputError: The folder refuses, or ``path`` is a folder or a device.
+        ResourceError: The disk or a quota is full, or too many files are open.
     """
     try:
         check_replaceable(path)
@@ -45,13 +54,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise disk_error(error, path) from error
     try:
         yield temporary
-        # Opened again: a writer may have put another file under the name.
+        # The file is opened again, because a writer may have put another file under the name.
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # an encoder that was interrupted too
+        if isinstance(error.__context__, KeyboardInterrupt):  # an encoder was interrupted and then failed
             raise KeyboardInterrupt from error
         raise disk_error(error, path) from error
     finally:
@@ -61,17 +70,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, whole or not at all. OutputError or ResourceError as :func:`atomic_path`."""
+    """Write ``data`` to ``path``, whole or not at all.
+
+    Args:
+        path: The file to write.
+        data: Its new content.
+
+    Raises:
+        OutputError: The folder refuses, or ``path`` is a folder or a device.
+        ResourceError: The disk or a quota is full, or too many files are open.
+    """
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse a path whose place is taken by something else than a file: a folder, or a device such as /dev/null, which
-    a rename would replace.
+    """Refuse a path where something else than a file is.
+
+    That is a folder, or a device such as /dev/null: a rename would replace it.
+
+    Args:
+        path: The path to check; links are followed.
 
     Raises:
-        OutputError: naming what is there. OSError: the path cannot be looked at.
+        OutputError: Something else is there; the error names it.
+        OSError: The path cannot be looked at.
     """
     try:
         mode = os.stat(path).st_mode
@@ -83,13 +106,15 @@ def check_replaceable(path: Path) -> None:
 
 
 def check_writable(path: Path, *, make_folder: bool = True) -> None:
-    """Refuse a path that :func:`atomic_path` would refuse, before hours of work; nothing is made.
+    """Refuse a path that :func:`atomic_path` would refuse, before hours of work, without making anything.
 
     Args:
-        make_folder: whether its folder will be made where it is missing; else it must be there.
+        path: The file that will be written.
+        make_folder: Accept a missing folder, because it will be made. If False, the folder must exist.
 
     Raises:
-        OutputError, ResourceError: a folder or a device is in its place, or its folder takes no files.
+        OutputError: A folder or a device is in the place of the file, or its folder takes no files.
+        ResourceError: The disk or a quota is full, or too many files are open.
     """
     try:
         check_replaceable(path)
@@ -105,7 +130,11 @@ def check_writable(path: Path, *, make_folder: bool = True) -> None:
 
 
 def sweep_unfinished(folder: Path) -> None:
-    """Delete what killed writers left in ``folder``: files of this module's own names that no living process locks."""
+    """Delete the files of this module's own names in ``folder`` that no living process locks.
+
+    Args:
+        folder: The folder that killed writers may have left files in. Errors are ignored.
+    """
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             if UNFINISHED.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
@@ -114,20 +143,36 @@ def sweep_unfinished(folder: Path) -> None:
 
 
 def _remove_if_abandoned(path: str) -> None:
-    # For writing: NFS gives an exclusive lock to such a descriptor only.
+    """Delete an unfinished file if nobody holds its lock.
+
+    Raises:
+        OSError: Its writer lives (BlockingIOError), or it cannot be opened or deleted.
+    """
+    # The file is opened for writing, because NFS gives an exclusive lock only to such a descriptor.
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its writer lives
-        os.unlink(path)
+        foreign = f".dvdq-{_machine()}" not in os.path.basename(path) and locks_stay_here(descriptor)
+        if not foreign or time.time() - os.fstat(descriptor).st_mtime >= LIVE_SECONDS:
+            os.unlink(path)
     finally:
         os.close(descriptor)
 
 
+def _machine() -> str:
+    """Return six hex digits of this machine's name."""
+    return hashlib.sha256(socket.gethostname().encode(errors="surrogateescape")).hexdigest()[:6]
+
+
 def _create(path: Path) -> tuple[Path, int]:
-    """Make the unfinished file, locked, with the permissions that the umask allows; (path, descriptor)."""
+    """Make the unfinished file, locked, with the permissions that the umask allows.
+
+    Returns:
+        Its path, and its descriptor, which holds the lock.
+    """
     suffix = path.suffix if len(path.suffix) <= 12 else ""
     while True:
-        temporary = path.with_name(f".{path.stem[:_LONGEST_STEM]}.dvdq-{secrets.token_hex(6)}{suffix}")
+        temporary = path.with_name(f".{path.stem[:_LONGEST_STEM]}.dvdq-{_machine()}{secrets.token_hex(3)}{suffix}")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(temporary, flags, 0o666)
         try:
@@ -139,18 +184,20 @@ def _create(path: Path) -> tuple[Path, int]:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        os.close(descriptor)  # a sweep took it between the two calls, before it was locked
+        os.close(descriptor)  # a sweep deleted it before it was locked
 
 
 def _lock(descriptor: int) -> None:
+    """Lock the open file for its writer; do nothing on a file system without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:  # a file system without locks: then a sweep gets none either, and deletes nothing
+    except OSError as error:  # on a file system without locks, a sweep gets no lock either, and deletes nothing
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
+    """Return whether the open file is the one at ``path``."""
     try:
         there, mine = os.stat(path, follow_symlinks=False), os.fstat(descriptor)
     except FileNotFoundError:
@@ -159,7 +206,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name durable, where the file system can."""
+    """Make the new name durable if the file system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:

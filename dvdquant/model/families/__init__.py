@@ -1,4 +1,4 @@
-"""The model families dvdquant knows, by the diffusers class in ``config.json``."""
+"""The model families that dvdquant knows, by the diffusers class in ``config.json``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ FAMILIES: tuple[type[Family], ...] = (Wan, HunyuanVideo, CogVideoX, LTXVideo)
 
 
 def get_family(config: Mapping[str, Any]) -> Family:
-    """The family of a transformer's ``config.json``, every field checked, those it leaves out by diffusers' defaults.
+    """Return the family of a transformer, with its config checked and completed.
+
+    Every field is checked, and missing fields get diffusers' defaults.
+
+    Args:
+        config: The content of the transformer's ``config.json``.
 
     Raises:
-        UnsupportedError: another class; lists those there are. CheckpointError: a field that no model of the class has.
+        UnsupportedError: The class is another one; the error lists the supported classes.
+        CheckpointError: No model of the class has such a value of a field.
     """
     class_name = config.get("_class_name")
     for family in FAMILIES:

@@ -1,4 +1,4 @@
-"""What is specific to a model family: which layers stay in 16 bit, its inputs, its shapes."""
+"""The base of the model families: the layers that stay in 16 bit, the inputs and the shapes of a family."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Axis:
-    """A size that is fixed (``min == opt == max``) or ranges; the engine is tuned for ``opt``."""
+    """A size that is fixed (``min == opt == max``) or ranges; the engine is tuned for ``opt``.
+
+    Args:
+        min: The least size.
+        opt: The size that the engine is tuned for.
+        max: The greatest size.
+    """
 
     min: int
     opt: int
@@ -28,12 +34,24 @@ class Axis:
 
     @classmethod
     def fixed(cls, size: int) -> Axis:
-        """An axis of one size."""
+        """Return an axis of one size.
+
+        Args:
+            size: The size.
+        """
         return cls(size, size, size)
 
     @classmethod
     def parse(cls, text: str, option: str) -> Axis:
-        """``"480"``, ``"480:720"`` (tuned for the larger) or ``"480:640:720"``; ShapeError otherwise."""
+        """Read an axis from the text of an option.
+
+        Args:
+            text: ``"480"``, ``"480:720"`` (tuned for the larger) or ``"480:640:720"``.
+            option: The name of the option, for the error.
+
+        Raises:
+            ShapeError: The text is no such size or range.
+        """
         try:
             parts = [int(p) for p in text.split(":")]
         except ValueError:
@@ -47,15 +65,24 @@ class Axis:
 
     @property
     def dynamic(self) -> bool:
-        """Whether the axis ranges."""
+        """Return whether the axis ranges."""
         return self.min != self.max
 
     def covering(self, size: int, patch: int) -> tuple[int, int]:
-        """The ends of the least range over this axis and ``size`` that are multiples of ``patch``."""
+        """Return the ends of the least range that covers this axis and ``size`` and has multiples of ``patch`` as ends.
+
+        Args:
+            size: A size to cover.
+            patch: The patch size, in the same unit.
+        """
         return min(self.min, size // patch * patch or patch), max(self.max, -(-size // patch) * patch)
 
     def map(self, function: Any) -> Axis:
-        """Apply an int -> int function to the three sizes."""
+        """Return the axis with a function applied to its three sizes.
+
+        Args:
+            function: A function from int to int.
+        """
         return Axis(function(self.min), function(self.opt), function(self.max))
 
     def __str__(self) -> str:
@@ -64,7 +91,15 @@ class Axis:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one export, in latent units (what the transformer sees), and the text length in tokens."""
+    """The sizes of one export, in latent units (the units that the transformer sees), and the text length in tokens.
+
+    Args:
+        frames: The number of latent frames.
+        height: The height in latents.
+        width: The width in latents.
+        text_tokens: The length of the text embedding in tokens.
+        batch: The number of samples in one call.
+    """
 
     frames: Axis
     height: Axis
@@ -74,25 +109,34 @@ class Sizes:
 
     @property
     def dynamic(self) -> bool:
-        """Whether any axis ranges."""
+        """Return whether any axis ranges."""
         return self.frames.dynamic or self.height.dynamic or self.width.dynamic
 
     def at(self, which: str) -> tuple[int, int, int]:
-        """(frames, height, width) at ``"min"``, ``"opt"`` or ``"max"``."""
+        """Return (frames, height, width) at one point of the ranges.
+
+        Args:
+            which: ``"min"``, ``"opt"`` or ``"max"``.
+        """
         return getattr(self.frames, which), getattr(self.height, which), getattr(self.width, which)
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return the sizes as a plain dict for the manifest."""
         axes = {name: [a.min, a.opt, a.max] for name, a in self._axes()}
         return {**axes, "text_tokens": self.text_tokens, "batch": self.batch}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sizes:
-        """Inverse of :meth:`to_json`."""
+        """Read the sizes from a manifest, the inverse of :meth:`to_json`.
+
+        Args:
+            data: The sizes as :meth:`to_json` gives them.
+        """
         frames, height, width = (Axis(*data[name]) for name in ("frames", "height", "width"))
         return cls(frames, height, width, int(data["text_tokens"]), int(data["batch"]))
 
     def _axes(self) -> list[tuple[str, Axis]]:
+        """Return the three axes with their names."""
         return [("frames", self.frames), ("height", self.height), ("width", self.width)]
 
 
@@ -101,9 +145,11 @@ class InputSpec:
     """One graph input: its shape at given latent sizes, and how a sample is drawn.
 
     Args:
-        shape: a size or the name of an axis (``frames``, ``height``, ``width``, ``tokens``) per dimension.
-        kind: ``latent`` and ``embedding`` are standard normal in the model's dtype, ``timestep`` counts 0..1000 in
-            ``dtype``, ``mask`` is ones with a padded tail, ``coords`` is a family's own.
+        name: The name of the input.
+        shape: A size or the name of an axis (``frames``, ``height``, ``width``, ``tokens``) per dimension.
+        kind: ``latent`` and ``embedding`` are standard normal in the model's dtype. ``timestep`` counts from 0 to 1000
+            in ``dtype``. ``mask`` is ones with a padded tail. ``rotary`` and ``coords`` are a family's own.
+        dtype: The dtype of the input; None means the model's dtype.
     """
 
     name: str
@@ -112,55 +158,105 @@ class InputSpec:
     dtype: torch.dtype | None = None
 
     def sizes(self, axes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with the axis names filled in."""
+        """Return the shape with the axis names filled in.
+
+        Args:
+            axes: The size of every axis name.
+        """
         return tuple(axes[d] if isinstance(d, str) else d for d in self.shape)
 
 
 class Family(ABC):
-    """One model family. Instances hold no weights: everything is derived from the transformer's config."""
+    """One model family. Instances hold no weights: everything is derived from the transformer's config.
+
+    Use :func:`dvdquant.model.families.get_family` to make one. It checks the config and completes it.
+
+    Args:
+        config: The checked content of the transformer's ``config.json``.
+
+    Attributes:
+        name: The name of the family.
+        class_names: The diffusers classes that belong to it.
+        record: The record of the fields that its ``config.json`` may have.
+        keep: Globs of the layers that stay in 16 bit.
+        modulation: Globs of the blocks' own modulation linears.
+        steady: Globs of the layers whose mean input is a matter of the weights.
+        default_video: Frames, height and width in pixels of the default video.
+        default_text_tokens: The default length of the text embedding in tokens.
+        vae_scale: Frames or pixels per latent: time, height, width.
+        schedule: ``flow`` mixes noise in linearly; ``diffusion`` mixes it so that the variance stays.
+        facts: The facts that the pipeline around the transformer tells.
+    """
 
     name: str
     class_names: tuple[str, ...]
-    record: type[TransformerConfig]  # what its config.json may say
+    record: type[TransformerConfig]  # the fields that its config.json may have
     keep: tuple[str, ...]  # globs of layers that stay in 16 bit
     modulation: tuple[str, ...] = ()  # globs of the blocks' own modulation linears
-    # Globs of layers behind a norm with modulation or behind the feed-forward's activation, of video tokens or of all with
-    # one modulation: the mean of their inputs is a matter of the weights, and a synthetic run predicts it.
+    # Globs of layers behind a norm with modulation or behind the feed-forward's activation, for video tokens or for all
+    # tokens with one modulation. The weights determine the mean of their inputs, so a synthetic run predicts it.
     steady: tuple[str, ...] = ()
     default_video: tuple[int, int, int]  # frames, height, width in pixels
     default_text_tokens: int
     vae_scale: tuple[int, int, int] = (4, 8, 8)  # time, height, width
-    schedule: Literal["flow", "diffusion"] = "flow"  # noise is mixed in linearly, or so that the variance stays
+    schedule: Literal["flow", "diffusion"] = "flow"  # how noise is mixed in: linearly, or so that the variance stays
 
     def __init__(self, config: Config) -> None:
-        """Use :func:`dvdquant.model.families.get_family`, which checks the config and completes it."""
+        """Keep the config and the facts of its pipeline."""
         self.config = config
         self.facts = PipelineFacts(**config.get(PIPELINE, {}))
 
     @abstractmethod
     def patch(self) -> tuple[int, int, int]:
-        """Patch size (time, height, width) in latent units."""
+        """Return the patch size (time, height, width) in latent units."""
 
     @abstractmethod
     def inputs(self, sizes: Sizes) -> tuple[InputSpec, ...]:
-        """The graph's inputs, in forward order."""
+        """Return the graph's inputs, in forward order.
+
+        Args:
+            sizes: The sizes of the export.
+        """
 
     def forward_kwargs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Graph inputs as keyword arguments of the diffusers forward; the identity for most families."""
+        """Return graph inputs as keyword arguments of the diffusers forward; for most families they are unchanged.
+
+        Args:
+            inputs: The inputs of the graph by name.
+        """
         return dict(inputs)
 
     def axes(self, sizes: Sizes, which: str = "opt") -> dict[str, int]:
-        """Concrete values of the axis names used in input shapes."""
+        """Return the size of every axis name that input shapes use.
+
+        Args:
+            sizes: The sizes of the export.
+            which: The point of the ranges: ``"min"``, ``"opt"`` or ``"max"``.
+        """
         frames, height, width = sizes.at(which)
         return {"frames": frames, "height": height, "width": width, "tokens": self.tokens(frames, height, width)}
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Video tokens of the transformer at these latent sizes."""
+        """Return the number of video tokens of the transformer.
+
+        Args:
+            frames: The number of latent frames.
+            height: The height in latents.
+            width: The width in latents.
+        """
         t, h, w = self.patch()
         return (frames // t) * (height // h) * (width // w)
 
     def check(self, sizes: Sizes) -> None:
-        """ShapeError when an axis is no multiple of the patch, naming the nearest sizes that are, or too long for the model."""
+        """Check that the model can run at these sizes.
+
+        Args:
+            sizes: The sizes of an export.
+
+        Raises:
+            ShapeError: An axis is no multiple of the patch (the error names the nearest sizes that are), or is too long
+                for the model.
+        """
         longest = self.longest_axis()
         for axis_name, axis, patch in zip(("frames", "height", "width"), self._axes(sizes), self.patch()):
             fix = f"change --{axis_name.replace('frames', 'num-frames')} or --latent"
@@ -180,26 +276,47 @@ class Family(ABC):
                     )
 
     def longest_axis(self) -> int | None:
-        """Patches along an axis that the model has positions for; None where it computes them for any length."""
+        """Return the number of patches along an axis that the model has positions for, or None if there is no limit."""
         return None
 
     def probe(self) -> tuple[int, int, int]:
-        """Small latent sizes (frames, height, width) that the model runs at."""
+        """Return small latent sizes (frames, height, width) that the model runs at."""
         time, height, width = self.patch()
         return 2 * time, 2 * height, 2 * width
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of a video of ``frames`` frames (causal VAE: the first frame stands alone)."""
+        """Return the number of latent frames of a video (causal VAE: the first frame stands alone).
+
+        Args:
+            frames: The number of frames of the video, at least 1.
+        """
         return (frames - 1) // self.vae_scale[0] + 1
 
     def sample(self, sizes: Sizes, dtype: torch.dtype, seed: int = 0, which: str = "opt") -> dict[str, Tensor]:
-        """Random inputs of the graph: for tracing and for verification, not for quantization."""
+        """Draw random inputs of the graph, for tracing and for verification, not for quantization.
+
+        Args:
+            sizes: The sizes of the export.
+            dtype: The dtype of the model.
+            seed: The seed of the random numbers.
+            which: The point of the ranges: ``"min"``, ``"opt"`` or ``"max"``.
+
+        Returns:
+            A tensor for every input, by name, on the CPU.
+        """
         generator = torch.Generator().manual_seed(seed)
         axes = self.axes(sizes, which)
         return {spec.name: self.draw(spec, spec.sizes(axes), dtype, generator) for spec in self.inputs(sizes)}
 
     def draw(self, spec: InputSpec, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-        """One random input of ``spec``."""
+        """Draw one random input.
+
+        Args:
+            spec: The input.
+            shape: Its shape.
+            dtype: The dtype of the model, used if the spec has none.
+            generator: The source of random numbers, on the CPU.
+        """
         if spec.kind == "timestep":
             # Flow matching schedulers have fractional timesteps.
             return (1 + 999 * torch.rand(shape, generator=generator)).to(spec.dtype or torch.float32)
@@ -211,4 +328,5 @@ class Family(ABC):
 
     @staticmethod
     def _axes(sizes: Sizes) -> tuple[Axis, Axis, Axis]:
+        """Return the three axes: frames, height, width."""
         return sizes.frames, sizes.height, sizes.width

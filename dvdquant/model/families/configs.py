@@ -1,8 +1,8 @@
-"""What the config.json of each transformer class may say: one record per class, read strictly, with bounds.
+"""Records of the config.json of each transformer class, read strictly, with bounds.
 
-A record has the fields of the diffusers constructor and its defaults. Other fields are left out, as diffusers does. Numbers
-are bounded one by one where they size a weight, and in products where diffusers computes a table from them: a table is made
-when the modules are built, whatever the checkpoint holds.
+A record has the fields of the diffusers constructor and its defaults. Other fields are left out, as diffusers does.
+Numbers are bounded one by one if they size a weight, and in products if diffusers computes a table from them: a table
+is made when the modules are built, whatever the checkpoint holds.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ __all__ = [
 PIPELINE = "_pipeline"
 """The field of a stored config.json that holds :class:`PipelineFacts`. diffusers leaves fields out that begin with ``_``."""
 
-# Several times what any published model has. Building and planning a block takes milliseconds, so their number is a time.
+# Several times the number in any published model. Building and planning a block takes milliseconds, so the bound limits
+# the time.
 MOST_BLOCKS = 512
 MOST_CHANNELS, MOST_WIDTH = 1 << 17, 1 << 16
 MOST_TOKENS = 1 << 16
 MOST_PATCH = 4096  # latents in one patch
-# Published models: 1 MiB (Wan), 206 MiB (CogVideoX-5B image to video). Diffusers computes them in fp64, in up to five parts.
+# Bytes of a table. Published models have 1 MiB (Wan) and 206 MiB (CogVideoX-5B image to video). diffusers computes such
+# a table in fp64, in up to five parts.
 ROTARY_TABLE, POSITION_TABLE = 64 << 20, 512 << 20
-# Elements of a text embedding at the length the config names.
+# Elements of a text embedding at the length that the config names.
 MOST_TEXT = 1 << 26
 
 FIX = "compare config.json with the one the model was published with"
@@ -55,17 +57,27 @@ Activation = Annotated[str, StringConstraints(to_lower=True, pattern=r"^(swish|s
 
 
 def _as_list(value: Any) -> Any:
-    """A tuple (of a config that was loaded by diffusers) as the list that JSON has."""
+    """Return a tuple (of a config that diffusers loaded) as the list that JSON has, and anything else unchanged."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def _problem(text: str, available: str) -> PydanticCustomError:
-    """An error about several fields at once."""
+    """Return an error about several fields at once.
+
+    Args:
+        text: The problem.
+        available: The values that are allowed.
+    """
     return PydanticCustomError("product", "{text}", {"text": text, "available": available})
 
 
 class TransformerConfig(BaseModel):
-    """What the records share."""
+    """The fields and checks that all records share.
+
+    Attributes:
+        num_attention_heads: The number of attention heads.
+        attention_head_dim: The number of channels of a head.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -74,14 +86,19 @@ class TransformerConfig(BaseModel):
 
     @property
     def inner_dim(self) -> int:
-        """Channels of a token."""
+        """Return the number of channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     def check(self) -> None:
-        """Refuse what no single field shows."""
+        """Refuse combinations of fields that no single field shows.
+
+        Raises:
+            PydanticCustomError: A combination is refused.
+        """
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        """Refuse too many or odd channels, then run the check of the record."""
         if self.inner_dim > MOST_WIDTH:
             raise _problem(
                 f"num_attention_heads {self.num_attention_heads} × attention_head_dim {self.attention_head_dim} is "
@@ -94,16 +111,43 @@ class TransformerConfig(BaseModel):
         return self
 
     def _check_table(self, what: str, nbytes: int, most: int) -> None:
+        """Refuse a table of more than ``most`` bytes.
+
+        Args:
+            what: The fields that decide its size, with their values.
+            nbytes: Its size in bytes.
+            most: The greatest size in bytes.
+        """
         if nbytes > most:
             raise _problem(f"{what} makes a table of {nbytes / 2**20:.0f} MiB", f"at most {most >> 20} MiB")
 
     def _check_patch(self, *sizes: int) -> None:
+        """Refuse a patch of more than ``MOST_PATCH`` latents."""
         if math.prod(sizes) > MOST_PATCH:
             raise _problem(f"patch_size is {'×'.join(map(str, sizes))}", f"at most {MOST_PATCH} latents in a patch")
 
 
 class WanConfig(TransformerConfig):
-    """``WanTransformer3DModel``."""
+    """The config of ``WanTransformer3DModel``, with the fields of its diffusers constructor.
+
+    Attributes:
+        patch_size: The patch size in latents: time, height, width.
+        num_attention_heads: The number of attention heads.
+        attention_head_dim: The number of channels of a head.
+        in_channels: The channels of the input, latents and conditions together.
+        out_channels: The channels of the output latents; None means those of the input.
+        text_dim: The channels of the text embedding.
+        freq_dim: The channels of the sinusoidal timestep embedding.
+        ffn_dim: The inner channels of the feed-forward.
+        num_layers: The number of blocks.
+        cross_attn_norm: The cross-attention has a norm before it.
+        qk_norm: The norm of queries and keys.
+        eps: The epsilon of the norms.
+        image_dim: The channels of the image embedding; None for a model without one.
+        added_kv_proj_dim: The channels of the added key and value projections for the image embedding, or None.
+        rope_max_seq_len: The length of the rotary table, in patches along an axis.
+        pos_embed_seq_len: The length in tokens of the position embedding of two images, or None.
+    """
 
     patch_size: Annotated[list[Patch], BeforeValidator(_as_list), Field(min_length=3, max_length=3)] = [1, 2, 2]
     num_attention_heads: Channels = 40
@@ -124,14 +168,38 @@ class WanConfig(TransformerConfig):
     pos_embed_seq_len: Annotated[int, Field(ge=2, le=MOST_TOKENS)] | None = None
 
     def check(self) -> None:
-        """Bound the rotary table: cosines and sines in fp32."""
+        """Bound the patch and the rotary table: cosines and sines in fp32.
+
+        Raises:
+            PydanticCustomError: One of them is too large.
+        """
         self._check_patch(*self.patch_size)
         what = f"rope_max_seq_len {self.rope_max_seq_len} × attention_head_dim {self.attention_head_dim}"
         self._check_table(what, 8 * self.rope_max_seq_len * self.attention_head_dim, ROTARY_TABLE)
 
 
 class HunyuanVideoConfig(TransformerConfig):
-    """``HunyuanVideoTransformer3DModel``."""
+    """The config of ``HunyuanVideoTransformer3DModel``, with the fields of its diffusers constructor.
+
+    Attributes:
+        in_channels: The channels of the input, latents and conditions together.
+        out_channels: The channels of the output latents; None means those of the input.
+        num_attention_heads: The number of attention heads.
+        attention_head_dim: The number of channels of a head.
+        num_layers: The number of blocks with two streams.
+        num_single_layers: The number of blocks with one stream.
+        num_refiner_layers: The number of blocks of the token refiner.
+        mlp_ratio: The inner channels of the feed-forward, as a multiple of the token's channels.
+        patch_size: The patch size in height and width, in latents.
+        patch_size_t: The patch size in time, in latents.
+        qk_norm: The norm of queries and keys.
+        guidance_embeds: The guidance scale is an input (it is distilled into the model).
+        text_embed_dim: The channels of the text embedding.
+        pooled_projection_dim: The channels of the pooled text embedding.
+        rope_theta: The base of the rotary frequencies.
+        rope_axes_dim: The channels of a head for each axis of the rotary embedding: time, height, width.
+        image_condition_type: The way in which a model for image to video gets its image, or None.
+    """
 
     in_channels: Channels = 16
     out_channels: Channels | None = 16
@@ -156,7 +224,11 @@ class HunyuanVideoConfig(TransformerConfig):
     image_condition_type: Literal["latent_concat", "token_replace"] | None = None
 
     def check(self) -> None:
-        """Refuse axes that do not fill a head."""
+        """Refuse rotary axes that do not fill a head, too large a patch, and too many blocks.
+
+        Raises:
+            PydanticCustomError: One of these is found.
+        """
         self._check_patch(self.patch_size_t, self.patch_size, self.patch_size)
         axes = self.rope_axes_dim
         if sum(axes) != self.attention_head_dim or any(size % 2 for size in axes):
@@ -173,7 +245,38 @@ class HunyuanVideoConfig(TransformerConfig):
 
 
 class CogVideoXConfig(TransformerConfig):
-    """``CogVideoXTransformer3DModel``."""
+    """The config of ``CogVideoXTransformer3DModel``, with the fields of its diffusers constructor.
+
+    Attributes:
+        num_attention_heads: The number of attention heads.
+        attention_head_dim: The number of channels of a head.
+        in_channels: The channels of the input, latents and conditions together.
+        out_channels: The channels of the output latents.
+        flip_sin_to_cos: The timestep embedding has cosines before sines.
+        freq_shift: The shift of the frequencies of the timestep embedding: 0 or 1.
+        time_embed_dim: The channels of the timestep embedding.
+        ofs_embed_dim: The channels of the embedding of ``ofs`` (version 1.5 image to video), or None.
+        text_embed_dim: The channels of the text embedding.
+        num_layers: The number of blocks.
+        dropout: The dropout probability in training.
+        attention_bias: The attention projections have a bias.
+        sample_width: The width in latents that the position embedding is made for.
+        sample_height: The height in latents that the position embedding is made for.
+        sample_frames: The number of video frames that the position embedding is made for.
+        patch_size: The patch size in height and width, in latents.
+        patch_size_t: The patch size in time, in latents; None in version 1.0, which has no temporal patch.
+        temporal_compression_ratio: The number of frames per latent frame.
+        max_text_seq_length: The greatest length of the text embedding in tokens.
+        activation_fn: The activation of the feed-forward.
+        timestep_activation_fn: The activation of the timestep embedding.
+        norm_elementwise_affine: The norms have weights and biases.
+        norm_eps: The epsilon of the norms.
+        spatial_interpolation_scale: The scale of the position embedding in height and width.
+        temporal_interpolation_scale: The scale of the position embedding in time.
+        use_rotary_positional_embeddings: The positions are rotary instead of added.
+        use_learned_positional_embeddings: The added positions are learned.
+        patch_bias: The patch embedding has a bias.
+    """
 
     num_attention_heads: Channels = 30
     attention_head_dim: Channels = 64
@@ -205,7 +308,11 @@ class CogVideoXConfig(TransformerConfig):
     patch_bias: bool = True
 
     def check(self) -> None:
-        """Bound the table of positions, fp32 [text tokens + patches, channels], and the text embedding."""
+        """Bound the patch, the text embedding, and the table of positions, fp32 [text tokens + patches, channels].
+
+        Raises:
+            PydanticCustomError: One of them is too large.
+        """
         self._check_patch(self.patch_size_t or 1, self.patch_size, self.patch_size)
         if self.max_text_seq_length * self.text_embed_dim > MOST_TEXT:
             raise _problem(
@@ -225,7 +332,25 @@ class CogVideoXConfig(TransformerConfig):
 
 
 class LTXVideoConfig(TransformerConfig):
-    """``LTXVideoTransformer3DModel``."""
+    """The config of ``LTXVideoTransformer3DModel``, with the fields of its diffusers constructor.
+
+    Attributes:
+        in_channels: The channels of the input latents.
+        out_channels: The channels of the output latents; None means those of the input.
+        patch_size: The patch size in height and width, in latents.
+        patch_size_t: The patch size in time, in latents.
+        num_attention_heads: The number of attention heads.
+        attention_head_dim: The number of channels of a head.
+        cross_attention_dim: The channels of the text as the cross-attention gets it.
+        num_layers: The number of blocks.
+        activation_fn: The activation of the feed-forward.
+        qk_norm: The norm of queries and keys.
+        norm_elementwise_affine: The norms have weights and biases.
+        norm_eps: The epsilon of the norms.
+        caption_channels: The channels of the text embedding that the pipeline gives.
+        attention_bias: The attention projections have a bias.
+        attention_out_bias: The output projections of the attention have a bias.
+    """
 
     in_channels: Channels = 128
     out_channels: Channels | None = 128
@@ -244,16 +369,20 @@ class LTXVideoConfig(TransformerConfig):
     attention_out_bias: bool = True
 
     def check(self) -> None:
-        """Bound the patch."""
+        """Bound the patch.
+
+        Raises:
+            PydanticCustomError: It is too large.
+        """
         self._check_patch(self.patch_size_t, self.patch_size, self.patch_size)
 
 
 class PipelineFacts(BaseModel):
-    """What the pipeline around a transformer decides of its inputs; None where it does not say.
+    """The facts that the pipeline around a transformer decides about its inputs; None if it does not say.
 
     Args:
-        vae_scale: pixels (frames) per latent: time, height, width.
-        timestep_per_token: whether the pipeline gives a timestep for every token (``expand_timesteps``).
+        vae_scale: Frames or pixels per latent: time, height, width.
+        timestep_per_token: True if the pipeline gives a timestep for every token (``expand_timesteps``).
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
@@ -263,11 +392,19 @@ class PipelineFacts(BaseModel):
 
 
 def read_config(record: type[TransformerConfig], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``config`` that ``record`` has, its defaults where they are left out, the class name, and what was
-    stored of the pipeline.
+    """Check a config and return it complete.
+
+    Args:
+        record: The record of the config's class.
+        config: The content of a ``config.json``.
+
+    Returns:
+        The fields that ``record`` has, with its defaults for missing ones, the class name, and the stored facts of the
+        pipeline.
 
     Raises:
-        CheckpointError: a value of another type, out of bounds, or that does not go with the others; names the field.
+        CheckpointError: A value has another type, is out of bounds, or does not go with the others; the error names the
+            field.
     """
     class_name = str(config["_class_name"])
     try:
@@ -280,10 +417,12 @@ def read_config(record: type[TransformerConfig], config: Mapping[str, Any]) -> d
 
 
 def refused(what: str, error: Exception, fix: str = FIX) -> CheckpointError:
-    """The first finding of a validation as CheckpointError: the field, its value, and what it may be.
+    """Return the first finding of a validation as an error: the field, its value, and the values that it may have.
 
     Args:
-        what: the file, such as ``config.json of WanTransformer3DModel``.
+        what: The file, such as ``config.json of WanTransformer3DModel``.
+        error: The error of pydantic, or another error of the reading.
+        fix: The advice.
     """
     if not isinstance(error, ValidationError):
         return CheckpointError(f"{what} cannot be used: {error!s:.200}", fix=fix)
@@ -301,7 +440,7 @@ def refused(what: str, error: Exception, fix: str = FIX) -> CheckpointError:
 
 
 def _shortened(value: Any) -> str:
-    """The text of a value, which may be a number of thousands of digits."""
+    """Return the text of a value, which may be a number of thousands of digits."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
         return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
     return f"{value!r:.100}"

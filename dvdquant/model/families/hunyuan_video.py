@@ -11,12 +11,15 @@ __all__ = ["HunyuanVideo"]
 
 
 class HunyuanVideo(Family):
-    """``HunyuanVideoTransformer3DModel``. Latents [B, C, F, H, W], text embedding with its mask, pooled text."""
+    """The family of ``HunyuanVideoTransformer3DModel``.
+
+    Latents are [B, C, F, H, W]. The text is an embedding with its mask, and a pooled embedding.
+    """
 
     name = "hunyuan-video"
     class_names = ("HunyuanVideoTransformer3DModel",)
     record = HunyuanVideoConfig
-    # The token refiner is the text embedder.
+    # context_embedder is the token refiner, which embeds the text.
     keep = ("x_embedder*", "context_embedder*", "time_text_embed*", "norm_out*", "proj_out")
     modulation = ("*blocks.*.norm.linear", "*blocks.*.norm1.linear", "*blocks.*.norm1_context.linear")
     steady = (
@@ -29,11 +32,18 @@ class HunyuanVideo(Family):
     default_text_tokens = 256
 
     def patch(self) -> tuple[int, int, int]:
-        """From the config."""
+        """Return the patch size (time, height, width) of the config."""
         return self.config["patch_size_t"], self.config["patch_size"], self.config["patch_size"]
 
     def inputs(self, sizes: Sizes) -> tuple[InputSpec, ...]:
-        """hidden_states, timestep, text embedding and mask, pooled text, and guidance where it is distilled in."""
+        """Return the graph's inputs, in forward order.
+
+        They are hidden_states, timestep, text embedding and mask, pooled text, and guidance if it is distilled into the
+        model.
+
+        Args:
+            sizes: The sizes of the export.
+        """
         batch, config = sizes.batch, self.config
         specs = [
             InputSpec("hidden_states", (batch, config["in_channels"], "frames", "height", "width"), "latent"),

@@ -12,10 +12,11 @@ __all__ = ["LTXVideo"]
 
 
 class LTXVideo(Family):
-    """``LTXVideoTransformer3DModel``. Packed latents [B, tokens, C] with their coordinates [B, 3, tokens].
+    """The family of ``LTXVideoTransformer3DModel``.
 
-    The coordinates (frame, row, column of each token, in seconds·fps and pixels) are an input, so that one graph serves
-    every size; diffusers' ``rope._prepare_video_coords`` times the base sizes gives them.
+    Latents are packed [B, tokens, C], with their coordinates [B, 3, tokens]. The coordinates (frame, row, column of
+    each token, in seconds·fps and pixels) are an input, so that one graph serves every size. diffusers'
+    ``rope._prepare_video_coords`` times the base sizes gives them.
     """
 
     name = "ltx-video"
@@ -28,13 +29,19 @@ class LTXVideo(Family):
     vae_scale = (8, 32, 32)
 
     def patch(self) -> tuple[int, int, int]:
-        """From the config."""
+        """Return the patch size (time, height, width) of the config."""
         return self.config["patch_size_t"], self.config["patch_size"], self.config["patch_size"]
 
     def inputs(self, sizes: Sizes) -> tuple[InputSpec, ...]:
-        """hidden_states, encoder_hidden_states, timestep, encoder_attention_mask, video_coords."""
+        """Return the graph's inputs, in forward order.
+
+        They are hidden_states, encoder_hidden_states, timestep, encoder_attention_mask and video_coords.
+
+        Args:
+            sizes: The sizes of the export.
+        """
         batch, config = sizes.batch, self.config
-        # The caption projection is what the pipeline feeds; its width is not the cross-attention's.
+        # The pipeline feeds the caption projection, whose width is not that of the cross-attention.
         return (
             InputSpec("hidden_states", (batch, "tokens", config["in_channels"]), "latent"),
             InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["caption_channels"]), "embedding"),
@@ -44,7 +51,14 @@ class LTXVideo(Family):
         )
 
     def draw(self, spec: InputSpec, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-        """Coordinates spread over the ranges that real videos use."""
+        """Draw one random input; coordinates are spread over the ranges that real videos use.
+
+        Args:
+            spec: The input.
+            shape: Its shape.
+            dtype: The dtype of the model, used if the spec has none.
+            generator: The source of random numbers, on the CPU.
+        """
         if spec.kind != "coords":
             return super().draw(spec, shape, dtype, generator)
         coords = torch.rand(shape, generator=generator)

@@ -11,10 +11,19 @@ __all__ = ["Wan"]
 
 
 class Wan(Family):
-    """``WanTransformer3DModel``. Latents [B, C, F, H, W]; the timestep is one per sample, or per token on TI2V.
+    """The family of ``WanTransformer3DModel``.
 
-    The VAE decides the scale of the latents: where the pipeline beside the transformer does not say, the channels the model
-    returns do, 48 of the VAE of Wan 2.2 and 16 of the older one. Its input channels do not: they hold conditions too.
+    Latents are [B, C, F, H, W]. The timestep is one per sample, or one per token on TI2V.
+
+    The VAE decides the scale of the latents. If the pipeline beside the transformer does not tell it, the output
+    channels of the model do: 48 with the VAE of Wan 2.2 and 16 with the older one. The input channels do not tell it,
+    because they hold conditions too.
+
+    Args:
+        config: The checked content of the transformer's ``config.json``.
+
+    Attributes:
+        per_token_timestep: True if the graph has a timestep for every token.
     """
 
     name = "wan"
@@ -32,22 +41,28 @@ class Wan(Family):
         self.vae_scale = (scale[0], scale[1], scale[2])
         if self.vae_scale[1] == 16:
             self.default_video = (121, 704, 1280)
-        # The tokens of a given first frame have timestep 0. A graph with one per token serves a pipeline with one per sample,
-        # so that is the choice where nothing is known.
+        # The tokens of a given first frame have timestep 0. A graph with a timestep per token also serves a pipeline
+        # with one per sample, so Wan 2.2 gets such a graph if the pipeline does not tell.
         per_token = self.facts.timestep_per_token
         self.per_token_timestep: bool = of_wan_22 if per_token is None else per_token
 
     def patch(self) -> tuple[int, int, int]:
-        """From the config."""
+        """Return the patch size (time, height, width) of the config."""
         time, height, width = self.config["patch_size"]
         return time, height, width
 
     def longest_axis(self) -> int | None:
-        """The length of the rotary table."""
+        """Return the length of the rotary table in patches."""
         return int(self.config.get("rope_max_seq_len", 1024))
 
     def inputs(self, sizes: Sizes) -> tuple[InputSpec, ...]:
-        """hidden_states, timestep, encoder_hidden_states and, for image-to-video 2.1, the image embedding."""
+        """Return the graph's inputs, in forward order.
+
+        They are hidden_states, timestep, encoder_hidden_states and, for image-to-video 2.1, the image embedding.
+
+        Args:
+            sizes: The sizes of the export.
+        """
         batch, config = sizes.batch, self.config
         specs = [
             InputSpec("hidden_states", (batch, config["in_channels"], "frames", "height", "width"), "latent"),

@@ -1,0 +1,100 @@
+"""``dvdquant::prepared_linear``: a layer with prepared weights, as one opaque operation of a compiled model.
+
+A compiler cannot look into the kernel library. It fuses what lies between two of these operations, and calls the library
+for them. Layers of one shape have the same arguments but for their tensors, so that the blocks of a model share one
+compiled function.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dvdquant.ops.cuda import KernelError
+from dvdquant.ops.packed_layer import DTYPE_NAMES
+from dvdquant.ops.repack import LayerShape
+
+if TYPE_CHECKING:
+    from dvdquant.ops.cuda_linear import CudaKernels
+
+__all__ = ["handle_of", "prepared_linear"]
+
+_numbers = itertools.count(1)
+_kernels: weakref.WeakValueDictionary[int, CudaKernels] = weakref.WeakValueDictionary()
+_handles: weakref.WeakKeyDictionary[CudaKernels, int] = weakref.WeakKeyDictionary()
+
+
+def handle_of(kernels: CudaKernels) -> int:
+    """Return the number by which :func:`prepared_linear` finds ``kernels``: an operation takes no Python objects."""
+    if kernels not in _handles:
+        _handles[kernels] = next(_numbers)
+        _kernels[_handles[kernels]] = kernels
+    return _handles[kernels]
+
+
+@torch.library.custom_op("dvdquant::prepared_linear", mutates_args=())
+def prepared_linear(
+    x: Tensor,
+    outer: Tensor,
+    prepared: Tensor,
+    balance: Tensor | None,
+    kernels: int,
+    rows: int,
+    weight_groups: int,
+    real_zero: bool,
+    block: int,
+    act_bits: int,
+    act_group: int,
+) -> Tensor:
+    """Multiply x with a weight that was prepared for the kernels.
+
+    Args:
+        x: [..., K] bf16 or fp16.
+        outer: fp32 [p, p], the outer factor of the rotation.
+        prepared: uint8 [bytes], of :meth:`.CudaKernels.prepare`.
+        balance: [K/8, 2, 8] of x's dtype, what x is multiplied by and what is added to it; or None.
+        kernels: the number of the kernels, of :func:`handle_of`.
+        rows: N.
+        weight_groups: scales per row of the weight.
+        real_zero: whether the weight has a zero-point per group.
+        block: the order of the inner Hadamard matrix.
+        act_bits: 4 or 8.
+        act_group: channels per activation scale, 0 for the whole token.
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Raises:
+        KernelError: the kernels of this number are gone.
+    """
+    library = _kernels.get(kernels)
+    if library is None:
+        raise KernelError("the kernels that a compiled model was made for are gone", fix="compile it again")
+    features = x.shape[-1]
+    layer = LayerShape(
+        rows, features, weight_groups, real_zero, block, outer.shape[0], act_bits, act_group, DTYPE_NAMES[x.dtype]
+    )
+    tokens = x.reshape(x.numel() // features, features)
+    y = library.quant_linear(layer, tokens, outer.contiguous(), prepared, balance)
+    return y.reshape(*x.shape[:-1], rows)
+
+
+@prepared_linear.register_fake
+def _prepared_linear_fake(
+    x: Tensor,
+    outer: Tensor,
+    prepared: Tensor,
+    balance: Tensor | None,
+    kernels: int,
+    rows: int,
+    weight_groups: int,
+    real_zero: bool,
+    block: int,
+    act_bits: int,
+    act_group: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
