@@ -132,11 +132,19 @@ class _File(TypedDict):
 
 @with_config(_OPEN)
 class Source(TypedDict):
-    """Where the weights came from: the MODEL argument, the diffusers class and ``Checkpoint.fingerprint()``."""
+    """Where the weights came from: the MODEL argument, the diffusers class and ``Checkpoint.fingerprint()``.
+
+    ``transformer_2`` is the file or folder of the second transformer where that was given apart; ``format``, ``precision`` and
+    ``notes`` are what was recognised of the source, in words. Manifests of before formats besides diffusers' lack all of these.
+    """
 
     model: Annotated[Text, AfterValidator(_check_model)]
     class_name: Text
     fingerprint: Text
+    transformer_2: NotRequired[Annotated[Text, AfterValidator(_check_model)]]
+    format: NotRequired[Text]
+    precision: NotRequired[Text]
+    notes: NotRequired[Annotated[list[Text], Field(max_length=100)]]
 
 
 @with_config(_OPEN)

@@ -11,17 +11,16 @@ from pathlib import Path
 from dvdquant.checkpoint.untrusted import UntrustedFolder, fix_of, reason_of
 from dvdquant.errors import CheckpointError
 from dvdquant.system.files import disk_error
-from dvdquant.system.recognize import SNIFFED, Found, recognize_bytes, recognize_tensors, tensor_names
+from dvdquant.system.recognize import PICKLED_FILE, SNIFFED, Found, recognize_bytes, recognize_tensors, tensor_names
 from dvdquant.text import shown
 
-__all__ = ["CONVERT", "PICKLED", "SINGLE_FILE", "locate_model", "recognize_file"]
+__all__ = ["CONVERT", "PICKLED", "locate_model", "recognize_file"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 PICKLED = (".bin", ".pt", ".ckpt", ".pth", ".pkl")
 CONVERT = (
     "convert them in a place you trust: from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
 )
-SINGLE_FILE = "diffusers.<transformer class>.from_single_file(FILE).save_pretrained(FOLDER), then give FOLDER"
 
 
 def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
@@ -69,12 +68,7 @@ def _no_folder(model: str, path: Path, info: os.stat_result) -> CheckpointError:
     found = recognize_file(UntrustedFolder.at(path.parent), path.name)
     if found is not None:
         return CheckpointError(f"{model} is a file, not a model folder: it is {found.what}", fix=found.fix)
-    if path.suffix == ".safetensors":
-        fix = (
-            "give the folder that holds config.json; a single file of a whole model is converted first: " + SINGLE_FILE
-        )
-    else:
-        fix = CONVERT if path.suffix in PICKLED else "give the folder that holds config.json"
+    fix = PICKLED_FILE if path.suffix in PICKLED else "give the folder that holds config.json"
     return CheckpointError(f"{model} is a file, not a model folder", fix=fix)
 
 

@@ -65,7 +65,8 @@ def with_pipeline_facts(checkpoint: Checkpoint) -> Checkpoint:
 def _read(checkpoint: Checkpoint) -> PipelineFacts:
     folder = checkpoint.root.parent
     given = os.path.realpath(os.path.expanduser(checkpoint.model))
-    if given == str(checkpoint.root):  # the transformer's own folder was given: what lies around it was not
+    # The transformer's own folder was given, or a single file: what lies around it was not.
+    if given == str(checkpoint.root) or checkpoint.source.file:
         return PipelineFacts()
     place = UntrustedFolder.at(folder)
     index, vae = _fields(place, "model_index.json", _Index), _fields(place, "vae/config.json", _Vae)

@@ -15,25 +15,26 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.checkpoint.locate import CONVERT, PICKLED, SINGLE_FILE, locate_model, recognize_file
+from dvdquant.checkpoint.formats.files import HALVES, HeldFile, given_file, halves, model_files, read_file
+from dvdquant.checkpoint.formats.scaled_fp8 import is_modelopt_fp8
+from dvdquant.checkpoint.formats.stored import ShardTensor, decode
+from dvdquant.checkpoint.formats.translate import SourceFormat, translate
+from dvdquant.checkpoint.formats.wan import is_original_config
+from dvdquant.checkpoint.locate import CONVERT, PICKLED, locate_model, recognize_file
 from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
 from dvdquant.errors import CheckpointError, UnsupportedError
-from dvdquant.system.recognize import (
-    recognize_config,
-    recognize_folder,
-    recognize_tensors,
-)
-from dvdquant.system.safetensors_io import TensorInfo, read_header_from, read_tensor_from
+from dvdquant.system.recognize import CONTENTS, PICKLED_FILE, recognize_config, recognize_folder
+from dvdquant.system.safetensors_io import read_header_from, read_tensor_from
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "ShardTensor", "count_nonfinite", "fingerprint_hint", "open_checkpoint"]
+__all__ = ["Checkpoint", "ShardTensor", "count_nonfinite", "fingerprint_hint", "open_checkpoint", "read_config_file"]
 
 WEIGHTS = "diffusion_pytorch_model"
 SINGLE, INDEX = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"
@@ -55,21 +56,14 @@ _VARIANT = re.compile(
 
 
 @dataclass(frozen=True)
-class ShardTensor(TensorInfo):
-    """A tensor of a checkpoint, the real path of the file that holds it, and that file's name in the folder."""
-
-    path: Path = field(default=Path())
-    shard: str = ""
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """One transformer, opened and checked by :func:`open_checkpoint`; weights stay on disk until :meth:`read`.
 
     ``model`` is the argument as given, ``component`` the pipeline folder, ``root`` the real folder of the transformer,
     ``tensors`` every tensor by name, ``headers`` the SHA-256 of each file's header by file name. ``files`` is what each
     file was when its header was checked; nothing is read from a file that is another by now. No descriptor is kept, so
-    hundreds of shards cost none and a checkpoint can be pickled.
+    hundreds of shards cost none and a checkpoint can be pickled. ``source`` is what was recognised of the format: names and
+    shapes are those of diffusers, whatever the files have.
     """
 
     model: str
@@ -80,13 +74,17 @@ class Checkpoint:
     headers: dict[str, str]
     folder: UntrustedFolder
     files: dict[str, FileIdentity]
+    source: SourceFormat = field(default_factory=SourceFormat)
 
     @staticmethod
     def components(model: str | Path, *, revision: str | None = None) -> list[str]:
         """The transformers in a pipeline folder, ``["transformer", "transformer_2"]`` for Wan 2.2; in a plain
         transformer folder, ``["transformer"]``. CheckpointError as in :func:`open_checkpoint`."""
-        folder = UntrustedFolder.at(locate_model(str(model), revision, ["model_index.json"]))
-        return _components(folder) or ["transformer"]
+        if given_file(str(model)) is not None:
+            return ["transformer"]
+        wanted = ["model_index.json", *(f"{half}/config.json" for half in HALVES.values())]
+        folder = UntrustedFolder.at(locate_model(str(model), revision, wanted))
+        return list(_components(folder)) or ["transformer"]
 
     @property
     def class_name(self) -> str:
@@ -103,8 +101,13 @@ class Checkpoint:
         """The tensor that sets the peak of memory."""
         return max(self.tensors.values(), key=lambda info: info.nbytes)
 
+    @property
+    def place(self) -> Path:
+        """The folder, or the single file that the transformer lies in."""
+        return self.root / self.source.file
+
     def read(self, name: str) -> torch.Tensor:
-        """One tensor into private CPU memory, dtype and shape as stored.
+        """One tensor into private CPU memory, dtype and shape as stored; fp32 where it is stored with a scale or in blocks.
 
         CheckpointError if it is absent or unreadable, or if its file has changed since it was opened.
         """
@@ -113,8 +116,15 @@ class Checkpoint:
             short = [other for _, other in zip(range(5000), self.tensors) if len(other) <= 200]
             near = difflib.get_close_matches(name[:200], short, n=4) or sorted(short)[:4]
             raise CheckpointError(f"{self.root} has no tensor {name!r:.200}", available=near)
+        value = self._bytes(info)
+        if info.stored is not None:
+            value = decode(value, info, None if info.stored.scale is None else self._bytes(info.stored.scale))
+        return value
+
+    def _bytes(self, info: ShardTensor) -> torch.Tensor:
+        """What lies in the file for a tensor."""
         with self._opened(info.shard) as fd:
-            return read_tensor_from(fd, info, info.path)
+            return read_tensor_from(fd, info.raw, info.path)
 
     @contextlib.contextmanager
     def _opened(self, shard: str) -> Iterator[int]:
@@ -165,7 +175,8 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps([self.config, sorted(self.headers.items())], sort_keys=True).encode())
         by_shard: dict[str, list[ShardTensor]] = {shard: [] for shard in sorted(self.headers)}
         for info in self.tensors.values():
-            by_shard[info.shard].append(info)
+            for part in info.parts:
+                by_shard[part.shard].append(part)
         for shard, infos in by_shard.items():
             with self._opened(shard) as fd:
                 for info in sorted(infos, key=lambda info: info.offset):
@@ -183,7 +194,7 @@ class Checkpoint:
         count, first = count_nonfinite(tensor)
         if count:
             raise CheckpointError(
-                f"{self.root}: tensor {name!r:.200} holds {count} NaN or infinite values of {tensor.numel()}, "
+                f"{self.place}: tensor {name!r:.200} holds {count} NaN or infinite values of {tensor.numel()}, "
                 f"the first at index {list(first)}",
                 fix="download the weights again, or use --allow-nonfinite to go on and record them in the manifest",
             )
@@ -209,8 +220,10 @@ class Checkpoint:
         if count:
             more = f"; and {count - 5} more" if count > 5 else ""
             raise CheckpointError(
-                f"{self.root} does not fit its config.json: {'; '.join(problems)}{more}",
-                fix="use the config.json and the weights of one and the same model",
+                f"{self.place} does not fit its config.json: {'; '.join(problems)}{more}",
+                fix="use the config.json and the weights of one and the same model"
+                if self.source.is_diffusers
+                else f"download {self.source.file or 'the model'} again, or give its config.json with --config FILE",
             )
 
 
@@ -247,15 +260,18 @@ def open_checkpoint(
     subfolder: str | None = None,
     revision: str | None = None,
     component: str = "transformer",
+    config: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Open a transformer and check its config, index and every header, without reading a weight.
 
     Args:
         model: a transformer folder (``config.json`` and safetensors), a pipeline folder (with the transformer in
-            ``transformer/``), or a hub id ``org/name``, of which only the config and the safetensors of the transformer
-            are downloaded. What exists as a local path is never looked for elsewhere.
+            ``transformer/``), a folder of the model's authors, a single file of ComfyUI or in GGUF, or a folder that holds
+            one such file or the two of one model; or a hub id ``org/name``, of which only the config and the safetensors of
+            the transformer are downloaded. What exists as a local path is never looked for elsewhere.
         subfolder: a folder inside ``model`` to look in. revision: of a hub id.
         component: the folder of a pipeline; :meth:`Checkpoint.components` lists them.
+        config: the config.json of a model that has none.
 
     Raises:
         CheckpointError: whatever is wrong with the folder, saying which file and tensor.
@@ -263,9 +279,19 @@ def open_checkpoint(
     for part in (*(subfolder.split("/") if subfolder else ()), component):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part):
             raise CheckpointError(f"{part!r:.200} is no plain folder name", fix="name a folder inside the model")
-    folder = UntrustedFolder.at(locate_model(str(model), revision, _patterns(subfolder, component)))
+    file = given_file(str(model))
+    if file is not None and (subfolder or component != "transformer"):
+        raise CheckpointError(
+            f"{shown(model)} is a file, and has no folder {shown(subfolder or component)!r}",
+            fix="give a folder that has it",
+        )
+    folder = (
+        file[0] if file else UntrustedFolder.at(locate_model(str(model), revision, _patterns(subfolder, component)))
+    )
     try:
-        return _open(folder, str(model), subfolder, component)
+        if file is not None:
+            return _open_file(folder, file[1], str(model), component, config)
+        return _open(folder, str(model), subfolder, component, config)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or shown(model)} cannot be read: {reason_of(error)}",
@@ -273,26 +299,92 @@ def open_checkpoint(
         ) from error
 
 
-def _open(folder: UntrustedFolder, model: str, subfolder: str | None, component: str) -> Checkpoint:
+def _open(
+    folder: UntrustedFolder, model: str, subfolder: str | None, component: str, given: Mapping[str, Any] | None
+) -> Checkpoint:
     top = folder
     if subfolder:
         folder = folder.sub(subfolder)
+    file = ""
     if found := _components(folder):
         if component not in found:
             raise CheckpointError(f"{folder.root} has no component {component!r}", available=few(found))
-        folder = folder.sub(component)
+        if found[component].endswith("/"):
+            folder = folder.sub(found[component].rstrip("/"))
+        else:
+            file = found[component]
     elif component != "transformer":
         raise CheckpointError(f"{folder.root} is not a pipeline and has no {component!r}", available=folder.listing())
     if not folder.root.is_dir():
         fix = "give a folder of the model with --subfolder, or leave it out"
         above = UntrustedFolder(folder.root.parent, folder.allowed)
         raise CheckpointError(f"{folder.root} is missing", available=above.listing(), fix=fix)
+    if file:
+        refuse_scripts(folder.root, folder.names())
+        return _open_file(folder, file, model, component, given)
     names = folder.names()
-    config = _read_config(folder, names)
+    config = _read_config(folder, names) if given is None else given
+    held = _odd_file(folder, names)
+    if held is not None:
+        return _open_file(folder, held, model, component, config)
     tensors, headers, files = _read_weights(folder, names, top)
-    if foreign := recognize_tensors(tensors):
-        raise CheckpointError(f"{folder.root} holds {foreign.what}", available=few(tensors, 3), fix=foreign.fix)
-    return Checkpoint(model, component, folder.root, config, tensors, headers, folder, files)
+    return _adopted(HeldFile(tensors, {}, headers, files, "diffusers folder"), config, folder, "", model, component)
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Return the config.json of a model that was given by its path.
+
+    Raises:
+        CheckpointError: it is no JSON object, or asks for code.
+    """
+    place = Path(os.path.realpath(os.path.expanduser(path)))
+    config = UntrustedFolder.at(place.parent).json(place.name, MAX_JSON, "give the config.json of a transformer")
+    _refuse_code(config, place)
+    return config
+
+
+def _odd_file(folder: UntrustedFolder, names: list[str]) -> str | None:
+    """The only transformer in a folder that has none by the names of diffusers."""
+    if SINGLE in names or INDEX in names or any(_SHARD_SERIES.fullmatch(n) or _VARIANT.fullmatch(n) for n in names):
+        return None
+    found = model_files(folder, names)
+    return found["transformer"] if len(found) == 1 else None
+
+
+def _open_file(
+    folder: UntrustedFolder, name: str, model: str, component: str, config: Mapping[str, Any] | None
+) -> Checkpoint:
+    """A single file; CheckpointError says what it is where it is no weights."""
+    found = recognize_file(folder, name)
+    if found is not None and found is not CONTENTS["gguf"][1]:
+        raise CheckpointError(f"{folder.root / name} is {found.what}", available=folder.listing(), fix=found.fix)
+    if name.lower().endswith(PICKLED):
+        raise CheckpointError(
+            f"{folder.root / name} is a file of pickled weights, which run code when loaded", fix=CONVERT
+        )
+    return _adopted(read_file(folder, name), config, folder, name, model, component)
+
+
+def _adopted(
+    held: HeldFile,
+    config: Mapping[str, Any] | None,
+    folder: UntrustedFolder,
+    file: str,
+    model: str,
+    component: str,
+) -> Checkpoint:
+    """The checkpoint of what was held, by the names of diffusers."""
+    raw = Checkpoint(model, component, folder.root, {}, held.tensors, held.headers, folder, held.files)
+    found = translate(
+        held.tensors,
+        config,
+        place=str(folder.root / file),
+        read=lambda info: raw._bytes(info).numpy().tobytes(),
+        metadata=held.metadata,
+        layout=held.layout,
+        file=file,
+    )
+    return replace(raw, config=found.config, tensors=found.tensors, source=found.source)
 
 
 def _patterns(subfolder: str | None, component: str) -> list[str]:
@@ -300,7 +392,9 @@ def _patterns(subfolder: str | None, component: str) -> list[str]:
     base = f"{subfolder}/" if subfolder else ""
     # The VAE's config tells the scale of the latents (dvdquant.checkpoint.pipeline_facts).
     return [f"{base}model_index.json", f"{base}vae/config.json"] + [
-        f"{base}{folder}{name}" for folder in ("", f"{component}/") for name in names
+        f"{base}{folder}{name}"
+        for folder in ("", f"{component}/", f"{HALVES.get(component, component)}/")
+        for name in names
     ]
 
 
@@ -311,6 +405,10 @@ def _read_config(folder: UntrustedFolder, names: list[str]) -> dict[str, Any]:
     config = folder.json("config.json", MAX_JSON)
     refuse_scripts(folder.root, names)
     _refuse_code(config, path)
+    if is_modelopt_fp8(config.get("quantization_config")):
+        config = {name: value for name, value in config.items() if name != "quantization_config"}
+    if is_original_config(config):
+        return config
     if found := recognize_config(config):
         raise CheckpointError(f"{path} is of {found.what}", available=folder.listing(), fix=found.fix)
     name = config.get("_class_name")
@@ -332,10 +430,9 @@ def _no_config(folder: UntrustedFolder, names: list[str]) -> CheckpointError:
         )
     fix = "give a transformer folder or a pipeline folder in diffusers format"
     if weights:
-        fix = (
-            f"put the config.json of the same model beside {weights[0]!r:.200}; a file of another format is converted: "
-        )
-        fix += SINGLE_FILE
+        fix = f"put the config.json of the same model beside {weights[0]!r:.200}, or give it with --config FILE"
+    elif pickled := [name for name in names if name.endswith(PICKLED)]:
+        fix = f"{pickled[0]!r:.200} holds pickled weights, which run code when loaded: {PICKLED_FILE}"
     return CheckpointError(
         f"{folder.root} is no diffusers model: it has no config.json", available=folder.listing(), fix=fix
     )
@@ -360,19 +457,24 @@ def _refuse_code(value: Any, path: Path) -> None:
         raise CheckpointError(f"{path} names a Python file ({value!r:.200}), which is never run", fix="remove it")
 
 
-def _components(folder: UntrustedFolder) -> list[str]:
-    """Names of the transformers of a pipeline, empty for a transformer folder.
+def _components(folder: UntrustedFolder) -> dict[str, str]:
+    """The transformers of a pipeline by name, empty for a transformer folder: a folder and its slash, or a file.
 
     ``model_index.json`` has ``[library, class]`` or ``[null, null]`` for each; without it, folders with a config count.
     """
     path, name_of_one = folder.root / "model_index.json", re.compile(r"transformer(_\d+)?")
     if not folder.root.is_dir():
-        return []
+        return {}
     names = folder.names()
     if "model_index.json" not in names:
         if "config.json" in names:
-            return []
-        return [name for name in names if name_of_one.fullmatch(name) and folder.has(f"{name}/config.json")]
+            return {}
+        inside = [name for name in names if name_of_one.fullmatch(name) and folder.has(f"{name}/config.json")]
+        if inside:
+            return {name: f"{name}/" for name in inside}
+        if halves(folder):
+            return {component: f"{half}/" for component, half in HALVES.items()}
+        return model_files(folder, names)
     index, found = folder.json("model_index.json", MAX_JSON), []
     for name, entry in index.items():
         if not name_of_one.fullmatch(name) or entry is None or entry == [None, None]:
@@ -383,7 +485,7 @@ def _components(folder: UntrustedFolder) -> list[str]:
     if not found:
         what = "a pipeline with a UNet, as image models have it," if "unet" in index else "a pipeline"
         raise UnsupportedError(f"{folder.root} is {what} without a transformer", available=few(index, 12))
-    return found
+    return {name: f"{name}/" for name in found}
 
 
 def _read_weights(
@@ -503,7 +605,7 @@ def _no_weights(folder: UntrustedFolder, names: list[str], series: list[str]) ->
     if pickled := [name for name in names if name.endswith(PICKLED)]:
         return CheckpointError(
             f"{root} holds only pickled weights ({pickled[0]!r:.200}), which run code when loaded",
-            fix=CONVERT,
+            fix=CONVERT if pickled[0].startswith(WEIGHTS) else PICKLED_FILE,
         )
     if _is_interrupted(names, folder):
         fix = "finish the download: hf download ORG/NAME --local-dir FOLDER"

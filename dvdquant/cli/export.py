@@ -47,6 +47,10 @@ dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/wan --height 480:720 --width 832:
 # graphs only; build engines on the server with trtexec or a later dvdq-export
 dvdq-export ./HunyuanVideo -o out/hy --target onnx --recipe w4a4-g128
 
+# files of ComfyUI: the two transformers of Wan 2.2, or the folder that holds them
+dvdq-export wan2.2_t2v_high_noise.safetensors --transformer-2 wan2.2_t2v_low_noise.safetensors -o out/wan22
+dvdq-export ComfyUI/models/diffusion_models -o out/wan22
+
 # go on after an interruption; check every graph in ONNX Runtime
 dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
 
@@ -116,6 +120,13 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.option(
     "--batch", type=click.IntRange(1, MAX_BATCH), default=1, show_default=True, help="Batch size of the graphs."
 )
+@click.option(
+    "--transformer-2",
+    type=MODEL,
+    metavar="FILE|FOLDER",
+    help="The second transformer of a model of two (Wan 2.2 A14B: that for low noise), where it is a file of its own.",
+)
+@click.option("--config", type=PATH, help="The config.json of MODEL, in diffusers format, where its file does not tell it.")
 @click.option("--subfolder", type=WORD, help="Folder of the transformer inside MODEL.")
 @click.option("--revision", type=WORD, help="Branch, tag or commit of a hub id.")
 @click.option("--plugin", "plugins", multiple=True, type=PATH, help="TensorRT plugin library.")
@@ -152,7 +163,9 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 def main(**arguments: Any) -> None:
     """Quantize the video diffusion transformer MODEL and export it as ONNX graphs and TensorRT engines.
 
-    MODEL is a diffusers folder or a hub id. It gets 4-bit weights and 4/8-bit activations, without calibration data.
+    MODEL is a diffusers folder, a hub id, a folder of the model's authors, or a single file: safetensors as ComfyUI has them
+    (16 bit, fp8, fp8 with scales), or GGUF of 6 bits or more. It gets 4-bit weights and 4/8-bit activations, without
+    calibration data.
 
     The output folder gets manifest.json (what is in it, and what really executes on each SM), the packed weights once,
     a graph and an engine per bit-width, and a model card. It holds the whole new export or what it held before, never half.
@@ -198,9 +211,12 @@ def _check_revision(model: str, revision: str | None) -> None:
 
 
 def _plan_json(plan: ExportPlan) -> dict[str, Any]:
+    from dvdquant.export.source_words import source_facts
+
     return {
         "family": plan.plans[0].family.name,
         "components": list(plan.components),
+        "sources": [source_facts(c, p.family) for c, p in zip(plan.checkpoints, plan.plans)],
         "recipe": plan.options.recipe.to_json(),
         "sizes": plan.sizes.to_json(),
         "layers": [
@@ -216,6 +232,7 @@ def _plan_json(plan: ExportPlan) -> dict[str, Any]:
 
 
 def _plan_text(plan: ExportPlan) -> str:
+    from dvdquant.export.source_words import source_words
     from dvdquant.quantize.checkpoint import left_out_words
 
     first, estimate = plan.plans[0], plan.estimate
@@ -230,6 +247,11 @@ def _plan_text(plan: ExportPlan) -> str:
     weights = sum(p.quantized_weights for p in plan.plans)
     lines = [
         f"{plan.options.model}: {first.family.config['_class_name']}, {', '.join(plan.components)}",
+        *(
+            line
+            for name, checkpoint, model_plan in zip(plan.components, plan.checkpoints, plan.plans)
+            for line in source_words(name, checkpoint, model_plan.family)
+        ),
         f"recipe {plan.options.recipe.name}: {weights / 1e6:.1f} M weights to 4 bits in "
         f"{sum(len(p.layers) for p in plan.plans)} layers, {sum(len(p.kept_linears) for p in plan.plans)} linear layers kept "
         f"in {plan.options.dtype}",
