@@ -573,6 +573,8 @@ class _Run:
         )
         if plan.options.transformer_2 is not None:
             source["transformer_2"] = recorded_model(plan.options.transformer_2)
+        if plan.options.config is not None:
+            source["config"] = recorded_model(str(plan.options.config))
         return source
 
     def _tools(self) -> dict[str, str]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.artifact.layout import MANIFEST
-from dvdquant.artifact.manifest import LayerEntry, Manifest, model_name
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.artifact.manifest import LayerEntry, Manifest, model_name, source_of
+from dvdquant.checkpoint.reader import open_checkpoint, read_config_file
 from dvdquant.deploy.report.charts import error_chart, line_chart, schedule_chart
 from dvdquant.deploy.report.text import (
     commands,
@@ -139,12 +139,13 @@ def _kept_parameters(root: Path, manifest: Manifest) -> int:
 
 
 def _source_bytes(manifest: Manifest) -> int | None:
-    """Bytes of the source's tensors where it is a local folder that is still the same; None elsewhere."""
-    model = Path(os.path.expanduser(manifest.source["model"]))
+    """Bytes of the source's tensors where it is local and still the same; None elsewhere."""
     try:
-        if not model.is_dir():
+        if not os.path.exists(os.path.expanduser(manifest.source["model"])):
             return None
-        opened = [open_checkpoint(model, component=name) for name in manifest.components]
+        config = read_config_file(manifest.source["config"]) if "config" in manifest.source else None
+        places = [source_of(manifest.source, name) for name in manifest.components]
+        opened = [open_checkpoint(model, component=name, config=config) for model, name in places]
         same = opened[0].fingerprint() == manifest.source["fingerprint"]
         return sum(checkpoint.nbytes for checkpoint in opened) if same else None
     except (DvdquantError, OSError, ValueError):

@@ -126,7 +126,9 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
     metavar="FILE|FOLDER",
     help="The second transformer of a model of two (Wan 2.2 A14B: that for low noise), where it is a file of its own.",
 )
-@click.option("--config", type=PATH, help="The config.json of MODEL, in diffusers format, where its file does not tell it.")
+@click.option(
+    "--config", type=PATH, help="The config.json of MODEL, in diffusers format, where its file does not tell it."
+)
 @click.option("--subfolder", type=WORD, help="Folder of the transformer inside MODEL.")
 @click.option("--revision", type=WORD, help="Branch, tag or commit of a hub id.")
 @click.option("--plugin", "plugins", multiple=True, type=PATH, help="TensorRT plugin library.")

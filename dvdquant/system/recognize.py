@@ -20,6 +20,7 @@ __all__ = [
     "CONTENTS",
     "FOLDERS",
     "PICKLED_FILE",
+    "PREFIXES",
     "SNIFFED",
     "TENSORS",
     "Found",
@@ -32,6 +33,8 @@ __all__ = [
 
 SNIFFED = 1 << 16
 """Bytes of the start of a file that :func:`recognize_bytes` wants."""
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.")
+"""What ComfyUI puts before the names of a transformer."""
 MAX_NAMES = 20_000
 MAX_LENGTH = 300
 
@@ -243,8 +246,9 @@ TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
 
 
 def recognize_tensors(names: Iterable[str]) -> Found | None:
-    """Return the foreign format that these names of tensors belong to, or None."""
+    """Return the foreign format that these names of tensors belong to, or None; ComfyUI's prefixes do not hide it."""
     wanted = [name[-MAX_LENGTH:] if len(name) > MAX_LENGTH else name for name in islice(names, MAX_NAMES)]
+    wanted += [name.removeprefix(prefix) for prefix in PREFIXES for name in wanted if name.startswith(prefix)]
     for patterns, found in TENSORS.values():
         if all(any(map(pattern.search, wanted)) for pattern in patterns):
             return found

@@ -20,11 +20,22 @@ from tests.support.exporting import with_changes
 SINGLE = "diffusion_pytorch_model.safetensors"
 # Of a published width of heads, so that shapes tell the config; the long rotary table is the published one.
 WAN = with_changes(
-    tiny.WAN, num_attention_heads=1, attention_head_dim=128, num_layers=2, rope_max_seq_len=1024, in_channels=16, out_channels=16
+    tiny.WAN,
+    num_attention_heads=1,
+    attention_head_dim=128,
+    num_layers=2,
+    rope_max_seq_len=1024,
+    in_channels=16,
+    out_channels=16,
 )
 WAN_I2V = with_changes(WAN, in_channels=36, image_dim=64, added_kv_proj_dim=128)
 HUNYUAN = with_changes(
-    tiny.HUNYUAN, num_attention_heads=1, attention_head_dim=128, rope_axes_dim=[16, 56, 56], in_channels=16, out_channels=16
+    tiny.HUNYUAN,
+    num_attention_heads=1,
+    attention_head_dim=128,
+    rope_axes_dim=[16, 56, 56],
+    in_channels=16,
+    out_channels=16,
 )
 LTX = with_changes(
     tiny.LTX,
@@ -88,7 +99,8 @@ _WAN = (
 def wan_original(tensors: Tensors) -> Tensors:
     """As the authors of Wan name them."""
     return {
-        "head.modulation" if name == "scale_shift_table" else _replaced(name, _WAN): value for name, value in tensors.items()
+        "head.modulation" if name == "scale_shift_table" else _replaced(name, _WAN): value
+        for name, value in tensors.items()
     }
 
 
@@ -131,7 +143,11 @@ _HUNYUAN = (
     (".norm.linear", ".modulation.linear"),
 )
 _SINGLE_BLOCK = (("proj_out", "linear2"), ("attn.norm_q", "q_norm"), ("attn.norm_k", "k_norm"))
-_DOUBLE_BLOCK = (("attn.norm_q", "img_attn_q_norm"), ("attn.norm_k", "img_attn_k_norm"), ("attn.to_out.0", "img_attn_proj"))
+_DOUBLE_BLOCK = (
+    ("attn.norm_q", "img_attn_q_norm"),
+    ("attn.norm_k", "img_attn_k_norm"),
+    ("attn.to_out.0", "img_attn_proj"),
+)
 
 
 def hunyuan_original(tensors: Tensors) -> Tensors:
@@ -151,7 +167,9 @@ def hunyuan_original(tensors: Tensors) -> Tensors:
         else:
             theirs, prefix = _replaced(name, _HUNYUAN), "img_attn_qkv"
             theirs = _replaced(theirs, _SINGLE_BLOCK if theirs.startswith("single_blocks") else _DOUBLE_BLOCK)
-        for order, part in enumerate((".to_q.", ".to_k.", ".to_v.", ".add_q_proj.", ".add_k_proj.", ".add_v_proj.", "proj_mlp.")):
+        for order, part in enumerate(
+            (".to_q.", ".to_k.", ".to_v.", ".add_q_proj.", ".add_k_proj.", ".add_v_proj.", "proj_mlp.")
+        ):
             if part in theirs:
                 target = prefix if order < 3 else "txt_attn_qkv"
                 if theirs.startswith("single_blocks"):
@@ -249,7 +267,10 @@ def gguf_value(value: Any) -> bytes:
 
 
 def gguf_bytes(
-    entries: list[tuple[str, tuple[int, ...], int, bytes]], values: Mapping[str, Any], alignment: int = 32, version: int = 3
+    entries: list[tuple[str, tuple[int, ...], int, bytes]],
+    values: Mapping[str, Any],
+    alignment: int = 32,
+    version: int = 3,
 ) -> bytes:
     """A GGUF file of (name, shape in the order of PyTorch, number of the type, data)."""
     head = b"GGUF" + struct.pack("<IQQ", version, len(entries), len(values))

@@ -153,6 +153,11 @@ def _config(shapes: Shapes, known: Mapping[str, Any]) -> tuple[dict[str, Any], l
     if inside == 2 * outside + 1:
         condition = "latent_concat"
     elif inside == outside:
+        if re.search(r"(?<![a-z0-9])(i2v|image.?to.?video)", shapes.place.rpartition("/")[2], re.IGNORECASE):
+            raise CheckpointError(
+                f"{shapes.place} is named as image to video, and its shapes are those of text to video, too",
+                fix=NEED_CONFIG,
+            )
         assumed.append(
             "text to video; the image-to-video model of as many channels has the same shapes, and is told by --config alone"
         )

@@ -18,13 +18,12 @@ from dvdquant.checkpoint.formats.stored import ShardTensor, rows
 from dvdquant.checkpoint.formats.wan import WAN, is_original_config
 from dvdquant.errors import CheckpointError
 from dvdquant.system.files import strict_json
-from dvdquant.system.recognize import recognize_tensors
+from dvdquant.system.recognize import PREFIXES, recognize_tensors
 from dvdquant.text import shown
 
 __all__ = ["SCHEMES", "SourceFormat", "Translated", "is_transformer", "precision_words", "translate"]
 
 SCHEMES: tuple[Scheme, ...] = (WAN, HUNYUAN_VIDEO, LTX)
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.")
 OTHER_PARTS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "vocoder.")
 """Parts of files that hold a whole pipeline."""
 MAX_JSON = 1 << 20
@@ -105,8 +104,6 @@ def translate(
     if left_out:
         parts = sorted({name.partition(".")[0] for name in left_out})
         notes.append(f"{len(left_out)} tensors of other parts ({', '.join(parts)}) are left out")
-    if prefix:
-        _refuse_foreign(bare, place)
     scaled = pair_scales(bare, metadata, place, read)
     # 3. Whose names, and of which family.
     scheme, original = _scheme(scaled, place, config)
@@ -129,7 +126,9 @@ def translate(
     if "with scales" in precision:
         notes.append("scales are applied in fp32")
     elif any(info.dtype.startswith("F8") for info in renamed.values()):
-        notes.append("the fp8 weights have no scales: they are taken as they are, and 8-bit weights are quantized again")
+        notes.append(
+            "the fp8 weights have no scales: they are taken as they are, and 8-bit weights are quantized again"
+        )
     return Translated(found, dict(renamed), SourceFormat(layout, precision, tuple(notes), file))
 
 

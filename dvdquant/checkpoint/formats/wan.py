@@ -119,7 +119,7 @@ def _config(shapes: Shapes, known: Mapping[str, Any]) -> tuple[dict[str, Any], l
     heads = given.num_heads
     if heads is None:
         heads = width // HEAD
-        assumed.append(f"{heads} heads of {HEAD} channels, as every published Wan has")
+        assumed.append(f"heads of {HEAD} channels, {heads} of them, as every published Wan has")
     if heads * (width // heads if heads else 0) != width or (given.num_heads is None and width % HEAD):
         raise CheckpointError(
             f"{shapes.place}: the number of heads of a Wan transformer of width {width} is not known", fix=NEED_CONFIG
