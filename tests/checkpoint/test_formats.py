@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import shutil
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from dvdquant.recipe import get_recipe
 from tests.support import other_formats as formats
 from tests.support import tiny_models as tiny
 from tests.support.exporting import with_changes
+from tests.support.mutations import mutated, open_mutations
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.")
 LTX_CONFIG = {
@@ -478,3 +482,56 @@ def test_fingerprints(tmp_path: Path, folders: dict[str, Path]) -> None:
     formats.save_single(file, stored)
     with pytest.raises(CheckpointError, match="has changed since"):
         first.read("proj_out.weight")
+
+
+# --------------------------------------------------------------------------------------------------------------- fuzzing
+
+
+def changed_header(data: bytes, rng: random.Random) -> bytes:
+    """A single file whose header has a well-formed change: names, shapes, dtypes and metadata of tensors that exist."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    names = [name for name in header if name != "__metadata__"]
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        name, other = rng.choice(names), rng.choice(names)
+        way = rng.randrange(6)
+        if way == 0:
+            header[rng.choice(("", "model.", "blocks.0.", "x" * 300, "\x1b[31m")) + name] = (
+                header.pop(name, None) or header[other]
+            )
+        elif way == 1:
+            header[name], header[other] = header.get(other), header.get(name)
+        elif way == 2 and isinstance(header.get(name), dict):
+            shape = header[name]["shape"]
+            header[name]["shape"] = rng.choice(
+                (shape[::-1], [*shape, 1], [1, *shape], [math.prod(shape)], [], shape[:1])
+            )
+        elif way == 3:
+            header.pop(name, None)
+        elif way == 4 and isinstance(header.get(name), dict):
+            header[name]["dtype"] = rng.choice(("F8_E4M3", "F8_E5M2", "I8", "U8", "F16", "BF16", "F32"))
+        else:
+            values = (
+                "{",
+                "[]",
+                '{"layers": []}',
+                '{"layers": {"a": 1}}',
+                '{"transformer": {"num_attention_heads": 0}}',
+                "[" * 500,
+            )
+            header["__metadata__"] = {rng.choice(("config", "_quantization_metadata")): rng.choice(values)}
+    text = json.dumps({name: value for name, value in header.items() if value is not None}).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+@pytest.mark.parametrize("key", ["wan", "hunyuan", "ltx"])
+@pytest.mark.parametrize("count", [60, pytest.param(7_000, marks=pytest.mark.stress)])
+def test_mutations(tmp_path: Path, folders: dict[str, Path], key: str, count: int) -> None:
+    """Of bytes, and of headers that are still well-formed: every one is read or refused."""
+    stored, _ = formats.scaled_fp8(
+        formats.ORIGINAL[key](formats.folder_tensors(folders[key])), "weight_scale", rows=True
+    )
+    data = formats.save_single(tmp_path / "m.safetensors", stored, "model.diffusion_model.", metadata(key)).read_bytes()
+    head = 8 + struct.unpack("<Q", data[:8])[0]
+    assert open_mutations("m.safetensors", count // 2, count, lambda rng: mutated(data, head, rng)) < count
+    open_mutations("m.safetensors", count // 2, count, lambda rng: changed_header(data, rng))
