@@ -360,7 +360,7 @@ def _open_file(
         raise CheckpointError(f"{folder.root / name} is {found.what}", available=folder.listing(), fix=found.fix)
     if name.lower().endswith(PICKLED):
         raise CheckpointError(
-            f"{folder.root / name} is a file of pickled weights, which run code when loaded", fix=CONVERT
+            f"{folder.root / name} is a file of pickled weights, which run code when loaded", fix=PICKLED_FILE
         )
     return _adopted(read_file(folder, name), config, folder, name, model, component)
 
