@@ -18,7 +18,6 @@ import click
 import torch
 
 from dvdquant.checkpoint.reader import open_checkpoint
-from dvdquant.system.safetensors_io import StreamingWriter
 
 HERE = Path(__file__).parent
 PREFIX = "model.diffusion_model."
@@ -63,15 +62,28 @@ def write_scaled(folder: Path, file: Path) -> None:
         plan.append((names[name], torch.float8_e4m3fn if name in scaled else torch.bfloat16, info.shape))
         if name in scaled:
             plan.append((names[name].replace(".weight", ".scale_weight"), torch.float32, (1,)))
-    with StreamingWriter(file, plan) as writer:
+    with file.open("wb") as output:
+        output.write(header(plan))
         for name in checkpoint.tensors:
             value = checkpoint.read(name)
             if name in scaled:
                 scale = value.abs().max().float().reshape(1) / 448
-                writer.write(names[name].replace(".weight", ".scale_weight"), scale)
                 value = (value.float() / scale).to(torch.float8_e4m3fn)
-            writer.write(names[name], value)
-        writer.finish()
+            output.write(value.contiguous().view(torch.uint8).numpy().data)
+            if name in scaled:
+                output.write(scale.numpy().data)
+
+
+def header(plan: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """Return the header of a safetensors file without padding between tensors, as other programs write it."""
+    codes = {torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
+    entries, offset = {}, 0
+    for name, dtype, shape in plan:
+        end = offset + dtype.itemsize * torch.Size(shape).numel()
+        entries[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:

@@ -290,7 +290,8 @@ def open_checkpoint(
     )
     try:
         if file is not None:
-            return _open_file(folder, file[1], str(model), component, config)
+            beside = config if config is not None else _config_beside(folder, file[1])
+            return _open_file(folder, file[1], str(model), component, beside)
         return _open(folder, str(model), subfolder, component, config)
     except OSError as error:
         raise CheckpointError(
@@ -341,6 +342,27 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     config = UntrustedFolder.at(place.parent).json(place.name, MAX_JSON, "give the config.json of a transformer")
     _refuse_code(config, place)
     return config
+
+
+def _config_beside(folder: UntrustedFolder, name: str) -> dict[str, Any] | None:
+    """The config.json in the folder of a file that was given alone, None where there is none of a transformer.
+
+    Shapes do not tell all: where the folder does, it is right.
+
+    Raises:
+        CheckpointError: the file is one of a diffusers folder, and that has a config.json which cannot be used; or it is one
+            of several shards.
+    """
+    if _SHARD_SERIES.fullmatch(name):
+        raise CheckpointError(f"{folder.root / name} is one shard of several", fix=f"give the folder: {folder.root}")
+    if not folder.has("config.json"):
+        return None
+    try:
+        return _read_config(folder, ["config.json"])
+    except CheckpointError:
+        if name == SINGLE:
+            raise
+        return None
 
 
 def _odd_file(folder: UntrustedFolder, names: list[str]) -> str | None:

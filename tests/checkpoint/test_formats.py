@@ -252,6 +252,27 @@ def test_a_file_beside_a_config(tmp_path: Path, folders: dict[str, Path]) -> Non
     require_same(open_checkpoint(tmp_path / "my_wan.safetensors", config=config), tensors, config)
 
 
+def test_a_file_of_a_folder(tmp_path: Path) -> None:
+    """Given alone, it has the config.json of its folder: no shape tells that there are two heads."""
+    folder = tiny.write_checkpoint(tmp_path / "m", tiny.WAN)
+    require_same(open_checkpoint(folder / formats.SINGLE), formats.folder_tensors(folder), tiny.WAN)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="_class_name"):
+        open_checkpoint(folder / formats.SINGLE)
+    # Another's config.json beside a file of another name is not its own.
+    other = formats.save_single(folder / "wan.safetensors", formats.folder_tensors(folder))
+    assert open_checkpoint(other).config["num_attention_heads"] == 1
+    # A folder of diffusers without its config.json is not complete, and no single file.
+    (folder / "config.json").unlink()
+    other.unlink()
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        open_checkpoint(folder)
+    shard = folder / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    (folder / formats.SINGLE).rename(shard)
+    with pytest.raises(CheckpointError, match="one shard of several"):
+        open_checkpoint(shard)
+
+
 # ------------------------------------------------------------------------------------------------------------------ fp8
 
 

@@ -31,6 +31,8 @@ MOST_FILES = 200
 """Files whose first bytes are read to find the transformers among them."""
 _PLACES = ("diffusion_models", "split_files/diffusion_models", "models/diffusion_models", "unet")
 """Folders in which ComfyUI keeps transformers."""
+# Weights of these names belong to the config.json of their folder.
+_BY_DIFFUSERS = re.compile(r"diffusion_pytorch_model[.-]")
 _HIGH = re.compile(r"(?<![a-z])(high[ _.-]?noise|hn|high)(?![a-z])", re.IGNORECASE)
 _LOW = re.compile(r"(?<![a-z])(low[ _.-]?noise|ln|low)(?![a-z])", re.IGNORECASE)
 
@@ -80,7 +82,7 @@ def model_files(folder: UntrustedFolder, names: list[str]) -> dict[str, str]:
             listed = [f"{place}/{name}" for name in folder.sub(place).names()]
         else:
             continue
-        found = [name for name in listed if name.lower().endswith(SUFFIXES)]
+        found = [name for name in listed if name.lower().endswith(SUFFIXES) and not _BY_DIFFUSERS.match(name)]
         found = [name for name in found[:MOST_FILES] if _is_transformer(folder, name)]
         if found:
             return _chosen(folder, found)
