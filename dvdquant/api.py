@@ -43,7 +43,7 @@ def export_model(
     """Quantize a video diffusion transformer and write the export, as ``dvdq-export`` does.
 
     Args:
-        model: hub id, pipeline folder or transformer folder in diffusers format.
+        model: hub id, pipeline or transformer folder in diffusers format, folder of the model's authors, or single file.
         out: folder of the export. It holds the whole new export or what it held before.
         recipe: name of a recipe, or a recipe of your own.
         target: ``rtx``, ``tensorrt``, ``onnx`` or ``graphs``, or several of them.
