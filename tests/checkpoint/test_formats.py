@@ -231,6 +231,40 @@ def test_a_folder_of_comfyui(tmp_path: Path, folders: dict[str, Path], place: st
 
 
 @pytest.mark.parametrize(
+    ("high", "low"),
+    [
+        ("Wan2.2-T2V-A14B-HighNoise-Q8_0.safetensors", "Wan2.2-T2V-A14B-LowNoise-Q8_0.safetensors"),
+        (
+            "Wan2_2-T2V-A14B_HIGH_fp8_e4m3fn_scaled_KJ.safetensors",
+            "Wan2_2-T2V-A14B-LOW_fp8_e4m3fn_scaled_KJ.safetensors",
+        ),
+        ("wan2.2 high noise.safetensors", "wan2.2 low noise.safetensors"),
+    ],
+)
+def test_names_of_halves(tmp_path: Path, folders: dict[str, Path], high: str, low: str) -> None:
+    """As those who publish them write them."""
+    comfy_folder(tmp_path, formats.folder_tensors(folders["wan"]), low, high)
+    assert [open_checkpoint(tmp_path, component=name).source.file for name in Checkpoint.components(tmp_path)] == [
+        high,
+        low,
+    ]
+
+
+def test_links_of_a_folder_of_comfyui(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """A link to another disk is the user's own where it is named; in a folder it is told of."""
+    file = formats.save_single(
+        tmp_path / "disk" / "w.safetensors", formats.wan_original(formats.folder_tensors(folders["wan"]))
+    )
+    link = tmp_path / "models" / "wan.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(file)
+    with pytest.raises(CheckpointError, match="link that reads outside") as caught:
+        open_checkpoint(tmp_path / "models")
+    assert "give the file itself" in str(caught.value.fix)
+    require_same(open_checkpoint(link), formats.folder_tensors(folders["wan"]), formats.WAN)
+
+
+@pytest.mark.parametrize(
     "names", [(HIGH, LOW, "other.safetensors"), (HIGH, "wan2.2_i2v_low_noise.safetensors"), ("a.gguf", HIGH)]
 )
 def test_a_folder_of_several_models(tmp_path: Path, folders: dict[str, Path], names: tuple[str, ...]) -> None:
@@ -276,9 +310,8 @@ def test_a_file_of_a_folder(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------ fp8
 
 
-@pytest.mark.parametrize("key", formats.CONFIGS)
-@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("key", ["wan", "ltx", "hunyuan", "hunyuan-comfy"])
+@pytest.mark.parametrize(("scale", "rows"), [("scale_weight", False), ("weight_scale", True)])
 def test_fp8_with_scales(tmp_path: Path, folders: dict[str, Path], key: str, scale: str, rows: bool) -> None:
     """Applied in fp32, to the rows of joined linears as well."""
     original = formats.ORIGINAL[key](formats.folder_tensors(folders[key]))

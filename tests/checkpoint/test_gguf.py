@@ -100,6 +100,38 @@ def test_gguf_file(tmp_path: Path, folders: dict[str, Path], key: str, kind: str
     assert Checkpoint.components(tmp_path) == ["transformer"]  # in a folder, too
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "F16", "BF16", "F32"])
+def test_a_file_of_the_formats_own_package(tmp_path: Path, folders: dict[str, Path], kind: str) -> None:
+    """Written by it with values of many types, quantized by it, and decoded by it."""
+    package = pytest.importorskip("gguf")
+    number = package.GGMLQuantizationType[kind]
+    writer = package.GGUFWriter(str(tmp_path / "m.gguf"), "wan")
+    writer.add_quantization_version(2)
+    writer.add_file_type(7)
+    writer.add_array("words", ["a", "b", "ü"])
+    writer.add_float32("number", 0.5)
+    writer.add_bool("flag", True)
+    tensors = formats.folder_tensors(folders["wan"])
+    expected = {}
+    for (ours, value), theirs in zip(tensors.items(), formats.wan_original(tensors)):
+        wide = value.float().contiguous().numpy()
+        if value.ndim == 2:
+            stored = package.quants.quantize(wide, number)
+            writer.add_tensor(theirs, stored, raw_dtype=number)
+            expected[ours] = torch.from_numpy(package.quants.dequantize(stored, number).copy())
+        else:
+            writer.add_tensor(theirs, wide)
+            expected[ours] = value.float()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    assert checkpoint.tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(checkpoint.read(name).float(), value.reshape(checkpoint.tensors[name].shape)), name
+
+
 def test_a_tensor_that_was_reshaped(tmp_path: Path, folders: dict[str, Path]) -> None:
     """Rows that no block divides are stored as rows of 256; the file says what they were."""
     entries = stored(formats.wan_original(formats.folder_tensors(folders["wan"])), "F32")

@@ -29,12 +29,12 @@ HALVES = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 """Component -> folder in the repository of Wan 2.2's authors. The first steps, of high noise, are the first transformer's."""
 MOST_FILES = 200
 """Files whose first bytes are read to find the transformers among them."""
-_PLACES = ("diffusion_models", "split_files/diffusion_models", "models/diffusion_models", "unet")
+_PLACES = ("diffusion_models", "split_files/diffusion_models", "models/diffusion_models", "unet", "checkpoints")
 """Folders in which ComfyUI keeps transformers."""
 # Weights of these names belong to the config.json of their folder.
 _BY_DIFFUSERS = re.compile(r"diffusion_pytorch_model[.-]")
-_HIGH = re.compile(r"(?<![a-z])(high[ _.-]?noise|hn|high)(?![a-z])", re.IGNORECASE)
-_LOW = re.compile(r"(?<![a-z])(low[ _.-]?noise|ln|low)(?![a-z])", re.IGNORECASE)
+_HIGH = re.compile(r"(?<![a-z])(high[ _.-]?noise|high)(?![a-z])", re.IGNORECASE)
+_LOW = re.compile(r"(?<![a-z])(low[ _.-]?noise|low)(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ def model_files(folder: UntrustedFolder, names: list[str]) -> dict[str, str]:
     """Return the transformers among the files of a folder: component -> name, {} where there is none.
 
     Raises:
-        CheckpointError: there are several, and they are not the two halves of one model.
+        CheckpointError: there are several, and they are not the two halves of one model; or what there may be is behind a link
+            that leaves the folder.
     """
+    linked: list[str] = []
     for place in ("", *_PLACES):
         if not place:
             listed = names
@@ -83,9 +85,16 @@ def model_files(folder: UntrustedFolder, names: list[str]) -> dict[str, str]:
         else:
             continue
         found = [name for name in listed if name.lower().endswith(SUFFIXES) and not _BY_DIFFUSERS.match(name)]
+        linked += [name for name in found if _leaves(folder, name)]
         found = [name for name in found[:MOST_FILES] if _is_transformer(folder, name)]
         if found:
             return _chosen(folder, found)
+    if linked:
+        raise CheckpointError(
+            f"{folder.root / linked[0]} is a link that reads outside the folder",
+            available=folder.listing(),
+            fix="give the file itself as MODEL",
+        )
     return {}
 
 
@@ -113,7 +122,7 @@ def _noise(name: str) -> str:
 
 def _stem(name: str) -> str:
     """Return what the names of two halves share."""
-    return _LOW.sub("*", _HIGH.sub("*", name)).lower()
+    return re.sub(r"[ _.-]+", "-", _LOW.sub("*", _HIGH.sub("*", name))).lower()
 
 
 def check_order(first: str, second: str) -> None:
@@ -127,6 +136,14 @@ def check_order(first: str, second: str) -> None:
             f"MODEL {shown(first)} is named as the half for low noise, and --transformer-2 {shown(second)} as that for high",
             fix="give the file for high noise as MODEL, and that for low noise with --transformer-2",
         )
+
+
+def _leaves(folder: UntrustedFolder, name: str) -> bool:
+    try:
+        folder.locate(name)
+    except CheckpointError:
+        return True
+    return False
 
 
 def _is_transformer(folder: UntrustedFolder, name: str) -> bool:
