@@ -333,12 +333,14 @@ def _open(
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Return the config.json of a model that was given by its path.
+    """Return the config.json of a model that was given by its path, or by that of its folder.
 
     Raises:
         CheckpointError: it is no JSON object, or asks for code.
     """
     place = Path(os.path.realpath(os.path.expanduser(path)))
+    if place.is_dir():
+        place /= "config.json"
     config = UntrustedFolder.at(place.parent).json(place.name, MAX_JSON, "give the config.json of a transformer")
     _refuse_code(config, place)
     return config

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from dvdquant.checkpoint.formats.hunyuan_video import HUNYUAN_VIDEO
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.model.families import get_family
 from dvdquant.model.plan import build_skeleton, plan_model
@@ -446,6 +446,18 @@ def test_widths_that_tell_no_heads(tmp_path: Path, folders: dict[str, Path], key
     assert "not known" in caught.value.what
     assert "--config FILE" in str(caught.value.fix)
     require_same(open_checkpoint(file, config=config), tensors, config)
+
+
+def test_a_config_of_another_class(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """Given, or beside the file."""
+    file = formats.save_single(tmp_path / "m.safetensors", formats.wan_original(formats.folder_tensors(folders["wan"])))
+    (tmp_path / "config.json").write_text(json.dumps(formats.HUNYUAN))
+    for config in (None, formats.HUNYUAN):
+        with pytest.raises(CheckpointError, match="HunyuanVideoTransformer3DModel") as caught:
+            open_checkpoint(file, config=config)
+        assert "WanTransformer3DModel" in str(caught.value.available)
+    require_same(open_checkpoint(file, config=formats.WAN), formats.folder_tensors(folders["wan"]), formats.WAN)
+    assert read_config_file(folders["wan"]) == read_config_file(folders["wan"] / "config.json") == formats.WAN
 
 
 def test_hunyuan_video_named_as_image_to_video(tmp_path: Path, folders: dict[str, Path]) -> None:

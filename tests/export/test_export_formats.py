@@ -67,7 +67,14 @@ def require_same_codes(model: Path, folder: Path, work: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "dtype"),
-    [*((key, torch.bfloat16) for key in ("wan", "ltx", "hunyuan", "hunyuan-comfy")), ("wan", torch.float16), ("hunyuan", torch.float8_e4m3fn)],
+    [
+        ("wan", torch.bfloat16),
+        ("ltx", torch.bfloat16),
+        ("hunyuan", torch.bfloat16),
+        ("hunyuan-comfy", torch.bfloat16),
+        ("wan", torch.float16),
+        ("hunyuan", torch.float8_e4m3fn),
+    ],
 )
 def test_codes_of_single_files(tmp_path: Path, folders: dict[str, Path], key: str, dtype: torch.dtype) -> None:
     """In bf16, in fp16, and in fp8 without scales."""

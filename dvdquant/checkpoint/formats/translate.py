@@ -117,6 +117,14 @@ def translate(
         layout += f", prefix {prefix}"
     # 4. The config.
     found = dict(config or {})
+    if scheme is not None and original and config is not None and not is_original_config(found):
+        if found.get("_class_name") != scheme.class_name:
+            raise CheckpointError(
+                f"{place} holds a {scheme.title} transformer, and the config.json is of {shown(found.get('_class_name'))}",
+                available=scheme.class_name,
+                fix=f"{NEED_CONFIG}, or move the file away from another's config.json",
+            )
+        notes.append("the config comes from config.json")
     if scheme is not None and (config is None or is_original_config(found)):
         shapes = Shapes({name: info.shape for name, info in renamed.items()}, place, f"a {scheme.title} transformer")
         found, assumed = scheme.config(shapes, found if config is not None else _metadata_config(metadata, place))
