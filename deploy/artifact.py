@@ -250,6 +250,9 @@ class Artifact:
         manifest = self.manifest
         # 1. Source and recipe.
         words = ["dvdq-export", manifest.source["model"], "-o", str(self.root), *_recipe_options(manifest.recipe)]
+        for option, key in (("--transformer-2", "transformer_2"), ("--config", "config")):
+            if key in manifest.source:
+                words += [option, str(manifest.source[key])]  # type: ignore[literal-required]
         # 2. Targets and the SMs to build for.
         targets = {target} if target else {e["backend"].removeprefix("tensorrt_") for e in manifest.engines}
         if any(g["target"] == "onnx" for g in manifest.graphs):

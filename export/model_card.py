@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from dvdquant.artifact.manifest import Manifest, model_name
+from dvdquant.artifact.manifest import Manifest, model_name, source_words
 from dvdquant.artifact.provenance import sampling_words
 from dvdquant.artifact.verified import verified_words
 from dvdquant.recipe import fitted_words, looks_at_inputs
@@ -31,6 +31,7 @@ def model_card(manifest: Manifest) -> str:
         f"{code(manifest.source['class_name'])}, quantized by dvdquant {markdown(manifest.dvdquant_version)} "
         "without calibration data.",
         "",
+        *([f"- made from: {markdown(words)}"] if (words := source_words(manifest.source)) else []),
         f"- recipe {code(recipe['name'])}: 4-bit weights ({markdown(grid)}, {markdown(weight['zero_point'])} "
         f"zero-point, {markdown(weight['solver'])} solver), activations {_activations(manifest)}, "
         f"rotation {markdown(recipe['rotation'])}",

@@ -36,7 +36,9 @@ class ExportOptions:
     """One call of ``dvdq-export``.
 
     Args:
-        model: transformer or pipeline folder, or hub id.
+        model: transformer or pipeline folder, a folder of the model's authors, a single file, or hub id.
+        transformer_2: the file or folder of the second transformer where it does not lie in ``model``.
+        config: the config.json of a model that has none.
         targets: of ``rtx``, ``tensorrt``, ``onnx``, ``graphs``; graphs with QuantLinear nodes are always written, and with
             ``graphs`` alone nothing else.
         sms: compute capabilities to build engines for, such as "8.9".
@@ -81,6 +83,8 @@ class ExportOptions:
     lora: tuple[LoraSpec, ...] = ()
     steps: int | None = None
     guidance: float | None = None
+    transformer_2: str | None = None
+    config: Path | None = None
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -138,12 +142,12 @@ class ExportOptions:
 
 
 def recorded_model(model: str) -> str:
-    """A local folder as an absolute path, for an export to be used from anywhere; a hub id as it is."""
+    """A local folder or file as an absolute path, for an export to be used from anywhere; a hub id as it is."""
     try:
         folder = os.path.abspath(os.path.expanduser(model))
     except FileNotFoundError:  # relative, and the working directory was deleted: nothing local
         return model
-    return folder if os.path.isdir(folder) else model
+    return folder if os.path.exists(folder) else model
 
 
 def check_text(options: ExportOptions) -> None:
@@ -155,6 +159,7 @@ def check_text(options: ExportOptions) -> None:
     """
     texts = [("MODEL", recorded_model(options.model)), ("--subfolder", options.subfolder or "")]
     texts += [("--revision", options.revision or ""), ("--timing-cache", str(options.timing_cache or ""))]
+    texts += [("--transformer-2", recorded_model(options.transformer_2 or "")), ("--config", str(options.config or ""))]
     texts += [("--plugin", str(plugin)) for plugin in options.plugins]
     texts += [("--lora", str(lora.path)) for lora in options.lora]
     texts += [("--keep or --force", glob) for glob in (*options.recipe.keep, *options.recipe.force)]

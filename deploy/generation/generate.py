@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dvdquant.checkpoint.formats.files import given_file
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
@@ -18,6 +19,8 @@ from dvdquant.deploy.generation.from_table import TableGenerator
 from dvdquant.deploy.generation.generator import Generator, WrapSession
 from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
+from dvdquant.errors import CheckpointError
+from dvdquant.text import shown
 
 __all__ = ["Generator", "GenerateRequest", "GenerateResult", "generate", "open_generator"]
 
@@ -68,6 +71,12 @@ def open_generator(
     """
     source = str(pipeline or artifact.manifest.source["model"])
     how: Any = {"backend": backend, "device": device, "wrap": wrap_session, "compile": compile, "lora": lora}
+    if pipeline is None and given_file(source) is not None:
+        raise CheckpointError(
+            f"the export was made from the single file {shown(source)}, which has no text encoder, VAE and scheduler",
+            available=f"{artifact.manifest.source['class_name']} of family {artifact.manifest.family}",
+            fix="give the diffusers pipeline of the same model with --pipeline FOLDER or a hub id; its transformer is not used",
+        )
     if PromptTable.is_at(source):
         return TableGenerator(artifact, PromptTable.open(source), **how)
     return PipelineGenerator(artifact, source, **how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -227,6 +228,8 @@ def _sampling_arguments(manifest: Manifest) -> list[str]:
 def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool) -> str:
     """Return a script that makes a clip with this export. ``table``: its source has a prompt table instead of a pipeline."""
     folder, model = str(out), manifest.source["model"]
+    if os.path.isfile(model):  # text encoder, VAE and scheduler come from elsewhere
+        model = "FOLDER OF ITS DIFFUSERS PIPELINE"
     bits = sorted({g["act_bits"] for g in manifest.graphs})
     mode = "switch" if len(bits) > 1 else f"a{bits[0]}" if bits else "16"
     if table:

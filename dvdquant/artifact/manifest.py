@@ -54,6 +54,8 @@ __all__ = [
     "load_manifest",
     "model_name",
     "read_verified",
+    "source_of",
+    "source_words",
     "verify_files",
 ]
 
@@ -185,6 +187,11 @@ class Source(TypedDict):
     model: Annotated[Text, AfterValidator(_check_model)]
     class_name: Text
     fingerprint: Text
+    transformer_2: NotRequired[Annotated[Text, AfterValidator(_check_model)]]
+    config: NotRequired[Annotated[Text, AfterValidator(_check_model)]]
+    format: NotRequired[Text]
+    precision: NotRequired[Text]
+    notes: NotRequired[Annotated[list[Text], Field(max_length=100)]]
 
 
 @with_config(_OPEN)
@@ -530,6 +537,18 @@ def _listing(folder: Path) -> str:
     except (OSError, ValueError) as error:
         return f"{name} cannot be listed: {error}"
     return ", ".join(names[:8]) or "an empty folder"
+
+
+def source_of(source: Source, component: str) -> tuple[str, str]:
+    """Return (MODEL, the component to open in it) of a transformer of an export."""
+    if component == "transformer_2" and "transformer_2" in source:
+        return source["transformer_2"], "transformer"
+    return source["model"], component
+
+
+def source_words(source: Source) -> str:
+    """Return the format and the precision of the weights an export was made from, "" where its manifest does not say."""
+    return ", ".join(shown(part, 400) for part in (source.get("format"), source.get("precision")) if part)
 
 
 def model_name(model: str) -> str:

@@ -51,6 +51,10 @@ dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22-4 --lora high.safetensors -
 # graphs only; build engines on the server with trtexec or a later dvdq-export
 dvdq-export ./HunyuanVideo -o out/hy --target onnx --recipe w4a4-g128
 
+# files of ComfyUI: the two transformers of Wan 2.2, or the folder that holds them
+dvdq-export wan2.2_t2v_high_noise.safetensors --transformer-2 wan2.2_t2v_low_noise.safetensors -o out/wan22
+dvdq-export ComfyUI/models/diffusion_models -o out/wan22
+
 # go on after an interruption; check every graph in ONNX Runtime
 dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
 
@@ -129,6 +133,15 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 )
 @click.option("--steps", type=int, help="Denoising steps to record as the default, such as 4 of a distilled LoRA.")
 @click.option("--guidance", type=float, metavar="SCALE", help="Guidance scale to record as the default; 1 is none.")
+@click.option(
+    "--transformer-2",
+    type=MODEL,
+    metavar="FILE|FOLDER",
+    help="The second transformer of a model of two (Wan 2.2 A14B: that for low noise), where it is a file of its own.",
+)
+@click.option(
+    "--config", type=PATH, help="The config.json of MODEL, in diffusers format, where its file does not tell it."
+)
 @click.option("--subfolder", type=WORD, help="Folder of the transformer inside MODEL.")
 @click.option("--revision", type=WORD, help="Branch, tag or commit of a hub id.")
 @click.option("--plugin", "plugins", multiple=True, type=PATH, help="TensorRT plugin library.")
@@ -165,7 +178,9 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 def main(**arguments: Any) -> None:
     """Quantize the video diffusion transformer MODEL and export it as ONNX graphs and TensorRT engines.
 
-    MODEL is a diffusers folder or a hub id. It gets 4-bit weights and 4/8-bit activations, without calibration data.
+    MODEL is a diffusers folder, a hub id, a folder of the model's authors, or a single file: safetensors as ComfyUI has them
+    (16 bit, fp8, fp8 with scales), or GGUF of 6 bits or more. It gets 4-bit weights and 4/8-bit activations, without
+    calibration data.
 
     The output folder gets manifest.json (what is in it, and what really executes on each SM), the packed weights once,
     a graph and an engine per bit-width, and a model card. It holds the whole new export or what it held before, never half.
@@ -212,9 +227,12 @@ def _check_revision(model: str, revision: str | None) -> None:
 
 
 def _plan_json(plan: ExportPlan) -> dict[str, Any]:
+    from dvdquant.export.source_words import source_facts
+
     return {
         "family": plan.plans[0].family.name,
         "components": list(plan.components),
+        "sources": [source_facts(c, p.family) for c, p in zip(plan.checkpoints, plan.plans)],
         "recipe": plan.options.recipe.to_json(),
         "sizes": plan.sizes.to_json(),
         "layers": [
@@ -240,6 +258,7 @@ def _plan_json(plan: ExportPlan) -> dict[str, Any]:
 def _plan_text(plan: ExportPlan) -> str:
     from dvdquant.artifact.provenance import sampling_words
     from dvdquant.checkpoint.lora.fuse import lora_lines
+    from dvdquant.export.source_words import source_words
     from dvdquant.quantize.checkpoint import left_out_words
 
     first, estimate = plan.plans[0], plan.estimate
@@ -254,6 +273,11 @@ def _plan_text(plan: ExportPlan) -> str:
     weights = sum(p.quantized_weights for p in plan.plans)
     lines = [
         f"{plan.options.model}: {first.family.config['_class_name']}, {', '.join(plan.components)}",
+        *(
+            line
+            for name, checkpoint, model_plan in zip(plan.components, plan.checkpoints, plan.plans)
+            for line in source_words(name, checkpoint, model_plan.family)
+        ),
         f"recipe {plan.options.recipe.name}: {weights / 1e6:.1f} M weights to 4 bits in "
         f"{sum(len(p.layers) for p in plan.plans)} layers, {sum(len(p.kept_linears) for p in plan.plans)} linear layers kept "
         f"in {plan.options.dtype}",
