@@ -6,8 +6,8 @@ import os
 
 from dvdquant.artifact.manifest import Manifest, model_name, source_words
 from dvdquant.artifact.provenance import sampling_words
-from dvdquant.artifact.verified import verified_words
-from dvdquant.recipe import fitted_words, looks_at_inputs
+from dvdquant.artifact.verified import verified_text
+from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import markdown, shown
 from dvdquant.text import markdown_code as code
 
@@ -40,7 +40,7 @@ def model_card(manifest: Manifest) -> str:
         f"{shapes['text_tokens']} text tokens; {shapes['dtype']}",
         f"- {len(manifest.layers)} quantized layers, {len(manifest.kept)} linear layers kept in 16 bit",
         *_loras(manifest),
-        f"- {verified_words(manifest.verified)}",
+        f"- {verified_text(manifest.verified)}",
         "",
         "| graph | for | activation bits |",
         "|---|---|---|",
@@ -61,7 +61,7 @@ def _inputs(manifest: Manifest) -> list[str]:
     if not looks_at_inputs(manifest.recipe):
         return []
     predicted = "rounded with feedback for inputs predicted by one run on synthetic latents, no data"
-    return ["- " + "; ".join([predicted, *map(shown, fitted_words(manifest.recipe))])]
+    return ["- " + "; ".join([predicted, *map(shown, fitted_text(manifest.recipe))])]
 
 
 def _loras(manifest: Manifest) -> list[str]:

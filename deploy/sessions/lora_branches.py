@@ -105,11 +105,11 @@ class LoraBranches:
         pairs, full = [], []
         for term in weight:
             if term.diff is not None:
-                full.append(self._here(term.change() * term.factor))
+                full.append(self._here(term.change() * term.group_scale))
             else:
                 b, a = term.factors()
-                pairs.append((self._here(b * term.factor), self._here(a)))
-        total = sum(term.change() * term.factor for term in bias) if bias else None
+                pairs.append((self._here(b * term.group_scale), self._here(a)))
+        total = sum(term.change() * term.group_scale for term in bias) if bias else None
         return _Branch(rows, tuple(pairs), tuple(full), self._here(total) if isinstance(total, Tensor) else None)
 
     def _here(self, tensor: Tensor) -> Tensor:

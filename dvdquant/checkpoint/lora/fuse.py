@@ -93,7 +93,7 @@ class Term:
 
         target = value if self.channels is None else value[:, : self.channels]
         if self.diff is not None or self.channels is not None:  # of the size of a layer that is small
-            change = self.change().mul_(self.factor)
+            change = self.change().mul_(self.group_scale)
             self._require_finite(change, name)
             target.add_(change.reshape(target.shape))
             return
@@ -102,7 +102,7 @@ class Term:
         # Parts of one size: a part of few rows would be summed by another loop of the BLAS, and differ in the last bit.
         step = math.ceil(len(flat) / math.ceil(flat.numel() / CHUNK_WEIGHTS))
         for start in range(0, len(flat), step):
-            change = torch.mm(up[start : start + step], down).mul_(self.factor)
+            change = torch.mm(up[start : start + step], down).mul_(self.group_scale)
             self._require_finite(change, name)
             flat[start : start + step] += change
 
