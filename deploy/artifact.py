@@ -250,6 +250,9 @@ class Artifact:
         manifest = self.manifest
         # 1. Source and recipe.
         words = ["dvdq-export", manifest.source["model"], "-o", str(self.root), *_recipe_options(manifest.recipe)]
+        for option, key in (("--transformer-2", "transformer_2"), ("--config", "config")):
+            if key in manifest.source:
+                words += [option, str(manifest.source[key])]  # type: ignore[literal-required]
         # 2. Targets and the SMs to build for.
         targets = {target} if target else {e["backend"].removeprefix("tensorrt_") for e in manifest.engines}
         if any(g["target"] == "onnx" for g in manifest.graphs):
@@ -266,7 +269,12 @@ class Artifact:
         words += ["--text-tokens", str(self.sizes.text_tokens)]
         if self.sizes.batch != 1:
             words += ["--batch", str(self.sizes.batch)]
-        # 4. Other options, where they differ from their defaults.
+        # 4. LoRAs, and the runtime's defaults.
+        for lora in manifest.lora:
+            words += ["--lora", f"{lora['component']}={lora['path']}:{lora['scale']!r}"]
+        for name, value in (manifest.sampling or {}).items():
+            words += [f"--{name}", f"{value:g}"]
+        # 5. Other options, where they differ from their defaults.
         if self.components[0] != "transformer":
             words += ["--subfolder", self.components[0]]
         if manifest.nonfinite:

@@ -19,6 +19,7 @@ from dvdquant.system.records import brief
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
+    from dvdquant.checkpoint.lora.spec import LoraSpec
     from dvdquant.deploy.planning.planner import Plan
     from dvdquant.export.pipeline import ExportResult
     from dvdquant.system.progress import Progress
@@ -43,6 +44,9 @@ def export_model(
     verify: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    lora: str | Path | LoraSpec | Sequence[str | Path | LoraSpec] = (),
+    steps: int | None = None,
+    guidance: float | None = None,
     **options: Any,
 ) -> ExportResult:
     """Quantize a video diffusion transformer and write the export, as ``dvdq-export`` does.
@@ -63,6 +67,9 @@ def export_model(
         verify: Run every graph in ONNX Runtime and judge it against PyTorch in float64.
         resume: Go on from an interrupted export with the same options.
         progress: Receiver of the progress. None reports nothing.
+        lora: LoRAs to fuse into the weights: FILE, "FILE:SCALE", "transformer_2=FILE:SCALE", or several of them.
+        steps: Number of denoising steps that the runtime takes if none is asked for, such as 4 of a distilled LoRA.
+        guidance: Guidance scale that the runtime takes if none is asked for, such as 1.
         **options: Further fields of :class:`dvdquant.export.options.ExportOptions`.
 
     Returns:
@@ -72,6 +79,7 @@ def export_model(
         DvdquantError: The export failed. The error says what was wrong, what was available and how to fix it. The
             folder is unchanged.
     """
+    from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
     from dvdquant.export.pipeline import plan_export, run_export
@@ -85,6 +93,8 @@ def export_model(
         "device": device,
         "verify": verify,
         "resume": resume,
+        "steps": steps,
+        "guidance": guidance,
     }
     known = [field.name for field in fields(ExportOptions) if field.name not in ("targets", "sms", *_POSITIONAL)]
     if unknown := sorted(options.keys() - set(known)):
@@ -100,6 +110,7 @@ def export_model(
         height=_size(height),
         width=_size(width),
         num_frames=_size(num_frames),
+        lora=parse_loras(lora),
         **_typed(get_type_hints(ExportOptions), {**named, **options}),
     )
     return run_export(plan_export(arguments), progress or Progress(), add_report)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dvdquant.artifact.manifest import Manifest, model_name
+import os
+
+from dvdquant.artifact.manifest import Manifest, model_name, source_words
+from dvdquant.artifact.provenance import sampling_words
 from dvdquant.artifact.verified import verified_text
 from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import markdown, shown
@@ -28,6 +31,7 @@ def model_card(manifest: Manifest) -> str:
         f"{code(manifest.source['class_name'])}, quantized by dvdquant {markdown(manifest.dvdquant_version)} "
         "without calibration data.",
         "",
+        *([f"- made from: {markdown(words)}"] if (words := source_words(manifest.source)) else []),
         f"- recipe {code(recipe['name'])}: 4-bit weights ({markdown(grid)}, {markdown(weight['zero_point'])} "
         f"zero-point, {markdown(weight['solver'])} solver), activations {_activations(manifest)}, "
         f"rotation {markdown(recipe['rotation'])}",
@@ -35,6 +39,7 @@ def model_card(manifest: Manifest) -> str:
         f"- sizes (latent, min/opt/max): frames {shapes['frames']}, height {shapes['height']}, width {shapes['width']}; "
         f"{shapes['text_tokens']} text tokens; {shapes['dtype']}",
         f"- {len(manifest.layers)} quantized layers, {len(manifest.kept)} linear layers kept in 16 bit",
+        *_loras(manifest),
         f"- {verified_text(manifest.verified)}",
         "",
         "| graph | for | activation bits |",
@@ -57,6 +62,17 @@ def _inputs(manifest: Manifest) -> list[str]:
         return []
     predicted = "rounded with feedback for inputs predicted by one run on synthetic latents, no data"
     return ["- " + "; ".join([predicted, *map(shown, fitted_text(manifest.recipe))])]
+
+
+def _loras(manifest: Manifest) -> list[str]:
+    lines = [
+        f"- LoRA {code(os.path.basename(entry['path']))} fused into {code(entry['component'])} at scale {entry['scale']:g}: "
+        f"{entry['layers']} layers, SHA-256 {code(entry['sha256'])}"
+        for entry in manifest.lora
+    ]
+    if manifest.sampling is not None:
+        lines.append(f"- defaults of dvdq-run and dvdq-plan: {sampling_words(manifest.sampling)}")
+    return lines
 
 
 def _activations(manifest: Manifest) -> str:

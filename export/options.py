@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from dvdquant.artifact.manifest import MAX_GUIDANCE, MAX_STEPS, Sampling
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.model.families import Axis, Family, Sizes
 from dvdquant.numerics.dtypes import DTYPES
@@ -34,7 +36,9 @@ class ExportOptions:
     """One call of ``dvdq-export``.
 
     Args:
-        model: transformer or pipeline folder, or hub id.
+        model: transformer or pipeline folder, a folder of the model's authors, a single file, or hub id.
+        transformer_2: the file or folder of the second transformer where it does not lie in ``model``.
+        config: the config.json of a model that has none.
         targets: of ``rtx``, ``tensorrt``, ``onnx``, ``graphs``; graphs with QuantLinear nodes are always written, and with
             ``graphs`` alone nothing else.
         sms: compute capabilities to build engines for, such as "8.9".
@@ -45,6 +49,8 @@ class ExportOptions:
         keep_graphs: keep the graphs made for the engines: lowered for rtx, with the plugin for tensorrt.
         device: where inputs are predicted and weights are rotated and quantized: a word that
             :func:`dvdquant.system.devices.resolve_device` knows.
+        lora: LoRAs fused into the weights. steps, guidance: recorded as the runtime's defaults, for a model or a LoRA that is
+            distilled; None is the model's own.
         report: write report.html too. samples: prompts it shows clips of; None is one where a clip costs seconds.
     """
 
@@ -74,6 +80,11 @@ class ExportOptions:
     device: str = "auto"
     report: bool = False
     samples: int | None = None
+    lora: tuple[LoraSpec, ...] = ()
+    steps: int | None = None
+    guidance: float | None = None
+    transformer_2: str | None = None
+    config: Path | None = None
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -90,6 +101,13 @@ class ExportOptions:
             raise UnsupportedError(f"--samples is {self.samples}", available=f"0 to {MAX_SAMPLES}")
         if self.samples and not self.report:
             raise UnsupportedError("--samples without --report", fix="give --report too: samples are a part of it")
+        if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
+            raise UnsupportedError(f"--steps is {self.steps}", available=f"1 to {MAX_STEPS}")
+        if self.guidance is not None and not 0 <= self.guidance <= MAX_GUIDANCE:
+            raise UnsupportedError(
+                f"--guidance is {self.guidance:g}",
+                available=f"0 to {MAX_GUIDANCE}; 1 is no guidance, as distilled models want",
+            )
         for plugin in self.plugins:
             if not plugin.is_file():
                 raise UnsupportedError(
@@ -107,6 +125,16 @@ class ExportOptions:
         return resolve_device(self.device)
 
     @property
+    def sampling(self) -> Sampling | None:
+        """What the manifest records for the runtime; None where nothing was given."""
+        found: Sampling = {}
+        if self.steps is not None:
+            found["steps"] = self.steps
+        if self.guidance is not None:
+            found["guidance"] = float(self.guidance)
+        return found or None
+
+    @property
     def backends(self) -> tuple[str, ...]:
         """Engine builders that are needed."""
         names = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -114,12 +142,12 @@ class ExportOptions:
 
 
 def recorded_model(model: str) -> str:
-    """A local folder as an absolute path, for an export to be used from anywhere; a hub id as it is."""
+    """A local folder or file as an absolute path, for an export to be used from anywhere; a hub id as it is."""
     try:
         folder = os.path.abspath(os.path.expanduser(model))
     except FileNotFoundError:  # relative, and the working directory was deleted: nothing local
         return model
-    return folder if os.path.isdir(folder) else model
+    return folder if os.path.exists(folder) else model
 
 
 def check_text(options: ExportOptions) -> None:
@@ -131,7 +159,9 @@ def check_text(options: ExportOptions) -> None:
     """
     texts = [("MODEL", recorded_model(options.model)), ("--subfolder", options.subfolder or "")]
     texts += [("--revision", options.revision or ""), ("--timing-cache", str(options.timing_cache or ""))]
+    texts += [("--transformer-2", recorded_model(options.transformer_2 or "")), ("--config", str(options.config or ""))]
     texts += [("--plugin", str(plugin)) for plugin in options.plugins]
+    texts += [("--lora", str(lora.path)) for lora in options.lora]
     texts += [("--keep or --force", glob) for glob in (*options.recipe.keep, *options.recipe.force)]
     for name, text in texts:
         try:

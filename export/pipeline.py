@@ -6,9 +6,10 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from dvdquant.artifact.manifest import (
     FileEntry,
     GraphEntry,
     LayerEntry,
+    LoraEntry,
     Manifest,
     Source,
     Verified,
@@ -29,9 +31,11 @@ from dvdquant.artifact.manifest import (
 )
 from dvdquant.artifact.output_folder import check_output
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
+from dvdquant.checkpoint.formats.files import check_order
+from dvdquant.checkpoint.lora.fuse import components_of, lora_lines, model_fingerprint, with_loras
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
 from dvdquant.checkpoint.read_once import ReadOnce
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
 from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export.engines import load_backend
 from dvdquant.export.engines.precision import EnginePlan, check_sms, plan_engines
@@ -41,6 +45,7 @@ from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
 from dvdquant.export.model_card import model_card
 from dvdquant.export.options import ExportOptions, check_text, recorded_model, resolve_sizes, with_table_defaults
+from dvdquant.export.source_words import source_words
 from dvdquant.export.steps import is_step
 from dvdquant.export.verify.export import verify_export
 from dvdquant.export.verify.graph import GraphCheck
@@ -59,6 +64,7 @@ from dvdquant.system.copies import copy_file, link_file
 from dvdquant.system.memory import memory_limit
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_io import read_tensor
+from dvdquant.text import shown
 
 __all__ = ["ExportPlan", "ExportResult", "plan_export", "run_export"]
 
@@ -124,15 +130,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     """
     check_sms(options.sms)
     check_text(options)
-    names = (
-        [options.subfolder] if options.subfolder else Checkpoint.components(options.model, revision=options.revision)
-    )
-    components = tuple(name.rpartition("/")[2] for name in names)
-    opened = []
-    for name in components:
-        arguments: dict[str, Any] = {"revision": options.revision}
-        arguments |= {"subfolder": options.subfolder} if options.subfolder else {"component": name}
-        opened.append(with_pipeline_facts(open_checkpoint(options.model, **arguments)))
+    components, opened = _open_all(options)
     plans = []
     for checkpoint in opened:
         plan = plan_model(checkpoint.config, options.recipe, options.torch_dtype, checkpoint)
@@ -163,9 +161,51 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             fix="pass the built library with --plugin, or use --target rtx, or --target onnx for graphs alone",
         )
     check_output(options.out)
-    largest = max(reading_bytes(info) for c in opened for info in c.tensors.values())
+    largest = max(
+        reading_bytes(info) + (c.lora.reading_bytes(info.name, math.prod(info.shape)) if c.lora else 0)
+        for c in opened
+        for info in c.tensors.values()
+    )
     estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest)
-    return ExportPlan(options, components, tuple(opened), tuple(plans), sizes, tuple(engines), versions, estimate)
+    return ExportPlan(options, components, opened, tuple(plans), sizes, tuple(engines), versions, estimate)
+
+
+def _open_all(options: ExportOptions) -> tuple[tuple[str, ...], tuple[Checkpoint, ...]]:
+    """Open every transformer that is meant, with what its pipeline says and with its LoRAs; (components, checkpoints).
+
+    Raises:
+        CheckpointError: one cannot be used, or the two of ``--transformer-2`` are not of one class.
+    """
+    config = None if options.config is None else read_config_file(options.config)
+    names = (
+        [options.subfolder] if options.subfolder else Checkpoint.components(options.model, revision=options.revision)
+    )
+    if options.transformer_2 is not None:
+        if len(names) > 1 or options.subfolder:
+            raise UnsupportedError(
+                f"--transformer-2 {shown(options.transformer_2)} was given, and MODEL has a second transformer",
+                available=[shown(name) for name in names],
+                fix="leave it out, or give the first transformer alone as MODEL",
+            )
+        check_order(os.path.basename(options.model), os.path.basename(options.transformer_2))
+        names = [names[0], "transformer_2"]
+    components = tuple(name.rpartition("/")[2] for name in names)
+    loras = components_of(options.lora, components)
+    opened = []
+    for name in components:
+        arguments: dict[str, Any] = {"revision": options.revision, "config": config}
+        if name == "transformer_2" and options.transformer_2 is not None:
+            second = open_checkpoint(options.transformer_2, config=config)
+            opened.append(with_loras(replace(with_pipeline_facts(second), component=name), loras[name]))
+            continue
+        arguments |= {"subfolder": options.subfolder} if options.subfolder else {"component": name}
+        opened.append(with_loras(with_pipeline_facts(open_checkpoint(options.model, **arguments)), loras[name]))
+    if len({checkpoint.class_name for checkpoint in opened}) > 1:
+        raise CheckpointError(
+            f"the transformers are of several classes: {', '.join(c.class_name for c in opened)}",
+            fix="give the two transformers of one model",
+        )
+    return components, tuple(opened)
 
 
 class WriteReport(Protocol):
@@ -208,11 +248,18 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
         options.out, key=plan.key, resume=options.resume, keep_for_resume=True, accept=is_step
     ) as transaction:
         run = _Run(plan, transaction, progress, write_report)
+        for line in lora_lines(plan.components, plan.checkpoints):
+            progress.say(line)
+        for component, checkpoint, model_plan in zip(plan.components, plan.checkpoints, plan.plans):
+            for line in source_words(component, checkpoint, model_plan.family):
+                progress.say(line)
         if options.resume and not (transaction.resumed or transaction.complete):
             progress.say(f"nothing to resume in {options.out}, starting from the beginning")
         if transaction.complete and transaction.previous is not None and run.adopt(transaction.previous):
             progress.say(f"weights and graphs in {options.out} are up to date")
-            if not (run.missing_engines() or options.verify or options.report):
+            previous = transaction.previous
+            same = (previous.lora, previous.sampling) == (run.loras(), options.sampling)
+            if not (run.missing_engines() or options.verify or options.report) and same:
                 return ExportResult(options.out, transaction.previous, up_to_date=True)
         else:
             try:
@@ -522,7 +569,7 @@ class _Run:
                     path.parent.rmdir()
 
     def _manifest(self) -> Manifest:
-        plan, first, model = self.plan, self.plan.checkpoints[0], recorded_model(self.plan.options.model)
+        plan = self.plan
         nonfinite = tuple(name for packed in self.packed.values() for name in packed.nonfinite)
         if self.previous is not None:
             nonfinite = self.previous.nonfinite
@@ -532,7 +579,7 @@ class _Run:
         if self.previous is not None and "device" in self.previous.tools:
             tools["device"] = self.previous.tools["device"]  # it made the weights, which are still the same
         return Manifest(
-            source=Source(model=model, class_name=first.class_name, fingerprint=first.fingerprint()),
+            source=self._source(),
             family=plan.plans[0].family.name,
             config_sha256=hash_file(self.transaction.tree / "config.json")["sha256"],
             recipe=plan.options.recipe.to_json(),
@@ -545,7 +592,42 @@ class _Run:
             components=plan.components,
             tools=tools,
             verified=self._verified(),
+            lora=self.loras(),
+            sampling=plan.options.sampling,
         )
+
+    def loras(self) -> tuple[LoraEntry, ...]:
+        """What was fused into each transformer."""
+        return tuple(
+            LoraEntry(
+                component=component,
+                path=os.path.abspath(lora.spec.path),
+                sha256=lora.sha256,
+                scale=float(lora.spec.scale),
+                format=lora.format,
+                layers=lora.layers,
+            )
+            for component, checkpoint in zip(self.plan.components, self.plan.checkpoints)
+            if checkpoint.lora is not None
+            for lora in checkpoint.lora.fused
+        )
+
+    def _source(self) -> Source:
+        """Where the weights came from, and what was recognised of their format."""
+        plan, first = self.plan, self.plan.checkpoints[0]
+        source = Source(
+            model=recorded_model(plan.options.model),
+            class_name=first.class_name,
+            fingerprint=model_fingerprint(plan.checkpoints),
+            format="; ".join(dict.fromkeys(c.source.layout for c in plan.checkpoints)),
+            precision="; ".join(dict.fromkeys(c.source.precision for c in plan.checkpoints)),
+            notes=list(dict.fromkeys(note for c in plan.checkpoints for note in c.source.notes)),
+        )
+        if plan.options.transformer_2 is not None:
+            source["transformer_2"] = recorded_model(plan.options.transformer_2)
+        if plan.options.config is not None:
+            source["config"] = recorded_model(str(plan.options.config))
+        return source
 
     def _tools(self) -> dict[str, str]:
         """What graphs depend on besides dvdquant itself."""

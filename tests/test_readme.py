@@ -108,7 +108,7 @@ def test_options_named_in_the_text_exist(page: Path) -> None:
     known = {o for name in PROJECT["scripts"] for p in _command(name).params for o in (*p.opts, *p.secondary_opts)}
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     spans = [span for span in re.findall(r"`[^`]+`", prose) if "benchmarks/" not in span and "pip " not in span]
-    named = set(re.findall(r"(?<![\w=-])--[a-z][a-z-]+", " ".join(spans)))
+    named = set(re.findall(r"(?<![\w=-])--[a-z][a-z0-9-]+", " ".join(spans)))
     # Of a script of benchmarks/quality, named in its page.
     assert named - known <= {"--add-to", "--parts", "--delta-chunks", "--help"}
 

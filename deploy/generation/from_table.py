@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generator import (
@@ -26,6 +28,8 @@ from dvdquant.deploy.generation.generator import (
     controller_of,
     executed_original,
     executed_session,
+    sampling_defaults,
+    set_loras_or_close,
     wrapped,
 )
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
@@ -56,9 +60,10 @@ class TableGenerator(Generator):
         backend: str,
         device: str,
         wrap: WrapSession | None = None,
+        lora: Sequence[LoraSpec] = (),
         compile: bool = False,
     ) -> None:
-        super().__init__(artifact)
+        super().__init__(artifact, lora)
         (self.component,) = artifact.components
         self.family = artifact.family(self.component)
         self.table, self.backend, self.device, self.compile = table, backend, device, compile
@@ -77,12 +82,13 @@ class TableGenerator(Generator):
             self.table.encode(request.negative_prompt)
         size = resolve_size(request, self.artifact.sizes, (1, 1, 1), self.family.patch(), causal=False)
         steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
-        steps = steps or self.table.steps
+        default_steps, default_guidance = sampling_defaults(self.artifact, self.table.steps, self.table.guidance_scale)
+        steps = steps or default_steps
         self._try_scheduler(steps)
         return dataclasses.replace(
             request,
             steps=steps,
-            guidance=self.table.guidance_scale if request.guidance is None else request.guidance,
+            guidance=default_guidance if request.guidance is None else request.guidance,
             num_frames=size.frames,
             height=size.height,
             width=size.width,
@@ -160,7 +166,15 @@ class TableGenerator(Generator):
                     device = resolve_device(self.device)
                     # Nothing but the transformer runs here, so a CPU may take the arithmetic it is good at.
                     dtype = torch.float32 if device.type == "cpu" else self.artifact.dtype
-                    self._original = load_original(self.artifact, self.table.root, self.component, device, dtype)
+                    self._original = load_original(
+                        self.artifact,
+                        self.table.root,
+                        self.component,
+                        device,
+                        dtype,
+                        self.lora,
+                        self.beside[self.component],
+                    )
                 original = OriginalRunner(self._original, self.family)
             return original, original.device, original.dtype
         with self._loading:
@@ -168,6 +182,7 @@ class TableGenerator(Generator):
                 session = open_session(
                     self.artifact, self.component, backend=self.backend, device=self.device, compile=self.compile
                 )
+                set_loras_or_close(session, self.beside[self.component])
                 self._session = wrapped(session, self._wrap)
             session = self._session
         runner = StepRunner(session, controller_of(self.artifact, self.component, request))

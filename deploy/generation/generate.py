@@ -7,15 +7,20 @@ Two kinds of model. One with a prompt table beside its transformer (examples/tin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dvdquant.checkpoint.formats.files import given_file
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.from_table import TableGenerator
 from dvdquant.deploy.generation.generator import Generator, WrapSession
 from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
+from dvdquant.errors import CheckpointError
+from dvdquant.text import shown
 
 __all__ = ["Generator", "GenerateRequest", "GenerateResult", "generate", "open_generator"]
 
@@ -44,6 +49,7 @@ def open_generator(
     backend: str = "auto",
     device: str = "auto",
     wrap_session: WrapSession | None = None,
+    lora: Sequence[LoraSpec] = (),
     compile: bool = False,
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
@@ -57,12 +63,20 @@ def open_generator(
         pipeline: folder or hub id of the model, if it is no longer where the export was made from.
         compile: run the quantized transformer in PyTorch, with its blocks compiled.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
+        lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
+            the quantized weights (:meth:`EngineSession.set_loras`).
 
     Raises:
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
     """
     source = str(pipeline or artifact.manifest.source["model"])
-    how: Any = {"backend": backend, "device": device, "wrap": wrap_session, "compile": compile}
+    how: Any = {"backend": backend, "device": device, "wrap": wrap_session, "compile": compile, "lora": lora}
+    if pipeline is None and given_file(source) is not None:
+        raise CheckpointError(
+            f"the export was made from the single file {shown(source)}, which has no text encoder, VAE and scheduler",
+            available=f"{artifact.manifest.source['class_name']} of family {artifact.manifest.family}",
+            fix="give the diffusers pipeline of the same model with --pipeline FOLDER or a hub id; its transformer is not used",
+        )
     if PromptTable.is_at(source):
         return TableGenerator(artifact, PromptTable.open(source), **how)
     return PipelineGenerator(artifact, source, **how)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dvdquant.checkpoint.lora.fuse import components_of
+from dvdquant.checkpoint.lora.recorded import split_given
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.deploy.generation.video import default_fps
@@ -24,6 +27,8 @@ __all__ = [
     "controller_of",
     "executed_original",
     "executed_session",
+    "sampling_defaults",
+    "set_loras_or_close",
     "wrapped",
 ]
 
@@ -54,8 +59,10 @@ class Runner(Protocol):
 class Generator(ABC):
     """A model opened for several clips; a context manager. Engines and weights are loaded once, when first needed."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, lora: Sequence[LoraSpec] = ()) -> None:
         self.artifact = artifact
+        self.lora, beside = split_given(artifact.manifest.lora, lora)
+        self.beside = components_of(beside, artifact.components)
 
     @abstractmethod
     def check(self, request: GenerateRequest) -> GenerateRequest:
@@ -88,6 +95,16 @@ class Generator(ABC):
         self.close()
 
 
+def sampling_defaults(artifact: Artifact, steps: int, guidance: float) -> tuple[int, float]:
+    """Return the steps and the guidance of a clip that asks for none: those recorded in the export, or else the model's.
+
+    Args:
+        steps: the model's own. guidance: the model's own.
+    """
+    recorded = artifact.manifest.sampling or {}
+    return recorded.get("steps", steps), float(recorded.get("guidance", guidance))
+
+
 def controller_of(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:
     """Return the controller for one component and one request (mode ``16`` needs none)."""
     rule: dict[str, Any] = {}
@@ -115,9 +132,21 @@ def wrapped(session: EngineSession, wrap: WrapSession | None) -> EngineSession:
         raise
 
 
+def set_loras_or_close(session: EngineSession, specs: Sequence[LoraSpec]) -> None:
+    """Run ``specs`` beside the weights of a session that was just opened; if it cannot, it is closed again."""
+    try:
+        if specs:
+            session.set_loras(specs)
+    except BaseException:
+        session.close()
+        raise
+
+
 def executed_session(session: EngineSession) -> dict[str, Any]:
     """Return backend, device, dtype and resident bytes of a session, for trace and summary."""
+    beside = [{"path": str(spec.path), "scale": spec.scale} for spec in session.loras]
     return {
+        **({"lora": beside} if beside else {}),
         "backend": session.backend,
         "device": str(session.device),
         "dtype": str(session.dtype).removeprefix("torch."),

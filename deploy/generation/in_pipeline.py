@@ -7,19 +7,22 @@ import dataclasses
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generator import (
     Generator,
     controller_of,
     executed_original,
     executed_session,
+    sampling_defaults,
+    set_loras_or_close,
     wrapped,
 )
 from dvdquant.deploy.generation.original import LOADING, CallRecorder, load_original, synchronize
@@ -61,9 +64,10 @@ class PipelineGenerator(Generator):
         backend: str,
         device: str,
         wrap: Callable[[EngineSession], EngineSession] | None = None,
+        lora: Sequence[LoraSpec] = (),
         compile: bool = False,
     ) -> None:
-        super().__init__(artifact)
+        super().__init__(artifact, lora)
         self.family = artifact.family(artifact.components[0])
         self.source, self.backend, self.device, self.compile = source, backend, device, compile
         self._wrap = wrap
@@ -103,13 +107,15 @@ class PipelineGenerator(Generator):
         patch = (1, *self.family.patch()[1:])
         size = resolve_size(request, self.artifact.sizes, self.family.vae_scale, patch, causal=True)
         defaults = _call_defaults(self.folder.class_name)
+        own = int(defaults["num_inference_steps"]), float(defaults["guidance_scale"])
+        default_steps, default_guidance = sampling_defaults(self.artifact, *own)
         steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
-        steps = steps or int(defaults["num_inference_steps"])
+        steps = steps or default_steps
         self._try_scheduler(steps, size)
         return dataclasses.replace(
             request,
             steps=steps,
-            guidance=float(defaults["guidance_scale"]) if request.guidance is None else request.guidance,
+            guidance=default_guidance if request.guidance is None else request.guidance,
             num_frames=size.frames,
             height=size.height,
             width=size.width,
@@ -183,6 +189,7 @@ class PipelineGenerator(Generator):
                 self._engines[name].use(controller)
                 continue
             session = open_session(self.artifact, name, backend=self.backend, device=self.device, compile=self.compile)
+            set_loras_or_close(session, self.beside[name])
             session = wrapped(session, self._wrap)
             try:
                 self._engines[name] = DvdqTransformer(session, controller)
@@ -197,7 +204,9 @@ class PipelineGenerator(Generator):
                 device = resolve_device(self.device)
                 # The pipeline's other parts give it tensors of the export's dtype.
                 dtype = self.artifact.dtype
-                self._originals[name] = load_original(self.artifact, self.folder.root, name, device, dtype)
+                self._originals[name] = load_original(
+                    self.artifact, self.folder.root, name, device, dtype, self.lora, self.beside[name]
+                )
         return self._originals
 
     def _pipeline(self, transformers: dict[str, nn.Module]) -> Any:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dvdquant.artifact.manifest import source_of
+from dvdquant.checkpoint.lora.recorded import with_recorded
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.switching.controller import StepRecord
 from dvdquant.deploy.switching.gbs import relative_change
 from dvdquant.errors import CheckpointError, EngineError
 from dvdquant.model.families import Family
+from dvdquant.model.plan import build_skeleton
 
 __all__ = ["LOADING", "CallRecorder", "OriginalRunner", "load_original"]
 
@@ -31,15 +36,30 @@ LOADING = threading.RLock()
 
 
 def load_original(
-    artifact: Artifact, source: str | Path, component: str, device: torch.device, dtype: torch.dtype
+    artifact: Artifact,
+    source: str | Path,
+    component: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    lora: Sequence[LoraSpec] = (),
+    beside: Sequence[LoraSpec] = (),
 ) -> nn.Module:
     """Return the transformer the export was made from, its weights cast to ``dtype``.
 
+    LoRAs of the export are fused in fp32, as they were for it, and rounded once.
+
+    Args:
+        lora: files of the export's LoRAs that no longer lie where they were.
+        beside: LoRAs of this component that the export does not have; they are fused, too.
+
     Raises:
-        CheckpointError: missing, damaged, or of another configuration than the export's.
+        CheckpointError: missing, damaged, or of another configuration than the export's; a LoRA of the export is missing.
     """
-    checkpoint = open_checkpoint(source, component=component)
+    checkpoint = _open(artifact, source, component)
     _check_same(artifact, checkpoint, component)
+    checkpoint = with_recorded(checkpoint, artifact.manifest.lora, component, lora, beside)
+    if not checkpoint.source.is_diffusers:
+        return _read_model(checkpoint, dtype).to(device).eval()
     import diffusers
 
     # diffusers reads the folder by path: nothing in it may lead out, and the weights must be the checked ones.
@@ -53,8 +73,44 @@ def load_original(
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.root} cannot be loaded: {error!s:.500}") from error
     checkpoint.check_unchanged()
+    _fuse(model, checkpoint)
     module: nn.Module = model.to(device).eval()
     return module
+
+
+@torch.no_grad()
+def _fuse(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put what the checkpoint's LoRAs change into ``model``, one tensor at a time, in the dtype that it has there."""
+    changed = checkpoint.lora.terms if checkpoint.lora is not None else {}
+    for name, parameter in model.named_parameters():
+        if name in changed:
+            parameter.copy_(checkpoint.read(name).reshape(parameter.shape))
+
+
+def _open(artifact: Artifact, source: str | Path, component: str) -> Checkpoint:
+    """Open the transformer that the export was made from: of ``source``, or the file that the export names where it is there."""
+    made_from, inside = source_of(artifact.manifest.source, component)
+    foreign = not artifact.manifest.source.get("format", "diffusers folder").startswith("diffusers folder")
+    if foreign and os.path.exists(os.path.expanduser(made_from)):
+        return open_checkpoint(made_from, component=inside, config=artifact.configs[component])
+    return open_checkpoint(source, component=component)
+
+
+def _read_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """Return a transformer filled tensor by tensor, where diffusers cannot read what it is stored as.
+
+    Raises:
+        CheckpointError: the tensors are not those of its class.
+    """
+    model = build_skeleton(checkpoint.config, dtype)
+    shapes = {name: tuple(placeholder.shape) for name, placeholder in model.named_parameters()}
+    checkpoint.check_shapes(shapes)
+    for name, placeholder in list(model.named_parameters()):
+        parent, _, child = name.rpartition(".")
+        value = checkpoint.read(name).to(placeholder.dtype)
+        checkpoint.check_finite(name, value)
+        model.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)
+    return model
 
 
 def _check_same(artifact: Artifact, checkpoint: Checkpoint, component: str) -> None:

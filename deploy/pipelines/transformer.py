@@ -14,12 +14,13 @@ engine that the step controller picks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -29,6 +30,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.pipelines.adapters import get_adapter
 from dvdquant.deploy.pipelines.request_state import RequestTable, RunnerView
@@ -52,6 +54,14 @@ _HARMLESS = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")
 check_pipeline_hooks()
 # id of a transformer -> the branch that its pipeline is calling. Each thread and each asyncio task has its own context.
 _BRANCHES: ContextVar[Mapping[int, tuple[str, Mapping[str, Any]]]] = ContextVar("dvdquant_branches")
+
+
+@dataclasses.dataclass
+class _Adapters:
+    """LoRAs beside the weights of a session, by name, and whether they run; all transformers on the session share them."""
+
+    specs: dict[str, LoraSpec] = dataclasses.field(default_factory=dict)
+    on: bool = True
 
 
 class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
@@ -86,6 +96,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         placement = torch.empty(0, dtype=session.dtype, device=session.device)
         self.register_parameter("placement", torch.nn.Parameter(placement, requires_grad=False))
         self._placed = False
+        self._adapters = _Adapters()
         self._requests = RequestTable(session, controller)
         self.eval()
 
@@ -217,6 +228,94 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         """Free the engines' memory, after a call that is running. A later call raises EngineError."""
         self._session.close()
         self._requests.forget_outputs()
+
+    # -------------------------------------------------------------------------------------------------------------- LoRAs
+
+    def load_lora_adapter(
+        self, path: str | Path, scale: float = 1.0, adapter_name: str = "default", **unknown: Any
+    ) -> None:
+        """Run a LoRA beside the quantized weights, in 16 bit; an adapter of this name that is there already is replaced.
+
+        It is a branch of its own next to every layer that it changes: W_q·x + scale · alpha / rank · B·(A·x). LoRAs that
+        were fused when the model was exported stay in the weights.
+
+        Args:
+            path: The safetensors file.
+            scale: Its strength.
+            adapter_name: Its name, for :meth:`set_adapters` and :meth:`delete_adapters`.
+            **unknown: Refused: a pipeline's ``load_lora_weights`` comes with tensors that it has converted.
+
+        Raises:
+            UnsupportedError: The backend is not ``pytorch``, or it is no path.
+            CheckpointError: The file is no LoRA of this model.
+        """
+        if unknown or not isinstance(path, (str, Path)):
+            refuse(
+                "load_lora_weights of a pipeline",
+                "a LoRA is read from its file here",
+                "call pipe.transformer.load_lora_adapter(FILE, scale)",
+            )
+        self._set_loras(
+            {**self._adapters.specs, adapter_name: LoraSpec(Path(path).expanduser(), float(scale))}, self._adapters.on
+        )
+
+    def set_adapters(self, adapter_names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
+        """Run these adapters at these scales, and no others; the others stay loaded at scale 0.
+
+        Args:
+            adapter_names: The names they were loaded under.
+            weights: A scale for each, or one for all. The default is 1.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        scales = list(weights) if isinstance(weights, Sequence) else [1.0 if weights is None else weights] * len(names)
+        if len(scales) != len(names):
+            raise UnsupportedError(
+                f"{len(scales)} scales for {len(names)} adapters", fix="give one for each, or one for all"
+            )
+        self._require_adapters(names)
+        chosen = dict(zip(names, scales))
+        loras = {n: dataclasses.replace(s, scale=float(chosen.get(n, 0.0))) for n, s in self._adapters.specs.items()}
+        self._set_loras(loras, True)
+
+    def active_adapters(self) -> list[str]:
+        """Return the names of the adapters that run."""
+        return [name for name, spec in self._adapters.specs.items() if spec.scale and self._adapters.on]
+
+    def enable_lora(self) -> None:
+        """Switch the loaded adapters on again."""
+        self._set_loras(self._adapters.specs, True)
+
+    def disable_lora(self) -> None:
+        """Switch the loaded adapters off: the outputs are those of the export, bit by bit."""
+        self._set_loras(self._adapters.specs, False)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Unload some adapters.
+
+        Args:
+            adapter_names: The names they were loaded under.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._require_adapters(names)
+        self._set_loras(
+            {name: spec for name, spec in self._adapters.specs.items() if name not in names}, self._adapters.on
+        )
+
+    def unload_lora(self) -> None:
+        """Unload all adapters."""
+        self._set_loras({}, True)
+
+    def _require_adapters(self, names: Sequence[str]) -> None:
+        if unknown := [name for name in names if name not in self._adapters.specs]:
+            raise UnsupportedError(
+                f"no adapter is called {unknown[0]!r:.100}",
+                available=list(self._adapters.specs),
+                fix="load_lora_adapter first",
+            )
+
+    def _set_loras(self, loras: Mapping[str, LoraSpec], on: bool) -> None:
+        self._session.set_loras([spec for spec in loras.values() if spec.scale] if on else ())
+        self._adapters.specs, self._adapters.on = dict(loras), on
 
     # --------------------------------------------------------------------------------------------- the pipeline's calls
 
@@ -413,6 +512,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return another transformer on the same engines, with its own requests. Closing one closes both."""
         twin = type(self)(self._session, self._requests.controller.fresh())
+        twin._adapters = self._adapters
         memo[id(self)] = twin
         return twin
 

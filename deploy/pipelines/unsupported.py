@@ -25,7 +25,8 @@ __all__ = ["COPIED", "LOADED", "REFUSED", "WholeEngine", "refuse"]
 
 _LORA = (
     "its weights are packed in 4 bits inside the export",
-    "fuse the LoRA into the checkpoint first (pipe.fuse_lora(), pipe.transformer.save_pretrained()) and export that",
+    "export again with dvdq-export --lora FILE:SCALE, which fuses the LoRA into the weights; on the pytorch backend "
+    "transformer.load_lora_adapter(FILE, scale) runs it beside them",
 )
 _CACHE = (
     "the transformer is one engine, without blocks that a cache could hook",
@@ -59,8 +60,7 @@ _HOOKS = (
 
 _NAMES = (
     ("enable_cache", _CACHE),
-    ("load_lora_adapter save_lora_adapter add_adapter set_adapter set_adapters active_adapters delete_adapters", _LORA),
-    ("enable_adapters disable_adapters fuse_lora unfuse_lora unload_lora enable_lora disable_lora", _LORA),
+    ("save_lora_adapter add_adapter set_adapter enable_adapters disable_adapters fuse_lora unfuse_lora", _LORA),
     ("enable_lora_hotswap load_attn_procs save_attn_procs", _LORA),
     ("set_attn_processor set_default_attn_processor set_attention_backend reset_attention_backend", _ATTENTION),
     ("fuse_qkv_projections unfuse_qkv_projections enable_forward_chunking", _ATTENTION),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import Generator, open_generator
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
@@ -21,6 +22,7 @@ from dvdquant.deploy.switching.gbs import (
     Weighting,
     delta_for_average_bits,
     delta_of_stair,
+    free_steps,
     staircase,
     switch_pairs,
     weighted_changes,
@@ -117,6 +119,7 @@ def plan(
     backend: str = "auto",
     device: str = "auto",
     progress: Progress | None = None,
+    lora: Sequence[LoraSpec] = (),
 ) -> Plan:
     """Record every prompt with every seed, find δ for ``goal``, and validate it on the first clip.
 
@@ -133,6 +136,7 @@ def plan(
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: where progress goes; default nowhere.
+        lora: where the export's LoRAs are now, for ``reference``, if they no longer lie where they were.
 
     Raises:
         ShapeError: There is no prompt or no seed, or one is of another kind.
@@ -144,7 +148,7 @@ def plan(
     progress = progress or Progress()
     recorder = Recorder(low, high)
     with open_generator(
-        artifact, pipeline=pipeline, backend=backend, device=device, wrap_session=recorder.wrap
+        artifact, pipeline=pipeline, backend=backend, device=device, wrap_session=recorder.wrap, lora=lora
     ) as generator:
         base = GenerateRequest(prompts[0], steps=steps, seed=seeds[0], mode=f"a{high}")
         base = replace(base, last_high=last_high, weighting=weighting)
@@ -247,14 +251,19 @@ def _check_goal(goal: Goal, steps: int, low: int, high: int, last_high: int) -> 
             f"{steps} steps: δ-GBS runs the first two on the high engine and has nothing left to decide",
             fix="plan with more --steps",
         )
-    forced = min(steps, 2 + last_high)
-    least = (forced * high + (steps - forced) * low) / steps
+
+    def least_bits(last: int) -> float:
+        return high - free_steps(steps, last) * (high - low) / steps
+
+    least = least_bits(last_high)
     if goal.average_bits is not None and not least <= goal.average_bits <= high:
+        fewer = [last for last in range(last_high - 1, -1, -1) if least_bits(last) <= goal.average_bits <= high]
         raise UnsupportedError(
             f"no δ gives {goal.average_bits:g} bits on average",
             available=f"{least:.4g} to {high} with {steps} steps, of which the first two and the last {last_high} are always "
             f"at {high}",
-            fix="ask for an average in this range",
+            fix="ask for an average in this range"
+            + (f", or give --last-high {fewer[0]}: then {least_bits(fewer[0]):.4g} is the least" if fewer else ""),
         )
 
 

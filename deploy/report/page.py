@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.artifact.layout import MANIFEST
-from dvdquant.artifact.manifest import LayerEntry, Manifest, model_name
+from dvdquant.artifact.manifest import LayerEntry, Manifest, model_name, source_of
+from dvdquant.checkpoint.lora.fuse import model_fingerprint
+from dvdquant.checkpoint.lora.recorded import with_recorded
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.reader import open_checkpoint, read_config_file
 from dvdquant.deploy.report.charts import error_chart, line_chart, schedule_chart
 from dvdquant.deploy.report.text import (
     commands,
@@ -28,6 +30,7 @@ from dvdquant.deploy.report.text import (
     recipe_text,
     shown,
     size_text,
+    source_words,
 )
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.recipe import error_name, looks_at_inputs
@@ -140,14 +143,20 @@ def _kept_parameters(root: Path, manifest: Manifest) -> int:
 
 
 def _source_bytes(manifest: Manifest) -> int | None:
-    """Bytes of the source's tensors where it is a local folder that is still the same; None elsewhere."""
-    model = Path(os.path.expanduser(manifest.source["model"]))
+    """Bytes of the source's tensors where it is local and still the same; None elsewhere."""
     try:
-        if not model.is_dir():
+        if not os.path.exists(os.path.expanduser(manifest.source["model"])):
             return None
+        config = read_config_file(manifest.source["config"]) if "config" in manifest.source else None
+        places = {name: source_of(manifest.source, name) for name in manifest.components}
         # With what its pipeline says, as the exporter opened it: that is a part of the fingerprint.
-        opened = [with_pipeline_facts(open_checkpoint(model, component=name)) for name in manifest.components]
-        same = opened[0].fingerprint() == manifest.source["fingerprint"]
+        opened = [
+            with_recorded(
+                with_pipeline_facts(open_checkpoint(model, component=inside, config=config)), manifest.lora, name
+            )
+            for name, (model, inside) in places.items()
+        ]
+        same = model_fingerprint(opened) == manifest.source["fingerprint"]
         return sum(checkpoint.nbytes for checkpoint in opened) if same else None
     except (DvdquantError, OSError, ValueError):
         return None  # the size of a source that is not there, or no longer the same, is not known
@@ -271,7 +280,7 @@ def _context(report: Report) -> dict[str, Any]:
         "m": manifest,
         "name": model_name(manifest.source["model"]),
         "created": manifest.created[:16].replace("T", " "),
-        "recipe": recipe_text(manifest.recipe, manifest.family),
+        "recipe": [*recipe_text(manifest.recipe, manifest.family), *source_words(manifest)],
         "sizes": size_text(manifest.shapes),
         "facts": facts,
         "bars": _bars(report, manifest, facts),

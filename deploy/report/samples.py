@@ -25,6 +25,7 @@ from torch import Tensor
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import Generator, open_generator
+from dvdquant.deploy.generation.generator import sampling_defaults
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
 from dvdquant.deploy.generation.run_report import average_bits, steps_of
@@ -120,10 +121,11 @@ def make_samples(
         )
     artifact, table = Artifact.open(root), PromptTable.open(model)
     watch = _Watch(artifact, model)
-    steps = schedule.steps if schedule is not None else steps or table.steps
+    default_steps, guidance = sampling_defaults(artifact, table.steps, table.guidance_scale)
+    steps = schedule.steps if schedule is not None else steps or default_steps
     with open_generator(artifact, pipeline=model, wrap_session=watch.wrap) as generator:
         names = _modes(artifact)
-        calls = steps * (1 if table.guidance_scale == 1 else 2) * (1 + len(names))
+        calls = steps * (1 if guidance == 1 else 2) * (1 + len(names))
         prompts = sample_prompts(table, count)
         with progress.stage("samples", calls * len(prompts), "call") as stage:
             return [_sample(generator, watch, p, steps, names, schedule, stage) for p in prompts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dvdquant.artifact.manifest import EngineEntry, Manifest
+from dvdquant.artifact.provenance import lora_words, sampling_words
 from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import shell_word, unsafe
 
@@ -22,6 +24,7 @@ __all__ = [
     "recipe_text",
     "shown",
     "size_text",
+    "source_words",
 ]
 
 LONGEST = 600  # characters of one text of the page
@@ -56,6 +59,14 @@ def shown(value: Any) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------- the recipe
+
+
+def source_words(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return (what, how) of the LoRAs in the weights and of the recorded defaults; nothing where there are none."""
+    rows = [("LoRA", shown(words.removeprefix("LoRA "))) for words in lora_words(manifest.lora)]
+    if manifest.sampling is not None:
+        rows.append(("Defaults", sampling_words(manifest.sampling)))
+    return rows
 
 
 def recipe_text(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]]:
@@ -207,9 +218,18 @@ def commands(manifest: Manifest, out: Path | str, prompt: str, schedule: bool) -
     return [*lines, ("Check every file against the manifest", f"dvdq-inspect {folder} --check")]
 
 
+def _sampling_arguments(manifest: Manifest) -> list[str]:
+    """Arguments of a pipeline's call for the recorded defaults, which a pipeline does not know."""
+    sampling = manifest.sampling or {}
+    names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+    return [f"{names[name]}={value!r}" for name, value in sampling.items()]
+
+
 def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool) -> str:
     """Return a script that makes a clip with this export. ``table``: its source has a prompt table instead of a pipeline."""
     folder, model = str(out), manifest.source["model"]
+    if os.path.isfile(model):  # text encoder, VAE and scheduler come from elsewhere
+        model = "FOLDER OF ITS DIFFUSERS PIPELINE"
     bits = sorted({g["act_bits"] for g in manifest.graphs})
     mode = "switch" if len(bits) > 1 else f"a{bits[0]}" if bits else "16"
     if table:
@@ -243,6 +263,6 @@ def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool) 
             "",
             *load,
             f"pipe = {pipeline}.from_pretrained({model!r}, {given}, torch_dtype=torch.bfloat16)",
-            f"frames = pipe({prompt!r}).frames[0]",
+            f"frames = pipe({', '.join([repr(prompt), *_sampling_arguments(manifest)])}).frames[0]",
         ]
     )

@@ -11,9 +11,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.inputs import check_inputs, graph_dtype
-from dvdquant.errors import DvdquantError, EngineError
+from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
 from dvdquant.model.families import Family, Sizes
 
 __all__ = ["EngineSession", "WrappedSession"]
@@ -42,6 +43,7 @@ class EngineSession(ABC):
         self.family: Family = artifact.family(component)
         self.sizes: Sizes = artifact.sizes
         self.bits: tuple[int, ...] = chosen_bits(artifact, component, bits)
+        self.loras: tuple[LoraSpec, ...] = ()
         self.closed = False
         self._lock = threading.RLock()
 
@@ -95,6 +97,23 @@ class EngineSession(ABC):
             inputs: Inputs by name. They are contiguous, on ``self.device``, and have the graph's dtypes.
             bits: Activation bits, one of ``self.bits``.
         """
+
+    def set_loras(self, specs: Sequence[LoraSpec]) -> None:
+        """Run LoRAs beside the quantized weights, in 16 bit, instead of those that ran before; none switches them off.
+
+        Args:
+            specs: The LoRAs and their scales, in addition to those that are in the weights of the export.
+
+        Raises:
+            UnsupportedError: The backend runs graphs or engines, which have no place for one.
+            CheckpointError: A file is no LoRA of this model.
+        """
+        if specs:
+            raise UnsupportedError(
+                f"a LoRA beside the weights needs modules of PyTorch, and {self.backend} runs a graph",
+                available="the pytorch backend",
+                fix="open it with the pytorch backend (--backend pytorch), or export again with dvdq-export --lora",
+            )
 
     def resident_bytes(self) -> dict[str, int]:
         """Return the bytes that are held between calls. It waits for a running pass.
@@ -155,9 +174,15 @@ class WrappedSession(EngineSession):
     def __init__(self, inner: EngineSession) -> None:
         super().__init__(inner.artifact, inner.component, inner.bits, inner.device)
         self.inner, self.backend, self.dtype = inner, inner.backend, inner.dtype
+        self.loras = inner.loras
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         return self.inner._run(inputs, bits)
+
+    def set_loras(self, specs: Sequence[LoraSpec]) -> None:
+        """See :meth:`EngineSession.set_loras`; of the inner session."""
+        self.inner.set_loras(specs)
+        self.loras = self.inner.loras
 
     def _resident_bytes(self) -> dict[str, int]:
         return self.inner.resident_bytes()

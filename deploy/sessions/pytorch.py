@@ -9,9 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dvdquant.checkpoint.lora.fuse import read_loras
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.compiled import compile_blocks
+from dvdquant.deploy.sessions.lora_branches import LoraBranches
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError
 from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers, set_activation
@@ -74,6 +77,7 @@ class PyTorchSession(EngineSession):
                 grids = [plan.recipe.activation(width) for width in self.bits]
                 for name, reason in prepare_layers(model, kernels, grids, plan.dtype, self.device).items():
                     log.info("%s is computed in fp32: %s", name, reason)
+            self._branches: LoraBranches | None = None
             model.to(self.device)
             if compile:
                 log.info(
@@ -109,6 +113,23 @@ class PyTorchSession(EngineSession):
         # A copy made outside of inference mode is an ordinary tensor, which schedulers may change in place.
         return output.to(self.dtype, copy=True)
 
+    def set_loras(self, specs: Sequence[LoraSpec]) -> None:
+        """See :class:`EngineSession`. Each costs rank · (K + N) · 2 bytes a layer, and as many products for every token."""
+        with self._lock:
+            if self._model is None:
+                raise EngineError(f"the {self.backend} session of {self.component} is closed")
+            class_name = str(self.artifact.config(self.component)["_class_name"])
+            shapes = self.artifact.plan(self.component).shapes
+            # Read first: where a file cannot be used, those that ran before go on.
+            loras = read_loras(class_name, shapes, specs) if specs else None
+            if self._branches is not None:
+                self._branches.remove()
+            self._branches, self.loras = None, ()
+            if loras is not None:
+                model = self._model.get_submodule("model")
+                self._branches = LoraBranches(model, loras, self.dtype, self.device)
+                self.loras = tuple(specs)
+
     def _resident_bytes(self) -> dict[str, int]:
         """Return the bytes that are held between calls.
 
@@ -119,6 +140,7 @@ class PyTorchSession(EngineSession):
         assert self._model is not None
         held = {t.data_ptr(): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}
         weights, scratch = sum(held.values()), [0]
+        weights += 0 if self._branches is None else self._branches.nbytes
         tokens = (self.family.tokens(*self.sizes.at("max")) + self.sizes.text_tokens) * self.sizes.batch
         for layer in self._model.modules():
             if isinstance(layer, QuantLinear):
@@ -132,7 +154,7 @@ class PyTorchSession(EngineSession):
         if self.device.type == "cuda":
             # Wait for every stream: freed memory goes to whoever asks next, and a pass may still read the weights.
             torch.cuda.synchronize(self.device)
-        self._model = None
+        self._model = self._branches = None
         self._files.close()
 
 

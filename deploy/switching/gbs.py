@@ -44,6 +44,7 @@ __all__ = [
     "change_sums",
     "delta_for_average_bits",
     "delta_of_stair",
+    "free_steps",
     "relative_change",
     "staircase",
     "switch_bits",
@@ -106,6 +107,18 @@ def relative_change(current: Tensor, previous: Tensor) -> float:
     """
     difference, norm, _ = change_sums(current, previous).tolist()
     return change_from_sums(difference, norm)
+
+
+def free_steps(steps: int, last_high: int, transformers: int = 1) -> int:
+    """Return how many steps of a request are left to δ: the first two of each transformer, which have no change before them,
+    and the last ones run on the high engine.
+
+    With two transformers it is the number where each runs two steps or more.
+
+    Args:
+        steps: of the request. last_high: the last steps that stay on the high engine. transformers: that share the steps.
+    """
+    return max(0, steps - 2 * transformers - last_high)
 
 
 def step_weight(moved: float, steps: int) -> float:

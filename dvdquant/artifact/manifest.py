@@ -44,7 +44,9 @@ __all__ = [
     "FileEntry",
     "GraphEntry",
     "LayerEntry",
+    "LoraEntry",
     "Manifest",
+    "Sampling",
     "Source",
     "Verified",
     "check_relpath",
@@ -52,6 +54,8 @@ __all__ = [
     "load_manifest",
     "model_name",
     "read_verified",
+    "source_of",
+    "source_words",
     "verify_files",
 ]
 
@@ -63,6 +67,11 @@ _RESERVED = re.compile(r"\.(tmp-.*|lock|commit)|manifest\.json")
 # An export holds some tens of files and some hundreds of layers, together some thousand values. A hostile manifest must
 # not cost its reader minutes and gigabytes: this many values cost about two seconds and 300 MB.
 MAX_VALUES = 200_000
+MAX_STEPS = 1000
+MAX_LORAS = 64
+MAX_GUIDANCE = 1000
+# Fields that an export has only where there is something to say, so that others stay as they were.
+_OPTIONAL = frozenset({"lora", "sampling"})
 
 
 def _check_time(text: str) -> str:
@@ -179,6 +188,33 @@ class Source(TypedDict):
     model: Annotated[Text, AfterValidator(_check_model)]
     class_name: Text
     fingerprint: Text
+    transformer_2: NotRequired[Annotated[Text, AfterValidator(_check_model)]]
+    config: NotRequired[Annotated[Text, AfterValidator(_check_model)]]
+    format: NotRequired[Text]
+    precision: NotRequired[Text]
+    notes: NotRequired[Annotated[list[Text], Field(max_length=100)]]
+
+
+@with_config(_OPEN)
+class LoraEntry(TypedDict):
+    """One LoRA that was fused into the weights: the transformer it went to, the file as it was then, its scale, the format of
+    its keys, and how many of its layers were found in the transformer, which is all of them."""
+
+    component: ComponentName
+    path: Annotated[Text, AfterValidator(_check_model)]
+    sha256: Digest
+    scale: Annotated[float, Field(allow_inf_nan=False)]
+    format: Text
+    layers: Count
+
+
+@with_config(_STRICT)
+class Sampling(TypedDict):
+    """What the model was distilled for, where the exporter was told: denoising steps and guidance scale. They are the defaults
+    of the runtime."""
+
+    steps: NotRequired[Annotated[int, Field(ge=1, le=MAX_STEPS)]]
+    guidance: NotRequired[Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]]
 
 
 @with_config(_OPEN)
@@ -293,6 +329,8 @@ class Manifest:
         dvdquant_version: The version of dvdquant that exported.
         export_key: The hash of everything that the export depends on, or an empty text.
         verified: The part that ``--verify`` compared with the checkpoint; None if it did not run.
+        lora: The LoRAs in the weights, in the order they were added.
+        sampling: The defaults of the runtime; None takes the model's own.
         format_version: The version of this format.
     """
 
@@ -323,10 +361,12 @@ class Manifest:
     dvdquant_version: Text = __version__
     export_key: Digest | Literal[""] = ""
     verified: Verified | None = None
+    lora: Annotated[tuple[LoraEntry, ...], FailFast(), Field(max_length=MAX_LORAS)] = ()
+    sampling: Sampling | None = None
     format_version: Literal[2] = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        for name in ("layers", "kept", "nonfinite", "graphs", "engines", "components"):
+        for name in ("layers", "kept", "nonfinite", "graphs", "engines", "components", "lora"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
 
@@ -337,6 +377,7 @@ class Manifest:
             OutputError: A field is out of form; the error names it.
         """
         data = dataclasses.asdict(self)
+        data = {name: value for name, value in data.items() if name not in _OPTIONAL or value}
         try:
             text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
             _check(json.loads(text), text.encode("utf-8", "surrogatepass"))
@@ -408,7 +449,7 @@ def _check(data: dict[str, Any], raw: bytes) -> Recipe:
     """
     names = [each.name for each in dataclasses.fields(Manifest)]
     for name in names:
-        if name not in data:
+        if name not in data and name not in _OPTIONAL:
             raise OutputError(f"manifest field {name} is missing", fix="export again")
     if unknown := data.keys() - set(names):
         raise OutputError(f"the manifest has an unknown field {brief(min(unknown))}", available=names)
@@ -505,6 +546,18 @@ def _listing(folder: Path) -> str:
     except (OSError, ValueError) as error:
         return f"{name} cannot be listed: {error}"
     return ", ".join(names[:8]) or "an empty folder"
+
+
+def source_of(source: Source, component: str) -> tuple[str, str]:
+    """Return (MODEL, the component to open in it) of a transformer of an export."""
+    if component == "transformer_2" and "transformer_2" in source:
+        return source["transformer_2"], "transformer"
+    return source["model"], component
+
+
+def source_words(source: Source) -> str:
+    """Return the format and the precision of the weights an export was made from, "" where its manifest does not say."""
+    return ", ".join(shown(part, 400) for part in (source.get("format"), source.get("precision")) if part)
 
 
 def model_name(model: str) -> str:

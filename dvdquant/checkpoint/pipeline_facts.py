@@ -84,7 +84,8 @@ def _read(checkpoint: Checkpoint) -> PipelineFacts:
     """
     folder = checkpoint.root.parent
     given = os.path.realpath(os.path.expanduser(checkpoint.model))
-    if given == str(checkpoint.root):  # only the transformer's own folder was given, so nothing around it is read
+    # The transformer's own folder was given, or a single file: what lies around it was not.
+    if given == str(checkpoint.root) or checkpoint.source.file:
         return PipelineFacts()
     place = UntrustedFolder(folder, checkpoint.folder.allowed)
     index, vae = _fields(place, "model_index.json", _Index), _fields(place, "vae/config.json", _Vae)

@@ -9,37 +9,34 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import hashlib
 import json
 import math
 import os
 import re
-import stat
 from collections.abc import Collection, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvdquant.checkpoint.formats.files import HALVES, HeldFile, given_file, halves, model_files, read_file
+from dvdquant.checkpoint.formats.scaled_fp8 import is_modelopt_fp8
+from dvdquant.checkpoint.formats.stored import ShardTensor, decode
+from dvdquant.checkpoint.formats.translate import SourceFormat, translate
+from dvdquant.checkpoint.formats.wan import is_original_config
+from dvdquant.checkpoint.locate import CONVERT, PICKLED, locate_model, recognize_file
 from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
 from dvdquant.errors import CheckpointError, UnsupportedError
-from dvdquant.system.files import disk_error
-from dvdquant.system.recognize import (
-    SNIFFED,
-    Found,
-    recognize_bytes,
-    recognize_config,
-    recognize_folder,
-    recognize_tensors,
-    tensor_names,
-)
-from dvdquant.system.safetensors_io import TensorInfo, read_header_from, read_tensor_from
+from dvdquant.system.recognize import CONTENTS, PICKLED_FILE, recognize_config, recognize_folder
+from dvdquant.system.safetensors_io import read_header_from, read_tensor_from
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "ShardTensor", "count_nonfinite", "fingerprint_hint", "open_checkpoint"]
+    from dvdquant.checkpoint.lora.fuse import Loras
+
+__all__ = ["Checkpoint", "ShardTensor", "count_nonfinite", "fingerprint_hint", "open_checkpoint", "read_config_file"]
 
 WEIGHTS = "diffusion_pytorch_model"
 SINGLE, INDEX = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"
@@ -58,30 +55,6 @@ _VARIANT = re.compile(
     + re.escape(INDEX.removesuffix("json"))
     + r"(?P<index>[A-Za-z0-9_]+)\.json"
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-_PICKLED = (".bin", ".pt", ".ckpt", ".pth", ".pkl")
-_CONVERT = (
-    "convert them in a place you trust: from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
-)
-_SINGLE_FILE = "diffusers.<transformer class>.from_single_file(FILE).save_pretrained(FOLDER), then give FOLDER"
-
-
-@dataclass(frozen=True)
-class ShardTensor(TensorInfo):
-    """A tensor of a checkpoint and the file that holds it.
-
-    Args:
-        name: The name of the tensor.
-        dtype: The safetensors code of the dtype (``BF16``...).
-        shape: The shape.
-        offset: The position of the first byte, counted from the start of the file.
-        nbytes: The size in bytes.
-        path: The real path of the file.
-        shard: The name of the file in the folder.
-    """
-
-    path: Path = field(default=Path())
-    shard: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,7 +73,9 @@ class Checkpoint:
         folder: The same folder as ``root``, with the places that its files may lie in.
         files: The identity of each file when its header was checked, by file name. Nothing is read from a file that has
             changed since.
+        lora: LoRAs that :meth:`read` adds to the weights (:mod:`dvdquant.checkpoint.lora.fuse`).
         samples: The SHA-256 of the bytes that :meth:`fingerprint` read of each file, by file name.
+        source: The format that was recognised. Names and shapes are those of diffusers, whatever the files have.
     """
 
     model: str
@@ -111,26 +86,32 @@ class Checkpoint:
     headers: dict[str, str]
     folder: UntrustedFolder
     files: dict[str, FileIdentity]
+    lora: Loras | None = None
     samples: dict[str, bytes] = field(default_factory=dict, compare=False)
+
+    source: SourceFormat = field(default_factory=SourceFormat)
 
     @staticmethod
     def components(model: str | Path, *, revision: str | None = None) -> list[str]:
         """Return the transformers in a model folder.
 
         Args:
-            model: A local folder or a hub id.
+            model: A local folder, a single file, or a hub id.
             revision: The revision of a hub id.
 
         Returns:
             The names of their folders: ``["transformer", "transformer_2"]`` for a pipeline of Wan 2.2,
-            ``["transformer"]`` for a plain transformer folder.
+            ``["transformer"]`` for a plain transformer folder or a single file.
 
         Raises:
             CheckpointError: There is no such folder, or its ``model_index.json`` cannot be used.
             UnsupportedError: It is a pipeline without a transformer.
         """
-        folder = UntrustedFolder.at(locate_model(str(model), revision, ["model_index.json"]))
-        return _components(folder) or ["transformer"]
+        if given_file(str(model)) is not None:
+            return ["transformer"]
+        wanted = ["model_index.json", *(f"{half}/config.json" for half in HALVES.values())]
+        folder = UntrustedFolder.at(locate_model(str(model), revision, wanted))
+        return list(_components(folder)) or ["transformer"]
 
     @property
     def class_name(self) -> str:
@@ -147,8 +128,15 @@ class Checkpoint:
         """Return the largest tensor, which decides the peak of memory."""
         return max(self.tensors.values(), key=lambda info: info.nbytes)
 
+    @property
+    def place(self) -> Path:
+        """The folder, or the single file that the transformer lies in."""
+        return self.root / self.source.file
+
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor into private CPU memory, dtype and shape as stored.
+
+        It is fp32 where it is stored with a scale or in blocks, and where a LoRA changes it.
 
         Args:
             name: The name of the tensor.
@@ -162,8 +150,15 @@ class Checkpoint:
             short = [other for _, other in zip(range(5000), self.tensors) if len(other) <= 200]
             near = difflib.get_close_matches(name[:200], short, n=4) or sorted(short)[:4]
             raise CheckpointError(f"{self.root} has no tensor {name!r:.200}", available=near)
+        value = self._bytes(info)
+        if info.stored is not None:
+            value = decode(value, info, None if info.stored.scale is None else self._bytes(info.stored.scale))
+        return value if self.lora is None else self.lora.apply(name, value)
+
+    def _bytes(self, info: ShardTensor) -> torch.Tensor:
+        """Return the bytes of the file for a tensor, in the dtype that they are stored in."""
         with self._opened(info.shard) as fd:
-            return read_tensor_from(fd, info, info.path)
+            return read_tensor_from(fd, info.raw, info.path)
 
     @contextlib.contextmanager
     def _opened(self, shard: str) -> Iterator[int]:
@@ -218,7 +213,9 @@ class Checkpoint:
         except CheckpointError:
             return False
         digest = hashlib.sha256()
-        for sample in _samples(fd, [info for info in self.tensors.values() if info.shard == shard]):
+        for sample in _samples(
+            fd, [part for info in self.tensors.values() for part in info.parts if part.shard == shard]
+        ):
             digest.update(sample)
         return header.digest == self.headers[shard] and digest.digest() == self.samples[shard]
 
@@ -248,7 +245,8 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps([self.config, sorted(self.headers.items())], sort_keys=True).encode())
         by_shard: dict[str, list[ShardTensor]] = {shard: [] for shard in sorted(self.headers)}
         for info in self.tensors.values():
-            by_shard[info.shard].append(info)
+            for part in info.parts:
+                by_shard[part.shard].append(part)
         for shard, infos in by_shard.items():
             own = hashlib.sha256()
             with self._opened(shard) as fd:
@@ -256,6 +254,8 @@ class Checkpoint:
                     digest.update(sample)
                     own.update(sample)
             self.samples[shard] = own.digest()
+        if self.lora is not None:
+            digest.update(self.lora.identity())
         return FINGERPRINT + digest.hexdigest()
 
     def check_finite(self, name: str, tensor: torch.Tensor) -> None:
@@ -271,7 +271,7 @@ class Checkpoint:
         count, first = count_nonfinite(tensor)
         if count:
             raise CheckpointError(
-                f"{self.root}: tensor {name!r:.200} holds {count} NaN or infinite values of {tensor.numel()}, "
+                f"{self.place}: tensor {name!r:.200} holds {count} NaN or infinite values of {tensor.numel()}, "
                 f"the first at index {list(first)}",
                 fix="download the weights again, or use --allow-nonfinite to go on and record them in the manifest",
             )
@@ -304,8 +304,10 @@ class Checkpoint:
         if count:
             more = f"; and {count - 5} more" if count > 5 else ""
             raise CheckpointError(
-                f"{self.root} does not fit its config.json: {'; '.join(problems)}{more}",
-                fix="use the config.json and the weights of one and the same model",
+                f"{self.place} does not fit its config.json: {'; '.join(problems)}{more}",
+                fix="use the config.json and the weights of one and the same model"
+                if self.source.is_diffusers
+                else f"download {self.source.file or 'the model'} again, or give its config.json with --config FILE",
             )
 
 
@@ -366,17 +368,20 @@ def open_checkpoint(
     subfolder: str | None = None,
     revision: str | None = None,
     component: str = "transformer",
+    config: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Open a transformer and check its config, index and every header, without reading a weight.
 
     Args:
         model: A transformer folder (``config.json`` and safetensors), a pipeline folder (with the transformer in
-            ``transformer/``), or a hub id ``org/name``. Of a hub id, only the config and the safetensors of the
-            transformer, ``model_index.json`` and the config of the VAE are downloaded. A path that exists locally is
-            never looked for elsewhere.
+            ``transformer/``), a folder of the model's authors, a single file of ComfyUI or in GGUF, a folder that holds
+            one such file or the two of one model, or a hub id ``org/name``. Of a hub id, only the config and the
+            safetensors of the transformer, ``model_index.json`` and the config of the VAE are downloaded. A path that
+            exists locally is never looked for elsewhere.
         subfolder: A folder inside ``model`` to look in.
         revision: The revision of a hub id.
         component: The folder of a pipeline; :meth:`Checkpoint.components` lists them.
+        config: The config.json of a model that has none.
 
     Raises:
         CheckpointError: Something is wrong with the folder; the error names the file and the tensor.
@@ -385,9 +390,20 @@ def open_checkpoint(
     for part in (*(subfolder.split("/") if subfolder else ()), component):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part):
             raise CheckpointError(f"{part!r:.200} is no plain folder name", fix="name a folder inside the model")
-    folder = UntrustedFolder.at(locate_model(str(model), revision, _patterns(subfolder, component)))
+    file = given_file(str(model))
+    if file is not None and (subfolder or component != "transformer"):
+        raise CheckpointError(
+            f"{shown(model)} is a file, and has no folder {shown(subfolder or component)!r}",
+            fix="give a folder that has it",
+        )
+    folder = (
+        file[0] if file else UntrustedFolder.at(locate_model(str(model), revision, _patterns(subfolder, component)))
+    )
     try:
-        return _open(folder, str(model), subfolder, component)
+        if file is not None:
+            beside = config if config is not None else _config_beside(folder, file[1])
+            return _open_file(folder, file[1], str(model), component, beside)
+        return _open(folder, str(model), subfolder, component, config)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or shown(model)} cannot be read: {reason_of(error)}",
@@ -395,7 +411,9 @@ def open_checkpoint(
         ) from error
 
 
-def _open(folder: UntrustedFolder, model: str, subfolder: str | None, component: str) -> Checkpoint:
+def _open(
+    folder: UntrustedFolder, model: str, subfolder: str | None, component: str, given: Mapping[str, Any] | None
+) -> Checkpoint:
     """Open and check the transformer in a local folder.
 
     Args:
@@ -403,6 +421,7 @@ def _open(folder: UntrustedFolder, model: str, subfolder: str | None, component:
         model: The model as given.
         subfolder: A folder inside ``folder`` to look in.
         component: The folder of a pipeline.
+        given: The config.json that was given with the model, or None.
 
     Raises:
         CheckpointError: Something is wrong with the folder.
@@ -412,22 +431,109 @@ def _open(folder: UntrustedFolder, model: str, subfolder: str | None, component:
     top = folder
     if subfolder:
         folder = folder.sub(subfolder)
+    file = ""
     if found := _components(folder):
         if component not in found:
             raise CheckpointError(f"{folder.root} has no component {component!r}", available=few(found))
-        folder = folder.sub(component)
+        if found[component].endswith("/"):
+            folder = folder.sub(found[component].rstrip("/"))
+        else:
+            file = found[component]
     elif component != "transformer":
         raise CheckpointError(f"{folder.root} is not a pipeline and has no {component!r}", available=folder.listing())
     if not folder.root.is_dir():
         fix = "give a folder of the model with --subfolder, or leave it out"
         above = UntrustedFolder(folder.root.parent, folder.allowed)
         raise CheckpointError(f"{folder.root} is missing", available=above.listing(), fix=fix)
+    if file:
+        refuse_scripts(folder.root, folder.names())
+        return _open_file(folder, file, model, component, given)
     names = folder.names()
-    config = _read_config(folder, names)
+    config = _read_config(folder, names) if given is None else given
+    held = _odd_file(folder, names)
+    if held is not None:
+        return _open_file(folder, held, model, component, config)
     tensors, headers, files = _read_weights(folder, names, top)
-    if foreign := recognize_tensors(tensors):
-        raise CheckpointError(f"{folder.root} holds {foreign.what}", available=few(tensors, 3), fix=foreign.fix)
-    return Checkpoint(model, component, folder.root, config, tensors, headers, folder, files)
+    return _adopted(HeldFile(tensors, {}, headers, files, "diffusers folder"), config, folder, "", model, component)
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Return the config.json of a model that was given by its path, or by that of its folder.
+
+    Raises:
+        CheckpointError: it is no JSON object, or asks for code.
+    """
+    place = Path(os.path.realpath(os.path.expanduser(path)))
+    if place.is_dir():
+        place /= "config.json"
+    config = UntrustedFolder.at(place.parent).json(place.name, MAX_JSON, "give the config.json of a transformer")
+    _refuse_code(config, place)
+    return config
+
+
+def _config_beside(folder: UntrustedFolder, name: str) -> dict[str, Any] | None:
+    """The config.json in the folder of a file that was given alone, None where there is none of a transformer.
+
+    Shapes do not tell all: where the folder does, it is right.
+
+    Raises:
+        CheckpointError: the file is one of a diffusers folder, and that has a config.json which cannot be used; or it is one
+            of several shards.
+    """
+    if _SHARD_SERIES.fullmatch(name):
+        raise CheckpointError(f"{folder.root / name} is one shard of several", fix=f"give the folder: {folder.root}")
+    if not folder.has("config.json"):
+        return None
+    try:
+        return _read_config(folder, ["config.json"])
+    except CheckpointError:
+        if name == SINGLE:
+            raise
+        return None
+
+
+def _odd_file(folder: UntrustedFolder, names: list[str]) -> str | None:
+    """The only transformer in a folder that has none by the names of diffusers."""
+    if SINGLE in names or INDEX in names or any(_SHARD_SERIES.fullmatch(n) or _VARIANT.fullmatch(n) for n in names):
+        return None
+    found = model_files(folder, names)
+    return found["transformer"] if len(found) == 1 else None
+
+
+def _open_file(
+    folder: UntrustedFolder, name: str, model: str, component: str, config: Mapping[str, Any] | None
+) -> Checkpoint:
+    """A single file; CheckpointError says what it is where it is no weights."""
+    found = recognize_file(folder, name)
+    if found is not None and found is not CONTENTS["gguf"][1]:
+        raise CheckpointError(f"{folder.root / name} is {found.what}", available=folder.listing(), fix=found.fix)
+    if name.lower().endswith(PICKLED):
+        raise CheckpointError(
+            f"{folder.root / name} is a file of pickled weights, which run code when loaded", fix=PICKLED_FILE
+        )
+    return _adopted(read_file(folder, name), config, folder, name, model, component)
+
+
+def _adopted(
+    held: HeldFile,
+    config: Mapping[str, Any] | None,
+    folder: UntrustedFolder,
+    file: str,
+    model: str,
+    component: str,
+) -> Checkpoint:
+    """The checkpoint of what was held, by the names of diffusers."""
+    raw = Checkpoint(model, component, folder.root, {}, held.tensors, held.headers, folder, held.files)
+    found = translate(
+        held.tensors,
+        config,
+        place=str(folder.root / file),
+        read=lambda info: raw._bytes(info).numpy().tobytes(),
+        metadata=held.metadata,
+        layout=held.layout,
+        file=file,
+    )
+    return replace(raw, config=found.config, tensors=found.tensors, source=found.source)
 
 
 def _patterns(subfolder: str | None, component: str) -> list[str]:
@@ -436,123 +542,10 @@ def _patterns(subfolder: str | None, component: str) -> list[str]:
     base = f"{subfolder}/" if subfolder else ""
     # The VAE's config tells the scale of the latents (dvdquant.checkpoint.pipeline_facts).
     return [f"{base}model_index.json", f"{base}vae/config.json"] + [
-        f"{base}{folder}{name}" for folder in ("", f"{component}/") for name in names
+        f"{base}{folder}{name}"
+        for folder in ("", f"{component}/", f"{HALVES.get(component, component)}/")
+        for name in names
     ]
-
-
-def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
-    """Return the real local folder of a path or a hub id; a hub id that is no local folder is downloaded.
-
-    Args:
-        model: A local folder or a hub id ``org/name``.
-        revision: The revision of a hub id; None takes the newest.
-        patterns: Globs of the files that are downloaded of a hub id.
-
-    Raises:
-        CheckpointError: There is no such folder, it cannot be opened, or the download fails.
-        ResourceError: The disk is full.
-    """
-    if "\0" in model or not model.strip():
-        raise CheckpointError(f"{model!r:.200} is no model", fix="give a local folder or a hub id like org/name")
-    try:
-        model.encode()
-    except UnicodeEncodeError as error:  # the name goes into manifests and graphs, which are UTF-8
-        raise CheckpointError(
-            f"the name {shown(model)} is not UTF-8", fix="rename the folder, or give it by a link with a plain name"
-        ) from error
-    try:
-        given = Path(os.path.expanduser(model))
-        path = Path(os.path.realpath(given))
-        info = _status(path)
-        if info is not None and stat.S_ISDIR(info.st_mode):
-            return given
-        if info is not None:
-            raise _no_folder(shown(model), path, info)
-        if not _HUB_ID.fullmatch(model) or Path(model.split("/")[0]).is_dir():
-            parent = next(place for place in path.parents if place.is_dir())
-            available = f"{parent} holds {UntrustedFolder(parent, (parent,)).listing()}"
-            raise CheckpointError(
-                f"there is no folder {shown(model)!r:.300}", available=available, fix="give a local folder or a hub id"
-            )
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: there is no home folder for ~
-        raise CheckpointError(
-            f"{shown(model)!r:.200} cannot be opened: {reason_of(error)}",
-            fix=fix_of(error, "give a folder that you may read"),
-        ) from error
-    return _download(model, revision, patterns)
-
-
-def _status(path: Path) -> os.stat_result | None:
-    """Return the status of a path, or None if nothing is there."""
-    try:
-        return path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _no_folder(model: str, path: Path, info: os.stat_result) -> CheckpointError:
-    """Return the error for a model path that is no folder; it names what is there instead.
-
-    Args:
-        model: The model as given, safe to print.
-        path: Its real path.
-        info: The status of the path.
-    """
-    if not stat.S_ISREG(info.st_mode):
-        return CheckpointError(f"{model} is a device, a pipe or a socket", fix="give the folder that holds config.json")
-    found = _recognize_file(UntrustedFolder.at(path.parent), path.name)
-    if found is not None:
-        return CheckpointError(f"{model} is a file, not a model folder: it is {found.what}", fix=found.fix)
-    if path.suffix == ".safetensors":
-        fix = (
-            "give the folder that holds config.json; a single file of a whole model is converted first: " + _SINGLE_FILE
-        )
-    else:
-        fix = _CONVERT if path.suffix in _PICKLED else "give the folder that holds config.json"
-    return CheckpointError(f"{model} is a file, not a model folder", fix=fix)
-
-
-def _recognize_file(folder: UntrustedFolder, name: str) -> Found | None:
-    """Return the foreign format of a file, or None if it is unknown or cannot be read."""
-    try:
-        fd = folder.open(name)
-    except (CheckpointError, OSError, ValueError):
-        return None
-    try:
-        # A header with the names of a large model takes about 200 kB.
-        start = os.pread(fd, 64 * SNIFFED, 0)
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-    return recognize_bytes(start) or recognize_tensors(tensor_names(start) or ())
-
-
-def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
-    """Download the files of a hub id that fit ``patterns``, and return the folder that they are in.
-
-    Raises:
-        CheckpointError: The hub does not give them.
-        ResourceError: The disk is full.
-    """
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    local = "or give a local folder that holds the model"
-    try:
-        found = huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
-    except Exception as error:  # the HTTP client has exceptions of its own, which differ between versions
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_error(error, f"the hub cache with {model}") from error
-        if isinstance(error, GatedRepoError):
-            what, fix = "may only be downloaded after its terms are accepted", f"accept them and log in, {local}"
-        elif isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)):
-            what, fix = f"(revision {revision}) is neither a local folder nor on the hub", f"check the name, {local}"
-        else:
-            what, fix = "is no local folder, and the hub gave nothing", f"connect, unset HF_HUB_OFFLINE, {local}"
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"model {model!r} {what} ({type(error).__name__}: {reason:.200})", fix=fix) from error
-    return Path(found)
 
 
 def _read_config(folder: UntrustedFolder, names: list[str]) -> dict[str, Any]:
@@ -571,6 +564,10 @@ def _read_config(folder: UntrustedFolder, names: list[str]) -> dict[str, Any]:
     config = folder.json("config.json", MAX_JSON)
     refuse_scripts(folder.root, names)
     _refuse_code(config, path)
+    if is_modelopt_fp8(config.get("quantization_config")):
+        config = {name: value for name, value in config.items() if name != "quantization_config"}
+    if is_original_config(config):
+        return config
     if found := recognize_config(config):
         raise CheckpointError(f"{path} is of {found.what}", available=folder.listing(), fix=found.fix)
     name = config.get("_class_name")
@@ -584,7 +581,7 @@ def _no_config(folder: UntrustedFolder, names: list[str]) -> CheckpointError:
     weights = [name for name in names if name.endswith(".safetensors")]
     found = recognize_folder(names)
     if found is None:
-        found = next((known for name in weights[:4] if (known := _recognize_file(folder, name))), None)
+        found = next((known for name in weights[:4] if (known := recognize_file(folder, name))), None)
     if found is not None:
         return CheckpointError(
             f"{folder.root} is no diffusers model, it has no config.json: it is {found.what}",
@@ -593,10 +590,9 @@ def _no_config(folder: UntrustedFolder, names: list[str]) -> CheckpointError:
         )
     fix = "give a transformer folder or a pipeline folder in diffusers format"
     if weights:
-        fix = (
-            f"put the config.json of the same model beside {weights[0]!r:.200}; a file of another format is converted: "
-        )
-        fix += _SINGLE_FILE
+        fix = f"put the config.json of the same model beside {weights[0]!r:.200}, or give it with --config FILE"
+    elif pickled := [name for name in names if name.endswith(PICKLED)]:
+        fix = f"{pickled[0]!r:.200} holds pickled weights, which run code when loaded: {PICKLED_FILE}"
     return CheckpointError(
         f"{folder.root} is no diffusers model: it has no config.json", available=folder.listing(), fix=fix
     )
@@ -638,8 +634,8 @@ def _refuse_code(value: Any, path: Path) -> None:
         raise CheckpointError(f"{path} names a Python file ({value!r:.200}), which is never run", fix="remove it")
 
 
-def _components(folder: UntrustedFolder) -> list[str]:
-    """Return the names of the transformers of a pipeline, or an empty list for a transformer folder.
+def _components(folder: UntrustedFolder) -> dict[str, str]:
+    """The transformers of a pipeline by name, empty for a transformer folder: a folder and its slash, or a file.
 
     ``model_index.json`` has ``[library, class]`` or ``[null, null]`` for each of them. Without it, the folders that
     have a config count.
@@ -650,12 +646,17 @@ def _components(folder: UntrustedFolder) -> list[str]:
     """
     path, name_of_one = folder.root / "model_index.json", re.compile(r"transformer(_\d+)?")
     if not folder.root.is_dir():
-        return []
+        return {}
     names = folder.names()
     if "model_index.json" not in names:
         if "config.json" in names:
-            return []
-        return [name for name in names if name_of_one.fullmatch(name) and folder.has(f"{name}/config.json")]
+            return {}
+        inside = [name for name in names if name_of_one.fullmatch(name) and folder.has(f"{name}/config.json")]
+        if inside:
+            return {name: f"{name}/" for name in inside}
+        if halves(folder):
+            return {component: f"{half}/" for component, half in HALVES.items()}
+        return model_files(folder, names)
     index, found = folder.json("model_index.json", MAX_JSON), []
     for name, entry in index.items():
         if not name_of_one.fullmatch(name) or entry is None or entry == [None, None]:
@@ -666,7 +667,7 @@ def _components(folder: UntrustedFolder) -> list[str]:
     if not found:
         what = "a pipeline with a UNet, as image models have it," if "unet" in index else "a pipeline"
         raise UnsupportedError(f"{folder.root} is {what} without a transformer", available=few(index, 12))
-    return found
+    return {name: f"{name}/" for name in found}
 
 
 def _read_weights(
@@ -810,15 +811,15 @@ def _no_weights(folder: UntrustedFolder, names: list[str], series: list[str]) ->
         what = f"{root} holds only the variant {variant!r}, neither {SINGLE} nor {INDEX}"
         return CheckpointError(what, available=few(match[0] for match in variants), fix=fix)
     if others := [name for name in names if name.endswith(".safetensors")]:
-        if found := next((known for name in others[:4] if (known := _recognize_file(folder, name))), None):
+        if found := next((known for name in others[:4] if (known := recognize_file(folder, name))), None):
             return CheckpointError(f"{root} holds {found.what}", available=few(others), fix=found.fix)
         return CheckpointError(f"{root} has neither {SINGLE} nor {INDEX}", available=few(others), fix=fix)
     if found := recognize_folder(names):
         return CheckpointError(f"{root} has no weights: it is {found.what}", available=folder.listing(), fix=found.fix)
-    if pickled := [name for name in names if name.endswith(_PICKLED)]:
+    if pickled := [name for name in names if name.endswith(PICKLED)]:
         return CheckpointError(
             f"{root} holds only pickled weights ({pickled[0]!r:.200}), which run code when loaded",
-            fix=_CONVERT,
+            fix=CONVERT if pickled[0].startswith(WEIGHTS) else PICKLED_FILE,
         )
     if _is_interrupted(names, folder):
         fix = "finish the download: hf download ORG/NAME --local-dir FOLDER"

@@ -12,7 +12,7 @@ import click
 
 from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, echo, paragraphs, setup_logging, table
-from dvdquant.cli.paths import MODEL, PATH, WORD
+from dvdquant.cli.paths import LORA, MODEL, PATH, WORD
 from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.text import amount, json_text
@@ -44,8 +44,16 @@ dvdq-export Wan-AI/Wan2.1-T2V-1.3B-Diffusers -o out/wan --sm 8.9 --sm 12.0 --dry
 # a range of sizes: one engine with an optimization profile
 dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/wan --height 480:720 --width 832:1280 --num-frames 33:81
 
+# a 4-step LoRA fused into the weights, another into the second transformer; its steps become the defaults
+dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22-4 --lora high.safetensors --lora transformer_2=low.safetensors:0.8 \
+    --steps 4 --guidance 1
+
 # graphs only; build engines on the server with trtexec or a later dvdq-export
 dvdq-export ./HunyuanVideo -o out/hy --target onnx --recipe w4a4-g128
+
+# files of ComfyUI: the two transformers of Wan 2.2, or the folder that holds them
+dvdq-export wan2.2_t2v_high_noise.safetensors --transformer-2 wan2.2_t2v_low_noise.safetensors -o out/wan22
+dvdq-export ComfyUI/models/diffusion_models -o out/wan22
 
 # go on after an interruption; check every graph in ONNX Runtime
 dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
@@ -115,6 +123,25 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.option(
     "--batch", type=click.IntRange(1, MAX_BATCH), default=1, show_default=True, help="Batch size of the graphs."
 )
+@click.option(
+    "--lora",
+    "loras",
+    type=LORA,
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="A LoRA to fuse into the weights; repeatable. transformer_2=FILE:SCALE is for the second transformer.",
+)
+@click.option("--steps", type=int, help="Denoising steps to record as the default, such as 4 of a distilled LoRA.")
+@click.option("--guidance", type=float, metavar="SCALE", help="Guidance scale to record as the default; 1 is none.")
+@click.option(
+    "--transformer-2",
+    type=MODEL,
+    metavar="FILE|FOLDER",
+    help="The second transformer of a model of two (Wan 2.2 A14B: that for low noise), where it is a file of its own.",
+)
+@click.option(
+    "--config", type=PATH, help="The config.json of MODEL, in diffusers format, where its file does not tell it."
+)
 @click.option("--subfolder", type=WORD, help="Folder of the transformer inside MODEL.")
 @click.option("--revision", type=WORD, help="Branch, tag or commit of a hub id.")
 @click.option("--plugin", "plugins", multiple=True, type=PATH, help="TensorRT plugin library.")
@@ -151,7 +178,9 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 def main(**arguments: Any) -> None:
     """Quantize the video diffusion transformer MODEL and export it as ONNX graphs and TensorRT engines.
 
-    MODEL is a diffusers folder or a hub id. It gets 4-bit weights and 4/8-bit activations, without calibration data.
+    MODEL is a diffusers folder, a hub id, a folder of the model's authors, or a single file: safetensors as ComfyUI has them
+    (16 bit, fp8, fp8 with scales), or GGUF of 6 bits or more. It gets 4-bit weights and 4/8-bit activations, without
+    calibration data.
 
     The output folder gets manifest.json (what is in it, and what really executes on each SM), the packed weights once,
     a graph and an engine per bit-width, and a model card. It holds the whole new export or what it held before, never half.
@@ -166,6 +195,7 @@ def main(**arguments: Any) -> None:
     # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # These take seconds to import; --help does not wait for them.
+    from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
     from dvdquant.export.pipeline import plan_export, run_export
@@ -173,7 +203,7 @@ def main(**arguments: Any) -> None:
     from dvdquant.system.whole_file import check_writable
 
     started = time.monotonic()
-    options = ExportOptions(recipe=recipe, **arguments)
+    options = ExportOptions(recipe=recipe, lora=parse_loras(arguments.pop("loras")), **arguments)
     if options.timing_cache is not None:
         check_writable(options.timing_cache)
     plan = plan_export(options)
@@ -197,9 +227,12 @@ def _check_revision(model: str, revision: str | None) -> None:
 
 
 def _plan_json(plan: ExportPlan) -> dict[str, Any]:
+    from dvdquant.export.source_words import source_facts
+
     return {
         "family": plan.plans[0].family.name,
         "components": list(plan.components),
+        "sources": [source_facts(c, p.family) for c, p in zip(plan.checkpoints, plan.plans)],
         "recipe": plan.options.recipe.to_json(),
         "sizes": plan.sizes.to_json(),
         "layers": [
@@ -207,6 +240,14 @@ def _plan_json(plan: ExportPlan) -> dict[str, Any]:
             for p in plan.plans
             for s in p.layers
         ],
+        "lora": [
+            {"component": name, "path": str(one.spec.path), "sha256": one.sha256, "scale": one.spec.scale}
+            | {"format": one.format, "layers": one.layers, "rank": list(one.rank), "notes": list(one.notes)}
+            for name, checkpoint in zip(plan.components, plan.checkpoints)
+            if checkpoint.lora is not None
+            for one in checkpoint.lora.fused
+        ],
+        "sampling": plan.options.sampling,
         "kept": [name for p in plan.plans for name in p.kept_linears],
         "left_out": [name for p, c in zip(plan.plans, plan.checkpoints) for name in p.left_out(c.tensors)],
         "engines": [{"sm": e.sms, "act_bits": e.act_bits, "executes": e.executes} for e in plan.engines],
@@ -215,6 +256,9 @@ def _plan_json(plan: ExportPlan) -> dict[str, Any]:
 
 
 def _plan_text(plan: ExportPlan) -> str:
+    from dvdquant.artifact.provenance import sampling_words
+    from dvdquant.checkpoint.lora.fuse import lora_lines
+    from dvdquant.export.source_words import source_words
     from dvdquant.quantize.checkpoint import left_out_text
 
     first, estimate = plan.plans[0], plan.estimate
@@ -229,6 +273,11 @@ def _plan_text(plan: ExportPlan) -> str:
     weights = sum(p.quantized_weights for p in plan.plans)
     lines = [
         f"{plan.options.model}: {first.family.config['_class_name']}, {', '.join(plan.components)}",
+        *(
+            line
+            for name, checkpoint, model_plan in zip(plan.components, plan.checkpoints, plan.plans)
+            for line in source_words(name, checkpoint, model_plan.family)
+        ),
         f"recipe {plan.options.recipe.name}: {weights / 1e6:.1f} M weights to 4 bits in "
         f"{sum(len(p.layers) for p in plan.plans)} layers, {sum(len(p.kept_linears) for p in plan.plans)} linear layers kept "
         f"in {plan.options.dtype}",
@@ -241,6 +290,10 @@ def _plan_text(plan: ExportPlan) -> str:
     for model_plan, checkpoint in zip(plan.plans, plan.checkpoints):
         if unused := model_plan.left_out(checkpoint.tensors):
             lines += [left_out_text(checkpoint, unused), ""]
+    if loras := lora_lines(plan.components, plan.checkpoints):
+        lines += [*loras, ""]
+    if plan.options.sampling is not None:
+        lines += [f"defaults of dvdq-run and dvdq-plan: {sampling_words(plan.options.sampling)}", ""]
     if plan.engines:
         lines += [
             "what will execute",

@@ -151,6 +151,8 @@ def _check_files(out: Path, manifest: Manifest) -> str:
 
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
+    from dvdquant.artifact.manifest import source_words
+    from dvdquant.artifact.provenance import lora_words, sampling_words
     from dvdquant.artifact.verified import verified_text
     from dvdquant.recipe import error_name, fitted_text, looks_at_inputs
 
@@ -161,10 +163,13 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
     shapes = ", ".join(f"{axis} {_range(manifest.shapes[axis])}" for axis in ("frames", "height", "width"))
     lines = [
         f"{out}: {manifest.source['class_name']} from {manifest.source['model']}",
+        *([f"source: {words}"] if (words := source_words(manifest.source)) else []),
         f"exported {manifest.created} by dvdquant {manifest.dvdquant_version}; "
         + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
         f"zero-point {weight['zero_point']}, solver {weight['solver']}, {', '.join(inputs)}",
+        *lora_words(manifest.lora),
+        *([f"defaults of dvdq-run and dvdq-plan: {sampling_words(manifest.sampling)}"] if manifest.sampling else []),
         verified_text(manifest.verified),
         f"latent sizes: {shapes}; {manifest.shapes['text_tokens']} text tokens, {manifest.shapes['dtype']}",
         "",

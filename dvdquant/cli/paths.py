@@ -14,7 +14,7 @@ import click
 
 from dvdquant.text import shown
 
-__all__ = ["EXPORT", "MODEL", "PATH", "TEXT_FILE", "WORD", "FilePath", "ModelName", "Word"]
+__all__ = ["EXPORT", "LORA", "MODEL", "PATH", "TEXT_FILE", "WORD", "FilePath", "ModelName", "Word"]
 
 LONGEST = 4096  # bytes of a path that Linux takes, with the NUL
 LONGEST_WORD = 1024  # characters of a name, a glob or a list of numbers
@@ -105,7 +105,24 @@ class Word(_Checked):
         return text
 
 
+class LoraText(Word):
+    """A LoRA file with its scale and the transformer it goes to, as text: longer than a word, for it holds a path."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text, or fail naming the option and the reason."""
+        text = str(value)
+        if not text.strip() or "\0" in text:
+            self.refuse("it names no file", param, ctx, fix="give FILE, FILE:SCALE, or transformer_2=FILE:SCALE")
+        if len(os.fsencode(text)) >= LONGEST:
+            what = f"the path has {len(text)} characters"
+            self.refuse(what, param, ctx, available=f"up to {LONGEST - 1} bytes", fix="give a shorter one")
+        return text
+
+
 PATH = FilePath()
+LORA = LoraText()
 TEXT_FILE = FilePath(standard_stream=True)
 EXPORT = FilePath(folder=True)
 MODEL = ModelName()

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, echo, runs_on, setup_logging, table
-from dvdquant.cli.paths import EXPORT, MODEL, PATH, TEXT_FILE, WORD
+from dvdquant.cli.paths import EXPORT, LORA, MODEL, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
@@ -20,6 +20,9 @@ from dvdquant.system.whole_file import check_writable
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
     from dvdquant.deploy.planning.planner import Plan
+
+FEW_STEPS = 8
+"""Up to as many, what is left to δ is said: a distilled model has four."""
 
 EXAMPLES = """
 # delta for 6 activation bits on average, into out/tiny-wan/schedule.json
@@ -77,6 +80,10 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
 @click.option(
     "--pipeline", type=MODEL, metavar="PATH", help="Folder or hub id of the model.  [default: the exported one]"
 )
+@click.option(
+    "--lora", type=LORA, multiple=True, metavar="FILE",
+    help="Where a LoRA of the export is now; --reference fuses it.  [default: where it was]",
+)  # fmt: skip
 @runs_on
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
@@ -89,6 +96,7 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     """
     setup_logging(verbose, log_format)
     from dvdquant.artifact.manifest import load_manifest
+    from dvdquant.checkpoint.lora.spec import parse_loras
 
     if check is not None:
         _refuse_besides_check()
@@ -101,6 +109,7 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     for path in (output, plot):
         if path is not None:
             check_writable(path, make_folder=False)
+    loras = parse_loras(options.pop("lora"))
     goal_options = {name: options.pop(name) for name in ("average_bits", "time_budget", "delta")}
 
     from dvdquant.deploy.artifact import Artifact
@@ -111,7 +120,7 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
         goal_options["average_bits"] = 6.0
     goal = Goal(goal_options["average_bits"], goal_options["time_budget"], goal_options["delta"])
     progress = Progress("json" if log_format == "json" else "text")
-    found = plan(Artifact.open(out), prompts, goal, seeds=seeds, progress=progress, **options)
+    found = plan(Artifact.open(out), prompts, goal, seeds=seeds, progress=progress, lora=loras, **options)
     found.schedule.save(output)
     if plot is not None:
         from dvdquant.deploy.planning.plot import draw_plan
@@ -162,6 +171,8 @@ def _seeds(text: str) -> list[int]:
 
 def _summary(found: Plan) -> str:
     """δ, predicted against measured, and the quality table if there is one."""
+    from dvdquant.deploy.switching.gbs import free_steps
+
     low, high = found.low, found.high
     lines = [
         f"δ {found.delta:.4g}: {found.predicted_bits:.2f} bits on average, {found.predicted_seconds:.3g} s of the transformer "
@@ -172,6 +183,14 @@ def _summary(found: Plan) -> str:
         f"({found.backend})",
         f"steps     {''.join(str(b) for b in found.schedule.bits)}",
     ]
+    steps, last = found.schedule.steps, int(found.schedule.details.get("last_high", 0))
+    if steps <= FEW_STEPS:
+        left = free_steps(steps, last, len(found.schedule.components))
+        lines.append(
+            f"with {steps} steps, of which the first two{' of each transformer' * (len(found.schedule.components) > 1)} and the "
+            f"last {last} are always at {high}, {left or 'none'} {'is' if left < 2 else 'are'} left to δ: it can save up to "
+            f"{100 * left / steps:.0f} % of the calls from {high} bits"
+        )
     if found.seconds_per_call[low] >= found.seconds_per_call[high]:
         lines.append(
             f"the {low}-bit engine is no faster than the {high}-bit one on this backend: switching saves no time"

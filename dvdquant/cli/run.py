@@ -13,7 +13,7 @@ import click
 
 from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, runs_on, setup_logging
-from dvdquant.cli.paths import EXPORT, MODEL, PATH, TEXT_FILE, WORD
+from dvdquant.cli.paths import EXPORT, LORA, MODEL, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
@@ -62,7 +62,7 @@ GROUPS = {
         "compare",
     ),
     "What to write": ("output", "gif", "strip", "trace", "fps"),
-    "Where it runs": ("pipeline", "backend", "device", "compile"),
+    "Where it runs": ("pipeline", "lora", "backend", "device", "compile"),
 }
 
 
@@ -106,6 +106,7 @@ class RunOptions:
     trace: Path | None
     fps: float | None
     pipeline: str | None
+    lora: tuple[str, ...]
     backend: str
     device: str
     compile: bool
@@ -179,6 +180,14 @@ class RunOptions:
     metavar="PATH",
     help="Folder or hub id with text encoder, VAE, scheduler.  [default: the exported model]",
 )
+@click.option(
+    "--lora",
+    type=LORA,
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="A LoRA to run beside the weights (pytorch backend), in 16 bit. Of a LoRA that the export has: where it is now, for "
+    "--mode 16 and --compare.",
+)
 @runs_on
 @click.option(
     "--compile",
@@ -197,6 +206,7 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
         check_prompt("--negative-prompt", settings.negative_prompt, may_be_empty=True)
     check_options(settings)
 
+    from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.cli.run_outputs import Writer
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import open_generator
@@ -210,16 +220,37 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
         pipeline=settings.pipeline,
         backend=settings.backend,
         device=settings.device,
+        lora=parse_loras(settings.lora),
         compile=settings.compile,
     ) as generator:
         # Every request is checked, and every engine loaded, before the first clip is drawn.
         plan = [[generator.check(r) for r in requests_for(settings, artifact, p)] for p in prompts]
         for request in plan[0]:
+            if words := undecided(request, len(artifact.components)):
+                progress.say(words)
             generator.prepare(request)
         for requests in plan:
             results = [generate_one(generator, request, progress) for request in requests]
             writer.clip(results, generator.fps(len(results[0].frames)), progress)
     writer.finish(artifact, progress)
+
+
+def undecided(request: GenerateRequest, transformers: int) -> str | None:
+    """Return what is said of a clip whose steps leave delta-GBS nothing to decide; None where it has something.
+
+    Args:
+        request: with its steps filled in. transformers: that share the steps.
+    """
+    from dvdquant.deploy.switching.gbs import free_steps
+
+    steps, last = request.steps or 0, request.last_high
+    if request.mode != "switch" or free_steps(steps, last, transformers):
+        return None
+    first = "the first two" if transformers == 1 else f"the first two of each of {transformers} transformers"
+    words = f"{steps} steps: {first} and the last {last} run on the high engine, so delta decides nothing"
+    if last and (least := free_steps(steps, 0, transformers)):
+        words += f"; --last-high 0 leaves it {least}"
+    return words
 
 
 def generate_one(generator: Generator, request: GenerateRequest, progress: Progress) -> GenerateResult:

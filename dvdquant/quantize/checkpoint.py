@@ -31,6 +31,7 @@ from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_io import StreamingWriter, TensorInfo
 
 if TYPE_CHECKING:
+    from dvdquant.checkpoint.formats.stored import ShardTensor
     from dvdquant.checkpoint.reader import Checkpoint
 
 __all__ = [
@@ -188,13 +189,13 @@ def quantize_checkpoint(
         return PackedWeights(files.places, entries, tuple(layers), tuple(nonfinite))
 
 
-def reading_bytes(info: TensorInfo) -> int:
-    """Return the bytes of memory that one tensor takes while it is read: fp8 lies beside its copy in bf16.
+def reading_bytes(info: ShardTensor) -> int:
+    """Return the bytes of memory that one tensor takes while it is read.
 
     Args:
         info: The tensor's entry in its file.
     """
-    return info.nbytes * (3 if info.dtype.startswith("F8") else 1)
+    return info.reading_bytes
 
 
 def left_out_text(checkpoint: Checkpoint, names: list[str]) -> str:

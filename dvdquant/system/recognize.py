@@ -19,6 +19,8 @@ __all__ = [
     "BLOCK_SCALED",
     "CONTENTS",
     "FOLDERS",
+    "PICKLED_FILE",
+    "PREFIXES",
     "SNIFFED",
     "TENSORS",
     "Found",
@@ -31,15 +33,16 @@ __all__ = [
 
 SNIFFED = 1 << 16
 """Bytes of the start of a file that :func:`recognize_bytes` wants."""
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.")
+"""What ComfyUI puts before the names of a transformer."""
 MAX_NAMES = 20_000
 MAX_LENGTH = 300
 
 _ORIGINAL = "use the model's 16-bit checkpoint in diffusers format"
-_DIFFUSERS = "get the repository whose name ends in -Diffusers, or convert the file"
-_CONVERT_SINGLE = "diffusers.{cls}.from_single_file(FILE).save_pretrained(FOLDER), then give FOLDER"
 _DOWNLOAD = "download it again (hf download ORG/NAME --local-dir FOLDER)"
-_PICKLE = (
-    "convert them in a place you trust: from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
+PICKLED_FILE = (
+    "convert it in a place you trust, and give the new file: d = torch.load(FILE, weights_only=True, map_location='cpu'); "
+    "safetensors.torch.save_file({k: v.clone() for k, v in d.get('module', d).items()}, 'FILE.safetensors')"
 )
 
 # Codes of the safetensors format that only parts of block-scaled weights have.
@@ -70,7 +73,7 @@ class Found:
 
 # Name -> (a regular expression that the first bytes match, the format).
 CONTENTS: dict[str, tuple[re.Pattern[bytes], Found]] = {
-    "gguf": (re.compile(rb"GGUF"), Found("a GGUF file, whose weights are already quantized", _ORIGINAL)),
+    "gguf": (re.compile(rb"GGUF"), Found("a GGUF file", "name it NAME.gguf and give that file as MODEL")),
     "git-lfs": (
         re.compile(rb"version https://git-lfs"),
         Found("a pointer of Git LFS, not the weights themselves", f"run git lfs pull in that folder, or {_DOWNLOAD}"),
@@ -85,9 +88,9 @@ CONTENTS: dict[str, tuple[re.Pattern[bytes], Found]] = {
     ),
     "zip-pickle": (
         re.compile(rb"PK\x03\x04"),
-        Found("a zip archive, as PyTorch saves pickled weights, which run code when loaded", _PICKLE),
+        Found("a zip archive, as PyTorch saves pickled weights, which run code when loaded", PICKLED_FILE),
     ),
-    "pickle": (re.compile(rb"\x80[\x02-\x05]"), Found("a pickle, which runs code when loaded", _PICKLE)),
+    "pickle": (re.compile(rb"\x80[\x02-\x05]"), Found("a pickle, which runs code when loaded", PICKLED_FILE)),
     "hdf5": (re.compile(rb"\x89HDF\r\n"), Found("an HDF5 file of Keras or TensorFlow", _ORIGINAL)),
     "gzip": (re.compile(rb"\x1f\x8b"), Found("a gzip archive", "unpack it and give the folder")),
     "zstd": (re.compile(rb"\x28\xb5\x2f\xfd"), Found("a zstd archive", "unpack it and give the folder")),
@@ -119,10 +122,8 @@ def _any(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-_LORA_FIX = (
-    "fuse it into its model: pipe.load_lora_weights(LORA); pipe.fuse_lora(); pipe.unload_lora_weights(); "
-    "pipe.transformer.save_pretrained(FOLDER)"
-)
+_LORA_FIX = "give the model that it changes as MODEL, and this file with --lora FILE[:SCALE]"
+_OTHER_FIX = "fuse it into its model with the tool that trained it, and give the folder of the whole model"
 _STRIP = "save it without the prefix: save_file({{k.removeprefix({0!r}): v for k, v in tensors.items()}}, FILE)"
 
 # Name -> (patterns that all must be found among the names, the format). The order matters: a quantized format that has
@@ -158,14 +159,6 @@ TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
             "an MXFP8 or block-scaled fp8 checkpoint: its weights mean nothing without their block scales", _ORIGINAL
         ),
     ),
-    "comfy-quant": (
-        (_any(r"(^|\.)comfy_quant$"),),
-        Found("a checkpoint quantized for ComfyUI", _ORIGINAL),
-    ),
-    "fp8-scaled": (
-        (_any(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale)$"),),
-        Found("an fp8-scaled checkpoint: its weights mean nothing without their scales", _ORIGINAL),
-    ),
     "peft": (
         (_any(r"\.base_layer\.(weight|bias)$"),),
         Found(
@@ -176,7 +169,7 @@ TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
     ),
     "dora": (
         (_any(r"(\.dora_scale$|lora_magnitude_vector)"),),
-        Found("a DoRA (a LoRA with magnitudes), not a model", _LORA_FIX),
+        Found("a DoRA (a LoRA with magnitudes), not a model", _OTHER_FIX),
     ),
     "lora": (
         (
@@ -188,35 +181,14 @@ TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
     ),
     "lokr-loha": (
         (_any(r"\.(lokr_w[12](_[ab])?|hada_[wt][12](_[ab])?|oft_blocks|diff(_b|_m)?)$"),),
-        Found("changes to a model (LoKr, LoHa or differences), not a model", _LORA_FIX),
+        Found(
+            "changes to a model (LoKr, LoHa or differences), not a model",
+            f"{_LORA_FIX}; it takes differences, and a LoKr or LoHa is fused by the tool that trained it",
+        ),
     ),
     "alpha": (
         (_any(r"^(?=.{0,400}(attn|attention|ffn|ff|mlp|to_[qkv]|linear)).*\.alpha$"),),
         Found("a LoRA or a model with parts of one (.alpha)", _LORA_FIX),
-    ),
-    "all-in-one": (
-        (
-            _any(r"^model\.diffusion_model\."),
-            _any(r"^(vae|first_stage_model|text_encoders|cond_stage_model|conditioner)\."),
-        ),
-        Found(
-            "an all-in-one checkpoint (transformer, VAE and text encoder in one file)",
-            _CONVERT_SINGLE.format(cls="<class of the transformer>"),
-        ),
-    ),
-    "model.diffusion_model.": (
-        (_any(r"^model\.diffusion_model\."),),
-        Found(
-            "a transformer as ComfyUI and the original authors save it (prefix model.diffusion_model.)",
-            _CONVERT_SINGLE.format(cls="<class of the transformer>"),
-        ),
-    ),
-    "diffusion_model.": (
-        (_any(r"^diffusion_model\."),),
-        Found(
-            "a transformer as ComfyUI saves it (prefix diffusion_model.)",
-            _CONVERT_SINGLE.format(cls="<class of the transformer>"),
-        ),
     ),
     "base_model.model.": (
         (_any(r"^base_model\.model\."),),
@@ -244,27 +216,6 @@ TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
         )
         for prefix in ("transformer.", "model.", "dit.", "net.", "state_dict.", "ema.", "student.")
     },
-    "wan-original": (
-        (_any(r"^blocks\.\d+\.(self_attn|cross_attn)\.[qkvo]\.weight$"),),
-        Found(
-            "a Wan transformer with the names of its authors, not those of diffusers",
-            f"{_DIFFUSERS}: {_CONVERT_SINGLE.format(cls='WanTransformer3DModel')}",
-        ),
-    ),
-    "hunyuan-original": (
-        (_any(r"^double_blocks\.\d+\.img_attn_qkv\."),),
-        Found(
-            "a HunyuanVideo transformer with the names of its authors, not those of diffusers",
-            f"{_DIFFUSERS}: {_CONVERT_SINGLE.format(cls='HunyuanVideoTransformer3DModel')}",
-        ),
-    ),
-    "ltx-original": (
-        (_any(r"^patchify_proj\.weight$"),),
-        Found(
-            "an LTX transformer with the names of its authors, not those of diffusers",
-            f"{_DIFFUSERS}: {_CONVERT_SINGLE.format(cls='LTXVideoTransformer3DModel')}",
-        ),
-    ),
     "cogvideox-original": (
         (_any(r"^(model\.diffusion_model\.)?transformer\.layers\.\d+\.attention\.(query_key_value|dense)\."),),
         Found(
@@ -273,8 +224,13 @@ TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
         ),
     ),
     "flux": (
-        (_any(r"^(double_blocks\.\d+\.img_attn\.qkv\.|joint_blocks\.\d+\.)"),),
-        Found("an image model (FLUX or Stable Diffusion 3)", "give a video model"),
+        # ComfyUI names the blocks of HunyuanVideo alike; its text input has blocks of its own.
+        (_any(r"^double_blocks\.\d+\.img_attn\.qkv\."), _any(r"^txt_in\.(weight|bias)$")),
+        Found("an image model (FLUX)", "give a video model"),
+    ),
+    "sd3": (
+        (_any(r"^joint_blocks\.\d+\."),),
+        Found("an image model (Stable Diffusion 3)", "give a video model"),
     ),
     "unet": (
         (
@@ -301,12 +257,13 @@ TENSORS: dict[str, tuple[tuple[re.Pattern[str], ...], Found]] = {
 
 
 def recognize_tensors(names: Iterable[str]) -> Found | None:
-    """Return the foreign format that these names of tensors belong to, or None if they fit no known format.
+    """Return the foreign format that these names of tensors belong to, or None; ComfyUI's prefixes do not hide it.
 
     Args:
         names: The names of the tensors. Only the first ``MAX_NAMES`` count.
     """
     wanted = [name[-MAX_LENGTH:] if len(name) > MAX_LENGTH else name for name in islice(names, MAX_NAMES)]
+    wanted += [name.removeprefix(prefix) for prefix in PREFIXES for name in wanted if name.startswith(prefix)]
     for patterns, found in TENSORS.values():
         if all(any(map(pattern.search, wanted)) for pattern in patterns):
             return found
@@ -340,22 +297,19 @@ def _ends(names: Iterable[str], *endings: str) -> str | None:
     return next((name for name in names if name.lower().endswith(endings)), None)
 
 
-_WAN_22 = Found(
-    "Wan 2.2 in the format of its authors (high_noise_model/, low_noise_model/)",
-    "get the diffusers repository (Wan-AI/Wan2.2-T2V-A14B-Diffusers)",
+_WAN_21 = Found(
+    "Wan in the format of its authors, without its weights in safetensors",
+    "get the diffusers repository (Wan-AI/Wan2.1-T2V-1.3B-Diffusers)",
 )
-_WAN_21 = Found("Wan in the format of its authors", "get the diffusers repository (Wan-AI/Wan2.1-T2V-1.3B-Diffusers)")
 _ADAPTER = Found("a LoRA folder of PEFT, not a model", _LORA_FIX)
 _HUNYUAN = Found(
     "HunyuanVideo in the format of its authors",
     "get the diffusers repository (hunyuanvideo-community/HunyuanVideo)",
 )
-_GGUF = Found("a folder of GGUF files, whose weights are already quantized", _ORIGINAL)
 _INTERRUPTED = Found("a download that was interrupted", f"finish it: {_DOWNLOAD}")
 
 # Name -> (a function that says if the names in a folder fit, the format), for folders that cannot be opened as a model.
 FOLDERS: dict[str, tuple[Any, Found]] = {
-    "wan 2.2 original": (lambda names: _holds(names, "high_noise_model", "low_noise_model"), _WAN_22),
     "wan original": (
         lambda names: any(
             re.fullmatch(r"(Wan2\.\d_VAE|models_t5_umt5-xxl-enc-bf16)\.(pth|safetensors)", n) for n in names
@@ -365,7 +319,6 @@ FOLDERS: dict[str, tuple[Any, Found]] = {
     "hunyuan original": (lambda names: _holds(names, "hunyuan-video-t2v-720p"), _HUNYUAN),
     "peft folder": (lambda names: bool({"adapter_config.json", "adapter_model.safetensors"} & set(names)), _ADAPTER),
     "lora file": (lambda names: "pytorch_lora_weights.safetensors" in names, _ADAPTER),
-    "gguf folder": (lambda names: _ends(names, ".gguf") is not None, _GGUF),
     "interrupted": (
         lambda names: _ends(names, ".incomplete", ".crdownload", ".aria2", ".part") is not None,
         _INTERRUPTED,
@@ -399,8 +352,11 @@ def recognize_config(config: Mapping[str, Any]) -> Found | None:
     name = config.get("_class_name")
     name = name if isinstance(name, str) else ""
     kind, architectures = config.get("model_type"), config.get("architectures")
-    if name == "WanModel" or (not name and kind in ("t2v", "i2v", "ti2v", "flf2v", "vace", "s2v", "animate")):
-        return _WAN_21
+    if re.fullmatch(r"(Vace)?WanModel(_\w+)?", name) or (not name and kind in ("vace", "s2v", "animate")):
+        return Found(
+            f"a relative of Wan in the format of its authors ({name or 'WanModel'}, model_type {json.dumps(kind):.40})",
+            "give text to video or image to video of Wan 2.1 or 2.2",
+        )
     if re.match(r"(Asymmetric|Consistency)?Autoencoder|VQModel|AutoencoderTiny", name):
         return Found(f"the VAE {name:.80}, not a transformer", "give the pipeline's folder, or its transformer/")
     if _IMAGE.fullmatch(name):

@@ -167,7 +167,7 @@ def test_second_transformer_is_checked_before_the_first_is_exported(model: Path,
     ("argument", "named"),
     [
         ("/nowhere/at/all", ["/nowhere/at/all", "holds"]),
-        ("FILE", ["is a file", "config.json"]),
+        ("FILE", ["config.json", "not a usable safetensors file"]),
         ("", ["no model"]),
         ("a\0b", ["no model"]),
         ("../" * 40 + "etc", ["etc"]),
@@ -176,7 +176,7 @@ def test_second_transformer_is_checked_before_the_first_is_exported(model: Path,
     ],
 )
 def test_model_argument(argument: str, named: list[str], model: Path, tmp_path: Path) -> None:
-    argument = str(model / SINGLE) if argument == "FILE" else argument
+    argument = str(model / "config.json") if argument == "FILE" else argument
     refused(run(argument, "-o", tmp_path / "out"), *named)
     assert not (tmp_path / "out").exists()
 

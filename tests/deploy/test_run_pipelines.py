@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation.generate import GenerateRequest, generate
+from dvdquant.deploy.generation.generate import GenerateRequest, generate, open_generator
 from tests.support.commands import refused
+from tests.support.lora_files import blocks, low_rank, write_peft
 from tests.support.running import decode, drawn, run, wan_pipeline
 
 
@@ -49,6 +52,26 @@ def test_pipeline_generates_what_diffusers_does() -> None:
     size = {"num_frames": 5, "height": 32, "width": 32, "max_sequence_length": 12}
     frames = pipe("a red cat", num_inference_steps=3, generator=generator, output_type="np", **size).frames[0]
     assert np.array_equal(made.frames, np.rint(np.clip(frames.astype(np.float64), 0, 1) * 255).astype(np.uint8))
+
+
+def test_defaults_of_a_distilled_export_and_a_lora_beside_it(tmp_path: Path) -> None:
+    """A pipeline takes the recorded steps and guidance; its 16-bit model gets the LoRA that the export does not have."""
+    out, folder = wan_pipeline()
+    artifact = Artifact.open(out)
+    distilled = dataclasses.replace(artifact.manifest, sampling={"steps": 4, "guidance": 1.0})
+    path = write_peft(tmp_path / "lora.safetensors", low_rank(folder / "transformer", blocks(folder / "transformer")))
+    loras = [LoraSpec(path, 0.5)]
+    with open_generator(
+        dataclasses.replace(artifact, manifest=distilled), pipeline=folder, backend="pytorch", device="cpu", lora=loras
+    ) as generator:
+        request = generator.check(GenerateRequest("a red cat", mode="a8"))
+        assert (request.steps, request.guidance) == (4, 1.0)
+        assert generator.check(GenerateRequest("a red cat", steps=7, guidance=3.0)).steps == 7
+        made = [generator.generate(dataclasses.replace(request, mode=mode)) for mode in ("16", "a8")]
+    assert all(len(one.trace) == 4 for one in made)
+    assert made[1].executed["lora"] == [{"path": str(path), "scale": 0.5}]
+    plain = generate(artifact, dataclasses.replace(request, mode="16"), pipeline=folder)
+    assert not np.array_equal(made[0].latents, plain.latents)
 
 
 def _no(*parts: str) -> Callable[[Path], Any]:

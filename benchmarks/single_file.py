@@ -1,0 +1,117 @@
+"""What an export takes from a single file in fp8 with scales, beside the same weights as a diffusers folder in bf16.
+
+    python benchmarks/single_file.py benchmarks/configs/wan2.1-14b.json /var/tmp/wan-14b --limit-gib 8
+    python benchmarks/single_file.py benchmarks/configs/wan2.1-14b.json /var/tmp/wan-2 --layers 2 --recipe weights-only
+
+writes both below the folder, where they are not there yet (the 14B takes 42 GB), and runs benchmarks/export.py on each. The
+file has the names that its authors gave and ComfyUI's prefix. Further options go to ``dvdq-export``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+from dvdquant.checkpoint.reader import open_checkpoint
+
+HERE = Path(__file__).parent
+PREFIX = "model.diffusion_model."
+WORDS = (
+    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("condition_embedder.time_proj", "time_projection.1"),
+    (".attn1.", ".self_attn."),
+    (".attn2.", ".cross_attn."),
+    (".to_out.0.", ".o."),
+    (".to_q.", ".q."),
+    (".to_k.", ".k."),
+    (".to_v.", ".v."),
+    ("proj_out", "head.head"),
+    (".ffn.net.0.proj.", ".ffn.0."),
+    (".ffn.net.2.", ".ffn.2."),
+    (".scale_shift_table", ".modulation"),
+    (".norm2.", ".norm3."),
+)
+
+
+def authors_name(name: str) -> str:
+    """Return the name that Wan's authors gave a tensor of diffusers."""
+    if name == "scale_shift_table":
+        return "head.modulation"
+    for ours, theirs in WORDS:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def write_scaled(folder: Path, file: Path) -> None:
+    """Write the weights of a folder as a single file: the linear layers of blocks in fp8 with one scale each."""
+    checkpoint = open_checkpoint(folder)
+    plan: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    names = {name: PREFIX + authors_name(name) for name in checkpoint.tensors}
+    scaled = {
+        name for name, info in checkpoint.tensors.items() if name.startswith("blocks.") and is_matrix(name, info.shape)
+    }
+    for name, info in checkpoint.tensors.items():
+        plan.append((names[name], torch.float8_e4m3fn if name in scaled else torch.bfloat16, info.shape))
+        if name in scaled:
+            plan.append((names[name].replace(".weight", ".scale_weight"), torch.float32, (1,)))
+    with file.open("wb") as output:
+        output.write(header(plan))
+        for name in checkpoint.tensors:
+            value = checkpoint.read(name)
+            if name in scaled:
+                scale = value.abs().max().float().reshape(1) / 448
+                value = (value.float() / scale).to(torch.float8_e4m3fn)
+            output.write(value.contiguous().view(torch.uint8).numpy().data)
+            if name in scaled:
+                output.write(scale.numpy().data)
+
+
+def header(plan: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """Return the header of a safetensors file without padding between tensors, as other programs write it."""
+    codes = {torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
+    entries, offset = {}, 0
+    for name, dtype, shape in plan:
+        end = offset + dtype.itemsize * torch.Size(shape).numel()
+        entries[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the weight of a linear layer."""
+    return name.endswith(".weight") and len(shape) == 2
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--layers", type=int, help="Blocks, fewer than the configuration has.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def main(config: Path, folder: Path, layers: int | None, options: tuple[str, ...]) -> None:
+    """Write the checkpoint of CONFIG into FOLDER in both forms, export each, and print what each took."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(config.read_text())
+    settings["num_layers"] = layers or settings["num_layers"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    plain, file = folder / "bf16", folder / "fp8" / "wan_fp8_scaled.safetensors"
+    if not plain.exists():
+        subprocess.run([sys.executable, HERE / "make_checkpoint.py", folder / "config.json", plain], check=True)
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        write_scaled(plain, file)
+    for model in (file, plain):
+        command = [sys.executable, HERE / "export.py", model, "--target", "graphs", *options]
+        subprocess.run([str(word) for word in command], check=True)
+
+
+if __name__ == "__main__":
+    main()
