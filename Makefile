@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: help venv demo test stress variants lint format docs clean plugin gpu-check kernels kernels-check
+.PHONY: help venv demo test stress variants lint lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -80,6 +80,9 @@ stress: $(INSTALLED_TEST)
 VARIANTS ?=
 variants: $(INSTALLED_TEST)
 	$(BIN)/python tests/support/run_variants.py $(VARIANTS)
+
+lengths:
+	@$(PYTHON) tests/support/report_lengths.py
 
 format: $(INSTALLED_TEST)
 	$(BIN)/ruff check --fix .
