@@ -34,7 +34,8 @@ def onnx_summary(path: Path, detail: Literal["basic", "layers", "attrs"] = "basi
 
     Args:
         path: The ONNX file.
-        detail: ``layers`` adds every node, ``attrs`` adds their attributes too.
+        detail: ``basic``, or the thing that Polygraphy shows besides: ``layers`` (every node) or ``attrs`` (their
+            attributes).
 
     Raises:
         EngineError: Polygraphy is missing or cannot read the file.
