@@ -135,7 +135,9 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         options: The options of the export.
 
     Raises:
-        DvdquantError: Something is wrong that would make the export fail later and can be known now.
+        UnsupportedError: An option, the model or a layer is not supported, or no layer is left to quantize.
+        EngineError: An engine builder is missing, or the TensorRT target has no plugin library.
+        DvdquantError: Something else is wrong that would make the export fail later and can be known now.
     """
     # 1. Check the options that need no checkpoint.
     check_sms(options.sms)
@@ -230,7 +232,9 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
         write_report: The writer of the report, needed where the options ask for one.
 
     Raises:
-        DvdquantError: The export failed. The output folder is as it was. Finished steps are kept for ``--resume``,
+        UnsupportedError: The options ask for a report, and there is no writer.
+        ResourceError: Disk or memory is too small or gets full.
+        DvdquantError: The export failed in another way. The output folder is as it was. Finished steps are kept for ``--resume``,
             unless the checkpoint is at fault.
     """
     # 1. Check what can fail before the work.

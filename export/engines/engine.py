@@ -131,6 +131,10 @@ def _build(
         log_file: A file for the builder's log, or None.
         progress: Show a bar on stderr.
         alive: A function of seconds since the start and seconds of silence.
+
+    Raises:
+        EngineError: The process fails, or leaves no engine.
+        DvdquantError: The process reported an error of this kind.
     """
     with tempfile.TemporaryDirectory(prefix=".dvdq-build-", dir=engine.parent) as scratch:
         folder = Path(scratch)

@@ -31,7 +31,7 @@ def nvfp4_weight(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray, float]:
 
     Returns:
         The packed e2m1 codes, uint8 [N, K/2] (low nibble = even k), the block scales [N, K/16] as e4m3 (ml_dtypes), and
-            amax of ``weight`` (1 for an all-zero tensor).
+        amax of ``weight`` (1 for an all-zero tensor).
     """
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
