@@ -105,9 +105,10 @@ class Reference:
         return Free(same_dtype, exact, flips / max(1, sum(c.numel() for c in codes)))
 
     def led(self, inputs: Mapping[str, Tensor], ys: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Run the models with the given outputs of every quantized layer: first in the model's dtype, then in float64.
+        """Yield the values of both models where every quantized layer has a given output.
 
-        Nothing is rounded to codes on the way, so nothing is chaotic.
+        The first values are in the model's dtype, the second ones in float64. Nothing is rounded to codes on the way,
+        so nothing is chaotic.
 
         Args:
             inputs: The inputs of the graph by name.

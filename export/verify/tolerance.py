@@ -93,8 +93,7 @@ class Judged:
     def worst(self, got: Tensor) -> tuple[float, float, float]:
         """Return (|got − y| / bound, |got − y|, bound) of the element where the first number is largest.
 
-        The first number is at most 1 if the executor is right. It is infinite for a NaN out of nothing and for another
-        shape.
+        The first number is at most 1 if the executor is right. It is infinite for NaN and for another shape.
 
         Args:
             got: The output of the executor [..., N].
