@@ -213,7 +213,7 @@ def _run(
                 fix="free memory, or end other processes, and run the same command with --resume",
             ) from error
         try:
-            # 2. Read its output until it closes it.
+            # 2. Read its output until the process closes it.
             watch = _Watch(process, log)
             lines = _lines(process)
             while True:

@@ -123,7 +123,7 @@ class EngineStage:
         return path
 
     def _lower(self, source: Path, engine: EnginePlan) -> Path:
-        """Write the graph with standard operators only, and return its path.
+        """Write the graph as it is lowered for its realization, and return its path.
 
         The weights that it derives are the same at every bit-width, so they are written once.
         """
