@@ -28,8 +28,8 @@ TRACE_BYTES_PER_LAYER = 1000 << 10
 # Weights a second on two cores, for everything but the search of the grid: reading, rotating, packing, hashing and
 # errors. The refined rate includes the rounding with feedback.
 HANDLED_WEIGHTS_PER_SECOND, REFINED_WEIGHTS_PER_SECOND, REFINED_SECONDS_PER_LAYER = 108e6, 74e6, 0.045
-# The rate of the search, measured by benchmarks/quantize.py on rotated weights: (real zero-point, group size) -> million
-# weights a second.
+# The rate of the search in million weights a second, by (real zero-point, group size). It was measured by
+# benchmarks/quantize.py on rotated weights.
 _SEARCHED = {(True, 0): 33, (True, 128): 40, (True, 64): 32, (True, 32): 19, (True, 16): 11}
 _SEARCHED |= {(False, 0): 130, (False, 128): 94, (False, 64): 78, (False, 32): 52, (False, 16): 36}
 _SOLVED = {"paper": 157e6, "minmax": 640e6}

@@ -234,8 +234,8 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
     Raises:
         UnsupportedError: The options ask for a report, and there is no writer.
         ResourceError: Disk or memory is too small or gets full.
-        DvdquantError: The export failed in another way. The output folder is as it was. Finished steps are kept for ``--resume``,
-            unless the checkpoint is at fault.
+        DvdquantError: The export failed in another way. The output folder is as it was. Finished steps are kept for
+            ``--resume``, unless the checkpoint is at fault.
     """
     # 1. Check what can fail before the work.
     options = plan.options

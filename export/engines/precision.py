@@ -1,6 +1,6 @@
 """The frozen table from (backend, SM, activation grid) to the realization that really executes, and its plain words.
 
-Every entry of the RTX table was built, and the operand types were read out of the builder's own listing.
+A test builds every entry of the RTX table and reads the operand types out of the builder's own listing.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def choose_realization(backend: str, sm: str, activation: ActivationSpec, overri
 
 
 def check_sms(sms: Iterable[str]) -> None:
-    """Refuse a compute capability that no backend has, even where no engine is built for it, because it is a typo.
+    """Refuse a compute capability that no backend has, also where no engine is built; it is a typo there as well.
 
     Args:
         sms: The compute capabilities, such as "8.9".

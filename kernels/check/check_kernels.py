@@ -241,8 +241,8 @@ def _check_tokens(
     kernels, path = bench.kernels, bench.kernels.plan(layer).path
     codes, scales, sums = kernels.rotate_quantize(layer, x, packed.outer)
     y = kernels.linear_gemm(layer, codes, scales, sums, prepared)
-    # If there are many tokens, some are compared: most GPUs do float64 at a 64th of fp32's rate. The NaN poison shows if
-    # not all of y was written.
+    # If there are many tokens, some are compared: most GPUs do float64 at a 64th of fp32's rate. The NaN poison shows
+    # if not all of y was written.
     some = _near_edges(len(x))
     verdict = check_codes(layer, packed, path, x[some], codes[some], scales[:, some], sums[:, some])
     tally.add(f"{path}: codes, scales, sums", verdict, where)

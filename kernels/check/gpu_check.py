@@ -2,8 +2,8 @@
 
     python kernels/check/gpu_check.py [--out FOLDER] [--seconds 480]
 
-It builds the library if there is none, runs every check, prints one row each, writes ``FOLDER/<date>-<gpu>.md`` and exits
-1 if anything failed. It needs torch with CUDA and numpy. Anything else that is missing (diffusers, pytest,
+It builds the library if there is none, runs every check, prints one row each, writes ``FOLDER/<date>-<gpu>.md`` and
+exits 1 if anything failed. It needs torch with CUDA and numpy. Anything else that is missing (diffusers, pytest,
 compute-sanitizer) is a row that says "not run".
 """
 
