@@ -40,12 +40,22 @@ SM = 90
 
 @torch.library.custom_op("dvdquant_bench::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Stand for the attention library: [B, S, H, d] each, the shape of q out."""
+    """Stand for the attention library.
+
+    Args:
+        q: The queries [B, S, H, d].
+        k: The keys, in the same form.
+        v: The values, in the same form.
+
+    Returns:
+        A tensor of the shape of q.
+    """
     return torch.empty_like(q)
 
 
 @attention.register_fake
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return a tensor of the shape of q, for traces."""
     return torch.empty_like(q)
 
 
@@ -53,7 +63,14 @@ class TracedLayer(QuantLinear):
     """A quantized layer in a trace: its prepared tensors are buffers, and its forward is the operation alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
+        """Compute the layer.
+
+        Args:
+            x: The input [..., K].
+
+        Returns:
+            The output [..., N].
+        """
         y: Tensor = prepared_linear(x, self.outer, self.prepared, self.pre_quant, *self.constants)
         return y
 
@@ -62,10 +79,10 @@ def wan_block(width: int, ffn: int, heads: int, bits: int) -> nn.Module:
     """Return one block of a quantized Wan with placeholders for its weights.
 
     Args:
-        width: channels of the model.
-        ffn: channels inside of the feed-forward network.
-        heads: attention heads.
-        bits: of the activations.
+        width: The channels of the model.
+        ffn: The channels inside of the feed-forward network.
+        heads: The number of attention heads.
+        bits: The bits of the activations.
     """
     config = {
         "_class_name": "WanTransformer3DModel", "num_layers": 1, "num_attention_heads": heads,
@@ -104,7 +121,15 @@ def wan_block(width: int, ffn: int, heads: int, bits: int) -> nn.Module:
 def trace(
     block: nn.Module, width: int, heads: int, tokens: int, text: int
 ) -> tuple[torch.fx.GraphModule, list[Tensor]]:
-    """Return the block's graph and its inputs, on a CUDA device that is not there."""
+    """Return the block's graph and its inputs, on a CUDA device that is not there.
+
+    Args:
+        block: The block; see :func:`wan_block`.
+        width: The channels of the model.
+        heads: The number of attention heads.
+        tokens: The number of video tokens.
+        text: The number of text tokens.
+    """
     import diffusers.models.transformers.transformer_wan as wan
     from torch._inductor.compile_fx import _recursive_post_grad_passes
     from torch._inductor.decomposition import select_decomp_table
@@ -112,8 +137,10 @@ def trace(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def of_cpu(tensor: Tensor) -> Tensor:
+        """Return a fake tensor of the same shape and dtype on the CPU."""
         return torch.empty(tensor.shape, dtype=tensor.dtype)
 
+    # 1. Make fake inputs and weights on the CPU.
     mode = FakeTensorMode()
     with mode:
         weights = {n: of_cpu(t) for n, t in (*block.named_parameters(), *block.named_buffers())}
@@ -127,11 +154,14 @@ def trace(
             *weights.values(),
         ]
 
+    # 2. Trace the block, with attention as an opaque operation.
     def call(x: Tensor, words: Tensor, time: Tensor, cosines: Tensor, sines: Tensor, *values: Tensor) -> Tensor:
+        """Run the block with the given weights."""
         y: Tensor = torch.func.functional_call(block, dict(zip(weights, values)), (x, words, time, (cosines, sines)))
         return y
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Stand for diffusers' attention."""
         y: Tensor = attention(q, k, v)
         return y
 
@@ -142,7 +172,9 @@ def trace(
         with V.set_fake_mode(mode):
             _recursive_post_grad_passes(graph, is_inference=True)
 
+    # 3. Move the graph to the GPU that is not there.
     def to_cuda(value: Any) -> Any:
+        """Return the value with its tensors on the GPU that is not there."""
         if isinstance(value, Tensor):
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
         return type(value)(map(to_cuda, value)) if isinstance(value, (tuple, list)) else value
@@ -195,7 +227,12 @@ def pretended_gpu() -> Iterator[None]:
 
 
 def triton_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> tuple[str, int]:
-    """Return the Python that inductor would run for the graph, and the bytes that its own kernels read and write."""
+    """Return the Python that inductor would run for the graph, and the bytes that its own kernels read and write.
+
+    Args:
+        graph: The graph; see :func:`trace`.
+        inputs: Its inputs.
+    """
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V

@@ -1,4 +1,4 @@
-"""What an export takes, measured: wall time, peak memory of all its processes, output size; beside the dry run's estimate.
+"""Measure an export: wall time, peak memory of all its processes and output size, beside the dry run's estimate.
 
     python benchmarks/export.py out/wan-1.3b --sm 8.9
     python benchmarks/export.py out/hunyuan --target graphs --modulation a8 --limit-gib 8
@@ -29,7 +29,15 @@ INTERVAL = 0.1  # seconds between two looks at the memory of the process tree
 
 
 class MemoryWatch(threading.Thread):
-    """Peak resident memory of a process and its children, in bytes: own pages, and with mapped file pages."""
+    """A thread that watches the peak resident memory of a process and its children.
+
+    Args:
+        pid: The id of the process.
+
+    Attributes:
+        peak: The peak with mapped file pages, in bytes.
+        peak_private: The peak of own pages, in bytes.
+    """
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -57,7 +65,13 @@ class MemoryWatch(threading.Thread):
 
 
 def command(checkpoint: Path, out: Path, options: tuple[str, ...]) -> list[str]:
-    """The export's command line."""
+    """Return the export's command line.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+        out: The output folder.
+        options: More options of dvdq-export.
+    """
     return [
         sys.executable,
         "-m",
@@ -72,16 +86,27 @@ def command(checkpoint: Path, out: Path, options: tuple[str, ...]) -> list[str]:
 
 
 def estimate(checkpoint: Path, out: Path, options: tuple[str, ...]) -> dict[str, Any]:
-    """What ``--dry-run`` says."""
+    """Return the estimate of ``--dry-run``.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+        out: The output folder.
+        options: More options of dvdq-export.
+    """
     run = subprocess.run([*command(checkpoint, out, options), "--dry-run"], capture_output=True, text=True, check=True)
     plan: dict[str, Any] = json.loads(run.stdout)
     return plan["estimate"]
 
 
 def limited(limit_gib: float | None) -> Any:
-    """A function for the child: a hard limit on its heap (RLIMIT_DATA), inherited by the builder processes."""
+    """Return a function for the child that sets a hard limit on its heap; the builder processes inherit it.
+
+    Args:
+        limit_gib: The limit (RLIMIT_DATA) in GiB; None sets none.
+    """
 
     def apply() -> None:
+        """Set the limit."""
         if limit_gib is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gib * 2**30),) * 2)
 
@@ -130,7 +155,19 @@ def report(
     load: float,
     limit_gib: float | None,
 ) -> str:
-    """A Markdown table."""
+    """Return a Markdown table.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+        options: The options of dvdq-export.
+        predicted: The estimate of the dry run.
+        stages: The time of each stage in seconds.
+        seconds: The time of the whole export.
+        watch: The memory of its processes.
+        stored: The size of the output in bytes.
+        load: The load of the machine before.
+        limit_gib: The limit of the heap in GiB, or None.
+    """
     source = predicted["source_bytes"]
     rows = [
         ("time, s", f"{seconds:.0f}", f"{sum(predicted['seconds'].values()):.0f}"),

@@ -23,9 +23,13 @@ POOL = (1 << 25) + 39  # a length that no row length divides
 
 
 class HeavyTailed:
-    """Weights [N, K] of variance about 1/K with the kurtosis of t(5), one input channel in a hundred ten times larger.
+    """A source of weights [N, K] of variance about 1/K with the kurtosis of t(5).
 
-    Cut from one pool of random numbers at random places: 26 GB of fresh normal draws would take longer than the export.
+    One input channel in a hundred is ten times larger. Weights are cut from one pool of random numbers at random
+    places: 26 GB of fresh normal draws would take longer than the export.
+
+    Args:
+        seed: The seed of the random numbers.
     """
 
     def __init__(self, seed: int) -> None:
@@ -34,7 +38,11 @@ class HeavyTailed:
         self._pool = values.mul_(values.abs().add_(1)).mul_(0.5).bfloat16()
 
     def draw(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """One tensor, bf16; vectors are norm gains and biases around 1."""
+        """Return one tensor, bf16; vectors are norm gains and biases around 1.
+
+        Args:
+            shape: The shape of the tensor.
+        """
         count = torch.Size(shape).numel()
         flat = torch.empty(count, dtype=torch.bfloat16)
         filled = 0
@@ -51,12 +59,21 @@ class HeavyTailed:
 
 
 def matrix_scale(features: int) -> float:
-    """1/√K."""
+    """Return 1/√K.
+
+    Args:
+        features: K, the number of input channels.
+    """
     return float(features**-0.5)
 
 
 def _write_hollow(path: Path, plan: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
-    """A safetensors file of the right size that occupies its header."""
+    """Write a safetensors file of the right size that occupies only its header.
+
+    Args:
+        path: The file.
+        plan: (name, dtype, shape) of each tensor; the dtype is bf16.
+    """
     header, offset = {}, 0
     for name, _, shape in plan:
         end = offset + 2 * torch.Size(shape).numel()

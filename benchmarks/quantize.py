@@ -1,4 +1,4 @@
-"""Weight quantizers side by side: relative MSE and weights per second on this machine.
+"""Compare weight quantizers: relative MSE and weights per second on this machine.
 
     python benchmarks/quantize.py                       one table, about a minute
     python benchmarks/quantize.py --rows 4096 --features 5120 --repeat 5
@@ -42,13 +42,20 @@ from dvdquant.quantize.gptq import ErrorFeedback
 from dvdquant.recipe import WeightSpec
 from dvdquant.system.devices import DEVICE_WORDS, resolve_device
 
-# Quantizes a weight and returns a function that gives it back; only the first part is timed.
+# A function that quantizes a weight and returns a function that gives it back; only the first part is timed.
 Quantizer = Callable[[Tensor], Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the table; ``bits`` counts codes, scales and zero-points per weight."""
+    """One row of the table.
+
+    Args:
+        name: The name of the quantizer.
+        group: The channels per scale; 0 means the row.
+        bits: A function from K to the bits per weight: codes, scales and zero-points.
+        run: The quantizer.
+    """
 
     name: str
     group: int
@@ -57,12 +64,21 @@ class Entry:
 
 
 def ours(solver: str, zero_point: str, group: int) -> Entry:
+    """Return the row of dvdquant's own quantizer.
+
+    Args:
+        solver: The solver, as in a recipe.
+        zero_point: The kind of the zero-points, as in a recipe.
+        group: The channels per scale; 0 means the row.
+    """
     spec = WeightSpec(group, zero_point, solver)  # type: ignore[arg-type]
 
     def run(w: Tensor) -> Callable[[], Tensor]:
+        """Quantize a weight [N, K], and return a function that gives it back."""
         return quantize_weight(w, spec).dequantize
 
     def bits(features: int) -> float:
+        """Return the bits per weight at K = ``features``."""
         per_group = 8 * bool(group) + 8 * (zero_point == "float")
         return 4 + (32 if zero_point == "float" else 64) / features + per_group / (group or features)
 
@@ -70,13 +86,23 @@ def ours(solver: str, zero_point: str, group: int) -> Entry:
 
 
 def with_gptq(features: int, zero_point: str, group: int, device: torch.device) -> Entry:
-    """The default recipes: the search, then codes rounded with feedback for inputs with moments in blocks of 256."""
+    """Return the row of the default recipes: the search, then codes rounded with feedback.
+
+    The inputs have moments in blocks of 256.
+
+    Args:
+        features: K, the number of input channels.
+        zero_point: The kind of the zero-points, as in a recipe.
+        group: The channels per scale; 0 means the row.
+        device: The device of the weights.
+    """
     plain, size = ours("search", zero_point, group), math.gcd(features, 256)
     falling = torch.randn(2048, size, generator=torch.Generator().manual_seed(0)) * torch.arange(1, size + 1) ** -0.5
     x = rotate(falling, Rotation.for_features(size, "auto"))
     hessian = (x.T @ x / len(x)).to(device).expand(features // size, size, size)
 
     def run(w: Tensor) -> Callable[[], Tensor]:
+        """Quantize a weight [N, K], and return a function that gives it back."""
         gptq = ErrorFeedback(hessian)
         return gptq.round(w, quantize_weight(w, WeightSpec(group, zero_point))).dequantize  # type: ignore[arg-type]
 
@@ -84,7 +110,11 @@ def with_gptq(features: int, zero_point: str, group: int, device: torch.device) 
 
 
 def modelopt_max(group: int) -> Entry:
-    """The calibration and the fake-quantized weight of modelopt's ``INT4_BLOCKWISE_WEIGHT_ONLY_CFG``."""
+    """Return the row of modelopt's ``INT4_BLOCKWISE_WEIGHT_ONLY_CFG``: calibration and the fake-quantized weight.
+
+    Args:
+        group: The channels per scale.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import modelopt.torch.quantization as mtq
@@ -100,6 +130,7 @@ def modelopt_max(group: int) -> Entry:
     }
 
     def run(w: Tensor) -> Callable[[], Tensor]:
+        """Quantize a weight [N, K], and return a function that gives it back."""
         layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta")
         layer.weight = torch.nn.Parameter(w, requires_grad=False)
         with contextlib.redirect_stdout(io.StringIO()):  # it counts its quantizers aloud
@@ -111,10 +142,16 @@ def modelopt_max(group: int) -> Entry:
 
 
 def hqq(group: int, device: torch.device) -> Entry:
-    """HQQ with a real-valued zero-point and fp16 scales, its own defaults otherwise."""
+    """Return the row of HQQ with a real-valued zero-point and fp16 scales, and its own defaults otherwise.
+
+    Args:
+        group: The channels per scale; 0 means the row.
+        device: The device of the weights.
+    """
     from hqq.core.quantize import Quantizer as HQQ  # type: ignore[import-not-found]
 
     def run(w: Tensor) -> Callable[[], Tensor]:
+        """Quantize a weight [N, K], and return a function that gives it back."""
         codes, meta = HQQ.quantize(
             w, nbits=4, group_size=group or w.shape[1], axis=1, device=str(device), compute_dtype=torch.float32
         )
@@ -124,6 +161,14 @@ def hqq(group: int, device: torch.device) -> Entry:
 
 
 def weights(kind: str, rows: int, features: int, seed: int) -> Tensor:
+    """Return a random weight, fp32 [rows, features].
+
+    Args:
+        kind: ``gauss``, ``heavy`` or ``rotated``; see the module.
+        rows: N, the number of output channels.
+        features: K, the number of input channels.
+        seed: The seed of the random numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(rows, features, generator=generator)
     if kind == "gauss":
@@ -137,7 +182,13 @@ def weights(kind: str, rows: int, features: int, seed: int) -> Tensor:
 
 
 def entries(groups: list[int], features: int, device: torch.device) -> list[Entry]:
-    """The rows of the table."""
+    """Return the rows of the table.
+
+    Args:
+        groups: The group sizes; 0 means the row.
+        features: K, the number of input channels.
+        device: The device of the weights.
+    """
     table = []
     for group in groups:
         for zero_point in ("float", "midrise", "symmetric") if group else ("float", "paper", "midrise", "symmetric"):
@@ -151,7 +202,13 @@ def entries(groups: list[int], features: int, device: torch.device) -> list[Entr
 
 
 def measure(entry: Entry, w: Tensor, repeat: int) -> tuple[float, float]:
-    """(relative MSE, best seconds)."""
+    """Return the relative MSE of a quantizer, and its best time in seconds.
+
+    Args:
+        entry: The row.
+        w: The weight, fp32 [N, K].
+        repeat: The number of timed calls, after one that is not counted.
+    """
     best = float("inf")
     for attempt in range(repeat + 1):
         start = time.perf_counter()
@@ -164,7 +221,12 @@ def measure(entry: Entry, w: Tensor, repeat: int) -> tuple[float, float]:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts operations that start a kernel, and the bytes of their operands; an expanded axis counts once."""
+    """A mode that counts operations that start a kernel, and the bytes of their operands; an expanded axis counts once.
+
+    Attributes:
+        bytes: The bytes of the operands so far.
+        operations: The operations so far.
+    """
 
     VIEWS = ("view", "slice", "expand", "transpose", "t", "unsqueeze", "squeeze", "select", "split", "detach", "permute",
              "alias", "unbind", "empty", "empty_like", "diagonal", "as_strided")  # fmt: skip
@@ -185,7 +247,12 @@ class Traffic(TorchDispatchMode):
 
 
 def print_traffic(w: Tensor, groups: list[int]) -> None:
-    """Of :mod:`dvdquant.quantize.backends.torch_grid`, beside what the CUDA kernel of the same search reads and writes."""
+    """Print the traffic of the search in tensor operations, beside that of the CUDA kernel of the same search.
+
+    Args:
+        w: The weight, fp32 [N, K], on the CPU.
+        groups: The group sizes; 0 means the row.
+    """
     print(
         f"{w.shape[0]} x {w.shape[1]}\n{'search':<12}{'group':>6}{'bytes a weight':>16}{'operations':>12}{'kernel':>8}"
     )
@@ -200,6 +267,7 @@ def print_traffic(w: Tensor, groups: list[int]) -> None:
 
 
 def main() -> int:
+    """Print the table, and return the exit status, 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--features", type=int, default=3072)

@@ -1,4 +1,4 @@
-"""Time of one DiT step at real sizes: bf16 against W4A8 and W4A4 on the CUDA kernels, through PyTorch.
+"""Time one DiT step at real sizes: bf16 against W4A8 and W4A4 on the CUDA kernels, through PyTorch.
 
     make kernels
     python benchmarks/step_time.py                        # every case below, a table on stdout and --out
@@ -7,7 +7,7 @@
 A 14-billion-parameter transformer need not be built to know its step: two shallow models of the real width give the time of
 a block and of what is not a block, and the step is extrapolated to the real depth. Weights are random, token counts real.
 Linears, step and memory are given apart, because attention is not quantized and dominates long videos.
-``--engine FILE`` also tries whether this GPU runs a TensorRT-RTX engine, and says what came of it.
+``--engine FILE`` also tries whether this GPU runs a TensorRT-RTX engine, and prints the result.
 ``--device cpu --scale 32`` runs the whole script on toy sizes without a GPU; its times mean nothing.
 """
 
@@ -43,7 +43,14 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration at a video size: latent frames, height, width; text tokens; the depths that are built."""
+    """A configuration at a video size.
+
+    Args:
+        config: The name of a file in ``configs``.
+        latent: The size in latents: frames, height, width.
+        text_tokens: The number of text tokens.
+        depths: The two depths, in blocks, that are built.
+    """
 
     config: str
     latent: tuple[int, int, int]
@@ -52,7 +59,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """``wan2.1-14b 21x90x160``."""
+        """Return the name, such as ``wan2.1-14b 21x90x160``."""
         return f"{self.config} {'x'.join(map(str, self.latent))}"
 
 
@@ -62,20 +69,32 @@ CASES = (
     Case("wan2.1-14b", (21, 90, 160), 512),
     Case("hunyuan-video", (33, 90, 160), 256),
 )
-# Single-stream blocks for every dual-stream one, as in the real model (20 and 40).
+# The number of blocks of each kind per block of depth: two single-stream ones for every dual-stream one, as in the real
+# model (20 and 40).
 DEPTH_KEYS = {"num_layers": 1, "num_single_layers": 2}
 
 
 @dataclass
 class Times:
-    """Milliseconds of a forward pass by flavour, and peak memory in bytes, at one depth."""
+    """The times and the memory at one depth.
+
+    Args:
+        ms: Flavour -> milliseconds of a forward pass.
+        peak: Flavour -> peak memory in bytes.
+    """
 
     ms: dict[str, float] = field(default_factory=dict)
     peak: dict[str, int] = field(default_factory=dict)
 
 
 def shallow(config: dict[str, Any], depth: int, scale: int) -> dict[str, Any]:
-    """``config`` with ``depth`` blocks (and as many of the other kind as keep the proportion), widths divided by ``scale``."""
+    """Return a config of fewer blocks, with the proportion of the two kinds kept.
+
+    Args:
+        config: The config of the model.
+        depth: The number of blocks.
+        scale: The number that widths are divided by.
+    """
     small = {**config, **{key: depth * times for key, times in DEPTH_KEYS.items() if key in config}}
     if scale > 1:
         small["num_attention_heads"] = max(1, config["num_attention_heads"] // scale)
@@ -85,7 +104,12 @@ def shallow(config: dict[str, Any], depth: int, scale: int) -> dict[str, Any]:
 
 
 def fill(model: nn.Module, device: torch.device) -> nn.Module:
-    """Random parameters and packed weights on ``device``, of sizes that keep activations near 1."""
+    """Put random parameters and packed weights into a model, of sizes that keep activations near 1.
+
+    Args:
+        model: The skeleton, which is changed in place and returned.
+        device: The device of the tensors.
+    """
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, QuantLinear):
@@ -99,6 +123,15 @@ def fill(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _random(name: str, dtype: torch.dtype, shape: tuple[int, ...], layer: QuantLinear, device: torch.device) -> Tensor:
+    """Return a random packed tensor of a layer.
+
+    Args:
+        name: The full name of the tensor.
+        dtype: Its dtype.
+        shape: Its shape.
+        layer: The layer.
+        device: Its device.
+    """
     kind = name.rpartition(".")[2]
     if kind == "weight":
         return torch.randint(-128, 128, shape, dtype=torch.int8, device=device)
@@ -116,7 +149,13 @@ def _random(name: str, dtype: torch.dtype, shape: tuple[int, ...], layer: QuantL
 
 
 def milliseconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median of ``repeats`` after two runs that warm up."""
+    """Return the median time of a call, after two calls that warm up.
+
+    Args:
+        work: The call.
+        device: The device that it runs on.
+        repeats: The number of timed calls.
+    """
     for _ in range(2):
         work()
     taken = []
@@ -136,7 +175,14 @@ def milliseconds(work: Callable[[], Any], device: torch.device, repeats: int) ->
 
 
 def inputs_of(family: Family, case: Case, scale: int, device: torch.device) -> dict[str, Tensor]:
-    """Random graph inputs at the case's size."""
+    """Return random graph inputs at the case's size, by name.
+
+    Args:
+        family: The model family.
+        case: The case.
+        scale: The number that sizes are divided by.
+        device: The device of the tensors.
+    """
     patch = family.patch()
     latent = [max(p, size // scale // p * p) for p, size in zip(patch, case.latent)]
     frames, height, width = (Axis.fixed(size) for size in latent)
@@ -145,7 +191,16 @@ def inputs_of(family: Family, case: Case, scale: int, device: torch.device) -> d
 
 
 def measure(case: Case, depth: int, options: argparse.Namespace) -> tuple[Times, ModelPlan, dict[str, float]]:
-    """One depth of one case: bf16, a8, a4; and what switching between a4 and a8 costs on top."""
+    """Measure one depth of one case: bf16, a8 and a4, and the cost of switching between a4 and a8.
+
+    Args:
+        case: The case.
+        depth: The number of blocks.
+        options: The command line.
+
+    Returns:
+        The times, the plan of the model, and the milliseconds of each part of a switch.
+    """
     device = resolve_device(options.device)
     config = json.loads((CONFIGS / f"{case.config}.json").read_text())
     plan = plan_model(shallow(config, depth, options.scale), get_recipe(options.recipe), torch.bfloat16)
@@ -155,7 +210,7 @@ def measure(case: Case, depth: int, options: argparse.Namespace) -> tuple[Times,
         quantized = flavour == "quantized"
         skeleton = quantized_skeleton(plan, 8) if quantized else build_skeleton(plan.family.config, torch.bfloat16)
         kernels = usable_kernels(device) if quantized else None
-        # As a session does it: the packed weights stay on the CPU.
+        # The packed weights stay on the CPU, as in a session.
         model = GraphWrapper(fill(skeleton, device if kernels is None else torch.device("cpu")), plan.family)
         if kernels is not None:
             prepare_layers(model, kernels, [plan.recipe.activation(bits) for bits in (4, 8)], plan.dtype, device)
@@ -181,17 +236,27 @@ def measure(case: Case, depth: int, options: argparse.Namespace) -> tuple[Times,
 def _switching(
     model: nn.Module, plan: ModelPlan, inputs: dict[str, Tensor], device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Milliseconds a switch adds to a step: setting the grid, and the reduction that δ-GBS reads."""
+    """Return the milliseconds that a switch adds to a step: setting the grid, and the reduction that δ-GBS reads.
+
+    Args:
+        model: The quantized model on the device.
+        plan: Its plan.
+        inputs: The inputs of the graph by name.
+        device: The device.
+        repeats: The number of timed calls.
+    """
     first = model(inputs)
     second = torch.roll(first, 1)
 
     def decide() -> list[float]:
+        """Compute the sums that δ-GBS reads."""
         sums: list[float] = change_sums(second, first).tolist()
         return sums
 
     grids = [plan.recipe.activation(bits) for bits in (4, 8)]
 
     def switch() -> None:
+        """Switch to both grids once."""
         for grid in grids:
             set_activation(model, grid)
 
@@ -202,10 +267,17 @@ def _switching(
 
 
 def row_of(case: Case, options: argparse.Namespace) -> list[str]:
-    """A line of the table."""
+    """Return a line of the table.
+
+    Args:
+        case: The case.
+        options: The command line.
+    """
+    # 1. Measure two depths.
     depths = case.depths
     (low, _, _), (high, plan, extra) = (measure(case, depth, options) for depth in depths)
     real = json.loads((CONFIGS / f"{case.config}.json").read_text())["num_layers"]
+    # 2. The difference is the time of a block; extrapolate the step to the real depth.
     block = {name: (high.ms[name] - low.ms[name]) / (depths[1] - depths[0]) for name in high.ms}
     step = {name: high.ms[name] + block[name] * (real - depths[1]) for name in high.ms}
     tokens = plan.family.tokens(*case.latent)
@@ -217,7 +289,11 @@ def row_of(case: Case, options: argparse.Namespace) -> list[str]:
 
 
 def try_engine(path: Path) -> str:
-    """Whether this GPU deserializes a TensorRT-RTX engine and makes a context of it, in words."""
+    """Return in words whether this GPU deserializes a TensorRT-RTX engine and makes a context of it.
+
+    Args:
+        path: The engine.
+    """
     try:
         import tensorrt_rtx as trt
     except ImportError as error:
@@ -229,6 +305,7 @@ def try_engine(path: Path) -> str:
 
 
 def main() -> int:
+    """Print the table; return 0, or 2 with a message if nothing can be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--case",

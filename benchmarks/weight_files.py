@@ -1,9 +1,10 @@
-"""What opening the weights of an export costs: seconds, and memory as the kernel counts it.
+"""Measure the cost of opening the weights of an export: seconds, and memory as the kernel counts it.
 
     python benchmarks/weight_files.py --gib 2
 
 writes a weight file of random bytes, opens it as a session does (twice, then in a forked child), and removes it. The page
-cache is warm, so that the disk is not measured. ``--disk`` makes the private copies files, as where memory has no room.
+cache is warm, so that the disk is not measured. With ``--disk`` the private copies are files, as on a machine whose
+memory has no room.
 """
 
 from __future__ import annotations
@@ -29,32 +30,47 @@ TENSORS = 64
 
 
 def kernel_kilobytes(*names: str) -> dict[str, int]:
-    """Fields of /proc/self/smaps_rollup and /proc/self/status, in KiB."""
+    """Return fields of /proc/self/smaps_rollup and /proc/self/status, in KiB.
+
+    Args:
+        *names: The names of the fields.
+    """
     text = Path("/proc/self/smaps_rollup").read_text() + Path("/proc/self/status").read_text()
     lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     return {name: int(lines[name].split()[0]) for name in names}
 
 
 def report(what: str, seconds: float) -> None:
-    """One line: time, resident memory and its parts."""
+    """Print one line: time, resident memory and its parts.
+
+    Args:
+        what: The step that has just ended.
+        seconds: The time that it took.
+    """
     found = kernel_kilobytes("Pss", "Anonymous", "RssShmem", "RssFile")
     parts = "  ".join(f"{name} {value / 2**20:.2f}" for name, value in found.items())
     print(f"{what:28} {seconds:6.2f} s   GiB: {parts}", flush=True)
 
 
 def touch(files: WeightFiles, nbytes: int) -> int:
-    """Read a byte of every page."""
+    """Read a byte of every page, and return their sum.
+
+    Args:
+        files: The opened weight files.
+        nbytes: The size of the weight file.
+    """
     return int(files.region("transformer.safetensors", 0, nbytes)[:: os.sysconf("SC_PAGE_SIZE")].sum())
 
 
 def main() -> None:
-    """Measure, print, clean up."""
+    """Measure, print and clean up."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=2.0)
     parser.add_argument("--disk", action="store_true")
     options = parser.parse_args()
     if options.disk:
         weights.fits_in_memory = lambda nbytes: False
+    # 1. Write a weight file.
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/var/tmp")) as folder:
         path = Path(folder) / NAME
         path.parent.mkdir()

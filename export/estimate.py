@@ -1,4 +1,4 @@
-"""What an export will take, before it starts: disk, peak memory and time."""
+"""The prediction of what an export takes, before it starts: disk, peak memory and time."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ __all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "require_memory
 # Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B and HunyuanVideo-13B; see benchmarks/README.md.
 IMPORT_BYTES = 650 << 20
 TRACE_BYTES_PER_LAYER = 1000 << 10
-# Everything of a weight but the search of its grid: reading, rotating, packing, hashing, errors; with feedback, that too.
+# Weights a second on two cores, for everything but the search of the grid: reading, rotating, packing, hashing and
+# errors. The refined rate includes GPTQ.
 HANDLED_WEIGHTS_PER_SECOND, REFINED_WEIGHTS_PER_SECOND, REFINED_SECONDS_PER_LAYER = 108e6, 74e6, 0.045
-# Of the search, by benchmarks/quantize.py on rotated weights: (real zero-point, group size) -> million weights a second.
+# The rate of the search in million weights a second, by (float zero-point, group size). It was measured by
+# benchmarks/quantize.py on rotated weights.
 _SEARCHED = {(True, 0): 33, (True, 128): 40, (True, 64): 32, (True, 32): 19, (True, 16): 11}
 _SEARCHED |= {(False, 0): 130, (False, 128): 94, (False, 64): 78, (False, 32): 52, (False, 16): 36}
 _SOLVED = {"paper": 157e6, "minmax": 640e6}
 INPUTS_FLOPS_PER_SECOND, INPUTS_BYTES, READ_BYTES_PER_SECOND = 180e9, 400 << 20, 700e6
 TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 2.0, 0.075
 BUILDER_BYTES, BUILDER_BYTES_PER_LAYER = 450 << 20, 2600 << 10
-ENGINE_BYTES = 11 << 20  # what an engine holds besides its weights
+ENGINE_BYTES = 11 << 20  # an engine holds this much besides its weights
 BUILD_SECONDS, BUILD_SECONDS_PER_LAYER, BUILD_BYTES_PER_SECOND = 4.0, 0.05, 57e6
 DISK_BYTES_PER_SECOND = 800e6
 
@@ -42,7 +44,11 @@ BYTES_PER_WEIGHT = {"int8": 1.0, "int4-weight-only": 0.516, "nvfp4": 0.5625, "pl
 
 
 def search_rate(weight: WeightSpec) -> float:
-    """Weights a second whose grid is found on two cores."""
+    """Return the number of weights whose grid two cores find in a second.
+
+    Args:
+        weight: The weight grid of the recipe.
+    """
     if weight.solver in _SOLVED:
         return _SOLVED[weight.solver]
     return 1e6 * _SEARCHED[weight.zero_point == "float", weight.group_size]
@@ -50,8 +56,17 @@ def search_rate(weight: WeightSpec) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes and seconds; ``resident`` is the exporter's own peak, ``builder`` that of the engine builder's process, and
-    ``waiting`` what the exporter holds while that runs.
+    """The predicted needs of an export, in bytes and seconds.
+
+    Args:
+        source_bytes: The size of the checkpoint.
+        weight_file_bytes: The size of the weight files.
+        engine_bytes: The size of all engines.
+        scratch_bytes: The size of the scratch files.
+        resident_bytes: The exporter's own peak memory.
+        builder_bytes: The peak memory of the engine builder's process; 0 if no engine is built.
+        waiting_bytes: The memory that the exporter holds while the builder runs.
+        seconds: Stage -> time in seconds: ``inputs``, ``quantize``, ``trace`` and ``engines``.
     """
 
     source_bytes: int
@@ -65,16 +80,16 @@ class Estimate:
 
     @property
     def disk_bytes(self) -> int:
-        """Free disk needed while the export runs."""
+        """Return the free disk space that the export needs while it runs."""
         return self.weight_file_bytes + self.engine_bytes + self.scratch_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """Peak memory: the builder runs while the exporter waits."""
+        """Return the peak memory; the builder runs while the exporter waits."""
         return max(self.resident_bytes, self.waiting_bytes + self.builder_bytes if self.builder_bytes else 0)
 
     def to_json(self) -> dict[str, Any]:
-        """For ``--log-format json``."""
+        """Return the estimate as a plain dict for ``--log-format json``."""
         return {
             "source_bytes": self.source_bytes,
             "weight_file_bytes": self.weight_file_bytes,
@@ -86,11 +101,16 @@ class Estimate:
 
 
 def _kept_bytes(plan: ModelPlan) -> int:
+    """Return the size of the tensors that stay in 16 bit."""
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in plan.kept.values())
 
 
 def packed_bytes(plan: ModelPlan) -> int:
-    """Size of the weight files: codes, scales and what stays in 16 bit."""
+    """Return the size of the weight files in bytes: codes, scales and what stays in 16 bit.
+
+    Args:
+        plan: The plan of the model.
+    """
     quantized = sum(
         dtype.itemsize * torch.Size(shape).numel() for spec in plan.layers for dtype, shape in spec.tensors().values()
     )
@@ -98,7 +118,12 @@ def packed_bytes(plan: ModelPlan) -> int:
 
 
 def engine_weight_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
-    """Bytes of constants in an engine."""
+    """Return the size of the constants in an engine, in bytes.
+
+    Args:
+        plan: The plan of the model.
+        engine: The engine to build.
+    """
     return int(plan.quantized_weights * BYTES_PER_WEIGHT[engine.precision]) + _kept_bytes(plan)
 
 
@@ -109,21 +134,27 @@ def estimate_export(
     source_bytes: int,
     largest: int,
 ) -> Estimate:
-    """Predict one export.
+    """Predict what one export takes.
 
     Args:
-        plans: one per transformer. engines: those built for each of them.
-        source_bytes: of the checkpoint. largest: its largest tensor, bytes.
+        plans: The plans, one per transformer.
+        engines: The engines that are built for each of them.
+        options: The options of the export, which the estimate does not use.
+        source_bytes: The size of the checkpoints in bytes.
+        largest: The memory that their largest tensor takes while it is read, in bytes.
     """
+    # 1. Sizes of weights and engines.
     weights = sum(p.quantized_weights for p in plans)
     layers = sum(len(p.layers) for p in plans)
     pairs = [(p, e, engine_weight_bytes(p, e)) for p in plans for e in engines]
     # A lowered graph keeps what is not in the weight file (INT8 or FP4 weights) in a scratch file.
     scratch = max((size for _, e, size in pairs if e.precision in ("int8", "nvfp4")), default=0)
+    # 2. Memory of the waiting exporter and of each builder.
     waiting = IMPORT_BYTES + layers * TRACE_BYTES_PER_LAYER
     builders = [
         BUILDER_BYTES + len(p.layers) * BUILDER_BYTES_PER_LAYER + int(size * _memory_factor(e)) for p, e, size in pairs
     ]
+    # 3. Time: measured rates on two cores, scaled to the cores that are used.
     cores = min(os.cpu_count() or 1, torch.get_num_threads())
     looking = [p for p in plans if p.recipe.inputs == "synthetic"]
     flops = sum(2.0 * p.all_weights * noise_levels(p) * ITEM_TOKENS for p in looking)
@@ -142,6 +173,7 @@ def estimate_export(
             for p, _, size in pairs
         ),
     }
+    # 4. Memory while weights are quantized: the Hessians and the model's run if the recipe looks at inputs.
     hessian = max((hessian_bytes(p) for p in looking), default=0)
     running = hessian + INPUTS_BYTES + 4 * largest if looking else 0
     return Estimate(
@@ -157,13 +189,21 @@ def estimate_export(
 
 
 def _memory_factor(engine: EnginePlan) -> float:
+    """Return the builder's peak memory over the bytes of the weights that it is given."""
     return INT8_MEMORY_FACTOR if engine.precision == "int8" else BUILD_MEMORY_FACTOR
 
 
 def require_memory(estimate: Estimate, plans: Sequence[ModelPlan], engines: Sequence[EnginePlan]) -> None:
-    """ResourceError, with what would fit, when the engine builder or the exporter would not fit into memory.
+    """Refuse an export that does not fit into memory, now and not by a killed process after the weights were quantized.
 
-    Better now than after the weights were quantized, by a killed process.
+    Args:
+        estimate: The estimate of the export.
+        plans: The plans, one per transformer.
+        engines: The engines that are built for each of them.
+
+    Raises:
+        ResourceError: The exporter or the engine builder needs more memory than there is; the error names what would
+            fit.
     """
     limit = memory_limit()
     if estimate.peak_bytes <= limit:
@@ -183,4 +223,5 @@ def require_memory(estimate: Estimate, plans: Sequence[ModelPlan], engines: Sequ
 
 
 def _gib(nbytes: int) -> str:
+    """Return a size in words, such as "1.4 GiB"."""
     return f"{nbytes / 2**30:.1f} GiB"

@@ -1,4 +1,4 @@
-"""The README.md of an export: what it holds and how it was made, for whoever finds the folder later."""
+"""The README.md of an export: its content and its making, for whoever finds the folder later."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ __all__ = ["model_card"]
 
 
 def model_card(manifest: Manifest) -> str:
-    """Return the card as Markdown. Names are untrusted text: in code spans, or with what is markup escaped."""
+    """Return the card of an export as Markdown.
+
+    Names are untrusted text. They stand in code spans, or their markup is escaped.
+
+    Args:
+        manifest: The manifest of the export.
+    """
     recipe = manifest.recipe
     weight = recipe["weight"]
     grid = "one scale per row" if not weight["group_size"] else f"groups of {weight['group_size']}"
@@ -58,6 +64,7 @@ def model_card(manifest: Manifest) -> str:
 
 
 def _inputs(manifest: Manifest) -> list[str]:
+    """Return the line about predicted inputs as a list, which is empty if the recipe looks at weights alone."""
     if not looks_at_inputs(manifest.recipe):
         return []
     predicted = "rounded with feedback for inputs predicted by one run on synthetic latents, no data"
@@ -76,6 +83,7 @@ def _loras(manifest: Manifest) -> list[str]:
 
 
 def _activations(manifest: Manifest) -> str:
+    """Return the activation grids in words, such as "4 bits per token, 8 bits per token"."""
     grids = manifest.recipe["activations"]
     return ", ".join(
         f"{a['bits']} bits per {'token' if not a['group_size'] else str(a['group_size']) + ' channels'}" for a in grids

@@ -1,4 +1,4 @@
-"""What an export was asked for, and its resolution into sizes of the transformer's latents."""
+"""The options of an export, and the sizes of the transformer's latents that they come to."""
 
 from __future__ import annotations
 
@@ -33,25 +33,47 @@ MAX_SAMPLES = 16
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """One call of ``dvdq-export``.
+    """The options of one call of ``dvdq-export``.
 
     Args:
-        model: transformer or pipeline folder, a folder of the model's authors, a single file, or hub id.
-        transformer_2: the file or folder of the second transformer where it does not lie in ``model``.
-        config: the config.json of a model that has none.
-        targets: of ``rtx``, ``tensorrt``, ``onnx``, ``graphs``; graphs with QuantLinear nodes are always written, and with
-            ``graphs`` alone nothing else.
-        sms: compute capabilities to build engines for, such as "8.9".
-        precision: ``auto`` or a precision for the rtx target.
-        height, width, num_frames: video sizes in pixels and frames, SIZE or MIN:MAX or MIN:OPT:MAX.
-        latent: "FxHxW" in latent units instead.
-        workspace_gib: the builder's workspace limit.
-        keep_graphs: keep the graphs made for the engines: lowered for rtx, with the plugin for tensorrt.
-        device: where inputs are predicted and weights are rotated and quantized: a word that
+        model: The folder of a transformer, a pipeline or the model's authors, a single file, or a hub id.
+        out: The folder for the export.
+        recipe: The recipe.
+        dtype: ``bf16`` or ``fp16``, the dtype of activations and of what stays in 16 bit.
+        targets: Any of ``rtx``, ``tensorrt``, ``onnx``, ``graphs``. Graphs with QuantLinear nodes are always written;
+            with ``graphs`` alone nothing else is.
+        sms: The compute capabilities to build engines for, such as "8.9".
+        precision: ``auto`` or a precision (``int8``, ``int4-weight-only``, ``nvfp4``), for the rtx target.
+        height: The height of the video in pixels: SIZE, MIN:MAX or MIN:OPT:MAX. None means the family's default.
+        width: The width of the video in pixels, in the same form.
+        num_frames: The number of frames of the video, in the same form.
+        latent: "FxHxW" in latent units, instead of the three sizes above; each of the three parts has their form.
+        text_tokens: The length of the text embedding in tokens; None means the prompt table's, or the family's.
+        batch: The batch size of the graphs.
+        subfolder: The folder of the transformer inside ``model``; None means all transformers of a pipeline.
+        revision: The branch, tag or commit of a hub id.
+        resume: Go on from an interrupted export with the same options.
+        verify: Compare what is stored with the checkpoint, and run and judge every graph.
+        allow_nonfinite: Accept NaN and infinities in weights, store them as 0, and record the names of their tensors.
+        plugins: The plugin libraries of the TensorRT target.
+        workspace_gib: The builder's workspace limit in GiB; None means the builder's own.
+        timing_cache: A TensorRT timing cache to read and update.
+        optimization_level: The builder's effort, 0 to 5 (TensorRT); None means the builder's own.
+        keep_graphs: Keep the graphs made for the engines: lowered ones for rtx, those with plugin nodes for tensorrt.
+        device: The device where inputs are predicted and weights are rotated and quantized: a word that
             :func:`dvdquant.system.devices.resolve_device` knows.
-        lora: LoRAs fused into the weights. steps, guidance: recorded as the runtime's defaults, for a model or a LoRA that is
-            distilled; None is the model's own.
-        report: write report.html too. samples: prompts it shows clips of; None is one where a clip costs seconds.
+        lora: The LoRAs that are fused into the weights.
+        steps: The number of denoising steps that is recorded as the runtime's default; None means the model's own.
+        guidance: The guidance scale that is recorded as the runtime's default; None means the model's own.
+        transformer_2: The file or folder of the second transformer, if it does not lie in ``model``.
+        config: The config.json of a model that has none.
+        report: Write report.html too.
+        samples: The number of prompts, 0 to 16, that the report shows clips of. None means one if the model has a
+            prompt table, and else none.
+
+    Raises:
+        UnsupportedError: A target, dtype or number is not one of those above, the device is not there, a plugin library
+            is missing, or ``samples`` is given without ``report``.
     """
 
     model: str
@@ -116,12 +138,12 @@ class ExportOptions:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of activations and of what stays in 16 bit."""
+        """Return the dtype of activations and of what stays in 16 bit."""
         return DTYPES[self.dtype]
 
     @property
     def torch_device(self) -> torch.device:
-        """Where inputs are predicted and weights are rotated and quantized."""
+        """Return the device where inputs are predicted and weights are rotated and quantized."""
         return resolve_device(self.device)
 
     @property
@@ -136,13 +158,19 @@ class ExportOptions:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Engine builders that are needed."""
+        """Return the names of the engine builders that the targets need."""
         names = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
         return tuple(names[t] for t in self.targets if t in names)
 
 
 def recorded_model(model: str) -> str:
-    """A local folder or file as an absolute path, for an export to be used from anywhere; a hub id as it is."""
+    """Return the model argument in the form that the manifest records.
+
+    A local folder or file becomes an absolute path, so that the export can be used from anywhere. A hub id stays as it is.
+
+    Args:
+        model: The folder or the hub id, as it was given.
+    """
     try:
         folder = os.path.abspath(os.path.expanduser(model))
     except FileNotFoundError:  # relative, and the working directory was deleted: nothing local
@@ -151,11 +179,15 @@ def recorded_model(model: str) -> str:
 
 
 def check_text(options: ExportOptions) -> None:
-    """Refuse options whose bytes are not UTF-8: they would end in the manifest, in file names, or in the hands of libraries
-    that take text alone, after all the work.
+    """Refuse options whose bytes are not UTF-8.
+
+    They would end up in the manifest, in file names, or in libraries that take text alone, after all the work.
+
+    Args:
+        options: The options of the export.
 
     Raises:
-        UnsupportedError: names the option.
+        UnsupportedError: An option holds such bytes; the error names it.
     """
     texts = [("MODEL", recorded_model(options.model)), ("--subfolder", options.subfolder or "")]
     texts += [("--revision", options.revision or ""), ("--timing-cache", str(options.timing_cache or ""))]
@@ -173,11 +205,16 @@ def check_text(options: ExportOptions) -> None:
 
 
 def with_table_defaults(options: ExportOptions) -> ExportOptions:
-    """``options`` with what the prompt table of a model without text encoder decides, where it is not asked for: the text has a
-    token for every slot of a prompt, and its clips have one size, in latents.
+    """Return the options, completed from the prompt table of a model without text encoder.
+
+    The table decides what the options leave open: the text has a token for every slot of a prompt, and the clips have
+    one size, in latents.
+
+    Args:
+        options: The options of the export. They are returned as they are if the model has no prompt table.
 
     Raises:
-        CheckpointError: the table cannot be read.
+        CheckpointError: The table cannot be read.
     """
     from dvdquant.checkpoint.prompt_table import PromptTable
 
@@ -195,14 +232,21 @@ def with_table_defaults(options: ExportOptions) -> ExportOptions:
 def resolve_sizes(family: Family, options: ExportOptions) -> Sizes:
     """Return the latent sizes of an export, checked against the family's patch.
 
+    Args:
+        family: The model family.
+        options: The options of the export. Sizes that they leave open are the family's defaults.
+
     Raises:
-        ShapeError: a size that the VAE or the patch does not divide, both ways of giving sizes at once, or bad syntax.
+        ShapeError: The VAE or the patch does not divide a size, sizes are given in both ways at once, a size has bad
+            syntax, or the batch or the number of text tokens is less than 1.
     """
+    # 1. The text.
     tokens = options.text_tokens
     if tokens is None:
         tokens = family.config.get("max_text_seq_length") or family.default_text_tokens
     if tokens < 1 or options.batch < 1:
         raise ShapeError(f"--text-tokens is {tokens} and --batch {options.batch}", fix="give at least 1 for each")
+    # 2. The video, in latent units or in pixels and frames.
     pixels = (options.num_frames, options.height, options.width)
     if options.latent is not None:
         if any(p is not None for p in pixels):
@@ -213,6 +257,7 @@ def resolve_sizes(family: Family, options: ExportOptions) -> Sizes:
         axes = _parse_latent(options.latent)
     else:
         axes = _from_pixels(family, pixels)
+    # 3. The check against the model.
     frames, height, width = axes
     sizes = Sizes(frames, height, width, int(tokens), options.batch)
     family.check(sizes)
@@ -220,6 +265,11 @@ def resolve_sizes(family: Family, options: ExportOptions) -> Sizes:
 
 
 def _parse_latent(text: str) -> list[Axis]:
+    """Return the three axes of ``--latent``.
+
+    Raises:
+        ShapeError: The text has another form.
+    """
     parts = text.lower().split("x")
     if len(parts) != 3:
         raise ShapeError(f"--latent is {text!r}", available="FRAMESxHEIGHTxWIDTH in latent units, such as 21x60x104")
@@ -227,6 +277,15 @@ def _parse_latent(text: str) -> list[Axis]:
 
 
 def _from_pixels(family: Family, pixels: tuple[str | None, str | None, str | None]) -> list[Axis]:
+    """Return the three axes in latent units from sizes in frames and pixels.
+
+    Args:
+        family: The model family.
+        pixels: The number of frames, the height and the width as given; None means the family's default.
+
+    Raises:
+        ShapeError: The VAE does not divide a size, or a size has bad syntax.
+    """
     names = ("--num-frames", "--height", "--width")
     given = [
         Axis.parse(text, name) if text is not None else Axis.fixed(default)

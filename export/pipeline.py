@@ -71,12 +71,17 @@ __all__ = ["ExportPlan", "ExportResult", "plan_export", "run_export"]
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What an export will do, decided before anything is written.
+    """The plan of an export, made before anything is written.
 
     Args:
-        checkpoints, plans: one per transformer, in the order of ``components``.
-        engines: those built for each transformer.
-        versions: of each engine builder that is needed.
+        options: The options of the export.
+        components: The names of the transformers' folders.
+        checkpoints: The checkpoints, one per transformer, in the order of ``components``.
+        plans: The plans of the models, one per transformer, in the same order.
+        sizes: The sizes of the graphs, in latent units.
+        engines: The engines that are built for each transformer.
+        versions: The version of each engine builder that is needed, by its name.
+        estimate: The disk space, memory and time that the export takes.
     """
 
     options: ExportOptions
@@ -90,13 +95,13 @@ class ExportPlan:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What weights and graphs depend on; engines are matched one by one."""
+        """Return the values that weights and graphs depend on; engines are matched one by one."""
         options = self.options
         return {
             "checkpoints": [c.fingerprint() for c in self.checkpoints],
             "components": list(self.components),
             "recipe": options.recipe.to_json(),
-            # What the recipe came to, which another version of its rules may decide otherwise.
+            # The decisions of the recipe about each layer; another version of its rules may decide otherwise.
             "layers": [[[s.name, s.rotation.block, s.groups] for s in plan.layers] for plan in self.plans],
             "dtype": options.dtype,
             "sizes": self.sizes.to_json(),
@@ -109,8 +114,16 @@ class ExportPlan:
 
 @dataclass
 class ExportResult:
-    """What came out: the manifest, the checks of ``--verify`` (of graphs, and of what is stored), seconds per stage, and
-    whether anything was done.
+    """The result of an export.
+
+    Args:
+        out: The folder of the export.
+        manifest: Its manifest.
+        checks: The checks of its graphs by ``--verify``.
+        stored: The comparisons of what is stored with the checkpoints by ``--verify``, one per transformer.
+        seconds: The time of each stage in seconds, by its name.
+        builds: A report for every engine that was built: its path and ``BuildReport.to_json()``.
+        up_to_date: True if the export was there already and nothing was done.
     """
 
     out: Path
@@ -123,14 +136,22 @@ class ExportResult:
 
 
 def plan_export(options: ExportOptions) -> ExportPlan:
-    """Open the checkpoint, decide layers, sizes and engines, and estimate; writes nothing.
+    """Open the checkpoint, decide layers, sizes and engines, and estimate; this writes nothing.
+
+    Args:
+        options: The options of the export.
 
     Raises:
-        DvdquantError: whatever would make the export fail later and can be known now.
+        UnsupportedError: An option, the model or a layer is not supported, or no layer is left to quantize.
+        EngineError: An engine builder is missing, or the TensorRT target has no plugin library.
+        DvdquantError: Something else is wrong that would make the export fail later and can be known now.
     """
+    # 1. Check the options that need no checkpoint.
     check_sms(options.sms)
     check_text(options)
+    # 2. Open the checkpoints.
     components, opened = _open_all(options)
+    # 3. Plan the layers and the sizes.
     plans = []
     for checkpoint in opened:
         plan = plan_model(checkpoint.config, options.recipe, options.torch_dtype, checkpoint)
@@ -143,6 +164,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     sizes = resolve_sizes(plans[0].family, with_table_defaults(options))
     for plan in plans[1:]:
         plan.family.check(sizes)
+    # 4. Plan the engines.
     engines: list[EnginePlan] = []
     versions = {}
     for backend in options.backends:
@@ -160,6 +182,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             "the tensorrt target needs the dvdquant plugin library, and --plugin was not given",
             fix="pass the built library with --plugin, or use --target rtx, or --target onnx for graphs alone",
         )
+    # 5. Check the output folder and estimate.
     check_output(options.out)
     largest = max(
         reading_bytes(info) + (c.lora.reading_bytes(info.name, math.prod(info.shape)) if c.lora else 0)
@@ -209,9 +232,10 @@ def _open_all(options: ExportOptions) -> tuple[tuple[str, ...], tuple[Checkpoint
 
 
 class WriteReport(Protocol):
-    """Writes ``report.html`` into the tree of an unfinished export; :func:`dvdquant.deploy.report.page.add_report` is one.
+    """A writer of ``report.html`` in the tree of an unfinished export.
 
-    The report draws clips, which needs the runtime; so it is given to the exporter, which knows none.
+    :func:`dvdquant.deploy.report.page.add_report` is one. The report draws clips, which needs the runtime. So the
+    writer is given to the exporter, which does not know the runtime.
     """
 
     def __call__(
@@ -225,18 +249,36 @@ class WriteReport(Protocol):
         samples: int | None,
         checkpoint_bytes: int,
         progress: Progress,
-    ) -> None: ...
+    ) -> None:
+        """Write ``report.html``.
+
+        Args:
+            tree: The folder of the unfinished export.
+            manifest: Its manifest, without the files.
+            known: Hashes that are already known, by relative path.
+            checks: The checks of the graphs, ``GraphCheck.to_json()`` of each.
+            out: The folder that the export will be in.
+            samples: The number of prompts to show clips of; None means the writer's default.
+            checkpoint_bytes: The size of the checkpoints in bytes.
+            progress: The place that stages report to.
+        """
 
 
 def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport | None = None) -> ExportResult:
-    """Carry out ``plan``; the output folder holds all of the new export, or what it held before.
+    """Carry out a plan; the output folder then holds all of the new export, or what it held before.
 
     Args:
-        write_report: needed where the options ask for a report.
+        plan: The plan of the export.
+        progress: The place that stages report to.
+        write_report: The writer of the report, needed where the options ask for one.
 
     Raises:
-        DvdquantError: with the output folder as it was (and, for finished layers, work kept for ``--resume``).
+        UnsupportedError: The options ask for a report, and there is no writer.
+        ResourceError: Disk or memory is too small or gets full.
+        DvdquantError: The export failed in another way. The output folder is as it was. Finished steps are kept for
+            ``--resume``, unless the checkpoint is at fault.
     """
+    # 1. Check what can fail before the work.
     options = plan.options
     if options.report and write_report is None:
         raise UnsupportedError(
@@ -253,6 +295,7 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
         for component, checkpoint, model_plan in zip(plan.components, plan.checkpoints, plan.plans):
             for line in source_words(component, checkpoint, model_plan.family):
                 progress.say(line)
+        # 2. Use the weights and graphs that are there, or make them.
         if options.resume and not (transaction.resumed or transaction.complete):
             progress.say(f"nothing to resume in {options.out}, starting from the beginning")
         if transaction.complete and transaction.previous is not None and run.adopt(transaction.previous):
@@ -272,6 +315,7 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
                     f"{options.torch_device} has no memory left for a layer: {str(error).splitlines()[0]:.200}",
                     fix="free the GPU's memory, or use --device cpu",
                 ) from error
+        # 3. Verify, build the engines, and put the export in place.
         if options.verify:
             run.verify_stored()  # before the engines: nothing is built from weights that are not the checkpoint's
             run.verify_graphs()
@@ -282,7 +326,24 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
 
 
 class _Run:
-    """The stages of one export and what they leave for each other."""
+    """The stages of one export, and the results that they leave for each other.
+
+    Args:
+        plan: The plan of the export.
+        transaction: The transaction of the output folder, entered.
+        progress: The place that stages report to.
+        write_report: The writer of the report, or None.
+
+    Attributes:
+        known: Relative path -> size and SHA-256 of the files that are finished.
+        packed: The weight files that this run wrote, by component; empty where those of the previous export are used.
+        weights: The checkpoints with the tensors that are held in memory, by component.
+        graphs: The entries of the graphs.
+        engines: The entries of the engines.
+        builds: The path and the report of every engine that this run built or resumed.
+        stored: The comparisons with the checkpoints.
+        previous: The manifest of the export whose weights and graphs are used, or None.
+    """
 
     def __init__(
         self,
@@ -305,8 +366,13 @@ class _Run:
     # ---------------------------------------------------------------------------------------------- reuse
 
     def adopt(self, previous: Manifest) -> bool:
-        """Link the previous export's files into the new tree, but for damaged engines, which are then built again;
-        False when a weight file or graph is damaged.
+        """Put the files of the previous export into the new tree; damaged engines are left out, to be built again.
+
+        Args:
+            previous: The manifest of the previous export.
+
+        Returns:
+            False if a weight file or a graph is damaged. Then nothing is put into the tree.
         """
         out = self.transaction.out
         weights, engines = ([n for n in previous.files if n.startswith(top)] for top in ("onnx/", "engines/"))
@@ -334,7 +400,7 @@ class _Run:
         return True
 
     def missing_engines(self) -> list[tuple[str, EnginePlan]]:
-        """(component, engine) of every engine that is not there in its present form."""
+        """Return (component, engine) of every planned engine that is not there in its present form."""
         missing = []
         for component in self.plan.components:
             for engine in self.plan.engines:
@@ -343,13 +409,23 @@ class _Run:
         return missing
 
     def _settings(self, component: str, engine: EnginePlan) -> BuildSettings:
+        """Return the settings that an engine of this export is built with."""
         hashes = {name: entry["sha256"] for name, entry in self.known.items()}
         return build_settings(engine, component, self.plan.options, hashes, self.plan.versions[engine.backend])
 
     # ---------------------------------------------------------------------------------------------- weights, graphs
 
     def weights_and_graphs(self) -> None:
-        """Trace first (it fails in seconds where it fails), quantize, write the graphs."""
+        """Trace, quantize and write the graphs of every transformer.
+
+        Tracing is first, because it fails in seconds if it fails.
+
+        Raises:
+            CheckpointError: A tensor of a checkpoint cannot be used.
+            ExportError: A model cannot be traced, or its graphs cannot be written.
+            OutputError: A file cannot be written.
+            ResourceError: Disk or memory is full.
+        """
         plan, options = self.plan, self.plan.options
         flavours = [name for name in FLAVOURS if name == "tensorrt" or "onnx" in options.targets]
         for component, checkpoint, model_plan in zip(plan.components, plan.checkpoints, plan.plans):
@@ -390,7 +466,14 @@ class _Run:
     # ---------------------------------------------------------------------------------------------- engines
 
     def build_engines(self) -> None:
-        """Build what is missing."""
+        """Build the engines that are missing.
+
+        Raises:
+            EngineError: The builder fails.
+            ExportError: A graph cannot be lowered for an engine.
+            OutputError: A file cannot be written.
+            ResourceError: Disk or memory is full.
+        """
         missing = self.missing_engines()
         if not missing:
             return
@@ -409,11 +492,16 @@ class _Run:
                         self.weights[component].forget()
 
     def _engine_stage(self, component: str) -> EngineStage:
+        """Return the builder of the engines of one transformer."""
         index = self.plan.components.index(component)
         model_plan, checkpoint = self.plan.plans[index], self.weights.get(component, self.plan.checkpoints[index])
         specs = {spec.name: spec for spec in model_plan.layers}
 
         def source(layer: str) -> Tensor:
+            """Return the rotated weight of a layer from the checkpoint, fp32 [N, K].
+
+            A smoothed layer needs the stored smooth scale of its channels.
+            """
             if not specs[layer].smoothed:
                 return rotated_weight(checkpoint, specs[layer])
             relative, info = self._tensors(component)[f"{layer}.pre_quant_scale"]
@@ -432,6 +520,7 @@ class _Run:
         )
 
     def _build(self, stage: EngineStage, component: str, engine: EnginePlan) -> None:
+        """Build one engine as a step of the transaction, and record its entry; a step that is done is not repeated."""
         relative = engine_path(component, engine)
         settings = self._settings(component, engine)
         step = f"engine:{relative}:{settings.digest}"
@@ -476,22 +565,26 @@ class _Run:
                 self.stored.append(check)
 
     def verify_graphs(self) -> None:
-        """Of graphs that were there before: that they read the stored weights, and are what this version writes.
+        """Check graphs of a previous export: they must read the stored weights, and be what this version writes.
 
         Raises:
-            OutputError: files do not fit together. ExportError: a graph is another one.
+            OutputError: The files do not fit together.
+            ExportError: A graph is another one.
         """
         previous, tree = self.previous, self.transaction.tree
         if previous is None:
             return
+        # 1. The files fit together.
         plan, now = self.plan, self._tools()
         check_links(tree, previous.files, self.graphs, self.engines, plan.components, previous.layers)
+        # 2. Other versions of the tools write other graphs, which cannot be compared byte by byte.
         other = [name for name, version in now.items() if previous.tools.get(name, version) != version]
         if other:
             self.progress.say(
                 f"the graphs were written with another {', '.join(other)}: they are judged by what they compute alone"
             )
             return
+        # 3. Write the graphs again, and compare their hashes.
         for component, model_plan in zip(plan.components, plan.plans):
             with self.progress.stage("trace", 1, "graph") as stage:
                 base = trace_graph(model_plan, plan.sizes)
@@ -512,18 +605,23 @@ class _Run:
                     )
 
     def verify(self) -> list[GraphCheck]:
-        """Every graph in ONNX Runtime; ExportError if one is out of bounds."""
+        """Run every graph in ONNX Runtime, and judge it.
+
+        Raises:
+            ExportError: A graph is out of bounds.
+        """
         plans = dict(zip(self.plan.components, self.plan.plans))
         tree, sizes = self.transaction.tree, self.plan.sizes
         return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress)
 
     def _layers(self) -> tuple[LayerEntry, ...]:
-        """Return the table of weight errors."""
+        """Return the table of weight errors: that of the previous export if its weights are used, else this run's."""
         if self.previous is not None:
             return self.previous.layers
         return tuple(entry for packed in self.packed.values() for entry in packed.layers)
 
     def _tensors(self, component: str) -> dict[str, Any]:
+        """Return the places of a component's packed tensors: name -> (weight file relative to the tree, place)."""
         if component in self.packed:
             return dict(self.packed[component].tensors)
         from dvdquant.quantize.checkpoint import plan_shards
@@ -537,7 +635,15 @@ class _Run:
         }
 
     def commit(self, checks: list[GraphCheck]) -> Manifest:
-        """Write config, card and report, hash, and put the export in place."""
+        """Write config, card and report, hash the tree, put the export in place, and return its manifest.
+
+        Args:
+            checks: The checks of the graphs, for the report.
+
+        Raises:
+            OutputError: A file cannot be written.
+            ResourceError: The disk is full.
+        """
         plan, tree = self.plan, self.transaction.tree
         self._drop_other_engines()
         for component, checkpoint in zip(plan.components, plan.checkpoints):
@@ -559,7 +665,7 @@ class _Run:
         return self.transaction.commit(manifest, self.known)
 
     def _drop_other_engines(self) -> None:
-        """Delete the engines of an interrupted run that this one, which resumed it, was not asked for."""
+        """Delete the engines of an interrupted run that this run, which resumed it, was not asked for."""
         tree, wanted = self.transaction.tree, {entry["path"] for entry in self.engines}
         for path in sorted(tree.glob("engines/*/*")):
             if path.relative_to(tree).as_posix() not in wanted:
@@ -569,6 +675,7 @@ class _Run:
                     path.parent.rmdir()
 
     def _manifest(self) -> Manifest:
+        """Return the manifest without its files, which the transaction fills in."""
         plan = self.plan
         nonfinite = tuple(name for packed in self.packed.values() for name in packed.nonfinite)
         if self.previous is not None:
@@ -630,11 +737,14 @@ class _Run:
         return source
 
     def _tools(self) -> dict[str, str]:
-        """What graphs depend on besides dvdquant itself."""
+        """Return the versions of the packages that graphs depend on besides dvdquant itself."""
         return _versions("torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
 
     def _verified(self) -> Verified | None:
-        """What this run compared; of weights and graphs that were there before, what was compared then."""
+        """Return the extent of this run's comparisons.
+
+        If this run did not verify, return that of the previous export whose weights and graphs are used, or None.
+        """
         if not self.stored:
             return None if self.previous is None else self.previous.verified
         return Verified(
@@ -647,7 +757,7 @@ class _Run:
 
 
 def _versions(*packages: str) -> dict[str, str]:
-    """Of the packages that are installed: ONNX Runtime has several names."""
+    """Return the versions of those of the packages that are installed; ONNX Runtime has several names."""
     found = {}
     for name in packages:
         try:
@@ -658,4 +768,5 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def _device_name(device: torch.device) -> str:
+    """Return the name of the device for the manifest, such as "cpu" or "cuda (NVIDIA H100)"."""
     return "cpu" if device.type == "cpu" else f"cuda ({torch.cuda.get_device_name(device)})"

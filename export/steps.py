@@ -1,4 +1,4 @@
-"""What the journal of an export says of a finished step, in the form it must have to be gone on from."""
+"""The form that a finished step of an export must have in the journal, so that a resumed run can go on from it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,34 @@ __all__ = ["is_step"]
 
 
 class _Kept(TypedDict):
-    """A batch of tensors stored in 16 bit: CRC-32 by name, and the names of those that held NaN or infinities."""
+    """A batch of tensors stored in 16 bit.
+
+    Attributes:
+        nonfinite: The names of the tensors that held NaN or infinities.
+        crc: Name -> CRC-32 of the stored tensor.
+    """
 
     nonfinite: list[str]
     crc: dict[str, int]
 
 
 class _Layer(_Kept):
-    """A quantized layer, with its line of the error table."""
+    """A quantized layer; the fields of :class:`_Kept` are about its packed tensors.
+
+    Attributes:
+        entry: Its line of the error table.
+    """
 
     entry: LayerEntry
 
 
 class _Engine(TypedDict):
-    """A built engine, with ``BuildReport.to_json()``."""
+    """A built engine.
+
+    Attributes:
+        entry: Its entry in the manifest.
+        report: ``BuildReport.to_json()``.
+    """
 
     entry: EngineEntry
     report: dict[str, Any]
@@ -42,7 +56,12 @@ _ENGINE, _REPORT = TypeAdapter(_Engine), TypeAdapter(BuildReport)
 
 
 def is_step(step: str, data: Any) -> bool:
-    """Return whether ``data``, read from the journal of an interrupted export, are those of a ``step`` of this exporter."""
+    """Return whether ``data`` have the form of this step of this exporter.
+
+    Args:
+        step: The name of the step in the journal of an interrupted export.
+        data: The data of the step, read from that journal.
+    """
     owner, _, rest = step.partition(":")
     try:
         if owner == "engine":

@@ -1,11 +1,11 @@
-"""Builds libdvdquant_kernels: ``python kernels/build.py`` (make kernels).
+"""Build libdvdquant_kernels: ``python kernels/build.py`` (make kernels).
 
-CMakeLists.txt holds the table of sources and architectures; this reads it and adds what a project with generated SASS
-wants: objects cached by the content of everything they depend on, as many compilers at a time as the memory carries, and
-a build that fails on spills, on serialized wgmma and on warnings in our own sources.
+CMakeLists.txt holds the table of sources and architectures. This script reads it and adds what a project with generated
+SASS wants: objects cached by the content of everything they depend on, as many compilers at a time as fit into memory,
+and a build that fails on spills, on serialized wgmma and on warnings in our own sources.
 
 ``--emulated`` compiles the same kernels with g++ for a CPU (emulator/emulator.h): the whole C ABI on host memory, for
-tests; where a path's main loop is CUTLASS's, plain loops stand in its place.
+tests. Where a path's main loop is CUTLASS's, plain loops stand in its place.
 """
 
 from __future__ import annotations
@@ -31,29 +31,38 @@ from ptxas_log import find_faults  # noqa: E402
 from toolchain import BuildError, Nvcc, available_memory, find_cutlass, find_nvcc, whole_file  # noqa: E402
 
 DEFAULT_BUILD = HERE.parent / "build" / "kernels"
-# Of one compiler process; the largest that was measured is 5.4 GB, a CUTLASS file.
+# The memory of one compiler process in bytes; the largest that was measured is 5.4 GB, for a CUTLASS file.
 CUTLASS_MEMORY = 5_500_000_000
 
 
 @dataclass(frozen=True)
 class Source:
-    """A line of CMakeLists.txt: a file under kernels/ and the architecture families its device code exists for."""
+    """A line of CMakeLists.txt.
+
+    Args:
+        path: The file, relative to kernels/.
+        families: The architecture families that its device code exists for.
+    """
 
     path: str
     families: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """Unique among the sources: the file's name."""
+        """Return the file's name, which is unique among the sources."""
         return Path(self.path).name
 
     @property
     def uses_cutlass(self) -> bool:
-        """Whether it includes CUTLASS, itself or through a header of ours."""
+        """Return whether it includes CUTLASS, itself or through a header of ours."""
         return any("cutlass/" in path.read_text() for path in local_files(HERE / self.path))
 
     def architectures(self, requested: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of ``requested`` it is compiled for, as in CMakeLists.txt's dvdq_source."""
+        """Return the architectures that it is compiled for, as in CMakeLists.txt's dvdq_source.
+
+        Args:
+            requested: The architectures of the build.
+        """
         chosen = [a for f in self.families for a in requested if re.fullmatch(rf"{f}\d?[af]?", a)]
         if self.families and not chosen:
             first = self.families[0]
@@ -62,7 +71,11 @@ class Source:
 
 
 def read_sources() -> tuple[tuple[str, ...], list[Source]]:
-    """The default architectures and the sources of CMakeLists.txt."""
+    """Return the default architectures and the sources of CMakeLists.txt.
+
+    Raises:
+        BuildError: CMakeLists.txt does not hold them.
+    """
     text = (HERE / "CMakeLists.txt").read_text()
     default = re.search(r"^set\(DVDQ_DEFAULT_ARCHITECTURES ([\w ]+)\)", text, re.MULTILINE)
     lines = re.findall(r"^dvdq_source\((\S+?)((?: \w+)*)\)", text, re.MULTILINE)
@@ -72,7 +85,11 @@ def read_sources() -> tuple[tuple[str, ...], list[Source]]:
 
 
 def local_files(path: Path) -> list[Path]:
-    """``path`` and every header of ours it includes, directly or not."""
+    """Return a file and every header of ours that it includes, directly or not.
+
+    Args:
+        path: The file.
+    """
     found: dict[Path, None] = {}
     queue = [path]
     while queue:
@@ -89,7 +106,13 @@ def local_files(path: Path) -> list[Path]:
 
 
 def content_key(source: Path, command: list[str], compiler: str) -> str:
-    """Of everything an object depends on: sources and headers of ours, flags, compiler."""
+    """Return a hash of everything that an object depends on: sources and headers of ours, flags, compiler.
+
+    Args:
+        source: The source file.
+        command: The flags.
+        compiler: The version of the compiler.
+    """
     digest = hashlib.sha256()
     for part in (compiler, *command):
         digest.update(part.encode() + b"\0")
@@ -99,7 +122,13 @@ def content_key(source: Path, command: list[str], compiler: str) -> str:
 
 
 def nvcc_flags(source: Source, architectures: tuple[str, ...], cutlass: Path) -> list[str]:
-    """Flags of one source, without its paths; ``-isystem`` keeps CUTLASS's own warnings out."""
+    """Return the flags of one source, without its paths; ``-isystem`` keeps CUTLASS's own warnings out.
+
+    Args:
+        source: The source.
+        architectures: The architectures of the build.
+        cutlass: The include folder of CUTLASS.
+    """
     flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
     flags += ["-I", str(HERE / "include"), "-I", str(HERE / "csrc")]
     if source.uses_cutlass:
@@ -112,10 +141,17 @@ def nvcc_flags(source: Source, architectures: tuple[str, ...], cutlass: Path) ->
 
 
 def compile_object(source: Source, architectures: tuple[str, ...], nvcc: Nvcc, cutlass: Path, build: Path) -> Path:
-    """The folder with object.o, log.txt and the cubins of one source, from the cache or compiled now.
+    """Return the folder with object.o, log.txt and the cubins of one source, from the cache or compiled now.
+
+    Args:
+        source: The source.
+        architectures: The architectures of the build.
+        nvcc: The compiler.
+        cutlass: The include folder of CUTLASS.
+        build: The build folder.
 
     Raises:
-        BuildError: the compiler refused, or said something in :func:`find_faults`.
+        BuildError: The compiler refused, or said something in :func:`find_faults`.
     """
     flags = nvcc_flags(source, architectures, cutlass)
     key = content_key(HERE / source.path, flags, nvcc.version)
@@ -150,12 +186,23 @@ def compile_object(source: Source, architectures: tuple[str, ...], nvcc: Nvcc, c
 def compile_all(
     sources: list[Source], compile_one: Callable[[Source], Path], jobs: int, describe: str = "kernels"
 ) -> dict[Source, Path]:
-    """Every source compiled, at most ``jobs`` at a time and no more than memory carries; the first failure is raised."""
+    """Compile every source; the first failure is raised.
+
+    Args:
+        sources: The sources.
+        compile_one: A function that compiles a source and returns its object or folder.
+        jobs: The largest number of compilers at a time; memory may allow fewer for sources with CUTLASS.
+        describe: The text of the progress bar.
+
+    Returns:
+        The result of ``compile_one`` for each source, in the given order.
+    """
     from tqdm import tqdm
 
     budget = threading.BoundedSemaphore(max(1, int(available_memory() * 0.8 // CUTLASS_MEMORY)))
 
     def run(source: Source) -> Path:
+        """Compile a source; one with CUTLASS waits until there is memory for it."""
         if not source.uses_cutlass:
             return compile_one(source)
         with budget:
@@ -178,10 +225,18 @@ def compile_all(
 
 
 def link(nvcc: Nvcc, objects: list[Path], build: Path) -> Path:
-    """The shared library, and an archive of the same objects beside it; both replaced as a whole.
+    """Link the shared library, and make an archive of the same objects beside it; both are replaced as a whole.
+
+    Args:
+        nvcc: The compiler.
+        objects: The folders of the objects.
+        build: The build folder.
+
+    Returns:
+        The path of the shared library.
 
     Raises:
-        BuildError: the linker refused.
+        BuildError: The linker refused.
     """
     library, archive = build / "libdvdquant_kernels.so", build / "libdvdquant_kernels.a"
     inputs = [str(folder / "object.o") for folder in objects]
@@ -202,7 +257,14 @@ def link(nvcc: Nvcc, objects: list[Path], build: Path) -> Path:
 
 
 def run_tool(command: list[str]) -> None:
-    """Raises BuildError with the tool's own words where it fails."""
+    """Run a command.
+
+    Args:
+        command: The command and its arguments.
+
+    Raises:
+        BuildError: It is not installed, or fails; the text holds its own words.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
@@ -215,13 +277,19 @@ EMULATED_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-con
 
 
 def build_emulated(folder: Path | None = None, jobs: int = 1) -> Path:
-    """libdvdquant_kernels_emulated.so: our kernels' device code on a CPU, behind the same ABI; objects are cached.
+    """Build libdvdquant_kernels_emulated.so: our kernels' device code on a CPU, behind the same ABI.
+
+    Objects are cached.
 
     Args:
-        folder: of the outputs, by default build/kernels.
+        folder: The folder of the outputs; None means build/kernels.
+        jobs: The number of compilers at a time.
+
+    Returns:
+        The path of the library.
 
     Raises:
-        BuildError: no C++ compiler, or it refused.
+        BuildError: There is no C++ compiler, or it refused.
     """
     build = folder or DEFAULT_BUILD
     build.mkdir(parents=True, exist_ok=True)
@@ -240,6 +308,7 @@ def build_emulated(folder: Path | None = None, jobs: int = 1) -> Path:
     ]
 
     def compile_one(source: Source) -> Path:
+        """Return the object of a source, from the cache or compiled now."""
         key = content_key(HERE / source.path, flags, compiler)
         target = build / "objects" / f"{source.name}-{key}.o"
         if not target.is_file():
@@ -258,10 +327,21 @@ def build_emulated(folder: Path | None = None, jobs: int = 1) -> Path:
 def build_kernels(
     build: Path, architectures: tuple[str, ...], jobs: int, fetch_nvcc: bool = False, only: tuple[str, ...] = ()
 ) -> tuple[Path | None, dict[Source, Path]]:
-    """The library (None with ``only``, which compiles some sources and does not link) and each source's object folder.
+    """Build the library for CUDA.
+
+    Args:
+        build: The build folder.
+        architectures: The architectures, such as "90a"; empty means those of CMakeLists.txt.
+        jobs: The number of compilers at a time.
+        fetch_nvcc: If there is no nvcc, fetch its wheels into the build folder.
+        only: The names of the files to compile; empty means all.
+
+    Returns:
+        The library (None with ``only``, which compiles some sources and does not link), and each source's object
+        folder.
 
     Raises:
-        BuildError: something is missing or was refused.
+        BuildError: Something is missing or was refused.
     """
     default, sources = read_sources()
     architectures = architectures or default
@@ -280,7 +360,11 @@ def build_kernels(
 
 
 def parse_arguments(description: str | None) -> argparse.Namespace:
-    """Options that the build and the SASS check share."""
+    """Parse the options that the build and the SASS check share.
+
+    Args:
+        description: The text of the help.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=DEFAULT_BUILD, help="folder of the outputs")
     parser.add_argument(
@@ -299,7 +383,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Exit status: 0 built, 2 with a message on stderr."""
+    """Build the library, and return the exit status: 0 built, 2 with a message on stderr."""
     arguments = parse_arguments(__doc__)
     try:
         if arguments.emulated:

@@ -1,6 +1,6 @@
-"""Builds the kernels and reads their machine code: ``python kernels/check_sass.py`` (make kernels-check).
+"""Build the kernels and check their machine code: ``python kernels/check_sass.py`` (make kernels-check).
 
-Every kernel must hold the tensor core instruction that its path promises and no access to local memory; the table says
+Every kernel must hold the tensor core instruction that its path promises, and no access to local memory. The table says
 what was found. A kernel that its architecture never runs (s4 outside SM 8.x) is listed as such.
 """
 
@@ -23,11 +23,13 @@ from toolchain import BuildError, find_nvdisasm  # noqa: E402
 
 @dataclass(frozen=True)
 class Promise:
-    """What the kernels of one file must contain.
+    """The instruction that the kernels of one file must contain.
 
     Args:
-        source: file name. kernel: regular expression on the readable name. instruction: on the opcode, e.g. IMMA....S8.
-        runs_on: regular expression on the architectures whose plan ever launches it.
+        source: The name of the file.
+        kernel: A regular expression on the readable name of the kernel.
+        instruction: A regular expression on the opcode, such as IMMA....S8.
+        runs_on: A regular expression on the architectures whose plan ever launches the kernel.
     """
 
     source: str
@@ -51,7 +53,16 @@ _LOCAL = re.compile(r"^(LDL|STL)\b")
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one architecture, and what is wrong with it."""
+    """One kernel on one architecture, and its faults.
+
+    Args:
+        source: The name of the file.
+        kernel: The kernel and its resources.
+        name: Its readable name.
+        instructions: The number of times each opcode occurs.
+        faults: The broken promises, in words.
+        runs: True if the architecture ever launches it.
+    """
 
     source: str
     kernel: Kernel
@@ -61,7 +72,7 @@ class Row:
     runs: bool
 
     def cells(self) -> tuple[str, ...]:
-        """Of the table: file, kernel, architecture, registers, shared memory, spills, instructions."""
+        """Return the cells of the table: file, kernel, architecture, registers, shared memory, spills, instructions."""
         matrix = ", ".join(f"{count} {op}" for op, count in sorted(self.instructions.items()) if _MATRIX.match(op))
         resources = (str(self.kernel.registers), str(self.kernel.shared), str(self.kernel.spills))
         found = matrix if self.runs else f"never launched here ({matrix or 'no tensor core instruction'})"
@@ -69,7 +80,14 @@ class Row:
 
 
 def read_opcodes(sass: str) -> dict[str, Counter[str]]:
-    """How often each opcode with its modifiers stands in each kernel of a disassembly."""
+    """Count the opcodes, with their modifiers, of each kernel of a disassembly.
+
+    Args:
+        sass: The text of ``nvdisasm -c``.
+
+    Returns:
+        Mangled name of the kernel -> opcode -> number of occurrences.
+    """
     found: dict[str, Counter[str]] = {}
     current: Counter[str] = Counter()
     for line in sass.splitlines():
@@ -81,10 +99,15 @@ def read_opcodes(sass: str) -> dict[str, Counter[str]]:
 
 
 def examine(source: Source, folder: Path, nvdisasm: str) -> list[Row]:
-    """The rows of one compiled source.
+    """Return the rows of one compiled source.
+
+    Args:
+        source: The source.
+        folder: The folder of its object, log and cubins.
+        nvdisasm: The path of the disassembler.
 
     Raises:
-        BuildError: the disassembler failed, or a cubin is missing.
+        BuildError: The disassembler failed, or a cubin is missing.
     """
     kernels = read_kernels((folder / "log.txt").read_text())
     names = demangle(k.name for k in kernels)
@@ -104,7 +127,14 @@ def examine(source: Source, folder: Path, nvdisasm: str) -> list[Row]:
 
 
 def judge(source: str, kernel: Kernel, name: str, found: Counter[str]) -> Row:
-    """Compares a kernel with what is promised of it."""
+    """Compare a kernel with the promises for it.
+
+    Args:
+        source: The name of the file.
+        kernel: The kernel and its resources.
+        name: Its readable name.
+        found: The number of times each opcode occurs.
+    """
     faults, runs = [], True
     for promise in PROMISES:
         if promise.source != source or not re.search(promise.kernel, name):
@@ -119,7 +149,11 @@ def judge(source: str, kernel: Kernel, name: str, found: Counter[str]) -> Row:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Columns as wide as their widest cell."""
+    """Print the rows, with columns as wide as their widest cell.
+
+    Args:
+        rows: The rows.
+    """
     table: list[tuple[str, ...]] = [
         ("file", "kernel", "arch", "registers", "static shared", "spills", "tensor core instructions")
     ]
@@ -130,7 +164,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def main() -> int:
-    """Exit status: 0 all promises kept, 1 some broken, 2 the build failed."""
+    """Check the kernels, and return the exit status: 0 all promises kept, 1 some broken, 2 the build failed."""
     arguments = parse_arguments(__doc__)
     try:
         library, objects = build_kernels(

@@ -1,4 +1,4 @@
-"""What nvcc and ptxas said about an object: resources of every kernel, and what must not happen."""
+"""The output of nvcc and ptxas about an object: the resources of every kernel, and the faults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel: its mangled name, ``sm_90a``, and resources per thread (registers) and block (bytes)."""
+    """One compiled kernel and its resources.
+
+    Args:
+        name: The mangled name.
+        architecture: The architecture, such as ``sm_90a``.
+        registers: The registers per thread.
+        shared: The static shared memory per block in bytes.
+        stack: The stack frame per thread in bytes.
+        spills: The bytes of spill stores and spill loads together.
+    """
 
     name: str
     architecture: str
@@ -28,7 +37,11 @@ _USED = re.compile(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?")
 
 
 def read_kernels(log: str) -> list[Kernel]:
-    """The kernels of a ``-Xptxas -v`` log, in its order."""
+    """Return the kernels of a ``-Xptxas -v`` log, in its order.
+
+    Args:
+        log: The text of the log.
+    """
     kernels: list[Kernel] = []
     entry: tuple[str, str] | None = None
     stack = spills = 0
@@ -44,7 +57,12 @@ def read_kernels(log: str) -> list[Kernel]:
 
 
 def find_faults(log: str, sources: Path) -> list[str]:
-    """Spills, serialized wgmma, any ptxas warning, and any compiler warning about a file under ``sources``."""
+    """Return spills, serialized wgmma, any ptxas warning, and any compiler warning about a file under ``sources``.
+
+    Args:
+        log: The text of the log.
+        sources: The folder of our sources.
+    """
     faults = [
         f"{k.architecture} {demangle([k.name])[k.name]} spills {k.spills} bytes" for k in read_kernels(log) if k.spills
     ]
@@ -56,7 +74,11 @@ def find_faults(log: str, sources: Path) -> list[str]:
 
 
 def demangle(names: Iterable[str]) -> dict[str, str]:
-    """Readable kernel names, without arguments and namespaces; as they are where c++filt is missing."""
+    """Return the readable names of kernels, without arguments and namespaces; names stay if c++filt is missing.
+
+    Args:
+        names: The mangled names.
+    """
     names = sorted(set(names))
     program = shutil.which("c++filt")
     if program is None or not names:
@@ -67,6 +89,7 @@ def demangle(names: Iterable[str]) -> dict[str, str]:
 
 
 def _shorten(text: str) -> str:
+    """Return a demangled name without return type, arguments and namespaces."""
     text = re.sub(r"^void ", "", text).replace("(anonymous namespace)::", "").replace("dvdq::", "")
     if text.startswith("cutlass::"):
         # The name of a CUTLASS kernel is its whole type, thousands of characters long.

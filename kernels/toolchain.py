@@ -1,4 +1,4 @@
-"""What a build of the kernels needs from outside: nvcc, CUTLASS headers, nvdisasm; found on this machine or fetched by pip."""
+"""The tools that a build of the kernels needs: nvcc, CUTLASS headers and nvdisasm, found here or fetched by pip."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CUTLASS = "nvidia-cutlass==4.2.0.0"
-# The disassembler is not part of the compiler's wheels; this one reads the cubins of CUDA 13.0.
+# The compiler's wheels do not hold the disassembler; this one reads the cubins of CUDA 13.0.
 NVDISASM = "nvidia-cuda-nvdisasm==13.2.51"
-# Only this set works without a system CUDA: every part pinned.
+# Only this set works without a system CUDA, so every part is pinned.
 NVCC_WHEELS = (
     "nvidia-cuda-nvcc==13.0.88",
     "nvidia-nvvm==13.0.88",
@@ -26,7 +26,7 @@ NVCC_WHEELS = (
 
 
 class BuildError(Exception):
-    """The build cannot go on for a reason its user can act on; the text says what, what is available, and the fix."""
+    """A reason that stops the build and that its user can act on; the text says what, what is available, and a fix."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Nvcc:
     """A CUDA compiler.
 
     Args:
-        program: path of nvcc. version: the line of ``nvcc --version`` that names the build.
-        libraries: folders with the CUDA runtime, for -L.
+        program: The path of nvcc.
+        version: The line of ``nvcc --version`` that names the build.
+        libraries: The folders with the CUDA runtime, for -L.
     """
 
     program: str
@@ -44,10 +45,14 @@ class Nvcc:
 
 
 def find_nvcc(build: Path, fetch: bool = False) -> Nvcc:
-    """nvcc from PATH, CUDA_HOME or CUDA_PATH, this Python's own packages, or wheels under ``build``.
+    """Return nvcc from PATH, CUDA_HOME or CUDA_PATH, this Python's own packages, or wheels under ``build``.
+
+    Args:
+        build: The build folder.
+        fetch: If there is none, fetch its wheels into the build folder.
 
     Raises:
-        BuildError: there is none.
+        BuildError: There is none.
     """
     places = [shutil.which("nvcc")]
     places += [
@@ -70,6 +75,11 @@ def find_nvcc(build: Path, fetch: bool = False) -> Nvcc:
 
 
 def _describe_nvcc(program: str) -> Nvcc:
+    """Return the compiler with its version and its libraries.
+
+    Raises:
+        BuildError: It does not run.
+    """
     done = subprocess.run([program, "--version"], capture_output=True, text=True)
     lines = [line.strip() for line in done.stdout.splitlines() if "release" in line]
     if done.returncode != 0 or not lines:
@@ -80,7 +90,10 @@ def _describe_nvcc(program: str) -> Nvcc:
 
 
 def find_cutlass(build: Path) -> Path:
-    """The include folder of CUTLASS: from CUTLASS_ROOT, else fetched once into ``build/cutlass``.
+    """Return the include folder of CUTLASS: from CUTLASS_ROOT, else fetched once into ``build/cutlass``.
+
+    Args:
+        build: The build folder.
 
     Raises:
         BuildError: CUTLASS_ROOT holds none, or pip failed.
@@ -96,6 +109,7 @@ def find_cutlass(build: Path) -> Path:
 
 
 def _cutlass_include(root: Path) -> Path | None:
+    """Return the include folder of CUTLASS under ``root``, or None."""
     for inner in ("include", "source/include", "cutlass_library/source/include", "."):
         if (root / inner / "cutlass" / "cutlass.h").is_file():
             return root / inner
@@ -103,10 +117,13 @@ def _cutlass_include(root: Path) -> Path | None:
 
 
 def find_nvdisasm(build: Path) -> str:
-    """nvdisasm from PATH or CUDA_HOME, else fetched once into ``build/nvdisasm``.
+    """Return the path of nvdisasm from PATH or CUDA_HOME, else fetched once into ``build/nvdisasm``.
+
+    Args:
+        build: The build folder.
 
     Raises:
-        BuildError: pip failed.
+        BuildError: pip failed, or its package holds none.
     """
     home = os.environ.get("CUDA_HOME")
     for place in (shutil.which("nvdisasm"), str(Path(home) / "bin" / "nvdisasm") if home else None):
@@ -125,9 +142,12 @@ def find_nvdisasm(build: Path) -> str:
 
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """Yield a file beside ``target`` that takes its place if the block ends well, and goes otherwise.
+    """Yield a file beside ``target`` that takes its place if the block ends well, and is deleted otherwise.
 
     The build needs no dvdquant, so this is its own; ``dvdquant.system.whole_file`` is the one of the package.
+
+    Args:
+        target: The file to write.
     """
     temporary = target.with_name(f".{target.name}-{os.getpid()}")
     try:
@@ -138,10 +158,15 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def pip_install(packages: tuple[str, ...], target: Path, dependencies: bool) -> None:
-    """pip install into a folder of its own, all or nothing.
+    """Install packages with pip into a folder of their own, all or nothing.
+
+    Args:
+        packages: The requirements, such as "name==1.0".
+        target: The folder, which is replaced.
+        dependencies: Install what they depend on, too.
 
     Raises:
-        BuildError: pip failed; with its last words.
+        BuildError: pip failed; the text holds its last words.
     """
     print(f"fetching {', '.join(packages)}", file=sys.stderr)
     temporary = target.with_name(f".{target.name}-{os.getpid()}")
@@ -156,7 +181,7 @@ def pip_install(packages: tuple[str, ...], target: Path, dependencies: bool) -> 
 
 
 def available_memory() -> int:
-    """Bytes of memory that programs can still take; 8 GB where the system does not say."""
+    """Return the bytes of memory that programs can still take; 8 GiB if the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,4 +1,4 @@
-"""Build an engine in a process of its own: a crash of the builder becomes an error, and its memory comes back."""
+"""The build of an engine in a process of its own: a crash of the builder becomes an error, and its memory is freed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from dvdquant.system.whole_file import atomic_path
 __all__ = ["build_engine"]
 
 TAIL_LINES = 30
-# A builder that works uses a processor, writes its log or reports a step. One that uses less than a second of a processor in
-# this time, and says nothing, never ends.
+# A builder that works uses a processor, writes its log or reports a step. A builder that uses less than a second of a
+# processor in this time, and says nothing, never ends.
 SILENT_SECONDS = 900.0
 BEAT_SECONDS = 5.0
 _NO_MEMORY = ("MemoryError", "bad_alloc", "Cannot allocate memory")
@@ -54,28 +54,35 @@ def build_engine(
     progress: bool = False,
     alive: Callable[[float, float], None] = lambda seconds, silent: None,
 ) -> BuildReport:
-    """Build ``model`` into the file ``engine``, which appears complete or not at all.
+    """Build a graph into an engine file, which appears complete or not at all.
 
     Args:
-        model: an ONNX file, or a serialized ModelProto. External data is mapped, not copied.
+        model: An ONNX file, or a serialized ModelProto. External data is mapped, not copied.
+        engine: The engine file to write; its folder must exist.
         backend: ``rtx`` or ``tensorrt``.
-        sms: targets such as "8.9". TensorRT-RTX puts all of them in one engine; TensorRT builds for the GPU present.
-        profile: (min, opt, max) shape of every dynamic input.
+        sms: The target compute capabilities, such as "8.9". TensorRT-RTX puts all of them in one engine; TensorRT
+            builds for the GPU that is present.
+        profile: Input name -> its (min, opt, max) shape, for every dynamic input; None if there is none.
         plugins: TensorRT plugin libraries, which the engine needs again when it is loaded; refused for TensorRT-RTX.
-        workspace_bytes: the builder's workspace limit; must exceed the weights. Default: the library's.
-        timing_cache: file to read and update; a no-op in TensorRT-RTX.
-        optimization_level: 0 to 5; no effect on TensorRT-RTX builds.
-        data_roots: folders external data may lie in, besides the model's own; with ``bytes`` the first is the one that
-            locations are relative to.
-        log_file: gets the builder's whole log.
-        progress: show a bar on stderr.
-        alive: called every few seconds of a long step with the seconds since the build began, and since the builder said
-            something.
+        workspace_bytes: The builder's workspace limit, which must exceed the weights; None means the library's default.
+        timing_cache: A file to read and update; it has no effect in TensorRT-RTX.
+        optimization_level: 0 to 5, or None for the library's default; it has no effect on TensorRT-RTX builds.
+        data_roots: The folders that external data may lie in, besides the model's own. If ``model`` is bytes, locations
+            are relative to the first one.
+        log_file: A file that gets the builder's whole log; None keeps none.
+        progress: Show a bar on stderr.
+        alive: A function that is called every few seconds of a long step. It gets the seconds since the build began,
+            and the seconds since the builder said something.
+
+    Returns:
+        A report for the manifest.
 
     Raises:
-        EngineError: the backend is not installed, refuses the graph, fails, crashes or hangs (with the tail of its log).
-        UnsupportedError: an SM the backend does not know.
-        OutputError: the folder of ``engine`` is missing or cannot be written. ResourceError: disk or memory is full.
+        EngineError: The backend is not installed, refuses the graph, fails, crashes or hangs. The error holds the tail
+            of its log.
+        UnsupportedError: The backend does not know a compute capability, or there is no such backend.
+        OutputError: The folder of ``engine`` is missing or cannot be written.
+        ResourceError: Disk or memory is full.
     """
     engine = engine.absolute()
     if not engine.parent.is_dir():
@@ -115,6 +122,21 @@ def _build(
     progress: bool,
     alive: Callable[[float, float], None],
 ) -> BuildReport:
+    """Build into an unfinished file beside the engine, which takes its place at the end.
+
+    Args:
+        model: An ONNX file, or a serialized ModelProto.
+        engine: The absolute path of the engine file.
+        wanted: The request without its paths, which are filled in here.
+        data_roots: The folders that external data may lie in, besides the model's own.
+        log_file: A file for the builder's log, or None.
+        progress: Show a bar on stderr.
+        alive: A function of seconds since the start and seconds of silence.
+
+    Raises:
+        EngineError: The process fails, or leaves no engine.
+        DvdquantError: The process reported an error of this kind.
+    """
     with (
         atomic_path(engine) as unfinished,
         tempfile.TemporaryDirectory(prefix=".dvdq-build-", dir=engine.parent) as scratch,
@@ -137,7 +159,13 @@ def _build(
 
 
 def _model_file(model: Path | bytes, scratch: Path, data_roots: Sequence[Path]) -> tuple[Path, list[Path]]:
-    """(the ONNX file, the folders its data may lie in, the one locations are relative to first)."""
+    """Return the ONNX file, and the folders its data may lie in; locations are relative to the first one.
+
+    Args:
+        model: An ONNX file, or a serialized ModelProto, which is written into ``scratch``.
+        scratch: The scratch folder of the build.
+        data_roots: The folders that external data may lie in, besides the model's own.
+    """
     if isinstance(model, Path):
         return model.absolute(), [model.absolute().parent, *data_roots]
     path = scratch / "model.onnx"
@@ -153,6 +181,21 @@ def _run(
     progress: bool,
     alive: Callable[[float, float], None],
 ) -> BuildReport:
+    """Run the builder process, pass on what it says, and return its report.
+
+    Args:
+        request: The complete request.
+        title: The name of the engine file, for bar and errors.
+        folder: The scratch folder of the build.
+        log_file: The file that gets the builder's log.
+        progress: Show a bar on stderr.
+        alive: A function of seconds since the start and seconds of silence.
+
+    Raises:
+        EngineError: The process cannot be started, crashes or hangs.
+        DvdquantError: The process reported an error of this kind.
+    """
+    # 1. Write the request and start the process.
     spec = folder / "request.json"
     spec.write_text(request.to_json())
     environment = dict(os.environ)
@@ -172,6 +215,7 @@ def _run(
                 fix="free memory, or end other processes, and run the same command with --resume",
             ) from error
         try:
+            # 2. Read its output until the process closes it.
             watch = _Watch(process, log)
             lines = _lines(process)
             while True:
@@ -208,10 +252,11 @@ def _run(
 
 
 def _lines(process: subprocess.Popen[str]) -> queue.Queue[str | None]:
-    """What the process writes, line by line, read by a thread so that nobody waits for ever; None at the end."""
+    """Read the lines of a process in a thread, so that nobody waits for ever; None marks the end."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
+        """Put every line into the queue, then None."""
         try:
             for line in process.stdout or ():
                 lines.put(line)
@@ -225,7 +270,7 @@ def _lines(process: subprocess.Popen[str]) -> queue.Queue[str | None]:
 
 
 def _message(line: str) -> dict[str, Any] | None:
-    """A message of the worker; None for a line of log, whatever it begins with."""
+    """Return the message of the worker in a line, or None if the line belongs to the log, whatever it begins with."""
     if not line.startswith(MARK):
         return None
     try:
@@ -236,7 +281,7 @@ def _message(line: str) -> dict[str, Any] | None:
 
 
 def _ended(process: subprocess.Popen[str], watch: _Watch) -> int | None:
-    """The exit code of a process that has closed its output; None if it hangs on its way out."""
+    """Return the exit code of a process that has closed its output, or None if it hangs on its way out."""
     while True:
         try:
             return process.wait(timeout=BEAT_SECONDS)
@@ -247,7 +292,12 @@ def _ended(process: subprocess.Popen[str], watch: _Watch) -> int | None:
 
 
 class _Watch:
-    """Whether the process still does something: it writes, or uses a processor."""
+    """The signs of life of a process: it writes, or uses a processor.
+
+    Args:
+        process: The process.
+        log: The open file that its stderr goes to.
+    """
 
     def __init__(self, process: subprocess.Popen[str], log: IO[bytes]) -> None:
         self._pid, self._log = process.pid, log
@@ -256,25 +306,25 @@ class _Watch:
 
     @property
     def running(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return time.monotonic() - self._started
 
     @property
     def silent(self) -> float:
-        """Seconds since it wrote a line."""
+        """Return the seconds since the process wrote a line."""
         return time.monotonic() - self._heard
 
     @property
     def hangs(self) -> bool:
-        """Whether it has done nothing for too long."""
+        """Return whether the process has done nothing for too long."""
         return time.monotonic() - self._active > SILENT_SECONDS
 
     def heard(self) -> None:
-        """It wrote a line."""
+        """Note that the process wrote a line."""
         self._heard = self._active = time.monotonic()
 
     def look(self) -> None:
-        """Look at its processor time and its log."""
+        """Look at the processor time and the log of the process."""
         seconds, written = self._state()
         if written != self._seen[1]:
             self.heard()
@@ -284,6 +334,7 @@ class _Watch:
         self._seen = (seconds, written)
 
     def _state(self) -> tuple[float, int]:
+        """Return (seconds of processor time, size of the log in bytes), or (0, -1) if the process has just ended."""
         try:
             times = psutil.Process(self._pid).cpu_times()
         except psutil.Error:  # it has just ended
@@ -292,6 +343,7 @@ class _Watch:
 
 
 def _hangs(request: BuildRequest, title: str, watch: _Watch, log_file: Path) -> EngineError:
+    """Return the error for a process that hangs."""
     return EngineError(
         f"the {request.backend} builder process of {title} hangs: for {SILENT_SECONDS:.0f} s of {watch.running:.0f} s it "
         f"wrote nothing and used no processor\n  log:\n{_tail(log_file)}",
@@ -300,6 +352,19 @@ def _hangs(request: BuildRequest, title: str, watch: _Watch, log_file: Path) -> 
 
 
 def _outcome(request: BuildRequest, title: str, result: dict[str, Any], code: int, log_file: Path) -> BuildReport:
+    """Return the report of an ended process, or raise its error.
+
+    Args:
+        request: The request.
+        title: The name of the engine file.
+        result: The last report or error that the process sent, or an empty dict.
+        code: Its exit code; negative means a signal.
+        log_file: The file of its log, whose tail goes into the error.
+
+    Raises:
+        DvdquantError: The process reported an error, of the class that it named.
+        EngineError: The process crashed.
+    """
     if code == 0 and result.get("kind") == "report":
         return BuildReport.from_json(result["report"])
     tail = _tail(log_file)
@@ -321,12 +386,18 @@ def _outcome(request: BuildRequest, title: str, result: dict[str, Any], code: in
 
 
 def _tail(log_file: Path) -> str:
+    """Return the last lines of a log, indented."""
     with log_file.open(errors="replace") as log:
         return "".join(f"    {line}" for line in deque(log, TAIL_LINES))
 
 
 class _Bar:
-    """One bar over the steps of all phases the builder announces."""
+    """One bar over the steps of all phases that the builder announces.
+
+    Args:
+        title: The name of the engine file.
+        shown: Draw the bar.
+    """
 
     def __init__(self, title: str, shown: bool) -> None:
         self._title = title
@@ -339,11 +410,20 @@ class _Bar:
         self._bar.close()
 
     def beat(self, watch: _Watch) -> None:
-        """Show that the builder is still there, and for how long it has said nothing."""
+        """Show that the builder is still there, and for how long it has said nothing.
+
+        Args:
+            watch: The signs of life of its process.
+        """
         self._bar.set_description_str(f"{self._title} ({watch.running:.0f} s, silent for {watch.silent:.0f} s)")
 
     def update(self, message: dict[str, Any]) -> None:
-        """Take one progress message of the worker."""
+        """Take one progress message of the worker.
+
+        Args:
+            message: A message of kind ``phase``, with its name and its number of steps, or ``step``. Others have no
+                effect.
+        """
         if message["kind"] == "phase":
             self._bar.total += message["steps"]
             self._bar.set_description_str(self._title, refresh=False)

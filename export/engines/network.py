@@ -1,4 +1,4 @@
-"""ONNX → network: external weights are mapped, never copied, and what the parser refuses is said by node."""
+"""The way from ONNX to a network: external weights are mapped, never copied, and errors of the parser name the node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ __all__ = ["WeightMaps", "check_custom_ops", "parse_network", "read_model"]
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """Return the graph without its external data."""
+    """Return a graph without its external data.
+
+    Args:
+        path: The ONNX file.
+
+    Raises:
+        EngineError: The file cannot be read, or is no ONNX file.
+    """
     try:
         return onnx.load(str(path), load_external_data=False)
     except (OSError, ValueError, onnx.onnx_cpp2py_export.checker.ValidationError) as error:
@@ -27,14 +34,19 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def check_custom_ops(model: onnx.ModelProto, backend: Backend, plugins: Sequence[Path]) -> None:
-    """Refuse before the builder sees them what it would abort on, or build into something else than was asked for.
+    """Refuse nodes that the builder would abort on, or would build into something else than was asked for.
 
-    1. TensorRT-RTX: any plugin library, and any ``dvdquant::QuantLinear``. 2. TensorRT: QuantLinear without a plugin
-    library (its function body would be inlined, a slow fp32 emulation). 3. Both: other custom ops without a function
-    body.
+    1. TensorRT-RTX: any plugin library, and any ``dvdquant::QuantLinear``.
+    2. TensorRT: QuantLinear without a plugin library (its function body would be inlined, a slow fp32 emulation).
+    3. Both: other custom ops without a function body, if there is no plugin library.
+
+    Args:
+        model: The graph.
+        backend: The builder library.
+        plugins: The plugin libraries.
 
     Raises:
-        EngineError: names the nodes.
+        EngineError: The graph has such nodes; the error names them.
     """
     if plugins and not backend.takes_plugins:
         raise EngineError(
@@ -64,14 +76,17 @@ def check_custom_ops(model: onnx.ModelProto, backend: Backend, plugins: Sequence
 
 
 def _key(node: onnx.NodeProto) -> tuple[str, str]:
+    """Return (domain, operator) of a node."""
     return node.domain, node.op_type
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names, and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph and of its subgraphs."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -80,11 +95,11 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 class WeightMaps:
-    """Read-only maps of the files that hold external initializers; they must outlive the build.
+    """The read-only maps of the files that hold external initializers; they must outlive the build.
 
     Args:
-        base: folder the ONNX file's locations are relative to.
-        roots: folders that may be read; a location that resolves outside of them is refused.
+        base: The folder that the ONNX file's locations are relative to.
+        roots: The folders that may be read; a location that resolves outside of them is refused.
     """
 
     def __init__(self, base: Path, roots: Sequence[Path]) -> None:
@@ -94,10 +109,13 @@ class WeightMaps:
         self._files: list[mmap.mmap] = []
 
     def region(self, tensor: onnx.TensorProto) -> tuple[int, int]:
-        """(address, bytes) of an external initializer.
+        """Return (address, size in bytes) of an external initializer.
+
+        Args:
+            tensor: The initializer, with its external data.
 
         Raises:
-            EngineError: the file is missing or outside the roots, or the region passes its end.
+            EngineError: The file is missing or outside of the roots, or the region passes its end.
         """
         entry = {item.key: item.value for item in tensor.external_data}
         path = (self._base / entry.get("location", "")).resolve()
@@ -127,6 +145,15 @@ class WeightMaps:
             file.madvise(mmap.MADV_DONTNEED)
 
     def _open(self, path: Path, name: str) -> np.ndarray:
+        """Return the bytes of a file, uint8 [size], from its map, which is made at the first call.
+
+        Args:
+            path: The file.
+            name: The name of the tensor, for the error.
+
+        Raises:
+            EngineError: The file cannot be mapped.
+        """
         if path not in self._maps:
             try:
                 with path.open("rb") as file:
@@ -140,12 +167,20 @@ class WeightMaps:
 def parse_network(
     backend: Backend, builder: Any, logger: Any, model: onnx.ModelProto, maps: WeightMaps
 ) -> tuple[Any, Any]:
-    """(network, parser) of ``model``, external initializers bound to ``maps``.
+    """Parse a graph, with its external initializers bound to the maps.
 
-    Both must stay alive until the build is over.
+    Args:
+        backend: The builder library.
+        builder: The builder.
+        logger: The builder's logger.
+        model: The graph.
+        maps: The maps of the weight files.
+
+    Returns:
+        (network, parser); both must stay alive until the build is over.
 
     Raises:
-        EngineError: the parser's errors, with node names.
+        EngineError: The parser refuses the graph (the error names nodes), or a weight cannot be bound.
     """
     trt = backend.module
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -167,6 +202,7 @@ def parse_network(
 
 
 def _parser_error(backend: Backend, parser: Any) -> EngineError:
+    """Return the parser's errors as one error, with the names of the nodes."""
     lines = []
     for i in range(parser.num_errors):
         error = parser.get_error(i)

@@ -1,7 +1,7 @@
-"""Polygraphy on exported ONNX files: a summary of the graph, and TensorRT-RTX's own verdict on which parts it takes.
+"""Polygraphy on exported ONNX files: a summary of the graph, and TensorRT-RTX's own verdict on the parts that it takes.
 
-Polygraphy chooses between TensorRT and TensorRT-RTX by an environment variable read at import, once per process; so it
-runs in a process of its own, through its command line, and never inside the exporter.
+Polygraphy chooses between TensorRT and TensorRT-RTX by an environment variable that it reads at import, once per
+process. So it runs in a process of its own, through its command line, and never inside the exporter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ UnsupportedPart = tuple[str, str, str]
 
 
 def onnx_summary(path: Path, detail: Literal["basic", "layers", "attrs"] = "basic") -> str:
-    """Inputs, outputs, dtypes, shapes and node count of an ONNX file, with ``layers`` every node; weights are not read.
+    """Summarize an ONNX file: inputs, outputs, dtypes, shapes and node count; weights are not read.
+
+    Args:
+        path: The ONNX file.
+        detail: ``basic``, or the thing that Polygraphy shows besides: ``layers`` (every node) or ``attrs`` (their
+            attributes).
 
     Raises:
         EngineError: Polygraphy is missing or cannot read the file.
@@ -41,9 +46,12 @@ def onnx_summary(path: Path, detail: Literal["basic", "layers", "attrs"] = "basi
 
 
 def rtx_unsupported(path: Path) -> list[UnsupportedPart]:
-    """What TensorRT-RTX's parser refuses in an ONNX file; empty when it takes the whole graph.
+    """Return the parts of an ONNX file that TensorRT-RTX's parser refuses, an empty list if it takes the whole graph.
 
-    A check before a long build: minutes of quantization should not end in a parser error.
+    This is a check before a long build: minutes of quantization should not end in a parser error.
+
+    Args:
+        path: The ONNX file.
 
     Raises:
         EngineError: Polygraphy or TensorRT-RTX is missing, or the file cannot be read.
@@ -63,12 +71,21 @@ def rtx_unsupported(path: Path) -> list[UnsupportedPart]:
 
 
 def _part(line: str) -> UnsupportedPart:
-    """One row of its table: stack trace | operator | node | reason (which may hold bars of its own)."""
+    """Return one row of Polygraphy's table: stack trace | operator | node | reason (which may hold bars of its own)."""
     _, operator, node, reason = (cell.strip() for cell in line.split("|", 3))
     return operator, node, reason
 
 
 def _polygraphy(arguments: list[str], folder: Path) -> str:
+    """Run Polygraphy's command line, and return its output.
+
+    Args:
+        arguments: The arguments; the third one is the ONNX file.
+        folder: The working directory.
+
+    Raises:
+        EngineError: The file is missing, or Polygraphy cannot be started, fails, or gives no answer in time.
+    """
     if not Path(arguments[2]).is_file():
         # It only warns about a missing file, then calls the empty graph fully supported.
         raise EngineError(f"{arguments[2]} does not exist")

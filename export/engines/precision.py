@@ -1,7 +1,6 @@
-"""What really executes: the frozen table from (backend, SM, activation grid) to a precision, and its plain words.
+"""The frozen table from (backend, SM, activation grid) to the precision that really executes, and its plain words.
 
-Evidence: TOOLCHAIN and KERNELS notes, and tests/export/test_builders.py, which builds every entry of the RTX table and reads
-the operand types out of the builder's own listing.
+A test builds every entry of the RTX table and reads the operand types out of the builder's own listing.
 """
 
 from __future__ import annotations
@@ -66,10 +65,10 @@ class EnginePlan:
 
     Args:
         backend: ``tensorrt_rtx`` or ``tensorrt``.
-        sms: the targets it serves; several only with TensorRT-RTX, at no extra size.
-        act_bits: which graph.
-        precision: how its QuantLinear nodes run.
-        executes: the same in plain words, for the manifest and the dry run.
+        sms: The compute capabilities that it serves. Several are possible only with TensorRT-RTX, at no extra size.
+        act_bits: The bits of the graph's activations: 4, 6 or 8.
+        precision: The way in which its QuantLinear nodes run.
+        executes: The same in plain words, for the manifest and the dry run.
     """
 
     backend: str
@@ -80,22 +79,29 @@ class EnginePlan:
 
     @property
     def folder(self) -> str:
-        """Name of the engine's folder, such as ``tensorrt_rtx-8.0+8.6``."""
+        """Return the name of the engine's folder, such as ``tensorrt_rtx-8.0+8.6``."""
         return f"{self.backend}-{'+'.join(self.sms)}"
 
 
 def choose_precision(backend: str, sm: str, activation: ActivationSpec, override: str = "auto") -> Precision:
     """Return the precision of one graph on one SM.
 
-    TensorRT: always the plugin, of 4 or 8 bits. TensorRT-RTX, ``auto``:
+    TensorRT always runs the plugin, with 4 or 8 bits. TensorRT-RTX with ``auto`` runs:
 
     | SM | act_bits 8 or 6, token | act_bits 4, token | act_bits 8 or 6, groups | act_bits 4, groups |
     |---|---|---|---|---|
     | 8.0 8.6 8.9 | int8 | int8 | int4-weight-only | int4-weight-only |
     | 12.0 12.1 | int8 | nvfp4 | int4-weight-only | nvfp4 |
 
+    Args:
+        backend: ``tensorrt_rtx`` or ``tensorrt``.
+        sm: The compute capability, such as "8.9".
+        activation: The activation grid of the graph.
+        override: ``auto`` or one of the other ``PRECISIONS``; TensorRT takes ``auto`` only.
+
     Raises:
-        UnsupportedError: an SM without an entry, an unknown override, or one that cannot run this grid or this SM.
+        UnsupportedError: The SM has no entry, the backend or the override is unknown, or the override cannot run this
+            grid on this SM.
     """
     known = _known_sms(backend)
     if sm not in known:
@@ -131,7 +137,14 @@ def choose_precision(backend: str, sm: str, activation: ActivationSpec, override
 
 
 def check_sms(sms: Iterable[str]) -> None:
-    """UnsupportedError for an SM that no backend has; also where no engine is built for it, a typo is a typo."""
+    """Refuse a compute capability that no backend has, also where no engine is built; it is a typo there as well.
+
+    Args:
+        sms: The compute capabilities, such as "8.9".
+
+    Raises:
+        UnsupportedError: A compute capability is unknown.
+    """
     known = sorted({*RTX_SMS, *TENSORRT_SMS}, key=float)
     for sm in sms:
         if sm not in known:
@@ -139,6 +152,11 @@ def check_sms(sms: Iterable[str]) -> None:
 
 
 def _known_sms(backend: str) -> tuple[str, ...]:
+    """Return the SMs that a backend has entries for.
+
+    Raises:
+        UnsupportedError: There is no such backend.
+    """
     tables = {"tensorrt_rtx": RTX_SMS, "tensorrt": TENSORRT_SMS}
     if backend not in tables:
         raise UnsupportedError(f"unknown engine backend {backend!r}", available=tables)
@@ -153,11 +171,17 @@ def what_executes(
     *,
     from_checkpoint: bool = False,
 ) -> str:
-    """Plain words for the manifest and ``--dry-run``: which units, which widths, what it means for speed and memory.
+    """Return plain words for the manifest and ``--dry-run``: the units, the widths, and the effect on speed and memory.
 
     Args:
-        recipe: says whether the INT8 codes are exact or rounded again.
-        from_checkpoint: for nvfp4, whether the weights come from the original checkpoint.
+        precision: The way in which the QuantLinear nodes run.
+        act_bits: The bits of the activations: 4, 6 or 8.
+        sm: The compute capability; only the words of the plugin depend on it.
+        recipe: The recipe, which says if the INT8 codes are exact or rounded again; None leaves that out.
+        from_checkpoint: True if nvfp4 weights come from the original checkpoint, False if from the 4-bit codes.
+
+    Raises:
+        UnsupportedError: The plugin has no kernels for this SM.
     """
     if precision == "plugin":
         return _plugin_text(act_bits, sm)
@@ -180,6 +204,11 @@ def what_executes(
 
 
 def _plugin_text(act_bits: int, sm: str) -> str:
+    """Return the plain words of the plugin.
+
+    Raises:
+        UnsupportedError: It has no kernels for this SM.
+    """
     if sm not in _PLUGIN_A4:
         raise UnsupportedError(f"the TensorRT plugin has no kernels for SM {sm}", available=TENSORRT_SMS)
     words = _PLUGIN_A4[sm] if act_bits == 4 else "8-bit tensor cores, 4-bit weights widened to 8 bits"
@@ -196,17 +225,21 @@ def plan_engines(
     override: str = "auto",
     from_checkpoint: bool = False,
 ) -> list[EnginePlan]:
-    """The engines to build: per graph, SMs with the same precision share one where the backend allows it.
+    """Return the engines to build; SMs with the same precision share one per graph where the backend allows it.
 
-    Args:
-        sms: targets; repeated ones count once, the order is kept.
-        activations: one per graph.
-
-    An ``override`` that one graph can run and another cannot (NVFP4 has no 8-bit activations) applies to the first; the
+    An override that one graph can run and another cannot (NVFP4 has no 8-bit activations) applies to the first one; the
     other gets its automatic precision.
 
+    Args:
+        backend: ``tensorrt_rtx`` or ``tensorrt``.
+        sms: The target compute capabilities. Repeated ones count once, and the order is kept.
+        activations: The activation grids, one per graph.
+        recipe: The recipe, for the plain words; see :func:`what_executes`.
+        override: ``auto`` or one of the other ``PRECISIONS``.
+        from_checkpoint: True if nvfp4 weights come from the original checkpoint, for the plain words.
+
     Raises:
-        UnsupportedError: see :func:`choose_precision`; for an override only if no graph can run it on one of the SMs.
+        UnsupportedError: See :func:`choose_precision`; for an override only if no graph can run it on one of the SMs.
     """
     plans: list[EnginePlan] = []
     grids = list(activations)
@@ -224,6 +257,11 @@ def plan_engines(
 def _override_or_auto(
     backend: str, sm: str, activation: ActivationSpec, override: str, grids: Sequence[ActivationSpec]
 ) -> Precision:
+    """Return the override, or the automatic precision if only another graph can run the override.
+
+    Raises:
+        UnsupportedError: No graph can run the override on this SM, or there is no precision at all.
+    """
     try:
         return choose_precision(backend, sm, activation, override)
     except UnsupportedError:
@@ -233,6 +271,7 @@ def _override_or_auto(
 
 
 def _runs(backend: str, sm: str, activation: ActivationSpec, override: str) -> bool:
+    """Return whether a graph can run the override on an SM."""
     try:
         choose_precision(backend, sm, activation, override)
     except UnsupportedError:

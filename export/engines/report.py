@@ -1,4 +1,4 @@
-"""What a build was asked for and what came out, as JSON between the exporter and the builder process."""
+"""The request and the report of a build, which go as JSON between the exporter and the builder process."""
 
 from __future__ import annotations
 
@@ -24,9 +24,20 @@ Shapes = Mapping[str, tuple[tuple[int, ...], ...]]
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """One engine build. Paths are strings, absolute; ``profile`` maps an input to its (min, opt, max) shapes.
+    """The request for one engine.
 
-    ``data_dir`` is what external locations are relative to, ``data_roots`` where they may end up.
+    Args:
+        backend: ``tensorrt_rtx`` or ``tensorrt``.
+        model: The absolute path of the ONNX file.
+        engine: The absolute path of the file to write.
+        sms: The target compute capabilities, such as "8.9".
+        data_dir: The absolute path of the folder that external locations are relative to.
+        data_roots: The absolute paths of the folders that external data may lie in.
+        profile: Input name -> its [min, opt, max] shapes; None if no input is dynamic.
+        plugins: The absolute paths of the plugin libraries.
+        workspace_bytes: The builder's workspace limit in bytes; None means the library's default.
+        timing_cache: The absolute path of a timing cache to read and update, or None.
+        optimization_level: 0 to 5; None means the library's default.
     """
 
     backend: str
@@ -42,10 +53,16 @@ class BuildRequest:
     optimization_level: int | None = None
 
     def to_json(self) -> str:
+        """Return the request as JSON text."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> BuildRequest:
+        """Read a request, the inverse of :meth:`to_json`.
+
+        Args:
+            text: The JSON text.
+        """
         data: dict[str, Any] = json.loads(text)
         data.update({key: tuple(value) for key, value in data.items() if isinstance(value, list)})
         return cls(**data)
@@ -53,17 +70,22 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was built, for the manifest.
+    """The report of a build, for the manifest.
 
     Args:
-        seconds: wall time of parse and build, without starting the process.
-        bytes: size of the engine. peak_rss_bytes: of the builder process, mapped weight pages included.
-        onnx_sha256: of the ONNX file alone, not of external data.
-        products: how many matrix products the builder planned per operand types, such as ``{"Int8": 40, "Int4": 2}``
-            (the constant operand's type; "" when both operands are activations). Read from the builder's own listing.
-        constant_bytes: bytes of constants per type, from the same listing; one that several products share (a Hadamard
-            factor) is stored once but listed by each.
-        warnings: the builder's.
+        backend: ``tensorrt_rtx`` or ``tensorrt``.
+        version: The release of the builder.
+        sms: The compute capabilities that the engine runs on.
+        seconds: The wall time of parse and build, without the start of the process.
+        bytes: The size of the engine.
+        peak_rss_bytes: The peak resident memory of the builder process, mapped weight pages included.
+        onnx_sha256: The SHA-256 of the ONNX file alone, not of external data.
+        products: The number of matrix products that the builder planned per operand type, such as ``{"Int8": 40,
+            "Int4": 2}`` (the constant operand's type; "" if both operands are activations). It is read from the
+            builder's own listing.
+        constant_bytes: The bytes of constants per type, from the same listing. A constant that several products share
+            (a Hadamard factor) is stored once but listed by each.
+        warnings: The builder's warnings.
     """
 
     backend: str
@@ -83,6 +105,11 @@ class BuildReport:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BuildReport:
+        """Read a report, the inverse of :meth:`to_json`.
+
+        Args:
+            data: The report as :meth:`to_json` gives it.
+        """
         known = dict(data)
         return cls(**known | {"sms": tuple(known["sms"]), "warnings": tuple(known.get("warnings", ()))})
 
@@ -103,10 +130,16 @@ _PRODUCTS = ("gemm", "runtime_fusion", "fusion")
 
 
 def layer_summary(lines: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """(products by constant operand type, constant bytes by type) from the builder's verbose layer listing.
+    """Summarize the builder's verbose layer listing.
 
     A product is a layer of kind gemm, or a fused one, with a two-dimensional constant of at least 16 × 16 that its name
     or kind says it multiplies with.
+
+    Args:
+        lines: The lines of the listing.
+
+    Returns:
+        The number of products by the constant operand's type, and the bytes of constants by type.
     """
     products: Counter[str] = Counter()
     constants: dict[str, tuple[str, int]] = {}

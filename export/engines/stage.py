@@ -1,4 +1,4 @@
-"""The engine stage: lower each graph for its precision, build it, and describe the result."""
+"""The engine stage: each graph is lowered for its precision and built, and the result is described."""
 
 from __future__ import annotations
 
@@ -34,18 +34,30 @@ __all__ = ["BuildSettings", "EngineStage", "build_settings", "engine_path", "fin
 
 
 def engine_path(component: str, engine: EnginePlan) -> str:
-    """Where an engine lies, relative to the export."""
+    """Return the path of an engine, relative to the export.
+
+    Args:
+        component: The name of the transformer's folder.
+        engine: The engine to build.
+    """
     backend = engine.backend.removeprefix("tensorrt_")
     return f"engines/{backend}-sm{'+'.join(sm.replace('.', '') for sm in engine.sms)}/{component}_a{engine.act_bits}.engine"
 
 
 @dataclass
 class EngineStage:
-    """Builds the engines of one transformer from the ONNX graphs in ``root``.
+    """The builder of the engines of one transformer from the ONNX graphs in ``root``.
 
     Args:
-        weight_source: the rotated fp32 weight of a layer from the original checkpoint, where there is one.
-        hashes: SHA-256 of each QuantLinear graph, by relative path.
+        root: The folder of the export.
+        plan: The plan of the model.
+        sizes: The sizes of the graphs, in latent units.
+        component: The name of the transformer's folder.
+        options: The options of the export.
+        progress: The place that stages report to.
+        hashes: Relative path -> SHA-256 of each QuantLinear graph.
+        weight_source: A function from the name of a layer to its rotated weight from the original checkpoint, fp32 [N,
+            K]; None if there is no checkpoint.
     """
 
     root: Path
@@ -59,11 +71,23 @@ class EngineStage:
     _stores: dict[str, TensorStore] = field(default_factory=dict)
 
     def build(self, engine: EnginePlan) -> tuple[EngineEntry, BuildReport]:
-        """Build one engine; EngineError when the builder refuses, with its log's tail."""
+        """Build one engine, and return its entry for the manifest and the builder's report.
+
+        Args:
+            engine: The engine to build.
+
+        Raises:
+            EngineError: The builder refuses; the error holds the tail of its log.
+            ExportError: The graph cannot be lowered for this precision.
+            OutputError: A file cannot be written.
+            ResourceError: Disk or memory is full.
+        """
+        # 1. Lower the graph.
         source = self.root / graph_path(self.component, engine.act_bits, "tensorrt")
         target = self.root / engine_path(self.component, engine)
         target.parent.mkdir(parents=True, exist_ok=True)
         graph = self._for_plugin(source, engine) if engine.precision == "plugin" else self._lower(source, engine)
+        # 2. Build the engine.
         workspace = self.options.workspace_gib
         try:
             report = build_engine(
@@ -91,7 +115,7 @@ class EngineStage:
         return self._entry(engine, report), report
 
     def _for_plugin(self, source: Path, engine: EnginePlan) -> Path:
-        """The graph as TensorRT's parser and the plugin need it; it holds no packed weights."""
+        """Write the graph for TensorRT's parser and the plugin, and return its path; it holds no packed weights."""
         model = ir.load(source)
         plugin_inputs(model)
         path = source.with_name(f"{self.component}_a{engine.act_bits}_plugin.onnx")
@@ -99,7 +123,10 @@ class EngineStage:
         return path
 
     def _lower(self, source: Path, engine: EnginePlan) -> Path:
-        """The graph with standard operators only. Its derived weights, the same at every bit-width, are written once."""
+        """Write the graph as it is lowered for its precision, and return its path.
+
+        The weights that it derives are the same at every bit-width, so they are written once.
+        """
         model = ir.load(source)
         model.functions.clear()
         stem = self.root / "onnx" / f"{self.component}_rtx_{engine.precision}"
@@ -123,6 +150,7 @@ class EngineStage:
                 store.path.unlink(missing_ok=True)
 
     def _entry(self, engine: EnginePlan, report: BuildReport) -> EngineEntry:
+        """Return the entry of a built engine for the manifest."""
         graph = graph_path(self.component, engine.act_bits, "tensorrt")
         shapes: dict[str, Any] = dict(self.sizes.to_json())
         return EngineEntry(
@@ -140,14 +168,17 @@ class EngineStage:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """All that an engine of a given path depends on: an engine that was built with other ones is built again.
+    """The settings that an engine of a given path depends on; an engine that was built with other ones is built again.
 
     Args:
-        onnx_sha256: of the QuantLinear graph it was lowered from; the weights behind it are the same in one export.
-        precision, backend: as in the plan.
-        version: of the builder. An engine loads in the release that built it only.
-        optimization_level, workspace_gib: as given to the builder, None for its own defaults.
-        plugins: SHA-256 of the plugin libraries that the builder loaded, in their order.
+        onnx_sha256: The SHA-256 of the QuantLinear graph that it was lowered from; the weights behind it are the same
+            in one export.
+        precision: The way in which its QuantLinear nodes run.
+        backend: ``tensorrt_rtx`` or ``tensorrt``.
+        version: The version of the builder. An engine loads only in the release that built it.
+        optimization_level: The builder's effort, 0 to 5; None means its own default.
+        workspace_gib: The builder's workspace limit in GiB; None means its own default.
+        plugins: The SHA-256 of the plugin libraries that the builder loaded, in their order.
     """
 
     onnx_sha256: str
@@ -160,11 +191,11 @@ class BuildSettings:
 
     @property
     def digest(self) -> str:
-        """Short and the same for the same settings, for the name of a step."""
+        """Return a short text that is the same for the same settings, for the name of a step."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def recorded(self) -> dict[str, Any]:
-        """What an engine's entry in the manifest holds of them besides its own fields."""
+        """Return the settings that an engine's entry in the manifest holds besides its own fields."""
         return {
             "optimization_level": self.optimization_level,
             "workspace_gib": self.workspace_gib,
@@ -172,10 +203,13 @@ class BuildSettings:
         }
 
     def made(self, entry: Mapping[str, Any]) -> bool:
-        """Whether the engine of this manifest entry was built with these settings.
+        """Return whether the engine of a manifest entry was built with these settings.
 
-        Exports of before these fields count as built with the builder's defaults, and with the same plugin libraries: a
-        library that does not fit an engine is found out when the engine is loaded.
+        Older exports lack these fields. They count as built with the builder's defaults, and with the same plugin
+        libraries: a library that does not fit an engine is found out when the engine is loaded.
+
+        Args:
+            entry: The entry of the engine in a manifest.
         """
         return (
             entry["onnx_sha256"] == self.onnx_sha256
@@ -190,13 +224,17 @@ class BuildSettings:
 def build_settings(
     engine: EnginePlan, component: str, options: ExportOptions, hashes: Mapping[str, str], version: str
 ) -> BuildSettings:
-    """Return the settings ``options`` ask for.
+    """Return the settings that the options ask for.
 
     Args:
-        hashes: SHA-256 of each graph, by relative path. version: of the engine's builder.
+        engine: The engine to build.
+        component: The name of the transformer's folder.
+        options: The options of the export.
+        hashes: Relative path -> SHA-256 of each graph.
+        version: The version of the engine's builder.
 
     Raises:
-        OutputError: a plugin library cannot be read.
+        OutputError: A plugin library cannot be read.
     """
     plugins = options.plugins if engine.backend == "tensorrt" else ()
     return BuildSettings(
@@ -213,6 +251,15 @@ def build_settings(
 def find_current(
     engine: EnginePlan, component: str, entries: Sequence[EngineEntry], settings: BuildSettings
 ) -> EngineEntry | None:
-    """The entry of an engine that need not be rebuilt: at the same path, built with the same settings."""
+    """Return the entry of an engine that need not be rebuilt, or None.
+
+    Such an engine is at the same path and was built with the same settings.
+
+    Args:
+        engine: The engine to build.
+        component: The name of the transformer's folder.
+        entries: The entries of the engines that are there.
+        settings: The settings to build it with.
+    """
     path = engine_path(component, engine)
     return next((entry for entry in entries if entry["path"] == path and settings.made(entry)), None)

@@ -28,25 +28,39 @@ from dvdquant.system.whole_file import write_whole
 __all__ = ["build", "main"]
 
 _LOCK = threading.Lock()
-# The importer says this for every use of a function body after the first; the engine is the same.
+# The importer says this for every use of a function body after the first one; the engine is the same.
 _INLINED_AGAIN = "the output tensors of this new instance will not be queryable"
 
 
 def send(kind: str, **fields: Any) -> None:
-    """One message to the exporter; safe from the builder's own threads."""
+    """Send one message to the exporter; this is safe from the builder's own threads.
+
+    Args:
+        kind: ``report``, ``error``, ``phase``, ``step`` or ``finish``.
+        **fields: Values that JSON can hold.
+    """
     with _LOCK:
         sys.stdout.write(MARK + json.dumps({"kind": kind, **fields}) + "\n")
         sys.stdout.flush()
 
 
 def _logger(trt: Any, listing: list[str], warnings: list[str]) -> Any:
+    """Return a logger for the builder.
+
+    Args:
+        trt: The builder's Python module.
+        listing: Gets the lines of the verbose layer listing.
+        warnings: Gets every warning once.
+    """
+
     class Logger(trt.ILogger):
-        """Errors, warnings and info to stderr; the verbose layer listing into ``listing``."""
+        """A logger that writes errors, warnings and info to stderr, and the verbose layer listing into ``listing``."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
+            """Take one message of the builder."""
             if _INLINED_AGAIN in message:
                 return
             if severity <= trt.ILogger.Severity.INFO:
@@ -60,21 +74,31 @@ def _logger(trt: Any, listing: list[str], warnings: list[str]) -> Any:
 
 
 def _monitor(trt: Any, each_phase: Callable[[], None]) -> Any:
+    """Return a progress monitor for the builder.
+
+    Args:
+        trt: The builder's Python module.
+        each_phase: A function that is called at the start and the end of each phase.
+    """
+
     class Monitor(trt.IProgressMonitor):
-        """Phases and steps as messages; the builder calls it from several threads."""
+        """A monitor that sends phases and steps as messages; the builder calls it from several threads."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            """Send the start of a phase with its number of steps."""
             each_phase()
             send("phase", name=phase, parent=parent, steps=steps)
 
         def step_complete(self, phase: str, step: int) -> bool:
+            """Send the end of a step; True lets the build go on."""
             send("step", name=phase, step=step)
             return True
 
         def phase_finish(self, phase: str) -> None:
+            """Send the end of a phase."""
             each_phase()
             send("finish", name=phase)
 
@@ -82,8 +106,18 @@ def _monitor(trt: Any, each_phase: Callable[[], None]) -> Any:
 
 
 def _load_plugins(backend: Backend, builder: Any, plugins: tuple[str, ...]) -> None:
-    """Register the libraries. They stay outside the engine: a library inside each engine is loaded once per engine, and
-    the engines of one process would each prepare their own copy of the packed weights.
+    """Register the plugin libraries.
+
+    They stay outside the engine. A library inside each engine is loaded once per engine, and the engines of one process
+    would each prepare their own copy of the packed weights.
+
+    Args:
+        backend: The builder library.
+        builder: The builder.
+        plugins: The paths of the libraries.
+
+    Raises:
+        EngineError: A library does not load.
     """
     registry = builder.get_plugin_registry()
     for plugin in plugins:
@@ -92,6 +126,7 @@ def _load_plugins(backend: Backend, builder: Any, plugins: tuple[str, ...]) -> N
 
 
 def _configure(backend: Backend, builder: Any, request: BuildRequest) -> Any:
+    """Return the builder's configuration for a request."""
     trt = backend.module
     config = builder.create_builder_config()
     # Only at this verbosity does the builder list the types its products run in; it adds nothing to the engine's size.
@@ -113,7 +148,15 @@ def _configure(backend: Backend, builder: Any, request: BuildRequest) -> Any:
 
 
 def _check_profile(network: Any, request: BuildRequest) -> None:
-    """Every dynamic input needs a range, and a range must name an input."""
+    """Check that every dynamic input has a range, and that every range fits an input.
+
+    Args:
+        network: The parsed network.
+        request: The request with the profile.
+
+    Raises:
+        EngineError: An input lacks a range, or a range names no input or does not fit its shape.
+    """
     inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     profile = request.profile or {}
     unknown = [name for name in profile if name not in inputs]
@@ -130,12 +173,14 @@ def _check_profile(network: Any, request: BuildRequest) -> None:
 
 
 def _timing_cache(config: Any, path: Path | None) -> None:
+    """Load the timing cache, or an empty one if the file does not exist; None means no cache."""
     if path is not None:
         stored = path.read_bytes() if path.exists() else b""
         config.set_timing_cache(config.create_timing_cache(stored), False)
 
 
 def _save_timing_cache(config: Any, path: Path | None) -> None:
+    """Write the timing cache back; None means no cache."""
     if path is None:
         return
     cache = config.get_timing_cache()
@@ -144,6 +189,16 @@ def _save_timing_cache(config: Any, path: Path | None) -> None:
 
 
 def _write(path: Path, data: Any) -> None:
+    """Write the engine, and make it durable.
+
+    Args:
+        path: The file to write.
+        data: The bytes of the engine.
+
+    Raises:
+        ResourceError: The disk is full.
+        OutputError: The file cannot be written for another reason.
+    """
     try:
         with path.open("wb") as file:
             file.write(data)
@@ -154,7 +209,7 @@ def _write(path: Path, data: Any) -> None:
 
 
 def _peak_rss() -> int:
-    """Peak resident bytes of this process."""
+    """Return the peak resident memory of this process in bytes."""
     if sys.platform == "win32":
         import psutil
 
@@ -166,7 +221,15 @@ def _peak_rss() -> int:
 
 
 def _check_device(backend: Backend, sms: tuple[str, ...]) -> None:
-    """TensorRT builds for the GPU at hand: it must be there and be the one that was asked for."""
+    """Check that the GPU a TensorRT engine is for is present; TensorRT-RTX builds without a GPU.
+
+    Args:
+        backend: The builder library.
+        sms: The target compute capabilities.
+
+    Raises:
+        EngineError: There is no GPU, or it is another one.
+    """
     if backend.builds_for_sms:
         return
     import torch
@@ -184,16 +247,23 @@ def _check_device(backend: Backend, sms: tuple[str, ...]) -> None:
 def build(request: BuildRequest) -> BuildReport:
     """Parse, build and write one engine in this process; the file is complete or the call raises.
 
+    Args:
+        request: The request.
+
     Raises:
-        EngineError, UnsupportedError: the backend is missing, refuses the graph, or the build fails.
-        OutputError: the engine cannot be written.
+        EngineError: The backend is missing, refuses the graph, or the build fails.
+        UnsupportedError: The backend does not know a compute capability.
+        OutputError: The engine cannot be written.
+        ResourceError: The disk is full.
     """
     start = time.monotonic()
+    # 1. Read the graph, and refuse what the builder would abort on.
     backend = load_backend(request.backend)
     path = Path(request.model)
     model = read_model(path)
     check_custom_ops(model, backend, [Path(p) for p in request.plugins])
     _check_device(backend, request.sms)
+    # 2. Set the builder up.
     listing: list[str] = []
     warnings: list[str] = []
     logger = _logger(backend.module, listing, warnings)
@@ -201,10 +271,12 @@ def build(request: BuildRequest) -> BuildReport:
     config = _configure(backend, builder, request)
     if request.plugins:
         _load_plugins(backend, builder, request.plugins)
+    # 3. Parse the graph, with the weights mapped from their files.
     maps = WeightMaps(Path(request.data_dir), [Path(root) for root in request.data_roots])
     network, _parser = parse_network(backend, builder, logger, model, maps)
     del model
     _check_profile(network, request)
+    # 4. Build and write the engine.
     size = _build_plan(backend, builder, network, config, request, maps)
     products, constants = layer_summary(listing)
     return BuildReport(
@@ -224,7 +296,21 @@ def build(request: BuildRequest) -> BuildReport:
 def _build_plan(
     backend: Backend, builder: Any, network: Any, config: Any, request: BuildRequest, maps: WeightMaps
 ) -> int:
-    """Build and write the engine with progress and timing cache; returns its bytes."""
+    """Build and write the engine with progress and timing cache, and return its size in bytes.
+
+    Args:
+        backend: The builder library.
+        builder: The builder.
+        network: The parsed network.
+        config: The builder's configuration.
+        request: The request.
+        maps: The maps of the weight files, whose pages are given back after each phase.
+
+    Raises:
+        EngineError: The build fails.
+        OutputError: The engine cannot be written.
+        ResourceError: The disk is full.
+    """
     cache = Path(request.timing_cache) if request.timing_cache else None
     _timing_cache(config, cache)
     # The builder keeps no reference to its monitor.
@@ -242,7 +328,11 @@ def _build_plan(
 
 
 def main(arguments: list[str]) -> int:
-    """Run the request in the named JSON file; 0 and a report, or 3 and an error message."""
+    """Build the request in the named JSON file; send a report and return 0, or send an error and return 3.
+
+    Args:
+        arguments: The command line; the first argument is the path of the JSON file.
+    """
     request = BuildRequest.from_json(Path(arguments[0]).read_text())
     try:
         send("report", report=build(request).to_json())
@@ -255,7 +345,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _as_error(error: DvdquantError | MemoryError | OSError, request: BuildRequest) -> DvdquantError:
-    """What the exporter is told; the log keeps where it happened."""
+    """Return the error that the exporter is told; the log keeps the place where it happened."""
     if isinstance(error, DvdquantError):
         return error
     traceback.print_exception(error, file=sys.stderr)

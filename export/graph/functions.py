@@ -23,7 +23,14 @@ _KEY = (DOMAIN, "QuantLinear", "")
 
 
 def _quant_linear(zero_step: float, zero_origin: float) -> OnnxFunction:
-    """The body for stored zero-points of which ``stored · zero_step + zero_origin`` is the number they stand for."""
+    """Return the body for one form of stored zero-points.
+
+    The zero-point that a stored number stands for is ``stored · zero_step + zero_origin``.
+
+    Args:
+        zero_step: The zero-point's step of one stored unit.
+        zero_origin: The zero-point that a stored 0 stands for.
+    """
 
     @script(OPSET, default_opset=op)
     def QuantLinear(
@@ -81,23 +88,31 @@ def _quant_linear(zero_step: float, zero_origin: float) -> OnnxFunction:
     return QuantLinear
 
 
-# As they are, fp32 [N], and as bytes, uint8 [N, groups] (dvdquant.numerics.packing.expand_zero).
+# The first body is for fp32 zero-points [N], which are stored as they are. The second body is for bytes, uint8
+# [N, groups] (dvdquant.numerics.packing.expand_zero).
 QuantLinear = _quant_linear(1.0, 0.0)
 QuantLinearFloatZero = _quant_linear(1 / 16, -8.0)
 
 
 def quant_linear_function(float_zero_point: bool = False) -> ir.Function:
-    """The body of ``dvdquant::QuantLinear`` as an onnx-ir function; ``float_zero_point`` where weight_zero is uint8."""
+    """Return the body of ``dvdquant::QuantLinear`` as an onnx-ir function.
+
+    Args:
+        float_zero_point: True where weight_zero is uint8 [N, groups]; False where it is fp32 [N].
+    """
     return ir.serde.deserialize_function(
         (QuantLinearFloatZero if float_zero_point else QuantLinear).to_function_proto()
     )
 
 
 def attach_functions(model: ir.Model) -> None:
-    """Add the QuantLinear body to ``model``, after tracing: the exporter's own passes would inline it.
+    """Add the QuantLinear body to a graph; do this after tracing, because the exporter's own passes would inline it.
+
+    Args:
+        model: The graph, which is changed in place.
 
     Raises:
-        ExportError: layers with fp32 and with uint8 zero-points in one graph, which has one body for all.
+        ExportError: Some layers have fp32 zero-points and others have uint8 ones; a graph has one body for all layers.
     """
     zeros = {node.inputs[4].dtype for node in model.graph.all_nodes() if (node.domain, node.op_type) == _KEY[:2]}
     if len(zeros) > 1:

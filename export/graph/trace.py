@@ -32,18 +32,29 @@ log = logging.getLogger(__name__)
 
 
 def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:
-    """The base graph of ``plan`` at ``sizes``: QuantLinear nodes, weights as initializers named like the parameters.
+    """Trace the base graph of a plan: QuantLinear nodes, and weights as initializers named like the parameters.
 
     Initializers of parameters carry shape and dtype only (a placeholder tensor); bind them with
-    :func:`dvdquant.export.passes.bind_weights.bind_weights`. Constants (rotary tables, Hadamard matrices) are real.
+    :func:`dvdquant.export.passes.bind_weights.bind_weights`. Constants (rotary tables, Hadamard matrices) hold real
+    data.
+
+    Args:
+        plan: The plan of the model.
+        sizes: The sizes of the export, in latent units. Axes with a range become dynamic dimensions.
+
+    Returns:
+        The graph, with the activation bits of the recipe's first grid and with ``sample`` as its output.
 
     Raises:
+        ShapeError: The model cannot run at these sizes.
         ExportError: torch.export or the translation to ONNX failed; the cause is kept.
     """
     plan.family.check(sizes)
+    # 1. Build the quantized model on placeholder weights.
     bits = plan.recipe.activations[0].bits
     wrapper = GraphWrapper(quantized_skeleton(plan, bits), plan.family)
     inputs = plan.family.sample(sizes, plan.dtype)
+    # 2. Trace it and translate it to ONNX.
     try:
         with _quiet_exporter(), torch.no_grad():
             exported = torch.export.export(
@@ -71,12 +82,14 @@ def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:
     if program is None:
         raise ExportError(f"{plan.family.name}: torch.onnx.export returned no graph")
     model: ir.Model = program.model
+    # 3. Name weights, inputs and output.
     parameters = {*plan.kept, *(name for spec in plan.layers for name in spec.tensors())}
     name_weights(model, "model.", parameters)
     model.graph.name = plan.family.name
     for value, spec in zip(model.graph.inputs, plan.family.inputs(sizes), strict=True):
         value.name = spec.name
     model.graph.outputs[0].name = "sample"
+    # 4. Simplify the graph.
     with _quiet_exporter():
         simplify(model, parameters)
     boolean_where(model)
@@ -103,13 +116,24 @@ def _translate_quant_linear(
     act_bits: int,
     act_group: int,
 ) -> Any:
+    """Translate PyTorch's op ``dvdquant::quant_linear`` into one QuantLinear node with the same inputs."""
     register_schemas()
     tensors = (x, weight, weight_scale, weight_group_scale, weight_zero, bias, hadamard, outer)
     return OPSET.QuantLinear(*tensors, act_bits=act_bits, act_group=act_group)
 
 
 def _dynamic_shapes(family: Family, sizes: Sizes) -> tuple[dict[str, dict[int, Any]]] | None:
-    """torch.export's shape ranges; multiples of the patch are spelled as such, so that no guard narrows them."""
+    """Return torch.export's shape ranges, or None where all sizes are fixed.
+
+    Multiples of the patch are spelled as such, so that no guard narrows them.
+
+    Args:
+        family: The model family.
+        sizes: The sizes of the export, in latent units.
+
+    Returns:
+        A tuple of one dictionary: input name -> dimension index -> range of that dimension.
+    """
     if not sizes.dynamic:
         return None
     names = ("frames", "height", "width")
@@ -131,7 +155,7 @@ def _dynamic_shapes(family: Family, sizes: Sizes) -> tuple[dict[str, dict[int, A
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """The exporter logs at WARNING what concerns its own developers (a missing torchvision, for one)."""
+    """Silence the exporter, which logs at WARNING what concerns its own developers (a missing torchvision, for one)."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -146,7 +170,15 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def profile_shapes(family: Family, sizes: Sizes) -> Mapping[str, tuple[tuple[int, ...], ...]] | None:
-    """(min, opt, max) shape of every input for an optimization profile, or None where all sizes are fixed."""
+    """Return the shapes of every input for an optimization profile, or None where all sizes are fixed.
+
+    Args:
+        family: The model family.
+        sizes: The sizes of the export, in latent units.
+
+    Returns:
+        Input name -> its (min, opt, max) shape.
+    """
     if not sizes.dynamic:
         return None
     axes = [family.axes(sizes, which) for which in ("min", "opt", "max")]

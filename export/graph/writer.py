@@ -36,12 +36,22 @@ _DTYPES = {
 
 
 def graph_path(component: str, bits: int, flavour: str) -> str:
-    """Return the path of a flavour's ONNX file, relative to the export."""
+    """Return the path of a flavour's ONNX file, relative to the export.
+
+    Args:
+        component: The name of the transformer's folder, which the file name begins with.
+        bits: The bits of the activations: 4, 6 or 8.
+        flavour: A key of ``FLAVOURS``.
+    """
     return f"onnx/{component}_a{bits}{'_qdq' if flavour == 'onnx' else ''}.onnx"
 
 
 def stored_tensors(tensors: Mapping[str, tuple[str, TensorInfo]]) -> dict[str, StoredTensor]:
-    """Places in the weight files as external data relative to ``onnx/``."""
+    """Return the places of tensors in the weight files as external data relative to ``onnx/``.
+
+    Args:
+        tensors: Name -> (weight file relative to the export, place in it).
+    """
     return {
         name: StoredTensor(Path(relative).name, info.offset, info.nbytes, _DTYPES[info.dtype], info.shape)
         for name, (relative, info) in tensors.items()
@@ -50,11 +60,17 @@ def stored_tensors(tensors: Mapping[str, tuple[str, TensorInfo]]) -> dict[str, S
 
 @dataclass
 class GraphWriter:
-    """Writes the graphs of one transformer into ``root/onnx``.
+    """The writer of the graphs of one transformer, into ``root/onnx``.
 
     Args:
-        base: the traced graph; it is changed, and serves every bit-width in turn.
-        tensors: name -> (weight file relative to ``root``, place).
+        root: The folder of the export.
+        plan: The plan of the model.
+        component: The name of the transformer's folder, which the file names begin with.
+        base: The traced graph. It is changed, and serves every bit-width in turn.
+        tensors: Name -> (weight file relative to ``root``, place in it).
+
+    Attributes:
+        constants: The store of the tensors that all graphs share and the weight files do not hold.
     """
 
     root: Path
@@ -66,7 +82,7 @@ class GraphWriter:
     def __post_init__(self) -> None:
         self._folder = self.root / "onnx"
         self._folder.mkdir(exist_ok=True)
-        # Rotary tables and Hadamard matrices: the same in every graph, so stored once.
+        # Rotary tables and Hadamard matrices are the same in every graph, so they are stored once.
         self.constants = TensorStore(self._folder / f"{self.component}.constants.bin", self._folder)
         bind_weights(self.base, stored_tensors(self.tensors), str(self._folder))
         for name, value in self.base.graph.initializers.items():
@@ -75,7 +91,15 @@ class GraphWriter:
                 value.const_value = self.constants.put(name, tensor.numpy(), tensor.dtype, tuple(tensor.shape.numpy()))
 
     def quantlinear(self, bits: int) -> ir.Model:
-        """The graph with QuantLinear nodes at ``bits``; the base graph itself, so use it before the next call."""
+        """Return the base graph itself, with its QuantLinear nodes set to ``bits``; use it before the next call.
+
+        Args:
+            bits: The bits of the activations, one of the recipe's.
+
+        Raises:
+            RecipeError: The recipe has no activations of so many bits.
+            ExportError: Some layers have fp32 zero-points and others have uint8 ones.
+        """
         asked = self.plan.recipe.activation(bits)
         specs = {spec.name: spec for spec in self.plan.layers}
         set_activation(self.base, asked, lambda layer: specs[layer].activation(asked))
@@ -83,7 +107,18 @@ class GraphWriter:
         return self.base
 
     def write(self, bits: int, flavour: str) -> GraphEntry:
-        """Save one graph; every flavour reads the same weight file."""
+        """Save one graph, and return its entry for the manifest; every flavour reads the same weight file.
+
+        Args:
+            bits: The bits of the activations, one of the recipe's.
+            flavour: ``tensorrt`` or ``onnx``, a key of ``FLAVOURS``.
+
+        Raises:
+            RecipeError: The recipe has no activations of so many bits.
+            ExportError: A layer cannot be lowered to QDQ operators.
+            ResourceError: The disk is full.
+            OutputError: The file of constants cannot be written for another reason.
+        """
         relative = graph_path(self.component, bits, flavour)
         model = self.quantlinear(bits)
         if flavour == "onnx":

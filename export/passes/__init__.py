@@ -1,1 +1,1 @@
-"""Graph passes, one per file: each edits an ``onnx_ir.Model`` in place and returns whether it changed something."""
+"""The graph passes, one per file: each edits an ``onnx_ir.Model`` in place and returns whether it changed something."""

@@ -1,4 +1,4 @@
-"""Point initializers at their bytes in the weight file."""
+"""The pass that points initializers at their bytes in the weight file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ __all__ = ["StoredTensor", "bind_weights"]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor's bytes are: ``location`` is relative to the ONNX file, offset and length in bytes."""
+    """The place of one tensor's bytes.
+
+    Args:
+        location: The path of the file, relative to the ONNX file.
+        offset: The position of the first byte in the file.
+        length: The size in bytes.
+        dtype: The ONNX element type.
+        shape: The shape, in elements.
+    """
 
     location: str
     offset: int
@@ -24,13 +32,21 @@ class StoredTensor:
 
 
 def bind_weights(model: ir.Model, stored: Mapping[str, StoredTensor], base_dir: str) -> bool:
-    """Make every initializer named in ``stored`` external data, so that a4 and a8 read the same bytes.
+    """Make every initializer named in ``stored`` external data, so that all graphs read the same bytes.
 
-    1. The initializer's shape and dtype are those stored: bound.
-    2. They differ: ExportError, since the graph would read garbage.
+    1. The initializer has the stored shape and dtype, or no data: it is bound.
+    2. They differ: ExportError, because the graph would read garbage.
 
     Args:
-        base_dir: the folder the ONNX file will be in, for passes that read the data.
+        model: The graph, which is changed in place.
+        stored: Name -> place of the stored tensor.
+        base_dir: The folder that the ONNX file will be in, for passes that read the data.
+
+    Returns:
+        True if an initializer was bound.
+
+    Raises:
+        ExportError: An initializer has another shape or dtype than the stored tensor.
     """
     changed = False
     for name, value in model.graph.initializers.items():

@@ -1,4 +1,4 @@
-"""Where on booleans as logic: ONNX Runtime's CPU provider has no boolean Where."""
+"""The pass that writes Where on booleans as logic: ONNX Runtime's CPU provider has no boolean Where."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ __all__ = ["boolean_where"]
 
 
 def boolean_where(model: ir.Model) -> bool:
-    """Rewrite every ``Where(c, a, b)`` of boolean ``a`` and ``b``; returns whether there was one.
+    """Rewrite every ``Where(c, a, b)`` of boolean ``a`` and ``b``.
 
-    1. ``Or(And(c, a), And(Not(c), b))``, with broadcasting as in Where.
+    1. It becomes ``Or(And(c, a), And(Not(c), b))``, with broadcasting as in Where.
+
+    Args:
+        model: The graph, which is changed in place.
+
+    Returns:
+        True if there was such a node.
     """
     changed = False
     for node in list(model.graph):

@@ -1,4 +1,4 @@
-"""What TensorRT's parser and the dvdquant plugin need of a graph with QuantLinear nodes."""
+"""The pass that prepares a graph with QuantLinear nodes for TensorRT's parser and the dvdquant plugin."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ from dvdquant.onnx.schema import DOMAIN
 
 __all__ = ["PLUGIN_NAMESPACE", "PLUGIN_VERSION", "plugin_inputs"]
 
-# As the plugin library registers itself (plugins/csrc/quant_linear.h).
+# The plugin library registers itself under these (plugins/csrc/quant_linear.h).
 PLUGIN_NAMESPACE = DOMAIN
 PLUGIN_VERSION = "1"
 
-# weight, weight_scale, weight_group_scale, weight_zero, bias; the rotation matrices stay in the engine, they are few and small.
+# Positions of weight, weight_scale, weight_group_scale, weight_zero and bias. The rotation matrices stay in the engine,
+# because they are few and small.
 _PACKED = range(1, 6)
 
 
 def plugin_inputs(model: ir.Model) -> bool:
-    """Make the QuantLinear nodes plugin nodes whose packed weights are graph inputs; returns whether there were any.
+    """Make the QuantLinear nodes plugin nodes, whose packed weights are graph inputs.
 
     1. A node gets ``plugin_version`` and ``plugin_namespace``: the parser looks a plugin up by op type and these, never
        by domain. ``layer`` names the layer in messages and keeps its prepared weight apart from others.
     2. The packed weight of a layer leaves the initializers and becomes graph inputs of fixed shape under the same
        names: the engines of both activation widths are bound to one copy, and hold none.
-    3. Those of type UINT8 are declared INT8, the bytes unchanged: TensorRT passes no UINT8 to a plugin.
+    3. Inputs of type UINT8 are declared INT8, with the bytes unchanged: TensorRT passes no UINT8 to a plugin.
     4. The function body is removed: before TensorRT 10.7 the parser prefers it to the plugin.
 
-    A model for TensorRT only: ONNX Runtime has no QuantLinear without the body.
+    The result is for TensorRT only: ONNX Runtime has no QuantLinear without the body.
+
+    Args:
+        model: The graph, which is changed in place.
+
+    Returns:
+        True if there was a QuantLinear node.
     """
     changed = False
     for node in model.graph:
@@ -48,6 +55,7 @@ def plugin_inputs(model: ir.Model) -> bool:
 
 
 def _to_input(graph: ir.Graph, value: ir.Value) -> None:
+    """Turn an initializer into a graph input of its shape; UINT8 becomes INT8."""
     tensor = value.const_value
     if tensor is not None:
         value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape)

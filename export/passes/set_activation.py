@@ -1,4 +1,4 @@
-"""Choose the activation grid of every QuantLinear node."""
+"""The pass that chooses the activation grid of every QuantLinear node."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ __all__ = ["set_activation"]
 def set_activation(
     model: ir.Model, activation: ActivationSpec, chosen: Callable[[str], ActivationSpec] | None = None
 ) -> bool:
-    """Write ``act_bits`` and ``act_group``; returns whether any node changed.
+    """Write ``act_bits`` and ``act_group`` of every QuantLinear node.
 
     1. A node with other bits or another group gets the new attributes.
     2. A node that has them already is left alone.
-    3. With ``chosen``, a node's grid is what that returns for its layer's name.
+    3. With ``chosen``, the grid of a node is what this function returns for the name of its layer.
+
+    Args:
+        model: The graph, which is changed in place.
+        activation: The activation grid, where ``chosen`` is None.
+        chosen: A function from the name of a layer to its activation grid, or None.
+
+    Returns:
+        True if a node changed.
     """
     changed = False
     for node in model.graph:

@@ -1,1 +1,1 @@
-"""``--verify``: graphs and stored weights against PyTorch in float64 and the checkpoint."""
+"""The checks of ``--verify``: graphs and stored weights against PyTorch in float64 and the checkpoint."""

@@ -1,4 +1,4 @@
-"""``--verify``: the graphs of all components of an export, one transformer in memory at a time."""
+"""The ``--verify`` of the graphs of all components of an export, one transformer in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dvdquant.system.safetensors_io import TensorInfo
 
 __all__ = ["verify_export"]
 
-WORST = 4  # layers by weight error that are always judged
+WORST = 4  # this many layers with the largest weight errors are always judged
 
 
 def verify_export(
@@ -28,22 +28,32 @@ def verify_export(
     sizes: Sizes,
     progress: Progress,
 ) -> list[GraphCheck]:
-    """Every graph in ONNX Runtime: its layers one by one, what lies between them, and the whole of it.
+    """Run every graph in ONNX Runtime and judge its layers, the places between them, and the whole of it.
 
-    Graphs with ranges of sizes run at their smallest.
+    Graphs with ranges of sizes run at their smallest sizes.
 
     Args:
-        tree: folder of the export. plans: by component.
-        tensors: where the packed tensors of a component are, see :func:`dvdquant.export.verify.graph.load_quantized`.
-        layers: the manifest's table of weight errors.
+        tree: The folder of the export.
+        plans: The plan of each transformer, by component.
+        graphs: The entries of the graphs in the manifest.
+        tensors: A function from a component to the places of its packed tensors; see
+            :func:`dvdquant.export.verify.graph.load_quantized`.
+        layers: The manifest's table of weight errors.
+        sizes: The sizes of the graphs, in latent units.
+        progress: The place that stages report to.
+
+    Returns:
+        A check for every graph.
 
     Raises:
-        ExportError: a graph does not run, or something in it is out of bounds.
+        ExportError: A graph does not run, or something in it is out of bounds.
     """
+    # 1. Find the graphs of every component and the layers to judge.
     known = list(graphs)
     of = {name: [g for g in known if Path(g["path"]).name.startswith(f"{name}_a")] for name in plans}
     worst = {name: _worst(plan, layers) for name, plan in plans.items()}
     total = sum(len(of[name]) * (len(choose_layers(plan.layers, worst[name])) + 1) for name, plan in plans.items())
+    # 2. Check the graphs of one component after another.
     checks = []
     with progress.stage("verify", total, "check") as stage:
         for name, plan in plans.items():
@@ -63,7 +73,7 @@ def verify_export(
 
 
 def _worst(plan: ModelPlan, layers: Sequence[LayerEntry]) -> list[str]:
-    """Return the layers of ``plan`` with the largest weight errors."""
+    """Return the names of the layers of ``plan`` with the largest weight errors."""
     names = {spec.name for spec in plan.layers}
     errors = {e["name"]: e["relative_mse"] or 0.0 for e in layers if e["name"] in names}
     return sorted(errors, key=lambda name: -errors[name])[:WORST]

@@ -1,13 +1,14 @@
-"""Check an exported graph: ONNX Runtime against the quantized PyTorch model, with float64 as the judge.
+"""The check of an exported graph: ONNX Runtime against the quantized PyTorch model, with float64 as the judge.
 
-Three questions, each with a bound of its own:
+There are three questions, each with a bound of its own:
 
 1. Every quantized layer alone, on the x it had in the graph: :mod:`dvdquant.export.verify.layers`.
-2. What lies between the layers (norms, attention, residuals, the split of merged rows): PyTorch runs with the graph's own
-   outputs in the place of every quantized layer, and what the next layers receive is compared.
+2. The parts between the layers (norms, attention, residuals, the split of merged rows): PyTorch runs with the graph's
+   own outputs in the place of every quantized layer, and the inputs of the next layers are compared.
 3. The whole graph. 4-bit activations are chaotic at rounding ties: a difference in the last bit of x̃ flips a code, and
-   the flip moves every later layer. So the question is not whether two executors agree to 1e-3, but whether the graph is
-   as close to the exact (float64) quantized model as PyTorch in the graph's own dtype is. The bound is three times that distance.
+   the flip moves every later layer. So the question is not whether two executors agree to 1e-3, but whether the graph
+   is as close to the exact (float64) quantized model as PyTorch in the graph's own dtype is. The bound is three times
+   that distance.
 """
 
 from __future__ import annotations
@@ -44,27 +45,30 @@ __all__ = [
 ]
 
 FACTOR = 2.0
-# Of the whole graph. What ONNX Runtime rounds one by one between the layers, PyTorch computes as one; where the grids leave
-# little error, that is most of it (2.0 times PyTorch's distance on small CogVideoX models in bf16).
+# The factor for the whole graph. Between the layers, ONNX Runtime rounds after every operator where PyTorch computes
+# several as one. If the grids leave little error, that is most of it (2.0 times PyTorch's distance on small CogVideoX
+# models in bf16).
 GRAPH_FACTOR = 3.0
 ATOL = 1e-6
-# Of 16-bit operators in a row that ONNX Runtime rounds one by one and PyTorch computes as one.
+# The number of 16-bit operators in a row that ONNX Runtime rounds one by one and PyTorch computes as one.
 ROUNDINGS = 8
 # Beyond these the whole graph is not run: attention scores of all heads and float64 on a CPU would not end.
 WHOLE_TOKENS = 4096
 WHOLE_PRODUCTS = 1 << 42  # tokens times quantized weights
-BETWEEN_BYTES = 1 << 30  # of all layers' inputs and outputs
+BETWEEN_BYTES = 1 << 30  # the most that all layers' inputs and outputs may take
 
 
 @dataclass(frozen=True)
 class BetweenCheck:
-    """The worst of all places between quantized layers: relative L2 distances from float64, with the layers' outputs
-    given.
+    """The worst of all places between quantized layers.
+
+    The errors are relative L2 distances from float64, if every quantized layer has the given output.
 
     Args:
-        place: the layer that receives the value, or ``sample`` for the graph's output.
-        error: of ONNX Runtime. bound: twice PyTorch's in the graph's dtype, and some roundings.
-        places: how many were compared.
+        place: The layer that receives the value, or ``sample`` for the graph's output.
+        error: The distance of ONNX Runtime.
+        bound: Twice the distance of PyTorch in the graph's dtype, and some roundings.
+        places: The number of places that were compared.
     """
 
     place: str
@@ -74,23 +78,25 @@ class BetweenCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether every place is within its bound (NaN is not)."""
+        """Return whether every place is within its bound (NaN is not)."""
         return self.error <= self.bound
 
 
 @dataclass(frozen=True)
 class GraphCheck:
-    """Distances are relative L2 of the output, ‖y − y₆₄‖ / ‖y₆₄‖; None where the graph is too large to run here.
+    """The check of one graph.
+
+    Distances are relative L2 of the output, ‖y − y₆₄‖ / ‖y₆₄‖; they are None if the graph is too large to run here.
 
     Args:
-        graph: name of the graph.
-        error: ONNX Runtime from the float64 quantized model.
-        reference_error: PyTorch in the graph's dtype from the same.
-        difference: ONNX Runtime from PyTorch in the graph's dtype.
-        flipped_codes: share of activation codes in which PyTorch in the graph's dtype differs from float64.
-        layers: the layers one by one.
-        between: what lies between them; None where it was not compared.
-        tokens: of the transformer in this run, video and text.
+        graph: The name of the graph.
+        error: The distance of ONNX Runtime from the float64 quantized model.
+        reference_error: The distance of PyTorch in the graph's dtype from the same model.
+        difference: The distance of ONNX Runtime from PyTorch in the graph's dtype.
+        flipped_codes: The share of activation codes in which PyTorch in the graph's dtype differs from float64, 0 to 1.
+        layers: The checks of the layers one by one.
+        between: The check of the places between them, or None if they were not compared.
+        tokens: The number of tokens of the transformer at the checked sizes, video and text.
     """
 
     graph: str
@@ -104,16 +110,16 @@ class GraphCheck:
 
     @property
     def bound(self) -> float | None:
-        """The largest error that passes."""
+        """Return the largest error that passes, or None if the graph was not run as a whole."""
         return None if self.reference_error is None else GRAPH_FACTOR * self.reference_error + ATOL
 
     @property
     def passed(self) -> bool:
-        """Whether the graph, its layers and what is between them are within their bounds (NaN is not)."""
+        """Return whether the graph, its layers and the places between them are within their bounds (NaN is not)."""
         return not self.faults()
 
     def faults(self) -> list[str]:
-        """Return what is out of bounds, the most telling first."""
+        """Return the parts that are out of bounds, each as a clause, the most telling first."""
         found = [
             f"layer {c.name} is {c.error:.2e} from float64 on the input it had, and {c.bound:.2e} is the bound"
             for c in self.layers.failed[:3]
@@ -135,7 +141,7 @@ class GraphCheck:
         return found
 
     def lines(self) -> list[str]:
-        """For people: the whole graph, the layers, and what is between them."""
+        """Return lines for people: the whole graph, the layers, and the places between them."""
         worst = self.layers.worst
         if self.error is None or self.bound is None:
             first = (
@@ -159,7 +165,7 @@ class GraphCheck:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """With the bounds and the verdicts."""
+        """Return the check as a plain dict, with the bounds and the verdicts."""
         own = {name: getattr(self, name) for name in ("graph", "error", "reference_error", "difference")}
         between = None if self.between is None else {**asdict(self.between), "passed": self.between.passed}
         return {
@@ -177,11 +183,20 @@ def load_quantized(plan: ModelPlan, tensors: Mapping[str, tuple[str, TensorInfo]
     """Return the quantized PyTorch model of an export, in its own dtype.
 
     Args:
-        tensors: name -> (weight file relative to ``root``, place), as in :class:`dvdquant.quantize.checkpoint.PackedWeights`.
+        plan: The plan of the model.
+        tensors: Name -> (weight file relative to ``root``, place in it), as in
+            :class:`dvdquant.quantize.checkpoint.PackedWeights`.
+        root: The folder of the export.
+        bits: The bits of the activations, one of the recipe's.
+
+    Raises:
+        ShapeError: A stored tensor has another shape or dtype.
+        RecipeError: The recipe has no activations of so many bits.
     """
     model = quantized_skeleton(plan, bits)
 
     def read(name: str) -> Tensor:
+        """Read a stored tensor."""
         relative, info = tensors[name]
         return read_tensor(root / relative, info)
 
@@ -190,12 +205,23 @@ def load_quantized(plan: ModelPlan, tensors: Mapping[str, tuple[str, TensorInfo]
 
 
 class Verifier:
-    """Checks the graphs of one transformer on random inputs; what PyTorch says is computed once per bit-width.
+    """The judge of the graphs of one transformer on random inputs; PyTorch's results are computed once per bit-width.
 
     Args:
-        model: see :func:`load_quantized`.
-        which: the profile sizes to run at: ``min``, ``opt`` or ``max``.
-        worst: layers that must be among the judged ones where there are too many to judge all.
+        plan: The plan of the model.
+        sizes: The sizes of the graphs, in latent units.
+        model: The quantized model; see :func:`load_quantized`.
+        seed: The seed of the inputs.
+        which: The point of the ranges to run at: ``min``, ``opt`` or ``max``.
+        worst: The names of layers that must be among the judged ones if there are too many to judge all.
+
+    Attributes:
+        chosen: The names of the layers that are judged.
+        tokens: The number of tokens at these sizes, video and text.
+        whole: True if graphs run as a whole; else layers run on inputs that PyTorch gives them at small sizes.
+        between: True if the places between the layers are compared.
+        step: Every ``step``-th token is judged.
+        inputs: The inputs of the graph by name.
     """
 
     def __init__(
@@ -220,27 +246,31 @@ class Verifier:
             frames, height, width = (Axis.fixed(size) for size in plan.family.probe())
             sizes = Sizes(frames, height, width, sizes.text_tokens, sizes.batch)
         self.inputs = plan.family.sample(sizes, plan.dtype, seed, which)
-        # fp32 in ONNX Runtime at most; every layer's y, and x.
+        # The values are every layer's x and y, in ONNX Runtime in fp32 at most.
         values = sum(spec.features + spec.out_features for spec in plan.layers) * self.tokens * sizes.batch
         self.between = self.whole and 4 * values <= BETWEEN_BYTES
         self._free: dict[int, Free] = {}
         self._seen: dict[int, dict[str, Tensor]] = {}
 
     def check(self, path: Path, bits: int, advance: Callable[[str], None] = lambda done: None) -> GraphCheck:
-        """Check the graph at ``path``, whose folder is that of the weight files.
+        """Check one graph.
 
         Args:
-            advance: called with a name for each judged layer and once for the rest.
+            path: The ONNX file, in the folder of the weight files.
+            bits: The bits of its activations.
+            advance: A function that is called with a name for each judged layer and once for the rest.
 
         Raises:
             ExportError: ONNX Runtime cannot run the graph, or a layer is missing in it.
         """
+        # 1. Get x of every judged layer, and the outputs of the whole graph if it runs.
         model = load_graph(path)
         intermediates = find_intermediates(
             model, [spec.name for spec in self.plan.layers] if self.between else self.chosen
         )
         self.reference.use(bits)
         xs, seen = self._run(model, intermediates, path) if self.whole else (self._probed(bits), None)
+        # 2. Judge the layers, the places between them, and the whole graph.
         judged = {name: intermediates[name] for name in self.chosen}
         checks = judge_layers(model, judged, xs, self.reference.layers, self.plan.dtype, path.parent, advance)
         layers = LayersCheck(tuple(checks), len(self.plan.layers))
@@ -252,7 +282,18 @@ class Verifier:
     def _run(
         self, model: ir.Model, intermediates: Mapping[str, Intermediate], path: Path
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One run of the whole graph: (x of the chosen layers, the output as ``sample`` with ``to`` and ``from`` layers)."""
+        """Run the whole graph once.
+
+        Args:
+            model: The prepared graph.
+            intermediates: The inputs and outputs of its layers, by name.
+            path: The ONNX file, for its folder and for errors.
+
+        Returns:
+            x of the chosen layers by name, with every ``step``-th token, and the output as ``sample``. If the places
+            between the layers are compared, the second dict also has ``to <layer>`` (its input) and ``from <layer>``
+            (its output).
+        """
         wanted = {"sample": model.graph.outputs[0]}
         if self.between:
             wanted |= {f"to {name}": intermediate.x for name, intermediate in intermediates.items()}
@@ -263,13 +304,18 @@ class Verifier:
         return {key: got[name] for key, name in strided.items()}, {key: got[name] for key, name in names.items()}
 
     def _probed(self, bits: int) -> dict[str, Tensor]:
+        """Return x of the chosen layers by name, from a run of PyTorch at small sizes."""
         if bits not in self._seen:
             seen = self.reference.layer_inputs(self.inputs, bits, self.step)
             self._seen = {bits: {name: seen[name] for name in self.chosen}}
         return self._seen[bits]
 
     def _check_between(self, seen: Mapping[str, Tensor]) -> BetweenCheck:
-        """The place furthest beyond its bound, or closest to it."""
+        """Return the place furthest beyond its bound, or closest to it.
+
+        Args:
+            seen: The values of the graph's run, as ``sample``, ``to <layer>`` and ``from <layer>``.
+        """
         ys = {key.removeprefix("from "): value for key, value in seen.items() if key.startswith("from ")}
         near, exact = self.reference.led(self.inputs, ys)
         checks = []
@@ -285,6 +331,15 @@ class Verifier:
     def _graph_check(
         self, name: str, bits: int, got: Tensor | None, layers: LayersCheck, between: BetweenCheck | None
     ) -> GraphCheck:
+        """Return the check of one graph.
+
+        Args:
+            name: The name of the graph.
+            bits: The bits of its activations.
+            got: Its output, or None if it was not run as a whole.
+            layers: The checks of its layers.
+            between: The check of the places between them, or None.
+        """
         if got is None:
             return GraphCheck(name, None, None, None, None, layers, between, self.tokens)
         if bits not in self._free:
@@ -307,7 +362,16 @@ def verify_graph(
 ) -> GraphCheck:
     """Check one graph with :class:`Verifier`.
 
+    Args:
+        path: The ONNX file, in the folder of the weight files.
+        plan: The plan of the model.
+        sizes: The sizes of the graph, in latent units.
+        model: The quantized model; see :func:`load_quantized`.
+        bits: The bits of the graph's activations.
+        seed: The seed of the inputs.
+        which: The point of the ranges to run at: ``min``, ``opt`` or ``max``.
+
     Raises:
-        ExportError: as :meth:`Verifier.check`.
+        ExportError: See :meth:`Verifier.check`.
     """
     return Verifier(plan, sizes, model, seed=seed, which=which).check(path, bits)

@@ -1,4 +1,4 @@
-"""Running exported graphs in ONNX Runtime's CPU provider, whole with the inputs of chosen layers, or a layer alone."""
+"""Runs of exported graphs in ONNX Runtime's CPU provider: whole with the inputs of chosen layers, or a layer alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ LONG = np.iinfo(np.int64).max
 
 @dataclass
 class Intermediate:
-    """The input and output of one layer in a graph; ``lowered`` where standard operators stand in QuantLinear's place."""
+    """The input and the output of one layer in a graph.
+
+    Args:
+        layer: The name of the layer.
+        x: The input value.
+        y: The output value.
+        lowered: True if standard operators stand in the place of QuantLinear.
+    """
 
     layer: str
     x: ir.Value
@@ -32,12 +39,17 @@ class Intermediate:
 
     @property
     def fed(self) -> str:
-        """Name of the input that takes the place of x where the layer is cut out."""
+        """Return the name of the input that takes the place of x when the layer is cut out."""
         return f"{self.layer}::x"
 
 
 def load_graph(path: Path, edit: Callable[[ir.Model], None] | None = None) -> ir.Model:
-    """The graph at ``path``, made ready for ONNX Runtime; ``edit`` changes it before."""
+    """Load a graph, and make it ready for ONNX Runtime.
+
+    Args:
+        path: The ONNX file.
+        edit: A function that changes the graph before that, or None.
+    """
     model = ir.load(path)
     if edit is not None:
         edit(model)
@@ -45,10 +57,14 @@ def load_graph(path: Path, edit: Callable[[ir.Model], None] | None = None) -> ir
 
 
 def find_intermediates(model: ir.Model, layers: Iterable[str]) -> dict[str, Intermediate]:
-    """x and y of each layer: of its QuantLinear node, or of the first and last node it was lowered to.
+    """Return input and output of each layer: of its QuantLinear node, or of the first and last node it was lowered to.
+
+    Args:
+        model: The graph.
+        layers: The names of the layers.
 
     Raises:
-        ExportError: a layer is not in the graph.
+        ExportError: A layer is not in the graph.
     """
     whole = {n.inputs[1].name: n for n in model.graph if n.op_type == "QuantLinear" and n.inputs[1] is not None}
     parts = {node.name: node for node in model.graph}
@@ -63,7 +79,14 @@ def find_intermediates(model: ir.Model, layers: Iterable[str]) -> dict[str, Inte
 
 
 def _first(parts: Mapping[str | None, ir.Node], layer: str) -> ir.Node | None:
-    """Where x enters a lowered layer: the rotation; without one, the split into groups or the absolute values."""
+    """Return the node where x enters a lowered layer, or None if there is none.
+
+    It is the rotation. Without one, it is the split into groups or the absolute values.
+
+    Args:
+        parts: The nodes of the graph by name.
+        layer: The name of the layer.
+    """
     for step in ("rotate", "act_groups", "abs"):
         if (node := parts.get(f"{layer}.{step}")) is not None:
             return node
@@ -73,7 +96,13 @@ def _first(parts: Mapping[str | None, ir.Node], layer: str) -> ir.Node | None:
 def add_intermediates(model: ir.Model, values: Mapping[str, ir.Value], step: int = 1) -> dict[str, str]:
     """Make values outputs of the graph, every ``step``-th token of them (the last axis but one).
 
-    Returns the name of the output for each key.
+    Args:
+        model: The graph, which is changed in place.
+        values: The values, under any keys.
+        step: Every ``step``-th token is kept; values with one axis are kept whole.
+
+    Returns:
+        The name of the output for each key.
     """
     graph, names = model.graph, {}
     for key, value in values.items():
@@ -86,6 +115,7 @@ def add_intermediates(model: ir.Model, values: Mapping[str, ir.Value], step: int
 
 
 def _strided(graph: ir.Graph, value: ir.Value, step: int) -> ir.Value:
+    """Return a value with every ``step``-th token of another; it is made once and is an output."""
     name = f"{value.name}::strided"
     for output in graph.outputs:
         if output.name == name:
@@ -105,8 +135,14 @@ def _strided(graph: ir.Graph, value: ir.Value, step: int) -> ir.Value:
 
 
 def cut_out(model: ir.Model, intermediates: Mapping[str, Intermediate]) -> ir.Model:
-    """The layers alone, in place: an input ``<layer>::x`` with any number of tokens, and the output y, for each."""
+    """Keep the layers alone: an input ``<layer>::x`` with any number of tokens, and the output y, for each.
+
+    Args:
+        model: The graph, which is changed in place and returned.
+        intermediates: The inputs and outputs of the layers, by name.
+    """
     graph = model.graph
+    # 1. Feed every layer from an input of its own.
     for layer, intermediate in intermediates.items():
         shape = (
             None
@@ -120,15 +156,21 @@ def cut_out(model: ir.Model, intermediates: Mapping[str, Intermediate]) -> ir.Mo
         for node, index in list(intermediate.x.uses()):
             if node is intermediate.y.producer() or (node.name or "").startswith(f"{layer}."):
                 node.replace_input_with(index, fed)
+    # 2. Drop the rest, and the shapes, which were those of the graph's tokens.
     model = select(model, [intermediate.y for intermediate in intermediates.values()])
     for node in graph:
         for value in node.outputs:
-            value.shape = None  # it was that of the graph's tokens
+            value.shape = None
     return model
 
 
 def select(model: ir.Model, outputs: Iterable[ir.Value]) -> ir.Model:
-    """Only what ``outputs`` need, in place."""
+    """Keep only the part of the graph that some outputs need.
+
+    Args:
+        model: The graph, which is changed in place and returned.
+        outputs: The values that become its outputs.
+    """
     graph = model.graph
     graph.outputs.clear()
     graph.outputs.extend(outputs)
@@ -139,14 +181,18 @@ def select(model: ir.Model, outputs: Iterable[ir.Value]) -> ir.Model:
 
 
 def run_graph(model: ir.Model, folder: Path, inputs: Mapping[str, Tensor], title: str) -> dict[str, Tensor]:
-    """One run of a prepared graph on the CPU provider; every output by name, bfloat16 as float32.
+    """Run a prepared graph once on the CPU provider.
 
     Weights are unpacked when their layer runs and freed after it, so memory grows with the largest layer.
 
     Args:
-        folder: that of the weight files, for a copy of the graph while it loads.
-        inputs: those the graph has, and perhaps others; bfloat16 ones are fed as float32.
-        title: what to call the graph in an error.
+        model: The graph; see :func:`load_graph`.
+        folder: The folder of the weight files, for a copy of the graph while it loads.
+        inputs: The inputs of the graph by name, and perhaps others; bfloat16 ones are fed as float32.
+        title: The name of the graph in an error.
+
+    Returns:
+        Every output by name, bfloat16 as float32.
 
     Raises:
         ExportError: ONNX Runtime cannot run the graph.
@@ -155,6 +201,7 @@ def run_graph(model: ir.Model, folder: Path, inputs: Mapping[str, Tensor], title
 
     for value in model.graph.outputs:
         value.dtype = value.dtype or ir.DataType.FLOAT
+    # 1. Set ONNX Runtime up.
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Fusions would drop the casts that stand for rounding to bfloat16; folding would hold every weight in fp32.
@@ -162,6 +209,7 @@ def run_graph(model: ir.Model, folder: Path, inputs: Mapping[str, Tensor], title
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = torch.get_num_threads()
     options.enable_cpu_mem_arena = False
+    # 2. Load a copy of the graph beside its weights, and run it.
     copy = folder / f".verify-{uuid.uuid4().hex}.onnx"
     try:
         ir.save(model, copy)

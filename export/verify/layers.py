@@ -1,7 +1,8 @@
-"""Check the quantized layers of an exported graph one by one: each on a given x, against float64, with a derived bound.
+"""The check of an exported graph's layers one by one: each on a given x, against float64, with a derived bound.
 
-Between two executors of a whole 4-bit-activation network the codes at rounding ties decide, and they hide a wrong layer.
-Alone, on the very x it had in the graph, a layer has no such freedom: see :mod:`dvdquant.export.verify.tolerance`.
+Between two executors of a whole 4-bit-activation network the codes at rounding ties decide, and they hide a wrong
+layer. Alone, on the very x that it had in the graph, a layer has no such freedom: see
+:mod:`dvdquant.export.verify.tolerance`.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ BATCH = 1 << 25  # weights that run in one cut-out
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One layer against float64 on one input.
+    """The check of one layer against float64 on one input.
 
     Args:
-        excess: largest |y − y₆₄| / bound over all elements; at most 1 where the layer is right.
-        ties, codes: activation codes near a rounding tie, and all of them.
-        error, bound: |y − y₆₄| and its bound at the element of ``excess``.
+        name: The name of the layer.
+        excess: The largest |y − y₆₄| / bound over all elements; at most 1 if the layer is right.
+        ties: The number of activation codes near a rounding tie.
+        codes: The number of all activation codes.
+        error: |y − y₆₄| at the element of ``excess``.
+        bound: Its bound there.
     """
 
     name: str
@@ -55,34 +59,42 @@ class LayerCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether every element is within its bound (NaN is not)."""
+        """Return whether every element is within its bound (NaN is not)."""
         return self.excess <= 1.0
 
 
 @dataclass(frozen=True)
 class LayersCheck:
-    """The judged layers of one graph, out of ``total``."""
+    """The judged layers of one graph.
+
+    Args:
+        judged: The checks of the layers.
+        total: The number of layers in the graph.
+    """
 
     judged: tuple[LayerCheck, ...]
     total: int
 
     @property
     def worst(self) -> LayerCheck:
-        """The layer closest to its bound, or furthest beyond."""
+        """Return the layer closest to its bound, or furthest beyond it."""
         return max(self.judged, key=lambda check: np.nan_to_num(check.excess, nan=np.inf))
 
     @property
     def failed(self) -> tuple[LayerCheck, ...]:
-        """Those out of bounds, worst first."""
+        """Return the layers out of bounds, worst first."""
         return tuple(sorted((c for c in self.judged if not c.passed), key=lambda c: -c.excess))
 
     @property
     def passed(self) -> bool:
-        """Whether there are layers and all of them are within their bounds."""
+        """Return whether there are layers and all of them are within their bounds."""
         return bool(self.judged) and not self.failed
 
     def to_json(self) -> dict[str, Any]:
-        """Counts, the worst layer and those that failed; numbers of the worst element of each."""
+        """Return counts, the worst layer and the layers that failed, as a plain dict.
+
+        The numbers of a layer are those of its worst element.
+        """
         return {
             "judged": len(self.judged),
             "total": self.total,
@@ -93,8 +105,14 @@ class LayersCheck:
 
 
 def choose_layers(specs: Iterable[LayerSpec], worst: Iterable[str] = (), limit: int = MAX_LAYERS) -> tuple[str, ...]:
-    """The layers to judge, in module order: all up to ``limit``; of more an even spread with the first, the last and
-    those named in ``worst``.
+    """Return the names of the layers to judge, in module order.
+
+    All layers are judged up to ``limit``. Of more it is an even spread with the first, the last and those in ``worst``.
+
+    Args:
+        specs: The quantized layers, in module order.
+        worst: The names of layers that must be among them.
+        limit: The number of layers to judge.
     """
     names = [spec.name for spec in specs]
     if len(names) <= limit:
@@ -106,7 +124,14 @@ def choose_layers(specs: Iterable[LayerSpec], worst: Iterable[str] = (), limit: 
 
 
 def token_step(specs: Iterable[LayerSpec], tokens: int) -> int:
-    """Every how-manieth token is judged, so that tokens × weights stay below ``PRODUCTS`` (but ``MIN_TOKENS`` at least)."""
+    """Return n so that tokens × weights stay below ``PRODUCTS`` if every n-th token is judged.
+
+    At least ``MIN_TOKENS`` tokens are judged, or all if there are fewer.
+
+    Args:
+        specs: The layers to judge.
+        tokens: The number of tokens.
+    """
     weights = sum(spec.out_features * spec.features for spec in specs)
     return max(1, tokens // max(MIN_TOKENS, PRODUCTS // max(1, weights)))
 
@@ -120,17 +145,19 @@ def judge_layers(
     folder: Path,
     advance: Callable[[str], None] = lambda layer: None,
 ) -> list[LayerCheck]:
-    """Run the layers again, cut out, on the given inputs, and judge what comes out; ``model`` is consumed.
+    """Run the layers again, cut out, on the given inputs, and judge their outputs; ``model`` is consumed.
 
-    Cut out, because ONNX Runtime drops the rounding between an fp16 operator it runs in fp32 and the layer's first
-    cast: inside the graph a layer does not see quite the x that comes out as an output.
+    They are cut out because ONNX Runtime drops the rounding between an fp16 operator that it runs in fp32 and the
+    layer's first cast: inside the graph, the x of a layer is not quite the x that comes out as an output.
 
     Args:
+        model: The prepared graph.
+        intermediates: The inputs and outputs of the layers in the graph, by name.
         xs: x of each layer [..., K] in the graph's dtype, or in fp32 where that is bfloat16.
-        layers: the loaded PyTorch layers, with the activation grids the graph is meant to have.
-        dtype: of the graph.
-        folder: that of the weight files.
-        advance: called with the name of every layer that is done.
+        layers: The loaded PyTorch layers by name, with the activation grids that the graph is meant to have.
+        dtype: The dtype of the graph.
+        folder: The folder of the weight files.
+        advance: A function that is called with the name of every layer that is done.
 
     Raises:
         ExportError: ONNX Runtime cannot run a layer.
@@ -162,10 +189,19 @@ def check_layers(
     names: Iterable[str] | None = None,
     step: int = 1,
 ) -> list[LayerCheck]:
-    """Run a prepared graph, then judge the layers ``names`` (all by default) on every ``step``-th token they had there.
+    """Run a prepared graph, then judge its layers on every ``step``-th token that they had there.
 
     Args:
-        torch_model: the quantized PyTorch model with the stored weights, set to the graph's activation grid.
+        model: The prepared graph, which is consumed.
+        torch_model: The quantized PyTorch model with the stored weights, set to the graph's activation grid.
+        inputs: The inputs of the graph by name.
+        dtype: The dtype of the graph.
+        folder: The folder of the weight files.
+        names: The names of the layers to judge; None means all.
+        step: Every ``step``-th token is judged.
+
+    Raises:
+        ExportError: ONNX Runtime cannot run the graph or a layer, or a layer is not in the graph.
     """
     layers = quant_linears(torch_model)
     intermediates = find_intermediates(model, layers if names is None else names)
@@ -177,6 +213,7 @@ def check_layers(
 
 
 def _batches(intermediates: Mapping[str, Intermediate], layers: Mapping[str, QuantLinear]) -> Iterator[list[str]]:
+    """Yield the names of the layers in batches of at most ``BATCH`` weights, or of one larger layer."""
     batch: list[str] = []
     weights = 0
     for name in intermediates:

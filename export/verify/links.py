@@ -1,7 +1,8 @@
-"""Check how the files of an export refer to each other: hashes say that each is as it was written, not that they fit.
+"""The check of how the files of an export refer to each other.
 
-An engine is of a graph, a graph reads its weights from the weight files and nowhere else, the graphs of all bit-widths read the
-same ones, and what lies beside them unlisted may be taken for a part of the export.
+Hashes say that each file is as it was written, not that the files fit. An engine belongs to a graph. A graph reads its
+weights from the weight files and nowhere else. The graphs of all bit-widths read the same weights. A file that lies
+beside them unlisted may be taken for a part of the export.
 """
 
 from __future__ import annotations
@@ -25,13 +26,19 @@ if TYPE_CHECKING:
 __all__ = ["check_links", "link_problems", "unlisted_files"]
 
 PACKED = ("weight", "weight_scale", "weight_group_scale", "weight_zero", "bias")
-# Folders whose files are taken by their place: by builders, runtimes and people.
+# Builders, runtimes and people take the files of these folders by their place.
 OWN_FOLDERS = ("onnx", "engines")
 
 
 @dataclass(frozen=True)
 class _Region:
-    """Where external data lies."""
+    """The place of external data.
+
+    Args:
+        location: The path of the file, relative to the ONNX file.
+        offset: The position of the first byte in the file.
+        length: The size in bytes.
+    """
 
     location: str
     offset: int
@@ -46,10 +53,18 @@ def check_links(
     components: Sequence[str],
     layers: Sequence[LayerEntry],
 ) -> None:
-    """Refuse an export whose files do not fit together; the arguments are the fields of its manifest.
+    """Refuse an export whose files do not fit together.
+
+    Args:
+        root: The folder of the export.
+        files: The ``files`` of its manifest.
+        graphs: The ``graphs`` of its manifest.
+        engines: The ``engines`` of its manifest.
+        components: The ``components`` of its manifest.
+        layers: The ``layers`` of its manifest.
 
     Raises:
-        OutputError: naming up to five problems.
+        OutputError: The files do not fit; the error names up to five problems.
     """
     problems = link_problems(root, files, graphs, engines, components, layers)
     if problems:
@@ -68,8 +83,18 @@ def link_problems(
     components: Sequence[str],
     layers: Sequence[LayerEntry],
 ) -> list[str]:
-    """Return what does not fit, each a clause that names the file."""
+    """Return the places where files do not fit together, each as a clause that names the file.
+
+    Args:
+        root: The folder of the export.
+        files: The ``files`` of its manifest.
+        graphs: The ``graphs`` of its manifest.
+        engines: The ``engines`` of its manifest.
+        components: The ``components`` of its manifest.
+        layers: The ``layers`` of its manifest.
+    """
     problems = [*_engine_problems(files, engines, components)]
+    # Compare the graphs of a component with its weights and with each other.
     names = {entry["name"] for entry in layers}
     for component in components:
         weights = _weights(root, files, component, problems)
@@ -85,7 +110,15 @@ def link_problems(
 
 
 def unlisted_files(root: Path, files: Mapping[str, FileEntry]) -> tuple[list[str], list[str]]:
-    """What lies in an export and is not in its manifest: (in the folders of graphs and engines, elsewhere)."""
+    """Return the files that lie in an export and are not in its manifest.
+
+    Args:
+        root: The folder of the export.
+        files: The ``files`` of its manifest.
+
+    Returns:
+        The relative paths in the folders of graphs and engines, and those elsewhere.
+    """
     inside: list[str] = []
     outside: list[str] = []
     for name in sorted(_walk(root, "")):
@@ -97,7 +130,7 @@ def unlisted_files(root: Path, files: Mapping[str, FileEntry]) -> tuple[list[str
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[str]:
-    """Every path below that is no folder; a link is not followed."""
+    """Yield the relative path of everything below a folder that is no folder; a link is not followed."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             yield from _walk(entry, f"{prefix}{entry.name}/")
@@ -108,6 +141,7 @@ def _walk(folder: Path, prefix: str) -> Iterator[str]:
 def _engine_problems(
     files: Mapping[str, FileEntry], engines: Sequence[EngineEntry], components: Sequence[str]
 ) -> Iterator[str]:
+    """Yield the engines that belong to no graph, or were built from another one."""
     for engine in engines:
         stem = PurePosixPath(engine["path"]).name
         graph = next(
@@ -122,7 +156,14 @@ def _engine_problems(
 def _weights(
     root: Path, files: Mapping[str, FileEntry], component: str, problems: list[str]
 ) -> dict[str, tuple[str, TensorInfo]]:
-    """Every stored tensor of a transformer: (weight file, place)."""
+    """Return the place of every stored tensor of a transformer: name -> (weight file, place in it).
+
+    Args:
+        root: The folder of the export.
+        files: The ``files`` of its manifest.
+        component: The name of the transformer's folder.
+        problems: Gets the problems of the weight files.
+    """
     found: dict[str, tuple[str, TensorInfo]] = {}
     for name in files:
         path = PurePosixPath(name)
@@ -156,6 +197,17 @@ def _graph_problems(
     regions: dict[str, tuple[str, _Region]],
     bare: dict[str, tuple[str, bytes]],
 ) -> Iterator[str]:
+    """Yield the problems of one graph.
+
+    Args:
+        root: The folder of the export.
+        files: The ``files`` of its manifest.
+        graph: The entry of the graph.
+        layers: The names of the quantized layers.
+        weights: Name -> (weight file, place) of the stored tensors of its transformer.
+        regions: Name -> (graph that read it first, place) of external tensors; this graph's are added.
+        bare: Target -> (first graph, its bytes without activation bits); this graph is added.
+    """
     import onnx
 
     from dvdquant.export.engines.network import read_model
@@ -166,6 +218,7 @@ def _graph_problems(
     except DvdquantError as error:
         yield error.what
         return
+    # 1. Compare every tensor with the weight files, and with the other graphs.
     for tensor, own in _tensors(model):
         external = tensor.data_location == onnx.TensorProto.EXTERNAL
         name = shown(tensor.name, 100)
@@ -193,6 +246,7 @@ def _graph_problems(
         before = regions.setdefault(tensor.name, (path, region))
         if before[1] != region:
             yield f"{path} and {before[0]} read different {name}"
+    # 2. Compare the layers and the rest of the graph.
     yield from _layer_problems(path, graph, model, layers, weights)
     if graph["target"] == "tensorrt":
         rest = _without_bits(model)
@@ -204,7 +258,15 @@ def _graph_problems(
 def _layer_problems(
     path: str, graph: GraphEntry, model: onnx.ModelProto, layers: set[str], weights: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Every quantized layer reads its own packed tensors."""
+    """Yield the quantized layers that do not read their own packed tensors, and packed tensors that no node reads.
+
+    Args:
+        path: The path of the graph, for the text.
+        graph: The entry of the graph.
+        model: The graph.
+        layers: The names of the quantized layers.
+        weights: The stored tensors of its transformer, by name.
+    """
     packed = {f"{name}.weight" for name in layers if f"{name}.weight" in weights}
     used: set[str] = set()
     for node in model.graph.node:
@@ -218,6 +280,7 @@ def _layer_problems(
 
 
 def _region(tensor: onnx.TensorProto) -> _Region | None:
+    """Return the place of an external tensor, or None if it is out of form."""
     entry = {item.key: item.value for item in tensor.external_data}
     try:
         region = _Region(entry["location"], int(entry["offset"]), int(entry["length"]))
@@ -227,8 +290,9 @@ def _region(tensor: onnx.TensorProto) -> _Region | None:
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
-    """All of them, and whether each is an initializer of the graph: those in attributes of nodes, in subgraphs and in
-    functions are not.
+    """Yield every tensor of a graph, and whether it is an initializer of the main graph.
+
+    Tensors in attributes of nodes, in subgraphs and in functions are not.
     """
     for tensor in model.graph.initializer:
         yield tensor, True

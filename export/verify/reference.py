@@ -1,4 +1,7 @@
-"""The quantized PyTorch model as a reference: in its own dtype and in float64, free-running or led by a graph's outputs."""
+"""The quantized PyTorch model as a reference, in its own dtype and in float64.
+
+It runs freely, or is led by a graph's outputs.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,13 @@ RECORDED_TOKENS = 256
 
 @dataclass
 class Free:
-    """What the model says at one bit-width: in its own dtype, in float64, and the share of codes that differ."""
+    """The result of the model at one bit-width, when it runs freely.
+
+    Args:
+        same_dtype: The output in the model's own dtype.
+        exact: The output in float64.
+        flipped_codes: The share of activation codes that differ between the two, 0 to 1.
+    """
 
     same_dtype: Tensor
     exact: Tensor
@@ -32,12 +41,21 @@ class Free:
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    """Return the quantized layers by name, in module order."""
+    """Return the quantized layers by name, in module order.
+
+    Args:
+        model: The quantized model.
+    """
     return {m.spec.name: m for m in model.modules() if isinstance(m, QuantLinear)}
 
 
 def relative_distance(value: Tensor, reference: Tensor) -> float:
-    """‖value − reference‖ / ‖reference‖ in float64; the numerator alone where the reference is zero."""
+    """Return ‖value − reference‖ / ‖reference‖ in float64, or the numerator alone if the reference is zero.
+
+    Args:
+        value: A tensor of any dtype.
+        reference: A tensor of the same shape.
+    """
     norm = float(reference.double().norm())
     return float((value.double() - reference.double()).norm()) / (norm or 1.0)
 
@@ -46,7 +64,11 @@ class Reference:
     """The loaded quantized model and its float64 copy, which shares the packed weights.
 
     Args:
-        model: see :func:`dvdquant.export.verify.graph.load_quantized`.
+        plan: The plan of the model.
+        model: The quantized model; see :func:`dvdquant.export.verify.graph.load_quantized`.
+
+    Attributes:
+        layers: Its quantized layers by name.
     """
 
     def __init__(self, plan: ModelPlan, model: nn.Module) -> None:
@@ -55,14 +77,26 @@ class Reference:
         self._exact: nn.Module | None = None
 
     def use(self, bits: int) -> None:
-        """Switch both to the activation grids of a bit-width."""
+        """Switch both models to the activation grids of a bit-width.
+
+        Args:
+            bits: The bits of the activations, one of the recipe's.
+
+        Raises:
+            RecipeError: The recipe has no activations of so many bits.
+        """
         for model in (self.model, self._exact):
             if model is not None:
                 set_activation(model, self.plan.recipe.activation(bits))
         self._bits = bits
 
     def free(self, inputs: Mapping[str, Tensor], bits: int) -> Free:
-        """Both models on the same inputs."""
+        """Run both models on the same inputs.
+
+        Args:
+            inputs: The inputs of the graph by name.
+            bits: The bits of the activations, one of the recipe's.
+        """
         self._exact = self._exact or as_float64(self.model)
         self.use(bits)
         same_dtype, codes = self._recording(self.model, inputs)
@@ -71,8 +105,17 @@ class Reference:
         return Free(same_dtype, exact, flips / max(1, sum(c.numel() for c in codes)))
 
     def led(self, inputs: Mapping[str, Tensor], ys: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """What the layers' ops receive, by name, and the output as ``sample``, where every quantized layer says ``ys``:
-        first in the model's dtype, then in float64. Nothing is rounded to codes on the way, so nothing is chaotic.
+        """Yield the values of both models where every quantized layer has a given output.
+
+        The first values are in the model's dtype, the second ones in float64. Nothing is rounded to codes on the way,
+        so nothing is chaotic.
+
+        Args:
+            inputs: The inputs of the graph by name.
+            ys: The output of every quantized layer [..., N], by name; it is rounded to the model's dtype.
+
+        Yields:
+            The inputs of the layers' ops by name, and the output of the model as ``sample``.
         """
         self._exact = self._exact or as_float64(self.model)
         rounded = {name: y.to(self.plan.dtype) for name, y in ys.items()}
@@ -83,11 +126,21 @@ class Reference:
             yield seen
 
     def layer_inputs(self, inputs: Mapping[str, Tensor], bits: int, step: int) -> dict[str, Tensor]:
-        """x of every layer in the model's dtype, every ``step``-th token of it."""
+        """Return x of every layer in the model's dtype, with every ``step``-th token.
+
+        Args:
+            inputs: The inputs of the graph by name.
+            bits: The bits of the activations, one of the recipe's.
+            step: Every ``step``-th token is kept.
+
+        Returns:
+            x [..., tokens, K] after shift and smooth scale, by the name of the layer.
+        """
         self.use(bits)
         seen: dict[str, Tensor] = {}
 
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            """Keep the smoothed input of a layer."""
             assert isinstance(module, QuantLinear)
             seen[_name(module)] = module.smooth(_strided(args[0], step)).clone()
 
@@ -95,10 +148,11 @@ class Reference:
         return seen
 
     def _recording(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The output, and activation codes (int8, at most ``RECORDED_TOKENS`` a layer) in call order."""
+        """Return the output, and activation codes in call order (int8, at most ``RECORDED_TOKENS`` tokens a layer)."""
         codes: list[Tensor] = []
 
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            """Keep the codes of a layer's input."""
             assert isinstance(module, QuantLinear)
             tokens = args[0].shape[-2] if args[0].dim() > 1 else 1
             x = module.smooth(_strided(args[0], -(-tokens // RECORDED_TOKENS)))
@@ -110,6 +164,7 @@ class Reference:
         return self._run(model, inputs, record), codes
 
     def _run(self, model: nn.Module, inputs: Mapping[str, Tensor], record: Callable[..., None]) -> Tensor:
+        """Run a model, with ``record`` called before every quantized layer, and return its output."""
         hooks = [layer.register_forward_pre_hook(record) for layer in quant_linears(model).values()]
         try:
             with torch.no_grad():
@@ -120,16 +175,26 @@ class Reference:
         return output
 
     def _wide(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs in float64 where they are in the model's dtype."""
         return {name: t.double() if t.dtype == self.plan.dtype else t for name, t in inputs.items()}
 
 
 @contextmanager
 def _replaced(model: nn.Module, ys: Mapping[str, Tensor], seen: dict[str, Tensor]) -> Iterator[None]:
-    """Every quantized layer gives its part of ``ys`` in the dtype of its input, which goes to ``seen``."""
+    """Let every quantized layer return its part of ``ys`` in the dtype of its input, and keep that input.
+
+    Args:
+        model: The quantized model; its layers are restored at the end.
+        ys: The outputs of the layers [..., N], by name.
+        seen: Gets the smoothed inputs of the layers, by name.
+    """
     layers = quant_linears(model)
 
     def forward(name: str) -> Callable[[Tensor], Tensor]:
+        """Return the function that stands for the forward of a layer."""
+
         def give(x: Tensor) -> Tensor:
+            """Keep x, and return the given output."""
             seen[name] = layers[name].smooth(x)
             return ys[name].to(x.dtype)
 
@@ -145,16 +210,24 @@ def _replaced(model: nn.Module, ys: Mapping[str, Tensor], seen: dict[str, Tensor
 
 
 def _name(module: nn.Module) -> str:
+    """Return the name of a quantized layer."""
     assert isinstance(module, QuantLinear)
     return module.spec.name
 
 
 def _strided(x: Tensor, step: int) -> Tensor:
+    """Return every ``step``-th token of [..., tokens, K]; a tensor with one axis is returned whole."""
     return x[..., ::step, :] if step > 1 and x.dim() > 1 else x
 
 
 def as_float64(model: nn.Module) -> nn.Module:
-    """A copy with float parameters in float64; packed buffers are shared. QuantLinear then computes in float64."""
+    """Return a copy of a model with float parameters in float64; QuantLinear then computes in float64.
+
+    Packed buffers are shared with the original.
+
+    Args:
+        model: The quantized model.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for buffer in module.buffers(recurse=False):

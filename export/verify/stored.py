@@ -1,13 +1,14 @@
-"""Check what is stored against the checkpoint, tensor by tensor: all that a graph check takes for granted.
+"""The check of what is stored against the checkpoint, tensor by tensor: all that a graph check takes for granted.
 
-The judge of graphs compares them with the stored weights, so a wrong weight makes both wrong. Here a layer is right if what
-is stored says the checkpoint's layer, ``W·x + b ≈ Ŵ·rotate((x − shift) · scale) + bias``:
+The judge of graphs compares them with the stored weights, so a wrong weight makes both wrong. Here a layer is right if
+the stored tensors say the checkpoint's layer, ``W·x + b ≈ Ŵ·rotate((x − shift) · scale) + bias``:
 
-1. ``pre_quant_scale`` are powers of two in range with the signs of the layer's name; ``pre_quant_shift`` is exact in the
-   graph's dtype, and ``bias = b + W·shift`` to the last bit of fp32.
-2. The codes. The weight error of all rows is the recorded one, to the rounding of its sums. Independently of what is
-   recorded: codes without feedback are the nearest ones on their grid, every one; with feedback a row's error stays below
-   what feedback can make of the nearest codes' error; and quantizing sampled rows again finds no better grid.
+1. ``pre_quant_scale`` are powers of two in range with the signs of the layer's name. ``pre_quant_shift`` is exact in
+   the graph's dtype, and ``bias = b + W·shift`` to the last bit of fp32.
+2. The weight error of all rows is the recorded one, to the rounding of its sums. The codes are also checked
+   independently of that record: codes without feedback are the nearest ones on their grid, every one; with feedback a
+   row's error stays below what feedback can make of the nearest codes' error; and quantizing sampled rows again finds
+   no better grid.
 3. Tensors that stay in 16 bit are the checkpoint's, bit by bit, after the cast.
 
 One tensor of the checkpoint is in memory at a time.
@@ -42,11 +43,11 @@ if TYPE_CHECKING:
 
 __all__ = ["StoredCheck", "verify_stored"]
 
-# Rows of a layer that are quantized again: these many, or as many as make up SAMPLED_WEIGHTS in small layers.
+# So many rows of a layer are quantized again, or in small layers so many that they have SAMPLED_WEIGHTS weights.
 SAMPLED_ROWS = 64
 SAMPLED_WEIGHTS = 1 << 18
-# How much worse than a new search the stored grid may be over the sampled rows. The search on a GPU and the one on a CPU
-# are held to 0.1 % of each other; a scale that is 5 % off costs 1.5 %.
+# The stored grid may be so much worse than a new search over the sampled rows. The searches on a GPU and on a CPU are
+# held to 0.1 % of each other; a scale that is 5 % off costs 1.5 %.
 GRID_SLACK = 3e-3
 # Feedback minimizes e·(M + λ·level)·eᵀ, and white errors e₀ of the nearest codes give it (1 + λ)·level·‖e₀‖², so that
 # ‖e‖² ≤ (1 + λ)/λ · ‖e₀‖². λ is never below DAMPING.
@@ -58,12 +59,16 @@ _FINE = UNIT[torch.float32]
 
 @dataclass(frozen=True)
 class StoredCheck:
-    """What was compared with the checkpoint, of one transformer.
+    """The comparison of one transformer with its checkpoint.
 
     Args:
-        layers: quantized layers. rows: their rows, all of them. sampled: rows that were quantized again.
-        kept: tensors that stay in 16 bit.
-        worst: the layer whose sampled rows a new search improves most. gain: by how much, relative to their error.
+        component: The name of the transformer's folder.
+        layers: The number of quantized layers.
+        rows: The number of all their rows.
+        sampled: The number of rows that were quantized again.
+        kept: The number of tensors that stay in 16 bit.
+        worst: The layer whose sampled rows a new search improves most.
+        gain: The improvement of that layer, relative to the error of the new search.
     """
 
     component: str
@@ -75,14 +80,14 @@ class StoredCheck:
     gain: float
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return lines for people."""
         return [
             f"verify {self.component}: {self.layers} quantized layers ({self.rows} rows, {self.sampled} of them quantized "
             f"again) and {self.kept} tensors in 16 bit are the checkpoint's"
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """Return the check as a plain dict."""
         return {
             "component": self.component,
             "layers": self.layers,
@@ -107,14 +112,19 @@ def verify_stored(
     """Compare all that is stored of one transformer with its checkpoint.
 
     Args:
-        tree: folder of the export.
-        tensors: name -> (weight file relative to ``tree``, place), as in :class:`dvdquant.quantize.checkpoint.PackedWeights`.
-        entries: the manifest's lines of this transformer's layers, in the order of the plan.
-        allow_nonfinite: NaN and infinities of the checkpoint count as 0, as they are stored.
-        advance: called with the number of weights that were compared, and the name of what they belong to.
+        component: The name of the transformer's folder.
+        tree: The folder of the export.
+        checkpoint: The checkpoint.
+        plan: The plan of the model.
+        tensors: Name -> (weight file relative to ``tree``, place in it), as in
+            :class:`dvdquant.quantize.checkpoint.PackedWeights`.
+        entries: The manifest's lines of this transformer's layers, in the order of the plan.
+        allow_nonfinite: NaN and infinities of the checkpoint count as 0, because they are stored so.
+        advance: A function that is called with the number of weights that were compared, and the name of their tensor
+            or layer.
 
     Raises:
-        ExportError: naming the first layer or tensor that is not the checkpoint's, and how it differs.
+        ExportError: A layer or a tensor is not the checkpoint's; the error names the first one, and the difference.
     """
     run = _Stored(component, tree, checkpoint, plan, tensors, allow_nonfinite)
     run.check_table(entries)
@@ -133,7 +143,19 @@ def verify_stored(
 
 
 class _Stored:
-    """The stored tensors of one transformer beside its checkpoint."""
+    """The stored tensors of one transformer beside its checkpoint.
+
+    Args:
+        component: The name of the transformer's folder.
+        tree: The folder of the export.
+        checkpoint: The checkpoint.
+        plan: The plan of the model.
+        tensors: Name -> (weight file relative to ``tree``, place in it).
+        allow_nonfinite: NaN and infinities of the checkpoint count as 0.
+
+    Attributes:
+        gptq: True if codes were rounded with GPTQ.
+    """
 
     def __init__(
         self,
@@ -150,7 +172,14 @@ class _Stored:
         self.gptq = plan.recipe.inputs == "synthetic"
 
     def check_table(self, entries: Sequence[LayerEntry]) -> None:
-        """The manifest's table says what the plan says."""
+        """Check that the manifest's table of layers says what the plan says.
+
+        Args:
+            entries: The lines of this transformer's layers.
+
+        Raises:
+            ExportError: The table says something else.
+        """
         specs = self.plan.layers
         if len(entries) != len(specs):
             raise self._wrong(
@@ -166,14 +195,33 @@ class _Stored:
                 )
 
     def check_kept(self, name: str) -> None:
-        """A tensor in 16 bit: bit by bit."""
+        """Check that a tensor in 16 bit is the checkpoint's, bit by bit.
+
+        Args:
+            name: The name of the tensor.
+
+        Raises:
+            ExportError: It is not.
+        """
         dtype, shape = self.plan.kept[name]
         expected, stored = self._source(name).to(dtype), self._read(name)
         if stored.dtype != dtype or tuple(stored.shape) != shape or not _same_bits(stored, expected):
             raise self._wrong(name, f"it is no {str(dtype).removeprefix('torch.')} copy of that tensor")
 
     def check_layer(self, spec: LayerSpec, entry: LayerEntry) -> tuple[int, float]:
-        """(sampled rows, what a new search gains on them)."""
+        """Check one quantized layer.
+
+        Args:
+            spec: The layer.
+            entry: Its line in the manifest.
+
+        Returns:
+            The number of sampled rows, and the relative gain of a new search on them.
+
+        Raises:
+            ExportError: The layer is not the checkpoint's.
+        """
+        # 1. Read the stored tensors, and check those that need no weight.
         stored = {}
         for full, (dtype, shape) in spec.tensors().items():
             tensor = self._read(full)
@@ -182,6 +230,7 @@ class _Stored:
             stored[full.removeprefix(spec.name + ".")] = tensor
         self._check_inputs(spec, stored)
         self._check_grid(spec, stored)
+        # 2. Rotate the checkpoint's weight part by part, and judge the stored codes. sums is [N, 4], see stored_rows.
         sample = _Sample(spec)
         sums = np.empty((spec.out_features, 4))
         biases, start = [], 0
@@ -201,6 +250,7 @@ class _Stored:
                 sample.add(rotated, here)
             biases.append(bias)
             start += rows
+        # 3. Compare the sums with bounds and records.
         self._check_bias(spec, stored["bias"], torch.cat(biases))
         self._check_recorded(spec, entry, sums)
         self._check_codes(spec, sums)
@@ -209,6 +259,11 @@ class _Stored:
     # ------------------------------------------------------------------------------------------------ what is compared
 
     def _check_inputs(self, spec: LayerSpec, stored: Mapping[str, Tensor]) -> None:
+        """Check pre_quant_shift and pre_quant_scale.
+
+        Raises:
+            ExportError: One has values that it cannot have.
+        """
         if spec.shifted:
             shift = stored["pre_quant_shift"]
             if not _same_bits(shift.to(self.plan.dtype).float(), shift) or not bool(shift.isfinite().all()):
@@ -226,6 +281,11 @@ class _Stored:
                 )
 
     def _check_grid(self, spec: LayerSpec, stored: Mapping[str, Tensor]) -> None:
+        """Check that scales, factors and zero-points are those of a grid of the recipe's kind.
+
+        Raises:
+            ExportError: One has values that it cannot have.
+        """
         scale, group_scale, zero = stored["weight_scale"], stored["weight_group_scale"], stored["weight_zero"]
         kind = self.plan.recipe.weight.zero_point
         if not bool((scale.isfinite() & (scale > 0)).all()):
@@ -244,6 +304,15 @@ class _Stored:
     def _judge(
         self, spec: LayerSpec, rotated: Tensor, stored: Mapping[str, Tensor], here: slice, out: np.ndarray
     ) -> None:
+        """Judge some rows with :func:`dvdquant.export.verify.stored_rows.judge_rows`, on several threads.
+
+        Args:
+            spec: The layer.
+            rotated: The rotated weight of the rows, fp32 [R, K].
+            stored: The stored tensors of the layer, by short name.
+            here: The rows.
+            out: The result, fp64 [R, 4], which is filled.
+        """
         from dvdquant.export.verify.stored_rows import judge_rows  # numba takes a second to import
 
         rows = rotated.contiguous().numpy()
@@ -251,16 +320,27 @@ class _Stored:
             stored[name][here].numpy() for name in ("weight", "weight_scale", "weight_group_scale")
         )
         zero = expand_zero(stored["weight_zero"][here]).numpy()
-        # Of a sum of at most `block` terms in fp32; a rounding of the quotient where there is no rotation.
+        # The error of a sum of at most `block` terms in fp32, or of the rounded quotient if there is no rotation.
         unit = 2 * LAMBDA * _FINE if not spec.rotation.identity else 8 * _FINE
 
         def work(part: slice) -> None:
+            """Judge a part of the rows."""
             judge_rows(rows[part], packed[part], scale[part], group_scale[part], zero[part], unit, out[part])
 
         for_row_parts(len(rows), work)
 
     def _check_bias(self, spec: LayerSpec, stored: Tensor, expected: Tensor) -> None:
-        # The sums are fp64 on both sides; a rounding of fp32 apart where they fall on either side of a tie.
+        """Check the bias.
+
+        Args:
+            spec: The layer.
+            stored: The stored bias, fp32 [N].
+            expected: The checkpoint's bias plus weight · pre_quant_shift, fp64 [N].
+
+        Raises:
+            ExportError: They differ by more than a rounding.
+        """
+        # The sums are fp64 on both sides. They differ by a rounding of fp32 if they fall on two sides of a tie.
         difference = (stored.double() - expected).abs()
         bound = 2 * _FINE * expected.abs() + FLOOR
         if not bool((difference <= bound).all()):
@@ -272,13 +352,18 @@ class _Stored:
             )
 
     def _check_recorded(self, spec: LayerSpec, entry: LayerEntry, sums: np.ndarray) -> None:
+        """Check that the error of the weight is the recorded one.
+
+        Raises:
+            ExportError: It is another one.
+        """
         recorded = entry.get("weight_mse") if self.gptq else entry["relative_mse"]
         energy, error = sums[:, 0].sum(), sums[:, 1].sum()
         if recorded is None:  # an all-zero weight, or a manifest of before this was recorded
             return
         found = error / energy if energy else float("inf")
-        # On the one side a group's terms are summed in fp32: a random error of √n roundings for each group, of which the layer
-        # has many; and what all of them share, as the rounding of the scales does, by some roundings.
+        # On one side a group's terms are summed in fp32, with a random error of √n roundings for each of the layer's
+        # many groups. An error that all groups share, such as the rounding of the scales, is some roundings.
         groups = spec.out_features * spec.groups
         slack = (LAMBDA * (spec.features / spec.groups / groups) ** 0.5 + 4) * _FINE
         if not abs(found - recorded) <= slack * recorded + FLOOR:
@@ -287,6 +372,11 @@ class _Stored:
             )
 
     def _check_codes(self, spec: LayerSpec, sums: np.ndarray) -> None:
+        """Check that the codes are the nearest ones, or with feedback that the error of no row is beyond its bound.
+
+        Raises:
+            ExportError: A row is out of bounds.
+        """
         if not self.gptq:
             row = int(sums[:, 3].argmax())
             if not sums[row, 3] <= 0:
@@ -303,6 +393,16 @@ class _Stored:
             )
 
     def _check_search(self, spec: LayerSpec, sample: _Sample, sums: np.ndarray) -> float:
+        """Check that a new search on sampled rows finds no better grid, and return its relative gain.
+
+        Args:
+            spec: The layer.
+            sample: The sampled rows of its rotated weight.
+            sums: The result of :meth:`_judge` for all rows, fp64 [N, 4].
+
+        Raises:
+            ExportError: It finds a better grid.
+        """
         rotated = sample.rows()
         again = quantize_weight(rotated, self.plan.recipe.weight).dequantize(torch.float64)
         best = float((rotated.double() - again).square().sum())
@@ -325,12 +425,18 @@ class _Stored:
     # ------------------------------------------------------------------------------------------------------- reading
 
     def _read(self, name: str) -> Tensor:
+        """Read a stored tensor.
+
+        Raises:
+            ExportError: It is not in the weight files.
+        """
         if name not in self.tensors:
             raise self._wrong(name, "it is not in the weight files")
         relative, info = self.tensors[name]
         return read_tensor(self.tree / relative, info)
 
     def _source(self, name: str) -> Tensor:
+        """Read a tensor of the checkpoint, with 0 for NaN and infinities if they are allowed."""
         value = self.checkpoint.read(name)
         if self.allow_nonfinite and value.dtype.is_floating_point:
             wide = value.float() if value.dtype.itemsize == 1 else value  # fp8 has no comparisons
@@ -339,7 +445,14 @@ class _Stored:
 
 
 class _Sample:
-    """Rows of a layer that are quantized again: evenly spread, the first and the last among them."""
+    """The rows of a layer that are quantized again: evenly spread, the first and the last among them.
+
+    Args:
+        spec: The layer.
+
+    Attributes:
+        places: The numbers of the rows, ascending.
+    """
 
     def __init__(self, spec: LayerSpec) -> None:
         count = min(spec.out_features, max(SAMPLED_ROWS, SAMPLED_WEIGHTS // spec.features))
@@ -348,20 +461,26 @@ class _Sample:
 
     @property
     def count(self) -> int:
+        """Return the number of sampled rows."""
         return len(self.places)
 
     def add(self, rotated: Tensor, here: slice) -> None:
-        """Take what is wanted of the rows ``here``."""
+        """Take the sampled ones of some rows.
+
+        Args:
+            rotated: The rotated weight of the rows, fp32 [R, K].
+            here: The rows.
+        """
         wanted = self.places[(self.places >= here.start) & (self.places < here.stop)] - here.start
         self._rows.append(rotated[torch.from_numpy(wanted)].clone())
 
     def rows(self) -> Tensor:
-        """fp32 [count, K]."""
+        """Return the sampled rows of the rotated weight, fp32 [count, K]."""
         return torch.cat(self._rows)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype have the same bytes; −0 is not 0, and a NaN is itself."""
+    """Return whether two tensors of one dtype have the same bytes; −0 is not 0, and a NaN is itself."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return bool(torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)))

@@ -14,26 +14,35 @@ F64 = npt.NDArray[np.float64]
 I8 = npt.NDArray[np.int8]
 U8 = npt.NDArray[np.uint8]
 
-# What judge_rows says of a row.
+# The columns of the result of judge_rows.
 SUMS = ("energy", "error", "nearest", "astray")
 
 
 @jit
 def judge_rows(w: F32, packed: I8, scale: F32, group_scale: U8, zero: F32, unit: float, out: F64) -> None:
-    """Fill out [R, 4] with ‖w‖², ‖w − ŵ‖², ‖w − ŵ′‖² where ŵ′ has the nearest codes on the same grid, and how far beyond
-    half a step the codes are from the nearest place on it, in steps, less what a rotation's rounding explains.
+    """Compute the errors of stored rows, and how far their codes are from the nearest ones.
+
+    The columns of ``out`` are ‖w‖², ‖w − ŵ‖², and ‖w − ŵ′‖² where ŵ′ has the nearest codes on the same grid. The last
+    column is how far the codes are beyond half a step from the nearest place on the grid, in steps, less the part that
+    a rotation's rounding explains; 0 if no code is beyond.
 
     Args:
-        w: the rotated weight [R, K]. packed: int8 [R, K/2], low nibble = even k. scale: [R]. factor: [R, groups].
-        zero: that of :func:`dvdquant.numerics.packing.expand_zero`, [R, 1] or [R, groups].
-        unit: error of an element of w over the norm of its row.
+        w: The rotated weight, fp32 [R, K].
+        packed: The stored codes, int8 [R, K/2], low nibble = even k.
+        scale: The scales of the rows, fp32 [R].
+        group_scale: The group scales, uint8 [R, groups].
+        zero: The zero-points as :func:`dvdquant.numerics.packing.expand_zero` gives them, fp32 [R, 1] or [R, groups].
+        unit: The error of an element of w over the norm of its row.
+        out: The result, fp64 [R, 4], which is filled.
     """
     size = w.shape[1] // group_scale.shape[1]
     for r in range(w.shape[0]):
+        # 1. The energy of the row, and the error that its rotation may have left in an element.
         energy = 0.0
         for k in range(w.shape[1]):
             energy += np.float64(w[r, k]) * np.float64(w[r, k])
         slack = unit * np.sqrt(energy)
+        # 2. The errors, group by group.
         error, nearest, astray = 0.0, 0.0, 0.0
         for g in range(group_scale.shape[1]):
             centre = zero[r, min(g, zero.shape[1] - 1)]

@@ -1,7 +1,7 @@
-"""One quantized layer in float64, and how far an executor that computes it rightly can be from that.
+"""One quantized layer in float64, and the distance from it that rounding allows an executor.
 
-A 4-bit-activation network is chaotic at rounding ties: one flipped code moves every later layer. So executors are compared
-layer by layer on the very input the executor saw, with a bound that follows from the number formats:
+A 4-bit-activation network is chaotic at rounding ties: one flipped code moves every later layer. So executors are
+compared layer by layer on the very input the executor saw, with a bound that follows from the number formats:
 
     |y − y₆₄| ≤ Σ_{k near a tie} s[m,k]·|W[n,k]|  +  rounding of sums  +  rounding of y
 
@@ -35,9 +35,11 @@ class OpInputs:
     """The tensors and attributes of one ``dvdquant::QuantLinear``.
 
     Args:
-        tensors: weight int8 [N, K/2], weight_scale fp32 [N], weight_group_scale uint8 [N, groups], weight_zero fp32 [N] or
-            uint8 [N, groups], bias fp32 [N], hadamard fp32 [b, b], outer fp32 [p, p]; in the order of the op.
-        act_bits, act_group: as the op's attributes.
+        tensors: weight int8 [N, K/2], weight_scale fp32 [N], weight_group_scale uint8 [N, groups], weight_zero fp32 [N]
+            or uint8 [N, groups], bias fp32 [N], hadamard fp32 [b, b], outer fp32 [p, p]; by name, in the order of the
+            op.
+        act_bits: The bits of the activation codes.
+        act_group: The number of channels that share an activation scale; 0 means the whole token.
     """
 
     tensors: dict[str, Tensor]
@@ -46,27 +48,42 @@ class OpInputs:
 
     @classmethod
     def of(cls, layer: QuantLinear) -> OpInputs:
-        """Those of a loaded layer at its present activation grid."""
+        """Return the tensors and attributes of a loaded layer at its present activation grid.
+
+        Args:
+            layer: The layer.
+        """
         hadamard, outer = layer._table[0].matrices(layer.spec.rotation)
         tensors = {name: getattr(layer, name) for name in TENSORS} | {"hadamard": hadamard, "outer": outer}
         return cls(tensors, layer.act_bits, layer.act_group)
 
     def arguments(self, x: Tensor) -> tuple[Any, ...]:
-        """In the order of the op."""
+        """Return the arguments of the op, in its order.
+
+        Args:
+            x: The input [..., K].
+        """
         return (x, *self.tensors.values(), self.act_bits, self.act_group)
 
     def rows(self, part: slice) -> dict[str, Tensor]:
-        """Return the weight tensors of some output rows; floating ones in fp64."""
+        """Return the weight tensors and the bias of some output rows; floating ones are in fp64.
+
+        Args:
+            part: The rows.
+        """
         cut = {name: self.tensors[name][part] for name in TENSORS}
         return {name: value.double() if value.is_floating_point() else value for name, value in cut.items()}
 
 
 @dataclass
 class Judged:
-    """The op in float64 on one input, and how far an executor may be from it.
+    """The op in float64 on one input, and the bound of an executor's distance from it.
 
     Args:
-        y: [..., N] fp64. bound: the same shape. codes: fp64 [..., K]. near: bool [..., K], codes at a tie.
+        y: The output [..., N], fp64.
+        bound: The bound of every element of y [..., N], fp64.
+        codes: The activation codes [..., K], fp64.
+        near: True for the codes at a tie, bool [..., K].
     """
 
     y: Tensor
@@ -75,8 +92,12 @@ class Judged:
     near: Tensor
 
     def worst(self, got: Tensor) -> tuple[float, float, float]:
-        """(|got − y| / bound, |got − y|, bound) where the first is largest: at most 1 where the executor is right,
-        infinite for a NaN out of nothing and for another shape.
+        """Return (|got − y| / bound, |got − y|, bound) of the element where the first number is largest.
+
+        The first number is at most 1 if the executor is right. It is infinite for NaN and for another shape.
+
+        Args:
+            got: The output of the executor [..., N].
         """
         if got.shape != self.y.shape:
             return float("inf"), float("nan"), float("nan")
@@ -88,13 +109,25 @@ class Judged:
         return float(share[index]), float(distance.flatten()[index]), float(self.bound.flatten()[index])
 
     def excess(self, got: Tensor) -> float:
-        """Return the first of :meth:`worst`."""
+        """Return the first number of :meth:`worst`.
+
+        Args:
+            got: The output of the executor [..., N].
+        """
         return self.worst(got)[0]
 
 
 @dataclass
 class _Activations:
-    """What the bound needs to know of x̃, each fp64 [..., K]: values, steps of the codes near a tie, errors of the scale."""
+    """The facts about x̃ that the bound needs, each fp64 [..., K] unless it says otherwise.
+
+    Args:
+        values: The dequantized activation.
+        flips: The step of the codes near a tie, 0 for the others.
+        scale_errors: The error of each value that comes from the error of its scale.
+        codes: The codes.
+        near: True for the codes near a tie, bool.
+    """
 
     values: Tensor
     flips: Tensor
@@ -106,12 +139,13 @@ class _Activations:
 def judge(
     op: OpInputs, x: Tensor, rotated_in: torch.dtype = torch.float32, rounded: torch.dtype | None = None
 ) -> Judged:
-    """What float64 says of ``op`` on ``x``, and the bound of an executor.
+    """Compute the op in float64, and the bound of an executor's distance from it.
 
     Args:
-        x: [..., K] of any floating dtype.
-        rotated_in: dtype the executor rounds x̃ (and the product) to; fp32 where all of the op runs in fp32.
-        rounded: dtype of y, that of x by default.
+        op: The tensors and attributes of the layer.
+        x: The input [..., K], of any floating dtype.
+        rotated_in: The dtype that the executor rounds x̃ (and the product) to; fp32 if all of the op runs in fp32.
+        rounded: The dtype of y; None means that of x.
     """
     act = _activations(op, x, UNIT[rotated_in])
     rows, step = len(op.tensors["bias"]), max(1, CHUNK // x.shape[-1])
@@ -124,6 +158,14 @@ def judge(
 
 
 def _activations(op: OpInputs, x: Tensor, unit: float) -> _Activations:
+    """Return the facts about x̃.
+
+    Args:
+        op: The tensors and attributes of the layer.
+        x: The input [..., K], of any floating dtype.
+        unit: The largest relative error of the rounding of x̃.
+    """
+    # 1. Rotate and quantize: [..., K] -> [..., K/G, G], with G channels per scale.
     wide = x.double()
     hadamard, outer = op.tensors["hadamard"], op.tensors["outer"]
     rotated = rotate_by_matrices(wide, hadamard.double(), outer.double())
@@ -132,7 +174,7 @@ def _activations(op: OpInputs, x: Tensor, unit: float) -> _Activations:
     amax = grouped.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
     grid = grouped * (qmax / amax)
     codes = grid.round().clamp(-qmax, qmax)
-    # The error of x̃: of the rotation's sums in fp32, then of its rounding; amax carries the same error.
+    # 2. The error of x̃ comes from the rotation's sums in fp32 and from its rounding; amax carries the same error.
     fine = UNIT[torch.float32]
     block = hadamard.shape[0] * outer.shape[0]
     blocks = wide.reshape(*x.shape[:-1], x.shape[-1] // block, block)
@@ -140,6 +182,7 @@ def _activations(op: OpInputs, x: Tensor, unit: float) -> _Activations:
     sums = (LAMBDA * fine * 2 * size.reshape(grouped.shape)) if block > 1 else torch.zeros_like(grouped)
     error = (sums + 2 * unit * grouped.abs()) * (qmax / amax) + grid.abs() * (2 * unit + 4 * fine)
     near = ((grid - grid.floor() - 0.5).abs() <= error) & (grid.abs() < qmax + 0.5)
+    # 3. The size of a flip, and the errors of the values.
     step = (amax / qmax).expand(grouped.shape)
     # The scale of each group carries the error of its amax.
     scale_error = (sums.amax(-1, keepdim=True) / amax + 4 * max(unit, fine)).expand(grouped.shape)
@@ -149,7 +192,14 @@ def _activations(op: OpInputs, x: Tensor, unit: float) -> _Activations:
 
 
 def _rows(act: _Activations, t: dict[str, Tensor], unit: float, rounded: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(y, bound), fp64 [..., rows], of the output rows whose weight tensors are ``t``."""
+    """Return (y, bound), fp64 [..., rows], of some output rows.
+
+    Args:
+        act: The facts about x̃.
+        t: The weight tensors of the rows, floating ones in fp64.
+        unit: The largest relative error of the rounding of x̃ and of the product.
+        rounded: The dtype of y.
+    """
     fine, coarse = UNIT[torch.float32], max(unit, UNIT[torch.float32])
     packed = (t["weight"], t["weight_scale"], t["weight_group_scale"])
     weight = dequantize_weight(*packed, t["weight_zero"], torch.float64)

@@ -1,11 +1,11 @@
-"""Times the kernels of a GPU on the linear layers of three models, against lower bounds and against other libraries.
+"""Time the kernels of a GPU on the linear layers of three models, against lower bounds and against other libraries.
 
     python kernels/bench/bench.py                 the whole table, minutes
     python kernels/bench/bench.py --shapes Wan    only layers whose name or sizes contain "Wan"
 
 Every number is the median of 20 calls after 30 ms of others, by CUDA events, on random data, with the L2 emptied before
-each call. The table goes to ``kernels/bench/results/<date>-<gpu>.md``. Whether results are right is the matter of
-``gpu_check.py``.
+each call. The table goes to ``kernels/bench/results/<date>-<gpu>.md``. ``gpu_check.py`` checks whether results are
+right.
 """
 
 from __future__ import annotations
@@ -52,26 +52,41 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Mode:
-    """Activations of a quantized layer: bits, and channels per scale (0 = whole token)."""
+    """The activations of a quantized layer.
+
+    Args:
+        name: The name of the mode.
+        act_bits: The bits of the codes.
+        act_group: The channels per scale; 0 means the whole token.
+    """
 
     name: str
     act_bits: int
     act_group: int
 
     def layer(self, shape: Shape) -> LayerShape:
-        """The layer with mid-rise weights per row and the automatic rotation."""
+        """Return the layer of a shape with mid-rise weights per row and the automatic rotation.
+
+        Args:
+            shape: The shape.
+        """
         rotation = Rotation.for_features(shape.k, "auto")
         return LayerShape(
             shape.n, shape.k, 1, False, rotation.inner, rotation.outer, self.act_bits, self.act_group, "bf16"
         )
 
 
-# The first is what the others and the peers are compared with.
+# The others and the peers are compared with the first mode.
 MODES = (Mode("A8 token", 8, 0), Mode("A4 token", 4, 0), Mode("A4 group 128", 4, 128), Mode("A4 group 64", 4, 64))
 
 
 def measure_copy(device: torch.device, timer: Timer) -> tuple[float, float]:
-    """Milliseconds of a device copy and its bytes per second, read and written ones together."""
+    """Return the milliseconds of a device copy, and its bytes per second, read and written ones together.
+
+    Args:
+        device: The device.
+        timer: The timer.
+    """
     source = random_codes(1, (1 << 30) if device.type == "cuda" else 1 << 20, device)
     target = torch.empty_like(source)
     milliseconds = timer.milliseconds(lambda: target.copy_(source))
@@ -79,7 +94,16 @@ def measure_copy(device: torch.device, timer: Timer) -> tuple[float, float]:
 
 
 def measure_machine(device: torch.device, timer: Timer, square: Shape = SQUARE) -> tuple[Machine, list[Row]]:
-    """Copy bandwidth and the rates of large square products: what the floors are made of."""
+    """Measure copy bandwidth and the rates of large square products, which the floors are made of.
+
+    Args:
+        device: The device.
+        timer: The timer.
+        square: The product whose rate is measured.
+
+    Returns:
+        The rates, and their rows of the table.
+    """
     copy_ms, copy = measure_copy(device, timer)
     rows = [Row(None, "machine", "device copy", copy_ms, rate=f"{copy / 1e12:.2f} TB/s")]
     a, b = (random_tokens(square, device, seed) for seed in (0, 1))
@@ -102,13 +126,23 @@ def measure_machine(device: torch.device, timer: Timer, square: Shape = SQUARE) 
 
 
 def _tera(shape: Shape, milliseconds: float) -> str:
+    """Return the rate of a product in words, such as "312 T/s"."""
     return f"{shape.operations / milliseconds / 1e9:.0f} T/s"
 
 
 def measure_mode(
     kernels: CudaKernels, mode: Mode, x: torch.Tensor, shape: Shape, machine: Machine, timer: Timer
 ) -> list[Row]:
-    """RQ, QL and both in one call of one layer; one row without a time where the library refuses."""
+    """Return the rows of RQ, QL and both in one call for one layer, or one row without a time if the library refuses.
+
+    Args:
+        kernels: The kernels.
+        mode: The activations.
+        x: The input, bf16 [M, K].
+        shape: The shape of the layer.
+        machine: The rates for the floors.
+        timer: The timer.
+    """
     layer, reference = mode.layer(shape), mode is MODES[0]
     try:
         plan = kernels.plan(layer)
@@ -132,7 +166,15 @@ def measure_mode(
 
 
 def measure_peer(peer: Peer, x: torch.Tensor, shape: Shape, machine: Machine, timer: Timer) -> Row:
-    """One row; without a time, and with the reason, where the peer is absent or refuses."""
+    """Return the row of a peer, without a time and with the reason if it is absent or refuses.
+
+    Args:
+        peer: The peer.
+        x: The input, bf16 [M, K].
+        shape: The shape of the layer.
+        machine: The rates for the floors.
+        timer: The timer.
+    """
     try:
         prepared = peer.prepare(x, shape, timer)
         milliseconds = timer.milliseconds(prepared.call)
@@ -147,6 +189,7 @@ def measure_peer(peer: Peer, x: torch.Tensor, shape: Shape, machine: Machine, ti
 
 
 def _first_line(error: BaseException) -> str:
+    """Return the first line of an error, fit for a cell of a table."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].replace("|", "/")[:120]
 
@@ -163,15 +206,18 @@ def run(
     seconds: float = 230.0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """Measures everything; ``rows`` for :func:`to_markdown`.
+    """Measure everything, and return the rows for :func:`to_markdown`.
 
     Args:
-        library: the kernels, or anything with the methods of KernelLibrary.
-        device: where to run. sm: major · 10 + minor; the device's own by default.
-        shapes, peers: what to measure. square: the product whose rate the floors use.
-        timer: CUDA events by default on a GPU, the host's clock elsewhere.
-        seconds: peers that would start later than this are left out, and the table says so.
-        progress: told of every layer that starts, and of what was measured when it ends.
+        library: The kernels, or anything with the methods of KernelLibrary.
+        device: The device.
+        shapes: The layers to measure.
+        peers: The peers to measure.
+        square: The product whose rate the floors use.
+        timer: The timer; None means CUDA events on a GPU, the host's clock elsewhere.
+        sm: The compute capability, major · 10 + minor; None means the device's own.
+        seconds: Peers that would start later than this are left out, and the table says so.
+        progress: A function that gets a line for every layer that starts, and for everything measured when it ends.
     """
     device, start = torch.device(device), time.monotonic()
     if timer is None:
@@ -203,7 +249,12 @@ def run(
 
 
 def describe(device: torch.device, library: KernelLibrary) -> list[str]:
-    """The machine and the software, one line each."""
+    """Return the facts about machine and software, one line each.
+
+    Args:
+        device: The device.
+        library: The kernels.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return [
         f"{name}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}",
@@ -214,7 +265,14 @@ def describe(device: torch.device, library: KernelLibrary) -> list[str]:
 
 
 def write(rows: Sequence[Row], environment: Sequence[str], gpu: str, folder: Path = RESULTS) -> Path:
-    """Writes ``<date>-<gpu>.md`` and returns its path."""
+    """Write ``<date>-<gpu>.md``, and return its path.
+
+    Args:
+        rows: The rows of the table.
+        environment: The lines about machine and software.
+        gpu: The name of the GPU.
+        folder: The folder of the file.
+    """
     date = datetime.date.today().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -224,7 +282,11 @@ def write(rows: Sequence[Row], environment: Sequence[str], gpu: str, folder: Pat
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line.
+
+    Args:
+        arguments: The command line; None means that of the process.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", help="CUDA device to run on (default: cuda)")
     parser.add_argument("--shapes", default="", metavar="TEXT", help="only layers whose name or sizes contain TEXT")
@@ -235,7 +297,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with a message where nothing can be measured."""
+    """Measure and print the table; return 0, or 2 with a message if nothing can be measured.
+
+    Args:
+        arguments: The command line; None means that of the process.
+    """
     options = parse_arguments(arguments)
     shapes = [shape for shape in SHAPES if options.shapes.lower() in str(shape).lower()]
     if not shapes:

@@ -1,7 +1,7 @@
 """int8 products through cublasLt with its heuristics: the fair peer, which PyTorch has no call for.
 
-``torch._int_mm`` asks cublasLt without a workspace and takes the first algorithm. Here eight are asked for, with a
-workspace, and the fastest is kept.
+``torch._int_mm`` asks cublasLt without a workspace and takes the first algorithm. Here eight algorithms are asked for,
+with a workspace, and the fastest is kept.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ PREF_MAX_WORKSPACE_BYTES = 1
 
 
 class CublasLtError(RuntimeError):
-    """cublasLt is not there, or refused."""
+    """The error that cublasLt is not there, or refused."""
 
 
 class _Heuristic(ctypes.Structure):
+    """The C structure cublasLtMatmulHeuristicResult_t: an algorithm and its workspace."""
+
     _fields_ = [
         ("algo", ctypes.c_uint64 * 8),
         ("workspace", ctypes.c_size_t),
@@ -39,6 +41,11 @@ class _Heuristic(ctypes.Structure):
 
 
 def _open() -> ctypes.CDLL:
+    """Load cublasLt.
+
+    Raises:
+        CublasLtError: It is not there.
+    """
     errors = []
     for name in ("libcublasLt.so.13", "libcublasLt.so.12"):  # torch has loaded its own copy under this name
         try:
@@ -49,14 +56,15 @@ def _open() -> ctypes.CDLL:
 
 
 class Int8Product:
-    """y = x · wᵀ of int8 operands.
+    """The product y = x · wᵀ of int8 operands.
 
     Args:
-        x: int8 [M, K] on a CUDA device. weight: int8 [N, K]. K and N multiples of 16.
-        output: torch.int32, or torch.int8 (scaled by alpha, so that little is written).
+        x: The first operand, int8 [M, K], on a CUDA device; K is a multiple of 16.
+        weight: The second operand, int8 [N, K]; N is a multiple of 16.
+        output: The dtype of y: torch.int32, or torch.int8 (scaled by alpha, so that little is written).
 
     Raises:
-        CublasLtError: no library, or no algorithm for these shapes.
+        CublasLtError: There is no library, or no algorithm for these shapes.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, output: torch.dtype = torch.int32) -> None:
@@ -85,11 +93,23 @@ class Int8Product:
         self.best = self.algorithms[0]
 
     def _call(self, name: str, *arguments: object) -> None:
+        """Call a function of cublasLt.
+
+        Raises:
+            CublasLtError: It returned a status other than success.
+        """
         status = getattr(self.library, name)(*arguments)
         if status:
             raise CublasLtError(f"{name}: cublasStatus_t {status}")
 
     def _layout(self, kind: int, rows: int, columns: int) -> ctypes.c_void_p:
+        """Return the descriptor of a column-major matrix.
+
+        Args:
+            kind: The type of its elements.
+            rows: The number of rows.
+            columns: The number of columns.
+        """
         layout = ctypes.c_void_p()
         size = ctypes.c_uint64
         self._call(
@@ -98,6 +118,11 @@ class Int8Product:
         return layout
 
     def _heuristics(self) -> list[_Heuristic]:
+        """Return the algorithms that cublasLt proposes.
+
+        Raises:
+            CublasLtError: There is none.
+        """
         self._call("cublasLtMatmulPreferenceCreate", ctypes.byref(self.preference))
         limit = ctypes.c_uint64(WORKSPACE)
         self._call(
@@ -119,7 +144,14 @@ class Int8Product:
         return usable
 
     def run(self, algorithm: _Heuristic | None = None) -> Tensor:
-        """y [M, N] by one algorithm, else by the best one known; on the current stream."""
+        """Return y [M, N], computed on the current stream.
+
+        Args:
+            algorithm: The algorithm; None means the best one known.
+
+        Raises:
+            CublasLtError: cublasLt refused.
+        """
         chosen = algorithm if algorithm is not None else self.best
         a, b, d = self.layouts
         stream = torch.cuda.current_stream(self.x.device).cuda_stream
@@ -134,11 +166,15 @@ class Int8Product:
         return self.y
 
     def choose(self, milliseconds: Callable[[Callable[[], object]], float]) -> None:
-        """Keeps the fastest algorithm by the given timer."""
+        """Keep the fastest algorithm.
+
+        Args:
+            milliseconds: A function that times a call.
+        """
         self.best = min(self.algorithms, key=lambda algorithm: milliseconds(lambda: self.run(algorithm)))
 
     def close(self) -> None:
-        """Frees the handle and the descriptors."""
+        """Free the handle and the descriptors."""
         for layout in self.layouts:
             self._call("cublasLtMatrixLayoutDestroy", layout)
         self._call("cublasLtMatmulPreferenceDestroy", self.preference)

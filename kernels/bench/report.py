@@ -1,4 +1,4 @@
-"""What a benchmark measured, its lower bounds, and the table of both. Nothing here needs a GPU."""
+"""The measurements of a benchmark, their lower bounds, and the table of both. Nothing here needs a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ Stage = Literal["machine", "RQ", "QL", "RQ+QL"]
 
 @dataclass(frozen=True)
 class Shape:
-    """A linear layer on ``m`` tokens: [m, k] x [n, k]ᵀ."""
+    """A linear layer on tokens: [m, k] x [n, k]ᵀ.
+
+    Args:
+        m: The number of tokens.
+        k: The number of input channels.
+        n: The number of output channels.
+        model: The name of the model.
+    """
 
     m: int
     k: int
@@ -22,7 +29,7 @@ class Shape:
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions."""
+        """Return the number of multiplications and additions."""
         return 2 * self.m * self.k * self.n
 
     def __str__(self) -> str:
@@ -31,12 +38,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates measured in the same run, which the floors are made of.
+    """The rates measured in the same run, which the floors are made of.
 
     Args:
-        copy: bytes per second of a device copy, read and written bytes together.
-        int8: operations per second of an 8192³ int8 product; 0 if none could be measured.
-        bf16: the same in bf16.
+        copy: The bytes per second of a device copy, read and written bytes together.
+        int8: The operations per second of an 8192³ int8 product; 0 if none could be measured.
+        bf16: The same in bf16.
     """
 
     copy: float
@@ -49,13 +56,15 @@ class Row:
     """One measurement.
 
     Args:
-        shape: the layer, None for rates of the machine.
+        shape: The layer; None for rates of the machine.
         stage: RQ (rotate and quantize), QL (the product on codes), RQ+QL (the layer), or machine.
-        name: what ran. ours: whether it is a kernel of this project.
-        milliseconds: None if it did not run; ``note`` says why.
-        floor: lower bound in milliseconds from the machine's measured rates; None where there is none.
-        rate: what it achieved, in words.
-        reference: whether ratios of its stage are taken against this row.
+        name: The name of what ran.
+        milliseconds: The time; None if it did not run, and ``note`` says why.
+        ours: True if it is a kernel of this project.
+        floor: The lower bound in milliseconds from the machine's measured rates; None if there is none.
+        rate: The achieved rate, in words.
+        note: A remark.
+        reference: True if ratios of its stage are taken against this row.
     """
 
     shape: Shape | None
@@ -70,27 +79,42 @@ class Row:
 
 
 def floor_rotate_quantize(shape: Shape, bytes_per_token: float, scales: int, machine: Machine) -> float:
-    """Milliseconds to read x (16-bit) and to write codes and fp32 scales once, at the speed of a copy."""
+    """Return the milliseconds to read x (16-bit) and to write codes and fp32 scales once, at the speed of a copy.
+
+    Args:
+        shape: The layer.
+        bytes_per_token: The bytes of the codes of a token.
+        scales: The number of scales of a token.
+        machine: The measured rates.
+    """
     moved = shape.m * (2 * shape.k + bytes_per_token + 4 * scales)
     return moved / machine.copy * 1e3
 
 
 def floor_gemm(shape: Shape, bytes_read: float, rate: float, machine: Machine) -> float:
-    """Milliseconds of a product: the slower of its arithmetic at ``rate`` and its traffic at the speed of a copy.
+    """Return the milliseconds of a product: the slower of its arithmetic and its traffic at the speed of a copy.
 
     Args:
-        bytes_read: of both operands. y is written once, 2 bytes an element.
-        rate: operations per second; 0 leaves only the traffic.
+        shape: The layer.
+        bytes_read: The bytes of both operands. y is written once, 2 bytes an element.
+        rate: The operations per second; 0 leaves only the traffic.
+        machine: The measured rates.
     """
     arithmetic = shape.operations / rate if rate else 0.0
     return max(arithmetic, (bytes_read + 2 * shape.m * shape.n) / machine.copy) * 1e3
 
 
 def to_markdown(rows: Sequence[Row], title: str = "Kernels", environment: Iterable[str] = ()) -> str:
-    """One table. "of floor" is floor ÷ time; "ours, times faster" is a row's time ÷ that of our reference row of its stage.
+    """Return one table of the rows.
 
-    The reference of QL and RQ+QL is the 8-bit activation path; peers of stage QL do not quantize x, those of RQ+QL do
-    (or need not: bf16).
+    "of floor" is floor ÷ time; "ours, times faster" is a row's time ÷ that of our reference row of its stage. The
+    reference of QL and RQ+QL is the 8-bit activation path. Peers of stage QL do not quantize x; those of RQ+QL do (or
+    need not: bf16).
+
+    Args:
+        rows: The rows.
+        title: The title.
+        environment: The lines about machine and software.
     """
     references = {
         (row.shape, row.stage): row.milliseconds for row in rows if row.reference and row.milliseconds is not None

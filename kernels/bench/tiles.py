@@ -1,9 +1,10 @@
-"""Which tile and which walk over the tiles S8_WGMMA should take: every variant on the layers of the benchmark, on SM 9.0.
+"""Find the tile and the walk over tiles for S8_WGMMA: every variant on the layers of the benchmark, on SM 9.0.
 
     python kernels/bench/tiles.py --build     compile the variants only (nvcc, no GPU; a minute each)
     python kernels/bench/tiles.py             compile what is missing, check each against the others, time them
 
-``swizzle`` is how many tiles consecutive CTAs walk along one side before the other (CUTLASS's max_swizzle_size).
+``swizzle`` is the number of tiles that consecutive CTAs walk along one side before the other (CUTLASS's
+max_swizzle_size).
 """
 
 from __future__ import annotations
@@ -36,7 +37,14 @@ SWIZZLES = (1, 4, 8)
 
 @dataclass(frozen=True)
 class Variant:
-    """A tile of m x n x 128 in a cluster; two warpgroups on one tile (cooperative), or in turns (ping-pong)."""
+    """A tile of m x n x 128 in a cluster.
+
+    Args:
+        m: The tokens of a tile.
+        n: The output channels of a tile.
+        cluster: The tiles of a cluster along m and n.
+        pingpong: True if two warpgroups work on tiles in turns (ping-pong), False if on one tile (cooperative).
+    """
 
     m: int
     n: int
@@ -45,12 +53,16 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """``128x256 cooperative 2x1``."""
+        """Return the name, such as ``128x256 cooperative 2x1``."""
         schedule = "ping-pong" if self.pingpong else "cooperative"
         return f"{self.m}x{self.n} {schedule} {self.cluster[0]}x{self.cluster[1]}"
 
     def build(self) -> Path:
-        """The variant as a shared library, compiled unless one of the same sources is there."""
+        """Return the variant as a shared library, compiled unless one of the same sources is there.
+
+        Raises:
+            BuildError: A tool is missing, or the variant does not compile.
+        """
         nvcc, cutlass = find_nvcc(BUILD / "kernels"), find_cutlass(BUILD / "kernels")
         sizes = {"TILE_M": self.m, "TILE_N": self.n, "CLUSTER_M": self.cluster[0], "CLUSTER_N": self.cluster[1],
                  "PINGPONG": int(self.pingpong)}  # fmt: skip
@@ -83,7 +95,11 @@ VARIANTS = (
 
 
 class Problem:
-    """Random operands of a layer, and y of the variant that ran last."""
+    """The random operands of a layer, and y of the variant that ran last.
+
+    Args:
+        shape: The layer.
+    """
 
     def __init__(self, shape: Shape) -> None:
         self.shape, device = shape, torch.device("cuda")
@@ -94,7 +110,15 @@ class Problem:
         self.y = torch.empty(shape.m, shape.n, dtype=torch.bfloat16, device=device)
 
     def run(self, library: ctypes.CDLL, swizzle: int) -> None:
-        """One product on torch's current stream."""
+        """Compute one product on torch's current stream.
+
+        Args:
+            library: The library of a variant.
+            swizzle: The walk over the tiles; see the module.
+
+        Raises:
+            RuntimeError: The kernel returned an error.
+        """
         operands = (self.codes, self.weight, *self.vectors, self.y)
         sizes = (self.shape.m, self.shape.n, self.shape.k)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -103,7 +127,11 @@ class Problem:
             raise RuntimeError(f"status {status}")
 
     def error(self, rows: int = 64) -> float:
-        """Largest error of some rows of y against float64, as a share of the largest output of its row."""
+        """Return the largest error of some rows of y against float64, as a share of the largest output of its row.
+
+        Args:
+            rows: The number of rows.
+        """
         some = torch.randint(0, self.shape.m, (rows,), device=self.y.device)
         token, row, bias = (v.double() for v in self.vectors)
         exact = (self.codes[some].double() @ self.weight.double().T) * token[some, None] * row + bias
@@ -112,7 +140,19 @@ class Problem:
 
 
 def measure(shape: Shape, libraries: dict[str, ctypes.CDLL], timer: CudaTimer) -> list[tuple[float, str]]:
-    """(milliseconds, what), best first; a variant whose y differs from the first one's is an error."""
+    """Time every variant and every walk on a layer.
+
+    Args:
+        shape: The layer.
+        libraries: The libraries of the variants, by name.
+        timer: The timer.
+
+    Returns:
+        (milliseconds, name), best first.
+
+    Raises:
+        RuntimeError: y of the first variant is wrong, or y of another one differs from it.
+    """
     problem, rows = Problem(shape), []
     wanted: torch.Tensor | None = None
     for name, library in libraries.items():
@@ -138,7 +178,7 @@ def measure(shape: Shape, libraries: dict[str, ctypes.CDLL], timer: CudaTimer) -
 
 
 def main() -> int:
-    """0, or 2 with a message."""
+    """Compile, check and time the variants; return 0, or 2 with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", action="store_true", help="compile only")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Measuring: the time of a call on a device, and what the GPU's clocks and power did meanwhile."""
+"""The time of a call on a device, and the GPU's clocks and power meanwhile."""
 
 from __future__ import annotations
 
@@ -23,21 +23,25 @@ QUERY = ("clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "temperature
 
 
 class Timer:
-    """Median milliseconds of a call.
+    """A timer that gives the median milliseconds of a call.
 
     Args:
-        repeats: timed calls; the median is kept.
-        warm_up: calls before them.
+        repeats: The number of timed calls.
+        warm_up: The number of calls before them.
     """
 
-    # More of them until so much time has passed.
+    # There are more calls before them until so many seconds have passed.
     warm_up_seconds = 0.0
 
     def __init__(self, repeats: int = 20, warm_up: int = 3) -> None:
         self.repeats, self.warm_up = repeats, warm_up
 
     def milliseconds(self, call: Callable[[], object]) -> float:
-        """Median time of ``call``."""
+        """Return the median time of a call.
+
+        Args:
+            call: The call.
+        """
         start, calls = time.perf_counter(), 0
         while calls < self.warm_up or time.perf_counter() - start < self.warm_up_seconds:
             call()
@@ -46,20 +50,26 @@ class Timer:
         return statistics.median(self._samples(call))
 
     def _wait(self) -> None:
-        """Until the call is done."""
+        """Wait until the call is done."""
 
     def _samples(self, call: Callable[[], object]) -> list[float]:
+        """Return the milliseconds of each timed call.
+
+        Raises:
+            NotImplementedError: A subclass must define it.
+        """
         raise NotImplementedError
 
     def brief(self) -> Timer:
-        """A timer for choosing among candidates: fewer repeats."""
+        """Return a timer for choosing among candidates, with fewer repeats."""
         return type(self)(repeats=5, warm_up=1)
 
 
 class HostTimer(Timer):
-    """For machines without a GPU: it shows that a benchmark runs, its times say nothing about a GPU."""
+    """A timer for machines without a GPU: it shows that a benchmark runs, but its times say nothing about a GPU."""
 
     def _samples(self, call: Callable[[], object]) -> list[float]:
+        """Time the calls with the host's clock."""
         samples = []
         for _ in range(self.repeats):
             start = time.perf_counter()
@@ -69,9 +79,14 @@ class HostTimer(Timer):
 
 
 class CudaTimer(Timer):
-    """CUDA events around every call, with the L2 emptied in between."""
+    """A timer with CUDA events around every call, and with the L2 emptied in between.
 
-    # A GPU that idled needs some for its clocks.
+    Args:
+        repeats: The number of timed calls.
+        warm_up: The number of calls before them.
+    """
+
+    # A GPU that idled needs some time for its clocks.
     warm_up_seconds = 0.03
 
     def __init__(self, repeats: int = 20, warm_up: int = 3) -> None:
@@ -79,9 +94,11 @@ class CudaTimer(Timer):
         self._flush = torch.ones(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
     def _wait(self) -> None:
+        """Wait until the GPU is idle."""
         torch.cuda.synchronize()
 
     def _samples(self, call: Callable[[], object]) -> list[float]:
+        """Time the calls with events."""
         pairs = [(_event(), _event()) for _ in range(self.repeats)]
         for start, stop in pairs:
             self._flush.sum()
@@ -93,16 +110,21 @@ class CudaTimer(Timer):
 
 
 def _event() -> torch.cuda.Event:
+    """Return a CUDA event that takes time."""
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 @dataclass
 class Clocks:
-    """What nvidia-smi reported during a run: SM clock in MHz, power in W, temperature in °C.
+    """The reports of nvidia-smi during a run.
 
     Args:
-        sm, power, temperature: one value per sample. max_sm, limit: what the device allows.
-        reason: why there are no samples, else empty.
+        sm: The SM clock of each sample in MHz.
+        power: The power of each sample in W.
+        temperature: The temperature of each sample in °C.
+        max_sm: The highest SM clock that the device allows, in MHz.
+        limit: The power limit in W.
+        reason: The reason why there are no samples, else empty.
     """
 
     sm: list[float] = field(default_factory=list)
@@ -123,7 +145,11 @@ class Clocks:
 
 
 def parse_clocks(text: str) -> Clocks:
-    """Samples of ``nvidia-smi --query-gpu=… --format=csv,noheader,nounits``; a cut last line is left out."""
+    """Parse samples of ``nvidia-smi --query-gpu=… --format=csv,noheader,nounits``; a cut last line is left out.
+
+    Args:
+        text: The output of nvidia-smi.
+    """
     clocks = Clocks()
     for row in csv.reader(io.StringIO(text), skipinitialspace=True):
         try:
@@ -141,7 +167,11 @@ def parse_clocks(text: str) -> Clocks:
 
 @contextmanager
 def record_clocks(index: int = 0) -> Iterator[Clocks]:
-    """Samples clocks and power of GPU ``index`` every 200 ms while the block runs."""
+    """Yield clocks and power of a GPU, sampled every 200 ms while the block runs and filled in at its end.
+
+    Args:
+        index: The number of the GPU.
+    """
     clocks = Clocks()
     tool = shutil.which("nvidia-smi")
     if tool is None:
@@ -160,5 +190,6 @@ def record_clocks(index: int = 0) -> Iterator[Clocks]:
 
 
 def _read(output: IO[str]) -> Clocks:
+    """Return the samples in a file."""
     output.seek(0)
     return parse_clocks(output.read())

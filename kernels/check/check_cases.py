@@ -1,4 +1,4 @@
-"""What gpu_check runs on: layers, packed weights and activations, all made from a seed on the device that is checked."""
+"""The cases of gpu_check: layers, packed weights and activations, made from a seed on the device that is checked."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ from dvdquant.ops.repack import LayerShape
 TOKENS = (1, 7, 33, 127, 129, 4095)
 ROWS = (8, 136, 3080)
 FEATURES = (256, 1024, 1536, 1920, 2048, 3072, 5120, 8192, 8960, 12288, 13824, 15360, 20480)
-# Every M with some N and every N with some M, the largest of both together, and odd tails on both sides.
+# The pairs (M, N) hold every M with some N and every N with some M, the largest of both together, and odd tails on both
+# sides.
 PAIRS = ((1, 8), (7, 136), (33, 3080), (127, 8), (129, 136), (4095, 8), (1, 3080), (4095, 3080))
 ZEROS = ("midrise", "paper", "symmetric", "row-real", "free", "float")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One combination of grids: activation bits and group, weight group (0 = row) and kind of zero-point.
+    """One combination of grids.
 
-    ``midrise`` −0.5, ``paper`` an integer per row, ``symmetric`` 0, ``row-real`` a byte per row, ``free`` any fp32 number
-    per row (legal, though no solver makes it), ``real`` a byte per group.
+    The kinds of zero-points are: ``midrise`` −0.5, ``paper`` an integer per row, ``symmetric`` 0, ``row-real`` a byte
+    per row, ``free`` any fp32 number per row (legal, though no solver makes it), ``float`` a byte per group.
+
+    Args:
+        act_bits: The bits of the activations, 4 or 8.
+        act_group: The channels per activation scale; 0 means the whole token.
+        weight_group: The channels per weight scale; 0 means the row.
+        zero: The kind of the zero-points.
     """
 
     act_bits: int
@@ -65,7 +72,12 @@ GRIDS = (
 
 
 def layers(features: int, rows: int = ROWS[-1]) -> Iterator[tuple[Grid, LayerShape]]:
-    """Every grid with both dtypes on one K, the rotations taking turns: automatic block, whole row, none."""
+    """Yield every grid with both dtypes on one K; the rotations take turns: automatic block, whole row, none.
+
+    Args:
+        features: K, the number of input channels.
+        rows: N, the number of output channels.
+    """
     for index, grid in enumerate(GRIDS):
         for turn, dtype in enumerate(DTYPES):
             rotation = _rotation(features, ("auto", "full", "auto", "none")[(index + 2 * turn) % 4])
@@ -73,7 +85,15 @@ def layers(features: int, rows: int = ROWS[-1]) -> Iterator[tuple[Grid, LayerSha
 
 
 def layer_of(grid: Grid, features: int, rows: int, rotation: Rotation, dtype: str) -> LayerShape:
-    """The layer of a grid."""
+    """Return the layer of a grid.
+
+    Args:
+        grid: The grid.
+        features: K, the number of input channels.
+        rows: N, the number of output channels.
+        rotation: The rotation of the input.
+        dtype: ``bf16`` or ``fp16``.
+    """
     groups = features // grid.weight_group if grid.weight_group else 1
     real = grid.zero in ("float", "row-real")
     return LayerShape(
@@ -82,6 +102,7 @@ def layer_of(grid: Grid, features: int, rows: int, rotation: Rotation, dtype: st
 
 
 def _rotation(features: int, spec: str) -> Rotation:
+    """Return a rotation of K channels, the automatic one if there is none of this kind."""
     try:
         return Rotation.for_features(features, spec)
     except DvdquantError:
@@ -89,14 +110,21 @@ def _rotation(features: int, spec: str) -> Rotation:
 
 
 def make_weight(layer: LayerShape, zero: str, device: torch.device, seed: int) -> PackedLayer:
-    """A packed weight with every code, steps spread over 2⁶, one row of zeros and one with the smallest step there is.
+    """Make a packed weight with every code, steps spread over 2⁶, one row of zeros and one with the smallest step.
 
     y of unit activations is about 1, so that neither fp16 nor the float64 judge is at the end of its range.
+
+    Args:
+        layer: The layer.
+        zero: The kind of the zero-points; see :class:`Grid`.
+        device: The device of the tensors.
+        seed: The seed of the random numbers.
     """
     generator = torch.Generator(device).manual_seed(seed)
     n, k, groups = layer.n, layer.k, layer.weight_groups
 
     def integers(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Draw integers of [low, high)."""
         return torch.randint(low, high, shape, generator=generator, device=device).to(dtype)
 
     weight = integers(-128, 128, (n, k // 2), torch.int8)
@@ -121,13 +149,25 @@ def make_weight(layer: LayerShape, zero: str, device: torch.device, seed: int) -
 
 
 def first_rows(packed: PackedLayer, rows: int) -> PackedLayer:
-    """The same layer with its first output features only, as tensors of their own."""
+    """Return the same layer with its first output features only, as tensors of their own.
+
+    Args:
+        packed: The layer.
+        rows: The number of output features.
+    """
     weight, scale, group_scale, zero, bias = (t[:rows].clone() for t in packed.stored())
     return replace(packed, weight=weight, scale=scale, group_scale=group_scale, zero=zero, bias=bias)
 
 
 def make_tokens(layer: LayerShape, tokens: int, device: torch.device, seed: int) -> Tensor:
-    """x [M, K]: Gaussian, a few channels 30 times as large, token magnitudes from 2⁻⁴ to 2⁴, one token of zeros."""
+    """Make x [M, K]: Gaussian, a few channels 30 times as large, token magnitudes from 2⁻⁴ to 2⁴, one token of zeros.
+
+    Args:
+        layer: The layer, for K and the dtype.
+        tokens: M, the number of tokens.
+        device: The device of the tensor.
+        seed: The seed of the random numbers.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(tokens, layer.k, generator=generator, device=device)
     x[:, torch.randint(0, layer.k, (max(1, layer.k // 256),), generator=generator, device=device)] *= 30

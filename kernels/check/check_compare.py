@@ -1,4 +1,4 @@
-"""What gpu_check holds results against: float64 on identical inputs, with bounds that follow from the number formats."""
+"""The judge of gpu_check: float64 on identical inputs, with bounds that follow from the number formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.reference import rotate_by_matrices
 from dvdquant.ops.repack import ALIGNMENT, LayerShape, prepared_bytes
 
-# Bits of significand, and the smallest spacing of numbers.
+# (Bits of the significand, the smallest spacing of numbers) of each dtype.
 _SIGNIFICAND = {torch.bfloat16: (8, 2.0**-133), torch.float16: (11, 2.0**-24)}
 _UNIT = 2.0**-24
 # A sum of n independent rounding errors of at most u stays below λ·√n·u except with probability 2·exp(−λ²/2) (Hoeffding).
@@ -23,12 +23,13 @@ _LAMBDA = 7.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a check passed, and by how much.
+    """The result of a check.
 
     Args:
-        worst: the largest error as a share of its bound; 1 is the limit. NaN fails.
-        ties: codes that differ from float64's because they lie at a rounding tie.
-        note: what was found, where it failed.
+        passed: True if it passed.
+        worst: The largest error as a share of its bound; 1 is the limit. NaN fails.
+        ties: The number of codes that differ from float64's because they lie at a rounding tie.
+        note: The finding, where the check failed.
     """
 
     passed: bool
@@ -38,14 +39,28 @@ class Verdict:
 
 
 def half_ulp(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the spacing of ``dtype`` at y (float64): the largest error of rounding y once."""
+    """Return half the spacing of ``dtype`` at y: the largest error of rounding y once, float64 in the shape of y.
+
+    Args:
+        y: The numbers, float64.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+    """
     bits, smallest = _SIGNIFICAND[dtype]
     exponent = torch.frexp(y.abs()).exponent.to(torch.float64)
     return torch.exp2(exponent - bits - 1).clamp(min=smallest / 2)
 
 
 def decode_prepared(layer: LayerShape, path: str, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """A prepared buffer, wherever it lies, to the weight it stands for float64 [N, K] and its bias [N]."""
+    """Return the weight that a prepared buffer stands for, float64 [N, K], and its bias, float64 [N].
+
+    Args:
+        layer: The layer.
+        path: The kernel path that the buffer is prepared for.
+        buffer: The buffer, uint8, on any device.
+
+    Raises:
+        ValueError: The buffer has another size.
+    """
     n, k, groups = layer.n, layer.k, layer.weight_groups
     if buffer.numel() != prepared_bytes(layer, path):
         raise ValueError(f"{buffer.numel()} bytes instead of {prepared_bytes(layer, path)}")
@@ -72,16 +87,22 @@ def check_product(
     layer: LayerShape, path: str, codes: Tensor, scales: Tensor, weight: Tensor, bias: Tensor, y: Tensor,
     integers: bool = True,
 ) -> Verdict:  # fmt: skip
-    """y [M, N] against float64 on the very codes and weights the kernel read.
+    """Check y [M, N] against float64 on the very codes and weights that the kernel read.
 
-    ``|y − y₆₄| ≤ 2 · (half an ulp of y₆₄) + fp32 rounding of the sum of groups``: twice what a reference that is exact
-    up to its output dtype may be off by. Integer products are exact, so the second term knows no K. Where ``integers`` is
-    false, e4m3 codes are not integers, and a tensor core may drop of each product what lies more than 13 bits below the
-    largest.
+    ``|y − y₆₄| ≤ 2 · (half an ulp of y₆₄) + fp32 rounding of the sum of groups``: this is twice the error that a
+    reference may have that is exact up to its output dtype. Integer products are exact, so the second term knows no K.
+    If ``integers`` is false, e4m3 codes are not integers, and a tensor core may drop the part of each product that lies
+    more than 13 bits below the largest one.
 
     Args:
-        codes: as the path holds them. scales: fp32 [groups, M].
-        weight: float64 [N, K] and bias [N] from :func:`decode_prepared`.
+        layer: The layer; the bound does not depend on it.
+        path: The kernel path.
+        codes: The activation codes, as the path holds them.
+        scales: The activation scales, fp32 [groups, M].
+        weight: The weight, float64 [N, K], from :func:`decode_prepared`.
+        bias: The bias, float64 [N], from :func:`decode_prepared`.
+        y: The result of the kernel [M, N].
+        integers: True if the codes of the weight are integers.
     """
     groups = len(scales)
     values = decode_codes(codes, path).reshape(len(codes), groups, -1)
@@ -103,6 +124,13 @@ def check_product(
 
 
 def _correction_mass(values: Tensor, scales: Tensor, weight: Tensor) -> Tensor:
+    """Return a bound [M, N] of the size of the correction for zero-points, float64.
+
+    Args:
+        values: The activation codes as numbers, float64 [M, groups, G].
+        scales: The activation scales, fp32 [groups, M].
+        weight: The weight, float64 [N, K].
+    """
     # |Δ z sum| ≤ 8 Δ Σ|c|, and the largest |w| of a row is at least half a step.
     row = 16 * weight.abs().amax(dim=1)
     return (values.abs().sum(dim=2).T * scales.to(torch.float64)).sum(dim=0)[:, None] * row
@@ -110,10 +138,13 @@ def _correction_mass(values: Tensor, scales: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ExactCodes:
-    """x̃·qmax/amax in float64, [M, groups, G], and how far fp32 may be off it.
+    """x̃·qmax/amax in float64, and the bounds of fp32's distance from it.
 
     Args:
-        amax: float64 [M, groups, 1]. off: what fp32 may be off by in amax. grid: clamped to ±qmax. margin: as grid.
+        amax: The largest value of each group, float64 [M, groups, 1].
+        off: The bound of fp32's error in amax [M, groups, 1].
+        grid: x̃·qmax/amax, clamped to ±qmax, float64 [M, groups, G].
+        margin: The bound of fp32's error in grid [M, groups, G].
     """
 
     amax: Tensor
@@ -123,9 +154,14 @@ class ExactCodes:
 
 
 def exact_codes(layer: LayerShape, packed: PackedLayer, x: Tensor) -> ExactCodes:
-    """The codes of x [M, K] before rounding, with e = γ · ‖block‖₁/√block, what fp32 can be off by in x̃.
+    """Return the codes of x before rounding, with e = γ · ‖block‖₁/√block, the bound of fp32's error in x̃.
 
     γ counts one rounding per stage of the inner factor and one per term of the outer one.
+
+    Args:
+        layer: The layer.
+        packed: Its tensors, for the rotation.
+        x: The input [M, K].
     """
     tokens, k, block = len(x), layer.k, layer.block * layer.outer
     wide = x.to(torch.float64)
@@ -145,10 +181,19 @@ def exact_codes(layer: LayerShape, packed: PackedLayer, x: Tensor) -> ExactCodes
 def check_codes(
     layer: LayerShape, packed: PackedLayer, path: str, x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor | None
 ) -> Verdict:
-    """Codes, scales and sums of x [M, K] against the rotation in float64.
+    """Check codes, scales and sums of x against the rotation in float64.
 
-    The scale may be off by what fp32 is off by in amax, and a code may differ by one where :func:`exact_codes` lies that
-    near to a tie; nothing else may differ.
+    The scale may be off by fp32's error in amax. A code may differ by one if :func:`exact_codes` lies that near to a
+    tie. Nothing else may differ.
+
+    Args:
+        layer: The layer.
+        packed: Its tensors, for the rotation.
+        path: The kernel path.
+        x: The input [M, K].
+        codes: The codes, as the path holds them.
+        scales: The scales, fp32 [groups, M].
+        sums: The sums of the codes, fp32 [groups, M], or None if the path has none.
     """
     exact, qmax = exact_codes(layer, packed, x), QMAX[layer.act_bits]
     scale = _verdict((scales.T.to(torch.float64)[:, :, None] * qmax - exact.amax).abs(), exact.off, "scale")
@@ -164,10 +209,16 @@ def check_codes(
 
 
 def check_expansion(layer: LayerShape, packed: PackedLayer, weight: Tensor, exact: bool) -> Verdict:
-    """A decoded prepared weight against the packed weight in float64.
+    """Check a decoded prepared weight against the packed weight in float64.
 
-    Exact expansions differ by the fp32 rounding of the row's step; rounded ones by at most half a step of 8 bits, or half
-    of 2⁻³ of the value in e4m3.
+    Exact expansions differ by the fp32 rounding of the row's step. Rounded ones differ by at most half a step of 8
+    bits, or half of 2⁻³ of the value in e4m3.
+
+    Args:
+        layer: The layer; the bound does not depend on it.
+        packed: Its tensors.
+        weight: The decoded weight, float64 [N, K].
+        exact: True if the path expands it exactly.
     """
     from dvdquant.ops.reference import dequantize_weight
 
@@ -178,7 +229,13 @@ def check_expansion(layer: LayerShape, packed: PackedLayer, weight: Tensor, exac
 
 
 def check_equal(a: Tensor, b: Tensor, what: str) -> Verdict:
-    """Equal bit by bit, NaN included."""
+    """Check that two tensors are equal bit by bit, NaN included.
+
+    Args:
+        a: A tensor.
+        b: A tensor of the same dtype.
+        what: Their name, for the note.
+    """
     a, b = (t.contiguous().view(torch.uint8) for t in (a, b))
     if a.shape == b.shape and torch.equal(a, b):
         return Verdict(True)
@@ -187,6 +244,13 @@ def check_equal(a: Tensor, b: Tensor, what: str) -> Verdict:
 
 
 def _verdict(error: Tensor, bound: Tensor, what: str) -> Verdict:
+    """Return the verdict of errors and their bounds.
+
+    Args:
+        error: The errors, float64.
+        bound: Their bounds, in the same shape.
+        what: The name of the values, for the note.
+    """
     if error.numel() == 0:
         return Verdict(True)
     share = error / bound

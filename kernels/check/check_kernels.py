@@ -1,6 +1,6 @@
 """The checks of gpu_check that run kernels: each takes a :class:`Bench` and yields :class:`Outcome` rows.
 
-A bench is a device, an SM and a library; with ``host_library.HostLibrary`` and the CPU the same functions run anywhere.
+A bench is a device, an SM and a library. With ``host_library.HostLibrary`` and the CPU the same functions run anywhere.
 """
 
 from __future__ import annotations
@@ -32,7 +32,16 @@ _REPACKED = 1 << 20
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of the table: what was checked how often, the worst share of its bound, and what failed."""
+    """One row of the table.
+
+    Args:
+        name: The name of the check.
+        passed: True if all its cases passed.
+        cases: The number of cases; 0 means that it was not run.
+        worst: The largest error as a share of its bound.
+        ties: The number of codes that differ from float64's because they lie at a tie.
+        note: The first failure, or a remark.
+    """
 
     name: str
     passed: bool
@@ -43,12 +52,22 @@ class Outcome:
 
 
 class GuardedKernels(CudaKernels):
-    """Every output lies between guard zones and starts as 0xFF bytes: NaN as a float, −1 as a code."""
+    """Kernels whose outputs lie between guard zones and start as 0xFF bytes: NaN as a float, −1 as a code.
+
+    Attributes:
+        guarded: The buffers with guard zones since the last :meth:`intact`.
+    """
 
     guarded: list[Tensor]
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The poisoned inside of a larger buffer."""
+        """Return the poisoned inside of a larger buffer.
+
+        Args:
+            shape: The shape of the output.
+            dtype: Its dtype.
+            device: Its device.
+        """
         size = math.prod(shape) * dtype.itemsize
         whole = torch.full((size + 2 * _GUARD_BYTES + _ALIGNMENT,), _GUARD, dtype=torch.uint8, device=device)
         # Outputs on the CPU are aligned too, as the library demands.
@@ -58,7 +77,7 @@ class GuardedKernels(CudaKernels):
         return inside.view(dtype).reshape(shape)
 
     def intact(self) -> bool:
-        """Whether nothing was written outside the outputs since the last call."""
+        """Return whether nothing was written outside of the outputs since the last call."""
         buffers, self.guarded = self.__dict__.get("guarded", []), []
         return all(
             bool((b[:_GUARD_BYTES] == _GUARD).all()) and bool((b[-_GUARD_BYTES:] == _GUARD).all()) for b in buffers
@@ -67,7 +86,16 @@ class GuardedKernels(CudaKernels):
 
 @dataclass
 class Bench:
-    """What is checked: the kernels, the device they run on, and the sizes."""
+    """The subject of the checks: the kernels, the device they run on, and the sizes.
+
+    Args:
+        kernels: The kernels.
+        device: The device.
+        features: The values of K.
+        pairs: The pairs (M, N) of tokens and output channels.
+        deadline: The time of ``time.monotonic()`` at which the check of shapes ends.
+        paths: Gets the kernel paths that ran.
+    """
 
     kernels: GuardedKernels
     device: torch.device
@@ -77,17 +105,28 @@ class Bench:
     paths: set[str] = field(default_factory=set)
 
     def late(self) -> bool:
-        """Whether the time for the check is used up."""
+        """Return whether the time for the check is used up."""
         return time.monotonic() > self.deadline
 
 
 class Tally:
-    """Collects verdicts under names, in the order in which they first came."""
+    """The collected verdicts under names, in the order in which the names first came.
+
+    Attributes:
+        rows: The rows by name.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[str, Outcome] = {}
 
     def add(self, name: str, verdict: Verdict, where: str) -> None:
+        """Add a verdict to the row of a name.
+
+        Args:
+            name: The name of the row.
+            verdict: The verdict.
+            where: The case, for the note of a failure.
+        """
         row = self.rows.get(name, Outcome(name, True, 0))
         note = row.note or ("" if verdict.passed else f"{where}: {verdict.note}")
         self.rows[name] = Outcome(
@@ -101,7 +140,11 @@ class Tally:
 
 
 def check_dispatch(bench: Bench) -> Iterator[Outcome]:
-    """The library's plan for every layer, on every SM, against the table in ``host_library.choose_path``."""
+    """Yield the check of the library's plan for every layer, on every SM, against ``host_library.choose_path``.
+
+    Args:
+        bench: The kernels and the values of K.
+    """
     tally = Tally()
     for sm in (80, 86, 87, 89, 90, 100, 103, 120, 121):
         for features in bench.features:
@@ -114,6 +157,7 @@ def check_dispatch(bench: Bench) -> Iterator[Outcome]:
 
 
 def _path(plan_layer: Callable[[LayerShape, int], LayerPlan], layer: LayerShape, sm: int) -> str:
+    """Return the path of a layer's plan, or "refused"."""
     try:
         return plan_layer(layer, sm).path
     except UnsupportedError:
@@ -121,7 +165,13 @@ def _path(plan_layer: Callable[[LayerShape, int], LayerPlan], layer: LayerShape,
 
 
 def check_shapes(bench: Bench) -> Iterator[Outcome]:
-    """Every grid, K, dtype and pair of M and N: weights bit by bit, codes, products, and both halves in one call."""
+    """Yield the checks of every grid, K, dtype and pair of M and N.
+
+    They are weights bit by bit, codes, products, and both halves in one call.
+
+    Args:
+        bench: The kernels, the device and the sizes.
+    """
     tally = Tally()
     refused: dict[str, int] = {}
     for features in bench.features:
@@ -143,6 +193,14 @@ def check_shapes(bench: Bench) -> Iterator[Outcome]:
 
 
 def _check_layer(bench: Bench, grid: Grid, layer: LayerShape, tally: Tally) -> None:
+    """Check one layer at every pair of M and N.
+
+    Args:
+        bench: The kernels, the device and the sizes.
+        grid: The grid of the layer.
+        layer: The layer with the largest N.
+        tally: Gets the verdicts.
+    """
     packed = make_weight(layer, grid.zero, bench.device, seed=layer.k)
     x = make_tokens(layer, max(m for m, _ in bench.pairs), bench.device, seed=layer.k + 1)
     for rows in sorted({n for _, n in bench.pairs}):
@@ -166,10 +224,25 @@ def _check_tokens(
     bench: Bench, layer: LayerShape, packed: PackedLayer, x: Tensor, prepared: Tensor, weight: Tensor, bias: Tensor,
     integers: bool, tally: Tally, where: str,
 ) -> None:  # fmt: skip
+    """Check one layer on some tokens.
+
+    Args:
+        bench: The kernels.
+        layer: The layer.
+        packed: Its tensors.
+        x: The input [M, K].
+        prepared: The prepared buffer of its weight.
+        weight: The decoded weight, float64 [N, K].
+        bias: The decoded bias, float64 [N].
+        integers: True if the codes of the prepared weight are integers.
+        tally: Gets the verdicts.
+        where: The case, for the note of a failure.
+    """
     kernels, path = bench.kernels, bench.kernels.plan(layer).path
     codes, scales, sums = kernels.rotate_quantize(layer, x, packed.outer)
     y = kernels.linear_gemm(layer, codes, scales, sums, prepared)
-    # Of many tokens some: most GPUs do float64 at a 64th of fp32's rate. That all of y was written shows in its NaN poison.
+    # If there are many tokens, some are compared: most GPUs do float64 at a 64th of fp32's rate. The NaN poison shows
+    # if not all of y was written.
     some = _near_edges(len(x))
     verdict = check_codes(layer, packed, path, x[some], codes[some], scales[:, some], sums[:, some])
     tally.add(f"{path}: codes, scales, sums", verdict, where)
@@ -185,7 +258,14 @@ def _check_tokens(
 
 
 def _repacked(layer: LayerShape, path: str, packed: PackedLayer, prepared: Tensor) -> Verdict:
-    """The device's prepared buffer against ``dvdquant.ops.repack`` bit by bit, padding left out."""
+    """Check the device's prepared buffer against ``dvdquant.ops.repack`` bit by bit, padding left out.
+
+    Args:
+        layer: The layer.
+        path: The kernel path.
+        packed: The tensors of the layer.
+        prepared: The prepared buffer.
+    """
     raw = to_bytes(prepare(layer, path, *(t.cpu() for t in packed.stored())))
     want = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     got, start = prepared.cpu(), 0
@@ -198,6 +278,7 @@ def _repacked(layer: LayerShape, path: str, packed: PackedLayer, prepared: Tenso
 
 
 def _section_sizes(layer: LayerShape, path: str) -> list[int]:
+    """Return the sizes in bytes of the sections of a prepared buffer, without their padding."""
     codes = layer.n * (layer.k // 2 if path.startswith("s4") else layer.k)
     grouped = path == "s4_group" and layer.weight_groups > 1
     return [codes, *[4 * layer.n] * 3, *[layer.n * layer.weight_groups] * (grouped * (1 + layer.float_zero_point))]
@@ -206,7 +287,14 @@ def _section_sizes(layer: LayerShape, path: str) -> list[int]:
 def reachable_layers(
     bench: Bench, features: int = 512, rows: int = 136, rotation: str = "auto"
 ) -> Iterator[tuple[str, Grid, LayerShape]]:
-    """One layer per path and activation width that the device's plan leads to."""
+    """Yield one layer per path and activation width that the device's plan leads to: (path, grid, layer).
+
+    Args:
+        bench: The kernels.
+        features: K, the number of input channels.
+        rows: N, the number of output channels.
+        rotation: The Hadamard block, as in a recipe.
+    """
     found: set[tuple[str, int]] = set()
     for index, grid in enumerate(GRIDS):
         dtype = ("bf16", "fp16")[index % 2]
@@ -221,7 +309,14 @@ def reachable_layers(
 
 
 def check_extremes(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
-    """Codes at ±qmax, tokens of zeros and of the smallest numbers, and NaN and Inf that must reach their token alone."""
+    """Yield the checks of codes at ±qmax, of zeros, of the smallest numbers, and of NaN and Inf.
+
+    NaN and Inf must reach their token alone.
+
+    Args:
+        bench: The kernels and the device.
+        tokens: M, the number of tokens.
+    """
     tally = Tally()
     for path, grid, layer in reachable_layers(bench):
         plain = replace(layer, block=1, outer=1)
@@ -248,6 +343,17 @@ def check_extremes(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
 def _judge(
     bench: Bench, layer: LayerShape, packed: PackedLayer, prepared: Tensor, x: Tensor, tally: Tally, name: str
 ) -> Tensor:
+    """Check codes and product of one input, and return y [M, N].
+
+    Args:
+        bench: The kernels.
+        layer: The layer.
+        packed: Its tensors.
+        prepared: The prepared buffer of its weight.
+        x: The input [M, K].
+        tally: Gets the verdicts.
+        name: The name of their row.
+    """
     path = bench.kernels.plan(layer).path
     codes, scales, sums = bench.kernels.rotate_quantize(layer, x, packed.outer)
     tally.add(name, check_codes(layer, packed, path, x, codes, scales, sums), "codes")
@@ -258,6 +364,7 @@ def _judge(
 
 
 def _nonfinite(bench: Bench, layer: LayerShape, packed: PackedLayer, prepared: Tensor, value: float) -> Verdict:
+    """Check that one NaN or infinity makes its token not finite, and changes no other token."""
     x = make_tokens(layer, 9, bench.device, 6)
     clean = bench.kernels.quant_linear(layer, x, packed.outer, prepared)
     x[4, layer.k // 3] = value
@@ -271,10 +378,15 @@ def _nonfinite(bench: Bench, layer: LayerShape, packed: PackedLayer, prepared: T
 
 
 def check_exact_sums(bench: Bench, features: int = 1024) -> Iterator[Outcome]:
-    """A4 on the largest codes: every partial sum of a group, up to 7·15·128 = 13440 on e4m3_group, is an exact integer.
+    """Yield the checks of A4 on the largest codes, whose sums are exact integers.
 
-    Scales and steps are powers of two, so y is acc + bias with the bias −acc of the first token: equal tokens must give
-    exactly 0, and a token with one code changed exactly the product of that change. A sum that loses a bit shows.
+    This holds for every partial sum of a group, up to 7·15·128 = 13440 on e4m3_group. Scales and steps are powers of
+    two, so y is acc + bias with the bias −acc of the first token: equal tokens must give exactly 0, and a token with
+    one code changed exactly the product of that change. A sum that loses a bit shows.
+
+    Args:
+        bench: The kernels and the device.
+        features: K, the number of input channels.
     """
     tally = Tally()
     for act_group in (0, 64, 128):
@@ -288,6 +400,13 @@ def check_exact_sums(bench: Bench, features: int = 1024) -> Iterator[Outcome]:
 
 
 def _exact_sums(bench: Bench, layer: LayerShape, pattern: str) -> Verdict:
+    """Check the sums of one pattern of signs.
+
+    Args:
+        bench: The kernels and the device.
+        layer: The layer.
+        pattern: The signs along K: ``same signs``, ``half and half``, ``alternating`` or ``random``.
+    """
     from dvdquant.numerics.packing import pack_int4
     from dvdquant.ops.rotate_quantize import encode_codes
 
@@ -322,7 +441,17 @@ def _exact_sums(bench: Bench, layer: LayerShape, pattern: str) -> Verdict:
 
 
 def check_large(bench: Bench, tokens: int, features: int, rows: int, chunk: int = 512) -> Iterator[Outcome]:
-    """RQ of [tokens, features] and QL to [tokens, rows], each past 2³¹ elements on a GPU; some tokens are compared."""
+    """Yield the checks of tensors past 2³¹ elements: RQ of [tokens, features], and QL to [tokens, rows].
+
+    Some tokens are compared.
+
+    Args:
+        bench: The kernels and the device.
+        tokens: M, the number of tokens.
+        features: K of the check of codes.
+        rows: N of the check of outputs.
+        chunk: The number of tokens that are compared at a time.
+    """
     tally = Tally()
     picks = _picks(tokens, features, rows)
     for name, k, n in (("codes", features, 8), ("outputs", 256, rows)):
@@ -349,14 +478,21 @@ def check_large(bench: Bench, tokens: int, features: int, rows: int, chunk: int 
 
 
 def _near_edges(tokens: int, tile: int = 128) -> Tensor:
-    """All of a few tokens; of many those at the edges of tiles, first and last, and every now and then one."""
+    """Return the numbers of tokens to compare, ascending.
+
+    Of few tokens it is all. Of many it is those at the edges of tiles, the first, the last, and some 61 between.
+
+    Args:
+        tokens: The number of tokens.
+        tile: The tokens of a tile.
+    """
     edges = {edge + offset for edge in (0, tile, 2 * tile, tokens // tile * tile, tokens) for offset in (-2, -1, 0, 1)}
     wanted = set(range(tokens)) if tokens <= 2 * tile else edges | set(range(0, tokens, max(1, tokens // 61)))
     return torch.tensor(sorted(t for t in wanted if 0 <= t < tokens))
 
 
 def _picks(tokens: int, features: int, rows: int) -> Tensor:
-    """The first and last tokens, those around the 2³¹st element of x and of y, and every now and then one."""
+    """Return the first and last tokens, those around the 2³¹st element of x and of y, and some 61 between."""
     edges: list[int] = []
     for width in {features, rows}:
         for limit in (2**31, 2**32):
@@ -366,7 +502,11 @@ def _picks(tokens: int, features: int, rows: int) -> Tensor:
 
 
 def run_all(checks: Iterable[Iterator[Outcome]]) -> Iterator[Outcome]:
-    """Every outcome; a check that raises is one failed row, and the others still run."""
+    """Yield every outcome; a check that raises is one failed row, and the others still run.
+
+    Args:
+        checks: The checks.
+    """
     for check in checks:
         try:
             yield from check

@@ -33,12 +33,19 @@ Op = Callable[..., Tensor]
 
 
 def kernel_op(bench: Bench) -> Op:
-    """``dvdquant::quant_linear`` as the bench's device runs it: the registered op on a GPU, else through its binding."""
+    """Return ``dvdquant::quant_linear`` as the bench's device runs it.
+
+    On a GPU it is the registered op, elsewhere the op through the kernels' binding.
+
+    Args:
+        bench: The kernels and the device.
+    """
     if bench.device.type == "cuda":
         return quant_linear
     cache = PreparedCache()
 
     def run(x: Tensor, *arguments: Any) -> Tensor:
+        """Run the op through its binding."""
         *tensors, act_bits, act_group = arguments
         return run_quant_linear(bench.kernels, cache, x, PackedLayer(*tensors), act_bits, act_group)
 
@@ -46,12 +53,24 @@ def kernel_op(bench: Bench) -> Op:
 
 
 def arguments(packed: PackedLayer, layer: LayerShape) -> tuple[Any, ...]:
-    """What the op takes after x."""
+    """Return the arguments of the op after x.
+
+    Args:
+        packed: The tensors of the layer.
+        layer: The layer.
+    """
     return (*packed.stored(), packed.hadamard, packed.outer, layer.act_bits, layer.act_group)
 
 
 def check_op(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
-    """The op end to end against its definition in float64, strided and empty inputs, and weights changed in place."""
+    """Yield the checks of the op end to end against its definition in float64.
+
+    Inputs are whole, strided and empty, and weights are changed in place.
+
+    Args:
+        bench: The kernels and the device.
+        tokens: M, the number of tokens, at least 32.
+    """
     tally, op = Tally(), kernel_op(bench)
     for path, grid, layer in reachable_layers(bench, 1536, rotation="full"):
         packed = make_weight(layer, grid.zero, bench.device, seed=11)
@@ -75,7 +94,14 @@ def check_op(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
 
 
 def check_pre_quant(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
-    """A balance in the kernel gives what a balanced x gives, bit by bit; K 1920 cuts a strip of the kernel."""
+    """Yield the check that a smooth scale and shift in the kernel give the same bits as a smoothed x.
+
+    K 1920 cuts a strip of the kernel.
+
+    Args:
+        bench: The kernels and the device.
+        tokens: M, the number of tokens.
+    """
     tally, cache = Tally(), PreparedCache()
     for features, rotation in ((1536, "full"), (1536, "auto"), (1920, "auto")):
         for path, grid, layer in reachable_layers(bench, features, rotation=rotation):
@@ -92,7 +118,12 @@ def check_pre_quant(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
 
 
 def make_pre_quant(layer: LayerShape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scales ±2⁻³ to ±2³ and shifts near 1, fp32 [K]."""
+    """Make scales ±2⁻³ to ±2³ and shifts of variance 1, fp32 [K] each.
+
+    Args:
+        layer: The layer.
+        device: The device of the tensors.
+    """
     generator = torch.Generator(device).manual_seed(13)
     powers = torch.randint(-3, 4, (layer.k,), generator=generator, device=device)
     signs = 2 * torch.randint(0, 2, (layer.k,), generator=generator, device=device) - 1
@@ -100,9 +131,16 @@ def make_pre_quant(layer: LayerShape, device: torch.device) -> tuple[Tensor, Ten
 
 
 def _end_to_end(bench: Bench, layer: LayerShape, packed: PackedLayer, x: Tensor, y: Tensor) -> Verdict:
-    """‖y − y₆₄‖ ≤ 2‖y_ref − y₆₄‖ + what codes at ties moved + what expanding the weight to 8 bits moved.
+    """Check ‖y − y₆₄‖ ≤ 2‖y_ref − y₆₄‖ + what codes at ties moved + what expanding the weight to 8 bits moved.
 
-    y₆₄ is the definition in float64 and y_ref the PyTorch reference in fp32, rounded to the same dtype.
+    y₆₄ is the definition in float64, and y_ref the PyTorch reference in fp32, rounded to the same dtype.
+
+    Args:
+        bench: The kernels.
+        layer: The layer.
+        packed: Its tensors.
+        x: The input [M, K].
+        y: The result of the op [M, N].
     """
     rest = arguments(packed, layer)
     exact = quant_linear_reference(x.double(), *rest, compute=torch.float64)  # type: ignore[misc]
@@ -113,7 +151,7 @@ def _end_to_end(bench: Bench, layer: LayerShape, packed: PackedLayer, x: Tensor,
     values = decode_codes(codes, path)
     ideal = exact_codes(layer, packed, x)
     near = (ideal.grid - ideal.grid.floor() - 0.5).abs() <= ideal.margin
-    # Only what a tie can move is excused: wrong codes are not.
+    # Only codes that a tie can move are excused; wrong codes are not.
     moved = (values - torch.round(ideal.grid).reshape(values.shape)) * near.reshape(values.shape)
     weight = dequantize_weight(packed.weight, packed.scale, packed.group_scale, packed.zero, torch.float64)
     prepared = bench.kernels.prepare(layer, packed.stored())
@@ -128,7 +166,11 @@ def _end_to_end(bench: Bench, layer: LayerShape, packed: PackedLayer, x: Tensor,
 
 
 def check_graph(bench: Bench) -> Iterator[Outcome]:
-    """A captured quant_linear replayed on new inputs equals eager calls; capturing before the first call is refused."""
+    """Yield the check that a captured quant_linear, replayed on new inputs, equals eager calls.
+
+    Args:
+        bench: The kernels and the device, a GPU.
+    """
     tally = Tally()
     for path, grid, layer in reachable_layers(bench, 1536, rotation="full"):
         packed = make_weight(layer, grid.zero, bench.device, seed=13)
@@ -160,7 +202,11 @@ def check_graph(bench: Bench) -> Iterator[Outcome]:
 
 @contextmanager
 def layers_run(op: Op) -> Iterator[None]:
-    """QuantLinear modules call ``op`` instead of ``dvdquant::quant_linear``."""
+    """Let QuantLinear modules call ``op`` instead of ``dvdquant::quant_linear`` while the block runs.
+
+    Args:
+        op: The op, with the arguments of ``dvdquant::quant_linear``.
+    """
     names = vars(dvdquant.model.layers)
     before = {name: names[name] for name in ("quant_linear", "smooth_quant_linear")}
     names["quant_linear"] = op
@@ -173,8 +219,14 @@ def layers_run(op: Op) -> Iterator[None]:
 
 
 def check_model(bench: Bench) -> Iterator[Outcome]:
-    """Models of QuantLinear modules on the device: no further from fp32 on the CPU than twice the reference op is, and the
-    same bits once only prepared weights are left."""
+    """Yield the checks of models of QuantLinear modules on the device.
+
+    They are no further from fp32 on the CPU than twice the distance of the reference op, and give the same bits when
+    only prepared weights are left.
+
+    Args:
+        bench: The kernels and the device.
+    """
     yield from _compare_model(bench, "a stack of QuantLinear modules", *_stack(bench))
     if importlib.util.find_spec("diffusers") is None:
         yield Outcome("tiny Wan (diffusers)", True, 0, note="not run: diffusers is not installed")
@@ -184,6 +236,14 @@ def check_model(bench: Bench) -> Iterator[Outcome]:
 
 
 def _compare_model(bench: Bench, name: str, model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Outcome]:
+    """Yield the checks of one model.
+
+    Args:
+        bench: The kernels and the device.
+        name: The name of the model.
+        model: The model, on the CPU; it is moved to the device.
+        inputs: Its inputs by name, on the CPU.
+    """
     with torch.inference_mode():
         wide = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
         exact = copy.deepcopy(model).float()(**wide)[0].double()
@@ -203,7 +263,11 @@ def _compare_model(bench: Bench, name: str, model: nn.Module, inputs: dict[str, 
 
 
 class _Stack(nn.Module):
-    """Two residual QuantLinear blocks."""
+    """Two residual QuantLinear blocks.
+
+    Args:
+        bench: The kernels and the device; the stack does not depend on them.
+    """
 
     def __init__(self, bench: Bench) -> None:
         super().__init__()
@@ -222,19 +286,28 @@ class _Stack(nn.Module):
             self.blocks.append(layer)
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        """[M, 256] -> ([M, 256],)."""
+        """Run the blocks: [M, 256] -> ([M, 256],).
+
+        Args:
+            x: The input [M, 256].
+        """
         for block in self.blocks:
             x = x + block(torch.nn.functional.gelu(x))
         return (x,)
 
 
 def _stack(bench: Bench) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the stack and its inputs."""
     x = make_tokens(LayerShape(256, 256), 97, torch.device("cpu"), seed=22)
     return _Stack(bench), {"x": x.to(DTYPES["bf16"])}
 
 
 def _tiny_wan(bits: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """examples/tiny-wan, quantized with recipe w4a4 in bf16, and one step's inputs."""
+    """Return examples/tiny-wan, quantized with recipe w4a4 in bf16, and the inputs of one step.
+
+    Args:
+        bits: The bits of the activations, 4 or 8.
+    """
     from dvdquant.artifact.transaction import ExportTransaction
     from dvdquant.checkpoint.reader import open_checkpoint
     from dvdquant.export.verify.graph import load_quantized
@@ -248,7 +321,7 @@ def _tiny_wan(bits: int) -> tuple[nn.Module, dict[str, Tensor]]:
     with tempfile.TemporaryDirectory() as folder, ExportTransaction(Path(folder) / "export") as transaction:
         packed = quantize_checkpoint(checkpoint, plan, transaction, Progress())
         model = load_quantized(plan, packed.tensors, transaction.tree, bits)
-        # Out of the mapped files, which go with the folder.
+        # The copy leaves the mapped files, which are deleted with the folder.
         model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(23)
     config = checkpoint.config

@@ -20,14 +20,22 @@ from dvdquant.recipe import WeightSpec
 __all__ = ["check_quantizer"]
 
 GRIDS = tuple((zero, group) for zero in ("midrise", "symmetric", "float") for group in (0, 128, 64, 32, 16))
-# Of the CPU's search, which is within 1 per mille of a dense one.
+# The error may be larger than that of the CPU's search by this share; that search is within 1 per mille of a dense one.
 _WORSE = 0.002
 # A last bit of an fp32 sum may turn a code at a tie, and with it some of those after it.
 _OTHER_CODES = 0.002
 
 
 def check_quantizer(bench: Bench, rows: int = 130, features: tuple[int, ...] = (256, 1920, 3072)) -> Iterator[Outcome]:
-    """Every grid on heavy-tailed rows of several lengths, min-max, zeros and the smallest numbers; then feedback."""
+    """Yield the checks of every grid on heavy-tailed rows of several lengths, and of zeros and the smallest numbers.
+
+    A grid is checked with its search, its codes, min-max, a second run, and GPTQ.
+
+    Args:
+        bench: The kernels and the device.
+        rows: The number of rows.
+        features: The lengths of the rows.
+    """
     tally, kernels = Tally(), QuantizerKernels(bench.kernels.library)
     for k in features:
         w = _rows(rows, k)
@@ -52,7 +60,7 @@ def check_quantizer(bench: Bench, rows: int = 130, features: tuple[int, ...] = (
 
 
 def _rows(rows: int, features: int) -> Tensor:
-    """Heavy-tailed, with outlier channels; one row in ten one-sided."""
+    """Make heavy-tailed rows [rows, features] with outlier channels; one row in ten is one-sided."""
     generator = torch.Generator().manual_seed(21)
     w = torch.randn(rows, features, generator=generator) / torch.rand(rows, features, generator=generator).clamp(
         min=0.02
@@ -63,11 +71,21 @@ def _rows(rows: int, features: int) -> Tensor:
 
 
 def _search(kernels: QuantizerKernels, w: Tensor, group: int, zero: str, solver: str) -> QuantizedWeight:
+    """Search the grids of a weight with the kernels, and return the quantized weight on the CPU.
+
+    Args:
+        kernels: The kernels.
+        w: The weight, fp32 [N, K], on the device.
+        group: The channels per weight scale; 0 means the row.
+        zero: The kind of the zero-points.
+        solver: ``search`` or ``minmax``.
+    """
     groups = w.shape[1] // group if group else 1
     return QuantizedWeight(*(t.cpu() for t in kernels.search(w, groups, zero, solver)))
 
 
 def _as_good(w: Tensor, found: QuantizedWeight, zero: Any, group: int, solver: Any) -> Verdict:
+    """Check that the error of a quantized weight is no larger than that of the CPU's."""
     mine = relative_mse(w, found)
     theirs = relative_mse(w, quantize_weight(w, WeightSpec(group, zero, solver)))
     note = f"relative squared error {mine:.6g}, on the CPU {theirs:.6g}"
@@ -75,7 +93,7 @@ def _as_good(w: Tensor, found: QuantizedWeight, zero: Any, group: int, solver: A
 
 
 def _nearest(w: Tensor, found: QuantizedWeight) -> Verdict:
-    """Codes are those nearest to the stored grid, up to ties."""
+    """Check that codes are those nearest to the stored grid, up to ties."""
     groups = found.group_scale.shape[1]
     step = (found.scale[:, None] * (found.group_scale.float() / 255)).double()[..., None]
     exact = w.double().view(len(w), groups, -1) / step + expand_zero(found.zero).double()[..., None]
@@ -89,7 +107,16 @@ def _nearest(w: Tensor, found: QuantizedWeight) -> Verdict:
 
 
 def _rounded(kernels: QuantizerKernels, bench: Bench, w: Tensor, group: int, zero: Any, block: int) -> Verdict:
-    """Against the compiled loop on the CPU."""
+    """Check GPTQ against the compiled loop on the CPU.
+
+    Args:
+        kernels: The kernels.
+        bench: The device.
+        w: The weight, fp32 [N, K], on the CPU.
+        group: The channels per weight scale; 0 means the row.
+        zero: The kind of the zero-points.
+        block: The size of the blocks of the inputs. Hessian.
+    """
     generator = torch.Generator().manual_seed(22)
     falling = torch.randn(2 * block, block, generator=generator) * torch.arange(1, block + 1) ** -0.5
     turned = falling @ torch.linalg.qr(torch.randn(block, block, generator=generator))[0]

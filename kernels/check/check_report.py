@@ -1,4 +1,4 @@
-"""The table of gpu_check: on the terminal as it grows, and as Markdown with the hardware it was made on."""
+"""The table of gpu_check: on the terminal as it grows, and as Markdown with the hardware that made it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,25 @@ _QUERY = (
 
 
 def line(outcome: Outcome) -> str:
-    """One row for the terminal."""
+    """Return one row for the terminal.
+
+    Args:
+        outcome: The row.
+    """
     state = "FAILED " if not outcome.passed else "ok     " if outcome.cases else "not run"
     figures = f"{outcome.cases:5d} cases  worst {outcome.worst:8.3g}  ties {outcome.ties:6d}" if outcome.cases else ""
     return f"{state} {outcome.name:44s} {figures}  {outcome.note}".rstrip()
 
 
 def markdown(title: str, hardware: dict[str, str], outcomes: Iterable[Outcome], extra: str = "") -> str:
-    """The report: hardware first, then one row per check."""
+    """Return the report: hardware first, then one row per check.
+
+    Args:
+        title: The title.
+        hardware: The facts of :func:`hardware`.
+        outcomes: The rows.
+        extra: More Markdown for the end.
+    """
     rows = [f"# {title}", "", *(f"- {name}: {value}" for name, value in hardware.items()), ""]
     rows += [
         "`worst` is the largest error as a share of its bound; `ties` counts codes that float64 rounds the other way",
@@ -48,7 +59,7 @@ def markdown(title: str, hardware: dict[str, str], outcomes: Iterable[Outcome], 
 
 
 def hardware() -> dict[str, str]:
-    """GPU, driver, clocks as they are now, and versions."""
+    """Return GPU, driver, clocks as they are now, and versions, by name."""
     import torch
 
     facts = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")}
@@ -63,7 +74,7 @@ def hardware() -> dict[str, str]:
 
 
 def revision() -> dict[str, str]:
-    """The commit that is checked out, and whether files differ from it; empty outside a checkout."""
+    """Return the commit that is checked out and whether files differ from it, or nothing outside of a checkout."""
     command = [
         "git",
         "-c",
@@ -83,7 +94,7 @@ def revision() -> dict[str, str]:
 
 
 def smi() -> dict[str, str]:
-    """nvidia-smi's driver, clocks, power limit and temperature; empty where it is missing."""
+    """Return nvidia-smi's driver, clocks, power limit and temperature by name, or the reason why it is missing."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader", "--id=0"]
     try:
         text = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
@@ -93,6 +104,11 @@ def smi() -> dict[str, str]:
 
 
 def report_path(folder: Path, facts: dict[str, str]) -> Path:
-    """``<date>-<gpu>.md`` in ``folder``."""
+    """Return ``<date>-<gpu>.md`` in a folder.
+
+    Args:
+        folder: The folder.
+        facts: The facts of :func:`hardware`.
+    """
     gpu = re.sub(r"[^a-z0-9]+", "-", facts.get("GPU", "cpu").split(",")[0].lower()).strip("-")
     return folder / f"{facts['date'][:10]}-{gpu}.md"

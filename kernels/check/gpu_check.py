@@ -2,9 +2,9 @@
 
     python kernels/check/gpu_check.py [--out FOLDER] [--seconds 480]
 
-Builds the library if there is none, runs every check, prints one row each, writes ``FOLDER/<date>-<gpu>.md`` and exits 1
-if anything failed. Needs torch with CUDA and numpy; what else is missing (diffusers, pytest, compute-sanitizer) is a row
-that says "not run".
+It builds the library if there is none, runs every check, prints one row each, writes ``FOLDER/<date>-<gpu>.md`` and
+exits 1 if anything failed. It needs torch with CUDA and numpy. Anything else that is missing (diffusers, pytest,
+compute-sanitizer) is a row that says "not run".
 """
 
 from __future__ import annotations
@@ -54,16 +54,21 @@ SMALL_FEATURES = (256, 1920)
 # racecheck takes some ten times as long as memcheck.
 SMALLEST = ((33, 136),)
 _ERROR_EXIT = 9
-# Beside --seconds, as the benchmark is.
+# This time is not part of --seconds, as that of the benchmark is not.
 _QUANTIZER_SECONDS = 120.0
-# What pytest and the sanitizers print of a failure.
+# The lines that pytest and the sanitizers print of a failure.
 _FOUND = re.compile(r"^(?:=+ (?:Invalid|Error|Race|Uninitialized).*|.*\bFAILED\b.*|[.sx]*F[.sxFE]*)$", re.MULTILINE)
-# Tests marked slow run where there is so much time.
+# Tests marked slow run if there are at least so many seconds.
 _SLOW_SECONDS = 300
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the checks; the exit status."""
+    """Run the checks, and return the exit status: 0 all passed, 1 some failed.
+
+    Args:
+        arguments: The command line; None means that of the process.
+    """
+    # 1. Find or build the library.
     options = _options(arguments)
     started = time.monotonic()
     if not torch.cuda.is_available():
@@ -79,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     major, minor = torch.cuda.get_device_capability()
     kernels = GuardedKernels(library, 10 * major + minor)
+    # 2. Under a sanitizer, check the small shapes only.
     if options.small:
         least = options.small == "race"
         bench = Bench(
@@ -94,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(kernels, torch.device("cuda"), FEATURES)
     bench.deadline = started + 0.7 * options.seconds
     built = library.path.relative_to(REPOSITORY) if library.path.is_relative_to(REPOSITORY) else library.path
+    # 3. Run every check and the benchmarks; the report is written after each.
     facts = hardware() | {"library": f"{built} for {';'.join(library.architectures)}"}
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     outcomes: list[Outcome] = []
@@ -119,13 +126,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(path: Path, facts: dict[str, str], outcomes: list[Outcome], text: str) -> None:
-    """The report, as far as it is: what is cut off later keeps what was found."""
+    """Write the report as far as it is: a run that is cut off later keeps its rows.
+
+    Args:
+        path: The file.
+        facts: The facts about the hardware.
+        outcomes: The rows.
+        text: More Markdown for the end.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(markdown("gpu-check", facts, outcomes, text))
 
 
 def every_check(bench: Bench, options: argparse.Namespace, started: float) -> Iterator[Outcome]:
-    """All rows but the benchmark's, the cheap and telling ones first; the sanitizers and pytest run beside them."""
+    """Yield all rows but the benchmark's, the cheap and telling ones first; the sanitizers and pytest run beside them.
+
+    Args:
+        bench: The kernels, the device and the sizes.
+        options: The command line.
+        started: The time of ``time.monotonic()`` at the start.
+    """
     beside = [
         start_pytest(slow=options.seconds >= _SLOW_SECONDS),
         start_sanitizer("memcheck"),
@@ -156,7 +176,13 @@ def every_check(bench: Bench, options: argparse.Namespace, started: float) -> It
 
 
 def report(rows: Iterator[Outcome], outcomes: list[Outcome], started: float | None = None) -> int:
-    """Prints and collects rows, with the seconds since ``started``; 1 if one failed."""
+    """Print and collect rows, and return 1 if one failed, else 0.
+
+    Args:
+        rows: The rows.
+        outcomes: Gets the rows.
+        started: The start, to print the seconds since then; None prints none.
+    """
     status = 0
     for outcome in rows:
         clock = "" if started is None else f"{time.monotonic() - started:4.0f} s  "
@@ -167,15 +193,19 @@ def report(rows: Iterator[Outcome], outcomes: list[Outcome], started: float | No
 
 
 def build() -> bool:
-    """Builds the library with kernels/build.py; whether there is one now."""
+    """Build the library with kernels/build.py, and return whether there is one now."""
     subprocess.run([sys.executable, str(REPOSITORY / "kernels" / "build.py")], cwd=REPOSITORY, check=False)
     return find_library() is not None
 
 
 class Running:
-    """A command that runs beside the checks until :meth:`stop`; ``judge(name, status, output)`` makes its row.
+    """A command that runs beside the checks until :meth:`stop`.
 
-    ``may_be_late``: whether running out of time is no failure.
+    Args:
+        name: The name of its row.
+        command: The command and its arguments.
+        judge: A function of (name, exit status, output) that makes its row.
+        may_be_late: True if running out of time is no failure.
     """
 
     def __init__(
@@ -189,7 +219,11 @@ class Running:
         )
 
     def finish(self, seconds: float) -> Outcome:
-        """The row, after waiting for at most ``seconds``; what ran out of time fails where it had found something."""
+        """Return the row, after waiting for at most ``seconds``; a command out of time fails if it had found something.
+
+        Args:
+            seconds: The time to wait.
+        """
         try:
             status: int | None = self._process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
@@ -205,14 +239,23 @@ class Running:
         return Outcome(self.name, passed, 0, note=f"{note}, after: {found[0]}" if found else note)
 
     def stop(self) -> None:
-        """End it and its children, if they still run."""
+        """End the command and its children, if they still run."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 def start_pytest(slow: bool = True) -> Running | Outcome:
-    """The tests marked gpu, of the files that have some; files that need a package this machine lacks are counted."""
+    """Start the tests marked gpu, of the files that have some.
+
+    Files that need a package this machine lacks are counted.
+
+    Args:
+        slow: Run those marked slow, too.
+
+    Returns:
+        The running command, or the row if there is nothing to run.
+    """
     marks = "gpu" if slow else "gpu and not slow"
     name = f"pytest -m '{marks}'"
     files = [str(p) for p in sorted((REPOSITORY / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
@@ -224,7 +267,15 @@ def start_pytest(slow: bool = True) -> Running | Outcome:
 
 
 def judge_pytest(name: str, status: int, output: str) -> Outcome:
-    """Passed where nothing failed and every file that could not be imported lacks an installed package."""
+    """Return the row of pytest.
+
+    It passed if nothing failed and every file that could not be imported lacks an installed package.
+
+    Args:
+        name: The name of the row.
+        status: The exit status.
+        output: The output.
+    """
     errors = [row for row in output.splitlines() if row.startswith("ERROR ")]
     missing = [row for row in errors if "No module named" in row and "dvdquant" not in row.partition(" - ")[2]]
     failed = [row for row in output.splitlines() if row.startswith("FAILED ")]
@@ -240,7 +291,14 @@ def judge_pytest(name: str, status: int, output: str) -> Outcome:
 
 
 def start_sanitizer(tool: str) -> Running | Outcome:
-    """compute-sanitizer over the small shapes."""
+    """Start compute-sanitizer over the small shapes.
+
+    Args:
+        tool: ``memcheck`` or ``racecheck``.
+
+    Returns:
+        The running command, or the row if the program is missing.
+    """
     found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if found is None:
         return Outcome(tool, True, 0, note="not run: compute-sanitizer was not found")
@@ -250,7 +308,13 @@ def start_sanitizer(tool: str) -> Running | Outcome:
 
 
 def judge_tool(name: str, status: int, output: str) -> Outcome:
-    """A command as one row: its last line, and "not run" where the device refuses the tool."""
+    """Return a command as one row: its last line, or "not run" if the device refuses the tool.
+
+    Args:
+        name: The name of the row.
+        status: The exit status.
+        output: The output.
+    """
     if "Device not supported" in output:
         return Outcome(name, True, 0, note="not run: the machine's runtime does not let it see the device")
     if status:
@@ -259,7 +323,12 @@ def judge_tool(name: str, status: int, output: str) -> Outcome:
 
 
 def run_command(command: list[str], seconds: float) -> tuple[int | None, str]:
-    """Exit status and output; no status where there was too little time."""
+    """Run a command, and return its exit status and output; the status is None if there was too little time.
+
+    Args:
+        command: The command and its arguments.
+        seconds: The time that it may take; with less than 20 it is not run.
+    """
     if seconds < 20:
         return None, ""
     try:
@@ -270,7 +339,13 @@ def run_command(command: list[str], seconds: float) -> tuple[int | None, str]:
 
 
 def run_bench(library: KernelLibrary, device: torch.device, seconds: float) -> tuple[Outcome, str]:
-    """The benchmark of ``kernels/bench``: its row, and its table for the report."""
+    """Run the benchmark of ``kernels/bench``, and return its row, and its table for the report.
+
+    Args:
+        library: The kernels.
+        device: The GPU.
+        seconds: The time after which no further peers start.
+    """
     try:
         import bench
 
@@ -283,9 +358,12 @@ def run_bench(library: KernelLibrary, device: torch.device, seconds: float) -> t
 
 
 def run_quantizer(seconds: float) -> tuple[Outcome, str]:
-    """Quantizing weights on the GPU: its row, and the table of ``benchmarks/quantize.py`` for the report.
+    """Quantize weights on the GPU, and return the row, and the table of ``benchmarks/quantize.py`` for the report.
 
     It should take no longer than reading the weights, two bytes each, from a disk.
+
+    Args:
+        seconds: The time that it may take.
     """
     script = REPOSITORY / "benchmarks" / "quantize.py"
     command = [sys.executable, str(script), *"--device cuda --rows 8192 --kinds rotated --groups 0 64 32".split()]  # noqa: SIM905
@@ -298,6 +376,7 @@ def run_quantizer(seconds: float) -> tuple[Outcome, str]:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="correctness and speed of the CUDA kernels on this machine's GPU")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "kernels" / "bench" / "results", help="report folder")
     parser.add_argument(

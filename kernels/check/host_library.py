@@ -1,8 +1,8 @@
 """The kernel library's C ABI on host memory, computed by PyTorch and numpy from the definitions.
 
-It takes the same addresses as ``dvdquant.ops.cuda.KernelLibrary`` and writes what a correct library would, so that the
-torch binding and every check of ``gpu_check.py`` run on a machine without a GPU; and, made wrong on purpose, so that
-each check is seen to fail.
+It takes the same addresses as ``dvdquant.ops.cuda.KernelLibrary`` and writes what a correct library would. So the torch
+binding and every check of ``gpu_check.py`` run on a machine without a GPU. Made wrong on purpose, it shows that each
+check can fail.
 """
 
 from __future__ import annotations
@@ -30,7 +30,16 @@ from dvdquant.recipe import WeightSpec
 
 
 def choose_path(layer: LayerShape, sm: int) -> str:
-    """The dispatch table of kernels/csrc/plan.cpp; UnsupportedError where no path runs the layer."""
+    """Return the path of a layer by the dispatch table of kernels/csrc/plan.cpp.
+
+    Args:
+        layer: The layer.
+        sm: The compute capability, major · 10 + minor.
+
+    Raises:
+        UnsupportedError: No path runs the layer.
+        ShapeError: K or the weight groups have a size that no kernel takes.
+    """
     if sm not in (80, 86, 87, 89, 90, 100, 103, 120, 121):
         raise UnsupportedError(f"SM {sm / 10}", available="SM 8.x, 9.0, 10.x and 12.x")
     if layer.act_bits not in (4, 8) or layer.act_group not in (0, 64, 128):
@@ -53,12 +62,17 @@ def choose_path(layer: LayerShape, sm: int) -> str:
 
 
 class HostLibrary:
-    """Drop-in for ``KernelLibrary``; streams are ignored."""
+    """A drop-in for ``KernelLibrary``; streams are ignored. Addresses are integers, sizes are in bytes."""
 
     architectures = ("host",)
 
     def plan_layer(self, layer: LayerShape, sm: int) -> LayerPlan:
-        """As the library's, from :func:`choose_path`."""
+        """Return the plan of a layer, from :func:`choose_path`.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+        """
         path = choose_path(layer, sm)
         s4 = path.startswith("s4")
         return LayerPlan(
@@ -71,14 +85,32 @@ class HostLibrary:
         )
 
     def workspace_bytes(self, layer: LayerShape, sm: int, tokens: int) -> int:
-        """Codes, scales and sums, so that callers that pass too little are found."""
+        """Return the size of codes, scales and sums, so that callers that pass too little are found.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            tokens: M, the number of tokens.
+        """
         plan = self.plan_layer(layer, sm)
         return tokens * (plan.codes_bytes_per_token + 8 * plan.scale_rows)
 
     def prepare_weight(
         self, layer: LayerShape, sm: int, weight: WeightPointers, prepared: int, size: int, stream: int
     ) -> None:
-        """``dvdquant.ops.repack.prepare`` into the buffer."""
+        """Write ``dvdquant.ops.repack.prepare`` into the buffer.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            weight: The addresses of the packed tensors.
+            prepared: The address of the buffer.
+            size: Its size.
+            stream: Ignored.
+
+        Raises:
+            ShapeError: The buffer is too small.
+        """
         plan = self.plan_layer(layer, sm)
         if size < plan.prepared_bytes:
             raise ShapeError(f"a prepared buffer of {size} bytes", available=f"{plan.prepared_bytes} bytes")
@@ -98,7 +130,20 @@ class HostLibrary:
         self, layer: LayerShape, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int,
         pre_quant: int = 0,
     ) -> None:  # fmt: skip
-        """Codes, scales and sums in the path's layout."""
+        """Write codes, scales and sums in the path's layout.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            x: The address of the input [M, K].
+            outer: The address of the outer matrix, fp32 [p, p].
+            codes: The address of the codes, in the path's layout.
+            scales: The address of the scales, fp32 [groups, M].
+            sums: The address of the sums of the codes, fp32 [groups, M]; 0 for none.
+            m: M, the number of tokens.
+            stream: Ignored.
+            pre_quant: The address of the packed pre_quant_scale and pre_quant_shift [K/8, 2, 8]; 0 for none.
+        """
         plan, dtype = self.plan_layer(layer, sm), DTYPES[layer.dtype]
         tokens = _view(x, (m, layer.k), dtype)
         if pre_quant:
@@ -114,7 +159,24 @@ class HostLibrary:
         self, layer: LayerShape, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int,
         workspace: int, size: int, stream: int,
     ) -> None:  # fmt: skip
-        """y from the codes and the prepared buffer."""
+        """Write y from the codes and the prepared buffer.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            codes: The address of the codes, in the path's layout.
+            scales: The address of the scales, fp32 [groups, M].
+            sums: Ignored; the sums follow from the codes.
+            prepared: The address of the prepared buffer.
+            y: The address of the output [M, N].
+            m: M, the number of tokens.
+            workspace: The address of the workspace.
+            size: The size of the workspace.
+            stream: Ignored.
+
+        Raises:
+            ShapeError: The workspace is too small.
+        """
         plan = self.plan_layer(layer, sm)
         if size < self.workspace_bytes(layer, sm, m):
             raise ShapeError(f"a workspace of {size} bytes is too small")
@@ -127,7 +189,24 @@ class HostLibrary:
         self, layer: LayerShape, sm: int, x: int, outer: int, prepared: int, y: int, m: int, workspace: int, size: int,
         stream: int, pre_quant: int = 0,
     ) -> None:  # fmt: skip
-        """Both, with the codes in the workspace."""
+        """Do both, with the codes in the workspace.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            x: The address of the input [M, K].
+            outer: The address of the outer matrix, fp32 [p, p].
+            prepared: The address of the prepared buffer.
+            y: The address of the output [M, N].
+            m: M, the number of tokens.
+            workspace: The address of the workspace.
+            size: The size of the workspace.
+            stream: Ignored.
+            pre_quant: The address of the packed pre_quant_scale and pre_quant_shift [K/8, 2, 8]; 0 for none.
+
+        Raises:
+            ShapeError: The workspace is too small.
+        """
         plan = self.plan_layer(layer, sm)
         if size < self.workspace_bytes(layer, sm, m):
             raise ShapeError(f"a workspace of {size} bytes is too small")
@@ -138,7 +217,14 @@ class HostLibrary:
         self.linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, workspace, size, stream)
 
     def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:
-        """By the compiled loops."""
+        """Search the grid of a weight with the compiled loops.
+
+        Args:
+            grid: The shape and the kind of the grid.
+            weight: The address of the weight, fp32 [N, K].
+            out: The addresses of the result.
+            stream: Ignored.
+        """
         group = grid.k // grid.groups if grid.groups > 1 else 0
         spec = WeightSpec(group, grid.zero_point, grid.solver)  # type: ignore[arg-type]
         found = quantize_weight(_view(weight, (grid.n, grid.k), torch.float32), spec)
@@ -148,23 +234,51 @@ class HostLibrary:
     def gptq_round(
         self, grid: GridShape, weight: int, out: GridPointers, group_scales: int, block: int, stream: int
     ) -> None:
-        """By the compiled loop."""
+        """Round codes with GPTQ by the compiled loop.
+
+        Args:
+            grid: The shape and the kind of the grid.
+            weight: The address of the weight, fp32 [N, K].
+            out: The addresses of the grid and of the codes, which are written.
+            group_scales: The address of the factors of GPTQ's error feedback, fp32 [K/block, block, block].
+            block: The size of the blocks.
+            stream: Ignored.
+        """
         views = _grid_views(grid, out)
         gptq = ErrorFeedback.of_factors(_view(group_scales, (grid.k // block, block, block), torch.float32).double())
         w = _view(weight, (grid.n, grid.k), torch.float32)
         views[0].copy_(gptq.round(w, QuantizedWeight(*views)).codes)
 
     def outer(self, layer: LayerShape, address: int) -> Tensor:
-        """The outer matrix a caller passed, [1, 1] for none."""
+        """Return the outer matrix that a caller passed, fp32 [p, p], or [1, 1] if the layer has none.
+
+        Args:
+            layer: The layer.
+            address: The address of the matrix.
+        """
         return _view(address, (layer.outer, layer.outer), torch.float32) if layer.outer > 1 else torch.ones(1, 1)
 
     def quantize(self, layer: LayerShape, x: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes int8 [M, K] and scales fp32 [M, groups]."""
+        """Return the codes, int8 [M, K], and the scales, fp32 [M, groups].
+
+        Args:
+            layer: The layer.
+            x: The input [M, K], smoothed.
+            outer: The outer matrix, fp32 [p, p].
+        """
         hadamard = hadamard_matrix(layer.block, torch.float32)
         return quantize_activation(rotate_by_matrices(x.float(), hadamard, outer), layer.act_bits, layer.act_group)
 
     def multiply(self, layer: LayerShape, path: str, codes: Tensor, scales: Tensor, prepared: bytes) -> Tensor:
-        """y [M, N] in float64."""
+        """Return y [M, N] in float64.
+
+        Args:
+            layer: The layer.
+            path: The kernel path.
+            codes: The codes, uint8 [M, bytes per token], in the path's layout.
+            scales: The scales, fp32 [groups, M].
+            prepared: The bytes of the prepared buffer.
+        """
         weight = from_bytes(layer, path, prepared)
         values = decode_codes(codes.clone(), path).reshape(len(codes), len(scales), -1) * scales.T[:, :, None]
         w = torch.from_numpy(dequantize(layer, weight))
@@ -173,6 +287,7 @@ class HostLibrary:
 
 
 def _grid_views(grid: GridShape, out: GridPointers) -> list[Tensor]:
+    """Return tensors over the memory of a grid's result: codes, scale, group scale and zero."""
     real = grid.zero_point == "float"
     shape = (grid.n, grid.groups)
     return [
@@ -184,6 +299,13 @@ def _grid_views(grid: GridShape, out: GridPointers) -> list[Tensor]:
 
 
 def _view(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a tensor over host memory.
+
+    Args:
+        address: The address of its first byte.
+        shape: Its shape.
+        dtype: Its dtype.
+    """
     size = math.prod(shape) * dtype.itemsize
     if size == 0:
         return torch.empty(shape, dtype=dtype)

@@ -1,1 +1,1 @@
-"""Graphs as one builder runs them: INT8, packed INT4, NVFP4."""
+"""The lowerings of QuantLinear to graphs that one builder runs: INT8, packed INT4, NVFP4."""

@@ -1,4 +1,4 @@
-"""QuantLinear → INT8 tensor cores: both operands' codes in 8 bits, static Q/DQ around a dynamic token scale."""
+"""QuantLinear on INT8 tensor cores: both operands' codes in 8 bits, static Q/DQ around a dynamic token scale."""
 
 from __future__ import annotations
 
@@ -17,32 +17,45 @@ CHUNK_ROWS = 512
 
 
 def lower_int8(model: ir.Model, store: TensorStore | None = None) -> bool:
-    """Replace every QuantLinear by an INT8 Q/DQ product; returns whether there was one.
+    """Replace every QuantLinear by an INT8 Q/DQ product.
 
-    TensorRT quantizes with constant scales only, so x̃ is divided by its token scale first and Q/DQ carry a power of
+    TensorRT quantizes with constant scales only. So x̃ is divided by its token scale first, and Q/DQ carry a power of
     two: ``DQ(Q(x̃ · qmax/amax)) = codes · 2⁻ᵃ`` and ``DQ(weight_int8) = codes · 2⁻ᵇ``, both in [−1, 1]. s[m] and the
     row scale multiply the product in fp32. The weight's INT8 codes, ``<layer>.weight_int8`` [N, K], come from
     :func:`int8_weight`.
 
     Args:
-        store: where the INT8 weights go, one layer at a time; in memory by default. They serve the engine build only
-        and
-            are not part of an export.
+        model: The graph, which is changed in place.
+        store: The store for the INT8 weights, which gets one layer at a time; None keeps them in memory. They serve the
+            engine build only and are not part of an export.
+
+    Returns:
+        True if there was a QuantLinear.
 
     Raises:
-        ExportError: a node has activation groups (a scale inside the K sum cannot leave an INT8 product), or a constant
+        ExportError: A node has activation groups (a scale inside the K sum cannot leave an INT8 product), or a constant
             is missing.
+        ResourceError: The disk is full.
+        OutputError: The store's file cannot be written for another reason.
     """
     keep = store if store is not None else TensorStore()
     return lower_each(model, lambda emit: _lower(emit, keep))
 
 
 def int8_weight(layer: QuantLinearNode) -> tuple[np.ndarray, np.ndarray]:
-    """INT8 codes [N, K] and fp64 row scales [N] with ``codes · scale ≈ Δ · f/255 · (c − z)``.
+    """Return the INT8 weight of a layer, with ``codes · scale ≈ Δ · f/255 · (c − z)``.
 
-    1. per row, all z integers: c − z, in −15..15; exact. 2. per row, all 2z integers: 2(c − z), in −30..30, half the
-    step; exact (mid-rise: 2c + 1). 3. weight groups or a real z: rounded again, per row, to ±127. Half a step of 1/127
-    of the row's largest weight is small against half a step of the 4-bit grid (tests/export/test_lowering.py measures it).
+    1. One z per row, all integers: the codes are c − z, in −15..15. This is exact.
+    2. One z per row, all 2z integers: the codes are 2(c − z), in −30..30, with half the step (mid-rise: 2c + 1). This
+       is exact.
+    3. Weight groups or a float z: the weight is rounded again, per row, to ±127. Half a step of 1/127 of the row's
+       largest weight is small against half a step of the 4-bit grid.
+
+    Args:
+        layer: The node with its constants.
+
+    Returns:
+        The codes, int8 [N, K], and the row scales, fp64 [N].
     """
     zero = layer.zero_points
     doubled = zero * 2
@@ -57,6 +70,7 @@ def int8_weight(layer: QuantLinearNode) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rounded_again(layer: QuantLinearNode) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes, int8 [N, K], and row scales, fp64 [N], of a weight that is rounded again per row (case 3)."""
     codes = np.empty((layer.rows, layer.features), np.int8)
     scale, zero = np.empty(layer.rows), layer.zero_points
     for rows, chunk in _code_chunks(layer):
@@ -71,9 +85,10 @@ def _rounded_again(layer: QuantLinearNode) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _code_chunks(layer: QuantLinearNode) -> Iterator[tuple[slice, np.ndarray]]:
-    """(row slice, signed codes int8 [rows, K]) of a few hundred rows at a time."""
+    """Yield (row slice, signed codes int8 [rows, K]) of a few hundred rows at a time."""
     packed = layer.packed_rows()
-    # One look-up turns a byte into its two codes, low nibble first.
+    # One look-up in the table [256] turns a byte into its two codes, which are the two bytes of an int16, low nibble
+    # first.
     nibbles = np.arange(256, dtype=np.uint8)
     pair = np.stack([(nibbles << 4).view(np.int8) >> 4, nibbles.view(np.int8) >> 4], axis=1)
     table = pair.copy().view(np.int16).reshape(-1)
@@ -83,6 +98,15 @@ def _code_chunks(layer: QuantLinearNode) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def _lower(emit: Emitter, store: TensorStore) -> ir.Value:
+    """Emit the INT8 product of one layer, and return its output.
+
+    Args:
+        emit: The emitter of the layer.
+        store: The store for the INT8 weight.
+
+    Raises:
+        ExportError: The layer has activation groups.
+    """
     layer = emit.layer
     if layer.act_group:
         raise ExportError(
@@ -90,11 +114,13 @@ def _lower(emit: Emitter, store: TensorStore) -> ir.Value:
             available="int4-weight-only",
             fix="use --precision int4-weight-only, or a recipe with one activation scale per token",
         )
+    # 1. The activation [..., K]: rotate, divide by the token scale, and round to codes · 2⁻ᵃ.
     clipped, scale = emit.token_codes(*emit.rotate())
     shift = layer.act_bits - 1
     zero = emit.scalar(0, ir.DataType.INT8)
     codes = emit.op("QuantizeLinear", "act_q", clipped, emit.scalar(1.0), zero)
     act = emit.op("DequantizeLinear", "act_dq", codes, emit.scalar(2.0**-shift, layer.dtype), zero)
+    # 2. The weight: codes [N, K] with the scale 2⁻ᵇ.
     weight_codes, row_scale = int8_weight(layer)
     bits = int(np.abs(weight_codes).max(initial=1)).bit_length()
     name = f"{layer.name}.weight_int8"
@@ -102,6 +128,7 @@ def _lower(emit: Emitter, store: TensorStore) -> ir.Value:
     weight = emit.op(
         "DequantizeLinear", "weight_dq", emit.initializer(name, tensor), emit.scalar(2.0**-bits, layer.dtype), zero
     )
+    # 3. The product [..., N], and the scales in fp32.
     product = emit.op("MatMul", "product", act, emit.op("Transpose", "weight_t", weight, perm=[1, 0]))
     product = emit.cast("product_fp32", product, ir.DataType.FLOAT)
     return emit.finish(product, scale, row_scale * 2.0 ** (shift + bits))

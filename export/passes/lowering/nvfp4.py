@@ -1,4 +1,4 @@
-"""QuantLinear → NVFP4 on Blackwell: both operands in e2m1 with one e4m3 scale per 16 channels."""
+"""QuantLinear as NVFP4 on Blackwell: both operands in e2m1 with one e4m3 scale per 16 channels."""
 
 from __future__ import annotations
 
@@ -26,11 +26,17 @@ WeightSource = Callable[[str], torch.Tensor]
 
 
 def nvfp4_weight(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray, float]:
-    """NVFP4 of ``weight`` fp32 [N, K] by modelopt's quantizer: ``weight ≈ e2m1 · e4m3 · amax / 2688``.
+    """Quantize a weight to NVFP4 with modelopt's quantizer: ``weight ≈ e2m1 · e4m3 · amax / 2688``.
+
+    Args:
+        weight: The rotated weight, fp32 [N, K], with K a multiple of 16.
 
     Returns:
-        packed e2m1 uint8 [N, K/2] (low nibble = even k), block scales [N, K/16] as e4m3 (ml_dtypes), amax of ``weight``
-        (1 for an all-zero tensor).
+        The packed e2m1 codes, uint8 [N, K/2] (low nibble = even k), the block scales [N, K/16] as e4m3 (ml_dtypes), and
+        amax of ``weight`` (1 for an all-zero tensor).
+
+    Raises:
+        UnsupportedError: This release of modelopt does not give its packed bytes.
     """
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
@@ -54,20 +60,27 @@ def nvfp4_weight(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def lower_nvfp4(model: ir.Model, weight_source: WeightSource | None = None, store: TensorStore | None = None) -> bool:
-    """Replace every QuantLinear by an NVFP4 product; returns whether there was one.
+    """Replace every QuantLinear by an NVFP4 product.
 
     The quantizer of both operands is replaced (e2m1 cannot hold −8..7): blocks of 16 with e4m3 scales, whatever the
-    recipe's groups. The rotation stays. The activation's global scale is dynamic, without calibration: x̃ is divided by
-    its token's amax, ``trt::TRT_FP4DynamicQuantize`` gets the constant 1/2688, and amax[m] multiplies the product in
-    fp32.
+    recipe's groups are. The rotation stays. The activation's global scale is dynamic, without calibration: x̃ is
+    divided by its token's amax, ``trt::TRT_FP4DynamicQuantize`` gets the constant 1/2688, and amax[m] multiplies the
+    product in fp32.
 
     Args:
-        weight_source: the *rotated* fp32 weight [N, K] of a layer by name, from the original checkpoint. Without it the
-            canonical 4-bit codes are dequantized and quantized again: two 4-bit roundings, not one.
-        store: where the packed weights and their block scales go; in memory by default.
+        model: The graph, which is changed in place.
+        weight_source: A function from the name of a layer to its *rotated* weight from the original checkpoint, fp32
+            [N, K]. Without it the canonical 4-bit codes are dequantized and quantized again: two 4-bit roundings, not
+            one.
+        store: The store for the packed weights and their block scales; None keeps them in memory.
+
+    Returns:
+        True if there was a QuantLinear.
 
     Raises:
-        ExportError: K is no multiple of 16, or ``weight_source`` returns another shape.
+        ExportError: K is no multiple of 16, ``weight_source`` returns another shape, or a constant is missing.
+        ResourceError: The disk is full.
+        OutputError: The store's file cannot be written for another reason.
     """
     keep = store if store is not None else TensorStore()
     changed = lower_each(model, lambda emit: _lower(emit, weight_source, keep))
@@ -77,6 +90,11 @@ def lower_nvfp4(model: ir.Model, weight_source: WeightSource | None = None, stor
 
 
 def _weight(layer: QuantLinearNode, source: WeightSource | None) -> torch.Tensor:
+    """Return the weight to quantize, fp32 [N, K], from the source or from the 4-bit codes.
+
+    Raises:
+        ExportError: The source returned another shape.
+    """
     if source is None:
         # Copies: the arrays may be read-only maps of the weight file.
         parts = (layer.packed_rows(), layer.scale, layer.group_scale, layer.zero)
@@ -92,6 +110,16 @@ def _weight(layer: QuantLinearNode, source: WeightSource | None) -> torch.Tensor
 
 
 def _lower(emit: Emitter, source: WeightSource | None, store: TensorStore) -> ir.Value:
+    """Emit the NVFP4 product of one layer, and return its output.
+
+    Args:
+        emit: The emitter of the layer.
+        source: The source of rotated weights, or None.
+        store: The store for the packed weight.
+
+    Raises:
+        ExportError: K is no multiple of 16.
+    """
     layer, f32 = emit.layer, ir.DataType.FLOAT
     if layer.features % NVFP4_BLOCK:
         raise ExportError(
@@ -109,6 +137,12 @@ def _lower(emit: Emitter, source: WeightSource | None, store: TensorStore) -> ir
 
 
 def _act_fp4(emit: Emitter, unit: ir.Value) -> ir.Value:
+    """Emit the dynamic quantization of the activation, and return its dequantized value in the graph's dtype.
+
+    Args:
+        emit: The emitter of the layer.
+        unit: The rotated activation over its token's amax [..., K], in the graph's dtype.
+    """
     global_scale = emit.scalar(1 / (E2M1_MAX * E4M3_MAX))
     attributes = {"axis": -1, "block_size": NVFP4_BLOCK, "scale_type": int(ir.DataType.FLOAT8E4M3FN)}
     codes = emit.op("TRT_FP4DynamicQuantize", "act_fp4", unit, global_scale, domain="trt", outputs=2, **attributes)
@@ -119,6 +153,14 @@ def _act_fp4(emit: Emitter, unit: ir.Value) -> ir.Value:
 
 
 def _weight_fp4(emit: Emitter, store: TensorStore, packed: np.ndarray, block_scale: np.ndarray) -> ir.Value:
+    """Emit the dequantization of the weight, and return it as [K, N] in the graph's dtype.
+
+    Args:
+        emit: The emitter of the layer.
+        store: The store for the tensors.
+        packed: The packed e2m1 codes, uint8 [N, K/2].
+        block_scale: The block scales [N, K/16], e4m3.
+    """
     layer = emit.layer
     name, scale_name = f"{layer.name}.weight_fp4", f"{layer.name}.weight_fp4_scale"
     fp4 = store.put(name, packed, ir.DataType.FLOAT4E2M1, (layer.rows, layer.features))

@@ -1,4 +1,4 @@
-"""QuantLinear → INT4 weights behind DequantizeLinear, activations fake-quantized, product in the graph's dtype."""
+"""QuantLinear with INT4 weights behind DequantizeLinear: fake-quantized activations, product in the graph's dtype."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ CODE_BITS, FACTOR_BITS = 3, 8
 
 
 def int4_block(layer: QuantLinearNode) -> int:
-    """Columns per block of scales: the weight group; for per-row scales the first of 128, 64, 32, 16 that divides K."""
+    """Return the number of columns per block of scales.
+
+    It is the weight group. For per-row scales it is the first of 128, 64, 32, 16 that divides K, else K.
+
+    Args:
+        layer: The node with its constants.
+    """
     if layer.groups > 1:
         return layer.features // layer.groups
     for block in ROW_BLOCKS:
@@ -26,7 +32,13 @@ def int4_block(layer: QuantLinearNode) -> int:
 
 
 def packed_int4_view(layer: QuantLinearNode) -> ir.TensorProtocol:
-    """The canonical bytes [N, K/2] as an INT4 tensor [N, K]: the same region of the same file, or the same array."""
+    """Return the canonical bytes [N, K/2] as an INT4 tensor [N, K].
+
+    It is the same region of the same file, or the same array.
+
+    Args:
+        layer: The node with its constants.
+    """
     tensor, shape = layer.weight_tensor, ir.Shape([layer.rows, layer.features])
     name = layer.weight.name or layer.name
     if isinstance(tensor, ir.ExternalTensor):
@@ -43,30 +55,45 @@ def packed_int4_view(layer: QuantLinearNode) -> ir.TensorProtocol:
 
 
 def lower_qdq_int4(model: ir.Model, store: TensorStore | None = None) -> bool:
-    """Replace every QuantLinear by standard ops on INT4 weights; returns whether there was one.
+    """Replace every QuantLinear by standard ops on INT4 weights.
 
-    The INT4 initializer is a view of the canonical bytes, the block scales ``<layer>.qdq_scale`` [N, K/B] are
-    f · 2⁻¹¹ (grouped) or 2⁻³ (per row), exact in fp16 and bf16; Δ[n] follows the product in fp32.
+    The INT4 initializer is a view of the canonical bytes. The block scales ``<layer>.qdq_scale`` [N, K/B] are f · 2⁻¹¹
+    (grouped) or 2⁻³ (per row), exact in fp16 and bf16; Δ[n] follows the product in fp32.
 
-    1. act_group 0: integer codes · 2⁻ᵃ enter the product, s[m] follows it.
-    2. act_group G: codes · s[m, g] rounded to the graph's dtype enter it.
-    3. zero = 0 for all rows: no correction. 4. one scale per row: Σ_k x̂ times z[n], an outer product of fp32 vectors.
-    5. weight groups: Σ_{k∈g} x̂ [.., groups] times the block scales, a MatMul of width K/G, then z[n] in fp32.
-    6. a zero-point per weight group: as 5, with f · z[n, g] · 2⁻¹¹ rounded to the graph's dtype in the place of f, the
-       initializer ``<layer>.qdq_zero`` [N, K/G].
+    1. act_group 0: integer codes · 2⁻ᵃ enter the product, and s[m] follows it.
+    2. act_group G: codes · s[m, g], rounded to the graph's dtype, enter it.
+    3. z = 0 for all rows: there is no correction.
+    4. One scale per row: the correction is Σ_k x̂ times z[n], an outer product of fp32 vectors.
+    5. Weight groups: it is Σ_{k∈g} x̂ [.., groups] times the block scales, a MatMul of width K/G, then times z[n] in
+       fp32.
+    6. A zero-point per weight group: it is as in 5, with f · z[n, g] · 2⁻¹¹ rounded to the graph's dtype in the place
+       of f, the initializer ``<layer>.qdq_zero`` [N, K/G].
 
     Args:
-        store: where the block scales of grouped weights go; in memory by default.
+        model: The graph, which is changed in place.
+        store: The store for the block scales of grouped weights; None keeps them in memory.
+
+    Returns:
+        True if there was a QuantLinear.
 
     Raises:
-        ExportError: a constant is missing, or the input's type or rank is unknown.
+        ExportError: A constant is missing, or the input's type or rank is unknown.
+        ResourceError: The disk is full.
+        OutputError: The store's file cannot be written for another reason.
     """
     keep = store if store is not None else TensorStore()
     return lower_each(model, lambda emit: _lower(emit, keep))
 
 
 def _lower(emit: Emitter, store: TensorStore) -> ir.Value:
+    """Emit the product of one layer, and return its output.
+
+    Args:
+        emit: The emitter of the layer.
+        store: The store for the block scales.
+    """
     layer, f32 = emit.layer, ir.DataType.FLOAT
+    # 1. The activation [..., K]: codes times a power of two, or times the scales of the groups.
     clipped, scale = emit.token_codes(*emit.rotate())
     codes = emit.op("Round", "codes", clipped)
     if layer.act_group:
@@ -75,9 +102,11 @@ def _lower(emit: Emitter, store: TensorStore) -> ir.Value:
     else:
         shift, after = layer.act_bits - 1, scale
         values = emit.op("Mul", "act_shifted", codes, emit.scalar(2.0**-shift))
+    # 2. The product [..., N] with the uncentred weight.
     weight, weight_shift = _dequantized(emit, store)
     product = emit.op("MatMul", "product", emit.cast("act", values, layer.dtype), weight)
     product = emit.cast("product_fp32", product, f32)
+    # 3. The correction for the zero-points, and the scales in fp32.
     if np.any(layer.zero_points):
         product = emit.op("Sub", "centred", product, _zero_term(emit, store, values, weight_shift))
     row_scale = layer.scale.astype(np.float64) * 2.0 ** (shift + weight_shift) / 255
@@ -87,7 +116,15 @@ def _lower(emit: Emitter, store: TensorStore) -> ir.Value:
 
 
 def _dequantized(emit: Emitter, store: TensorStore) -> tuple[ir.Value, int]:
-    """(the weight [K, N] in the graph's dtype: c · f · 2^-shift, shift)."""
+    """Emit the dequantization of the weight, and return its value and its shift.
+
+    Args:
+        emit: The emitter of the layer.
+        store: The store for the block scales.
+
+    Returns:
+        (c · f · 2^-shift, [K, N] in the graph's dtype, shift); f is left out for per-row scales.
+    """
     layer = emit.layer
     block = int4_block(layer)
     weight, view = layer.weight, packed_int4_view(layer)
@@ -104,7 +141,14 @@ def _dequantized(emit: Emitter, store: TensorStore) -> tuple[ir.Value, int]:
 
 
 def _zero_term(emit: Emitter, store: TensorStore, values: ir.Value, weight_shift: int) -> ir.Value:
-    """fp32 Σ_g (Σ_{k∈g} x̂) · f[n, g] · z · 2^-shift, what the uncentred codes add too much."""
+    """Emit fp32 Σ_g (Σ_{k∈g} x̂) · f[n, g] · z · 2^-shift, the part that the uncentred codes add too much.
+
+    Args:
+        emit: The emitter of the layer.
+        store: The store for the zero-points of groups.
+        values: x̂ [..., K], fp32, as it enters the product: dequantized, or codes · 2⁻ᵃ for whole tokens.
+        weight_shift: The shift of the weight.
+    """
     layer, zero = emit.layer, emit.layer.zero_points
     if layer.groups == 1:
         total = emit.op("ReduceSum", "act_sum", values, emit.ints(-1), keepdims=1)

@@ -1,4 +1,4 @@
-"""Where a lowering puts the large tensors it derives: in memory, or appended to one file as it goes."""
+"""The store of the large tensors that a lowering derives: in memory, or appended to one file one after another."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ from dvdquant.system.files import disk_error
 
 __all__ = ["INLINE_BYTES", "TensorStore"]
 
-# Below this a tensor stays inside the ONNX file; protobuf's limit of 2 GB holds for the sum of these.
+# A tensor of at most this size stays inside the ONNX file; protobuf's limit of 2 GB holds for the sum of these.
 INLINE_BYTES = 1 << 16
 ALIGNMENT = 64
 
 
 class TensorStore:
-    """Derived tensors (INT8 weights, block scales) on their way into the graph.
+    """The derived tensors (INT8 weights, block scales) on their way into the graph.
 
     With ``path`` every tensor over 64 KiB is appended to that file, 64-byte aligned, and the graph gets an external
-    reference to it: memory holds one layer at a time, and the ONNX file stays small. Without it they stay in memory.
-    A tensor put again under the same name with the same bytes is not written again, so the graphs of all bit-widths
-    can share one store.
+    reference to it: memory holds one layer at a time, and the ONNX file stays small. Without it the tensors stay in
+    memory. A tensor that is put again under the same name with the same bytes is not written again, so the graphs of
+    all bit-widths can share one store.
 
     Args:
-        path: the file to create (an existing one is overwritten), or None.
-        base_dir: the folder the references are relative to, usually the one that will hold the ONNX file. Default: the
-            folder of ``path``.
+        path: The file to create (an existing one is overwritten), or None.
+        base_dir: The folder that the references are relative to, usually the one that will hold the ONNX file. The
+            default is the folder of ``path``.
+
+    Attributes:
+        bytes_written: The size of the file in bytes.
+
+    Raises:
+        ResourceError: The disk is full.
+        OutputError: The file cannot be written for another reason.
     """
 
     def __init__(self, path: Path | None = None, base_dir: Path | None = None) -> None:
@@ -43,15 +50,17 @@ class TensorStore:
                 raise disk_error(error, path) from error
 
     def put(self, name: str, array: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:
-        """Take one tensor and return what the initializer points to.
+        """Take one tensor, and return the object that the initializer points to.
 
         Args:
-            array: for 4-bit types the packed bytes uint8 [elements / 2]; otherwise the elements themselves.
-            dtype: the ONNX element type.
-            shape: in elements.
+            name: The name of the initializer.
+            array: The packed bytes for 4-bit types, uint8 [elements / 2]; the elements themselves for other types.
+            dtype: The ONNX element type.
+            shape: The shape, in elements.
 
         Raises:
-            ResourceError: the disk is full. OutputError: the file cannot be written for another reason.
+            ResourceError: The disk is full.
+            OutputError: The file cannot be written for another reason.
         """
         packed = dtype.bitwidth < 8
         if self.path is None or array.nbytes <= INLINE_BYTES:
@@ -70,7 +79,17 @@ class TensorStore:
         )
 
     def _append(self, name: str, path: Path, data: memoryview) -> int:
-        """Write ``data`` at the end of the file; returns its offset."""
+        """Write bytes at the end of the file, aligned, and return their offset.
+
+        Args:
+            name: The name of the tensor.
+            path: The file.
+            data: The bytes.
+
+        Raises:
+            ResourceError: The disk is full.
+            OutputError: The file cannot be written for another reason.
+        """
         try:
             with path.open("ab") as file:
                 file.write(b"\0" * (-file.tell() % ALIGNMENT))
