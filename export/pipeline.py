@@ -704,7 +704,7 @@ class _Run:
         )
 
     def loras(self) -> tuple[LoraEntry, ...]:
-        """What was fused into each transformer."""
+        """Return the LoRAs that were fused into each transformer."""
         return tuple(
             LoraEntry(
                 component=component,

@@ -18,7 +18,8 @@ def variant(family: str, config: Mapping[str, Any]) -> str:
     """Return what a transformer draws from: text, an image, a last image too.
 
     Args:
-        family: its name. config: that of the family, every field there.
+        family: The name of the family.
+        config: The config of the family, with every field there.
     """
     inside, outside = config["in_channels"], config.get("out_channels") or config["in_channels"]
     if family == "wan":

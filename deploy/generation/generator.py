@@ -99,7 +99,9 @@ def sampling_defaults(artifact: Artifact, steps: int, guidance: float) -> tuple[
     """Return the steps and the guidance of a clip that asks for none: those recorded in the export, or else the model's.
 
     Args:
-        steps: the model's own. guidance: the model's own.
+        artifact: The export.
+        steps: The model's own number of steps.
+        guidance: The model's own guidance scale.
     """
     recorded = artifact.manifest.sampling or {}
     return recorded.get("steps", steps), float(recorded.get("guidance", guidance))

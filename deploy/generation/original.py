@@ -49,7 +49,12 @@ def load_original(
     LoRAs of the export are fused in fp32, as they were for it, and rounded once.
 
     Args:
-        lora: files of the export's LoRAs that no longer lie where they were.
+        artifact: The export.
+        source: The folder of the model.
+        component: ``transformer`` or ``transformer_2``.
+        device: The device to move it to.
+        dtype: The dtype of its weights.
+        lora: Files of the export's LoRAs that no longer lie where they were.
         beside: LoRAs of this component that the export does not have; they are fused, too.
 
     Raises:

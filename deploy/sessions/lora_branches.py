@@ -34,7 +34,7 @@ class _Branch:
         return sum(t.nbytes for t in tensors) + (0 if self.bias is None else self.bias.nbytes)
 
     def of(self, x: Tensor) -> Tensor | None:
-        """What is added to the output of an input [..., K]."""
+        """Return what is added to the output for an input [..., K]."""
         y = self.bias
         for b, a in self.pairs:
             change = (x @ a.T) @ b.T

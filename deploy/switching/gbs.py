@@ -110,13 +110,15 @@ def relative_change(current: Tensor, previous: Tensor) -> float:
 
 
 def free_steps(steps: int, last_high: int, transformers: int = 1) -> int:
-    """Return how many steps of a request are left to δ: the first two of each transformer, which have no change before them,
-    and the last ones run on the high engine.
+    """Return how many steps of a request are left to δ.
 
-    With two transformers it is the number where each runs two steps or more.
+    The first two of each transformer, which have no change before them, and the last ones run on the high engine. With two
+    transformers it is the number where each runs two steps or more.
 
     Args:
-        steps: of the request. last_high: the last steps that stay on the high engine. transformers: that share the steps.
+        steps: The number of steps of the request.
+        last_high: The number of last steps that stay on the high engine.
+        transformers: The number of transformers that share the steps.
     """
     return max(0, steps - 2 * transformers - last_high)
 

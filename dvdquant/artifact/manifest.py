@@ -197,8 +197,16 @@ class Source(TypedDict):
 
 @with_config(_OPEN)
 class LoraEntry(TypedDict):
-    """One LoRA that was fused into the weights: the transformer it went to, the file as it was then, its scale, the format of
-    its keys, and how many of its layers were found in the transformer, which is all of them."""
+    """One LoRA that was fused into the weights.
+
+    Attributes:
+        component: The transformer that it went to.
+        path: The file as it was then.
+        sha256: The digest of the file.
+        scale: Its strength.
+        format: The format of its keys.
+        layers: The number of its layers that were found in the transformer, which is all of them.
+    """
 
     component: ComponentName
     path: Annotated[Text, AfterValidator(_check_model)]
@@ -210,8 +218,12 @@ class LoraEntry(TypedDict):
 
 @with_config(_STRICT)
 class Sampling(TypedDict):
-    """What the model was distilled for, where the exporter was told: denoising steps and guidance scale. They are the defaults
-    of the runtime."""
+    """The sampling that the model was distilled for, where the exporter was told: the defaults of the runtime.
+
+    Attributes:
+        steps: The number of denoising steps.
+        guidance: The guidance scale.
+    """
 
     steps: NotRequired[Annotated[int, Field(ge=1, le=MAX_STEPS)]]
     guidance: NotRequired[Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]]

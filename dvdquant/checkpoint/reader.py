@@ -472,7 +472,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def _config_beside(folder: UntrustedFolder, name: str) -> dict[str, Any] | None:
-    """The config.json in the folder of a file that was given alone, None where there is none of a transformer.
+    """Return the config.json in the folder of a file that was given alone, None where there is none of a transformer.
 
     Shapes do not tell all: where the folder does, it is right.
 
@@ -493,7 +493,7 @@ def _config_beside(folder: UntrustedFolder, name: str) -> dict[str, Any] | None:
 
 
 def _odd_file(folder: UntrustedFolder, names: list[str]) -> str | None:
-    """The only transformer in a folder that has none by the names of diffusers."""
+    """Open the only transformer in a folder that has none by the names of diffusers."""
     if SINGLE in names or INDEX in names or any(_SHARD_SERIES.fullmatch(n) or _VARIANT.fullmatch(n) for n in names):
         return None
     found = model_files(folder, names)
@@ -503,7 +503,7 @@ def _odd_file(folder: UntrustedFolder, names: list[str]) -> str | None:
 def _open_file(
     folder: UntrustedFolder, name: str, model: str, component: str, config: Mapping[str, Any] | None
 ) -> Checkpoint:
-    """A single file; CheckpointError says what it is where it is no weights."""
+    """Open a single file; CheckpointError says what it is where it is no weights."""
     found = recognize_file(folder, name)
     if found is not None and found is not CONTENTS["gguf"][1]:
         raise CheckpointError(f"{folder.root / name} is {found.what}", available=folder.listing(), fix=found.fix)
@@ -522,7 +522,7 @@ def _adopted(
     model: str,
     component: str,
 ) -> Checkpoint:
-    """The checkpoint of what was held, by the names of diffusers."""
+    """Return the checkpoint of what was held, by the names of diffusers."""
     raw = Checkpoint(model, component, folder.root, {}, held.tensors, held.headers, folder, held.files)
     found = translate(
         held.tensors,
@@ -635,7 +635,7 @@ def _refuse_code(value: Any, path: Path) -> None:
 
 
 def _components(folder: UntrustedFolder) -> dict[str, str]:
-    """The transformers of a pipeline by name, empty for a transformer folder: a folder and its slash, or a file.
+    """Return the transformers of a pipeline by name, empty for a transformer folder: a folder and its slash, or a file.
 
     ``model_index.json`` has ``[library, class]`` or ``[null, null]`` for each of them. Without it, the folders that
     have a config count.

@@ -239,7 +239,8 @@ def undecided(request: GenerateRequest, transformers: int) -> str | None:
     """Return what is said of a clip whose steps leave delta-GBS nothing to decide; None where it has something.
 
     Args:
-        request: with its steps filled in. transformers: that share the steps.
+        request: The request, with its steps filled in.
+        transformers: The number of transformers that share the steps.
     """
     from dvdquant.deploy.switching.gbs import free_steps
 

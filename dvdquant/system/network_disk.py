@@ -32,7 +32,7 @@ def locks_stay_here(fd: int) -> bool:
 
 
 def _stay_here(line: str) -> bool:
-    """The same, of one line of mountinfo: the type and the options follow a lone hyphen."""
+    """Return the same of one line of mountinfo: the type and the options follow a lone hyphen."""
     kind, _, options = [*line.partition(" - ")[2].split(), "", "", ""][:3]
     if kind in _NFS:
         return re.search(r"(^|,)(nolock|local_lock=(all|flock))(,|$)", options) is not None

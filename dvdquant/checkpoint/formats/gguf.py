@@ -123,7 +123,9 @@ def read_gguf(fd: int, path: Path, shard: str) -> GgufHeader:
     """Read and check the header of the open file ``fd``.
 
     Args:
-        path, shard: where the file lies, for its tensors.
+        fd: The descriptor.
+        path: The path of the file, for its tensors.
+        shard: The name of the file in its folder.
 
     Raises:
         CheckpointError: the file is damaged, of another version, a part of a model, or has weights of fewer than 6 bits.
@@ -230,9 +232,13 @@ def _refuse_types(path: Path, types: dict[str, str]) -> None:
 
 
 def _tensor(name: str, shape: tuple[int, ...], kind: str, offset: int, reshaped: Any) -> ShardTensor:
-    """A tensor of a type that is read here.
+    """Return a tensor of a type that is read here.
 
     Args:
+        name: Its name.
+        shape: Its shape.
+        kind: Its type, a key of ``PLAIN`` or ``BLOCKS``.
+        offset: The position of its first byte in the file.
         reshaped: the shape that it had before the file's writer made rows of whole blocks of it, None where it has its own.
     """
     count = math.prod(shape)

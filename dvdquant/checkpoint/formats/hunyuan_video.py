@@ -107,10 +107,13 @@ def _pieces(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
 
 
 def _split(name: str, theirs: str, shape: tuple[int, ...], width: int) -> list[Piece]:
-    """The tensors that one becomes; itself where it is not known.
+    """Return the tensors that one becomes; itself where it is not known.
 
     Args:
-        theirs: its name by the authors. width: channels of a token.
+        name: Its name in the file.
+        theirs: Its name by the authors.
+        shape: Its shape.
+        width: The number of channels of a token.
     """
     module, _, parameter = theirs.rpartition(".")
     if module in _MODULES:

@@ -48,8 +48,10 @@ def pair_scales(
     """Return the tensors without scales, labels and markers, each weight with its scale.
 
     Args:
-        tensors: by their names in the file. metadata: of the file's header. place: the file, for errors.
-        read: the bytes of a small tensor.
+        tensors: The tensors by their names in the file.
+        metadata: The metadata of the file's header.
+        place: The file, for errors.
+        read: A function that returns the bytes of a small tensor.
 
     Raises:
         CheckpointError: a scale without its weight, a weight without its scale, or scales of another kind.

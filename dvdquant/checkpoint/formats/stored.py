@@ -93,7 +93,9 @@ def decode(raw: Tensor, info: ShardTensor, scale: Tensor | None) -> Tensor:
     """Return the tensor that ``info`` describes, of the bytes that were read for it.
 
     Args:
-        raw: as :attr:`ShardTensor.raw` describes it. scale: that of ``info.stored``, any floating dtype.
+        raw: The bytes as :attr:`ShardTensor.raw` describes them.
+        info: The tensor, which is stored with a scale or in blocks.
+        scale: The scale of ``info.stored``, of any floating dtype; None if it has none.
     """
     import torch
 

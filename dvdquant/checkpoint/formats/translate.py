@@ -87,9 +87,13 @@ def translate(
     """Return the checkpoint of diffusers that a file or a folder holds.
 
     Args:
-        tensors: by the names in the file. config: the config.json beside it or given with it, of diffusers or of the authors;
-            None where there is none. place: the file or folder, for errors. read: the bytes of a small tensor.
-        metadata: of the file's header. layout, file: as :class:`SourceFormat` has them.
+        tensors: The tensors by their names in the file.
+        config: The config.json beside it or given with it, of diffusers or of the authors; None where there is none.
+        place: The file or folder, for errors.
+        read: A function that returns the bytes of a small tensor.
+        metadata: The metadata of the file's header.
+        layout: The layout, as :class:`SourceFormat` has it.
+        file: The file, as :class:`SourceFormat` has it.
 
     Raises:
         CheckpointError: it is no transformer that is supported, is quantized in a way that is not read, or its config cannot
@@ -175,7 +179,7 @@ def _without_prefix(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], str, li
 def _scheme(
     tensors: Mapping[str, ShardTensor], place: str, config: Mapping[str, Any] | None
 ) -> tuple[Scheme | None, bool]:
-    """(the family, whether the names are its authors'); None for a folder of diffusers of another family."""
+    """Return (the family, whether the names are its authors'); None for a folder of diffusers of another family."""
     for scheme in SCHEMES:
         original = scheme.has_original(tensors)
         if not original and not scheme.has_diffusers(tensors):
@@ -225,7 +229,7 @@ def _piece(info: ShardTensor, piece: Piece, place: str) -> ShardTensor:
 
 
 def _metadata_config(metadata: Mapping[str, str], place: str) -> dict[str, Any]:
-    """The config in the header of a file, {} where there is none."""
+    """Return the config in the header of a file, {} where there is none."""
     text = metadata.get("config")
     if text is None:
         return {}

@@ -131,7 +131,7 @@ class LoraFile:
 
     @contextmanager
     def _same(self) -> Iterator[int]:
-        """A descriptor of the file whose header was checked, before and after the block."""
+        """Yield a descriptor of the file whose header was checked, before and after the block."""
         with _opened(self.path, self.folder, self.name) as fd:
             self._require_same(fd)
             yield fd

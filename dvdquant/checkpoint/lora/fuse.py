@@ -70,8 +70,17 @@ class FusedLora:
 
 @dataclass(frozen=True)
 class Term:
-    """One change to one tensor: ``factor`` times ``up @ down``, or times ``diff``; of ``place.rows`` where the file joins
-    layers. ``channels``: the first input channels it is about; None is all of them."""
+    """One change to one tensor: ``factor`` times ``up @ down``, or times ``diff``.
+
+    Args:
+        file: The file of the LoRA.
+        factor: scale · alpha / rank.
+        up: B [N, rank], or None.
+        down: A [rank, K], or None.
+        diff: The change itself, or None.
+        place: The tensor, and its rows where the file joins layers.
+        channels: The number of first input channels that it changes; None is all of them.
+    """
 
     file: LoraFile
     factor: float
@@ -151,7 +160,8 @@ class Loras:
         """Return the tensor ``name`` with every change added, in fp32; a tensor without one is returned as it is.
 
         Args:
-            value: as stored, any floating dtype; it is not used afterwards.
+            name: The name of the tensor.
+            value: The tensor as stored, of any floating dtype; it is not used afterwards.
 
         Raises:
             CheckpointError: a LoRA has changed since it was opened, or a change that fp32 does not hold.
@@ -165,7 +175,7 @@ class Loras:
         return result
 
     def reading_bytes(self, name: str, elements: int) -> int:
-        """Memory that a fuse of a tensor takes beside the tensor as stored: its copy in fp32, the factors, one chunk."""
+        """Return the bytes that a fuse takes beside the tensor as stored: its copy in fp32, the factors, one chunk."""
         terms = self.terms.get(name, ())
         if not terms:
             return 0
@@ -190,7 +200,9 @@ def read_loras(class_name: str, shapes: Mapping[str, tuple[int, ...]], specs: Se
     Every file is opened, and what it holds is compared with the transformer and read once: a fuse does not fail later.
 
     Args:
-        class_name: the diffusers class. shapes: of every tensor of its checkpoint, by name.
+        class_name: The diffusers class.
+        shapes: The shape of every tensor of its checkpoint, by name.
+        specs: The LoRAs.
 
     Raises:
         CheckpointError: a file that is no LoRA, of another model, of another kind, or with values that are not finite.
@@ -269,7 +281,7 @@ class _Reader:
     # ------------------------------------------------------------------------------------------------------- matching
 
     def _of_component(self, layers: list[Layer]) -> list[Layer]:
-        """The layers for this transformer, where the file names those of several."""
+        """Return the layers for this transformer, where the file names those of several."""
         named = {layer.component for layer in layers if layer.component is not None}
         if len(named) < 2:
             return layers
@@ -366,7 +378,7 @@ class _Reader:
         self.changes.append((name, Term(self.file, factor, up, down, diff, place, channels)))
 
     def _strength(self, layer: Layer, infos: Mapping[str, TensorInfo]) -> float:
-        """alpha / rank, by the file's own alpha or PEFT's settings; 1 where neither says it."""
+        """Return alpha / rank, by the file's own alpha or PEFT's settings; 1 where neither says it."""
         rank = infos["down"].shape[0] if infos["down"].shape else 0
         if rank < 1:
             raise self._unfit(infos["down"], f"is {list(infos['down'].shape)}", "[rank, features]")
@@ -413,8 +425,10 @@ class _Reader:
         raise self._unfit(info, f"is {list(info.shape)}", f"{list(whole)}, for {name}")
 
     def _is_of_fewer_channels(self, info: TensorInfo, shape: tuple[int, ...]) -> bool:
-        """Whether a convolution of the LoRA takes only the first input channels of the model's: a text-to-video LoRA knows the
-        noisy latents, and an image-to-video model has its conditions behind them."""
+        """Return whether a convolution of the LoRA takes only the first input channels of the model's.
+
+        A text-to-video LoRA knows the noisy latents, and an image-to-video model has its conditions behind them.
+        """
         if not 4 <= len(info.shape) == len(shape) or info.shape[2:] != shape[2:] or not 0 < info.shape[1] < shape[1]:
             return False
         self.notes.append(
@@ -439,7 +453,7 @@ class _Reader:
 
 
 def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without axes of one element: tables are stored as [1, 6, D] and [6, D]."""
+    """Return a shape without axes of one element: tables are stored as [1, 6, D] and [6, D]."""
     return tuple(n for n in shape if n != 1)
 
 
@@ -464,8 +478,12 @@ def components_of(specs: Sequence[LoraSpec], components: Sequence[str]) -> dict[
 
 
 def model_fingerprint(checkpoints: Sequence[Checkpoint]) -> str:
-    """Return what tells one model of one transformer or more from another: the fingerprint of the first, and where a LoRA is
-    fused into another, that one's too.
+    """Return what tells one model of one transformer or more from another.
+
+    It is the fingerprint of the first and, where a LoRA is fused into another, that one's too.
+
+    Args:
+        checkpoints: The transformers of the model.
 
     Raises:
         CheckpointError: a file has gone or has changed since it was opened.

@@ -26,7 +26,9 @@ def with_recorded(
     """Return the checkpoint with the LoRAs that an export has in ``component``, at the scales they were exported with.
 
     Args:
-        entries: of the export's manifest.
+        checkpoint: The transformer.
+        entries: The LoRAs of the export's manifest.
+        component: The name of the transformer.
         given: files that the user names, for those that no longer lie where they were.
         beside: LoRAs of this component that the export does not have, fused after them.
 
