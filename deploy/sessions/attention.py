@@ -1,0 +1,217 @@
+"""8-bit attention in a diffusers transformer, without its attention code: its call of PyTorch's attention is taken over.
+
+Every family's processor, and every native backend of diffusers' dispatch, ends in
+``torch.nn.functional.scaled_dot_product_attention``. A processor of ours calls the model's own under a mode that takes this
+call over, where it is self-attention of a long sequence without a mask, and leaves all others alone. diffusers' registry of
+backends cannot do this: CogVideoX does not ask it, its choice holds for the whole process, and a backend does not learn
+which layer calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from dvdquant.ops.attention import ladder
+from dvdquant.ops.attention.ladder import Attention
+from dvdquant.ops.attention.operation import attention, number_of
+
+__all__ = ["cut_padded_words", "fold_norms", "install_attention", "norm_bounds", "self_attentions"]
+
+_NORMS = (("norm_q", "norm_k"), ("norm_added_q", "norm_added_k"))
+
+
+class _TakeOver(TorchFunctionMode):
+    """Take over self-attention of long sequences.
+
+    Args:
+        number: Of the session's :class:`.Attention`, or 0 for 16 bit.
+        bounds: fp32 [2], the largest values of the layer's q and k, or None.
+        least: The shortest sequence that is taken over.
+        whole: Whether every mask over keys is true everywhere, so that it is left out.
+    """
+
+    def __init__(self, number: int, bounds: Tensor | None, least: int, whole: bool) -> None:
+        super().__init__()
+        self.number, self.bounds, self.least, self.whole = number, bounds, least, whole
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is scaled_dot_product_attention:
+            return self._attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if self.whole and attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.shape[-2] == 1:
+            attn_mask = None
+        tokens = query.shape[-2]
+        plain = attn_mask is None and not is_causal and not dropout_p and not enable_gqa
+        if self.number and plain and key.shape == query.shape and tokens >= self.least:
+            factor = query.shape[-1] ** -0.5 if scale is None else scale
+            q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            return attention(q, k, v, self.bounds, factor, self.number).transpose(1, 2)
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+
+class _Processor(nn.Module):
+    """The model's own processor, with its attention taken over."""
+
+    def __init__(self, inner: Any, number: int, bounds: Tensor | None, least: int) -> None:
+        super().__init__()
+        self.inner, self.number, self.least, self.whole = inner, number, least, False
+        self.register_buffer("bounds", bounds, persistent=False)
+        if hasattr(inner, "_attention_backend"):
+            inner._attention_backend = AttentionBackendName.NATIVE
+
+    def forward(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call the model's own processor."""
+        with _TakeOver(self.number, self.bounds, self.least, self.whole):
+            return self.inner(attn, *args, **kwargs)
+
+
+def install_attention(model: nn.Module, chosen: Attention | None) -> None:
+    """Let a session's attention compute the self-attention of a model.
+
+    Args:
+        model: A diffusers transformer with its weights, which is changed in place.
+        chosen: The session's attention; None leaves it in 16 bit, so that only masks are left out.
+    """
+    number = 0 if chosen is None else number_of(chosen)
+    for module in self_attentions(model):
+        if chosen is not None:
+            fold_norms(module)
+        bounds = None if chosen is None else norm_bounds(module)
+        processor: Any = module.processor
+        module.processor = _Processor(processor, number, bounds, ladder.MIN_TOKENS)
+
+
+def masks_are_whole(model: nn.Module, whole: bool) -> None:
+    """Say whether masks over keys are true everywhere in the next pass."""
+    for module in model.modules():
+        if isinstance(module, _Processor):
+            module.whole = whole
+
+
+def self_attentions(model: nn.Module) -> list[nn.Module]:
+    """Return the self-attention modules of a transformer's blocks: those that text does not come into by attention."""
+    found = []
+    for name, module in model.named_modules():
+        in_block = "blocks." in name and not name.startswith("context_embedder")
+        if in_block and name.rpartition(".")[2] in ("attn", "attn1") and hasattr(module, "processor"):
+            found.append(module)
+    return found
+
+
+def cut_padded_words(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """Cut the padded words off, where the text of a batch of one has a mask.
+
+    Words that the mask leaves out reach nothing else, so without them the model computes the same, and needs no mask in its
+    attention. The fast kernels take none.
+
+    Args:
+        inputs: The graph's inputs by name.
+
+    Returns:
+        The inputs, and whether nothing is left for a mask to do.
+    """
+    mask = inputs.get("encoder_attention_mask")
+    if mask is None or mask.ndim != 2 or mask.shape[0] != 1:
+        return dict(inputs), False
+    words = int(mask.bool().sum())
+    if not words or not bool(mask[0, :words].bool().all()):
+        return dict(inputs), False  # no words at all, or holes between them
+    cut = {**inputs, "encoder_attention_mask": mask[:, :words]}
+    cut["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :words]
+    return cut, True
+
+
+# ------------------------------------------------------------------------------------------------------------ the norms
+
+
+@torch.no_grad()
+def fold_norms(module: nn.Module) -> None:
+    """Make the norm weights of q and k equal in size, rope pair by rope pair, with the scores as they are.
+
+    A channel that is large in k and small in q takes k's grid for itself. Multiplying the pair's weights by c in q and 1/c in
+    k leaves every product of q and k. Rope mixes the two channels of a pair, so they have one c. It is a power of two: the
+    weights, and q and k, keep all their digits. It comes before the rotation, which mixes all channels: it would spread such
+    outliers, and those of q and k differ.
+
+    Args:
+        module: An attention module. Its norms of q and k get new weights; the tensors they had are left alone.
+    """
+    pairs = [(q, k) for q, k in _norms(module) if getattr(q, "weight", None) is not None]
+    if not pairs or any(q.weight.shape != k.weight.shape for q, k in pairs):
+        return
+    sizes = [torch.stack([_pair_size(q), _pair_size(k)]) for q, k in pairs]
+    q_size, k_size = torch.stack(sizes).square().sum(0).sqrt()
+    ratio = (k_size / q_size).sqrt()
+    # A pair that one side does not have at all (0, or no number) stays.
+    exponent = ratio.log2().round().nan_to_num(0.0, 0.0, 0.0).clamp(-12, 12)
+    factor = exponent.exp2().repeat_interleave(2)
+    for q, k in pairs:
+        for norm, by in ((q, factor), (k, 1 / factor)):
+            for name in ("weight", "bias"):
+                old = getattr(norm, name, None)
+                if old is not None:
+                    new = (old.float() * by).to(old.dtype)
+                    norm._parameters[name] = nn.Parameter(new, requires_grad=False)
+
+
+def norm_bounds(module: nn.Module) -> Tensor | None:
+    """Return the largest values that q and k can have behind their norms, rope and a rotation: fp32 [2], or None.
+
+    A row behind an RMS or layer norm over n channels has the length ``√n·max|w| + ‖b‖`` at most, rope and the rotation keep
+    lengths, and a value is no larger than the length of its row. The norm is over all heads in Wan and LTX-Video, and over
+    each head in HunyuanVideo and CogVideoX.
+
+    Args:
+        module: An attention module with norms of q and k; without them nothing is known.
+    """
+    bounds = []
+    for norms in zip(*_norms(module)):
+        lengths = [_length(norm, module) for norm in norms]
+        if any(length is None for length in lengths):
+            return None
+        bounds.append(max(length for length in lengths if length is not None))
+    return torch.tensor(bounds, dtype=torch.float32, device=_device(module)) if bounds else None
+
+
+def _norms(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the norms of q and of k: of the video, and of the text where it has its own."""
+    pairs = [tuple(getattr(module, name, None) for name in names) for names in _NORMS]
+    return [(q, k) for q, k in pairs if q is not None and k is not None]
+
+
+def _pair_size(norm: Any) -> Tensor:
+    return norm.weight.float().view(-1, 2).norm(dim=1)  # type: ignore[no-any-return]
+
+
+def _length(norm: Any, module: nn.Module) -> float | None:
+    """Return the largest length of a row (of one head or of all) behind a norm, or None if it is no norm we know."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if weight is not None:
+        channels, largest = weight.numel(), float(weight.float().abs().amax())
+    else:
+        shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
+        if shape is None:
+            return None
+        channels = int(torch.Size(shape if isinstance(shape, Sequence) else (shape,)).numel())
+        largest = 1.0
+    return channels**0.5 * largest + (0.0 if bias is None else float(bias.float().norm()))
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
