@@ -55,11 +55,14 @@ class TableGenerator(Generator):
         device: str,
         wrap: WrapSession | None = None,
         compile: bool = False,
+        attention: str | None = None,
+        attention_backend: str | None = None,
     ) -> None:
         super().__init__(artifact)
         (self.component,) = artifact.components
         self.family = artifact.family(self.component)
         self.table, self.backend, self.device, self.compile = table, backend, device, compile
+        self._attention = {"attention": attention, "attention_backend": attention_backend}
         self._wrap = wrap
         self._session: EngineSession | None = None
         self._original: OriginalRunner | None = None
@@ -159,7 +162,12 @@ class TableGenerator(Generator):
             return self._original, self._original.device, self._original.dtype
         if self._session is None:
             session = open_session(
-                self.artifact, self.component, backend=self.backend, device=self.device, compile=self.compile
+                self.artifact,
+                self.component,
+                backend=self.backend,
+                device=self.device,
+                compile=self.compile,
+                **self._attention,
             )
             self._session = session if self._wrap is None else self._wrap(session)
         runner = StepRunner(self._session, make_controller(self.artifact, self.component, request))

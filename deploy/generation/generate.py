@@ -45,6 +45,8 @@ def open_generator(
     device: str = "auto",
     wrap_session: WrapSession | None = None,
     compile: bool = False,
+    attention: str | None = None,
+    attention_backend: str | None = None,
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -56,6 +58,7 @@ def open_generator(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         pipeline: folder or hub id of the model, if it is no longer where the export was made from.
         compile: run the quantized transformer in PyTorch, with its blocks compiled.
+        attention, attention_backend: 8-bit attention and its library, see :func:`.sessions.open_session`.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
 
     Raises:
@@ -63,6 +66,7 @@ def open_generator(
     """
     source = str(pipeline or artifact.manifest.source["model"])
     how: Any = {"backend": backend, "device": device, "wrap": wrap_session, "compile": compile}
+    how |= {"attention": attention, "attention_backend": attention_backend}
     if PromptTable.is_at(source):
         return TableGenerator(artifact, PromptTable.open(source), **how)
     return PipelineGenerator(artifact, source, **how)

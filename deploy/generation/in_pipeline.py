@@ -54,10 +54,13 @@ class PipelineGenerator(Generator):
         device: str,
         wrap: Callable[[EngineSession], EngineSession] | None = None,
         compile: bool = False,
+        attention: str | None = None,
+        attention_backend: str | None = None,
     ) -> None:
         super().__init__(artifact)
         self.family = artifact.family(artifact.components[0])
         self.source, self.backend, self.device, self.compile = source, backend, device, compile
+        self._attention = {"attention": attention, "attention_backend": attention_backend}
         self._wrap = wrap
         self.folder = open_pipeline_folder(source, self.family.name)
         if missing := sorted(set(self.folder.transformers) - set(artifact.components)):
@@ -162,7 +165,9 @@ class PipelineGenerator(Generator):
             if name in self._engines:
                 self._engines[name].use(controller)
                 continue
-            session = open_session(self.artifact, name, backend=self.backend, device=self.device, compile=self.compile)
+            session = open_session(
+                self.artifact, name, backend=self.backend, device=self.device, compile=self.compile, **self._attention
+            )
             self._engines[name] = DvdqTransformer(session if self._wrap is None else self._wrap(session), controller)
         return {name: self._engines[name] for name in self.components}
 

@@ -1,111 +1,154 @@
-"""8-bit attention in a diffusers transformer, without its attention code: its call of PyTorch's attention is taken over.
+"""8-bit attention in a diffusers transformer, without its attention code.
 
-Every family's processor, and every native backend of diffusers' dispatch, ends in
-``torch.nn.functional.scaled_dot_product_attention``. A processor of ours calls the model's own under a mode that takes this
-call over, where it is self-attention of a long sequence without a mask, and leaves all others alone. diffusers' registry of
-backends cannot do this: CogVideoX does not ask it, its choice holds for the whole process, and a backend does not learn
-which layer calls.
+diffusers' attention dispatch gets a backend of ours. A processor names its backend in ``_attention_backend``, and hands
+``_parallel_config`` on to it, None in attention to text (Wan). There the backend finds the layer. diffusers'
+``set_attention_backend`` is not called: it also sets the backend of every other model of the process.
+
+CogVideoX's processor calls PyTorch itself. It is called with another ``F`` among its globals.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from dvdquant.ops.attention import ladder
 from dvdquant.ops.attention.ladder import Attention
 from dvdquant.ops.attention.operation import attention, number_of
 
-__all__ = ["cut_padded_words", "fold_norms", "install_attention", "norm_bounds", "self_attentions"]
+__all__ = ["AttentionState", "cut_padded_words", "fold_norms", "install_attention", "norm_bounds", "self_attentions"]
 
 _NORMS = (("norm_q", "norm_k"), ("norm_added_q", "norm_added_k"))
 
 
-class _TakeOver(TorchFunctionMode):
-    """Take over self-attention of long sequences.
+class AttentionState:
+    """What all layers of a session share.
 
     Args:
-        number: Of the session's :class:`.Attention`, or 0 for 16 bit.
-        bounds: fp32 [2], the largest values of the layer's q and k, or None.
-        least: The shortest sequence that is taken over.
-        whole: Whether every mask over keys is true everywhere, so that it is left out.
+        chosen: The session's attention; None leaves it in 16 bit, so that only masks are left out.
+
+    Attributes:
+        number: The number of ``chosen`` for the operation, or 0.
+        least: The shortest sequence that is not in 16 bit.
+        whole: Whether masks over keys are true everywhere, so that they are left out.
     """
 
-    def __init__(self, number: int, bounds: Tensor | None, least: int, whole: bool) -> None:
-        super().__init__()
-        self.number, self.bounds, self.least, self.whole = number, bounds, least, whole
+    def __init__(self, chosen: Attention | None) -> None:
+        self.number = 0 if chosen is None else number_of(chosen)
+        self.least = ladder.MIN_TOKENS
+        self.whole = False
 
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is scaled_dot_product_attention:
-            return self._attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, attn_mask: Tensor | None, is_causal: bool,
+        scale: float | None, dropout_p: float = 0.0,
     ) -> Tensor:  # fmt: skip
+        """Compute attention: in 8 bits where it is self-attention of a long sequence without a mask.
+
+        Args:
+            q: [B, S, H, d], and k and v [B, T, H, d].
+            k: See q.
+            v: See q.
+            bounds: fp32 [2], the largest values of the layer's q and k, or None.
+            attn_mask: As of PyTorch's function.
+            is_causal: As of PyTorch's function.
+            scale: As of PyTorch's function.
+            dropout_p: As of PyTorch's function.
+        """
         if self.whole and attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.shape[-2] == 1:
             attn_mask = None
-        tokens = query.shape[-2]
-        plain = attn_mask is None and not is_causal and not dropout_p and not enable_gqa
-        if self.number and plain and key.shape == query.shape and tokens >= self.least:
-            factor = query.shape[-1] ** -0.5 if scale is None else scale
-            q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-            return attention(q, k, v, self.bounds, factor, self.number).transpose(1, 2)
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        plain = attn_mask is None and not is_causal and not dropout_p
+        if self.number and plain and k.shape[1] == q.shape[1] and q.shape[1] >= self.least:
+            factor = q.shape[-1] ** -0.5 if scale is None else scale
+            return attention(q, k, v, bounds, factor, self.number)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale).transpose(1, 2)
 
 
-class _Processor(nn.Module):
-    """The model's own processor, with its attention taken over."""
+class _Layer:
+    """What the backend knows of a layer. diffusers hands it on as a processor's ``_parallel_config``."""
 
-    def __init__(self, inner: Any, number: int, bounds: Tensor | None, least: int) -> None:
-        super().__init__()
-        self.inner, self.number, self.least, self.whole = inner, number, least, False
-        self.register_buffer("bounds", bounds, persistent=False)
-        if hasattr(inner, "_attention_backend"):
-            inner._attention_backend = AttentionBackendName.NATIVE
-
-    def forward(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Call the model's own processor."""
-        with _TakeOver(self.number, self.bounds, self.least, self.whole):
-            return self.inner(attn, *args, **kwargs)
+    def __init__(self, state: AttentionState, bounds: Tensor | None) -> None:
+        self.state, self.bounds = state, bounds
 
 
-def install_attention(model: nn.Module, chosen: Attention | None) -> None:
+def _new_backend(name: str) -> AttentionBackendName:
+    """Return a member of diffusers' enumeration that is not in its list, which no code outside can extend."""
+    member = str.__new__(AttentionBackendName, name)
+    member._name_, member._value_ = name.upper(), name
+    return member
+
+
+BACKEND = _new_backend("dvdquant")
+
+
+@_AttentionBackendRegistry.register(BACKEND)
+def _dispatched(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, _parallel_config: Any = None,
+) -> Tensor:  # fmt: skip
+    if _parallel_config is None:
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale).transpose(1, 2)
+    state, bounds = _parallel_config.state, _parallel_config.bounds
+    return state.attention(query, key, value, bounds, attn_mask, is_causal, scale, dropout_p)  # type: ignore[no-any-return]
+
+
+class _Functions:
+    """``torch.nn.functional`` as a processor sees it that calls PyTorch itself. Its layers have no bounds: one serves all."""
+
+    def __init__(self, state: AttentionState) -> None:
+        self.state = state
+
+    def scaled_dot_product_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As PyTorch's."""
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return self.state.attention(q, k, v, None, attn_mask, is_causal, scale, dropout_p).transpose(1, 2)
+
+
+def install_attention(model: nn.Module, chosen: Attention | None) -> AttentionState:
     """Let a session's attention compute the self-attention of a model.
 
     Args:
         model: A diffusers transformer with its weights, which is changed in place.
         chosen: The session's attention; None leaves it in 16 bit, so that only masks are left out.
     """
-    number = 0 if chosen is None else number_of(chosen)
+    state = AttentionState(chosen)
+    direct: dict[type, Any] = {}
     for module in self_attentions(model):
         if chosen is not None:
             fold_norms(module)
-        bounds = None if chosen is None else norm_bounds(module)
         processor: Any = module.processor
-        module.processor = _Processor(processor, number, bounds, ladder.MIN_TOKENS)
+        if hasattr(processor, "_attention_backend"):
+            processor._attention_backend = BACKEND
+            processor._parallel_config = _Layer(state, None if chosen is None else norm_bounds(module))
+        else:
+            kind = type(processor)
+            if kind not in direct:
+                direct[kind] = _with_functions(kind, _Functions(state))
+            module.processor = direct[kind]
+    return state
 
 
-def masks_are_whole(model: nn.Module, whole: bool) -> None:
-    """Say whether masks over keys are true everywhere in the next pass."""
-    for module in model.modules():
-        if isinstance(module, _Processor):
-            module.whole = whole
+def _with_functions(kind: Any, functions: _Functions) -> Any:
+    """Return a processor of this class whose ``F`` is another."""
+    call = kind.__call__
+    known = {**call.__globals__, "F": functions}
+    rebound = types.FunctionType(call.__code__, known, call.__name__, call.__defaults__, call.__closure__)
+    rebound.__kwdefaults__ = call.__kwdefaults__
+    return type(kind.__name__, (kind,), {"__call__": rebound})()
 
 
 def self_attentions(model: nn.Module) -> list[nn.Module]:
-    """Return the self-attention modules of a transformer's blocks: those that text does not come into by attention."""
+    """Return the self-attention modules of a transformer's blocks, but for those that refine text alone."""
     found = []
     for name, module in model.named_modules():
         in_block = "blocks." in name and not name.startswith("context_embedder")

@@ -224,6 +224,7 @@ def _plan_json(plan: ExportPlan) -> dict[str, Any]:
 
 
 def _plan_text(plan: ExportPlan) -> str:
+    from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.quantize.checkpoint import left_out_words
 
     first, estimate = plan.plans[0], plan.estimate
@@ -243,6 +244,7 @@ def _plan_text(plan: ExportPlan) -> str:
         f"in {plan.options.dtype}",
         f"sizes (latent): {plan.sizes.frames} × {plan.sizes.height} × {plan.sizes.width}, "
         f"{first.family.tokens(*plan.sizes.at('opt'))} video tokens, {plan.sizes.text_tokens} text tokens",
+        *ladders_words(plan.options.recipe.attention),
         "",
         table(("layers", "K → N", "rotation", "weight group", "such as"), rows, right=(0, 2, 3)),
         "",

@@ -153,6 +153,7 @@ def _check_files(out: Path, manifest: Manifest) -> str:
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
     from dvdquant.artifact.verified import verified_words
+    from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.recipe import error_name, fitted_words, looks_at_inputs
 
     recipe = manifest.recipe
@@ -166,6 +167,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
         f"zero-point {weight['zero_point']}, solver {weight['solver']}, {', '.join(inputs)}",
+        *ladders_words(recipe["attention"]),
         verified_words(manifest.verified),
         f"latent sizes: {shapes}; {manifest.shapes['text_tokens']} text tokens, {manifest.shapes['dtype']}",
         "",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     # q, k, v [B, S, H, d], the scale of scores, the largest values of q and k (or None) -> [B, S, H, d].
     Kernel = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
-__all__ = ["LADDERS", "LIBRARIES", "REFERENCE", "Library", "ladder", "ladder_words"]
+__all__ = ["LADDERS", "LIBRARIES", "REFERENCE", "Library", "ladder", "ladders_words"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Library:
             return f"it has no kernels for SM {(sm or 0) / 10}"
         if head is not None and head > self.max_head:
             return f"it takes heads of at most {self.max_head} channels, not {head}"
+        return self.installed()
+
+    def installed(self) -> str | None:
+        """Return in words why the library is not there in a version that is known, or None."""
         if not self.package:
             return None
         try:
@@ -177,18 +181,25 @@ def ladder(wanted: str, sm: int | None) -> tuple[Library, ...]:
     return LADDERS.get(sm or 0, {}).get(wanted, ())
 
 
-def ladder_words(wanted: str, sm: int | None) -> str:
-    """Return in words what a PyTorch session tries on a device, for people who ask before one runs.
+def ladders_words(wanted: str) -> list[str]:
+    """Return in words what PyTorch sessions try on each SM, for people who ask before one runs.
 
     Args:
         wanted: The recipe's attention: ``16``, ``int8`` or ``fp8``.
-        sm: The compute capability times 10, or None for a CPU.
+
+    Returns:
+        A line, and one for each SM; nothing for 16.
     """
     if wanted == "16":
-        return "16 bit"
-    rungs = ladder(wanted, sm)
-    place = "on a CPU" if sm is None else f"on SM {sm / 10}"
-    if not rungs:
-        return f"{wanted} is wanted; no library has it {place}, so 16 bit"
-    names = ", else ".join(library.name for library in rungs)
-    return f"{wanted} is wanted; {place}: {names}, else 16 bit (the first that is installed and passes its self-test)"
+        return []
+    tried: dict[str, list[str]] = {}
+    for sm, formats in LADDERS.items():
+        tried.setdefault(", ".join(library.name for library in formats[wanted]), []).append(f"{sm / 10}")
+    lines = [
+        f"attention of long sequences in PyTorch sessions: {wanted}, by the first library that is right and faster than 16 "
+        "bit on the first layer, else 16 bit"
+    ]
+    for names, sms in tried.items():
+        lines.append(f"  SM {', '.join(sms)}: {names}")
+    there = [library.name for library in LIBRARIES.values() if library.installed() is None]
+    return [*lines, f"  installed here: {', '.join(there) or 'none'}"]
