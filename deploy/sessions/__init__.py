@@ -74,13 +74,12 @@ def open_session(
             available="pytorch",
             fix="leave the library out, or choose the backend pytorch",
         )
-    if compile:
-        if name not in ("auto", "pytorch"):
-            raise UnsupportedError(
-                f"{name} does not take compile: its engines and graphs are compiled already",
-                available="pytorch",
-                fix="leave compile out, or choose the backend pytorch",
-            )
+    if compile and name not in ("auto", "pytorch"):
+        raise UnsupportedError(
+            f"{name} does not take compile: its engines and graphs are compiled already",
+            available="pytorch",
+            fix="leave compile out, or choose the backend pytorch",
+        )
     if compile or attention_backend is not None or name == "pytorch":
         from dvdquant.deploy.sessions.pytorch import PyTorchSession
 
@@ -92,7 +91,9 @@ def open_session(
     )
     wanted = attention or artifact.plan(component).recipe.attention
     if wanted != "16" and session.backend != "pytorch":
-        log.info("%s: attention is in 16 bit: only PyTorch sessions have %s, not %s", component, wanted, session.backend)
+        log.info(
+            "%s: attention is in 16 bit: only PyTorch sessions have %s, not %s", component, wanted, session.backend
+        )
     return session
 
 

@@ -141,9 +141,11 @@ def install_attention(model: nn.Module, chosen: Attention | None) -> AttentionSt
 def _with_functions(kind: Any, functions: _Functions) -> Any:
     """Return a processor of this class whose ``F`` is another."""
     call = kind.__call__
-    known = {**call.__globals__, "F": functions}
+    # Without the module's name: torch.compile would look F up in the module that is called so.
+    known = {name: value for name, value in call.__globals__.items() if name != "__name__"} | {"F": functions}
     rebound = types.FunctionType(call.__code__, known, call.__name__, call.__defaults__, call.__closure__)
     rebound.__kwdefaults__ = call.__kwdefaults__
+    rebound.__module__ = call.__module__
     return type(kind.__name__, (kind,), {"__call__": rebound})()
 
 

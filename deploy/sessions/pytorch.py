@@ -72,9 +72,7 @@ class PyTorchSession(EngineSession):
         plan = artifact.plan(component)
         self._recipe = plan.recipe
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
-        self.attention = wanted_attention(
-            attention or plan.recipe.attention, attention_backend, self.device, component
-        )
+        self.attention = wanted_attention(attention or plan.recipe.attention, attention_backend, self.device, component)
         # A mask makes PyTorch take a slow kernel on a GPU, and no kernel in 8 bits takes one.
         self._cuts = self.attention is not None or self.device.type == "cuda"
         self._current = self.bits[0]

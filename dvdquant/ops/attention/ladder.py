@@ -127,7 +127,7 @@ class Attention:
                     reason = self._tested(library, kernel, (q, k, v, scale, bounds), exact_output, exact_seconds)
                 except torch.OutOfMemoryError:
                     raise
-                except Exception as error:  # a library that fails is one that is not taken, whatever it raises
+                except Exception as error:  # noqa: BLE001 - a library that fails is not taken, whatever it raises
                     reason = f"it fails: {type(error).__name__}: {str(error).strip():.200}"
             if reason is None:
                 break
@@ -135,7 +135,10 @@ class Attention:
             log.info("%s: attention not by %s: %s", self.name, library.name, reason)
         self.decided = True
         log.log(
-            logging.INFO if self.taken else logging.WARNING, "%s: attention of long sequences: %s", self.name, self.words()
+            logging.INFO if self.taken else logging.WARNING,
+            "%s: attention of long sequences: %s",
+            self.name,
+            self.words(),
         )
 
     def _tested(

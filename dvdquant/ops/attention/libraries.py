@@ -72,7 +72,9 @@ class Library:
         if numbers < self.least:
             return f"{self.package} {version} is too old, it needs {'.'.join(map(str, self.least))}"
         if self.below is not None and numbers >= self.below:
-            return f"{self.package} {version} has another interface, it needs one below {'.'.join(map(str, self.below))}"
+            return (
+                f"{self.package} {version} has another interface, it needs one below {'.'.join(map(str, self.below))}"
+            )
         return None
 
 
