@@ -202,6 +202,12 @@ def test_codes_for_kernels_are_the_definitions() -> None:
         rotated = (x.double() @ matrix).transpose(1, 2)
         assert ((got.transpose(1, 2) - rotated).abs() <= half_step(rotated, bound.double(), "e4m3") * 1.01).all()
     assert steps[2].shape == (2, 3)
+    one = e4m3_operands(q, k, v, bounds, v_per_head=False)
+    assert torch.equal(one[0][0].float(), codes[0].float())
+    whole = v.abs().amax().double()
+    again = one[0][2].double() * one[1][2].double()[:, None, :, None]
+    assert ((again - v.double()).abs() <= half_step(v.double(), whole, "e4m3") * 1.01).all()
+    assert all(code.is_contiguous() for code in one[0])
     per_head = v.abs().amax((1, 3)).double()[:, None, :, None]
     assert ((wide[2] - v.double()).abs() <= half_step(v.double(), per_head, "e4m3") * 1.01).all()
 

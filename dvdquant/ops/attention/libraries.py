@@ -129,6 +129,12 @@ def _fa3_fwd() -> Kernel:
     return kernel
 
 
+def _cudnn() -> Kernel:
+    from dvdquant.ops.attention.cudnn_fp8 import CudnnAttention
+
+    return CudnnAttention()
+
+
 def _reference(name: str) -> Callable[[], Kernel]:
     def load() -> Kernel:
         from dvdquant.ops.attention.definition import FORMATS, quantized_attention
@@ -154,12 +160,14 @@ _SAGE1 = Library(
     "sageattention-1", "int8", "sageattention", (1, 0, 6), (2,), frozenset((80, 86, 89)), 128, _sageattention
 )
 _FA3 = Library("fa3-fwd", "fp8", "fa3-fwd", (0, 0, 3), None, frozenset((90,)), 192, _fa3_fwd)
+# The engine for SM 12.0 is an experiment of the frontend that has to be switched on.
+_CUDNN = Library("cudnn", "fp8", "nvidia-cudnn-frontend", (1, 32), None, frozenset((90, 100, 103)), 128, _cudnn)
 
 # The definition itself. It is slow, and taken only where it is asked for by name.
 REFERENCE: dict[str, Library] = {
     kind: Library("reference", kind, "", (), None, None, 1 << 16, _reference(kind)) for kind in ("int8", "fp8")
 }
-LIBRARIES: dict[str, Library] = {library.name: library for library in (_COMFY, _SAGE2, _SAGE1, _FA3)}
+LIBRARIES: dict[str, Library] = {library.name: library for library in (_COMFY, _SAGE2, _SAGE1, _FA3, _CUDNN)}
 
 # What is tried on an SM, best first. Where no library has the recipe's own format, the other one is tried: the self-test
 # says how far it is from 16 bit, and the trace which one ran.
@@ -167,8 +175,9 @@ LADDERS: dict[int, dict[str, tuple[Library, ...]]] = {
     80: {"int8": (_COMFY, _SAGE2, _SAGE1), "fp8": (_COMFY, _SAGE2, _SAGE1)},
     86: {"int8": (_COMFY, _SAGE2, _SAGE1), "fp8": (_COMFY, _SAGE2, _SAGE1)},
     89: {"int8": (_SAGE2, _COMFY, _SAGE1), "fp8": (_SAGE2, _COMFY, _SAGE1)},
-    90: {"int8": (_SAGE2, _FA3, _COMFY), "fp8": (_FA3, _SAGE2, _COMFY)},
-    100: {"int8": (_COMFY,), "fp8": (_COMFY,)},
+    90: {"int8": (_SAGE2, _FA3, _CUDNN, _COMFY), "fp8": (_FA3, _CUDNN, _SAGE2, _COMFY)},
+    100: {"int8": (_CUDNN, _COMFY), "fp8": (_CUDNN, _COMFY)},
+    103: {"int8": (_CUDNN,), "fp8": (_CUDNN,)},
     120: {"int8": (_COMFY, _SAGE2), "fp8": (_COMFY, _SAGE2)},
 }
 
