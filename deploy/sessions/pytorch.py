@@ -74,7 +74,8 @@ class PyTorchSession(EngineSession):
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
         self.attention = wanted_attention(attention or plan.recipe.attention, attention_backend, self.device, component)
         # A mask makes PyTorch take a slow kernel on a GPU, and no kernel in 8 bits takes one.
-        self._cuts = self.attention is not None or self.device.type == "cuda"
+        masked = any(spec.name == "encoder_attention_mask" for spec in self.family.inputs(self.sizes))
+        self._cuts = self.attention is not None or (masked and self.device.type == "cuda")
         self._current = self.bits[0]
         self._ran: set[int] = set()
         self._files = WeightFiles(artifact, component)
