@@ -190,7 +190,7 @@ def test_what_attention_does_not_go_with(caplog: pytest.LogCaptureFixture) -> No
         open_session(artifact, backend="onnxruntime", device="cpu", attention_backend="reference")
     with pytest.raises(UnsupportedError, match="attention is in 16 bit here"):
         open_session(artifact, backend="pytorch", device="cpu", attention_backend="reference")
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "dvdquant")
     with open_session(artifact, backend="onnxruntime", device="cpu", attention="int8") as session:
         assert session.attention is None
     assert any("only PyTorch sessions have int8, not onnxruntime" in r.message for r in caplog.records)

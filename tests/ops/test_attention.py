@@ -272,7 +272,7 @@ PASSED_OVER = {
 @pytest.mark.parametrize("kind", PASSED_OVER)
 def test_a_library_that_cannot_is_passed_over_with_a_reason(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     rung, reason = PASSED_OVER[kind]
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "dvdquant")
     chosen = Attention("int8", (rung, library("means", lambda: means)))
     q, k, v, scale, bounds = heads_last(std=1e-4)
     y = chosen(q, k, v, scale, bounds)
