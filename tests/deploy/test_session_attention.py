@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from dvdquant.cli.inspect import _summary
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import attention as taken_over
 from dvdquant.deploy.sessions import compiled, open_session
@@ -234,3 +235,13 @@ def test_an_engine_says_what_it_does_instead(tmp_path: Path) -> None:
     assert "attention" not in " ".join(
         in_process(TINY_WAN, "-o", tmp_path / "out", "--dry-run").split("what will")[0].split()
     )
+
+
+def test_inspect_says_what_is_tried() -> None:
+    artifact = Artifact.open(made.family_export("wan"))
+    manifest = artifact.manifest
+    assert "attention of long sequences" not in _summary(artifact.root, manifest, False)
+    chosen = dataclasses.replace(manifest, recipe={**manifest.recipe, "attention": "fp8"})
+    words = _summary(artifact.root, chosen, False)
+    assert "SM 9.0: fa3-fwd, cudnn, sageattention-2, comfy-kitchen" in words
+    assert "installed here" in words
