@@ -170,6 +170,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="denoising steps; those the model was trained for if not given")
     parser.add_argument("--every", type=int, default=10, help="step errors at every so many steps, and the last")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--linears", nargs="+", choices=LINEARS, default=list(LINEARS))
+    parser.add_argument(
+        "--formats", nargs="+", choices=KINDS, default=list(DRAWN), help="those that clips are drawn with"
+    )
     parser.add_argument("--seconds", type=float, help="stop after so long; started again, it goes on")
     parser.add_argument("--page", type=Path, default=PAGE, help="whose block 'attention' is written anew")
     options = parser.parse_args()
@@ -185,9 +189,9 @@ def main() -> int:
     results = options.work / "attention.jsonl"
     rows = rows_of(results)
     done = {tuple(row["job"]) for row in rows}
-    jobs: list[Job] = [(linears, kind, -1) for linears in LINEARS for kind in KINDS]
+    jobs: list[Job] = [(linears, kind, -1) for linears in options.linears for kind in KINDS]
     chunks = range(-(-options.clips // CHUNK))
-    jobs += [(linears, kind, chunk) for chunk in chunks for linears in LINEARS for kind in DRAWN]
+    jobs += [(linears, kind, chunk) for chunk in chunks for linears in options.linears for kind in options.formats]
     todo = [job for job in jobs if job not in done]
     given = (options.model.resolve(), options.work, steps, options.every, options.clips)
     start(*given)  # what processes share is made once

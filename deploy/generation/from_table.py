@@ -62,7 +62,7 @@ class TableGenerator(Generator):
         (self.component,) = artifact.components
         self.family = artifact.family(self.component)
         self.table, self.backend, self.device, self.compile = table, backend, device, compile
-        self._attention = {"attention": attention, "attention_backend": attention_backend}
+        self._attention: Any = {"attention": attention, "attention_backend": attention_backend}
         self._wrap = wrap
         self._session: EngineSession | None = None
         self._original: OriginalRunner | None = None

@@ -60,7 +60,7 @@ class PipelineGenerator(Generator):
         super().__init__(artifact)
         self.family = artifact.family(artifact.components[0])
         self.source, self.backend, self.device, self.compile = source, backend, device, compile
-        self._attention = {"attention": attention, "attention_backend": attention_backend}
+        self._attention: Any = {"attention": attention, "attention_backend": attention_backend}
         self._wrap = wrap
         self.folder = open_pipeline_folder(source, self.family.name)
         if missing := sorted(set(self.folder.transformers) - set(artifact.components)):

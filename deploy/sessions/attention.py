@@ -65,7 +65,8 @@ class AttentionState:
         plain = attn_mask is None and not is_causal and not dropout_p
         if self.number and plain and k.shape[1] == q.shape[1] and q.shape[1] >= self.least:
             factor = q.shape[-1] ** -0.5 if scale is None else scale
-            return attention(q, k, v, bounds, factor, self.number)
+            out: Tensor = attention(q, k, v, bounds, factor, self.number)
+            return out
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale).transpose(1, 2)
 
@@ -255,7 +256,7 @@ def _length(norm: Any, module: nn.Module) -> float | None:
             return None
         channels = int(torch.Size(shape if isinstance(shape, Sequence) else (shape,)).numel())
         largest = 1.0
-    return channels**0.5 * largest + (0.0 if bias is None else float(bias.float().norm()))
+    return float(channels**0.5 * largest + (0.0 if bias is None else float(bias.float().norm())))
 
 
 def _device(module: nn.Module) -> torch.device:

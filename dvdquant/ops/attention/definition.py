@@ -79,7 +79,9 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
         fp64 [B, H, S, d].
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    parts = [(part @ k.double().mT * scale).softmax(-1) @ v.double() for part in q.double().split(_rows(q, k), 2)]
+    parts = [
+        (part @ k.double().mT * scale).softmax(-1) @ v.double() for part in torch.split(q.double(), _rows(q, k), 2)
+    ]
     return torch.cat(parts, 2)
 
 
@@ -127,7 +129,7 @@ def quantized_attention(
         k = e4m3_grid(k, k.abs().amax() if bounds is None else bounds[1].to(wide))
     per_channel = v.abs().amax(2, keepdim=True)
     v = e4m3_grid(v, per_channel) if kind.pv == "e4m3" else int8_grid(v, per_channel)
-    parts = [_weighted(part, k, v, kind, scale) for part in q.split(_rows(q, k), 2)]
+    parts = [_weighted(part, k, v, kind, scale) for part in torch.split(q, _rows(q, k), 2)]
     return torch.cat(parts, 2).to(dtype)
 
 
@@ -153,8 +155,8 @@ def block_amax(x: Tensor, block: int) -> Tensor:
     largest = x.abs().amax(-1)
     tokens = largest.shape[-1]
     padded = torch.nn.functional.pad(largest, (0, -tokens % block))
-    blocks = padded.unflatten(-1, (-1, block)).amax(-1, keepdim=True).expand(*padded.shape[:-1], -1, block)
-    return blocks.flatten(-2)[..., :tokens, None]
+    blocks = padded.view(*padded.shape[:-1], -1, block).amax(-1)
+    return torch.repeat_interleave(blocks, block, -1)[..., :tokens, None]
 
 
 def int8_grid(x: Tensor, amax: Tensor) -> Tensor:
@@ -173,9 +175,11 @@ def e4m3_grid(x: Tensor, amax: Tensor) -> Tensor:
 def tile_grid(p: Tensor, tile: int) -> Tensor:
     """Round weights [..., T] ≥ 0 to the nearest of 256 values between 0 and the largest of their tile of keys."""
     keys = p.shape[-1]
-    tiles = torch.nn.functional.pad(p, (0, -keys % tile)).unflatten(-1, (-1, tile))
+    padded = torch.nn.functional.pad(p, (0, -keys % tile))
+    tiles = padded.view(*padded.shape[:-1], -1, tile)
     step = tiles.amax(-1, keepdim=True).clamp(min=_TINY) / 255
-    return ((tiles / step).round() * step).flatten(-2)[..., :keys]
+    rounded: Tensor = (tiles / step).round() * step
+    return rounded.flatten(-2)[..., :keys]
 
 
 def _rows(q: Tensor, k: Tensor) -> int:

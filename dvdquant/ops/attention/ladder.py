@@ -195,8 +195,8 @@ def rungs_for(wanted: str, sm: int | None, backend: str | None) -> tuple[Library
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Return attention in 16 bit: q [B, S, H, d], k and v [B, T, H, d], to [B, S, H, d]."""
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    return scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 def relative_distance(y: Tensor, exact_y: Tensor) -> float:

@@ -140,8 +140,8 @@ def _reference(name: str) -> Callable[[], Kernel]:
         from dvdquant.ops.attention.definition import FORMATS, quantized_attention
 
         def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
-            heads_first = (t.transpose(1, 2) for t in (q, k, v))
-            return quantized_attention(*heads_first, FORMATS[name], bounds, scale).transpose(1, 2)
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            return quantized_attention(q, k, v, FORMATS[name], bounds, scale).transpose(1, 2)
 
         return kernel
 
