@@ -1,0 +1,1 @@
+"""Export of a quantized model: graphs, engines and their verification."""

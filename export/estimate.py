@@ -51,7 +51,8 @@ def search_rate(weight: WeightSpec) -> float:
 @dataclass(frozen=True)
 class Estimate:
     """Bytes and seconds; ``resident`` is the exporter's own peak, ``builder`` that of the engine builder's process, and
-    ``waiting`` what the exporter holds while that runs."""
+    ``waiting`` what the exporter holds while that runs.
+    """
 
     source_bytes: int
     weight_file_bytes: int

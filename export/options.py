@@ -163,7 +163,7 @@ def with_table_defaults(options: ExportOptions) -> ExportOptions:
 
 
 def resolve_sizes(family: Family, options: ExportOptions) -> Sizes:
-    """The latent sizes of an export, checked against the family's patch.
+    """Return the latent sizes of an export, checked against the family's patch.
 
     Raises:
         ShapeError: a size that the VAE or the patch does not divide, both ways of giving sizes at once, or bad syntax.

@@ -23,6 +23,8 @@ _CORES = len(os.sched_getaffinity(0))
 _THREADS = str(max(2, _CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(_name, _THREADS)
+# A thread that waits for others sleeps instead of spinning: the cores belong to the other test processes meanwhile.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test may depend on the network; a hub id that is not cached fails at once instead of retrying.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -1,7 +1,7 @@
 """What 8-bit attention costs on the toy model: error of a step, and PSNR of clips, with linear layers in 16 bit, w4a8 and w4a4.
 
-    python benchmarks/quality/attention.py --steps 20                    8 clips; the table in docs/quality/index.md
-    python benchmarks/quality/attention.py --clips 128 --processes 2     as many as the other methods
+    python -m benchmarks.quality attention --steps 20                    8 clips; the table in docs/quality/index.md
+    python -m benchmarks.quality attention --clips 128 --processes 2     as many as the other methods
 
 Self-attention is computed by the definition of each format (``dvdquant/ops/attention/definition.py``), put into diffusers'
 model as a session does it, the least length aside: the toy model has 288 tokens. The step error is the relative L2 of the
@@ -19,6 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent.parent / "examples" / "tiny-wan"
@@ -53,7 +55,7 @@ class Runner:
     """One process: the toy model with one kind of linear layers at a time."""
 
     def __init__(self, model: Path, work: Path, steps: int, every: int, clips: int) -> None:
-        from work import Worker, plan
+        from benchmarks.quality.work import Worker, plan
 
         self.name = model.name
         self.worker = Worker({self.name: model}, work, steps, eager=True)
@@ -65,8 +67,7 @@ class Runner:
 
     def model(self, linears: str, kind: str) -> Any:
         """The model with these linear layers and this attention."""
-        from methods import METHODS
-
+        from benchmarks.quality.compared.methods import METHODS
         from dvdquant.deploy.sessions.attention import install_attention
         from dvdquant.ops.attention.ladder import Attention
         from dvdquant.ops.attention.operation import number_of
@@ -95,7 +96,7 @@ class Runner:
         if chunk < 0:
             found = self.worker._errors(self.name, model, self.every)
             return [{**base, "clip": c, "step": s, "error": e} for c, s, _, e in found]
-        from work import _parts
+        from benchmarks.quality.work import _parts
 
         clips = self.plan[chunk * CHUNK : (chunk + 1) * CHUNK]
         latents = _parts(self.worker.bench(self.name), {16: model}, clips)
@@ -134,7 +135,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """Step error and PSNR of every format, and the difference to 16-bit attention on the same clips."""
-    from report import _said, difference, interval, table
+    from benchmarks.quality.report import _said, difference, interval, table
 
     errors: dict[tuple[str, str], dict[Any, list[float]]] = {}
     psnrs: dict[tuple[str, str], dict[Any, float]] = {}
@@ -179,9 +180,10 @@ def main() -> int:
     options = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
-    from clips import Bench
-    from report import replace_blocks
     from run import commit, hardware
+
+    from benchmarks.quality.report import replace_blocks
+    from benchmarks.quality.toy.clips import Bench
 
     started = time.time()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -212,7 +214,7 @@ def main() -> int:
         pool.terminate()
     words = (
         f"{hardware()}, {time.strftime('%Y-%m-%d')}, {steps} steps a clip, {options.clips} clips; at {commit()}:\n\n"
-        f"    python benchmarks/quality/attention.py {' '.join(sys.argv[1:])}"
+        f"    python -m benchmarks.quality attention {' '.join(sys.argv[1:])}"
     )
     text = table_of(rows)
     print(text)

@@ -1,4 +1,4 @@
-"""What is done to the input of a layer before it is rotated: a predicted mean off, and channels scaled by powers of two."""
+"""Balance of a layer's input before its rotation: subtract a predicted mean, scale channels by powers of two."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ __all__ = ["apply_balance", "balance_input", "pack_balance"]
 
 
 def balance_input(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """``(x − shift) · scale`` as two pointwise operations, for engines and compilers to fuse with the one before them.
+    """Return ``(x − shift) · scale`` as two pointwise operations, for compilers to fuse with the one before.
 
     Args:
-        x: [..., K]. scale: fp32 [K], ± powers of two, which is exact in every dtype. shift: fp32 [K].
+        x: The input, [..., K], any floating dtype.
+        scale: fp32 [K], ± powers of two, so that the product is exact in every dtype; None for no scaling.
+        shift: fp32 [K], subtracted before the scaling; None for no shift.
+
+    Returns:
+        [..., K] of x's dtype.
     """
     if shift is not None:
         x = x - shift.to(x.dtype)
@@ -22,17 +27,30 @@ def balance_input(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tens
 
 
 def pack_balance(scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The same as scales and offsets of ``dtype``, [K/8, 2, 8], as a thread of the kernel reads them."""
+    """Return scales and offsets of the balance as a thread of the kernel reads them: [K/8, 2, 8] of ``dtype``.
+
+    Index 0 of the middle axis holds the scale, index 1 the offset ``−shift · scale``. At least one of scale and shift
+    must be given.
+
+    Args:
+        scale: fp32 [K], ± powers of two; None for ones.
+        shift: fp32 [K]; None for zeros.
+        dtype: dtype of x and of the result.
+    """
     scale = torch.ones_like(shift) if scale is None else scale  # type: ignore[arg-type]
     offset = torch.zeros_like(scale) if shift is None else -shift.to(dtype) * scale
     return torch.stack((scale.reshape(-1, 8), offset.reshape(-1, 8)), dim=1).to(dtype)
 
 
 def apply_balance(x: Tensor, balance: Tensor) -> Tensor:
-    """What the kernel makes of :func:`pack_balance`: ``x · scale + offset``, rounded once to x's dtype.
+    """Compute ``x · scale + offset`` as the kernel does, rounded once to x's dtype.
 
-    It is :func:`balance_input` bit by bit in bf16. In fp16 a small power of two may leave subnormal numbers, which differ by
-    one unit in the last place.
+    In bf16 the result equals :func:`balance_input` bit by bit. In fp16 a small power of two may leave subnormal
+    numbers, which differ by one unit in the last place.
+
+    Args:
+        x: The input, [..., K].
+        balance: [K/8, 2, 8] from :func:`pack_balance`.
     """
     # Not addcmul in 16 bits: on a CPU it rounds products of subnormal fp16 numbers too.
     scale, offset = (balance[:, i].reshape(-1).float() for i in (0, 1))

@@ -45,7 +45,7 @@ GRID_SOLVERS = ("minmax", "search")
 
 
 class KernelError(DvdquantError):
-    """The kernel library cannot be loaded, or the CUDA runtime refused a launch."""
+    """Error of a kernel library that cannot be loaded, or of a launch that the CUDA runtime refused."""
 
 
 # dvdq_status other than DVDQ_OK.
@@ -86,7 +86,11 @@ class GridShape:
     """``dvdq_grid``: the grid that is searched for a weight [n, k] on a device.
 
     Args:
-        groups: segments per row. zero_point: one of :data:`GRID_ZERO_POINTS`. solver: one of :data:`GRID_SOLVERS`.
+        n: Rows of the weight.
+        k: Input features of the weight.
+        groups: Segments per row; each has its own factor.
+        zero_point: One of :data:`GRID_ZERO_POINTS`.
+        solver: One of :data:`GRID_SOLVERS`.
     """
 
     n: int
@@ -98,8 +102,14 @@ class GridShape:
 
 @dataclass(frozen=True)
 class GridPointers:
-    """``dvdq_grid_out``: device addresses of codes int8 [n, k], scale, factor and zero as in
-    :class:`dvdquant.quantize.bgr.QuantizedWeight`."""
+    """``dvdq_grid_out``: device addresses of a grid; see :class:`dvdquant.quantize.bgr.QuantizedWeight`.
+
+    Args:
+        codes: Address of int8 [n, k].
+        scale: Address of fp32 [n].
+        factor: Address of uint8 [n, groups].
+        zero: Address of fp32 [n], or of uint8 [n, groups] for the ``real`` zero-point.
+    """
 
     codes: int
     scale: int
@@ -112,11 +122,12 @@ class LayerPlan:
     """``dvdq_plan``: what a device needs for a layer.
 
     Args:
-        path: one of :data:`dvdquant.ops.repack.PATHS`.
-        codes: ``s4``, ``s8`` or ``e4m3``, what rotate_quantize emits.
-        scale_rows: activation scales per token.
-        needs_sums: whether the GEMM reads the token sums.
-        prepared_bytes: of the prepared weight. codes_bytes_per_token: of the codes.
+        path: One of :data:`dvdquant.ops.repack.PATHS`.
+        codes: Format of the activation codes that rotate_quantize writes: ``s4``, ``s8`` or ``e4m3``.
+        scale_rows: Activation scales per token.
+        needs_sums: Whether the GEMM reads the token sums.
+        prepared_bytes: Bytes of the prepared weight.
+        codes_bytes_per_token: Bytes of the codes of one token.
     """
 
     path: str
@@ -128,13 +139,21 @@ class LayerPlan:
 
     @property
     def form(self) -> tuple[str, int]:
-        """What decides the prepared weight's bytes: paths with codes of one kind multiply the same buffer."""
+        """Return the key of the prepared weight's bytes: paths with codes of one kind multiply the same buffer."""
         return self.codes, self.prepared_bytes
 
 
 @dataclass(frozen=True)
 class WeightPointers:
-    """``dvdq_weight``: device addresses of the canonical tensors; bias 0 for none."""
+    """``dvdq_weight``: device addresses of the canonical tensors of a packed weight.
+
+    Args:
+        codes: Address of int8 [n, k/2], packed 4-bit codes.
+        scale: Address of fp32 [n].
+        factor: Address of uint8 [n, groups].
+        zero: Address of fp32 [n], or of uint8 [n, groups] with real zero-points.
+        bias: Address of fp32 [n]; 0 for none.
+    """
 
     codes: int
     scale: int
@@ -144,14 +163,17 @@ class WeightPointers:
 
 
 class KernelLibrary:
-    """An opened library; every method raises the error its status stands for, with the library's own message.
+    """An opened kernel library; a failed call raises the error of its status, with the library's own message.
 
-    ``ShapeError`` for DVDQ_BAD_ARGUMENT, ``UnsupportedError`` for DVDQ_UNSUPPORTED, ``ResourceError`` for
-    DVDQ_WORKSPACE, :class:`KernelError` for DVDQ_CUDA_ERROR. Addresses are integers, 0 is null, and a stream is the
-    integer of a ``cudaStream_t``. ``sm`` is major · 10 + minor.
+    ``ShapeError`` stands for DVDQ_BAD_ARGUMENT, ``UnsupportedError`` for DVDQ_UNSUPPORTED, ``ResourceError`` for
+    DVDQ_WORKSPACE, :class:`KernelError` for DVDQ_CUDA_ERROR. In all methods addresses are integers and 0 is null, a
+    stream is the integer of a ``cudaStream_t``, and ``sm`` is major · 10 + minor of the device.
+
+    Args:
+        path: The shared library file.
 
     Raises:
-        KernelError: the file is no such library, or has another ABI version.
+        KernelError: The file is no such library, or it has another ABI version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -194,16 +216,33 @@ class KernelLibrary:
             raise _ERRORS.get(status, KernelError)(text or f"the kernel library answered status {status}")
 
     def serves(self, sm: int) -> bool:
-        """Whether it holds machine code that runs on ``sm``: of that major version, and of no later minor."""
+        """Return whether the library holds machine code for ``sm``: same major version, and no later minor version.
+
+        Args:
+            sm: major · 10 + minor of a device.
+        """
         numbers = [int(name.rstrip("af")) for name in self.architectures if name.rstrip("af").isdigit()]
         return any(number // 10 == sm // 10 and number <= sm for number in numbers)
 
     def path_name(self, path: int) -> str:
-        """Name of a ``dvdq_path``, as in :data:`dvdquant.ops.repack.PATHS`."""
+        """Return the name of a ``dvdq_path``, as in :data:`dvdquant.ops.repack.PATHS`.
+
+        Args:
+            path: The number of the path.
+        """
         return str(self._library.dvdq_path_name(path).decode()).lower()
 
     def plan_layer(self, layer: LayerShape, sm: int) -> LayerPlan:
-        """How ``layer`` runs on ``sm``; needs no device."""
+        """Return how ``layer`` runs on ``sm``; this needs no device.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+
+        Raises:
+            ShapeError: The shape is not valid.
+            UnsupportedError: No path runs this layer on ``sm``.
+        """
         plan = _Plan()
         self._check(self._library.dvdq_plan_layer(_layer(layer), sm, ctypes.byref(plan)))
         return LayerPlan(
@@ -216,7 +255,13 @@ class KernelLibrary:
         )
 
     def workspace_bytes(self, layer: LayerShape, sm: int, tokens: int) -> int:
-        """Bytes of workspace :meth:`quant_linear` needs; needs no device."""
+        """Return the bytes of workspace that :meth:`quant_linear` needs; this needs no device.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            tokens: Rows M of x.
+        """
         size = ctypes.c_int64()
         self._check(self._library.dvdq_workspace_bytes(_layer(layer), sm, tokens, ctypes.byref(size)))
         return size.value
@@ -224,7 +269,16 @@ class KernelLibrary:
     def prepare_weight(
         self, layer: LayerShape, sm: int, weight: WeightPointers, prepared: int, prepared_bytes: int, stream: int
     ) -> None:
-        """Packed weight to the buffer ``prepared`` of ``plan.prepared_bytes`` bytes, 256-byte aligned."""
+        """Write a packed weight in the form that the GEMM reads.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            weight: Addresses of the packed tensors.
+            prepared: Address of the buffer that is written, 256-byte aligned.
+            prepared_bytes: Size of that buffer, ``plan.prepared_bytes``.
+            stream: The CUDA stream.
+        """
         pointers = _Weight(weight.codes, weight.scale, weight.factor, weight.zero, weight.bias or None)
         self._check(
             self._library.dvdq_prepare_weight(
@@ -245,8 +299,20 @@ class KernelLibrary:
         stream: int,
         balance: int = 0,
     ) -> None:
-        """x [M, K] to codes, scales and sums; ``outer`` is 0 where the outer factor is 1, ``sums`` and ``balance``
-        ([K/8, 2, 8] of x's dtype) 0 for none."""
+        """Rotate x [M, K] and quantize it to codes, scales and token sums.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            x: Address of bf16 or fp16 [M, K].
+            outer: Address of the outer rotation factor, fp32 [p, p]; 0 where that factor is 1.
+            codes: Address of the codes that are written, [M, ``codes_bytes_per_token``] bytes.
+            scales: Address of the scales that are written, fp32 [scale_rows, M].
+            sums: Address of the token sums that are written, fp32 [scale_rows, M]; 0 for none.
+            tokens: Rows M of x.
+            stream: The CUDA stream.
+            balance: Address of the packed balance, [K/8, 2, 8] of x's dtype; 0 for none.
+        """
         self._check(
             self._library.dvdq_rotate_quantize(
                 _layer(layer), sm, x, balance, outer, codes, scales, sums, tokens, stream
@@ -267,7 +333,21 @@ class KernelLibrary:
         workspace_bytes: int,
         stream: int,
     ) -> None:
-        """Codes and prepared weight to y [M, N]."""
+        """Multiply codes with a prepared weight and write y [M, N].
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            codes: Address of the codes from :meth:`rotate_quantize`.
+            scales: Address of the scales, fp32 [scale_rows, M].
+            sums: Address of the token sums, fp32 [scale_rows, M]; 0 where the plan needs none.
+            prepared: Address of the prepared weight.
+            y: Address of the result, bf16 or fp16 [M, N].
+            tokens: Rows M.
+            workspace: Address of the workspace.
+            workspace_bytes: Size of the workspace, from :meth:`workspace_bytes`.
+            stream: The CUDA stream.
+        """
         self._check(
             self._library.dvdq_linear_gemm(
                 _layer(layer), sm, codes, scales, sums, prepared, y, tokens, workspace, workspace_bytes, stream
@@ -288,7 +368,21 @@ class KernelLibrary:
         stream: int,
         balance: int = 0,
     ) -> None:
-        """Both in one call, with the codes in the workspace."""
+        """Run :meth:`rotate_quantize` and :meth:`linear_gemm` in one call, with the codes in the workspace.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            x: Address of bf16 or fp16 [M, K].
+            outer: Address of the outer rotation factor, fp32 [p, p]; 0 where that factor is 1.
+            prepared: Address of the prepared weight.
+            y: Address of the result, [M, N] of x's dtype.
+            tokens: Rows M of x.
+            workspace: Address of the workspace.
+            workspace_bytes: Size of the workspace, from :meth:`workspace_bytes`.
+            stream: The CUDA stream.
+            balance: Address of the packed balance, [K/8, 2, 8] of x's dtype; 0 for none.
+        """
         self._check(
             self._library.dvdq_quant_linear(
                 _layer(layer), sm, x, balance, outer, prepared, y, tokens, workspace, workspace_bytes, stream
@@ -296,14 +390,36 @@ class KernelLibrary:
         )
 
     def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:
-        """Grid and nearest codes of weight fp32 [n, k], into ``out``."""
+        """Search the grid of a weight and write it with its nearest codes.
+
+        Args:
+            grid: Shape, zero-point and solver of the grid.
+            weight: Address of fp32 [n, k].
+            out: Addresses that are written.
+            stream: The CUDA stream.
+
+        Raises:
+            UnsupportedError: The kernels have no such solver or zero-point.
+        """
         pointers = _GridOut(out.codes, out.scale, out.factor, out.zero)
         self._check(self._library.dvdq_search_grid(_grid(grid), weight, ctypes.byref(pointers), stream))
 
     def round_feedback(
         self, grid: GridShape, weight: int, out: GridPointers, factors: int, block: int, stream: int
     ) -> None:
-        """New codes for the grid in ``out``, rounded with feedback by factors fp32 [k/block, block, block]."""
+        """Write new codes for the grid in ``out``, rounded with feedback.
+
+        Args:
+            grid: Shape, zero-point and solver of the grid.
+            weight: Address of fp32 [n, k].
+            out: Addresses of the grid; the codes are written, the others are read.
+            factors: Address of fp32 [k/block, block, block], unit upper triangular.
+            block: Order of a block of factors.
+            stream: The CUDA stream.
+
+        Raises:
+            UnsupportedError: The kernels have no such solver or zero-point.
+        """
         pointers = _GridOut(out.codes, out.scale, out.factor, out.zero)
         self._check(
             self._library.dvdq_round_feedback(_grid(grid), weight, ctypes.byref(pointers), factors, block, stream)
@@ -311,7 +427,7 @@ class KernelLibrary:
 
 
 def find_library() -> Path | None:
-    """The kernel library of this installation, or None if it was not built.
+    """Return the path of this installation's kernel library, or None if it was not built.
 
     Raises:
         KernelError: ``DVDQUANT_KERNELS`` names a file that is not there.
@@ -327,10 +443,10 @@ def find_library() -> Path | None:
 
 
 def load_library() -> KernelLibrary:
-    """The library of this installation, opened once per file.
+    """Return the library of this installation, opened once per file.
 
     Raises:
-        KernelError: it was not built, or it cannot be used.
+        KernelError: The library was not built, or it cannot be used.
     """
     path = find_library()
     if path is None:

@@ -50,8 +50,8 @@ _policy: Literal["log", "raise"] = "log"
 class CudaKernels:
     """The library's calls on tensors of one device.
 
-    Buffers come from :meth:`allocate` (torch's caching allocator, so they are ordered by the stream), work goes to the
-    device's current stream.
+    Buffers come from :meth:`allocate` (torch's caching allocator, so they are ordered by the stream). Work goes to the
+    device's current stream. Plans are cached per layer shape.
 
     Args:
         library: :class:`KernelLibrary`, or anything with its methods.
@@ -66,11 +66,22 @@ class CudaKernels:
         return self.library.plan_layer(layer, self.sm)
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialized tensor."""
+        """Return an uninitialized tensor.
+
+        Args:
+            shape: Sizes of the tensor.
+            dtype: Its dtype.
+            device: Its device.
+        """
         return torch.empty(shape, dtype=dtype, device=device)
 
     def prepare(self, layer: LayerShape, packed: tuple[Tensor, ...]) -> Tensor:
-        """(weight, scale, factor, zero, bias) to the prepared weight, uint8 [plan.prepared_bytes]."""
+        """Return the prepared weight of a layer, uint8 [plan.prepared_bytes].
+
+        Args:
+            layer: Shape and grids of the layer.
+            packed: (weight, scale, factor, zero, bias), as :meth:`PackedLayer.stored` gives them.
+        """
         size = self.plan(layer).prepared_bytes
         tensors = [t.contiguous() for t in packed]
         prepared = self.allocate((size,), torch.uint8, tensors[0].device)
@@ -82,7 +93,17 @@ class CudaKernels:
     def rotate_quantize(
         self, layer: LayerShape, x: Tensor, outer: Tensor, balance: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [M, K] to codes uint8 [M, bytes], scales and sums fp32 [scale rows, M]; balance [K/8, 2, 8] of x's dtype."""
+        """Rotate x and quantize it.
+
+        Args:
+            layer: Shape and grids of the layer.
+            x: bf16 or fp16 [M, K].
+            outer: The outer rotation factor, fp32 [p, p], contiguous.
+            balance: [K/8, 2, 8] of x's dtype, or None.
+
+        Returns:
+            Codes uint8 [M, bytes per token], scales fp32 [scale rows, M], token sums fp32 [scale rows, M].
+        """
         plan = self.plan(layer)
         x, tokens = _aligned(x), len(x)
         codes = self.allocate((tokens, plan.codes_bytes_per_token), torch.uint8, x.device)
@@ -105,12 +126,19 @@ class CudaKernels:
         return codes, scales, sums
 
     def linear_gemm(self, layer: LayerShape, codes: Tensor, scales: Tensor, sums: Tensor, prepared: Tensor) -> Tensor:
-        """What :meth:`rotate_quantize` and :meth:`prepare` gave, to y [M, N] of the layer's dtype."""
+        """Multiply codes with a prepared weight; return y [M, N] of the layer's dtype.
+
+        Args:
+            layer: Shape and grids of the layer.
+            codes: uint8 [M, bytes per token], from :meth:`rotate_quantize`.
+            scales: fp32 [scale rows, M], from :meth:`rotate_quantize`.
+            sums: fp32 [scale rows, M], from :meth:`rotate_quantize`.
+            prepared: uint8 [bytes], from :meth:`prepare`.
+        """
         tokens = len(codes)
         y = self.allocate((tokens, layer.n), DTYPES[layer.dtype], codes.device)
         if tokens:
-            size = self.library.workspace_bytes(layer, self.sm, tokens)
-            workspace = self.allocate((size,), torch.uint8, codes.device)
+            workspace = self._workspace(layer, tokens, codes.device)
             with stream_of(codes) as stream:
                 self.library.linear_gemm(
                     layer,
@@ -122,7 +150,7 @@ class CudaKernels:
                     y.data_ptr(),
                     tokens,
                     workspace.data_ptr(),
-                    size,
+                    workspace.numel(),
                     stream,
                 )
         return y
@@ -130,12 +158,19 @@ class CudaKernels:
     def quant_linear(
         self, layer: LayerShape, x: Tensor, outer: Tensor, prepared: Tensor, balance: Tensor | None = None
     ) -> Tensor:
-        """x [M, K], balance [K/8, 2, 8] to y [M, N] in one call; can be captured in a CUDA graph."""
+        """Compute y [M, N] of x's dtype in one call, which a CUDA graph can capture.
+
+        Args:
+            layer: Shape and grids of the layer.
+            x: bf16 or fp16 [M, K].
+            outer: The outer rotation factor, fp32 [p, p], contiguous.
+            prepared: uint8 [bytes], from :meth:`prepare`.
+            balance: [K/8, 2, 8] of x's dtype, or None.
+        """
         x, tokens = _aligned(x), len(x)
         y = self.allocate((tokens, layer.n), x.dtype, x.device)
         if tokens:
-            size = self.library.workspace_bytes(layer, self.sm, tokens)
-            workspace = self.allocate((size,), torch.uint8, x.device)
+            workspace = self._workspace(layer, tokens, x.device)
             with stream_of(x) as stream:
                 self.library.quant_linear(
                     layer,
@@ -146,11 +181,14 @@ class CudaKernels:
                     y.data_ptr(),
                     tokens,
                     workspace.data_ptr(),
-                    size,
+                    workspace.numel(),
                     stream,
                     _pointer(balance),
                 )
         return y
+
+    def _workspace(self, layer: LayerShape, tokens: int, device: torch.device) -> Tensor:
+        return self.allocate((self.library.workspace_bytes(layer, self.sm, tokens),), torch.uint8, device)
 
 
 CACHE = PreparedCache()
@@ -166,7 +204,23 @@ def run_quant_linear(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """``dvdquant::balanced_quant_linear`` on the kernels; UnsupportedError where only the reference can."""
+    """Compute ``dvdquant::balanced_quant_linear`` on the kernels; return y [..., N] of x's dtype.
+
+    Args:
+        kernels: The kernels of x's device.
+        cache: Where prepared weights and balances are kept.
+        x: bf16 or fp16 [..., K].
+        packed: The tensors of the layer.
+        act_bits: Bits of the activation codes.
+        act_group: Channels per activation scale; 0 for the whole token.
+        scale: fp32 [K] of :func:`balance_input`, or None.
+        shift: fp32 [K] of :func:`balance_input`, or None.
+
+    Raises:
+        ShapeError: x has another number of channels, or the tensors are on several devices.
+        UnsupportedError: Only the reference can compute this layer.
+        KernelError: A weight would have to be prepared while a CUDA graph is being captured.
+    """
     layer = layer_shape(x, packed, act_bits, act_group)
     kernels.plan(layer)
     if not cache.is_sylvester(packed.hadamard):
@@ -179,10 +233,13 @@ def run_quant_linear(
 
 
 def kernels_for(device: torch.device) -> CudaKernels | None:
-    """The kernels of a CUDA device, looked for once per process; None if the library is not built.
+    """Return the kernels of a CUDA device, looked for once per process; None if the library is not built.
+
+    Args:
+        device: A CUDA device; without an index, the current one.
 
     Raises:
-        KernelError: there is a library, but it cannot be used.
+        KernelError: There is a library, but it cannot be used.
     """
     return _kernels_for(torch.cuda.current_device() if device.index is None else device.index)
 
@@ -196,13 +253,27 @@ def _kernels_for(index: int) -> CudaKernels | None:
 
 
 def usable_kernels(device: torch.device) -> CudaKernels | None:
-    """As :func:`kernels_for`, but None also for a CPU and where the library is built for other GPUs."""
+    """Return the kernels of a device; None for a CPU, without a library, and where it is built for other GPUs.
+
+    Args:
+        device: Any device.
+
+    Raises:
+        KernelError: There is a library, but it cannot be used.
+    """
     kernels = kernels_for(device) if device.type == "cuda" else None
     return kernels if kernels is not None and kernels.library.serves(kernels.sm) else None
 
 
 def require_kernels(device: torch.device) -> CudaKernels:
-    """As :func:`kernels_for`; KernelError with the build command where there is no library."""
+    """Return the kernels of a CUDA device, or raise an error that names the build command.
+
+    Args:
+        device: A CUDA device; without an index, the current one.
+
+    Raises:
+        KernelError: The library is not built, or it cannot be used.
+    """
     kernels = kernels_for(device)
     if kernels is None:
         raise KernelError("the CUDA kernel library is not built", fix=BUILD)
@@ -217,7 +288,19 @@ def quant_linear_cuda(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor | None:
-    """y on the kernels, or None where the reference has to compute it (logged once per reason)."""
+    """Compute y on the kernels; return None where the reference has to compute it (logged once per reason).
+
+    Args:
+        x: [..., K] on a CUDA device.
+        packed: The tensors of the layer.
+        act_bits: Bits of the activation codes.
+        act_group: Channels per activation scale; 0 for the whole token.
+        scale: fp32 [K] of :func:`balance_input`, or None.
+        shift: fp32 [K] of :func:`balance_input`, or None.
+
+    Raises:
+        UnsupportedError: No kernel runs this layer, under ``reference_policy("raise")``.
+    """
     kernels = kernels_for(x.device)
     reason = f"the CUDA kernel library is not built; {BUILD}"
     if kernels is not None:
@@ -233,7 +316,11 @@ def quant_linear_cuda(
 
 @contextmanager
 def reference_policy(policy: Literal["log", "raise"]) -> Iterator[None]:
-    """What happens on a CUDA device where only the PyTorch reference can compute a layer: ``log`` once, or ``raise``."""
+    """Set, within this context, what happens on a CUDA device where only the PyTorch reference can compute a layer.
+
+    Args:
+        policy: ``log`` computes the reference and warns once per reason; ``raise`` raises UnsupportedError.
+    """
     global _policy
     before, _policy = _policy, policy
     try:
@@ -248,7 +335,17 @@ def _notice(reason: str) -> None:
 
 
 def layer_with_path(kernels: CudaKernels, layer: LayerShape, path: str, **choices: tuple[Any, ...]) -> LayerShape:
-    """The first layer, over the given choices of fields, that runs on ``path``; UnsupportedError if there is none."""
+    """Return the first layer, over all combinations of the given field values, that runs on ``path``.
+
+    Args:
+        kernels: The kernels of the device.
+        layer: The layer whose other fields are fixed.
+        path: One of :data:`dvdquant.ops.repack.PATHS`.
+        **choices: Field of :class:`LayerShape` to the values that are tried, in this order.
+
+    Raises:
+        UnsupportedError: No combination runs on ``path``.
+    """
     found: dict[str, None] = {}
     candidates = [layer]
     for name, values in choices.items():
@@ -279,7 +376,11 @@ def _outer_pointer(layer: LayerShape, outer: Tensor) -> int:
 
 @contextmanager
 def stream_of(tensor: Tensor) -> Iterator[int]:
-    """The tensor's device as the current one; gives its current stream."""
+    """Make the tensor's device the current one within this context, and yield its current stream; 0 on the CPU.
+
+    Args:
+        tensor: A tensor on the device where work is queued.
+    """
     if not tensor.is_cuda:
         yield 0
         return

@@ -1,4 +1,4 @@
-"""A quantized layer as the kernels hold it: on their device, only what they multiply."""
+"""A quantized layer as the kernels hold it: on their device lies only what they multiply."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ __all__ = ["KernelLayer"]
 class KernelLayer:
     """The prepared weights of one layer, each made when a call first needs it.
 
-    The packed tensors stay where they are, a mapped copy of an export's files for instance. On an 8-bit path, which most GPUs
-    take, a weight has one byte on the device, half of bf16; with the packed one beside it that were three quarters.
-    Activation grids whose paths hold weights in the same form share them.
+    The packed tensors stay where they are, a mapped copy of an export's files for instance. On an 8-bit path, which
+    most GPUs take, a weight has one byte on the device, half of bf16; with the packed weight beside it, it would be
+    three quarters. Activation grids whose paths hold weights in the same form share them.
 
     Args:
-        packed: the stored tensors and rotation factors, on any device.
-        grids: the activation grids it will be called with.
-        dtype: bf16 or fp16, of the model. device: where it runs.
-        scale, shift: pre_quant_scale and pre_quant_shift, fp32 [K].
+        kernels: The kernels of the device.
+        packed: The stored tensors and rotation factors, on any device.
+        grids: The activation grids that the layer will be called with.
+        dtype: bf16 or fp16, the dtype of the model.
+        device: The device the layer runs on.
+        scale: pre_quant_scale, fp32 [K], or None.
+        shift: pre_quant_shift, fp32 [K], or None.
 
     Raises:
-        UnsupportedError: the kernels lack one of the grids, the shape, the dtype or the rotation.
+        UnsupportedError: The kernels lack one of the grids, the shape, the dtype or the rotation.
     """
 
     def __init__(
@@ -63,18 +66,21 @@ class KernelLayer:
         self._balance: Tensor | None = None
 
     def __call__(self, x: Tensor, outer: Tensor, act_bits: int, act_group: int) -> Tensor:
-        """x [..., K] to y [..., N] of x's dtype; another dtype than the model's is rounded to it first. No gradients.
+        """Compute y [..., N] of x's dtype, without gradients.
 
         In a model that is being compiled the layer is one operation, ``dvdquant::prepared_linear``. Its weight must be
         there by then (:meth:`make_weight`): else the compiled function has a break.
 
         Args:
-            outer: the outer rotation factor, fp32 [p, p] on x's device.
+            x: [..., K] on the layer's device; another dtype than the model's is rounded to the model's first.
+            outer: The outer rotation factor, fp32 [p, p] on x's device.
+            act_bits: Bits of the activation codes, of one of the layer's grids.
+            act_group: Channels per activation scale of that grid; 0 for the whole token.
 
         Raises:
-            ShapeError: x has another number of channels, or is on another device.
-            UnsupportedError: a grid that was not asked for.
-            KernelError: a weight would have to be prepared while a CUDA graph is being captured.
+            ShapeError: x has another number of channels, or it is on another device.
+            UnsupportedError: The layer was not made for this grid.
+            KernelError: A weight would have to be prepared while a CUDA graph is being captured.
         """
         if (act_bits, act_group) not in self._runs:
             raise UnsupportedError(
@@ -120,10 +126,14 @@ class KernelLayer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device: prepared weights and balance."""
+        """Return the bytes on the device: prepared weights and balance."""
         return sum(w.nbytes for w in self._weights.values()) + (0 if self._balance is None else self._balance.nbytes)
 
     def workspace_bytes(self, tokens: int) -> int:
-        """Scratch of a call with so many tokens, at the most demanding grid."""
+        """Return the bytes of scratch of one call, at the most demanding grid.
+
+        Args:
+            tokens: Rows M of x.
+        """
         shapes = [shape for shape, _ in self._runs.values()]
         return max(self._kernels.library.workspace_bytes(shape, self._kernels.sm, tokens) for shape in shapes)

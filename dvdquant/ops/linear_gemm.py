@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,13 @@ __all__ = ["decode_codes", "linear_gemm"]
 
 
 def decode_codes(codes: Tensor, path: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Inverse of :func:`dvdquant.ops.rotate_quantize.encode_codes`: uint8 bytes to code values [M, K]."""
+    """Return code values [M, K] from bytes: the inverse of :func:`dvdquant.ops.rotate_quantize.encode_codes`.
+
+    Args:
+        codes: uint8 [M, K/2] on s4 paths, [M, K] on others.
+        path: One of :data:`dvdquant.ops.repack.PATHS`.
+        dtype: dtype of the result.
+    """
     if path.startswith("s4"):
         return unpack_int4(codes).to(dtype)
     return codes.view(torch.float8_e4m3fn if path == "e4m3_group" else torch.int8).to(dtype)
@@ -36,21 +43,27 @@ def linear_gemm(
     path: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``y[m, n] = Σ_g s[g, m] Σ_{k∈g} c[m, k] · W[n, k] + bias[n]``, W the prepared weight; float64 on the CPU.
+    """Compute ``y[m, n] = Σ_g s[g, m] Σ_{k∈g} c[m, k] · W[n, k] + bias[n]``, W the prepared weight; float64 on the CPU.
 
     Args:
-        codes, scales, sums: from ``dvdquant::rotate_quantize`` with the same act_group and path. The sums are what
-            native s4 paths correct zero-points with; the CPU corrects the weight itself.
-        prepared: from ``dvdquant::prepare_weight`` with the same path.
-        rows: N. weight_groups, real_zero: of the packed weight. act_group: channels per activation scale, 0 for all.
-        dtype: of y; float16 or bfloat16 on CUDA.
+        codes: uint8 [M, K/2] or [M, K], from ``dvdquant::rotate_quantize`` with the same act_group and path.
+        scales: fp32 [groups, M], from the same call.
+        sums: fp32 [groups, M], from the same call. Native s4 paths correct zero-points with them; the CPU corrects the
+            weight itself.
+        prepared: uint8 [bytes], from ``dvdquant::prepare_weight`` with the same path.
+        rows: Output features N.
+        weight_groups: Groups per row of the packed weight.
+        real_zero: Whether the packed weight has real zero-points, uint8 [N, groups].
+        act_group: Channels per activation scale; 0 for the whole token.
+        path: One of :data:`dvdquant.ops.repack.PATHS`; on CUDA one that the device runs.
+        dtype: dtype of y; float16 or bfloat16 on CUDA.
 
     Returns:
         [M, N] of dtype.
 
     Raises:
-        ShapeError: the prepared weight or the scales do not belong to codes of that width.
-        UnsupportedError: an unknown path.
+        ShapeError: The prepared weight or the scales do not belong to codes of that width.
+        UnsupportedError: An unknown path.
     """
     layer = _layer(codes, rows, weight_groups, real_zero, act_group, path)
     values = decode_codes(codes, path)
@@ -65,38 +78,18 @@ def linear_gemm(
 
 
 @linear_gemm.register_fake
-def _linear_gemm_fake(
-    codes: Tensor,
-    scales: Tensor,
-    sums: Tensor,
-    prepared: Tensor,
-    rows: int,
-    weight_groups: int,
-    real_zero: bool,
-    act_group: int,
-    path: str,
-    dtype: torch.dtype,
-) -> Tensor:
+def _linear_gemm_fake(codes: Tensor, scales: Tensor, sums: Tensor, prepared: Tensor, rows: int, *rest: Any) -> Tensor:
+    dtype: torch.dtype = rest[-1]
     return codes.new_empty((codes.shape[0], rows), dtype=dtype)
 
 
 @linear_gemm.register_kernel("cuda")
-def _linear_gemm_cuda(
-    codes: Tensor,
-    scales: Tensor,
-    sums: Tensor,
-    prepared: Tensor,
-    rows: int,
-    weight_groups: int,
-    real_zero: bool,
-    act_group: int,
-    path: str,
-    dtype: torch.dtype,
-) -> Tensor:
+def _linear_gemm_cuda(codes: Tensor, scales: Tensor, sums: Tensor, prepared: Tensor, *rest: Any) -> Tensor:
+    *described, path, dtype = rest  # rows, weight_groups, real_zero, act_group
     if dtype not in DTYPE_NAMES:
         raise UnsupportedError(f"the kernels write no {dtype}", available=DTYPE_NAMES.values())
     kernels = require_kernels(codes.device)
-    shape = replace(_layer(codes, rows, weight_groups, real_zero, act_group, path), dtype=DTYPE_NAMES[dtype])
+    shape = replace(_layer(codes, *described, path), dtype=DTYPE_NAMES[dtype])  # type: ignore[call-arg]
     layer = layer_with_path(kernels, shape, path, act_bits=(4, 8))
     needed = kernels.plan(layer).prepared_bytes
     if prepared.numel() != needed:

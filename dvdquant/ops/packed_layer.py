@@ -18,7 +18,17 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """The tensors of one quantized layer as the op gets them; shapes in ``ops/quant_linear.py``."""
+    """The tensors of one quantized layer as the op gets them.
+
+    Args:
+        weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
+        scale: fp32 [N], the step of each row.
+        factor: uint8 [N, groups], 255 = 1.0.
+        zero: fp32 [N], or uint8 [N, groups] with real zero-points.
+        bias: fp32 [N].
+        hadamard: The inner rotation factor, fp32 [b, b].
+        outer: The outer rotation factor, fp32 [p, p].
+    """
 
     weight: Tensor
     scale: Tensor
@@ -29,16 +39,22 @@ class PackedLayer:
     outer: Tensor
 
     def stored(self) -> tuple[Tensor, ...]:
-        """What a prepared weight is made of."""
+        """Return the five tensors that a prepared weight is made of: (weight, scale, factor, zero, bias)."""
         return (self.weight, self.scale, self.factor, self.zero, self.bias)
 
 
 def layer_shape(x: Tensor, packed: PackedLayer, act_bits: int, act_group: int) -> LayerShape:
-    """The layer that the tensors describe.
+    """Return the layer that the tensors describe, for one input.
+
+    Args:
+        x: bf16 or fp16 [..., K].
+        packed: The tensors of the layer, on x's device.
+        act_bits: Bits of the activation codes.
+        act_group: Channels per activation scale; 0 for the whole token.
 
     Raises:
         ShapeError: x has another number of channels, or the tensors are on several devices.
-        UnsupportedError: a dtype the kernels have none for.
+        UnsupportedError: The kernels have no such dtype.
     """
     check_channels(x, 2 * packed.weight.shape[1])
     devices = {t.device for t in (x, *packed.stored(), packed.hadamard, packed.outer)}
@@ -51,16 +67,30 @@ def layer_shape(x: Tensor, packed: PackedLayer, act_bits: int, act_group: int) -
 
 
 def check_channels(x: Tensor, channels: int) -> None:
-    """ShapeError unless x is [..., channels]."""
+    """Refuse an x that is not [..., channels].
+
+    Args:
+        x: The input.
+        channels: Input features K of the layer.
+
+    Raises:
+        ShapeError: x has another number of channels, or no axis.
+    """
     if x.ndim == 0 or x.shape[-1] != channels:
         raise ShapeError(f"a layer of {channels} channels got a tensor of shape {tuple(x.shape)}")
 
 
 def packed_shape(packed: PackedLayer, dtype: torch.dtype, act_bits: int, act_group: int) -> LayerShape:
-    """The layer that the stored tensors and rotation factors describe, for activations of ``dtype``.
+    """Return the layer that the stored tensors and rotation factors describe, for activations of ``dtype``.
+
+    Args:
+        packed: The tensors of the layer.
+        dtype: bf16 or fp16, the dtype of x and y.
+        act_bits: Bits of the activation codes.
+        act_group: Channels per activation scale; 0 for the whole token.
 
     Raises:
-        UnsupportedError: a dtype the kernels have none for.
+        UnsupportedError: The kernels have no such dtype.
     """
     if dtype not in DTYPE_NAMES:
         raise UnsupportedError(f"the kernels have no {dtype} activations", available=DTYPE_NAMES.values())

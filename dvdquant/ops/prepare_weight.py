@@ -14,7 +14,13 @@ __all__ = ["packed_shape", "prepare_weight"]
 
 
 def packed_shape(weight: Tensor, weight_factor: Tensor, weight_zero: Tensor) -> LayerShape:
-    """n, k, weight_groups and real_zero of a packed weight."""
+    """Return n, k, weight_groups and real_zero of a packed weight.
+
+    Args:
+        weight: int8 [N, K/2].
+        weight_factor: uint8 [N, groups].
+        weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
+    """
     return LayerShape(weight.shape[0], 2 * weight.shape[1], weight_factor.shape[1], not weight_zero.is_floating_point())
 
 
@@ -25,14 +31,19 @@ def prepare_weight(
     """Repack or expand a weight once, for :func:`dvdquant.ops.linear_gemm.linear_gemm`.
 
     Args:
-        weight, weight_scale, weight_factor, weight_zero, bias: as in ``dvdquant::quant_linear``.
-        path: one of :data:`dvdquant.ops.repack.PATHS`; on CUDA one that the device runs.
+        weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
+        weight_scale: fp32 [N].
+        weight_factor: uint8 [N, groups].
+        weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
+        bias: fp32 [N].
+        path: One of :data:`dvdquant.ops.repack.PATHS`; on CUDA one that the device runs.
 
     Returns:
-        uint8 [bytes]: codes, fp32 row scales, row zero-points and bias, on s4_group factors and group zero-points.
+        uint8 [bytes]: codes, fp32 row scales, row zero-points and bias; on s4_group also factors and group zero-points.
 
     Raises:
-        UnsupportedError: an unknown path, or weight groups on s4_token.
+        ShapeError: A tensor has another shape or dtype than the others require.
+        UnsupportedError: An unknown path, or weight groups on s4_token or e4m3_group.
     """
     layer = packed_shape(weight, weight_factor, weight_zero)
     tensors = (weight, weight_scale, weight_factor, weight_zero, bias)

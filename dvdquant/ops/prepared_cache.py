@@ -1,4 +1,4 @@
-"""What the kernels need of a layer's stored tensors, made once: prepared weights, packed balances, facts about matrices."""
+"""Results that the kernels need of a layer's stored tensors, made once: prepared weights, balances, matrix checks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dvdquant.ops.balance import pack_balance
 from dvdquant.ops.cuda import KernelError
 from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.repack import LayerShape
+from dvdquant.system.torch_hooks import tensor_version
 
 if TYPE_CHECKING:
     from dvdquant.ops.cuda_linear import CudaKernels
@@ -22,11 +23,11 @@ __all__ = ["PreparedCache", "refuse_capture", "synchronize"]
 
 
 class PreparedCache:
-    """Prepared weights, each living as long as the packed weight tensor it was made from.
+    """Prepared weights, each kept as long as the packed weight tensor it was made from.
 
-    An entry is keyed by the weight tensor and :attr:`LayerPlan.form`, and made again when one of the five stored tensors
-    was replaced, moved or changed in place. On 8-bit paths it takes one byte per weight, beside the half byte of the packed one.
-    4- and 8-bit activations share an entry where their paths hold weights in the same form.
+    An entry is keyed by the weight tensor and :attr:`LayerPlan.form`. It is made again when one of the five stored
+    tensors was replaced, moved or changed in place. On 8-bit paths it takes one byte per weight, beside the half byte
+    of the packed one. 4- and 8-bit activations share an entry where their paths hold weights in the same form.
     """
 
     def __init__(self) -> None:
@@ -39,13 +40,18 @@ class PreparedCache:
         return sum(len(paths) for paths in self._entries.values())
 
     def get(self, kernels: CudaKernels, layer: LayerShape, packed: PackedLayer) -> Tensor:
-        """The prepared weight of a layer.
+        """Return the prepared weight of a layer, uint8 [plan.prepared_bytes]; make it if it is not there.
+
+        Args:
+            kernels: The kernels that prepare it.
+            layer: Shape and grids of the layer.
+            packed: The tensors of the layer.
 
         Raises:
-            KernelError: it would have to be made while a CUDA graph is being captured.
+            KernelError: It would have to be made while a CUDA graph is being captured.
         """
         key = kernels.plan(layer).form
-        state = tuple((t.data_ptr(), _version(t)) for t in packed.stored())
+        state = tuple((t.data_ptr(), tensor_version(t)) for t in packed.stored())
         with self._lock:
             paths = self._entries.setdefault(packed.weight, {})
             if key in paths and paths[key][0] == state:
@@ -58,20 +64,29 @@ class PreparedCache:
             return prepared
 
     def held_bytes(self, weight: Tensor) -> int:
-        """Bytes of the prepared weights made of this packed one."""
+        """Return the bytes of the prepared weights made of this packed weight.
+
+        Args:
+            weight: The packed weight tensor.
+        """
         with self._lock:
             return sum(prepared.nbytes for _, prepared in self._entries.get(weight, {}).values())
 
     def balance(self, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """:func:`pack_balance` of a layer's tensors, kept as long as they are; None where there are none.
+        """Return :func:`pack_balance` of a layer's tensors, kept as long as they are; None where both are None.
+
+        Args:
+            scale: fp32 [K], or None.
+            shift: fp32 [K], or None.
+            dtype: dtype of x.
 
         Raises:
-            KernelError: it would have to be made while a CUDA graph is being captured.
+            KernelError: It would have to be made while a CUDA graph is being captured.
         """
         key, other = (shift, None) if scale is None else (scale, shift)
         if key is None:
             return None
-        state = [(t.data_ptr(), _version(t), t.device) for t in (key, other) if t is not None]
+        state = [(t.data_ptr(), tensor_version(t), t.device) for t in (key, other) if t is not None]
         with self._lock:
             kept = self._balances.setdefault(key, {})
             if dtype in kept and kept[dtype][0] is other and kept[dtype][1] == state:
@@ -84,8 +99,15 @@ class PreparedCache:
             return rows
 
     def is_sylvester(self, hadamard: Tensor) -> bool:
-        """Whether ``hadamard`` is the Sylvester matrix / √b, the only inner factor the kernels have."""
-        version = _version(hadamard)
+        """Return whether ``hadamard`` is the Sylvester matrix / √b, the only inner factor that the kernels have.
+
+        Args:
+            hadamard: The inner rotation factor, fp32 [b, b].
+
+        Raises:
+            KernelError: It would have to be checked for the first time while a CUDA graph is being captured.
+        """
+        version = tensor_version(hadamard)
         with self._lock:
             known = self._sylvester.get(hadamard)
             if known is None or known[0] != version:
@@ -98,7 +120,15 @@ class PreparedCache:
 
 
 def refuse_capture(device: torch.device, why: str) -> None:
-    """KernelError if a CUDA graph is being captured."""
+    """Refuse to go on while a CUDA graph is being captured.
+
+    Args:
+        device: Where the layer is; nothing is refused on a CPU.
+        why: What would have to be done now, for the message.
+
+    Raises:
+        KernelError: A CUDA graph is being captured.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise KernelError(
             f"a quantized layer is being captured in a CUDA graph before it ever ran: {why}",
@@ -107,11 +137,10 @@ def refuse_capture(device: torch.device, why: str) -> None:
 
 
 def synchronize(tensor: Tensor) -> None:
-    """Wait for what was made on this stream, so that it can be used from every stream."""
+    """Wait for what was made on the current stream, so that every stream can use it.
+
+    Args:
+        tensor: A tensor that was just made; nothing happens on a CPU.
+    """
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
-
-
-def _version(tensor: Tensor) -> int:
-    # Inference tensors count no versions.
-    return 0 if tensor.is_inference() else tensor._version

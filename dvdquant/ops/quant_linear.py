@@ -34,41 +34,30 @@ def quant_linear(
     act_bits: int,
     act_group: int,
 ) -> Tensor:
-    """One quantized linear layer.
+    """Compute one quantized linear layer.
 
     Args:
-        x: [..., K] float32, float16 or bfloat16.
+        x: [..., K] float32, float16 or bfloat16; float64 is computed in float64 throughout.
         weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
-        weight_scale: fp32 [N]. weight_factor: uint8 [N, groups]. weight_zero: fp32 [N] or uint8 [N, groups].
+        weight_scale: fp32 [N], the step of each row.
+        weight_factor: uint8 [N, groups], 255 = 1.0.
+        weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
         bias: fp32 [N].
-        hadamard: fp32 [b, b]. outer: fp32 [p, p].
-        act_bits: 4, 6 or 8. act_group: channels per activation scale, 0 for the whole token.
+        hadamard: The inner rotation factor, fp32 [b, b].
+        outer: The outer rotation factor, fp32 [p, p].
+        act_bits: Bits of the activation codes: 4, 6 or 8.
+        act_group: Channels per activation scale; 0 for the whole token.
 
     Returns:
         [..., N] of x's dtype.
     """
-    # float64 in, float64 throughout: the judge of every other executor.
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return quant_linear_reference(
-        x, weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer, act_bits, act_group, compute
-    )
+    packed = (weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer)
+    return _reference(x, None, None, *packed, act_bits, act_group)
 
 
 @quant_linear.register_fake
-def _quant_linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_factor: Tensor,
-    weight_zero: Tensor,
-    bias: Tensor,
-    hadamard: Tensor,
-    outer: Tensor,
-    act_bits: int,
-    act_group: int,
-) -> Tensor:
-    torch._check(x.shape[-1] == 2 * weight.shape[1])  # type: ignore[no-untyped-call]
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _quant_linear_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return _output_of(x, weight)
 
 
 @torch.library.custom_op("dvdquant::balanced_quant_linear", mutates_args=())
@@ -86,21 +75,39 @@ def balanced_quant_linear(
     act_bits: int,
     act_group: int,
 ) -> Tensor:
-    """:func:`quant_linear` of :func:`balance_input`, for eager PyTorch on a GPU: the kernel that quantizes x balances it.
+    """Compute :func:`quant_linear` of :func:`balance_input`, for eager PyTorch on a GPU.
 
-    Graphs and compilers get the two apart.
+    The kernel that quantizes x also balances it. Graphs and compilers get the two operations apart.
+
+    Args:
+        x: [..., K] float32, float16 or bfloat16.
+        scale: fp32 [K], ± powers of two, or None.
+        shift: fp32 [K], subtracted from x, or None.
+        weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
+        weight_scale: fp32 [N], the step of each row.
+        weight_factor: uint8 [N, groups], 255 = 1.0.
+        weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
+        bias: fp32 [N].
+        hadamard: The inner rotation factor, fp32 [b, b].
+        outer: The outer rotation factor, fp32 [p, p].
+        act_bits: Bits of the activation codes: 4, 6 or 8.
+        act_group: Channels per activation scale; 0 for the whole token.
+
+    Returns:
+        [..., N] of x's dtype.
     """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x = balance_input(x, scale, shift)
-    return quant_linear_reference(
-        x, weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer, act_bits, act_group, compute
-    )
+    packed = (weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer)
+    return _reference(x, scale, shift, *packed, act_bits, act_group)
 
 
 @balanced_quant_linear.register_fake
 def _balanced_quant_linear_fake(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, *rest: Any
 ) -> Tensor:
+    return _output_of(x, weight)
+
+
+def _output_of(x: Tensor, weight: Tensor) -> Tensor:
     torch._check(x.shape[-1] == 2 * weight.shape[1])  # type: ignore[no-untyped-call]
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -118,8 +125,10 @@ def _balanced_quant_linear_cuda(x: Tensor, scale: Tensor | None, shift: Tensor |
 def _on_cuda(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
     *tensors, act_bits, act_group = rest
     y = quant_linear_cuda(x, PackedLayer(*tensors), act_bits, act_group, scale, shift)
-    if y is not None:
-        return y
+    return _reference(x, scale, shift, *rest) if y is None else y
+
+
+def _reference(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
+    # float64 in, float64 throughout: the judge of every other executor.
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x = balance_input(x, scale, shift)
-    return quant_linear_reference(x, *tensors, act_bits, act_group, compute)  # type: ignore[call-arg]
+    return quant_linear_reference(balance_input(x, scale, shift), *rest, compute)  # type: ignore[call-arg]

@@ -20,12 +20,12 @@ __all__ = ["dequantize_weight", "quant_linear_reference", "rotate_by_matrices"]
 
 
 def rotate_by_matrices(x: Tensor, hadamard: Tensor, outer: Tensor) -> Tensor:
-    """Block rotation of the last axis by explicit matrices: ``outerᵀ @ (x.view(…, q, p, b) @ hadamard)``.
+    """Rotate the last axis block by block with explicit matrices: ``outerᵀ @ (x.view(…, q, p, b) @ hadamard)``.
 
     Args:
         x: [..., K], K = q · p · b.
-        hadamard: [b, b], orthonormal.
-        outer: [p, p], orthonormal; [[1]] where the block is a power of two.
+        hadamard: [b, b], orthonormal, of x's dtype.
+        outer: [p, p], orthonormal, of x's dtype; [[1]] where the block is a power of two.
     """
     inner, cores = hadamard.shape[0], outer.shape[0]
     if inner == 1 and cores == 1:
@@ -40,12 +40,14 @@ def rotate_by_matrices(x: Tensor, hadamard: Tensor, outer: Tensor) -> Tensor:
 def dequantize_weight(
     weight: Tensor, scale: Tensor, factor: Tensor, zero: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The rotated weight the packed codes stand for, [N, K].
+    """Return the rotated weight that the packed codes stand for, [N, K] of ``dtype``.
 
     Args:
         weight: int8 or uint8 [N, K/2], low nibble = even k, signed codes −8..7.
-        scale: fp32 [N]. factor: uint8 [N, groups], 255 = 1.0. zero: fp32 [N], centred, or uint8 [N, groups] (see
-            :func:`dvdquant.numerics.packing.expand_zero`).
+        scale: fp32 [N].
+        factor: uint8 [N, groups], 255 = 1.0.
+        zero: fp32 [N], centred, or uint8 [N, groups] (see :func:`dvdquant.numerics.packing.expand_zero`).
+        dtype: dtype of the arithmetic and of the result.
     """
     codes = unpack_int4(weight).to(dtype)
     rows, features = codes.shape
@@ -67,9 +69,25 @@ def quant_linear_reference(
     act_group: int,
     compute: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The op in plain PyTorch, computed in ``compute`` and rounded to x's dtype; shapes as in :func:`quant_linear`.
+    """Compute the op in plain PyTorch, in ``compute``, and round to x's dtype.
 
     With ``compute=torch.float64`` the codes are those of an exact rotation: the reference for tolerances.
+
+    Args:
+        x: [..., K], floating.
+        weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
+        weight_scale: fp32 [N], the step of each row.
+        weight_factor: uint8 [N, groups], 255 = 1.0.
+        weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
+        bias: fp32 [N].
+        hadamard: The inner rotation factor, fp32 [b, b].
+        outer: The outer rotation factor, fp32 [p, p].
+        act_bits: Bits of the activation codes: 4, 6 or 8.
+        act_group: Channels per activation scale; 0 for the whole token.
+        compute: dtype of the arithmetic.
+
+    Returns:
+        [..., N] of x's dtype.
     """
     rotated = rotate_by_matrices(x.to(compute), hadamard.to(compute), outer.to(compute))
     quantized = fake_quantize_activation(rotated, act_bits, act_group)

@@ -75,12 +75,15 @@ class LayerShape:
     """``dvdq_layer`` of the C ABI.
 
     Args:
-        n: output features. k: input features, a multiple of 32 and of block · outer.
-        weight_groups: groups per weight row; 1 is a scale per row.
-        real_zero: whether zero is uint8 [N, groups] (z = byte/16 − 8) instead of fp32 [N].
-        block: order of the inner Hadamard factor, 1 for none. outer: order of the outer one, 1 for none.
-        act_bits: 4 or 8. act_group: channels per activation scale, 0 for the whole token.
-        dtype: ``bf16`` or ``fp16``, of x and y.
+        n: Output features N.
+        k: Input features K, a multiple of 32 and of block · outer.
+        weight_groups: Groups per weight row; 1 is one scale per row.
+        real_zero: Whether zero is uint8 [N, groups] (z = byte/16 − 8) instead of fp32 [N].
+        block: Order of the inner Hadamard factor; 1 for none.
+        outer: Order of the outer rotation factor; 1 for none.
+        act_bits: Bits of the activation codes: 4 or 8.
+        act_group: Channels per activation scale; 0 for the whole token.
+        dtype: dtype of x and y: ``bf16`` or ``fp16``.
     """
 
     n: int
@@ -96,7 +99,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class PreparedWeight:
-    """What a path multiplies: ``W[n, k] = row_scale[n] · [f[n, g]/255 ·] (w8[n, k] − zero)``.
+    """The arrays that a path multiplies: ``W[n, k] = row_scale[n] · [f[n, g]/255 ·] (w8[n, k] − zero)``.
 
     Args:
         codes: int8 [N, K/2] packed (s4), int8 [N, K] (s8), or uint8 [N, K] of e4m3 bytes.
@@ -118,17 +121,20 @@ class PreparedWeight:
 def prepare(
     layer: LayerShape, path: str, codes: Any, scale: Any, factor: Any, zero: Any, bias: Any = None
 ) -> PreparedWeight:
-    """Packed weight to prepared weight; arrays are numpy or CPU tensors.
+    """Make a prepared weight from a packed one; arrays are numpy or CPU tensors.
 
     Args:
-        layer: n, k, weight_groups and real_zero are read.
-        path: one of :data:`PATHS`.
-        codes: int8 or uint8 [N, K/2], low nibble = even k. scale: fp32 [N]. factor: uint8 [N, groups].
-        zero: fp32 [N], or uint8 [N, groups] with real_zero. bias: fp32 [N], or None for zeros.
+        layer: Its n, k, weight_groups and real_zero are read.
+        path: One of :data:`PATHS`.
+        codes: int8 or uint8 [N, K/2], low nibble = even k.
+        scale: fp32 [N].
+        factor: uint8 [N, groups].
+        zero: fp32 [N], or uint8 [N, groups] with real_zero.
+        bias: fp32 [N], or None for zeros.
 
     Raises:
-        ShapeError: an array has another shape or dtype than the layer says.
-        UnsupportedError: an unknown path, or s4_token or e4m3_group with weight groups.
+        ShapeError: An array has another shape or dtype than the layer says.
+        UnsupportedError: An unknown path, or s4_token or e4m3_group with weight groups.
     """
     if path not in PATHS:
         raise UnsupportedError(f"unknown path {path!r}", available=PATHS)
@@ -151,13 +157,20 @@ def prepare(
 
 
 def restore(layer: LayerShape, prepared: PreparedWeight, scale: Any, factor: Any, zero: Any) -> I8:
-    """Inverse of :func:`prepare`: the packed codes int8 [N, K/2] nearest to what a prepared weight stands for.
+    """Return the packed codes int8 [N, K/2] nearest to a prepared weight: the inverse of :func:`prepare`.
 
-    The very codes wherever the expansion was exact; and in rounded int8 rows, which moved a weight by at most 1/254 of
-    the row's largest, where the group's step is above 2/254 of it.
+    The result is exact wherever the expansion was exact. In int8 rows that were rounded, which moved a weight by at
+    most 1/254 of the row's largest, it is exact where the group's step is above 2/254 of that largest.
 
     Args:
-        scale, factor, zero: as they were given to :func:`prepare`.
+        layer: The layer that was given to :func:`prepare`.
+        prepared: The result of :func:`prepare`.
+        scale: fp32 [N], as it was given to :func:`prepare`.
+        factor: uint8 [N, groups], as it was given to :func:`prepare`.
+        zero: fp32 [N] or uint8 [N, groups], as it was given to :func:`prepare`.
+
+    Raises:
+        ShapeError: An array has another shape or dtype than the layer says.
     """
     if prepared.codes.shape[1] != layer.k:
         return prepared.codes.view(np.int8)
@@ -172,7 +185,12 @@ def restore(layer: LayerShape, prepared: PreparedWeight, scale: Any, factor: Any
 
 
 def dequantize(layer: LayerShape, prepared: PreparedWeight) -> F64:
-    """The weight [N, K] a prepared weight stands for, in float64."""
+    """Return the weight [N, K] that a prepared weight stands for, in float64.
+
+    Args:
+        layer: Its k and weight_groups are read.
+        prepared: The result of :func:`prepare` or :func:`from_bytes`.
+    """
     packed = prepared.codes.shape[1] != layer.k
     values = _unpacked(prepared.codes).astype(np.float64) if packed else _decoded(prepared.codes)
     zero = prepared.row_zero.astype(np.float64)[:, None]
@@ -186,9 +204,12 @@ def dequantize(layer: LayerShape, prepared: PreparedWeight) -> F64:
 
 
 def to_bytes(prepared: PreparedWeight) -> bytes:
-    """The prepared buffer as the device holds it: codes, row scales, row zeros, bias, [factors, [group zeros]].
+    """Return the prepared buffer as the device holds it: codes, row scales, row zeros, bias, [factors, [group zeros]].
 
     Every section starts at a multiple of 256 bytes (kernels/csrc/prepared.h).
+
+    Args:
+        prepared: The result of :func:`prepare`.
     """
     sections = [prepared.codes, prepared.row_scale, prepared.row_zero, prepared.bias]
     sections += [section for section in (prepared.factor, prepared.group_zero) if section is not None]
@@ -196,7 +217,16 @@ def to_bytes(prepared: PreparedWeight) -> bytes:
 
 
 def from_bytes(layer: LayerShape, path: str, buffer: bytes) -> PreparedWeight:
-    """Inverse of :func:`to_bytes`, as views of ``buffer``; ShapeError where its size is not that of the layer."""
+    """Return the prepared weight in a buffer, as views of it: the inverse of :func:`to_bytes`.
+
+    Args:
+        layer: Its n, k, weight_groups and real_zero are read.
+        path: One of :data:`PATHS`, the path it was prepared for.
+        buffer: The bytes of the prepared weight.
+
+    Raises:
+        ShapeError: The buffer has another size than the layer's.
+    """
     if len(buffer) != prepared_bytes(layer, path):
         raise ShapeError(f"a prepared weight of {len(buffer)} bytes", available=f"{prepared_bytes(layer, path)} bytes")
     arrays: list[Any] = []
@@ -209,7 +239,12 @@ def from_bytes(layer: LayerShape, path: str, buffer: bytes) -> PreparedWeight:
 
 
 def prepared_bytes(layer: LayerShape, path: str) -> int:
-    """Size of a prepared buffer."""
+    """Return the size of a prepared buffer in bytes.
+
+    Args:
+        layer: Its n, k, weight_groups and real_zero are read.
+        path: One of :data:`PATHS`.
+    """
     return sum(_padded(np.dtype(dtype).itemsize * math.prod(shape)) for dtype, shape in _sections(layer, path))
 
 
@@ -227,10 +262,20 @@ def _padded(size: int) -> int:
 
 
 def added_error(original: Any, layer: LayerShape, path: str, codes: Any, scale: Any, factor: Any, zero: Any) -> float:
-    """What the path's expansion adds: ``‖W_path − W_4bit‖² / ‖W_4bit − W‖²``, in float64.
+    """Return what the path's expansion adds: ``‖W_path − W_4bit‖² / ‖W_4bit − W‖²``, in float64; 0 if the latter is 0.
 
     Args:
-        original: the rotated weight W, fp32 [N, K], that the codes were found for.
+        original: The rotated weight W, fp32 [N, K], that the codes were found for.
+        layer: The layer that the arrays belong to.
+        path: One of :data:`PATHS`.
+        codes: int8 or uint8 [N, K/2], low nibble = even k.
+        scale: fp32 [N].
+        factor: uint8 [N, groups].
+        zero: fp32 [N], or uint8 [N, groups] with real_zero.
+
+    Raises:
+        ShapeError: An array has another shape or dtype than the layer says.
+        UnsupportedError: An unknown path, or s4_token or e4m3_group with weight groups.
     """
     packed, step, factors, zeros = _canonical(layer, codes, scale, factor, zero)
     grid = dequantize(layer, PreparedWeight(packed, step, np.zeros(layer.n, np.float32), step, factors, None))
@@ -244,7 +289,7 @@ def added_error(original: Any, layer: LayerShape, path: str, codes: Any, scale: 
 
 
 def _expand(packed: I8, step: F32, factors: U8, zeros: Any, path: str) -> tuple[I8 | U8, F32]:
-    """Expanded codes and row scales of some rows; ``step`` is Δ."""
+    """Return the expanded codes and row scales of some rows; ``step`` is Δ."""
     d = _unpacked(packed).astype(np.float32)
     features = d.shape[1]
     d -= _spread(_zero_points(zeros), features)
@@ -265,7 +310,7 @@ def _expand(packed: I8, step: F32, factors: U8, zeros: Any, path: str) -> tuple[
 
 
 def _row_kinds(zeros: Any, limit: np.float32) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], F32]:
-    """Per row, by its first zero-point: whether d is whole, whether 2d is odd, both within the limit; and max |d|."""
+    """Return per row, by its first zero-point: d is whole, 2d is odd (both only within the limit), and max |d|."""
     z = _zero_points(zeros)[:, 0]
     reach = np.maximum(np.abs(np.float32(-8) - z), np.abs(np.float32(7) - z))
     whole = z == np.rint(z)
@@ -301,18 +346,18 @@ def _array(name: str, value: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _zero_points(zeros: Any) -> F32:
-    """fp32 [N, 1] or [N, groups]."""
+    """Return zero-points as numbers, fp32 [N, 1] or [N, groups]."""
     points: F32 = expand_zero(torch.from_numpy(zeros.copy())).numpy()
     return points
 
 
 def _ratio(factors: U8) -> F32:
-    """f/255, fp32 [N, groups]."""
+    """Return f/255, fp32 [N, groups]."""
     return factors.astype(np.float32) / np.float32(255)
 
 
 def _spread(per_group: Any, features: int) -> Any:
-    """[N, groups] -> [N, K]; one group stays [N, 1] for broadcasting."""
+    """Spread [N, groups] to [N, K]; one group stays [N, 1] for broadcasting."""
     return per_group if per_group.shape[1] == 1 else np.repeat(per_group, features // per_group.shape[1], axis=1)
 
 
@@ -322,7 +367,7 @@ def _unpacked(packed: Any) -> I8:
 
 
 def _decoded(codes: I8 | U8) -> F64:
-    """int8 or e4m3 bytes as numbers."""
+    """Return int8 or e4m3 bytes as numbers, in float64."""
     if codes.dtype == np.int8:
         return codes.astype(np.float64)
     decoded: F64 = torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn).to(torch.float64).numpy()

@@ -17,7 +17,12 @@ __all__ = ["encode_codes", "rotate_quantize"]
 
 
 def encode_codes(codes: Tensor, path: str) -> Tensor:
-    """Codes int8 [M, K] as a path holds them: uint8 [M, K/2] packed (s4), [M, K] two's complement (s8) or e4m3."""
+    """Return codes as a path holds them: uint8 [M, K/2] packed (s4), [M, K] two's complement (s8) or [M, K] e4m3.
+
+    Args:
+        codes: int8 [M, K].
+        path: One of :data:`dvdquant.ops.repack.PATHS`.
+    """
     if path.startswith("s4"):
         return pack_int4(codes)
     if path == "e4m3_group":
@@ -33,16 +38,18 @@ def rotate_quantize(
 
     Args:
         x: [M, K] float32 (CPU only), float16 or bfloat16.
-        hadamard: fp32 [b, b], the Sylvester matrix / √b on CUDA. outer: fp32 [p, p].
-        act_bits: 4 or 8. act_group: channels per scale, 0 for the whole token.
-        path: one of :data:`dvdquant.ops.repack.PATHS`; on CUDA one that the device runs.
+        hadamard: The inner rotation factor, fp32 [b, b]; on CUDA the Sylvester matrix / √b.
+        outer: The outer rotation factor, fp32 [p, p].
+        act_bits: Bits of the activation codes: 4 or 8.
+        act_group: Channels per scale; 0 for the whole token.
+        path: One of :data:`dvdquant.ops.repack.PATHS`; on CUDA one that the device runs.
 
     Returns:
         codes uint8 [M, K/2] on s4 paths, [M, K] on others (:func:`encode_codes`); scales fp32 [groups, M]; token sums
         fp32 [groups, M], the sum of a group's codes.
 
     Raises:
-        UnsupportedError: an unknown path, or codes that it cannot hold.
+        UnsupportedError: An unknown path, or codes that it cannot hold.
     """
     _check(path, act_bits)
     rotated = rotate_by_matrices(x.to(torch.float32), hadamard, outer)

@@ -68,11 +68,19 @@ class QuantizedWeight:
     zero: Tensor
 
     def rows(self, part: slice) -> QuantizedWeight:
-        """Some rows, as views."""
+        """Return some rows, as views.
+
+        Args:
+            part: The rows.
+        """
         return QuantizedWeight(self.codes[part], self.scale[part], self.factor[part], self.zero[part])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``scale · (factor/255) · (codes − zero)`` [N, K], scales rounded to fp32 as every kernel does."""
+        """Return ``scale · (factor/255) · (codes − zero)`` [N, K], scales rounded to fp32 as every kernel does.
+
+        Args:
+            dtype: dtype of the result; float64 also computes in float64, all others in fp32.
+        """
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         groups = self.factor.shape[1]
         scale = (self.scale[:, None] * (self.factor.to(torch.float32) / 255)).to(compute)
@@ -97,7 +105,7 @@ class Grid:
 
 
 def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
-    """Quantizes a rotated weight as the recipe says.
+    """Quantize a rotated weight as the recipe says.
 
     The result is never worse, row by row, than the min-max grid of the same ``spec`` stored in the same format.
     A group of zeros in a row that is not all zero reconstructs exactly, except on the mid-rise grid, which has no level
@@ -105,15 +113,15 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
 
     Args:
         w: [N, K], fp32, bf16 or fp16 (fp64 is rounded to fp32).
-        spec: grid and solver.
+        spec: Zero-point, solver and group size of the grid.
 
     Returns:
         Codes and scales on the device of w.
 
     Raises:
-        ShapeError: w is not a non-empty [N, K], or the group size does not divide K.
+        ShapeError: w is not a non-empty [N, K], or the group size is odd or does not divide K.
         CheckpointError: w has NaN or Inf.
-        RecipeError: an unknown solver or zero-point, or an integer zero-point with groups.
+        RecipeError: An unknown solver or zero-point, or an integer zero-point with groups.
     """
     mode, solver = _check_names(spec.zero_point, spec.solver)
     if spec.zero_point == "paper" and spec.group_size:
@@ -121,6 +129,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
     groups = _check_shape(w, spec.group_size)
     if spec.group_size % 2:
         raise ShapeError(f"weight groups of {spec.group_size} are odd", available="even group sizes, or 0 for the row")
+    # 1. On a GPU: by the kernels where they take these rows, else by tensor operations.
     from dvdquant.quantize.backends import torch_grid as bgr_device
 
     if bgr_device.solves(w.device, spec.zero_point, spec.solver):
@@ -133,6 +142,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
         if kernels is not None and kernels.searches(w.shape[1], groups, spec.zero_point, spec.solver):
             search = kernels.search
         return QuantizedWeight(*search(exact, groups, spec.zero_point, spec.solver))
+    # 2. On the CPU, or by the paper's algorithm: by compiled loops, blocks of rows on all threads.
     from dvdquant.quantize.backends import (  # numba takes a second to import: only those who quantize pay for it
         numba_real as bgr_real,
     )
@@ -140,6 +150,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
 
     # Of groups the factors are searched afterwards, over the neighbourhood of each scale.
     starts = _STARTS if groups == 1 else 0
+    # Results, filled block by block through their numpy views.
     rows, features = w.shape
     codes = torch.empty(rows, features, dtype=torch.int8)
     scale, factor = torch.empty(rows), torch.empty(rows, groups, dtype=torch.uint8)
@@ -160,17 +171,24 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
 def refine_grid(
     w: Tensor, group_size: int = 0, zero_point: str = "midrise", solver: str = "search", iterations: int = _STEPS
 ) -> Grid:
-    """The grid of every row or group on its own, with exact scales and, for ``paper`` and ``real``, a zero-point each.
+    """Find the grid of every row or group on its own, with scales that are not rounded to the stored format.
+
+    ``paper`` and ``real`` have a zero-point for each row or group.
 
     Args:
         w: [N, K], floating.
-        group_size: weights that share a scale, any divisor of K; 0 is the row.
-        zero_point: as in the recipe.
-        solver: as in the recipe.
-        iterations: most descent steps; 0 shows the start of the descent. The error does not rise with it.
+        group_size: Weights that share a scale, any divisor of K; 0 is the row.
+        zero_point: ``midrise``, ``symmetric``, ``paper`` or ``real``.
+        solver: ``minmax``, ``paper`` or ``search``.
+        iterations: Most descent steps; 0 shows the start of the descent. The error does not rise with it.
+
+    Returns:
+        Scales, zero-points and errors on the CPU.
 
     Raises:
-        As :func:`quantize_weight`.
+        ShapeError: w is not a non-empty [N, K], or the group size does not divide K.
+        CheckpointError: w has NaN or Inf.
+        RecipeError: An unknown solver or zero-point.
     """
     mode, solver_code = _check_names(zero_point, solver)
     groups = _check_shape(w, group_size)
@@ -195,7 +213,12 @@ def refine_grid(
 
 
 def relative_mse(w: Tensor, quantized: QuantizedWeight | Tensor) -> float:
-    """``‖w − ŵ‖² / ‖w‖²`` in fp64; ŵ is a quantized weight or its dequantized tensor. 0 where both are zero."""
+    """Return ``‖w − ŵ‖² / ‖w‖²`` in fp64; 0 where both are zero, 1 where only ``‖w‖`` is.
+
+    Args:
+        w: [N, K], floating.
+        quantized: A quantized weight, or its dequantized tensor ŵ [N, K].
+    """
     total = error = 0.0
     step = max(1, _BLOCK // max(1, w.shape[-1]))
     for start in range(0, len(w), step):
@@ -211,7 +234,7 @@ def relative_mse(w: Tensor, quantized: QuantizedWeight | Tensor) -> float:
 
 
 def _squared_error(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """‖w − Δ(codes − z)‖² fp64 [N, groups] of the nearest codes in −8..7."""
+    """Return ‖w − Δ(codes − z)‖² fp64 [N, groups] of the nearest codes in −8..7."""
     errors = []
     for start, block in _row_blocks(w, _BLOCK // 8):
         rows = slice(start, start + len(block))
@@ -232,7 +255,11 @@ def _check_names(zero_point: str, solver: str) -> tuple[int, int]:
 
 
 def _check_shape(w: Tensor, group_size: int) -> int:
-    """The number of groups per row."""
+    """Return the number of groups per row.
+
+    Raises:
+        ShapeError: w is not a non-empty floating [N, K], or the group size does not divide K.
+    """
     if w.ndim != 2 or not w.numel() or not w.dtype.is_floating_point:
         raise ShapeError(f"a weight is a non-empty floating tensor [N, K], not {w.dtype} of shape {tuple(w.shape)}")
     features = w.shape[1]
@@ -246,9 +273,10 @@ def _check_shape(w: Tensor, group_size: int) -> int:
 
 
 def _for_row_blocks(w: Tensor, groups: int, work: Callable[[F32, F64, slice], None]) -> None:
-    """Calls ``work(normalized rows, their units, their place)`` for all rows, on as many threads as PyTorch may use.
+    """Call ``work(normalized rows, their units, their place)`` for all rows, on as many threads as PyTorch may use.
 
-    CheckpointError when there is a NaN or Inf.
+    Raises:
+        CheckpointError: w has NaN or Inf.
     """
     from dvdquant.quantize.backends.torch_rows import load_rows
 
@@ -285,7 +313,7 @@ def _nonfinite(w: Tensor) -> CheckpointError:
 
 
 def _row_blocks(w: Tensor, weights: int = _BLOCK) -> Iterator[tuple[int, Tensor]]:
-    """Slices of rows as contiguous fp32 on the CPU, and where each starts. A slice is valid until the next one."""
+    """Yield slices of rows as contiguous fp32 on the CPU, and where each starts; a slice is valid until the next."""
     step = max(1, weights // w.shape[1])
     w = w.detach()
     as_it_is = w.device.type == "cpu" and w.dtype == torch.float32 and w.is_contiguous()

@@ -1,7 +1,7 @@
 """Checkpoint → packed weights, one layer at a time.
 
 Of the checkpoint, one tensor is in memory; of its fp32 copy, a block of rows. What is finished is written at its final
-offset and journaled, so that a killed run goes on where it was.
+offset and journaled, so that a run that was killed continues where it stopped.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class PackedWeights:
     """The written weight files.
 
     Args:
-        tensors: name -> (path relative to the export, place in that file).
-        files: relative path -> size and SHA-256.
-        layers: the error table of the manifest.
-        nonfinite: tensors that held NaN or Inf and were accepted.
+        tensors: Name -> (path relative to the export, place in that file).
+        files: Relative path -> size and SHA-256.
+        layers: The error table of the manifest.
+        nonfinite: Names of tensors that held NaN or Inf and were accepted.
     """
 
     tensors: Mapping[str, tuple[str, TensorInfo]]
@@ -73,7 +73,13 @@ class PackedWeights:
 
 
 def plan_shards(plan: ModelPlan, component: str, shard_bytes: int = SHARD_BYTES) -> dict[str, list[Planned]]:
-    """The weight files of one transformer: relative path -> tensors in file order, split at ``shard_bytes``."""
+    """Return the weight files of one transformer: relative path -> tensors in file order.
+
+    Args:
+        plan: The plan of the model.
+        component: Name of the transformer, which the file names begin with.
+        shard_bytes: Size at which files are split, in bytes; a larger tensor has a file of its own.
+    """
     tensors: list[Planned] = [(n, d, s) for spec in plan.layers for n, (d, s) in spec.tensors().items()]
     tensors += [(name, dtype, shape) for name, (dtype, shape) in plan.kept.items()]
     shards: list[list[Planned]] = [[]]
@@ -92,7 +98,15 @@ def plan_shards(plan: ModelPlan, component: str, shard_bytes: int = SHARD_BYTES)
 
 
 def check_weights(checkpoint: Checkpoint, plan: ModelPlan) -> None:
-    """CheckpointError unless the checkpoint holds exactly the planned tensors, all of a floating dtype."""
+    """Refuse a checkpoint that does not hold exactly the planned tensors, all of a floating dtype.
+
+    Args:
+        checkpoint: The checkpoint.
+        plan: The plan of its model; tensors that it leaves out are not checked.
+
+    Raises:
+        CheckpointError: A tensor is missing, has another shape, or is not floating-point.
+    """
     unused = set(plan.left_out(checkpoint.tensors))
     checkpoint.check_shapes(plan.shapes, unused)
     for name, info in checkpoint.tensors.items():
@@ -116,22 +130,33 @@ def quantize_checkpoint(
     """Quantize every planned layer of ``checkpoint`` and store what stays, into ``transaction``'s tree.
 
     Args:
-        device: where inputs are predicted, and rows rotated and searched. Codes at rounding ties depend on it.
+        checkpoint: The checkpoint of one transformer.
+        plan: The plan of its model: layers, kept tensors, recipe.
+        transaction: The export; its journal says which steps are finished.
+        progress: Where stages and messages are shown.
+        component: Name of the transformer in the export.
+        allow_nonfinite: Replace NaN and Inf by 0 instead of refusing them.
+        device: Where inputs are predicted, and rows rotated and searched. Codes at rounding ties depend on it.
+
+    Returns:
+        The written files and the error table.
 
     Raises:
-        CheckpointError: a missing or misshapen tensor, NaN/Inf without ``allow_nonfinite``, or a value that the export cannot
-            hold.
-        ResourceError: the disk is full.
+        CheckpointError: A missing or misshapen tensor, NaN/Inf without ``allow_nonfinite``, or a value that the export
+            cannot hold.
+        ResourceError: The disk is full.
     """
     check_weights(checkpoint, plan)
     if unused := plan.left_out(checkpoint.tensors):
         progress.say(left_out_words(checkpoint, unused))
     limits = Magnitudes(plan)
     with _Files(plan, transaction, component) as files:
+        # 1. Predict the inputs, unless an earlier run finished all layers.
         finished = [files.finished(f"{component}:layer:{spec.name}", spec.tensors()) for spec in plan.layers]
         predicted = None
         if not all(finished):
             predicted = predict_inputs(checkpoint, plan, transaction, progress, component, device)
+        # 2. Quantize the layers that are not finished, one after another.
         layers, nonfinite = [], []
         total = plan.quantized_weights
         with progress.stage("quantize", total, "weights") as stage:
@@ -148,6 +173,7 @@ def quantize_checkpoint(
                 layers.append(data["entry"])
                 nonfinite += data["nonfinite"]
                 stage.update(spec.out_features * spec.features, spec.name)
+        # 3. Store the tensors that stay as they are, in batches.
         for index, batch in enumerate(_batches(plan)):
             step = f"{component}:kept:{index}"
             if not files.finished(step, batch):
@@ -157,17 +183,27 @@ def quantize_checkpoint(
                     bad += found
                 files.store(step, kept, {"nonfinite": bad})
             nonfinite += transaction.data(step)["nonfinite"]
+        # 4. Close the files and take their checksums.
         entries = files.finish(progress)
         return PackedWeights(files.places, entries, tuple(layers), tuple(nonfinite))
 
 
 def reading_bytes(info: TensorInfo) -> int:
-    """Memory that one tensor takes while it is read: fp8 lies beside its copy in bf16."""
+    """Return the bytes of memory that one tensor takes while it is read: fp8 lies beside its copy in bf16.
+
+    Args:
+        info: The tensor's entry in its file.
+    """
     return info.nbytes * (3 if info.dtype.startswith("F8") else 1)
 
 
 def left_out_words(checkpoint: Checkpoint, names: list[str]) -> str:
-    """What is said of the tensors that a checkpoint holds and its class does not use."""
+    """Return the message about the tensors that a checkpoint holds and its class does not use.
+
+    Args:
+        checkpoint: The checkpoint.
+        names: The tensors that are left out; the first three are named.
+    """
     return (
         f"{len(names)} tensors are left out, as diffusers does, because {checkpoint.class_name} does not use them: "
         f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
@@ -194,9 +230,11 @@ class _Files:
         self.places = {n: (relative, info) for relative, w in self._writers.items() for n, info in w.tensors.items()}
 
     def finished(self, step: str, names: Mapping[str, Any] | list[str]) -> bool:
+        """Return whether a step is in the journal and all its tensors are in the files."""
         return self._transaction.is_done(step) and all(n in self._writers[self.places[n][0]].written for n in names)
 
     def store(self, step: str, tensors: Mapping[str, Tensor], data: dict[str, Any]) -> None:
+        """Write the tensors of a step, sync their files, and then put the step with ``data`` into the journal."""
         crcs, touched = {}, set()
         for name, tensor in tensors.items():
             writer = self._writers[self.places[name][0]]
@@ -208,6 +246,7 @@ class _Files:
         self._transaction.done(step, {**data, "crc": crcs})
 
     def finish(self, progress: Progress) -> dict[str, FileEntry]:
+        """Finish all files; return relative path -> size and SHA-256."""
         with progress.stage("hash", sum(w.nbytes for w in self._writers.values()), "B") as stage:
             entries = {}
             for relative, writer in self._writers.items():
@@ -237,7 +276,7 @@ def _batches(plan: ModelPlan) -> Iterator[list[str]]:
 
 
 def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes, allow_nonfinite: bool) -> tuple[Tensor, list[str]]:
-    """One tensor, finite and within the limits, and its name if it had NaN or infinities that are 0 now.
+    """Read one tensor, finite and within the limits; return it, and its name if it had NaN or Inf, which are 0 now.
 
     fp8 comes as bf16, which holds all of its values: few operations know fp8, and so an export is the same as that of the
     converted checkpoint.
@@ -259,13 +298,13 @@ def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes, allow_nonfinite
 def _converted(
     checkpoint: Checkpoint, name: str, limits: Magnitudes, allow_nonfinite: bool, dtype: torch.dtype
 ) -> tuple[Tensor, list[str]]:
-    """One tensor that stays, in the dtype it is stored in, and its name if it had NaN or infinities."""
+    """Read one tensor that stays, in the dtype it is stored in; return it, and its name if it had NaN or infinities."""
     tensor, found = _read(checkpoint, name, limits, allow_nonfinite)
     return tensor.to(dtype), found
 
 
 def _zeroed(tensor: Tensor) -> Tensor:
-    """0 in the place of NaN and infinities."""
+    """Put 0 in the place of NaN and infinities."""
     return torch.where(torch.isfinite(tensor), tensor, torch.zeros((), dtype=tensor.dtype))
 
 
@@ -278,7 +317,7 @@ def _quantize_layer(
     allow_nonfinite: bool,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], LayerEntry, list[str]]:
-    """The packed tensors of one (merged) layer, its line of the error table, and its non-finite tensors."""
+    """Return the packed tensors of one (merged) layer, its line of the error table, and its non-finite tensors."""
     packed, scales, factors, zeros, biases = [], [], [], [], []
     bad: list[str] = []
     if known is not None and device.type != "cpu":
@@ -289,6 +328,7 @@ def _quantize_layer(
     for member, rows, has_bias in zip(spec.members, spec.rows, spec.biases):
         weight, found = _read(checkpoint, f"{member}.weight", limits, allow_nonfinite)
         bad += found
+        # 1. In chunks of rows: W·shift, balance, rotate, quantize (BGR), round with feedback, add up errors, pack.
         shifted = []
         step = max(1, CHUNK_WEIGHTS // spec.features)
         for start in range(0, rows, step):
@@ -307,6 +347,7 @@ def _quantize_layer(
             scales.append(quantized.scale)
             factors.append(quantized.factor)
             zeros.append(quantized.zero)
+        # 2. The bias of this member, with W·shift.
         bias = torch.zeros(rows)
         if has_bias:
             stored, found = _read(checkpoint, f"{member}.bias", limits, allow_nonfinite)
@@ -314,6 +355,7 @@ def _quantize_layer(
             bad += found
         # W·x = W·(x − shift) + W·shift, the second with the weight as it was.
         biases.append((bias.double() + torch.cat(shifted).cpu()).float() if shifted else bias)
+    # 3. Members of a merged layer, one below the other.
     parts = (packed, scales, factors, zeros, biases)
     tensors = dict(zip(spec.tensors(), (torch.cat(p).cpu() for p in parts)))
     limits.check_bias(checkpoint, spec, tensors[f"{spec.name}.bias"])
@@ -327,17 +369,21 @@ def _quantize_layer(
 
 
 def _shift(mean: Tensor, dtype: torch.dtype) -> Tensor:
-    """The constants [K] subtracted from a layer's inputs, as the graph has them; fp64.
+    """Return the constants [K] that are subtracted from a layer's inputs, as the graph has them; fp64.
 
-    Any will do. Channels whose mean is more than half of what ``dtype`` holds keep theirs: what is left of them might not fit.
+    Any constants are correct. Channels whose mean is more than half of what ``dtype`` holds keep theirs (the constant
+    is 0): what is left of them might not fit.
     """
     fits = mean.abs() <= torch.finfo(dtype).max / 2
     return torch.where(fits, mean, torch.zeros_like(mean)).to(dtype).double()
 
 
 class _ErrorSums:
-    """Squared errors of the layer and of min-max, summed over its chunks: of the weights, or of the outputs where something
-    is known of the inputs; then of every ``stride``-th row, as the sum over all takes longer than quantizing them."""
+    """Squared errors of a layer and of min-max, summed over its chunks.
+
+    They are errors of the weights, or of the outputs where something is known of the inputs. Output errors take only
+    every ``stride``-th row, as the sum over all rows takes longer than quantizing them.
+    """
 
     def __init__(self, known: LayerInputs | None, stride: int) -> None:
         self.known, self.stride = known, stride
@@ -345,7 +391,7 @@ class _ErrorSums:
         self.weight_energy = self.weight_error = 0.0
 
     def add(self, weight: Tensor, quantized: QuantizedWeight, plan: ModelPlan, start: int) -> None:
-        """Rows ``start`` and following of one member."""
+        """Add rows ``start`` and following of one member."""
         minmax = replace(plan.recipe.weight, solver="minmax")
         energy, error = _squared_errors(weight, quantized)
         self.weight_energy += energy
@@ -364,7 +410,11 @@ class _ErrorSums:
         self.minmax += _squared_errors(weight, baseline)[1]
 
     def entry(self, checkpoint: Checkpoint, spec: LayerSpec) -> LayerEntry:
-        """The line of ``spec``; CheckpointError where the sums overflowed."""
+        """Return the line of ``spec`` in the error table.
+
+        Raises:
+            CheckpointError: The sums overflowed.
+        """
         if not all(map(math.isfinite, (self.energy, self.error, self.minmax))):
             raise CheckpointError(
                 f"{checkpoint.root}: the error of {spec.name} cannot be computed: its weights, or the inputs predicted for it, "
@@ -390,7 +440,15 @@ class _ErrorSums:
 
 
 def rotate_rows(weight: Tensor, rotation: Rotation) -> Tensor:
-    """The rotated fp32 weight [N, K]; in place where the transform allows it, so pass a tensor of your own."""
+    """Rotate the rows of an fp32 weight; in place where the transform allows it, so pass a tensor of your own.
+
+    Args:
+        weight: fp32 [N, K]; it may be overwritten.
+        rotation: The rotation of the input channels.
+
+    Returns:
+        The rotated weight, fp32 [N, K].
+    """
     if rotation.identity:
         return weight
     if rotation.outer > 1 or not weight.is_contiguous() or weight.device.type != "cpu":
@@ -402,7 +460,7 @@ def rotate_rows(weight: Tensor, rotation: Rotation) -> Tensor:
 
 
 def _packed(codes: Tensor) -> Tensor:
-    """int8 [N, K] -> int8 [N, K/2]; the codes come from our own solver, so their range is not checked again."""
+    """Pack int8 [N, K] to int8 [N, K/2]; the codes come from our own solver, so their range is not checked again."""
     if codes.device.type != "cpu":
         return pack_int4(codes).view(torch.int8)
     packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.int8)
@@ -412,7 +470,7 @@ def _packed(codes: Tensor) -> Tensor:
 
 
 def _squared_errors(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
-    """(‖w‖², ‖w − ŵ‖²)."""
+    """Return (‖w‖², ‖w − ŵ‖²)."""
     if weight.device.type != "cpu":
         difference = weight - quantized.dequantize()
         return float(weight.double().square().sum()), float(difference.double().square().sum())
@@ -433,7 +491,13 @@ def _squared_errors(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, 
 
 
 def rotated_weight(checkpoint: Checkpoint, spec: LayerSpec, pre_quant_scale: Tensor | None = None) -> Tensor:
-    """The rotated weight [N, K] of a (merged) layer in fp32, for quantizers other than ours; balanced where the layer is."""
+    """Return the rotated weight [N, K] of a (merged) layer in fp32, for quantizers other than ours.
+
+    Args:
+        checkpoint: The checkpoint that holds the layer; NaN and infinities count as 0.
+        spec: The layer.
+        pre_quant_scale: fp32 [K], by which columns are divided where the layer is balanced; None where it is not.
+    """
     parts = []
     for member in spec.members:
         weight = _zeroed(checkpoint.read(f"{member}.weight").to(torch.float32, copy=True))

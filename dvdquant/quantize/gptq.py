@@ -1,4 +1,4 @@
-"""Codes that pass their rounding error on: each column's error is made up for by the columns that are rounded after it.
+"""Codes that pass their rounding error on: the columns that are rounded later compensate the error of each column.
 
 A grid of least squared weight error treats all inputs alike. With the second moments of the inputs, ``M = E[xᵀx]``, the
 error of the output is ``(w − ŵ) M (w − ŵ)ᵀ`` for every row, and rounding one column after the other while moving the rest
@@ -31,18 +31,19 @@ _LAZY, _LAZY_TENSORS = 256, 32
 
 
 def round_with_feedback(w: Tensor, grid: QuantizedWeight, moments: Tensor, damping: float = 0.05) -> QuantizedWeight:
-    """New codes on the same grid, for the rows of one matrix; :class:`Feedback` where they come in parts.
+    """Return new codes on the same grid, for all rows of one matrix; use :class:`Feedback` where rows come in parts.
 
     Args:
-        w: the rotated weight [N, K], floating.
-        grid: its BGR grid; scales, factors and zero-points are kept.
-        moments, damping: as :class:`Feedback` takes them.
+        w: The rotated weight [N, K], floating.
+        grid: Its BGR grid; scales, factors and zero-points are kept.
+        moments: Second moments of the rotated inputs, [K, K] or [K/b, b, b]; see :class:`Feedback`.
+        damping: λ, added to the diagonal as λ·mean(diag M); see :class:`Feedback`.
 
     Returns:
         The grid with new codes.
 
     Raises:
-        ShapeError: the moments do not fit K.
+        ShapeError: The moments do not fit K.
     """
     return Feedback(moments, damping).round(w, grid)
 
@@ -50,16 +51,16 @@ def round_with_feedback(w: Tensor, grid: QuantizedWeight, moments: Tensor, dampi
 class Feedback:
     """How the errors of a row are passed on: worked out once for a layer, used for all its rows.
 
-    Args:
-        moments: second moments of the rotated inputs, [K, K], or [K/b, b, b] for blocks along the diagonal, between which
-            nothing is passed on. Any scale; positive semidefinite.
-        damping: λ, added to the diagonal as λ·mean(diag M): how far the moments are trusted.
+    ``factors`` is what was worked out: fp64 [K/b, b, b], unit upper triangular; row i of a block says how the columns
+    after i move with its error.
 
-    ``factors`` is what was worked out: fp64 [K/b, b, b], unit upper triangular; row i of a block says how the columns after i
-    move with its error.
+    Args:
+        moments: Second moments of the rotated inputs, [K, K], or [K/b, b, b] for blocks along the diagonal, between
+            which nothing is passed on. Any scale; positive semidefinite.
+        damping: λ, added to the diagonal as λ·mean(diag M): the larger it is, the less the moments are trusted.
 
     Raises:
-        ShapeError: the moments are not square.
+        ShapeError: The moments are not square.
     """
 
     factors: Tensor
@@ -75,13 +76,25 @@ class Feedback:
 
     @classmethod
     def of_factors(cls, factors: Tensor) -> Feedback:
-        """From what an earlier one has worked out: fp64 [K/b, b, b], unit upper triangular."""
+        """Return the feedback that an earlier one has worked out.
+
+        Args:
+            factors: fp64 [K/b, b, b], unit upper triangular.
+        """
         feedback = cls.__new__(cls)
         feedback.factors = factors
         return feedback
 
     def round(self, w: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
-        """The grid of ``w`` [N, K] with new codes; ShapeError where K is not that of the moments."""
+        """Return the grid of ``w`` with new codes.
+
+        Args:
+            w: The rotated weight [N, K], floating.
+            grid: Its BGR grid; scales, factors and zero-points are kept.
+
+        Raises:
+            ShapeError: K is not that of the moments.
+        """
         features, (count, size, _) = w.shape[1], self.factors.shape
         if count * size != features:
             raise ShapeError(
@@ -97,7 +110,7 @@ class Feedback:
         return QuantizedWeight(codes, grid.scale, grid.factor, grid.zero)
 
     def _by_kernel(self, w: Tensor, grid: QuantizedWeight) -> Tensor | None:
-        """The codes by the CUDA kernel, or None where there is none for this device, row and block."""
+        """Return the codes by the CUDA kernel, or None where there is none for this device, row and block."""
         from dvdquant.quantize.backends.cuda_grid import quantizer_kernels
 
         kernels = quantizer_kernels(w.device)
@@ -108,7 +121,7 @@ class Feedback:
 
 
 def _passed_on(moments: Tensor, damping: float) -> Tensor:
-    """fp64 [n, b, b], upper triangular with ones on the diagonal: row i says how the columns after i move with its error."""
+    """Return fp64 [n, b, b], unit upper triangular: row i says how the columns after i move with its error."""
     level = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
     damped = torch.where(level > 0, moments / level.clamp(min=1e-300) + damping * identity, identity)
@@ -120,14 +133,18 @@ def _passed_on(moments: Tensor, damping: float) -> Tensor:
 
 
 def _compiled(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
-    """Codes [N, K], block after block. In fp32, as in the kernel: an error is below a step, and a column takes up some hundreds
-    of them. fp64 gives the same codes but for values within some 10⁻⁶ steps of a tie, and takes a quarter longer."""
+    """Return codes [N, K], rounded block after block by compiled loops, in fp32 as in the kernel.
+
+    fp32 is enough: an error is below a step, and a column takes up some hundreds of them. fp64 gives the same codes but
+    for values within some 10⁻⁶ steps of a tie, and takes a quarter longer.
+    """
     from dvdquant.quantize.backends.numba_rows import for_row_parts
 
     size, group = factors.shape[1], w.shape[1] // step.shape[1]
     codes = torch.empty(w.shape, dtype=torch.int8)
     steps, zeros, target = step.numpy(), zero.numpy(), codes.numpy()
     for block, factor in enumerate(factors.float()):
+        # Working copy [N, b] of a block's columns; every column moves with the errors of those before it.
         first = block * size
         left = w[:, first : first + size].to(torch.float32, copy=True)
         for start in range(0, size, _LAZY):
@@ -139,6 +156,7 @@ def _compiled(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
                 factor[columns, columns].numpy(), target[:, first + start : first + columns.stop], errors.numpy(),
             )  # fmt: skip
             for_row_parts(len(w), rounding)
+            # The columns after these take all their errors at once.
             if after:
                 left[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
     return codes
@@ -155,10 +173,14 @@ def _round_rows(
 
 
 def _on_device(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
-    """The same for a GPU: column by column for all rows and all blocks at once, as a kernel's start takes as long as the
-    arithmetic on a column."""
+    """Return codes [N, K], rounded by tensor operations for a GPU, in fp64.
+
+    It goes column by column for all rows and all blocks at once, as the start of a kernel takes as long as the
+    arithmetic on a column.
+    """
     (count, size, _), group = factors.shape, w.shape[1] // step.shape[1]
     step, zero = step.double(), zero.double()
+    # Working copy [b, blocks, N], column i of every block in left[i]; codes have the same layout.
     left = w.double().view(len(w), count, size).permute(2, 1, 0).contiguous()
     codes = torch.empty(left.shape, dtype=torch.int8, device=w.device)
     firsts = torch.arange(count, device=w.device) * size
@@ -177,7 +199,12 @@ def _on_device(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor
 
 
 def output_energy(w: Tensor, moments: Tensor) -> float:
-    """``tr(W M Wᵀ)`` of w [N, K] for moments [K, K] or [K/b, b, b]: the sum of squares of the outputs, computed in fp32."""
+    """Return ``tr(W M Wᵀ)``, the sum of squares of the outputs, computed in fp32.
+
+    Args:
+        w: [N, K], floating.
+        moments: M, [K, K] or blocks [K/b, b, b] along the diagonal.
+    """
     blocks = (moments if moments.ndim == 3 else moments[None]).to(w)
     parts = w.reshape(len(w), len(blocks), -1).transpose(0, 1)
     return float(((parts @ blocks) * parts).sum(dtype=torch.float64))

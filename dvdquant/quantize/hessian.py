@@ -1,8 +1,8 @@
-"""Second moments of the inputs of every layer, predicted from the checkpoint alone: nothing is generated, no data is read.
+"""Second moments of the inputs of every layer, predicted from the checkpoint alone, without data or generated clips.
 
-The model itself is asked, once: a batch of smooth random fields in the place of clips, each mixed with as much noise as its
-timestep says, and random words. The weights pass through memory one module at a time, so that a model of 13 billion
-parameters needs no more than its activations, its largest layer in fp32, and the moments.
+The model itself runs once, on a batch of smooth random fields in the place of clips, each mixed with as much noise as
+its timestep says, and on random words. The weights pass through memory one module at a time, so that a model of 13
+billion parameters needs no more than its activations, its largest layer in fp32, and the moments.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ _EXPONENTS = (-3, 12)
 
 @dataclass(frozen=True, eq=False)
 class InputMoments:
-    """What is predicted of the inputs of one layer, in the basis of the checkpoint (not rotated).
+    """Prediction about the inputs of one layer, in the basis of the checkpoint (not rotated).
 
     Args:
         triangles: fp32 [K/b, b·(b+1)/2], E[xᵀx] along the diagonal: the lower triangle of each block, row after row.
         weight_energy: fp32 [K], mean square of each column of the weight, over the rows of all members.
         mean: fp32 [K], E[x]; zeros where no input was seen.
-        tokens: how many inputs the moments are the mean of; 0 where none was seen and the moments are the identity.
+        tokens: Number of inputs the moments are the mean of; 0 where none was seen and the moments are the identity.
     """
 
     triangles: Tensor
@@ -65,18 +65,24 @@ class InputMoments:
 
     @classmethod
     def from_blocks(cls, blocks: Tensor, weight_energy: Tensor, tokens: int = 0) -> InputMoments:
-        """From symmetric blocks [K/b, b, b] of inputs with a mean of 0; their upper triangles are not read."""
+        """Return the moments of inputs with a mean of 0, from symmetric blocks.
+
+        Args:
+            blocks: [K/b, b, b], symmetric; their upper triangles are not read.
+            weight_energy: [K], mean square of each column of the weight.
+            tokens: Number of inputs the moments are the mean of.
+        """
         energy = weight_energy.float()
         return cls(_pack(blocks.float()), energy, torch.zeros_like(energy), tokens)
 
     @property
     def block(self) -> int:
-        """b, the order of a block."""
+        """Return b, the order of a block."""
         return (math.isqrt(8 * self.triangles.shape[1] + 1) - 1) // 2
 
     @property
     def blocks(self) -> Tensor:
-        """fp32 [K/b, b, b], a new tensor."""
+        """Return the symmetric blocks, fp32 [K/b, b, b], as a new tensor."""
         order = self.block
         full = torch.empty(len(self.triangles), order, order, dtype=self.triangles.dtype)
         for i in range(order):
@@ -87,7 +93,7 @@ class InputMoments:
 
     @property
     def input_energy(self) -> Tensor:
-        """fp32 [K], mean square of each input channel."""
+        """Return the mean square of each input channel, fp32 [K]."""
         rows = torch.arange(self.block)
         return self.triangles[:, rows * (rows + 3) // 2].flatten()
 
@@ -97,22 +103,37 @@ def _pack(blocks: Tensor) -> Tensor:
 
 
 def triangles_shape(spec: LayerSpec) -> tuple[int, int]:
-    """Of :attr:`InputMoments.triangles`."""
+    """Return the shape of :attr:`InputMoments.triangles`.
+
+    Args:
+        spec: The layer.
+    """
     order = moment_block(spec)
     return spec.features // order, order * (order + 1) // 2
 
 
 def moment_block(spec: LayerSpec) -> int:
-    """b: the largest multiple of the rotation's block up to 256 that divides K; the rotation's block where it is larger."""
+    """Return b, the order of a block of moments.
+
+    It is the largest multiple of the rotation's block up to 256 that divides K, or the rotation's block where that is
+    larger.
+
+    Args:
+        spec: The layer.
+    """
     step = spec.rotation.block
     return max((b for b in range(step, _BLOCK + 1, step) if spec.features % b == 0), default=step)
 
 
 def channel_signs(name: str, features: int) -> Tensor:
-    """Random signs [K], fp32, always the same for one ``name``: the bits of SHAKE-256 of it.
+    """Return random signs, fp32 [K], always the same for one ``name``: the bits of its SHAKE-256.
 
     A Hadamard matrix adds all channels of a block up in its first column, so inputs that are mostly positive (those behind a
     GELU) get one outlier per block from it. With random signs no direction is special.
+
+    Args:
+        name: Name of the layer.
+        features: Input features K.
     """
     digest = hashlib.shake_256(name.encode()).digest(-(-features // 8))
     bits = np.unpackbits(np.frombuffer(digest, np.uint8), count=features)
@@ -120,10 +141,13 @@ def channel_signs(name: str, features: int) -> Tensor:
 
 
 def balance_divisors(moments: InputMoments) -> Tensor:
-    """What to divide the input channels by, and multiply the weight's columns with, so that both sides vary alike.
+    """Return the divisors of the input channels, which multiply the weight's columns, so that both sides vary alike.
 
-    ``2^trunc(½·log2(rms_x/rms_w) − mean)``: powers of two, so that dividing is exact in 16 bit, rounded towards 1, so that
-    channels stay as they are that differ from the mean by less than a factor of four; within 2⁻³..2¹².
+    ``2^trunc(½·log2(rms_x/rms_w) − mean)``: powers of two, so that dividing is exact in 16 bit; rounded towards 1, so
+    that channels stay as they are that differ from the mean by less than a factor of four; within 2⁻³..2¹².
+
+    Args:
+        moments: Prediction about the layer's inputs.
 
     Returns:
         fp32 [K]. Channels without energy on either side get 1, and do not count in the mean.
@@ -139,9 +163,11 @@ def balance_divisors(moments: InputMoments) -> Tensor:
 
 
 def rotated_moments(moments: InputMoments, spec: LayerSpec, divisors: Tensor | None) -> Tensor:
-    """Second moments of the rotation of ``x / divisors``: ``Hᵀ D⁻¹ M D⁻¹ H``, block by block.
+    """Return the second moments of the rotation of ``x / divisors``: ``Hᵀ D⁻¹ M D⁻¹ H``, block by block.
 
     Args:
+        moments: Prediction about the layer's inputs.
+        spec: The layer; its rotation is read.
         divisors: [K], or None to divide by nothing.
 
     Returns:
@@ -166,23 +192,27 @@ def synthetic_moments(
     device: torch.device | str = "cpu",
     limits: Magnitudes | None = None,
 ) -> dict[str, InputMoments]:
-    """Moments of the inputs of every planned layer, by ``LayerSpec.name``.
+    """Predict the moments of the inputs of every planned layer, by ``LayerSpec.name``.
 
-    One forward in fp32 on :func:`synthetic_inputs`; every module's own parameters are read when it is
-    called and dropped afterwards, NaN and infinities as 0.
+    One forward in fp32 runs on :func:`synthetic_inputs`. Every module's own parameters are read when it is called and
+    dropped afterwards; NaN and infinities count as 0.
 
     Args:
-        levels: noise levels, one item of the batch each; fewer where the model runs at large sizes only.
-        seed: of the inputs. One seed gives one result for one number of threads.
-        device: where the model runs; what is predicted comes back to the CPU.
-        limits: refuses a value that the export could not hold, so that nothing is quantized before it is found.
+        checkpoint: The checkpoint of one transformer.
+        plan: The plan of its model.
+        progress: Where the stage is shown.
+        levels: Noise levels, one item of the batch each; fewer where the model runs at large sizes only.
+        seed: Seed of the inputs. One seed gives one result for one number of threads.
+        device: Where the model runs; what is predicted comes back to the CPU.
+        limits: Refuses a value that the export could not hold, so that nothing is quantized before it is found; or
+            None.
 
     Returns:
         The moments; the identity for layers that the forward does not reach, or reaches with values beyond fp32.
 
     Raises:
-        CheckpointError: a missing, misshapen or unreadable tensor, one beyond the limits, or a model that does not run.
-        ResourceError: the moments do not fit into memory (a rotation of whole rows needs all K² of them).
+        CheckpointError: A missing, misshapen or unreadable tensor, one beyond the limits, or a model that does not run.
+        ResourceError: The moments do not fit into memory (a rotation of whole rows needs all K² of them).
     """
     checkpoint.check_shapes(plan.shapes, set(plan.left_out(checkpoint.tensors)))
     _check_memory(plan)
@@ -196,6 +226,7 @@ def synthetic_moments(
                 collected.add_weight(name, value)
                 stage.update(value.numel(), name)
 
+        # 1. A model without weights, its inputs, and a hook at each layer that adds up what it gets.
         model = build_skeleton(plan.family.config, torch.float32)
         _move_buffers(model, device)
         inputs = {name: value.to(device) for name, value in synthetic_inputs(plan.family, levels, seed).items()}
@@ -203,6 +234,7 @@ def synthetic_moments(
             model.get_submodule(spec.members[0]).register_forward_pre_hook(collected.watch(spec))
             for spec in plan.layers
         ]
+        # 2. One forward; weights are read as they are needed.
         try:
             with streamed(model, checkpoint, loaded, device, limits):
                 model(**plan.family.forward_kwargs(inputs), return_dict=False)
@@ -217,6 +249,7 @@ def synthetic_moments(
         finally:
             for hook in hooks:
                 hook.remove()
+        # 3. Weights that the forward did not reach: their column energy is needed all the same.
         for name in sorted(unread & collected.wanted):
             loaded(name, _read(checkpoint, name, limits))
         stage.update(sum(math.prod(plan.shapes[name]) for name in unread))
@@ -227,7 +260,7 @@ class _Collected:
     """Sums over the inputs and the weights of every layer.
 
     The sums lie in one allocation: many of a few megabytes, made between the passing ones of a forward, left holes that took
-    as much memory as they did.
+    as much memory as the sums did.
     """
 
     def __init__(self, plan: ModelPlan) -> None:
@@ -242,17 +275,18 @@ class _Collected:
 
     @property
     def wanted(self) -> set[str]:
-        """Names of the weights whose energy is asked for."""
+        """Return the names of the weights whose energy is asked for."""
         return set(self._layer_of)
 
     def add_weight(self, name: str, value: Tensor) -> None:
+        """Add the squared norm of each column of a weight to its layer; other parameters are ignored."""
         layer = self._layer_of.get(name)
         if layer is not None:
             energy = torch.linalg.vector_norm(value, dim=0).square().cpu()
             self._energy[layer] = self._energy[layer] + energy if layer in self._energy else energy
 
     def watch(self, spec: LayerSpec) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """A forward pre-hook for the first member of ``spec``."""
+        """Return a forward pre-hook for the first member of ``spec``."""
         order, sums = moment_block(spec), self._triangles[spec.name]
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -264,7 +298,7 @@ class _Collected:
         return hook
 
     def take(self, spec: LayerSpec) -> InputMoments:
-        """The result of one layer, which is forgotten here; ordinary tensors, outside of inference mode."""
+        """Return the result of one layer and forget it here; outside inference mode these are ordinary tensors."""
         energy = self._energy.pop(spec.name) / spec.out_features
         triangles, tokens = self._triangles.pop(spec.name), self._tokens[spec.name]
         mean = self._sums.pop(spec.name)
@@ -278,11 +312,15 @@ class _Collected:
 
 
 def _move_buffers(model: nn.Module, device: torch.device | str) -> None:
-    """Move what a skeleton holds real values of; moving a placeholder would give each of its elements memory."""
+    """Move the buffers of a skeleton, which hold real values; moving a placeholder would give its elements memory."""
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+
+
+def _set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    for key, parameter in parameters.items():
+        setattr(module, key, parameter)
 
 
 @contextmanager
@@ -293,42 +331,47 @@ def streamed(
     device: torch.device | str = "cpu",
     limits: Magnitudes | None = None,
 ) -> Iterator[nn.Module]:
-    """Within this context, ``model`` computes with the checkpoint's weights, although it holds none of them.
+    """Let ``model`` compute with the checkpoint's weights within this context, although it holds none of them.
 
     Every module reads its own parameters when it is called, in fp32, NaN and infinities as 0, and gives them up when it
     returns or fails.
 
     Args:
-        model: a skeleton in fp32 (:func:`dvdquant.model.plan.build_skeleton`).
-        loaded: called with the name and the value of every parameter that was read.
-        device: where the parameters go; the caller moves buffers and inputs.
-        limits: refuses a value that an export could not hold.
+        model: A skeleton in fp32 (:func:`dvdquant.model.plan.build_skeleton`).
+        checkpoint: Where the parameters are read.
+        loaded: Called with the name and the value of every parameter that was read; or None.
+        device: Where the parameters go; the caller moves buffers and inputs.
+        limits: Refuses a value that an export could not hold; or None.
+
+    Yields:
+        The model.
     """
     hooks: list[Any] = []
-    placeholders = {name: dict(module._parameters) for name, module in model.named_modules()}
+    placeholders = {
+        name: dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        for name, module in model.named_modules()
+    }
 
     def load(prefix: str) -> Any:
         def hook(module: nn.Module, _args: tuple[Any, ...]) -> None:
-            for key, placeholder in placeholders[prefix].items():
-                if placeholder is None:
-                    continue
+            for key in placeholders[prefix]:
                 name = f"{prefix}.{key}" if prefix else key
                 value = _read(checkpoint, name, limits).to(device)
                 if loaded is not None:
                     loaded(name, value)
-                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+                setattr(module, key, nn.Parameter(value, requires_grad=False))
 
         return hook
 
     def drop(prefix: str) -> Any:
         def hook(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-            module._parameters.update(placeholders[prefix])
+            _set_parameters(module, placeholders[prefix])
 
         return hook
 
     try:
         for name, module in model.named_modules():
-            if any(p is not None for p in placeholders[name].values()):
+            if placeholders[name]:
                 hooks.append(module.register_forward_pre_hook(load(name)))
                 hooks.append(module.register_forward_hook(drop(name), always_call=True))
         yield model
@@ -336,7 +379,7 @@ def streamed(
         for handle in hooks:
             handle.remove()
         for name, module in model.named_modules():
-            module._parameters.update(placeholders[name])
+            _set_parameters(module, placeholders[name])
 
 
 def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes | None = None) -> Tensor:
@@ -345,11 +388,16 @@ def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes | None = None) -
         limits.check(checkpoint, name, value)
     if not value.dtype.is_floating_point:
         return value
-    return value.float().nan_to_num_(0.0, 0.0, 0.0)
+    # A copy, also of fp32: the tensor may be one that the checkpoint holds for others.
+    return value.to(torch.float32, copy=True).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def moments_bytes(plan: ModelPlan) -> int:
-    """Size of all layers' moments."""
+    """Return the size of all layers' moments in bytes.
+
+    Args:
+        plan: The plan of the model.
+    """
     return 4 * sum(math.prod(triangles_shape(spec)) for spec in plan.layers)
 
 

@@ -1,7 +1,7 @@
-"""What is predicted of every layer's input, kept beside the work of an export until its layers are quantized.
+"""Prediction about every layer's input, kept beside the work of an export until its layers are quantized.
 
-The run that predicts it takes as long as reading the checkpoint and one forward; an export that is resumed reads what the
-first one found, so that it ends with the same codes.
+The run that predicts it takes as long as reading the checkpoint and one forward. An export that is resumed reads what
+the first one found, so that it ends with the same codes.
 """
 
 from __future__ import annotations
@@ -44,15 +44,17 @@ KINDS = ("triangles", "energy", "mean", "tokens")
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What quantizing one layer uses.
+    """Facts about the input of one layer that its quantization uses.
 
     Args:
-        shift: fp32 [K], subtracted from the input, its product with the weight added to the bias; or None.
         divisors: fp32 [K], powers of two, with a sign each where the layer has signs and is rotated; the shifted input is
-            divided by them and the weight's columns are multiplied. Ones where the layer is not balanced.
-        moments: fp32 [K/b, b, b] of the divided and rotated input. Not less its mean: feedback then minds how far the shift
-            is from the mean of real inputs, and that was no worse on predicted inputs and better on real ones.
-        damping: for :class:`dvdquant.quantize.gptq.Feedback`.
+            divided by them and the weight's columns are multiplied. Their magnitudes are 1 where the layer is not
+            balanced.
+        moments: fp32 [K/b, b, b] of the divided and rotated input. The mean is not subtracted: feedback then minds how
+            far the shift is from the mean of real inputs. That was no worse on predicted inputs and better on real
+            ones.
+        damping: λ of :class:`dvdquant.quantize.gptq.Feedback`.
+        shift: fp32 [K], subtracted from the input, its product with the weight added to the bias; or None.
     """
 
     divisors: Tensor
@@ -62,12 +64,17 @@ class LayerInputs:
 
     @cached_property
     def feedback(self) -> Feedback:
-        """Of these moments."""
+        """Return the feedback of these moments, worked out once."""
         return Feedback(self.moments, self.damping)
 
 
 def layer_inputs(found: InputMoments, spec: LayerSpec) -> LayerInputs:
-    """What quantizing ``spec`` uses of its predicted moments."""
+    """Return what quantizing ``spec`` uses of its predicted moments.
+
+    Args:
+        found: Prediction about the layer's inputs, not rotated.
+        spec: The layer.
+    """
     divisors = balance_divisors(found) if spec.balanced else torch.ones(spec.features)
     if spec.signs and not spec.rotation.identity:
         divisors = divisors * channel_signs(spec.name, spec.features)
@@ -77,14 +84,22 @@ def layer_inputs(found: InputMoments, spec: LayerSpec) -> LayerInputs:
 
 
 class PredictedInputs:
-    """The predictions of one transformer, in a file."""
+    """The predictions of one transformer, in a file.
+
+    Args:
+        path: The safetensors file that :func:`predict_inputs` wrote.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._tensors: dict[str, TensorInfo] = dict(read_header(path).tensors)
 
     def layer(self, spec: LayerSpec) -> LayerInputs:
-        """Read one layer's."""
+        """Read the predictions of one layer.
+
+        Args:
+            spec: The layer.
+        """
         triangles, energy, mean, tokens = (self._read(f"{spec.name}.{kind}") for kind in KINDS)
         return layer_inputs(InputMoments(triangles, energy, mean, int(tokens)), spec)
 
@@ -93,7 +108,11 @@ class PredictedInputs:
 
 
 def noise_levels(plan: ModelPlan) -> int:
-    """How many noise levels the run looks at: 16, or what keeps it to minutes on a few cores."""
+    """Return how many noise levels the run uses: 16, or fewer, but at least 4, to keep it to minutes on a few cores.
+
+    Args:
+        plan: The plan of the model.
+    """
     return max(4, min(16, int(MOST_FLOPS / (2 * plan.all_weights * ITEM_TOKENS))))
 
 
@@ -105,13 +124,19 @@ def predict_inputs(
     component: str,
     device: torch.device | str = "cpu",
 ) -> PredictedInputs | None:
-    """Predict, or read what an interrupted export predicted; None for a recipe that ignores inputs.
+    """Predict, or read what an interrupted export predicted; return None for a recipe that ignores inputs.
 
     Args:
-        device: where the model runs.
+        checkpoint: The checkpoint of one transformer.
+        plan: The plan of its model.
+        transaction: The export; the predictions lie beside its tree.
+        progress: Where the stage is shown.
+        component: Name of the transformer in the export.
+        device: Where the model runs.
 
     Raises:
-        CheckpointError: the transformer does not run. ResourceError: the disk is full.
+        CheckpointError: A tensor cannot be used, or the transformer does not run.
+        ResourceError: The disk is full, or the moments do not fit into memory.
     """
     if plan.recipe.inputs != "synthetic" or not plan.layers:
         return None

@@ -1,4 +1,4 @@
-"""How large a weight may be for an export to hold it; checked as the weights are read, naming the tensor and its value."""
+"""Limits of the weights that an export can hold, checked as they are read; errors name the tensor and its value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _MOST_DIVISOR = 2.0**12
 
 
 def largest(tensor: Tensor) -> float:
-    """The largest magnitude among the finite values of a tensor of any floating dtype, in one pass where all are finite."""
+    """Return the largest magnitude among the finite values of a tensor, in one pass where all are finite; 0 for none.
+
+    Args:
+        tensor: A tensor of any floating dtype and shape.
+    """
     most = 0.0
     flat, step = tensor.reshape(-1), 1 << 22
     for start in range(0, flat.numel(), step):
@@ -40,9 +44,12 @@ def largest(tensor: Tensor) -> float:
 class Magnitudes:
     """The limits of every tensor of a checkpoint, for one plan.
 
-    A tensor that stays as it is has to be finite in the dtype it is stored in, and so do the bias and the weight of a quantized
-    layer: their products are formed in 16 bit on some engines. The squares of a quantized weight are summed in fp32 over rows
-    and columns, after they were multiplied by up to 2¹².
+    A tensor that stays as it is has to be finite in the dtype it is stored in, and so do the bias and the weight of a
+    quantized layer: their products are formed in 16 bit on some engines. The squares of a quantized weight are summed
+    in fp32 over rows and columns, after they were multiplied by up to 2¹².
+
+    Args:
+        plan: The plan of the model: layers, kept tensors, dtype.
     """
 
     def __init__(self, plan: ModelPlan) -> None:
@@ -50,10 +57,15 @@ class Magnitudes:
         self._layer_of = {member: spec for spec in plan.layers for member in spec.members}
 
     def check(self, checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
-        """Refuse ``tensor``, whose NaN and infinities do not count here.
+        """Refuse a tensor that the export cannot hold; its NaN and infinities do not count here.
+
+        Args:
+            checkpoint: Its checkpoint, for the message.
+            name: Name of the tensor in the checkpoint.
+            tensor: Its value, as stored.
 
         Raises:
-            CheckpointError: a finite value that the export cannot hold; with the way out.
+            CheckpointError: A finite value that the export cannot hold; the message says the way out.
         """
         if not tensor.dtype.is_floating_point:
             return
@@ -78,7 +90,13 @@ class Magnitudes:
         """Refuse rows that fit into the dtype before they are rotated, and not afterwards.
 
         Args:
-            rotated: fp32 [N, K]. A grid reaches up to twice as far as its weights.
+            checkpoint: The checkpoint, for the message.
+            spec: The layer.
+            member: The member of the layer that the rows are of.
+            rotated: fp32 [N, K], the rotated rows. A grid reaches up to twice as far as its weights.
+
+        Raises:
+            CheckpointError: A value is more than half of what the dtype holds.
         """
         value = largest(rotated)
         if value > torch.finfo(self._plan.dtype).max / 2:
@@ -89,7 +107,16 @@ class Magnitudes:
             )
 
     def check_bias(self, checkpoint: Checkpoint, spec: LayerSpec, bias: Tensor) -> None:
-        """Refuse the bias fp32 [N] of a merged layer, to which its shift was added."""
+        """Refuse the bias of a merged layer, to which its shift was added, if the dtype cannot hold it.
+
+        Args:
+            checkpoint: The checkpoint, for the message.
+            spec: The layer.
+            bias: fp32 [N].
+
+        Raises:
+            CheckpointError: A value is not finite, or more than the dtype holds.
+        """
         value = largest(bias)
         if not bool(torch.isfinite(bias).all()) or value > torch.finfo(self._plan.dtype).max:
             raise CheckpointError(

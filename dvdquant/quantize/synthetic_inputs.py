@@ -1,4 +1,4 @@
-"""Inputs a video transformer has never seen and runs on all the same: smooth random fields under noise, and random words."""
+"""Synthetic inputs on which any video transformer runs: smooth random fields under noise, and random words."""
 
 from __future__ import annotations
 
@@ -22,11 +22,17 @@ _FRAME_RATE = 25
 
 
 def synthetic_inputs(family: Family, levels: int = 16, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs of one forward on ``levels`` items, as ``family.sample`` names them; fp32, and whatever dtype is fixed.
+    """Make the inputs of one forward on ``levels`` items, by the names of ``family.sample``.
 
-    Item i is a smooth random field that plays the clip, mixed with noise as the family's scheduler does at the i-th of
-    ``levels`` timesteps from nearly none to pure noise. Channels that condition (an encoded image) and embeddings are
-    N(0, 1). At most 8192 tokens in all: where a model runs at one size only, and that is large, there are fewer items.
+    All are fp32, except those whose dtype is fixed. Item i is a smooth random field in the place of a clip, mixed with
+    noise as the family's scheduler does at the i-th of ``levels`` timesteps, from nearly none to pure noise. Channels
+    that condition (an encoded image) and embeddings are N(0, 1). There are at most 8192 tokens in all: a model that
+    runs at one size only, and a large one, gets fewer items.
+
+    Args:
+        family: The family of the model.
+        levels: Noise levels, one item of the batch each.
+        seed: Seed of all random values.
     """
     sizes, items = _sizes(family, levels)
     sizes = Sizes(sizes.frames, sizes.height, sizes.width, sizes.text_tokens, batch=items)
@@ -58,7 +64,7 @@ def synthetic_inputs(family: Family, levels: int = 16, seed: int = 0) -> dict[st
 
 
 def _sizes(family: Family, levels: int) -> tuple[Sizes, int]:
-    """Sizes of one item, and the number of items."""
+    """Return the sizes of one item, and the number of items."""
     patch, probe, config = family.patch(), family.probe(), family.config
     free = probe == tuple(2 * size for size in patch)
     frames, height, width = (count * size for count, size in zip(_PATCHES, patch)) if free else (patch[0], *probe[1:])
@@ -72,7 +78,7 @@ def _sizes(family: Family, levels: int) -> tuple[Sizes, int]:
 
 
 def _schedule(family: Family, items: int) -> tuple[Tensor, Tensor]:
-    """(timesteps [items] up to 1000, standard deviation [items] of the noise in a latent of unit variance)."""
+    """Return (timesteps [items] up to 1000, standard deviation [items] of the noise in a latent of unit variance)."""
     even = torch.arange(1, items + 1, dtype=torch.float64) / items
     if family.schedule == "flow":
         sigma = 3 * even / (1 + 2 * even)  # the shift of flow-matching schedulers, towards the noisy end
@@ -86,7 +92,12 @@ def _schedule(family: Family, items: int) -> tuple[Tensor, Tensor]:
 
 
 def smooth_field(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Random fields [B, C, F, H, W] whose neighbours are alike, as those of a clip are; every item of unit variance."""
+    """Return random fields [B, C, F, H, W] whose neighbours are alike, as in a clip; each item has variance 1.
+
+    Args:
+        shape: (B, C, F, H, W).
+        generator: Source of the random values, on the CPU.
+    """
     items, channels, *sizes = shape
     coarse = torch.randn(items, channels, *(max(2, size // 6) for size in sizes), generator=generator)
     field = nn.functional.interpolate(coarse, size=tuple(sizes), mode="trilinear", align_corners=True)
@@ -94,13 +105,13 @@ def smooth_field(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def _grid(family: Family, sizes: Sizes) -> tuple[int, int, int]:
-    """Tokens along each axis."""
+    """Return the number of tokens along each axis."""
     frames, height, width = (size // patch for size, patch in zip(sizes.at("opt"), family.patch()))
     return frames, height, width
 
 
 def _coordinates(family: Family, sizes: Sizes) -> Tensor:
-    """[3, tokens]: seconds, row and column in pixels of every token."""
+    """Return [3, tokens]: seconds, row and column in pixels of every token."""
     axes = [torch.arange(count, dtype=torch.float32) for count in _grid(family, sizes)]
     time, height, width = (scale * patch for scale, patch in zip(family.vae_scale, family.patch()))
     scales = torch.tensor([time / _FRAME_RATE, height, width])

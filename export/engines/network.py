@@ -17,7 +17,7 @@ __all__ = ["WeightMaps", "check_custom_ops", "parse_network", "read_model"]
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The graph without its external data."""
+    """Return the graph without its external data."""
     try:
         return onnx.load(str(path), load_external_data=False)
     except (OSError, ValueError, onnx.onnx_cpp2py_export.checker.ValidationError) as error:

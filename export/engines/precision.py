@@ -85,7 +85,7 @@ class EnginePlan:
 
 
 def choose_realization(backend: str, sm: str, activation: ActivationSpec, override: str = "auto") -> Realization:
-    """The realization of one graph on one SM.
+    """Return the realization of one graph on one SM.
 
     TensorRT: always the plugin, of 4 or 8 bits. TensorRT-RTX, ``auto``:
 

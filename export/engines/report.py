@@ -78,7 +78,7 @@ class BuildReport:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict for the manifest."""
+        """Return a plain dict for the manifest."""
         return asdict(self) | {"sms": list(self.sms), "warnings": list(self.warnings)}
 
     @classmethod

@@ -190,7 +190,7 @@ class BuildSettings:
 def build_settings(
     engine: EnginePlan, component: str, options: ExportOptions, hashes: Mapping[str, str], version: str
 ) -> BuildSettings:
-    """The settings ``options`` ask for.
+    """Return the settings ``options`` ask for.
 
     Args:
         hashes: SHA-256 of each graph, by relative path. version: of the engine's builder.

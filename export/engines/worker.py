@@ -83,7 +83,8 @@ def _monitor(trt: Any, each_phase: Callable[[], None]) -> Any:
 
 def _load_plugins(backend: Backend, builder: Any, plugins: tuple[str, ...]) -> None:
     """Register the libraries. They stay outside the engine: a library inside each engine is loaded once per engine, and
-    the engines of one process would each prepare their own copy of the packed weights."""
+    the engines of one process would each prepare their own copy of the packed weights.
+    """
     registry = builder.get_plugin_registry()
     for plugin in plugins:
         if registry.load_library(plugin) is None:

@@ -36,7 +36,7 @@ _DTYPES = {
 
 
 def graph_path(component: str, bits: int, flavour: str) -> str:
-    """The ONNX file of a flavour, relative to the export."""
+    """Return the path of a flavour's ONNX file, relative to the export."""
     return f"onnx/{component}_a{bits}{'_qdq' if flavour == 'onnx' else ''}.onnx"
 
 

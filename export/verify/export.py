@@ -63,7 +63,7 @@ def verify_export(
 
 
 def _worst(plan: ModelPlan, layers: Sequence[LayerEntry]) -> list[str]:
-    """The layers of ``plan`` with the largest weight errors."""
+    """Return the layers of ``plan`` with the largest weight errors."""
     names = {spec.name for spec in plan.layers}
     errors = {e["name"]: e["relative_mse"] or 0.0 for e in layers if e["name"] in names}
     return sorted(errors, key=lambda name: -errors[name])[:WORST]

@@ -107,7 +107,7 @@ class GraphCheck:
         return not self.faults()
 
     def faults(self) -> list[str]:
-        """What is out of bounds, the most telling first."""
+        """Return what is out of bounds, the most telling first."""
         found = [
             f"layer {c.name} is {c.error:.2e} from float64 on the input it had, and {c.bound:.2e} is the bound"
             for c in self.layers.failed[:3]
@@ -168,7 +168,7 @@ class GraphCheck:
 
 
 def load_quantized(plan: ModelPlan, tensors: Mapping[str, tuple[str, TensorInfo]], root: Path, bits: int) -> nn.Module:
-    """The quantized PyTorch model of an export, in its own dtype.
+    """Return the quantized PyTorch model of an export, in its own dtype.
 
     Args:
         tensors: name -> (weight file relative to ``root``, place), as in :class:`dvdquant.quantize.checkpoint.PackedWeights`.

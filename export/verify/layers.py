@@ -87,7 +87,8 @@ class LayersCheck:
 
 def choose_layers(specs: Iterable[LayerSpec], worst: Iterable[str] = (), limit: int = MAX_LAYERS) -> tuple[str, ...]:
     """The layers to judge, in module order: all up to ``limit``; of more an even spread with the first, the last and
-    those named in ``worst``."""
+    those named in ``worst``.
+    """
     names = [spec.name for spec in specs]
     if len(names) <= limit:
         return tuple(names)

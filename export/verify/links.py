@@ -68,7 +68,7 @@ def link_problems(
     components: Sequence[str],
     layers: Sequence[LayerEntry],
 ) -> list[str]:
-    """What does not fit, each a clause that names the file."""
+    """Return what does not fit, each a clause that names the file."""
     problems = [*_engine_problems(files, engines, components)]
     names = {entry["name"] for entry in layers}
     for component in components:
@@ -228,7 +228,8 @@ def _region(tensor: onnx.TensorProto) -> _Region | None:
 
 def _tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
     """All of them, and whether each is an initializer of the graph: those in attributes of nodes, in subgraphs and in
-    functions are not."""
+    functions are not.
+    """
     for tensor in model.graph.initializer:
         yield tensor, True
     for sparse in model.graph.sparse_initializer:
@@ -249,7 +250,7 @@ def _tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
 
 
 def _without_bits(model: onnx.ModelProto) -> bytes:
-    """The graph but for the activation grids of its quantized layers."""
+    """Return the serialized graph without the activation grids of its quantized layers."""
     import onnx
 
     copy = onnx.ModelProto()

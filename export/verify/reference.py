@@ -32,7 +32,7 @@ class Free:
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    """The quantized layers by name, in module order."""
+    """Return the quantized layers by name, in module order."""
     return {m.spec.name: m for m in model.modules() if isinstance(m, QuantLinear)}
 
 
@@ -72,7 +72,8 @@ class Reference:
 
     def led(self, inputs: Mapping[str, Tensor], ys: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """What the layers' ops receive, by name, and the output as ``sample``, where every quantized layer says ``ys``:
-        first in the model's dtype, then in float64. Nothing is rounded to codes on the way, so nothing is chaotic."""
+        first in the model's dtype, then in float64. Nothing is rounded to codes on the way, so nothing is chaotic.
+        """
         self._exact = self._exact or as_float64(self.model)
         rounded = {name: y.to(self.plan.dtype) for name, y in ys.items()}
         for model, given in ((self.model, inputs), (self._exact, self._wide(inputs))):
@@ -161,7 +162,7 @@ def as_float64(model: nn.Module) -> nn.Module:
     clone = copy.deepcopy(model, memo)
     for module in clone.modules():
         if not isinstance(module, QuantLinear):
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_floating_point():
-                    module._parameters[name] = nn.Parameter(parameter.double(), requires_grad=False)
+            for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if parameter.is_floating_point():
+                    setattr(module, name, nn.Parameter(parameter.double(), requires_grad=False))
     return clone

@@ -314,7 +314,7 @@ class _Stored:
         return float(nearest / best - 1) if best else 0.0
 
     def _wrong(self, name: str, how: str) -> ExportError:
-        """The error for something stored that is not the checkpoint's."""
+        """Return the error for something stored that is not the checkpoint's."""
         return ExportError(
             f"{name} of {self.component}: what is stored is not the checkpoint's: {how}",
             fix="remove the output folder and export again; if that says the same, report it with the model's config.json",

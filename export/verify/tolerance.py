@@ -56,7 +56,7 @@ class OpInputs:
         return (x, *self.tensors.values(), self.act_bits, self.act_group)
 
     def rows(self, part: slice) -> dict[str, Tensor]:
-        """The weight tensors of some output rows; floating ones in fp64."""
+        """Return the weight tensors of some output rows; floating ones in fp64."""
         cut = {name: self.tensors[name][part] for name in TENSORS}
         return {name: value.double() if value.is_floating_point() else value for name, value in cut.items()}
 
@@ -76,7 +76,8 @@ class Judged:
 
     def worst(self, got: Tensor) -> tuple[float, float, float]:
         """(|got − y| / bound, |got − y|, bound) where the first is largest: at most 1 where the executor is right,
-        infinite for a NaN out of nothing and for another shape."""
+        infinite for a NaN out of nothing and for another shape.
+        """
         if got.shape != self.y.shape:
             return float("inf"), float("nan"), float("nan")
         if not self.y.numel():
@@ -87,7 +88,7 @@ class Judged:
         return float(share[index]), float(distance.flatten()[index]), float(self.bound.flatten()[index])
 
     def excess(self, got: Tensor) -> float:
-        """The first of :meth:`worst`."""
+        """Return the first of :meth:`worst`."""
         return self.worst(got)[0]
 
 

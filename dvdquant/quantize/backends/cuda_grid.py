@@ -36,13 +36,24 @@ _SHARED_FLOATS = 99 * 1024 // 4 - 24
 
 
 class QuantizerKernels:
-    """The library's calls on tensors of one device, on its current stream."""
+    """The library's calls on tensors of one device, on its current stream.
+
+    Args:
+        library: The opened kernel library, or anything with its ``search_grid`` and ``round_feedback``.
+    """
 
     def __init__(self, library: KernelLibrary) -> None:
         self.library = library
 
     def searches(self, features: int, groups: int, zero_point: str, solver: str) -> bool:
-        """Whether :meth:`search` takes these rows."""
+        """Return whether :meth:`search` takes these rows.
+
+        Args:
+            features: Input features K of the weight.
+            groups: Groups per row; divides K.
+            zero_point: ``midrise``, ``symmetric`` or ``real``; others are not taken.
+            solver: ``minmax`` or ``search``; others are not taken.
+        """
         size = features // groups
         return (
             zero_point in GRID_ZERO_POINTS
@@ -54,14 +65,26 @@ class QuantizerKernels:
         )
 
     def rounds(self, features: int, groups: int, block: int) -> bool:
-        """Whether :meth:`round` takes these rows and blocks of moments."""
+        """Return whether :meth:`round` takes these rows and blocks of moments.
+
+        Args:
+            features: Input features K of the weight.
+            groups: Groups per row; divides K.
+            block: Order b of a block of moments.
+        """
         return self.searches(features, groups, "real", "search") and _UNIT <= block <= _MAX_BLOCK
 
     def search(self, w: Tensor, groups: int, zero_point: str, solver: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes int8 [N, K], scale fp32 [N], factor uint8 [N, groups], zero fp32 [N] or (``real``) uint8 [N, groups].
+        """Search the grid of a weight; return it with its nearest codes.
 
         Args:
             w: fp32 [N, K], finite, of a shape that :meth:`searches` takes.
+            groups: Groups per row; divides K.
+            zero_point: ``midrise``, ``symmetric`` or ``real``.
+            solver: ``minmax`` or ``search``.
+
+        Returns:
+            Codes int8 [N, K], scale fp32 [N], factor uint8 [N, groups], zero fp32 [N] or (``real``) uint8 [N, groups].
         """
         w = w.contiguous()
         rows, features = w.shape
@@ -75,9 +98,13 @@ class QuantizerKernels:
         return codes, scale, factor, zero
 
     def round(self, w: Tensor, scale: Tensor, factor: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
-        """Codes int8 [N, K] of w fp32 [N, K] on the grid (scale, factor, zero), rounded with feedback.
+        """Return codes int8 [N, K] of ``w`` on the grid (scale, factor, zero), rounded with feedback.
 
         Args:
+            w: fp32 [N, K], of a shape that :meth:`rounds` takes.
+            scale: fp32 [N].
+            factor: uint8 [N, groups].
+            zero: fp32 [N], or uint8 [N, groups] with real zero-points.
             factors: fp32 [K/b, b, b], unit upper triangular, on the device of w; b as :meth:`rounds` takes it.
         """
         w = w.contiguous()
@@ -98,7 +125,11 @@ def _pointers(codes: Tensor, scale: Tensor, factor: Tensor, zero: Tensor) -> Gri
 
 
 def quantizer_kernels(device: torch.device) -> QuantizerKernels | None:
-    """The kernels for a CUDA device, or None, said once: then tensor operations quantize."""
+    """Return the kernels of a CUDA device, or None, after one warning: then tensor operations quantize.
+
+    Args:
+        device: Any device; None is returned for others than CUDA, without a warning.
+    """
     return _opened() if device.type == "cuda" else None
 
 

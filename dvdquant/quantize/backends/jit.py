@@ -42,6 +42,12 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
 
     Only for loops that never see NaN or Inf. numba notices a change of the file a function is in, but not of a function
     it calls from another file: compiled functions that call each other stay in one file.
+
+    Args:
+        function: A function of numbers and numpy arrays that numba can compile.
+
+    Returns:
+        The compiled function, with the same arguments.
     """
     options = {"nogil": True, "fastmath": True}
     try:
@@ -78,7 +84,10 @@ def _say_no_cache(missing: str) -> None:
 
 
 class _Turn(threading.local):
-    """What this thread's outermost compilation holds. numba compiles one function at a time, with its callees inside."""
+    """State of this thread's outermost compilation: its depth, and the lock it holds.
+
+    numba compiles one function at a time, with its callees inside.
+    """
 
     depth = 0
     asked = False

@@ -1,4 +1,4 @@
-"""The compiled loop of rounding with feedback: four rows at a time, the columns that are left in SIMD lanes."""
+"""Compiled loop of rounding with feedback: four rows at a time, the remaining columns in SIMD lanes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ _NIL, _LOW, _HIGH = np.float32(0), np.float32(-8), np.float32(7)
 
 @jit
 def round_columns(left: F32, step: F32, zero: F32, group: int, first: int, factor: F32, codes: I8, errors: F32) -> None:
-    """Codes of a few hundred columns, each error passed on to the columns after it among these.
+    """Round a few hundred columns one by one, and pass each error on to the columns after it among these.
 
     Args:
-        left: [R, c], what is left to round; not changed. step, zero: [R, groups] of the whole row; a step of 0 stands for
-            a group of zeros. group: columns per group. first: place of the first column in the row.
-        factor: [c, c], row i: how the columns after i move with the error of column i.
-        codes: [R, c] and errors: [R, c], the results; errors may be [R, 0] where nobody asks for them.
+        left: fp32 [R, c], what is left to round; not changed.
+        step: fp32 [R, groups], Δ of every group of the whole row; 0 stands for a group of zeros.
+        zero: fp32 [R, groups], centred zero-point of every group of the whole row.
+        group: Columns per group.
+        first: Place of the first column in the row.
+        factor: fp32 [c, c], unit upper triangular; row i says how the columns after i move with the error of column i.
+        codes: int8 [R, c], written: the codes, −8..7.
+        errors: fp32 [R, c], written: the error of every column; [R, 0] where nobody asks for them.
     """
     size, wanted = left.shape[1], errors.shape[1] > 0
+    # rows, fp32 [_ROWS, c]: working copy of what is left to round; error, fp32 [_ROWS]: errors of the current column.
     rows, error = np.zeros((_ROWS, size), np.float32), np.zeros(_ROWS, np.float32)
     for start in range(0, left.shape[0], _ROWS):
         count = min(_ROWS, left.shape[0] - start)
@@ -35,6 +40,7 @@ def round_columns(left: F32, step: F32, zero: F32, group: int, first: int, facto
             for i in range(size):
                 rows[r, i] = left[start + r, i]
         for i in range(size):
+            # 1. Round column i of every row.
             place = (first + i) // group
             for r in range(count):
                 scale, centre = step[start + r, place], zero[start + r, place]
@@ -46,6 +52,7 @@ def round_columns(left: F32, step: F32, zero: F32, group: int, first: int, facto
                 error[r] = rows[r, i] - scale * (code - centre)
                 if wanted:
                     errors[start + r, i] = error[r]
+            # 2. Move the columns after it.
             # Views and plain counters: with rows[r, j] and j from i + 1 on, the loop is not vectorized.
             share, after = factor[i, i + 1 :], size - i - 1
             row0, row1, row2, row3 = rows[0, i + 1 :], rows[1, i + 1 :], rows[2, i + 1 :], rows[3, i + 1 :]

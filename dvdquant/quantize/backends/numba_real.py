@@ -54,7 +54,7 @@ _FACTORS, _ZEROS = 8, 8
 
 @jit
 def _moments(v: F32, scale: F64, zero: F64, lanes: F32, sums: F64) -> None:
-    """Σc, Σc², Σcw, fp64 [3, grids], of the nearest codes c = clamp(round(w/Δ + z), −8, 7) on every grid."""
+    """Write Σc, Σc², Σcw, fp64 [3, grids], of the nearest codes c = clamp(round(w/Δ + z), −8, 7) on every grid."""
     count, n = scale.shape[0], v.shape[0]
     inverse, shift = lanes[0, :count], lanes[1, :count]
     s0, s1, s2 = lanes[2, :count], lanes[3, :count], lanes[4, :count]
@@ -88,7 +88,10 @@ def _moments(v: F32, scale: F64, zero: F64, lanes: F32, sums: F64) -> None:
 
 @jit
 def _regress(n: int, total: float, sums: F64, scale: F64, zero: F64, gain: F64) -> None:
-    """(Δ, z) of least error for the codes behind ``sums``, and its gain; ``total`` is Σw. A hopeless grid gains −1."""
+    """Set (Δ, z) to those of least error for the codes behind ``sums``, and write the gain; ``total`` is Σw.
+
+    A grid that no regression can help keeps its (Δ, z) and gets the gain −1.
+    """
     for j in range(scale.shape[0]):
         s0, s1, s2 = sums[0, j], sums[1, j], sums[2, j]
         slope = max(s2 - s0 * total / n, 1e-30) / max(s1 - s0 * s0 / n, 1e-30)
@@ -102,7 +105,7 @@ def _regress(n: int, total: float, sums: F64, scale: F64, zero: F64, gain: F64) 
 
 @jit
 def _extent(v: F32) -> tuple[float, float, float, float]:
-    """min(w, 0), max(w, 0), Σw and Σw²."""
+    """Return min(w, 0), max(w, 0), Σw and Σw²."""
     low, high, total, energy = _f(0.0), _f(0.0), 0.0, 0.0
     for start in range(0, v.shape[0], _RUN):
         s, t = _f(0.0), _f(0.0)
@@ -118,7 +121,7 @@ def _extent(v: F32) -> tuple[float, float, float, float]:
 
 @jit
 def _error(v: F32, scale: Real, zero: Real) -> float:
-    """‖w − Δ(c − z)‖² of the nearest codes; fp64 sum."""
+    """Return ‖w − Δ(c − z)‖² of the nearest codes, summed in fp64."""
     inverse, total = _f(1.0) / scale, 0.0
     for k in range(v.shape[0]):
         d = v[k] - scale * (min(max(np.rint(v[k] * inverse + zero), _f(-8.0)), _f(7.0)) - zero)
@@ -128,7 +131,10 @@ def _error(v: F32, scale: Real, zero: Real) -> float:
 
 @jit
 def _to_front(scale: F64, zero: F64, gain: F64, kept: int) -> None:
-    """Moves the grid of highest gain to the front of every run of places kept, 2 kept, …; ``kept`` divides the count."""
+    """Move the grid of highest gain to the front of every run of places kept, 2 kept, …; ``kept`` divides the count.
+
+    Places i, i + kept, i + 2 kept, … compete with each other: afterwards place i < kept holds the best of them.
+    """
     for first in range(kept, scale.shape[0], kept):
         for i in range(kept):
             if gain[first + i] > gain[i]:
@@ -137,7 +143,10 @@ def _to_front(scale: F64, zero: F64, gain: F64, kept: int) -> None:
 
 @jit
 def _lay_ranges(low: float, high: float, rms: float, short: bool, scale: F64, zero: F64) -> int:
-    """Grids over [low, high], scales from more than the whole range down, for every place in turn; returns the scales."""
+    """Lay grids over [low, high] and return the number of scales.
+
+    Scales go down from more than the whole range; grid p · count + i has scale i and place p.
+    """
     count, places = (_SCALES_SHORT, _PLACES_SHORT) if short else (_SCALES_LONG, _PLACES_LONG)
     top = (high - low) / 15.0 * _WIDEST
     # No 16-level grid is best below about 0.12 rms, unless the range itself is short.
@@ -155,7 +164,7 @@ def _lay_ranges(low: float, high: float, rms: float, short: bool, scale: F64, ze
 
 @jit
 def _descend(v: F32, total: float, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, sums: F64) -> None:
-    """Nearest codes and regression in turn, on all grids, until none gains any more."""
+    """Find nearest codes and regress in turn, on all grids, until the sum of the gains stops rising."""
     before = -math.inf
     for _ in range(steps):
         risen = gain.sum()
@@ -168,7 +177,7 @@ def _descend(v: F32, total: float, steps: int, scale: F64, zero: F64, gain: F64,
 
 @jit
 def _zoom(v: F32, total: float, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, sums: F64) -> None:
-    """One regression of each grid around the best, ever closer. All arrays hold _SIDE² grids, the best in front."""
+    """Regress each grid around the best once, ever closer; all arrays hold _SIDE² grids, the best in front."""
     width = 1.0
     for _ in range(steps):
         s, z = scale[0], zero[0]
@@ -184,7 +193,8 @@ def _zoom(v: F32, total: float, steps: int, scale: F64, zero: F64, gain: F64, la
 
 @jit
 def _search(v: F32, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, sums: F64) -> tuple[float, float]:
-    """The best grid of a scan of ranges, refined from its highest gains: (scale, zero)."""
+    """Return the best grid of a scan of ranges, refined from its highest gains: (scale, zero)."""
+    # 1. Scan: one regression of every grid, then the best place of every scale to the front.
     n = v.shape[0]
     low, high, total, energy = _extent(v)
     short = n <= _SHORT
@@ -193,10 +203,12 @@ def _search(v: F32, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, su
     _moments(v, scale[:count], zero[:count], lanes, sums)
     _regress(n, total, sums, scale[:count], zero[:count], gain[:count])
     _to_front(scale[:count], zero[:count], gain[:count], kept)
+    # 2. Short segments: descend from all of them.
     if short:
         _descend(v, total, min(steps, _STEPS), scale[:kept], zero[:kept], gain[:kept], lanes, sums)
         _to_front(scale[:kept], zero[:kept], gain[:kept], 1)
         return scale[0], zero[0]
+    # 3. Long segments: zoom in on the highest peaks. The grids behind the first ``kept`` are free for it.
     most, s, z, around = -math.inf, 0.0, 0.0, slice(kept, kept + _SIDE * _SIDE)
     for _ in range(_PEAKS):
         peak = np.argmax(gain[:kept])
@@ -210,13 +222,16 @@ def _search(v: F32, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, su
 
 @jit
 def _products(n: int, total: float, sums: F64, j: int, zero: float) -> tuple[float, float]:
-    """⟨c − z, w⟩ and ⟨c − z, c − z⟩. Their error at Δ is ‖w‖² less Δ(2⟨c − z, w⟩ − Δ⟨c − z, c − z⟩)."""
+    """Return ⟨c − z, w⟩ and ⟨c − z, c − z⟩ of grid j.
+
+    The error at Δ is ‖w‖² less Δ(2⟨c − z, w⟩ − Δ⟨c − z, c − z⟩).
+    """
     return sums[2, j] - zero * total, sums[1, j] - 2.0 * zero * sums[0, j] + n * zero * zero
 
 
 @jit
 def _bounded_init(v: F32, scale: F64, zero: F64, lanes: F32, sums: F64) -> tuple[float, float]:
-    """The clip range with the least error among those shrunk by (δ_l, δ_u), min-max first: (scale, zero)."""
+    """Return the clip range of least error among those shrunk by (δ_l, δ_u), min-max first: (scale, zero)."""
     low, high, total, _ = _extent(v)
     count = _SHRINKS * _SHRINKS
     for i in range(_SHRINKS):
@@ -235,7 +250,7 @@ def _bounded_init(v: F32, scale: F64, zero: F64, lanes: F32, sums: F64) -> tuple
 
 @jit
 def _paper(v: F32, steps: int, scale: F64, zero: F64, lanes: F32, sums: F64) -> tuple[float, float]:
-    """Bounded init, then Δ', z' (a mean that is not rounded) and W_q in turn until the error stops falling."""
+    """Run the bounded init, then Δ', z' (a mean that is not rounded) and W_q in turn until the error stops falling."""
     n, total, least = v.shape[0], _extent(v)[2], math.inf
     s, z = best_s, best_z = _bounded_init(v, scale, zero, lanes, sums)
     for step in range(steps + 1):
@@ -259,7 +274,7 @@ def _paper(v: F32, steps: int, scale: F64, zero: F64, lanes: F32, sums: F64) -> 
 def _solve_row(
     v: F32, units: F64, solver: int, steps: int, grids: F64, lanes: F32, sums: F64, scales: F64, zeros: F64
 ) -> None:
-    """Scale (in the weight's own units; 0 for a group of zeros) and zero-point of every group."""
+    """Write scale (in the weight's own units; 0 for a group of zeros) and zero-point of every group."""
     size = v.shape[0] // units.shape[0]
     for g in range(units.shape[0]):
         scale, zeros[g] = 0.0, 0.0
@@ -278,13 +293,13 @@ def _solve_row(
 
 @jit
 def _code(zero: float) -> int:
-    """The byte of a zero-point, z = byte/16 − 8."""
+    """Return the byte of a zero-point, z = byte/16 − 8."""
     return int(min(max(np.rint((zero + 8.0) * 16.0), 0.0), 255.0))
 
 
 @jit
 def _stored_near(v: F32, step: float, near: float, zero: float, grids: F64, lanes: F32, sums: F64) -> tuple[int, int]:
-    """The best factor and zero-point byte around (near, z), each grid with codes of its own; Δ = step · factor."""
+    """Return the best factor and zero-point byte around (near, z), each grid with its own codes; Δ = step · factor."""
     total, count = _extent(v)[2], _FACTORS * _ZEROS
     first = min(max(int(np.rint(near)) - _FACTORS // 2, 1), 256 - _FACTORS)
     lowest = min(max(_code(zero) - _ZEROS // 2, 0), 256 - _ZEROS)
@@ -302,7 +317,7 @@ def _stored_near(v: F32, step: float, near: float, zero: float, grids: F64, lane
 
 @jit
 def _row_near(v: F32, scale: float, zero: float, grids: F64, lanes: F32, sums: F64) -> tuple[float, int]:
-    """The best scale and zero-point byte around (Δ, z) where the scale is fp32."""
+    """Return the best scale and zero-point byte around (Δ, z) where the scale is fp32."""
     total, n = _extent(v)[2], v.shape[0]
     lowest = min(max(_code(zero) - _ZEROS // 2, 0), 256 - _ZEROS)
     scales, zeros = grids[0, :_ZEROS], grids[1, :_ZEROS]
@@ -323,7 +338,7 @@ def _row_near(v: F32, scale: float, zero: float, grids: F64, lanes: F32, sums: F
 def _fit(
     v: F32, units: F64, solver: int, grids: F64, lanes: F32, sums: F64, scales: F64, zeros: F64, factors: U8, bytes_: U8
 ) -> tuple[float, float]:
-    """Factors and zero-point bytes beside the row's fp32 scale: returns (row scale, squared error of the row)."""
+    """Write factors and zero-point bytes beside the row's fp32 scale; return (row scale, squared error of the row)."""
     groups = units.shape[0]
     size = v.shape[0] // groups
     if groups == 1:
@@ -351,7 +366,7 @@ def _fit(
 
 @jit
 def _encode(v: F32, units: F64, scale: Real, factors: U8, bytes_: U8, codes: I8) -> None:
-    """Codes of the nearest levels under the stored scales and zero-points; 0, whose level is 0, for a group of zeros."""
+    """Write the codes of the nearest levels under the stored grids; 0, whose level is 0, for a group of zeros."""
     size = v.shape[0] // units.shape[0]
     for g in range(units.shape[0]):
         stored = float(scale * (_f(factors[g]) / _f(255.0)))
@@ -363,7 +378,20 @@ def _encode(v: F32, units: F64, scale: Real, factors: U8, bytes_: U8, codes: I8)
 
 @jit
 def solve_rows(v: F32, units: F64, solver: int, steps: int, scales: F64, zeros: F64) -> None:
-    """Scales and zero-points, fp64 [R, groups], of normalized rows v [R, K]."""
+    """Find the scale and the real zero-point of every group of normalized rows.
+
+    Args:
+        v: fp32 [R, K], normalized by :func:`dvdquant.quantize.backends.torch_rows.load_rows`.
+        units: fp64 [R, groups], the unit of every group; 0 for a group of zeros.
+        solver: MINMAX, PAPER or SEARCH.
+        steps: Most descent steps.
+        scales: fp64 [R, groups], written: Δ in the weight's own units; 0 for a group of zeros.
+        zeros: fp64 [R, groups], written: centred zero-points, not rounded to bytes.
+    """
+    # Scratch for up to _MOST grids at once, one grid a column.
+    # grids, fp64 [3, _MOST]: scale, zero-point, gain.
+    # lanes, fp32 [5, _MOST]: 1/Δ, z, and the sums Σc, Σc², Σcw of one run of weights.
+    # sums, fp64 [3, _MOST]: Σc, Σc², Σcw of the whole segment.
     grids, lanes, sums = np.empty((3, _MOST)), np.empty((5, _MOST), np.float32), np.empty((3, _MOST))
     for r in range(v.shape[0]):
         _solve_row(v[r], units[r], solver, steps, grids, lanes, sums, scales[r], zeros[r])
@@ -373,12 +401,27 @@ def solve_rows(v: F32, units: F64, solver: int, steps: int, scales: F64, zeros: 
 def quantize_rows(
     v: F32, units: F64, solver: int, steps: int, codes: I8, row_scales: F32, factors: U8, row_zeros: U8
 ) -> None:
-    """Normalized rows v [R, K] to codes [R, K], row scale [R], factor and zero-point byte [R, groups].
+    """Quantize normalized rows on grids with a real zero-point per group.
 
     The min-max grid comes first and wins ties.
+
+    Args:
+        v: fp32 [R, K], normalized by :func:`dvdquant.quantize.backends.torch_rows.load_rows`.
+        units: fp64 [R, groups], the unit of every group; 0 for a group of zeros.
+        solver: MINMAX, PAPER or SEARCH.
+        steps: Most descent steps.
+        codes: int8 [R, K], written: −8..7.
+        row_scales: fp32 [R], written: the scale of each row.
+        factors: uint8 [R, groups], written: 1..255.
+        row_zeros: uint8 [R, groups], written: zero-point bytes, z = byte/16 − 8.
     """
     groups = factors.shape[1]
+    # Scratch for up to _MOST grids at once, one grid a column.
+    # grids, fp64 [3, _MOST]: scale, zero-point, gain.
+    # lanes, fp32 [5, _MOST]: 1/Δ, z, and the sums Σc, Σc², Σcw of one run of weights.
+    # sums, fp64 [3, _MOST]: Σc, Σc², Σcw of the whole segment.
     grids, lanes, sums = np.empty((3, _MOST)), np.empty((5, _MOST), np.float32), np.empty((3, _MOST))
+    # One value a group: solved scale and zero-point, then the stored factor and zero-point byte of this attempt.
     scales, zeros = np.empty(groups), np.empty(groups)
     trial, trial_bytes = np.empty(groups, np.uint8), np.empty(groups, np.uint8)
     for r in range(v.shape[0]):
@@ -386,6 +429,7 @@ def quantize_rows(
         factors[r].fill(255)
         row_zeros[r].fill(128)
         if units[r].max() > SCALE_FLOOR:
+            # Attempt 0 is min-max, attempt 1 the solver.
             for attempt in range(1 if solver == MINMAX else 2):
                 kind = solver if attempt > 0 else MINMAX
                 _solve_row(v[r], units[r], kind, steps, grids, lanes, sums, scales, zeros)

@@ -31,7 +31,13 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 
 def for_row_parts(rows: int, work: Callable[[slice], None], multiple: int = _LANES) -> None:
-    """Call ``work`` for slices that cover ``rows``, on as many threads as PyTorch may use; re-raises what it raises."""
+    """Call ``work`` for slices that cover ``rows``, on as many threads as PyTorch may use; re-raise what it raises.
+
+    Args:
+        rows: Number of rows.
+        work: Called with one slice of rows, in any thread.
+        multiple: Rows of a slice are a multiple of this, but for the last.
+    """
     threads = max(1, torch.get_num_threads())
     pool = _pool(os.getpid(), threads)
     parts = 4 * threads
@@ -42,7 +48,14 @@ def for_row_parts(rows: int, work: Callable[[slice], None], multiple: int = _LAN
 
 @jit
 def hadamard_rows(w: F32, order: int, scale: float) -> None:
-    """In place: every block of ``order`` (a power of two) of w [R, K] times the Sylvester matrix times ``scale``."""
+    """Multiply every block of each row with the Sylvester matrix times ``scale``, in place.
+
+    Args:
+        w: fp32 [R, K], changed in place.
+        order: Columns of a block, a power of two that divides K.
+        scale: Factor of the result; order^(−1/2) makes the transform orthonormal.
+    """
+    # tile, fp32 [order, _LANES]: one block of _LANES rows, transposed.
     tile = np.empty((order, _LANES), np.float32)
     factor = np.float32(scale)
     for first in range(0, w.shape[0], _LANES):
@@ -68,7 +81,12 @@ def hadamard_rows(w: F32, order: int, scale: float) -> None:
 
 @jit
 def pack_rows(codes: I8, packed: I8) -> None:
-    """codes [R, K] in −8..7 to packed [R, K/2], low nibble = even k."""
+    """Pack two codes to a byte, low nibble = even k.
+
+    Args:
+        codes: int8 [R, K], −8..7.
+        packed: int8 [R, K/2], written.
+    """
     for r in range(codes.shape[0]):
         for k in range(packed.shape[1]):
             packed[r, k] = np.int8((codes[r, 2 * k] & 15) | (codes[r, 2 * k + 1] << 4))
@@ -76,9 +94,15 @@ def pack_rows(codes: I8, packed: I8) -> None:
 
 @jit
 def squared_errors(w: F32, codes: I8, scale: F32, factor: U8, zero: F32, out: F64) -> None:
-    """Adds to out: ‖w‖² and ‖w − ŵ‖² of w [R, K] and its codes, in fp32 per group and fp64 between groups.
+    """Add ‖w‖² and ‖w − ŵ‖² to ``out``, summed in fp32 within a group and in fp64 between groups.
 
-    zero is that of :func:`dvdquant.numerics.packing.expand_zero`, [R, 1] or [R, groups].
+    Args:
+        w: fp32 [R, K].
+        codes: int8 [R, K], −8..7.
+        scale: fp32 [R].
+        factor: uint8 [R, groups], 255 = 1.0.
+        zero: fp32 [R, 1] or [R, groups], from :func:`dvdquant.numerics.packing.expand_zero`.
+        out: fp64 [2], added to: ‖w‖² and ‖w − ŵ‖².
     """
     size = w.shape[1] // factor.shape[1]
     for r in range(w.shape[0]):

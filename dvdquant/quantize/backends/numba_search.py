@@ -46,7 +46,7 @@ _SHRINKS, _SHRINK = 14, 0.04
 
 @jit
 def _moments(v: F32, inverse: Real, half: Real, low: Real, high: Real) -> tuple[float, float]:
-    """S1, S2 of the nearest levels for one scale; inverse = 1/Δ."""
+    """Return S1, S2 of the nearest levels for one scale; inverse = 1/Δ."""
     s1, s2 = _f(0.0), _f(0.0)
     for k in range(v.shape[0]):
         q = min(max(np.rint(v[k] * inverse - half), low), high) + half
@@ -57,7 +57,7 @@ def _moments(v: F32, inverse: Real, half: Real, low: Real, high: Real) -> tuple[
 
 @jit
 def _moments_of_scales(v: F32, inverse: F32, half: Real, low: Real, high: Real, s1: F32, s2: F32) -> None:
-    """S1, S2 [scales] for many scales, of an even number of weights: pairs save loads and stores of the sums."""
+    """Write S1, S2 [scales] for many scales, of an even number of weights: pairs save loads and stores of the sums."""
     s1[:], s2[:] = _NIL, _NIL
     for k in range(0, v.shape[0], 2):
         a, b = v[k], v[k + 1]
@@ -70,13 +70,14 @@ def _moments_of_scales(v: F32, inverse: F32, half: Real, low: Real, high: Real, 
 
 @jit
 def _gain(v: F32, scale: float, half: Real, low: Real, high: Real) -> float:
+    """Return the gain S1²/S2 of one scale; 0 where all levels are 0."""
     s1, s2 = _moments(v, _f(1.0 / scale), half, low, high)
     return s1 * s1 / s2 if s2 > 0.0 else 0.0
 
 
 @jit
 def _error(v: F32, scale: Real, half: Real, low: Real, high: Real) -> float:
-    """‖w − Δq‖² of the nearest levels; fp64 sum."""
+    """Return ‖w − Δq‖² of the nearest levels, summed in fp64."""
     inverse, total = _f(1.0) / scale, 0.0
     for k in range(v.shape[0]):
         d = v[k] - scale * (min(max(np.rint(v[k] * inverse - half), low), high) + half)
@@ -86,7 +87,7 @@ def _error(v: F32, scale: Real, half: Real, low: Real, high: Real) -> float:
 
 @jit
 def _extent(v: F32) -> tuple[float, float, float]:
-    """min(w, 0), max(w, 0) and the root mean square."""
+    """Return min(w, 0), max(w, 0) and the root mean square."""
     low, high, square = _f(0.0), _f(0.0), _f(0.0)
     for k in range(v.shape[0]):
         low = min(low, v[k])
@@ -97,7 +98,7 @@ def _extent(v: F32) -> tuple[float, float, float]:
 
 @jit
 def _clip_range(low: float, high: float, mode: int) -> tuple[float, float]:
-    """The grid whose ends lie on a clip range that holds 0: (scale, integer zero-point)."""
+    """Return the grid whose ends lie on a clip range that holds 0: (scale, centred integer zero-point)."""
     if mode == INTEGER:
         scale = (high - low) / 15.0
         return scale, min(max(np.rint(-low / scale), 0.0), 15.0) - 8.0
@@ -106,7 +107,7 @@ def _clip_range(low: float, high: float, mode: int) -> tuple[float, float]:
 
 @jit
 def _descend(v: F32, scale: float, half: Real, zero: float, steps: int) -> tuple[float, float]:
-    """Alternates nearest levels and Δ = S1/S2 until the gain stops rising; returns (scale, gain)."""
+    """Alternate nearest levels and Δ = S1/S2 until the gain stops rising; return (scale, gain)."""
     low, high = _f(-8.0 - zero), _f(7.0 - zero)
     best = 0.0
     for _ in range(steps):
@@ -119,7 +120,7 @@ def _descend(v: F32, scale: float, half: Real, zero: float, steps: int) -> tuple
 
 @jit
 def _climb_zero(v: F32, scale: float, zero: float) -> tuple[float, float]:
-    """The integer zero-point next to which no other has a higher gain at this scale: (zero, gain)."""
+    """Return the integer zero-point next to which no other has a higher gain at this scale: (zero, gain)."""
     best = _gain(v, scale, _NIL, _f(-8.0 - zero), _f(7.0 - zero))
     for direction in (1.0, -1.0):
         start = zero
@@ -135,7 +136,7 @@ def _climb_zero(v: F32, scale: float, zero: float) -> tuple[float, float]:
 
 @jit
 def _scan(v: F32, mode: int, top: float, ratio: float, work: F32, gains: F64, zeros: F64) -> None:
-    """The gain of every scale top·ratio^i, and the integer zero-point it is reached with (``zeros[0]`` on entry)."""
+    """Write the gain of every scale top·ratio^i and the integer zero-point that reaches it (``zeros[0]`` on entry)."""
     half = _HALF if mode == MIDRISE else _NIL
     count, zero, scale = gains.shape[0], zeros[0], top
     zeros[:] = zero
@@ -160,7 +161,8 @@ def _scan(v: F32, mode: int, top: float, ratio: float, work: F32, gains: F64, ze
 
 @jit
 def _search(v: F32, mode: int, starts: int, steps: int, work: F32, gains: F64, zeros: F64) -> tuple[float, float]:
-    """The best grid of a geometric scan of scales, refined by descent from its highest gains: (scale, zero)."""
+    """Return the best grid of a geometric scan of scales, refined by descent from its highest gains: (scale, zero)."""
+    # 1. Scan: the gain of every scale from above min-max down.
     low, high, rms = _extent(v)
     top, zeros[0] = _clip_range(low, high, mode)
     short = v.shape[0] <= _LANES
@@ -172,6 +174,7 @@ def _search(v: F32, mode: int, starts: int, steps: int, work: F32, gains: F64, z
     gains, zeros = gains[:count], zeros[:count]
     _scan(v, mode, top, ratio, work, gains, zeros)
     half = _HALF if mode == MIDRISE else _NIL
+    # 2. Descend from the highest gains; a peak and its neighbours are taken out once they were tried.
     best, scale, zero = -1.0, top, zeros[0]
     for _ in range(starts):
         peak = np.argmax(gains)
@@ -179,6 +182,7 @@ def _search(v: F32, mode: int, starts: int, steps: int, work: F32, gains: F64, z
         if gain > best:
             best, scale, zero = gain, start, zeros[peak]
         gains[max(peak - 1, 0) : peak + 2] = -1.0
+    # 3. The zero-point once more at the scale found, then the scale.
     if mode == INTEGER:
         zero, gain = _climb_zero(v, scale, zero)
         scale, gain = _descend(v, scale, half, zero, steps)
@@ -187,7 +191,7 @@ def _search(v: F32, mode: int, starts: int, steps: int, work: F32, gains: F64, z
 
 @jit
 def _bounded_init(v: F32, mode: int) -> tuple[float, float]:
-    """The clip range with the least error among those shrunk by (δ_l, δ_u), min-max first: (scale, zero)."""
+    """Return the clip range of least error among those shrunk by (δ_l, δ_u), min-max first: (scale, zero)."""
     low, high, _ = _extent(v)
     half = _HALF if mode == MIDRISE else _NIL
     least, scale, zero = math.inf, 0.0, 0.0
@@ -204,7 +208,7 @@ def _bounded_init(v: F32, mode: int) -> tuple[float, float]:
 
 @jit
 def _mean_zero(v: F32, scale: float, zero: float, new_scale: float) -> float:
-    """z' = clamp(round(mean(W_q − W/Δ')), 0, 15), centred; W_q are the codes of the previous (scale, zero)."""
+    """Return z' = clamp(round(mean(W_q − W/Δ')), 0, 15), centred; W_q are the codes of the previous (scale, zero)."""
     inverse, new_inverse, total = _f(1.0 / scale), _f(1.0 / new_scale), _f(0.0)
     low, high = _f(-8.0 - zero), _f(7.0 - zero)
     for k in range(v.shape[0]):
@@ -214,7 +218,7 @@ def _mean_zero(v: F32, scale: float, zero: float, new_scale: float) -> float:
 
 @jit
 def _paper(v: F32, mode: int, steps: int) -> tuple[float, float]:
-    """Bounded init, then Δ', z' and W_q in turn until the error stops falling: (scale, zero)."""
+    """Run the bounded init, then Δ', z' and W_q in turn until the error stops falling; return (scale, zero)."""
     scale, zero = _bounded_init(v, mode)
     half = _HALF if mode == MIDRISE else _NIL
     least = _error(v, _f(scale), half, _f(-8.0 - zero), _f(7.0 - zero))
@@ -235,10 +239,10 @@ def _paper(v: F32, mode: int, steps: int) -> tuple[float, float]:
 def _solve_row(
     v: F32, units: F64, mode: int, solver: int, starts: int, steps: int, work: F32, memory: F64, scales: F64, zeros: F64
 ) -> None:
-    """Scale (in the weight's own units; 0 for a group of zeros) and integer zero-point of every group.
+    """Write scale (in the weight's own units; 0 for a group of zeros) and integer zero-point of every group.
 
-    starts 0 is for grids whose factors are searched afterwards, around each scale: there a rough scale will do, except
-    in the group of the largest one, which becomes the scale of the row.
+    starts 0 is for grids whose factors are searched afterwards, around each scale: there a rough scale is enough,
+    except in the group of the largest scale, which becomes the scale of the row.
     """
     size = v.shape[0] // units.shape[0]
     largest, descents = 0, max(starts, 1)
@@ -263,7 +267,7 @@ def _solve_row(
 
 @jit
 def _best_factor(v: F32, first: int, last: int, step: float, half: Real, work: F32) -> int:
-    """The factor in first..last with the least error at scale step·factor, on a grid with a fixed zero-point."""
+    """Return the factor in first..last of least error at scale step·factor, on a grid with a fixed zero-point."""
     count = last - first + 1
     for i in range(count):
         work[0, i] = _f(1.0 / (step * (first + i)))
@@ -281,7 +285,7 @@ def _best_factor(v: F32, first: int, last: int, step: float, half: Real, work: F
 def _fit(
     v: F32, units: F64, scales: F64, zero: float, half: Real, solver: int, work: F32, factors: U8
 ) -> tuple[float, float]:
-    """The 8-bit factors beside the row's fp32 scale: returns (row scale, squared error of the row)."""
+    """Write the 8-bit factors beside the row's fp32 scale; return (row scale, squared error of the row)."""
     groups = units.shape[0]
     size = v.shape[0] // groups
     row_scale, total = _f(max(scales.max(), SCALE_FLOOR)), 0.0
@@ -306,7 +310,7 @@ def _fit(
 
 @jit
 def _encode(v: F32, units: F64, scale: Real, factors: U8, zero: float, half: Real, codes: I8) -> None:
-    """Codes of the nearest levels under the stored scales."""
+    """Write the codes of the nearest levels under the stored scales."""
     size = v.shape[0] // units.shape[0]
     low, high, shift = _f(-8.0 - zero), _f(7.0 - zero), _f(zero)
     for g in range(units.shape[0]):
@@ -318,7 +322,21 @@ def _encode(v: F32, units: F64, scale: Real, factors: U8, zero: float, half: Rea
 
 @jit
 def solve_rows(v: F32, units: F64, mode: int, solver: int, starts: int, steps: int, scales: F64, zeros: F64) -> None:
-    """Scales and integer zero-points, fp64 [R, groups], of normalized rows v [R, K]."""
+    """Find the scale and the integer zero-point of every group of normalized rows.
+
+    Args:
+        v: fp32 [R, K], normalized by :func:`dvdquant.quantize.backends.torch_rows.load_rows`.
+        units: fp64 [R, groups], the unit of every group; 0 for a group of zeros.
+        mode: MIDRISE, SYMMETRIC or INTEGER.
+        solver: MINMAX, PAPER or SEARCH.
+        starts: Peaks of the scan from which the search descends; 0 for rough scales (all but the largest).
+        steps: Most descent steps.
+        scales: fp64 [R, groups], written: Δ in the weight's own units; 0 for a group of zeros.
+        zeros: fp64 [R, groups], written: integers −8..7; 0 for MIDRISE, whose half is left to the caller.
+    """
+    # Scratch for up to _MOST scales at once, one scale a column.
+    # work, fp32 [3, _MOST]: 1/Δ, S1, S2.
+    # memory, fp64 [2, _MOST]: gain, integer zero-point.
     work, memory = np.empty((3, _MOST), np.float32), np.empty((2, _MOST))
     for r in range(v.shape[0]):
         _solve_row(v[r], units[r], mode, solver, starts, steps, work, memory, scales[r], zeros[r])
@@ -337,13 +355,29 @@ def quantize_rows(
     factors: U8,
     row_zeros: F32,
 ) -> None:
-    """Normalized rows v [R, K] to codes [R, K], row scale [R], factor [R, groups] and centred zero-point [R].
+    """Quantize normalized rows on grids with a fixed zero-point, or one integer per row.
 
     The min-max grid comes first and wins ties.
+
+    Args:
+        v: fp32 [R, K], normalized by :func:`dvdquant.quantize.backends.torch_rows.load_rows`.
+        units: fp64 [R, groups], the unit of every group; 0 for a group of zeros.
+        mode: MIDRISE, SYMMETRIC or INTEGER.
+        solver: MINMAX, PAPER or SEARCH.
+        starts: Peaks of the scan from which the search descends; 0 for groups, whose factors are searched afterwards.
+        steps: Most descent steps.
+        codes: int8 [R, K], written: −8..7.
+        row_scales: fp32 [R], written: the scale of each row.
+        factors: uint8 [R, groups], written: 1..255.
+        row_zeros: fp32 [R], written: centred zero-point, −0.5 for MIDRISE; 0 for a row of zeros.
     """
     groups = factors.shape[1]
     half = _HALF if mode == MIDRISE else _NIL
+    # Scratch for up to _MOST scales at once, one scale a column.
+    # work, fp32 [3, _MOST]: 1/Δ, S1, S2.
+    # memory, fp64 [2, _MOST]: gain, integer zero-point.
     work, memory = np.empty((3, _MOST), np.float32), np.empty((2, _MOST))
+    # One value a group: solved scale and zero-point, and the stored factor of this attempt.
     scales, zeros, trial = np.empty(groups), np.empty(groups), np.empty(groups, np.uint8)
     for r in range(v.shape[0]):
         row_scale, zero, least = SCALE_FLOOR, 0.0, math.inf
@@ -353,6 +387,7 @@ def quantize_rows(
             codes[r].fill(0)
             row_scales[r], row_zeros[r] = _f(row_scale), _f(0.0)
             continue
+        # Attempt 0 is min-max, attempt 1 the solver.
         for attempt in range(1 if solver == MINMAX else 2):
             kind = solver if attempt > 0 else MINMAX
             _solve_row(v[r], units[r], mode, kind, starts, steps, work, memory, scales, zeros)

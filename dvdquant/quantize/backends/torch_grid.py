@@ -39,7 +39,14 @@ _WINDOW_LOW, _WINDOW_HIGH, _WINDOW, _ZEROS = 0.75, 1.25, 96, 4
 
 @dataclass(frozen=True)
 class _Segments:
-    """Segments [S, n], normalized by powers of two so that amax is in [0.5, 1), sorted, with prefix sums in fp64."""
+    """Segments [S, n], normalized by powers of two so that amax is in [0.5, 1), sorted, with prefix sums in fp64.
+
+    Args:
+        values: fp32 [S, n], ascending.
+        prefix: fp64 [S, n + 1], sums of the first i values.
+        total: fp64 [S, 1], Σw.
+        energy: fp64 [S, 1], ‖w‖².
+    """
 
     values: Tensor
     prefix: Tensor
@@ -48,15 +55,17 @@ class _Segments:
 
     @classmethod
     def of(cls, v: Tensor) -> _Segments:
+        """Return the sorted segments of normalized weights v, fp32 [S, n]."""
         values = v.sort(dim=1).values
         prefix = torch.nn.functional.pad(values.double().cumsum(1), (1, 0))
         return cls(values, prefix, prefix[:, -1:].clone(), values.double().square().sum(1, keepdim=True))
 
     def take(self, rows: slice) -> _Segments:
+        """Return some segments, as views."""
         return _Segments(self.values[rows], self.prefix[rows], self.total[rows], self.energy[rows])
 
     def moments(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Σc, Σc², Σcw fp64 [S, J] of the grids (scale, zero) [S, J]."""
+        """Return Σc, Σc², Σcw fp64 [S, J] of the grids (scale, zero) [S, J]."""
         n = self.values.shape[1]
         s0, s1 = torch.full_like(scale, -8.0 * n), torch.full_like(scale, 64.0 * n)
         s2 = -8.0 * self.total.expand_as(scale)
@@ -70,17 +79,20 @@ class _Segments:
         return s0, s1, s2
 
     def products(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """⟨c − z, w⟩ and ⟨c − z, c − z⟩ of the nearest codes."""
+        """Return ⟨c − z, w⟩ and ⟨c − z, c − z⟩ of the nearest codes, [S, J]."""
         s0, s1, s2 = self.moments(scale, zero)
         return s2 - zero * self.total, s1 - 2.0 * zero * s0 + self.values.shape[1] * zero.square()
 
     def error(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """‖w − Δ(c − z)‖² [S, J]."""
+        """Return ‖w − Δ(c − z)‖² [S, J]."""
         t1, t2 = self.products(scale, zero)
         return self.energy - scale * (2.0 * t1 - scale * t2)
 
     def regress(self, scale: Tensor, zero: Tensor, real: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(Δ, z) of least error for the codes of each grid, and the gain ‖w‖² less that error; z only if ``real``."""
+        """Return (Δ, z) of least error for the codes of each grid, and the gain ‖w‖² less that error.
+
+        z stays as it is unless ``real``.
+        """
         n = self.values.shape[1]
         s0, s1, s2 = self.moments(scale, zero)
         if real:
@@ -95,15 +107,23 @@ class _Segments:
 
 
 def solves(device: torch.device, zero_point: str, solver: str) -> bool:
-    """Whether weights on ``device`` are quantized here: not on the CPU, and not by the paper's own algorithm."""
+    """Return whether weights on ``device`` are quantized here: not on the CPU, and not by the paper's own algorithm.
+
+    Args:
+        device: The device of the weight.
+        zero_point: Zero-point of the recipe.
+        solver: Solver of the recipe.
+    """
     return device.type != "cpu" and zero_point != "paper" and solver != "paper"
 
 
 def quantize_rows(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes and scales of rows, on the device of ``w``.
+    """Quantize rows on the device of ``w``.
 
     Args:
-        w: fp32 [N, K], finite. groups: segments of a row. zero_point: ``midrise``, ``symmetric`` or ``real``.
+        w: fp32 [N, K], finite.
+        groups: Segments of a row; divides K.
+        zero_point: ``midrise``, ``symmetric`` or ``real``.
         solver: ``minmax`` or ``search``.
 
     Returns:
@@ -118,7 +138,9 @@ def quantize_rows(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple
 
 
 def _quantize_block(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantize some rows: arguments and results as :func:`quantize_rows`."""
     rows, features = w.shape
+    # 1. Normalize every segment by a power of two.
     parts = w.reshape(rows * groups, features // groups)
     amax = parts.abs().amax(1, keepdim=True)
     unit = torch.ldexp(torch.ones_like(amax, dtype=torch.float64), torch.frexp(amax).exponent)
@@ -128,6 +150,7 @@ def _quantize_block(w: Tensor, groups: int, zero_point: str, solver: str) -> tup
     live = (unit > 0).reshape(-1, 1)
     inverse = torch.where(live, 1.0 / unit.reshape(-1, 1).clamp(min=1e-300), 0.0)
     v = (parts.double() * inverse).float()
+    # 2. Min-max, and the search where it is better.
     segments = _Segments.of(v)
     best = _solve(segments, unit, zero_point, "minmax")
     if solver == "search":
@@ -140,7 +163,14 @@ def _quantize_block(w: Tensor, groups: int, zero_point: str, solver: str) -> tup
 
 @dataclass(frozen=True)
 class _Stored:
-    """Grids as they are stored: row scale fp32 [N, 1], factor [N, groups], zero [N, groups]; squared error [N]."""
+    """Grids as they are stored, and their error.
+
+    Args:
+        scale: Row scale, fp32 [N, 1].
+        factor: fp64 [N, groups], whole numbers 1..255.
+        zero: fp64 [N, groups], centred zero-points.
+        error: fp64 [N], squared error of each row.
+    """
 
     scale: Tensor
     factor: Tensor
@@ -149,19 +179,22 @@ class _Stored:
 
     @property
     def grids(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (scale, factor, zero)."""
         return self.scale, self.factor, self.zero
 
 
 def _solve(segments: _Segments, unit: Tensor, zero_point: str, solver: str) -> _Stored:
-    """The best grid of every segment, then the stored one nearest to it, or around it, of least error."""
+    """Find the best grid of every segment, then the stored one nearest to it, or around it, of least error."""
     rows, groups = unit.shape
     real = zero_point == "real"
+    # 1. The best grid of every segment.
     if solver == "search":
         scale, zero = _search(segments, zero_point, groups > 1)
         if real and groups == 1:
             scale, zero = _row_around(segments, scale, _stored_zero(zero))
     else:
         scale, zero = _min_max(segments, zero_point)
+    # 2. As it is stored: the largest scale becomes the row's, the others 8-bit factors of it.
     scale = (scale.reshape(rows, groups) * unit).clamp(min=0)
     row = scale.amax(1, keepdim=True).clamp(min=SCALE_FLOOR).float()
     zero = _stored_zero(zero) if real else zero
@@ -171,6 +204,7 @@ def _solve(segments: _Segments, unit: Tensor, zero_point: str, solver: str) -> _
     if solver == "search" and groups > 1:
         step = (row.double() / 255.0).expand(rows, groups).reshape(-1, 1) / safe
         factor, zero = _stored_around(segments, step, near.reshape(-1, 1), zero, real)
+    # 3. The error of what is stored.
     flat = factor.reshape(-1, 1)
     stored = (row * (factor.reshape(rows, groups).float() / 255.0)).double().reshape(-1, 1) / safe
     error = segments.error(stored, zero) * unit.reshape(-1, 1).square()
@@ -184,7 +218,7 @@ def _solve(segments: _Segments, unit: Tensor, zero_point: str, solver: str) -> _
 
 
 def _min_max(segments: _Segments, zero_point: str) -> tuple[Tensor, Tensor]:
-    """The grid whose ends lie on the extremes of the segment, 0 among them."""
+    """Return the grid whose ends lie on the extremes of the segment, 0 among them: (scale, zero) [S, 1]."""
     low = segments.values[:, :1].double().clamp(max=0)
     high = segments.values[:, -1:].double().clamp(min=0)
     if zero_point == "real":
@@ -195,7 +229,7 @@ def _min_max(segments: _Segments, zero_point: str) -> tuple[Tensor, Tensor]:
 
 
 def _scan(segments: _Segments, zero_point: str, count: int, places: int) -> tuple[Tensor, Tensor]:
-    """Grids [S, count · places]: a geometric row of scales, each with every place of a real zero-point in turn."""
+    """Return grids [S, count · places]: a geometric row of scales, each with every place of a real zero-point."""
     n, real = segments.values.shape[1], zero_point == "real"
     rms = (segments.energy / n).sqrt()
     if real:
@@ -220,14 +254,15 @@ def _scan(segments: _Segments, zero_point: str, count: int, places: int) -> tupl
 
 
 def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor, Tensor]:
-    """The best grid of a scan, refined by descent from its highest gains: (scale, zero) [S, 1]."""
+    """Return the best grid of a scan, refined by descent from its highest gains: (scale, zero) [S, 1]."""
     n, real = segments.values.shape[1], zero_point == "real"
     many = real and n <= _SHORT  # many narrow minima: descent from the best place of every scale
     count = _SHORT_SCALES if many else _GROUP_SCALES if grouped else _SCALES
     places = (_SHORT_PLACES if many else _PLACES) if real else 1
+    # 1. Scan.
     scale, zero = _scan(segments, zero_point, count, places)
     refined = segments.regress(scale, zero, real)
-    # Peaks only: neighbours of the highest descend into the same minimum.
+    # 2. Choose starts. Peaks only: neighbours of the highest descend into the same minimum.
     gain = refined[2]
     spaced = gain.reshape(len(gain), count, -1).amax(2)
     padded = torch.nn.functional.pad(spaced, (1, 1), value=-2.0)
@@ -240,6 +275,7 @@ def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor
     inside = gain.reshape(len(gain), count, -1).argmax(2).gather(1, ranked)
     chosen = ranked * places + inside
     scale, zero, gain = (t.gather(1, chosen) for t in refined)
+    # 3. Descend from each.
     for _ in range(_STEPS):
         new = segments.regress(scale, zero, real)
         risen = new[2] > gain
@@ -251,7 +287,7 @@ def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor
 
 
 def _zoom(segments: _Segments, scale: Tensor, zero: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Long segments are smooth, but descent is slow there: one regression of each grid around the best, ever closer."""
+    """Regress each grid around the best once, ever closer: long segments are smooth, but descent is slow there."""
     side = torch.arange(_SIDE, dtype=torch.float64, device=scale.device) - _SIDE // 2
     across, along = side.repeat_interleave(_SIDE), side.repeat(_SIDE)
     for zoom in range(_ZOOMS):
@@ -267,12 +303,12 @@ def _zoom(segments: _Segments, scale: Tensor, zero: Tensor, gain: Tensor) -> tup
 
 
 def _stored_zero(zero: Tensor) -> Tensor:
-    """The nearest zero-point of the byte format, z = byte/16 − 8."""
+    """Return the nearest zero-point of the byte format, z = byte/16 − 8."""
     return ((zero + 8.0) * 16.0).round().clamp(0, 255) / 16.0 - 8.0
 
 
 def _row_around(segments: _Segments, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """The stored zero-point next to ``zero`` of least error, with the fp32 scale that fits it."""
+    """Return the stored zero-point next to ``zero`` of least error, with the fp32 scale that fits it."""
     reach = torch.arange(-_ZEROS, _ZEROS, dtype=torch.float64, device=scale.device) / 16.0
     zeros = (zero + reach).clamp(_LOW, _HIGH)
     scales = scale.expand_as(zeros)
@@ -284,7 +320,7 @@ def _row_around(segments: _Segments, scale: Tensor, zero: Tensor) -> tuple[Tenso
 
 
 def _stored_around(segments: _Segments, step: Tensor, near: Tensor, zero: Tensor, real: bool) -> tuple[Tensor, Tensor]:
-    """The stored factor, and zero-point if ``real``, of least error around (near, zero); Δ = step · factor."""
+    """Return the stored factor, and zero-point if ``real``, of least error around (near, zero); Δ = step · factor."""
     if real:
         reach = torch.arange(-_ZEROS, _ZEROS, dtype=torch.float64, device=step.device)
         factors = (near.round() + reach.repeat_interleave(2 * _ZEROS)).clamp(1, 255)
@@ -300,7 +336,7 @@ def _stored_around(segments: _Segments, step: Tensor, near: Tensor, zero: Tensor
 
 
 def _encode(v: Tensor, unit: Tensor, best: _Stored, zero_point: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Nearest codes under the stored grids, by the fp32 arithmetic of the compiled loops."""
+    """Return the nearest codes under the stored grids, by the fp32 arithmetic of the compiled loops."""
     rows, groups = unit.shape
     factor = best.factor.to(torch.uint8)
     stored = best.scale * (factor.float() / 255.0)

@@ -20,7 +20,10 @@ F64 = npt.NDArray[np.float64]
 
 @jit
 def _normalize(bits: npt.NDArray[np.int32], row: F32, v: F32) -> float:
-    """v = row · 2^−e, amax(v) in [0.5, 1). Returns 2^e as fp64; 0 for a row of zeros, −1 for one with NaN or Inf."""
+    """Write v = row · 2^−e with amax(v) in [0.5, 1); return 2^e, 0 for a row of zeros, −1 for one with NaN or Inf.
+
+    ``bits`` are the bits of ``row`` as int32: compiled code may not look for a NaN as a float.
+    """
     top, amax = np.int32(0), np.float32(0.0)
     for k in range(row.shape[0]):
         top = max(top, bits[k] & np.int32(0x7FFFFFFF))  # compiled code may not look for a NaN as a float
@@ -36,9 +39,12 @@ def _normalize(bits: npt.NDArray[np.int32], row: F32, v: F32) -> float:
 
 @jit
 def load_rows(w: F32, v: F32, units: F64) -> bool:
-    """w [R, K] to the normalized v [R, K] and the unit of every group, fp64 [R, groups]; 0 for a group of zeros.
+    """Normalize every group of the rows; return whether all weights are finite.
 
-    Returns whether all weights are finite.
+    Args:
+        w: fp32 [R, K], the weights.
+        v: fp32 [R, K], written: the weights divided by their group's unit.
+        units: fp64 [R, groups], written: a power of two per group; 0 for a group of zeros.
     """
     groups = units.shape[1]
     size = w.shape[1] // groups

@@ -97,7 +97,7 @@ class QuantLinearNode:
 
 
 def quant_linear_nodes(model: ir.Model) -> Iterator[QuantLinearNode]:
-    """The QuantLinear nodes of the main graph, in order.
+    """Yield the QuantLinear nodes of the main graph, in order.
 
     Raises:
         ExportError: a node sits in a subgraph, two nodes share a weight, act_group does not divide K, or a weight,
@@ -179,17 +179,17 @@ class Emitter:
         return self.graph.initializers[name]
 
     def array(self, step: str, array: np.ndarray, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
-        """A constant of this layer, rounded to ``dtype``."""
+        """Return a constant of this layer, rounded to ``dtype``."""
         name = f"{self.layer.name}.{step}"
         return self.initializer(name, ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name))
 
     def scalar(self, value: float, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
-        """A constant shared by the whole graph."""
+        """Return a constant shared by the whole graph."""
         name = f"{DOMAIN}.{dtype.name.lower()}.{value:.9g}"
         return self.initializer(name, ir.Tensor(np.array(value, dtype.numpy()), dtype=dtype, name=name))
 
     def ints(self, *values: int) -> ir.Value:
-        """An int64 vector shared by the whole graph."""
+        """Return an int64 vector shared by the whole graph."""
         name = f"{DOMAIN}.int64.{'_'.join(map(str, values))}"
         return self.initializer(name, ir.tensor(np.array(values, np.int64), name=name))
 
