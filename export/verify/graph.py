@@ -20,7 +20,13 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from dvdquant.export.verify.intermediates import Tap, add_taps, find_taps, load_graph, run_graph
+from dvdquant.export.verify.intermediates import (
+    Intermediate,
+    add_intermediates,
+    find_intermediates,
+    load_graph,
+    run_graph,
+)
 from dvdquant.export.verify.layers import LayersCheck, choose_layers, judge_layers, token_step
 from dvdquant.export.verify.reference import Free, Reference, relative_distance
 from dvdquant.export.verify.tolerance import UNIT
@@ -230,10 +236,12 @@ class Verifier:
             ExportError: ONNX Runtime cannot run the graph, or a layer is missing in it.
         """
         model = load_graph(path)
-        taps = find_taps(model, [spec.name for spec in self.plan.layers] if self.between else self.chosen)
+        intermediates = find_intermediates(
+            model, [spec.name for spec in self.plan.layers] if self.between else self.chosen
+        )
         self.reference.use(bits)
-        xs, seen = self._run(model, taps, path) if self.whole else (self._probed(bits), None)
-        judged = {name: taps[name] for name in self.chosen}
+        xs, seen = self._run(model, intermediates, path) if self.whole else (self._probed(bits), None)
+        judged = {name: intermediates[name] for name in self.chosen}
         checks = judge_layers(model, judged, xs, self.reference.layers, self.plan.dtype, path.parent, advance)
         layers = LayersCheck(tuple(checks), len(self.plan.layers))
         between = self._check_between(seen) if seen is not None and self.between else None
@@ -241,14 +249,16 @@ class Verifier:
         advance(path.name)
         return check
 
-    def _run(self, model: ir.Model, taps: Mapping[str, Tap], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _run(
+        self, model: ir.Model, intermediates: Mapping[str, Intermediate], path: Path
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One run of the whole graph: (x of the chosen layers, the output as ``sample`` with ``to`` and ``from`` layers)."""
         wanted = {"sample": model.graph.outputs[0]}
         if self.between:
-            wanted |= {f"to {name}": tap.x for name, tap in taps.items()}
-            wanted |= {f"from {name}": tap.y for name, tap in taps.items()}
-        strided = add_taps(model, {name: taps[name].x for name in self.chosen}, self.step)
-        names = add_taps(model, wanted)
+            wanted |= {f"to {name}": intermediate.x for name, intermediate in intermediates.items()}
+            wanted |= {f"from {name}": intermediate.y for name, intermediate in intermediates.items()}
+        strided = add_intermediates(model, {name: intermediates[name].x for name in self.chosen}, self.step)
+        names = add_intermediates(model, wanted)
         got = run_graph(model, path.parent, self.inputs, path.name)
         return {key: got[name] for key, name in strided.items()}, {key: got[name] for key, name in names.items()}
 
