@@ -347,6 +347,8 @@ def _recipe_options(data: dict[str, Any]) -> list[str]:
         return words
     if recipe.modulation != base.modulation:
         words += ["--modulation", recipe.modulation]
+    if recipe.attention != base.attention:
+        words += ["--attention", recipe.attention]
     for option, globs, known in (("--keep", recipe.keep, base.keep), ("--force", recipe.force, base.force)):
         for glob in globs[len(known) :]:
             words += [option, glob]

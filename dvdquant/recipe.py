@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 __all__ = [
+    "ATTENTION",
     "RECIPES",
     "RECIPE_VERSION",
     "ActivationSpec",
@@ -34,6 +35,7 @@ GROUP_SIZES = (0, 16, 32, 64, 128)
 ZERO_POINTS = ("paper", "midrise", "symmetric", "float")
 SOLVERS = ("search", "paper", "minmax")
 INPUTS = ("ignored", "synthetic")
+ATTENTION = ("16", "int8", "fp8")
 MAX_BLOCK = 1 << 20
 MAX_GLOBS = 10_000
 _STRICT = {"extra": "forbid", "strict": True}
@@ -102,6 +104,9 @@ class Recipe:
             a large one in every block. ``keep`` leaves them in 16 bit. ``a8`` packs their weights too and never gives
             them less than 8-bit activations. They are a quarter of HunyuanVideo's weights, and every token sees their
             error.
+        attention: The format of self-attention over long sequences, in PyTorch sessions (``ops/attention/definition.py``).
+            ``16`` leaves it in 16 bit; a recipe without this field reads so. Attention to text and short sequences stay
+            in 16 bit always.
         keep: Globs of layer names that stay in 16 bit besides the family's own defaults.
         force: Globs of layer names that are quantized although the family's defaults keep them.
         version: The version of this format.
@@ -121,6 +126,7 @@ class Recipe:
     random_signs: bool = False
     shift: bool = False
     modulation: Literal["keep", "a8"] = "keep"
+    attention: Literal["16", "int8", "fp8"] = "16"
     keep: tuple[str, ...] = ()
     force: tuple[str, ...] = ()
     version: int = RECIPE_VERSION
@@ -267,6 +273,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.shift and recipe.inputs != "synthetic":
         raise RecipeError("a recipe that shifts inputs needs to know their mean", fix="set inputs to 'synthetic'")
     _one_of("modulation", recipe.modulation, ("keep", "a8"))
+    _one_of("attention", recipe.attention, ATTENTION)
     if not recipe.activations:
         raise RecipeError("a recipe needs at least one activation grid", fix="add activations of 4 or 8 bits")
     bits = [a.bits for a in recipe.activations]

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvdquant.errors import RecipeError
-from dvdquant.recipe import GROUP_SIZES, RECIPES, SOLVERS, ZERO_POINTS, ActivationSpec, Recipe, WeightSpec, get_recipe
+from dvdquant.recipe import (
+    ATTENTION,
+    GROUP_SIZES,
+    RECIPES,
+    SOLVERS,
+    ZERO_POINTS,
+    ActivationSpec,
+    Recipe,
+    WeightSpec,
+    get_recipe,
+)
 
 GOOD = RECIPES["w4a4"].to_json()
 LOOKS: list[dict[str, Any]] = [
@@ -36,6 +46,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         keep=draw(globs),
         force=draw(globs),
         modulation=draw(st.sampled_from(["keep", "a8"])),
+        attention=draw(st.sampled_from(ATTENTION)),  # type: ignore[arg-type]
         **draw(st.sampled_from(LOOKS)),
     )
 
@@ -46,6 +57,11 @@ def test_json_round_trip(recipe: Recipe) -> None:
     assert Recipe.from_json(text) == recipe
     assert Recipe.from_json(json.loads(text)) == recipe
     assert json.dumps(Recipe.from_json(text).to_json()) == text
+
+
+def test_a_recipe_without_the_attention_reads_as_16_bit() -> None:
+    older = {name: value for name, value in GOOD.items() if name != "attention"}
+    assert Recipe.from_json(older).attention == "16"
 
 
 def test_named_recipes() -> None:
@@ -88,6 +104,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"smooth": 1}, "field smooth is 1"),
     ({"modulation": "a4"}, "modulation"),
     ({"modulation": True}, "modulation"),
+    ({"attention": "int4"}, "attention"),
+    ({"attention": 16}, "attention"),
     ({"rotation": "half"}, "rotation"),
     ({"rotation": 1}, "rotation"),
     ({"rotation": -64}, "rotation"),

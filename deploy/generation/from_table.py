@@ -62,11 +62,14 @@ class TableGenerator(Generator):
         wrap: WrapSession | None = None,
         lora: Sequence[LoraSpec] = (),
         compile: bool = False,
+        attention: str | None = None,
+        attention_backend: str | None = None,
     ) -> None:
         super().__init__(artifact, lora)
         (self.component,) = artifact.components
         self.family = artifact.family(self.component)
         self.table, self.backend, self.device, self.compile = table, backend, device, compile
+        self._attention: Any = {"attention": attention, "attention_backend": attention_backend}
         self._wrap = wrap
         self._session: EngineSession | None = None
         self._original: nn.Module | None = None
@@ -180,7 +183,12 @@ class TableGenerator(Generator):
         with self._loading:
             if self._session is None:
                 session = open_session(
-                    self.artifact, self.component, backend=self.backend, device=self.device, compile=self.compile
+                    self.artifact,
+                    self.component,
+                    backend=self.backend,
+                    device=self.device,
+                    compile=self.compile,
+                    **self._attention,
                 )
                 set_loras_or_close(session, self.beside[self.component])
                 self._session = wrapped(session, self._wrap)

@@ -51,6 +51,8 @@ def open_generator(
     wrap_session: WrapSession | None = None,
     lora: Sequence[LoraSpec] = (),
     compile: bool = False,
+    attention: str | None = None,
+    attention_backend: str | None = None,
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -62,6 +64,9 @@ def open_generator(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         pipeline: folder or hub id of the model, if it is no longer where the export was made from.
         compile: run the quantized transformer in PyTorch, with its blocks compiled.
+        attention, attention_backend: 8-bit attention and its library, see :func:`.sessions.open_session`.
+        attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
+        attention_backend: the library that computes it instead of the first of the ladder that fits.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
         lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
             the quantized weights (:meth:`EngineSession.set_loras`).
@@ -77,6 +82,7 @@ def open_generator(
             available=f"{artifact.manifest.source['class_name']} of family {artifact.manifest.family}",
             fix="give the diffusers pipeline of the same model with --pipeline FOLDER or a hub id; its transformer is not used",
         )
+    how |= {"attention": attention, "attention_backend": attention_backend}
     if PromptTable.is_at(source):
         return TableGenerator(artifact, PromptTable.open(source), **how)
     return PipelineGenerator(artifact, source, **how)

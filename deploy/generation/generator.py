@@ -154,6 +154,7 @@ def executed_session(session: EngineSession) -> dict[str, Any]:
         "dtype": str(session.dtype).removeprefix("torch."),
         "activation_bits": list(session.bits),
         "resident_bytes": session.resident_bytes(),
+        "attention": "16" if session.attention is None else session.attention.to_json(),
     }
 
 

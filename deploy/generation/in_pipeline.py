@@ -66,10 +66,13 @@ class PipelineGenerator(Generator):
         wrap: Callable[[EngineSession], EngineSession] | None = None,
         lora: Sequence[LoraSpec] = (),
         compile: bool = False,
+        attention: str | None = None,
+        attention_backend: str | None = None,
     ) -> None:
         super().__init__(artifact, lora)
         self.family = artifact.family(artifact.components[0])
         self.source, self.backend, self.device, self.compile = source, backend, device, compile
+        self._attention: Any = {"attention": attention, "attention_backend": attention_backend}
         self._wrap = wrap
         self.folder = open_pipeline_folder(source, self.family.name)
         if missing := sorted(set(self.folder.transformers) - set(artifact.components)):
@@ -188,7 +191,9 @@ class PipelineGenerator(Generator):
             if name in self._engines:
                 self._engines[name].use(controller)
                 continue
-            session = open_session(self.artifact, name, backend=self.backend, device=self.device, compile=self.compile)
+            session = open_session(
+                self.artifact, name, backend=self.backend, device=self.device, compile=self.compile, **self._attention
+            )
             set_loras_or_close(session, self.beside[name])
             session = wrapped(session, self._wrap)
             try:

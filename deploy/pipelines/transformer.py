@@ -120,6 +120,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
         compile: bool = False,
+        attention: str | None = None,
+        attention_backend: str | None = None,
         **unknown: Any,
     ) -> Self:
         """Open an export folder as the transformer of a diffusers pipeline.
@@ -145,6 +147,9 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             torch_dtype: Refused unless it is the export's dtype, or "auto".
             dtype: The same as ``torch_dtype``, by its newer name.
             compile: Run in PyTorch with the transformer's blocks compiled by torch.compile.
+            attention: ``16``, ``int8`` or ``fp8`` for self-attention of long sequences in PyTorch sessions. The default
+                is the recipe's.
+            attention_backend: The library that computes it, or ``reference``, the definition in plain PyTorch.
             **unknown: Refused, except options that make no difference here.
 
         Raises:
@@ -170,7 +175,15 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                     f"{option} is {wanted!s:.80}", available=str(artifact.dtype), fix="export again with --dtype"
                 )
         # 3. The engines and their controller.
-        session = open_session(artifact, name, backend=backend, device=device, compile=compile)
+        session = open_session(
+            artifact,
+            name,
+            backend=backend,
+            device=device,
+            compile=compile,
+            attention=attention,
+            attention_backend=attention_backend,
+        )
         try:
             if isinstance(schedule, (str, Path)):
                 schedule = Schedule.load(schedule, artifact.manifest)

@@ -12,6 +12,7 @@ from dvdquant.deploy.sessions.base import EngineSession, chosen_bits
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.ops.cuda import BUILD
 from dvdquant.ops.cuda_linear import kernels_for
+from dvdquant.recipe import ATTENTION
 from dvdquant.system.devices import resolve_device
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def open_session(
     bits: Sequence[int] | None = None,
     plugins: Sequence[Path] = (),
     compile: bool = False,
+    attention: str | None = None,
+    attention_backend: str | None = None,
 ) -> EngineSession:
     """Open a session for one transformer of an export.
 
@@ -48,9 +51,13 @@ def open_session(
         bits: The activation bits to load. The default is all.
         plugins: TensorRT plugin libraries to load before the engines that need them.
         compile: Run in PyTorch with the transformer's blocks compiled (:class:`.pytorch.PyTorchSession`).
+        attention: ``16``, ``int8`` or ``fp8`` for self-attention of long sequences in PyTorch sessions. The default is the
+            recipe's. Engines and graphs have 16 bit.
+        attention_backend: The library that computes it, or ``reference``. It makes the session one of PyTorch.
 
     Raises:
-        UnsupportedError: The backend or the device is unknown, or ``compile`` with a backend that is not PyTorch.
+        UnsupportedError: The backend, the device or the attention is unknown, or ``compile`` or ``attention_backend`` with a
+            backend that is not PyTorch.
         OutputError: A file differs from the manifest.
         EngineError: No engine fits, or the backend refuses the export.
     """
@@ -59,19 +66,35 @@ def open_session(
         raise UnsupportedError(f"unknown backend {backend!r:.100}", available=BACKENDS, fix="pick one of these")
     place = resolve_device(device)
     chosen_bits(artifact, component, bits)
-    if compile:
-        if name not in ("auto", "pytorch"):
-            raise UnsupportedError(
-                f"{name} does not take compile: its engines and graphs are compiled already",
-                available="pytorch",
-                fix="leave compile out, or choose the backend pytorch",
-            )
+    if attention is not None and attention not in ATTENTION:
+        raise UnsupportedError(f"unknown attention {attention!r:.100}", available=ATTENTION, fix="pick one of these")
+    if attention_backend is not None and name not in ("auto", "pytorch"):
+        raise UnsupportedError(
+            f"{name} takes no library for attention: its engines and graphs compute it themselves",
+            available="pytorch",
+            fix="leave the library out, or choose the backend pytorch",
+        )
+    if compile and name not in ("auto", "pytorch"):
+        raise UnsupportedError(
+            f"{name} does not take compile: its engines and graphs are compiled already",
+            available="pytorch",
+            fix="leave compile out, or choose the backend pytorch",
+        )
+    if compile or attention_backend is not None or name == "pytorch":
         from dvdquant.deploy.sessions.pytorch import PyTorchSession
 
-        return PyTorchSession(artifact, component, bits, place, compile=True)
-    if name == "auto":
-        return _open_best(artifact, component, bits, place, plugins)
-    return _open(name, artifact, component, bits, place, plugins)
+        return PyTorchSession(artifact, component, bits, place, compile, attention, attention_backend)
+    session = (
+        _open_best(artifact, component, bits, place, plugins, attention)
+        if name == "auto"
+        else _open(name, artifact, component, bits, place, plugins)
+    )
+    wanted = attention or artifact.plan(component).recipe.attention
+    if wanted != "16" and session.backend != "pytorch":
+        log.info(
+            "%s: attention is in 16 bit: only PyTorch sessions have %s, not %s", component, wanted, session.backend
+        )
+    return session
 
 
 def _open(
@@ -81,12 +104,13 @@ def _open(
     bits: Sequence[int] | None,
     device: torch.device,
     plugins: Sequence[Path],
+    attention: str | None = None,
 ) -> EngineSession:
     # The backends are imported here, because each needs a library of its own.
     if name == "pytorch":
         from dvdquant.deploy.sessions.pytorch import PyTorchSession
 
-        return PyTorchSession(artifact, component, bits, device)
+        return PyTorchSession(artifact, component, bits, device, attention=attention)
     if name == "onnxruntime":
         from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 
@@ -99,7 +123,12 @@ def _open(
 
 
 def _open_best(
-    artifact: Artifact, component: str, bits: Sequence[int] | None, device: torch.device, plugins: Sequence[Path]
+    artifact: Artifact,
+    component: str,
+    bits: Sequence[int] | None,
+    device: torch.device,
+    plugins: Sequence[Path],
+    attention: str | None,
 ) -> EngineSession:
     reasons = []
     if device.type == "cuda":
@@ -117,7 +146,7 @@ def _open_best(
         reasons.append("no CUDA device")
     name, reason = without_engine(device)
     log.info("%s on %s: %s (%s)", component, device, name, "; ".join([*reasons, *reason]))
-    return _open(name, artifact, component, bits, device, ())
+    return _open(name, artifact, component, bits, device, (), attention)
 
 
 def without_engine(device: torch.device) -> tuple[str, list[str]]:

@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.inputs import check_inputs, graph_dtype
 from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
 from dvdquant.model.families import Family, Sizes
+
+if TYPE_CHECKING:
+    from dvdquant.ops.attention.ladder import Attention
 
 __all__ = ["EngineSession", "WrappedSession"]
 
@@ -34,6 +37,8 @@ class EngineSession(ABC):
     """
 
     backend: str
+    # What chooses the library of 8-bit attention; None is 16 bit, as in every backend but PyTorch.
+    attention: Attention | None = None
 
     def __init__(self, artifact: Artifact, component: str, bits: Sequence[int] | None, device: torch.device) -> None:
         self.artifact = artifact
@@ -175,6 +180,7 @@ class WrappedSession(EngineSession):
         super().__init__(inner.artifact, inner.component, inner.bits, inner.device)
         self.inner, self.backend, self.dtype = inner, inner.backend, inner.dtype
         self.loras = inner.loras
+        self.attention = inner.attention
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         return self.inner._run(inputs, bits)

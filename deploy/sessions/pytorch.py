@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from dvdquant.checkpoint.lora.fuse import read_loras
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions.attention import cut_padded_words, install_attention
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.compiled import compile_blocks
 from dvdquant.deploy.sessions.lora_branches import LoraBranches
 from dvdquant.deploy.sessions.weights import WeightFiles
-from dvdquant.errors import EngineError
+from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper, fill_quantized
 from dvdquant.model.plan import quantized_skeleton
+from dvdquant.ops.attention.ladder import Attention, rungs_for
 from dvdquant.ops.cuda_linear import CACHE, usable_kernels
-from dvdquant.recipe import Recipe
+from dvdquant.recipe import ATTENTION, Recipe
 
 __all__ = ["PyTorchSession"]
 
@@ -46,8 +48,12 @@ class PyTorchSession(EngineSession):
         device: The CPU (default) or a CUDA device.
         compile: Compile the transformer's blocks with torch.compile. The first step with each bit-width takes a minute or
             more then, and the outputs differ from those without by rounding.
+        attention: ``16``, ``int8`` or ``fp8`` for self-attention of long sequences. The default is the recipe's.
+        attention_backend: The library that computes it, or ``reference``, the definition in plain PyTorch. By default
+            those of the GPU are tried, and one is taken that is right and faster than 16 bit on the first layer.
 
     Raises:
+        UnsupportedError: The attention is unknown, or the library that was asked for cannot run here.
         EngineError: The weights do not fit the device's memory.
         OutputError: A file differs from the manifest.
     """
@@ -61,12 +67,18 @@ class PyTorchSession(EngineSession):
         bits: Sequence[int] | None = None,
         device: torch.device | None = None,
         compile: bool = False,
+        attention: str | None = None,
+        attention_backend: str | None = None,
     ) -> None:
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
         kernels = usable_kernels(self.device)
         plan = artifact.plan(component)
         self._recipe = plan.recipe
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
+        self.attention = wanted_attention(attention or plan.recipe.attention, attention_backend, self.device, component)
+        # A mask makes PyTorch take a slow kernel on a GPU, and no kernel in 8 bits takes one.
+        masked = any(spec.name == "encoder_attention_mask" for spec in self.family.inputs(self.sizes))
+        self._cuts = self.attention is not None or (masked and self.device.type == "cuda")
         self._current: int | None = self.bits[0]
         self._ran: set[int] = set()
         self._files = WeightFiles(artifact, component)
@@ -79,6 +91,8 @@ class PyTorchSession(EngineSession):
                     log.info("%s is computed in fp32: %s", name, reason)
             self._branches: LoraBranches | None = None
             model.to(self.device)
+            if self._cuts:
+                self._state = install_attention(model, self.attention)
             if compile:
                 log.info(
                     "%s: %d blocks are compiled", component, compile_blocks(model, True if self.sizes.dynamic else None)
@@ -105,6 +119,8 @@ class PyTorchSession(EngineSession):
             self._current = bits
         if bits not in self._ran:
             make_weights(model)
+        if self._cuts:
+            inputs, self._state.whole = cut_padded_words(inputs)
         with torch.inference_mode():
             output: Tensor = model(inputs)
         if bits not in self._ran and self.device.type != "cpu":
@@ -156,6 +172,35 @@ class PyTorchSession(EngineSession):
             torch.cuda.synchronize(self.device)
         self._model = self._branches = None
         self._files.close()
+
+
+def wanted_attention(wanted: str, backend: str | None, device: torch.device, name: str) -> Attention | None:
+    """Return the attention of a session, which chooses its library at its first call; None is 16 bit.
+
+    Args:
+        wanted: ``16``, ``int8`` or ``fp8``.
+        backend: The library that was asked for, or None.
+        device: The device of the session.
+        name: The name of the transformer, for the log.
+
+    Raises:
+        UnsupportedError: The attention is unknown, or the library is not possible here.
+    """
+    if wanted not in ATTENTION:
+        raise UnsupportedError(f"unknown attention {wanted!r:.100}", available=ATTENTION, fix="pick one of these")
+    if wanted == "16":
+        if backend is not None:
+            raise UnsupportedError(
+                f"{backend!r:.100} computes 8-bit attention, and attention is in 16 bit here",
+                available=ATTENTION[1:],
+                fix="ask for int8 or fp8 attention too, or leave the library out",
+            )
+        return None
+    sm = None
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        sm = 10 * major + minor
+    return Attention(wanted, rungs_for(wanted, sm, backend), sm, must_be_faster=backend is None, name=name)
 
 
 def bits_advice(sm: int, recipe: Recipe) -> str | None:

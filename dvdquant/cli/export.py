@@ -14,7 +14,7 @@ from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, echo, paragraphs, setup_logging, table
 from dvdquant.cli.paths import LORA, MODEL, PATH, WORD
 from dvdquant.errors import UnsupportedError
-from dvdquant.recipe import RECIPES, get_recipe
+from dvdquant.recipe import ATTENTION, RECIPES, get_recipe
 from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:
@@ -76,6 +76,12 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
     "--modulation",
     type=click.Choice(["keep", "a8"]),
     help="The blocks' modulation linears: 16 bit, or 4-bit weights with 8-bit activations.  [default: the recipe's]",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(ATTENTION),
+    help="Self-attention of long sequences in PyTorch sessions: 16 bit, int8 or fp8; engines have 16 bit.  "
+    "[default: the recipe's]",
 )
 @click.option(
     "--keep", type=WORD, multiple=True, metavar="GLOB", help="Layers to keep in 16 bit besides the family's own."
@@ -191,6 +197,8 @@ def main(**arguments: Any) -> None:
     recipe = get_recipe(arguments.pop("recipe")).with_globs(arguments.pop("keep"), arguments.pop("force"))
     if (modulation := arguments.pop("modulation")) is not None:
         recipe = replace(recipe, modulation=modulation)
+    if (attention := arguments.pop("attention")) is not None:
+        recipe = replace(recipe, attention=attention)
     # PyTorch's threads wait for their next turn by spinning, and take the cores of the compiled loops in between. Read once,
     # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -259,6 +267,7 @@ def _plan_text(plan: ExportPlan) -> str:
     from dvdquant.artifact.provenance import sampling_words
     from dvdquant.checkpoint.lora.fuse import lora_lines
     from dvdquant.export.source_words import source_words
+    from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.quantize.checkpoint import left_out_text
 
     first, estimate = plan.plans[0], plan.estimate
@@ -283,6 +292,7 @@ def _plan_text(plan: ExportPlan) -> str:
         f"in {plan.options.dtype}",
         f"sizes (latent): {plan.sizes.frames} × {plan.sizes.height} × {plan.sizes.width}, "
         f"{first.family.tokens(*plan.sizes.at('opt'))} video tokens, {plan.sizes.text_tokens} text tokens",
+        *ladders_words(plan.options.recipe.attention),
         "",
         table(("layers", "K → N", "rotation", "weight group", "such as"), rows, right=(0, 2, 3)),
         "",

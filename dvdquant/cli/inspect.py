@@ -154,6 +154,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
     from dvdquant.artifact.manifest import source_words
     from dvdquant.artifact.provenance import lora_words, sampling_words
     from dvdquant.artifact.verified import verified_text
+    from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.recipe import error_name, fitted_text, looks_at_inputs
 
     recipe = manifest.recipe
@@ -170,6 +171,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         f"zero-point {weight['zero_point']}, solver {weight['solver']}, {', '.join(inputs)}",
         *lora_words(manifest.lora),
         *([f"defaults of dvdq-run and dvdq-plan: {sampling_words(manifest.sampling)}"] if manifest.sampling else []),
+        *ladders_words(recipe["attention"]),
         verified_text(manifest.verified),
         f"latent sizes: {shapes}; {manifest.shapes['text_tokens']} text tokens, {manifest.shapes['dtype']}",
         "",

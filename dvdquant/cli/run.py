@@ -17,6 +17,7 @@ from dvdquant.cli.paths import EXPORT, LORA, MODEL, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.recipe import ATTENTION
 
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
@@ -62,7 +63,7 @@ GROUPS = {
         "compare",
     ),
     "What to write": ("output", "gif", "strip", "trace", "fps"),
-    "Where it runs": ("pipeline", "lora", "backend", "device", "compile"),
+    "Where it runs": ("pipeline", "lora", "backend", "device", "compile", "attention", "attention_backend"),
 }
 
 
@@ -110,6 +111,8 @@ class RunOptions:
     backend: str
     device: str
     compile: bool
+    attention: str | None
+    attention_backend: str | None
 
 
 @click.command(
@@ -194,6 +197,17 @@ class RunOptions:
     is_flag=True,
     help="Run in PyTorch and compile the transformer's blocks: the first step takes a minute more.",
 )
+@click.option(
+    "--attention",
+    type=click.Choice(ATTENTION),
+    help="Self-attention of long sequences in PyTorch: 16 bit, int8 or fp8.  [default: the export's]",
+)
+@click.option(
+    "--attention-backend",
+    type=WORD,
+    metavar="LIBRARY",
+    help="What computes 8-bit attention: reference, or one library.  [default: the first that is right and faster]",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-run")
@@ -222,6 +236,8 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
         device=settings.device,
         lora=parse_loras(settings.lora),
         compile=settings.compile,
+        attention=settings.attention,
+        attention_backend=settings.attention_backend,
     ) as generator:
         # Every request is checked, and every engine loaded, before the first clip is drawn.
         plan = [[generator.check(r) for r in requests_for(settings, artifact, p)] for p in prompts]
@@ -351,6 +367,8 @@ def check_options(settings: RunOptions) -> None:
         and settings.backend not in ("auto", "pytorch"),
         "--compile is for the quantized transformer, and --mode 16 runs the original": settings.compile
         and settings.mode == "16",
+        f"--attention-backend runs in PyTorch, so --backend {settings.backend} does not apply": settings.attention_backend
+        and settings.backend not in ("auto", "pytorch"),
         f"--mode 16 runs the original checkpoint in PyTorch, so --backend {settings.backend} does not apply": (
             settings.mode == "16" and settings.backend not in ("auto", "pytorch")
         ),

@@ -250,6 +250,8 @@ def plan_engines(
             groups.setdefault((precision, sm if backend == "tensorrt" else ""), []).append(sm)
         for (chosen, _), members in groups.items():
             words = what_executes(chosen, activation.bits, members[0], recipe, from_checkpoint=from_checkpoint)
+            if recipe is not None and recipe.attention != "16":
+                words += f"; attention in 16 bits (only PyTorch sessions have the recipe's {recipe.attention})"
             plans.append(EnginePlan(backend, tuple(members), activation.bits, chosen, words))
     return plans
 

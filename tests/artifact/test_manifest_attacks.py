@@ -163,7 +163,7 @@ def test_a_manifest_of_a_million_entries(many: str, tmp_path: Path) -> None:
 def test_fields_of_older_manifests_are_filled_in() -> None:
     """Readers look at fields of a recipe that an older version did not write."""
     data = whole()
-    for name in ("weight", "keep", "rotation", "modulation", "inputs", "smooth", "random_signs", "shift"):
+    for name in ("weight", "keep", "rotation", "modulation", "attention", "inputs", "smooth", "random_signs", "shift"):
         data["recipe"].pop(name)
     show(Manifest.from_json(json.dumps(data)))
 

@@ -423,7 +423,10 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], tuple[str, ...]]] = {
     "locon": ({**PAIR, f"{Q}.lora_mid.weight": A}, ("lora_mid",)),
     "no lora": ({"blocks.0.attn1.to_q.weight": A}, ("is no LoRA", "blocks.0.attn1.to_q.weight")),
     "a vae": ({"encoder.conv_in.weight": A, "decoder.conv_in.weight": A}, ("is no LoRA", "a VAE")),
-    "a model of the authors": ({"blocks.0.self_attn.q.weight": A}, ("is no LoRA", "a model itself is given as MODEL", "MODEL")),
+    "a model of the authors": (
+        {"blocks.0.self_attn.q.weight": A},
+        ("is no LoRA", "a model itself is given as MODEL", "MODEL"),
+    ),
     "one factor": ({f"{Q}.lora_down.weight": A}, ("lora_down", "has no lora_up")),
     "the other factor": ({f"{Q}.lora_up.weight": B}, ("has no lora_down",)),
     "alpha alone": ({**PAIR, "blocks.0.ffn.0.alpha": torch.ones(())}, ("blocks.0.ffn.0.alpha", "beside it")),

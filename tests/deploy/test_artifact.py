@@ -99,7 +99,8 @@ def test_rebuild_command_is_one_the_exporter_takes(artifact: Artifact) -> None:
 
 def test_rebuild_command_keeps_what_the_export_was(artifact: Artifact) -> None:
     """Globs, modulation, batch, accepted NaNs and a single transformer of a pipeline come back as options."""
-    recipe = {**artifact.manifest.recipe, "keep": ["blocks.0.*"], "force": ["proj out"], "modulation": "a8"}
+    chosen = {"keep": ["blocks.0.*"], "force": ["proj out"], "modulation": "a8", "attention": "int8"}
+    recipe = {**artifact.manifest.recipe, **chosen}
     manifest = dataclasses.replace(
         artifact.manifest,
         recipe=recipe,
@@ -111,6 +112,7 @@ def test_rebuild_command_keeps_what_the_export_was(artifact: Artifact) -> None:
     )
     options = options_of(Artifact(artifact.root, manifest, artifact.configs).rebuild_command())
     assert (options["keep"], options["force"], options["modulation"]) == (("blocks.0.*",), ("proj out",), "a8")
+    assert options["attention"] == "int8"
     assert (options["batch"], options["subfolder"], options["allow_nonfinite"]) == (2, "transformer_2", True)
     assert options["targets"] == ("onnx",)
 

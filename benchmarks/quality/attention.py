@@ -1,0 +1,227 @@
+"""What 8-bit attention costs on the toy model: error of a step, and PSNR of clips, with linear layers in 16 bit, w4a8 and w4a4.
+
+    python -m benchmarks.quality attention --steps 20                    8 clips; the table in docs/quality/index.md
+    python -m benchmarks.quality attention --clips 128 --processes 2     as many as the other methods
+
+Self-attention is computed by the definition of each format (``dvdquant/ops/attention/definition.py``), put into diffusers'
+model as a session does it, the least length aside: the toy model has 288 tokens. The step error is the relative L2 of the
+output along the fp32 trajectories of held-out clips. A killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE.parent.parent / "examples" / "tiny-wan"
+PAGE = HERE.parent.parent / "docs" / "quality" / "index.md"
+CHUNK = 8
+LINEARS = {"bf16": 16, "w4a8": 8, "w4a4": 4}
+KINDS = ("16", "int8", "int8-rotated", "int8-fp8", "fp8", "fp8-plain")
+DRAWN = ("16", "int8", "int8-fp8", "fp8", "fp8-plain")
+
+Job = tuple[str, str, int]  # linear layers, attention, chunk of clips (−1: step errors)
+
+
+class _Format:
+    """One format as the operation calls it. Under autocast q and k may be wider than v; kernels get 16 bit."""
+
+    def __init__(self, kind: str) -> None:
+        from dvdquant.ops.attention.definition import FORMATS
+
+        self.kind = FORMATS[kind]
+
+    def __call__(self, q: Any, k: Any, v: Any, scale: float, bounds: Any) -> Any:
+        import torch
+
+        from dvdquant.ops.attention.definition import quantized_attention
+
+        heads_first = [t.to(torch.bfloat16).float().transpose(1, 2) for t in (q, k, v)]
+        out = quantized_attention(*heads_first, self.kind, bounds, scale)
+        return out.transpose(1, 2).to(torch.bfloat16).to(q.dtype)
+
+
+class Runner:
+    """One process: the toy model with one kind of linear layers at a time."""
+
+    def __init__(self, model: Path, work: Path, steps: int, every: int, clips: int) -> None:
+        from benchmarks.quality.work import Worker, plan
+
+        self.name = model.name
+        self.worker = Worker({self.name: model}, work, steps, eager=True)
+        self.every, self.work = every, work
+        bench = self.worker.bench(self.name)
+        self.plan = plan(bench, min(clips, 64), -(-clips // 64))[:clips]
+        self.linears, self.built = "", None
+        self.states: dict[str, tuple[Any, int]] = {}
+
+    def model(self, linears: str, kind: str) -> Any:
+        """The model with these linear layers and this attention."""
+        from benchmarks.quality.compared.methods import METHODS
+        from dvdquant.deploy.sessions.attention import install_attention
+        from dvdquant.ops.attention.ladder import Attention
+        from dvdquant.ops.attention.operation import number_of
+
+        if linears != self.linears:
+            if linears == "bf16":
+                self.built = self.worker._unquantized(self.name, wide=False)
+            else:
+                method = METHODS[f"dvdquant {linears}"]
+                self.built = self.worker.simulated(self.name, method, LINEARS[linears])
+            self.linears = linears
+            # Folding the norms and finding their bounds is a session's; the kernel is put in by its number.
+            self.state = install_attention(self.built._compiled.run, Attention("fp8", ()))
+            self.state.least = 1
+        if kind != "16" and kind not in self.states:
+            made: Any = _Format(kind)
+            self.states[kind] = (made, number_of(made))
+        self.state.number = 0 if kind == "16" else self.states[kind][1]
+        return self.built
+
+    def do(self, job: Job) -> list[dict[str, Any]]:
+        """The rows of one job."""
+        linears, kind, chunk = job
+        model = self.model(linears, kind)
+        base = {"linears": linears, "attention": kind}
+        if chunk < 0:
+            found = self.worker._errors(self.name, model, self.every)
+            return [{**base, "clip": c, "step": s, "error": e} for c, s, _, e in found]
+        from benchmarks.quality.work import _parts
+
+        clips = self.plan[chunk * CHUNK : (chunk + 1) * CHUNK]
+        latents = _parts(self.worker.bench(self.name), {16: model}, clips)
+        rows = self.worker._rows(self.name, linears, "A16", chunk, clips, latents)
+        return [{**base, "prompt": r["prompt"], "seed": r["seed"], "psnr": r["psnr"]} for r in rows]
+
+
+_runner: Any = None
+
+
+def start(model: Path, work: Path, steps: int, every: int, clips: int) -> None:
+    """In a new process: one thread."""
+    global _runner
+    import torch
+
+    torch.set_num_threads(1)
+    _runner = Runner(model, work, steps, every, clips)
+
+
+def do(job: Job) -> tuple[Job, list[dict[str, Any]]]:
+    """In a worker process."""
+    return job, _runner.do(job)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of earlier runs; a line torn by a kill is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Step error and PSNR of every format, and the difference to 16-bit attention on the same clips."""
+    from benchmarks.quality.report import _said, difference, interval, table
+
+    errors: dict[tuple[str, str], dict[Any, list[float]]] = {}
+    psnrs: dict[tuple[str, str], dict[Any, float]] = {}
+    for row in rows:
+        place = (row["linears"], row["attention"])
+        if "error" in row:
+            errors.setdefault(place, {}).setdefault(row["clip"], []).append(row["error"])
+        elif row["psnr"] is not None:
+            psnrs.setdefault(place, {})[row["prompt"], row["seed"]] = row["psnr"]
+    lines = []
+    for linears in LINEARS:
+        for kind in KINDS:
+            place, base = (linears, kind), (linears, "16")
+            if place not in errors and place not in psnrs:
+                continue
+            means = {clip: sum(each) / len(each) for clip, each in errors.get(place, {}).items()}
+            mean, low, high = interval(means) if means else (float("nan"),) * 3
+            drawn = psnrs.get(place, {})
+            value = f"{interval(drawn)[0]:.2f}" if drawn else "–"
+            loss = difference(drawn, psnrs.get(base, {})) if kind != "16" and drawn else None
+            error = f"{mean:.4f} ± {(high - low) / 2:.4f}" if means else "–"
+            lines.append([linears, kind, error, value, "–" if loss is None else _said(loss, ".2f")])
+    head = ["linear layers", "attention", "step error", "PSNR, dB", "PSNR less that of 16-bit attention"]
+    return table(head, lines)
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--work", type=Path, default=Path("out/quality-attention"))
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="denoising steps; those the model was trained for if not given")
+    parser.add_argument("--every", type=int, default=10, help="step errors at every so many steps, and the last")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--linears", nargs="+", choices=LINEARS, default=list(LINEARS))
+    parser.add_argument(
+        "--formats", nargs="+", choices=KINDS, default=list(DRAWN), help="those that clips are drawn with"
+    )
+    parser.add_argument("--seconds", type=float, help="stop after so long; started again, it goes on")
+    parser.add_argument("--page", type=Path, default=PAGE, help="whose block 'attention' is written anew")
+    options = parser.parse_args()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
+    from run import commit, hardware
+
+    from benchmarks.quality.report import replace_blocks
+    from benchmarks.quality.toy.clips import Bench
+
+    started = time.time()
+    options.work.mkdir(parents=True, exist_ok=True)
+    steps = options.steps or Bench.open(options.model).steps
+    results = options.work / "attention.jsonl"
+    rows = rows_of(results)
+    done = {tuple(row["job"]) for row in rows}
+    jobs: list[Job] = [(linears, kind, -1) for linears in options.linears for kind in KINDS]
+    chunks = range(-(-options.clips // CHUNK))
+    jobs += [(linears, kind, chunk) for chunk in chunks for linears in options.linears for kind in options.formats]
+    todo = [job for job in jobs if job not in done]
+    given = (options.model.resolve(), options.work, steps, options.every, options.clips)
+    start(*given)  # what processes share is made once
+    _runner.worker.held_out(_runner.name)
+    if options.processes > 1:
+        pool: Any = multiprocessing.get_context("spawn").Pool(options.processes, start, given)
+        finished = pool.imap_unordered(do, todo)
+    else:
+        pool, finished = None, map(do, todo)
+    for job, new in finished:
+        with open(results, "a") as file:
+            file.writelines(json.dumps({**row, "job": job}) + "\n" for row in new)
+        rows += new
+        print(f"{time.time() - started:.0f} s", *job, flush=True)
+        if options.seconds is not None and time.time() - started > options.seconds:
+            break
+    if pool is not None:
+        pool.terminate()
+    words = (
+        f"{hardware()}, {time.strftime('%Y-%m-%d')}, {steps} steps a clip, {options.clips} clips; at {commit()}:\n\n"
+        f"    python -m benchmarks.quality attention {' '.join(sys.argv[1:])}"
+    )
+    text = table_of(rows)
+    print(text)
+    page = options.page.read_text(encoding="utf-8")
+    options.page.write_text(replace_blocks(page, {"attention": f"{text}\n\n{words}"}), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""8-bit attention in a diffusers transformer, without its attention code.
+
+diffusers' attention dispatch gets a backend of ours. A processor names its backend in ``_attention_backend``, and hands
+``_parallel_config`` on to it, None in attention to text (Wan). There the backend finds the layer. diffusers'
+``set_attention_backend`` is not called: it also sets the backend of every other model of the process.
+
+CogVideoX's processor calls PyTorch itself. It is called with another ``F`` among its globals.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from dvdquant.ops.attention import ladder
+from dvdquant.ops.attention.ladder import Attention
+from dvdquant.ops.attention.operation import attention, number_of
+
+__all__ = ["AttentionState", "cut_padded_words", "fold_norms", "install_attention", "norm_bounds", "self_attentions"]
+
+_NORMS = (("norm_q", "norm_k"), ("norm_added_q", "norm_added_k"))
+
+
+class AttentionState:
+    """What all layers of a session share.
+
+    Args:
+        chosen: The session's attention; None leaves it in 16 bit, so that only masks are left out.
+
+    Attributes:
+        number: The number of ``chosen`` for the operation, or 0.
+        least: The shortest sequence that is not in 16 bit.
+        whole: Whether masks over keys are true everywhere, so that they are left out.
+    """
+
+    def __init__(self, chosen: Attention | None) -> None:
+        self.number = 0 if chosen is None else number_of(chosen)
+        self.least = ladder.MIN_TOKENS
+        self.whole = False
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, attn_mask: Tensor | None, is_causal: bool,
+        scale: float | None, dropout_p: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """Compute attention: in 8 bits where it is self-attention of a long sequence without a mask.
+
+        Args:
+            q: [B, S, H, d], and k and v [B, T, H, d].
+            k: See q.
+            v: See q.
+            bounds: fp32 [2], the largest values of the layer's q and k, or None.
+            attn_mask: As of PyTorch's function.
+            is_causal: As of PyTorch's function.
+            scale: As of PyTorch's function.
+            dropout_p: As of PyTorch's function.
+        """
+        if self.whole and attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.shape[-2] == 1:
+            attn_mask = None
+        plain = attn_mask is None and not is_causal and not dropout_p
+        if self.number and plain and k.shape[1] == q.shape[1] and q.shape[1] >= self.least:
+            factor = q.shape[-1] ** -0.5 if scale is None else scale
+            out: Tensor = attention(q, k, v, bounds, factor, self.number)
+            return out
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale).transpose(1, 2)
+
+
+class _Layer:
+    """What the backend knows of a layer. diffusers hands it on as a processor's ``_parallel_config``."""
+
+    def __init__(self, state: AttentionState, bounds: Tensor | None) -> None:
+        self.state, self.bounds = state, bounds
+
+
+def _new_backend(name: str) -> AttentionBackendName:
+    """Return a member of diffusers' enumeration that is not in its list, which no code outside can extend."""
+    member = str.__new__(AttentionBackendName, name)
+    member._name_, member._value_ = name.upper(), name
+    return member
+
+
+BACKEND = _new_backend("dvdquant")
+
+
+@_AttentionBackendRegistry.register(BACKEND)
+def _dispatched(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, _parallel_config: Any = None,
+) -> Tensor:  # fmt: skip
+    if _parallel_config is None:
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale).transpose(1, 2)
+    state, bounds = _parallel_config.state, _parallel_config.bounds
+    return state.attention(query, key, value, bounds, attn_mask, is_causal, scale, dropout_p)  # type: ignore[no-any-return]
+
+
+class _Functions:
+    """``torch.nn.functional`` as a processor sees it that calls PyTorch itself. Its layers have no bounds: one serves all."""
+
+    def __init__(self, state: AttentionState) -> None:
+        self.state = state
+
+    def scaled_dot_product_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As PyTorch's."""
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return self.state.attention(q, k, v, None, attn_mask, is_causal, scale, dropout_p).transpose(1, 2)
+
+
+def install_attention(model: nn.Module, chosen: Attention | None) -> AttentionState:
+    """Let a session's attention compute the self-attention of a model.
+
+    Args:
+        model: A diffusers transformer with its weights, which is changed in place.
+        chosen: The session's attention; None leaves it in 16 bit, so that only masks are left out.
+    """
+    state = AttentionState(chosen)
+    direct: dict[type, Any] = {}
+    for module in self_attentions(model):
+        if chosen is not None:
+            fold_norms(module)
+        processor: Any = module.processor
+        if hasattr(processor, "_attention_backend"):
+            processor._attention_backend = BACKEND
+            processor._parallel_config = _Layer(state, None if chosen is None else norm_bounds(module))
+        else:
+            kind = type(processor)
+            if kind not in direct:
+                direct[kind] = _with_functions(kind, _Functions(state))
+            module.processor = direct[kind]
+    return state
+
+
+def _with_functions(kind: Any, functions: _Functions) -> Any:
+    """Return a processor of this class whose ``F`` is another."""
+    call = kind.__call__
+    # Without the module's name: torch.compile would look F up in the module that is called so.
+    known = {name: value for name, value in call.__globals__.items() if name != "__name__"} | {"F": functions}
+    rebound = types.FunctionType(call.__code__, known, call.__name__, call.__defaults__, call.__closure__)
+    rebound.__kwdefaults__ = call.__kwdefaults__
+    rebound.__module__ = call.__module__
+    return type(kind.__name__, (kind,), {"__call__": rebound})()
+
+
+def self_attentions(model: nn.Module) -> list[nn.Module]:
+    """Return the self-attention modules of a transformer's blocks, but for those that refine text alone."""
+    found = []
+    for name, module in model.named_modules():
+        in_block = "blocks." in name and not name.startswith("context_embedder")
+        if in_block and name.rpartition(".")[2] in ("attn", "attn1") and hasattr(module, "processor"):
+            found.append(module)
+    return found
+
+
+def cut_padded_words(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """Cut the padded words off, where the text of a batch of one has a mask.
+
+    Words that the mask leaves out reach nothing else, so without them the model computes the same, and needs no mask in its
+    attention. The fast kernels take none.
+
+    Args:
+        inputs: The graph's inputs by name.
+
+    Returns:
+        The inputs, and whether nothing is left for a mask to do.
+    """
+    mask = inputs.get("encoder_attention_mask")
+    if mask is None or mask.ndim != 2 or mask.shape[0] != 1:
+        return dict(inputs), False
+    words = int(mask.bool().sum())
+    if not words or not bool(mask[0, :words].bool().all()):
+        return dict(inputs), False  # no words at all, or holes between them
+    cut = {**inputs, "encoder_attention_mask": mask[:, :words]}
+    cut["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :words]
+    return cut, True
+
+
+# ------------------------------------------------------------------------------------------------------------ the norms
+
+
+@torch.no_grad()
+def fold_norms(module: nn.Module) -> None:
+    """Make the norm weights of q and k equal in size, rope pair by rope pair, with the scores as they are.
+
+    A channel that is large in k and small in q takes k's grid for itself. Multiplying the pair's weights by c in q and 1/c in
+    k leaves every product of q and k. Rope mixes the two channels of a pair, so they have one c. It is a power of two: the
+    weights, and q and k, keep all their digits. It comes before the rotation, which mixes all channels: it would spread such
+    outliers, and those of q and k differ.
+
+    Args:
+        module: An attention module. Its norms of q and k get new weights; the tensors they had are left alone.
+    """
+    pairs = [(q, k) for q, k in _norms(module) if getattr(q, "weight", None) is not None]
+    if not pairs or any(q.weight.shape != k.weight.shape for q, k in pairs):
+        return
+    sizes = [torch.stack([_pair_size(q), _pair_size(k)]) for q, k in pairs]
+    q_size, k_size = torch.stack(sizes).square().sum(0).sqrt()
+    ratio = (k_size / q_size).sqrt()
+    # A pair that one side does not have at all (0, or no number) stays.
+    exponent = ratio.log2().round().nan_to_num(0.0, 0.0, 0.0).clamp(-12, 12)
+    factor = exponent.exp2().repeat_interleave(2)
+    for q, k in pairs:
+        for norm, by in ((q, factor), (k, 1 / factor)):
+            for name in ("weight", "bias"):
+                old = getattr(norm, name, None)
+                if old is not None:
+                    new = (old.float() * by).to(old.dtype)
+                    norm._parameters[name] = nn.Parameter(new, requires_grad=False)
+
+
+def norm_bounds(module: nn.Module) -> Tensor | None:
+    """Return the largest values that q and k can have behind their norms, rope and a rotation: fp32 [2], or None.
+
+    A row behind an RMS or layer norm over n channels has the length ``√n·max|w| + ‖b‖`` at most, rope and the rotation keep
+    lengths, and a value is no larger than the length of its row. The norm is over all heads in Wan and LTX-Video, and over
+    each head in HunyuanVideo and CogVideoX.
+
+    Args:
+        module: An attention module with norms of q and k; without them nothing is known.
+    """
+    bounds = []
+    for norms in zip(*_norms(module)):
+        lengths = [_length(norm, module) for norm in norms]
+        if any(length is None for length in lengths):
+            return None
+        bounds.append(max(length for length in lengths if length is not None))
+    return torch.tensor(bounds, dtype=torch.float32, device=_device(module)) if bounds else None
+
+
+def _norms(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the norms of q and of k: of the video, and of the text where it has its own."""
+    pairs = [tuple(getattr(module, name, None) for name in names) for names in _NORMS]
+    return [(q, k) for q, k in pairs if q is not None and k is not None]
+
+
+def _pair_size(norm: Any) -> Tensor:
+    return norm.weight.float().view(-1, 2).norm(dim=1)  # type: ignore[no-any-return]
+
+
+def _length(norm: Any, module: nn.Module) -> float | None:
+    """Return the largest length of a row (of one head or of all) behind a norm, or None if it is no norm we know."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if weight is not None:
+        channels, largest = weight.numel(), float(weight.float().abs().amax())
+    else:
+        shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
+        if shape is None:
+            return None
+        channels = int(torch.Size(shape if isinstance(shape, Sequence) else (shape,)).numel())
+        largest = 1.0
+    return float(channels**0.5 * largest + (0.0 if bias is None else float(bias.float().norm())))
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))

@@ -1,0 +1,41 @@
+"""q, k and v as e4m3 codes with their scales, for kernels that take them so."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dvdquant.numerics.hadamard import hadamard_matrix
+from dvdquant.ops.attention.definition import E4M3_MAX
+
+__all__ = ["e4m3_operands"]
+
+
+def e4m3_operands(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, v_per_head: bool = True
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Rotate q and k, and round q, k and v to e4m3.
+
+    Args:
+        q: [B, S, H, d], and k and v [B, T, H, d], in 16 bit.
+        k: See q.
+        v: See q.
+        bounds: fp32 [2], the largest values that q and k can have. None takes them from the values.
+        v_per_head: Whether v has a scale per head, or one for all.
+
+    Returns:
+        The codes of q, k and v, contiguous in their shapes, and the steps they are multiplied by: [1, 1] for q and k,
+        [B, H] or [1, 1] for v.
+    """
+    matrix = hadamard_matrix(q.shape[-1], torch.float32).to(q.device, q.dtype)
+    q, k = q @ matrix, k @ matrix
+    q_amax, k_amax = (q.abs().amax(), k.abs().amax()) if bounds is None else bounds.unbind()
+    v_amax = v.abs().amax((1, 3)) if v_per_head else v.abs().amax().reshape(1, 1)
+    steps = [
+        (amax.float().clamp(min=1e-30) / E4M3_MAX) for amax in (q_amax.reshape(1, 1), k_amax.reshape(1, 1), v_amax)
+    ]
+    codes = [
+        (x.float() / step[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).contiguous().to(torch.float8_e4m3fn)
+        for x, step in zip((q, k, v), steps)
+    ]
+    return (codes[0], codes[1], codes[2]), (steps[0], steps[1], steps[2])

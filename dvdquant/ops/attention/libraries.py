@@ -1,0 +1,216 @@
+"""Libraries with kernels for 8-bit attention: on which GPUs each has them, and how it is called.
+
+No library is imported before a session wants it, and none is needed: without them attention is in 16 bit. A library is
+taken by its name and version here; whether its kernel is right and faster, the session's own first layer shows
+(:mod:`dvdquant.ops.attention.ladder`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    # q, k, v [B, S, H, d], the scale of scores, the largest values of q and k (or None) -> [B, S, H, d].
+    Kernel = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+
+__all__ = ["LADDERS", "LIBRARIES", "REFERENCE", "Library", "ladder", "ladders_words"]
+
+
+@dataclass(frozen=True)
+class Library:
+    """One way to compute attention in 8 bits.
+
+    Args:
+        name: What it is called by users.
+        kind: The format that it computes, of :data:`.definition.FORMATS`, as near as it is known.
+        package: The distribution whose version is looked at, or an empty text.
+        least: The oldest version that has what is called. The next one, ``below``, is not taken: another interface.
+        sms: The SMs that it has kernels for, or None for all devices.
+        max_head: The most channels of a head.
+        load: Import the library and return its kernel.
+    """
+
+    name: str
+    kind: str
+    package: str
+    least: tuple[int, ...]
+    below: tuple[int, ...] | None
+    sms: frozenset[int] | None
+    max_head: int
+    load: Callable[[], Kernel]
+
+    def refused(self, sm: int | None, head: int | None = None) -> str | None:
+        """Return in words why the library cannot serve a device, or None. It imports nothing.
+
+        Args:
+            sm: The compute capability times 10, or None for a CPU.
+            head: The channels of a head, if they are known.
+        """
+        if self.sms is not None and sm is None:
+            return "it needs a CUDA device"
+        if self.sms is not None and sm not in self.sms:
+            return f"it has no kernels for SM {(sm or 0) / 10}"
+        if head is not None and head > self.max_head:
+            return f"it takes heads of at most {self.max_head} channels, not {head}"
+        return self.installed()
+
+    def installed(self) -> str | None:
+        """Return in words why the library is not there in a version that is known, or None."""
+        if not self.package:
+            return None
+        try:
+            version = metadata.version(self.package)
+        except metadata.PackageNotFoundError:
+            return f"{self.package} is not installed"
+        numbers = _numbers(version)
+        if numbers < self.least:
+            return f"{self.package} {version} is too old, it needs {'.'.join(map(str, self.least))}"
+        if self.below is not None and numbers >= self.below:
+            return (
+                f"{self.package} {version} has another interface, it needs one below {'.'.join(map(str, self.below))}"
+            )
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version; what is no number ends them."""
+    numbers = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def _comfy_kitchen() -> Kernel:
+    library: Any = importlib.import_module("comfy_kitchen")
+    attention = library.int8_attention
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
+        out: Tensor = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+        return out.transpose(1, 2)
+
+    return kernel
+
+
+def _sageattention() -> Kernel:
+    library: Any = importlib.import_module("sageattention")
+    attention = library.sageattn
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
+        out: Tensor = attention(q, k, v, tensor_layout="NHD", is_causal=False, sm_scale=scale)
+        return out
+
+    return kernel
+
+
+def _fa3_fwd() -> Kernel:
+    import torch
+
+    from dvdquant.ops.attention.e4m3 import e4m3_operands
+
+    library: Any = importlib.import_module("fa3_fwd_interface")
+    attention = library.flash_attn_func
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
+        codes, steps = e4m3_operands(q, k, v, bounds)
+        batch, heads = q.shape[0], q.shape[2]
+        q_step, k_step, v_step = (step.to(torch.float32).expand(batch, heads).contiguous() for step in steps)
+        out = attention(*codes, softmax_scale=scale, q_descale=q_step, k_descale=k_step, v_descale=v_step)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.to(q.dtype)  # type: ignore[no-any-return]
+
+    return kernel
+
+
+def _cudnn() -> Kernel:
+    from dvdquant.ops.attention.cudnn_fp8 import CudnnAttention
+
+    return CudnnAttention()
+
+
+def _reference(name: str) -> Callable[[], Kernel]:
+    def load() -> Kernel:
+        from dvdquant.ops.attention.definition import FORMATS, quantized_attention
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            return quantized_attention(q, k, v, FORMATS[name], bounds, scale).transpose(1, 2)
+
+        return kernel
+
+    return load
+
+
+_COMFY = Library(
+    "comfy-kitchen", "int8", "comfy-kitchen", (0, 2, 40), None,
+    frozenset((75, 80, 86, 89, 90, 100, 120)), 256, _comfy_kitchen,
+)  # fmt: skip
+_SAGE2 = Library(
+    "sageattention-2", "int8-fp8", "sageattention", (2, 2), None,
+    frozenset((80, 86, 89, 90, 120)), 128, _sageattention,
+)  # fmt: skip
+_SAGE1 = Library(
+    "sageattention-1", "int8", "sageattention", (1, 0, 6), (2,), frozenset((80, 86, 89)), 128, _sageattention
+)
+_FA3 = Library("fa3-fwd", "fp8", "fa3-fwd", (0, 0, 3), None, frozenset((90,)), 192, _fa3_fwd)
+# The engine for SM 12.0 is an experiment of the frontend that has to be switched on.
+_CUDNN = Library("cudnn", "fp8", "nvidia-cudnn-frontend", (1, 32), None, frozenset((90, 100, 103)), 128, _cudnn)
+
+# The definition itself. It is slow, and taken only where it is asked for by name.
+REFERENCE: dict[str, Library] = {
+    kind: Library("reference", kind, "", (), None, None, 1 << 16, _reference(kind)) for kind in ("int8", "fp8")
+}
+LIBRARIES: dict[str, Library] = {library.name: library for library in (_COMFY, _SAGE2, _SAGE1, _FA3, _CUDNN)}
+
+# What is tried on an SM, best first. Where no library has the recipe's own format, the other one is tried: the self-test
+# says how far it is from 16 bit, and the trace which one ran.
+LADDERS: dict[int, dict[str, tuple[Library, ...]]] = {
+    80: {"int8": (_COMFY, _SAGE2, _SAGE1), "fp8": (_COMFY, _SAGE2, _SAGE1)},
+    86: {"int8": (_COMFY, _SAGE2, _SAGE1), "fp8": (_COMFY, _SAGE2, _SAGE1)},
+    89: {"int8": (_SAGE2, _COMFY, _SAGE1), "fp8": (_SAGE2, _COMFY, _SAGE1)},
+    90: {"int8": (_SAGE2, _FA3, _CUDNN, _COMFY), "fp8": (_FA3, _CUDNN, _SAGE2, _COMFY)},
+    100: {"int8": (_CUDNN, _COMFY), "fp8": (_CUDNN, _COMFY)},
+    103: {"int8": (_CUDNN,), "fp8": (_CUDNN,)},
+    120: {"int8": (_COMFY, _SAGE2), "fp8": (_COMFY, _SAGE2)},
+}
+
+
+def ladder(wanted: str, sm: int | None) -> tuple[Library, ...]:
+    """Return the libraries that are tried on a device, best first.
+
+    Args:
+        wanted: ``int8`` or ``fp8``.
+        sm: The compute capability times 10, or None for a CPU.
+    """
+    return LADDERS.get(sm or 0, {}).get(wanted, ())
+
+
+def ladders_words(wanted: str) -> list[str]:
+    """Return in words what PyTorch sessions try on each SM, for people who ask before one runs.
+
+    Args:
+        wanted: The recipe's attention: ``16``, ``int8`` or ``fp8``.
+
+    Returns:
+        A line, and one for each SM; nothing for 16.
+    """
+    if wanted == "16":
+        return []
+    tried: dict[str, list[str]] = {}
+    for sm, formats in LADDERS.items():
+        tried.setdefault(", ".join(library.name for library in formats[wanted]), []).append(f"{sm / 10}")
+    lines = [
+        f"attention of long sequences in PyTorch sessions: {wanted}, by the first library that is right and faster than 16 "
+        "bit on the first layer, else 16 bit"
+    ]
+    for names, sms in tried.items():
+        lines.append(f"  SM {', '.join(sms)}: {names}")
+    there = [library.name for library in LIBRARIES.values() if library.installed() is None]
+    return [*lines, f"  installed here: {', '.join(there) or 'none'}"]
