@@ -35,6 +35,7 @@ from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export.engines import load_backend
+from dvdquant.export.engines.attention import attention_wish
 from dvdquant.export.engines.precision import EnginePlan, check_sms, plan_engines
 from dvdquant.export.engines.stage import BuildSettings, EngineStage, build_settings, engine_path, find_current
 from dvdquant.export.estimate import Estimate, estimate_export, require_memory
@@ -154,6 +155,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             recipe=options.recipe,
             override=options.realize if backend == "tensorrt_rtx" else "auto",
             from_checkpoint=True,
+            attention=attention_wish(options.recipe, plans[0].family, sizes),
         )
         versions[backend] = load_backend(backend).version
     if any(e.realization == "plugin" for e in engines) and not options.plugins:

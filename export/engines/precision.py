@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dvdquant.errors import UnsupportedError
+from dvdquant.export.engines.attention import AttentionWish
 from dvdquant.recipe import ActivationSpec, Recipe
 
 __all__ = [
@@ -70,6 +71,7 @@ class EnginePlan:
         act_bits: which graph.
         realization: how its QuantLinear nodes run.
         executes: the same in plain words, for the manifest and the dry run.
+        attention: how its self-attention runs: ``16`` or ``fp8``.
     """
 
     backend: str
@@ -77,6 +79,7 @@ class EnginePlan:
     act_bits: int
     realization: Realization
     executes: str
+    attention: Literal["16", "fp8"] = "16"
 
     @property
     def folder(self) -> str:
@@ -195,12 +198,14 @@ def plan_engines(
     recipe: Recipe | None = None,
     override: str = "auto",
     from_checkpoint: bool = False,
+    attention: AttentionWish = AttentionWish(),
 ) -> list[EnginePlan]:
     """The engines to build: per graph, SMs with the same realization share one where the backend allows it.
 
     Args:
         sms: targets; repeated ones count once, the order is kept.
         activations: one per graph.
+        attention: what is asked of the self-attention. An engine that also serves an SM without FP8 has it in 16 bit.
 
     An ``override`` that one graph can run and another cannot (NVFP4 has no 8-bit activations) applies to the first; the
     other gets its automatic realization.
@@ -217,7 +222,10 @@ def plan_engines(
             groups.setdefault((realization, sm if backend == "tensorrt" else ""), []).append(sm)
         for (chosen, _), members in groups.items():
             words = what_executes(chosen, activation.bits, members[0], recipe, from_checkpoint=from_checkpoint)
-            plans.append(EnginePlan(backend, tuple(members), activation.bits, chosen, words))
+            words += attention.words(members)
+            plans.append(
+                EnginePlan(backend, tuple(members), activation.bits, chosen, words, attention.on(members))
+            )
     return plans
 
 
