@@ -59,9 +59,7 @@ def attention_wish(recipe: Recipe, family: Family, sizes: Sizes) -> AttentionWis
 
 
 def _obstacle(family: Family) -> str:
-    """Why the attention of a family cannot have static scales, or cannot be one kernel."""
-    if family.name == "hunyuan-video":
-        return "it has a mask for padded text, with which FP8 attention is not one kernel"
+    """Why the attention of a family cannot have static scales."""
     if family.config.get("qk_norm", "default") is None:
         return "this model has no norms of q and k, which the static scales follow from"
     return ""

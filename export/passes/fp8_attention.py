@@ -96,8 +96,9 @@ def fp8_attention(model: ir.Model, tokens: int) -> list[AttentionScales]:
     4. Scales are static. A norm bounds what it gives: ‖q‖ ≤ √n·max|w| over its n channels (all heads, or one), plus ‖b‖, and so
        does the rotation: the scale is that over 448. The scale of v is ``MODULATED``·√K·max‖row‖ + max|bias| over 448. That of the
        softmax is 1/448. Scales are rounded up to the graph's dtype, so that the bound is still representable.
-    5. Left alone: attention with a mask (padded text), causal, or between two sequences; of at most ``LONG_TOKENS`` tokens, or
-       of fewer than ``tokens`` (text); q or k without a norm's weight; v of something else than a linear.
+    5. A mask of keys, boolean [B, 1, 1, S] (padded text), becomes −∞ scores before the softmax, and stays a part of the kernel.
+    6. Left alone: attention with another mask, causal, or between two sequences; of at most ``LONG_TOKENS`` tokens, or of fewer
+       than ``tokens`` (text); q or k without a norm's weight; v of something else than a linear.
 
     Args:
         tokens: of the video at the largest sizes.
@@ -132,7 +133,7 @@ def _is_long_self_attention(node: ir.Node, tokens: int) -> bool:
     operands = node.inputs[:3]
     if any(value is None or value.shape is None or len(value.shape) != 4 for value in operands):
         return False
-    if any(value is not None for value in node.inputs[3:]):
+    if any(value is not None for value in node.inputs[4:]) or not _is_key_mask(node):
         return False
     for name in ("is_causal", "softcap"):
         if name in node.attributes and node.attributes[name].value:
@@ -146,6 +147,14 @@ def _is_long_self_attention(node: ir.Node, tokens: int) -> bool:
         return False
     length = shapes[0][2]  # type: ignore[index]
     return tokens > LONG_TOKENS and (not isinstance(length, int) or length >= tokens)
+
+
+def _is_key_mask(node: ir.Node) -> bool:
+    """Whether there is no mask, or one that only says which keys are words: boolean [B, 1, 1, S]."""
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    if mask is None:
+        return True
+    return mask.dtype == ir.DataType.BOOL and mask.shape is not None and list(mask.shape)[1:3] == [1, 1]
 
 
 def _norms(value: ir.Value | None, side: str) -> Iterator[_Norm]:
@@ -361,6 +370,10 @@ def _rewrite(model: ir.Model, match: _Match) -> AttentionScales:
     square = ir.Shape([q.shape[0], q.shape[1], q.shape[2], q.shape[2]])
     keys = write.op("Transpose", "k_t", operands[1], like=k, shape=swapped, perm=[0, 1, 3, 2])
     scores = write.op("MatMul", "scores", operands[0], keys, like=q, shape=square)
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    if mask is not None:
+        least = write.constant(f"{DOMAIN}.{write.dtype.name.lower()}.least", np.array(-np.inf), write.dtype)
+        scores = write.op("Where", "masked", mask, scores, least, like=scores)
     shares = write.op("Softmax", "softmax", scores, like=scores, axis=-1)
     output = write.op("MatMul", "attended", write.quantized("p", shares, p_scale), operands[2], like=q)
     ir.convenience.replace_nodes_and_values(model.graph, node, [node], write.nodes, node.outputs[:1], [output])
