@@ -450,7 +450,8 @@ class _Run:
         """Every graph in ONNX Runtime; ExportError if one is out of bounds."""
         plans = dict(zip(self.plan.components, self.plan.plans))
         tree, sizes = self.transaction.tree, self.plan.sizes
-        return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress)
+        fp8 = any(engine.attention == "fp8" for engine in self.plan.engines)
+        return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress, fp8)
 
     def _layers(self) -> tuple[LayerEntry, ...]:
         """Return the table of weight errors."""

@@ -52,11 +52,14 @@ def round_e4m3(x: Tensor, scale: float) -> Tensor:
     return (codes.to(torch.float64 if x.dtype == torch.float64 else torch.float32) * scale).to(x.dtype)
 
 
-def quantized_attention(q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales) -> Tensor:
+def quantized_attention(
+    q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales, mask: Tensor | None = None
+) -> Tensor:
     """Return the attention as the graph quantizes it: [B, H, S, d] of the operands' dtype.
 
     Args:
         q, k, v: [B, H, S, d], q and k as the model has them, not balanced; float64 rounds to e4m3 alone.
+        mask: bool [B, 1, 1, S], true for the keys that count; None for all.
     """
     channels = q.shape[-1]
     fold = torch.from_numpy(scales.fold).to(q.dtype)
@@ -65,7 +68,10 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales
     root = channels**-0.5
     q = round_e4m3(q * fold @ (torch.from_numpy(scales.rotation).double() * root).to(q.dtype), scales.q)
     k = round_e4m3(k / fold @ rotation, scales.k)
-    shares = round_e4m3(torch.softmax(q @ k.transpose(-1, -2), dim=-1), scales.p)
+    scores = q @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    shares = round_e4m3(torch.softmax(scores, dim=-1), scales.p)
     return shares @ round_e4m3(v, scales.v)
 
 
@@ -83,12 +89,14 @@ def with_fp8_attention(scales: Sequence[AttentionScales], attentions: int) -> It
     known = {each.order: each for each in scales}
     calls = 0
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *arguments: Any, **options: Any
+    ) -> Tensor:
         nonlocal calls
         order, calls = calls % attentions, calls + 1
         if order in known:
-            return quantized_attention(query, key, value, known[order])
-        return original(query, key, value, *arguments, **options)
+            return quantized_attention(query, key, value, known[order], attn_mask)
+        return original(query, key, value, attn_mask, *arguments, **options)
 
     functional.scaled_dot_product_attention = attention
     try:
@@ -110,6 +118,8 @@ def attention_taps(model: ir.Model, scales: Sequence[AttentionScales]) -> dict[s
             taps[f"{each.name} {side}_rows"] = _input(product)
             taps[f"{each.name} {side}_rotated"] = _input(nodes[f"{each.name}.{side}_q"])
         taps[f"{each.name} v"] = _input(nodes[f"{each.name}.v_q"])
+        if (masked := nodes.get(f"{each.name}.masked")) is not None:
+            taps[f"{each.name} mask"] = _input(masked)
         taps[f"{each.name} attended"] = nodes[f"{each.name}.attended"].outputs[0]
     return taps
 
@@ -140,7 +150,8 @@ def judge_attention(seen: Mapping[str, Tensor], scales: AttentionScales, dtype: 
         _rotation_excess(tensors["q_rows"], tensors["q_rotated"], (rotation * root).to(dtype).double(), dtype),
         _rotation_excess(tensors["k_rows"], tensors["k_rotated"], rotation.to(dtype).double(), dtype),
     ]
-    attended = _attention_excess(tensors, scales, dtype)
+    mask = seen.get(f"{scales.name} mask")
+    attended = _attention_excess(tensors, scales, dtype, None if mask is None else mask.reshape(len(mask), 1, -1).bool())
     worst = max(turned)
     if not worst <= 1.0 or worst > attended:
         return AttentionCheck(scales.name, worst, "rotation")
@@ -154,7 +165,9 @@ def _rotation_excess(rows: Tensor, heads: Tensor, matrix: Tensor, dtype: torch.d
     return _excess(heads, exact, bound + _rounding(exact.abs() + bound, dtype))
 
 
-def _attention_excess(tensors: Mapping[str, Tensor], scales: AttentionScales, dtype: torch.dtype) -> float:
+def _attention_excess(
+    tensors: Mapping[str, Tensor], scales: AttentionScales, dtype: torch.dtype, mask: Tensor | None
+) -> float:
     step = max(1, tensors["q_rotated"].shape[2] // JUDGED_QUERIES)
     fine, unit, worst = UNIT[torch.float32], UNIT[dtype], 0.0
     for head in range(tensors["v"].shape[1]):
@@ -165,6 +178,8 @@ def _attention_excess(tensors: Mapping[str, Tensor], scales: AttentionScales, dt
         scores = q @ keys
         sums = LAMBDA * q.shape[-1] ** 0.5 * fine * (q.square() @ keys.square()).sqrt()
         error = sums + _rounding(scores.abs() + sums, dtype)
+        if mask is not None:
+            scores, error = scores.masked_fill(~mask, -torch.inf), error.masked_fill(~mask, 0.0)
         shares = torch.softmax(scores, dim=-1)
         spread = torch.expm1(error + (shares * error).sum(-1, keepdim=True)) + 2 * unit + 8 * fine
         exact_codes = round_e4m3(shares, scales.p)
