@@ -10,7 +10,7 @@ from dvdquant.export.passes.fp8_attention import LONG_TOKENS
 from dvdquant.model.families import Family, Sizes
 from dvdquant.recipe import Recipe
 
-__all__ = ["FP8_SMS", "AttentionWish", "attention_of", "attention_wish"]
+__all__ = ["FP8_SMS", "SIXTEEN_BIT", "AttentionWish", "attention_of", "attention_wish"]
 
 FP8_SMS: tuple[str, ...] = ("8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
 """SMs with FP8 tensor cores."""
@@ -47,6 +47,9 @@ class AttentionWish:
             return words + (", because INT8 attention would write its scores to memory" if self.kind == "int8" else "")
         without = [sm for sm in sms if sm not in FP8_SMS]
         return "; self-attention in 16 bit: " + (self.obstacle or f"SM {', '.join(without)} has no FP8 tensor cores")
+
+
+SIXTEEN_BIT = AttentionWish()
 
 
 def attention_wish(recipe: Recipe, family: Family, sizes: Sizes) -> AttentionWish:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dvdquant.errors import UnsupportedError
-from dvdquant.export.engines.attention import AttentionWish
+from dvdquant.export.engines.attention import SIXTEEN_BIT, AttentionWish
 from dvdquant.recipe import ActivationSpec, Recipe
 
 __all__ = [
@@ -198,7 +198,7 @@ def plan_engines(
     recipe: Recipe | None = None,
     override: str = "auto",
     from_checkpoint: bool = False,
-    attention: AttentionWish = AttentionWish(),
+    attention: AttentionWish = SIXTEEN_BIT,
 ) -> list[EnginePlan]:
     """The engines to build: per graph, SMs with the same realization share one where the backend allows it.
 
@@ -223,9 +223,7 @@ def plan_engines(
         for (chosen, _), members in groups.items():
             words = what_executes(chosen, activation.bits, members[0], recipe, from_checkpoint=from_checkpoint)
             words += attention.words(members)
-            plans.append(
-                EnginePlan(backend, tuple(members), activation.bits, chosen, words, attention.on(members))
-            )
+            plans.append(EnginePlan(backend, tuple(members), activation.bits, chosen, words, attention.on(members)))
     return plans
 
 

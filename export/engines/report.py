@@ -72,7 +72,8 @@ class BuildReport:
             (the constant operand's type; "" when both operands are activations). Read from the builder's own listing.
         constant_bytes: bytes of constants per type, from the same listing; one that several products share (a Hadamard
             factor) is stored once but listed by each.
-        attention: how many attentions run as one fused kernel, per type of their queries, such as ``{"FP8": 30, "BFloat16": 30}``.
+        attention: how many attentions run as one fused kernel, per type of their queries, such as
+            ``{"FP8": 30, "BFloat16": 30}``.
         warnings: the builder's.
     """
 
@@ -162,8 +163,8 @@ def attention_summary(lines: Iterable[str]) -> dict[str, int]:
 def materialized_scores(lines: Iterable[str]) -> list[str]:
     """Return the layers that write the scores of all pairs of tokens to memory, by name.
 
-    Such a layer is a product of two activations, or a softmax, with an output whose last two dimensions both go with the number of
-    tokens: dynamic ones, or fixed ones of ``LONG_SCORES`` and more.
+    Such a layer is a product of two activations, or a softmax, with an output whose last two dimensions both go with the number
+    of tokens: dynamic ones, or fixed ones of ``LONG_SCORES`` and more.
     """
     return [
         name

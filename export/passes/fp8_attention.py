@@ -91,10 +91,10 @@ def fp8_attention(model: ir.Model, tokens: int) -> list[AttentionScales]:
     2. R is a Hadamard matrix of the head's channels, applied in [B, S, H, d]. It spreads outlier channels over a head. 1/√d is in
        its copy for q, so the scores need no scale.
     3. Before, the norm weights of q and k are balanced per rotary pair of channels: q times and k divided by a power of two,
-       which changes no product and rounds nothing. Families rotate neighbouring channels by the same angle, so a factor per pair passes
-       through.
-    4. Scales are static. A norm bounds what it gives: ‖q‖ ≤ √n·max|w| over its n channels (all heads, or one), plus ‖b‖, and so
-       does the rotation: the scale is that over 448. The scale of v is ``MODULATED``·√K·max‖row‖ + max|bias| over 448. That of the
+       which changes no product and rounds nothing. All families rotate neighbouring channels by the same angle, so a factor per
+       pair passes through.
+    4. Scales are static. A norm bounds what it gives: ‖q‖ ≤ √n·max|w| over its n channels (all heads, or one), plus ‖b‖, and
+       the rotation keeps that: the scale is that over 448. The scale of v is ``MODULATED``·√K·max‖row‖ + max|bias| over 448. That of the
        softmax is 1/448. Scales are rounded up to the graph's dtype, so that the bound is still representable.
     5. A mask of keys, boolean [B, 1, 1, S] (padded text), becomes −∞ scores before the softmax, and stays a part of the kernel.
     6. Left alone: attention with another mask, causal, or between two sequences; of at most ``LONG_TOKENS`` tokens, or of fewer
@@ -125,7 +125,7 @@ def _matches(model: ir.Model, tokens: int) -> Iterator[_Match]:
         if not all(weights) or len(widths) != 1 or bound is None:
             continue
         found = _NORM.match(_input_name(q_norms[0]))
-        assert found is not None
+        assert found is not None  # it was found by that
         yield _Match(node, order, found[1], q_norms, k_norms, bound)
 
 
@@ -173,7 +173,8 @@ def _norms(value: ir.Value | None, side: str) -> Iterator[_Norm]:
             if match is None:
                 stack.append(used)
                 continue
-            assert used is not None and used.const_value is not None
+            assert used is not None
+            assert used.const_value is not None
             if not (used.name or "").removesuffix(f".{match[2]}").endswith(f"_{side}"):
                 return
             data = np.asarray(used.const_value.numpy()).astype(np.float32)
@@ -311,7 +312,8 @@ class _Writer:
         self.graph, self.name = model.graph, match.name
         self.nodes: list[ir.Node] = []
         operand = match.node.inputs[0]
-        assert operand is not None and operand.dtype is not None
+        assert operand is not None
+        assert operand.dtype is not None
         self.dtype = operand.dtype
 
     def op(
@@ -336,9 +338,7 @@ class _Writer:
     def quantized(self, step: str, value: ir.Value, scale: float) -> ir.Value:
         """Q/DQ in e4m3 with a static scale."""
         factor = self.constant(f"{self.name}.{step}_scale", np.array(scale), self.dtype)
-        zero = self.constant(
-            f"{DOMAIN}.e4m3.zero", np.zeros((), ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN
-        )
+        zero = self.constant(f"{DOMAIN}.e4m3.zero", np.zeros((), ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN)
         codes = self.op("QuantizeLinear", f"{step}_q", value, factor, zero, like=value)
         codes.dtype = ir.DataType.FLOAT8E4M3FN
         return self.op("DequantizeLinear", f"{step}_dq", codes, factor, zero, like=value)
@@ -384,10 +384,9 @@ def _scale_norms(write: _Writer, norms: tuple[_Norm, ...], factors: np.ndarray) 
     """Give the norms weights and biases times ``factors``; the powers of two leave every digit as it is."""
     for norm in norms:
         old = norm.node.inputs[norm.index]
-        assert old is not None and old.const_value is not None
-        new = write.constant(
-            f"{old.name}.balanced", norm.data.reshape(-1) * factors, old.const_value.dtype
-        )
+        assert old is not None
+        assert old.const_value is not None
+        new = write.constant(f"{old.name}.balanced", norm.data.reshape(-1) * factors, old.const_value.dtype)
         norm.node.replace_input_with(norm.index, new)
         if not old.uses() and old.name in write.graph.initializers:
             del write.graph.initializers[old.name]
@@ -395,9 +394,15 @@ def _scale_norms(write: _Writer, norms: tuple[_Norm, ...], factors: np.ndarray) 
 
 def _rotated(write: _Writer, step: str, value: ir.Value, matrix: np.ndarray) -> ir.Value:
     """[B, H, S, d] of ``value``, its heads rotated in [B, S, H, d]."""
-    factor = write.constant(f"{DOMAIN}.head_rotation.{step}.{len(matrix)}.{write.dtype.name.lower()}", matrix, write.dtype)
+    factor = write.constant(
+        f"{DOMAIN}.head_rotation.{step}.{len(matrix)}.{write.dtype.name.lower()}", matrix, write.dtype
+    )
     before = value.producer()
-    if before is not None and before.op_type == "Transpose" and list(before.attributes["perm"].as_ints()) == [0, 2, 1, 3]:
+    if (
+        before is not None
+        and before.op_type == "Transpose"
+        and list(before.attributes["perm"].as_ints()) == [0, 2, 1, 3]
+    ):
         rows = before.inputs[0]
         assert rows is not None
     else:

@@ -15,7 +15,14 @@ from torch.nn import functional
 from dvdquant.export.passes.fp8_attention import E4M3_MAX, AttentionScales
 from dvdquant.export.verify.tolerance import LAMBDA, UNIT
 
-__all__ = ["AttentionCheck", "attention_taps", "judge_attention", "quantized_attention", "round_e4m3", "with_fp8_attention"]
+__all__ = [
+    "AttentionCheck",
+    "attention_taps",
+    "judge_attention",
+    "quantized_attention",
+    "round_e4m3",
+    "with_fp8_attention",
+]
 
 JUDGED_QUERIES = 64
 _TAPS = ("q_rows", "k_rows", "q_rotated", "k_rotated", "v", "attended")
@@ -52,9 +59,7 @@ def round_e4m3(x: Tensor, scale: float) -> Tensor:
     return (codes.to(torch.float64 if x.dtype == torch.float64 else torch.float32) * scale).to(x.dtype)
 
 
-def quantized_attention(
-    q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales, mask: Tensor | None = None
-) -> Tensor:
+def quantized_attention(q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales, mask: Tensor | None = None) -> Tensor:
     """Return the attention as the graph quantizes it: [B, H, S, d] of the operands' dtype.
 
     Args:
@@ -151,7 +156,9 @@ def judge_attention(seen: Mapping[str, Tensor], scales: AttentionScales, dtype: 
         _rotation_excess(tensors["k_rows"], tensors["k_rotated"], rotation.to(dtype).double(), dtype),
     ]
     mask = seen.get(f"{scales.name} mask")
-    attended = _attention_excess(tensors, scales, dtype, None if mask is None else mask.reshape(len(mask), 1, -1).bool())
+    attended = _attention_excess(
+        tensors, scales, dtype, None if mask is None else mask.reshape(len(mask), 1, -1).bool()
+    )
     worst = max(turned)
     if not worst <= 1.0 or worst > attended:
         return AttentionCheck(scales.name, worst, "rotation")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,14 @@ def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Export:
     return export_graphs(TINY_WAN / "transformer", folder, get_recipe("w4a8"), WAN_SIZES, torch.bfloat16, ("tensorrt",))
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Two blocks: built in a third of the time."""
+    folder = tmp_path_factory.mktemp("small")
+    model = write_checkpoint(folder / "model", WAN)
+    return export_graphs(model, folder / "out", get_recipe("w4a8"), SIZES, torch.bfloat16, ("tensorrt",))
+
+
 def quantized(export: Export, path: Path | None = None) -> tuple[ir.Model, list[AttentionScales]]:
     model = ir.load(path or export.path(8, "tensorrt"))
     model.functions.clear()
@@ -64,7 +71,10 @@ def build(export: Export, model: ir.Model, sms: tuple[str, ...], folder: Path) -
         path.unlink()
 
 
-@pytest.mark.parametrize("sms", [("8.9",), ("12.0",)])
+@pytest.mark.parametrize(
+    "sms",
+    [("8.9", "12.0"), pytest.param(("8.9",), marks=pytest.mark.slow), pytest.param(("12.0",), marks=pytest.mark.slow)],
+)
 def test_tiny_wan_builds_one_fp8_kernel_for_each_attention(
     sms: tuple[str, ...], tiny_wan: Export, tmp_path: Path
 ) -> None:
@@ -74,20 +84,20 @@ def test_tiny_wan_builds_one_fp8_kernel_for_each_attention(
     assert report.attention == {"FP8": 6, "BFloat16": 6}  # the text's attentions stay
 
 
-def test_the_plain_graph_still_builds_16_bit_attention(tiny_wan: Export, tmp_path: Path) -> None:
-    model = ir.load(tiny_wan.path(8, "tensorrt"))
+def test_the_plain_graph_still_builds_16_bit_attention(small: Export, tmp_path: Path) -> None:
+    model = ir.load(small.path(8, "tensorrt"))
     model.functions.clear()
-    assert build(tiny_wan, model, ("8.9", "12.0"), tmp_path).attention == {"BFloat16": 12}
+    assert build(small, model, ("8.9", "12.0"), tmp_path).attention == {"BFloat16": 4}
 
 
-def test_scores_in_memory_are_refused(tiny_wan: Export, tmp_path: Path) -> None:
-    model, _ = quantized(tiny_wan)
+def test_scores_in_memory_are_refused(small: Export, tmp_path: Path) -> None:
+    model, _ = quantized(small)
     for node in [node for node in model.graph if (node.name or "").endswith(".p_dq")]:
         codes = node.inputs[0].producer()  # type: ignore[union-attr]
         ir.convenience.replace_all_uses_with(node.outputs[0], codes.inputs[0])  # type: ignore
         model.graph.remove([node, codes], safe=True)  # type: ignore[list-item]
-    with pytest.raises(EngineError, match=r"12 layers write the scores .* to memory(?s:.*)--attention 16"):
-        build(tiny_wan, model, ("8.9",), tmp_path)
+    with pytest.raises(EngineError, match=r"4 layers write the scores .* to memory(?s:.*)--attention 16"):
+        build(small, model, ("8.9",), tmp_path)
     assert not (tmp_path / "x.engine").exists()
 
 
@@ -167,10 +177,10 @@ def test_a_wrong_scale_is_out_of_bounds(tiny_wan: Export) -> None:
     assert [check.name for check in verdicts if not check.passed] == ["blocks.2.attn1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FUSED)
 def test_every_family_in_fp8(family: str, tmp_path: Path) -> None:
-    config = {**CONFIGS[family], "num_layers": CONFIGS[family]["num_layers"]}
-    model = write_checkpoint(tmp_path / "model", config)
+    model = write_checkpoint(tmp_path / "model", CONFIGS[family])
     export = export_graphs(model, tmp_path / "out", get_recipe("w4a8"), SIZES, torch.bfloat16, ("tensorrt",))
     verifier = Verifier(export.plan, SIZES, export.model(8), which="min")
     check = verifier.check(export.path(8, "tensorrt"), 8, fp8=True)
@@ -195,7 +205,9 @@ def test_balancing_the_norms_changes_no_score(tiny_wan: Export) -> None:
             pairs = generator.choice([0.125, 1.0, 16.0], data.size // 2).repeat(2)
             data = data * pairs
             value.const_value = ir.Tensor(data.astype(value.dtype.numpy()), dtype=value.dtype, name=name)  # type: ignore
-    before = {n: v.const_value.numpy().astype(np.float64) for n, v in model.graph.initializers.items() if "attn1.norm" in n}  # type: ignore
+    before = {
+        n: v.const_value.numpy().astype(np.float64) for n, v in model.graph.initializers.items() if "attn1.norm" in n
+    }  # type: ignore
     scales = fp8_attention(model, 512)
     after = model.graph.initializers
     for each in scales:
@@ -205,7 +217,8 @@ def test_balancing_the_norms_changes_no_score(tiny_wan: Export) -> None:
             assert np.array_equal(new, before[f"{each.name}.norm_{side}.weight"] * fold)
         q, k = (after[f"{each.name}.norm_{s}.weight.balanced"].const_value.numpy().astype(np.float64) for s in "qk")  # type: ignore
         ratio = np.hypot(*q.reshape(-1, 2).T) / np.hypot(*k.reshape(-1, 2).T)
-        assert ratio.min() >= 0.49 and ratio.max() <= 2.01
+        assert ratio.min() >= 0.49
+        assert ratio.max() <= 2.01
         assert not [name for name in after if name.endswith(f"{each.name}.norm_q.weight")]
 
 
@@ -219,16 +232,21 @@ def test_scales_bound_what_the_norms_give(tiny_wan: Export) -> None:
         assert 1 / 448 <= each.p <= 1 / 448 * 1.01
 
 
-def test_rotation_and_fold_leave_attention_as_it_is() -> None:
+def test_rotation_and_fold_leave_attention_as_it_is(tiny_wan: Export) -> None:
+    """The definition on float64 operands, with a fold far from 1, is no further from attention than e4m3 rounds."""
+    _, scales = quantized(tiny_wan)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 64, 128, generator=generator, dtype=torch.float64) for _ in range(3))
-    from dvdquant.export.passes.fp8_attention import _rotation
-
-    fold = np.exp2(generator.initial_seed() + np.arange(128) // 2 % 5).astype(np.float32)
-    fine = AttentionScales("a", 0, fold, _rotation(128), 2.0**-4, 2.0**-4, 2.0**-4, 1 / 448)
-    exact = torch.nn.functional.scaled_dot_product_attention(q, k / 1, v)
-    got = quantized_attention(q, k, v, dataclasses.replace(fine, q=0.25, k=2.0**-3))
-    assert float((got - exact).norm() / exact.norm()) < 0.1
+    q, k, v = (torch.randn(1, 2, 48, 64, generator=generator, dtype=torch.float64) for _ in range(3))
+    fold = torch.exp2(torch.arange(32) % 5).repeat_interleave(2).repeat(2)
+    pairs = fold.reshape(2, 1, 64).double()
+    each = dataclasses.replace(scales[0], fold=fold.numpy(), q=2.0**-6, k=2.0**-4, v=2.0**-6)
+    rotation = torch.from_numpy(each.rotation).double()
+    assert torch.allclose(rotation @ rotation.T, torch.eye(64, dtype=torch.float64), atol=1e-6)
+    exact, bound = e4m3_attention_error(q @ rotation / 8, k @ rotation, v, each, torch.float64)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert float((exact - expected).abs().max()) < 1e-5
+    got = quantized_attention(q / pairs, k * pairs, v, each)
+    assert bool(((got - exact).abs() <= bound).all())
 
 
 def test_short_videos_and_other_attentions_stay(tiny_wan: Export) -> None:
@@ -281,7 +299,7 @@ def test_models_that_cannot_say_so() -> None:
     assert unnormed.on(["8.9"]) == "16"
     assert "no norms of q and k" in unnormed.words(["8.9"])
     short = attention_wish(recipe, get_family(WAN), dataclasses.replace(SIZES, frames=Axis.fixed(1)))
-    assert "64 tokens is short" in short.words(["8.9"]) or "is short" in short.words(["8.9"])
+    assert "a video of 144 tokens is short" in short.words(["8.9"])
 
 
 def test_a_graph_without_norms_stays(tiny_wan: Export) -> None:
@@ -291,4 +309,4 @@ def test_a_graph_without_norms_stays(tiny_wan: Export) -> None:
         value.name = "something"
         model.graph.initializers["something"] = value
     assert [each.order for each in fp8_attention(model, 512)] == [0, 4, 6, 8, 10]
-    assert json.dumps([each.name for each in fp8_attention(model, 512)]) == "[]"
+    assert fp8_attention(model, 512) == []
