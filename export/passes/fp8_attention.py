@@ -94,8 +94,8 @@ def fp8_attention(model: ir.Model, tokens: int) -> list[AttentionScales]:
        which changes no product and rounds nothing. All families rotate neighbouring channels by the same angle, so a factor per
        pair passes through.
     4. Scales are static. A norm bounds what it gives: ‖q‖ ≤ √n·max|w| over its n channels (all heads, or one), plus ‖b‖, and
-       the rotation keeps that: the scale is that over 448. The scale of v is ``MODULATED``·√K·max‖row‖ + max|bias| over 448. That of the
-       softmax is 1/448. Scales are rounded up to the graph's dtype, so that the bound is still representable.
+       the rotation keeps that: the scale is that over 448. The scale of v is ``MODULATED``·√K·max‖row‖ + max|bias| over 448.
+       That of the softmax is 1/448. Scales are rounded up to the graph's dtype, so that the bound is still representable.
     5. A mask of keys, boolean [B, 1, 1, S] (padded text), becomes −∞ scores before the softmax, and stays a part of the kernel.
     6. Left alone: attention with another mask, causal, or between two sequences; of at most ``LONG_TOKENS`` tokens, or of fewer
        than ``tokens`` (text); q or k without a norm's weight; v of something else than a linear.
@@ -347,7 +347,10 @@ class _Writer:
 def _rewrite(model: ir.Model, match: _Match) -> AttentionScales:
     node, write = match.node, _Writer(model, match)
     q, k, v = node.inputs[:3]
-    assert q is not None and k is not None and v is not None and q.shape is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert q.shape is not None
     channels = int(q.shape[3])  # type: ignore[arg-type]
     fold, rotation = _fold(match), _rotation(channels)
     inverse_root = channels**-0.5
