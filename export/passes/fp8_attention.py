@@ -140,12 +140,12 @@ def _is_long_self_attention(node: ir.Node, tokens: int) -> bool:
             return False
     if "scale" in node.attributes:
         return False
-    shapes = [value.shape for value in operands]  # type: ignore[union-attr]
-    if len({str(shape[2]) for shape in shapes}) != 1 or len({str(shape[3]) for shape in shapes}) != 1:  # type: ignore[index]
+    shapes = [value.shape for value in operands]
+    if len({str(shape[2]) for shape in shapes}) != 1 or len({str(shape[3]) for shape in shapes}) != 1:
         return False
-    if len({str(shape[1]) for shape in shapes}) != 1 or not isinstance(shapes[0][3], int):  # type: ignore[index]
+    if len({str(shape[1]) for shape in shapes}) != 1 or not isinstance(shapes[0][3], int):
         return False
-    length = shapes[0][2]  # type: ignore[index]
+    length = shapes[0][2]
     return tokens > LONG_TOKENS and (not isinstance(length, int) or length >= tokens)
 
 
@@ -255,7 +255,8 @@ def _row_squares(
         factors = torch.from_numpy(np.array(balance.const_value.numpy())).float()
     step = max(1, (1 << 24) // features)
     for start in range(0, len(packed[0]), step):
-        rows = rotate_by_matrices(dequantize_weight(*(t[start : start + step] for t in packed)), hadamard, outer)
+        weight, scale, factor, zero = (t[start : start + step] for t in packed)
+        rows = rotate_by_matrices(dequantize_weight(weight, scale, factor, zero), hadamard, outer)
         most = max(most, float((rows if factors is None else rows * factors).square().sum(dim=1).max()))
     return most * features
 
