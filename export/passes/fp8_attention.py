@@ -352,7 +352,7 @@ def _rewrite(model: ir.Model, match: _Match) -> AttentionScales:
     assert k is not None
     assert v is not None
     assert q.shape is not None
-    channels = int(q.shape[3])  # type: ignore[arg-type]
+    channels = int(q.shape[3])
     fold, rotation = _fold(match), _rotation(channels)
     inverse_root = channels**-0.5
     p_scale = _rounded_up(1 / E4M3_MAX, write.dtype)
