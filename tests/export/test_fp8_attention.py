@@ -12,19 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from dvdquant.artifact.manifest import load_manifest
 from dvdquant.errors import EngineError
-from dvdquant.export.engines import build_engine
+from dvdquant.export.engines import attention, build_engine
 from dvdquant.export.engines.attention import AttentionWish, attention_of, attention_wish
 from dvdquant.export.engines.precision import plan_engines
 from dvdquant.export.engines.report import attention_summary, materialized_scores
 from dvdquant.export.graph.trace import profile_shapes
+from dvdquant.export.options import ExportOptions
 from dvdquant.export.passes.fp8_attention import LONG_TOKENS, AttentionScales, fp8_attention
 from dvdquant.export.passes.lowering.int8 import lower_int8
+from dvdquant.export.pipeline import plan_export, run_export
 from dvdquant.export.verify.attention import attention_taps, judge_attention, quantized_attention
 from dvdquant.export.verify.graph import Verifier
 from dvdquant.export.verify.intermediates import add_taps, load_graph, run_graph
 from dvdquant.model.families import Axis, Sizes, get_family
 from dvdquant.recipe import get_recipe
+from dvdquant.system.progress import Progress
 from tests.support.bounds import e4m3_attention_error
 from tests.support.exporting import TINY_WAN, Export, export_graphs
 from tests.support.tiny_models import CONFIGS, WAN, write_checkpoint
@@ -310,3 +314,36 @@ def test_a_graph_without_norms_stays(tiny_wan: Export) -> None:
         model.graph.initializers["something"] = value
     assert [each.order for each in fp8_attention(model, 512)] == [0, 4, 6, 8, 10]
     assert fp8_attention(model, 512) == []
+
+
+# ----------------------------------------------------------------------------------------------------- a whole export
+
+
+def test_an_export_with_fp8_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the options to the manifest, with ``--verify``: an engine in FP8, and one that an SM without FP8 shares."""
+    monkeypatch.setattr(attention, "attention_of", lambda recipe: "fp8")
+    model = write_checkpoint(tmp_path / "model", {**WAN, "num_layers": 1})
+    options = ExportOptions(
+        str(model),
+        tmp_path / "out",
+        get_recipe("w4a8"),
+        sms=("8.9",),
+        latent="2:4x8:16x16:24",
+        text_tokens=12,
+        verify=True,
+    )
+    plan = plan_export(options)
+    assert [engine.attention for engine in plan.engines] == ["fp8"]
+    result = run_export(plan, Progress("quiet"))
+    assert [len(check.attention) for check in result.checks] == [0, 1]
+    assert all(check.passed for check in result.checks)
+    manifest = load_manifest(options.out)
+    (engine,) = manifest.engines
+    assert engine["attention"] == {"FP8": 1, "BFloat16": 1}
+    assert "self-attention in FP8" in engine["executes"]
+    assert result.builds[0]["attention"] == engine["attention"]
+    older = dataclasses.replace(options, sms=("8.0", "8.9"), verify=False)
+    again = run_export(plan_export(older), Progress("quiet")).manifest
+    (both,) = [entry for entry in again.engines if entry["sm"] == ["8.0", "8.9"]]
+    assert both["attention"] == {"BFloat16": 2}
+    assert "SM 8.0 has no FP8 tensor cores" in both["executes"]
