@@ -34,11 +34,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from dvdquant.errors import UnsupportedError
 from dvdquant.numerics.hadamard import Rotation, rotate
 from dvdquant.quantize.backends.torch_grid import quantize_rows
 from dvdquant.quantize.bgr import quantize_weight, relative_mse
 from dvdquant.quantize.gptq import Feedback
 from dvdquant.recipe import WeightSpec
+from dvdquant.system.devices import DEVICE_WORDS, resolve_device
 
 # Quantizes a weight and returns a function that gives it back; only the first part is timed.
 Quantizer = Callable[[Tensor], Callable[[], Tensor]]
@@ -207,23 +209,26 @@ def main() -> int:
     )
     parser.add_argument("--repeat", type=int, default=3, help="timed calls of each, the best counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where it runs: cpu or cuda")
+    parser.add_argument("--device", default="cpu", metavar="|".join(DEVICE_WORDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--traffic", action="store_true", help="only count what the tensor operations for a GPU move")
     args = parser.parse_args()
+    try:
+        device = resolve_device(args.device)
+    except UnsupportedError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
     if args.traffic:
         print_traffic(weights("rotated", min(args.rows, 512), args.features, args.seed), args.groups)
         return 0
-    cuda = args.device.type == "cuda"
-    where = torch.cuda.get_device_name(args.device) if cuda else platform.processor() or platform.machine()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"{args.rows} x {args.features}, {args.threads} threads, {where}")
     print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
     if not importlib.util.find_spec("hqq"):
         print("HQQ is not installed: left out (pip install hqq)")
-    data = {kind: weights(kind, args.rows, args.features, args.seed).to(args.device) for kind in args.kinds}
+    data = {kind: weights(kind, args.rows, args.features, args.seed).to(device) for kind in args.kinds}
     print(f"\n{'quantizer':<30}{'group':>6}{'bits':>7}" + "".join(f"{kind + ' MSE':>14}{'M/s':>8}" for kind in data))
-    for entry in entries(args.groups, args.features, args.device):
+    for entry in entries(args.groups, args.features, device):
         print(f"{entry.name:<30}{entry.group or 'row':>6}{entry.bits(args.features):>7.3f}", end="", flush=True)
         for w in data.values():
             error, seconds = measure(entry, w, args.repeat)

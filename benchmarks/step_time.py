@@ -29,12 +29,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dvdquant.deploy.switching.gbs import change_sums
+from dvdquant.errors import UnsupportedError
 from dvdquant.model.families import Axis, Family, Sizes
 from dvdquant.model.layers import QuantLinear, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper
 from dvdquant.model.plan import ModelPlan, build_skeleton, plan_model, quantized_skeleton
 from dvdquant.ops.cuda_linear import usable_kernels
 from dvdquant.recipe import get_recipe
+from dvdquant.system.devices import resolve_device
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -89,11 +91,10 @@ def fill(model: nn.Module, device: torch.device) -> nn.Module:
         if isinstance(module, QuantLinear):
             for name, (dtype, shape) in module.spec.tensors().items():
                 setattr(module, name.removeprefix(module.spec.name + "."), _random(name, dtype, shape, module, device))
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                std = 0.02 if parameter.ndim > 1 else 1.0
-                value = torch.randn(parameter.shape, device=device).mul_(std).to(parameter.dtype)
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            std = 0.02 if parameter.ndim > 1 else 1.0
+            value = torch.randn(parameter.shape, device=device).mul_(std).to(parameter.dtype)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
     return model.to(device).eval()
 
 
@@ -145,7 +146,7 @@ def inputs_of(family: Family, case: Case, scale: int, device: torch.device) -> d
 
 def measure(case: Case, depth: int, options: argparse.Namespace) -> tuple[Times, ModelPlan, dict[str, float]]:
     """One depth of one case: bf16, a8, a4; and what switching between a4 and a8 costs on top."""
-    device = torch.device(options.device)
+    device = resolve_device(options.device)
     config = json.loads((CONFIGS / f"{case.config}.json").read_text())
     plan = plan_model(shallow(config, depth, options.scale), get_recipe(options.recipe), torch.bfloat16)
     inputs = inputs_of(plan.family, case, options.scale, device)
@@ -242,8 +243,10 @@ def main() -> int:
     parser.add_argument("--engine", type=Path, help="a TensorRT-RTX engine to try on this GPU")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device; --device cpu --scale 32 tries the script without one", file=sys.stderr)
+    try:
+        device = resolve_device(options.device)
+    except UnsupportedError as error:
+        print(f"{error}\n--device cpu --scale 32 tries the script without a GPU", file=sys.stderr)
         return 2
     cases = [case for case in CASES if not options.case or any(text in case.name for text in options.case)]
     if not cases:
@@ -252,7 +255,7 @@ def main() -> int:
     header = ["case", "tokens", *(f"block {n}, ms" for n in ("bf16", "a8", "a4")), "bf16/a8", "bf16/a4"]
     header += [*(f"step {n}, ms" for n in ("bf16", "a8", "a4")), "peak bf16, GiB", "peak a4, GiB", "switching, ms"]
     rows = [row_of(case, options) for case in tqdm(cases, desc="cases")]
-    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, toy sizes: the times mean nothing"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, toy sizes: the times mean nothing"
     lines = [f"{where}, torch {torch.__version__}, recipe {options.recipe}", ""]
     lines += ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
     if options.engine:

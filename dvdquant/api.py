@@ -5,12 +5,17 @@ They do the same as the commands, with the same defaults. ``import dvdquant`` of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from dvdquant.deploy.switching.defaults import LAST_HIGH
-from dvdquant.recipe import Recipe, get_recipe
+from dvdquant.errors import RecipeError, UnsupportedError
+from dvdquant.recipe import RECIPES, Recipe, get_recipe
+from dvdquant.system.records import brief
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
@@ -72,34 +77,42 @@ def export_model(
     from dvdquant.export.pipeline import plan_export, run_export
     from dvdquant.system.progress import Progress
 
+    _path("model", model)
+    named: dict[str, Any] = {
+        "dtype": dtype,
+        "latent": latent,
+        "text_tokens": text_tokens,
+        "device": device,
+        "verify": verify,
+        "resume": resume,
+    }
+    known = [field.name for field in fields(ExportOptions) if field.name not in ("targets", "sms", *_POSITIONAL)]
+    if unknown := sorted(options.keys() - set(known)):
+        raise UnsupportedError(f"export_model has no option {unknown[0]}", available=["target", "sm", *known])
+    if "plugins" in options:
+        options["plugins"] = _several("plugins", options["plugins"])
     arguments = ExportOptions(
         model=str(model),
-        out=Path(out),
-        recipe=get_recipe(recipe) if isinstance(recipe, str) else recipe,
-        targets=_several(target),
-        sms=_several(sm),
-        dtype=dtype,
-        latent=latent,
-        text_tokens=text_tokens,
-        device=device,
-        verify=verify,
-        resume=resume,
+        out=_path("out", out),
+        recipe=_recipe(recipe),
+        targets=_several("target", target),
+        sms=_several("sm", sm),
         height=_size(height),
         width=_size(width),
         num_frames=_size(num_frames),
-        **options,
+        **_typed(get_type_hints(ExportOptions), {**named, **options}),
     )
     return run_export(plan_export(arguments), progress or Progress(), add_report)
 
 
 def plan_schedule(
     out: str | Path,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     average_bits: float | None = None,
     seconds: float | None = None,
     delta: float | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: int | Sequence[int] = (0,),
     steps: int | None = None,
     weighting: Literal["step", "none"] = "step",
     last_high: int = LAST_HIGH,
@@ -115,11 +128,11 @@ def plan_schedule(
 
     Args:
         out: Folder of an export.
-        prompts: Prompts of the clips to record, two to eight.
+        prompts: Prompts of the clips to record, two to eight. One text is one prompt.
         average_bits: Wanted average of activation bits. It is 6 if no goal is given.
         seconds: Wanted time of the transformer in one clip, in seconds on this machine.
         delta: A δ of your own, which is evaluated.
-        seeds: Seeds; each prompt is recorded with each of them.
+        seeds: Seeds; each prompt is recorded with each of them. One number is one seed.
         steps: Number of denoising steps. None takes that of the model.
         weighting: ``step`` weighs a change by how far its step moves; ``none`` is the published rule.
         last_high: Number of steps at the end that stay on the engine with more bits.
@@ -133,16 +146,25 @@ def plan_schedule(
         The plan: δ, the predictions for it, and the measurements of one real run.
 
     Raises:
-        DvdquantError: The folder is no export, more than one goal is given, or a clip cannot be drawn.
+        DvdquantError: The folder is no export, there is no prompt, more than one goal is given, the schedule cannot be
+            written, or a clip cannot be drawn.
     """
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.planning.planner import Goal, plan
+    from dvdquant.system.whole_file import check_writable
 
+    more = ("pipeline", "reference")
+    if unknown := sorted(options.keys() - set(more)):
+        known = [name for name in signature(plan_schedule).parameters if name != "options"]
+        raise UnsupportedError(f"plan_schedule has no option {unknown[0]}", available=[*known, *more])
+    place = _path("out", out) / "schedule.json" if output is None else _path("output", output)
+    artifact = Artifact.open(_path("out", out))
+    check_writable(place, make_folder=False)  # before minutes of work
     if average_bits is None and seconds is None and delta is None:
         average_bits = 6.0
     found = plan(
-        Artifact.open(out),
-        list(prompts),
+        artifact,
+        prompts,
         Goal(average_bits, seconds, delta),
         seeds=seeds,
         steps=steps,
@@ -153,7 +175,7 @@ def plan_schedule(
         progress=progress,
         **options,
     )
-    found.schedule.save(Path(output) if output is not None else Path(out) / "schedule.json")
+    found.schedule.save(place)
     return found
 
 
@@ -169,10 +191,32 @@ def inspect_export(out: str | Path, *, check: bool = False) -> Manifest:
     """
     from dvdquant.artifact.manifest import load_manifest, verify_files
 
-    manifest = load_manifest(out)
+    manifest = load_manifest(_path("out", out))
     if check:
         verify_files(out, manifest)
     return manifest
+
+
+_POSITIONAL = ("model", "out", "recipe", "height", "width", "num_frames")
+
+
+def _path(name: str, value: str | Path) -> Path:
+    """Return a path of the caller's.
+
+    Raises:
+        UnsupportedError: it is neither text nor a path, or is empty.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise UnsupportedError(f"{name} is {brief(value)}", available="a path, as text or pathlib.Path")
+    return Path(value)
+
+
+def _recipe(recipe: str | Recipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str):
+        raise RecipeError(f"the recipe is {brief(recipe)}", available=RECIPES, fix="give a name or a Recipe")
+    return get_recipe(recipe)
 
 
 def _size(value: int | str | None) -> str | None:
@@ -180,6 +224,35 @@ def _size(value: int | str | None) -> str | None:
     return None if value is None else str(value)
 
 
-def _several(value: str | Sequence[str]) -> tuple[str, ...]:
-    """Return one text or several as a tuple."""
-    return (value,) if isinstance(value, str) else tuple(value)
+def _several(name: str, value: Any) -> tuple[str, ...]:
+    """Return one or several texts as a tuple. A number, such as 8.9, stands for its text.
+
+    Raises:
+        UnsupportedError: there is none, or one is of another kind.
+    """
+    one = isinstance(value, (str, int, float, os.PathLike))
+    several = (value,) if one or not isinstance(value, Iterable) else tuple(value)
+    for each in several:
+        if isinstance(each, bool) or not isinstance(each, (str, int, float, os.PathLike)):
+            raise UnsupportedError(f"{name} holds {brief(each)}", available="texts")
+    if not several and name != "plugins":
+        raise UnsupportedError(f"{name} is empty", fix=f"give one or several, or leave {name} out")
+    return tuple(str(each) for each in several)
+
+
+def _typed(hints: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options in the types of their fields.
+
+    Raises:
+        UnsupportedError: one is of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    values = {}
+    for name, value in given.items():
+        try:
+            values[name] = TypeAdapter(hints[name]).validate_python(value)
+        except ValidationError as error:
+            words = dict.fromkeys(each["msg"] for each in error.errors(include_url=False, include_input=False)[:3])
+            raise UnsupportedError(f"{name} is {brief(value)}", available="; ".join(words)) from None
+    return values

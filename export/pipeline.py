@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.metadata
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +30,7 @@ from dvdquant.artifact.manifest import (
 from dvdquant.artifact.output_folder import check_output
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
+from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export.engines import load_backend
@@ -57,6 +56,8 @@ from dvdquant.quantize.checkpoint import (
     reading_bytes,
     rotated_weight,
 )
+from dvdquant.system.copies import copy_file, link_file
+from dvdquant.system.memory import memory_limit
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_io import read_tensor
 
@@ -249,6 +250,7 @@ class _Run:
         self.write_report = write_report
         self.known: dict[str, FileEntry] = {}
         self.packed: dict[str, PackedWeights] = {}
+        self.weights: dict[str, ReadOnce] = {}
         self.graphs: list[GraphEntry] = []
         self.engines: list[EngineEntry] = []
         self.builds: list[dict[str, Any]] = []
@@ -279,7 +281,7 @@ class _Run:
                     self.progress.say(f"an engine is damaged and is built again: {error.what}")
         for name in good:
             # Readers of external data refuse files with several links, so graphs and weights are copied.
-            (_copy if name in weights else _link)(out / name, self.transaction.path(name))
+            (copy_file if name in weights else link_file)(out / name, self.transaction.path(name))
             self.known[name] = previous.files[name]
         self.previous = previous
         self.graphs = list(previous.graphs)
@@ -309,8 +311,9 @@ class _Run:
             with self.progress.stage("trace", 1, "graph") as stage:
                 base = trace_graph(model_plan, plan.sizes)
                 stage.update(1, component)
+            weights = self.weights[component] = ReadOnce.of(checkpoint, self._budget())
             packed = quantize_checkpoint(
-                checkpoint,
+                weights,
                 model_plan,
                 self.transaction,
                 self.progress,
@@ -318,6 +321,8 @@ class _Run:
                 options.allow_nonfinite,
                 options.torch_device,
             )
+            if not any(engine.realization == "nvfp4" for engine in plan.engines):
+                weights.forget()  # only NVFP4 is made from the original weights
             self.packed[component] = packed
             self.known |= packed.files
             bits = [a.bits for a in options.recipe.activations]
@@ -329,6 +334,13 @@ class _Run:
                         self.graphs.append(entry)
                         self.known[entry["path"]] = hash_file(self.transaction.tree / entry["path"])
                         stage.update(1, entry["path"])
+
+    def _budget(self) -> int:
+        """Return the bytes of checkpoint that may be held: half of what is free beyond the estimate of the export itself.
+
+        The other half is for what the estimate missed and for other processes.
+        """
+        return max(0, memory_limit() - self.plan.estimate.peak_bytes) // 2
 
     # ---------------------------------------------------------------------------------------------- engines
 
@@ -348,10 +360,12 @@ class _Run:
                         bar.update(1)
                 finally:
                     stage.close()
+                    if component in self.weights:
+                        self.weights[component].forget()
 
     def _engine_stage(self, component: str) -> EngineStage:
         index = self.plan.components.index(component)
-        model_plan, checkpoint = self.plan.plans[index], self.plan.checkpoints[index]
+        model_plan, checkpoint = self.plan.plans[index], self.weights.get(component, self.plan.checkpoints[index])
         specs = {spec.name: spec for spec in model_plan.layers}
 
         def source(layer: str) -> Tensor:
@@ -389,7 +403,13 @@ class _Run:
     # ---------------------------------------------------------------------------------------------- the end
 
     def verify_stored(self) -> None:
-        """All that is stored against the checkpoints; ExportError if a layer or a tensor is not what it should be."""
+        """Compare all that is stored with the checkpoints, which are read from the disk again for that.
+
+        What the stages before held in memory is no evidence: a fault of theirs could have changed it.
+
+        Raises:
+            ExportError: A layer or a tensor is not what it should be.
+        """
         entries, first = self._layers(), 0
         plans = self.plan.plans
         kept = sum(math.prod(shape) for plan in plans for _, shape in plan.kept.values())
@@ -560,34 +580,3 @@ def _versions(*packages: str) -> dict[str, str]:
 
 def _device_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else f"cuda ({torch.cuda.get_device_name(device)})"
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A copy; the kernel shares the blocks where the file system can."""
-    target.unlink(missing_ok=True)
-    try:
-        with source.open("rb") as reader, target.open("wb") as writer:
-            left = os.fstat(reader.fileno()).st_size
-            while left > 0 and (count := os.copy_file_range(reader.fileno(), writer.fileno(), left)):
-                left -= count
-        if left:
-            raise OSError(errno.EINVAL, "the kernel copied a part only")
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        shutil.copyfile(source, target)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link where the file system has them, else a copy; of a file with other names already, a copy, too: its mode and
-    bytes are not this export's alone.
-    """
-    target.unlink(missing_ok=True)
-    try:
-        if source.stat().st_nlink == 1:
-            os.link(source, target)
-            return
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise  # a copy would fail as well
-    shutil.copy2(source, target)

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from ptxas_log import find_faults  # noqa: E402
-from toolchain import BuildError, Nvcc, available_memory, find_cutlass, find_nvcc  # noqa: E402
+from toolchain import BuildError, Nvcc, available_memory, find_cutlass, find_nvcc, whole_file  # noqa: E402
 
 DEFAULT_BUILD = HERE.parent / "build" / "kernels"
 # Of one compiler process; the largest that was measured is 5.4 GB, a CUTLASS file.
@@ -184,21 +184,20 @@ def link(nvcc: Nvcc, objects: list[Path], build: Path) -> Path:
         BuildError: the linker refused.
     """
     library, archive = build / "libdvdquant_kernels.so", build / "libdvdquant_kernels.a"
-    temporary = build / f".{library.name}-{os.getpid()}"
     inputs = [str(folder / "object.o") for folder in objects]
     command = [nvcc.program, "-shared", "-cudart", "static", *(f"-L{path}" for path in nvcc.libraries)]
     # The CUDA runtime inside stays inside: only the ABI is exported.
-    run_tool([*command, "-Xlinker", "--exclude-libs,ALL", "-o", str(temporary), *inputs])
-    temporary.replace(library)
+    with whole_file(library) as temporary:
+        run_tool([*command, "-Xlinker", "--exclude-libs,ALL", "-o", str(temporary), *inputs])
     members = build / f".members-{os.getpid()}"
     members.mkdir()
     try:
         for folder in objects:
             shutil.copyfile(folder / "object.o", members / f"{folder.name.rpartition('-')[0]}.o")
-        run_tool(["ar", "rcs", str(temporary), *(str(path) for path in sorted(members.iterdir()))])
+        with whole_file(archive) as temporary:
+            run_tool(["ar", "rcs", str(temporary), *(str(path) for path in sorted(members.iterdir()))])
     finally:
         shutil.rmtree(members)
-    temporary.replace(archive)
     return library
 
 
@@ -245,16 +244,14 @@ def build_emulated(folder: Path | None = None, jobs: int = 1) -> Path:
         target = build / "objects" / f"{source.name}-{key}.o"
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}-{os.getpid()}")
-            run_tool([compiler, "-x", "c++", *flags, "-c", str(HERE / source.path), "-o", str(temporary)])
-            temporary.replace(target)
+            with whole_file(target) as temporary:
+                run_tool([compiler, "-x", "c++", *flags, "-c", str(HERE / source.path), "-o", str(temporary)])
         return target
 
     objects = compile_all(chosen, compile_one, jobs, "emulated kernels")
     library = build / "libdvdquant_kernels_emulated.so"
-    temporary = build / f".{library.name}-{os.getpid()}"
-    run_tool([compiler, "-shared", "-o", str(temporary), *(str(path) for path in objects.values())])
-    temporary.replace(library)
+    with whole_file(library) as temporary:
+        run_tool([compiler, "-shared", "-o", str(temporary), *(str(path) for path in objects.values())])
     return library
 
 

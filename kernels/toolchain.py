@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +121,20 @@ def find_nvdisasm(build: Path) -> str:
         raise BuildError(f"{NVDISASM} holds no nvdisasm")
     found.chmod(0o755)
     return str(found)
+
+
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """Yield a file beside ``target`` that takes its place if the block ends well, and goes otherwise.
+
+    The build needs no dvdquant, so this is its own; ``dvdquant.system.whole_file`` is the one of the package.
+    """
+    temporary = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def pip_install(packages: tuple[str, ...], target: Path, dependencies: bool) -> None:

@@ -195,6 +195,7 @@ def test_every_dependency_is_used_and_every_import_declared(sources: list[str]) 
     optional = _modules(PROJECT["optional-dependencies"]["tensorrt"])
     ours = {
         "dvdquant",
+        "benchmarks",
         "tests",
         "__future__",
         "pydantic_core",  # a part of pydantic: its error with a context is not in pydantic itself

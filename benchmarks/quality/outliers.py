@@ -1,6 +1,6 @@
 """Gives a Wan model activation outliers that depend on the timestep, without changing what it computes.
 
-    python benchmarks/quality/outliers.py examples/tiny-wan out/tiny-wan-outliers
+    python -m benchmarks.quality outliers examples/tiny-wan out/tiny-wan-outliers
 
 A modulated input is ``LN(h)·(1 + scale(t)) + shift(t)``, and ``scale(t) = table + projection(t)``. Multiplying
 ``1 + scale`` and ``shift`` of a channel by c, and dividing the column of every linear layer that reads it by c, leaves the

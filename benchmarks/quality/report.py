@@ -1,9 +1,9 @@
 """Turn a file of results into the tables and plots of docs/quality.
 
-    python benchmarks/quality/report.py RESULTS.jsonl [--readme docs/quality/index.md] [--archive RESULTS.jsonl.xz]
-    python benchmarks/quality/report.py benchmarks/quality/results.jsonl.xz     from the rows that are kept here
+    python -m benchmarks.quality report RESULTS.jsonl [--readme docs/quality/index.md] [--archive RESULTS.jsonl.xz]
+    python -m benchmarks.quality report benchmarks/quality/results.jsonl.xz     from the rows that are kept here
 
-RESULTS.jsonl holds one JSON object a line, compressed where it ends in .xz. ``results_file.py`` lists what is in it.
+RESULTS.jsonl holds one JSON object a line, compressed where it ends in .xz. ``results/results_file.py`` lists what is in it.
 A line that is there twice (the same model, method, width and clip) counts once, the later. What stands between
 ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->`` is written anew, the prose around it is left alone, and the same file gives
 the same text and plots.
@@ -21,12 +21,10 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-# Last in the path: that folder has a report.py too.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "switching"))
-import plots
-from metrics import bootstrap
-from results_file import Results, ResultsError, Row, read_results, write_archive
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
+from benchmarks.quality.results import plots
+from benchmarks.quality.results.results_file import Results, ResultsError, Row, read_results, write_archive
+from benchmarks.switching.metrics import bootstrap
 from dvdquant.errors import DvdquantError
 
 # Names as they stand in the results file.

@@ -1,8 +1,8 @@
 """Quality of every method on tiny-wan and on tiny-wan with outliers: clips, errors step by step, studies, the switch.
 
-    python benchmarks/quality/run.py                         everything, hours on two cores; then the tables and plots
-    python benchmarks/quality/run.py --parts studies         minutes
-    python benchmarks/quality/run.py --prompts 16 --seeds 1  fewer clips
+    python -m benchmarks.quality run                         everything, hours on two cores; then the tables and plots
+    python -m benchmarks.quality run --parts studies         minutes
+    python -m benchmarks.quality run --prompts 16 --seeds 1  fewer clips
 
 Finished parts are lines in ``WORK/results.jsonl``: killed and started again, it goes on; asked for more clips, it adds them.
 With ``--add-to benchmarks/quality/results.jsonl.xz`` it goes on from the rows that are kept here, if nothing changed since.
@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
+
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent.parent / "examples" / "tiny-wan"
 CHUNK = 16
@@ -36,8 +38,8 @@ Job = tuple[str, tuple[Any, ...], str]  # Worker's method, its arguments, the ke
 
 def method_jobs(options: argparse.Namespace, chunks: list[list[Any]]) -> Iterator[Job]:
     """Every method at every width: errors by step, then the first clips of all, then the other clips row by row."""
-    from methods import METHODS
-    from peers import available_peers
+    from benchmarks.quality.compared.methods import METHODS
+    from benchmarks.quality.compared.peers import available_peers
 
     names = {name: method.widths for name, method in METHODS.items()}
     names |= {name: widths for name, (_, widths) in available_peers().items()}
@@ -56,7 +58,7 @@ def method_jobs(options: argparse.Namespace, chunks: list[list[Any]]) -> Iterato
 
 def study_jobs(options: argparse.Namespace) -> Iterator[Job]:
     """Every entry of every study at 4 and 8 bits."""
-    from studies import STUDIES
+    from benchmarks.quality.compared.studies import STUDIES
 
     for model in options.models:
         for study, entries in STUDIES.items():
@@ -100,7 +102,7 @@ def start_worker(folders: dict[str, Path], work: Path, steps: int, eager: bool) 
     import torch
 
     torch.set_num_threads(1)
-    from work import Worker
+    from benchmarks.quality.work import Worker
 
     _worker = Worker(folders, work, steps, eager)
 
@@ -188,16 +190,16 @@ def main() -> int:
     options = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
-    from peers import missing_peers, versions
+    from benchmarks.quality.compared.peers import missing_peers, versions
 
     print("packages:", ", ".join(f"{k} {v}" for k, v in versions().items()))
     for name, how in missing_peers().items():
         print(f"left out: {name} ({how})")
     if options.list:
         return 0
-    from clips import Bench
-    from outliers import write
-    from work import plan
+    from benchmarks.quality.outliers import write
+    from benchmarks.quality.toy.clips import Bench
+    from benchmarks.quality.work import plan
 
     options.work.mkdir(parents=True, exist_ok=True)
     plain = options.model.resolve().name
@@ -213,7 +215,7 @@ def main() -> int:
     if options.add_to is not None:
         if results.exists():
             parser.error(f"{results} is there already: leave --add-to out to go on from it, or name another --work")
-        from results_file import read_lines
+        from benchmarks.quality.results.results_file import read_lines
 
         results.write_text(read_lines(options.add_to), encoding="utf-8")
     context = multiprocessing.get_context("spawn")
@@ -232,7 +234,7 @@ def main() -> int:
             run_jobs(pool, list(delta_jobs(options, chunks, steps)), results, "δ")
     record = {
         "kind": "run", "hardware": hardware(), "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - started),
-        "command": "python benchmarks/quality/run.py " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.quality run " + " ".join(sys.argv[1:]),
         "commit": commit(),
         "packages": versions(),
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """One prompt and seed by several methods at 4-bit activations, frame by frame, as a picture.
 
-    python benchmarks/quality/strips.py                  after run.py, from what it left in out/quality
+    python -m benchmarks.quality strips                  after run, from what it left in out/quality
 
 Left the model as it is, right the one with outlier channels.
 """
@@ -8,18 +8,20 @@ Left the model as it is, right the one with outlier channels.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from clips import generate
 from PIL import Image, ImageDraw, ImageFont
-from run import MODEL
-from work import Worker, find_method
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
+from benchmarks.quality.run import MODEL
+from benchmarks.quality.toy.clips import generate
+from benchmarks.quality.work import Worker, find_method
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
-from dvdquant.deploy.planning.planner import psnr
+from dvdquant.deploy.generation.video import psnr
 
 ROWS = (
     "RTN",

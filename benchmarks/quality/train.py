@@ -1,6 +1,6 @@
 """Trains tiny-wan further on moving shapes drawn by ``shapes.py``: rectified flow, v = ε − x₀.
 
-    python benchmarks/quality/train.py examples/tiny-wan out/tiny-wan-2
+    python -m benchmarks.quality train examples/tiny-wan out/tiny-wan-2
 
 Reads the model and the words' embeddings from SOURCE and writes a folder of the same form. Runs on a GPU where there is
 one. The learning rate falls along a cosine; a checkpoint is written every ``--save`` steps, and ``--resume`` goes on from
@@ -14,16 +14,19 @@ import argparse
 import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from shapes import FRAMES, SIDE, Clip, draw, random_clip
 from torch import Tensor
 from tqdm import trange
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
+from benchmarks.quality.toy.shapes import FRAMES, SIDE, Clip, draw, random_clip
 from dvdquant.checkpoint.prompt_table import EMPTY_WORD, PromptTable
+from dvdquant.system.devices import resolve_device
 
 OPPOSITE = {"right": "left", "left": "right", "up": "down", "down": "up"}
 
@@ -71,7 +74,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device("auto")
     table = PromptTable.open(options.source)
     rows = {word: index for index, word in enumerate(table.words)}
     embeddings = table.embeddings.float().to(device)
@@ -102,7 +105,7 @@ def main() -> None:
         clips, noise, sigma, ids = (t.to(device) for t in (clips, noise, sigma, ids))
         noisy = torch.lerp(clips, noise, sigma[:, None, :, None, None])
         tokens = sigma.repeat_interleave((SIDE // model.config.patch_size[1]) ** 2, 1)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             predicted = model(noisy, 1000 * tokens, embeddings[ids], return_dict=False)[0]
         # Near σ = 0 the loss is large (only the noise's own detail is left to guess) and says nothing about the clip.
         weight = (sigma / 0.3).clamp(max=1).square()

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from clips import Bench, Clips, Prompt, bench_prompts, generate
-from compiled import CompiledModel, EagerModel
-from methods import METHODS, Method
-from predict import noise_run, predicted_inputs
-from shapes import CHOICES, measure
-from simulate import Layer, Simulated, layers_of, sampled_inputs
-from studies import STUDIES
 from torch import Tensor, nn
 
+from benchmarks.quality.compared.methods import METHODS, Method
+from benchmarks.quality.compared.studies import STUDIES
+from benchmarks.quality.simulation.compiled import CompiledModel, EagerModel
+from benchmarks.quality.simulation.predict import noise_run, predicted_inputs
+from benchmarks.quality.simulation.simulate import Layer, Simulated, layers_of, sampled_inputs
+from benchmarks.quality.toy.clips import Bench, Clips, Prompt, bench_prompts, generate
+from benchmarks.quality.toy.shapes import CHOICES, measure
+from benchmarks.switching.measure import place_high
+from benchmarks.switching.metrics import ssim
 from dvdquant.checkpoint.prompt_table import frames_from_latents
 from dvdquant.checkpoint.reader import open_checkpoint
-from dvdquant.deploy.planning.planner import psnr
+from dvdquant.deploy.generation.video import psnr
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.gbs import Weighting, delta_for_average_bits, relative_change, weighted_changes
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
@@ -29,10 +29,7 @@ from dvdquant.model.plan import plan_model
 from dvdquant.quantize.hessian import InputMoments, synthetic_moments
 from dvdquant.recipe import RECIPES
 from dvdquant.system.progress import Progress
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "switching"))
-from measure import place_high
-from metrics import ssim
+from dvdquant.system.whole_file import atomic_path, write_whole
 
 __all__ = ["Worker", "find_method", "plan"]
 
@@ -253,7 +250,7 @@ class Worker:
         timesteps = [float(t) for t in bench.scheduler.timesteps]
         weighted = [weighted_changes(r, timesteps, bench.steps, method.weighting) for r in recordings]
         delta, _ = delta_for_average_bits(weighted, average, last_high=method.last_high)
-        _replace(path, lambda partial: partial.write_text(repr(delta)))
+        write_whole(path, repr(delta).encode())
         return delta
 
     def _rows(
@@ -285,7 +282,7 @@ def find_method(name: str) -> Method:
     """Ours, or a package's."""
     if name in METHODS:
         return METHODS[name]
-    from peers import available_peers
+    from benchmarks.quality.compared.peers import available_peers
 
     layer, widths = available_peers()[name]
     return Method(name, layer, widths)
@@ -305,11 +302,6 @@ def _columns(chunk: Iterable[tuple[Prompt, int]]) -> tuple[list[Prompt], list[in
 
 
 def _save(path: Path, value: Any) -> None:
-    _replace(path, lambda partial: torch.save(value, partial))
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Written whole or not at all: another process may be reading."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    write(partial)
-    partial.replace(path)
+    """Save a value with torch.save, whole or not at all: another process may be reading."""
+    with atomic_path(path) as partial:
+        torch.save(value, partial)

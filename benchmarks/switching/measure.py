@@ -15,11 +15,14 @@ import json
 import multiprocessing
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
@@ -121,9 +124,8 @@ class Worker:
                 file.write(line.encode())  # one write of less than a page: lines of two processes do not mix
 
     def _one(self, base: Any, variant: Variant, reference: Any, done: dict[str, Row]) -> Row:
-        from metrics import ssim
-
-        from dvdquant.deploy.planning.planner import psnr
+        from benchmarks.switching.metrics import ssim
+        from dvdquant.deploy.generation.video import psnr
         from dvdquant.deploy.switching import step_cache
         from dvdquant.deploy.switching.schedule import Schedule, average_bits
 
@@ -255,8 +257,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
-    from report import write_cache_report, write_report
-
+    from benchmarks.switching.report import write_cache_report, write_report
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.deploy.switching.step_cache import StepCachePolicy
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from metrics import bootstrap
+from benchmarks.switching.metrics import bootstrap
 
 Row = dict[str, Any]
 MARK = "<!-- measured: {} -->"

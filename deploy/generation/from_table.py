@@ -10,11 +10,12 @@ on latents that are RGB, so that neither text encoder nor VAE is needed.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
 from dvdquant.deploy.artifact import Artifact
@@ -22,9 +23,10 @@ from dvdquant.deploy.generation.generator import (
     Generator,
     Runner,
     WrapSession,
+    controller_of,
     executed_original,
     executed_session,
-    make_controller,
+    wrapped,
 )
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
 from dvdquant.deploy.generation.request import (
@@ -62,7 +64,8 @@ class TableGenerator(Generator):
         self.table, self.backend, self.device, self.compile = table, backend, device, compile
         self._wrap = wrap
         self._session: EngineSession | None = None
-        self._original: OriginalRunner | None = None
+        self._original: nn.Module | None = None
+        self._loading = threading.Lock()  # two threads must not open two sessions, one of which nobody closes
         self._tried: set[int] = set()  # numbers of steps that the scheduler has gone through
         self._check_model()
 
@@ -105,7 +108,7 @@ class TableGenerator(Generator):
             latents,
             list(runner.trace),
             runner.summary(),
-            self._executed(request),
+            _executed(runner),
             time.perf_counter() - started,
             {self.component: list(runner.trace)},
         )
@@ -115,10 +118,11 @@ class TableGenerator(Generator):
         self._runner(self.check(request))
 
     def close(self) -> None:
-        """See :class:`Generator`."""
-        if self._session is not None:
-            self._session.close()
-        self._session = self._original = None
+        """See :class:`Generator`. A clip that another thread draws ends with EngineError."""
+        with self._loading:
+            session, self._session, self._original = self._session, None, None
+            if session is not None:
+                session.close()
 
     @torch.inference_mode()
     def _denoise(self, request: GenerateRequest, runner: Runner, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -149,27 +153,25 @@ class TableGenerator(Generator):
         return latents
 
     def _runner(self, request: GenerateRequest) -> tuple[Runner, torch.device, torch.dtype]:
+        """Return a runner for one request, its device and its dtype. Requests share what is loaded."""
         if request.mode == "16":
-            if self._original is None:
-                device = resolve_device(self.device)
-                # Nothing but the transformer runs here, so a CPU may take the arithmetic it is good at.
-                dtype = torch.float32 if device.type == "cpu" else self.artifact.dtype
-                model = load_original(self.artifact, self.table.root, self.component, device, dtype)
-                self._original = OriginalRunner(model, self.family)
-            return self._original, self._original.device, self._original.dtype
-        if self._session is None:
-            session = open_session(
-                self.artifact, self.component, backend=self.backend, device=self.device, compile=self.compile
-            )
-            self._session = session if self._wrap is None else self._wrap(session)
-        runner = StepRunner(self._session, make_controller(self.artifact, self.component, request))
-        return runner, self._session.device, self._session.dtype
-
-    def _executed(self, request: GenerateRequest) -> dict[str, Any]:
-        if request.mode == "16" and self._original is not None:
-            return executed_original(self._original.device, self._original.dtype)
-        assert self._session is not None
-        return executed_session(self._session)
+            with self._loading:
+                if self._original is None:
+                    device = resolve_device(self.device)
+                    # Nothing but the transformer runs here, so a CPU may take the arithmetic it is good at.
+                    dtype = torch.float32 if device.type == "cpu" else self.artifact.dtype
+                    self._original = load_original(self.artifact, self.table.root, self.component, device, dtype)
+                original = OriginalRunner(self._original, self.family)
+            return original, original.device, original.dtype
+        with self._loading:
+            if self._session is None:
+                session = open_session(
+                    self.artifact, self.component, backend=self.backend, device=self.device, compile=self.compile
+                )
+                self._session = wrapped(session, self._wrap)
+            session = self._session
+        runner = StepRunner(session, controller_of(self.artifact, self.component, request))
+        return runner, session.device, session.dtype
 
     def _check_model(self) -> None:
         """CheckpointError unless table and export fit each other; UnsupportedError for inputs a table cannot give."""
@@ -193,3 +195,11 @@ class TableGenerator(Generator):
                 f"the export takes {list(wants)} and {specs[0].shape[1]}",
                 fix=f"export with --text-tokens {tokens}, or give the model of this export with --pipeline",
             )
+
+
+def _executed(runner: Runner) -> dict[str, Any]:
+    """Return backend, device and dtype of what ran."""
+    if isinstance(runner, OriginalRunner):
+        return executed_original(runner.device, runner.dtype)
+    assert isinstance(runner, StepRunner)
+    return executed_session(runner.session)

@@ -15,10 +15,17 @@ from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, 
 from dvdquant.deploy.generation.video import default_fps
 from dvdquant.deploy.sessions import EngineSession
 from dvdquant.deploy.switching.controller import StepController, StepRecord
-from dvdquant.deploy.switching.defaults import DEFAULT_DELTA
-from dvdquant.deploy.switching.step_cache import StepCachePolicy
+from dvdquant.deploy.switching.factory import make_controller
 
-__all__ = ["Generator", "Runner", "WrapSession", "executed_original", "executed_session", "make_controller"]
+__all__ = [
+    "Generator",
+    "Runner",
+    "WrapSession",
+    "controller_of",
+    "executed_original",
+    "executed_session",
+    "wrapped",
+]
 
 WrapSession = Callable[[EngineSession], EngineSession]
 
@@ -81,20 +88,31 @@ class Generator(ABC):
         self.close()
 
 
-def make_controller(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:
+def controller_of(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:
     """Return the controller for one component and one request (mode ``16`` needs none)."""
-    bits = artifact.bits(component)
-    cache = None
-    if request.cache is not None:
-        cache = StepCachePolicy.for_family(artifact.family(component).name, threshold=request.cache)
-    low, high = bits[0], bits[-1]
-    if request.mode == "planned":
-        return StepController("planned", schedule=request.schedule, low=low, high=high)
+    rule: dict[str, Any] = {}
     if request.mode == "switch":
-        delta = DEFAULT_DELTA if request.delta is None else request.delta
-        rule: dict[str, Any] = {"last_high": request.last_high, "weighting": request.weighting}
-        return StepController("switch", delta=delta, low=low, high=high, cache=cache, **rule)
-    return StepController("fixed", bits=int(request.mode.removeprefix("a")), low=low, high=high, cache=cache)
+        rule = {"delta": request.delta, "last_high": request.last_high, "weighting": request.weighting}
+    return make_controller(
+        request.mode,
+        component=component,
+        family=artifact.family(component).name,
+        bits=artifact.bits(component),
+        schedule=request.schedule,
+        cache=request.cache,
+        **rule,
+    )
+
+
+def wrapped(session: EngineSession, wrap: WrapSession | None) -> EngineSession:
+    """Return the session in its wrapper, or itself without one. If the wrapper fails, the session is closed."""
+    if wrap is None:
+        return session
+    try:
+        return wrap(session)
+    except BaseException:
+        session.close()
+        raise
 
 
 def executed_session(session: EngineSession) -> dict[str, Any]:

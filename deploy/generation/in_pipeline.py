@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,8 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation.generator import Generator, executed_original, executed_session, make_controller
-from dvdquant.deploy.generation.original import CallRecorder, load_original, synchronize
+from dvdquant.deploy.generation.generator import (
+    Generator,
+    controller_of,
+    executed_original,
+    executed_session,
+    wrapped,
+)
+from dvdquant.deploy.generation.original import LOADING, CallRecorder, load_original, synchronize
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
     GenerateResult,
@@ -28,6 +35,7 @@ from dvdquant.deploy.pipelines.parts import PIPELINES, open_pipeline_folder
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer
 from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
 from dvdquant.system.devices import resolve_device
 
@@ -70,6 +78,8 @@ class PipelineGenerator(Generator):
         self._originals: dict[str, nn.Module] = {}
         self._pipe: Any = None
         self._tried: set[tuple[int, int]] = set()  # steps and tokens that the scheduler has gone through
+        self._drawing = threading.Lock()  # diffusers keeps the state of a call in the pipeline: one clip at a time
+        self._loading = threading.Lock()
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -116,8 +126,11 @@ class PipelineGenerator(Generator):
     def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
         """See :class:`Generator`."""
         request = self.check(request)
-        transformers = self._transformers(request)
-        pipe = self._pipeline(transformers)
+        with self._drawing:
+            return self._draw(request, on_step)
+
+    def _draw(self, request: GenerateRequest, on_step: OnStep | None) -> GenerateResult:
+        transformers, pipe = self._loaded(request)
         started = time.perf_counter()
         if request.mode == "16":
             with _recorded(transformers) as recorders:
@@ -127,13 +140,14 @@ class PipelineGenerator(Generator):
             traces = {name: recorder.trace for name, recorder in recorders.items()}
             summaries = {name: recorder.summary() for name, recorder in recorders.items()}
         else:
-            for name in transformers:
-                self._engines[name].runner.on_step = on_step
+            engines = _engines(transformers)
+            for engine in engines.values():
+                engine.runner.on_step = on_step
                 # Most pipelines keep the number of steps to themselves; the last ones are treated otherwise.
-                self._engines[name].begin_request(request.steps)
+                engine.begin_request(request.steps)
             frames, latents = self._call(pipe, request)
-            traces = {name: list(self._engines[name].trace) for name in transformers}
-            summaries = {name: self._engines[name].runner.summary() for name in transformers}
+            traces = {name: list(engine.trace) for name, engine in engines.items()}
+            summaries = {name: engine.runner.summary() for name, engine in engines.items()}
         seconds = time.perf_counter() - started
         trace = sorted((record for records in traces.values() for record in records), key=lambda record: record.step)
         summary = summaries["transformer"] if len(summaries) == 1 else {"components": summaries}
@@ -142,28 +156,39 @@ class PipelineGenerator(Generator):
         )
 
     def close(self) -> None:
-        """See :class:`Generator`."""
-        for engine in self._engines.values():
-            engine.close()
-        self._engines, self._originals, self._pipe = {}, {}, None
+        """See :class:`Generator`. A clip that another thread draws ends with EngineError."""
+        with self._loading:
+            engines, self._engines, self._originals, self._pipe = self._engines, {}, {}, None
+            for engine in engines.values():
+                engine.close()
 
     # ------------------------------------------------------------------------------------------------ what is loaded
 
     def prepare(self, request: GenerateRequest) -> None:
         """See :class:`Generator`."""
-        self._pipeline(self._transformers(self.check(request)))
+        request = self.check(request)
+        with self._drawing:
+            self._loaded(request)
 
-    def _transformers(self, request: GenerateRequest) -> dict[str, nn.Module]:
-        return self._originals_of() if request.mode == "16" else self._engines_of(request)
+    def _loaded(self, request: GenerateRequest) -> tuple[dict[str, nn.Module], Any]:
+        """Return the transformers that a request runs, and the pipeline that holds them."""
+        with self._loading:
+            transformers = self._originals_of() if request.mode == "16" else self._engines_of(request)
+            return transformers, self._pipeline(transformers)
 
     def _engines_of(self, request: GenerateRequest) -> dict[str, nn.Module]:
         for name in self.components:
-            controller = make_controller(self.artifact, name, request)
+            controller = controller_of(self.artifact, name, request)
             if name in self._engines:
                 self._engines[name].use(controller)
                 continue
             session = open_session(self.artifact, name, backend=self.backend, device=self.device, compile=self.compile)
-            self._engines[name] = DvdqTransformer(session if self._wrap is None else self._wrap(session), controller)
+            session = wrapped(session, self._wrap)
+            try:
+                self._engines[name] = DvdqTransformer(session, controller)
+            except BaseException:
+                session.close()
+                raise
         return {name: self._engines[name] for name in self.components}
 
     def _originals_of(self) -> dict[str, nn.Module]:
@@ -187,9 +212,10 @@ class PipelineGenerator(Generator):
         if self.family.name == "wan":
             dtypes["vae"] = torch.float32
         try:
-            pipe = getattr(diffusers, self.folder.class_name).from_pretrained(
-                self.folder.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **transformers
-            )
+            with LOADING:
+                pipe = getattr(diffusers, self.folder.class_name).from_pretrained(
+                    self.folder.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **transformers
+                )
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"the pipeline {self.folder.root} cannot be loaded: {str(error).strip():.500}",
@@ -233,9 +259,13 @@ class PipelineGenerator(Generator):
         if request.mode == "16":
             parameter = next(transformers[self.components[0]].parameters())
             return executed_original(parameter.device, parameter.dtype)
-        sessions = {name: executed_session(self._engines[name].session) for name in transformers}
+        sessions = {name: executed_session(engine.session) for name, engine in _engines(transformers).items()}
         first = sessions[self.components[0]]
         return {**first, "pipeline": self.folder.class_name, "components": sessions if len(sessions) > 1 else {}}
+
+
+def _engines(transformers: dict[str, nn.Module]) -> dict[str, DvdqTransformer]:
+    return {name: module for name, module in transformers.items() if isinstance(module, DvdqTransformer)}
 
 
 def _call_defaults(class_name: str) -> dict[str, Any]:
@@ -264,20 +294,19 @@ def _recorded(transformers: dict[str, nn.Module]) -> Iterator[dict[str, CallReco
 
 
 class _Watch:
-    """Where the loop is: a step begins when the timestep changes; branches are told apart by their order."""
+    """The place of the loop, for the hooks of the original transformers. Branches are told apart by their order."""
 
     def __init__(self) -> None:
-        self.step, self.calls = -1, 0
-        self.timestep: float | None = None
+        self.position = LoopPosition()
         self.started = 0.0
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the step of a call that begins."""
         del module, args
         timestep = float(kwargs["timestep"].max())
-        if timestep != self.timestep:
-            self.timestep, self.step, self.calls = timestep, self.step + 1, 0
-        self.calls += 1
+        if not self.position.at(None, timestep):
+            self.position.enter(None, timestep)
+        self.position.name(None)
         self.started = time.perf_counter()
 
     def after(self, recorder: CallRecorder) -> Callable[..., None]:
@@ -285,11 +314,12 @@ class _Watch:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             del module, args
-            sample = output[0]
+            sample, position = output[0], self.position
             synchronize(sample.device)
             seconds = time.perf_counter() - self.started
             both = kwargs["hidden_states"].shape[0] > 1
-            branch = "cond_uncond" if both else "cond" if self.calls == 1 else "uncond"
-            recorder.record(sample, step=self.step, branch=branch, timestep=self.timestep or 0.0, seconds=seconds)
+            branch = "cond_uncond" if both else "cond" if len(position.called) == 1 else "uncond"
+            timestep = position.timestep or 0.0
+            recorder.record(sample, step=position.index, branch=branch, timestep=timestep, seconds=seconds)
 
         return hook

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,9 +21,13 @@ from dvdquant.deploy.switching.gbs import relative_change
 from dvdquant.errors import CheckpointError, EngineError
 from dvdquant.model.families import Family
 
-__all__ = ["CallRecorder", "OriginalRunner", "load_original"]
+__all__ = ["LOADING", "CallRecorder", "OriginalRunner", "load_original"]
 
 ORIGINAL_BITS = 16
+_THREADS = threading.RLock()
+# diffusers and transformers change torch.nn.Module itself while they load (accelerate's init_empty_weights). Where two
+# threads load at once, the change stays, and every later module of the process is made on the meta device.
+LOADING = threading.RLock()
 
 
 def load_original(
@@ -41,9 +46,10 @@ def load_original(
     checkpoint.folder.check_tree()
     checkpoint.check_unchanged()
     try:
-        model = getattr(diffusers, checkpoint.class_name).from_pretrained(
-            checkpoint.root, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+        with LOADING:
+            model = getattr(diffusers, checkpoint.class_name).from_pretrained(
+                checkpoint.root, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.root} cannot be loaded: {error!s:.500}") from error
     checkpoint.check_unchanged()
@@ -149,13 +155,19 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
     The models with a prompt table are too small to gain from threads; where others use the cores too, threads that
     wait for each other at every layer take fifty times as long. One thread also gives the same bits everywhere.
+
+    The number belongs to the process, so one caller at a time changes it: a second one would put back the 1 of the first.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if device.type == "cpu" else threads)
-    try:
+    if device.type != "cpu":
         yield
-    finally:
-        torch.set_num_threads(threads)
+        return
+    with _THREADS:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def synchronize(device: torch.device) -> None:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.deploy.switching.gbs import Stair, Weighting, delta_of_stair
 from dvdquant.errors import OutputError, ShapeError, UnsupportedError
 from dvdquant.model.families import Axis, Sizes
+from dvdquant.system.records import brief
 
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
@@ -117,10 +119,12 @@ def check_request(request: GenerateRequest, artifact: Artifact) -> None:
         ShapeError: A number is out of range, or a prompt is empty or too long.
         UnsupportedError: The export has no graph for the mode.
     """
-    prompts = [("prompt", request.prompt)]
+    prompts: list[tuple[str, Any]] = [("prompt", request.prompt)]
     if request.negative_prompt is not None:
         prompts.append(("negative prompt", request.negative_prompt))
     for name, text in prompts:
+        if not isinstance(text, str):
+            raise ShapeError(f"the {name} is {brief(text)}", available="text")
         if name == "prompt" and not text.strip():
             raise ShapeError("the prompt is empty", fix='describe the clip: --prompt "..."')
         if len(text) > MAX_PROMPT or "\0" in text:
@@ -137,10 +141,18 @@ def check_request(request: GenerateRequest, artifact: Artifact) -> None:
         ("--num-frames", request.num_frames, 1, 1 << 15),
     )
     for name, value, low, high in ranges:
-        if value is not None and not low <= value <= high:
+        if value is None:
+            continue
+        real = name in ("--guidance", "--delta", "--cache")
+        if not (is_number(value) if real else is_whole(value)):
+            what = "a number" if real else "a whole number"
+            raise ShapeError(f"{name} is {brief(value)}", available=f"{what} from {low} up")
+        if not low <= value <= high:
             raise ShapeError(
                 f"{name} is {value}", available=f"{low} to {high}" if high < math.inf else f"{low} or more"
             )
+    if request.weighting not in WEIGHTINGS:
+        raise ShapeError(f"--weighting is {brief(request.weighting)}", available=WEIGHTINGS)
     _check_options(request)
     for component in artifact.components:
         _check_mode(request, artifact, component)

@@ -2,101 +2,113 @@
 
 Each request has its own decisions, history and trace. A pipeline calls its transformer without saying for whom. Two
 pipelines in two threads may share one transformer, and a pipeline may run another pipeline in its callback. Without
-requests, both would decide by each other's outputs. So a request is identified by its owner: the thread, and in the
-thread the pipeline whose ``__call__`` is running, else the asyncio task, else nothing more.
+requests, both would decide by each other's outputs. So a request is identified by its owner: the pipeline whose
+``__call__`` is running in this thread, else the caller. A caller is an asyncio task, or else a thread.
+
+What a caller asks of its coming requests (``begin_request``, ``on_step``) follows the context, as a
+``contextvars.ContextVar`` does: it holds in this thread or task, in tasks that are made from there, and in
+``asyncio.to_thread``. A pool of threads does not get the context. If a request begins there while another thread still
+waits with something asked for, nobody can tell whether it was meant. That is refused.
 
 Code that calls the transformer by itself may also take turns with another loop in one thread. Or it may run its steps
 in one thread after the other (a generator that a web server steps through). Such a call goes to the request that has
-had the same text embedding (the very same tensor), if the call continues that request and not the thread's own. All
-calls of one step must come from one thread.
+had the same text embedding (the very same tensor), if the call continues that request and does not fit into the step
+that the caller's own request is in. Loops may share an embedding, such as that of an empty negative prompt. Where it
+turns out that such a call was counted for the wrong loop, both are refused. All calls of one step must come from one
+caller.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from dvdquant.deploy.sessions.base import EngineSession
-from dvdquant.deploy.switching.controller import StepController
+from dvdquant.deploy.switching.controller import StepController, StepRecord
+from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import UnsupportedError
 
-__all__ = ["Position", "Request", "RequestTable"]
+__all__ = ["Request", "RequestTable", "RunnerView"]
+
+OnStep = Callable[[StepRecord], None]
 
 # Nobody reports the end of a request of a caller without a pipeline. So many of them are kept, to be continued.
 MAX_PAUSED = 8
 
 
-@dataclass
-class Position:
-    """The place of the pipeline's denoising loop, as far as its calls show it.
+class _Caller:
+    """A thread, or an asyncio task in it, with its requests.
 
-    Args:
-        given: The step index that the pipeline passed, or None.
-        timestep: The timestep of the step, or None before the first call.
-        index: The index of the step: the given one, or one that is counted here.
-        called: The branches of this step that were called.
-        ended: True if the pipeline has said that the request is over.
-        announced: True if the request was begun by hand and has no call yet.
+    Attributes:
+        thread: A weak reference to the thread.
+        task: A weak reference to the task, or None if there is none.
+        pipelines: A mapping from each pipeline that it runs to the pipeline's request.
+        plain: The request of calls without a pipeline.
+        last: The request that was begun or called last.
+        watched: True if the table is told when the task is cancelled.
     """
 
-    given: int | None = None
-    timestep: float | None = None
-    index: int = -1
-    called: list[str] = field(default_factory=list)
-    ended: bool = False
-    announced: bool = False
+    def __init__(self, task: asyncio.Task[Any] | None) -> None:
+        self.watched = False
+        self.thread = weakref.ref(threading.current_thread())
+        self.task = None if task is None else weakref.ref(task)
+        self.clear()
 
-    def begins(self, branch: str | None, step: int | None, timestep: float) -> bool:
-        """Return whether a call is the first of a new request.
+    def clear(self) -> None:
+        """Forget all requests."""
+        self.pipelines: weakref.WeakKeyDictionary[DiffusionPipeline, Request] = weakref.WeakKeyDictionary()
+        self.plain: Request | None = None
+        self.last: Request | None = None
 
-        Timesteps fall and steps rise within a request. A request that an exception ended is not reported as ended. If
-        it did not get beyond its first step, the next request begins at the same step, and a repeated branch shows
-        this. Later in a request, the same branch at the same timestep is a step of its own, of a solver that evaluates
-        one timestep twice.
+    def of(self, pipeline: DiffusionPipeline | None) -> Request | None:
+        """Return the request of a pipeline, or that of calls without one."""
+        return self.plain if pipeline is None else self.pipelines.get(pipeline)
 
-        Args:
-            branch: The branch that the call names, or None.
-            step: The step index that the call passes, or None.
-            timestep: The timestep of the call.
-        """
-        if self.timestep is None or self.ended:
-            return not self.announced
-        if timestep > self.timestep or (step is not None and self.given is not None and step < self.given):
-            return True
-        repeated = (step, timestep) == (self.given, self.timestep) and branch in self.called
-        return repeated and (step is not None or self.index == 0)
+    def keep(self, pipeline: DiffusionPipeline | None, request: Request) -> None:
+        """Make ``request`` the request of a pipeline, or that of calls without one."""
+        if pipeline is None:
+            self.plain = request
+        else:
+            self.pipelines[pipeline] = request
 
-    def move(self, branch: str | None, step: int | None, timestep: float) -> tuple[str, int]:
-        """Go to the step of a call.
 
-        Calls that name no branch are told apart by their order.
+class _Thread(threading.local):
+    """The callers of one thread.
 
-        Args:
-            branch: The branch that the call names, or None.
-            step: The step index that the call passes, or None.
-            timestep: The timestep of the call.
+    Attributes:
+        plain: The caller without a task.
+        tasks: A mapping from each asyncio task to its caller.
+    """
 
-        Returns:
-            The branch and the index of the step.
-        """
-        if (step, timestep) != (self.given, self.timestep) or branch in self.called:
-            self.given, self.timestep, self.called = step, timestep, []
-            self.index = self.index + 1 if step is None else step
-        self.announced = self.ended = False
-        name = f"call {len(self.called)}" if branch is None else branch
-        self.called.append(name)
-        return name, self.index
+    def __init__(self) -> None:
+        self.plain = _Caller(None)
+        self.tasks: weakref.WeakKeyDictionary[asyncio.Task[Any], _Caller] = weakref.WeakKeyDictionary()
+
+    @property
+    def caller(self) -> _Caller:
+        """Return the caller that is running."""
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # no loop runs in this thread
+            return self.plain
+        if task is None:
+            return self.plain
+        if task not in self.tasks:
+            self.tasks[task] = _Caller(task)
+        return self.tasks[task]
 
 
 @dataclass(eq=False)
@@ -106,18 +118,56 @@ class Request:
     Args:
         runner: The runner of its steps.
         generation: The number of the transformer's controller that it was begun with.
+        caller: The caller that began it or called it last.
+        steps: The number of steps, if it was begun by hand with one.
         position: The place of its denoising loop.
+        ended: True if the pipeline has said that the request is over.
+        announced: True if the request was begun by hand and has no call yet.
         busy: True while a call of it is running.
-        spent: True if a later request has taken over its runner.
         texts: Weak references to the text embeddings that it was called with, by branch.
+        adopted: True if the current step began with a call of another caller or loop, known by its embedding.
+        doubtful: True if all embeddings of the current step are also known to another open request.
+        mixed: True if a call of another loop was counted for it.
+        left: The caller that another caller took it from, and the timestep that it had then. Or None.
     """
 
     runner: StepRunner
     generation: int
-    position: Position = field(default_factory=Position)
+    caller: _Caller
+    steps: int | None = None
+    position: LoopPosition = field(default_factory=LoopPosition)
+    ended: bool = False
+    announced: bool = False
     busy: bool = False
-    spent: bool = False
     texts: dict[str | None, list[weakref.ref[Tensor]]] = field(default_factory=dict)
+    adopted: bool = False
+    doubtful: bool = False
+    mixed: bool = False
+    left: tuple[_Caller, float] | None = None
+
+    def begins(self, branch: str | None, step: int | None, timestep: float) -> bool:
+        """Return whether a call is the first of a later request.
+
+        Args:
+            branch: The branch that the call names, or None.
+            step: The step index that the call passes, or None.
+            timestep: The timestep of the call.
+        """
+        if self.position.timestep is None or self.ended:
+            return not self.announced
+        return self.position.restarts(step, timestep) or self.position.repeats(branch, step, timestep)
+
+    def continues(self, branch: str | None, timestep: float) -> bool:
+        """Return whether a call of another caller can be the next one of this request, and not the first of a new one.
+
+        Args:
+            branch: The branch that the call names, or None.
+            timestep: The timestep of the call.
+        """
+        now = self.position.timestep
+        if self.busy or self.ended or now is None or timestep > now:
+            return False
+        return timestep < now or (branch is not None and branch not in self.position.called)
 
     def knows(self, branch: str | None, text: Tensor | None) -> bool:
         """Return whether this very tensor was the text embedding of an earlier call of a branch.
@@ -127,6 +177,16 @@ class Request:
             text: The text embedding, or None.
         """
         return text is not None and any(known() is text for known in self.texts.get(branch, ()))
+
+    def knows_another(self, branch: str | None, text: Tensor | None) -> bool:
+        """Return whether a branch has had text embeddings that still exist, and this tensor is none of them.
+
+        Args:
+            branch: The name of the branch, or None.
+            text: The text embedding, or None.
+        """
+        known = [known() for known in self.texts.get(branch, ())]
+        return text is not None and any(one is not None for one in known) and all(one is not text for one in known)
 
     def remember(self, branch: str | None, text: Tensor | None) -> None:
         """Note the text embedding of a call.
@@ -144,26 +204,64 @@ class Request:
         """Return whether one of its embeddings still exists, so that a caller can give it again."""
         return any(known() is not None for texts in self.texts.values() for known in texts)
 
+    @property
+    def fresh(self) -> bool:
+        """Return whether the request was neither begun by hand nor called."""
+        return self.position.timestep is None and not self.announced
 
-class _Thread(threading.local):
-    """The requests of one thread.
 
-    Attributes:
-        owners: A mapping from a pipeline or an asyncio task to its request.
-        plain: The request of calls without a pipeline or a task.
-        announced: The request that was begun by hand and not called yet.
-        last: The request that was begun or called last.
+class _Token:
+    """A mark in a context. It lives as long as the contexts that have it."""
+
+
+@dataclass(eq=False)
+class _Wish:
+    """Something that was asked of the coming requests of a context.
+
+    Args:
+        what: The name of what was called or set, for messages.
+        caller: The caller that asked.
+        pipeline: A weak reference to the pipeline that was running then, or None.
+        request: The request that was begun by hand, until it is called.
+        on_step: The callback that was set, or None.
+        open: True until a call has got it.
+        token: A weak reference to the mark in the contexts that it holds in.
     """
 
-    def __init__(self) -> None:
-        self.clear()
+    what: str
+    caller: _Caller
+    pipeline: weakref.ref[DiffusionPipeline] | None = None
+    request: Request | None = None
+    on_step: OnStep | None = None
+    open: bool = True
+    token: weakref.ref[_Token] | None = None
 
-    def clear(self) -> None:
-        """Forget all requests of the thread."""
-        self.owners: weakref.WeakKeyDictionary[Any, Request] = weakref.WeakKeyDictionary()
-        self.plain: Request | None = None
-        self.announced: Request | None = None
-        self.last: Request | None = None
+    def close(self) -> None:
+        """Note that a call has got it, or that none will."""
+        self.open, self.request = False, None
+
+    @property
+    def lost(self) -> bool:
+        """Return whether its contexts have ended, so that no call can get it any more."""
+        return self.token is None or self.token() is None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for in a context.
+
+    Args:
+        begun: The wish for a request with a number of steps, or None.
+        heard: The wish for a callback, or None.
+    """
+
+    begun: _Wish | None = None
+    heard: _Wish | None = None
+
+
+# The mark that each table has in this context. The table keeps what was asked for: a callback may hold the table itself,
+# and would never be freed if the context held the callback.
+_TOKENS: ContextVar[weakref.WeakKeyDictionary[RequestTable, _Token]] = ContextVar("dvdquant_tokens")
 
 
 class RequestTable:
@@ -177,69 +275,130 @@ class RequestTable:
     """
 
     def __init__(self, session: EngineSession, controller: StepController) -> None:
+        StepRunner(session, controller)  # refuses a controller that the session cannot serve
         self._session = session
         self._lock = threading.RLock()
         self._generation = 0
         self._thread = _Thread()
-        self.use(controller)
+        self._paused: list[Request] = []
+        self._asked: weakref.WeakKeyDictionary[_Token, _Asked] = weakref.WeakKeyDictionary()
+        self._wishes: list[_Wish] = []
+        self._latest: Request | None = None
+        self.controller = controller
 
     def use(self, controller: StepController) -> None:
         """Decide the coming requests with another controller.
 
-        Requests that other threads run end as they began.
+        Requests that other callers run end as they began. What was asked of coming requests still holds.
 
         Args:
             controller: The rule that decides the coming requests.
         """
-        first = Request(StepRunner(self._session, controller), self._generation + 1)
+        StepRunner(self._session, controller)
+        caller = self._thread.caller
         with self._lock:
             self._generation += 1
             self.controller = controller
-            self._paused: list[Request] = []
-            self._latest: Request | None = None
-        self._thread.clear()
-        self._thread.last = first
+            self._paused = [request for request in self._paused if request.caller is not caller]
+            self._latest = None
+        caller.clear()
 
     @property
     def own(self) -> Request:
-        """Return the request that this thread began or called last, or a new one if it has none."""
-        if self._thread.last is None:
-            self._thread.last = self._new(None)
-        return self._thread.last
+        """Return the request that this caller began or called last, or a new one if it has none."""
+        caller = self._thread.caller
+        if caller.last is None:
+            caller.last = self._new(caller)
+        return caller.last
 
     @property
     def latest(self) -> Request:
-        """Return the request that this thread called last, or that of any thread if this one has called none."""
-        own = self._thread.last
-        uncalled = own is None or (own.position.timestep is None and not own.position.announced)
-        return self._latest if uncalled and self._latest is not None else self.own
+        """Return the request that this caller called last, or that of any caller if this one has called none."""
+        own = self._thread.caller.last
+        return self._latest if (own is None or own.fresh) and self._latest is not None else self.own
+
+    @property
+    def on_step(self) -> OnStep | None:
+        """Return the callback of the requests of this context, or None."""
+        heard = self._here().heard
+        return None if heard is None else heard.on_step
+
+    def listen(self, on_step: OnStep | None) -> None:
+        """Call ``on_step`` after every call in this context, and of the request that is running here.
+
+        Args:
+            on_step: The callback, or None for no callback.
+        """
+        caller = self._thread.caller
+        wish = _Wish("runner.on_step", caller, on_step=on_step, open=on_step is not None)
+        with self._lock:
+            self._ask(wish, _Asked(self._here().begun, wish))
+            if caller.last is not None:
+                caller.last.runner.on_step = on_step
 
     def begin(self, steps: int | None) -> None:
-        """Start a new request with the next call in this thread.
+        """Start a new request with the next call in this context.
 
         Args:
             steps: The number of steps of the request, or None if it is not known.
         """
-        request = self._new(self._thread.last)
-        request.runner.begin_request(steps)
-        request.position = Position(announced=True)
-        self._thread.announced = self._thread.last = request
+        caller, pipeline = self._thread.caller, _pipeline()
+        with self._lock:
+            request = self._new(caller)
+            request.runner.begin_request(steps)
+            request.steps, request.announced = steps, True
+            place = None if pipeline is None else weakref.ref(pipeline)
+            wish = _Wish("begin_request", caller, place, request)
+            self._ask(wish, _Asked(wish, self._here().heard))
+            caller.last = request
 
     def end(self) -> None:
-        """End the request that is running in this thread. Its trace stays."""
-        request = self._of_owner(_owner())
-        if request is not None and not request.busy:
-            request.position.ended = True
-            request.runner.forget_outputs()
-            with self._lock:
+        """End the request that is running here. Its trace stays.
+
+        A request that was begun by hand before this pipeline began is not for a later one: an interrupted pipeline does
+        not come to all of its transformers.
+        """
+        caller, pipeline = self._thread.caller, _pipeline()
+        with self._lock:
+            begun = self._here().begun
+            if pipeline is not None and begun is not None and begun.request is not None:
+                within = begun.pipeline is not None and begun.pipeline() is pipeline
+                if not within:
+                    begun.request.announced = False
+                    begun.close()
+            request = caller.of(pipeline)
+            if request is not None and not request.busy:
+                request.ended = True
+                request.runner.forget_outputs()
                 if request in self._paused:
                     self._paused.remove(request)
+
+    def forget(self, caller: _Caller) -> None:
+        """Forget what a caller has asked for.
+
+        Args:
+            caller: The caller, which has ended.
+        """
+        with self._lock:
+            for wish in self._wishes:
+                if wish.caller is caller:
+                    wish.close()
+
+    def forget_outputs(self) -> None:
+        """Free the outputs that open requests keep for their next step, when the engines are closed."""
+        with self._lock:
+            requests = [*self._paused, *([] if self._latest is None else [self._latest])]
+            for request in requests:
+                if not request.busy:
+                    request.runner.forget_outputs()
 
     @contextmanager
     def call(
         self, branch: str | None, step: int | None, steps: int | None, timestep: float, text: Tensor | None
     ) -> Iterator[tuple[StepRunner, str, int]]:
         """Run one call of the transformer in the ``with`` block.
+
+        A call that an exception ends counts as not made: it may be made again.
 
         Args:
             branch: The branch that the pipeline names, or None.
@@ -252,97 +411,282 @@ class RequestTable:
             The runner of the call, its branch, and the index of its step.
 
         Raises:
-            UnsupportedError: Another call of the same request is running.
+            UnsupportedError: Another call of the same request is running, another thread has begun a request by hand
+                that may be this one, or loops that share a text embedding cannot be told apart.
         """
-        with self._lock:
-            request = self._find(branch, step, steps, timestep, text)
-            if request.busy:
-                raise UnsupportedError(
-                    "two calls of one request at once",
-                    fix="run the steps of a request one after the other; a second request needs a thread, a task, a pipeline "
-                    "or a transformer of its own: DvdqTransformer(transformer.session, controller)",
-                )
-            request.busy = True
-            self._thread.last = self._latest = request
+        taken: Request | None = None
         try:
-            request.remember(branch, text)
-            name, index = request.position.move(branch, step, timestep)
-            yield request.runner, name, index
+            with self._lock:
+                caller = self._thread.caller
+                request = self._find(caller, branch, step, steps, timestep, text)
+                if request.busy:
+                    raise UnsupportedError(
+                        "two calls of one request at once",
+                        fix="run the steps of a request one after the other; a second request needs a thread, a task, "
+                        "a pipeline or a transformer of its own: DvdqTransformer(transformer.session, controller)",
+                    )
+                taken = request
+                request.busy = True
+                request.caller = caller
+                caller.last = self._latest = request
+                heard = self._here().heard
+                if heard is not None:
+                    request.runner.on_step = heard.on_step
+                    heard.close()
+            before = replace(request.position, called=[*request.position.called])
+            announced = request.announced
+            try:
+                request.remember(branch, text)
+                name, index = request.position.move(branch, step, timestep)
+                request.announced = request.ended = False
+                yield request.runner, name, index
+            except BaseException:
+                request.position, request.announced = before, announced
+                raise
         finally:
-            request.busy = False
+            if taken is not None:
+                taken.busy = False
+
+    # ------------------------------------------------------------------------------------------- the request of a call
 
     def _find(
-        self, branch: str | None, step: int | None, steps: int | None, timestep: float, text: Tensor | None
+        self,
+        caller: _Caller,
+        branch: str | None,
+        step: int | None,
+        steps: int | None,
+        timestep: float,
+        text: Tensor | None,
     ) -> Request:
         """Return the request of a call, after beginning it if it is new."""
-        owner = _owner()
+        pipeline = _pipeline()
         # 1. A request that was begun by hand.
-        announced, self._thread.announced = self._thread.announced, None
-        if announced is not None:
-            self._keep(owner, announced)
-            return announced
+        begun = self._here().begun
+        if begun is not None and begun.request is not None:
+            request = begun.request
+            self._refuse_lost(begun=True)
+            if request.generation != self._generation:
+                request.runner, request.generation = self._new(caller).runner, self._generation
+                request.runner.begin_request(request.steps)
+            begun.close()
+            self._keep(caller, pipeline, request)
+            return request
         # 2. A request of another loop or thread that has had this text embedding.
-        request = self._of_owner(owner)
-        direct = not isinstance(owner, DiffusionPipeline)
-        if direct and not (request is not None and request.knows(branch, text)):
-            for other in reversed(self._paused):
-                if other is not request and other.knows(branch, text) and _continues(other, branch, timestep):
-                    self._keep(owner, other)
-                    return other
+        own = caller.of(pipeline)
+        if pipeline is None:
+            other = self._other(own, branch, step, timestep, text)
+            if own is not None:
+                self._check_turns(caller, own, other, branch, step, timestep, text)
+            if other is not None:
+                if other.caller is not caller and other.position.timestep is not None:
+                    other.left = other.caller, other.position.timestep
+                other.adopted = True
+                self._keep(caller, None, other)
+                return other
         # 3. The owner's own request, or a new one.
-        if request is None or request.position.begins(branch, step, timestep):
-            request = self._new(request) if direct else self._again(request)
-            request.runner.begin_request(steps)
-            self._keep(owner, request)
-        return request
+        if own is None or own.begins(branch, step, timestep):
+            self._refuse_lost(begun=False)
+            own = self._new(caller)
+            own.runner.begin_request(steps)
+            self._keep(caller, pipeline, own)
+        return own
 
-    def _of_owner(self, owner: Any) -> Request | None:
-        return self._thread.plain if owner is None else self._thread.owners.get(owner)
+    def _other(
+        self, own: Request | None, branch: str | None, step: int | None, timestep: float, text: Tensor | None
+    ) -> Request | None:
+        """Return the open request of another loop that a call continues, or None if it is of ``own`` or a new one."""
+        if own is not None and own.knows(branch, text):
+            return None
+        for other in reversed(self._paused):
+            if other is own or not other.knows(branch, text) or not other.continues(branch, timestep):
+                continue
+            calls = other.position.before or len(other.position.called)
+            # The embedding of a negative prompt may be known from elsewhere, and new to this request.
+            if own is None or own.ended or not own.position.awaits(branch, step, timestep, calls):
+                return other
+            if branch is not None and own.knows_another(branch, text):
+                return other
+        return None
 
-    def _keep(self, owner: Any, request: Request) -> None:
-        if owner is None:
-            self._thread.plain = request
-        else:
-            self._thread.owners[owner] = request
-        direct = not isinstance(owner, DiffusionPipeline)
-        others = [other for other in self._paused if other is not request and (other.reachable or other.busy)]
-        self._paused = [*others, request][-MAX_PAUSED:] if direct else others
+    def _check_turns(
+        self,
+        caller: _Caller,
+        own: Request,
+        other: Request | None,
+        branch: str | None,
+        step: int | None,
+        timestep: float,
+        text: Tensor | None,
+    ) -> None:
+        """Refuse a call that shows that an earlier call of this step was of another loop than it was counted for.
 
-    def _new(self, before: Request | None) -> Request:
-        """Return a new request that leaves ``before`` as it is, unless ``before`` cannot be continued any more."""
-        if before is None or before.position.ended or before.position.timestep is None:
-            return self._again(before)
-        return Request(self._runner(before), self._generation)
-
-    def _again(self, before: Request | None) -> Request:
-        """Return a new request in the place of ``before``.
-
-        It takes over the runner of ``before`` if that runner is free and has the current controller.
+        Raises:
+            UnsupportedError: Loops that share a text embedding cannot be told apart.
         """
-        last = self._thread.last
-        if before is None and last is not None and last.position.timestep is None:
-            before = last  # the request that ``use`` made, which nobody has called yet
-        if before is None or before.busy or before.spent or before.generation != self._generation:
-            return Request(self._runner(before or last), self._generation)
-        before.spent = True
-        return Request(before.runner, self._generation)
+        begins = own.begins(branch, step, timestep)
+        if own.mixed and not begins:
+            _refuse_turns()
+        taken = own.left is not None and own.left[0] is caller and own.caller is not caller
+        if begins and taken and own.left is not None and timestep < own.left[1] and own.knows(branch, text):
+            # Another caller went on with this request, and this call goes on where it was then: that was another loop.
+            own.mixed = True
+            _refuse_turns()
+        same = own.position.awaits(branch, step, timestep, 0)
+        if other is not None:
+            # Another loop goes on, in the middle of a step that may have been its own.
+            if own.doubtful and own.position.unfinished:
+                own.mixed = other.mixed = True
+                _refuse_turns()
+        elif same and own.adopted and own.knows_another(branch, text):
+            # The step began with an embedding of this request, and goes on with one of another loop.
+            own.mixed = True
+            _refuse_turns()
+        elif same:
+            own.adopted = own.adopted and not own.knows(branch, text)
+            own.doubtful = own.doubtful and self._shared(own, branch, timestep, text)
+        else:
+            own.adopted, own.doubtful = False, self._shared(own, branch, timestep, text)
 
-    def _runner(self, before: Request | None) -> StepRunner:
+    def _shared(self, own: Request, branch: str | None, timestep: float, text: Tensor | None) -> bool:
+        """Return whether another open request could have made this call, too."""
+        others = (other for other in self._paused if other is not own)
+        return any(other.knows(branch, text) and other.continues(branch, timestep) for other in others)
+
+    def _keep(self, caller: _Caller, pipeline: DiffusionPipeline | None, request: Request) -> None:
+        caller.keep(pipeline, request)
+        others = [other for other in self._paused if other is not request and (other.reachable or other.busy)]
+        self._paused = [*others, request][-MAX_PAUSED:] if pipeline is None else others
+
+    def _new(self, caller: _Caller) -> Request:
         runner = StepRunner(self._session, self.controller.fresh())
-        runner.on_step = before.runner.on_step if before is not None else None
-        return runner
+        heard = self._here().heard
+        if heard is not None:
+            runner.on_step = heard.on_step
+        return Request(runner, self._generation, caller)
+
+    # --------------------------------------------------------------------------------- what is asked of coming requests
+
+    def _here(self) -> _Asked:
+        """Return what was asked for in this context."""
+        tokens = _TOKENS.get(None)
+        token = None if tokens is None else tokens.get(self)
+        return _Asked() if token is None else self._asked.get(token, _Asked())
+
+    def _ask(self, wish: _Wish, asked: _Asked) -> None:
+        """Note what is asked for from here on in this context."""
+        token = _Token()
+        for one in (asked.begun, asked.heard):
+            if one is not None:
+                one.token = weakref.ref(token)
+        self._asked[token] = asked
+        tokens = weakref.WeakKeyDictionary(_TOKENS.get({}))
+        tokens[self] = token
+        _TOKENS.set(tokens)
+        # A caller's later wish replaces the earlier one.
+        kept = [one for one in self._wishes if one.open and not (one.caller is wish.caller and one.what == wish.what)]
+        self._wishes = [*kept, wish]
+        task = None if wish.caller.task is None else wish.caller.task()
+        if task is not None and not wish.caller.watched:
+            wish.caller.watched = True
+            task.add_done_callback(functools.partial(_drop, weakref.ref(self), weakref.ref(wish.caller)))
+
+    def _refuse_lost(self, begun: bool) -> None:
+        """Refuse to begin a request while another thread waits for one that may be meant.
+
+        A wish that no call can get any more is refused once, and then forgotten.
+
+        Args:
+            begun: True if the request was begun by hand, so that its number of steps is known.
+
+        Raises:
+            UnsupportedError: A number of steps or a callback was asked for in another thread, and no call has got it.
+        """
+        self._wishes = [wish for wish in self._wishes if wish.open]
+        here, silent = threading.current_thread(), self._here().heard is None
+        for wish in self._wishes:
+            wanted = silent if wish.request is None else wish.request.steps is not None and not begun
+            thread = wish.caller.thread()
+            if not wanted or thread is here:
+                continue
+            if wish.lost:
+                wish.close()
+            name = "a thread that has ended" if thread is None else f"thread {thread.name}"
+            raise UnsupportedError(
+                f"{wish.what} was used in {name}, and a request begins in thread {here.name}: nobody can tell whether this "
+                "request is meant",
+                fix=f"use {wish.what} in the thread that runs the request, or give it the context: asyncio.to_thread does, "
+                "and pool.submit(contextvars.copy_context().run, pipe, ...)",
+            )
 
 
-def _continues(request: Request, branch: str | None, timestep: float) -> bool:
-    """Return whether a call that another loop or thread makes continues ``request``, and does not start a new one."""
-    position = request.position
-    if request.busy or position.ended or position.timestep is None or timestep > position.timestep:
-        return False
-    return timestep < position.timestep or (branch is not None and branch not in position.called)
+def _drop(table: weakref.ref[RequestTable], caller: weakref.ref[_Caller], task: asyncio.Task[Any]) -> None:
+    """Forget what a task has asked for if the task was cancelled: its request does not come any more."""
+    asked, asker = table(), caller()
+    if asked is not None and asker is not None and task.cancelled():
+        asked.forget(asker)
 
 
-def _owner() -> Any:
-    """Return the innermost pipeline that is running in this thread, else the asyncio task, else None."""
+class RunnerView:
+    """The runner of the calling thread or task: what it has run, and who is told.
+
+    What it reads is of this caller's last (or running) request, or of the latest of any caller if this one has had
+    none. Setting ``on_step`` is for this caller's running and coming requests.
+
+    Args:
+        table: The requests of the transformer.
+    """
+
+    def __init__(self, table: RequestTable) -> None:
+        self._table = table
+
+    @property
+    def on_step(self) -> OnStep | None:
+        """Return the callback that gets the record of every call, or None."""
+        return self._table.on_step
+
+    @on_step.setter
+    def on_step(self, on_step: OnStep | None) -> None:
+        self._table.listen(on_step)
+
+    @property
+    def trace(self) -> list[StepRecord]:
+        """Return the record of every call, in order."""
+        return self._table.latest.runner.trace
+
+    @property
+    def controller(self) -> StepController:
+        """Return the controller of the request."""
+        return self._table.latest.runner.controller
+
+    @property
+    def session(self) -> EngineSession:
+        """Return the session that runs the engines."""
+        return self._table.latest.runner.session
+
+    @property
+    def controller_seconds(self) -> float:
+        """Return the seconds that the decisions took."""
+        return self._table.latest.runner.controller_seconds
+
+    def summary(self, cost: Mapping[int, float] | None = None) -> dict[str, Any]:
+        """Return the figures of the request so far, see :meth:`StepRunner.summary`.
+
+        Args:
+            cost: The relative cost of a call by activation bits, or None.
+        """
+        return self._table.latest.runner.summary(cost)
+
+
+def _refuse_turns() -> NoReturn:
+    raise UnsupportedError(
+        "loops that take turns share a text embedding, and a call cannot be told from one of the other loop",
+        fix="give each loop a thread, an asyncio task, an embedding of its own (embedding.clone()), or a transformer of "
+        "its own: DvdqTransformer(transformer.session, controller)",
+    )
+
+
+def _pipeline() -> DiffusionPipeline | None:
+    """Return the innermost pipeline that is running in this thread, or None."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
@@ -350,7 +694,4 @@ def _owner() -> Any:
             if isinstance(caller, DiffusionPipeline):
                 return caller
         frame = frame.f_back
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no loop runs in this thread
-        return None
+    return None

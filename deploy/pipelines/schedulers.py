@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,12 +43,13 @@ _NO_LIMIT = re.compile(rb'("lambda_min_clipped"\s*:\s*)-Infinity\b')
 MAX_TRAIN_TIMESTEPS = 100_000  # a thousand in every published model; tables of this length take a second at most
 
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
-_SOLVERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
-# The scheduler classes that each family's pipeline can be run with.
+_UNIPC = "UniPCMultistepScheduler"
+# The scheduler classes that each family's pipeline can be run with. The pipelines of HunyuanVideo and LTX-Video make
+# their own sigmas, which DPMSolverMultistepScheduler and FlowMatchHeunDiscreteScheduler do not take.
 SCHEDULERS: Mapping[str, tuple[str, ...]] = {
-    "wan": (*_FLOW, "FlowMatchHeunDiscreteScheduler", *_SOLVERS),
-    "hunyuan-video": (*_FLOW, *_SOLVERS),
-    "ltx-video": (*_FLOW, *_SOLVERS),
+    "wan": (*_FLOW, "FlowMatchHeunDiscreteScheduler", _UNIPC, "DPMSolverMultistepScheduler"),
+    "hunyuan-video": (*_FLOW, _UNIPC),
+    "ltx-video": (*_FLOW, _UNIPC),
     "cogvideox": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
 }
 
@@ -112,21 +114,21 @@ class _Config(TypedDict, total=False):
 
 
 _ADAPTER: TypeAdapter[_Config] = TypeAdapter(_Config)
+_QUIET = threading.RLock()
 
 
-def open_scheduler(root: Path, family: str, expected: str | None = None) -> Any:
+def open_scheduler(root: Path, family: str) -> Any:
     """Build the scheduler of a model's folder, of the class that its ``model_index.json`` names.
 
     Args:
         root: The folder of the model.
         family: The name of the family whose pipeline will use it.
-        expected: The class, if there is no ``model_index.json``.
 
     Raises:
         CheckpointError: The file does not exist, the family's pipeline cannot use the class, or a field is out of
             bounds.
     """
-    name = expected or _class_of(root)
+    name = _class_of(root)
     if name not in SCHEDULERS[family]:
         raise CheckpointError(
             f"{root / INDEX}: the scheduler is a {name!r:.80}, which this pipeline cannot use",
@@ -291,18 +293,20 @@ def _said_once(path: Path) -> Iterator[None]:
     The warnings are about what is tried here.
     """
     logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except CheckpointError:
-        raise
-    except Exception as error:  # numpy, torch, scipy and diffusers: no common base
-        raise _unusable(path, f"{type(error).__name__}: {error!s:.300}") from error
-    finally:
-        logger.setLevel(level)
+    # The level and the filters are the process's: a second thread would put back what the first one had set.
+    with _QUIET:
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        except CheckpointError:
+            raise
+        except Exception as error:  # numpy, torch, scipy and diffusers: no common base
+            raise _unusable(path, f"{type(error).__name__}: {error!s:.300}") from error
+        finally:
+            logger.setLevel(level)
 
 
 def _class_of(root: Path) -> str:

@@ -17,6 +17,7 @@ import contextlib
 import inspect
 import logging
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -28,19 +29,19 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from dvdquant.artifact.manifest import Manifest
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.pipelines.adapters import get_adapter
-from dvdquant.deploy.pipelines.request_state import RequestTable
+from dvdquant.deploy.pipelines.request_state import RequestTable, RunnerView
 from dvdquant.deploy.pipelines.unsupported import COPIED, LOADED, WholeEngine, keep_in_from_pipe, refuse
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.switching.controller import StepController, StepInfo, StepRecord
-from dvdquant.deploy.switching.defaults import DEFAULT_DELTA
+from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.deploy.switching.gbs import Weighting
-from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.model.diffusers_hooks import check_pipeline_hooks
+from dvdquant.system.torch_hooks import parse_to
 
 __all__ = ["DvdqTransformer"]
 
@@ -48,7 +49,7 @@ log = logging.getLogger(__name__)
 
 # Options of diffusers' from_pretrained that say nothing an export could differ in.
 _HARMLESS = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")
-keep_in_from_pipe()
+check_pipeline_hooks()
 # id of a transformer -> the branch that its pipeline is calling. Each thread and each asyncio task has its own context.
 _BRANCHES: ContextVar[Mapping[int, tuple[str, Mapping[str, Any]]]] = ContextVar("dvdquant_branches")
 
@@ -75,6 +76,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
 
     def __init__(self, session: EngineSession, controller: StepController) -> None:
         super().__init__()
+        keep_in_from_pipe()
         # In _name_or_path diffusers notes where a model was loaded from, also in the config.json that it saves.
         config = {**session.family.config, "_name_or_path": str(session.artifact.root)}
         self.register_to_config(**config)
@@ -159,8 +161,21 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         # 3. The engines and their controller.
         session = open_session(artifact, name, backend=backend, device=device, compile=compile)
         try:
-            more = {"branch_policy": branch_policy, "last_high": last_high, "weighting": weighting}
-            controller = _controller(session, artifact.manifest, mode, delta, schedule, callback, cache, **more)
+            if isinstance(schedule, (str, Path)):
+                schedule = Schedule.load(schedule, artifact.manifest)
+            controller = make_controller(
+                mode,
+                component=session.component,
+                family=session.family.name,
+                bits=session.bits,
+                delta=delta,
+                schedule=schedule,
+                callback=callback,
+                cache=cache,
+                branch_policy=branch_policy,
+                last_high=last_high,
+                weighting=weighting,
+            )
             return cls(session, controller)
         except BaseException:
             session.close()
@@ -169,7 +184,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
     # -------------------------------------------------------------------------------------------------- what it decides
 
     def use(self, controller: StepController) -> None:
-        """Decide the coming requests with another controller. Trace and history of this thread begin anew.
+        """Decide the coming requests with another controller. Trace and history of this thread or task begin anew.
 
         Args:
             controller: The rule that decides the coming requests.
@@ -177,12 +192,13 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         self._requests.use(controller)
 
     @property
-    def runner(self) -> StepRunner:
-        """Return the runner of this thread's last (or running) request, else of the latest of any thread.
+    def runner(self) -> RunnerView:
+        """Return the runner of this thread's or task's last (or running) request, else of the latest of any.
 
-        It has ``summary()`` and ``on_step``.
+        It has ``summary()`` and ``on_step``. A callback that is set here gets the record of every call in this context:
+        in this thread or asyncio task, in tasks made from there, and in ``asyncio.to_thread``.
         """
-        return self._requests.latest.runner
+        return RunnerView(self._requests)
 
     @property
     def session(self) -> EngineSession:
@@ -191,15 +207,16 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
 
     @property
     def trace(self) -> list[StepRecord]:
-        """Return every call of this thread's last (or running) request, in order.
+        """Return every call of this thread's or task's last (or running) request, in order.
 
-        If this thread had no request, the trace is that of the latest request of any thread.
+        If it had no request, the trace is that of the latest request of any thread.
         """
         return self._requests.latest.runner.trace
 
     def close(self) -> None:
-        """Free the engines' memory. A later call raises EngineError."""
+        """Free the engines' memory, after a call that is running. A later call raises EngineError."""
         self._session.close()
+        self._requests.forget_outputs()
 
     # --------------------------------------------------------------------------------------------- the pipeline's calls
 
@@ -219,16 +236,30 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             _BRANCHES.set(before)
 
     def begin_request(self, steps: int | None = None) -> None:
-        """Start a new request with an empty history at the next call in this thread.
+        """Start a new request with an empty history at the next call in this context.
 
         This is rarely needed: pipelines report the end of a request by themselves, also of an interrupted one.
+
+        The next call may be in this thread or asyncio task, in a task made from there, or in ``asyncio.to_thread``. A
+        pool of threads does not get the context: call this in the function that the pool runs, or submit
+        ``contextvars.copy_context().run``.
 
         Args:
             steps: The number of steps of the request. It matters if the pipeline does not pass the number (all but
                 WanPipeline, in diffusers 0.42) and the controller treats the last steps differently. The step cache
                 may skip any step but the last, and ``last_high`` counts from the end. Without the number,
                 ``weighting`` does nothing.
+
+        Raises:
+            UnsupportedError: ``steps`` is no number of steps, or the schedule is for another number.
         """
+        if steps is not None:
+            number = 0 if isinstance(steps, bool) or not hasattr(steps, "__index__") else operator.index(steps)
+            if number < 1:
+                raise UnsupportedError(
+                    f"begin_request got {steps!r:.80}", available="a number of steps from 1, or None"
+                )
+            steps = number
         self._requests.begin(steps)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
@@ -308,7 +339,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         Raises:
             UnsupportedError: The device is another accelerator, or the dtype is not the export's.
         """
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = parse_to(*args, **kwargs)
         if dtype not in (None, self.dtype):
             refuse(f".to({dtype})", "its dtype is that of the export", "export again with --dtype", str(self.dtype))
         if device is not None and not _same_device(device, self.device):
@@ -431,45 +462,6 @@ def _same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 
-def _controller(
-    session: EngineSession,
-    manifest: Manifest,
-    mode: str,
-    delta: float | None,
-    schedule: Schedule | str | Path | None,
-    callback: Callable[[StepInfo], Any] | None,
-    cache: StepCachePolicy | float | None,
-    **more: Any,
-) -> StepController:
-    """Return the controller that the options of :meth:`DvdqTransformer.from_pretrained` describe."""
-    low, high = session.bits[0], session.bits[-1]
-    if mode == "switch" and (schedule is not None or callback is not None):
-        mode = "planned" if schedule is not None else "callback"
-    if isinstance(schedule, (str, Path)):
-        schedule = Schedule.load(schedule, manifest)
-    if isinstance(cache, (int, float)):
-        cache = StepCachePolicy.for_family(session.family.name, threshold=cache)
-    common: dict[str, Any] = {"low": low, "high": high, "cache": cache, **more}
-    fixed = re.fullmatch(r"a(\d+)", mode)
-    if mode == "switch" and low == high:
-        log.info("%s was exported with %d-bit activations only: nothing to switch", session.component, low)
-        return StepController("fixed", bits=low, **common)
-    if fixed is not None:
-        if int(fixed[1]) not in session.bits:
-            raise UnsupportedError(
-                f"mode {mode} needs a graph the export lacks",
-                available=[*(f"a{bits}" for bits in session.bits), "switch"],
-                fix="pick one of these, or export with a recipe that has it",
-            )
-        return StepController("fixed", bits=int(fixed[1]), **common)
-    if mode not in ("switch", "planned", "callback"):
-        modes = [*(f"a{bits}" for bits in session.bits), "switch", "planned", "callback"]
-        raise UnsupportedError(f"unknown mode {mode!r:.40}", available=modes)
-    if mode == "switch":
-        delta = DEFAULT_DELTA if delta is None else delta
-    return StepController(mode, delta=delta, schedule=schedule, callback=callback, **common)  # type: ignore[arg-type]
-
-
 def _check_options(
     mode: str,
     delta: Any,
@@ -497,7 +489,7 @@ def _check_options(
         ),
     }
     # Of a fixed width, last steps are those that the step cache computes.
-    for_cache = cache is not None and re.fullmatch(r"a\d+", mode) is not None and not follows
+    for_cache = cache is not None and re.fullmatch(r"a\d+", str(mode)) is not None and not follows
     for name, value in (("delta", delta), ("last_high", last_high), ("weighting", weighting)):
         what = f"{rule} says the bits of each step" if follows else f"mode={mode!r:.40} does not switch"
         allowed = switches or (name == "last_high" and for_cache)

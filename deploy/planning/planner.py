@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import numpy as np
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import Generator, open_generator
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
+from dvdquant.deploy.generation.video import psnr
+from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.planning.recording import ClipRecording, Recorder, median_seconds
 from dvdquant.deploy.switching.controller import StepRecord
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
@@ -26,10 +26,11 @@ from dvdquant.deploy.switching.gbs import (
     weighted_changes,
 )
 from dvdquant.deploy.switching.schedule import Schedule, average_bits
-from dvdquant.errors import UnsupportedError
+from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.system.progress import Progress
+from dvdquant.system.records import brief
 
-__all__ = ["Goal", "Plan", "Quality", "delta_for_seconds", "plan", "psnr"]
+__all__ = ["Goal", "Plan", "Quality", "delta_for_seconds", "plan"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Goal:
             raise UnsupportedError(
                 "more than one goal" if given else "no goal", available=_GOALS, fix="give one of them"
             )
-        if not (math.isfinite(given[0]) and given[0] >= 0):
-            raise UnsupportedError(f"the goal is {given[0]}", available="a finite number from 0 up")
+        if not (is_number(given[0]) and math.isfinite(given[0]) and given[0] >= 0):
+            raise UnsupportedError(f"the goal is {brief(given[0])}", available="a finite number from 0 up")
 
 
 _GOALS = ("--average-bits", "--time-budget", "--delta")
@@ -104,10 +105,10 @@ class Plan:
 
 def plan(
     artifact: Artifact,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     goal: Goal,
     *,
-    seeds: Sequence[int] = (0,),
+    seeds: int | Sequence[int] = (0,),
     steps: int | None = None,
     reference: bool = False,
     last_high: int = LAST_HIGH,
@@ -121,9 +122,9 @@ def plan(
 
     Args:
         artifact: the export.
-        prompts: clips to record, two to eight.
+        prompts: clips to record, two to eight. One text is one prompt.
         goal: average bits, seconds, or a δ of one's own.
-        seeds: each prompt is recorded with each.
+        seeds: each prompt is recorded with each. One number is one seed.
         steps: of a clip; default the model's own.
         reference: compare with the original 16-bit checkpoint too.
         last_high: so many last steps run on the high engine; the default is the commands'.
@@ -134,9 +135,11 @@ def plan(
         progress: where progress goes; default nowhere.
 
     Raises:
+        ShapeError: There is no prompt or no seed, or one is of another kind.
         UnsupportedError: The export has one bit-width only, or no δ reaches the goal (saying the range).
         DvdquantError: Whatever a generation raises.
     """
+    prompts, seeds = _prompts(prompts), _seeds(seeds)
     low, high = _two_engines(artifact)
     progress = progress or Progress()
     recorder = Recorder(low, high)
@@ -159,6 +162,28 @@ def plan(
             found.quality = _qualities(generator, checked, highs, delta, found.stairs, (low, high), progress)
     found.schedule.details.update(_details(found, last_high, weighting))
     return found
+
+
+def _prompts(prompts: str | Sequence[str]) -> list[str]:
+    """Return the prompts as a list. ShapeError if there is none, or if one is no text."""
+    several = [prompts] if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable) else list(prompts)
+    for prompt in several:
+        if not isinstance(prompt, str):
+            raise ShapeError(f"a prompt is {brief(prompt)}", available="text, or several texts")
+    if not several:
+        raise ShapeError("there is no prompt", fix='give one or several: ["a cat walks on grass", "rain on a window"]')
+    return several
+
+
+def _seeds(seeds: int | Sequence[int]) -> list[int]:
+    """Return the seeds as a list. ShapeError if there is none, or if one is no whole number."""
+    several = list(seeds) if isinstance(seeds, Iterable) else [seeds]
+    for seed in several:
+        if not is_whole(seed):
+            raise ShapeError(f"a seed is {brief(seed)}", available="a whole number from 0, or several")
+    if not several:
+        raise ShapeError("there is no seed", fix="give one or several, or leave seeds out")
+    return [int(seed) for seed in several]
 
 
 def _choose(
@@ -292,12 +317,6 @@ def _generate(generator: Generator, request: GenerateRequest, progress: Progress
                 stage.update(1)
 
         return generator.generate(request, note)
-
-
-def psnr(frames: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
-    """10·log₁₀(255² / mean squared difference) of uint8 frames, in dB; infinity where they are equal."""
-    error = float(np.mean((frames.astype(np.float64) - reference.astype(np.float64)) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def _qualities(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvdquant.artifact.layout import MANIFEST
 from dvdquant.artifact.manifest import LayerEntry, Manifest, model_name
+from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
 from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.deploy.report.charts import error_chart, line_chart, schedule_chart
 from dvdquant.deploy.report.text import (
@@ -144,7 +145,8 @@ def _source_bytes(manifest: Manifest) -> int | None:
     try:
         if not model.is_dir():
             return None
-        opened = [open_checkpoint(model, component=name) for name in manifest.components]
+        # With what its pipeline says, as the exporter opened it: that is a part of the fingerprint.
+        opened = [with_pipeline_facts(open_checkpoint(model, component=name)) for name in manifest.components]
         same = opened[0].fingerprint() == manifest.source["fingerprint"]
         return sum(checkpoint.nbytes for checkpoint in opened) if same else None
     except (DvdquantError, OSError, ValueError):

@@ -96,14 +96,20 @@ class EngineSession(ABC):
             bits: Activation bits, one of ``self.bits``.
         """
 
-    @abstractmethod
     def resident_bytes(self) -> dict[str, int]:
-        """Return the bytes that are held between calls.
+        """Return the bytes that are held between calls. It waits for a running pass.
 
         Returns:
             ``weights``: quantized and kept tensors and constants. What bit-widths share is counted once. ``engines``:
-            what the backend loaded besides. ``workspace``: scratch memory, as far as it is known.
+            what the backend loaded besides. ``workspace``: scratch memory, as far as it is known. A closed session
+            holds nothing.
         """
+        with self._lock:
+            return {"weights": 0, "engines": 0, "workspace": 0} if self.closed else self._resident_bytes()
+
+    @abstractmethod
+    def _resident_bytes(self) -> dict[str, int]:
+        """Return what :meth:`resident_bytes` does. The session is open and stays so."""
 
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """Refuse inputs that the export does not serve.
@@ -153,8 +159,7 @@ class WrappedSession(EngineSession):
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         return self.inner._run(inputs, bits)
 
-    def resident_bytes(self) -> dict[str, int]:
-        """Return the bytes that the inner session holds."""
+    def _resident_bytes(self) -> dict[str, int]:
         return self.inner.resident_bytes()
 
     def _close(self) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from dvdquant.errors import UnsupportedError
+from dvdquant.system.torch_hooks import allow_recompiles
 
 __all__ = ["cache_folder", "compile_blocks", "repeated_blocks"]
 
@@ -50,7 +50,7 @@ def compile_blocks(model: nn.Module, dynamic: bool | None = None) -> int:
             f"{type(model).__name__} has no repeated blocks to compile", fix="open the session without compile"
         )
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
-    torch._dynamo.config.recompile_limit = max(_FUNCTIONS, torch._dynamo.config.recompile_limit)
+    allow_recompiles(_FUNCTIONS)
     for block in blocks:
         block.compile(fullgraph=True, dynamic=dynamic, backend=BACKEND)
     return len(blocks)

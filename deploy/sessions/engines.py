@@ -169,7 +169,7 @@ class TensorRTSession(EngineSession):
             output = engine.enqueue(held, self.device, stream.cuda_stream)
         return _Capture(graph, held, output, self._scratch.generation)
 
-    def resident_bytes(self) -> dict[str, int]:
+    def _resident_bytes(self) -> dict[str, int]:
         """Return the bytes that are held between calls.
 
         ``engines`` is the size of the engine files. They hold the weights if the weights are not inputs of the engine.

@@ -214,14 +214,12 @@ class OnnxRuntimeSession(EngineSession):
         binding.clear_binding_outputs()
         return output.to(self.dtype)
 
-    def resident_bytes(self) -> dict[str, int]:
+    def _resident_bytes(self) -> dict[str, int]:
         """Return the bytes that are held between calls.
 
         ``weights`` counts every bound tensor and every constant once for all bit-widths. ``workspace`` is a lower
         bound: the largest layer's weight in fp32, which ``packed`` makes in every call.
         """
-        if self.closed:
-            return {"weights": 0, "engines": 0, "workspace": 0}
         held = {tensor.data_ptr(): tensor.nbytes for tensor in self._weights.values()}
         constants = sum(value.tensor_size_in_bytes() for value in self._constants.values())
         workspace = 4 * self._largest if self.weights == "packed" else 0

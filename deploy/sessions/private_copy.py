@@ -17,8 +17,9 @@ import threading
 import weakref
 from pathlib import Path
 
-from dvdquant.errors import OutputError, ResourceError
-from dvdquant.system.files import FileEntry, open_regular, write_all
+from dvdquant.artifact.listed_file import open_listed, require_digest
+from dvdquant.errors import ResourceError
+from dvdquant.system.files import FileEntry, write_all
 from dvdquant.system.memory import memory_limit
 
 __all__ = ["PrivateCopy", "fits_in_memory", "private_copy"]
@@ -109,30 +110,14 @@ def private_copy(root: Path, name: str, entry: FileEntry, in_memory: bool) -> Pr
         OutputError: The file is missing, cut, changed, or reached through a link.
         ResourceError: Neither memory nor the disk of temporary files has room.
     """
-    path = root / name
-    try:
-        if os.path.realpath(path) != os.path.join(os.path.realpath(root), name):
-            raise ValueError("it is reached through a symbolic link")
-        source, size = open_regular(path)
-        try:
-            if size != entry["bytes"]:
-                raise ValueError(f"it has {size} bytes instead of {entry['bytes']}")
-            info = os.fstat(source)
-            key = (info.st_dev, info.st_ino, size, info.st_mtime_ns, info.st_ctime_ns, entry["sha256"])
-            with _lock:
-                copy = _copies.get(key)
-                if copy is None:
-                    copy = _copies[key] = _copy_and_hash(source, path.name, entry, in_memory)
-            return copy
-        finally:
-            os.close(source)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise OutputError(f"{path} does not match its manifest: {reason}", fix="export again") from error
-        raise OutputError(f"{path} cannot be read: {reason}", fix="mend that, then try again") from error
-    except ValueError as error:
-        raise OutputError(f"{path} does not match its manifest: {error}", fix="export again") from error
+    with open_listed(root, name, entry) as source:
+        info = os.fstat(source)
+        key = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, entry["sha256"])
+        with _lock:
+            copy = _copies.get(key)
+            if copy is None:
+                copy = _copies[key] = _copy_and_hash(source, Path(name).name, entry, in_memory)
+        return copy
 
 
 def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) -> PrivateCopy:
@@ -146,7 +131,7 @@ def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) ->
     while offset < size:
         count = os.preadv(source, [block[: size - offset]], offset)
         if not count:
-            raise ValueError(f"it ends after {offset} bytes")
+            raise ValueError(f"ends after {offset} bytes")
         write_all(fd, block[:count], offset)
         offset += count
     if sealed:
@@ -157,8 +142,7 @@ def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) ->
     while count := os.preadv(fd, [block], offset):
         digest.update(block[:count])
         offset += count
-    if digest.hexdigest() != entry["sha256"]:
-        raise ValueError("it was changed (its SHA-256 differs)")
+    require_digest(digest.hexdigest(), entry)
     return copy
 
 

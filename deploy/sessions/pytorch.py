@@ -64,11 +64,11 @@ class PyTorchSession(EngineSession):
         plan = artifact.plan(component)
         self._recipe = plan.recipe
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
-        self._current = self.bits[0]
+        self._current: int | None = self.bits[0]
         self._ran: set[int] = set()
         self._files = WeightFiles(artifact, component)
         try:
-            model = quantized_skeleton(plan, self._current)
+            model = quantized_skeleton(plan, self.bits[0])
             fill_quantized(model, plan, self._files.tensor)
             if kernels is not None:
                 grids = [plan.recipe.activation(width) for width in self.bits]
@@ -95,6 +95,8 @@ class PyTorchSession(EngineSession):
         if bits == 4 and self._advice:
             _say_once(self._advice)
         if bits != self._current:
+            # An interrupt may leave some layers on the old grid and some on the new one. Then all are set again.
+            self._current = None
             set_activation(model, self._recipe.activation(bits))
             self._current = bits
         if bits not in self._ran:
@@ -107,15 +109,14 @@ class PyTorchSession(EngineSession):
         # A copy made outside of inference mode is an ordinary tensor, which schedulers may change in place.
         return output.to(self.dtype, copy=True)
 
-    def resident_bytes(self) -> dict[str, int]:
+    def _resident_bytes(self) -> dict[str, int]:
         """Return the bytes that are held between calls.
 
         ``weights`` grows with the bit-widths that ran. ``workspace`` is a lower bound: the scratch memory of the
         largest layer. For a layer with kernels, that is the kernels' workspace at the export's largest size. For
         another layer, it is the weight in fp32, which the reference op expands in each call.
         """
-        if self._model is None:
-            return {"weights": 0, "engines": 0, "workspace": 0}
+        assert self._model is not None
         held = {t.data_ptr(): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}
         weights, scratch = sum(held.values()), [0]
         tokens = (self.family.tokens(*self.sizes.at("max")) + self.sizes.text_tokens) * self.sizes.batch

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
+from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.deploy.switching.gbs import BitSwitch, Weighting, step_weight
 from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.deploy.switching.step_cache import ChangeForecast, StepCachePolicy
 from dvdquant.errors import UnsupportedError
+from dvdquant.system.records import brief
 
 __all__ = [
     "PUBLISHED_COST",
@@ -188,15 +190,30 @@ class StepController:
             last_high = LAST_HIGH if mode == "switch" else 0
         if weighting is None:
             weighting = WEIGHTINGS[0] if mode == "switch" else "none"
-        # 3. Ranges.
-        if delta is not None and not delta >= 0:
-            raise UnsupportedError(f"δ is {delta}", available="a number from 0 (all high) to infinity (all low)")
+        # 3. Kinds and ranges.
+        if delta is not None and not (is_number(delta) and delta >= 0):
+            raise UnsupportedError(f"δ is {brief(delta)}", available="a number from 0 (all high) to infinity (all low)")
+        for name, width in (("low", low), ("high", high), ("bits", high if bits is None else bits)):
+            if not is_whole(width):
+                raise UnsupportedError(f"{name} is {brief(width)}", available="activation bits, such as 4 or 8")
+        if callback is not None and not callable(callback):
+            raise UnsupportedError(f"the callback is {brief(callback)}", available="a function of a StepInfo")
+        if cache is not None and not isinstance(cache, StepCachePolicy):
+            raise UnsupportedError(f"the cache is {brief(cache)}", available="a StepCachePolicy")
+        planned = schedule.bits if isinstance(schedule, Schedule) else schedule
+        if planned is not None:
+            listed = isinstance(planned, Sequence) and not isinstance(planned, (str, bytes)) and len(planned) > 0
+            if not listed or not all(width is None or is_whole(width) for width in planned):
+                raise UnsupportedError(
+                    f"the schedule is {brief(planned)}",
+                    available="a Schedule, or the bits of each step: [8, 8, 4, None, 8]",
+                )
         if branch_policy not in get_args(BranchPolicy):
             raise UnsupportedError(f"unknown branch policy {branch_policy!r:.40}", available=get_args(BranchPolicy))
         if weighting not in get_args(Weighting):
             raise UnsupportedError(f"unknown weighting {weighting!r:.40}", available=get_args(Weighting))
-        if last_high < 0:
-            raise UnsupportedError(f"last_high is {last_high}", available="a number of steps, from 0")
+        if not is_whole(last_high) or last_high < 0:
+            raise UnsupportedError(f"last_high is {brief(last_high)}", available="a number of steps, from 0")
         if not low <= high:
             raise UnsupportedError(f"low is {low} bits and high {high}", fix="exchange them")
         if cache is not None and mode in ("planned", "callback"):
@@ -208,7 +225,7 @@ class StepController:
         self.delta, self.low, self.high = delta, low, high
         self.bits = high if bits is None else bits
         self.callback, self.last_high, self.weighting = callback, last_high, weighting
-        self.schedule = schedule.bits if isinstance(schedule, Schedule) else tuple(schedule or ())
+        self.schedule = tuple(planned or ())
         self.steps: int | None = None
         self._histories: dict[str, _History] = {}
         self._decider: str | None = None

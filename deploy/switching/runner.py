@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dvdquant.deploy.switching.controller import PUBLISHED_COST, Decision, StepController, StepRecord, relative_cost
 from dvdquant.deploy.switching.gbs import change_from_sums, change_sums
+from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.deploy.switching.schedule import average_bits
 from dvdquant.deploy.switching.step_cache import keep_residual, reuse
 from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
@@ -106,7 +108,9 @@ class StepRunner:
         self.on_step: Callable[[StepRecord], None] | None = None
         self.controller_seconds = 0.0
         self._parts: dict[tuple[str, int], _Part] = {}
+        self._position = LoopPosition()
         self._step: _Step | None = None
+        self._running = threading.Lock()
 
     def begin_request(self, steps: int | None = None) -> None:
         """Forget history and trace, for a new request.
@@ -118,6 +122,7 @@ class StepRunner:
         self.trace = []
         self.controller_seconds = 0.0
         self._parts.clear()
+        self._position = LoopPosition()
         self._step = None
 
     def forget_outputs(self) -> None:
@@ -140,9 +145,20 @@ class StepRunner:
 
         Raises:
             EngineError: The high engine failed or gave NaN or infinities. The error names step and branch.
-            UnsupportedError: A schedule or a callback asks for what is not there.
+            UnsupportedError: A schedule or a callback asks for what is not there, or another call is running.
             ShapeError: The inputs are outside the exported profile.
         """
+        if not self._running.acquire(blocking=False):
+            raise UnsupportedError(
+                "two calls of one StepRunner at once",
+                fix="make a StepRunner with a controller of its own for every request; they may share the session",
+            )
+        try:
+            return self._run(inputs, branch, step, steps)
+        finally:
+            self._running.release()
+
+    def _run(self, inputs: Mapping[str, Tensor], branch: str, step: int | None, steps: int | None) -> Tensor:
         started = time.perf_counter()
         current = self._enter(inputs, branch, step, steps)
         name = branch.partition("/")[0]
@@ -157,25 +173,20 @@ class StepRunner:
     def _enter(self, inputs: Mapping[str, Tensor], branch: str, step: int | None, steps: int | None) -> _Step:
         """Return the step that this call belongs to, after beginning it if it is new."""
         timestep, current = float(inputs[TIMESTEP].max()), self._step
-        if current is None or self._is_new_request(current, inputs, branch, step, timestep):
-            if current is not None:
-                self.begin_request(steps)
-            elif steps is not None and steps != self.controller.steps:
+        if current is None:
+            if steps is not None and steps != self.controller.steps:
                 self.controller.reset(steps)
-            current = None
-        elif step == current.index if step is not None else timestep == current.timestep:
+        elif self._position.restarts(step, timestep) or self._has_other_shape(current, inputs, branch):
+            self.begin_request(steps)
+        elif self._position.at(step, timestep):
             return current
         else:
             self._finish(current)
-        index = step if step is not None else 0 if current is None else current.index + 1
-        self._step = _Step(index, timestep)
+        self._step = _Step(self._position.enter(step, timestep), timestep)
         return self._step
 
-    def _is_new_request(
-        self, current: _Step, inputs: Mapping[str, Tensor], branch: str, step: int | None, timestep: float
-    ) -> bool:
-        if timestep > current.timestep or (step is not None and step < current.index):
-            return True
+    def _has_other_shape(self, current: _Step, inputs: Mapping[str, Tensor], branch: str) -> bool:
+        """Return whether the latent has another shape than in the last call of this branch."""
         part = self._parts.get((branch, current.calls.get(branch, 0))) or self._parts.get((branch, 0))
         return part is not None and part.shape != tuple(inputs[LATENT].shape)
 

@@ -20,7 +20,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.errors import UnsupportedError
+from dvdquant.system.records import brief
 
 __all__ = ["FAMILY_CACHE", "ChangeForecast", "Residual", "StepCachePolicy", "keep_residual", "reuse"]
 
@@ -46,13 +48,17 @@ class StepCachePolicy:
     max_skips: int = 3
 
     def __post_init__(self) -> None:
-        if not (self.threshold >= 0 and math.isfinite(self.threshold)):
-            raise UnsupportedError(f"the step cache's threshold is {self.threshold}", available="a number from 0 up")
+        if not (is_number(self.threshold) and self.threshold >= 0 and math.isfinite(self.threshold)):
+            raise UnsupportedError(
+                f"the step cache's threshold is {brief(self.threshold)}", available="a number from 0 up"
+            )
         if self.residual not in ("output", "latent"):
             raise UnsupportedError(f"the step cache cannot reuse {self.residual!r:.40}", available=("output", "latent"))
-        if self.max_skips < 1:
+        if not is_whole(self.max_skips) or self.max_skips < 1:
             raise UnsupportedError(
-                f"max_skips is {self.max_skips}", available="1 or more", fix="leave the cache out to skip no step"
+                f"max_skips is {brief(self.max_skips)}",
+                available="1 or more",
+                fix="leave the cache out to skip no step",
             )
 
     @classmethod

@@ -27,14 +27,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import json
 import logging
 import os
 import re
-import socket
 import stat
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +40,12 @@ from pydantic import StrictStr, TypeAdapter
 
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import COMMIT, LOCK, MANIFEST, OWNER, STAGE, TREE
+from dvdquant.artifact.lock import FolderLock, is_same
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.errors import OutputError
-from dvdquant.system.files import disk_error, strict_json, write_all
+from dvdquant.system.files import disk_error, strict_json
 
 __all__ = [
-    "FolderLock",
     "install",
     "recover",
     "recover_locked",
@@ -59,137 +56,8 @@ __all__ = [
 
 MAX_RECORD = 4 << 20  # some ten thousand files
 _RENAME_EXCHANGE = 2
-_LOOKS, _LOOK_SECONDS = 100, 0.01  # waits for readers that only look at the lock, and seconds per wait
 
 logger = logging.getLogger(__name__)
-
-
-class FolderLock:
-    """An exclusive lock on a folder, held by ``flock`` on its ``.lock`` and gone with the process.
-
-    Args:
-        path: The folder.
-
-    Attributes:
-        folder: The locked folder, open until the release.
-
-    Raises:
-        OutputError: Another process holds the lock (the error names its pid), or ``.lock`` is no file of dvdquant.
-        FileNotFoundError: The folder vanished.
-    """
-
-    def __init__(self, path: Path) -> None:
-        looks = _LOOKS
-        while True:
-            self.folder = Folder.open(path)
-            self._fd = -1
-            try:
-                self._fd = self._open()
-                if self._try_lock(looks) and self._is_current() and _is_same(os.lstat(path), self.folder.own()):
-                    if os.fstat(self._fd).st_nlink == 1:
-                        self._sign()
-                        return
-                    # The file system counts names in its own way, or somebody links the file again and again.
-                    if looks < -_LOOKS:
-                        raise OutputError(
-                            f"cannot write {path / LOCK}: it has other names", fix="delete it or pick another -o"
-                        )
-                    # The file has a second name, perhaps elsewhere, so it must not be written. Take it out of the way.
-                    self.folder.unlink(LOCK)
-            except FileNotFoundError:
-                if looks < -_LOOKS or not os.path.lexists(path):
-                    self._close()
-                    raise
-            except BaseException:
-                self._close()
-                raise
-            # A reader held the lock, or the last holder removed or replaced this file: lock the file that is there now.
-            self._close()
-            looks -= 1
-
-    def _open(self) -> int:
-        """Open the lock file, or make it.
-
-        Raises:
-            OutputError: Something else than a file has its name.
-            OSError: It cannot be opened.
-        """
-        info, place = self.folder.info(LOCK), self.folder.path / LOCK
-        if info is not None and not stat.S_ISREG(info.st_mode):
-            raise OutputError(f"cannot write {place}: it is no file of dvdquant", fix="delete it or pick another -o")
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        try:
-            return os.open(LOCK, flags, 0o644, dir_fd=self.folder.fd)
-        except OSError as error:
-            error.filename = str(place)
-            raise
-
-    def _try_lock(self, looks: int) -> bool:
-        """Lock the file and return True, or return False if only readers were in the way.
-
-        Args:
-            looks: The number of waits that are left for readers; below 1, the function does not wait for them.
-
-        Raises:
-            OutputError: Another export holds the lock, or readers are still in the way after the last wait.
-        """
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                if looks > 0:
-                    time.sleep(_LOOK_SECONDS)
-                    return False
-            holder = os.pread(self._fd, 200, 0).decode("utf-8", "replace").strip() or "another process"
-            raise OutputError(
-                f"{self.folder.path} is being written by another export ({holder!r:.200})",
-                fix="wait for it to end or pick another -o",
-            ) from None
-        return True
-
-    def _is_current(self) -> bool:
-        """Return whether the open lock file is still the one in the folder."""
-        there = self.folder.info(LOCK)
-        return there is not None and _is_same(there, os.fstat(self._fd))
-
-    def _sign(self) -> None:
-        """Write the pid and the host into the lock file, for the error of another export."""
-        try:
-            os.ftruncate(self._fd, 0)
-            write_all(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        except BaseException:
-            self.release()
-            raise
-
-    def release(self) -> None:
-        """Remove the lock file, then let go: a process that opened it meanwhile notices and opens a new one.
-
-        A file that cannot be removed is left with a warning: it locks nothing once the process has ended.
-        """
-        if self._fd < 0:
-            return
-        try:
-            if self._is_current():
-                self.folder.unlink(LOCK)
-        except OSError as error:
-            place = self.folder.path / LOCK
-            logger.warning("%s could not be removed (%s); it locks nothing and may be deleted", place, error.strerror)
-        finally:
-            self._close()
-
-    def _close(self) -> None:
-        """Close the lock file and the folder."""
-        fd, self._fd = self._fd, -1
-        with contextlib.suppress(OSError):  # an earlier write may be reported here, but the lock file holds no data
-            if fd >= 0:
-                os.close(fd)
-        self.folder.close()
-
-
-def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
-    """Return whether both are the status of one file or folder."""
-    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
 # ------------------------------------------------------------------------------------------------- files and folders
@@ -363,8 +231,8 @@ def _swap(lock: FolderLock, stage: Folder, listed: set[str]) -> FolderLock | Non
             if (
                 tree is None
                 or there is None
-                or not _is_same(swapped.folder.own(), tree)
-                or not _is_same(there, old.own())
+                or not is_same(swapped.folder.own(), tree)
+                or not is_same(there, old.own())
             ):
                 raise OSError(errno.ESTALE, "a folder was replaced meanwhile", str(out))
             _carry(old, swapped.folder, listed)
@@ -398,7 +266,7 @@ def _is_at(folder: Folder, name: str, what: os.stat_result) -> bool:
     """Return whether ``name`` in the folder is the file or folder with the status ``what``."""
     with contextlib.suppress(OSError):
         there = folder.info(name)
-        return there is not None and _is_same(there, what)
+        return there is not None and is_same(there, what)
     return False
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from dvdquant.system.files import write_all
+from dvdquant.system.files import read_all, write_all
 
 __all__ = ["MAX_DEPTH", "Entry", "Folder"]
 
@@ -279,14 +279,8 @@ class Folder:
             OSError: It cannot be read.
             ValueError: It is longer than ``limit``, or is a link, a pipe, a folder or a device.
         """
-        with self._named(name), os.fdopen(self.open_file(name), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise ValueError(f"{size} bytes, more than the {limit} allowed")
-            raw = file.read(limit + 1)
-        if len(raw) > limit:
-            raise ValueError(f"grew past the {limit} bytes allowed")
-        return raw
+        with self._named(name):
+            return read_all(self.open_file(name), limit)
 
     def write(self, name: str, data: bytes, mode: int = 0o644) -> None:
         """Write a small file, whole and durable, in place of the file or link of that name.

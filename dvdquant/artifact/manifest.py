@@ -29,10 +29,11 @@ from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 from dvdquant import __version__
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import MANIFEST
+from dvdquant.artifact.listed_file import LINKED, NO_LINKS, ListedFileError, open_listed, require_digest
 from dvdquant.artifact.unfinished import unfinished_export
 from dvdquant.errors import OutputError, RecipeError, ResourceError
 from dvdquant.recipe import Recipe
-from dvdquant.system.files import FileEntry, hash_file, open_regular, read_limited, strict_json
+from dvdquant.system.files import FileEntry, hash_descriptor, hash_file, read_all, strict_json
 from dvdquant.system.memory import memory_limit
 from dvdquant.system.records import brief, first_problem
 from dvdquant.text import json_text, shown
@@ -480,7 +481,8 @@ def load_manifest(out: str | Path) -> Manifest:
     except OSError as error:
         raise OutputError(f"{name}/{MANIFEST} cannot be read: {error.strerror}", fix="give a folder to read") from error
     except ValueError as error:
-        raise OutputError(f"{name}/{MANIFEST} cannot be read: {error}", fix="give a folder of dvdq-export") from error
+        fix = NO_LINKS if os.path.islink(Path(out) / MANIFEST) else "give a folder of dvdq-export"
+        raise OutputError(f"{name}/{MANIFEST} cannot be read: {error}", fix=fix) from error
     return Manifest.from_json(raw)
 
 
@@ -528,11 +530,19 @@ def verify_files(
     names = list(manifest.files) if only is None else list(only)
     problems = []
     for name in names:
-        if problem := _problem(Path(out), manifest, name, progress):
-            problems.append(problem)
+        entry = _entry(manifest, name)
+        try:
+            with open_listed(Path(out), check_relpath(name), entry) as descriptor:
+                require_digest(hash_descriptor(descriptor, progress)["sha256"], entry)
+        except ListedFileError as error:
+            problems.append(f"{name} {error.reason}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise OutputError(f"{out} does not match its manifest: {'; '.join(problems[:5])}{more}", fix="export again")
+        linked = all(problem.endswith(LINKED) for problem in problems)
+        raise OutputError(
+            f"{out} does not match its manifest: {'; '.join(problems[:5])}{more}",
+            fix=NO_LINKS if linked else "export again",
+        )
 
 
 def _entry(manifest: Manifest, name: str) -> FileEntry:
@@ -544,32 +554,6 @@ def _entry(manifest: Manifest, name: str) -> FileEntry:
     if name not in manifest.files:
         raise OutputError(f"the manifest does not list {name!r:.200}", available=sorted(manifest.files)[:8])
     return manifest.files[name]
-
-
-def _problem(out: Path, manifest: Manifest, name: str, progress: Callable[[int], None] | None) -> str | None:
-    """Return in words the difference between a file and its entry in the manifest, or None if it has none.
-
-    Args:
-        out: The export folder.
-        manifest: Its manifest.
-        name: The path of the file in the export.
-        progress: A function that gets the size in bytes of every block read.
-    """
-    entry, path = _entry(manifest, name), out / check_relpath(name)
-    try:
-        if os.path.realpath(path) != os.path.join(os.path.realpath(out), name):
-            return f"{name} is reached through a symbolic link"
-        fd, size = open_regular(path)
-        os.close(fd)
-        if size != entry["bytes"]:
-            return f"{name} has {size} bytes instead of {entry['bytes']}"
-        if hash_file(path, progress)["sha256"] != entry["sha256"]:
-            return f"{name} was changed (its SHA-256 differs)"
-    except FileNotFoundError:
-        return f"{name} is missing"
-    except (OSError, ValueError, OutputError) as error:
-        return f"{name} cannot be read ({error})"
-    return None
 
 
 def read_verified(out: str | Path, manifest: Manifest, name: str) -> bytes:
@@ -594,16 +578,7 @@ def read_verified(out: str | Path, manifest: Manifest, name: str) -> bytes:
             available=f"{free / 1e9:.2f} GB are free",
             fix="free memory, or use a machine with more",
         )
-    try:
-        linked = os.path.realpath(path) != os.path.join(os.path.realpath(out), name)
-        raw = b"" if linked else read_limited(path, entry["bytes"])
-    except FileNotFoundError as error:
-        raise OutputError(f"{path} does not match its manifest: it is missing", fix="export again") from error
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}", fix="mend that, then try again") from error
-    except ValueError as error:
-        raise OutputError(f"{path} does not match its manifest: {error}", fix="export again") from error
-    if linked or hashlib.sha256(raw).hexdigest() != entry["sha256"]:
-        how = "is reached through a symbolic link" if linked else "was changed (its SHA-256 differs)"
-        raise OutputError(f"{path} {how}: refusing to use it", fix="export again")
+    with open_listed(Path(out), name, entry) as descriptor:
+        raw = read_all(os.dup(descriptor), entry["bytes"])
+        require_digest(hashlib.sha256(raw).hexdigest(), entry)
     return raw

@@ -24,7 +24,6 @@ from typing import Any
 from pydantic import StrictInt, StrictStr, TypeAdapter
 
 from dvdquant.artifact.commit import (
-    FolderLock,
     install,
     is_trusted,
     recover,
@@ -34,11 +33,13 @@ from dvdquant.artifact.commit import (
 )
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import COMMIT, MANIFEST, OWNER, STAGE, TREE
+from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.artifact.output_folder import check_path, previous_export, real_path
 from dvdquant.artifact.unfinished import differences
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
 from dvdquant.system.files import FileEntry, disk_error, hash_descriptor, require_disk, strict_json
+from dvdquant.text import shown
 
 __all__ = ["ExportTransaction", "Journal", "recover", "require_disk"]
 
@@ -246,6 +247,7 @@ class ExportTransaction:
         self._stage: Folder | None = None
         self._journal: Journal | None = None
         self._accept = accept
+        self._useless: dict[str, str] = {}
 
     def __enter__(self) -> ExportTransaction:
         try:
@@ -255,7 +257,7 @@ class ExportTransaction:
             self.previous = previous_export(folder)
             self.complete = bool(self.key) and self.previous is not None and self.previous.export_key == self.export_key
             adopted = self._find_work(folder) if self.resume and not self.complete else None
-            sweep(folder, keep=adopted)
+            self._sweep(folder, adopted)
             if adopted:
                 self._stage = folder.child(adopted)
                 self._journal = Journal(self._stage, accept=self._accept)
@@ -324,6 +326,16 @@ class ExportTransaction:
             raise
         return stage
 
+    def _sweep(self, folder: Folder, adopted: str | None) -> None:
+        """Delete the work of earlier runs but what is ``adopted``; who asked for --resume is told what goes, and why."""
+        for name in folder.names() if self.resume else ():
+            if STAGE.fullmatch(name) and name != adopted:
+                why = self._useless.get(name, "newer work of the same model and options is gone on with")
+                if self.complete:
+                    why = "the export it was for is finished"
+                logger.warning("--resume: %s is deleted: %s", folder.path / name, why)
+        sweep(folder, keep=adopted)
+
     def _find_work(self, folder: Folder) -> str | None:
         """Return the name of the newest stage with our key and a finished step, or None if there is no unfinished work.
 
@@ -335,15 +347,22 @@ class ExportTransaction:
             if STAGE.fullmatch(name) and folder.has_folder(name):
                 try:
                     with folder.child(name) as stage:
-                        if _is_work(stage, folder):
+                        if useless := _why_no_work(stage, folder):
+                            self._useless[name] = useless
+                        else:
                             owner = _OWNER.validate_python(strict_json(stage.read(OWNER, MAX_MANIFEST)))
                             found.append((stage.own().st_mtime_ns, name, owner.key))
                 except (OSError, ValueError) as error:
-                    # It was killed while it was made or deleted, or it is somebody else's, or it only looks like work.
-                    logger.info("%s is no work to go on with: %s", folder.path / name, error)
+                    # Killed while it was made or being deleted; or of somebody else, or made to look like work.
+                    reason = error.strerror if isinstance(error, OSError) else None
+                    self._useless[name] = f"it is damaged ({shown(reason or error, 200)})"
+            elif STAGE.fullmatch(name):
+                self._useless[name] = "it is no folder"
         found.sort(key=lambda work: work[0], reverse=True)
         for _, name, key in found:
             if key == self.key:
+                others = {other: "it is of another model or of other options" for _, other, its in found if its != key}
+                self._useless |= others
                 return name
         if found:
             raise OutputError(
@@ -466,6 +485,8 @@ class ExportTransaction:
             for name in names:
                 self._sync_file(name)
             self._journal.add(step, data, names)
+            if self._lock is not None:
+                self._lock.touch()
         except OSError as error:
             raise disk_error(error, error.filename or self.tree) from error
 
@@ -552,7 +573,7 @@ class ExportTransaction:
                 self._journal.close()
             self._lock = install(lock, stage, files, self.previous)
         except OSError as error:
-            if os.path.lexists(self.out / COMMIT):
+            if _may_be_there(self.out / COMMIT):
                 raise OutputError(
                     f"the export is finished, but putting it in place failed at {error.filename}: {error.strerror}",
                     fix=f"remove the cause ({disk_error(error, self.out).fix}); the same command with --resume completes it",
@@ -560,6 +581,17 @@ class ExportTransaction:
             raise disk_error(error, error.filename or self.out) from error
         self.committed = True
         return final
+
+
+def _may_be_there(path: Path) -> bool:
+    """Return whether a path exists; True, too, where the disk does not even say that."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _make_folder(folder: Path) -> bool:
@@ -620,21 +652,27 @@ def _hash_tree(
     return files
 
 
-def _is_work(stage: Folder, out: Folder) -> bool:
-    """Return whether an interrupted export of a trusted user left anything finished in the stage.
+def _why_no_work(stage: Folder, out: Folder) -> str | None:
+    """Return why a run cannot go on with what is there, or None where a trusted user's export finished a step.
 
     Raises:
-        OSError: The stage cannot be read, or is deeper than an export.
+        OSError: It cannot be read, or is deeper than an export.
         ValueError: Its journal is no journal.
     """
+    if not is_trusted(stage.own(), out):
+        return "it is of another user"
+    if not stage.has_folder(TREE):
+        return "it is damaged (its files are missing)"
+    if not stage.has(OWNER):
+        return "it is half deleted, or was killed while it was begun"
     journal = stage.info(JOURNAL)
-    if journal is None or not journal.st_size or not stage.has_folder(TREE) or not is_trusted(stage.own(), out):
-        return False
+    if journal is None or not journal.st_size:
+        return "no step of it was finished"
     _read_journal(stage, JOURNAL)
     with stage.child(TREE) as tree:
         for _ in tree.walk():  # an OSError if it is deeper than an export
             pass
-    return True
+    return None
 
 
 def _drop_unclaimed(stage: Folder, claimed: set[str], out: Folder) -> None:

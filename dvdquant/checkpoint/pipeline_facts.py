@@ -86,7 +86,7 @@ def _read(checkpoint: Checkpoint) -> PipelineFacts:
     given = os.path.realpath(os.path.expanduser(checkpoint.model))
     if given == str(checkpoint.root):  # only the transformer's own folder was given, so nothing around it is read
         return PipelineFacts()
-    place = UntrustedFolder.at(folder)
+    place = UntrustedFolder(folder, checkpoint.folder.allowed)
     index, vae = _fields(place, "model_index.json", _Index), _fields(place, "vae/config.json", _Vae)
     return PipelineFacts(
         vae_scale=[vae.scale_factor_temporal, vae.scale_factor_spatial, vae.scale_factor_spatial] if vae else None,

@@ -100,6 +100,7 @@ class Checkpoint:
         folder: The same folder as ``root``, with the places that its files may lie in.
         files: The identity of each file when its header was checked, by file name. Nothing is read from a file that has
             changed since.
+        samples: The SHA-256 of the bytes that :meth:`fingerprint` read of each file, by file name.
     """
 
     model: str
@@ -110,6 +111,7 @@ class Checkpoint:
     headers: dict[str, str]
     folder: UntrustedFolder
     files: dict[str, FileIdentity]
+    samples: dict[str, bytes] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def components(model: str | Path, *, revision: str | None = None) -> list[str]:
@@ -196,11 +198,29 @@ class Checkpoint:
         Raises:
             CheckpointError: It was written to or replaced.
         """
-        if FileIdentity.of(fd) != self.files[shard]:
-            raise CheckpointError(
-                f"{self.root / shard} has changed since it was opened: it was written to or replaced",
-                fix="leave the model as it is while it is read, and start again",
-            )
+        now, known = FileIdentity.of(fd), self.files[shard]
+        if now == known:
+            return
+        if now.may_hold_the_same(known) and self._holds_the_same(fd, shard):
+            self.files[shard] = now  # a new mode, owner or name of the file: compared once, not at every read
+            return
+        raise CheckpointError(
+            f"{self.root / shard} has changed since it was opened: it was written to or replaced",
+            fix="leave the model as it is while it is read, and start again",
+        )
+
+    def _holds_the_same(self, fd: int, shard: str) -> bool:
+        """Return whether the header and the samples of a shard are those of before; False where none were taken."""
+        if shard not in self.samples:
+            return False
+        try:
+            header = read_header_from(fd, self.root / shard)
+        except CheckpointError:
+            return False
+        digest = hashlib.sha256()
+        for sample in _samples(fd, [info for info in self.tensors.values() if info.shard == shard]):
+            digest.update(sample)
+        return header.digest == self.headers[shard] and digest.digest() == self.samples[shard]
 
     def check_unchanged(self) -> None:
         """Check that every shard is still the file that was opened.
@@ -230,15 +250,12 @@ class Checkpoint:
         for info in self.tensors.values():
             by_shard[info.shard].append(info)
         for shard, infos in by_shard.items():
+            own = hashlib.sha256()
             with self._opened(shard) as fd:
-                for info in sorted(infos, key=lambda info: info.offset):
-                    count = min(SAMPLE, info.nbytes)
-                    try:
-                        digest.update(os.pread(fd, count, info.offset + (info.nbytes - count) // 2))
-                    except OSError as error:
-                        raise CheckpointError(
-                            f"{info.path} cannot be read: {reason_of(error)}", fix=fix_of(error, "download it again")
-                        ) from error
+                for sample in _samples(fd, infos):
+                    digest.update(sample)
+                    own.update(sample)
+            self.samples[shard] = own.digest()
         return FINGERPRINT + digest.hexdigest()
 
     def check_finite(self, name: str, tensor: torch.Tensor) -> None:
@@ -290,6 +307,18 @@ class Checkpoint:
                 f"{self.root} does not fit its config.json: {'; '.join(problems)}{more}",
                 fix="use the config.json and the weights of one and the same model",
             )
+
+
+def _samples(fd: int, infos: Collection[ShardTensor]) -> Iterator[bytes]:
+    """Yield up to ``SAMPLE`` bytes in the middle of each tensor of one open file, in the order of the file."""
+    for info in sorted(infos, key=lambda info: info.offset):
+        count = min(SAMPLE, info.nbytes)
+        try:
+            yield os.pread(fd, count, info.offset + (info.nbytes - count) // 2)
+        except OSError as error:
+            raise CheckpointError(
+                f"{info.path} cannot be read: {reason_of(error)}", fix=fix_of(error, "download it again")
+            ) from error
 
 
 def fingerprint_hint(*fingerprints: str) -> str | None:
@@ -432,10 +461,11 @@ def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
             f"the name {shown(model)} is not UTF-8", fix="rename the folder, or give it by a link with a plain name"
         ) from error
     try:
-        path = Path(os.path.realpath(os.path.expanduser(model)))
+        given = Path(os.path.expanduser(model))
+        path = Path(os.path.realpath(given))
         info = _status(path)
         if info is not None and stat.S_ISDIR(info.st_mode):
-            return path
+            return given
         if info is not None:
             raise _no_folder(shown(model), path, info)
         if not _HUB_ID.fullmatch(model) or Path(model.split("/")[0]).is_dir():
@@ -522,7 +552,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
             what, fix = "is no local folder, and the hub gave nothing", f"connect, unset HF_HUB_OFFLINE, {local}"
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"model {model!r} {what} ({type(error).__name__}: {reason:.200})", fix=fix) from error
-    return Path(os.path.realpath(found))
+    return Path(found)
 
 
 def _read_config(folder: UntrustedFolder, names: list[str]) -> dict[str, Any]:

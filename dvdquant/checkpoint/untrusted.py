@@ -10,12 +10,13 @@ at that moment decides what the library reads. Weights of a transformer are comp
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import heapq
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 class FileIdentity:
     """The properties by which a file is recognized as the one that was checked.
 
-    Every ordinary write, truncation or replacement changes one of them. A store through a shared mapping may not.
+    Every ordinary write, truncation or replacement changes one of them. A store through a shared mapping may not. A new mode,
+    owner or name changes ``changed_ns`` alone, and so does a writer that sets the time of its write back.
 
     Args:
         device: The number of the device.
@@ -62,6 +64,10 @@ class FileIdentity:
         info = os.fstat(fd)
         return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
+    def may_hold_the_same(self, other: FileIdentity) -> bool:
+        """Return whether the two differ in ``changed_ns`` at most: nothing but the content itself tells more."""
+        return replace(self, changed_ns=other.changed_ns) == other
+
 
 @dataclass(frozen=True)
 class UntrustedFolder:
@@ -79,16 +85,21 @@ class UntrustedFolder:
     def at(cls, path: str | Path) -> UntrustedFolder:
         """Return the folder at ``path``; links on the way to it are the user's own and are followed.
 
-        Files may come from the folder itself and, in a cache of the Hugging Face hub, from the blobs of its repository.
+        Files may come from the folder itself and, in a cache of the Hugging Face hub, from the blobs of its repository. A
+        repository that was moved elsewhere, under whatever name, and is reached by a link in the cache is one, too: that
+        link is on the way to the folder.
 
         Args:
             path: The path of the folder; ``~`` is the user's home.
         """
-        root = Path(os.path.realpath(os.path.expanduser(path)))
-        for place in (root, *root.parents):
-            if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
-                blobs = place.parent.parent / "blobs"
-                if os.path.isdir(blobs) and not os.path.islink(blobs):
+        given = Path(os.path.expanduser(path))
+        root = Path(os.path.realpath(given))
+        for place in (root, *root.parents, *_above(given)):
+            if _is_snapshot(place):
+                repository = Path(os.path.realpath(place.parent.parent))
+                blobs = repository / "blobs"
+                inside = repository / "snapshots" in root.parents
+                if inside and os.path.isdir(blobs) and not os.path.islink(blobs):
                     return cls(root, (root, blobs))
         return cls(root, (root,))
 
@@ -114,9 +125,13 @@ class UntrustedFolder:
         """
         real = Path(os.path.realpath(self.root / name))
         if self._base(real) is None:
-            raise CheckpointError(
-                f"{self.root / name} is a link that reads outside the folder", fix="copy what it leads to into it"
-            )
+            fix = "copy what it leads to into it"
+            if any(place.parent.name == "snapshots" for place in (self.root, *self.root.parents)):
+                fix = (
+                    "in a cache of the hub, move its folder models--ORG--NAME as a whole and put one link in its place, "
+                    "or set HF_HUB_CACHE; or take a folder without links: hf download ORG/NAME --local-dir FOLDER"
+                )
+            raise CheckpointError(f"{self.root / name} is a link that reads outside the folder", fix=fix)
         return real
 
     def _base(self, real: Path) -> Path | None:
@@ -295,6 +310,18 @@ class UntrustedFolder:
                     f"{error.filename or folder} cannot be read: {reason_of(error)}",
                     fix=fix_of(error, "give a folder that you may read"),
                 ) from error
+
+
+def _above(given: Path) -> Iterator[Path]:
+    """Yield a path as it was given, made absolute, and all that it lies in; its links are not followed."""
+    with contextlib.suppress(OSError):  # the working directory was deleted
+        place = Path(os.path.join(os.getcwd(), given))
+        yield from (place, *place.parents)
+
+
+def _is_snapshot(place: Path) -> bool:
+    """Return whether a folder is a snapshot in a cache of the hub, by its name."""
+    return place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")
 
 
 def _children(folder: Path) -> Iterator[Path]:

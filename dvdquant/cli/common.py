@@ -26,6 +26,7 @@ class ExamplesCommand(click.Command):
     """A command whose help ends with its examples, printed as they are, and whose errors are words and an exit code."""
 
     def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
+        kwargs["context_settings"] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
         super().__init__(*args, **kwargs)
         self.examples = examples
 

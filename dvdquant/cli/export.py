@@ -58,7 +58,6 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.command(
     cls=ExamplesCommand,
     examples=EXAMPLES,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", "out", required=True, type=PATH, help="Folder for the export.")

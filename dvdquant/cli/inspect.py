@@ -37,7 +37,6 @@ dvdq-inspect out/tiny-wan --html tiny-wan.html --samples 2
 @click.command(
     cls=ExamplesCommand,
     examples=EXAMPLES,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.argument("out", type=EXPORT)
 @click.option("--check", is_flag=True, help="Hash every file, compare with the manifest and each other.")

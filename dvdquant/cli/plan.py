@@ -39,7 +39,6 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
 @click.command(
     cls=ExamplesCommand,
     examples=EXAMPLES,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.argument("out", type=EXPORT)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="A clip to record; repeat it. Two to eight are plenty.")

@@ -114,15 +114,15 @@ def decode_text(raw: bytes, name: str) -> str:
     for mark, encoding in _MARKS:
         if raw.startswith(mark):
             return _decoded(raw[len(mark) :], encoding, len(mark), name)
-    text = _decoded(raw, "utf-8", 0, name)
-    if "\0" in text:
-        at = raw.index(0)
+    # Before it is decoded: UTF-16 of any letter beyond ASCII is no UTF-8 either, and no code page helps it.
+    if b"\0" in raw:
+        little = raw[1::2].count(0) >= raw[::2].count(0)
         raise OutputError(
-            f"{name} holds a NUL byte, byte {at}",
+            f"{name} holds a NUL byte, byte {raw.index(0)}",
             available=_FORMS,
-            fix=f"if it is UTF-16 without a mark, convert it: {_iconv('UTF-16LE' if at % 2 else 'UTF-16BE')}",
+            fix=f"if it is UTF-16 without a mark, convert it: {_iconv('UTF-16LE' if little else 'UTF-16BE')}",
         )
-    return text
+    return _decoded(raw, "utf-8", 0, name)
 
 
 def _decoded(raw: bytes, encoding: str, skipped: int, name: str) -> str:

@@ -114,7 +114,6 @@ class RunOptions:
 @click.command(
     cls=GroupedCommand,
     examples=EXAMPLES,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.argument("out", type=EXPORT)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="What to draw; repeat it for several clips.")

@@ -22,6 +22,7 @@ from dvdquant.ops.kernel_layer import KernelLayer
 from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.quant_linear import balanced_quant_linear, quant_linear
 from dvdquant.recipe import ActivationSpec
+from dvdquant.system.torch_hooks import tensor_version
 
 if TYPE_CHECKING:
     from dvdquant.ops.cuda_linear import CudaKernels
@@ -317,8 +318,8 @@ class _SharedInput:
 
     def _state(self, x: Tensor) -> tuple[int, int, int]:
         """Return what must not change while rows are kept: the version of the input, the bits and the group size."""
-        # Inference tensors have no version counter, and a compiler sees every change in place by itself.
-        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        # A compiler sees every change in place by itself.
+        version = 0 if torch.compiler.is_compiling() else tensor_version(x)
         return version, self.layer.act_bits, self.layer.act_group
 
     def _kept(self, index: int, x: Tensor, state: tuple[int, int, int]) -> Tensor | None:

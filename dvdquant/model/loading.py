@@ -54,4 +54,4 @@ def fill_quantized(model: nn.Module, plan: ModelPlan, read: Callable[[str], Tens
             module.load({name: read(name) for name in module.spec.tensors()})
     for name in plan.kept:
         parent, _, child = name.rpartition(".")
-        model.get_submodule(parent)._parameters[child] = nn.Parameter(read(name), requires_grad=False)
+        setattr(model.get_submodule(parent), child, nn.Parameter(read(name), requires_grad=False))

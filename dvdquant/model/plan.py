@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.model.diffusers_hooks import fp32_modules, ignored_tensors
 from dvdquant.model.families import Axis, Family, Sizes, get_family
 from dvdquant.model.families.configs import FIX
 from dvdquant.model.layers import LayerSpec, empty_tensor, install_quant_linears
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.recipe import ActivationSpec, Recipe
+from dvdquant.system.torch_hooks import FAKE_TENSOR_LOG, FakeTensorMode
 
 if TYPE_CHECKING:
     from dvdquant.checkpoint.reader import Checkpoint
@@ -113,7 +114,7 @@ def _outline(family: Family, config: Mapping[str, Any], dtype: torch.dtype) -> n
     model = _with_placeholders(model, dtype)
     for name, buffer in list(model.named_buffers()):
         parent, _, child = name.rpartition(".")
-        model.get_submodule(parent)._buffers[child] = empty_tensor(tuple(buffer.shape), buffer.dtype)
+        setattr(model.get_submodule(parent), child, empty_tensor(tuple(buffer.shape), buffer.dtype))
     return model
 
 
@@ -159,17 +160,17 @@ def _with_placeholders(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Raises:
         CheckpointError: A parameter has no element.
     """
-    fp32_modules = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept_in_fp32 = fp32_modules(model)
     for name, parameter in list(model.named_parameters()):
         if not parameter.numel():
             raise CheckpointError(f"with this config.json, {name} of {type(model).__name__} has no element", fix=FIX)
-        stored = torch.float32 if fp32_modules & set(name.split(".")) else dtype
+        stored = torch.float32 if kept_in_fp32 & set(name.split(".")) else dtype
         _set_parameter(model, name, empty_tensor(tuple(parameter.shape), stored))
     saved = set(model.state_dict())
     for name, buffer in list(model.named_buffers()):
         if name in saved:  # it is in the checkpoint (learned position embeddings), so it is treated like a parameter
             parent, _, child = name.rpartition(".")
-            del model.get_submodule(parent)._buffers[child]
+            delattr(model.get_submodule(parent), child)
             stored = dtype if buffer.is_floating_point() else buffer.dtype
             _set_parameter(model, name, empty_tensor(tuple(buffer.shape), stored))
     return model.eval().requires_grad_(False)
@@ -211,7 +212,7 @@ def _check_globs(recipe: Recipe, linears: Iterable[str]) -> None:
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     """Put ``value`` into the model as the parameter ``name``."""
     parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)
+    setattr(model.get_submodule(parent), child, nn.Parameter(value, requires_grad=False))
 
 
 def plan_model(
@@ -237,7 +238,7 @@ def plan_model(
     family = get_family(config)
     model = _outline(family, config, dtype)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    ignored = ignored_tensors(model)
     if checkpoint is not None:
         checkpoint.check_shapes(shapes, set(_left_out(checkpoint.tensors, shapes, ignored)))
     # 2. Choose the linear layers, and group those that share their input.
@@ -307,7 +308,7 @@ def _shared_inputs(
 
     hooks = [m.register_forward_pre_hook(record(n, m.in_features)) for n, m in linears.items()]  # type: ignore[arg-type]
     repeated = _drop_repeated_blocks(model)
-    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log = logging.getLogger(FAKE_TENSOR_LOG)
     level = log.level
     log.setLevel(logging.CRITICAL)  # this logger prints tracebacks of errors that are reported in words here
     try:

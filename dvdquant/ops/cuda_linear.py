@@ -138,8 +138,7 @@ class CudaKernels:
         tokens = len(codes)
         y = self.allocate((tokens, layer.n), DTYPES[layer.dtype], codes.device)
         if tokens:
-            size = self.library.workspace_bytes(layer, self.sm, tokens)
-            workspace = self.allocate((size,), torch.uint8, codes.device)
+            workspace = self._workspace(layer, tokens, codes.device)
             with stream_of(codes) as stream:
                 self.library.linear_gemm(
                     layer,
@@ -151,7 +150,7 @@ class CudaKernels:
                     y.data_ptr(),
                     tokens,
                     workspace.data_ptr(),
-                    size,
+                    workspace.numel(),
                     stream,
                 )
         return y
@@ -171,8 +170,7 @@ class CudaKernels:
         x, tokens = _aligned(x), len(x)
         y = self.allocate((tokens, layer.n), x.dtype, x.device)
         if tokens:
-            size = self.library.workspace_bytes(layer, self.sm, tokens)
-            workspace = self.allocate((size,), torch.uint8, x.device)
+            workspace = self._workspace(layer, tokens, x.device)
             with stream_of(x) as stream:
                 self.library.quant_linear(
                     layer,
@@ -183,11 +181,14 @@ class CudaKernels:
                     y.data_ptr(),
                     tokens,
                     workspace.data_ptr(),
-                    size,
+                    workspace.numel(),
                     stream,
                     _pointer(balance),
                 )
         return y
+
+    def _workspace(self, layer: LayerShape, tokens: int, device: torch.device) -> Tensor:
+        return self.allocate((self.library.workspace_bytes(layer, self.sm, tokens),), torch.uint8, device)
 
 
 CACHE = PreparedCache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,38 +78,18 @@ def linear_gemm(
 
 
 @linear_gemm.register_fake
-def _linear_gemm_fake(
-    codes: Tensor,
-    scales: Tensor,
-    sums: Tensor,
-    prepared: Tensor,
-    rows: int,
-    weight_groups: int,
-    real_zero: bool,
-    act_group: int,
-    path: str,
-    dtype: torch.dtype,
-) -> Tensor:
+def _linear_gemm_fake(codes: Tensor, scales: Tensor, sums: Tensor, prepared: Tensor, rows: int, *rest: Any) -> Tensor:
+    dtype: torch.dtype = rest[-1]
     return codes.new_empty((codes.shape[0], rows), dtype=dtype)
 
 
 @linear_gemm.register_kernel("cuda")
-def _linear_gemm_cuda(
-    codes: Tensor,
-    scales: Tensor,
-    sums: Tensor,
-    prepared: Tensor,
-    rows: int,
-    weight_groups: int,
-    real_zero: bool,
-    act_group: int,
-    path: str,
-    dtype: torch.dtype,
-) -> Tensor:
+def _linear_gemm_cuda(codes: Tensor, scales: Tensor, sums: Tensor, prepared: Tensor, *rest: Any) -> Tensor:
+    *described, path, dtype = rest  # rows, weight_groups, real_zero, act_group
     if dtype not in DTYPE_NAMES:
         raise UnsupportedError(f"the kernels write no {dtype}", available=DTYPE_NAMES.values())
     kernels = require_kernels(codes.device)
-    shape = replace(_layer(codes, rows, weight_groups, real_zero, act_group, path), dtype=DTYPE_NAMES[dtype])
+    shape = replace(_layer(codes, *described, path), dtype=DTYPE_NAMES[dtype])  # type: ignore[call-arg]
     layer = layer_with_path(kernels, shape, path, act_bits=(4, 8))
     needed = kernels.plan(layer).prepared_bytes
     if prepared.numel() != needed:

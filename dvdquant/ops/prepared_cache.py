@@ -14,6 +14,7 @@ from dvdquant.ops.balance import pack_balance
 from dvdquant.ops.cuda import KernelError
 from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.repack import LayerShape
+from dvdquant.system.torch_hooks import tensor_version
 
 if TYPE_CHECKING:
     from dvdquant.ops.cuda_linear import CudaKernels
@@ -50,7 +51,7 @@ class PreparedCache:
             KernelError: It would have to be made while a CUDA graph is being captured.
         """
         key = kernels.plan(layer).form
-        state = tuple((t.data_ptr(), _version(t)) for t in packed.stored())
+        state = tuple((t.data_ptr(), tensor_version(t)) for t in packed.stored())
         with self._lock:
             paths = self._entries.setdefault(packed.weight, {})
             if key in paths and paths[key][0] == state:
@@ -85,7 +86,7 @@ class PreparedCache:
         key, other = (shift, None) if scale is None else (scale, shift)
         if key is None:
             return None
-        state = [(t.data_ptr(), _version(t), t.device) for t in (key, other) if t is not None]
+        state = [(t.data_ptr(), tensor_version(t), t.device) for t in (key, other) if t is not None]
         with self._lock:
             kept = self._balances.setdefault(key, {})
             if dtype in kept and kept[dtype][0] is other and kept[dtype][1] == state:
@@ -106,7 +107,7 @@ class PreparedCache:
         Raises:
             KernelError: It would have to be checked for the first time while a CUDA graph is being captured.
         """
-        version = _version(hadamard)
+        version = tensor_version(hadamard)
         with self._lock:
             known = self._sylvester.get(hadamard)
             if known is None or known[0] != version:
@@ -143,8 +144,3 @@ def synchronize(tensor: Tensor) -> None:
     """
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
-
-
-def _version(tensor: Tensor) -> int:
-    # Inference tensors count no versions.
-    return 0 if tensor.is_inference() else tensor._version

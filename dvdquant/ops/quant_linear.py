@@ -51,28 +51,13 @@ def quant_linear(
     Returns:
         [..., N] of x's dtype.
     """
-    # float64 in, float64 throughout: the judge of every other executor.
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return quant_linear_reference(
-        x, weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer, act_bits, act_group, compute
-    )
+    packed = (weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer)
+    return _reference(x, None, None, *packed, act_bits, act_group)
 
 
 @quant_linear.register_fake
-def _quant_linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_factor: Tensor,
-    weight_zero: Tensor,
-    bias: Tensor,
-    hadamard: Tensor,
-    outer: Tensor,
-    act_bits: int,
-    act_group: int,
-) -> Tensor:
-    torch._check(x.shape[-1] == 2 * weight.shape[1])  # type: ignore[no-untyped-call]
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _quant_linear_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return _output_of(x, weight)
 
 
 @torch.library.custom_op("dvdquant::balanced_quant_linear", mutates_args=())
@@ -111,17 +96,18 @@ def balanced_quant_linear(
     Returns:
         [..., N] of x's dtype.
     """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x = balance_input(x, scale, shift)
-    return quant_linear_reference(
-        x, weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer, act_bits, act_group, compute
-    )
+    packed = (weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer)
+    return _reference(x, scale, shift, *packed, act_bits, act_group)
 
 
 @balanced_quant_linear.register_fake
 def _balanced_quant_linear_fake(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, *rest: Any
 ) -> Tensor:
+    return _output_of(x, weight)
+
+
+def _output_of(x: Tensor, weight: Tensor) -> Tensor:
     torch._check(x.shape[-1] == 2 * weight.shape[1])  # type: ignore[no-untyped-call]
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -139,8 +125,10 @@ def _balanced_quant_linear_cuda(x: Tensor, scale: Tensor | None, shift: Tensor |
 def _on_cuda(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
     *tensors, act_bits, act_group = rest
     y = quant_linear_cuda(x, PackedLayer(*tensors), act_bits, act_group, scale, shift)
-    if y is not None:
-        return y
+    return _reference(x, scale, shift, *rest) if y is None else y
+
+
+def _reference(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
+    # float64 in, float64 throughout: the judge of every other executor.
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x = balance_input(x, scale, shift)
-    return quant_linear_reference(x, *tensors, act_bits, act_group, compute)  # type: ignore[call-arg]
+    return quant_linear_reference(balance_input(x, scale, shift), *rest, compute)  # type: ignore[call-arg]

@@ -314,9 +314,13 @@ class _Collected:
 def _move_buffers(model: nn.Module, device: torch.device | str) -> None:
     """Move the buffers of a skeleton, which hold real values; moving a placeholder would give its elements memory."""
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+
+
+def _set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    for key, parameter in parameters.items():
+        setattr(module, key, parameter)
 
 
 @contextmanager
@@ -343,30 +347,31 @@ def streamed(
         The model.
     """
     hooks: list[Any] = []
-    placeholders = {name: dict(module._parameters) for name, module in model.named_modules()}
+    placeholders = {
+        name: dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        for name, module in model.named_modules()
+    }
 
     def load(prefix: str) -> Any:
         def hook(module: nn.Module, _args: tuple[Any, ...]) -> None:
-            for key, placeholder in placeholders[prefix].items():
-                if placeholder is None:
-                    continue
+            for key in placeholders[prefix]:
                 name = f"{prefix}.{key}" if prefix else key
                 value = _read(checkpoint, name, limits).to(device)
                 if loaded is not None:
                     loaded(name, value)
-                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+                setattr(module, key, nn.Parameter(value, requires_grad=False))
 
         return hook
 
     def drop(prefix: str) -> Any:
         def hook(module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-            module._parameters.update(placeholders[prefix])
+            _set_parameters(module, placeholders[prefix])
 
         return hook
 
     try:
         for name, module in model.named_modules():
-            if any(p is not None for p in placeholders[name].values()):
+            if placeholders[name]:
                 hooks.append(module.register_forward_pre_hook(load(name)))
                 hooks.append(module.register_forward_hook(drop(name), always_call=True))
         yield model
@@ -374,7 +379,7 @@ def streamed(
         for handle in hooks:
             handle.remove()
         for name, module in model.named_modules():
-            module._parameters.update(placeholders[name])
+            _set_parameters(module, placeholders[name])
 
 
 def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes | None = None) -> Tensor:
@@ -383,7 +388,8 @@ def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes | None = None) -
         limits.check(checkpoint, name, value)
     if not value.dtype.is_floating_point:
         return value
-    return value.float().nan_to_num_(0.0, 0.0, 0.0)
+    # A copy, also of fp32: the tensor may be one that the checkpoint holds for others.
+    return value.to(torch.float32, copy=True).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def moments_bytes(plan: ModelPlan) -> int:

@@ -1,7 +1,8 @@
 """Files that appear whole or not at all: they are written beside their place and then renamed.
 
-The unfinished file is called ``.NAME.dvdq-XXXXXXXXXXXX.SUFFIX``. It is locked (``flock``) as long as its writer lives,
-so the next writer can tell which files nobody will finish. It deletes what a killed process left.
+The unfinished file is called ``.NAME.dvdq-XXXXXXXXXXXX.SUFFIX`` and is locked (``flock``) as long as its writer lives, so
+that the next one can tell what nobody will finish. The first six digits tell the machine: where a disk of a network keeps
+locks to one machine, a file of another one is swept only when nobody has written to it for a day.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
+import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from dvdquant.errors import OutputError
 from dvdquant.system.files import disk_error
+from dvdquant.system.network_disk import LIVE_SECONDS, locks_stay_here
 
 __all__ = ["atomic_path", "check_replaceable", "check_writable", "sweep_unfinished", "write_whole"]
 
@@ -147,9 +152,16 @@ def _remove_if_abandoned(path: str) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its writer lives
-        os.unlink(path)
+        foreign = f".dvdq-{_machine()}" not in os.path.basename(path) and locks_stay_here(descriptor)
+        if not foreign or time.time() - os.fstat(descriptor).st_mtime >= LIVE_SECONDS:
+            os.unlink(path)
     finally:
         os.close(descriptor)
+
+
+def _machine() -> str:
+    """Return six hex digits of this machine's name."""
+    return hashlib.sha256(socket.gethostname().encode(errors="surrogateescape")).hexdigest()[:6]
 
 
 def _create(path: Path) -> tuple[Path, int]:
@@ -160,7 +172,7 @@ def _create(path: Path) -> tuple[Path, int]:
     """
     suffix = path.suffix if len(path.suffix) <= 12 else ""
     while True:
-        temporary = path.with_name(f".{path.stem[:_LONGEST_STEM]}.dvdq-{secrets.token_hex(6)}{suffix}")
+        temporary = path.with_name(f".{path.stem[:_LONGEST_STEM]}.dvdq-{_machine()}{secrets.token_hex(3)}{suffix}")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(temporary, flags, 0o666)
         try:

@@ -26,6 +26,7 @@ from dvdquant.backends import backend_name
 from dvdquant.errors import DvdquantError, EngineError, OutputError
 from dvdquant.export.engines.report import BUILD_MEMORY_FACTOR, MARK, BuildReport, BuildRequest, Shapes
 from dvdquant.system.files import disk_error, strict_json
+from dvdquant.system.whole_file import atomic_path
 
 __all__ = ["build_engine"]
 
@@ -114,23 +115,24 @@ def _build(
     progress: bool,
     alive: Callable[[float, float], None],
 ) -> BuildReport:
-    with tempfile.TemporaryDirectory(prefix=".dvdq-build-", dir=engine.parent) as scratch:
+    with (
+        atomic_path(engine) as unfinished,
+        tempfile.TemporaryDirectory(prefix=".dvdq-build-", dir=engine.parent) as scratch,
+    ):
         folder = Path(scratch)
         path, roots = _model_file(model, folder, data_roots)
         request = replace(
             wanted,
             model=str(path),
-            engine=str(folder / "engine"),
+            engine=str(unfinished),
             data_dir=str(roots[0].absolute()),
             data_roots=tuple(str(root.absolute()) for root in roots),
         )
         report = _run(request, engine.name, folder, log_file or folder / "log", progress, alive)
-        if not (folder / "engine").is_file():
+        if not unfinished.stat().st_size:
             raise EngineError(
                 f"the {request.backend} builder process said that {engine.name} was built, and left no file"
             )
-        os.replace(request.engine, engine)
-    _sync_folder(engine.parent)
     return report
 
 
@@ -321,15 +323,6 @@ def _outcome(request: BuildRequest, title: str, result: dict[str, Any], code: in
 def _tail(log_file: Path) -> str:
     with log_file.open(errors="replace") as log:
         return "".join(f"    {line}" for line in deque(log, TAIL_LINES))
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class _Bar:

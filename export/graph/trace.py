@@ -23,6 +23,7 @@ from dvdquant.model.families import Family, Sizes
 from dvdquant.model.loading import GraphWrapper
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
 from dvdquant.onnx.schema import OPSET, register_schemas
+from dvdquant.system.torch_hooks import trace_error
 
 __all__ = ["OPSET_VERSION", "profile_shapes", "trace_graph"]
 
@@ -60,7 +61,7 @@ def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:
         RuntimeError,
         ValueError,
         TypeError,
-        torch._dynamo.exc.UserError,
+        trace_error(),
         torch.onnx.errors.OnnxExporterError,
     ) as error:
         raise ExportError(

@@ -162,7 +162,7 @@ def as_float64(model: nn.Module) -> nn.Module:
     clone = copy.deepcopy(model, memo)
     for module in clone.modules():
         if not isinstance(module, QuantLinear):
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_floating_point():
-                    module._parameters[name] = nn.Parameter(parameter.double(), requires_grad=False)
+            for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if parameter.is_floating_point():
+                    setattr(module, name, nn.Parameter(parameter.double(), requires_grad=False))
     return clone

@@ -34,6 +34,7 @@ from dvdquant.numerics.hadamard import Rotation
 from dvdquant.ops.cuda import KernelLibrary, load_library
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.repack import LayerShape
+from dvdquant.system.devices import resolve_device
 
 __all__ = ["MODES", "SHAPES", "Mode", "run", "to_markdown", "write"]
 
@@ -240,12 +241,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not shapes:
         print(f"no layer contains {options.shapes!r}; there are: {', '.join(map(str, SHAPES))}")
         return 2
-    if not torch.cuda.is_available():
+    try:
+        device = resolve_device(options.device)
+    except DvdquantError as error:
+        print(error)
+        return 2
+    if device.type != "cuda":
         print("the benchmark needs a CUDA device and a PyTorch with CUDA")
         return 2
-    device = torch.device(options.device)
-    # torch takes no device without an index here.
-    torch.cuda.set_device(device.index or 0)
+    torch.cuda.set_device(device)
     gpu = torch.cuda.get_device_name(device)
     peers = PEERS[:1] if options.no_peers else PEERS
     try:

@@ -27,7 +27,7 @@ from cublaslt import CublasLtError, Int8Product  # noqa: E402
 from peers import random_codes  # noqa: E402
 from report import Shape  # noqa: E402
 from timing import CudaTimer  # noqa: E402
-from toolchain import BuildError, find_cutlass, find_nvcc  # noqa: E402
+from toolchain import BuildError, find_cutlass, find_nvcc, whole_file  # noqa: E402
 
 BUILD = HERE.parents[1] / "build"
 EXTRA = (Shape(32760, 1536, 4608, "Wan-1.3B"), Shape(32760, 2048, 8192, "LTX-Video"))
@@ -63,11 +63,11 @@ class Variant:
         if path.is_file():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        command += ["-o", f"{path}.part", str(HERE / "tiles.cu"), str(HERE.parent / "csrc" / "error.cpp")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise BuildError(f"{self.name} does not compile:\n{done.stderr[-4000:]}")
-        Path(f"{path}.part").rename(path)
+        command += [str(HERE / "tiles.cu"), str(HERE.parent / "csrc" / "error.cpp")]
+        with whole_file(path) as temporary:
+            done = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise BuildError(f"{self.name} does not compile:\n{done.stderr[-4000:]}")
         return path
 
 

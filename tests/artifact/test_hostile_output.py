@@ -15,8 +15,9 @@ import pytest
 from click.testing import CliRunner
 
 import dvdquant.artifact.commit
-from dvdquant.artifact.commit import FolderLock, recover
+from dvdquant.artifact.commit import recover
 from dvdquant.artifact.folder import Folder
+from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.manifest import Manifest, load_manifest
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.cli.inspect import main as inspect_main

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dvdquant.artifact.manifest import (
     verify_files,
 )
 from dvdquant.errors import OutputError, ResourceError
+from tests.support import helpers_checkpoint as made
 from tests.support.helpers_checkpoint import manifest
 
 HASH = "a" * 64
@@ -300,3 +302,22 @@ def test_folders_that_are_no_export(tmp_path: Path) -> None:
 def test_hash_of_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="absent"):
         hash_file(tmp_path / "absent")
+
+
+def test_an_export_in_a_cache_of_the_hub_says_how_to_have_its_files(tmp_path: Path) -> None:
+    """There every file is a link to a blob. The command that is named makes an export of it."""
+    made.export(tmp_path / "out", 1)
+    blobs, snapshot = tmp_path / "models--org--x" / "blobs", tmp_path / "models--org--x" / "snapshots" / ("a" * 40)
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(p for p in (tmp_path / "out").rglob("*") if p.is_file())):
+        link = snapshot / path.relative_to(tmp_path / "out")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(blobs / f"{number:064d}")
+        link.symlink_to(blobs / f"{number:064d}")
+    with pytest.raises(OutputError, match="cp -rL THIS FOLDER"):
+        load_manifest(snapshot)
+    known = Manifest.from_json((snapshot / "manifest.json").read_bytes())
+    with pytest.raises(OutputError, match="cp -rL THIS FOLDER"):
+        verify_files(snapshot, known)
+    subprocess.run(["cp", "-rL", snapshot, tmp_path / "copy"], check=True)
+    verify_files(tmp_path / "copy", load_manifest(tmp_path / "copy"))

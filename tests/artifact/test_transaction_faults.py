@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import dvdquant.artifact.commit
-from dvdquant.artifact.commit import FolderLock, recover
+from dvdquant.artifact.commit import recover
+from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.errors import OutputError, ResourceError

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import dvdquant.artifact.transaction
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.manifest import load_manifest, verify_files
 from dvdquant.artifact.transaction import ExportTransaction, Journal
@@ -197,3 +200,56 @@ def test_a_journal_torn_at_every_byte(memory: Path) -> None:
             assert list(again.done)[complete:] == ["next"]
             again.close()
     folder.close()
+
+
+def _without(name: str) -> Callable[[Path], None]:
+    return lambda stage: shutil.rmtree(stage / name) if (stage / name).is_dir() else (stage / name).unlink()
+
+
+USELESS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no step": (lambda stage: (stage / "journal.jsonl").write_bytes(b""), "no step of it was finished"),
+    "no journal": (_without("journal.jsonl"), "no step of it was finished"),
+    "no tree": (_without("tree"), "files are missing"),
+    "no owner": (_without("owner.json"), "half deleted"),
+    "owner out of form": (lambda stage: (stage / "owner.json").write_text("{"), "is damaged ("),
+    "journal of two names": (lambda stage: os.link(stage / "journal.jsonl", stage / "other"), "has several names"),
+    "a file": (lambda stage: (shutil.rmtree(stage), stage.write_text("x")), "is no folder"),
+}
+
+
+@pytest.mark.parametrize("case", USELESS)
+def test_resume_says_what_it_throws_away_before_it_does(
+    tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, (damage, why) = tmp_path / "out", USELESS[case]
+    _interrupted(out, 3)
+    (stage,) = out.glob(".tmp-*")
+    damage(stage)
+    there: list[bool] = []
+    real = dvdquant.artifact.transaction.sweep
+
+    def swept(*arguments: Any, **options: Any) -> None:
+        there.append(f"--resume: {stage} is deleted: " in caplog.text and os.path.lexists(stage))
+        real(*arguments, **options)
+
+    monkeypatch.setattr(dvdquant.artifact.transaction, "sweep", swept)
+    export_resumable(out, resume=True)
+    assert there == [True]
+    assert why in caplog.text
+    assert not os.path.lexists(stage)
+
+
+def test_resume_says_that_older_and_other_work_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "out"
+    for name, key in (("0" * 16, KEY), ("1" * 16, {**KEY, "sm": []}), ("2" * 16, KEY)):
+        _interrupted(out / name, 2, key=key)
+        (stage,) = (out / name).glob(".tmp-*")
+        stage.rename(out / f".tmp-{name}")
+        shutil.rmtree(out / name)
+    for number, name in enumerate(("0" * 16, "1" * 16, "2" * 16)):
+        os.utime(out / f".tmp-{name}", (number, number))
+    with ExportTransaction(out, key=KEY, resume=True) as transaction:
+        assert transaction.tree.parent.name == ".tmp-" + "2" * 16
+    assert f".tmp-{'0' * 16} is deleted: newer work of the same model" in caplog.text
+    assert f".tmp-{'1' * 16} is deleted: it is of another model or of other options" in caplog.text
+    assert ".tmp-" + "2" * 16 + " is deleted" not in caplog.text

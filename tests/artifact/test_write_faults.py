@@ -7,15 +7,16 @@ import logging
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dvdquant.artifact.commit
-from dvdquant.artifact.commit import FolderLock, recover
+from dvdquant.artifact.commit import recover
 from dvdquant.artifact.folder import Folder
+from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
@@ -139,6 +140,126 @@ def test_every_call_of_a_resumed_export_failing(memory: Path, caplog: pytest.Log
         if faults.failed is None:
             return
     pytest.fail("the calls never end")
+
+
+def _after_the_decision(patch: pytest.MonkeyPatch, way: str, start: Callable[[], None]) -> None:
+    """Have ``start`` called at the moment from which the new export counts."""
+    commit = dvdquant.artifact.commit
+    real_roll, real_exchange = commit._roll_forward, commit.exchange
+
+    def roll_forward(folder: Folder) -> None:
+        start()
+        real_roll(folder)
+
+    def exchange(parent: Folder, one: str, other: str) -> None:
+        real_exchange(parent, one, other)
+        start()
+
+    if way == "roll-forward":
+        patch.setattr(commit, "exchange", no_exchange)
+        patch.setattr(commit, "_roll_forward", roll_forward)
+    else:
+        patch.setattr(commit, "exchange", exchange)
+
+
+def _fault_after_the_decision(out: Path, way: str, before: bool, faults: Faults, resume: bool) -> None:
+    """What is read after it is the old or the new export, or says which command finishes it; and that finishes it."""
+    if before:
+        export(out, 1)
+    said: list[Any] = [way, before, faults.code, faults.at, faults.lasting]
+    with pytest.MonkeyPatch.context() as patch:
+        _after_the_decision(patch, way, lambda: faults.install(patch.setattr))
+        try:
+            export(out, 2, key=KEY)
+        except DvdquantError as error:
+            said.append(error)
+            assert error.fix, said  # noqa: PT017
+            assert "--resume completes it" in error.fix, said  # noqa: PT017
+    said.append(faults.failed)
+    whole = state(out)
+    if whole is None:
+        with pytest.raises(OutputError, match=r"dvdq-export .* --resume"):
+            load_manifest(out)
+    else:
+        assert whole in (seen(1), seen(2)), said
+        assert load_manifest(out).family == ("v1" if whole == seen(1) else "v2"), said
+    if resume:
+        with ExportTransaction(out, key=KEY, resume=True) as transaction:
+            assert transaction.complete, said
+    else:
+        export(out, 4, finish=False)  # any other export into the folder
+    assert state(out) == seen(2), said
+    assert names_in(out) == {*content(2), "manifest.json"}, said
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize(("way", "before"), [("exchange", True), ("roll-forward", True), ("roll-forward", False)])
+def test_every_call_after_the_decision_failing(
+    memory: Path, way: str, before: bool, lasting: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each with one of two errors, by turns, and finished by one of two ways; all are under stress."""
+    caplog.set_level(logging.CRITICAL)
+    for at in range(2000):
+        faults = Faults((errno.EMFILE, errno.EIO)[at % 2], at, lasting=lasting)
+        _fault_after_the_decision(memory / str(at) / "out", way, before, faults, at % 4 < 2)
+        if faults.failed is None:
+            break
+    else:
+        pytest.fail("the calls never end")
+    assert at > 20
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("code", ERRORS)
+@pytest.mark.parametrize(("way", "before"), [("exchange", True), ("roll-forward", True), ("roll-forward", False)])
+def test_every_call_after_the_decision_failing_with_every_error(
+    memory: Path, way: str, before: bool, code: int, resume: bool, lasting: bool
+) -> None:
+    for at in range(2000):
+        faults = Faults(code, at, lasting=lasting)
+        _fault_after_the_decision(memory / str(at) / "out", way, before, faults, resume)
+        if faults.failed is None:
+            return
+    pytest.fail("the calls never end")
+
+
+@pytest.mark.parametrize(("way", "before"), [("exchange", True), ("roll-forward", True), ("roll-forward", False)])
+def test_no_descriptor_left_after_the_decision(memory: Path, way: str, before: bool) -> None:
+    """The kernel's own limit, from that moment on: every number of descriptors up to the one that is enough."""
+    codes = []
+    for spare in range(16):
+        out = memory / str(spare) / "out"
+        if before:
+            export(out, 1)
+
+        def work(out: Path = out, spare: int = spare) -> None:
+            def limit() -> None:
+                used = {int(name) for name in os.listdir("/proc/self/fd")}
+                free = [number for number in range(256) if number not in used]
+                resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], free[spare]))
+
+            with pytest.MonkeyPatch.context() as patch:
+                _after_the_decision(patch, way, limit)
+                try:
+                    export(out, 2, key=KEY)
+                except DvdquantError as error:
+                    assert "--resume completes it" in str(error)  # noqa: PT017
+                    assert "ulimit" in str(error)  # noqa: PT017
+                    os._exit(7)
+
+        codes.append(in_child(work))
+        assert codes[-1] in (0, 7), spare
+        if state(out) is None:
+            with pytest.raises(OutputError, match=r"dvdq-export .* --resume"):
+                load_manifest(out)
+        with ExportTransaction(out, key=KEY, resume=True) as transaction:
+            assert transaction.complete
+        assert state(out) == seen(2)
+        assert names_in(out) == {*content(2), "manifest.json"}
+    assert codes[-1] == 0
+    assert way == "exchange" or codes[0] == 7
 
 
 # ------------------------------------------------------------------------------------------------------- real failures

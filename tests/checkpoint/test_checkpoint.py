@@ -21,13 +21,10 @@ from safetensors.torch import save_file
 from dvdquant.checkpoint.reader import Checkpoint, count_nonfinite, fingerprint_hint, open_checkpoint
 from dvdquant.errors import CheckpointError
 from dvdquant.system.safetensors_io import DTYPES
-from tests.support.helpers_checkpoint import CONFIG, save_checkpoint, save_pipeline
+from tests.support.helpers_checkpoint import CONFIG, SHARD1, SHARD2, SINGLE, save_checkpoint, save_pipeline
 
 ROOT = Path(__file__).parents[2]
 TINY_WAN = ROOT / "examples" / "tiny-wan"
-SINGLE = "diffusion_pytorch_model.safetensors"
-INDEX = SINGLE + ".index.json"
-SHARD1, SHARD2 = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
 
 
 def _rewrite_config(**changes: Any) -> Callable[[Path], None]:
@@ -131,6 +128,44 @@ def test_a_hub_cache_whose_blobs_are_a_link(tmp_path: Path) -> None:
     blobs.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="reads outside the folder"):
         open_checkpoint(snapshot / "transformer")
+
+
+def test_the_way_out_of_a_hub_cache_whose_blobs_are_a_link(tmp_path: Path) -> None:
+    """The repository is moved as a whole, under any name, and a link takes its place: as the error says."""
+    snapshot, repository = _hub_cache(tmp_path), tmp_path / "models--org--wan"
+    (repository / "blobs").rename(tmp_path / "elsewhere")
+    (repository / "blobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"move its folder models--ORG--NAME as a whole(?s:.*)--local-dir"):
+        open_checkpoint(snapshot)
+    (repository / "blobs").unlink()
+    (tmp_path / "elsewhere").rename(repository / "blobs")
+    (tmp_path / "disk").mkdir()
+    repository.rename(tmp_path / "disk" / "wan")
+    repository.symlink_to(tmp_path / "disk" / "wan")
+    for folder in (snapshot, snapshot / "transformer", snapshot / ".." / snapshot.name):
+        checkpoint = open_checkpoint(folder)
+        assert checkpoint.largest.path.parent == tmp_path / "disk" / "wan" / "blobs"
+        assert checkpoint.fingerprint()
+    assert Checkpoint.components(snapshot) == ["transformer"]
+    (tmp_path / "cache").symlink_to(tmp_path)  # the cache itself behind a link
+    assert open_checkpoint(tmp_path / "cache" / snapshot.relative_to(tmp_path)).fingerprint()
+    with pytest.raises(CheckpointError, match="reads outside the folder"):  # nothing says that it is one
+        open_checkpoint(tmp_path / "disk" / "wan" / "snapshots" / snapshot.name)
+
+
+def test_a_link_in_a_snapshot_does_not_make_other_folders_its_blobs(tmp_path: Path) -> None:
+    """What is given lies in a cache by its name; what it leads to must lie in that repository, too."""
+    snapshot = _hub_cache(tmp_path)
+    other = tmp_path / "models--org--secret" / "snapshots" / ("b" * 40)
+    shutil.copytree(snapshot, other, symlinks=True)
+    for link in other.rglob("*"):
+        if link.is_symlink():
+            target = (snapshot / link.relative_to(other)).resolve()
+            link.unlink()
+            link.symlink_to(target)
+    (snapshot.parent / "link").symlink_to(other)
+    with pytest.raises(CheckpointError, match="reads outside the folder"):
+        open_checkpoint(snapshot.parent / "link")
 
 
 # ----------------------------------------------------------------------------------------------------------- hub names

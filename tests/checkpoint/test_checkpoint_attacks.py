@@ -18,6 +18,10 @@ from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.errors import CheckpointError, DvdquantError
 from tests.support.helpers_checkpoint import (
     CONFIG,
+    INDEX,
+    SHARD1,
+    SHARD2,
+    SINGLE,
     entry,
     memory_folder,
     raw_safetensors,
@@ -29,9 +33,6 @@ from tests.support.helpers_checkpoint import (
 
 ROOT = Path(__file__).parents[2]
 TINY_WAN = ROOT / "examples" / "tiny-wan"
-SINGLE = "diffusion_pytorch_model.safetensors"
-INDEX = SINGLE + ".index.json"
-SHARD1, SHARD2 = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
 
 
 class Bomb:

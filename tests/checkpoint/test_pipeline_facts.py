@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from dvdquant.artifact.manifest import Source
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.pipelines.adapters import get_adapter
+from dvdquant.deploy.report.page import collect
 from dvdquant.errors import CheckpointError
 from dvdquant.export.options import ExportOptions, with_table_defaults
 from dvdquant.export.pipeline import ExportPlan, plan_export
@@ -23,9 +25,11 @@ from dvdquant.model.families.configs import PIPELINE
 from dvdquant.model.families.wan import Wan
 from dvdquant.model.plan import plan_model
 from dvdquant.recipe import get_recipe
+from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, refused, run
 from tests.support.exporting import TINY_WAN, with_changes
+from tests.support.helpers_checkpoint import manifest
 
 WAN21, WAN22 = (4, 8, 8), (4, 16, 16)
 
@@ -231,3 +235,19 @@ def test_a_damaged_prompt_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"prompts"):
         planned(model, latent="2x8x8")
     assert planned(model, latent="2x8x8", text_tokens=4).sizes.text_tokens == 4
+
+
+@pytest.mark.parametrize("facts", [True, False])
+def test_a_report_knows_the_size_of_a_source_whose_pipeline_speaks(tmp_path: Path, facts: bool) -> None:
+    """What the pipeline says is a part of the fingerprint, so the report looks at the source as the exporter did."""
+    vae = {"scale_factor_temporal": 4, "scale_factor_spatial": 16} if facts else None
+    model = pipeline(tmp_path / "m", 16, 16, {"expand_timesteps": True} if facts else None, vae)
+    plan = planned(model)
+    (checkpoint,) = plan.checkpoints
+    assert (PIPELINE in checkpoint.config) == facts
+    source = Source(model=str(model), class_name=checkpoint.class_name, fingerprint=checkpoint.fingerprint())
+    report = collect(tmp_path, manifest(source=source), Progress("text"))
+    assert report.checkpoint_bytes == checkpoint.nbytes
+    (model / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "WanTransformer3DModel"]}))
+    (model / "transformer/config.json").write_text(json.dumps({**checkpoint.config, "eps": 1e-5}))
+    assert collect(tmp_path, manifest(source=source), Progress("text")).checkpoint_bytes is None

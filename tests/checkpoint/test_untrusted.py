@@ -27,6 +27,9 @@ from dvdquant.deploy.pipelines.parts import open_pipeline_folder
 from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.errors import CheckpointError, DvdquantError
 from tests.support.helpers_checkpoint import (
+    INDEX,
+    SHARD1,
+    SINGLE,
     entry,
     in_child,
     memory_folder,
@@ -39,9 +42,6 @@ from tests.support.helpers_checkpoint import (
 
 ROOT = Path(__file__).parents[2]
 TINY_WAN = ROOT / "examples" / "tiny-wan"
-SINGLE = "diffusion_pytorch_model.safetensors"
-INDEX = SINGLE + ".index.json"
-SHARD1, SHARD2 = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
 
 
 @pytest.fixture
@@ -228,6 +228,69 @@ def test_a_shard_that_changes_after_it_was_checked(tmp_path: Path, name: str) ->
         with pytest.raises(CheckpointError, match=said) as caught:
             use()
         assert SINGLE in caught.value.what
+
+
+def _hidden(at: int) -> Callable[[Path], None]:
+    """A write that sets the time of the file back, so that its change time alone tells of it."""
+
+    def write(path: Path) -> None:
+        times = path.stat()
+        with path.open("r+b") as file:
+            file.seek(at, os.SEEK_SET if at >= 0 else os.SEEK_END)
+            file.write(b"\x55" * 8)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    return write
+
+
+def _link_and_unlink(path: Path) -> None:
+    os.link(path, path.with_suffix(".backup"))
+    path.with_suffix(".backup").unlink()
+
+
+HARMLESS: dict[str, Callable[[Path], Any]] = {
+    "another mode": lambda path: path.chmod(0o600),
+    "the same mode again": lambda path: path.chmod(path.stat().st_mode & 0o777),
+    "the same owner again": lambda path: os.chown(path, os.getuid(), os.getgid()),
+    "a second name": lambda path: os.link(path, path.parents[1] / "second"),
+    "a second name for a while": _link_and_unlink,
+    "moved away and back": lambda path: path.rename(path.with_suffix(".x")).rename(path),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_shard_of_the_same_bytes_goes_on_being_read(tmp_path: Path, name: str) -> None:
+    saved = save_checkpoint(tmp_path / "m")
+    checkpoint = open_checkpoint(tmp_path / "m")
+    first = checkpoint.fingerprint()
+    time.sleep(0.02)
+    HARMLESS[name](tmp_path / "m" / SINGLE)
+    assert torch.equal(checkpoint.read("blocks.0.weight"), saved["blocks.0.weight"])
+    with mock.patch("os.pread", side_effect=AssertionError("compared again")):
+        checkpoint.check_unchanged()
+    assert checkpoint.fingerprint() == first
+
+
+@pytest.mark.parametrize("at", [20, -8])
+def test_a_hidden_write_is_found_in_what_was_sampled(tmp_path: Path, at: int) -> None:
+    """In the header, and in the weights: the tensors here are smaller than their sample."""
+    save_checkpoint(tmp_path / "m")
+    checkpoint = open_checkpoint(tmp_path / "m")
+    checkpoint.fingerprint()
+    time.sleep(0.02)
+    _hidden(at)(tmp_path / "m" / SINGLE)
+    for use in (lambda: checkpoint.read("blocks.0.weight"), checkpoint.fingerprint, checkpoint.check_unchanged):
+        with pytest.raises(CheckpointError, match="has changed"):
+            use()
+
+
+def test_without_a_sample_a_hidden_write_is_told_by_its_time(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "m")
+    checkpoint = open_checkpoint(tmp_path / "m")
+    time.sleep(0.02)
+    _hidden(-8)(tmp_path / "m" / SINGLE)
+    with pytest.raises(CheckpointError, match="has changed"):
+        checkpoint.read("blocks.0.weight")
 
 
 def test_a_shard_that_changes_during_one_read(tmp_path: Path) -> None:

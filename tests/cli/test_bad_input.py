@@ -30,6 +30,7 @@ from tests.support.commands import (
     truncate,
 )
 from tests.support.exporting import REPOSITORY, state_of
+from tests.support.helpers_checkpoint import SHARD1, SHARD2
 
 INDEX = f"{SINGLE}.index.json"
 
@@ -55,7 +56,7 @@ def index(change: Callable[[dict[str, str], Path], Any]) -> Callable[[Path], Non
     def edit(folder: Path) -> None:
         tensors = load_file(folder / SINGLE)
         (folder / SINGLE).unlink()
-        names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        names = [SHARD1, SHARD2]
         mapping = {name: names[i % 2] for i, name in enumerate(sorted(tensors))}
         for shard in names:
             save_file({n: t for n, t in tensors.items() if mapping[n] == shard}, folder / shard)

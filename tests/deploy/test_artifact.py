@@ -127,7 +127,7 @@ def edited(out: Path, edit: Any) -> Path:
 
 DAMAGES: dict[str, tuple[Any, str]] = {
     "no manifest": (lambda out: (out / MANIFEST).unlink(), "is not a dvdquant export"),
-    "config changed": (lambda out: (out / "config.json").write_text('{"_class_name": "X"}'), "was changed"),
+    "config changed": (lambda out: (out / "config.json").write_text('{"_class_name": "X"}'), "instead of"),
     "config missing": (lambda out: (out / "transformer_2.config.json").unlink(), "does not match its manifest"),
     "no sizes": (lambda out: edited(out, lambda d: d["shapes"].pop("frames")), "manifest field shapes"),
     "text for a size": (lambda out: edited(out, lambda d: d["shapes"].update(frames=["1", 2, 3])), "field shapes"),

@@ -22,7 +22,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation import from_table
 from dvdquant.deploy.generation.generate import open_generator
 from dvdquant.deploy.generation.request import GenerateRequest, check_request
-from dvdquant.deploy.planning.planner import Goal, Plan, delta_for_seconds, plan, psnr
+from dvdquant.deploy.planning.planner import Goal, Plan, delta_for_seconds, plan
 from dvdquant.deploy.planning.plot import draw_plan
 from dvdquant.deploy.planning.recording import RecordingSession
 from dvdquant.deploy.sessions.base import EngineSession
@@ -184,12 +184,6 @@ def test_a_weighted_rule_is_planned_as_it_runs(out: Path) -> None:
         assert abs(found.measured_bits - found.predicted_clip_bits) <= 2 * 4 / 10
     assert plans["none"].delta != plans["step"].delta
     assert plans["none"].stairs != plans["step"].stairs
-
-
-def test_psnr_by_hand() -> None:
-    black, other = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 51, np.uint8)
-    assert psnr(other, black) == pytest.approx(10 * math.log10(25))
-    assert psnr(black, black) == math.inf
 
 
 def test_goals() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import resource
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from dvdquant.deploy.pipelines import schedulers
 from dvdquant.deploy.pipelines.schedulers import SCHEDULERS, build_scheduler, open_scheduler, rehearse, set_timesteps
 from dvdquant.errors import CheckpointError, DvdquantError
+from tests.support.tiny_pipelines import KINDS, arguments, build_pipeline
 
 PATH = Path("scheduler/scheduler_config.json")
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
@@ -192,6 +195,77 @@ def test_the_class_is_one_that_the_pipeline_can_use(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").unlink()
     with pytest.raises(CheckpointError, match=r"model_index\.json is missing"):
         open_scheduler(tmp_path, "wan")
+
+
+# ------------------------------------------------------------------------------------------------------ which pair works
+
+# The config of each class, as a model of the family is published with it.
+CONFIGS = {(family, config["_class_name"]): config for family, config in PUBLISHED} | {
+    ("hunyuan-video", "FlowMatchLCMScheduler"): LCM,
+    ("ltx-video", "FlowMatchLCMScheduler"): LCM,
+    ("ltx-video", "UniPCMultistepScheduler"): UNIPC,
+}
+PAIRS = [(family, name) for family, names in SCHEDULERS.items() for name in names]
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    """diffusers' own transformers, of random weights: the loop is the pipeline's and the scheduler's."""
+    import diffusers
+
+    made = {}
+    for family in SCHEDULERS:
+        config = {key: value for key, value in KINDS[family].config.items() if key != "_class_name"}
+        torch.manual_seed(0)
+        made[family] = getattr(diffusers, KINDS[family].config["_class_name"])(**config).to(torch.bfloat16).eval()
+    return made
+
+
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_a_listed_scheduler_runs_a_whole_loop_of_the_real_pipeline(
+    family: str, name: str, models: dict[str, Any], tmp_path: Path
+) -> None:
+    root = folder(tmp_path, CONFIGS[family, name], {"scheduler": ["diffusers", name]})
+    scheduler = open_scheduler(root, family)
+    rehearse(scheduler, family, 4, PATH, 4000)
+    pipe = build_pipeline(family, models[family])
+    pipe.scheduler = open_scheduler(root, family)
+    latents = pipe(**arguments(family, steps=4)).frames
+    assert torch.isfinite(latents).all()
+    assert len(pipe.scheduler.timesteps) == (7 if "Heun" in name else 4)
+
+
+@pytest.mark.parametrize("family", SCHEDULERS)
+def test_a_scheduler_that_is_not_listed_is_refused(family: str, tmp_path: Path) -> None:
+    import diffusers
+
+    names = {name for name in dir(diffusers) if name.endswith("Scheduler")} - set(SCHEDULERS[family])
+    assert {"DPMSolverSinglestepScheduler", "EulerDiscreteScheduler"} < names
+    for name in sorted(names):
+        root = folder(tmp_path, UNIPC, {"scheduler": ["diffusers", name]})
+        with pytest.raises(CheckpointError, match=name) as caught:
+            open_scheduler(root, family)
+        assert SCHEDULERS[family][0] in str(caught.value.available)
+
+
+@pytest.mark.parametrize("family", ["hunyuan-video", "ltx-video"])
+@pytest.mark.parametrize("config", [DPM, HEUN])
+def test_a_class_that_is_left_out_cannot_run(family: str, config: dict[str, Any], models: dict[str, Any]) -> None:
+    """If diffusers learns it one day, it can be listed."""
+    pipe = build_pipeline(family, models[family])
+    pipe.scheduler = build_scheduler(config, config["_class_name"], PATH)
+    with pytest.raises(ValueError, match="does not support custom sigmas"):
+        pipe(**arguments(family, steps=4))
+
+
+def test_threads_that_try_schedulers_leave_the_level_of_the_log(tmp_path: Path) -> None:
+    root = folder(tmp_path, FLOW, {"scheduler": ["diffusers", FLOW["_class_name"]]})
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(rehearse, open_scheduler(root, "wan"), "wan", 20, PATH) for _ in range(24)]:
+            future.result(60)
+    assert logger.level == level
 
 
 # ---------------------------------------------------------------------------------------------------------------- fuzzing

@@ -214,30 +214,54 @@ def test_state_that_is_loaded_or_pickled(transformer: Any, tmp_path: Path) -> No
 
 
 def test_from_pipe_keeps_it(transformer: Any) -> None:
-    """In its own dtype where none is given; another dtype is refused as by .to()."""
+    """Every part in its own dtype where none is given; another dtype is refused as by .to(), and casts nothing."""
     import diffusers
 
     pipe = build_pipeline("wan", transformer)
-    for options in ({}, {"torch_dtype": DTYPE}, {"dtype": DTYPE}, {"transformer": transformer}):
+    assert pipe.vae.dtype == torch.float32  # as the model cards load it: Wan's VAE loses detail in bf16
+    for options in ({}, {"transformer": transformer}):
         made = diffusers.WanPipeline.from_pipe(pipe, **options)
+        assert type(made) is diffusers.WanPipeline
         assert made.transformer is transformer
-        assert made.text_encoder.dtype == DTYPE
+        assert made.vae is pipe.vae
+        assert [made.text_encoder.dtype, made.vae.dtype] == [DTYPE, torch.float32]
     video = diffusers.WanVideoToVideoPipeline.from_pipe(pipe)
     assert video.transformer is transformer
+    assert video.vae.dtype == torch.float32
     with pytest.raises(UnsupportedError, match="float32"):
         diffusers.WanPipeline.from_pipe(pipe, dtype=torch.float32)
+    assert [pipe.text_encoder.dtype, pipe.vae.dtype] == [DTYPE, torch.float32]
+    with pytest.raises(UnsupportedError, match="custom_pipeline"):
+        diffusers.WanPipeline.from_pipe(pipe, custom_pipeline="anything")
     made.set_progress_bar_config(disable=True)
     expected = build_pipeline("wan", transformer)(**arguments("wan", steps=2)).frames
     assert torch.equal(made(**arguments("wan", steps=2)).frames, expected)
+    made.to(torch.bfloat16)  # it can be cast afterwards
+    assert pipe.vae.dtype == DTYPE
+    pipe = build_pipeline("wan", transformer)
+    for options in ({"torch_dtype": DTYPE}, {"dtype": DTYPE}):
+        assert diffusers.WanPipeline.from_pipe(pipe, **options).vae.dtype == DTYPE
 
 
-def test_from_pipe_of_others_is_as_before(wan: Exported) -> None:
+def test_from_pipe_of_others_is_as_before(wan: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the very arguments, whatever they are, and a process without an exported transformer has it untouched."""
     import diffusers
 
     pipe = build_pipeline("wan", wan.reference(8))
     made = diffusers.WanPipeline.from_pipe(pipe)
     assert made.transformer is pipe.transformer
     assert made.text_encoder.dtype == torch.float32
+    for arguments_of in ((), (None,), ("a",)):
+        with pytest.raises((TypeError, AttributeError)):
+            diffusers.WanPipeline.from_pipe(*arguments_of)
+    seen: list[Any] = []
+    own = classmethod(lambda cls, *args, **kwargs: seen.append((cls, args, kwargs)))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pipe", own)
+    before = diffusers.DiffusionPipeline.from_pipe.__func__
+    wan.open("pytorch")
+    assert diffusers.DiffusionPipeline.from_pipe.__func__ is not before
+    diffusers.WanPipeline.from_pipe(pipe, variant=1)
+    assert seen == [(diffusers.WanPipeline, (pipe,), {"variant": 1})]
 
 
 @pytest.mark.slow

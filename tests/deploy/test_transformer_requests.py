@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import copy
+import functools
 import gc
+import itertools
+import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dvdquant.deploy import DvdqTransformer
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import EngineError, UnsupportedError
@@ -418,3 +423,405 @@ def test_a_request_that_is_over_holds_no_outputs(transformer: Any, monkeypatch: 
     gc.collect()
     assert len(held) == 3 * STEPS
     assert [ref() for ref in held if ref() is not None] == []
+
+
+# ----------------------------------------------------------------------------- what is asked for, in tasks and other threads
+
+
+@pytest.fixture
+def counted(wan: Exported) -> Any:
+    """Low bits in every step but the first two and, where the number of steps is known, the last."""
+    return wan.open("pytorch", delta=1e9, last_high=1, weighting="none")
+
+
+def counted_loop(transformer: Any, steps: int, seed: int = 0) -> list[int]:
+    """The bits of a loop in this thread, to its end."""
+    list(steps_of(transformer, seed, steps=steps))
+    return [record.bits for record in transformer.trace]
+
+
+async def counted_task(transformer: Any, steps: int, seed: int) -> list[int]:
+    """As :func:`counted_loop`; other tasks run between the steps."""
+    for _ in steps_of(transformer, seed, steps=steps):
+        await asyncio.sleep(0)
+    return [record.bits for record in transformer.trace]
+
+
+KNOWN, UNKNOWN = [8, 8, 4, 8], [8, 8, 4, 4, 4]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_request_begun_in_one_task_is_not_taken_by_another(counted: Any, first: int) -> None:
+    async def announced() -> list[int]:
+        counted.begin_request(4)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return await counted_task(counted, 4, 0)
+
+    async def both() -> list[list[int]]:
+        work = [announced(), counted_task(counted, 5, 1)]
+        found = await asyncio.gather(*(work[::-1] if first else work))
+        return found[::-1] if first else found
+
+    assert asyncio.run(both()) == [KNOWN, UNKNOWN]
+
+
+def test_a_callback_of_one_task_gets_no_step_of_another(counted: Any) -> None:
+    heard: dict[int, list[Any]] = {0: [], 1: [], 2: []}
+
+    async def work(seed: int) -> None:
+        if seed:
+            counted.runner.on_step = heard[seed].append
+        await counted_task(counted, 3, seed)
+        assert counted.runner.on_step == (heard[seed].append if seed else None)
+        assert heard[seed] == (counted.trace if seed else [])
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(work(seed) for seed in heard))
+
+    for _ in range(2):
+        for records in heard.values():
+            records.clear()
+        asyncio.run(all_of_them())
+        assert [len(records) for records in heard.values()] == [0, 3, 3]
+
+
+def test_what_is_asked_for_reaches_the_thread_that_gets_the_context(counted: Any) -> None:
+    records: list[Any] = []
+
+    async def main() -> list[int]:
+        counted.begin_request(4)
+        counted.runner.on_step = records.append
+        bits = await asyncio.to_thread(counted_loop, counted, 4)
+        assert counted.trace == records  # read here, of the request that was begun here
+        assert await asyncio.create_task(counted_task(counted, 5, 1)) == UNKNOWN  # asked for once
+        return bits
+
+    assert asyncio.run(main()) == KNOWN
+    assert len(records) == 9
+    counted.begin_request(4)
+    with ThreadPoolExecutor(1) as pool:
+        context = contextvars.copy_context()
+        assert pool.submit(context.run, counted_loop, counted, 4).result(60) == KNOWN
+        assert pool.submit(counted_loop, counted, 5).result(60) == UNKNOWN
+
+
+@pytest.mark.parametrize("how", ["pool", "executor", "on_step"])
+def test_what_is_asked_for_in_another_thread_is_not_lost(counted: Any, how: str) -> None:
+    """Its request begins where nobody can know of it: refused, until somebody asks in the right place."""
+    counted_loop(counted, 2)  # a thread that runs requests of its own may wait for another
+
+    def ask() -> None:
+        if how == "on_step":
+            counted.runner.on_step = print
+        else:
+            counted.begin_request(4)
+
+    async def handler(pool: ThreadPoolExecutor) -> Any:
+        ask()
+        return await asyncio.get_running_loop().run_in_executor(pool, counted_loop, counted, 4)
+
+    with ThreadPoolExecutor(1) as pool:
+        if how == "executor":
+            run = functools.partial(asyncio.run, handler(pool))
+        else:
+            ask()
+            run = pool.submit(counted_loop, counted, 4).result
+        with pytest.raises(UnsupportedError, match="on_step" if how == "on_step" else "begin_request") as caught:
+            run()
+        assert "MainThread" in caught.value.what
+        assert "copy_context" in str(caught.value.fix)
+
+        def asks_itself(of_callback: bool) -> list[int]:
+            counted.begin_request(4)
+            if of_callback:
+                counted.runner.on_step = None
+            return counted_loop(counted, 4)
+
+        if how == "on_step":  # the number of steps alone does not answer who is told
+            with pytest.raises(UnsupportedError, match="on_step"):
+                pool.submit(asks_itself, False).result(60)
+        assert pool.submit(asks_itself, how == "on_step").result(60) == KNOWN
+
+
+def test_a_thread_that_asked_and_ended_is_said_once(counted: Any) -> None:
+    """Not for ever: a server's thread may end before its request begins."""
+    asker = threading.Thread(target=counted.begin_request, args=(4,), name="asker")
+    asker.start()
+    asker.join(60)
+    del asker
+    gc.collect()
+    with pytest.raises(UnsupportedError, match="begin_request was used in"):
+        counted_loop(counted, 4)
+    assert counted_loop(counted, 5) == UNKNOWN
+
+
+def test_a_cancelled_task_leaves_nothing_behind(counted: Any) -> None:
+    """Cancelled before its request begins, or in the middle of it."""
+
+    async def asks_and_waits() -> None:
+        counted.begin_request(4)
+        await asyncio.sleep(60)
+
+    async def main() -> list[list[int]]:
+        waiting, running = asyncio.create_task(asks_and_waits()), asyncio.create_task(counted_task(counted, 9, 0))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        running.cancel()
+        await asyncio.gather(waiting, running, return_exceptions=True)
+        beside = await asyncio.get_running_loop().run_in_executor(None, counted_loop, counted, 5)
+        return [beside, await counted_task(counted, 5, 0)]
+
+    assert asyncio.run(main()) == [UNKNOWN, UNKNOWN]
+
+
+def test_another_controller_keeps_what_was_asked_for(wan: Exported) -> None:
+    """And it leaves the loop of another task alone, in the same thread."""
+    transformer, records = wan.open("pytorch", mode="a8"), []
+    transformer.begin_request(4)
+    transformer.runner.on_step = records.append
+    transformer.use(StepController("switch", delta=1e9, last_high=1, weighting="none"))
+    assert counted_loop(transformer, 4) == KNOWN
+    assert [record.bits for record in records] == KNOWN
+
+    async def changes() -> None:
+        await asyncio.sleep(0)
+        transformer.use(StepController("fixed", bits=4))
+
+    async def main() -> list[int]:
+        return (await asyncio.gather(counted_task(transformer, 5, 1), changes()))[0]
+
+    assert asyncio.run(main()) == UNKNOWN
+    assert counted_loop(transformer, 3) == [4, 4, 4]
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "6", True])
+def test_a_number_of_steps_that_is_none(counted: Any, steps: Any) -> None:
+    with pytest.raises(UnsupportedError, match="begin_request"):
+        counted.begin_request(steps)
+
+
+def test_a_request_begun_for_a_pipeline_that_was_interrupted(wan: Exported) -> None:
+    """Wan 2.2's second transformer does not get its turn. The next request is not one of as many steps."""
+    first, second = (wan.open("pytorch", component=name, mode="a8") for name in ("transformer", "transformer_2"))
+    second.use(StepController("switch", delta=1e9, last_high=1, weighting="none"))
+    pipe = build_pipeline("wan", first, transformer_2=second, boundary_ratio=0.5)
+
+    def stop(pipe: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True
+        return values
+
+    second.begin_request(2)
+    pipe(**arguments("wan", steps=4), callback_on_step_end=stop)
+    assert second.trace == []
+    assert counted_loop(second, 5) == UNKNOWN
+
+
+# ---------------------------------------------------------------------------------------------- loops that share a text
+
+Texts = dict[str, Tensor]
+
+
+@pytest.fixture
+def sharing(wan: Exported) -> Any:
+    return wan.open("pytorch", delta=1.2, last_high=0, weighting="none")
+
+
+def guided(transformer: Any, seed: int, texts: Texts, start: float, order: tuple[str, ...]) -> Iterator[Tensor]:
+    """A loop with guidance: the latents after every step."""
+    latents = transformer.session.family.sample(transformer.session.sizes, transformer.dtype, seed)["hidden_states"]
+    for step in range(STEPS):
+        timestep, outputs = torch.tensor([start - (90 if seed else 70) * step]), {}
+        for branch in order:
+            with transformer.cache_context(branch):
+                outputs[branch] = transformer(latents, timestep, texts[branch]).sample
+        velocity = outputs["uncond"] + 1.5 * (outputs["cond"] - outputs["uncond"])
+        latents = latents - 0.12 * velocity
+        yield latents
+
+
+COND_FIRST, UNCOND_FIRST = ("cond", "uncond"), ("uncond", "cond")
+
+
+def texts_of(transformer: Any) -> tuple[Texts, Texts]:
+    """Two prompts, and the one embedding of the empty negative prompt that a server keeps."""
+    sample = [
+        transformer.session.family.sample(transformer.session.sizes, transformer.dtype, seed) for seed in (3, 4, 5)
+    ]
+    cond, other, negative = (values["encoder_hidden_states"] for values in sample)
+    return {"cond": cond, "uncond": negative}, {"cond": other, "uncond": negative}
+
+
+def drain(latents: Iterator[Tensor]) -> list[Tensor]:
+    return list(latents)
+
+
+@pytest.mark.parametrize("where", ["thread", "task", "begun"])
+def test_a_shared_negative_embedding_is_no_sign_of_a_paused_request(sharing: Any, wan: Exported, where: str) -> None:
+    """The second loop starts lower, as image to image does, while the first one waits."""
+    texts = texts_of(sharing)
+    starts = (1000.0, 700.0)
+    wanted = []
+    for seed in (0, 1):
+        alone = wan.open("pytorch", delta=1.2, last_high=0, weighting="none")
+        wanted.append(drain(guided(alone, seed, texts[seed], starts[seed], COND_FIRST)))
+        assert {record.bits for record in alone.trace[4:]} == {4, 8}
+    paused = guided(sharing, 0, texts[0], starts[0], COND_FIRST)
+    found = [[next(paused), next(paused)]]
+    second = guided(sharing, 1, texts[1], starts[1], COND_FIRST)
+    if where == "thread":
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(drain, second).result(60))
+    elif where == "task":
+
+        async def main() -> list[Tensor]:
+            return drain(second)
+
+        found.append(asyncio.run(main()))
+    else:
+        sharing.begin_request()
+        found.append(drain(second))
+    found[0] += paused
+    for latents, expected in zip(found, wanted):
+        assert all(torch.equal(one, other) for one, other in zip(latents, expected, strict=True))
+
+
+def test_loops_that_take_turns_and_begin_their_steps_with_the_shared_embedding(sharing: Any) -> None:
+    """Nothing tells whose such a call is, before the next one does. Both are refused, and the next loop runs."""
+    texts = texts_of(sharing)
+    first, second = (guided(sharing, seed, texts[seed], 1000.0, UNCOND_FIRST) for seed in (0, 1))
+    next(first)
+    next(second)
+    for turn in (first, second):
+        with pytest.raises(UnsupportedError, match="share a text embedding") as caught:
+            next(turn)
+        assert "clone()" in str(caught.value.fix)
+    assert len(drain(guided(sharing, 0, texts[0], 1000.0, UNCOND_FIRST))) == STEPS
+
+
+@pytest.mark.parametrize("shared", ["negative", "both"])
+def test_a_loop_in_another_thread_that_looks_like_a_step_of_a_paused_one(sharing: Any, shared: str) -> None:
+    texts = texts_of(sharing)
+    first = guided(sharing, 0, texts[0], 1000.0, UNCOND_FIRST)
+    next(first)
+    next(first)
+    second = guided(sharing, 1, texts[1] if shared == "negative" else texts[0], 800.0, UNCOND_FIRST)
+    with ThreadPoolExecutor(1) as pool:
+        if shared == "negative":  # its second call shows it; with two known embeddings the other loop does
+            with pytest.raises(UnsupportedError, match="share a text embedding"):
+                pool.submit(next, second).result(60)
+        else:
+            pool.submit(next, second).result(60)
+        with pytest.raises(UnsupportedError, match="share a text embedding"):
+            next(first)
+        if shared == "both":
+            with pytest.raises(UnsupportedError, match="share a text embedding"):
+                pool.submit(next, second).result(60)
+
+
+@pytest.mark.parametrize("order", [COND_FIRST, UNCOND_FIRST])
+def test_after_a_loop_that_was_given_up(sharing: Any, wan: Exported, order: tuple[str, ...]) -> None:
+    """It shares the negative embedding and never ends."""
+    texts = texts_of(sharing)
+    alone = wan.open("pytorch", delta=1.2, last_high=0, weighting="none")
+    wanted = drain(guided(alone, 1, texts[1], 1000.0, order))
+    given_up = guided(sharing, 0, texts[0], 1000.0, order)
+    next(given_up)
+    next(given_up)
+    found = drain(guided(sharing, 1, texts[1], 1000.0, order))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+# ------------------------------------------------------------------------------------------- an exception inside a step
+
+
+@pytest.mark.parametrize(
+    ("error", "at"),
+    [(KeyboardInterrupt, 0), (EngineError, 0), (EngineError, 1), (KeyboardInterrupt, 6), (RuntimeError, 7)],
+)
+def test_a_call_that_failed_may_be_made_again(
+    counted: Any, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], at: int
+) -> None:
+    """The first or the second branch, of the first step or a later one: it is no step more, and a begun request stays."""
+    texts, session = texts_of(counted)[0], counted.session
+    inputs = session.family.sample(session.sizes, counted.dtype, 0)
+    real, calls = session.run, iter(range(100))
+    fail_at = {at, at + 1} if error is EngineError else {at}  # a failed 4-bit engine is tried on 8 bits first
+
+    def failing(values: Any, bits: int) -> Tensor:
+        if next(calls) in fail_at:
+            raise error("now")
+        return real(values, bits)
+
+    monkeypatch.setattr(session, "run", failing)
+    counted.begin_request(4)
+    failures = 0
+    for step in range(4):
+        for branch in COND_FIRST:
+            for _ in range(3):
+                try:
+                    with counted.cache_context(branch):
+                        counted(inputs["hidden_states"] * (1 + step), time_of(0, step), texts[branch])
+                    break
+                except (KeyboardInterrupt, RuntimeError, EngineError):
+                    failures += 1
+    assert failures
+    assert [(r.step, r.branch) for r in counted.trace] == [(step, b) for step in range(4) for b in COND_FIRST]
+    bits = [r.bits for r in counted.trace if r.branch == "cond"]
+    assert bits == KNOWN
+
+
+# ----------------------------------------------------------------------------------------------- any order, any embedding
+
+
+def outcomes_of_random_turns(wan: Exported, count: int, seed: int) -> dict[str, int]:
+    """Loops in threads of their own, in a random order of steps: each is as if it ran alone, or one is refused."""
+    generator, alone, outcomes = random.Random(seed), {}, {"equal": 0, "refused": 0}
+    opened = wan.open("pytorch", delta=1.2, last_high=0, weighting="none")
+    prompts = [texts["cond"] for texts in texts_of(opened)]
+    negative = texts_of(opened)[0]["uncond"]
+    for _ in range(count):
+        shared = DvdqTransformer(opened.session, opened.runner.controller)
+        loops, plans = [], []
+        for number in range(generator.choice([2, 2, 3])):
+            order = generator.choice([COND_FIRST, UNCOND_FIRST])
+            plan = (number, generator.choice([1000.0, 800.0, 600.0]), order, generator.randrange(2))
+            texts = {"cond": prompts[plan[3]], "uncond": negative}
+            if plan not in alone:
+                model = DvdqTransformer(opened.session, opened.runner.controller)
+                alone[plan] = list(itertools.islice(guided(model, number, texts, plan[1], order), 4))
+            plans.append(plan)
+            loops.append(guided(shared, number, texts, plan[1], order))
+        found: list[list[Tensor]] = [[] for _ in loops]
+        turns = [number for number in range(len(loops)) for _ in range(4)]
+        generator.shuffle(turns)
+        pools = [ThreadPoolExecutor(1) for _ in loops]
+        try:
+            for number in turns:
+                found[number].append(pools[number].submit(next, loops[number]).result(60))
+        except UnsupportedError as error:
+            if "share a text embedding" not in error.what:
+                raise
+            outcomes["refused"] += 1
+        else:
+            outcomes["equal"] += 1
+            for latents, plan in zip(found, plans):
+                assert all(torch.equal(one, other) for one, other in zip(latents, alone[plan], strict=True)), plans
+        finally:
+            for pool in pools:
+                pool.shutdown()
+    return outcomes
+
+
+def test_loops_in_any_order(wan: Exported) -> None:
+    assert outcomes_of_random_turns(wan, 6, 0)["equal"] >= 2
+
+
+@pytest.mark.stress
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_loops_in_any_order_500(wan: Exported) -> None:
+    outcomes = outcomes_of_random_turns(wan, 500, 1)
+    assert sum(outcomes.values()) == 500
+    assert min(outcomes.values()) > 50

@@ -32,17 +32,9 @@ from check_compare import check_equal, half_ulp  # noqa: E402
 from host_library import HostLibrary  # noqa: E402
 
 from tests.support import wrong_kernels as wrong  # noqa: E402
+from tests.support.emulated_kernels import one_thread  # noqa: E402, F401
 
 Rows = Iterator[Any]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny products: handing them to threads costs more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def bench(library: Any, sm: int = 90, features: tuple[int, ...] = (384,)) -> Any:

@@ -8,13 +8,8 @@ main loops the emulated library runs plain ones, so their checks are the GPU's (
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import math
-import shutil
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +24,8 @@ from dvdquant.ops import repack
 from dvdquant.ops.cuda import KernelLibrary, LayerPlan, WeightPointers
 from dvdquant.ops.reference import dequantize_weight, quant_linear_reference
 from dvdquant.ops.repack import LayerShape
+from tests.support.emulated_kernels import emulated_library
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 UNIT = 2.0**-24
 QMAX = {4: 7, 8: 127}
 GUARD = 512
@@ -38,23 +33,10 @@ AMPERE, HOPPER, BLACKWELL = 89, 90, 120
 Array = npt.NDArray[np.generic]
 
 
-def _load_build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernels_build", KERNELS / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def library() -> Iterator[KernelLibrary]:
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++ to compile the emulated kernels")
-    opened = KernelLibrary(_load_build().build_emulated())
-    yield opened
-    opened._library.dvdq_emulator_schedule(ctypes.c_uint64(0))
+    with emulated_library() as opened:
+        yield opened
 
 
 class Buffer:

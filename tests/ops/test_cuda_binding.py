@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import logging
 import math
 import sys
@@ -27,8 +26,8 @@ from dvdquant.ops.prepared_cache import PreparedCache
 from dvdquant.ops.quant_linear import quant_linear
 from dvdquant.ops.repack import PATHS, LayerShape, prepared_bytes
 from dvdquant.ops.rotate_quantize import rotate_quantize
+from tests.support.emulated_kernels import KERNELS, emulated_library, one_thread  # noqa: F401
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 sys.path[:0] = [str(KERNELS), str(KERNELS / "bench"), str(KERNELS / "check")]
 
 import check_kernels  # noqa: E402
@@ -40,25 +39,10 @@ CPU = torch.device("cpu")
 SMS = (80, 86, 87, 89, 90, 100, 103, 120, 121)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny products: handing them to threads costs more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def library() -> KernelLibrary:
-    # Not `import build`: a package of that name is installed beside the tests.
-    spec = importlib.util.spec_from_file_location("dvdquant_kernel_build", KERNELS / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return KernelLibrary(module.build_emulated())
+@pytest.fixture(scope="module")
+def library() -> Iterator[KernelLibrary]:
+    with emulated_library() as opened:
+        yield opened
 
 
 def bench(library: Any, sm: int) -> Any:

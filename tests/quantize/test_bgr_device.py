@@ -73,18 +73,24 @@ def test_never_above_min_max(zero_point: str, group: int) -> None:
     assert bool((errors[0] <= errors[1] * (1 + 1e-6)).all())
 
 
-@pytest.mark.parametrize(("zero_point", "group"), GRIDS)
-def test_hostile_rows(zero_point: str, group: int) -> None:
-    """Zero rows and groups reconstruct exactly; denormals, one-sided rows and huge ratios stay finite."""
+def hostile_rows(largest: float) -> Tensor:
+    """Rows [9, 256] of zeros, denormals, equal values, half a row of zeros, one huge value, one sign, huge ratios, one value."""
     w = torch.zeros(9, 256)
     w[1] = 1e-44
     w[2] = 3.0
     w[3, :128] = torch.linspace(-1, 1, 128)
-    w[4, 0] = 1e38
+    w[4, 0] = largest
     w[5] = torch.linspace(0, 1, 256)
     w[6, ::2], w[6, 1::2] = 1e-30, 1e30
     w[7] = -1e-3
     w[8, 17] = 1.0
+    return w
+
+
+@pytest.mark.parametrize(("zero_point", "group"), GRIDS)
+def test_hostile_rows(zero_point: str, group: int) -> None:
+    """Zero rows and groups reconstruct exactly; denormals, one-sided rows and huge ratios stay finite."""
+    w = hostile_rows(1e38)
     quantized = solve(w, zero_point, group)
     restored = quantized.dequantize(torch.float64)
     assert bool(torch.isfinite(quantized.scale).all())

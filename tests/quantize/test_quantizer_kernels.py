@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,24 +19,21 @@ from dvdquant.quantize.backends.cuda_grid import QuantizerKernels
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, relative_mse
 from dvdquant.quantize.gptq import Feedback
 from dvdquant.recipe import WeightSpec
-from tests.quantize.test_bgr_device import CLOSENESS, GRIDS, assert_as_good, layer_errors, weights
-
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+from tests.quantize.test_bgr_device import (
+    CLOSENESS,
+    GRIDS,
+    assert_as_good,
+    hostile_rows,
+    layer_errors,
+    weights,
+)
+from tests.support.emulated_kernels import emulated_library
 
 
 @pytest.fixture(scope="module")
 def library() -> Iterator[KernelLibrary]:
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++ to compile the emulated kernels")
-    spec = importlib.util.spec_from_file_location("kernels_build_quantizer", KERNELS / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    opened = KernelLibrary(module.build_emulated())
-    yield opened
-    opened._library.dvdq_emulator_schedule(ctypes.c_uint64(0))
+    with emulated_library() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +91,7 @@ def test_never_above_min_max(kernels: QuantizerKernels, zero_point: str, group: 
 @pytest.mark.parametrize(("zero_point", "group"), GRIDS)
 def test_hostile_rows(kernels: QuantizerKernels, zero_point: str, group: int) -> None:
     """Zero rows reconstruct exactly; denormals, one-sided rows and huge ratios stay finite."""
-    w = torch.zeros(9, 256)
-    w[1] = 1e-44
-    w[2] = 3.0
-    w[3, :128] = torch.linspace(-1, 1, 128)
-    w[4, 0] = 3e38
-    w[5] = torch.linspace(0, 1, 256)
-    w[6, ::2], w[6, 1::2] = 1e-30, 1e30
-    w[7] = -1e-3
-    w[8, 17] = 1.0
+    w = hostile_rows(3e38)
     found = solve(kernels, w, zero_point, group)
     restored = found.dequantize(torch.float64)
     assert bool(torch.isfinite(found.scale).all())

@@ -143,6 +143,9 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Serve until stdin closes."""
+    # A run in the background, or under nohup, hands down that these are ignored; the commands are asked as from a terminal.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
     for name in MODULES:
         importlib.import_module(f"dvdquant.{name}")

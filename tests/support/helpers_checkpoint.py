@@ -25,6 +25,9 @@ from dvdquant.recipe import get_recipe
 if TYPE_CHECKING:  # the processes of the kill tests start faster without it
     import torch
 
+SINGLE = "diffusion_pytorch_model.safetensors"
+INDEX = f"{SINGLE}.index.json"
+SHARD1, SHARD2 = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
 CONFIG = {"_class_name": "WanTransformer3DModel", "num_layers": 2, "patch_size": [1, 2, 2]}
 
 

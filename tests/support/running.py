@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from dvdquant.cli.run import main as run_main
 from tests.support import tiny_pipelines
 from tests.support.commands import in_process
 from tests.support.exporting import TINY_WAN
+from tests.support.folders import process_folder
 
 # Sessions are fast enough; what costs is the number of steps.
 QUICK = ("--steps", 4, "--backend", "onnxruntime", "--device", "cpu")
@@ -23,16 +21,9 @@ PROMPT = "ring red right large black"
 
 
 @functools.cache
-def _folder() -> Path:
-    folder = tempfile.mkdtemp(prefix="dvdq-run-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-@functools.cache
 def tiny_wan_export() -> Path:
     """The graphs of the trained toy model, made once a process; its prompt table decides the sizes and the text tokens."""
-    out = _folder() / "tiny-wan"
+    out = process_folder("run") / "tiny-wan"
     in_process(TINY_WAN, "-o", out, "--target", "graphs")
     return out
 
@@ -43,7 +34,7 @@ def wan_pipeline(components: int = 1) -> tuple[Path, Path]:
     import diffusers
     import torch
 
-    folder = _folder() / f"wan-{components}"
+    folder = process_folder("run") / f"wan-{components}"
     exported = tiny_pipelines.export_kind("wan", folder, components=components)
     parts = [
         diffusers.WanTransformer3DModel.from_pretrained(exported.source / name, torch_dtype=torch.bfloat16)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import importlib.util
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from dvdquant.model.loading import GraphWrapper
 from dvdquant.system.safetensors_io import read_header
 from tests.support import tiny_models as tiny
 from tests.support.commands import in_process
+from tests.support.folders import process_folder
 
 RANGES = ["--latent", "2:3:4x4:8:12x6:8:10", "--text-tokens", "12"]
 # Rounding to nearest is the fastest recipe; what it does to the weights is no matter here.
@@ -28,18 +27,11 @@ QUICK = ["--recipe", "rtn", "--target", "graphs"]
 
 
 @functools.cache
-def _folder() -> Path:
-    folder = tempfile.mkdtemp(prefix="dvdq-sessions-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-@functools.cache
 def family_export(name: str, dtype: str = "bf16") -> Path:
     """Graphs of a tiny transformer of one family, with ranges of sizes; of Wan the first of :func:`engine_export`."""
     if (name, dtype) == ("wan", "bf16") and importlib.util.find_spec("tensorrt_rtx"):
         return engine_export()
-    source, out = _folder() / f"{name}-{dtype}-model", _folder() / f"{name}-{dtype}"
+    source, out = process_folder("sessions") / f"{name}-{dtype}-model", process_folder("sessions") / f"{name}-{dtype}"
     tiny.write_checkpoint(source, tiny.CONFIGS[name])
     in_process(source, "-o", out, "--dtype", dtype, *QUICK, *RANGES)
     return out
@@ -48,7 +40,7 @@ def family_export(name: str, dtype: str = "bf16") -> Path:
 @functools.cache
 def recipe_export(recipe: str) -> Path:
     """Graphs of a tiny Wan by another recipe than rounding to nearest."""
-    source, out = _folder() / f"{recipe}-model", _folder() / recipe
+    source, out = process_folder("sessions") / f"{recipe}-model", process_folder("sessions") / recipe
     tiny.write_checkpoint(source, tiny.WAN)
     in_process(source, "-o", out, "--recipe", recipe, "--target", "graphs", *RANGES)
     return out
@@ -57,7 +49,7 @@ def recipe_export(recipe: str) -> Path:
 @functools.cache
 def engine_export(sm: str = "8.9") -> Path:
     """A Wan 2.2 pipeline, two transformers with different weights, with TensorRT-RTX engines for one SM."""
-    source, out = _folder() / f"wan22-model-{sm}", _folder() / f"wan22-{sm}"
+    source, out = process_folder("sessions") / f"wan22-model-{sm}", process_folder("sessions") / f"wan22-{sm}"
     for seed, name in enumerate(("transformer", "transformer_2")):
         tiny.write_checkpoint(source / name, tiny.WAN, seed=seed)
     kind = ["diffusers", "WanTransformer3DModel"]
@@ -71,8 +63,8 @@ def engine_export(sm: str = "8.9") -> Path:
 def wide_export() -> Path:
     """A Wan of 34 million quantized weights: large beside what sessions take besides weights."""
     config = {**tiny.WAN, "num_attention_heads": 16, "ffn_dim": 4096, "num_layers": 2}
-    out = _folder() / "wide"
-    source = tiny.write_checkpoint(_folder() / "wide-model", config)
+    out = process_folder("sessions") / "wide"
+    source = tiny.write_checkpoint(process_folder("sessions") / "wide-model", config)
     in_process(source, "-o", out, *QUICK, "--latent", "2x8x8", "--text-tokens", "4")
     return out
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,3 +92,16 @@ def test_nothing_else_in_deploy_reads_a_device_name() -> None:
     ):
         assert "is_available" not in inspect.getsource(module)
         assert "resolve_device" in inspect.getsource(module)
+
+
+def test_no_other_file_decides_what_a_device_name_means() -> None:
+    """The exporter, the runtime, the benchmarks and the kernels' scripts ask the one place."""
+    root = Path(__file__).resolve().parents[2]
+    own = re.compile(r'"cuda" if [\w.]*is_available\(\)|torch\.device\((options|args|arguments)\.|type=torch\.device')
+    found = [
+        str(path.relative_to(root))
+        for room in ("dvdquant", "export", "deploy", "benchmarks", "kernels")
+        for path in (root / room).rglob("*.py")
+        if own.search(path.read_text()) and path != root / "dvdquant/system/devices.py"
+    ]
+    assert not found

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from grid import Grid, rotated_to_grid
 from torch import Tensor, nn
 
+from benchmarks.quality.simulation.grid import Grid, rotated_to_grid
 from dvdquant.model.layers import LayerSpec
 from dvdquant.model.plan import plan_model
 from dvdquant.numerics.hadamard import Rotation

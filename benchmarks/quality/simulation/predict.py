@@ -12,11 +12,11 @@ import copy
 from typing import Any
 
 import torch
-from clips import Bench
-from outliers import modulation
-from simulate import sampled_inputs
 from torch import Tensor, nn
 
+from benchmarks.quality.outliers import modulation
+from benchmarks.quality.simulation.simulate import sampled_inputs
+from benchmarks.quality.toy.clips import Bench
 from dvdquant.quantize.synthetic_inputs import smooth_field
 
 __all__ = ["noise_run", "predicted_inputs"]

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from grid import Grid
-from simulate import Layer, Simulated
 from torch import Tensor, nn
 
+from benchmarks.quality.simulation.grid import Grid
+from benchmarks.quality.simulation.simulate import Layer, Simulated
 from dvdquant.errors import DvdquantError
 from dvdquant.numerics.hadamard import Rotation
 

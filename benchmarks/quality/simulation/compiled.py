@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from simulate import Layer, Simulated, SimulatedGroup, install
 from torch import Tensor, nn
+
+from benchmarks.quality.simulation.simulate import Layer, Simulated, SimulatedGroup, install
 
 __all__ = ["CompiledModel", "EagerModel", "WithLayers"]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from grid import Grid
-from simulate import Layer, Simulated
 from torch import Tensor
 
+from benchmarks.quality.simulation.grid import Grid
+from benchmarks.quality.simulation.simulate import Layer, Simulated
 from dvdquant.deploy.switching.gbs import Weighting
 from dvdquant.numerics.activation_grid import fake_quantize_activation
 from dvdquant.numerics.hadamard import Rotation, rotate

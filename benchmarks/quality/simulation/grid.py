@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from dvdquant.numerics.activation_grid import QMAX, fake_quantize_activation
 from dvdquant.numerics.hadamard import Rotation
+from dvdquant.system.whole_file import write_whole
 
 __all__ = ["Grid", "rotated_to_grid"]
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FOLDER = _SOURCE.parents[2] / "build" / "quality"
+_FOLDER = _SOURCE.parents[3] / "build" / "quality"
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
@@ -71,10 +72,10 @@ def _library() -> Any:
     key = hashlib.sha256(_SOURCE.read_bytes() + f"{compiler} {_FLAGS} {machine}".encode()).hexdigest()[:16]
     path = _FOLDER / f"grid-{key}.so"
     if not path.exists():
-        _FOLDER.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(partial)], check=True)
-        partial.replace(path)
+        with tempfile.TemporaryDirectory() as scratch:
+            built = Path(scratch) / path.name
+            subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(built)], check=True)
+            write_whole(path, built.read_bytes())
     library = ctypes.CDLL(str(path))
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.quality_grid.argtypes = [

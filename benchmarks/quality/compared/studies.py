@@ -8,10 +8,10 @@ from functools import partial
 from typing import Literal
 
 import torch
-from methods import LayerMethod, activation_grid, from_recipe, grid_method
-from simulate import Layer, Simulated
 from torch import Tensor
 
+from benchmarks.quality.compared.methods import LayerMethod, activation_grid, from_recipe, grid_method
+from benchmarks.quality.simulation.simulate import Layer, Simulated
 from dvdquant.numerics.hadamard import Rotation, rotate
 from dvdquant.quantize.bgr import quantize_weight
 from dvdquant.quantize.gptq import round_with_feedback

@@ -1,0 +1,1 @@
+"""Quantized layers in simulation, and the model in which they are exchanged."""

@@ -1,0 +1,1 @@
+"""The toy model's clips: how they are generated, and what they show, read from their pixels."""

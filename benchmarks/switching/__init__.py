@@ -1,0 +1,1 @@
+"""Switching engines: what it keeps of the quality. The command is measure.py."""

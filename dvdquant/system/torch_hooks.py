@@ -1,0 +1,59 @@
+"""All that is used of PyTorch without being public, looked up at import; what would import ``torch._dynamo``, at first use.
+
+``torch._check`` is documented for fake kernels and counts as public.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dvdquant.system.hooks import hook
+
+__all__ = [
+    "FAKE_TENSOR_LOG",
+    "REQUIREMENT",
+    "FakeTensorMode",
+    "allow_recompiles",
+    "parse_to",
+    "tensor_version",
+    "trace_error",
+]
+
+REQUIREMENT = "torch>=2.10,<2.15"
+
+FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"
+"""The logger that reports what goes wrong on fake tensors."""
+
+if TYPE_CHECKING:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+else:
+    FakeTensorMode = hook("torch", f"{FAKE_TENSOR_LOG}:FakeTensorMode", "to find the shapes of a model", REQUIREMENT)
+
+_parse_to = hook("torch", "torch._C:_nn._parse_to", "to read the arguments of a module's to()", REQUIREMENT)
+_version = hook("torch", "torch:Tensor._version", "to see that a tensor was changed in place", REQUIREMENT)
+
+
+def parse_to(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """Return the device and the dtype that the arguments of ``torch.nn.Module.to`` name, None for what they do not."""
+    device, dtype, *_ = _parse_to(*args, **kwargs)
+    return device, dtype
+
+
+def allow_recompiles(count: int) -> None:
+    """Let torch.compile keep at least ``count`` compiled forms of one function, in the whole process."""
+    why = "to compile a block for each of its forms"
+    present = hook("torch", "torch._dynamo.config:recompile_limit", why, REQUIREMENT)
+    hook("torch", "torch._dynamo.config", why, REQUIREMENT).recompile_limit = max(count, present)
+
+
+def trace_error() -> type[Exception]:
+    """Return the class of what torch.export raises about code that it cannot trace."""
+    found: type[Exception] = hook("torch", "torch._dynamo.exc:UserError", "to report a failed trace", REQUIREMENT)
+    return found
+
+
+def tensor_version(x: torch.Tensor) -> int:
+    """Return the number of changes in place that ``x`` has seen; 0 for an inference tensor, which counts none."""
+    number: int = 0 if x.is_inference() else _version.__get__(x)
+    return number

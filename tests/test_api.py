@@ -1,0 +1,202 @@
+"""The public functions: wrong arguments are refused in words, before any work; what is meant by one thing is taken as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dvdquant
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.request import GenerateRequest, check_request
+from dvdquant.deploy.planning import planner
+from dvdquant.deploy.switching.controller import StepController
+from dvdquant.deploy.switching.factory import make_controller
+from dvdquant.deploy.switching.step_cache import StepCachePolicy
+from dvdquant.errors import DvdquantError, ShapeError
+from tests.support.exporting import TINY_WAN
+from tests.support.step_sessions import trained_export
+
+
+@pytest.fixture(scope="module")
+def out() -> Path:
+    return trained_export()
+
+
+def plan_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opens(*_args: Any, **_options: Any) -> None:
+        raise AssertionError("a generator was opened")
+
+    monkeypatch.setattr(planner, "open_generator", opens)
+
+
+WRONG_PLANS: list[tuple[Any, dict[str, Any], str]] = [
+    ([], {}, "no prompt"),
+    ((), {}, "no prompt"),
+    (None, {}, "prompt"),
+    (3, {}, "prompt"),
+    (b"circle", {}, "prompt"),
+    ([None], {}, "prompt"),
+    (["circle", 3], {}, "prompt"),
+    ([["circle"]], {}, "prompt"),
+    ("circle", {"seeds": []}, "no seed"),
+    ("circle", {"seeds": [0.5]}, "seed"),
+    ("circle", {"seeds": ["0"]}, "seed"),
+    ("circle", {"seeds": None}, "seed"),
+    ("circle", {"seeds": True}, "seed"),
+    ("circle", {"average_bits": "6"}, "goal"),
+    ("circle", {"average_bits": 6, "delta": 0.1}, "more than one goal"),
+    ("circle", {"promts": ["a"]}, "promts"),
+    ("circle", {"output": ""}, "output"),
+    ("circle", {"output": 3}, "output"),
+    ("circle", {"output": "/no/such/folder/schedule.json"}, "/no/such/folder"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "options", "text"), WRONG_PLANS)
+def test_plan_schedule_refuses(
+    out: Path, prompts: Any, options: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_nothing(monkeypatch)
+    with pytest.raises(DvdquantError, match=text) as caught:
+        dvdquant.plan_schedule(out, prompts, **options)
+    assert caught.value.fix or caught.value.available
+    assert not (out / "schedule.json").exists()
+
+
+def test_one_text_is_one_prompt_and_one_number_one_seed(out: Path, tmp_path: Path) -> None:
+    prompt = "circle red right small black"
+    found = dvdquant.plan_schedule(
+        out, prompt, seeds=3, delta=0.5, steps=4, backend="onnxruntime", output=tmp_path / "s.json"
+    )
+    assert found.schedule.prompts == (prompt,)
+    assert found.schedule.seeds == (3,)
+    assert {(clip.prompt, clip.seed) for clip in found.clips} == {(prompt, 3)}
+    assert (tmp_path / "s.json").is_file()
+
+
+@pytest.mark.parametrize("folder", [None, "", 3, b"x", []])
+def test_a_folder_that_is_none(folder: Any) -> None:
+    for call in (dvdquant.inspect_export, lambda out: dvdquant.plan_schedule(out, "circle")):
+        with pytest.raises(DvdquantError, match="out is"):
+            call(folder)
+    with pytest.raises(DvdquantError, match="model is"):
+        dvdquant.export_model(folder, "out")
+    with pytest.raises(DvdquantError, match="out is"):
+        dvdquant.export_model(TINY_WAN, folder)
+
+
+WRONG_EXPORTS: list[tuple[dict[str, Any], str]] = [
+    ({"recipe": None}, "recipe"),
+    ({"recipe": ["w4a4"]}, "recipe"),
+    ({"recipe": "w3"}, "recipe"),
+    ({"target": []}, "target"),
+    ({"target": None}, "target"),
+    ({"target": "rtx,onnx"}, "target"),
+    ({"sm": []}, "sm"),
+    ({"sm": [None]}, "sm"),
+    ({"sm": "8.9.1"}, "8.9.1"),
+    ({"dtype": 16}, "dtype"),
+    ({"dtype": "fp8"}, "fp8"),
+    ({"height": 480.5}, "height"),
+    ({"height": (480, 720)}, "height"),
+    ({"latent": (8, 24, 24)}, "latent"),
+    ({"text_tokens": "five"}, "text_tokens"),
+    ({"text_tokens": 5.5}, "text_tokens"),
+    ({"batch": None}, "batch"),
+    ({"workspace_gib": "much"}, "workspace_gib"),
+    ({"samples": "one"}, "samples"),
+    ({"device": 0}, "device"),
+    ({"plugins": "libdvdquant.so"}, "libdvdquant.so"),
+    ({"plugins": None}, "plugins"),
+    ({"sms": ["8.9"]}, "sms"),
+    ({"heigth": 480}, "heigth"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), WRONG_EXPORTS)
+def test_export_model_refuses(options: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(DvdquantError, match=text) as caught:
+        dvdquant.export_model(TINY_WAN, tmp_path / "out", **{"target": "graphs", **options})
+    assert caught.value.fix or caught.value.available
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_stands_for_its_compute_capability(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from dvdquant.export import pipeline
+
+    class Planned(Exception):
+        pass
+
+    def stop(options: Any) -> None:
+        raise Planned(options)
+
+    monkeypatch.setattr(pipeline, "plan_export", stop)
+    with pytest.raises(Planned) as caught:
+        dvdquant.export_model(TINY_WAN, tmp_path / "out", target=("rtx", "onnx"), sm=[8.9, 12.0], timing_cache="cache")
+    options = caught.value.args[0]
+    assert (options.targets, options.sms, options.timing_cache) == (("rtx", "onnx"), ("8.9", "12.0"), Path("cache"))
+
+
+WRONG_REQUESTS: list[dict[str, Any]] = [
+    {"prompt": None},
+    {"prompt": ["circle"]},
+    {"negative_prompt": 3},
+    {"steps": "20"},
+    {"steps": 2.5},
+    {"steps": True},
+    {"seed": "0"},
+    {"seed": 0.5},
+    {"guidance": "5"},
+    {"guidance": float("nan")},
+    {"delta": "0.1"},
+    {"last_high": 1.5},
+    {"weighting": "steps"},
+    {"weighting": ["step"]},
+    {"cache": "0.1"},
+    {"height": 24.5},
+    {"num_frames": [8]},
+]
+
+
+@pytest.mark.parametrize("fields", WRONG_REQUESTS)
+def test_a_request_of_other_kinds(out: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(ShapeError) as caught:
+        check_request(GenerateRequest(**{"prompt": "circle", **fields}), Artifact.open(out))
+    assert caught.value.available or caught.value.fix
+
+
+WRONG_CONTROLLERS: list[dict[str, Any]] = [
+    {"delta": "0.1"},
+    {"delta": [0.1]},
+    {"delta": True},
+    {"delta": float("nan")},
+    {"delta": 0.1, "last_high": 1.5},
+    {"delta": 0.1, "last_high": "2"},
+    {"delta": 0.1, "low": "4"},
+    {"mode": "fixed", "bits": "8"},
+    {"mode": "planned", "schedule": "884"},
+    {"mode": "planned", "schedule": []},
+    {"mode": "planned", "schedule": [8, "4"]},
+    {"mode": "planned", "schedule": 8},
+    {"mode": "callback", "callback": 8},
+    {"delta": 0.1, "cache": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", WRONG_CONTROLLERS)
+def test_a_controller_of_other_kinds(options: dict[str, Any]) -> None:
+    with pytest.raises(DvdquantError) as caught:
+        StepController(**options)
+    assert caught.value.available or caught.value.fix
+
+
+@pytest.mark.parametrize("options", [{"cache": "0.1"}, {"cache": True}, {"mode": None}, {"mode": 8}, {"mode": "b8"}])
+def test_the_factory_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(DvdquantError) as caught:
+        make_controller(**{"mode": "switch", "component": "transformer", "family": "wan", "bits": (4, 8), **options})
+    assert caught.value.available or caught.value.fix
+    for skips in (0, 1.5, "2"):
+        with pytest.raises(DvdquantError, match="max_skips"):
+            StepCachePolicy(0.1, max_skips=skips)  # type: ignore[arg-type]
