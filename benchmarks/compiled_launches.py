@@ -85,15 +85,15 @@ def wan_block(width: int, ffn: int, heads: int, bits: int) -> nn.Module:
             "prepared", torch.empty(spec.out_features * spec.features, dtype=torch.uint8, device="meta")
         )
         layer.register_buffer("outer", torch.empty(rotation.outer, rotation.outer, device="meta"))
-        balanced = spec.balanced or spec.shifted
-        rows = torch.empty(spec.features // 8, 2, 8, dtype=torch.bfloat16, device="meta") if balanced else None
+        smoothed = spec.smoothed or spec.shifted
+        rows = torch.empty(spec.features // 8, 2, 8, dtype=torch.bfloat16, device="meta") if smoothed else None
         layer.register_buffer("pre_quant", rows)
         chosen = spec.activation(grid)
         layer.constants = (
             1,
             spec.out_features,
             spec.groups,
-            spec.real_zero,
+            spec.float_zero_point,
             rotation.inner,
             chosen.bits,
             chosen.group_size,

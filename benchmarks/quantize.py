@@ -38,7 +38,7 @@ from dvdquant.errors import UnsupportedError
 from dvdquant.numerics.hadamard import Rotation, rotate
 from dvdquant.quantize.backends.torch_grid import quantize_rows
 from dvdquant.quantize.bgr import quantize_weight, relative_mse
-from dvdquant.quantize.gptq import Feedback
+from dvdquant.quantize.gptq import ErrorFeedback
 from dvdquant.recipe import WeightSpec
 from dvdquant.system.devices import DEVICE_WORDS, resolve_device
 
@@ -63,22 +63,22 @@ def ours(solver: str, zero_point: str, group: int) -> Entry:
         return quantize_weight(w, spec).dequantize
 
     def bits(features: int) -> float:
-        per_group = 8 * bool(group) + 8 * (zero_point == "real")
-        return 4 + (32 if zero_point == "real" else 64) / features + per_group / (group or features)
+        per_group = 8 * bool(group) + 8 * (zero_point == "float")
+        return 4 + (32 if zero_point == "float" else 64) / features + per_group / (group or features)
 
     return Entry(f"dvdquant {solver}, {zero_point}", group, bits, run)
 
 
-def with_feedback(features: int, zero_point: str, group: int, device: torch.device) -> Entry:
+def with_gptq(features: int, zero_point: str, group: int, device: torch.device) -> Entry:
     """The default recipes: the search, then codes rounded with feedback for inputs with moments in blocks of 256."""
     plain, size = ours("search", zero_point, group), math.gcd(features, 256)
     falling = torch.randn(2048, size, generator=torch.Generator().manual_seed(0)) * torch.arange(1, size + 1) ** -0.5
     x = rotate(falling, Rotation.for_features(size, "auto"))
-    moments = (x.T @ x / len(x)).to(device).expand(features // size, size, size)
+    hessian = (x.T @ x / len(x)).to(device).expand(features // size, size, size)
 
     def run(w: Tensor) -> Callable[[], Tensor]:
-        feedback = Feedback(moments)
-        return feedback.round(w, quantize_weight(w, WeightSpec(group, zero_point))).dequantize  # type: ignore[arg-type]
+        gptq = ErrorFeedback(hessian)
+        return gptq.round(w, quantize_weight(w, WeightSpec(group, zero_point))).dequantize  # type: ignore[arg-type]
 
     return Entry(f"dvdquant + feedback, {zero_point}", group, plain.bits, run)
 
@@ -140,9 +140,9 @@ def entries(groups: list[int], features: int, device: torch.device) -> list[Entr
     """The rows of the table."""
     table = []
     for group in groups:
-        for zero_point in ("real", "midrise", "symmetric") if group else ("real", "paper", "midrise", "symmetric"):
+        for zero_point in ("float", "midrise", "symmetric") if group else ("float", "paper", "midrise", "symmetric"):
             table += [ours(solver, zero_point, group) for solver in ("minmax", "paper", "search")]
-        table.append(with_feedback(features, "midrise", group, device))
+        table.append(with_gptq(features, "midrise", group, device))
         if importlib.util.find_spec("hqq"):
             table.append(hqq(group, device))
     if importlib.util.find_spec("modelopt"):
@@ -189,7 +189,7 @@ def print_traffic(w: Tensor, groups: list[int]) -> None:
     print(
         f"{w.shape[0]} x {w.shape[1]}\n{'search':<12}{'group':>6}{'bytes a weight':>16}{'operations':>12}{'kernel':>8}"
     )
-    for zero_point in ("midrise", "real"):
+    for zero_point in ("midrise", "float"):
         for group in groups:
             count = w.shape[1] // group if group else 1
             with Traffic() as seen:

@@ -102,7 +102,7 @@ def _random(name: str, dtype: torch.dtype, shape: tuple[int, ...], layer: QuantL
     kind = name.rpartition(".")[2]
     if kind == "weight":
         return torch.randint(-128, 128, shape, dtype=torch.int8, device=device)
-    if kind == "weight_factor":
+    if kind == "weight_group_scale":
         return torch.full(shape, 255, dtype=dtype, device=device)
     if kind == "weight_zero":
         return torch.full(shape, -0.5, dtype=dtype, device=device)

@@ -23,14 +23,15 @@ __all__ = [
     "Recipe",
     "WeightSpec",
     "error_name",
-    "fitted_words",
+    "fitted_text",
     "get_recipe",
     "looks_at_inputs",
 ]
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
+_NAMES_OF_VERSION_1 = {"balance": "smooth", "signs": "random_signs"}
 GROUP_SIZES = (0, 16, 32, 64, 128)
-ZERO_POINTS = ("paper", "midrise", "symmetric", "real")
+ZERO_POINTS = ("paper", "midrise", "symmetric", "float")
 SOLVERS = ("search", "paper", "minmax")
 INPUTS = ("ignored", "synthetic")
 MAX_BLOCK = 1 << 20
@@ -40,13 +41,13 @@ _STRICT = {"extra": "forbid", "strict": True}
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """The weight grid: ``W ≈ scale · factor[group] · (codes − zero)`` with 4-bit signed codes of the rotated weight.
+    """The weight grid: ``W ≈ scale · group_scale[group] · (codes − zero)`` with 4-bit signed codes of the rotated weight.
 
     Args:
         group_size: The number of input channels that share a scale: 16, 32, 64 or 128. 0 means the whole row (one scale
             per output channel).
         zero_point: ``paper`` is a free integer per row. ``midrise`` is −0.5 for all (codes stand for odd multiples of
-            half a step). ``symmetric`` is 0 for all. ``real`` is a number per group in steps of 1/16, found together
+            half a step). ``symmetric`` is 0 for all. ``float`` is a number per group in steps of 1/16, found together
             with the scale (8 bits more per group, and the least error).
         solver: ``search`` reaches the per-row optimum. ``paper`` is bounded init and descent as published. ``minmax``
             keeps the clip range at the extremes (the baseline).
@@ -56,7 +57,7 @@ class WeightSpec:
     __pydantic_config__ = _STRICT
 
     group_size: int = 0
-    zero_point: Literal["paper", "midrise", "symmetric", "real"] = "midrise"
+    zero_point: Literal["paper", "midrise", "symmetric", "float"] = "midrise"
     solver: Literal["search", "paper", "minmax"] = "search"
     bits: int = 4
 
@@ -90,10 +91,10 @@ class Recipe:
         inputs: ``synthetic`` predicts the second moments of every layer's input without data, by one run of the model
             on synthetic latents (``quantize/hessian.py``), and rounds the codes with feedback (``quantize/gptq.py``).
             ``ignored`` looks at the weights alone, as the paper does.
-        balance: Multiply every input channel by a power of two, and its column of the weight by the inverse, so that
+        smooth: Multiply every input channel by a power of two, and its column of the weight by the inverse, so that
             outlier channels do not take the activation grid for themselves. It needs ``inputs="synthetic"``.
-        signs: Give these powers of two random signs, so that the rotation does not add up inputs of one sign. It needs
-            ``balance``.
+        random_signs: Give these powers of two random signs, so that the rotation does not add up inputs of one sign. It needs
+            ``smooth``.
         shift: Subtract the predicted mean from the inputs of the layers whose mean input is determined by weights, and
             add its product with the weights to the bias. The values on the grid are smaller then. It needs
             ``inputs="synthetic"``.
@@ -116,8 +117,8 @@ class Recipe:
     weight: WeightSpec = field(default_factory=WeightSpec)
     rotation: str | int = "auto"
     inputs: Literal["ignored", "synthetic"] = "ignored"
-    balance: bool = False
-    signs: bool = False
+    smooth: bool = False
+    random_signs: bool = False
     shift: bool = False
     modulation: Literal["keep", "a8"] = "keep"
     keep: tuple[str, ...] = ()
@@ -188,6 +189,9 @@ class Recipe:
             raise RecipeError(f"the recipe is not JSON: {error}") from error
         if not isinstance(known, dict):
             raise RecipeError(f"a recipe is a JSON object, not {type(known).__name__}")
+        if type(known.get("version")) is int and known["version"] == 1:
+            known = _from_version_1(known)
+            text = json.dumps(known)
         if type(known.get("version")) is not int or known["version"] != RECIPE_VERSION:
             raise RecipeError(
                 f"recipe version {brief(known.get('version'))} is unknown",
@@ -224,6 +228,15 @@ def _adapter() -> TypeAdapter[Recipe]:
     return TypeAdapter(Recipe)
 
 
+def _from_version_1(known: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe of version 1 with the names of this version."""
+    renamed = {_NAMES_OF_VERSION_1.get(name, name): value for name, value in known.items()}
+    weight = renamed.get("weight")
+    if isinstance(weight, dict) and weight.get("zero_point") == "real":
+        renamed["weight"] = weight | {"zero_point": "float"}
+    return renamed | {"version": RECIPE_VERSION}
+
+
 def _check(recipe: Recipe) -> None:
     """Check a recipe.
 
@@ -241,13 +254,14 @@ def _check(recipe: Recipe) -> None:
             fix="use weight.group_size 0, or zero_point 'midrise'",
         )
     _one_of("inputs", recipe.inputs, INPUTS)
-    _one_of("balance", recipe.balance, (False, True))
-    if recipe.balance and recipe.inputs != "synthetic":
+    _one_of("smooth", recipe.smooth, (False, True))
+    if recipe.smooth and recipe.inputs != "synthetic":
         raise RecipeError("a recipe that balances channels needs to know their inputs", fix="set inputs to 'synthetic'")
-    _one_of("signs", recipe.signs, (False, True))
-    if recipe.signs and not recipe.balance:
+    _one_of("random_signs", recipe.random_signs, (False, True))
+    if recipe.random_signs and not recipe.smooth:
         raise RecipeError(
-            "signs are those of the balance, and this recipe has none", fix="set balance, or signs to false"
+            "random_signs are those of the smooth scales, and this recipe has none",
+            fix="set smooth, or random_signs to false",
         )
     _one_of("shift", recipe.shift, (False, True))
     if recipe.shift and recipe.inputs != "synthetic":
@@ -298,7 +312,7 @@ def _refined(
         weight: The weight grid.
         fitted: Use signs and shifts too, which fit the inputs to the narrow grid of 4-bit activations.
     """
-    return Recipe(name, activations, weight, inputs="synthetic", balance=True, signs=fitted, shift=fitted)
+    return Recipe(name, activations, weight, inputs="synthetic", smooth=True, random_signs=fitted, shift=fitted)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -308,11 +322,11 @@ RECIPES: dict[str, Recipe] = {
         _refined("w4a4", (_A4, _A8)),
         # 8-bit activations only. With an 8-bit GEMM, weight groups cost memory alone, and they decide the error. Signs
         # and shifts gain nothing on a grid of 255 levels.
-        _refined("w4a8", (_A8,), WeightSpec(group_size=32, zero_point="real"), fitted=False),
+        _refined("w4a8", (_A8,), WeightSpec(group_size=32, zero_point="float"), fitted=False),
         # Scales per 128 channels on both sides for the 4-bit graph. The kernels read a byte per group for the scale
         # anyway. One more byte for the zero-point takes 15 to 22 % off the error of the weights.
-        _refined("w4a4-g128", (ActivationSpec(4, 128), _A8), WeightSpec(group_size=128, zero_point="real")),
-        _refined("w4a4-g64", (ActivationSpec(4, 64), _A8), WeightSpec(group_size=64, zero_point="real")),
+        _refined("w4a4-g128", (ActivationSpec(4, 128), _A8), WeightSpec(group_size=128, zero_point="float")),
+        _refined("w4a4-g64", (ActivationSpec(4, 64), _A8), WeightSpec(group_size=64, zero_point="float")),
         # w4a4 without a look at the inputs: BGR on the rotated weights alone. It quantizes without running the model.
         Recipe("weights-only", (_A4, _A8)),
         # Algorithm 1 as published: integer zero-points, bounded init and descent, whole-row rotation.
@@ -349,14 +363,14 @@ def error_name(recipe: Mapping[str, Any]) -> str:
     return "output error on predicted inputs" if looks_at_inputs(recipe) else "weight error"
 
 
-def fitted_words(recipe: Mapping[str, Any]) -> list[str]:
+def fitted_text(recipe: Mapping[str, Any]) -> list[str]:
     """Return in words what a recipe does to inputs before the rotation.
 
     Args:
         recipe: The recipe as ``to_json`` gives it.
     """
-    signs = " with random signs" if recipe.get("signs") else ""
-    words = [f"channels balanced by powers of two{signs}"] if recipe.get("balance") else []
+    random_signs = " with random signs" if recipe.get("random_signs") else ""
+    words = [f"channels balanced by powers of two{random_signs}"] if recipe.get("smooth") else []
     return words + ["predicted means subtracted"] * bool(recipe.get("shift"))
 
 

@@ -15,7 +15,7 @@ from dvdquant.export.engines.report import BUILD_MEMORY_FACTOR, INT8_MEMORY_FACT
 from dvdquant.export.options import ExportOptions
 from dvdquant.model.plan import ModelPlan
 from dvdquant.quantize.checkpoint import CHUNK_WEIGHTS
-from dvdquant.quantize.hessian import moments_bytes
+from dvdquant.quantize.hessian import hessian_bytes
 from dvdquant.quantize.layer_inputs import ITEM_TOKENS, noise_levels
 from dvdquant.recipe import WeightSpec
 from dvdquant.system.memory import memory_limit
@@ -45,7 +45,7 @@ def search_rate(weight: WeightSpec) -> float:
     """Weights a second whose grid is found on two cores."""
     if weight.solver in _SOLVED:
         return _SOLVED[weight.solver]
-    return 1e6 * _SEARCHED[weight.zero_point == "real", weight.group_size]
+    return 1e6 * _SEARCHED[weight.zero_point == "float", weight.group_size]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def packed_bytes(plan: ModelPlan) -> int:
 
 def engine_weight_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
     """Bytes of constants in an engine."""
-    return int(plan.quantized_weights * BYTES_PER_WEIGHT[engine.realization]) + _kept_bytes(plan)
+    return int(plan.quantized_weights * BYTES_PER_WEIGHT[engine.precision]) + _kept_bytes(plan)
 
 
 def estimate_export(
@@ -119,7 +119,7 @@ def estimate_export(
     layers = sum(len(p.layers) for p in plans)
     pairs = [(p, e, engine_weight_bytes(p, e)) for p in plans for e in engines]
     # A lowered graph keeps what is not in the weight file (INT8 or FP4 weights) in a scratch file.
-    scratch = max((size for _, e, size in pairs if e.realization in ("int8", "nvfp4")), default=0)
+    scratch = max((size for _, e, size in pairs if e.precision in ("int8", "nvfp4")), default=0)
     waiting = IMPORT_BYTES + layers * TRACE_BYTES_PER_LAYER
     builders = [
         BUILDER_BYTES + len(p.layers) * BUILDER_BYTES_PER_LAYER + int(size * _memory_factor(e)) for p, e, size in pairs
@@ -142,13 +142,13 @@ def estimate_export(
             for p, _, size in pairs
         ),
     }
-    moments = max((moments_bytes(p) for p in looking), default=0)
-    running = moments + INPUTS_BYTES + 4 * largest if looking else 0
+    hessian = max((hessian_bytes(p) for p in looking), default=0)
+    running = hessian + INPUTS_BYTES + 4 * largest if looking else 0
     return Estimate(
         source_bytes=source_bytes,
         weight_file_bytes=sum(packed_bytes(p) for p in plans),
         engine_bytes=sum(ENGINE_BYTES + size for _, _, size in pairs),
-        scratch_bytes=scratch + moments,
+        scratch_bytes=scratch + hessian,
         resident_bytes=waiting + max(running, largest + 14 * CHUNK_WEIGHTS),
         builder_bytes=max(builders, default=0),
         waiting_bytes=waiting,
@@ -157,7 +157,7 @@ def estimate_export(
 
 
 def _memory_factor(engine: EnginePlan) -> float:
-    return INT8_MEMORY_FACTOR if engine.realization == "int8" else BUILD_MEMORY_FACTOR
+    return INT8_MEMORY_FACTOR if engine.precision == "int8" else BUILD_MEMORY_FACTOR
 
 
 def require_memory(estimate: Estimate, plans: Sequence[ModelPlan], engines: Sequence[EnginePlan]) -> None:
@@ -172,8 +172,8 @@ def require_memory(estimate: Estimate, plans: Sequence[ModelPlan], engines: Sequ
     if engines and plans:
         packed = max(int(p.quantized_weights * BYTES_PER_WEIGHT["int4-weight-only"]) + _kept_bytes(p) for p in plans)
         needed = estimate.waiting_bytes + BUILDER_BYTES + int(packed * BUILD_MEMORY_FACTOR)
-        if any(e.realization not in ("int4-weight-only", "plugin") for e in engines):
-            options.append(f"--realize int4-weight-only needs {_gib(needed)}")
+        if any(e.precision not in ("int4-weight-only", "plugin") for e in engines):
+            options.append(f"--precision int4-weight-only needs {_gib(needed)}")
     raise ResourceError(
         f"the export needs about {_gib(estimate.peak_bytes)} of memory (the engine builder takes up to "
         f"{BUILD_MEMORY_FACTOR} times the bytes of the weights it is given)",

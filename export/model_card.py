@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dvdquant.artifact.manifest import Manifest, model_name
-from dvdquant.artifact.verified import verified_words
-from dvdquant.recipe import fitted_words, looks_at_inputs
+from dvdquant.artifact.verified import verified_text
+from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import markdown, shown
 from dvdquant.text import markdown_code as code
 
@@ -35,7 +35,7 @@ def model_card(manifest: Manifest) -> str:
         f"- sizes (latent, min/opt/max): frames {shapes['frames']}, height {shapes['height']}, width {shapes['width']}; "
         f"{shapes['text_tokens']} text tokens; {shapes['dtype']}",
         f"- {len(manifest.layers)} quantized layers, {len(manifest.kept)} linear layers kept in 16 bit",
-        f"- {verified_words(manifest.verified)}",
+        f"- {verified_text(manifest.verified)}",
         "",
         "| graph | for | activation bits |",
         "|---|---|---|",
@@ -56,7 +56,7 @@ def _inputs(manifest: Manifest) -> list[str]:
     if not looks_at_inputs(manifest.recipe):
         return []
     predicted = "rounded with feedback for inputs predicted by one run on synthetic latents, no data"
-    return ["- " + "; ".join([predicted, *map(shown, fitted_words(manifest.recipe))])]
+    return ["- " + "; ".join([predicted, *map(shown, fitted_text(manifest.recipe))])]
 
 
 def _activations(manifest: Manifest) -> str:

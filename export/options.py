@@ -38,7 +38,7 @@ class ExportOptions:
         targets: of ``rtx``, ``tensorrt``, ``onnx``, ``graphs``; graphs with QuantLinear nodes are always written, and with
             ``graphs`` alone nothing else.
         sms: compute capabilities to build engines for, such as "8.9".
-        realize: ``auto`` or a realization for the rtx target.
+        precision: ``auto`` or a precision for the rtx target.
         height, width, num_frames: video sizes in pixels and frames, SIZE or MIN:MAX or MIN:OPT:MAX.
         latent: "FxHxW" in latent units instead.
         workspace_gib: the builder's workspace limit.
@@ -54,7 +54,7 @@ class ExportOptions:
     dtype: str = "bf16"
     targets: tuple[str, ...] = ("rtx",)
     sms: tuple[str, ...] = ("8.9",)
-    realize: str = "auto"
+    precision: str = "auto"
     height: str | None = None
     width: str | None = None
     num_frames: str | None = None

@@ -154,12 +154,12 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             options.sms,
             options.recipe.activations,
             recipe=options.recipe,
-            override=options.realize if backend == "tensorrt_rtx" else "auto",
+            override=options.precision if backend == "tensorrt_rtx" else "auto",
             from_checkpoint=True,
             attention=attention_wish(options.recipe, plans[0].family, sizes),
         )
         versions[backend] = load_backend(backend).version
-    if any(e.realization == "plugin" for e in engines) and not options.plugins:
+    if any(e.precision == "plugin" for e in engines) and not options.plugins:
         raise EngineError(
             "the tensorrt target needs the dvdquant plugin library, and --plugin was not given",
             fix="pass the built library with --plugin, or use --target rtx, or --target onnx for graphs alone",
@@ -321,7 +321,7 @@ class _Run:
                 options.allow_nonfinite,
                 options.torch_device,
             )
-            if not any(engine.realization == "nvfp4" for engine in plan.engines):
+            if not any(engine.precision == "nvfp4" for engine in plan.engines):
                 weights.forget()  # only NVFP4 is made from the original weights
             self.packed[component] = packed
             self.known |= packed.files
@@ -369,7 +369,7 @@ class _Run:
         specs = {spec.name: spec for spec in model_plan.layers}
 
         def source(layer: str) -> Tensor:
-            if not specs[layer].balanced:
+            if not specs[layer].smoothed:
                 return rotated_weight(checkpoint, specs[layer])
             relative, info = self._tensors(component)[f"{layer}.pre_quant_scale"]
             return rotated_weight(checkpoint, specs[layer], read_tensor(self.transaction.tree / relative, info))

@@ -36,7 +36,7 @@ class _Engine(TypedDict):
 _KINDS: dict[str, TypeAdapter[Any]] = {
     "layer": TypeAdapter(_Layer),
     "kept": TypeAdapter(_Kept),
-    "moments": TypeAdapter(None),
+    "hessian": TypeAdapter(None),
 }
 _ENGINE, _REPORT = TypeAdapter(_Engine), TypeAdapter(BuildReport)
 

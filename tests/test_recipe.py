@@ -16,8 +16,8 @@ GOOD = RECIPES["w4a4"].to_json()
 LOOKS: list[dict[str, Any]] = [
     {},
     {"inputs": "synthetic"},
-    {"inputs": "synthetic", "balance": True},
-    {"inputs": "synthetic", "balance": True, "signs": True},
+    {"inputs": "synthetic", "smooth": True},
+    {"inputs": "synthetic", "smooth": True, "random_signs": True},
     {"inputs": "synthetic", "shift": True},
 ]
 
@@ -62,7 +62,7 @@ def test_named_recipes() -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"version": 2}, "version"),
+    ({"version": 3}, "version"),
     ({"version": None}, "version"),
     ({"activations": []}, "at least one"),
     ({"activations": [{"bits": 5}]}, "activations.bits"),
@@ -82,10 +82,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"weight": {"zero_point": "paper", "group_size": 64}}, "cannot be combined"),
     ({"weight": {"bits": 4, "extra": 1}}, "unknown field"),
     ({"weight": [1]}, "field weight is [1]"),
-    ({"weight": {"zero_point": ["real"]}}, "field weight.zero_point is ['real']"),
+    ({"weight": {"zero_point": ["float"]}}, "field weight.zero_point is ['float']"),
     ({"name": 3}, "field name is 3"),
     ({"rotation": 10**30}, "rotation block 1000"),
-    ({"balance": 1}, "field balance is 1"),
+    ({"smooth": 1}, "field smooth is 1"),
     ({"modulation": "a4"}, "modulation"),
     ({"modulation": True}, "modulation"),
     ({"rotation": "half"}, "rotation"),
@@ -99,9 +99,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"keep": "proj_out"}, "field keep is 'proj_out'"),
     ({"force": [3]}, "field force[0] is 3"),
     ({"version": True}, "version True"),
-    ({"signs": True, "balance": False}, "signs are those of the balance"),
-    ({"signs": "yes"}, "signs"),
-    ({"shift": True, "inputs": "ignored", "balance": False, "signs": False}, "needs to know their mean"),
+    ({"random_signs": True, "smooth": False}, "are those of the smooth scales"),
+    ({"random_signs": "yes"}, "random_signs"),
+    ({"shift": True, "inputs": "ignored", "smooth": False, "random_signs": False}, "needs to know their mean"),
     ({"shift": 2}, "shift"),
 ]
 
@@ -138,3 +138,15 @@ def test_globs() -> None:
     assert more.keeps("blocks.1.attn", family)
     assert not more.keeps("proj_out", family)
     assert recipe.keep == ("blocks.0.*",)
+
+
+def test_recipes_of_version_1_are_read_under_their_old_names() -> None:
+    for name in RECIPES:
+        recipe = get_recipe(name)
+        data = recipe.to_json()
+        data["balance"], data["signs"] = data.pop("smooth"), data.pop("random_signs")
+        if data["weight"]["zero_point"] == "float":
+            data["weight"]["zero_point"] = "real"
+        assert Recipe.from_json({**data, "version": 1}) == recipe
+        with pytest.raises(RecipeError, match=r"balance|zero_point"):
+            Recipe.from_json(data)

@@ -26,7 +26,7 @@ from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.gbs import Weighting, delta_for_average_bits, relative_change, weighted_changes
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.model.plan import plan_model
-from dvdquant.quantize.hessian import InputMoments, synthetic_moments
+from dvdquant.quantize.hessian import InputHessian, synthetic_hessians
 from dvdquant.recipe import RECIPES
 from dvdquant.system.progress import Progress
 from dvdquant.system.whole_file import atomic_path, write_whole
@@ -60,7 +60,7 @@ class Worker:
     eager: bool = False
     benches: dict[str, Bench] = field(default_factory=dict)
     layers: dict[tuple[str, bool], list[Layer]] = field(default_factory=dict)
-    moments: dict[str, dict[str, InputMoments]] = field(default_factory=dict)
+    hessian: dict[str, dict[str, InputHessian]] = field(default_factory=dict)
     held: dict[str, dict[str, Any]] = field(default_factory=dict)
     built: dict[tuple[str, str, int], nn.Module] = field(default_factory=dict)
     compiled: dict[tuple[str, bool], CompiledModel | EagerModel] = field(default_factory=dict)
@@ -102,17 +102,17 @@ class Worker:
                 predicted = {"modulation": predicted_inputs(bench)}
                 for title, latents in (("noise run", "noise"), ("smooth run", "smooth"), ("own run", "own")):
                     predicted[title] = noise_run(bench, latents)
-            inputs, moments = self._held(model)["inputs"], self._moments(model)
-            self.layers[model, studied] = layers_of(bench.model, inputs, predicted, moments)
+            inputs, hessian = self._held(model)["inputs"], self._hessian(model)
+            self.layers[model, studied] = layers_of(bench.model, inputs, predicted, hessian)
         return self.layers[model, studied]
 
-    def _moments(self, model: str) -> dict[str, InputMoments]:
+    def _hessian(self, model: str) -> dict[str, InputHessian]:
         """What an export of this model predicts of its layers' inputs."""
-        if model not in self.moments:
+        if model not in self.hessian:
             checkpoint = open_checkpoint(self.folders[model])
             planned = plan_model(checkpoint.config, RECIPES["w4a4"], torch.float32)
-            self.moments[model] = synthetic_moments(checkpoint, planned, Progress("quiet"))
-        return self.moments[model]
+            self.hessian[model] = synthetic_hessians(checkpoint, planned, Progress("quiet"))
+        return self.hessian[model]
 
     def simulated(self, model: str, method: Method, bits: int, studied: bool = False) -> nn.Module:
         """The model under a method; the two last used are kept."""

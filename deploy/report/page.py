@@ -25,9 +25,9 @@ from dvdquant.deploy.report.text import (
     kept_groups,
     millions,
     python_lines,
-    recipe_words,
+    recipe_text,
     shown,
-    size_words,
+    size_text,
 )
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.recipe import error_name, looks_at_inputs
@@ -271,8 +271,8 @@ def _context(report: Report) -> dict[str, Any]:
         "m": manifest,
         "name": model_name(manifest.source["model"]),
         "created": manifest.created[:16].replace("T", " "),
-        "recipe": recipe_words(manifest.recipe, manifest.family),
-        "sizes": size_words(manifest.shapes),
+        "recipe": recipe_text(manifest.recipe, manifest.family),
+        "sizes": size_text(manifest.shapes),
         "facts": facts,
         "bars": _bars(report, manifest, facts),
         "error_chart": error_chart(manifest.layers, error_name(manifest.recipe)),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dvdquant.artifact.manifest import EngineEntry, Manifest
-from dvdquant.recipe import fitted_words, looks_at_inputs
+from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import shell_word, unsafe
 
 __all__ = [
@@ -19,9 +19,9 @@ __all__ = [
     "kept_groups",
     "millions",
     "python_lines",
-    "recipe_words",
+    "recipe_text",
     "shown",
-    "size_words",
+    "size_text",
 ]
 
 LONGEST = 600  # characters of one text of the page
@@ -58,7 +58,7 @@ def shown(value: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------- the recipe
 
 
-def recipe_words(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]]:
+def recipe_text(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]]:
     """Return (what, how) of a ``Recipe.to_json()`` for a model of ``family``."""
     from dvdquant.model.families import FAMILIES
 
@@ -67,7 +67,7 @@ def recipe_words(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]
     zero = {
         "midrise": "codes stand for odd multiples of half a step",
         "symmetric": "codes around zero",
-        "real": "a zero-point in sixteenths of a step for each group",
+        "float": "a zero-point in sixteenths of a step for each group",
         "paper": "one integer zero-point per row",
     }
     solver = {
@@ -83,7 +83,7 @@ def recipe_words(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]
     turned["none"] = "none"
     modulation = {"keep": "16 bit", "a8": "4-bit weights, 8-bit activations"}[recipe["modulation"]]
     predicted = "predicted by one run on synthetic latents, no data; codes rounded with feedback for them"
-    predicted = ", ".join([predicted, *fitted_words(recipe)])
+    predicted = ", ".join([predicted, *fitted_text(recipe)])
     has_modulation = any(f.modulation for f in FAMILIES if f.name == family)
     return [
         ("Weights", f"{weight['bits']} bits, {grid}; {zero[weight['zero_point']]}"),
@@ -100,7 +100,7 @@ def millions(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def size_words(shapes: Mapping[str, Any]) -> str:
+def size_text(shapes: Mapping[str, Any]) -> str:
     """Latent sizes of the graphs, ranges with what they are tuned for."""
     parts = []
     for axis in ("frames", "height", "width"):

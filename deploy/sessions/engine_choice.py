@@ -122,7 +122,7 @@ def _problem(artifact: Artifact, component: str, library: Backend, entry: Engine
     built = entry["versions"].get(library.name)
     if built != library.version:
         return f"was built by {library.name} {built or 'of an unknown release'}, and loads in that release only"
-    if entry["realization"] == "plugin" and not library.takes_plugins:
+    if entry["precision"] == "plugin" and not library.takes_plugins:
         return f"needs a plugin, and {library.name} has none"
     graph = artifact.graph(component, entry["act_bits"])
     if entry["onnx_sha256"] != artifact.manifest.files[graph]["sha256"]:

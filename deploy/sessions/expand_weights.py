@@ -15,7 +15,7 @@ from dvdquant.ops.reference import dequantize_weight
 __all__ = ["EXPANDED", "expand_weights", "expanded_weight"]
 
 EXPANDED = ".expanded"
-_PACKED = ("weight", "weight_scale", "weight_factor", "weight_zero")
+_PACKED = ("weight", "weight_scale", "weight_group_scale", "weight_zero")
 _KEY = (DOMAIN, "QuantLinear", "")
 
 
@@ -95,8 +95,8 @@ def expanded_weight(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the weight of one layer as fp32 [K, N], contiguous.
 
     Args:
-        tensors: The four packed tensors of the layer: ``weight``, ``weight_scale``, ``weight_factor`` and
+        tensors: The four packed tensors of the layer: ``weight``, ``weight_scale``, ``weight_group_scale`` and
             ``weight_zero``.
     """
-    weight, scale, factor, zero = (tensors[kind] for kind in _PACKED)
-    return dequantize_weight(weight, scale, factor, zero, torch.float32).T.contiguous()
+    weight, scale, group_scale, zero = (tensors[kind] for kind in _PACKED)
+    return dequantize_weight(weight, scale, group_scale, zero, torch.float32).T.contiguous()

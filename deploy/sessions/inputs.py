@@ -115,7 +115,7 @@ def _pixels(name: str, size: int, family: Family) -> int | None:
     return frames if size > 0 and family.latent_frames(frames) == size else None
 
 
-def _in_words(name: str, sizes: tuple[int, ...], family: Family) -> str:
+def _in_text(name: str, sizes: tuple[int, ...], family: Family) -> str:
     unit = "frames" if name == "frames" else "pixels"
     pixels = [_pixels(name, size, family) for size in sizes]
     latents = "..".join(map(str, sizes)) + " latents"
@@ -132,16 +132,16 @@ def _check_axis(name: str, size: int, family: Family, sizes: Sizes) -> None:
         ends = [_pixels(name, end, family) for end in (low, high)]
         option = f"{_OPTIONS[name]} {ends[0]}:{ends[1]}" if None not in ends else f"--latent, {name} {low}:{high}"
         raise ShapeError(
-            f"{name} is {_in_words(name, (size,), family)}, outside the profile of the export",
-            available=f"{name} {_in_words(name, served, family)}",
+            f"{name} is {_in_text(name, (size,), family)}, outside the profile of the export",
+            available=f"{name} {_in_text(name, served, family)}",
             fix=f"use a size of the profile, or export again with {option}",
         )
     if size % patch:
         below = size // patch * patch
         near = [n for n in (below, below + patch) if axis.min <= n <= axis.max]
         raise ShapeError(
-            f"{name} is {_in_words(name, (size,), family)}, no multiple of the patch size {patch}",
-            available=[_in_words(name, (n,), family) for n in near],
+            f"{name} is {_in_text(name, (size,), family)}, no multiple of the patch size {patch}",
+            available=[_in_text(name, (n,), family) for n in near],
             fix="use one of these sizes",
         )
 
@@ -158,7 +158,7 @@ def _check_tokens(axes: Mapping[str, tuple[int, str]], family: Family, sizes: Si
     low, high = (family.tokens(*sizes.at(which)) for which in ("min", "max"))
     if not low <= tokens <= high:
         profile = ", ".join(
-            f"{name} {_in_words(name, (a.min, a.max) if a.dynamic else (a.opt,), family)}"
+            f"{name} {_in_text(name, (a.min, a.max) if a.dynamic else (a.opt,), family)}"
             for name, a in (("frames", sizes.frames), ("height", sizes.height), ("width", sizes.width))
         )
         raise ShapeError(

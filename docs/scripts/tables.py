@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dvdquant.artifact import manifest
-from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_realization, what_executes
+from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_precision, what_executes
 from dvdquant.recipe import RECIPES, ActivationSpec, Recipe
 
 
@@ -28,8 +28,8 @@ def executes_table() -> str:
     ):
         for activation in recipe.activations:
             for sm in sms:
-                realization = choose_realization(backend, sm, activation)
-                words = what_executes(realization, activation.bits, sm, recipe, from_checkpoint=True)
+                precision = choose_precision(backend, sm, activation)
+                words = what_executes(precision, activation.bits, sm, recipe, from_checkpoint=True)
                 rows.setdefault((name, f"a{activation.bits}", words), []).append(sm)
     ordered = ((name, ", ".join(sms), graph, words) for (name, graph, words), sms in rows.items())
     return _table(("`--target`", "SM", "graph", "what executes"), ordered)
@@ -53,8 +53,8 @@ def _recipe_row(recipe: Recipe) -> tuple[str, ...]:
         str(recipe.rotation),
         "; ".join(
             ["predicted"]
-            + ["channels balanced"] * recipe.balance
-            + ["random signs"] * recipe.signs
+            + ["channels balanced"] * recipe.smooth
+            + ["random signs"] * recipe.random_signs
             + ["means subtracted"] * recipe.shift
         )
         if recipe.inputs == "synthetic"

@@ -55,7 +55,8 @@ __all__ = [
     "verify_files",
 ]
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
+_NAME = re.compile(r"[a-z0-9-]{1,40}")
 MAX_MANIFEST = 64 << 20
 _SHOWN_PATH = 400  # characters
 _RESERVED = re.compile(r"\.(tmp-.*|lock|commit)|manifest\.json")
@@ -252,7 +253,7 @@ class EngineEntry(TypedDict):
         backend: The library that built it.
         sm: The compute capabilities that it runs on, as ``["8.9", "12.0"]``.
         act_bits: The bits of the graph's activations: 4, 6 or 8.
-        realization: A short name for the way in which the quantized layers run.
+        precision: A short name for the way in which the quantized layers run.
         executes: The same in words: the arithmetic that really runs.
         onnx_sha256: The SHA-256 of the graph that it was built from.
         versions: The versions of the builder.
@@ -264,7 +265,7 @@ class EngineEntry(TypedDict):
     backend: Text
     sm: Annotated[list[ComputeCapability], Field(max_length=100)]
     act_bits: Bits
-    realization: Text
+    precision: Text
     executes: Text
     onnx_sha256: Digest
     versions: dict[Text, Text]
@@ -324,7 +325,7 @@ class Manifest:
     dvdquant_version: Text = __version__
     export_key: Digest | Literal[""] = ""
     verified: Verified | None = None
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         for name in ("layers", "kept", "nonfinite", "graphs", "engines", "components"):
@@ -373,6 +374,14 @@ class Manifest:
                 f"manifest format {brief(data['format_version'])} is newer than this dvdquant {__version__} can read",
                 available=f"format {FORMAT_VERSION}",
                 fix=f"install dvdquant {data.get('dvdquant_version', 'that wrote it')!s:.40} or newer",
+            )
+        if data["format_version"] == 1:
+            recipe_name = data["recipe"].get("name") if isinstance(data.get("recipe"), dict) else None
+            option = f" --recipe {recipe_name}" if isinstance(recipe_name, str) and _NAME.fullmatch(recipe_name) else ""
+            raise OutputError(
+                "the export was written in manifest format 1, whose tensors and fields have other names",
+                available=f"format {FORMAT_VERSION}",
+                fix=f"export the model again, into a new folder: dvdq-export MODEL -o NEW_FOLDER{option}",
             )
         data.setdefault("verified", None)  # older manifests lack it
         recipe = _check(data, raw)

@@ -9,10 +9,10 @@ from dvdquant.text import shown
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Verified
 
-__all__ = ["verified_words"]
+__all__ = ["verified_text"]
 
 
-def verified_words(verified: Verified | None) -> str:
+def verified_text(verified: Verified | None) -> str:
     """Return one line about the manifest's field ``verified``; its texts are untrusted and made safe to print.
 
     Args:

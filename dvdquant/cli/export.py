@@ -89,7 +89,7 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
     "--sm", "sms", type=WORD, multiple=True, default=("8.9",), show_default=True, help="Compute capability; repeatable."
 )
 @click.option(
-    "--realize",
+    "--precision",
     type=click.Choice(REALIZE),
     default="auto",
     show_default=True,
@@ -215,7 +215,7 @@ def _plan_json(plan: ExportPlan) -> dict[str, Any]:
 
 
 def _plan_text(plan: ExportPlan) -> str:
-    from dvdquant.quantize.checkpoint import left_out_words
+    from dvdquant.quantize.checkpoint import left_out_text
 
     first, estimate = plan.plans[0], plan.estimate
     kinds: dict[tuple[int, int, int, int], list[str]] = {}
@@ -240,7 +240,7 @@ def _plan_text(plan: ExportPlan) -> str:
     ]
     for model_plan, checkpoint in zip(plan.plans, plan.checkpoints):
         if unused := model_plan.left_out(checkpoint.tensors):
-            lines += [left_out_words(checkpoint, unused), ""]
+            lines += [left_out_text(checkpoint, unused), ""]
     if plan.engines:
         lines += [
             "what will execute",
@@ -251,7 +251,7 @@ def _plan_text(plan: ExportPlan) -> str:
         f"disk      {amount(estimate.disk_bytes):>10}   weights {amount(estimate.weight_file_bytes)} "
         f"(from {amount(estimate.source_bytes)}), engines {amount(estimate.engine_bytes)}, "
         f"scratch {amount(estimate.scratch_bytes)}",
-        f"memory    {amount(estimate.peak_bytes):>10}   {_memory_words(estimate)}",
+        f"memory    {amount(estimate.peak_bytes):>10}   {_memory_text(estimate)}",
         f"time      {sum(estimate.seconds.values()):>8.0f} s   "
         + ", ".join(f"{name} {value:.0f} s" for name, value in estimate.seconds.items()),
         "dry run: nothing was written",
@@ -259,7 +259,7 @@ def _plan_text(plan: ExportPlan) -> str:
     return "\n".join(lines)
 
 
-def _memory_words(estimate: Estimate) -> str:
+def _memory_text(estimate: Estimate) -> str:
     """Return what the peak is the larger of."""
     words = f"exporter {amount(estimate.resident_bytes)}"
     if not estimate.builder_bytes:

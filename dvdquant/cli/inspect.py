@@ -151,11 +151,11 @@ def _check_files(out: Path, manifest: Manifest) -> str:
 
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
-    from dvdquant.artifact.verified import verified_words
-    from dvdquant.recipe import error_name, fitted_words, looks_at_inputs
+    from dvdquant.artifact.verified import verified_text
+    from dvdquant.recipe import error_name, fitted_text, looks_at_inputs
 
     recipe = manifest.recipe
-    inputs = ["inputs predicted" if looks_at_inputs(recipe) else "inputs ignored", *fitted_words(recipe)]
+    inputs = ["inputs predicted" if looks_at_inputs(recipe) else "inputs ignored", *fitted_text(recipe)]
     weight = recipe["weight"]
     sizes = {name: entry["bytes"] for name, entry in manifest.files.items()}
     shapes = ", ".join(f"{axis} {_range(manifest.shapes[axis])}" for axis in ("frames", "height", "width"))
@@ -165,7 +165,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
         f"zero-point {weight['zero_point']}, solver {weight['solver']}, {', '.join(inputs)}",
-        verified_words(manifest.verified),
+        verified_text(manifest.verified),
         f"latent sizes: {shapes}; {manifest.shapes['text_tokens']} text tokens, {manifest.shapes['dtype']}",
         "",
         table(("file", "size"), [(name, amount(size)) for name, size in sorted(sizes.items())], right=(1,)),

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.numerics.hadamard import Rotation
-from dvdquant.ops.balance import balance_input
 from dvdquant.ops.kernel_layer import KernelLayer
 from dvdquant.ops.packed_layer import PackedLayer
-from dvdquant.ops.quant_linear import balanced_quant_linear, quant_linear
+from dvdquant.ops.quant_linear import quant_linear, smooth_quant_linear
+from dvdquant.ops.smooth import smooth_input
 from dvdquant.recipe import ActivationSpec
 from dvdquant.system.torch_hooks import tensor_version
 
@@ -38,7 +38,7 @@ __all__ = [
     "set_activation",
 ]
 
-TENSORS = ("weight", "weight_scale", "weight_factor", "weight_zero", "bias")
+TENSORS = ("weight", "weight_scale", "weight_group_scale", "weight_zero", "bias")
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class LayerSpec:
         rotation: The Hadamard rotation of its input.
         groups: The number of weight groups per row (1 for a scale per row).
         floor: The least activation grid that it accepts, used instead of one with fewer bits; None accepts all.
-        real_zero: True for a real zero-point per group, stored as a byte, instead of one in fp32 per row.
-        balanced: True if the input is multiplied by a power of two per channel before it is rotated.
-        signs: True if these powers of two have random signs, provided that there is a rotation.
+        float_zero_point: True for a real zero-point per group, stored as a byte, instead of one in fp32 per row.
+        smoothed: True if the input is multiplied by a power of two per channel before it is rotated.
+        random_signs: True if these powers of two have random signs, provided that there is a rotation.
         shifted: True if a constant per channel is subtracted from the input before.
     """
 
@@ -68,9 +68,9 @@ class LayerSpec:
     rotation: Rotation
     groups: int
     floor: ActivationSpec | None = None
-    real_zero: bool = False
-    balanced: bool = False
-    signs: bool = False
+    float_zero_point: bool = False
+    smoothed: bool = False
+    random_signs: bool = False
     shifted: bool = False
 
     def activation(self, asked: ActivationSpec) -> ActivationSpec:
@@ -92,13 +92,13 @@ class LayerSpec:
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "weight": (torch.int8, (n, self.features // 2)),
             "weight_scale": (torch.float32, (n,)),
-            "weight_factor": (torch.uint8, (n, self.groups)),
-            "weight_zero": (torch.uint8, (n, self.groups)) if self.real_zero else (torch.float32, (n,)),
+            "weight_group_scale": (torch.uint8, (n, self.groups)),
+            "weight_zero": (torch.uint8, (n, self.groups)) if self.float_zero_point else (torch.float32, (n,)),
             "bias": (torch.float32, (n,)),
         }
         if self.shifted:
             shapes["pre_quant_shift"] = (torch.float32, (self.features,))
-        if self.balanced:
+        if self.smoothed:
             shapes["pre_quant_scale"] = (torch.float32, (self.features,))
         return {f"{self.name}.{key}": value for key, value in shapes.items()}
 
@@ -151,11 +151,11 @@ class QuantLinear(nn.Module):
     Attributes:
         weight: The packed codes, int8 [N, K/2].
         weight_scale: The scales of the rows, fp32 [N].
-        weight_factor: The factors of the groups, uint8 [N, groups].
+        weight_group_scale: The factors of the groups, uint8 [N, groups].
         weight_zero: The zero-points, fp32 [N] or uint8 [N, groups].
         bias: The bias, fp32 [N].
         pre_quant_shift: The constant that is subtracted from the input, fp32 [K]; a shifted layer has it.
-        pre_quant_scale: The power of two of each input channel, fp32 [K]; a balanced layer has it.
+        pre_quant_scale: The power of two of each input channel, fp32 [K]; a smoothed layer has it.
         act_bits: The bits of the activations.
         act_group: The number of channels that share an activation scale; 0 means the whole token.
         kernel: The prepared weights, or None before :meth:`prepare`.
@@ -221,19 +221,19 @@ class QuantLinear(nn.Module):
         stored = [self.get_buffer(name) for name in TENSORS] if self.kernel is None else self.kernel.packed.stored()
         packed = PackedLayer(*stored, *matrices)  # type: ignore[call-arg]
         grids = dict.fromkeys(self.spec.activation(asked) for asked in activations)
-        self.kernel = KernelLayer(kernels, packed, grids, dtype, device, *self._balance())
+        self.kernel = KernelLayer(kernels, packed, grids, dtype, device, *self._pre_quant())
         for name in TENSORS:
             self._buffers[name] = None
 
-    def balance(self, x: Tensor) -> Tensor:
+    def smooth(self, x: Tensor) -> Tensor:
         """Return the input of the op: ``x`` minus the shift, its channels multiplied by powers of two.
 
         Args:
             x: The input of the layer [..., K], floating point.
         """
-        return balance_input(x, *self._balance())
+        return smooth_input(x, *self._pre_quant())
 
-    def _balance(self) -> tuple[Tensor | None, Tensor | None]:
+    def _pre_quant(self) -> tuple[Tensor | None, Tensor | None]:
         """Return pre_quant_scale and pre_quant_shift, fp32 [K]; None for one that the layer does not have."""
         scale, shift = (self._buffers.get(name) for name in ("pre_quant_scale", "pre_quant_shift"))
         return scale, shift
@@ -252,15 +252,15 @@ class QuantLinear(nn.Module):
         if self.kernel is not None:
             y = self.kernel(x, outer, self.act_bits, self.act_group)
             return y
-        rest = (self.weight, self.weight_scale, self.weight_factor, self.weight_zero, self.bias, hadamard, outer,
+        rest = (self.weight, self.weight_scale, self.weight_group_scale, self.weight_zero, self.bias, hadamard, outer,
                 self.act_bits, self.act_group)  # fmt: skip
         # In eager mode on a GPU, every pointwise operation is a pass over memory of its own. Compilers and engines fuse
         # it.
-        fused = (self.spec.balanced or self.spec.shifted) and self.spec.features % 8 == 0
+        fused = (self.spec.smoothed or self.spec.shifted) and self.spec.features % 8 == 0
         if fused and x.is_cuda and not torch.compiler.is_compiling():
-            y = balanced_quant_linear(x, *self._balance(), *rest)
+            y = smooth_quant_linear(x, *self._pre_quant(), *rest)
         else:
-            y = quant_linear(self.balance(x), *rest)
+            y = quant_linear(self.smooth(x), *rest)
         return y
 
     def extra_repr(self) -> str:

@@ -406,9 +406,9 @@ def _layer_spec(
         rotation=Rotation.for_features(features, recipe.rotation),
         groups=features // group,
         floor=floor,
-        real_zero=recipe.weight.zero_point == "real",
-        balanced=recipe.balance,
-        signs=recipe.signs,
+        float_zero_point=recipe.weight.zero_point == "float",
+        smoothed=recipe.smooth,
+        random_signs=recipe.random_signs,
         shifted=recipe.shift and steady,
     )
 

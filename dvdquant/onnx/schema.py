@@ -15,7 +15,7 @@ QUANT_LINEAR_INPUTS = (
     ("x", "T", "[..., K]"),
     ("weight", "tensor(int8)", "[N, K/2] packed 4-bit codes of the rotated weight, low nibble = even k"),
     ("weight_scale", "tensor(float)", "[N]"),
-    ("weight_factor", "tensor(uint8)", "[N, groups]; 255 stands for 1"),
+    ("weight_group_scale", "tensor(uint8)", "[N, groups]; 255 stands for 1"),
     ("weight_zero", "Z", "centred zero-point: fp32 [N], or uint8 [N, groups] that stands for byte/16 - 8"),
     ("bias", "tensor(float)", "[N]"),
     ("hadamard", "tensor(float)", "[b, b] orthonormal"),

@@ -40,7 +40,7 @@ LIBRARY = "libdvdquant_kernels.so"
 BUILD = "run `make kernels` in a checkout (needs nvcc), or set DVDQUANT_KERNELS to the built library"
 DTYPES = ("bf16", "fp16")
 CODES = ("s4", "s8", "e4m3")
-GRID_ZERO_POINTS = ("midrise", "symmetric", "real")
+GRID_ZERO_POINTS = ("midrise", "symmetric", "float")
 GRID_SOLVERS = ("minmax", "search")
 
 
@@ -55,12 +55,12 @@ _ERRORS: dict[int, type[DvdquantError]] = {1: ShapeError, 2: UnsupportedError, 3
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("n", "k", "weight_groups")),
-        *((name, ctypes.c_int32) for name in ("real_zero", "block", "outer", "act_bits", "act_group", "dtype")),
+        *((name, ctypes.c_int32) for name in ("float_zero_point", "block", "outer", "act_bits", "act_group", "dtype")),
     ]
 
 
 class _Weight(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "factor", "zero", "bias")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "group_scale", "zero", "bias")]
 
 
 class _Plan(ctypes.Structure):
@@ -78,7 +78,7 @@ class _Grid(ctypes.Structure):
 
 
 class _GridOut(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "factor", "zero")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "group_scale", "zero")]
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ class GridPointers:
     Args:
         codes: Address of int8 [n, k].
         scale: Address of fp32 [n].
-        factor: Address of uint8 [n, groups].
+        group_scale: Address of uint8 [n, groups].
         zero: Address of fp32 [n], or of uint8 [n, groups] for the ``real`` zero-point.
     """
 
     codes: int
     scale: int
-    factor: int
+    group_scale: int
     zero: int
 
 
@@ -150,14 +150,14 @@ class WeightPointers:
     Args:
         codes: Address of int8 [n, k/2], packed 4-bit codes.
         scale: Address of fp32 [n].
-        factor: Address of uint8 [n, groups].
+        group_scale: Address of uint8 [n, groups].
         zero: Address of fp32 [n], or of uint8 [n, groups] with real zero-points.
         bias: Address of fp32 [n]; 0 for none.
     """
 
     codes: int
     scale: int
-    factor: int
+    group_scale: int
     zero: int
     bias: int = 0
 
@@ -204,7 +204,7 @@ class KernelLibrary:
             "linear_gemm": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
             "quant_linear": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
             "search_grid": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer]),
-            "round_feedback": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer, i64, pointer]),
+            "gptq_round": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer, i64, pointer]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(self._library, f"dvdq_{name}")
@@ -279,7 +279,7 @@ class KernelLibrary:
             prepared_bytes: Size of that buffer, ``plan.prepared_bytes``.
             stream: The CUDA stream.
         """
-        pointers = _Weight(weight.codes, weight.scale, weight.factor, weight.zero, weight.bias or None)
+        pointers = _Weight(weight.codes, weight.scale, weight.group_scale, weight.zero, weight.bias or None)
         self._check(
             self._library.dvdq_prepare_weight(
                 _layer(layer), sm, ctypes.byref(pointers), prepared, prepared_bytes, stream
@@ -297,7 +297,7 @@ class KernelLibrary:
         sums: int,
         tokens: int,
         stream: int,
-        balance: int = 0,
+        pre_quant: int = 0,
     ) -> None:
         """Rotate x [M, K] and quantize it to codes, scales and token sums.
 
@@ -311,11 +311,11 @@ class KernelLibrary:
             sums: Address of the token sums that are written, fp32 [scale_rows, M]; 0 for none.
             tokens: Rows M of x.
             stream: The CUDA stream.
-            balance: Address of the packed balance, [K/8, 2, 8] of x's dtype; 0 for none.
+            pre_quant: Address of the packed pre-quant scale and offset, [K/8, 2, 8] of x's dtype; 0 for none.
         """
         self._check(
             self._library.dvdq_rotate_quantize(
-                _layer(layer), sm, x, balance, outer, codes, scales, sums, tokens, stream
+                _layer(layer), sm, x, pre_quant, outer, codes, scales, sums, tokens, stream
             )
         )
 
@@ -366,7 +366,7 @@ class KernelLibrary:
         workspace: int,
         workspace_bytes: int,
         stream: int,
-        balance: int = 0,
+        pre_quant: int = 0,
     ) -> None:
         """Run :meth:`rotate_quantize` and :meth:`linear_gemm` in one call, with the codes in the workspace.
 
@@ -381,11 +381,11 @@ class KernelLibrary:
             workspace: Address of the workspace.
             workspace_bytes: Size of the workspace, from :meth:`workspace_bytes`.
             stream: The CUDA stream.
-            balance: Address of the packed balance, [K/8, 2, 8] of x's dtype; 0 for none.
+            pre_quant: Address of the packed pre-quant scale and offset, [K/8, 2, 8] of x's dtype; 0 for none.
         """
         self._check(
             self._library.dvdq_quant_linear(
-                _layer(layer), sm, x, balance, outer, prepared, y, tokens, workspace, workspace_bytes, stream
+                _layer(layer), sm, x, pre_quant, outer, prepared, y, tokens, workspace, workspace_bytes, stream
             )
         )
 
@@ -401,10 +401,10 @@ class KernelLibrary:
         Raises:
             UnsupportedError: The kernels have no such solver or zero-point.
         """
-        pointers = _GridOut(out.codes, out.scale, out.factor, out.zero)
+        pointers = _GridOut(out.codes, out.scale, out.group_scale, out.zero)
         self._check(self._library.dvdq_search_grid(_grid(grid), weight, ctypes.byref(pointers), stream))
 
-    def round_feedback(
+    def gptq_round(
         self, grid: GridShape, weight: int, out: GridPointers, factors: int, block: int, stream: int
     ) -> None:
         """Write new codes for the grid in ``out``, rounded with feedback.
@@ -420,10 +420,8 @@ class KernelLibrary:
         Raises:
             UnsupportedError: The kernels have no such solver or zero-point.
         """
-        pointers = _GridOut(out.codes, out.scale, out.factor, out.zero)
-        self._check(
-            self._library.dvdq_round_feedback(_grid(grid), weight, ctypes.byref(pointers), factors, block, stream)
-        )
+        pointers = _GridOut(out.codes, out.scale, out.group_scale, out.zero)
+        self._check(self._library.dvdq_gptq_round(_grid(grid), weight, ctypes.byref(pointers), factors, block, stream))
 
 
 def find_library() -> Path | None:
@@ -475,7 +473,7 @@ def _layer(layer: LayerShape) -> _Layer:
         layer.n,
         layer.k,
         layer.weight_groups,
-        int(layer.real_zero),
+        int(layer.float_zero_point),
         layer.block,
         layer.outer,
         layer.act_bits,

@@ -91,7 +91,7 @@ class CudaKernels:
         return prepared
 
     def rotate_quantize(
-        self, layer: LayerShape, x: Tensor, outer: Tensor, balance: Tensor | None = None
+        self, layer: LayerShape, x: Tensor, outer: Tensor, pre_quant: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate x and quantize it.
 
@@ -99,7 +99,7 @@ class CudaKernels:
             layer: Shape and grids of the layer.
             x: bf16 or fp16 [M, K].
             outer: The outer rotation factor, fp32 [p, p], contiguous.
-            balance: [K/8, 2, 8] of x's dtype, or None.
+            pre_quant: [K/8, 2, 8] of x's dtype, or None.
 
         Returns:
             Codes uint8 [M, bytes per token], scales fp32 [scale rows, M], token sums fp32 [scale rows, M].
@@ -121,7 +121,7 @@ class CudaKernels:
                     sums.data_ptr(),
                     tokens,
                     stream,
-                    _pointer(balance),
+                    _pointer(pre_quant),
                 )
         return codes, scales, sums
 
@@ -156,7 +156,7 @@ class CudaKernels:
         return y
 
     def quant_linear(
-        self, layer: LayerShape, x: Tensor, outer: Tensor, prepared: Tensor, balance: Tensor | None = None
+        self, layer: LayerShape, x: Tensor, outer: Tensor, prepared: Tensor, pre_quant: Tensor | None = None
     ) -> Tensor:
         """Compute y [M, N] of x's dtype in one call, which a CUDA graph can capture.
 
@@ -165,7 +165,7 @@ class CudaKernels:
             x: bf16 or fp16 [M, K].
             outer: The outer rotation factor, fp32 [p, p], contiguous.
             prepared: uint8 [bytes], from :meth:`prepare`.
-            balance: [K/8, 2, 8] of x's dtype, or None.
+            pre_quant: [K/8, 2, 8] of x's dtype, or None.
         """
         x, tokens = _aligned(x), len(x)
         y = self.allocate((tokens, layer.n), x.dtype, x.device)
@@ -183,7 +183,7 @@ class CudaKernels:
                     workspace.data_ptr(),
                     workspace.numel(),
                     stream,
-                    _pointer(balance),
+                    _pointer(pre_quant),
                 )
         return y
 
@@ -204,7 +204,7 @@ def run_quant_linear(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``dvdquant::balanced_quant_linear`` on the kernels; return y [..., N] of x's dtype.
+    """Compute ``dvdquant::smooth_quant_linear`` on the kernels; return y [..., N] of x's dtype.
 
     Args:
         kernels: The kernels of x's device.
@@ -213,8 +213,8 @@ def run_quant_linear(
         packed: The tensors of the layer.
         act_bits: Bits of the activation codes.
         act_group: Channels per activation scale; 0 for the whole token.
-        scale: fp32 [K] of :func:`balance_input`, or None.
-        shift: fp32 [K] of :func:`balance_input`, or None.
+        scale: fp32 [K] of :func:`smooth_input`, or None.
+        shift: fp32 [K] of :func:`smooth_input`, or None.
 
     Raises:
         ShapeError: x has another number of channels, or the tensors are on several devices.
@@ -227,8 +227,8 @@ def run_quant_linear(
         raise UnsupportedError("the kernels rotate by Sylvester matrices, and the hadamard input is another one")
     prepared = cache.get(kernels, layer, packed)
     outer = packed.outer.contiguous()
-    balance = cache.balance(scale, shift, x.dtype)
-    y = kernels.quant_linear(layer, x.reshape(x.numel() // layer.k, layer.k), outer, prepared, balance)
+    pre_quant = cache.pre_quant(scale, shift, x.dtype)
+    y = kernels.quant_linear(layer, x.reshape(x.numel() // layer.k, layer.k), outer, prepared, pre_quant)
     return y.reshape(*x.shape[:-1], layer.n)
 
 
@@ -295,8 +295,8 @@ def quant_linear_cuda(
         packed: The tensors of the layer.
         act_bits: Bits of the activation codes.
         act_group: Channels per activation scale; 0 for the whole token.
-        scale: fp32 [K] of :func:`balance_input`, or None.
-        shift: fp32 [K] of :func:`balance_input`, or None.
+        scale: fp32 [K] of :func:`smooth_input`, or None.
+        shift: fp32 [K] of :func:`smooth_input`, or None.
 
     Raises:
         UnsupportedError: No kernel runs this layer, under ``reference_policy("raise")``.

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.ops.balance import pack_balance
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels
 from dvdquant.ops.packed_layer import PackedLayer, check_channels, packed_shape
 from dvdquant.ops.prepared_cache import refuse_capture, synchronize
 from dvdquant.ops.prepared_linear import handle_of, prepared_linear
 from dvdquant.ops.repack import LayerShape
+from dvdquant.ops.smooth import pack_pre_quant
 from dvdquant.recipe import ActivationSpec
 
 __all__ = ["KernelLayer"]
@@ -63,7 +63,7 @@ class KernelLayer:
         self._kernels, self._parts = kernels, (scale, shift)
         self._handle = handle_of(kernels)
         self._weights: dict[tuple[str, int], Tensor] = {}
-        self._balance: Tensor | None = None
+        self._pre_quant: Tensor | None = None
 
     def __call__(self, x: Tensor, outer: Tensor, act_bits: int, act_group: int) -> Tensor:
         """Compute y [..., N] of x's dtype, without gradients.
@@ -96,13 +96,13 @@ class KernelLayer:
         if torch.compiler.is_compiling():
             return self._traced(x, outer, prepared, shape)
         tokens = x.to(self.dtype).reshape(x.numel() // shape.k, shape.k)
-        y = self._kernels.quant_linear(shape, tokens, outer.contiguous(), prepared, self._balance)
+        y = self._kernels.quant_linear(shape, tokens, outer.contiguous(), prepared, self._pre_quant)
         return y.reshape(*x.shape[:-1], shape.n).to(x.dtype)
 
     def _traced(self, x: Tensor, outer: Tensor, prepared: Tensor, shape: LayerShape) -> Tensor:
         y: Tensor = prepared_linear(
-            x.to(self.dtype), outer, prepared, self._balance, self._handle, shape.n, shape.weight_groups, shape.real_zero,
-            shape.block, shape.act_bits, shape.act_group,
+            x.to(self.dtype), outer, prepared, self._pre_quant, self._handle, shape.n, shape.weight_groups,
+            shape.float_zero_point, shape.block, shape.act_bits, shape.act_group,
         )  # fmt: skip
         return y.to(x.dtype)
 
@@ -119,15 +119,17 @@ class KernelLayer:
         refuse_capture(self.device, "its weight is prepared at the first call")
         here = tuple(tensor.to(self.device) for tensor in self.packed.stored())
         self._weights[form] = self._kernels.prepare(shape, here)
-        if self._balance is None and any(part is not None for part in self._parts):
+        if self._pre_quant is None and any(part is not None for part in self._parts):
             scale, shift = (None if part is None else part.to(self.device) for part in self._parts)
-            self._balance = pack_balance(scale, shift, self.dtype)
+            self._pre_quant = pack_pre_quant(scale, shift, self.dtype)
         synchronize(self._weights[form])
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes on the device: prepared weights and balance."""
-        return sum(w.nbytes for w in self._weights.values()) + (0 if self._balance is None else self._balance.nbytes)
+        """Return the bytes on the device: prepared weights and pre-quant rows."""
+        return sum(w.nbytes for w in self._weights.values()) + (
+            0 if self._pre_quant is None else self._pre_quant.nbytes
+        )
 
     def workspace_bytes(self, tokens: int) -> int:
         """Return the bytes of scratch of one call, at the most demanding grid.

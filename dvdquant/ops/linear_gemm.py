@@ -38,7 +38,7 @@ def linear_gemm(
     prepared: Tensor,
     rows: int,
     weight_groups: int,
-    real_zero: bool,
+    float_zero_point: bool,
     act_group: int,
     path: str,
     dtype: torch.dtype,
@@ -53,7 +53,7 @@ def linear_gemm(
         prepared: uint8 [bytes], from ``dvdquant::prepare_weight`` with the same path.
         rows: Output features N.
         weight_groups: Groups per row of the packed weight.
-        real_zero: Whether the packed weight has real zero-points, uint8 [N, groups].
+        float_zero_point: Whether the packed weight has real zero-points, uint8 [N, groups].
         act_group: Channels per activation scale; 0 for the whole token.
         path: One of :data:`dvdquant.ops.repack.PATHS`; on CUDA one that the device runs.
         dtype: dtype of y; float16 or bfloat16 on CUDA.
@@ -65,7 +65,7 @@ def linear_gemm(
         ShapeError: The prepared weight or the scales do not belong to codes of that width.
         UnsupportedError: An unknown path.
     """
-    layer = _layer(codes, rows, weight_groups, real_zero, act_group, path)
+    layer = _layer(codes, rows, weight_groups, float_zero_point, act_group, path)
     values = decode_codes(codes, path)
     groups = layer.k // (act_group or layer.k)
     if scales.shape != (groups, len(codes)):
@@ -97,8 +97,10 @@ def _linear_gemm_cuda(codes: Tensor, scales: Tensor, sums: Tensor, prepared: Ten
     return kernels.linear_gemm(layer, codes.contiguous(), scales.contiguous(), sums.contiguous(), prepared)
 
 
-def _layer(codes: Tensor, rows: int, weight_groups: int, real_zero: bool, act_group: int, path: str) -> LayerShape:
+def _layer(
+    codes: Tensor, rows: int, weight_groups: int, float_zero_point: bool, act_group: int, path: str
+) -> LayerShape:
     if path not in PATHS:
         raise UnsupportedError(f"unknown path {path!r}", available=PATHS)
     features = codes.shape[1] * (2 if path.startswith("s4") else 1)
-    return LayerShape(rows, features, weight_groups, real_zero, act_group=act_group)
+    return LayerShape(rows, features, weight_groups, float_zero_point, act_group=act_group)

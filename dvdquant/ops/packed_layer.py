@@ -23,7 +23,7 @@ class PackedLayer:
     Args:
         weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
         scale: fp32 [N], the step of each row.
-        factor: uint8 [N, groups], 255 = 1.0.
+        group_scale: uint8 [N, groups], 255 = 1.0.
         zero: fp32 [N], or uint8 [N, groups] with real zero-points.
         bias: fp32 [N].
         hadamard: The inner rotation factor, fp32 [b, b].
@@ -32,7 +32,7 @@ class PackedLayer:
 
     weight: Tensor
     scale: Tensor
-    factor: Tensor
+    group_scale: Tensor
     zero: Tensor
     bias: Tensor
     hadamard: Tensor
@@ -40,7 +40,7 @@ class PackedLayer:
 
     def stored(self) -> tuple[Tensor, ...]:
         """Return the five tensors that a prepared weight is made of: (weight, scale, factor, zero, bias)."""
-        return (self.weight, self.scale, self.factor, self.zero, self.bias)
+        return (self.weight, self.scale, self.group_scale, self.zero, self.bias)
 
 
 def layer_shape(x: Tensor, packed: PackedLayer, act_bits: int, act_group: int) -> LayerShape:
@@ -98,4 +98,4 @@ def packed_shape(packed: PackedLayer, dtype: torch.dtype, act_bits: int, act_gro
     real = not packed.zero.is_floating_point()
     block, outer = packed.hadamard.shape[0], packed.outer.shape[0]
     name = DTYPE_NAMES[dtype]
-    return LayerShape(rows, 2 * half, packed.factor.shape[1], real, block, outer, act_bits, act_group, name)
+    return LayerShape(rows, 2 * half, packed.group_scale.shape[1], real, block, outer, act_bits, act_group, name)

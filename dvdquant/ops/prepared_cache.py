@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dvdquant.numerics.hadamard import hadamard_matrix
-from dvdquant.ops.balance import pack_balance
 from dvdquant.ops.cuda import KernelError
 from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.repack import LayerShape
+from dvdquant.ops.smooth import pack_pre_quant
 from dvdquant.system.torch_hooks import tensor_version
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class PreparedCache:
     def __init__(self) -> None:
         self._entries: Any = WeakTensorKeyDictionary()
         self._sylvester: Any = WeakTensorKeyDictionary()
-        self._balances: Any = WeakTensorKeyDictionary()
+        self._pre_quants: Any = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -72,8 +72,8 @@ class PreparedCache:
         with self._lock:
             return sum(prepared.nbytes for _, prepared in self._entries.get(weight, {}).values())
 
-    def balance(self, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Return :func:`pack_balance` of a layer's tensors, kept as long as they are; None where both are None.
+    def pre_quant(self, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return :func:`pack_pre_quant` of a layer's tensors, kept as long as they are; None where both are None.
 
         Args:
             scale: fp32 [K], or None.
@@ -88,12 +88,12 @@ class PreparedCache:
             return None
         state = [(t.data_ptr(), tensor_version(t), t.device) for t in (key, other) if t is not None]
         with self._lock:
-            kept = self._balances.setdefault(key, {})
+            kept = self._pre_quants.setdefault(key, {})
             if dtype in kept and kept[dtype][0] is other and kept[dtype][1] == state:
                 rows: Tensor = kept[dtype][2]
                 return rows
-            refuse_capture(key.device, "its balance is prepared at the first call")
-            rows = pack_balance(scale, shift, dtype)
+            refuse_capture(key.device, "its pre-quant scale is prepared at the first call")
+            rows = pack_pre_quant(scale, shift, dtype)
             synchronize(rows)
             kept[dtype] = (other, state, rows)
             return rows

@@ -41,11 +41,11 @@ def prepared_linear(
     x: Tensor,
     outer: Tensor,
     prepared: Tensor,
-    balance: Tensor | None,
+    pre_quant: Tensor | None,
     kernels: int,
     rows: int,
     weight_groups: int,
-    real_zero: bool,
+    float_zero_point: bool,
     block: int,
     act_bits: int,
     act_group: int,
@@ -56,11 +56,11 @@ def prepared_linear(
         x: [..., K] bf16 or fp16.
         outer: fp32 [p, p], the outer factor of the rotation.
         prepared: uint8 [bytes], of :meth:`.CudaKernels.prepare`.
-        balance: [K/8, 2, 8] of x's dtype, what x is multiplied by and what is added to it; or None.
+        pre_quant: [K/8, 2, 8] of x's dtype, what x is multiplied by and what is added to it; or None.
         kernels: the number of the kernels, of :func:`handle_of`.
         rows: N.
         weight_groups: scales per row of the weight.
-        real_zero: whether the weight has a zero-point per group.
+        float_zero_point: whether the weight has a zero-point per group.
         block: the order of the inner Hadamard matrix.
         act_bits: 4 or 8.
         act_group: channels per activation scale, 0 for the whole token.
@@ -76,10 +76,18 @@ def prepared_linear(
         raise KernelError("the kernels that a compiled model was made for are gone", fix="compile it again")
     features = x.shape[-1]
     layer = LayerShape(
-        rows, features, weight_groups, real_zero, block, outer.shape[0], act_bits, act_group, DTYPE_NAMES[x.dtype]
+        rows,
+        features,
+        weight_groups,
+        float_zero_point,
+        block,
+        outer.shape[0],
+        act_bits,
+        act_group,
+        DTYPE_NAMES[x.dtype],
     )
     tokens = x.reshape(x.numel() // features, features)
-    y = library.quant_linear(layer, tokens, outer.contiguous(), prepared, balance)
+    y = library.quant_linear(layer, tokens, outer.contiguous(), prepared, pre_quant)
     return y.reshape(*x.shape[:-1], rows)
 
 
@@ -88,11 +96,11 @@ def _prepared_linear_fake(
     x: Tensor,
     outer: Tensor,
     prepared: Tensor,
-    balance: Tensor | None,
+    pre_quant: Tensor | None,
     kernels: int,
     rows: int,
     weight_groups: int,
-    real_zero: bool,
+    float_zero_point: bool,
     block: int,
     act_bits: int,
     act_group: int,

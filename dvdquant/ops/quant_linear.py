@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvdquant.ops.balance import balance_input
 from dvdquant.ops.cuda_linear import quant_linear_cuda
 from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.reference import quant_linear_reference
+from dvdquant.ops.smooth import smooth_input
 
-__all__ = ["balanced_quant_linear", "quant_linear"]
+__all__ = ["smooth_quant_linear", "quant_linear"]
 
 
 @torch.library.custom_op("dvdquant::quant_linear", mutates_args=())
@@ -26,7 +26,7 @@ def quant_linear(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
-    weight_factor: Tensor,
+    weight_group_scale: Tensor,
     weight_zero: Tensor,
     bias: Tensor,
     hadamard: Tensor,
@@ -40,7 +40,7 @@ def quant_linear(
         x: [..., K] float32, float16 or bfloat16; float64 is computed in float64 throughout.
         weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
         weight_scale: fp32 [N], the step of each row.
-        weight_factor: uint8 [N, groups], 255 = 1.0.
+        weight_group_scale: uint8 [N, groups], 255 = 1.0.
         weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
         bias: fp32 [N].
         hadamard: The inner rotation factor, fp32 [b, b].
@@ -51,7 +51,7 @@ def quant_linear(
     Returns:
         [..., N] of x's dtype.
     """
-    packed = (weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer)
+    packed = (weight, weight_scale, weight_group_scale, weight_zero, bias, hadamard, outer)
     return _reference(x, None, None, *packed, act_bits, act_group)
 
 
@@ -60,14 +60,14 @@ def _quant_linear_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return _output_of(x, weight)
 
 
-@torch.library.custom_op("dvdquant::balanced_quant_linear", mutates_args=())
-def balanced_quant_linear(
+@torch.library.custom_op("dvdquant::smooth_quant_linear", mutates_args=())
+def smooth_quant_linear(
     x: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
-    weight_factor: Tensor,
+    weight_group_scale: Tensor,
     weight_zero: Tensor,
     bias: Tensor,
     hadamard: Tensor,
@@ -75,7 +75,7 @@ def balanced_quant_linear(
     act_bits: int,
     act_group: int,
 ) -> Tensor:
-    """Compute :func:`quant_linear` of :func:`balance_input`, for eager PyTorch on a GPU.
+    """Compute :func:`quant_linear` of :func:`smooth_input`, for eager PyTorch on a GPU.
 
     The kernel that quantizes x also balances it. Graphs and compilers get the two operations apart.
 
@@ -85,7 +85,7 @@ def balanced_quant_linear(
         shift: fp32 [K], subtracted from x, or None.
         weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
         weight_scale: fp32 [N], the step of each row.
-        weight_factor: uint8 [N, groups], 255 = 1.0.
+        weight_group_scale: uint8 [N, groups], 255 = 1.0.
         weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
         bias: fp32 [N].
         hadamard: The inner rotation factor, fp32 [b, b].
@@ -96,12 +96,12 @@ def balanced_quant_linear(
     Returns:
         [..., N] of x's dtype.
     """
-    packed = (weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer)
+    packed = (weight, weight_scale, weight_group_scale, weight_zero, bias, hadamard, outer)
     return _reference(x, scale, shift, *packed, act_bits, act_group)
 
 
-@balanced_quant_linear.register_fake
-def _balanced_quant_linear_fake(
+@smooth_quant_linear.register_fake
+def _smooth_quant_linear_fake(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, *rest: Any
 ) -> Tensor:
     return _output_of(x, weight)
@@ -117,8 +117,8 @@ def _quant_linear_cuda(x: Tensor, *rest: Any) -> Tensor:
     return _on_cuda(x, None, None, *rest)
 
 
-@balanced_quant_linear.register_kernel("cuda")
-def _balanced_quant_linear_cuda(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
+@smooth_quant_linear.register_kernel("cuda")
+def _smooth_quant_linear_cuda(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
     return _on_cuda(x, scale, shift, *rest)
 
 
@@ -131,4 +131,4 @@ def _on_cuda(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) 
 def _reference(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
     # float64 in, float64 throughout: the judge of every other executor.
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return quant_linear_reference(balance_input(x, scale, shift), *rest, compute)  # type: ignore[call-arg]
+    return quant_linear_reference(smooth_input(x, scale, shift), *rest, compute)  # type: ignore[call-arg]

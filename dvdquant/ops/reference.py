@@ -38,21 +38,21 @@ def rotate_by_matrices(x: Tensor, hadamard: Tensor, outer: Tensor) -> Tensor:
 
 
 def dequantize_weight(
-    weight: Tensor, scale: Tensor, factor: Tensor, zero: Tensor, dtype: torch.dtype = torch.float32
+    weight: Tensor, scale: Tensor, group_scale: Tensor, zero: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Return the rotated weight that the packed codes stand for, [N, K] of ``dtype``.
 
     Args:
         weight: int8 or uint8 [N, K/2], low nibble = even k, signed codes −8..7.
         scale: fp32 [N].
-        factor: uint8 [N, groups], 255 = 1.0.
+        group_scale: uint8 [N, groups], 255 = 1.0.
         zero: fp32 [N], centred, or uint8 [N, groups] (see :func:`dvdquant.numerics.packing.expand_zero`).
         dtype: dtype of the arithmetic and of the result.
     """
     codes = unpack_int4(weight).to(dtype)
     rows, features = codes.shape
-    steps = scale.to(dtype)[:, None] * (factor.to(dtype) / 255)
-    centred = codes.reshape(rows, factor.shape[1], -1) - expand_zero(zero).to(dtype)[:, :, None]
+    steps = scale.to(dtype)[:, None] * (group_scale.to(dtype) / 255)
+    centred = codes.reshape(rows, group_scale.shape[1], -1) - expand_zero(zero).to(dtype)[:, :, None]
     return (centred * steps[:, :, None]).reshape(rows, features)
 
 
@@ -60,7 +60,7 @@ def quant_linear_reference(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
-    weight_factor: Tensor,
+    weight_group_scale: Tensor,
     weight_zero: Tensor,
     bias: Tensor,
     hadamard: Tensor,
@@ -77,7 +77,7 @@ def quant_linear_reference(
         x: [..., K], floating.
         weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
         weight_scale: fp32 [N], the step of each row.
-        weight_factor: uint8 [N, groups], 255 = 1.0.
+        weight_group_scale: uint8 [N, groups], 255 = 1.0.
         weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
         bias: fp32 [N].
         hadamard: The inner rotation factor, fp32 [b, b].
@@ -91,5 +91,5 @@ def quant_linear_reference(
     """
     rotated = rotate_by_matrices(x.to(compute), hadamard.to(compute), outer.to(compute))
     quantized = fake_quantize_activation(rotated, act_bits, act_group)
-    dequantized = dequantize_weight(weight, weight_scale, weight_factor, weight_zero, compute)
+    dequantized = dequantize_weight(weight, weight_scale, weight_group_scale, weight_zero, compute)
     return torch.nn.functional.linear(quantized, dequantized, bias.to(compute)).to(x.dtype)

@@ -78,7 +78,7 @@ class LayerShape:
         n: Output features N.
         k: Input features K, a multiple of 32 and of block · outer.
         weight_groups: Groups per weight row; 1 is one scale per row.
-        real_zero: Whether zero is uint8 [N, groups] (z = byte/16 − 8) instead of fp32 [N].
+        float_zero_point: Whether zero is uint8 [N, groups] (z = byte/16 − 8) instead of fp32 [N].
         block: Order of the inner Hadamard factor; 1 for none.
         outer: Order of the outer rotation factor; 1 for none.
         act_bits: Bits of the activation codes: 4 or 8.
@@ -89,7 +89,7 @@ class LayerShape:
     n: int
     k: int
     weight_groups: int = 1
-    real_zero: bool = False
+    float_zero_point: bool = False
     block: int = 1
     outer: int = 1
     act_bits: int = 8
@@ -106,7 +106,7 @@ class PreparedWeight:
         row_scale: fp32 [N].
         row_zero: fp32 [N]; 0 on 8-bit paths, whose codes are centred.
         bias: fp32 [N].
-        factor: uint8 [N, groups] on s4_group with groups > 1, else None.
+        group_scale: uint8 [N, groups] on s4_group with groups > 1, else None.
         group_zero: uint8 [N, groups] on s4_group with groups > 1 and real zero-points, else None.
     """
 
@@ -114,12 +114,12 @@ class PreparedWeight:
     row_scale: F32
     row_zero: F32
     bias: F32
-    factor: U8 | None = None
+    group_scale: U8 | None = None
     group_zero: U8 | None = None
 
 
 def prepare(
-    layer: LayerShape, path: str, codes: Any, scale: Any, factor: Any, zero: Any, bias: Any = None
+    layer: LayerShape, path: str, codes: Any, scale: Any, group_scale: Any, zero: Any, bias: Any = None
 ) -> PreparedWeight:
     """Make a prepared weight from a packed one; arrays are numpy or CPU tensors.
 
@@ -128,7 +128,7 @@ def prepare(
         path: One of :data:`PATHS`.
         codes: int8 or uint8 [N, K/2], low nibble = even k.
         scale: fp32 [N].
-        factor: uint8 [N, groups].
+        group_scale: uint8 [N, groups].
         zero: fp32 [N], or uint8 [N, groups] with real_zero.
         bias: fp32 [N], or None for zeros.
 
@@ -138,25 +138,25 @@ def prepare(
     """
     if path not in PATHS:
         raise UnsupportedError(f"unknown path {path!r}", available=PATHS)
-    packed, step, factors, zeros = _canonical(layer, codes, scale, factor, zero)
+    packed, step, group_scales, zeros = _canonical(layer, codes, scale, group_scale, zero)
     offset = np.zeros(layer.n, np.float32) if bias is None else _array("bias", bias, np.float32, (layer.n,))
     if path == "s4_token" and layer.weight_groups != 1:
         raise UnsupportedError("s4_token needs one scale per row", available="s4_group, or an 8-bit path")
     if path.startswith("s4") and layer.weight_groups == 1:
-        return PreparedWeight(packed, step * _ratio(factors)[:, 0], _zero_points(zeros)[:, 0], offset)
+        return PreparedWeight(packed, step * _ratio(group_scales)[:, 0], _zero_points(zeros)[:, 0], offset)
     if path == "s4_group":
-        row_zero = np.zeros(layer.n, np.float32) if layer.real_zero else zeros
-        return PreparedWeight(packed, step, row_zero, offset, factors, zeros if layer.real_zero else None)
+        row_zero = np.zeros(layer.n, np.float32) if layer.float_zero_point else zeros
+        return PreparedWeight(packed, step, row_zero, offset, group_scales, zeros if layer.float_zero_point else None)
     if path == "e4m3_group" and layer.weight_groups != 1:
         raise UnsupportedError("e4m3_group needs one scale per row", available="s8_group")
     expanded = np.empty((layer.n, layer.k), np.uint8 if path == "e4m3_group" else np.int8)
     row_scale = np.empty(layer.n, np.float32)
     for rows in _blocks(layer.n, layer.k):
-        expanded[rows], row_scale[rows] = _expand(packed[rows], step[rows], factors[rows], zeros[rows], path)
+        expanded[rows], row_scale[rows] = _expand(packed[rows], step[rows], group_scales[rows], zeros[rows], path)
     return PreparedWeight(expanded, row_scale, np.zeros(layer.n, np.float32), offset)
 
 
-def restore(layer: LayerShape, prepared: PreparedWeight, scale: Any, factor: Any, zero: Any) -> I8:
+def restore(layer: LayerShape, prepared: PreparedWeight, scale: Any, group_scale: Any, zero: Any) -> I8:
     """Return the packed codes int8 [N, K/2] nearest to a prepared weight: the inverse of :func:`prepare`.
 
     The result is exact wherever the expansion was exact. In int8 rows that were rounded, which moved a weight by at
@@ -166,7 +166,7 @@ def restore(layer: LayerShape, prepared: PreparedWeight, scale: Any, factor: Any
         layer: The layer that was given to :func:`prepare`.
         prepared: The result of :func:`prepare`.
         scale: fp32 [N], as it was given to :func:`prepare`.
-        factor: uint8 [N, groups], as it was given to :func:`prepare`.
+        group_scale: uint8 [N, groups], as it was given to :func:`prepare`.
         zero: fp32 [N] or uint8 [N, groups], as it was given to :func:`prepare`.
 
     Raises:
@@ -175,9 +175,9 @@ def restore(layer: LayerShape, prepared: PreparedWeight, scale: Any, factor: Any
     if prepared.codes.shape[1] != layer.k:
         return prepared.codes.view(np.int8)
     step = _array("scale", scale, np.float32, (layer.n,)).astype(np.float64)[:, None]
-    factors = _array("factor", factor, np.uint8, (layer.n, layer.weight_groups)).astype(np.float64) / 255
+    group_scales = _array("group_scale", group_scale, np.uint8, (layer.n, layer.weight_groups)).astype(np.float64) / 255
     width = layer.k // layer.weight_groups
-    steps = np.repeat(step * factors, width, axis=1)
+    steps = np.repeat(step * group_scales, width, axis=1)
     points = _spread(_zero_points(_zero_array(layer, zero)), layer.k).astype(np.float64)
     units = np.divide(dequantize(layer, prepared), steps, out=np.zeros((layer.n, layer.k)), where=steps > 0)
     nearest = np.clip(np.rint(units + points), -8, 7).astype(np.int8)
@@ -197,8 +197,8 @@ def dequantize(layer: LayerShape, prepared: PreparedWeight) -> F64:
     if prepared.group_zero is not None:
         zero = _spread(_zero_points(prepared.group_zero), layer.k).astype(np.float64)
     values -= zero
-    if prepared.factor is not None:
-        values *= np.repeat(prepared.factor, layer.k // layer.weight_groups, axis=1) / 255.0
+    if prepared.group_scale is not None:
+        values *= np.repeat(prepared.group_scale, layer.k // layer.weight_groups, axis=1) / 255.0
     result: F64 = values * prepared.row_scale.astype(np.float64)[:, None]
     return result
 
@@ -212,7 +212,7 @@ def to_bytes(prepared: PreparedWeight) -> bytes:
         prepared: The result of :func:`prepare`.
     """
     sections = [prepared.codes, prepared.row_scale, prepared.row_zero, prepared.bias]
-    sections += [section for section in (prepared.factor, prepared.group_zero) if section is not None]
+    sections += [section for section in (prepared.group_scale, prepared.group_zero) if section is not None]
     return b"".join(raw + bytes(-len(raw) % ALIGNMENT) for raw in (section.tobytes() for section in sections))
 
 
@@ -253,7 +253,7 @@ def _sections(layer: LayerShape, path: str) -> list[tuple[Any, tuple[int, ...]]]
     group: tuple[Any, tuple[int, ...]] = (np.uint8, (layer.n, layer.weight_groups))
     bytes_per_row = layer.k // 2 if path.startswith("s4") else layer.k
     codes: tuple[Any, tuple[int, ...]] = (np.uint8 if path == "e4m3_group" else np.int8, (layer.n, bytes_per_row))
-    grouped = [group] * (1 + layer.real_zero) if path == "s4_group" and layer.weight_groups > 1 else []
+    grouped = [group] * (1 + layer.float_zero_point) if path == "s4_group" and layer.weight_groups > 1 else []
     return [codes, row, row, row, *grouped]
 
 
@@ -261,7 +261,9 @@ def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def added_error(original: Any, layer: LayerShape, path: str, codes: Any, scale: Any, factor: Any, zero: Any) -> float:
+def added_error(
+    original: Any, layer: LayerShape, path: str, codes: Any, scale: Any, group_scale: Any, zero: Any
+) -> float:
     """Return what the path's expansion adds: ``‖W_path − W_4bit‖² / ‖W_4bit − W‖²``, in float64; 0 if the latter is 0.
 
     Args:
@@ -270,32 +272,34 @@ def added_error(original: Any, layer: LayerShape, path: str, codes: Any, scale: 
         path: One of :data:`PATHS`.
         codes: int8 or uint8 [N, K/2], low nibble = even k.
         scale: fp32 [N].
-        factor: uint8 [N, groups].
+        group_scale: uint8 [N, groups].
         zero: fp32 [N], or uint8 [N, groups] with real_zero.
 
     Raises:
         ShapeError: An array has another shape or dtype than the layer says.
         UnsupportedError: An unknown path, or s4_token or e4m3_group with weight groups.
     """
-    packed, step, factors, zeros = _canonical(layer, codes, scale, factor, zero)
-    grid = dequantize(layer, PreparedWeight(packed, step, np.zeros(layer.n, np.float32), step, factors, None))
+    packed, step, group_scales, zeros = _canonical(layer, codes, scale, group_scale, zero)
+    grid = dequantize(layer, PreparedWeight(packed, step, np.zeros(layer.n, np.float32), step, group_scales, None))
     centre = (
-        _spread(_zero_points(zeros), layer.k) * (_spread(factors, layer.k) / 255.0) * step[:, None].astype(np.float64)
+        _spread(_zero_points(zeros), layer.k)
+        * (_spread(group_scales, layer.k) / 255.0)
+        * step[:, None].astype(np.float64)
     )
     grid -= centre
-    expanded = dequantize(layer, prepare(layer, path, codes, scale, factor, zero))
+    expanded = dequantize(layer, prepare(layer, path, codes, scale, group_scale, zero))
     floor = np.square(grid - np.asarray(original, np.float64)).sum()
     return float(np.square(expanded - grid).sum() / floor) if floor else 0.0
 
 
-def _expand(packed: I8, step: F32, factors: U8, zeros: Any, path: str) -> tuple[I8 | U8, F32]:
+def _expand(packed: I8, step: F32, group_scales: U8, zeros: Any, path: str) -> tuple[I8 | U8, F32]:
     """Return the expanded codes and row scales of some rows; ``step`` is Δ."""
     d = _unpacked(packed).astype(np.float32)
     features = d.shape[1]
     d -= _spread(_zero_points(zeros), features)
-    steps = step[:, None] * _ratio(factors)
+    steps = step[:, None] * _ratio(group_scales)
     whole, half, reach = _row_kinds(zeros, _EXACT_E4M3 if path == "e4m3_group" else _INT8)
-    if factors.shape[1] > 1:
+    if group_scales.shape[1] > 1:
         whole[:], half[:] = False, False
     if path == "e4m3_group":
         shrink = np.where(2 * reach > _LARGEST_E4M3, _LARGEST_E4M3 / (2 * reach), np.float32(1))
@@ -318,7 +322,7 @@ def _row_kinds(zeros: Any, limit: np.float32) -> tuple[npt.NDArray[np.bool_], np
     return whole & (reach <= limit), half & (2 * reach <= limit), reach
 
 
-def _canonical(layer: LayerShape, codes: Any, scale: Any, factor: Any, zero: Any) -> tuple[I8, F32, U8, Any]:
+def _canonical(layer: LayerShape, codes: Any, scale: Any, group_scale: Any, zero: Any) -> tuple[I8, F32, U8, Any]:
     packed = np.ascontiguousarray(codes)
     if packed.dtype not in (np.int8, np.uint8) or packed.shape != (layer.n, layer.k // 2) or layer.k % 2:
         raise ShapeError(f"codes are {packed.dtype} {packed.shape}", available=f"bytes ({layer.n}, {layer.k // 2})")
@@ -327,13 +331,13 @@ def _canonical(layer: LayerShape, codes: Any, scale: Any, factor: Any, zero: Any
     return (
         packed.view(np.int8),
         _array("scale", scale, np.float32, (layer.n,)),
-        _array("factor", factor, np.uint8, (layer.n, layer.weight_groups)),
+        _array("group_scale", group_scale, np.uint8, (layer.n, layer.weight_groups)),
         _zero_array(layer, zero),
     )
 
 
 def _zero_array(layer: LayerShape, zero: Any) -> Any:
-    if layer.real_zero:
+    if layer.float_zero_point:
         return _array("zero", zero, np.uint8, (layer.n, layer.weight_groups))
     return _array("zero", zero, np.float32, (layer.n,))
 
@@ -351,9 +355,9 @@ def _zero_points(zeros: Any) -> F32:
     return points
 
 
-def _ratio(factors: U8) -> F32:
+def _ratio(group_scales: U8) -> F32:
     """Return f/255, fp32 [N, groups]."""
-    return factors.astype(np.float32) / np.float32(255)
+    return group_scales.astype(np.float32) / np.float32(255)
 
 
 def _spread(per_group: Any, features: int) -> Any:

@@ -84,7 +84,7 @@ def _rotate_quantize_cuda(
         8, features, 1, False, len(hadamard), len(outer), act_bits, act_group, DTYPE_NAMES[x.dtype]
     )  # fmt: skip
     grouped = tuple(g for g in (1, features // 128, features // 64, features // 32) if g)
-    layer = layer_with_path(kernels, shape, path, weight_groups=grouped, real_zero=(False, True))
+    layer = layer_with_path(kernels, shape, path, weight_groups=grouped, float_zero_point=(False, True))
     return kernels.rotate_quantize(layer, x, outer.contiguous())
 
 

@@ -38,7 +38,7 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 _REAL = 3
-_MODES = {"midrise": 0, "symmetric": 1, "paper": 2, "real": _REAL}
+_MODES = {"midrise": 0, "symmetric": 1, "paper": 2, "float": _REAL}
 _SOLVER_CODES = {"minmax": 0, "paper": 1, "search": 2}
 # Weights converted to fp32 and handed to the threads at a time: 16 MiB.
 _BLOCK = 1 << 22
@@ -57,14 +57,14 @@ class QuantizedWeight:
     Args:
         codes: int8 [N, K] in −8..7.
         scale: fp32 [N], finite and at least 2⁻¹¹⁸.
-        factor: uint8 [N, groups] in 1..255; groups = K / group size, [N, 1] of 255 for per-row scales.
+        group_scale: uint8 [N, groups] in 1..255; groups = K / group size, [N, 1] of 255 for per-row scales.
         zero: the centred zero-point: fp32 [N], or for ``real`` uint8 [N, groups] (see :func:`packing.expand_zero`). 0
             for a row of zeros in every mode, and for a group of zeros in ``real``, so that it reconstructs exactly.
     """
 
     codes: Tensor
     scale: Tensor
-    factor: Tensor
+    group_scale: Tensor
     zero: Tensor
 
     def rows(self, part: slice) -> QuantizedWeight:
@@ -73,7 +73,7 @@ class QuantizedWeight:
         Args:
             part: The rows.
         """
-        return QuantizedWeight(self.codes[part], self.scale[part], self.factor[part], self.zero[part])
+        return QuantizedWeight(self.codes[part], self.scale[part], self.group_scale[part], self.zero[part])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return ``scale · (factor/255) · (codes − zero)`` [N, K], scales rounded to fp32 as every kernel does.
@@ -82,8 +82,8 @@ class QuantizedWeight:
             dtype: dtype of the result; float64 also computes in float64, all others in fp32.
         """
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        groups = self.factor.shape[1]
-        scale = (self.scale[:, None] * (self.factor.to(torch.float32) / 255)).to(compute)
+        groups = self.group_scale.shape[1]
+        scale = (self.scale[:, None] * (self.group_scale.to(torch.float32) / 255)).to(compute)
         codes = self.codes.to(compute).reshape(len(self.codes), groups, -1)
         centred = codes - expand_zero(self.zero).to(compute)[..., None]
         return (centred * scale[..., None]).reshape(self.codes.shape).to(dtype)
@@ -144,7 +144,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
         return QuantizedWeight(*search(exact, groups, spec.zero_point, spec.solver))
     # 2. On the CPU, or by the paper's algorithm: by compiled loops, blocks of rows on all threads.
     from dvdquant.quantize.backends import (  # numba takes a second to import: only those who quantize pay for it
-        numba_real as bgr_real,
+        numba_float_zero as bgr_real,
     )
     from dvdquant.quantize.backends import numba_search as bgr_search
 
@@ -153,9 +153,9 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
     # Results, filled block by block through their numpy views.
     rows, features = w.shape
     codes = torch.empty(rows, features, dtype=torch.int8)
-    scale, factor = torch.empty(rows), torch.empty(rows, groups, dtype=torch.uint8)
-    zero = torch.empty_like(factor) if mode == _REAL else torch.empty(rows)
-    outputs = [t.numpy() for t in (codes, scale, factor, zero)]
+    scale, group_scale = torch.empty(rows), torch.empty(rows, groups, dtype=torch.uint8)
+    zero = torch.empty_like(group_scale) if mode == _REAL else torch.empty(rows)
+    outputs = [t.numpy() for t in (codes, scale, group_scale, zero)]
 
     def work(v: F32, units: F64, rows: slice) -> None:
         out = [o[rows] for o in outputs]
@@ -165,7 +165,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
             bgr_search.quantize_rows(v, units, mode, solver, starts, _STEPS, *out)
 
     _for_row_blocks(w, groups, work)
-    return QuantizedWeight(*(t.to(w.device) for t in (codes, scale, factor, zero)))
+    return QuantizedWeight(*(t.to(w.device) for t in (codes, scale, group_scale, zero)))
 
 
 def refine_grid(
@@ -192,7 +192,7 @@ def refine_grid(
     """
     mode, solver_code = _check_names(zero_point, solver)
     groups = _check_shape(w, group_size)
-    from dvdquant.quantize.backends import numba_real as bgr_real
+    from dvdquant.quantize.backends import numba_float_zero as bgr_real
     from dvdquant.quantize.backends import numba_search as bgr_search
 
     outputs = [torch.empty(len(w), groups, dtype=torch.float64) for _ in range(2)]

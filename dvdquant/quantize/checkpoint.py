@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PackedWeights",
     "check_weights",
-    "left_out_words",
+    "left_out_text",
     "plan_shards",
     "quantize_checkpoint",
     "reading_bytes",
@@ -148,7 +148,7 @@ def quantize_checkpoint(
     """
     check_weights(checkpoint, plan)
     if unused := plan.left_out(checkpoint.tensors):
-        progress.say(left_out_words(checkpoint, unused))
+        progress.say(left_out_text(checkpoint, unused))
     limits = Magnitudes(plan)
     with _Files(plan, transaction, component) as files:
         # 1. Predict the inputs, unless an earlier run finished all layers.
@@ -197,7 +197,7 @@ def reading_bytes(info: TensorInfo) -> int:
     return info.nbytes * (3 if info.dtype.startswith("F8") else 1)
 
 
-def left_out_words(checkpoint: Checkpoint, names: list[str]) -> str:
+def left_out_text(checkpoint: Checkpoint, names: list[str]) -> str:
     """Return the message about the tensors that a checkpoint holds and its class does not use.
 
     Args:
@@ -318,10 +318,10 @@ def _quantize_layer(
     device: torch.device,
 ) -> tuple[dict[str, Tensor], LayerEntry, list[str]]:
     """Return the packed tensors of one (merged) layer, its line of the error table, and its non-finite tensors."""
-    packed, scales, factors, zeros, biases = [], [], [], [], []
+    packed, scales, group_scales, zeros, biases = [], [], [], [], []
     bad: list[str] = []
     if known is not None and device.type != "cpu":
-        known = replace(known, divisors=known.divisors.to(device), moments=known.moments.to(device))
+        known = replace(known, smooth_scale=known.smooth_scale.to(device), hessian=known.hessian.to(device))
     # As the graph subtracts it, so that what is added to the bias is the same.
     shift = None if known is None or known.shift is None else _shift(known.shift, plan.dtype).to(device)
     sums = _ErrorSums(known, max(1, spec.out_features // SAMPLED_ROWS))
@@ -336,16 +336,16 @@ def _quantize_layer(
             if shift is not None:
                 shifted.append(part.double() @ shift)
             if known is not None:
-                part *= known.divisors
+                part *= known.smooth_scale
             rotated = rotate_rows(part, spec.rotation)
             limits.check_rotated(checkpoint, spec, member, rotated)
             quantized = quantize_weight(rotated, plan.recipe.weight)
             if known is not None:
-                quantized = known.feedback.round(rotated, quantized)
+                quantized = known.gptq.round(rotated, quantized)
             sums.add(rotated, quantized, plan, start)
             packed.append(_packed(quantized.codes))
             scales.append(quantized.scale)
-            factors.append(quantized.factor)
+            group_scales.append(quantized.group_scale)
             zeros.append(quantized.zero)
         # 2. The bias of this member, with W·shift.
         bias = torch.zeros(rows)
@@ -356,15 +356,15 @@ def _quantize_layer(
         # W·x = W·(x − shift) + W·shift, the second with the weight as it was.
         biases.append((bias.double() + torch.cat(shifted).cpu()).float() if shifted else bias)
     # 3. Members of a merged layer, one below the other.
-    parts = (packed, scales, factors, zeros, biases)
+    parts = (packed, scales, group_scales, zeros, biases)
     tensors = dict(zip(spec.tensors(), (torch.cat(p).cpu() for p in parts)))
     limits.check_bias(checkpoint, spec, tensors[f"{spec.name}.bias"])
     if spec.shifted:
         assert shift is not None
         tensors[f"{spec.name}.pre_quant_shift"] = shift.float().cpu()
-    if spec.balanced:
+    if spec.smoothed:
         assert known is not None
-        tensors[f"{spec.name}.pre_quant_scale"] = 1 / known.divisors.cpu()
+        tensors[f"{spec.name}.pre_quant_scale"] = 1 / known.smooth_scale.cpu()
     return tensors, sums.entry(checkpoint, spec), bad
 
 
@@ -398,11 +398,11 @@ class _ErrorSums:
         self.weight_error += error
         if self.known is not None:
             rows = slice(-start % self.stride, None, self.stride)
-            some, moments = weight[rows].contiguous(), self.known.moments
+            some, hessian = weight[rows].contiguous(), self.known.hessian
             if len(some):
-                self.energy += output_energy(some, moments)
-                self.error += output_energy(some - quantized.rows(rows).dequantize(), moments)
-                self.minmax += output_energy(some - quantize_weight(some, minmax).dequantize(), moments)
+                self.energy += output_energy(some, hessian)
+                self.error += output_energy(some - quantized.rows(rows).dequantize(), hessian)
+                self.minmax += output_energy(some - quantize_weight(some, minmax).dequantize(), hessian)
             return
         baseline = quantize_weight(weight, minmax)
         self.energy += energy
@@ -475,14 +475,14 @@ def _squared_errors(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, 
         difference = weight - quantized.dequantize()
         return float(weight.double().square().sum()), float(difference.double().square().sum())
     rows = weight.numpy()
-    codes, scale, factor, zero = (
-        t.numpy() for t in (quantized.codes, quantized.scale, quantized.factor, expand_zero(quantized.zero))
+    codes, scale, group_scale, zero = (
+        t.numpy() for t in (quantized.codes, quantized.scale, quantized.group_scale, expand_zero(quantized.zero))
     )
     sums: list[np.ndarray] = []
 
     def work(part: slice) -> None:
         out = np.zeros(2)
-        squared_errors(rows[part], codes[part], scale[part], factor[part], zero[part], out)
+        squared_errors(rows[part], codes[part], scale[part], group_scale[part], zero[part], out)
         sums.append(out)
 
     for_row_parts(len(rows), work)

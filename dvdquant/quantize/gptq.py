@@ -21,7 +21,7 @@ from dvdquant.errors import ShapeError
 from dvdquant.numerics.packing import expand_zero
 from dvdquant.quantize.bgr import QuantizedWeight
 
-__all__ = ["Feedback", "output_energy", "round_with_feedback"]
+__all__ = ["ErrorFeedback", "output_energy", "gptq_round"]
 
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
@@ -30,14 +30,14 @@ I8 = npt.NDArray[np.int8]
 _LAZY, _LAZY_TENSORS = 256, 32
 
 
-def round_with_feedback(w: Tensor, grid: QuantizedWeight, moments: Tensor, damping: float = 0.05) -> QuantizedWeight:
-    """Return new codes on the same grid, for all rows of one matrix; use :class:`Feedback` where rows come in parts.
+def gptq_round(w: Tensor, grid: QuantizedWeight, hessian: Tensor, damping: float = 0.05) -> QuantizedWeight:
+    """Return new codes on the same grid, for all rows of one matrix; use :class:`ErrorFeedback` where rows come in parts.
 
     Args:
         w: The rotated weight [N, K], floating.
         grid: Its BGR grid; scales, factors and zero-points are kept.
-        moments: Second moments of the rotated inputs, [K, K] or [K/b, b, b]; see :class:`Feedback`.
-        damping: λ, added to the diagonal as λ·mean(diag M); see :class:`Feedback`.
+        hessian: Second moments of the rotated inputs, [K, K] or [K/b, b, b]; see :class:`ErrorFeedback`.
+        damping: λ, added to the diagonal as λ·mean(diag M); see :class:`ErrorFeedback`.
 
     Returns:
         The grid with new codes.
@@ -45,17 +45,17 @@ def round_with_feedback(w: Tensor, grid: QuantizedWeight, moments: Tensor, dampi
     Raises:
         ShapeError: The moments do not fit K.
     """
-    return Feedback(moments, damping).round(w, grid)
+    return ErrorFeedback(hessian, damping).round(w, grid)
 
 
-class Feedback:
+class ErrorFeedback:
     """How the errors of a row are passed on: worked out once for a layer, used for all its rows.
 
     ``factors`` is what was worked out: fp64 [K/b, b, b], unit upper triangular; row i of a block says how the columns
     after i move with its error.
 
     Args:
-        moments: Second moments of the rotated inputs, [K, K], or [K/b, b, b] for blocks along the diagonal, between
+        hessian: Second moments of the rotated inputs, [K, K], or [K/b, b, b] for blocks along the diagonal, between
             which nothing is passed on. Any scale; positive semidefinite.
         damping: λ, added to the diagonal as λ·mean(diag M): the larger it is, the less the moments are trusted.
 
@@ -65,25 +65,25 @@ class Feedback:
 
     factors: Tensor
 
-    def __init__(self, moments: Tensor, damping: float = 0.05) -> None:
-        blocks = moments if moments.ndim == 3 else moments[None]
+    def __init__(self, hessian: Tensor, damping: float = 0.05) -> None:
+        blocks = hessian if hessian.ndim == 3 else hessian[None]
         if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
             raise ShapeError(
-                f"second moments {list(moments.shape)} for {len(blocks) * blocks.shape[1]} inputs",
+                f"second moments {list(hessian.shape)} for {len(blocks) * blocks.shape[1]} inputs",
                 available="[K, K], or blocks [K/b, b, b]",
             )
         self.factors = _passed_on(blocks.double(), damping)
 
     @classmethod
-    def of_factors(cls, factors: Tensor) -> Feedback:
+    def of_factors(cls, factors: Tensor) -> ErrorFeedback:
         """Return the feedback that an earlier one has worked out.
 
         Args:
             factors: fp64 [K/b, b, b], unit upper triangular.
         """
-        feedback = cls.__new__(cls)
-        feedback.factors = factors
-        return feedback
+        gptq = cls.__new__(cls)
+        gptq.factors = factors
+        return gptq
 
     def round(self, w: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
         """Return the grid of ``w`` with new codes.
@@ -102,29 +102,29 @@ class Feedback:
                 available=f"[{features}, {features}], or blocks",
             )
         if w.device.type != "cpu" and (found := self._by_kernel(w, grid)) is not None:
-            return QuantizedWeight(found, grid.scale, grid.factor, grid.zero)
-        step = grid.scale[:, None] * (grid.factor.float() / 255)
+            return QuantizedWeight(found, grid.scale, grid.group_scale, grid.zero)
+        step = grid.scale[:, None] * (grid.group_scale.float() / 255)
         zero = expand_zero(grid.zero).float().expand(step.shape).contiguous()
         rounded = _on_device if w.device.type != "cpu" else _compiled
         codes = rounded(w, step, zero, self.factors.to(w.device))
-        return QuantizedWeight(codes, grid.scale, grid.factor, grid.zero)
+        return QuantizedWeight(codes, grid.scale, grid.group_scale, grid.zero)
 
     def _by_kernel(self, w: Tensor, grid: QuantizedWeight) -> Tensor | None:
         """Return the codes by the CUDA kernel, or None where there is none for this device, row and block."""
         from dvdquant.quantize.backends.cuda_grid import quantizer_kernels
 
         kernels = quantizer_kernels(w.device)
-        if kernels is None or not kernels.rounds(w.shape[1], grid.factor.shape[1], self.factors.shape[1]):
+        if kernels is None or not kernels.rounds(w.shape[1], grid.group_scale.shape[1], self.factors.shape[1]):
             return None
         factors = self.factors.to(w.device, torch.float32)
-        return kernels.round(w.float(), grid.scale, grid.factor, grid.zero, factors)
+        return kernels.round(w.float(), grid.scale, grid.group_scale, grid.zero, factors)
 
 
-def _passed_on(moments: Tensor, damping: float) -> Tensor:
+def _passed_on(hessian: Tensor, damping: float) -> Tensor:
     """Return fp64 [n, b, b], unit upper triangular: row i says how the columns after i move with its error."""
-    level = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
-    damped = torch.where(level > 0, moments / level.clamp(min=1e-300) + damping * identity, identity)
+    level = hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    identity = torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device)
+    damped = torch.where(level > 0, hessian / level.clamp(min=1e-300) + damping * identity, identity)
     # The Cholesky factor U of the inverse, M⁻¹ = UᵀU, without the inverse: backwards, M = LLᵀ, and U is L⁻¹ backwards.
     lower = torch.linalg.cholesky(damped.flip(1, 2))
     factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(1, 2)
@@ -198,13 +198,13 @@ def _on_device(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor
     return codes.permute(2, 1, 0).reshape(w.shape)
 
 
-def output_energy(w: Tensor, moments: Tensor) -> float:
+def output_energy(w: Tensor, hessian: Tensor) -> float:
     """Return ``tr(W M Wᵀ)``, the sum of squares of the outputs, computed in fp32.
 
     Args:
         w: [N, K], floating.
-        moments: M, [K, K] or blocks [K/b, b, b] along the diagonal.
+        hessian: M, [K, K] or blocks [K/b, b, b] along the diagonal.
     """
-    blocks = (moments if moments.ndim == 3 else moments[None]).to(w)
+    blocks = (hessian if hessian.ndim == 3 else hessian[None]).to(w)
     parts = w.reshape(len(w), len(blocks), -1).transpose(0, 1)
     return float(((parts @ blocks) * parts).sum(dtype=torch.float64))

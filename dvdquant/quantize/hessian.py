@@ -29,26 +29,26 @@ from dvdquant.system.memory import memory_limit
 from dvdquant.system.progress import Progress
 
 __all__ = [
-    "InputMoments",
-    "balance_divisors",
-    "channel_signs",
-    "moment_block",
-    "moments_bytes",
-    "rotated_moments",
+    "InputHessian",
+    "smooth_scale_of",
+    "random_signs_of",
+    "hessian_block",
+    "hessian_bytes",
+    "rotated_hessian",
     "streamed",
-    "synthetic_moments",
+    "synthetic_hessians",
     "triangles_shape",
 ]
 
 # Channels whose moments are kept together: half of K·256 floats a layer are 1 GB for HunyuanVideo.
 _BLOCK = 256
-# Exponents of the divisors: an outlier may be divided by what every 16-bit dtype takes as a factor, but a channel that is
+# Exponents of the smooth scale: an outlier may be divided by what every 16-bit dtype takes as a factor, but a channel that is
 # quiet on synthetic inputs may be louder on real ones.
 _EXPONENTS = (-3, 12)
 
 
 @dataclass(frozen=True, eq=False)
-class InputMoments:
+class InputHessian:
     """Prediction about the inputs of one layer, in the basis of the checkpoint (not rotated).
 
     Args:
@@ -64,7 +64,7 @@ class InputMoments:
     tokens: int
 
     @classmethod
-    def from_blocks(cls, blocks: Tensor, weight_energy: Tensor, tokens: int = 0) -> InputMoments:
+    def from_blocks(cls, blocks: Tensor, weight_energy: Tensor, tokens: int = 0) -> InputHessian:
         """Return the moments of inputs with a mean of 0, from symmetric blocks.
 
         Args:
@@ -103,16 +103,16 @@ def _pack(blocks: Tensor) -> Tensor:
 
 
 def triangles_shape(spec: LayerSpec) -> tuple[int, int]:
-    """Return the shape of :attr:`InputMoments.triangles`.
+    """Return the shape of :attr:`InputHessian.triangles`.
 
     Args:
         spec: The layer.
     """
-    order = moment_block(spec)
+    order = hessian_block(spec)
     return spec.features // order, order * (order + 1) // 2
 
 
-def moment_block(spec: LayerSpec) -> int:
+def hessian_block(spec: LayerSpec) -> int:
     """Return b, the order of a block of moments.
 
     It is the largest multiple of the rotation's block up to 256 that divides K, or the rotation's block where that is
@@ -125,7 +125,7 @@ def moment_block(spec: LayerSpec) -> int:
     return max((b for b in range(step, _BLOCK + 1, step) if spec.features % b == 0), default=step)
 
 
-def channel_signs(name: str, features: int) -> Tensor:
+def random_signs_of(name: str, features: int) -> Tensor:
     """Return random signs, fp32 [K], always the same for one ``name``: the bits of its SHAKE-256.
 
     A Hadamard matrix adds all channels of a block up in its first column, so inputs that are mostly positive (those behind a
@@ -140,49 +140,49 @@ def channel_signs(name: str, features: int) -> Tensor:
     return torch.from_numpy(1.0 - 2.0 * bits).float()
 
 
-def balance_divisors(moments: InputMoments) -> Tensor:
-    """Return the divisors of the input channels, which multiply the weight's columns, so that both sides vary alike.
+def smooth_scale_of(hessian: InputHessian) -> Tensor:
+    """Return the smooth scale: inputs are divided by it and weights multiplied, so that both sides vary alike.
 
     ``2^trunc(½·log2(rms_x/rms_w) − mean)``: powers of two, so that dividing is exact in 16 bit; rounded towards 1, so
     that channels stay as they are that differ from the mean by less than a factor of four; within 2⁻³..2¹².
 
     Args:
-        moments: Prediction about the layer's inputs.
+        hessian: Prediction about the layer's inputs.
 
     Returns:
         fp32 [K]. Channels without energy on either side get 1, and do not count in the mean.
     """
-    x, w = moments.input_energy, moments.weight_energy
+    x, w = hessian.input_energy, hessian.weight_energy
     alive = (x > 0) & (w > 0)
-    divisors = torch.ones_like(x)
+    smooth_scale = torch.ones_like(x)
     if bool(alive.any()):
         exponent = 0.25 * (x[alive].double().log2() - w[alive].double().log2())
         exponent = (exponent - exponent.mean()).trunc().clamp(*_EXPONENTS)
-        divisors[alive] = torch.exp2(exponent).float()
-    return divisors
+        smooth_scale[alive] = torch.exp2(exponent).float()
+    return smooth_scale
 
 
-def rotated_moments(moments: InputMoments, spec: LayerSpec, divisors: Tensor | None) -> Tensor:
-    """Return the second moments of the rotation of ``x / divisors``: ``Hᵀ D⁻¹ M D⁻¹ H``, block by block.
+def rotated_hessian(hessian: InputHessian, spec: LayerSpec, smooth_scale: Tensor | None) -> Tensor:
+    """Return the second moments of the rotation of ``x / smooth_scale``: ``Hᵀ D⁻¹ M D⁻¹ H``, block by block.
 
     Args:
-        moments: Prediction about the layer's inputs.
+        hessian: Prediction about the layer's inputs.
         spec: The layer; its rotation is read.
-        divisors: [K], or None to divide by nothing.
+        smooth_scale: [K], or None to divide by nothing.
 
     Returns:
-        fp32 [K/b, b, b], as :func:`dvdquant.quantize.gptq.round_with_feedback` takes them.
+        fp32 [K/b, b, b], as :func:`dvdquant.quantize.gptq.gptq_round` takes them.
     """
-    blocks = moments.blocks
+    blocks = hessian.blocks
     order = blocks.shape[1]
-    if divisors is not None:
-        d = divisors.float().view(-1, order)
+    if smooth_scale is not None:
+        d = smooth_scale.float().view(-1, order)
         blocks = blocks / d[:, :, None] / d[:, None, :]
     rotation = Rotation(order, spec.rotation.inner, spec.rotation.outer)
     return rotate(rotate(blocks, rotation).mT, rotation)
 
 
-def synthetic_moments(
+def synthetic_hessians(
     checkpoint: Checkpoint,
     plan: ModelPlan,
     progress: Progress,
@@ -191,7 +191,7 @@ def synthetic_moments(
     seed: int = 0,
     device: torch.device | str = "cpu",
     limits: Magnitudes | None = None,
-) -> dict[str, InputMoments]:
+) -> dict[str, InputHessian]:
     """Predict the moments of the inputs of every planned layer, by ``LayerSpec.name``.
 
     One forward in fp32 runs on :func:`synthetic_inputs`. Every module's own parameters are read when it is called and
@@ -287,7 +287,7 @@ class _Collected:
 
     def watch(self, spec: LayerSpec) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """Return a forward pre-hook for the first member of ``spec``."""
-        order, sums = moment_block(spec), self._triangles[spec.name]
+        order, sums = hessian_block(spec), self._triangles[spec.name]
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].reshape(-1, spec.features // order, order)
@@ -297,7 +297,7 @@ class _Collected:
 
         return hook
 
-    def take(self, spec: LayerSpec) -> InputMoments:
+    def take(self, spec: LayerSpec) -> InputHessian:
         """Return the result of one layer and forget it here; outside inference mode these are ordinary tensors."""
         energy = self._energy.pop(spec.name) / spec.out_features
         triangles, tokens = self._triangles.pop(spec.name), self._tokens[spec.name]
@@ -306,9 +306,9 @@ class _Collected:
             triangles /= tokens
             mean /= tokens
         if not tokens or not all(math.isfinite(extreme) for extreme in torch.aminmax(triangles)):
-            triangles, tokens = _pack(torch.eye(moment_block(spec))[None]).repeat(len(triangles), 1), 0
+            triangles, tokens = _pack(torch.eye(hessian_block(spec))[None]).repeat(len(triangles), 1), 0
             mean = torch.zeros_like(mean)
-        return InputMoments(triangles, energy, mean, tokens)
+        return InputHessian(triangles, energy, mean, tokens)
 
 
 def _move_buffers(model: nn.Module, device: torch.device | str) -> None:
@@ -392,7 +392,7 @@ def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes | None = None) -
     return value.to(torch.float32, copy=True).nan_to_num_(0.0, 0.0, 0.0)
 
 
-def moments_bytes(plan: ModelPlan) -> int:
+def hessian_bytes(plan: ModelPlan) -> int:
     """Return the size of all layers' moments in bytes.
 
     Args:
@@ -402,7 +402,7 @@ def moments_bytes(plan: ModelPlan) -> int:
 
 
 def _check_memory(plan: ModelPlan) -> None:
-    needed, available = moments_bytes(plan), memory_limit()
+    needed, available = hessian_bytes(plan), memory_limit()
     if needed > available:
         raise ResourceError(
             f"the second moments of the inputs take {needed / 2**30:.1f} GiB",

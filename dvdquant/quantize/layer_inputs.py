@@ -17,13 +17,13 @@ from torch import Tensor
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.model.layers import LayerSpec
 from dvdquant.model.plan import ModelPlan
-from dvdquant.quantize.gptq import Feedback
+from dvdquant.quantize.gptq import ErrorFeedback
 from dvdquant.quantize.hessian import (
-    InputMoments,
-    balance_divisors,
-    channel_signs,
-    rotated_moments,
-    synthetic_moments,
+    InputHessian,
+    random_signs_of,
+    rotated_hessian,
+    smooth_scale_of,
+    synthetic_hessians,
     triangles_shape,
 )
 from dvdquant.quantize.magnitudes import Magnitudes
@@ -47,40 +47,42 @@ class LayerInputs:
     """Facts about the input of one layer that its quantization uses.
 
     Args:
-        divisors: fp32 [K], powers of two, with a sign each where the layer has signs and is rotated; the shifted input is
+        smooth_scale: fp32 [K], powers of two, with a sign each where the layer has signs and is rotated; the shifted input is
             divided by them and the weight's columns are multiplied. Their magnitudes are 1 where the layer is not
             balanced.
-        moments: fp32 [K/b, b, b] of the divided and rotated input. The mean is not subtracted: feedback then minds how
+        hessian: fp32 [K/b, b, b] of the divided and rotated input. The mean is not subtracted: feedback then minds how
             far the shift is from the mean of real inputs. That was no worse on predicted inputs and better on real
             ones.
-        damping: λ of :class:`dvdquant.quantize.gptq.Feedback`.
+        damping: λ of :class:`dvdquant.quantize.gptq.ErrorFeedback`.
         shift: fp32 [K], subtracted from the input, its product with the weight added to the bias; or None.
     """
 
-    divisors: Tensor
-    moments: Tensor
+    smooth_scale: Tensor
+    hessian: Tensor
     damping: float
     shift: Tensor | None = None
 
     @cached_property
-    def feedback(self) -> Feedback:
+    def gptq(self) -> ErrorFeedback:
         """Return the feedback of these moments, worked out once."""
-        return Feedback(self.moments, self.damping)
+        return ErrorFeedback(self.hessian, self.damping)
 
 
-def layer_inputs(found: InputMoments, spec: LayerSpec) -> LayerInputs:
+def layer_inputs(found: InputHessian, spec: LayerSpec) -> LayerInputs:
     """Return what quantizing ``spec`` uses of its predicted moments.
 
     Args:
         found: Prediction about the layer's inputs, not rotated.
         spec: The layer.
     """
-    divisors = balance_divisors(found) if spec.balanced else torch.ones(spec.features)
-    if spec.signs and not spec.rotation.identity:
-        divisors = divisors * channel_signs(spec.name, spec.features)
+    smooth_scale = smooth_scale_of(found) if spec.smoothed else torch.ones(spec.features)
+    if spec.random_signs and not spec.rotation.identity:
+        smooth_scale = smooth_scale * random_signs_of(spec.name, spec.features)
     # Moments of few tokens have few directions; the others must not count as free of error.
     damping = DAMPING + found.block / max(1, found.tokens)
-    return LayerInputs(divisors, rotated_moments(found, spec, divisors), damping, found.mean if spec.shifted else None)
+    return LayerInputs(
+        smooth_scale, rotated_hessian(found, spec, smooth_scale), damping, found.mean if spec.shifted else None
+    )
 
 
 class PredictedInputs:
@@ -101,7 +103,7 @@ class PredictedInputs:
             spec: The layer.
         """
         triangles, energy, mean, tokens = (self._read(f"{spec.name}.{kind}") for kind in KINDS)
-        return layer_inputs(InputMoments(triangles, energy, mean, int(tokens)), spec)
+        return layer_inputs(InputHessian(triangles, energy, mean, int(tokens)), spec)
 
     def _read(self, name: str) -> Tensor:
         return read_tensor(self._path, self._tensors[name])
@@ -140,11 +142,11 @@ def predict_inputs(
     """
     if plan.recipe.inputs != "synthetic" or not plan.layers:
         return None
-    path, step = transaction.tree.parent / f"{component}.moments.safetensors", f"{component}:moments"
+    path, step = transaction.tree.parent / f"{component}.hessian.safetensors", f"{component}:moments"
     if not (transaction.is_done(step) and path.exists()):
         path.unlink(missing_ok=True)
         limits, levels = Magnitudes(plan), noise_levels(plan)
-        found = synthetic_moments(checkpoint, plan, progress, levels=levels, device=device, limits=limits)
+        found = synthetic_hessians(checkpoint, plan, progress, levels=levels, device=device, limits=limits)
         planned = []
         for spec in plan.layers:
             planned += [
@@ -155,11 +157,11 @@ def predict_inputs(
             ]
         with StreamingWriter(path, planned) as writer:
             for spec in plan.layers:
-                moments = found.pop(spec.name)
-                writer.write(f"{spec.name}.triangles", moments.triangles)
-                writer.write(f"{spec.name}.energy", moments.weight_energy)
-                writer.write(f"{spec.name}.mean", moments.mean)
-                writer.write(f"{spec.name}.tokens", torch.tensor(float(moments.tokens)))
+                hessian = found.pop(spec.name)
+                writer.write(f"{spec.name}.triangles", hessian.triangles)
+                writer.write(f"{spec.name}.energy", hessian.weight_energy)
+                writer.write(f"{spec.name}.mean", hessian.mean)
+                writer.write(f"{spec.name}.tokens", torch.tensor(float(hessian.tokens)))
             writer.finish()
         transaction.done(step)
     return PredictedInputs(path)

@@ -19,7 +19,7 @@ __all__ = ["Magnitudes", "largest"]
 
 _FP32_MAX = torch.finfo(torch.float32).max
 # Of what a weight is multiplied by before it is rotated (dvdquant.quantize.hessian.balance_divisors).
-_MOST_DIVISOR = 2.0**12
+_MOST_SMOOTH_SCALE = 2.0**12
 
 
 def largest(tensor: Tensor) -> float:
@@ -78,7 +78,7 @@ class Magnitudes:
             return
         self._check_dtype(checkpoint, name, value, self._plan.dtype)
         if name.endswith(".weight"):
-            limit = _FP32_MAX**0.5 / _MOST_DIVISOR / (spec.features * spec.out_features) ** 0.5
+            limit = _FP32_MAX**0.5 / _MOST_SMOOTH_SCALE / (spec.features * spec.out_features) ** 0.5
             if value > limit:
                 raise CheckpointError(
                     f"{checkpoint.root}: {name:.200} holds {value:.3g}, and weights beyond {limit:.2g} cannot be "

@@ -1,4 +1,4 @@
-"""What really executes: the frozen table from (backend, SM, activation grid) to a realization, and its plain words.
+"""What really executes: the frozen table from (backend, SM, activation grid) to a precision, and its plain words.
 
 Evidence: TOOLCHAIN and KERNELS notes, and tests/export/test_builders.py, which builds every entry of the RTX table and reads
 the operand types out of the builder's own listing.
@@ -15,18 +15,18 @@ from dvdquant.export.engines.attention import SIXTEEN_BIT, AttentionWish
 from dvdquant.recipe import ActivationSpec, Recipe
 
 __all__ = [
-    "REALIZATIONS",
+    "PRECISIONS",
     "RTX_SMS",
     "TENSORRT_SMS",
     "EnginePlan",
-    "Realization",
+    "Precision",
     "check_sms",
-    "choose_realization",
+    "choose_precision",
     "plan_engines",
     "what_executes",
 ]
 
-Realization = Literal["int8", "int4-weight-only", "nvfp4", "plugin"]
+Precision = Literal["int8", "int4-weight-only", "nvfp4", "plugin"]
 """How a QuantLinear runs.
 
 ``int8``: INT8 tensor cores; both operands' codes in 8 bits. ``int4-weight-only``: packed 4-bit weights, activations
@@ -34,7 +34,7 @@ rounded to their codes and multiplied in 16 bit. ``nvfp4``: FP4 tensor cores, an
 own kernels.
 """
 
-REALIZATIONS: tuple[str, ...] = ("auto", "int8", "int4-weight-only", "nvfp4")
+PRECISIONS: tuple[str, ...] = ("auto", "int8", "int4-weight-only", "nvfp4")
 
 RTX_SMS: tuple[str, ...] = ("8.0", "8.6", "8.9", "12.0", "12.1")
 """SMs TensorRT-RTX 1.7 compiles these graphs for. 7.5 is left out: it has neither bf16 nor INT4 there."""
@@ -69,7 +69,7 @@ class EnginePlan:
         backend: ``tensorrt_rtx`` or ``tensorrt``.
         sms: the targets it serves; several only with TensorRT-RTX, at no extra size.
         act_bits: which graph.
-        realization: how its QuantLinear nodes run.
+        precision: how its QuantLinear nodes run.
         executes: the same in plain words, for the manifest and the dry run.
         attention: how its self-attention runs: ``16`` or ``fp8``.
     """
@@ -77,7 +77,7 @@ class EnginePlan:
     backend: str
     sms: tuple[str, ...]
     act_bits: int
-    realization: Realization
+    precision: Precision
     executes: str
     attention: Literal["16", "fp8"] = "16"
 
@@ -87,8 +87,8 @@ class EnginePlan:
         return f"{self.backend}-{'+'.join(self.sms)}"
 
 
-def choose_realization(backend: str, sm: str, activation: ActivationSpec, override: str = "auto") -> Realization:
-    """Return the realization of one graph on one SM.
+def choose_precision(backend: str, sm: str, activation: ActivationSpec, override: str = "auto") -> Precision:
+    """Return the precision of one graph on one SM.
 
     TensorRT: always the plugin, of 4 or 8 bits. TensorRT-RTX, ``auto``:
 
@@ -105,11 +105,11 @@ def choose_realization(backend: str, sm: str, activation: ActivationSpec, overri
         raise UnsupportedError(
             f"{backend} engines for SM {sm} are not supported", available=known, fix="pick with --sm"
         )
-    if override not in REALIZATIONS:
-        raise UnsupportedError(f"unknown realization {override!r}", available=REALIZATIONS, fix="pick with --realize")
+    if override not in PRECISIONS:
+        raise UnsupportedError(f"unknown precision {override!r}", available=PRECISIONS, fix="pick with --precision")
     if backend == "tensorrt":
         if override != "auto":
-            raise UnsupportedError("TensorRT engines run the plugin; --realize applies to the rtx target")
+            raise UnsupportedError("TensorRT engines run the plugin; --precision applies to the rtx target")
         if activation.bits not in (4, 8):
             raise UnsupportedError(
                 f"the TensorRT plugin has no {activation.bits}-bit activations",
@@ -119,18 +119,18 @@ def choose_realization(backend: str, sm: str, activation: ActivationSpec, overri
         return "plugin"
     fp4 = sm in _FP4_SMS and activation.bits == 4
     whole = activation.group_size == 0
-    accepted: tuple[Realization, ...] = (
+    accepted: tuple[Precision, ...] = (
         *(("nvfp4",) if fp4 else ()), *(("int8",) if whole else ()), "int4-weight-only",
     )  # fmt: skip
     if override == "auto":
         return accepted[0]
-    for realization in accepted:
-        if realization == override:
-            return realization
+    for precision in accepted:
+        if precision == override:
+            return precision
     grid = f"{activation.bits}-bit activations, " + (
         "one scale per token" if whole else f"groups of {activation.group_size}"
     )
-    raise UnsupportedError(f"{override} cannot run {grid} on SM {sm}", available=accepted, fix="pick with --realize")
+    raise UnsupportedError(f"{override} cannot run {grid} on SM {sm}", available=accepted, fix="pick with --precision")
 
 
 def check_sms(sms: Iterable[str]) -> None:
@@ -149,7 +149,7 @@ def _known_sms(backend: str) -> tuple[str, ...]:
 
 
 def what_executes(
-    realization: Realization,
+    precision: Precision,
     act_bits: int,
     sm: str,
     recipe: Recipe | None = None,
@@ -162,15 +162,15 @@ def what_executes(
         recipe: says whether the INT8 codes are exact or rounded again.
         from_checkpoint: for nvfp4, whether the weights come from the original checkpoint.
     """
-    if realization == "plugin":
-        return _plugin_words(act_bits, sm)
-    if realization == "int8":
+    if precision == "plugin":
+        return _plugin_text(act_bits, sm)
+    if precision == "int8":
         codes = "4-bit weights" if act_bits == 8 else f"4-bit weights and {act_bits}-bit activation codes each"
         words = f"INT8 tensor cores; {codes} stored in 8 bits" + ("" if act_bits == 8 else ", so no faster than a8")
         if recipe is not None and recipe.weight.group_size:
             words += f"; weight groups of {recipe.weight.group_size} rounded again to 8 bits per row"
         return words
-    if realization == "int4-weight-only":
+    if precision == "int4-weight-only":
         return (
             "16-bit tensor cores; weights stay packed in 4 bits (least memory), activations are rounded to their "
             f"{act_bits}-bit codes and multiplied in 16 bits, so the product is no faster than 16 bit"
@@ -182,7 +182,7 @@ def what_executes(
     )
 
 
-def _plugin_words(act_bits: int, sm: str) -> str:
+def _plugin_text(act_bits: int, sm: str) -> str:
     if sm not in _PLUGIN_A4:
         raise UnsupportedError(f"the TensorRT plugin has no kernels for SM {sm}", available=TENSORRT_SMS)
     words = _PLUGIN_A4[sm] if act_bits == 4 else "8-bit tensor cores, 4-bit weights widened to 8 bits"
@@ -200,7 +200,7 @@ def plan_engines(
     from_checkpoint: bool = False,
     attention: AttentionWish = SIXTEEN_BIT,
 ) -> list[EnginePlan]:
-    """The engines to build: per graph, SMs with the same realization share one where the backend allows it.
+    """The engines to build: per graph, SMs with the same precision share one where the backend allows it.
 
     Args:
         sms: targets; repeated ones count once, the order is kept.
@@ -208,18 +208,18 @@ def plan_engines(
         attention: what is asked of the self-attention. An engine that also serves an SM without FP8 has it in 16 bit.
 
     An ``override`` that one graph can run and another cannot (NVFP4 has no 8-bit activations) applies to the first; the
-    other gets its automatic realization.
+    other gets its automatic precision.
 
     Raises:
-        UnsupportedError: see :func:`choose_realization`; for an override only if no graph can run it on one of the SMs.
+        UnsupportedError: see :func:`choose_precision`; for an override only if no graph can run it on one of the SMs.
     """
     plans: list[EnginePlan] = []
     grids = list(activations)
     for activation in grids:
-        groups: dict[tuple[Realization, str], list[str]] = {}
+        groups: dict[tuple[Precision, str], list[str]] = {}
         for sm in dict.fromkeys(sms):
-            realization = _override_or_auto(backend, sm, activation, override, grids)
-            groups.setdefault((realization, sm if backend == "tensorrt" else ""), []).append(sm)
+            precision = _override_or_auto(backend, sm, activation, override, grids)
+            groups.setdefault((precision, sm if backend == "tensorrt" else ""), []).append(sm)
         for (chosen, _), members in groups.items():
             words = what_executes(chosen, activation.bits, members[0], recipe, from_checkpoint=from_checkpoint)
             words += attention.words(members)
@@ -229,18 +229,18 @@ def plan_engines(
 
 def _override_or_auto(
     backend: str, sm: str, activation: ActivationSpec, override: str, grids: Sequence[ActivationSpec]
-) -> Realization:
+) -> Precision:
     try:
-        return choose_realization(backend, sm, activation, override)
+        return choose_precision(backend, sm, activation, override)
     except UnsupportedError:
-        if override not in REALIZATIONS or not any(_runs(backend, sm, grid, override) for grid in grids):
+        if override not in PRECISIONS or not any(_runs(backend, sm, grid, override) for grid in grids):
             raise
-        return choose_realization(backend, sm, activation)
+        return choose_precision(backend, sm, activation)
 
 
 def _runs(backend: str, sm: str, activation: ActivationSpec, override: str) -> bool:
     try:
-        choose_realization(backend, sm, activation, override)
+        choose_precision(backend, sm, activation, override)
     except UnsupportedError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""The engine stage: lower each graph for its realization, build it, and describe the result."""
+"""The engine stage: lower each graph for its precision, build it, and describe the result."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class EngineStage:
         source = self.root / graph_path(self.component, engine.act_bits, "tensorrt")
         target = self.root / engine_path(self.component, engine)
         target.parent.mkdir(parents=True, exist_ok=True)
-        graph = self._for_plugin(source, engine) if engine.realization == "plugin" else self._lower(source, engine)
+        graph = self._for_plugin(source, engine) if engine.precision == "plugin" else self._lower(source, engine)
         workspace = self.options.workspace_gib
         try:
             report = build_engine(
@@ -134,17 +134,17 @@ class EngineStage:
         model = ir.load(source)
         model.functions.clear()
         self._attention(model, engine)
-        stem = self.root / "onnx" / f"{self.component}_rtx_{engine.realization}"
-        store = self._stores.get(engine.realization)
+        stem = self.root / "onnx" / f"{self.component}_rtx_{engine.precision}"
+        store = self._stores.get(engine.precision)
         if store is None:
-            store = self._stores[engine.realization] = TensorStore(stem.with_suffix(".bin"), self.root / "onnx")
-        if engine.realization == "int8":
+            store = self._stores[engine.precision] = TensorStore(stem.with_suffix(".bin"), self.root / "onnx")
+        if engine.precision == "int8":
             lower_int8(model, store)
-        elif engine.realization == "nvfp4":
+        elif engine.precision == "nvfp4":
             lower_nvfp4(model, self.weight_source, store)
         else:
             lower_qdq_int4(model, store)
-        path = stem.with_name(f"{self.component}_a{engine.act_bits}_rtx_{engine.realization}.onnx")
+        path = stem.with_name(f"{self.component}_a{engine.act_bits}_rtx_{engine.precision}.onnx")
         ir.save(model, path)
         return path
 
@@ -162,7 +162,7 @@ class EngineStage:
             backend=engine.backend,
             sm=list(engine.sms),
             act_bits=engine.act_bits,
-            realization=engine.realization,
+            precision=engine.precision,
             executes=engine.executes,
             onnx_sha256=self.hashes[graph],
             versions={engine.backend: report.version},
@@ -177,14 +177,14 @@ class BuildSettings:
 
     Args:
         onnx_sha256: of the QuantLinear graph it was lowered from; the weights behind it are the same in one export.
-        realization, backend: as in the plan.
+        precision, backend: as in the plan.
         version: of the builder. An engine loads in the release that built it only.
         optimization_level, workspace_gib: as given to the builder, None for its own defaults.
         plugins: SHA-256 of the plugin libraries that the builder loaded, in their order.
     """
 
     onnx_sha256: str
-    realization: str
+    precision: str
     backend: str
     version: str
     optimization_level: int | None
@@ -212,7 +212,7 @@ class BuildSettings:
         """
         return (
             entry["onnx_sha256"] == self.onnx_sha256
-            and entry["realization"] == self.realization
+            and entry["precision"] == self.precision
             and entry["versions"].get(self.backend) == self.version
             and entry.get("optimization_level") == self.optimization_level
             and entry.get("workspace_gib") == self.workspace_gib
@@ -234,7 +234,7 @@ def build_settings(
     plugins = options.plugins if engine.backend == "tensorrt" else ()
     return BuildSettings(
         hashes[graph_path(component, engine.act_bits, "tensorrt")],
-        engine.realization,
+        engine.precision,
         engine.backend,
         version,
         options.optimization_level,

@@ -16,7 +16,7 @@ from dvdquant.errors import ExportError
 from dvdquant.numerics.activation_grid import AMAX_FLOOR
 from dvdquant.onnx.schema import DOMAIN, DOMAIN_VERSION, OPSET
 
-__all__ = ["QuantLinear", "QuantLinearRealZero", "attach_functions", "quant_linear_function"]
+__all__ = ["QuantLinear", "QuantLinearFloatZero", "attach_functions", "quant_linear_function"]
 
 _FLOOR = float(AMAX_FLOOR)
 _KEY = (DOMAIN, "QuantLinear", "")
@@ -30,7 +30,7 @@ def _quant_linear(zero_step: float, zero_origin: float) -> OnnxFunction:
         x,
         weight,
         weight_scale,
-        weight_factor,
+        weight_group_scale,
         weight_zero,
         bias,
         hadamard,
@@ -67,10 +67,10 @@ def _quant_linear(zero_step: float, zero_origin: float) -> OnnxFunction:
         pairs = op.Concat(op.Unsqueeze(even, last), op.Unsqueeze(odd, last), axis=-1)
         rows = op.Shape(weight, start=0, end=1)
         codes_w = op.Cast(
-            op.Reshape(pairs, op.Concat(rows, op.Shape(weight_factor, start=1, end=2), last, axis=0)), to=1
+            op.Reshape(pairs, op.Concat(rows, op.Shape(weight_group_scale, start=1, end=2), last, axis=0)), to=1
         )
         # dequantize: Δ[n] · f[n, g] / 255 · (c − z), z one per row or one per row and group
-        ratio = op.Div(op.Cast(weight_factor, to=1), op.Constant(value_float=255.0))
+        ratio = op.Div(op.Cast(weight_group_scale, to=1), op.Constant(value_float=255.0))
         step = op.Unsqueeze(op.Mul(op.Unsqueeze(weight_scale, last), ratio), last)
         stored = op.Reshape(op.Cast(weight_zero, to=1), op.Concat(rows, last, one, axis=0))
         zero = op.Add(op.Mul(stored, op.Constant(value_float=zero_step)), op.Constant(value_float=zero_origin))
@@ -83,12 +83,14 @@ def _quant_linear(zero_step: float, zero_origin: float) -> OnnxFunction:
 
 # As they are, fp32 [N], and as bytes, uint8 [N, groups] (dvdquant.numerics.packing.expand_zero).
 QuantLinear = _quant_linear(1.0, 0.0)
-QuantLinearRealZero = _quant_linear(1 / 16, -8.0)
+QuantLinearFloatZero = _quant_linear(1 / 16, -8.0)
 
 
-def quant_linear_function(real_zero: bool = False) -> ir.Function:
-    """The body of ``dvdquant::QuantLinear`` as an onnx-ir function; ``real_zero`` where weight_zero is uint8."""
-    return ir.serde.deserialize_function((QuantLinearRealZero if real_zero else QuantLinear).to_function_proto())
+def quant_linear_function(float_zero_point: bool = False) -> ir.Function:
+    """The body of ``dvdquant::QuantLinear`` as an onnx-ir function; ``float_zero_point`` where weight_zero is uint8."""
+    return ir.serde.deserialize_function(
+        (QuantLinearFloatZero if float_zero_point else QuantLinear).to_function_proto()
+    )
 
 
 def attach_functions(model: ir.Model) -> None:
@@ -100,5 +102,5 @@ def attach_functions(model: ir.Model) -> None:
     zeros = {node.inputs[4].dtype for node in model.graph.all_nodes() if (node.domain, node.op_type) == _KEY[:2]}
     if len(zeros) > 1:
         raise ExportError(f"the zero-points of the layers are of several types: {sorted(str(z) for z in zeros)}")
-    model.functions[_KEY] = quant_linear_function(real_zero=zeros == {ir.DataType.UINT8})
+    model.functions[_KEY] = quant_linear_function(float_zero_point=zeros == {ir.DataType.UINT8})
     model.opset_imports[DOMAIN] = DOMAIN_VERSION

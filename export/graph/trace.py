@@ -87,7 +87,7 @@ def _translate_quant_linear(
     x: Any,
     weight: Any,
     weight_scale: Any,
-    weight_factor: Any,
+    weight_group_scale: Any,
     weight_zero: Any,
     bias: Any,
     hadamard: Any,
@@ -96,7 +96,7 @@ def _translate_quant_linear(
     act_group: int,
 ) -> Any:
     register_schemas()
-    tensors = (x, weight, weight_scale, weight_factor, weight_zero, bias, hadamard, outer)
+    tensors = (x, weight, weight_scale, weight_group_scale, weight_zero, bias, hadamard, outer)
     return OPSET.QuantLinear(*tensors, act_bits=act_bits, act_group=act_group)
 
 

@@ -12,7 +12,7 @@ __all__ = ["PLUGIN_NAMESPACE", "PLUGIN_VERSION", "plugin_inputs"]
 PLUGIN_NAMESPACE = DOMAIN
 PLUGIN_VERSION = "1"
 
-# weight, weight_scale, weight_factor, weight_zero, bias; the rotation matrices stay in the engine, they are few and small.
+# weight, weight_scale, weight_group_scale, weight_zero, bias; the rotation matrices stay in the engine, they are few and small.
 _PACKED = range(1, 6)
 
 

@@ -116,17 +116,17 @@ def with_fp8_attention(scales: Sequence[AttentionScales], attentions: int) -> It
 def attention_taps(model: ir.Model, scales: Sequence[AttentionScales]) -> dict[str, ir.Value]:
     """The operands and the result of every quantized attention, under ``<module> <what>``."""
     nodes = {node.name: node for node in model.graph}
-    taps = {}
+    intermediates = {}
     for each in scales:
         for side in "qk":
             product = nodes[f"{each.name}.{side}_rotated"]
-            taps[f"{each.name} {side}_rows"] = _input(product)
-            taps[f"{each.name} {side}_rotated"] = _input(nodes[f"{each.name}.{side}_q"])
-        taps[f"{each.name} v"] = _input(nodes[f"{each.name}.v_q"])
+            intermediates[f"{each.name} {side}_rows"] = _input(product)
+            intermediates[f"{each.name} {side}_rotated"] = _input(nodes[f"{each.name}.{side}_q"])
+        intermediates[f"{each.name} v"] = _input(nodes[f"{each.name}.v_q"])
         if (masked := nodes.get(f"{each.name}.masked")) is not None:
-            taps[f"{each.name} mask"] = _input(masked)
-        taps[f"{each.name} attended"] = nodes[f"{each.name}.attended"].outputs[0]
-    return taps
+            intermediates[f"{each.name} mask"] = _input(masked)
+        intermediates[f"{each.name} attended"] = nodes[f"{each.name}.attended"].outputs[0]
+    return intermediates
 
 
 def _input(node: ir.Node) -> ir.Value:

@@ -24,7 +24,13 @@ from torch import Tensor, nn
 
 from dvdquant.export.passes.fp8_attention import AttentionScales, fp8_attention
 from dvdquant.export.verify.attention import AttentionCheck, attention_taps, judge_attention, with_fp8_attention
-from dvdquant.export.verify.intermediates import Tap, add_taps, find_taps, load_graph, run_graph
+from dvdquant.export.verify.intermediates import (
+    Intermediate,
+    add_intermediates,
+    find_intermediates,
+    load_graph,
+    run_graph,
+)
 from dvdquant.export.verify.layers import LayersCheck, choose_layers, judge_layers, token_step
 from dvdquant.export.verify.reference import Free, Reference, relative_distance
 from dvdquant.export.verify.tolerance import UNIT
@@ -259,13 +265,15 @@ class Verifier:
             scales.extend(fp8_attention(graph, self.video_tokens))
 
         model = load_graph(path, quantize if fp8 else None)
-        taps = find_taps(model, [spec.name for spec in self.plan.layers] if self.between else self.chosen)
+        intermediates = find_intermediates(
+            model, [spec.name for spec in self.plan.layers] if self.between else self.chosen
+        )
         self.reference.use(bits)
         title = f"{path.name} with FP8 attention" if fp8 else path.name
         with with_fp8_attention(scales, attentions):
             wanted = attention_taps(model, scales) if self.whole else {}
-            xs, seen = self._run(model, taps, path, wanted) if self.whole else (self._probed(bits), None)
-            judged = {name: taps[name] for name in self.chosen}
+            xs, seen = self._run(model, intermediates, path, wanted) if self.whole else (self._probed(bits), None)
+            judged = {name: intermediates[name] for name in self.chosen}
             checks = judge_layers(model, judged, xs, self.reference.layers, self.plan.dtype, path.parent, advance)
             layers = LayersCheck(tuple(checks), len(self.plan.layers))
             between = self._check_between(seen) if seen is not None and self.between else None
@@ -277,17 +285,17 @@ class Verifier:
         return check
 
     def _run(
-        self, model: ir.Model, taps: Mapping[str, Tap], path: Path, more: Mapping[str, ir.Value]
+        self, model: ir.Model, intermediates: Mapping[str, Intermediate], path: Path, more: Mapping[str, ir.Value]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One run of the whole graph: (x of the chosen layers, the output as ``sample`` with ``to`` and ``from`` layers and
         ``more``).
         """
         wanted = {"sample": model.graph.outputs[0], **more}
         if self.between:
-            wanted |= {f"to {name}": tap.x for name, tap in taps.items()}
-            wanted |= {f"from {name}": tap.y for name, tap in taps.items()}
-        strided = add_taps(model, {name: taps[name].x for name in self.chosen}, self.step)
-        names = add_taps(model, wanted)
+            wanted |= {f"to {name}": intermediate.x for name, intermediate in intermediates.items()}
+            wanted |= {f"from {name}": intermediate.y for name, intermediate in intermediates.items()}
+        strided = add_intermediates(model, {name: intermediates[name].x for name in self.chosen}, self.step)
+        names = add_intermediates(model, wanted)
         got = run_graph(model, path.parent, self.inputs, path.name)
         return {key: got[name] for key, name in strided.items()}, {key: got[name] for key, name in names.items()}
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from dvdquant.errors import ExportError
 from dvdquant.onnx.prepare import prepare_for_onnxruntime
 
-__all__ = ["Tap", "add_taps", "cut_out", "find_taps", "load_graph", "run_graph", "select"]
+__all__ = ["Intermediate", "add_intermediates", "cut_out", "find_intermediates", "load_graph", "run_graph", "select"]
 
 LONG = np.iinfo(np.int64).max
 
 
 @dataclass
-class Tap:
+class Intermediate:
     """The input and output of one layer in a graph; ``lowered`` where standard operators stand in QuantLinear's place."""
 
     layer: str
@@ -44,7 +44,7 @@ def load_graph(path: Path, edit: Callable[[ir.Model], None] | None = None) -> ir
     return prepare_for_onnxruntime(model)
 
 
-def find_taps(model: ir.Model, layers: Iterable[str]) -> dict[str, Tap]:
+def find_intermediates(model: ir.Model, layers: Iterable[str]) -> dict[str, Intermediate]:
     """x and y of each layer: of its QuantLinear node, or of the first and last node it was lowered to.
 
     Raises:
@@ -52,14 +52,14 @@ def find_taps(model: ir.Model, layers: Iterable[str]) -> dict[str, Tap]:
     """
     whole = {n.inputs[1].name: n for n in model.graph if n.op_type == "QuantLinear" and n.inputs[1] is not None}
     parts = {node.name: node for node in model.graph}
-    taps = {}
+    intermediates = {}
     for layer in layers:
         node = whole.get(f"{layer}.weight")
         first, last = (node, node) if node is not None else (_first(parts, layer), parts.get(f"{layer}.output"))
         if first is None or last is None or first.inputs[0] is None:
             raise ExportError(f"the graph {model.graph.name} has no layer {layer}")
-        taps[layer] = Tap(layer, first.inputs[0], last.outputs[0], node is None)
-    return taps
+        intermediates[layer] = Intermediate(layer, first.inputs[0], last.outputs[0], node is None)
+    return intermediates
 
 
 def _first(parts: Mapping[str | None, ir.Node], layer: str) -> ir.Node | None:
@@ -70,7 +70,7 @@ def _first(parts: Mapping[str | None, ir.Node], layer: str) -> ir.Node | None:
     return None
 
 
-def add_taps(model: ir.Model, values: Mapping[str, ir.Value], step: int = 1) -> dict[str, str]:
+def add_intermediates(model: ir.Model, values: Mapping[str, ir.Value], step: int = 1) -> dict[str, str]:
     """Make values outputs of the graph, every ``step``-th token of them (the last axis but one).
 
     Returns the name of the output for each key.
@@ -92,7 +92,7 @@ def _strided(graph: ir.Graph, value: ir.Value, step: int) -> ir.Value:
             return output
     bounds = []
     for part, number in (("start", 0), ("end", LONG), ("axis", -2), ("step", step)):
-        constant = f"dvdquant.tap.{part}"
+        constant = f"dvdquant.intermediate.{part}"
         if constant not in graph.initializers:
             tensor = ir.tensor(np.array([number], np.int64), name=constant)
             made = ir.Value(name=constant, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
@@ -104,17 +104,23 @@ def _strided(graph: ir.Graph, value: ir.Value, step: int) -> ir.Value:
     return node.outputs[0]
 
 
-def cut_out(model: ir.Model, taps: Mapping[str, Tap]) -> ir.Model:
+def cut_out(model: ir.Model, intermediates: Mapping[str, Intermediate]) -> ir.Model:
     """The layers alone, in place: an input ``<layer>::x`` with any number of tokens, and the output y, for each."""
     graph = model.graph
-    for layer, tap in taps.items():
-        shape = None if tap.x.shape is None else ir.Shape([None] * (len(tap.x.shape) - 1) + [tap.x.shape[-1]])
-        fed = ir.Value(name=tap.fed, type=ir.TensorType(tap.x.dtype or ir.DataType.FLOAT), shape=shape)
+    for layer, intermediate in intermediates.items():
+        shape = (
+            None
+            if intermediate.x.shape is None
+            else ir.Shape([None] * (len(intermediate.x.shape) - 1) + [intermediate.x.shape[-1]])
+        )
+        fed = ir.Value(
+            name=intermediate.fed, type=ir.TensorType(intermediate.x.dtype or ir.DataType.FLOAT), shape=shape
+        )
         graph.inputs.append(fed)
-        for node, index in list(tap.x.uses()):
-            if node is tap.y.producer() or (node.name or "").startswith(f"{layer}."):
+        for node, index in list(intermediate.x.uses()):
+            if node is intermediate.y.producer() or (node.name or "").startswith(f"{layer}."):
                 node.replace_input_with(index, fed)
-    model = select(model, [tap.y for tap in taps.values()])
+    model = select(model, [intermediate.y for intermediate in intermediates.values()])
     for node in graph:
         for value in node.outputs:
             value.shape = None  # it was that of the graph's tokens

@@ -16,7 +16,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from dvdquant.export.verify.intermediates import Tap, add_taps, cut_out, find_taps, run_graph, select
+from dvdquant.export.verify.intermediates import (
+    Intermediate,
+    add_intermediates,
+    cut_out,
+    find_intermediates,
+    run_graph,
+    select,
+)
 from dvdquant.export.verify.reference import quant_linears
 from dvdquant.export.verify.tolerance import OpInputs, judge
 from dvdquant.model.layers import LayerSpec, QuantLinear
@@ -106,7 +113,7 @@ def token_step(specs: Iterable[LayerSpec], tokens: int) -> int:
 
 def judge_layers(
     model: ir.Model,
-    taps: Mapping[str, Tap],
+    intermediates: Mapping[str, Intermediate],
     xs: Mapping[str, Tensor],
     layers: Mapping[str, QuantLinear],
     dtype: torch.dtype,
@@ -128,17 +135,19 @@ def judge_layers(
     Raises:
         ExportError: ONNX Runtime cannot run a layer.
     """
-    cut = cut_out(model, taps)
+    cut = cut_out(model, intermediates)
     checks = []
-    for batch in _batches(taps, layers):
-        part = cut.clone() if len(batch) < len(taps) else cut
+    for batch in _batches(intermediates, layers):
+        part = cut.clone() if len(batch) < len(intermediates) else cut
         outputs = {value.name: value for value in part.graph.outputs}
-        part = select(part, [outputs[taps[name].y.name] for name in batch])
-        ys = run_graph(part, folder, {taps[name].fed: xs[name] for name in batch}, f"layer {batch[0]} and others")
+        part = select(part, [outputs[intermediates[name].y.name] for name in batch])
+        ys = run_graph(
+            part, folder, {intermediates[name].fed: xs[name] for name in batch}, f"layer {batch[0]} and others"
+        )
         for name in batch:
-            tap, layer = taps[name], layers[name]
-            judged = judge(OpInputs.of(layer), xs[name], dtype if tap.lowered else torch.float32, dtype)
-            excess, error, bound = judged.worst(ys[tap.y.name or ""])
+            intermediate, layer = intermediates[name], layers[name]
+            judged = judge(OpInputs.of(layer), xs[name], dtype if intermediate.lowered else torch.float32, dtype)
+            excess, error, bound = judged.worst(ys[intermediate.y.name or ""])
             checks.append(LayerCheck(name, excess, int(judged.near.sum()), judged.near.numel(), error, bound))
             advance(name)
     return checks
@@ -159,16 +168,18 @@ def check_layers(
         torch_model: the quantized PyTorch model with the stored weights, set to the graph's activation grid.
     """
     layers = quant_linears(torch_model)
-    taps = find_taps(model, layers if names is None else names)
-    outputs = add_taps(model, {name: tap.x for name, tap in taps.items()}, step)
+    intermediates = find_intermediates(model, layers if names is None else names)
+    outputs = add_intermediates(model, {name: intermediate.x for name, intermediate in intermediates.items()}, step)
     seen = run_graph(model, folder, inputs, model.graph.name or "the graph")
-    return judge_layers(model, taps, {name: seen[outputs[name]] for name in taps}, layers, dtype, folder)
+    return judge_layers(
+        model, intermediates, {name: seen[outputs[name]] for name in intermediates}, layers, dtype, folder
+    )
 
 
-def _batches(taps: Mapping[str, Tap], layers: Mapping[str, QuantLinear]) -> Iterator[list[str]]:
+def _batches(intermediates: Mapping[str, Intermediate], layers: Mapping[str, QuantLinear]) -> Iterator[list[str]]:
     batch: list[str] = []
     weights = 0
-    for name in taps:
+    for name in intermediates:
         spec = layers[name].spec
         size = spec.out_features * spec.features
         if batch and weights + size > BATCH:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_links", "link_problems", "unlisted_files"]
 
-PACKED = ("weight", "weight_scale", "weight_factor", "weight_zero", "bias")
+PACKED = ("weight", "weight_scale", "weight_group_scale", "weight_zero", "bias")
 # Folders whose files are taken by their place: by builders, runtimes and people.
 OWN_FOLDERS = ("onnx", "engines")
 

@@ -89,7 +89,7 @@ class Reference:
 
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert isinstance(module, QuantLinear)
-            seen[_name(module)] = module.balance(_strided(args[0], step)).clone()
+            seen[_name(module)] = module.smooth(_strided(args[0], step)).clone()
 
         self._run(self.model, inputs, record)
         return seen
@@ -101,7 +101,7 @@ class Reference:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert isinstance(module, QuantLinear)
             tokens = args[0].shape[-2] if args[0].dim() > 1 else 1
-            x = module.balance(_strided(args[0], -(-tokens // RECORDED_TOKENS)))
+            x = module.smooth(_strided(args[0], -(-tokens // RECORDED_TOKENS)))
             compute = torch.float64 if x.dtype == torch.float64 else torch.float32
             hadamard, outer = (m.to(compute) for m in module._table[0].matrices(module.spec.rotation))
             rotated = rotate_by_matrices(x.to(compute), hadamard, outer)
@@ -130,7 +130,7 @@ def _replaced(model: nn.Module, ys: Mapping[str, Tensor], seen: dict[str, Tensor
 
     def forward(name: str) -> Callable[[Tensor], Tensor]:
         def give(x: Tensor) -> Tensor:
-            seen[name] = layers[name].balance(x)
+            seen[name] = layers[name].smooth(x)
             return ys[name].to(x.dtype)
 
         return give

@@ -33,7 +33,7 @@ from dvdquant.numerics.packing import expand_zero
 from dvdquant.quantize.backends.numba_rows import for_row_parts
 from dvdquant.quantize.bgr import quantize_weight
 from dvdquant.quantize.checkpoint import CHUNK_WEIGHTS, rotate_rows
-from dvdquant.quantize.hessian import channel_signs
+from dvdquant.quantize.hessian import random_signs_of
 from dvdquant.quantize.layer_inputs import DAMPING
 from dvdquant.system.safetensors_io import TensorInfo, read_tensor
 
@@ -147,7 +147,7 @@ class _Stored:
         self.component, self.tree, self.checkpoint = component, tree, checkpoint
         self.plan, self.tensors = plan, tensors
         self.allow_nonfinite = allow_nonfinite
-        self.feedback = plan.recipe.inputs == "synthetic"
+        self.gptq = plan.recipe.inputs == "synthetic"
 
     def check_table(self, entries: Sequence[LayerEntry]) -> None:
         """The manifest's table says what the plan says."""
@@ -194,7 +194,7 @@ class _Stored:
                 here = slice(start + first, start + first + len(part))
                 if spec.shifted:
                     bias[first : first + step] += part.double() @ stored["pre_quant_shift"].double()
-                if spec.balanced:
+                if spec.smoothed:
                     part.div_(stored["pre_quant_scale"])
                 rotated = rotate_rows(part, spec.rotation)
                 self._judge(spec, rotated, stored, here, sums[here])
@@ -213,12 +213,12 @@ class _Stored:
             shift = stored["pre_quant_shift"]
             if not _same_bits(shift.to(self.plan.dtype).float(), shift) or not bool(shift.isfinite().all()):
                 raise self._wrong(spec.name, f"pre_quant_shift holds values that {self.plan.dtype} does not have")
-        if spec.balanced:
+        if spec.smoothed:
             scale = stored["pre_quant_scale"]
-            signs = torch.ones(spec.features)
-            if spec.signs and not spec.rotation.identity:
-                signs = channel_signs(spec.name, spec.features)
-            mantissa, exponent = torch.frexp(scale * signs)
+            random_signs = torch.ones(spec.features)
+            if spec.random_signs and not spec.rotation.identity:
+                random_signs = random_signs_of(spec.name, spec.features)
+            mantissa, exponent = torch.frexp(scale * random_signs)
             # Divisors are 2⁻³ to 2¹², and frexp's mantissa of a power of two is a half.
             if not bool(((mantissa == 0.5) & (exponent >= -11) & (exponent <= 4)).all()):
                 raise self._wrong(
@@ -226,17 +226,17 @@ class _Stored:
                 )
 
     def _check_grid(self, spec: LayerSpec, stored: Mapping[str, Tensor]) -> None:
-        scale, factor, zero = stored["weight_scale"], stored["weight_factor"], stored["weight_zero"]
+        scale, group_scale, zero = stored["weight_scale"], stored["weight_group_scale"], stored["weight_zero"]
         kind = self.plan.recipe.weight.zero_point
         if not bool((scale.isfinite() & (scale > 0)).all()):
             raise self._wrong(spec.name, "weight_scale holds values that are not positive")
-        if not bool((factor > 0).all()) or (spec.groups == 1 and not bool((factor == 255).all())):
-            raise self._wrong(spec.name, "weight_factor holds values that no grid has")
+        if not bool((group_scale > 0).all()) or (spec.groups == 1 and not bool((group_scale == 255).all())):
+            raise self._wrong(spec.name, "weight_group_scale holds values that no grid has")
         fine = {
             "midrise": lambda: (zero == -0.5) | (zero == 0),
             "symmetric": lambda: zero == 0,
             "paper": lambda: (zero == zero.round()) & zero.isfinite(),
-            "real": lambda: torch.ones_like(zero, dtype=torch.bool),
+            "float": lambda: torch.ones_like(zero, dtype=torch.bool),
         }[kind]()
         if not bool(fine.all()):
             raise self._wrong(spec.name, f"weight_zero holds values that the {kind} grid does not have")
@@ -247,13 +247,15 @@ class _Stored:
         from dvdquant.export.verify.stored_rows import judge_rows  # numba takes a second to import
 
         rows = rotated.contiguous().numpy()
-        packed, scale, factor = (stored[name][here].numpy() for name in ("weight", "weight_scale", "weight_factor"))
+        packed, scale, group_scale = (
+            stored[name][here].numpy() for name in ("weight", "weight_scale", "weight_group_scale")
+        )
         zero = expand_zero(stored["weight_zero"][here]).numpy()
         # Of a sum of at most `block` terms in fp32; a rounding of the quotient where there is no rotation.
         unit = 2 * LAMBDA * _FINE if not spec.rotation.identity else 8 * _FINE
 
         def work(part: slice) -> None:
-            judge_rows(rows[part], packed[part], scale[part], factor[part], zero[part], unit, out[part])
+            judge_rows(rows[part], packed[part], scale[part], group_scale[part], zero[part], unit, out[part])
 
         for_row_parts(len(rows), work)
 
@@ -270,7 +272,7 @@ class _Stored:
             )
 
     def _check_recorded(self, spec: LayerSpec, entry: LayerEntry, sums: np.ndarray) -> None:
-        recorded = entry.get("weight_mse") if self.feedback else entry["relative_mse"]
+        recorded = entry.get("weight_mse") if self.gptq else entry["relative_mse"]
         energy, error = sums[:, 0].sum(), sums[:, 1].sum()
         if recorded is None:  # an all-zero weight, or a manifest of before this was recorded
             return
@@ -285,7 +287,7 @@ class _Stored:
             )
 
     def _check_codes(self, spec: LayerSpec, sums: np.ndarray) -> None:
-        if not self.feedback:
+        if not self.gptq:
             row = int(sums[:, 3].argmax())
             if not sums[row, 3] <= 0:
                 raise self._wrong(spec.name, f"row {row} has a code {sums[row, 3] + 0.5:.3g} steps from the weight")

@@ -19,7 +19,7 @@ SUMS = ("energy", "error", "nearest", "astray")
 
 
 @jit
-def judge_rows(w: F32, packed: I8, scale: F32, factor: U8, zero: F32, unit: float, out: F64) -> None:
+def judge_rows(w: F32, packed: I8, scale: F32, group_scale: U8, zero: F32, unit: float, out: F64) -> None:
     """Fill out [R, 4] with ‖w‖², ‖w − ŵ‖², ‖w − ŵ′‖² where ŵ′ has the nearest codes on the same grid, and how far beyond
     half a step the codes are from the nearest place on it, in steps, less what a rotation's rounding explains.
 
@@ -28,16 +28,16 @@ def judge_rows(w: F32, packed: I8, scale: F32, factor: U8, zero: F32, unit: floa
         zero: that of :func:`dvdquant.numerics.packing.expand_zero`, [R, 1] or [R, groups].
         unit: error of an element of w over the norm of its row.
     """
-    size = w.shape[1] // factor.shape[1]
+    size = w.shape[1] // group_scale.shape[1]
     for r in range(w.shape[0]):
         energy = 0.0
         for k in range(w.shape[1]):
             energy += np.float64(w[r, k]) * np.float64(w[r, k])
         slack = unit * np.sqrt(energy)
         error, nearest, astray = 0.0, 0.0, 0.0
-        for g in range(factor.shape[1]):
+        for g in range(group_scale.shape[1]):
             centre = zero[r, min(g, zero.shape[1] - 1)]
-            step = scale[r] * (np.float32(factor[r, g]) / np.float32(255.0))
+            step = scale[r] * (np.float32(group_scale[r, g]) / np.float32(255.0))
             if step <= 0.0:
                 step = np.float32(1e-38)  # no grid that is written has such a scale; the error says so
             for k in range(g * size, (g + 1) * size):

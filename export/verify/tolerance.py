@@ -35,7 +35,7 @@ class OpInputs:
     """The tensors and attributes of one ``dvdquant::QuantLinear``.
 
     Args:
-        tensors: weight int8 [N, K/2], weight_scale fp32 [N], weight_factor uint8 [N, groups], weight_zero fp32 [N] or
+        tensors: weight int8 [N, K/2], weight_scale fp32 [N], weight_group_scale uint8 [N, groups], weight_zero fp32 [N] or
             uint8 [N, groups], bias fp32 [N], hadamard fp32 [b, b], outer fp32 [p, p]; in the order of the op.
         act_bits, act_group: as the op's attributes.
     """
@@ -151,7 +151,7 @@ def _activations(op: OpInputs, x: Tensor, unit: float) -> _Activations:
 def _rows(act: _Activations, t: dict[str, Tensor], unit: float, rounded: torch.dtype) -> tuple[Tensor, Tensor]:
     """(y, bound), fp64 [..., rows], of the output rows whose weight tensors are ``t``."""
     fine, coarse = UNIT[torch.float32], max(unit, UNIT[torch.float32])
-    packed = (t["weight"], t["weight_scale"], t["weight_factor"])
+    packed = (t["weight"], t["weight_scale"], t["weight_group_scale"])
     weight = dequantize_weight(*packed, t["weight_zero"], torch.float64)
     # float64 holds the sums below (K < 2¹⁶ terms) to 37 bits, and Σ c·z is bounded apart from Σ c·w.
     uncentred = dequantize_weight(*packed, torch.zeros(len(t["weight_zero"])), torch.float64)

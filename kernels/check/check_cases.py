@@ -19,7 +19,7 @@ ROWS = (8, 136, 3080)
 FEATURES = (256, 1024, 1536, 1920, 2048, 3072, 5120, 8192, 8960, 12288, 13824, 15360, 20480)
 # Every M with some N and every N with some M, the largest of both together, and odd tails on both sides.
 PAIRS = ((1, 8), (7, 136), (33, 3080), (127, 8), (129, 136), (4095, 8), (1, 3080), (4095, 3080))
-ZEROS = ("midrise", "paper", "symmetric", "row-real", "free", "real")
+ZEROS = ("midrise", "paper", "symmetric", "row-real", "free", "float")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ GRIDS = (
     Grid(8, 0, 0, "midrise"),
     Grid(8, 0, 0, "paper"),
     Grid(8, 0, 0, "free"),
-    Grid(8, 0, 32, "real"),
+    Grid(8, 0, 32, "float"),
     Grid(8, 0, 64, "midrise"),
     Grid(8, 0, 128, "midrise"),
     Grid(8, 128, 0, "midrise"),
@@ -59,8 +59,8 @@ GRIDS = (
     Grid(4, 128, 128, "midrise"),
     Grid(4, 64, 0, "symmetric"),
     Grid(4, 64, 64, "midrise"),
-    Grid(4, 128, 128, "real"),
-    Grid(4, 128, 32, "real"),
+    Grid(4, 128, 128, "float"),
+    Grid(4, 128, 32, "float"),
 )
 
 
@@ -75,7 +75,7 @@ def layers(features: int, rows: int = ROWS[-1]) -> Iterator[tuple[Grid, LayerSha
 def layer_of(grid: Grid, features: int, rows: int, rotation: Rotation, dtype: str) -> LayerShape:
     """The layer of a grid."""
     groups = features // grid.weight_group if grid.weight_group else 1
-    real = grid.zero in ("real", "row-real")
+    real = grid.zero in ("float", "row-real")
     return LayerShape(
         rows, features, groups, real, rotation.inner, rotation.outer, grid.act_bits, grid.act_group, dtype
     )
@@ -102,9 +102,9 @@ def make_weight(layer: LayerShape, zero: str, device: torch.device, seed: int) -
     weight = integers(-128, 128, (n, k // 2), torch.int8)
     spread = torch.rand(n, generator=generator, device=device) * 6 - 3
     scale = (2.0**spread / (5 * math.sqrt(k))).to(torch.float32)
-    factor = torch.full((n, groups), 255, dtype=torch.uint8, device=device)
+    group_scale = torch.full((n, groups), 255, dtype=torch.uint8, device=device)
     if groups > 1:
-        factor = integers(40, 256, (n, groups), torch.uint8)
+        group_scale = integers(40, 256, (n, groups), torch.uint8)
     points = {
         "midrise": torch.full((n,), -0.5, device=device),
         "symmetric": torch.zeros(n, device=device),
@@ -114,16 +114,16 @@ def make_weight(layer: LayerShape, zero: str, device: torch.device, seed: int) -
     point = points.get(zero, integers(0, 256, (n, groups), torch.uint8))
     bias = torch.randn(n, generator=generator, device=device)
     weight[n // 2] = 0
-    point[n // 2] = 128 if layer.real_zero else 0
+    point[n // 2] = 128 if layer.float_zero_point else 0
     scale[n // 3] = 2.0**-100
     hadamard, outer = Rotation(k, layer.block, layer.outer).matrices(device=device)
-    return PackedLayer(weight, scale, factor, point, bias, hadamard, outer)
+    return PackedLayer(weight, scale, group_scale, point, bias, hadamard, outer)
 
 
 def first_rows(packed: PackedLayer, rows: int) -> PackedLayer:
     """The same layer with its first output features only, as tensors of their own."""
-    weight, scale, factor, zero, bias = (t[:rows].clone() for t in packed.stored())
-    return replace(packed, weight=weight, scale=scale, factor=factor, zero=zero, bias=bias)
+    weight, scale, group_scale, zero, bias = (t[:rows].clone() for t in packed.stored())
+    return replace(packed, weight=weight, scale=scale, group_scale=group_scale, zero=zero, bias=bias)
 
 
 def make_tokens(layer: LayerShape, tokens: int, device: torch.device, seed: int) -> Tensor:

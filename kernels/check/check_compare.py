@@ -52,7 +52,7 @@ def decode_prepared(layer: LayerShape, path: str, buffer: Tensor) -> tuple[Tenso
     width = k // 2 if path.startswith("s4") else k
     sizes = [n * width, 4 * n, 4 * n, 4 * n]
     if path == "s4_group" and groups > 1:
-        sizes += [n * groups] * (1 + layer.real_zero)
+        sizes += [n * groups] * (1 + layer.float_zero_point)
     parts, start = [], 0
     for size in sizes:
         parts.append(buffer[start : start + size])
@@ -171,7 +171,7 @@ def check_expansion(layer: LayerShape, packed: PackedLayer, weight: Tensor, exac
     """
     from dvdquant.ops.reference import dequantize_weight
 
-    want = dequantize_weight(packed.weight, packed.scale, packed.factor, packed.zero, torch.float64)
+    want = dequantize_weight(packed.weight, packed.scale, packed.group_scale, packed.zero, torch.float64)
     row = want.abs().amax(dim=1, keepdim=True)
     bound = 8 * _UNIT * row if exact else (0.51 / 127) * row + want.abs() / 15.5
     return _verdict((weight - want).abs(), bound + 2.0**-140, "weight")

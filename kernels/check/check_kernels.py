@@ -200,7 +200,7 @@ def _repacked(layer: LayerShape, path: str, packed: PackedLayer, prepared: Tenso
 def _section_sizes(layer: LayerShape, path: str) -> list[int]:
     codes = layer.n * (layer.k // 2 if path.startswith("s4") else layer.k)
     grouped = path == "s4_group" and layer.weight_groups > 1
-    return [codes, *[4 * layer.n] * 3, *[layer.n * layer.weight_groups] * (grouped * (1 + layer.real_zero))]
+    return [codes, *[4 * layer.n] * 3, *[layer.n * layer.weight_groups] * (grouped * (1 + layer.float_zero_point))]
 
 
 def reachable_layers(

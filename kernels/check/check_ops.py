@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 import dvdquant.model.layers
 from dvdquant.model.layers import QuantLinear, prepare_layers
-from dvdquant.ops.balance import apply_balance, balance_input, pack_balance
 from dvdquant.ops.cuda_linear import reference_policy, run_quant_linear
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES, PackedLayer
 from dvdquant.ops.prepared_cache import PreparedCache
-from dvdquant.ops.quant_linear import balanced_quant_linear, quant_linear
+from dvdquant.ops.quant_linear import quant_linear, smooth_quant_linear
 from dvdquant.ops.reference import dequantize_weight, quant_linear_reference
 from dvdquant.ops.repack import LayerShape
+from dvdquant.ops.smooth import apply_pre_quant, pack_pre_quant, smooth_input
 from dvdquant.recipe import ActivationSpec
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -74,24 +74,24 @@ def check_op(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
     yield from tally.rows.values()
 
 
-def check_balance(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
+def check_pre_quant(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
     """A balance in the kernel gives what a balanced x gives, bit by bit; K 1920 cuts a strip of the kernel."""
     tally, cache = Tally(), PreparedCache()
     for features, rotation in ((1536, "full"), (1536, "auto"), (1920, "auto")):
         for path, grid, layer in reachable_layers(bench, features, rotation=rotation):
             packed = make_weight(layer, grid.zero, bench.device, seed=11)
             x = make_tokens(layer, tokens, bench.device, seed=12)
-            scale, shift = make_balance(layer, bench.device)
+            scale, shift = make_pre_quant(layer, bench.device)
             for parts in ((scale, shift), (scale, None), (None, shift)):
                 y = run_quant_linear(bench.kernels, cache, x, packed, layer.act_bits, layer.act_group, *parts)
-                balanced = apply_balance(x, pack_balance(parts[0], parts[1], x.dtype))
-                apart = run_quant_linear(bench.kernels, cache, balanced, packed, layer.act_bits, layer.act_group)
+                smoothed = apply_pre_quant(x, pack_pre_quant(parts[0], parts[1], x.dtype))
+                apart = run_quant_linear(bench.kernels, cache, smoothed, packed, layer.act_bits, layer.act_group)
                 where = f"{path}, K {features}, {rotation}, {grid}"
                 tally.add("balance in the kernel", check_equal(y, apart, "y"), where)
     yield from tally.rows.values()
 
 
-def make_balance(layer: LayerShape, device: torch.device) -> tuple[Tensor, Tensor]:
+def make_pre_quant(layer: LayerShape, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scales ±2⁻³ to ±2³ and shifts near 1, fp32 [K]."""
     generator = torch.Generator(device).manual_seed(13)
     powers = torch.randint(-3, 4, (layer.k,), generator=generator, device=device)
@@ -115,7 +115,7 @@ def _end_to_end(bench: Bench, layer: LayerShape, packed: PackedLayer, x: Tensor,
     near = (ideal.grid - ideal.grid.floor() - 0.5).abs() <= ideal.margin
     # Only what a tie can move is excused: wrong codes are not.
     moved = (values - torch.round(ideal.grid).reshape(values.shape)) * near.reshape(values.shape)
-    weight = dequantize_weight(packed.weight, packed.scale, packed.factor, packed.zero, torch.float64)
+    weight = dequantize_weight(packed.weight, packed.scale, packed.group_scale, packed.zero, torch.float64)
     prepared = bench.kernels.prepare(layer, packed.stored())
     expanded, _ = decode_prepared(layer, path, prepared)
     ties = (moved * steps) @ weight.T
@@ -132,25 +132,25 @@ def check_graph(bench: Bench) -> Iterator[Outcome]:
     tally = Tally()
     for path, grid, layer in reachable_layers(bench, 1536, rotation="full"):
         packed = make_weight(layer, grid.zero, bench.device, seed=13)
-        rest = (*make_balance(layer, bench.device), *arguments(packed, layer))
+        rest = (*make_pre_quant(layer, bench.device), *arguments(packed, layer))
         static = make_tokens(layer, 129, bench.device, seed=14)
         with reference_policy("raise"), torch.inference_mode():
-            balanced_quant_linear(static, *rest)
+            smooth_quant_linear(static, *rest)
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                balanced_quant_linear(static, *rest)
+                smooth_quant_linear(static, *rest)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                captured = balanced_quant_linear(static, *rest)
+                captured = smooth_quant_linear(static, *rest)
             for seed in (15, 16):
                 fresh = make_tokens(layer, 129, bench.device, seed=seed)
                 static.copy_(fresh)
                 captured.fill_(float("nan"))
                 graph.replay()
                 tally.add(
-                    "CUDA graph replay = eager", check_equal(captured, balanced_quant_linear(fresh, *rest), "y"), path
+                    "CUDA graph replay = eager", check_equal(captured, smooth_quant_linear(fresh, *rest), "y"), path
                 )
     yield from tally.rows.values()
 
@@ -162,10 +162,10 @@ def check_graph(bench: Bench) -> Iterator[Outcome]:
 def layers_run(op: Op) -> Iterator[None]:
     """QuantLinear modules call ``op`` instead of ``dvdquant::quant_linear``."""
     names = vars(dvdquant.model.layers)
-    before = {name: names[name] for name in ("quant_linear", "balanced_quant_linear")}
+    before = {name: names[name] for name in ("quant_linear", "smooth_quant_linear")}
     names["quant_linear"] = op
     if op is not quant_linear:
-        names["balanced_quant_linear"] = lambda x, scale, shift, *rest: op(balance_input(x, scale, shift), *rest)
+        names["smooth_quant_linear"] = lambda x, scale, shift, *rest: op(smooth_input(x, scale, shift), *rest)
     try:
         yield
     finally:

@@ -14,12 +14,12 @@ from torch import Tensor
 from dvdquant.numerics.packing import expand_zero
 from dvdquant.quantize.backends.cuda_grid import QuantizerKernels
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, relative_mse
-from dvdquant.quantize.gptq import Feedback
+from dvdquant.quantize.gptq import ErrorFeedback
 from dvdquant.recipe import WeightSpec
 
 __all__ = ["check_quantizer"]
 
-GRIDS = tuple((zero, group) for zero in ("midrise", "symmetric", "real") for group in (0, 128, 64, 32, 16))
+GRIDS = tuple((zero, group) for zero in ("midrise", "symmetric", "float") for group in (0, 128, 64, 32, 16))
 # Of the CPU's search, which is within 1 per mille of a dense one.
 _WORSE = 0.002
 # A last bit of an fp32 sum may turn a code at a tie, and with it some of those after it.
@@ -44,7 +44,7 @@ def check_quantizer(bench: Bench, rows: int = 130, features: tuple[int, ...] = (
             same = check_equal(again.codes.float(), found.codes.float(), "codes")
             tally.add("quantizer: two runs bit-equal", same, where)
             tally.add("quantizer: feedback", _rounded(kernels, bench, w, group, zero, math.gcd(k, 256)), where)
-        nothing = _search(kernels, torch.tensor([0.0, 1e-44, 1e-30, 1e30]).repeat_interleave(k).view(4, k).to(bench.device), 0, "real", "search")  # fmt: skip # noqa: E501
+        nothing = _search(kernels, torch.tensor([0.0, 1e-44, 1e-30, 1e30]).repeat_interleave(k).view(4, k).to(bench.device), 0, "float", "search")  # fmt: skip # noqa: E501
         restored = nothing.dequantize(torch.float64)
         passed = bool((restored[:2] == 0).all()) and bool(torch.isfinite(restored).all())
         tally.add("quantizer: zeros and extremes", Verdict(passed, note="a row of zeros is not zero"), f"K {k}")
@@ -76,8 +76,8 @@ def _as_good(w: Tensor, found: QuantizedWeight, zero: Any, group: int, solver: A
 
 def _nearest(w: Tensor, found: QuantizedWeight) -> Verdict:
     """Codes are those nearest to the stored grid, up to ties."""
-    groups = found.factor.shape[1]
-    step = (found.scale[:, None] * (found.factor.float() / 255)).double()[..., None]
+    groups = found.group_scale.shape[1]
+    step = (found.scale[:, None] * (found.group_scale.float() / 255)).double()[..., None]
     exact = w.double().view(len(w), groups, -1) / step + expand_zero(found.zero).double()[..., None]
     codes = found.codes.double().view(exact.shape)
     away = (exact.clamp(-8, 7) - codes).abs()
@@ -93,10 +93,10 @@ def _rounded(kernels: QuantizerKernels, bench: Bench, w: Tensor, group: int, zer
     generator = torch.Generator().manual_seed(22)
     falling = torch.randn(2 * block, block, generator=generator) * torch.arange(1, block + 1) ** -0.5
     turned = falling @ torch.linalg.qr(torch.randn(block, block, generator=generator))[0]
-    feedback = Feedback((turned.T @ turned).expand(w.shape[1] // block, block, block))
+    gptq = ErrorFeedback((turned.T @ turned).expand(w.shape[1] // block, block, block))
     grid = quantize_weight(w, WeightSpec(group, zero))
-    exact = feedback.round(w, grid).codes
-    tensors = (t.to(bench.device) for t in (w, grid.scale, grid.factor, grid.zero, feedback.factors.float()))
+    exact = gptq.round(w, grid).codes
+    tensors = (t.to(bench.device) for t in (w, grid.scale, grid.group_scale, grid.zero, gptq.factors.float()))
     codes = kernels.round(*tensors).cpu()
     other = float((codes != exact).float().mean())
     return Verdict(

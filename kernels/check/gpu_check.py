@@ -41,7 +41,7 @@ from check_kernels import (  # noqa: E402
     check_shapes,
     run_all,
 )
-from check_ops import check_balance, check_graph, check_model, check_op  # noqa: E402
+from check_ops import check_graph, check_model, check_op, check_pre_quant  # noqa: E402
 from check_quantizer import check_quantizer  # noqa: E402
 from check_report import hardware, line, markdown, report_path, smi  # noqa: E402
 
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         checks = [
             check_shapes(bench),
-            check_balance(bench, 3),
+            check_pre_quant(bench, 3),
             *([] if least else [check_extremes(bench, 7)]),
             check_quantizer(bench, 33, (256,)),
         ]
@@ -138,7 +138,7 @@ def every_check(bench: Bench, options: argparse.Namespace, started: float) -> It
                 check_extremes(bench),
                 check_exact_sums(bench),
                 check_op(bench),
-                check_balance(bench),
+                check_pre_quant(bench),
                 check_graph(bench),
                 check_shapes(bench),
                 check_large(bench, 118800, 21504, 21504),

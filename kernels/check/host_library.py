@@ -17,15 +17,15 @@ from torch import Tensor
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.numerics.activation_grid import quantize_activation
 from dvdquant.numerics.hadamard import hadamard_matrix
-from dvdquant.ops.balance import apply_balance
 from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, WeightPointers
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES
 from dvdquant.ops.reference import rotate_by_matrices
 from dvdquant.ops.repack import LayerShape, dequantize, from_bytes, prepare, prepared_bytes, to_bytes
 from dvdquant.ops.rotate_quantize import encode_codes
+from dvdquant.ops.smooth import apply_pre_quant
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight
-from dvdquant.quantize.gptq import Feedback
+from dvdquant.quantize.gptq import ErrorFeedback
 from dvdquant.recipe import WeightSpec
 
 
@@ -83,11 +83,11 @@ class HostLibrary:
         if size < plan.prepared_bytes:
             raise ShapeError(f"a prepared buffer of {size} bytes", available=f"{plan.prepared_bytes} bytes")
         n, groups = layer.n, layer.weight_groups
-        zero_shape, zero_type = ((n, groups), torch.uint8) if layer.real_zero else ((n,), torch.float32)
+        zero_shape, zero_type = ((n, groups), torch.uint8) if layer.float_zero_point else ((n,), torch.float32)
         tensors = (
             _view(weight.codes, (n, layer.k // 2), torch.int8),
             _view(weight.scale, (n,), torch.float32),
-            _view(weight.factor, (n, groups), torch.uint8),
+            _view(weight.group_scale, (n, groups), torch.uint8),
             _view(weight.zero, zero_shape, zero_type),
             _view(weight.bias, (n,), torch.float32) if weight.bias else None,
         )
@@ -96,13 +96,13 @@ class HostLibrary:
 
     def rotate_quantize(
         self, layer: LayerShape, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int,
-        balance: int = 0,
+        pre_quant: int = 0,
     ) -> None:  # fmt: skip
         """Codes, scales and sums in the path's layout."""
         plan, dtype = self.plan_layer(layer, sm), DTYPES[layer.dtype]
         tokens = _view(x, (m, layer.k), dtype)
-        if balance:
-            tokens = apply_balance(tokens, _view(balance, (layer.k // 8, 2, 8), dtype))
+        if pre_quant:
+            tokens = apply_pre_quant(tokens, _view(pre_quant, (layer.k // 8, 2, 8), dtype))
         values, scale = self.quantize(layer, tokens, self.outer(layer, outer))
         _view(codes, (m, plan.codes_bytes_per_token), torch.uint8).copy_(encode_codes(values, plan.path))
         _view(scales, (plan.scale_rows, m), torch.float32).copy_(scale.T)
@@ -125,7 +125,7 @@ class HostLibrary:
 
     def quant_linear(
         self, layer: LayerShape, sm: int, x: int, outer: int, prepared: int, y: int, m: int, workspace: int, size: int,
-        stream: int, balance: int = 0,
+        stream: int, pre_quant: int = 0,
     ) -> None:  # fmt: skip
         """Both, with the codes in the workspace."""
         plan = self.plan_layer(layer, sm)
@@ -134,7 +134,7 @@ class HostLibrary:
         # Scales first: they need 4-byte alignment, which an odd number of codes would break.
         scales, sums = workspace, workspace + 4 * m * plan.scale_rows
         codes = sums + 4 * m * plan.scale_rows
-        self.rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
+        self.rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, pre_quant)
         self.linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, workspace, size, stream)
 
     def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:
@@ -142,17 +142,17 @@ class HostLibrary:
         group = grid.k // grid.groups if grid.groups > 1 else 0
         spec = WeightSpec(group, grid.zero_point, grid.solver)  # type: ignore[arg-type]
         found = quantize_weight(_view(weight, (grid.n, grid.k), torch.float32), spec)
-        for view, tensor in zip(_grid_views(grid, out), (found.codes, found.scale, found.factor, found.zero)):
+        for view, tensor in zip(_grid_views(grid, out), (found.codes, found.scale, found.group_scale, found.zero)):
             view.copy_(tensor)
 
-    def round_feedback(
-        self, grid: GridShape, weight: int, out: GridPointers, factors: int, block: int, stream: int
+    def gptq_round(
+        self, grid: GridShape, weight: int, out: GridPointers, group_scales: int, block: int, stream: int
     ) -> None:
         """By the compiled loop."""
         views = _grid_views(grid, out)
-        feedback = Feedback.of_factors(_view(factors, (grid.k // block, block, block), torch.float32).double())
+        gptq = ErrorFeedback.of_factors(_view(group_scales, (grid.k // block, block, block), torch.float32).double())
         w = _view(weight, (grid.n, grid.k), torch.float32)
-        views[0].copy_(feedback.round(w, QuantizedWeight(*views)).codes)
+        views[0].copy_(gptq.round(w, QuantizedWeight(*views)).codes)
 
     def outer(self, layer: LayerShape, address: int) -> Tensor:
         """The outer matrix a caller passed, [1, 1] for none."""
@@ -173,12 +173,12 @@ class HostLibrary:
 
 
 def _grid_views(grid: GridShape, out: GridPointers) -> list[Tensor]:
-    real = grid.zero_point == "real"
+    real = grid.zero_point == "float"
     shape = (grid.n, grid.groups)
     return [
         _view(out.codes, (grid.n, grid.k), torch.int8),
         _view(out.scale, (grid.n,), torch.float32),
-        _view(out.factor, shape, torch.uint8),
+        _view(out.group_scale, shape, torch.uint8),
         _view(out.zero, shape if real else (grid.n,), torch.uint8 if real else torch.float32),
     ]
 

@@ -75,7 +75,7 @@ dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t sm, const dvdq_
   dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
   if (status != DVDQ_OK) return status;
   if (weight == nullptr) return fail(DVDQ_BAD_ARGUMENT, "dvdq_prepare_weight: weight is null");
-  const unsigned zero_alignment = layer->real_zero ? 1 : 4;
+  const unsigned zero_alignment = layer->float_zero_point ? 1 : 4;
   const Named pointers[] = {{"weight.codes", weight->codes, false, 16}, {"weight.scale", weight->scale, false, 4},
                             {"weight.factor", weight->factor, false, 1}, {"weight.zero", weight->zero, false, zero_alignment},
                             {"weight.bias", weight->bias, true, 4},      {"prepared", prepared, false, 256}};
@@ -87,7 +87,7 @@ dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t sm, const dvdq_
   return prepare_weight(*layer, plan, *weight, prepared, static_cast<cudaStream_t>(stream));
 }
 
-dvdq_status dvdq_rotate_quantize(const dvdq_layer* layer, int32_t sm, const void* x, const void* balance,
+dvdq_status dvdq_rotate_quantize(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
                                  const float* outer_matrix, void* codes, float* scales, float* sums, int64_t m,
                                  dvdq_stream stream) {
   dvdq_plan plan;
@@ -95,14 +95,14 @@ dvdq_status dvdq_rotate_quantize(const dvdq_layer* layer, int32_t sm, const void
   if (status == DVDQ_OK) status = check_tokens("dvdq_rotate_quantize", m);
   if (status != DVDQ_OK || m == 0) return status;
   const Named pointers[] = {{"x", x, false, 16},
-                            {"balance", balance, true, 16},
+                            {"pre_quant", pre_quant, true, 16},
                             {"outer_matrix", outer_matrix, layer->outer == 1, 16},
                             {"codes", codes, false, 16},
                             {"scales", scales, false, 4},
                             {"sums", sums, true, 4}};
   status = check_pointers("dvdq_rotate_quantize", pointers);
   if (status != DVDQ_OK) return status;
-  const RotateArgs args = {x, balance, outer_matrix, codes, scales, sums, m, static_cast<cudaStream_t>(stream)};
+  const RotateArgs args = {x, pre_quant, outer_matrix, codes, scales, sums, m, static_cast<cudaStream_t>(stream)};
   return rotate_quantize(*layer, plan, args);
 }
 
@@ -133,7 +133,7 @@ dvdq_status dvdq_linear_gemm(const dvdq_layer* layer, int32_t sm, const void* co
   args.k = layer->k;
   args.act_group = layer->act_group;
   args.weight_groups = layer->weight_groups;
-  args.real_zero = layer->real_zero != 0;
+  args.float_zero_point = layer->float_zero_point != 0;
   args.dtype = static_cast<dvdq_dtype>(layer->dtype);
   args.workspace = workspace;
   args.workspace_bytes = workspace_bytes;
@@ -142,7 +142,7 @@ dvdq_status dvdq_linear_gemm(const dvdq_layer* layer, int32_t sm, const void* co
   return run_path(plan.path, args);
 }
 
-dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* balance,
+dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
                               const float* outer_matrix, const void* prepared, void* y, int64_t m, void* workspace,
                               int64_t workspace_bytes, dvdq_stream stream) {
   dvdq_plan plan;
@@ -161,7 +161,7 @@ dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x
   unsigned char* const base = static_cast<unsigned char*>(workspace);
   float* const scales = reinterpret_cast<float*>(base + at.scales);
   float* const sums = plan.needs_sums ? reinterpret_cast<float*>(base + at.sums) : nullptr;
-  status = dvdq_rotate_quantize(layer, sm, x, balance, outer_matrix, base, scales, sums, m, stream);
+  status = dvdq_rotate_quantize(layer, sm, x, pre_quant, outer_matrix, base, scales, sums, m, stream);
   if (status != DVDQ_OK) return status;
   const int64_t left = at.bytes - at.gemm;
   return dvdq_linear_gemm(layer, sm, base, scales, sums, prepared, y, m, left ? base + at.gemm : nullptr, left, stream);

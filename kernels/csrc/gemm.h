@@ -21,12 +21,12 @@ struct GemmArgs {
   const float* row_zero;   // [n]; zeros where the codes carry the zero-point
   const float* bias;       // [n]; zeros where the layer has none
   const uint8_t* factor;   // S4_GROUP with weight_groups > 1: [n, weight_groups], 255 = 1; else null
-  const void* group_zero;  // S4_GROUP with real_zero: uint8 [n, weight_groups], z = byte / 16 - 8; else null
+  const void* group_zero;  // S4_GROUP with float_zero_point: uint8 [n, weight_groups], z = byte / 16 - 8; else null
   void* y;                 // [m, n] of dtype
   int64_t m, n, k;
   int32_t act_group;       // channels per activation scale; 0 = whole token
   int64_t weight_groups;
-  bool real_zero;
+  bool float_zero_point;
   dvdq_dtype dtype;
   void* workspace;         // gemm_workspace_bytes(...) bytes, 256-byte aligned; may be null when that is 0
   int64_t workspace_bytes;

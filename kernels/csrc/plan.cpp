@@ -42,8 +42,8 @@ dvdq_status check_layer(const dvdq_layer& layer) {
     return fail(DVDQ_BAD_ARGUMENT, "activation groups of %d do not divide k = %lld", layer.act_group, LL(k));
   if (layer.dtype != DVDQ_BF16 && layer.dtype != DVDQ_FP16)
     return fail(DVDQ_BAD_ARGUMENT, "dtype %d is neither bf16 (0) nor fp16 (1)", layer.dtype);
-  if (layer.real_zero != 0 && layer.real_zero != 1)
-    return fail(DVDQ_BAD_ARGUMENT, "real_zero is 0 or 1, not %d", layer.real_zero);
+  if (layer.float_zero_point != 0 && layer.float_zero_point != 1)
+    return fail(DVDQ_BAD_ARGUMENT, "float_zero_point is 0 or 1, not %d", layer.float_zero_point);
   return DVDQ_OK;
 }
 

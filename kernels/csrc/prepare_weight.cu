@@ -171,8 +171,8 @@ dvdq_status prepare_weight(const dvdq_layer& layer, const dvdq_plan& plan, const
   p.packed = static_cast<const unsigned char*>(weight.codes);
   p.scale = weight.scale;
   p.factor = static_cast<const unsigned char*>(weight.factor);
-  p.row_zero = layer.real_zero ? nullptr : static_cast<const float*>(weight.zero);
-  p.byte_zero = layer.real_zero ? static_cast<const unsigned char*>(weight.zero) : nullptr;
+  p.row_zero = layer.float_zero_point ? nullptr : static_cast<const float*>(weight.zero);
+  p.byte_zero = layer.float_zero_point ? static_cast<const unsigned char*>(weight.zero) : nullptr;
   p.bias = weight.bias;
   p.codes = base;
   p.to_scale = reinterpret_cast<float*>(base + at.row_scale);

@@ -5,7 +5,7 @@
 //   row_zero    fp32 [n]; the zero-point z where y = row_scale * (acc - z * sum), 0 where the codes carry it
 //   bias        fp32 [n]; zeros where the layer has none
 //   factor      uint8 [n, weight_groups], S4_GROUP with weight_groups > 1 only; 255 = 1
-//   group_zero  uint8 [n, weight_groups], S4_GROUP with weight_groups > 1 and real_zero only; z = byte / 16 - 8
+//   group_zero  uint8 [n, weight_groups], S4_GROUP with weight_groups > 1 and float_zero_point only; z = byte / 16 - 8
 //
 // Rows on 8-bit paths, with d = c - z, reach = max |d| of any code c in -8..7, step = scale * (factor / 255), all fp32:
 //   weight_groups == 1, z an integer, reach <= limit         code d,  row_scale step               exact
@@ -42,8 +42,8 @@ inline PreparedLayout prepared_layout(const dvdq_layer& layer, int32_t path) {
   at.bytes = at.bias + per_row;
   at.factor = grouped ? at.bytes : -1;
   at.bytes += grouped ? per_group : 0;
-  at.group_zero = grouped && layer.real_zero ? at.bytes : -1;
-  at.bytes += grouped && layer.real_zero ? per_group : 0;
+  at.group_zero = grouped && layer.float_zero_point ? at.bytes : -1;
+  at.bytes += grouped && layer.float_zero_point ? per_group : 0;
   return at;
 }
 

@@ -57,19 +57,19 @@ dvdq_status dvdq_search_grid(const dvdq_grid* grid, const float* weight, const d
   return search_grid(*grid, weight, *out, static_cast<cudaStream_t>(stream));
 }
 
-dvdq_status dvdq_round_feedback(const dvdq_grid* grid, const float* weight, const dvdq_grid_out* out, const float* factors,
+dvdq_status dvdq_gptq_round(const dvdq_grid* grid, const float* weight, const dvdq_grid_out* out, const float* factors,
                                 int64_t block, dvdq_stream stream) {
-  dvdq_status status = check_grid("dvdq_round_feedback", grid);
+  dvdq_status status = check_grid("dvdq_gptq_round", grid);
   if (status != DVDQ_OK) return status;
   if (block < 16 || block > kMaxBlock || grid->k % block)
-    return fail(DVDQ_BAD_ARGUMENT, "dvdq_round_feedback: blocks of %lld of %lld columns; 16 to %lld that divide them",
+    return fail(DVDQ_BAD_ARGUMENT, "dvdq_gptq_round: blocks of %lld of %lld columns; 16 to %lld that divide them",
                 static_cast<long long>(block), static_cast<long long>(grid->k), static_cast<long long>(kMaxBlock));
   if (grid->n == 0) return status;
-  status = check_buffers("dvdq_round_feedback", *grid, weight, out);
+  status = check_buffers("dvdq_gptq_round", *grid, weight, out);
   if (status != DVDQ_OK) return status;
   if (factors == nullptr || reinterpret_cast<uintptr_t>(factors) % 4)
-    return fail(DVDQ_BAD_ARGUMENT, "dvdq_round_feedback: factors is null or not aligned to 4 bytes");
-  return round_feedback(*grid, weight, *out, factors, block, static_cast<cudaStream_t>(stream));
+    return fail(DVDQ_BAD_ARGUMENT, "dvdq_gptq_round: factors is null or not aligned to 4 bytes");
+  return gptq_round(*grid, weight, *out, factors, block, static_cast<cudaStream_t>(stream));
 }
 
 }  // extern "C"

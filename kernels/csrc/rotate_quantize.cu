@@ -34,7 +34,7 @@ template <bool Half, int Codes>
 dvdq_status start_strip(const dvdq_layer& layer, const dvdq_plan& plan, const RotateArgs& args, float qmax) {
   strip::Params p{};
   p.x = static_cast<const uint16_t*>(args.x);
-  p.balance = static_cast<const uint16_t*>(args.balance);
+  p.pre_quant = static_cast<const uint16_t*>(args.pre_quant);
   p.codes = static_cast<unsigned char*>(args.codes);
   p.scales = args.scales;
   p.sums = args.sums;
@@ -68,7 +68,7 @@ template <bool Half, int Codes, int Rows, int Columns>
 dvdq_status start_outer(const dvdq_layer& layer, const dvdq_plan& plan, const RotateArgs& args, float qmax) {
   outer::Params p{};
   p.x = static_cast<const uint16_t*>(args.x);
-  p.balance = static_cast<const uint16_t*>(args.balance);
+  p.pre_quant = static_cast<const uint16_t*>(args.pre_quant);
   p.matrix = args.outer_matrix;
   p.codes = static_cast<unsigned char*>(args.codes);
   p.scales = args.scales;

@@ -8,7 +8,7 @@ namespace dvdq {
 
 struct RotateArgs {
   const void* x;              // [m, k] of layer.dtype, 16-byte aligned
-  const void* balance;        // [k / 8, 2, 8] of layer.dtype, 16-byte aligned; or null
+  const void* pre_quant;        // [k / 8, 2, 8] of layer.dtype, 16-byte aligned; or null
   const float* outer_matrix;  // [p, p]; null when layer.outer == 1
   void* codes;                // as plan.codes, 16-byte aligned
   float* scales;              // [plan.scale_rows, m]

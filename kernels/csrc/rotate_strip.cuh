@@ -32,7 +32,7 @@ constexpr int kRegisters = 96;
 
 struct Params {
   const uint16_t* x;
-  const uint16_t* balance;  // [channels / 8, 2, 8]: scales, offsets; null: none
+  const uint16_t* pre_quant;  // [channels / 8, 2, 8]: scales, offsets; null: none
   unsigned char* codes;
   float* scales;
   float* sums;        // null: none
@@ -136,7 +136,7 @@ DVDQ_DEVICE void load_and_rotate(const Params& p, const Place& place, float (&v)
 #pragma unroll
     for (int i = bit5; i < 8; i += 2) {
       const int channel = place.channel + 32 * i + 8 * t;
-      if (p.balance != nullptr && channel < p.channels) balance_8<Half>(raw[i], p.balance + 2 * channel);
+      if (p.pre_quant != nullptr && channel < p.channels) balance_8<Half>(raw[i], p.pre_quant + 2 * channel);
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) {

@@ -67,7 +67,7 @@ dvdq_status check_cuda(int error, const char* what) { return error == 0 ? DVDQ_O
 
 extern "C" {
 
-// bits: 4 or 8. sizes: m, n, k, act_group, weight_groups, real_zero, dtype, sm. schedule: order of threads.
+// bits: 4 or 8. sizes: m, n, k, act_group, weight_groups, float_zero_point, dtype, sm. schedule: order of threads.
 // A dvdq_status, or -1 where the kernel read what it was not given.
 DVDQ_API int run_grouped(int bits, const int64_t* sizes, const void* codes, const float* scales, const float* sums,
                          const void* weight, const float* row_scale, const float* row_zero, const float* bias,
@@ -83,7 +83,7 @@ DVDQ_API int run_grouped(int bits, const int64_t* sizes, const void* codes, cons
   args.row_scale = step.get<float>(), args.row_zero = zero.get<float>(), args.bias = add.get<float>();
   args.factor = f.get<uint8_t>(), args.group_zero = z.get<void>(), args.y = y;
   args.m = m, args.n = n, args.k = k, args.act_group = static_cast<int32_t>(sizes[3]);
-  args.weight_groups = weight_groups, args.real_zero = sizes[5] != 0, args.dtype = static_cast<dvdq_dtype>(sizes[6]);
+  args.weight_groups = weight_groups, args.float_zero_point = sizes[5] != 0, args.dtype = static_cast<dvdq_dtype>(sizes[6]);
   args.sm = static_cast<int>(sizes[7]);
   dvdq::emulator::set_schedule(schedule);
 

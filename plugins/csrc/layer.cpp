@@ -10,10 +10,10 @@ namespace {
 
 using nvinfer1::DataType;
 
-constexpr char const* kNames[kInputs] = {"x",    "weight",   "weight_scale", "weight_factor", "weight_zero",
+constexpr char const* kNames[kInputs] = {"x",    "weight",   "weight_scale", "weight_group_scale", "weight_zero",
                                          "bias", "hadamard", "outer"};
 
-// weight_factor and a stored weight_zero are unsigned bytes. TensorRT has no UINT8 for plugins, so they come as INT8 with
+// weight_group_scale and a stored weight_zero are unsigned bytes. TensorRT has no UINT8 for plugins, so they come as INT8 with
 // the same bits; its ONNX parser turns a UINT8 initializer into INT32 with the same values.
 std::vector<DataType> accepted_types(int32_t position) {
   switch (position) {
@@ -175,12 +175,12 @@ dvdq_layer describe_layer(Fields const& fields, Tensor const* inputs) {
   }
   nvinfer1::Dims const& factor = inputs[kFactor].dims;
   if (factor.nbDims != 2 || factor.d[0] != layer.n || factor.d[1] < 1 || layer.k % factor.d[1] != 0) {
-    refuse(fields, "weight_factor has shape " + shape_text(factor),
+    refuse(fields, "weight_group_scale has shape " + shape_text(factor),
            "[" + std::to_string(layer.n) + ", groups], groups a divisor of " + std::to_string(layer.k));
   }
   layer.weight_groups = factor.d[1];
-  layer.real_zero = inputs[kZero].type == DataType::kFLOAT ? 0 : 1;
-  if (layer.real_zero) {
+  layer.float_zero_point = inputs[kZero].type == DataType::kFLOAT ? 0 : 1;
+  if (layer.float_zero_point) {
     expect_shape(fields, inputs, kZero, {layer.n, layer.weight_groups}, "bytes, per row and group");
   } else {
     expect_shape(fields, inputs, kZero, {layer.n}, "fp32, per row");

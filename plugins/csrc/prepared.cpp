@@ -46,7 +46,7 @@ std::unique_ptr<DeviceBuffer> narrowed(void const* values, int64_t count, char c
 Prepared make(PreparedKey const& key, dvdq_layer const& layer, Stream stream) {
   RelaxedCapture relaxed;
   std::unique_ptr<DeviceBuffer> factor, zero;
-  if (key.factor_int32) factor = narrowed(key.inputs[kFactor], key.n * key.groups, "weight_factor", stream);
+  if (key.factor_int32) factor = narrowed(key.inputs[kFactor], key.n * key.groups, "weight_group_scale", stream);
   if (key.zero_int32) zero = narrowed(key.inputs[kZero], key.n * key.groups, "weight_zero", stream);
   dvdq_weight weight{};
   weight.codes = key.inputs[kWeight];

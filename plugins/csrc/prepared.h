@@ -22,11 +22,11 @@ struct PreparedKey {
   std::string layer;
   std::array<void const*, kInputs> inputs;  // addresses of weight .. bias; others null
   int64_t n, k, groups, bytes;
-  int32_t real_zero, codes;
+  int32_t float_zero_point, codes;
   bool factor_int32, zero_int32;  // the type inputs came in as
 
   auto tied() const {
-    return std::tie(device, sm, layer, inputs, n, k, groups, bytes, real_zero, codes, factor_int32, zero_int32);
+    return std::tie(device, sm, layer, inputs, n, k, groups, bytes, float_zero_point, codes, factor_int32, zero_int32);
   }
   bool operator<(PreparedKey const& other) const { return tied() < other.tied(); }
   bool operator==(PreparedKey const& other) const { return tied() == other.tied(); }

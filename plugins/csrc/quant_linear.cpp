@@ -166,7 +166,7 @@ void QuantLinear::run(PluginTensorDesc const* in, void const* const* inputs, voi
   int64_t needed = 0;
   check_kernels(kernels().workspace_bytes(&*layer_, sm_, tokens, &needed), "workspace size");
   auto const* outer = layer_->outer > 1 ? static_cast<float const*>(inputs[kOuter]) : nullptr;
-  // No balance: the graph's own pointwise operations before this node are it, fused by TensorRT.
+  // No pre_quant: the graph's own pointwise operations before this node are it, fused by TensorRT.
   check_kernels(kernels().quant_linear(&*layer_, sm_, inputs[kX], nullptr, outer, weight_->data(), y, tokens, workspace,
                                        needed, stream),
                 fields_.layer.c_str());
@@ -178,7 +178,7 @@ void QuantLinear::use_weight(void const* const* inputs, Stream stream) {
   bool const capturing = is_capturing(stream);
   if (!same) {
     PreparedKey key{device_,  sm_, fields_.layer, {}, layer_->n, layer_->k, layer_->weight_groups, plan_.prepared_bytes,
-                    layer_->real_zero, plan_.codes, factor_int32_, zero_int32_};
+                    layer_->float_zero_point, plan_.codes, factor_int32_, zero_int32_};
     for (int32_t i = kWeight; i <= kBias; ++i) key.inputs[i] = inputs[i];
     Prepared weight = find_prepared(key);
     if (!weight && capturing) {

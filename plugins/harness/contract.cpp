@@ -110,7 +110,7 @@ void check_types(Library const& library, Logger& logger) {
   types[0] = DataType::kHALF;
   types[3] = DataType::kUINT8;
   CHECK(build(plugin).getOutputDataTypes(&out, 1, types, 8) != 0);
-  CHECK_SAYS(logger, "weight_factor is UINT8\n  available: INT8, INT32\n  fix: declare it INT8");
+  CHECK_SAYS(logger, "weight_group_scale is UINT8\n  available: INT8, INT32\n  fix: declare it INT8");
 }
 
 void check_shapes(Library const& library, Logger& logger) {
@@ -216,7 +216,7 @@ void check_device_questions(Library const& library, Logger& logger) {
   refuse(1, {64, 48, 1}, "weight has shape [64, 48, 1]");
   refuse(1, {-1, 48}, "weight has shape [-1, 48]");
   refuse(2, {63}, "weight_scale has shape [63]\n  available: [64]");
-  refuse(3, {64, 5}, "weight_factor has shape [64, 5]");
+  refuse(3, {64, 5}, "weight_group_scale has shape [64, 5]");
   refuse(4, {64}, "weight_zero has shape [64]\n  available: [64, 3] (bytes, per row and group)");
   refuse(5, {1}, "bias has shape [1]");
   refuse(6, {16, 8}, "hadamard has shape [16, 8]\n  available: a square matrix");

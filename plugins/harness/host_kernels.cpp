@@ -122,7 +122,7 @@ DVDQ_API dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t, const
     for (int64_t k = 0; k < layer->k; ++k) {
       int64_t const cell = n * layer->weight_groups + k / width;
       int const nibble = (codes[(n * layer->k + k) / 2] >> (k % 2 ? 4 : 0)) & 15;
-      double const zero = layer->real_zero ? static_cast<uint8_t const*>(weight->zero)[cell] / 16.0 - 8.0
+      double const zero = layer->float_zero_point ? static_cast<uint8_t const*>(weight->zero)[cell] / 16.0 - 8.0
                                            : static_cast<float const*>(weight->zero)[n];
       out[n * layer->k + k] = ((nibble ^ 8) - 8 - zero) * weight->scale[n] * (factor[cell] / 255.0);
     }
@@ -131,11 +131,11 @@ DVDQ_API dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t, const
   return DVDQ_OK;
 }
 
-DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* balance,
+DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
                                        const float* outer, const void* prepared, void* y, int64_t m, void* workspace,
                                        int64_t bytes, dvdq_stream stream) {
   int64_t needed = 0;
-  if (balance != nullptr) return fail(DVDQ_BAD_ARGUMENT, "the plugin passes no balance");
+  if (pre_quant != nullptr) return fail(DVDQ_BAD_ARGUMENT, "the plugin passes no pre_quant");
   if (dvdq_status const status = dvdq_workspace_bytes(layer, sm, m, &needed); status != DVDQ_OK) return status;
   if (bytes < needed || workspace == nullptr) return fail(DVDQ_WORKSPACE, "workspace too small");
   if (layer->outer > 1 && outer == nullptr) return fail(DVDQ_BAD_ARGUMENT, "outer is null");

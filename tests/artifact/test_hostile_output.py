@@ -315,7 +315,7 @@ def outside(tmp_path: Path) -> dict[str, tuple[Any, ...]]:
     }  # fmt: skip
 
 
-def _refusal(work: Callable[[], Any]) -> DvdquantError | None:
+def _error_of(work: Callable[[], Any]) -> DvdquantError | None:
     try:
         work()
     except DvdquantError as error:
@@ -336,7 +336,7 @@ def test_an_export_touches_nothing_outside(
     ATTACKS[attack](out, home)
     before = outside(tmp_path)
     for _ in range(2):
-        refusal = _refusal(lambda: export(out, 1, key=KEY, resume=resume))
+        refusal = _error_of(lambda: export(out, 1, key=KEY, resume=resume))
         assert refusal is None or refusal.fix
         assert outside(tmp_path) == before
 
@@ -365,7 +365,7 @@ def test_a_link_that_comes_while_files_are_installed(
             before = state_of(home)
             with monkeypatch.context() as patch:
                 _swap_folder(patch, Folder.reach, COMPARISONS + at, place, home)
-                refusal = _refusal(lambda out=out: recover(out))  # type: ignore[misc]
+                refusal = _error_of(lambda out=out: recover(out))  # type: ignore[misc]
             assert state_of(home) == before
             assert place.is_symlink() or not place.parent.exists()
             if refusal is not None:
@@ -408,12 +408,12 @@ def test_resumed_work_has_files_of_its_own_only(tmp_path: Path, home: Path) -> N
     os.mkfifo(tree / "pipe")
     shutil.rmtree(tree / "onnx")
     (tree / "onnx").symlink_to(home)
-    (transaction.kept / "transformer.moments.safetensors").symlink_to(home / "program")
+    (transaction.kept / "transformer.hessian.safetensors").symlink_to(home / "program")
     before = state_of(home)
     with ExportTransaction(out, key=KEY, resume=True) as resumed:
         assert resumed.resumed
         assert names_in(resumed.tree) == {"good"}
-        assert not (resumed.tree.parent / "transformer.moments.safetensors").is_symlink()
+        assert not (resumed.tree.parent / "transformer.hessian.safetensors").is_symlink()
         resumed.path("onnx/x").write_text("new")
         resumed.commit(manifest())
     assert state_of(home) == before
@@ -505,7 +505,7 @@ def _thing(rng: random.Random, place: Path, home: Path, depth: int) -> None:
 
 
 def _stage(rng: random.Random, place: Path, home: Path, depth: int) -> None:
-    for name in ("tree", "owner.json", "journal.jsonl", "commit.json", "transformer.moments.safetensors"):
+    for name in ("tree", "owner.json", "journal.jsonl", "commit.json", "transformer.hessian.safetensors"):
         if rng.random() < 0.8:
             if rng.random() < 0.7:
                 if name == "tree":
@@ -623,7 +623,7 @@ def _fuzz(folder: Path, cases: int, seed: int) -> dict[str, int]:
         if rng.random() < 0.5:
             dvdquant.artifact.commit.exchange = no_exchange
         try:
-            refusal = _refusal(lambda: export(out, 2, key=KEY, resume=rng.random() < 0.5))  # noqa: B023
+            refusal = _error_of(lambda: export(out, 2, key=KEY, resume=rng.random() < 0.5))  # noqa: B023
         finally:
             dvdquant.artifact.commit.exchange = real
         assert refusal is None or refusal.fix or refusal.available, case

@@ -32,7 +32,7 @@ ENGINE = {
     "backend": "rtx",
     "sm": ["8.9"],
     "act_bits": 4,
-    "realization": "int8",
+    "precision": "int8",
     "executes": "INT8 tensor cores on codes stored in 8 bits",
     "onnx_sha256": HASH,
     "versions": {"tensorrt_rtx": "1.7.1"},
@@ -130,8 +130,19 @@ def test_missing_fields_are_named(name: str) -> None:
 
 def test_newer_formats_name_the_version_to_install() -> None:
     data = {"format_version": FORMAT_VERSION + 1, "dvdquant_version": "9.9.0", "layers": "quite different"}
-    with pytest.raises(OutputError, match=r"format 2 is newer(.|\n)*install dvdquant 9\.9\.0 or newer"):
+    with pytest.raises(
+        OutputError, match=rf"format {FORMAT_VERSION + 1} is newer(.|\n)*install dvdquant 9\.9\.0 or newer"
+    ):
         Manifest.from_json(json.dumps(data))
+
+
+def test_the_older_format_says_how_to_export_again() -> None:
+    for recipe in ({"name": "w4a8"}, {"name": "w4a8; rm -rf ~"}, None):
+        data = {"format_version": 1, "recipe": recipe, "layers": "quite different"}
+        with pytest.raises(OutputError, match="format 1") as caught:
+            Manifest.from_json(json.dumps(data))
+        fix = caught.value.fix or ""
+        assert fix.endswith("--recipe w4a8" if recipe == {"name": "w4a8"} else "NEW_FOLDER")
 
 
 @pytest.mark.parametrize(

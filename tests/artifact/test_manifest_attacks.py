@@ -22,7 +22,7 @@ from dvdquant.deploy.artifact import Artifact, _family_of
 from dvdquant.deploy.generation.request import delta_for_average
 from dvdquant.deploy.report.charts import error_chart
 from dvdquant.deploy.report.page import _bars, _schedule, _worst
-from dvdquant.deploy.report.text import commands, executions, kept_groups, python_lines, recipe_words, size_words
+from dvdquant.deploy.report.text import commands, executions, kept_groups, python_lines, recipe_text, size_text
 from dvdquant.deploy.report.text import shown as shown_in_page
 from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.errors import DvdquantError, OutputError
@@ -38,7 +38,7 @@ ENGINE: dict[str, Any] = {
     "backend": "tensorrt_rtx",
     "sm": ["8.9"],
     "act_bits": 4,
-    "realization": "int8",
+    "precision": "int8",
     "executes": "INT8 tensor cores, so no faster than a8",
     "onnx_sha256": HASH,
     "versions": {"tensorrt_rtx": "1.7.1"},
@@ -163,7 +163,7 @@ def test_a_manifest_of_a_million_entries(many: str, tmp_path: Path) -> None:
 def test_fields_of_older_manifests_are_filled_in() -> None:
     """Readers look at fields of a recipe that an older version did not write."""
     data = whole()
-    for name in ("weight", "keep", "rotation", "modulation", "inputs", "balance", "signs", "shift"):
+    for name in ("weight", "keep", "rotation", "modulation", "inputs", "smooth", "random_signs", "shift"):
         data["recipe"].pop(name)
     show(Manifest.from_json(json.dumps(data)))
 
@@ -175,8 +175,8 @@ def show(value: Manifest) -> None:
     model_card(value)
     page = Manifest(**shown_in_page({name: getattr(value, name) for name in Manifest.__dataclass_fields__}))
     for each in (value, page):
-        recipe_words(each.recipe, each.family)
-        size_words(each.shapes)
+        recipe_text(each.recipe, each.family)
+        size_text(each.shapes)
         kept_groups(each)
         executions(each)
         commands(each, "out", "a prompt", True)

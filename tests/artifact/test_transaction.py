@@ -88,12 +88,12 @@ def test_the_exchange_is_really_used_where_it_can_be(tmp_path: Path, monkeypatch
 
 
 def test_a_link_to_the_output_folder(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "out").symlink_to("real")
+    (tmp_path / "float").mkdir()
+    (tmp_path / "out").symlink_to("float")
     for version in (1, 2):
         export(tmp_path / "out", version)
         assert (tmp_path / "out").is_symlink()
-        assert state(tmp_path / "real") == seen(version)
+        assert state(tmp_path / "float") == seen(version)
 
 
 def test_hashes_already_at_hand_are_used_and_recomputed_when_the_size_differs(tmp_path: Path) -> None:

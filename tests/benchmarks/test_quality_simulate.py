@@ -21,8 +21,8 @@ from dvdquant.numerics.hadamard import Rotation, rotate
 from dvdquant.numerics.packing import pack_int4
 from dvdquant.ops.reference import dequantize_weight
 from dvdquant.quantize.bgr import quantize_weight
-from dvdquant.quantize.gptq import round_with_feedback
-from dvdquant.quantize.hessian import synthetic_moments
+from dvdquant.quantize.gptq import gptq_round
+from dvdquant.quantize.hessian import synthetic_hessians
 from dvdquant.quantize.layer_inputs import layer_inputs
 from dvdquant.recipe import RECIPES
 from dvdquant.system.progress import Progress
@@ -43,8 +43,8 @@ def bench() -> Any:
 def layers(bench: Any) -> list[Any]:
     """With what an export predicts of their inputs."""
     checkpoint = open_checkpoint(MODEL)
-    moments = synthetic_moments(checkpoint, plan_model(checkpoint.config, RECIPES["w4a4"], torch.float32), Progress())
-    return list(script("simulate").layers_of(bench.model, moments=moments))
+    hessian = synthetic_hessians(checkpoint, plan_model(checkpoint.config, RECIPES["w4a4"], torch.float32), Progress())
+    return list(script("simulate").layers_of(bench.model, hessian=hessian))
 
 
 @pytest.fixture
@@ -87,24 +87,24 @@ def test_a_recipe_is_what_the_op_computes(layers: list[Any], recipe: str, bits: 
     group = simulate.SimulatedGroup(layer, methods.from_recipe(RECIPES[recipe])(layer, bits))
     y = group(x)
     chosen = methods.Rotation.for_features(layer.spec.features, RECIPES[recipe].rotation)
-    if RECIPES[recipe].balance:
-        fitted = RECIPES[recipe].signs
-        spec = replace(layer.spec, rotation=chosen, balanced=True, signs=fitted, shifted=fitted)
-        known = layer_inputs(layer.moments, spec)
-        w = rotate(layer.weight * known.divisors, chosen)
-        q = round_with_feedback(w, quantize_weight(w, RECIPES[recipe].weight), known.moments, known.damping)
+    if RECIPES[recipe].smooth:
+        fitted = RECIPES[recipe].random_signs
+        spec = replace(layer.spec, rotation=chosen, smoothed=True, random_signs=fitted, shifted=fitted)
+        known = layer_inputs(layer.hessian, spec)
+        w = rotate(layer.weight * known.smooth_scale, chosen)
+        q = gptq_round(w, quantize_weight(w, RECIPES[recipe].weight), known.hessian, known.damping)
         if known.shift is not None:
             assert known.shift.abs().max() > 0.1
             x, bias = x - known.shift, bias + layer.weight @ known.shift
-        assert bool((known.divisors < 0).any()) == fitted
-        x = x / known.divisors
+        assert bool((known.smooth_scale < 0).any()) == fitted
+        x = x / known.smooth_scale
     else:
         q = quantize_weight(rotate(layer.weight, chosen), RECIPES[recipe].weight)
     hadamard, outer = chosen.matrices(torch.float32)
     tensors = {
         "weight": pack_int4(q.codes).view(torch.int8),
         "weight_scale": q.scale,
-        "weight_factor": q.factor,
+        "weight_group_scale": q.group_scale,
         "weight_zero": q.zero,
         "bias": bias,
         "hadamard": hadamard,
@@ -116,7 +116,8 @@ def test_a_recipe_is_what_the_op_computes(layers: list[Any], recipe: str, bits: 
     assert_layer(op, x, y)
     # The bound is worth something: the layer without its grid leaves it, and almost no code is near a boundary.
     ungridded = (
-        rotate(x.double(), chosen) @ dequantize_weight(tensors["weight"], q.scale, q.factor, q.zero, torch.float64).T
+        rotate(x.double(), chosen)
+        @ dequantize_weight(tensors["weight"], q.scale, q.group_scale, q.zero, torch.float64).T
         + bias
     )
     judged = judge(op, x)

@@ -370,7 +370,7 @@ def _many_files(folder: Path) -> None:
         os.mknod(folder / f"f{i}")
 
 
-def _refusal(call: Callable[[], Any]) -> DvdquantError | None:
+def _error_of(call: Callable[[], Any]) -> DvdquantError | None:
     """The error of ours that a call ends with, or None."""
     try:
         call()
@@ -407,10 +407,10 @@ def test_costs_are_bounded(memory: Path, name: str) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.process_time()
         opened: list[Checkpoint] = []
-        errors = [_refusal(lambda: opened.append(open_checkpoint(memory / "m")))]
+        errors = [_error_of(lambda: opened.append(open_checkpoint(memory / "m")))]
         for checkpoint in opened:
-            errors += [_refusal(functools.partial(checkpoint.read, "x" * (1 << 20)))]
-            errors += [_refusal(functools.partial(checkpoint.check_shapes, {"y" * 1000: (1,)}))]
+            errors += [_error_of(functools.partial(checkpoint.read, "x" * (1 << 20)))]
+            errors += [_error_of(functools.partial(checkpoint.check_shapes, {"y" * 1000: (1,)}))]
         assert all(len(str(error)) < 5000 for error in errors)
         seconds = time.process_time() - started
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
@@ -476,7 +476,7 @@ def test_folders_and_files_without_permission(closed: str) -> None:
             os.setuid(65534)
             PromptTable.is_at(place / "m")
             for reader in (open_checkpoint, Checkpoint.components, lambda m: open_pipeline_folder(str(m), "wan")):
-                error = _refusal(functools.partial(reader, place / "m"))
+                error = _error_of(functools.partial(reader, place / "m"))
                 if error is None:
                     assert reader == Checkpoint.components
                     continue
@@ -580,7 +580,7 @@ def test_mutations(pipeline: Path, memory: Path, target: str, count: int) -> Non
         as_json = i % 2 and path.suffix == ".json"
         path.write_bytes(_json_mutated(whole, rng) if as_json else _mutated(whole, rng))
         started = time.monotonic()
-        error = _refusal(lambda: reader(model))
+        error = _error_of(lambda: reader(model))
         if error is not None:
             refused += 1
             text = str(error)

@@ -19,7 +19,7 @@ import pytest
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.cli.process import user_error
 from dvdquant.errors import EngineError, ExportError, ResourceError
-from dvdquant.export.engines.precision import REALIZATIONS
+from dvdquant.export.engines.precision import PRECISIONS
 from dvdquant.export.model_card import model_card
 from dvdquant.system.whole_file import UNFINISHED
 from dvdquant.text import unsafe
@@ -87,7 +87,7 @@ def test_no_command_line_of_all_ends_in_a_traceback(server: CommandServer) -> No
 def test_the_choices_of_realize_are_those_there_are() -> None:
     from dvdquant.cli.export import REALIZE
 
-    assert REALIZE == REALIZATIONS
+    assert REALIZE == PRECISIONS
 
 
 # ------------------------------------------------------------------------------------------------------------- streams

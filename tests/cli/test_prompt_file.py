@@ -141,7 +141,7 @@ def test_prompts_that_are_none_of_our_business() -> None:
         read_prompts((), None)
 
 
-def _refusal(raw: bytes, name: str = "the file") -> DvdquantError | None:
+def _error_of(raw: bytes, name: str = "the file") -> DvdquantError | None:
     """The error for these bytes; None if they are text."""
     try:
         decode_text(raw, name).encode()
@@ -154,7 +154,7 @@ def _refusal(raw: bytes, name: str = "the file") -> DvdquantError | None:
 @given(st.binary(max_size=64), st.sampled_from([b"", codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF32_BE]))
 @example(b"\xff\xfe\0\0", b"")
 def test_any_bytes_are_text_or_a_clear_error(raw: bytes, mark: bytes) -> None:
-    if error := _refusal(mark + raw):
+    if error := _error_of(mark + raw):
         assert error.fix
         assert str(error).replace("\n", "").isprintable()
 
@@ -163,6 +163,6 @@ def test_any_bytes_are_text_or_a_clear_error(raw: bytes, mark: bytes) -> None:
 @settings(max_examples=20_000, deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_at_length(raw: bytes) -> None:
-    if error := _refusal(raw, "a\x1b[31m"):
+    if error := _error_of(raw, "a\x1b[31m"):
         assert error.fix
         assert str(error).replace("\n", "").isprintable()

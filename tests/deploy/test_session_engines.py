@@ -111,7 +111,7 @@ def _mismatches() -> dict[str, tuple[str, Callable[[Manifest], Manifest], str]]:
         edit = change_engines(shapes={**sizes, name: value})
         cases[f"for {name} {value}"] = ("8.9", edit, "built for other sizes")
     cases["without sizes"] = ("8.9", change_engines(shapes={}), "built for other sizes")
-    cases["of a plugin"] = ("8.9", change_engines(realization="plugin"), "needs a plugin")
+    cases["of a plugin"] = ("8.9", change_engines(precision="plugin"), "needs a plugin")
     cases["of TensorRT"] = ("8.9", change_engines(backend="tensorrt"), "no tensorrt_rtx engine of transformer a4")
     cases["of 8 bits only"] = ("8.9", change_engines(act_bits=8), "no tensorrt_rtx engine of transformer a4")
     renamed = change_engines(path="engines/rtx-sm89/transformer_2_a4.engine")

@@ -35,11 +35,11 @@ def profile(width: int) -> dict[str, tuple[tuple[int, ...], ...]]:
     return {"x": ((1, 16, width), (1, 64, width), (1, 256, width))}
 
 
-def save(spec: qg.Spec, folder: Path, realization: str | None, **kwargs: object) -> Path:
+def save(spec: qg.Spec, folder: Path, precision: str | None, **kwargs: object) -> Path:
     """Lowered (or not) graph of ``spec`` in ``folder``, weights beside it."""
     model = qg.graph(spec, folder, **kwargs)
-    if realization:
-        LOWER[realization](model, store=TensorStore(folder / "derived.bin"))
+    if precision:
+        LOWER[precision](model, store=TensorStore(folder / "derived.bin"))
     ir.save(model, folder / "model.onnx")
     return folder / "model.onnx"
 
@@ -68,25 +68,25 @@ def test_every_sm_builds_what_the_table_says(grid: str, dtype: str, override: st
     assert [sm for plan in plans for sm in plan.sms] == list(RTX_SMS)
     for plan in plans:
         spec.layers = []
-        report = build(save(spec, tmp_path, plan.realization), spec, sms=plan.sms)
+        report = build(save(spec, tmp_path, plan.precision), spec, sms=plan.sms)
         layers = len(spec.layers)
-        assert report.products[LISTED[plan.realization]] == layers
+        assert report.products[LISTED[plan.precision]] == layers
         # The packed operands are there in full, and in no wider type.
         weights = sum(layer.packed.size * 2 for layer in spec.layers)
-        bits = 8 if plan.realization == "int8" else 4
-        assert report.constant_bytes[LISTED[plan.realization]] == weights * bits // 8
+        bits = 8 if plan.precision == "int8" else 4
+        assert report.constant_bytes[LISTED[plan.precision]] == weights * bits // 8
         assert report.sms == plan.sms
         assert report.bytes == (tmp_path / "x.engine").stat().st_size
 
 
 @pytest.mark.parametrize("sm", RTX_SMS)
 def test_every_realization_builds_alone_on_every_sm_that_takes_it(sm: str, tmp_path: Path) -> None:
-    for realization in LOWER:
-        if realization == "nvfp4" and not sm.startswith("12"):
+    for precision in LOWER:
+        if precision == "nvfp4" and not sm.startswith("12"):
             continue
         spec = qg.Spec("bf16", (256, 256), 4, block=64)
-        path = save(spec, tmp_path, realization)
-        assert build(path, spec, sms=[sm]).products == {LISTED[realization]: 1, "BFloat16": 1}
+        path = save(spec, tmp_path, precision)
+        assert build(path, spec, sms=[sm]).products == {LISTED[precision]: 1, "BFloat16": 1}
 
 
 @pytest.mark.parametrize("sm", ["8.0", "8.6", "8.9"])

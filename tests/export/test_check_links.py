@@ -186,7 +186,7 @@ def test_an_engine_of_another_graph(right: bool, out: Path) -> None:
     def add(manifest: dict[str, Any]) -> None:
         manifest["files"][path] = None
         entry = {
-            "path": path, "backend": "tensorrt_rtx", "sm": ["8.9"], "act_bits": 4, "realization": "int8",
+            "path": path, "backend": "tensorrt_rtx", "sm": ["8.9"], "act_bits": 4, "precision": "int8",
             "executes": "int8", "onnx_sha256": manifest["files"][A4 if right else A8]["sha256"],
             "versions": {"tensorrt_rtx": "1.7.1"}, "shapes": manifest["shapes"],
         }  # fmt: skip

@@ -129,12 +129,12 @@ def test_resume_takes_an_engine_of_the_same_settings_only(
 
 
 SETTINGS = BuildSettings("0" * 64, "int8", "tensorrt", "11.0", 3, 1.5, ("1" * 64,))
-ENTRY = {"onnx_sha256": "0" * 64, "realization": "int8", "versions": {"tensorrt": "11.0"}, **SETTINGS.recorded()}
+ENTRY = {"onnx_sha256": "0" * 64, "precision": "int8", "versions": {"tensorrt": "11.0"}, **SETTINGS.recorded()}
 
 
 def test_every_setting_counts() -> None:
     assert SETTINGS.made(ENTRY)
-    others = {"onnx_sha256": "1" * 64, "realization": "int4", "backend": "tensorrt_rtx", "version": "10.9"}
+    others = {"onnx_sha256": "1" * 64, "precision": "int4", "backend": "tensorrt_rtx", "version": "10.9"}
     others |= {"optimization_level": None, "workspace_gib": 1.0, "plugins": ()}  # type: ignore[dict-item]
     assert others.keys() == vars(SETTINGS).keys()
     for name, value in others.items():

@@ -17,7 +17,7 @@ from dvdquant.export.estimate import Estimate, engine_weight_bytes, estimate_exp
 from dvdquant.export.options import ExportOptions
 from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.quantize.checkpoint import quantize_checkpoint
-from dvdquant.quantize.hessian import moments_bytes
+from dvdquant.quantize.hessian import hessian_bytes
 from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
@@ -76,13 +76,13 @@ def test_engines_decide_disk_and_memory() -> None:
     none, one, two = estimate([made], ()), estimate([made]), estimate([made], ("8.9", "12.0"))
     assert none.engine_bytes == none.builder_bytes == 0
     # What is predicted of the inputs is kept beside the work until the layers are quantized.
-    assert none.scratch_bytes == moments_bytes(made)
+    assert none.scratch_bytes == hessian_bytes(made)
     assert none.disk_bytes == none.weight_file_bytes + none.scratch_bytes
     assert none.engine_bytes < one.engine_bytes < two.engine_bytes
     assert one.disk_bytes == one.weight_file_bytes + one.engine_bytes + one.scratch_bytes
     assert one.peak_bytes > none.peak_bytes
     by_kind = {
-        e.realization: engine_weight_bytes(made, e)
+        e.precision: engine_weight_bytes(made, e)
         for e in plan_engines("tensorrt_rtx", ("12.0",), made.recipe.activations)
     }
     assert by_kind["nvfp4"] < by_kind["int8"]

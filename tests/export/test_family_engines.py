@@ -27,7 +27,7 @@ def test_engines_of_every_family(family: str, tmp_path: Path) -> None:
     layers = len(result.manifest.layers)
     for build, engine in zip(result.builds, result.manifest.engines, strict=True):
         assert (options.out / engine["path"]).stat().st_size == build["bytes"]
-        listed = {"int8": "Int8", "nvfp4": "FP4E2M1"}[engine["realization"]]
+        listed = {"int8": "Int8", "nvfp4": "FP4E2M1"}[engine["precision"]]
         # The builder's own listing: every quantized layer multiplies in the type the manifest names.
         assert build["products"][listed] == layers
 

@@ -25,7 +25,7 @@ from dvdquant.export.passes.lowering.int8 import lower_int8
 from dvdquant.export.pipeline import plan_export, run_export
 from dvdquant.export.verify.attention import attention_taps, judge_attention, quantized_attention
 from dvdquant.export.verify.graph import Verifier
-from dvdquant.export.verify.intermediates import add_taps, load_graph, run_graph
+from dvdquant.export.verify.intermediates import add_intermediates, load_graph, run_graph
 from dvdquant.model.families import Axis, Sizes, get_family
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
@@ -138,7 +138,7 @@ def test_attention_is_counted_by_the_type_of_its_queries() -> None:
 # ------------------------------------------------------------------------------------------------------ ONNX Runtime
 
 
-def taps(export: Export, edit: Any = None) -> tuple[dict[str, Tensor], list[AttentionScales]]:
+def intermediates(export: Export, edit: Any = None) -> tuple[dict[str, Tensor], list[AttentionScales]]:
     """Operands and results of every attention in ONNX Runtime; ``edit`` changes the graph behind the pass."""
     scales: list[AttentionScales] = []
 
@@ -149,14 +149,14 @@ def taps(export: Export, edit: Any = None) -> tuple[dict[str, Tensor], list[Atte
 
     path = export.path(8, "tensorrt")
     model = load_graph(path, change)
-    names = add_taps(model, attention_taps(model, scales))
+    names = add_intermediates(model, attention_taps(model, scales))
     inputs = export.plan.family.sample(export.sizes, torch.bfloat16, which="min")
     got = run_graph(model, path.parent, inputs, path.name)
     return {key: got[name] for key, name in names.items()}, scales
 
 
 def test_onnxruntime_is_within_the_bounds_of_the_formats(tiny_wan: Export) -> None:
-    seen, scales = taps(tiny_wan)
+    seen, scales = intermediates(tiny_wan)
     for each in scales:
         assert judge_attention(seen, each, torch.bfloat16).passed
         # And of attention without any quantization, no further than rounding to e4m3 can carry it.
@@ -176,7 +176,7 @@ def test_a_wrong_scale_is_out_of_bounds(tiny_wan: Export) -> None:
                 model.graph.initializers["wrong"] = value
                 node.replace_input_with(1, value)
 
-    seen, scales = taps(tiny_wan, double)
+    seen, scales = intermediates(tiny_wan, double)
     verdicts = [judge_attention(seen, each, torch.bfloat16) for each in scales]
     assert [check.name for check in verdicts if not check.passed] == ["blocks.2.attn1"]
 
@@ -227,7 +227,7 @@ def test_balancing_the_norms_changes_no_score(tiny_wan: Export) -> None:
 
 
 def test_scales_bound_what_the_norms_give(tiny_wan: Export) -> None:
-    seen, scales = taps(tiny_wan)
+    seen, scales = intermediates(tiny_wan)
     for each in scales:
         for side in "qk":
             largest = float(seen[f"{each.name} {side}_rotated"].abs().max())

@@ -34,10 +34,10 @@ GRIDS = [
     (4, 64, 0, "symmetric", 64, 1),
     (4, 128, 128, "midrise", 128, 1),
     (8, 32, 16, "symmetric", 4, 12),
-    (8, 0, 0, "real", 64, 1),
-    (8, 0, 32, "real", 64, 1),
-    (4, 64, 128, "real", 16, 1),
-    (8, 0, 16, "real", 16, 12),
+    (8, 0, 0, "float", 64, 1),
+    (8, 0, 32, "float", 64, 1),
+    (4, 64, 128, "float", 16, 1),
+    (8, 0, 16, "float", 16, 12),
 ]
 ids = ["-".join(map(str, grid)) for grid in GRIDS]
 
@@ -82,7 +82,7 @@ def test_matches_the_definition(name: str, grid: tuple, dtype: str) -> None:
     # In fp32 one activation code on a tie, rounded the other way, is all the error there is; it counts as ±1 code.
     one_code = 1 / (2 ** (grid[0] - 1) - 1) / np.sqrt(x.size) if dtype == "fp32" else 0.0
     # Grouped weights and real zero-points as INT8 are rounded again, to ±127 per row: measured below, under 1 % of the row.
-    again = 0.01 if name == "int8" and (grid[2] or grid[3] == "real") else 0.0
+    again = 0.01 if name == "int8" and (grid[2] or grid[3] == "float") else 0.0
     assert got <= 2 * emulated + one_code + again
 
 
@@ -118,7 +118,7 @@ def test_largest_codes_do_not_overflow_fp16(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOWERINGS)
-@pytest.mark.parametrize("zero", ["midrise", "symmetric", "paper", "real"])
+@pytest.mark.parametrize("zero", ["midrise", "symmetric", "paper", "float"])
 def test_zero_token_gives_the_bias(name: str, zero: str) -> None:
     spec = qg.Spec("fp16", (128, 64), 4, 0, 0, zero, 32)
     model = qg.graph(spec)
@@ -136,7 +136,7 @@ def test_int8_weight_of_a_row_scale_is_exact(zero: str) -> None:
     np.testing.assert_allclose(codes * scale[:, None], spec.layers[0].weight(), rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("zero", ["midrise", "real"])
+@pytest.mark.parametrize("zero", ["midrise", "float"])
 @pytest.mark.parametrize("group", [16, 32, 64, 128])
 def test_int8_weight_of_groups_adds_little(group: int, zero: str) -> None:
     spec = qg.Spec(widths=(1024, 600), weight_group=group, zero=zero)
@@ -144,7 +144,7 @@ def test_int8_weight_of_groups_adds_little(group: int, zero: str) -> None:
     codes, scale = int8_weight(layer)
     exact = spec.layers[0].weight()
     added = np.linalg.norm(codes * scale[:, None] - exact)
-    steps = np.repeat(spec.layers[0].scale[:, None] * (spec.layers[0].factor / 255), group, axis=1)
+    steps = np.repeat(spec.layers[0].scale[:, None] * (spec.layers[0].group_scale / 255), group, axis=1)
     rounding_to_four_bits = np.linalg.norm(steps / np.sqrt(12))
     assert 0 < added < 0.1 * rounding_to_four_bits
     assert qg.relative(codes * scale[:, None], exact) < 0.01
@@ -170,12 +170,12 @@ def test_int8_weight_of_zero_rows() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_int4_zero_points_of_groups_are_one_product(dtype: str) -> None:
-    spec = qg.Spec(dtype, (256, 64), 8, 0, 32, "real")
+    spec = qg.Spec(dtype, (256, 64), 8, 0, 32, "float")
     model = qg.graph(spec)
     lower_qdq_int4(model)
     (layer,) = spec.layers
     shares = model.graph.initializers[f"{layer.name}.qdq_zero"].const_value.numpy().astype(np.float64)
-    exact = layer.factor * (layer.zero / 16 - 8) * 2.0**-11
+    exact = layer.group_scale * (layer.zero / 16 - 8) * 2.0**-11
     np.testing.assert_allclose(shares, exact, rtol=2.0**-8 if dtype == "bf16" else 2.0**-11, atol=0)
     assert sum(node.op_type == "MatMul" for node in model.graph) == 2
     assert not any(name.endswith(".weight_zero") for name in model.graph.initializers)

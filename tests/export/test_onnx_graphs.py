@@ -25,8 +25,8 @@ from tests.support.exporting import TINY_WAN, Export, check_layers, export_graph
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GROUPED = Recipe("grouped", (ActivationSpec(4, 64), ActivationSpec(8)), WeightSpec(group_size=64))
-REAL = Recipe("real", (ActivationSpec(4, 64), ActivationSpec(8)), WeightSpec(32, "real"))
-REAL_ROWS = Recipe("real-rows", (ActivationSpec(4), ActivationSpec(8)), WeightSpec(0, "real"))
+REAL = Recipe("float", (ActivationSpec(4, 64), ActivationSpec(8)), WeightSpec(32, "float"))
+REAL_ROWS = Recipe("real-rows", (ActivationSpec(4), ActivationSpec(8)), WeightSpec(0, "float"))
 OWN = {recipe.name: recipe for recipe in (GROUPED, REAL, REAL_ROWS)}
 TI2V = with_changes(tiny.WAN, in_channels=48, out_channels=48)
 FLF = with_changes(tiny.WAN, image_dim=32, added_kv_proj_dim=128, in_channels=36, pos_embed_seq_len=514)
@@ -45,7 +45,7 @@ def case(name: str, config: Any, recipe: str, dtype: str, sizes: Sizes, slow: bo
 CASES = [
     case("tiny-wan", TINY_WAN, "w4a4", "bf16", TINY_SIZES),
     case("wan", tiny.WAN, "grouped", "fp16", tiny.FIXED),
-    case("wan", tiny.WAN, "real", "fp16", tiny.FIXED),
+    case("wan", tiny.WAN, "float", "fp16", tiny.FIXED),
     case("hunyuan-video", tiny.HUNYUAN, "w4a4", "bf16", tiny.FIXED),
     case("cogvideox", tiny.COGVIDEOX, "paper", "fp16", tiny.FIXED),
     case("ltx-video", tiny.LTX, "w4a4", "fp16", tiny.FIXED),
@@ -57,7 +57,7 @@ CASES = [
     case("wan-ti2v", TI2V, "w4a4", "fp16", tiny.RANGES, slow=True),
     case("wan-flf", FLF, "w4a4", "fp16", tiny.FIXED, slow=True),
     case("hunyuan-video", tiny.HUNYUAN, "grouped", "fp16", tiny.FIXED, slow=True),
-    case("hunyuan-video", tiny.HUNYUAN, "real", "bf16", tiny.FIXED, slow=True),
+    case("hunyuan-video", tiny.HUNYUAN, "float", "bf16", tiny.FIXED, slow=True),
     case("cogvideox", tiny.COGVIDEOX, "real-rows", "fp16", tiny.FIXED, slow=True),
     case("hunyuan-video", tiny.HUNYUAN, "w4a4", "fp16", tiny.RANGES, slow=True),
     case("cogvideox", tiny.COGVIDEOX, "w4a4", "bf16", tiny.FIXED, slow=True),

@@ -81,7 +81,7 @@ def test_engine_entries_say_what_executes(wan22: tuple[Path, list[dict[str, Any]
     manifest = load_manifest(out)
     card = (out / "README.md").read_text()
     for entry in manifest.engines:
-        assert entry["realization"] == "int8"
+        assert entry["precision"] == "int8"
         assert "INT8 tensor cores" in entry["executes"]
         assert entry["executes"] in card
         assert entry["sm"] == ["8.9"]

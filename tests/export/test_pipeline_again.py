@@ -109,19 +109,19 @@ def test_ranges_build_one_engine_with_a_profile(model: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("realize", "sm", "chosen", "stored"),
+    ("precision", "sm", "chosen", "stored"),
     [
         ("int4-weight-only", "8.9", "int4-weight-only", "INT4"),
         ("int8", "12.0", "int8", "INT8"),
         ("auto", "12.0", "nvfp4", "FLOAT4E2M1"),
     ],
 )
-def test_realize(realize: str, sm: str, chosen: str, stored: str, model: Path, tmp_path: Path) -> None:
+def test_realize(precision: str, sm: str, chosen: str, stored: str, model: Path, tmp_path: Path) -> None:
     """The override, or the choice, reaches the manifest and the types of the weights in the graph that was built."""
     out = tmp_path / "out"
-    in_process(model, "-o", out, "--sm", sm, "--realize", realize, "--keep-graphs", *SIZES)
+    in_process(model, "-o", out, "--sm", sm, "--precision", precision, "--keep-graphs", *SIZES)
     manifest = load_manifest(out)
-    assert {e["realization"] for e in manifest.engines if e["act_bits"] == 4} == {chosen}
+    assert {e["precision"] for e in manifest.engines if e["act_bits"] == 4} == {chosen}
     kept = list((out / "onnx").glob(f"*_rtx_{chosen}.onnx"))
     assert kept
     types = {

@@ -29,9 +29,9 @@ from tests.support import quant_linear_graphs as qg
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(params=["midrise", "real"])
+@pytest.fixture(params=["midrise", "float"])
 def spec(request: pytest.FixtureRequest) -> qg.Spec:
-    groups = 64 if request.param == "real" else 0
+    groups = 64 if request.param == "float" else 0
     return qg.Spec("bf16", (256, 512, 256), 4, zero=request.param, weight_group=groups, block=64)
 
 
@@ -53,7 +53,7 @@ def test_packed_weights_become_inputs_and_the_body_goes(spec: qg.Spec, tmp_path:
     wanted = {}
     for layer in spec.layers:
         for field, array in (
-            ("weight", layer.packed), ("weight_scale", layer.scale), ("weight_factor", layer.factor),
+            ("weight", layer.packed), ("weight_scale", layer.scale), ("weight_group_scale", layer.group_scale),
             ("weight_zero", layer.zero), ("bias", layer.bias),
         ):  # fmt: skip
             kind = onnx.TensorProto.FLOAT if array.dtype == np.float32 else onnx.TensorProto.INT8

@@ -19,7 +19,7 @@ from dvdquant.export.verify import graph as verify
 from dvdquant.export.verify import layers as verify_layers
 from dvdquant.export.verify.export import verify_export
 from dvdquant.export.verify.graph import BetweenCheck, GraphCheck, Verifier
-from dvdquant.export.verify.intermediates import add_taps, cut_out, find_taps, load_graph, run_graph
+from dvdquant.export.verify.intermediates import add_intermediates, cut_out, find_intermediates, load_graph, run_graph
 from dvdquant.export.verify.layers import LayerCheck, LayersCheck, choose_layers, token_step
 from dvdquant.export.verify.tolerance import Judged, OpInputs, judge
 from dvdquant.model.plan import plan_model
@@ -74,10 +74,10 @@ def quant_linear(model: ir.Model, layer: str) -> ir.Node:
     return node
 
 
-def scaled(flavour: str, factor: float, *layers: str) -> Callable[[ir.Model], None]:
+def scaled(flavour: str, group_scale: float, *layers: str) -> Callable[[ir.Model], None]:
     def fault(model: ir.Model) -> None:
         for layer in layers:
-            own(model, f"{layer}.weight_scale" if flavour == "tensorrt" else f"{layer}.row_scale")[:] *= factor
+            own(model, f"{layer}.weight_scale" if flavour == "tensorrt" else f"{layer}.row_scale")[:] *= group_scale
 
     return fault
 
@@ -85,8 +85,8 @@ def scaled(flavour: str, factor: float, *layers: str) -> Callable[[ir.Model], No
 def judged(wan: Export, verifier: Verifier, flavour: str, bits: int) -> dict[str, tuple[OpInputs, Judged]]:
     """What float64 says of every layer of a graph on the input it had there."""
     model = load_graph(wan.path(bits, flavour))
-    taps = find_taps(model, [spec.name for spec in wan.plan.layers])
-    names = add_taps(model, {name: tap.x for name, tap in taps.items()})
+    intermediates = find_intermediates(model, [spec.name for spec in wan.plan.layers])
+    names = add_intermediates(model, {name: intermediate.x for name, intermediate in intermediates.items()})
     seen = run_graph(model, wan.root / "onnx", verifier.inputs, "the graph")
     verifier.reference.use(bits)
     ops = {name: OpInputs.of(layer) for name, layer in verifier.reference.layers.items()}
@@ -110,10 +110,10 @@ def smallest_factor(op: OpInputs, exact: Judged) -> float:
 def test_scales_are_held_to_what_the_bound_promises(
     wan: Export, verifier: Verifier, broken: Any, flavour: str, bits: int
 ) -> None:
-    factor = smallest_factor(*judged(wan, verifier, flavour, bits)[VICTIM])
+    group_scale = smallest_factor(*judged(wan, verifier, flavour, bits)[VICTIM])
     # fp32 inside and fp16 outside leave less than a thousandth; fp16 inside, with many codes near ties, some percent.
-    assert factor < (1.002 if flavour == "tensorrt" else 1.1)
-    for changed in {factor, 1.01} if factor < 1.01 else {factor}:
+    assert group_scale < (1.002 if flavour == "tensorrt" else 1.1)
+    for changed in {group_scale, 1.01} if group_scale < 1.01 else {group_scale}:
         check = verifier.check(broken(flavour, bits, scaled(flavour, changed, VICTIM)), bits)
         assert [c.name for c in check.layers.failed] == [VICTIM]
         assert not check.passed
@@ -337,9 +337,11 @@ def test_nothing_that_is_not_a_number_passes() -> None:
 
 def test_an_executor_that_gives_nan_or_another_shape_is_wrong(wan: Export, verifier: Verifier) -> None:
     model = load_graph(wan.path(8, "tensorrt"))
-    taps = find_taps(model, [VICTIM])
+    intermediates = find_intermediates(model, [VICTIM])
     x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(0)).half()
-    y = run_graph(cut_out(model, taps), wan.root / "onnx", {taps[VICTIM].fed: x}, "layer")[taps[VICTIM].y.name or ""]
+    y = run_graph(cut_out(model, intermediates), wan.root / "onnx", {intermediates[VICTIM].fed: x}, "layer")[
+        intermediates[VICTIM].y.name or ""
+    ]
     verifier.reference.use(8)
     exact = judge(OpInputs.of(verifier.reference.layers[VICTIM]), x)
     assert exact.excess(y) <= 1.0

@@ -103,9 +103,9 @@ def test_every_family_passes(family: str, tmp_path: Path) -> None:
     assert export.verify().layers == len(export.plan.layers)
 
 
-def row(index: int, factor: float) -> Change:
+def row(index: int, group_scale: float) -> Change:
     def edit(value: Tensor) -> None:
-        value[index] *= factor
+        value[index] *= group_scale
 
     return edit
 
@@ -145,7 +145,7 @@ GROSS: dict[str, tuple[str, Change]] = {
     "one bias 1e-5 up": ("bias", row(4, 1.00001)),
     "zero one up": ("weight_zero", lambda t: t + 1),
     "zero 0": ("weight_zero", lambda t: t * 0),
-    "factor 254": ("weight_factor", lambda t: t * 0 + 254),
+    "factor 254": ("weight_group_scale", lambda t: t * 0 + 254),
 }  # fmt: skip
 # Small ones change the recorded error.
 FINE: dict[str, tuple[str, Change]] = {
@@ -184,9 +184,9 @@ def test_a_fine_fault_is_found_by_the_record(fault: str, wan: Callable[[str], St
 @pytest.mark.parametrize(
     ("kind", "edit"),
     [
-        ("weight_factor", lambda t: t // 2 + 1),
-        ("weight_factor", lambda t: t * 0),
-        ("weight_factor", lambda t: t.roll(1, 1)),
+        ("weight_group_scale", lambda t: t // 2 + 1),
+        ("weight_group_scale", lambda t: t * 0),
+        ("weight_group_scale", lambda t: t.roll(1, 1)),
         ("weight_zero", lambda t: t + 8),
         ("weight_zero", lambda t: t.roll(1, 0)),
     ],

@@ -57,7 +57,7 @@ CHECKS: dict[str, Callable[[Any], Rows]] = {
     "exact": check_kernels.check_exact_sums,
     "large": large,
     "op": check_ops.check_op,
-    "balance": check_ops.check_balance,
+    "pre_quant": check_ops.check_pre_quant,
     "quantizer": lambda b: check_quantizer.check_quantizer(b, 12, (256,)),
 }
 
@@ -92,7 +92,7 @@ WRONG: list[tuple[type[HostLibrary], str, int, str]] = [
     (wrong.RoundedBetweenStages, "shapes", 90, "s8_wgmma: codes"),
     (wrong.OuterNotTransposed, "shapes", 90, "s8_wgmma: codes"),
     (wrong.OuterNotTransposed, "op", 90, "op against float64"),
-    (wrong.UnbalancedTail, "balance", 90, "balance in the kernel"),
+    (wrong.UnbalancedTail, "pre_quant", 90, "balance in the kernel"),
     (wrong.AsymmetricRange, "extremes", 90, "all codes ±qmax"),
     (wrong.NoFloor, "extremes", 90, "zeros"),
     (wrong.NanHidden, "extremes", 90, "NaN and Inf"),

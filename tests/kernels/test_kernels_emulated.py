@@ -240,15 +240,15 @@ def _weight(layer: LayerShape, zeros: str, seed: int = 0) -> tuple[torch.Tensor,
     n, k, groups = layer.n, layer.k, layer.weight_groups
     packed = pack_int4(torch.randint(-8, 8, (n, k), generator=rng, dtype=torch.int8))
     scale = torch.rand(n, generator=rng) + 0.01
-    factor = torch.full((n, groups), 255, dtype=torch.uint8)
+    group_scale = torch.full((n, groups), 255, dtype=torch.uint8)
     if groups > 1:
-        factor = torch.randint(1, 256, (n, groups), generator=rng, dtype=torch.uint8)
+        group_scale = torch.randint(1, 256, (n, groups), generator=rng, dtype=torch.uint8)
     zero = torch.full((n,), -0.5)
     if zeros == "mixed":
         zero = torch.tensor([-0.5, 0.0, 3.0, -7.5, 0.3, -119.0, 200.0, 63.5])[torch.arange(n) % 8]
-    if layer.real_zero:
+    if layer.float_zero_point:
         zero = torch.randint(0, 256, (n, groups), generator=rng, dtype=torch.uint8)
-    return packed, scale, factor, zero, torch.randn(n, generator=rng)
+    return packed, scale, group_scale, zero, torch.randn(n, generator=rng)
 
 
 def _prepare(
@@ -290,7 +290,7 @@ def test_prepared_weight_equals_the_repacker(library: KernelLibrary, case: tuple
         prepared = _prepare(library, layer, sm, weight, bias)
         expected = repack.prepare(layer, str(path), *weight[:4], weight[4] if bias else None)
         actual = repack.from_bytes(layer, str(path), prepared.bytes.tobytes())
-        for name in ("codes", "row_scale", "row_zero", "bias", "factor", "group_zero"):
+        for name in ("codes", "row_scale", "row_zero", "bias", "group_scale", "group_zero"):
             np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name), err_msg=name)
 
 
@@ -317,21 +317,21 @@ def test_whole_layer_against_float64(library: KernelLibrary, case: tuple[int, ..
     weight, x = _weight(layer, ""), _tokens(m, k)
     prepared = _prepare(library, layer, sm, weight, bias=True)
     workspace = Buffer(library.workspace_bytes(layer, sm, m))
-    source, factor, y = _buffer(x), _outer(layer), Buffer(2 * m * n)
+    source, group_scale, y = _buffer(x), _outer(layer), Buffer(2 * m * n)
     library.quant_linear(
-        layer, sm, source.address, factor.address if factor else 0, prepared.address, y.address, m,
+        layer, sm, source.address, group_scale.address if group_scale else 0, prepared.address, y.address, m,
         workspace.address, workspace.bytes.size, 0,
     )  # fmt: skip
     for buffer in (workspace, y, prepared):
         buffer.check_guards()
     actual = torch.from_numpy(y.bytes.copy()).view(torch.bfloat16).reshape(m, n).double()
     inner, matrix = _rotation(layer).matrices(torch.float64)
-    packed, scale, factors, zero, bias = weight
+    packed, scale, group_scales, zero, bias = weight
     expected = quant_linear_reference(
         x.double(),
         packed.view(torch.int8),
         scale,
-        factors,
+        group_scales,
         zero,
         bias.double(),
         inner,
@@ -344,7 +344,7 @@ def test_whole_layer_against_float64(library: KernelLibrary, case: tuple[int, ..
     size = expected.abs().max(dim=1, keepdim=True).values
     path = library.plan_layer(layer, sm).path
     held = torch.from_numpy(repack.dequantize(layer, repack.from_bytes(layer, path, prepared.bytes.tobytes())))
-    moved = (held - dequantize_weight(packed.view(torch.int8), scale, factors, zero, torch.float64)).abs()
+    moved = (held - dequantize_weight(packed.view(torch.int8), scale, group_scales, zero, torch.float64)).abs()
     assert (moved.max() > 1e-6) == (path.startswith("s8") and groups > 1)
     quantized = fake_quantize_activation(rotate(x.double(), _rotation(layer)), bits, group)
     tolerance = 2.0**-8 * expected.abs() + 1e-5 * size + quantized.abs() @ moved.T

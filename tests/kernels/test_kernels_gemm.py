@@ -56,7 +56,7 @@ class Case:
     k: int
     act_group: int = 0
     weight_groups: int = 1
-    real_zero: bool = False
+    float_zero_point: bool = False
     half: bool = False
     sm: int = 80
 
@@ -72,7 +72,7 @@ class Operands:
     row_scale: np.ndarray
     row_zero: np.ndarray
     bias: np.ndarray
-    factor: np.ndarray | None
+    group_scale: np.ndarray | None
     group_zero: np.ndarray | None
 
 
@@ -96,7 +96,7 @@ def make_operands(case: Case, seed: int = 0) -> Operands:
         (rng.normal(size=case.n) if case.bits == 4 else np.zeros(case.n)).astype(np.float32),
         rng.normal(size=case.n).astype(np.float32),
         rng.integers(1, 256, shape).astype(np.uint8) if weighted else None,
-        rng.integers(0, 256, shape).astype(np.uint8) if weighted and case.real_zero else None,
+        rng.integers(0, 256, shape).astype(np.uint8) if weighted and case.float_zero_point else None,
     )
 
 
@@ -107,7 +107,7 @@ def reference(case: Case, ops: Operands) -> tuple[np.ndarray, np.ndarray]:
     scale, accumulation) and is then carried through one addition per later group; the end adds 4.
     """
     groups = ops.scales.shape[0]
-    factor = np.ones((case.n, case.weight_groups)) if ops.factor is None else ops.factor / 255.0
+    group_scale = np.ones((case.n, case.weight_groups)) if ops.group_scale is None else ops.group_scale / 255.0
     zero = np.repeat(ops.row_zero[:, None].astype(np.float64), case.weight_groups, 1)
     if ops.group_zero is not None:
         zero = ops.group_zero / 16.0 - 8.0
@@ -117,7 +117,7 @@ def reference(case: Case, ops: Operands) -> tuple[np.ndarray, np.ndarray]:
         column = g * case.weight_groups // groups
         partial = (ops.codes[:, part] @ ops.weight[:, part].T).astype(np.float64)
         correction = ops.codes[:, part].sum(1)[:, None] * zero[None, :, column]
-        weight = ops.scales[g].astype(np.float64)[:, None] * factor[None, :, column]
+        weight = ops.scales[g].astype(np.float64)[:, None] * group_scale[None, :, column]
         total += weight * (partial - correction)
         size += weight * (np.abs(partial) + np.abs(correction))
     scaled = ops.row_scale.astype(np.float64) * total + ops.bias
@@ -135,9 +135,9 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 def run(emulated: ctypes.CDLL, case: Case, ops: Operands, schedule: int = 0) -> tuple[int, torch.Tensor]:
     """Status and y; checks that nothing behind y is written."""
     y = np.full(case.m * case.n + GUARD, POISON, np.uint16)
-    sizes = (case.m, case.n, case.k, case.act_group, case.weight_groups, case.real_zero, case.half, case.sm)
+    sizes = (case.m, case.n, case.k, case.act_group, case.weight_groups, case.float_zero_point, case.half, case.sm)
     arrays = [pack(ops.codes, case.bits), ops.scales, ops.sums, pack(ops.weight, case.bits)]
-    arrays += [ops.row_scale, ops.row_zero, ops.bias, ops.factor, ops.group_zero, y]
+    arrays += [ops.row_scale, ops.row_zero, ops.bias, ops.group_scale, ops.group_zero, y]
     pointers = [None if a is None else a.ctypes.data_as(ctypes.c_void_p) for a in arrays]
     status = emulated.run_grouped(
         case.bits, (ctypes.c_int64 * 8)(*map(int, sizes)), *pointers, ctypes.c_uint64(schedule)
@@ -159,8 +159,8 @@ CASES = [
     Case(4, 67, 130, 256, act_group=64),
     Case(4, 129, 24, 512, act_group=128, half=True, sm=89),
     Case(4, 33, 130, 512, act_group=64, weight_groups=4),
-    Case(4, 130, 9, 384, act_group=128, weight_groups=3, real_zero=True),
-    Case(4, 18, 40, 512, act_group=64, weight_groups=8, real_zero=True, half=True),
+    Case(4, 130, 9, 384, act_group=128, weight_groups=3, float_zero_point=True),
+    Case(4, 18, 40, 512, act_group=64, weight_groups=8, float_zero_point=True, half=True),
 ]
 
 

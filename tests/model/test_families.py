@@ -197,10 +197,10 @@ def test_rotation_and_groups_follow_the_recipe(name: str, recipe: str) -> None:
         assert shapes == {
             "weight": (n, k // 2),
             "weight_scale": (n,),
-            "weight_factor": (n, spec.groups),
-            "weight_zero": (n, spec.groups) if made.recipe.weight.zero_point == "real" else (n,),
+            "weight_group_scale": (n, spec.groups),
+            "weight_zero": (n, spec.groups) if made.recipe.weight.zero_point == "float" else (n,),
             "bias": (n,),
-            **{f"pre_quant_{n}": (k,) for n, there in (("shift", spec.shifted), ("scale", spec.balanced)) if there},
+            **{f"pre_quant_{n}": (k,) for n, there in (("shift", spec.shifted), ("scale", spec.smoothed)) if there},
         }
 
 

@@ -28,7 +28,7 @@ from tests.support.exporting import OpInputs, activations, judge, op_inputs
 
 ROWS = (24, 16, 8)
 FEATURES = 64
-FIELDS = ("weight", "weight_scale", "weight_factor", "weight_zero", "bias")
+FIELDS = ("weight", "weight_scale", "weight_group_scale", "weight_zero", "bias")
 
 
 class Attention(nn.Module):
@@ -205,7 +205,7 @@ def test_set_activation_in_the_middle_of_a_round() -> None:
         ("weight", (48, 32), torch.uint8),
         ("weight_scale", (47,), torch.float32),
         ("weight_scale", (48,), torch.float16),
-        ("weight_factor", (48, 1), torch.uint8),
+        ("weight_group_scale", (48, 1), torch.uint8),
         ("weight_zero", (48, 1), torch.float32),
         ("weight_zero", (48, 2), torch.uint8),
         ("bias", (1,), torch.float32),
@@ -224,9 +224,9 @@ def test_load_refuses_wrong_shapes_and_dtypes(field: str, shape: tuple[int, ...]
 
 
 def test_real_zero_points_are_bytes_per_group() -> None:
-    op = op_inputs(FEATURES, ROWS[0], weight_group=32, zero_point="real")
+    op = op_inputs(FEATURES, ROWS[0], weight_group=32, zero_point="float")
     plain = spec(("attn.to_q",), ROWS[:1])
-    real = replace(plain, real_zero=True)
+    real = replace(plain, float_zero_point=True)
     assert real.tensors()["attn.to_q.weight_zero"] == (torch.uint8, (ROWS[0], 2))
     model = nn.ModuleDict({"attn": Attention()})
     install_quant_linears(model, [real], ActivationSpec(8))

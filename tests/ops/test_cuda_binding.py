@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dvdquant.errors import ResourceError, ShapeError, UnsupportedError
-from dvdquant.export.engines import precision as realize
+from dvdquant.export.engines import precision as precision
 from dvdquant.ops import cuda, cuda_linear
 from dvdquant.ops.cuda import KernelError, KernelLibrary, WeightPointers, find_library, load_library
 from dvdquant.ops.cuda_linear import CudaKernels, run_quant_linear
@@ -88,17 +88,17 @@ def test_statuses_become_errors_with_the_librarys_words(library: KernelLibrary) 
 
 def test_what_executes_agrees_with_the_plan(library: KernelLibrary) -> None:
     """The manifest's words per SM say the units that the plan's path multiplies on."""
-    for sm in realize.TENSORRT_SMS:
+    for sm in precision.TENSORRT_SMS:
         number = round(float(sm) * 10)
         for bits in (4, 8):
-            words = realize.what_executes("plugin", bits, sm)
+            words = precision.what_executes("plugin", bits, sm)
             path = library.plan_layer(LayerShape(64, 256, act_bits=bits), number).path
             assert ("s4 mma" in words) == (path == "s4_token"), (sm, bits, words)
             assert ("8-bit" in words) == path.startswith("s8"), (sm, bits, words)
             grouped = library.plan_layer(LayerShape(64, 256, act_bits=bits, act_group=128), number).path
             assert ("s4 mma" in words) == grouped.startswith("s4"), (sm, bits, grouped)
     planned = {sm for sm in SMS if _plans(library, sm)}
-    assert {round(float(sm) * 10) for sm in realize.TENSORRT_SMS} <= planned
+    assert {round(float(sm) * 10) for sm in precision.TENSORRT_SMS} <= planned
 
 
 def _plans(library: KernelLibrary, sm: int) -> bool:
@@ -159,7 +159,7 @@ def test_emulated_kernels_pass_gpu_check(library: KernelLibrary, sm: int) -> Non
         check_kernels.check_extremes(bench(library, sm), 5),
         check_kernels.check_exact_sums(bench(library, sm), 256),
         check_ops.check_op(bench(library, sm)),
-        check_ops.check_balance(bench(library, sm), 5),
+        check_ops.check_pre_quant(bench(library, sm), 5),
     ]
     rows = list(check_kernels.run_all(checks))
     assert len(rows) > 30
@@ -256,8 +256,8 @@ def op_cases() -> Iterator[tuple[Any, LayerShape, str]]:
     for sm in (80, 90):
         for grid, layer in layers(256, 16):
             path = HostLibrary().plan_layer(layer, sm).path
-            if (path, layer.weight_groups > 1, layer.real_zero) not in seen:
-                seen.add((path, layer.weight_groups > 1, layer.real_zero))
+            if (path, layer.weight_groups > 1, layer.float_zero_point) not in seen:
+                seen.add((path, layer.weight_groups > 1, layer.float_zero_point))
                 yield grid, layer, path
 
 
@@ -271,12 +271,22 @@ def test_ops_on_the_cpu_are_the_layer_in_two_halves(grid: Any, layer: LayerShape
     quantize = (x, packed.hadamard, packed.outer, layer.act_bits, layer.act_group, path)
     codes, scales, sums = rotate_quantize(*quantize)
     prepared = prepare_weight(*packed.stored(), path)
-    multiply = (codes, scales, sums, prepared, layer.n, layer.weight_groups, layer.real_zero, layer.act_group, path)
+    multiply = (
+        codes,
+        scales,
+        sums,
+        prepared,
+        layer.n,
+        layer.weight_groups,
+        layer.float_zero_point,
+        layer.act_group,
+        path,
+    )
     y = linear_gemm(*multiply, torch.float64)
     want = quant_linear(x.double(), *check_ops.arguments(packed, layer))
     # fp32 against float64 where the expansion is exact; else half a step of 8 bits of the row's largest weight (two of
     # its own kind where it is in groups), which a sum of independent roundings makes about 0.3 %.
-    exact = path.startswith("s4") or (layer.weight_groups == 1 and not layer.real_zero)
+    exact = path.startswith("s4") or (layer.weight_groups == 1 and not layer.float_zero_point)
     assert (y - want).norm() <= want.norm() * (1e-5 if exact else 0.02)
     torch.library.opcheck(torch.ops.dvdquant.rotate_quantize.default, quantize)
     torch.library.opcheck(torch.ops.dvdquant.prepare_weight.default, (*packed.stored(), path))

@@ -39,14 +39,14 @@ def double(sm: int) -> CudaKernels:
     return CudaKernels(HostLibrary(), sm)  # type: ignore[arg-type]
 
 
-def small_layer(bits: int = 8, balanced: bool = False) -> QuantLinear:
-    spec = LayerSpec("layer", ("layer",), (16,), 256, (True,), ROTATION, 1, balanced=balanced, shifted=balanced)
+def small_layer(bits: int = 8, smoothed: bool = False) -> QuantLinear:
+    spec = LayerSpec("layer", ("layer",), (16,), 256, (True,), ROTATION, 1, smoothed=smoothed, shifted=smoothed)
     layer = QuantLinear(spec, ActivationSpec(bits), RotationTable([ROTATION]))
     shape = LayerShape(16, 256, 1, False, ROTATION.inner, ROTATION.outer)
     packed = make_weight(shape, "midrise", CPU, seed=3)
     tensors = {f"layer.{name}": tensor for name, tensor in zip(TENSORS, packed.stored())}
-    if balanced:
-        scale, shift = check_ops.make_balance(shape, CPU)
+    if smoothed:
+        scale, shift = check_ops.make_pre_quant(shape, CPU)
         tensors |= {"layer.pre_quant_scale": scale, "layer.pre_quant_shift": shift}
     layer.load(tensors)
     return layer
@@ -101,11 +101,11 @@ def test_sessions_give_what_the_op_gives_without_packed_weights(
         assert len(called) == 3 * len(layers)
         # Nothing between the layers widens what they get: it would be rounded back.
         assert set(called) == {artifact.dtype}
-        balances = sum(4 * layer.spec.features for layer in layers if layer.spec.balanced or layer.spec.shifted)
+        pre_quants = sum(4 * layer.spec.features for layer in layers if layer.spec.smoothed or layer.spec.shifted)
         eight = {layer.spec.name: _prepared(layer, sm, artifact, 8) for layer in layers}
-        assert held[8] - balances >= sum(size for _, size in eight.values())
+        assert held[8] - pre_quants >= sum(size for _, size in eight.values())
         every = [{eight[layer.spec.name], _prepared(layer, sm, artifact, 4)} for layer in layers]
-        assert held[4] - balances == sum(size for found in every for _, size in found)
+        assert held[4] - pre_quants == sum(size for found in every for _, size in found)
         assert max(map(len, every)) == forms
         assert session.resident_bytes()["workspace"] > 0
 
@@ -138,7 +138,9 @@ def _prepared(layer: QuantLinear, sm: int, artifact: Artifact, bits: int) -> tup
     """Kind and bytes of the prepared weight that a width multiplies, by the table of paths."""
     spec = layer.spec
     grid = spec.activation(artifact.plan("transformer").recipe.activation(bits))
-    shape = LayerShape(spec.out_features, spec.features, spec.groups, spec.real_zero, 1, 1, grid.bits, grid.group_size)
+    shape = LayerShape(
+        spec.out_features, spec.features, spec.groups, spec.float_zero_point, 1, 1, grid.bits, grid.group_size
+    )
     path = choose_path(shape, sm)
     return path.partition("_")[0], prepared_bytes(shape, path)
 
@@ -146,7 +148,7 @@ def _prepared(layer: QuantLinear, sm: int, artifact: Artifact, bits: int) -> tup
 def test_a_balanced_layer() -> None:
     x = tokens()
     bench = check_kernels.Bench(double(90), CPU, (256,), ((3, 8),))
-    layer = small_layer(balanced=True)
+    layer = small_layer(smoothed=True)
     with check_ops.layers_run(check_ops.kernel_op(bench)):
         wanted = layer(x)
     plain = small_layer()

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.export.graph.functions import QuantLinear, QuantLinearRealZero
+from dvdquant.export.graph.functions import QuantLinear, QuantLinearFloatZero
 from dvdquant.numerics.packing import pack_int4
 from dvdquant.onnx.schema import register_schemas
 from dvdquant.ops.quant_linear import quant_linear
@@ -38,10 +38,10 @@ GRIDS: list[tuple[int, int, int, int, int, str, str | int]] = [
     (1536, 4, 8, 0, 0, "paper", "full"),
     (1536, 4, 4, 64, 64, "symmetric", "auto"),
     (64, 3, 4, 0, 0, "symmetric", 2),
-    (256, 9, 4, 0, 0, "real", "auto"),
-    (256, 9, 4, 128, 64, "real", "full"),
-    (96, 11, 8, 0, 16, "real", "full"),
-    (1536, 4, 8, 0, 32, "real", "auto"),
+    (256, 9, 4, 0, 0, "float", "auto"),
+    (256, 9, 4, 128, 64, "float", "full"),
+    (96, 11, 8, 0, 16, "float", "full"),
+    (1536, 4, 8, 0, 32, "float", "auto"),
 ]
 IDS = [f"K{k}-a{b}g{ga}-w{gw}-{z}-{r}" for k, _, b, ga, gw, z, r in GRIDS]
 DTYPES = [torch.float32, torch.float16]
@@ -76,12 +76,12 @@ def formula(op: OpInputs, x: Tensor) -> np.ndarray:
     for column in range(k):
         nibble = (packed[:, column // 2] >> (4 * (column % 2))) & 15
         codes[:, column] = np.where(nibble > 7, nibble.astype(int) - 16, nibble)
-    groups = t["weight_factor"].shape[1]
-    factors = np.repeat(t["weight_factor"], k // groups, axis=1) / 255
+    groups = t["weight_group_scale"].shape[1]
+    group_scales = np.repeat(t["weight_group_scale"], k // groups, axis=1) / 255
     zero = t["weight_zero"][:, None]
     if op.tensors["weight_zero"].dtype == torch.uint8:
         zero = np.repeat(t["weight_zero"] / 16 - 8, k // groups, axis=1)
-    weight = t["weight_scale"][:, None] * factors * (codes - zero)
+    weight = t["weight_scale"][:, None] * group_scales * (codes - zero)
     qmax, width = 2 ** (op.act_bits - 1) - 1, op.act_group or k
     y = np.zeros((m, len(packed)))
     for start in range(0, k, width):
@@ -104,7 +104,7 @@ def run_body(op: OpInputs, x: Tensor) -> Tensor:
         act_bits=op.act_bits,
         act_group=op.act_group,
     )
-    body = QuantLinearRealZero if op.tensors["weight_zero"].dtype == torch.uint8 else QuantLinear
+    body = QuantLinearFloatZero if op.tensors["weight_zero"].dtype == torch.uint8 else QuantLinear
     graph = helper.make_graph(
         [node],
         "one",
@@ -163,9 +163,9 @@ def test_bound_notices_one_wrong_group_scale() -> None:
     op = build(GRIDS[4])
     x = activations(33, 256, torch.float32)
     wrong = dict(op.tensors)
-    wrong["weight_factor"] = wrong["weight_factor"].clone()
-    value = int(wrong["weight_factor"][3, 0])
-    wrong["weight_factor"][3, 0] = round(value * 0.95)
+    wrong["weight_group_scale"] = wrong["weight_group_scale"].clone()
+    value = int(wrong["weight_group_scale"][3, 0])
+    wrong["weight_group_scale"][3, 0] = round(value * 0.95)
     y = quant_linear(*OpInputs(wrong, op.act_bits, op.act_group).arguments(x))
     assert judge(op, x).excess(y) > 10.0
 
@@ -222,7 +222,7 @@ def test_onnx_codes_differ_at_ties_only(bits: int, features: int, rotation: str)
     identity = {
         "weight": pack_int4(codes).view(torch.int8),
         "weight_scale": torch.ones(rows),
-        "weight_factor": torch.full((rows, 1), 255, dtype=torch.uint8),
+        "weight_group_scale": torch.full((rows, 1), 255, dtype=torch.uint8),
         "weight_zero": torch.zeros(rows),
         "bias": torch.zeros(rows),
         "hadamard": op.tensors["hadamard"],

@@ -40,17 +40,23 @@ def packed_layer(zero: str, groups: int = 1, n: int = 24, k: int = 128, seed: in
     codes[:, :16] = torch.arange(-8, 8, dtype=torch.int8)
     codes[3] = 0
     scale = 2.0 ** (torch.rand(n, generator=generator) * 16 - 8)
-    factor = torch.randint(1, 256, (n, groups), generator=generator).to(torch.uint8)
+    group_scale = torch.randint(1, 256, (n, groups), generator=generator).to(torch.uint8)
     point = {
         "midrise": torch.full((n,), -0.5),
         "paper": torch.randint(-8, 8, (n,), generator=generator).float(),
         "symmetric": torch.zeros(n),
         "free": torch.randn(n, generator=generator),
-        "real": torch.randint(0, 256, (n, groups), generator=generator).to(torch.uint8),
+        "float": torch.randint(0, 256, (n, groups), generator=generator).to(torch.uint8),
     }[zero]
-    point[3] = 128 if zero == "real" else 0
+    point[3] = 128 if zero == "float" else 0
     bias = torch.randn(n, generator=generator)
-    return LayerShape(n, k, groups, zero == "real"), (pack_int4(codes).view(torch.int8), scale, factor, point, bias)
+    return LayerShape(n, k, groups, zero == "float"), (
+        pack_int4(codes).view(torch.int8),
+        scale,
+        group_scale,
+        point,
+        bias,
+    )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -83,7 +89,7 @@ def test_expanded_codes_are_the_ones_stated() -> None:
 
 
 @pytest.mark.parametrize("path", EXPANDED[:3])
-@pytest.mark.parametrize(("zero", "groups"), [("midrise", 4), ("real", 4), ("free", 1), ("real", 1)])
+@pytest.mark.parametrize(("zero", "groups"), [("midrise", 4), ("float", 4), ("free", 1), ("float", 1)])
 def test_other_rows_round_to_half_a_step(path: str, zero: str, groups: int) -> None:
     layer, packed = packed_layer(zero, groups)
     prepared = prepare(layer, path, *packed)
@@ -91,7 +97,7 @@ def test_other_rows_round_to_half_a_step(path: str, zero: str, groups: int) -> N
     error = np.abs(dequantize(layer, prepared) - want)
     largest = np.abs(want).max(axis=1, keepdims=True)
     assert (error <= (0.5 + 1e-4) * largest / 127).all()
-    if zero != "real" or groups > 1:  # a byte may happen to be a whole or half number
+    if zero != "float" or groups > 1:  # a byte may happen to be a whole or half number
         assert error.max() > 0
         assert np.abs(prepared.codes).max(axis=1)[np.arange(24) != 3].tolist() == [127] * 23
     assert (error[3] == 0).all()
@@ -121,19 +127,19 @@ def test_e4m3_rounds_what_it_cannot_hold() -> None:
     assert error.max() > 0
 
 
-@pytest.mark.parametrize(("zero", "groups"), [("midrise", 4), ("real", 4), ("real", 1)])
+@pytest.mark.parametrize(("zero", "groups"), [("midrise", 4), ("float", 4), ("float", 1)])
 def test_native_groups_keep_every_byte(zero: str, groups: int) -> None:
     layer, packed = packed_layer(zero, groups)
     prepared = prepare(layer, "s4_group", *packed)
     np.testing.assert_array_equal(prepared.codes, packed[0].numpy())
     want = dequantize_weight(*packed[:4], torch.float64).numpy()
     np.testing.assert_allclose(dequantize(layer, prepared), want, rtol=2.1 * 2.0**-24, atol=0)
-    assert (prepared.factor is not None) == (groups > 1)
-    assert (prepared.group_zero is not None) == (groups > 1 and zero == "real")
+    assert (prepared.group_scale is not None) == (groups > 1)
+    assert (prepared.group_zero is not None) == (groups > 1 and zero == "float")
 
 
 BUFFERS = [("midrise", 1, path) for path in PATHS]
-BUFFERS += [("real", 4, path) for path in PATHS if path not in ("s4_token", "e4m3_group")]
+BUFFERS += [("float", 4, path) for path in PATHS if path not in ("s4_token", "e4m3_group")]
 
 
 @pytest.mark.parametrize(("zero", "groups", "path"), BUFFERS)
@@ -144,7 +150,7 @@ def test_buffers_round_trip_and_are_aligned(zero: str, groups: int, path: str) -
     assert len(raw) == prepared_bytes(layer, path)
     again = from_bytes(layer, path, raw)
     start = 0
-    for name in ("codes", "row_scale", "row_zero", "bias", "factor", "group_zero"):
+    for name in ("codes", "row_scale", "row_zero", "bias", "group_scale", "group_zero"):
         a, b = getattr(prepared, name), getattr(again, name)
         assert (a is None) == (b is None)
         if a is not None:
@@ -156,7 +162,7 @@ def test_buffers_round_trip_and_are_aligned(zero: str, groups: int, path: str) -
 
 
 def test_a_large_weight_is_expanded_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, packed = packed_layer("real", 4)
+    layer, packed = packed_layer("float", 4)
     whole = prepare(layer, "s8_token", *packed)
     monkeypatch.setattr(repack, "_BLOCK", 5 * layer.k)
     parts = prepare(layer, "s8_token", *packed)
@@ -171,7 +177,7 @@ def test_wrong_inputs_are_refused() -> None:
     with pytest.raises(ShapeError, match="codes are int8"):
         prepare(replace(layer, k=96), "s8_token", *packed)
     with pytest.raises(ShapeError, match="zero is float32"):
-        prepare(replace(layer, real_zero=True), "s8_token", *packed)
+        prepare(replace(layer, float_zero_point=True), "s8_token", *packed)
     with pytest.raises(ShapeError, match="scale is float64"):
         prepare(layer, "s8_token", packed[0], packed[1].double(), *packed[2:])
     grouped, packed = packed_layer("midrise", 4)
@@ -198,8 +204,8 @@ def measured() -> dict[tuple[str, str], float]:
         for name, weight in weights.items():
             rotated = rotate(weight, Rotation.for_features(k, "auto"))
             q = quantize_weight(rotated, get_recipe(recipe).weight)
-            layer = LayerShape(n, k, q.factor.shape[1], q.zero.dtype == torch.uint8)
-            added = added_error(rotated, layer, "s8_wgmma", pack_int4(q.codes), q.scale, q.factor, q.zero)
+            layer = LayerShape(n, k, q.group_scale.shape[1], q.zero.dtype == torch.uint8)
+            added = added_error(rotated, layer, "s8_wgmma", pack_int4(q.codes), q.scale, q.group_scale, q.zero)
             result[recipe, name] = 100 * added
     return result
 

@@ -26,7 +26,7 @@ from dvdquant.ops.reference import quant_linear_reference
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.tensorrt_headers
 
-INPUTS = ("x", "weight", "weight_scale", "weight_factor", "weight_zero", "bias", "hadamard", "outer")
+INPUTS = ("x", "weight", "weight_scale", "weight_group_scale", "weight_zero", "bias", "hadamard", "outer")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {torch.float32: "fp32", torch.int8: "int8", torch.uint8: "int8", torch.int32: "int32"}
 # Rounding y to its type, of which the reference is not guilty: half a unit in the last place.
@@ -44,7 +44,7 @@ class Case:
     block: int = 1
     outer: int = 1
     groups: int = 1
-    real_zero: bool = False
+    float_zero_point: bool = False
     wide: bool = False
     dtype: str = "bf16"
 
@@ -55,7 +55,7 @@ class Case:
         x = torch.randn(self.shape, generator=seed) * torch.exp2(torch.randn(features, generator=seed))
         zero = (
             torch.randint(0, 256, (self.rows, self.groups), generator=seed, dtype=torch.uint8)
-            if self.real_zero
+            if self.float_zero_point
             else torch.randint(-15, 15, (self.rows,), generator=seed) / 2
         )
         values = (
@@ -105,8 +105,8 @@ class Case:
 CASES = {
     "a4-token-rotated": Case((2, 5, 96), 40, act_bits=4, block=8, outer=12),
     "a8-token-fp16": Case((7, 128), 24, act_bits=8, block=128, dtype="fp16"),
-    "a4-group-real-zero": Case((1, 3, 2, 256), 33, act_bits=4, act_group=64, groups=8, real_zero=True, block=64),
-    "a8-wide-bytes": Case((4, 64), 9, act_bits=8, groups=2, real_zero=True, wide=True, block=32),
+    "a4-group-real-zero": Case((1, 3, 2, 256), 33, act_bits=4, act_group=64, groups=8, float_zero_point=True, block=64),
+    "a8-wide-bytes": Case((4, 64), 9, act_bits=8, groups=2, float_zero_point=True, wide=True, block=32),
     "a8-no-rotation": Case((1, 32), 1, act_bits=8, wide=True, dtype="fp16"),
     "vector": Case((64,), 5, act_bits=4, groups=4, block=32, outer=2),
 }

@@ -20,7 +20,7 @@ from dvdquant.numerics.packing import expand_zero
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, refine_grid, relative_mse
 from dvdquant.recipe import WeightSpec
 
-ZERO_POINTS = ("midrise", "symmetric", "paper", "real")
+ZERO_POINTS = ("midrise", "symmetric", "paper", "float")
 GRIDS = [(zero, group) for zero in ZERO_POINTS for group in ((0,) if zero == "paper" else (0, 128, 64, 32, 16))]
 FLOOR = 2.0**-118
 
@@ -61,7 +61,7 @@ def row_errors(w: torch.Tensor, quantized: QuantizedWeight) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["plain", "rotated"])
-@pytest.mark.parametrize(("zero_point", "group"), [g for g in GRIDS if g[1] in (0, 64, 128) and g[0] != "real"])
+@pytest.mark.parametrize(("zero_point", "group"), [g for g in GRIDS if g[1] in (0, 64, 128) and g[0] != "float"])
 def test_search_reaches_the_dense_optimum(kind: str, zero_point: str, group: int) -> None:
     rows, features = (3, 256) if zero_point == "paper" else (8, 512)
     w = data(kind, rows, features, seed=7)
@@ -112,8 +112,8 @@ def dense_real_optimum(w: torch.Tensor, group: int) -> torch.Tensor:
 def test_search_comes_close_to_the_best_real_zero_point(kind: str, group: int) -> None:
     w = data(kind, 4, 256, seed=7) if group else data(kind, 2, 512, seed=7)
     optimum = dense_real_optimum(w, group).sum()
-    exact = refine_grid(w, group, "real").error.sum()
-    stored = row_errors(w, quantize_weight(w, WeightSpec(group, "real"))).sum()
+    exact = refine_grid(w, group, "float").error.sum()
+    stored = row_errors(w, quantize_weight(w, WeightSpec(group, "float"))).sum()
     # As above: the 8-bit factor costs short groups something.
     assert 0.98 <= float(exact / optimum) <= 1.003
     assert 0.98 <= float(stored / optimum) <= (1.008 if group == 16 else 1.003)
@@ -122,7 +122,7 @@ def test_search_comes_close_to_the_best_real_zero_point(kind: str, group: int) -
 def test_real_zero_point_of_one_sided_rows() -> None:
     w = data("plain", 3, 128, seed=3).abs() + torch.tensor([[0.0], [0.3], [10.0]])
     for sign, end in ((1, -8.0), (-1, 7.0)):
-        quantized = quantize_weight(sign * w, WeightSpec(0, "real"))
+        quantized = quantize_weight(sign * w, WeightSpec(0, "float"))
         integer = quantize_weight(sign * w, WeightSpec(0, "paper"))
         ours, theirs = row_errors(sign * w, quantized), row_errors(sign * w, integer)
         assert bool((ours <= theirs * 1.001).all())
@@ -135,11 +135,11 @@ def test_real_zero_point_format() -> None:
     w[2, 64:128] = 0
     w[4] = 0
     for group in (0, 64):
-        q = quantize_weight(w, WeightSpec(group, "real"))
+        q = quantize_weight(w, WeightSpec(group, "float"))
         assert q.zero.dtype == torch.uint8
-        assert q.zero.shape == q.factor.shape == (6, 512 // group if group else 1)
+        assert q.zero.shape == q.group_scale.shape == (6, 512 // group if group else 1)
         zero = q.zero.double() / 16 - 8
-        effective = (q.scale[:, None] * (q.factor.float() / 255)).double()
+        effective = (q.scale[:, None] * (q.group_scale.float() / 255)).double()
         codes = q.codes.double().reshape(*zero.shape, -1)
         assert torch.equal(
             q.dequantize(torch.float64), (effective[..., None] * (codes - zero[..., None])).reshape(6, 512)
@@ -149,14 +149,14 @@ def test_real_zero_point_format() -> None:
         # The codes are the nearest ones of the stored grid.
         nearest = (w.reshape(*zero.shape, -1) / effective[..., None] + zero[..., None]).round().clamp(-8, 7)
         assert float((nearest == codes).double().mean()) > 0.999
-    assert bool((quantize_weight(w, WeightSpec(64, "real")).dequantize()[2, 64:128] == 0).all())
+    assert bool((quantize_weight(w, WeightSpec(64, "float")).dequantize()[2, 64:128] == 0).all())
 
 
 def test_real_zero_point_beats_every_fixed_one() -> None:
     """At equal group sizes, for 8 bits more per group."""
     w = data("rotated", 32, 1024, seed=10)
     for group in (0, 128, 64, 32, 16):
-        real = relative_mse(w, quantize_weight(w, WeightSpec(group, "real")))
+        real = relative_mse(w, quantize_weight(w, WeightSpec(group, "float")))
         fixed = relative_mse(w, quantize_weight(w, WeightSpec(group, "midrise")))
         assert real < fixed * {0: 1.0, 128: 0.9, 64: 0.85, 32: 0.75, 16: 0.65}[group]
 
@@ -243,8 +243,8 @@ def _check_hostile(seed: int, grid: tuple[str, int], solver: str, features: int)
     baseline = quantize_weight(w, WeightSpec(group, zero_point, "minmax"))  # type: ignore[arg-type]
     assert bool(torch.isfinite(quantized.scale).all())
     assert float(quantized.scale.min()) >= FLOOR
-    assert int(quantized.factor.min()) >= 1
-    assert group or bool((quantized.factor == 255).all())
+    assert int(quantized.group_scale.min()) >= 1
+    assert group or bool((quantized.group_scale == 255).all())
     assert int(quantized.codes.min()) >= -8
     assert int(quantized.codes.max()) <= 7
     back = quantized.dequantize()
@@ -259,7 +259,7 @@ def _check_hostile(seed: int, grid: tuple[str, int], solver: str, features: int)
     if zero_point == "symmetric":
         assert bool((ours <= nothing * (1 + 1e-6)).all())
     empty = (w.reshape(len(w), -1, group or features) == 0).all(-1)
-    if zero_point == "real":
+    if zero_point == "float":
         assert bool((back.reshape(*empty.shape, -1)[empty] == 0).all())
         assert bool((quantized.zero[empty] == 128).all())
     elif zero_point != "midrise":
@@ -313,9 +313,9 @@ def test_dtypes_strides_and_blocks(dtype: torch.dtype) -> None:
     tail = quantize_weight(w[2040:].contiguous().float(), spec)
     assert torch.equal(whole.codes[2040:], tail.codes)
     assert torch.equal(whole.scale[2040:], tail.scale)
-    assert torch.equal(whole.factor[2040:], tail.factor)
+    assert torch.equal(whole.group_scale[2040:], tail.group_scale)
     assert whole.zero.dtype == whole.scale.dtype == torch.float32
-    assert (whole.codes.dtype, whole.factor.dtype) == (torch.int8, torch.uint8)
+    assert (whole.codes.dtype, whole.group_scale.dtype) == (torch.int8, torch.uint8)
 
 
 def test_threads_do_not_change_the_result() -> None:
@@ -332,7 +332,7 @@ def test_threads_do_not_change_the_result() -> None:
         results = [*pool.map(lambda _: quantize_weight(w, spec), range(8)), single]
     for result in results:
         assert torch.equal(result.codes, expected.codes)
-        assert torch.equal(result.factor, expected.factor)
+        assert torch.equal(result.group_scale, expected.group_scale)
         assert torch.equal(result.scale, expected.scale)
 
 
@@ -343,7 +343,7 @@ def test_relative_mse_and_dequantize_agree() -> None:
     assert relative_mse(w, quantized) == pytest.approx(direct, rel=1e-12)
     assert relative_mse(w, quantized.dequantize()) == pytest.approx(direct, rel=1e-5)
     assert relative_mse(torch.zeros(2, 4), torch.zeros(2, 4)) == 0.0
-    effective = quantized.scale[:, None] * (quantized.factor.float() / 255)
+    effective = quantized.scale[:, None] * (quantized.group_scale.float() / 255)
     expected = effective[..., None] * (quantized.codes.reshape(16, 8, 32).float() + 0.5)
     assert torch.equal(quantized.dequantize(), expected.reshape(16, 256))
 

@@ -44,14 +44,14 @@ def test_pack_rows_equals_pack_int4() -> None:
     assert torch.equal(torch.from_numpy(packed).view(torch.uint8), pack_int4(codes))
 
 
-@pytest.mark.parametrize("zero_point", ["midrise", "real"])
+@pytest.mark.parametrize("zero_point", ["midrise", "float"])
 @pytest.mark.parametrize("group", [0, 32])
 def test_squared_errors_equal_the_definition(group: int, zero_point: str) -> None:
     w = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)) ** 3
     q = quantize_weight(w, WeightSpec(group_size=group, zero_point=zero_point))  # type: ignore[arg-type]
     out = np.zeros(2)
     zero = expand_zero(q.zero).numpy()
-    squared_errors(w.numpy(), q.codes.numpy(), q.scale.numpy(), q.factor.numpy(), zero, out)
+    squared_errors(w.numpy(), q.codes.numpy(), q.scale.numpy(), q.group_scale.numpy(), zero, out)
     assert out[1] / out[0] == pytest.approx(relative_mse(w, q), rel=1e-5)
 
 

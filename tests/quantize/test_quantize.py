@@ -26,8 +26,8 @@ from dvdquant.numerics.packing import unpack_int4
 from dvdquant.ops.reference import dequantize_weight
 from dvdquant.quantize.bgr import quantize_weight
 from dvdquant.quantize.checkpoint import PackedWeights, plan_shards, quantize_checkpoint, rotate_rows
-from dvdquant.quantize.gptq import round_with_feedback
-from dvdquant.quantize.hessian import synthetic_moments
+from dvdquant.quantize.gptq import gptq_round
+from dvdquant.quantize.hessian import synthetic_hessians
 from dvdquant.quantize.layer_inputs import LayerInputs, layer_inputs, noise_levels
 from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.system.progress import Progress
@@ -69,7 +69,7 @@ def known_inputs(model: Path, made: ModelPlan) -> dict[str, LayerInputs]:
     """What quantizing may use of each layer's inputs, predicted once more; empty for recipes that ignore them."""
     if made.recipe.inputs == "ignored":
         return {}
-    found = synthetic_moments(open_checkpoint(model), made, Progress(), levels=noise_levels(made))
+    found = synthetic_hessians(open_checkpoint(model), made, Progress(), levels=noise_levels(made))
     return {spec.name: layer_inputs(found[spec.name], spec) for spec in made.layers}
 
 
@@ -85,18 +85,18 @@ def test_files_hold_what_the_quantizer_makes_of_each_layer(recipe: str, model: P
         row = 0
         for member, rows in zip(spec.members, spec.rows):
             weight = source[f"{member}.weight"]
-            divisors = known[spec.name].divisors if known else torch.ones(spec.features)
-            rotated = rotate_rows(weight.float() * divisors, spec.rotation)
-            exact = rotate(weight.double() * divisors, spec.rotation)
+            smooth_scale = known[spec.name].smooth_scale if known else torch.ones(spec.features)
+            rotated = rotate_rows(weight.float() * smooth_scale, spec.rotation)
+            exact = rotate(weight.double() * smooth_scale, spec.rotation)
             assert float((rotated - exact).abs().max()) <= 1e-6 * float(exact.abs().max())
             want = quantize_weight(rotated, made.recipe.weight)
             if known:
-                want = round_with_feedback(rotated, want, known[spec.name].moments, known[spec.name].damping)
-                assert torch.equal(stored[f"{spec.name}.pre_quant_scale"], 1 / divisors)
+                want = gptq_round(rotated, want, known[spec.name].hessian, known[spec.name].damping)
+                assert torch.equal(stored[f"{spec.name}.pre_quant_scale"], 1 / smooth_scale)
             part = slice(row, row + rows)
             assert torch.equal(unpack_int4(stored[f"{spec.name}.weight"][part]), want.codes)
             assert torch.equal(stored[f"{spec.name}.weight_scale"][part], want.scale)
-            assert torch.equal(stored[f"{spec.name}.weight_factor"][part], want.factor)
+            assert torch.equal(stored[f"{spec.name}.weight_group_scale"][part], want.group_scale)
             assert torch.equal(stored[f"{spec.name}.weight_zero"][part], want.zero)
             bias = source[f"{member}.bias"].float()
             if spec.shifted:
@@ -128,12 +128,12 @@ def test_error_table(recipe: str, model: Path, tmp_path: Path) -> None:
     source = load_file(model / SINGLE)
     root = tmp_path / "tree"
     for spec, entry in zip(made.layers, packed.layers, strict=True):
-        divisors = known[spec.name].divisors if known else torch.ones(spec.features)
-        weight = torch.cat([rotate(source[f"{m}.weight"].double() * divisors, spec.rotation) for m in spec.members])
+        smooth_scale = known[spec.name].smooth_scale if known else torch.ones(spec.features)
+        weight = torch.cat([rotate(source[f"{m}.weight"].double() * smooth_scale, spec.rotation) for m in spec.members])
         parts = [read_tensor(root / packed.tensors[n][0], packed.tensors[n][1]) for n in list(spec.tensors())[:4]]
         wrong = dequantize_weight(*parts, dtype=torch.float64) - weight
-        moments = torch.block_diag(*known[spec.name].moments.double()) if known else torch.eye(spec.features).double()
-        error = ((wrong @ moments) * wrong).sum() / ((weight @ moments) * weight).sum()
+        hessian = torch.block_diag(*known[spec.name].hessian.double()) if known else torch.eye(spec.features).double()
+        error = ((wrong @ hessian) * wrong).sum() / ((weight @ hessian) * weight).sum()
         ours, theirs = entry["relative_mse"], entry["relative_mse_minmax"]
         assert ours is not None
         assert theirs is not None

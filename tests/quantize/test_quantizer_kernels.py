@@ -17,7 +17,7 @@ from dvdquant.quantize.backends import cuda_grid as bgr_kernels
 from dvdquant.quantize.backends import torch_grid as bgr_device
 from dvdquant.quantize.backends.cuda_grid import QuantizerKernels
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, relative_mse
-from dvdquant.quantize.gptq import Feedback
+from dvdquant.quantize.gptq import ErrorFeedback
 from dvdquant.recipe import WeightSpec
 from tests.quantize.test_bgr_device import (
     CLOSENESS,
@@ -50,7 +50,7 @@ def row_errors(w: Tensor, quantized: QuantizedWeight) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy", "rotated"])
-@pytest.mark.parametrize(("zero_point", "group"), [*GRIDS, ("real", 64), ("real", 16)])
+@pytest.mark.parametrize(("zero_point", "group"), [*GRIDS, ("float", 64), ("float", 16)])
 def test_as_good_as_the_compiled_search(kernels: QuantizerKernels, kind: str, zero_point: str, group: int) -> None:
     """All rows together at most 1 ‰ worse. Of a single row with a real zero-point, which has dozens of minima a per cent apart,
     either may find the better one."""
@@ -58,7 +58,7 @@ def test_as_good_as_the_compiled_search(kernels: QuantizerKernels, kind: str, ze
     loops = quantize_weight(w, WeightSpec(group_size=group, zero_point=zero_point))
     found = solve(kernels, w, zero_point, group)
     assert relative_mse(w, found) <= 1.001 * relative_mse(w, loops)
-    single = 1.03 if (zero_point, group) == ("real", 0) else 1.01
+    single = 1.03 if (zero_point, group) == ("float", 0) else 1.01
     assert bool((row_errors(w, found) <= single * row_errors(w, loops)).all())
 
 
@@ -68,8 +68,8 @@ def test_min_max_is_the_same_grid(kernels: QuantizerKernels, zero_point: str, gr
     loops = quantize_weight(w, WeightSpec(group_size=group, zero_point=zero_point, solver="minmax"))
     found = solve(kernels, w, zero_point, group, "minmax")
     torch.testing.assert_close(found.scale, loops.scale, rtol=1e-6, atol=0)
-    assert int((found.factor.int() - loops.factor.int()).abs().max()) <= 1  # a tie may round either way
-    if zero_point == "real":
+    assert int((found.group_scale.int() - loops.group_scale.int()).abs().max()) <= 1  # a tie may round either way
+    if zero_point == "float":
         assert int((found.zero.int() - loops.zero.int()).abs().max()) <= 1
     else:
         assert torch.equal(found.zero, loops.zero)
@@ -96,7 +96,7 @@ def test_hostile_rows(kernels: QuantizerKernels, zero_point: str, group: int) ->
     restored = found.dequantize(torch.float64)
     assert bool(torch.isfinite(found.scale).all())
     assert bool((found.scale > 0).all())
-    assert bool((found.factor >= 1).all())
+    assert bool((found.group_scale >= 1).all())
     assert int(found.codes.min()) >= -8
     assert int(found.codes.max()) <= 7
     assert bool((restored[0] == 0).all())
@@ -107,12 +107,12 @@ def test_hostile_rows(kernels: QuantizerKernels, zero_point: str, group: int) ->
         assert bool((restored[3, 128:] == 0).all())
 
 
-@pytest.mark.parametrize(("zero_point", "group"), [("midrise", 0), ("real", 32)])
+@pytest.mark.parametrize(("zero_point", "group"), [("midrise", 0), ("float", 32)])
 def test_neither_guards_nor_the_order_of_threads_matter(library: KernelLibrary, zero_point: str, group: int) -> None:
     """Outputs between guard bytes, poisoned before; the same codes under shuffled schedules of threads."""
     w = weights("rotated", 3, 256).contiguous()
     groups = 256 // group if group else 1
-    sizes = (3 * 256, 4 * 3, 3 * groups, 3 * groups if zero_point == "real" else 4 * 3)
+    sizes = (3 * 256, 4 * 3, 3 * groups, 3 * groups if zero_point == "float" else 4 * 3)
     seen = []
     for seed in (0, 1, 7):
         library._library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
@@ -129,7 +129,7 @@ def test_neither_guards_nor_the_order_of_threads_matter(library: KernelLibrary, 
 
 @pytest.mark.parametrize(
     ("rows", "features", "block", "zero_point", "group"),
-    [(32, 256, 256, "midrise", 0), (45, 512, 256, "real", 64), (1, 160, 160, "midrise", 32), (33, 96, 48, "real", 0)],
+    [(32, 256, 256, "midrise", 0), (45, 512, 256, "float", 64), (1, 160, 160, "midrise", 32), (33, 96, 48, "float", 0)],
 )
 def test_feedback_is_the_compiled_loop(
     kernels: QuantizerKernels, rows: int, features: int, block: int, zero_point: str, group: int
@@ -138,10 +138,10 @@ def test_feedback_is_the_compiled_loop(
     generator = torch.Generator().manual_seed(5)
     w = torch.randn(rows, features, generator=generator)
     x = torch.randn(4 * block, block, generator=generator) @ torch.randn(block, block, generator=generator)
-    feedback = Feedback((x.T @ x).expand(features // block, block, block))
+    gptq = ErrorFeedback((x.T @ x).expand(features // block, block, block))
     grid = quantize_weight(w, WeightSpec(group_size=group, zero_point=zero_point))
-    exact = feedback.round(w, grid).codes
-    codes = kernels.round(w, grid.scale, grid.factor, grid.zero, feedback.factors.float())
+    exact = gptq.round(w, grid).codes
+    codes = kernels.round(w, grid.scale, grid.group_scale, grid.zero, gptq.factors.float())
     assert float((codes != exact).float().mean()) <= 1e-3
     assert float((codes != grid.codes).float().mean()) > 0.05  # it did pass something on
 
@@ -157,17 +157,17 @@ def test_shapes_that_no_kernel_takes_are_refused(kernels: QuantizerKernels, libr
     assert not kernels.searches(64, 1, "midrise", "paper")
     with pytest.raises(UnsupportedError, match="paper"):
         library.search_grid(GridShape(1, 64, 1, "paper", "search"), w.data_ptr(), out, 0)
-    assert kernels.searches(20480, 1280, "real", "search")
+    assert kernels.searches(20480, 1280, "float", "search")
     assert kernels.rounds(512, 8, 256)
     assert not kernels.rounds(1024, 1, 512)
     for features, groups in ((20480, 1280), (20480, 1)):  # the same limit of shared memory on both sides
-        shape = GridShape(0, features, groups, "real", "search")
+        shape = GridShape(0, features, groups, "float", "search")
         library.search_grid(shape, w.data_ptr(), out, 0)
     for block in (8, 24, 512):
         with pytest.raises(ShapeError, match="blocks"):
-            library.round_feedback(GridShape(1, 64, 1, "real", "search"), w.data_ptr(), out, w.data_ptr(), block, 0)
+            library.gptq_round(GridShape(1, 64, 1, "float", "search"), w.data_ptr(), out, w.data_ptr(), block, 0)
     with pytest.raises(ShapeError, match="null"):
-        library.search_grid(GridShape(1, 64, 1, "real", "search"), 0, out, 0)
+        library.search_grid(GridShape(1, 64, 1, "float", "search"), 0, out, 0)
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.model.layers import QuantLinear, RotationTable
 from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.numerics.hadamard import Rotation, rotate
-from dvdquant.ops.balance import apply_balance, balance_input, pack_balance
 from dvdquant.ops.prepared_cache import PreparedCache
-from dvdquant.ops.quant_linear import balanced_quant_linear
+from dvdquant.ops.quant_linear import smooth_quant_linear
+from dvdquant.ops.smooth import apply_pre_quant, pack_pre_quant, smooth_input
 from dvdquant.quantize.checkpoint import quantize_checkpoint, rotated_weight
-from dvdquant.quantize.hessian import channel_signs
+from dvdquant.quantize.hessian import random_signs_of
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
@@ -40,25 +40,25 @@ def test_shifted_layers(name: str) -> None:
     """Those behind a modulated norm and inside the feed-forward of video tokens, if the recipe shifts at all."""
     made = plan(name)
     assert {spec.name.split(".", 2)[2] for spec in made.layers if spec.shifted} == SHIFTED[name]
-    assert all(spec.signs == (spec.rotation.block > 1) for spec in made.layers)
+    assert all(spec.random_signs == (spec.rotation.block > 1) for spec in made.layers)
     for other in (plan(name, "weights-only"), plan(name, "paper")):
-        assert not any(spec.shifted or spec.signs for spec in other.layers)
+        assert not any(spec.shifted or spec.random_signs for spec in other.layers)
 
 
 def test_channel_signs() -> None:
     """The same for one name, about as many of each, and unlike those of another name; a mean is spread by them."""
-    signs = channel_signs("blocks.3.ffn.net.2", 8960)
-    assert torch.equal(signs, channel_signs("blocks.3.ffn.net.2", 8960))
-    assert torch.equal(signs[:100], channel_signs("blocks.3.ffn.net.2", 100))
-    assert signs.dtype == torch.float32
-    assert torch.equal(signs.abs(), torch.ones(8960))
-    assert abs(float(signs.mean())) < 0.04
-    assert abs(float((signs * channel_signs("blocks.4.ffn.net.2", 8960)).mean())) < 0.04
+    random_signs = random_signs_of("blocks.3.ffn.net.2", 8960)
+    assert torch.equal(random_signs, random_signs_of("blocks.3.ffn.net.2", 8960))
+    assert torch.equal(random_signs[:100], random_signs_of("blocks.3.ffn.net.2", 100))
+    assert random_signs.dtype == torch.float32
+    assert torch.equal(random_signs.abs(), torch.ones(8960))
+    assert abs(float(random_signs.mean())) < 0.04
+    assert abs(float((random_signs * random_signs_of("blocks.4.ffn.net.2", 8960)).mean())) < 0.04
     # Known bits: another order of them would make another artifact of the same checkpoint.
-    assert channel_signs("a", 8).tolist() == [-1, 1, 1, 1, 1, -1, -1, 1]
+    assert random_signs_of("a", 8).tolist() == [-1, 1, 1, 1, 1, -1, -1, 1]
     rotation = Rotation.for_features(8960, "auto")
     x = torch.nn.functional.gelu(torch.randn(16, 8960, generator=torch.Generator().manual_seed(0)))
-    plain, spread = (rotate(v, rotation).abs().amax(-1).mean() for v in (x, x * signs))
+    plain, spread = (rotate(v, rotation).abs().amax(-1).mean() for v in (x, x * random_signs))
     assert spread < 0.6 * plain
 
 
@@ -90,14 +90,14 @@ def test_the_kernels_balance_is_the_modules(dtype: torch.dtype) -> None:
     powers of two make subnormal numbers, up to one unit in the last place."""
     generator = torch.Generator().manual_seed(0)
     k = 4096
-    signs = 2 * torch.randint(0, 2, (k,), generator=generator) - 1
-    scale = signs * torch.exp2(torch.randint(-12, 4, (k,), generator=generator).float())
+    random_signs = 2 * torch.randint(0, 2, (k,), generator=generator) - 1
+    scale = random_signs * torch.exp2(torch.randint(-12, 4, (k,), generator=generator).float())
     shift, x = (torch.randn(size, generator=generator) for size in ((k,), (9, k)))
     x = x.to(dtype)
     for parts in ((scale, shift), (scale, None), (None, shift)):
-        rows = pack_balance(*parts, dtype)
+        rows = pack_pre_quant(*parts, dtype)
         assert rows.shape == (k // 8, 2, 8)
-        at_once, apart = apply_balance(x, rows), balance_input(x, *parts)
+        at_once, apart = apply_pre_quant(x, rows), smooth_input(x, *parts)
         off = (at_once.double() - apart.double()).abs()
         unit = (2.0**-10 * apart.double().abs()).clamp(min=2.0**-24) * (dtype == torch.float16)
         assert bool((off <= unit).all())
@@ -106,7 +106,7 @@ def test_the_kernels_balance_is_the_modules(dtype: torch.dtype) -> None:
 
 def test_a_balanced_layer_is_the_op_on_a_balanced_input() -> None:
     made = plan("wan")
-    spec = next(spec for spec in made.layers if spec.shifted and spec.balanced)
+    spec = next(spec for spec in made.layers if spec.shifted and spec.smoothed)
     layer = QuantLinear(spec, made.recipe.activation(4), RotationTable([spec.rotation]))
     generator = torch.Generator().manual_seed(0)
     for name, (kind, shape) in spec.tensors().items():
@@ -114,29 +114,29 @@ def test_a_balanced_layer_is_the_op_on_a_balanced_input() -> None:
         setattr(layer, name.removeprefix(spec.name + "."), tensor.to(kind))
     layer.pre_quant_scale = torch.exp2(torch.randint(0, 4, (spec.features,), generator=generator).float())
     x = torch.randn(3, 5, spec.features, generator=generator).bfloat16()
-    rest = (layer.weight, layer.weight_scale, layer.weight_factor, layer.weight_zero, layer.bias,
+    rest = (layer.weight, layer.weight_scale, layer.weight_group_scale, layer.weight_zero, layer.bias,
             *layer._table[0].matrices(spec.rotation), 4, 0)  # fmt: skip
     parts = (layer.pre_quant_scale, layer.pre_quant_shift)
-    assert torch.equal(balanced_quant_linear(x, *parts, *rest), layer(x))
-    torch.library.opcheck(torch.ops.dvdquant.balanced_quant_linear.default, (x, *parts, *rest))
+    assert torch.equal(smooth_quant_linear(x, *parts, *rest), layer(x))
+    torch.library.opcheck(torch.ops.dvdquant.smooth_quant_linear.default, (x, *parts, *rest))
 
 
 def test_packed_balances_follow_their_tensors() -> None:
     """Made once for a dtype, anew when a tensor changed or was replaced, and gone with the layer."""
     cache = PreparedCache()
     scale, shift = torch.ones(16), torch.zeros(16)
-    first = cache.balance(scale, shift, torch.bfloat16)
-    assert cache.balance(scale, shift, torch.bfloat16) is first
-    half = cache.balance(scale, shift, torch.float16)
+    first = cache.pre_quant(scale, shift, torch.bfloat16)
+    assert cache.pre_quant(scale, shift, torch.bfloat16) is first
+    half = cache.pre_quant(scale, shift, torch.float16)
     assert half is not None
     assert half.dtype == torch.float16
-    assert cache.balance(scale, shift, torch.bfloat16) is first
+    assert cache.pre_quant(scale, shift, torch.bfloat16) is first
     shift.add_(1)
     for changed in ((scale, shift), (scale, shift.clone() + 1), (scale, None), (None, shift)):
-        rows = cache.balance(*changed, torch.bfloat16)
+        rows = cache.pre_quant(*changed, torch.bfloat16)
         assert rows is not None
-        assert torch.equal(rows, pack_balance(*changed, torch.bfloat16))
-    assert cache.balance(None, None, torch.bfloat16) is None
-    assert len(cache._balances) == 2
+        assert torch.equal(rows, pack_pre_quant(*changed, torch.bfloat16))
+    assert cache.pre_quant(None, None, torch.bfloat16) is None
+    assert len(cache._pre_quants) == 2
     del scale, shift, changed
-    assert len(cache._balances) == 0
+    assert len(cache._pre_quants) == 0

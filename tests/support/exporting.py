@@ -77,7 +77,7 @@ def op_inputs(
     tensors = {
         "weight": pack_int4(quantized.codes).view(torch.int8),
         "weight_scale": quantized.scale,
-        "weight_factor": quantized.factor,
+        "weight_group_scale": quantized.group_scale,
         "weight_zero": quantized.zero,
         "bias": torch.randn(rows, generator=generator) * 0.1,
         "hadamard": hadamard,

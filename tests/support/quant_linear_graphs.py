@@ -40,7 +40,7 @@ class Layer:
     name: str
     packed: np.ndarray
     scale: np.ndarray
-    factor: np.ndarray
+    group_scale: np.ndarray
     zero: np.ndarray
     bias: np.ndarray
     hadamard: np.ndarray
@@ -55,12 +55,12 @@ class Layer:
 
     def weight(self) -> np.ndarray:
         """fp64 [N, K]."""
-        n, groups = self.factor.shape
+        n, groups = self.group_scale.shape
         zero = self.zero.astype(np.float64)[:, None]
         if self.zero.dtype == np.uint8:
             zero = self.zero[..., None] / 16 - 8
         centred = self.codes.reshape(n, groups, -1) - (zero[..., None] if zero.ndim == 2 else zero)
-        steps = self.scale.astype(np.float64)[:, None] * self.factor / 255
+        steps = self.scale.astype(np.float64)[:, None] * self.group_scale / 255
         return (centred * steps[..., None]).reshape(n, -1)
 
 
@@ -83,11 +83,11 @@ class Spec:
         rng = np.random.default_rng(self.seed)
         for i, (k, n) in enumerate(zip(self.widths, self.widths[1:])):
             groups = k // self.weight_group if self.weight_group else 1
-            factor = (
+            group_scale = (
                 rng.integers(90, 256, (n, groups)).astype(np.uint8) if groups > 1 else np.full((n, 1), 255, np.uint8)
             )
             stored = None
-            if self.zero == "real":
+            if self.zero == "float":
                 stored = rng.integers(96, 150, (n, groups)).astype(np.uint8)
                 zero = np.repeat(stored / 16 - 8, k // groups, axis=1)
             else:
@@ -103,7 +103,7 @@ class Spec:
                     f"blocks.{i}.ffn",
                     packed,
                     scale.astype(np.float32),
-                    factor,
+                    group_scale,
                     zero[:, 0].astype(np.float32) if stored is None else stored,
                     (rng.standard_normal(n) * 0.05).astype(np.float32),
                     hadamard(self.block),
@@ -145,7 +145,7 @@ def graph(spec: Spec, folder: Path | None = None, *, rows: int | str = "tokens")
         tensors = {
             name: stored.get(name) or ir.Tensor(layer.packed.view(np.int8), name=name),
             **{f"{layer.name}.{f}": ir.tensor(getattr(layer, a)) for f, a in
-               (("weight_scale", "scale"), ("weight_factor", "factor"), ("weight_zero", "zero"), ("bias", "bias"))},
+               (("weight_scale", "scale"), ("weight_group_scale", "group_scale"), ("weight_zero", "zero"), ("bias", "bias"))},
             f"hadamard.{layer.hadamard.shape[0]}": ir.tensor(layer.hadamard),
             f"outer.{layer.outer.shape[0]}": ir.tensor(layer.outer),
         }  # fmt: skip

@@ -121,7 +121,7 @@ def with_text(manifest: Manifest, text: str) -> Manifest:
         "backend": text,
         "sm": ["8.9", text],
         "act_bits": 4,
-        "realization": text,
+        "precision": text,
         "executes": f"{text}, so no faster than a8",
         "onnx_sha256": "0" * 64,
         "versions": {text: text},

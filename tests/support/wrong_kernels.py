@@ -198,9 +198,9 @@ class OneCodeOff(HostLibrary):
 
 
 class ForgetsErrors(HostLibrary):
-    def round_feedback(self, grid: Any, weight: int, out: Any, factors: int, block: int, stream: int) -> None:
-        _view(factors, (grid.k // block, block, block), torch.float32).copy_(torch.eye(block))
-        super().round_feedback(grid, weight, out, factors, block, stream)
+    def gptq_round(self, grid: Any, weight: int, out: Any, group_scales: int, block: int, stream: int) -> None:
+        _view(group_scales, (grid.k // block, block, block), torch.float32).copy_(torch.eye(block))
+        super().gptq_round(grid, weight, out, group_scales, block, stream)
 
 
 class PreparedTwice(HostLibrary):

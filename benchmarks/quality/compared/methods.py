@@ -63,17 +63,17 @@ def grid_method(
     weight: WeightSpec,
     rotation: str | int = "none",
     act_group: int | Literal["channel"] = 0,
-    balance: float | None = None,
+    smooth: float | None = None,
 ) -> Simulated:
     """The family most methods belong to: divide, rotate, quantize both sides.
 
     Args:
         rotation: as in a recipe. A block that does not divide K is taken as ``full``.
-        balance: α of a static balance ``divide = amax(x)^α / amax(w)^(1−α)``, calibrated on ``layer.inputs``.
+        smooth: α of a static balance ``divide = amax(x)^α / amax(w)^(1−α)``, calibrated on ``layer.inputs``.
     """
     w, divide = layer.weight, None
-    if balance is not None:
-        divide = static_balance(layer, balance)
+    if smooth is not None:
+        divide = static_pre_quant(layer, smooth)
         w = w * divide
     block = rotation
     if isinstance(rotation, int) and layer.spec.features % rotation:
@@ -83,7 +83,7 @@ def grid_method(
     return Simulated(stored, activation_grid(bits, act_group), divide, None if chosen.identity else chosen)
 
 
-def static_balance(layer: Layer, alpha: float) -> Tensor:
+def static_pre_quant(layer: Layer, alpha: float) -> Tensor:
     """SmoothQuant's balance [K], normalized to a geometric mean of 1."""
     x = layer.inputs.abs().amax(0).clamp(min=1e-5)
     w = layer.weight.abs().amax(0).clamp(min=1e-5)
@@ -98,19 +98,19 @@ def from_recipe(recipe: Recipe) -> LayerMethod:
         group = next((a.group_size for a in recipe.activations if a.bits == bits), recipe.activations[0].group_size)
         if recipe.inputs == "ignored":
             return grid_method(layer, bits, weight=recipe.weight, rotation=recipe.rotation, act_group=group)
-        assert layer.moments is not None
+        assert layer.hessian is not None
         chosen = Rotation.for_features(layer.spec.features, recipe.rotation)
         spec = replace(
             layer.spec,
             rotation=chosen,
-            balanced=recipe.balance,
-            signs=recipe.signs,
+            smoothed=recipe.smooth,
+            random_signs=recipe.random_signs,
             shifted=recipe.shift and layer.spec.shifted,
         )
-        known = layer_inputs(layer.moments, spec)
-        w = rotate(layer.weight * known.divisors, chosen)
-        stored = known.feedback.round(w, quantize_weight(w, recipe.weight))
-        divide = known.divisors if recipe.balance else None
+        known = layer_inputs(layer.hessian, spec)
+        w = rotate(layer.weight * known.smooth_scale, chosen)
+        stored = known.gptq.round(w, quantize_weight(w, recipe.weight))
+        divide = known.smooth_scale if recipe.smooth else None
         rotation = None if chosen.identity else chosen
         return Simulated(stored.dequantize(), activation_grid(bits, group), divide, rotation, shift=known.shift)
 
@@ -124,7 +124,7 @@ METHODS: dict[str, Method] = {
     for m in (
         Method("RTN", partial(grid_method, weight=_RTN)),
         Method("QuaRot-style", partial(grid_method, weight=_RTN, rotation="full")),
-        Method("ViDiT-Q-style", partial(grid_method, weight=_RTN, rotation="full", balance=0.5)),
+        Method("ViDiT-Q-style", partial(grid_method, weight=_RTN, rotation="full", smooth=0.5)),
         Method("DVD-Quant as published", from_recipe(RECIPES["paper"]), switched=True),
         Method(
             "dvdquant weights-only", from_recipe(RECIPES["weights-only"]), switched=True, last_high=2, weighting="step"

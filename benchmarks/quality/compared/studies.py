@@ -14,7 +14,7 @@ from benchmarks.quality.compared.methods import LayerMethod, activation_grid, fr
 from benchmarks.quality.simulation.simulate import Layer, Simulated
 from dvdquant.numerics.hadamard import Rotation, rotate
 from dvdquant.quantize.bgr import quantize_weight
-from dvdquant.quantize.gptq import round_with_feedback
+from dvdquant.quantize.gptq import gptq_round
 from dvdquant.recipe import RECIPES, Recipe, WeightSpec
 
 __all__ = ["STUDIES"]
@@ -22,7 +22,7 @@ __all__ = ["STUDIES"]
 MINMAX = WeightSpec(zero_point="paper", solver="minmax")
 PAPER = WeightSpec(zero_point="paper", solver="paper")
 SEARCH = WeightSpec()
-UNFITTED = replace(RECIPES["w4a4"], signs=False, shift=False)
+UNFITTED = replace(RECIPES["w4a4"], random_signs=False, shift=False)
 
 
 def clipped(
@@ -58,13 +58,13 @@ def sixteen_levels(layer: Layer, bits: int, *, rotation: str | int = "auto", wei
     return result
 
 
-def with_moments(
+def with_hessian(
     layer: Layer,
     bits: int,
     *,
     source: Literal["data", "modulation", "noise run", "smooth run", "own run"],
-    feedback: bool = True,
-    balance: bool = False,
+    gptq: bool = True,
+    smooth: bool = False,
     rounding: Literal["round", "trunc", "none"] = "trunc",
     block: int = 0,
     damping: float = 0.05,
@@ -75,28 +75,28 @@ def with_moments(
     """What the second moments of the inputs are good for; measured ones ("data") for comparison only.
 
     Args:
-        feedback: round the codes with feedback.
-        balance: divide every channel by the root of (its root mean square over that of its weights).
+        gptq: round the codes with feedback.
+        smooth: divide every channel by the root of (its root mean square over that of its weights).
         rounding: of the divisors to powers of two, so that dividing is exact in 16 bit: to the nearest, or towards 1, which
             leaves channels alone that differ by less than a factor of four.
         block: of the moments along the diagonal; 0 is the whole row.
     """
     inputs = layer.inputs if source == "data" else layer.predicted[source]
     w, divide = layer.weight, None
-    if balance and len(inputs):
-        divide = balance_of(inputs.square().mean(0), w.square().mean(0), rounding)
+    if smooth and len(inputs):
+        divide = pre_quant_of(inputs.square().mean(0), w.square().mean(0), rounding)
         w, inputs = w * divide, inputs / divide
     chosen = Rotation.for_features(layer.spec.features, rotation)
     w, x = rotate(w, chosen), rotate(inputs, chosen)
     grid = quantize_weight(w, weight)
-    if len(x) and feedback:
+    if len(x) and gptq:
         size = block or layer.spec.features
         parts = x.view(len(x), -1, size).transpose(0, 1)
-        grid = round_with_feedback(w, grid, parts.transpose(1, 2) @ parts / len(x), damping)
+        grid = gptq_round(w, grid, parts.transpose(1, 2) @ parts / len(x), damping)
     return Simulated(grid.dequantize(), activation_grid(bits, act_group), divide, None if chosen.identity else chosen)
 
 
-def balance_of(x: Tensor, w: Tensor, rounding: str) -> Tensor:
+def pre_quant_of(x: Tensor, w: Tensor, rounding: str) -> Tensor:
     """Divisors [K] from mean squares of inputs and weights [K]: both sides get the same root mean square per channel."""
     exponent = 0.25 * (x.clamp(min=1e-12).log2() - w.clamp(min=1e-12).log2())
     exponent -= exponent.mean()
@@ -130,8 +130,8 @@ STUDIES: dict[str, dict[str, Callable[[Layer, int], Simulated]]] = {
         "row": _grid(weight=SEARCH, rotation="auto"),
         **{f"{g}": _grid(weight=_groups(g), rotation="auto") for g in (128, 64, 32, 16)},
         "64, activations too": _grid(weight=_groups(64), rotation="auto", act_group=64),
-        "64, real zero-points": _grid(weight=_groups(64, "real"), rotation="auto"),
-        "32, real zero-points": _grid(weight=_groups(32, "real"), rotation="auto"),
+        "64, real zero-points": _grid(weight=_groups(64, "float"), rotation="auto"),
+        "32, real zero-points": _grid(weight=_groups(32, "float"), rotation="auto"),
     },
     "rotation": {
         "none": _grid(weight=SEARCH),
@@ -146,7 +146,7 @@ STUDIES: dict[str, dict[str, Callable[[Layer, int], Simulated]]] = {
         "paper, as published": _grid(weight=PAPER, rotation="auto"),
         **{
             f"{zero}, search": _grid(weight=_groups(0, zero), rotation="auto")
-            for zero in ("paper", "midrise", "symmetric", "real")
+            for zero in ("paper", "midrise", "symmetric", "float")
         },
     },
     "improvements": {
@@ -155,48 +155,50 @@ STUDIES: dict[str, dict[str, Callable[[Layer, int], Simulated]]] = {
         "activations clipped at 0.9": partial(clipped, keep=0.9),
         "activations clipped at 0.8": partial(clipped, keep=0.8),
         "activations on 16 levels": sixteen_levels,
-        "feedback": partial(with_moments, source="smooth run"),
-        "balance": partial(with_moments, source="smooth run", feedback=False, balance=True),
+        "feedback": partial(with_hessian, source="smooth run"),
+        "balance": partial(with_hessian, source="smooth run", gptq=False, smooth=True),
         "balance to the nearest power of two": partial(
-            with_moments, source="smooth run", feedback=False, balance=True, rounding="round"
+            with_hessian, source="smooth run", gptq=False, smooth=True, rounding="round"
         ),
         "feedback and balance": from_recipe(UNFITTED),
-        "feedback, balance, signs": from_recipe(replace(UNFITTED, signs=True)),
+        "feedback, balance, signs": from_recipe(replace(UNFITTED, random_signs=True)),
         "feedback, balance, shift": from_recipe(replace(UNFITTED, shift=True)),
         "feedback, balance, signs, shift (recipe w4a4)": from_recipe(RECIPES["w4a4"]),
         "recipe w4a4, activations clipped at 0.9": partial(clipped, keep=0.9, recipe=RECIPES["w4a4"]),
         "recipe w4a4, activations clipped at 0.8": partial(clipped, keep=0.8, recipe=RECIPES["w4a4"]),
         "recipe w4a4, activations clipped at 2.5 root mean squares": partial(clipped, rms=2.5, recipe=RECIPES["w4a4"]),
-        "feedback and balance, unrotated": partial(with_moments, source="smooth run", balance=True, rotation="none"),
-        "feedback and balance, whole rows": partial(with_moments, source="smooth run", balance=True),
+        "feedback and balance, unrotated": partial(with_hessian, source="smooth run", smooth=True, rotation="none"),
+        "feedback and balance, whole rows": partial(with_hessian, source="smooth run", smooth=True),
         "feedback and balance, moments of the modulation alone": partial(
-            with_moments, source="modulation", balance=True, block=256
+            with_hessian, source="modulation", smooth=True, block=256
         ),
         "feedback and balance, moments of pure noise": partial(
-            with_moments, source="noise run", balance=True, block=256
+            with_hessian, source="noise run", smooth=True, block=256
         ),
         "feedback and balance, moments of the model's own clips of random words": partial(
-            with_moments, source="own run", balance=True, block=256
+            with_hessian, source="own run", smooth=True, block=256
         ),
         "feedback and balance, measured moments (needs data)": partial(
-            with_moments, source="data", balance=True, block=256
+            with_hessian, source="data", smooth=True, block=256
         ),
         "groups of 64 on both sides": _grid(weight=_groups(64), rotation="auto", act_group=64),
         "groups of 64, feedback and balance": partial(
-            with_moments, source="smooth run", balance=True, block=256, weight=_groups(64), act_group=64
+            with_hessian, source="smooth run", smooth=True, block=256, weight=_groups(64), act_group=64
         ),
         "groups of 64, feedback, balance, real zero-points": from_recipe(
-            replace(RECIPES["w4a4-g64"], signs=False, shift=False)
+            replace(RECIPES["w4a4-g64"], random_signs=False, shift=False)
         ),
         "groups of 64, feedback, balance, signs, shift, real zero-points (recipe w4a4-g64)": from_recipe(
             RECIPES["w4a4-g64"]
         ),
         "recipe w4a4-g64, activations clipped at 0.9": partial(clipped, keep=0.9, recipe=RECIPES["w4a4-g64"]),
-        "groups of 32, real zero-points": _grid(weight=_groups(32, "real"), rotation="auto"),
+        "groups of 32, real zero-points": _grid(weight=_groups(32, "float"), rotation="auto"),
         "groups of 32, feedback and balance (recipe w4a8)": from_recipe(RECIPES["w4a8"]),
-        "groups of 32, feedback, balance, signs, shift": from_recipe(replace(RECIPES["w4a8"], signs=True, shift=True)),
+        "groups of 32, feedback, balance, signs, shift": from_recipe(
+            replace(RECIPES["w4a8"], random_signs=True, shift=True)
+        ),
         "groups of 16, feedback and balance": partial(
-            with_moments, source="smooth run", balance=True, block=256, weight=_groups(16, "real")
+            with_hessian, source="smooth run", smooth=True, block=256, weight=_groups(16, "float")
         ),
     },
 }

@@ -18,7 +18,7 @@ from benchmarks.quality.simulation.grid import Grid, rotated_to_grid
 from dvdquant.model.layers import LayerSpec
 from dvdquant.model.plan import plan_model
 from dvdquant.numerics.hadamard import Rotation
-from dvdquant.quantize.hessian import InputMoments
+from dvdquant.quantize.hessian import InputHessian
 from dvdquant.recipe import RECIPES
 
 __all__ = ["Layer", "Simulated", "SimulatedGroup", "install", "layers_of", "sampled_inputs", "set_product_dtype"]
@@ -35,7 +35,7 @@ class Layer:
         inputs: fp32 [T, K], inputs this layer had while clips of other prompts and seeds were generated. For the methods
             that calibrate; DVD-Quant does not read it.
         predicted: the same, predicted without data (``predict.py``), by the name of the prediction.
-        moments: what the export predicts of the inputs.
+        hessian: what the export predicts of the inputs.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Layer:
     bias: Tensor | None
     inputs: Tensor
     predicted: Mapping[str, Tensor] = field(default_factory=dict)
-    moments: InputMoments | None = None
+    hessian: InputHessian | None = None
 
 
 @dataclass
@@ -171,7 +171,7 @@ def layers_of(
     model: nn.Module,
     inputs: Mapping[str, Tensor] | None = None,
     predicted: Mapping[str, Mapping[str, Tensor]] | None = None,
-    moments: Mapping[str, InputMoments] | None = None,
+    hessian: Mapping[str, InputHessian] | None = None,
 ) -> list[Layer]:
     """The layers every method quantizes: those the export would, of a float model.
 
@@ -191,7 +191,7 @@ def layers_of(
         first, none = spec.members[0], weight.new_zeros(0, spec.features)
         seen = (inputs or {}).get(first, none)
         guessed = {name: values.get(first, none) for name, values in (predicted or {}).items()}
-        found.append(Layer(spec.name, spec, weight, bias, seen, guessed, (moments or {}).get(spec.name)))
+        found.append(Layer(spec.name, spec, weight, bias, seen, guessed, (hessian or {}).get(spec.name)))
     return found
 
 

@@ -39,7 +39,7 @@ class QuantizerKernels:
     """The library's calls on tensors of one device, on its current stream.
 
     Args:
-        library: The opened kernel library, or anything with its ``search_grid`` and ``round_feedback``.
+        library: The opened kernel library, or anything with its ``search_grid`` and ``gptq_round``.
     """
 
     def __init__(self, library: KernelLibrary) -> None:
@@ -72,7 +72,7 @@ class QuantizerKernels:
             groups: Groups per row; divides K.
             block: Order b of a block of moments.
         """
-        return self.searches(features, groups, "real", "search") and _UNIT <= block <= _MAX_BLOCK
+        return self.searches(features, groups, "float", "search") and _UNIT <= block <= _MAX_BLOCK
 
     def search(self, w: Tensor, groups: int, zero_point: str, solver: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Search the grid of a weight; return it with its nearest codes.
@@ -90,38 +90,38 @@ class QuantizerKernels:
         rows, features = w.shape
         codes = torch.empty(rows, features, dtype=torch.int8, device=w.device)
         scale = torch.empty(rows, device=w.device)
-        factor = torch.empty(rows, groups, dtype=torch.uint8, device=w.device)
-        zero = torch.empty_like(factor) if zero_point == "real" else torch.empty_like(scale)
+        group_scale = torch.empty(rows, groups, dtype=torch.uint8, device=w.device)
+        zero = torch.empty_like(group_scale) if zero_point == "float" else torch.empty_like(scale)
         shape = GridShape(rows, features, groups, zero_point, solver)
         with stream_of(w) as stream:
-            self.library.search_grid(shape, w.data_ptr(), _pointers(codes, scale, factor, zero), stream)
-        return codes, scale, factor, zero
+            self.library.search_grid(shape, w.data_ptr(), _pointers(codes, scale, group_scale, zero), stream)
+        return codes, scale, group_scale, zero
 
-    def round(self, w: Tensor, scale: Tensor, factor: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
-        """Return codes int8 [N, K] of ``w`` on the grid (scale, factor, zero), rounded with feedback.
+    def round(self, w: Tensor, scale: Tensor, group_scale: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
+        """Return codes int8 [N, K] of ``w`` on the grid (scale, group_scale, zero), rounded with feedback.
 
         Args:
             w: fp32 [N, K], of a shape that :meth:`rounds` takes.
             scale: fp32 [N].
-            factor: uint8 [N, groups].
+            group_scale: uint8 [N, groups].
             zero: fp32 [N], or uint8 [N, groups] with real zero-points.
             factors: fp32 [K/b, b, b], unit upper triangular, on the device of w; b as :meth:`rounds` takes it.
         """
         w = w.contiguous()
         codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-        zero_point = "real" if zero.dtype == torch.uint8 else "midrise"
+        zero_point = "float" if zero.dtype == torch.uint8 else "midrise"
         rows, features = w.shape
-        shape = GridShape(rows, features, factor.shape[1], zero_point, "search")
-        kept = [t.contiguous() for t in (scale, factor, zero)]
+        shape = GridShape(rows, features, group_scale.shape[1], zero_point, "search")
+        kept = [t.contiguous() for t in (scale, group_scale, zero)]
         pointers = _pointers(codes, *kept)
         passed = factors.contiguous()
         with stream_of(w) as stream:
-            self.library.round_feedback(shape, w.data_ptr(), pointers, passed.data_ptr(), passed.shape[1], stream)
+            self.library.gptq_round(shape, w.data_ptr(), pointers, passed.data_ptr(), passed.shape[1], stream)
         return codes
 
 
-def _pointers(codes: Tensor, scale: Tensor, factor: Tensor, zero: Tensor) -> GridPointers:
-    return GridPointers(codes.data_ptr(), scale.data_ptr(), factor.data_ptr(), zero.data_ptr())
+def _pointers(codes: Tensor, scale: Tensor, group_scale: Tensor, zero: Tensor) -> GridPointers:
+    return GridPointers(codes.data_ptr(), scale.data_ptr(), group_scale.data_ptr(), zero.data_ptr())
 
 
 def quantizer_kernels(device: torch.device) -> QuantizerKernels | None:

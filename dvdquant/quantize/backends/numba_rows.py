@@ -57,7 +57,7 @@ def hadamard_rows(w: F32, order: int, scale: float) -> None:
     """
     # tile, fp32 [order, _LANES]: one block of _LANES rows, transposed.
     tile = np.empty((order, _LANES), np.float32)
-    factor = np.float32(scale)
+    group_scale = np.float32(scale)
     for first in range(0, w.shape[0], _LANES):
         lanes = min(_LANES, w.shape[0] - first)
         for start in range(0, w.shape[1], order):
@@ -76,7 +76,7 @@ def hadamard_rows(w: F32, order: int, scale: float) -> None:
             for lane in range(lanes):
                 row = w[first + lane, start : start + order]
                 for k in range(order):
-                    row[k] = tile[k, lane] * factor
+                    row[k] = tile[k, lane] * group_scale
 
 
 @jit
@@ -93,22 +93,22 @@ def pack_rows(codes: I8, packed: I8) -> None:
 
 
 @jit
-def squared_errors(w: F32, codes: I8, scale: F32, factor: U8, zero: F32, out: F64) -> None:
+def squared_errors(w: F32, codes: I8, scale: F32, group_scale: U8, zero: F32, out: F64) -> None:
     """Add ‖w‖² and ‖w − ŵ‖² to ``out``, summed in fp32 within a group and in fp64 between groups.
 
     Args:
         w: fp32 [R, K].
         codes: int8 [R, K], −8..7.
         scale: fp32 [R].
-        factor: uint8 [R, groups], 255 = 1.0.
+        group_scale: uint8 [R, groups], 255 = 1.0.
         zero: fp32 [R, 1] or [R, groups], from :func:`dvdquant.numerics.packing.expand_zero`.
         out: fp64 [2], added to: ‖w‖² and ‖w − ŵ‖².
     """
-    size = w.shape[1] // factor.shape[1]
+    size = w.shape[1] // group_scale.shape[1]
     for r in range(w.shape[0]):
-        for g in range(factor.shape[1]):
+        for g in range(group_scale.shape[1]):
             centre = zero[r, min(g, zero.shape[1] - 1)]
-            step = scale[r] * (np.float32(factor[r, g]) / np.float32(255.0))
+            step = scale[r] * (np.float32(group_scale[r, g]) / np.float32(255.0))
             energy, error = np.float32(0.0), np.float32(0.0)
             for k in range(g * size, (g + 1) * size):
                 value = w[r, k]

@@ -266,7 +266,7 @@ def _solve_row(
 
 
 @jit
-def _best_factor(v: F32, first: int, last: int, step: float, half: Real, work: F32) -> int:
+def _best_group_scale(v: F32, first: int, last: int, step: float, half: Real, work: F32) -> int:
     """Return the factor in first..last of least error at scale step·factor, on a grid with a fixed zero-point."""
     count = last - first + 1
     for i in range(count):
@@ -283,7 +283,7 @@ def _best_factor(v: F32, first: int, last: int, step: float, half: Real, work: F
 
 @jit
 def _fit(
-    v: F32, units: F64, scales: F64, zero: float, half: Real, solver: int, work: F32, factors: U8
+    v: F32, units: F64, scales: F64, zero: float, half: Real, solver: int, work: F32, group_scales: U8
 ) -> tuple[float, float]:
     """Write the 8-bit factors beside the row's fp32 scale; return (row scale, squared error of the row)."""
     groups = units.shape[0]
@@ -292,29 +292,29 @@ def _fit(
     low, high = _f(-8.0 - zero), _f(7.0 - zero)
     for g in range(groups):
         near = 255.0 * scales[g] / row_scale if groups > 1 else 255.0
-        factors[g] = min(max(int(np.rint(near)), 1), 255)
+        group_scales[g] = min(max(int(np.rint(near)), 1), 255)
         if units[g] == 0.0:
             # The mid-rise grid has no level at zero: the smallest factor keeps the nearest ones small.
-            total += size * (float(half) * row_scale * factors[g] / 255.0) ** 2
+            total += size * (float(half) * row_scale * group_scales[g] / 255.0) ** 2
             continue
         part = v[g * size : (g + 1) * size]
         if groups > 1 and solver != MINMAX:
             reach = solver == SEARCH
             first = max(min(int(near * _WINDOW_LOW) if reach else int(near) - 1, 255), 1)
             last = max(min(int(near * _WINDOW_HIGH) + 1 if reach else int(near) + 2, 255), first)
-            factors[g] = _best_factor(part, first, last, row_scale / 255.0 / units[g], half, work)
-        scale = _f(float(row_scale * (_f(factors[g]) / _f(255.0))) / units[g])
+            group_scales[g] = _best_group_scale(part, first, last, row_scale / 255.0 / units[g], half, work)
+        scale = _f(float(row_scale * (_f(group_scales[g]) / _f(255.0))) / units[g])
         total += _error(part, scale, half, low, high) * units[g] * units[g]
     return float(row_scale), total
 
 
 @jit
-def _encode(v: F32, units: F64, scale: Real, factors: U8, zero: float, half: Real, codes: I8) -> None:
+def _encode(v: F32, units: F64, scale: Real, group_scales: U8, zero: float, half: Real, codes: I8) -> None:
     """Write the codes of the nearest levels under the stored scales."""
     size = v.shape[0] // units.shape[0]
     low, high, shift = _f(-8.0 - zero), _f(7.0 - zero), _f(zero)
     for g in range(units.shape[0]):
-        stored = float(scale * (_f(factors[g]) / _f(255.0)))
+        stored = float(scale * (_f(group_scales[g]) / _f(255.0)))
         inverse = _f(1.0) / _f(stored / units[g]) if units[g] > 0.0 else _f(1.0)
         for k in range(g * size, (g + 1) * size):
             codes[k] = np.int8(min(max(np.rint(v[k] * inverse - half), low), high) + shift)
@@ -352,7 +352,7 @@ def quantize_rows(
     steps: int,
     codes: I8,
     row_scales: F32,
-    factors: U8,
+    group_scales: U8,
     row_zeros: F32,
 ) -> None:
     """Quantize normalized rows on grids with a fixed zero-point, or one integer per row.
@@ -368,10 +368,10 @@ def quantize_rows(
         steps: Most descent steps.
         codes: int8 [R, K], written: −8..7.
         row_scales: fp32 [R], written: the scale of each row.
-        factors: uint8 [R, groups], written: 1..255.
+        group_scales: uint8 [R, groups], written: 1..255.
         row_zeros: fp32 [R], written: centred zero-point, −0.5 for MIDRISE; 0 for a row of zeros.
     """
-    groups = factors.shape[1]
+    groups = group_scales.shape[1]
     half = _HALF if mode == MIDRISE else _NIL
     # Scratch for up to _MOST scales at once, one scale a column.
     # work, fp32 [3, _MOST]: 1/Δ, S1, S2.
@@ -381,7 +381,7 @@ def quantize_rows(
     scales, zeros, trial = np.empty(groups), np.empty(groups), np.empty(groups, np.uint8)
     for r in range(v.shape[0]):
         row_scale, zero, least = SCALE_FLOOR, 0.0, math.inf
-        factors[r].fill(255)
+        group_scales[r].fill(255)
         if units[r].max() <= SCALE_FLOOR:
             # Zeros, or too small for any grid: exactly zero, also where the mid-rise grid has no level at zero.
             codes[r].fill(0)
@@ -395,6 +395,6 @@ def quantize_rows(
             if error < least:
                 row_scale, zero, least = scale, zeros[0], error
                 for g in range(groups):
-                    factors[r, g] = trial[g]
-        _encode(v[r], units[r], _f(row_scale), factors[r], zero, half, codes[r])
+                    group_scales[r, g] = trial[g]
+        _encode(v[r], units[r], _f(row_scale), group_scales[r], zero, half, codes[r])
         row_scales[r], row_zeros[r] = _f(row_scale), _f(zero - float(half))

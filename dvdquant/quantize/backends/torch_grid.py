@@ -7,7 +7,7 @@ Every segment (a group, or the whole row) is sorted once. The nearest codes ``c 
 
 with ``i_b`` the first weight from ``Δ(b − ½ − z)`` on. So a grid costs 15 look-ups whatever the length of the segment, and
 thousands can be tried: there is no loop over weights, and nothing returns to the host before the result. The mid-rise grid
-is z = −½, the symmetric one z = 0; a real z is the regression of the weights on the codes, as in ``backends/numba_real.py``.
+is z = −½, the symmetric one z = 0; a real z is the regression of the weights on the codes, as in ``numba_float_zero.py``.
 
 Runs on any device; on the CPU the compiled loops of ``backends/numba_search.py`` are faster, and on a GPU the kernels of
 ``backends/cuda_grid.py`` where they are built: this moves 3 to 50 KB for each weight (``benchmarks/quantize.py --traffic``).
@@ -133,8 +133,8 @@ def quantize_rows(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple
     per_segment = (_WINDOW + _GROUP_SCALES) if groups > 1 else _SCALES * _PLACES
     step = max(1, _LOOKUPS // max(features, per_segment * groups))
     parts = [_quantize_block(w[i : i + step], groups, zero_point, solver) for i in range(0, rows, step)]
-    codes, scale, factor, zero = (torch.cat(p) for p in zip(*parts))
-    return codes, scale, factor, zero
+    codes, scale, group_scale, zero = (torch.cat(p) for p in zip(*parts))
+    return codes, scale, group_scale, zero
 
 
 def _quantize_block(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -156,8 +156,8 @@ def _quantize_block(w: Tensor, groups: int, zero_point: str, solver: str) -> tup
     if solver == "search":
         found = _solve(segments, unit, zero_point, "search")
         better = (found.error < best.error)[:, None]  # the min-max grid comes first and wins ties
-        scale, factor, zero = (torch.where(better, a, b) for a, b in zip(found.grids, best.grids))
-        best = _Stored(scale, factor, zero, torch.minimum(found.error, best.error))
+        scale, group_scale, zero = (torch.where(better, a, b) for a, b in zip(found.grids, best.grids))
+        best = _Stored(scale, group_scale, zero, torch.minimum(found.error, best.error))
     return _encode(v, unit, best, zero_point)
 
 
@@ -167,26 +167,26 @@ class _Stored:
 
     Args:
         scale: Row scale, fp32 [N, 1].
-        factor: fp64 [N, groups], whole numbers 1..255.
+        group_scale: fp64 [N, groups], whole numbers 1..255.
         zero: fp64 [N, groups], centred zero-points.
         error: fp64 [N], squared error of each row.
     """
 
     scale: Tensor
-    factor: Tensor
+    group_scale: Tensor
     zero: Tensor
     error: Tensor
 
     @property
     def grids(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return (scale, factor, zero)."""
-        return self.scale, self.factor, self.zero
+        return self.scale, self.group_scale, self.zero
 
 
 def _solve(segments: _Segments, unit: Tensor, zero_point: str, solver: str) -> _Stored:
     """Find the best grid of every segment, then the stored one nearest to it, or around it, of least error."""
     rows, groups = unit.shape
-    real = zero_point == "real"
+    real = zero_point == "float"
     # 1. The best grid of every segment.
     if solver == "search":
         scale, zero = _search(segments, zero_point, groups > 1)
@@ -199,14 +199,14 @@ def _solve(segments: _Segments, unit: Tensor, zero_point: str, solver: str) -> _
     row = scale.amax(1, keepdim=True).clamp(min=SCALE_FLOOR).float()
     zero = _stored_zero(zero) if real else zero
     near = 255.0 * scale / row.double()
-    factor = near.round().clamp(1, 255) if groups > 1 else torch.full_like(near, 255.0)
+    group_scale = near.round().clamp(1, 255) if groups > 1 else torch.full_like(near, 255.0)
     safe = torch.where(unit > 0, unit, 1.0).reshape(-1, 1)
     if solver == "search" and groups > 1:
         step = (row.double() / 255.0).expand(rows, groups).reshape(-1, 1) / safe
-        factor, zero = _stored_around(segments, step, near.reshape(-1, 1), zero, real)
+        group_scale, zero = _stored_around(segments, step, near.reshape(-1, 1), zero, real)
     # 3. The error of what is stored.
-    flat = factor.reshape(-1, 1)
-    stored = (row * (factor.reshape(rows, groups).float() / 255.0)).double().reshape(-1, 1) / safe
+    flat = group_scale.reshape(-1, 1)
+    stored = (row * (group_scale.reshape(rows, groups).float() / 255.0)).double().reshape(-1, 1) / safe
     error = segments.error(stored, zero) * unit.reshape(-1, 1).square()
     if not real:
         # Of a group of zeros, the nearest levels of a grid without one at zero.
@@ -221,7 +221,7 @@ def _min_max(segments: _Segments, zero_point: str) -> tuple[Tensor, Tensor]:
     """Return the grid whose ends lie on the extremes of the segment, 0 among them: (scale, zero) [S, 1]."""
     low = segments.values[:, :1].double().clamp(max=0)
     high = segments.values[:, -1:].double().clamp(min=0)
-    if zero_point == "real":
+    if zero_point == "float":
         scale = ((high - low) / 15.0).clamp(min=1e-30)
         return scale, -8.0 - low / scale
     half = 0.5 if zero_point == "midrise" else 0.0
@@ -230,7 +230,7 @@ def _min_max(segments: _Segments, zero_point: str) -> tuple[Tensor, Tensor]:
 
 def _scan(segments: _Segments, zero_point: str, count: int, places: int) -> tuple[Tensor, Tensor]:
     """Return grids [S, count · places]: a geometric row of scales, each with every place of a real zero-point."""
-    n, real = segments.values.shape[1], zero_point == "real"
+    n, real = segments.values.shape[1], zero_point == "float"
     rms = (segments.energy / n).sqrt()
     if real:
         low = segments.values[:, :1].double().clamp(max=0)
@@ -255,7 +255,7 @@ def _scan(segments: _Segments, zero_point: str, count: int, places: int) -> tupl
 
 def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor, Tensor]:
     """Return the best grid of a scan, refined by descent from its highest gains: (scale, zero) [S, 1]."""
-    n, real = segments.values.shape[1], zero_point == "real"
+    n, real = segments.values.shape[1], zero_point == "float"
     many = real and n <= _SHORT  # many narrow minima: descent from the best place of every scale
     count = _SHORT_SCALES if many else _GROUP_SCALES if grouped else _SCALES
     places = (_SHORT_PLACES if many else _PLACES) if real else 1
@@ -323,23 +323,23 @@ def _stored_around(segments: _Segments, step: Tensor, near: Tensor, zero: Tensor
     """Return the stored factor, and zero-point if ``real``, of least error around (near, zero); Δ = step · factor."""
     if real:
         reach = torch.arange(-_ZEROS, _ZEROS, dtype=torch.float64, device=step.device)
-        factors = (near.round() + reach.repeat_interleave(2 * _ZEROS)).clamp(1, 255)
+        group_scales = (near.round() + reach.repeat_interleave(2 * _ZEROS)).clamp(1, 255)
         zeros = (zero + reach.repeat(2 * _ZEROS) / 16.0).clamp(_LOW, _HIGH)
     else:
         first = (near * _WINDOW_LOW).floor().clamp(1, 255)
         last = torch.maximum((near * _WINDOW_HIGH).ceil().clamp(1, 255), first)
         ratio = torch.linspace(0, 1, _WINDOW, dtype=torch.float64, device=step.device)
-        factors = (first + (last - first) * ratio).round()
-        zeros = zero.expand_as(factors)
-    best = segments.error(step * factors, zeros).argmin(1, keepdim=True)
-    return factors.gather(1, best), zeros.gather(1, best)
+        group_scales = (first + (last - first) * ratio).round()
+        zeros = zero.expand_as(group_scales)
+    best = segments.error(step * group_scales, zeros).argmin(1, keepdim=True)
+    return group_scales.gather(1, best), zeros.gather(1, best)
 
 
 def _encode(v: Tensor, unit: Tensor, best: _Stored, zero_point: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the nearest codes under the stored grids, by the fp32 arithmetic of the compiled loops."""
     rows, groups = unit.shape
-    factor = best.factor.to(torch.uint8)
-    stored = best.scale * (factor.float() / 255.0)
+    group_scale = best.group_scale.to(torch.uint8)
+    stored = best.scale * (group_scale.float() / 255.0)
     live = unit > 0
     inverse = torch.where(live, 1.0 / (stored.double() / torch.where(live, unit, 1.0)).float(), 1.0)
     codes = (v.reshape(rows, groups, -1) * inverse[:, :, None] + best.zero.float()[:, :, None]).round().clamp(-8, 7)
@@ -347,10 +347,10 @@ def _encode(v: Tensor, unit: Tensor, best: _Stored, zero_point: str) -> tuple[Te
     nothing = unit.amax(1) <= SCALE_FLOOR
     codes = torch.where(nothing[:, None, None], 0.0, codes).to(torch.int8).reshape(rows, -1)
     scale = torch.where(nothing, SCALE_FLOOR, best.scale[:, 0]).float()
-    factor = torch.where(nothing[:, None], 255, factor).to(torch.uint8)
-    if zero_point == "real":
+    group_scale = torch.where(nothing[:, None], 255, group_scale).to(torch.uint8)
+    if zero_point == "float":
         byte = ((best.zero + 8.0) * 16.0).round()
         zero = torch.where(live & ~nothing[:, None], byte, 128.0).to(torch.uint8)
         codes = torch.where(live.repeat_interleave(v.shape[1], 1), codes, 0).to(torch.int8)
-        return codes, scale, factor, zero
-    return codes, scale, factor, torch.where(nothing, 0.0, best.zero[:, 0]).float()
+        return codes, scale, group_scale, zero
+    return codes, scale, group_scale, torch.where(nothing, 0.0, best.zero[:, 0]).float()

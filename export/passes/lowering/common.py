@@ -23,7 +23,7 @@ from dvdquant.onnx.schema import DOMAIN
 
 __all__ = ["Emitter", "QuantLinearNode", "lower_each", "quant_linear_nodes", "split_rotation"]
 
-INPUT_NAMES = ("x", "weight", "weight_scale", "weight_factor", "weight_zero", "bias", "hadamard", "outer")
+INPUT_NAMES = ("x", "weight", "weight_scale", "weight_group_scale", "weight_zero", "bias", "hadamard", "outer")
 FLOAT_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT)
 
 
@@ -32,7 +32,7 @@ class QuantLinearNode:
     """One ``dvdquant::QuantLinear`` node with its constants read.
 
     ``weight`` is the initializer [N, K/2] of packed bytes, not read. ``scale``, ``bias``: fp32 [N];
-    ``factor``: uint8 [N, groups]; ``zero``: fp32 [N] or uint8 [N, groups], as it is stored; ``hadamard``: fp32 [b, b];
+    ``group_scale``: uint8 [N, groups]; ``zero``: fp32 [N] or uint8 [N, groups], as it is stored; ``hadamard``: fp32 [b, b];
     ``outer``: fp32 [p, p].
     """
 
@@ -41,7 +41,7 @@ class QuantLinearNode:
     x: ir.Value
     weight: ir.Value
     scale: np.ndarray
-    factor: np.ndarray
+    group_scale: np.ndarray
     zero: np.ndarray
     bias: np.ndarray
     hadamard: np.ndarray
@@ -56,7 +56,7 @@ class QuantLinearNode:
 
     @property
     def groups(self) -> int:
-        return int(self.factor.shape[1])
+        return int(self.group_scale.shape[1])
 
     @property
     def zero_points(self) -> np.ndarray:
@@ -116,7 +116,9 @@ def _read(node: ir.Node) -> QuantLinearNode:
     if weight is None or x is None or len(node.inputs) != len(INPUT_NAMES):
         raise ExportError(f"{node.name}: QuantLinear takes {len(INPUT_NAMES)} inputs: {', '.join(INPUT_NAMES)}")
     name = (weight.name or node.name or "quant_linear").removesuffix(".weight")
-    scale, factor, zero, bias, hadamard, outer = (np.asarray(_constant(node, name, i).numpy()) for i in range(2, 8))
+    scale, group_scale, zero, bias, hadamard, outer = (
+        np.asarray(_constant(node, name, i).numpy()) for i in range(2, 8)
+    )
     if len(weight.uses()) > 1:
         raise ExportError(
             f"{name}: the packed weight is used by {len(weight.uses())} nodes", fix="give each node its own"
@@ -125,7 +127,7 @@ def _read(node: ir.Node) -> QuantLinearNode:
     bits, group = node.attributes["act_bits"].as_int(), node.attributes["act_group"].as_int()
     if group and features % group:
         raise ExportError(f"{name}: {features} channels cannot be split into groups of {group}")
-    constants = (scale, factor, zero, bias, hadamard, outer)
+    constants = (scale, group_scale, zero, bias, hadamard, outer)
     return QuantLinearNode(node, name, x, weight, *constants, act_bits=bits, act_group=group, features=features)
 
 
@@ -303,7 +305,9 @@ def _rotation_function(name: str, opset: int) -> ir.Function:
         return node.outputs[0]
 
     sizes = [op("Shape", "leading", inputs[0], start=0, end=-1), op("Constant", "blocks", value_ints=[-1])]
-    sizes += [op("Shape", f"{factor.name}_order", factor, start=0, end=1) for factor in reversed(inputs[1:])]
+    sizes += [
+        op("Shape", f"{group_scale.name}_order", group_scale, start=0, end=1) for group_scale in reversed(inputs[1:])
+    ]
     blocked = op("Reshape", "blocked", inputs[0], op("Concat", "block_shape", *sizes, axis=0))
     mixed = op("MatMul", "inner", blocked, inputs[1])
     if len(inputs) == 3:

@@ -47,12 +47,12 @@ def int8_weight(layer: QuantLinearNode) -> tuple[np.ndarray, np.ndarray]:
     zero = layer.zero_points
     doubled = zero * 2
     if layer.groups == 1 and np.array_equal(doubled, np.rint(doubled)):
-        factor = 1 if np.array_equal(zero, np.rint(zero)) else 2
-        shift = np.rint(zero * factor).astype(np.int8)
+        group_scale = 1 if np.array_equal(zero, np.rint(zero)) else 2
+        shift = np.rint(zero * group_scale).astype(np.int8)
         codes = np.empty((layer.rows, layer.features), np.int8)
         for rows, chunk in _code_chunks(layer):
-            np.subtract(chunk * np.int8(factor), shift[rows], out=codes[rows])
-        return codes, layer.scale.astype(np.float64) * layer.factor[:, 0] / (255 * factor)
+            np.subtract(chunk * np.int8(group_scale), shift[rows], out=codes[rows])
+        return codes, layer.scale.astype(np.float64) * layer.group_scale[:, 0] / (255 * group_scale)
     return _rounded_again(layer)
 
 
@@ -61,7 +61,7 @@ def _rounded_again(layer: QuantLinearNode) -> tuple[np.ndarray, np.ndarray]:
     scale, zero = np.empty(layer.rows), layer.zero_points
     for rows, chunk in _code_chunks(layer):
         centred = chunk.astype(np.float32).reshape(len(chunk), layer.groups, -1) - zero[rows, :, None]
-        centred *= layer.factor[rows, :, None].astype(np.float32)
+        centred *= layer.group_scale[rows, :, None].astype(np.float32)
         centred = centred.reshape(len(chunk), -1)
         amax = np.maximum(np.abs(centred).max(axis=1), np.float32(1e-30))
         np.rint(centred * (np.float32(127) / amax)[:, None], out=centred)
@@ -88,7 +88,7 @@ def _lower(emit: Emitter, store: TensorStore) -> ir.Value:
         raise ExportError(
             f"{layer.name}: activation groups of {layer.act_group} channels cannot run as one INT8 product",
             available="int4-weight-only",
-            fix="use --realize int4-weight-only, or a recipe with one activation scale per token",
+            fix="use --precision int4-weight-only, or a recipe with one activation scale per token",
         )
     clipped, scale = emit.token_codes(*emit.rotate())
     shift = layer.act_bits - 1

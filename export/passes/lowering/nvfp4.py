@@ -79,9 +79,9 @@ def lower_nvfp4(model: ir.Model, weight_source: WeightSource | None = None, stor
 def _weight(layer: QuantLinearNode, source: WeightSource | None) -> torch.Tensor:
     if source is None:
         # Copies: the arrays may be read-only maps of the weight file.
-        parts = (layer.packed_rows(), layer.scale, layer.factor, layer.zero)
-        weight, scale, factor, zero = (torch.from_numpy(part.copy()) for part in parts)
-        return dequantize_weight(weight, scale, factor, zero)
+        parts = (layer.packed_rows(), layer.scale, layer.group_scale, layer.zero)
+        weight, scale, group_scale, zero = (torch.from_numpy(part.copy()) for part in parts)
+        return dequantize_weight(weight, scale, group_scale, zero)
     weight = source(layer.name)
     if tuple(weight.shape) != (layer.rows, layer.features):
         raise ExportError(

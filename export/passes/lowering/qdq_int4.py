@@ -82,7 +82,7 @@ def _lower(emit: Emitter, store: TensorStore) -> ir.Value:
         product = emit.op("Sub", "centred", product, _zero_term(emit, store, values, weight_shift))
     row_scale = layer.scale.astype(np.float64) * 2.0 ** (shift + weight_shift) / 255
     if layer.groups == 1:
-        row_scale = row_scale * layer.factor[:, 0]
+        row_scale = row_scale * layer.group_scale[:, 0]
     return emit.finish(product, after, row_scale)
 
 
@@ -94,10 +94,10 @@ def _dequantized(emit: Emitter, store: TensorStore) -> tuple[ir.Value, int]:
     weight.const_value, weight.shape, weight.type = view, view.shape, ir.TensorType(view.dtype)
     name, shape = f"{layer.name}.qdq_scale", (layer.rows, layer.features // block)
     if layer.groups == 1:
-        shift, factors = CODE_BITS, np.ones(shape)
+        shift, group_scales = CODE_BITS, np.ones(shape)
     else:
-        shift, factors = CODE_BITS + FACTOR_BITS, layer.factor
-    scales = (factors.astype(np.float32) * 2.0**-shift).astype(layer.dtype.numpy())
+        shift, group_scales = CODE_BITS + FACTOR_BITS, layer.group_scale
+    scales = (group_scales.astype(np.float32) * 2.0**-shift).astype(layer.dtype.numpy())
     scale = emit.initializer(name, store.put(name, scales, layer.dtype, shape))
     dequantized = emit.op("DequantizeLinear", "weight_dq", weight, scale, axis=1, block_size=block)
     return emit.op("Transpose", "weight_t", dequantized, perm=[1, 0]), shift
@@ -114,8 +114,8 @@ def _zero_term(emit: Emitter, store: TensorStore, values: ir.Value, weight_shift
     name, each = f"{layer.name}.qdq_scale", zero.shape[1] > 1
     if each:
         name = f"{layer.name}.qdq_zero"
-        shares = (layer.factor.astype(np.float32) * zero * 2.0**-weight_shift).astype(layer.dtype.numpy())
+        shares = (layer.group_scale.astype(np.float32) * zero * 2.0**-weight_shift).astype(layer.dtype.numpy())
         emit.initializer(name, store.put(name, shares, layer.dtype, shares.shape))
-    factors = emit.op("Transpose", "zero_factors", emit.graph.initializers[name], perm=[1, 0])
-    term = emit.cast("group_product", emit.op("MatMul", "zero_product", sums, factors), ir.DataType.FLOAT)
+    group_scales = emit.op("Transpose", "zero_group_scales", emit.graph.initializers[name], perm=[1, 0])
+    term = emit.cast("group_product", emit.op("MatMul", "zero_product", sums, group_scales), ir.DataType.FLOAT)
     return term if each else emit.op("Mul", "zero_term", term, emit.array("zero", zero[:, 0]))

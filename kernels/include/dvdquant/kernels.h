@@ -54,7 +54,7 @@ typedef struct dvdq_layer {
   int64_t n;               // output features
   int64_t k;               // input features; a multiple of 32, and of block * outer
   int64_t weight_groups;   // groups per weight row; 1 = scale per row
-  int32_t real_zero;       // 0: weight_zero is fp32 [N]; 1: uint8 [N, groups], z = byte / 16 - 8
+  int32_t float_zero_point;       // 0: weight_zero is fp32 [N]; 1: uint8 [N, groups], z = byte / 16 - 8
   int32_t block;           // b, order of the inner (Sylvester) Hadamard factor: 1 (none) or a power of two up to 2048
   int32_t outer;           // p, order of the outer factor; 1 = block-diagonal. k = q * p * b
   int32_t act_bits;        // 4 or 8
@@ -100,11 +100,11 @@ DVDQ_API dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t sm, co
 
 // RQ. x [m, k] row-major; codes as plan.codes; scales fp32: [m] per token, [k / act_group, m] per group (group-major);
 // sums fp32, same layout as scales, the sum of the codes of that group, or null.
-// balance: [k / 8, 2, 8] of layer.dtype, 8 scales and 8 offsets in turns; or null. x becomes fma(x, scale, offset), rounded
+// pre_quant: [k / 8, 2, 8] of layer.dtype, 8 scales and 8 offsets in turns; or null. x becomes fma(x, scale, offset), rounded
 // once to layer.dtype, before the rotation: the pre_quant_scale and pre_quant_shift of a layer, for callers who have no
 // pointwise operation to fuse them into.
 // outer_matrix: fp32 [p, p] on the device, null when outer == 1. The inner factor is the Sylvester matrix / sqrt(b).
-DVDQ_API dvdq_status dvdq_rotate_quantize(const dvdq_layer* layer, int32_t sm, const void* x, const void* balance,
+DVDQ_API dvdq_status dvdq_rotate_quantize(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
                                           const float* outer_matrix, void* codes, float* scales, float* sums, int64_t m,
                                           dvdq_stream stream);
 
@@ -114,7 +114,7 @@ DVDQ_API dvdq_status dvdq_linear_gemm(const dvdq_layer* layer, int32_t sm, const
                                       int64_t workspace_bytes, dvdq_stream stream);
 
 // RQ + QL. Capturable in a CUDA graph: no allocation, no synchronisation, no host copy.
-DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* balance,
+DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
                                        const float* outer_matrix, const void* prepared, void* y, int64_t m,
                                        void* workspace, int64_t workspace_bytes, dvdq_stream stream);
 
@@ -147,7 +147,7 @@ DVDQ_API dvdq_status dvdq_search_grid(const dvdq_grid* grid, const float* weight
 // Rounds `weight` to the grid in `out` with feedback and overwrites its codes; reads scale, factor and zero. factors:
 // fp32 [k / block, block, block], unit upper triangular, row i says how the columns after i of a block take up the error of
 // column i. block: 16 to 256, divides k.
-DVDQ_API dvdq_status dvdq_round_feedback(const dvdq_grid* grid, const float* weight, const dvdq_grid_out* out,
+DVDQ_API dvdq_status dvdq_gptq_round(const dvdq_grid* grid, const float* weight, const dvdq_grid_out* out,
                                          const float* factors, int64_t block, dvdq_stream stream);
 
 #ifdef __cplusplus

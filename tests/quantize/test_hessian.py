@@ -21,15 +21,15 @@ from dvdquant.model.families import get_family
 from dvdquant.model.layers import LayerSpec
 from dvdquant.model.plan import ModelPlan, build_skeleton, plan_model
 from dvdquant.numerics.hadamard import Rotation, rotate
-from dvdquant.quantize import hessian as moments
+from dvdquant.quantize import hessian as hessian
 from dvdquant.quantize import synthetic_inputs as synthetic
 from dvdquant.quantize.hessian import (
-    InputMoments,
-    balance_divisors,
-    moment_block,
-    rotated_moments,
+    InputHessian,
+    hessian_block,
+    rotated_hessian,
+    smooth_scale_of,
     streamed,
-    synthetic_moments,
+    synthetic_hessians,
 )
 from dvdquant.quantize.synthetic_inputs import synthetic_inputs
 from dvdquant.recipe import Recipe, get_recipe
@@ -107,13 +107,13 @@ def test_streamed_model_is_the_loaded_one(tmp_path: Path, name: str) -> None:
     assert expected.std() > 1e-3
     assert all(p.untyped_storage().nbytes() <= p.element_size() for p in skeleton.parameters())
 
-    found = synthetic_moments(checkpoint, plan, Progress(), levels=LEVELS)
+    found = synthetic_hessians(checkpoint, plan, Progress(), levels=LEVELS)
     assert list(found) == [spec.name for spec in plan.layers]
     for spec in plan.layers:
         rows = seen[spec.members[0]].double()
         for member in spec.members:
             assert torch.equal(seen[member], seen[spec.members[0]])
-        parts = rows.view(len(rows), -1, moment_block(spec)).transpose(0, 1)
+        parts = rows.view(len(rows), -1, hessian_block(spec)).transpose(0, 1)
         reference = parts.transpose(1, 2) @ parts / len(rows)
         blocks = found[spec.name].blocks
         assert blocks.dtype == torch.float32
@@ -194,7 +194,7 @@ def test_large_fixed_sizes_mean_fewer_items() -> None:
     ],
 )
 def test_moment_block(features: int, rotation: str, block: int) -> None:
-    assert moment_block(spec_of(features, rotation)) == block
+    assert hessian_block(spec_of(features, rotation)) == block
 
 
 def test_balance_divisors() -> None:
@@ -208,15 +208,15 @@ def test_balance_divisors() -> None:
     w = torch.ones(64)
     w[11] = 0
     parts = x.view(4096, 4, 16).transpose(0, 1)
-    divisors = balance_divisors(InputMoments.from_blocks(parts.mT @ parts / 4096, w))
+    smooth_scale = smooth_scale_of(InputHessian.from_blocks(parts.mT @ parts / 4096, w))
     expected = torch.ones(64)
     # Half of log2(100) is 3.3, of log2(1/5000) −6.1, which is more than a quiet channel is trusted; the mean is near 0.
     expected[3], expected[7] = 8, 2.0**-3
-    assert torch.equal(divisors, expected)
-    quiet = InputMoments.from_blocks(torch.zeros(4, 16, 16), w)
-    assert torch.equal(balance_divisors(quiet), torch.ones(64))
+    assert torch.equal(smooth_scale, expected)
+    quiet = InputHessian.from_blocks(torch.zeros(4, 16, 16), w)
+    assert torch.equal(smooth_scale_of(quiet), torch.ones(64))
     extreme = torch.diag_embed(torch.logspace(-30, 30, 64).view(4, 16))
-    found = balance_divisors(InputMoments.from_blocks(extreme, torch.ones(64)))
+    found = smooth_scale_of(InputHessian.from_blocks(extreme, torch.ones(64)))
     assert found.min() == 2.0**-3
     assert found.max() == 2.0**12
     assert torch.equal(found.log2(), found.log2().round())
@@ -230,25 +230,25 @@ def test_rotated_moments(features: int, rotation: str | int, divide: bool) -> No
     """Against the moments of divided and rotated samples; a multiple of the rotation's block keeps blocks apart."""
     generator = torch.Generator().manual_seed(features)
     spec = spec_of(features, rotation)
-    order = moment_block(spec)
+    order = hessian_block(spec)
     x = torch.randn(300, features, generator=generator).exp()
-    found = InputMoments.from_blocks(_moments(x, order), torch.ones(features))
-    divisors = torch.exp2(torch.randint(-3, 4, (features,), generator=generator).float()) if divide else None
-    rotated = rotate((x if divisors is None else x / divisors).double(), spec.rotation)
+    found = InputHessian.from_blocks(_hessian(x, order), torch.ones(features))
+    smooth_scale = torch.exp2(torch.randint(-3, 4, (features,), generator=generator).float()) if divide else None
+    rotated = rotate((x if smooth_scale is None else x / smooth_scale).double(), spec.rotation)
     torch.testing.assert_close(
-        rotated_moments(found, spec, divisors), _moments(rotated, order).float(), rtol=1e-4, atol=1e-3
+        rotated_hessian(found, spec, smooth_scale), _hessian(rotated, order).float(), rtol=1e-4, atol=1e-3
     )
 
 
-def _moments(x: Tensor, order: int) -> Tensor:
+def _hessian(x: Tensor, order: int) -> Tensor:
     parts = x.view(len(x), -1, order).transpose(0, 1)
     return parts.mT @ parts / len(x)
 
 
 def test_deterministic_and_ordinary_tensors(tmp_path: Path) -> None:
     checkpoint, plan = opened(tmp_path, tiny.WAN)
-    first, again = (synthetic_moments(checkpoint, plan, Progress(), levels=2) for _ in range(2))
-    other = synthetic_moments(checkpoint, plan, Progress(), levels=2, seed=1)
+    first, again = (synthetic_hessians(checkpoint, plan, Progress(), levels=2) for _ in range(2))
+    other = synthetic_hessians(checkpoint, plan, Progress(), levels=2, seed=1)
     for name, value in first.items():
         assert torch.equal(value.triangles, again[name].triangles)
         assert not torch.equal(value.triangles, other[name].triangles)
@@ -268,9 +268,9 @@ def test_nonfinite_weights_count_as_zero(tmp_path: Path) -> None:
 
     _, plan = opened(tmp_path, tiny.WAN)
     changed(tmp_path, spoil)
-    spoiled = synthetic_moments(open_checkpoint(tmp_path), plan, Progress(), levels=2)
+    spoiled = synthetic_hessians(open_checkpoint(tmp_path), plan, Progress(), levels=2)
     changed(tmp_path, clean)
-    cleaned = synthetic_moments(open_checkpoint(tmp_path), plan, Progress(), levels=2)
+    cleaned = synthetic_hessians(open_checkpoint(tmp_path), plan, Progress(), levels=2)
     for name, value in spoiled.items():
         assert torch.equal(value.triangles, cleaned[name].triangles)
         assert torch.equal(value.weight_energy, cleaned[name].weight_energy)
@@ -283,7 +283,7 @@ def test_values_beyond_fp32_mean_no_prediction(tmp_path: Path) -> None:
     opened(tmp_path, tiny.WAN)
     changed(tmp_path, enlarge)
     _, plan = open_checkpoint(tmp_path), plan_model(tiny.WAN, get_recipe("w4a4"), torch.bfloat16)
-    found = synthetic_moments(open_checkpoint(tmp_path), plan, Progress(), levels=2)
+    found = synthetic_hessians(open_checkpoint(tmp_path), plan, Progress(), levels=2)
     identity = torch.eye(256)[None]
     assert torch.equal(found["blocks.1.ffn.net.2"].blocks, identity)
     assert found["blocks.1.ffn.net.2"].tokens == 0
@@ -300,9 +300,9 @@ def test_layer_never_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         model.get_submodule("blocks.1.ffn").forward = lambda x: x  # type: ignore[assignment]
         return model
 
-    monkeypatch.setattr(moments, "build_skeleton", without_second_block)
+    monkeypatch.setattr(hessian, "build_skeleton", without_second_block)
     stream = io.StringIO()
-    found = synthetic_moments(checkpoint, plan, Progress("json", stream), levels=2)
+    found = synthetic_hessians(checkpoint, plan, Progress("json", stream), levels=2)
     weight = checkpoint.read("blocks.1.ffn.net.2.weight").float()
     assert torch.equal(found["blocks.1.ffn.net.2"].blocks, torch.eye(256)[None])
     assert found["blocks.1.ffn.net.2"].tokens == 0
@@ -321,22 +321,22 @@ def test_failures_are_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         models[0].get_submodule("blocks.1.attn1").to_out[0].forward = lambda x: x @ x.new_zeros(3, 3)  # type: ignore
         return models[0]
 
-    monkeypatch.setattr(moments, "build_skeleton", broken)
+    monkeypatch.setattr(hessian, "build_skeleton", broken)
     with pytest.raises(CheckpointError, match=r"does not run: RuntimeError"):
-        synthetic_moments(checkpoint, plan, Progress(), levels=2)
+        synthetic_hessians(checkpoint, plan, Progress(), levels=2)
     assert all(p.untyped_storage().nbytes() <= p.element_size() for p in models[0].parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in models[0].modules())
     monkeypatch.undo()
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="diffusion_pytorch_model"):
-        synthetic_moments(checkpoint, plan, Progress(), levels=2)
+        synthetic_hessians(checkpoint, plan, Progress(), levels=2)
     changed_plan = dataclasses.replace(plan, shapes={**plan.shapes, "proj_out.bias": (5,)})
     with pytest.raises(CheckpointError, match=r"proj_out\.bias"):
-        synthetic_moments(checkpoint, changed_plan, Progress(), levels=2)
+        synthetic_hessians(checkpoint, changed_plan, Progress(), levels=2)
 
 
 def test_moments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     checkpoint, plan = opened(tmp_path, tiny.WAN)
     huge = dataclasses.replace(spec_of(1 << 20, 1024), rotation=Rotation(1 << 20, 1024, 1024))
     with pytest.raises(ResourceError, match="GiB"):
-        synthetic_moments(checkpoint, dataclasses.replace(plan, layers=(huge,)), Progress())
+        synthetic_hessians(checkpoint, dataclasses.replace(plan, layers=(huge,)), Progress())

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dvdquant.errors import ShapeError
 from dvdquant.numerics.packing import expand_zero
-from dvdquant.quantize import gptq as feedback
+from dvdquant.quantize import gptq as gptq
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight
-from dvdquant.quantize.gptq import Feedback, output_energy, round_with_feedback
+from dvdquant.quantize.gptq import ErrorFeedback, gptq_round, output_energy
 from dvdquant.recipe import WeightSpec
 
 
@@ -27,10 +27,10 @@ def weight(rows: int, features: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, features, generator=torch.Generator().manual_seed(seed))
 
 
-def textbook(w: Tensor, grid: QuantizedWeight, moments: Tensor, damping: float) -> Tensor:
+def textbook(w: Tensor, grid: QuantizedWeight, hessian: Tensor, damping: float) -> Tensor:
     """Codes by the recursion as it is usually stated: the inverse of what is left, updated column by column."""
     features = w.shape[1]
-    damped = moments.double() + damping * moments.double().diagonal().mean() * torch.eye(features, dtype=torch.float64)
+    damped = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(features, dtype=torch.float64)
     inverse = torch.linalg.inv(damped)
     left, scale = w.double().clone(), grid.scale.double()
     codes = torch.zeros_like(grid.codes)
@@ -46,7 +46,7 @@ def textbook(w: Tensor, grid: QuantizedWeight, moments: Tensor, damping: float) 
 def test_identity_moments_round_to_nearest() -> None:
     w = weight(16, 64)
     grid = quantize_weight(w, WeightSpec())
-    again = round_with_feedback(w, grid, torch.eye(64))
+    again = gptq_round(w, grid, torch.eye(64))
     nearest = (w / grid.scale[:, None] + grid.zero[:, None]).round().clamp(-8, 7)
     assert torch.equal(again.codes, nearest.to(torch.int8))
     assert torch.equal(again.scale, grid.scale)
@@ -56,39 +56,39 @@ def test_identity_moments_round_to_nearest() -> None:
 @pytest.mark.parametrize("features", [8, 64, 96, 160, 288])
 def test_equals_the_textbook_recursion(features: int) -> None:
     """Across the boundary of what is brought up to date at once (256 columns)."""
-    w, moments = weight(12, features, 1), correlated(features, 2, rank=max(2, features // 4))
+    w, hessian = weight(12, features, 1), correlated(features, 2, rank=max(2, features // 4))
     grid = quantize_weight(w, WeightSpec())
-    codes = round_with_feedback(w, grid, moments, damping=0.05).codes
+    codes = gptq_round(w, grid, hessian, damping=0.05).codes
     # A value within 1e-9 of a rounding boundary may go either way; none of these is.
-    assert torch.equal(codes, textbook(w, grid, moments, 0.05))
+    assert torch.equal(codes, textbook(w, grid, hessian, 0.05))
 
 
 def test_factors_lie_row_by_row() -> None:
     """Column by column, as LAPACK leaves them, the compiled loop is not vectorized."""
-    assert feedback._passed_on(correlated(32, 5).expand(3, -1, -1), 0.05).is_contiguous()
+    assert gptq._passed_on(correlated(32, 5).expand(3, -1, -1), 0.05).is_contiguous()
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("spec", [WeightSpec(), WeightSpec(group_size=16, zero_point="real")])
+@pytest.mark.parametrize("spec", [WeightSpec(), WeightSpec(group_size=16, zero_point="float")])
 def test_the_form_for_a_gpu_gives_the_same_codes(spec: WeightSpec, blocks: int) -> None:
-    w, moments = weight(9, 160, 12), correlated(160 // blocks, 13, rank=20).expand(blocks, -1, -1)
-    moments = moments * torch.arange(1.0, 1 + blocks)[:, None, None]
+    w, hessian = weight(9, 160, 12), correlated(160 // blocks, 13, rank=20).expand(blocks, -1, -1)
+    hessian = hessian * torch.arange(1.0, 1 + blocks)[:, None, None]
     grid = quantize_weight(w, spec)
-    step = grid.scale[:, None] * (grid.factor.float() / 255)
+    step = grid.scale[:, None] * (grid.group_scale.float() / 255)
     zero = expand_zero(grid.zero).float().expand(step.shape).contiguous()
-    arguments = (w, step, zero, feedback._passed_on(moments, 0.05))
-    assert torch.equal(feedback._on_device(*arguments), feedback._compiled(*arguments))
+    arguments = (w, step, zero, gptq._passed_on(hessian, 0.05))
+    assert torch.equal(gptq._on_device(*arguments), gptq._compiled(*arguments))
 
 
 def test_lies_between_nearest_rounding_and_the_optimum() -> None:
-    w, moments = weight(48, 4, 3), correlated(4, 4, rank=2)
+    w, hessian = weight(48, 4, 3), correlated(4, 4, rank=2)
     grid = quantize_weight(w, WeightSpec(solver="minmax"))
-    found = round_with_feedback(w, grid, moments, damping=0.01)
+    found = gptq_round(w, grid, hessian, damping=0.01)
     every = torch.tensor(list(itertools.product(range(-8, 8), repeat=4)), dtype=torch.float64)
 
     def error(values: Tensor, row: Tensor) -> Tensor:
         d = row.double() - values
-        return ((d @ moments) * d).sum(-1)
+        return ((d @ hessian) * d).sum(-1)
 
     total = {"nearest": 0.0, "feedback": 0.0, "best": 0.0}
     for row in range(len(w)):
@@ -100,16 +100,16 @@ def test_lies_between_nearest_rounding_and_the_optimum() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", [WeightSpec(), WeightSpec(group_size=32), WeightSpec(group_size=32, zero_point="real")]
+    "spec", [WeightSpec(), WeightSpec(group_size=32), WeightSpec(group_size=32, zero_point="float")]
 )
 def test_lowers_the_error_of_the_outputs_on_every_grid(spec: WeightSpec) -> None:
-    w, moments = weight(32, 128, 5), correlated(128, 6, rank=16)
+    w, hessian = weight(32, 128, 5), correlated(128, 6, rank=16)
     grid = quantize_weight(w, spec)
-    found = round_with_feedback(w, grid, moments)
-    before, after = (output_energy(w.double() - q.dequantize(torch.float64), moments) for q in (grid, found))
+    found = gptq_round(w, grid, hessian)
+    before, after = (output_energy(w.double() - q.dequantize(torch.float64), hessian) for q in (grid, found))
     # With the inputs in 16 of 128 directions most of the error can be moved out of the way.
     assert after < 0.6 * before
-    assert torch.equal(found.factor, grid.factor)
+    assert torch.equal(found.group_scale, grid.group_scale)
     assert int(found.codes.min()) >= -8
     assert int(found.codes.max()) <= 7
 
@@ -121,16 +121,16 @@ def test_blocks_equal_the_whole_where_nothing_lies_between_them() -> None:
     level = blocks.diagonal(dim1=1, dim2=2).mean(1)
     blocks = blocks / level[:, None, None]
     whole = torch.block_diag(*blocks)
-    assert torch.equal(round_with_feedback(w, grid, blocks).codes, round_with_feedback(w, grid, whole).codes)
+    assert torch.equal(gptq_round(w, grid, blocks).codes, gptq_round(w, grid, whole).codes)
 
 
 def test_rows_and_groups_of_zeros_stay_exact() -> None:
     w = weight(4, 64, 11)
     w[1] = 0
     w[2, :32] = 0
-    spec = WeightSpec(group_size=32, zero_point="real")
+    spec = WeightSpec(group_size=32, zero_point="float")
     grid = quantize_weight(w, spec)
-    found = round_with_feedback(w, grid, torch.zeros(64, 64)).dequantize()
+    found = gptq_round(w, grid, torch.zeros(64, 64)).dequantize()
     assert torch.equal(found[1], torch.zeros(64))
     assert torch.equal(found[2, :32], torch.zeros(32))
 
@@ -138,17 +138,17 @@ def test_rows_and_groups_of_zeros_stay_exact() -> None:
 def test_moments_of_another_size_are_refused() -> None:
     w = weight(4, 64)
     grid = quantize_weight(w, WeightSpec())
-    for moments in (torch.eye(32), torch.zeros(3, 16, 16), torch.zeros(64, 63)):
+    for hessian in (torch.eye(32), torch.zeros(3, 16, 16), torch.zeros(64, 63)):
         with pytest.raises(ShapeError, match="64 inputs"):
-            round_with_feedback(w, grid, moments)
+            gptq_round(w, grid, hessian)
 
 
 def test_rows_in_parts_get_the_codes_of_the_whole() -> None:
     w = weight(12, 64)
     grid = quantize_weight(w, WeightSpec())
     x = torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
-    moments = (x.T @ x / len(x)).view(64, 2, 32)[:32, 0][None].repeat(2, 1, 1)
-    feedback, whole = Feedback(moments, 0.1), round_with_feedback(w, grid, moments, 0.1)
+    hessian = (x.T @ x / len(x)).view(64, 2, 32)[:32, 0][None].repeat(2, 1, 1)
+    gptq, whole = ErrorFeedback(hessian, 0.1), gptq_round(w, grid, hessian, 0.1)
     for part in (slice(0, 5), slice(5, 12)):
-        assert torch.equal(feedback.round(w[part], grid.rows(part)).codes, whole.codes[part])
+        assert torch.equal(gptq.round(w[part], grid.rows(part)).codes, whole.codes[part])
     assert not torch.equal(whole.codes, grid.codes)

@@ -1,4 +1,4 @@
-// Codes rounded with feedback (dvdquant/quantize/gptq.py): from left to right, each column passes its error on to those after it.
+// Codes rounded with error feedback (dvdquant/quantize/gptq.py): from left to right, each column passes its error on to those after it.
 //
 // One warp holds 32 rows of one block of columns in shared memory, a row per lane, and goes through the columns; nothing is
 // passed on between blocks. Row i of the factors, unit upper triangular, says how the columns after i move with its error;
@@ -8,7 +8,7 @@
 #include "search_grid.h"
 
 namespace dvdq {
-namespace feedback {
+namespace gptq {
 namespace {
 
 constexpr int kRows = 32;
@@ -67,13 +67,13 @@ __global__ void __launch_bounds__(32) round_rows(const Params p) {
 }
 
 }  // namespace
-}  // namespace feedback
+}  // namespace gptq
 
-int64_t feedback_shared_bytes(int64_t block) { return 4 * block * feedback::kPitch; }
+int64_t gptq_shared_bytes(int64_t block) { return 4 * block * gptq::kPitch; }
 
-dvdq_status round_feedback(const dvdq_grid& grid, const float* weight, const dvdq_grid_out& out, const float* factors,
+dvdq_status gptq_round(const dvdq_grid& grid, const float* weight, const dvdq_grid_out& out, const float* factors,
                            int64_t block, cudaStream_t stream) {
-  feedback::Params p{};
+  gptq::Params p{};
   p.weight = weight;
   p.codes = static_cast<signed char*>(out.codes);
   p.scale = out.scale;
@@ -87,9 +87,9 @@ dvdq_status round_feedback(const dvdq_grid& grid, const float* weight, const dvd
   p.groups = static_cast<int>(grid.groups);
   p.size = p.k / p.groups;
   p.block = static_cast<int>(block);
-  const dim3 blocks(static_cast<unsigned>((grid.n + feedback::kRows - 1) / feedback::kRows), static_cast<unsigned>(grid.k / block));
-  const size_t shared = static_cast<size_t>(feedback_shared_bytes(block));
-  return check_cuda(launch(feedback::round_rows, blocks, dim3(32), shared, stream, p), "round_feedback");
+  const dim3 blocks(static_cast<unsigned>((grid.n + gptq::kRows - 1) / gptq::kRows), static_cast<unsigned>(grid.k / block));
+  const size_t shared = static_cast<size_t>(gptq_shared_bytes(block));
+  return check_cuda(launch(gptq::round_rows, blocks, dim3(32), shared, stream, p), "gptq_round");
 }
 
 }  // namespace dvdq

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["apply_balance", "balance_input", "pack_balance"]
+__all__ = ["apply_pre_quant", "smooth_input", "pack_pre_quant"]
 
 
-def balance_input(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+def smooth_input(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """Return ``(x − shift) · scale`` as two pointwise operations, for compilers to fuse with the one before.
 
     Args:
@@ -26,8 +26,8 @@ def balance_input(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tens
     return x
 
 
-def pack_balance(scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return scales and offsets of the balance as a thread of the kernel reads them: [K/8, 2, 8] of ``dtype``.
+def pack_pre_quant(scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return pre-quant scales and offsets as a thread of the kernel reads them: [K/8, 2, 8] of ``dtype``.
 
     Index 0 of the middle axis holds the scale, index 1 the offset ``−shift · scale``. At least one of scale and shift
     must be given.
@@ -42,16 +42,16 @@ def pack_balance(scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype)
     return torch.stack((scale.reshape(-1, 8), offset.reshape(-1, 8)), dim=1).to(dtype)
 
 
-def apply_balance(x: Tensor, balance: Tensor) -> Tensor:
+def apply_pre_quant(x: Tensor, pre_quant: Tensor) -> Tensor:
     """Compute ``x · scale + offset`` as the kernel does, rounded once to x's dtype.
 
-    In bf16 the result equals :func:`balance_input` bit by bit. In fp16 a small power of two may leave subnormal
+    In bf16 the result equals :func:`smooth_input` bit by bit. In fp16 a small power of two may leave subnormal
     numbers, which differ by one unit in the last place.
 
     Args:
         x: The input, [..., K].
-        balance: [K/8, 2, 8] from :func:`pack_balance`.
+        pre_quant: [K/8, 2, 8] from :func:`pack_pre_quant`.
     """
     # Not addcmul in 16 bits: on a CPU it rounds products of subnormal fp16 numbers too.
-    scale, offset = (balance[:, i].reshape(-1).float() for i in (0, 1))
+    scale, offset = (pre_quant[:, i].reshape(-1).float() for i in (0, 1))
     return torch.addcmul(offset, x.float(), scale).to(x.dtype)

@@ -8,7 +8,7 @@ import pytest
 
 from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.export.engines.polygraphy_tools import onnx_summary, rtx_unsupported
-from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_realization, plan_engines, what_executes
+from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_precision, plan_engines, what_executes
 from dvdquant.recipe import RECIPES, ActivationSpec
 from tests.export.test_builders import save, unparsable
 from tests.support import quant_linear_graphs as qg
@@ -16,13 +16,13 @@ from tests.support import quant_linear_graphs as qg
 
 def test_table_of_realizations() -> None:
     token8, token4, group4 = ActivationSpec(8), ActivationSpec(4), ActivationSpec(4, 128)
-    assert {choose_realization("tensorrt_rtx", sm, token8) for sm in RTX_SMS} == {"int8"}
-    assert choose_realization("tensorrt_rtx", "8.9", token4) == "int8"
-    assert choose_realization("tensorrt_rtx", "12.0", token4) == "nvfp4"
-    assert choose_realization("tensorrt_rtx", "8.9", group4) == "int4-weight-only"
-    assert choose_realization("tensorrt_rtx", "12.1", group4) == "nvfp4"
-    assert choose_realization("tensorrt_rtx", "12.0", token4, "int8") == "int8"
-    assert choose_realization("tensorrt", "9.0", token4) == "plugin"
+    assert {choose_precision("tensorrt_rtx", sm, token8) for sm in RTX_SMS} == {"int8"}
+    assert choose_precision("tensorrt_rtx", "8.9", token4) == "int8"
+    assert choose_precision("tensorrt_rtx", "12.0", token4) == "nvfp4"
+    assert choose_precision("tensorrt_rtx", "8.9", group4) == "int4-weight-only"
+    assert choose_precision("tensorrt_rtx", "12.1", group4) == "nvfp4"
+    assert choose_precision("tensorrt_rtx", "12.0", token4, "int8") == "int8"
+    assert choose_precision("tensorrt", "9.0", token4) == "plugin"
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,13 @@ def test_realizations_that_cannot_be(
     backend: str, sm: str, activation: ActivationSpec, override: str, message: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=message):
-        choose_realization(backend, sm, activation, override)
+        choose_precision(backend, sm, activation, override)
 
 
 def test_plans_share_engines_where_they_can() -> None:
     sms = ["8.0", "12.0", "8.9", "8.0"]
     plans = plan_engines("tensorrt_rtx", sms, RECIPES["w4a4"].activations, recipe=RECIPES["w4a4"])
-    assert [(p.act_bits, p.sms, p.realization) for p in plans] == [
+    assert [(p.act_bits, p.sms, p.precision) for p in plans] == [
         (4, ("8.0", "8.9"), "int8"),
         (4, ("12.0",), "nvfp4"),
         (8, ("8.0", "12.0", "8.9"), "int8"),
@@ -109,7 +109,7 @@ def test_polygraphy_on_what_is_no_onnx_file(tmp_path: Path) -> None:
 def test_an_override_applies_to_the_graphs_that_can_run_it() -> None:
     both = [ActivationSpec(4), ActivationSpec(8)]
     plans = plan_engines("tensorrt_rtx", ("12.0",), both, override="nvfp4")
-    assert [(p.act_bits, p.realization) for p in plans] == [(4, "nvfp4"), (8, "int8")]
+    assert [(p.act_bits, p.precision) for p in plans] == [(4, "nvfp4"), (8, "int8")]
     with pytest.raises(UnsupportedError, match="nvfp4 cannot run 4-bit"):
         plan_engines("tensorrt_rtx", ("8.9",), both, override="nvfp4")
     with pytest.raises(UnsupportedError, match="nvfp4 cannot run 8-bit"):
