@@ -38,6 +38,7 @@ from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
 from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export.engines import load_backend
+from dvdquant.export.engines.attention import attention_wish
 from dvdquant.export.engines.precision import EnginePlan, check_sms, plan_engines
 from dvdquant.export.engines.stage import BuildSettings, EngineStage, build_settings, engine_path, find_current
 from dvdquant.export.estimate import Estimate, estimate_export, require_memory
@@ -175,6 +176,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             recipe=options.recipe,
             override=options.precision if backend == "tensorrt_rtx" else "auto",
             from_checkpoint=True,
+            attention=attention_wish(options.recipe, plans[0].family, sizes),
         )
         versions[backend] = load_backend(backend).version
     if any(e.precision == "plugin" for e in engines) and not options.plugins:
@@ -612,7 +614,8 @@ class _Run:
         """
         plans = dict(zip(self.plan.components, self.plan.plans))
         tree, sizes = self.transaction.tree, self.plan.sizes
-        return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress)
+        fp8 = any(engine.attention == "fp8" for engine in self.plan.engines)
+        return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress, fp8)
 
     def _layers(self) -> tuple[LayerEntry, ...]:
         """Return the table of weight errors: that of the previous export if its weights are used, else this run's."""

@@ -306,6 +306,7 @@ class EngineEntry(TypedDict):
         onnx_sha256: The SHA-256 of the graph that it was built from.
         versions: The versions of the builder.
         shapes: Its profile of sizes.
+        attention: The number of attentions that run as one kernel, by the type of their queries; older manifests lack it.
     """
 
     path: Text
@@ -317,6 +318,7 @@ class EngineEntry(TypedDict):
     onnx_sha256: Digest
     versions: dict[Text, Text]
     shapes: dict[str, Any]
+    attention: NotRequired[dict[Text, Annotated[int, Field(ge=0, lt=2**31)]]]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dvdquant.errors import UnsupportedError
+from dvdquant.export.engines.attention import SIXTEEN_BIT, AttentionWish
 from dvdquant.recipe import ActivationSpec, Recipe
 
 __all__ = [
@@ -69,6 +70,7 @@ class EnginePlan:
         act_bits: The bits of the graph's activations: 4, 6 or 8.
         precision: The way in which its QuantLinear nodes run.
         executes: The same in plain words, for the manifest and the dry run.
+        attention: How its self-attention runs: ``16`` or ``fp8``.
     """
 
     backend: str
@@ -76,6 +78,7 @@ class EnginePlan:
     act_bits: int
     precision: Precision
     executes: str
+    attention: Literal["16", "fp8"] = "16"
 
     @property
     def folder(self) -> str:
@@ -224,6 +227,7 @@ def plan_engines(
     recipe: Recipe | None = None,
     override: str = "auto",
     from_checkpoint: bool = False,
+    attention: AttentionWish = SIXTEEN_BIT,
 ) -> list[EnginePlan]:
     """Return the engines to build; SMs with the same precision share one per graph where the backend allows it.
 
@@ -237,6 +241,7 @@ def plan_engines(
         recipe: The recipe, for the plain words; see :func:`what_executes`.
         override: ``auto`` or one of the other ``PRECISIONS``.
         from_checkpoint: True if nvfp4 weights come from the original checkpoint, for the plain words.
+        attention: The self-attention that is asked for. An engine that also serves an SM without FP8 has it in 16 bit.
 
     Raises:
         UnsupportedError: See :func:`choose_precision`; for an override only if no graph can run it on one of the SMs.
@@ -250,9 +255,8 @@ def plan_engines(
             groups.setdefault((precision, sm if backend == "tensorrt" else ""), []).append(sm)
         for (chosen, _), members in groups.items():
             words = what_executes(chosen, activation.bits, members[0], recipe, from_checkpoint=from_checkpoint)
-            if recipe is not None and recipe.attention != "16":
-                words += f"; attention in 16 bits (only PyTorch sessions have the recipe's {recipe.attention})"
-            plans.append(EnginePlan(backend, tuple(members), activation.bits, chosen, words))
+            words += attention.words(members)
+            plans.append(EnginePlan(backend, tuple(members), activation.bits, chosen, words, attention.on(members)))
     return plans
 
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["BUILD_MEMORY_FACTOR", "MARK", "BuildReport", "BuildRequest", "Shapes", "layer_summary"]
+__all__ = [
+    "BUILD_MEMORY_FACTOR",
+    "MARK",
+    "BuildReport",
+    "BuildRequest",
+    "Shapes",
+    "attention_summary",
+    "layer_summary",
+    "materialized_scores",
+]
 
 # Peak resident memory of a build over the bytes of its weights, measured on TensorRT-RTX 1.7.1 with the mapped weight
 # file given back phase by phase: 3.1 for packed INT4 (HunyuanVideo-13B), 2.2 for INT8 (Wan2.1-1.3B).
@@ -85,6 +94,8 @@ class BuildReport:
             builder's own listing.
         constant_bytes: The bytes of constants per type, from the same listing. A constant that several products share
             (a Hadamard factor) is stored once but listed by each.
+        attention: The number of attentions that run as one fused kernel, per type of their queries, such as
+            ``{"FP8": 30, "BFloat16": 30}``.
         warnings: The builder's warnings.
     """
 
@@ -97,6 +108,7 @@ class BuildReport:
     onnx_sha256: str
     products: Mapping[str, int] = field(default_factory=dict)
     constant_bytes: Mapping[str, int] = field(default_factory=dict)
+    attention: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -163,3 +175,53 @@ def layer_summary(lines: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]
     for dtype, size in constants.values():
         totals[dtype] += size
     return dict(products), dict(totals)
+
+
+_LAYER = re.compile(r"Name: ([^,]+), LayerType: (\w+)")
+_TENSOR = re.compile(r"Name: [^,\s]+, Dimensions: \[([-\d,]*)\].*?Datatype: (\w+)")
+_SOFTMAX = re.compile(r"softmax|Maxr\w*Exp\w*Sum", re.IGNORECASE)
+# Scores of fewer tokens than this, at fixed sizes, fit into the cache.
+LONG_SCORES = 1024
+
+
+def attention_summary(lines: Iterable[str]) -> dict[str, int]:
+    """Return how many fused attentions there are per type of their first operand, from the builder's verbose layer listing."""
+    found: Counter[str] = Counter()
+    for name, kind, inputs, _, _ in _layers(lines):
+        if kind == "kgen" and "mha" in name and inputs:
+            found[inputs[0][1]] += 1
+    return dict(found)
+
+
+def materialized_scores(lines: Iterable[str]) -> list[str]:
+    """Return the layers that write the scores of all pairs of tokens to memory, by name.
+
+    Such a layer is a product of two activations, or a softmax, with an output whose last two dimensions both go with the number
+    of tokens: dynamic ones, or fixed ones of ``LONG_SCORES`` and more.
+    """
+    return [
+        name
+        for name, kind, _, matrices, outputs in _layers(lines)
+        if ((kind in _PRODUCTS and not matrices) or (kind == "kgen" and _SOFTMAX.search(name)))
+        and any(len(sizes) >= 3 and all(size < 0 or size >= LONG_SCORES for size in sizes[-2:]) for sizes, _ in outputs)
+    ]
+
+
+_Tensors = list[tuple[list[int], str]]
+
+
+def _layers(lines: Iterable[str]) -> Iterator[tuple[str, str, _Tensors, bool, _Tensors]]:
+    """(name, kind, inputs, whether it has a constant matrix, outputs) of every listed layer."""
+    for line in lines:
+        found = _LAYER.match(line)
+        if found is None:
+            continue
+        inputs, _, rest = line.partition("Constants: [")
+        constants, _, rest = rest.partition("], Outputs:")
+        outputs = rest.partition("], TacticName:")[0]
+        matrices = any(len(sizes) >= 2 and min(sizes[-2:]) >= 16 for sizes, _ in _tensors(constants))
+        yield found[1], found[2], _tensors(inputs), matrices, _tensors(outputs)
+
+
+def _tensors(section: str) -> _Tensors:
+    return [([int(d) for d in dims.split(",") if d], dtype) for dims, dtype in _TENSOR.findall(section)]

@@ -21,6 +21,7 @@ from dvdquant.export.engines.report import BuildReport
 from dvdquant.export.graph.trace import profile_shapes
 from dvdquant.export.graph.writer import graph_path
 from dvdquant.export.options import ExportOptions
+from dvdquant.export.passes.fp8_attention import fp8_attention
 from dvdquant.export.passes.lowering.int8 import lower_int8
 from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
 from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
@@ -69,6 +70,7 @@ class EngineStage:
     hashes: dict[str, str]
     weight_source: Callable[[str], Tensor] | None = None
     _stores: dict[str, TensorStore] = field(default_factory=dict)
+    _quantized: int = 0  # attentions in FP8 of the graph that was lowered last
 
     def build(self, engine: EnginePlan) -> tuple[EngineEntry, BuildReport]:
         """Build one engine, and return its entry for the manifest and the builder's report.
@@ -106,6 +108,7 @@ class EngineStage:
                     "working", stage="engines", label=target.name, seconds=round(seconds, 1), silent=round(silent, 1)
                 ),
             )
+            self._check_attention(engine, report, target)
         except EngineError as error:
             what = f"{self.component} a{engine.act_bits} for {engine.backend} SM {', '.join(engine.sms)}: {error.what}"
             raise EngineError(what, available=error.available, fix=error.fix) from error
@@ -114,9 +117,37 @@ class EngineStage:
                 graph.unlink(missing_ok=True)
         return self._entry(engine, report), report
 
+    def _check_attention(self, engine: EnginePlan, report: BuildReport, target: Path) -> None:
+        """EngineError where TensorRT-RTX fused fewer attentions in FP8 than the graph has; the engine is removed then.
+
+        TensorRT names its kernels otherwise, and its listing was never seen: what it lists is recorded alone.
+        """
+        if engine.attention != "fp8" or engine.backend != "tensorrt_rtx":
+            return
+        fused = report.attention.get("FP8", 0)
+        if fused < self._quantized:
+            target.unlink(missing_ok=True)
+            raise EngineError(
+                f"{fused} of {self._quantized} attentions became one FP8 kernel",
+                available=f"by type: {dict(report.attention)}",
+                fix="use a recipe with attention 16 (--attention 16)",
+            )
+
+    def _attention(self, model: ir.Model, engine: EnginePlan) -> None:
+        """Quantize the attention in the graph where the engine is to have it in FP8; it reads weights, so it comes first."""
+        self._quantized = 0
+        if engine.attention == "fp8":
+            self._quantized = len(fp8_attention(model, self.plan.family.tokens(*self.sizes.at("max"))))
+            if not self._quantized:
+                raise EngineError(
+                    "the graph has no self-attention that can run in FP8",
+                    fix="use a recipe with attention 16 (--attention 16)",
+                )
+
     def _for_plugin(self, source: Path, engine: EnginePlan) -> Path:
         """Write the graph for TensorRT's parser and the plugin, and return its path; it holds no packed weights."""
         model = ir.load(source)
+        self._attention(model, engine)
         plugin_inputs(model)
         path = source.with_name(f"{self.component}_a{engine.act_bits}_plugin.onnx")
         ir.save(model, path)
@@ -129,6 +160,7 @@ class EngineStage:
         """
         model = ir.load(source)
         model.functions.clear()
+        self._attention(model, engine)
         stem = self.root / "onnx" / f"{self.component}_rtx_{engine.precision}"
         store = self._stores.get(engine.precision)
         if store is None:
@@ -163,6 +195,7 @@ class EngineStage:
             onnx_sha256=self.hashes[graph],
             versions={engine.backend: report.version},
             shapes=shapes,
+            attention=dict(report.attention),
         )
 
 

@@ -21,7 +21,15 @@ from typing import Any
 from dvdquant.backends import Backend, load_backend
 from dvdquant.errors import DvdquantError, EngineError, ResourceError
 from dvdquant.export.engines.network import WeightMaps, check_custom_ops, parse_network, read_model
-from dvdquant.export.engines.report import BUILD_MEMORY_FACTOR, MARK, BuildReport, BuildRequest, layer_summary
+from dvdquant.export.engines.report import (
+    BUILD_MEMORY_FACTOR,
+    MARK,
+    BuildReport,
+    BuildRequest,
+    attention_summary,
+    layer_summary,
+    materialized_scores,
+)
 from dvdquant.system.files import disk_error
 from dvdquant.system.whole_file import write_whole
 
@@ -251,7 +259,8 @@ def build(request: BuildRequest) -> BuildReport:
         request: The request.
 
     Raises:
-        EngineError: The backend is missing, refuses the graph, or the build fails.
+        EngineError: The backend is missing, refuses the graph, the build fails, or the engine would write the scores of
+            an attention to memory.
         UnsupportedError: The backend does not know a compute capability.
         OutputError: The engine cannot be written.
         ResourceError: The disk is full.
@@ -278,6 +287,7 @@ def build(request: BuildRequest) -> BuildReport:
     _check_profile(network, request)
     # 4. Build and write the engine.
     size = _build_plan(backend, builder, network, config, request, maps)
+    _refuse_scores(backend, listing)
     products, constants = layer_summary(listing)
     return BuildReport(
         backend=backend.name,
@@ -289,8 +299,28 @@ def build(request: BuildRequest) -> BuildReport:
         onnx_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         products=products,
         constant_bytes=constants,
+        attention=attention_summary(listing),
         warnings=tuple(warnings),
     )
+
+
+def _refuse_scores(backend: Backend, listing: list[str]) -> None:
+    """Refuse an engine whose attention fell apart.
+
+    It needs memory with the square of the tokens, gigabytes for each head of a video, and most of a step's time.
+
+    Raises:
+        EngineError: A layer of the listing has the scores of all tokens.
+    """
+    layers = materialized_scores(listing)
+    if layers:
+        shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+        raise EngineError(
+            f"{backend.name} {backend.version} did not fuse the attention: {len(layers)} layers write the scores of all pairs of "
+            f"tokens to memory ({shown})",
+            available="attention in 16 bit, and FP8 with Q/DQ on q, k, v and the softmax, are one kernel",
+            fix="use a recipe with attention 16 (--attention 16)",
+        )
 
 
 def _build_plan(

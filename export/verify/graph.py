@@ -1,6 +1,6 @@
 """The check of an exported graph: ONNX Runtime against the quantized PyTorch model, with float64 as the judge.
 
-There are three questions, each with a bound of its own:
+There are four questions, each with a bound of its own:
 
 1. Every quantized layer alone, on the x it had in the graph: :mod:`dvdquant.export.verify.layers`.
 2. The parts between the layers (norms, attention, residuals, the split of merged rows): PyTorch runs with the graph's
@@ -9,18 +9,27 @@ There are three questions, each with a bound of its own:
    the flip moves every later layer. So the question is not whether two executors agree to 1e-3, but whether the graph
    is as close to the exact (float64) quantized model as PyTorch in the graph's own dtype is. The bound is three times
    that distance.
+4. Of a graph whose attention runs in FP8 in the engines: every attention alone, on the operands that it had in the graph
+   (:mod:`dvdquant.export.verify.attention`). In 2 and 3, PyTorch then rounds to e4m3 in the same places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from torch import Tensor, nn
 
+from dvdquant.export.passes.fp8_attention import AttentionScales, fp8_attention
+from dvdquant.export.verify.attention import (
+    AttentionCheck,
+    attention_intermediates,
+    judge_attention,
+    with_fp8_attention,
+)
 from dvdquant.export.verify.intermediates import (
     Intermediate,
     add_intermediates,
@@ -97,6 +106,7 @@ class GraphCheck:
         layers: The checks of the layers one by one.
         between: The check of the places between them, or None if they were not compared.
         tokens: The number of tokens of the transformer at the checked sizes, video and text.
+        attention: The attentions in FP8 one by one; empty for a graph that has them in 16 bit.
     """
 
     graph: str
@@ -107,6 +117,7 @@ class GraphCheck:
     layers: LayersCheck
     between: BetweenCheck | None
     tokens: int
+    attention: tuple[AttentionCheck, ...] = ()
 
     @property
     def bound(self) -> float | None:
@@ -128,6 +139,11 @@ class GraphCheck:
             found.append(f"{len(self.layers.failed) - 3} more layers are out of bounds")
         if not self.layers.judged:
             found.append("no layer was judged")
+        found += [
+            f"{c.name} in FP8 is {c.excess:.3g} times its bound from float64 on the operands it had ({c.part})"
+            for c in self.attention
+            if not c.passed
+        ][:3]
         if self.between is not None and not self.between.passed:
             found.append(
                 f"what {self.between.place} receives is {self.between.error:.2e} from float64 with the layers' outputs "
@@ -162,6 +178,11 @@ class GraphCheck:
                 f"  between layers: {self.between.places} places compared, worst "
                 f"{self.between.error / self.between.bound:.2g} of its bound ({self.between.place})"
             )
+        if self.attention:
+            hardest = max(self.attention, key=lambda check: check.excess)
+            lines.append(
+                f"  FP8 attention: {len(self.attention)} judged, worst {hardest.excess:.2g} of its bound ({hardest.name})"
+            )
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -175,6 +196,7 @@ class GraphCheck:
             "tokens": self.tokens,
             "layers": self.layers.to_json(),
             "between": between,
+            "attention": [check.to_json() for check in self.attention],
             "passed": self.passed,
         }
 
@@ -238,6 +260,7 @@ class Verifier:
         self.reference = Reference(plan, model)
         self.chosen = choose_layers(plan.layers, worst)
         self.tokens = plan.family.tokens(*sizes.at(which)) + sizes.text_tokens
+        self.video_tokens = plan.family.tokens(*sizes.at("max"))
         products = self.tokens * sizes.batch * plan.quantized_weights
         self.whole = self.tokens <= WHOLE_TOKENS and products <= WHOLE_PRODUCTS
         specs = [spec for spec in plan.layers if spec.name in self.chosen]
@@ -249,38 +272,53 @@ class Verifier:
         # The values are every layer's x and y, in ONNX Runtime in fp32 at most.
         values = sum(spec.features + spec.out_features for spec in plan.layers) * self.tokens * sizes.batch
         self.between = self.whole and 4 * values <= BETWEEN_BYTES
-        self._free: dict[int, Free] = {}
+        self._free: dict[tuple[int, bool], Free] = {}
         self._seen: dict[int, dict[str, Tensor]] = {}
 
-    def check(self, path: Path, bits: int, advance: Callable[[str], None] = lambda done: None) -> GraphCheck:
+    def check(
+        self, path: Path, bits: int, advance: Callable[[str], None] = lambda done: None, fp8: bool = False
+    ) -> GraphCheck:
         """Check one graph.
 
         Args:
             path: The ONNX file, in the folder of the weight files.
             bits: The bits of its activations.
             advance: A function that is called with a name for each judged layer and once for the rest.
+            fp8: Check it with its attention in FP8, as engines run it.
 
         Raises:
             ExportError: ONNX Runtime cannot run the graph, or a layer is missing in it.
         """
-        # 1. Get x of every judged layer, and the outputs of the whole graph if it runs.
-        model = load_graph(path)
+        scales: list[AttentionScales] = []
+        attentions = 0
+
+        def quantize(graph: ir.Model) -> None:
+            nonlocal attentions
+            attentions = sum(node.op_type == "Attention" for node in graph.graph)
+            scales.extend(fp8_attention(graph, self.video_tokens))
+
+        model = load_graph(path, quantize if fp8 else None)
         intermediates = find_intermediates(
             model, [spec.name for spec in self.plan.layers] if self.between else self.chosen
         )
         self.reference.use(bits)
-        xs, seen = self._run(model, intermediates, path) if self.whole else (self._probed(bits), None)
-        # 2. Judge the layers, the places between them, and the whole graph.
-        judged = {name: intermediates[name] for name in self.chosen}
-        checks = judge_layers(model, judged, xs, self.reference.layers, self.plan.dtype, path.parent, advance)
-        layers = LayersCheck(tuple(checks), len(self.plan.layers))
-        between = self._check_between(seen) if seen is not None and self.between else None
-        check = self._graph_check(path.name, bits, None if seen is None else seen["sample"], layers, between)
-        advance(path.name)
+        title = f"{path.name} with FP8 attention" if fp8 else path.name
+        with with_fp8_attention(scales, attentions):
+            wanted = attention_intermediates(model, scales) if self.whole else {}
+            xs, seen = self._run(model, intermediates, path, wanted) if self.whole else (self._probed(bits), None)
+            judged = {name: intermediates[name] for name in self.chosen}
+            checks = judge_layers(model, judged, xs, self.reference.layers, self.plan.dtype, path.parent, advance)
+            layers = LayersCheck(tuple(checks), len(self.plan.layers))
+            between = self._check_between(seen) if seen is not None and self.between else None
+            sample = None if seen is None else seen["sample"]
+            check = self._graph_check(title, (bits, fp8), sample, layers, between)
+        if seen is not None and scales:
+            check = replace(check, attention=tuple(judge_attention(seen, each, self.plan.dtype) for each in scales))
+        advance(title)
         return check
 
     def _run(
-        self, model: ir.Model, intermediates: Mapping[str, Intermediate], path: Path
+        self, model: ir.Model, intermediates: Mapping[str, Intermediate], path: Path, more: Mapping[str, ir.Value]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run the whole graph once.
 
@@ -288,13 +326,14 @@ class Verifier:
             model: The prepared graph.
             intermediates: The inputs and outputs of its layers, by name.
             path: The ONNX file, for its folder and for errors.
+            more: Further values to read, by name.
 
         Returns:
-            x of the chosen layers by name, with every ``step``-th token, and the output as ``sample``. If the places
-            between the layers are compared, the second dict also has ``to <layer>`` (its input) and ``from <layer>``
-            (its output).
+            x of the chosen layers by name, with every ``step``-th token, and the output as ``sample`` with ``more``. If the
+            places between the layers are compared, the second dict also has ``to <layer>`` (its input) and
+            ``from <layer>`` (its output).
         """
-        wanted = {"sample": model.graph.outputs[0]}
+        wanted = {"sample": model.graph.outputs[0], **more}
         if self.between:
             wanted |= {f"to {name}": intermediate.x for name, intermediate in intermediates.items()}
             wanted |= {f"from {name}": intermediate.y for name, intermediate in intermediates.items()}
@@ -329,22 +368,22 @@ class Verifier:
         return max(checks, key=lambda c: (not c.passed, c.error / c.bound))
 
     def _graph_check(
-        self, name: str, bits: int, got: Tensor | None, layers: LayersCheck, between: BetweenCheck | None
+        self, name: str, kind: tuple[int, bool], got: Tensor | None, layers: LayersCheck, between: BetweenCheck | None
     ) -> GraphCheck:
         """Return the check of one graph.
 
         Args:
             name: The name of the graph.
-            bits: The bits of its activations.
+            kind: The bits of its activations, and whether its attention is in FP8.
             got: Its output, or None if it was not run as a whole.
             layers: The checks of its layers.
             between: The check of the places between them, or None.
         """
         if got is None:
             return GraphCheck(name, None, None, None, None, layers, between, self.tokens)
-        if bits not in self._free:
-            self._free[bits] = self.reference.free(self.inputs, bits)
-        free = self._free[bits]
+        if kind not in self._free:
+            self._free[kind] = self.reference.free(self.inputs, kind[0])
+        free = self._free[kind]
         return GraphCheck(
             graph=name,
             error=relative_distance(got, free.exact),

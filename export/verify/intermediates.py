@@ -207,6 +207,9 @@ def run_graph(model: ir.Model, folder: Path, inputs: Mapping[str, Tensor], title
     # Fusions would drop the casts that stand for rounding to bfloat16; folding would hold every weight in fp32.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if any(node.outputs[0].dtype == ir.DataType.FLOAT8E4M3FN for node in model.graph):
+        # It would make an integer product of Q/DQ in e4m3, which is no valid graph.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.intra_op_num_threads = torch.get_num_threads()
     options.enable_cpu_mem_arena = False
     # 2. Load a copy of the graph beside its weights, and run it.

@@ -16,10 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dvdquant.export.passes.fp8_attention import AttentionScales
 from dvdquant.export.verify.tolerance import LAMBDA, UNIT, OpInputs, judge
 from dvdquant.model.layers import QuantLinear
 
-__all__ = ["LAMBDA", "UNIT", "assert_layer", "product_error", "sum_error"]
+__all__ = ["LAMBDA", "UNIT", "assert_layer", "e4m3_attention_error", "product_error", "sum_error"]
 
 
 def sum_error(terms: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -46,3 +47,39 @@ def assert_layer(
     for y in outputs:
         share, distance, bound = judged.worst(y)
         assert share <= 1.0, f"{distance:.3g} from float64, of at most {bound:.3g}"
+
+
+def e4m3_attention_error(
+    q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return attention in float64 and how far FP8 attention may be from it, both [B, H, S, d].
+
+    e4m3 has three bits behind its leading one: rounding moves a value by at most 2⁻⁴ of itself, or by 2⁻¹⁰ steps of the scale
+    where it is subnormal. With errors δ of the operands (independent, so that a sum of them stays below λ·‖δ‖), to first order::
+
+        δo = Σ_j p_j·(v_j − o)·(δq·k_j + q·δk_j)  +  Σ_j δp_j·v_j  +  Σ_j p_j·δv_j
+
+    The first-order terms are taken one and a half times, for their products. Scores, shares and o are rounded to ``dtype``, too.
+
+    Args:
+        q, k, v: [B, H, S, d] fp64, what is rounded to e4m3; q holds 1/√d.
+        scales: of q, k, v and the softmax. dtype: of the graph.
+    """
+    unit = UNIT[dtype]
+
+    def rounding(x: Tensor, scale: float) -> Tensor:
+        return torch.maximum(x.abs() * 2.0**-4, torch.full_like(x, scale * 2.0**-10))
+
+    scores = q @ k.transpose(-1, -2)
+    p = torch.softmax(scores, dim=-1)
+    o = p @ v
+    dq, dk, dv = rounding(q, scales.q), rounding(k, scales.k), rounding(v, scales.v)
+    dp = rounding(p, scales.p) + 4 * unit * p
+    # One key's error is shared by all outputs of a query, one query's by all keys.
+    of_keys = (q.square() @ dk.square().transpose(-1, -2)) + (unit * scores).square()
+    spread = (v.unsqueeze(-3) - o.unsqueeze(-2)) * p.unsqueeze(-1)  # [B, H, S, S', d]
+    by_keys = torch.einsum("bhst,bhstd->bhsd", of_keys, spread.square())
+    pulls = torch.einsum("bhtc,bhstd->bhscd", k, spread)  # Σ_j p_j·k_jc·(v_jd − o_d)
+    by_queries = torch.einsum("bhsc,bhscd->bhsd", dq.square(), pulls.square())
+    squares = by_keys + by_queries + dp.square() @ v.square() + p.square() @ dv.square()
+    return o, 1.5 * LAMBDA * squares.sqrt() + 4 * unit * o.abs() + 1e-12
