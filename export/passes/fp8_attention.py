@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -340,7 +339,7 @@ class _Writer:
     def quantized(self, step: str, value: ir.Value, scale: float) -> ir.Value:
         """Q/DQ in e4m3 with a static scale."""
         factor = self.constant(f"{self.name}.{step}_scale", np.array(scale), self.dtype)
-        zero = self.constant(f"{DOMAIN}.e4m3.zero", np.zeros((), ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN)
+        zero = self.constant(f"{DOMAIN}.e4m3.zero", np.zeros(()), ir.DataType.FLOAT8E4M3FN)
         codes = self.op("QuantizeLinear", f"{step}_q", value, factor, zero, like=value)
         codes.dtype = ir.DataType.FLOAT8E4M3FN
         return self.op("DequantizeLinear", f"{step}_dq", codes, factor, zero, like=value)
