@@ -42,7 +42,7 @@ def verify_export(
     """
     known = list(graphs)
     of = {name: [g for g in known if Path(g["path"]).name.startswith(f"{name}_a")] for name in plans}
-    worst = {name: _worst(plan, layers) for name, plan in plans.items()}
+    worst = _worst(plans, layers)
     total = sum(len(of[name]) * (len(choose_layers(plan.layers, worst[name])) + 1) for name, plan in plans.items())
     checks = []
     with progress.stage("verify", total, "check") as stage:
@@ -62,8 +62,15 @@ def verify_export(
     return checks
 
 
-def _worst(plan: ModelPlan, layers: Sequence[LayerEntry]) -> list[str]:
-    """Return the layers of ``plan`` with the largest weight errors."""
-    names = {spec.name for spec in plan.layers}
-    errors = {e["name"]: e["relative_mse"] or 0.0 for e in layers if e["name"] in names}
-    return sorted(errors, key=lambda name: -errors[name])[:WORST]
+def _worst(plans: Mapping[str, ModelPlan], layers: Sequence[LayerEntry]) -> dict[str, list[str]]:
+    """Return the layers of each transformer with the largest weight errors.
+
+    The table lists one transformer after the other: two of one model have layers of the same names.
+    """
+    worst, first = {}, 0
+    for component, plan in plans.items():
+        entries = layers[first : first + len(plan.layers)]
+        first += len(plan.layers)
+        errors = {entry["name"]: entry["relative_mse"] or 0.0 for entry in entries}
+        worst[component] = sorted(errors, key=lambda name: -errors[name])[:WORST]
+    return worst
