@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from dvdquant.errors import ShapeError
 from dvdquant.model.families import Family
 from dvdquant.model.layers import QuantLinear
 from dvdquant.model.plan import ModelPlan
@@ -47,11 +48,16 @@ def fill_quantized(model: nn.Module, plan: ModelPlan, read: Callable[[str], Tens
         read: A function that returns a stored tensor by its name.
 
     Raises:
-        ShapeError: A packed tensor has another shape or dtype.
+        ShapeError: A packed tensor has another shape or dtype, or one that stays has another shape or no floating dtype.
     """
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.load({name: read(name) for name in module.spec.tensors()})
-    for name in plan.kept:
+    for name, (_, shape) in plan.kept.items():
+        value = read(name)
+        if tuple(value.shape) != shape or not value.is_floating_point():
+            raise ShapeError(
+                f"{name} is {value.dtype} {tuple(value.shape)}", available=f"expected floating point {shape}"
+            )
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Parameter(read(name), requires_grad=False))
+        setattr(model.get_submodule(parent), child, nn.Parameter(value, requires_grad=False))

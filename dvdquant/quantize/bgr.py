@@ -1,7 +1,7 @@
 """BGR, Bounded-init Grid Refinement: 4-bit weight grids of least squared error, found from the weights alone.
 
 ``W ≈ scale[n] · (factor[n, g] / 255) · (codes[n, k] − zero)``, codes −8..7, for the already rotated weight W [N, K]; zero
-is one number per row, or for the ``real`` zero-point one per row and group.
+is one number per row, or for the ``float`` zero-point one per row and group.
 
 Solvers:
     ``minmax``: the ends of the grid lie on the extremes of the row (round to nearest).
@@ -58,8 +58,8 @@ class QuantizedWeight:
         codes: int8 [N, K] in −8..7.
         scale: fp32 [N], finite and at least 2⁻¹¹⁸.
         group_scale: uint8 [N, groups] in 1..255; groups = K / group size, [N, 1] of 255 for per-row scales.
-        zero: the centred zero-point: fp32 [N], or for ``real`` uint8 [N, groups] (see :func:`packing.expand_zero`). 0
-            for a row of zeros in every mode, and for a group of zeros in ``real``, so that it reconstructs exactly.
+        zero: the centred zero-point: fp32 [N], or for ``float`` uint8 [N, groups] (see :func:`packing.expand_zero`). 0
+            for a row of zeros in every mode, and for a group of zeros in ``float``, so that it reconstructs exactly.
     """
 
     codes: Tensor
@@ -173,12 +173,12 @@ def refine_grid(
 ) -> Grid:
     """Find the grid of every row or group on its own, with scales that are not rounded to the stored format.
 
-    ``paper`` and ``real`` have a zero-point for each row or group.
+    ``paper`` and ``float`` have a zero-point for each row or group.
 
     Args:
         w: [N, K], floating.
         group_size: Weights that share a scale, any divisor of K; 0 is the row.
-        zero_point: ``midrise``, ``symmetric``, ``paper`` or ``real``.
+        zero_point: ``midrise``, ``symmetric``, ``paper`` or ``float``.
         solver: ``minmax``, ``paper`` or ``search``.
         iterations: Most descent steps; 0 shows the start of the descent. The error does not rise with it.
 

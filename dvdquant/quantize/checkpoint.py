@@ -221,13 +221,17 @@ class _Files:
         for step, data in transaction.steps.items():
             if step.startswith((f"{component}:layer:", f"{component}:kept:")):
                 crcs.update(data["crc"])
-        for relative, tensors in plan_shards(plan, component).items():
-            existing = transaction.tree / relative
-            done = {name: crcs[name] for name, _, _ in tensors if name in crcs}
-            if existing.exists():
-                self._writers[relative] = StreamingWriter.resume(existing, tensors, done)
-            else:
-                self._writers[relative] = StreamingWriter(transaction.path(relative, resumable=True), tensors)
+        try:
+            for relative, tensors in plan_shards(plan, component).items():
+                existing = transaction.tree / relative
+                done = {name: crcs[name] for name, _, _ in tensors if name in crcs}
+                if existing.exists():
+                    self._writers[relative] = StreamingWriter.resume(existing, tensors, done)
+                else:
+                    self._writers[relative] = StreamingWriter(transaction.path(relative, resumable=True), tensors)
+        except BaseException:
+            self.__exit__()  # the disk has room for the first of the files only: no descriptor of theirs stays open
+            raise
         self.places = {n: (relative, info) for relative, w in self._writers.items() for n, info in w.tensors.items()}
 
     def finished(self, step: str, names: Mapping[str, Any] | list[str]) -> bool:

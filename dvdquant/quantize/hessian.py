@@ -305,10 +305,16 @@ class _Collected:
         if tokens:
             triangles /= tokens
             mean /= tokens
-        if not tokens or not all(math.isfinite(extreme) for extreme in torch.aminmax(triangles)):
+        if not tokens or not all(abs(float(extreme)) <= _most_moment(spec) for extreme in torch.aminmax(triangles)):
             triangles, tokens = _pack(torch.eye(hessian_block(spec))[None]).repeat(len(triangles), 1), 0
             mean = torch.zeros_like(mean)
         return InputHessian(triangles, energy, mean, tokens)
+
+
+def _most_moment(spec: LayerSpec) -> float:
+    """Return the largest moment that still fits into fp32 after it was divided by smooth scales and rotated."""
+    order, divided = hessian_block(spec), float(4.0 ** -_EXPONENTS[0])
+    return torch.finfo(torch.float32).max / (divided * order**1.5)
 
 
 def _move_buffers(model: nn.Module, device: torch.device | str) -> None:

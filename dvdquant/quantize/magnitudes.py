@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Magnitudes", "largest"]
 
 _FP32_MAX = torch.finfo(torch.float32).max
-# Of what a weight is multiplied by before it is rotated (dvdquant.quantize.hessian.balance_divisors).
+# Of what a weight is multiplied by before it is rotated (dvdquant.quantize.hessian.smooth_scale_of).
 _MOST_SMOOTH_SCALE = 2.0**12
 
 

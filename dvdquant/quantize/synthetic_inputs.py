@@ -16,6 +16,8 @@ _PATCHES = (2, 8, 8)
 _MOST_TOKENS = 8192
 # Few, where a family leaves the number open: in models that join text and video they are a hundredth of the tokens.
 _TEXT_TOKENS = 32
+# What the position table of a model holds beyond this counts as clip tokens do: a config of some bytes may say 65536.
+_USUAL_TEXT = 512
 # Inputs that pipelines hold constant, at the pipelines' own defaults (guidance 6, in thousandths).
 _CONSTANTS = {"guidance": 6000.0, "ofs": 2.0}
 _FRAME_RATE = 25
@@ -73,7 +75,8 @@ def _sizes(family: Family, levels: int) -> tuple[Sizes, int]:
         text = family.default_text_tokens
     elif config.get("max_text_seq_length") and not (free and config.get("use_rotary_positional_embeddings")):
         text = config["max_text_seq_length"]  # the length of its position table
-    items = max(1, min(levels, _MOST_TOKENS // family.tokens(frames, height, width)))
+    tokens = family.tokens(frames, height, width) + max(0, text - _USUAL_TEXT)
+    items = max(1, min(levels, _MOST_TOKENS // tokens))
     return Sizes(Axis.fixed(frames), Axis.fixed(height), Axis.fixed(width), text_tokens=text), items
 
 

@@ -53,7 +53,7 @@ def verify_export(
     # 1. Find the graphs of every component and the layers to judge.
     known = list(graphs)
     of = {name: [g for g in known if Path(g["path"]).name.startswith(f"{name}_a")] for name in plans}
-    worst = {name: _worst(plan, layers) for name, plan in plans.items()}
+    worst = _worst(plans, layers)
     # 2. Check the graphs of one component after another.
     runs = {name: [(entry, False) for entry in of[name]] for name in plans}
     for name in plans if fp8 else ():
@@ -85,8 +85,15 @@ def verify_export(
     return checks
 
 
-def _worst(plan: ModelPlan, layers: Sequence[LayerEntry]) -> list[str]:
-    """Return the names of the layers of ``plan`` with the largest weight errors."""
-    names = {spec.name for spec in plan.layers}
-    errors = {e["name"]: e["relative_mse"] or 0.0 for e in layers if e["name"] in names}
-    return sorted(errors, key=lambda name: -errors[name])[:WORST]
+def _worst(plans: Mapping[str, ModelPlan], layers: Sequence[LayerEntry]) -> dict[str, list[str]]:
+    """Return the layers of each transformer with the largest weight errors.
+
+    The table lists one transformer after the other: two of one model have layers of the same names.
+    """
+    worst, first = {}, 0
+    for component, plan in plans.items():
+        entries = layers[first : first + len(plan.layers)]
+        first += len(plan.layers)
+        errors = {entry["name"]: entry["relative_mse"] or 0.0 for entry in entries}
+        worst[component] = sorted(errors, key=lambda name: -errors[name])[:WORST]
+    return worst

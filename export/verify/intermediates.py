@@ -13,8 +13,9 @@ import onnx_ir.passes.common
 import torch
 from torch import Tensor
 
-from dvdquant.errors import ExportError
+from dvdquant.errors import DvdquantError, ExportError
 from dvdquant.onnx.prepare import prepare_for_onnxruntime
+from dvdquant.system.files import disk_error
 
 __all__ = ["Intermediate", "add_intermediates", "cut_out", "find_intermediates", "load_graph", "run_graph", "select"]
 
@@ -196,6 +197,7 @@ def run_graph(model: ir.Model, folder: Path, inputs: Mapping[str, Tensor], title
 
     Raises:
         ExportError: ONNX Runtime cannot run the graph.
+        OutputError, ResourceError: the copy cannot be written.
     """
     import onnxruntime
 
@@ -215,7 +217,10 @@ def run_graph(model: ir.Model, folder: Path, inputs: Mapping[str, Tensor], title
     # 2. Load a copy of the graph beside its weights, and run it.
     copy = folder / f".verify-{uuid.uuid4().hex}.onnx"
     try:
-        ir.save(model, copy)
+        try:
+            ir.save(model, copy)
+        except OSError as error:
+            raise disk_error(error, copy) from error
         session = onnxruntime.InferenceSession(
             str(copy), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
         )
@@ -224,6 +229,8 @@ def run_graph(model: ir.Model, folder: Path, inputs: Mapping[str, Tensor], title
             tensor = inputs[value.name]
             feeds[value.name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         results = session.run(None, feeds)
+    except (DvdquantError, MemoryError):
+        raise  # neither says anything about the graph
     except Exception as error:  # onnxruntime's own exceptions share no base class but this
         raise ExportError(f"ONNX Runtime refused {title}: {error}") from error
     finally:

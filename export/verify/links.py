@@ -297,8 +297,7 @@ def _tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
     for tensor in model.graph.initializer:
         yield tensor, True
     for sparse in model.graph.sparse_initializer:
-        yield sparse.values, False
-        yield sparse.indices, False
+        yield from _parts(sparse)
     pending = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     while pending:
         node = pending.pop()
@@ -307,10 +306,22 @@ def _tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
                 yield attribute.t, False
             for tensor in attribute.tensors:
                 yield tensor, False
+            if attribute.HasField("sparse_tensor"):
+                yield from _parts(attribute.sparse_tensor)
+            for sparse in attribute.sparse_tensors:
+                yield from _parts(sparse)
             for sub in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
                 for tensor in sub.initializer:
                     yield tensor, False
+                for sparse in sub.sparse_initializer:
+                    yield from _parts(sparse)
                 pending += sub.node
+
+
+def _parts(sparse: onnx.SparseTensorProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
+    """The two tensors that a sparse one is made of, neither of them an initializer of the graph."""
+    yield sparse.values, False
+    yield sparse.indices, False
 
 
 def _without_bits(model: onnx.ModelProto) -> bytes:

@@ -118,6 +118,16 @@ def constant_inside(graph: onnx.ModelProto) -> None:
     graph.graph.node.append(onnx.helper.make_node("Constant", [], ["hidden"], value=tensor))
 
 
+def sparse_inside(graph: onnx.ModelProto) -> None:
+    """External data of a sparse tensor in an attribute."""
+    constant_inside(graph)
+    hidden = graph.graph.node.pop().attribute[0].t
+    node = graph.graph.node.add(op_type="Constant", output=["hidden"])
+    attribute = node.attribute.add(name="sparse_value", type=onnx.AttributeProto.SPARSE_TENSOR)
+    attribute.sparse_tensor.values.CopyFrom(hidden)
+    attribute.sparse_tensor.dims.append(8)
+
+
 def one_number(graph: onnx.ModelProto) -> None:
     tensor = next(t for t in graph.graph.initializer if t.raw_data and t.data_type == onnx.TensorProto.FLOAT)
     tensor.raw_data = bytes(len(tensor.raw_data))
@@ -134,6 +144,7 @@ FAULTS: dict[str, tuple[str, Callable[[onnx.ModelProto], None], str]] = {
     "another layer's weight": (A4, other_layer, "QuantLinear reads"),
     "a layer left out": (A4, without_layer, f"does not use {VICTIM}.weight"),
     "external data in an attribute": (A8, constant_inside, "hidden"),
+    "external data of a sparse tensor in an attribute": (A8, sparse_inside, "hidden"),
     "another constant in one of the graphs": (A8, one_number, "differ in more than the activation bits"),
 }  # fmt: skip
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from dvdquant.artifact.manifest import LayerEntry
-from dvdquant.errors import ExportError
+from dvdquant.errors import ExportError, OutputError
 from dvdquant.export.verify import graph as verify
 from dvdquant.export.verify import layers as verify_layers
+from dvdquant.export.verify.export import _worst as worst_layers
 from dvdquant.export.verify.export import verify_export
 from dvdquant.export.verify.graph import BetweenCheck, GraphCheck, Verifier
 from dvdquant.export.verify.intermediates import add_intermediates, cut_out, find_intermediates, load_graph, run_graph
@@ -318,6 +319,22 @@ def test_a_fault_ends_the_export(wan: Export, broken: Any) -> None:
             verify_export(wan.root, plans, wan.graphs, tensors, layers, sizes, Progress())
     finally:
         path.write_bytes(original)
+
+
+def test_the_worst_layers_of_two_transformers(wan: Export) -> None:
+    """Their layers have the same names, and errors of their own."""
+    table: list[LayerEntry] = []
+    for worst in (0, 3):
+        table += [{**entry, "relative_mse": float(i == worst)} for i, entry in enumerate(entries(wan))]  # type: ignore[misc]
+    names = [spec.name for spec in wan.plan.layers]
+    found = worst_layers({"transformer": wan.plan, "transformer_2": wan.plan}, table)
+    assert (found["transformer"][0], found["transformer_2"][0]) == (names[0], names[3])
+
+
+def test_a_folder_that_takes_no_file_is_no_fault_of_the_graph(wan: Export, verifier: Verifier, tmp_path: Path) -> None:
+    model = load_graph(wan.path(8, "tensorrt"))
+    with pytest.raises(OutputError, match=r"cannot write .*gone"):
+        run_graph(model, tmp_path / "gone", verifier.inputs, "the graph")
 
 
 def test_nothing_that_is_not_a_number_passes() -> None:

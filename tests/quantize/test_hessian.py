@@ -31,6 +31,7 @@ from dvdquant.quantize.hessian import (
     streamed,
     synthetic_hessians,
 )
+from dvdquant.quantize.layer_inputs import layer_inputs
 from dvdquant.quantize.synthetic_inputs import synthetic_inputs
 from dvdquant.recipe import Recipe, get_recipe
 from dvdquant.system.progress import Progress
@@ -171,6 +172,13 @@ def test_large_fixed_sizes_mean_fewer_items() -> None:
     assert inputs["timestep"][-1] == 999
 
 
+@pytest.mark.parametrize(("text", "items"), [(226, 16), (512, 16), (4096, 2), (65536, 1)])
+def test_long_texts_mean_fewer_items(text: int, items: int) -> None:
+    """One number of a config, without a weight that belongs to it, makes a text of any length."""
+    inputs = synthetic_inputs(get_family(with_changes(tiny.COGVIDEOX_2B, max_text_seq_length=text)))
+    assert inputs["encoder_hidden_states"].shape[:2] == (items, text)
+
+
 @pytest.mark.parametrize(
     ("features", "rotation", "block"),
     [
@@ -289,6 +297,21 @@ def test_values_beyond_fp32_mean_no_prediction(tmp_path: Path) -> None:
     assert found["blocks.1.ffn.net.2"].tokens == 0
     assert not torch.equal(found["blocks.0.ffn.net.2"].blocks, identity)
     assert all(value.triangles.isfinite().all() for value in found.values())
+
+
+@pytest.mark.parametrize("size", [1e17, 1e18, 1e19])
+def test_moments_that_fit_until_they_are_rotated(size: float) -> None:
+    """Few inputs of finite moments, whose rotation is beyond fp32: there is no prediction, and no failure later."""
+    plan = plan_model(tiny.WAN, get_recipe("w4a4"), torch.bfloat16)
+    spec = next(spec for spec in plan.layers if spec.features == 256)
+    collected = hessian._Collected(plan)
+    collected.add_weight(f"{spec.members[0]}.weight", torch.ones(spec.out_features, spec.features))
+    collected.watch(spec)(nn.Identity(), (torch.full((2, spec.features), size),))
+    found = collected.take(spec)
+    assert found.tokens == 0
+    known = layer_inputs(found, spec)
+    assert bool(known.hessian.isfinite().all())
+    assert bool(known.gptq.factors.isfinite().all())
 
 
 def test_layer_never_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,12 @@ from safetensors.torch import load_file, save_file
 import dvdquant.quantize.checkpoint as quantize_module
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.checkpoint.reader import open_checkpoint
-from dvdquant.errors import CheckpointError
+from dvdquant.errors import CheckpointError, OutputError, ShapeError
 from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import GraphWriter
 from dvdquant.export.verify.graph import load_quantized, verify_graph
-from dvdquant.model.plan import ModelPlan, plan_model
+from dvdquant.model.loading import fill_quantized
+from dvdquant.model.plan import ModelPlan, plan_model, quantized_skeleton
 from dvdquant.numerics.hadamard import rotate
 from dvdquant.numerics.packing import unpack_int4
 from dvdquant.ops.reference import dequantize_weight
@@ -383,3 +385,32 @@ def test_integer_tensors_are_refused(model: Path, tmp_path: Path) -> None:
     save_file(tensors, source / SINGLE)
     with pytest.raises(CheckpointError, match=r"proj_out\.weight.*I8"):
         quantize(source, tmp_path, plan())
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3), torch.zeros(4, 128, dtype=torch.int8)], ids=["shape", "dtype"])
+def test_a_tensor_that_stays_of_another_form_is_refused(value: torch.Tensor, model: Path) -> None:
+    """As it is loaded, not in the first step."""
+    plan = plan_model(open_checkpoint(model).config, get_recipe("w4a4"), torch.bfloat16)
+    tensors = {name: torch.zeros(s, dtype=d) for spec in plan.layers for name, (d, s) in spec.tensors().items()}
+    tensors |= {name: torch.zeros(s, dtype=d) for name, (d, s) in plan.kept.items()}
+    skeleton = quantized_skeleton(plan, 4)
+    fill_quantized(skeleton, plan, tensors.__getitem__)
+    name = "condition_embedder.text_embedder.linear_1.bias"
+    with pytest.raises(ShapeError, match=name):
+        fill_quantized(skeleton, plan, {**tensors, name: value}.__getitem__)
+
+
+def test_no_file_stays_open_where_the_second_cannot_be_made(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(model)
+    plan = plan_model(checkpoint.config, get_recipe("w4a8"), torch.bfloat16)
+    shards = plan_shards(plan, "transformer", 100_000)
+    assert len(shards) > 2
+    monkeypatch.setattr(quantize_module, "plan_shards", lambda *_: shards)
+    with ExportTransaction(tmp_path / "out", key=KEY) as transaction:
+        (transaction.tree / list(shards)[1]).mkdir(parents=True)
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(OutputError):
+            quantize_checkpoint(checkpoint, plan, transaction, Progress())
+        assert len(os.listdir("/proc/self/fd")) == before
