@@ -80,7 +80,7 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.option(
     "--attention",
     type=click.Choice(ATTENTION),
-    help="Self-attention of long sequences in PyTorch sessions: 16 bit, int8 or fp8; engines have 16 bit.  "
+    help="Self-attention of long sequences: 16 bit, int8 or fp8. Engines of SM 8.9 and later run both as fp8.  "
     "[default: the recipe's]",
 )
 @click.option(

@@ -319,7 +319,7 @@ def _tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
 
 
 def _parts(sparse: onnx.SparseTensorProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
-    """The two tensors that a sparse one is made of, neither of them an initializer of the graph."""
+    """Return the two tensors that a sparse one is made of, neither of them an initializer of the graph."""
     yield sparse.values, False
     yield sparse.indices, False
 

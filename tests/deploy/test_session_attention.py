@@ -227,11 +227,11 @@ def test_the_command_and_its_trace(tmp_path: Path) -> None:
 def test_an_engine_says_what_it_does_instead(tmp_path: Path) -> None:
     line = (TINY_WAN, "-o", tmp_path / "out", "--attention", "int8", "--target", "rtx", "--sm", "8.9", "--dry-run")
     words = " ".join(in_process(*line).split())
-    assert "attention in 16 bits (only PyTorch sessions have the recipe's int8)" in words
+    assert "INT8 attention would write its scores to memory" in words
     assert "SM 9.0: sageattention-2, fa3-fwd, cudnn, comfy-kitchen" in words
     data = json.loads(in_process(*line, "--log-format", "json"))
     assert data["recipe"]["attention"] == "int8"
-    assert "attention in 16 bits" in data["engines"][0]["executes"]
+    assert "self-attention in FP8" in data["engines"][0]["executes"]
     assert "attention" not in " ".join(
         in_process(TINY_WAN, "-o", tmp_path / "out", "--dry-run").split("what will")[0].split()
     )
