@@ -313,8 +313,9 @@ class _Collected:
 
 def _most_moment(spec: LayerSpec) -> float:
     """Return the largest moment that still fits into fp32 after it was divided by smooth scales and rotated."""
-    order, divided = hessian_block(spec), float(4.0 ** -_EXPONENTS[0])
-    return torch.finfo(torch.float32).max / (divided * order**1.5)
+    order = hessian_block(spec)
+    divided = 4.0 ** -_EXPONENTS[0]
+    return torch.finfo(torch.float32).max / (divided * order * math.sqrt(order))
 
 
 def _move_buffers(model: nn.Module, device: torch.device | str) -> None:
