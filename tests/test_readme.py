@@ -110,7 +110,7 @@ def test_options_named_in_the_text_exist(page: Path) -> None:
     spans = [span for span in re.findall(r"`[^`]+`", prose) if "benchmarks/" not in span and "pip " not in span]
     named = set(re.findall(r"(?<![\w=-])--[a-z][a-z0-9-]+", " ".join(spans)))
     # Of a script of benchmarks/quality, named in its page.
-    assert named - known <= {"--add-to", "--parts", "--delta-chunks", "--help"}
+    assert named - known <= {"--add-to", "--parts", "--delta-chunks", "--help", "--clips"}
 
 
 def test_pages_take_in_the_generated_tables() -> None:

@@ -114,7 +114,7 @@ def _read_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         parent, _, child = name.rpartition(".")
         value = checkpoint.read(name).to(placeholder.dtype)
         checkpoint.check_finite(name, value)
-        model.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)
+        model.get_submodule(parent).register_parameter(child, nn.Parameter(value, requires_grad=False))
     return model
 
 

@@ -213,7 +213,7 @@ def fold_norms(module: nn.Module) -> None:
                 old = getattr(norm, name, None)
                 if old is not None:
                     new = (old.float() * by).to(old.dtype)
-                    norm._parameters[name] = nn.Parameter(new, requires_grad=False)
+                    norm.register_parameter(name, nn.Parameter(new, requires_grad=False))
 
 
 def norm_bounds(module: nn.Module) -> Tensor | None:

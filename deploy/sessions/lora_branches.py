@@ -75,7 +75,7 @@ class LoraBranches:
         for hook in self._hooks:
             hook.remove()
         for name, parameter in self._kept.items():
-            self._parameters(name)[name.rpartition(".")[2]] = parameter
+            setattr(self._owner(name), name.rpartition(".")[2], parameter)
         self._hooks, self._kept, self.nbytes = [], {}, 0
 
     def _attach(self, module: QuantLinear, left: dict[str, tuple[Term, ...]]) -> None:
@@ -117,12 +117,13 @@ class LoraBranches:
 
     def _patch(self, name: str, loras: Loras) -> None:
         """Fuse the changes of a tensor that the export keeps, and remember it as it was."""
-        parameters, child = self._parameters(name), name.rpartition(".")[2]
-        stored = parameters[child]
+        owner, child = self._owner(name), name.rpartition(".")[2]
+        stored = owner.get_parameter(child)
         fused = loras.apply(name, stored.detach().to("cpu", torch.float32, copy=True))
         self._kept[name] = stored
-        parameters[child] = nn.Parameter(fused.to(self._device, stored.dtype), requires_grad=False)
+        setattr(owner, child, nn.Parameter(fused.to(self._device, stored.dtype), requires_grad=False))
         self.nbytes += stored.nbytes
 
-    def _parameters(self, name: str) -> dict[str, Any]:
-        return self._model.get_submodule(name.rpartition(".")[0])._parameters
+    def _owner(self, name: str) -> nn.Module:
+        """Return the module that a parameter belongs to."""
+        return self._model.get_submodule(name.rpartition(".")[0])

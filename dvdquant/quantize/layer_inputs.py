@@ -142,7 +142,7 @@ def predict_inputs(
     """
     if plan.recipe.inputs != "synthetic" or not plan.layers:
         return None
-    path, step = transaction.tree.parent / f"{component}.hessian.safetensors", f"{component}:moments"
+    path, step = transaction.tree.parent / f"{component}.hessian.safetensors", f"{component}:hessian"
     if not (transaction.is_done(step) and path.exists()):
         path.unlink(missing_ok=True)
         limits, levels = Magnitudes(plan), noise_levels(plan)

@@ -111,7 +111,7 @@ def test_random_kills_then_resume_is_bit_identical(exporter: Exporter, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [197, pytest.param(1, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("step", [90, pytest.param(1, marks=pytest.mark.stress)])
 def test_every_writing_call_of_an_export_failing(exporter: Exporter, tmp_path: Path, step: int) -> None:
     """With one of the errors of disks, by turns: exit 2 and one sentence, and the export of before as it was."""
     out = tmp_path / "out"

@@ -304,7 +304,7 @@ def test_predicted_inputs_resemble_the_real_ones(bench: Any, layers: list[Any]) 
     assert sum(ratio < 1 for ratio in ratios) > 0.9 * len(ratios)
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_a_whole_small_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     """Real processes, real clips of ten steps: rows of every kind, a torn line, and a report that reads them."""
     command = [

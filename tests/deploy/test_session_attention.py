@@ -217,9 +217,8 @@ def test_the_command_and_its_trace(tmp_path: Path) -> None:
     assert (executed["attention"]["library"], executed["attention"]["format"]) == ("reference", "int8")
     assert executed["attention"]["error"] < ladder.MAX_ERROR
     out = tiny_wan_export()
-    refused(
-        run(*call(out, "--prompt", PROMPT, "--attention", "int8", "--attention-backend", "x", "-o", "c.mp4")), "unknown"
-    )
+    unknown = (out, "--pipeline", TINY_WAN, "--steps", 1, "--device", "cpu", "--prompt", PROMPT, "--attention", "int8")
+    refused(run(*unknown, "--attention-backend", "x", "-o", tmp_path / "c.mp4"), "unknown")
     line = call(out, "--prompt", PROMPT, "--backend", "onnxruntime", "--attention-backend", "x", "-o", "c.mp4")
     refused(run(*line), "--attention-backend runs in PyTorch")
 

@@ -159,7 +159,7 @@ def test_a_journal_that_is_not_ours_is_not_gone_on_from() -> None:
     good = {"entry": layer, "nonfinite": [], "crc": {"blocks.0.ffn.weight": 7}}
     assert is_step("transformer:layer:blocks.0.ffn", good)
     assert is_step("transformer:kept:0", {"nonfinite": ["x"], "crc": {}})
-    assert is_step("transformer:moments", None)
+    assert is_step("transformer:hessian", None)
     bad: list[Any] = [None, [], 1, "x", {}, {**good, "crc": {"a": "7"}}, {**good, "crc": []}, {**good, "nonfinite": 1}]
     bad += [{**good, "entry": {**layer, name: value}} for name in layer for value in ([1], {}, True)]
     bad += [{**good, "entry": {k: v for k, v in layer.items() if k != name}} for name in layer]

@@ -31,7 +31,7 @@ def test_table_of_realizations() -> None:
         ("tensorrt_rtx", "9.0", ActivationSpec(8), "auto", r"(?s)SM 9\.0 are not supported.*8\.0, 8\.6, 8\.9"),
         ("tensorrt", "11.0", ActivationSpec(8), "auto", r"(?s)SM 11\.0 are not supported.*10\.3.*12\.1"),
         ("onnx", "8.9", ActivationSpec(8), "auto", "unknown engine backend"),
-        ("tensorrt_rtx", "8.9", ActivationSpec(8), "fp8", "unknown realization 'fp8'"),
+        ("tensorrt_rtx", "8.9", ActivationSpec(8), "fp8", "unknown precision 'fp8'"),
         ("tensorrt_rtx", "8.9", ActivationSpec(4), "nvfp4", r"nvfp4 cannot run 4-bit .* on SM 8\.9"),
         ("tensorrt_rtx", "12.0", ActivationSpec(8), "nvfp4", "nvfp4 cannot run 8-bit"),
         ("tensorrt_rtx", "8.9", ActivationSpec(8, 64), "int8", "int8 cannot run 8-bit activations, groups of 64"),

@@ -128,7 +128,7 @@ def test_a_wrong_library_fails(library: type[HostLibrary], check: str, sm: int, 
 
 
 def test_a_stale_prepared_weight_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared_cache, "_version", lambda tensor: 0)
+    monkeypatch.setattr(prepared_cache, "tensor_version", lambda tensor: 0)
     rows = {r.name: r.passed for r in check_ops.check_op(bench(HostLibrary()))}
     assert rows["op after weights changed in place"] is False
     assert rows["op against float64"] is True

@@ -190,7 +190,7 @@ def test_quantize_weight_takes_them() -> None:
     assert torch.equal(quantize_weight(odd, WeightSpec()).codes, tensors[0])
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.parametrize(("recipe", "single", "mean"), CLOSENESS[-1:])
 def test_layers_are_as_good_as_on_the_cpu(
     by_kernels: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: str, single: float, mean: float

@@ -51,6 +51,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both generators ask here; what they load goes where this says."""
+    import threading
     from types import SimpleNamespace
 
     from dvdquant.deploy.generation import from_table as generate
@@ -59,7 +60,7 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
 
     places: list[torch.device] = []
 
-    def load(artifact: Any, root: Any, component: str, device: torch.device, dtype: torch.dtype) -> Any:
+    def load(artifact: Any, root: Any, component: str, device: torch.device, dtype: torch.dtype, *more: Any) -> Any:
         places.append(device)
         raise InterruptedError
 
@@ -71,8 +72,11 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
     vars(table).update(
         artifact=artifact, device="cuda:1", table=SimpleNamespace(root="r"), component="t", _original=None
     )
+    vars(table).update(_loading=threading.Lock(), lora=(), beside={"t": ()})
     folder = SimpleNamespace(root="r", transformers=("transformer",))
-    vars(pipeline).update(artifact=artifact, device="cuda:0", folder=folder, _originals={})
+    vars(pipeline).update(
+        artifact=artifact, device="cuda:0", folder=folder, _originals={}, lora=(), beside={"transformer": ()}
+    )
     with pytest.raises(InterruptedError):
         table._runner(GenerateRequest("a", mode="16"))
     with pytest.raises(InterruptedError):
