@@ -24,13 +24,11 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generator import (
     Generator,
     Runner,
-    WrapSession,
+    SessionOptions,
     controller_of,
     executed_original,
     executed_session,
     sampling_defaults,
-    set_loras_or_close,
-    wrapped,
 )
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
 from dvdquant.deploy.generation.request import (
@@ -41,7 +39,7 @@ from dvdquant.deploy.generation.request import (
     resolve_size,
 )
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_table_scheduler, rehearse
-from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.deploy.sessions import EngineSession
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.system.devices import resolve_device
@@ -56,21 +54,13 @@ class TableGenerator(Generator):
         self,
         artifact: Artifact,
         table: PromptTable,
-        *,
-        backend: str,
-        device: str,
-        wrap: WrapSession | None = None,
+        options: SessionOptions,
         lora: Sequence[LoraSpec] = (),
-        compile: bool = False,
-        attention: str | None = None,
-        attention_backend: str | None = None,
     ) -> None:
-        super().__init__(artifact, lora)
+        super().__init__(artifact, options, lora)
         (self.component,) = artifact.components
         self.family = artifact.family(self.component)
-        self.table, self.backend, self.device, self.compile = table, backend, device, compile
-        self._attention: Any = {"attention": attention, "attention_backend": attention_backend}
-        self._wrap = wrap
+        self.table = table
         self._session: EngineSession | None = None
         self._original: nn.Module | None = None
         self._loading = threading.Lock()  # two threads must not open two sessions, one of which nobody closes
@@ -166,7 +156,7 @@ class TableGenerator(Generator):
         if request.mode == "16":
             with self._loading:
                 if self._original is None:
-                    device = resolve_device(self.device)
+                    device = resolve_device(self.options.device)
                     # Nothing but the transformer runs here, so a CPU may take the arithmetic it is good at.
                     dtype = torch.float32 if device.type == "cpu" else self.artifact.dtype
                     self._original = load_original(
@@ -182,16 +172,7 @@ class TableGenerator(Generator):
             return original, original.device, original.dtype
         with self._loading:
             if self._session is None:
-                session = open_session(
-                    self.artifact,
-                    self.component,
-                    backend=self.backend,
-                    device=self.device,
-                    compile=self.compile,
-                    **self._attention,
-                )
-                set_loras_or_close(session, self.beside[self.component])
-                self._session = wrapped(session, self._wrap)
+                self._session = self.options.open(self.artifact, self.component, self.beside[self.component])
             session = self._session
         runner = StepRunner(session, controller_of(self.artifact, self.component, request))
         return runner, session.device, session.dtype

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dvdquant.checkpoint.formats.files import given_file
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.from_table import TableGenerator
-from dvdquant.deploy.generation.generator import Generator, WrapSession
+from dvdquant.deploy.generation.generator import Generator, SessionOptions, WrapSession
 from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.errors import CheckpointError
@@ -64,7 +63,6 @@ def open_generator(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         pipeline: folder or hub id of the model, if it is no longer where the export was made from.
         compile: run the quantized transformer in PyTorch, with its blocks compiled.
-        attention, attention_backend: 8-bit attention and its library, see :func:`.sessions.open_session`.
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
         attention_backend: the library that computes it instead of the first of the ladder that fits.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
@@ -75,14 +73,13 @@ def open_generator(
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
     """
     source = str(pipeline or artifact.manifest.source["model"])
-    how: Any = {"backend": backend, "device": device, "wrap": wrap_session, "compile": compile, "lora": lora}
+    options = SessionOptions(backend, device, wrap_session, compile, attention, attention_backend)
     if pipeline is None and given_file(source) is not None:
         raise CheckpointError(
             f"the export was made from the single file {shown(source)}, which has no text encoder, VAE and scheduler",
             available=f"{artifact.manifest.source['class_name']} of family {artifact.manifest.family}",
             fix="give the diffusers pipeline of the same model with --pipeline FOLDER or a hub id; its transformer is not used",
         )
-    how |= {"attention": attention, "attention_backend": attention_backend}
     if PromptTable.is_at(source):
-        return TableGenerator(artifact, PromptTable.open(source), **how)
-    return PipelineGenerator(artifact, source, **how)
+        return TableGenerator(artifact, PromptTable.open(source), options, lora)
+    return PipelineGenerator(artifact, source, options, lora)

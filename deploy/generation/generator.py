@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -16,20 +17,19 @@ from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.deploy.generation.video import default_fps
-from dvdquant.deploy.sessions import EngineSession
+from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 
 __all__ = [
     "Generator",
     "Runner",
+    "SessionOptions",
     "WrapSession",
     "controller_of",
     "executed_original",
     "executed_session",
     "sampling_defaults",
-    "set_loras_or_close",
-    "wrapped",
 ]
 
 WrapSession = Callable[[EngineSession], EngineSession]
@@ -56,11 +56,67 @@ class Runner(Protocol):
         ...
 
 
-class Generator(ABC):
-    """A model opened for several clips; a context manager. Engines and weights are loaded once, when first needed."""
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a generator opens its sessions.
 
-    def __init__(self, artifact: Artifact, lora: Sequence[LoraSpec] = ()) -> None:
+    Args:
+        backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; of the original model as well.
+        wrap: Applied to every session as soon as it is open, to watch or replace what it runs; None leaves it.
+        compile: Run in PyTorch, with the transformer's blocks compiled.
+        attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
+        attention_backend: The library that computes it instead of the first of the ladder that fits.
+    """
+
+    backend: str = "auto"
+    device: str = "auto"
+    wrap: WrapSession | None = None
+    compile: bool = False
+    attention: str | None = None
+    attention_backend: str | None = None
+
+    def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
+        """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
+
+        Args:
+            artifact: The export.
+            component: ``transformer`` or ``transformer_2``.
+            loras: LoRAs to run beside its weights.
+
+        Raises:
+            DvdquantError: See :func:`.sessions.open_session` and :meth:`EngineSession.set_loras`.
+        """
+        session = open_session(
+            artifact,
+            component,
+            backend=self.backend,
+            device=self.device,
+            compile=self.compile,
+            attention=self.attention,
+            attention_backend=self.attention_backend,
+        )
+        try:
+            if loras:
+                session.set_loras(loras)
+            return session if self.wrap is None else self.wrap(session)
+        except BaseException:
+            session.close()
+            raise
+
+
+class Generator(ABC):
+    """A model opened for several clips; a context manager. Engines and weights are loaded once, when first needed.
+
+    Args:
+        artifact: The export.
+        options: How sessions are opened.
+        lora: LoRAs that were named for it: those of the export, or others that run beside the weights.
+    """
+
+    def __init__(self, artifact: Artifact, options: SessionOptions, lora: Sequence[LoraSpec] = ()) -> None:
         self.artifact = artifact
+        self.options = options
         self.lora, beside = split_given(artifact.manifest.lora, lora)
         self.beside = components_of(beside, artifact.components)
 
@@ -121,27 +177,6 @@ def controller_of(artifact: Artifact, component: str, request: GenerateRequest) 
         cache=request.cache,
         **rule,
     )
-
-
-def wrapped(session: EngineSession, wrap: WrapSession | None) -> EngineSession:
-    """Return the session in its wrapper, or itself without one. If the wrapper fails, the session is closed."""
-    if wrap is None:
-        return session
-    try:
-        return wrap(session)
-    except BaseException:
-        session.close()
-        raise
-
-
-def set_loras_or_close(session: EngineSession, specs: Sequence[LoraSpec]) -> None:
-    """Run ``specs`` beside the weights of a session that was just opened; if it cannot, it is closed again."""
-    try:
-        if specs:
-            session.set_loras(specs)
-    except BaseException:
-        session.close()
-        raise
 
 
 def executed_session(session: EngineSession) -> dict[str, Any]:

@@ -18,12 +18,11 @@ from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generator import (
     Generator,
+    SessionOptions,
     controller_of,
     executed_original,
     executed_session,
     sampling_defaults,
-    set_loras_or_close,
-    wrapped,
 )
 from dvdquant.deploy.generation.original import LOADING, CallRecorder, load_original, synchronize
 from dvdquant.deploy.generation.request import (
@@ -37,7 +36,6 @@ from dvdquant.deploy.generation.request import (
 from dvdquant.deploy.pipelines.parts import PIPELINES, open_pipeline_folder
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer
-from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
 from dvdquant.system.devices import resolve_device
@@ -60,20 +58,12 @@ class PipelineGenerator(Generator):
         self,
         artifact: Artifact,
         source: str,
-        *,
-        backend: str,
-        device: str,
-        wrap: Callable[[EngineSession], EngineSession] | None = None,
+        options: SessionOptions,
         lora: Sequence[LoraSpec] = (),
-        compile: bool = False,
-        attention: str | None = None,
-        attention_backend: str | None = None,
     ) -> None:
-        super().__init__(artifact, lora)
+        super().__init__(artifact, options, lora)
         self.family = artifact.family(artifact.components[0])
-        self.source, self.backend, self.device, self.compile = source, backend, device, compile
-        self._attention: Any = {"attention": attention, "attention_backend": attention_backend}
-        self._wrap = wrap
+        self.source = source
         self.folder = open_pipeline_folder(source, self.family.name)
         if missing := sorted(set(self.folder.transformers) - set(artifact.components)):
             raise UnsupportedError(
@@ -191,11 +181,7 @@ class PipelineGenerator(Generator):
             if name in self._engines:
                 self._engines[name].use(controller)
                 continue
-            session = open_session(
-                self.artifact, name, backend=self.backend, device=self.device, compile=self.compile, **self._attention
-            )
-            set_loras_or_close(session, self.beside[name])
-            session = wrapped(session, self._wrap)
+            session = self.options.open(self.artifact, name, self.beside[name])
             try:
                 self._engines[name] = DvdqTransformer(session, controller)
             except BaseException:
@@ -206,7 +192,7 @@ class PipelineGenerator(Generator):
     def _originals_of(self) -> dict[str, nn.Module]:
         for name in self.components:
             if name not in self._originals:
-                device = resolve_device(self.device)
+                device = resolve_device(self.options.device)
                 # The pipeline's other parts give it tensors of the export's dtype.
                 dtype = self.artifact.dtype
                 self._originals[name] = load_original(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation import from_table
+from dvdquant.deploy.generation import generator as generator_module
 from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
 from dvdquant.deploy.generation.request import GenerateResult
 from dvdquant.deploy.sessions.base import EngineSession
@@ -137,15 +138,15 @@ def test_threads_that_share_a_generator(mode: str, monkeypatch: pytest.MonkeyPat
     artifact = Artifact.open(trained_export())
     requests = [GenerateRequest(prompt, steps=4, mode=mode, seed=seed) for seed, prompt in enumerate(PROMPTS)]
     opened: list[Any] = []
-    for name in ("open_session", "load_original"):
-        real = getattr(from_table, name)
+    for module, name in ((generator_module, "open_session"), (from_table, "load_original")):
+        real = getattr(module, name)
 
         def slow(*arguments: Any, real: Any = real, **options: Any) -> Any:
             time.sleep(0.05)
             opened.append(real(*arguments, **options))
             return opened[-1]
 
-        monkeypatch.setattr(from_table, name, slow)
+        monkeypatch.setattr(module, name, slow)
     threads = torch.get_num_threads()
     with open_generator(artifact, backend="onnxruntime") as generator, ThreadPoolExecutor(2) as pool:
         found = [future.result(120) for future in [pool.submit(generator.generate, r) for r in requests]]
@@ -219,7 +220,7 @@ def test_threads_that_share_a_pipeline_generator() -> None:
 
 def test_a_wrapper_that_fails_leaves_no_session_open(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[EngineSession] = []
-    real = from_table.open_session
+    real = generator_module.open_session
 
     def noted(*arguments: Any, **options: Any) -> EngineSession:
         opened.append(real(*arguments, **options))
@@ -228,7 +229,7 @@ def test_a_wrapper_that_fails_leaves_no_session_open(monkeypatch: pytest.MonkeyP
     def fails(_session: EngineSession) -> EngineSession:
         raise RuntimeError("no wrapper")
 
-    monkeypatch.setattr(from_table, "open_session", noted)
+    monkeypatch.setattr(generator_module, "open_session", noted)
     generator = open_generator(Artifact.open(trained_export()), backend="onnxruntime", wrap_session=fails)
     with pytest.raises(RuntimeError, match="no wrapper"), generator:
         generator.prepare(GenerateRequest(PROMPTS[0], mode="a8"))

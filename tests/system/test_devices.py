@@ -56,6 +56,7 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
 
     from dvdquant.deploy.generation import from_table as generate
     from dvdquant.deploy.generation import in_pipeline as pipeline_generate
+    from dvdquant.deploy.generation.generator import SessionOptions
     from dvdquant.deploy.generation.request import GenerateRequest
 
     places: list[torch.device] = []
@@ -70,12 +71,21 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
     pipeline = object.__new__(pipeline_generate.PipelineGenerator)
     artifact = SimpleNamespace(dtype=torch.bfloat16)
     vars(table).update(
-        artifact=artifact, device="cuda:1", table=SimpleNamespace(root="r"), component="t", _original=None
+        artifact=artifact,
+        options=SessionOptions(device="cuda:1"),
+        table=SimpleNamespace(root="r"),
+        component="t",
+        _original=None,
     )
     vars(table).update(_loading=threading.Lock(), lora=(), beside={"t": ()})
     folder = SimpleNamespace(root="r", transformers=("transformer",))
     vars(pipeline).update(
-        artifact=artifact, device="cuda:0", folder=folder, _originals={}, lora=(), beside={"transformer": ()}
+        artifact=artifact,
+        options=SessionOptions(device="cuda:0"),
+        folder=folder,
+        _originals={},
+        lora=(),
+        beside={"transformer": ()},
     )
     with pytest.raises(InterruptedError):
         table._runner(GenerateRequest("a", mode="16"))
