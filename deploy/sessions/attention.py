@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dvdquant.ops.attention import ladder
 from dvdquant.ops.attention.ladder import Attention
 from dvdquant.ops.attention.operation import attention, number_of
+from dvdquant.ops.attention.static_scales import longest_row, pair_exponents
 
 __all__ = ["AttentionState", "cut_padded_words", "fold_norms", "install_attention", "norm_bounds", "self_attentions"]
 
@@ -190,9 +191,7 @@ def cut_padded_words(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], b
 def fold_norms(module: nn.Module) -> None:
     """Make the norm weights of q and k equal in size, rope pair by rope pair, with the scores as they are.
 
-    A channel that is large in k and small in q takes k's grid for itself. Multiplying the pair's weights by c in q and 1/c in
-    k leaves every product of q and k. Rope mixes the two channels of a pair, so they have one c. It is a power of two: the
-    weights, and q and k, keep all their digits. It comes before the rotation, which mixes all channels: it would spread such
+    :func:`.pair_exponents` says by how much. It comes before the rotation, which mixes all channels: it would spread
     outliers, and those of q and k differ.
 
     Args:
@@ -203,10 +202,7 @@ def fold_norms(module: nn.Module) -> None:
         return
     sizes = [torch.stack([_pair_size(q), _pair_size(k)]) for q, k in pairs]
     q_size, k_size = torch.stack(sizes).square().sum(0).sqrt()
-    ratio = (k_size / q_size).sqrt()
-    # A pair that one side does not have at all (0, or no number) stays.
-    exponent = ratio.log2().round().nan_to_num(0.0, 0.0, 0.0).clamp(-12, 12)
-    factor = exponent.exp2().repeat_interleave(2)
+    factor = pair_exponents(q_size, k_size).exp2().repeat_interleave(2)
     for q, k in pairs:
         for norm, by in ((q, factor), (k, 1 / factor)):
             for name in ("weight", "bias"):
@@ -219,9 +215,8 @@ def fold_norms(module: nn.Module) -> None:
 def norm_bounds(module: nn.Module) -> Tensor | None:
     """Return the largest values that q and k can have behind their norms, rope and a rotation: fp32 [2], or None.
 
-    A row behind an RMS or layer norm over n channels has the length ``√n·max|w| + ‖b‖`` at most, rope and the rotation keep
-    lengths, and a value is no larger than the length of its row. The norm is over all heads in Wan and LTX-Video, and over
-    each head in HunyuanVideo and CogVideoX.
+    They are the lengths of the longest rows (:func:`.longest_row`). The norm is over all heads in Wan and LTX-Video, and
+    over each head in HunyuanVideo and CogVideoX.
 
     Args:
         module: An attention module with norms of q and k; without them nothing is known.
@@ -249,14 +244,11 @@ def _length(norm: Any, module: nn.Module) -> float | None:
     """Return the largest length of a row (of one head or of all) behind a norm, or None if it is no norm we know."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if weight is not None:
-        channels, largest = weight.numel(), float(weight.float().abs().amax())
-    else:
-        shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
-        if shape is None:
-            return None
-        channels = int(torch.Size(shape if isinstance(shape, Sequence) else (shape,)).numel())
-        largest = 1.0
-    return float(channels**0.5 * largest + (0.0 if bias is None else float(bias.float().norm())))
+        return longest_row(weight.numel(), weight, bias)
+    shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
+    if shape is None:
+        return None
+    return longest_row(torch.Size(shape if isinstance(shape, Sequence) else (shape,)).numel(), None, bias)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -10,15 +10,10 @@ from dvdquant.export.passes.fp8_attention import LONG_TOKENS
 from dvdquant.model.families import Family, Sizes
 from dvdquant.recipe import Recipe
 
-__all__ = ["FP8_SMS", "SIXTEEN_BIT", "AttentionWish", "attention_of", "attention_wish"]
+__all__ = ["FP8_SMS", "SIXTEEN_BIT", "AttentionWish", "attention_wish"]
 
 FP8_SMS: tuple[str, ...] = ("8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
 """SMs with FP8 tensor cores."""
-
-
-def attention_of(recipe: Recipe | None) -> str:
-    """Return the attention that a recipe asks for: ``16``, ``int8`` or ``fp8``; older recipes ask for 16 bit."""
-    return str(getattr(recipe, "attention", "16"))
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ SIXTEEN_BIT = AttentionWish()
 
 def attention_wish(recipe: Recipe, family: Family, sizes: Sizes) -> AttentionWish:
     """Return what ``recipe`` asks of this model at these sizes."""
-    kind = attention_of(recipe)
+    kind = recipe.attention
     tokens = family.tokens(*sizes.at("max"))
     if tokens <= LONG_TOKENS:
         return AttentionWish(kind, f"a video of {tokens} tokens is short")

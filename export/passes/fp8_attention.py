@@ -14,17 +14,17 @@ import torch
 from dvdquant.errors import UnsupportedError
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.onnx.schema import DOMAIN
+from dvdquant.ops.attention.definition import E4M3_MAX
+from dvdquant.ops.attention.static_scales import longest_row, pair_exponents
 from dvdquant.ops.reference import dequantize_weight, rotate_by_matrices
 
-__all__ = ["E4M3_MAX", "LONG_TOKENS", "MODULATED", "AttentionScales", "fp8_attention", "quantizable"]
+__all__ = ["LONG_TOKENS", "MODULATED", "AttentionScales", "fp8_attention", "quantizable"]
 
-E4M3_MAX = 448.0
 # A self-attention that never sees more tokens costs nothing to speak of, and stays in 16 bit.
 LONG_TOKENS = 256
 # The stated bound of v: the input of its linear is a row of K normalized channels, of length √K, and modulation makes it at
 # most this many times as long. e4m3 is a float: a bound that is too large by 16 leaves values of a common size normal numbers.
 MODULATED = 4.0
-MOST_SHIFT = 12
 
 _NORM = re.compile(r"(.*)\.norm_(?:added_)?[qk]\.(weight|bias)$")
 _MOVES = frozenset({"Reshape", "Transpose", "Cast", "Identity", "Slice", "Squeeze", "Unsqueeze"})
@@ -150,7 +150,7 @@ def _is_long_self_attention(node: ir.Node, tokens: int) -> bool:
 
 
 def _is_key_mask(node: ir.Node) -> bool:
-    """Whether there is no mask, or one that only says which keys are words: boolean [B, 1, 1, S]."""
+    """Return whether there is no mask, or one that only says which keys are words: boolean [B, 1, 1, S]."""
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     if mask is None:
         return True
@@ -219,7 +219,7 @@ def _split_rows(node: ir.Node, value: ir.Value) -> slice | None:
 
 
 def _linear_bound(model: ir.Model, node: ir.Node, rows: slice | None) -> float | None:
-    """``MODULATED`` · √K · max‖row‖ + max|bias| of the rows of one linear."""
+    """Return ``MODULATED`` · √K · max‖row‖ + max|bias| of the rows of one linear."""
     tensors = [ir.convenience.get_const_tensor(value) if value is not None else None for value in node.inputs]
     part = slice(None) if rows is None else rows
     bias: np.ndarray | None = None
@@ -227,11 +227,11 @@ def _linear_bound(model: ir.Model, node: ir.Node, rows: slice | None) -> float |
         if any(tensor is None for tensor in tensors[1:]):
             return None
         arrays = [torch.from_numpy(np.array(t.numpy())) for t in tensors[1:] if t is not None]
-        weight, scale, factor, zero, offset, hadamard, outer = arrays
-        kept = [t[part] for t in (weight.view(torch.int8), scale, factor, zero)]
+        weight, scale, group_scale, zero, offset, hadamard, outer = arrays
+        kept = [t[part] for t in (weight.view(torch.int8), scale, group_scale, zero)]
         packed_name = (node.inputs[1].name if node.inputs[1] is not None else "") or ""
-        balance = model.graph.initializers.get(f"{packed_name.removesuffix('.weight')}.pre_quant_scale")
-        squares = _row_squares(kept, hadamard.T.contiguous(), outer.T.contiguous(), balance)
+        pre_quant = model.graph.initializers.get(f"{packed_name.removesuffix('.weight')}.pre_quant_scale")
+        squares = _row_squares(kept, hadamard.T.contiguous(), outer.T.contiguous(), pre_quant)
         bias = offset[part].numpy()
     else:
         if len(tensors) < 2 or tensors[1] is None or len(tensors[1].shape) != 2:
@@ -246,17 +246,17 @@ def _linear_bound(model: ir.Model, node: ir.Node, rows: slice | None) -> float |
 
 
 def _row_squares(
-    packed: list[torch.Tensor], hadamard: torch.Tensor, outer: torch.Tensor, balance: ir.Value | None
+    packed: list[torch.Tensor], hadamard: torch.Tensor, outer: torch.Tensor, pre_quant: ir.Value | None
 ) -> float:
-    """K · max‖row‖² of a packed weight, as it was before its rotation and balance."""
+    """Return K · max‖row‖² of a packed weight, as it was before it was rotated and its columns multiplied."""
     most, features = 0.0, 2 * packed[0].shape[1]
     factors = None
-    if balance is not None and balance.const_value is not None:
-        factors = torch.from_numpy(np.array(balance.const_value.numpy())).float()
+    if pre_quant is not None and pre_quant.const_value is not None:
+        factors = torch.from_numpy(np.array(pre_quant.const_value.numpy())).float()
     step = max(1, (1 << 24) // features)
     for start in range(0, len(packed[0]), step):
-        weight, scale, factor, zero = (t[start : start + step] for t in packed)
-        rows = rotate_by_matrices(dequantize_weight(weight, scale, factor, zero), hadamard, outer)
+        weight, scale, group_scale, zero = (t[start : start + step] for t in packed)
+        rows = rotate_by_matrices(dequantize_weight(weight, scale, group_scale, zero), hadamard, outer)
         most = max(most, float((rows if factors is None else rows * factors).square().sum(dim=1).max()))
     return most * features
 
@@ -265,24 +265,21 @@ def _row_squares(
 
 
 def _fold(match: _Match) -> np.ndarray:
-    """fp32 [n], a power of two per pair of channels: the square root of the ratio of k's weights to q's."""
+    """Return fp32 [n], a power of two per pair of channels: about the root of the ratio of k's weights to q's."""
     sizes = []
     for norms in (match.q_norms, match.k_norms):
         pairs = [np.hypot(*norm.data.reshape(-1, 2).T) for norm in norms if not norm.bias]
         sizes.append(np.max(pairs, axis=0))
-    q, k = sizes
-    ratio = np.ones_like(q)
-    usable = (q > 0) & (k > 0) & np.isfinite(q) & np.isfinite(k)
-    np.divide(k, q, out=ratio, where=usable)
-    exponent = np.clip(np.rint(0.5 * np.log2(ratio)), -MOST_SHIFT, MOST_SHIFT)
-    return np.repeat(2.0**exponent, 2).astype(np.float32)
+    exponents = pair_exponents(*(torch.from_numpy(size) for size in sizes))
+    return torch.exp2(exponents).repeat_interleave(2).numpy()
 
 
 def _norm_bound(norms: tuple[_Norm, ...], fold: np.ndarray) -> float:
-    """Return the length of the longest vector that the norms give: √n·max|w| + ‖b‖, of norms side by side the largest."""
-    weights = [np.abs(norm.data * fold).max() * math.sqrt(norm.data.size) for norm in norms if not norm.bias]
-    biases = [np.linalg.norm(norm.data * fold) for norm in norms if norm.bias]
-    return float(max(weights)) + float(max(biases, default=0.0))
+    """Return the length of the longest row that the norms give; of norms side by side the largest."""
+    parts = [(norm.bias, torch.from_numpy(norm.data.reshape(-1) * fold)) for norm in norms]
+    weights = [longest_row(data.numel(), data, None) for is_bias, data in parts if not is_bias]
+    biases = [float(data.norm()) for is_bias, data in parts if is_bias]
+    return max(weights) + max(biases, default=0.0)
 
 
 def _rounded_up(value: float, dtype: ir.DataType) -> float:
@@ -337,7 +334,7 @@ class _Writer:
         return self.graph.initializers[name]
 
     def quantized(self, step: str, value: ir.Value, scale: float) -> ir.Value:
-        """Q/DQ in e4m3 with a static scale."""
+        """Append Q/DQ in e4m3 with a static scale."""
         factor = self.constant(f"{self.name}.{step}_scale", np.array(scale), self.dtype)
         zero = self.constant(f"{DOMAIN}.e4m3.zero", np.zeros(()), ir.DataType.FLOAT8E4M3FN)
         codes = self.op("QuantizeLinear", f"{step}_q", value, factor, zero, like=value)
@@ -397,7 +394,7 @@ def _scale_norms(write: _Writer, norms: tuple[_Norm, ...], factors: np.ndarray) 
 
 
 def _rotated(write: _Writer, step: str, value: ir.Value, matrix: np.ndarray) -> ir.Value:
-    """[B, H, S, d] of ``value``, its heads rotated in [B, S, H, d]."""
+    """Return [B, H, S, d] of ``value``, its heads rotated in [B, S, H, d]."""
     factor = write.constant(
         f"{DOMAIN}.head_rotation.{step}.{len(matrix)}.{write.dtype.name.lower()}", matrix, write.dtype
     )

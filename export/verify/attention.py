@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dvdquant.export.passes.fp8_attention import E4M3_MAX, AttentionScales
+from dvdquant.export.passes.fp8_attention import AttentionScales
 from dvdquant.export.verify.tolerance import LAMBDA, UNIT
+from dvdquant.ops.attention.definition import e4m3_codes
 
 __all__ = [
     "AttentionCheck",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 JUDGED_QUERIES = 64
-_TAPS = ("q_rows", "k_rows", "q_rotated", "k_rotated", "v", "attended")
+_READ = ("q_rows", "k_rows", "q_rotated", "k_rotated", "v", "attended")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class AttentionCheck:
     """One attention on the operands it had in the graph.
 
     Args:
-        name: its module. excess: the largest error over its bound. part: ``rotation`` or ``attention``, where that is.
+        name: Its module.
+        excess: The largest error over its bound.
+        part: The place of that error, ``rotation`` or ``attention``.
     """
 
     name: str
@@ -42,11 +45,11 @@ class AttentionCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether all is within its bounds (NaN is not)."""
+        """Return whether all is within its bounds; NaN is not."""
         return self.excess <= 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """With the verdict."""
+        """Return the fields, with the verdict."""
         return {**asdict(self), "passed": self.passed}
 
 
@@ -55,9 +58,8 @@ def round_e4m3(x: Tensor, scale: float) -> Tensor:
 
     Each value becomes the nearest of the format, ties to even, saturated.
     """
-    codes = (x.double() / scale).clamp(-E4M3_MAX, E4M3_MAX) if x.dtype == torch.float64 else x.float() / scale
-    codes = codes.clamp(-E4M3_MAX, E4M3_MAX).float().to(torch.float8_e4m3fn)
-    return (codes.to(torch.float64 if x.dtype == torch.float64 else torch.float32) * scale).to(x.dtype)
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (e4m3_codes(wide, scale).to(wide.dtype) * scale).to(x.dtype)
 
 
 def quantized_attention(q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales, mask: Tensor | None = None) -> Tensor:
@@ -90,7 +92,7 @@ def with_fp8_attention(scales: Sequence[AttentionScales], attentions: int) -> It
 
     Args:
         scales: The quantized attentions.
-        attentions: how many attentions one forward has; they come in the order of the graph.
+        attentions: The number of attentions in one forward; they come in the order of the graph.
     """
     if not scales:
         yield
@@ -155,7 +157,7 @@ def judge_attention(seen: Mapping[str, Tensor], scales: AttentionScales, dtype: 
         scales: The attention's scales.
         dtype: The dtype of the graph.
     """
-    tensors = {what: seen[f"{scales.name} {what}"].double() for what in _TAPS}
+    tensors = {what: seen[f"{scales.name} {what}"].double() for what in _READ}
     rotation = torch.from_numpy(scales.rotation).double()
     root = rotation.shape[0] ** -0.5
     turned = [
@@ -213,7 +215,7 @@ def _attention_excess(
 
 
 def _rounding(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far rounding to ``dtype`` moves values of this size; fp16 is subnormal below 6e-5."""
+    """Return how far rounding to ``dtype`` moves values of this size; fp16 is subnormal below 6e-5."""
     return UNIT[dtype] * size + (2.0**-25 if dtype == torch.float16 else 1e-30)
 
 

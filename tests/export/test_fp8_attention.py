@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.errors import EngineError
-from dvdquant.export.engines import attention, build_engine
-from dvdquant.export.engines.attention import AttentionWish, attention_of, attention_wish
+from dvdquant.export.engines import build_engine
+from dvdquant.export.engines.attention import AttentionWish, attention_wish
 from dvdquant.export.engines.precision import plan_engines
 from dvdquant.export.engines.report import attention_summary, materialized_scores
 from dvdquant.export.graph.trace import profile_shapes
@@ -295,13 +295,8 @@ def test_int8_attention_is_fp8_in_engines_and_says_why() -> None:
 
 
 def test_models_that_cannot_say_so() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Asking:
-        attention: str = "fp8"
-
-    recipe: Any = Asking()
-    assert attention_of(recipe) == "fp8"
-    assert attention_of(get_recipe("w4a8")) in ("16", "int8", "fp8")
+    recipe = dataclasses.replace(get_recipe("w4a8"), attention="fp8")
+    assert get_recipe("w4a8").attention in ("16", "int8", "fp8")
     assert attention_wish(recipe, get_family(WAN), SIZES).on(["8.9"]) == "fp8"
     unnormed = attention_wish(recipe, get_family({**WAN, "qk_norm": None}), SIZES)
     assert unnormed.on(["8.9"]) == "16"
@@ -323,14 +318,13 @@ def test_a_graph_without_norms_stays(tiny_wan: Export) -> None:
 # ----------------------------------------------------------------------------------------------------- a whole export
 
 
-def test_an_export_with_fp8_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_with_fp8_attention(tmp_path: Path) -> None:
     """From the options to the manifest, with ``--verify``: an engine in FP8, and one that an SM without FP8 shares."""
-    monkeypatch.setattr(attention, "attention_of", lambda recipe: "fp8")
     model = write_checkpoint(tmp_path / "model", {**WAN, "num_layers": 1})
     options = ExportOptions(
         str(model),
         tmp_path / "out",
-        get_recipe("w4a8"),
+        dataclasses.replace(get_recipe("w4a8"), attention="fp8"),
         sms=("8.9",),
         latent="2:4x8:16x16:24",
         text_tokens=12,

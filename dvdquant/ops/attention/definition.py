@@ -24,7 +24,7 @@ from torch import Tensor
 from dvdquant.errors import ShapeError
 from dvdquant.numerics.hadamard import hadamard_matrix
 
-__all__ = ["FORMATS", "AttentionFormat", "exact_attention", "quantized_attention"]
+__all__ = ["E4M3_MAX", "FORMATS", "AttentionFormat", "e4m3_codes", "exact_attention", "quantized_attention"]
 
 E4M3_MAX = 448.0
 # SageAttention's blocks of tokens; a scale serves all channels of a head in a block.
@@ -168,8 +168,17 @@ def int8_grid(x: Tensor, amax: Tensor) -> Tensor:
 def e4m3_grid(x: Tensor, amax: Tensor) -> Tensor:
     """Round x to e4m3 times ``amax / 448`` (broadcast to x); what is larger than amax becomes amax."""
     step = amax.clamp(min=_TINY) / E4M3_MAX
-    codes = (x / step).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float32).to(torch.float8_e4m3fn)
-    return codes.to(x.dtype) * step
+    return e4m3_codes(x, step).to(x.dtype) * step
+
+
+def e4m3_codes(x: Tensor, step: Tensor | float) -> Tensor:
+    """Return the e4m3 numbers nearest to ``x / step``, ties to even, saturated at ±448.
+
+    Args:
+        x: fp32 or fp64 of any shape.
+        step: The value of the code 1, broadcast to x.
+    """
+    return (x / step).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float32).to(torch.float8_e4m3fn)
 
 
 def tile_grid(p: Tensor, tile: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.numerics.hadamard import hadamard_matrix
-from dvdquant.ops.attention.definition import E4M3_MAX
+from dvdquant.ops.attention.definition import E4M3_MAX, e4m3_codes
 
 __all__ = ["e4m3_operands"]
 
@@ -34,8 +34,5 @@ def e4m3_operands(
     steps = [
         (amax.float().clamp(min=1e-30) / E4M3_MAX) for amax in (q_amax.reshape(1, 1), k_amax.reshape(1, 1), v_amax)
     ]
-    codes = [
-        (x.float() / step[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).contiguous().to(torch.float8_e4m3fn)
-        for x, step in zip((q, k, v), steps)
-    ]
+    codes = [e4m3_codes(x.float(), step[:, None, :, None]).contiguous() for x, step in zip((q, k, v), steps)]
     return (codes[0], codes[1], codes[2]), (steps[0], steps[1], steps[2])
