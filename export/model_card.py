@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from dvdquant.artifact.manifest import Manifest, model_name, source_words
-from dvdquant.artifact.provenance import sampling_words
+from dvdquant.artifact.manifest import Manifest, model_name
+from dvdquant.artifact.provenance import sampling_sentence, source_words
 from dvdquant.artifact.verified import verified_text
 from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import markdown, shown
@@ -78,7 +78,7 @@ def _loras(manifest: Manifest) -> list[str]:
         for entry in manifest.lora
     ]
     if manifest.sampling is not None:
-        lines.append(f"- defaults of dvdq-run and dvdq-plan: {sampling_words(manifest.sampling)}")
+        lines.append(f"- {sampling_sentence(manifest.sampling)}")
     return lines
 
 

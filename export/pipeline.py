@@ -46,7 +46,7 @@ from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
 from dvdquant.export.model_card import model_card
 from dvdquant.export.options import ExportOptions, check_text, recorded_model, resolve_sizes, with_table_defaults
-from dvdquant.export.source_words import source_words
+from dvdquant.export.source_words import source_lines
 from dvdquant.export.steps import is_step
 from dvdquant.export.verify.export import verify_export
 from dvdquant.export.verify.graph import GraphCheck
@@ -295,7 +295,7 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
         for line in lora_lines(plan.components, plan.checkpoints):
             progress.say(line)
         for component, checkpoint, model_plan in zip(plan.components, plan.checkpoints, plan.plans):
-            for line in source_words(component, checkpoint, model_plan.family):
+            for line in source_lines(component, checkpoint, model_plan.family):
                 progress.say(line)
         # 2. Use the weights and graphs that are there, or make them.
         if options.resume and not (transaction.resumed or transaction.complete):

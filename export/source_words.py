@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dvdquant.checkpoint.reader import Checkpoint
     from dvdquant.model.families import Family
 
-__all__ = ["source_facts", "source_words", "variant"]
+__all__ = ["source_facts", "source_lines", "variant"]
 
 
 def variant(family: str, config: Mapping[str, Any]) -> str:
@@ -58,7 +58,7 @@ def source_facts(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
     }
 
 
-def source_words(component: str, checkpoint: Checkpoint, family: Family) -> list[str]:
+def source_lines(component: str, checkpoint: Checkpoint, family: Family) -> list[str]:
     """Return what was recognised as lines of text."""
     facts = source_facts(checkpoint, family)
     scale = "×".join(map(str, facts["vae_scale"]))

@@ -25,12 +25,12 @@ from dvdquant.deploy.report.text import (
     commands,
     executions,
     kept_groups,
+    lora_rows,
     millions,
     python_lines,
     recipe_text,
     shown,
     size_text,
-    source_words,
 )
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.recipe import error_name, looks_at_inputs
@@ -280,7 +280,7 @@ def _context(report: Report) -> dict[str, Any]:
         "m": manifest,
         "name": model_name(manifest.source["model"]),
         "created": manifest.created[:16].replace("T", " "),
-        "recipe": [*recipe_text(manifest.recipe, manifest.family), *source_words(manifest)],
+        "recipe": [*recipe_text(manifest.recipe, manifest.family), *lora_rows(manifest)],
         "sizes": size_text(manifest.shapes),
         "facts": facts,
         "bars": _bars(report, manifest, facts),

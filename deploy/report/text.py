@@ -15,6 +15,7 @@ from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import shell_word, unsafe
 
 __all__ = [
+    "lora_rows",
     "Execution",
     "commands",
     "executions",
@@ -24,7 +25,6 @@ __all__ = [
     "recipe_text",
     "shown",
     "size_text",
-    "source_words",
 ]
 
 LONGEST = 600  # characters of one text of the page
@@ -61,7 +61,7 @@ def shown(value: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------- the recipe
 
 
-def source_words(manifest: Manifest) -> list[tuple[str, str]]:
+def lora_rows(manifest: Manifest) -> list[tuple[str, str]]:
     """Return (what, how) of the LoRAs in the weights and of the recorded defaults; nothing where there are none."""
     rows = [("LoRA", shown(words.removeprefix("LoRA "))) for words in lora_words(manifest.lora)]
     if manifest.sampling is not None:

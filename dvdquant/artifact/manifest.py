@@ -55,7 +55,6 @@ __all__ = [
     "model_name",
     "read_verified",
     "source_of",
-    "source_words",
     "verify_files",
 ]
 
@@ -567,11 +566,6 @@ def source_of(source: Source, component: str) -> tuple[str, str]:
     if component == "transformer_2" and "transformer_2" in source:
         return source["transformer_2"], "transformer"
     return source["model"], component
-
-
-def source_words(source: Source) -> str:
-    """Return the format and the precision of the weights an export was made from, "" where its manifest does not say."""
-    return ", ".join(shown(part, 400) for part in (source.get("format"), source.get("precision")) if part)
 
 
 def model_name(model: str) -> str:

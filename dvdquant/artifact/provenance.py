@@ -1,14 +1,19 @@
-"""The defaults of the runtime that an export brings along, in words, and the LoRAs in its weights."""
+"""Where the weights of an export come from, in words, and the defaults of the runtime that it brings along."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
-from dvdquant.artifact.manifest import LoraEntry, Sampling
+from dvdquant.artifact.manifest import LoraEntry, Sampling, Source
 from dvdquant.text import shown
 
-__all__ = ["lora_words", "sampling_words"]
+__all__ = ["lora_words", "sampling_sentence", "sampling_words", "source_words"]
+
+
+def source_words(source: Source) -> str:
+    """Return the format and the precision of the weights an export was made from, "" where its manifest does not say."""
+    return ", ".join(shown(part, 400) for part in (source.get("format"), source.get("precision")) if part)
 
 
 def sampling_words(sampling: Sampling) -> str:
@@ -19,6 +24,11 @@ def sampling_words(sampling: Sampling) -> str:
     if "guidance" in sampling:
         words.append(f"guidance {sampling['guidance']:g}")
     return ", ".join(words)
+
+
+def sampling_sentence(sampling: Sampling) -> str:
+    """Return whose defaults the recorded steps and guidance are, and what they are."""
+    return f"defaults of dvdq-run and dvdq-plan: {sampling_words(sampling)}"
 
 
 def lora_words(entries: Sequence[LoraEntry]) -> list[str]:

@@ -14,7 +14,7 @@ from dvdquant.system.files import disk_error
 from dvdquant.system.recognize import PICKLED_FILE, SNIFFED, Found, recognize_bytes, recognize_tensors, tensor_names
 from dvdquant.text import shown
 
-__all__ = ["CONVERT", "PICKLED", "locate_model", "recognize_file"]
+__all__ = ["CONVERT", "PICKLED", "locate_model", "recognize_file", "recognize_start", "start_of"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 PICKLED = (".bin", ".pt", ".ckpt", ".pth", ".pkl")
@@ -86,17 +86,27 @@ def _no_folder(model: str, path: Path, info: os.stat_result) -> CheckpointError:
 
 def recognize_file(folder: UntrustedFolder, name: str) -> Found | None:
     """Return the foreign format of a file, or None if it is unknown or cannot be read."""
+    start = start_of(folder, name)
+    return None if start is None else recognize_start(start)
+
+
+def start_of(folder: UntrustedFolder, name: str) -> bytes | None:
+    """Return the first bytes of a file, enough for the header of a large model; None if it cannot be read."""
     try:
         fd = folder.open(name)
     except (CheckpointError, OSError, ValueError):
         return None
     try:
         # A header with the names of a large model takes about 200 kB.
-        start = os.pread(fd, 64 * SNIFFED, 0)
+        return os.pread(fd, 64 * SNIFFED, 0)
     except OSError:
         return None
     finally:
         os.close(fd)
+
+
+def recognize_start(start: bytes) -> Found | None:
+    """Return the foreign format of a file that begins like this, or None if it is unknown."""
     return recognize_bytes(start) or recognize_tensors(tensor_names(start) or ())
 
 

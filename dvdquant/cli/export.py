@@ -264,9 +264,9 @@ def _plan_json(plan: ExportPlan) -> dict[str, Any]:
 
 
 def _plan_text(plan: ExportPlan) -> str:
-    from dvdquant.artifact.provenance import sampling_words
+    from dvdquant.artifact.provenance import sampling_sentence
     from dvdquant.checkpoint.lora.fuse import lora_lines
-    from dvdquant.export.source_words import source_words
+    from dvdquant.export.source_words import source_lines
     from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.quantize.checkpoint import left_out_text
 
@@ -285,7 +285,7 @@ def _plan_text(plan: ExportPlan) -> str:
         *(
             line
             for name, checkpoint, model_plan in zip(plan.components, plan.checkpoints, plan.plans)
-            for line in source_words(name, checkpoint, model_plan.family)
+            for line in source_lines(name, checkpoint, model_plan.family)
         ),
         f"recipe {plan.options.recipe.name}: {weights / 1e6:.1f} M weights to 4 bits in "
         f"{sum(len(p.layers) for p in plan.plans)} layers, {sum(len(p.kept_linears) for p in plan.plans)} linear layers kept "
@@ -303,7 +303,7 @@ def _plan_text(plan: ExportPlan) -> str:
     if loras := lora_lines(plan.components, plan.checkpoints):
         lines += [*loras, ""]
     if plan.options.sampling is not None:
-        lines += [f"defaults of dvdq-run and dvdq-plan: {sampling_words(plan.options.sampling)}", ""]
+        lines += [sampling_sentence(plan.options.sampling), ""]
     if plan.engines:
         lines += [
             "what will execute",

@@ -151,8 +151,7 @@ def _check_files(out: Path, manifest: Manifest) -> str:
 
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
-    from dvdquant.artifact.manifest import source_words
-    from dvdquant.artifact.provenance import lora_words, sampling_words
+    from dvdquant.artifact.provenance import lora_words, sampling_sentence, source_words
     from dvdquant.artifact.verified import verified_text
     from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.recipe import error_name, fitted_text, looks_at_inputs
@@ -170,7 +169,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
         f"zero-point {weight['zero_point']}, solver {weight['solver']}, {', '.join(inputs)}",
         *lora_words(manifest.lora),
-        *([f"defaults of dvdq-run and dvdq-plan: {sampling_words(manifest.sampling)}"] if manifest.sampling else []),
+        *([sampling_sentence(manifest.sampling)] if manifest.sampling else []),
         *ladders_words(recipe["attention"]),
         verified_text(manifest.verified),
         f"latent sizes: {shapes}; {manifest.shapes['text_tokens']} text tokens, {manifest.shapes['dtype']}",

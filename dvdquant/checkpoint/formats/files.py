@@ -15,10 +15,10 @@ from pathlib import Path
 from dvdquant.checkpoint.formats.gguf import MAGIC, read_gguf
 from dvdquant.checkpoint.formats.stored import ShardTensor
 from dvdquant.checkpoint.formats.translate import is_transformer
-from dvdquant.checkpoint.locate import recognize_file
+from dvdquant.checkpoint.locate import recognize_start, start_of
 from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
 from dvdquant.errors import CheckpointError
-from dvdquant.system.recognize import SNIFFED, tensor_names
+from dvdquant.system.recognize import tensor_names
 from dvdquant.system.safetensors_io import read_header_from
 from dvdquant.text import shown
 
@@ -147,20 +147,13 @@ def _leaves(folder: UntrustedFolder, name: str) -> bool:
 
 
 def _is_transformer(folder: UntrustedFolder, name: str) -> bool:
-    try:
-        fd = folder.open(name)
-    except (CheckpointError, OSError, ValueError):
+    start = start_of(folder, name)
+    if start is None:
         return False
-    try:
-        start = os.pread(fd, 64 * SNIFFED, 0)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
     if start.startswith(MAGIC):
         return True  # what it is of, its header says
     held = tensor_names(start)
-    return bool(held) and recognize_file(folder, name) is None and is_transformer(held or [])
+    return bool(held) and recognize_start(start) is None and is_transformer(held or [])
 
 
 def read_file(folder: UntrustedFolder, name: str) -> HeldFile:
