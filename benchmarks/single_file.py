@@ -17,37 +17,18 @@ from pathlib import Path
 import click
 import torch
 
+from dvdquant.checkpoint.formats.wan import NAMES
 from dvdquant.checkpoint.reader import open_checkpoint
 
 HERE = Path(__file__).parent
 PREFIX = "model.diffusion_model."
-WORDS = (
-    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-    ("condition_embedder.time_proj", "time_projection.1"),
-    (".attn1.", ".self_attn."),
-    (".attn2.", ".cross_attn."),
-    (".to_out.0.", ".o."),
-    (".to_q.", ".q."),
-    (".to_k.", ".k."),
-    (".to_v.", ".v."),
-    ("proj_out", "head.head"),
-    (".ffn.net.0.proj.", ".ffn.0."),
-    (".ffn.net.2.", ".ffn.2."),
-    (".scale_shift_table", ".modulation"),
-    (".norm2.", ".norm3."),
-)
 
 
 def authors_name(name: str) -> str:
     """Return the name that Wan's authors gave a tensor of diffusers."""
-    if name == "scale_shift_table":
-        return "head.modulation"
-    for ours, theirs in WORDS:
-        name = name.replace(ours, theirs)
-    return name
+    module, _, parameter = name.rpartition(".")
+    table = next(NAMES.theirs(name), None)
+    return table if table is not None else f"{next(NAMES.theirs(module), module)}.{parameter}"
 
 
 def write_scaled(folder: Path, file: Path) -> None:

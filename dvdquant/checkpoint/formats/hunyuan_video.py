@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
+from dvdquant.checkpoint.formats.names import Names, Stack
 from dvdquant.checkpoint.formats.scheme import Piece, Scheme
 from dvdquant.checkpoint.formats.shapes import NEED_CONFIG, Shapes
 from dvdquant.errors import CheckpointError
@@ -16,23 +18,34 @@ __all__ = ["HUNYUAN_VIDEO"]
 AXES = {128: [16, 56, 56]}
 """Channels of a head -> those of its rotary axes, in every published model."""
 
-# ComfyUI's names -> the authors', in the order in which they are tried.
-_COMFY = (
-    (re.compile(r"^(time|guidance)_in\.in_layer\."), r"\1_in.mlp.0."),
-    (re.compile(r"^(time|guidance)_in\.out_layer\."), r"\1_in.mlp.2."),
-    (re.compile(r"^txt_in\.t_embedder\.in_layer\."), "txt_in.t_embedder.mlp.0."),
-    (re.compile(r"^txt_in\.t_embedder\.out_layer\."), "txt_in.t_embedder.mlp.2."),
-    (re.compile(r"^txt_in\.c_embedder\.in_layer\."), "txt_in.c_embedder.linear_1."),
-    (re.compile(r"^txt_in\.c_embedder\.out_layer\."), "txt_in.c_embedder.linear_2."),
-    (re.compile(r"_mod\.lin\."), "_mod.linear."),
-    (re.compile(r"\.modulation\.lin\."), ".modulation.linear."),
-    (re.compile(r"_attn\.qkv\."), "_attn_qkv."),
-    (re.compile(r"_attn\.proj\."), "_attn_proj."),
-    (re.compile(r"_attn\.norm\.(query|key)_norm\.scale$"), lambda match: f"_attn_{match[1][0]}_norm.weight"),
-    (re.compile(r"\.norm\.(query|key)_norm\.scale$"), lambda match: f".{match[1][0]}_norm.weight"),
-    (re.compile(r"((img|txt)_mlp|blocks\.\d+\.mlp)\.0\."), r"\1.fc1."),
-    (re.compile(r"((img|txt)_mlp|blocks\.\d+\.mlp)\.2\."), r"\1.fc2."),
-)
+# ComfyUI's names of modules, whole or inside of a block -> the authors'.
+_COMFY = {
+    **{
+        f"{part}.{theirs}_layer": f"{part}.{layer}"
+        for part, layers in (
+            ("time_in", ("mlp.0", "mlp.2")),
+            ("guidance_in", ("mlp.0", "mlp.2")),
+            ("txt_in.t_embedder", ("mlp.0", "mlp.2")),
+            ("txt_in.c_embedder", ("linear_1", "linear_2")),
+        )
+        for theirs, layer in zip(("in", "out"), layers)
+    },
+    **{f"{side}_mod.lin": f"{side}_mod.linear" for side in ("img", "txt")},
+    **{
+        f"{side}_mlp.{index}": f"{side}_mlp.{layer}"
+        for side in ("img", "txt")
+        for index, layer in ((0, "fc1"), (2, "fc2"))
+    },
+    **{f"{side}_attn.qkv": f"{side}_attn_qkv" for side in ("img", "txt", "self")},
+    **{f"{side}_attn.proj": f"{side}_attn_proj" for side in ("img", "txt", "self")},
+    **{f"{side}_attn.norm.query_norm": f"{side}_attn_q_norm" for side in ("img", "txt")},
+    **{f"{side}_attn.norm.key_norm": f"{side}_attn_k_norm" for side in ("img", "txt")},
+    "norm.query_norm": "q_norm",
+    "norm.key_norm": "k_norm",
+    "modulation.lin": "modulation.linear",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+}
 
 _MODULES = {
     "img_in.proj": "x_embedder.proj",
@@ -78,61 +91,59 @@ _SINGLE = {
     "k_norm": "attn.norm_k",
     "modulation.linear": "norm.linear",
 }
-# Three linears in one: queries, keys and values.
-_JOINED = {
-    "self_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-}
-_STACKS = (
+_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+NAMES = Names(
+    _MODULES,
     (
-        re.compile(r"txt_in\.individual_token_refiner\.blocks\.(\d+)\.(.+)"),
-        "context_embedder.token_refiner.refiner_blocks",
-        _REFINER,
+        Stack(
+            "txt_in.individual_token_refiner.blocks",
+            "context_embedder.token_refiner.refiner_blocks",
+            _REFINER,
+            {"self_attn_qkv": _QKV},
+        ),
+        Stack(
+            "double_blocks",
+            "transformer_blocks",
+            _DOUBLE,
+            {"img_attn_qkv": _QKV, "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")},
+        ),
+        Stack("single_blocks", "single_transformer_blocks", _SINGLE, {"linear1": (*_QKV, "proj_mlp")}),
     ),
-    (re.compile(r"double_blocks\.(\d+)\.(.+)"), "transformer_blocks", _DOUBLE),
-    (re.compile(r"single_blocks\.(\d+)\.(.+)"), "single_transformer_blocks", _SINGLE),
+    _COMFY,
 )
-
-
-def _authors_name(name: str) -> str:
-    for pattern, replacement in _COMFY:
-        name = pattern.sub(replacement, name)
-    return name
+SWAPPED = "final_layer.adaLN_modulation.1"
+"""The authors have shift before scale in it, diffusers scale before shift."""
 
 
 def _pieces(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
     first = shapes.get("img_in.proj.weight") or (0,)
-    return {name: _split(name, _authors_name(name), shape, first[0]) for name, shape in shapes.items()}
+    return {name: _split(name, shape, first[0]) for name, shape in shapes.items()}
 
 
-def _split(name: str, theirs: str, shape: tuple[int, ...], width: int) -> list[Piece]:
+def _split(name: str, shape: tuple[int, ...], width: int) -> list[Piece]:
     """Return the tensors that one becomes; itself where it is not known.
 
     Args:
         name: Its name in the file.
-        theirs: Its name by the authors.
         shape: Its shape.
         width: The number of channels of a token.
     """
-    module, _, parameter = theirs.rpartition(".")
-    if module in _MODULES:
-        return [Piece(f"{_MODULES[module]}.{parameter}", swapped=module.startswith("final_layer.adaLN"))]
-    for pattern, stack, table in _STACKS:
-        if not (match := pattern.fullmatch(theirs)):
-            continue
-        block, inner = f"{stack}.{match[1]}", match[2].rpartition(".")[0]
-        if inner in table:
-            return [Piece(f"{block}.{table[inner]}.{parameter}")]
-        if inner in _JOINED and shape and shape[0] % 3 == 0:
-            third = shape[0] // 3
-            parts = enumerate(_JOINED[inner])
-            return [Piece(f"{block}.{part}.{parameter}", (i * third, (i + 1) * third)) for i, part in parts]
-        if inner == "linear1" and shape and 0 < 3 * width < shape[0]:
-            edges = [0, width, 2 * width, 3 * width, shape[0]]
-            named = zip(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), edges, edges[1:])
-            return [Piece(f"{block}.{part}.{parameter}", (start, stop)) for part, start, stop in named]
-    return [Piece(name)]
+    module, _, parameter = name.rpartition(".")
+    ours = NAMES.ours(module)
+    if module.endswith(("query_norm", "key_norm")):  # of ComfyUI's files, which call the weight so
+        if parameter != "scale":
+            return [Piece(name)]
+        parameter = "weight"
+    named = [f"{part}.{parameter}" for part in ours]
+    if len(named) == 1:
+        return [Piece(named[0], swapped=module == SWAPPED)]
+    if len(named) == 3 and shape and shape[0] % 3 == 0:
+        edges = [i * shape[0] // 3 for i in range(4)]
+    elif len(named) == 4 and shape and 0 < 3 * width < shape[0]:
+        edges = [0, width, 2 * width, 3 * width, shape[0]]
+    else:
+        return [Piece(name)]
+    return [Piece(part, rows) for part, rows in zip(named, pairwise(edges))]
 
 
 def _config(shapes: Shapes, known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -197,6 +208,7 @@ HUNYUAN_VIDEO = Scheme(
         (re.compile(r"^(clean_x_embedder|image_projection)\."), "HunyuanVideo FramePack"),
         (re.compile(r"^(audio_proj|audio_adapter)"), "HunyuanVideo-Avatar"),
     ),
+    names=NAMES,
     pieces=_pieces,
     config=_config,
 )

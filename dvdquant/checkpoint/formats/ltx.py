@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dvdquant.checkpoint.formats.names import Names
 from dvdquant.checkpoint.formats.scheme import Piece, Scheme
 from dvdquant.checkpoint.formats.shapes import NEED_CONFIG, Shapes, known_fields
 from dvdquant.errors import CheckpointError
@@ -16,11 +17,11 @@ __all__ = ["LTX"]
 
 HEADS = {2048: 32, 4096: 32}
 """Width -> heads of the published models: 2B and 13B."""
-_WORDS = {"patchify_proj": "proj_in", "adaln_single": "time_embed", "q_norm": "norm_q", "k_norm": "norm_k"}
+NAMES = Names(words={"patchify_proj": "proj_in", "adaln_single": "time_embed", "q_norm": "norm_q", "k_norm": "norm_k"})
 
 
 def _pieces(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
-    return {name: [Piece(".".join(_WORDS.get(part, part) for part in name.split(".")))] for name in shapes}
+    return {name: [Piece(next(iter(NAMES.ours(name)), name))] for name in shapes}
 
 
 _Number = Annotated[int, Field(ge=1, le=1 << 17)]
@@ -78,6 +79,7 @@ LTX = Scheme(
     unsupported=(
         (re.compile(r"^(audio_(patchify_proj|adaln_single|proj_in|proj_out)|av_ca_)"), "LTX-2 (video with audio)"),
     ),
+    names=NAMES,
     pieces=_pieces,
     config=_config,
 )

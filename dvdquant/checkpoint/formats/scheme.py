@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dvdquant.checkpoint.formats.names import Names
 from dvdquant.checkpoint.formats.shapes import Shapes
 
 __all__ = ["Piece", "Scheme"]
@@ -17,7 +18,9 @@ class Piece:
     """A tensor of diffusers made of a tensor of a file.
 
     Args:
-        name: in diffusers. rows: those that it is, None for all. swapped: whether its halves change places.
+        name: Its name in diffusers.
+        rows: The rows that it is, None for all.
+        swapped: Whether its halves change places.
     """
 
     name: str
@@ -30,11 +33,14 @@ class Scheme:
     """One family.
 
     Args:
-        title: the family in words. class_name: its class in diffusers.
-        original: a name that only its authors' files have. diffusers: one that only those of diffusers have.
-        unsupported: (names that only a relative has, what that relative is), for the authors' names.
-        pieces: the authors' shapes by name -> what each tensor becomes, by name. Unknown names stay as they are.
-        config: shapes by diffusers' names and what is known besides -> (diffusers' config, what had to be assumed in words).
+        title: The family in words.
+        class_name: Its class in diffusers.
+        original: A name that only its authors' files have.
+        diffusers: One that only those of diffusers have.
+        unsupported: (Names that only a relative has, what that relative is), for the authors' names.
+        names: The names of its modules.
+        pieces: The authors' shapes by name -> what each tensor becomes, by name. Unknown names stay as they are.
+        config: Shapes by diffusers' names and what is known besides -> (diffusers' config, what had to be assumed in words).
     """
 
     title: str
@@ -42,15 +48,16 @@ class Scheme:
     original: re.Pattern[str]
     diffusers: re.Pattern[str]
     unsupported: tuple[tuple[re.Pattern[str], str], ...]
+    names: Names
     pieces: Callable[[Mapping[str, tuple[int, ...]]], dict[str, list[Piece]]]
     config: Callable[[Shapes, Mapping[str, Any]], tuple[dict[str, Any], list[str]]]
 
     def has_original(self, names: Iterable[str]) -> bool:
-        """Whether these are the names that the authors gave."""
+        """Return whether these are the names that the authors gave."""
         return any(map(self.original.search, names))
 
     def has_diffusers(self, names: Iterable[str]) -> bool:
-        """Whether these are the names of diffusers."""
+        """Return whether these are the names of diffusers."""
         return any(map(self.diffusers.search, names))
 
     def relative(self, names: Iterable[str]) -> str | None:

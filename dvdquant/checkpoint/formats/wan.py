@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dvdquant.checkpoint.formats.names import Names, Stack
 from dvdquant.checkpoint.formats.scheme import Piece, Scheme
 from dvdquant.checkpoint.formats.shapes import NEED_CONFIG, Shapes, known_fields
 from dvdquant.errors import CheckpointError
@@ -33,6 +34,9 @@ _MODULES = {
     "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
     "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
     "head.head": "proj_out",
+    # Tables without a module of their own.
+    "head.modulation": "scale_shift_table",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
 }
 _ATTENTION = {
     "q": "to_q",
@@ -50,27 +54,20 @@ _BLOCK = {
     "norm3": "norm2",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
+    "modulation": "scale_shift_table",
     **{f"self_attn.{theirs}": f"attn1.{ours}" for theirs, ours in _ATTENTION.items()},
     **{f"cross_attn.{theirs}": f"attn2.{ours}" for theirs, ours in _ATTENTION.items()},
 }
-_PARAMETERS = {
-    "head.modulation": "scale_shift_table",
-    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-}
-_IN_BLOCK = re.compile(r"(blocks\.\d+)\.(.+)")
+NAMES = Names(_MODULES, (Stack("blocks", "blocks", _BLOCK),))
 
 
 def _name(name: str) -> str:
-    if name in _PARAMETERS:
-        return _PARAMETERS[name]
+    """Return the name of a tensor in diffusers; a table is named as a whole, other tensors by their module."""
+    if whole := NAMES.ours(name):
+        return whole[0]
     module, _, parameter = name.rpartition(".")
-    if match := _IN_BLOCK.fullmatch(name):
-        block, rest = match[1], match[2]
-        if rest == "modulation":
-            return f"{block}.scale_shift_table"
-        inner, _, parameter = rest.rpartition(".")
-        return f"{block}.{_BLOCK[inner]}.{parameter}" if inner in _BLOCK else name
-    return f"{_MODULES[module]}.{parameter}" if module in _MODULES else name
+    known = NAMES.ours(module)
+    return f"{known[0]}.{parameter}" if known else name
 
 
 def _pieces(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
@@ -177,6 +174,7 @@ WAN = Scheme(
         (re.compile(r"^ref_conv\."), "Wan Fun with a reference image"),
         (re.compile(r"^(audio_model|audio_proj|multitalk)|\.audio_cross_attn\."), "Wan with audio"),
     ),
+    names=NAMES,
     pieces=_pieces,
     config=_config,
 )
