@@ -20,6 +20,7 @@ from dvdquant.artifact.manifest import load_manifest
 from dvdquant.cli.plan import main as plan_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation import from_table
+from dvdquant.deploy.generation import generator as generator_module
 from dvdquant.deploy.generation.generate import open_generator
 from dvdquant.deploy.generation.request import GenerateRequest, check_request
 from dvdquant.deploy.planning.planner import Goal, Plan, delta_for_seconds, plan
@@ -377,8 +378,8 @@ def test_the_scheduler_of_a_prompt_table_is_tried_before_anything_is_loaded(
     def loads(*_args: Any, **_options: Any) -> None:
         raise AssertionError("something was loaded")
 
-    for name in ("open_session", "load_original"):
-        monkeypatch.setattr(from_table, name, loads)
+    for module, name in ((generator_module, "open_session"), (from_table, "load_original")):
+        monkeypatch.setattr(module, name, loads)
     shutil.copytree(TINY_WAN, tmp_path / "model")
     path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     good = json.loads(path.read_text())
