@@ -58,7 +58,21 @@ class Artifact:
             CheckpointError: No model of the class has such a config.
         """
         root = Path(out)
-        manifest = load_manifest(root)
+        return cls.of(root, load_manifest(root))
+
+    @classmethod
+    def of(cls, root: Path, manifest: Manifest) -> Artifact:
+        """Read the configs of an export whose manifest is known, also one that is not in its place yet.
+
+        Args:
+            root: The folder of its files.
+            manifest: What they are.
+
+        Raises:
+            OutputError: A config differs from its hash.
+            UnsupportedError: This version does not know the transformer class.
+            CheckpointError: No model of the class has such a config.
+        """
         artifact = cls(root, manifest, {})
         for component in manifest.components:
             name = "config.json" if component == manifest.components[0] else f"{component}.config.json"

@@ -70,6 +70,8 @@ class TableGenerator(Generator):
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """See :class:`Generator`; also checks the words."""
         check_request(request, self.artifact)
+        if request.image is not None or request.last_image is not None:
+            raise UnsupportedError("a model with a prompt table draws from words alone", fix="leave the image out")
         self.table.encode(request.prompt)
         if request.negative_prompt is not None:
             self.table.encode(request.negative_prompt)

@@ -136,6 +136,11 @@ class Generator(ABC):
     def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
         """Draw one clip; ``on_step`` gets the record of every call of the transformer as soon as it has ended."""
 
+    def notes(self, request: GenerateRequest) -> list[str]:
+        """Return what a user should know of a checked request before it is drawn."""
+        del request
+        return []
+
     def fps(self, frames: int) -> int:
         """Return the frames per second at which a clip of ``frames`` frames is meant to be seen."""
         return default_fps(frames)

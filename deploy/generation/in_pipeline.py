@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,7 @@ from dvdquant.deploy.generation.generator import (
     executed_session,
     sampling_defaults,
 )
+from dvdquant.deploy.generation.images import ImageSource, Picture, open_picture, stretch_words
 from dvdquant.deploy.generation.original import LOADING, CallRecorder, load_original, synchronize
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
@@ -33,17 +36,22 @@ from dvdquant.deploy.generation.request import (
     check_request,
     resolve_size,
 )
-from dvdquant.deploy.pipelines.parts import PIPELINES, open_pipeline_folder
+from dvdquant.deploy.pipelines.parts import PIPELINES, open_pipeline_folder, pipeline_for
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
-from dvdquant.deploy.pipelines.transformer import DvdqTransformer
+from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.switching.position import LoopPosition
-from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
+from dvdquant.errors import CheckpointError, EngineError, ShapeError, UnsupportedError
+from dvdquant.model.families.hunyuan_video import TEMPLATE_TOKENS
 from dvdquant.system.devices import resolve_device
 
 __all__ = ["PipelineGenerator"]
 
 # Frames per second the models were trained at.
 _FPS = {"wan": 16, "hunyuan-video": 24, "cogvideox": 8, "ltx-video": 25}
+_FPS_TI2V = 24
+# Pipelines that take images as conditions at frames of the clip.
+_CONDITION = "LTXConditionPipeline"
+_KEPT_PICTURES = 4  # decoded images that the next request may ask for again
 # Guidance-distilled: the scale is an input of the transformer, and there is no unconditional branch.
 _DISTILLED = ("hunyuan-video",)
 
@@ -73,8 +81,9 @@ class PipelineGenerator(Generator):
             )
         self._engines: dict[str, DvdqTransformer] = {}
         self._originals: dict[str, nn.Module] = {}
-        self._pipe: Any = None
-        self._tried: set[tuple[int, int]] = set()  # steps and tokens that the scheduler has gone through
+        self._pipes: dict[str, Any] = {}  # by class; they share their parts
+        self._pictures: dict[tuple[str, Any], Picture] = {}
+        self._tried: set[tuple[str, int, int]] = set()  # pipeline, steps and tokens that the scheduler has gone through
         self._drawing = threading.Lock()  # diffusers keeps the state of a call in the pipeline: one clip at a time
         self._loading = threading.Lock()
 
@@ -86,25 +95,29 @@ class PipelineGenerator(Generator):
     def fps(self, frames: int) -> int:
         """See :class:`Generator`."""
         del frames
-        return _FPS[self.family.name]
+        return _FPS_TI2V if self.family.vae_scale[1:] == (16, 16) else _FPS[self.family.name]
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """See :class:`Generator`."""
         check_request(request, self.artifact)
+        pipeline = self._class_of(request)
         if request.negative_prompt and self.family.name in _DISTILLED:
             raise UnsupportedError(
-                f"{self.folder.class_name} is distilled and has no unconditional branch for a negative prompt",
+                f"{pipeline} is distilled and has no unconditional branch for a negative prompt",
                 fix="leave --negative-prompt out",
             )
         # Of the frames a pipeline fills the last patch itself.
         patch = (1, *self.family.patch()[1:])
         size = resolve_size(request, self.artifact.sizes, self.family.vae_scale, patch, causal=True)
-        defaults = _call_defaults(self.folder.class_name)
+        for option, source in (("--image", request.image), ("--last-image", request.last_image)):
+            if source is not None:
+                self._picture(source, option)
+        defaults = _call_defaults(pipeline)
         own = int(defaults["num_inference_steps"]), float(defaults["guidance_scale"])
         default_steps, default_guidance = sampling_defaults(self.artifact, *own)
         steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
         steps = steps or default_steps
-        self._try_scheduler(steps, size)
+        self._try_scheduler(pipeline, steps, self._tokens(request, size))
         return dataclasses.replace(
             request,
             steps=steps,
@@ -114,13 +127,60 @@ class PipelineGenerator(Generator):
             width=size.width,
         )
 
-    def _try_scheduler(self, steps: int, size: VideoSize) -> None:
-        """CheckpointError now for a scheduler that would fail once the model is loaded."""
+    def notes(self, request: GenerateRequest) -> list[str]:
+        """See :class:`Generator`."""
+        found = []
+        for option, source in (("--image", request.image), ("--last-image", request.last_image)):
+            if source is not None and request.height and request.width:
+                found.append(stretch_words(self._picture(source, option), request.height, request.width))
+        return [words for words in found if words is not None]
+
+    def _class_of(self, request: GenerateRequest) -> str:
+        """Return the pipeline class that draws the clip of a request."""
+        first, last = request.image is not None, request.last_image is not None
+        return pipeline_for(self.folder, self.family, first=first, last=last)
+
+    def _picture(self, source: ImageSource, option: str) -> Picture:
+        """Return a decoded image. The same source is decoded once: what was checked is what is drawn from."""
+        kept = isinstance(source, (str, bytes, os.PathLike))
+        key = (option, source if kept else id(source))
+        if (picture := self._pictures.get(key)) is None:
+            picture = open_picture(source, option)
+            if kept:  # the number of an object belongs to another one as soon as this one is gone
+                for old in list(self._pictures)[: max(0, len(self._pictures) - _KEPT_PICTURES + 1)]:
+                    self._pictures.pop(old, None)
+                self._pictures[key] = picture
+        return picture
+
+    def _tokens(self, request: GenerateRequest, size: VideoSize) -> int:
+        """Return the number of video tokens of a clip.
+
+        A last image of LTX-Video is no part of the clip's own latents: its tokens are added.
+
+        Raises:
+            ShapeError: They are more than the graphs take.
+        """
         tokens = self.family.tokens(*size.latent)
-        if (steps, tokens) not in self._tried:
+        if self.family.name != "ltx-video" or request.last_image is None:
+            return tokens
+        _, height, width = size.latent
+        more = self.family.tokens(self.family.patch()[0], height, width)
+        most = self.family.tokens(*self.artifact.sizes.at("max"))
+        if tokens + more > most or not self.artifact.sizes.dynamic:
+            raise ShapeError(
+                f"a last image adds the tokens of one latent frame, {more}, to the {tokens} of the clip",
+                available=f"{most} tokens in this export",
+                fix="draw fewer frames, or export again with a range such as --num-frames "
+                f"{request.num_frames or size.frames}:{size.frames + self.family.vae_scale[0]}",
+            )
+        return tokens + more
+
+    def _try_scheduler(self, pipeline: str, steps: int, tokens: int) -> None:
+        """CheckpointError now for a scheduler that would fail once the model is loaded."""
+        if (pipeline, steps, tokens) not in self._tried:
             name, root = self.family.name, self.folder.root
-            rehearse(open_scheduler(root, name), name, steps, root / FOLDER / FILE, tokens)
-            self._tried.add((steps, tokens))
+            rehearse(open_scheduler(root, name, pipeline), name, steps, root / FOLDER / FILE, tokens, pipeline)
+            self._tried.add((pipeline, steps, tokens))
 
     def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
         """See :class:`Generator`."""
@@ -157,7 +217,7 @@ class PipelineGenerator(Generator):
     def close(self) -> None:
         """See :class:`Generator`. A clip that another thread draws ends with EngineError."""
         with self._loading:
-            engines, self._engines, self._originals, self._pipe = self._engines, {}, {}, None
+            engines, self._engines, self._originals, self._pipes = self._engines, {}, {}, {}
             for engine in engines.values():
                 engine.close()
 
@@ -173,7 +233,7 @@ class PipelineGenerator(Generator):
         """Return the transformers that a request runs, and the pipeline that holds them."""
         with self._loading:
             transformers = self._originals_of() if request.mode == "16" else self._engines_of(request)
-            return transformers, self._pipeline(transformers)
+            return transformers, self._pipeline(self._class_of(request), transformers)
 
     def _engines_of(self, request: GenerateRequest) -> dict[str, nn.Module]:
         for name in self.components:
@@ -200,11 +260,19 @@ class PipelineGenerator(Generator):
                 )
         return self._originals
 
-    def _pipeline(self, transformers: dict[str, nn.Module]) -> Any:
-        """Return the pipeline with these transformers; its other parts are loaded once."""
-        if self._pipe is not None:
-            self._pipe.register_modules(**transformers)
-            return self._pipe
+    def _pipeline(self, class_name: str, transformers: dict[str, nn.Module]) -> Any:
+        """Return the pipeline of a class with these transformers; its other parts are loaded once."""
+        if class_name not in self._pipes:
+            other = next(iter(self._pipes.values()), None)
+            self._pipes[class_name] = (
+                self._load(class_name, transformers) if other is None else _twin(class_name, other)
+            )
+        pipe = self._pipes[class_name]
+        pipe.register_modules(**transformers)
+        return pipe
+
+    def _load(self, class_name: str, transformers: dict[str, nn.Module]) -> Any:
+        """Return a pipeline around these transformers, its other parts from its folder."""
         import diffusers
 
         # Wan's VAE loses detail in bf16; the other pipelines decode in the dtype of their text encoder.
@@ -213,7 +281,7 @@ class PipelineGenerator(Generator):
             dtypes["vae"] = torch.float32
         try:
             with LOADING:
-                pipe = getattr(diffusers, self.folder.class_name).from_pretrained(
+                pipe = getattr(diffusers, class_name).from_pretrained(
                     self.folder.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **transformers
                 )
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
@@ -222,8 +290,7 @@ class PipelineGenerator(Generator):
                 fix="download it again, or give another with --pipeline",
             ) from error
         pipe.set_progress_bar_config(disable=True)
-        self._pipe = pipe.to(next(iter(transformers.values())).device)
-        return self._pipe
+        return pipe.to(next(iter(transformers.values())).device)
 
     # --------------------------------------------------------------------------------------------------------- the call
 
@@ -231,41 +298,115 @@ class PipelineGenerator(Generator):
         """Frames uint8 [F, H, W, 3] and the last latents."""
         last: list[Tensor] = []
 
+        steps = request.steps or 0
+        two = len(self.components) > 1
+
         def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            del pipe, step, timestep
+            del pipe, timestep
             last[:] = [tensors["latents"]]
+            if two:
+                at_step(step + 1, steps)
             return {}
 
-        negative = {} if request.negative_prompt is None else {"negative_prompt": request.negative_prompt}
-        output = pipe(
-            prompt=request.prompt,
+        arguments = {**self._text(pipe, request), **self._images(pipe, request)}
+        if two:
+            at_step(0, steps)
+        try:
+            output = self._run(pipe, request, arguments, keep)
+        finally:
+            at_step(None)
+        unit = np.asarray(output.frames[0], dtype=np.float64)
+        if not np.isfinite(unit).all():
+            raise EngineError("the VAE gave NaN or infinities", fix="decode in float32, or check the pipeline's VAE")
+        return np.rint(unit.clip(0, 1) * 255).astype(np.uint8), last[0].detach().float().cpu()
+
+    def _run(self, pipe: Any, request: GenerateRequest, arguments: dict[str, Any], keep: Callable[..., Any]) -> Any:
+        """Call the pipeline; ``arguments``: what to draw, ``keep``: called after every step."""
+        return pipe(
+            **arguments,
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
             num_frames=request.num_frames,
             height=request.height,
             width=request.width,
             generator=torch.Generator().manual_seed(request.seed),
-            max_sequence_length=self.artifact.sizes.text_tokens,
+            max_sequence_length=self._words(),
             callback_on_step_end=keep,
             output_type="np",
-            **negative,
         )
-        unit = np.asarray(output.frames[0], dtype=np.float64)
-        if not np.isfinite(unit).all():
-            raise EngineError("the VAE gave NaN or infinities", fix="decode in float32, or check the pipeline's VAE")
-        return np.rint(unit.clip(0, 1) * 255).astype(np.uint8), last[0].detach().float().cpu()
+
+    def _words(self) -> int:
+        """Return the length that a pipeline is asked for: of the words alone, where tokens of an image stand before them."""
+        tokens, image = self.artifact.sizes.text_tokens, self.family.image_tokens()
+        return tokens - image + TEMPLATE_TOKENS if image else tokens
+
+    def _text(self, pipe: Any, request: GenerateRequest) -> dict[str, Any]:
+        """Return the arguments of the call that say what to draw."""
+        words = {"prompt": request.prompt}
+        if request.negative_prompt is not None:
+            words["negative_prompt"] = request.negative_prompt
+        if type(pipe).__name__ != "WanImageToVideoPipeline" or _has_ftfy():
+            return words
+        # This class cleans text with a package that its twin for text alone can do without.
+        import diffusers
+
+        with torch.no_grad():
+            embeds, negative = _twin(diffusers.WanPipeline.__name__, pipe).encode_prompt(
+                **words,
+                do_classifier_free_guidance=(request.guidance or 0) > 1,
+                max_sequence_length=self._words(),
+                device=pipe._execution_device,
+            )
+        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+
+    def _images(self, pipe: Any, request: GenerateRequest) -> dict[str, Any]:
+        """Return the arguments of the call that hold the images."""
+        given = {"image": request.image, "last_image": request.last_image}
+        images = {
+            name: self._picture(source, f"--{name.replace('_', '-')}").image
+            for name, source in given.items()
+            if source is not None
+        }
+        if type(pipe).__name__ != _CONDITION or not images:
+            return images
+        from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+
+        places = {"image": 0, "last_image": (request.num_frames or 1) - 1}
+        return {"conditions": [LTXVideoCondition(image=image, frame_index=places[n]) for n, image in images.items()]}
 
     def _executed(self, request: GenerateRequest, transformers: dict[str, nn.Module]) -> dict[str, Any]:
+        images = {
+            name: self._picture(source, f"--{name.replace('_', '-')}").to_json()
+            for name, source in (("image", request.image), ("last_image", request.last_image))
+            if source is not None
+        }
+        more: dict[str, Any] = {"pipeline": self._class_of(request), **({"images": images} if images else {})}
         if request.mode == "16":
             parameter = next(transformers[self.components[0]].parameters())
-            return executed_original(parameter.device, parameter.dtype)
+            return {**executed_original(parameter.device, parameter.dtype), **more}
         sessions = {name: executed_session(engine.session) for name, engine in _engines(transformers).items()}
         first = sessions[self.components[0]]
-        return {**first, "pipeline": self.folder.class_name, "components": sessions if len(sessions) > 1 else {}}
+        return {**first, **more, "components": sessions if len(sessions) > 1 else {}}
 
 
 def _engines(transformers: dict[str, nn.Module]) -> dict[str, DvdqTransformer]:
     return {name: module for name, module in transformers.items() if isinstance(module, DvdqTransformer)}
+
+
+def _twin(class_name: str, pipe: Any) -> Any:
+    """Return a pipeline of another class around the parts of ``pipe``."""
+    import diffusers
+
+    of_class = getattr(diffusers, class_name)
+    settings = {**pipe.config, **pipe.components}
+    names = inspect.signature(of_class.__init__).parameters
+    twin = of_class(**{name: settings[name] for name in names if name in settings})
+    twin.set_progress_bar_config(disable=True)
+    return twin
+
+
+def _has_ftfy() -> bool:
+    return importlib.util.find_spec("ftfy") is not None
 
 
 def _call_defaults(class_name: str) -> dict[str, Any]:

@@ -4,33 +4,64 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dvdquant.checkpoint.locate import locate_model
 from dvdquant.checkpoint.reader import refuse_scripts
 from dvdquant.checkpoint.untrusted import UntrustedFolder, fix_of, reason_of
 from dvdquant.deploy.pipelines.schedulers import check_scheduler_config, read_scheduler_config
 from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.model.families import Family, ImageInputs
 from dvdquant.system.safetensors_io import read_header_from
 
-__all__ = ["PIPELINES", "PipelineFolder", "open_pipeline_folder"]
+__all__ = ["PIPELINES", "PipelineClass", "PipelineFolder", "open_pipeline_folder", "pipeline_for"]
 
-# Text-to-video pipelines, by the family they belong to.
-PIPELINES = {
-    "WanPipeline": "wan",
-    "HunyuanVideoPipeline": "hunyuan-video",
-    "CogVideoXPipeline": "cogvideox",
-    "LTXPipeline": "ltx-video",
+
+@dataclass(frozen=True)
+class PipelineClass:
+    """A pipeline class of diffusers that clips are drawn with.
+
+    Args:
+        family: The name of the family of its transformer.
+        image: Whether its call takes the first frame as an image.
+        last_image: Whether its call takes the last frame, too.
+        other: The class for the same parts that takes an image, or that takes none; None if there is no such class.
+    """
+
+    family: str
+    image: Literal["none", "optional", "required"] = "none"
+    last_image: bool = False
+    other: str | None = None
+
+
+PIPELINES: Mapping[str, PipelineClass] = {
+    "WanPipeline": PipelineClass("wan", other="WanImageToVideoPipeline"),
+    "WanImageToVideoPipeline": PipelineClass("wan", "required", last_image=True, other="WanPipeline"),
+    "HunyuanVideoPipeline": PipelineClass("hunyuan-video"),
+    "HunyuanVideoImageToVideoPipeline": PipelineClass("hunyuan-video", "required"),
+    "CogVideoXPipeline": PipelineClass("cogvideox"),
+    "CogVideoXImageToVideoPipeline": PipelineClass("cogvideox", "required"),
+    "LTXPipeline": PipelineClass("ltx-video", other="LTXImageToVideoPipeline"),
+    "LTXImageToVideoPipeline": PipelineClass("ltx-video", "required", other="LTXPipeline"),
+    "LTXConditionPipeline": PipelineClass("ltx-video", "optional", last_image=True),
 }
+_TAKE_IMAGES = (
+    "Wan 2.1 I2V and FLF2V, Wan 2.2 I2V-A14B and TI2V-5B, HunyuanVideo-I2V, CogVideoX I2V, LTX-Video; and with a last image "
+    "Wan 2.1 FLF2V, Wan 2.2 I2V-A14B, LTX-Video from 0.9.5 on"
+)
 INDEX = "model_index.json"
 MAX_JSON = 1 << 20
 MAX_PARTS = 64
 _TRANSFORMER = re.compile(r"transformer(_\d+)?")
 _LIBRARIES = ("diffusers", "transformers")
 # The files that a pipeline reads besides the transformers, which the engines replace.
-_WANTED = (INDEX, *(f"{part}/*" for part in ("scheduler", "tokenizer*", "text_encoder*", "vae")))
+_WANTED = (
+    INDEX,
+    *(f"{part}/*" for part in ("scheduler", "tokenizer*", "text_encoder*", "vae", "image_*", "feature_extractor")),
+)
 _WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")
 
 
@@ -42,11 +73,13 @@ class PipelineFolder:
         root: The folder of the pipeline.
         class_name: The name of its diffusers class, one of :data:`PIPELINES`.
         transformers: The names of its transformers' folders.
+        expand_timesteps: Whether it says that its pipeline gives a timestep for every token (Wan 2.2 TI2V).
     """
 
     root: Path
     class_name: str
     transformers: tuple[str, ...]
+    expand_timesteps: bool = False
 
 
 def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
@@ -73,7 +106,7 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
             available=PIPELINES,
             fix="put DvdqTransformer into that pipeline yourself, see dvdquant.deploy.pipelines.transformer",
         )
-    if PIPELINES[name] != family:
+    if PIPELINES[name].family != family:
         raise UnsupportedError(f"{root} is a {name}, and the export is of family {family}", fix="give its own pipeline")
     # 2. Its parts: their entries first, then their files.
     parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
@@ -94,7 +127,59 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
             available=folder.listing(),
             fix=_how_to_fetch(source),
         )
-    return PipelineFolder(root, name, tuple(part for part in parts if _TRANSFORMER.fullmatch(part)))
+    transformers = tuple(part for part in parts if _TRANSFORMER.fullmatch(part))
+    return PipelineFolder(root, name, transformers, index.get("expand_timesteps") is True)
+
+
+def pipeline_for(folder: PipelineFolder, family: Family, *, first: bool, last: bool) -> str:
+    """Return the pipeline class that draws a clip from these images, and from text.
+
+    Args:
+        folder: The pipeline.
+        family: The family of the transformer, which knows what images it needs.
+        first: Whether the first frame is given.
+        last: Whether the last one is.
+
+    Raises:
+        UnsupportedError: The model takes no such image, or needs one; the error says which and names the options.
+    """
+    needs, own = family.images(), PIPELINES[folder.class_name]
+    if own.image == "none" and own.other == "WanImageToVideoPipeline" and not folder.expand_timesteps:
+        needs = needs if needs.first == "required" else ImageInputs()
+    if (first or last) and needs.first == "none":
+        raise UnsupportedError(
+            f"this model draws from text alone, and {'--image' if first else '--last-image'} is given",
+            available=f"models that take images: {_TAKE_IMAGES}",
+            fix="leave the image out, or export one of these models",
+        )
+    for name, given, need in (("--image", first, needs.first), ("--last-image", last, needs.last)):
+        if need == "required" and not given:
+            raise UnsupportedError(
+                f"this model draws from {'a first and a last image' if needs.last == 'required' else 'an image'}, "
+                f"and {name} is missing",
+                fix=f"give {name} FILE",
+            )
+    if not first and not last:
+        return folder.class_name if own.image != "required" or own.other is None else own.other
+    name = folder.class_name if own.image != "none" or own.other is None else own.other
+    takes = PIPELINES[name]
+    if takes.image == "none":
+        raise UnsupportedError(
+            f"{folder.root} is a {name}, which takes no image, and the transformer is made for one",
+            available=[
+                other for other, kind in PIPELINES.items() if kind.family == own.family and kind.image != "none"
+            ],
+            fix="give the model's own pipeline for images with --pipeline",
+        )
+    if last and (needs.last == "none" or not takes.last_image):
+        raise UnsupportedError(
+            f"this model's {name} takes no last image",
+            available=f"models that take images: {_TAKE_IMAGES}",
+            fix="leave --last-image out",
+        )
+    if not first and takes.image == "required":
+        raise UnsupportedError(f"a {name} takes a last image only beside a first one", fix="give --image FILE, too")
+    return name
 
 
 def _find(source: str) -> Path:

@@ -36,6 +36,10 @@ dvdq-run out/tiny-wan --prompt "square blue down small grey" -o compare.mp4 --st
 dvdq-run out/wan --prompt "a cat in the snow" -o cat.mp4 --schedule out/wan/schedule.json
 dvdq-run out/wan --prompt "a cat in the snow" -o cat.mp4 --delta 0.2 --steps 30 --seed 7
 
+# image to video: the first frame is given, and the last one of models that take two
+dvdq-run out/wan-i2v --prompt "the cat turns its head" --image cat.jpg -o cat.mp4
+dvdq-run out/wan-flf2v --prompt "the flower opens" --image bud.png --last-image bloom.png -o flower.mp4
+
 # many prompts, one a line; text encoder, VAE and scheduler from another folder
 dvdq-run out/wan --prompts prompts.txt -o clips/cat.mp4 --pipeline ./Wan2.1-T2V-1.3B-Diffusers
 """
@@ -45,6 +49,8 @@ GROUPS = {
         "prompt",
         "prompts",
         "negative_prompt",
+        "image",
+        "last_image",
         "height",
         "width",
         "num_frames",
@@ -87,6 +93,8 @@ class RunOptions:
     prompt: tuple[str, ...]
     prompts: Path | None
     negative_prompt: str | None
+    image: Path | None
+    last_image: Path | None
     height: int | None
     width: int | None
     num_frames: int | None
@@ -123,6 +131,13 @@ class RunOptions:
 @click.option("--prompt", multiple=True, metavar="TEXT", help="What to draw; repeat it for several clips.")
 @click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line; - is standard input.")
 @click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]")
+@click.option(
+    "--image",
+    type=PATH,
+    metavar="FILE",
+    help="The first frame, of models that draw from one; stretched to the clip's size.",
+)
+@click.option("--last-image", type=PATH, metavar="FILE", help="The last frame, of models that draw from two.")
 @click.option("--height", type=int, help="Pixels.  [default: what the export was tuned for]")
 @click.option("--width", type=int, help="Pixels.")
 @click.option("--num-frames", type=int, help="Frames.")
@@ -241,6 +256,8 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
     ) as generator:
         # Every request is checked, and every engine loaded, before the first clip is drawn.
         plan = [[generator.check(r) for r in requests_for(settings, artifact, p)] for p in prompts]
+        for note in generator.notes(plan[0][0]):
+            progress.say(note)
         for request in plan[0]:
             if words := undecided(request, len(artifact.components)):
                 progress.say(words)
@@ -306,7 +323,7 @@ def requests_for(settings: RunOptions, artifact: Artifact, prompt: str) -> list[
     schedule = None
     if settings.schedule is not None:
         schedule = Schedule.load(settings.schedule, artifact.manifest, settings.steps)
-    names = ("negative_prompt", "height", "width", "num_frames", "seed", "guidance", "delta")
+    names = ("negative_prompt", "image", "last_image", "height", "width", "num_frames", "seed", "guidance", "delta")
     request = GenerateRequest(
         prompt,
         steps=schedule.steps if settings.steps is None and schedule is not None else settings.steps,
