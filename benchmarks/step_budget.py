@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from step_cases import CASES, Case, Flavour, config_of, inputs_of, select_cases, shallow
-
+from benchmarks.step_cases import CASES, Case, Flavour, config_of, inputs_of, select_cases, shallow
 from dvdquant.model.layers import QuantLinear
 from dvdquant.model.loading import GraphWrapper
 from dvdquant.model.plan import build_skeleton, plan_model, quantized_skeleton
@@ -273,7 +272,7 @@ def table(cases: list[Case], gpus: list[str], flavours: tuple[Flavour, ...]) -> 
 
 def main() -> int:
     """Print the table; return 0, or 2 with a message where nothing fits."""
-    from step_cases import FLAVOURS
+    from benchmarks.step_cases import FLAVOURS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", metavar="TEXT", help="only cases whose name contains TEXT")

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from step_budget import ATTENTION, LINEARS, POINTWISE, QUANTIZING
+from benchmarks.step_budget import ATTENTION, LINEARS, POINTWISE, QUANTIZING
 
 __all__ = ["MEASURED", "class_of", "profile_classes"]
 

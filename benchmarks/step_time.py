@@ -33,12 +33,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from step_budget import ATTENTION, TEXT_ATTENTION, predict, rates_for, work_of_block
-from step_cases import CASES, FLAVOURS, Case, Flavour, config_of, inputs_of, select_cases, shallow
-from step_profile import MEASURED, profile_classes
-
+from benchmarks.step_budget import ATTENTION, TEXT_ATTENTION, predict, rates_for, work_of_block
+from benchmarks.step_cases import CASES, FLAVOURS, Case, Flavour, config_of, inputs_of, select_cases, shallow
+from benchmarks.step_profile import MEASURED, profile_classes
 from dvdquant.deploy.sessions.attention import install_attention
 from dvdquant.deploy.sessions.compiled import compile_blocks
 from dvdquant.deploy.sessions.pytorch import wanted_attention

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from benchmarks import step_budget as budget
+from benchmarks.step_cases import FLAVOURS, select_cases
+from benchmarks.step_profile import class_of
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 MEASURED = BENCHMARKS / "results" / "2026-11-26-h100-step-time.md"
 
 
-@pytest.fixture(scope="module")
-def budget() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module("step_budget")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
 @pytest.mark.parametrize(("name", "width", "ffn"), [("wan2.1-1.3b", 1536, 8960), ("wan2.1-14b", 5120, 13824)])
-def test_the_work_of_a_wan_block_is_its_closed_form(budget: ModuleType, name: str, width: int, ffn: int) -> None:
+def test_the_work_of_a_wan_block_is_its_closed_form(name: str, width: int, ffn: int) -> None:
     """q, k, v, o twice (k and v of the text are of its 512 words) and the feed-forward network; scores and their sums."""
-    (case,) = budget.select_cases([f"{name} 21x60x104"])
+    (case,) = select_cases([f"{name} 21x60x104"])
     tokens, text = 21 * 30 * 52, case.text_tokens
     linears = 2.0 * width * (tokens * (6 * width + 2 * ffn) + 2 * text * width)
     for bits in (16, 8):
@@ -43,39 +36,29 @@ def test_the_work_of_a_wan_block_is_its_closed_form(budget: ModuleType, name: st
         assert work.moved[budget.POINTWISE] > 40 * tokens * width
 
 
-def test_the_prediction_is_the_h100_that_was_measured(budget: ModuleType) -> None:
+def test_the_prediction_is_the_h100_that_was_measured() -> None:
     """Within 2 % in bf16, which one rate was fitted to; a8 within 6 %, which none was."""
     text = MEASURED.read_text().partition("Earlier the same day")[0]
     assert "H100" in text
     rows = re.findall(r"^\| (wan2\.1-\S+ 21x60x104) \| 32760 \| ([\d.]+) \| ([\d.]+) ", text, re.MULTILINE)
     assert len(rows) == 2
     for name, *measured in rows:
-        (case,) = budget.select_cases([name])
+        (case,) = select_cases([name])
         for bits, ms, near in zip((16, 8), map(float, measured), (0.02, 0.06)):
-            flavour = next(f for f in budget_flavours() if f.bits == bits and not f.compiled)
+            flavour = next(f for f in FLAVOURS if f.bits == bits and not f.compiled)
             predicted = budget.predict(case, flavour, budget.RATES["H100"], budget.work_of_block(case, bits))
             assert sum(predicted.values()) == pytest.approx(ms, rel=near)
 
 
-def budget_flavours() -> tuple[object, ...]:
-    flavours: tuple[object, ...] = sys.modules["step_cases"].FLAVOURS
-    return flavours
-
-
-def test_where_compiled_traffic_was_not_counted_nothing_is_predicted(budget: ModuleType) -> None:
-    (case,) = budget.select_cases(["hunyuan"])
-    compiled = next(f for f in budget_flavours() if f.compiled)
+def test_where_compiled_traffic_was_not_counted_nothing_is_predicted() -> None:
+    (case,) = select_cases(["hunyuan"])
+    compiled = next(f for f in FLAVOURS if f.compiled)
     assert budget.predict(case, compiled, budget.RATES["H100"], budget.Work()) is None
     lines = budget.table([case], ["H100"], (compiled,))
     assert "not counted" in lines[-1]
 
 
-def test_classes_of_kernels(budget: ModuleType) -> None:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        class_of = importlib.import_module("step_profile").class_of
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def test_classes_of_kernels() -> None:
     for name, kind in {
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x128": budget.ATTENTION,
         "void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>": budget.ATTENTION,
