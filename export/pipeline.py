@@ -30,6 +30,7 @@ from dvdquant.artifact.manifest import (
     verify_files,
 )
 from dvdquant.artifact.output_folder import check_output
+from dvdquant.export.replacement import check_replacement
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.checkpoint.formats.files import check_order
 from dvdquant.checkpoint.lora.fuse import components_of, lora_lines, model_fingerprint, with_loras
@@ -185,14 +186,50 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             fix="pass the built library with --plugin, or use --target rtx, or --target onnx for graphs alone",
         )
     # 5. Check the output folder and estimate.
-    check_output(options.out)
+    previous = check_output(options.out)
     largest = max(
         reading_bytes(info) + (c.lora.reading_bytes(info.name, math.prod(info.shape)) if c.lora else 0)
         for c in opened
         for info in c.tensors.values()
     )
     estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest)
-    return ExportPlan(options, components, opened, tuple(plans), sizes, tuple(engines), versions, estimate)
+    planned = ExportPlan(options, components, opened, tuple(plans), sizes, tuple(engines), versions, estimate)
+    _check_replacement(planned, previous)
+    return planned
+
+
+def _check_replacement(plan: ExportPlan, previous: Manifest | None) -> None:
+    """Refuse to replace a finished export by another one, unless that is what was asked for.
+
+    Raises:
+        OutputError: The folder holds an export of another model, another recipe or other sizes.
+    """
+    if previous is not None and not plan.options.replace:
+        out, recipe = plan.options.out, plan.options.recipe
+        check_replacement(out, previous, _source_of(plan), plan.components, recipe, _shapes_of(plan))
+
+
+def _shapes_of(plan: ExportPlan) -> dict[str, Any]:
+    """Return the sizes and the dtype of the graphs, in the form of the manifest."""
+    return {**plan.sizes.to_json(), "dtype": plan.options.dtype}
+
+
+def _source_of(plan: ExportPlan) -> Source:
+    """Return where the weights come from, and what was recognised of their format."""
+    first = plan.checkpoints[0]
+    source = Source(
+        model=recorded_model(plan.options.model),
+        class_name=first.class_name,
+        fingerprint=model_fingerprint(plan.checkpoints),
+        format="; ".join(dict.fromkeys(c.source.layout for c in plan.checkpoints)),
+        precision="; ".join(dict.fromkeys(c.source.precision for c in plan.checkpoints)),
+        notes=list(dict.fromkeys(note for c in plan.checkpoints for note in c.source.notes)),
+    )
+    if plan.options.transformer_2 is not None:
+        source["transformer_2"] = recorded_model(plan.options.transformer_2)
+    if plan.options.config is not None:
+        source["config"] = recorded_model(str(plan.options.config))
+    return source
 
 
 def _open_all(options: ExportOptions) -> tuple[tuple[str, ...], tuple[Checkpoint, ...]]:
@@ -291,6 +328,7 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
     with ExportTransaction(
         options.out, key=plan.key, resume=options.resume, keep_for_resume=True, accept=is_step
     ) as transaction:
+        _check_replacement(plan, transaction.previous)  # again: another export may have finished since the plan
         run = _Run(plan, transaction, progress, write_report)
         for line in lora_lines(plan.components, plan.checkpoints):
             progress.say(line)
@@ -689,11 +727,11 @@ class _Run:
         if self.previous is not None and "device" in self.previous.tools:
             tools["device"] = self.previous.tools["device"]  # it made the weights, which are still the same
         return Manifest(
-            source=self._source(),
+            source=_source_of(plan),
             family=plan.plans[0].family.name,
             config_sha256=hash_file(self.transaction.tree / "config.json")["sha256"],
             recipe=plan.options.recipe.to_json(),
-            shapes={**plan.sizes.to_json(), "dtype": plan.options.dtype},
+            shapes=_shapes_of(plan),
             layers=self._layers(),
             kept=tuple(dict.fromkeys(kept)),
             nonfinite=nonfinite,
@@ -721,23 +759,6 @@ class _Run:
             if checkpoint.lora is not None
             for lora in checkpoint.lora.fused
         )
-
-    def _source(self) -> Source:
-        """Where the weights came from, and what was recognised of their format."""
-        plan, first = self.plan, self.plan.checkpoints[0]
-        source = Source(
-            model=recorded_model(plan.options.model),
-            class_name=first.class_name,
-            fingerprint=model_fingerprint(plan.checkpoints),
-            format="; ".join(dict.fromkeys(c.source.layout for c in plan.checkpoints)),
-            precision="; ".join(dict.fromkeys(c.source.precision for c in plan.checkpoints)),
-            notes=list(dict.fromkeys(note for c in plan.checkpoints for note in c.source.notes)),
-        )
-        if plan.options.transformer_2 is not None:
-            source["transformer_2"] = recorded_model(plan.options.transformer_2)
-        if plan.options.config is not None:
-            source["config"] = recorded_model(str(plan.options.config))
-        return source
 
     def _tools(self) -> dict[str, str]:
         """Return the versions of the packages that graphs depend on besides dvdquant itself."""
