@@ -166,6 +166,12 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN/Inf weights (as zeros) and record their names.")
 @click.option("--resume", is_flag=True, help="Go on from an interrupted export with the same options.")
 @click.option(
+    "--replace",
+    is_flag=True,
+    help="Put the export in the place of a finished one of another model, another recipe or other sizes; "
+    "until it is whole, the old one stays.",
+)
+@click.option(
     "--verify",
     is_flag=True,
     help="Compare all that is stored with MODEL; run every graph in ONNX Runtime and judge it against PyTorch in float64, "
