@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import inspect
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.cancel import CancelSignal, cancel_inside, take_turn
 from dvdquant.deploy.generation.generator import (
+    Denoised,
+    Embeddings,
+    Frames,
     Generator,
     SessionOptions,
     controller_of,
@@ -28,9 +30,9 @@ from dvdquant.deploy.generation.generator import (
 )
 from dvdquant.deploy.generation.images import ImageSource, Picture, open_picture, stretch_words
 from dvdquant.deploy.generation.original import LOADING, CallRecorder, load_original, synchronize
+from dvdquant.deploy.generation.pipeline_stages import decode_video, encode_text, frames_of, twin, words_of
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
-    GenerateResult,
     OnStep,
     VideoSize,
     check_request,
@@ -40,8 +42,7 @@ from dvdquant.deploy.pipelines.parts import PIPELINES, open_pipeline_folder, pip
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.switching.position import LoopPosition
-from dvdquant.errors import CheckpointError, EngineError, ShapeError, UnsupportedError
-from dvdquant.model.families.hunyuan_video import TEMPLATE_TOKENS
+from dvdquant.errors import CheckpointError, ShapeError, UnsupportedError
 from dvdquant.system.devices import resolve_device
 
 __all__ = ["PipelineGenerator"]
@@ -77,14 +78,15 @@ class PipelineGenerator(Generator):
             raise UnsupportedError(
                 f"the pipeline {self.folder.root} also has {missing[0]}, which the export lacks",
                 available=artifact.components,
-                fix=f"export the whole pipeline: dvdq-export {source} -o {artifact.root}",
+                fix=f"export the whole pipeline: dvdq-export {source} -o {artifact.root} --replace",
             )
         self._engines: dict[str, DvdqTransformer] = {}
         self._originals: dict[str, nn.Module] = {}
         self._pipes: dict[str, Any] = {}  # by class; they share their parts
         self._pictures: dict[tuple[str, Any], Picture] = {}
         self._tried: set[tuple[str, int, int]] = set()  # pipeline, steps and tokens that the scheduler has gone through
-        self._drawing = threading.Lock()  # diffusers keeps the state of a call in the pipeline: one clip at a time
+        # diffusers keeps the state of a call in the pipeline, and a VAE keeps the frames before: one clip at a time.
+        self._encoding, self._denoising, self._decoding = (threading.Lock() for _ in range(3))
         self._loading = threading.Lock()
 
     @property
@@ -182,37 +184,64 @@ class PipelineGenerator(Generator):
             rehearse(open_scheduler(root, name, pipeline), name, steps, root / FOLDER / FILE, tokens, pipeline)
             self._tried.add((pipeline, steps, tokens))
 
-    def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
-        """See :class:`Generator`."""
-        request = self.check(request)
-        with self._drawing:
-            return self._draw(request, on_step)
+    # ------------------------------------------------------------------------------------------------------ the stages
 
-    def _draw(self, request: GenerateRequest, on_step: OnStep | None) -> GenerateResult:
-        transformers, pipe = self._loaded(request)
-        started = time.perf_counter()
-        if request.mode == "16":
-            with _recorded(transformers) as recorders:
-                for recorder in recorders.values():
-                    recorder.on_step = on_step
-                frames, latents = self._call(pipe, request)
-            traces = {name: recorder.trace for name, recorder in recorders.items()}
-            summaries = {name: recorder.summary() for name, recorder in recorders.items()}
-        else:
-            engines = _engines(transformers)
-            for engine in engines.values():
-                engine.runner.on_step = on_step
-                # Most pipelines keep the number of steps to themselves; the last ones are treated otherwise.
-                engine.begin_request(request.steps)
-            frames, latents = self._call(pipe, request)
-            traces = {name: list(engine.trace) for name, engine in engines.items()}
-            summaries = {name: engine.runner.summary() for name, engine in engines.items()}
-        seconds = time.perf_counter() - started
+    @torch.no_grad()
+    def encode_prompt(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> Embeddings:
+        """See :class:`Generator`. The tensors are named as the arguments of the pipeline's call."""
+        with take_turn(self._encoding, cancel, "the text encoder"):
+            pipe = self._parts(request, cancel)
+            encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+            picture = self._given(request).get("image")
+            image = None if picture is None else picture.image
+            with cancel_inside(encoders, cancel):
+                return encode_text(pipe, self.family, request, self.artifact.sizes.text_tokens, image)
+
+    def denoise(
+        self,
+        request: GenerateRequest,
+        embeddings: Embeddings,
+        on_step: OnStep | None = None,
+        cancel: CancelSignal | None = None,
+    ) -> Denoised:
+        """See :class:`Generator`."""
+        with take_turn(self._denoising, cancel, "the first step"):
+            transformers, pipe = self._loaded(request)
+            if request.mode == "16":
+                with (
+                    _recorded(transformers, on_step) as recorders,
+                    cancel_inside(transformers.values(), cancel),
+                    self._vae_until_first_step(transformers.values(), request, cancel),
+                ):
+                    latents = self._call(pipe, request, embeddings)
+                traces = {name: recorder.trace for name, recorder in recorders.items()}
+                summaries = {name: recorder.summary() for name, recorder in recorders.items()}
+            else:
+                engines = _engines(transformers)
+                for engine in engines.values():
+                    engine.runner.on_step, engine.cancel = on_step, cancel
+                    # Most pipelines keep the number of steps to themselves; the last ones are treated otherwise.
+                    engine.begin_request(request.steps)
+                try:
+                    with self._vae_until_first_step(transformers.values(), request, cancel):
+                        latents = self._call(pipe, request, embeddings)
+                    traces = {name: list(engine.trace) for name, engine in engines.items()}
+                    summaries = {name: engine.runner.summary() for name, engine in engines.items()}
+                finally:
+                    for engine in engines.values():
+                        engine.runner.on_step = engine.cancel = None
+            executed = self._executed(request, transformers)
         trace = sorted((record for records in traces.values() for record in records), key=lambda record: record.step)
         summary = summaries["transformer"] if len(summaries) == 1 else {"components": summaries}
-        return GenerateResult(
-            request, frames, latents, trace, summary, self._executed(request, transformers), seconds, traces
-        )
+        return Denoised(latents, trace, traces, summary, executed)
+
+    @torch.no_grad()
+    def decode(self, request: GenerateRequest, latents: Tensor, cancel: CancelSignal | None = None) -> Frames:
+        """See :class:`Generator`."""
+        pipe = self._parts(request, cancel)  # before the turn: whoever loads it may wait for the VAE
+        with take_turn(self._decoding, cancel, "the VAE"), cancel_inside([pipe.vae], cancel):
+            video = decode_video(pipe, self.family, request, latents, self.artifact.dtype)
+            return frames_of(video)
 
     def close(self) -> None:
         """See :class:`Generator`. A clip that another thread draws ends with EngineError."""
@@ -223,10 +252,8 @@ class PipelineGenerator(Generator):
 
     # ------------------------------------------------------------------------------------------------ what is loaded
 
-    def prepare(self, request: GenerateRequest) -> None:
-        """See :class:`Generator`."""
-        request = self.check(request)
-        with self._drawing:
+    def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:
+        with take_turn(self._denoising, cancel, "anything was loaded"):
             self._loaded(request)
 
     def _loaded(self, request: GenerateRequest) -> tuple[dict[str, nn.Module], Any]:
@@ -234,6 +261,14 @@ class PipelineGenerator(Generator):
         with self._loading:
             transformers = self._originals_of() if request.mode == "16" else self._engines_of(request)
             return transformers, self._pipeline(self._class_of(request), transformers)
+
+    def _parts(self, request: GenerateRequest, cancel: CancelSignal | None) -> Any:
+        """Return the pipeline, whichever transformers it holds; it is loaded with those of a request."""
+        with self._loading:
+            if self._pipes:
+                return next(iter(self._pipes.values()))
+        self._load(request, cancel)
+        return next(iter(self._pipes.values()))
 
     def _engines_of(self, request: GenerateRequest) -> dict[str, nn.Module]:
         for name in self.components:
@@ -264,14 +299,12 @@ class PipelineGenerator(Generator):
         """Return the pipeline of a class with these transformers; its other parts are loaded once."""
         if class_name not in self._pipes:
             other = next(iter(self._pipes.values()), None)
-            self._pipes[class_name] = (
-                self._load(class_name, transformers) if other is None else _twin(class_name, other)
-            )
+            self._pipes[class_name] = self._open(class_name, transformers) if other is None else twin(class_name, other)
         pipe = self._pipes[class_name]
         pipe.register_modules(**transformers)
         return pipe
 
-    def _load(self, class_name: str, transformers: dict[str, nn.Module]) -> Any:
+    def _open(self, class_name: str, transformers: dict[str, nn.Module]) -> Any:
         """Return a pipeline around these transformers, its other parts from its folder."""
         import diffusers
 
@@ -294,79 +327,48 @@ class PipelineGenerator(Generator):
 
     # --------------------------------------------------------------------------------------------------------- the call
 
-    def _call(self, pipe: Any, request: GenerateRequest) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], Tensor]:
-        """Frames uint8 [F, H, W, 3] and the last latents."""
+    def _call(self, pipe: Any, request: GenerateRequest, embeddings: Embeddings) -> Tensor:
+        """Return the last latents of the pipeline's loop, as its VAE is to get them."""
+        steps, two = request.steps or 0, len(self.components) > 1
         last: list[Tensor] = []
 
-        steps = request.steps or 0
-        two = len(self.components) > 1
-
-        def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             del pipe, timestep
             last[:] = [tensors["latents"]]
             if two:
                 at_step(step + 1, steps)
             return {}
 
-        arguments = {**self._text(pipe, request), **self._images(pipe, request)}
         if two:
             at_step(0, steps)
         try:
-            output = self._run(pipe, request, arguments, keep)
+            output = self._run(pipe, request, embeddings, after_step)
         finally:
             at_step(None)
-        unit = np.asarray(output.frames[0], dtype=np.float64)
-        if not np.isfinite(unit).all():
-            raise EngineError("the VAE gave NaN or infinities", fix="decode in float32, or check the pipeline's VAE")
-        return np.rint(unit.clip(0, 1) * 255).astype(np.uint8), last[0].detach().float().cpu()
+        # This pipeline gives the latents without the image's, which the VAE needs.
+        whole = self.family.config.get("image_condition_type") == "latent_concat"
+        latents: Tensor = last[0] if whole else output.frames
+        return latents
 
-    def _run(self, pipe: Any, request: GenerateRequest, arguments: dict[str, Any], keep: Callable[..., Any]) -> Any:
-        """Call the pipeline; ``arguments``: what to draw, ``keep``: called after every step."""
+    def _run(self, pipe: Any, request: GenerateRequest, embeddings: Embeddings, after_step: Callable[..., Any]) -> Any:
+        """Call the pipeline, without its last stage."""
         return pipe(
-            **arguments,
+            **self._images(pipe, request),
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
             num_frames=request.num_frames,
             height=request.height,
             width=request.width,
             generator=torch.Generator().manual_seed(request.seed),
-            max_sequence_length=self._words(),
-            callback_on_step_end=keep,
-            output_type="np",
+            max_sequence_length=words_of(self.family, self.artifact.sizes.text_tokens),
+            callback_on_step_end=after_step,
+            output_type="latent",
+            **{name: tensor.to(pipe._execution_device) for name, tensor in embeddings.items()},
         )
-
-    def _words(self) -> int:
-        """Return the length that a pipeline is asked for: of the words alone, where tokens of an image stand before them."""
-        tokens, image = self.artifact.sizes.text_tokens, self.family.image_tokens()
-        return tokens - image + TEMPLATE_TOKENS if image else tokens
-
-    def _text(self, pipe: Any, request: GenerateRequest) -> dict[str, Any]:
-        """Return the arguments of the call that say what to draw."""
-        words = {"prompt": request.prompt}
-        if request.negative_prompt is not None:
-            words["negative_prompt"] = request.negative_prompt
-        if type(pipe).__name__ != "WanImageToVideoPipeline" or _has_ftfy():
-            return words
-        # This class cleans text with a package that its twin for text alone can do without.
-        import diffusers
-
-        with torch.no_grad():
-            embeds, negative = _twin(diffusers.WanPipeline.__name__, pipe).encode_prompt(
-                **words,
-                do_classifier_free_guidance=(request.guidance or 0) > 1,
-                max_sequence_length=self._words(),
-                device=pipe._execution_device,
-            )
-        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
 
     def _images(self, pipe: Any, request: GenerateRequest) -> dict[str, Any]:
         """Return the arguments of the call that hold the images."""
-        given = {"image": request.image, "last_image": request.last_image}
-        images = {
-            name: self._picture(source, f"--{name.replace('_', '-')}").image
-            for name, source in given.items()
-            if source is not None
-        }
+        images = {name: picture.image for name, picture in self._given(request).items()}
         if type(pipe).__name__ != _CONDITION or not images:
             return images
         from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
@@ -374,12 +376,27 @@ class PipelineGenerator(Generator):
         places = {"image": 0, "last_image": (request.num_frames or 1) - 1}
         return {"conditions": [LTXVideoCondition(image=image, frame_index=places[n]) for n, image in images.items()]}
 
+    def _given(self, request: GenerateRequest) -> dict[str, Picture]:
+        """Return the decoded images of a request, by the names of its fields."""
+        given = {"image": request.image, "last_image": request.last_image}
+        options = {"image": "--image", "last_image": "--last-image"}
+        return {name: self._picture(source, options[name]) for name, source in given.items() if source is not None}
+
+    @contextlib.contextmanager
+    def _vae_until_first_step(
+        self, transformers: Iterable[nn.Module], request: GenerateRequest, cancel: CancelSignal | None
+    ) -> Iterator[None]:
+        """Keep other clips from the VAE while it encodes this one's images, which is before the first step."""
+        with contextlib.ExitStack() as stack:
+            if self._given(request):
+                stack.enter_context(take_turn(self._decoding, cancel, "the image was encoded"))
+                for module in transformers:
+                    handle = module.register_forward_pre_hook(lambda *_: stack.close())
+                    stack.callback(handle.remove)
+            yield
+
     def _executed(self, request: GenerateRequest, transformers: dict[str, nn.Module]) -> dict[str, Any]:
-        images = {
-            name: self._picture(source, f"--{name.replace('_', '-')}").to_json()
-            for name, source in (("image", request.image), ("last_image", request.last_image))
-            if source is not None
-        }
+        images = {name: picture.to_json() for name, picture in self._given(request).items()}
         more: dict[str, Any] = {"pipeline": self._class_of(request), **({"images": images} if images else {})}
         if request.mode == "16":
             parameter = next(transformers[self.components[0]].parameters())
@@ -393,22 +410,6 @@ def _engines(transformers: dict[str, nn.Module]) -> dict[str, DvdqTransformer]:
     return {name: module for name, module in transformers.items() if isinstance(module, DvdqTransformer)}
 
 
-def _twin(class_name: str, pipe: Any) -> Any:
-    """Return a pipeline of another class around the parts of ``pipe``."""
-    import diffusers
-
-    of_class = getattr(diffusers, class_name)
-    settings = {**pipe.config, **pipe.components}
-    names = inspect.signature(of_class.__init__).parameters
-    twin = of_class(**{name: settings[name] for name in names if name in settings})
-    twin.set_progress_bar_config(disable=True)
-    return twin
-
-
-def _has_ftfy() -> bool:
-    return importlib.util.find_spec("ftfy") is not None
-
-
 def _call_defaults(class_name: str) -> dict[str, Any]:
     """Defaults of the arguments of a pipeline's call."""
     import diffusers
@@ -419,9 +420,11 @@ def _call_defaults(class_name: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _recorded(transformers: dict[str, nn.Module]) -> Iterator[dict[str, CallRecorder]]:
+def _recorded(transformers: dict[str, nn.Module], on_step: OnStep | None) -> Iterator[dict[str, CallRecorder]]:
     """Record every call of the original transformers while the block runs."""
     recorders = {name: CallRecorder() for name in transformers}
+    for recorder in recorders.values():
+        recorder.on_step = on_step
     watch = _Watch()
     handles = []
     for name, module in transformers.items():

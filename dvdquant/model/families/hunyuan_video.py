@@ -7,9 +7,10 @@ import torch
 from dvdquant.model.families.base import Config, Family, ImageInputs, InputSpec, Sizes
 from dvdquant.model.families.configs import HunyuanVideoConfig
 
-__all__ = ["TEMPLATE_TOKENS", "HunyuanVideo"]
+__all__ = ["IMAGE_TOKENS", "TEMPLATE_TOKENS", "HunyuanVideo"]
 
-_IMAGE_TOKENS = 576
+IMAGE_TOKENS = 576
+"""Tokens that the text encoder of image to video makes of an image."""
 TEMPLATE_TOKENS = 4
 """Tokens of the prompt's template that the pipeline for image to video cuts out of the text embedding."""
 
@@ -52,7 +53,7 @@ class HunyuanVideo(Family):
     def image_tokens(self) -> int:
         """Return the number of the text tokens that an image takes: every second or fourth of the 576 of its encoder."""
         kept = {"latent_concat": 2, "token_replace": 4}.get(self.config.get("image_condition_type") or "")
-        return _IMAGE_TOKENS // kept if kept else 0
+        return IMAGE_TOKENS // kept if kept else 0
 
     def patch(self) -> tuple[int, int, int]:
         """Return the patch size (time, height, width) of the config."""
