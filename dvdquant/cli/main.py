@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
-from typing import Any
 
 import click
 import click.shell_completion
@@ -68,7 +67,7 @@ class _Commands(ExamplesCommand, click.Group):
 @click.group(cls=_Commands, examples=EXAMPLES, invoke_without_command=True)
 @click.version_option(__version__, prog_name="dvdq")
 @click.pass_context
-def main(ctx: click.Context, **_: Any) -> None:
+def main(ctx: click.Context, /) -> None:
     """Turn video diffusion transformers into 4-bit weights, ONNX graphs and TensorRT engines, and run them."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
