@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import inspect
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
-from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal, cancel_inside, take_turn
+from dvdquant.deploy.generation.check import PipelineChecker
 from dvdquant.deploy.generation.generator import (
     Denoised,
     Embeddings,
@@ -26,35 +23,22 @@ from dvdquant.deploy.generation.generator import (
     controller_of,
     executed_original,
     executed_session,
-    sampling_defaults,
 )
-from dvdquant.deploy.generation.images import ImageSource, Picture, open_picture, stretch_words
+from dvdquant.deploy.generation.images import stretch_words
 from dvdquant.deploy.generation.original import LOADING, CallRecorder, load_original, synchronize
 from dvdquant.deploy.generation.pipeline_stages import decode_video, encode_text, frames_of, twin, words_of
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
     OnStep,
-    VideoSize,
-    check_request,
-    resolve_size,
 )
-from dvdquant.deploy.pipelines.parts import PIPELINES, open_pipeline_folder, pipeline_for
+from dvdquant.deploy.pipelines.parts import CONDITIONS
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.switching.position import LoopPosition
-from dvdquant.errors import CheckpointError, ShapeError, UnsupportedError
+from dvdquant.errors import CheckpointError
 from dvdquant.system.devices import resolve_device
 
 __all__ = ["PipelineGenerator"]
-
-# Frames per second the models were trained at.
-_FPS = {"wan": 16, "hunyuan-video": 24, "cogvideox": 8, "ltx-video": 25}
-_FPS_TI2V = 24
-# Pipelines that take images as conditions at frames of the clip.
-_CONDITION = "LTXConditionPipeline"
-_KEPT_PICTURES = 4  # decoded images that the next request may ask for again
-# Guidance-distilled: the scale is an input of the transformer, and there is no unconditional branch.
-_DISTILLED = ("hunyuan-video",)
 
 
 class PipelineGenerator(Generator):
@@ -65,26 +49,16 @@ class PipelineGenerator(Generator):
 
     def __init__(
         self,
-        artifact: Artifact,
-        source: str,
+        checker: PipelineChecker,
         options: SessionOptions,
         lora: Sequence[LoraSpec] = (),
     ) -> None:
-        super().__init__(artifact, options, lora)
-        self.family = artifact.family(artifact.components[0])
-        self.source = source
-        self.folder = open_pipeline_folder(source, self.family.name)
-        if missing := sorted(set(self.folder.transformers) - set(artifact.components)):
-            raise UnsupportedError(
-                f"the pipeline {self.folder.root} also has {missing[0]}, which the export lacks",
-                available=artifact.components,
-                fix=f"export the whole pipeline: dvdq-export {source} -o {artifact.root} --replace",
-            )
+        super().__init__(checker, options, lora)
+        self.checker: PipelineChecker = checker
+        self.folder = checker.folder
         self._engines: dict[str, DvdqTransformer] = {}
         self._originals: dict[str, nn.Module] = {}
         self._pipes: dict[str, Any] = {}  # by class; they share their parts
-        self._pictures: dict[tuple[str, Any], Picture] = {}
-        self._tried: set[tuple[str, int, int]] = set()  # pipeline, steps and tokens that the scheduler has gone through
         # diffusers keeps the state of a call in the pipeline, and a VAE keeps the frames before: one clip at a time.
         self._encoding, self._denoising, self._decoding = (threading.Lock() for _ in range(3))
         self._loading = threading.Lock()
@@ -94,95 +68,15 @@ class PipelineGenerator(Generator):
         """The transformers the pipeline calls."""
         return self.folder.transformers
 
-    def fps(self, frames: int) -> int:
-        """See :class:`Generator`."""
-        del frames
-        return _FPS_TI2V if self.family.vae_scale[1:] == (16, 16) else _FPS[self.family.name]
-
-    def check(self, request: GenerateRequest) -> GenerateRequest:
-        """See :class:`Generator`."""
-        check_request(request, self.artifact)
-        pipeline = self._class_of(request)
-        if request.negative_prompt and self.family.name in _DISTILLED:
-            raise UnsupportedError(
-                f"{pipeline} is distilled and has no unconditional branch for a negative prompt",
-                fix="leave --negative-prompt out",
-            )
-        # Of the frames a pipeline fills the last patch itself.
-        patch = (1, *self.family.patch()[1:])
-        size = resolve_size(request, self.artifact.sizes, self.family.vae_scale, patch, causal=True)
-        for option, source in (("--image", request.image), ("--last-image", request.last_image)):
-            if source is not None:
-                self._picture(source, option)
-        defaults = _call_defaults(pipeline)
-        own = int(defaults["num_inference_steps"]), float(defaults["guidance_scale"])
-        default_steps, default_guidance = sampling_defaults(self.artifact, *own)
-        steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
-        steps = steps or default_steps
-        self._try_scheduler(pipeline, steps, self._tokens(request, size))
-        return dataclasses.replace(
-            request,
-            steps=steps,
-            guidance=default_guidance if request.guidance is None else request.guidance,
-            num_frames=size.frames,
-            height=size.height,
-            width=size.width,
-        )
-
     def notes(self, request: GenerateRequest) -> list[str]:
         """See :class:`Generator`."""
-        found = []
-        for option, source in (("--image", request.image), ("--last-image", request.last_image)):
-            if source is not None and request.height and request.width:
-                found.append(stretch_words(self._picture(source, option), request.height, request.width))
+        height, width = request.height or 1, request.width or 1
+        found = [stretch_words(picture, height, width) for picture in self.checker.pictures(request).values()]
         return [words for words in found if words is not None]
 
-    def _class_of(self, request: GenerateRequest) -> str:
-        """Return the pipeline class that draws the clip of a request."""
-        first, last = request.image is not None, request.last_image is not None
-        return pipeline_for(self.folder, self.family, first=first, last=last)
-
-    def _picture(self, source: ImageSource, option: str) -> Picture:
-        """Return a decoded image. The same source is decoded once: what was checked is what is drawn from."""
-        kept = isinstance(source, (str, bytes, os.PathLike))
-        key = (option, source if kept else id(source))
-        if (picture := self._pictures.get(key)) is None:
-            picture = open_picture(source, option)
-            if kept:  # the number of an object belongs to another one as soon as this one is gone
-                for old in list(self._pictures)[: max(0, len(self._pictures) - _KEPT_PICTURES + 1)]:
-                    self._pictures.pop(old, None)
-                self._pictures[key] = picture
-        return picture
-
-    def _tokens(self, request: GenerateRequest, size: VideoSize) -> int:
-        """Return the number of video tokens of a clip.
-
-        A last image of LTX-Video is no part of the clip's own latents: its tokens are added.
-
-        Raises:
-            ShapeError: They are more than the graphs take.
-        """
-        tokens = self.family.tokens(*size.latent)
-        if self.family.name != "ltx-video" or request.last_image is None:
-            return tokens
-        _, height, width = size.latent
-        more = self.family.tokens(self.family.patch()[0], height, width)
-        most = self.family.tokens(*self.artifact.sizes.at("max"))
-        if tokens + more > most or not self.artifact.sizes.dynamic:
-            raise ShapeError(
-                f"a last image adds the tokens of one latent frame, {more}, to the {tokens} of the clip",
-                available=f"{most} tokens in this export",
-                fix="draw fewer frames, or export again with a range such as --num-frames "
-                f"{request.num_frames or size.frames}:{size.frames + self.family.vae_scale[0]}",
-            )
-        return tokens + more
-
-    def _try_scheduler(self, pipeline: str, steps: int, tokens: int) -> None:
-        """CheckpointError now for a scheduler that would fail once the model is loaded."""
-        if (pipeline, steps, tokens) not in self._tried:
-            name, root = self.family.name, self.folder.root
-            rehearse(open_scheduler(root, name, pipeline), name, steps, root / FOLDER / FILE, tokens, pipeline)
-            self._tried.add((pipeline, steps, tokens))
+    def _rehearse(self, steps: int, tokens: int, pipeline: str) -> None:
+        name, root = self.family.name, self.folder.root
+        rehearse(open_scheduler(root, name, pipeline), name, steps, root / FOLDER / FILE, tokens, pipeline)
 
     # ------------------------------------------------------------------------------------------------------ the stages
 
@@ -192,7 +86,7 @@ class PipelineGenerator(Generator):
         with take_turn(self._encoding, cancel, "the text encoder"):
             pipe = self._parts(request, cancel)
             encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
-            picture = self._given(request).get("image")
+            picture = self.checker.pictures(request).get("image")
             image = None if picture is None else picture.image
             with cancel_inside(encoders, cancel):
                 return encode_text(pipe, self.family, request, self.artifact.sizes.text_tokens, image)
@@ -260,7 +154,7 @@ class PipelineGenerator(Generator):
         """Return the transformers that a request runs, and the pipeline that holds them."""
         with self._loading:
             transformers = self._originals_of() if request.mode == "16" else self._engines_of(request)
-            return transformers, self._pipeline(self._class_of(request), transformers)
+            return transformers, self._pipeline(self.checker.pipeline_of(request), transformers)
 
     def _parts(self, request: GenerateRequest, cancel: CancelSignal | None) -> Any:
         """Return the pipeline, whichever transformers it holds; it is loaded with those of a request."""
@@ -368,19 +262,13 @@ class PipelineGenerator(Generator):
 
     def _images(self, pipe: Any, request: GenerateRequest) -> dict[str, Any]:
         """Return the arguments of the call that hold the images."""
-        images = {name: picture.image for name, picture in self._given(request).items()}
-        if type(pipe).__name__ != _CONDITION or not images:
+        images = {name: picture.image for name, picture in self.checker.pictures(request).items()}
+        if type(pipe).__name__ != CONDITIONS or not images:
             return images
         from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 
         places = {"image": 0, "last_image": (request.num_frames or 1) - 1}
         return {"conditions": [LTXVideoCondition(image=image, frame_index=places[n]) for n, image in images.items()]}
-
-    def _given(self, request: GenerateRequest) -> dict[str, Picture]:
-        """Return the decoded images of a request, by the names of its fields."""
-        given = {"image": request.image, "last_image": request.last_image}
-        options = {"image": "--image", "last_image": "--last-image"}
-        return {name: self._picture(source, options[name]) for name, source in given.items() if source is not None}
 
     @contextlib.contextmanager
     def _vae_until_first_step(
@@ -388,7 +276,7 @@ class PipelineGenerator(Generator):
     ) -> Iterator[None]:
         """Keep other clips from the VAE while it encodes this one's images, which is before the first step."""
         with contextlib.ExitStack() as stack:
-            if self._given(request):
+            if self.checker.pictures(request):
                 stack.enter_context(take_turn(self._decoding, cancel, "the image was encoded"))
                 for module in transformers:
                     handle = module.register_forward_pre_hook(lambda *_: stack.close())
@@ -396,8 +284,8 @@ class PipelineGenerator(Generator):
             yield
 
     def _executed(self, request: GenerateRequest, transformers: dict[str, nn.Module]) -> dict[str, Any]:
-        images = {name: picture.to_json() for name, picture in self._given(request).items()}
-        more: dict[str, Any] = {"pipeline": self._class_of(request), **({"images": images} if images else {})}
+        images = {name: picture.to_json() for name, picture in self.checker.pictures(request).items()}
+        more: dict[str, Any] = {"pipeline": self.checker.pipeline_of(request), **({"images": images} if images else {})}
         if request.mode == "16":
             parameter = next(transformers[self.components[0]].parameters())
             return {**executed_original(parameter.device, parameter.dtype), **more}
@@ -408,15 +296,6 @@ class PipelineGenerator(Generator):
 
 def _engines(transformers: dict[str, nn.Module]) -> dict[str, DvdqTransformer]:
     return {name: module for name, module in transformers.items() if isinstance(module, DvdqTransformer)}
-
-
-def _call_defaults(class_name: str) -> dict[str, Any]:
-    """Defaults of the arguments of a pipeline's call."""
-    import diffusers
-
-    assert class_name in PIPELINES
-    parameters = inspect.signature(getattr(diffusers, class_name).__call__).parameters
-    return {name: parameter.default for name, parameter in parameters.items()}
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.model.families import Family, ImageInputs
 from dvdquant.system.safetensors_io import read_header_from
 
-__all__ = ["PIPELINES", "PipelineClass", "PipelineFolder", "open_pipeline_folder", "pipeline_for"]
+__all__ = ["CONDITIONS", "PIPELINES", "PipelineClass", "PipelineFolder", "open_pipeline_folder", "pipeline_for"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ PIPELINES: Mapping[str, PipelineClass] = {
     "LTXImageToVideoPipeline": PipelineClass("ltx-video", "required", other="LTXPipeline"),
     "LTXConditionPipeline": PipelineClass("ltx-video", "optional", last_image=True),
 }
+CONDITIONS = "LTXConditionPipeline"
+"""The class that takes images as conditions at frames of the clip."""
 _TAKE_IMAGES = (
     "Wan 2.1 I2V and FLF2V, Wan 2.2 I2V-A14B and TI2V-5B, HunyuanVideo-I2V, CogVideoX I2V, LTX-Video; and with a last image "
     "Wan 2.1 FLF2V, Wan 2.2 I2V-A14B, LTX-Video from 0.9.5 on"
