@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.artifact.manifest import EngineEntry, GraphEntry, Manifest, load_manifest, read_verified
+from dvdquant.checkpoint.formats.blocks import FEW_BITS
 from dvdquant.errors import DvdquantError, EngineError, OutputError, UnsupportedError
 from dvdquant.model.families import Family, Sizes, get_family
 from dvdquant.recipe import RECIPES, Recipe
@@ -293,6 +294,8 @@ class Artifact:
             words += ["--subfolder", self.components[0]]
         if manifest.nonfinite:
             words.append("--allow-nonfinite")
+        if any(kind in manifest.source.get("precision", "") for kind in FEW_BITS):
+            words.append("--allow-low-bits")
         if options:
             words.append("--replace")
         return shell_line(words)

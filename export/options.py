@@ -57,6 +57,7 @@ class ExportOptions:
         replace: Let the export take the place of a finished one of another model, another recipe or other sizes.
         verify: Compare what is stored with the checkpoint, and run and judge every graph.
         allow_nonfinite: Accept NaN and infinities in weights, store them as 0, and record the names of their tensors.
+        allow_low_bits: Take GGUF weights of 4 and 5 bits, with a warning in the manifest.
         plugins: The plugin libraries of the TensorRT target.
         workspace_gib: The builder's workspace limit in GiB; None means the builder's own.
         timing_cache: A TensorRT timing cache to read and update.
@@ -97,6 +98,7 @@ class ExportOptions:
     replace: bool = False
     verify: bool = False
     allow_nonfinite: bool = False
+    allow_low_bits: bool = False
     plugins: tuple[Path, ...] = ()
     workspace_gib: float | None = None
     timing_cache: Path | None = None

@@ -11,7 +11,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvdquant.checkpoint.formats.files import given_file
 from dvdquant.checkpoint.prompt_words import PromptWords
@@ -23,6 +23,9 @@ from dvdquant.deploy.pipelines.call_defaults import call_defaults
 from dvdquant.deploy.pipelines.parts import open_pipeline_folder, pipeline_for
 from dvdquant.errors import CheckpointError, ShapeError, UnsupportedError
 from dvdquant.text import shown
+
+if TYPE_CHECKING:
+    from dvdquant.deploy.generation.text_embeds import TextEmbeds
 
 __all__ = ["PipelineChecker", "RequestChecker", "TableChecker", "open_checker", "sampling_defaults"]
 
@@ -73,6 +76,7 @@ class RequestChecker(ABC):
         )
         self.limits.check(filled)
         self.tokens_of(filled)
+        self._check_text(filled)
         return filled
 
     def tokens_of(self, request: GenerateRequest) -> int:
@@ -90,6 +94,9 @@ class RequestChecker(ABC):
         """Return the pipeline class that draws a request's clip; empty where there is no pipeline."""
         del request
         return ""
+
+    def _check_text(self, request: GenerateRequest) -> None:  # noqa: B027  (most have nothing to check)
+        """Refuse a text that a file of embeddings does not hold."""
 
     @abstractmethod
     def _check_images(self, request: GenerateRequest) -> None:
@@ -168,17 +175,23 @@ class PipelineChecker(RequestChecker):
         artifact: The export.
         source: The folder or hub id of the pipeline.
         limits: What is served at most.
+        text_embeds: A file of text embeddings, which takes the place of the text encoders.
 
     Raises:
-        CheckpointError: There is no pipeline, or parts are missing.
+        CheckpointError: There is no pipeline, or parts are missing, or the file cannot be used.
         UnsupportedError: It is another pipeline than the export's, or has a transformer that the export lacks.
     """
 
-    def __init__(self, artifact: Artifact, source: str, limits: Limits) -> None:
+    def __init__(self, artifact: Artifact, source: str, limits: Limits, text_embeds: str | Path | None = None) -> None:
         super().__init__(artifact, limits)
+        self.text: TextEmbeds | None = None
+        if text_embeds is not None:
+            from dvdquant.deploy.generation.text_embeds import load_text_embeds
+
+            self.text = load_text_embeds(Path(text_embeds), self.family, artifact.sizes)
         self._decoded: dict[tuple[str, Any], Picture] = {}
         self._decoding = threading.Lock()
-        self.folder = open_pipeline_folder(source, self.family.name)
+        self.folder = open_pipeline_folder(source, self.family.name, text=self.text is None)
         if missing := sorted(set(self.folder.transformers) - set(artifact.components)):
             raise UnsupportedError(
                 f"the pipeline {self.folder.root} also has {missing[0]}, which the export lacks",
@@ -227,6 +240,11 @@ class PipelineChecker(RequestChecker):
                 self._decoded[option, source] = picture
             return picture
 
+    def _check_text(self, request: GenerateRequest) -> None:
+        if self.text is not None:
+            picture = self.pictures(request).get("image")
+            self.text.check(request, None if picture is None else picture.sha256)
+
     def _check_images(self, request: GenerateRequest) -> None:
         self.pipeline_of(request)
         self.pictures(request)
@@ -274,7 +292,11 @@ def sampling_defaults(artifact: Artifact, steps: int, guidance: float) -> tuple[
 
 
 def open_checker(
-    artifact: Artifact, *, pipeline: str | Path | None = None, limits: Limits | None = None
+    artifact: Artifact,
+    *,
+    pipeline: str | Path | None = None,
+    limits: Limits | None = None,
+    text_embeds: str | Path | None = None,
 ) -> TableChecker | PipelineChecker:
     """Return the checker for the requests of an export.
 
@@ -282,6 +304,7 @@ def open_checker(
         artifact: The export.
         pipeline: The folder or hub id of the model, if it is no longer where the export was made from.
         limits: What is served at most; None sets no limit.
+        text_embeds: A file of text embeddings, which takes the place of the text encoders.
 
     Raises:
         CheckpointError: The model's folder, or a part of the pipeline, is missing.
@@ -295,5 +318,7 @@ def open_checker(
             fix="give the diffusers pipeline of the same model with --pipeline FOLDER or a hub id; its transformer is not used",
         )
     if PromptWords.is_at(source):
+        if text_embeds is not None:
+            raise UnsupportedError("a model with a prompt table has no text encoder", fix="leave --text-embeds out")
         return TableChecker(artifact, PromptWords.read(source), limits or Limits())
-    return PipelineChecker(artifact, source, limits or Limits())
+    return PipelineChecker(artifact, source, limits or Limits(), text_embeds)

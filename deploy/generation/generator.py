@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, 
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
+from dvdquant.errors import UnsupportedError
 
 __all__ = [
     "Denoised",
@@ -76,6 +78,8 @@ class SessionOptions:
         compile: Run in PyTorch, with the transformer's blocks compiled.
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
         attention_backend: The library that computes it instead of the first of the ladder that fits.
+        offload: Keep the pipeline's other parts in the host's memory, and move each to the device while it runs.
+        vae_tiling: Encode and decode images in tiles, one after the other.
     """
 
     backend: str = "auto"
@@ -84,6 +88,8 @@ class SessionOptions:
     compile: bool = False
     attention: str | None = None
     attention_backend: str | None = None
+    offload: bool = False
+    vae_tiling: bool = False
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
@@ -275,6 +281,23 @@ class Generator(ABC):
     @abstractmethod
     def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:
         """Load what a checked request needs."""
+
+    def prompts(self) -> list[str]:
+        """Return the prompts that a file of text embeddings holds."""
+        return []
+
+    def save_text_embeds(self, path: Path, requests: Sequence[GenerateRequest]) -> None:
+        """Write what the text encoder makes of some requests' prompts, see :mod:`.text_embeds`.
+
+        Args:
+            path: The file.
+            requests: The requests, as :meth:`check` returned them.
+
+        Raises:
+            UnsupportedError: The model has no text encoder.
+        """
+        del path, requests
+        raise UnsupportedError("a model with a prompt table has no text encoder", fix="leave --save-text-embeds out")
 
     def notes(self, request: GenerateRequest) -> list[str]:
         """Return what a user should know of a checked request before it is drawn."""

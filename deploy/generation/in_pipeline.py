@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from dvdquant.deploy.generation.request import (
     GenerateRequest,
     OnStep,
 )
+from dvdquant.deploy.generation.text_embeds import save_text_embeds
 from dvdquant.deploy.pipelines.parts import CONDITIONS
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
@@ -60,7 +62,11 @@ class PipelineGenerator(Generator):
         self._originals: dict[str, nn.Module] = {}
         self._pipes: dict[str, Any] = {}  # by class; they share their parts
         # diffusers keeps the state of a call in the pipeline, and a VAE keeps the frames before: one clip at a time.
-        self._encoding, self._denoising, self._decoding = (threading.Lock() for _ in range(3))
+        self._encoding, self._denoising, self._decoding = (threading.RLock() for _ in range(3))
+        if (
+            options.offload
+        ):  # a part that comes to the device sends the one before away, so no stage runs beside another
+            self._denoising = self._decoding = self._encoding
         self._loading = threading.Lock()
 
     @property
@@ -68,10 +74,16 @@ class PipelineGenerator(Generator):
         """The transformers the pipeline calls."""
         return self.folder.transformers
 
+    def prompts(self) -> list[str]:
+        """See :class:`Generator`."""
+        return list(self.checker.text.prompts) if self.checker.text is not None else []
+
     def notes(self, request: GenerateRequest) -> list[str]:
         """See :class:`Generator`."""
         height, width = request.height or 1, request.width or 1
         found = [stretch_words(picture, height, width) for picture in self.checker.pictures(request).values()]
+        if self.options.offload and resolve_device(self.options.device).type == "cpu":
+            found.append("--offload saves nothing on a CPU: the parts are in the host's memory anyway")
         return [words for words in found if words is not None]
 
     def _rehearse(self, steps: int, tokens: int, pipeline: str) -> None:
@@ -83,13 +95,41 @@ class PipelineGenerator(Generator):
     @torch.no_grad()
     def encode_prompt(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> Embeddings:
         """See :class:`Generator`. The tensors are named as the arguments of the pipeline's call."""
+        if self.checker.text is not None:
+            return self.checker.text.of(request)
         with take_turn(self._encoding, cancel, "the text encoder"):
             pipe = self._parts(request, cancel)
-            encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
-            picture = self.checker.pictures(request).get("image")
-            image = None if picture is None else picture.image
-            with cancel_inside(encoders, cancel):
-                return encode_text(pipe, self.family, request, self.artifact.sizes.text_tokens, image)
+            return self._encode(pipe, request, cancel)
+
+    def _encode(self, pipe: Any, request: GenerateRequest, cancel: CancelSignal | None) -> Embeddings:
+        encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+        picture = self.checker.pictures(request).get("image")
+        image = None if picture is None else picture.image
+        with cancel_inside(encoders, cancel):
+            return encode_text(pipe, self.family, request, self.artifact.sizes.text_tokens, image)
+
+    @torch.no_grad()
+    def save_text_embeds(self, path: Path, requests: Sequence[GenerateRequest]) -> None:
+        """Encode the prompts of some requests into a file. Of the model, the text encoders alone are loaded.
+
+        Args:
+            path: The file, see :mod:`.text_embeds`.
+            requests: The requests, as :meth:`check` returned them; they differ in their prompts alone.
+
+        Raises:
+            OutputError: The file cannot be written.
+            CheckpointError: A text encoder cannot be loaded.
+        """
+        without = [part for part in ("vae", "image_encoder") if part in self.folder.parts]
+        parts = dict.fromkeys((*self.components, *without))
+        device = resolve_device(self.options.device)
+        with self._loading:
+            pipe = self._open(self.checker.pipeline_of(requests[0]), parts, device)
+        with self._encoding:
+            made = [self._encode(pipe, request, None) for request in requests]
+        # Only a text encoder that sees the image makes it a part of the text.
+        picture = self.checker.pictures(requests[0]).get("image") if self.family.image_tokens() else None
+        save_text_embeds(path, self.family, requests, made, None if picture is None else picture.sha256)
 
     def denoise(
         self,
@@ -135,6 +175,8 @@ class PipelineGenerator(Generator):
         pipe = self._parts(request, cancel)  # before the turn: whoever loads it may wait for the VAE
         with take_turn(self._decoding, cancel, "the VAE"), cancel_inside([pipe.vae], cancel):
             video = decode_video(pipe, self.family, request, latents, self.artifact.dtype)
+            if self.options.offload:
+                pipe.maybe_free_model_hooks()
             return frames_of(video)
 
     def close(self) -> None:
@@ -193,13 +235,23 @@ class PipelineGenerator(Generator):
         """Return the pipeline of a class with these transformers; its other parts are loaded once."""
         if class_name not in self._pipes:
             other = next(iter(self._pipes.values()), None)
-            self._pipes[class_name] = self._open(class_name, transformers) if other is None else twin(class_name, other)
+            self._pipes[class_name] = (
+                twin(class_name, other) if other is not None else self._whole(class_name, transformers)
+            )
         pipe = self._pipes[class_name]
         pipe.register_modules(**transformers)
         return pipe
 
-    def _open(self, class_name: str, transformers: dict[str, nn.Module]) -> Any:
-        """Return a pipeline around these transformers, its other parts from its folder."""
+    def _whole(self, class_name: str, transformers: dict[str, nn.Module]) -> Any:
+        """Return a pipeline around these transformers, with all that it needs to draw."""
+        parts: dict[str, nn.Module | None] = dict(transformers)
+        if self.checker.text is not None:
+            parts.update(dict.fromkeys(self.folder.text_parts))
+        device: Any = next(iter(transformers.values())).device
+        return self._open(class_name, parts, device)
+
+    def _open(self, class_name: str, parts: Mapping[str, nn.Module | None], device: torch.device) -> Any:
+        """Return a pipeline around these parts, None for those that are not needed; the others are loaded from its folder."""
         import diffusers
 
         # Wan's VAE loses detail in bf16; the other pipelines decode in the dtype of their text encoder.
@@ -209,7 +261,7 @@ class PipelineGenerator(Generator):
         try:
             with LOADING:
                 pipe = getattr(diffusers, class_name).from_pretrained(
-                    self.folder.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **transformers
+                    self.folder.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **parts
                 )
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -217,7 +269,13 @@ class PipelineGenerator(Generator):
                 fix="download it again, or give another with --pipeline",
             ) from error
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to(next(iter(transformers.values())).device)
+        if self.options.vae_tiling and getattr(pipe, "vae", None) is not None:
+            pipe.vae.enable_tiling()
+            pipe.vae.enable_slicing()
+        if self.options.offload:
+            pipe.enable_model_cpu_offload(device=device)
+            return pipe
+        return pipe.to(device)
 
     # --------------------------------------------------------------------------------------------------------- the call
 

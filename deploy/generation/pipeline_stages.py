@@ -102,7 +102,7 @@ def decode_video(pipe: Any, family: Family, request: GenerateRequest, latents: T
         latents: The latents as the pipeline's loop left them.
         dtype: The dtype of the text embeddings.
     """
-    video: Tensor = _DECODERS[family.name](pipe, family, request, latents.to(pipe.vae.device), dtype)
+    video: Tensor = _DECODERS[family.name](pipe, family, request, latents.to(pipe._execution_device), dtype)
     return video
 
 

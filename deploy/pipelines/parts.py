@@ -64,6 +64,7 @@ _WANTED = (
     INDEX,
     *(f"{part}/*" for part in ("scheduler", "tokenizer*", "text_encoder*", "vae", "image_*", "feature_extractor")),
 )
+_TEXT = ("text_encoder", "tokenizer")
 _WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")
 
 
@@ -76,21 +77,29 @@ class PipelineFolder:
         class_name: The name of its diffusers class, one of :data:`PIPELINES`.
         transformers: The names of its transformers' folders.
         expand_timesteps: Whether it says that its pipeline gives a timestep for every token (Wan 2.2 TI2V).
+        parts: The names of its other parts.
     """
 
     root: Path
     class_name: str
     transformers: tuple[str, ...]
     expand_timesteps: bool = False
+    parts: tuple[str, ...] = ()
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """Return the names of its text encoders and tokenizers."""
+        return tuple(part for part in self.parts if part.startswith(_TEXT))
 
 
-def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
+def open_pipeline_folder(source: str, family: str, *, text: bool = True) -> PipelineFolder:
     """Find and check the pipeline of a model.
 
     Args:
         source: The folder of the pipeline, or a hub id ``org/name``. Of a hub id, text encoder, tokenizer, VAE and
             scheduler are downloaded.
         family: The name of the export's family.
+        text: Whether its text encoders are needed; else they may be missing, and are not downloaded.
 
     Raises:
         CheckpointError: There is no pipeline, parts are missing (the error names them), or weights are damaged or not
@@ -98,7 +107,7 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
         UnsupportedError: The class of the pipeline is not supported here, or belongs to another family.
     """
     # 1. The class of the pipeline.
-    folder = UntrustedFolder.at(_find(source))
+    folder = UntrustedFolder.at(_find(source, text))
     root = folder.root
     index = _read_index(folder, source)
     name = index.get("_class_name")
@@ -121,7 +130,9 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
     missing = [
         problem
         for part in parts
-        if not _TRANSFORMER.fullmatch(part) and (problem := _problem(folder, part)) is not None
+        if not _TRANSFORMER.fullmatch(part)
+        and (text or not part.startswith(_TEXT))
+        and (problem := _problem(folder, part)) is not None
     ]
     if missing:
         raise CheckpointError(
@@ -130,7 +141,8 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
             fix=_how_to_fetch(source),
         )
     transformers = tuple(part for part in parts if _TRANSFORMER.fullmatch(part))
-    return PipelineFolder(root, name, transformers, index.get("expand_timesteps") is True)
+    others = tuple(part for part in parts if part not in transformers)
+    return PipelineFolder(root, name, transformers, index.get("expand_timesteps") is True, others)
 
 
 def pipeline_for(folder: PipelineFolder, family: Family, *, first: bool, last: bool) -> str:
@@ -184,9 +196,9 @@ def pipeline_for(folder: PipelineFolder, family: Family, *, first: bool, last: b
     return name
 
 
-def _find(source: str) -> Path:
+def _find(source: str, text: bool) -> Path:
     try:
-        return locate_model(source, None, list(_WANTED))
+        return locate_model(source, None, [glob for glob in _WANTED if text or not glob.startswith(_TEXT)])
     except CheckpointError as error:
         raise CheckpointError(
             f"the model the export was made from is needed for text, VAE and scheduler, and is not here: {error.what}",
