@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.checkpoint.formats.files import given_file
+from dvdquant.checkpoint.formats.files import names_file
 from dvdquant.checkpoint.prompt_words import PromptWords
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.images import ImageSource, Picture, open_picture
@@ -311,7 +311,7 @@ def open_checker(
         UnsupportedError: There is no pipeline class for it.
     """
     source = str(pipeline or artifact.manifest.source["model"])
-    if pipeline is None and given_file(source) is not None:
+    if pipeline is None and names_file(source):
         raise CheckpointError(
             f"the export was made from the single file {shown(source)}, which has no text encoder, VAE and scheduler",
             available=f"{artifact.manifest.source['class_name']} of family {artifact.manifest.family}",

@@ -11,6 +11,7 @@ from typing import Any
 
 from dvdquant.artifact.manifest import EngineEntry, Manifest
 from dvdquant.artifact.provenance import lora_words, sampling_words
+from dvdquant.checkpoint.locate import hub_file
 from dvdquant.model.families.base import ImageInputs
 from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import shell_word, unsafe
@@ -242,7 +243,7 @@ def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool, 
         images: What its model draws from.
     """
     folder, model = str(out), manifest.source["model"]
-    if os.path.isfile(model):  # text encoder, VAE and scheduler come from elsewhere
+    if os.path.isfile(model) or hub_file(model) is not None:  # text encoder, VAE and scheduler come from elsewhere
         model = "FOLDER OF ITS DIFFUSERS PIPELINE"
     bits = sorted({g["act_bits"] for g in manifest.graphs})
     mode = "switch" if len(bits) > 1 else f"a{bits[0]}" if bits else "16"
