@@ -210,6 +210,7 @@ def test_export_from_python_plans_as_the_command_does(monkeypatch: pytest.Monkey
     import dvdquant
     from dvdquant.export import pipeline
     from dvdquant.export.plan import ExportPlan
+    from dvdquant.hardware.advice import choose
 
     plans: list[ExportPlan] = []
     monkeypatch.chdir(ROOT)
@@ -217,13 +218,10 @@ def test_export_from_python_plans_as_the_command_does(monkeypatch: pytest.Monkey
     dvdquant.export_model("examples/tiny-wan", "out/tiny-wan", latent="8x24x24", text_tokens=5)
     (plan,) = plans
     assert [engine.act_bits for engine in plan.engines] == [4, 8]
-    defaults = {p.name: p.default for p in _command("dvdq-export").params}
+    defaults = {p.name: p.get_default(click.Context(_command("dvdq-export"))) for p in _command("dvdq-export").params}
     options = plan.options
-    assert (options.recipe.name, options.targets, options.sms) == (
-        defaults["recipe"],
-        defaults["targets"],
-        defaults["sms"],
-    )
+    choice = choose((), (), (), defaults["recipe"])
+    assert (options.recipe.name, options.targets, options.sms) == (choice.recipe, choice.targets, choice.sms)
     assert (options.dtype, options.device, options.batch) == (defaults["dtype"], defaults["device"], defaults["batch"])
 
 
