@@ -121,7 +121,7 @@ def test_options_named_in_the_text_exist(page: Path) -> None:
 
 def test_pages_take_in_the_generated_tables() -> None:
     marks = {name for page in DOCS for name in re.findall(r"<!-- table: ([\w-]+) -->", page.read_text())}
-    assert marks == {"executes", "recipes", "errors", "schema", "rooms"}
+    assert marks == {"executes", "gpus", "recipes", "errors", "schema", "rooms"}
 
 
 def test_table_of_what_executes_names_every_sm() -> None:
@@ -134,6 +134,11 @@ def test_table_of_what_executes_names_every_sm() -> None:
         for graph in ("a4", "a8"):
             listed = [sm for r in rows if r[0].startswith(target) and r[2] == graph for sm in r[1].split(", ")]
             assert sorted(listed) == sorted(sms)
+
+
+def test_the_table_of_gpus_is_that_of_the_code() -> None:
+    """``python docs/scripts/tables.py`` prints it."""
+    assert _script("tables").short_gpu_table() in README
 
 
 def test_every_dependency_is_explained() -> None:

@@ -19,6 +19,7 @@ class Capability:
 
     Args:
         sm: The number, such as "8.9".
+        cards: The series that have it, in short.
         rtx: TensorRT-RTX engines are built for it.
         rtx_a4: What an a4 engine runs on, where it gains over a8; "" where it executes what a8 does.
         kernels: Our CUDA kernels are built for it, for PyTorch sessions and the TensorRT plugin.
@@ -28,6 +29,7 @@ class Capability:
     """
 
     sm: str
+    cards: str
     rtx: bool = False
     rtx_a4: str = ""
     kernels: bool = True
@@ -58,18 +60,20 @@ _H100 = "one H100: quantized layers 1.6 to 1.9 times as fast as bf16, a step of 
 CAPABILITIES: dict[str, Capability] = {
     each.sm: each
     for each in (
-        Capability("7.0", kernels=False, refused="it has neither bf16 nor INT8 tensor cores"),
-        Capability("7.5", kernels=False, refused="it has no bf16, and TensorRT-RTX builds no INT8 for it"),
-        Capability("8.0", rtx=True, kernels_a4=_S4),
-        Capability("8.6", rtx=True, kernels_a4=_S4),
-        Capability("8.7", kernels_a4=_S4),
-        Capability("8.9", rtx=True, kernels_a4=_S4),
-        Capability("9.0", measured=_H100),
-        Capability("10.0"),
-        Capability("10.3"),
-        Capability("11.0", kernels=False, refused="there are no kernels and no engines for it yet"),
-        Capability("12.0", rtx=True, rtx_a4=_FP4),
-        Capability("12.1", rtx=True, rtx_a4=_FP4),
+        Capability("7.0", "V100", kernels=False, refused="it has neither bf16 nor INT8 tensor cores"),
+        Capability(
+            "7.5", "T4, RTX 20, GTX 16", kernels=False, refused="it has no bf16, and TensorRT-RTX builds no INT8 for it"
+        ),
+        Capability("8.0", "A100, A30", rtx=True, kernels_a4=_S4),
+        Capability("8.6", "RTX 30, RTX A, A10, A40", rtx=True, kernels_a4=_S4),
+        Capability("8.7", "Jetson Orin", kernels_a4=_S4),
+        Capability("8.9", "RTX 40, RTX Ada, L4, L40S", rtx=True, kernels_a4=_S4),
+        Capability("9.0", "H100, H200, GH200", measured=_H100),
+        Capability("10.0", "B200, GB200"),
+        Capability("10.3", "B300, GB300"),
+        Capability("11.0", "Jetson Thor", kernels=False, refused="there are no kernels and no engines for it yet"),
+        Capability("12.0", "RTX 50, RTX PRO Blackwell", rtx=True, rtx_a4=_FP4),
+        Capability("12.1", "GB10 (DGX Spark)", rtx=True, rtx_a4=_FP4),
     )
 }
 

@@ -8,9 +8,20 @@ from dvdquant.hardware.advice import choose_recipe, choose_target
 from dvdquant.hardware.capabilities import CAPABILITIES
 from dvdquant.hardware.gpus import GPUS, KINDS, Gpu
 
-__all__ = ["HEADER", "gpu_rows", "runs_words"]
+__all__ = ["HEADER", "SHORT_HEADER", "gpu_rows", "runs_words", "short_rows"]
 
 HEADER = ("GPU", "SM", "memory", "--target", "--recipe auto", "4-bit arithmetic", "has run")
+SHORT_HEADER = ("GPU", "SM", "`--target`", "`--recipe auto`", "4-bit arithmetic", "has run on it")
+
+
+def short_rows() -> Iterator[tuple[str, ...]]:
+    """Return a row for every compute capability that something is offered for, for the first screen of the README."""
+    for sm, found in CAPABILITIES.items():
+        if not found.refused:
+            target, _ = choose_target([sm])
+            recipe = choose_recipe([sm], [target]).recipe
+            ran = "kernels and PyTorch sessions" if found.measured else "nothing yet"
+            yield found.cards, sm, f"`{target}`", f"`{recipe}`", runs_words(sm), ran
 
 
 def gpu_rows() -> Iterator[tuple[str, ...]]:
