@@ -72,12 +72,17 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     """Print the table of GPUs and end the command."""
     if wanted and not ctx.resilient_parsing:
-        from dvdquant.hardware.listing import HEADER, gpu_rows
+        from dvdquant.hardware.listing import gpu_rows
 
-        rows = list(gpu_rows())
-        for name, *facts in rows:
+        for name, *facts in gpu_rows():
             echo(name)
-            echo("    " + ", ".join(f"{head} {fact}" for head, fact in zip(HEADER[1:], facts)))
+            sm, memory, target, recipe, four_bits, ran = facts
+            if ran == "refused":
+                echo(f"    SM {sm}, {memory}: refused, {four_bits}")
+            else:
+                echo(
+                    f"    SM {sm}, {memory}; --target {target}, recipe {recipe}; 4-bit arithmetic: {four_bits}; has run: {ran}"
+                )
         echo("\nA card that is not here: --sm with its compute capability.")
         ctx.exit()
 

@@ -15,11 +15,13 @@ __all__ = ["AUTO", "QUALITY", "Advice", "Choice", "choose", "choose_recipe", "ch
 AUTO = "auto"
 DEFAULT_SM, DEFAULT_TARGET, DEFAULT_RECIPE = "8.9", "rtx", "w4a4"
 
-# PSNR in dB to the fp32 clips of tiny-wan, 128 clips (docs/results.md), by (recipe, activation bits).
+# PSNR in dB to the fp32 clips of tiny-wan, 128 clips (docs/quality/index.md), by (recipe, activation bits).
 QUALITY: dict[tuple[str, int], float] = {
-    ("w4a8", 8): 36.1,
-    ("w4a4-g64", 4): 30.9,
-    ("w4a4", 4): 28.4,
+    ("w4a8", 8): 36.14,
+    ("w4a4-g64", 8): 36.01,
+    ("w4a4-g64", 4): 30.89,
+    ("w4a4", 8): 32.55,
+    ("w4a4", 4): 28.37,
 }
 
 

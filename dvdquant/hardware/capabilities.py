@@ -77,7 +77,7 @@ CAPABILITIES: dict[str, Capability] = {
     )
 }
 
-_SM = re.compile(r"(?:sm|compute)?[_ -]?(\d{1,2})[._]?(\d)[af]?", re.ASCII | re.IGNORECASE)
+_SM = re.compile(r"(?:(?:sm|compute)[_ -]?)?(\d{1,2})[._]?(\d)[af]?", re.ASCII | re.IGNORECASE)
 
 
 def parse_sm(text: str) -> str:
