@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Count processor seconds."""
     config.pluginmanager.register(CpuSeconds(config), "cpu-seconds")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces() -> None:
+    """Trace a model once a process, however many exports of it the tests make in this process."""
+    if "dvdquant.export.graph.trace" in sys.modules:  # else nothing is exported, and the import would cost seconds
+        importlib.import_module("tests.support.traces").share_traces()
 
 
 @functools.cache
