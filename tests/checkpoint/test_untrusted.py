@@ -391,10 +391,13 @@ COSTLY: dict[str, Callable[[Path], Any]] = {
 }
 
 
+LIGHT = ("big index", "names of a megabyte", "many keys", "flat")
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=[pytest.mark.stress] if n in ("many files", "complete index", "a shard for each") else [])
+        pytest.param(n, marks=[pytest.mark.stress] if n not in LIGHT else [])
         for n in COSTLY
     ],
 )
