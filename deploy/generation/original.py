@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ from dvdquant.deploy.switching.gbs import relative_change
 from dvdquant.errors import CheckpointError, EngineError
 from dvdquant.model.families import Family
 from dvdquant.model.plan import build_skeleton
+from dvdquant.system.threads import one_thread
 
 __all__ = ["LOADING", "CallRecorder", "OriginalRunner", "load_original"]
 
 ORIGINAL_BITS = 16
-_THREADS = threading.RLock()
 # diffusers and transformers change torch.nn.Module itself while they load (accelerate's init_empty_weights). Where two
 # threads load at once, the change stays, and every later module of the process is made on the meta device.
 LOADING = threading.RLock()
@@ -201,34 +201,14 @@ class OriginalRunner(CallRecorder):
         """Return the transformer's output at the graph's inputs by name, given on the model's device and in its dtype."""
         del steps
         started = time.perf_counter()
-        with _one_thread(self.device):
+        # The models with a prompt table are too small to gain from threads.
+        with one_thread() if self.device.type == "cpu" else contextlib.nullcontext():
             output: Tensor = self.model(**self.family.forward_kwargs(inputs), return_dict=False)[0]
         synchronize(self.device)
         seconds = time.perf_counter() - started
         timestep = float(inputs["timestep"].flatten()[0])
         self.record(output, step=step or 0, branch=branch, timestep=timestep, seconds=seconds)
         return output
-
-
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """Run PyTorch on one thread on a CPU, within this context.
-
-    The models with a prompt table are too small to gain from threads; where others use the cores too, threads that
-    wait for each other at every layer take fifty times as long. One thread also gives the same bits everywhere.
-
-    The number belongs to the process, so one caller at a time changes it: a second one would put back the 1 of the first.
-    """
-    if device.type != "cpu":
-        yield
-        return
-    with _THREADS:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
 
 
 def synchronize(device: torch.device) -> None:
