@@ -317,10 +317,10 @@ def test_too_few_open_files(tmp_path: Path) -> None:
 
 
 def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
-    """RLIMIT_FSIZE at every hundred bytes: the kernel cuts every write there."""
+    """RLIMIT_FSIZE every 250 bytes: the kernel cuts every write there."""
     export(tmp_path / "out", 1)
     codes = []
-    for size in range(0, 4000, 100):
+    for size in range(0, 4000, 250):
 
         def work(size: int = size) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
