@@ -68,7 +68,11 @@ class TableGenerator(Generator):
         self._check_model()
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
-        """See :class:`Generator`; also checks the words."""
+        """See :class:`Generator`; also checks the words.
+
+        Args:
+            request: The request of a clip.
+        """
         check_request(request, self.artifact)
         self.table.encode(request.prompt)
         if request.negative_prompt is not None:
@@ -95,7 +99,12 @@ class TableGenerator(Generator):
             self._tried.add(steps)
 
     def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+            on_step: A function that gets the record of every call of the transformer, or None.
+        """
         request = self.check(request)
         runner, device, dtype = self._runner(request)
         started = time.perf_counter()
@@ -113,7 +122,11 @@ class TableGenerator(Generator):
         )
 
     def prepare(self, request: GenerateRequest) -> None:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+        """
         self._runner(self.check(request))
 
     def close(self) -> None:

@@ -84,12 +84,20 @@ class PipelineGenerator(Generator):
         return self.folder.transformers
 
     def fps(self, frames: int) -> int:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            frames: The number of frames of a clip.
+        """
         del frames
         return _FPS[self.family.name]
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+        """
         check_request(request, self.artifact)
         if request.negative_prompt and self.family.name in _DISTILLED:
             raise UnsupportedError(
@@ -123,7 +131,12 @@ class PipelineGenerator(Generator):
             self._tried.add((steps, tokens))
 
     def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+            on_step: A function that gets the record of every call of the transformer, or None.
+        """
         request = self.check(request)
         with self._drawing:
             return self._draw(request, on_step)
@@ -164,7 +177,11 @@ class PipelineGenerator(Generator):
     # ------------------------------------------------------------------------------------------------ what is loaded
 
     def prepare(self, request: GenerateRequest) -> None:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+        """
         request = self.check(request)
         with self._drawing:
             self._loaded(request)

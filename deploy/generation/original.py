@@ -148,12 +148,24 @@ class CallRecorder:
         self._seconds = 0.0
 
     def begin_request(self, steps: int | None = None) -> None:
-        """Forget the last clip."""
+        """Forget the last clip.
+
+        Args:
+            steps: The number of steps, or None if it is not known.
+        """
         del steps
         self.trace, self._last = [], {}
 
     def record(self, output: Tensor, *, step: int, branch: str, timestep: float, seconds: float) -> None:
-        """Note one call. EngineError when the output is not finite."""
+        """Note one call. EngineError when the output is not finite.
+
+        Args:
+            output: The output of the transformer.
+            step: The index of the step.
+            branch: The branch of the guidance.
+            timestep: The timestep of the call.
+            seconds: The seconds that the call took.
+        """
         if not bool(torch.isfinite(output).all()):
             raise EngineError(f"the original checkpoint gave NaN or infinities at step {step} ({branch})")
         last = self._last.get(branch)
@@ -198,7 +210,14 @@ class OriginalRunner(CallRecorder):
     def run(
         self, inputs: Mapping[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
     ) -> Tensor:
-        """Return the transformer's output at the graph's inputs by name, given on the model's device and in its dtype."""
+        """Return the transformer's output at the graph's inputs by name, given on the model's device and in its dtype.
+
+        Args:
+            inputs: The inputs of the graph by name.
+            branch: The branch of the guidance: ``cond`` or ``uncond``.
+            step: The index of the step, or None.
+            steps: The number of steps of the clip, or None.
+        """
         del steps
         started = time.perf_counter()
         # The models with a prompt table are too small to gain from threads.
@@ -212,6 +231,10 @@ class OriginalRunner(CallRecorder):
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the GPU, so that a time is a time."""
+    """Wait for the GPU, so that a time is a time.
+
+    Args:
+        device: The device that PyTorch runs on.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

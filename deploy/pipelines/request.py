@@ -44,11 +44,20 @@ class Caller:
         self.last: Request | None = None
 
     def of(self, pipeline: DiffusionPipeline | None) -> Request | None:
-        """Return the request of a pipeline, or that of calls without one."""
+        """Return the request of a pipeline, or that of calls without one.
+
+        Args:
+            pipeline: The pipeline that is running, or None.
+        """
         return self.plain if pipeline is None else self.pipelines.get(pipeline)
 
     def keep(self, pipeline: DiffusionPipeline | None, request: Request) -> None:
-        """Make ``request`` the request of a pipeline, or that of calls without one."""
+        """Make ``request`` the request of a pipeline, or that of calls without one.
+
+        Args:
+            pipeline: The pipeline, or None.
+            request: The request.
+        """
         if pipeline is None:
             self.plain = request
         else:

@@ -458,6 +458,9 @@ def _open(
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """Return the config.json of a model that was given by its path, or by that of its folder.
 
+    Args:
+        path: The path of the file, or of the folder that holds it.
+
     Raises:
         CheckpointError: it is no JSON object, or asks for code.
     """
