@@ -44,7 +44,7 @@ def case(name: str, config: Any, recipe: str, dtype: str, sizes: Sizes, when: st
 
 # In the normal run every family, dtype, kind of weights, and sizes fixed and in ranges stand at least once; not every pair.
 CASES = [
-    case("tiny-wan", TINY_WAN, "w4a4", "bf16", TINY_SIZES),
+    case("tiny-wan", TINY_WAN, "w4a4", "bf16", TINY_SIZES, when="stress"),
     case("wan", tiny.WAN, "grouped", "fp16", tiny.FIXED),
     case("wan", tiny.WAN, "float", "fp16", tiny.FIXED),
     case("cogvideox", tiny.COGVIDEOX, "paper", "fp16", tiny.FIXED),
@@ -56,7 +56,7 @@ CASES = [
     case("wan", tiny.WAN, "w4a4", "bf16", tiny.RANGES, when="stress"),
     case("wan-ti2v", TI2V, "w4a4", "bf16", tiny.FIXED, when="stress"),
     case("wan-ti2v", TI2V, "w4a4", "fp16", tiny.RANGES, when="stress"),
-    case("wan-flf", FLF, "w4a4", "fp16", tiny.FIXED, when="slow"),
+    case("wan-flf", FLF, "w4a4", "bf16", tiny.FIXED, when="slow"),
     case("hunyuan-video", tiny.HUNYUAN, "grouped", "fp16", tiny.FIXED, when="stress"),
     case("hunyuan-video", tiny.HUNYUAN, "float", "bf16", tiny.FIXED, when="stress"),
     case("cogvideox", tiny.COGVIDEOX, "real-rows", "fp16", tiny.FIXED, when="stress"),
