@@ -15,14 +15,11 @@ from dvdquant.system.progress import Progress
 from tests.support.tiny_models import CONFIGS, write_checkpoint
 
 
-# Tests of the pipeline build Wan's engines, and with a profile; those of FP8 attention build one of the other families.
+# Tests of the pipeline build Wan's engines, and with a profile; those of FP8 attention build one of HunyuanVideo and LTX-Video.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(name, marks=[] if name in ("hunyuan-video", "cogvideox-2b") else [pytest.mark.stress])
-        for name in CONFIGS
-    ],
+    [pytest.param(name, marks=[] if name == "cogvideox-2b" else [pytest.mark.stress]) for name in CONFIGS],
 )
 def test_engines_of_every_family(family: str, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", CONFIGS[family])

@@ -49,7 +49,7 @@ CASES = [
     case("wan", tiny.WAN, "float", "fp16", tiny.FIXED),
     case("cogvideox", tiny.COGVIDEOX, "paper", "fp16", tiny.FIXED),
     case("hunyuan-video", tiny.HUNYUAN, "w4a4", "bf16", tiny.FIXED, when="stress"),
-    case("ltx-video", tiny.LTX, "w4a4", "fp16", tiny.FIXED, when="stress"),
+    case("ltx-video", tiny.LTX, "w4a4", "fp16", tiny.FIXED),
     case("tiny-wan", TINY_WAN, "w4a4", "fp16", TINY_SIZES, when="stress"),
     case("wan", tiny.WAN, "w4a4", "bf16", tiny.FIXED, when="stress"),
     case("wan", tiny.WAN, "w4a4", "fp16", tiny.RANGES, when="stress"),
@@ -68,7 +68,7 @@ CASES = [
     case("cogvideox-2b", tiny.COGVIDEOX_2B, "w4a4", "bf16", tiny.FIXED, when="stress"),
     case("cogvideox-2b", tiny.COGVIDEOX_2B, "w4a4", "fp16", tiny.FIXED, when="stress"),
     case("ltx-video", tiny.LTX, "grouped", "bf16", tiny.FIXED, when="stress"),
-    case("ltx-video", tiny.LTX, "w4a4", "fp16", tiny.RANGES, when="slow"),
+    case("ltx-video", tiny.LTX, "w4a4", "fp16", tiny.RANGES, when="stress"),
 ]
 # The judgement of a whole graph holds every layer to its bound as well: of most cases it is enough.
 LAYER_BY_LAYER = [
