@@ -168,7 +168,9 @@ def test_onnxruntime_is_within_the_bounds_of_the_formats(small: Export) -> None:
         q, k, v, got = (seen[f"{each.name} {what}"].double() for what in ("q_rotated", "k_rotated", "v", "attended"))
         exact, bound = e4m3_attention_error(q, k, v, each, torch.bfloat16)
         assert bool(((got - exact).abs() <= bound).all())
-        assert float((got - exact).norm() / exact.norm()) > 2.0**-8  # it is FP8 indeed: bf16 rounds by half of that at most
+        assert (
+            float((got - exact).norm() / exact.norm()) > 2.0**-8
+        )  # it is FP8 indeed: bf16 rounds by half of that at most
 
 
 def test_a_wrong_scale_is_out_of_bounds(small: Export) -> None:
