@@ -94,7 +94,12 @@ class PipelineGenerator(Generator):
 
     @torch.no_grad()
     def encode_prompt(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> Embeddings:
-        """See :class:`Generator`. The tensors are named as the arguments of the pipeline's call."""
+        """See :class:`Generator`. The tensors are named as the arguments of the pipeline's call.
+
+        Args:
+            request: The request of a clip.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         if self.checker.text is not None:
             return self.checker.text.of(request)
         with take_turn(self._encoding, cancel, "the text encoder"):
@@ -138,7 +143,14 @@ class PipelineGenerator(Generator):
         on_step: OnStep | None = None,
         cancel: CancelSignal | None = None,
     ) -> Denoised:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+            embeddings: The text as the transformer takes it.
+            on_step: A function that gets the record of every call of the transformer, or None.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         with take_turn(self._denoising, cancel, "the first step"):
             transformers, pipe = self._loaded(request)
             if request.mode == "16":
@@ -171,7 +183,13 @@ class PipelineGenerator(Generator):
 
     @torch.no_grad()
     def decode(self, request: GenerateRequest, latents: Tensor, cancel: CancelSignal | None = None) -> Frames:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+            latents: The latents of the clip.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         pipe = self._parts(request, cancel)  # before the turn: whoever loads it may wait for the VAE
         with take_turn(self._decoding, cancel, "the VAE"), cancel_inside([pipe.vae], cancel):
             video = decode_video(pipe, self.family, request, latents, self.artifact.dtype)
