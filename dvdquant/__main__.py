@@ -9,6 +9,7 @@ COMMANDS = {
     "dvdq-inspect": "show what an export holds, and check its files",
     "dvdq-plan": "find the δ of step switching for a wanted average of bits or time",
     "dvdq-run": "draw clips with an export, switching engines per step",
+    "dvdq-serve": "serve exports over HTTP, by OpenAI's video API",
 }
 
 
