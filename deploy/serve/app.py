@@ -10,11 +10,11 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from dvdquant.deploy.serve.gate import Gate, problem
+from dvdquant.deploy.serve.gate import BodyTooLargeError, BodyTooSlowError, Gate, problem
 from dvdquant.deploy.serve.jobs import VIDEO_ID, Job, QueueFullError
 from dvdquant.deploy.serve.openapi import openapi_document, readable_page
 from dvdquant.deploy.serve.requests import read_request
@@ -66,6 +66,10 @@ def make_app(service: Service) -> Any:
             HTTPException: _http_error,
             DvdquantError: _bad_request,
             NotReadyError: _not_ready,
+            BodyTooLargeError: _too_large,
+            BodyTooSlowError: _too_slow,
+            ClientDisconnect: _gone,
+            Exception: _our_fault,
         },
     )
     return Gate(app, service.settings, service.metrics)
@@ -324,3 +328,32 @@ async def _not_ready(request: Request, error: Exception) -> Response:
     """Answer while no worker is there to check a request."""
     del request, error
     return problem(503, "the models are being loaded", "server_error", code="starting", retry_after=_START_SECONDS)
+
+
+async def _too_large(request: Request, error: Exception) -> Response:
+    """Answer a body over the limit; the rest of it is not read."""
+    del request
+    answer = problem(413, "the body of the request is too large", available=f"{error.args[0]} bytes")
+    answer.headers["connection"] = "close"
+    return answer
+
+
+async def _too_slow(request: Request, error: Exception) -> Response:
+    """Answer a body that has stopped to come."""
+    del request, error
+    answer = problem(408, "the body of the request did not come in time")
+    answer.headers["connection"] = "close"
+    return answer
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """Answer nobody: the client has gone; the status is for the log."""
+    del request, error
+    return Response(status_code=499)
+
+
+async def _our_fault(request: Request, error: Exception) -> Response:
+    """Answer a request on which the server failed; its log has the traceback."""
+    del error
+    text = f"the server failed at this request; its log has more under {request.state.request_id}"
+    return problem(500, text, "server_error", code="internal_error")

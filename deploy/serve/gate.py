@@ -15,7 +15,6 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from dvdquant.deploy.serve.logs import log_event
@@ -47,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class BodyTooLargeError(Exception):
-    """A body is larger than the server takes."""
+    """A body is larger than the server takes, which is ``args[0]`` bytes."""
 
 
 class BodyTooSlowError(Exception):
@@ -99,10 +98,11 @@ class Gate:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
-        started, status = time.perf_counter(), 0
+        started, status, whole = time.perf_counter(), 0, False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
+            whole = message["type"] == "http.response.body" and not message.get("more_body", False)
             if message["type"] == "http.response.start":
                 status = message["status"]
                 ours = [(b"x-request-id", request_id.encode())]
@@ -113,21 +113,13 @@ class Gate:
 
         try:
             refused = self._refuse(scope, headers)
-            if refused is not None:
-                await refused(scope, receive, answer)
-            else:
-                await self.app(scope, self._limited(receive), answer)
-        except (BodyTooLargeError, BodyTooSlowError) as error:
-            if not status:
-                await self._body_refused(error)(scope, receive, answer)
-        except ClientDisconnect:
-            status = status or 499
+            await (self.app if refused is None else refused)(scope, self._limited(receive), answer)
         except Exception:
+            # The application has answered every fault that came before its answer. A fault that came later must break
+            # the connection, or the client takes a part for the whole.
             log.exception("a request failed", extra={"dvdq_fields": {"request": request_id}})
-            if status:
-                raise  # the answer has begun: the connection must break, or the client takes a part for the whole
-            text = f"the server failed at this request; its log has more under {request_id}"
-            await problem(500, text, "server_error", code="internal_error")(scope, receive, answer)
+            if not whole:
+                raise
         self._note(scope, request_id, status, time.perf_counter() - started)
 
     def _refuse(self, scope: Scope, headers: dict[str, str]) -> JSONResponse | None:
@@ -148,7 +140,8 @@ class Gate:
         kind, _, key = headers.get("authorization", "").partition(" ")
         digest = key_digest(key.strip() if kind.lower() == "bearer" else "")
         # All keys are compared, so that the time tells nothing.
-        if not any([hmac.compare_digest(digest, known) for known in self.settings.api_keys]):
+        same = [hmac.compare_digest(digest, known) for known in self.settings.api_keys]
+        if not any(same):
             answer = problem(
                 401, "the API key is missing or wrong", "authentication_error", code="invalid_api_key",
                 fix="send it as: Authorization: Bearer KEY",
@@ -173,20 +166,10 @@ class Gate:
                 taken += len(message.get("body", b""))
                 whole = not message.get("more_body", False)
                 if taken > self.settings.limits.body:
-                    raise BodyTooLargeError
+                    raise BodyTooLargeError(self.settings.limits.body)
             return message
 
         return take
-
-    def _body_refused(self, error: Exception) -> JSONResponse:
-        if isinstance(error, BodyTooSlowError):
-            answer = problem(408, "the body of the request did not come in time")
-        else:
-            answer = problem(
-                413, "the body of the request is too large", available=f"{self.settings.limits.body} bytes"
-            )
-        answer.headers["connection"] = "close"
-        return answer
 
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = _route(scope)

@@ -221,7 +221,14 @@ def _schemas() -> dict[str, Any]:
             summary={"type": ["object", "null"]},
         ),
     )
-    model = _object(["id", "object", "created", "owned_by", "dvdquant"], id=text, object={"const": "model"}, created=whole, owned_by=text, dvdquant=anything)  # fmt: skip
+    model = _object(
+        ["id", "object", "created", "owned_by", "dvdquant"],
+        id=text,
+        object={"const": "model"},
+        created=whole,
+        owned_by=text,
+        dvdquant=anything,
+    )
     video_list = _object(
         ["object", "data", "first_id", "last_id", "has_more"],
         object={"const": "list"},

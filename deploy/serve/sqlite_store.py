@@ -133,7 +133,7 @@ class SqliteStore(JobStore):
     def counts(self) -> dict[str, int]:
         """See :class:`JobStore`."""
         rows = self._connection().execute("select status, count(*) from jobs group by status").fetchall()
-        return {status: count for status, count in rows}
+        return {row[0]: row[1] for row in rows}
 
     def cancel(self, video: str) -> Job | None:
         """See :class:`JobStore`."""

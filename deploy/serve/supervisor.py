@@ -278,7 +278,8 @@ class Pool:
     def join(self, seconds: float) -> bool:
         """Wait until all workers have ended; False if one goes on."""
         end = time.monotonic() + seconds
-        return all([worker.join(max(0.0, end - time.monotonic())) for worker in self.workers])
+        ended = [worker.join(max(0.0, end - time.monotonic())) for worker in self.workers]
+        return all(ended)
 
     def kill(self) -> None:
         """End every worker at once."""

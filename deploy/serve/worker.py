@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.deploy.cancel import CancelSignal
 from dvdquant.deploy.faults import fault_of
 from dvdquant.deploy.serve.channel import Channel
 from dvdquant.deploy.serve.files import FolderFiles, VideoFiles
@@ -264,7 +263,12 @@ class Worker:
     def _draw(self, running: _Running) -> None:
         """Draw one job, on the main thread."""
         job = running.job
-        fields: dict[str, Any] = {"video": job.id, "request": job.what.request_id, "model": job.what.model, "attempt": job.attempts}
+        fields: dict[str, Any] = {
+            "video": job.id,
+            "request": job.what.request_id,
+            "model": job.what.model,
+            "attempt": job.attempts,
+        }
         log_event(log, "job_started", **fields)
         self.tell("started", video=job.id, model=job.what.model, waited=max(0.0, time.time() - job.created_at))
         started = time.perf_counter()
@@ -349,7 +353,7 @@ class Worker:
         while (drawn := self._drawn.get()) is not None:
             try:
                 self._encode(drawn)
-            except Exception as error:  # one clip that cannot be written must not end the encoder
+            except Exception as error:  # noqa: BLE001  one clip that cannot be written must not end the encoder
                 self._failed(drawn.running, error)
             finally:
                 self._drop(drawn.running)

@@ -37,7 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,127}")
 _MODULES = {
     "starlette": "starlette",
     "uvicorn": "uvicorn",
-    "multipart": "python-multipart",
+    "python_multipart": "python-multipart",
     "prometheus_client": "prometheus-client",
 }
 
@@ -302,3 +302,7 @@ def read_schedules(paths: tuple[Path, ...], manifests: dict[str, Manifest]) -> d
         if not fits and refusal is not None:
             raise refusal
     return found
+
+
+if __name__ == "__main__":
+    main()
