@@ -71,7 +71,7 @@ lint: $(INSTALLED_TEST)
 
 test: lint
 	@$(BIN)/python tests/support/warm_up.py
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not stress" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not stress" --cpu-seconds 15 $(PYTEST_ARGS)
 
 stress: $(INSTALLED_TEST)
 	@$(BIN)/python tests/support/warm_up.py

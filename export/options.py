@@ -53,6 +53,7 @@ class ExportOptions:
         subfolder: The folder of the transformer inside ``model``; None means all transformers of a pipeline.
         revision: The branch, tag or commit of a hub id.
         resume: Go on from an interrupted export with the same options.
+        replace: Let the export take the place of a finished one of another model, another recipe or other sizes.
         verify: Compare what is stored with the checkpoint, and run and judge every graph.
         allow_nonfinite: Accept NaN and infinities in weights, store them as 0, and record the names of their tensors.
         plugins: The plugin libraries of the TensorRT target.
@@ -92,6 +93,7 @@ class ExportOptions:
     subfolder: str | None = None
     revision: str | None = None
     resume: bool = False
+    replace: bool = False
     verify: bool = False
     allow_nonfinite: bool = False
     plugins: tuple[Path, ...] = ()

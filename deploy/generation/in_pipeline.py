@@ -72,7 +72,7 @@ class PipelineGenerator(Generator):
             raise UnsupportedError(
                 f"the pipeline {self.folder.root} also has {missing[0]}, which the export lacks",
                 available=artifact.components,
-                fix=f"export the whole pipeline: dvdq-export {source} -o {artifact.root}",
+                fix=f"export the whole pipeline: dvdq-export {source} -o {artifact.root} --replace",
             )
         self._engines: dict[str, DvdqTransformer] = {}
         self._originals: dict[str, nn.Module] = {}

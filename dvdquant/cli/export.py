@@ -19,7 +19,8 @@ from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:
     from dvdquant.export.estimate import Estimate
-    from dvdquant.export.pipeline import ExportPlan, ExportResult
+    from dvdquant.export.pipeline import ExportResult
+    from dvdquant.export.plan import ExportPlan
 
 FOR_GRAPH = {
     "tensorrt": "TensorRT with the plugin; ONNX Runtime by its function bodies",
@@ -165,6 +166,12 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN/Inf weights (as zeros) and record their names.")
 @click.option("--resume", is_flag=True, help="Go on from an interrupted export with the same options.")
 @click.option(
+    "--replace",
+    is_flag=True,
+    help="Put the export in the place of a finished one of another model, another recipe or other sizes; "
+    "until it is whole, the old one stays.",
+)
+@click.option(
     "--verify",
     is_flag=True,
     help="Compare all that is stored with MODEL; run every graph in ONNX Runtime and judge it against PyTorch in float64, "
@@ -206,7 +213,8 @@ def main(**arguments: Any) -> None:
     from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
-    from dvdquant.export.pipeline import plan_export, run_export
+    from dvdquant.export.pipeline import run_export
+    from dvdquant.export.plan import plan_export
     from dvdquant.system.progress import Progress
     from dvdquant.system.whole_file import check_writable
 
