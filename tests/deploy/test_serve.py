@@ -21,10 +21,10 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.serving.process import PROMPT, START_SECONDS, ServerProcess
 from dvdquant.deploy.generation.encoder import count_frames
 from tests.support.exporting import TINY_WAN
 from tests.support.running import tiny_wan_export
-from tests.support.serving import PROMPT, START_SECONDS, ServerProcess
 
 pytestmark = pytest.mark.slow
 STUB = {"STUB_SECONDS": "0.02"}

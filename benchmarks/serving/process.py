@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.support.exporting import REPOSITORY, TINY_WAN
-
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY_WAN = REPOSITORY / "examples" / "tiny-wan"
 PROMPT = "ring red right large black"
 START_SECONDS = 240.0  # on a busy machine; an idle one takes ten
 
@@ -39,7 +39,7 @@ class ServerProcess:
 
     def start(self, *, ready: bool = True) -> ServerProcess:
         """Start it, and wait until it listens, or until a worker is ready."""
-        module = "dvdquant.cli.serve" if self.stub is None else "tests.support.serve_stub"
+        module = "dvdquant.cli.serve" if self.stub is None else "benchmarks.serving.stub_server"
         words = [self.out, "--data", self.data, "--port", self.port, "--pipeline", TINY_WAN, "--device", "cpu"]
         words += ["--backend", "onnxruntime", "--no-warm-up", *self.options]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **(self.stub or {})}

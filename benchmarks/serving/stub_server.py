@@ -1,4 +1,4 @@
-"""dvdq-serve with the workers of :mod:`tests.support.stub_worker`."""
+"""dvdq-serve with the workers of :mod:`benchmarks.serving.stub_worker`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from dvdquant.cli import serve
 from dvdquant.deploy.serve import server
 
-WORKER = (sys.executable, "-m", "tests.support.stub_worker")
+WORKER = (sys.executable, "-m", "benchmarks.serving.stub_worker")
 
 if __name__ == "__main__":
     original = server.serve
