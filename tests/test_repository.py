@@ -30,6 +30,7 @@ MODULES = {
     "onnx-ir": "onnx_ir",
     "onnxruntime-gpu": "onnxruntime",
     "pillow": "PIL",
+    "pyyaml": "yaml",
     "tensorrt-rtx": "tensorrt_rtx",
 }
 # Imported by diffusers for us: its video writer, and the text encoders of its pipelines.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -87,8 +88,9 @@ class ServerProcess:
         assert self.process is not None
         found = []
         for child in psutil.Process(self.process.pid).children():
-            if any(part.endswith("worker") for part in child.cmdline()):
-                found.append(child.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended between the two questions
+                if any(part.endswith("worker") for part in child.cmdline()):
+                    found.append(child.pid)
         return found
 
     def kill(self) -> None:

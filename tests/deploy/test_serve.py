@@ -6,12 +6,14 @@ Where the number of jobs matters and not the clip, the engine is a stub that sle
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import random
 import shutil
 import signal
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,21 +22,58 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from benchmarks.serving.process import PROMPT, START_SECONDS, ServerProcess
 from dvdquant.deploy.generation.encoder import count_frames
 from tests.support.exporting import TINY_WAN
-from tests.support.running import tiny_wan_export
+from tests.support.running import quick_tiny_wan_export
 
 pytestmark = pytest.mark.slow
 STUB = {"STUB_SECONDS": "0.02"}
 BAD_PROMPT = "ring red right large"
+GOOD: dict[str, Any] = {
+    "prompt": PROMPT,
+    "size": "24x24",
+    "num_inference_steps": 1,
+    "guidance_scale": 1.0,
+    "seed": 7,
+    "mode": "switch",
+    "delta": 0.1,
+    "fps": 4,
+    "negative_prompt": None,
+}
+ODD = [
+    b"",
+    b"\0",
+    b'"',
+    b"\\ud800",
+    b"NaN",
+    b"1e999",
+    b"-1",
+    b"[" * 40,
+    b"9" * 30,
+    b"\xff",
+    b"null",
+    b"true",
+    b"{}",
+    b",,",
+    b"\xe2\x98\x83",
+]
+TYPES = [
+    "application/json",
+    "application/json; charset=utf-16",
+    "multipart/form-data; boundary=x",
+    "multipart/form-data",
+    "text/xml",
+    "",
+]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server with the real engines."""
-    with ServerProcess(tiny_wan_export(), tmp_path_factory.mktemp("real") / "data") as server:
+    with ServerProcess(quick_tiny_wan_export(), tmp_path_factory.mktemp("real") / "data") as server:
         yield server
 
 
@@ -43,7 +82,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server whose calls of the transformer take 20 ms, with a short queue and files that make it fail."""
     folder = tmp_path_factory.mktemp("stub")
     variables = {**STUB, "STUB_KILL": str(folder / "kill"), "STUB_FAIL": str(folder / "fail")}
-    with ServerProcess(tiny_wan_export(), folder / "data", "--queue", 8, "--max-steps", 1000, stub=variables) as server:
+    with ServerProcess(quick_tiny_wan_export(), folder / "data", "--queue", 8, "--max-steps", 1000, stub=variables) as server:
         yield server
 
 
@@ -273,7 +312,7 @@ def test_twenty_kills_of_each(tmp_path: Path) -> None:
 def _kill_rounds(folder: Path, server_kills: int, worker_kills: int) -> None:
     """Kill server and workers at random moments while jobs come in, then look for every job that was accepted."""
     chance = random.Random(0)
-    server = ServerProcess(tiny_wan_export(), folder / "data", stub=STUB).start()
+    server = ServerProcess(quick_tiny_wan_export(), folder / "data", stub=STUB).start()
     accepted: list[str] = []
     finished: dict[str, bytes] = {}
     kinds = ["server"] * server_kills + ["worker"] * worker_kills
@@ -319,7 +358,7 @@ def test_a_stop_drains_and_the_queue_waits_for_the_next_start(tmp_path: Path) ->
     options = ("--api-key-file", tmp_path / "keys")
     (tmp_path / "keys").write_text("# two\n0123456789abcdef\nfedcba9876543210\n")
     key = {"authorization": "Bearer fedcba9876543210"}
-    server = ServerProcess(tiny_wan_export(), tmp_path / "data", *options, stub={"STUB_SECONDS": "0.1"}).start()
+    server = ServerProcess(quick_tiny_wan_export(), tmp_path / "data", *options, stub={"STUB_SECONDS": "0.1"}).start()
     assert server.process is not None
     with server.client() as stranger:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic fedcba9876543210"}):
@@ -380,23 +419,25 @@ def _until_draining(client: httpx.Client) -> httpx.Response:
 # ---------------------------------------------------------------------------------------------------------------- load
 
 
-def test_many_clients_lose_nothing(tmp_path: Path) -> None:
-    _load(tmp_path, clients=8, jobs=24)
+def test_many_clients_lose_nothing(stub: ServerProcess) -> None:
+    _load(stub, clients=8, jobs=24)
 
 
 @pytest.mark.stress
 def test_sixteen_clients_with_two_hundred_jobs(tmp_path: Path) -> None:
-    _load(tmp_path, clients=16, jobs=200)
+    """Two workers share the queue."""
+    with ServerProcess(quick_tiny_wan_export(), tmp_path / "data", "--queue", 6, "--workers", 2, stub=STUB) as server:
+        _load(server, clients=16, jobs=200)
 
 
-def _load(folder: Path, clients: int, jobs: int) -> None:
+def _load(server: ServerProcess, clients: int, jobs: int) -> None:
     """Clients share ``jobs`` jobs, and come again after a 429. Every clip is there once, and is its own."""
     numbers, taken = iter(range(jobs)), threading.Lock()
     ids: dict[int, str] = {}
     sizes: dict[int, int] = {}
     faults: list[str] = []
 
-    def work(server: ServerProcess) -> None:
+    def work() -> None:
         with server.client() as client:
             while True:
                 with taken:
@@ -412,18 +453,102 @@ def _load(folder: Path, clients: int, jobs: int) -> None:
                 ids[number] = state["id"]
                 sizes[number] = len(client.get(f"/v1/videos/{state['id']}/content").content)
 
-    with ServerProcess(tiny_wan_export(), folder / "data", "--queue", 6, "--workers", 2, stub=STUB) as server:
-        threads = [threading.Thread(target=work, args=(server,)) for _ in range(clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert faults == []
-        assert len(set(ids.values())) == jobs
-        assert min(sizes.values()) > 500
-        with server.client() as client:
-            figures = client.get("/metrics").text
-        assert f'dvdq_jobs{{status="completed"}} {float(jobs)}' in figures
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert len(set(ids.values())) == jobs
+    assert min(sizes.values()) > 500
+
+
+# ------------------------------------------------------------------------------------ requests that nobody would send
+
+
+def test_requests_made_up_from_the_description(stub: ServerProcess) -> None:
+    _made_up(stub, 150)
+
+
+@pytest.mark.stress
+def test_many_requests_made_up_from_the_description(stub: ServerProcess) -> None:
+    _made_up(stub, 10_000)
+
+
+def _made_up(stub: ServerProcess, count: int) -> None:
+    """Every answer has a status and a shape that the description names."""
+    schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis: pip install 'dvdquant[test]'")
+    checks = pytest.importorskip("schemathesis.checks")
+    from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+
+    with stub.client() as client:
+        schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
+    wanted = [checks.not_a_server_error, response_schema_conformance, status_code_conformance]
+    statuses: Counter[int] = Counter()
+
+    @given(case=schema.as_strategy())
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    def ask(case: Any) -> None:
+        answer = case.call(base_url=stub.url)
+        statuses[answer.status_code] += 1
+        case.validate_response(answer, checks=wanted)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ask()
+    assert 500 not in statuses
+    assert {200, 400, 404} & set(statuses)
+
+
+def test_changed_bytes(stub: ServerProcess) -> None:
+    _changed(stub, 400)
+
+
+@pytest.mark.stress
+def test_a_hundred_thousand_changed_bodies(stub: ServerProcess) -> None:
+    _changed(stub, 100_000)
+
+
+def _changed(stub: ServerProcess, count: int) -> None:
+    """Good bodies, JSON and form, with some bytes changed, cut, doubled or replaced by odd ones."""
+    chance = random.Random(1)
+    form = httpx.Request("POST", stub.url, files={k: (None, str(v)) for k, v in GOOD.items() if v is not None})
+    form_body, form_type = form.read(), form.headers["content-type"]
+    statuses: Counter[int] = Counter()
+    with stub.client() as client:
+        for i in range(count):
+            is_form = chance.random() < 0.3
+            body = bytearray(form_body if is_form else json.dumps(GOOD).encode())
+            for _ in range(chance.randrange(0, 4)):
+                _change(body, chance)
+            kind = form_type if is_form else TYPES[0]
+            if chance.random() < 0.1:
+                kind = chance.choice(TYPES)
+            path = chance.choice(["/v1/videos", "/preflight"])
+            answer = client.post(path, content=bytes(body), headers={"content-type": kind})
+            statuses[answer.status_code] += 1
+            assert answer.status_code in (200, 400, 429), (i, answer.status_code, bytes(body), answer.text)
+            if answer.status_code != 200:
+                assert answer.json()["error"]["message"]
+        assert client.get("/ready").status_code == 200
+    assert statuses[200] > count // 50
+    assert statuses[400] > count // 5
+
+
+def _change(body: bytearray, chance: random.Random) -> None:
+    at = chance.randrange(len(body) + 1)
+    how = chance.randrange(5)
+    if how == 0:
+        body[at:at] = chance.choice(ODD)
+    elif how == 1:
+        del body[at : at + chance.randrange(1, 12)]
+    elif how == 2:
+        body[at : at + 1] = bytes([chance.randrange(256)])
+    elif how == 3:
+        body[at:at] = body[at : at + chance.randrange(1, 60)]
+    else:
+        value = chance.choice(ODD)
+        body[at : at + chance.randrange(1, 20)] = value
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -451,7 +576,7 @@ def test_the_live_page_draws_a_clip(browser: Any, server: ServerProcess, tmp_pat
     page.set_default_timeout(60_000)
     try:
         page.goto(server.url)
-        page.wait_for_function("document.querySelector('#prompt').value !== ''")
+        _until(page, "document.querySelector('#prompt').value !== ''")
         page.fill("#num_inference_steps", "12")
         page.fill("#guidance_scale", "1")
         page.fill("#delta", "1")
@@ -460,10 +585,10 @@ def test_the_live_page_draws_a_clip(browser: Any, server: ServerProcess, tmp_pat
         assert "12 (12 calls), switch" in page.inner_text("#plan")
         page.fill("#prompt", PROMPT)
         page.click("#submit")
-        page.wait_for_function("document.querySelector('.card .steps i.b8')")
+        page.wait_for_selector(".card[data-status=in_progress] .steps i.b8")
         page.screenshot(path=os.environ.get("SERVE_PAGE_RUNNING", str(tmp_path / "running.png")))
-        page.wait_for_function("document.querySelector('.card').dataset.status === 'completed'")
-        page.wait_for_function("document.querySelector('.card video').readyState >= 2")
+        page.wait_for_selector(".card[data-status=completed]")
+        _until(page, "document.querySelector('.card video').readyState >= 2")
         assert page.evaluate("document.querySelector('.card video').videoWidth") == 24
         bars = page.evaluate("[...document.querySelector('.card .steps').children].map(bar => bar.className)")
         assert len(bars) == 12
@@ -477,7 +602,7 @@ def test_the_live_page_draws_a_clip(browser: Any, server: ServerProcess, tmp_pat
         faults.clear()  # the console names the 400, too
         count = page.locator(".card").count()
         page.locator(".card .delete").first.click()
-        page.wait_for_function(f"document.querySelectorAll('.card').length === {count - 1}")
+        _until(page, f"document.querySelectorAll('.card').length === {count - 1}")
         page.set_viewport_size({"width": 390, "height": 844})
         for path in ("/", "/docs"):
             page.goto(server.url + path)
@@ -485,3 +610,12 @@ def test_the_live_page_draws_a_clip(browser: Any, server: ServerProcess, tmp_pat
         assert faults == []
     finally:
         page.close()
+
+
+def _until(page: Any, expression: str) -> None:
+    """Wait for an expression; playwright's own way needs eval, which the page's policy forbids."""
+    for _ in range(600):
+        if page.evaluate(expression):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"never: {expression}")

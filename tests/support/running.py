@@ -29,6 +29,14 @@ def tiny_wan_export() -> Path:
 
 
 @functools.cache
+def quick_tiny_wan_export() -> Path:
+    """As :func:`tiny_wan_export` by the fastest recipe, for tests of what is around the clip."""
+    out = process_folder("run") / "quick-tiny-wan"
+    in_process(TINY_WAN, "-o", out, "--target", "graphs", "--recipe", "rtn")
+    return out
+
+
+@functools.cache
 def wan_pipeline(components: int = 1) -> tuple[Path, Path]:
     """(export, folder of the whole pipeline) of a Wan with tiny random parts; with two transformers a Wan 2.2."""
     import diffusers
