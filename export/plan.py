@@ -19,8 +19,9 @@ from dvdquant.export.engines import load_backend
 from dvdquant.export.engines.attention import attention_wish
 from dvdquant.export.engines.precision import EnginePlan, check_sms, plan_engines
 from dvdquant.export.estimate import Estimate, estimate_export
-from dvdquant.export.options import ExportOptions, check_text, recorded_model, resolve_sizes, with_table_defaults
+from dvdquant.export.options import ExportOptions, check_text, recorded_model, with_table_defaults
 from dvdquant.export.replacement import check_replacement
+from dvdquant.export.sizes import resolve_sizes
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.quantize.checkpoint import (
@@ -89,6 +90,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     # 1. Check the options that need no checkpoint.
     check_sms(options.sms)
     check_text(options)
+    _ = options.torch_device  # one that is not there is refused before any work
     # 2. Open the checkpoints.
     components, opened = _open_all(options)
     # 3. Plan the layers and the sizes.

@@ -14,6 +14,7 @@ from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, runs_on
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.errors import OutputError, UnsupportedError
+from dvdquant.system.devices import check_device_word
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
     keys = read_keys(options["api_key_file"])
     check_open(options["host"], bool(keys), options["is_open"])
     models = read_models(exports, options["pipeline"], options["schedule"])
+    for name in devices(options["device"], 1):
+        check_device_word(name)
 
     from dvdquant.deploy.serve.gate import key_digest
     from dvdquant.deploy.serve.server import serve

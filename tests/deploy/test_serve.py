@@ -82,7 +82,9 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server whose calls of the transformer take 20 ms, with a short queue and files that make it fail."""
     folder = tmp_path_factory.mktemp("stub")
     variables = {**STUB, "STUB_KILL": str(folder / "kill"), "STUB_FAIL": str(folder / "fail")}
-    with ServerProcess(quick_tiny_wan_export(), folder / "data", "--queue", 8, "--max-steps", 1000, stub=variables) as server:
+    with ServerProcess(
+        quick_tiny_wan_export(), folder / "data", "--queue", 8, "--max-steps", 1000, stub=variables
+    ) as server:
         yield server
 
 
