@@ -18,7 +18,7 @@ from dvdquant.deploy.serve.gate import BodyTooLargeError, BodyTooSlowError, Gate
 from dvdquant.deploy.serve.jobs import VIDEO_ID, Job, QueueFullError
 from dvdquant.deploy.serve.openapi import openapi_document, readable_page
 from dvdquant.deploy.serve.requests import read_request
-from dvdquant.deploy.serve.service import NotReadyError, Service
+from dvdquant.deploy.serve.service import Service
 from dvdquant.deploy.serve.videos import deleted_json, list_json, video_json
 from dvdquant.deploy.serve.wording import public_error
 from dvdquant.errors import DvdquantError, ShapeError, UnsupportedError
@@ -29,7 +29,7 @@ __all__ = ["make_app"]
 
 _JSON = "application/json"
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
-_STATIC = {"page.js": "text/javascript", "page.css": "text/css", "docs.css": "text/css"}
+_STATIC = {"page.js": "text/javascript", "page.css": "text/css", "docs.css": "text/css", "icon.svg": "image/svg+xml"}
 _MAX_LIST = 100
 _DRAIN_SECONDS = 5
 _START_SECONDS = 2
@@ -65,7 +65,6 @@ def make_app(service: Service) -> Any:
         exception_handlers={
             HTTPException: _http_error,
             DvdquantError: _bad_request,
-            NotReadyError: _not_ready,
             BodyTooLargeError: _too_large,
             BodyTooSlowError: _too_slow,
             ClientDisconnect: _gone,
@@ -94,7 +93,7 @@ class _Routes:
                 503, "the server is stopping and takes no more jobs", "server_error", code="draining",
                 retry_after=_DRAIN_SECONDS,
             )  # fmt: skip
-        checked = await service.check(await _fields(request))
+        checked = service.check(await _fields(request))
         if service.disk_is_full():
             return problem(
                 503, "the server has no room for more clips", "server_error", code="disk_full", retry_after=60
@@ -111,7 +110,7 @@ class _Routes:
 
     async def preflight(self, request: Request) -> Response:
         """Say what a request would execute, without queueing it."""
-        checked = await self.service.check(await _fields(request))
+        checked = self.service.check(await _fields(request))
         counts = await self.service.run(self.service.store.counts)
         return JSONResponse(self.service.preflight(checked, counts.get("queued", 0)))
 
@@ -193,12 +192,12 @@ class _Routes:
     async def list_models(self, request: Request) -> Response:
         """List the models."""
         del request
-        return JSONResponse({"object": "list", "data": self.service.models()})
+        return JSONResponse({"object": "list", "data": self.service.model_list()})
 
     async def get_model(self, request: Request) -> Response:
         """Describe one model."""
         name = request.path_params["name"]
-        model = next((m for m in self.service.models() if m["id"] == name), None)
+        model = next((m for m in self.service.model_list() if m["id"] == name), None)
         if model is None:
             raise HTTPException(404, "there is no model of this name")
         return JSONResponse(model)
@@ -322,12 +321,6 @@ async def _bad_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, DvdquantError)
     said = public_error(error)
     return problem(400, said["message"] or "", available=said["available"], fix=said["fix"])
-
-
-async def _not_ready(request: Request, error: Exception) -> Response:
-    """Answer while no worker is there to check a request."""
-    del request, error
-    return problem(503, "the models are being loaded", "server_error", code="starting", retry_after=_START_SECONDS)
 
 
 async def _too_large(request: Request, error: Exception) -> Response:

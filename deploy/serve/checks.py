@@ -1,90 +1,155 @@
-"""Asking a model whether it can draw a request, and what it takes: sizes, lengths, defaults."""
+"""Asking a model whether it can draw a request, and what it takes: sizes, lengths, defaults. Nothing here imports torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation import limits
+from dvdquant.deploy.generation.check import RequestChecker, TableChecker, open_checker
+from dvdquant.deploy.generation.request import GenerateRequest, VideoSize
+from dvdquant.deploy.serve.jobs import NewJob
 from dvdquant.deploy.serve.requests import frames_of_seconds, generate_request
+from dvdquant.deploy.serve.settings import Limits, ModelSource
+from dvdquant.errors import ShapeError
 
-if TYPE_CHECKING:
-    from dvdquant.deploy.generation.generator import Generator
-    from dvdquant.deploy.serve.settings import ModelSource
-    from dvdquant.model.families import Axis
+__all__ = ["CheckedRequest", "ServedModel"]
 
-__all__ = ["check_values", "model_facts"]
+# Guidance-distilled: the transformer is called once a step, whatever the scale.
+_DISTILLED = ("hunyuan-video",)
 
 
-def check_values(generator: Generator, source: ModelSource, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of :class:`.service.CheckedRequest` but the model's name.
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A request that can be drawn, with everything filled in.
 
     Args:
-        generator: The model.
-        source: Where it comes from, with its schedules.
-        values: From :func:`.requests.read_request`.
+        model: The name of the model.
+        values: The fields of the request; ``seconds`` has become ``num_frames``.
+        steps: Denoising steps.
+        guidance: Guidance scale.
+        frames: Frames.
+        height: Pixels.
+        width: Pixels.
+        fps: Frames per second.
+        branches: Calls of the transformer in a step.
+        mode: ``switch``, ``planned``, ``a4`` or ``a8``.
+    """
+
+    model: str
+    values: dict[str, Any]
+    steps: int
+    guidance: float
+    frames: int
+    height: int
+    width: int
+    fps: float
+    branches: int
+    mode: str
+
+    def job(self, request_id: str) -> NewJob:
+        """Return what is queued.
+
+        Args:
+            request_id: The id of the HTTP request.
+        """
+        seconds = round(self.frames / self.fps, 3)
+        return NewJob(self.model, self.values, self.steps, (self.width, self.height), seconds, request_id)
+
+
+class ServedModel:
+    """A model as the server knows it: its manifest and configs are read, no weight and no framework is loaded.
+
+    Args:
+        source: Where it comes from.
+        most: What one request may ask for.
 
     Raises:
-        DvdquantError: The model cannot draw it.
+        DvdquantError: The export or the model of its pipeline cannot be used.
     """
-    from dvdquant.deploy.generation.request import GenerateRequest
 
-    filled = dict(values)
-    if (seconds := filled.pop("seconds", None)) is not None:
-        usual = generator.check(GenerateRequest(values["prompt"]))
-        fps = filled.get("fps") or generator.fps(usual.num_frames or 1)
-        filled["num_frames"] = frames_of_seconds(seconds, fps, _pixels(generator)["frames"])
-    request = generator.check(generate_request(filled, generator.artifact.manifest, source))
-    guided = request.guidance != 1 and generator.artifact.family().name != "hunyuan-video"
-    frames = request.num_frames or 1
-    return {
-        "values": filled,
-        "steps": request.steps,
-        "guidance": request.guidance,
-        "frames": frames,
-        "height": request.height,
-        "width": request.width,
-        "fps": filled.get("fps") or generator.fps(frames),
-        "branches": 2 if guided else 1,
-        "mode": request.mode,
-    }
+    def __init__(self, source: ModelSource, most: Limits) -> None:
+        self.source = source
+        self.checker: RequestChecker = open_checker(
+            Artifact.open(source.out),
+            pipeline=source.pipeline,
+            limits=limits.Limits(steps=most.steps, pixels=most.pixels, prompt=most.prompt),
+        )
+
+    def check(self, values: Mapping[str, Any]) -> CheckedRequest:
+        """Return the request with everything filled in.
+
+        Args:
+            values: From :func:`.requests.read_request`.
+
+        Raises:
+            DvdquantError: The model cannot draw it, or it is over a limit.
+        """
+        filled = dict(values)
+        if (seconds := filled.pop("seconds", None)) is not None:
+            frames = self._pixels()["frames"]
+            fps = filled.get("fps") or self.checker.fps(frames["default"])
+            filled["num_frames"] = frames_of_seconds(seconds, fps, frames)
+        request = self.checker.check(generate_request(filled, self.checker.artifact.manifest, self.source))
+        frames, height, width = request.num_frames, request.height, request.width
+        steps, guidance = request.steps, request.guidance
+        if steps is None or guidance is None or frames is None or height is None or width is None:
+            raise ShapeError("the request leaves something open that the model does not fill in")
+        guided = guidance != 1 and self.checker.family.name not in _DISTILLED
+        return CheckedRequest(
+            model=self.source.name,
+            values=filled,
+            steps=steps,
+            guidance=guidance,
+            frames=frames,
+            height=height,
+            width=width,
+            fps=filled.get("fps") or self.checker.fps(frames),
+            branches=2 if guided else 1,
+            mode=request.mode,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Return what ``/v1/models`` says of the model."""
+        checker = self.checker
+        bits = checker.artifact.bits(checker.artifact.components[0])
+        words = checker.words if isinstance(checker, TableChecker) else None
+        return {
+            "family": checker.family.name,
+            "recipe": checker.artifact.manifest.recipe["name"],
+            "modes": [*(("switch",) if len(bits) > 1 else ()), *(f"a{b}" for b in bits)],
+            "schedules": sorted(self.source.schedules),
+            **self._pixels(),
+            "example": None if words is None else words.example(),
+            "words": None if words is None else words.describe(),
+        }
+
+    def _pixels(self) -> dict[str, dict[str, int]]:
+        """Return the sizes that the model takes: least, greatest and usual one, and the step between two."""
+        sizes = self.checker.artifact.sizes
+        usual = self.checker.size_of(GenerateRequest(""))
+        found = {}
+        for i, name in enumerate(("frames", "height", "width")):
+            axis = (sizes.frames, sizes.height, sizes.width)[i]
+            pixels = (usual.frames, usual.height, usual.width)[i]
+            found[name] = {
+                "default": pixels,
+                **_range(usual, i, pixels, axis.min, axis.max, self._scale(i), self._patch(i)),
+            }
+        return found
+
+    def _scale(self, axis: int) -> int:
+        """Return the pixels of a latent unit along an axis."""
+        return 1 if isinstance(self.checker, TableChecker) else self.checker.family.vae_scale[axis]
+
+    def _patch(self, axis: int) -> int:
+        """Return the latent units that the transformer takes at once; of the frames a pipeline fills the last patch."""
+        return 1 if axis == 0 and not isinstance(self.checker, TableChecker) else self.checker.family.patch()[axis]
 
 
-def model_facts(generator: Generator) -> dict[str, Any]:
-    """Return what ``/v1/models`` says of a model.
-
-    Args:
-        generator: The model.
-    """
-    artifact = generator.artifact
-    bits = artifact.bits(artifact.components[0])
-    table = getattr(generator, "table", None)
-    return {
-        "family": artifact.family().name,
-        "recipe": artifact.manifest.recipe["name"],
-        "modes": [*(("switch",) if len(bits) > 1 else ()), *(f"a{b}" for b in bits)],
-        **_pixels(generator),
-        "example": None if table is None else table.example(),
-        "words": None if table is None else table.describe(),
-    }
-
-
-def _pixels(generator: Generator) -> dict[str, dict[str, int]]:
-    """Return the sizes that a model takes: least, greatest and usual one, and the step between two."""
-    artifact = generator.artifact
-    family, sizes = artifact.family(), artifact.sizes
-    if hasattr(generator, "table"):
-        scale, patch, causal = (1, 1, 1), family.patch(), False
-    else:
-        # Of the frames a pipeline fills the last patch itself; the first frame has a latent of its own.
-        scale, patch, causal = family.vae_scale, (1, *family.patch()[1:]), True
-    axes = (("frames", sizes.frames), ("height", sizes.height), ("width", sizes.width))
-    return {
-        name: _axis(axis, scale[i], patch[i], int(causal and name == "frames")) for i, (name, axis) in enumerate(axes)
-    }
-
-
-def _axis(axis: Axis, scale: int, patch: int, offset: int) -> dict[str, int]:
-    def pixels(units: int) -> int:
-        return (units - offset) * scale + offset
-
-    return {"min": pixels(axis.min), "max": pixels(axis.max), "default": pixels(axis.opt), "step": scale * patch}
+def _range(usual: VideoSize, axis: int, pixels: int, low: int, high: int, scale: int, patch: int) -> dict[str, int]:
+    """Return ``min``, ``max`` and ``step`` in pixels: sizes are linear in latent units, and the usual one is known."""
+    units = usual.latent[axis]
+    return {"min": pixels - (units - low) * scale, "max": pixels + (high - units) * scale, "step": scale * patch}

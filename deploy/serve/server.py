@@ -170,8 +170,12 @@ class _Run:
         self._stop.set()
 
     def _reload(self) -> None:
-        log_event(log, "reloading")
-        self.pool.reload()
+        try:
+            self.service.reload()
+        except DvdquantError as error:
+            log.error("the exports are not opened anew: %s", error)
+        else:
+            log_event(log, "reloading")
 
     def _refused(self, refusal: dict[str, Any]) -> None:
         """End the server: a worker cannot start at all. Called on a worker's thread."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import itertools
 import logging
 import secrets
 import socket
@@ -69,9 +67,6 @@ class WorkerProcess:
         self._ending = threading.Event()
         self._ever_ready = False
         self._pause = 0.0
-        self._questions: dict[int, concurrent.futures.Future[dict[str, Any]]] = {}
-        self._numbers = itertools.count()
-        self._asking = threading.Lock()
         self._thread = threading.Thread(target=self._supervise, name=f"worker {label}", daemon=True)
 
     # ---------------------------------------------------------------------------------------------- what the server says
@@ -87,17 +82,6 @@ class WorkerProcess:
         channel = self._channel
         if channel is not None:
             channel.send(event, **fields)
-
-    def ask(self, event: str, **fields: Any) -> concurrent.futures.Future[dict[str, Any]]:
-        """Send a question; its future gets the answer, or ConnectionError if the process ends before."""
-        future: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
-        with self._asking:
-            number = next(self._numbers)
-            self._questions[number] = future
-        channel = self._channel
-        if channel is None or not channel.send(event, number=number, **fields):
-            self._answer(number, None)
-        return future
 
     def stop(self) -> None:
         """Let the process finish its job, and do not start it again."""
@@ -169,8 +153,6 @@ class WorkerProcess:
         self.metrics.ready.labels(self.label).set(0)
         channel, self._channel = self._channel, None
         channel.close()
-        for number in list(self._questions):
-            self._answer(number, None)
         lost = self.store.abandon(name)
         level = logging.INFO if code == 0 else logging.ERROR
         log_event(log, "worker_ended", level=level, worker=name, pid=self.pid, code=code, jobs_put_back=lost)
@@ -191,8 +173,6 @@ class WorkerProcess:
                 self.facts = message["models"]
                 self._ever_ready = self.ready = True
                 self.metrics.ready.labels(self.label).set(1)
-            elif kind == "answer":
-                self._answer(message["number"], message)
             elif kind == "refused":
                 refusal = message
             elif kind == "gone":
@@ -209,16 +189,6 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
-
-    def _answer(self, number: int, message: dict[str, Any] | None) -> None:
-        with self._asking:
-            future = self._questions.pop(number, None)
-        if future is None or not future.set_running_or_notify_cancel():
-            return
-        if message is None:
-            future.set_exception(ConnectionError("the worker ended"))
-        else:
-            future.set_result(message)
 
 
 class Pool:

@@ -184,7 +184,7 @@ class Worker:
             )
             self.generators[source.name] = generator
             self._warm_up(generator)
-        facts = {source.name: self._facts(source) for source in self.settings.models}
+        facts = {name: _executed(generator) for name, generator in self.generators.items()}
         seconds = round(time.perf_counter() - started, 3)
         log_event(log, "worker_ready", seconds=seconds, models=sorted(facts))
         self.tell("ready", models=facts, seconds=seconds, **_memory())
@@ -194,28 +194,6 @@ class Worker:
             generator.prepare(request)
             if self.settings.warm_up:
                 generator.generate(request)
-
-    def _facts(self, source: ModelSource) -> dict[str, Any]:
-        """Return what the server says of a model: what executes."""
-        from dvdquant.deploy.serve.checks import model_facts
-
-        generator = self.generators[source.name]
-        return {**model_facts(generator), "executed": _executed(generator)}
-
-    def check(self, model: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Return what a request would be, or the error that it would end with. Any thread may call.
-
-        Args:
-            model: The name of the model.
-            values: The fields of the request.
-        """
-        from dvdquant.deploy.serve.checks import check_values
-
-        source = next(each for each in self.settings.models if each.name == model)
-        try:
-            return {"checked": check_values(self.generators[model], source, values)}
-        except DvdquantError as error:
-            return {"error": {"what": error.what, "available": error.available, "fix": error.fix}}
 
     # ------------------------------------------------------------------------------------------------------- the work
 
@@ -539,8 +517,6 @@ def _obey(worker: Worker, messages: Iterator[dict[str, Any]]) -> None:
             worker.let_go()
         elif kind == "cancel":
             worker.cancel(message["video"])
-        elif kind == "check":
-            worker.tell("answer", number=message["number"], **worker.check(message["model"], message["values"]))
     worker.let_go()
     # A call of an engine cannot be interrupted; the lease runs out, so no job is lost.
     time.sleep(_LAST_SECONDS)

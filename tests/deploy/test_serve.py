@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from benchmarks.serving.process import PROMPT, START_SECONDS, ServerProcess
 from dvdquant.deploy.generation.encoder import count_frames
 from tests.support.exporting import TINY_WAN
-from tests.support.running import quick_tiny_wan_export
+from tests.support.running import tiny_wan_export
 
 pytestmark = pytest.mark.slow
 STUB = {"STUB_SECONDS": "0.02"}
@@ -73,7 +73,7 @@ TYPES = [
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server with the real engines."""
-    with ServerProcess(quick_tiny_wan_export(), tmp_path_factory.mktemp("real") / "data") as server:
+    with ServerProcess(tiny_wan_export(), tmp_path_factory.mktemp("real") / "data") as server:
         yield server
 
 
@@ -82,9 +82,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server whose calls of the transformer take 20 ms, with a short queue and files that make it fail."""
     folder = tmp_path_factory.mktemp("stub")
     variables = {**STUB, "STUB_KILL": str(folder / "kill"), "STUB_FAIL": str(folder / "fail")}
-    with ServerProcess(
-        quick_tiny_wan_export(), folder / "data", "--queue", 8, "--max-steps", 1000, stub=variables
-    ) as server:
+    with ServerProcess(tiny_wan_export(), folder / "data", "--queue", 8, "--max-steps", 1000, stub=variables) as server:
         yield server
 
 
@@ -314,7 +312,7 @@ def test_twenty_kills_of_each(tmp_path: Path) -> None:
 def _kill_rounds(folder: Path, server_kills: int, worker_kills: int) -> None:
     """Kill server and workers at random moments while jobs come in, then look for every job that was accepted."""
     chance = random.Random(0)
-    server = ServerProcess(quick_tiny_wan_export(), folder / "data", stub=STUB).start()
+    server = ServerProcess(tiny_wan_export(), folder / "data", stub=STUB).start()
     accepted: list[str] = []
     finished: dict[str, bytes] = {}
     kinds = ["server"] * server_kills + ["worker"] * worker_kills
@@ -360,7 +358,7 @@ def test_a_stop_drains_and_the_queue_waits_for_the_next_start(tmp_path: Path) ->
     options = ("--api-key-file", tmp_path / "keys")
     (tmp_path / "keys").write_text("# two\n0123456789abcdef\nfedcba9876543210\n")
     key = {"authorization": "Bearer fedcba9876543210"}
-    server = ServerProcess(quick_tiny_wan_export(), tmp_path / "data", *options, stub={"STUB_SECONDS": "0.1"}).start()
+    server = ServerProcess(tiny_wan_export(), tmp_path / "data", *options, stub={"STUB_SECONDS": "0.1"}).start()
     assert server.process is not None
     with server.client() as stranger:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic fedcba9876543210"}):
@@ -428,7 +426,7 @@ def test_many_clients_lose_nothing(stub: ServerProcess) -> None:
 @pytest.mark.stress
 def test_sixteen_clients_with_two_hundred_jobs(tmp_path: Path) -> None:
     """Two workers share the queue."""
-    with ServerProcess(quick_tiny_wan_export(), tmp_path / "data", "--queue", 6, "--workers", 2, stub=STUB) as server:
+    with ServerProcess(tiny_wan_export(), tmp_path / "data", "--queue", 6, "--workers", 2, stub=STUB) as server:
         _load(server, clients=16, jobs=200)
 
 
