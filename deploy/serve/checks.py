@@ -89,9 +89,9 @@ class ServedModel:
         """
         filled = dict(values)
         if (seconds := filled.pop("seconds", None)) is not None:
-            frames = self._pixels()["frames"]
-            fps = filled.get("fps") or self.checker.fps(frames["default"])
-            filled["num_frames"] = frames_of_seconds(seconds, fps, frames)
+            taken = self._pixels()["frames"]
+            fps = filled.get("fps") or self.checker.fps(taken["default"])
+            filled["num_frames"] = frames_of_seconds(seconds, fps, taken)
         request = self.checker.check(generate_request(filled, self.checker.artifact.manifest, self.source))
         frames, height, width = request.num_frames, request.height, request.width
         steps, guidance = request.steps, request.guidance

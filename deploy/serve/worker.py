@@ -401,8 +401,8 @@ def _warm_up_requests(generator: Generator) -> list[GenerateRequest]:
     """Return the shortest requests that run every engine once, at the size the export was tuned for."""
     from dvdquant.deploy.generation.request import GenerateRequest
 
-    table = getattr(generator, "table", None)
-    prompt = "warm up" if table is None else table.example()
+    words = getattr(generator.checker, "words", None)
+    prompt = "warm up" if words is None else words.example()
     artifact = generator.artifact
     modes = [f"a{bits}" for bits in artifact.bits(artifact.components[0])]
     return [GenerateRequest(prompt, steps=2, mode=mode) for mode in modes]
