@@ -71,16 +71,16 @@ def parts_of_run(
                 name, "text is encoded"
             )
             when += " and the image is encoded" if name == "vae" and images else ""
-            resident = f"while {when}" if offload else "from start to end"
+            resident = f"while {when}" if offload else "all the time"
             found.append(Part(name, sum(t.nbytes for t in tensors), loaded, resident, not offload))
     # 2. The transformers: packed weights or engines, and the original beside them.
     for component in checker.artifact.components:
         if any(request.mode != "16" for request in requests):
             what, nbytes = _executed(checker.artifact, component, backend)
-            found.append(Part(f"{component} ({what})", nbytes, nbytes, "from start to end", stays=True))
+            found.append(Part(f"{component} ({what})", nbytes, nbytes, "all the time", stays=True))
         if any(request.mode == "16" for request in requests):
             original = 2 * _parameters(checker.artifact, component)
-            found.append(Part(f"{component} (16 bit)", original, original, "from start to end", stays=True))
+            found.append(Part(f"{component} (16 bit)", original, original, "all the time", stays=True))
     return found
 
 

@@ -20,7 +20,7 @@ from dvdquant.deploy.generation.request import MAX_PROMPT, GenerateRequest
 from dvdquant.errors import CheckpointError, ShapeError
 from dvdquant.model.families import Family, Sizes
 from dvdquant.system.files import open_regular, strict_json
-from dvdquant.system.safetensors_io import Header, StreamingWriter, read_header_from, read_tensor_from
+from dvdquant.system.safetensors_io import PAD, Header, StreamingWriter, read_header_from, read_tensor_from
 from dvdquant.system.whole_file import atomic_path
 from dvdquant.text import json_text, shown
 
@@ -202,7 +202,8 @@ def load_text_embeds(path: Path, family: Family, sizes: Sizes) -> TextEmbeds:
                 fix=_FIX,
             )
         held = [_read(fd, path, header, index, record, family, sizes) for index in range(len(record.prompts))]
-        if extra := sorted(set(header.tensors) - {f"{i}.{n}" for i, tensors in enumerate(held) for n in tensors}):
+        known = {f"{index}.{name}" for index, tensors in enumerate(held) for name in tensors}
+        if extra := sorted(name for name in header.tensors if name not in known and not name.startswith(PAD)):
             raise CheckpointError(f"--text-embeds {name} holds an unknown tensor {shown(extra[0])}", fix=_FIX)
     finally:
         os.close(fd)
