@@ -5,6 +5,8 @@ from __future__ import annotations
 from dvdquant import __version__
 
 COMMANDS = {
+    "dvdq-build": "build an export's engines on the device they are for",
+    "dvdq-bundle": "pack an export for a machine without internet",
     "dvdq-export": "quantize a model and write graphs and engines",
     "dvdq-inspect": "show what an export holds, and check its files",
     "dvdq-plan": "find the δ of step switching for a wanted average of bits or time",
