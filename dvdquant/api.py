@@ -82,7 +82,8 @@ def export_model(
     from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
-    from dvdquant.export.pipeline import plan_export, run_export
+    from dvdquant.export.pipeline import run_export
+    from dvdquant.export.plan import plan_export
     from dvdquant.system.progress import Progress
 
     _path("model", model)

@@ -203,8 +203,9 @@ def test_export_from_python_plans_as_the_command_does(monkeypatch: pytest.Monkey
     """The README's export up to and including the plan; the export itself is what `make demo` does."""
     import dvdquant
     from dvdquant.export import pipeline
+    from dvdquant.export.plan import ExportPlan
 
-    plans: list[pipeline.ExportPlan] = []
+    plans: list[ExportPlan] = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(pipeline, "run_export", lambda plan, progress, write_report: plans.append(plan))
     dvdquant.export_model("examples/tiny-wan", "out/tiny-wan", latent="8x24x24", text_tokens=5)

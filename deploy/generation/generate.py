@@ -52,6 +52,7 @@ def open_generator(
     compile: bool = False,
     attention: str | None = None,
     attention_backend: str | None = None,
+    plugins: Sequence[Path] = (),
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -65,6 +66,7 @@ def open_generator(
         compile: run the quantized transformer in PyTorch, with its blocks compiled.
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
         attention_backend: the library that computes it instead of the first of the ladder that fits.
+        plugins: TensorRT plugin libraries that the export's engines need; their code runs.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
         lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
             the quantized weights (:meth:`EngineSession.set_loras`).
@@ -73,7 +75,7 @@ def open_generator(
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
     """
     source = str(pipeline or artifact.manifest.source["model"])
-    options = SessionOptions(backend, device, wrap_session, compile, attention, attention_backend)
+    options = SessionOptions(backend, device, wrap_session, compile, attention, attention_backend, plugins)
     if pipeline is None and given_file(source) is not None:
         raise CheckpointError(
             f"the export was made from the single file {shown(source)}, which has no text encoder, VAE and scheduler",

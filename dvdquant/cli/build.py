@@ -78,7 +78,6 @@ def main(
     """
     setup_logging(verbose, log_format)
     from dvdquant.artifact.manifest import load_manifest
-    from dvdquant.deploy.engine_check import check_engine
     from dvdquant.export.engines.elsewhere import PLUGIN_PLACE
     from dvdquant.export.engines.on_device import build_on_device, plan_on_device
     from dvdquant.system.gpu import read_gpu
@@ -113,6 +112,8 @@ def main(
         return
     for path in plan.plugins:
         progress.say(f"{path} is loaded, and its code runs")
+    from dvdquant.deploy.engine_check import check_engine
+
     result = build_on_device(
         plan, progress, resume=resume, check=None if no_check else check_engine, timing_cache=timing_cache
     )

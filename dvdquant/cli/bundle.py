@@ -158,7 +158,8 @@ def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | 
         + ("" if wheels else f". Without internet: fetch them elsewhere by `{_download(machine)}`."),
         f"3. `{_build_line(target, library)}`. It refuses what does not fit before it works, and can be repeated with "
         "`--resume`.",
-        f"4. `dvdq-run {folder}{' --plugin ' + folder + '/plugins/libdvdquant_plugins.so' if library else ''} --help`",
+        f"4. `dvdq-run {folder}{' --plugin ' + folder + '/plugins/libdvdquant_plugins.so' if library else ''} --prompt …`, "
+        "where the model's text encoder and VAE are at hand (`--pipeline FOLDER`).",
     ]
     return "\n".join(
         [

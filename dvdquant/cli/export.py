@@ -19,7 +19,8 @@ from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:
     from dvdquant.export.estimate import Estimate
-    from dvdquant.export.pipeline import ExportPlan, ExportResult
+    from dvdquant.export.pipeline import ExportResult
+    from dvdquant.export.plan import ExportPlan
 
 FOR_GRAPH = {
     "tensorrt": "TensorRT with the plugin; ONNX Runtime by its function bodies",
@@ -220,7 +221,8 @@ def main(**arguments: Any) -> None:
     from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
-    from dvdquant.export.pipeline import plan_export, run_export
+    from dvdquant.export.pipeline import run_export
+    from dvdquant.export.plan import plan_export
     from dvdquant.system.progress import Progress
     from dvdquant.system.whole_file import check_writable
 
