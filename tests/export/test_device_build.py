@@ -17,14 +17,17 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from dvdquant.artifact.bundle import open_bundle, unpack_bundle
 from dvdquant.artifact.manifest import load_manifest, verify_files
 from dvdquant.backends import Backend
+from dvdquant.cli.build import main as build_main
 from dvdquant.cli.bundle import main as bundle_main
-from dvdquant.errors import ResourceError, UnsupportedError
+from dvdquant.errors import OutputError, ResourceError, UnsupportedError
 from dvdquant.export.engines import on_device
 from dvdquant.export.engines.elsewhere import SCRIPT
-from dvdquant.export.engines.on_device import plan_on_device
+from dvdquant.export.engines.on_device import build_on_device, plan_on_device
 from dvdquant.system.gpu import Gpu
+from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, run
 from tests.support.device_build import build, plugin_library
@@ -224,10 +227,12 @@ def test_too_little_memory_to_build_says_what_fits(out: Path, tmp_path: Path, te
     assert len(plan_on_device(out, uneven, ORIN, plugins=[good], bits=[4]).builds) == 1
 
 
-def test_a_damaged_export_is_not_built(out: Path, tmp_path: Path) -> None:
+def test_a_damaged_export_is_not_built(out: Path, tmp_path: Path, tensorrt: None) -> None:
     plugin = plugin_library(tmp_path / "libdvdquant_plugins.so")
     (out / "onnx" / "transformer.safetensors").write_bytes(b"x")
-    refused(build(out, "--plugin", plugin), "does not match its manifest")
+    plan = plan_on_device(out, load_manifest(out), ORIN, plugins=[plugin])
+    with pytest.raises(OutputError, match="does not match its manifest"):
+        build_on_device(plan, Progress("quiet"))
     assert load_manifest(out).engines == ()
 
 
@@ -240,7 +245,7 @@ def pack(out: Path, target: Path, *arguments: object) -> str:
     return result.output
 
 
-def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = plugin_library(tmp_path / "libdvdquant_plugins.so")
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "some-1.0-py3-none-any.whl").write_bytes(b"a wheel")
@@ -248,12 +253,25 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path) -> None
     assert "dvdq-build orin.tar -o orin --plugin bundled" in said
     # Refused before anything is unpacked.
     there = tmp_path / "device"
-    refused(build(tmp_path / "orin.tar", "-o", there, "--plugin", "bundled", sm=110), "is for SM 8.7", "has SM 11.0")
-    old = build(tmp_path / "orin.tar", "-o", there, "--plugin", "bundled", DOUBLE_VERSION="10.3.0")
-    refused(old, "is for TensorRT 11, and this machine has 10.3.0")
+    thor = dataclasses.replace(ORIN, name="Thor", sm="11.0")
+    for gpu, version, text in (
+        (thor, "11.4.0.1", "is for SM 8.7, and this GPU (Thor) has SM 11.0"),
+        (None, "11.4.0.1", "the driver of this machine names none"),
+        (ORIN, "10.3.0", "is for TensorRT 11, and this machine has 10.3.0"),
+        (dataclasses.replace(ORIN, memory_bytes=10**6), "11.4.0.1", "of device memory"),
+    ):
+        monkeypatch.setattr("dvdquant.system.gpu.read_gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("dvdquant.backends.load_backend", lambda name, v=version: Backend(name, None, v))
+        result = CliRunner().invoke(build_main, [str(tmp_path / "orin.tar"), "-o", str(there), "--plugin", "bundled"])
+        assert result.exit_code == 2
+        assert text in result.output
     whole = (tmp_path / "orin.tar").read_bytes()
     (tmp_path / "changed.tar").write_bytes(whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :])
-    refused(build(tmp_path / "changed.tar", "-o", there, "--plugin", "bundled"), "is not as dvdq-bundle wrote it")
+    with (
+        open_bundle(tmp_path / "changed.tar") as changed,
+        pytest.raises(OutputError, match="is not as dvdq-bundle wrote"),
+    ):
+        unpack_bundle(changed, there)
     assert not there.exists()
     # Unpacked, built, and the second time neither.
     done = build(tmp_path / "orin.tar", "-o", there, "--plugin", "bundled")
