@@ -25,13 +25,12 @@ from dvdquant.artifact.manifest import (
     LayerEntry,
     LoraEntry,
     Manifest,
-    Source,
     Verified,
     hash_file,
     verify_files,
 )
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
-from dvdquant.checkpoint.lora.fuse import lora_lines, model_fingerprint
+from dvdquant.checkpoint.lora.fuse import lora_lines
 from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.errors import CheckpointError, ExportError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export.engines.elsewhere import SCRIPT, build_entry, build_script, same_build
@@ -41,8 +40,7 @@ from dvdquant.export.estimate import require_memory
 from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
 from dvdquant.export.model_card import model_card
-from dvdquant.export.options import recorded_model
-from dvdquant.export.plan import ExportPlan
+from dvdquant.export.plan import ExportPlan, check_previous, shapes_of, source_of
 from dvdquant.export.source_words import source_lines
 from dvdquant.export.steps import is_step
 from dvdquant.export.verify.export import verify_export
@@ -143,6 +141,7 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
     with ExportTransaction(
         options.out, key=plan.key, resume=options.resume, keep_for_resume=True, accept=is_step
     ) as transaction:
+        check_previous(plan, transaction.previous)  # again: another export may have finished since the plan
         run = _Run(plan, transaction, progress, write_report)
         for line in lora_lines(plan.components, plan.checkpoints):
             progress.say(line)
@@ -597,11 +596,11 @@ class _Run:
         if self.previous is not None and "device" in self.previous.tools:
             tools["device"] = self.previous.tools["device"]  # it made the weights, which are still the same
         return Manifest(
-            source=self._source(),
+            source=source_of(plan),
             family=plan.plans[0].family.name,
             config_sha256=hash_file(self.transaction.tree / "config.json")["sha256"],
             recipe=plan.options.recipe.to_json(),
-            shapes={**plan.sizes.to_json(), "dtype": plan.options.dtype},
+            shapes=shapes_of(plan),
             layers=self._layers(),
             kept=tuple(dict.fromkeys(kept)),
             nonfinite=nonfinite,
@@ -630,23 +629,6 @@ class _Run:
             if checkpoint.lora is not None
             for lora in checkpoint.lora.fused
         )
-
-    def _source(self) -> Source:
-        """Where the weights came from, and what was recognised of their format."""
-        plan, first = self.plan, self.plan.checkpoints[0]
-        source = Source(
-            model=recorded_model(plan.options.model),
-            class_name=first.class_name,
-            fingerprint=model_fingerprint(plan.checkpoints),
-            format="; ".join(dict.fromkeys(c.source.layout for c in plan.checkpoints)),
-            precision="; ".join(dict.fromkeys(c.source.precision for c in plan.checkpoints)),
-            notes=list(dict.fromkeys(note for c in plan.checkpoints for note in c.source.notes)),
-        )
-        if plan.options.transformer_2 is not None:
-            source["transformer_2"] = recorded_model(plan.options.transformer_2)
-        if plan.options.config is not None:
-            source["config"] = recorded_model(str(plan.options.config))
-        return source
 
     def _tools(self) -> dict[str, str]:
         """Return the versions of the packages that graphs depend on besides dvdquant itself."""

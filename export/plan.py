@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dvdquant import __version__
+from dvdquant.artifact.manifest import Manifest, Source
 from dvdquant.artifact.output_folder import check_output
 from dvdquant.checkpoint.formats.files import check_order
-from dvdquant.checkpoint.lora.fuse import components_of, with_loras
+from dvdquant.checkpoint.lora.fuse import components_of, model_fingerprint, with_loras
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
 from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
@@ -18,7 +19,9 @@ from dvdquant.export.engines import load_backend
 from dvdquant.export.engines.attention import attention_wish
 from dvdquant.export.engines.precision import EnginePlan, check_sms, plan_engines
 from dvdquant.export.estimate import Estimate, estimate_export, lowered_bytes
-from dvdquant.export.options import ExportOptions, check_text, resolve_sizes, with_table_defaults
+from dvdquant.export.options import ExportOptions, check_text, recorded_model, with_table_defaults
+from dvdquant.export.replacement import check_replacement
+from dvdquant.export.sizes import resolve_sizes
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.quantize.checkpoint import (
@@ -27,7 +30,7 @@ from dvdquant.quantize.checkpoint import (
 )
 from dvdquant.text import shown
 
-__all__ = ["ExportPlan", "plan_export"]
+__all__ = ["ExportPlan", "check_previous", "plan_export", "shapes_of", "source_of"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     # 1. Check the options that need no checkpoint.
     check_sms(options.sms)
     check_text(options)
+    _ = options.torch_device  # one that is not there is refused before any work
     # 2. Open the checkpoints.
     components, opened = _open_all(options)
     # 3. Plan the layers and the sizes.
@@ -109,7 +113,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     later: list[EnginePlan] = []
     versions = {}
     for backend in options.backends:
-        planned = plan_engines(
+        found = plan_engines(
             backend,
             options.sms,
             options.recipe.activations,
@@ -119,9 +123,9 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             attention=attention_wish(options.recipe, plans[0].family, sizes),
         )
         if options.builds_elsewhere(backend):
-            later += planned
+            later += found
         else:
-            engines += planned
+            engines += found
             versions[backend] = load_backend(backend).version
     if any(e.precision == "plugin" for e in engines) and not options.plugins:
         raise EngineError(
@@ -129,7 +133,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             fix="pass the built library with --plugin, or leave the engines to dvdq-build on the device (--build device)",
         )
     # 5. Check the output folder and estimate.
-    check_output(options.out)
+    previous = check_output(options.out)
     largest = max(
         reading_bytes(info) + (c.lora.reading_bytes(info.name, math.prod(info.shape)) if c.lora else 0)
         for c in opened
@@ -138,9 +142,11 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest)
     kept = sum(max((lowered_bytes(p, e) for e in later), default=0) for p in plans)
     estimate = replace(estimate, weight_file_bytes=estimate.weight_file_bytes + kept)
-    return ExportPlan(
+    planned = ExportPlan(
         options, components, opened, tuple(plans), sizes, tuple(engines), versions, estimate, tuple(later)
     )
+    check_previous(planned, previous)
+    return planned
 
 
 def _open_all(options: ExportOptions) -> tuple[tuple[str, ...], tuple[Checkpoint, ...]]:
@@ -179,3 +185,52 @@ def _open_all(options: ExportOptions) -> tuple[tuple[str, ...], tuple[Checkpoint
             fix="give the two transformers of one model",
         )
     return components, tuple(opened)
+
+
+def check_previous(plan: ExportPlan, previous: Manifest | None) -> None:
+    """Refuse to replace a finished export by another one, unless the options ask for that.
+
+    Args:
+        plan: The plan of the export.
+        previous: The manifest of the export in its folder, or None.
+
+    Raises:
+        OutputError: The folder holds an export of another model, another recipe or other sizes.
+    """
+    if previous is not None and not plan.options.replace:
+        out, recipe = plan.options.out, plan.options.recipe
+        check_replacement(out, previous, source_of(plan), plan.components, recipe, shapes_of(plan))
+
+
+def shapes_of(plan: ExportPlan) -> dict[str, Any]:
+    """Return the sizes and the dtype of the graphs, in the form of the manifest.
+
+    Args:
+        plan: The plan of the export.
+    """
+    return {**plan.sizes.to_json(), "dtype": plan.options.dtype}
+
+
+def source_of(plan: ExportPlan) -> Source:
+    """Return where the weights come from and what was recognised of their format, in the form of the manifest.
+
+    Args:
+        plan: The plan of the export.
+
+    Raises:
+        CheckpointError: A file of the model has gone or has changed since it was opened.
+    """
+    first = plan.checkpoints[0]
+    source = Source(
+        model=recorded_model(plan.options.model),
+        class_name=first.class_name,
+        fingerprint=model_fingerprint(plan.checkpoints),
+        format="; ".join(dict.fromkeys(c.source.layout for c in plan.checkpoints)),
+        precision="; ".join(dict.fromkeys(c.source.precision for c in plan.checkpoints)),
+        notes=list(dict.fromkeys(note for c in plan.checkpoints for note in c.source.notes)),
+    )
+    if plan.options.transformer_2 is not None:
+        source["transformer_2"] = recorded_model(plan.options.transformer_2)
+    if plan.options.config is not None:
+        source["config"] = recorded_model(str(plan.options.config))
+    return source

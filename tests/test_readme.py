@@ -17,6 +17,8 @@ from xml.etree import ElementTree
 import click
 import pytest
 
+from dvdquant.cli.commands import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 FOLDERS = (
@@ -86,10 +88,14 @@ def test_commands_parse(page: Path) -> None:
         if program == "make":
             targets = [word for word in arguments if "=" not in word]
             assert set(targets) <= makefile, targets
+        elif program == "dvdq" and arguments[0] in COMMANDS:
+            import_module(COMMANDS[arguments[0]].module).main.make_context(program, arguments[1:])
         elif program in PROJECT["scripts"]:
             _command(program).make_context(program, arguments)
         elif program == "python":
             assert (ROOT / arguments[0]).exists(), arguments
+        elif name.startswith("_DVDQ_"):
+            assert name.partition("_COMPLETE=")[0].removeprefix("_").lower().replace("_", "-") in PROJECT["scripts"]
         elif name == "eval":
             assert any(f"_{known.upper().replace('-', '_')}_COMPLETE" in arguments[0] for known in PROJECT["scripts"])
         else:

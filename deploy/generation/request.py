@@ -8,9 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor
-
 from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.deploy.switching.gbs import Stair, Weighting, delta_of_stair
@@ -19,6 +16,9 @@ from dvdquant.model.families import Axis, Sizes
 from dvdquant.system.records import brief
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.switching.controller import StepRecord
     from dvdquant.deploy.switching.schedule import Schedule
@@ -30,6 +30,7 @@ __all__ = [
     "OnStep",
     "VideoSize",
     "check_request",
+    "default_fps",
     "delta_for_average",
     "resolve_size",
 ]
@@ -195,6 +196,11 @@ def _check_mode(request: GenerateRequest, artifact: Artifact, component: str) ->
                 f"the schedule is for {request.schedule.steps} steps, {request.steps} were asked for",
                 fix=f"use --steps {request.schedule.steps}, or plan again: dvdq-plan {artifact.root} --steps {request.steps}",
             )
+
+
+def default_fps(frames: int) -> int:
+    """Frames per second at which a clip lasts about five seconds, 4 at least and 24 at most."""
+    return min(24, max(4, round(frames / 5)))
 
 
 def delta_for_average(schedule: Schedule, bits: float) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dvdquant.deploy.generation.encoder import encode_mp4, find_encoder
+from dvdquant.deploy.generation.request import default_fps
 from dvdquant.errors import OutputError, ShapeError
 from dvdquant.system.whole_file import atomic_path, check_writable
 from dvdquant.text import shown
@@ -60,11 +61,6 @@ def psnr(clip: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
         )
     mse = float(np.mean((clip.astype(np.float64) - reference.astype(np.float64)) ** 2))
     return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
-
-
-def default_fps(frames: int) -> int:
-    """Frames per second at which a clip lasts about five seconds, 4 at least and 24 at most."""
-    return min(24, max(4, round(frames / 5)))
 
 
 def enlarge(clip: Clip, min_side: int = MIN_SIDE) -> Clip:
