@@ -33,7 +33,7 @@ from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.checkpoint.lora.fuse import lora_lines
 from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.errors import CheckpointError, ExportError, OutputError, ResourceError, UnsupportedError
-from dvdquant.export.engines.elsewhere import SCRIPT, build_entry, build_script, same_build
+from dvdquant.export.elsewhere import SCRIPT, build_entry, build_script, same_build
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.stage import BuildSettings, EngineStage, build_settings, engine_path, find_current
 from dvdquant.export.estimate import require_memory

@@ -17,7 +17,7 @@ from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
-    from dvdquant.export.engines.on_device import DeviceBuild, DeviceResult
+    from dvdquant.export.on_device import DeviceBuild, DeviceResult
     from dvdquant.system.gpu import Gpu
     from dvdquant.system.progress import Progress
 
@@ -78,8 +78,8 @@ def main(
     """
     setup_logging(verbose, log_format)
     from dvdquant.artifact.manifest import load_manifest
-    from dvdquant.export.engines.elsewhere import PLUGIN_PLACE
-    from dvdquant.export.engines.on_device import build_on_device, plan_on_device
+    from dvdquant.export.elsewhere import PLUGIN_PLACE
+    from dvdquant.export.on_device import build_on_device, plan_on_device
     from dvdquant.system.gpu import read_gpu
     from dvdquant.system.progress import Progress
     from dvdquant.system.whole_file import check_writable
@@ -129,7 +129,7 @@ def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
     from dvdquant.artifact.bundle import open_bundle, unpack_bundle
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.backends import load_backend
-    from dvdquant.export.engines.on_device import check_memory, check_sm
+    from dvdquant.export.on_device import check_memory, check_sm
     from dvdquant.system.plugin_file import machine_name
 
     with open_bundle(source) as bundle:

@@ -49,7 +49,7 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
     setup_logging(verbose, "text")
     from dvdquant.artifact.bundle import write_bundle
     from dvdquant.artifact.manifest import load_manifest
-    from dvdquant.export.engines.elsewhere import PLUGIN_PLACE
+    from dvdquant.export.elsewhere import PLUGIN_PLACE
     from dvdquant.export.model_card import model_card
     from dvdquant.system.plugin_file import read_plugin
     from dvdquant.system.progress import Progress

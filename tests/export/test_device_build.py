@@ -23,9 +23,9 @@ from dvdquant.backends import Backend
 from dvdquant.cli.build import main as build_main
 from dvdquant.cli.bundle import main as bundle_main
 from dvdquant.errors import OutputError, ResourceError, UnsupportedError
-from dvdquant.export.engines import on_device
-from dvdquant.export.engines.elsewhere import SCRIPT
-from dvdquant.export.engines.on_device import build_on_device, plan_on_device
+from dvdquant.export import on_device
+from dvdquant.export.elsewhere import SCRIPT
+from dvdquant.export.on_device import build_on_device, plan_on_device
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
