@@ -69,11 +69,19 @@ class RequestChecker(ABC):
 
     @abstractmethod
     def size_of(self, request: GenerateRequest) -> VideoSize:
-        """Return the size of a request's clip, see :func:`.request.resolve_size`."""
+        """Return the size of a request's clip, see :func:`.request.resolve_size`.
+
+        Args:
+            request: The request of a clip.
+        """
 
     @abstractmethod
     def fps(self, frames: int) -> int:
-        """Return the frames per second at which a clip of ``frames`` frames is meant to be seen."""
+        """Return the frames per second at which a clip of ``frames`` frames is meant to be seen.
+
+        Args:
+            frames: The number of frames of a clip.
+        """
 
     @abstractmethod
     def _check_prompts(self, request: GenerateRequest) -> None:
@@ -112,11 +120,19 @@ class TableChecker(RequestChecker):
             )
 
     def size_of(self, request: GenerateRequest) -> VideoSize:
-        """See :class:`RequestChecker`. Latents are pixels."""
+        """See :class:`RequestChecker`. Latents are pixels.
+
+        Args:
+            request: The request of a clip.
+        """
         return resolve_size(request, self.artifact.sizes, (1, 1, 1), self.family.patch(), causal=False)
 
     def fps(self, frames: int) -> int:
-        """See :class:`RequestChecker`."""
+        """See :class:`RequestChecker`.
+
+        Args:
+            frames: The number of frames of a clip.
+        """
         return default_fps(frames)
 
     def _check_prompts(self, request: GenerateRequest) -> None:
@@ -152,12 +168,20 @@ class PipelineChecker(RequestChecker):
             )
 
     def size_of(self, request: GenerateRequest) -> VideoSize:
-        """See :class:`RequestChecker`. Of the frames a pipeline fills the last patch itself."""
+        """See :class:`RequestChecker`. Of the frames a pipeline fills the last patch itself.
+
+        Args:
+            request: The request of a clip.
+        """
         patch = (1, *self.family.patch()[1:])
         return resolve_size(request, self.artifact.sizes, self.family.vae_scale, patch, causal=True)
 
     def fps(self, frames: int) -> int:
-        """See :class:`RequestChecker`."""
+        """See :class:`RequestChecker`.
+
+        Args:
+            frames: The number of frames of a clip.
+        """
         del frames
         return _FPS[self.family.name]
 
