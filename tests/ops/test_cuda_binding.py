@@ -36,7 +36,7 @@ from check_cases import GRIDS, layers, make_tokens, make_weight  # noqa: E402
 from host_library import HostLibrary  # noqa: E402
 
 CPU = torch.device("cpu")
-SMS = (80, 86, 87, 89, 90, 100, 103, 120, 121)
+SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
 
 @pytest.fixture(scope="module")
