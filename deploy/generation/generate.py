@@ -65,6 +65,7 @@ def open_generator(
     compile: bool = False,
     attention: str | None = None,
     attention_backend: str | None = None,
+    plugins: Sequence[Path] = (),
     limits: Limits | None = None,
     offload: bool = False,
     vae_tiling: bool = False,
@@ -82,6 +83,7 @@ def open_generator(
         compile: run the quantized transformer in PyTorch, with its blocks compiled.
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
         attention_backend: the library that computes it instead of the first of the ladder that fits.
+        plugins: TensorRT plugin libraries that the export's engines need; their code runs.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
         lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
             the quantized weights (:meth:`EngineSession.set_loras`).
@@ -95,7 +97,15 @@ def open_generator(
     """
     checker = open_checker(artifact, pipeline=pipeline, limits=limits, text_embeds=text_embeds)
     options = SessionOptions(
-        backend, device, wrap_session, compile, attention, attention_backend, offload=offload, vae_tiling=vae_tiling
+        backend,
+        device,
+        wrap_session,
+        compile,
+        attention,
+        attention_backend,
+        plugins,
+        offload=offload,
+        vae_tiling=vae_tiling,
     )
     if isinstance(checker, TableChecker):
         if offload or vae_tiling:

@@ -89,6 +89,7 @@ class SessionOptions:
         compile: Run in PyTorch, with the transformer's blocks compiled.
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
         attention_backend: The library that computes it instead of the first of the ladder that fits.
+        plugins: The TensorRT plugin libraries that engines need.
         offload: Keep the pipeline's other parts in the host's memory, and move each to the device while it runs.
         vae_tiling: Encode and decode images in tiles, one after the other.
     """
@@ -99,6 +100,7 @@ class SessionOptions:
     compile: bool = False
     attention: str | None = None
     attention_backend: str | None = None
+    plugins: Sequence[Path] = ()
     offload: bool = False
     vae_tiling: bool = False
 
@@ -121,6 +123,7 @@ class SessionOptions:
             compile=self.compile,
             attention=self.attention,
             attention_backend=self.attention_backend,
+            plugins=self.plugins,
         )
         try:
             if loras:
