@@ -34,7 +34,14 @@ class RequestChecker(ABC):
     Args:
         artifact: The export.
         limits: What is served at most.
+
+    Attributes:
+        given: The pipeline that :func:`open_checker` was given, or None for the model that the export was made from.
+        decodes: Whether a VAE turns latents into pictures.
     """
+
+    given: str | None = None
+    decodes = True
 
     def __init__(self, artifact: Artifact, limits: Limits) -> None:
         self.artifact, self.limits = artifact, limits
@@ -72,6 +79,10 @@ class RequestChecker(ABC):
         """Return the size of a request's clip, see :func:`.request.resolve_size`."""
 
     @abstractmethod
+    def example(self) -> str:
+        """Return a prompt that the model takes."""
+
+    @abstractmethod
     def fps(self, frames: int) -> int:
         """Return the frames per second at which a clip of ``frames`` frames is meant to be seen."""
 
@@ -96,6 +107,8 @@ class TableChecker(RequestChecker):
         UnsupportedError: The transformer takes inputs that a table cannot give, or more than one sample.
     """
 
+    decodes = False
+
     def __init__(self, artifact: Artifact, words: PromptWords, limits: Limits) -> None:
         super().__init__(artifact, limits)
         self.words = words
@@ -114,6 +127,10 @@ class TableChecker(RequestChecker):
     def size_of(self, request: GenerateRequest) -> VideoSize:
         """See :class:`RequestChecker`. Latents are pixels."""
         return resolve_size(request, self.artifact.sizes, (1, 1, 1), self.family.patch(), causal=False)
+
+    def example(self) -> str:
+        """See :class:`RequestChecker`."""
+        return self.words.example()
 
     def fps(self, frames: int) -> int:
         """See :class:`RequestChecker`."""
@@ -155,6 +172,10 @@ class PipelineChecker(RequestChecker):
         """See :class:`RequestChecker`. Of the frames a pipeline fills the last patch itself."""
         patch = (1, *self.family.patch()[1:])
         return resolve_size(request, self.artifact.sizes, self.family.vae_scale, patch, causal=True)
+
+    def example(self) -> str:
+        """See :class:`RequestChecker`."""
+        return "a cat"
 
     def fps(self, frames: int) -> int:
         """See :class:`RequestChecker`."""
@@ -206,6 +227,10 @@ def open_checker(
             available=f"{artifact.manifest.source['class_name']} of family {artifact.manifest.family}",
             fix="give the diffusers pipeline of the same model with --pipeline FOLDER or a hub id; its transformer is not used",
         )
+    checker: TableChecker | PipelineChecker
     if PromptWords.is_at(source):
-        return TableChecker(artifact, PromptWords.read(source), limits or Limits())
-    return PipelineChecker(artifact, source, limits or Limits())
+        checker = TableChecker(artifact, PromptWords.read(source), limits or Limits())
+    else:
+        checker = PipelineChecker(artifact, source, limits or Limits())
+    checker.given = None if pipeline is None else str(pipeline)
+    return checker

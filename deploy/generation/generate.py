@@ -14,14 +14,14 @@ from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal
-from dvdquant.deploy.generation.check import TableChecker, open_checker
+from dvdquant.deploy.generation.check import PipelineChecker, TableChecker, open_checker
 from dvdquant.deploy.generation.from_table import TableGenerator
 from dvdquant.deploy.generation.generator import Generator, SessionOptions, WrapSession
 from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 from dvdquant.deploy.generation.limits import Limits
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 
-__all__ = ["Generator", "GenerateRequest", "GenerateResult", "generate", "open_generator"]
+__all__ = ["Generator", "GenerateRequest", "GenerateResult", "generate", "open_generator", "reload_generator"]
 
 
 def generate(
@@ -76,7 +76,38 @@ def open_generator(
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
     """
     checker = open_checker(artifact, pipeline=pipeline, limits=limits)
-    options = SessionOptions(backend, device, wrap_session, compile, attention, attention_backend)
+    return _open(checker, SessionOptions(backend, device, wrap_session, compile, attention, attention_backend), lora)
+
+
+def reload_generator(old: Generator) -> Generator:
+    """Return a generator of what the export's folder holds now, opened as ``old`` was, with its engines loaded.
+
+    The old one is closed last: if the new export cannot be used, or both do not fit into memory, it goes on serving. Text
+    encoder and VAE are not loaded again. Call it between clips: one that another thread draws with the old generator ends
+    with EngineError.
+
+    Args:
+        old: A generator of :func:`open_generator`. It is closed on success only.
+
+    Raises:
+        DvdquantError: The new export, or a part of it, cannot be used; ``old`` is as it was.
+    """
+    artifact = Artifact.open(old.artifact.root)
+    new = _open(
+        open_checker(artifact, pipeline=old.checker.given, limits=old.checker.limits), old.options, old.given_lora
+    )
+    try:
+        if isinstance(new, PipelineGenerator) and isinstance(old, PipelineGenerator):
+            new.share_parts(old)
+        new.prepare(GenerateRequest(new.checker.example(), mode=f"a{artifact.bits(artifact.components[0])[-1]}"))
+    except BaseException:
+        new.close()
+        raise
+    old.close()
+    return new
+
+
+def _open(checker: TableChecker | PipelineChecker, options: SessionOptions, lora: Sequence[LoraSpec]) -> Generator:
     if isinstance(checker, TableChecker):
         return TableGenerator(checker, PromptTable.open(checker.words.root), options, lora)
     return PipelineGenerator(checker, options, lora)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -13,16 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvdquant.artifact.manifest import load_manifest
 from dvdquant.checkpoint.lora.fuse import components_of
 from dvdquant.checkpoint.lora.recorded import split_given
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal, check_cancelled
+from dvdquant.deploy.generation.admission import Admission, device_memory
 from dvdquant.deploy.generation.check import RequestChecker
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
+from dvdquant.system.devices import resolve_device
 
 __all__ = [
     "Denoised",
@@ -149,7 +154,8 @@ class Generator(ABC):
     def __init__(self, checker: RequestChecker, options: SessionOptions, lora: Sequence[LoraSpec] = ()) -> None:
         artifact = checker.artifact
         self.checker, self.artifact, self.family = checker, artifact, checker.family
-        self.options = options
+        self.options, self.given_lora = options, tuple(lora)
+        self.admission = Admission(checker)
         self._tried: set[tuple[int, int]] = set()  # steps and tokens that the scheduler has gone through
         self.lora, beside = split_given(artifact.manifest.lora, lora)
         self.beside = components_of(beside, artifact.components)
@@ -244,11 +250,12 @@ class Generator(ABC):
         check_cancelled(cancel, "anything was loaded")
         self._load(request, cancel)
         started = time.perf_counter()
-        embeddings = self.encode_prompt(request, cancel)
-        check_cancelled(cancel, "the first step")
-        done = self.denoise(request, embeddings, on_step, cancel)
-        check_cancelled(cancel, "the frames were decoded")
-        frames = self.decode(request, done.latents, cancel)
+        with self._measured(request):
+            embeddings = self.encode_prompt(request, cancel)
+            check_cancelled(cancel, "the first step")
+            done = self.denoise(request, embeddings, on_step, cancel)
+            check_cancelled(cancel, "the frames were decoded")
+            frames = self.decode(request, done.latents, cancel)
         seconds = time.perf_counter() - started
         return GenerateResult(
             request,
@@ -271,6 +278,64 @@ class Generator(ABC):
             DvdquantError: The model or the export cannot make it, or something cannot be loaded.
         """
         self._load(self.check(request))
+
+    def warm_up(self, request: GenerateRequest | None = None) -> dict[str, float]:
+        """Draw a short clip with each engine, so that the first real one finds everything loaded, prepared and compiled.
+
+        Args:
+            request: The size and prompt to warm up with. The default is what the export was tuned for.
+
+        Returns:
+            The seconds by mode (``a4``, ``a8``), loading included.
+
+        Raises:
+            DvdquantError: See :meth:`generate`.
+        """
+        base = request or GenerateRequest(self.checker.example())
+        # Of two transformers the second one takes over late in the schedule.
+        steps = 1 if len(self.artifact.components) == 1 else 4
+        seconds = {}
+        for bits in self.artifact.bits(self.artifact.components[0]):
+            started = time.perf_counter()
+            mode = f"a{bits}"
+            self.generate(dataclasses.replace(base, mode=mode, steps=steps, delta=None, cache=None, schedule=None))
+            seconds[mode] = time.perf_counter() - started
+        return seconds
+
+    def admit(self, request: GenerateRequest) -> GenerateRequest:
+        """Return ``request`` filled in, if the memory that it takes beside the weights is free on the generator's device.
+
+        Args:
+            request: What is asked for.
+
+        Raises:
+            ShapeError: The request is wrong, or never fits the device.
+            ResourceError: It does not fit what is free now.
+            DvdquantError: See :meth:`check`.
+        """
+        request = self.check(request)
+        self.admission.check(request, *device_memory(resolve_device(self.options.device)))
+        return request
+
+    @contextlib.contextmanager
+    def _measured(self, request: GenerateRequest) -> Iterator[None]:
+        """Note the memory of a clip on a GPU. Of two clips at once, each is noted with what both took."""
+        device = resolve_device(self.options.device)
+        if device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield
+        self.admission.note(request, torch.cuda.max_memory_allocated(device) - before)
+
+    def is_stale(self) -> bool:
+        """Return whether the export's folder holds another export than the one that was opened.
+
+        Raises:
+            OutputError: The folder holds no valid export now.
+        """
+        return load_manifest(self.artifact.root) != self.artifact.manifest
 
     @abstractmethod
     def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:
