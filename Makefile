@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: help venv demo demo-steps test stress variants lint lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: help venv demo demo-steps test stress variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -75,12 +75,15 @@ lint: $(INSTALLED_TEST)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# Each takes one core.
+warm: $(INSTALLED_TEST)
 	@$(BIN)/python tests/support/warm_up.py
+
+test: $(INSTALLED_TEST)
+	@$(MAKE) --no-print-directory -j2 lint warm
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not stress" --cpu-seconds 15 $(PYTEST_ARGS)
 
-stress: $(INSTALLED_TEST)
-	@$(BIN)/python tests/support/warm_up.py
+stress: $(INSTALLED_TEST) warm
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m stress --timeout 3600 $(PYTEST_ARGS)
 
 VARIANTS ?=

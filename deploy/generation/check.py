@@ -76,7 +76,11 @@ class RequestChecker(ABC):
 
     @abstractmethod
     def size_of(self, request: GenerateRequest) -> VideoSize:
-        """Return the size of a request's clip, see :func:`.request.resolve_size`."""
+        """Return the size of a request's clip, see :func:`.request.resolve_size`.
+
+        Args:
+            request: The request of a clip.
+        """
 
     @abstractmethod
     def example(self) -> str:
@@ -84,7 +88,11 @@ class RequestChecker(ABC):
 
     @abstractmethod
     def fps(self, frames: int) -> int:
-        """Return the frames per second at which a clip of ``frames`` frames is meant to be seen."""
+        """Return the frames per second at which a clip of ``frames`` frames is meant to be seen.
+
+        Args:
+            frames: The number of frames of a clip.
+        """
 
     @abstractmethod
     def _check_prompts(self, request: GenerateRequest) -> None:
@@ -125,7 +133,11 @@ class TableChecker(RequestChecker):
             )
 
     def size_of(self, request: GenerateRequest) -> VideoSize:
-        """See :class:`RequestChecker`. Latents are pixels."""
+        """See :class:`RequestChecker`. Latents are pixels.
+
+        Args:
+            request: The request of a clip.
+        """
         return resolve_size(request, self.artifact.sizes, (1, 1, 1), self.family.patch(), causal=False)
 
     def example(self) -> str:
@@ -133,7 +145,11 @@ class TableChecker(RequestChecker):
         return self.words.example()
 
     def fps(self, frames: int) -> int:
-        """See :class:`RequestChecker`."""
+        """See :class:`RequestChecker`.
+
+        Args:
+            frames: The number of frames of a clip.
+        """
         return default_fps(frames)
 
     def _check_prompts(self, request: GenerateRequest) -> None:
@@ -169,7 +185,11 @@ class PipelineChecker(RequestChecker):
             )
 
     def size_of(self, request: GenerateRequest) -> VideoSize:
-        """See :class:`RequestChecker`. Of the frames a pipeline fills the last patch itself."""
+        """See :class:`RequestChecker`. Of the frames a pipeline fills the last patch itself.
+
+        Args:
+            request: The request of a clip.
+        """
         patch = (1, *self.family.patch()[1:])
         return resolve_size(request, self.artifact.sizes, self.family.vae_scale, patch, causal=True)
 
@@ -178,7 +198,11 @@ class PipelineChecker(RequestChecker):
         return "a cat"
 
     def fps(self, frames: int) -> int:
-        """See :class:`RequestChecker`."""
+        """See :class:`RequestChecker`.
+
+        Args:
+            frames: The number of frames of a clip.
+        """
         del frames
         return _FPS[self.family.name]
 

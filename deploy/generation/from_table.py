@@ -69,7 +69,12 @@ class TableGenerator(Generator):
         rehearse(open_table_scheduler(self.table.root), self.family.name, steps, path)
 
     def encode_prompt(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> Embeddings:
-        """See :class:`Generator`. The words of a branch are rows of the table, [1, slots, text_dim]."""
+        """See :class:`Generator`. The words of a branch are rows of the table, [1, slots, text_dim].
+
+        Args:
+            request: The request of a clip.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         check_cancelled(cancel, "the words were looked up")
         branches = {"cond": self.table.encode(request.prompt)}
         if request.guidance != 1:
@@ -83,7 +88,14 @@ class TableGenerator(Generator):
         on_step: OnStep | None = None,
         cancel: CancelSignal | None = None,
     ) -> Denoised:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+            embeddings: The text as the transformer takes it.
+            on_step: A function that gets the record of every call of the transformer, or None.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         runner, device, dtype = self._runner(request)
         runner.on_step, runner.cancel = on_step, cancel
         latents = self._denoise(request, embeddings, runner, device, dtype)
@@ -91,7 +103,13 @@ class TableGenerator(Generator):
         return Denoised(latents, trace, {self.component: list(trace)}, runner.summary(), _executed(runner))
 
     def decode(self, request: GenerateRequest, latents: Tensor, cancel: CancelSignal | None = None) -> Frames:
-        """See :class:`Generator`. The latents are RGB."""
+        """See :class:`Generator`. The latents are RGB.
+
+        Args:
+            request: The request of a clip.
+            latents: The latents of the clip.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         del request
         check_cancelled(cancel, "the frames were decoded")
         return frames_from_latents(latents)

@@ -35,7 +35,18 @@ def generate(
     on_step: OnStep | None = None,
     cancel: CancelSignal | None = None,
 ) -> GenerateResult:
-    """Draw one clip of ``artifact``. With a ``generator`` from :func:`open_generator`, what it has loaded is used again."""
+    """Draw one clip of ``artifact``. With a ``generator`` from :func:`open_generator`, what it has loaded is used again.
+
+    Args:
+        artifact: The opened export.
+        request: The request of a clip.
+        generator: An open generator, which keeps what it has loaded; None opens one for this clip.
+        pipeline: The pipeline that the export belongs to; None means the one that the manifest names.
+        backend: The backend of the sessions, or ``auto``.
+        device: The device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        on_step: A function that gets the record of every call of the transformer, or None.
+        cancel: An event that ends the work soon after it is set, or None.
+    """
     if generator is not None:
         return generator.generate(request, on_step, cancel)
     with open_generator(artifact, pipeline=pipeline, backend=backend, device=device) as opened:

@@ -56,13 +56,24 @@ class Runner(Protocol):
     cancel: CancelSignal | None
 
     def begin_request(self, steps: int | None = None) -> None:
-        """Begin a request of ``steps`` steps; the trace begins anew."""
+        """Begin a request of ``steps`` steps; the trace begins anew.
+
+        Args:
+            steps: The number of steps, or None if it is not known.
+        """
         ...
 
     def run(
         self, inputs: dict[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
     ) -> Tensor:
-        """Run one call and return the output of the transformer."""
+        """Run one call and return the output of the transformer.
+
+        Args:
+            inputs: The inputs of the graph by name.
+            branch: The branch of the guidance: ``cond`` or ``uncond``.
+            step: The index of the step, or None.
+            steps: The number of steps of the clip, or None.
+        """
         ...
 
     def summary(self) -> dict[str, Any]:
@@ -342,7 +353,11 @@ class Generator(ABC):
         """Load what a checked request needs."""
 
     def fps(self, frames: int) -> int:
-        """Return the frames per second at which a clip of ``frames`` frames is meant to be seen."""
+        """Return the frames per second at which a clip of ``frames`` frames is meant to be seen.
+
+        Args:
+            frames: The number of frames of a clip.
+        """
         return self.checker.fps(frames)
 
     @abstractmethod
@@ -357,7 +372,13 @@ class Generator(ABC):
 
 
 def controller_of(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:
-    """Return the controller for one component and one request (mode ``16`` needs none)."""
+    """Return the controller for one component and one request (mode ``16`` needs none).
+
+    Args:
+        artifact: The opened export.
+        component: The name of the transformer.
+        request: The request of a clip.
+    """
     rule: dict[str, Any] = {}
     if request.mode == "switch":
         rule = {"delta": request.delta, "last_high": request.last_high, "weighting": request.weighting}
@@ -373,7 +394,11 @@ def controller_of(artifact: Artifact, component: str, request: GenerateRequest) 
 
 
 def executed_session(session: EngineSession) -> dict[str, Any]:
-    """Return backend, device, dtype and resident bytes of a session, for trace and summary."""
+    """Return backend, device, dtype and resident bytes of a session, for trace and summary.
+
+    Args:
+        session: The session.
+    """
     beside = [{"path": str(spec.path), "scale": spec.scale} for spec in session.loras]
     return {
         **({"lora": beside} if beside else {}),
@@ -387,6 +412,11 @@ def executed_session(session: EngineSession) -> dict[str, Any]:
 
 
 def executed_original(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what a trace says of the original checkpoint: backend, device, dtype."""
+    """Return what a trace says of the original checkpoint: backend, device, dtype.
+
+    Args:
+        device: The device that PyTorch runs on.
+        dtype: The dtype of the model.
+    """
     name = str(dtype).removeprefix("torch.")
     return {"backend": "pytorch, original checkpoint", "device": str(device), "dtype": name}

@@ -74,7 +74,12 @@ class PipelineGenerator(Generator):
 
     @torch.no_grad()
     def encode_prompt(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> Embeddings:
-        """See :class:`Generator`. The tensors are named as the arguments of the pipeline's call."""
+        """See :class:`Generator`. The tensors are named as the arguments of the pipeline's call.
+
+        Args:
+            request: The request of a clip.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         with take_turn(self._encoding, cancel, "the text encoder"):
             pipe = self._parts(request, cancel)
             encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
@@ -88,7 +93,14 @@ class PipelineGenerator(Generator):
         on_step: OnStep | None = None,
         cancel: CancelSignal | None = None,
     ) -> Denoised:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+            embeddings: The text as the transformer takes it.
+            on_step: A function that gets the record of every call of the transformer, or None.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         with take_turn(self._denoising, cancel, "the first step"):
             transformers, pipe = self._loaded(request)
             if request.mode == "16":
@@ -119,7 +131,13 @@ class PipelineGenerator(Generator):
 
     @torch.no_grad()
     def decode(self, request: GenerateRequest, latents: Tensor, cancel: CancelSignal | None = None) -> Frames:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+            latents: The latents of the clip.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         with take_turn(self._decoding, cancel, "the VAE"):
             pipe = self._parts(request, cancel)
             with cancel_inside([pipe.vae], cancel):

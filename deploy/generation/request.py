@@ -116,6 +116,10 @@ class VideoSize:
 def check_request(request: GenerateRequest, artifact: Artifact) -> None:
     """Refuse a request that no export, or not this one, can make.
 
+    Args:
+        request: The request of a clip.
+        artifact: The opened export.
+
     Raises:
         ShapeError: A number is out of range, or a prompt is empty or too long.
         UnsupportedError: The export has no graph for the mode.
@@ -199,12 +203,20 @@ def _check_mode(request: GenerateRequest, artifact: Artifact, component: str) ->
 
 
 def default_fps(frames: int) -> int:
-    """Frames per second at which a clip lasts about five seconds, 4 at least and 24 at most."""
+    """Frames per second at which a clip lasts about five seconds, 4 at least and 24 at most.
+
+    Args:
+        frames: The number of frames.
+    """
     return min(24, max(4, round(frames / 5)))
 
 
 def delta_for_average(schedule: Schedule, bits: float) -> float:
     """δ that had an average of ``bits``, or the nearest there was, over the prompts ``schedule`` was planned on.
+
+    Args:
+        schedule: A schedule that holds the staircase of δ.
+        bits: The average of bits that is asked for.
 
     Raises:
         ShapeError: outside the range. OutputError: the schedule does not say.
