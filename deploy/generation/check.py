@@ -20,12 +20,22 @@ from dvdquant.deploy.pipelines.parts import open_pipeline_folder
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.text import shown
 
-__all__ = ["PipelineChecker", "RequestChecker", "TableChecker", "open_checker", "sampling_defaults"]
+__all__ = [
+    "BATCHED",
+    "DISTILLED",
+    "PipelineChecker",
+    "RequestChecker",
+    "TableChecker",
+    "open_checker",
+    "sampling_defaults",
+]
 
 # Frames per second the models were trained at.
 _FPS = {"wan": 16, "hunyuan-video": 24, "cogvideox": 8, "ltx-video": 25}
 # Guidance-distilled: the scale is an input of the transformer, and there is no unconditional branch.
-_DISTILLED = ("hunyuan-video",)
+DISTILLED = ("hunyuan-video",)
+# Their pipelines call the transformer once a step, with the branches of guidance in one batch.
+BATCHED = ("cogvideox", "ltx-video")
 
 
 class RequestChecker(ABC):
@@ -207,7 +217,7 @@ class PipelineChecker(RequestChecker):
         return _FPS[self.family.name]
 
     def _check_prompts(self, request: GenerateRequest) -> None:
-        if request.negative_prompt and self.family.name in _DISTILLED:
+        if request.negative_prompt and self.family.name in DISTILLED:
             raise UnsupportedError(
                 f"{self.folder.class_name} is distilled and has no unconditional branch for a negative prompt",
                 fix="leave --negative-prompt out",

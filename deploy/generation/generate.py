@@ -65,6 +65,7 @@ def open_generator(
     attention: str | None = None,
     attention_backend: str | None = None,
     limits: Limits | None = None,
+    cfg_parallel: str | None = None,
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -81,13 +82,15 @@ def open_generator(
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
         lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
             the quantized weights (:meth:`EngineSession.set_loras`).
+        cfg_parallel: a second device for the second branch of guidance, see :class:`.guidance_pair.GuidancePair`.
         limits: what a server makes at most, besides what the export can make.
 
     Raises:
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
     """
     checker = open_checker(artifact, pipeline=pipeline, limits=limits)
-    return _open(checker, SessionOptions(backend, device, wrap_session, compile, attention, attention_backend), lora)
+    options = SessionOptions(backend, device, wrap_session, compile, attention, attention_backend, cfg_parallel)
+    return _open(checker, options, lora)
 
 
 def reload_generator(old: Generator) -> Generator:

@@ -22,11 +22,13 @@ from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal, check_cancelled
 from dvdquant.deploy.generation.admission import Admission, device_memory
-from dvdquant.deploy.generation.check import RequestChecker
+from dvdquant.deploy.generation.check import BATCHED, DISTILLED, RequestChecker
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.deploy.sessions.guidance_pair import paired
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
+from dvdquant.errors import UnsupportedError
 from dvdquant.system.devices import resolve_device
 
 __all__ = [
@@ -92,6 +94,7 @@ class SessionOptions:
         compile: Run in PyTorch, with the transformer's blocks compiled.
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
         attention_backend: The library that computes it instead of the first of the ladder that fits.
+        cfg_parallel: A second device for the second branch of guidance, or None to run both on ``device``.
     """
 
     backend: str = "auto"
@@ -100,6 +103,7 @@ class SessionOptions:
     compile: bool = False
     attention: str | None = None
     attention_backend: str | None = None
+    cfg_parallel: str | None = None
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
@@ -112,15 +116,9 @@ class SessionOptions:
         Raises:
             DvdquantError: See :func:`.sessions.open_session` and :meth:`EngineSession.set_loras`.
         """
-        session = open_session(
-            artifact,
-            component,
-            backend=self.backend,
-            device=self.device,
-            compile=self.compile,
-            attention=self.attention,
-            attention_backend=self.attention_backend,
-        )
+        session = self._session(artifact, component, self.device)
+        if self.cfg_parallel is not None:
+            session = paired(session, lambda device: self._session(artifact, component, device), self.cfg_parallel)
         try:
             if loras:
                 session.set_loras(loras)
@@ -128,6 +126,17 @@ class SessionOptions:
         except BaseException:
             session.close()
             raise
+
+    def _session(self, artifact: Artifact, component: str, device: str) -> EngineSession:
+        return open_session(
+            artifact,
+            component,
+            backend=self.backend,
+            device=device,
+            compile=self.compile,
+            attention=self.attention,
+            attention_backend=self.attention_backend,
+        )
 
 
 @dataclass
@@ -183,6 +192,8 @@ class Generator(ABC):
             CheckpointError: The model's scheduler cannot make so many steps.
         """
         filled = self.checker.check(request)
+        if self.options.cfg_parallel is not None:
+            self._check_branches(filled)
         assert filled.steps is not None
         tried = filled.steps, self.family.tokens(*self.checker.size_of(filled).latent)
         if tried not in self._tried:
@@ -190,6 +201,23 @@ class Generator(ABC):
             self._rehearse(*tried)
             self._tried.add(tried)
         return filled
+
+    def _check_branches(self, request: GenerateRequest) -> None:
+        """UnsupportedError where there is no second branch for the second device."""
+        name, batch = self.family.name, self.artifact.sizes.batch
+        single = request.guidance is None or request.guidance <= 1
+        reasons = {
+            f"{name} is distilled: its guidance is an input of the transformer": name in DISTILLED,
+            f"with a guidance of {request.guidance} there is one": single,
+            "mode '16' runs the original checkpoint on one device": request.mode == "16",
+            f"{name} runs both in one call of this export's batch of {batch}": batch > 1 and name in BATCHED,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise UnsupportedError(
+                    f"--cfg-parallel runs two branches of guidance on two devices, and {reason}",
+                    fix="leave --cfg-parallel out",
+                )
 
     @abstractmethod
     def _rehearse(self, steps: int, tokens: int) -> None:

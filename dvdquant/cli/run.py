@@ -64,7 +64,16 @@ GROUPS = {
         "compare",
     ),
     "What to write": ("output", "gif", "strip", "trace", "fps"),
-    "Where it runs": ("pipeline", "lora", "backend", "device", "compile", "attention", "attention_backend"),
+    "Where it runs": (
+        "pipeline",
+        "lora",
+        "backend",
+        "device",
+        "compile",
+        "attention",
+        "attention_backend",
+        "cfg_parallel",
+    ),
 }
 
 
@@ -114,6 +123,7 @@ class RunOptions:
     compile: bool
     attention: str | None
     attention_backend: str | None
+    cfg_parallel: str | None
 
 
 @click.command(
@@ -209,6 +219,12 @@ class RunOptions:
     metavar="LIBRARY",
     help="What computes 8-bit attention: reference, or one library.  [default: the first that is right and faster]",
 )
+@click.option(
+    "--cfg-parallel",
+    type=WORD,
+    metavar="DEVICE",
+    help="Run the second branch of guidance on this device at the same time, such as cuda:1.  [default: one after the other]",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-run")
@@ -245,6 +261,7 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
         compile=settings.compile,
         attention=settings.attention,
         attention_backend=settings.attention_backend,
+        cfg_parallel=settings.cfg_parallel,
     ) as generator:
         # Every request is checked, and every engine loaded, before the first clip is drawn.
         plan = [[generator.check(r) for r in requests_for(settings, artifact, p)] for p in prompts]
@@ -374,6 +391,9 @@ def check_options(settings: RunOptions) -> None:
         and settings.backend not in ("auto", "pytorch"),
         "--compile is for the quantized transformer, and --mode 16 runs the original": settings.compile
         and settings.mode == "16",
+        "--cfg-parallel is for the engines, and --compare also runs the original checkpoint": settings.cfg_parallel
+        is not None
+        and settings.compare,
         f"--attention-backend runs in PyTorch, so --backend {settings.backend} does not apply": settings.attention_backend
         and settings.backend not in ("auto", "pytorch"),
         f"--mode 16 runs the original checkpoint in PyTorch, so --backend {settings.backend} does not apply": (
