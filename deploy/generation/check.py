@@ -27,14 +27,24 @@ from dvdquant.text import shown
 if TYPE_CHECKING:
     from dvdquant.deploy.generation.text_embeds import TextEmbeds
 
-__all__ = ["PipelineChecker", "RequestChecker", "TableChecker", "open_checker", "sampling_defaults"]
+__all__ = [
+    "BATCHED",
+    "DISTILLED",
+    "PipelineChecker",
+    "RequestChecker",
+    "TableChecker",
+    "open_checker",
+    "sampling_defaults",
+]
 
 # Frames per second the models were trained at.
 _FPS_TI2V = 24
 _FPS = {"wan": 16, "hunyuan-video": 24, "cogvideox": 8, "ltx-video": 25}
 _KEPT_PICTURES = 4  # decoded images that the next request may ask for again
 # Guidance-distilled: the scale is an input of the transformer, and there is no unconditional branch.
-_DISTILLED = ("hunyuan-video",)
+DISTILLED = ("hunyuan-video",)
+# Their pipelines call the transformer once a step, with the branches of guidance in one batch.
+BATCHED = ("cogvideox", "ltx-video")
 
 
 class RequestChecker(ABC):
@@ -43,7 +53,14 @@ class RequestChecker(ABC):
     Args:
         artifact: The export.
         limits: What is served at most.
+
+    Attributes:
+        given: The pipeline that :func:`open_checker` was given, or None for the model that the export was made from.
+        decodes: Whether a VAE turns latents into pictures.
     """
+
+    given: str | None = None
+    decodes = True
 
     def __init__(self, artifact: Artifact, limits: Limits) -> None:
         self.artifact, self.limits = artifact, limits
@@ -111,6 +128,10 @@ class RequestChecker(ABC):
         """
 
     @abstractmethod
+    def example(self) -> str:
+        """Return a prompt that the model takes."""
+
+    @abstractmethod
     def fps(self, frames: int) -> int:
         """Return the frames per second at which a clip of ``frames`` frames is meant to be seen.
 
@@ -139,6 +160,8 @@ class TableChecker(RequestChecker):
         UnsupportedError: The transformer takes inputs that a table cannot give, or more than one sample.
     """
 
+    decodes = False
+
     def __init__(self, artifact: Artifact, words: PromptWords, limits: Limits) -> None:
         super().__init__(artifact, limits)
         self.words = words
@@ -161,6 +184,10 @@ class TableChecker(RequestChecker):
             request: The request of a clip.
         """
         return resolve_size(request, self.artifact.sizes, (1, 1, 1), self.family.patch(), causal=False)
+
+    def example(self) -> str:
+        """See :class:`RequestChecker`."""
+        return self.words.example()
 
     def fps(self, frames: int) -> int:
         """See :class:`RequestChecker`.
@@ -201,6 +228,7 @@ class PipelineChecker(RequestChecker):
     def __init__(self, artifact: Artifact, source: str, limits: Limits, text_embeds: str | Path | None = None) -> None:
         super().__init__(artifact, limits)
         self.text: TextEmbeds | None = None
+        self.text_embeds = text_embeds
         if text_embeds is not None:
             from dvdquant.deploy.generation.text_embeds import load_text_embeds
 
@@ -223,6 +251,10 @@ class PipelineChecker(RequestChecker):
         """
         patch = (1, *self.family.patch()[1:])
         return resolve_size(request, self.artifact.sizes, self.family.vae_scale, patch, causal=True)
+
+    def example(self) -> str:
+        """See :class:`RequestChecker`."""
+        return "a cat"
 
     def fps(self, frames: int) -> int:
         """See :class:`RequestChecker`.
@@ -292,7 +324,7 @@ class PipelineChecker(RequestChecker):
         return tokens + more
 
     def _check_prompts(self, request: GenerateRequest) -> None:
-        if request.negative_prompt and self.family.name in _DISTILLED:
+        if request.negative_prompt and self.family.name in DISTILLED:
             raise UnsupportedError(
                 f"{self.folder.class_name} is distilled and has no unconditional branch for a negative prompt",
                 fix="leave --negative-prompt out",
@@ -341,8 +373,12 @@ def open_checker(
             available=f"{artifact.manifest.source['class_name']} of family {artifact.manifest.family}",
             fix="give the diffusers pipeline of the same model with --pipeline FOLDER or a hub id; its transformer is not used",
         )
+    checker: TableChecker | PipelineChecker
     if PromptWords.is_at(source):
         if text_embeds is not None:
             raise UnsupportedError("a model with a prompt table has no text encoder", fix="leave --text-embeds out")
-        return TableChecker(artifact, PromptWords.read(source), limits or Limits())
-    return PipelineChecker(artifact, source, limits or Limits(), text_embeds)
+        checker = TableChecker(artifact, PromptWords.read(source), limits or Limits())
+    else:
+        checker = PipelineChecker(artifact, source, limits or Limits(), text_embeds)
+    checker.given = None if pipeline is None else str(pipeline)
+    return checker

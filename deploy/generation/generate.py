@@ -14,7 +14,7 @@ from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal
-from dvdquant.deploy.generation.check import TableChecker, open_checker
+from dvdquant.deploy.generation.check import PipelineChecker, TableChecker, open_checker
 from dvdquant.deploy.generation.from_table import TableGenerator
 from dvdquant.deploy.generation.generator import Generator, SessionOptions, WrapSession
 from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
@@ -22,7 +22,7 @@ from dvdquant.deploy.generation.limits import Limits
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.errors import UnsupportedError
 
-__all__ = ["Generator", "GenerateRequest", "GenerateResult", "generate", "open_generator"]
+__all__ = ["Generator", "GenerateRequest", "GenerateResult", "generate", "open_generator", "reload_generator"]
 
 
 def generate(
@@ -67,6 +67,7 @@ def open_generator(
     attention_backend: str | None = None,
     plugins: Sequence[Path] = (),
     limits: Limits | None = None,
+    cfg_parallel: str | None = None,
     offload: bool = False,
     vae_tiling: bool = False,
     text_embeds: str | Path | None = None,
@@ -87,6 +88,7 @@ def open_generator(
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
         lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
             the quantized weights (:meth:`EngineSession.set_loras`).
+        cfg_parallel: a second device for the second branch of guidance, see :class:`.guidance_pair.GuidancePair`.
         limits: what a server makes at most, besides what the export can make.
         offload: keep text encoder and VAE in the host's memory, and move each to the device while it runs.
         vae_tiling: decode in tiles, one after the other: less memory, and seams that are blended.
@@ -104,14 +106,54 @@ def open_generator(
         attention,
         attention_backend,
         plugins,
+        cfg_parallel=cfg_parallel,
         offload=offload,
         vae_tiling=vae_tiling,
     )
+    return _open(checker, options, lora)
+
+
+def reload_generator(old: Generator) -> Generator:
+    """Return a generator of what the export's folder holds now, opened as ``old`` was, with its engines loaded.
+
+    The old one is closed last: if the new export cannot be used, or both do not fit into memory, it goes on serving. Text
+    encoder and VAE are not loaded again. Call it between clips: one that another thread draws with the old generator ends
+    with EngineError.
+
+    Args:
+        old: A generator of :func:`open_generator`. It is closed on success only.
+
+    Raises:
+        DvdquantError: The new export, or a part of it, cannot be used; ``old`` is as it was.
+    """
+    artifact = Artifact.open(old.artifact.root)
+    new = _open(
+        open_checker(
+            artifact,
+            pipeline=old.checker.given,
+            limits=old.checker.limits,
+            text_embeds=old.checker.text_embeds if isinstance(old.checker, PipelineChecker) else None,
+        ),
+        old.options,
+        old.given_lora,
+    )
+    try:
+        if isinstance(new, PipelineGenerator) and isinstance(old, PipelineGenerator):
+            new.share_parts(old)
+        new.prepare(GenerateRequest(new.checker.example(), mode=f"a{artifact.bits(artifact.components[0])[-1]}"))
+    except BaseException:
+        new.close()
+        raise
+    old.close()
+    return new
+
+
+def _open(checker: TableChecker | PipelineChecker, options: SessionOptions, lora: Sequence[LoraSpec]) -> Generator:
     if isinstance(checker, TableChecker):
-        if offload or vae_tiling:
+        if options.offload or options.vae_tiling:
             raise UnsupportedError(
                 "a model with a prompt table has neither text encoder nor VAE",
-                fix=f"leave {'--offload' if offload else '--vae-tiling'} out",
+                fix=f"leave {'--offload' if options.offload else '--vae-tiling'} out",
             )
         return TableGenerator(checker, PromptTable.open(checker.words.root), options, lora)
     return PipelineGenerator(checker, options, lora)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,17 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvdquant.artifact.manifest import load_manifest
 from dvdquant.checkpoint.lora.fuse import components_of
 from dvdquant.checkpoint.lora.recorded import split_given
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal, check_cancelled
-from dvdquant.deploy.generation.check import RequestChecker
+from dvdquant.deploy.generation.admission import Admission, device_memory
+from dvdquant.deploy.generation.check import BATCHED, DISTILLED, RequestChecker
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.deploy.sessions.guidance_pair import paired
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.errors import UnsupportedError
+from dvdquant.system.devices import resolve_device
 
 __all__ = [
     "Denoised",
@@ -92,6 +98,7 @@ class SessionOptions:
         plugins: The TensorRT plugin libraries that engines need.
         offload: Keep the pipeline's other parts in the host's memory, and move each to the device while it runs.
         vae_tiling: Encode and decode images in tiles, one after the other.
+        cfg_parallel: A second device for the second branch of guidance, or None to run both on ``device``.
     """
 
     backend: str = "auto"
@@ -103,6 +110,7 @@ class SessionOptions:
     plugins: Sequence[Path] = ()
     offload: bool = False
     vae_tiling: bool = False
+    cfg_parallel: str | None = None
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
@@ -115,16 +123,9 @@ class SessionOptions:
         Raises:
             DvdquantError: See :func:`.sessions.open_session` and :meth:`EngineSession.set_loras`.
         """
-        session = open_session(
-            artifact,
-            component,
-            backend=self.backend,
-            device=self.device,
-            compile=self.compile,
-            attention=self.attention,
-            attention_backend=self.attention_backend,
-            plugins=self.plugins,
-        )
+        session = self._session(artifact, component, self.device)
+        if self.cfg_parallel is not None:
+            session = paired(session, lambda device: self._session(artifact, component, device), self.cfg_parallel)
         try:
             if loras:
                 session.set_loras(loras)
@@ -132,6 +133,18 @@ class SessionOptions:
         except BaseException:
             session.close()
             raise
+
+    def _session(self, artifact: Artifact, component: str, device: str) -> EngineSession:
+        return open_session(
+            artifact,
+            component,
+            backend=self.backend,
+            device=device,
+            compile=self.compile,
+            attention=self.attention,
+            attention_backend=self.attention_backend,
+            plugins=self.plugins,
+        )
 
 
 @dataclass
@@ -169,7 +182,8 @@ class Generator(ABC):
     def __init__(self, checker: RequestChecker, options: SessionOptions, lora: Sequence[LoraSpec] = ()) -> None:
         artifact = checker.artifact
         self.checker, self.artifact, self.family = checker, artifact, checker.family
-        self.options = options
+        self.options, self.given_lora = options, tuple(lora)
+        self.admission = Admission(checker)
         self._tried: set[tuple[int, int, str]] = set()  # steps, tokens and pipeline that the scheduler has gone through
         self.lora, beside = split_given(artifact.manifest.lora, lora)
         self.beside = components_of(beside, artifact.components)
@@ -186,6 +200,8 @@ class Generator(ABC):
             CheckpointError: The model's scheduler cannot make so many steps.
         """
         filled = self.checker.check(request)
+        if self.options.cfg_parallel is not None:
+            self._check_branches(filled)
         assert filled.steps is not None
         tried = filled.steps, self.checker.tokens_of(filled), self.checker.pipeline_of(filled)
         if tried not in self._tried:
@@ -193,6 +209,23 @@ class Generator(ABC):
             self._rehearse(*tried)
             self._tried.add(tried)
         return filled
+
+    def _check_branches(self, request: GenerateRequest) -> None:
+        """UnsupportedError where there is no second branch for the second device."""
+        name, batch = self.family.name, self.artifact.sizes.batch
+        single = request.guidance is None or request.guidance <= 1
+        reasons = {
+            f"{name} is distilled: its guidance is an input of the transformer": name in DISTILLED,
+            f"with a guidance of {request.guidance} there is one": single,
+            "mode '16' runs the original checkpoint on one device": request.mode == "16",
+            f"{name} runs both in one call of this export's batch of {batch}": batch > 1 and name in BATCHED,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise UnsupportedError(
+                    f"--cfg-parallel runs two branches of guidance on two devices, and {reason}",
+                    fix="leave --cfg-parallel out",
+                )
 
     @abstractmethod
     def _rehearse(self, steps: int, tokens: int, pipeline: str) -> None:
@@ -264,11 +297,12 @@ class Generator(ABC):
         check_cancelled(cancel, "anything was loaded")
         self._load(request, cancel)
         started = time.perf_counter()
-        embeddings = self.encode_prompt(request, cancel)
-        check_cancelled(cancel, "the first step")
-        done = self.denoise(request, embeddings, on_step, cancel)
-        check_cancelled(cancel, "the frames were decoded")
-        frames = self.decode(request, done.latents, cancel)
+        with self._measured(request):
+            embeddings = self.encode_prompt(request, cancel)
+            check_cancelled(cancel, "the first step")
+            done = self.denoise(request, embeddings, on_step, cancel)
+            check_cancelled(cancel, "the frames were decoded")
+            frames = self.decode(request, done.latents, cancel)
         seconds = time.perf_counter() - started
         return GenerateResult(
             request,
@@ -291,6 +325,64 @@ class Generator(ABC):
             DvdquantError: The model or the export cannot make it, or something cannot be loaded.
         """
         self._load(self.check(request))
+
+    def warm_up(self, request: GenerateRequest | None = None) -> dict[str, float]:
+        """Draw a short clip with each engine, so that the first real one finds everything loaded, prepared and compiled.
+
+        Args:
+            request: The size and prompt to warm up with. The default is what the export was tuned for.
+
+        Returns:
+            The seconds by mode (``a4``, ``a8``), loading included.
+
+        Raises:
+            DvdquantError: See :meth:`generate`.
+        """
+        base = request or GenerateRequest(self.checker.example())
+        # Of two transformers the second one takes over late in the schedule.
+        steps = 1 if len(self.artifact.components) == 1 else 4
+        seconds = {}
+        for bits in self.artifact.bits(self.artifact.components[0]):
+            started = time.perf_counter()
+            mode = f"a{bits}"
+            self.generate(dataclasses.replace(base, mode=mode, steps=steps, delta=None, cache=None, schedule=None))
+            seconds[mode] = time.perf_counter() - started
+        return seconds
+
+    def admit(self, request: GenerateRequest) -> GenerateRequest:
+        """Return ``request`` filled in, if the memory that it takes beside the weights is free on the generator's device.
+
+        Args:
+            request: What is asked for.
+
+        Raises:
+            ShapeError: The request is wrong, or never fits the device.
+            ResourceError: It does not fit what is free now.
+            DvdquantError: See :meth:`check`.
+        """
+        request = self.check(request)
+        self.admission.check(request, *device_memory(resolve_device(self.options.device)))
+        return request
+
+    @contextlib.contextmanager
+    def _measured(self, request: GenerateRequest) -> Iterator[None]:
+        """Note the memory of a clip on a GPU. Of two clips at once, each is noted with what both took."""
+        device = resolve_device(self.options.device)
+        if device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield
+        self.admission.note(request, torch.cuda.max_memory_allocated(device) - before)
+
+    def is_stale(self) -> bool:
+        """Return whether the export's folder holds another export than the one that was opened.
+
+        Raises:
+            OutputError: The folder holds no valid export now.
+        """
+        return load_manifest(self.artifact.root) != self.artifact.manifest
 
     @abstractmethod
     def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -205,6 +206,23 @@ class PipelineGenerator(Generator):
                 engine.close()
 
     # ------------------------------------------------------------------------------------------------ what is loaded
+
+    def share_parts(self, other: PipelineGenerator) -> None:
+        """Use text encoder and VAE that another generator of the same pipeline has loaded. They take turns with them.
+
+        Args:
+            other: The other generator. It may go on drawing, and be closed first.
+        """
+        with other._loading:
+            if not other._pipes or other.folder != self.folder:
+                return
+            # A pipeline keeps the state of a call in itself and in its scheduler.
+            self._pipes = {name: copy.copy(pipe) for name, pipe in other._pipes.items()}
+            for pipe in self._pipes.values():
+                pipe.register_modules(scheduler=copy.deepcopy(pipe.scheduler))
+            self._encoding, self._decoding = other._encoding, other._decoding
+            if self.options.offload:
+                self._denoising = other._denoising
 
     def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:
         with take_turn(self._denoising, cancel, "anything was loaded"):

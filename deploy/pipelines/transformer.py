@@ -37,6 +37,7 @@ from dvdquant.deploy.pipelines.adapters import get_adapter
 from dvdquant.deploy.pipelines.request_state import RequestTable, RunnerView
 from dvdquant.deploy.pipelines.unsupported import COPIED, LOADED, WholeEngine, keep_in_from_pipe, refuse
 from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.deploy.sessions.guidance_pair import paired
 from dvdquant.deploy.switching.controller import StepController, StepInfo, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.deploy.switching.gbs import Weighting
@@ -138,6 +139,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         compile: bool = False,
         attention: str | None = None,
         attention_backend: str | None = None,
+        cfg_parallel: str | None = None,
         **unknown: Any,
     ) -> Self:
         """Open an export folder as the transformer of a diffusers pipeline.
@@ -166,6 +168,9 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             attention: ``16``, ``int8`` or ``fp8`` for self-attention of long sequences in PyTorch sessions. The default
                 is the recipe's.
             attention_backend: The library that computes it, or ``reference``, the definition in plain PyTorch.
+            cfg_parallel: A second device, such as ``cuda:1``, where the second branch of guidance runs at the same time as
+                the first, on a session of its own. Outputs and decisions are those of one device. Without guidance, and
+                where a pipeline runs both branches in one call of the export's batch, the device is not used.
             **unknown: Refused, except options that make no difference here.
 
         Raises:
@@ -190,16 +195,22 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                 raise UnsupportedError(
                     f"{option} is {wanted!s:.80}", available=str(artifact.dtype), fix="export again with --dtype"
                 )
+
         # 3. The engines and their controller.
-        session = open_session(
-            artifact,
-            name,
-            backend=backend,
-            device=device,
-            compile=compile,
-            attention=attention,
-            attention_backend=attention_backend,
-        )
+        def opener(place: str) -> EngineSession:
+            return open_session(
+                artifact,
+                name,
+                backend=backend,
+                device=place,
+                compile=compile,
+                attention=attention,
+                attention_backend=attention_backend,
+            )
+
+        session = opener(device)
+        if cfg_parallel is not None:
+            session = paired(session, opener, cfg_parallel)
         try:
             if isinstance(schedule, (str, Path)):
                 schedule = Schedule.load(schedule, artifact.manifest)

@@ -88,6 +88,7 @@ GROUPS = {
         "compile",
         "attention",
         "attention_backend",
+        "cfg_parallel",
     ),
 }
 
@@ -146,6 +147,7 @@ class RunOptions:
     compile: bool
     attention: str | None
     attention_backend: str | None
+    cfg_parallel: str | None
 
 
 @click.command(
@@ -272,6 +274,12 @@ class RunOptions:
     metavar="LIBRARY",
     help="What computes 8-bit attention: reference, or one library.  [default: the first that is right and faster]",
 )
+@click.option(
+    "--cfg-parallel",
+    type=WORD,
+    metavar="DEVICE",
+    help="Run the second branch of guidance on this device at the same time, such as cuda:1.  [default: one after the other]",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-run")
@@ -315,6 +323,7 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
         offload=settings.offload,
         vae_tiling=settings.vae_tiling,
         text_embeds=settings.text_embeds,
+        cfg_parallel=settings.cfg_parallel,
     ) as generator:
         prompts = prompts or generator.prompts()
         if draws and writer is None:
@@ -473,6 +482,9 @@ def check_options(settings: RunOptions) -> None:
         and settings.mode == "16",
         f"--plugin is for TensorRT engines, so --backend {settings.backend} does not apply": settings.plugin
         and settings.backend not in ("auto", "tensorrt"),
+        "--cfg-parallel is for the engines, and --compare also runs the original checkpoint": settings.cfg_parallel
+        is not None
+        and settings.compare,
         f"--attention-backend runs in PyTorch, so --backend {settings.backend} does not apply": settings.attention_backend
         and settings.backend not in ("auto", "pytorch"),
         f"--mode 16 runs the original checkpoint in PyTorch, so --backend {settings.backend} does not apply": (

@@ -1,0 +1,139 @@
+"""What a request takes of a device's memory beside the weights, and whether it is there.
+
+Until clips were drawn, the need is estimated from shapes. On a GPU every clip is measured, and the need of another size
+follows from the measured one in proportion: attention and convolutions keep memory that is linear in tokens and pixels.
+Nothing here imports torch before a device is asked.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from dvdquant.deploy.generation.check import RequestChecker
+from dvdquant.deploy.generation.request import GenerateRequest
+from dvdquant.errors import ResourceError, ShapeError
+from dvdquant.system.memory import memory_limit
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Admission", "device_memory", "estimated_need"]
+
+# Tensors of a token's width that a block holds at once beside those of its feed-forward, which holds two.
+_WIDE = 8
+# Channels of a video VAE at full resolution, of which two tensors are alive; LTX's has 4 × 4 pixels in one place.
+_CHANNELS = {"wan": 96, "hunyuan-video": 128, "cogvideox": 128, "ltx-video": 8}
+# Wan's VAE decodes four frames at a time; the others all of them, unless tiling is switched on.
+_CHUNK = {"wan": 4}
+_GIB = 1 << 30
+
+
+def estimated_need(checker: RequestChecker, request: GenerateRequest) -> int:
+    """Return the bytes that a clip takes beside the weights, from shapes: the larger of a block's and the VAE's.
+
+    Args:
+        checker: The checker that filled in the request.
+        request: The request, with its size filled in.
+    """
+    family, sizes = checker.family, checker.artifact.sizes
+    config = family.config
+    hidden = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    ratio = int(config.get("ffn_dim") or 4 * hidden) / hidden
+    tokens = sizes.batch * (family.tokens(*checker.size_of(request).latent) + sizes.text_tokens)
+    block = int(tokens * hidden * (_WIDE + 2 * ratio) * 2)
+    frames, area = request.num_frames or 1, (request.height or 1) * (request.width or 1)
+    if not checker.decodes:
+        return block + frames * area * 3
+    item = 4 if family.name == "wan" else 2  # Wan's VAE runs in fp32
+    features = 2 * _CHANNELS[family.name] * area * min(frames, _CHUNK.get(family.name, frames)) * item
+    return max(block, features + frames * area * 3 * item) + frames * area * 3
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Return (bytes that are free for this process, bytes in all) of a device.
+
+    Memory that PyTorch holds and does not use counts as free. Of a CPU, what control groups leave is free.
+
+    Args:
+        device: The CPU or a CUDA device.
+    """
+    if device.type != "cuda":
+        import psutil
+
+        return memory_limit(), int(psutil.virtual_memory().total)
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
+class Admission:
+    """The memory that requests of one generator take. Threads may share it.
+
+    Args:
+        checker: The checker of the generator.
+    """
+
+    def __init__(self, checker: RequestChecker) -> None:
+        self._checker = checker
+        self._lock = threading.Lock()
+        self._measured: dict[int, int] = {}  # pixels of a clip -> the largest need that was measured
+
+    def note(self, request: GenerateRequest, taken: int) -> None:
+        """Note what a clip took beside the weights.
+
+        Args:
+            request: The request, with its size filled in.
+            taken: The bytes at its peak.
+        """
+        pixels = _pixels(request)
+        with self._lock:
+            self._measured[pixels] = max(taken, self._measured.get(pixels, 0))
+
+    def need(self, request: GenerateRequest) -> int:
+        """Return the bytes that a request takes beside the weights, measured as far as clips were drawn.
+
+        Args:
+            request: The request, with its size filled in.
+        """
+        with self._lock:
+            measured = dict(self._measured)
+        if not measured:
+            return estimated_need(self._checker, request)
+        pixels = _pixels(request)
+        if pixels in measured:
+            return measured[pixels]
+        nearest = min(measured, key=lambda known: abs(known - pixels))
+        return max(measured[nearest] * pixels // nearest, 1)
+
+    def check(self, request: GenerateRequest, free: int, total: int) -> None:
+        """Refuse a request that does not fit.
+
+        Args:
+            request: The request, with its size filled in.
+            free: The bytes that are free now.
+            total: The bytes of the device.
+
+        Raises:
+            ShapeError: It does not fit the device at all.
+            ResourceError: It does not fit what is free now.
+        """
+        need = self.need(request)
+        size = f"{request.num_frames} frames of {request.height} × {request.width}"
+        if need > total:
+            raise ShapeError(
+                f"{size} take about {need / _GIB:.1f} GiB beside the weights",
+                available=f"{total / _GIB:.1f} GiB on this device",
+                fix="ask for a smaller or shorter clip",
+            )
+        if need > free:
+            raise ResourceError(
+                f"{size} take about {need / _GIB:.1f} GiB beside the weights, and {free / _GIB:.1f} GiB are free now",
+                available=f"{total / _GIB:.1f} GiB on this device",
+                fix="wait until another clip has ended, or ask for a smaller or shorter clip",
+            )
+
+
+def _pixels(request: GenerateRequest) -> int:
+    return (request.num_frames or 1) * (request.height or 1) * (request.width or 1)

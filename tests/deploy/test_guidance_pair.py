@@ -1,0 +1,201 @@
+"""Guidance on two sessions: real sessions, outputs and decisions those of one, wherever a step is skipped or runs again."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dvdquant.deploy import DvdqTransformer
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
+from dvdquant.deploy.sessions import open_session
+from dvdquant.deploy.sessions.base import EngineSession, WrappedSession
+from dvdquant.deploy.sessions.guidance_pair import GuidancePair
+from dvdquant.errors import EngineError, ShapeError, UnsupportedError
+from tests.support.commands import refused
+from tests.support.running import PROMPT, run, tiny_wan_export, wan_pipeline
+from tests.support.step_sessions import tiny_export
+from tests.support.tiny_pipelines import arguments, build_pipeline, exported
+
+
+def same(one: Any, other: Any) -> None:
+    """Clips and decisions are equal; only times may differ."""
+    assert np.array_equal(one.frames, other.frames)
+    assert torch.equal(one.latents, other.latents)
+    kept = [[dataclasses.replace(record, seconds=0.0) for record in clip.trace] for clip in (one, other)]
+    assert kept[0] == kept[1]
+
+
+class _Failing(WrappedSession):
+    """The 4-bit engine fails in chosen calls of a step's first branch, whichever session runs it."""
+
+    def __init__(self, inner: EngineSession, failing: set[float]) -> None:
+        super().__init__(inner)
+        self.failing = failing
+
+    def run(self, inputs: Any, bits: int) -> Tensor:
+        if bits == 4 and round(float(inputs["timestep"].max())) in self.failing:
+            raise EngineError("broken here")
+        return self.inner.run(inputs, bits)
+
+
+@pytest.mark.parametrize("fields", [{"delta": 0.3}, {"mode": "a8", "cache": 0.4}, {"mode": "a4"}])
+def test_a_clip_is_that_of_one_session(fields: dict[str, Any]) -> None:
+    """Of N steps, the second session answers every second branch but that of the first step."""
+    request = GenerateRequest(PROMPT, **{"steps": 6, "seed": 4, **fields})
+    artifact = Artifact.open(tiny_wan_export())
+    with open_generator(artifact, backend="onnxruntime", device="cpu") as generator:
+        expected = generator.generate(request)
+    with open_generator(artifact, backend="onnxruntime", device="cpu", cfg_parallel="cpu") as generator:
+        same(generator.generate(request), expected)
+        pair = generator._session  # type: ignore[attr-defined]
+        assert isinstance(pair, GuidancePair)
+        computed = sum(record.bits is not None for record in expected.trace) // 2
+        if "cache" in fields:
+            assert computed < 6
+        assert (pair.paired, pair.wasted) == (computed - 1, 0)
+        same(generator.generate(dataclasses.replace(request, seed=4)), expected)
+        assert pair.paired == 2 * computed - 1  # the second clip knows the order of the branches from the start
+        with pytest.raises(UnsupportedError, match="guidance of 1"):
+            generator.generate(dataclasses.replace(request, guidance=1.0))
+        with pytest.raises(UnsupportedError, match="one device"):
+            generator.check(GenerateRequest(PROMPT, mode="16"))
+
+
+def test_a_step_that_runs_again_is_that_of_one_session() -> None:
+    """The low engine fails in the first branch: what the second session had begun is dropped, and begun on the high engine."""
+    request = GenerateRequest(PROMPT, steps=6, seed=4, mode="a4")
+    artifact = Artifact.open(tiny_wan_export())
+    with open_generator(artifact, backend="onnxruntime", device="cpu") as plain:
+        failing = {round(record.timestep) for record in plain.generate(request).trace if record.step in (0, 2, 3)}
+    found = []
+    for second in (None, "cpu"):
+        options: Any = {"backend": "onnxruntime", "device": "cpu", "cfg_parallel": second}
+
+        def broken(session: EngineSession) -> EngineSession:
+            if not isinstance(session, GuidancePair):
+                return _Failing(session, failing)
+            inner, peer = (_Failing(one, failing) for one in (session.inner, session.peer))
+            return GuidancePair(inner, peer)
+
+        with open_generator(artifact, wrap_session=broken, **options) as generator:
+            found.append(generator.generate(request))
+            if second:
+                pair = generator._session  # type: ignore[attr-defined]
+                assert pair.paired == 5
+                assert pair.wasted == 2
+    same(*found)
+    assert [record.retried for record in found[0].trace if record.step in (2, 3)] == [True, False] * 2
+    assert [record.bits for record in found[0].trace] == [8, 8, 4, 4, 8, 8, 8, 8, 4, 4, 4, 4]
+
+
+def test_a_transformer_in_pipelines(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Wan calls the branches one after the other; CogVideoX both in one call, which is run in slices."""
+    for kind in ("wan", "cogvideox"):
+        made = exported(tmp_path_factory, kind)
+        expected = build_pipeline(kind, made.open(delta=0.2))(**arguments(kind, steps=4)).frames
+        transformer = DvdqTransformer.from_pretrained(made.out, backend="onnxruntime", delta=0.2, cfg_parallel="cpu")
+        assert torch.equal(build_pipeline(kind, transformer)(**arguments(kind, steps=4)).frames, expected)
+        pair = transformer.session
+        assert isinstance(pair, GuidancePair)
+        assert (pair.paired, pair.wasted) == (3, 0)
+        transformer.close()
+        assert pair.peer.closed
+
+
+def test_both_run_at_the_same_time_and_changed_inputs_are_noticed() -> None:
+    """The second branch is begun while the first runs, with copies; a call that is another one runs by itself."""
+    artifact, meeting = Artifact.open(tiny_export()), threading.Barrier(2)
+    meets = threading.Event()
+
+    class Meeting(WrappedSession):
+        def run(self, inputs: Any, bits: int) -> Tensor:
+            if meets.is_set():
+                meeting.wait(60)  # broken unless the other session is in a call at the same time
+            return self.inner.run(inputs, bits)
+
+    def opened() -> EngineSession:
+        return open_session(artifact, backend="onnxruntime", device="cpu")
+
+    with GuidancePair(Meeting(opened()), Meeting(opened())) as pair, opened() as alone:
+        first, second = (pair.family.sample(pair.sizes, pair.dtype, seed) for seed in (0, 1))
+        second = {**first, "encoder_hidden_states": second["encoder_hidden_states"]}
+        expected = [alone.run(one, 8) for one in (first, second)]
+        assert all(torch.equal(pair.run(one, 8), out) for one, out in zip((first, second), expected))
+        meets.set()
+        assert torch.equal(pair.run(first, 8), expected[0])
+        meets.clear()
+        assert torch.equal(pair.run(second, 8), expected[1])
+        assert (pair.paired, pair.wasted) == (1, 0)
+        # The caller changes its latents in place between the branches.
+        pair.run(first, 8)
+        second["hidden_states"].mul_(0.5)
+        assert torch.equal(pair.run(second, 8), alone.run(second, 8))
+        assert (pair.paired, pair.wasted) == (1, 1)
+        # Another thread has a loop of its own.
+        with ThreadPoolExecutor(1) as pool:
+            pair.run(first, 8)
+            assert torch.equal(pool.submit(pair.run, second, 8).result(60), alone.run(second, 8))
+        assert pair.resident_bytes()["weights"] == 2 * alone.resident_bytes()["weights"]
+        with pytest.raises(UnsupportedError, match="may differ"):
+            GuidancePair(alone, alone)
+        with open_session(artifact, backend="pytorch", device="cpu") as other, pytest.raises(UnsupportedError):
+            GuidancePair(alone, other)
+    with pytest.raises(EngineError, match="is closed"):
+        pair.run(first, 8)
+    assert pair.peer.closed
+
+
+def test_what_the_second_session_raises_reaches_its_branch() -> None:
+    artifact = Artifact.open(tiny_export())
+
+    class Broken(WrappedSession):
+        def run(self, inputs: Any, bits: int) -> Tensor:
+            raise EngineError("the second device failed")
+
+    one, two = (open_session(artifact, backend="onnxruntime", device="cpu") for _ in range(2))
+    with GuidancePair(one, Broken(two)) as pair:
+        first, second = (pair.family.sample(pair.sizes, pair.dtype, seed) for seed in (0, 1))
+        second = {**first, "encoder_hidden_states": second["encoder_hidden_states"]}
+        for inputs in (first, second, first):
+            pair.run(inputs, 4)
+        with pytest.raises(EngineError, match="the second device"):
+            pair.run(second, 4)
+        with pytest.raises(ShapeError):
+            pair.run({**first, "hidden_states": first["hidden_states"][:, :, :, :3]}, 4)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    out, pipeline = wan_pipeline()
+    common = (
+        out,
+        "--pipeline",
+        pipeline,
+        "--steps",
+        3,
+        "--backend",
+        "onnxruntime",
+        "--device",
+        "cpu",
+        "--prompt",
+        "a cat",
+    )
+    for name, more in (("one.gif", ()), ("two.gif", ("--cfg-parallel", "cpu"))):
+        done = run(*common, "-o", tmp_path / name, *more)
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "one.gif").read_bytes() == (tmp_path / "two.gif").read_bytes()
+    for wrong, said in (
+        (("--guidance", 1), "two branches"),
+        (("--compare",), "--compare"),
+        (("--mode", "16"), "one device"),
+    ):
+        refused(run(*common, "-o", tmp_path / "no.gif", "--cfg-parallel", "cpu", *wrong), said)
+    refused(run(*common, "-o", tmp_path / "no.gif", "--cfg-parallel", "gpu"), "unknown device")
