@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from dvdquant.deploy.switching.defaults import LAST_HIGH
 from dvdquant.errors import RecipeError, UnsupportedError
+from dvdquant.hardware.advice import choose
 from dvdquant.recipe import RECIPES, Recipe, get_recipe
 from dvdquant.system.records import brief
 
@@ -31,9 +32,10 @@ def export_model(
     model: str | Path,
     out: str | Path,
     *,
-    recipe: str | Recipe = "w4a4",
-    target: str | Sequence[str] = "rtx",
-    sm: str | Sequence[str] = "8.9",
+    recipe: str | Recipe = "auto",
+    gpu: str | Sequence[str] = (),
+    target: str | Sequence[str] = (),
+    sm: str | Sequence[str] = (),
     dtype: Literal["bf16", "fp16"] = "bf16",
     height: int | str | None = None,
     width: int | str | None = None,
@@ -43,6 +45,7 @@ def export_model(
     device: str = "auto",
     verify: bool = False,
     resume: bool = False,
+    replace: bool = False,
     progress: Progress | None = None,
     lora: str | Path | LoraSpec | Sequence[str | Path | LoraSpec] = (),
     steps: int | None = None,
@@ -54,9 +57,10 @@ def export_model(
     Args:
         model: Hub id, pipeline folder or transformer folder in diffusers format.
         out: Folder of the export. It holds the whole new export afterwards, or after an error what it held before.
-        recipe: Name of a recipe, or a recipe of your own.
-        target: ``rtx``, ``tensorrt``, ``onnx`` or ``graphs``, or several of them.
-        sm: Compute capabilities to build engines for, such as "8.9".
+        recipe: Name of a recipe, or a recipe of your own. ``auto`` takes what suits the cards, and w4a4 where none is named.
+        gpu: Names of the cards it is for, such as "RTX 4090"; ``auto`` is that of this machine.
+        target: ``rtx``, ``tensorrt``, ``onnx`` or ``graphs``, or several of them. None given lets the cards decide.
+        sm: Compute capabilities instead of cards, such as "8.9", the default where no card is named.
         dtype: Dtype of activations and of tensors that are not quantized: ``bf16`` or ``fp16``.
         height: Height in pixels, a number or a range such as "480:720". None takes the default of the family.
         width: Width in pixels, as ``height``.
@@ -66,6 +70,7 @@ def export_model(
         device: Device that quantizes the weights: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         verify: Run every graph in ONNX Runtime and judge it against PyTorch in float64.
         resume: Go on from an interrupted export with the same options.
+        replace: Let the export take the place of a finished one of another model, another recipe or other sizes.
         progress: Receiver of the progress. None reports nothing.
         lora: LoRAs to fuse into the weights: FILE, "FILE:SCALE", "transformer_2=FILE:SCALE", or several of them.
         steps: Number of denoising steps that the runtime takes if none is asked for, such as 4 of a distilled LoRA.
@@ -82,7 +87,8 @@ def export_model(
     from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
-    from dvdquant.export.pipeline import plan_export, run_export
+    from dvdquant.export.pipeline import run_export
+    from dvdquant.export.plan import plan_export
     from dvdquant.system.progress import Progress
 
     _path("model", model)
@@ -93,6 +99,7 @@ def export_model(
         "device": device,
         "verify": verify,
         "resume": resume,
+        "replace": replace,
         "steps": steps,
         "guidance": guidance,
     }
@@ -101,12 +108,15 @@ def export_model(
         raise UnsupportedError(f"export_model has no option {unknown[0]}", available=["target", "sm", *known])
     if "plugins" in options:
         options["plugins"] = _several("plugins", options["plugins"])
+    own = recipe if isinstance(recipe, Recipe) else None
+    name = _recipe_name(recipe) if own is None else own.name
+    choice = choose(_several("gpu", gpu), _several("sm", sm), _several("target", target), name)
     arguments = ExportOptions(
         model=str(model),
         out=_path("out", out),
-        recipe=_recipe(recipe),
-        targets=_several("target", target),
-        sms=_several("sm", sm),
+        recipe=get_recipe(choice.recipe) if own is None else own,
+        targets=choice.targets,
+        sms=choice.sms,
         height=_size(height),
         width=_size(width),
         num_frames=_size(num_frames),
@@ -222,12 +232,10 @@ def _path(name: str, value: str | Path) -> Path:
     return Path(value)
 
 
-def _recipe(recipe: str | Recipe) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
+def _recipe_name(recipe: Any) -> str:
     if not isinstance(recipe, str):
         raise RecipeError(f"the recipe is {brief(recipe)}", available=RECIPES, fix="give a name or a Recipe")
-    return get_recipe(recipe)
+    return recipe
 
 
 def _size(value: int | str | None) -> str | None:
@@ -246,7 +254,7 @@ def _several(name: str, value: Any) -> tuple[str, ...]:
     for each in several:
         if isinstance(each, bool) or not isinstance(each, (str, int, float, os.PathLike)):
             raise UnsupportedError(f"{name} holds {brief(each)}", available="texts")
-    if not several and name != "plugins":
+    if not several and name not in ("plugins", "gpu", "sm", "target"):
         raise UnsupportedError(f"{name} is empty", fix=f"give one or several, or leave {name} out")
     return tuple(str(each) for each in several)
 

@@ -11,11 +11,17 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.cpu_seconds import CpuSeconds
+from tests.support.folders import STORE
 
 # Before torch, numba or ONNX Runtime are imported anywhere: parallel test processes share the cores, and every builder
 # process inherits the number. At least 2, so that what is split among threads is tested as such. A caller's setting wins.
@@ -27,6 +33,30 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUM
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test may depend on the network; a hub id that is not cached fails at once instead of retrying.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the count of processor seconds."""
+    parser.addoption(
+        "--cpu-seconds", type=int, default=0, metavar="N", help="list N files and tests that cost most CPU"
+    )
+    parser.addoption("--cpu-seconds-file", metavar="PATH", help="write the CPU seconds of every test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Count processor seconds; the first process makes the store of what test processes share."""
+    config.pluginmanager.register(CpuSeconds(config), "cpu-seconds")
+    if STORE not in os.environ:
+        store = os.environ[STORE] = tempfile.mkdtemp(prefix="dvdq-tests-")
+        config.add_cleanup(functools.partial(shutil.rmtree, store, ignore_errors=True))
+        config.add_cleanup(functools.partial(os.environ.pop, STORE, None))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces() -> None:
+    """Trace a model once a process, however many exports of it the tests make in this process."""
+    if "dvdquant.export.graph.trace" in sys.modules:  # else nothing is exported, and the import would cost seconds
+        importlib.import_module("tests.support.traces").share_traces()
 
 
 @functools.cache

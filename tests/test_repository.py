@@ -30,6 +30,7 @@ MODULES = {
     "onnx-ir": "onnx_ir",
     "onnxruntime-gpu": "onnxruntime",
     "pillow": "PIL",
+    "pyyaml": "yaml",
     "tensorrt-rtx": "tensorrt_rtx",
 }
 # Imported by diffusers for us: its video writer, and the text encoders of its pipelines.
@@ -192,7 +193,7 @@ def test_every_dependency_is_used_and_every_import_declared(sources: list[str]) 
     imported = _imported(sources, ("dvdquant/", "export/", "deploy/"))
     declared = _modules(PROJECT["dependencies"])
     assert declared - imported == THROUGH_DIFFUSERS, "declared, never imported"
-    optional = _modules(PROJECT["optional-dependencies"]["tensorrt"])
+    optional = _modules(PROJECT["optional-dependencies"]["tensorrt"] + PROJECT["optional-dependencies"]["serve"])
     # Libraries of 8-bit attention: looked for, never needed; sageattention 2.2 is on no registry.
     optional |= {"comfy_kitchen", "cudnn", "fa3_fwd_interface", "sageattention"}
     ours = {
@@ -302,7 +303,7 @@ def test_skips_are_listed_with_what_is_missing(tmp_path: Path) -> None:
     body = [f"@pytest.mark.{m}\ndef test_{m}():\n    pass\n" for m in marks]
     (tmp_path / "test_marks.py").write_text("\n".join(["import pytest", *body, "def test_plain():\n    pass\n"]))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TENSORRT_ROOT"))}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     options = ["-v", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)

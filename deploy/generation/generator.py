@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,13 +17,17 @@ from dvdquant.checkpoint.lora.fuse import components_of
 from dvdquant.checkpoint.lora.recorded import split_given
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.cancel import CancelSignal, check_cancelled
+from dvdquant.deploy.generation.check import RequestChecker
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
-from dvdquant.deploy.generation.video import default_fps
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 
 __all__ = [
+    "Denoised",
+    "Embeddings",
+    "Frames",
     "Generator",
     "Runner",
     "SessionOptions",
@@ -29,9 +35,11 @@ __all__ = [
     "controller_of",
     "executed_original",
     "executed_session",
-    "sampling_defaults",
 ]
 
+# The text of a clip as the transformer takes it: a tensor by the name of the pipeline's argument.
+Embeddings = Mapping[str, Tensor]
+Frames = np.ndarray[Any, np.dtype[np.uint8]]
 WrapSession = Callable[[EngineSession], EngineSession]
 
 
@@ -40,15 +48,27 @@ class Runner(Protocol):
 
     trace: list[StepRecord]
     on_step: OnStep | None
+    cancel: CancelSignal | None
 
     def begin_request(self, steps: int | None = None) -> None:
-        """Begin a request of ``steps`` steps; the trace begins anew."""
+        """Begin a request of ``steps`` steps; the trace begins anew.
+
+        Args:
+            steps: The number of steps, or None if it is not known.
+        """
         ...
 
     def run(
         self, inputs: dict[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
     ) -> Tensor:
-        """Run one call and return the output of the transformer."""
+        """Run one call and return the output of the transformer.
+
+        Args:
+            inputs: The inputs of the graph by name.
+            branch: The branch of the guidance: ``cond`` or ``uncond``.
+            step: The index of the step, or None.
+            steps: The number of steps of the clip, or None.
+        """
         ...
 
     def summary(self) -> dict[str, Any]:
@@ -105,40 +125,175 @@ class SessionOptions:
             raise
 
 
+@dataclass
+class Denoised:
+    """What the denoising loop of one clip gave.
+
+    Args:
+        latents: The last latents, in the model's own layout, dtype and on its device.
+        trace: A record for every call of the transformers, in the order of the steps.
+        components: The records by transformer.
+        summary: Counts, average bits and seconds.
+        executed: Backend, device and dtype of what ran.
+    """
+
+    latents: Tensor
+    trace: list[StepRecord]
+    components: dict[str, list[StepRecord]]
+    summary: dict[str, Any]
+    executed: dict[str, Any]
+
+
 class Generator(ABC):
     """A model opened for several clips; a context manager. Engines and weights are loaded once, when first needed.
 
+    :meth:`generate` is made of three stages, :meth:`encode_prompt`, :meth:`denoise` and :meth:`decode`. They may be
+    called apart, also by generators in different processes, and several threads may be in different stages. A request
+    that a stage is given has passed :meth:`check`.
+
     Args:
-        artifact: The export.
+        checker: What the export and its model can make.
         options: How sessions are opened.
         lora: LoRAs that were named for it: those of the export, or others that run beside the weights.
     """
 
-    def __init__(self, artifact: Artifact, options: SessionOptions, lora: Sequence[LoraSpec] = ()) -> None:
-        self.artifact = artifact
+    def __init__(self, checker: RequestChecker, options: SessionOptions, lora: Sequence[LoraSpec] = ()) -> None:
+        artifact = checker.artifact
+        self.checker, self.artifact, self.family = checker, artifact, checker.family
         self.options = options
+        self._tried: set[tuple[int, int]] = set()  # steps and tokens that the scheduler has gone through
         self.lora, beside = split_given(artifact.manifest.lora, lora)
         self.beside = components_of(beside, artifact.components)
 
-    @abstractmethod
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """Return ``request`` with steps, guidance and size filled in, before anything is loaded.
 
+        Args:
+            request: What is asked for.
+
         Raises:
-            DvdquantError: The model or the export cannot make it.
+            ShapeError: A number is out of range, or a prompt is refused, see :class:`.check.RequestChecker`.
+            UnsupportedError: The export has no graph for the mode, or fields contradict each other.
+            CheckpointError: The model's scheduler cannot make so many steps.
+        """
+        filled = self.checker.check(request)
+        assert filled.steps is not None
+        tried = filled.steps, self.family.tokens(*self.checker.size_of(filled).latent)
+        if tried not in self._tried:
+            # A scheduler that would fail once the model is loaded fails now.
+            self._rehearse(*tried)
+            self._tried.add(tried)
+        return filled
+
+    @abstractmethod
+    def _rehearse(self, steps: int, tokens: int) -> None:
+        """Go through the steps of the model's scheduler. CheckpointError if it cannot make them."""
+
+    @abstractmethod
+    def encode_prompt(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> Embeddings:
+        """Return the text of a request as the transformer takes it.
+
+        Args:
+            request: The request, as :meth:`check` returned it.
+            cancel: An event with ``is_set()``, such as ``threading.Event``, or None.
+
+        Raises:
+            Cancelled: The event is set.
         """
 
     @abstractmethod
-    def prepare(self, request: GenerateRequest) -> None:
-        """Load what ``request`` needs, so that a missing engine is found before anything is drawn."""
+    def denoise(
+        self,
+        request: GenerateRequest,
+        embeddings: Embeddings,
+        on_step: OnStep | None = None,
+        cancel: CancelSignal | None = None,
+    ) -> Denoised:
+        """Run the denoising loop of a request.
+
+        Args:
+            request: The request, as :meth:`check` returned it.
+            embeddings: The result of :meth:`encode_prompt`.
+            on_step: A callback that gets the record of every call of the transformer as soon as it has ended.
+            cancel: An event, or None. Once it is set, no further call of the transformer is made.
+
+        Raises:
+            EngineError: An engine failed.
+            Cancelled: The event is set.
+        """
 
     @abstractmethod
-    def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
-        """Draw one clip; ``on_step`` gets the record of every call of the transformer as soon as it has ended."""
+    def decode(self, request: GenerateRequest, latents: Tensor, cancel: CancelSignal | None = None) -> Frames:
+        """Return the pictures of the last latents, uint8 [F, H, W, 3].
+
+        Args:
+            request: The request, as :meth:`check` returned it.
+            latents: The latents of :meth:`denoise`, on any device.
+            cancel: An event, or None.
+
+        Raises:
+            EngineError: The VAE gave NaN or infinities.
+            Cancelled: The event is set.
+        """
+
+    def generate(
+        self, request: GenerateRequest, on_step: OnStep | None = None, cancel: CancelSignal | None = None
+    ) -> GenerateResult:
+        """Draw one clip.
+
+        Args:
+            request: What is asked for.
+            on_step: A callback that gets the record of every call of the transformer as soon as it has ended.
+            cancel: An event with ``is_set()``, such as ``threading.Event``, or None. Once it is set, the clip ends within
+                one call of the transformer, or one layer of text encoder or VAE. The generator goes on serving others.
+
+        Raises:
+            Cancelled: The event is set.
+            DvdquantError: The model or the export cannot make the clip, or an engine failed.
+        """
+        request = self.check(request)
+        check_cancelled(cancel, "anything was loaded")
+        self._load(request, cancel)
+        started = time.perf_counter()
+        embeddings = self.encode_prompt(request, cancel)
+        check_cancelled(cancel, "the first step")
+        done = self.denoise(request, embeddings, on_step, cancel)
+        check_cancelled(cancel, "the frames were decoded")
+        frames = self.decode(request, done.latents, cancel)
+        seconds = time.perf_counter() - started
+        return GenerateResult(
+            request,
+            frames,
+            done.latents.detach().float().cpu(),
+            done.trace,
+            done.summary,
+            done.executed,
+            seconds,
+            done.components,
+        )
+
+    def prepare(self, request: GenerateRequest) -> None:
+        """Load what ``request`` needs, so that a missing engine is found before anything is drawn.
+
+        Args:
+            request: The request.
+
+        Raises:
+            DvdquantError: The model or the export cannot make it, or something cannot be loaded.
+        """
+        self._load(self.check(request))
+
+    @abstractmethod
+    def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:
+        """Load what a checked request needs."""
 
     def fps(self, frames: int) -> int:
-        """Return the frames per second at which a clip of ``frames`` frames is meant to be seen."""
-        return default_fps(frames)
+        """Return the frames per second at which a clip of ``frames`` frames is meant to be seen.
+
+        Args:
+            frames: The number of frames of a clip.
+        """
+        return self.checker.fps(frames)
 
     @abstractmethod
     def close(self) -> None:
@@ -151,20 +306,14 @@ class Generator(ABC):
         self.close()
 
 
-def sampling_defaults(artifact: Artifact, steps: int, guidance: float) -> tuple[int, float]:
-    """Return the steps and the guidance of a clip that asks for none: those recorded in the export, or else the model's.
+def controller_of(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:
+    """Return the controller for one component and one request (mode ``16`` needs none).
 
     Args:
-        artifact: The export.
-        steps: The model's own number of steps.
-        guidance: The model's own guidance scale.
+        artifact: The opened export.
+        component: The name of the transformer.
+        request: The request of a clip.
     """
-    recorded = artifact.manifest.sampling or {}
-    return recorded.get("steps", steps), float(recorded.get("guidance", guidance))
-
-
-def controller_of(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:
-    """Return the controller for one component and one request (mode ``16`` needs none)."""
     rule: dict[str, Any] = {}
     if request.mode == "switch":
         rule = {"delta": request.delta, "last_high": request.last_high, "weighting": request.weighting}
@@ -180,7 +329,11 @@ def controller_of(artifact: Artifact, component: str, request: GenerateRequest) 
 
 
 def executed_session(session: EngineSession) -> dict[str, Any]:
-    """Return backend, device, dtype and resident bytes of a session, for trace and summary."""
+    """Return backend, device, dtype and resident bytes of a session, for trace and summary.
+
+    Args:
+        session: The session.
+    """
     beside = [{"path": str(spec.path), "scale": spec.scale} for spec in session.loras]
     return {
         **({"lora": beside} if beside else {}),
@@ -194,6 +347,11 @@ def executed_session(session: EngineSession) -> dict[str, Any]:
 
 
 def executed_original(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what a trace says of the original checkpoint: backend, device, dtype."""
+    """Return what a trace says of the original checkpoint: backend, device, dtype.
+
+    Args:
+        device: The device that PyTorch runs on.
+        dtype: The dtype of the model.
+    """
     name = str(dtype).removeprefix("torch.")
     return {"backend": "pytorch, original checkpoint", "device": str(device), "dtype": name}

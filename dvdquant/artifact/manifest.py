@@ -562,7 +562,12 @@ def _listing(folder: Path) -> str:
 
 
 def source_of(source: Source, component: str) -> tuple[str, str]:
-    """Return (MODEL, the component to open in it) of a transformer of an export."""
+    """Return (MODEL, the component to open in it) of a transformer of an export.
+
+    Args:
+        source: What the manifest records of the source.
+        component: The name of the transformer.
+    """
     if component == "transformer_2" and "transformer_2" in source:
         return source["transformer_2"], "transformer"
     return source["model"], component

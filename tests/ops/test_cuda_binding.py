@@ -150,7 +150,14 @@ def test_which_gpus_a_library_serves() -> None:
 # ----------------------------------------------------------------------------------------------- the device code, emulated
 
 
-@pytest.mark.parametrize("sm", [pytest.param(89, marks=pytest.mark.stress), 90, 120])
+@pytest.mark.parametrize("sm", [89, 90, 120])
+def test_emulated_kernels_are_chosen_as_on_the_gpu(library: KernelLibrary, sm: int) -> None:
+    rows = list(check_kernels.run_all([check_kernels.check_dispatch(bench(library, sm))]))
+    assert rows
+    assert [r for r in rows if not r.passed] == []
+
+
+@pytest.mark.parametrize("sm", [90, *(pytest.param(sm, marks=pytest.mark.stress) for sm in (89, 120))])
 def test_emulated_kernels_pass_gpu_check(library: KernelLibrary, sm: int) -> None:
     """The very checks of ``make gpu-check``, on small shapes: our own device code, CUTLASS products by their reference."""
     checks = [

@@ -1,6 +1,6 @@
 """A process that has imported and traced everything, and forks one export for every line it reads.
 
-Protocol, JSON lines: ``{"out": …, "recipe": …, "resume": bool, "fault": …}`` in; ``{"pid": …}`` and then
+Protocol, JSON lines: ``{"model": …, "out": …, "recipe": …, "resume": bool, "fault": …}`` in; ``{"pid": …}`` and then
 ``{"status": …, "error": …, "failed": …}`` out. ``fault`` is None or [errno, number of the writing call that fails], and
 ``failed`` the name of that call, None if the export made fewer. ``error`` ends with the traceback if it is no refusal.
 Tracing happens once, before the forks: a killed export then dies in the stages that write, not in an import.
@@ -20,25 +20,26 @@ import torch
 from dvdquant.errors import DvdquantError
 from dvdquant.export import pipeline
 from dvdquant.export.options import ExportOptions
+from dvdquant.export.plan import ExportPlan, plan_export
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support.faults import WRITES, Faults
 
 
 def options(request: dict[str, Any]) -> ExportOptions:
-    """tiny-wan, graphs only."""
+    """Graphs only."""
     return ExportOptions(
-        str(Path(__file__).parents[2] / "examples" / "tiny-wan"),
+        request["model"],
         Path(request["out"]),
         get_recipe(request["recipe"]),
         targets=("onnx",),
-        latent="8x24x24",
-        text_tokens=5,
+        latent="2x8x8",
+        text_tokens=4,
         resume=request.get("resume", False),
     )
 
 
-def export(request: dict[str, Any], plan: pipeline.ExportPlan, report: int) -> None:
+def export(request: dict[str, Any], plan: ExportPlan, report: int) -> None:
     """One export in this (forked) process; never returns."""
     error, code, faults, write = None, 0, None, os.write
     if request.get("fault"):
@@ -64,7 +65,7 @@ def main() -> None:
     pipeline.require_disk = lambda *_: None  # type: ignore[attr-defined]
     for line in sys.stdin:
         request = json.loads(line)
-        plan = pipeline.plan_export(options(request))
+        plan = plan_export(options(request))
         if request["recipe"] not in traced:
             traced[request["recipe"]] = trace(plan.plans[0], plan.sizes)
         base = traced[request["recipe"]]
