@@ -80,7 +80,7 @@ print(json.dumps(results))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc/self/smaps, which Linux has")
 def test_memory_of_a_wide_model() -> None:
     """Measured, not booked: a second bit-width adds no copy of the weights, nothing writes to the one there is, and nothing is
