@@ -232,7 +232,20 @@ def test_the_command_and_its_trace(tmp_path: Path) -> None:
 
 
 def test_an_engine_says_what_it_does_instead(tmp_path: Path) -> None:
-    line = (TINY_WAN, "-o", tmp_path / "out", "--attention", "int8", "--target", "rtx", "--sm", "8.9", "--dry-run")
+    line = (
+        TINY_WAN,
+        "-o",
+        tmp_path / "out",
+        "--attention",
+        "int8",
+        "--target",
+        "rtx",
+        "--sm",
+        "8.9",
+        "--recipe",
+        "w4a4",
+        "--dry-run",
+    )
     words = " ".join(in_process(*line).split())
     assert "INT8 attention would write its scores to memory" in words
     assert "SM 9.0: sageattention-2, fa3-fwd, cudnn, comfy-kitchen" in words

@@ -119,7 +119,7 @@ def test_ranges_build_one_engine_with_a_profile(model: Path, tmp_path: Path) -> 
 def test_realize(precision: str, sm: str, chosen: str, stored: str, model: Path, tmp_path: Path) -> None:
     """The override, or the choice, reaches the manifest and the types of the weights in the graph that was built."""
     out = tmp_path / "out"
-    in_process(model, "-o", out, "--sm", sm, "--precision", precision, "--keep-graphs", *SIZES)
+    in_process(model, "-o", out, "--sm", sm, "--precision", precision, "--keep-graphs", "--recipe", "w4a4", *SIZES)
     manifest = load_manifest(out)
     assert {e["precision"] for e in manifest.engines if e["act_bits"] == 4} == {chosen}
     kept = list((out / "onnx").glob(f"*_rtx_{chosen}.onnx"))
