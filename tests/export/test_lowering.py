@@ -65,7 +65,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", pytest.param("fp32", marks=pytest.mark.stress)])
 @pytest.mark.parametrize(("name", "grid"), CASES)
 def test_matches_the_definition(name: str, grid: tuple, dtype: str) -> None:
     spec = spec_of(grid, dtype)
