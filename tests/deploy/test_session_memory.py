@@ -84,7 +84,7 @@ print(json.dumps(results))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc/self/smaps, which Linux has")
 def test_memory_of_a_wide_model() -> None:
     """Measured, not booked: a session has the weights once, for one bit-width or both; nothing writes to the copy there is, and

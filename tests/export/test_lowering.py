@@ -129,7 +129,7 @@ def session_of(model: ir.Model | Path) -> ort.InferenceSession:
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", pytest.param("fp32", marks=pytest.mark.stress)])
 @pytest.mark.parametrize(("name", "grid"), CASES)
 def test_matches_the_definition(name: str, grid: tuple, dtype: str) -> None:
     spec = spec_of(grid, dtype)
