@@ -4,7 +4,8 @@
     python benchmarks/single_file.py benchmarks/configs/wan2.1-14b.json /var/tmp/wan-2 --layers 2 --recipe weights-only
 
 writes both below the folder, where they are not there yet (the 14B takes 42 GB), and runs benchmarks/export.py on each. The
-file has the names that its authors gave and ComfyUI's prefix. Further options go to ``dvdq-export``.
+file has the names that its authors gave and ComfyUI's prefix. ``--lora-rank 64`` also fuses a random LoRA of that rank on every
+linear layer of the blocks into both. Further options go to ``dvdq-export``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from pathlib import Path
 import click
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.lora import write_lora
 from dvdquant.checkpoint.formats.wan import NAMES
 from dvdquant.checkpoint.reader import open_checkpoint
 
@@ -76,8 +80,9 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--layers", type=int, help="Blocks, fewer than the configuration has.")
+@click.option("--lora-rank", type=int, help="Fuse a LoRA of this rank, too.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-def main(config: Path, folder: Path, layers: int | None, options: tuple[str, ...]) -> None:
+def main(config: Path, folder: Path, layers: int | None, lora_rank: int | None, options: tuple[str, ...]) -> None:
     """Write the checkpoint of CONFIG into FOLDER in both forms, export each, and print what each took."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(config.read_text())
@@ -89,6 +94,11 @@ def main(config: Path, folder: Path, layers: int | None, options: tuple[str, ...
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
         write_scaled(plain, file)
+    if lora_rank is not None:
+        lora = folder / f"lora-{lora_rank}.safetensors"
+        if not lora.exists():
+            write_lora(plain, lora, lora_rank)
+        options = (*options, "--lora", str(lora))
     for model in (file, plain):
         command = [sys.executable, HERE / "export.py", model, "--target", "graphs", *options]
         subprocess.run([str(word) for word in command], check=True)

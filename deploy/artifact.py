@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.artifact.manifest import EngineEntry, GraphEntry, Manifest, load_manifest, read_verified
+from dvdquant.checkpoint.formats.blocks import FEW_BITS
 from dvdquant.errors import DvdquantError, EngineError, OutputError, UnsupportedError
 from dvdquant.model.families import Family, Sizes, get_family
 from dvdquant.recipe import RECIPES, Recipe
@@ -58,7 +59,21 @@ class Artifact:
             CheckpointError: No model of the class has such a config.
         """
         root = Path(out)
-        manifest = load_manifest(root)
+        return cls.of(root, load_manifest(root))
+
+    @classmethod
+    def of(cls, root: Path, manifest: Manifest) -> Artifact:
+        """Read the configs of an export whose manifest is known, also one that is not in its place yet.
+
+        Args:
+            root: The folder of its files.
+            manifest: What they are.
+
+        Raises:
+            OutputError: A config differs from its hash.
+            UnsupportedError: This version does not know the transformer class.
+            CheckpointError: No model of the class has such a config.
+        """
         artifact = cls(root, manifest, {})
         for component in manifest.components:
             name = "config.json" if component == manifest.components[0] else f"{component}.config.json"
@@ -279,6 +294,8 @@ class Artifact:
             words += ["--subfolder", self.components[0]]
         if manifest.nonfinite:
             words.append("--allow-nonfinite")
+        if any(kind in manifest.source.get("precision", "") for kind in FEW_BITS):
+            words.append("--allow-low-bits")
         if options:
             words.append("--replace")
         return shell_line(words)

@@ -161,7 +161,7 @@ def plan_schedule(
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: Receiver of the progress. None reports nothing.
-        **options: ``pipeline`` and ``reference`` of :func:`dvdquant.deploy.planning.planner.plan`.
+        **options: ``pipeline``, ``reference``, ``image`` and ``last_image`` of :func:`dvdquant.deploy.planning.planner.plan`.
 
     Returns:
         The plan: δ, the predictions for it, and the measurements of one real run.
@@ -174,7 +174,7 @@ def plan_schedule(
     from dvdquant.deploy.planning.planner import Goal, plan
     from dvdquant.system.whole_file import check_writable
 
-    more = ("pipeline", "reference")
+    more = ("pipeline", "reference", "image", "last_image")
     if unknown := sorted(options.keys() - set(more)):
         known = [name for name in signature(plan_schedule).parameters if name != "options"]
         raise UnsupportedError(f"plan_schedule has no option {unknown[0]}", available=[*known, *more])

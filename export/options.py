@@ -59,6 +59,7 @@ class ExportOptions:
         replace: Let the export take the place of a finished one of another model, another recipe or other sizes.
         verify: Compare what is stored with the checkpoint, and run and judge every graph.
         allow_nonfinite: Accept NaN and infinities in weights, store them as 0, and record the names of their tensors.
+        allow_low_bits: Take GGUF weights of 4 and 5 bits, with a warning in the manifest.
         plugins: The plugin libraries of the TensorRT target.
         build: Where engines are built: ``here``, or on the ``device`` that they are for, by ``dvdq-build``, which needs
             no engine builder here. ``auto`` leaves TensorRT's to the device unless a plugin library is given.
@@ -101,6 +102,7 @@ class ExportOptions:
     replace: bool = False
     verify: bool = False
     allow_nonfinite: bool = False
+    allow_low_bits: bool = False
     plugins: tuple[Path, ...] = ()
     build: str = "auto"
     workspace_gib: float | None = None

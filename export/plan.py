@@ -11,6 +11,7 @@ from dvdquant import __version__
 from dvdquant.artifact.manifest import Manifest, Source
 from dvdquant.artifact.output_folder import check_output
 from dvdquant.checkpoint.formats.files import check_order
+from dvdquant.checkpoint.formats.translate import few_bits
 from dvdquant.checkpoint.lora.fuse import components_of, model_fingerprint, with_loras
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
@@ -179,6 +180,14 @@ def _open_all(options: ExportOptions) -> tuple[tuple[str, ...], tuple[Checkpoint
             continue
         arguments |= {"subfolder": options.subfolder} if options.subfolder else {"component": name}
         opened.append(with_loras(with_pipeline_facts(open_checkpoint(options.model, **arguments)), loras[name]))
+    for checkpoint in opened:
+        if (few := few_bits(checkpoint.tensors.values())) and not options.allow_low_bits:
+            raise CheckpointError(
+                f"{shown(checkpoint.source.file)} holds weights as {', '.join(few)}: too few bits are left of them to be "
+                "quantized again without a loss that is seen",
+                available="Q8_0, Q6_K, F16, BF16, F32",
+                fix="use a file with one of these, or take the loss: --allow-low-bits",
+            )
     if len({checkpoint.class_name for checkpoint in opened}) > 1:
         raise CheckpointError(
             f"the transformers are of several classes: {', '.join(c.class_name for c in opened)}",

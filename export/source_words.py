@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ def source_facts(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
         "precision": source.precision,
         "file": source.file,
         "variant": variant(family.name, family.config),
+        "images": dataclasses.asdict(family.images()),
         "vae_scale": list(family.vae_scale),
         "notes": list(source.notes),
     }
@@ -75,4 +77,6 @@ def source_lines(component: str, checkpoint: Checkpoint, family: Family) -> list
     scale = "×".join(map(str, facts["vae_scale"]))
     file = f" {shown(facts['file'])}" if facts["file"] else ""
     first = f"{component}: {facts['format']}{file}, {facts['precision']}; {facts['variant']}, VAE {scale}"
+    if family.images().first != "none":
+        first += f"; takes a {family.images()}".replace("a first image (required), last", "a first and a last")
     return [first, *(f"{component}: {shown(note, 400)}" for note in facts["notes"])]

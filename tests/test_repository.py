@@ -193,7 +193,11 @@ def test_every_dependency_is_used_and_every_import_declared(sources: list[str]) 
     imported = _imported(sources, ("dvdquant/", "export/", "deploy/"))
     declared = _modules(PROJECT["dependencies"])
     assert declared - imported == THROUGH_DIFFUSERS, "declared, never imported"
-    optional = _modules(PROJECT["optional-dependencies"]["tensorrt"] + PROJECT["optional-dependencies"]["serve"])
+    optional = _modules(
+        PROJECT["optional-dependencies"]["tensorrt"]
+        + PROJECT["optional-dependencies"]["serve"]
+        + PROJECT["optional-dependencies"]["serve-postgres"]
+    )
     # Libraries of 8-bit attention: looked for, never needed; sageattention 2.2 is on no registry.
     optional |= {"comfy_kitchen", "cudnn", "fa3_fwd_interface", "sageattention"}
     ours = {

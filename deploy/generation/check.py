@@ -7,23 +7,32 @@ its errors are of the model's folder, not of the request.
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dvdquant.checkpoint.formats.files import given_file
+from dvdquant.checkpoint.formats.files import names_file
 from dvdquant.checkpoint.prompt_words import PromptWords
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.images import ImageSource, Picture, open_picture
 from dvdquant.deploy.generation.limits import Limits
 from dvdquant.deploy.generation.request import GenerateRequest, VideoSize, check_request, default_fps, resolve_size
 from dvdquant.deploy.pipelines.call_defaults import call_defaults
-from dvdquant.deploy.pipelines.parts import open_pipeline_folder
-from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.deploy.pipelines.parts import open_pipeline_folder, pipeline_for
+from dvdquant.errors import CheckpointError, ShapeError, UnsupportedError
 from dvdquant.text import shown
+
+if TYPE_CHECKING:
+    from dvdquant.deploy.generation.text_embeds import TextEmbeds
 
 __all__ = ["PipelineChecker", "RequestChecker", "TableChecker", "open_checker", "sampling_defaults"]
 
 # Frames per second the models were trained at.
+_FPS_TI2V = 24
 _FPS = {"wan": 16, "hunyuan-video": 24, "cogvideox": 8, "ltx-video": 25}
+_KEPT_PICTURES = 4  # decoded images that the next request may ask for again
 # Guidance-distilled: the scale is an input of the transformer, and there is no unconditional branch.
 _DISTILLED = ("hunyuan-video",)
 
@@ -53,8 +62,9 @@ class RequestChecker(ABC):
         """
         check_request(request, self.artifact)
         self._check_prompts(request)
+        self._check_images(request)
         size = self.size_of(request)
-        default_steps, default_guidance = sampling_defaults(self.artifact, *self._own_defaults())
+        default_steps, default_guidance = sampling_defaults(self.artifact, *self._own_defaults(request))
         steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
         filled = dataclasses.replace(
             request,
@@ -65,7 +75,32 @@ class RequestChecker(ABC):
             width=size.width,
         )
         self.limits.check(filled)
+        self.tokens_of(filled)
+        self._check_text(filled)
         return filled
+
+    def tokens_of(self, request: GenerateRequest) -> int:
+        """Return the number of video tokens of a request's clip.
+
+        Args:
+            request: The request.
+
+        Raises:
+            ShapeError: They are more than the graphs take.
+        """
+        return self.family.tokens(*self.size_of(request).latent)
+
+    def pipeline_of(self, request: GenerateRequest) -> str:
+        """Return the pipeline class that draws a request's clip; empty where there is no pipeline."""
+        del request
+        return ""
+
+    def _check_text(self, request: GenerateRequest) -> None:  # noqa: B027  (most have nothing to check)
+        """Refuse a text that a file of embeddings does not hold."""
+
+    @abstractmethod
+    def _check_images(self, request: GenerateRequest) -> None:
+        """Refuse images that the model does not take, that cannot be read, or that are missing."""
 
     @abstractmethod
     def size_of(self, request: GenerateRequest) -> VideoSize:
@@ -88,7 +123,7 @@ class RequestChecker(ABC):
         """Refuse prompts that the model cannot take."""
 
     @abstractmethod
-    def _own_defaults(self) -> tuple[int, float]:
+    def _own_defaults(self, request: GenerateRequest) -> tuple[int, float]:
         """Return the model's own number of steps and guidance scale."""
 
 
@@ -140,7 +175,12 @@ class TableChecker(RequestChecker):
         if request.negative_prompt is not None:
             self.words.parse(request.negative_prompt)
 
-    def _own_defaults(self) -> tuple[int, float]:
+    def _check_images(self, request: GenerateRequest) -> None:
+        if request.image is not None or request.last_image is not None:
+            raise UnsupportedError("a model with a prompt table draws from words alone", fix="leave the image out")
+
+    def _own_defaults(self, request: GenerateRequest) -> tuple[int, float]:
+        del request
         return self.words.steps, self.words.guidance_scale
 
 
@@ -151,15 +191,23 @@ class PipelineChecker(RequestChecker):
         artifact: The export.
         source: The folder or hub id of the pipeline.
         limits: What is served at most.
+        text_embeds: A file of text embeddings, which takes the place of the text encoders.
 
     Raises:
-        CheckpointError: There is no pipeline, or parts are missing.
+        CheckpointError: There is no pipeline, or parts are missing, or the file cannot be used.
         UnsupportedError: It is another pipeline than the export's, or has a transformer that the export lacks.
     """
 
-    def __init__(self, artifact: Artifact, source: str, limits: Limits) -> None:
+    def __init__(self, artifact: Artifact, source: str, limits: Limits, text_embeds: str | Path | None = None) -> None:
         super().__init__(artifact, limits)
-        self.folder = open_pipeline_folder(source, self.family.name)
+        self.text: TextEmbeds | None = None
+        if text_embeds is not None:
+            from dvdquant.deploy.generation.text_embeds import load_text_embeds
+
+            self.text = load_text_embeds(Path(text_embeds), self.family, artifact.sizes)
+        self._decoded: dict[tuple[str, Any], Picture] = {}
+        self._decoding = threading.Lock()
+        self.folder = open_pipeline_folder(source, self.family.name, text=self.text is None)
         if missing := sorted(set(self.folder.transformers) - set(artifact.components)):
             raise UnsupportedError(
                 f"the pipeline {self.folder.root} also has {missing[0]}, which the export lacks",
@@ -183,7 +231,65 @@ class PipelineChecker(RequestChecker):
             frames: The number of frames of a clip.
         """
         del frames
-        return _FPS[self.family.name]
+        return _FPS_TI2V if self.family.vae_scale[1:] == (16, 16) else _FPS[self.family.name]
+
+    def pipeline_of(self, request: GenerateRequest) -> str:
+        """See :class:`RequestChecker`."""
+        first, last = request.image is not None, request.last_image is not None
+        return pipeline_for(self.folder, self.family, first=first, last=last)
+
+    def pictures(self, request: GenerateRequest) -> dict[str, Picture]:
+        """Return the decoded images of a request, by the names of its fields.
+
+        The same source is decoded once: what was checked is what the clip begins with.
+
+        Args:
+            request: The request.
+
+        Raises:
+            ShapeError: An image cannot be read, see :func:`.images.open_picture`.
+        """
+        given = {"image": request.image, "last_image": request.last_image}
+        options = {"image": "--image", "last_image": "--last-image"}
+        return {name: self._picture(source, options[name]) for name, source in given.items() if source is not None}
+
+    def _picture(self, source: ImageSource, option: str) -> Picture:
+        if not isinstance(source, (str, bytes, os.PathLike)):
+            return open_picture(source, option)
+        with self._decoding:
+            if (picture := self._decoded.get((option, source))) is None:
+                picture = open_picture(source, option)
+                for old in list(self._decoded)[: max(0, len(self._decoded) - _KEPT_PICTURES + 1)]:
+                    del self._decoded[old]
+                self._decoded[option, source] = picture
+            return picture
+
+    def _check_text(self, request: GenerateRequest) -> None:
+        if self.text is not None:
+            picture = self.pictures(request).get("image")
+            self.text.check(request, None if picture is None else picture.sha256)
+
+    def _check_images(self, request: GenerateRequest) -> None:
+        self.pipeline_of(request)
+        self.pictures(request)
+
+    def tokens_of(self, request: GenerateRequest) -> int:
+        """See :class:`RequestChecker`. A last image of LTX-Video is no part of the clip's own latents: its tokens are added."""
+        size = self.size_of(request)
+        tokens = self.family.tokens(*size.latent)
+        if self.family.name != "ltx-video" or request.last_image is None:
+            return tokens
+        _, height, width = size.latent
+        more = self.family.tokens(self.family.patch()[0], height, width)
+        most = self.family.tokens(*self.artifact.sizes.at("max"))
+        if tokens + more > most or not self.artifact.sizes.dynamic:
+            raise ShapeError(
+                f"a last image adds the tokens of one latent frame, {more}, to the {tokens} of the clip",
+                available=f"{most} tokens in this export",
+                fix=f"draw fewer frames, or export again with a range such as --num-frames "
+                f"{size.frames}:{size.frames + self.family.vae_scale[0]}",
+            )
+        return tokens + more
 
     def _check_prompts(self, request: GenerateRequest) -> None:
         if request.negative_prompt and self.family.name in _DISTILLED:
@@ -192,8 +298,8 @@ class PipelineChecker(RequestChecker):
                 fix="leave --negative-prompt out",
             )
 
-    def _own_defaults(self) -> tuple[int, float]:
-        defaults = call_defaults(self.folder.class_name)
+    def _own_defaults(self, request: GenerateRequest) -> tuple[int, float]:
+        defaults = call_defaults(self.pipeline_of(request))
         return int(defaults["num_inference_steps"]), float(defaults["guidance_scale"])
 
 
@@ -210,7 +316,11 @@ def sampling_defaults(artifact: Artifact, steps: int, guidance: float) -> tuple[
 
 
 def open_checker(
-    artifact: Artifact, *, pipeline: str | Path | None = None, limits: Limits | None = None
+    artifact: Artifact,
+    *,
+    pipeline: str | Path | None = None,
+    limits: Limits | None = None,
+    text_embeds: str | Path | None = None,
 ) -> TableChecker | PipelineChecker:
     """Return the checker for the requests of an export.
 
@@ -218,18 +328,21 @@ def open_checker(
         artifact: The export.
         pipeline: The folder or hub id of the model, if it is no longer where the export was made from.
         limits: What is served at most; None sets no limit.
+        text_embeds: A file of text embeddings, which takes the place of the text encoders.
 
     Raises:
         CheckpointError: The model's folder, or a part of the pipeline, is missing.
         UnsupportedError: There is no pipeline class for it.
     """
     source = str(pipeline or artifact.manifest.source["model"])
-    if pipeline is None and given_file(source) is not None:
+    if pipeline is None and names_file(source):
         raise CheckpointError(
             f"the export was made from the single file {shown(source)}, which has no text encoder, VAE and scheduler",
             available=f"{artifact.manifest.source['class_name']} of family {artifact.manifest.family}",
             fix="give the diffusers pipeline of the same model with --pipeline FOLDER or a hub id; its transformer is not used",
         )
     if PromptWords.is_at(source):
+        if text_embeds is not None:
+            raise UnsupportedError("a model with a prompt table has no text encoder", fix="leave --text-embeds out")
         return TableChecker(artifact, PromptWords.read(source), limits or Limits())
-    return PipelineChecker(artifact, source, limits or Limits())
+    return PipelineChecker(artifact, source, limits or Limits(), text_embeds)

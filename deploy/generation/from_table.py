@@ -63,8 +63,8 @@ class TableGenerator(Generator):
         self._loading = threading.Lock()  # two threads must not open two sessions, one of which nobody closes
         self._check_rows()
 
-    def _rehearse(self, steps: int, tokens: int) -> None:
-        del tokens
+    def _rehearse(self, steps: int, tokens: int, pipeline: str) -> None:
+        del tokens, pipeline
         path = self.table.root / FOLDER / FILE
         rehearse(open_table_scheduler(self.table.root), self.family.name, steps, path)
 

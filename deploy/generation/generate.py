@@ -20,6 +20,7 @@ from dvdquant.deploy.generation.generator import Generator, SessionOptions, Wrap
 from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 from dvdquant.deploy.generation.limits import Limits
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
+from dvdquant.errors import UnsupportedError
 
 __all__ = ["Generator", "GenerateRequest", "GenerateResult", "generate", "open_generator"]
 
@@ -66,6 +67,9 @@ def open_generator(
     attention_backend: str | None = None,
     plugins: Sequence[Path] = (),
     limits: Limits | None = None,
+    offload: bool = False,
+    vae_tiling: bool = False,
+    text_embeds: str | Path | None = None,
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -84,12 +88,30 @@ def open_generator(
         lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
             the quantized weights (:meth:`EngineSession.set_loras`).
         limits: what a server makes at most, besides what the export can make.
+        offload: keep text encoder and VAE in the host's memory, and move each to the device while it runs.
+        vae_tiling: decode in tiles, one after the other: less memory, and seams that are blended.
+        text_embeds: a file of text embeddings (:mod:`.text_embeds`); then no text encoder is loaded.
 
     Raises:
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
     """
-    checker = open_checker(artifact, pipeline=pipeline, limits=limits)
-    options = SessionOptions(backend, device, wrap_session, compile, attention, attention_backend, plugins)
+    checker = open_checker(artifact, pipeline=pipeline, limits=limits, text_embeds=text_embeds)
+    options = SessionOptions(
+        backend,
+        device,
+        wrap_session,
+        compile,
+        attention,
+        attention_backend,
+        plugins,
+        offload=offload,
+        vae_tiling=vae_tiling,
+    )
     if isinstance(checker, TableChecker):
+        if offload or vae_tiling:
+            raise UnsupportedError(
+                "a model with a prompt table has neither text encoder nor VAE",
+                fix=f"leave {'--offload' if offload else '--vae-tiling'} out",
+            )
         return TableGenerator(checker, PromptTable.open(checker.words.root), options, lora)
     return PipelineGenerator(checker, options, lora)

@@ -24,6 +24,7 @@ from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, 
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
+from dvdquant.errors import UnsupportedError
 
 __all__ = [
     "Denoised",
@@ -89,6 +90,8 @@ class SessionOptions:
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
         attention_backend: The library that computes it instead of the first of the ladder that fits.
         plugins: The TensorRT plugin libraries that engines need.
+        offload: Keep the pipeline's other parts in the host's memory, and move each to the device while it runs.
+        vae_tiling: Encode and decode images in tiles, one after the other.
     """
 
     backend: str = "auto"
@@ -98,6 +101,8 @@ class SessionOptions:
     attention: str | None = None
     attention_backend: str | None = None
     plugins: Sequence[Path] = ()
+    offload: bool = False
+    vae_tiling: bool = False
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
@@ -165,7 +170,7 @@ class Generator(ABC):
         artifact = checker.artifact
         self.checker, self.artifact, self.family = checker, artifact, checker.family
         self.options = options
-        self._tried: set[tuple[int, int]] = set()  # steps and tokens that the scheduler has gone through
+        self._tried: set[tuple[int, int, str]] = set()  # steps, tokens and pipeline that the scheduler has gone through
         self.lora, beside = split_given(artifact.manifest.lora, lora)
         self.beside = components_of(beside, artifact.components)
 
@@ -182,7 +187,7 @@ class Generator(ABC):
         """
         filled = self.checker.check(request)
         assert filled.steps is not None
-        tried = filled.steps, self.family.tokens(*self.checker.size_of(filled).latent)
+        tried = filled.steps, self.checker.tokens_of(filled), self.checker.pipeline_of(filled)
         if tried not in self._tried:
             # A scheduler that would fail once the model is loaded fails now.
             self._rehearse(*tried)
@@ -190,7 +195,7 @@ class Generator(ABC):
         return filled
 
     @abstractmethod
-    def _rehearse(self, steps: int, tokens: int) -> None:
+    def _rehearse(self, steps: int, tokens: int, pipeline: str) -> None:
         """Go through the steps of the model's scheduler. CheckpointError if it cannot make them."""
 
     @abstractmethod
@@ -290,6 +295,28 @@ class Generator(ABC):
     @abstractmethod
     def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:
         """Load what a checked request needs."""
+
+    def prompts(self) -> list[str]:
+        """Return the prompts that a file of text embeddings holds."""
+        return []
+
+    def save_text_embeds(self, path: Path, requests: Sequence[GenerateRequest]) -> None:
+        """Write what the text encoder makes of some requests' prompts, see :mod:`.text_embeds`.
+
+        Args:
+            path: The file.
+            requests: The requests, as :meth:`check` returned them.
+
+        Raises:
+            UnsupportedError: The model has no text encoder.
+        """
+        del path, requests
+        raise UnsupportedError("a model with a prompt table has no text encoder", fix="leave --save-text-embeds out")
+
+    def notes(self, request: GenerateRequest) -> list[str]:
+        """Return what a user should know of a checked request before it is drawn."""
+        del request
+        return []
 
     def fps(self, frames: int) -> int:
         """Return the frames per second at which a clip of ``frames`` frames is meant to be seen.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +25,17 @@ from dvdquant.deploy.generation.generator import (
     executed_original,
     executed_session,
 )
+from dvdquant.deploy.generation.images import stretch_words
 from dvdquant.deploy.generation.original import LOADING, CallRecorder, load_original, synchronize
-from dvdquant.deploy.generation.pipeline_stages import decode_video, encode_text, frames_of
+from dvdquant.deploy.generation.pipeline_stages import decode_video, encode_text, frames_of, twin, words_of
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
     OnStep,
 )
+from dvdquant.deploy.generation.text_embeds import save_text_embeds
+from dvdquant.deploy.pipelines.parts import CONDITIONS
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
-from dvdquant.deploy.pipelines.transformer import DvdqTransformer
+from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.errors import CheckpointError
 from dvdquant.system.devices import resolve_device
@@ -52,12 +56,17 @@ class PipelineGenerator(Generator):
         lora: Sequence[LoraSpec] = (),
     ) -> None:
         super().__init__(checker, options, lora)
+        self.checker: PipelineChecker = checker
         self.folder = checker.folder
         self._engines: dict[str, DvdqTransformer] = {}
         self._originals: dict[str, nn.Module] = {}
-        self._pipe: Any = None
+        self._pipes: dict[str, Any] = {}  # by class; they share their parts
         # diffusers keeps the state of a call in the pipeline, and a VAE keeps the frames before: one clip at a time.
-        self._encoding, self._denoising, self._decoding = (threading.Lock() for _ in range(3))
+        self._encoding, self._denoising, self._decoding = (threading.RLock() for _ in range(3))
+        if (
+            options.offload
+        ):  # a part that comes to the device sends the one before away, so no stage runs beside another
+            self._denoising = self._decoding = self._encoding
         self._loading = threading.Lock()
 
     @property
@@ -65,9 +74,21 @@ class PipelineGenerator(Generator):
         """The transformers the pipeline calls."""
         return self.folder.transformers
 
-    def _rehearse(self, steps: int, tokens: int) -> None:
+    def prompts(self) -> list[str]:
+        """See :class:`Generator`."""
+        return list(self.checker.text.prompts) if self.checker.text is not None else []
+
+    def notes(self, request: GenerateRequest) -> list[str]:
+        """See :class:`Generator`."""
+        height, width = request.height or 1, request.width or 1
+        found = [stretch_words(picture, height, width) for picture in self.checker.pictures(request).values()]
+        if self.options.offload and resolve_device(self.options.device).type == "cpu":
+            found.append("--offload saves nothing on a CPU: the parts are in the host's memory anyway")
+        return [words for words in found if words is not None]
+
+    def _rehearse(self, steps: int, tokens: int, pipeline: str) -> None:
         name, root = self.family.name, self.folder.root
-        rehearse(open_scheduler(root, name), name, steps, root / FOLDER / FILE, tokens)
+        rehearse(open_scheduler(root, name, pipeline), name, steps, root / FOLDER / FILE, tokens, pipeline)
 
     # ------------------------------------------------------------------------------------------------------ the stages
 
@@ -79,11 +100,41 @@ class PipelineGenerator(Generator):
             request: The request of a clip.
             cancel: An event that ends the work soon after it is set, or None.
         """
+        if self.checker.text is not None:
+            return self.checker.text.of(request)
         with take_turn(self._encoding, cancel, "the text encoder"):
             pipe = self._parts(request, cancel)
-            encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
-            with cancel_inside(encoders, cancel):
-                return encode_text(pipe, self.family, request, self.artifact.sizes.text_tokens)
+            return self._encode(pipe, request, cancel)
+
+    def _encode(self, pipe: Any, request: GenerateRequest, cancel: CancelSignal | None) -> Embeddings:
+        encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+        picture = self.checker.pictures(request).get("image")
+        image = None if picture is None else picture.image
+        with cancel_inside(encoders, cancel):
+            return encode_text(pipe, self.family, request, self.artifact.sizes.text_tokens, image)
+
+    @torch.no_grad()
+    def save_text_embeds(self, path: Path, requests: Sequence[GenerateRequest]) -> None:
+        """Encode the prompts of some requests into a file. Of the model, the text encoders alone are loaded.
+
+        Args:
+            path: The file, see :mod:`.text_embeds`.
+            requests: The requests, as :meth:`check` returned them; they differ in their prompts alone.
+
+        Raises:
+            OutputError: The file cannot be written.
+            CheckpointError: A text encoder cannot be loaded.
+        """
+        without = [part for part in ("vae", "image_encoder") if part in self.folder.parts]
+        parts = dict.fromkeys((*self.components, *without))
+        device = resolve_device(self.options.device)
+        with self._loading:
+            pipe = self._open(self.checker.pipeline_of(requests[0]), parts, device)
+        with self._encoding:
+            made = [self._encode(pipe, request, None) for request in requests]
+        # Only a text encoder that sees the image makes it a part of the text.
+        picture = self.checker.pictures(requests[0]).get("image") if self.family.image_tokens() else None
+        save_text_embeds(path, self.family, requests, made, None if picture is None else picture.sha256)
 
     def denoise(
         self,
@@ -106,6 +157,7 @@ class PipelineGenerator(Generator):
                 with (
                     _recorded(transformers, on_step) as recorders,
                     cancel_inside(transformers.values(), cancel),
+                    self._vae_until_first_step(transformers.values(), request, cancel),
                 ):
                     latents = self._call(pipe, request, embeddings)
                 traces = {name: recorder.trace for name, recorder in recorders.items()}
@@ -117,7 +169,8 @@ class PipelineGenerator(Generator):
                     # Most pipelines keep the number of steps to themselves; the last ones are treated otherwise.
                     engine.begin_request(request.steps)
                 try:
-                    latents = self._call(pipe, request, embeddings)
+                    with self._vae_until_first_step(transformers.values(), request, cancel):
+                        latents = self._call(pipe, request, embeddings)
                     traces = {name: list(engine.trace) for name, engine in engines.items()}
                     summaries = {name: engine.runner.summary() for name, engine in engines.items()}
                 finally:
@@ -137,16 +190,17 @@ class PipelineGenerator(Generator):
             latents: The latents of the clip.
             cancel: An event that ends the work soon after it is set, or None.
         """
-        with take_turn(self._decoding, cancel, "the VAE"):
-            pipe = self._parts(request, cancel)
-            with cancel_inside([pipe.vae], cancel):
-                video = decode_video(pipe, self.family, request, latents, self.artifact.dtype)
-                return frames_of(video)
+        pipe = self._parts(request, cancel)  # before the turn: whoever loads it may wait for the VAE
+        with take_turn(self._decoding, cancel, "the VAE"), cancel_inside([pipe.vae], cancel):
+            video = decode_video(pipe, self.family, request, latents, self.artifact.dtype)
+            if self.options.offload:
+                pipe.maybe_free_model_hooks()
+            return frames_of(video)
 
     def close(self) -> None:
         """See :class:`Generator`. A clip that another thread draws ends with EngineError."""
         with self._loading:
-            engines, self._engines, self._originals, self._pipe = self._engines, {}, {}, None
+            engines, self._engines, self._originals, self._pipes = self._engines, {}, {}, {}
             for engine in engines.values():
                 engine.close()
 
@@ -160,15 +214,15 @@ class PipelineGenerator(Generator):
         """Return the transformers that a request runs, and the pipeline that holds them."""
         with self._loading:
             transformers = self._originals_of() if request.mode == "16" else self._engines_of(request)
-            return transformers, self._pipeline(transformers)
+            return transformers, self._pipeline(self.checker.pipeline_of(request), transformers)
 
     def _parts(self, request: GenerateRequest, cancel: CancelSignal | None) -> Any:
         """Return the pipeline, whichever transformers it holds; it is loaded with those of a request."""
         with self._loading:
-            if self._pipe is not None:
-                return self._pipe
+            if self._pipes:
+                return next(iter(self._pipes.values()))
         self._load(request, cancel)
-        return self._pipe
+        return next(iter(self._pipes.values()))
 
     def _engines_of(self, request: GenerateRequest) -> dict[str, nn.Module]:
         for name in self.components:
@@ -195,11 +249,27 @@ class PipelineGenerator(Generator):
                 )
         return self._originals
 
-    def _pipeline(self, transformers: dict[str, nn.Module]) -> Any:
-        """Return the pipeline with these transformers; its other parts are loaded once."""
-        if self._pipe is not None:
-            self._pipe.register_modules(**transformers)
-            return self._pipe
+    def _pipeline(self, class_name: str, transformers: dict[str, nn.Module]) -> Any:
+        """Return the pipeline of a class with these transformers; its other parts are loaded once."""
+        if class_name not in self._pipes:
+            other = next(iter(self._pipes.values()), None)
+            self._pipes[class_name] = (
+                twin(class_name, other) if other is not None else self._whole(class_name, transformers)
+            )
+        pipe = self._pipes[class_name]
+        pipe.register_modules(**transformers)
+        return pipe
+
+    def _whole(self, class_name: str, transformers: dict[str, nn.Module]) -> Any:
+        """Return a pipeline around these transformers, with all that it needs to draw."""
+        parts: dict[str, nn.Module | None] = dict(transformers)
+        if self.checker.text is not None:
+            parts.update(dict.fromkeys(self.folder.text_parts))
+        device: Any = next(iter(transformers.values())).device
+        return self._open(class_name, parts, device)
+
+    def _open(self, class_name: str, parts: Mapping[str, nn.Module | None], device: torch.device) -> Any:
+        """Return a pipeline around these parts, None for those that are not needed; the others are loaded from its folder."""
         import diffusers
 
         # Wan's VAE loses detail in bf16; the other pipelines decode in the dtype of their text encoder.
@@ -208,8 +278,8 @@ class PipelineGenerator(Generator):
             dtypes["vae"] = torch.float32
         try:
             with LOADING:
-                pipe = getattr(diffusers, self.folder.class_name).from_pretrained(
-                    self.folder.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **transformers
+                pipe = getattr(diffusers, class_name).from_pretrained(
+                    self.folder.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **parts
                 )
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -217,34 +287,87 @@ class PipelineGenerator(Generator):
                 fix="download it again, or give another with --pipeline",
             ) from error
         pipe.set_progress_bar_config(disable=True)
-        self._pipe = pipe.to(next(iter(transformers.values())).device)
-        return self._pipe
+        if self.options.vae_tiling and getattr(pipe, "vae", None) is not None:
+            pipe.vae.enable_tiling()
+            pipe.vae.enable_slicing()
+        if self.options.offload:
+            pipe.enable_model_cpu_offload(device=device)
+            return pipe
+        return pipe.to(device)
 
     # --------------------------------------------------------------------------------------------------------- the call
 
     def _call(self, pipe: Any, request: GenerateRequest, embeddings: Embeddings) -> Tensor:
-        """Return the last latents of the pipeline's loop, as it leaves them."""
-        output = pipe(
+        """Return the last latents of the pipeline's loop, as its VAE is to get them."""
+        steps, two = request.steps or 0, len(self.components) > 1
+        last: list[Tensor] = []
+
+        def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            del pipe, timestep
+            last[:] = [tensors["latents"]]
+            if two:
+                at_step(step + 1, steps)
+            return {}
+
+        if two:
+            at_step(0, steps)
+        try:
+            output = self._run(pipe, request, embeddings, after_step)
+        finally:
+            at_step(None)
+        # This pipeline gives the latents without the image's, which the VAE needs.
+        whole = self.family.config.get("image_condition_type") == "latent_concat"
+        latents: Tensor = last[0] if whole else output.frames
+        return latents
+
+    def _run(self, pipe: Any, request: GenerateRequest, embeddings: Embeddings, after_step: Callable[..., Any]) -> Any:
+        """Call the pipeline, without its last stage."""
+        return pipe(
+            **self._images(pipe, request),
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
             num_frames=request.num_frames,
             height=request.height,
             width=request.width,
             generator=torch.Generator().manual_seed(request.seed),
-            max_sequence_length=self.artifact.sizes.text_tokens,
+            max_sequence_length=words_of(self.family, self.artifact.sizes.text_tokens),
+            callback_on_step_end=after_step,
             output_type="latent",
             **{name: tensor.to(pipe._execution_device) for name, tensor in embeddings.items()},
         )
-        latents: Tensor = output.frames
-        return latents
+
+    def _images(self, pipe: Any, request: GenerateRequest) -> dict[str, Any]:
+        """Return the arguments of the call that hold the images."""
+        images = {name: picture.image for name, picture in self.checker.pictures(request).items()}
+        if type(pipe).__name__ != CONDITIONS or not images:
+            return images
+        from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+
+        places = {"image": 0, "last_image": (request.num_frames or 1) - 1}
+        return {"conditions": [LTXVideoCondition(image=image, frame_index=places[n]) for n, image in images.items()]}
+
+    @contextlib.contextmanager
+    def _vae_until_first_step(
+        self, transformers: Iterable[nn.Module], request: GenerateRequest, cancel: CancelSignal | None
+    ) -> Iterator[None]:
+        """Keep other clips from the VAE while it encodes this one's images, which is before the first step."""
+        with contextlib.ExitStack() as stack:
+            if self.checker.pictures(request):
+                stack.enter_context(take_turn(self._decoding, cancel, "the image was encoded"))
+                for module in transformers:
+                    handle = module.register_forward_pre_hook(lambda *_: stack.close())
+                    stack.callback(handle.remove)
+            yield
 
     def _executed(self, request: GenerateRequest, transformers: dict[str, nn.Module]) -> dict[str, Any]:
+        images = {name: picture.to_json() for name, picture in self.checker.pictures(request).items()}
+        more: dict[str, Any] = {"pipeline": self.checker.pipeline_of(request), **({"images": images} if images else {})}
         if request.mode == "16":
             parameter = next(transformers[self.components[0]].parameters())
-            return executed_original(parameter.device, parameter.dtype)
+            return {**executed_original(parameter.device, parameter.dtype), **more}
         sessions = {name: executed_session(engine.session) for name, engine in _engines(transformers).items()}
         first = sessions[self.components[0]]
-        return {**first, "pipeline": self.folder.class_name, "components": sessions if len(sessions) > 1 else {}}
+        return {**first, **more, "components": sessions if len(sessions) > 1 else {}}
 
 
 def _engines(transformers: dict[str, nn.Module]) -> dict[str, DvdqTransformer]:

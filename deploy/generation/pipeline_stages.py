@@ -6,8 +6,10 @@ family: the latents are scaled back, and the VAE decodes them. The arithmetic is
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,11 +18,45 @@ from torch import Tensor
 from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.errors import EngineError
 from dvdquant.model.families import Family
+from dvdquant.model.families.hunyuan_video import IMAGE_TOKENS, TEMPLATE_TOKENS
 
-__all__ = ["decode_video", "encode_text", "frames_of"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["decode_video", "encode_text", "frames_of", "twin", "words_of"]
 
 
-def encode_text(pipe: Any, family: Family, request: GenerateRequest, tokens: int) -> dict[str, Tensor]:
+def twin(class_name: str, pipe: Any) -> Any:
+    """Return a pipeline of another class around the parts of ``pipe``.
+
+    Args:
+        class_name: A pipeline class of diffusers, which takes these parts.
+        pipe: The pipeline.
+    """
+    import diffusers
+
+    of_class = getattr(diffusers, class_name)
+    settings = {**pipe.config, **pipe.components}
+    names = inspect.signature(of_class.__init__).parameters
+    made = of_class(**{name: settings[name] for name in names if name in settings})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def words_of(family: Family, tokens: int) -> int:
+    """Return the length that a pipeline is asked for: that of the words, where tokens of an image stand before them.
+
+    Args:
+        family: The family of the pipeline.
+        tokens: The length of the text embedding.
+    """
+    image = family.image_tokens()
+    return tokens - image + TEMPLATE_TOKENS if image else tokens
+
+
+def encode_text(
+    pipe: Any, family: Family, request: GenerateRequest, tokens: int, image: Image | None = None
+) -> dict[str, Tensor]:
     """Return the embeddings of a request, by the names of the arguments of the pipeline's call.
 
     Args:
@@ -28,12 +64,19 @@ def encode_text(pipe: Any, family: Family, request: GenerateRequest, tokens: int
         family: The family of the pipeline.
         request: The request, with its guidance filled in.
         tokens: The length of the text embedding.
+        image: The first frame, for text encoders that see it.
     """
     names: tuple[str, ...]
     if family.name == "hunyuan-video":
         names = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
-        found = pipe.encode_prompt(request.prompt, max_sequence_length=tokens)
+        seen = {}
+        if kept := family.image_tokens():  # of 576, every second or fourth, as the pipeline's call has it
+            seen = {"image": image, "image_embed_interleave": IMAGE_TOKENS // kept}
+        found = pipe.encode_prompt(prompt=request.prompt, max_sequence_length=words_of(family, tokens), **seen)
     else:
+        if type(pipe).__name__ == "WanImageToVideoPipeline" and importlib.util.find_spec("ftfy") is None:
+            # This class cleans text with a package that its twin for text alone can do without.
+            pipe = twin("WanPipeline", pipe)
         guided = request.guidance is not None and request.guidance > 1.0
         found = pipe.encode_prompt(
             request.prompt, request.negative_prompt, do_classifier_free_guidance=guided, max_sequence_length=tokens
@@ -59,7 +102,7 @@ def decode_video(pipe: Any, family: Family, request: GenerateRequest, latents: T
         latents: The latents as the pipeline's loop left them.
         dtype: The dtype of the text embeddings.
     """
-    video: Tensor = _DECODERS[family.name](pipe, family, request, latents.to(pipe.vae.device), dtype)
+    video: Tensor = _DECODERS[family.name](pipe, family, request, latents.to(pipe._execution_device), dtype)
     return video
 
 
@@ -77,15 +120,17 @@ def _wan(pipe: Any, family: Family, request: GenerateRequest, latents: Tensor, d
 
 
 def _hunyuan(pipe: Any, family: Family, request: GenerateRequest, latents: Tensor, dtype: torch.dtype) -> Tensor:
-    del family, request, dtype
+    del request, dtype
+    concatenated = family.config.get("image_condition_type") == "latent_concat"
     video: Tensor = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]
-    return video
+    # Beside latents of the image, the first ones are the image's own: not a part of the clip.
+    return video[:, :, 4:] if concatenated else video
 
 
 def _cogvideox(pipe: Any, family: Family, request: GenerateRequest, latents: Tensor, dtype: torch.dtype) -> Tensor:
     del dtype
     # CogVideoX 1.5 fills its first patch of time with frames that nobody asked for.
-    filled = latents.shape[1] - family.latent_frames(request.num_frames or 1)
+    filled = latents.shape[1] - ((request.num_frames or 1) - 1) // family.vae_scale[0] - 1
     video: Tensor = pipe.decode_latents(latents[:, filled:])
     return video
 
@@ -96,7 +141,10 @@ def _ltx(pipe: Any, family: Family, request: GenerateRequest, latents: Tensor, d
     _, down, across = family.vae_scale
     vae = pipe.vae
     rows, columns = (request.height or down) // down, (request.width or across) // across
-    latents = pipe._unpack_latents(latents, family.latent_frames(request.num_frames or 1), rows, columns, height, time)
+    if latents.ndim == 3:  # the pipeline with conditions has unpacked them
+        latents = pipe._unpack_latents(
+            latents, family.latent_frames(request.num_frames or 1), rows, columns, height, time
+        )
     latents = pipe._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
     latents = latents.to(dtype)
     # A VAE that takes a timestep is told 0, the pipeline's default: no noise is mixed in.

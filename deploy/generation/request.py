@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dvdquant.deploy.generation.images import ImageSource, image_words
 from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.deploy.switching.gbs import Stair, Weighting, delta_of_stair
@@ -58,6 +59,8 @@ class GenerateRequest:
             given; "none" and 0 last steps are the published rule. schedule: of ``planned``.
         cache: threshold of the step cache; None computes every step.
         height, width, num_frames: in pixels and frames; None is what the export was tuned for.
+        image, last_image: the first and the last frame, of models that draw from images: a path, the bytes of a file, or an
+            image of Pillow.
     """
 
     prompt: str
@@ -74,11 +77,14 @@ class GenerateRequest:
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
+    image: ImageSource | None = None
+    last_image: ImageSource | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the trace; a schedule as its own JSON."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "schedule"}
-        return {**fields, "schedule": None if self.schedule is None else dataclasses.asdict(self.schedule)}
+        images = {name: image_words(fields[name]) for name in ("image", "last_image")}
+        return {**fields, **images, "schedule": None if self.schedule is None else dataclasses.asdict(self.schedule)}
 
 
 @dataclass

@@ -177,21 +177,42 @@ class Adapter:
         return tensor.to(spec.dtype or dtype)
 
     def _timestep(self, spec: InputSpec, value: Tensor, latents: Tensor) -> Tensor:
-        """Return the timesteps in fp32, one per sample, or as many as the spec has."""
+        """Return the timesteps in fp32: one per sample, one per token, or as many as the spec has.
+
+        A graph with one per token also serves a pipeline that gives one per sample: it holds for all tokens.
+        """
         value = value.to(torch.float32)
         samples = 1 if spec.name == "ofs" else latents.shape[0]
         if value.ndim == 0 or (value.ndim == 1 and value.shape[0] == 1):
             value = value.reshape(1).expand(samples)
         if spec.name == "ofs" and value.shape != (1,):
             raise ShapeError(f"ofs has shape {list(value.shape)}", available="one number for all samples")
+        if spec.shape[1:] == ("tokens",):
+            value = value[:, None] if value.ndim == 1 else value
+            if value.ndim != 2 or not value.shape[1]:
+                raise ShapeError(
+                    f"timestep has shape {list(value.shape)}", available="one per sample, or [samples, tokens]"
+                )
+            return value if value.shape[1] > 1 else value.expand(-1, self._tokens(latents))
+        if value.ndim == 2 and value.shape[1] == 1:
+            value = value[:, 0]
         if value.ndim != 1:
+            fix = {
+                "wan": "use a pipeline with expand_timesteps=False, or export again from the pipeline's own folder, which tells",
+                "ltx-video": "export again: this export was made before image to video was supported for this model",
+            }
             raise ShapeError(
                 f"{spec.name} has the shape {tuple(value.shape)}: one per token, but this {self.family.name} was "
                 "exported with one per sample",
                 available=f"a {spec.name} of shape ({latents.shape[0]},)",
-                fix="use the text-to-video pipeline of this model (for Wan: expand_timesteps=False)",
+                fix=fix.get(self.family.name, "use the pipeline that this model was published with"),
             )
         return value
+
+    def _tokens(self, latents: Tensor) -> int:
+        """Return the number of video tokens of the latents."""
+        packed = self.specs[0].shape[1] == "tokens"
+        return latents.shape[1] if packed else self.family.tokens(*latents.shape[-3:])
 
     def _check_text(self, values: Mapping[str, Tensor]) -> None:
         text = values["encoder_hidden_states"]
@@ -202,25 +223,6 @@ class Adapter:
                 fix=f"call the pipeline with max_sequence_length={self.sizes.text_tokens}, or export again with "
                 f"--text-tokens {text.shape[1]}",
             )
-
-
-class WanAdapter(Adapter):
-    """The adapter of Wan. Timesteps are per sample, or per token for TI2V-5B.
-
-    If TI2V-5B is given one timestep per sample, it is used for all tokens of the sample.
-    """
-
-    def _timestep(self, spec: InputSpec, value: Tensor, latents: Tensor) -> Tensor:
-        if spec.shape[1:] != ("tokens",):
-            return super()._timestep(spec, value, latents)
-        if value.ndim < 2:
-            tokens = self.family.tokens(*latents.shape[-3:])
-            value = super()._timestep(spec, value, latents)[:, None].expand(-1, tokens)
-        if value.ndim != 2 or not value.shape[1]:
-            raise ShapeError(
-                f"timestep has shape {list(value.shape)}", available="one per sample, or [samples, tokens]"
-            )
-        return value.to(torch.float32)
 
 
 class HunyuanVideoAdapter(Adapter):
@@ -390,7 +392,7 @@ def _factors(scale: Any) -> tuple[float, float, float]:
 
 
 ADAPTERS: dict[str, type[Adapter]] = {
-    "wan": WanAdapter,
+    "wan": Adapter,
     "hunyuan-video": HunyuanVideoAdapter,
     "cogvideox": CogVideoXAdapter,
     "ltx-video": LTXVideoAdapter,

@@ -4,33 +4,67 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dvdquant.checkpoint.diffusers_folder import refuse_scripts
 from dvdquant.checkpoint.locate import locate_model
 from dvdquant.checkpoint.untrusted import UntrustedFolder, fix_of, reason_of
 from dvdquant.deploy.pipelines.schedulers import check_scheduler_config, read_scheduler_config
 from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.model.families import Family, ImageInputs
 from dvdquant.system.safetensors_io import read_header_from
 
-__all__ = ["PIPELINES", "PipelineFolder", "open_pipeline_folder"]
+__all__ = ["CONDITIONS", "PIPELINES", "PipelineClass", "PipelineFolder", "open_pipeline_folder", "pipeline_for"]
 
-# Text-to-video pipelines, by the family they belong to.
-PIPELINES = {
-    "WanPipeline": "wan",
-    "HunyuanVideoPipeline": "hunyuan-video",
-    "CogVideoXPipeline": "cogvideox",
-    "LTXPipeline": "ltx-video",
+
+@dataclass(frozen=True)
+class PipelineClass:
+    """A pipeline class of diffusers that clips are drawn with.
+
+    Args:
+        family: The name of the family of its transformer.
+        image: Whether its call takes the first frame as an image.
+        last_image: Whether its call takes the last frame, too.
+        other: The class for the same parts that takes an image, or that takes none; None if there is no such class.
+    """
+
+    family: str
+    image: Literal["none", "optional", "required"] = "none"
+    last_image: bool = False
+    other: str | None = None
+
+
+PIPELINES: Mapping[str, PipelineClass] = {
+    "WanPipeline": PipelineClass("wan", other="WanImageToVideoPipeline"),
+    "WanImageToVideoPipeline": PipelineClass("wan", "required", last_image=True, other="WanPipeline"),
+    "HunyuanVideoPipeline": PipelineClass("hunyuan-video"),
+    "HunyuanVideoImageToVideoPipeline": PipelineClass("hunyuan-video", "required"),
+    "CogVideoXPipeline": PipelineClass("cogvideox"),
+    "CogVideoXImageToVideoPipeline": PipelineClass("cogvideox", "required"),
+    "LTXPipeline": PipelineClass("ltx-video", other="LTXImageToVideoPipeline"),
+    "LTXImageToVideoPipeline": PipelineClass("ltx-video", "required", other="LTXPipeline"),
+    "LTXConditionPipeline": PipelineClass("ltx-video", "optional", last_image=True),
 }
+CONDITIONS = "LTXConditionPipeline"
+"""The class that takes images as conditions at frames of the clip."""
+_TAKE_IMAGES = (
+    "Wan 2.1 I2V and FLF2V, Wan 2.2 I2V-A14B and TI2V-5B, HunyuanVideo-I2V, CogVideoX I2V, LTX-Video; and with a last image "
+    "Wan 2.1 FLF2V, Wan 2.2 I2V-A14B, LTX-Video from 0.9.5 on"
+)
 INDEX = "model_index.json"
 MAX_JSON = 1 << 20
 MAX_PARTS = 64
 _TRANSFORMER = re.compile(r"transformer(_\d+)?")
 _LIBRARIES = ("diffusers", "transformers")
 # The files that a pipeline reads besides the transformers, which the engines replace.
-_WANTED = (INDEX, *(f"{part}/*" for part in ("scheduler", "tokenizer*", "text_encoder*", "vae")))
+_WANTED = (
+    INDEX,
+    *(f"{part}/*" for part in ("scheduler", "tokenizer*", "text_encoder*", "vae", "image_*", "feature_extractor")),
+)
+_TEXT = ("text_encoder", "tokenizer")
 _WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")
 
 
@@ -42,20 +76,30 @@ class PipelineFolder:
         root: The folder of the pipeline.
         class_name: The name of its diffusers class, one of :data:`PIPELINES`.
         transformers: The names of its transformers' folders.
+        expand_timesteps: Whether it says that its pipeline gives a timestep for every token (Wan 2.2 TI2V).
+        parts: The names of its other parts.
     """
 
     root: Path
     class_name: str
     transformers: tuple[str, ...]
+    expand_timesteps: bool = False
+    parts: tuple[str, ...] = ()
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """Return the names of its text encoders and tokenizers."""
+        return tuple(part for part in self.parts if part.startswith(_TEXT))
 
 
-def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
+def open_pipeline_folder(source: str, family: str, *, text: bool = True) -> PipelineFolder:
     """Find and check the pipeline of a model.
 
     Args:
         source: The folder of the pipeline, or a hub id ``org/name``. Of a hub id, text encoder, tokenizer, VAE and
             scheduler are downloaded.
         family: The name of the export's family.
+        text: Whether its text encoders are needed; else they may be missing, and are not downloaded.
 
     Raises:
         CheckpointError: There is no pipeline, parts are missing (the error names them), or weights are damaged or not
@@ -63,7 +107,7 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
         UnsupportedError: The class of the pipeline is not supported here, or belongs to another family.
     """
     # 1. The class of the pipeline.
-    folder = UntrustedFolder.at(_find(source))
+    folder = UntrustedFolder.at(_find(source, text))
     root = folder.root
     index = _read_index(folder, source)
     name = index.get("_class_name")
@@ -73,7 +117,7 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
             available=PIPELINES,
             fix="put DvdqTransformer into that pipeline yourself, see dvdquant.deploy.pipelines.transformer",
         )
-    if PIPELINES[name] != family:
+    if PIPELINES[name].family != family:
         raise UnsupportedError(f"{root} is a {name}, and the export is of family {family}", fix="give its own pipeline")
     # 2. Its parts: their entries first, then their files.
     parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
@@ -86,7 +130,9 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
     missing = [
         problem
         for part in parts
-        if not _TRANSFORMER.fullmatch(part) and (problem := _problem(folder, part)) is not None
+        if not _TRANSFORMER.fullmatch(part)
+        and (text or not part.startswith(_TEXT))
+        and (problem := _problem(folder, part)) is not None
     ]
     if missing:
         raise CheckpointError(
@@ -94,12 +140,65 @@ def open_pipeline_folder(source: str, family: str) -> PipelineFolder:
             available=folder.listing(),
             fix=_how_to_fetch(source),
         )
-    return PipelineFolder(root, name, tuple(part for part in parts if _TRANSFORMER.fullmatch(part)))
+    transformers = tuple(part for part in parts if _TRANSFORMER.fullmatch(part))
+    others = tuple(part for part in parts if part not in transformers)
+    return PipelineFolder(root, name, transformers, index.get("expand_timesteps") is True, others)
 
 
-def _find(source: str) -> Path:
+def pipeline_for(folder: PipelineFolder, family: Family, *, first: bool, last: bool) -> str:
+    """Return the pipeline class that draws a clip from these images, and from text.
+
+    Args:
+        folder: The pipeline.
+        family: The family of the transformer, which knows what images it needs.
+        first: Whether the first frame is given.
+        last: Whether the last one is.
+
+    Raises:
+        UnsupportedError: The model takes no such image, or needs one; the error says which and names the options.
+    """
+    needs, own = family.images(), PIPELINES[folder.class_name]
+    if own.image == "none" and own.other == "WanImageToVideoPipeline" and not folder.expand_timesteps:
+        needs = needs if needs.first == "required" else ImageInputs()
+    if (first or last) and needs.first == "none":
+        raise UnsupportedError(
+            f"this model draws from text alone, and {'--image' if first else '--last-image'} is given",
+            available=f"models that take images: {_TAKE_IMAGES}",
+            fix="leave the image out, or export one of these models",
+        )
+    for name, given, need in (("--image", first, needs.first), ("--last-image", last, needs.last)):
+        if need == "required" and not given:
+            raise UnsupportedError(
+                f"this model draws from {'a first and a last image' if needs.last == 'required' else 'an image'}, "
+                f"and {name} is missing",
+                fix=f"give {name} FILE",
+            )
+    if not first and not last:
+        return folder.class_name if own.image != "required" or own.other is None else own.other
+    name = folder.class_name if own.image != "none" or own.other is None else own.other
+    takes = PIPELINES[name]
+    if takes.image == "none":
+        raise UnsupportedError(
+            f"{folder.root} is a {name}, which takes no image, and the transformer is made for one",
+            available=[
+                other for other, kind in PIPELINES.items() if kind.family == own.family and kind.image != "none"
+            ],
+            fix="give the model's own pipeline for images with --pipeline",
+        )
+    if last and (needs.last == "none" or not takes.last_image):
+        raise UnsupportedError(
+            f"this model's {name} takes no last image",
+            available=f"models that take images: {_TAKE_IMAGES}",
+            fix="leave --last-image out",
+        )
+    if not first and takes.image == "required":
+        raise UnsupportedError(f"a {name} takes a last image only beside a first one", fix="give --image FILE, too")
+    return name
+
+
+def _find(source: str, text: bool) -> Path:
     try:
-        return locate_model(source, None, list(_WANTED))
+        return locate_model(source, None, [glob for glob in _WANTED if text or not glob.startswith(_TEXT)])
     except CheckpointError as error:
         raise CheckpointError(
             f"the model the export was made from is needed for text, VAE and scheduler, and is not here: {error.what}",

@@ -45,6 +45,8 @@ MAX_TRAIN_TIMESTEPS = 100_000  # a thousand in every published model; tables of 
 
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 _UNIPC = "UniPCMultistepScheduler"
+# The pipeline of LTX-Video with conditions has timesteps of its own, and steps every token at its own one.
+_CONDITION, _PER_TOKEN = "LTXConditionPipeline", _FLOW[:1]
 # The scheduler classes that each family's pipeline can be run with. The pipelines of HunyuanVideo and LTX-Video make
 # their own sigmas, which DPMSolverMultistepScheduler and FlowMatchHeunDiscreteScheduler do not take.
 SCHEDULERS: Mapping[str, tuple[str, ...]] = {
@@ -118,22 +120,24 @@ _ADAPTER: TypeAdapter[_Config] = TypeAdapter(_Config)
 _QUIET = threading.RLock()
 
 
-def open_scheduler(root: Path, family: str) -> Any:
+def open_scheduler(root: Path, family: str, pipeline: str | None = None) -> Any:
     """Build the scheduler of a model's folder, of the class that its ``model_index.json`` names.
 
     Args:
         root: The folder of the model.
         family: The name of the family whose pipeline will use it.
+        pipeline: The class of the pipeline, if it is not the family's for text.
 
     Raises:
         CheckpointError: The file does not exist, the family's pipeline cannot use the class, or a field is out of
             bounds.
     """
     name = _class_of(root)
-    if name not in SCHEDULERS[family]:
+    usable = _PER_TOKEN if pipeline == _CONDITION else SCHEDULERS[family]
+    if name not in usable:
         raise CheckpointError(
             f"{root / INDEX}: the scheduler is a {name!r:.80}, which this pipeline cannot use",
-            available=SCHEDULERS[family],
+            available=usable,
             fix="give a pipeline with one of these by --pipeline, or put DvdqTransformer into your own",
         )
     path = root / FOLDER / FILE
@@ -199,7 +203,7 @@ def check_scheduler_config(config: Mapping[str, Any], path: Path) -> None:
         ) from None
 
 
-def set_timesteps(scheduler: Any, family: str, steps: int, tokens: int) -> None:
+def set_timesteps(scheduler: Any, family: str, steps: int, tokens: int, pipeline: str | None = None) -> None:
     """Make the timesteps of a request as the family's pipeline does.
 
     Args:
@@ -207,10 +211,15 @@ def set_timesteps(scheduler: Any, family: str, steps: int, tokens: int) -> None:
         family: The name of the family.
         steps: The number of steps of the request.
         tokens: The number of video tokens of the clip. LTX's pipeline shifts the schedule by it.
+        pipeline: The class of the pipeline, if it is not the family's for text.
     """
     import numpy as np
 
-    if family == "hunyuan-video":
+    if pipeline == _CONDITION:
+        from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
+
+        scheduler.set_timesteps(timesteps=linear_quadratic_schedule(steps) * 1000)
+    elif family == "hunyuan-video":
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
     elif family == "ltx-video":
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=_shift_of(scheduler.config, tokens))
@@ -218,7 +227,7 @@ def set_timesteps(scheduler: Any, family: str, steps: int, tokens: int) -> None:
         scheduler.set_timesteps(steps)
 
 
-def rehearse(scheduler: Any, family: str, steps: int, path: Path, tokens: int = 1) -> None:
+def rehearse(scheduler: Any, family: str, steps: int, path: Path, tokens: int = 1, pipeline: str | None = None) -> None:
     """Take every step of a request once, on a tensor of sixteen numbers.
 
     Args:
@@ -227,6 +236,7 @@ def rehearse(scheduler: Any, family: str, steps: int, path: Path, tokens: int = 
         steps: The number of steps of the request.
         path: The file that errors name.
         tokens: The number of video tokens of the clip.
+        pipeline: The class of the pipeline, if it is not the family's for text.
 
     Raises:
         CheckpointError: There are no timesteps, too many or too few, or some that are not finite or that rise. Or a
@@ -236,7 +246,7 @@ def rehearse(scheduler: Any, family: str, steps: int, path: Path, tokens: int = 
 
     # Some schedulers draw random noise, which must not change what the caller draws afterwards.
     with _said_once(path), torch.random.fork_rng(devices=[]):
-        set_timesteps(scheduler, family, steps, tokens)
+        set_timesteps(scheduler, family, steps, tokens, pipeline)
         timesteps = scheduler.timesteps
         _check_timesteps(timesteps, scheduler, steps, path)
         # Pipelines that make their own sigmas let the scheduler find the step from the timestep.

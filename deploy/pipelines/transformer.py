@@ -46,7 +46,7 @@ from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.model.diffusers_hooks import check_pipeline_hooks
 from dvdquant.system.torch_hooks import parse_to
 
-__all__ = ["DvdqTransformer"]
+__all__ = ["DvdqTransformer", "at_step"]
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,21 @@ _HARMLESS = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")
 check_pipeline_hooks()
 # id of a transformer -> the branch that its pipeline is calling. Each thread and each asyncio task has its own context.
 _BRANCHES: ContextVar[Mapping[int, tuple[str, Mapping[str, Any]]]] = ContextVar("dvdquant_branches")
+# The step of the loop and the number of steps, where whoever runs a pipeline says them.
+_LOOP: ContextVar[tuple[int, int] | None] = ContextVar("dvdquant_loop", default=None)
+
+
+def at_step(step: int | None, steps: int = 0) -> None:
+    """Say where a denoising loop is, for a pipeline that does not pass it and has two transformers.
+
+    Each of two transformers sees some of the steps alone, and would count them from 0. It holds in this thread or asyncio
+    task until it is said again.
+
+    Args:
+        step: The index of the step that follows, or None after the last one.
+        steps: The number of steps.
+    """
+    _LOOP.set(None if step is None else (step, steps))
 
 
 @dataclasses.dataclass
@@ -430,6 +445,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         inputs = self._adapter.inputs(arguments)
         branch, where = _BRANCHES.get({}).get(id(self), (None, {}))
         given, steps = where.get("step_index"), where.get("num_inference_steps")
+        if given is None and (said := _LOOP.get()) is not None:
+            given, steps = said
         timestep = float(inputs["timestep"].max())
         if not math.isfinite(timestep):
             raise ShapeError(f"the timestep is {timestep}", available="a finite number", fix="check the scheduler")

@@ -10,6 +10,7 @@ from typing import Any
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import Generator, open_generator
+from dvdquant.deploy.generation.images import ImageSource
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
 from dvdquant.deploy.generation.video import psnr
 from dvdquant.deploy.kinds import is_number, is_whole
@@ -124,6 +125,8 @@ def plan(
     device: str = "auto",
     progress: Progress | None = None,
     lora: Sequence[LoraSpec] = (),
+    image: ImageSource | None = None,
+    last_image: ImageSource | None = None,
 ) -> Plan:
     """Record every prompt with every seed, find δ for ``goal``, and validate it on the first clip.
 
@@ -141,6 +144,8 @@ def plan(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: where progress goes; default nowhere.
         lora: where the export's LoRAs are now, for ``reference``, if they no longer lie where they were.
+        image: the first frame of every clip, of a model that draws from one.
+        last_image: the last frame.
 
     Raises:
         ShapeError: There is no prompt or no seed, or one is of another kind.
@@ -155,9 +160,11 @@ def plan(
         artifact, pipeline=pipeline, backend=backend, device=device, wrap_session=recorder.wrap, lora=lora
     ) as generator:
         base = GenerateRequest(prompts[0], steps=steps, seed=seeds[0], mode=f"a{high}")
-        base = replace(base, last_high=last_high, weighting=weighting)
+        base = replace(base, last_high=last_high, weighting=weighting, image=image, last_image=last_image)
         requests = [replace(base, prompt=p, seed=s) for p in prompts for s in seeds]
         checked = [generator.check(request) for request in requests]
+        for words in generator.notes(checked[0]):
+            progress.say(words)
         _check_goal(goal, checked[0].steps or 0, low, high, last_high)
         clips, highs = _record(generator, recorder, checked, progress)
         found = _choose(artifact, goal, clips, len(requests), recorder, (last_high, weighting), (prompts, seeds))

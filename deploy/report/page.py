@@ -20,6 +20,7 @@ from dvdquant.checkpoint.lora.fuse import model_fingerprint
 from dvdquant.checkpoint.lora.recorded import with_recorded
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
 from dvdquant.checkpoint.reader import open_checkpoint, read_config_file
+from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.report.charts import error_chart, line_chart, schedule_chart
 from dvdquant.deploy.report.text import (
     commands,
@@ -33,6 +34,7 @@ from dvdquant.deploy.report.text import (
     size_text,
 )
 from dvdquant.errors import DvdquantError, OutputError
+from dvdquant.model.families.base import ImageInputs
 from dvdquant.recipe import error_name, looks_at_inputs
 from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress
@@ -59,7 +61,7 @@ class Report:
         checkpoint_bytes: tensors of the source, None when it is not at hand. parameters: (in 4 bits, kept in 16 bit),
             the second None when the weight files cannot be read.
         checks: what ``--verify`` found, one record a graph, if it ran. schedule: of ``schedule.json``. samples: see samples.py.
-        notes: what is missing from the page and why.
+        notes: what is missing from the page and why. images: what the model draws from.
     """
 
     manifest: Manifest
@@ -70,6 +72,7 @@ class Report:
     schedule: Schedule | None = None
     samples: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
+    images: ImageInputs = field(default_factory=ImageInputs)
 
 
 # ------------------------------------------------------------------------------------------------------ collecting it
@@ -128,7 +131,25 @@ def collect(
         note(f"the weights in 16 bit are not counted: {error.what}")
     quantized = sum(e["features_in"] * e["features_out"] for e in manifest.layers)
     source = checkpoint_bytes if checkpoint_bytes is not None else _source_bytes(manifest)
-    return Report(manifest, str(folder), source, (quantized, kept), tuple(checks), schedule, tuple(made), tuple(notes))
+    return Report(
+        manifest,
+        str(folder),
+        source,
+        (quantized, kept),
+        tuple(checks),
+        schedule,
+        tuple(made),
+        tuple(notes),
+        _images(root, manifest),
+    )
+
+
+def _images(root: Path, manifest: Manifest) -> ImageInputs:
+    """Return what images the model draws from, by its config; none where the files of the export cannot tell."""
+    try:
+        return Artifact.of(root, manifest).family(manifest.components[0]).images()
+    except DvdquantError:
+        return ImageInputs()
 
 
 def _kept_parameters(root: Path, manifest: Manifest) -> int:
@@ -311,8 +332,8 @@ def _context(report: Report) -> dict[str, Any]:
         "checks": [shown(dict(check)) for check in report.checks],
         "schedule": None if schedule is None else _schedule(schedule),
         "samples": [_sample(sample) for sample in report.samples],
-        "commands": shown(commands(manifest, report.out, prompt, schedule is not None)),
-        "python": _lines(python_lines(manifest, shown(report.out), prompt, table)),
+        "commands": shown(commands(manifest, report.out, prompt, schedule is not None, report.images)),
+        "python": _lines(python_lines(manifest, shown(report.out), prompt, table, report.images)),
         "notes": shown(report.notes),
     }
 

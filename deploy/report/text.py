@@ -11,6 +11,8 @@ from typing import Any
 
 from dvdquant.artifact.manifest import EngineEntry, Manifest
 from dvdquant.artifact.provenance import lora_words, sampling_words
+from dvdquant.checkpoint.locate import hub_file
+from dvdquant.model.families.base import ImageInputs
 from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import shell_word, unsafe
 
@@ -36,6 +38,7 @@ _TOKEN = re.compile(
     r"|AKIA[0-9A-Z]{12,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
 )
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{12,}")
+NO_IMAGES = ImageInputs()
 _SLOW = re.compile(r"(?i)no faster than a8")
 
 
@@ -221,7 +224,9 @@ def _builder(engine: EngineEntry) -> str:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-def commands(manifest: Manifest, out: Path | str, prompt: str, schedule: bool) -> list[tuple[str, str]]:
+def commands(
+    manifest: Manifest, out: Path | str, prompt: str, schedule: bool, images: ImageInputs = NO_IMAGES
+) -> list[tuple[str, str]]:
     """Return (what it does, shell line) for this export.
 
     Args:
@@ -229,8 +234,11 @@ def commands(manifest: Manifest, out: Path | str, prompt: str, schedule: bool) -
         out: The folder of the export.
         prompt: The prompt of the examples.
         schedule: True if the export has a schedule beside it.
+        images: What its model draws from.
     """
     folder, words = shell_word(str(out)), shell_word(prompt)
+    words += " --image first.png" if images.first == "required" else ""
+    words += " --last-image last.png" if images.last == "required" else ""
     bits = sorted({g["act_bits"] for g in manifest.graphs})
     if len(bits) < 2:
         mode = f"a{bits[0]}" if bits else "16"
@@ -260,7 +268,7 @@ def _sampling_arguments(manifest: Manifest) -> list[str]:
     return [f"{names[name]}={value!r}" for name, value in sampling.items()]
 
 
-def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool) -> str:
+def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool, images: ImageInputs = NO_IMAGES) -> str:
     """Return a script that makes a clip with this export. ``table``: its source has a prompt table instead of a pipeline.
 
     Args:
@@ -268,9 +276,10 @@ def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool) 
         out: The folder of the export.
         prompt: The prompt of the example.
         table: True if the source has a prompt table instead of a pipeline.
+        images: What its model draws from.
     """
     folder, model = str(out), manifest.source["model"]
-    if os.path.isfile(model):  # text encoder, VAE and scheduler come from elsewhere
+    if os.path.isfile(model) or hub_file(model) is not None:  # text encoder, VAE and scheduler come from elsewhere
         model = "FOLDER OF ITS DIFFUSERS PIPELINE"
     bits = sorted({g["act_bits"] for g in manifest.graphs})
     mode = "switch" if len(bits) > 1 else f"a{bits[0]}" if bits else "16"
@@ -290,7 +299,12 @@ def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool) 
         )
     from dvdquant.deploy.pipelines.parts import PIPELINES
 
-    pipeline = next((name for name, family in PIPELINES.items() if family == manifest.family), "DiffusionPipeline")
+    # A model that needs an image has one of its own.
+    fitting = [name for name, kind in PIPELINES.items() if kind.family == manifest.family]
+    wanted = [name for name in fitting if (PIPELINES[name].image == "required") == (images.first == "required")]
+    pipeline = next(iter(wanted), "DiffusionPipeline")
+    given_images = {"required": ['image=load_image("first.png")']}.get(images.first, [])
+    given_images += {"required": ['last_image=load_image("last.png")']}.get(images.last, [])
     load = [
         f"{name} = DvdqTransformer.from_pretrained({folder!r}, component={name!r}, mode={mode!r})"
         for name in manifest.components
@@ -300,11 +314,12 @@ def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool) 
         [
             "import torch",
             f"from diffusers import {pipeline}",
+            *(["from diffusers.utils import load_image"] if given_images else []),
             "",
             "from dvdquant.deploy import DvdqTransformer",
             "",
             *load,
             f"pipe = {pipeline}.from_pretrained({model!r}, {given}, torch_dtype=torch.bfloat16)",
-            f"frames = pipe({', '.join([repr(prompt), *_sampling_arguments(manifest)])}).frames[0]",
+            f"frames = pipe({', '.join([*given_images, f'prompt={prompt!r}', *_sampling_arguments(manifest)])}).frames[0]",
         ]
     )

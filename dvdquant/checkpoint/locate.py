@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 import stat
@@ -14,13 +15,57 @@ from dvdquant.system.files import disk_error
 from dvdquant.system.recognize import PICKLED_FILE, SNIFFED, Found, recognize_bytes, recognize_tensors, tensor_names
 from dvdquant.text import shown
 
-__all__ = ["CONVERT", "PICKLED", "locate_model", "recognize_file", "recognize_start", "start_of"]
+__all__ = [
+    "CONVERT",
+    "PICKLED",
+    "hub_file",
+    "locate_hub_file",
+    "locate_model",
+    "recognize_file",
+    "recognize_start",
+    "start_of",
+]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_HUB_FILE = re.compile(rf"({_HUB_ID.pattern})[:/]([^\\\0]+\.(?:safetensors|gguf))", re.IGNORECASE)
 PICKLED = (".bin", ".pt", ".ckpt", ".pth", ".pkl")
 CONVERT = (
     "convert them in a place you trust: from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
 )
+
+
+def hub_file(model: str) -> tuple[str, str] | None:
+    """Return the repository and the path in it of a single file on the hub, None where the name means none.
+
+    Args:
+        model: Such as ``org/name/folder/file.safetensors`` or ``org/name:file.gguf``. What is there locally is no such name.
+    """
+    match = _HUB_FILE.fullmatch(model)
+    if match is None or ".." in match[2].split("/") or match[2].startswith("/"):
+        return None
+    first = Path(model.split("/")[0])
+    return None if first.exists() or first.is_symlink() else (match[1], match[2])
+
+
+def locate_hub_file(repository: str, path: str, revision: str | None) -> Path:
+    """Download a single file of the hub, and return where it lies.
+
+    Args:
+        repository: The hub id.
+        path: The file in it.
+        revision: The revision; None takes the newest.
+
+    Raises:
+        CheckpointError: The hub does not give it.
+        ResourceError: The disk is full.
+    """
+    found = _download(repository, revision, [glob.escape(path)]) / path
+    if not found.is_file():
+        raise CheckpointError(
+            f"the repository {repository} has no file {shown(path)}",
+            fix="look at its files on the hub, or give a local file",
+        )
+    return found
 
 
 def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:

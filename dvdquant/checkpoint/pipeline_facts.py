@@ -3,6 +3,9 @@
 The channels of a Wan transformer do not tell its VAE: models that are steered have conditions among their input
 channels. The pipeline knows: ``vae/config.json`` has the scale of the latents, and ``model_index.json`` tells whether
 every token has a timestep.
+
+LTX-Video has pipelines of both kinds around one transformer, with a timestep per sample and per token. A graph with one
+per token serves both, so every export gets that.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.model.families import get_family
 from dvdquant.model.families.configs import PIPELINE, PipelineFacts, refused
+from dvdquant.model.families.ltx import LTXVideo
 from dvdquant.model.families.wan import Wan
 
 __all__ = ["with_pipeline_facts"]
@@ -59,7 +63,7 @@ def with_pipeline_facts(checkpoint: Checkpoint) -> Checkpoint:
     folder that was given as the model.
 
     Args:
-        checkpoint: The opened transformer. Only that of a Wan model can change.
+        checkpoint: The opened transformer. Only that of a Wan or LTX-Video model can change.
 
     Raises:
         CheckpointError: A file of the pipeline cannot be read, or a field is out of form.
@@ -67,6 +71,9 @@ def with_pipeline_facts(checkpoint: Checkpoint) -> Checkpoint:
     """
     config = {name: value for name, value in checkpoint.config.items() if name != PIPELINE}
     alone = get_family(config)
+    if isinstance(alone, LTXVideo):
+        facts = PipelineFacts(timestep_per_token=True)
+        return replace(checkpoint, config={**config, PIPELINE: facts.model_dump(exclude_none=True)})
     if not isinstance(alone, Wan):
         return checkpoint
     facts = _read(checkpoint)

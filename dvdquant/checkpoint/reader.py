@@ -32,7 +32,7 @@ from dvdquant.checkpoint.diffusers_folder import (
     refuse_scripts,
     transformers_in,
 )
-from dvdquant.checkpoint.formats.files import HALVES, HeldFile, given_file, model_files, read_file
+from dvdquant.checkpoint.formats.files import HALVES, HeldFile, given_file, model_files, names_file, read_file
 from dvdquant.checkpoint.formats.stored import ShardTensor, decode
 from dvdquant.checkpoint.formats.translate import SourceFormat, translate
 from dvdquant.checkpoint.locate import PICKLED, locate_model, recognize_file
@@ -105,7 +105,7 @@ class Checkpoint:
             CheckpointError: There is no such folder, or its ``model_index.json`` cannot be used.
             UnsupportedError: It is a pipeline without a transformer.
         """
-        if given_file(str(model)) is not None:
+        if names_file(str(model)):
             return ["transformer"]
         wanted = ["model_index.json", *(f"{half}/config.json" for half in HALVES.values())]
         folder = UntrustedFolder.at(locate_model(str(model), revision, wanted))
@@ -373,7 +373,8 @@ def open_checkpoint(
     Args:
         model: A transformer folder (``config.json`` and safetensors), a pipeline folder (with the transformer in
             ``transformer/``), a folder of the model's authors, a single file of ComfyUI or in GGUF, a folder that holds
-            one such file or the two of one model, or a hub id ``org/name``. Of a hub id, only the config and the
+            one such file or the two of one model, or a hub id ``org/name``, or a single file of the hub,
+            ``org/name/file.safetensors`` or ``org/name:file.gguf``. Of a hub id, only the config and the
             safetensors of the transformer, ``model_index.json`` and the config of the VAE are downloaded. A path that
             exists locally is never looked for elsewhere.
         subfolder: A folder inside ``model`` to look in.
@@ -388,7 +389,7 @@ def open_checkpoint(
     for part in (*(subfolder.split("/") if subfolder else ()), component):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part):
             raise CheckpointError(f"{part!r:.200} is no plain folder name", fix="name a folder inside the model")
-    file = given_file(str(model))
+    file = given_file(str(model), revision)
     if file is not None and (subfolder or component != "transformer"):
         raise CheckpointError(
             f"{shown(model)} is a file, and has no folder {shown(subfolder or component)!r}",

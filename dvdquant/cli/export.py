@@ -226,6 +226,9 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     help="Where inputs are predicted and weights are quantized.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN/Inf weights (as zeros) and record their names.")
+@click.option(
+    "--allow-low-bits", is_flag=True, help="Take GGUF weights of 4 or 5 bits, with a warning in the manifest."
+)
 @click.option("--resume", is_flag=True, help="Go on from an interrupted export with the same options.")
 @click.option(
     "--replace",

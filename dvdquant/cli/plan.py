@@ -47,6 +47,8 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
 @click.argument("out", type=EXPORT)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="A clip to record; repeat it. Two to eight are plenty.")
 @click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line; - is standard input.")
+@click.option("--image", type=PATH, metavar="FILE", help="The first frame of every clip, of models that draw from one.")
+@click.option("--last-image", type=PATH, metavar="FILE", help="The last frame, of models that draw from two.")
 @click.option("--average-bits", type=float, metavar="BITS", help="Wanted average of activation bits.  [default: 6]")
 @click.option(
     "--time-budget", type=float, metavar="SECONDS", help="Wanted time of the transformer in one clip, on this machine."

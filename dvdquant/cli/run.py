@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, loading, runs_on, setup_logging
+from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging
 from dvdquant.cli.paths import EXPORT, LORA, MODEL, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.recipe import ATTENTION
 from dvdquant.system.devices import check_device_word
+from dvdquant.system.whole_file import check_writable
 
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
@@ -37,6 +38,15 @@ dvdq-run out/tiny-wan --prompt "square blue down small grey" -o compare.mp4 --st
 dvdq-run out/wan --prompt "a cat in the snow" -o cat.mp4 --schedule out/wan/schedule.json
 dvdq-run out/wan --prompt "a cat in the snow" -o cat.mp4 --delta 0.2 --steps 30 --seed 7
 
+# image to video: the first frame is given, and the last one of models that take two
+dvdq-run out/wan-i2v --prompt "the cat turns its head" --image cat.jpg -o cat.mp4
+dvdq-run out/wan-flf2v --prompt "the flower opens" --image bud.png --last-image bloom.png -o flower.mp4
+
+# a GPU with little memory: the text encoder on its own first, then the rest without it; what a run would take
+dvdq-run out/wan --prompt "a cat in the snow" --save-text-embeds cat.safetensors --device cpu
+dvdq-run out/wan --text-embeds cat.safetensors --offload --vae-tiling -o cat.mp4
+dvdq-run out/wan --text-embeds cat.safetensors --offload --vae-tiling --dry-run
+
 # many prompts, one a line; text encoder, VAE and scheduler from another folder
 dvdq-run out/wan --prompts prompts.txt -o clips/cat.mp4 --pipeline ./Wan2.1-T2V-1.3B-Diffusers
 """
@@ -46,12 +56,15 @@ GROUPS = {
         "prompt",
         "prompts",
         "negative_prompt",
+        "image",
+        "last_image",
         "height",
         "width",
         "num_frames",
         "seed",
         "steps",
         "guidance",
+        "text_embeds",
     ),
     "Which engine each step runs on": (
         "mode",
@@ -63,8 +76,19 @@ GROUPS = {
         "cache",
         "compare",
     ),
-    "What to write": ("output", "gif", "strip", "trace", "fps"),
-    "Where it runs": ("pipeline", "lora", "backend", "device", "plugin", "compile", "attention", "attention_backend"),
+    "What to write": ("output", "gif", "strip", "trace", "fps", "save_text_embeds", "dry_run"),
+    "Where it runs": (
+        "pipeline",
+        "lora",
+        "backend",
+        "device",
+        "plugin",
+        "offload",
+        "vae_tiling",
+        "compile",
+        "attention",
+        "attention_backend",
+    ),
 }
 
 
@@ -88,6 +112,8 @@ class RunOptions:
     prompt: tuple[str, ...]
     prompts: Path | None
     negative_prompt: str | None
+    image: Path | None
+    last_image: Path | None
     height: int | None
     width: int | None
     num_frames: int | None
@@ -102,11 +128,16 @@ class RunOptions:
     average_bits: float | None
     cache: str
     compare: bool
-    output: Path
+    text_embeds: Path | None
+    output: Path | None
     gif: Path | None
     strip: Path | None
     trace: Path | None
     fps: float | None
+    save_text_embeds: Path | None
+    dry_run: bool
+    offload: bool
+    vae_tiling: bool
     pipeline: str | None
     lora: tuple[str, ...]
     backend: str
@@ -125,6 +156,13 @@ class RunOptions:
 @click.option("--prompt", multiple=True, metavar="TEXT", help="What to draw; repeat it for several clips.")
 @click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line; - is standard input.")
 @click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]")
+@click.option(
+    "--image",
+    type=PATH,
+    metavar="FILE",
+    help="The first frame, of models that draw from one; stretched to the clip's size.",
+)
+@click.option("--last-image", type=PATH, metavar="FILE", help="The last frame, of models that draw from two.")
 @click.option("--height", type=int, help="Pixels.  [default: what the export was tuned for]")
 @click.option("--width", type=int, help="Pixels.")
 @click.option("--num-frames", type=int, help="Frames.")
@@ -169,12 +207,24 @@ class RunOptions:
 )
 @click.option("--compare", is_flag=True, help="16 bit, a8, switch and a4 from one seed, side by side, with PSNR.")
 @click.option(
+    "--text-embeds",
+    type=PATH,
+    metavar="FILE",
+    help="Text embeddings of --save-text-embeds instead of a text encoder; without --prompt all of its prompts.",
+)
+@click.option(
     "-o",
     "--output",
-    required=True,
     type=PATH,
-    help="The clip, .mp4 or .gif; numbered if several.",
+    help="The clip, .mp4 or .gif; numbered if several.  [required, but with --save-text-embeds or --dry-run]",
 )
+@click.option(
+    "--save-text-embeds",
+    type=PATH,
+    metavar="FILE",
+    help="Draw nothing: load the text encoder alone, and write what it makes of the prompts (.safetensors).",
+)
+@click.option("--dry-run", is_flag=True, help="Draw nothing: check the request, and say what a run takes.")
 @click.option("--gif", type=PATH, metavar="PATH", help="The clip as a GIF too.")
 @click.option("--strip", type=PATH, metavar="PATH", help="Frames as one PNG, a row for each clip.")
 @click.option("--trace", type=PATH, metavar="PATH", help="Every step with bits, reason and seconds.")
@@ -194,6 +244,12 @@ class RunOptions:
     "--mode 16 and --compare.",
 )
 @runs_on
+@click.option(
+    "--offload",
+    is_flag=True,
+    help="Keep text encoder and VAE in the host's memory, each on the GPU only while it runs.",
+)
+@click.option("--vae-tiling", is_flag=True, help="Decode in tiles, one after the other: less memory, more time.")
 @click.option(
     "--compile",
     is_flag=True,
@@ -223,7 +279,7 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
     """Generate video with the export in folder OUT and write clips to -o."""
     setup_logging(verbose, log_format)
     settings = RunOptions(**options)
-    prompts = read_prompts(settings.prompt, settings.prompts)
+    prompts = [] if no_prompts(settings) else read_prompts(settings.prompt, settings.prompts)
     if settings.negative_prompt is not None:
         check_prompt("--negative-prompt", settings.negative_prompt, may_be_empty=True)
     check_options(settings)
@@ -232,7 +288,10 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
     from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.cli.run_outputs import Writer
 
-    writer = Writer.open(settings, len(prompts))
+    draws = not (settings.dry_run or settings.save_text_embeds)
+    writer = Writer.open(settings, max(1, len(prompts))) if draws and prompts else None
+    if settings.save_text_embeds is not None:
+        check_writable(settings.save_text_embeds)
     loras = parse_loras(settings.lora)
     check_device_word(settings.device)
     load_manifest(out)  # before PyTorch, which takes seconds to load
@@ -253,9 +312,30 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
         attention=settings.attention,
         attention_backend=settings.attention_backend,
         plugins=settings.plugin,
+        offload=settings.offload,
+        vae_tiling=settings.vae_tiling,
+        text_embeds=settings.text_embeds,
     ) as generator:
+        prompts = prompts or generator.prompts()
+        if draws and writer is None:
+            writer = Writer.open(settings, len(prompts))
         # Every request is checked, and every engine loaded, before the first clip is drawn.
         plan = [[generator.check(r) for r in requests_for(settings, artifact, p)] for p in prompts]
+        for note in generator.notes(plan[0][0]):
+            progress.say(note)
+        if settings.save_text_embeds is not None:
+            generator.save_text_embeds(settings.save_text_embeds, [requests[0] for requests in plan])
+            progress.say(f"text embeddings of {len(plan)} prompts  {settings.save_text_embeds}")
+            return
+        if settings.dry_run:
+            from dvdquant.cli.run_text import needs_text
+            from dvdquant.deploy.generation.needs import parts_of_run
+
+            parts = parts_of_run(generator.checker, plan[0], settings.backend, offload=settings.offload)
+            progress.event("needs", parts=[part.to_json() for part in parts])
+            echo(needs_text(parts, plan[0], len(plan), generator.checker.pipeline_of(plan[0][0])))
+            return
+        assert writer is not None
         for request in plan[0]:
             if words := undecided(request, len(artifact.components)):
                 progress.say(words)
@@ -264,6 +344,11 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
             results = [generate_one(generator, request, progress) for request in requests]
             writer.clip(results, generator.fps(len(results[0].frames)), progress)
     writer.finish(artifact, progress)
+
+
+def no_prompts(settings: RunOptions) -> bool:
+    """Return whether the prompts are those of the file of text embeddings."""
+    return settings.text_embeds is not None and not settings.prompt and settings.prompts is None
 
 
 def undecided(request: GenerateRequest, transformers: int) -> str | None:
@@ -321,7 +406,7 @@ def requests_for(settings: RunOptions, artifact: Artifact, prompt: str) -> list[
     schedule = None
     if settings.schedule is not None:
         schedule = Schedule.load(settings.schedule, artifact.manifest, settings.steps)
-    names = ("negative_prompt", "height", "width", "num_frames", "seed", "guidance", "delta")
+    names = ("negative_prompt", "image", "last_image", "height", "width", "num_frames", "seed", "guidance", "delta")
     request = GenerateRequest(
         prompt,
         steps=schedule.steps if settings.steps is None and schedule is not None else settings.steps,
@@ -362,6 +447,10 @@ def check_options(settings: RunOptions) -> None:
     """UnsupportedError for options that contradict each other, naming the one to leave out."""
     fixed = settings.mode in ("a4", "a8", "16")
     clashes = {
+        "--save-text-embeds draws nothing, so -o does not apply": settings.save_text_embeds and settings.output,
+        "--save-text-embeds loads a text encoder, and --text-embeds takes its place": settings.save_text_embeds
+        and settings.text_embeds,
+        "--save-text-embeds writes a file, and --dry-run nothing": settings.save_text_embeds and settings.dry_run,
         f"--compare draws every mode, so --mode {settings.mode} does not apply": settings.compare and settings.mode,
         f"--delta switches engines, and --mode {settings.mode} does not": settings.delta is not None and fixed,
         f"--schedule says the bits of each step, and so does --mode {settings.mode}": settings.schedule and fixed,
@@ -395,6 +484,8 @@ def check_options(settings: RunOptions) -> None:
             missing = "none was given" in what
             fix = "give --schedule PATH, made by dvdq-plan" if missing else "leave one of the two out"
             raise UnsupportedError(what, fix=fix)
+    if settings.output is None and not settings.save_text_embeds and not settings.dry_run:
+        raise UnsupportedError("nothing says where the clip goes", fix="give -o clip.mp4, or --dry-run")
     parse_cache(settings.cache)
 
 

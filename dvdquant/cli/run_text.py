@@ -1,4 +1,4 @@
-"""What ``dvdq-run`` says of a clip when it is done."""
+"""What ``dvdq-run`` says of a clip when it is done, and of a run before it begins."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from dvdquant.cli.common import table
+from dvdquant.text import amount
 
 if TYPE_CHECKING:
-    from dvdquant.deploy.generation.request import GenerateResult
+    from dvdquant.deploy.generation.needs import Part
+    from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
 
-__all__ = ["compare_text", "summary_text"]
+__all__ = ["compare_text", "needs_text", "summary_text"]
 
 T = TypeVar("T")
 _LEGEND = "█ a8  ▄ a4  · skipped"
@@ -88,3 +90,33 @@ def _where(results: Sequence[GenerateResult]) -> str:
 
     places = dict.fromkeys(f"{r.executed['backend']} on {r.executed['device']}" for r in results)
     return f"{' and '.join(places)}; {machine()}"
+
+
+def needs_text(parts: Sequence[Part], requests: Sequence[GenerateRequest], prompts: int, pipeline: str) -> str:
+    """Return what a run would take, for ``--dry-run``.
+
+    Args:
+        parts: The parts of the run.
+        requests: The checked requests of the first prompt.
+        prompts: The number of prompts.
+        pipeline: The pipeline class, or empty.
+    """
+    from dvdquant.deploy.generation.needs import peak_bytes
+
+    request = requests[0]
+    images = [name for name, given in (("a first", request.image), ("a last", request.last_image)) if given is not None]
+    drawn = f"{prompts} prompt{'s' * (prompts > 1)}, {len(requests)} clip{'s' * (len(requests) > 1)} each: "
+    drawn += f"{request.num_frames} frames of {request.height}×{request.width}, {request.steps} steps"
+    drawn += f", guidance {request.guidance:g}"
+    drawn += f", {' and '.join(images)} image" if images else ""
+    rows = [(part.name, amount(part.stored), amount(part.loaded), part.resident) for part in parts]
+    return "\n".join(
+        [
+            *([f"pipeline  {pipeline}"] if pipeline else []),
+            drawn,
+            "",
+            table(("part", "on disk", "in memory", "on the device"), rows, right=(1, 2)),
+            "",
+            f"weights on the device, at most: {amount(peak_bytes(parts))}; activations, latents and the libraries come on top",
+        ]
+    )

@@ -28,7 +28,8 @@ def random_blocks(kind: str, count: int, seed: int = 0) -> bytes:
     generator = np.random.default_rng(seed)
     raw = generator.integers(0, 256, (count, nbytes), dtype=np.uint8)
     scales = (generator.random(count) * 0.01).astype(np.float16).view(np.uint8).reshape(count, 2)
-    raw[:, slice(0, 2) if kind == "Q8_0" else slice(208, 210)] = scales
+    for start in {"Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,)}.get(kind, (0, 2)):
+        raw[:, start : start + 2] = scales
     return raw.tobytes()
 
 
@@ -152,7 +153,7 @@ def test_a_tensor_that_was_reshaped(tmp_path: Path, folders: dict[str, Path]) ->
             open_checkpoint(tmp_path / "m.gguf")
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q3_K", "Q2_K", "IQ4_XS", "MXFP4", "I8"])
+@pytest.mark.parametrize("kind", ["Q8_1", "Q3_K", "Q2_K", "IQ4_XS", "MXFP4", "I8"])
 def test_types_of_few_bits_are_refused(tmp_path: Path, kind: str) -> None:
     entries = [("blocks.0.self_attn.q.weight", (256, 256), NUMBERS[kind], bytes(32))]
     (tmp_path / "m.gguf").write_bytes(formats.gguf_bytes(entries, ARCHITECTURE))
@@ -161,6 +162,25 @@ def test_types_of_few_bits_are_refused(tmp_path: Path, kind: str) -> None:
     assert kind in caught.value.what
     assert "Q8_0" in str(caught.value.available)
     assert "Q6_K" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_0"])
+def test_types_of_4_and_5_bits_are_taken_on_request(tmp_path: Path, folders: dict[str, Path], kind: str) -> None:
+    """An export refuses them, says the option, and with it has a warning in its manifest and the option in its command."""
+    from dvdquant.deploy.artifact import Artifact
+    from tests.support.commands import in_process, refused, run
+
+    entries = stored(formats.ORIGINAL["wan"](formats.folder_tensors(folders["wan"])), kind)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(formats.gguf_bytes(entries, ARCHITECTURE))
+    arguments = (path, "-o", tmp_path / "out", "--target", "graphs", "--latent", "2x8x8", "--text-tokens", 4)
+    refused(run(*arguments, "--recipe", "w4a8"), kind, "--allow-low-bits", "Q8_0")
+    assert not (tmp_path / "out").exists()
+    said = in_process(*arguments, "--recipe", "w4a8", "--allow-low-bits")
+    assert "warning" in said
+    artifact = Artifact.open(tmp_path / "out")
+    assert any(note.startswith(f"warning: {kind}") for note in artifact.manifest.source["notes"])
+    assert "--allow-low-bits" in artifact.rebuild_command()
 
 
 ONE = [("a", (2, 32), NUMBERS["Q8_0"], bytes(68)), ("b", (3,), NUMBERS["F32"], bytes(12))]

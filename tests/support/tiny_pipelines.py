@@ -118,7 +118,7 @@ def vae(kind: str) -> nn.Module:
         sizes: dict[str, Any] = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
         channels = KINDS[kind].config["out_channels"]
         sizes |= {"z_dim": channels, "latents_mean": [0.1] * channels, "latents_std": [1.1] * channels}
-        if kind == "wan-ti2v":
+        if kind.startswith("wan-ti2v"):
             sizes |= {
                 "is_residual": True,
                 "patch_size": 2,
@@ -250,7 +250,16 @@ class Exported:
         return opened
 
 
-def export_kind(kind: str, folder: Path, *, batch: int = 1, components: int = 1, latent: str | None = None) -> Exported:
+def export_kind(
+    kind: str,
+    folder: Path,
+    *,
+    batch: int = 1,
+    components: int = 1,
+    latent: str | None = None,
+    text_tokens: int = TOKENS,
+    recipe: str = "w4a4",
+) -> Exported:
     """Write random weights of ``kind`` into ``folder``/source and export graphs of them into ``folder``/out.
 
     An export that is there already is taken as it is.
@@ -266,10 +275,10 @@ def export_kind(kind: str, folder: Path, *, batch: int = 1, components: int = 1,
     options = ExportOptions(
         model=str(source if components > 1 else source / "transformer"),
         out=folder / "out",
-        recipe=RECIPES["w4a4"],
+        recipe=RECIPES[recipe],
         targets=("graphs",),
         latent=latent or KINDS[kind].latent,
-        text_tokens=TOKENS,
+        text_tokens=text_tokens,
         batch=batch,
     )
     plan = plan_export(options)

@@ -15,14 +15,24 @@ from pathlib import Path
 from dvdquant.checkpoint.formats.gguf import MAGIC, read_gguf
 from dvdquant.checkpoint.formats.stored import ShardTensor
 from dvdquant.checkpoint.formats.translate import is_transformer
-from dvdquant.checkpoint.locate import recognize_start, start_of
+from dvdquant.checkpoint.locate import hub_file, locate_hub_file, recognize_start, start_of
 from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
 from dvdquant.errors import CheckpointError
 from dvdquant.system.recognize import tensor_names
 from dvdquant.system.safetensors_io import read_header_from
 from dvdquant.text import shown
 
-__all__ = ["HALVES", "SUFFIXES", "HeldFile", "check_order", "given_file", "halves", "model_files", "read_file"]
+__all__ = [
+    "HALVES",
+    "SUFFIXES",
+    "HeldFile",
+    "check_order",
+    "given_file",
+    "halves",
+    "model_files",
+    "names_file",
+    "read_file",
+]
 
 SUFFIXES = (".safetensors", ".gguf")
 HALVES = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
@@ -48,14 +58,23 @@ class HeldFile:
     layout: str
 
 
-def given_file(model: str) -> tuple[UntrustedFolder, str] | None:
+def names_file(model: str) -> bool:
+    """Whether a model is a single file, here or on the hub; nothing is downloaded."""
+    return hub_file(model) is not None or given_file(model) is not None
+
+
+def given_file(model: str, revision: str | None = None) -> tuple[UntrustedFolder, str] | None:
     """Return the folder and the name of a file that was given as the model, None where it is no regular file.
 
-    Links on the way to it are the user's own, the last one too, which is how the hub's cache keeps its files.
+    A file of the hub is downloaded, see :func:`dvdquant.checkpoint.locate.hub_file`. Links on the way to it are the user's own,
+    the last one too, which is how the hub's cache keeps its files.
 
     Args:
         model: The model as it was given.
+        revision: The revision of a file of the hub; None takes the newest.
     """
+    if (there := hub_file(model)) is not None:
+        model = str(locate_hub_file(*there, revision))
     try:
         path = Path(os.path.expanduser(model))
         if "\0" in model or not path.is_file():

@@ -128,7 +128,7 @@ def read_gguf(fd: int, path: Path, shard: str) -> GgufHeader:
         shard: The name of the file in its folder.
 
     Raises:
-        CheckpointError: the file is damaged, of another version, a part of a model, or has weights of fewer than 6 bits.
+        CheckpointError: the file is damaged, of another version, a part of a model, or has weights of fewer than 4 bits.
     """
     try:
         return _read(_Cursor(fd, os.fstat(fd).st_size), path, shard)

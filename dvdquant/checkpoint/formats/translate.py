@@ -5,10 +5,11 @@ No weight is read. Every step takes tensors by name and gives tensors by name; w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dvdquant.checkpoint.formats.blocks import FEW_BITS
 from dvdquant.checkpoint.formats.hunyuan_video import HUNYUAN_VIDEO
 from dvdquant.checkpoint.formats.ltx import LTX
 from dvdquant.checkpoint.formats.scaled_fp8 import pair_scales
@@ -21,7 +22,7 @@ from dvdquant.system.files import strict_json
 from dvdquant.system.recognize import PREFIXES, recognize_tensors
 from dvdquant.text import shown
 
-__all__ = ["SCHEMES", "SourceFormat", "Translated", "is_transformer", "precision_words", "translate"]
+__all__ = ["SCHEMES", "SourceFormat", "Translated", "few_bits", "is_transformer", "precision_words", "translate"]
 
 SCHEMES: tuple[Scheme, ...] = (WAN, HUNYUAN_VIDEO, LTX)
 OTHER_PARTS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "vocoder.")
@@ -145,7 +146,18 @@ def translate(
         notes.append(
             "the fp8 weights have no scales: they are taken as they are, and 8-bit weights are quantized again"
         )
+    if few := few_bits(renamed.values()):
+        notes.append(
+            f"warning: {', '.join(few)} keep 4 or 5 bits of a weight, and these are quantized again: expect more loss than "
+            "from a file of 8 or 16 bits"
+        )
     return Translated(found, dict(renamed), SourceFormat(layout, precision, tuple(notes), file))
+
+
+def few_bits(tensors: Iterable[ShardTensor]) -> list[str]:
+    """Return the block types of 4 and 5 bits among tensors, each once."""
+    kinds = {info.stored.blocks for info in tensors if info.stored is not None}
+    return [kind for kind in FEW_BITS if kind in kinds]
 
 
 def precision_words(tensors: Any) -> str:

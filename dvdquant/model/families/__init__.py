@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from dvdquant.errors import UnsupportedError
-from dvdquant.model.families.base import Axis, Family, InputSpec, Sizes
+from dvdquant.model.families.base import Axis, Family, ImageInputs, InputSpec, Sizes
 from dvdquant.model.families.cogvideox import CogVideoX
 from dvdquant.model.families.configs import read_config
 from dvdquant.model.families.hunyuan_video import HunyuanVideo
 from dvdquant.model.families.ltx import LTXVideo
 from dvdquant.model.families.wan import Wan
 
-__all__ = ["FAMILIES", "Axis", "Family", "InputSpec", "Sizes", "get_family"]
+__all__ = ["FAMILIES", "Axis", "Family", "ImageInputs", "InputSpec", "Sizes", "get_family"]
 
 FAMILIES: tuple[type[Family], ...] = (Wan, HunyuanVideo, CogVideoX, LTXVideo)
 

@@ -14,9 +14,29 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Axis", "Family", "InputSpec", "Sizes"]
+__all__ = ["Axis", "Family", "ImageInputs", "InputSpec", "Sizes"]
 
 Config = Mapping[str, Any]
+Need = Literal["none", "optional", "required"]
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """What images a transformer draws from.
+
+    Args:
+        first: Whether the first frame of the clip is given as an image.
+        last: Whether the last one is.
+    """
+
+    first: Need = "none"
+    last: Need = "none"
+
+    def __str__(self) -> str:
+        named = [
+            f"{name} image ({need})" for name, need in (("first", self.first), ("last", self.last)) if need != "none"
+        ]
+        return ", ".join(named) or "no image"
 
 
 @dataclass(frozen=True)
@@ -196,6 +216,7 @@ class Family(ABC):
         default_text_tokens: The default length of the text embedding in tokens.
         vae_scale: Frames or pixels per latent: time, height, width.
         schedule: ``flow`` mixes noise in linearly; ``diffusion`` mixes it so that the variance stays.
+        per_token_timestep: True if the graph has a timestep for every token.
         facts: The facts that the pipeline around the transformer tells.
     """
 
@@ -211,6 +232,7 @@ class Family(ABC):
     default_text_tokens: int
     vae_scale: tuple[int, int, int] = (4, 8, 8)  # time, height, width
     schedule: Literal["flow", "diffusion"] = "flow"  # how noise is mixed in: linearly, or so that the variance stays
+    per_token_timestep: bool = False
 
     def __init__(self, config: Config) -> None:
         """Keep the config and the facts of its pipeline."""
@@ -228,6 +250,14 @@ class Family(ABC):
         Args:
             sizes: The sizes of the export.
         """
+
+    def images(self) -> ImageInputs:
+        """Return what images the transformer draws from; most draw from text alone."""
+        return ImageInputs()
+
+    def image_tokens(self) -> int:
+        """Return the number of the text tokens that an image takes, which a pipeline puts before the words."""
+        return 0
 
     def forward_kwargs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return graph inputs as keyword arguments of the diffusers forward; for most families they are unchanged.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.errors import ShapeError
-from dvdquant.model.families.base import Family, InputSpec, Sizes
+from dvdquant.model.families.base import Family, ImageInputs, InputSpec, Sizes
 from dvdquant.model.families.configs import CogVideoXConfig
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ class CogVideoX(Family):
     def patch(self) -> tuple[int, int, int]:
         """Return the patch size (time, height, width) of the config; version 1.0 has no temporal patch."""
         return self.config.get("patch_size_t") or 1, self.config["patch_size"], self.config["patch_size"]
+
+    def images(self) -> ImageInputs:
+        """Return what images the transformer draws from: the first, if its latents are among the input channels."""
+        inside, outside = self.config["in_channels"], self.config.get("out_channels") or self.config["in_channels"]
+        return ImageInputs("required" if inside == 2 * outside else "none")
 
     def inputs(self, sizes: Sizes) -> tuple[InputSpec, ...]:
         """Return the graph's inputs, in forward order.

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dvdquant.model.families.base import Family, InputSpec, Sizes
+from dvdquant.model.families.base import Config, Family, ImageInputs, InputSpec, Sizes
 from dvdquant.model.families.configs import HunyuanVideoConfig
 
-__all__ = ["HunyuanVideo"]
+__all__ = ["IMAGE_TOKENS", "TEMPLATE_TOKENS", "HunyuanVideo"]
+
+IMAGE_TOKENS = 576
+"""Tokens that the text encoder of image to video makes of an image."""
+TEMPLATE_TOKENS = 4
+"""Tokens of the prompt's template that the pipeline for image to video cuts out of the text embedding."""
 
 
 class HunyuanVideo(Family):
     """The family of ``HunyuanVideoTransformer3DModel``.
 
-    Latents are [B, C, F, H, W]. The text is an embedding with its mask, and a pooled embedding.
+    Latents are [B, C, F, H, W]. The text is an embedding with its mask, and a pooled embedding. Of image to video, the
+    tokens of the image stand before the words.
+
+    Args:
+        config: The checked content of the transformer's ``config.json``.
     """
 
     name = "hunyuan-video"
@@ -28,6 +37,21 @@ class HunyuanVideo(Family):
     )
     default_video = (61, 720, 1280)
     default_text_tokens = 256
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if tokens := self.image_tokens():
+            # Its pipeline cuts four tokens of the template out of the words.
+            self.default_text_tokens = tokens + 256 - TEMPLATE_TOKENS
+
+    def images(self) -> ImageInputs:
+        """Return what images the transformer draws from: the first, if it is conditioned on an image."""
+        return ImageInputs("required" if self.config.get("image_condition_type") else "none")
+
+    def image_tokens(self) -> int:
+        """Return the number of the text tokens that an image takes: every second or fourth of the 576 of its encoder."""
+        kept = {"latent_concat": 2, "token_replace": 4}.get(self.config.get("image_condition_type") or "")
+        return IMAGE_TOKENS // kept if kept else 0
 
     def patch(self) -> tuple[int, int, int]:
         """Return the patch size (time, height, width) of the config."""

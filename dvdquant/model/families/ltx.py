@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dvdquant.model.families.base import Family, InputSpec, Sizes
+from dvdquant.model.families.base import Config, Family, ImageInputs, InputSpec, Sizes
 from dvdquant.model.families.configs import LTXVideoConfig
 
 if TYPE_CHECKING:
@@ -20,6 +20,12 @@ class LTXVideo(Family):
     Latents are packed [B, tokens, C], with their coordinates [B, 3, tokens]. The coordinates (frame, row, column of
     each token, in seconds·fps and pixels) are an input, so that one graph serves every size. diffusers'
     ``rope._prepare_video_coords`` times the base sizes gives them.
+
+    The timestep is one per token: tokens of a given image have another one than the noise. A graph with one per sample
+    is served, too; the stored fact of the pipeline tells.
+
+    Args:
+        config: The checked content of the transformer's ``config.json``.
     """
 
     name = "ltx-video"
@@ -30,6 +36,14 @@ class LTXVideo(Family):
     default_video = (161, 512, 704)
     default_text_tokens = 128
     vae_scale = (8, 32, 32)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.per_token_timestep = bool(self.facts.timestep_per_token)
+
+    def images(self) -> ImageInputs:
+        """Return what images the transformer draws from: it can continue any frames, if its graph tells them from noise."""
+        return ImageInputs("optional", "optional") if self.per_token_timestep else ImageInputs()
 
     def patch(self) -> tuple[int, int, int]:
         """Return the patch size (time, height, width) of the config."""
@@ -48,7 +62,7 @@ class LTXVideo(Family):
         return (
             InputSpec("hidden_states", (batch, "tokens", config["in_channels"]), "latent"),
             InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["caption_channels"]), "embedding"),
-            InputSpec("timestep", (batch,), "timestep", "float32"),
+            InputSpec("timestep", (batch, "tokens") if self.per_token_timestep else (batch,), "timestep", "float32"),
             InputSpec("encoder_attention_mask", (batch, sizes.text_tokens), "mask", "int64"),
             InputSpec("video_coords", (batch, 3, "tokens"), "coords", "float32"),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dvdquant.model.families.base import Config, Family, InputSpec, Sizes
+from dvdquant.model.families.base import Config, Family, ImageInputs, InputSpec, Sizes
 from dvdquant.model.families.configs import WanConfig
 
 __all__ = ["Wan"]
@@ -42,12 +42,25 @@ class Wan(Family):
         # The tokens of a given first frame have timestep 0. A graph with a timestep per token also serves a pipeline
         # with one per sample, so Wan 2.2 gets such a graph if the pipeline does not tell.
         per_token = self.facts.timestep_per_token
-        self.per_token_timestep: bool = of_wan_22 if per_token is None else per_token
+        self.per_token_timestep = of_wan_22 if per_token is None else per_token
 
     def patch(self) -> tuple[int, int, int]:
         """Return the patch size (time, height, width) of the config."""
         time, height, width = self.config["patch_size"]
         return time, height, width
+
+    def images(self) -> ImageInputs:
+        """Return what images the transformer draws from, as its channels and its image embedding tell.
+
+        Beside the noise, image to video has four channels of a mask and the latents of the images. TI2V has the first
+        image in the place of the first latents, and a timestep per token says so.
+        """
+        inside, outside = self.config["in_channels"], self.config.get("out_channels") or self.config["in_channels"]
+        if self.config.get("image_dim"):
+            return ImageInputs("required", "required" if self.config.get("pos_embed_seq_len") else "none")
+        if inside == 2 * outside + 4:
+            return ImageInputs("required", "optional")
+        return ImageInputs("optional") if self.per_token_timestep and inside == outside else ImageInputs()
 
     def longest_axis(self) -> int | None:
         """Return the length of the rotary table in patches."""

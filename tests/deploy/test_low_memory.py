@@ -1,0 +1,298 @@
+"""Clips without a text encoder in memory, with parts that come and go, and in tiles; what a run takes, said beforehand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.check import open_checker
+from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
+from dvdquant.deploy.generation.needs import parts_of_run, peak_bytes
+from dvdquant.deploy.generation.text_embeds import load_text_embeds
+from dvdquant.errors import CheckpointError, DvdquantError, ShapeError
+from tests.support.commands import refused
+from tests.support.image_pipelines import ImageModel, image_model, picture
+from tests.support.running import drawn, run, tiny_wan_export, wan_pipeline
+from tests.support.tiny_pipelines import TOKENS
+
+PROMPTS = ["a red cat", "the dog runs in snow"]
+# As many words as the template of HunyuanVideo's own tokenizer needs before them.
+LONG = "a red cat runs in the rain the dog sits"
+
+
+def _request(model: ImageModel | None, **more: Any) -> GenerateRequest:
+    images: dict[str, Any] = {} if model is None else {"image": picture(0)}
+    return GenerateRequest(PROMPTS[0] if model is None else LONG, **{"steps": 2, "mode": "a8", **images, **more})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embeddings of both prompts, of the tiny Wan."""
+    out, pipeline = wan_pipeline()
+    path = tmp_path_factory.mktemp("text") / "text.safetensors"
+    said = drawn(
+        *(out, "--pipeline", pipeline, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--save-text-embeds", path),
+        *("--negative-prompt", "rain"),
+    )
+    assert "text embeddings of 2 prompts" in said
+    return path
+
+
+def test_a_clip_without_a_text_encoder(saved: Path, tmp_path: Path) -> None:
+    """From a folder that has none: the very frames of the run that encodes by itself."""
+    out, pipeline = wan_pipeline()
+    folder = Path(shutil.copytree(pipeline, tmp_path / "pipeline"))
+    shutil.rmtree(folder / "text_encoder")
+    shutil.rmtree(folder / "tokenizer")
+    artifact = Artifact.open(out)
+    with open_generator(artifact, pipeline=pipeline, backend="pytorch", device="cpu") as generator:
+        expected = [generator.generate(replace(_request(None, negative_prompt="rain"), prompt=p)) for p in PROMPTS]
+    with open_generator(artifact, pipeline=folder, backend="pytorch", device="cpu", text_embeds=saved) as generator:
+        assert generator.prompts() == PROMPTS
+        for prompt, wanted in zip(PROMPTS, expected):
+            made = generator.generate(replace(_request(None), prompt=prompt))
+            np.testing.assert_array_equal(made.frames, wanted.frames)
+        with pytest.raises(ShapeError, match="no embedding of 'a blue dog'"):
+            generator.check(replace(_request(None), prompt="a blue dog"))
+        with pytest.raises(ShapeError, match="another negative prompt"):
+            generator.check(_request(None, negative_prompt="snow"))
+        assert generator.check(_request(None, guidance=1.0)).guidance == 1.0
+    arguments = (out, "--pipeline", folder, "--text-embeds", saved, "--steps", 2, "--backend", "pytorch")
+    drawn(*arguments, "-o", tmp_path / "c.mp4", "--trace", tmp_path / "t.json")
+    clips = json.loads((tmp_path / "t.json").read_text())["clips"]
+    assert [clip["request"]["prompt"] for clip in clips] == PROMPTS
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["c-1.mp4", "c-2.mp4"]
+
+
+def test_saving_loads_the_text_encoder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a session nor the VAE: the folder may even lack the VAE's weights by then."""
+    from dvdquant.deploy.generation import generator as module
+
+    def loads(*_args: Any, **_options: Any) -> None:
+        raise AssertionError("an engine was opened")
+
+    monkeypatch.setattr(module, "open_session", loads)
+    model = image_model("hunyuan-concat")
+    path = tmp_path / "text.safetensors"
+    with open_generator(Artifact.open(model.made.out), pipeline=model.pipeline, device="cpu") as generator:
+        vae = next((model.pipeline / "vae").glob("*.safetensors"))
+        request = generator.check(_request(model))
+        moved = vae.rename(tmp_path / "vae")
+        try:
+            generator.save_text_embeds(path, [request])
+        finally:
+            moved.rename(vae)
+    held = load_text_embeds(path, Artifact.open(model.made.out).family(), Artifact.open(model.made.out).sizes)
+    assert held.tensors[0]["prompt_embeds"].shape == (1, TOKENS + 288, 32)
+    assert held.image is not None
+
+
+def test_a_text_encoder_that_saw_another_image(tmp_path: Path) -> None:
+    """HunyuanVideo's text holds the image; the clip of the saved text is that of the whole pipeline."""
+    model = image_model("hunyuan-concat")
+    artifact, path = Artifact.open(model.made.out), tmp_path / "text.safetensors"
+    with open_generator(artifact, pipeline=model.pipeline, backend="pytorch", device="cpu") as generator:
+        generator.save_text_embeds(path, [generator.check(_request(model))])
+        expected = generator.generate(_request(model))
+    options: dict[str, Any] = {"pipeline": model.pipeline, "backend": "pytorch", "device": "cpu", "text_embeds": path}
+    with open_generator(artifact, **options) as generator:
+        with pytest.raises(ShapeError, match="saw another image"):
+            generator.check(_request(model, image=picture(7)))
+        np.testing.assert_array_equal(generator.generate(_request(model)).frames, expected.frames)
+
+
+def test_text_saved_without_guidance(tmp_path: Path) -> None:
+    out, pipeline = wan_pipeline()
+    path = tmp_path / "text.safetensors"
+    drawn(out, "--pipeline", pipeline, "--prompt", PROMPTS[0], "--save-text-embeds", path, "--guidance", 1)
+    with open_generator(Artifact.open(out), pipeline=pipeline, text_embeds=path) as generator:
+        assert generator.check(_request(None, guidance=1.0)).guidance == 1.0
+        with pytest.raises(ShapeError, match="without guidance"):
+            generator.check(_request(None, guidance=3.0))
+
+
+# ------------------------------------------------------------------------------------------------------ hostile files
+
+
+def _record(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    from dvdquant.system.safetensors_io import read_header
+
+    return load_file(path), json.loads(read_header(path).metadata["dvdquant"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors, record: record.update(family="ltx-video"), "of a ltx-video model"),
+        (lambda tensors, record: record.update(format="dvdquant text embeddings 9"), "record"),
+        (lambda tensors, record: record.update(prompts=[]), "record"),
+        (lambda tensors, record: record.update(prompts=["a"] * 300), "record"),
+        (lambda tensors, record: record.update(more=1), "record"),
+        (lambda tensors, record: record.update(image="x"), "record"),
+        (lambda tensors, record: tensors.pop("1.negative_prompt_embeds"), "1.negative_prompt_embeds is missing"),
+        (lambda tensors, record: tensors.update(other=torch.zeros(1)), "unknown tensor other"),
+        (
+            lambda tensors, record: tensors.update({"0.prompt_embeds": tensors["0.prompt_embeds"][:, :5].clone()}),
+            "--text-tokens 5",
+        ),
+        (lambda tensors, record: tensors["0.prompt_embeds"].view(-1).__setitem__(3, float("nan")), "NaN"),
+        (lambda tensors, record: tensors.update({"0.prompt_embeds": tensors["0.prompt_embeds"].int()}), "no floats"),
+    ],
+)
+def test_files_that_cannot_be_used(change: Any, said: str, saved: Path, tmp_path: Path) -> None:
+    out, _ = wan_pipeline()
+    artifact = Artifact.open(out)
+    tensors, record = _record(saved)
+    change(tensors, record)
+    path = tmp_path / "text.safetensors"
+    save_file(tensors, path, metadata={"dvdquant": json.dumps(record)})
+    with pytest.raises(CheckpointError) as caught:
+        load_text_embeds(path, artifact.family(), artifact.sizes)
+    assert said in str(caught.value)
+    assert caught.value.fix
+
+
+def test_damaged_and_foreign_files(saved: Path, tmp_path: Path) -> None:
+    """Cuts and flips: an error in words, or embeddings that pass every check."""
+    out, _ = wan_pipeline()
+    artifact = Artifact.open(out)
+    raw, generator = saved.read_bytes(), np.random.default_rng(0)
+    path, read = tmp_path / "text.safetensors", 0
+    for index in range(300):
+        data = bytearray(raw)
+        for _ in range(int(generator.integers(1, 4))):
+            data[int(generator.integers(min(len(data), 900)))] = int(generator.integers(256))
+        path.write_bytes(data[: int(generator.integers(len(data)))] if index % 6 == 0 else data)
+        try:
+            load_text_embeds(path, artifact.family(), artifact.sizes)
+            read += 1
+        except DvdquantError:
+            continue
+    assert read < 300
+    for foreign in (tmp_path, tmp_path / "gone", out / "manifest.json"):
+        with pytest.raises(DvdquantError):
+            load_text_embeds(foreign, artifact.family(), artifact.sizes)
+
+
+# ------------------------------------------------------------------------------------------------ offload, tiles, needs
+
+
+def test_offloaded_parts_and_tiles_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' offload around the drop-in, to and from the CPU itself; a clip that fits into one tile is unchanged."""
+    import diffusers
+
+    model = image_model("wan-i2v-21")
+    artifact = Artifact.open(model.made.out)
+    with open_generator(artifact, pipeline=model.pipeline, backend="pytorch", device="cpu") as generator:
+        expected = generator.generate(_request(model))
+    offloaded: list[str] = []
+    whole = diffusers.DiffusionPipeline.enable_model_cpu_offload
+
+    def offload(self: Any, gpu_id: Any = None, device: Any = "cuda") -> None:
+        offloaded.append(str(device))
+        whole(self, gpu_id, device)
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "enable_model_cpu_offload", offload)
+    options: dict[str, Any] = {"backend": "pytorch", "device": "cpu", "offload": True, "vae_tiling": True}
+    with open_generator(artifact, pipeline=model.pipeline, **options) as generator:
+        assert any("saves nothing on a CPU" in words for words in generator.notes(generator.check(_request(model))))
+        for _ in range(2):
+            made = generator.generate(_request(model))
+            np.testing.assert_array_equal(made.frames, expected.frames)
+        pipe = next(iter(generator._pipes.values()))  # type: ignore[attr-defined]
+        assert pipe.vae.use_tiling
+        assert pipe.vae.use_slicing
+    assert offloaded[0] == "cpu"
+
+
+def test_tiles_decode_what_the_whole_does(tmp_path: Path) -> None:
+    """Tiles smaller than the clip: other numbers at the seams, the same picture."""
+    out, pipeline = wan_pipeline()
+    artifact = Artifact.open(out)
+    frames = []
+    for tiling in (False, True):
+        with open_generator(
+            artifact, pipeline=pipeline, backend="pytorch", device="cpu", vae_tiling=tiling
+        ) as generator:
+            generator.prepare(_request(None))
+            vae = next(iter(generator._pipes.values())).vae  # type: ignore[attr-defined]
+            vae.tile_sample_min_height = vae.tile_sample_min_width = 24
+            vae.tile_sample_stride_height = vae.tile_sample_stride_width = 16
+            frames.append(generator.generate(_request(None)).frames.astype(int))
+    assert frames[0].shape == frames[1].shape
+    assert 0 < np.abs(frames[0] - frames[1]).mean() < 64
+
+
+def test_what_a_run_takes(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are those of the parts as they are loaded; nothing is loaded or written to say so."""
+    import diffusers
+    import transformers
+
+    from dvdquant.deploy.generation import generator as module
+
+    monkeypatch.setattr(module, "open_session", lambda *_a, **_k: pytest.fail("an engine was opened"))
+    out, pipeline = wan_pipeline()
+    artifact = Artifact.open(out)
+    checker = open_checker(artifact, pipeline=pipeline)
+    requests = [checker.check(_request(None, mode=mode)) for mode in ("16", "a8")]
+    parts = {part.name: part for part in parts_of_run(checker, requests, "pytorch", offload=False)}
+    encoder = transformers.UMT5EncoderModel.from_pretrained(pipeline / "text_encoder")
+    vae = diffusers.AutoencoderKLWan.from_pretrained(pipeline / "vae")
+    original = diffusers.WanTransformer3DModel.from_pretrained(pipeline / "transformer")
+    assert parts["text_encoder"].loaded == 2 * sum(p.numel() for p in encoder.parameters())
+    assert parts["vae"].loaded == 4 * sum(p.numel() for p in vae.parameters())
+    assert parts["transformer (16 bit)"].loaded == 2 * sum(p.numel() for p in original.parameters())
+    assert parts["transformer (packed weights)"].stored == sum(
+        (out / name).stat().st_size for name in artifact.weight_files("transformer")
+    )
+    staying = list(parts.values())
+    assert peak_bytes(staying) == sum(part.loaded for part in staying)
+    leaving = parts_of_run(checker, requests, "pytorch", offload=True)
+    rest = [part.loaded for part in leaving if not part.stays]
+    assert peak_bytes(leaving) == sum(part.loaded for part in leaving if part.stays) + max(rest)
+    said = drawn(out, "--pipeline", pipeline, "--prompt", PROMPTS[0], "--dry-run", "--offload", "--steps", 3)
+    assert "WanPipeline" in said
+    assert "while text is encoded" in said
+    assert "3 steps" in said
+    without = drawn(out, "--pipeline", pipeline, "--text-embeds", saved, "--dry-run")
+    assert "text_encoder" not in without
+    assert "2 prompts" in without
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--prompt", "a cat"), ("where the clip goes", "-o clip.mp4")),
+        (("--prompt", "a cat", "--save-text-embeds", "t.safetensors", "-o", "c.mp4"), ("-o does not apply",)),
+        (("--save-text-embeds", "t.safetensors"), ("no prompt",)),
+        (("--text-embeds", "gone.safetensors", "-o", "c.mp4"), ("gone.safetensors", "--save-text-embeds")),
+    ],
+)
+def test_options_that_clash(
+    options: tuple[str, ...], said: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, pipeline = wan_pipeline()
+    refused(run(out, "--pipeline", pipeline, *options), *said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_table_has_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tiny_wan_export()
+    prompt = ("--prompt", "ring red right large black")
+    for more in (("--offload",), ("--vae-tiling",), ("--save-text-embeds", "t.safetensors"), ("--image", "a.png")):
+        target = () if "--save-text-embeds" in more else ("-o", "c.mp4")
+        refused(run(out, *prompt, *more, *target), "prompt table")
+    assert "packed weights" in drawn(out, *prompt, "--dry-run")
+    assert not list(tmp_path.iterdir())
