@@ -34,6 +34,7 @@ COMMANDS: dict[str, Entry] = {
         Entry("run", "dvdquant.cli.run", "draw clips with an export, switching engines per step", script=True),
         Entry("plan", "dvdquant.cli.plan", "find the delta of switching for an average of bits or time", script=True),
         Entry("inspect", "dvdquant.cli.inspect", "show what an export holds, and check its files", script=True),
+        Entry("bench", "dvdquant.cli.bench", "time a call of each engine or session on this machine"),
         Entry("doctor", "dvdquant.cli.doctor", "look at this machine: what it has, what is missing, what would run"),
     )
 }
