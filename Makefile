@@ -26,6 +26,7 @@ help:
 	@echo "make stress  the fault tests at their full counts: 500 kills, 200 races, 100 000 mutations"
 	@echo "make variants  the numeric tests as other processors run them: threads, instruction sets (VARIANTS= names some)"
 	@echo "make kernels        the CUDA kernels' library (needs nvcc); kernels-check also reads its machine code"
+	@echo "make kernels plugin HOST=aarch64 SM=\"87 110\"  both for a Jetson, on x86-64"
 	@echo "make venv    only the environment: $(VENV) with dvdq-export and dvdq-inspect"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrite the sources in the house style"
@@ -97,24 +98,32 @@ format: $(INSTALLED_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Needs nvcc (PATH or CUDA_HOME) for the GPU library; objects are cached by content in build/kernels.
+# Needs nvcc (PATH or CUDA_HOME) for the GPU library; objects are cached by content in build/kernels. HOST=aarch64 compiles for
+# that processor on x86-64, into build/kernels-aarch64; SM="87 110" for these GPUs alone.
+HOST ?=
+SM ?=
+KERNELS_FLAGS = --jobs $(JOBS) $(if $(HOST),--host $(HOST)) $(if $(SM),--architectures $(SM))
 kernels: $(INSTALLED)
-	$(BIN)/python kernels/build.py --jobs $(JOBS)
+	$(BIN)/python kernels/build.py $(KERNELS_FLAGS)
 
 kernels-check: $(INSTALLED)
-	$(BIN)/python kernels/check_sass.py --jobs $(JOBS)
+	$(BIN)/python kernels/check_sass.py $(KERNELS_FLAGS)
 
 # One self-contained file where the kernels' archive is built; else the plugin loads libdvdquant_kernels.so when it runs.
-PLUGIN_ARCHIVE = $(wildcard build/kernels/libdvdquant_kernels.a)
+DASH_HOST = $(if $(HOST),-$(HOST))
+PLUGIN_ARCHIVE = $(wildcard build/kernels$(DASH_HOST)/libdvdquant_kernels.a)
+PLUGIN_FLAGS = $(if $(HOST),-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(HOST) -DCMAKE_CXX_COMPILER=$(HOST)-linux-gnu-g++ \
+	-DCUDART_STATIC="$(abspath $(firstword $(wildcard build/kernels$(DASH_HOST)/cudart-$(HOST)/nvidia/*/lib/libcudart_static.a)))")
 plugin:
 	@if [ ! -f "$${TENSORRT_ROOT:-}/include/NvInfer.h" ] && [ ! -f /usr/include/$$(uname -m)-linux-gnu/NvInfer.h ]; then \
 		echo "plugin skipped: TensorRT's C++ headers were not found; set TENSORRT_ROOT to the folder that holds include/NvInfer.h" >&2; \
 	elif ! command -v cmake >/dev/null; then \
 		echo "plugin skipped: cmake was not found" >&2; \
 	else \
-		cmake -S plugins -B build/plugins -UTENSORRT_INCLUDE -DDVDQUANT_KERNELS_ARCHIVE="$(abspath $(PLUGIN_ARCHIVE))"; \
-		cmake --build build/plugins -j $(JOBS); \
-		echo "plugin    build/plugins/libdvdquant_plugins.so ($(if $(PLUGIN_ARCHIVE),with its kernels,loads libdvdquant_kernels.so when it runs))"; \
+		cmake -S plugins -B build/plugins$(DASH_HOST) -UTENSORRT_INCLUDE $(PLUGIN_FLAGS) \
+			-DDVDQUANT_KERNELS_ARCHIVE="$(abspath $(PLUGIN_ARCHIVE))"; \
+		cmake --build build/plugins$(DASH_HOST) -j $(JOBS); \
+		echo "plugin    build/plugins$(DASH_HOST)/libdvdquant_plugins.so ($(if $(PLUGIN_ARCHIVE),with its kernels,loads libdvdquant_kernels.so when it runs))"; \
 	fi
 
 # Runs in the Python that holds a CUDA build of torch, which may not be this checkout's environment.

@@ -64,6 +64,7 @@ def open_generator(
     compile: bool = False,
     attention: str | None = None,
     attention_backend: str | None = None,
+    plugins: Sequence[Path] = (),
     limits: Limits | None = None,
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
@@ -78,6 +79,7 @@ def open_generator(
         compile: run the quantized transformer in PyTorch, with its blocks compiled.
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
         attention_backend: the library that computes it instead of the first of the ladder that fits.
+        plugins: TensorRT plugin libraries that the export's engines need; their code runs.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
         lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
             the quantized weights (:meth:`EngineSession.set_loras`).
@@ -87,7 +89,7 @@ def open_generator(
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
     """
     checker = open_checker(artifact, pipeline=pipeline, limits=limits)
-    options = SessionOptions(backend, device, wrap_session, compile, attention, attention_backend)
+    options = SessionOptions(backend, device, wrap_session, compile, attention, attention_backend, plugins)
     if isinstance(checker, TableChecker):
         return TableGenerator(checker, PromptTable.open(checker.words.root), options, lora)
     return PipelineGenerator(checker, options, lora)

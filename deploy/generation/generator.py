@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -87,6 +88,7 @@ class SessionOptions:
         compile: Run in PyTorch, with the transformer's blocks compiled.
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
         attention_backend: The library that computes it instead of the first of the ladder that fits.
+        plugins: The TensorRT plugin libraries that engines need.
     """
 
     backend: str = "auto"
@@ -95,6 +97,7 @@ class SessionOptions:
     compile: bool = False
     attention: str | None = None
     attention_backend: str | None = None
+    plugins: Sequence[Path] = ()
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
@@ -115,6 +118,7 @@ class SessionOptions:
             compile=self.compile,
             attention=self.attention,
             attention_backend=self.attention_backend,
+            plugins=self.plugins,
         )
         try:
             if loras:

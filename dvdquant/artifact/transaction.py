@@ -406,6 +406,7 @@ class ExportTransaction:
         manifest: Manifest,
         known: Mapping[str, FileEntry] | None = None,
         progress: Callable[[int], None] | None = None,
+        export_key: str | None = None,
     ) -> Manifest:
         """Hash the tree, write the manifest and put the export in place.
 
@@ -414,6 +415,8 @@ class ExportTransaction:
             known: Hashes that are already known (``StreamingWriter.finish()``), by relative path. If the size is right,
                 they are not computed again.
             progress: A function that gets the number of bytes of every block hashed.
+            export_key: The key that the export keeps, where something was added to one that is there; None means the
+                hash of this transaction's own.
 
         Returns:
             The manifest with its files.
@@ -432,7 +435,7 @@ class ExportTransaction:
             with stage.child(TREE) as tree:
                 tree.unlink(MANIFEST)
                 files = _hash_tree(tree, known or {}, progress)
-                final = replace(manifest, files=files, export_key=self.export_key)
+                final = replace(manifest, files=files, export_key=self.export_key if export_key is None else export_key)
                 tree.write(MANIFEST, final.to_json().encode())
                 for entry in list(tree.walk()):
                     if entry.is_folder:

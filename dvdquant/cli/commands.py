@@ -34,6 +34,8 @@ COMMANDS: dict[str, Entry] = {
         Entry("run", "dvdquant.cli.run", "draw clips with an export, switching engines per step", script=True),
         Entry("serve", "dvdquant.cli.serve", "serve exports over HTTP, by OpenAI's video API", script=True),
         Entry("plan", "dvdquant.cli.plan", "find the delta of switching for an average of bits or time", script=True),
+        Entry("build", "dvdquant.cli.build", "build an export's engines on the device they are for", script=True),
+        Entry("bundle", "dvdquant.cli.bundle", "pack an export for a machine without internet", script=True),
         Entry("inspect", "dvdquant.cli.inspect", "show what an export holds, and check its files", script=True),
         Entry("bench", "dvdquant.cli.bench", "time a call of each engine or session on this machine"),
         Entry("doctor", "dvdquant.cli.doctor", "look at this machine: what it has, what is missing, what would run"),

@@ -36,6 +36,7 @@ REALIZE = (
     "int4-weight-only",
     "nvfp4",
 )  # those of dvdquant.export.engines.precision, which takes seconds to import
+BUILD_PLACES = ("auto", "here", "device")  # those of dvdquant.export.options, which takes seconds to import
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 MAX_TOKENS, MAX_BATCH = 1 << 16, 1 << 10
 
@@ -54,7 +55,10 @@ dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/wan --height 480:720 --width 832:
 dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22-4 --lora high.safetensors --lora transformer_2=low.safetensors:0.8 \
     --steps 4 --guidance 1
 
-# graphs only; build engines on the server with trtexec or a later dvdq-export
+# for a Jetson Orin that is elsewhere: graphs, weights, profiles and the lines of trtexec; then dvdq-bundle, and dvdq-build there
+dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/orin --target tensorrt --sm 8.7
+
+# graphs only
 dvdq-export ./HunyuanVideo -o out/hy --target onnx --recipe w4a4-g128
 
 # files of ComfyUI: the two transformers of Wan 2.2, or the folder that holds them
@@ -197,7 +201,17 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 )
 @click.option("--subfolder", type=WORD, help="Folder of the transformer inside MODEL.")
 @click.option("--revision", type=WORD, help="Branch, tag or commit of a hub id.")
-@click.option("--plugin", "plugins", multiple=True, type=PATH, help="TensorRT plugin library.")
+@click.option(
+    "--build",
+    type=click.Choice(BUILD_PLACES),
+    default="auto",
+    show_default=True,
+    help="Where engines are built: here, or by dvdq-build on the device they are for, which needs no builder here. "
+    "auto leaves TensorRT's to the device unless --plugin is given.",
+)
+@click.option(
+    "--plugin", "plugins", multiple=True, type=PATH, help="TensorRT plugin library, to build its engines here."
+)
 @click.option("--workspace-gib", type=float, help="Workspace limit of the engine builder.")
 @click.option("--timing-cache", type=PATH, help="TensorRT timing cache to read and update.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="Builder effort (TensorRT).")
@@ -340,6 +354,9 @@ def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
         "kept": [name for p in plan.plans for name in p.kept_linears],
         "left_out": [name for p, c in zip(plan.plans, plan.checkpoints) for name in p.left_out(c.tensors)],
         "engines": [{"sm": e.sms, "act_bits": e.act_bits, "executes": e.executes} for e in plan.engines],
+        "later": [
+            {"sm": e.sms, "act_bits": e.act_bits, "executes": e.executes, "backend": e.backend} for e in plan.later
+        ],
         "estimate": plan.estimate.to_json(),
     }
 
@@ -394,6 +411,12 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
         lines += [
             "what will execute",
             paragraphs([(_target(e.backend, e.sms, e.act_bits), e.executes) for e in plan.engines]),
+            "",
+        ]
+    if plan.later:
+        lines += [
+            "left to dvdq-build on the device",
+            paragraphs([(_target(e.backend, e.sms, e.act_bits), e.executes) for e in plan.later]),
             "",
         ]
     lines += [
@@ -456,6 +479,9 @@ def _result_text(plan: ExportPlan, result: ExportResult, seconds: float) -> str:
     if manifest.engines:
         words = [(_target(e["backend"], e["sm"], e["act_bits"]), e["executes"]) for e in manifest.engines]
         lines += ["what executes", paragraphs(words), ""]
+    if manifest.builds:
+        rows = [(b["engine"], ", ".join(b["sm"]), b["graph"]) for b in manifest.builds]
+        lines += ["left to dvdq-build on the device", table(("engine", "SM", "from"), rows), ""]
     lines += [_error_line(manifest.layers, error_name(manifest.recipe))]
     for stored in result.stored:
         lines += stored.lines()

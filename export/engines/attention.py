@@ -12,7 +12,7 @@ from dvdquant.recipe import Recipe
 
 __all__ = ["FP8_SMS", "SIXTEEN_BIT", "AttentionWish", "attention_wish"]
 
-FP8_SMS: tuple[str, ...] = ("8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
+FP8_SMS: tuple[str, ...] = ("8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
 """SMs with FP8 tensor cores."""
 
 
