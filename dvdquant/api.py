@@ -110,7 +110,8 @@ def export_model(
         options["plugins"] = _several("plugins", options["plugins"])
     own = recipe if isinstance(recipe, Recipe) else None
     name = _recipe_name(recipe) if own is None else own.name
-    choice = choose(*(_several(*each) for each in (("gpu", gpu), ("sm", sm), ("target", target))), name)
+    cards, capabilities = _several("gpu", gpu), _several("sm", sm)
+    choice = choose(cards, capabilities, _several("target", target), name)
     arguments = ExportOptions(
         model=str(model),
         out=_path("out", out),

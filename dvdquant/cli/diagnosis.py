@@ -96,7 +96,8 @@ def _gpus(gpus: list[Installed]) -> Iterator[Finding]:
             "exporting needs none; to run on one, install its driver, and start a container with --gpus all",
         )  # fmt: skip
     for gpu in gpus:
-        words = f"{gpu.name}, SM {_sm(gpu) or 'unknown'}, {gpu.memory_mib / 1024:.0f} GiB, driver {gpu.driver or 'of a release that is not told'}"
+        words = f"{gpu.name}, SM {_sm(gpu) or 'unknown'}, {gpu.memory_mib / 1024:.0f} GiB"
+        words += f", driver {gpu.driver}" if gpu.driver else ""
         known = CAPABILITIES.get(_sm(gpu))
         if known is not None and known.refused:
             yield Finding(
