@@ -97,6 +97,50 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, sources: list[str
     assert "dvdquant/_native/kernels/csrc/probe.cu" in names
 
 
+def test_wheel_takes_the_built_kernels_along(wheel: Path) -> None:
+    """Where ``make kernels`` has built them; the package looks for them in that place."""
+    copy = wheel.parents[1]
+    library = copy / "build" / "kernels" / "libdvdquant_kernels.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    library.write_bytes(b"a library")
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(copy / "dist-kernels"),
+        str(copy),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = (copy / "dist-kernels").glob("*.whl")
+    assert zipfile.ZipFile(path).read("dvdquant/_native/libdvdquant_kernels.so") == b"a library"
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert path.name == f"dvdquant-{PROJECT['version']}-py3-none-{platform}.whl"
+    assert wheel.name == f"dvdquant-{PROJECT['version']}-py3-none-any.whl"
+
+
+def test_messages_advise_packages_that_are_declared(sources: list[str]) -> None:
+    """A name in `pip install` is a dependency of ours, or one of our extras."""
+    extras = PROJECT["optional-dependencies"]
+    requirements = [*PROJECT["dependencies"], *(each for extra in extras.values() for each in extra)]
+    declared = {re.split(r"[<>=!~ ;\[]", each, maxsplit=1)[0].lower() for each in requirements}
+    wrong = []
+    for name in _python_files(sources):
+        if not name.startswith(("dvdquant/", "export/", "deploy/")):
+            continue
+        for words in re.findall(r"pip install ([^\"\n`(]+)", (ROOT / name).read_text()):
+            for word in re.split(r"[\s,]+", words.replace("'", " ")):
+                plain = re.split(r"[<>=!~]", word, maxsplit=1)[0].lower()
+                if extra := re.fullmatch(r"dvdquant\[([\w,-]+)\]", plain):
+                    wrong += [f"{name}: {word}" for each in extra[1].split(",") if each not in extras]
+                elif re.fullmatch(r"[a-z][\w.-]+", plain) and plain not in declared and "--" not in word:
+                    wrong.append(f"{name}: {word}")
+    assert wrong == []
+
+
 def test_wheel_metadata(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     info = f"dvdquant-{PROJECT['version']}.dist-info"
@@ -124,7 +168,7 @@ main(["--version"])
 """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, "-S", "-c", code, str(installed), sysconfig.get_path("purelib"), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd="/", env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"dvdq-inspect, version {PROJECT['version']}"
 
