@@ -8,6 +8,7 @@ COMMANDS = {
     "dvdq-export": "quantize a model and write graphs and engines",
     "dvdq-inspect": "show what an export holds, and check its files",
     "dvdq-plan": "find the δ of step switching for a wanted average of bits or time",
+    "dvdq-push": "put an export on the hub, where others read it by its name",
     "dvdq-run": "draw clips with an export, switching engines per step",
 }
 

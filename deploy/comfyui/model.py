@@ -19,7 +19,7 @@ import torch
 
 from dvdquant.deploy.comfyui.sampling import OPTION, Settings
 from dvdquant.deploy.comfyui.transformer import ExportedTransformer
-from dvdquant.errors import UnsupportedError
+from dvdquant.errors import ShapeError, UnsupportedError
 
 __all__ = ["ExportPatcher", "load_model"]
 
@@ -62,8 +62,28 @@ class WrappedTransformer(ExportedTransformer):
         return executor.execute(x, timestep, context, clip_fea, extra, options, **more)
 
 
-class _NotSaved:
-    """A model that ComfyUI cannot save as a checkpoint."""
+class _Exported:
+    """What an export does otherwise than ComfyUI's own model: it cannot be saved as a checkpoint, and says which latents fit."""
+
+    latent_format: Any
+
+    def concat_cond(self, **given: Any) -> Any:
+        """Return the conditions on the channel axis, as ComfyUI's model does, for latents that are of this model.
+
+        Args:
+            **given: ComfyUI's conditions and the noise.
+
+        Raises:
+            ShapeError: The latents have another number of channels.
+        """
+        channels, noise = self.latent_format.latent_channels, given["noise"]
+        if noise.shape[1] != channels:
+            raise ShapeError(
+                f"the latents are {list(noise.shape)}",
+                available=f"[batch, {channels}, frames, height, width]",
+                fix="use an empty latent of this kind of model (EmptyHunyuanLatentVideo for Wan)",
+            )
+        return super().concat_cond(**given)  # type: ignore[misc]
 
     def state_dict_for_saving(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse to save.
@@ -74,11 +94,11 @@ class _NotSaved:
         raise UnsupportedError("an export cannot be saved as a checkpoint", fix="copy the export's folder")
 
 
-class ExportedWan(_NotSaved, comfy.model_base.WAN21):
+class ExportedWan(_Exported, comfy.model_base.WAN21):
     """ComfyUI's model of Wan 2.1 and Wan 2.2 14B around an export."""
 
 
-class ExportedWan22(_NotSaved, comfy.model_base.WAN22):
+class ExportedWan22(_Exported, comfy.model_base.WAN22):
     """ComfyUI's model of Wan 2.2 TI2V 5B around an export."""
 
 

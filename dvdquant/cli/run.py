@@ -36,6 +36,9 @@ dvdq-run out/tiny-wan --prompt "square blue down small grey" -o compare.mp4 --st
 dvdq-run out/wan --prompt "a cat in the snow" -o cat.mp4 --schedule out/wan/schedule.json
 dvdq-run out/wan --prompt "a cat in the snow" -o cat.mp4 --delta 0.2 --steps 30 --seed 7
 
+# an export on the hub
+dvdq-run user/wan2.1-1.3b-w4a4 --prompt "a cat in the snow" -o cat.mp4
+
 # many prompts, one a line; text encoder, VAE and scheduler from another folder
 dvdq-run out/wan --prompts prompts.txt -o clips/cat.mp4 --pipeline ./Wan2.1-T2V-1.3B-Diffusers
 """
@@ -63,7 +66,7 @@ GROUPS = {
         "compare",
     ),
     "What to write": ("output", "gif", "strip", "trace", "fps"),
-    "Where it runs": ("pipeline", "lora", "backend", "device", "compile", "attention", "attention_backend"),
+    "Where it runs": ("revision", "pipeline", "lora", "backend", "device", "compile", "attention", "attention_backend"),
 }
 
 
@@ -208,11 +211,14 @@ class RunOptions:
     metavar="LIBRARY",
     help="What computes 8-bit attention: reference, or one library.  [default: the first that is right and faster]",
 )
+@click.option(
+    "--revision", type=WORD, metavar="REVISION", help="Branch, tag or commit, where OUT is user/name on the hub."
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-run")
-def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
-    """Generate video with the export in folder OUT and write clips to -o."""
+def main(out: Path, revision: str | None, log_format: str, verbose: int, **options: Any) -> None:
+    """Generate video with the export OUT, a folder or user/name on the hub, and write clips to -o."""
     setup_logging(verbose, log_format)
     settings = RunOptions(**options)
     prompts = read_prompts(settings.prompt, settings.prompts)
@@ -224,10 +230,11 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
     from dvdquant.cli.run_outputs import Writer
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import open_generator
+    from dvdquant.hub.locate import locate_export
     from dvdquant.system.progress import Progress
 
     writer = Writer.open(settings, len(prompts))
-    artifact = Artifact.open(out)
+    artifact = Artifact.open(locate_export(out, revision))
     progress = Progress("json" if log_format == "json" else "text")
     with open_generator(
         artifact,

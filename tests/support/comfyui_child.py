@@ -217,7 +217,7 @@ def workflow(bench: Bench, base: Path) -> dict[str, Any]:
     """The example workflow, checked and executed by ComfyUI's own executor."""
     execution = importlib.import_module("execution")
     for extra in ("nodes_model_advanced", "nodes_hunyuan", "nodes_preview_any"):
-        path = Path(sys.path[0]) / "comfy_extras" / f"{extra}.py"
+        path = Path(bench.nodes.__file__).parent / "comfy_extras" / f"{extra}.py"
         assert asyncio.run(bench.nodes.load_custom_node(str(path), module_parent="comfy_extras"))
     graph = json.loads((base / "workflow.json").read_text())
     prompt = to_prompt(graph, bench.nodes.NODE_CLASS_MAPPINGS)
