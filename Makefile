@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: help venv demo test stress variants lint lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: help venv demo demo-steps test stress variants lint lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -54,15 +54,21 @@ $(INSTALLED_TEST): pyproject.toml constraints.txt | $(BIN)/pip
 venv: $(INSTALLED)
 
 demo: $(INSTALLED)
+	@$(MAKE) --no-print-directory demo-steps || \
+		{ echo; echo "FAIL      the error stands above; what went well before it is in $(OUT).log" >&2; exit 1; }
+	@echo
+	@echo "PASS      every graph was judged, every file was checked, the clip is drawn"
+	@echo "open      $(OUT)/report.html"
+
+demo-steps:
 	@mkdir -p $(dir $(OUT))
-	$(BIN)/dvdq-export examples/tiny-wan -o $(OUT) --latent 8x24x24 --text-tokens 5 \
+	$(BIN)/dvdq export examples/tiny-wan -o $(OUT) --latent 8x24x24 --text-tokens 5 \
 		--sm 8.0 --sm 8.6 --sm 8.9 --sm 12.0 --target rtx --target onnx --verify --report | tee $(OUT).log
-	$(BIN)/dvdq-inspect $(OUT) --check | tee -a $(OUT).log
+	$(BIN)/dvdq inspect $(OUT) --check | tee -a $(OUT).log
 	@$(BIN)/python examples/list_engines.py $(OUT)
-	$(BIN)/dvdq-run $(OUT) --prompt "ring red right large black" --compare --steps 20 --delta 0.2 \
+	$(BIN)/dvdq run $(OUT) --prompt "ring red right large black" --compare --steps 20 --delta 0.2 \
 		-o $(OUT)-clip/clip.mp4 --strip $(OUT)-clip/strip.png --trace $(OUT)-clip/trace.json | tee -a $(OUT).log
-	@echo "report $(OUT)/report.html"
-	@echo "log    $(OUT).log"
+	@test -s $(OUT)/report.html && test -s $(OUT)-clip/clip.mp4
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .
@@ -71,7 +77,7 @@ lint: $(INSTALLED_TEST)
 
 test: lint
 	@$(BIN)/python tests/support/warm_up.py
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not stress" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not stress" --cpu-seconds 15 $(PYTEST_ARGS)
 
 stress: $(INSTALLED_TEST)
 	@$(BIN)/python tests/support/warm_up.py

@@ -1,12 +1,18 @@
 """Time one DiT step at real sizes: bf16 against W4A8 and W4A4 on the CUDA kernels, through PyTorch.
 
     make kernels
-    python benchmarks/step_time.py                        # every case below, a table on stdout and --out
-    python benchmarks/step_time.py --case wan2.1-1.3b --steps 20
+    python benchmarks/step_time.py                        # every case and flavour, a table on stdout and --out
+    python benchmarks/step_time.py --case wan2.1-1.3b --steps 20 --budget
+    python benchmarks/step_time.py --flavour "bf16 compiled" --flavour "a8 compiled"
 
 A 14-billion-parameter transformer need not be built to know its step: two shallow models of the real width give the time of
 a block and of what is not a block, and the step is extrapolated to the real depth. Weights are random, token counts real.
-Linears, step and memory are given apart, because attention is not quantized and dominates long videos.
+
+A flavour is a way of running: eager bf16, compiled bf16 (what a user could have without quantizing: every ratio is to it),
+and a8 and a4 with the compiler and with 8-bit attention switched on one by one. One that this machine cannot run is a row
+that says why. ``--budget`` adds, for every flavour, the time of its classes of operations by torch.profiler beside the
+prediction of step_budget.py.
+
 ``--engine FILE`` also tries whether this GPU runs a TensorRT-RTX engine, and prints the result.
 ``--device cpu --scale 32`` runs the whole script on toy sizes without a GPU; its times mean nothing.
 """
@@ -15,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -28,9 +33,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.step_budget import ATTENTION, TEXT_ATTENTION, predict, rates_for, work_of_block
+from benchmarks.step_cases import CASES, FLAVOURS, Case, Flavour, config_of, inputs_of, select_cases, shallow
+from benchmarks.step_profile import MEASURED, profile_classes
+from dvdquant.deploy.sessions.attention import install_attention
+from dvdquant.deploy.sessions.compiled import compile_blocks
+from dvdquant.deploy.sessions.pytorch import wanted_attention
 from dvdquant.deploy.switching.gbs import change_sums
-from dvdquant.errors import UnsupportedError
-from dvdquant.model.families import Axis, Family, Sizes
+from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.model.layers import QuantLinear, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper
 from dvdquant.model.plan import ModelPlan, build_skeleton, plan_model, quantized_skeleton
@@ -38,69 +50,24 @@ from dvdquant.ops.cuda_linear import usable_kernels
 from dvdquant.recipe import get_recipe
 from dvdquant.system.devices import resolve_device
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A configuration at a video size.
-
-    Args:
-        config: The name of a file in ``configs``.
-        latent: The size in latents: frames, height, width.
-        text_tokens: The number of text tokens.
-        depths: The two depths, in blocks, that are built.
-    """
-
-    config: str
-    latent: tuple[int, int, int]
-    text_tokens: int
-    depths: tuple[int, int] = (1, 3)
-
-    @property
-    def name(self) -> str:
-        """Return the name, such as ``wan2.1-14b 21x90x160``."""
-        return f"{self.config} {'x'.join(map(str, self.latent))}"
-
-
-CASES = (
-    Case("wan2.1-1.3b", (21, 60, 104), 512),
-    Case("wan2.1-14b", (21, 60, 104), 512),
-    Case("wan2.1-14b", (21, 90, 160), 512),
-    Case("hunyuan-video", (33, 90, 160), 256),
-)
-# The number of blocks of each kind per block of depth: two single-stream ones for every dual-stream one, as in the real
-# model (20 and 40).
-DEPTH_KEYS = {"num_layers": 1, "num_single_layers": 2}
+BASELINE = "bf16 compiled"
 
 
 @dataclass
 class Times:
-    """The times and the memory at one depth.
+    """The measurements of one flavour at one depth.
 
     Args:
-        ms: Flavour -> milliseconds of a forward pass.
-        peak: Flavour -> peak memory in bytes.
+        ms: Milliseconds of a forward pass.
+        peak: Peak memory in bytes; 0 on a CPU.
+        classes: Class of operations -> milliseconds, where profiled.
+        attention: What computed attention, in words.
     """
 
-    ms: dict[str, float] = field(default_factory=dict)
-    peak: dict[str, int] = field(default_factory=dict)
-
-
-def shallow(config: dict[str, Any], depth: int, scale: int) -> dict[str, Any]:
-    """Return a config of fewer blocks, with the proportion of the two kinds kept.
-
-    Args:
-        config: The config of the model.
-        depth: The number of blocks.
-        scale: The number that widths are divided by.
-    """
-    small = {**config, **{key: depth * times for key, times in DEPTH_KEYS.items() if key in config}}
-    if scale > 1:
-        small["num_attention_heads"] = max(1, config["num_attention_heads"] // scale)
-        if "ffn_dim" in config:
-            small["ffn_dim"] = max(64, config["ffn_dim"] // scale)
-    return small
+    ms: float
+    peak: int
+    classes: dict[str, float] = field(default_factory=dict)
+    attention: str = "16 bit"
 
 
 def fill(model: nn.Module, device: torch.device) -> nn.Module:
@@ -174,118 +141,194 @@ def milliseconds(work: Callable[[], Any], device: torch.device, repeats: int) ->
     return statistics.median(taken)
 
 
-def inputs_of(family: Family, case: Case, scale: int, device: torch.device) -> dict[str, Tensor]:
-    """Return random graph inputs at the case's size, by name.
+def build(plan: ModelPlan, flavour: Flavour, device: torch.device) -> tuple[nn.Module, Any]:
+    """Return a model with random weights that runs as the flavour says, and its 8-bit attention or None.
 
     Args:
-        family: The model family.
-        case: The case.
-        scale: The number that sizes are divided by.
-        device: The device of the tensors.
+        plan: The plan of the model.
+        flavour: What runs.
+        device: The device.
+
+    Raises:
+        UnsupportedError: The attention or the compilation is not possible here.
     """
-    patch = family.patch()
-    latent = [max(p, size // scale // p * p) for p, size in zip(patch, case.latent)]
-    frames, height, width = (Axis.fixed(size) for size in latent)
-    sizes = Sizes(frames, height, width, max(8, case.text_tokens // scale))
-    return {name: tensor.to(device) for name, tensor in family.sample(sizes, torch.bfloat16).items()}
+    quantized = flavour.bits != 16
+    skeleton = (
+        quantized_skeleton(plan, flavour.bits) if quantized else build_skeleton(plan.family.config, torch.bfloat16)
+    )
+    kernels = usable_kernels(device) if quantized else None
+    # The packed weights stay on the CPU, as in a session.
+    model = fill(skeleton, device if kernels is None else torch.device("cpu"))
+    if kernels is not None:
+        prepare_layers(model, kernels, [plan.recipe.activation(flavour.bits)], plan.dtype, device)
+    model = model.to(device)
+    backend = "reference" if flavour.attention != "16" and device.type == "cpu" else None
+    attention = wanted_attention(flavour.attention, backend, device, flavour.name)
+    if attention is not None:
+        install_attention(model, attention)
+    if flavour.compiled:
+        compile_blocks(model, dynamic=False)
+    return GraphWrapper(model, plan.family), attention
 
 
-def measure(case: Case, depth: int, options: argparse.Namespace) -> tuple[Times, ModelPlan, dict[str, float]]:
-    """Measure one depth of one case: bf16, a8 and a4, and the cost of switching between a4 and a8.
+def measure(case: Case, depth: int, flavour: Flavour, options: argparse.Namespace) -> Times:
+    """Measure one flavour at one depth.
 
     Args:
         case: The case.
         depth: The number of blocks.
+        flavour: What runs.
         options: The command line.
 
-    Returns:
-        The times, the plan of the model, and the milliseconds of each part of a switch.
+    Raises:
+        UnsupportedError: See :func:`build`.
     """
     device = resolve_device(options.device)
-    config = json.loads((CONFIGS / f"{case.config}.json").read_text())
-    plan = plan_model(shallow(config, depth, options.scale), get_recipe(options.recipe), torch.bfloat16)
+    plan = plan_model(shallow(config_of(case), depth, options.scale), get_recipe(options.recipe), torch.bfloat16)
     inputs = inputs_of(plan.family, case, options.scale, device)
-    times, extra = Times(), {}
-    for flavour in ("bf16", "quantized"):
-        quantized = flavour == "quantized"
-        skeleton = quantized_skeleton(plan, 8) if quantized else build_skeleton(plan.family.config, torch.bfloat16)
-        kernels = usable_kernels(device) if quantized else None
-        # The packed weights stay on the CPU, as in a session.
-        model = GraphWrapper(fill(skeleton, device if kernels is None else torch.device("cpu")), plan.family)
-        if kernels is not None:
-            prepare_layers(model, kernels, [plan.recipe.activation(bits) for bits in (4, 8)], plan.dtype, device)
-        model = model.to(device)
-        with torch.inference_mode():
-            for bits in (8, 4) if quantized else (16,):
-                name = f"a{bits}" if quantized else "bf16"
-                if quantized:
-                    set_activation(model, plan.recipe.activation(bits))
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                times.ms[name] = milliseconds(lambda m=model: m(inputs), device, options.steps)
-                times.peak[name] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-            if quantized:
-                extra = _switching(model, plan, inputs, device, options.steps)
-        del model, skeleton
-        gc.collect()
+    model, attention = build(plan, flavour, device)
+    with torch.inference_mode():
         if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return times, plan, extra
+            torch.cuda.reset_peak_memory_stats()
+        ms = milliseconds(lambda: model(inputs), device, options.steps)
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        classes = profile_classes(lambda: model(inputs), device) if options.budget else {}
+    return Times(ms, peak, classes, "16 bit" if attention is None else attention.words())
 
 
-def _switching(
-    model: nn.Module, plan: ModelPlan, inputs: dict[str, Tensor], device: torch.device, repeats: int
-) -> dict[str, float]:
+def switching_cost(case: Case, options: argparse.Namespace) -> dict[str, float]:
     """Return the milliseconds that a switch adds to a step: setting the grid, and the reduction that δ-GBS reads.
-
-    Args:
-        model: The quantized model on the device.
-        plan: Its plan.
-        inputs: The inputs of the graph by name.
-        device: The device.
-        repeats: The number of timed calls.
-    """
-    first = model(inputs)
-    second = torch.roll(first, 1)
-
-    def decide() -> list[float]:
-        """Compute the sums that δ-GBS reads."""
-        sums: list[float] = change_sums(second, first).tolist()
-        return sums
-
-    grids = [plan.recipe.activation(bits) for bits in (4, 8)]
-
-    def switch() -> None:
-        """Switch to both grids once."""
-        for grid in grids:
-            set_activation(model, grid)
-
-    return {
-        "δ-GBS reduction": milliseconds(decide, device, repeats),
-        "set grid": milliseconds(switch, device, repeats) / 2,
-    }
-
-
-def row_of(case: Case, options: argparse.Namespace) -> list[str]:
-    """Return a line of the table.
 
     Args:
         case: The case.
         options: The command line.
     """
-    # 1. Measure two depths.
-    depths = case.depths
-    (low, _, _), (high, plan, extra) = (measure(case, depth, options) for depth in depths)
-    real = json.loads((CONFIGS / f"{case.config}.json").read_text())["num_layers"]
-    # 2. The difference is the time of a block; extrapolate the step to the real depth.
-    block = {name: (high.ms[name] - low.ms[name]) / (depths[1] - depths[0]) for name in high.ms}
-    step = {name: high.ms[name] + block[name] * (real - depths[1]) for name in high.ms}
-    tokens = plan.family.tokens(*case.latent)
-    cells = [case.name, str(tokens), *(f"{block[name]:.2f}" for name in ("bf16", "a8", "a4"))]
-    cells += [f"{block['bf16'] / block[name]:.2f}" for name in ("a8", "a4")]
-    cells += [f"{step[name]:.0f}" for name in ("bf16", "a8", "a4")]
-    cells += [f"{high.peak[name] / 2**30:.1f}" for name in ("bf16", "a4")]
-    return [*cells, ", ".join(f"{name} {ms:.3f}" for name, ms in extra.items())]
+    device = resolve_device(options.device)
+    plan = plan_model(shallow(config_of(case), 1, options.scale), get_recipe(options.recipe), torch.bfloat16)
+    model, _ = build(plan, Flavour(8), device)
+    with torch.inference_mode():
+        first = model(inputs_of(plan.family, case, options.scale, device))
+        second = torch.roll(first, 1)
+
+        def decide() -> list[float]:
+            """Compute the sums that δ-GBS reads."""
+            sums: list[float] = change_sums(second, first).tolist()
+            return sums
+
+        # Setting a grid costs the same whether or not its weights are prepared.
+        grid = plan.recipe.activation(8)
+        return {
+            "δ-GBS reduction": milliseconds(decide, device, options.steps),
+            "set grid": milliseconds(lambda: set_activation(model, grid), device, options.steps),
+        }
+
+
+def release() -> None:
+    """Free the memory of the model that was measured last, and what was compiled for it."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One flavour of one case, measured.
+
+    Args:
+        flavour: What ran.
+        block: Milliseconds of a block.
+        step: Milliseconds of a step at the real depth.
+        peak: Peak memory of the deeper model in bytes.
+        classes: Class of operations -> milliseconds of a block, where profiled.
+        attention: What computed attention, in words.
+        refused: Why nothing ran; empty where it did.
+    """
+
+    flavour: Flavour
+    block: float = 0.0
+    step: float = 0.0
+    peak: int = 0
+    classes: dict[str, float] = field(default_factory=dict)
+    attention: str = ""
+    refused: str = ""
+
+
+def row_of(case: Case, flavour: Flavour, options: argparse.Namespace) -> Row:
+    """Measure one flavour of one case at two depths, and extrapolate to the real depth.
+
+    Args:
+        case: The case.
+        flavour: What runs.
+        options: The command line.
+    """
+    found = []
+    try:
+        for depth in case.depths:
+            found.append(measure(case, depth, flavour, options))
+            release()
+    except (DvdquantError, torch.OutOfMemoryError) as error:
+        return Row(flavour, refused=str(error).splitlines()[0])
+    finally:
+        release()
+    low, high = found
+    shallower, deeper = case.depths
+    blocks = deeper - shallower
+    block = (high.ms - low.ms) / blocks
+    step = high.ms + block * (config_of(case)["num_layers"] - deeper)
+    classes = {name: (high.classes[name] - low.classes[name]) / blocks for name in high.classes}
+    return Row(flavour, block, step, high.peak, classes, high.attention)
+
+
+def time_table(case: Case, rows: list[Row]) -> list[list[str]]:
+    """Return the cells of the table of times, a line for each flavour.
+
+    Args:
+        case: The case.
+        rows: The flavours, measured.
+    """
+    baseline = next((row for row in rows if row.flavour.name == BASELINE and not row.refused), None)
+    lines = []
+    for row in rows:
+        if row.refused:
+            lines.append([case.name, row.flavour.name, f"did not run: {row.refused}", "", "", "", ""])
+            continue
+        gain = "" if baseline is None else f"{baseline.block / row.block:.2f}"
+        cells = [f"{row.block:.2f}", gain, f"{row.step:.0f}", f"{row.peak / 2**30:.1f}", row.attention]
+        lines.append([case.name, row.flavour.name, *cells])
+    return lines
+
+
+def budget_table(case: Case, rows: list[Row], gpu: str) -> list[list[str]]:
+    """Return the cells of the table of classes: measured, and predicted where the GPU's rates are known.
+
+    Args:
+        case: The case.
+        rows: The flavours, measured.
+        gpu: The name of the GPU.
+    """
+    found = rates_for(gpu)
+    lines = []
+    for row in rows:
+        if row.refused:
+            continue
+        predicted = None
+        if found is not None:
+            predicted = predict(case, row.flavour, found[1], work_of_block(case, row.flavour.bits))
+        if predicted is not None:
+            predicted[ATTENTION] += predicted.pop(TEXT_ATTENTION)
+        cells = []
+        for name in MEASURED:
+            guess = "–" if predicted is None else f"{predicted[name]:.2f}"
+            cells.append(f"{row.classes[name]:.2f} / {guess}")
+        guess = "–" if predicted is None else f"{sum(predicted.values()):.2f}"
+        lines.append([case.name, row.flavour.name, *cells, f"{row.block:.2f} / {guess}"])
+    return lines
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
 
 
 def try_engine(path: Path) -> str:
@@ -305,7 +348,9 @@ def try_engine(path: Path) -> str:
 
 
 def main() -> int:
-    """Print the table; return 0, or 2 with a message if nothing can be measured."""
+    """Print the tables; return 0, or 2 with a message if nothing can be measured."""
+    # 1. Read the command line.
+    names = [flavour.name for flavour in FLAVOURS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--case",
@@ -313,28 +358,49 @@ def main() -> int:
         metavar="TEXT",
         help="only cases whose name contains TEXT: " + ", ".join(c.name for c in CASES),
     )
+    parser.add_argument("--flavour", action="append", choices=names, help="only these; default: all")
+    parser.add_argument("--budget", action="store_true", help="also the time by class, measured and predicted")
     parser.add_argument("--recipe", default="w4a4")
     parser.add_argument("--steps", type=int, default=10, help="timed runs of each flavour")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", type=int, default=1, help="divide all sizes, to try the script")
     parser.add_argument("--engine", type=Path, help="a TensorRT-RTX engine to try on this GPU")
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--out", type=Path, help="also write the tables to this file")
     options = parser.parse_args()
     try:
         device = resolve_device(options.device)
     except UnsupportedError as error:
         print(f"{error}\n--device cpu --scale 32 tries the script without a GPU", file=sys.stderr)
         return 2
-    cases = [case for case in CASES if not options.case or any(text in case.name for text in options.case)]
+    cases = select_cases(options.case)
     if not cases:
         print(f"no case contains {options.case}; there are: {', '.join(c.name for c in CASES)}", file=sys.stderr)
         return 2
-    header = ["case", "tokens", *(f"block {n}, ms" for n in ("bf16", "a8", "a4")), "bf16/a8", "bf16/a4"]
-    header += [*(f"step {n}, ms" for n in ("bf16", "a8", "a4")), "peak bf16, GiB", "peak a4, GiB", "switching, ms"]
-    rows = [row_of(case, options) for case in tqdm(cases, desc="cases")]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, toy sizes: the times mean nothing"
-    lines = [f"{where}, torch {torch.__version__}, recipe {options.recipe}", ""]
-    lines += ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+    flavours = [flavour for flavour in FLAVOURS if not options.flavour or flavour.name in options.flavour]
+
+    # 2. Measure. What is done is printed at once: a run that is cut off keeps its rows.
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, toy sizes: the times mean nothing"
+    times: list[list[str]] = []
+    budget: list[list[str]] = []
+    switching: list[str] = []
+    for case in tqdm(cases, desc="cases"):
+        rows = []
+        for flavour in flavours:
+            rows.append(row_of(case, flavour, options))
+            tqdm.write(" | ".join(time_table(case, rows)[-1]), file=sys.stderr)
+        times += time_table(case, rows)
+        if options.budget:
+            budget += budget_table(case, rows, gpu)
+        cost = switching_cost(case, options)
+        switching.append(f"{case.name}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in cost.items()))
+
+    # 3. Print.
+    header = ["case", "runs", "block, ms", f"times {BASELINE}", "step, ms", "peak, GiB", "self-attention"]
+    lines = [f"{gpu}, torch {torch.__version__}, recipe {options.recipe}", "", *markdown(header, times)]
+    if budget:
+        header = ["case", "runs", *(f"{name}, ms" for name in MEASURED), "block, ms"]
+        lines += ["", "Measured / predicted, a block:", "", *markdown(header, budget)]
+    lines += ["", "A switch adds to a step:", *(f"- {line}" for line in switching)]
     if options.engine:
         lines += ["", f"{options.engine.name}: {try_engine(options.engine)}"]
     text = "\n".join(lines) + "\n"

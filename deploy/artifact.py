@@ -279,6 +279,8 @@ class Artifact:
             words += ["--subfolder", self.components[0]]
         if manifest.nonfinite:
             words.append("--allow-nonfinite")
+        if options:
+            words.append("--replace")
         return shell_line(words)
 
 

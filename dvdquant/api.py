@@ -43,6 +43,7 @@ def export_model(
     device: str = "auto",
     verify: bool = False,
     resume: bool = False,
+    replace: bool = False,
     progress: Progress | None = None,
     lora: str | Path | LoraSpec | Sequence[str | Path | LoraSpec] = (),
     steps: int | None = None,
@@ -66,6 +67,7 @@ def export_model(
         device: Device that quantizes the weights: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         verify: Run every graph in ONNX Runtime and judge it against PyTorch in float64.
         resume: Go on from an interrupted export with the same options.
+        replace: Let the export take the place of a finished one of another model, another recipe or other sizes.
         progress: Receiver of the progress. None reports nothing.
         lora: LoRAs to fuse into the weights: FILE, "FILE:SCALE", "transformer_2=FILE:SCALE", or several of them.
         steps: Number of denoising steps that the runtime takes if none is asked for, such as 4 of a distilled LoRA.
@@ -82,7 +84,8 @@ def export_model(
     from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
-    from dvdquant.export.pipeline import plan_export, run_export
+    from dvdquant.export.pipeline import run_export
+    from dvdquant.export.plan import plan_export
     from dvdquant.system.progress import Progress
 
     _path("model", model)
@@ -93,6 +96,7 @@ def export_model(
         "device": device,
         "verify": verify,
         "resume": resume,
+        "replace": replace,
         "steps": steps,
         "guidance": guidance,
     }

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dvdquant.text import shown
 
 __all__ = [
+    "Cancelled",
     "CheckpointError",
     "DvdquantError",
     "EngineError",
@@ -84,3 +85,7 @@ class ExportError(DvdquantError):
 
 class EngineError(DvdquantError):
     """TensorRT or TensorRT-RTX refused a graph, or is not installed."""
+
+
+class Cancelled(DvdquantError):
+    """Whoever asked for a clip does not want it any more. Nothing failed."""

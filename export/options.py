@@ -1,31 +1,32 @@
-"""The options of an export, and the sizes of the transformer's latents that they come to."""
+"""The options of an export, checked without PyTorch, so that a mistake in them is said at once."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from dvdquant.artifact.manifest import MAX_GUIDANCE, MAX_STEPS, Sampling
 from dvdquant.checkpoint.lora.spec import LoraSpec
-from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.model.families import Axis, Family, Sizes
-from dvdquant.numerics.dtypes import DTYPES
+from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import Recipe
-from dvdquant.system.devices import resolve_device
+from dvdquant.system.devices import check_device_word, resolve_device
 from dvdquant.text import shown
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = [
+    "DTYPE_NAMES",
     "TARGETS",
     "ExportOptions",
     "check_text",
     "recorded_model",
-    "resolve_sizes",
     "with_table_defaults",
 ]
 
+DTYPE_NAMES = ("bf16", "fp16")  # the keys of dvdquant.numerics.dtypes.DTYPES, which imports PyTorch
 TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
 MAX_WORKSPACE_GIB = 1024
 MAX_SAMPLES = 16
@@ -53,6 +54,7 @@ class ExportOptions:
         subfolder: The folder of the transformer inside ``model``; None means all transformers of a pipeline.
         revision: The branch, tag or commit of a hub id.
         resume: Go on from an interrupted export with the same options.
+        replace: Let the export take the place of a finished one of another model, another recipe or other sizes.
         verify: Compare what is stored with the checkpoint, and run and judge every graph.
         allow_nonfinite: Accept NaN and infinities in weights, store them as 0, and record the names of their tensors.
         plugins: The plugin libraries of the TensorRT target.
@@ -92,6 +94,7 @@ class ExportOptions:
     subfolder: str | None = None
     revision: str | None = None
     resume: bool = False
+    replace: bool = False
     verify: bool = False
     allow_nonfinite: bool = False
     plugins: tuple[Path, ...] = ()
@@ -112,13 +115,13 @@ class ExportOptions:
         for target in self.targets:
             if target not in TARGETS:
                 raise UnsupportedError(f"unknown target {target!r}", available=TARGETS, fix="pick with --target")
-        if self.dtype not in DTYPES:
-            raise UnsupportedError(f"unknown dtype {self.dtype!r}", available=DTYPES, fix="pick with --dtype")
+        if self.dtype not in DTYPE_NAMES:
+            raise UnsupportedError(f"unknown dtype {self.dtype!r}", available=DTYPE_NAMES, fix="pick with --dtype")
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= MAX_WORKSPACE_GIB:
             raise UnsupportedError(
                 f"--workspace-gib is {self.workspace_gib:g}", available=f"more than 0, at most {MAX_WORKSPACE_GIB}"
             )
-        resolve_device(self.device)  # a device that is not there is refused before any work
+        check_device_word(self.device)  # whether it is there is asked when PyTorch is loaded
         if self.samples is not None and not 0 <= self.samples <= MAX_SAMPLES:
             raise UnsupportedError(f"--samples is {self.samples}", available=f"0 to {MAX_SAMPLES}")
         if self.samples and not self.report:
@@ -139,6 +142,8 @@ class ExportOptions:
     @property
     def torch_dtype(self) -> torch.dtype:
         """Return the dtype of activations and of what stays in 16 bit."""
+        from dvdquant.numerics.dtypes import DTYPES
+
         return DTYPES[self.dtype]
 
     @property
@@ -227,90 +232,3 @@ def with_table_defaults(options: ExportOptions) -> ExportOptions:
         text_tokens=len(table.order) if options.text_tokens is None else options.text_tokens,
         latent=options.latent if sized else "x".join(map(str, table.latent[1:])),
     )
-
-
-def resolve_sizes(family: Family, options: ExportOptions) -> Sizes:
-    """Return the latent sizes of an export, checked against the family's patch.
-
-    Args:
-        family: The model family.
-        options: The options of the export. Sizes that they leave open are the family's defaults.
-
-    Raises:
-        ShapeError: The VAE or the patch does not divide a size, sizes are given in both ways at once, a size has bad
-            syntax, or the batch or the number of text tokens is less than 1.
-    """
-    # 1. The text.
-    tokens = options.text_tokens
-    if tokens is None:
-        tokens = family.config.get("max_text_seq_length") or family.default_text_tokens
-    if tokens < 1 or options.batch < 1:
-        raise ShapeError(f"--text-tokens is {tokens} and --batch {options.batch}", fix="give at least 1 for each")
-    # 2. The video, in latent units or in pixels and frames.
-    pixels = (options.num_frames, options.height, options.width)
-    if options.latent is not None:
-        if any(p is not None for p in pixels):
-            raise ShapeError(
-                "--latent was given together with --num-frames, --height or --width",
-                fix="give the sizes in one unit: --latent FxHxW counts latents, the others pixels and frames",
-            )
-        axes = _parse_latent(options.latent)
-    else:
-        axes = _from_pixels(family, pixels)
-    # 3. The check against the model.
-    frames, height, width = axes
-    sizes = Sizes(frames, height, width, int(tokens), options.batch)
-    family.check(sizes)
-    return sizes
-
-
-def _parse_latent(text: str) -> list[Axis]:
-    """Return the three axes of ``--latent``.
-
-    Raises:
-        ShapeError: The text has another form.
-    """
-    parts = text.lower().split("x")
-    if len(parts) != 3:
-        raise ShapeError(f"--latent is {text!r}", available="FRAMESxHEIGHTxWIDTH in latent units, such as 21x60x104")
-    return [Axis.parse(part, f"--latent ({name})") for name, part in zip(("frames", "height", "width"), parts)]
-
-
-def _from_pixels(family: Family, pixels: tuple[str | None, str | None, str | None]) -> list[Axis]:
-    """Return the three axes in latent units from sizes in frames and pixels.
-
-    Args:
-        family: The model family.
-        pixels: The number of frames, the height and the width as given; None means the family's default.
-
-    Raises:
-        ShapeError: The VAE does not divide a size, or a size has bad syntax.
-    """
-    names = ("--num-frames", "--height", "--width")
-    given = [
-        Axis.parse(text, name) if text is not None else Axis.fixed(default)
-        for text, name, default in zip(pixels, names, family.default_video)
-    ]
-    scales = family.vae_scale
-    for axis, name, scale in zip(given[1:], names[1:], scales[1:]):
-        for size in (axis.min, axis.opt, axis.max):
-            if size % scale:
-                below = size // scale * scale
-                raise ShapeError(
-                    f"{name} is {size}, no multiple of the VAE's {scale}",
-                    available=f"{below or scale} or {below + scale}",
-                    fix=f"change {name}, or give latent sizes with --latent",
-                )
-    frames, height, width = given
-    for size in (frames.min, frames.opt, frames.max):
-        if over := (size - 1) % scales[0]:
-            raise ShapeError(
-                f"--num-frames is {size}, but the VAE makes one latent of the first frame and one of every {scales[0]} more",
-                available=f"{size - over} or {size - over + scales[0]}",
-                fix="change --num-frames, or give latent sizes with --latent",
-            )
-    return [
-        frames.map(family.latent_frames),
-        height.map(lambda size: size // scales[1]),
-        width.map(lambda size: size // scales[2]),
-    ]

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,93 +24,38 @@ from dvdquant.artifact.manifest import (
     LayerEntry,
     LoraEntry,
     Manifest,
-    Source,
     Verified,
     hash_file,
     verify_files,
 )
-from dvdquant.artifact.output_folder import check_output
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
-from dvdquant.checkpoint.formats.files import check_order
-from dvdquant.checkpoint.lora.fuse import components_of, lora_lines, model_fingerprint, with_loras
-from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
+from dvdquant.checkpoint.lora.fuse import lora_lines
 from dvdquant.checkpoint.read_once import ReadOnce
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
-from dvdquant.errors import CheckpointError, EngineError, ExportError, OutputError, ResourceError, UnsupportedError
-from dvdquant.export.engines import load_backend
-from dvdquant.export.engines.attention import attention_wish
-from dvdquant.export.engines.precision import EnginePlan, check_sms, plan_engines
+from dvdquant.errors import CheckpointError, ExportError, OutputError, ResourceError, UnsupportedError
+from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.stage import BuildSettings, EngineStage, build_settings, engine_path, find_current
-from dvdquant.export.estimate import Estimate, estimate_export, require_memory
+from dvdquant.export.estimate import require_memory
 from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
 from dvdquant.export.model_card import model_card
-from dvdquant.export.options import ExportOptions, check_text, recorded_model, resolve_sizes, with_table_defaults
+from dvdquant.export.plan import ExportPlan, check_previous, shapes_of, source_of
 from dvdquant.export.source_words import source_lines
 from dvdquant.export.steps import is_step
 from dvdquant.export.verify.export import verify_export
 from dvdquant.export.verify.graph import GraphCheck
 from dvdquant.export.verify.links import check_links
 from dvdquant.export.verify.stored import StoredCheck, verify_stored
-from dvdquant.model.families import Sizes
-from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.quantize.checkpoint import (
     PackedWeights,
-    check_weights,
     quantize_checkpoint,
-    reading_bytes,
     rotated_weight,
 )
 from dvdquant.system.copies import copy_file, link_file
 from dvdquant.system.memory import memory_limit
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_io import read_tensor
-from dvdquant.text import shown
 
-__all__ = ["ExportPlan", "ExportResult", "plan_export", "run_export"]
-
-
-@dataclass(frozen=True)
-class ExportPlan:
-    """The plan of an export, made before anything is written.
-
-    Args:
-        options: The options of the export.
-        components: The names of the transformers' folders.
-        checkpoints: The checkpoints, one per transformer, in the order of ``components``.
-        plans: The plans of the models, one per transformer, in the same order.
-        sizes: The sizes of the graphs, in latent units.
-        engines: The engines that are built for each transformer.
-        versions: The version of each engine builder that is needed, by its name.
-        estimate: The disk space, memory and time that the export takes.
-    """
-
-    options: ExportOptions
-    components: tuple[str, ...]
-    checkpoints: tuple[Checkpoint, ...]
-    plans: tuple[ModelPlan, ...]
-    sizes: Sizes
-    engines: tuple[EnginePlan, ...]
-    versions: dict[str, str]
-    estimate: Estimate
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """Return the values that weights and graphs depend on; engines are matched one by one."""
-        options = self.options
-        return {
-            "checkpoints": [c.fingerprint() for c in self.checkpoints],
-            "components": list(self.components),
-            "recipe": options.recipe.to_json(),
-            # The decisions of the recipe about each layer; another version of its rules may decide otherwise.
-            "layers": [[[s.name, s.rotation.block, s.groups] for s in plan.layers] for plan in self.plans],
-            "dtype": options.dtype,
-            "sizes": self.sizes.to_json(),
-            "qdq_graphs": "onnx" in options.targets,
-            "allow_nonfinite": options.allow_nonfinite,
-            "device": options.torch_device.type,  # codes at rounding ties depend on the order of sums
-            "dvdquant": __version__,
-        }
+__all__ = ["ExportResult", "WriteReport", "run_export"]
 
 
 @dataclass
@@ -134,103 +79,6 @@ class ExportResult:
     seconds: dict[str, float] = field(default_factory=dict)
     builds: list[dict[str, Any]] = field(default_factory=list)
     up_to_date: bool = False
-
-
-def plan_export(options: ExportOptions) -> ExportPlan:
-    """Open the checkpoint, decide layers, sizes and engines, and estimate; this writes nothing.
-
-    Args:
-        options: The options of the export.
-
-    Raises:
-        UnsupportedError: An option, the model or a layer is not supported, or no layer is left to quantize.
-        EngineError: An engine builder is missing, or the TensorRT target has no plugin library.
-        DvdquantError: Something else is wrong that would make the export fail later and can be known now.
-    """
-    # 1. Check the options that need no checkpoint.
-    check_sms(options.sms)
-    check_text(options)
-    # 2. Open the checkpoints.
-    components, opened = _open_all(options)
-    # 3. Plan the layers and the sizes.
-    plans = []
-    for checkpoint in opened:
-        plan = plan_model(checkpoint.config, options.recipe, options.torch_dtype, checkpoint)
-        check_weights(checkpoint, plan)
-        if not plan.layers:
-            raise UnsupportedError(
-                "no layer is left to quantize", available=list(plan.kept_linears)[:5], fix="give fewer --keep globs"
-            )
-        plans.append(plan)
-    sizes = resolve_sizes(plans[0].family, with_table_defaults(options))
-    for plan in plans[1:]:
-        plan.family.check(sizes)
-    # 4. Plan the engines.
-    engines: list[EnginePlan] = []
-    versions = {}
-    for backend in options.backends:
-        engines += plan_engines(
-            backend,
-            options.sms,
-            options.recipe.activations,
-            recipe=options.recipe,
-            override=options.precision if backend == "tensorrt_rtx" else "auto",
-            from_checkpoint=True,
-            attention=attention_wish(options.recipe, plans[0].family, sizes),
-        )
-        versions[backend] = load_backend(backend).version
-    if any(e.precision == "plugin" for e in engines) and not options.plugins:
-        raise EngineError(
-            "the tensorrt target needs the dvdquant plugin library, and --plugin was not given",
-            fix="pass the built library with --plugin, or use --target rtx, or --target onnx for graphs alone",
-        )
-    # 5. Check the output folder and estimate.
-    check_output(options.out)
-    largest = max(
-        reading_bytes(info) + (c.lora.reading_bytes(info.name, math.prod(info.shape)) if c.lora else 0)
-        for c in opened
-        for info in c.tensors.values()
-    )
-    estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest)
-    return ExportPlan(options, components, opened, tuple(plans), sizes, tuple(engines), versions, estimate)
-
-
-def _open_all(options: ExportOptions) -> tuple[tuple[str, ...], tuple[Checkpoint, ...]]:
-    """Open every transformer that is meant, with what its pipeline says and with its LoRAs; (components, checkpoints).
-
-    Raises:
-        CheckpointError: one cannot be used, or the two of ``--transformer-2`` are not of one class.
-    """
-    config = None if options.config is None else read_config_file(options.config)
-    names = (
-        [options.subfolder] if options.subfolder else Checkpoint.components(options.model, revision=options.revision)
-    )
-    if options.transformer_2 is not None:
-        if len(names) > 1 or options.subfolder:
-            raise UnsupportedError(
-                f"--transformer-2 {shown(options.transformer_2)} was given, and MODEL has a second transformer",
-                available=[shown(name) for name in names],
-                fix="leave it out, or give the first transformer alone as MODEL",
-            )
-        check_order(os.path.basename(options.model), os.path.basename(options.transformer_2))
-        names = [names[0], "transformer_2"]
-    components = tuple(name.rpartition("/")[2] for name in names)
-    loras = components_of(options.lora, components)
-    opened = []
-    for name in components:
-        arguments: dict[str, Any] = {"revision": options.revision, "config": config}
-        if name == "transformer_2" and options.transformer_2 is not None:
-            second = open_checkpoint(options.transformer_2, config=config)
-            opened.append(with_loras(replace(with_pipeline_facts(second), component=name), loras[name]))
-            continue
-        arguments |= {"subfolder": options.subfolder} if options.subfolder else {"component": name}
-        opened.append(with_loras(with_pipeline_facts(open_checkpoint(options.model, **arguments)), loras[name]))
-    if len({checkpoint.class_name for checkpoint in opened}) > 1:
-        raise CheckpointError(
-            f"the transformers are of several classes: {', '.join(c.class_name for c in opened)}",
-            fix="give the two transformers of one model",
-        )
-    return components, tuple(opened)
 
 
 class WriteReport(Protocol):
@@ -291,6 +139,7 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
     with ExportTransaction(
         options.out, key=plan.key, resume=options.resume, keep_for_resume=True, accept=is_step
     ) as transaction:
+        check_previous(plan, transaction.previous)  # again: another export may have finished since the plan
         run = _Run(plan, transaction, progress, write_report)
         for line in lora_lines(plan.components, plan.checkpoints):
             progress.say(line)
@@ -689,11 +538,11 @@ class _Run:
         if self.previous is not None and "device" in self.previous.tools:
             tools["device"] = self.previous.tools["device"]  # it made the weights, which are still the same
         return Manifest(
-            source=self._source(),
+            source=source_of(plan),
             family=plan.plans[0].family.name,
             config_sha256=hash_file(self.transaction.tree / "config.json")["sha256"],
             recipe=plan.options.recipe.to_json(),
-            shapes={**plan.sizes.to_json(), "dtype": plan.options.dtype},
+            shapes=shapes_of(plan),
             layers=self._layers(),
             kept=tuple(dict.fromkeys(kept)),
             nonfinite=nonfinite,
@@ -721,23 +570,6 @@ class _Run:
             if checkpoint.lora is not None
             for lora in checkpoint.lora.fused
         )
-
-    def _source(self) -> Source:
-        """Where the weights came from, and what was recognised of their format."""
-        plan, first = self.plan, self.plan.checkpoints[0]
-        source = Source(
-            model=recorded_model(plan.options.model),
-            class_name=first.class_name,
-            fingerprint=model_fingerprint(plan.checkpoints),
-            format="; ".join(dict.fromkeys(c.source.layout for c in plan.checkpoints)),
-            precision="; ".join(dict.fromkeys(c.source.precision for c in plan.checkpoints)),
-            notes=list(dict.fromkeys(note for c in plan.checkpoints for note in c.source.notes)),
-        )
-        if plan.options.transformer_2 is not None:
-            source["transformer_2"] = recorded_model(plan.options.transformer_2)
-        if plan.options.config is not None:
-            source["config"] = recorded_model(str(plan.options.config))
-        return source
 
     def _tools(self) -> dict[str, str]:
         """Return the versions of the packages that graphs depend on besides dvdquant itself."""

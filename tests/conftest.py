@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.cpu_seconds import CpuSeconds
+
 # Before torch, numba or ONNX Runtime are imported anywhere: parallel test processes share the cores, and every builder
 # process inherits the number. At least 2, so that what is split among threads is tested as such. A caller's setting wins.
 _CORES = len(os.sched_getaffinity(0))
@@ -27,6 +29,19 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUM
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test may depend on the network; a hub id that is not cached fails at once instead of retrying.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the count of processor seconds."""
+    parser.addoption(
+        "--cpu-seconds", type=int, default=0, metavar="N", help="list N files and tests that cost most CPU"
+    )
+    parser.addoption("--cpu-seconds-file", metavar="PATH", help="write the CPU seconds of every test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Count processor seconds."""
+    config.pluginmanager.register(CpuSeconds(config), "cpu-seconds")
 
 
 @functools.cache

@@ -124,7 +124,7 @@ def test_export_model_refuses(options: dict[str, Any], text: str, tmp_path: Path
 
 
 def test_a_number_stands_for_its_compute_capability(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from dvdquant.export import pipeline
+    from dvdquant.export import plan
 
     class Planned(Exception):
         pass
@@ -132,7 +132,7 @@ def test_a_number_stands_for_its_compute_capability(monkeypatch: pytest.MonkeyPa
     def stop(options: Any) -> None:
         raise Planned(options)
 
-    monkeypatch.setattr(pipeline, "plan_export", stop)
+    monkeypatch.setattr(plan, "plan_export", stop)
     with pytest.raises(Planned) as caught:
         dvdquant.export_model(TINY_WAN, tmp_path / "out", target=("rtx", "onnx"), sm=[8.9, 12.0], timing_cache="cache")
     options = caught.value.args[0]

@@ -17,6 +17,8 @@ from xml.etree import ElementTree
 import click
 import pytest
 
+from dvdquant.cli.commands import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 FOLDERS = (
@@ -86,10 +88,14 @@ def test_commands_parse(page: Path) -> None:
         if program == "make":
             targets = [word for word in arguments if "=" not in word]
             assert set(targets) <= makefile, targets
+        elif program == "dvdq" and arguments[0] in COMMANDS:
+            import_module(COMMANDS[arguments[0]].module).main.make_context(program, arguments[1:])
         elif program in PROJECT["scripts"]:
             _command(program).make_context(program, arguments)
         elif program == "python":
             assert (ROOT / arguments[0]).exists(), arguments
+        elif name.startswith("_DVDQ_"):
+            assert name.partition("_COMPLETE=")[0].removeprefix("_").lower().replace("_", "-") in PROJECT["scripts"]
         elif name == "eval":
             assert any(f"_{known.upper().replace('-', '_')}_COMPLETE" in arguments[0] for known in PROJECT["scripts"])
         else:
@@ -203,8 +209,9 @@ def test_export_from_python_plans_as_the_command_does(monkeypatch: pytest.Monkey
     """The README's export up to and including the plan; the export itself is what `make demo` does."""
     import dvdquant
     from dvdquant.export import pipeline
+    from dvdquant.export.plan import ExportPlan
 
-    plans: list[pipeline.ExportPlan] = []
+    plans: list[ExportPlan] = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(pipeline, "run_export", lambda plan, progress, write_report: plans.append(plan))
     dvdquant.export_model("examples/tiny-wan", "out/tiny-wan", latent="8x24x24", text_tokens=5)

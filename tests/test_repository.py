@@ -305,7 +305,7 @@ def test_skips_are_listed_with_what_is_missing(tmp_path: Path) -> None:
     body = [f"@pytest.mark.{m}\ndef test_{m}():\n    pass\n" for m in marks]
     (tmp_path / "test_marks.py").write_text("\n".join(["import pytest", *body, "def test_plain():\n    pass\n"]))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TENSORRT_ROOT"))}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     options = ["-v", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,11 @@ from torch import Tensor, nn
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.cancel import CancelSignal, check_cancelled
 from dvdquant.deploy.generation.generator import (
+    Denoised,
+    Embeddings,
+    Frames,
     Generator,
     Runner,
     SessionOptions,
@@ -33,7 +36,6 @@ from dvdquant.deploy.generation.generator import (
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
-    GenerateResult,
     OnStep,
     check_request,
     resolve_size,
@@ -94,27 +96,37 @@ class TableGenerator(Generator):
             rehearse(open_table_scheduler(self.table.root), self.family.name, steps, path)
             self._tried.add(steps)
 
-    def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
-        """See :class:`Generator`."""
-        request = self.check(request)
-        runner, device, dtype = self._runner(request)
-        started = time.perf_counter()
-        runner.on_step = on_step
-        latents = self._denoise(request, runner, device, dtype)
-        return GenerateResult(
-            request,
-            frames_from_latents(latents),
-            latents,
-            list(runner.trace),
-            runner.summary(),
-            _executed(runner),
-            time.perf_counter() - started,
-            {self.component: list(runner.trace)},
-        )
+    def encode_prompt(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> Embeddings:
+        """See :class:`Generator`. The words of a branch are rows of the table, [1, slots, text_dim]."""
+        check_cancelled(cancel, "the words were looked up")
+        branches = {"cond": self.table.encode(request.prompt)}
+        if request.guidance != 1:
+            branches["uncond"] = self.table.encode(request.negative_prompt)
+        return branches
 
-    def prepare(self, request: GenerateRequest) -> None:
+    def denoise(
+        self,
+        request: GenerateRequest,
+        embeddings: Embeddings,
+        on_step: OnStep | None = None,
+        cancel: CancelSignal | None = None,
+    ) -> Denoised:
         """See :class:`Generator`."""
-        self._runner(self.check(request))
+        runner, device, dtype = self._runner(request)
+        runner.on_step, runner.cancel = on_step, cancel
+        latents = self._denoise(request, embeddings, runner, device, dtype)
+        trace = list(runner.trace)
+        return Denoised(latents, trace, {self.component: list(trace)}, runner.summary(), _executed(runner))
+
+    def decode(self, request: GenerateRequest, latents: Tensor, cancel: CancelSignal | None = None) -> Frames:
+        """See :class:`Generator`. The latents are RGB."""
+        del request
+        check_cancelled(cancel, "the frames were decoded")
+        return frames_from_latents(latents)
+
+    def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:
+        check_cancelled(cancel, "anything was loaded")
+        self._runner(request)
 
     def close(self) -> None:
         """See :class:`Generator`. A clip that another thread draws ends with EngineError."""
@@ -124,7 +136,14 @@ class TableGenerator(Generator):
                 session.close()
 
     @torch.inference_mode()
-    def _denoise(self, request: GenerateRequest, runner: Runner, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _denoise(
+        self,
+        request: GenerateRequest,
+        branches: Embeddings,
+        runner: Runner,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """Latents [1, 3, F, H, W] after all steps. They, the scheduler and the guidance stay in float32 on the CPU."""
         steps, guidance, size = request.steps, request.guidance, (request.num_frames, request.height, request.width)
         assert steps is not None and guidance is not None and None not in size  # noqa: PT018  (filled in by check)
@@ -132,9 +151,6 @@ class TableGenerator(Generator):
         scheduler.set_timesteps(steps)
         shape = (1, self.table.latent[0], *(n for n in size if n is not None))
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
-        branches = {"cond": self.table.encode(request.prompt)}
-        if guidance != 1:
-            branches["uncond"] = self.table.encode(request.negative_prompt)
         runner.begin_request(steps)
         for step, timestep in enumerate(scheduler.timesteps):
             velocities = {}

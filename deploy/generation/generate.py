@@ -14,6 +14,7 @@ from dvdquant.checkpoint.formats.files import given_file
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.cancel import CancelSignal
 from dvdquant.deploy.generation.from_table import TableGenerator
 from dvdquant.deploy.generation.generator import Generator, SessionOptions, WrapSession
 from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
@@ -33,12 +34,13 @@ def generate(
     backend: str = "auto",
     device: str = "auto",
     on_step: OnStep | None = None,
+    cancel: CancelSignal | None = None,
 ) -> GenerateResult:
     """Draw one clip of ``artifact``. With a ``generator`` from :func:`open_generator`, what it has loaded is used again."""
     if generator is not None:
-        return generator.generate(request, on_step)
+        return generator.generate(request, on_step, cancel)
     with open_generator(artifact, pipeline=pipeline, backend=backend, device=device) as opened:
-        return opened.generate(request, on_step)
+        return opened.generate(request, on_step, cancel)
 
 
 def open_generator(

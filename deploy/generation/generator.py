@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from dvdquant.checkpoint.lora.fuse import components_of
 from dvdquant.checkpoint.lora.recorded import split_given
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.cancel import CancelSignal, check_cancelled
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.deploy.generation.video import default_fps
 from dvdquant.deploy.sessions import EngineSession, open_session
@@ -22,6 +25,9 @@ from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 
 __all__ = [
+    "Denoised",
+    "Embeddings",
+    "Frames",
     "Generator",
     "Runner",
     "SessionOptions",
@@ -32,6 +38,9 @@ __all__ = [
     "sampling_defaults",
 ]
 
+# The text of a clip as the transformer takes it: a tensor by the name of the pipeline's argument.
+Embeddings = Mapping[str, Tensor]
+Frames = np.ndarray[Any, np.dtype[np.uint8]]
 WrapSession = Callable[[EngineSession], EngineSession]
 
 
@@ -40,6 +49,7 @@ class Runner(Protocol):
 
     trace: list[StepRecord]
     on_step: OnStep | None
+    cancel: CancelSignal | None
 
     def begin_request(self, steps: int | None = None) -> None:
         """Begin a request of ``steps`` steps; the trace begins anew."""
@@ -105,8 +115,31 @@ class SessionOptions:
             raise
 
 
+@dataclass
+class Denoised:
+    """What the denoising loop of one clip gave.
+
+    Args:
+        latents: The last latents, in the model's own layout, dtype and on its device.
+        trace: A record for every call of the transformers, in the order of the steps.
+        components: The records by transformer.
+        summary: Counts, average bits and seconds.
+        executed: Backend, device and dtype of what ran.
+    """
+
+    latents: Tensor
+    trace: list[StepRecord]
+    components: dict[str, list[StepRecord]]
+    summary: dict[str, Any]
+    executed: dict[str, Any]
+
+
 class Generator(ABC):
     """A model opened for several clips; a context manager. Engines and weights are loaded once, when first needed.
+
+    :meth:`generate` is made of three stages, :meth:`encode_prompt`, :meth:`denoise` and :meth:`decode`. They may be
+    called apart, also by generators in different processes, and several threads may be in different stages. A request
+    that a stage is given has passed :meth:`check`.
 
     Args:
         artifact: The export.
@@ -129,12 +162,102 @@ class Generator(ABC):
         """
 
     @abstractmethod
-    def prepare(self, request: GenerateRequest) -> None:
-        """Load what ``request`` needs, so that a missing engine is found before anything is drawn."""
+    def encode_prompt(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> Embeddings:
+        """Return the text of a request as the transformer takes it.
+
+        Args:
+            request: The request, as :meth:`check` returned it.
+            cancel: An event with ``is_set()``, such as ``threading.Event``, or None.
+
+        Raises:
+            Cancelled: The event is set.
+        """
 
     @abstractmethod
-    def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
-        """Draw one clip; ``on_step`` gets the record of every call of the transformer as soon as it has ended."""
+    def denoise(
+        self,
+        request: GenerateRequest,
+        embeddings: Embeddings,
+        on_step: OnStep | None = None,
+        cancel: CancelSignal | None = None,
+    ) -> Denoised:
+        """Run the denoising loop of a request.
+
+        Args:
+            request: The request, as :meth:`check` returned it.
+            embeddings: The result of :meth:`encode_prompt`.
+            on_step: A callback that gets the record of every call of the transformer as soon as it has ended.
+            cancel: An event, or None. Once it is set, no further call of the transformer is made.
+
+        Raises:
+            EngineError: An engine failed.
+            Cancelled: The event is set.
+        """
+
+    @abstractmethod
+    def decode(self, request: GenerateRequest, latents: Tensor, cancel: CancelSignal | None = None) -> Frames:
+        """Return the pictures of the last latents, uint8 [F, H, W, 3].
+
+        Args:
+            request: The request, as :meth:`check` returned it.
+            latents: The latents of :meth:`denoise`, on any device.
+            cancel: An event, or None.
+
+        Raises:
+            EngineError: The VAE gave NaN or infinities.
+            Cancelled: The event is set.
+        """
+
+    def generate(
+        self, request: GenerateRequest, on_step: OnStep | None = None, cancel: CancelSignal | None = None
+    ) -> GenerateResult:
+        """Draw one clip.
+
+        Args:
+            request: What is asked for.
+            on_step: A callback that gets the record of every call of the transformer as soon as it has ended.
+            cancel: An event with ``is_set()``, such as ``threading.Event``, or None. Once it is set, the clip ends within
+                one call of the transformer, or one layer of text encoder or VAE. The generator goes on serving others.
+
+        Raises:
+            Cancelled: The event is set.
+            DvdquantError: The model or the export cannot make the clip, or an engine failed.
+        """
+        request = self.check(request)
+        check_cancelled(cancel, "anything was loaded")
+        self._load(request, cancel)
+        started = time.perf_counter()
+        embeddings = self.encode_prompt(request, cancel)
+        check_cancelled(cancel, "the first step")
+        done = self.denoise(request, embeddings, on_step, cancel)
+        check_cancelled(cancel, "the frames were decoded")
+        frames = self.decode(request, done.latents, cancel)
+        seconds = time.perf_counter() - started
+        return GenerateResult(
+            request,
+            frames,
+            done.latents.detach().float().cpu(),
+            done.trace,
+            done.summary,
+            done.executed,
+            seconds,
+            done.components,
+        )
+
+    def prepare(self, request: GenerateRequest) -> None:
+        """Load what ``request`` needs, so that a missing engine is found before anything is drawn.
+
+        Args:
+            request: The request.
+
+        Raises:
+            DvdquantError: The model or the export cannot make it, or something cannot be loaded.
+        """
+        self._load(self.check(request))
+
+    @abstractmethod
+    def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:
+        """Load what a checked request needs."""
 
     def fps(self, frames: int) -> int:
         """Return the frames per second at which a clip of ``frames`` frames is meant to be seen."""

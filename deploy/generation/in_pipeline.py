@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.cancel import CancelSignal, cancel_inside, take_turn
 from dvdquant.deploy.generation.generator import (
+    Denoised,
+    Embeddings,
+    Frames,
     Generator,
     SessionOptions,
     controller_of,
@@ -25,9 +28,9 @@ from dvdquant.deploy.generation.generator import (
     sampling_defaults,
 )
 from dvdquant.deploy.generation.original import LOADING, CallRecorder, load_original, synchronize
+from dvdquant.deploy.generation.pipeline_stages import decode_video, encode_text, frames_of
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
-    GenerateResult,
     OnStep,
     VideoSize,
     check_request,
@@ -37,7 +40,7 @@ from dvdquant.deploy.pipelines.parts import PIPELINES, open_pipeline_folder
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer
 from dvdquant.deploy.switching.position import LoopPosition
-from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
+from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.system.devices import resolve_device
 
 __all__ = ["PipelineGenerator"]
@@ -69,13 +72,14 @@ class PipelineGenerator(Generator):
             raise UnsupportedError(
                 f"the pipeline {self.folder.root} also has {missing[0]}, which the export lacks",
                 available=artifact.components,
-                fix=f"export the whole pipeline: dvdq-export {source} -o {artifact.root}",
+                fix=f"export the whole pipeline: dvdq-export {source} -o {artifact.root} --replace",
             )
         self._engines: dict[str, DvdqTransformer] = {}
         self._originals: dict[str, nn.Module] = {}
         self._pipe: Any = None
         self._tried: set[tuple[int, int]] = set()  # steps and tokens that the scheduler has gone through
-        self._drawing = threading.Lock()  # diffusers keeps the state of a call in the pipeline: one clip at a time
+        # diffusers keeps the state of a call in the pipeline, and a VAE keeps the frames before: one clip at a time.
+        self._encoding, self._denoising, self._decoding = (threading.Lock() for _ in range(3))
         self._loading = threading.Lock()
 
     @property
@@ -122,37 +126,61 @@ class PipelineGenerator(Generator):
             rehearse(open_scheduler(root, name), name, steps, root / FOLDER / FILE, tokens)
             self._tried.add((steps, tokens))
 
-    def generate(self, request: GenerateRequest, on_step: OnStep | None = None) -> GenerateResult:
-        """See :class:`Generator`."""
-        request = self.check(request)
-        with self._drawing:
-            return self._draw(request, on_step)
+    # ------------------------------------------------------------------------------------------------------ the stages
 
-    def _draw(self, request: GenerateRequest, on_step: OnStep | None) -> GenerateResult:
-        transformers, pipe = self._loaded(request)
-        started = time.perf_counter()
-        if request.mode == "16":
-            with _recorded(transformers) as recorders:
-                for recorder in recorders.values():
-                    recorder.on_step = on_step
-                frames, latents = self._call(pipe, request)
-            traces = {name: recorder.trace for name, recorder in recorders.items()}
-            summaries = {name: recorder.summary() for name, recorder in recorders.items()}
-        else:
-            engines = _engines(transformers)
-            for engine in engines.values():
-                engine.runner.on_step = on_step
-                # Most pipelines keep the number of steps to themselves; the last ones are treated otherwise.
-                engine.begin_request(request.steps)
-            frames, latents = self._call(pipe, request)
-            traces = {name: list(engine.trace) for name, engine in engines.items()}
-            summaries = {name: engine.runner.summary() for name, engine in engines.items()}
-        seconds = time.perf_counter() - started
+    @torch.no_grad()
+    def encode_prompt(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> Embeddings:
+        """See :class:`Generator`. The tensors are named as the arguments of the pipeline's call."""
+        with take_turn(self._encoding, cancel, "the text encoder"):
+            pipe = self._parts(request, cancel)
+            encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+            with cancel_inside(encoders, cancel):
+                return encode_text(pipe, self.family, request, self.artifact.sizes.text_tokens)
+
+    def denoise(
+        self,
+        request: GenerateRequest,
+        embeddings: Embeddings,
+        on_step: OnStep | None = None,
+        cancel: CancelSignal | None = None,
+    ) -> Denoised:
+        """See :class:`Generator`."""
+        with take_turn(self._denoising, cancel, "the first step"):
+            transformers, pipe = self._loaded(request)
+            if request.mode == "16":
+                with (
+                    _recorded(transformers, on_step) as recorders,
+                    cancel_inside(transformers.values(), cancel),
+                ):
+                    latents = self._call(pipe, request, embeddings)
+                traces = {name: recorder.trace for name, recorder in recorders.items()}
+                summaries = {name: recorder.summary() for name, recorder in recorders.items()}
+            else:
+                engines = _engines(transformers)
+                for engine in engines.values():
+                    engine.runner.on_step, engine.cancel = on_step, cancel
+                    # Most pipelines keep the number of steps to themselves; the last ones are treated otherwise.
+                    engine.begin_request(request.steps)
+                try:
+                    latents = self._call(pipe, request, embeddings)
+                    traces = {name: list(engine.trace) for name, engine in engines.items()}
+                    summaries = {name: engine.runner.summary() for name, engine in engines.items()}
+                finally:
+                    for engine in engines.values():
+                        engine.runner.on_step = engine.cancel = None
+            executed = self._executed(request, transformers)
         trace = sorted((record for records in traces.values() for record in records), key=lambda record: record.step)
         summary = summaries["transformer"] if len(summaries) == 1 else {"components": summaries}
-        return GenerateResult(
-            request, frames, latents, trace, summary, self._executed(request, transformers), seconds, traces
-        )
+        return Denoised(latents, trace, traces, summary, executed)
+
+    @torch.no_grad()
+    def decode(self, request: GenerateRequest, latents: Tensor, cancel: CancelSignal | None = None) -> Frames:
+        """See :class:`Generator`."""
+        with take_turn(self._decoding, cancel, "the VAE"):
+            pipe = self._parts(request, cancel)
+            with cancel_inside([pipe.vae], cancel):
+                video = decode_video(pipe, self.family, request, latents, self.artifact.dtype)
+                return frames_of(video)
 
     def close(self) -> None:
         """See :class:`Generator`. A clip that another thread draws ends with EngineError."""
@@ -163,10 +191,8 @@ class PipelineGenerator(Generator):
 
     # ------------------------------------------------------------------------------------------------ what is loaded
 
-    def prepare(self, request: GenerateRequest) -> None:
-        """See :class:`Generator`."""
-        request = self.check(request)
-        with self._drawing:
+    def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:
+        with take_turn(self._denoising, cancel, "anything was loaded"):
             self._loaded(request)
 
     def _loaded(self, request: GenerateRequest) -> tuple[dict[str, nn.Module], Any]:
@@ -174,6 +200,14 @@ class PipelineGenerator(Generator):
         with self._loading:
             transformers = self._originals_of() if request.mode == "16" else self._engines_of(request)
             return transformers, self._pipeline(transformers)
+
+    def _parts(self, request: GenerateRequest, cancel: CancelSignal | None) -> Any:
+        """Return the pipeline, whichever transformers it holds; it is loaded with those of a request."""
+        with self._loading:
+            if self._pipe is not None:
+                return self._pipe
+        self._load(request, cancel)
+        return self._pipe
 
     def _engines_of(self, request: GenerateRequest) -> dict[str, nn.Module]:
         for name in self.components:
@@ -227,18 +261,9 @@ class PipelineGenerator(Generator):
 
     # --------------------------------------------------------------------------------------------------------- the call
 
-    def _call(self, pipe: Any, request: GenerateRequest) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], Tensor]:
-        """Frames uint8 [F, H, W, 3] and the last latents."""
-        last: list[Tensor] = []
-
-        def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            del pipe, step, timestep
-            last[:] = [tensors["latents"]]
-            return {}
-
-        negative = {} if request.negative_prompt is None else {"negative_prompt": request.negative_prompt}
+    def _call(self, pipe: Any, request: GenerateRequest, embeddings: Embeddings) -> Tensor:
+        """Return the last latents of the pipeline's loop, as it leaves them."""
         output = pipe(
-            prompt=request.prompt,
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
             num_frames=request.num_frames,
@@ -246,14 +271,11 @@ class PipelineGenerator(Generator):
             width=request.width,
             generator=torch.Generator().manual_seed(request.seed),
             max_sequence_length=self.artifact.sizes.text_tokens,
-            callback_on_step_end=keep,
-            output_type="np",
-            **negative,
+            output_type="latent",
+            **{name: tensor.to(pipe._execution_device) for name, tensor in embeddings.items()},
         )
-        unit = np.asarray(output.frames[0], dtype=np.float64)
-        if not np.isfinite(unit).all():
-            raise EngineError("the VAE gave NaN or infinities", fix="decode in float32, or check the pipeline's VAE")
-        return np.rint(unit.clip(0, 1) * 255).astype(np.uint8), last[0].detach().float().cpu()
+        latents: Tensor = output.frames
+        return latents
 
     def _executed(self, request: GenerateRequest, transformers: dict[str, nn.Module]) -> dict[str, Any]:
         if request.mode == "16":
@@ -278,9 +300,11 @@ def _call_defaults(class_name: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _recorded(transformers: dict[str, nn.Module]) -> Iterator[dict[str, CallRecorder]]:
+def _recorded(transformers: dict[str, nn.Module], on_step: OnStep | None) -> Iterator[dict[str, CallRecorder]]:
     """Record every call of the original transformers while the block runs."""
     recorders = {name: CallRecorder() for name in transformers}
+    for recorder in recorders.values():
+        recorder.on_step = on_step
     watch = _Watch()
     handles = []
     for name, module in transformers.items():

@@ -20,6 +20,7 @@ from dvdquant.checkpoint.lora.recorded import with_recorded
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.cancel import CancelSignal, cancel_inside, check_cancelled
 from dvdquant.deploy.switching.controller import StepRecord
 from dvdquant.deploy.switching.gbs import relative_change
 from dvdquant.errors import CheckpointError, EngineError
@@ -144,6 +145,7 @@ class CallRecorder:
     def __init__(self) -> None:
         self.trace: list[StepRecord] = []
         self.on_step: Callable[[StepRecord], None] | None = None
+        self.cancel: CancelSignal | None = None
         self._last: dict[str, Tensor] = {}
         self._seconds = 0.0
 
@@ -200,8 +202,9 @@ class OriginalRunner(CallRecorder):
     ) -> Tensor:
         """Return the transformer's output at the graph's inputs by name, given on the model's device and in its dtype."""
         del steps
+        check_cancelled(self.cancel, "a call of the transformer")
         started = time.perf_counter()
-        with _one_thread(self.device):
+        with _one_thread(self.device), cancel_inside([self.model], self.cancel):
             output: Tensor = self.model(**self.family.forward_kwargs(inputs), return_dict=False)[0]
         synchronize(self.device)
         seconds = time.perf_counter() - started

@@ -5,7 +5,7 @@ pipelines in two threads may share one transformer, and a pipeline may run anoth
 requests, both would decide by each other's outputs. So a request is identified by its owner: the pipeline whose
 ``__call__`` is running in this thread, else the caller. A caller is an asyncio task, or else a thread.
 
-What a caller asks of its coming requests (``begin_request``, ``on_step``) follows the context, as a
+What a caller asks of its coming requests (``begin_request``, ``on_step``, ``cancel``) follows the context, as a
 ``contextvars.ContextVar`` does: it holds in this thread or task, in tasks that are made from there, and in
 ``asyncio.to_thread``. A pool of threads does not get the context. If a request begins there while another thread still
 waits with something asked for, nobody can tell whether it was meant. That is refused.
@@ -35,6 +35,7 @@ from typing import Any, NoReturn
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from dvdquant.deploy.cancel import CancelSignal
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.position import LoopPosition
@@ -224,6 +225,7 @@ class _Wish:
         pipeline: A weak reference to the pipeline that was running then, or None.
         request: The request that was begun by hand, until it is called.
         on_step: The callback that was set, or None.
+        cancel: The event that was set, or None.
         open: True until a call has got it.
         token: A weak reference to the mark in the contexts that it holds in.
     """
@@ -233,6 +235,7 @@ class _Wish:
     pipeline: weakref.ref[DiffusionPipeline] | None = None
     request: Request | None = None
     on_step: OnStep | None = None
+    cancel: CancelSignal | None = None
     open: bool = True
     token: weakref.ref[_Token] | None = None
 
@@ -252,7 +255,7 @@ class _Asked:
 
     Args:
         begun: The wish for a request with a number of steps, or None.
-        heard: The wish for a callback, or None.
+        heard: The wish for a callback and an event, or None.
     """
 
     begun: _Wish | None = None
@@ -323,18 +326,42 @@ class RequestTable:
         heard = self._here().heard
         return None if heard is None else heard.on_step
 
+    @property
+    def cancel(self) -> CancelSignal | None:
+        """Return the event that cancels the requests of this context, or None."""
+        heard = self._here().heard
+        return None if heard is None else heard.cancel
+
     def listen(self, on_step: OnStep | None) -> None:
         """Call ``on_step`` after every call in this context, and of the request that is running here.
 
         Args:
             on_step: The callback, or None for no callback.
         """
+        self._hear("runner.on_step", on_step, self.cancel, on_step is not None)
+
+    def cancel_by(self, cancel: CancelSignal | None) -> None:
+        """Stop requests of this context, and the one that is running here, once the event is set.
+
+        Args:
+            cancel: The event, or None for no event.
+        """
+        self._hear("cancel", self.on_step, cancel, cancel is not None)
+
+    def _hear(self, what: str, on_step: OnStep | None, cancel: CancelSignal | None, new: bool) -> None:
+        """Ask for a callback and an event, of which one is new."""
         caller = self._thread.caller
-        wish = _Wish("runner.on_step", caller, on_step=on_step, open=on_step is not None)
         with self._lock:
+            before = self._here().heard
+            waits = before is not None and before.open and before.caller is caller
+            wish = _Wish(
+                what, caller, on_step=on_step, cancel=cancel, open=new or (waits and not _silent(on_step, cancel))
+            )
+            if before is not None and before.caller is caller:
+                before.close()  # the new one asks for both
             self._ask(wish, _Asked(self._here().begun, wish))
             if caller.last is not None:
-                caller.last.runner.on_step = on_step
+                caller.last.runner.on_step, caller.last.runner.cancel = on_step, cancel
 
     def begin(self, steps: int | None) -> None:
         """Start a new request with the next call in this context.
@@ -431,7 +458,7 @@ class RequestTable:
                 caller.last = self._latest = request
                 heard = self._here().heard
                 if heard is not None:
-                    request.runner.on_step = heard.on_step
+                    request.runner.on_step, request.runner.cancel = heard.on_step, heard.cancel
                     heard.close()
             before = replace(request.position, called=[*request.position.called])
             announced = request.announced
@@ -561,7 +588,7 @@ class RequestTable:
         runner = StepRunner(self._session, self.controller.fresh())
         heard = self._here().heard
         if heard is not None:
-            runner.on_step = heard.on_step
+            runner.on_step, runner.cancel = heard.on_step, heard.cancel
         return Request(runner, self._generation, caller)
 
     # --------------------------------------------------------------------------------- what is asked of coming requests
@@ -619,6 +646,10 @@ class RequestTable:
             )
 
 
+def _silent(on_step: OnStep | None, cancel: CancelSignal | None) -> bool:
+    return on_step is None and cancel is None
+
+
 def _drop(table: weakref.ref[RequestTable], caller: weakref.ref[_Caller], task: asyncio.Task[Any]) -> None:
     """Forget what a task has asked for if the task was cancelled: its request does not come any more."""
     asked, asker = table(), caller()
@@ -647,6 +678,15 @@ class RunnerView:
     @on_step.setter
     def on_step(self, on_step: OnStep | None) -> None:
         self._table.listen(on_step)
+
+    @property
+    def cancel(self) -> CancelSignal | None:
+        """Return the event that cancels a request, or None."""
+        return self._table.cancel
+
+    @cancel.setter
+    def cancel(self, cancel: CancelSignal | None) -> None:
+        self._table.cancel_by(cancel)
 
     @property
     def trace(self) -> list[StepRecord]:

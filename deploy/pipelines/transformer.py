@@ -32,6 +32,7 @@ from torch import Tensor
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.cancel import CancelSignal
 from dvdquant.deploy.pipelines.adapters import get_adapter
 from dvdquant.deploy.pipelines.request_state import RequestTable, RunnerView
 from dvdquant.deploy.pipelines.unsupported import COPIED, LOADED, WholeEngine, keep_in_from_pipe, refuse
@@ -228,6 +229,21 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         return RunnerView(self._requests)
 
     @property
+    def cancel(self) -> CancelSignal | None:
+        """Return the event that cancels the requests of this context, or None.
+
+        Setting it is for this context's running and coming requests, as ``runner.on_step`` is: in this thread or asyncio
+        task, in tasks made from there, and in ``asyncio.to_thread``. Once the event is set (``threading.Event``, or
+        anything with ``is_set()``), the next call of the transformer raises Cancelled, and so does the pipeline. Text
+        encoder and VAE stop as well within :func:`dvdquant.deploy.cancel.cancel_inside`.
+        """
+        return self._requests.cancel
+
+    @cancel.setter
+    def cancel(self, cancel: CancelSignal | None) -> None:
+        self._requests.cancel_by(cancel)
+
+    @property
     def session(self) -> EngineSession:
         """Return the session that runs the engines."""
         return self._session
@@ -398,6 +414,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                 samples.
             UnsupportedError: ``attention_kwargs`` are given, an input is not in the graph, or gradients are asked for.
             EngineError: The engine failed, or gave NaN at the highest bits too.
+            Cancelled: The event :attr:`cancel` is set.
         """
         arguments = self._adapter.bind(args, kwargs)
         return_dict = arguments.pop("return_dict", True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dvdquant.deploy.cancel import CancelSignal, check_cancelled
 from dvdquant.deploy.switching.controller import PUBLISHED_COST, Decision, StepController, StepRecord, relative_cost
 from dvdquant.deploy.switching.gbs import change_from_sums, change_sums
 from dvdquant.deploy.switching.position import LoopPosition
@@ -92,6 +93,11 @@ class StepRunner:
         session: The session that runs the engines.
         controller: The rule that chooses the engine of each step.
 
+    Attributes:
+        trace: The record of every call of the request, in order.
+        on_step: A callback that gets the record of every call as soon as it has ended, or None.
+        cancel: The event of the request, or None. Once it is set, no further call is made: :meth:`run` raises Cancelled.
+
     Raises:
         UnsupportedError: The session lacks an engine that the controller may ask for.
     """
@@ -106,6 +112,7 @@ class StepRunner:
         self.session, self.controller = session, controller
         self.trace: list[StepRecord] = []
         self.on_step: Callable[[StepRecord], None] | None = None
+        self.cancel: CancelSignal | None = None
         self.controller_seconds = 0.0
         self._parts: dict[tuple[str, int], _Part] = {}
         self._position = LoopPosition()
@@ -147,6 +154,7 @@ class StepRunner:
             EngineError: The high engine failed or gave NaN or infinities. The error names step and branch.
             UnsupportedError: A schedule or a callback asks for what is not there, or another call is running.
             ShapeError: The inputs are outside the exported profile.
+            Cancelled: The event :attr:`cancel` is set.
         """
         if not self._running.acquire(blocking=False):
             raise UnsupportedError(
@@ -154,6 +162,7 @@ class StepRunner:
                 fix="make a StepRunner with a controller of its own for every request; they may share the session",
             )
         try:
+            check_cancelled(self.cancel, "a call of the transformer")
             return self._run(inputs, branch, step, steps)
         finally:
             self._running.release()
@@ -236,6 +245,7 @@ class StepRunner:
             bits, retried, reason = self.controller.high, True, f"{current.failed} ({reason})"
             if inputs[LATENT].is_cuda:
                 torch.cuda.empty_cache()
+            check_cancelled(self.cancel, "a failed step ran again")
             try:
                 output, sums = self._attempt(inputs, key, bits)
             except _Failure as again:

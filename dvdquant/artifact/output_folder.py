@@ -64,11 +64,14 @@ def check_path(folder: Path) -> None:
         )
 
 
-def check_output(out: str | Path) -> None:
+def check_output(out: str | Path) -> Manifest | None:
     """Check that an export into ``out`` would be accepted, without making anything, so that a dry run can ask too.
 
     Args:
         out: The output folder, which need not exist.
+
+    Returns:
+        The manifest of the finished export in it, or None.
 
     Raises:
         OutputError: The path is no usable one, the folder cannot be written, or it holds something else than an export.
@@ -84,9 +87,10 @@ def check_output(out: str | Path) -> None:
         # The next export puts in order what a killed commit left, so it is no reason to refuse.
         if there == folder and not os.path.lexists(folder / COMMIT):
             with Folder.open(folder) as opened:
-                previous_export(opened)
+                return previous_export(opened)
     except OSError as error:
         raise disk_error(error, error.filename or folder) from error
+    return None
 
 
 def _deepest(folder: Path) -> Path:

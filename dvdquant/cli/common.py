@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import sys
 import textwrap
 import warnings
@@ -16,19 +17,18 @@ from dvdquant.cli.paths import WORD
 from dvdquant.cli.process import echo, require_folder, run_as_process, user_error
 from dvdquant.text import json_text, shown
 
-__all__ = ["ExamplesCommand", "echo", "paragraphs", "runs_on", "setup_logging", "table"]
+__all__ = ["ExamplesCommand", "ProcessCommand", "echo", "loading", "paragraphs", "runs_on", "setup_logging", "table"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class ExamplesCommand(click.Command):
-    """A command whose help ends with its examples, printed as they are, and whose errors are words and an exit code."""
+class ProcessCommand(click.Command):
+    """A command whose errors are words and an exit code."""
 
-    def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["context_settings"] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
         super().__init__(*args, **kwargs)
-        self.examples = examples
 
     def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """As click's; a standalone command ends the process as :mod:`dvdquant.cli.process` says."""
@@ -45,11 +45,22 @@ class ExamplesCommand(click.Command):
             known = user_error(error)
             raise known or error from error
 
+
+class ExamplesCommand(ProcessCommand):
+    """A command whose help ends with its examples, printed as they are."""
+
+    def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples after the options."""
+        """Write the examples after the options, by the name that the command was called by."""
         if self.examples:
+            examples = self.examples.strip()
+            if ctx.parent is not None:  # dvdq export, and not dvdq-export
+                examples = re.sub(rf"\bdvdq-{re.escape(ctx.info_name or '')}\b", f"dvdq {ctx.info_name}", examples)
             with formatter.section("Examples"):
-                for line in self.examples.strip().splitlines():
+                for line in examples.splitlines():
                     formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
@@ -68,6 +79,18 @@ def setup_logging(verbose: int, log_format: str) -> None:
         warnings.simplefilter("ignore")
         for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers", "diffusers"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def loading(what: str, log_format: str = "text", *, module: str = "torch") -> None:
+    """Say what is loaded now, which takes seconds: nobody waits in front of a silent screen.
+
+    Args:
+        what: What is loaded.
+        log_format: ``text``; a program that reads ``json`` needs no first line.
+        module: The slow one of its modules; nothing is said where it is there already.
+    """
+    if log_format == "text" and module not in sys.modules:
+        echo(f"loading {what} …", err=True)
 
 
 class _ToStderr(logging.StreamHandler[Any]):

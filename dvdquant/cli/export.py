@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, echo, paragraphs, setup_logging, table
+from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setup_logging, table
 from dvdquant.cli.paths import LORA, MODEL, PATH, WORD
 from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import ATTENTION, RECIPES, get_recipe
@@ -19,7 +19,9 @@ from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:
     from dvdquant.export.estimate import Estimate
-    from dvdquant.export.pipeline import ExportPlan, ExportResult
+    from dvdquant.export.options import ExportOptions
+    from dvdquant.export.pipeline import ExportResult
+    from dvdquant.export.plan import ExportPlan
 
 FOR_GRAPH = {
     "tensorrt": "TensorRT with the plugin; ONNX Runtime by its function bodies",
@@ -165,6 +167,12 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN/Inf weights (as zeros) and record their names.")
 @click.option("--resume", is_flag=True, help="Go on from an interrupted export with the same options.")
 @click.option(
+    "--replace",
+    is_flag=True,
+    help="Put the export in the place of a finished one of another model, another recipe or other sizes; "
+    "until it is whole, the old one stays.",
+)
+@click.option(
     "--verify",
     is_flag=True,
     help="Compare all that is stored with MODEL; run every graph in ONNX Runtime and judge it against PyTorch in float64, "
@@ -202,18 +210,23 @@ def main(**arguments: Any) -> None:
     # PyTorch's threads wait for their next turn by spinning, and take the cores of the compiled loops in between. Read once,
     # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # These take seconds to import; --help does not wait for them.
+    # 1. Everything that can be refused without PyTorch, which takes seconds to import.
     from dvdquant.checkpoint.lora.spec import parse_loras
-    from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
-    from dvdquant.export.pipeline import plan_export, run_export
-    from dvdquant.system.progress import Progress
     from dvdquant.system.whole_file import check_writable
 
     started = time.monotonic()
     options = ExportOptions(recipe=recipe, lora=parse_loras(arguments.pop("loras")), **arguments)
+    _check_early(options)
     if options.timing_cache is not None:
         check_writable(options.timing_cache)
+    # 2. The plan, and what it says.
+    loading("PyTorch and the exporter", log_format)
+    from dvdquant.deploy.report.page import add_report
+    from dvdquant.export.pipeline import run_export
+    from dvdquant.export.plan import plan_export
+    from dvdquant.system.progress import Progress
+
     plan = plan_export(options)
     if dry_run:
         echo(json_text(_plan_json(plan)) if log_format == "json" else _plan_text(plan))
@@ -224,6 +237,21 @@ def main(**arguments: Any) -> None:
         progress.event("done", **_result_json(result, time.monotonic() - started))
     else:
         echo(_result_text(plan, result, time.monotonic() - started))
+
+
+def _check_early(options: ExportOptions) -> None:
+    """Refuse an output folder or a model that cannot be used, in the order of the plan, which checks them again."""
+    from dvdquant.artifact.output_folder import check_output
+    from dvdquant.checkpoint.reader import Checkpoint, read_config_file
+    from dvdquant.export.options import check_text
+
+    check_text(options)
+    check_output(options.out)
+    if options.config is not None:
+        read_config_file(options.config)
+    may_be_hub_id = options.model.count("/") == 1 and not os.path.exists(os.path.expanduser(options.model))
+    if not (options.subfolder or may_be_hub_id):
+        Checkpoint.components(options.model, revision=options.revision)
 
 
 def _check_revision(model: str, revision: str | None) -> None:

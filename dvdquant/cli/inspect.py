@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, echo, paragraphs, setup_logging, table
+from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setup_logging, table
 from dvdquant.cli.paths import EXPORT, PATH, WORD
 from dvdquant.errors import OutputError
 from dvdquant.text import amount
@@ -95,6 +95,10 @@ def main(
         )
     out = locate_export(out, revision)
     manifest = load_manifest(out)
+    if page is not None:
+        loading("PyTorch and the report")
+    elif graph is not None or check:
+        loading("ONNX", module="onnx")
     if page is not None:
         _write_page(out, manifest, page, samples)
         echo(f"{page} written", err=as_json)  # stdout is the JSON's alone

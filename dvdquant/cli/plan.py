@@ -10,11 +10,12 @@ import click
 from click.core import ParameterSource
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, echo, runs_on, setup_logging, table
+from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging, table
 from dvdquant.cli.paths import EXPORT, LORA, MODEL, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.system.devices import check_device_word
 from dvdquant.system.whole_file import check_writable
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     loras = parse_loras(options.pop("lora"))
     goal_options = {name: options.pop(name) for name in ("average_bits", "time_budget", "delta")}
 
+    check_device_word(options["device"])
+    loading("PyTorch and the runtime", log_format)
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.planning.planner import Goal, plan
     from dvdquant.system.progress import Progress

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, runs_on, setup_logging
+from dvdquant.cli.common import ExamplesCommand, loading, runs_on, setup_logging
 from dvdquant.cli.paths import EXPORT, LORA, MODEL, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.recipe import ATTENTION
+from dvdquant.system.devices import check_device_word
 
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
@@ -226,22 +227,29 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
         check_prompt("--negative-prompt", settings.negative_prompt, may_be_empty=True)
     check_options(settings)
 
+    from dvdquant.artifact.manifest import load_manifest
     from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.cli.run_outputs import Writer
-    from dvdquant.deploy.artifact import Artifact
-    from dvdquant.deploy.generation.generate import open_generator
     from dvdquant.hub.locate import locate_export
-    from dvdquant.system.progress import Progress
 
     writer = Writer.open(settings, len(prompts))
-    artifact = Artifact.open(locate_export(out, revision))
+    loras = parse_loras(settings.lora)
+    check_device_word(settings.device)
+    out = locate_export(out, revision)
+    load_manifest(out)  # before PyTorch, which takes seconds to load
+    loading("PyTorch and the runtime", log_format)
+    from dvdquant.deploy.artifact import Artifact
+    from dvdquant.deploy.generation.generate import open_generator
+    from dvdquant.system.progress import Progress
+
+    artifact = Artifact.open(out)
     progress = Progress("json" if log_format == "json" else "text")
     with open_generator(
         artifact,
         pipeline=settings.pipeline,
         backend=settings.backend,
         device=settings.device,
-        lora=parse_loras(settings.lora),
+        lora=loras,
         compile=settings.compile,
         attention=settings.attention,
         attention_backend=settings.attention_backend,

@@ -10,11 +10,24 @@ from dvdquant.errors import UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEVICE_WORDS", "resolve_device"]
+__all__ = ["DEVICE_WORDS", "check_device_word", "resolve_device"]
 
 DEVICE_WORDS = ("auto", "cpu", "cuda", "cuda:N")
 # A number with more digits is no index of a device, and torch.device overflows on it.
 _CUDA = re.compile(r"cuda(?::(0|[1-9][0-9]{0,2}))?", re.ASCII)
+
+
+def check_device_word(word: str) -> None:
+    """Refuse a word that names no device, without asking PyTorch which devices there are.
+
+    Args:
+        word: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UnsupportedError: The word is another one.
+    """
+    if word not in ("auto", "cpu", "cpu:0") and _CUDA.fullmatch(word) is None:
+        raise UnsupportedError(f"unknown device {word!r:.100}", available=DEVICE_WORDS, fix="pick one with --device")
 
 
 def resolve_device(word: str | torch.device) -> torch.device:
@@ -34,9 +47,9 @@ def resolve_device(word: str | torch.device) -> torch.device:
         text = "cuda" if torch.cuda.is_available() else "cpu"
     if text in ("cpu", "cpu:0"):  # torch writes its own CPU device as cpu or cpu:0
         return torch.device("cpu")
+    check_device_word(text)
     match = _CUDA.fullmatch(text)
-    if match is None:
-        raise UnsupportedError(f"unknown device {text!r:.100}", available=DEVICE_WORDS, fix="pick one with --device")
+    assert match is not None
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # "cuda" alone means another device in another thread, so the index is fixed here.
     index = int(match[1]) if match[1] is not None else (torch.cuda.current_device() if count else 0)

@@ -195,7 +195,7 @@ def previous(exported: Path, tmp_path: Path) -> Path:
 def test_previous_export_survives_a_bad_model(name: str, previous: Path, model: Path) -> None:
     MODELS[name][0](model)
     before = state_of(previous)
-    refused(run(model, "-o", previous, "--target", "onnx", *SIZES), *MODELS[name][1])
+    refused(run(model, "-o", previous, "--target", "onnx", *SIZES, "--replace"), *MODELS[name][1])
     assert state_of(previous) == before
 
 

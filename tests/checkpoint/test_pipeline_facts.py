@@ -19,7 +19,7 @@ from dvdquant.deploy.pipelines.adapters import get_adapter
 from dvdquant.deploy.report.page import collect
 from dvdquant.errors import CheckpointError
 from dvdquant.export.options import ExportOptions, with_table_defaults
-from dvdquant.export.pipeline import ExportPlan, plan_export
+from dvdquant.export.plan import ExportPlan, plan_export
 from dvdquant.model.families import get_family
 from dvdquant.model.families.configs import PIPELINE
 from dvdquant.model.families.wan import Wan

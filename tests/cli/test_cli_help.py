@@ -81,7 +81,7 @@ def test_help_ends_with_examples_that_parse(script: str) -> None:
 
     module, function = SCRIPTS[script].split(":")
     command = getattr(importlib.import_module(module), function)
-    lines = [line for line in command.examples.splitlines() if line.startswith("dvdq-")]
+    lines = [line for line in command.examples.splitlines() if line.startswith("dvdq")]
     assert lines, "no examples"
     for line in lines:
         name, *arguments = shlex.split(line)

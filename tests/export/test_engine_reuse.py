@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dvdquant.artifact.manifest import load_manifest, verify_files
-from dvdquant.export import pipeline
+from dvdquant.export import pipeline, plan
 from dvdquant.export.engines import BuildReport, load_backend
 from dvdquant.export.engines import stage as engines
 from dvdquant.export.engines.stage import BuildSettings
@@ -80,7 +80,7 @@ def test_other_options_of_the_builder_build_the_engine_again(
 def interrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both engines are built, by a release of before, and then the export fails."""
     out = tmp_path_factory.mktemp("interrupted") / "out"
-    load = pipeline.load_backend
+    load = plan.load_backend
 
     def older(name: str) -> Any:
         return dataclasses.replace(load(name), version="1.0.0")
@@ -89,7 +89,7 @@ def interrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         raise OSError(5, "Input/output error")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "load_backend", older)
+        patch.setattr(plan, "load_backend", older)
         patch.setattr(pipeline, "model_card", fail)
         patch.setattr(engines, "build_engine", quick_build)
         result = run(model, "-o", out, *ARGUMENTS, "--sm", "12.0")
@@ -110,7 +110,7 @@ def test_resume_builds_again_what_another_release_built(model: Path, work: Path)
     assert (work / ENGINE).stat().st_size > 1000
     manifest = load_manifest(work)
     (entry,) = manifest.engines
-    assert entry["versions"] == {"tensorrt_rtx": pipeline.load_backend("tensorrt_rtx").version}
+    assert entry["versions"] == {"tensorrt_rtx": plan.load_backend("tensorrt_rtx").version}
     assert [name for name in manifest.files if name.startswith("engines/")] == [ENGINE]
     assert sorted(p.name for p in (work / "engines").iterdir()) == ["rtx-sm89"]
 
@@ -118,9 +118,9 @@ def test_resume_builds_again_what_another_release_built(model: Path, work: Path)
 def test_resume_takes_an_engine_of_the_same_settings_only(
     model: Path, work: Path, built: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = pipeline.load_backend
+    load = plan.load_backend
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "load_backend", lambda name: dataclasses.replace(load(name), version="1.0.0"))
+        patch.setattr(plan, "load_backend", lambda name: dataclasses.replace(load(name), version="1.0.0"))
         patch.setattr(pipeline, "model_card", lambda *_: 1 / 0)
         run(model, "-o", work, *ARGUMENTS, "--resume", "--optimization-level", "2")
         assert len(built) == 1

@@ -19,7 +19,7 @@ from dvdquant.deploy.generation.generate import open_generator
 from dvdquant.deploy.generation.original import load_original
 from dvdquant.errors import CheckpointError
 from dvdquant.export.options import ExportOptions
-from dvdquant.export.pipeline import plan_export
+from dvdquant.export.plan import plan_export
 from dvdquant.model.plan import plan_model
 from dvdquant.quantize.checkpoint import quantize_checkpoint
 from dvdquant.recipe import get_recipe

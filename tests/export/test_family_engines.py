@@ -8,7 +8,8 @@ import pytest
 
 from dvdquant.export.engines.precision import RTX_SMS
 from dvdquant.export.options import ExportOptions
-from dvdquant.export.pipeline import plan_export, run_export
+from dvdquant.export.pipeline import run_export
+from dvdquant.export.plan import plan_export
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support.tiny_models import CONFIGS, write_checkpoint

@@ -22,7 +22,8 @@ from dvdquant.export.graph.trace import profile_shapes
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.passes.fp8_attention import LONG_TOKENS, AttentionScales, fp8_attention
 from dvdquant.export.passes.lowering.int8 import lower_int8
-from dvdquant.export.pipeline import plan_export, run_export
+from dvdquant.export.pipeline import run_export
+from dvdquant.export.plan import plan_export
 from dvdquant.export.verify.attention import attention_intermediates, judge_attention, quantized_attention
 from dvdquant.export.verify.graph import Verifier
 from dvdquant.export.verify.intermediates import add_intermediates, load_graph, run_graph

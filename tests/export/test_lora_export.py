@@ -129,7 +129,7 @@ def test_when_it_is_made_again(made: Made) -> None:
     again = load_manifest(made.out)
     assert again.sampling == {"steps": 8}
     assert again.files["onnx/transformer.safetensors"] == before.files["onnx/transformer.safetensors"]
-    in_process(made.pipeline, "-o", made.out, "--lora", made.loras[0], *made.options[2:], *QUICK)
+    in_process(made.pipeline, "-o", made.out, "--lora", made.loras[0], *made.options[2:], *QUICK, "--replace")
     third = load_manifest(made.out)
     assert third.lora[0]["scale"] == 1.0
     assert third.files["onnx/transformer.safetensors"] != before.files["onnx/transformer.safetensors"]

@@ -19,7 +19,8 @@ from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import CheckpointError, DvdquantError, UnsupportedError
 from dvdquant.export.estimate import estimate_export
-from dvdquant.export.options import ExportOptions, resolve_sizes
+from dvdquant.export.options import ExportOptions
+from dvdquant.export.sizes import resolve_sizes
 from dvdquant.model.families import FAMILIES, get_family
 from dvdquant.model.families.configs import MOST_BLOCKS
 from dvdquant.model.plan import build_skeleton, plan_model

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dvdquant.errors import CheckpointError, ShapeError, UnsupportedError
-from dvdquant.export.options import ExportOptions, resolve_sizes
+from dvdquant.export.options import ExportOptions
+from dvdquant.export.sizes import resolve_sizes
 from dvdquant.model.families import FAMILIES, Axis, Sizes, get_family
 from dvdquant.model.plan import ModelPlan, build_skeleton, plan_model, quantized_skeleton
 from dvdquant.recipe import RECIPES, get_recipe

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dvdquant.errors import CheckpointError
 from dvdquant.export.options import ExportOptions
-from dvdquant.export.pipeline import plan_export, run_export
+from dvdquant.export.pipeline import run_export
+from dvdquant.export.plan import plan_export
 from dvdquant.numerics.hadamard import Rotation, rotate
 from dvdquant.quantize.backends import torch_grid as bgr_device
 from dvdquant.quantize.backends.torch_grid import quantize_rows

@@ -20,6 +20,7 @@ import torch
 from dvdquant.errors import DvdquantError
 from dvdquant.export import pipeline
 from dvdquant.export.options import ExportOptions
+from dvdquant.export.plan import ExportPlan, plan_export
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support.faults import WRITES, Faults
@@ -38,7 +39,7 @@ def options(request: dict[str, Any]) -> ExportOptions:
     )
 
 
-def export(request: dict[str, Any], plan: pipeline.ExportPlan, report: int) -> None:
+def export(request: dict[str, Any], plan: ExportPlan, report: int) -> None:
     """One export in this (forked) process; never returns."""
     error, code, faults, write = None, 0, None, os.write
     if request.get("fault"):
@@ -64,7 +65,7 @@ def main() -> None:
     pipeline.require_disk = lambda *_: None  # type: ignore[attr-defined]
     for line in sys.stdin:
         request = json.loads(line)
-        plan = pipeline.plan_export(options(request))
+        plan = plan_export(options(request))
         if request["recipe"] not in traced:
             traced[request["recipe"]] = trace(plan.plans[0], plan.sizes)
         base = traced[request["recipe"]]

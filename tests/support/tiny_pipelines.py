@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dvdquant.export.options import ExportOptions
-from dvdquant.export.pipeline import plan_export, run_export
+from dvdquant.export.pipeline import run_export
+from dvdquant.export.plan import plan_export
 from dvdquant.export.verify.graph import load_quantized
 from dvdquant.export.verify.reference import as_float64
 from dvdquant.model.layers import set_activation

@@ -1,0 +1,127 @@
+"""The configurations, video sizes and ways of running that step_time.py measures and step_budget.py predicts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvdquant.model.families import Axis, Family, Sizes
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration at a video size.
+
+    Args:
+        config: The name of a file in ``configs``.
+        latent: The size in latents: frames, height, width.
+        text_tokens: The number of text tokens.
+        depths: The two depths, in blocks, that are built.
+    """
+
+    config: str
+    latent: tuple[int, int, int]
+    text_tokens: int
+    depths: tuple[int, int] = (1, 3)
+
+    @property
+    def name(self) -> str:
+        """Return the name, such as ``wan2.1-14b 21x90x160``."""
+        return f"{self.config} {'x'.join(map(str, self.latent))}"
+
+
+CASES = (
+    Case("wan2.1-1.3b", (21, 60, 104), 512),
+    Case("wan2.1-14b", (21, 60, 104), 512),
+    Case("wan2.1-14b", (21, 90, 160), 512),
+    Case("hunyuan-video", (33, 90, 160), 256),
+)
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One way of running the model.
+
+    Args:
+        bits: 16 for bf16, else the activation bits of the quantized model.
+        compiled: Whether the blocks are compiled.
+        attention: ``16``, ``int8`` or ``fp8``.
+    """
+
+    bits: int
+    compiled: bool = False
+    attention: str = "16"
+
+    @property
+    def name(self) -> str:
+        """Return the name, such as ``a8 compiled, fp8 attention``."""
+        width = "bf16" if self.bits == 16 else f"a{self.bits}"
+        return f"{width} {'compiled' if self.compiled else 'eager'}" + (
+            "" if self.attention == "16" else f", {self.attention} attention"
+        )
+
+
+# What is switched on one by one. The honest baseline is the second: bf16, compiled.
+FLAVOURS = (
+    Flavour(16),
+    Flavour(16, compiled=True),
+    Flavour(8),
+    Flavour(4),
+    Flavour(8, compiled=True),
+    Flavour(4, compiled=True),
+    Flavour(8, compiled=True, attention="int8"),
+    Flavour(8, compiled=True, attention="fp8"),
+)
+# The number of blocks of each kind per block of depth: two single-stream ones for every dual-stream one, as in the real
+# model (20 and 40).
+DEPTH_KEYS = {"num_layers": 1, "num_single_layers": 2}
+
+
+def select_cases(texts: list[str] | None) -> list[Case]:
+    """Return the cases whose name contains one of the texts; all without texts."""
+    return [case for case in CASES if not texts or any(text in case.name for text in texts)]
+
+
+def config_of(case: Case) -> dict[str, Any]:
+    """Return the configuration of a case."""
+    config: dict[str, Any] = json.loads((CONFIGS / f"{case.config}.json").read_text())
+    return config
+
+
+def shallow(config: dict[str, Any], depth: int, scale: int) -> dict[str, Any]:
+    """Return a config of fewer blocks, with the proportion of the two kinds kept.
+
+    Args:
+        config: The config of the model.
+        depth: The number of blocks.
+        scale: The number that widths are divided by.
+    """
+    small = {**config, **{key: depth * times for key, times in DEPTH_KEYS.items() if key in config}}
+    if scale > 1:
+        small["num_attention_heads"] = max(1, config["num_attention_heads"] // scale)
+        if "ffn_dim" in config:
+            small["ffn_dim"] = max(64, config["ffn_dim"] // scale)
+    return small
+
+
+def inputs_of(family: Family, case: Case, scale: int, device: torch.device) -> dict[str, Tensor]:
+    """Return random graph inputs at the case's size, by name.
+
+    Args:
+        family: The model family.
+        case: The case.
+        scale: The number that sizes are divided by.
+        device: The device of the tensors.
+    """
+    patch = family.patch()
+    latent = [max(p, size // scale // p * p) for p, size in zip(patch, case.latent)]
+    frames, height, width = (Axis.fixed(size) for size in latent)
+    sizes = Sizes(frames, height, width, max(8, case.text_tokens // scale))
+    return {name: tensor.to(device) for name, tensor in family.sample(sizes, torch.bfloat16).items()}

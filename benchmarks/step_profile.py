@@ -1,0 +1,64 @@
+"""Sum the time of a model's operations by class, as torch.profiler sees them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.step_budget import ATTENTION, LINEARS, POINTWISE, QUANTIZING
+
+__all__ = ["MEASURED", "class_of", "profile_classes"]
+
+# The kernels of self-attention and of text attention have the same names, so that one class holds both.
+MEASURED = (LINEARS, ATTENTION, POINTWISE, QUANTIZING)
+# In this order: an attention kernel may be a CUTLASS kernel by its name, too.
+_PATTERNS = (
+    (ATTENTION, r"flash|fmha|sdpa|attention|attn|\bmha|sage"),
+    (QUANTIZING, r"rotate_quantize"),
+    (LINEARS, r"gemm|gemv|nvjet|cutlass|cublas|splitk|quant_linear|prepared_linear|addmm|linear|\bmm\b"),
+)
+
+
+def class_of(name: str) -> str:
+    """Return the class of a kernel, or of an operation on a CPU, by its name; what has no pattern is pointwise.
+
+    Args:
+        name: The name that torch.profiler gives it.
+    """
+    # Inductor names a fused kernel after all that went into it; what it fuses here is pointwise.
+    if name.startswith("triton_"):
+        return POINTWISE
+    return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name, re.IGNORECASE)), POINTWISE)
+
+
+def profile_classes(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> dict[str, float]:
+    """Return the milliseconds of a call by class.
+
+    Args:
+        work: The call, which ran before.
+        device: The device that it runs on.
+        repeats: The number of profiled calls.
+    """
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as seen:
+        for _ in range(repeats):
+            work()
+        if cuda:
+            torch.cuda.synchronize()
+    sums = dict.fromkeys(MEASURED, 0.0)
+    for event in seen.key_averages():
+        on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if on_gpu != cuda:
+            continue
+        microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
+        sums[class_of(event.key)] += microseconds / 1000 / repeats
+    return sums
