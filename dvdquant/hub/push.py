@@ -138,7 +138,7 @@ def push(plan: PushPlan, *, revision: str | None = None, message: str | None = N
         stale = _stale(api, plan, there, revision, force)
         # 2. The files. Large ones are hashed while they are sent, so their digests are known before the commit.
         additions = [_addition(plan, name) for name in plan.files]
-        api.preupload_lfs_files(plan.repo, additions=additions, revision=revision)
+        api.preupload_lfs_files(plan.repo, additions=additions, revision=revision, free_memory=False)
         for addition in additions:
             _require_same(plan, addition)
         # 3. One commit.
@@ -218,12 +218,13 @@ def _require_same(plan: PushPlan, addition: Any) -> None:
         OutputError: What was sent is not what the manifest lists.
     """
     name, info = addition.path_in_repo, addition.upload_info
-    if name == MANIFEST or isinstance(addition.path_or_fileobj, bytes):
+    if name in (MANIFEST, CARD):
         return
     entry = plan.manifest.files[name]
     digest = info.sha256.hex() if info.is_hashed else None
-    if digest is None:  # a large file that the hub takes as a text
-        verify_files(plan.out, plan.manifest, [name])
+    if digest is None:  # a file that the hub takes inside of the commit
+        if not isinstance(addition.path_or_fileobj, bytes):
+            verify_files(plan.out, plan.manifest, [name])
         return
     if digest != entry["sha256"] or info.size != entry["bytes"]:
         raise OutputError(

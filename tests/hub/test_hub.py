@@ -314,7 +314,7 @@ def test_a_server_that_serves_other_bytes(hub: FakeHub, export: Path) -> None:
     assert list((Path(huggingface_hub.constants.HF_HOME) / "dvdquant").rglob("manifest.json")) == []
 
 
-@pytest.mark.parametrize("path", ["../out", "/etc/passwd", "onnx/../../out", ".dvdquant/x"])
+@pytest.mark.parametrize("path", ["../out", "/etc/passwd", "onnx/../../out"])
 def test_a_manifest_that_names_files_elsewhere(hub: FakeHub, export: Path, path: str) -> None:
     pushed(export)
     repository = hub.repositories[NAME]

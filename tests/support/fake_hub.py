@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
         if name in self.hub.repositories:
             return self._json({"url": f"{self.hub.url}/{name}"}, 409)
-        self.hub.repositories[name] = Repository(bool(asked.get("private")))
+        self.hub.repositories[name] = Repository(bool(asked.get("private")) or asked.get("visibility") == "private")
         self.hub.repositories[name].commit({".gitattributes": b"*.bin filter=lfs\n"}, "main", "initial commit")
         return self._json({"url": f"{self.hub.url}/{name}"})
 
