@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: help venv demo demo-steps test stress variants lint lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: help venv demo demo-steps test stress variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -26,6 +26,7 @@ help:
 	@echo "make stress  the fault tests at their full counts: 500 kills, 200 races, 100 000 mutations"
 	@echo "make variants  the numeric tests as other processors run them: threads, instruction sets (VARIANTS= names some)"
 	@echo "make kernels        the CUDA kernels' library (needs nvcc); kernels-check also reads its machine code"
+	@echo "make kernels plugin HOST=aarch64 SM=\"87 110\"  both for a Jetson, on x86-64"
 	@echo "make venv    only the environment: $(VENV) with dvdq-export and dvdq-inspect"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrite the sources in the house style"
@@ -75,12 +76,15 @@ lint: $(INSTALLED_TEST)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# Each takes one core.
+warm: $(INSTALLED_TEST)
 	@$(BIN)/python tests/support/warm_up.py
+
+test: $(INSTALLED_TEST)
+	@$(MAKE) --no-print-directory -j2 lint warm
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not stress" --cpu-seconds 15 $(PYTEST_ARGS)
 
-stress: $(INSTALLED_TEST)
-	@$(BIN)/python tests/support/warm_up.py
+stress: $(INSTALLED_TEST) warm
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m stress --timeout 3600 $(PYTEST_ARGS)
 
 VARIANTS ?=
@@ -94,24 +98,32 @@ format: $(INSTALLED_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Needs nvcc (PATH or CUDA_HOME) for the GPU library; objects are cached by content in build/kernels.
+# Needs nvcc (PATH or CUDA_HOME) for the GPU library; objects are cached by content in build/kernels. HOST=aarch64 compiles for
+# that processor on x86-64, into build/kernels-aarch64; SM="87 110" for these GPUs alone.
+HOST ?=
+SM ?=
+KERNELS_FLAGS = --jobs $(JOBS) $(if $(HOST),--host $(HOST)) $(if $(SM),--architectures $(SM))
 kernels: $(INSTALLED)
-	$(BIN)/python kernels/build.py --jobs $(JOBS)
+	$(BIN)/python kernels/build.py $(KERNELS_FLAGS)
 
 kernels-check: $(INSTALLED)
-	$(BIN)/python kernels/check_sass.py --jobs $(JOBS)
+	$(BIN)/python kernels/check_sass.py $(KERNELS_FLAGS)
 
 # One self-contained file where the kernels' archive is built; else the plugin loads libdvdquant_kernels.so when it runs.
-PLUGIN_ARCHIVE = $(wildcard build/kernels/libdvdquant_kernels.a)
+DASH_HOST = $(if $(HOST),-$(HOST))
+PLUGIN_ARCHIVE = $(wildcard build/kernels$(DASH_HOST)/libdvdquant_kernels.a)
+PLUGIN_FLAGS = $(if $(HOST),-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(HOST) -DCMAKE_CXX_COMPILER=$(HOST)-linux-gnu-g++ \
+	-DCUDART_STATIC="$(abspath $(firstword $(wildcard build/kernels$(DASH_HOST)/cudart-$(HOST)/nvidia/*/lib/libcudart_static.a)))")
 plugin:
 	@if [ ! -f "$${TENSORRT_ROOT:-}/include/NvInfer.h" ] && [ ! -f /usr/include/$$(uname -m)-linux-gnu/NvInfer.h ]; then \
 		echo "plugin skipped: TensorRT's C++ headers were not found; set TENSORRT_ROOT to the folder that holds include/NvInfer.h" >&2; \
 	elif ! command -v cmake >/dev/null; then \
 		echo "plugin skipped: cmake was not found" >&2; \
 	else \
-		cmake -S plugins -B build/plugins -UTENSORRT_INCLUDE -DDVDQUANT_KERNELS_ARCHIVE="$(abspath $(PLUGIN_ARCHIVE))"; \
-		cmake --build build/plugins -j $(JOBS); \
-		echo "plugin    build/plugins/libdvdquant_plugins.so ($(if $(PLUGIN_ARCHIVE),with its kernels,loads libdvdquant_kernels.so when it runs))"; \
+		cmake -S plugins -B build/plugins$(DASH_HOST) -UTENSORRT_INCLUDE $(PLUGIN_FLAGS) \
+			-DDVDQUANT_KERNELS_ARCHIVE="$(abspath $(PLUGIN_ARCHIVE))"; \
+		cmake --build build/plugins$(DASH_HOST) -j $(JOBS); \
+		echo "plugin    build/plugins$(DASH_HOST)/libdvdquant_plugins.so ($(if $(PLUGIN_ARCHIVE),with its kernels,loads libdvdquant_kernels.so when it runs))"; \
 	fi
 
 # Runs in the Python that holds a CUDA build of torch, which may not be this checkout's environment.

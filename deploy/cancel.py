@@ -29,7 +29,12 @@ class Turn(Protocol):
     """A lock."""
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Take the lock."""
+        """Take the lock.
+
+        Args:
+            blocking: Wait for it.
+            timeout: The seconds to wait at most; a negative number waits for ever.
+        """
         ...
 
     def release(self) -> None:

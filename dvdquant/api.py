@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from dvdquant.deploy.switching.defaults import LAST_HIGH
 from dvdquant.errors import RecipeError, UnsupportedError
+from dvdquant.hardware.advice import choose
 from dvdquant.recipe import RECIPES, Recipe, get_recipe
 from dvdquant.system.records import brief
 
@@ -31,9 +32,10 @@ def export_model(
     model: str | Path,
     out: str | Path,
     *,
-    recipe: str | Recipe = "w4a4",
-    target: str | Sequence[str] = "rtx",
-    sm: str | Sequence[str] = "8.9",
+    recipe: str | Recipe = "auto",
+    gpu: str | Sequence[str] = (),
+    target: str | Sequence[str] = (),
+    sm: str | Sequence[str] = (),
     dtype: Literal["bf16", "fp16"] = "bf16",
     height: int | str | None = None,
     width: int | str | None = None,
@@ -55,9 +57,10 @@ def export_model(
     Args:
         model: Hub id, pipeline folder or transformer folder in diffusers format.
         out: Folder of the export. It holds the whole new export afterwards, or after an error what it held before.
-        recipe: Name of a recipe, or a recipe of your own.
-        target: ``rtx``, ``tensorrt``, ``onnx`` or ``graphs``, or several of them.
-        sm: Compute capabilities to build engines for, such as "8.9".
+        recipe: Name of a recipe, or a recipe of your own. ``auto`` takes what suits the cards, and w4a4 where none is named.
+        gpu: Names of the cards it is for, such as "RTX 4090"; ``auto`` is that of this machine.
+        target: ``rtx``, ``tensorrt``, ``onnx`` or ``graphs``, or several of them. None given lets the cards decide.
+        sm: Compute capabilities instead of cards, such as "8.9", the default where no card is named.
         dtype: Dtype of activations and of tensors that are not quantized: ``bf16`` or ``fp16``.
         height: Height in pixels, a number or a range such as "480:720". None takes the default of the family.
         width: Width in pixels, as ``height``.
@@ -105,12 +108,15 @@ def export_model(
         raise UnsupportedError(f"export_model has no option {unknown[0]}", available=["target", "sm", *known])
     if "plugins" in options:
         options["plugins"] = _several("plugins", options["plugins"])
+    own = recipe if isinstance(recipe, Recipe) else None
+    name = _recipe_name(recipe) if own is None else own.name
+    choice = choose(_several("gpu", gpu), _several("sm", sm), _several("target", target), name)
     arguments = ExportOptions(
         model=str(model),
         out=_path("out", out),
-        recipe=_recipe(recipe),
-        targets=_several("target", target),
-        sms=_several("sm", sm),
+        recipe=get_recipe(choice.recipe) if own is None else own,
+        targets=choice.targets,
+        sms=choice.sms,
         height=_size(height),
         width=_size(width),
         num_frames=_size(num_frames),
@@ -226,12 +232,10 @@ def _path(name: str, value: str | Path) -> Path:
     return Path(value)
 
 
-def _recipe(recipe: str | Recipe) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
+def _recipe_name(recipe: Any) -> str:
     if not isinstance(recipe, str):
         raise RecipeError(f"the recipe is {brief(recipe)}", available=RECIPES, fix="give a name or a Recipe")
-    return get_recipe(recipe)
+    return recipe
 
 
 def _size(value: int | str | None) -> str | None:
@@ -250,7 +254,7 @@ def _several(name: str, value: Any) -> tuple[str, ...]:
     for each in several:
         if isinstance(each, bool) or not isinstance(each, (str, int, float, os.PathLike)):
             raise UnsupportedError(f"{name} holds {brief(each)}", available="texts")
-    if not several and name != "plugins":
+    if not several and name not in ("plugins", "gpu", "sm", "target"):
         raise UnsupportedError(f"{name} is empty", fix=f"give one or several, or leave {name} out")
     return tuple(str(each) for each in several)
 

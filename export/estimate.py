@@ -20,7 +20,15 @@ from dvdquant.quantize.layer_inputs import ITEM_TOKENS, noise_levels
 from dvdquant.recipe import WeightSpec
 from dvdquant.system.memory import memory_limit
 
-__all__ = ["Estimate", "engine_weight_bytes", "estimate_export", "require_memory"]
+__all__ = [
+    "Estimate",
+    "builder_bytes",
+    "engine_weight_bytes",
+    "estimate_export",
+    "held_bytes",
+    "lowered_bytes",
+    "require_memory",
+]
 
 # Measured on two cores (AMD EPYC, AVX-512) with `dvdq-export` on Wan2.1-1.3B and HunyuanVideo-13B; see benchmarks/README.md.
 IMPORT_BYTES = 650 << 20
@@ -127,6 +135,42 @@ def engine_weight_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
     return int(plan.quantized_weights * BYTES_PER_WEIGHT[engine.precision]) + _kept_bytes(plan)
 
 
+def lowered_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
+    """Return the size of the weights in a graph for an engine builder that the weight files do not hold, in bytes.
+
+    Args:
+        plan: The plan of the model.
+        engine: The engine to build.
+    """
+    return engine_weight_bytes(plan, engine) if engine.precision in ("int8", "nvfp4") else 0
+
+
+def builder_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
+    """Return the peak memory of an engine builder's process, in bytes.
+
+    Args:
+        plan: The plan of the model.
+        engine: The engine to build.
+    """
+    weights = int(engine_weight_bytes(plan, engine) * _memory_factor(engine))
+    return BUILDER_BYTES + len(plan.layers) * BUILDER_BYTES_PER_LAYER + weights
+
+
+def held_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
+    """Return the memory that the weights of one transformer take in a session with an engine, in bytes.
+
+    The plugin's packed weights are inputs of the engine, and what its GPU multiplies is prepared from them once.
+
+    Args:
+        plan: The plan of the model.
+        engine: The engine.
+    """
+    if engine.precision != "plugin":
+        return ENGINE_BYTES + engine_weight_bytes(plan, engine)
+    native = engine.act_bits == 4 and engine.sms[0].startswith("8.")
+    return ENGINE_BYTES + packed_bytes(plan) + plan.quantized_weights // (2 if native else 1)
+
+
 def estimate_export(
     plans: Sequence[ModelPlan],
     engines: Sequence[EnginePlan],
@@ -148,12 +192,10 @@ def estimate_export(
     layers = sum(len(p.layers) for p in plans)
     pairs = [(p, e, engine_weight_bytes(p, e)) for p in plans for e in engines]
     # A lowered graph keeps what is not in the weight file (INT8 or FP4 weights) in a scratch file.
-    scratch = max((size for _, e, size in pairs if e.precision in ("int8", "nvfp4")), default=0)
+    scratch = max((lowered_bytes(p, e) for p, e, _ in pairs), default=0)
     # 2. Memory of the waiting exporter and of each builder.
     waiting = IMPORT_BYTES + layers * TRACE_BYTES_PER_LAYER
-    builders = [
-        BUILDER_BYTES + len(p.layers) * BUILDER_BYTES_PER_LAYER + int(size * _memory_factor(e)) for p, e, size in pairs
-    ]
+    builders = [builder_bytes(p, e) for p, e, _ in pairs]
     # 3. Time: measured rates on two cores, scaled to the cores that are used.
     cores = min(os.cpu_count() or 1, torch.get_num_threads())
     looking = [p for p in plans if p.recipe.inputs == "synthetic"]

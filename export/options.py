@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "BUILD_PLACES",
     "DTYPE_NAMES",
     "TARGETS",
     "ExportOptions",
@@ -28,6 +29,7 @@ __all__ = [
 
 DTYPE_NAMES = ("bf16", "fp16")  # the keys of dvdquant.numerics.dtypes.DTYPES, which imports PyTorch
 TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
+BUILD_PLACES = ("auto", "here", "device")
 MAX_WORKSPACE_GIB = 1024
 MAX_SAMPLES = 16
 
@@ -58,6 +60,8 @@ class ExportOptions:
         verify: Compare what is stored with the checkpoint, and run and judge every graph.
         allow_nonfinite: Accept NaN and infinities in weights, store them as 0, and record the names of their tensors.
         plugins: The plugin libraries of the TensorRT target.
+        build: Where engines are built: ``here``, or on the ``device`` that they are for, by ``dvdq-build``, which needs
+            no engine builder here. ``auto`` leaves TensorRT's to the device unless a plugin library is given.
         workspace_gib: The builder's workspace limit in GiB; None means the builder's own.
         timing_cache: A TensorRT timing cache to read and update.
         optimization_level: The builder's effort, 0 to 5 (TensorRT); None means the builder's own.
@@ -98,6 +102,7 @@ class ExportOptions:
     verify: bool = False
     allow_nonfinite: bool = False
     plugins: tuple[Path, ...] = ()
+    build: str = "auto"
     workspace_gib: float | None = None
     timing_cache: Path | None = None
     optimization_level: int | None = None
@@ -117,6 +122,8 @@ class ExportOptions:
                 raise UnsupportedError(f"unknown target {target!r}", available=TARGETS, fix="pick with --target")
         if self.dtype not in DTYPE_NAMES:
             raise UnsupportedError(f"unknown dtype {self.dtype!r}", available=DTYPE_NAMES, fix="pick with --dtype")
+        if self.build not in BUILD_PLACES:
+            raise UnsupportedError(f"unknown place to build {self.build!r}", available=BUILD_PLACES)
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= MAX_WORKSPACE_GIB:
             raise UnsupportedError(
                 f"--workspace-gib is {self.workspace_gib:g}", available=f"more than 0, at most {MAX_WORKSPACE_GIB}"
@@ -166,6 +173,14 @@ class ExportOptions:
         """Return the names of the engine builders that the targets need."""
         names = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
         return tuple(names[t] for t in self.targets if t in names)
+
+    def builds_elsewhere(self, backend: str) -> bool:
+        """Return whether the engines of a backend are left to the machine that they are for.
+
+        Args:
+            backend: ``tensorrt_rtx`` or ``tensorrt``.
+        """
+        return self.build == "device" or (self.build == "auto" and backend == "tensorrt" and not self.plugins)
 
 
 def recorded_model(model: str) -> str:

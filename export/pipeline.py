@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dvdquant import __version__
 from dvdquant.artifact.manifest import (
+    BuildEntry,
     EngineEntry,
     FileEntry,
     GraphEntry,
@@ -32,6 +33,7 @@ from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.checkpoint.lora.fuse import lora_lines
 from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.errors import CheckpointError, ExportError, OutputError, ResourceError, UnsupportedError
+from dvdquant.export.elsewhere import SCRIPT, build_entry, build_script, same_build
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.stage import BuildSettings, EngineStage, build_settings, engine_path, find_current
 from dvdquant.export.estimate import require_memory
@@ -153,7 +155,8 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
             progress.say(f"weights and graphs in {options.out} are up to date")
             previous = transaction.previous
             same = (previous.lora, previous.sampling) == (run.loras(), options.sampling)
-            if not (run.missing_engines() or options.verify or options.report) and same:
+            missing = run.missing_engines() or run.missing_builds()
+            if not (missing or options.verify or options.report) and same:
                 return ExportResult(options.out, transaction.previous, up_to_date=True)
         else:
             try:
@@ -171,6 +174,7 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
             run.verify_stored()  # before the engines: nothing is built from weights that are not the checkpoint's
             run.verify_graphs()
         run.build_engines()
+        run.prepare_builds()
         checks = run.verify() if options.verify else []
         manifest = run.commit(checks)
     return ExportResult(options.out, manifest, checks, run.stored, progress.seconds, run.builds)
@@ -191,6 +195,7 @@ class _Run:
         weights: The checkpoints with the tensors that are held in memory, by component.
         graphs: The entries of the graphs.
         engines: The entries of the engines.
+        later: The entries of the engines that are left to the machine that they are for.
         builds: The path and the report of every engine that this run built or resumed.
         stored: The comparisons with the checkpoints.
         previous: The manifest of the export whose weights and graphs are used, or None.
@@ -210,6 +215,7 @@ class _Run:
         self.weights: dict[str, ReadOnce] = {}
         self.graphs: list[GraphEntry] = []
         self.engines: list[EngineEntry] = []
+        self.later: list[BuildEntry] = []
         self.builds: list[dict[str, Any]] = []
         self.stored: list[StoredCheck] = []
         self.previous: Manifest | None = None
@@ -248,6 +254,7 @@ class _Run:
         self.previous = previous
         self.graphs = list(previous.graphs)
         self.engines = [entry for entry in previous.engines if entry["path"] in self.known]
+        self.later = list(previous.builds)
         return True
 
     def missing_engines(self) -> list[tuple[str, EnginePlan]]:
@@ -293,7 +300,7 @@ class _Run:
                 options.allow_nonfinite,
                 options.torch_device,
             )
-            if not any(engine.precision == "nvfp4" for engine in plan.engines):
+            if not any(engine.precision == "nvfp4" for engine in (*plan.engines, *plan.later)):
                 weights.forget()  # only NVFP4 is made from the original weights
             self.packed[component] = packed
             self.known |= packed.files
@@ -328,6 +335,9 @@ class _Run:
         missing = self.missing_engines()
         if not missing:
             return
+        # Their graphs are written again now, and removed when the engines are built.
+        here = {(component, engine.backend) for component, engine in missing}
+        self.later = [entry for entry in self.later if (entry["component"], entry["backend"]) not in here]
         with self.progress.stage("engines", len(missing), "engine") as bar:
             for component in self.plan.components:
                 wanted = [engine for name, engine in missing if name == component]
@@ -341,6 +351,52 @@ class _Run:
                     stage.close()
                     if component in self.weights:
                         self.weights[component].forget()
+
+    def missing_builds(self) -> list[tuple[str, EnginePlan]]:
+        """Return (component, engine) of every engine for another machine whose graph is not there in its present form."""
+        missing = []
+        for index, component in enumerate(self.plan.components):
+            for engine in self.plan.later:
+                path = engine_path(component, engine)
+                there = next((entry for entry in self.later if entry["engine"] == path), None)
+                if there is None or not same_build(there, self._build_entry(index, engine, there["graph"], 0)):
+                    missing.append((component, engine))
+        return missing
+
+    def _build_entry(self, index: int, engine: EnginePlan, graph: str, fp8_attentions: int) -> BuildEntry:
+        """Return what the manifest says of an engine for another machine; ``index`` is that of its transformer."""
+        plan = self.plan
+        hashes = {name: entry["sha256"] for name, entry in self.known.items()}
+        component, model_plan = plan.components[index], plan.plans[index]
+        return build_entry(component, engine, graph, model_plan, plan.sizes, plan.options, hashes, fp8_attentions)
+
+    def prepare_builds(self) -> None:
+        """Write the graphs of the engines that are built elsewhere, and record what their builders need to know.
+
+        Raises:
+            ExportError: A graph cannot be lowered for an engine.
+            OutputError: A file cannot be written.
+            ResourceError: Disk or memory is full.
+        """
+        missing = self.missing_builds()
+        for index, component in enumerate(self.plan.components):
+            wanted = [engine for name, engine in missing if name == component]
+            if not wanted:
+                continue
+            stage = self._engine_stage(component)
+            with self.progress.stage("builds", len(wanted), "graph") as bar:
+                try:
+                    for engine in wanted:
+                        graph, attentions = stage.prepare(engine)
+                        entry = self._build_entry(index, engine, graph, attentions)
+                        self.later = [e for e in self.later if e["engine"] != entry["engine"]] + [entry]
+                        bar.update(1, graph)
+                finally:
+                    stage.close()
+            # What was written again has another hash.
+            for name in [name for name in self.known if name.endswith((".bin", ".onnx"))]:
+                if name not in {graph["path"] for graph in self.graphs} and not name.endswith(".constants.bin"):
+                    self.known.pop(name)
 
     def _engine_stage(self, component: str) -> EngineStage:
         """Return the builder of the engines of one transformer."""
@@ -503,6 +559,8 @@ class _Run:
             (tree / name).write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         manifest = self._manifest()
         (tree / "README.md").write_text(model_card(manifest), encoding="utf-8")
+        if (script := build_script(manifest.builds)) is not None:
+            (tree / SCRIPT).write_text(script, encoding="utf-8")
         if self.write_report is not None and plan.options.report:
             self.write_report(
                 tree,
@@ -553,6 +611,7 @@ class _Run:
             verified=self._verified(),
             lora=self.loras(),
             sampling=plan.options.sampling,
+            builds=tuple(self.later),
         )
 
     def loras(self) -> tuple[LoraEntry, ...]:

@@ -18,7 +18,7 @@ from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
 from dvdquant.export.engines import load_backend
 from dvdquant.export.engines.attention import attention_wish
 from dvdquant.export.engines.precision import EnginePlan, check_sms, plan_engines
-from dvdquant.export.estimate import Estimate, estimate_export
+from dvdquant.export.estimate import Estimate, estimate_export, lowered_bytes
 from dvdquant.export.options import ExportOptions, check_text, recorded_model, with_table_defaults
 from dvdquant.export.replacement import check_replacement
 from dvdquant.export.sizes import resolve_sizes
@@ -44,6 +44,7 @@ class ExportPlan:
         plans: The plans of the models, one per transformer, in the same order.
         sizes: The sizes of the graphs, in latent units.
         engines: The engines that are built for each transformer.
+        later: The engines that are left to the machine that they are for.
         versions: The version of each engine builder that is needed, by its name.
         estimate: The disk space, memory and time that the export takes.
     """
@@ -56,6 +57,7 @@ class ExportPlan:
     engines: tuple[EnginePlan, ...]
     versions: dict[str, str]
     estimate: Estimate
+    later: tuple[EnginePlan, ...] = ()
 
     @property
     def key(self) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
 
     Raises:
         UnsupportedError: An option, the model or a layer is not supported, or no layer is left to quantize.
-        EngineError: An engine builder is missing, or the TensorRT target has no plugin library.
+        EngineError: An engine is to be built here, and its builder or the plugin library is missing.
         DvdquantError: Something else is wrong that would make the export fail later and can be known now.
     """
     # 1. Check the options that need no checkpoint.
@@ -108,9 +110,10 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         plan.family.check(sizes)
     # 4. Plan the engines.
     engines: list[EnginePlan] = []
+    later: list[EnginePlan] = []
     versions = {}
     for backend in options.backends:
-        engines += plan_engines(
+        found = plan_engines(
             backend,
             options.sms,
             options.recipe.activations,
@@ -119,11 +122,15 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             from_checkpoint=True,
             attention=attention_wish(options.recipe, plans[0].family, sizes),
         )
-        versions[backend] = load_backend(backend).version
+        if options.builds_elsewhere(backend):
+            later += found
+        else:
+            engines += found
+            versions[backend] = load_backend(backend).version
     if any(e.precision == "plugin" for e in engines) and not options.plugins:
         raise EngineError(
-            "the tensorrt target needs the dvdquant plugin library, and --plugin was not given",
-            fix="pass the built library with --plugin, or use --target rtx, or --target onnx for graphs alone",
+            "TensorRT engines are to be built here, which needs the dvdquant plugin library, and --plugin was not given",
+            fix="pass the built library with --plugin, or leave the engines to dvdq-build on the device (--build device)",
         )
     # 5. Check the output folder and estimate.
     previous = check_output(options.out)
@@ -133,7 +140,11 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         for info in c.tensors.values()
     )
     estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest)
-    planned = ExportPlan(options, components, opened, tuple(plans), sizes, tuple(engines), versions, estimate)
+    kept = sum(max((lowered_bytes(p, e) for e in later), default=0) for p in plans)
+    estimate = replace(estimate, weight_file_bytes=estimate.weight_file_bytes + kept)
+    planned = ExportPlan(
+        options, components, opened, tuple(plans), sizes, tuple(engines), versions, estimate, tuple(later)
+    )
     check_previous(planned, previous)
     return planned
 

@@ -46,7 +46,12 @@ def variant(family: str, config: Mapping[str, Any]) -> str:
 
 
 def source_facts(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
-    """Return what was recognised, for JSON."""
+    """Return what was recognised, for JSON.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        family: The model family.
+    """
     source = checkpoint.source
     return {
         "format": source.layout,
@@ -59,7 +64,13 @@ def source_facts(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
 
 
 def source_lines(component: str, checkpoint: Checkpoint, family: Family) -> list[str]:
-    """Return what was recognised as lines of text."""
+    """Return what was recognised as lines of text.
+
+    Args:
+        component: The name of the transformer.
+        checkpoint: The opened checkpoint.
+        family: The model family.
+    """
     facts = source_facts(checkpoint, family)
     scale = "×".join(map(str, facts["vae_scale"]))
     file = f" {shown(facts['file'])}" if facts["file"] else ""

@@ -4,6 +4,8 @@ CMakeLists.txt holds the table of sources and architectures. This script reads i
 SASS wants: objects cached by the content of everything they depend on, as many compilers at a time as fit into memory,
 and a build that fails on spills, on serialized wgmma and on warnings in our own sources.
 
+``--host aarch64`` cross-compiles on x86-64, for a Jetson for instance (make kernels HOST=aarch64 SM="87 110").
+
 ``--emulated`` compiles the same kernels with g++ for a CPU (emulator/emulator.h): the whole C ABI on host memory, for
 tests. Where a path's main loop is CUTLASS's, plain loops stand in its place.
 """
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +30,23 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from ptxas_log import find_faults  # noqa: E402
-from toolchain import BuildError, Nvcc, available_memory, find_cutlass, find_nvcc, whole_file  # noqa: E402
+from toolchain import (  # noqa: E402
+    HOSTS,
+    BuildError,
+    Host,
+    Nvcc,
+    available_memory,
+    find_cutlass,
+    find_host_runtime,
+    find_nvcc,
+    whole_file,
+)
 
 DEFAULT_BUILD = HERE.parent / "build" / "kernels"
 # The memory of one compiler process in bytes; the largest that was measured is 5.4 GB, for a CUTLASS file.
 CUTLASS_MEMORY = 5_500_000_000
+# The architecture whose PTX is built in beside its machine code: GPUs that no machine code is for compile that.
+PORTABLE = "80"
 
 
 @dataclass(frozen=True)
@@ -63,11 +77,15 @@ class Source:
         Args:
             requested: The architectures of the build.
         """
-        chosen = [a for f in self.families for a in requested if re.fullmatch(rf"{f}\d?[af]?", a)]
-        if self.families and not chosen:
-            first = self.families[0]
-            chosen = [f"{first}0" if first.isdigit() else first]
-        return tuple(chosen)
+        return tuple(a for f in self.families for a in requested if re.fullmatch(rf"{f}\d?[af]?", a))
+
+    def left_out(self, requested: tuple[str, ...]) -> bool:
+        """Return whether none of the architectures runs it, so that it is not compiled.
+
+        Args:
+            requested: The architectures of the build.
+        """
+        return bool(self.families) and not self.architectures(requested)
 
 
 def read_sources() -> tuple[tuple[str, ...], list[Source]]:
@@ -121,26 +139,57 @@ def content_key(source: Path, command: list[str], compiler: str) -> str:
     return digest.hexdigest()[:20]
 
 
-def nvcc_flags(source: Source, architectures: tuple[str, ...], cutlass: Path) -> list[str]:
+def nvcc_flags(
+    source: Source,
+    architectures: tuple[str, ...],
+    cutlass: Path,
+    host: Host | None = None,
+    left_out: Sequence[str] = (),
+) -> list[str]:
     """Return the flags of one source, without its paths; ``-isystem`` keeps CUTLASS's own warnings out.
 
     Args:
         source: The source.
         architectures: The architectures of the build.
         cutlass: The include folder of CUTLASS.
+        host: The processor that the library is for; None means this machine's.
+        left_out: The names of the sources that are not compiled.
     """
     flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+    flags += ["-ccbin", host.tool("g++")] if host else []
     flags += ["-I", str(HERE / "include"), "-I", str(HERE / "csrc")]
     if source.uses_cutlass:
         flags += ["--expt-relaxed-constexpr", "-isystem", str(cutlass)]
     if source.name == "plan.cpp":
-        flags += [f'-DDVDQ_ARCHITECTURES="{";".join(architectures)}"']
+        built = [*architectures, *(f"compute_{a}" for a in architectures if a == PORTABLE)]
+        flags += [f'-DDVDQ_ARCHITECTURES="{";".join(built)}"']
+    if source.name == "left_out.cpp":
+        flags += [f"-DDVDQ_LEFT_OUT_{Path(name).stem.upper()}" for name in left_out]
     chosen = source.architectures(architectures)
     flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen]
+    flags += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in chosen if a == PORTABLE]
     return [*flags, "-Xptxas", "-v"] if chosen else flags
 
 
-def compile_object(source: Source, architectures: tuple[str, ...], nvcc: Nvcc, cutlass: Path, build: Path) -> Path:
+def host_includes(nvcc: Nvcc, host: Host | None) -> list[str]:
+    """Return the flags for nvcc's own headers, which it looks for in a folder of the processor that it compiles for.
+
+    Args:
+        nvcc: The compiler.
+        host: The processor that the library is for; None means this machine's, where nvcc finds them.
+    """
+    return [word for path in nvcc.includes if host for word in ("-isystem", path)]
+
+
+def compile_object(
+    source: Source,
+    architectures: tuple[str, ...],
+    nvcc: Nvcc,
+    cutlass: Path,
+    build: Path,
+    host: Host | None = None,
+    left_out: Sequence[str] = (),
+) -> Path:
     """Return the folder with object.o, log.txt and the cubins of one source, from the cache or compiled now.
 
     Args:
@@ -149,11 +198,13 @@ def compile_object(source: Source, architectures: tuple[str, ...], nvcc: Nvcc, c
         nvcc: The compiler.
         cutlass: The include folder of CUTLASS.
         build: The build folder.
+        host: The processor that the library is for; None means this machine's.
+        left_out: The names of the sources that are not compiled.
 
     Raises:
         BuildError: The compiler refused, or said something in :func:`find_faults`.
     """
-    flags = nvcc_flags(source, architectures, cutlass)
+    flags = nvcc_flags(source, architectures, cutlass, host, left_out)
     key = content_key(HERE / source.path, flags, nvcc.version)
     folder = build / "objects" / f"{source.name}-{key}"
     if (folder / "object.o").is_file():
@@ -162,7 +213,7 @@ def compile_object(source: Source, architectures: tuple[str, ...], nvcc: Nvcc, c
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{source.name}-") as name:
         work = Path(name)
         (work / "keep").mkdir()
-        command = [nvcc.program, *flags, "--keep", "--keep-dir", str(work / "keep")]
+        command = [nvcc.program, *flags, *host_includes(nvcc, host), "--keep", "--keep-dir", str(work / "keep")]
         command += ["-c", str(HERE / source.path), "-o", str(work / "object.o")]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(work)})
         log = done.stdout + done.stderr
@@ -224,13 +275,14 @@ def compile_all(
     return {source: results[source] for source in sources}
 
 
-def link(nvcc: Nvcc, objects: list[Path], build: Path) -> Path:
+def link(nvcc: Nvcc, objects: list[Path], build: Path, host: Host | None = None) -> Path:
     """Link the shared library, and make an archive of the same objects beside it; both are replaced as a whole.
 
     Args:
         nvcc: The compiler.
         objects: The folders of the objects.
         build: The build folder.
+        host: The processor that the library is for; None means this machine's.
 
     Returns:
         The path of the shared library.
@@ -240,7 +292,9 @@ def link(nvcc: Nvcc, objects: list[Path], build: Path) -> Path:
     """
     library, archive = build / "libdvdquant_kernels.so", build / "libdvdquant_kernels.a"
     inputs = [str(folder / "object.o") for folder in objects]
-    command = [nvcc.program, "-shared", "-cudart", "static", *(f"-L{path}" for path in nvcc.libraries)]
+    compiler = ["-ccbin", host.tool("g++"), *host_includes(nvcc, host)] if host else []
+    libraries = [str(find_host_runtime(build, host))] if host else list(nvcc.libraries)
+    command = [nvcc.program, *compiler, "-shared", "-cudart", "static", *(f"-L{path}" for path in libraries)]
     # The CUDA runtime inside stays inside: only the ABI is exported.
     with whole_file(library) as temporary:
         run_tool([*command, "-Xlinker", "--exclude-libs,ALL", "-o", str(temporary), *inputs])
@@ -250,7 +304,14 @@ def link(nvcc: Nvcc, objects: list[Path], build: Path) -> Path:
         for folder in objects:
             shutil.copyfile(folder / "object.o", members / f"{folder.name.rpartition('-')[0]}.o")
         with whole_file(archive) as temporary:
-            run_tool(["ar", "rcs", str(temporary), *(str(path) for path in sorted(members.iterdir()))])
+            run_tool(
+                [
+                    host.tool("ar") if host else "ar",
+                    "rcs",
+                    str(temporary),
+                    *(str(path) for path in sorted(members.iterdir())),
+                ]
+            )
     finally:
         shutil.rmtree(members)
     return library
@@ -325,7 +386,12 @@ def build_emulated(folder: Path | None = None, jobs: int = 1) -> Path:
 
 
 def build_kernels(
-    build: Path, architectures: tuple[str, ...], jobs: int, fetch_nvcc: bool = False, only: tuple[str, ...] = ()
+    build: Path,
+    architectures: tuple[str, ...],
+    jobs: int,
+    fetch_nvcc: bool = False,
+    only: tuple[str, ...] = (),
+    host: Host | None = None,
 ) -> tuple[Path | None, dict[Source, Path]]:
     """Build the library for CUDA.
 
@@ -335,6 +401,7 @@ def build_kernels(
         jobs: The number of compilers at a time.
         fetch_nvcc: If there is no nvcc, fetch its wheels into the build folder.
         only: The names of the files to compile; empty means all.
+        host: The processor that the library is for; None means this machine's.
 
     Returns:
         The library (None with ``only``, which compiles some sources and does not link), and each source's object
@@ -346,17 +413,25 @@ def build_kernels(
     default, sources = read_sources()
     architectures = architectures or default
     for architecture in architectures:
-        if not re.fullmatch(r"(8|10|12)\d|90a", architecture):
-            raise BuildError(f"no kernels for architecture {architecture}; available: 80 86 87 89 90a 100 103 120 121")
+        if not re.fullmatch(r"(8|10|11|12)\d|90a", architecture):
+            raise BuildError(
+                f"no kernels for architecture {architecture}; available: 80 86 87 89 90a 100 103 110 120 121"
+            )
     chosen = [source for source in sources if not only or source.name in only]
     if missing := set(only) - {source.name for source in sources}:
         raise BuildError(
             f"no source named {', '.join(sorted(missing))}; available: {', '.join(s.name for s in sources)}"
         )
+    left_out = [source.name for source in chosen if source.left_out(architectures)]
+    chosen = [source for source in chosen if source.name not in left_out]
+    if not chosen:
+        raise BuildError(f"{', '.join(left_out)}: none of {' '.join(architectures)} runs it")
     nvcc = find_nvcc(build, fetch_nvcc)
     cutlass = find_cutlass(build) if any(source.uses_cutlass for source in chosen) else Path()
-    objects = compile_all(chosen, lambda s: compile_object(s, architectures, nvcc, cutlass, build), jobs)
-    return (None if only else link(nvcc, list(objects.values()), build)), objects
+    objects = compile_all(
+        chosen, lambda s: compile_object(s, architectures, nvcc, cutlass, build, host, left_out), jobs
+    )
+    return (None if only else link(nvcc, list(objects.values()), build, host)), objects
 
 
 def parse_arguments(description: str | None) -> argparse.Namespace:
@@ -366,7 +441,10 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
         description: The text of the help.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", type=Path, default=DEFAULT_BUILD, help="folder of the outputs")
+    parser.add_argument(
+        "--build", type=Path, help="folder of the outputs (default: build/kernels, or with --host build/kernels-HOST)"
+    )
+    parser.add_argument("--host", choices=sorted(HOSTS), help="processor to build for (default: this machine's)")
     parser.add_argument(
         "--architectures", nargs="+", default=[], metavar="ARCH", help="default: those of CMakeLists.txt"
     )
@@ -377,7 +455,8 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     )
     parser.add_argument("--emulated", action="store_true", help="the CPU library for tests, with g++; no CUDA needed")
     arguments = parser.parse_args()
-    arguments.build = arguments.build.resolve()
+    default = DEFAULT_BUILD.with_name(f"{DEFAULT_BUILD.name}-{arguments.host}") if arguments.host else DEFAULT_BUILD
+    arguments.build = (arguments.build or default).resolve()
     arguments.build.mkdir(parents=True, exist_ok=True)
     return arguments
 
@@ -395,6 +474,7 @@ def main() -> int:
                 arguments.jobs,
                 arguments.fetch_nvcc,
                 tuple(arguments.only),
+                HOSTS.get(arguments.host or ""),
             )
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)

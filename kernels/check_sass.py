@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE))
 
 from build import Source, build_kernels, parse_arguments  # noqa: E402
 from ptxas_log import Kernel, demangle, read_kernels  # noqa: E402
-from toolchain import BuildError, find_nvdisasm  # noqa: E402
+from toolchain import HOSTS, BuildError, find_nvdisasm  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,12 @@ def main() -> int:
     arguments = parse_arguments(__doc__)
     try:
         library, objects = build_kernels(
-            arguments.build, tuple(arguments.architectures), arguments.jobs, arguments.fetch_nvcc, tuple(arguments.only)
+            arguments.build,
+            tuple(arguments.architectures),
+            arguments.jobs,
+            arguments.fetch_nvcc,
+            tuple(arguments.only),
+            HOSTS.get(arguments.host or ""),
         )
         nvdisasm = find_nvdisasm(arguments.build)
         rows = [row for source, folder in objects.items() for row in examine(source, folder, nvdisasm)]

@@ -23,10 +23,47 @@ NVCC_WHEELS = (
     "nvidia-cuda-runtime==13.0.96",
     "nvidia-cuda-cccl==13.0.85",
 )
+# The CUDA runtime that is linked into a library for another processor.
+CUDA_RUNTIME = "nvidia-cuda-runtime==13.0.96"
 
 
 class BuildError(Exception):
     """A reason that stops the build and that its user can act on; the text says what, what is available, and a fix."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """The processor that a library is built for, where it is not this machine's.
+
+    Args:
+        machine: Its name, as ``uname -m`` says it there.
+        prefix: What the names of the compiler and the binutils begin with.
+        wheels: The platform tag of its wheels.
+    """
+
+    machine: str
+    prefix: str
+    wheels: str
+
+    def tool(self, name: str) -> str:
+        """Return the path of a tool, such as ``g++``.
+
+        Args:
+            name: The name that the tool has on its own machine.
+
+        Raises:
+            BuildError: It is not installed.
+        """
+        found = shutil.which(self.prefix + name)
+        if found is None:
+            raise BuildError(
+                f"{self.prefix}{name} was not found, which compiles for {self.machine}.\n"
+                f"Debian and Ubuntu have it: apt-get install g++-{self.machine}-linux-gnu"
+            )
+        return found
+
+
+HOSTS = {"aarch64": Host("aarch64", "aarch64-linux-gnu-", "manylinux2014_aarch64")}
 
 
 @dataclass(frozen=True)
@@ -37,11 +74,13 @@ class Nvcc:
         program: The path of nvcc.
         version: The line of ``nvcc --version`` that names the build.
         libraries: The folders with the CUDA runtime, for -L.
+        includes: The folders with its headers. nvcc finds them itself, but not where it compiles for another processor.
     """
 
     program: str
     version: str
     libraries: tuple[str, ...]
+    includes: tuple[str, ...] = ()
 
 
 def find_nvcc(build: Path, fetch: bool = False) -> Nvcc:
@@ -86,7 +125,34 @@ def _describe_nvcc(program: str) -> Nvcc:
         raise BuildError(f"{program} --version failed: {(done.stderr or done.stdout).strip()}")
     root = Path(program).resolve().parent.parent
     candidates = [root / "lib64", root / "lib", Path("/usr/local/cuda/lib64")]
-    return Nvcc(program, lines[-1], tuple(str(path) for path in candidates if path.is_dir()))
+    # A program on PATH may be a link or a script that starts the compiler of the usual place.
+    headers = (root / "include", Path("/usr/local/cuda/include"))
+    include = next((path for path in headers if (path / "cuda_runtime.h").is_file()), None)
+    return Nvcc(
+        program,
+        lines[-1],
+        tuple(str(path) for path in candidates if path.is_dir()),
+        () if include is None else (str(include), str(include / "cccl")),
+    )
+
+
+def find_host_runtime(build: Path, host: Host) -> Path:
+    """Return the folder with libcudart_static.a for another processor, fetched once into ``build/cudart``.
+
+    Args:
+        build: The build folder.
+        host: The processor.
+
+    Raises:
+        BuildError: pip failed, or its package holds none.
+    """
+    folder = build / f"cudart-{host.machine}"
+    if not folder.is_dir():
+        pip_install((CUDA_RUNTIME,), folder, dependencies=False, platform=host.wheels)
+    found = next(folder.rglob("libcudart_static.a"), None)
+    if found is None:
+        raise BuildError(f"{CUDA_RUNTIME} for {host.machine} holds no libcudart_static.a; remove {folder}")
+    return found.parent
 
 
 def find_cutlass(build: Path) -> Path:
@@ -157,13 +223,14 @@ def whole_file(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def pip_install(packages: tuple[str, ...], target: Path, dependencies: bool) -> None:
+def pip_install(packages: tuple[str, ...], target: Path, dependencies: bool, platform: str | None = None) -> None:
     """Install packages with pip into a folder of their own, all or nothing.
 
     Args:
         packages: The requirements, such as "name==1.0".
         target: The folder, which is replaced.
         dependencies: Install what they depend on, too.
+        platform: The tag of another platform, whose wheels are taken; None means this one.
 
     Raises:
         BuildError: pip failed; the text holds its last words.
@@ -172,6 +239,7 @@ def pip_install(packages: tuple[str, ...], target: Path, dependencies: bool) -> 
     temporary = target.with_name(f".{target.name}-{os.getpid()}")
     command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--target", str(temporary)]
     command += [*([] if dependencies else ["--no-deps"]), *packages]
+    command += ["--platform", platform, "--only-binary=:all:"] if platform else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         shutil.rmtree(temporary, ignore_errors=True)

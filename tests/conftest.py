@@ -11,6 +11,9 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests.support.cpu_seconds import CpuSeconds
+from tests.support.folders import STORE
 
 # Before torch, numba or ONNX Runtime are imported anywhere: parallel test processes share the cores, and every builder
 # process inherits the number. At least 2, so that what is split among threads is tested as such. A caller's setting wins.
@@ -40,8 +44,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Count processor seconds."""
+    """Count processor seconds; the first process makes the store of what test processes share."""
     config.pluginmanager.register(CpuSeconds(config), "cpu-seconds")
+    if STORE not in os.environ:
+        store = os.environ[STORE] = tempfile.mkdtemp(prefix="dvdq-tests-")
+        config.add_cleanup(functools.partial(shutil.rmtree, store, ignore_errors=True))
+        config.add_cleanup(functools.partial(os.environ.pop, STORE, None))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces() -> None:
+    """Trace a model once a process, however many exports of it the tests make in this process."""
+    if "dvdquant.export.graph.trace" in sys.modules:  # else nothing is exported, and the import would cost seconds
+        importlib.import_module("tests.support.traces").share_traces()
 
 
 @functools.cache

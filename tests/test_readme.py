@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
@@ -89,9 +90,11 @@ def test_commands_parse(page: Path) -> None:
             targets = [word for word in arguments if "=" not in word]
             assert set(targets) <= makefile, targets
         elif program == "dvdq" and arguments[0] in COMMANDS:
-            import_module(COMMANDS[arguments[0]].module).main.make_context(program, arguments[1:])
+            with contextlib.suppress(click.exceptions.Exit):  # --list-gpus ends the command
+                import_module(COMMANDS[arguments[0]].module).main.make_context(program, arguments[1:])
         elif program in PROJECT["scripts"]:
-            _command(program).make_context(program, arguments)
+            with contextlib.suppress(click.exceptions.Exit):
+                _command(program).make_context(program, arguments)
         elif program == "python":
             assert (ROOT / arguments[0]).exists(), arguments
         elif name.startswith("_DVDQ_"):
@@ -121,7 +124,7 @@ def test_options_named_in_the_text_exist(page: Path) -> None:
 
 def test_pages_take_in_the_generated_tables() -> None:
     marks = {name for page in DOCS for name in re.findall(r"<!-- table: ([\w-]+) -->", page.read_text())}
-    assert marks == {"executes", "recipes", "errors", "schema", "rooms"}
+    assert marks == {"executes", "gpus", "recipes", "errors", "schema", "rooms"}
 
 
 def test_table_of_what_executes_names_every_sm() -> None:
@@ -134,6 +137,11 @@ def test_table_of_what_executes_names_every_sm() -> None:
         for graph in ("a4", "a8"):
             listed = [sm for r in rows if r[0].startswith(target) and r[2] == graph for sm in r[1].split(", ")]
             assert sorted(listed) == sorted(sms)
+
+
+def test_the_table_of_gpus_is_that_of_the_code() -> None:
+    """``python docs/scripts/tables.py`` prints it."""
+    assert _script("tables").short_gpu_table() in README
 
 
 def test_every_dependency_is_explained() -> None:
@@ -210,6 +218,7 @@ def test_export_from_python_plans_as_the_command_does(monkeypatch: pytest.Monkey
     import dvdquant
     from dvdquant.export import pipeline
     from dvdquant.export.plan import ExportPlan
+    from dvdquant.hardware.advice import choose
 
     plans: list[ExportPlan] = []
     monkeypatch.chdir(ROOT)
@@ -217,13 +226,10 @@ def test_export_from_python_plans_as_the_command_does(monkeypatch: pytest.Monkey
     dvdquant.export_model("examples/tiny-wan", "out/tiny-wan", latent="8x24x24", text_tokens=5)
     (plan,) = plans
     assert [engine.act_bits for engine in plan.engines] == [4, 8]
-    defaults = {p.name: p.default for p in _command("dvdq-export").params}
+    defaults = {p.name: p.get_default(click.Context(_command("dvdq-export"))) for p in _command("dvdq-export").params}
     options = plan.options
-    assert (options.recipe.name, options.targets, options.sms) == (
-        defaults["recipe"],
-        defaults["targets"],
-        defaults["sms"],
-    )
+    choice = choose((), (), (), defaults["recipe"])
+    assert (options.recipe.name, options.targets, options.sms) == (choice.recipe, choice.targets, choice.sms)
     assert (options.dtype, options.device, options.batch) == (defaults["dtype"], defaults["device"], defaults["batch"])
 
 

@@ -30,6 +30,7 @@ MODULES = {
     "onnx-ir": "onnx_ir",
     "onnxruntime-gpu": "onnxruntime",
     "pillow": "PIL",
+    "pyyaml": "yaml",
     "tensorrt-rtx": "tensorrt_rtx",
 }
 # Imported by diffusers for us: its video writer, and the text encoders of its pipelines.
@@ -194,7 +195,7 @@ def test_every_dependency_is_used_and_every_import_declared(sources: list[str]) 
     imported = _imported(sources, ("dvdquant/", "export/", "deploy/"))
     declared = _modules(PROJECT["dependencies"])
     assert declared - imported == THROUGH_DIFFUSERS, "declared, never imported"
-    optional = _modules(PROJECT["optional-dependencies"]["tensorrt"])
+    optional = _modules(PROJECT["optional-dependencies"]["tensorrt"] + PROJECT["optional-dependencies"]["serve"])
     # Libraries of 8-bit attention: looked for, never needed; sageattention 2.2 is on no registry.
     optional |= {"comfy_kitchen", "cudnn", "fa3_fwd_interface", "sageattention"}
     optional |= {"comfy", "folder_paths"}  # ComfyUI itself, where its nodes run

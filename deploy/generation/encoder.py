@@ -52,6 +52,11 @@ def find_encoder() -> tuple[str, str]:
 def encode_mp4(path: Path, clip: Clip, fps: float) -> None:
     """Encode ``clip`` [F, H, W, 3] uint8, height and width even, as H.264 in yuv420p into the file ``path``.
 
+    Args:
+        path: The path of the file.
+        clip: The frames, uint8 [F, H, W, 3].
+        fps: Frames per second.
+
     Raises:
         OutputError: as :func:`find_encoder`; ffmpeg fails, stops answering, or makes something else than these frames.
     """
@@ -89,7 +94,11 @@ def encode_mp4(path: Path, clip: Clip, fps: float) -> None:
 
 
 def count_frames(path: Path) -> int:
-    """Return how many frames of the video ``path`` ffmpeg can decode. OutputError if it cannot."""
+    """Return how many frames of the video ``path`` ffmpeg can decode. OutputError if it cannot.
+
+    Args:
+        path: The path of the file.
+    """
     exe, _ = find_encoder()
     said = _run([exe, "-i", _operand(path), "-map", "0:v:0", "-vf", "null", "-f", "null", "-"], None, None)
     counts = re.findall(rb"frame=\s*(\d+)", said)
@@ -99,7 +108,11 @@ def count_frames(path: Path) -> int:
 
 
 def mp4_frames(path: Path) -> int | None:
-    """Return the number of frames that the sample table of an mp4 lists; None for a file that is no whole mp4."""
+    """Return the number of frames that the sample table of an mp4 lists; None for a file that is no whole mp4.
+
+    Args:
+        path: The path of the file.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start, end, first = 0, size, True

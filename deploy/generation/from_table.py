@@ -9,7 +9,6 @@ on latents that are RGB, so that neither text encoder nor VAE is needed.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
-from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal, check_cancelled
+from dvdquant.deploy.generation.check import TableChecker
 from dvdquant.deploy.generation.generator import (
     Denoised,
     Embeddings,
@@ -31,19 +30,16 @@ from dvdquant.deploy.generation.generator import (
     controller_of,
     executed_original,
     executed_session,
-    sampling_defaults,
 )
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
     OnStep,
-    check_request,
-    resolve_size,
 )
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_table_scheduler, rehearse
 from dvdquant.deploy.sessions import EngineSession
 from dvdquant.deploy.switching.runner import StepRunner
-from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.errors import CheckpointError
 from dvdquant.system.devices import resolve_device
 
 __all__ = ["TableGenerator"]
@@ -54,50 +50,31 @@ class TableGenerator(Generator):
 
     def __init__(
         self,
-        artifact: Artifact,
+        checker: TableChecker,
         table: PromptTable,
         options: SessionOptions,
         lora: Sequence[LoraSpec] = (),
     ) -> None:
-        super().__init__(artifact, options, lora)
-        (self.component,) = artifact.components
-        self.family = artifact.family(self.component)
+        super().__init__(checker, options, lora)
+        (self.component,) = self.artifact.components
         self.table = table
         self._session: EngineSession | None = None
         self._original: nn.Module | None = None
         self._loading = threading.Lock()  # two threads must not open two sessions, one of which nobody closes
-        self._tried: set[int] = set()  # numbers of steps that the scheduler has gone through
-        self._check_model()
+        self._check_rows()
 
-    def check(self, request: GenerateRequest) -> GenerateRequest:
-        """See :class:`Generator`; also checks the words."""
-        check_request(request, self.artifact)
-        self.table.encode(request.prompt)
-        if request.negative_prompt is not None:
-            self.table.encode(request.negative_prompt)
-        size = resolve_size(request, self.artifact.sizes, (1, 1, 1), self.family.patch(), causal=False)
-        steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
-        default_steps, default_guidance = sampling_defaults(self.artifact, self.table.steps, self.table.guidance_scale)
-        steps = steps or default_steps
-        self._try_scheduler(steps)
-        return dataclasses.replace(
-            request,
-            steps=steps,
-            guidance=default_guidance if request.guidance is None else request.guidance,
-            num_frames=size.frames,
-            height=size.height,
-            width=size.width,
-        )
-
-    def _try_scheduler(self, steps: int) -> None:
-        """CheckpointError now for a scheduler that would fail once the model is loaded."""
-        if steps not in self._tried:
-            path = self.table.root / FOLDER / FILE
-            rehearse(open_table_scheduler(self.table.root), self.family.name, steps, path)
-            self._tried.add(steps)
+    def _rehearse(self, steps: int, tokens: int) -> None:
+        del tokens
+        path = self.table.root / FOLDER / FILE
+        rehearse(open_table_scheduler(self.table.root), self.family.name, steps, path)
 
     def encode_prompt(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> Embeddings:
-        """See :class:`Generator`. The words of a branch are rows of the table, [1, slots, text_dim]."""
+        """See :class:`Generator`. The words of a branch are rows of the table, [1, slots, text_dim].
+
+        Args:
+            request: The request of a clip.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         check_cancelled(cancel, "the words were looked up")
         branches = {"cond": self.table.encode(request.prompt)}
         if request.guidance != 1:
@@ -111,7 +88,14 @@ class TableGenerator(Generator):
         on_step: OnStep | None = None,
         cancel: CancelSignal | None = None,
     ) -> Denoised:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+            embeddings: The text as the transformer takes it.
+            on_step: A function that gets the record of every call of the transformer, or None.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         runner, device, dtype = self._runner(request)
         runner.on_step, runner.cancel = on_step, cancel
         latents = self._denoise(request, embeddings, runner, device, dtype)
@@ -119,7 +103,13 @@ class TableGenerator(Generator):
         return Denoised(latents, trace, {self.component: list(trace)}, runner.summary(), _executed(runner))
 
     def decode(self, request: GenerateRequest, latents: Tensor, cancel: CancelSignal | None = None) -> Frames:
-        """See :class:`Generator`. The latents are RGB."""
+        """See :class:`Generator`. The latents are RGB.
+
+        Args:
+            request: The request of a clip.
+            latents: The latents of the clip.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         del request
         check_cancelled(cancel, "the frames were decoded")
         return frames_from_latents(latents)
@@ -193,20 +183,9 @@ class TableGenerator(Generator):
         runner = StepRunner(session, controller_of(self.artifact, self.component, request))
         return runner, session.device, session.dtype
 
-    def _check_model(self) -> None:
-        """CheckpointError unless table and export fit each other; UnsupportedError for inputs a table cannot give."""
+    def _check_rows(self) -> None:
+        """CheckpointError unless the rows of the table fit the export."""
         specs = self.family.inputs(self.artifact.sizes)
-        names = [spec.name for spec in specs]
-        if names != ["hidden_states", "timestep", "encoder_hidden_states"]:
-            raise UnsupportedError(
-                f"{self.table.root} has a prompt table, but its transformer takes {', '.join(names)}",
-                available="models that take hidden_states, timestep and encoder_hidden_states",
-            )
-        if self.artifact.sizes.batch != 1:
-            raise UnsupportedError(
-                f"the export has batch {self.artifact.sizes.batch}; clips from a prompt table are made one at a time",
-                fix="export again with --batch 1",
-            )
         tokens, dimension = len(self.table.order), self.table.embeddings.shape[1]
         wants = specs[2].shape[1:]
         if wants != (tokens, dimension) or specs[0].shape[1] != self.table.latent[0]:

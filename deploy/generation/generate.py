@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dvdquant.checkpoint.formats.files import given_file
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal
+from dvdquant.deploy.generation.check import TableChecker, open_checker
 from dvdquant.deploy.generation.from_table import TableGenerator
 from dvdquant.deploy.generation.generator import Generator, SessionOptions, WrapSession
 from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
+from dvdquant.deploy.generation.limits import Limits
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
-from dvdquant.errors import CheckpointError
-from dvdquant.text import shown
 
 __all__ = ["Generator", "GenerateRequest", "GenerateResult", "generate", "open_generator"]
 
@@ -36,7 +35,18 @@ def generate(
     on_step: OnStep | None = None,
     cancel: CancelSignal | None = None,
 ) -> GenerateResult:
-    """Draw one clip of ``artifact``. With a ``generator`` from :func:`open_generator`, what it has loaded is used again."""
+    """Draw one clip of ``artifact``. With a ``generator`` from :func:`open_generator`, what it has loaded is used again.
+
+    Args:
+        artifact: The opened export.
+        request: The request of a clip.
+        generator: An open generator, which keeps what it has loaded; None opens one for this clip.
+        pipeline: The pipeline that the export belongs to; None means the one that the manifest names.
+        backend: The backend of the sessions, or ``auto``.
+        device: The device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        on_step: A function that gets the record of every call of the transformer, or None.
+        cancel: An event that ends the work soon after it is set, or None.
+    """
     if generator is not None:
         return generator.generate(request, on_step, cancel)
     with open_generator(artifact, pipeline=pipeline, backend=backend, device=device) as opened:
@@ -54,6 +64,8 @@ def open_generator(
     compile: bool = False,
     attention: str | None = None,
     attention_backend: str | None = None,
+    plugins: Sequence[Path] = (),
+    limits: Limits | None = None,
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -67,21 +79,17 @@ def open_generator(
         compile: run the quantized transformer in PyTorch, with its blocks compiled.
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
         attention_backend: the library that computes it instead of the first of the ladder that fits.
+        plugins: TensorRT plugin libraries that the export's engines need; their code runs.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
         lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
             the quantized weights (:meth:`EngineSession.set_loras`).
+        limits: what a server makes at most, besides what the export can make.
 
     Raises:
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
     """
-    source = str(pipeline or artifact.manifest.source["model"])
-    options = SessionOptions(backend, device, wrap_session, compile, attention, attention_backend)
-    if pipeline is None and given_file(source) is not None:
-        raise CheckpointError(
-            f"the export was made from the single file {shown(source)}, which has no text encoder, VAE and scheduler",
-            available=f"{artifact.manifest.source['class_name']} of family {artifact.manifest.family}",
-            fix="give the diffusers pipeline of the same model with --pipeline FOLDER or a hub id; its transformer is not used",
-        )
-    if PromptTable.is_at(source):
-        return TableGenerator(artifact, PromptTable.open(source), options, lora)
-    return PipelineGenerator(artifact, source, options, lora)
+    checker = open_checker(artifact, pipeline=pipeline, limits=limits)
+    options = SessionOptions(backend, device, wrap_session, compile, attention, attention_backend, plugins)
+    if isinstance(checker, TableChecker):
+        return TableGenerator(checker, PromptTable.open(checker.words.root), options, lora)
+    return PipelineGenerator(checker, options, lora)

@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -18,8 +19,8 @@ from dvdquant.checkpoint.lora.recorded import split_given
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal, check_cancelled
+from dvdquant.deploy.generation.check import RequestChecker
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
-from dvdquant.deploy.generation.video import default_fps
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
@@ -35,7 +36,6 @@ __all__ = [
     "controller_of",
     "executed_original",
     "executed_session",
-    "sampling_defaults",
 ]
 
 # The text of a clip as the transformer takes it: a tensor by the name of the pipeline's argument.
@@ -52,13 +52,24 @@ class Runner(Protocol):
     cancel: CancelSignal | None
 
     def begin_request(self, steps: int | None = None) -> None:
-        """Begin a request of ``steps`` steps; the trace begins anew."""
+        """Begin a request of ``steps`` steps; the trace begins anew.
+
+        Args:
+            steps: The number of steps, or None if it is not known.
+        """
         ...
 
     def run(
         self, inputs: dict[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
     ) -> Tensor:
-        """Run one call and return the output of the transformer."""
+        """Run one call and return the output of the transformer.
+
+        Args:
+            inputs: The inputs of the graph by name.
+            branch: The branch of the guidance: ``cond`` or ``uncond``.
+            step: The index of the step, or None.
+            steps: The number of steps of the clip, or None.
+        """
         ...
 
     def summary(self) -> dict[str, Any]:
@@ -77,6 +88,7 @@ class SessionOptions:
         compile: Run in PyTorch, with the transformer's blocks compiled.
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
         attention_backend: The library that computes it instead of the first of the ladder that fits.
+        plugins: The TensorRT plugin libraries that engines need.
     """
 
     backend: str = "auto"
@@ -85,6 +97,7 @@ class SessionOptions:
     compile: bool = False
     attention: str | None = None
     attention_backend: str | None = None
+    plugins: Sequence[Path] = ()
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
@@ -105,6 +118,7 @@ class SessionOptions:
             compile=self.compile,
             attention=self.attention,
             attention_backend=self.attention_backend,
+            plugins=self.plugins,
         )
         try:
             if loras:
@@ -142,24 +156,42 @@ class Generator(ABC):
     that a stage is given has passed :meth:`check`.
 
     Args:
-        artifact: The export.
+        checker: What the export and its model can make.
         options: How sessions are opened.
         lora: LoRAs that were named for it: those of the export, or others that run beside the weights.
     """
 
-    def __init__(self, artifact: Artifact, options: SessionOptions, lora: Sequence[LoraSpec] = ()) -> None:
-        self.artifact = artifact
+    def __init__(self, checker: RequestChecker, options: SessionOptions, lora: Sequence[LoraSpec] = ()) -> None:
+        artifact = checker.artifact
+        self.checker, self.artifact, self.family = checker, artifact, checker.family
         self.options = options
+        self._tried: set[tuple[int, int]] = set()  # steps and tokens that the scheduler has gone through
         self.lora, beside = split_given(artifact.manifest.lora, lora)
         self.beside = components_of(beside, artifact.components)
 
-    @abstractmethod
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """Return ``request`` with steps, guidance and size filled in, before anything is loaded.
 
+        Args:
+            request: What is asked for.
+
         Raises:
-            DvdquantError: The model or the export cannot make it.
+            ShapeError: A number is out of range, or a prompt is refused, see :class:`.check.RequestChecker`.
+            UnsupportedError: The export has no graph for the mode, or fields contradict each other.
+            CheckpointError: The model's scheduler cannot make so many steps.
         """
+        filled = self.checker.check(request)
+        assert filled.steps is not None
+        tried = filled.steps, self.family.tokens(*self.checker.size_of(filled).latent)
+        if tried not in self._tried:
+            # A scheduler that would fail once the model is loaded fails now.
+            self._rehearse(*tried)
+            self._tried.add(tried)
+        return filled
+
+    @abstractmethod
+    def _rehearse(self, steps: int, tokens: int) -> None:
+        """Go through the steps of the model's scheduler. CheckpointError if it cannot make them."""
 
     @abstractmethod
     def encode_prompt(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> Embeddings:
@@ -260,8 +292,12 @@ class Generator(ABC):
         """Load what a checked request needs."""
 
     def fps(self, frames: int) -> int:
-        """Return the frames per second at which a clip of ``frames`` frames is meant to be seen."""
-        return default_fps(frames)
+        """Return the frames per second at which a clip of ``frames`` frames is meant to be seen.
+
+        Args:
+            frames: The number of frames of a clip.
+        """
+        return self.checker.fps(frames)
 
     @abstractmethod
     def close(self) -> None:
@@ -274,20 +310,14 @@ class Generator(ABC):
         self.close()
 
 
-def sampling_defaults(artifact: Artifact, steps: int, guidance: float) -> tuple[int, float]:
-    """Return the steps and the guidance of a clip that asks for none: those recorded in the export, or else the model's.
+def controller_of(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:
+    """Return the controller for one component and one request (mode ``16`` needs none).
 
     Args:
-        artifact: The export.
-        steps: The model's own number of steps.
-        guidance: The model's own guidance scale.
+        artifact: The opened export.
+        component: The name of the transformer.
+        request: The request of a clip.
     """
-    recorded = artifact.manifest.sampling or {}
-    return recorded.get("steps", steps), float(recorded.get("guidance", guidance))
-
-
-def controller_of(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:
-    """Return the controller for one component and one request (mode ``16`` needs none)."""
     rule: dict[str, Any] = {}
     if request.mode == "switch":
         rule = {"delta": request.delta, "last_high": request.last_high, "weighting": request.weighting}
@@ -303,7 +333,11 @@ def controller_of(artifact: Artifact, component: str, request: GenerateRequest) 
 
 
 def executed_session(session: EngineSession) -> dict[str, Any]:
-    """Return backend, device, dtype and resident bytes of a session, for trace and summary."""
+    """Return backend, device, dtype and resident bytes of a session, for trace and summary.
+
+    Args:
+        session: The session.
+    """
     beside = [{"path": str(spec.path), "scale": spec.scale} for spec in session.loras]
     return {
         **({"lora": beside} if beside else {}),
@@ -317,6 +351,11 @@ def executed_session(session: EngineSession) -> dict[str, Any]:
 
 
 def executed_original(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what a trace says of the original checkpoint: backend, device, dtype."""
+    """Return what a trace says of the original checkpoint: backend, device, dtype.
+
+    Args:
+        device: The device that PyTorch runs on.
+        dtype: The dtype of the model.
+    """
     name = str(dtype).removeprefix("torch.")
     return {"backend": "pytorch, original checkpoint", "device": str(device), "dtype": name}

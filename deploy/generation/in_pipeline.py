@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
-from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal, cancel_inside, take_turn
+from dvdquant.deploy.generation.check import PipelineChecker
 from dvdquant.deploy.generation.generator import (
     Denoised,
     Embeddings,
@@ -25,30 +23,20 @@ from dvdquant.deploy.generation.generator import (
     controller_of,
     executed_original,
     executed_session,
-    sampling_defaults,
 )
 from dvdquant.deploy.generation.original import LOADING, CallRecorder, load_original, synchronize
 from dvdquant.deploy.generation.pipeline_stages import decode_video, encode_text, frames_of
 from dvdquant.deploy.generation.request import (
     GenerateRequest,
     OnStep,
-    VideoSize,
-    check_request,
-    resolve_size,
 )
-from dvdquant.deploy.pipelines.parts import PIPELINES, open_pipeline_folder
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer
 from dvdquant.deploy.switching.position import LoopPosition
-from dvdquant.errors import CheckpointError, UnsupportedError
+from dvdquant.errors import CheckpointError
 from dvdquant.system.devices import resolve_device
 
 __all__ = ["PipelineGenerator"]
-
-# Frames per second the models were trained at.
-_FPS = {"wan": 16, "hunyuan-video": 24, "cogvideox": 8, "ltx-video": 25}
-# Guidance-distilled: the scale is an input of the transformer, and there is no unconditional branch.
-_DISTILLED = ("hunyuan-video",)
 
 
 class PipelineGenerator(Generator):
@@ -59,25 +47,15 @@ class PipelineGenerator(Generator):
 
     def __init__(
         self,
-        artifact: Artifact,
-        source: str,
+        checker: PipelineChecker,
         options: SessionOptions,
         lora: Sequence[LoraSpec] = (),
     ) -> None:
-        super().__init__(artifact, options, lora)
-        self.family = artifact.family(artifact.components[0])
-        self.source = source
-        self.folder = open_pipeline_folder(source, self.family.name)
-        if missing := sorted(set(self.folder.transformers) - set(artifact.components)):
-            raise UnsupportedError(
-                f"the pipeline {self.folder.root} also has {missing[0]}, which the export lacks",
-                available=artifact.components,
-                fix=f"export the whole pipeline: dvdq-export {source} -o {artifact.root} --replace",
-            )
+        super().__init__(checker, options, lora)
+        self.folder = checker.folder
         self._engines: dict[str, DvdqTransformer] = {}
         self._originals: dict[str, nn.Module] = {}
         self._pipe: Any = None
-        self._tried: set[tuple[int, int]] = set()  # steps and tokens that the scheduler has gone through
         # diffusers keeps the state of a call in the pipeline, and a VAE keeps the frames before: one clip at a time.
         self._encoding, self._denoising, self._decoding = (threading.Lock() for _ in range(3))
         self._loading = threading.Lock()
@@ -87,50 +65,20 @@ class PipelineGenerator(Generator):
         """The transformers the pipeline calls."""
         return self.folder.transformers
 
-    def fps(self, frames: int) -> int:
-        """See :class:`Generator`."""
-        del frames
-        return _FPS[self.family.name]
-
-    def check(self, request: GenerateRequest) -> GenerateRequest:
-        """See :class:`Generator`."""
-        check_request(request, self.artifact)
-        if request.negative_prompt and self.family.name in _DISTILLED:
-            raise UnsupportedError(
-                f"{self.folder.class_name} is distilled and has no unconditional branch for a negative prompt",
-                fix="leave --negative-prompt out",
-            )
-        # Of the frames a pipeline fills the last patch itself.
-        patch = (1, *self.family.patch()[1:])
-        size = resolve_size(request, self.artifact.sizes, self.family.vae_scale, patch, causal=True)
-        defaults = _call_defaults(self.folder.class_name)
-        own = int(defaults["num_inference_steps"]), float(defaults["guidance_scale"])
-        default_steps, default_guidance = sampling_defaults(self.artifact, *own)
-        steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
-        steps = steps or default_steps
-        self._try_scheduler(steps, size)
-        return dataclasses.replace(
-            request,
-            steps=steps,
-            guidance=default_guidance if request.guidance is None else request.guidance,
-            num_frames=size.frames,
-            height=size.height,
-            width=size.width,
-        )
-
-    def _try_scheduler(self, steps: int, size: VideoSize) -> None:
-        """CheckpointError now for a scheduler that would fail once the model is loaded."""
-        tokens = self.family.tokens(*size.latent)
-        if (steps, tokens) not in self._tried:
-            name, root = self.family.name, self.folder.root
-            rehearse(open_scheduler(root, name), name, steps, root / FOLDER / FILE, tokens)
-            self._tried.add((steps, tokens))
+    def _rehearse(self, steps: int, tokens: int) -> None:
+        name, root = self.family.name, self.folder.root
+        rehearse(open_scheduler(root, name), name, steps, root / FOLDER / FILE, tokens)
 
     # ------------------------------------------------------------------------------------------------------ the stages
 
     @torch.no_grad()
     def encode_prompt(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> Embeddings:
-        """See :class:`Generator`. The tensors are named as the arguments of the pipeline's call."""
+        """See :class:`Generator`. The tensors are named as the arguments of the pipeline's call.
+
+        Args:
+            request: The request of a clip.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         with take_turn(self._encoding, cancel, "the text encoder"):
             pipe = self._parts(request, cancel)
             encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
@@ -144,7 +92,14 @@ class PipelineGenerator(Generator):
         on_step: OnStep | None = None,
         cancel: CancelSignal | None = None,
     ) -> Denoised:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+            embeddings: The text as the transformer takes it.
+            on_step: A function that gets the record of every call of the transformer, or None.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         with take_turn(self._denoising, cancel, "the first step"):
             transformers, pipe = self._loaded(request)
             if request.mode == "16":
@@ -175,7 +130,13 @@ class PipelineGenerator(Generator):
 
     @torch.no_grad()
     def decode(self, request: GenerateRequest, latents: Tensor, cancel: CancelSignal | None = None) -> Frames:
-        """See :class:`Generator`."""
+        """See :class:`Generator`.
+
+        Args:
+            request: The request of a clip.
+            latents: The latents of the clip.
+            cancel: An event that ends the work soon after it is set, or None.
+        """
         with take_turn(self._decoding, cancel, "the VAE"):
             pipe = self._parts(request, cancel)
             with cancel_inside([pipe.vae], cancel):
@@ -288,15 +249,6 @@ class PipelineGenerator(Generator):
 
 def _engines(transformers: dict[str, nn.Module]) -> dict[str, DvdqTransformer]:
     return {name: module for name, module in transformers.items() if isinstance(module, DvdqTransformer)}
-
-
-def _call_defaults(class_name: str) -> dict[str, Any]:
-    """Defaults of the arguments of a pipeline's call."""
-    import diffusers
-
-    assert class_name in PIPELINES
-    parameters = inspect.signature(getattr(diffusers, class_name).__call__).parameters
-    return {name: parameter.default for name, parameter in parameters.items()}
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from dvdquant.deploy.switching.gbs import relative_change
 from dvdquant.errors import CheckpointError, EngineError
 from dvdquant.model.families import Family
 from dvdquant.model.plan import build_skeleton
+from dvdquant.system.threads import one_thread
 
 __all__ = ["LOADING", "CallRecorder", "OriginalRunner", "load_original"]
 
 ORIGINAL_BITS = 16
-_THREADS = threading.RLock()
 # diffusers and transformers change torch.nn.Module itself while they load (accelerate's init_empty_weights). Where two
 # threads load at once, the change stays, and every later module of the process is made on the meta device.
 LOADING = threading.RLock()
@@ -150,12 +150,24 @@ class CallRecorder:
         self._seconds = 0.0
 
     def begin_request(self, steps: int | None = None) -> None:
-        """Forget the last clip."""
+        """Forget the last clip.
+
+        Args:
+            steps: The number of steps, or None if it is not known.
+        """
         del steps
         self.trace, self._last = [], {}
 
     def record(self, output: Tensor, *, step: int, branch: str, timestep: float, seconds: float) -> None:
-        """Note one call. EngineError when the output is not finite."""
+        """Note one call. EngineError when the output is not finite.
+
+        Args:
+            output: The output of the transformer.
+            step: The index of the step.
+            branch: The branch of the guidance.
+            timestep: The timestep of the call.
+            seconds: The seconds that the call took.
+        """
         if not bool(torch.isfinite(output).all()):
             raise EngineError(f"the original checkpoint gave NaN or infinities at step {step} ({branch})")
         last = self._last.get(branch)
@@ -200,11 +212,20 @@ class OriginalRunner(CallRecorder):
     def run(
         self, inputs: Mapping[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
     ) -> Tensor:
-        """Return the transformer's output at the graph's inputs by name, given on the model's device and in its dtype."""
+        """Return the transformer's output at the graph's inputs by name, given on the model's device and in its dtype.
+
+        Args:
+            inputs: The inputs of the graph by name.
+            branch: The branch of the guidance: ``cond`` or ``uncond``.
+            step: The index of the step, or None.
+            steps: The number of steps of the clip, or None.
+        """
         del steps
         check_cancelled(self.cancel, "a call of the transformer")
         started = time.perf_counter()
-        with _one_thread(self.device), cancel_inside([self.model], self.cancel):
+        # The models with a prompt table are too small to gain from threads.
+        threads = one_thread() if self.device.type == "cpu" else contextlib.nullcontext()
+        with threads, cancel_inside([self.model], self.cancel):
             output: Tensor = self.model(**self.family.forward_kwargs(inputs), return_dict=False)[0]
         synchronize(self.device)
         seconds = time.perf_counter() - started
@@ -213,28 +234,11 @@ class OriginalRunner(CallRecorder):
         return output
 
 
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """Run PyTorch on one thread on a CPU, within this context.
-
-    The models with a prompt table are too small to gain from threads; where others use the cores too, threads that
-    wait for each other at every layer take fifty times as long. One thread also gives the same bits everywhere.
-
-    The number belongs to the process, so one caller at a time changes it: a second one would put back the 1 of the first.
-    """
-    if device.type != "cpu":
-        yield
-        return
-    with _THREADS:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-
 def synchronize(device: torch.device) -> None:
-    """Wait for the GPU, so that a time is a time."""
+    """Wait for the GPU, so that a time is a time.
+
+    Args:
+        device: The device that PyTorch runs on.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

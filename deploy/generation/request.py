@@ -8,9 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor
-
 from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.deploy.switching.gbs import Stair, Weighting, delta_of_stair
@@ -19,6 +16,9 @@ from dvdquant.model.families import Axis, Sizes
 from dvdquant.system.records import brief
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.switching.controller import StepRecord
     from dvdquant.deploy.switching.schedule import Schedule
@@ -30,6 +30,7 @@ __all__ = [
     "OnStep",
     "VideoSize",
     "check_request",
+    "default_fps",
     "delta_for_average",
     "resolve_size",
 ]
@@ -115,6 +116,10 @@ class VideoSize:
 def check_request(request: GenerateRequest, artifact: Artifact) -> None:
     """Refuse a request that no export, or not this one, can make.
 
+    Args:
+        request: The request of a clip.
+        artifact: The opened export.
+
     Raises:
         ShapeError: A number is out of range, or a prompt is empty or too long.
         UnsupportedError: The export has no graph for the mode.
@@ -197,8 +202,21 @@ def _check_mode(request: GenerateRequest, artifact: Artifact, component: str) ->
             )
 
 
+def default_fps(frames: int) -> int:
+    """Frames per second at which a clip lasts about five seconds, 4 at least and 24 at most.
+
+    Args:
+        frames: The number of frames.
+    """
+    return min(24, max(4, round(frames / 5)))
+
+
 def delta_for_average(schedule: Schedule, bits: float) -> float:
     """δ that had an average of ``bits``, or the nearest there was, over the prompts ``schedule`` was planned on.
+
+    Args:
+        schedule: A schedule that holds the staircase of δ.
+        bits: The average of bits that is asked for.
 
     Raises:
         ShapeError: outside the range. OutputError: the schedule does not say.

@@ -38,17 +38,29 @@ _PACKAGES = (
 
 
 def block(bits: int | None) -> str:
-    """One character for a step: ``█`` 8 bits, ``▄`` 4 bits, ``·`` skipped."""
+    """One character for a step: ``█`` 8 bits, ``▄`` 4 bits, ``·`` skipped.
+
+    Args:
+        bits: The bits of the step; None for a skipped one.
+    """
     return _BLOCKS.get(bits, "?")
 
 
 def bits_name(bits: int | None) -> str:
-    """``a4``, ``a8``, ``skip``, or ``16 bit`` for the original checkpoint."""
+    """``a4``, ``a8``, ``skip``, or ``16 bit`` for the original checkpoint.
+
+    Args:
+        bits: The bits of the step; None for a skipped one.
+    """
     return "skip" if bits is None else "16 bit" if bits == 16 else f"a{bits}"
 
 
 def steps_of(trace: Sequence[StepRecord]) -> list[StepRecord]:
-    """Return the first record of every step: that of the branch that decided it."""
+    """Return the first record of every step: that of the branch that decided it.
+
+    Args:
+        trace: The records of every call, in order.
+    """
     seen: dict[int, StepRecord] = {}
     for record in trace:
         seen.setdefault(record.step, record)
@@ -56,12 +68,20 @@ def steps_of(trace: Sequence[StepRecord]) -> list[StepRecord]:
 
 
 def bit_strip(trace: Sequence[StepRecord]) -> str:
-    """Return a block for every step, in order."""
+    """Return a block for every step, in order.
+
+    Args:
+        trace: The records of every call, in order.
+    """
     return "".join(block(record.bits) for record in steps_of(trace))
 
 
 def average_bits(steps: Sequence[StepRecord]) -> str:
-    """Mean over the computed steps, as text."""
+    """Mean over the computed steps, as text.
+
+    Args:
+        steps: One record per step.
+    """
     computed = [record.bits for record in steps if record.bits is not None]
     return f"{sum(computed) / len(computed):.2f}" if computed else "-"
 
@@ -88,6 +108,11 @@ def clip_json(result: GenerateResult, outputs: dict[str, str], psnr: float | Non
     """Return one clip of the trace: request, what executed, summary, and every record.
 
     ``psnr`` is in dB against 16 bit, None where it was not measured or is infinite (equal clips).
+
+    Args:
+        result: The clip and its records.
+        outputs: The paths of the files by kind.
+        psnr: PSNR against the clip in 16 bit in dB; None where it was not measured or is infinite.
     """
     return {
         "request": result.request.to_json(),
@@ -102,7 +127,13 @@ def clip_json(result: GenerateResult, outputs: dict[str, str], psnr: float | Non
 
 
 def write_trace(path: Path, artifact: Artifact, clips: Sequence[dict[str, Any]]) -> None:
-    """Return the trace of a run as JSON: the export, versions, machine, and what :func:`clip_json` made of every clip."""
+    """Return the trace of a run as JSON: the export, versions, machine, and what :func:`clip_json` made of every clip.
+
+    Args:
+        path: The path of the file.
+        artifact: The opened export.
+        clips: The clips as :func:`clip_json` returns them.
+    """
     manifest = artifact.manifest
     data = {
         "format_version": TRACE_VERSION,

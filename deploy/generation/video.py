@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dvdquant.deploy.generation.encoder import encode_mp4, find_encoder
+from dvdquant.deploy.generation.request import default_fps
 from dvdquant.errors import OutputError, ShapeError
 from dvdquant.system.whole_file import atomic_path, check_writable
 from dvdquant.text import shown
@@ -52,6 +53,10 @@ def psnr(clip: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
     """Peak signal-to-noise ratio in dB, 10 · log10(255² / mean((clip − reference)²)), of uint8 arrays of one shape.
 
     Infinite for equal clips. ShapeError on another dtype or on shapes that differ.
+
+    Args:
+        clip: The clip, uint8 of any shape.
+        reference: The clip it is compared with, of the same shape.
     """
     if clip.dtype != np.uint8 or reference.dtype != np.uint8 or clip.shape != reference.shape or not clip.size:
         raise ShapeError(
@@ -62,13 +67,13 @@ def psnr(clip: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
     return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
 
 
-def default_fps(frames: int) -> int:
-    """Frames per second at which a clip lasts about five seconds, 4 at least and 24 at most."""
-    return min(24, max(4, round(frames / 5)))
-
-
 def enlarge(clip: Clip, min_side: int = MIN_SIDE) -> Clip:
-    """``clip`` by the smallest whole factor that brings its shorter side to ``min_side`` pixels, nearest neighbour."""
+    """``clip`` by the smallest whole factor that brings its shorter side to ``min_side`` pixels, nearest neighbour.
+
+    Args:
+        clip: The frames, uint8 [F, H, W, 3].
+        min_side: The least length of the shorter side in pixels.
+    """
     _check_clip(clip)
     factor = max(1, math.ceil(min_side / min(clip.shape[1:3])))
     return clip.repeat(factor, axis=1).repeat(factor, axis=2) if factor > 1 else clip
@@ -79,6 +84,10 @@ def enlarge(clip: Clip, min_side: int = MIN_SIDE) -> Clip:
 
 def check_target(path: Path, suffixes: Sequence[str]) -> Path:
     """Return ``path`` if a file of that kind can be written there, found out before hours of work.
+
+    Args:
+        path: The path of the file.
+        suffixes: The suffixes that are allowed, with their dot.
 
     Raises:
         OutputError: another suffix, a folder or device in its place, a folder that cannot be written or made, or for .mp4
@@ -99,6 +108,11 @@ def check_target(path: Path, suffixes: Sequence[str]) -> Path:
 def write_mp4(path: Path, clip: Clip, fps: float) -> None:
     """Write an H.264 file that players show: even sizes (the last row or column is repeated), yuv420p.
 
+    Args:
+        path: The path of the file.
+        clip: The frames, uint8 [F, H, W, 3].
+        fps: Frames per second.
+
     Raises:
         OutputError: the encoder failed, did not answer, or wrote another number of frames than it was given.
     """
@@ -110,7 +124,13 @@ def write_mp4(path: Path, clip: Clip, fps: float) -> None:
 
 
 def write_gif(path: Path, clip: Clip, fps: float) -> None:
-    """Write a GIF that loops; 256 colours of its own for each frame. OutputError as :func:`atomic_path`."""
+    """Write a GIF that loops; 256 colours of its own for each frame. OutputError as :func:`atomic_path`.
+
+    Args:
+        path: The path of the file.
+        clip: The frames, uint8 [F, H, W, 3].
+        fps: Frames per second.
+    """
     from PIL import Image
 
     _check_clip(clip)
@@ -131,13 +151,25 @@ def write_strip(path: Path, rows: Sequence[Row], columns: int = 8, min_side: int
     """Write a PNG with one row a clip.
 
     A row has title and note, then up to ``columns`` frames spaced evenly from first to last, numbered from 1 along the top.
+
+    Args:
+        path: The path of the file.
+        rows: The clips, each with a title and a note.
+        columns: The most frames of a row.
+        min_side: The shortest side of a picture in pixels.
     """
     with atomic_path(path) as temporary:
         draw_strip(rows, columns, min_side).save(temporary)
 
 
 def draw_strip(rows: Sequence[Row], columns: int = 8, min_side: int = 96) -> Any:
-    """Return the picture of :func:`write_strip` as a PIL image."""
+    """Return the picture of :func:`write_strip` as a PIL image.
+
+    Args:
+        rows: The clips, each with a title and a note.
+        columns: The most frames of a row.
+        min_side: The shortest side of a picture in pixels.
+    """
     from PIL import Image, ImageDraw
 
     if not rows:
@@ -166,7 +198,11 @@ def draw_strip(rows: Sequence[Row], columns: int = 8, min_side: int = 96) -> Any
 
 
 def side_by_side(rows: Sequence[Row]) -> Clip:
-    """Return the clips of ``rows``, of one shape [F, H, W, 3], beside each other under their titles and notes, as one clip."""
+    """Return the clips of ``rows``, of one shape [F, H, W, 3], beside each other under their titles and notes, as one clip.
+
+    Args:
+        rows: The clips, each with a title and a note.
+    """
     from PIL import Image, ImageDraw
 
     if len({row.frames.shape for row in rows}) != 1:

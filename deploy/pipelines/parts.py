@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dvdquant.checkpoint.diffusers_folder import refuse_scripts
 from dvdquant.checkpoint.locate import locate_model
-from dvdquant.checkpoint.reader import refuse_scripts
 from dvdquant.checkpoint.untrusted import UntrustedFolder, fix_of, reason_of
 from dvdquant.deploy.pipelines.schedulers import check_scheduler_config, read_scheduler_config
 from dvdquant.errors import CheckpointError, UnsupportedError

@@ -22,193 +22,30 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from types import FrameType
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from dvdquant.deploy.cancel import CancelSignal
+from dvdquant.deploy.pipelines.request import Caller, Callers, Request, running_pipeline
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.switching.controller import StepController, StepRecord
-from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import UnsupportedError
 
-__all__ = ["Request", "RequestTable", "RunnerView"]
+__all__ = ["RequestTable", "RunnerView"]
 
 OnStep = Callable[[StepRecord], None]
 
 # Nobody reports the end of a request of a caller without a pipeline. So many of them are kept, to be continued.
 MAX_PAUSED = 8
-
-
-class _Caller:
-    """A thread, or an asyncio task in it, with its requests.
-
-    Attributes:
-        thread: A weak reference to the thread.
-        task: A weak reference to the task, or None if there is none.
-        pipelines: A mapping from each pipeline that it runs to the pipeline's request.
-        plain: The request of calls without a pipeline.
-        last: The request that was begun or called last.
-        watched: True if the table is told when the task is cancelled.
-    """
-
-    def __init__(self, task: asyncio.Task[Any] | None) -> None:
-        self.watched = False
-        self.thread = weakref.ref(threading.current_thread())
-        self.task = None if task is None else weakref.ref(task)
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget all requests."""
-        self.pipelines: weakref.WeakKeyDictionary[DiffusionPipeline, Request] = weakref.WeakKeyDictionary()
-        self.plain: Request | None = None
-        self.last: Request | None = None
-
-    def of(self, pipeline: DiffusionPipeline | None) -> Request | None:
-        """Return the request of a pipeline, or that of calls without one."""
-        return self.plain if pipeline is None else self.pipelines.get(pipeline)
-
-    def keep(self, pipeline: DiffusionPipeline | None, request: Request) -> None:
-        """Make ``request`` the request of a pipeline, or that of calls without one."""
-        if pipeline is None:
-            self.plain = request
-        else:
-            self.pipelines[pipeline] = request
-
-
-class _Thread(threading.local):
-    """The callers of one thread.
-
-    Attributes:
-        plain: The caller without a task.
-        tasks: A mapping from each asyncio task to its caller.
-    """
-
-    def __init__(self) -> None:
-        self.plain = _Caller(None)
-        self.tasks: weakref.WeakKeyDictionary[asyncio.Task[Any], _Caller] = weakref.WeakKeyDictionary()
-
-    @property
-    def caller(self) -> _Caller:
-        """Return the caller that is running."""
-        try:
-            task = asyncio.current_task()
-        except RuntimeError:  # no loop runs in this thread
-            return self.plain
-        if task is None:
-            return self.plain
-        if task not in self.tasks:
-            self.tasks[task] = _Caller(task)
-        return self.tasks[task]
-
-
-@dataclass(eq=False)
-class Request:
-    """One request: the runner that decides its steps, and its position.
-
-    Args:
-        runner: The runner of its steps.
-        generation: The number of the transformer's controller that it was begun with.
-        caller: The caller that began it or called it last.
-        steps: The number of steps, if it was begun by hand with one.
-        position: The place of its denoising loop.
-        ended: True if the pipeline has said that the request is over.
-        announced: True if the request was begun by hand and has no call yet.
-        busy: True while a call of it is running.
-        texts: Weak references to the text embeddings that it was called with, by branch.
-        adopted: True if the current step began with a call of another caller or loop, known by its embedding.
-        doubtful: True if all embeddings of the current step are also known to another open request.
-        mixed: True if a call of another loop was counted for it.
-        left: The caller that another caller took it from, and the timestep that it had then. Or None.
-    """
-
-    runner: StepRunner
-    generation: int
-    caller: _Caller
-    steps: int | None = None
-    position: LoopPosition = field(default_factory=LoopPosition)
-    ended: bool = False
-    announced: bool = False
-    busy: bool = False
-    texts: dict[str | None, list[weakref.ref[Tensor]]] = field(default_factory=dict)
-    adopted: bool = False
-    doubtful: bool = False
-    mixed: bool = False
-    left: tuple[_Caller, float] | None = None
-
-    def begins(self, branch: str | None, step: int | None, timestep: float) -> bool:
-        """Return whether a call is the first of a later request.
-
-        Args:
-            branch: The branch that the call names, or None.
-            step: The step index that the call passes, or None.
-            timestep: The timestep of the call.
-        """
-        if self.position.timestep is None or self.ended:
-            return not self.announced
-        return self.position.restarts(step, timestep) or self.position.repeats(branch, step, timestep)
-
-    def continues(self, branch: str | None, timestep: float) -> bool:
-        """Return whether a call of another caller can be the next one of this request, and not the first of a new one.
-
-        Args:
-            branch: The branch that the call names, or None.
-            timestep: The timestep of the call.
-        """
-        now = self.position.timestep
-        if self.busy or self.ended or now is None or timestep > now:
-            return False
-        return timestep < now or (branch is not None and branch not in self.position.called)
-
-    def knows(self, branch: str | None, text: Tensor | None) -> bool:
-        """Return whether this very tensor was the text embedding of an earlier call of a branch.
-
-        Args:
-            branch: The name of the branch, or None.
-            text: The text embedding, or None.
-        """
-        return text is not None and any(known() is text for known in self.texts.get(branch, ()))
-
-    def knows_another(self, branch: str | None, text: Tensor | None) -> bool:
-        """Return whether a branch has had text embeddings that still exist, and this tensor is none of them.
-
-        Args:
-            branch: The name of the branch, or None.
-            text: The text embedding, or None.
-        """
-        known = [known() for known in self.texts.get(branch, ())]
-        return text is not None and any(one is not None for one in known) and all(one is not text for one in known)
-
-    def remember(self, branch: str | None, text: Tensor | None) -> None:
-        """Note the text embedding of a call.
-
-        Args:
-            branch: The name of the branch, or None.
-            text: The text embedding, or None.
-        """
-        if text is not None and not self.knows(branch, text):
-            alive = [known for known in self.texts.get(branch, ()) if known() is not None]
-            self.texts[branch] = [*alive, weakref.ref(text)]
-
-    @property
-    def reachable(self) -> bool:
-        """Return whether one of its embeddings still exists, so that a caller can give it again."""
-        return any(known() is not None for texts in self.texts.values() for known in texts)
-
-    @property
-    def fresh(self) -> bool:
-        """Return whether the request was neither begun by hand nor called."""
-        return self.position.timestep is None and not self.announced
 
 
 class _Token:
@@ -231,7 +68,7 @@ class _Wish:
     """
 
     what: str
-    caller: _Caller
+    caller: Caller
     pipeline: weakref.ref[DiffusionPipeline] | None = None
     request: Request | None = None
     on_step: OnStep | None = None
@@ -282,7 +119,7 @@ class RequestTable:
         self._session = session
         self._lock = threading.RLock()
         self._generation = 0
-        self._thread = _Thread()
+        self._thread = Callers()
         self._paused: list[Request] = []
         self._asked: weakref.WeakKeyDictionary[_Token, _Asked] = weakref.WeakKeyDictionary()
         self._wishes: list[_Wish] = []
@@ -369,7 +206,7 @@ class RequestTable:
         Args:
             steps: The number of steps of the request, or None if it is not known.
         """
-        caller, pipeline = self._thread.caller, _pipeline()
+        caller, pipeline = self._thread.caller, running_pipeline()
         with self._lock:
             request = self._new(caller)
             request.runner.begin_request(steps)
@@ -385,7 +222,7 @@ class RequestTable:
         A request that was begun by hand before this pipeline began is not for a later one: an interrupted pipeline does
         not come to all of its transformers.
         """
-        caller, pipeline = self._thread.caller, _pipeline()
+        caller, pipeline = self._thread.caller, running_pipeline()
         with self._lock:
             begun = self._here().begun
             if pipeline is not None and begun is not None and begun.request is not None:
@@ -400,7 +237,7 @@ class RequestTable:
                 if request in self._paused:
                     self._paused.remove(request)
 
-    def forget(self, caller: _Caller) -> None:
+    def forget(self, caller: Caller) -> None:
         """Forget what a caller has asked for.
 
         Args:
@@ -478,7 +315,7 @@ class RequestTable:
 
     def _find(
         self,
-        caller: _Caller,
+        caller: Caller,
         branch: str | None,
         step: int | None,
         steps: int | None,
@@ -486,7 +323,7 @@ class RequestTable:
         text: Tensor | None,
     ) -> Request:
         """Return the request of a call, after beginning it if it is new."""
-        pipeline = _pipeline()
+        pipeline = running_pipeline()
         # 1. A request that was begun by hand.
         begun = self._here().begun
         if begun is not None and begun.request is not None:
@@ -537,7 +374,7 @@ class RequestTable:
 
     def _check_turns(
         self,
-        caller: _Caller,
+        caller: Caller,
         own: Request,
         other: Request | None,
         branch: str | None,
@@ -579,12 +416,12 @@ class RequestTable:
         others = (other for other in self._paused if other is not own)
         return any(other.knows(branch, text) and other.continues(branch, timestep) for other in others)
 
-    def _keep(self, caller: _Caller, pipeline: DiffusionPipeline | None, request: Request) -> None:
+    def _keep(self, caller: Caller, pipeline: DiffusionPipeline | None, request: Request) -> None:
         caller.keep(pipeline, request)
         others = [other for other in self._paused if other is not request and (other.reachable or other.busy)]
         self._paused = [*others, request][-MAX_PAUSED:] if pipeline is None else others
 
-    def _new(self, caller: _Caller) -> Request:
+    def _new(self, caller: Caller) -> Request:
         runner = StepRunner(self._session, self.controller.fresh())
         heard = self._here().heard
         if heard is not None:
@@ -650,7 +487,7 @@ def _silent(on_step: OnStep | None, cancel: CancelSignal | None) -> bool:
     return on_step is None and cancel is None
 
 
-def _drop(table: weakref.ref[RequestTable], caller: weakref.ref[_Caller], task: asyncio.Task[Any]) -> None:
+def _drop(table: weakref.ref[RequestTable], caller: weakref.ref[Caller], task: asyncio.Task[Any]) -> None:
     """Forget what a task has asked for if the task was cancelled: its request does not come any more."""
     asked, asker = table(), caller()
     if asked is not None and asker is not None and task.cancelled():
@@ -723,15 +560,3 @@ def _refuse_turns() -> NoReturn:
         fix="give each loop a thread, an asyncio task, an embedding of its own (embedding.clone()), or a transformer of "
         "its own: DvdqTransformer(transformer.session, controller)",
     )
-
-
-def _pipeline() -> DiffusionPipeline | None:
-    """Return the innermost pipeline that is running in this thread, or None."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, DiffusionPipeline):
-                return caller
-        frame = frame.f_back
-    return None

@@ -14,16 +14,17 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
-from torch import Tensor
 from typing_extensions import TypedDict  # pydantic takes the one of typing from Python 3.12 on only
 
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.errors import CheckpointError
 from dvdquant.system.files import strict_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "SCHEDULERS",
@@ -231,6 +232,8 @@ def rehearse(scheduler: Any, family: str, steps: int, path: Path, tokens: int = 
         CheckpointError: There are no timesteps, too many or too few, or some that are not finite or that rise. Or a
             step fails or gives NaN or infinities.
     """
+    import torch  # here, because a pipeline's folder is checked without torch
+
     # Some schedulers draw random noise, which must not change what the caller draws afterwards.
     with _said_once(path), torch.random.fork_rng(devices=[]):
         set_timesteps(scheduler, family, steps, tokens)
@@ -246,6 +249,8 @@ def rehearse(scheduler: Any, family: str, steps: int, path: Path, tokens: int = 
 
 def _walk(scheduler: Any, timesteps: Tensor) -> Tensor:
     """Return a sample after all steps of a model whose outputs are noise."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     shape = (1, 4, 1, 2, 2)
     sample = torch.randn(shape, generator=generator)
@@ -261,9 +266,11 @@ def _walk(scheduler: Any, timesteps: Tensor) -> Tensor:
 
 
 def _check_timesteps(timesteps: Any, scheduler: Any, steps: int, path: Path) -> None:
+    import torch
+
     order = int(scheduler.order)
     wanted = order * steps - (order - 1)  # a solver of order 2 evaluates every step but one twice
-    if not isinstance(timesteps, Tensor) or timesteps.shape != (wanted,):
+    if not isinstance(timesteps, torch.Tensor) or timesteps.shape != (wanted,):
         raise _unusable(path, f"it makes {len(timesteps)} timesteps of {steps} steps")
     values = timesteps.double()
     if not bool(torch.isfinite(values).all()):

@@ -504,7 +504,11 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         return self.to("cpu")
 
     def half(self, *args: Any) -> Self:
-        """Accept float16 if it is the export's dtype, see :meth:`to`."""
+        """Accept float16 if it is the export's dtype, see :meth:`to`.
+
+        Args:
+            *args: As for the method of :class:`torch.nn.Module`.
+        """
         return self.to(torch.float16)
 
     def bfloat16(self) -> Self:
@@ -512,7 +516,11 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         return self.to(torch.bfloat16)
 
     def float(self, *args: Any) -> Self:
-        """Refuse float32, which is no export's dtype, see :meth:`to`."""
+        """Refuse float32, which is no export's dtype, see :meth:`to`.
+
+        Args:
+            *args: As for the method of :class:`torch.nn.Module`.
+        """
         return self.to(torch.float32)
 
     def double(self) -> Self:

@@ -101,7 +101,11 @@ class Plan:
     quality: list[Quality] = field(default_factory=list)
 
     def seconds_at(self, bits: float) -> float:
-        """Return the predicted seconds of the transformer per clip at an average of bits."""
+        """Return the predicted seconds of the transformer per clip at an average of bits.
+
+        Args:
+            bits: The average of bits.
+        """
         return _seconds(bits, self.calls, self.seconds_per_call, self.low, self.high)
 
 
@@ -269,6 +273,11 @@ def _check_goal(goal: Goal, steps: int, low: int, high: int, last_high: int) -> 
 
 def delta_for_seconds(stairs: Sequence[Stair], budget: float, seconds: Callable[[float], float]) -> tuple[float, float]:
     """(δ, average bits): the smallest δ, and so the best quality, that keeps within ``budget`` seconds.
+
+    Args:
+        stairs: The averages of bits over δ.
+        budget: The seconds of a clip that are allowed.
+        seconds: A function that returns the seconds of a clip at an average of bits.
 
     Raises:
         UnsupportedError: none does; says the fastest and the slowest.

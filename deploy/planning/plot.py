@@ -23,6 +23,10 @@ def draw_plan(plan: Plan, path: Path) -> None:
     It shows the staircase of average bits over δ with predicted seconds on the right, the chosen δ and what one real run
     measured there; below it PSNR to the 16-bit model, if there is any.
 
+    Args:
+        plan: The plan that is drawn.
+        path: The path of the file.
+
     Raises:
         OutputError: The file cannot be written.
     """

@@ -56,7 +56,12 @@ class RecordingSession(WrappedSession):
         self._last: dict[int, Tensor] = {}
 
     def begin(self, prompt: str, seed: int) -> None:
-        """Record the clip that follows."""
+        """Record the clip that follows.
+
+        Args:
+            prompt: The prompt of the clip.
+            seed: The seed of the clip.
+        """
         self._clip, self._last = ClipRecording(prompt, seed, self.component), {}
 
     def end(self) -> ClipRecording | None:
@@ -65,7 +70,12 @@ class RecordingSession(WrappedSession):
         return clip if clip is not None and clip.timesteps else None
 
     def run(self, inputs: Mapping[str, Tensor], bits: int) -> Tensor:
-        """As the session itself; while recording, the low engine runs too."""
+        """As the session itself; while recording, the low engine runs too.
+
+        Args:
+            inputs: The inputs of the graph by name.
+            bits: The bits of the activations.
+        """
         if self._clip is None or bits != self.high:
             return self.inner.run(inputs, bits)
         clip, timestep = self._clip, float(inputs[TIMESTEP].max())
@@ -99,14 +109,23 @@ class Recorder:
         self._clip: tuple[str, int] | None = None
 
     def wrap(self, session: EngineSession) -> EngineSession:
-        """For ``open_generator(wrap_session=…)``; one that is opened during a clip records from there on."""
+        """For ``open_generator(wrap_session=…)``; one that is opened during a clip records from there on.
+
+        Args:
+            session: The session that was opened.
+        """
         self.sessions.append(RecordingSession(session, self.low, self.high))
         if self._clip is not None:
             self.sessions[-1].begin(*self._clip)
         return self.sessions[-1]
 
     def begin(self, prompt: str, seed: int) -> None:
-        """Record the clip that follows."""
+        """Record the clip that follows.
+
+        Args:
+            prompt: The prompt of the clip.
+            seed: The seed of the clip.
+        """
         self._clip = prompt, seed
         for session in self.sessions:
             session.begin(prompt, seed)
@@ -119,7 +138,11 @@ class Recorder:
 
 
 def median_seconds(clips: Sequence[ClipRecording]) -> dict[int, float]:
-    """Bits -> seconds of one call, the median over all clips."""
+    """Bits -> seconds of one call, the median over all clips.
+
+    Args:
+        clips: The recorded clips.
+    """
     together: dict[int, list[float]] = {}
     for clip in clips:
         for bits, times in clip.seconds.items():

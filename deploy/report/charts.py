@@ -21,7 +21,13 @@ _LOG_FROM = 40  # a largest value this many times the smallest is drawn on a log
 
 
 def tag(name: str, *content: str, **attributes: object) -> str:
-    """One element. ``content`` is SVG text already; attributes are escaped, ``_`` in their names becomes ``-``."""
+    """One element. ``content`` is SVG text already; attributes are escaped, ``_`` in their names becomes ``-``.
+
+    Args:
+        name: The name of the element.
+        *content: What is inside of it, SVG text already.
+        **attributes: Its attributes; they are escaped, and ``_`` in their names becomes ``-``.
+    """
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(_number(value))}"' for key, value in attributes.items()
     )
@@ -29,17 +35,36 @@ def tag(name: str, *content: str, **attributes: object) -> str:
 
 
 def label(text: str, x: float, y: float, kind: str = "t", **more: object) -> str:
-    """Return a text element."""
+    """Return a text element.
+
+    Args:
+        text: The text.
+        x: The place from the left.
+        y: The place from the top, of the base line.
+        kind: The class of the element.
+        **more: Further attributes.
+    """
     return tag("text", html.escape(text), x=x, y=y, class_=kind, **more)
 
 
 def title(text: str) -> str:
-    """Return what the pointer shows over the element around it."""
+    """Return what the pointer shows over the element around it.
+
+    Args:
+        text: The text.
+    """
     return tag("title", html.escape(text))
 
 
 def svg(width: float, height: float, name: str, *content: str) -> str:
-    """Return the picture; ``name`` is read out by screen readers."""
+    """Return the picture; ``name`` is read out by screen readers.
+
+    Args:
+        width: The width in units of the picture.
+        height: The height in units of the picture.
+        name: What screen readers read out.
+        *content: The elements, SVG text already.
+    """
     parts = (title(name), *content)
     return tag("svg", *parts, viewBox=f"0 0 {_number(width)} {_number(height)}", role="img", class_="chart")
 
@@ -93,6 +118,10 @@ def error_chart(layers: Sequence[LayerEntry], name: str = "weight error") -> str
     """Return the chart of every layer's relative mean square error, in model order.
 
     A ring is min-max, a dot what was exported, both on one line. Bands are the blocks. The text is empty when no error is known.
+
+    Args:
+        layers: The layers as the manifest records them.
+        name: The name of what is drawn.
     """
     known = [e for e in layers if e["relative_mse"] is not None]
     if not known:
@@ -173,6 +202,11 @@ def line_chart(series: Mapping[str, Sequence[float]], unit: str, name: str) -> s
     """Return a chart with one line for each of ``series`` over steps counted from 1, named at its end.
 
     a4 and a8 have colours of their own. Values that are not finite are left out.
+
+    Args:
+        series: Values by the name of a line.
+        unit: The unit of the values.
+        name: The name of what is drawn.
     """
     left, right, top, bottom = 62.0, WIDTH - 58.0, 34.0, 250.0
     count = max(map(len, series.values()))
@@ -204,7 +238,11 @@ def line_chart(series: Mapping[str, Sequence[float]], unit: str, name: str) -> s
 
 
 def schedule_chart(bits: Sequence[int | None]) -> str:
-    """Return a block for every step: full height for 8 bits, half for 4, a dot for a skipped one."""
+    """Return a block for every step: full height for 8 bits, half for 4, a dot for a skipped one.
+
+    Args:
+        bits: The bits of every step; None for a skipped one.
+    """
     left, right, bottom, full = 28.0, WIDTH - 12.0, 70.0, 56.0
     step = min(44.0, (right - left) / len(bits))
     gap = 0.14 * step

@@ -166,7 +166,11 @@ def _source_bytes(manifest: Manifest) -> int | None:
 
 
 def render_report(report: Report) -> str:
-    """Return the page as HTML."""
+    """Return the page as HTML.
+
+    Args:
+        report: The content of the page.
+    """
     import jinja2
 
     from dvdquant.text import amount
@@ -186,7 +190,12 @@ def render_report(report: Report) -> str:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the page to ``path``, whole or not at all. OutputError or ResourceError when that fails."""
+    """Write the page to ``path``, whole or not at all. OutputError or ResourceError when that fails.
+
+    Args:
+        path: The path of the file.
+        report: The content of the page.
+    """
     from dvdquant.system.whole_file import write_whole
 
     write_whole(path, render_report(report).encode())
@@ -194,6 +203,11 @@ def write_report(path: Path, report: Report) -> None:
 
 def check_place(path: Path, out: Path, manifest: Manifest) -> Path:
     """``path`` if a page may be written there: .html, and no file of the export, whose hash would then differ.
+
+    Args:
+        path: The path of the page.
+        out: The folder of the export.
+        manifest: The manifest of the export.
 
     Raises:
         OutputError: another suffix, a folder that cannot be written, or a file the manifest of ``out`` lists.
@@ -261,7 +275,11 @@ def add_report(
 
 
 def default_samples(model: str) -> int:
-    """One prompt for a model with a prompt table, whose clips cost seconds; none for others."""
+    """One prompt for a model with a prompt table, whose clips cost seconds; none for others.
+
+    Args:
+        model: The model as the manifest names it.
+    """
     from dvdquant.deploy.report.samples import has_prompt_table
 
     return DEFAULT_SAMPLES if has_prompt_table(model) else 0

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.check import sampling_defaults
 from dvdquant.deploy.generation.generate import Generator, open_generator
-from dvdquant.deploy.generation.generator import sampling_defaults
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
 from dvdquant.deploy.generation.run_report import average_bits, steps_of
@@ -76,7 +76,11 @@ class Sample:
 
 
 def has_prompt_table(model: str) -> bool:
-    """Whether ``model`` is a local folder with a prompt table, so that a clip costs seconds."""
+    """Whether ``model`` is a local folder with a prompt table, so that a clip costs seconds.
+
+    Args:
+        model: The model as the manifest names it.
+    """
     try:
         return PromptTable.is_at(model)
     except (OSError, ValueError):
@@ -84,7 +88,12 @@ def has_prompt_table(model: str) -> bool:
 
 
 def sample_prompts(table: PromptTable, count: int) -> list[str]:
-    """``count`` prompts that ``table`` takes, its example first, then others with every slot moved on."""
+    """``count`` prompts that ``table`` takes, its example first, then others with every slot moved on.
+
+    Args:
+        table: The prompt table.
+        count: The number of prompts.
+    """
     if not table.choices:
         return [table.example()] * min(count, 1)
     prompts = []
@@ -179,7 +188,11 @@ def _row(result: GenerateResult, reference: GenerateResult) -> SampleRow:
 
 
 def frames_png(result: GenerateResult) -> tuple[str, int, int]:
-    """Up to eight frames beside each other as (data URI of a PNG, width, height), enlarged with nearest neighbour."""
+    """Up to eight frames beside each other as (data URI of a PNG, width, height), enlarged with nearest neighbour.
+
+    Args:
+        result: The clip and its records.
+    """
     from PIL import Image
 
     frames = result.frames

@@ -44,6 +44,9 @@ def shown(value: Any) -> Any:
 
     Secrets of URLs and known kinds of token are replaced by an ellipsis, control and direction characters by U+FFFD, and a
     text is cut at :data:`LONGEST` characters. Escaping is the template's work.
+
+    Args:
+        value: A text, or dicts and lists of them.
     """
     if isinstance(value, str):
         text = _USER.sub(r"\1…@", value[: 4 * LONGEST])
@@ -62,7 +65,11 @@ def shown(value: Any) -> Any:
 
 
 def lora_rows(manifest: Manifest) -> list[tuple[str, str]]:
-    """Return (what, how) of the LoRAs in the weights and of the recorded defaults; nothing where there are none."""
+    """Return (what, how) of the LoRAs in the weights and of the recorded defaults; nothing where there are none.
+
+    Args:
+        manifest: The manifest of the export.
+    """
     rows = [("LoRA", shown(words.removeprefix("LoRA "))) for words in lora_words(manifest.lora)]
     if manifest.sampling is not None:
         rows.append(("Defaults", sampling_words(manifest.sampling)))
@@ -70,7 +77,12 @@ def lora_rows(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def recipe_text(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]]:
-    """Return (what, how) of a ``Recipe.to_json()`` for a model of ``family``."""
+    """Return (what, how) of a ``Recipe.to_json()`` for a model of ``family``.
+
+    Args:
+        recipe: The recipe as ``Recipe.to_json()`` returns it.
+        family: The name of the model family.
+    """
     from dvdquant.model.families import FAMILIES
 
     weight, rotation = recipe["weight"], recipe["rotation"]
@@ -107,12 +119,20 @@ def recipe_text(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]]
 
 
 def millions(count: int) -> str:
-    """Return a number of weights: ``6.29 M``, ``12.80 B``."""
+    """Return a number of weights: ``6.29 M``, ``12.80 B``.
+
+    Args:
+        count: The number of weights.
+    """
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
 def size_text(shapes: Mapping[str, Any]) -> str:
-    """Latent sizes of the graphs, ranges with what they are tuned for."""
+    """Latent sizes of the graphs, ranges with what they are tuned for.
+
+    Args:
+        shapes: The sizes that the manifest records.
+    """
     parts = []
     for axis in ("frames", "height", "width"):
         low, best, high = (shapes.get(axis) or [0, 0, 0])[:3]
@@ -124,7 +144,11 @@ def size_text(shapes: Mapping[str, Any]) -> str:
 
 
 def kept_groups(manifest: Manifest) -> list[dict[str, Any]]:
-    """Layers in 16 bit by the glob that keeps them: ``why``, ``glob``, ``names``, ``count``."""
+    """Layers in 16 bit by the glob that keeps them: ``why``, ``glob``, ``names``, ``count``.
+
+    Args:
+        manifest: The manifest of the export.
+    """
     from dvdquant.model.families import FAMILIES
 
     family = next((f for f in FAMILIES if f.name == manifest.family), None)
@@ -151,7 +175,11 @@ class Execution(dict[str, Any]):
 
 
 def executions(manifest: Manifest) -> tuple[list[Execution], list[str]]:
-    """Rows for engines and then for graphs, and the SMs on which 4-bit activations bring no speed."""
+    """Rows for engines and then for graphs, and the SMs on which 4-bit activations bring no speed.
+
+    Args:
+        manifest: The manifest of the export.
+    """
     rows, slow = [], []
     for engine in manifest.engines:
         flat = engine["act_bits"] == 4 and _SLOW.search(engine["executes"]) is not None
@@ -194,7 +222,14 @@ def _builder(engine: EngineEntry) -> str:
 
 
 def commands(manifest: Manifest, out: Path | str, prompt: str, schedule: bool) -> list[tuple[str, str]]:
-    """Return (what it does, shell line) for this export."""
+    """Return (what it does, shell line) for this export.
+
+    Args:
+        manifest: The manifest of the export.
+        out: The folder of the export.
+        prompt: The prompt of the examples.
+        schedule: True if the export has a schedule beside it.
+    """
     folder, words = shell_word(str(out)), shell_word(prompt)
     bits = sorted({g["act_bits"] for g in manifest.graphs})
     if len(bits) < 2:
@@ -226,7 +261,14 @@ def _sampling_arguments(manifest: Manifest) -> list[str]:
 
 
 def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool) -> str:
-    """Return a script that makes a clip with this export. ``table``: its source has a prompt table instead of a pipeline."""
+    """Return a script that makes a clip with this export. ``table``: its source has a prompt table instead of a pipeline.
+
+    Args:
+        manifest: The manifest of the export.
+        out: The folder of the export.
+        prompt: The prompt of the example.
+        table: True if the source has a prompt table instead of a pipeline.
+    """
     folder, model = str(out), manifest.source["model"]
     if os.path.isfile(model):  # text encoder, VAE and scheduler come from elsewhere
         model = "FOLDER OF ITS DIFFUSERS PIPELINE"

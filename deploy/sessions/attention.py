@@ -152,7 +152,11 @@ def _with_functions(kind: Any, functions: _Functions) -> Any:
 
 
 def self_attentions(model: nn.Module) -> list[nn.Module]:
-    """Return the self-attention modules of a transformer's blocks, but for those that refine text alone."""
+    """Return the self-attention modules of a transformer's blocks, but for those that refine text alone.
+
+    Args:
+        model: The transformer.
+    """
     found = []
     for name, module in model.named_modules():
         in_block = "blocks." in name and not name.startswith("context_embedder")

@@ -186,7 +186,11 @@ class WrappedSession(EngineSession):
         return self.inner._run(inputs, bits)
 
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
-        """See :meth:`EngineSession.set_loras`; of the inner session."""
+        """See :meth:`EngineSession.set_loras`; of the inner session.
+
+        Args:
+            specs: The LoRAs, each a file with a scale and a transformer.
+        """
         self.inner.set_loras(specs)
         self.loras = self.inner.loras
 

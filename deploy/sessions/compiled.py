@@ -57,7 +57,11 @@ def compile_blocks(model: nn.Module, dynamic: bool | None = None) -> int:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a transformer that its class names, or else the modules of its lists."""
+    """Return the blocks of a transformer that its class names, or else the modules of its lists.
+
+    Args:
+        model: The transformer.
+    """
     names = set(getattr(model, "_repeated_blocks", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:

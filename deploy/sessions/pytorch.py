@@ -130,7 +130,11 @@ class PyTorchSession(EngineSession):
         return output.to(self.dtype, copy=True)
 
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
-        """See :class:`EngineSession`. Each costs rank · (K + N) · 2 bytes a layer, and as many products for every token."""
+        """See :class:`EngineSession`. Each costs rank · (K + N) · 2 bytes a layer, and as many products for every token.
+
+        Args:
+            specs: The LoRAs, each a file with a scale and a transformer.
+        """
         with self._lock:
             if self._model is None:
                 raise EngineError(f"the {self.backend} session of {self.component} is closed")

@@ -28,12 +28,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from dvdquant.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "BitSwitch",
@@ -75,6 +75,8 @@ def change_sums(current: Tensor, previous: Tensor | None) -> Tensor:
         The three sums in this order, float64 [3], on the device of ``current``. Without ``previous`` the first two are
         0.
     """
+    import torch  # here, because a request is checked without torch
+
     norm = current.abs().sum(dtype=torch.float64)
     if previous is None:
         zero = torch.zeros_like(norm)

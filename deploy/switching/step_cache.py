@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.records import brief
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["FAMILY_CACHE", "ChangeForecast", "Residual", "StepCachePolicy", "keep_residual", "reuse"]
 

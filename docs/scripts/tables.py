@@ -10,6 +10,7 @@ from typing import Any
 
 from dvdquant.artifact import manifest
 from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_precision, what_executes
+from dvdquant.hardware.listing import HEADER, SHORT_HEADER, gpu_rows, short_rows
 from dvdquant.recipe import RECIPES, ActivationSpec, Recipe
 
 
@@ -89,9 +90,19 @@ def _prose(docstring: str) -> str:
     return " ".join(text.split()).replace("``", "`").replace(":func:", "")
 
 
-TABLES: dict[str, Callable[[], str]] = {"executes": executes_table, "recipes": recipe_table}
+def gpu_table() -> str:
+    """Return every GPU of the table with what an export for it is."""
+    return _table(HEADER, gpu_rows())
+
+
+def short_gpu_table() -> str:
+    """Return a row for every compute capability; the README holds it as it is."""
+    return _table(SHORT_HEADER, short_rows())
+
+
+TABLES: dict[str, Callable[[], str]] = {"executes": executes_table, "gpus": gpu_table, "recipes": recipe_table}
 
 
 if __name__ == "__main__":
-    for make in (*TABLES.values(), schema_tables):
+    for make in (*TABLES.values(), short_gpu_table, schema_tables):
         print(make(), end="\n\n")

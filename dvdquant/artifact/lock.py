@@ -172,5 +172,10 @@ class FolderLock:
 
 
 def is_same(one: os.stat_result, other: os.stat_result) -> bool:
-    """Return whether both are the status of one file or folder."""
+    """Return whether both are the status of one file or folder.
+
+    Args:
+        one: The one status.
+        other: The other status.
+    """
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)

@@ -40,12 +40,14 @@ from dvdquant.text import json_text, shown
 
 __all__ = [
     "FORMAT_VERSION",
+    "BuildEntry",
     "EngineEntry",
     "FileEntry",
     "GraphEntry",
     "LayerEntry",
     "LoraEntry",
     "Manifest",
+    "Measured",
     "Sampling",
     "Source",
     "Verified",
@@ -68,9 +70,10 @@ _RESERVED = re.compile(r"\.(tmp-.*|lock|commit)|manifest\.json")
 MAX_VALUES = 200_000
 MAX_STEPS = 1000
 MAX_LORAS = 64
+MAX_BUILDS = 256
 MAX_GUIDANCE = 1000
 # Fields that an export has only where there is something to say, so that others stay as they were.
-_OPTIONAL = frozenset({"lora", "sampling"})
+_OPTIONAL = frozenset({"lora", "sampling", "builds"})
 
 
 def _check_time(text: str) -> str:
@@ -137,6 +140,12 @@ ComputeCapability = Annotated[str, Field(pattern="^[0-9]{1,2}[.][0-9]$")]
 ComponentName = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 AxisSizes = Annotated[
     list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(min_length=3, max_length=3), AfterValidator(_check_order)
+]
+
+
+ProfileShapes = Annotated[
+    list[Annotated[list[Annotated[int, Field(ge=1, lt=2**31)]], Field(min_length=1, max_length=8)]],
+    Field(min_length=3, max_length=3),
 ]
 
 
@@ -291,6 +300,24 @@ class GraphEntry(TypedDict):
     act_bits: Bits
 
 
+@with_config(_STRICT)
+class Measured(TypedDict):
+    """What the machine that built an engine found when it ran it.
+
+    Attributes:
+        gpu: The name of its GPU.
+        milliseconds: The median time of one pass at the sizes that the engine is tuned for.
+        passes: The number of passes that were timed.
+        relative_error: The distance of its output from that of the PyTorch session, relative to the norm of the latter;
+            null if that session did not fit into memory.
+    """
+
+    gpu: Text
+    milliseconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    passes: Count
+    relative_error: ErrorShare | None
+
+
 @with_config(_OPEN)
 class EngineEntry(TypedDict):
     """One engine.
@@ -306,6 +333,7 @@ class EngineEntry(TypedDict):
         versions: The versions of the builder.
         shapes: Its profile of sizes.
         attention: The number of attentions that run as one kernel, by the type of their queries; older manifests lack it.
+        measured: What ``dvdq-build`` found when it ran the engine; only where it could.
     """
 
     path: Text
@@ -318,6 +346,48 @@ class EngineEntry(TypedDict):
     versions: dict[Text, Text]
     shapes: dict[str, Any]
     attention: NotRequired[dict[Text, Annotated[int, Field(ge=0, lt=2**31)]]]
+    measured: NotRequired[Measured]
+
+
+@with_config(_OPEN)
+class BuildEntry(TypedDict):
+    """One engine that is to be built on another machine, by ``dvdq-build``.
+
+    Attributes:
+        engine: The path that the engine gets in the export.
+        component: The transformer that it is of.
+        graph: The path of the graph that its builder reads.
+        backend: The library that builds it.
+        sm: The compute capabilities that it is for.
+        act_bits: The bits of the graph's activations: 4, 6 or 8.
+        precision: A short name for the way in which the quantized layers run.
+        executes: The same in words.
+        onnx_sha256: The SHA-256 of the QuantLinear graph that ``graph`` was made from.
+        profile: The [MIN, OPT, MAX] shapes of every input; null if all sizes are fixed.
+        fp8_attentions: The number of attentions in the graph that have to become one FP8 kernel each.
+        builder_bytes: The memory that the builder is estimated to take.
+        held_bytes: The memory for weights that a session with this engine is estimated to hold.
+        optimization_level: The builder's effort, 0 to 5; null means the builder's own.
+        workspace_gib: The builder's workspace limit; null means the builder's own.
+        command: The line that builds it by NVIDIA's own tool; empty if there is none.
+    """
+
+    engine: Text
+    component: ComponentName
+    graph: Text
+    backend: Literal["tensorrt", "tensorrt_rtx"]
+    sm: Annotated[list[ComputeCapability], Field(min_length=1, max_length=100)]
+    act_bits: Bits
+    precision: Literal["int8", "int4-weight-only", "nvfp4", "plugin"]
+    executes: Text
+    onnx_sha256: Digest
+    profile: Annotated[dict[Text, ProfileShapes], Field(max_length=100)] | None
+    fp8_attentions: Annotated[int, Field(ge=0, lt=2**20)]
+    builder_bytes: Size
+    held_bytes: Size
+    optimization_level: Annotated[int, Field(ge=0, le=5)] | None
+    workspace_gib: Annotated[float, Field(gt=0, le=1024)] | None
+    command: Annotated[str, Field(max_length=16384)]
 
 
 @dataclass(frozen=True)
@@ -344,6 +414,7 @@ class Manifest:
         verified: The part that ``--verify`` compared with the checkpoint; None if it did not run.
         lora: The LoRAs in the weights, in the order they were added.
         sampling: The defaults of the runtime; None takes the model's own.
+        builds: The engines that are left to be built on the machine that they are for.
         format_version: The version of this format.
     """
 
@@ -376,10 +447,11 @@ class Manifest:
     verified: Verified | None = None
     lora: Annotated[tuple[LoraEntry, ...], FailFast(), Field(max_length=MAX_LORAS)] = ()
     sampling: Sampling | None = None
+    builds: Annotated[tuple[BuildEntry, ...], FailFast(), Field(max_length=MAX_BUILDS)] = ()
     format_version: Literal[2] = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        for name in ("layers", "kept", "nonfinite", "graphs", "engines", "components", "lora"):
+        for name in ("layers", "kept", "nonfinite", "graphs", "engines", "components", "lora", "builds"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
 
@@ -477,14 +549,16 @@ def _check(data: dict[str, Any], raw: bytes) -> Recipe:
         raise OutputError(
             f"manifest field {problem.field} {problem.state}", available=problem.allowed, fix="export again"
         ) from error
-    for table in ("graphs", "engines"):
-        for index, entry in enumerate(data[table]):
-            if entry["path"] not in files:
+    for table, key in (("graphs", "path"), ("engines", "path"), ("builds", "graph")):
+        for index, entry in enumerate(data.get(table, ())):
+            if entry[key] not in files:
                 raise OutputError(
-                    f"manifest field {table}[{index}].path is {brief(entry['path'])}, which files does not list",
+                    f"manifest field {table}[{index}].{key} is {brief(entry[key])}, which files does not list",
                     available=sorted(files)[:8],
                     fix="export again",
                 )
+    for entry in data.get("builds", ()):
+        check_relpath(entry["engine"])
     try:
         return Recipe.from_json(data["recipe"])
     except RecipeError as error:
@@ -562,7 +636,12 @@ def _listing(folder: Path) -> str:
 
 
 def source_of(source: Source, component: str) -> tuple[str, str]:
-    """Return (MODEL, the component to open in it) of a transformer of an export."""
+    """Return (MODEL, the component to open in it) of a transformer of an export.
+
+    Args:
+        source: What the manifest records of the source.
+        component: The name of the transformer.
+    """
     if component == "transformer_2" and "transformer_2" in source:
         return source["transformer_2"], "transformer"
     return source["model"], component

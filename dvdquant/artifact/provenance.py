@@ -12,12 +12,20 @@ __all__ = ["lora_words", "sampling_sentence", "sampling_words", "source_words"]
 
 
 def source_words(source: Source) -> str:
-    """Return the format and the precision of the weights an export was made from, "" where its manifest does not say."""
+    """Return the format and the precision of the weights an export was made from, "" where its manifest does not say.
+
+    Args:
+        source: What the manifest records of the source.
+    """
     return ", ".join(shown(part, 400) for part in (source.get("format"), source.get("precision")) if part)
 
 
 def sampling_words(sampling: Sampling) -> str:
-    """Return the steps and the guidance that are recorded."""
+    """Return the steps and the guidance that are recorded.
+
+    Args:
+        sampling: What the manifest records of steps and guidance.
+    """
     words = []
     if "steps" in sampling:
         words.append(f"{sampling['steps']} steps")
@@ -27,12 +35,20 @@ def sampling_words(sampling: Sampling) -> str:
 
 
 def sampling_sentence(sampling: Sampling) -> str:
-    """Return whose defaults the recorded steps and guidance are, and what they are."""
+    """Return whose defaults the recorded steps and guidance are, and what they are.
+
+    Args:
+        sampling: What the manifest records of steps and guidance.
+    """
     return f"defaults of dvdq-run and dvdq-plan: {sampling_words(sampling)}"
 
 
 def lora_words(entries: Sequence[LoraEntry]) -> list[str]:
-    """Return a line for each LoRA: file, scale, transformer, what was found of it, and the start of its SHA-256."""
+    """Return a line for each LoRA: file, scale, transformer, what was found of it, and the start of its SHA-256.
+
+    Args:
+        entries: The LoRAs as the manifest records them.
+    """
     return [
         f"LoRA {shown(os.path.basename(entry['path']))} at scale {entry['scale']:g} in {entry['component']}: "
         f"{entry['layers']} layers, {shown(entry['format'])} names, SHA-256 {entry['sha256'][:16]}…"

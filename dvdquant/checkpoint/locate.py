@@ -85,13 +85,23 @@ def _no_folder(model: str, path: Path, info: os.stat_result) -> CheckpointError:
 
 
 def recognize_file(folder: UntrustedFolder, name: str) -> Found | None:
-    """Return the foreign format of a file, or None if it is unknown or cannot be read."""
+    """Return the foreign format of a file, or None if it is unknown or cannot be read.
+
+    Args:
+        folder: The folder, opened as untrusted.
+        name: The name of the file in it.
+    """
     start = start_of(folder, name)
     return None if start is None else recognize_start(start)
 
 
 def start_of(folder: UntrustedFolder, name: str) -> bytes | None:
-    """Return the first bytes of a file, enough for the header of a large model; None if it cannot be read."""
+    """Return the first bytes of a file, enough for the header of a large model; None if it cannot be read.
+
+    Args:
+        folder: The folder, opened as untrusted.
+        name: The name of the file in it.
+    """
     try:
         fd = folder.open(name)
     except (CheckpointError, OSError, ValueError):
@@ -106,7 +116,11 @@ def start_of(folder: UntrustedFolder, name: str) -> bytes | None:
 
 
 def recognize_start(start: bytes) -> Found | None:
-    """Return the foreign format of a file that begins like this, or None if it is unknown."""
+    """Return the foreign format of a file that begins like this, or None if it is unknown.
+
+    Args:
+        start: The first bytes of the file.
+    """
     return recognize_bytes(start) or recognize_tensors(tensor_names(start) or ())
 
 

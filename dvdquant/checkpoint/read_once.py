@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["ReadOnce"]
 
 
+@dataclass
+class _Held:
+    """The tensors that are held, and their bytes together."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    nbytes: int = 0
+
+
 @dataclass(frozen=True)
 class ReadOnce(Checkpoint):
     """A checkpoint whose tensors are held after their first read, first come first served, up to a number of bytes.
@@ -26,35 +34,46 @@ class ReadOnce(Checkpoint):
     """
 
     budget: int = 0
-    _held: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _held: _Held = field(default_factory=_Held, repr=False, compare=False)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, budget: int) -> ReadOnce:
-        """Return ``checkpoint`` with room for ``budget`` bytes of its tensors; nothing is read yet."""
+        """Return ``checkpoint`` with room for some bytes of its tensors; nothing is read yet.
+
+        Args:
+            checkpoint: The checkpoint that tensors are read from.
+            budget: The number of bytes that may be held.
+        """
         fields = {item.name: getattr(checkpoint, item.name) for item in dataclasses.fields(Checkpoint)}
         return cls(**fields, budget=budget)
 
     @property
     def held_bytes(self) -> int:
         """Return the number of bytes that are held now."""
-        return sum(tensor.nbytes for tensor in self._held.values())
+        return self._held.nbytes
 
     def read(self, name: str) -> Tensor:
         """Return one tensor as :meth:`Checkpoint.read` does, from memory where it was read before.
+
+        Args:
+            name: The name of the tensor.
 
         Raises:
             CheckpointError: as :meth:`Checkpoint.read`.
         """
         import torch
 
-        if name in self._held:
-            return self._held[name]
+        held = self._held
+        if name in held.tensors:
+            return held.tensors[name]
         with torch.inference_mode(False):  # a tensor of inference mode cannot be used outside of it
             tensor = super().read(name)
         if tensor.nbytes <= self.budget - self.held_bytes:
-            self._held[name] = tensor
+            held.tensors[name] = tensor
+            held.nbytes += tensor.nbytes
         return tensor
 
     def forget(self) -> None:
         """Give back all that is held; what is read later is held again."""
-        self._held.clear()
+        self._held.tensors.clear()
+        self._held.nbytes = 0

@@ -65,7 +65,11 @@ class FileIdentity:
         return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
     def may_hold_the_same(self, other: FileIdentity) -> bool:
-        """Return whether the two differ in ``changed_ns`` at most: nothing but the content itself tells more."""
+        """Return whether the two differ in ``changed_ns`` at most: nothing but the content itself tells more.
+
+        Args:
+            other: The identity of the other file.
+        """
         return replace(self, changed_ns=other.changed_ns) == other
 
 

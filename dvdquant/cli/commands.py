@@ -32,7 +32,10 @@ COMMANDS: dict[str, Entry] = {
     for entry in (
         Entry("export", "dvdquant.cli.export", "quantize a model and write graphs and engines", script=True),
         Entry("run", "dvdquant.cli.run", "draw clips with an export, switching engines per step", script=True),
+        Entry("serve", "dvdquant.cli.serve", "serve exports over HTTP, by OpenAI's video API", script=True),
         Entry("plan", "dvdquant.cli.plan", "find the delta of switching for an average of bits or time", script=True),
+        Entry("build", "dvdquant.cli.build", "build an export's engines on the device they are for", script=True),
+        Entry("bundle", "dvdquant.cli.bundle", "pack an export for a machine without internet", script=True),
         Entry("inspect", "dvdquant.cli.inspect", "show what an export holds, and check its files", script=True),
         Entry("push", "dvdquant.cli.push", "put an export on the hub, where others read it by its name", script=True),
     )

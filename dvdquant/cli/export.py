@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setup_logging, table
 from dvdquant.cli.paths import LORA, MODEL, PATH, WORD
 from dvdquant.errors import UnsupportedError
+from dvdquant.hardware.advice import Choice, choose
 from dvdquant.recipe import ATTENTION, RECIPES, get_recipe
 from dvdquant.text import amount, json_text
 
@@ -34,14 +36,17 @@ REALIZE = (
     "int4-weight-only",
     "nvfp4",
 )  # those of dvdquant.export.engines.precision, which takes seconds to import
+BUILD_PLACES = ("auto", "here", "device")  # those of dvdquant.export.options, which takes seconds to import
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 MAX_TOKENS, MAX_BATCH = 1 << 16, 1 << 10
 
 EXAMPLES = """
 # a trained toy model, engines for one RTX generation, in half a minute
 dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5
 
-# what would it take? (of a local folder reads only headers; writes nothing)
-dvdq-export Wan-AI/Wan2.1-T2V-1.3B-Diffusers -o out/wan --sm 8.9 --sm 12.0 --dry-run
+# what would it take, and what would it give on my card? (of a local folder reads only headers; writes nothing)
+dvdq-export Wan-AI/Wan2.1-T2V-1.3B-Diffusers -o out/wan --gpu "RTX 4090" --dry-run
+dvdq-export --list-gpus
 
 # a range of sizes: one engine with an optimization profile
 dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/wan --height 480:720 --width 832:1280 --num-frames 33:81
@@ -50,7 +55,10 @@ dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/wan --height 480:720 --width 832:
 dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22-4 --lora high.safetensors --lora transformer_2=low.safetensors:0.8 \
     --steps 4 --guidance 1
 
-# graphs only; build engines on the server with trtexec or a later dvdq-export
+# for a Jetson Orin that is elsewhere: graphs, weights, profiles and the lines of trtexec; then dvdq-bundle, and dvdq-build there
+dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/orin --target tensorrt --sm 8.7
+
+# graphs only
 dvdq-export ./HunyuanVideo -o out/hy --target onnx --recipe w4a4-g128
 
 # files of ComfyUI: the two transformers of Wan 2.2, or the folder that holds them
@@ -65,6 +73,24 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 """
 
 
+def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Print the table of GPUs and end the command."""
+    if wanted and not ctx.resilient_parsing:
+        from dvdquant.hardware.listing import gpu_rows
+
+        for name, *facts in gpu_rows():
+            echo(name)
+            sm, memory, target, recipe, four_bits, ran = facts
+            if ran == "refused":
+                echo(f"    SM {sm}, {memory}: refused, {four_bits}")
+            else:
+                echo(
+                    f"    SM {sm}, {memory}; --target {target}, recipe {recipe}; 4-bit arithmetic: {four_bits}; has run: {ran}"
+                )
+        echo("\nA card that is not here: --sm with its compute capability.")
+        ctx.exit()
+
+
 @click.command(
     cls=ExamplesCommand,
     examples=EXAMPLES,
@@ -72,7 +98,34 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", "out", required=True, type=PATH, help="Folder for the export.")
 @click.option(
-    "--recipe", type=WORD, default="w4a4", show_default=True, help=f"What is quantized how: {', '.join(RECIPES)}."
+    "--gpu",
+    "gpus",
+    type=WORD,
+    multiple=True,
+    metavar="NAME|auto",
+    help='The card it is for, such as "RTX 4090"; auto is that of this machine. Repeatable.',
+)
+@click.option(
+    "--sm",
+    "sms",
+    type=WORD,
+    multiple=True,
+    help="The compute capability instead: 8.9, 89 or sm_89. Repeatable.  [default: 8.9, where no card is named]",
+)
+@click.option(
+    "--list-gpus",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_gpus,
+    help="Print the known cards, what runs on each, and which recipe suits it.",
+)
+@click.option(
+    "--recipe",
+    type=WORD,
+    default="auto",
+    show_default=True,
+    help=f"What is quantized how: {', '.join(RECIPES)}. auto: what suits the cards.",
 )
 @click.option(
     "--modulation",
@@ -96,13 +149,9 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
     "targets",
     type=WORD,
     multiple=True,
-    default=("rtx",),
-    show_default=True,
     help="rtx: TensorRT-RTX engines. tensorrt: TensorRT engines with the plugin. onnx: QDQ graphs for any runtime. "
-    "graphs: nothing besides the graphs with QuantLinear nodes, which are always written. Repeatable.",
-)
-@click.option(
-    "--sm", "sms", type=WORD, multiple=True, default=("8.9",), show_default=True, help="Compute capability; repeatable."
+    "graphs: nothing besides the graphs with QuantLinear nodes, which are always written. Repeatable.  "
+    "[default: rtx, or graphs where the card has no such engines]",
 )
 @click.option(
     "--precision",
@@ -152,7 +201,17 @@ dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 -
 )
 @click.option("--subfolder", type=WORD, help="Folder of the transformer inside MODEL.")
 @click.option("--revision", type=WORD, help="Branch, tag or commit of a hub id.")
-@click.option("--plugin", "plugins", multiple=True, type=PATH, help="TensorRT plugin library.")
+@click.option(
+    "--build",
+    type=click.Choice(BUILD_PLACES),
+    default="auto",
+    show_default=True,
+    help="Where engines are built: here, or by dvdq-build on the device they are for, which needs no builder here. "
+    "auto leaves TensorRT's to the device unless --plugin is given.",
+)
+@click.option(
+    "--plugin", "plugins", multiple=True, type=PATH, help="TensorRT plugin library, to build its engines here."
+)
 @click.option("--workspace-gib", type=float, help="Workspace limit of the engine builder.")
 @click.option("--timing-cache", type=PATH, help="TensorRT timing cache to read and update.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="Builder effort (TensorRT).")
@@ -202,7 +261,8 @@ def main(**arguments: Any) -> None:
     dry_run, verbose, log_format = (arguments.pop(n) for n in ("dry_run", "verbose", "log_format"))
     setup_logging(verbose, log_format)
     _check_revision(arguments["model"], arguments["revision"])
-    recipe = get_recipe(arguments.pop("recipe")).with_globs(arguments.pop("keep"), arguments.pop("force"))
+    choice = choose(arguments.pop("gpus"), arguments.pop("sms"), arguments.pop("targets"), arguments.pop("recipe"))
+    recipe = get_recipe(choice.recipe).with_globs(arguments.pop("keep"), arguments.pop("force"))
     if (modulation := arguments.pop("modulation")) is not None:
         recipe = replace(recipe, modulation=modulation)
     if (attention := arguments.pop("attention")) is not None:
@@ -216,7 +276,8 @@ def main(**arguments: Any) -> None:
     from dvdquant.system.whole_file import check_writable
 
     started = time.monotonic()
-    options = ExportOptions(recipe=recipe, lora=parse_loras(arguments.pop("loras")), **arguments)
+    loras = parse_loras(arguments.pop("loras"))
+    options = ExportOptions(recipe=recipe, targets=choice.targets, sms=choice.sms, lora=loras, **arguments)
     _check_early(options)
     if options.timing_cache is not None:
         check_writable(options.timing_cache)
@@ -229,9 +290,11 @@ def main(**arguments: Any) -> None:
 
     plan = plan_export(options)
     if dry_run:
-        echo(json_text(_plan_json(plan)) if log_format == "json" else _plan_text(plan))
+        echo(json_text(_plan_json(plan, choice)) if log_format == "json" else _plan_text(plan, choice))
         return
     progress = Progress(log_format)
+    for note in choice.notes:
+        progress.say(note)
     result = run_export(plan, progress, add_report)
     if log_format == "json":
         progress.event("done", **_result_json(result, time.monotonic() - started))
@@ -242,16 +305,16 @@ def main(**arguments: Any) -> None:
 def _check_early(options: ExportOptions) -> None:
     """Refuse an output folder or a model that cannot be used, in the order of the plan, which checks them again."""
     from dvdquant.artifact.output_folder import check_output
-    from dvdquant.checkpoint.reader import Checkpoint, read_config_file
+    from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
     from dvdquant.export.options import check_text
 
     check_text(options)
     check_output(options.out)
-    if options.config is not None:
-        read_config_file(options.config)
-    may_be_hub_id = options.model.count("/") == 1 and not os.path.exists(os.path.expanduser(options.model))
+    config = None if options.config is None else read_config_file(options.config)
+    may_be_hub_id = not os.path.exists(os.path.expanduser(options.model)) and _HUB_ID.fullmatch(options.model)
     if not (options.subfolder or may_be_hub_id):
-        Checkpoint.components(options.model, revision=options.revision)
+        for name in Checkpoint.components(options.model, revision=options.revision):
+            open_checkpoint(options.model, component=name.rpartition("/")[2], config=config)
 
 
 def _check_revision(model: str, revision: str | None) -> None:
@@ -262,10 +325,14 @@ def _check_revision(model: str, revision: str | None) -> None:
         )
 
 
-def _plan_json(plan: ExportPlan) -> dict[str, Any]:
+def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
+    from dvdquant.cli.export_answers import answers
     from dvdquant.export.source_words import source_facts
 
     return {
+        "gpus": list(choice.gpus),
+        "notes": list(choice.notes),
+        "answers": dict(answers(plan, choice)),
         "family": plan.plans[0].family.name,
         "components": list(plan.components),
         "sources": [source_facts(c, p.family) for c, p in zip(plan.checkpoints, plan.plans)],
@@ -287,13 +354,17 @@ def _plan_json(plan: ExportPlan) -> dict[str, Any]:
         "kept": [name for p in plan.plans for name in p.kept_linears],
         "left_out": [name for p, c in zip(plan.plans, plan.checkpoints) for name in p.left_out(c.tensors)],
         "engines": [{"sm": e.sms, "act_bits": e.act_bits, "executes": e.executes} for e in plan.engines],
+        "later": [
+            {"sm": e.sms, "act_bits": e.act_bits, "executes": e.executes, "backend": e.backend} for e in plan.later
+        ],
         "estimate": plan.estimate.to_json(),
     }
 
 
-def _plan_text(plan: ExportPlan) -> str:
+def _plan_text(plan: ExportPlan, choice: Choice) -> str:
     from dvdquant.artifact.provenance import sampling_sentence
     from dvdquant.checkpoint.lora.fuse import lora_lines
+    from dvdquant.cli.export_answers import answers
     from dvdquant.export.source_words import source_lines
     from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.quantize.checkpoint import left_out_text
@@ -321,6 +392,10 @@ def _plan_text(plan: ExportPlan) -> str:
         f"sizes (latent): {plan.sizes.frames} × {plan.sizes.height} × {plan.sizes.width}, "
         f"{first.family.tokens(*plan.sizes.at('opt'))} video tokens, {plan.sizes.text_tokens} text tokens",
         *ladders_words(plan.options.recipe.attention),
+        *choice.notes,
+        "",
+        "what you get",
+        paragraphs(answers(plan, choice)),
         "",
         table(("layers", "K → N", "rotation", "weight group", "such as"), rows, right=(0, 2, 3)),
         "",
@@ -336,6 +411,12 @@ def _plan_text(plan: ExportPlan) -> str:
         lines += [
             "what will execute",
             paragraphs([(_target(e.backend, e.sms, e.act_bits), e.executes) for e in plan.engines]),
+            "",
+        ]
+    if plan.later:
+        lines += [
+            "left to dvdq-build on the device",
+            paragraphs([(_target(e.backend, e.sms, e.act_bits), e.executes) for e in plan.later]),
             "",
         ]
     lines += [
@@ -398,6 +479,9 @@ def _result_text(plan: ExportPlan, result: ExportResult, seconds: float) -> str:
     if manifest.engines:
         words = [(_target(e["backend"], e["sm"], e["act_bits"]), e["executes"]) for e in manifest.engines]
         lines += ["what executes", paragraphs(words), ""]
+    if manifest.builds:
+        rows = [(b["engine"], ", ".join(b["sm"]), b["graph"]) for b in manifest.builds]
+        lines += ["left to dvdq-build on the device", table(("engine", "SM", "from"), rows), ""]
     lines += [_error_line(manifest.layers, error_name(manifest.recipe))]
     for stored in result.stored:
         lines += stored.lines()

@@ -67,7 +67,17 @@ GROUPS = {
         "compare",
     ),
     "What to write": ("output", "gif", "strip", "trace", "fps"),
-    "Where it runs": ("revision", "pipeline", "lora", "backend", "device", "compile", "attention", "attention_backend"),
+    "Where it runs": (
+        "revision",
+        "pipeline",
+        "lora",
+        "backend",
+        "device",
+        "plugin",
+        "compile",
+        "attention",
+        "attention_backend",
+    ),
 }
 
 
@@ -114,6 +124,7 @@ class RunOptions:
     lora: tuple[str, ...]
     backend: str
     device: str
+    plugin: tuple[Path, ...]
     compile: bool
     attention: str | None
     attention_backend: str | None
@@ -207,6 +218,12 @@ class RunOptions:
     help="Self-attention of long sequences in PyTorch: 16 bit, int8 or fp8.  [default: the export's]",
 )
 @click.option(
+    "--plugin",
+    multiple=True,
+    type=PATH,
+    help="TensorRT plugin library, which engines with the plugin need. Its code runs: take none that you do not trust.",
+)
+@click.option(
     "--attention-backend",
     type=WORD,
     metavar="LIBRARY",
@@ -253,6 +270,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
         compile=settings.compile,
         attention=settings.attention,
         attention_backend=settings.attention_backend,
+        plugins=settings.plugin,
     ) as generator:
         # Every request is checked, and every engine loaded, before the first clip is drawn.
         plan = [[generator.check(r) for r in requests_for(settings, artifact, p)] for p in prompts]
@@ -382,6 +400,8 @@ def check_options(settings: RunOptions) -> None:
         and settings.backend not in ("auto", "pytorch"),
         "--compile is for the quantized transformer, and --mode 16 runs the original": settings.compile
         and settings.mode == "16",
+        f"--plugin is for TensorRT engines, so --backend {settings.backend} does not apply": settings.plugin
+        and settings.backend not in ("auto", "tensorrt"),
         f"--attention-backend runs in PyTorch, so --backend {settings.backend} does not apply": settings.attention_backend
         and settings.backend not in ("auto", "pytorch"),
         f"--mode 16 runs the original checkpoint in PyTorch, so --backend {settings.backend} does not apply": (

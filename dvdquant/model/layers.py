@@ -467,6 +467,9 @@ def make_weights(model: nn.Module) -> None:
     """Make the prepared weight of every layer of ``model`` for its current activation grid, where kernels run it.
 
     A compiled model cannot make one while it runs.
+
+    Args:
+        model: The quantized model.
     """
     for module in model.modules():
         if isinstance(module, QuantLinear) and module.kernel is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ __all__ = [
     "WeightPointers",
     "find_library",
     "load_library",
+    "serves",
 ]
 
 ABI_VERSION = 3
@@ -40,6 +42,8 @@ LIBRARY = "libdvdquant_kernels.so"
 BUILD = "run `make kernels` in a checkout (needs nvcc), or set DVDQUANT_KERNELS to the built library"
 DTYPES = ("bf16", "fp16")
 CODES = ("s4", "s8", "e4m3")
+# Orin and Thor: what is compiled for other GPUs of their major version does not run on them.
+TEGRA = (87, 110)
 GRID_ZERO_POINTS = ("midrise", "symmetric", "float")
 GRID_SOLVERS = ("minmax", "search")
 
@@ -162,6 +166,27 @@ class WeightPointers:
     bias: int = 0
 
 
+def serves(architectures: Sequence[str], sm: int) -> bool:
+    """Return whether a library that is built for ``architectures`` holds code for a GPU.
+
+    Machine code runs on its own major version from its own minor version on, but the Tegra chips (:data:`TEGRA`) run theirs
+    alone, and it runs on no other. PTX (``compute_80``) is compiled by the driver for any GPU since, except 9.0: the paths
+    that are planned there have instructions of their own.
+
+    Args:
+        architectures: What ``dvdq_architectures`` says, such as ``("80", "90a", "compute_80")``.
+        sm: major · 10 + minor of the GPU.
+    """
+    numbers = [int(name.rstrip("af")) for name in architectures if name.rstrip("af").isdigit()]
+    if sm in numbers:
+        return True
+    earlier = [number for number in numbers if number // 10 == sm // 10 and number < sm and number not in TEGRA]
+    if earlier and sm not in TEGRA:
+        return True
+    ptx = [name.removeprefix("compute_") for name in architectures if name.startswith("compute_")]
+    return sm != 90 and any(number.isdigit() and int(number) <= sm for number in ptx)
+
+
 class KernelLibrary:
     """An opened kernel library; a failed call raises the error of its status, with the library's own message.
 
@@ -216,13 +241,12 @@ class KernelLibrary:
             raise _ERRORS.get(status, KernelError)(text or f"the kernel library answered status {status}")
 
     def serves(self, sm: int) -> bool:
-        """Return whether the library holds machine code for ``sm``: same major version, and no later minor version.
+        """Return whether the library holds code for ``sm``, as :func:`serves` says.
 
         Args:
             sm: major · 10 + minor of a device.
         """
-        numbers = [int(name.rstrip("af")) for name in self.architectures if name.rstrip("af").isdigit()]
-        return any(number // 10 == sm // 10 and number <= sm for number in numbers)
+        return serves(self.architectures, sm)
 
     def path_name(self, path: int) -> str:
         """Return the name of a ``dvdq_path``, as in :data:`dvdquant.ops.repack.PATHS`.

@@ -107,7 +107,12 @@ class KernelLayer:
         return y.to(x.dtype)
 
     def make_weight(self, act_bits: int, act_group: int) -> Tensor:
-        """Return the prepared weight for an activation grid, uint8 [bytes], made at the first call."""
+        """Return the prepared weight for an activation grid, uint8 [bytes], made at the first call.
+
+        Args:
+            act_bits: The bits of the activations: 4, 6 or 8.
+            act_group: The group size of the activations, 0 for one scale per token.
+        """
         form = self._runs[act_bits, act_group][1]
         if form not in self._weights:
             self._make(act_bits, act_group)

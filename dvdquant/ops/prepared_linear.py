@@ -29,7 +29,11 @@ _handles: weakref.WeakKeyDictionary[CudaKernels, int] = weakref.WeakKeyDictionar
 
 
 def handle_of(kernels: CudaKernels) -> int:
-    """Return the number by which :func:`prepared_linear` finds ``kernels``: an operation takes no Python objects."""
+    """Return the number by which :func:`prepared_linear` finds ``kernels``: an operation takes no Python objects.
+
+    Args:
+        kernels: The opened kernels.
+    """
     if kernels not in _handles:
         _handles[kernels] = next(_numbers)
         _kernels[_handles[kernels]] = kernels

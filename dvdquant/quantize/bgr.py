@@ -130,23 +130,21 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
     if spec.group_size % 2:
         raise ShapeError(f"weight groups of {spec.group_size} are odd", available="even group sizes, or 0 for the row")
     # 1. On a GPU: by the kernels where they take these rows, else by tensor operations.
-    from dvdquant.quantize.backends import torch_grid as bgr_device
+    from dvdquant.quantize.backends import torch_grid
 
-    if bgr_device.solves(w.device, spec.zero_point, spec.solver):
+    if torch_grid.solves(w.device, spec.zero_point, spec.solver):
         exact = w.detach().to(torch.float32)
         if not bool(torch.isfinite(exact).all()):
             raise _nonfinite(w)
         from dvdquant.quantize.backends.cuda_grid import quantizer_kernels
 
-        kernels, search = quantizer_kernels(w.device), bgr_device.quantize_rows
+        kernels, search = quantizer_kernels(w.device), torch_grid.quantize_rows
         if kernels is not None and kernels.searches(w.shape[1], groups, spec.zero_point, spec.solver):
             search = kernels.search
         return QuantizedWeight(*search(exact, groups, spec.zero_point, spec.solver))
     # 2. On the CPU, or by the paper's algorithm: by compiled loops, blocks of rows on all threads.
-    from dvdquant.quantize.backends import (  # numba takes a second to import: only those who quantize pay for it
-        numba_float_zero as bgr_real,
-    )
-    from dvdquant.quantize.backends import numba_search as bgr_search
+    # numba takes a second to import: only those who quantize pay for it.
+    from dvdquant.quantize.backends import numba_float_zero, numba_search
 
     # Of groups the factors are searched afterwards, over the neighbourhood of each scale.
     starts = _STARTS if groups == 1 else 0
@@ -160,9 +158,9 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
     def work(v: F32, units: F64, rows: slice) -> None:
         out = [o[rows] for o in outputs]
         if mode == _REAL:
-            bgr_real.quantize_rows(v, units, solver, _STEPS, *out)
+            numba_float_zero.quantize_rows(v, units, solver, _STEPS, *out)
         else:
-            bgr_search.quantize_rows(v, units, mode, solver, starts, _STEPS, *out)
+            numba_search.quantize_rows(v, units, mode, solver, starts, _STEPS, *out)
 
     _for_row_blocks(w, groups, work)
     return QuantizedWeight(*(t.to(w.device) for t in (codes, scale, group_scale, zero)))
@@ -192,8 +190,7 @@ def refine_grid(
     """
     mode, solver_code = _check_names(zero_point, solver)
     groups = _check_shape(w, group_size)
-    from dvdquant.quantize.backends import numba_float_zero as bgr_real
-    from dvdquant.quantize.backends import numba_search as bgr_search
+    from dvdquant.quantize.backends import numba_float_zero, numba_search
 
     outputs = [torch.empty(len(w), groups, dtype=torch.float64) for _ in range(2)]
     arrays = [t.numpy() for t in outputs]
@@ -201,9 +198,9 @@ def refine_grid(
     def work(v: F32, units: F64, rows: slice) -> None:
         scale, zero = (a[rows] for a in arrays)
         if mode == _REAL:
-            bgr_real.solve_rows(v, units, solver_code, iterations, scale, zero)
+            numba_float_zero.solve_rows(v, units, solver_code, iterations, scale, zero)
         else:
-            bgr_search.solve_rows(v, units, mode, solver_code, _STARTS, iterations, scale, zero)
+            numba_search.solve_rows(v, units, mode, solver_code, _STARTS, iterations, scale, zero)
 
     _for_row_blocks(w, groups, work)
     scale, zero = outputs

@@ -34,7 +34,14 @@ def hook(package: str, path: str, why: str, requirement: str) -> Any:
 
 
 def lost_hook(package: str, name: str, why: str, requirement: str) -> UnsupportedError:
-    """Return the error for something that the installed release of a package lacks; arguments as for :func:`hook`."""
+    """Return the error for something that the installed release of a package lacks; arguments as for :func:`hook`.
+
+    Args:
+        package: The name of the package.
+        name: What it lacks.
+        why: What dvdquant needs it for.
+        requirement: The releases that have it.
+    """
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -21,6 +21,9 @@ def locks_stay_here(fd: int) -> bool:
 
     NFS of today has its server hold the lock; the options ``nolock`` and ``local_lock`` keep it to the client. What cannot
     be found out counts as a disk of this machine.
+
+    Args:
+        fd: The descriptor of the open file.
     """
     try:
         info = os.fstat(fd)

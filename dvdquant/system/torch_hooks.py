@@ -35,13 +35,22 @@ _version = hook("torch", "torch:Tensor._version", "to see that a tensor was chan
 
 
 def parse_to(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None]:
-    """Return the device and the dtype that the arguments of ``torch.nn.Module.to`` name, None for what they do not."""
+    """Return the device and the dtype that the arguments of ``torch.nn.Module.to`` name, None for what they do not.
+
+    Args:
+        *args: The positional arguments of the call.
+        **kwargs: The named arguments of the call.
+    """
     device, dtype, *_ = _parse_to(*args, **kwargs)
     return device, dtype
 
 
 def allow_recompiles(count: int) -> None:
-    """Let torch.compile keep at least ``count`` compiled forms of one function, in the whole process."""
+    """Let torch.compile keep at least ``count`` compiled forms of one function, in the whole process.
+
+    Args:
+        count: The number of forms.
+    """
     why = "to compile a block for each of its forms"
     present = hook("torch", "torch._dynamo.config:recompile_limit", why, REQUIREMENT)
     hook("torch", "torch._dynamo.config", why, REQUIREMENT).recompile_limit = max(count, present)
@@ -54,6 +63,10 @@ def trace_error() -> type[Exception]:
 
 
 def tensor_version(x: torch.Tensor) -> int:
-    """Return the number of changes in place that ``x`` has seen; 0 for an inference tensor, which counts none."""
+    """Return the number of changes in place that ``x`` has seen; 0 for an inference tensor, which counts none.
+
+    Args:
+        x: The tensor.
+    """
     number: int = 0 if x.is_inference() else _version.__get__(x)
     return number

@@ -12,7 +12,7 @@ from dvdquant.recipe import Recipe
 
 __all__ = ["FP8_SMS", "SIXTEEN_BIT", "AttentionWish", "attention_wish"]
 
-FP8_SMS: tuple[str, ...] = ("8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
+FP8_SMS: tuple[str, ...] = ("8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
 """SMs with FP8 tensor cores."""
 
 
@@ -29,12 +29,20 @@ class AttentionWish:
     obstacle: str = ""
 
     def on(self, sms: Sequence[str]) -> Literal["16", "fp8"]:
-        """Return how attention runs in one engine for these SMs."""
+        """Return how attention runs in one engine for these SMs.
+
+        Args:
+            sms: The compute capabilities of the engine.
+        """
         wanted = self.kind != "16" and not self.obstacle and all(sm in FP8_SMS for sm in sms)
         return "fp8" if wanted else "16"
 
     def words(self, sms: Sequence[str]) -> str:
-        """Return the same in plain words, for the manifest and the dry run; nothing where 16 bit was asked for."""
+        """Return the same in plain words, for the manifest and the dry run; nothing where 16 bit was asked for.
+
+        Args:
+            sms: The compute capabilities of the engine.
+        """
         if self.kind == "16":
             return ""
         if self.on(sms) == "fp8":
@@ -48,7 +56,13 @@ SIXTEEN_BIT = AttentionWish()
 
 
 def attention_wish(recipe: Recipe, family: Family, sizes: Sizes) -> AttentionWish:
-    """Return what ``recipe`` asks of this model at these sizes."""
+    """Return what ``recipe`` asks of this model at these sizes.
+
+    Args:
+        recipe: The recipe of the export.
+        family: The model family.
+        sizes: The sizes of the export, in latent units.
+    """
     kind = recipe.attention
     tokens = family.tokens(*sizes.at("max"))
     if tokens <= LONG_TOKENS:

@@ -50,11 +50,13 @@ _PLUGIN_A4: dict[str, str] = {
     "9.0": "8-bit tensor cores (Hopper has no 4-bit integer units), so A4 is no faster than A8",
     "10.0": _S8,
     "10.3": _S8,
+    "11.0": _S8,
     "12.0": _S8,
     "12.1": _S8,
 }
 # Machine code runs on later minor versions of its major version, unless it was made for one version's own instructions (sm_90a
-# is, sm_100 and sm_120 are not). The kernel library is built for 8.0, 9.0a, 10.0 and 12.0.
+# is, sm_100 and sm_120 are not) or the GPU is a Tegra chip (8.7, 11.0). The kernel library is built for 8.0, 8.7, 9.0a, 10.0,
+# 11.0 and 12.0.
 _PLUGIN_CODE_OF = {"10.3": "10.0", "12.1": "12.0"}
 TENSORRT_SMS: tuple[str, ...] = tuple(_PLUGIN_A4)
 """SMs the TensorRT plugin has kernels for."""

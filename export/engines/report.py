@@ -185,7 +185,11 @@ LONG_SCORES = 1024
 
 
 def attention_summary(lines: Iterable[str]) -> dict[str, int]:
-    """Return how many fused attentions there are per type of their first operand, from the builder's verbose layer listing."""
+    """Return how many fused attentions there are per type of their first operand, from the builder's verbose layer listing.
+
+    Args:
+        lines: The lines of the builder's listing.
+    """
     found: Counter[str] = Counter()
     for name, kind, inputs, _, _ in _layers(lines):
         if kind == "kgen" and "mha" in name and inputs:
@@ -198,6 +202,9 @@ def materialized_scores(lines: Iterable[str]) -> list[str]:
 
     Such a layer is a product of two activations, or a softmax, with an output whose last two dimensions both go with the number
     of tokens: dynamic ones, or fixed ones of ``LONG_SCORES`` and more.
+
+    Args:
+        lines: The lines of the builder's listing.
     """
     return [
         name

@@ -31,7 +31,7 @@ from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
 from dvdquant.system.progress import Progress
 
-__all__ = ["BuildSettings", "EngineStage", "build_settings", "engine_path", "find_current"]
+__all__ = ["BuildSettings", "EngineStage", "build_settings", "check_attention", "engine_path", "find_current"]
 
 
 def engine_path(component: str, engine: EnginePlan) -> str:
@@ -71,6 +71,7 @@ class EngineStage:
     weight_source: Callable[[str], Tensor] | None = None
     _stores: dict[str, TensorStore] = field(default_factory=dict)
     _quantized: int = 0  # attentions in FP8 of the graph that was lowered last
+    _kept: set[str] = field(default_factory=set)  # precisions of graphs that are for another machine
 
     def build(self, engine: EnginePlan) -> tuple[EngineEntry, BuildReport]:
         """Build one engine, and return its entry for the manifest and the builder's report.
@@ -108,7 +109,7 @@ class EngineStage:
                     "working", stage="engines", label=target.name, seconds=round(seconds, 1), silent=round(silent, 1)
                 ),
             )
-            self._check_attention(engine, report, target)
+            check_attention(engine.backend, self._quantized, report, target)
         except EngineError as error:
             what = f"{self.component} a{engine.act_bits} for {engine.backend} SM {', '.join(engine.sms)}: {error.what}"
             raise EngineError(what, available=error.available, fix=error.fix) from error
@@ -117,21 +118,24 @@ class EngineStage:
                 graph.unlink(missing_ok=True)
         return self._entry(engine, report), report
 
-    def _check_attention(self, engine: EnginePlan, report: BuildReport, target: Path) -> None:
-        """EngineError where TensorRT-RTX fused fewer attentions in FP8 than the graph has; the engine is removed then.
+    def prepare(self, engine: EnginePlan) -> tuple[str, int]:
+        """Write the graph that the builder of an engine reads, for a builder on another machine.
 
-        TensorRT names its kernels otherwise, and its listing was never seen: what it lists is recorded alone.
+        Args:
+            engine: The engine that is to be built.
+
+        Returns:
+            The path of the graph relative to the export, and the number of its attentions in FP8.
+
+        Raises:
+            ExportError: The graph cannot be lowered for this precision.
+            OutputError: A file cannot be written.
+            ResourceError: Disk or memory is full.
         """
-        if engine.attention != "fp8" or engine.backend != "tensorrt_rtx":
-            return
-        fused = report.attention.get("FP8", 0)
-        if fused < self._quantized:
-            target.unlink(missing_ok=True)
-            raise EngineError(
-                f"{fused} of {self._quantized} attentions became one FP8 kernel",
-                available=f"by type: {dict(report.attention)}",
-                fix="use a recipe with attention 16 (--attention 16)",
-            )
+        source = self.root / graph_path(self.component, engine.act_bits, "tensorrt")
+        graph = self._for_plugin(source, engine) if engine.precision == "plugin" else self._lower(source, engine)
+        self._kept.add(engine.precision)
+        return graph.relative_to(self.root).as_posix(), self._quantized
 
     def _attention(self, model: ir.Model, engine: EnginePlan) -> None:
         """Quantize the attention in the graph where the engine is to have it in FP8; it reads weights, so it comes first."""
@@ -149,7 +153,7 @@ class EngineStage:
         model = ir.load(source)
         self._attention(model, engine)
         plugin_inputs(model)
-        path = source.with_name(f"{self.component}_a{engine.act_bits}_plugin.onnx")
+        path = source.with_name(f"{self.component}_a{engine.act_bits}_plugin{_suffix(engine)}.onnx")
         ir.save(model, path)
         return path
 
@@ -171,14 +175,15 @@ class EngineStage:
             lower_nvfp4(model, self.weight_source, store)
         else:
             lower_qdq_int4(model, store)
-        path = stem.with_name(f"{self.component}_a{engine.act_bits}_rtx_{engine.precision}.onnx")
+        path = stem.with_name(f"{self.component}_a{engine.act_bits}_rtx_{engine.precision}{_suffix(engine)}.onnx")
         ir.save(model, path)
         return path
 
     def close(self) -> None:
         """Remove the derived weights, unless the graphs that read them are kept."""
-        for store in self._stores.values():
-            if store.path is not None and (not self.options.keep_graphs or not store.bytes_written):
+        for precision, store in self._stores.items():
+            keep = self.options.keep_graphs or precision in self._kept
+            if store.path is not None and not (keep and store.bytes_written):
                 store.path.unlink(missing_ok=True)
 
     def _entry(self, engine: EnginePlan, report: BuildReport) -> EngineEntry:
@@ -196,6 +201,35 @@ class EngineStage:
             versions={engine.backend: report.version},
             shapes=shapes,
             attention=dict(report.attention),
+        )
+
+
+def _suffix(engine: EnginePlan) -> str:
+    """Return what tells the graph of an engine with FP8 attention from that of one without, which serves other SMs."""
+    return "_fp8" if engine.attention == "fp8" else ""
+
+
+def check_attention(backend: str, wanted: int, report: BuildReport, target: Path) -> None:
+    """Remove an engine of TensorRT-RTX in which fewer attentions are fused in FP8 than its graph has, and say so.
+
+    TensorRT names its kernels otherwise, and its listing was never seen: what it lists is recorded alone.
+
+    Args:
+        backend: ``tensorrt_rtx`` or ``tensorrt``.
+        wanted: The number of attentions in FP8 of the graph.
+        report: The builder's report.
+        target: The engine.
+
+    Raises:
+        EngineError: There are fewer.
+    """
+    fused = report.attention.get("FP8", 0)
+    if backend == "tensorrt_rtx" and fused < wanted:
+        target.unlink(missing_ok=True)
+        raise EngineError(
+            f"{fused} of {wanted} attentions became one FP8 kernel",
+            available=f"by type: {dict(report.attention)}",
+            fix="use a recipe with attention 16 (--attention 16)",
         )
 
 

@@ -31,6 +31,7 @@ from dvdquant.export.engines.report import (
     materialized_scores,
 )
 from dvdquant.system.files import disk_error
+from dvdquant.system.gpu import read_gpu
 from dvdquant.system.whole_file import write_whole
 
 __all__ = ["build", "main"]
@@ -240,16 +241,15 @@ def _check_device(backend: Backend, sms: tuple[str, ...]) -> None:
     """
     if backend.builds_for_sms:
         return
-    import torch
-
-    if not torch.cuda.is_available():
+    gpu = read_gpu()
+    if gpu is None:
         raise EngineError(
             f"{backend.name} builds an engine on the GPU it is for, and this machine has none",
-            fix="build on the target machine, or use the rtx target, which builds without a GPU",
+            fix="leave it to dvdq-build on the target machine (dvdq-export --build device), or use the rtx target, which "
+            "builds without a GPU",
         )
-    present = "{}.{}".format(*torch.cuda.get_device_capability())
-    if sms != (present,):
-        raise EngineError(f"{backend.name} cannot build for SM {', '.join(sms)} here", available=f"SM {present}")
+    if sms != (gpu.sm,):
+        raise EngineError(f"{backend.name} cannot build for SM {', '.join(sms)} here", available=f"SM {gpu.sm}")
 
 
 def build(request: BuildRequest) -> BuildReport:

@@ -76,7 +76,12 @@ class _Match:
 
 
 def quantizable(model: ir.Model, tokens: int) -> int:
-    """Return how many attentions :func:`fp8_attention` would quantize."""
+    """Return how many attentions :func:`fp8_attention` would quantize.
+
+    Args:
+        model: The graph.
+        tokens: The number of video tokens at the largest sizes.
+    """
     return sum(1 for _ in _matches(model, tokens))
 
 

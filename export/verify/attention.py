@@ -57,6 +57,10 @@ def round_e4m3(x: Tensor, scale: float) -> Tensor:
     """Return ``x`` after Q/DQ in e4m3 with a static scale, in its own dtype.
 
     Each value becomes the nearest of the format, ties to even, saturated.
+
+    Args:
+        x: The values, any shape, floating point.
+        scale: The static scale.
     """
     wide = x if x.dtype == torch.float64 else x.float()
     return (e4m3_codes(wide, scale).to(wide.dtype) * scale).to(x.dtype)
@@ -121,7 +125,12 @@ def with_fp8_attention(scales: Sequence[AttentionScales], attentions: int) -> It
 
 
 def attention_intermediates(model: ir.Model, scales: Sequence[AttentionScales]) -> dict[str, ir.Value]:
-    """Return the operands and the result of every quantized attention, under ``<module> <what>``."""
+    """Return the operands and the result of every quantized attention, under ``<module> <what>``.
+
+    Args:
+        model: The graph, with its attentions quantized.
+        scales: The scales of the quantized attentions.
+    """
     nodes = {node.name: node for node in model.graph}
     intermediates = {}
     for each in scales:

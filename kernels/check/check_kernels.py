@@ -146,7 +146,7 @@ def check_dispatch(bench: Bench) -> Iterator[Outcome]:
         bench: The kernels and the values of K.
     """
     tally = Tally()
-    for sm in (80, 86, 87, 89, 90, 100, 103, 120, 121):
+    for sm in (80, 86, 87, 89, 90, 100, 103, 110, 120, 121):
         for features in bench.features:
             for rows in ROWS:
                 for grid, layer in layers(features, rows):

@@ -40,8 +40,8 @@ def choose_path(layer: LayerShape, sm: int) -> str:
         UnsupportedError: No path runs the layer.
         ShapeError: K or the weight groups have a size that no kernel takes.
     """
-    if sm not in (80, 86, 87, 89, 90, 100, 103, 120, 121):
-        raise UnsupportedError(f"SM {sm / 10}", available="SM 8.x, 9.0, 10.x and 12.x")
+    if sm < 80 or 90 < sm < 100:
+        raise UnsupportedError(f"SM {sm / 10}", available="SM 8.0 to 8.9, 9.0, and 10.0 and later")
     if layer.act_bits not in (4, 8) or layer.act_group not in (0, 64, 128):
         raise UnsupportedError(f"{layer.act_bits}-bit activations in groups of {layer.act_group}")
     if layer.k % 32 or layer.k // layer.weight_groups % 8:

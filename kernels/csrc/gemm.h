@@ -41,7 +41,7 @@ struct GemmArgs {
 dvdq_status gemm_s4_token(const GemmArgs& args);
 // SM 8.x: y = row_scale[n] * sum_g s[m, g] * f[n, g] / 255 * (acc_g - z[n, g] * sum[m, g]) + bias[n].
 dvdq_status gemm_s4_group(const GemmArgs& args);
-// SM 8.x, 10.x, 12.x: y = row_scale[n] * (s[m] * acc) + bias[n].
+// Everywhere but SM 9.0: y = row_scale[n] * (s[m] * acc) + bias[n].
 dvdq_status gemm_s8_token(const GemmArgs& args);
 // SM 8.0 and later: y = row_scale[n] * sum_g s[m, g] * acc_g + bias[n].
 dvdq_status gemm_s8_group(const GemmArgs& args);

@@ -17,10 +17,19 @@ Family family_of(int32_t sm) {
   switch (sm) {
     case 80: case 86: case 87: case 89: return kAmpereAda;
     case 90: return kHopper;
-    case 100: case 103: case 120: case 121: return kBlackwell;
-    default: return kNone;
+    case 100: case 103: case 110: case 120: case 121: return kBlackwell;
+    // A GPU of a later day runs what every GPU runs, by the PTX that is in the library.
+    default: return sm < 80 || (sm > 90 && sm < 100) ? kNone : sm < 90 ? kAmpereAda : kBlackwell;
   }
 }
+
+#ifndef DVDQ_ARCHITECTURES
+#define DVDQ_ARCHITECTURES ""
+#endif
+// With the mark, a program can read from the file what the library was built for (dvdquant/system/plugin_file.py).
+#define DVDQ_MARK "@dvdquant-kernels="
+constexpr char kMark[] = DVDQ_MARK;
+const char kBuiltFor[] = DVDQ_MARK DVDQ_ARCHITECTURES;
 
 #define LL(value) static_cast<long long>(value)
 
@@ -103,13 +112,7 @@ extern "C" {
 
 int32_t dvdq_abi_version(void) { return DVDQ_ABI_VERSION; }
 
-const char* dvdq_architectures(void) {
-#ifdef DVDQ_ARCHITECTURES
-  return DVDQ_ARCHITECTURES;
-#else
-  return "";
-#endif
-}
+const char* dvdq_architectures(void) { return kBuiltFor + sizeof kMark - 1; }
 
 const char* dvdq_path_name(int32_t path) {
   static const char* const names[] = {"S4_TOKEN", "S4_GROUP", "S8_TOKEN", "S8_GROUP", "S8_WGMMA", "E4M3_GROUP"};
@@ -122,7 +125,7 @@ dvdq_status dvdq_plan_layer(const dvdq_layer* layer, int32_t sm, dvdq_plan* plan
   if (status != DVDQ_OK) return status;
   const Family family = family_of(sm);
   if (family == kNone)
-    return fail(DVDQ_UNSUPPORTED, "SM %d.%d: the kernels run on SM 8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 10.3, 12.0 and 12.1",
+    return fail(DVDQ_UNSUPPORTED, "SM %d.%d: the kernels run on SM 8.0 to 8.9, 9.0, and 10.0 and later",
                 sm / 10, sm % 10);
   status = check_supported(*layer);
   if (status != DVDQ_OK) return status;

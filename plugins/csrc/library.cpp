@@ -14,6 +14,11 @@
 namespace dvdquant::plugin {
 namespace {
 
+#define DVDQ_TEXT_OF(value) #value
+#define DVDQ_TEXT(value) DVDQ_TEXT_OF(value)
+// Read from the file by programs that must not load it (dvdquant/system/plugin_file.py).
+[[gnu::used]] char const kBuiltFor[] = "@dvdquant-plugin tensorrt=" DVDQ_TEXT(NV_TENSORRT_MAJOR);
+
 class QuantLinearCreator final : public nvinfer1::IPluginCreatorV3One {
  public:
   QuantLinearCreator() {

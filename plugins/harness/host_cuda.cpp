@@ -48,6 +48,14 @@ HOST_API int cuGetErrorString(int code, char const** text) {
 }
 HOST_API int cuDeviceGetCount(int* count) { return *count = 1, kOk; }
 HOST_API int cuDeviceGet(int* device, int) { return *device = 0, kOk; }
+HOST_API int cuDeviceGetName(char* name, int length, int) {
+  std::strncpy(name, "host", static_cast<size_t>(length));
+  return kOk;
+}
+HOST_API int cuDeviceTotalMem_v2(size_t* bytes, int) {
+  char const* text = std::getenv("HOST_CUDA_MEMORY");
+  return *bytes = text != nullptr ? std::strtoull(text, nullptr, 10) : size_t{1} << 33, kOk;
+}
 HOST_API int cuDevicePrimaryCtxRetain(void** context, int) { return *context = &state(), kOk; }
 HOST_API int cuCtxSetCurrent(void* context) { return t_has_context = context != nullptr, kOk; }
 HOST_API int cuCtxGetDevice(int* device) { return *device = 0, t_has_context ? kOk : kInvalidContext; }

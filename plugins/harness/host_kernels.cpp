@@ -10,6 +10,12 @@
 
 namespace {
 
+#if defined(__aarch64__)
+using Half = __fp16;  // g++ before 13 has _Float16 in C++ on x86 alone
+#else
+using Half = _Float16;
+#endif
+
 thread_local std::string t_error = "no error";
 
 dvdq_status fail(dvdq_status status, std::string const& text) {
@@ -19,7 +25,7 @@ dvdq_status fail(dvdq_status status, std::string const& text) {
 
 double widen(uint16_t bits, int32_t dtype) {
   if (dtype == DVDQ_FP16) {
-    _Float16 half;
+    Half half;
     std::memcpy(&half, &bits, 2);
     return static_cast<double>(half);
   }
@@ -32,7 +38,7 @@ double widen(uint16_t bits, int32_t dtype) {
 uint16_t narrow(double value, int32_t dtype) {
   uint16_t bits;
   if (dtype == DVDQ_FP16) {
-    _Float16 const half = static_cast<_Float16>(value);
+    Half const half = static_cast<Half>(value);
     std::memcpy(&bits, &half, 2);
     return bits;
   }

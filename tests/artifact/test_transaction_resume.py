@@ -15,8 +15,9 @@ import pytest
 
 import dvdquant.artifact.transaction
 from dvdquant.artifact.folder import Folder
+from dvdquant.artifact.journal import Journal
 from dvdquant.artifact.manifest import load_manifest, verify_files
-from dvdquant.artifact.transaction import ExportTransaction, Journal
+from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.artifact.unfinished import differences
 from dvdquant.errors import OutputError
 from tests.support.helpers_checkpoint import (

@@ -182,7 +182,7 @@ def test_what_has_no_compiled_grid_says_so() -> None:
     assert grid.rotated_to_grid(torch.randn(2, 64), None, None, None, grid.Grid(4, 8)) is None
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_the_compiled_model_is_the_model(bench: Any, layers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32: the same numbers. bf16: as near to fp32 as the eager bf16 model, and a method exchanged without compiling again."""
     simulate, compiled, methods = script("simulate"), script("compiled"), script("methods")

@@ -391,12 +391,12 @@ COSTLY: dict[str, Callable[[Path], Any]] = {
 }
 
 
+LIGHT = ("big index", "names of a megabyte", "many keys", "flat")
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=[pytest.mark.stress] if n in ("many files", "complete index", "a shard for each") else [])
-        for n in COSTLY
-    ],
+    [pytest.param(n, marks=[pytest.mark.stress] if n not in LIGHT else []) for n in COSTLY],
 )
 def test_costs_are_bounded(memory: Path, name: str) -> None:
     """Under 5 s and 1 GB whatever the files say, and an error of readable length."""

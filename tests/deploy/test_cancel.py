@@ -17,8 +17,8 @@ from dvdquant.deploy.generation.generate import GenerateRequest, generate, open_
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import Cancelled, EngineError
-from tests.support.running import PROMPT, wan_pipeline
-from tests.support.step_sessions import tiny_export, trained_export
+from tests.support.running import PROMPT, tiny_wan_export, wan_pipeline
+from tests.support.step_sessions import tiny_export
 from tests.support.tiny_pipelines import arguments, build_pipeline, exported
 
 
@@ -34,7 +34,7 @@ class Countdown:
 
 
 def _generator(model: str) -> tuple[Any, GenerateRequest]:
-    out, folder = wan_pipeline() if model == "pipeline" else (trained_export(), None)
+    out, folder = wan_pipeline() if model == "pipeline" else (tiny_wan_export(), None)
     prompt = "a red cat" if model == "pipeline" else PROMPT
     opened = open_generator(Artifact.open(out), pipeline=folder, backend="onnxruntime", device="cpu")
     return opened, GenerateRequest(prompt, steps=3, seed=4, delta=1000.0, last_high=0)
@@ -144,8 +144,8 @@ def test_a_retry_is_not_begun_after_a_cancel() -> None:
         assert [runner.run(inputs).shape, [r.bits for r in runner.trace]] == [inputs["hidden_states"].shape, [8]]
 
 
-def test_a_transformer_in_a_users_pipeline(tmp_path_factory: pytest.TempPathFactory) -> None:
-    transformer = exported(tmp_path_factory, "wan").open(mode="a8")
+def test_a_transformer_in_a_users_pipeline() -> None:
+    transformer = exported("wan").open(mode="a8")
     pipe = build_pipeline("wan", transformer)
     expected = pipe(**arguments("wan")).frames
     event = threading.Event()

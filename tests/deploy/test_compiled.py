@@ -32,7 +32,11 @@ from host_library import HostLibrary  # noqa: E402
 FAMILIES = ("wan", "hunyuan-video", "cogvideox", "ltx-video")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Blocks of the other families are compiled by the tests of 8-bit attention.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("wan", "ltx-video") else [pytest.mark.stress]) for name in FAMILIES],
+)
 @pytest.mark.parametrize("kernels", [True, pytest.param(False, marks=pytest.mark.stress)], ids=["kernels", "reference"])
 def test_a_compiled_session_gives_what_an_eager_one_gives(
     name: str, kernels: bool, monkeypatch: pytest.MonkeyPatch

@@ -33,8 +33,8 @@ Export = Callable[..., Exported]
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    return lambda kind, **options: tiny.exported(tmp_path_factory, kind, **options)
+def export() -> Export:
+    return lambda kind, **options: tiny.exported(kind, **options)
 
 
 # ------------------------------------------------------------------------------------------- same numbers as diffusers

@@ -19,13 +19,13 @@ Step = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return tiny.exported(tmp_path_factory, "wan")
+def wan() -> Exported:
+    return tiny.exported("wan")
 
 
 @pytest.fixture(scope="module")
-def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return tiny.exported(tmp_path_factory, "hunyuan-video")
+def hunyuan() -> Exported:
+    return tiny.exported("hunyuan-video")
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from dvdquant.deploy.generation.generate import GenerateRequest, generate
 from dvdquant.deploy.generation.original import OriginalRunner, load_original
 from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.deploy.report.page import check_place, write_report
-from dvdquant.deploy.report.samples import make_samples, sample_prompts
+from dvdquant.deploy.report.samples import Sample, make_samples, sample_prompts
 from dvdquant.deploy.report.text import commands, python_lines
 from dvdquant.deploy.sessions import open_session
 from dvdquant.errors import OutputError, UnsupportedError
@@ -241,11 +241,16 @@ def test_what_is_missing_is_said_on_the_page(out: Path, manifest: Manifest, tmp_
 # ----------------------------------------------------------------------------------------------------------- samples
 
 
-def test_errors_are_those_along_the_originals_trajectory(out: Path, source: Path) -> None:
+@pytest.fixture(scope="module")
+def sample(out: Path, source: Path) -> Sample:
+    (made,) = make_samples(out, str(source), 1, None, Progress())
+    return made
+
+
+def test_errors_are_those_along_the_originals_trajectory(out: Path, source: Path, sample: Sample) -> None:
     """Recomputed step by step with the scheduler and the original model, without a generator."""
     import torch
 
-    (sample,) = make_samples(out, str(source), 1, None, Progress())
     artifact, table, scheduler = Artifact.open(out), PromptTable.open(source), open_table_scheduler(source)
     model = load_original(artifact, source, "transformer", torch.device("cpu"), torch.float32)
     original = OriginalRunner(model, artifact.family())
@@ -272,10 +277,9 @@ def test_errors_are_those_along_the_originals_trajectory(out: Path, source: Path
     assert sum(sample.errors["a4"]) > sum(sample.errors["a8"]) > 0
 
 
-def test_pictures_are_the_frames(out: Path, source: Path) -> None:
+def test_pictures_are_the_frames(out: Path, source: Path, sample: Sample) -> None:
     from PIL import Image
 
-    (sample,) = make_samples(out, str(source), 1, None, Progress())
     row = next(r for r in sample.rows if r.name == "a4")
     request = GenerateRequest(sample.prompt, steps=STEPS, mode="a4")
     frames = generate(Artifact.open(out), request, pipeline=source, device="cpu").frames

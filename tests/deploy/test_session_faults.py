@@ -136,7 +136,7 @@ def damaged_files(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_no_damaged_file_reaches_a_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert damaged_files(400, tmp_path, monkeypatch) == {"engine": 0, "onnxruntime": 0, "pytorch": 0}
+    assert damaged_files(120, tmp_path, monkeypatch) == {"engine": 0, "onnxruntime": 0, "pytorch": 0}
 
 
 @pytest.mark.stress

@@ -32,7 +32,11 @@ def sample(artifact: Artifact, which: str = "opt", seed: int = 0) -> dict[str, T
 # ------------------------------------------------------------------------------------------------------------ numerics
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    # Its steps in a pipeline are judged as strictly.
+    "name",
+    [pytest.param(name, marks=[pytest.mark.stress] if name == "cogvideox" else []) for name in FAMILIES],
+)
 def test_every_family_on_both_backends(name: str) -> None:
     artifact = Artifact.open(made.family_export(name, FAMILIES[name]))
     with (
@@ -40,10 +44,11 @@ def test_every_family_on_both_backends(name: str) -> None:
         OnnxRuntimeSession(artifact) as packed,
         OnnxRuntimeSession(artifact, weights="expanded") as expanded,
     ):
-        for which, seed in (("opt", 0), ("max", 1), ("min", 2)):
+        for which, seed, widths in (("opt", 0, (4, 8, 4)), ("max", 1, (4,)), ("min", 2, (8,))):
             inputs = sample(artifact, which, seed)
-            for bits in (8, 4) if seed else (4, 8, 4):
-                same, exact = made.reference(artifact, "transformer", bits, inputs)
+            references = {bits: made.reference(artifact, "transformer", bits, inputs) for bits in set(widths)}
+            for bits in widths:
+                same, exact = references[bits]
                 bound = FACTOR * made.relative(same, exact) + ATOL
                 got = pytorch.run(inputs, bits)
                 # The very same operators on the very same bytes.

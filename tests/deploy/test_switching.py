@@ -263,10 +263,21 @@ def fail_at(session: FaultySession, step: int, fault: str, *bits: int) -> None:
     session.faults = {(TIMESTEPS[step], b): FAULTS[fault] for b in bits}
 
 
+# Both ends of a request, and its middle.
+SOME_STEPS = (0, 1, 2, 3, 25, 48, 49)
+POSITIONS = [
+    pytest.param(SOME_STEPS, id="some"),
+    pytest.param(tuple(range(50)), id="all", marks=pytest.mark.stress),
+]
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_at_any_low_step_is_retried_on_the_high_engine(session: FaultySession, fault: str) -> None:
-    """50 positions: three steps before, the last of them low, then the low engine fails, then two steps after."""
-    for position in range(50):
+def test_a_fault_at_any_low_step_is_retried_on_the_high_engine(
+    session: FaultySession, fault: str, positions: tuple[int, ...]
+) -> None:
+    """Three steps before, the last of them low, then the low engine fails, then two steps after."""
+    for position in positions:
         runner, steps = switch(session, math.inf), range(max(0, position - 3), min(position + 3, 50))
         fail_at(session, position, fault, 4)
         session.calls.clear()
@@ -297,10 +308,13 @@ def test_a_low_engine_that_never_works(session: FaultySession) -> None:
     assert runner.summary()["relative_cost"] == pytest.approx((50 + 48 * 1.75 / 2.12) / 50)
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("delta", [0.0, math.inf])
-def test_a_fault_of_the_high_engine_is_an_error_at_any_step(session: FaultySession, fault: str, delta: float) -> None:
-    for position in range(50):
+def test_a_fault_of_the_high_engine_is_an_error_at_any_step(
+    session: FaultySession, fault: str, delta: float, positions: tuple[int, ...]
+) -> None:
+    for position in positions:
         runner = switch(session, delta)
         fail_at(session, position, fault, 4, 8)
         runner.begin_request(50)

@@ -28,8 +28,8 @@ DTYPE = torch.bfloat16
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return tiny.exported(tmp_path_factory, "wan")
+def wan() -> Exported:
+    return tiny.exported("wan")
 
 
 @pytest.fixture
@@ -78,9 +78,9 @@ def test_a_config_that_says_where_it_was_loaded_from(wan: Exported) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cogvideox-1.5", "ltx-video", "hunyuan-video"])
-def test_config_has_diffusers_defaults(tmp_path_factory: pytest.TempPathFactory, kind: str) -> None:
+def test_config_has_diffusers_defaults(kind: str) -> None:
     """Pipelines read keys that a config.json may lack."""
-    made = tiny.exported(tmp_path_factory, kind)
+    made = tiny.exported(kind)
     opened = made.open()
     reference: Any = made.reference(8)
     for name, value in reference.config.items():
@@ -528,9 +528,9 @@ def test_cogvideox_rotary_tables() -> None:
 
 
 @pytest.mark.slow
-def test_ti2v_with_one_timestep_for_all_tokens(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_ti2v_with_one_timestep_for_all_tokens() -> None:
     """Called without expand_timesteps, the model's own arithmetic is per sample; the graph's, per token, agrees."""
-    made = tiny.exported(tmp_path_factory, "wan-ti2v")
+    made = tiny.exported("wan-ti2v")
     plain: dict[str, Any] = {"expand_timesteps": False}
     ours = build_pipeline("wan-ti2v", made.open(mode="a8"), **plain)(**arguments("wan-ti2v", steps=2)).frames
     reference = made.reference(8)

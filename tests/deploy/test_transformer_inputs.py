@@ -45,8 +45,8 @@ def families() -> dict[str, Family]:
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return tiny.exported(tmp_path_factory, "wan")
+def wan() -> Exported:
+    return tiny.exported("wan")
 
 
 def given_to(known: Family, batch: int) -> dict[str, Any]:

@@ -34,8 +34,8 @@ PROMPTS = ("a red cat runs in the rain", "the dog sits in snow")
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return tiny.exported(tmp_path_factory, "wan")
+def wan() -> Exported:
+    return tiny.exported("wan")
 
 
 @pytest.fixture

@@ -57,9 +57,16 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("override", ["auto", "int4-weight-only"])
+@pytest.mark.parametrize(
+    ("override", "dtype"),
+    [
+        ("auto", "bf16"),
+        ("int4-weight-only", "fp16"),
+        pytest.param("auto", "fp16", marks=pytest.mark.stress),
+        pytest.param("int4-weight-only", "bf16", marks=pytest.mark.stress),
+    ],
+)
 def test_every_sm_builds_what_the_table_says(grid: str, dtype: str, override: str, tmp_path: Path) -> None:
     base = GRIDS[grid]
     spec = qg.Spec(**{**base.__dict__, "dtype": dtype, "layers": []})

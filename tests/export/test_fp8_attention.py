@@ -76,14 +76,8 @@ def build(export: Export, model: ir.Model, sms: tuple[str, ...], folder: Path) -
         path.unlink()
 
 
-@pytest.mark.parametrize(
-    "sms",
-    [
-        ("8.9", "12.0"),
-        pytest.param(("8.9",), marks=pytest.mark.stress),
-        pytest.param(("12.0",), marks=pytest.mark.stress),
-    ],
-)
+@pytest.mark.stress
+@pytest.mark.parametrize("sms", [("8.9", "12.0"), ("8.9",), ("12.0",)])
 def test_tiny_wan_builds_one_fp8_kernel_for_each_attention(
     sms: tuple[str, ...], tiny_wan: Export, tmp_path: Path
 ) -> None:
@@ -93,10 +87,16 @@ def test_tiny_wan_builds_one_fp8_kernel_for_each_attention(
     assert report.attention == {"FP8": 6, "BFloat16": 6}  # the text's attentions stay
 
 
+def test_one_fp8_kernel_is_built_for_each_attention(small: Export, tmp_path: Path) -> None:
+    model, scales = quantized(small)
+    assert [each.name for each in scales] == [f"blocks.{i}.attn1" for i in range(2)]
+    assert build(small, model, ("8.9", "12.0"), tmp_path).attention == FUSED["wan"]
+
+
 def test_the_plain_graph_still_builds_16_bit_attention(small: Export, tmp_path: Path) -> None:
     model = ir.load(small.path(8, "tensorrt"))
     model.functions.clear()
-    assert build(small, model, ("8.9", "12.0"), tmp_path).attention == {"BFloat16": 4}
+    assert build(small, model, ("8.9",), tmp_path).attention == {"BFloat16": 4}
 
 
 def test_scores_in_memory_are_refused(small: Export, tmp_path: Path) -> None:
@@ -160,34 +160,40 @@ def intermediates(export: Export, edit: Any = None) -> tuple[dict[str, Tensor], 
     return {key: got[name] for key, name in names.items()}, scales
 
 
-def test_onnxruntime_is_within_the_bounds_of_the_formats(tiny_wan: Export) -> None:
-    seen, scales = intermediates(tiny_wan)
+def test_onnxruntime_is_within_the_bounds_of_the_formats(small: Export) -> None:
+    seen, scales = intermediates(small)
     for each in scales:
         assert judge_attention(seen, each, torch.bfloat16).passed
         # And of attention without any quantization, no further than rounding to e4m3 can carry it.
         q, k, v, got = (seen[f"{each.name} {what}"].double() for what in ("q_rotated", "k_rotated", "v", "attended"))
         exact, bound = e4m3_attention_error(q, k, v, each, torch.bfloat16)
         assert bool(((got - exact).abs() <= bound).all())
-        assert float((got - exact).norm() / exact.norm()) > 2.0**-7  # it is FP8 indeed
+        assert (
+            float((got - exact).norm() / exact.norm()) > 2.0**-8
+        )  # it is FP8 indeed: bf16 rounds by half of that at most
 
 
-def test_a_wrong_scale_is_out_of_bounds(tiny_wan: Export) -> None:
+def test_a_wrong_scale_is_out_of_bounds(small: Export) -> None:
     def double(model: ir.Model) -> None:
         for node in model.graph:
-            if node.name == "blocks.2.attn1.p_dq":
+            if node.name == "blocks.1.attn1.p_dq":
                 old = node.inputs[1].const_value.numpy()  # type: ignore[union-attr]
                 tensor = ir.Tensor(np.array(old * 1.125, old.dtype), dtype=ir.DataType.BFLOAT16, name="wrong")
                 value = ir.Value(name="wrong", type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
                 model.graph.initializers["wrong"] = value
                 node.replace_input_with(1, value)
 
-    seen, scales = intermediates(tiny_wan, double)
+    seen, scales = intermediates(small, double)
     verdicts = [judge_attention(seen, each, torch.bfloat16) for each in scales]
-    assert [check.name for check in verdicts if not check.passed] == ["blocks.2.attn1"]
+    assert [check.name for check in verdicts if not check.passed] == ["blocks.1.attn1"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize(
+    # Wan's engine and its judgement stand in tests of their own; CogVideoX has the fewest kinds of attention.
+    "family",
+    [pytest.param(name, marks=[pytest.mark.stress] if name in ("wan", "cogvideox") else []) for name in FUSED],
+)
 def test_every_family_in_fp8(family: str, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", CONFIGS[family])
     export = export_graphs(model, tmp_path / "out", get_recipe("w4a8"), SIZES, torch.bfloat16, ("tensorrt",))
@@ -203,9 +209,9 @@ def test_every_family_in_fp8(family: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ the pass alone
 
 
-def test_balancing_the_norms_changes_no_score(tiny_wan: Export) -> None:
+def test_balancing_the_norms_changes_no_score(small: Export) -> None:
     """q·k is the same to the last bit where outlier channels of q and k are balanced by powers of two."""
-    path = tiny_wan.path(8, "tensorrt")
+    path = small.path(8, "tensorrt")
     model = ir.load(path)
     generator = np.random.default_rng(0)
     for name, value in model.graph.initializers.items():
@@ -231,8 +237,8 @@ def test_balancing_the_norms_changes_no_score(tiny_wan: Export) -> None:
         assert not [name for name in after if name.endswith(f"{each.name}.norm_q.weight")]
 
 
-def test_scales_bound_what_the_norms_give(tiny_wan: Export) -> None:
-    seen, scales = intermediates(tiny_wan)
+def test_scales_bound_what_the_norms_give(small: Export) -> None:
+    seen, scales = intermediates(small)
     for each in scales:
         for side in "qk":
             largest = float(seen[f"{each.name} {side}_rotated"].abs().max())
@@ -241,9 +247,9 @@ def test_scales_bound_what_the_norms_give(tiny_wan: Export) -> None:
         assert 1 / 448 <= each.p <= 1 / 448 * 1.01
 
 
-def test_rotation_and_fold_leave_attention_as_it_is(tiny_wan: Export) -> None:
+def test_rotation_and_fold_leave_attention_as_it_is(small: Export) -> None:
     """The definition on float64 operands, with a fold far from 1, is no further from attention than e4m3 rounds."""
-    _, scales = quantized(tiny_wan)
+    _, scales = quantized(small)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 48, 64, generator=generator, dtype=torch.float64) for _ in range(3))
     fold = torch.exp2(torch.arange(32) % 5).repeat_interleave(2).repeat(2)
@@ -258,12 +264,12 @@ def test_rotation_and_fold_leave_attention_as_it_is(tiny_wan: Export) -> None:
     assert bool(((got - exact).abs() <= bound).all())
 
 
-def test_short_videos_and_other_attentions_stay(tiny_wan: Export) -> None:
-    model = ir.load(tiny_wan.path(8, "tensorrt"))
+def test_short_videos_and_other_attentions_stay(small: Export) -> None:
+    model = ir.load(small.path(8, "tensorrt"))
     assert fp8_attention(model, LONG_TOKENS) == []
-    assert sum(node.op_type == "Attention" for node in model.graph) == 12
-    assert len(fp8_attention(model, LONG_TOKENS + 1)) == 6
-    assert sum(node.op_type == "Attention" for node in model.graph) == 6
+    assert sum(node.op_type == "Attention" for node in model.graph) == 4
+    assert len(fp8_attention(model, LONG_TOKENS + 1)) == 2
+    assert sum(node.op_type == "Attention" for node in model.graph) == 2
 
 
 # ---------------------------------------------------------------------------------------------------- plans and words
@@ -306,13 +312,13 @@ def test_models_that_cannot_say_so() -> None:
     assert "a video of 144 tokens is short" in short.words(["8.9"])
 
 
-def test_a_graph_without_norms_stays(tiny_wan: Export) -> None:
-    model = ir.load(tiny_wan.path(8, "tensorrt"))
+def test_a_graph_without_norms_stays(small: Export) -> None:
+    model = ir.load(small.path(8, "tensorrt"))
     for name in [n for n in model.graph.initializers if n.endswith("blocks.1.attn1.norm_k.weight")]:
         value = model.graph.initializers.pop(name)
         value.name = "something"
         model.graph.initializers["something"] = value
-    assert [each.order for each in fp8_attention(model, 512)] == [0, 4, 6, 8, 10]
+    assert [each.order for each in fp8_attention(model, 512)] == [0]
     assert fp8_attention(model, 512) == []
 
 

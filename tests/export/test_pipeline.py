@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
 from dvdquant.recipe import RECIPES, Recipe
 from tests.support import tiny_models as tiny
-from tests.support.commands import SIZES, change, export, in_process, refused, rehash, run
+from tests.support.commands import SIZES, change, export, in_process, logged, refused, rehash, run
 from tests.support.exporting import state_of
 
 
@@ -151,7 +151,7 @@ def test_verify_covers_every_graph(wan22: tuple[Path, list[dict[str, Any]]]) -> 
 def test_second_run_changes_nothing(wan22: tuple[Path, list[dict[str, Any]]], pipeline_folder: Path) -> None:
     out, _ = wan22
     before, inodes = state_of(out), stamps(out)
-    lines = export(pipeline_folder, "-o", out, "--target", "rtx", "--target", "onnx", "--sm", "8.9", *SIZES)
+    lines = logged(pipeline_folder, "-o", out, "--target", "rtx", "--target", "onnx", "--sm", "8.9", *SIZES)
     assert lines[-1]["up_to_date"] is True
     assert {line["stage"] for line in lines if "stage" in line} == {"check"}
     assert state_of(out) == before
@@ -166,10 +166,7 @@ def test_second_run_changes_nothing(wan22: tuple[Path, list[dict[str, Any]]], pi
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=[] if n in ("w4a4-g64", "weights-only", "paper") else [pytest.mark.stress])
-        for n in RECIPES
-    ],
+    [pytest.param(n, marks=[] if n == "w4a4-g64" else [pytest.mark.stress]) for n in RECIPES],
 )
 def test_every_recipe_exports_and_verifies(name: str, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

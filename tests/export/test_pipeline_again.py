@@ -12,7 +12,7 @@ import pytest
 
 from dvdquant.artifact.manifest import load_manifest, verify_files
 from tests.support import tiny_models as tiny
-from tests.support.commands import SIZES, digests, export, in_process, kill_when
+from tests.support.commands import SIZES, digests, in_process, kill_when, logged
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ ENGINE = "engines/rtx-sm89/transformer_a8.engine"
 
 def test_another_sm_builds_only_its_engine(one_engine: Path, model: Path) -> None:
     before = digests(one_engine, "onnx", "engines")
-    lines = export(model, "-o", one_engine, "--target", "rtx", "--sm", "12.0", "--recipe", "w4a8", *SIZES)
+    lines = logged(model, "-o", one_engine, "--target", "rtx", "--sm", "12.0", "--recipe", "w4a8", *SIZES)
     (engines,) = [line for line in lines if line.get("stage") == "engines" and line["event"] == "end"]
     assert engines["total"] == 1
     assert "quantize" not in {line.get("stage") for line in lines}
@@ -70,7 +70,7 @@ def cut_engine(out: Path) -> None:
 def test_damaged_engine_is_rebuilt_alone(one_engine: Path, model: Path, damage: Callable[[Path], None]) -> None:
     weights = digests(one_engine, "onnx")
     damage(one_engine)
-    lines = export(model, "-o", one_engine, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", *SIZES)
+    lines = logged(model, "-o", one_engine, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", *SIZES)
     assert "engines" in {line.get("stage") for line in lines}
     assert "quantize" not in {line.get("stage") for line in lines}, "an engine's damage cost the weights"
     assert any("engine" in line.get("text", "") for line in lines if line["event"] == "message")
@@ -84,7 +84,7 @@ def test_damaged_weights_are_made_again(one_engine: Path, model: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-5] ^= 255
     path.write_bytes(data)
-    lines = export(model, "-o", one_engine, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", *SIZES)
+    lines = logged(model, "-o", one_engine, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", *SIZES)
     assert any("damaged" in line.get("text", "") for line in lines)
     assert digests(one_engine, "onnx") == before
     verify_files(one_engine, load_manifest(one_engine))
@@ -93,7 +93,7 @@ def test_damaged_weights_are_made_again(one_engine: Path, model: Path) -> None:
 @pytest.mark.slow
 def test_ranges_build_one_engine_with_a_profile(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    lines = export(
+    lines = logged(
         model, "-o", out, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", "--verify",
         "--latent", "2:3x6:8:10x8", "--text-tokens", "4",
     )  # fmt: skip
@@ -119,7 +119,7 @@ def test_ranges_build_one_engine_with_a_profile(model: Path, tmp_path: Path) -> 
 def test_realize(precision: str, sm: str, chosen: str, stored: str, model: Path, tmp_path: Path) -> None:
     """The override, or the choice, reaches the manifest and the types of the weights in the graph that was built."""
     out = tmp_path / "out"
-    in_process(model, "-o", out, "--sm", sm, "--precision", precision, "--keep-graphs", *SIZES)
+    in_process(model, "-o", out, "--sm", sm, "--precision", precision, "--keep-graphs", "--recipe", "w4a4", *SIZES)
     manifest = load_manifest(out)
     assert {e["precision"] for e in manifest.engines if e["act_bits"] == 4} == {chosen}
     kept = list((out / "onnx").glob(f"*_rtx_{chosen}.onnx"))
@@ -151,31 +151,24 @@ STAGES: dict[str, Callable[[Path], bool]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_resume_after_a_kill(stage: str, model: Path, tmp_path: Path) -> None:
-    """Bit-identical weights and graphs, and the finished layers are not quantized again."""
-    arguments: list[object] = [model, "--target", "rtx", "--sm", "8.9", *SIZES]
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    in_process(*arguments, "-o", whole)
+def test_resume_after_a_kill(stage: str, engines: Path, model: Path, tmp_path: Path) -> None:
+    """Bit-identical weights and graphs, and the finished layers are not quantized again; without --resume, nothing is left."""
+    arguments: list[object] = [model, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", *SIZES]
+    out = tmp_path / "killed"
     assert kill_when([*arguments, "-o", out], lambda: STAGES[stage](out)), "the export ended before it could be killed"
     assert not (out / "manifest.json").exists()
     finished = journal_lines(out, ":layer:")
     assert finished
     (weights,) = out.glob(".tmp-*/tree/onnx/transformer.safetensors")
     inode = weights.stat().st_ino
-    export(*arguments, "-o", out, "--resume")
-    assert digests(out, "onnx") == digests(whole, "onnx")
+    begun_anew = Path(shutil.copytree(out, tmp_path / "again"))
+    in_process(*arguments, "-o", out, "--resume")
+    assert digests(out, "onnx") == digests(engines, "onnx")
     assert (out / "onnx/transformer.safetensors").stat().st_ino == inode
     manifest = load_manifest(out)
     verify_files(out, manifest)
-    assert manifest.layers == load_manifest(whole).layers
-    assert not [p for p in out.iterdir() if p.name.startswith(".")]
-
-
-@pytest.mark.slow
-def test_a_kill_without_resume_leaves_no_trace_in_the_next_run(model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments: list[object] = [model, "-o", out, "--target", "onnx", *SIZES]
-    assert kill_when(arguments, lambda: journal_lines(out, ":layer:") >= 3)
-    in_process(*arguments)
-    verify_files(out, load_manifest(out))
-    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+    assert manifest.layers == load_manifest(engines).layers
+    in_process(model, "-o", begun_anew, "--target", "graphs", "--recipe", "w4a8", *SIZES)
+    verify_files(begun_anew, load_manifest(begun_anew))
+    for folder in (out, begun_anew):
+        assert not [p for p in folder.iterdir() if p.name.startswith(".")]

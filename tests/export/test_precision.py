@@ -29,7 +29,7 @@ def test_table_of_realizations() -> None:
     ("backend", "sm", "activation", "override", "message"),
     [
         ("tensorrt_rtx", "9.0", ActivationSpec(8), "auto", r"(?s)SM 9\.0 are not supported.*8\.0, 8\.6, 8\.9"),
-        ("tensorrt", "11.0", ActivationSpec(8), "auto", r"(?s)SM 11\.0 are not supported.*10\.3.*12\.1"),
+        ("tensorrt", "7.5", ActivationSpec(8), "auto", r"(?s)SM 7\.5 are not supported.*10\.3.*11\.0.*12\.1"),
         ("onnx", "8.9", ActivationSpec(8), "auto", "unknown engine backend"),
         ("tensorrt_rtx", "8.9", ActivationSpec(8), "fp8", "unknown precision 'fp8'"),
         ("tensorrt_rtx", "8.9", ActivationSpec(4), "nvfp4", r"nvfp4 cannot run 4-bit .* on SM 8\.9"),
@@ -72,7 +72,7 @@ def test_words() -> None:
         words = what_executes("plugin", 4, sm)
         assert ("s4" in words) == sm.startswith("8.")
     with pytest.raises(UnsupportedError):
-        what_executes("plugin", 4, "11.0")
+        what_executes("plugin", 4, "7.5")
 
 
 def test_polygraphy_summary(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from dvdquant.ops.repack import LayerShape
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
-SMS = (80, 86, 87, 89, 90, 100, 103, 120, 121)
+SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def _layer(**changes: object) -> LayerShape:
 
 
 def test_readme_table_is_what_the_library_plans(library: KernelLibrary) -> None:
-    rows = ["| activations | SM 8.0 8.6 8.7 8.9 | SM 9.0 | SM 10.0 10.3 12.0 12.1 |", "|---|---|---|---|"]
+    rows = ["| activations | SM 8.0 8.6 8.7 8.9 | SM 9.0 | SM 10.0 10.3 11.0 12.0 12.1 |", "|---|---|---|---|"]
     for name, changes in LAYERS.items():
         paths = {sm: library.plan_layer(_layer(**changes), sm).path.upper() for sm in SMS}
         columns = [
@@ -129,17 +129,58 @@ def test_every_source_is_compiled_and_chosen_architectures_cover_every_sm(script
     default, sources = scripts.build.read_sources()
     listed = {source.path for source in sources}
     assert listed == {f"csrc/{p.name}" for p in (KERNELS / "csrc").iterdir() if p.suffix in (".cu", ".cpp")}
-    assert default == ("80", "90a", "100", "120")
+    assert default == ("80", "87", "90a", "100", "110", "120")
     by_name = {source.name: source for source in sources}
-    assert by_name["sm80_gemm_s4.cu"].architectures(default) == ("80",)
+    assert by_name["sm80_gemm_s4.cu"].architectures(default) == ("80", "87")
     assert by_name["sm90a_gemm_s8.cu"].architectures(default) == ("90a",)
     assert by_name["rotate_quantize.cu"].architectures(default) == default
-    # A launcher must link even where its kernel has no machine.
-    assert by_name["sm90a_gemm_s8.cu"].architectures(("89",)) == ("90a",)
     assert by_name["sm80_gemm_s4.cu"].architectures(("89", "90a")) == ("89",)
+    assert [s.name for s in sources if s.left_out(default)] == []
+    edge = ("87", "110")
+    assert [s.name for s in sources if s.left_out(edge)] == ["sm90a_gemm_s8.cu", "sm90a_gemm_e4m3.cu"]
+    assert by_name["sm80_gemm_s8.cu"].architectures(edge) == edge
     assert by_name["api.cpp"].architectures(default) == ()
     assert by_name["sm80_gemm_s8.cu"].uses_cutlass
     assert not by_name["rotate_quantize.cu"].uses_cutlass
+
+
+def test_launchers_of_left_out_sources_answer_in_words(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    """Whatever is left out, left_out.cpp holds its launcher: the library links, and a call says what is missing."""
+    if shutil.which("g++") is None or shutil.which("nm") is None:
+        pytest.skip("needs g++ and nm")
+    defined = {}
+    for source in scripts.build.read_sources()[1]:
+        if source.families and "gemm" in source.name:
+            macro = f"-DDVDQ_LEFT_OUT_{Path(source.name).stem.upper()}"
+            flags = ["-std=c++17", "-DDVDQ_EMULATE", f"-I{KERNELS / 'include'}", f"-I{KERNELS / 'emulator'}", macro]
+            target = tmp_path / "left_out.o"
+            subprocess.run(["g++", *flags, "-c", KERNELS / "csrc" / "left_out.cpp", "-o", target], check=True)
+            listed = subprocess.run(["nm", "-C", "--defined-only", target], capture_output=True, text=True, check=True)
+            defined[source.name] = re.findall(r" T dvdq::(\w+)\(", listed.stdout)
+    for name, launchers in defined.items():
+        text = (KERNELS / "csrc" / name).read_text()
+        assert launchers == re.findall(r"^dvdq_status (gemm_\w+)\(", text, re.MULTILINE), name
+
+
+def test_portable_code_goes_with_the_first_architecture(scripts: SimpleNamespace) -> None:
+    source = next(s for s in scripts.build.read_sources()[1] if s.name == "rotate_quantize.cu")
+    flags = scripts.build.nvcc_flags(source, ("80", "87"), Path())
+    assert [flag for flag in flags if flag.startswith("-gencode")] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_87,code=sm_87",
+        "-gencode=arch=compute_80,code=compute_80",
+    ]
+    plan = next(s for s in scripts.build.read_sources()[1] if s.name == "plan.cpp")
+    assert '-DDVDQ_ARCHITECTURES="80;87;compute_80"' in scripts.build.nvcc_flags(plan, ("80", "87"), Path())
+    assert '-DDVDQ_ARCHITECTURES="87;110"' in scripts.build.nvcc_flags(plan, ("87", "110"), Path())
+
+
+def test_gpus_of_a_later_day_run_what_every_gpu_runs(library: KernelLibrary) -> None:
+    assert {library.plan_layer(_layer(**changes), 130).path[:2] for changes in LAYERS.values()} == {"s8"}
+    assert library.plan_layer(_layer(act_bits=4), 88).path == "s4_token"
+    for sm in (75, 79, 91, 95):
+        with pytest.raises(UnsupportedError, match=r"8\.0 to 8\.9, 9\.0, and 10\.0 and later"):
+            library.plan_layer(_layer(), sm)
 
 
 def test_cache_key_follows_every_header_and_flag(

@@ -36,7 +36,7 @@ from check_cases import GRIDS, layers, make_tokens, make_weight  # noqa: E402
 from host_library import HostLibrary  # noqa: E402
 
 CPU = torch.device("cpu")
-SMS = (80, 86, 87, 89, 90, 100, 103, 120, 121)
+SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +140,18 @@ def test_which_gpus_a_library_serves() -> None:
         def __init__(self, *architectures: str) -> None:
             self.architectures = architectures
 
-    every = Built("80", "90a", "100", "120")
-    assert all(every.serves(sm) for sm in (80, 86, 89, 90, 100, 103, 120, 121))
-    assert not any(every.serves(sm) for sm in (75, 110))
+    every = Built("80", "87", "90a", "100", "110", "120", "compute_80")
+    assert all(every.serves(sm) for sm in (80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121, 130))
+    assert not every.serves(75)
+    # Tegra chips run their own machine code alone, and nothing else runs it.
+    desktop = Built("80", "90a", "100", "120")
+    assert [sm for sm in (86, 87, 89, 103, 110, 121) if not desktop.serves(sm)] == [87, 110]
+    edge = Built("87", "110")
+    assert [sm for sm in (80, 86, 87, 89, 90, 110, 111, 120) if edge.serves(sm)] == [87, 110]
+    # PTX is compiled for any GPU since, but not for the paths of 9.0.
+    assert not Built("compute_80").serves(90)
+    assert Built("compute_80").serves(87)
+    assert not Built("compute_").serves(87)
     assert not Built("89").serves(80)
     assert not Built("host").serves(90)
 
@@ -150,7 +159,14 @@ def test_which_gpus_a_library_serves() -> None:
 # ----------------------------------------------------------------------------------------------- the device code, emulated
 
 
-@pytest.mark.parametrize("sm", [pytest.param(89, marks=pytest.mark.stress), 90, 120])
+@pytest.mark.parametrize("sm", [89, 90, 120])
+def test_emulated_kernels_are_chosen_as_on_the_gpu(library: KernelLibrary, sm: int) -> None:
+    rows = list(check_kernels.run_all([check_kernels.check_dispatch(bench(library, sm))]))
+    assert rows
+    assert [r for r in rows if not r.passed] == []
+
+
+@pytest.mark.parametrize("sm", [90, *(pytest.param(sm, marks=pytest.mark.stress) for sm in (89, 120))])
 def test_emulated_kernels_pass_gpu_check(library: KernelLibrary, sm: int) -> None:
     """The very checks of ``make gpu-check``, on small shapes: our own device code, CUTLASS products by their reference."""
     checks = [

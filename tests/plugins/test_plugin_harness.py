@@ -118,7 +118,7 @@ def _cuda_include() -> Path | None:
     return next((f / "include" for f in folders if (f / "include/cuda_runtime_api.h").is_file()), None)
 
 
-def _configure(build: Path, *options: str) -> Path:
+def configure(build: Path, *options: str) -> Path:
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool} to build the plugin")
@@ -135,7 +135,7 @@ def _configure(build: Path, *options: str) -> Path:
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The build folder, with address and undefined-behaviour sanitizers."""
-    return _configure(
+    return configure(
         tmp_path_factory.mktemp("plugin"), "-DCMAKE_BUILD_TYPE=Debug", "-DDVDQUANT_SANITIZE=address,undefined"
     )
 
@@ -271,7 +271,7 @@ def test_enqueue_on_the_gpu(tmp_path: Path) -> None:
     kernels = Path(os.environ.get("DVDQUANT_KERNELS", ROOT / "build/kernels/libdvdquant_kernels.so"))
     if not kernels.is_file():
         pytest.skip(f"needs the CUDA kernels ({kernels}): make kernels")
-    build = _configure(tmp_path / "build")
+    build = configure(tmp_path / "build")
     cases = {
         "a4": Case((2, 131, 1536), 768, act_bits=4, block=128, outer=12),
         "a8": Case((333, 1024), 512, act_bits=8, block=1024, dtype="fp16"),

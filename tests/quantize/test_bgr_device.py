@@ -16,7 +16,7 @@ from dvdquant.export.options import ExportOptions
 from dvdquant.export.pipeline import run_export
 from dvdquant.export.plan import plan_export
 from dvdquant.numerics.hadamard import Rotation, rotate
-from dvdquant.quantize.backends import torch_grid as bgr_device
+from dvdquant.quantize.backends import torch_grid
 from dvdquant.quantize.backends.torch_grid import quantize_rows
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, relative_mse
 from dvdquant.recipe import WeightSpec, get_recipe
@@ -109,7 +109,7 @@ def test_hostile_rows(zero_point: str, group: int) -> None:
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weights("heavy", 24, 256)
     whole = solve(w, "midrise", 64)
-    monkeypatch.setattr(bgr_device, "_LOOKUPS", 4096)
+    monkeypatch.setattr(torch_grid, "_LOOKUPS", 4096)
     for a, b in zip(vars(whole).values(), vars(solve(w, "midrise", 64)).values()):
         assert torch.equal(a, b)
 
@@ -117,7 +117,7 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU taken for a device whose weights are quantized where they are."""
-    monkeypatch.setattr(bgr_device, "solves", lambda _, zero_point, solver: "paper" not in (zero_point, solver))
+    monkeypatch.setattr(torch_grid, "solves", lambda _, zero_point, solver: "paper" not in (zero_point, solver))
 
 
 @pytest.mark.usefixtures("on_device")

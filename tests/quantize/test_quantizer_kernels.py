@@ -13,8 +13,7 @@ from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.ops.cuda import GridPointers, GridShape, KernelLibrary
-from dvdquant.quantize.backends import cuda_grid as bgr_kernels
-from dvdquant.quantize.backends import torch_grid as bgr_device
+from dvdquant.quantize.backends import cuda_grid, torch_grid
 from dvdquant.quantize.backends.cuda_grid import QuantizerKernels
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, relative_mse
 from dvdquant.quantize.gptq import ErrorFeedback
@@ -173,20 +172,20 @@ def test_shapes_that_no_kernel_takes_are_refused(kernels: QuantizerKernels, libr
 @pytest.fixture
 def by_kernels(kernels: QuantizerKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU taken for a device with kernels."""
-    monkeypatch.setattr(bgr_device, "solves", lambda _, zero_point, solver: "paper" not in (zero_point, solver))
-    monkeypatch.setattr(bgr_kernels, "quantizer_kernels", lambda device: kernels)
+    monkeypatch.setattr(torch_grid, "solves", lambda _, zero_point, solver: "paper" not in (zero_point, solver))
+    monkeypatch.setattr(cuda_grid, "quantizer_kernels", lambda device: kernels)
 
 
 @pytest.mark.usefixtures("by_kernels")
 def test_quantize_weight_takes_them() -> None:
     w = weights("rotated")
-    kernels = bgr_kernels.quantizer_kernels(w.device)
+    kernels = cuda_grid.quantizer_kernels(w.device)
     assert kernels is not None
     quantized = quantize_weight(w.bfloat16(), WeightSpec())
     for a, b in zip(vars(quantized).values(), kernels.search(w.bfloat16().float(), 1, "midrise", "search")):
         assert torch.equal(a, b)
     odd = torch.randn(2, 40)  # of a length that they do not take
-    tensors = bgr_device.quantize_rows(odd, 1, "midrise", "search")
+    tensors = torch_grid.quantize_rows(odd, 1, "midrise", "search")
     assert torch.equal(quantize_weight(odd, WeightSpec()).codes, tensors[0])
 
 

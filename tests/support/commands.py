@@ -41,6 +41,13 @@ def in_process(*arguments: object) -> str:
     return result.output
 
 
+def logged(*arguments: object) -> list[dict[str, Any]]:
+    """As :func:`run` with ``--log-format json``, for a run that succeeds; the JSON lines it wrote."""
+    result = run(*arguments, "--log-format", "json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    return [json.loads(line) for line in result.stderr.splitlines()]
+
+
 def refused(result: Result, *named: str, way_out: bool = True) -> None:
     """Exit code 2, every text in the message, a way out, and no traceback."""
     assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
@@ -65,7 +72,7 @@ def environment() -> dict[str, str]:
 
 
 def export(*arguments: object) -> list[dict[str, Any]]:
-    """Run ``dvdq-export --log-format json`` to its end; the JSON lines it wrote."""
+    """Run ``dvdq-export --log-format json`` to its end, as a process of its own; the JSON lines it wrote."""
     line = command(*arguments, "--log-format", "json")
     result = subprocess.run(line, capture_output=True, text=True, env=environment(), check=False)
     assert result.returncode == 0, result.stderr

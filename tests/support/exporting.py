@@ -15,7 +15,6 @@ from torch import Tensor
 from dvdquant.artifact.manifest import GraphEntry
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.checkpoint.reader import open_checkpoint
-from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
 from dvdquant.export.verify.graph import load_quantized
 from dvdquant.export.verify.intermediates import load_graph
@@ -30,6 +29,7 @@ from dvdquant.quantize.bgr import quantize_weight
 from dvdquant.quantize.checkpoint import PackedWeights, quantize_checkpoint
 from dvdquant.recipe import Recipe, WeightSpec
 from dvdquant.system.progress import Progress
+from tests.support.traces import traced
 
 __all__ = [
     "REPOSITORY",
@@ -129,7 +129,7 @@ def export_graphs(
     """Quantize ``source`` and write every graph into ``out``, by the steps the command takes."""
     checkpoint = open_checkpoint(source)
     plan = plan_model(checkpoint.config, recipe, dtype)
-    base = trace_graph(plan, sizes)
+    base = traced(plan, sizes)
     # Never committed: the files are moved out before the transaction sweeps them.
     with ExportTransaction(out / "work") as transaction:
         packed = quantize_checkpoint(checkpoint, plan, transaction, Progress())

@@ -1,6 +1,6 @@
 """A process that has imported and traced everything, and forks one export for every line it reads.
 
-Protocol, JSON lines: ``{"out": …, "recipe": …, "resume": bool, "fault": …}`` in; ``{"pid": …}`` and then
+Protocol, JSON lines: ``{"model": …, "out": …, "recipe": …, "resume": bool, "fault": …}`` in; ``{"pid": …}`` and then
 ``{"status": …, "error": …, "failed": …}`` out. ``fault`` is None or [errno, number of the writing call that fails], and
 ``failed`` the name of that call, None if the export made fewer. ``error`` ends with the traceback if it is no refusal.
 Tracing happens once, before the forks: a killed export then dies in the stages that write, not in an import.
@@ -27,14 +27,14 @@ from tests.support.faults import WRITES, Faults
 
 
 def options(request: dict[str, Any]) -> ExportOptions:
-    """tiny-wan, graphs only."""
+    """Graphs only."""
     return ExportOptions(
-        str(Path(__file__).parents[2] / "examples" / "tiny-wan"),
+        request["model"],
         Path(request["out"]),
         get_recipe(request["recipe"]),
         targets=("onnx",),
-        latent="8x24x24",
-        text_tokens=5,
+        latent="2x8x8",
+        text_tokens=4,
         resume=request.get("resume", False),
     )
 

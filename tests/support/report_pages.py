@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import functools
 import json
 import math
 import re
 import shutil
-import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from dvdquant.deploy.report.text import shown
 from dvdquant.deploy.switching.schedule import Schedule
 from tests.support.commands import in_process
 from tests.support.exporting import TINY_WAN
+from tests.support.folders import shared_folder
 
 STEPS = 3
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
@@ -32,22 +31,22 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 @functools.cache
 def report_source() -> Path:
     """The toy model, made for a few steps instead of fifty."""
-    parent = tempfile.mkdtemp(prefix="dvdq-report-")
-    atexit.register(shutil.rmtree, parent, ignore_errors=True)
-    folder = Path(parent) / "tiny-wan"
-    shutil.copytree(TINY_WAN, folder)
-    table = json.loads((folder / "prompts.json").read_text())
-    (folder / "prompts.json").write_text(json.dumps({**table, "steps": STEPS}))
-    return folder
+    return report_export().parent / "tiny-wan"
 
 
 @functools.cache
 def report_export() -> Path:
-    """An export with everything a page can show, verified and with a sample; made once a process."""
-    out = report_source().parent / "out"
-    options = ("--target", "graphs", "--latent", "8x24x24", "--text-tokens", 5, "--verify", "--report")
-    in_process(report_source(), "-o", out, *options)
-    return out
+    """An export with everything a page can show, verified and with a sample; made once a run."""
+
+    def make(folder: Path) -> None:
+        source = folder / "tiny-wan"
+        shutil.copytree(TINY_WAN, source)
+        table = json.loads((source / "prompts.json").read_text())
+        (source / "prompts.json").write_text(json.dumps({**table, "steps": STEPS}))
+        options = ("--target", "graphs", "--latent", "8x24x24", "--text-tokens", 5, "--verify", "--report")
+        in_process(source, "-o", folder / "out", *options)
+
+    return shared_folder("report", make) / "out"
 
 
 class Page(HTMLParser):

@@ -13,7 +13,7 @@ from dvdquant.cli.run import main as run_main
 from tests.support import tiny_pipelines
 from tests.support.commands import in_process
 from tests.support.exporting import TINY_WAN
-from tests.support.folders import process_folder
+from tests.support.folders import shared_folder
 
 # Sessions are fast enough; what costs is the number of steps.
 QUICK = ("--steps", 4, "--backend", "onnxruntime", "--device", "cpu")
@@ -22,10 +22,14 @@ PROMPT = "ring red right large black"
 
 @functools.cache
 def tiny_wan_export() -> Path:
-    """The graphs of the trained toy model, made once a process; its prompt table decides the sizes and the text tokens."""
-    out = process_folder("run") / "tiny-wan"
-    in_process(TINY_WAN, "-o", out, "--target", "graphs")
-    return out
+    """The graphs of the trained toy model, made once a run; its prompt table decides the sizes and the text tokens.
+
+    The manifest names the model by the checkout's own path.
+    """
+    return (
+        shared_folder("tiny-wan", lambda folder: in_process(TINY_WAN, "-o", folder / "out", "--target", "graphs"))
+        / "out"
+    )
 
 
 @functools.cache
@@ -34,15 +38,17 @@ def wan_pipeline(components: int = 1) -> tuple[Path, Path]:
     import diffusers
     import torch
 
-    folder = process_folder("run") / f"wan-{components}"
-    exported = tiny_pipelines.export_kind("wan", folder, components=components)
-    parts = [
-        diffusers.WanTransformer3DModel.from_pretrained(exported.source / name, torch_dtype=torch.bfloat16)
-        for name in ("transformer", "transformer_2")[:components]
-    ]
-    more: dict[str, Any] = {"transformer_2": parts[1], "boundary_ratio": 0.7} if components > 1 else {}
-    tiny_pipelines.build_pipeline("wan", parts[0], **more).save_pretrained(folder / "pipeline")
-    return exported.out, folder / "pipeline"
+    def make(folder: Path) -> None:
+        exported = tiny_pipelines.export_kind("wan", folder, components=components)
+        parts = [
+            diffusers.WanTransformer3DModel.from_pretrained(exported.source / name, torch_dtype=torch.bfloat16)
+            for name in ("transformer", "transformer_2")[:components]
+        ]
+        more: dict[str, Any] = {"transformer_2": parts[1], "boundary_ratio": 0.7} if components > 1 else {}
+        tiny_pipelines.build_pipeline("wan", parts[0], **more).save_pretrained(folder / "pipeline")
+
+    folder = shared_folder(f"wan-pipeline-{components}", make)
+    return folder / "out", folder / "pipeline"
 
 
 def call(out: Path, *more: object) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""Small exports that the tests of the runtime share: made once per test process, removed at its end."""
+"""Small exports that the tests of the runtime share: made once in a test run, removed at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dvdquant.model.loading import GraphWrapper
 from dvdquant.system.safetensors_io import read_header
 from tests.support import tiny_models as tiny
 from tests.support.commands import in_process
-from tests.support.folders import process_folder
+from tests.support.folders import shared_folder
 
 RANGES = ["--latent", "2:3:4x4:8:12x6:8:10", "--text-tokens", "12"]
 # Rounding to nearest is the fastest recipe; what it does to the weights is no matter here.
@@ -31,42 +31,51 @@ def family_export(name: str, dtype: str = "bf16") -> Path:
     """Graphs of a tiny transformer of one family, with ranges of sizes; of Wan the first of :func:`engine_export`."""
     if (name, dtype) == ("wan", "bf16") and importlib.util.find_spec("tensorrt_rtx"):
         return engine_export()
-    source, out = process_folder("sessions") / f"{name}-{dtype}-model", process_folder("sessions") / f"{name}-{dtype}"
-    tiny.write_checkpoint(source, tiny.CONFIGS[name])
-    in_process(source, "-o", out, "--dtype", dtype, *QUICK, *RANGES)
-    return out
+
+    def make(folder: Path) -> None:
+        source = tiny.write_checkpoint(folder / "model", tiny.CONFIGS[name])
+        in_process(source, "-o", folder / "out", "--dtype", dtype, *QUICK, *RANGES)
+
+    return shared_folder(f"sessions-{name}-{dtype}", make) / "out"
 
 
 @functools.cache
 def recipe_export(recipe: str) -> Path:
     """Graphs of a tiny Wan by another recipe than rounding to nearest."""
-    source, out = process_folder("sessions") / f"{recipe}-model", process_folder("sessions") / recipe
-    tiny.write_checkpoint(source, tiny.WAN)
-    in_process(source, "-o", out, "--recipe", recipe, "--target", "graphs", *RANGES)
-    return out
+
+    def make(folder: Path) -> None:
+        source = tiny.write_checkpoint(folder / "model", tiny.WAN)
+        in_process(source, "-o", folder / "out", "--recipe", recipe, "--target", "graphs", *RANGES)
+
+    return shared_folder(f"sessions-{recipe}", make) / "out"
 
 
 @functools.cache
 def engine_export(sm: str = "8.9") -> Path:
     """A Wan 2.2 pipeline, two transformers with different weights, with TensorRT-RTX engines for one SM."""
-    source, out = process_folder("sessions") / f"wan22-model-{sm}", process_folder("sessions") / f"wan22-{sm}"
-    for seed, name in enumerate(("transformer", "transformer_2")):
-        tiny.write_checkpoint(source / name, tiny.WAN, seed=seed)
-    kind = ["diffusers", "WanTransformer3DModel"]
-    index = {"_class_name": "WanPipeline", "transformer": kind, "transformer_2": kind}
-    (source / "model_index.json").write_text(json.dumps(index))
-    in_process(source, "-o", out, "--recipe", "rtn", "--target", "rtx", "--sm", sm, *RANGES)
-    return out
+
+    def make(folder: Path) -> None:
+        source = folder / "model"
+        for seed, name in enumerate(("transformer", "transformer_2")):
+            tiny.write_checkpoint(source / name, tiny.WAN, seed=seed)
+        kind = ["diffusers", "WanTransformer3DModel"]
+        index = {"_class_name": "WanPipeline", "transformer": kind, "transformer_2": kind}
+        (source / "model_index.json").write_text(json.dumps(index))
+        in_process(source, "-o", folder / "out", "--recipe", "rtn", "--target", "rtx", "--sm", sm, *RANGES)
+
+    return shared_folder(f"sessions-wan22-{sm}", make) / "out"
 
 
 @functools.cache
 def wide_export() -> Path:
     """A Wan of 34 million quantized weights: large beside what sessions take besides weights."""
     config = {**tiny.WAN, "num_attention_heads": 16, "ffn_dim": 4096, "num_layers": 2}
-    out = process_folder("sessions") / "wide"
-    source = tiny.write_checkpoint(process_folder("sessions") / "wide-model", config)
-    in_process(source, "-o", out, *QUICK, "--latent", "2x8x8", "--text-tokens", "4")
-    return out
+
+    def make(folder: Path) -> None:
+        source = tiny.write_checkpoint(folder / "model", config)
+        in_process(source, "-o", folder / "out", *QUICK, "--latent", "2x8x8", "--text-tokens", "4")
+
+    return shared_folder("sessions-wide", make) / "out"
 
 
 def copy_of(out: Path, target: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,28 +15,20 @@ from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.errors import EngineError
 from tests.support import tiny_models as tiny
 from tests.support.commands import in_process
-from tests.support.exporting import TINY_WAN
+from tests.support.folders import shared_folder
 
 TIMESTEPS = [1000.0 - 19.5 * i for i in range(50)]
 
 
 @functools.cache
 def tiny_export() -> Path:
-    """The graphs of a two-layer Wan with random weights, made once a process."""
-    folder = Path(tempfile.mkdtemp(prefix="dvdq-steps-"))
-    model = tiny.write_checkpoint(folder / "wan", tiny.WAN)
-    in_process(model, "-o", folder / "out", "--target", "graphs", "--latent", "2x6:8x8", "--text-tokens", "4")
-    return folder / "out"
+    """The graphs of a two-layer Wan with random weights, made once a run."""
 
+    def make(folder: Path) -> None:
+        model = tiny.write_checkpoint(folder / "wan", tiny.WAN)
+        in_process(model, "-o", folder / "out", "--target", "graphs", "--latent", "2x6:8x8", "--text-tokens", "4")
 
-@functools.cache
-def trained_export() -> Path:
-    """The graphs of examples/tiny-wan, made once a process; its manifest names the model by the checkout's own path."""
-    folder = Path(tempfile.mkdtemp(prefix="dvdq-trained-"))
-    in_process(
-        TINY_WAN, "-o", folder / "out", "--target", "graphs", "--latent", "8x24x24", "--text-tokens", "5"
-    )  # fmt: skip
-    return folder / "out"
+    return shared_folder("steps", make) / "out"
 
 
 def throw(error: Exception) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from dvdquant.recipe import RECIPES
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_io import read_header
 from tests.support import tiny_models as tiny
+from tests.support.folders import shared_folder
 
 WORDS = ["a", "cat", "dog", "runs", "sits", "in", "the", "rain", "snow", "red", "blue"]
 TOKENS = 12
@@ -251,12 +251,16 @@ class Exported:
 
 
 def export_kind(kind: str, folder: Path, *, batch: int = 1, components: int = 1, latent: str | None = None) -> Exported:
-    """Write random weights of ``kind`` into ``folder``/source and export graphs of them into ``folder``/out."""
+    """Write random weights of ``kind`` into ``folder``/source and export graphs of them into ``folder``/out.
+
+    An export that is there already is taken as it is.
+    """
     source = folder / "source"
     names = ["transformer", "transformer_2"][:components]
-    for seed, name in enumerate(names):
+    there = (folder / "out" / "manifest.json").exists()
+    for seed, name in enumerate(() if there else names):
         tiny.write_checkpoint(source / name, KINDS[kind].config, seed=seed)
-    if components > 1:
+    if components > 1 and not there:
         entries = ", ".join(f'"{name}": ["diffusers", "WanTransformer3DModel"]' for name in names)
         (source / "model_index.json").write_text(f'{{"_class_name": "WanPipeline", {entries}}}')
     options = ExportOptions(
@@ -269,20 +273,23 @@ def export_kind(kind: str, folder: Path, *, batch: int = 1, components: int = 1,
         batch=batch,
     )
     plan = plan_export(options)
-    run_export(plan, Progress())
+    if not there:
+        run_export(plan, Progress())
     return Exported(kind, source, folder / "out", dict(zip(plan.components, plan.plans)))
 
 
 _EXPORTS: dict[tuple[Any, ...], Exported] = {}
 
 
-def exported(factory: pytest.TempPathFactory, kind: str, **options: Any) -> Exported:
-    """:func:`export_kind`, done once in a test process; that of Wan has two transformers."""
+def exported(kind: str, **options: Any) -> Exported:
+    """:func:`export_kind`, done once in a test run; that of Wan has two transformers."""
     if kind == "wan" and not options:
         options = {"components": 2}
     key = (kind, *sorted(options.items()))
     if key not in _EXPORTS:
-        _EXPORTS[key] = export_kind(kind, factory.mktemp(kind), **options)
+        name = "-".join(["kind", kind, *(f"{option}-{value}" for option, value in key[1:])])
+        folder = shared_folder(name, lambda made: export_kind(kind, made, **options))
+        _EXPORTS[key] = export_kind(kind, folder, **options)
     return _EXPORTS[key]
 
 

@@ -27,7 +27,7 @@ CONFIG: dict[str, Any] = {
     "text_dim": 512,
     "freq_dim": 256,
     "ffn_dim": 8960,
-    "num_layers": 26,
+    "num_layers": 8,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 64,
@@ -82,10 +82,10 @@ def write_sharded(folder: Path, shards: int) -> None:
 
 @pytest.mark.slow
 def test_peak_memory_follows_the_largest_tensor(tmp_path: Path) -> None:
-    """A checkpoint of several times the bound: peak ≤ import baseline + 2 × largest tensor + 1 GB."""
+    """A checkpoint of several times the bound: peak ≤ import baseline + 2 × largest tensor + 250 MB."""
     free = shutil.disk_usage(tmp_path).free
-    if free < 5 << 30:
-        pytest.skip(f"needs 5 GB of disk, {free >> 30} are free")
+    if free < 2 << 30:
+        pytest.skip(f"needs 2 GB of disk, {free >> 30} are free")
     model = tmp_path / "model"
     try:
         write_sharded(model, 3)
@@ -99,7 +99,7 @@ def test_peak_memory_follows_the_largest_tensor(tmp_path: Path) -> None:
     finally:
         shutil.rmtree(model, ignore_errors=True)
     print(measured)
-    bound = 2 * measured["largest"] + 1_000_000_000
+    bound = 2 * measured["largest"] + 250_000_000
     assert measured["total"] > 2 * bound, "the checkpoint is too small to show anything"
     assert measured["after"] - measured["before"] <= bound, measured
     assert measured["weights"] < 0.35 * measured["total"]

@@ -26,6 +26,7 @@ from benchmarks.quality.simulation.grid import Grid
 from benchmarks.quality.simulation.simulate import Layer, Simulated
 from dvdquant.errors import DvdquantError
 from dvdquant.numerics.hadamard import Rotation
+from dvdquant.system.threads import one_thread
 
 __all__ = [
     "PEERS",
@@ -250,20 +251,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices of a toy are too small for more, and results do not depend on the machine's cores.
-
-    On cores shared with other processes two threads wait for each other: SVDs took 100 times as long.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _smoothquant(name: str, layer: Layer, act_bits: int, algorithm: dict[str, Any]) -> Simulated:
     _require(name, layer, act_bits, calibrates=True)
     with _quiet():
@@ -281,7 +268,8 @@ def _modelopt_linear(layer: Layer, config: dict[str, Any]) -> Any:
 
         linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
-        with torch.no_grad(), _one_thread():
+        # Matrices of a toy are too small for more: SVDs took 100 times as long on cores shared with other processes.
+        with torch.no_grad(), one_thread():
             quantized = mtq.quantize(nn.Sequential(linear), config, lambda model: model(layer.inputs))
     return quantized[0]
 

@@ -22,7 +22,12 @@ CHUNK = 1 << 14
 
 
 def dequantize(raw: Tensor, kind: str) -> Tensor:
-    """Return the values of blocks: U8 [bytes] -> fp32 [values]."""
+    """Return the values of blocks: U8 [bytes] -> fp32 [values].
+
+    Args:
+        raw: The blocks as stored, uint8 [bytes].
+        kind: The name of the block format.
+    """
     import torch
 
     values, nbytes = BLOCKS[kind]

@@ -52,6 +52,9 @@ def given_file(model: str) -> tuple[UntrustedFolder, str] | None:
     """Return the folder and the name of a file that was given as the model, None where it is no regular file.
 
     Links on the way to it are the user's own, the last one too, which is how the hub's cache keeps its files.
+
+    Args:
+        model: The model as it was given.
     """
     try:
         path = Path(os.path.expanduser(model))
@@ -65,12 +68,20 @@ def given_file(model: str) -> tuple[UntrustedFolder, str] | None:
 
 
 def halves(folder: UntrustedFolder) -> bool:
-    """Whether a folder is the repository of Wan 2.2's authors, with two transformers."""
+    """Whether a folder is the repository of Wan 2.2's authors, with two transformers.
+
+    Args:
+        folder: The folder of the model.
+    """
     return all(folder.has_folder(name) for name in HALVES.values())
 
 
 def model_files(folder: UntrustedFolder, names: list[str]) -> dict[str, str]:
     """Return the transformers among the files of a folder: component -> name, {} where there is none.
+
+    Args:
+        folder: The folder, opened as untrusted.
+        names: The names of the entries of the folder.
 
     Raises:
         CheckpointError: there are several, and they are not the two halves of one model; or what there may be is behind a link
@@ -128,6 +139,10 @@ def _stem(name: str) -> str:
 def check_order(first: str, second: str) -> None:
     """Refuse the halves of a model in the wrong order, which their names tell.
 
+    Args:
+        first: The name of the file that was given as the first transformer.
+        second: The name of the second.
+
     Raises:
         CheckpointError: the first is named as the one of low noise and the second as that of high noise.
     """
@@ -158,6 +173,10 @@ def _is_transformer(folder: UntrustedFolder, name: str) -> bool:
 
 def read_file(folder: UntrustedFolder, name: str) -> HeldFile:
     """Read and check the header of a single file.
+
+    Args:
+        folder: The folder, opened as untrusted.
+        name: The name of the file in it.
 
     Raises:
         CheckpointError: it is neither a safetensors file nor a GGUF file, is damaged, or changes meanwhile.

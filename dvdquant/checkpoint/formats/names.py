@@ -47,7 +47,11 @@ class Names:
     words: Mapping[str, str] = field(default_factory=dict)
 
     def ours(self, module: str) -> tuple[str, ...]:
-        """Return the modules of diffusers that one of another tool is, in the order of their rows; none where it is unknown."""
+        """Return the modules of diffusers that one of another tool is, in the order of their rows; none where it is unknown.
+
+        Args:
+            module: The name of the module in the other naming.
+        """
         for stack in self.stacks:
             if (found := _in_block(module, stack.theirs)) is not None:
                 block, inner = found
@@ -61,7 +65,11 @@ class Names:
         return (changed,) if changed != module else ()
 
     def theirs(self, module: str) -> Iterator[str]:
-        """Yield every name that others give a module of diffusers, but for layers that are joined with others."""
+        """Yield every name that others give a module of diffusers, but for layers that are joined with others.
+
+        Args:
+            module: The name of diffusers' module.
+        """
         for stack in self.stacks:
             if (found := _in_block(module, stack.ours)) is not None:
                 block, inner = found
@@ -75,7 +83,11 @@ class Names:
             yield changed
 
     def joined(self, module: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Yield (a name, the modules of diffusers) of the layers whose first part is this module of diffusers."""
+        """Yield (a name, the modules of diffusers) of the layers whose first part is this module of diffusers.
+
+        Args:
+            module: The name of diffusers' module.
+        """
         for stack in self.stacks:
             if (found := _in_block(module, stack.ours)) is not None:
                 block, inner = found

@@ -32,7 +32,11 @@ _FLOATS = ("F32", "F16", "BF16")
 
 
 def is_modelopt_fp8(quantized: Any) -> bool:
-    """Whether the ``quantization_config`` of a config.json is ModelOpt's for fp8 with one scale a tensor."""
+    """Whether the ``quantization_config`` of a config.json is ModelOpt's for fp8 with one scale a tensor.
+
+    Args:
+        quantized: The value of the field, whatever it is.
+    """
     if not isinstance(quantized, dict):
         return False
     method, algorithm = quantized.get("quant_method"), quantized.get("quant_algo")

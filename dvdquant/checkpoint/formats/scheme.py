@@ -53,14 +53,26 @@ class Scheme:
     config: Callable[[Shapes, Mapping[str, Any]], tuple[dict[str, Any], list[str]]]
 
     def has_original(self, names: Iterable[str]) -> bool:
-        """Return whether these are the names that the authors gave."""
+        """Return whether these are the names that the authors gave.
+
+        Args:
+            names: The names of the tensors.
+        """
         return any(map(self.original.search, names))
 
     def has_diffusers(self, names: Iterable[str]) -> bool:
-        """Return whether these are the names of diffusers."""
+        """Return whether these are the names of diffusers.
+
+        Args:
+            names: The names of the tensors.
+        """
         return any(map(self.diffusers.search, names))
 
     def relative(self, names: Iterable[str]) -> str | None:
-        """Return what relative of the family has one of these names, or None."""
+        """Return what relative of the family has one of these names, or None.
+
+        Args:
+            names: The names of the tensors.
+        """
         listed = list(names)
         return next((what for pattern, what in self.unsupported if any(map(pattern.search, listed))), None)

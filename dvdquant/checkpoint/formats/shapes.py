@@ -34,6 +34,10 @@ class Shapes:
     def of(self, name: str, axes: int) -> tuple[int, ...]:
         """Return the shape of a tensor that must have ``axes`` axes.
 
+        Args:
+            name: The name of the tensor.
+            axes: The number of its axes.
+
         Raises:
             CheckpointError: it is missing, or has another number of axes, or none of its elements.
         """
@@ -52,6 +56,9 @@ class Shapes:
     def blocks(self, stack: str) -> int:
         """Return the number of blocks ``stack.0`` to ``stack.N``.
 
+        Args:
+            stack: The name of the list of blocks.
+
         Raises:
             CheckpointError: one of them is missing.
         """
@@ -59,7 +66,13 @@ class Shapes:
 
 
 def count_blocks(names: Mapping[str, object], stack: str, place: str) -> int:
-    """Return the number of blocks of a stack; CheckpointError where one is missing."""
+    """Return the number of blocks of a stack; CheckpointError where one is missing.
+
+    Args:
+        names: The tensors by name.
+        stack: The name of the list of blocks.
+        place: The path of the file, for the error.
+    """
     pattern = re.compile(re.escape(stack) + r"\.(0|[1-9][0-9]{0,4})\.")
     found = {int(match[1]) for name in names if (match := pattern.match(name))}
     if len(found) > MOST_BLOCKS or (found and max(found) != len(found) - 1):
@@ -73,6 +86,11 @@ Record = TypeVar("Record", bound=BaseModel)
 
 def known_fields(record: type[Record], config: Mapping[str, Any], place: str) -> Record:
     """Return the fields of an authors' config that a record has.
+
+    Args:
+        record: The class of the record.
+        config: The config as it was read.
+        place: The path of the file, for the error.
 
     Raises:
         CheckpointError: one is of another type or out of bounds.

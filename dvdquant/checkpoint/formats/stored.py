@@ -71,6 +71,11 @@ class ShardTensor(TensorInfo):
 def rows(info: ShardTensor, start: int, stop: int) -> ShardTensor:
     """Return rows ``start`` to ``stop`` of a tensor as a tensor of its own; they lie together in the file.
 
+    Args:
+        info: The place of the tensor in its file.
+        start: The first row.
+        stop: The row after the last one.
+
     Raises:
         ValueError: the rows are not there, or begin inside a block.
     """

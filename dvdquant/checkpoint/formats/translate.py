@@ -69,7 +69,11 @@ class Translated:
 
 
 def is_transformer(names: Mapping[str, Any] | list[str]) -> bool:
-    """Whether these names are those of a transformer that is supported, by anybody's naming."""
+    """Whether these names are those of a transformer that is supported, by anybody's naming.
+
+    Args:
+        names: The names of the tensors.
+    """
     bare = _without_prefix(dict.fromkeys(names))[0]
     return any(scheme.has_original(bare) or scheme.has_diffusers(bare) for scheme in SCHEMES)
 
@@ -145,7 +149,11 @@ def translate(
 
 
 def precision_words(tensors: Any) -> str:
-    """Return what the bytes of tensors are, such as ``fp8 (e4m3) with scales, bf16``; the most bytes first."""
+    """Return what the bytes of tensors are, such as ``fp8 (e4m3) with scales, bf16``; the most bytes first.
+
+    Args:
+        tensors: The tensors.
+    """
     sizes: dict[str, int] = {}
     for info in tensors:
         stored = info.stored

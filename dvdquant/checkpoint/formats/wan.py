@@ -95,7 +95,11 @@ class _Config(BaseModel):
 
 
 def is_original_config(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of the authors' code and of a model that is supported."""
+    """Whether a config.json is that of the authors' code and of a model that is supported.
+
+    Args:
+        config: The parsed config.json.
+    """
     name = config.get("_class_name")
     return (name == "WanModel" or name is None) and config.get("model_type") in (
         KINDS if name is None else (*KINDS, None)

@@ -50,7 +50,11 @@ class AdapterSettings(BaseModel):
     peft_type: Annotated[str, Field(max_length=100)] | None = None
 
     def alpha(self, layer: str) -> float | None:
-        """Return alpha of a layer, None where it is the rank: a name in ``alpha_pattern`` may be the end of the layer's."""
+        """Return alpha of a layer, None where it is the rank: a name in ``alpha_pattern`` may be the end of the layer's.
+
+        Args:
+            layer: The dotted name of the layer.
+        """
         for name, value in (self.alpha_pattern or {}).items():
             if layer == name or layer.endswith(f".{name}"):
                 return value
@@ -77,6 +81,9 @@ class LoraFile:
     @classmethod
     def open(cls, path: Path) -> LoraFile:
         """Open a file and check its header.
+
+        Args:
+            path: The path of the file.
 
         Raises:
             CheckpointError: it is missing, no safetensors file, or its metadata cannot be used.
@@ -109,6 +116,9 @@ class LoraFile:
 
     def read(self, info: TensorInfo) -> torch.Tensor:
         """Return one tensor in fp32.
+
+        Args:
+            info: The place of the tensor in the file.
 
         Raises:
             CheckpointError: it cannot be read, or the file is another one by now.

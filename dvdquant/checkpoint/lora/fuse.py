@@ -97,7 +97,12 @@ class Term:
         return max(info.nbytes + 4 * math.prod(info.shape) for info in parts if info is not None)
 
     def add_to(self, value: torch.Tensor, name: str) -> None:
-        """Add the change to ``value``, a tensor of fp32 that nobody else holds."""
+        """Add the change to ``value``, a tensor of fp32 that nobody else holds.
+
+        Args:
+            value: The weight, fp32 [N, K]; it is changed in place.
+            name: The name of the weight.
+        """
         import torch
 
         target = value if self.channels is None else value[:, : self.channels]
@@ -175,7 +180,12 @@ class Loras:
         return result
 
     def reading_bytes(self, name: str, elements: int) -> int:
-        """Return the bytes that a fuse takes beside the tensor as stored: its copy in fp32, the factors, one chunk."""
+        """Return the bytes that a fuse takes beside the tensor as stored: its copy in fp32, the factors, one chunk.
+
+        Args:
+            name: The name of the tensor.
+            elements: The number of elements of the tensor.
+        """
         terms = self.terms.get(name, ())
         if not terms:
             return 0
@@ -187,7 +197,12 @@ class Loras:
 
 
 def with_loras(checkpoint: Checkpoint, specs: Sequence[LoraSpec]) -> Checkpoint:
-    """Return the checkpoint with ``specs`` fused into what it reads; without one, as it is. Raises as :func:`read_loras`."""
+    """Return the checkpoint with ``specs`` fused into what it reads; without one, as it is. Raises as :func:`read_loras`.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        specs: The LoRAs to fuse.
+    """
     if not specs:
         return checkpoint
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -460,6 +475,10 @@ def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
 def components_of(specs: Sequence[LoraSpec], components: Sequence[str]) -> dict[str, list[LoraSpec]]:
     """Return the LoRAs of each transformer; one that names none goes to ``transformer``, or to the only one there is.
 
+    Args:
+        specs: The LoRAs that were given.
+        components: The names of the transformers.
+
     Raises:
         UnsupportedError: one names a transformer that the model has not.
     """
@@ -497,7 +516,12 @@ def model_fingerprint(checkpoints: Sequence[Checkpoint]) -> str:
 
 
 def lora_lines(components: Sequence[str], checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Return what is said of the LoRAs before an export: each file, what was found of it, and a transformer that has none."""
+    """Return what is said of the LoRAs before an export: each file, what was found of it, and a transformer that has none.
+
+    Args:
+        components: The names of the transformers.
+        checkpoints: The opened checkpoints, one per transformer.
+    """
     lines = []
     for component, checkpoint in zip(components, checkpoints):
         for lora in checkpoint.lora.fused if checkpoint.lora else ():

@@ -72,6 +72,9 @@ def group(keys: Iterable[str]) -> tuple[list[Layer], list[str]]:
     """Return the layers that ``keys`` are about, and the keys that are no part of a LoRA.
 
     Of two keys for one part of one layer, the second counts as the latter.
+
+    Args:
+        keys: The names of the tensors in the file.
     """
     layers: dict[tuple[str, str | None], Layer] = {}
     unknown = []
@@ -94,7 +97,11 @@ def group(keys: Iterable[str]) -> tuple[list[Layer], list[str]]:
 
 
 def strip_prefixes(module: str) -> Layer:
-    """Return the layer that a key's module names, without what trainers and pipelines put before it."""
+    """Return the layer that a key's module names, without what trainers and pipelines put before it.
+
+    Args:
+        module: The name of the module in the file.
+    """
     component, prefixed = None, False
     while True:
         if (match := _COMPONENT.match(module)) is not None:
@@ -109,7 +116,11 @@ def strip_prefixes(module: str) -> Layer:
 
 
 def foreign_kind(keys: Iterable[str]) -> tuple[str, str] | None:
-    """Return what kind of change is not supported, and the first key that says so; None if all are plain."""
+    """Return what kind of change is not supported, and the first key that says so; None if all are plain.
+
+    Args:
+        keys: The names of the tensors in the file.
+    """
     for key in keys:
         for pattern, what in _FOREIGN:
             if pattern.search(key):

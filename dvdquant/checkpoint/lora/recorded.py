@@ -53,6 +53,10 @@ def split_given(
 ) -> tuple[tuple[LoraSpec, ...], tuple[LoraSpec, ...]]:
     """Return the files that are LoRAs of the export, and those that it was made without, which run beside its weights.
 
+    Args:
+        entries: What the manifest records of the LoRAs.
+        given: The LoRAs that were given with the request.
+
     Raises:
         UnsupportedError: a scale of a LoRA of the export that it was not made with.
     """

@@ -49,6 +49,9 @@ def parse_lora(text: str) -> LoraSpec:
 
     A colon that is part of a file's name is taken as such where a file has this name.
 
+    Args:
+        text: The text as it is given on the command line.
+
     Raises:
         UnsupportedError: the file is missing in the text, or the scale is no finite number.
     """
@@ -69,6 +72,9 @@ def parse_lora(text: str) -> LoraSpec:
 
 def parse_loras(value: str | Path | LoraSpec | Sequence[str | Path | LoraSpec]) -> tuple[LoraSpec, ...]:
     """Return the LoRAs that a caller names: texts as the command takes them, paths, or specs.
+
+    Args:
+        value: One of them, or a sequence.
 
     Raises:
         UnsupportedError: one of them is out of form, or there are more than 64.

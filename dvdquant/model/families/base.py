@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from dvdquant.errors import ShapeError
 from dvdquant.model.families.configs import PIPELINE, PipelineFacts, TransformerConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["Axis", "Family", "InputSpec", "Sizes"]
 
@@ -149,13 +150,23 @@ class InputSpec:
         shape: A size or the name of an axis (``frames``, ``height``, ``width``, ``tokens``) per dimension.
         kind: ``latent`` and ``embedding`` are standard normal in the model's dtype. ``timestep`` counts from 0 to 1000
             in ``dtype``. ``mask`` is ones with a padded tail. ``rotary`` and ``coords`` are a family's own.
-        dtype: The dtype of the input; None means the model's dtype.
+        dtype_name: The name of the input's dtype, such as ``float32``; None means the model's dtype.
     """
 
     name: str
     shape: tuple[int | str, ...]
     kind: str
-    dtype: torch.dtype | None = None
+    dtype_name: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Return the dtype of the input, or None for the model's dtype."""
+        if self.dtype_name is None:
+            return None
+        import torch  # here, because a request is checked without torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     def sizes(self, axes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape with the axis names filled in.
@@ -304,6 +315,8 @@ class Family(ABC):
         Returns:
             A tensor for every input, by name, on the CPU.
         """
+        import torch
+
         generator = torch.Generator().manual_seed(seed)
         axes = self.axes(sizes, which)
         return {spec.name: self.draw(spec, spec.sizes(axes), dtype, generator) for spec in self.inputs(sizes)}
@@ -317,6 +330,8 @@ class Family(ABC):
             dtype: The dtype of the model, used if the spec has none.
             generator: The source of random numbers, on the CPU.
         """
+        import torch
+
         if spec.kind == "timestep":
             # Flow matching schedulers have fractional timesteps.
             return (1 + 999 * torch.rand(shape, generator=generator)).to(spec.dtype or torch.float32)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dvdquant.errors import ShapeError
 from dvdquant.model.families.base import Family, InputSpec, Sizes
 from dvdquant.model.families.configs import CogVideoXConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["CogVideoX"]
 
@@ -49,13 +50,13 @@ class CogVideoX(Family):
         specs = [
             InputSpec("hidden_states", (batch, "frames", config["in_channels"], "height", "width"), "latent"),
             InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["text_embed_dim"]), "embedding"),
-            InputSpec("timestep", (batch,), "timestep", torch.float32),
+            InputSpec("timestep", (batch,), "timestep", "float32"),
         ]
         if config.get("ofs_embed_dim"):
-            specs.append(InputSpec("ofs", (1,), "timestep", torch.float32))
+            specs.append(InputSpec("ofs", (1,), "timestep", "float32"))
         if config["use_rotary_positional_embeddings"]:
             for name in ("rotary_cos", "rotary_sin"):
-                specs.append(InputSpec(name, ("tokens", config["attention_head_dim"]), "rotary", torch.float32))
+                specs.append(InputSpec(name, ("tokens", config["attention_head_dim"]), "rotary", "float32"))
         return tuple(specs)
 
     def probe(self) -> tuple[int, int, int]:
@@ -133,6 +134,8 @@ class CogVideoX(Family):
         if spec.kind != "rotary":
             return super().draw(spec, shape, dtype, generator)
         tokens, dim = shape
+        import torch
+
         angles = torch.arange(tokens)[:, None] * 0.37 ** torch.arange(dim // 2)[None]
         table = angles.cos() if spec.name == "rotary_cos" else angles.sin()
         return table.repeat_interleave(2, dim=1).float()

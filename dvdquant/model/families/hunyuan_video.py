@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from dvdquant.model.families.base import Family, InputSpec, Sizes
 from dvdquant.model.families.configs import HunyuanVideoConfig
 
@@ -47,11 +45,11 @@ class HunyuanVideo(Family):
         batch, config = sizes.batch, self.config
         specs = [
             InputSpec("hidden_states", (batch, config["in_channels"], "frames", "height", "width"), "latent"),
-            InputSpec("timestep", (batch,), "timestep", torch.float32),
+            InputSpec("timestep", (batch,), "timestep", "float32"),
             InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["text_embed_dim"]), "embedding"),
-            InputSpec("encoder_attention_mask", (batch, sizes.text_tokens), "mask", torch.int64),
+            InputSpec("encoder_attention_mask", (batch, sizes.text_tokens), "mask", "int64"),
             InputSpec("pooled_projections", (batch, config["pooled_projection_dim"]), "embedding"),
         ]
         if config["guidance_embeds"]:
-            specs.append(InputSpec("guidance", (batch,), "timestep", torch.float32))
+            specs.append(InputSpec("guidance", (batch,), "timestep", "float32"))
         return tuple(specs)

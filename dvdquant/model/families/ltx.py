@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dvdquant.model.families.base import Family, InputSpec, Sizes
 from dvdquant.model.families.configs import LTXVideoConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["LTXVideo"]
 
@@ -45,9 +48,9 @@ class LTXVideo(Family):
         return (
             InputSpec("hidden_states", (batch, "tokens", config["in_channels"]), "latent"),
             InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["caption_channels"]), "embedding"),
-            InputSpec("timestep", (batch,), "timestep", torch.float32),
-            InputSpec("encoder_attention_mask", (batch, sizes.text_tokens), "mask", torch.int64),
-            InputSpec("video_coords", (batch, 3, "tokens"), "coords", torch.float32),
+            InputSpec("timestep", (batch,), "timestep", "float32"),
+            InputSpec("encoder_attention_mask", (batch, sizes.text_tokens), "mask", "int64"),
+            InputSpec("video_coords", (batch, 3, "tokens"), "coords", "float32"),
         )
 
     def draw(self, spec: InputSpec, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -61,5 +64,7 @@ class LTXVideo(Family):
         """
         if spec.kind != "coords":
             return super().draw(spec, shape, dtype, generator)
+        import torch
+
         coords = torch.rand(shape, generator=generator)
         return coords * torch.tensor([20.0, 704.0, 512.0])[None, :, None]

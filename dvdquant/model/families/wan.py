@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from dvdquant.model.families.base import Config, Family, InputSpec, Sizes
 from dvdquant.model.families.configs import WanConfig
 
@@ -66,9 +64,7 @@ class Wan(Family):
         batch, config = sizes.batch, self.config
         specs = [
             InputSpec("hidden_states", (batch, config["in_channels"], "frames", "height", "width"), "latent"),
-            InputSpec(
-                "timestep", (batch, "tokens") if self.per_token_timestep else (batch,), "timestep", torch.float32
-            ),
+            InputSpec("timestep", (batch, "tokens") if self.per_token_timestep else (batch,), "timestep", "float32"),
             InputSpec("encoder_hidden_states", (batch, sizes.text_tokens, config["text_dim"]), "embedding"),
         ]
         if config.get("image_dim"):

@@ -160,13 +160,23 @@ def block_amax(x: Tensor, block: int) -> Tensor:
 
 
 def int8_grid(x: Tensor, amax: Tensor) -> Tensor:
-    """Round x to the nearest of 255 values between −amax and amax (broadcast to x)."""
+    """Round x to the nearest of 255 values between −amax and amax (broadcast to x).
+
+    Args:
+        x: The values, any shape, floating point.
+        amax: The largest absolute value of each group, broadcast to ``x``.
+    """
     step = amax.clamp(min=_TINY) / 127
     return (x / step).round().clamp(-127, 127) * step
 
 
 def e4m3_grid(x: Tensor, amax: Tensor) -> Tensor:
-    """Round x to e4m3 times ``amax / 448`` (broadcast to x); what is larger than amax becomes amax."""
+    """Round x to e4m3 times ``amax / 448`` (broadcast to x); what is larger than amax becomes amax.
+
+    Args:
+        x: The values, any shape, floating point.
+        amax: The value that becomes 448, the largest of e4m3, broadcast to ``x``.
+    """
     step = amax.clamp(min=_TINY) / E4M3_MAX
     return e4m3_codes(x, step).to(x.dtype) * step
 
@@ -182,7 +192,12 @@ def e4m3_codes(x: Tensor, step: Tensor | float) -> Tensor:
 
 
 def tile_grid(p: Tensor, tile: int) -> Tensor:
-    """Round weights [..., T] ≥ 0 to the nearest of 256 values between 0 and the largest of their tile of keys."""
+    """Round weights [..., T] ≥ 0 to the nearest of 256 values between 0 and the largest of their tile of keys.
+
+    Args:
+        p: The weights, fp32 [..., T], not negative.
+        tile: The number of keys in a tile.
+    """
     keys = p.shape[-1]
     padded = torch.nn.functional.pad(p, (0, -keys % tile))
     tiles = padded.view(*padded.shape[:-1], -1, tile)

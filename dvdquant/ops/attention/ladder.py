@@ -194,13 +194,25 @@ def rungs_for(wanted: str, sm: int | None, backend: str | None) -> tuple[Library
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Return attention in 16 bit: q [B, S, H, d], k and v [B, T, H, d], to [B, S, H, d]."""
+    """Return attention in 16 bit: q [B, S, H, d], k and v [B, T, H, d], to [B, S, H, d].
+
+    Args:
+        q: The queries, [B, S, H, d].
+        k: The keys, [B, T, H, d].
+        v: The values, [B, T, H, d].
+        scale: The factor of the scores, usually 1/√d.
+    """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 def relative_distance(y: Tensor, exact_y: Tensor) -> float:
-    """Return ``‖y − exact‖ / ‖exact‖`` of [B, S, H, d], head by head, so that no copy of all is made in fp32."""
+    """Return ``‖y − exact‖ / ‖exact‖`` of [B, S, H, d], head by head, so that no copy of all is made in fp32.
+
+    Args:
+        y: The result, [B, S, H, d].
+        exact_y: The result in 16 bit, of the same shape.
+    """
     difference = y.new_zeros((), dtype=torch.float64)
     size = difference.clone()
     for head in range(y.shape[2]):
@@ -211,7 +223,12 @@ def relative_distance(y: Tensor, exact_y: Tensor) -> float:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Return the shortest time of a few calls; the caller has made one before, which compiles what there is to compile."""
+    """Return the shortest time of a few calls; the caller has made one before, which compiles what there is to compile.
+
+    Args:
+        call: What is timed.
+        device: The device that PyTorch runs on.
+    """
     times = []
     for _ in range(_ROUNDS):
         _wait(device)

@@ -18,7 +18,11 @@ _known: weakref.WeakValueDictionary[int, Attention] = weakref.WeakValueDictionar
 
 
 def number_of(chosen: Attention) -> int:
-    """Return a new number by which :func:`attention` finds ``chosen``: an operation takes no Python objects."""
+    """Return a new number by which :func:`attention` finds ``chosen``: an operation takes no Python objects.
+
+    Args:
+        chosen: The attention that a session has taken.
+    """
     number = next(_numbers)
     _known[number] = chosen
     return number

@@ -22,7 +22,7 @@ from torch import Tensor
 
 __all__ = ["quantize_rows", "solves"]
 
-# Smallest row scale, as in bgr_search; times 1/255 it is still a normal fp32 number.
+# Smallest row scale, as in numba_search; times 1/255 it is still a normal fp32 number.
 SCALE_FLOOR = 2.0**-118
 _LOW, _HIGH = -8.0, 7.9375
 # Look-ups at a time: bounds the memory of one block of segments to a few hundred megabytes.

@@ -41,7 +41,7 @@ typedef enum dvdq_dtype { DVDQ_BF16 = 0, DVDQ_FP16 = 1 } dvdq_dtype;
 typedef enum dvdq_path {
   DVDQ_PATH_S4_TOKEN = 0,     // s4 mma, scale per token (SM 8.x)
   DVDQ_PATH_S4_GROUP = 1,     // s4 mma, scale per 64 or 128 channels, weight factors in the loop (SM 8.x)
-  DVDQ_PATH_S8_TOKEN = 2,     // s8 mma, weights expanded to int8 per row (SM 8.x, 12.x)
+  DVDQ_PATH_S8_TOKEN = 2,     // s8 mma, weights expanded to int8 per row (SM 8.x, 10.0 and later)
   DVDQ_PATH_S8_GROUP = 3,     // s8 mma, activation scale per group, weights expanded to int8 per row (any SM >= 8.0)
   DVDQ_PATH_S8_WGMMA = 4,     // s8 wgmma, scale per token, weights expanded to int8 per row (SM 9.0: mode T)
   DVDQ_PATH_E4M3_GROUP = 5    // e4m3 wgmma, 4-bit codes held exactly, scale per 128 channels (SM 9.0: mode G)

@@ -1,0 +1,1 @@
+"""The server under load: what it costs, what a kill costs, whether it grows."""

@@ -1,0 +1,1 @@
+"""The server: jobs in a store, workers that pull them, and the HTTP interface in front."""

@@ -1,0 +1,352 @@
+"""The HTTP interface: OpenAI's ``/v1/videos``, and what operators need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from dvdquant.deploy.serve.gate import BodyTooLargeError, BodyTooSlowError, Gate, problem
+from dvdquant.deploy.serve.jobs import VIDEO_ID, Job, QueueFullError
+from dvdquant.deploy.serve.openapi import openapi_document, readable_page
+from dvdquant.deploy.serve.requests import read_request
+from dvdquant.deploy.serve.service import Service
+from dvdquant.deploy.serve.videos import deleted_json, list_json, video_json
+from dvdquant.deploy.serve.wording import public_error
+from dvdquant.errors import DvdquantError, ShapeError, UnsupportedError
+from dvdquant.system.files import strict_json
+from dvdquant.text import shown
+
+__all__ = ["make_app"]
+
+_JSON = "application/json"
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_STATIC = {"page.js": "text/javascript", "page.css": "text/css", "docs.css": "text/css", "icon.svg": "image/svg+xml"}
+_MAX_LIST = 100
+_DRAIN_SECONDS = 5
+_START_SECONDS = 2
+
+
+def make_app(service: Service) -> Any:
+    """Return the ASGI application.
+
+    Args:
+        service: What is behind the routes.
+    """
+    routes = _Routes(service)
+    app = Starlette(
+        routes=[
+            Route("/", routes.page),
+            Route("/static/{name}", routes.static),
+            Route("/docs", routes.docs),
+            Route("/openapi.json", routes.openapi),
+            Route("/health", routes.health),
+            Route("/ready", routes.ready),
+            Route("/metrics", routes.metrics),
+            Route("/preflight", routes.preflight, methods=["POST"]),
+            Route("/v1/models", routes.list_models),
+            Route("/v1/models/{name:path}", routes.get_model),
+            Route("/v1/videos", routes.create_video, methods=["POST"]),
+            Route("/v1/videos", routes.list_videos),
+            Route("/v1/videos/{video}", routes.get_video),
+            Route("/v1/videos/{video}", routes.delete_video, methods=["DELETE"]),
+            Route("/v1/videos/{video}/content", routes.get_content),
+            Route("/v1/videos/{video}/cancel", routes.cancel_video, methods=["POST"]),
+            Route("/v1/videos/{video}/remix", routes.remix_video, methods=["POST"]),
+        ],
+        exception_handlers={
+            HTTPException: _http_error,
+            DvdquantError: _bad_request,
+            BodyTooLargeError: _too_large,
+            BodyTooSlowError: _too_slow,
+            ClientDisconnect: _gone,
+            Exception: _our_fault,
+        },
+    )
+    return Gate(app, service.settings, service.metrics)
+
+
+class _Routes:
+    """The functions behind the routes; each is named after what it does."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        document = openapi_document(service.settings.limits)
+        self._document = document
+        self._readable = readable_page(document)
+
+    # ---------------------------------------------------------------------------------------------------------- videos
+
+    async def create_video(self, request: Request) -> Response:
+        """Queue a job."""
+        service, limits = self.service, self.service.settings.limits
+        if service.draining:
+            return problem(
+                503, "the server is stopping and takes no more jobs", "server_error", code="draining",
+                retry_after=_DRAIN_SECONDS,
+            )  # fmt: skip
+        checked = service.check(await _fields(request))
+        if service.disk_is_full():
+            return problem(
+                503, "the server has no room for more clips", "server_error", code="disk_full", retry_after=60
+            )
+        try:
+            job = await service.run(service.store.create, checked.job(request.state.request_id), limits.queue)
+        except QueueFullError:
+            return problem(
+                429, f"{limits.queue} jobs are waiting, and this server takes no more", "rate_limit_error",
+                code="queue_full", fix="try again later", retry_after=service.retry_after(),
+            )  # fmt: skip
+        service.pool.tell("wake")
+        return JSONResponse(video_json(job, await service.run(service.store.ahead_of, job)))
+
+    async def preflight(self, request: Request) -> Response:
+        """Say what a request would execute, without queueing it."""
+        checked = self.service.check(await _fields(request))
+        counts = await self.service.run(self.service.store.counts)
+        return JSONResponse(self.service.preflight(checked, counts.get("queued", 0)))
+
+    async def list_videos(self, request: Request) -> Response:
+        """List jobs."""
+        query = request.query_params
+        limit = _whole(query.get("limit", "20"), "limit", 1, _MAX_LIST)
+        order = query.get("order", "desc")
+        if order not in ("asc", "desc"):
+            raise ShapeError(f"order is {shown(order, 40)!r}", available="asc, desc")
+        after = query.get("after") or None
+        store = self.service.store
+        if after is not None and not VIDEO_ID.fullmatch(after):
+            raise ShapeError("after is no id of a video", available="an id that a list gave")
+        try:
+            jobs = await self.service.run(store.page, after, limit + 1, ascending=order == "asc")
+        except KeyError:
+            raise ShapeError("after names a video that does not exist", fix="begin the list anew") from None
+        return JSONResponse(list_json(jobs, limit))
+
+    async def get_video(self, request: Request) -> Response:
+        """Say how far a job is."""
+        job = await self._job(request)
+        ahead = await self.service.run(self.service.store.ahead_of, job) if job.status == "queued" else None
+        return JSONResponse(video_json(job, ahead))
+
+    async def get_content(self, request: Request) -> Response:
+        """Send the clip, or a range of its bytes."""
+        variant = request.query_params.get("variant", "video")
+        if variant != "video":
+            raise UnsupportedError(f"variant {shown(variant, 40)!r} is not made", available="video")
+        job = await self._job(request)
+        if job.status == "failed":
+            return problem(404, "the video failed, and has no content", code="video_failed")
+        if job.status != "completed":
+            return problem(
+                409, f"the video is {job.status}", code="video_not_ready", fix="ask again later", retry_after=1
+            )
+        path = await self.service.run(self.service.files.path, job.id)
+        if path is None:
+            return problem(404, "the content of the video is gone", code="content_gone")
+        return _Clip(path, media_type="video/mp4", filename=f"{job.id}.mp4", content_disposition_type="inline")
+
+    async def cancel_video(self, request: Request) -> Response:
+        """Stop a job; what ended already stays as it is."""
+        job = await self._job(request)
+        after = await self.service.run(self.service.store.cancel, job.id)
+        if after is None:
+            raise HTTPException(404)
+        self.service.pool.tell("cancel", video=job.id)
+        return JSONResponse(video_json(after))
+
+    async def delete_video(self, request: Request) -> Response:
+        """Delete a job and its clip; a running one stops."""
+        job = await self._job(request)
+        if not await self.service.run(self.service.store.delete, job.id):
+            raise HTTPException(404)
+        self.service.pool.tell("cancel", video=job.id)
+        await self.service.run(self.service.files.delete, job.id)
+        return JSONResponse(deleted_json(job.id))
+
+    async def remix_video(self, request: Request) -> Response:
+        """Refuse: the models have no such input."""
+        del request
+        return problem(
+            400, "remix is not supported: no model here takes a clip as input",
+            fix="create a video with the seed of the first one and a changed prompt",
+        )  # fmt: skip
+
+    async def _job(self, request: Request) -> Job:
+        video = request.path_params["video"]
+        job = await self.service.run(self.service.store.get, video) if VIDEO_ID.fullmatch(video) else None
+        if job is None:
+            raise HTTPException(404, "there is no video of this id")
+        return job
+
+    # ---------------------------------------------------------------------------------------------------------- models
+
+    async def list_models(self, request: Request) -> Response:
+        """List the models."""
+        del request
+        return JSONResponse({"object": "list", "data": self.service.model_list()})
+
+    async def get_model(self, request: Request) -> Response:
+        """Describe one model."""
+        name = request.path_params["name"]
+        model = next((m for m in self.service.model_list() if m["id"] == name), None)
+        if model is None:
+            raise HTTPException(404, "there is no model of this name")
+        return JSONResponse(model)
+
+    # ------------------------------------------------------------------------------------------------------- operators
+
+    async def health(self, request: Request) -> Response:
+        """Say that the process answers."""
+        del request
+        workers = {worker.label: "ready" if worker.ready else "starting" for worker in self.service.pool.workers}
+        return JSONResponse({"status": "ok", "draining": self.service.draining, "workers": workers})
+
+    async def ready(self, request: Request) -> Response:
+        """Say whether jobs are taken and drawn."""
+        del request
+        if self.service.draining or not self.service.pool.ready:
+            state = "draining" if self.service.draining else "starting"
+            return JSONResponse({"status": state}, 503, {"retry-after": str(_START_SECONDS)})
+        return JSONResponse({"status": "ready"})
+
+    async def metrics(self, request: Request) -> Response:
+        """Give the figures to Prometheus."""
+        del request
+        counts = await self.service.run(self.service.store.counts)
+        text = self.service.metrics.text(counts)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    # ----------------------------------------------------------------------------------------------------------- pages
+
+    async def openapi(self, request: Request) -> Response:
+        """Give the description of the interface."""
+        del request
+        return JSONResponse(self._document)
+
+    async def docs(self, request: Request) -> Response:
+        """Show the description of the interface."""
+        del request
+        return HTMLResponse(self._readable)
+
+    async def page(self, request: Request) -> Response:
+        """Show the live page."""
+        del request
+        return HTMLResponse(_asset("page.html"))
+
+    async def static(self, request: Request) -> Response:
+        """Send a file of the pages."""
+        name = request.path_params["name"]
+        if name not in _STATIC:
+            raise HTTPException(404)
+        return Response(_asset(name), media_type=_STATIC[name])
+
+
+class _Clip(FileResponse):
+    """A clip that may be deleted between the look at its file and the answer."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the file; 404 if it is gone."""
+        try:
+            await super().__call__(scope, receive, send)
+        except RuntimeError:  # Starlette's, before anything is sent
+            await problem(404, "the content of the video is gone", code="content_gone")(scope, receive, send)
+
+
+async def _fields(request: Request) -> dict[str, Any]:
+    """Return the checked fields of a body, JSON or form.
+
+    Raises:
+        ShapeError: The body is out of form.
+        UnsupportedError: It is of another type, or see :func:`.requests.read_request`.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == _JSON:
+        try:
+            data = strict_json(await request.body(), max_depth=8)
+        except ValueError as error:
+            raise ShapeError(f"the body is no valid JSON: {shown(error)}") from None
+        if not isinstance(data, dict):
+            raise ShapeError("the body is no JSON object", fix='send an object such as {"prompt": "..."}')
+        return read_request(data, form=False)
+    if kind not in _FORMS:
+        raise UnsupportedError(f"content type {shown(kind, 80)!r}", available=(_JSON, *_FORMS))
+    async with request.form(max_files=2, max_fields=64) as form:
+        return read_request(_form_fields(form), form=True)
+
+
+def _form_fields(form: FormData) -> Mapping[str, Any]:
+    """Return the fields of a form; a file stands for itself."""
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if name in fields:
+            raise ShapeError(f"the field {shown(name, 80)!r} appears twice")
+        fields[name] = f"a file of {value.size} bytes" if isinstance(value, UploadFile) else value
+    return fields
+
+
+def _whole(text: str, name: str, low: int, high: int) -> int:
+    value = float(text) if text.isascii() and text.isdecimal() and len(text) < 10 else math.nan
+    if not low <= value <= high:
+        raise ShapeError(f"{name} is {shown(text, 40)!r}", available=f"{low} to {high}")
+    return int(value)
+
+
+def _asset(name: str) -> str:
+    return (resources.files("dvdquant.deploy.serve") / "assets" / name).read_text(encoding="utf-8")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Answer what the router or the form parser refuse, in the shape of all errors."""
+    del request
+    assert isinstance(error, HTTPException)
+    words = {404: "there is nothing of this name", 405: "this method is not allowed here"}
+    plain = error.detail if error.status_code in (400, 404) and error.detail != "Not Found" else ""
+    answer = problem(error.status_code, shown(plain, 300) or words.get(error.status_code, "the request is refused"))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _bad_request(request: Request, error: Exception) -> Response:
+    """Answer a request that cannot be drawn."""
+    del request
+    assert isinstance(error, DvdquantError)
+    said = public_error(error)
+    return problem(400, said["message"] or "", available=said["available"], fix=said["fix"])
+
+
+async def _too_large(request: Request, error: Exception) -> Response:
+    """Answer a body over the limit; the rest of it is not read."""
+    del request
+    answer = problem(413, "the body of the request is too large", available=f"{error.args[0]} bytes")
+    answer.headers["connection"] = "close"
+    return answer
+
+
+async def _too_slow(request: Request, error: Exception) -> Response:
+    """Answer a body that has stopped to come."""
+    del request, error
+    answer = problem(408, "the body of the request did not come in time")
+    answer.headers["connection"] = "close"
+    return answer
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """Answer nobody: the client has gone; the status is for the log."""
+    del request, error
+    return Response(status_code=499)
+
+
+async def _our_fault(request: Request, error: Exception) -> Response:
+    """Answer a request on which the server failed; its log has the traceback."""
+    del error
+    text = f"the server failed at this request; its log has more under {request.state.request_id}"
+    return problem(500, text, "server_error", code="internal_error")

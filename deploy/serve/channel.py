@@ -1,0 +1,56 @@
+"""JSON lines in both directions between the server and one of its workers, over a pair of sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["Channel"]
+
+
+class Channel:
+    """One end of the pair. Any thread may send; one thread reads.
+
+    Args:
+        end: The socket; it is closed with the channel.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._lines = end.makefile("rb")
+        self._sending = threading.Lock()
+
+    def send(self, event: str, **fields: Any) -> bool:
+        """Send a message. False if the other end is gone.
+
+        Args:
+            event: Its kind.
+            fields: Its values, as JSON takes them.
+        """
+        line = json.dumps({"event": event, **fields}, allow_nan=False).encode() + b"\n"
+        try:
+            with self._sending:
+                self._socket.sendall(line)
+        except OSError:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield messages until the other end is gone."""
+        with contextlib.suppress(OSError, ValueError):
+            for line in self._lines:
+                message = json.loads(line)
+                if isinstance(message, dict):
+                    yield message
+
+    def close(self) -> None:
+        """Close this end; a thread that reads here ends."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._lines.close()
+            self._socket.close()

@@ -1,0 +1,144 @@
+"""The settings of a server, and those that its workers get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["Limits", "ModelSource", "ServerSettings", "WorkerSettings"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """An export that is served.
+
+    Args:
+        name: Its name in requests.
+        out: The export folder.
+        pipeline: Folder or hub id of text encoder, VAE and scheduler, or None for the exported model's own.
+        schedules: Names in requests -> files of dvdq-plan.
+    """
+
+    name: str
+    out: str
+    pipeline: str | None = None
+    schedules: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for, and how many may wait.
+
+    Args:
+        queue: Jobs that may wait.
+        steps: Denoising steps.
+        pixels: Frames x height x width, or None for what the export takes.
+        prompt: Characters of a prompt.
+        body: Bytes of a request.
+        free_disk: Bytes that must be free in the data folder.
+    """
+
+    queue: int = 64
+    steps: int = 100
+    pixels: int | None = None
+    prompt: int = 4096
+    body: int = 1 << 20
+    free_disk: int = 256 << 20
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker process needs to know.
+
+    Args:
+        name: Its name in the store.
+        models: The exports.
+        data: The data folder.
+        device: ``auto``, ``cpu`` or ``cuda:N``.
+        backend: See :func:`.open_generator`.
+        compile: Compile the transformer's blocks.
+        lease: Seconds of a lease.
+        keep: Seconds that a clip is kept.
+        stall: Seconds without a sign of life after which a job counts as hanging.
+        warm_up: Draw a short clip with each engine before the first request.
+        log_format: ``json`` or ``text``.
+        verbose: 0 to 2.
+    """
+
+    name: str
+    models: tuple[ModelSource, ...]
+    data: str
+    device: str = "auto"
+    backend: str = "auto"
+    compile: bool = False
+    lease: float = 10.0
+    keep: float = 86400.0
+    stall: float = 1800.0
+    warm_up: bool = True
+    log_format: str = "json"
+    verbose: int = 0
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What the server needs to know.
+
+    Args:
+        models: The exports.
+        data: The data folder: queue, state, clips.
+        host: The address to listen on.
+        port: The port; 0 takes a free one.
+        devices: One worker process for each.
+        backend: See :func:`.open_generator`.
+        compile: Compile the transformer's blocks.
+        limits: What a request may ask for.
+        api_keys: SHA-256 digests of the keys that are let in; with none, everybody is.
+        allowed_hosts: Names that the Host header may have; empty allows all.
+        keep: Seconds that a clip is kept.
+        lease: Seconds of a lease.
+        stall: Seconds without a sign of life after which a job counts as hanging.
+        drain: Seconds that running jobs get when the server is stopped.
+        warm_up: Draw a short clip with each engine before the first request.
+        log_format: ``json`` or ``text``.
+        verbose: 0 to 2.
+    """
+
+    models: tuple[ModelSource, ...]
+    data: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    devices: tuple[str, ...] = ("auto",)
+    backend: str = "auto"
+    compile: bool = False
+    limits: Limits = field(default_factory=Limits)
+    api_keys: tuple[bytes, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    keep: float = 86400.0
+    lease: float = 10.0
+    stall: float = 1800.0
+    drain: float = 120.0
+    warm_up: bool = True
+    log_format: str = "json"
+    verbose: int = 0
+
+    def worker(self, name: str, device: str) -> WorkerSettings:
+        """Return the settings of one worker.
+
+        Args:
+            name: Its name in the store.
+            device: Its device.
+        """
+        return WorkerSettings(
+            name=name,
+            models=self.models,
+            data=str(self.data),
+            device=device,
+            backend=self.backend,
+            compile=self.compile,
+            lease=self.lease,
+            keep=self.keep,
+            stall=self.stall,
+            warm_up=self.warm_up,
+            log_format=self.log_format,
+            verbose=self.verbose,
+        )

@@ -1,0 +1,537 @@
+"""A worker: a process of its own that pulls jobs from the store, draws them on one device, and encodes the clips.
+
+A process of its own, because an error of CUDA stays until the process ends, and because a clip that kills it must not
+take the server along. Threads: the engine (the main thread), the encoder, the keeper of leases, the reader of commands.
+
+    python -m dvdquant.deploy.serve.worker FD
+
+``FD`` is the worker's end of the channel; the first message is its settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dvdquant.deploy.faults import fault_of
+from dvdquant.deploy.serve.channel import Channel
+from dvdquant.deploy.serve.files import FolderFiles, VideoFiles
+from dvdquant.deploy.serve.jobs import Failure, Job, JobStore
+from dvdquant.deploy.serve.logs import log_event, setup_server_log
+from dvdquant.deploy.serve.settings import ModelSource, WorkerSettings
+from dvdquant.deploy.serve.sqlite_store import CANCELLED, SqliteStore
+from dvdquant.deploy.serve.wording import client_text, public_error
+from dvdquant.errors import Cancelled, DvdquantError
+
+if TYPE_CHECKING:
+    from dvdquant.deploy.generation.generator import Generator, WrapSession
+    from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
+    from dvdquant.deploy.switching.controller import StepRecord
+
+__all__ = ["BROKEN", "Worker", "main", "open_store"]
+
+BROKEN = 75  # exit code of a worker that cannot go on: EX_TEMPFAIL
+STALLED = 76
+IDLE_SECONDS = 0.25  # between two looks at the store, where nothing wakes the worker
+_LAST_SECONDS = 20.0  # that a worker without a server gets to let go of its job
+_MARKS = {None: "s", 16: "f"}
+
+log = logging.getLogger(__name__)
+
+
+def open_store(data: str | Path, keep: float) -> tuple[JobStore, VideoFiles]:
+    """Return the store and the files of a data folder.
+
+    Args:
+        data: The folder.
+        keep: Seconds until a job expires that ends without a worker.
+    """
+    return SqliteStore(Path(data) / "jobs.sqlite", keep), FolderFiles(Path(data) / "videos")
+
+
+@dataclass
+class _Running:
+    """A job that this worker holds.
+
+    Args:
+        job: The job, with the token of the claim.
+        stop: Set where the drawing must stop.
+        why: ``cancelled``, ``lost`` or ``released`` once ``stop`` is set.
+        drawing: True until the frames are there.
+        sign: The time of the last sign of life.
+    """
+
+    job: Job
+    stop: threading.Event = field(default_factory=threading.Event)
+    why: str = ""
+    drawing: bool = True
+    sign: float = field(default_factory=time.monotonic)
+    progress: int = 0
+    bits: str = ""
+
+    @property
+    def token(self) -> str:
+        """Return the secret of the claim."""
+        return self.job.token or ""
+
+    def end(self, why: str) -> None:
+        """Ask the drawing to stop."""
+        if not self.stop.is_set():
+            self.why = why
+            self.stop.set()
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A clip whose frames are there, on its way to the encoder."""
+
+    running: _Running
+    result: GenerateResult
+    fps: float
+    seconds: float
+
+
+class Worker:
+    """Draws jobs of a store until it is told to stop.
+
+    Args:
+        settings: Its settings.
+        store: Queue and state.
+        files: The place for clips.
+        tell: Called with every event for the server, from any thread.
+        wrap_session: Applied to every engine session as soon as it is open, to watch or replace what it runs.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        store: JobStore,
+        files: VideoFiles,
+        tell: Callable[..., Any],
+        wrap_session: WrapSession | None = None,
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.files = files
+        self.tell = tell
+        self.wrap_session = wrap_session
+        self.generators: dict[str, Generator] = {}
+        self.awake = threading.Event()
+        self.stopping = threading.Event()
+        self.code = 0
+        self._running: dict[str, _Running] = {}
+        self._holding = threading.Lock()
+        self._drawn: queue.Queue[_Drawn | None] = queue.Queue(2)  # frames of two clips wait at most
+        self._gone = threading.Event()
+
+    # ---------------------------------------------------------------------------------------------- what others call
+
+    def wake(self) -> None:
+        """Look at the store now."""
+        self.awake.set()
+
+    def stop(self) -> None:
+        """Finish what is being drawn, take nothing more."""
+        self.stopping.set()
+        self.awake.set()
+
+    def let_go(self) -> None:
+        """Stop at once; jobs go back into the queue."""
+        self.stop()
+        with self._holding:
+            for running in self._running.values():
+                running.end("released")
+
+    def cancel(self, video: str) -> None:
+        """Stop drawing a job that the store says is cancelled or deleted, without waiting for the next beat."""
+        with self._holding:
+            running = self._running.get(video)
+        if running is not None:
+            self._beat(running)
+
+    # ------------------------------------------------------------------------------------------------------ the start
+
+    def open(self) -> None:
+        """Open every model, load its engines, and draw a short clip with each.
+
+        Raises:
+            DvdquantError: An export or its model cannot be used.
+        """
+        from dvdquant.deploy.artifact import Artifact
+        from dvdquant.deploy.generation.generate import open_generator
+
+        started = time.perf_counter()
+        for source in self.settings.models:
+            generator = open_generator(
+                Artifact.open(source.out),
+                pipeline=source.pipeline,
+                backend=self.settings.backend,
+                device=self.settings.device,
+                compile=self.settings.compile,
+                wrap_session=self.wrap_session,
+            )
+            self.generators[source.name] = generator
+            self._warm_up(generator)
+        facts = {name: _executed(generator) for name, generator in self.generators.items()}
+        seconds = round(time.perf_counter() - started, 3)
+        log_event(log, "worker_ready", seconds=seconds, models=sorted(facts))
+        self.tell("ready", models=facts, seconds=seconds, **_memory())
+
+    def _warm_up(self, generator: Generator) -> None:
+        for request in _warm_up_requests(generator):
+            generator.prepare(request)
+            if self.settings.warm_up:
+                generator.generate(request)
+
+    # ------------------------------------------------------------------------------------------------------- the work
+
+    def run(self) -> int:
+        """Draw jobs until :meth:`stop`; return the exit code of the process."""
+        threads = [threading.Thread(target=work, daemon=True) for work in (self._keep_leases, self._encode_all)]
+        for thread in threads:
+            thread.start()
+        models = tuple(self.generators)
+        while not self.stopping.is_set():
+            self.awake.clear()
+            try:
+                job = self.store.claim(self.settings.name, models, self.settings.lease)
+            except Exception:  # a store that is away comes back, or the server gives up
+                log.exception("the store does not answer")
+                time.sleep(1)
+                continue
+            if job is None:
+                self.awake.wait(IDLE_SECONDS)
+                continue
+            with self._hold(job) as running:
+                self._draw(running)
+        self._drawn.put(None)
+        threads[1].join()
+        self._gone.set()
+        threads[0].join()
+        return self.code
+
+    @contextlib.contextmanager
+    def _hold(self, job: Job) -> Iterator[_Running]:
+        """Keep the lease of a job for the time of the block; afterwards the encoder has it, or nobody."""
+        running = _Running(job)
+        with self._holding:
+            self._running[job.id] = running
+        try:
+            yield running
+        finally:
+            if running.drawing:
+                self._drop(running)
+
+    def _drop(self, running: _Running) -> None:
+        with self._holding:
+            self._running.pop(running.job.id, None)
+
+    def _draw(self, running: _Running) -> None:
+        """Draw one job, on the main thread."""
+        job = running.job
+        fields: dict[str, Any] = {
+            "video": job.id,
+            "request": job.what.request_id,
+            "model": job.what.model,
+            "attempt": job.attempts,
+        }
+        log_event(log, "job_started", **fields)
+        self.tell("started", video=job.id, model=job.what.model, waited=max(0.0, time.time() - job.created_at))
+        started = time.perf_counter()
+        try:
+            generator = self.generators[job.what.model]
+            request = self._request(job)
+            result = generator.generate(request, lambda record: self._step(running, record), cancel=running.stop)
+            fps = job.what.request.get("fps") or generator.fps(len(result.frames))
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self.store.release(job.id, running.token)
+                raise
+            self._failed(running, error)
+            return
+        running.drawing = False
+        self._drawn.put(_Drawn(running, result, fps, time.perf_counter() - started))
+
+    def _request(self, job: Job) -> GenerateRequest:
+        """Return the request of a job for the generator."""
+        from dvdquant.deploy.serve.requests import generate_request
+
+        source = next(model for model in self.settings.models if model.name == job.what.model)
+        return generate_request(job.what.request, self.generators[source.name].artifact.manifest, source)
+
+    def _step(self, running: _Running, record: StepRecord) -> None:
+        """Note one call of the transformer; Cancelled where the job must stop."""
+        running.sign = time.monotonic()
+        if record.step >= len(running.bits):
+            running.bits += _MARKS.get(record.bits, str(record.bits))
+        # The last percent is the decoder's and the encoder's.
+        running.progress = min(99, 100 * (record.step + 1) // max(1, running.job.what.steps))
+        self.tell(
+            "step",
+            model=running.job.what.model,
+            bits="skip" if record.bits is None else str(record.bits),
+            seconds=record.seconds,
+            retried=record.retried,
+        )
+        self._beat(running)
+        if running.stop.is_set():
+            raise Cancelled("the job was stopped")
+
+    def _failed(self, running: _Running, error: Exception) -> None:
+        """Say in the store how a job ended that has no clip."""
+        job, keep = running.job, self.settings.keep
+        fault = fault_of(error)
+        fields: dict[str, Any] = {"video": job.id, "request": job.what.request_id, "attempt": job.attempts}
+        if running.why == "lost":
+            log_event(log, "job_lost", **fields)
+            return
+        if running.why == "released":
+            self.store.release(job.id, running.token)
+            log_event(log, "job_released", **fields)
+            return
+        if running.why == "cancelled" and fault == "request":
+            self.store.fail(job.id, running.token, CANCELLED, keep, final=True)
+            log_event(log, "job_cancelled", **fields)
+            self.tell("ended", status="cancelled", model=job.what.model)
+            return
+        failure = _failure(error)
+        after = self.store.fail(job.id, running.token, failure, keep, final=fault == "request")
+        again = after is not None and after.status == "queued"
+        log.error(
+            "job failed",
+            exc_info=error,
+            extra={
+                "dvdq_event": "job_failed",
+                "dvdq_fields": {**fields, "code": failure.code, "again": again, "fault": fault},
+            },
+        )
+        self.tell("ended", status="retried" if again else "failed", model=job.what.model)
+        error.__traceback__ = None  # it holds the tensors of the clip
+        if fault == "process":
+            log_event(log, "worker_broken", level=logging.ERROR, text="this process cannot go on and will be restarted")
+            self.code = BROKEN
+            self.stop()
+
+    # ---------------------------------------------------------------------------------------------------- the encoder
+
+    def _encode_all(self) -> None:
+        """Encode clips beside the engine, on a thread of its own."""
+        while (drawn := self._drawn.get()) is not None:
+            try:
+                self._encode(drawn)
+            except Exception as error:  # noqa: BLE001  one clip that cannot be written must not end the encoder
+                self._failed(drawn.running, error)
+            finally:
+                self._drop(drawn.running)
+                del drawn
+
+    def _encode(self, drawn: _Drawn) -> None:
+        from dvdquant.deploy.generation.video import write_mp4
+
+        running, job = drawn.running, drawn.running.job
+        if running.stop.is_set():
+            raise Cancelled("the job was stopped")
+        started = time.perf_counter()
+        size = self.files.write(job.id, lambda path: write_mp4(path, drawn.result.frames, drawn.fps))
+        seconds = time.perf_counter() - started
+        summary = _summary(drawn, size, seconds)
+        if not self.store.complete(job.id, running.token, summary, self.settings.keep):
+            self.files.delete(job.id)
+            self._beat(running)
+            self._failed(running, Cancelled("the job was stopped"))
+            return
+        log_event(
+            log,
+            "job_completed",
+            video=job.id,
+            request=job.what.request_id,
+            seconds=round(drawn.seconds, 3),
+            encode_seconds=round(seconds, 3),
+            bits=running.bits,
+            bytes=size,
+        )
+        self.tell(
+            "ended",
+            status="completed",
+            model=job.what.model,
+            seconds=drawn.seconds,
+            encode_seconds=seconds,
+            **_memory(),
+        )
+
+    # ----------------------------------------------------------------------------------------------------- the leases
+
+    def _keep_leases(self) -> None:
+        """Renew the leases, ask whether a job is cancelled, and end the process where the engine hangs."""
+        pause = min(0.5, self.settings.lease / 4)
+        while not self._gone.wait(pause):
+            with self._holding:
+                held = list(self._running.values())
+            for running in held:
+                if running.drawing and time.monotonic() - running.sign > self.settings.stall:
+                    log_event(
+                        log, "worker_stalled", level=logging.CRITICAL, video=running.job.id, seconds=self.settings.stall
+                    )
+                    os._exit(STALLED)  # the engine does not answer, so nothing else would end the process
+                self._beat(running)
+
+    def _beat(self, running: _Running) -> None:
+        try:
+            answer = self.store.beat(running.job.id, running.token, self.settings.lease, running.progress, running.bits)
+        except Exception:  # the lease lasts for some more tries
+            log.exception("the lease of a job could not be renewed")
+            return
+        if answer != "ok":
+            running.end(answer)
+
+
+def _warm_up_requests(generator: Generator) -> list[GenerateRequest]:
+    """Return the shortest requests that run every engine once, at the size the export was tuned for."""
+    from dvdquant.deploy.generation.request import GenerateRequest
+
+    words = getattr(generator.checker, "words", None)
+    prompt = "warm up" if words is None else words.example()
+    artifact = generator.artifact
+    modes = [f"a{bits}" for bits in artifact.bits(artifact.components[0])]
+    return [GenerateRequest(prompt, steps=2, mode=mode) for mode in modes]
+
+
+def _executed(generator: Generator) -> dict[str, Any]:
+    """Return backend, device and dtype of what is loaded."""
+    from dvdquant.deploy.generation.generator import executed_session
+
+    session = getattr(generator, "_session", None)
+    if session is None:
+        engines = getattr(generator, "_engines", {})
+        session = next((engine.session for engine in engines.values()), None)
+    return {} if session is None else executed_session(session)
+
+
+def _summary(drawn: _Drawn, size: int, encode_seconds: float) -> dict[str, Any]:
+    """Return the figures of a clip that are kept with its job."""
+    result = drawn.result
+    computed = [record.bits for record in result.trace if record.bits is not None]
+    return {
+        "seconds": round(drawn.seconds, 4),
+        "encode_seconds": round(encode_seconds, 4),
+        "bytes": size,
+        "fps": drawn.fps,
+        "frames": len(result.frames),
+        "average_bits": round(sum(computed) / len(computed), 3) if computed else None,
+        "backend": result.executed.get("backend"),
+        "device": result.executed.get("device"),
+    }
+
+
+def _failure(error: Exception) -> Failure:
+    """Return what a client reads of an error. Of an error that is not ours, the log has the text."""
+    if isinstance(error, DvdquantError):
+        said = public_error(error)
+        text = "\n".join(f"{name}: {value}" if name != "message" else value for name, value in said.items() if value)
+        return Failure(_code(error), text)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return Failure(
+            "out_of_memory", "the device has not enough memory for this clip; ask for a smaller or shorter one"
+        )
+    return Failure(
+        "internal_error", client_text(f"the clip failed with {type(error).__name__}; the server's log says more")
+    )
+
+
+def _code(error: DvdquantError) -> str:
+    """Return ``engine_error`` for EngineError."""
+    name = type(error).__name__
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+def _memory() -> dict[str, int]:
+    """Return the bytes that this process holds in memory, and on its device."""
+    import psutil
+
+    found = {"resident_bytes": int(psutil.Process().memory_info().rss)}
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            found["device_bytes"] = int(torch.cuda.memory_reserved())
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the process
+
+
+def main(words: list[str] | None = None, wrap_session: WrapSession | None = None) -> int:
+    """Run a worker of a server; return the exit code.
+
+    Args:
+        words: The number of the inherited socket. The default is the command line.
+        wrap_session: See :class:`Worker`.
+    """
+    (number,) = sys.argv[1:] if words is None else words
+    channel = Channel(socket.socket(fileno=int(number)))
+    messages = iter(channel)
+    first = next(messages, None)
+    if first is None:
+        return 0  # the server was gone before it said anything
+    settings = _settings(first["settings"])
+    os.dup2(2, 1)  # what a library prints belongs into the log
+    setup_server_log(settings.log_format, settings.verbose, worker=settings.name)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which tells us
+    store, files = open_store(settings.data, settings.keep)
+    worker = Worker(settings, store, files, channel.send, wrap_session)
+    signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+    threading.Thread(target=_obey, args=(worker, messages), daemon=True).start()
+    try:
+        worker.open()
+    except DvdquantError as error:
+        log.error("the worker cannot start: %s", error)
+        channel.send("refused", kind=type(error).__name__, what=error.what, available=error.available, fix=error.fix)
+        return 2
+    code = worker.run()
+    store.close()
+    channel.send("gone")
+    return code
+
+
+def _obey(worker: Worker, messages: Iterator[dict[str, Any]]) -> None:
+    """Do what the server says; without a server, let go of the job and end."""
+    for message in messages:
+        kind = message["event"]
+        if kind == "wake":
+            worker.wake()
+        elif kind == "stop":
+            worker.stop()
+        elif kind == "let_go":
+            worker.let_go()
+        elif kind == "cancel":
+            worker.cancel(message["video"])
+    worker.let_go()
+    # A call of an engine cannot be interrupted; the lease runs out, so no job is lost.
+    time.sleep(_LAST_SECONDS)
+    os._exit(1)
+
+
+def _settings(data: dict[str, Any]) -> WorkerSettings:
+    models = tuple(ModelSource(**model) for model in data.pop("models"))
+    return WorkerSettings(models=models, **data)
+
+
+def settings_json(settings: WorkerSettings) -> dict[str, Any]:
+    """Return the settings as the first message carries them."""
+    return dataclasses.asdict(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,429 @@
+"""One tar that holds an export for a machine without internet: written here, read there with doubt.
+
+A bundle is a plain tar: ``bundle.json`` first, then the files that it lists, in its order, each a regular file of the size and
+the SHA-256 that it says. Whatever else a tar may hold (links, devices, sparse files, extended headers, members that are not
+listed) is refused. So the size of every part is known before anything is written, and no name is trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # typing's own from Python 3.12 on
+
+from dvdquant import __version__
+from dvdquant.artifact.layout import MANIFEST
+from dvdquant.artifact.manifest import MAX_MANIFEST, ComputeCapability, Digest, Manifest, Size, Text, check_relpath
+from dvdquant.artifact.transaction import ExportTransaction
+from dvdquant.errors import OutputError
+from dvdquant.system.files import FileEntry, disk_error, open_regular, require_disk, strict_json
+from dvdquant.system.records import first_problem
+from dvdquant.system.whole_file import atomic_path
+from dvdquant.text import shown
+
+__all__ = ["Bundle", "BundleFacts", "open_bundle", "unpack_bundle", "write_bundle"]
+
+RECORD = "bundle.json"
+FORMAT: Literal[1] = 1
+MAX_RECORD = 8 << 20
+MAX_FILES = 4096
+BLOCK = 512
+# Names longer than this need headers of another kind.
+MAX_NAME = 100
+_RECORD_SIZE = 20 * BLOCK  # what tar fills the end of a file up to
+_AGAIN = "make the bundle again with dvdq-bundle, and compare its SHA-256 after copying"
+
+
+@with_config({"extra": "forbid", "strict": True})
+class _Member(TypedDict):
+    """One file of a bundle.
+
+    Attributes:
+        path: Its path in the export.
+        sha256: Its SHA-256.
+        bytes: Its size.
+    """
+
+    path: Annotated[str, Field(max_length=MAX_NAME)]
+    sha256: Digest
+    bytes: Size
+
+
+@with_config({"extra": "forbid", "strict": True})
+class BundleFacts(TypedDict):
+    """What a device has to know of a bundle before it unpacks one.
+
+    Attributes:
+        format: The version of this format.
+        dvdquant: The version that wrote it.
+        sm: The compute capabilities that its engines are for.
+        machine: The processor that its libraries are for, as ``uname -m`` says it; null if it holds none.
+        tensorrt_major: The major version of TensorRT that its plugin library is for; null if it holds none.
+        builder_bytes: The memory that the largest build takes.
+        held_bytes: The device memory for the weights of the smallest of its engines.
+        files: Its files, in their order.
+    """
+
+    format: Literal[1]
+    dvdquant: Text
+    sm: Annotated[list[ComputeCapability], Field(min_length=1, max_length=100)]
+    machine: Annotated[str, Field(pattern="^[a-z0-9_]{1,32}$")] | None
+    tensorrt_major: Annotated[int, Field(ge=8, le=99)] | None
+    builder_bytes: Size
+    held_bytes: Size
+    files: Annotated[list[_Member], Field(min_length=1, max_length=MAX_FILES)]
+
+
+_FACTS = TypeAdapter(BundleFacts)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An open bundle, of which the record was read and checked.
+
+    Args:
+        path: The file.
+        facts: Its record.
+        file: The open file, at the first member after the record.
+    """
+
+    path: Path
+    facts: BundleFacts
+    file: IO[bytes]
+
+
+# ---------------------------------------------------------------------------------------------------------------- write
+
+
+def write_bundle(
+    path: Path,
+    out: Path,
+    manifest: Manifest,
+    others: Mapping[str, Path | bytes],
+    *,
+    sms: Sequence[str],
+    machine: str | None,
+    tensorrt_major: int | None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> str:
+    """Write the tar, which appears whole or not at all, and return its SHA-256.
+
+    Args:
+        path: The file to write.
+        out: The export.
+        manifest: Its manifest, perhaps without some of its files; those that it lists are packed.
+        others: Relative path -> file, or bytes, of what is packed besides.
+        sms: The compute capabilities that its engines are for.
+        machine: The processor that its libraries are for, or None.
+        tensorrt_major: The major version of TensorRT that its plugin library is for, or None.
+        progress: A function that gets the number of bytes of every block packed.
+
+    Raises:
+        OutputError: A file of the export is not what its manifest says, or cannot be read or written.
+        ResourceError: The disk is full.
+    """
+    # 1. What goes in; the manifest is the first, so that a reader can check the others by it.
+    contents: dict[str, Path | bytes] = {MANIFEST: manifest.to_json().encode()}
+    contents |= {name: out / name for name in sorted(manifest.files)} | dict(others)
+    members: list[_Member] = []
+    for name, content in contents.items():
+        if name != MANIFEST:
+            check_relpath(name)
+        if len(name.encode()) > MAX_NAME:
+            raise OutputError(f"the path {shown(name)} has more than {MAX_NAME} bytes, which a plain tar cannot hold")
+        entry = manifest.files.get(name) if isinstance(content, Path) else None
+        if entry is None:
+            entry = _entry(content)
+        members.append({"path": name, "sha256": entry["sha256"], "bytes": entry["bytes"]})
+    facts = BundleFacts(
+        format=FORMAT,
+        dvdquant=__version__,
+        sm=list(sms),
+        machine=machine,
+        tensorrt_major=tensorrt_major,
+        builder_bytes=max((entry["builder_bytes"] for entry in manifest.builds), default=0),
+        held_bytes=min((entry["held_bytes"] for entry in manifest.builds), default=0),
+        files=members,
+    )
+    record = (json.dumps(facts, indent=1) + "\n").encode()
+    require_disk(path.parent, sum(_padded(m["bytes"]) + BLOCK for m in members) + len(record), "the bundle")
+    # 2. Write it: the same export gives the same bytes.
+    try:
+        with atomic_path(path) as unfinished, unfinished.open("r+b") as file:
+            digest = _Hashed(file)
+            with tarfile.open(fileobj=digest, mode="w|", format=tarfile.GNU_FORMAT, bufsize=1 << 20) as tar:  # type: ignore[call-overload]
+                _add(tar, RECORD, io.BytesIO(record), len(record))
+                for member in members:
+                    _pack(tar, member, contents[member["path"]], progress)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(error, error.filename or path) from error
+    return digest.hexdigest()
+
+
+class _Hashed:
+    """A file that hashes what is written to it.
+
+    Args:
+        file: The file.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Write and hash a block."""
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def hexdigest(self) -> str:
+        """Return the SHA-256 so far."""
+        return self._digest.hexdigest()
+
+
+class _Checked:
+    """A reader that hashes what is read from a file, for a digest that is compared at the end.
+
+    Args:
+        file: The file.
+        progress: A function that gets the number of bytes of every block.
+    """
+
+    def __init__(self, file: IO[bytes], progress: Callable[[int], None]) -> None:
+        self._file, self._progress, self._digest = file, progress, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        """Read and hash a block."""
+        data = self._file.read(size)
+        self._digest.update(data)
+        self._progress(len(data))
+        return data
+
+    def hexdigest(self) -> str:
+        """Return the SHA-256 of what was read."""
+        return self._digest.hexdigest()
+
+
+def _entry(content: Path | bytes) -> FileEntry:
+    """Return the hash and the size of what is packed besides the export's files."""
+    if isinstance(content, bytes):
+        return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    from dvdquant.system.files import hash_file
+
+    return hash_file(content)
+
+
+def _pack(tar: tarfile.TarFile, member: _Member, content: Path | bytes, progress: Callable[[int], None]) -> None:
+    """Add one member, whose bytes are compared with its digest as they are packed.
+
+    Raises:
+        OutputError: The file is not what the manifest says.
+    """
+    if isinstance(content, bytes):
+        _add(tar, member["path"], io.BytesIO(content), len(content))
+        return
+    try:
+        descriptor, size = open_regular(content)
+    except ValueError as error:
+        raise OutputError(f"{content} cannot be packed: {error}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        reader = _Checked(file, progress)
+        if size == member["bytes"]:
+            _add(tar, member["path"], reader, size)  # type: ignore[arg-type]
+        if reader.hexdigest() != member["sha256"]:
+            raise OutputError(
+                f"{content} does not match its manifest: it was changed", fix="export again, or dvdq-inspect --check"
+            )
+
+
+def _add(tar: tarfile.TarFile, name: str, file: IO[bytes], size: int) -> None:
+    """Add a regular file of nobody, of no time."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    tar.addfile(info, file)
+
+
+# ----------------------------------------------------------------------------------------------------------------- read
+
+
+@contextmanager
+def open_bundle(path: Path) -> Iterator[Bundle]:
+    """Open a bundle and check its record; the rest is not looked at yet.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OutputError: It is no bundle, one of another format, or its size is not what its record says.
+    """
+    try:
+        descriptor, size = open_regular(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise OutputError(f"{path} cannot be read: {reason}", fix="give the file that dvdq-bundle wrote") from error
+    with os.fdopen(descriptor, "rb") as file:
+        info = _header(file, path)
+        if info is None or info.name != RECORD or info.size > MAX_RECORD:
+            raise OutputError(
+                f"{path} is no bundle: it does not begin with {RECORD}", fix="give the file that dvdq-bundle wrote"
+            )
+        facts = _read_facts(_read(file, info.size, path), path)
+        rest = sum(BLOCK + _padded(member["bytes"]) for member in facts["files"])
+        whole = file.tell() + rest + 2 * BLOCK
+        if not whole <= size <= -(-whole // _RECORD_SIZE) * _RECORD_SIZE:
+            raise OutputError(
+                f"{path} has {size} bytes, and its record says {whole}: it was cut off, or something was added",
+                fix=_AGAIN,
+            )
+        yield Bundle(path, facts, file)
+
+
+def unpack_bundle(bundle: Bundle, out: Path, progress: Callable[[int], None] = lambda count: None) -> Manifest:
+    """Unpack a bundle into a folder, which holds all of it afterwards, or what it held before.
+
+    Args:
+        bundle: The open bundle.
+        out: The folder; it may be absent, empty, or an export, which is replaced.
+        progress: A function that gets the number of bytes of every block.
+
+    Returns:
+        The manifest of the export that is there now; it lists what the bundle holds besides, too.
+
+    Raises:
+        OutputError: A byte of the bundle was changed, a member is not the one that its record lists there, or the folder
+            cannot be written.
+        ResourceError: The disk is too small.
+    """
+    files = bundle.facts["files"]
+    require_disk(out, sum(member["bytes"] for member in files), "what the bundle holds")
+    with ExportTransaction(out, key={"bundle": [member["sha256"] for member in files]}) as transaction:
+        manifest = None
+        known: dict[str, FileEntry] = {}
+        for member in files:
+            info = _header(bundle.file, bundle.path)
+            if info is None or (info.name, info.size) != (member["path"], member["bytes"]):
+                raise _changed(bundle.path, f"{shown(member['path'])} is not where its record has it")
+            if member["path"] == MANIFEST:
+                manifest = Manifest.from_json(_hashed_bytes(bundle, member))
+                continue
+            with transaction.path(member["path"]).open("xb") as target:
+                _copy(bundle, member, target, progress)
+            known[member["path"]] = {"sha256": member["sha256"], "bytes": member["bytes"]}
+        if bundle.file.read().strip(b"\0"):
+            raise _changed(bundle.path, "there is something behind its last file")
+        if manifest is None or any(known.get(name) != entry for name, entry in manifest.files.items()):
+            raise _changed(bundle.path, "its files are not those of its manifest")
+        return transaction.commit(manifest, known, export_key=manifest.export_key)
+
+
+def _header(file: IO[bytes], path: Path) -> tarfile.TarInfo | None:
+    """Return the next member of a tar, or None where no plain file is next.
+
+    Raises:
+        OutputError: It is a link, a device or another thing that a bundle does not hold, or no header at all.
+    """
+    raw = file.read(BLOCK)
+    try:
+        info = tarfile.TarInfo.frombuf(raw, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return None
+    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.size < 0:
+        raise _changed(path, f"{shown(info.name)} is no plain file")
+    return info
+
+
+def _read(file: IO[bytes], size: int, path: Path) -> bytes:
+    """Return the content of a member, and skip what fills its last block.
+
+    Raises:
+        OutputError: The file ends before.
+    """
+    data = file.read(size)
+    file.read(_padded(size) - size)
+    if len(data) != size:
+        raise _changed(path, "it ends too early")
+    return data
+
+
+def _read_facts(raw: bytes, path: Path) -> BundleFacts:
+    """Return the checked record of a bundle.
+
+    Raises:
+        OutputError: It is out of form.
+    """
+    try:
+        data: Any = strict_json(raw)
+    except ValueError as error:
+        raise OutputError(f"{path}: {RECORD} is not valid JSON: {error}", fix=_AGAIN) from error
+    if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] != FORMAT:
+        raise OutputError(
+            f"{path} is a bundle of format {data['format']}",
+            available=f"this version of dvdquant reads format {FORMAT}",
+            fix=f"update dvdquant, or make the bundle with dvdquant {__version__}",
+        )
+    try:
+        facts = _FACTS.validate_python(data)
+    except ValidationError as error:
+        problem = first_problem(error, data)
+        raise OutputError(
+            f"{path}: {RECORD}: field {problem.field} {problem.state}", available=problem.allowed, fix=_AGAIN
+        ) from error
+    names = [member["path"] for member in facts["files"]]
+    if names[0] != MANIFEST or facts["files"][0]["bytes"] > MAX_MANIFEST or len(set(names)) != len(names):
+        raise OutputError(f"{path}: {RECORD} does not list {MANIFEST} first, or a file twice", fix=_AGAIN)
+    for name in names[1:]:
+        check_relpath(name)
+    return facts
+
+
+def _hashed_bytes(bundle: Bundle, member: _Member) -> bytes:
+    """Return the content of a member.
+
+    Raises:
+        OutputError: It is not what the record says.
+    """
+    raw = _read(bundle.file, member["bytes"], bundle.path)
+    if hashlib.sha256(raw).hexdigest() != member["sha256"]:
+        raise _changed(bundle.path, f"{shown(member['path'])} was changed")
+    return raw
+
+
+def _copy(bundle: Bundle, member: _Member, target: IO[bytes], progress: Callable[[int], None]) -> None:
+    """Copy a member into a file.
+
+    Raises:
+        OutputError: It is not what the record says.
+    """
+    digest, left = hashlib.sha256(), member["bytes"]
+    while left:
+        block = bundle.file.read(min(left, 1 << 22))
+        if not block:
+            raise _changed(bundle.path, "it ends too early")
+        digest.update(block)
+        target.write(block)
+        left -= len(block)
+        progress(len(block))
+    bundle.file.read(_padded(member["bytes"]) - member["bytes"])
+    if digest.hexdigest() != member["sha256"]:
+        raise _changed(bundle.path, f"{shown(member['path'])} was changed")
+
+
+def _padded(size: int) -> int:
+    """Return a size filled up to whole blocks."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def _changed(path: Path, why: str) -> OutputError:
+    """Return the error for a bundle that is not as it was written."""
+    return OutputError(f"{path} is not as dvdq-bundle wrote it: {why}", fix=_AGAIN)

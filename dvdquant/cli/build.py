@@ -1,0 +1,262 @@
+"""``dvdq-build``: the engines of an export, built on the device that they are for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dvdquant import __version__
+from dvdquant.cli.common import ExamplesCommand, echo, paragraphs, setup_logging, table
+from dvdquant.cli.paths import PATH
+from dvdquant.errors import OutputError, UnsupportedError
+from dvdquant.text import amount, json_text
+
+if TYPE_CHECKING:
+    from dvdquant.artifact.manifest import Manifest
+    from dvdquant.export.on_device import DeviceBuild, DeviceResult
+    from dvdquant.system.gpu import Gpu
+    from dvdquant.system.progress import Progress
+
+BUNDLED = "bundled"
+
+EXAMPLES = """
+# on a Jetson Orin: unpack a bundle, build, check and time its engines, with the plugin library that it holds
+dvdq-build orin.tar -o orin --plugin bundled
+
+# an export folder that was copied, with a plugin library that was built here; go on after an interruption
+dvdq-build out/orin --plugin build/plugins/libdvdquant_plugins.so --resume
+
+# what would be built, and does it fit?
+dvdq-build orin.tar --dry-run
+
+# TensorRT-RTX engines that dvdq-export --build device left over; needs no GPU
+dvdq-build out/wan
+"""
+
+
+@click.command(cls=ExamplesCommand, examples=EXAMPLES)
+@click.argument("source", metavar="OUT|BUNDLE", type=PATH)
+@click.option("-o", "--output", "out", type=PATH, help="Folder for a bundle.  [default: its name without .tar]")
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    type=PATH,
+    help="TensorRT plugin library, which engines need again when they run; bundled takes the bundle's own. Its code runs: "
+    "take none that you do not trust.",
+)
+@click.option(
+    "--bits", type=click.IntRange(4, 8), multiple=True, help="Only engines of these activation bits; repeatable."
+)
+@click.option("--timing-cache", type=PATH, help="TensorRT timing cache to read and update.")
+@click.option("--no-check", is_flag=True, help="Do not run and time the new engines.")
+@click.option("--resume", is_flag=True, help="Go on from an interrupted build.")
+@click.option("--dry-run", is_flag=True, help="Say what would be built, and whether it fits; write nothing.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("-v", "--verbose", count=True)
+@click.version_option(__version__, prog_name="dvdq-build")
+def main(
+    source: Path,
+    out: Path | None,
+    plugins: tuple[Path, ...],
+    bits: tuple[int, ...],
+    timing_cache: Path | None,
+    no_check: bool,
+    resume: bool,
+    dry_run: bool,
+    log_format: str,
+    verbose: int,
+) -> None:
+    """Build the engines that an export left to this machine, check and time them, and enter them into its manifest.
+
+    OUT is an export of dvdq-export --target tensorrt (or --build device), BUNDLE a file of dvdq-bundle, which is unpacked
+    first: whole or not at all. What does not fit this GPU, this TensorRT or the memory is refused before any work.
+    """
+    setup_logging(verbose, log_format)
+    from dvdquant.artifact.manifest import load_manifest
+    from dvdquant.export.elsewhere import PLUGIN_PLACE
+    from dvdquant.export.on_device import build_on_device, plan_on_device
+    from dvdquant.system.gpu import read_gpu
+    from dvdquant.system.progress import Progress
+    from dvdquant.system.whole_file import check_writable
+
+    if timing_cache is not None:
+        check_writable(timing_cache)
+    gpu, progress = read_gpu(), Progress(log_format)  # type: ignore[arg-type]
+    if source.is_file():
+        folder = out or Path(source.name.removesuffix(".tar"))
+        if folder.resolve() == source.resolve():
+            raise UnsupportedError(f"{source} has no .tar to leave out of its name", fix="give a folder with -o")
+        with _refusals(source, gpu, dry_run) as unpack:
+            if unpack is None:
+                return
+            unpack(folder, progress)
+    elif out is not None:
+        raise UnsupportedError(
+            f"-o is for a bundle, and {source} is none", fix="leave -o out: engines go into the export"
+        )
+    else:
+        folder = source
+    manifest = load_manifest(folder)
+    chosen = tuple(_plugin(path, folder, manifest, PLUGIN_PLACE) for path in plugins)
+    plan = plan_on_device(folder, manifest, gpu, plugins=chosen, bits=bits)
+    if dry_run:
+        echo(json_text(_plan_json(plan)) if log_format == "json" else _plan_text(plan))
+        return
+    if not plan.builds:
+        _say_current(plan, log_format, progress)
+        return
+    for path in plan.plugins:
+        progress.say(f"{path} is loaded, and its code runs")
+    from dvdquant.deploy.engine_check import check_engine
+
+    result = build_on_device(
+        plan, progress, resume=resume, check=None if no_check else check_engine, timing_cache=timing_cache
+    )
+    if log_format == "json":
+        progress.event("done", **_result_json(plan, result))
+    else:
+        echo(_result_text(plan, result))
+
+
+@contextlib.contextmanager
+def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
+    """Open a bundle, refuse what this machine cannot build, and yield the function that unpacks it; None in a dry run."""
+    from dvdquant.artifact.bundle import open_bundle, unpack_bundle
+    from dvdquant.artifact.manifest import load_manifest
+    from dvdquant.backends import load_backend
+    from dvdquant.export.on_device import check_memory, check_sm
+    from dvdquant.system.plugin_file import machine_name
+
+    with open_bundle(source) as bundle:
+        facts = bundle.facts
+        if facts["tensorrt_major"] is not None:
+            check_sm(facts["sm"], gpu, str(source))
+            version = load_backend("tensorrt").version
+            if int(version.partition(".")[0]) != facts["tensorrt_major"]:
+                raise UnsupportedError(
+                    f"{source} is for TensorRT {facts['tensorrt_major']}, and this machine has {version}",
+                    fix=f"make the bundle with a plugin library for TensorRT {version.partition('.')[0]}",
+                )
+        if facts["machine"] not in (None, machine_name()):
+            raise UnsupportedError(f"{source} is for {facts['machine']}, and this machine is {machine_name()}")
+        check_memory(facts["builder_bytes"], facts["held_bytes"], gpu, str(source))
+        if dry_run:
+            total = sum(member["bytes"] for member in facts["files"])
+            echo(
+                f"{source}: {len(facts['files'])} files of {amount(total)} for SM {', '.join(facts['sm'])}, by dvdquant "
+                f"{facts['dvdquant']}; a build takes up to {amount(facts['builder_bytes'])} of memory\n"
+                "dry run: nothing was unpacked"
+            )
+            yield None
+            return
+
+        def unpack(folder: Path, progress: Progress) -> None:
+            """Unpack into the folder, unless it holds this very bundle already."""
+            listed = {m["path"]: m["sha256"] for m in facts["files"] if m["path"] != "manifest.json"}
+            with contextlib.suppress(OutputError):
+                there = load_manifest(folder)
+                if all(
+                    name in there.files and there.files[name]["sha256"] == sha
+                    for name, sha in listed.items()
+                    if name != "README.md"
+                ):
+                    progress.say(f"{folder} holds what {source} holds")
+                    return
+            with progress.stage("unpack", sum(m["bytes"] for m in facts["files"]), "B") as stage:
+                unpack_bundle(bundle, folder, stage.update)
+
+        yield unpack
+
+
+def _plugin(path: Path, folder: Path, manifest: Manifest, place: str) -> Path:
+    """Return the plugin library that an argument means; that of the bundle only as the manifest vouches for it."""
+    if str(path) != BUNDLED:
+        return path.absolute()
+    from dvdquant.artifact.manifest import verify_files
+
+    if place not in manifest.files:
+        raise UnsupportedError(
+            f"{folder} holds no plugin library", available=f"{place} in a bundle of dvdq-bundle --plugin"
+        )
+    verify_files(folder, manifest, [place])
+    return (folder / place).absolute()
+
+
+def _facts(plan: DeviceBuild) -> str:
+    """Return what this machine is, in words."""
+    gpu = plan.gpu
+    where = "no GPU" if gpu is None else f"{gpu.name}, SM {gpu.sm}, {gpu.memory_bytes / 2**30:.1f} GiB"
+    return f"{where}; " + ", ".join(f"{name} {backend.version}" for name, backend in plan.backends.items())
+
+
+def _plan_text(plan: DeviceBuild) -> str:
+    rows = [(e["engine"], ", ".join(e["sm"]), amount(e["builder_bytes"]), amount(e["held_bytes"])) for e in plan.builds]
+    lines = [_facts(plan), ""]
+    if rows:
+        lines += [table(("engine", "SM", "memory to build", "weights held"), rows, right=(2, 3)), ""]
+        lines += [paragraphs([(f"a{e['act_bits']}", e["executes"]) for e in plan.builds]), ""]
+        lines += [f"by hand: {e['command']}" for e in plan.builds if e["command"]]
+    lines += [f"{e['engine']} is up to date" for e in plan.current]
+    return "\n".join([*lines, "dry run: nothing was written"])
+
+
+def _plan_json(plan: DeviceBuild) -> dict[str, Any]:
+    return {
+        "gpu": None if plan.gpu is None else vars(plan.gpu),
+        "builders": {name: backend.version for name, backend in plan.backends.items()},
+        "builds": [dict(entry) for entry in plan.builds],
+        "up_to_date": [entry["engine"] for entry in plan.current],
+    }
+
+
+def _say_current(plan: DeviceBuild, log_format: str, progress: Progress) -> None:
+    names = [entry["engine"] for entry in plan.current]
+    if log_format == "json":
+        progress.event("done", output=str(plan.out), engines=[], up_to_date=names)
+    else:
+        echo("\n".join([*(f"{name} is up to date" for name in names), "nothing to do"]))
+
+
+def _result_json(plan: DeviceBuild, result: DeviceResult) -> dict[str, Any]:
+    engines = [dict(e) for e in result.manifest.engines if e["path"] in result.reports]
+    return {
+        "output": str(plan.out),
+        "engines": engines,
+        "files": {path: dict(result.manifest.files[path]) for path in result.reports},
+        "builds": {path: report.to_json() for path, report in result.reports.items()},
+        "up_to_date": [entry["engine"] for entry in plan.current],
+        "notes": result.notes,
+    }
+
+
+def _result_text(plan: DeviceBuild, result: DeviceResult) -> str:
+    rows = []
+    for entry in result.manifest.engines:
+        if entry["path"] not in result.reports:
+            continue
+        measured, file = entry.get("measured"), result.manifest.files[entry["path"]]
+        time = "not run" if measured is None else f"{measured['milliseconds']:.1f} ms"
+        error = measured["relative_error"] if measured else None
+        rows.append(
+            (
+                entry["path"],
+                ", ".join(entry["sm"]),
+                amount(file["bytes"]),
+                f"{result.reports[entry['path']].seconds:.0f} s",
+                time,
+                "-" if error is None else f"{error:.4f}",
+                file["sha256"][:12],
+            )
+        )
+    header = ("engine", "SM", "size", "built in", "a pass", "error", "SHA-256")
+    lines = [_facts(plan), "", table(header, rows, right=(2, 3, 4, 5)), "", *result.notes]
+    return "\n".join([*lines, f"{plan.out}/manifest.json written"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""``dvdq-bundle``: an export as one tar for a machine without internet, with what builds its engines there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dvdquant import __version__
+from dvdquant.cli.common import ExamplesCommand, echo, setup_logging
+from dvdquant.cli.paths import EXPORT, PATH
+from dvdquant.errors import UnsupportedError
+from dvdquant.text import amount, shell_line
+
+if TYPE_CHECKING:
+    from dvdquant.artifact.manifest import Manifest
+    from dvdquant.system.plugin_file import PluginFile
+
+# Tegra chips are ARM; other GPUs sit in machines of either kind, where x86-64 is the more usual.
+ARM_SMS = ("8.7", "11.0")
+WHEELS = {"aarch64": "manylinux_2_28_aarch64", "x86_64": "manylinux_2_28_x86_64"}
+# Of another processor than this machine's, or the builder of another target.
+_NOT_THERE = ("tensorrt-rtx", "nvidia-modelopt")
+
+EXAMPLES = """
+# graphs, weights and the plugin library that was built for the device
+dvdq-bundle out/orin -o orin.tar --plugin build/plugins-aarch64/libdvdquant_plugins.so
+
+# with wheels that were downloaded for it, so that nothing has to be fetched there
+dvdq-bundle out/orin -o orin.tar --plugin libdvdquant_plugins.so --wheels wheels/
+"""
+
+
+@click.command(cls=ExamplesCommand, examples=EXAMPLES)
+@click.argument("out", type=EXPORT)
+@click.option("-o", "--output", "target", required=True, type=PATH, help="The tar to write.")
+@click.option("--plugin", type=PATH, help="TensorRT plugin library, built for the device.")
+@click.option("--wheels", type=PATH, help="Folder of wheels for the device, which are packed too.")
+@click.option("-v", "--verbose", count=True)
+@click.version_option(__version__, prog_name="dvdq-bundle")
+def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verbose: int) -> None:
+    """Pack the export in OUT, without its engines, for dvdq-build on the device that they are for.
+
+    The tar holds graphs, weights and configs as they are, the plugin library and wheels where they are given, the list of
+    the wheels that the device needs, and a page that says what to do there.
+    """
+    setup_logging(verbose, "text")
+    from dvdquant.artifact.bundle import write_bundle
+    from dvdquant.artifact.manifest import load_manifest
+    from dvdquant.export.elsewhere import PLUGIN_PLACE
+    from dvdquant.export.model_card import model_card
+    from dvdquant.system.plugin_file import read_plugin
+    from dvdquant.system.progress import Progress
+
+    manifest = load_manifest(out)
+    if not manifest.builds:
+        raise UnsupportedError(
+            f"{out} has no engine that is left to be built on a device",
+            fix="export with --target tensorrt --sm X.Y, or with --build device",
+        )
+    if target.is_dir():
+        raise UnsupportedError(f"{target} is a folder", fix="name the file to write, such as bundle.tar")
+    sms = sorted({sm for entry in manifest.builds for sm in entry["sm"]}, key=float)
+    library = None if plugin is None else read_plugin(plugin)
+    machine = _machine(sms, library)
+    # 1. The export without engines and report: they are of another machine.
+    listed = {
+        n: e
+        for n, e in manifest.files.items()
+        if not n.startswith("engines/") and n not in ("README.md", "report.html")
+    }
+    others: dict[str, Path | bytes] = {}
+    if plugin is not None:
+        others[PLUGIN_PLACE] = plugin
+    for wheel in sorted(wheels.glob("*.whl")) if wheels is not None else ():
+        others[f"wheels/{wheel.name}"] = wheel
+    if wheels is not None and not any(name.startswith("wheels/") for name in others):
+        raise UnsupportedError(f"{wheels} holds no wheel", fix=f"fill it: {_download(machine)}")
+    others["requirements.txt"] = "".join(f"{line}\n" for line in _requirements(manifest)).encode()
+    packed = replace(manifest, engines=(), files=listed)
+    # 2. The page. The card of the export tells what it is, the first part what to do.
+    page = _page(packed, target, machine, library, wheels is not None) + model_card(packed).partition("---\n\n")[2]
+    others["README.md"] = page.encode()
+    total = sum(entry["bytes"] for entry in listed.values())
+    with Progress("text").stage("bundle", total, "B") as stage:
+        digest = write_bundle(
+            target,
+            out,
+            packed,
+            others,
+            sms=sms,
+            machine=None if library is None else library.machine,
+            tensorrt_major=None if library is None else library.tensorrt_major,
+            progress=stage.update,
+        )
+    echo(
+        f"{target} written: {len(listed) + len(others)} files, {amount(target.stat().st_size)}, for SM {', '.join(sms)}"
+    )
+    echo(f"SHA-256   {digest}")
+    echo(f"on the device: {_build_line(target, library)}")
+    if library is None and any(entry["backend"] == "tensorrt" for entry in manifest.builds):
+        echo("without a plugin library: TensorRT engines need one, which --plugin packs, or which is built there")
+
+
+def _machine(sms: list[str], library: PluginFile | None) -> str:
+    """Return the processor of the device."""
+    if library is not None:
+        return library.machine
+    return "aarch64" if any(sm in ARM_SMS for sm in sms) else "x86_64"
+
+
+def _download(machine: str) -> str:
+    """Return the command that fetches the wheels for a device."""
+    return f"pip download -r requirements.txt --only-binary=:all: --platform {WHEELS[machine]} --python-version 3.12 -d wheels"
+
+
+def _build_line(target: Path, library: PluginFile | None) -> str:
+    words = ["dvdq-build", target.name, "-o", target.name.removesuffix(".tar")]
+    return shell_line([*words, *(["--plugin", "bundled"] if library is not None else [])])
+
+
+def _requirements(manifest: Manifest) -> list[str]:
+    """Return the packages that dvdquant needs, at the versions of this machine, which this export was made with."""
+    import importlib.metadata
+    import re
+
+    lines = [f"dvdquant=={__version__}"]
+    for requirement in importlib.metadata.requires("dvdquant") or ():
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        if name is None or "extra ==" in requirement:
+            continue
+        rtx = any(entry["backend"] == "tensorrt_rtx" for entry in manifest.builds)
+        if name[0] in _NOT_THERE and not (rtx and name[0] == "tensorrt-rtx"):
+            continue
+        try:
+            lines.append(f"{name[0]}=={importlib.metadata.version(name[0]).partition('+')[0]}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(requirement.partition(";")[0].strip())
+    return lines
+
+
+def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | None, wheels: bool) -> str:
+    """Return what to do on the device, as Markdown."""
+    sms = ", ".join(sorted({sm for entry in manifest.builds for sm in entry["sm"]}, key=float))
+    backends = {entry["backend"] for entry in manifest.builds}
+    folder = target.name.removesuffix(".tar")
+    source = "--no-index --find-links wheels" if wheels else "--find-links wheels"
+    builder = max(entry["builder_bytes"] for entry in manifest.builds)
+    held = max(entry["held_bytes"] for entry in manifest.builds)
+    steps = [
+        f"1. Python 3.11 or newer, the GPU's driver{' and TensorRT with its Python module' if 'tensorrt' in backends else ''}"
+        + (f" {library.tensorrt_major}" if library is not None and library.tensorrt_major else "")
+        + ". JetPack brings the last two.",
+        f"2. The packages of `requirements.txt`, in a virtual environment that sees TensorRT: "
+        f"`python3 -m venv --system-site-packages env && env/bin/pip install {source} -r requirements.txt`"
+        + ("" if wheels else f". Without internet: fetch them elsewhere by `{_download(machine)}`."),
+        f"3. `{_build_line(target, library)}`. It refuses what does not fit before it works, and can be repeated with "
+        "`--resume`.",
+        f"4. `dvdq-run {folder}{' --plugin ' + folder + '/plugins/libdvdquant_plugins.so' if library else ''} --prompt …`, "
+        "where the model's text encoder and VAE are at hand (`--pipeline FOLDER`).",
+    ]
+    return "\n".join(
+        [
+            f"# Bundle for SM {sms} ({machine})",
+            "",
+            f"Made by dvdquant {__version__}. A build takes up to {builder / 2**30:.1f} GiB of memory, the weights of one "
+            f"transformer then up to {held / 2**30:.1f} GiB.",
+            "",
+            *steps,
+            "",
+            "By hand, without Python: `trtexec.sh` holds the lines of TensorRT's own builder."
+            if "tensorrt" in backends
+            else "",
+            "",
+            "A bundle holds machine code. Build only one that you trust, and compare its SHA-256 with what dvdq-bundle said.",
+            "",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The four questions of somebody who has a card: how much faster, how much memory, how much disk, at what cost in quality."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dvdquant.hardware.advice import QUALITY
+from dvdquant.hardware.capabilities import capability
+from dvdquant.hardware.find import find_gpu
+from dvdquant.text import amount
+
+if TYPE_CHECKING:
+    from dvdquant.export.plan import ExportPlan
+    from dvdquant.hardware.advice import Choice
+
+__all__ = ["answers"]
+
+GB = 10**9
+
+
+def answers(plan: ExportPlan, choice: Choice) -> list[tuple[str, str]]:
+    """Return (question, answer) of an export, in words that say what was measured, what is modelled and what is not known.
+
+    Args:
+        plan: The plan of the export.
+        choice: What it is made for.
+    """
+    return [
+        ("faster", _speed(choice)),
+        ("GPU memory", _memory(plan, choice)),
+        ("disk", _disk(plan)),
+        ("quality", _quality(plan)),
+    ]
+
+
+def _speed(choice: Choice) -> str:
+    """Return how much faster it is."""
+    words = []
+    for sm in choice.sms:
+        known = capability(sm)
+        if "rtx" in choice.targets:
+            words.append(f"SM {sm}: not known, engines build for it and none has run on a GPU")
+        elif not {"graphs", "tensorrt"} & {*choice.targets}:
+            words.append(f"SM {sm}: not known, it depends on the runtime of the QDQ graphs")
+        elif known.measured:
+            what = "measured with PyTorch sessions on"
+            words.append(f"SM {sm}: {what} {known.measured} as fast; other cards of this SM are not measured")
+        else:
+            words.append(f"SM {sm}: not known, our kernels compile for it and have not run on it")
+    return "; ".join(words)
+
+
+def _memory(plan: ExportPlan, choice: Choice) -> str:
+    """Return the memory that weights take on the GPU, beside those of 16 bit, and whether the card has it."""
+    from dvdquant.export.estimate import engine_weight_bytes, packed_bytes
+
+    # Of two transformers, only one is needed at a time, but a pipeline holds both.
+    widths: dict[int, int] = {}
+    for engine in plan.engines:
+        if engine.precision != "plugin":
+            size = sum(engine_weight_bytes(each, engine) for each in plan.plans)
+            widths[engine.act_bits] = max(widths.get(engine.act_bits, 0), size)
+    sixteen = sum(2 * each.all_weights for each in plan.plans)
+    if widths:
+        parts = [f"a{bits} engine {amount(size)}" for bits, size in sorted(widths.items())]
+        needed = sum(widths.values())
+        words = f"weights of the {', of the '.join(parts)}"
+        words += f", {amount(needed)} where both are loaded to switch" if len(widths) > 1 else ""
+    else:
+        # A kernel session holds 8-bit codes (a byte a weight) where a4 has no units of its own, else half a byte as well.
+        eight = sum(packed_bytes(each) + each.quantized_weights // 2 for each in plan.plans)
+        bits = {each.bits for each in plan.options.recipe.activations}
+        own = any(capability(sm).kernels_a4 for sm in choice.sms) and 4 in bits
+        four = sum(packed_bytes(each) for each in plan.plans)
+        needed = eight + sum(each.quantized_weights // 2 for each in plan.plans) * (own and 8 in bits)
+        words = f"weights about {amount(needed)} in a session" + (f", {amount(four)} with a4 alone" if own else "")
+    words += (
+        f" (16 bit: {amount(sixteen)}), computed; activations, text encoder and VAE come on top and are not measured"
+    )
+    for name in choice.gpus:
+        sizes = find_gpu(name).memory
+        if needed > 0.9 * min(sizes) * GB:
+            words += f"; too much for {name} with {min(sizes)} GB"
+    return words
+
+
+def _disk(plan: ExportPlan) -> str:
+    """Return the size of the export, and what making it takes."""
+    estimate = plan.estimate
+    total = estimate.weight_file_bytes + estimate.engine_bytes
+    share = f"{total / estimate.source_bytes:.2f} of the checkpoint's {amount(estimate.source_bytes)}"
+    return f"{amount(total)}, {share}; {amount(estimate.disk_bytes)} while it is made, computed"
+
+
+def _quality(plan: ExportPlan) -> str:
+    """Return what it costs, as far as it was measured."""
+    recipe = plan.options.recipe
+    known = {
+        each.bits: QUALITY[recipe.name, each.bits] for each in recipe.activations if (recipe.name, each.bits) in QUALITY
+    }
+    nvfp4 = any(engine.precision == "nvfp4" for engine in plan.engines)
+    parts = [
+        f"a{bits} {value:.1f} dB" for bits, value in sorted(known.items(), reverse=True) if not (nvfp4 and bits == 4)
+    ]
+    words = f"{', '.join(parts)} to the fp32 clips of a trained toy model, 128 clips" if parts else "not measured"
+    if nvfp4:
+        words += "; the a4 engines run NVFP4, another format"
+        value = QUALITY.get(("nvfp4", 4))
+        words += ", which is not measured" if value is None else f": {value:.1f} dB"
+    return f"{words}. Nothing is known of this model at its full size: compare with dvdq run OUT --compare"

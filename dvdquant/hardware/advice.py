@@ -1,0 +1,163 @@
+"""The recipe and the target that suit a GPU, by what was measured and by what really executes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dvdquant.errors import UnsupportedError
+from dvdquant.hardware.capabilities import CAPABILITIES, capability, parse_sm
+from dvdquant.hardware.find import resolve_gpu
+from dvdquant.text import shown
+
+__all__ = ["AUTO", "QUALITY", "Advice", "Choice", "choose", "choose_recipe", "choose_target"]
+
+AUTO = "auto"
+DEFAULT_SM, DEFAULT_TARGET, DEFAULT_RECIPE = "8.9", "rtx", "w4a4"
+
+# PSNR in dB to the fp32 clips of tiny-wan, 128 clips (docs/quality/index.md), by (recipe, activation bits).
+QUALITY: dict[tuple[str, int], float] = {
+    ("w4a8", 8): 36.14,
+    ("w4a4-g64", 8): 36.01,
+    ("w4a4-g64", 4): 30.89,
+    ("w4a4", 8): 32.55,
+    ("w4a4", 4): 28.37,
+}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A chosen recipe.
+
+    Args:
+        recipe: Its name.
+        reason: Why, in words.
+    """
+
+    recipe: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an export is made for, with all that was left open filled in.
+
+    Args:
+        sms: The compute capabilities.
+        targets: The targets.
+        recipe: The name of the recipe.
+        gpus: The names of the cards that were given, or found in this machine.
+        notes: What was chosen and why, a line each.
+    """
+
+    sms: tuple[str, ...]
+    targets: tuple[str, ...]
+    recipe: str
+    gpus: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def choose(gpus: Sequence[str], sms: Sequence[str], targets: Sequence[str], recipe: str = AUTO) -> Choice:
+    """Return what an export is made for: the words of the user, and for what they leave open, what suits the cards.
+
+    Args:
+        gpus: Names of cards, or ``auto`` for that of this machine.
+        sms: Compute capabilities in any form.
+        targets: Targets; none lets the cards decide.
+        recipe: The name of a recipe, or ``auto``.
+
+    Raises:
+        UnsupportedError: A card or a compute capability is unknown or has nothing, or ``auto`` finds no card.
+    """
+    cards = [resolve_gpu(name) for name in gpus]
+    found = tuple(dict.fromkeys([*(sm for _, sm in cards), *map(parse_sm, sms)]))
+    notes = [f"{shown(name)} is SM {sm}" for name, sm in cards]
+    if not found:
+        notes = [
+            f"no card was named: SM {DEFAULT_SM} (RTX 40), target {' '.join(targets) or DEFAULT_TARGET}, "
+            f"recipe {DEFAULT_RECIPE if recipe == AUTO else recipe}; --gpu NAME or --gpu auto takes what suits yours"
+        ]
+        known = DEFAULT_RECIPE if recipe == AUTO else recipe
+        return Choice((DEFAULT_SM,), tuple(targets) or (DEFAULT_TARGET,), known, notes=tuple(notes))
+    wanted = tuple(targets)
+    if not wanted:
+        target, why = choose_target(found)
+        wanted = (target,)
+        notes.append(f"target {target}: {why}")
+    else:
+        _check_targets(found, wanted)
+    if recipe == AUTO:
+        advice = choose_recipe(found, wanted)
+        recipe = advice.recipe
+        notes.append(f"recipe {recipe}: {advice.reason}")
+    return Choice(found, wanted, recipe, tuple(name for name, _ in cards), tuple(notes))
+
+
+def _check_targets(sms: Sequence[str], targets: Sequence[str]) -> None:
+    """Refuse engines that nobody builds for a compute capability, and name the target that serves it.
+
+    Raises:
+        UnsupportedError: A target makes nothing for one of them.
+    """
+    for sm in sms:
+        possible = capability(sm).targets
+        for target in targets:
+            if target in ("rtx", "tensorrt") and target not in possible:
+                raise UnsupportedError(
+                    f"--target {target} makes nothing for SM {sm}",
+                    available=f"for SM {sm}: {', '.join(f'--target {each}' for each in possible)}",
+                    fix=f"take --target {possible[0]} for it, in a folder of its own if there are other SMs",
+                )
+
+
+def choose_target(sms: Sequence[str]) -> tuple[str, str]:
+    """Return the target for compute capabilities where none was given, and why.
+
+    Args:
+        sms: The compute capabilities.
+
+    Raises:
+        UnsupportedError: One is unknown or has nothing, or they need different targets.
+    """
+    found = [capability(sm) for sm in sms]
+    if all(each.rtx for each in found):
+        return "rtx", "TensorRT-RTX builds its engines without a GPU"
+    without = [each.sm for each in found if not each.rtx]
+    if any(each.rtx for each in found):
+        raise UnsupportedError(
+            f"TensorRT-RTX builds no engines for SM {', '.join(without)}",
+            available=[each.sm for each in CAPABILITIES.values() if each.rtx],
+            fix=f"export for it alone, into another folder: --sm {without[0]} --target graphs, or --target tensorrt",
+        )
+    return "graphs", (
+        f"TensorRT-RTX builds no engines for SM {', '.join(without)}; PyTorch sessions run the graphs' weights on our kernels, "
+        "and --target tensorrt builds engines with the plugin"
+    )
+
+
+def choose_recipe(sms: Sequence[str], targets: Sequence[str]) -> Advice:
+    """Return the recipe for compute capabilities and targets.
+
+    4-bit activations cost quality, so they are taken only where they gain time or memory over 8 bits.
+
+    Args:
+        sms: The compute capabilities that the export is for.
+        targets: The targets of the export.
+
+    Raises:
+        UnsupportedError: A compute capability is unknown.
+    """
+    if "onnx" in targets:
+        return Advice("w4a4", "QDQ graphs are for any runtime, and nothing is known of what yours gains from 4 bits")
+    gains = {(sm, target): capability(sm).gain(target) for sm in sms for target in targets}
+    where = {sm: units for (sm, _), units in gains.items() if units}
+    if not where:
+        return Advice(
+            "w4a8",
+            f"on SM {', '.join(sms)} a4 takes the time and the memory of a8, and is further from the original "
+            f"({QUALITY['w4a8', 8]:.1f} dB against {QUALITY['w4a4', 4]:.1f} on the toy model)",
+        )
+    units = ", ".join(dict.fromkeys(where.values()))
+    if "rtx" in targets:
+        return Advice("w4a4", f"a4 runs on {units} of SM {', '.join(where)}, a8 on INT8; both want a scale per row")
+    return Advice("w4a4-g64", f"a4 runs on {units} of SM {', '.join(where)}; scales per 64 channels cost it least")

@@ -1,0 +1,59 @@
+"""The table of GPUs with what an export for each of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dvdquant.hardware.advice import choose_recipe, choose_target
+from dvdquant.hardware.capabilities import CAPABILITIES
+from dvdquant.hardware.gpus import GPUS, KINDS, Gpu
+
+__all__ = ["HEADER", "SHORT_HEADER", "gpu_rows", "runs_words", "short_rows"]
+
+HEADER = ("GPU", "SM", "memory", "--target", "--recipe auto", "4-bit arithmetic", "has run")
+SHORT_HEADER = ("GPU", "SM", "`--target`", "`--recipe auto`", "4-bit arithmetic", "has run on it")
+
+
+def short_rows() -> Iterator[tuple[str, ...]]:
+    """Return a row for every compute capability that something is offered for, for the first screen of the README."""
+    for sm, found in CAPABILITIES.items():
+        if not found.refused:
+            target, _ = choose_target([sm])
+            recipe = choose_recipe([sm], [target]).recipe
+            ran = "kernels and PyTorch sessions" if found.measured else "nothing yet"
+            yield found.cards, sm, f"`{target}`", f"`{recipe}`", runs_words(sm), ran
+
+
+def gpu_rows() -> Iterator[tuple[str, ...]]:
+    """Return a row for every kind and compute capability: cards that are served alike share it."""
+    for kind, title in KINDS.items():
+        groups: dict[str, list[Gpu]] = {}
+        for gpu in GPUS:
+            if gpu.kind == kind:
+                groups.setdefault(gpu.sm, []).append(gpu)
+        for sm in sorted(groups, key=float):
+            yield _row(title, sm, groups[sm])
+
+
+def _row(title: str, sm: str, gpus: list[Gpu]) -> tuple[str, ...]:
+    names = f"{title}: " + ", ".join(gpu.name for gpu in gpus)
+    sizes = sorted({size for gpu in gpus for size in gpu.memory})
+    memory = f"{sizes[0]} GB" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} GB"
+    found = CAPABILITIES[sm]
+    if found.refused:
+        return names, sm, memory, "none", "none", found.refused, "refused"
+    target, _ = choose_target([sm])
+    recipe = choose_recipe([sm], [target]).recipe
+    return names, sm, memory, target, recipe, runs_words(sm), "measured" if found.measured else "nothing yet"
+
+
+def runs_words(sm: str) -> str:
+    """Return where 4-bit activations gain time or memory on a compute capability, in words.
+
+    Args:
+        sm: The compute capability.
+    """
+    found = CAPABILITIES[sm]
+    words = [f"engines: {found.rtx_a4}"] if found.rtx_a4 else []
+    words += [f"kernels: {found.kernels_a4}"] if found.kernels_a4 else []
+    return "; ".join(words) or "none: a8"

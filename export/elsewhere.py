@@ -1,0 +1,131 @@
+"""Engines for a machine that is elsewhere: what ``dvdq-build`` there needs to know, and the line of NVIDIA's own builder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dvdquant.artifact.manifest import BuildEntry
+from dvdquant.export.engines.precision import EnginePlan
+from dvdquant.export.engines.report import Shapes
+from dvdquant.export.engines.stage import engine_path
+from dvdquant.export.estimate import builder_bytes, held_bytes
+from dvdquant.export.graph.trace import profile_shapes
+from dvdquant.export.graph.writer import graph_path
+from dvdquant.export.options import ExportOptions
+from dvdquant.model.families import Sizes
+from dvdquant.model.plan import ModelPlan
+from dvdquant.text import shell_line
+
+__all__ = ["PLUGIN_PLACE", "SCRIPT", "build_entry", "build_script", "same_build", "trtexec_line"]
+
+PLUGIN_PLACE = "plugins/libdvdquant_plugins.so"
+"""Where a bundle holds the plugin library, and the script looks for it."""
+
+SCRIPT = "trtexec.sh"
+"""The script of an export that builds its TensorRT engines without Python."""
+
+
+def build_entry(
+    component: str,
+    engine: EnginePlan,
+    graph: str,
+    plan: ModelPlan,
+    sizes: Sizes,
+    options: ExportOptions,
+    hashes: Mapping[str, str],
+    fp8_attentions: int,
+) -> BuildEntry:
+    """Return what the manifest says of one engine that is built elsewhere.
+
+    Args:
+        component: The name of the transformer's folder.
+        engine: The engine.
+        graph: The path of the graph for its builder, relative to the export.
+        plan: The plan of the model.
+        sizes: The sizes of the graphs, in latent units.
+        options: The options of the export.
+        hashes: Relative path -> SHA-256 of each QuantLinear graph.
+        fp8_attentions: The number of attentions that the graph has in FP8.
+    """
+    shapes = profile_shapes(plan.family, sizes)
+    path = engine_path(component, engine)
+    return BuildEntry(
+        engine=path,
+        component=component,
+        graph=graph,
+        backend=engine.backend,  # type: ignore[typeddict-item]
+        sm=list(engine.sms),
+        act_bits=engine.act_bits,
+        precision=engine.precision,
+        executes=engine.executes,
+        onnx_sha256=hashes[graph_path(component, engine.act_bits, "tensorrt")],
+        profile=None if shapes is None else {name: [list(shape) for shape in three] for name, three in shapes.items()},
+        fp8_attentions=fp8_attentions,
+        builder_bytes=builder_bytes(plan, engine),
+        held_bytes=held_bytes(plan, engine),
+        optimization_level=options.optimization_level,
+        workspace_gib=options.workspace_gib,
+        command=trtexec_line(graph, path, shapes, options) if engine.backend == "tensorrt" else "",
+    )
+
+
+def same_build(one: BuildEntry, other: BuildEntry) -> bool:
+    """Return whether two entries are of the same engine, built in the same way from the same graph.
+
+    Args:
+        one: An entry.
+        other: Another entry, perhaps of another version of dvdquant.
+    """
+    names = ("engine", "graph", "onnx_sha256", "precision", "sm", "profile", "optimization_level", "workspace_gib")
+    return all(one.get(name) == other.get(name) for name in names)
+
+
+def trtexec_line(graph: str, engine: str, shapes: Shapes | None, options: ExportOptions) -> str:
+    """Return the command that builds an engine on the device without Python, to be run in the folder of the export.
+
+    Args:
+        graph: The path of the graph.
+        engine: The path that the engine gets.
+        shapes: Input name -> its (min, opt, max) shape; None if all sizes are fixed.
+        options: The options of the export.
+    """
+    words = ["trtexec", f"--onnx={graph}", f"--dynamicPlugins={PLUGIN_PLACE}"]
+    # TensorRT 11 has no other networks and takes the option without effect; 10 needs it. The packed weights are inputs of the
+    # engine, which trtexec would fill with noise: it builds and does not run.
+    words += ["--stronglyTyped", "--profilingVerbosity=detailed", "--skipInference"]
+    for option, index in (("minShapes", 0), ("optShapes", 1), ("maxShapes", 2)) if shapes else ():
+        words.append(f"--{option}=" + ",".join(_shape(name, three[index]) for name, three in (shapes or {}).items()))
+    if options.workspace_gib is not None:
+        words.append(f"--memPoolSize=workspace:{int(options.workspace_gib * 1024)}M")
+    if options.optimization_level is not None:
+        words.append(f"--builderOptimizationLevel={options.optimization_level}")
+    return shell_line([*words, f"--saveEngine={engine}"])
+
+
+def _shape(name: str, shape: Sequence[int]) -> str:
+    """Return the shape of an input as trtexec reads it."""
+    return f"{name}:{'x'.join(map(str, shape))}"
+
+
+def build_script(builds: Sequence[BuildEntry]) -> str | None:
+    """Return a shell script that builds the TensorRT engines by trtexec, or None if there is none to build.
+
+    Args:
+        builds: The entries of the manifest.
+    """
+    lines = [entry["command"] for entry in builds if entry["command"]]
+    if not lines:
+        return None
+    folders = sorted({entry["engine"].rpartition("/")[0] for entry in builds if entry["command"]})
+    return "\n".join(
+        [
+            "#!/bin/sh",
+            "# Builds the TensorRT engines of this export without Python, on the GPU they are for. dvdq-build does the same,",
+            "# checks what it builds, and enters it into the manifest, without which dvdq-run takes no engine.",
+            "set -eu",
+            'cd "$(dirname "$0")"',
+            shell_line(["mkdir", "-p", *folders]),
+            *lines,
+            "",
+        ]
+    )

@@ -1,0 +1,424 @@
+"""The engines that an export left to this machine: what fits is decided before any work, then built, checked and entered."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from dvdquant.artifact.layout import MANIFEST
+from dvdquant.artifact.manifest import BuildEntry, EngineEntry, Manifest, Measured, verify_files
+from dvdquant.artifact.transaction import ExportTransaction, require_disk
+from dvdquant.backends import Backend, load_backend
+from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
+from dvdquant.export.engines.engine import build_engine
+from dvdquant.export.engines.report import BuildReport
+from dvdquant.export.engines.stage import BuildSettings, check_attention
+from dvdquant.export.model_card import model_card
+from dvdquant.export.steps import is_step
+from dvdquant.model.families import Sizes
+from dvdquant.ops.cuda import serves
+from dvdquant.system.copies import link_file
+from dvdquant.system.files import hash_file
+from dvdquant.system.gpu import Gpu
+from dvdquant.system.memory import memory_limit
+from dvdquant.system.plugin_file import machine_name, read_plugin
+from dvdquant.system.progress import Progress
+
+__all__ = [
+    "CheckEngine",
+    "DeviceBuild",
+    "DeviceResult",
+    "build_on_device",
+    "check_memory",
+    "check_sm",
+    "plan_on_device",
+]
+
+
+class CheckEngine(Protocol):
+    """A judge of a new engine on this machine's GPU.
+
+    :func:`dvdquant.deploy.engine_check.check_engine` is one. It needs the runtime, which the builder does not know.
+    """
+
+    def __call__(self, tree: Path, entry: EngineEntry, component: str, plugins: Sequence[Path]) -> Measured | None:
+        """Run an engine and return what was measured; None where it cannot run here.
+
+        Args:
+            tree: An export that holds the engine.
+            entry: Its entry.
+            component: The transformer that it is of.
+            plugins: The plugin libraries.
+
+        Raises:
+            EngineError: It does not run, or computes something else.
+        """
+
+
+@dataclass(frozen=True)
+class DeviceBuild:
+    """What is to be built in an export on this machine.
+
+    Args:
+        out: The folder of the export.
+        manifest: Its manifest.
+        builds: The engines to build.
+        current: The engines that are there already.
+        backends: The builders, by their name.
+        plugins: The plugin libraries for TensorRT.
+        gpu: The GPU of this machine; None if its driver names none.
+    """
+
+    out: Path
+    manifest: Manifest
+    builds: tuple[BuildEntry, ...]
+    current: tuple[BuildEntry, ...]
+    backends: Mapping[str, Backend]
+    plugins: tuple[Path, ...]
+    gpu: Gpu | None
+
+
+@dataclass
+class DeviceResult:
+    """What was built.
+
+    Args:
+        manifest: The manifest of the export as it is now.
+        reports: The builder's report of each engine that was built, by its path.
+        notes: What there is to say besides.
+    """
+
+    manifest: Manifest
+    reports: dict[str, BuildReport] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def check_sm(sms: Sequence[str], gpu: Gpu | None, what: str) -> None:
+    """Refuse TensorRT engines that are for another GPU than this machine's.
+
+    Args:
+        sms: The compute capabilities that they are for.
+        gpu: The GPU of this machine, or None.
+        what: What is for them, as the subject of the error.
+
+    Raises:
+        UnsupportedError: There is no GPU, or it is another one.
+    """
+    if gpu is None:
+        raise UnsupportedError(
+            f"{what} is for SM {', '.join(sms)}, TensorRT builds on the GPU itself, and the driver of this machine names none",
+            fix="run this on the device, with the GPU's driver (in a container: with --gpus all or --runtime nvidia)",
+        )
+    if gpu.sm not in sms:
+        raise UnsupportedError(
+            f"{what} is for SM {', '.join(sms)}, and this GPU ({gpu.name}) has SM {gpu.sm}",
+            available=f"SM {', '.join(sms)}",
+            fix=f"export for this GPU: dvdq-export … --target tensorrt --sm {gpu.sm}",
+        )
+
+
+def check_memory(builder: int, held: int, gpu: Gpu | None, what: str, fitting: Sequence[str] = ()) -> None:
+    """Refuse a build that this machine's memory is too small for, or whose engine could not be used on its GPU.
+
+    Args:
+        builder: The memory that the builder takes, in bytes.
+        held: The device memory that the weights take, in bytes.
+        gpu: The GPU of this machine, or None.
+        what: What is built, as the subject of the error.
+        fitting: What would fit, in words.
+
+    Raises:
+        ResourceError: One of the two is too small; the error says what fits.
+    """
+    limit = memory_limit()
+    if builder > limit:
+        raise ResourceError(
+            f"{what}: the builder takes about {builder / 2**30:.1f} GiB of memory",
+            available=f"{limit / 2**30:.1f} GiB" + (f"; fits: {', '.join(fitting)}" if fitting else ""),
+            fix="end other programs, add swap for the build, or export a smaller model or fewer sizes",
+        )
+    if gpu is not None and held > gpu.memory_bytes:
+        raise ResourceError(
+            f"{what}: its weights take {held / 2**30:.1f} GiB of device memory",
+            available=f"{gpu.memory_bytes / 2**30:.1f} GiB on {gpu.name}"
+            + (f"; fits: {', '.join(fitting)}" if fitting else ""),
+            fix="export a smaller model",
+        )
+
+
+def plan_on_device(
+    out: Path,
+    manifest: Manifest,
+    gpu: Gpu | None,
+    *,
+    plugins: Sequence[Path] = (),
+    bits: Sequence[int] = (),
+) -> DeviceBuild:
+    """Decide what is built here, and refuse what cannot be, before any work.
+
+    Args:
+        out: The folder of the export.
+        manifest: Its manifest.
+        gpu: The GPU of this machine, or None if its driver names none.
+        plugins: The plugin libraries for TensorRT.
+        bits: The activation bits whose engines are built; empty means all.
+
+    Raises:
+        UnsupportedError: The export has nothing to build, or nothing for this GPU; or a plugin library is missing, for
+            another processor, another TensorRT or other GPUs.
+        EngineError: A builder is not installed.
+        ResourceError: The memory is too small; the error says what fits.
+    """
+    # 1. What is for this machine.
+    if not manifest.builds:
+        raise UnsupportedError(
+            f"{out} has no engine that was left to be built",
+            available=[entry["path"] for entry in manifest.engines] or "no engine at all",
+            fix="export with --target tensorrt --sm X.Y, or with --build device",
+        )
+    wanted = [entry for entry in manifest.builds if not bits or entry["act_bits"] in bits]
+    if not wanted:
+        widths = sorted({entry["act_bits"] for entry in manifest.builds})
+        raise UnsupportedError(
+            f"{out} has no engine of {', '.join(map(str, bits))} bits to build", available=[f"{b} bits" for b in widths]
+        )
+    # TensorRT-RTX compiles for GPUs that are elsewhere, TensorRT for the one that is here.
+    ours = [e for e in wanted if e["backend"] == "tensorrt_rtx" or (gpu is not None and gpu.sm in e["sm"])]
+    if not ours:
+        check_sm(sorted({sm for entry in wanted for sm in entry["sm"]}, key=float), gpu, str(out))
+    # 2. The builders and the plugin.
+    backends: dict[str, Backend] = {name: load_backend(name) for name in sorted({e["backend"] for e in ours})}
+    if "tensorrt" in backends:
+        _check_plugins(plugins, backends["tensorrt"], gpu)
+    taken = tuple(plugins) if "tensorrt" in backends else ()
+    # 3. The memory.
+    for entry in ours:
+        others = [e for e in ours if e["builder_bytes"] <= memory_limit()]
+        words = [f"{e['component']} a{e['act_bits']} ({e['builder_bytes'] / 2**30:.1f} GiB to build)" for e in others]
+        check_memory(entry["builder_bytes"], entry["held_bytes"], gpu, entry["engine"], words)
+    plan = DeviceBuild(out, manifest, tuple(ours), (), backends, taken, gpu)
+    current = [entry for entry in ours if _is_current(plan, entry)]
+    return dataclasses.replace(plan, builds=tuple(e for e in ours if e not in current), current=tuple(current))
+
+
+def _check_plugins(plugins: Sequence[Path], backend: Backend, gpu: Gpu | None) -> None:
+    """Refuse plugin libraries that this machine, its TensorRT or its GPU cannot use.
+
+    Raises:
+        UnsupportedError: There is none, or one does not fit.
+    """
+    if not plugins:
+        raise UnsupportedError(
+            "TensorRT engines need the dvdquant plugin library, and --plugin was not given",
+            fix="give the library that make plugin built for this machine (--plugin bundled takes that of the bundle)",
+        )
+    for path in plugins:
+        library = read_plugin(path)
+        if library.machine != machine_name():
+            raise UnsupportedError(
+                f"{path} is for {library.machine}, and this machine is {machine_name()}",
+                fix=f"build it for this machine: make plugin HOST={machine_name()}",
+            )
+        major = int(backend.version.partition(".")[0])
+        if library.tensorrt_major not in (None, major):
+            raise UnsupportedError(
+                f"{path} is built for TensorRT {library.tensorrt_major}, and this machine has {backend.version}",
+                fix=f"build it with the headers of TensorRT {major}",
+            )
+        if gpu is not None and library.architectures and not serves(library.architectures, _number(gpu.sm)):
+            raise UnsupportedError(
+                f"the kernels in {path} are for {', '.join(library.architectures)}, and this GPU has SM {gpu.sm}",
+                fix=f'build them for it: make kernels SM="{_number(gpu.sm)}", then make plugin',
+            )
+
+
+def _number(sm: str) -> int:
+    """Return major · 10 + minor of a compute capability such as "8.7"."""
+    major, _, minor = sm.partition(".")
+    return 10 * int(major) + int(minor)
+
+
+# ---------------------------------------------------------------------------------------------------------------- build
+
+
+def _settings(plan: DeviceBuild, entry: BuildEntry) -> BuildSettings:
+    """Return the settings that an engine is built with here."""
+    plugins = plan.plugins if entry["backend"] == "tensorrt" else ()
+    return BuildSettings(
+        entry["onnx_sha256"],
+        entry["precision"],
+        entry["backend"],
+        plan.backends[entry["backend"]].version,
+        entry["optimization_level"],
+        entry["workspace_gib"],
+        tuple(hash_file(plugin)["sha256"] for plugin in plugins),
+    )
+
+
+def _is_current(plan: DeviceBuild, entry: BuildEntry) -> bool:
+    """Return whether the engine of an entry is there, intact, and built with the settings of now."""
+    there = [e for e in plan.manifest.engines if e["path"] == entry["engine"]]
+    if not there or not _settings(plan, entry).made(there[0]) or there[0]["sm"] != entry["sm"]:
+        return False
+    try:
+        verify_files(plan.out, plan.manifest, [entry["engine"]])
+    except OutputError:
+        return False
+    return True
+
+
+def build_on_device(
+    plan: DeviceBuild,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    check: CheckEngine | None = None,
+    timing_cache: Path | None = None,
+) -> DeviceResult:
+    """Build the engines of a plan; the export then has all of them, or is as it was.
+
+    Args:
+        plan: The plan.
+        progress: The place that stages report to.
+        resume: Go on from an interrupted build.
+        check: The judge of the new engines, or None.
+        timing_cache: A TensorRT timing cache to read and update.
+
+    Raises:
+        EngineError: A builder fails, or an engine computes something else. Finished engines are kept for ``resume``.
+        OutputError: The export is damaged, or cannot be written.
+        ResourceError: Disk or memory is full.
+    """
+    out, manifest = plan.out, plan.manifest
+    # 1. Nothing is built from files that are not those of the export.
+    total = sum(entry["bytes"] for entry in manifest.files.values())
+    with progress.stage("check", total, "B") as stage:
+        verify_files(out, manifest, [n for n in manifest.files if not n.startswith("engines/")], stage.update)
+    require_disk(
+        out, sum(entry["held_bytes"] for entry in plan.builds if entry["backend"] == "tensorrt_rtx"), "the engines"
+    )
+    settings = {entry["engine"]: _settings(plan, entry) for entry in plan.builds}
+    key = {"device_build": hashlib.sha256(manifest.to_json().encode()).hexdigest()}
+    key |= {"engines": json.dumps({path: one.digest for path, one in settings.items()})}
+    result = DeviceResult(manifest)
+    with ExportTransaction(out, key=key, resume=resume, keep_for_resume=True, accept=is_step) as transaction:
+        # 2. Build each engine as a step of its own.
+        engines = {entry["path"]: entry for entry in manifest.engines}
+        with progress.stage("engines", len(plan.builds), "engine") as bar:
+            for entry in plan.builds:
+                bar.update(0, entry["engine"])
+                engine, report = _build(plan, entry, settings[entry["engine"]], transaction, progress, timing_cache)
+                engines[entry["engine"]] = engine
+                result.reports[entry["engine"]] = report
+                bar.update(1)
+        # 3. The rest of the export, by a second name: nothing of it is copied.
+        built = {entry["engine"] for entry in plan.builds}
+        known = {name: entry for name, entry in manifest.files.items() if name not in built}
+        known.pop("README.md", None)
+        for name in known:
+            if not name.startswith("engines/") or name in engines:
+                link_file(out / name, transaction.path(name))
+        # 4. Judge the new engines in place.
+        now = dataclasses.replace(manifest, engines=tuple(engines.values()))
+        if check is not None:
+            now = _judge(plan, now, known, transaction, check, result.notes)
+        transaction.path("README.md").write_text(model_card(now), encoding="utf-8")
+        result.manifest = transaction.commit(now, known, export_key=manifest.export_key)
+    return result
+
+
+def _build(
+    plan: DeviceBuild,
+    entry: BuildEntry,
+    settings: BuildSettings,
+    transaction: ExportTransaction,
+    progress: Progress,
+    timing_cache: Path | None,
+) -> tuple[EngineEntry, BuildReport]:
+    """Build one engine, or take that of the interrupted run, and return its entry and the builder's report."""
+    path = entry["engine"]
+    target = transaction.path(path)
+    step = f"engine:{path}:{settings.digest}"
+    if not transaction.is_done(step) or not target.exists():
+        target.unlink(missing_ok=True)
+        workspace = entry["workspace_gib"]
+        profile = entry["profile"]
+        report = build_engine(
+            plan.out / entry["graph"],
+            target,
+            backend=entry["backend"],
+            sms=entry["sm"],
+            profile=None if profile is None else {n: tuple(tuple(s) for s in three) for n, three in profile.items()},
+            plugins=plan.plugins if entry["backend"] == "tensorrt" else (),
+            workspace_bytes=int(workspace * 2**30) if workspace else None,
+            timing_cache=timing_cache,
+            optimization_level=entry["optimization_level"],
+            data_roots=(plan.out / "onnx",),
+            progress=progress.log_format == "text",
+            alive=lambda seconds, silent: progress.event(
+                "working", stage="engines", label=target.name, seconds=round(seconds, 1), silent=round(silent, 1)
+            ),
+        )
+        check_attention(entry["backend"], entry["fp8_attentions"], report, target)
+        made = EngineEntry(
+            path=path,
+            backend=entry["backend"],
+            sm=list(entry["sm"]),
+            act_bits=entry["act_bits"],
+            precision=entry["precision"],
+            executes=entry["executes"],
+            onnx_sha256=entry["onnx_sha256"],
+            versions={entry["backend"]: report.version},
+            shapes=dict(Sizes.from_json(plan.manifest.shapes).to_json()),
+            attention=dict(report.attention),
+        )
+        data = {"entry": {**made, **settings.recorded()}, "report": report.to_json()}
+        transaction.done(step, data, [path])
+    data = transaction.data(step)
+    return data["entry"], BuildReport.from_json(data["report"])
+
+
+def _judge(
+    plan: DeviceBuild,
+    manifest: Manifest,
+    known: dict[str, Any],
+    transaction: ExportTransaction,
+    check: CheckEngine,
+    notes: list[str],
+) -> Manifest:
+    """Run the new engines where they can run, and return the manifest with what was measured.
+
+    Raises:
+        EngineError: One does not run, or computes something else.
+    """
+    for entry in plan.builds:
+        known[entry["engine"]] = hash_file(transaction.path(entry["engine"]))
+    known.pop("README.md", None)
+    there = transaction.tree / MANIFEST
+    components = {entry["engine"]: entry["component"] for entry in plan.builds}
+    engines = []
+    try:
+        # The runtime opens only what a manifest vouches for; the commit writes the final one.
+        there.write_text(dataclasses.replace(manifest, files=dict(known)).to_json(), encoding="utf-8")
+        for engine in manifest.engines:
+            if engine["path"] in components:
+                measured = check(transaction.tree, engine, components[engine["path"]], plan.plugins)
+                if measured is None:
+                    where = f"SM {', '.join(engine['sm'])}"
+                    notes.append(f"{engine['path']} was not run: PyTorch sees no GPU of {where} here")
+                else:
+                    engine = {**engine, "measured": measured}
+            engines.append(engine)
+    except EngineError as error:
+        raise EngineError(error.what, available=error.available, fix=error.fix or "report it with the log") from error
+    finally:
+        there.unlink(missing_ok=True)
+    return dataclasses.replace(manifest, engines=tuple(engines))

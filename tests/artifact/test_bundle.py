@@ -1,0 +1,268 @@
+"""Bundles: what was packed is unpacked, and of a tar that is anything else nothing is left on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dvdquant.artifact import bundle as bundles
+from dvdquant.artifact.bundle import open_bundle, unpack_bundle, write_bundle
+from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
+from dvdquant.errors import OutputError, ResourceError
+from tests.support.helpers_checkpoint import manifest
+
+CONTENTS = {"config.json": b"{}\n", "onnx/transformer.safetensors": bytes(range(256)) * 40, "onnx/empty.bin": b""}
+OTHERS = {"README.md": b"what to do\n", "plugins/libdvdquant_plugins.so": b"\x7fELF" + b"p" * 5000}
+
+
+def entry(data: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An export of three files."""
+    folder = tmp_path / "out"
+    for name, data in CONTENTS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    export = manifest(files={name: entry(data) for name, data in CONTENTS.items()}, engines=[], graphs=[])
+    (folder / "manifest.json").write_text(export.to_json())
+    return folder
+
+
+def pack(out: Path, target: Path) -> str:
+    return write_bundle(target, out, load_manifest(out), OTHERS, sms=["8.7"], machine="aarch64", tensorrt_major=10)
+
+
+def unpack(path: Path, target: Path) -> Manifest:
+    with open_bundle(path) as bundle:
+        return unpack_bundle(bundle, target)
+
+
+def test_there_and_back(out: Path, tmp_path: Path) -> None:
+    digest = pack(out, tmp_path / "a.tar")
+    assert digest == hashlib.sha256((tmp_path / "a.tar").read_bytes()).hexdigest()
+    assert pack(out, tmp_path / "b.tar") == digest, "the same export gives the same bytes"
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert tar.getnames()[:2] == ["bundle.json", "manifest.json"]
+    there = unpack(tmp_path / "a.tar", tmp_path / "there")
+    assert there == load_manifest(tmp_path / "there")
+    assert set(there.files) == {*CONTENTS, *OTHERS}
+    verify_files(tmp_path / "there", there)
+    for name, data in {**CONTENTS, **OTHERS}.items():
+        assert (tmp_path / "there" / name).read_bytes() == data
+    assert unpack(tmp_path / "a.tar", tmp_path / "there") == there, "once more, over what is there"
+
+
+def members(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        return [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+
+
+def rewrite(path: Path, change: Callable[[list[Any]], None]) -> None:
+    """Write the members again after a change: (name, bytes) or a TarInfo with its bytes."""
+    content: list[Any] = list(members(path))
+    change(content)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in content:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if not isinstance(name, tarfile.TarInfo):
+                info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def record(change: Callable[[Any], None]) -> Callable[[list[Any]], None]:
+    """A change of bundle.json."""
+
+    def apply(content: list[Any]) -> None:
+        data = json.loads(content[0][1])
+        change(data)
+        content[0] = ("bundle.json", json.dumps(data).encode())
+
+    return apply
+
+
+def renamed(name: str) -> Callable[[list[Any]], None]:
+    """The configuration under another name, in the tar and in its record."""
+
+    def apply(content: list[Any]) -> None:
+        record(lambda data: data["files"][1].update(path=name))(content)
+        content[2] = (name, content[2][1])
+
+    return apply
+
+
+def instead(kind: bytes, target: str = "") -> Callable[[list[Any]], None]:
+    """A member of another kind in the place of the configuration."""
+
+    def apply(content: list[Any]) -> None:
+        info = tarfile.TarInfo(content[2][0])
+        info.type, info.linkname = kind, target
+        content[2] = (info, b"")
+
+    return apply
+
+
+ATTACKS: dict[str, Callable[[list[Any]], None]] = {
+    "a parent path": renamed("../evil"),
+    "a parent inside": renamed("onnx/../../evil"),
+    "an absolute path": renamed("/tmp/evil"),
+    "a drive": renamed("C:evil"),
+    "the lock": renamed(".lock"),
+    "a stage": renamed(".tmp-0123456789abcdef/tree/x"),
+    "a control character": renamed("a\nb"),
+    "a symbolic link": instead(tarfile.SYMTYPE, "/etc/passwd"),
+    "a hard link": instead(tarfile.LNKTYPE, "manifest.json"),
+    "a pipe": instead(tarfile.FIFOTYPE),
+    "a device": instead(tarfile.CHRTYPE),
+    "a folder": instead(tarfile.DIRTYPE),
+    "a sparse file": instead(tarfile.GNUTYPE_SPARSE),
+    "an extended header": lambda content: content.insert(
+        2, (_typed("x", tarfile.XHDTYPE, 30), b"29 path=../evil\n" + b"0" * 14)
+    ),
+    "a long name": lambda content: content.insert(2, (_typed("x", tarfile.GNUTYPE_LONGNAME, 9), b"../../evi")),
+    "a member more": lambda content: content.append(("evil", b"x")),
+    "a member less": lambda content: content.pop(),
+    "another order": lambda content: content.insert(2, content.pop(3)),
+    "a member twice": lambda content: content.append(content[2]),
+    "no record": lambda content: content.pop(0),
+    "a size": record(lambda data: data["files"][2].update(bytes=9)),
+    "a huge size": record(lambda data: data["files"][2].update(bytes=1 << 60)),
+    "a negative size": record(lambda data: data["files"][2].update(bytes=-1)),
+    "a digest": record(lambda data: data["files"][2].update(sha256="0" * 64)),
+    "an unknown field": record(lambda data: data.update(run="rm")),
+    "another format": record(lambda data: data.update(format=2)),
+    "a file twice": record(lambda data: data["files"].append(data["files"][1])),
+    "no manifest": record(lambda data: data["files"].pop(0)),
+    "an SM": record(lambda data: data.update(sm=["all"])),
+    "no JSON": lambda content: content.__setitem__(0, ("bundle.json", b"{")),
+    "nested JSON": lambda content: content.__setitem__(0, ("bundle.json", b"[" * 100000)),
+}
+
+
+def _typed(name: str, kind: bytes, size: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_what_dvdq_bundle_never_wrote_is_refused_and_leaves_nothing(attack: str, out: Path, tmp_path: Path) -> None:
+    path, target = tmp_path / "a.tar", tmp_path / "there"
+    pack(out, path)
+    rewrite(path, ATTACKS[attack])
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises((OutputError, ResourceError)) as caught:
+        unpack(path, target)
+    assert caught.value.fix
+    assert sorted(os.listdir(tmp_path)) == before, "no folder, and nothing beside it"
+
+
+def test_a_changed_manifest_is_refused(out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    pack(out, path)
+
+    def change(content: list[Any]) -> None:
+        data = content[1][1].replace(b'"bytes": 3', b'"bytes": 4')
+        assert data != content[1][1]
+        content[1] = ("manifest.json", data)
+        record(lambda facts: facts["files"][0].update(entry(data)))(content)
+
+    rewrite(path, change)
+    with pytest.raises(OutputError, match="its files are not those of its manifest"):
+        unpack(path, tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(5000, marks=pytest.mark.stress)])
+def test_a_changed_byte_never_reaches_the_folder(count: int, out: Path, tmp_path: Path) -> None:
+    path, target = tmp_path / "a.tar", tmp_path / "there"
+    pack(out, path)
+    raw = path.read_bytes()
+    chance = random.Random(1)
+    refused = 0
+    for _ in range(count):
+        data = bytearray(raw)
+        place = chance.randrange(len(data))
+        data[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        try:
+            there = unpack(path, target)
+        except OutputError:
+            refused += 1
+            assert not target.exists()
+            continue
+        # Bits of a header that say nothing (times, owners) and of the filling: what is there is right all the same.
+        assert there.files == {name: entry(data) for name, data in {**CONTENTS, **OTHERS}.items()}
+        verify_files(target, there)
+        shutil.rmtree(target)
+    assert refused > count / 2
+
+
+@pytest.mark.parametrize("length", [0, 1, 511, 512, 1000, 5000, -1, -511])
+def test_a_cut_file_is_refused(length: int, out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    pack(out, path)
+    whole = sum(512 + -(-len(data) // 512) * 512 for _, data in members(path))
+    raw = path.read_bytes()[:whole]
+    path.write_bytes(raw[:length])
+    with pytest.raises(OutputError, match=r"a\.tar"):
+        unpack(path, tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
+def test_an_older_export_stays_where_the_bundle_is_refused(out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    pack(out, path)
+    unpack(path, tmp_path / "there")
+    before = {p: p.read_bytes() for p in (tmp_path / "there").rglob("*") if p.is_file()}
+    rewrite(path, ATTACKS["a digest"])
+    with pytest.raises(OutputError):
+        unpack(path, tmp_path / "there")
+    assert {p: p.read_bytes() for p in (tmp_path / "there").rglob("*") if p.is_file()} == before
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(out, tmp_path / "a.tar")
+
+    def full(path: Path, nbytes: int, what: str) -> None:
+        raise ResourceError(f"{what} needs {nbytes}", fix="free some")
+
+    monkeypatch.setattr(bundles, "require_disk", full)
+    with pytest.raises(ResourceError, match=r"what the bundle holds needs 1[0-9]{4}"):
+        unpack(tmp_path / "a.tar", tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
+def test_packing_refuses_a_changed_export(out: Path, tmp_path: Path) -> None:
+    (out / "config.json").write_bytes(b"[]\n")
+    with pytest.raises(OutputError, match=r"config\.json does not match its manifest"):
+        pack(out, tmp_path / "a.tar")
+    assert not (tmp_path / "a.tar").exists()
+    (out / "config.json").write_bytes(b"longer than it was")
+    with pytest.raises(OutputError, match=r"config\.json does not match its manifest"):
+        pack(out, tmp_path / "a.tar")
+
+
+def test_what_is_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"PK\x03\x04" * 400)
+    with pytest.raises(OutputError, match="is no bundle"):
+        unpack(tmp_path / "a.tar", tmp_path / "there")
+    with pytest.raises(OutputError, match="cannot be read"):
+        unpack(tmp_path / "missing.tar", tmp_path / "there")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="not a regular file"):
+        unpack(tmp_path / "pipe", tmp_path / "there")

@@ -1,0 +1,127 @@
+"""``dvdq-serve`` before it listens: what can be wrong on its command line, told in words with exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dvdquant.cli.serve import devices, gpus, hosts, main, named, read_keys
+from dvdquant.deploy.serve.settings import ServerSettings
+from dvdquant.errors import DvdquantError
+from tests.support.commands import refused
+from tests.support.session_exports import family_export
+
+KEY = "0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def _log() -> Iterator[None]:
+    """The server takes the log of its process; the tests after it get theirs back."""
+    root, ours = logging.getLogger(), logging.getLogger("dvdquant.deploy.serve")
+    before = list(root.handlers), root.level, ours.level
+    yield
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    ours.setLevel(before[2])
+
+
+@pytest.fixture(scope="module")
+def out() -> Path:
+    """Some export."""
+    return family_export("wan")
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(each) for each in arguments])
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
+    """The settings that the command would serve with."""
+    seen: list[ServerSettings] = []
+    monkeypatch.setattr("dvdquant.deploy.serve.server.serve", lambda given, **_: seen.append(given))
+    return seen
+
+
+def test_models_have_names_and_devices_have_workers(out: Path, settings: list[ServerSettings], tmp_path: Path) -> None:
+    words = [
+        f"small={out}",
+        f"large={out}",
+        "--pipeline",
+        "large=org/model",
+        "--device",
+        "cuda:0,cuda:2",
+        "--workers",
+        2,
+    ]
+    assert _run(*words, "--data", tmp_path / "data", "--queue", 5, "--keep-hours", 2).exit_code == 0
+    (given,) = settings
+    assert [(model.name, model.pipeline) for model in given.models] == [("small", None), ("large", "org/model")]
+    assert given.devices == ("cuda:0", "cuda:0", "cuda:2", "cuda:2")
+    assert (given.host, given.limits.queue, given.keep, given.api_keys) == ("127.0.0.1", 5, 7200, ())
+    assert given.allowed_hosts == ("127.0.0.1", "localhost", "[::1]")
+    assert given.worker("w", "cuda:2").device == "cuda:2"
+
+
+def test_what_is_wrong_is_said_before_anything_starts(out: Path, tmp_path: Path) -> None:
+    refused(_run(), "Missing argument", way_out=False)
+    refused(_run(tmp_path), str(tmp_path))
+    refused(_run(f"a={out}", f"a={out}"), "two models are called a")
+    refused(_run(out, "--host", "0.0.0.0"), "no API key", "--open")
+    refused(_run(f"a={out}", f"b={out}", "--pipeline", "org/model"), "is for no model here")
+    refused(_run(out, "--schedule", tmp_path / "none.json"), "none.json")
+    refused(_run(out, "--api-key-file", tmp_path / "none"), "cannot be read")
+    refused(_run(out, "--port", 99999), "99999", way_out=False)
+    (tmp_path / "keys").write_text("# none\n\n")
+    refused(_run(out, "--api-key-file", tmp_path / "keys"), "holds no key")
+
+
+def test_an_address_in_use_is_refused(out: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused(_run(out, "--data", tmp_path / "data", "--port", taken.getsockname()[1]), "cannot listen", "--port")
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
+    refused(_run(out, "--data", tmp_path / "data" / "server.lock"), "server.lock")
+    refused(_run(out, "--data", tmp_path / "other", "--host", "no.such.host.invalid", "--open"), "cannot listen")
+
+
+def test_a_model_without_its_pipeline_is_refused_before_the_server_listens(out: Path, tmp_path: Path) -> None:
+    refused(_run(out, "--data", tmp_path / "data", "--port", 0, "--pipeline", tmp_path / "gone"), "gone", "fix:")
+
+
+def test_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DVDQ_API_KEY", raising=False)
+    assert read_keys(None) == []
+    monkeypatch.setenv("DVDQ_API_KEY", f" {KEY}\n")
+    assert read_keys(None) == [KEY]
+    path = tmp_path / "keys"
+    path.write_text(f"# ours\n{KEY}\n\n{KEY[::-1]}\n")
+    assert read_keys(path) == [KEY, KEY[::-1]]
+    bad: Any
+    for bad in ("short", KEY + " x", KEY + "é", KEY + "\x01"):
+        path.write_text(bad)
+        with pytest.raises(DvdquantError, match="shorter than 16"):
+            read_keys(path)
+
+
+def test_small_questions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert named("a=b") == ("a", "b")
+    assert named("/x/a=b") is None
+    assert named("plain") is None
+    assert hosts("0.0.0.0", ()) == ()
+    assert hosts("0.0.0.0", ("Video.Example",)) == ("127.0.0.1", "localhost", "[::1]", "video.example")
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus(tmp_path) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    assert devices("auto", 1) == ("cuda:0", "cuda:1", "cuda:2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert devices("auto", 2) == ("auto", "auto")
+    assert devices("cpu", 1) == ("cpu",)

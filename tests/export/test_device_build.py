@@ -1,0 +1,330 @@
+"""Engines for a device that is elsewhere: what the export leaves, what the device builds of it, and what it refuses first.
+
+TensorRT is a double (tests/support/tensorrt_double), in the real process that builds; TensorRT-RTX is the real one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from dvdquant.artifact.bundle import open_bundle, unpack_bundle
+from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.backends import Backend
+from dvdquant.cli.build import main as build_main
+from dvdquant.cli.bundle import main as bundle_main
+from dvdquant.errors import OutputError, ResourceError, UnsupportedError
+from dvdquant.export import on_device
+from dvdquant.export.elsewhere import SCRIPT
+from dvdquant.export.on_device import build_on_device, plan_on_device
+from dvdquant.system.gpu import Gpu
+from dvdquant.system.progress import Progress
+from tests.support import tiny_models as tiny
+from tests.support.commands import SIZES, in_process, run
+from tests.support.device_build import build, plugin_library
+from tests.support.session_exports import RANGES
+
+A4, A8 = (f"engines/tensorrt-sm87/transformer_a{bits}.engine" for bits in (4, 8))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN)
+
+
+@pytest.fixture(scope="module")
+def made(model: Path) -> Path:
+    """An export for an Orin, made where there is neither TensorRT nor a GPU."""
+    out = model.parent / "orin"
+    in_process(model, "-o", out, "--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", *RANGES)
+    return out
+
+
+@pytest.fixture
+def out(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def refused(done: object, *texts: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr  # type: ignore[attr-defined]
+    for text in texts:
+        assert text in done.stderr, done.stderr  # type: ignore[attr-defined]
+    assert "Traceback" not in done.stderr  # type: ignore[attr-defined]
+
+
+def engine_of(out: Path, path: str) -> dict[str, object]:
+    """What the double wrote."""
+    return dict(json.loads((out / path).read_text()))
+
+
+# ------------------------------------------------------------------------------------------------------------ the export
+
+
+def test_the_dry_run_needs_no_tensorrt(model: Path, tmp_path: Path) -> None:
+    arguments = ["--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", "--sm", "11.0", *SIZES, "--dry-run"]
+    text = in_process(model, "-o", tmp_path / "out", *arguments)
+    assert "left to dvdq-build on the device" in text
+    assert "a4 on SM 8.7 (tensorrt)" in text
+    assert "a8 on SM 11.0 (tensorrt)" in text
+    plan = json.loads(in_process(model, "-o", tmp_path / "out", *arguments, "--log-format", "json"))
+    assert [(e["sm"], e["act_bits"]) for e in plan["later"]] == [
+        (["8.7"], 4),
+        (["11.0"], 4),
+        (["8.7"], 8),
+        (["11.0"], 8),
+    ]
+    assert plan["engines"] == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_engines_here_still_need_the_plugin(model: Path, tmp_path: Path) -> None:
+    result = run(model, "-o", tmp_path / "out", "--target", "tensorrt", "--sm", "8.7", "--build", "here", *SIZES)
+    assert result.exit_code == 2
+    assert "tensorrt" in result.output
+
+
+def test_what_is_left_for_the_device(made: Path) -> None:
+    manifest = load_manifest(made)
+    verify_files(made, manifest)
+    assert manifest.engines == ()
+    assert [b["engine"] for b in manifest.builds] == [A4, A8]
+    for entry in manifest.builds:
+        assert entry["graph"] in manifest.files
+        graph = onnx.load(made / entry["graph"], load_external_data=False).graph
+        assert all(node.domain != "dvdquant" or node.op_type == "QuantLinear" for node in graph.node)
+        inputs = {value.name for value in graph.input}
+        assert set(entry["profile"] or {}) <= inputs
+        assert any(name.endswith(".weight_group_scale") for name in inputs), "packed weights are inputs"
+        assert not any(
+            "QuantLinear" in f.name for f in onnx.load(made / entry["graph"], load_external_data=False).functions
+        )
+        # The line of TensorRT's own builder says the same as the entry.
+        words = shlex.split(entry["command"])
+        assert words[0] == "trtexec"
+        options = dict(word.removeprefix("--").partition("=")[::2] for word in words[1:])
+        assert options["onnx"] == entry["graph"]
+        assert options["saveEngine"] == entry["engine"]
+        for which, name in enumerate(("minShapes", "optShapes", "maxShapes")):
+            shapes = {part.split(":")[0]: part.split(":")[1] for part in options[name].split(",")}
+            assert shapes == {n: "x".join(map(str, three[which])) for n, three in (entry["profile"] or {}).items()}
+        assert entry["command"] in (made / SCRIPT).read_text()
+
+
+def test_the_same_export_again_is_up_to_date(model: Path, made: Path) -> None:
+    arguments = ["--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", *RANGES]
+    assert "is up to date" in in_process(model, "-o", made, *arguments)
+
+
+def test_another_sm_is_added_to_what_is_there(model: Path, out: Path) -> None:
+    in_process(model, "-o", out, "--recipe", "rtn", "--target", "tensorrt", "--sm", "11.0", *RANGES)
+    manifest = load_manifest(out)
+    assert [b["sm"] for b in manifest.builds] == [["8.7"], ["8.7"], ["11.0"], ["11.0"]]
+    verify_files(out, manifest)
+
+
+# ------------------------------------------------------------------------------------------------------------ the device
+
+
+def test_the_device_builds_enters_and_repeats_nothing(out: Path, tmp_path: Path, tensorrt: None) -> None:
+    plugin = plugin_library(tmp_path / "libdvdquant_plugins.so")
+    before = load_manifest(out)
+    done = build(out, "--plugin", plugin)
+    assert done.returncode == 0, done.stderr
+    manifest = load_manifest(out)
+    verify_files(out, manifest)
+    assert [e["path"] for e in manifest.engines] == [A4, A8]
+    assert {name: manifest.files[name] for name in before.files if name != "README.md"} == {
+        name: entry for name, entry in before.files.items() if name != "README.md"
+    }
+    assert manifest.export_key == before.export_key, "dvdq-export knows its own weights again"
+    for entry, bits in zip(manifest.engines, (4, 8)):
+        told = engine_of(out, entry["path"])
+        assert told["act_bits"] == [bits]
+        assert told["libraries"] == [str(plugin)]
+        assert told["profiles"] == [before.builds[0]["profile"]]
+        assert entry["versions"] == {"tensorrt": "11.4.0.1"}
+        assert entry["sm"] == ["8.7"]
+        assert "measured" not in entry
+    assert "was not run" in done.stdout
+    assert manifest.files[A4]["sha256"][:12] in done.stdout
+    assert all((out / name).stat().st_nlink == 1 for name in manifest.files), "readers refuse files with two names"
+    again = plan_on_device(out, manifest, ORIN, plugins=[plugin])
+    assert (again.builds, len(again.current)) == ((), 2)
+    # Another release of TensorRT, another plugin, or a damaged engine is built again.
+    plugin.write_bytes(plugin.read_bytes() + b"x")
+    assert len(plan_on_device(out, manifest, ORIN, plugins=[plugin]).builds) == 2
+
+
+def test_an_interrupted_build_goes_on(out: Path, tmp_path: Path) -> None:
+    plugin = plugin_library(tmp_path / "libdvdquant_plugins.so")
+    before = (out / "manifest.json").read_bytes()
+    refused(build(out, "--plugin", plugin, DOUBLE_FAIL="[8]"), "could not build the engine for SM 8.7", "--resume")
+    assert (out / "manifest.json").read_bytes() == before
+    done = build(out, "--plugin", plugin, "--resume", "--log-format", "json")
+    assert done.returncode == 0, done.stderr
+    manifest = load_manifest(out)
+    verify_files(out, manifest)
+    assert len(manifest.engines) == 2
+    assert not [name for name in os.listdir(out) if name.startswith(".tmp-")]
+
+
+ORIN = Gpu("Orin", "8.7", 16 << 30, True)
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TensorRT by its version alone, for what is decided before it is used."""
+    monkeypatch.setattr(on_device, "load_backend", lambda name: Backend(name, None, "11.4.0.1"))
+
+
+def test_what_does_not_fit_is_refused_before_work(out: Path, tmp_path: Path, tensorrt: None) -> None:
+    good = plugin_library(tmp_path / "libdvdquant_plugins.so")
+    manifest = load_manifest(out)
+    assert len(plan_on_device(out, manifest, ORIN, plugins=[good]).builds) == 2
+    arm, pc = (plugin_library(tmp_path / m / "libx.so", machine=m) for m in ("aarch64", "x86_64"))
+    (tmp_path / "text.so").write_text("no library")
+    other = [plugin_library(tmp_path / f"{m}.so", major=m) for m in (10,)]
+    desktop = plugin_library(tmp_path / "desktop.so", kernels="80;90a;100;120")
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (
+            r"is for SM 8\.7, and this GPU \(RTX\) has SM 8\.9(?s:.*)--sm 8\.9",
+            {"gpu": Gpu("RTX", "8.9", 8 << 30, False)},
+        ),
+        (r"driver of this machine names none(?s:.*)on the device", {"gpu": None}),
+        (r"--plugin was not given", {"plugins": []}),
+        (r"is built for TensorRT 10, and this machine has 11\.4\.0\.1", {"plugins": other}),
+        (r"is for \w+, and this machine is", {"plugins": [arm, pc]}),
+        (r"are for 80, 90a, 100, 120, and this GPU has SM 8\.7", {"plugins": [desktop]}),
+        (r"is no plugin library", {"plugins": [tmp_path / "text.so"]}),
+        (r"weights take .* of device memory(?s:.*)GiB on Orin", {"gpu": dataclasses.replace(ORIN, memory_bytes=10**6)}),
+        (r"no engine of 6 bits to build(?s:.*)4 bits, 8 bits", {"bits": [6]}),
+    ]
+    for text, changes in cases:
+        gpu = changes.pop("gpu", ORIN)
+        with pytest.raises((UnsupportedError, ResourceError), match=text):
+            plan_on_device(out, manifest, gpu, **{"plugins": [good], **changes})
+
+
+def test_too_little_memory_to_build_says_what_fits(out: Path, tmp_path: Path, tensorrt: None, monkeypatch: Any) -> None:
+    good = plugin_library(tmp_path / "libdvdquant_plugins.so")
+    manifest = load_manifest(out)
+    small, large = manifest.builds
+    uneven = dataclasses.replace(manifest, builds=(small, {**large, "builder_bytes": 8 << 30}))
+    monkeypatch.setattr(on_device, "memory_limit", lambda: 4 << 30)
+    with pytest.raises(
+        ResourceError, match=r"takes about 8\.0 GiB of memory(?s:.*)fits: transformer a4 \(0\.5 GiB to build\)"
+    ):
+        plan_on_device(out, uneven, ORIN, plugins=[good])
+    assert len(plan_on_device(out, uneven, ORIN, plugins=[good], bits=[4]).builds) == 1
+
+
+def test_a_damaged_export_is_not_built(out: Path, tmp_path: Path, tensorrt: None) -> None:
+    plugin = plugin_library(tmp_path / "libdvdquant_plugins.so")
+    (out / "onnx" / "transformer.safetensors").write_bytes(b"x")
+    plan = plan_on_device(out, load_manifest(out), ORIN, plugins=[plugin])
+    with pytest.raises(OutputError, match="does not match its manifest"):
+        build_on_device(plan, Progress("quiet"))
+    assert load_manifest(out).engines == ()
+
+
+# ----------------------------------------------------------------------------------------------------------- the bundle
+
+
+def pack(out: Path, target: Path, *arguments: object) -> str:
+    result = CliRunner().invoke(bundle_main, [str(a) for a in (out, "-o", target, *arguments)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = plugin_library(tmp_path / "libdvdquant_plugins.so")
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "some-1.0-py3-none-any.whl").write_bytes(b"a wheel")
+    said = pack(made, tmp_path / "orin.tar", "--plugin", plugin, "--wheels", tmp_path / "wheels")
+    assert "dvdq-build orin.tar -o orin --plugin bundled" in said
+    # Refused before anything is unpacked.
+    there = tmp_path / "device"
+    thor = dataclasses.replace(ORIN, name="Thor", sm="11.0")
+    for gpu, version, text in (
+        (thor, "11.4.0.1", "is for SM 8.7, and this GPU (Thor) has SM 11.0"),
+        (None, "11.4.0.1", "the driver of this machine names none"),
+        (ORIN, "10.3.0", "is for TensorRT 11, and this machine has 10.3.0"),
+        (dataclasses.replace(ORIN, memory_bytes=10**6), "11.4.0.1", "of device memory"),
+    ):
+        monkeypatch.setattr("dvdquant.system.gpu.read_gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("dvdquant.backends.load_backend", lambda name, v=version: Backend(name, None, v))
+        result = CliRunner().invoke(build_main, [str(tmp_path / "orin.tar"), "-o", str(there), "--plugin", "bundled"])
+        assert result.exit_code == 2
+        assert text in result.output
+    whole = (tmp_path / "orin.tar").read_bytes()
+    (tmp_path / "changed.tar").write_bytes(whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :])
+    with (
+        open_bundle(tmp_path / "changed.tar") as changed,
+        pytest.raises(OutputError, match="is not as dvdq-bundle wrote"),
+    ):
+        unpack_bundle(changed, there)
+    assert not there.exists()
+    # Unpacked, built, and the second time neither.
+    done = build(tmp_path / "orin.tar", "-o", there, "--plugin", "bundled")
+    assert done.returncode == 0, done.stderr
+    manifest = load_manifest(there)
+    verify_files(there, manifest)
+    assert [e["path"] for e in manifest.engines] == [A4, A8]
+    assert {
+        "requirements.txt",
+        "plugins/libdvdquant_plugins.so",
+        "wheels/some-1.0-py3-none-any.whl",
+    } <= manifest.files.keys()
+    assert engine_of(there, A4)["libraries"] == [str(there / "plugins" / "libdvdquant_plugins.so")]
+
+
+def test_what_cannot_be_packed(made: Path, tmp_path: Path) -> None:
+    def packed(*arguments: object) -> str:
+        result = CliRunner().invoke(bundle_main, [str(a) for a in arguments])
+        assert result.exit_code == 2, (result.output, result.exception)
+        assert "Traceback" not in result.output
+        return result.output
+
+    (tmp_path / "empty").mkdir()
+    assert "holds no wheel" in packed(made, "-o", tmp_path / "x.tar", "--wheels", tmp_path / "empty")
+    assert "is a folder" in packed(made, "-o", tmp_path)
+    bare = Path(shutil.copytree(made, tmp_path / "bare"))
+    manifest = dataclasses.replace(load_manifest(bare), builds=())
+    (bare / "manifest.json").write_text(manifest.to_json())
+    assert "no engine that is left to be built" in packed(bare, "-o", tmp_path / "x.tar")
+    with pytest.raises(UnsupportedError, match="has no engine that was left to be built"):
+        plan_on_device(bare, manifest, ORIN)
+    assert not (tmp_path / "x.tar").exists()
+
+
+# ------------------------------------------------------------------------------------------- TensorRT-RTX, the real one
+
+
+def test_the_real_builder_builds_what_was_left_to_it(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    in_process(model, "-o", out, "--recipe", "rtn", "--target", "rtx", "--build", "device", *SIZES)
+    entries = load_manifest(out).builds
+    assert [e["precision"] for e in entries] == ["int8", "int8"]
+    assert not (out / SCRIPT).exists()
+    pack(out, tmp_path / "a.tar")
+    done = build(tmp_path / "a.tar", "-o", tmp_path / "there", "--bits", "8", sm=None)
+    assert done.returncode == 0, done.stderr
+    there = load_manifest(tmp_path / "there")
+    (engine,) = there.engines
+    assert engine["path"] == "engines/rtx-sm89/transformer_a8.engine"
+    assert there.files[engine["path"]]["bytes"] > 1 << 20
+    verify_files(tmp_path / "there", there)
+    # The same engine as an export that builds here: same graph, same settings.
+    in_process(model, "-o", out, "--recipe", "rtn", "--target", "rtx", *SIZES)
+    here = load_manifest(out)
+    assert here.builds == ()
+    assert [e["onnx_sha256"] for e in here.engines if e["act_bits"] == 8] == [engine["onnx_sha256"]]

@@ -1,0 +1,195 @@
+"""The table of GPUs: names in any form, what is offered, and the recipe that suits a card."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dvdquant.errors import DvdquantError, UnsupportedError
+from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_precision, what_executes
+from dvdquant.hardware.advice import QUALITY, choose, choose_recipe
+from dvdquant.hardware.capabilities import CAPABILITIES, parse_sm
+from dvdquant.hardware.find import find_gpu, installed_gpus
+from dvdquant.hardware.gpus import GPUS, KINDS
+from dvdquant.hardware.listing import HEADER, gpu_rows
+from dvdquant.recipe import RECIPES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+NAMES = {
+    "RTX 4090": "RTX 4090",
+    "rtx4090": "RTX 4090",
+    "4090": "RTX 4090",
+    "NVIDIA GeForce RTX 4090": "RTX 4090",
+    "NVIDIA GeForce RTX 4090 Laptop GPU": "RTX 4090 Laptop",
+    "RTX4070TiSuper": "RTX 4070 Ti SUPER",
+    "NVIDIA RTX 6000 Ada Generation": "RTX 6000 Ada",
+    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": "RTX PRO 6000 Blackwell",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA A100-SXM4-40GB": "A100",
+    "NVIDIA GH200 480GB": "GH200",
+    "L40S": "L40S",
+    "Jetson AGX Orin": "AGX Orin",
+    "Jetson AGX Thor": "Thor T5000",
+    "DGX Spark": "GB10",
+    "Tesla T4": "T4",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_is_found_however_it_is_written(name: str) -> None:
+    assert find_gpu(name).name == NAMES[name]
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_every_card_is_found_by_its_own_name_and_the_driver_s(gpu: object) -> None:
+    name = gpu.name  # type: ignore[attr-defined]
+    assert find_gpu(name) is gpu
+    assert find_gpu(f"NVIDIA GeForce {name.upper()}") is gpu
+
+
+@pytest.mark.parametrize(("name", "near"), [("RTX 4099", "RTX 4090"), ("H1000", "H100"), ("6000", "RTX 6000 Ada")])
+def test_near_names_are_suggested(name: str, near: str) -> None:
+    with pytest.raises(UnsupportedError) as raised:
+        find_gpu(name)
+    assert near in (raised.value.available or "")
+
+
+@pytest.mark.parametrize("text", ["8.9", "89", "sm_89", "SM89", "sm 8.9", "compute_89"])
+def test_a_compute_capability_in_any_form(text: str) -> None:
+    assert parse_sm(text) == "8.9"
+
+
+@pytest.mark.parametrize(("text", "sm"), [("sm_90a", "9.0"), ("100", "10.0"), ("12.1", "12.1"), ("sm_120", "12.0")])
+def test_other_forms(text: str, sm: str) -> None:
+    assert parse_sm(text) == sm
+
+
+@pytest.mark.parametrize("text", ["", "9.9", "ada", "8.99", "sm_", "7.5", "-8.9", "8,9", "8.9;rm"])
+def test_no_compute_capability(text: str) -> None:
+    with pytest.raises(UnsupportedError) as raised:
+        parse_sm(text)
+    assert raised.value.fix
+
+
+def test_the_facts_are_those_of_the_exporter() -> None:
+    offered = {each.sm: each for each in CAPABILITIES.values() if not each.refused}
+    assert {sm for sm, each in offered.items() if each.rtx} == set(RTX_SMS)
+    assert {sm for sm, each in offered.items() if each.kernels} == set(TENSORRT_SMS)
+    assert {gpu.sm for gpu in GPUS} <= set(CAPABILITIES)
+    assert {gpu.kind for gpu in GPUS} == set(KINDS)
+    row, group = (RECIPES[name].activations[0] for name in ("w4a4", "w4a4-g64"))
+    for sm, each in offered.items():
+        if each.rtx:
+            words = what_executes(choose_precision("tensorrt_rtx", sm, row), 4, sm)
+            assert bool(each.rtx_a4) == ("no faster than a8" not in words), sm
+        if each.kernels:
+            words = what_executes(choose_precision("tensorrt", sm, group), 4, sm)
+            assert bool(each.kernels_a4) == ("no faster than A8" not in words), sm
+
+
+def test_the_quality_is_that_of_the_results() -> None:
+    page = (ROOT / "docs" / "quality" / "index.md").read_text().splitlines()
+    for (recipe, bits), value in QUALITY.items():
+        rows = [line.replace("*", "") for line in page if line.startswith(f"| A{bits} | dvdquant {recipe} |")]
+        assert any(f"| {value:.2f} ±" in row for row in rows), (recipe, bits)
+
+
+CHOICES = [
+    (("RTX 4090",), (), ("8.9",), "rtx", "w4a8"),
+    (("RTX 5090",), (), ("12.0",), "rtx", "w4a4"),
+    (("H100",), (), ("9.0",), "graphs", "w4a8"),
+    (("B200",), ("tensorrt",), ("10.0",), "tensorrt", "w4a8"),
+    (("A100",), ("graphs",), ("8.0",), "graphs", "w4a4-g64"),
+    (("Orin",), (), ("8.7",), "graphs", "w4a4-g64"),
+    (("RTX 4090", "RTX 5090"), (), ("8.9", "12.0"), "rtx", "w4a4"),
+    (("RTX 4090",), ("onnx",), ("8.9",), "onnx", "w4a4"),
+]
+
+
+@pytest.mark.parametrize(("gpus", "targets", "sms", "target", "recipe"), CHOICES)
+def test_a_card_decides(
+    gpus: tuple[str, ...], targets: tuple[str, ...], sms: tuple[str, ...], target: str, recipe: str
+) -> None:
+    choice = choose(gpus, (), targets)
+    assert (choice.sms, choice.targets, choice.recipe) == (sms, (target,), recipe)
+    assert all(any(part in note for note in choice.notes) for part in (f"SM {sms[0]}", f"recipe {recipe}"))
+
+
+def test_what_was_said_is_not_changed() -> None:
+    choice = choose(("RTX 4090",), ("8.6",), ("rtx", "onnx"), "paper")
+    assert (choice.sms, choice.targets, choice.recipe) == (("8.9", "8.6"), ("rtx", "onnx"), "paper")
+
+
+def test_without_a_card_it_is_as_before_and_says_so() -> None:
+    choice = choose((), (), ())
+    assert (choice.sms, choice.targets, choice.recipe) == (("8.9",), ("rtx",), "w4a4")
+    assert "--gpu" in choice.notes[0]
+
+
+def test_every_offered_card_can_be_exported_for() -> None:
+    for gpu in GPUS:
+        if CAPABILITIES[gpu.sm].refused:
+            with pytest.raises(UnsupportedError, match="nothing is offered"):
+                choose((gpu.name,), (), ())
+            continue
+        choice = choose((gpu.name,), (), ())
+        assert choice.recipe in RECIPES
+        assert choice.targets[0] in CAPABILITIES[gpu.sm].targets
+
+
+def test_eight_bits_where_four_gain_nothing() -> None:
+    for sm, each in CAPABILITIES.items():
+        for target in each.targets:
+            bits = {a.bits for a in RECIPES[choose_recipe([sm], [target]).recipe].activations}
+            assert (4 in bits) == bool(each.gain(target)), (sm, target)
+
+
+def test_a_target_that_makes_nothing_names_the_one_that_does() -> None:
+    with pytest.raises(UnsupportedError) as raised:
+        choose((), ("8.7",), ("rtx",))
+    assert "--target graphs" in (raised.value.fix or "")
+
+
+def test_the_table_shows_every_card_once() -> None:
+    rows = list(gpu_rows())
+    text = "\n".join(row[0] for row in rows)
+    assert all(len(row) == len(HEADER) for row in rows)
+    assert all(gpu.name in text for gpu in GPUS)
+
+
+def put_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!{sys.executable}\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_auto_asks_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_nvidia_smi(tmp_path, 'print("NVIDIA GeForce RTX 5090, 12.0, 32607, 580.65")', monkeypatch)
+    choice = choose(("auto",), (), ())
+    assert (choice.sms, choice.gpus, choice.recipe) == (("12.0",), ("NVIDIA GeForce RTX 5090",), "w4a4")
+
+
+@pytest.mark.parametrize(
+    "script", ["raise SystemExit(9)", 'print("No devices were found")', "", r'print("\x1b[31m, 8.9")']
+)
+def test_auto_without_a_gpu_says_what_to_do(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_nvidia_smi(tmp_path, script, monkeypatch)
+    assert installed_gpus() == []
+    with pytest.raises(DvdquantError) as raised:
+        choose(("auto",), (), ())
+    assert "--gpu" in (raised.value.fix or "")
+
+
+def test_list_gpus_needs_no_pytorch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from dvdquant.cli.export import main; main(['--list-gpus'])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "RTX 4090" in done.stdout
+    assert "w4a8" in done.stdout

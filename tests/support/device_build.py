@@ -1,0 +1,58 @@
+"""A machine for ``dvdq-build``: the host as its GPU, a double of TensorRT, and files that look like plugin libraries."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dvdquant.system.plugin_file import machine_name
+from tests.support.exporting import REPOSITORY
+from tests.support.folders import process_folder
+
+DOUBLE = REPOSITORY / "tests" / "support" / "tensorrt_double"
+_MACHINES = {"x86_64": 62, "aarch64": 183}
+
+
+@functools.cache
+def host_driver() -> Path:
+    """The folder of a libcuda.so.1 whose GPU is the host."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ to build the stand-in of the GPU's driver")
+    folder = process_folder("host-driver")
+    folder.mkdir(parents=True, exist_ok=True)
+    source = REPOSITORY / "plugins" / "harness" / "host_cuda.cpp"
+    subprocess.run(
+        ["g++", "-std=c++17", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source], check=True, timeout=120
+    )
+    return folder
+
+
+def environment(sm: int | None = 87, **variables: str) -> dict[str, str]:
+    """The variables of a machine with such a GPU and TensorRT; None is a machine without GPU."""
+    found = dict(os.environ) | {"PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(DOUBLE)))}
+    if sm is not None:
+        found |= {"LD_LIBRARY_PATH": str(host_driver()), "HOST_CUDA_SM": str(sm)}
+    return found | variables
+
+
+def build(*arguments: object, sm: int | None = 87, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``dvdq-build`` as a process of that machine."""
+    command = [sys.executable, "-m", "dvdquant.cli.build", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(sm, **variables), timeout=600)
+
+
+def plugin_library(path: Path, major: int | None = 11, machine: str | None = None, kernels: str = "87;110") -> Path:
+    """A file with the head and the marks of a plugin library, and no code."""
+    number = _MACHINES[machine or machine_name()]
+    head = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00" + number.to_bytes(2, "little") + bytes(44)
+    marks = b"" if major is None else f"@dvdquant-plugin tensorrt={major}\0".encode()
+    marks += f"@dvdquant-kernels={kernels}\0".encode() if kernels else b""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(head + marks + bytes(100))
+    return path
