@@ -90,6 +90,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, sources: list[str
     folders += [f"dvdquant/{n}" for n in sources if n.startswith(("export/", "deploy/"))]
     # The build script and the device checks ride along with the sources they are for.
     folders += [f"dvdquant/_native/{n}" for n in sources if n.startswith("kernels/")]
+    # The folder that ComfyUI takes is no package; its nodes are in dvdquant.deploy.comfyui.
+    folders = [n for n in folders if not n.startswith("dvdquant/deploy/comfyui-dvdquant/")]
     expected = {name for name in folders if name.endswith((".py", "py.typed"))}
     assert {n for n in names if n.endswith((".py", "py.typed"))} == expected
     assert {"dvdquant/export/pipeline.py", "dvdquant/export/passes/__init__.py", "dvdquant/py.typed"} <= names
@@ -244,6 +246,7 @@ def test_every_dependency_is_used_and_every_import_declared(sources: list[str]) 
     )
     # Libraries of 8-bit attention: looked for, never needed; sageattention 2.2 is on no registry.
     optional |= {"comfy_kitchen", "cudnn", "fa3_fwd_interface", "sageattention"}
+    optional |= {"comfy", "folder_paths"}  # ComfyUI itself, where its nodes run
     ours = {
         "dvdquant",
         "benchmarks",
