@@ -17,13 +17,14 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: help venv demo demo-steps test stress variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: help venv demo demo-steps test stress campaign variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
 	@echo "make test    ruff, mypy and the test suite"
 	@echo "make gpu-check  the CUDA kernels on this machine's GPU: right and how fast, one table (GPU_PYTHON=, GPU_OUT=)"
 	@echo "make stress  the fault tests at their full counts: 500 kills, 200 races, 100 000 mutations"
+	@echo "make campaign  500 000 mutations over all parsers, command lines, 200 kills, as a table (CAMPAIGN= names some parts)"
 	@echo "make variants  the numeric tests as other processors run them: threads, instruction sets (VARIANTS= names some)"
 	@echo "make kernels        the CUDA kernels' library (needs nvcc); kernels-check also reads its machine code"
 	@echo "make kernels plugin HOST=aarch64 SM=\"87 110\"  both for a Jetson, on x86-64"
@@ -86,6 +87,10 @@ test: $(INSTALLED_TEST)
 
 stress: $(INSTALLED_TEST) warm
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m stress --timeout 3600 $(PYTEST_ARGS)
+
+CAMPAIGN ?=
+campaign: $(INSTALLED_TEST) warm
+	$(BIN)/python -m tests.support.run_campaign $(CAMPAIGN)
 
 VARIANTS ?=
 variants: $(INSTALLED_TEST)

@@ -252,7 +252,14 @@ class Artifact:
 
     # ------------------------------------------------------------------------------------------------ making it again
 
-    def rebuild_command(self, *, sm: str | None = None, target: str | None = None, options: Sequence[str] = ()) -> str:
+    def rebuild_command(
+        self,
+        *,
+        sm: str | None = None,
+        target: str | None = None,
+        options: Sequence[str] = (),
+        recipe: str | None = None,
+    ) -> str:
         """Return the ``dvdq-export`` command line that makes what is missing, with the options of this export.
 
         For TensorRT, ``PLUGIN_LIBRARY`` stands for the path of the built plugin library.
@@ -261,10 +268,12 @@ class Artifact:
             sm: The compute capability to build engines for, such as "8.9". The default is all that the export has.
             target: ``rtx`` or ``tensorrt``. The default is all targets that the export has.
             options: Size options that replace those of the export, such as ``["--height", "480:720"]``.
+            recipe: The name of another recipe; the default is that of the export.
         """
         manifest = self.manifest
         # 1. Source and recipe.
-        words = ["dvdq-export", manifest.source["model"], "-o", str(self.root), *_recipe_options(manifest.recipe)]
+        recipes = ["--recipe", recipe] if recipe else _recipe_options(manifest.recipe)
+        words = ["dvdq-export", manifest.source["model"], "-o", str(self.root), *recipes]
         for option, key in (("--transformer-2", "transformer_2"), ("--config", "config")):
             if key in manifest.source:
                 words += [option, str(manifest.source[key])]  # type: ignore[literal-required]
@@ -296,7 +305,7 @@ class Artifact:
             words.append("--allow-nonfinite")
         if any(kind in manifest.source.get("precision", "") for kind in FEW_BITS):
             words.append("--allow-low-bits")
-        if options:
+        if options or recipe:
             words.append("--replace")
         return shell_line(words)
 

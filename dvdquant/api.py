@@ -33,9 +33,9 @@ def export_model(
     out: str | Path,
     *,
     recipe: str | Recipe = "auto",
-    gpu: str | Sequence[str] = (),
-    target: str | Sequence[str] = (),
-    sm: str | Sequence[str] = (),
+    gpu: str | Sequence[str] | None = None,
+    target: str | Sequence[str] | None = None,
+    sm: str | Sequence[str] | None = None,
     dtype: Literal["bf16", "fp16"] = "bf16",
     height: int | str | None = None,
     width: int | str | None = None,
@@ -110,7 +110,8 @@ def export_model(
         options["plugins"] = _several("plugins", options["plugins"])
     own = recipe if isinstance(recipe, Recipe) else None
     name = _recipe_name(recipe) if own is None else own.name
-    choice = choose(_several("gpu", gpu), _several("sm", sm), _several("target", target), name)
+    cards, capabilities = _several("gpu", gpu), _several("sm", sm)
+    choice = choose(cards, capabilities, _several("target", target), name)
     arguments = ExportOptions(
         model=str(model),
         out=_path("out", out),
@@ -249,12 +250,14 @@ def _several(name: str, value: Any) -> tuple[str, ...]:
     Raises:
         UnsupportedError: there is none, or one is of another kind.
     """
+    if value is None and name in ("gpu", "sm", "target"):  # left open
+        return ()
     one = isinstance(value, (str, int, float, os.PathLike))
     several = (value,) if one or not isinstance(value, Iterable) else tuple(value)
     for each in several:
         if isinstance(each, bool) or not isinstance(each, (str, int, float, os.PathLike)):
             raise UnsupportedError(f"{name} holds {brief(each)}", available="texts")
-    if not several and name not in ("plugins", "gpu", "sm", "target"):
+    if not several and name != "plugins":
         raise UnsupportedError(f"{name} is empty", fix=f"give one or several, or leave {name} out")
     return tuple(str(each) for each in several)
 

@@ -30,15 +30,24 @@ class DvdquantError(Exception):
     Args:
         what: The problem, with the name of the thing (a path, a tensor, an option and its value).
         available: The alternatives that exist, as text or as the list of accepted values.
-        fix: The way to solve it, as an instruction.
+        fix: The way to solve it, as an instruction. Where none is given, it is to take what is available, or
+            :attr:`remedy`.
+
+    Attributes:
+        remedy: What helps against most errors of the class.
+        has_own_fix: The error was raised with a fix of its own.
     """
+
+    remedy = "run it again with -v, which says more"
 
     def __init__(self, what: str, *, available: str | Iterable[str] | None = None, fix: str | None = None) -> None:
         if available is not None and not isinstance(available, str):
             available = ", ".join(str(item) for item in available) or "nothing"
         self.what = _safe(what)
         self.available = None if available is None else _safe(available)
-        self.fix = None if fix is None else _safe(fix)
+        self.has_own_fix = fix is not None
+        general = self.remedy if available is None else "give what is available"
+        self.fix = _safe(fix or general) or None
         super().__init__(self.what)
 
     def __str__(self) -> str:
@@ -58,34 +67,52 @@ def _safe(text: str) -> str:
 class CheckpointError(DvdquantError):
     """The model folder, a shard, a header or a tensor in it cannot be used."""
 
+    remedy = "download or copy the model again, or give another file of it"
+
 
 class ShapeError(DvdquantError, ValueError):
     """A tensor or an option has a shape or a size that does not fit."""
+
+    remedy = "give it in the shape or the size that the text names"
 
 
 class RecipeError(DvdquantError, ValueError):
     """A recipe is unknown, or its parts contradict each other."""
 
+    remedy = "correct that field, or export again with a named recipe"
+
 
 class UnsupportedError(DvdquantError):
     """dvdquant does not handle a model family, architecture, SM or backend."""
+
+    remedy = "leave that option out; --help lists what there is"
 
 
 class OutputError(DvdquantError):
     """The output folder cannot be written, is in use, or does not hold a valid export."""
 
+    remedy = "name another place, or export again into an empty folder"
+
 
 class ResourceError(DvdquantError):
     """There is not enough disk or memory for the task."""
+
+    remedy = "free some, or ask for less"
 
 
 class ExportError(DvdquantError):
     """torch.export, an ONNX pass or ONNX Runtime failed on a valid checkpoint."""
 
+    remedy = "export again with -v; dvdq doctor shows the versions of the libraries for a report"
+
 
 class EngineError(DvdquantError):
     """TensorRT or TensorRT-RTX refused a graph, or is not installed."""
 
+    remedy = "try --backend pytorch or onnxruntime; dvdq doctor shows what this machine has"
+
 
 class Cancelled(DvdquantError):
     """Whoever asked for a clip does not want it any more. Nothing failed."""
+
+    remedy = ""

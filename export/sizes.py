@@ -71,26 +71,41 @@ def _from_pixels(family: Family, pixels: tuple[str | None, str | None, str | Non
         Axis.parse(text, name) if text is not None else Axis.fixed(default)
         for text, name, default in zip(pixels, names, family.default_video)
     ]
-    scales = family.vae_scale
-    for axis, name, scale in zip(given[1:], names[1:], scales[1:]):
+    scales, patches = family.vae_scale, family.patch()
+    for axis, name, scale, patch in zip(given[1:], names[1:], scales[1:], patches[1:]):
+        unit = scale * patch  # sizes that the VAE takes and the transformer does not would be refused in latent units
         for size in (axis.min, axis.opt, axis.max):
-            if size % scale:
-                below = size // scale * scale
+            if size % unit:
+                below = size // unit * unit
+                parts = f"the VAE's {scale}" + (f" times the transformer's patch of {patch}" if patch > 1 else "")
                 raise ShapeError(
-                    f"{name} is {size}, no multiple of the VAE's {scale}",
-                    available=f"{below or scale} or {below + scale}",
-                    fix=f"change {name}, or give latent sizes with --latent",
+                    f"{name} is {size} pixels, no multiple of {unit}, which is {parts}",
+                    available=f"{below or unit} or {below + unit}",
+                    fix=f"change {name} to one of these",
                 )
     frames, height, width = given
     for size in (frames.min, frames.opt, frames.max):
-        if over := (size - 1) % scales[0]:
+        if (size - 1) % scales[0] or family.latent_frames(size) % patches[0]:
             raise ShapeError(
-                f"--num-frames is {size}, but the VAE makes one latent of the first frame and one of every {scales[0]} more",
-                available=f"{size - over} or {size - over + scales[0]}",
-                fix="change --num-frames, or give latent sizes with --latent",
+                f"--num-frames is {size}, but the VAE makes one latent of the first frame and one of every {scales[0]} more"
+                + (f", and the transformer takes {patches[0]} latents at once" if patches[0] > 1 else ""),
+                available=" or ".join(map(str, _near_frames(family, size))),
+                fix="change --num-frames to one of these",
             )
     return [
         frames.map(family.latent_frames),
         height.map(lambda size: size // scales[1]),
         width.map(lambda size: size // scales[2]),
     ]
+
+
+def _near_frames(family: Family, size: int) -> list[int]:
+    """Return the nearest numbers of frames, below and above, that the VAE and the transformer take."""
+
+    def fits(frames: int) -> bool:
+        return (frames - 1) % family.vae_scale[0] == 0 and family.latent_frames(frames) % family.patch()[0] == 0
+
+    reach = family.vae_scale[0] * family.patch()[0]
+    below = [frames for frames in range(size - 1, max(0, size - 1 - reach), -1) if fits(frames)]
+    above = [frames for frames in range(size + 1, size + 1 + reach) if fits(frames)]
+    return [*below[:1], *above[:1]]

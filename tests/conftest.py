@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import os
 import shutil
@@ -50,6 +51,13 @@ def pytest_configure(config: pytest.Config) -> None:
         store = os.environ[STORE] = tempfile.mkdtemp(prefix="dvdq-tests-")
         config.add_cleanup(functools.partial(shutil.rmtree, store, ignore_errors=True))
         config.add_cleanup(functools.partial(os.environ.pop, STORE, None))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collections() -> None:
+    """Leave out of Python's garbage collections what was imported: millions of objects, looked through again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

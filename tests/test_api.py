@@ -92,7 +92,6 @@ WRONG_EXPORTS: list[tuple[dict[str, Any], str]] = [
     ({"recipe": ["w4a4"]}, "recipe"),
     ({"recipe": "w3"}, "recipe"),
     ({"target": []}, "target"),
-    ({"target": None}, "target"),
     ({"target": "rtx,onnx"}, "target"),
     ({"sm": []}, "sm"),
     ({"sm": [None]}, "sm"),

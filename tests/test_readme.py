@@ -96,7 +96,7 @@ def test_commands_parse(page: Path) -> None:
             with contextlib.suppress(click.exceptions.Exit):
                 _command(program).make_context(program, arguments)
         elif program == "python":
-            assert (ROOT / arguments[0]).exists(), arguments
+            assert arguments[:2] == ["-m", "pip"] or (ROOT / arguments[0]).exists(), arguments
         elif name.startswith("_DVDQ_"):
             assert name.partition("_COMPLETE=")[0].removeprefix("_").lower().replace("_", "-") in PROJECT["scripts"]
         elif name == "eval":
@@ -243,8 +243,6 @@ def test_the_public_face_is_lazy_and_complete() -> None:
         "assert set(dvdquant.__all__) <= set(dir(dvdquant))\n"
         "dvdquant.export_model, dvdquant.plan_schedule, dvdquant.inspect_export, dvdquant.Recipe\n"
         "assert 'torch' not in sys.modules\n"
-        "dvdquant.DvdqTransformer\n"
-        "assert 'torch' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
     listed = subprocess.run([sys.executable, "-m", "dvdquant"], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -90,11 +90,59 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, sources: list[str
     folders += [f"dvdquant/{n}" for n in sources if n.startswith(("export/", "deploy/"))]
     # The build script and the device checks ride along with the sources they are for.
     folders += [f"dvdquant/_native/{n}" for n in sources if n.startswith("kernels/")]
+    # The folder that ComfyUI takes is no package; its nodes are in dvdquant.deploy.comfyui.
+    folders = [n for n in folders if not n.startswith("dvdquant/deploy/comfyui-dvdquant/")]
     expected = {name for name in folders if name.endswith((".py", "py.typed"))}
     assert {n for n in names if n.endswith((".py", "py.typed"))} == expected
     assert {"dvdquant/export/pipeline.py", "dvdquant/export/passes/__init__.py", "dvdquant/py.typed"} <= names
     assert {"dvdquant/deploy/__init__.py", "dvdquant/deploy/report/templates/report.html.j2"} <= names
     assert "dvdquant/_native/kernels/csrc/probe.cu" in names
+
+
+def test_wheel_takes_the_built_kernels_along(wheel: Path) -> None:
+    """Where ``make kernels`` has built them; the package looks for them in that place."""
+    copy = wheel.parents[1]
+    library = copy / "build" / "kernels" / "libdvdquant_kernels.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    library.write_bytes(b"a library")
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(copy / "dist-kernels"),
+        str(copy),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = (copy / "dist-kernels").glob("*.whl")
+    assert zipfile.ZipFile(path).read("dvdquant/_native/libdvdquant_kernels.so") == b"a library"
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert path.name == f"dvdquant-{PROJECT['version']}-py3-none-{platform}.whl"
+    assert wheel.name == f"dvdquant-{PROJECT['version']}-py3-none-any.whl"
+
+
+def test_messages_advise_packages_that_are_declared(sources: list[str]) -> None:
+    """A name in `pip install` is a dependency of ours, or one of our extras."""
+    extras = PROJECT["optional-dependencies"]
+    requirements = [*PROJECT["dependencies"], *(each for extra in extras.values() for each in extra)]
+    declared = {re.split(r"[<>=!~ ;\[]", each, maxsplit=1)[0].lower() for each in requirements}
+    wrong = []
+    for name in _python_files(sources):
+        if not name.startswith(("dvdquant/", "export/", "deploy/")):
+            continue
+        for words in re.findall(r"pip install ([^\"\n`(]+)", (ROOT / name).read_text()):
+            for word in re.split(r"[\s,]+", words.replace("'", " ")):
+                if word.isupper() or word.endswith(".txt"):
+                    continue  # a place that the reader fills in, or a list of requirements
+                plain = re.split(r"[<>=!~]", word, maxsplit=1)[0].lower()
+                if extra := re.fullmatch(r"dvdquant\[([\w,-]+)\]", plain):
+                    wrong += [f"{name}: {word}" for each in extra[1].split(",") if each not in extras]
+                elif re.fullmatch(r"[a-z][\w.-]+", plain) and plain not in declared and "--" not in word:
+                    wrong.append(f"{name}: {word}")
+    assert wrong == []
 
 
 def test_wheel_metadata(wheel: Path) -> None:
@@ -124,7 +172,7 @@ main(["--version"])
 """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, "-S", "-c", code, str(installed), sysconfig.get_path("purelib"), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd="/", env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"dvdq-inspect, version {PROJECT['version']}"
 
@@ -193,9 +241,15 @@ def test_every_dependency_is_used_and_every_import_declared(sources: list[str]) 
     imported = _imported(sources, ("dvdquant/", "export/", "deploy/"))
     declared = _modules(PROJECT["dependencies"])
     assert declared - imported == THROUGH_DIFFUSERS, "declared, never imported"
-    optional = _modules(PROJECT["optional-dependencies"]["tensorrt"] + PROJECT["optional-dependencies"]["serve"])
+    optional = _modules(
+        PROJECT["optional-dependencies"]["tensorrt"]
+        + PROJECT["optional-dependencies"]["serve"]
+        + PROJECT["optional-dependencies"]["serve-postgres"]
+    )
     # Libraries of 8-bit attention: looked for, never needed; sageattention 2.2 is on no registry.
     optional |= {"comfy_kitchen", "cudnn", "fa3_fwd_interface", "sageattention"}
+    # ComfyUI itself, where its nodes run.
+    optional |= {"comfy", "folder_paths", "nodes", "execution", "latent_preview"}
     ours = {
         "dvdquant",
         "benchmarks",

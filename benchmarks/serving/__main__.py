@@ -162,9 +162,11 @@ def kills(out: Path, folder: Path, requests: int) -> list[Row]:
     server.stop()
     done = sum(state["status"] == "completed" for state in states)
     attempts = max(state["dvdquant"]["attempts"] for state in states)
+    reasons = sorted(state["error"]["code"] for state in states if state["error"])
     return [
         (f"{requests} kills -9, {len(accepted)} jobs", f"{done} completed, {sum(there)} clips there", "all"),
         ("attempts at a job, most", str(attempts), "<= 2"),
+        ("reasons of those that failed (two kills hit a job: worker_lost)", ", ".join(reasons) or "-", ""),
         ("worker killed, until jobs are drawn again", _spread(worker_times), "<= 15 s"),
         ("server killed and started, until jobs are drawn again", _spread(server_times), "<= 15 s"),
     ]

@@ -196,7 +196,7 @@ def _check_mode(request: GenerateRequest, artifact: Artifact, component: str) ->
         raise UnsupportedError(
             f"mode {request.mode!r} needs a graph this export lacks: {component} has {made}",
             available=modes,
-            fix=f"pick one of these, or export with a recipe that has both: {artifact.rebuild_command()}",
+            fix=f"pick one of these, or export with a recipe that has both: {artifact.rebuild_command(recipe='w4a4')}",
         )
     if request.mode == "planned":
         if request.schedule is None:
@@ -276,6 +276,14 @@ def resolve_size(
     return VideoSize(pixels[0], pixels[1], pixels[2], (latent[0], latent[1], latent[2]))
 
 
+def _near(value: int, axis: Axis, patch: int, to_pixels: Callable[[int], int]) -> str:
+    """Return the nearest sizes below and above that the export serves, in the unit of the option."""
+    served = [to_pixels(size) for size in range(-(-axis.min // patch) * patch, axis.max + 1, patch)]
+    served = served or [to_pixels(axis.opt)]
+    below = [size for size in served if size < value][-1:]
+    return " or ".join(str(size) for size in [*below, *[size for size in served if size > value][:1]])
+
+
 def _resolve_axis(name: str, value: int | None, axis: Axis, step: int, patch: int, offset: int) -> tuple[int, int]:
     def to_pixels(size: int) -> int:
         return (size - offset) * step + offset
@@ -285,10 +293,11 @@ def _resolve_axis(name: str, value: int | None, axis: Axis, step: int, patch: in
     profile = f"{to_pixels(axis.min)} to {to_pixels(axis.max)}" if axis.dynamic else str(to_pixels(axis.opt))
     profile += f" in steps of {step * patch}" if axis.dynamic and step * patch > 1 else ""
     if (value - offset) % step:
-        below = to_pixels((value - offset) // step + offset)
+        near = _near(value, axis, patch, to_pixels)
         raise ShapeError(
             f"{name} is {value}, which the VAE does not divide",
-            available=f"{max(below, offset or step)} or {below + step}; the export's profile is {profile}",
+            available=f"{near}; the export's profile is {profile}",
+            fix="use one of these sizes",
         )
     unit = (value - offset) // step + offset
     if not axis.min <= unit <= axis.max:
@@ -301,10 +310,10 @@ def _resolve_axis(name: str, value: int | None, axis: Axis, step: int, patch: in
             fix=f"pick a size within it, or export again with {option}",
         )
     if unit % patch:
-        below = unit // patch * patch
+        near = _near(value, axis, patch, to_pixels)
         raise ShapeError(
             f"{name} is {value}, no multiple of the {step * patch} that the transformer's patch takes",
-            available=f"{to_pixels(below)} or {to_pixels(below + patch)}; the export's profile is {profile}",
+            available=f"{near}; the export's profile is {profile}",
             fix="use one of these sizes",
         )
     return value, unit

@@ -44,6 +44,7 @@ from dvdquant.deploy.switching.gbs import Weighting
 from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.hub.locate import locate_export
 from dvdquant.model.diffusers_hooks import check_pipeline_hooks
 from dvdquant.system.torch_hooks import parse_to
 
@@ -124,6 +125,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         *,
         component: str | None = None,
         subfolder: str | None = None,
+        revision: str | None = None,
         backend: str = "auto",
         device: str = "auto",
         mode: str = "switch",
@@ -142,12 +144,13 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         cfg_parallel: str | None = None,
         **unknown: Any,
     ) -> Self:
-        """Open an export folder as the transformer of a diffusers pipeline.
+        """Open an export as the transformer of a diffusers pipeline.
 
         Args:
-            pretrained_model_name_or_path: The export folder.
+            pretrained_model_name_or_path: The export folder, or a repository of the hub, ``user/name``.
             component: ``transformer``, or ``transformer_2`` of Wan 2.2. The default is the first of the export.
             subfolder: The same as ``component``, by diffusers' name.
+            revision: The branch, tag or commit of a repository.
             backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             mode: ``switch`` (δ-GBS), ``a4`` or ``a8`` (always that engine), ``planned`` (with ``schedule``) or
@@ -188,7 +191,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                 f"DvdqTransformer.from_pretrained has no option {next(iter(unknown))}", available=options[1:]
             )
         # 2. The export, and the dtype that was asked for.
-        artifact = Artifact.open(pretrained_model_name_or_path)
+        artifact = Artifact.open(locate_export(pretrained_model_name_or_path, revision))
         name = component or subfolder or artifact.components[0]
         for option, wanted in (("torch_dtype", torch_dtype), ("dtype", dtype)):
             if wanted not in (None, "auto", artifact.dtype, str(artifact.dtype).removeprefix("torch.")):

@@ -250,7 +250,7 @@ def _two_engines(artifact: Artifact) -> tuple[int, int]:
         raise UnsupportedError(
             f"the export has {bits[0]}-bit activations only: there is nothing to switch between",
             available=[f"{b} bits" for b in bits],
-            fix=f"export with a recipe that has two, such as w4a4: {artifact.rebuild_command()}",
+            fix=f"export with a recipe that has two, such as w4a4: {artifact.rebuild_command(recipe='w4a4')}",
         )
     return bits[0], bits[-1]
 

@@ -6,13 +6,16 @@ known to be dead, puts the job back into the queue, at most :data:`MAX_ATTEMPTS`
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 __all__ = [
+    "CANCELLED",
     "MAX_ATTEMPTS",
     "VIDEO_ID",
     "Beat",
@@ -22,7 +25,9 @@ __all__ = [
     "NewJob",
     "QueueFullError",
     "Status",
+    "job_from_row",
     "new_video_id",
+    "worker_lost",
 ]
 
 MAX_ATTEMPTS = 2
@@ -52,6 +57,14 @@ class Failure:
 
     code: str
     message: str
+
+
+CANCELLED = Failure("cancelled", "the job was cancelled")
+
+
+def worker_lost(attempts: int) -> Failure:
+    """Return the reason of a job whose worker died as often as it was tried."""
+    return Failure("worker_lost", f"the worker process died in each of {attempts} attempts at this job")
 
 
 @dataclass(frozen=True)
@@ -121,8 +134,43 @@ class Job:
         return self.status in ("completed", "failed")
 
 
+def job_from_row(value: Callable[[str], Any]) -> Job:
+    """Return the job of a row of a database; all stores have the same columns.
+
+    Args:
+        value: Gives the value of a column. ``what``, ``failure`` and ``summary`` are JSON.
+    """
+    what = json.loads(value("what"))
+    failure, summary = value("failure"), value("summary")
+    same = (
+        "id",
+        "seq",
+        "status",
+        "created_at",
+        "started_at",
+        "completed_at",
+        "expires_at",
+        "progress",
+        "bits",
+        "attempts",
+    )
+    return Job(
+        **{name: value(name) for name in (*same, "worker", "token")},
+        what=NewJob(**{**what, "size": tuple(what["size"])}),
+        cancelled=bool(value("cancelled")),
+        failure=None if failure is None else Failure(**json.loads(failure)),
+        summary=None if summary is None else json.loads(summary),
+    )
+
+
 class JobStore(ABC):
-    """Queue and state. Every method is one transaction; threads and processes may call at the same time."""
+    """Queue and state. Every method is one transaction; threads and processes may call at the same time.
+
+    Attributes:
+        shared: True if other servers may use the same jobs: then only leases tell whether a worker is dead.
+    """
+
+    shared = False
 
     @abstractmethod
     def create(self, what: NewJob, limit: int) -> Job:

@@ -24,8 +24,8 @@ from dvdquant.deploy.serve.logs import log_event, setup_server_log
 from dvdquant.deploy.serve.metrics import ServerMetrics
 from dvdquant.deploy.serve.service import Service
 from dvdquant.deploy.serve.settings import ServerSettings
+from dvdquant.deploy.serve.stores import open_store
 from dvdquant.deploy.serve.supervisor import WORKER_COMMAND, Pool
-from dvdquant.deploy.serve.worker import open_store
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.system.files import disk_error
 
@@ -57,8 +57,11 @@ def serve(
         DvdquantError: No worker can start; the error is the worker's.
     """
     setup_server_log(settings.log_format, settings.verbose)
-    with _data_folder(settings.data), _socket(settings.host, settings.port) as listener:
-        store, files = open_store(settings.data, settings.keep)
+    with (
+        _data_folder(settings.data, shared=settings.store is not None),
+        _socket(settings.host, settings.port) as listener,
+    ):
+        store, files = open_store(settings.data, settings.keep, settings.store)
         metrics = ServerMetrics()
         run = _Run(settings, store, files, metrics, worker_command)
         try:
@@ -100,6 +103,8 @@ class _Run:
 
     def recover(self) -> None:
         """Put back what a server that was killed was working on, and delete files that belong to no job."""
+        if self.store.shared:
+            return  # other servers are at work: leases tell what is dead, and files may belong to their jobs
         again = self.store.abandon(None)
         if isinstance(self.files, FolderFiles):
             self.files.sweep()
@@ -195,8 +200,8 @@ class _Http(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _data_folder(folder: Path) -> Iterator[None]:
-    """Make the data folder, readable for its owner only, and hold its lock."""
+def _data_folder(folder: Path, *, shared: bool) -> Iterator[None]:
+    """Make the data folder, readable for its owner only, and hold its lock; servers with one store share it."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(folder / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -204,7 +209,7 @@ def _data_folder(folder: Path) -> Iterator[None]:
         raise disk_error(error, folder) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(
                 f"{folder} is used by another server", fix="stop it, or name another folder with --data"

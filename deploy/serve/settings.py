@@ -54,6 +54,7 @@ class WorkerSettings:
         name: Its name in the store.
         models: The exports.
         data: The data folder.
+        store: The address of a shared store, or None for the file in the data folder.
         device: ``auto``, ``cpu`` or ``cuda:N``.
         backend: See :func:`.open_generator`.
         compile: Compile the transformer's blocks.
@@ -68,6 +69,7 @@ class WorkerSettings:
     name: str
     models: tuple[ModelSource, ...]
     data: str
+    store: str | None = None
     device: str = "auto"
     backend: str = "auto"
     compile: bool = False
@@ -86,6 +88,7 @@ class ServerSettings:
     Args:
         models: The exports.
         data: The data folder: queue, state, clips.
+        store: The address of a shared store, or None for the file in the data folder.
         host: The address to listen on.
         port: The port; 0 takes a free one.
         devices: One worker process for each.
@@ -105,6 +108,7 @@ class ServerSettings:
 
     models: tuple[ModelSource, ...]
     data: Path
+    store: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     devices: tuple[str, ...] = ("auto",)
@@ -132,6 +136,7 @@ class ServerSettings:
             name=name,
             models=self.models,
             data=str(self.data),
+            store=self.store,
             device=device,
             backend=self.backend,
             compile=self.compile,

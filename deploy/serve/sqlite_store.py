@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dvdquant.deploy.serve.jobs import (
+    CANCELLED,
     MAX_ATTEMPTS,
     Beat,
     Failure,
@@ -21,16 +22,16 @@ from dvdquant.deploy.serve.jobs import (
     JobStore,
     NewJob,
     QueueFullError,
+    job_from_row,
     new_video_id,
+    worker_lost,
 )
 from dvdquant.errors import OutputError
 
-__all__ = ["CANCELLED", "SqliteStore", "worker_lost"]
+__all__ = ["SqliteStore"]
 
 FORMAT = 1
 BUSY_SECONDS = 30.0  # how long a transaction waits for another process
-
-CANCELLED = Failure("cancelled", "the job was cancelled")
 
 _TABLE = """
 create table if not exists jobs(
@@ -44,11 +45,6 @@ _INDEXES = (
     "create index if not exists by_status on jobs(status, seq)",
     "create index if not exists by_expiry on jobs(expires_at) where expires_at is not null",
 )
-
-
-def worker_lost(attempts: int) -> Failure:
-    """Return the reason of a job whose worker died as often as it was tried."""
-    return Failure("worker_lost", f"the worker process died in each of {attempts} attempts at this job")
 
 
 class SqliteStore(JobStore):
@@ -313,23 +309,4 @@ class SqliteStore(JobStore):
 
 
 def _job(row: sqlite3.Row) -> Job:
-    what = json.loads(row["what"])
-    failure = row["failure"]
-    return Job(
-        id=row["id"],
-        seq=row["seq"],
-        status=row["status"],
-        what=NewJob(**{**what, "size": tuple(what["size"])}),
-        created_at=row["created_at"],
-        started_at=row["started_at"],
-        completed_at=row["completed_at"],
-        expires_at=row["expires_at"],
-        progress=row["progress"],
-        bits=row["bits"],
-        attempts=row["attempts"],
-        worker=row["worker"],
-        token=row["token"],
-        cancelled=bool(row["cancelled"]),
-        failure=None if failure is None else Failure(**json.loads(failure)),
-        summary=None if row["summary"] is None else json.loads(row["summary"]),
-    )
+    return job_from_row(row.__getitem__)

@@ -22,16 +22,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.deploy.faults import fault_of
 from dvdquant.deploy.serve.channel import Channel
-from dvdquant.deploy.serve.files import FolderFiles, VideoFiles
-from dvdquant.deploy.serve.jobs import Failure, Job, JobStore
+from dvdquant.deploy.serve.files import VideoFiles
+from dvdquant.deploy.serve.jobs import CANCELLED, Failure, Job, JobStore
 from dvdquant.deploy.serve.logs import log_event, setup_server_log
 from dvdquant.deploy.serve.settings import ModelSource, WorkerSettings
-from dvdquant.deploy.serve.sqlite_store import CANCELLED, SqliteStore
+from dvdquant.deploy.serve.stores import open_store
 from dvdquant.deploy.serve.wording import client_text, public_error
 from dvdquant.errors import Cancelled, DvdquantError
 
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
     from dvdquant.deploy.switching.controller import StepRecord
 
-__all__ = ["BROKEN", "Worker", "main", "open_store"]
+__all__ = ["BROKEN", "Worker", "main"]
 
 BROKEN = 75  # exit code of a worker that cannot go on: EX_TEMPFAIL
 STALLED = 76
@@ -49,16 +48,6 @@ _LAST_SECONDS = 20.0  # that a worker without a server gets to let go of its job
 _MARKS = {None: "s", 16: "f"}
 
 log = logging.getLogger(__name__)
-
-
-def open_store(data: str | Path, keep: float) -> tuple[JobStore, VideoFiles]:
-    """Return the store and the files of a data folder.
-
-    Args:
-        data: The folder.
-        keep: Seconds until a job expires that ends without a worker.
-    """
-    return SqliteStore(Path(data) / "jobs.sqlite", keep), FolderFiles(Path(data) / "videos")
 
 
 @dataclass
@@ -489,7 +478,7 @@ def main(words: list[str] | None = None, wrap_session: WrapSession | None = None
     os.dup2(2, 1)  # what a library prints belongs into the log
     setup_server_log(settings.log_format, settings.verbose, worker=settings.name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which tells us
-    store, files = open_store(settings.data, settings.keep)
+    store, files = open_store(settings.data, settings.keep, settings.store)
     worker = Worker(settings, store, files, channel.send, wrap_session)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     threading.Thread(target=_obey, args=(worker, messages), daemon=True).start()

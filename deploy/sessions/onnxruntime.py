@@ -19,6 +19,7 @@ from dvdquant.deploy.sessions.expand_weights import EXPANDED, expand_weights, ex
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.model.layers import TENSORS
+from dvdquant.onnx.function_depth import check_functions
 from dvdquant.onnx.prepare import prepare_for_onnxruntime
 from dvdquant.system.records import brief
 
@@ -258,6 +259,7 @@ def _check_cuda(providers: Sequence[str], fix: str) -> None:
 def _parse(raw: bytes, path: str) -> ir.Model:
     try:
         proto = onnx.ModelProto.FromString(raw)
+        check_functions(proto)
         places = [_place(tensor) for tensor in proto.graph.initializer if _is_external(tensor)]
         strays = sum(_external_tensors(proto)) - len(places)
         model = ir.serde.deserialize_model(proto)

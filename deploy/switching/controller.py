@@ -263,6 +263,16 @@ class StepController:
         self._histories.clear()
         self._decider = None
 
+    def lead(self, branch: str, step: int = 0) -> None:
+        """Let a branch decide from a step on, though another one may be called before it.
+
+        Args:
+            branch: The branch. It decides as long as it takes part in every step.
+            step: The index of the first step.
+        """
+        self._history(branch).step = step - 1
+        self._decider = branch
+
     def decide(self, branch: str, step: int, timestep: float) -> Decision:
         """Return the decision for a step.
 

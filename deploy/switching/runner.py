@@ -338,7 +338,7 @@ class StepRunner:
         else:
             what += f"{failure} on the {bits}-bit engine: {cause.what if isinstance(cause, DvdquantError) else cause}"
         earlier = f"; before, on the low engine: {current.failed}" if current.failed else ""
-        if isinstance(cause, DvdquantError) and cause.fix:
+        if isinstance(cause, DvdquantError) and cause.has_own_fix and cause.fix:
             fix = cause.fix  # the session knows the reason best; a closed session, for example, has no damaged file
         elif isinstance(cause, _OUT_OF_MEMORY):
             fix = "use a smaller size or free device memory"

@@ -66,6 +66,8 @@ def error_tables() -> str:
     lines = []
     for kind in CLASSES:
         doc = (getattr(errors, kind).__doc__ or "").splitlines()[0]
+        if general := getattr(errors, kind).remedy:
+            doc += f" Where nothing better is known: {general}."
         lines += ["", f"## {kind}", "", doc, "", "| what is said | what to do |", "| --- | --- |"]
         lines += [f"| {_cell(e.what)} | {_remedy(e.fix)} |" for e in entries if e.kind == kind]
     return "\n".join(lines)

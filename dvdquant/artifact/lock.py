@@ -15,7 +15,7 @@ from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import LOCK
 from dvdquant.errors import OutputError
 from dvdquant.system.files import write_all
-from dvdquant.system.network_disk import LIVE_SECONDS, locks_stay_here
+from dvdquant.system.network_disk import LIVE_SECONDS, Heartbeat, locks_stay_here
 
 __all__ = ["FolderLock", "is_same"]
 
@@ -43,12 +43,14 @@ class FolderLock:
         while True:
             self.folder = Folder.open(path)
             self._fd = -1
+            self._heartbeat: Heartbeat | None = None
             try:
                 self._fd = self._open()
                 if self._try_lock(looks) and self._is_current() and is_same(os.lstat(path), self.folder.own()):
                     if os.fstat(self._fd).st_nlink == 1:
                         self._refuse_other_host()
                         self._sign()
+                        self._heartbeat = Heartbeat(self._fd)
                         return
                     # The file system counts names in its own way, or somebody links the file again and again.
                     if looks < -_LOOKS:
@@ -133,9 +135,9 @@ class FolderLock:
             )
 
     def touch(self) -> None:
-        """Renew the time of the lock file, which tells other machines that its holder lives."""
-        with contextlib.suppress(OSError):
-            os.utime(self._fd)
+        """Renew the time of the lock file at once, which tells other machines that its holder lives."""
+        if self._heartbeat is not None:
+            self._heartbeat.renew()
 
     def _sign(self) -> None:
         """Write the pid and the host into the lock file, for the error of another export."""
@@ -164,6 +166,8 @@ class FolderLock:
 
     def _close(self) -> None:
         """Close the lock file and the folder."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         fd, self._fd = self._fd, -1
         with contextlib.suppress(OSError):  # an earlier write may be reported here, but the lock file holds no data
             if fd >= 0:

@@ -563,7 +563,9 @@ def _check(data: dict[str, Any], raw: bytes) -> Recipe:
         return Recipe.from_json(data["recipe"])
     except RecipeError as error:
         raise OutputError(
-            f"manifest field recipe: {error.what}", available=error.available, fix=error.fix or "export again"
+            f"manifest field recipe: {error.what}",
+            available=error.available,
+            fix=error.fix if error.has_own_fix else "export again",
         ) from error
 
 

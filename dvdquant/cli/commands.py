@@ -37,5 +37,8 @@ COMMANDS: dict[str, Entry] = {
         Entry("build", "dvdquant.cli.build", "build an export's engines on the device they are for", script=True),
         Entry("bundle", "dvdquant.cli.bundle", "pack an export for a machine without internet", script=True),
         Entry("inspect", "dvdquant.cli.inspect", "show what an export holds, and check its files", script=True),
+        Entry("bench", "dvdquant.cli.bench", "time a call of each engine or session on this machine"),
+        Entry("doctor", "dvdquant.cli.doctor", "look at this machine: what it has, what is missing, what would run"),
+        Entry("push", "dvdquant.cli.push", "put an export on the hub, where others read it by its name", script=True),
     )
 }

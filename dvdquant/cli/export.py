@@ -38,6 +38,8 @@ REALIZE = (
 )  # those of dvdquant.export.engines.precision, which takes seconds to import
 BUILD_PLACES = ("auto", "here", "device")  # those of dvdquant.export.options, which takes seconds to import
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+# Memory of cards and of Jetsons, which the dry run compares weights with.
+DEVICE_GIB = (8, 12, 16, 24, 32, 64, 128)
 MAX_TOKENS, MAX_BATCH = 1 << 16, 1 << 10
 
 EXAMPLES = """
@@ -354,6 +356,7 @@ def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
             for one in checkpoint.lora.fused
         ],
         "sampling": plan.options.sampling,
+        "held_bytes": _held(plan),
         "kept": [name for p in plan.plans for name in p.kept_linears],
         "left_out": [name for p, c in zip(plan.plans, plan.checkpoints) for name in p.left_out(c.tensors)],
         "engines": [{"sm": e.sms, "act_bits": e.act_bits, "executes": e.executes} for e in plan.engines],
@@ -422,6 +425,14 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
             paragraphs([(_target(e.backend, e.sms, e.act_bits), e.executes) for e in plan.later]),
             "",
         ]
+    if held := _held(plan):
+        largest = max(held.values())
+        small = [f"{gib} GiB" for gib in DEVICE_GIB if largest > gib << 30]
+        lines.append(
+            "on the device, weights of one transformer: "
+            + ", ".join(f"{name} {amount(size)}" for name, size in held.items())
+            + (f"; too small for them alone: {', '.join(small)}" if small else "")
+        )
     lines += [
         f"disk      {amount(estimate.disk_bytes):>10}   weights {amount(estimate.weight_file_bytes)} "
         f"(from {amount(estimate.source_bytes)}), engines {amount(estimate.engine_bytes)}, "
@@ -432,6 +443,16 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
         "dry run: nothing was written",
     ]
     return "\n".join(lines)
+
+
+def _held(plan: ExportPlan) -> dict[str, int]:
+    """Return the device memory that the weights of the largest transformer take, by engine in words."""
+    from dvdquant.export.estimate import held_bytes
+
+    return {
+        _target(e.backend, e.sms, e.act_bits): max(held_bytes(p, e) for p in plan.plans)
+        for e in (*plan.engines, *plan.later)
+    }
 
 
 def _memory_text(estimate: Estimate) -> str:

@@ -29,6 +29,9 @@ dvdq-inspect out/tiny-wan --layers
 # one graph as Polygraphy sees it, and whether TensorRT-RTX's parser takes it
 dvdq-inspect out/tiny-wan --graph onnx/transformer_a4_qdq.onnx
 
+# an export on the hub, and whether its files are whole
+dvdq-inspect user/wan2.1-1.3b-w4a4 --check
+
 # all of it as one page, with clips of two prompts
 dvdq-inspect out/tiny-wan --html tiny-wan.html --samples 2
 """
@@ -61,6 +64,9 @@ dvdq-inspect out/tiny-wan --html tiny-wan.html --samples 2
     show_default=True,
     help="Prompts the page shows clips of; for models with a prompt table.",
 )
+@click.option(
+    "--revision", type=WORD, metavar="REVISION", help="Branch, tag or commit, where OUT is user/name on the hub."
+)
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
 @click.option("-v", "--verbose", count=True)
 @click.version_option(__version__, prog_name="dvdq-inspect")
@@ -71,12 +77,14 @@ def main(
     graph: str | None,
     page: Path | None,
     samples: int,
+    revision: str | None,
     as_json: bool,
     verbose: int,
 ) -> None:
-    """Show the export in folder OUT: sizes, graphs, engines and what they execute, weight errors layer by layer."""
+    """Show the export OUT, a folder or user/name on the hub: sizes, graphs, engines and what they execute, weight errors."""
     setup_logging(verbose, "text")
     from dvdquant.artifact.manifest import load_manifest
+    from dvdquant.hub.locate import locate_export
 
     if samples and page is None:
         raise OutputError("--samples without --html", fix="give --html PATH too: samples are a part of the page")
@@ -85,6 +93,7 @@ def main(
             f"--graph shows one graph, as text, so {'--json' if as_json else '--layers'} does not apply",
             fix="leave one of the two out",
         )
+    out = locate_export(out, revision)
     manifest = load_manifest(out)
     if page is not None:
         loading("PyTorch and the report")

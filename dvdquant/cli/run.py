@@ -47,6 +47,9 @@ dvdq-run out/wan --prompt "a cat in the snow" --save-text-embeds cat.safetensors
 dvdq-run out/wan --text-embeds cat.safetensors --offload --vae-tiling -o cat.mp4
 dvdq-run out/wan --text-embeds cat.safetensors --offload --vae-tiling --dry-run
 
+# an export on the hub
+dvdq-run user/wan2.1-1.3b-w4a4 --prompt "a cat in the snow" -o cat.mp4
+
 # many prompts, one a line; text encoder, VAE and scheduler from another folder
 dvdq-run out/wan --prompts prompts.txt -o clips/cat.mp4 --pipeline ./Wan2.1-T2V-1.3B-Diffusers
 """
@@ -78,6 +81,7 @@ GROUPS = {
     ),
     "What to write": ("output", "gif", "strip", "trace", "fps", "save_text_embeds", "dry_run"),
     "Where it runs": (
+        "revision",
         "pipeline",
         "lora",
         "backend",
@@ -280,11 +284,14 @@ class RunOptions:
     metavar="DEVICE",
     help="Run the second branch of guidance on this device at the same time, such as cuda:1.  [default: one after the other]",
 )
+@click.option(
+    "--revision", type=WORD, metavar="REVISION", help="Branch, tag or commit, where OUT is user/name on the hub."
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-run")
-def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
-    """Generate video with the export in folder OUT and write clips to -o."""
+def main(out: Path, revision: str | None, log_format: str, verbose: int, **options: Any) -> None:
+    """Generate video with the export OUT, a folder or user/name on the hub, and write clips to -o."""
     setup_logging(verbose, log_format)
     settings = RunOptions(**options)
     prompts = [] if no_prompts(settings) else read_prompts(settings.prompt, settings.prompts)
@@ -295,6 +302,7 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.cli.run_outputs import Writer
+    from dvdquant.hub.locate import locate_export
 
     draws = not (settings.dry_run or settings.save_text_embeds)
     writer = Writer.open(settings, max(1, len(prompts))) if draws and prompts else None
@@ -302,6 +310,7 @@ def main(out: Path, log_format: str, verbose: int, **options: Any) -> None:
         check_writable(settings.save_text_embeds)
     loras = parse_loras(settings.lora)
     check_device_word(settings.device)
+    out = locate_export(out, revision)
     load_manifest(out)  # before PyTorch, which takes seconds to load
     loading("PyTorch and the runtime", log_format)
     from dvdquant.deploy.artifact import Artifact

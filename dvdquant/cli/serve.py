@@ -53,6 +53,14 @@ _MODULES = {
     metavar="FOLDER",
     help="Queue, state and clips. A server that starts again on it goes on where the last one ended.",
 )
+@click.option(
+    "--store",
+    type=WORD,
+    metavar="URL",
+    envvar="DVDQ_STORE",
+    help="postgresql://user@host/database: a queue that several servers share, with --data on a shared disk.  "
+    "[default: a file in --data, or $DVDQ_STORE]",
+)
 @click.option("--host", type=WORD, default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port; 0 takes a free one."
@@ -136,6 +144,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
         ServerSettings(
             models=models,
             data=options["data"],
+            store=options["store"],
             host=options["host"],
             port=options["port"],
             devices=devices(options["device"], options["workers"]),

@@ -71,7 +71,7 @@ CAPABILITIES: dict[str, Capability] = {
         Capability("9.0", "H100, H200, GH200", measured=_H100),
         Capability("10.0", "B200, GB200"),
         Capability("10.3", "B300, GB300"),
-        Capability("11.0", "Jetson Thor", kernels=False, refused="there are no kernels and no engines for it yet"),
+        Capability("11.0", "Jetson Thor"),
         Capability("12.0", "RTX 50, RTX PRO Blackwell", rtx=True, rtx_a4=_FP4),
         Capability("12.1", "GB10 (DGX Spark)", rtx=True, rtx_a4=_FP4),
     )

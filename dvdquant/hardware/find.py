@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.capabilities import CAPABILITIES, capability
 from dvdquant.hardware.gpus import GPUS, Gpu
+from dvdquant.system.gpu import read_gpu
 from dvdquant.text import shown
 
 __all__ = ["Installed", "find_gpu", "installed_gpus", "resolve_gpu"]
@@ -38,10 +39,19 @@ class Installed:
 
 
 def installed_gpus() -> list[Installed]:
-    """Return the GPUs of this machine by ``nvidia-smi``, which needs no CUDA and no PyTorch; empty where there is none."""
+    """Return the GPUs of this machine, without CUDA and PyTorch; empty where there is none.
+
+    ``nvidia-smi`` lists them; a Jetson has none, and there the driver itself is asked.
+    """
     program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
+    found = _listed(program) if program is not None else []
+    if not found and (gpu := read_gpu()) is not None:
+        found = [Installed(gpu.name, gpu.sm, gpu.memory_bytes >> 20, "")]
+    return found
+
+
+def _listed(program: str) -> list[Installed]:
+    """Return what nvidia-smi lists."""
     command = [program, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

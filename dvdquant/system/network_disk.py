@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import threading
 from pathlib import Path
 
-__all__ = ["LIVE_SECONDS", "locks_stay_here"]
+__all__ = ["LIVE_SECONDS", "RENEW_SECONDS", "Heartbeat", "locks_stay_here"]
 
 LIVE_SECONDS = 24 * 3600
 """How long what another machine wrote last counts as its living work, where no lock can tell."""
+RENEW_SECONDS = 600
+"""How often living work renews the time of its file: a step of it may take more than ``LIVE_SECONDS``."""
 _MOUNTS = Path("/proc/self/mountinfo")
 _NFS = ("nfs", "nfs4")
 # Their locks are those of the client, or are so by a mount option that is not shown.
 _ONE_HOST = ("cifs", "smb3", "9p", "lustre", "afs", "virtiofs", "vboxsf", "prl_fs", "fuse.sshfs")
+
+
+class Heartbeat:
+    """A thread that renews the time of an open file, so that other machines see that its holder lives.
+
+    It runs only where a lock is not seen by them. A killed process takes it along, and a step that takes days does not stop it.
+
+    Args:
+        fd: The descriptor of the file, which stays open until :meth:`stop` has returned.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        if locks_stay_here(fd):
+            thread = threading.Thread(target=self._run, name="dvdquant-heartbeat", daemon=True)
+            with contextlib.suppress(RuntimeError):  # no thread is left: a day must do
+                thread.start()
+                self._thread = thread
+
+    def _run(self) -> None:
+        """Renew the time until the holder stops."""
+        while not self._stopped.wait(RENEW_SECONDS):
+            self.renew()
+
+    def renew(self) -> None:
+        """Renew the time now; a disk that is away for a while is no reason to stop."""
+        with contextlib.suppress(OSError):
+            os.utime(self._fd)
+
+    def stop(self) -> None:
+        """End the thread; the descriptor may be closed after it."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
 
 
 def locks_stay_here(fd: int) -> bool:

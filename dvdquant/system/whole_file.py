@@ -23,7 +23,7 @@ from pathlib import Path
 
 from dvdquant.errors import OutputError
 from dvdquant.system.files import disk_error
-from dvdquant.system.network_disk import LIVE_SECONDS, locks_stay_here
+from dvdquant.system.network_disk import LIVE_SECONDS, Heartbeat, locks_stay_here
 
 __all__ = ["atomic_path", "check_replaceable", "check_writable", "sweep_unfinished", "write_whole"]
 
@@ -52,6 +52,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary, descriptor = _create(path)
     except OSError as error:
         raise disk_error(error, path) from error
+    heartbeat = Heartbeat(descriptor)
     try:
         yield temporary
         # The file is opened again, because a writer may have put another file under the name.
@@ -64,6 +65,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise KeyboardInterrupt from error
         raise disk_error(error, path) from error
     finally:
+        heartbeat.stop()
         with contextlib.suppress(OSError):  # the cause is being reported already
             temporary.unlink(missing_ok=True)
         os.close(descriptor)

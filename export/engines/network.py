@@ -12,6 +12,7 @@ import onnx
 
 from dvdquant.backends import Backend
 from dvdquant.errors import EngineError
+from dvdquant.onnx.function_depth import check_functions
 
 __all__ = ["WeightMaps", "check_custom_ops", "parse_network", "read_model"]
 
@@ -23,10 +24,12 @@ def read_model(path: Path) -> onnx.ModelProto:
         path: The ONNX file.
 
     Raises:
-        EngineError: The file cannot be read, or is no ONNX file.
+        EngineError: The file cannot be read, is no ONNX file, or its functions unfold without end.
     """
     try:
-        return onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(path), load_external_data=False)
+        check_functions(model)
+        return model
     except (OSError, ValueError, onnx.onnx_cpp2py_export.checker.ValidationError) as error:
         raise EngineError(f"{path} cannot be read as ONNX: {error}") from error
     except Exception as error:  # protobuf's DecodeError has no stable import path

@@ -40,6 +40,7 @@ def onnx_summary(path: Path, detail: Literal["basic", "layers", "attrs"] = "basi
     Raises:
         EngineError: Polygraphy is missing or cannot read the file.
     """
+    read_model(path)
     arguments = ["inspect", "model", str(path), "--model-type", "onnx", "--ignore-external-data"]
     text = _polygraphy(arguments + ([] if detail == "basic" else ["--show", detail]), path.parent)
     return "\n".join(line.removeprefix("[I] ") for line in text.splitlines() if not _NOISE.match(line)).strip()

@@ -9,6 +9,7 @@ import onnx_ir.passes.common as common
 from onnxscript import optimizer
 
 from dvdquant.export.passes.interleave_pairs import interleave_pairs
+from dvdquant.export.passes.static_sizes import static_sizes
 
 __all__ = ["simplify"]
 
@@ -20,7 +21,7 @@ def simplify(model: ir.Model, parameters: Collection[str]) -> bool:
     """Fold constants, and drop no-op casts, dead nodes and duplicates.
 
     1. Parameters hold no data yet. They are graph inputs while the folder runs, so nothing derived from them is folded.
-    2. Constants over 1 MiB are left as computed.
+    2. Sizes that are fixed are constants, also of tensors with axes that vary. Constants over 1 MiB are left as computed.
     3. Rotary embeddings that are written pair by pair into an empty tensor become concatenations.
     4. Common subexpressions (the rotary tables are recomputed in every block) and equal constants are shared.
 
@@ -41,7 +42,8 @@ def simplify(model: ir.Model, parameters: Collection[str]) -> bool:
     for value in weights:
         value.const_value = None
         graph.inputs.append(value)
-    # 2. Fold constants and tidy up.
+    # 2. Fold constants and tidy up. Sizes that are known come first, since constants are computed from them.
+    static_sizes(model)
     optimizer.fold_constants(
         model,
         onnx_shape_inference=True,

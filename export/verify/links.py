@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import COMMIT, LOCK, MANIFEST, STAGE
 from dvdquant.artifact.manifest import EngineEntry, GraphEntry, LayerEntry
 from dvdquant.errors import DvdquantError, OutputError
@@ -118,24 +119,25 @@ def unlisted_files(root: Path, files: Mapping[str, FileEntry]) -> tuple[list[str
 
     Returns:
         The relative paths in the folders of graphs and engines, and those elsewhere.
+
+    Raises:
+        OSError: A folder cannot be read, or too many are in each other.
     """
     inside: list[str] = []
     outside: list[str] = []
-    for name in sorted(_walk(root, "")):
+    with Folder.open(root, follow=True) as folder:
+        names = sorted(entry.path for entry in folder.walk(_is_passing) if not entry.is_folder)
+    for name in names:
         top = name.partition("/")[0]
-        if name in files or name == MANIFEST or top in (LOCK, COMMIT) or STAGE.fullmatch(top):
+        if name in files or name == MANIFEST:
             continue
         (inside if top in OWN_FOLDERS else outside).append(name)
     return inside, outside
 
 
-def _walk(folder: Path, prefix: str) -> Iterator[str]:
-    """Yield the relative path of everything below a folder that is no folder; a link is not followed."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            yield from _walk(entry, f"{prefix}{entry.name}/")
-        else:
-            yield f"{prefix}{entry.name}"
+def _is_passing(name: str) -> bool:
+    """Return whether an entry of the export's folder belongs to an export that is being written, or was killed."""
+    return name in (LOCK, COMMIT) or STAGE.fullmatch(name) is not None
 
 
 def _engine_problems(

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dvdquant.artifact.manifest import Manifest, load_manifest
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.errors import DvdquantError, OutputError
+from tests.support.costs import Costs
 from tests.support.helpers_checkpoint import (
     KEY,
     content,
@@ -608,31 +610,34 @@ def hostile_folder(rng: random.Random, base: Path) -> None:
 
 def _fuzz(folder: Path, cases: int, seed: int) -> dict[str, int]:
     counts = {"made": 0, "refused": 0, "read": 0, "unread": 0}
-    for case in range(cases):
-        rng, base = random.Random(seed * 1_000_003 + case), folder / str(case)
-        hostile_folder(rng, base)
-        out, home = base / "out", state_of(base / "home")
-        before = state_of(base)
-        try:
-            load_manifest(out)
-            counts["read"] += 1
-        except DvdquantError:
-            counts["unread"] += 1
-        assert state_of(base) == before, case
-        real = dvdquant.artifact.commit.exchange
-        if rng.random() < 0.5:
-            dvdquant.artifact.commit.exchange = no_exchange
-        try:
-            refusal = _error_of(lambda: export(out, 2, key=KEY, resume=rng.random() < 0.5))  # noqa: B023
-        finally:
-            dvdquant.artifact.commit.exchange = real
-        assert refusal is None or refusal.fix or refusal.available, case
-        counts["made" if refusal is None else "refused"] += 1
-        assert state_of(base / "home") == home, case
-        assert sorted(p.name for p in base.iterdir() if not p.name.startswith((".out", "pipe-"))) == ["home", "out"], (
-            case
-        )
-        shutil.rmtree(base)
+    with Costs("output folders with links, pipes and records") as costs:
+        for case in range(cases):
+            rng, base = random.Random(seed * 1_000_003 + case), folder / str(case)
+            hostile_folder(rng, base)
+            out, home = base / "out", state_of(base / "home")
+            before, started = state_of(base), time.monotonic()
+            try:
+                load_manifest(out)
+                counts["read"] += 1
+            except DvdquantError:
+                counts["unread"] += 1
+            assert state_of(base) == before, case
+            real = dvdquant.artifact.commit.exchange
+            if rng.random() < 0.5:
+                dvdquant.artifact.commit.exchange = no_exchange
+            try:
+                refusal = _error_of(lambda: export(out, 2, key=KEY, resume=rng.random() < 0.5))  # noqa: B023
+            finally:
+                dvdquant.artifact.commit.exchange = real
+            assert refusal is None or refusal.fix or refusal.available, case
+            counts["made" if refusal is None else "refused"] += 1
+            assert state_of(base / "home") == home, case
+            assert sorted(p.name for p in base.iterdir() if not p.name.startswith((".out", "pipe-"))) == [
+                "home",
+                "out",
+            ], case
+            costs.add(time.monotonic() - started, refused=refusal is not None)
+            shutil.rmtree(base)
     return counts
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from dvdquant.artifact.manifest import load_manifest, verify_files
 from tests.support import tiny_models as tiny
+from tests.support.costs import Costs
 from tests.support.exporting import REPOSITORY
 from tests.support.faults import ERRORS
 
@@ -96,18 +97,20 @@ def test_random_kills_then_resume_is_bit_identical(exporter: Exporter, tmp_path:
     generator = random.Random(7)
     killed = finished = 0
     out = tmp_path / "out0"
-    while killed < kills:
-        result = exporter.run(out, "w4a4", resume=True, kill_after=generator.uniform(0, seconds))
-        if result["status"] == signal.SIGKILL:
-            killed += 1
-            if (out / "manifest.json").exists():  # killed after the commit, or in it
-                assert contents(out) == expected
-            continue
-        assert result["status"] == 0, result["error"]
-        assert contents(out) == expected
-        assert not [p for p in out.iterdir() if p.name.startswith(".tmp-")]
-        finished += 1
-        out = tmp_path / f"out{finished}"
+    with Costs("kills of a whole export, each resumed", bounded=False) as costs:
+        while killed < kills:
+            result = exporter.run(out, "w4a4", resume=True, kill_after=generator.uniform(0, seconds))
+            if result["status"] == signal.SIGKILL:
+                killed += 1
+                costs.add(0.0)
+                if (out / "manifest.json").exists():  # killed after the commit, or in it
+                    assert contents(out) == expected
+                continue
+            assert result["status"] == 0, result["error"]
+            assert contents(out) == expected
+            assert not [p for p in out.iterdir() if p.name.startswith(".tmp-")]
+            finished += 1
+            out = tmp_path / f"out{finished}"
     assert exporter.run(out, "w4a4", resume=True)["status"] == 0
     assert contents(out) == expected
 

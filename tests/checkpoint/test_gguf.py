@@ -283,5 +283,5 @@ def test_mutations(folders: dict[str, Path], count: int) -> None:
     small = {name: value for name, value in tensors.items() if not name.startswith("blocks.1.")}
     data = formats.gguf_bytes(stored(small, "Q8_0"), {**ARCHITECTURE, "general.alignment": 32, "a": [1, 2, 3]})
     head = data.index(b"head.head.weight") + 60
-    good = open_mutations("m.gguf", count, count, lambda rng: mutated(data, head, rng))
+    good = open_mutations("GGUF files", "m.gguf", count, count, lambda rng: mutated(data, head, rng))
     assert good < count

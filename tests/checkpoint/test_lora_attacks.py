@@ -21,6 +21,7 @@ from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.errors import CheckpointError, DvdquantError
 from tests.support import tiny_models as tiny
+from tests.support.costs import Costs
 from tests.support.helpers_checkpoint import raw_safetensors
 
 Q = "diffusion_model.blocks.0.self_attn.q"
@@ -181,20 +182,22 @@ def test_mutated_files(count: int, model: Checkpoint, tmp_path: Path) -> None:
     opened = dict.fromkeys(kinds, 0)
     refused = dict.fromkeys(kinds, 0)
     said = ""
-    for _ in range(count):
-        kind = rng.choice(kinds)
-        raw = kind(rng, good)
-        if rng.random() < 0.2:
-            raw = _bytes(rng, raw)
-        path.write_bytes(raw)
-        try:
-            fuse_all(model, path, rng.choice([1.0, 0.0, -2.5, 1e30, 1e-40]))
-            opened[kind] += 1
-        except DvdquantError as error:
-            refused[kind] += 1
-            said = str(error)
-        assert len(said) < 5000
-        assert "\x1b" not in said
+    with Costs("LoRA files") as costs:
+        for _ in range(count):
+            kind = rng.choice(kinds)
+            raw = kind(rng, good)
+            if rng.random() < 0.2:
+                raw = _bytes(rng, raw)
+            path.write_bytes(raw)
+            try:
+                with costs.case():
+                    fuse_all(model, path, rng.choice([1.0, 0.0, -2.5, 1e30, 1e-40]))
+                opened[kind] += 1
+            except DvdquantError as error:
+                refused[kind] += 1
+                said = str(error)
+            assert len(said) < 5000
+            assert "\x1b" not in said
     assert all(opened.values()), opened
     assert all(refused.values()), refused
 

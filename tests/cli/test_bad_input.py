@@ -213,7 +213,7 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "unknown realization": (["--precision", "int3", *SIZES], ["int3", "nvfp4"]),
     "realization this SM lacks": (["--precision", "nvfp4", *SIZES], ["nvfp4", "8.9", "int8"]),
     "TensorRT without its plugin": (["--target", "tensorrt", *SIZES], ["tensorrt"]),
-    "height no multiple of the VAE": (["--height", "479"], ["--height", "479", "472 or 480"]),
+    "height no multiple of the VAE": (["--height", "479"], ["--height", "479", "464 or 480"]),
     "latent no multiple of the patch": (["--latent", "2x7x8"], ["height", "7", "6 or 8"]),
     "frames the VAE cannot have": (["--num-frames", "80"], ["--num-frames", "80", "77 or 81"]),
     "both units": (["--latent", "2x8x8", "--height", "480"], ["--latent", "--height"]),

@@ -35,6 +35,7 @@ from tests.support.command_lines import (
     some_command_lines,
 )
 from tests.support.commands import SIZES, environment
+from tests.support.costs import Costs
 from tests.support.exporting import TINY_WAN
 from tests.support.running import tiny_wan_export
 
@@ -57,17 +58,19 @@ def _names(folder: Path) -> set[str]:
 def _judge(server: CommandServer, lines: list[tuple[str, list[str]]]) -> None:
     """Run every line; one that fails leaves nothing, and none ends in a way no user could act on."""
     before, failed = _names(server.folder), []
-    for what, words in lines:
-        ended = server.run(*words, plain=True)
-        found = ended.faults()
-        new = _names(server.folder) - before
-        if new and ended.code:
-            found.append(f"left {new}")
-        for name in new:
-            place = server.folder / name
-            shutil.rmtree(place) if place.is_dir() else place.unlink()
-        if found:
-            failed.append((what, words[-1][:80], found, ended.err[-500:]))
+    with Costs("command lines", bounded=False) as costs:
+        for what, words in lines:
+            ended = server.run(*words, plain=True)
+            costs.add(ended.seconds, refused=ended.code == 2)
+            found = ended.faults()
+            new = _names(server.folder) - before
+            if new and ended.code:
+                found.append(f"left {new}")
+            for name in new:
+                place = server.folder / name
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
+            if found:
+                failed.append((what, words[-1][:80], found, ended.err[-500:]))
     assert not failed, "\n".join(map(str, failed))
     assert before == _names(server.folder)
     assert Path("/dev/full").is_char_device()

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from dvdquant.cli.prompt_file import MAX_PROMPT_FILE, check_prompt, decode_text, read_prompts
 from dvdquant.errors import DvdquantError, OutputError, ShapeError
+from tests.support.costs import Costs
 
 LINES = ["a cat — in the snow", "猫が雪の中で", "ein Kätzchen", "🐈‍⬛ at night"]
 
@@ -160,9 +162,17 @@ def test_any_bytes_are_text_or_a_clear_error(raw: bytes, mark: bytes) -> None:
 
 
 @pytest.mark.stress
-@settings(max_examples=20_000, deadline=None)
-@given(st.binary(max_size=300))
-def test_any_bytes_at_length(raw: bytes) -> None:
-    if error := _error_of(raw, "a\x1b[31m"):
-        assert error.fix
-        assert str(error).replace("\n", "").isprintable()
+def test_any_bytes_at_length() -> None:
+    with Costs("files of prompts") as costs:
+
+        @settings(max_examples=20_000, deadline=None)
+        @given(st.binary(max_size=300))
+        def look(raw: bytes) -> None:
+            started = time.monotonic()
+            error = _error_of(raw, "a\x1b[31m")
+            costs.add(time.monotonic() - started, refused=error is not None)
+            if error:
+                assert error.fix
+                assert str(error).replace("\n", "").isprintable()
+
+        look()

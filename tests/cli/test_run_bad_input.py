@@ -135,7 +135,12 @@ def test_exports_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("options", "what", "available", "fix"),
     [
-        ({"height": 68}, "the VAE does not divide", "64 or 72; the export's profile is 32 to 96 in steps of 16", None),
+        (
+            {"height": 68},
+            "the VAE does not divide",
+            "64 or 80; the export's profile is 32 to 96 in steps of 16",
+            "these",
+        ),
         ({"height": 40}, "no multiple of the 16", "32 or 48; the export's profile is 32 to 96 in steps of 16", "these"),
         ({"width": 152}, "outside the profile", "32 to 96 in steps of 16", "--width 32:160"),
         ({"width": 8}, "outside the profile", "32 to 96 in steps of 16", "--width 16:96"),

@@ -77,7 +77,7 @@ def test_trace_is_what_the_runner_recorded(out: Path) -> None:
 
 
 def test_clip_is_the_scheduler_on_guided_engine_outputs(out: Path) -> None:
-    """The loop by hand: same engines, guidance in float64 from its definition."""
+    """The loop by hand, bit by bit: same engines, and guidance in float32 that is its definition to three roundings."""
     table, artifact = PromptTable.open(TINY_WAN), Artifact.open(out)
     scheduler = open_table_scheduler(TINY_WAN)
     scheduler.set_timesteps(3)
@@ -88,13 +88,16 @@ def test_clip_is_the_scheduler_on_guided_engine_outputs(out: Path) -> None:
             outputs = []
             for branch, words in (("cond", table.encode(PROMPT)), ("uncond", table.encode(None))):
                 inputs = {"hidden_states": latents, "timestep": t[None].float(), "encoder_hidden_states": words}
-                outputs.append(runner.run(inputs, branch=branch).double())
+                outputs.append(runner.run(inputs, branch=branch).float())
             velocity = outputs[1] + 2.5 * (outputs[0] - outputs[1])
-            latents = scheduler.step(velocity.float(), t, latents, return_dict=False)[0]
+            cond, uncond = (output.double() for output in outputs)
+            # The difference, its product and the sum are rounded once each.
+            rounded = 2.0**-24 * (uncond.abs() + 3 * 2.5 * (cond - uncond).abs()) * (1 + 2.0**-20)
+            assert bool(((velocity.double() - (uncond + 2.5 * (cond - uncond))).abs() <= rounded).all())
+            latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
     request = GenerateRequest(PROMPT, steps=3, seed=11, guidance=2.5, mode="a8")
     made = generate(artifact, request, pipeline=TINY_WAN, backend="onnxruntime", device="cpu")
-    # The generator guides in float32; a rounding difference may flip 8-bit codes of the next step, not more.
-    assert float((made.latents - latents).norm() / latents.norm()) < 1e-2
+    assert torch.equal(made.latents, latents)
     assert np.array_equal(made.frames, frames_from_latents(made.latents))
 
 
@@ -182,7 +185,7 @@ def test_a_schedule_is_followed(out: Path, tmp_path: Path) -> None:
 
 
 def test_step_cache_skips(out: Path) -> None:
-    request = GenerateRequest(PROMPT, steps=6, cache=1e6, mode="a8")
+    request = GenerateRequest(PROMPT, steps=5, cache=1e6, mode="a8")
     result = generate(Artifact.open(out), request, pipeline=TINY_WAN, backend="onnxruntime")
     bits = [r.bits for r in result.trace if r.branch == "cond"]
     assert None in bits
@@ -195,9 +198,9 @@ def test_clips_show_what_was_asked_for(out: Path) -> None:
     colours = {"red": (1, -0.7, -0.7), "green": (-0.7, 0.9, -0.6), "blue": (-0.6, -0.4, 1), "yellow": (1, 0.9, -0.8)}
     level = {"black": 0, "grey": 127.5}
     with open_generator(Artifact.open(out), pipeline=TINY_WAN, backend="onnxruntime", device="cpu") as generator:
-        for prompt, seed in ((PROMPT, 0), ("square blue down small grey", 1)):
+        for prompt, seed, modes in ((PROMPT, 0, ("16", "switch")), ("square blue down small grey", 1, ("switch",))):
             _, colour, _, size, background = prompt.split()
-            for mode in ("16", "switch"):
+            for mode in modes:
                 rule = {"delta": 0.2, "last_high": 2} if mode == "switch" else {}
                 request = GenerateRequest(prompt, steps=15, seed=seed, mode=mode, **rule)  # type: ignore[arg-type]
                 frames = generator.generate(request).frames.astype(float)

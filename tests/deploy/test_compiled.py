@@ -32,7 +32,7 @@ from host_library import HostLibrary  # noqa: E402
 FAMILIES = ("wan", "hunyuan-video", "cogvideox", "ltx-video")
 
 
-# Blocks of the other families are compiled by the tests of 8-bit attention.
+# CogVideoX is compiled by the tests of 8-bit attention.
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name in ("wan", "ltx-video") else [pytest.mark.stress]) for name in FAMILIES],
@@ -120,7 +120,7 @@ def test_compiled_code_outlives_the_process(monkeypatch: pytest.MonkeyPatch, tmp
     assert compiled.cache_folder() == tmp_path / "own"
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_inductors_code_computes_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The compiler that users get, here its C++ for the CPU. It rounds less often between operations than eager mode."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -175,6 +175,7 @@ def test_last_high_is_planned_and_run(out: Path) -> None:
         plan(Artifact.open(out), PROMPTS[:1], Goal(average_bits=5.9), steps=10, last_high=3, backend="onnxruntime")
 
 
+@pytest.mark.stress
 def test_a_weighted_rule_is_planned_as_it_runs(out: Path) -> None:
     """The schedule of tiny-wan has a shift: weighed, other steps are high, and the prediction still fits the run."""
     artifact, goal = Artifact.open(out), Goal(average_bits=6.0)

@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from benchmarks.serving.process import PROMPT, START_SECONDS, ServerProcess
 from dvdquant.deploy.generation.encoder import count_frames
 from tests.support.exporting import TINY_WAN
+from tests.support.postgres import postgres
 from tests.support.running import tiny_wan_export
 
 pytestmark = pytest.mark.slow
@@ -414,6 +415,39 @@ def _until_draining(client: httpx.Client) -> httpx.Response:
             return answer
         time.sleep(0.01)
     raise AssertionError("the server does not drain")
+
+
+def test_two_servers_share_a_queue_in_postgres(tmp_path: Path) -> None:
+    """What one of them is asked for the other may draw, and goes on drawing when the first is killed."""
+    with postgres() as url:
+        servers = [
+            ServerProcess(
+                tiny_wan_export(), tmp_path / "data", stub={"STUB_SECONDS": "0.05", "DVDQ_STORE": url}
+            ).start()
+            for _ in range(2)
+        ]
+        with servers[0].client() as first, servers[1].client() as second:
+            ids = [servers[0].create(first, seed=i, num_inference_steps=5)["id"] for i in range(8)]
+            servers[1].wait(second, ids[1])
+            workers = servers[0].worker_pids()
+            servers[0].kill()
+            states = [servers[1].wait(second, video) for video in ids]
+            assert {state["status"] for state in states} == {"completed"}
+            assert max(state["dvdquant"]["attempts"] for state in states) <= 2
+            assert len(_clips(second, ids, {})) == len(ids)
+        assert servers[1].stop() == 0
+        end = time.monotonic() + START_SECONDS
+        while any(map(_lives, workers)) and time.monotonic() < end:
+            time.sleep(0.1)  # workers without a server end by themselves
+        assert not any(map(_lives, workers))
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process runs; one that ended and that nobody asked about does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------- load

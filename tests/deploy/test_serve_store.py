@@ -13,24 +13,42 @@ from pathlib import Path
 import pytest
 
 from dvdquant.deploy.serve.files import FolderFiles
-from dvdquant.deploy.serve.jobs import VIDEO_ID, Failure, Job, NewJob, QueueFullError, new_video_id
+from dvdquant.deploy.serve.jobs import VIDEO_ID, Failure, Job, JobStore, NewJob, QueueFullError, new_video_id
 from dvdquant.deploy.serve.sqlite_store import SqliteStore
-from dvdquant.errors import OutputError
+from dvdquant.errors import OutputError, UnsupportedError
 from tests.support.exporting import REPOSITORY
+from tests.support.postgres import postgres
 
 WHAT = NewJob("wan", {"prompt": "a cat ☃"}, 4, (24, 16), 2.0, "request-1")
 FAULT = Failure("engine_error", "it failed")
 HOUR = 3600.0
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    store = SqliteStore(tmp_path / "jobs.sqlite", keep=HOUR)
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    """A database without tables."""
+    with postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[JobStore]:
+    """An empty store of either kind; every test below holds for both."""
+    store: JobStore
+    if request.param == "sqlite":
+        store = SqliteStore(tmp_path / "jobs.sqlite", keep=HOUR)
+    else:
+        from dvdquant.deploy.serve.postgres_store import PostgresStore
+
+        store = PostgresStore(request.getfixturevalue("database"), keep=HOUR)
+        while page := store.page(None, 100):
+            for job in page:
+                store.delete(job.id)
     yield store
     store.close()
 
 
-def _claimed(store: SqliteStore, lease: float = 60, worker: str = "w") -> Job:
+def _claimed(store: JobStore, lease: float = 60, worker: str = "w") -> Job:
     job = store.claim(worker, ("wan",), lease)
     assert job is not None
     return job
@@ -41,7 +59,7 @@ def _token(job: Job) -> str:
     return job.token
 
 
-def test_a_job_lives_from_queue_to_clip(store: SqliteStore) -> None:
+def test_a_job_lives_from_queue_to_clip(store: JobStore) -> None:
     made = store.create(WHAT, 10)
     assert VIDEO_ID.fullmatch(made.id)
     assert store.get(made.id) == made
@@ -60,7 +78,7 @@ def test_a_job_lives_from_queue_to_clip(store: SqliteStore) -> None:
     assert store.counts() == {"completed": 1}
 
 
-def test_oldest_first_and_only_models_that_the_worker_has(store: SqliteStore) -> None:
+def test_oldest_first_and_only_models_that_the_worker_has(store: JobStore) -> None:
     other = NewJob("big", {"prompt": "x"}, 4, (24, 16), 2.0)
     ids = [store.create(what, 10).id for what in (other, WHAT, WHAT)]
     assert [_claimed(store).id for _ in range(2)] == ids[1:]
@@ -70,7 +88,7 @@ def test_oldest_first_and_only_models_that_the_worker_has(store: SqliteStore) ->
     assert both.id == ids[0]
 
 
-def test_the_queue_has_a_limit_that_running_jobs_do_not_count_for(store: SqliteStore) -> None:
+def test_the_queue_has_a_limit_that_running_jobs_do_not_count_for(store: JobStore) -> None:
     for _ in range(3):
         store.create(WHAT, 3)
     with pytest.raises(QueueFullError):
@@ -79,7 +97,7 @@ def test_the_queue_has_a_limit_that_running_jobs_do_not_count_for(store: SqliteS
     store.create(WHAT, 3)
 
 
-def test_a_failure_is_tried_twice_unless_it_is_final(store: SqliteStore) -> None:
+def test_a_failure_is_tried_twice_unless_it_is_final(store: JobStore) -> None:
     store.create(WHAT, 10)
     for attempt, status in ((1, "queued"), (2, "failed")):
         job = _claimed(store)
@@ -95,7 +113,7 @@ def test_a_failure_is_tried_twice_unless_it_is_final(store: SqliteStore) -> None
     assert (final.status, final.attempts) == ("failed", 1)
 
 
-def test_a_lease_that_ran_out_frees_the_job_once(store: SqliteStore) -> None:
+def test_a_lease_that_ran_out_frees_the_job_once(store: JobStore) -> None:
     store.create(WHAT, 10)
     first = _claimed(store, lease=-1)
     second = _claimed(store, lease=-1, worker="v")
@@ -111,7 +129,7 @@ def test_a_lease_that_ran_out_frees_the_job_once(store: SqliteStore) -> None:
     assert (lost.status, lost.failure.code) == ("failed", "worker_lost")
 
 
-def test_jobs_of_a_dead_worker_go_back_at_once(store: SqliteStore) -> None:
+def test_jobs_of_a_dead_worker_go_back_at_once(store: JobStore) -> None:
     for _ in range(3):
         store.create(WHAT, 10)
     mine, theirs = _claimed(store, worker="a"), _claimed(store, worker="b")
@@ -124,7 +142,7 @@ def test_jobs_of_a_dead_worker_go_back_at_once(store: SqliteStore) -> None:
     assert store.counts() == {"queued": 3}
 
 
-def test_a_released_attempt_does_not_count(store: SqliteStore) -> None:
+def test_a_released_attempt_does_not_count(store: JobStore) -> None:
     store.create(WHAT, 10)
     for _ in range(5):
         job = _claimed(store)
@@ -132,7 +150,7 @@ def test_a_released_attempt_does_not_count(store: SqliteStore) -> None:
         assert store.release(job.id, _token(job))
 
 
-def test_cancel_in_every_state(store: SqliteStore) -> None:
+def test_cancel_in_every_state(store: JobStore) -> None:
     waiting = store.create(WHAT, 10)
     after = store.cancel(waiting.id)
     assert after is not None
@@ -163,7 +181,7 @@ def test_cancel_in_every_state(store: SqliteStore) -> None:
     assert store.cancel(new_video_id()) is None
 
 
-def test_a_deleted_job_is_lost_to_its_worker(store: SqliteStore) -> None:
+def test_a_deleted_job_is_lost_to_its_worker(store: JobStore) -> None:
     store.create(WHAT, 10)
     job = _claimed(store)
     assert store.delete(job.id)
@@ -172,7 +190,7 @@ def test_a_deleted_job_is_lost_to_its_worker(store: SqliteStore) -> None:
     assert not store.delete(job.id)
 
 
-def test_pages_cover_every_job_once_in_both_orders(store: SqliteStore) -> None:
+def test_pages_cover_every_job_once_in_both_orders(store: JobStore) -> None:
     ids = [store.create(WHAT, 100).id for _ in range(7)]
     for ascending, wanted in ((True, ids), (False, ids[::-1])):
         seen: list[str] = []
@@ -186,7 +204,7 @@ def test_pages_cover_every_job_once_in_both_orders(store: SqliteStore) -> None:
     assert store.ahead_of(job) == 3
 
 
-def test_what_expired_is_deleted_and_nothing_else(store: SqliteStore) -> None:
+def test_what_expired_is_deleted_and_nothing_else(store: JobStore) -> None:
     store.create(WHAT, 10)
     job = _claimed(store)
     store.complete(job.id, _token(job), {}, 10)
@@ -235,7 +253,42 @@ while True:
         store.close()
 
 
-def test_threads_never_get_the_same_job(store: SqliteStore) -> None:
+def test_a_database_that_is_not_there_or_of_a_later_version_is_refused(database: str) -> None:
+    import psycopg
+
+    from dvdquant.deploy.serve.postgres_store import PostgresStore
+    from dvdquant.deploy.serve.stores import open_store
+
+    with pytest.raises(OutputError, match="cannot be used"):
+        PostgresStore("postgresql://nobody@/none?host=/nowhere")
+    with pytest.raises(UnsupportedError, match="no address"):
+        open_store("data", HOUR, "mysql://x")
+    PostgresStore(database).close()
+    with psycopg.connect(database) as db:
+        db.execute("update dvdq_format set format = 99")
+    with pytest.raises(OutputError, match="later version"):
+        PostgresStore(database)
+    with psycopg.connect(database) as db:
+        db.execute("update dvdq_format set format = 1")
+
+
+def test_a_connection_that_broke_is_opened_again(database: str) -> None:
+    import psycopg
+
+    from dvdquant.deploy.serve.postgres_store import PostgresStore
+
+    store = PostgresStore(database)
+    made = store.create(WHAT, 10**6)
+    with psycopg.connect(database, autocommit=True) as db:
+        db.execute("select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()")
+    with pytest.raises(psycopg.OperationalError):
+        store.get(made.id)
+    assert store.get(made.id) == made
+    store.delete(made.id)
+    store.close()
+
+
+def test_threads_never_get_the_same_job(store: JobStore) -> None:
     ids = {store.create(WHAT, 1000).id for _ in range(60)}
     got: list[str] = []
 

@@ -108,7 +108,8 @@ def test_both_kinds_of_result(transformer: Any) -> None:
 def test_import_is_lazy() -> None:
     code = (
         "import sys, dvdquant.deploy as d; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules;"
-        "from dvdquant.deploy import DvdqTransformer; assert 'onnxruntime' not in sys.modules;"
+        "from dvdquant import DvdqTransformer as public;"
+        "from dvdquant.deploy import DvdqTransformer; assert 'onnxruntime' not in sys.modules; assert public is DvdqTransformer;"
         "assert DvdqTransformer.__module__ == 'dvdquant.deploy.pipelines.transformer'; "
         "import pytest; pytest.raises(AttributeError, getattr, d, 'Nothing')"
     )

@@ -86,7 +86,9 @@ def test_every_sm_builds_what_the_table_says(grid: str, dtype: str, override: st
         assert report.bytes == (tmp_path / "x.engine").stat().st_size
 
 
-@pytest.mark.parametrize("sm", RTX_SMS)
+@pytest.mark.parametrize(
+    "sm", [pytest.param(sm, marks=[] if sm in ("8.9", "12.0") else [pytest.mark.stress]) for sm in RTX_SMS]
+)
 def test_every_realization_builds_alone_on_every_sm_that_takes_it(sm: str, tmp_path: Path) -> None:
     for precision in LOWER:
         if precision == "nvfp4" and not sm.startswith("12"):
@@ -96,7 +98,7 @@ def test_every_realization_builds_alone_on_every_sm_that_takes_it(sm: str, tmp_p
         assert build(path, spec, sms=[sm]).products == {LISTED[precision]: 1, "BFloat16": 1}
 
 
-@pytest.mark.parametrize("sm", ["8.0", "8.6", "8.9"])
+@pytest.mark.parametrize("sm", ["8.9", *(pytest.param(sm, marks=pytest.mark.stress) for sm in ("8.0", "8.6"))])
 def test_nvfp4_before_blackwell_is_the_builders_error(sm: str, tmp_path: Path) -> None:
     spec = qg.Spec("fp16", (256, 256), 4, block=64)
     path = save(spec, tmp_path, "nvfp4")

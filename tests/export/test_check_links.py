@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 
+from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.manifest import hash_file, load_manifest, verify_files
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.export.passes.lowering import store as lower_store
@@ -240,3 +242,20 @@ def test_verify_finds_a_graph_that_reads_elsewhere(out: Path, model: Path) -> No
     (out / A4).write_bytes(graph.SerializeToString())
     rehash(out)
     refused(run(*arguments(model, out), "--verify"), A4, VICTIM)
+
+
+@pytest.mark.parametrize("place", ["", "onnx", "engines"])
+def test_folders_in_each_other_without_end(out: Path, place: str) -> None:
+    """Deeper than Python calls itself: who looks for unlisted files says so in words."""
+    (out / place).mkdir(exist_ok=True)
+    folder = os.open(out / place, os.O_RDONLY)
+    for _ in range(1300):
+        os.mkdir("d", dir_fd=folder)
+        inner = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
+    assert CliRunner().invoke(inspect_main, [str(out)]).exit_code == 0
+    refused(check(out), str(out), "more than 64 folders in each other")
+    with Folder.open(out.parent) as parent:
+        parent.remove(out.name)  # which shutil.rmtree of Python 3.11 cannot

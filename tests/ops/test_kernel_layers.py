@@ -62,7 +62,7 @@ def tokens(count: int = 5) -> torch.Tensor:
         ("hunyuan-video", 90, 1),
         pytest.param("cogvideox", 120, 1, marks=pytest.mark.stress),
         pytest.param("ltx-video", 90, 1, marks=pytest.mark.stress),
-        ("w4a4", 80, 2),
+        pytest.param("w4a4", 80, 2, marks=pytest.mark.stress),
         ("w4a4-g64", 90, 1),
     ],
 )

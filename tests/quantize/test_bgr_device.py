@@ -177,10 +177,8 @@ def test_export_on_a_gpu(tmp_path: Path, recipe: str, single: float, mean: float
     assert_as_good(there, here, single, mean)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipe", "single", "mean"), [pytest.param(*CLOSENESS[0], marks=pytest.mark.stress), *CLOSENESS[1:]]
-)
+@pytest.mark.stress
+@pytest.mark.parametrize(("recipe", "single", "mean"), CLOSENESS)
 def test_layers_are_as_good_as_on_the_cpu(
     on_device: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: str, single: float, mean: float
 ) -> None:

@@ -169,7 +169,8 @@ def some_command_lines() -> list[tuple[str, list[str]]]:
     for what, words in command_lines():
         value = words[-1]
         whole = words[0] in ("plan", "run") and (value in _COSTLY or value.endswith(tuple(SUFFIXES.values())))
-        if not whole and not (words[0] == "plan" and what.split(":")[0].endswith(("--plot", "--output"))):
+        waits = what.endswith("--prompts: a path of a pipe")  # a pipe is read, so it waits for a writer
+        if not whole and not waits and not (words[0] == "plan" and what.split(":")[0].endswith(("--plot", "--output"))):
             groups.setdefault((words[0], what.partition(":")[0]), []).append((what, words))
     # Options have much the same kinds, in the same order: by steps of a number without a common divisor all are met.
     return [lines[7 * turn % len(lines)] for turn, lines in enumerate(groups.values())]

@@ -11,6 +11,7 @@ import torch
 
 from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.errors import DvdquantError
+from tests.support.costs import Costs
 from tests.support.helpers_checkpoint import memory_folder
 
 __all__ = ["mutated", "open_mutations"]
@@ -43,26 +44,27 @@ def mutated(data: bytes, head: int, rng: random.Random) -> bytes:
     return bytes(raw)
 
 
-def open_mutations(name: str, count: int, seed: int, change: Callable[[random.Random], bytes]) -> int:
+def open_mutations(parser: str, name: str, count: int, seed: int, change: Callable[[random.Random], bytes]) -> int:
     """Open mutations of a file, and read every tensor of those that open; how many did. Any other error gets through.
 
     Args:
-        name: of the file. change: makes the bytes of one mutation.
+        parser: what reads it, for the figures. name: of the file. change: makes the bytes of one mutation.
     """
     rng, good = random.Random(seed), 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     messages: list[str] = []
     try:
-        with memory_folder() as place:
+        with memory_folder() as place, Costs(parser) as costs:
             path = Path(place) / name
             for _ in range(count):
                 path.write_bytes(change(rng))
                 try:
-                    checkpoint = open_checkpoint(path)
-                    for tensor in checkpoint.tensors:
-                        checkpoint.read(tensor)
-                    checkpoint.fingerprint()
+                    with costs.case():
+                        checkpoint = open_checkpoint(path)
+                        for tensor in checkpoint.tensors:
+                            checkpoint.read(tensor)
+                        checkpoint.fingerprint()
                     good += 1
                 except DvdquantError as error:
                     messages.append(str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -106,6 +107,50 @@ def test_finished_steps_renew_the_lock(tmp_path: Path) -> None:
         transaction.done("step")
         assert (tmp_path / "out" / ".lock").stat().st_mtime > time.time() - 60
     FolderLock(tmp_path).release()
+
+
+def _beats() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "dvdquant-heartbeat"]
+
+
+def _renewed(path: Path) -> bool:
+    """Make a file look dead, and return whether its holder renews its time without being asked."""
+    os.utime(path, (1, 1))
+    end = time.monotonic() + 60
+    while path.stat().st_mtime < time.time() - LIVE_SECONDS and time.monotonic() < end:
+        time.sleep(0.01)
+    return path.stat().st_mtime > time.time() - LIVE_SECONDS
+
+
+def test_a_step_of_days_renews_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step ends here, and the export lives all the same; then its thread is gone with the lock."""
+    mounted_as(tmp_path, monkeypatch, "nfs server:/home rw,nolock")
+    monkeypatch.setattr(network_disk, "RENEW_SECONDS", 0.01)
+    out = tmp_path / "out"
+    with ExportTransaction(out):
+        assert _renewed(out / ".lock")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "utime", lambda *_: (_ for _ in ()).throw(OSError(5, "the server is away")))
+            time.sleep(0.05)
+        assert _renewed(out / ".lock")  # and goes on when the disk is back
+    assert not _beats()
+
+
+def test_a_file_that_takes_days_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine is built into its unfinished file, which is written at the very end."""
+    mounted_as(tmp_path, monkeypatch, "nfs server:/home rw,nolock")
+    monkeypatch.setattr(network_disk, "RENEW_SECONDS", 0.01)
+    with atomic_path(tmp_path / "engine") as unfinished:
+        unfinished.write_bytes(b"whole")
+        assert _renewed(unfinished)
+    assert (tmp_path / "engine").read_bytes() == b"whole"
+    assert not _beats()
+
+
+def test_no_thread_where_locks_tell(tmp_path: Path) -> None:
+    with ExportTransaction(tmp_path / "out"), atomic_path(tmp_path / "file") as unfinished:
+        unfinished.touch()
+        assert not _beats()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""How long the engines of an export take on this machine."""

@@ -1,0 +1,125 @@
+"""``dvdq bench``: how long a call of each engine of an export takes on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dvdquant import __version__
+from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging, table
+from dvdquant.cli.paths import EXPORT, PATH, WORD
+from dvdquant.recipe import ATTENTION
+from dvdquant.system.devices import check_device_word
+from dvdquant.system.whole_file import check_writable, write_whole
+from dvdquant.text import amount, json_text
+
+if TYPE_CHECKING:
+    from dvdquant.deploy.timing.bench import BenchResult
+
+EXAMPLES = """
+# every bit-width on what dvdq run would take here
+dvdq bench out/wan
+
+# one backend and width, the largest size of the export, all samples as JSON
+dvdq bench out/wan --backend pytorch --bits 8 --size max --json
+
+# more calls, and the result in a file
+dvdq bench out/wan --repeats 50 --seconds 300 -o bench.json
+"""
+
+
+@click.command(cls=ExamplesCommand, examples=EXAMPLES)
+@click.argument("out", type=EXPORT)
+@click.option("--bits", type=click.Choice(["4", "6", "8"]), multiple=True, help="Activation bits.  [default: all]")
+@click.option("--component", "components", type=WORD, multiple=True, help="Such as transformer_2.  [default: all]")
+@click.option(
+    "--size", "which", type=click.Choice(["min", "opt", "max"]), default="opt", show_default=True,
+    help="Of an export for a range of sizes: the least, the one it is tuned for, the greatest.",
+)  # fmt: skip
+@click.option(
+    "--warm-up",
+    type=click.IntRange(0, 1000),
+    default=2,
+    show_default=True,
+    help="Calls after the first that do not count.",
+)
+@click.option(
+    "--repeats", type=click.IntRange(1, 100_000), default=20, show_default=True, help="Counted calls, at most."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 86_400),
+    default=60.0,
+    show_default=True,
+    help="No turn begins after this time.",
+)
+@runs_on
+@click.option("--compile", is_flag=True, help="Run in PyTorch and compile the transformer's blocks.")
+@click.option("--attention", type=click.Choice(ATTENTION), help="Self-attention in PyTorch.  [default: the export's]")
+@click.option("-o", "--output", type=PATH, metavar="PATH", help="Write the result with all samples as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print that JSON instead of the table.")
+@click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
+@click.version_option(__version__, prog_name="dvdq bench")
+def main(out: Path, bits: tuple[str, ...], output: Path | None, as_json: bool, verbose: int, **options: Any) -> None:
+    """Time the export in folder OUT: one call of its transformer at each bit-width, on random inputs.
+
+    A call is one forward pass; a step with guidance is two. Text encoder, scheduler and VAE are not in it.
+    """
+    setup_logging(verbose, "text")
+    check_device_word(options["device"])
+    from dvdquant.artifact.manifest import load_manifest
+
+    load_manifest(out)  # before PyTorch, which takes seconds to load
+    if output is not None:
+        check_writable(output, make_folder=False)
+    loading("PyTorch and the runtime", "json" if as_json else "text")
+    from dvdquant.deploy.artifact import Artifact
+    from dvdquant.deploy.timing.bench import bench
+    from dvdquant.system.progress import Progress
+
+    widths = tuple(int(each) for each in bits) or None
+    progress = Progress("quiet" if as_json else "text")
+    result = bench(Artifact.open(out), bits=widths, progress=progress, **options)
+    if output is not None:
+        write_whole(output, (json_text(result.to_json(), indent=1) + "\n").encode())
+    echo(json_text(result.to_json(), indent=1) if as_json else _text(result))
+
+
+def _text(result: BenchResult) -> str:
+    """Return the table: times in milliseconds, and how many times as fast as the widest."""
+    rows = []
+    for each in result.timings:
+        same = [other for other in result.timings if other.component == each.component]
+        widest = max(same, key=lambda other: other.bits)
+        low, high = each.quartiles
+        rows.append(
+            (
+                each.component,
+                f"a{each.bits}",
+                f"{1e3 * each.median:.2f}",
+                f"{1e3 * low:.2f} to {1e3 * high:.2f}",
+                f"{1e3 * min(each.seconds):.2f}",
+                len(each.seconds),
+                f"{1e3 * each.first:.0f}",
+                f"{widest.median / each.median:.2f}",
+            )
+        )
+    header = ("transformer", "", "median, ms", "middle half", "least", "calls", "first", "times as fast")
+    held = {name: sum(sizes.values()) for name, sizes in result.resident_bytes.items()}
+    executes = dict.fromkeys(f"a{each.bits}: {each.executes}" for each in result.timings)
+    shapes = ", ".join(f"{name} {'×'.join(map(str, shape)) or 'scalar'}" for name, shape in result.sizes.items())
+    return "\n".join(
+        [
+            table(header, rows, right=(2, 3, 4, 5, 6, 7)),
+            *executes,
+            f"inputs: {shapes}",
+            f"held between calls: {', '.join(f'{name} {amount(size)}' for name, size in held.items())}",
+            f"measured here: {result.backend} on {result.device}; {result.machine}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Exports on the hub: writing them there, and reading them back."""

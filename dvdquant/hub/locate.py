@@ -1,0 +1,182 @@
+"""Where an export lies: a folder, or a repository of the hub, which is downloaded and compared with its manifest.
+
+The hub's cache is made of links, and an export is read without any. So its files get a second name in a folder of their
+own beside the cache: hard links where the file system has them, else copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from dvdquant.artifact.layout import MANIFEST
+from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath, verify_files
+from dvdquant.errors import OutputError
+from dvdquant.hub.names import hub_failure, is_hub_name
+from dvdquant.system.files import read_limited
+from dvdquant.text import amount, shown
+
+__all__ = ["locate_export"]
+
+log = logging.getLogger(__name__)
+_PLACE = "dvdquant"  # below the folder of the hub's caches
+
+
+def locate_export(out: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of an export: a local one as it is, a repository of the hub after download and check.
+
+    Without a connection, what an earlier call has downloaded is returned.
+
+    Args:
+        out: A folder, or the name of a repository, ``user/name``. A path that begins with an existing folder is no name.
+        revision: The branch, tag or commit of a repository; None takes its newest.
+
+    Raises:
+        OutputError: A revision is given for a folder, the repository is unknown or no export, its files are not those of
+            its manifest, or the hub does not answer.
+        ResourceError: The disk is full.
+    """
+    name = os.fspath(out)
+    if not is_hub_name(name):
+        if revision is not None:
+            raise OutputError(
+                f"{shown(name)} is a folder, and a revision is for a repository of the hub",
+                fix="leave the revision out, or give user/name",
+            )
+        return Path(out)
+    return _download(name, revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    import huggingface_hub
+
+    # 1. The manifest, which fixes the commit.
+    try:
+        first = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[MANIFEST]))
+        commit = first.name
+        manifest = _manifest(repo, first)
+        place = _place(repo, commit)
+        if _is_whole(place, first):
+            return place
+        # 2. What the hub says of the files, before gigabytes are fetched.
+        _compare(repo, commit, manifest)
+        # 3. The files that the manifest lists, and no other.
+        patterns = [glob.escape(name) for name in (MANIFEST, *manifest.files)]
+        log.info("downloading %s: %s", repo, amount(sum(entry["bytes"] for entry in manifest.files.values())))
+        snapshot = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=patterns))
+    except Exception as error:  # the HTTP client underneath has its own classes, which differ between versions
+        raise hub_failure(error, repo, revision, "read") from error
+    return _without_links(repo, snapshot, manifest, place)
+
+
+def _manifest(repo: str, snapshot: Path) -> Manifest:
+    """Return the manifest of a snapshot.
+
+    Raises:
+        OutputError: The repository is no export, or its manifest is out of form.
+    """
+    path = snapshot / MANIFEST
+    if not path.is_file():
+        raise OutputError(
+            f"the repository {repo} is no export of dvdquant: it has no {MANIFEST}",
+            fix="give the repository of an export; a model is exported with dvdq-export first",
+        )
+    try:
+        return Manifest.from_json(read_limited(path, MAX_MANIFEST))
+    except ValueError as error:
+        raise OutputError(f"{MANIFEST} of {repo} cannot be read: {error}", fix="tell its author") from error
+
+
+def _compare(repo: str, commit: str, manifest: Manifest) -> None:
+    """Refuse a repository whose files cannot be those of its manifest, by size and by the hub's own SHA-256.
+
+    Raises:
+        OutputError: A file is missing or another one.
+    """
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    there = {
+        entry.path: entry
+        for entry in huggingface_hub.HfApi().list_repo_tree(repo, recursive=True, revision=commit)
+        if isinstance(entry, huggingface_hub.hf_api.RepoFile)
+    }
+    problems = []
+    for name, entry in manifest.files.items():
+        check_relpath(name)
+        found = there.get(name)
+        if found is None:
+            problems.append(f"{name} is missing")
+        elif found.size != entry["bytes"]:
+            problems.append(f"{name} has {found.size} bytes instead of {entry['bytes']}")
+        elif found.lfs is not None and found.lfs.sha256 != entry["sha256"]:
+            problems.append(f"{name} has another SHA-256")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise OutputError(
+            f"the repository {repo} does not match its manifest: {'; '.join(problems[:5])}{more}",
+            fix="take another revision, or tell its author to push the export again with dvdq-push",
+        )
+
+
+def _place(repo: str, commit: str) -> Path:
+    import huggingface_hub
+
+    return Path(huggingface_hub.constants.HF_HOME) / _PLACE / repo.replace("/", "--") / commit
+
+
+def _is_whole(place: Path, snapshot: Path) -> bool:
+    """Return whether the folder is there; it is made whole or not at all. What runs is hashed again when it is loaded."""
+    try:
+        same = read_limited(place / MANIFEST, MAX_MANIFEST) == read_limited(snapshot / MANIFEST, MAX_MANIFEST)
+    except (OSError, ValueError):
+        return False
+    return same
+
+
+def _without_links(repo: str, snapshot: Path, manifest: Manifest, place: Path) -> Path:
+    """Return a folder with the files of a snapshot as plain files, compared with the manifest.
+
+    Raises:
+        OutputError: A file is not the manifest's, or lies outside of the repository's cache.
+    """
+    cache = os.path.realpath(snapshot.parent.parent)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=place.parent, prefix=".part-"))
+    except OSError as error:
+        raise hub_failure(error, repo, None, "store") from error
+    try:
+        for name in (MANIFEST, *manifest.files):
+            source = os.path.realpath(snapshot / name)
+            if os.path.commonpath([source, cache]) != cache:
+                raise OutputError(
+                    f"{snapshot / name} points out of the hub's cache", fix=f"remove {cache}, then try again"
+                )
+            target = work / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:  # another file system, or one without hard links
+                shutil.copyfile(source, target)
+        try:
+            verify_files(work, manifest)
+        except OutputError as error:
+            raise OutputError(
+                error.what.replace(str(work), f"what was downloaded of {repo}"),
+                fix=f"remove {cache}, then try again; if it stays so, tell the author",
+            ) from error
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process was first: its folder is the same
+            work.rename(place)
+    except OSError as error:
+        raise hub_failure(error, repo, None, "store") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return place

@@ -1,0 +1,102 @@
+"""``dvdq bench``: what is timed, what is not counted, and what the table and the JSON say. No time is judged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from torch import Tensor
+
+import dvdquant.deploy.sessions.onnxruntime as onnx_session
+from dvdquant.cli.bench import main
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.timing.bench import Timing, bench
+from dvdquant.errors import EngineError
+from tests.support.session_exports import family_export
+
+
+@pytest.fixture(scope="module")
+def out() -> Path:
+    return family_export("cogvideox")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_the_widths_take_turns_and_the_warm_up_is_not_counted(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    real = onnx_session.OnnxRuntimeSession._run
+
+    def counted(self: Any, inputs: Mapping[str, Tensor], bits: int) -> Tensor:
+        called.append(bits)
+        return real(self, dict(inputs), bits)
+
+    monkeypatch.setattr(onnx_session.OnnxRuntimeSession, "_run", counted)
+    result = bench(Artifact.open(out), backend="onnxruntime", device="cpu", warm_up=1, repeats=3, which="min")
+    assert called == [4, 8] * 5
+    assert [(t.component, t.bits, len(t.seconds)) for t in result.timings] == [
+        ("transformer", 4, 3),
+        ("transformer", 8, 3),
+    ]
+    assert all(0 < t.quartiles[0] <= t.median <= t.quartiles[1] for t in result.timings)
+    assert (result.backend, result.device) == ("onnxruntime", "cpu")
+    smallest = Artifact.open(out).sizes
+    assert result.sizes["hidden_states"][1] in (smallest.frames.min, 16)
+    assert result.resident_bytes["transformer"]["weights"] > 0
+
+
+def test_time_ends_it_after_a_whole_turn(out: Path) -> None:
+    result = bench(
+        Artifact.open(out), backend="onnxruntime", device="cpu", warm_up=0, repeats=1000, seconds=0, which="min"
+    )
+    assert [len(t.seconds) for t in result.timings] == [1, 1]
+
+
+def test_table_and_json(out: Path, tmp_path: Path) -> None:
+    quick = ("--backend", "onnxruntime", "--device", "cpu", "--size", "min", "--repeats", 2, "--warm-up", 0)
+    told = run(out, *quick, "-o", tmp_path / "bench.json")
+    assert told.exit_code == 0, (told.output, told.exception)
+    for part in ("median, ms", "a4", "a8", "1.00", "measured here: onnxruntime on cpu", "hidden_states"):
+        assert part in told.output
+    written = json.loads((tmp_path / "bench.json").read_text())
+    printed = json.loads(run(out, *quick, "--json", "--bits", 8, "--backend", "pytorch").stdout)
+    assert [t["act_bits"] for t in written["timings"]] == [4, 8]
+    assert [t["act_bits"] for t in printed["timings"]] == [8]
+    assert printed["timings"][0]["executes"] == "PyTorch on the CPU, without kernels"
+    for timing in (*written["timings"], *printed["timings"]):
+        assert len(timing["samples_ms"]) == timing["calls"] == 2
+        assert min(timing["samples_ms"]) == timing["milliseconds"]["min"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--bits", 6), "6"),
+        (("--component", "transformer_9"), "no transformer 'transformer_9'"),
+        (("--device", "gpu"), "unknown device"),
+        (("--backend", "rtx", "--device", "cpu"), "fix: "),
+        (("-o", "/nowhere/bench.json"), "/nowhere"),
+    ],
+)
+def test_what_is_not_there_is_an_error(arguments: tuple[object, ...], words: str, out: Path) -> None:
+    result = run(out, *arguments)
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert words in result.output
+
+
+def test_a_call_that_fails_names_the_width(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Any, inputs: Mapping[str, Tensor], bits: int) -> Tensor:
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(onnx_session.OnnxRuntimeSession, "_run", fails)
+    with pytest.raises(EngineError, match="a4"):
+        bench(Artifact.open(out), backend="onnxruntime", device="cpu")
+
+
+def test_one_call_has_no_spread() -> None:
+    assert Timing("transformer", 4, "x", (0.5,), 1.0).quartiles == (0.5, 0.5)

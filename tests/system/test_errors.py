@@ -1,0 +1,77 @@
+"""Every error says what to do: its own remedy, what is available, or that of its class."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from dvdquant import errors
+from dvdquant.errors import Cancelled, DvdquantError, ShapeError
+from dvdquant.export.options import ExportOptions
+from dvdquant.export.sizes import resolve_sizes
+from dvdquant.model.families import get_family
+from dvdquant.recipe import RECIPES
+from tests.support import tiny_models as tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = [getattr(errors, name) for name in errors.__all__]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Cancelled], ids=lambda kind: kind.__name__)
+def test_every_error_has_a_fix(kind: type[DvdquantError]) -> None:
+    assert kind("what").fix
+    assert kind("what", available="a, b").fix
+    assert kind("what", fix="this").fix == "this"
+    assert "\n  fix: " in str(kind("what"))
+
+
+def test_nothing_is_to_be_done_about_a_wish() -> None:
+    assert Cancelled("cancelled").fix is None
+
+
+def test_remedies_name_options_and_commands_that_exist() -> None:
+    """Of the source, as the page of errors lists them: no remedy sends anybody to what is not there."""
+    import re
+
+    from dvdquant.cli.commands import COMMANDS
+
+    spec = importlib.util.spec_from_file_location("docs_errors", ROOT / "docs" / "scripts" / "errors.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    entries = module.collect()
+    assert len(entries) > 400
+    commands = {word for entry in entries for word in re.findall(r"\bdvdq[ -]([a-z]+)", entry.fix)}
+    assert commands <= set(COMMANDS), commands - set(COMMANDS)
+
+
+def resolve(name: str, **options: str) -> object:
+    family = get_family(tiny.CONFIGS[name])
+    sizes = {"height": "128", "width": "128", "num_frames": "17"} | options
+    return resolve_sizes(family, ExportOptions(model="m", out=Path("out"), recipe=RECIPES["w4a4"], **sizes))
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize(
+    ("option", "sizes"), [("height", range(90, 130)), ("width", range(90, 130)), ("num_frames", range(2, 40))]
+)
+def test_suggested_sizes_work(name: str, option: str, sizes: range) -> None:
+    """The VAE and the transformer's patch both take them, in the unit of the option."""
+    refused = 0
+    for size in sizes:
+        try:
+            resolve(name, **{option: str(size)})
+        except ShapeError as error:
+            refused += 1
+            suggested = [int(word) for word in (error.available or "").split(" or ")]
+            assert suggested
+            for each in suggested:
+                resolve(name, **{option: str(each)})
+            assert max(abs(each - size) for each in suggested) <= 64
+    assert refused
