@@ -97,10 +97,10 @@ def test_a_step_that_runs_again_is_that_of_one_session() -> None:
     assert [record.bits for record in found[0].trace] == [8, 8, 4, 4, 8, 8, 8, 8, 4, 4, 4, 4]
 
 
-def test_a_transformer_in_pipelines(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_transformer_in_pipelines() -> None:
     """Wan calls the branches one after the other; CogVideoX both in one call, which is run in slices."""
     for kind in ("wan", "cogvideox"):
-        made = exported(tmp_path_factory, kind)
+        made = exported(kind)
         expected = build_pipeline(kind, made.open(delta=0.2))(**arguments(kind, steps=4)).frames
         transformer = DvdqTransformer.from_pretrained(made.out, backend="onnxruntime", delta=0.2, cfg_parallel="cpu")
         assert torch.equal(build_pipeline(kind, transformer)(**arguments(kind, steps=4)).frames, expected)
