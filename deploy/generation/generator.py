@@ -214,18 +214,19 @@ class Generator(ABC):
         """UnsupportedError where there is no second branch for the second device."""
         name, batch = self.family.name, self.artifact.sizes.batch
         single = request.guidance is None or request.guidance <= 1
-        reasons = {
-            f"{name} is distilled: its guidance is an input of the transformer": name in DISTILLED,
-            f"with a guidance of {request.guidance} there is one": single,
-            "mode '16' runs the original checkpoint on one device": request.mode == "16",
-            f"{name} runs both in one call of this export's batch of {batch}": batch > 1 and name in BATCHED,
-        }
-        for reason, holds in reasons.items():
-            if holds:
-                raise UnsupportedError(
-                    f"--cfg-parallel runs two branches of guidance on two devices, and {reason}",
-                    fix="leave --cfg-parallel out",
-                )
+        if name in DISTILLED:
+            reason = f"{name} is distilled: its guidance is an input of the transformer"
+        elif single:
+            reason = f"with a guidance of {request.guidance} there is one"
+        elif request.mode == "16":
+            reason = "mode '16' runs the original checkpoint on one device"
+        elif batch > 1 and name in BATCHED:
+            reason = f"{name} runs both in one call of this export's batch of {batch}"
+        else:
+            return
+        raise UnsupportedError(
+            f"--cfg-parallel runs two branches of guidance on two devices, and {reason}", fix="leave --cfg-parallel out"
+        )
 
     @abstractmethod
     def _rehearse(self, steps: int, tokens: int, pipeline: str) -> None:
