@@ -395,6 +395,11 @@ class RequestTable:
             # Another caller went on with this request, and this call goes on where it was then: that was another loop.
             own.mixed = True
             _refuse_turns()
+        again = timestep == own.position.timestep and branch is not None and branch in own.position.called
+        if again and step is None and own.caller is not caller:
+            # Two callers made the same call of this step: each has a loop of its own.
+            own.mixed = True
+            _refuse_turns()
         same = own.position.awaits(branch, step, timestep, 0)
         if other is not None:
             # Another loop goes on, in the middle of a step that may have been its own.
