@@ -449,9 +449,11 @@ class ExportTransaction:
             self._lock = install(lock, stage, files, self.previous)
         except OSError as error:
             if _may_be_there(self.out / COMMIT):
-                raise OutputError(
-                    f"the export is finished, but putting it in place failed at {error.filename}: {error.strerror}",
-                    fix=f"remove the cause ({disk_error(error, self.out).fix}); the same command with --resume completes it",
+                cause = disk_error(error, self.out)
+                raise type(cause)(
+                    f"the export is finished, but putting it in place failed at {error.filename or self.out}: "
+                    f"{error.strerror}",
+                    fix=f"remove the cause ({cause.fix}); the same command with --resume completes it",
                 ) from error
             raise disk_error(error, error.filename or self.out) from error
         self.committed = True

@@ -312,7 +312,10 @@ def test_too_few_open_files(tmp_path: Path) -> None:
         if code == 0:
             enough = spare
             break
-        assert names_in(tmp_path / "out") == {*content(1), "manifest.json"}
+        # Removing its own folder takes a descriptor, too: what stays is swept by the run that comes through.
+        kept = {name for name in names_in(tmp_path / "out") if not name.startswith(".tmp-")}
+        assert kept == {*content(1), "manifest.json"}
+    assert names_in(tmp_path / "out") == {*content(2), "manifest.json"}
     assert enough is not None
 
 

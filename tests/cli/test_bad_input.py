@@ -212,7 +212,10 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "a card that is too old": (["--gpu", "Tesla T4", *SIZES], ["T4", "7.5", "bf16", "fix: "]),
     "unknown realization": (["--precision", "int3", *SIZES], ["int3", "nvfp4"]),
     "realization this SM lacks": (["--precision", "nvfp4", *SIZES], ["nvfp4", "8.9", "int8"]),
-    "TensorRT without its plugin": (["--target", "tensorrt", *SIZES], ["tensorrt"]),
+    "TensorRT built here, without its plugin": (
+        ["--target", "tensorrt", "--build", "here", *SIZES],
+        ["tensorrt"],
+    ),
     "height no multiple of the VAE": (["--height", "479"], ["--height", "479", "464 or 480"]),
     "latent no multiple of the patch": (["--latent", "2x7x8"], ["height", "7", "6 or 8"]),
     "frames the VAE cannot have": (["--num-frames", "80"], ["--num-frames", "80", "77 or 81"]),
@@ -259,7 +262,7 @@ def test_tensorrt_without_tensorrt_says_how_to_get_it(pristine: Path, tmp_path: 
         pass
     else:
         pytest.skip("TensorRT is installed here")
-    result = run(pristine, "-o", tmp_path / "out", "--target", "tensorrt", *SIZES)
+    result = run(pristine, "-o", tmp_path / "out", "--target", "tensorrt", "--build", "here", *SIZES)
     refused(result, "tensorrt cannot be imported", "pip install 'dvdquant[tensorrt]'", "rtx target")
     assert not (tmp_path / "out").exists()
 

@@ -107,7 +107,8 @@ def test_import_is_light() -> None:
 
 
 def test_every_module_imports_without_gpu_tensorrt_or_network() -> None:
-    names = _modules()
+    # What runs inside ComfyUI imports ComfyUI.
+    names = [name for name in _modules() if not name.startswith("dvdquant.deploy.comfyui.")]
     code = f"""{BARE}
 import importlib
 for name in {names!r}:

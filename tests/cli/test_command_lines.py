@@ -256,7 +256,7 @@ main([])
         ("set -o pipefail; (sleep 0.5; {inspect} --help) | true", 141, ""),
         ("{inspect} --version | head -1 > /dev/null", 0, ""),
         ("{inspect} --no-$'\\x1b[31m'", 2, "error: No such option '--no-\\x1b[31m'"),
-        ("{run} $'\\x1b[31m' --log-format json", 2, '"event": "error", "error": "UsageError"'),
+        ("{run} $'\\x1b[31m' --log-format json --steps $'\\x1b[31m'", 2, '"event": "error", "error": "UsageError"'),
         ("PYTHONUNBUFFERED=1 {inspect} --help > /dev/full", 2, "standard output cannot be written: No space left"),
         ("PYTHONUNBUFFERED= {inspect} --help > /dev/full", 2, "standard output cannot be written: No space left"),
         ("PYTHONIOENCODING=ascii {inspect} --help > /dev/null", 0, ""),

@@ -201,8 +201,7 @@ def test_bad_inputs_of_other_families() -> None:
             session.run(inputs, 8)
     with open_session(ltx, device="cpu", backend="onnxruntime", bits=[8]) as session:
         inputs = sample(ltx)
-        for name in ("hidden_states", "video_coords"):
-            axis = 1 if name == "hidden_states" else 2
+        for name, axis in (("hidden_states", 1), ("timestep", 1), ("video_coords", 2)):
             inputs[name] = torch.cat([inputs[name]] * 4, axis)
         with pytest.raises(
             ShapeError, match=r"768 video tokens(?s:.)*48..480 tokens: frames 2..4 latents \(9..25 frames"

@@ -360,7 +360,7 @@ def test_ranges() -> None:
 @pytest.mark.parametrize(
     ("config", "options", "named"),
     [
-        (tiny.WAN, {"height": "479"}, ["--height", "479", "472 or 480"]),
+        (tiny.WAN, {"height": "479"}, ["--height", "479", "464 or 480"]),
         (tiny.WAN, {"width": "480:485"}, ["--width", "485", "8"]),
         (tiny.WAN, {"latent": "4x9x8"}, ["height", "9", "8 or 10"]),
         (tiny.WAN, {"latent": "4x1x8"}, ["height", "1", "2 or 2"]),

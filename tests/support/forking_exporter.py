@@ -36,6 +36,7 @@ def options(request: dict[str, Any]) -> ExportOptions:
         latent="2x8x8",
         text_tokens=4,
         resume=request.get("resume", False),
+        replace=True,
     )
 
 
