@@ -429,7 +429,7 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
         largest = max(held.values())
         small = [f"{gib} GiB" for gib in DEVICE_GIB if largest > gib << 30]
         lines.append(
-            "on the device, weights of one transformer: "
+            "on the device, an engine of one transformer with its weights: "
             + ", ".join(f"{name} {amount(size)}" for name, size in held.items())
             + (f"; too small for them alone: {', '.join(small)}" if small else "")
         )
