@@ -25,6 +25,7 @@ __all__ = [
     "NewJob",
     "QueueFullError",
     "Status",
+    "ending",
     "job_from_row",
     "new_video_id",
     "worker_lost",
@@ -65,6 +66,20 @@ CANCELLED = Failure("cancelled", "the job was cancelled")
 def worker_lost(attempts: int) -> Failure:
     """Return the reason of a job whose worker died as often as it was tried."""
     return Failure("worker_lost", f"the worker process died in each of {attempts} attempts at this job")
+
+
+def ending(failure: Failure, *, cancelled: bool, attempts: int, final: bool = False) -> Failure | None:
+    """Return how a job ends whose attempt came to nothing, or None where it waits for another attempt.
+
+    Args:
+        failure: Why the attempt came to nothing.
+        cancelled: Somebody asked to cancel the job.
+        attempts: The attempts so far that count; :data:`MAX_ATTEMPTS` is the last one.
+        final: No other attempt would help.
+    """
+    if cancelled:
+        return CANCELLED
+    return failure if final or attempts >= MAX_ATTEMPTS else None
 
 
 @dataclass(frozen=True)

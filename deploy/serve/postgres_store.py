@@ -15,13 +15,13 @@ from psycopg.rows import dict_row
 
 from dvdquant.deploy.serve.jobs import (
     CANCELLED,
-    MAX_ATTEMPTS,
     Beat,
     Failure,
     Job,
     JobStore,
     NewJob,
     QueueFullError,
+    ending,
     job_from_row,
     new_video_id,
     worker_lost,
@@ -216,12 +216,8 @@ class PostgresStore(JobStore):
             row = self._held(db, video, token)
             if row is None:
                 return None
-            if row["cancelled"]:
-                self._end(db, video, CANCELLED, keep)
-            elif final or row["attempts"] >= MAX_ATTEMPTS:
-                self._end(db, video, failure, keep)
-            else:
-                self._queue(db, video, counted=True)
+            end = ending(failure, cancelled=row["cancelled"], attempts=row["attempts"], final=final)
+            self._settle(db, video, end, keep)
             after = self._one(db, "select * from dvdq_jobs where id = %s", video)
         return None if after is None else job_from_row(after.__getitem__)
 
@@ -231,10 +227,7 @@ class PostgresStore(JobStore):
             row = self._held(db, video, token)
             if row is None:
                 return False
-            if row["cancelled"]:
-                self._end(db, video, CANCELLED, self.keep)
-            else:
-                self._queue(db, video, counted=False)
+            self._settle(db, video, CANCELLED if row["cancelled"] else None, self.keep, counted=False)
             return True
 
     def abandon(self, worker: str | None) -> int:
@@ -262,13 +255,17 @@ class PostgresStore(JobStore):
         text = f"select * from dvdq_jobs where {where} for update skip locked"
         rows = db.execute(text, values).fetchall()
         for row in rows:
-            if row["cancelled"]:
-                self._end(db, row["id"], CANCELLED, self.keep)
-            elif row["attempts"] >= MAX_ATTEMPTS:
-                self._end(db, row["id"], worker_lost(row["attempts"]), self.keep)
-            else:
-                self._queue(db, row["id"], counted=True)
+            lost = worker_lost(row["attempts"])
+            end = ending(lost, cancelled=row["cancelled"], attempts=row["attempts"])
+            self._settle(db, row["id"], end, self.keep)
         return len(rows)
+
+    def _settle(self, db: Connection, video: str, end: Failure | None, keep: float, *, counted: bool = True) -> None:
+        """End a job, or queue it again where there is no end; an attempt that is not counted is taken back."""
+        if end is None:
+            self._queue(db, video, counted=counted)
+        else:
+            self._end(db, video, end, keep)
 
     @staticmethod
     def _queue(db: Connection, video: str, *, counted: bool) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 
 from dvdquant.deploy.serve.jobs import (
     CANCELLED,
-    MAX_ATTEMPTS,
     Beat,
     Failure,
     Job,
     JobStore,
     NewJob,
     QueueFullError,
+    ending,
     job_from_row,
     new_video_id,
     worker_lost,
@@ -205,12 +205,8 @@ class SqliteStore(JobStore):
             row = db.execute("select * from jobs where id = ? and token = ?", (video, token)).fetchone()
             if row is None:
                 return None
-            if row["cancelled"]:
-                self._end(db, video, CANCELLED, keep)
-            elif final or row["attempts"] >= MAX_ATTEMPTS:
-                self._end(db, video, failure, keep)
-            else:
-                self._queue(db, video, counted=True)
+            end = ending(failure, cancelled=row["cancelled"], attempts=row["attempts"], final=final)
+            self._settle(db, video, end, keep)
             return _job(db.execute("select * from jobs where id = ?", (video,)).fetchone())
 
     def release(self, video: str, token: str) -> bool:
@@ -219,10 +215,7 @@ class SqliteStore(JobStore):
             row = db.execute("select * from jobs where id = ? and token = ?", (video, token)).fetchone()
             if row is None:
                 return False
-            if row["cancelled"]:
-                self._end(db, video, CANCELLED, self.keep)
-            else:
-                self._queue(db, video, counted=False)
+            self._settle(db, video, CANCELLED if row["cancelled"] else None, self.keep, counted=False)
             return True
 
     def abandon(self, worker: str | None) -> int:
@@ -249,13 +242,19 @@ class SqliteStore(JobStore):
         """Queue the jobs of dead workers again, or end those that were tried too often. Return how many there were."""
         rows = found.fetchall()
         for row in rows:
-            if row["cancelled"]:
-                self._end(db, row["id"], CANCELLED, self.keep)
-            elif row["attempts"] >= MAX_ATTEMPTS:
-                self._end(db, row["id"], worker_lost(row["attempts"]), self.keep)
-            else:
-                self._queue(db, row["id"], counted=True)
+            lost = worker_lost(row["attempts"])
+            end = ending(lost, cancelled=row["cancelled"], attempts=row["attempts"])
+            self._settle(db, row["id"], end, self.keep)
         return len(rows)
+
+    def _settle(
+        self, db: sqlite3.Connection, video: str, end: Failure | None, keep: float, *, counted: bool = True
+    ) -> None:
+        """End a job, or queue it again where there is no end; an attempt that is not counted is taken back."""
+        if end is None:
+            self._queue(db, video, counted=counted)
+        else:
+            self._end(db, video, end, keep)
 
     @staticmethod
     def _queue(db: sqlite3.Connection, video: str, *, counted: bool) -> None:

@@ -9,7 +9,6 @@ import concurrent.futures
 import json
 import os
 import random
-import shutil
 import signal
 import threading
 import time
@@ -26,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 
 from benchmarks.serving.process import PROMPT, START_SECONDS, ServerProcess
 from dvdquant.deploy.generation.encoder import count_frames
+from tests.support.browser import headless_chromium
 from tests.support.exporting import TINY_WAN
 from tests.support.postgres import postgres
 from tests.support.running import tiny_wan_export
@@ -590,15 +590,7 @@ def _change(body: bytearray, chance: random.Random) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium, driven by playwright."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'dvdquant[test]'")
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("needs Chromium on PATH: Debian's package chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    yield from headless_chromium()
 
 
 def test_the_live_page_draws_a_clip(browser: Any, server: ServerProcess, tmp_path: Path) -> None:
