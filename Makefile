@@ -24,7 +24,7 @@ help:
 	@echo "make test    ruff, mypy and the test suite"
 	@echo "make gpu-check  the CUDA kernels on this machine's GPU: right and how fast, one table (GPU_PYTHON=, GPU_OUT=)"
 	@echo "make stress  the fault tests at their full counts: 500 kills, 200 races, 100 000 mutations"
-	@echo "make campaign  500 000 mutations over all parsers, command lines, 200 kills, as a table (CAMPAIGN= names some parts)"
+	@echo "make campaign  more than 400 000 mutations over the parsers, command lines, 200 kills, as a table (CAMPAIGN= names some parts)"
 	@echo "make variants  the numeric tests as other processors run them: threads, instruction sets (VARIANTS= names some)"
 	@echo "make kernels        the CUDA kernels' library (needs nvcc); kernels-check also reads its machine code"
 	@echo "make kernels plugin HOST=aarch64 SM=\"87 110\"  both for a Jetson, on x86-64"

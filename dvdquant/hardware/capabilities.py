@@ -62,7 +62,7 @@ CAPABILITIES: dict[str, Capability] = {
     for each in (
         Capability("7.0", "V100", kernels=False, refused="it has neither bf16 nor INT8 tensor cores"),
         Capability(
-            "7.5", "T4, RTX 20, GTX 16", kernels=False, refused="it has no bf16, and TensorRT-RTX builds no INT8 for it"
+            "7.5", "T4, RTX 20, GTX 16", kernels=False, refused="it has no bf16, and TensorRT-RTX has no INT4 there"
         ),
         Capability("8.0", "A100, A30", rtx=True, kernels_a4=_S4),
         Capability("8.6", "RTX 30, RTX A, A10, A40", rtx=True, kernels_a4=_S4),

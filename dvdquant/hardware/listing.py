@@ -20,7 +20,7 @@ def short_rows() -> Iterator[tuple[str, ...]]:
         if not found.refused:
             target, _ = choose_target([sm])
             recipe = choose_recipe([sm], [target]).recipe
-            ran = "kernels and PyTorch sessions" if found.measured else "nothing yet"
+            ran = "kernels and PyTorch sessions, on one H100" if found.measured else "nothing yet"
             yield found.cards, sm, f"`{target}`", f"`{recipe}`", runs_words(sm), ran
 
 
@@ -44,7 +44,7 @@ def _row(title: str, sm: str, gpus: list[Gpu]) -> tuple[str, ...]:
         return names, sm, memory, "none", "none", found.refused, "refused"
     target, _ = choose_target([sm])
     recipe = choose_recipe([sm], [target]).recipe
-    return names, sm, memory, target, recipe, runs_words(sm), "measured" if found.measured else "nothing yet"
+    return names, sm, memory, target, recipe, runs_words(sm), "one H100" if found.measured else "nothing yet"
 
 
 def runs_words(sm: str) -> str:

@@ -1,4 +1,4 @@
-"""Everything about the kernels that needs a GPU, in one command: ``make gpu-check``, minutes on an H200.
+"""Everything about the kernels that needs a GPU, in one command: ``make gpu-check``.
 
     python kernels/check/gpu_check.py [--out FOLDER] [--seconds 480]
 
@@ -245,6 +245,11 @@ class Running:
         self._process.wait()
 
 
+def gpu_tests() -> list[str]:
+    """Return the files of the test suite that hold tests marked gpu."""
+    return [str(p) for p in sorted((REPOSITORY / "tests").rglob("test_*.py")) if "mark.gpu" in p.read_text()]
+
+
 def start_pytest(slow: bool = True) -> Running | Outcome:
     """Start the tests marked gpu, of the files that have some.
 
@@ -258,9 +263,11 @@ def start_pytest(slow: bool = True) -> Running | Outcome:
     """
     marks = "gpu" if slow else "gpu and not slow"
     name = f"pytest -m '{marks}'"
-    files = [str(p) for p in sorted((REPOSITORY / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
-    if importlib.util.find_spec("pytest") is None or not files:
-        return Outcome(name, True, 0, note="not run: no pytest, or no such tests")
+    files = gpu_tests()
+    if not files:
+        return Outcome(name, False, 0, note="not run: the checkout holds no such tests")
+    if importlib.util.find_spec("pytest") is None:
+        return Outcome(name, True, 0, note="not run: no pytest")
     command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:cacheprovider", "-rfE",
                "--continue-on-collection-errors", *files]  # fmt: skip
     return Running(name, command, judge_pytest, may_be_late=False)

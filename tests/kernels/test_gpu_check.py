@@ -256,6 +256,14 @@ def test_many_tokens_are_checked_at_the_edges_of_tiles(library: type[HostLibrary
         assert all(products) if passes else not any(products)
 
 
+def test_every_test_for_a_gpu_is_found() -> None:
+    """In whichever room of the suite it lies."""
+    root = Path(__file__).parents[1]
+    marked = {str(p) for p in root.glob("*/test_*.py") if "@pytest.mark.gpu" in p.read_text()}
+    assert len(marked) > 5
+    assert marked <= set(gpu_check.gpu_tests())
+
+
 def test_pytest_rows_excuse_missing_packages_only() -> None:
     lacks = "ERROR tests/test_a.py - ModuleNotFoundError: No module named 'diffusers'\n"
     row = gpu_check.judge_pytest("p", 1, lacks + "3 passed, 1 error in 2s")
