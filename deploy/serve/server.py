@@ -163,9 +163,17 @@ class _Run:
     async def _expire(self) -> None:
         """Delete what has expired, now and every minute."""
         while True:
-            with contextlib.suppress(OSError):
-                for video in await self.service.run(self.store.expire, time.time()):
+            try:
+                expired = await self.service.run(self.store.expire, time.time())
+            except Exception:  # of sqlite3 or psycopg; a store that is away comes back
+                log.exception("the store does not say what has expired")
+                expired = []
+            for video in expired:
+                try:
                     await self.service.run(self.files.delete, video)
+                except OSError:
+                    log.exception("the clip of %s, which has expired, cannot be deleted", video)
+                else:
                     log_event(log, "video_expired", video=video)
             await asyncio.sleep(EXPIRE_SECONDS)
 
