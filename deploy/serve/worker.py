@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvdquant.deploy.faults import fault_of
 from dvdquant.deploy.serve.channel import Channel
-from dvdquant.deploy.serve.files import VideoFiles
+from dvdquant.deploy.serve.files import FolderFiles
 from dvdquant.deploy.serve.jobs import CANCELLED, Failure, Job, JobStore
 from dvdquant.deploy.serve.logs import log_event, setup_server_log
 from dvdquant.deploy.serve.settings import ModelSource, WorkerSettings
@@ -107,7 +107,7 @@ class Worker:
         self,
         settings: WorkerSettings,
         store: JobStore,
-        files: VideoFiles,
+        files: FolderFiles,
         tell: Callable[..., Any],
         wrap_session: WrapSession | None = None,
     ) -> None:
@@ -298,14 +298,8 @@ class Worker:
         failure = _failure(error)
         after = self.store.fail(job.id, running.token, failure, keep, final=fault == "request")
         again = after is not None and after.status == "queued"
-        log.error(
-            "job failed",
-            exc_info=error,
-            extra={
-                "dvdq_event": "job_failed",
-                "dvdq_fields": {**fields, "code": failure.code, "again": again, "fault": fault},
-            },
-        )
+        fields.update(code=failure.code, again=again, fault=fault)
+        log_event(log, "job_failed", level=logging.ERROR, text="job failed", error=error, **fields)
         self.tell("ended", status="retried" if again else "failed", model=job.what.model)
         error.__traceback__ = None  # it holds the tensors of the clip
         if fault == "process":
