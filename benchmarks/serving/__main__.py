@@ -73,7 +73,7 @@ def overhead(out: Path, folder: Path, requests: int) -> list[Row]:
 
 
 def throughput(out: Path, folder: Path, requests: int) -> list[Row]:
-    """Send jobs from 16 clients to one worker with a queue of 32."""
+    """Send jobs from 16 clients to one worker with a queue of 8."""
     numbers, lock = iter(range(requests)), threading.Lock()
     times: list[float] = []
     ids: set[str] = set()

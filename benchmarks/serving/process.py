@@ -38,8 +38,8 @@ class ServerProcess:
         self.url = ""
         self.port = 0
 
-    def start(self, *, ready: bool = True) -> ServerProcess:
-        """Start it, and wait until it listens, or until a worker is ready."""
+    def start(self) -> ServerProcess:
+        """Start it, and wait until a worker is ready."""
         module = "dvdquant.cli.serve" if self.stub is None else "benchmarks.serving.stub_server"
         words = [self.out, "--data", self.data, "--port", self.port, "--pipeline", TINY_WAN, "--device", "cpu"]
         words += ["--backend", "onnxruntime", "--no-warm-up", *self.options]
@@ -59,17 +59,16 @@ class ServerProcess:
             time.sleep(0.05)
         self.url = said[-1]["address"]
         self.port = int(self.url.rpartition(":")[2])
-        if ready:
-            self.wait_ready()
+        self.wait_ready()
         return self
 
-    def wait_ready(self) -> float:
-        """Wait until jobs are taken; the seconds that it took."""
-        begin = time.monotonic()
-        while time.monotonic() < begin + START_SECONDS:
+    def wait_ready(self) -> None:
+        """Wait until jobs are taken."""
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
             try:
                 if httpx.get(f"{self.url}/ready", timeout=30).status_code == 200:
-                    return time.monotonic() - begin
+                    return
             except httpx.TransportError:
                 assert self.process is not None
                 assert self.process.poll() is None, self.log_path.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from importlib import resources
@@ -94,7 +95,7 @@ class _Routes:
                 retry_after=_DRAIN_SECONDS,
             )  # fmt: skip
         checked = service.check(await _fields(request))
-        if service.disk_is_full():
+        if await service.run(service.disk_is_full):
             return problem(
                 503, "the server has no room for more clips", "server_error", code="disk_full", retry_after=60
             )
@@ -156,21 +157,21 @@ class _Routes:
 
     async def cancel_video(self, request: Request) -> Response:
         """Stop a job; what ended already stays as it is."""
-        job = await self._job(request)
-        after = await self.service.run(self.service.store.cancel, job.id)
+        video = _video_id(request)
+        after = await self.service.run(self.service.store.cancel, video)
         if after is None:
-            raise HTTPException(404)
-        self.service.pool.tell("cancel", video=job.id)
+            raise _no_video()
+        self.service.pool.tell("cancel", video=video)
         return JSONResponse(video_json(after))
 
     async def delete_video(self, request: Request) -> Response:
         """Delete a job and its clip; a running one stops."""
-        job = await self._job(request)
-        if not await self.service.run(self.service.store.delete, job.id):
-            raise HTTPException(404)
-        self.service.pool.tell("cancel", video=job.id)
-        await self.service.run(self.service.files.delete, job.id)
-        return JSONResponse(deleted_json(job.id))
+        video = _video_id(request)
+        if not await self.service.run(self.service.store.delete, video):
+            raise _no_video()
+        self.service.pool.tell("cancel", video=video)
+        await self.service.run(self.service.files.delete, video)
+        return JSONResponse(deleted_json(video))
 
     async def remix_video(self, request: Request) -> Response:
         """Refuse: the models have no such input."""
@@ -181,10 +182,9 @@ class _Routes:
         )  # fmt: skip
 
     async def _job(self, request: Request) -> Job:
-        video = request.path_params["video"]
-        job = await self.service.run(self.service.store.get, video) if VIDEO_ID.fullmatch(video) else None
+        job = await self.service.run(self.service.store.get, _video_id(request))
         if job is None:
-            raise HTTPException(404, "there is no video of this id")
+            raise _no_video()
         return job
 
     # ---------------------------------------------------------------------------------------------------------- models
@@ -300,6 +300,19 @@ def _whole(text: str, name: str, low: int, high: int) -> int:
     return int(value)
 
 
+def _video_id(request: Request) -> str:
+    """Return the id in a path; 404 if it has not the form of one."""
+    video: str = request.path_params["video"]
+    if not VIDEO_ID.fullmatch(video):
+        raise _no_video()
+    return video
+
+
+def _no_video() -> HTTPException:
+    return HTTPException(404, "there is no video of this id")
+
+
+@functools.cache
 def _asset(name: str) -> str:
     return (resources.files("dvdquant.deploy.serve") / "assets" / name).read_text(encoding="utf-8")
 

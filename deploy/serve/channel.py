@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 __all__ = ["Channel"]
+
+log = logging.getLogger(__name__)
 
 
 class Channel:
@@ -40,10 +43,16 @@ class Channel:
         return True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield messages until the other end is gone."""
-        with contextlib.suppress(OSError, ValueError):
+        """Yield messages until the other end is gone, or sends what is no message."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed here
             for line in self._lines:
-                message = json.loads(line)
+                if not line.endswith(b"\n"):
+                    return  # the other end was killed in the middle of it
+                try:
+                    message = json.loads(line)
+                except ValueError:
+                    log.error("the channel ends, because the other process has sent what is no JSON: %r", line[:200])
+                    return
                 if isinstance(message, dict):
                     yield message
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation import limits
-from dvdquant.deploy.generation.check import RequestChecker, TableChecker, open_checker
+from dvdquant.deploy.generation.check import DISTILLED, RequestChecker, TableChecker, open_checker
 from dvdquant.deploy.generation.request import GenerateRequest, VideoSize
 from dvdquant.deploy.serve.jobs import NewJob
 from dvdquant.deploy.serve.requests import frames_of_seconds, generate_request
@@ -16,9 +16,6 @@ from dvdquant.deploy.serve.settings import Limits, ModelSource
 from dvdquant.errors import ShapeError
 
 __all__ = ["CheckedRequest", "ServedModel"]
-
-# Guidance-distilled: the transformer is called once a step, whatever the scale.
-_DISTILLED = ("hunyuan-video",)
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class ServedModel:
         steps, guidance = request.steps, request.guidance
         if steps is None or guidance is None or frames is None or height is None or width is None:
             raise ShapeError("the request leaves something open that the model does not fill in")
-        guided = guidance != 1 and self.checker.family.name not in _DISTILLED
+        guided = guidance != 1 and self.checker.family.name not in DISTILLED
         return CheckedRequest(
             model=self.source.name,
             values=filled,

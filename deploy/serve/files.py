@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dvdquant.deploy.serve.jobs import VIDEO_ID
 from dvdquant.system.whole_file import sweep_unfinished
 
-__all__ = ["FolderFiles", "VideoFiles"]
+__all__ = ["FolderFiles"]
 
 
-class VideoFiles(ABC):
-    """Where clips are kept."""
-
-    @abstractmethod
-    def write(self, video: str, make: Callable[[Path], None]) -> int:
-        """Keep the clip that ``make`` writes to the path it gets, whole or not at all. Return its size in bytes.
-
-        Args:
-            video: The id of the job.
-            make: Writes the clip as mp4.
-        """
-
-    @abstractmethod
-    def path(self, video: str) -> Path | None:
-        """Return a local file that holds the clip, or None if there is none."""
-
-    @abstractmethod
-    def delete(self, video: str) -> None:
-        """Delete a clip; nothing happens if there is none."""
-
-    @abstractmethod
-    def ids(self) -> Iterator[str]:
-        """Yield the ids of all clips."""
-
-
-class FolderFiles(VideoFiles):
+class FolderFiles:
     """Clips in a folder, in up to 256 folders below it.
 
     Args:
@@ -49,23 +23,28 @@ class FolderFiles(VideoFiles):
         self.root = root
 
     def write(self, video: str, make: Callable[[Path], None]) -> int:
-        """See :class:`VideoFiles`; ``make`` is an atomic writer, such as :func:`.video.write_mp4`."""
+        """Keep the clip that ``make`` writes to the path it gets, whole or not at all. Return its size in bytes.
+
+        Args:
+            video: The id of the job.
+            make: An atomic writer of an mp4, such as :func:`.video.write_mp4`.
+        """
         path = self._place(video)
         make(path)
         return path.stat().st_size
 
     def path(self, video: str) -> Path | None:
-        """See :class:`VideoFiles`."""
+        """Return the file that holds the clip, or None if there is none."""
         path = self._place(video)
         return path if path.is_file() else None
 
     def delete(self, video: str) -> None:
-        """See :class:`VideoFiles`."""
+        """Delete a clip; nothing happens if there is none."""
         with contextlib.suppress(FileNotFoundError):
             self._place(video).unlink()
 
     def ids(self) -> Iterator[str]:
-        """See :class:`VideoFiles`."""
+        """Yield the ids of all clips."""
         for path in sorted(self.root.glob("??/video_*.mp4")):
             if VIDEO_ID.fullmatch(path.stem):
                 yield path.stem

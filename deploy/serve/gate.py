@@ -114,10 +114,12 @@ class Gate:
         try:
             refused = self._refuse(scope, headers)
             await (self.app if refused is None else refused)(scope, self._limited(receive), answer)
-        except Exception:
+        except Exception as error:
             # The application has answered every fault that came before its answer. A fault that came later must break
             # the connection, or the client takes a part for the whole.
-            log.exception("a request failed", extra={"dvdq_fields": {"request": request_id}})
+            log_event(
+                log, "request_failed", level=logging.ERROR, text="a request failed", error=error, request=request_id
+            )
             if not whole:
                 raise
         self._note(scope, request_id, status, time.perf_counter() - started)

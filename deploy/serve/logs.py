@@ -32,7 +32,15 @@ def setup_server_log(log_format: str, verbose: int, **fixed: Any) -> None:
     logging.getLogger("dvdquant.deploy.serve").setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
 
 
-def log_event(logger: logging.Logger, event: str, *, level: int = logging.INFO, text: str = "", **fields: Any) -> None:
+def log_event(
+    logger: logging.Logger,
+    event: str,
+    *,
+    level: int = logging.INFO,
+    text: str = "",
+    error: BaseException | None = None,
+    **fields: Any,
+) -> None:
     """Log one event with its fields.
 
     Args:
@@ -40,17 +48,26 @@ def log_event(logger: logging.Logger, event: str, *, level: int = logging.INFO, 
         event: A word that names the event.
         level: The level.
         text: A sentence for people.
+        error: What went wrong; its traceback is logged.
         fields: Values that JSON can carry.
     """
-    logger.log(level, text or event, extra={_EVENT: event, _FIELDS: fields})
+    logger.log(level, text or event, exc_info=error, extra={_EVENT: event, _FIELDS: fields})
 
 
-class _JsonLines(logging.Formatter):
-    """One JSON object a line."""
+class _Lines(logging.Formatter):
+    """Events with the fields that all have.
+
+    Args:
+        fixed: The fields.
+    """
 
     def __init__(self, fixed: dict[str, Any]) -> None:
         super().__init__()
         self.fixed = fixed
+
+
+class _JsonLines(_Lines):
+    """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = {
@@ -69,12 +86,8 @@ class _JsonLines(logging.Formatter):
         return json_text({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()})
 
 
-class _TextLines(logging.Formatter):
+class _TextLines(_Lines):
     """One line of text, with the fields behind it."""
-
-    def __init__(self, fixed: dict[str, Any]) -> None:
-        super().__init__()
-        self.fixed = fixed
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {**self.fixed, **getattr(record, _FIELDS, {})}

@@ -6,26 +6,14 @@ import contextlib
 import dataclasses
 import json
 import secrets
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 from psycopg.rows import dict_row
 
-from dvdquant.deploy.serve.jobs import (
-    CANCELLED,
-    Beat,
-    Failure,
-    Job,
-    JobStore,
-    NewJob,
-    QueueFullError,
-    ending,
-    job_from_row,
-    new_video_id,
-    worker_lost,
-)
+from dvdquant.deploy.serve.jobs import CANCELLED, Beat, Failure, Job, NewJob, QueueFullError, job_from_row, new_video_id
+from dvdquant.deploy.serve.sql_store import SqlStore
 from dvdquant.errors import OutputError
 from dvdquant.text import shown
 
@@ -50,7 +38,7 @@ Row = dict[str, Any]
 Connection = psycopg.Connection[Row]
 
 
-class PostgresStore(JobStore):
+class PostgresStore(SqlStore[Connection]):
     """See :class:`JobStore`. Each thread has a connection of its own, which is opened again when it breaks.
 
     Args:
@@ -64,11 +52,8 @@ class PostgresStore(JobStore):
     shared = True
 
     def __init__(self, url: str, keep: float = 86400.0) -> None:
+        super().__init__(keep)
         self.url = url
-        self.keep = keep
-        self._local = threading.local()
-        self._open: list[Connection] = []
-        self._opening = threading.Lock()
         try:
             with self._transaction() as db:
                 db.execute("select pg_advisory_xact_lock(%s)", (_CREATING,))
@@ -110,8 +95,8 @@ class PostgresStore(JobStore):
 
     def get(self, video: str) -> Job | None:
         """See :class:`JobStore`."""
-        with self._transaction() as db:
-            row = self._one(db, "select * from dvdq_jobs where id = %s", video)
+        with self._connection() as db:
+            row = self._row(db, video)
         return None if row is None else job_from_row(row.__getitem__)
 
     def page(self, after: str | None, limit: int, *, ascending: bool = False) -> list[Job]:
@@ -129,13 +114,13 @@ class PostgresStore(JobStore):
 
     def ahead_of(self, job: Job) -> int:
         """See :class:`JobStore`."""
-        with self._transaction() as db:
+        with self._connection() as db:
             row = self._one(db, "select count(*) as n from dvdq_jobs where status = 'queued' and seq < %s", job.seq)
         return 0 if row is None else int(row["n"])
 
     def counts(self) -> dict[str, int]:
         """See :class:`JobStore`."""
-        with self._transaction() as db:
+        with self._connection() as db:
             rows = db.execute("select status, count(*) as n from dvdq_jobs group by status").fetchall()
         return {row["status"]: row["n"] for row in rows}
 
@@ -149,17 +134,17 @@ class PostgresStore(JobStore):
                 self._end(db, video, CANCELLED, self.keep)
             elif row["status"] == "in_progress":
                 db.execute("update dvdq_jobs set cancelled = 1 where id = %s", (video,))
-            after = self._one(db, "select * from dvdq_jobs where id = %s", video)
+            after = self._row(db, video)
         return None if after is None else job_from_row(after.__getitem__)
 
     def delete(self, video: str) -> bool:
         """See :class:`JobStore`."""
-        with self._transaction() as db:
+        with self._connection() as db:
             return db.execute("delete from dvdq_jobs where id = %s", (video,)).rowcount > 0
 
     def expire(self, now: float) -> list[str]:
         """See :class:`JobStore`."""
-        with self._transaction() as db:
+        with self._connection() as db:
             rows = db.execute(
                 "delete from dvdq_jobs where id in (select id from dvdq_jobs where expires_at < %s limit 1000) returning id",
                 (now,),
@@ -171,7 +156,7 @@ class PostgresStore(JobStore):
     def claim(self, worker: str, models: tuple[str, ...], lease: float) -> Job | None:
         """See :class:`JobStore`."""
         with self._transaction() as db:
-            self._put_back(db, f"status = 'in_progress' and lease < {_NOW}")
+            self._put_back(db, self._dead(db, f"status = 'in_progress' and lease < {_NOW}"))
             row = self._one(
                 db,
                 f"update dvdq_jobs set status = 'in_progress', worker = %s, token = %s, lease = {_NOW} + %s, "
@@ -186,7 +171,7 @@ class PostgresStore(JobStore):
 
     def beat(self, video: str, token: str, lease: float, progress: int, bits: str) -> Beat:
         """See :class:`JobStore`."""
-        with self._transaction() as db:
+        with self._connection() as db:
             row = self._one(
                 db,
                 f"update dvdq_jobs set lease = {_NOW} + %s, progress = greatest(progress, %s), bits = %s "
@@ -201,7 +186,7 @@ class PostgresStore(JobStore):
 
     def complete(self, video: str, token: str, summary: dict[str, Any], keep: float) -> bool:
         """See :class:`JobStore`."""
-        with self._transaction() as db:
+        with self._connection() as db:
             done = db.execute(
                 f"update dvdq_jobs set status = 'completed', progress = 100, completed_at = {_NOW}, "
                 f"expires_at = {_NOW} + %s, summary = %s, token = null, lease = null "
@@ -210,73 +195,34 @@ class PostgresStore(JobStore):
             )
             return done.rowcount > 0
 
-    def fail(self, video: str, token: str, failure: Failure, keep: float, *, final: bool) -> Job | None:
-        """See :class:`JobStore`."""
-        with self._transaction() as db:
-            row = self._held(db, video, token)
-            if row is None:
-                return None
-            end = ending(failure, cancelled=row["cancelled"], attempts=row["attempts"], final=final)
-            self._settle(db, video, end, keep)
-            after = self._one(db, "select * from dvdq_jobs where id = %s", video)
-        return None if after is None else job_from_row(after.__getitem__)
-
-    def release(self, video: str, token: str) -> bool:
-        """See :class:`JobStore`."""
-        with self._transaction() as db:
-            row = self._held(db, video, token)
-            if row is None:
-                return False
-            self._settle(db, video, CANCELLED if row["cancelled"] else None, self.keep, counted=False)
-            return True
-
     def abandon(self, worker: str | None) -> int:
         """See :class:`JobStore`."""
         with self._transaction() as db:
             if worker is None:
-                return self._put_back(db, "status = 'in_progress'")
-            return self._put_back(db, "status = 'in_progress' and worker = %s", worker)
-
-    def close(self) -> None:
-        """See :class:`JobStore`."""
-        with self._opening:
-            for connection in self._open:
-                connection.close()
-            self._open.clear()
-            self._local = threading.local()
+                return self._put_back(db, self._dead(db, "status = 'in_progress'"))
+            return self._put_back(db, self._dead(db, "status = 'in_progress' and worker = %s", worker))
 
     # ----------------------------------------------------------------------------------------------------- the database
+
+    def _row(self, db: Connection, video: str) -> Row | None:
+        return self._one(db, "select * from dvdq_jobs where id = %s", video)
 
     def _held(self, db: Connection, video: str, token: str) -> Row | None:
         return self._one(db, "select * from dvdq_jobs where id = %s and token = %s for update", video, token)
 
-    def _put_back(self, db: Connection, where: str, *values: Any) -> int:
-        """Queue the jobs of dead workers again, or end those that were tried too often. Return how many there were."""
-        text = f"select * from dvdq_jobs where {where} for update skip locked"
-        rows = db.execute(text, values).fetchall()
-        for row in rows:
-            lost = worker_lost(row["attempts"])
-            end = ending(lost, cancelled=row["cancelled"], attempts=row["attempts"])
-            self._settle(db, row["id"], end, self.keep)
-        return len(rows)
-
-    def _settle(self, db: Connection, video: str, end: Failure | None, keep: float, *, counted: bool = True) -> None:
-        """End a job, or queue it again where there is no end; an attempt that is not counted is taken back."""
-        if end is None:
-            self._queue(db, video, counted=counted)
-        else:
-            self._end(db, video, end, keep)
-
     @staticmethod
-    def _queue(db: Connection, video: str, *, counted: bool) -> None:
+    def _dead(db: Connection, where: str, *values: Any) -> list[Row]:
+        """Return the jobs of dead workers that nobody else is putting back."""
+        return db.execute(f"select * from dvdq_jobs where {where} for update skip locked", values).fetchall()
+
+    def _queue(self, db: Connection, video: str, *, counted: bool) -> None:
         db.execute(
             "update dvdq_jobs set status = 'queued', progress = 0, bits = '', worker = null, token = null, lease = null, "
             "started_at = null, attempts = attempts - %s where id = %s",
             (0 if counted else 1, video),
         )
 
-    @staticmethod
-    def _end(db: Connection, video: str, failure: Failure, keep: float) -> None:
+    def _end(self, db: Connection, video: str, failure: Failure, keep: float) -> None:
         db.execute(
             f"update dvdq_jobs set status = 'failed', completed_at = {_NOW}, expires_at = {_NOW} + %s, failure = %s, "
             "token = null, lease = null where id = %s",
@@ -288,18 +234,23 @@ class PostgresStore(JobStore):
         return db.execute(text, values).fetchone()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        """Run the block as one transaction on the connection of this thread."""
-        connection: Connection | None = getattr(self._local, "connection", None)
+    def _connection(self) -> Iterator[Connection]:
+        """Give the connection of this thread, on which each statement is a transaction."""
+        connection = self._own()
         if connection is None or connection.closed:
             connection = psycopg.connect(self.url, row_factory=dict_row, connect_timeout=10, autocommit=True)
             with self._opening:
                 self._open[:] = [each for each in self._open if not each.closed]
-                self._open.append(connection)
-            self._local.connection = connection
+                self._take(connection)
         try:
-            with connection.transaction():
-                yield connection
+            yield connection
         except psycopg.OperationalError:
             connection.close()  # the next call opens another one
             raise
+
+    @contextlib.contextmanager
+    def _transaction(self, *, durable: bool = True) -> Iterator[Connection]:
+        """See :class:`SqlStore`; every transaction is durable here."""
+        del durable
+        with self._connection() as connection, connection.transaction():
+            yield connection

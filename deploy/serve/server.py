@@ -18,7 +18,7 @@ import uvicorn
 
 from dvdquant import errors
 from dvdquant.deploy.serve.app import make_app
-from dvdquant.deploy.serve.files import FolderFiles, VideoFiles
+from dvdquant.deploy.serve.files import FolderFiles
 from dvdquant.deploy.serve.jobs import JobStore
 from dvdquant.deploy.serve.logs import log_event, setup_server_log
 from dvdquant.deploy.serve.metrics import ServerMetrics
@@ -87,7 +87,7 @@ class _Run:
         self,
         settings: ServerSettings,
         store: JobStore,
-        files: VideoFiles,
+        files: FolderFiles,
         metrics: ServerMetrics,
         worker_command: Sequence[str],
     ) -> None:
@@ -106,8 +106,7 @@ class _Run:
         if self.store.shared:
             return  # other servers are at work: leases tell what is dead, and files may belong to their jobs
         again = self.store.abandon(None)
-        if isinstance(self.files, FolderFiles):
-            self.files.sweep()
+        self.files.sweep()
         orphans = 0
         for video in self.files.ids():
             job = self.store.get(video)
@@ -163,9 +162,17 @@ class _Run:
     async def _expire(self) -> None:
         """Delete what has expired, now and every minute."""
         while True:
-            with contextlib.suppress(OSError):
-                for video in await self.service.run(self.store.expire, time.time()):
+            try:
+                expired = await self.service.run(self.store.expire, time.time())
+            except Exception:  # of sqlite3 or psycopg; a store that is away comes back
+                log.exception("the store does not say what has expired")
+                expired = []
+            for video in expired:
+                try:
                     await self.service.run(self.files.delete, video)
+                except OSError:
+                    log.exception("the clip of %s, which has expired, cannot be deleted", video)
+                else:
                     log_event(log, "video_expired", video=video)
             await asyncio.sleep(EXPIRE_SECONDS)
 

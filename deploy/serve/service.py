@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import os
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from dvdquant.deploy.serve.checks import CheckedRequest, ServedModel
-from dvdquant.deploy.serve.files import VideoFiles
+from dvdquant.deploy.serve.files import FolderFiles
 from dvdquant.deploy.serve.jobs import JobStore
 from dvdquant.deploy.serve.metrics import ServerMetrics
 from dvdquant.deploy.serve.settings import ServerSettings
 from dvdquant.deploy.serve.supervisor import Pool
 from dvdquant.errors import UnsupportedError
+from dvdquant.system.files import free_bytes
 from dvdquant.text import shown
 
 __all__ = ["Service"]
@@ -36,7 +36,7 @@ class Service:
     """
 
     def __init__(
-        self, settings: ServerSettings, store: JobStore, files: VideoFiles, pool: Pool, metrics: ServerMetrics
+        self, settings: ServerSettings, store: JobStore, files: FolderFiles, pool: Pool, metrics: ServerMetrics
     ) -> None:
         self.settings = settings
         self.store = store
@@ -84,8 +84,7 @@ class Service:
 
     def disk_is_full(self) -> bool:
         """Return whether the data folder has too little room for another clip."""
-        info = os.statvfs(self.settings.data)
-        return info.f_bavail * info.f_frsize < self.settings.limits.free_disk
+        return free_bytes(self.settings.data) < self.settings.limits.free_disk
 
     # ---------------------------------------------------------------------------------------------------------- models
 

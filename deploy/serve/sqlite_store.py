@@ -7,25 +7,13 @@ import dataclasses
 import json
 import secrets
 import sqlite3
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dvdquant.deploy.serve.jobs import (
-    CANCELLED,
-    Beat,
-    Failure,
-    Job,
-    JobStore,
-    NewJob,
-    QueueFullError,
-    ending,
-    job_from_row,
-    new_video_id,
-    worker_lost,
-)
+from dvdquant.deploy.serve.jobs import CANCELLED, Beat, Failure, Job, NewJob, QueueFullError, job_from_row, new_video_id
+from dvdquant.deploy.serve.sql_store import SqlStore
 from dvdquant.errors import OutputError
 
 __all__ = ["SqliteStore"]
@@ -47,7 +35,7 @@ _INDEXES = (
 )
 
 
-class SqliteStore(JobStore):
+class SqliteStore(SqlStore[sqlite3.Connection]):
     """See :class:`JobStore`.
 
     Write-ahead log, so that readers wait for nobody. Creating, ending and deleting a job is on the disk before the method
@@ -62,11 +50,8 @@ class SqliteStore(JobStore):
     """
 
     def __init__(self, path: Path, keep: float = 86400.0) -> None:
+        super().__init__(keep)
         self.path = path
-        self.keep = keep
-        self._local = threading.local()
-        self._open: list[sqlite3.Connection] = []
-        self._opening = threading.Lock()
         try:
             with self._transaction(durable=True) as db:
                 (version,) = db.execute("pragma user_version").fetchone()
@@ -105,7 +90,7 @@ class SqliteStore(JobStore):
 
     def get(self, video: str) -> Job | None:
         """See :class:`JobStore`."""
-        row = self._connection().execute("select * from jobs where id = ?", (video,)).fetchone()
+        row = self._row(self._connection(), video)
         return None if row is None else _job(row)
 
     def page(self, after: str | None, limit: int, *, ascending: bool = False) -> list[Job]:
@@ -134,7 +119,7 @@ class SqliteStore(JobStore):
     def cancel(self, video: str) -> Job | None:
         """See :class:`JobStore`."""
         with self._transaction(durable=True) as db:
-            row = db.execute("select * from jobs where id = ?", (video,)).fetchone()
+            row = self._row(db, video)
             if row is None:
                 return None
             if row["status"] == "queued":
@@ -165,7 +150,8 @@ class SqliteStore(JobStore):
             return None
         with self._transaction() as db:
             now = time.time()
-            self._put_back(db, db.execute("select * from jobs where status = 'in_progress' and lease < ?", (now,)))
+            dead = db.execute("select * from jobs where status = 'in_progress' and lease < ?", (now,))
+            self._put_back(db, dead.fetchall())
             marks = ", ".join("?" * len(models))
             row = db.execute(
                 f"select id from jobs where status = 'queued' and model in ({marks}) order by seq limit 1", models
@@ -199,73 +185,31 @@ class SqliteStore(JobStore):
             )
             return done.rowcount > 0
 
-    def fail(self, video: str, token: str, failure: Failure, keep: float, *, final: bool) -> Job | None:
-        """See :class:`JobStore`."""
-        with self._transaction(durable=True) as db:
-            row = db.execute("select * from jobs where id = ? and token = ?", (video, token)).fetchone()
-            if row is None:
-                return None
-            end = ending(failure, cancelled=row["cancelled"], attempts=row["attempts"], final=final)
-            self._settle(db, video, end, keep)
-            return _job(db.execute("select * from jobs where id = ?", (video,)).fetchone())
-
-    def release(self, video: str, token: str) -> bool:
-        """See :class:`JobStore`."""
-        with self._transaction(durable=True) as db:
-            row = db.execute("select * from jobs where id = ? and token = ?", (video, token)).fetchone()
-            if row is None:
-                return False
-            self._settle(db, video, CANCELLED if row["cancelled"] else None, self.keep, counted=False)
-            return True
-
     def abandon(self, worker: str | None) -> int:
         """See :class:`JobStore`."""
         with self._transaction(durable=True) as db:
-            return self._put_back(
-                db,
-                db.execute(
-                    "select * from jobs where status = 'in_progress' and (worker = ? or ? is null)", (worker, worker)
-                ),
-            )
-
-    def close(self) -> None:
-        """See :class:`JobStore`."""
-        with self._opening:
-            for connection in self._open:
-                connection.close()
-            self._open.clear()
-            self._local = threading.local()
+            text = "select * from jobs where status = 'in_progress' and (worker = ? or ? is null)"
+            return self._put_back(db, db.execute(text, (worker, worker)).fetchall())
 
     # -------------------------------------------------------------------------------------------------------- the file
 
-    def _put_back(self, db: sqlite3.Connection, found: sqlite3.Cursor) -> int:
-        """Queue the jobs of dead workers again, or end those that were tried too often. Return how many there were."""
-        rows = found.fetchall()
-        for row in rows:
-            lost = worker_lost(row["attempts"])
-            end = ending(lost, cancelled=row["cancelled"], attempts=row["attempts"])
-            self._settle(db, row["id"], end, self.keep)
-        return len(rows)
+    def _row(self, db: sqlite3.Connection, video: str) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = db.execute("select * from jobs where id = ?", (video,)).fetchone()
+        return row
 
-    def _settle(
-        self, db: sqlite3.Connection, video: str, end: Failure | None, keep: float, *, counted: bool = True
-    ) -> None:
-        """End a job, or queue it again where there is no end; an attempt that is not counted is taken back."""
-        if end is None:
-            self._queue(db, video, counted=counted)
-        else:
-            self._end(db, video, end, keep)
+    def _held(self, db: sqlite3.Connection, video: str, token: str) -> sqlite3.Row | None:
+        text = "select * from jobs where id = ? and token = ?"
+        row: sqlite3.Row | None = db.execute(text, (video, token)).fetchone()
+        return row
 
-    @staticmethod
-    def _queue(db: sqlite3.Connection, video: str, *, counted: bool) -> None:
+    def _queue(self, db: sqlite3.Connection, video: str, *, counted: bool) -> None:
         db.execute(
             "update jobs set status = 'queued', progress = 0, bits = '', worker = null, token = null, lease = null, "
             "started_at = null, attempts = attempts - ? where id = ?",
             (0 if counted else 1, video),
         )
 
-    @staticmethod
-    def _end(db: sqlite3.Connection, video: str, failure: Failure, keep: float) -> None:
+    def _end(self, db: sqlite3.Connection, video: str, failure: Failure, keep: float) -> None:
         now = time.time()
         db.execute(
             "update jobs set status = 'failed', completed_at = ?, expires_at = ?, failure = ?, token = null, lease = null "
@@ -275,27 +219,21 @@ class SqliteStore(JobStore):
 
     def _connection(self) -> sqlite3.Connection:
         """Return the connection of this thread."""
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        connection = self._own()
         if connection is None:
             with self._opening:
-                # Closed by close(), which another thread may call.
                 connection = sqlite3.connect(
                     self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
                 )
                 connection.row_factory = sqlite3.Row
                 connection.execute("pragma journal_mode = wal")
                 connection.execute("pragma synchronous = normal")
-                self._open.append(connection)
-                self._local.connection = connection
+                self._take(connection)
         return connection
 
     @contextlib.contextmanager
     def _transaction(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
-        """Run the block as one transaction that is alone in the file.
-
-        Args:
-            durable: The transaction, and all before it, is on the disk before the block is left.
-        """
+        """See :class:`SqlStore`; the transaction is alone in the file."""
         db = self._connection()
         db.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
         db.execute("begin immediate")

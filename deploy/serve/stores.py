@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from dvdquant.deploy.serve.files import FolderFiles, VideoFiles
+from dvdquant.deploy.serve.files import FolderFiles
 from dvdquant.deploy.serve.jobs import JobStore
 from dvdquant.deploy.serve.sqlite_store import SqliteStore
 from dvdquant.errors import UnsupportedError
@@ -13,7 +13,7 @@ from dvdquant.errors import UnsupportedError
 __all__ = ["open_store"]
 
 
-def open_store(data: str | Path, keep: float, url: str | None = None) -> tuple[JobStore, VideoFiles]:
+def open_store(data: str | Path, keep: float, url: str | None = None) -> tuple[JobStore, FolderFiles]:
     """Return the store and the files.
 
     Args:

@@ -153,7 +153,7 @@ class WorkerProcess:
         self.metrics.ready.labels(self.label).set(0)
         channel, self._channel = self._channel, None
         channel.close()
-        lost = self.store.abandon(name)
+        lost = self._abandon(name)
         level = logging.INFO if code == 0 else logging.ERROR
         log_event(log, "worker_ended", level=level, worker=name, pid=self.pid, code=code, jobs_put_back=lost)
         if refusal is not None and not self._ever_ready:
@@ -163,6 +163,14 @@ class WorkerProcess:
         grown = min(_LONGEST_PAUSE, max(0.5, 2 * self._pause))
         self._pause = 0.0 if code == 0 or time.monotonic() - started > 60 else grown
         return True
+
+    def _abandon(self, name: str) -> int:
+        """Put back the jobs of a process that has ended. Return how many there were."""
+        try:
+            return self.store.abandon(name)
+        except Exception:  # of sqlite3 or psycopg; the leases run out, and the next process is needed all the more
+            log.exception("the jobs of worker %s could not be put back", name)
+            return 0
 
     def _listen(self, channel: Channel) -> dict[str, Any] | None:
         """Take messages until the process is gone. Return its refusal to start, or None."""

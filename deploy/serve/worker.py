@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvdquant.deploy.faults import fault_of
 from dvdquant.deploy.serve.channel import Channel
-from dvdquant.deploy.serve.files import VideoFiles
+from dvdquant.deploy.serve.files import FolderFiles
 from dvdquant.deploy.serve.jobs import CANCELLED, Failure, Job, JobStore
 from dvdquant.deploy.serve.logs import log_event, setup_server_log
 from dvdquant.deploy.serve.settings import ModelSource, WorkerSettings
@@ -107,7 +107,7 @@ class Worker:
         self,
         settings: WorkerSettings,
         store: JobStore,
-        files: VideoFiles,
+        files: FolderFiles,
         tell: Callable[..., Any],
         wrap_session: WrapSession | None = None,
     ) -> None:
@@ -298,14 +298,8 @@ class Worker:
         failure = _failure(error)
         after = self.store.fail(job.id, running.token, failure, keep, final=fault == "request")
         again = after is not None and after.status == "queued"
-        log.error(
-            "job failed",
-            exc_info=error,
-            extra={
-                "dvdq_event": "job_failed",
-                "dvdq_fields": {**fields, "code": failure.code, "again": again, "fault": fault},
-            },
-        )
+        fields.update(code=failure.code, again=again, fault=fault)
+        log_event(log, "job_failed", level=logging.ERROR, text="job failed", error=error, **fields)
         self.tell("ended", status="retried" if again else "failed", model=job.what.model)
         error.__traceback__ = None  # it holds the tensors of the clip
         if fault == "process":
@@ -321,10 +315,17 @@ class Worker:
             try:
                 self._encode(drawn)
             except Exception as error:  # noqa: BLE001  one clip that cannot be written must not end the encoder
-                self._failed(drawn.running, error)
+                self._failed_in_encoder(drawn.running, error)
             finally:
                 self._drop(drawn.running)
                 del drawn
+
+    def _failed_in_encoder(self, running: _Running, error: Exception) -> None:
+        """As :meth:`_failed`; where the store is away, the lease of the job runs out, and it is drawn again."""
+        try:
+            self._failed(running, error)
+        except Exception:  # without its thread, the next clips would wait for ever
+            log.exception("how a job ended could not be kept")
 
     def _encode(self, drawn: _Drawn) -> None:
         from dvdquant.deploy.generation.video import write_mp4
@@ -337,7 +338,7 @@ class Worker:
         seconds = time.perf_counter() - started
         summary = _summary(drawn, size, seconds)
         if not self.store.complete(job.id, running.token, summary, self.settings.keep):
-            self.files.delete(job.id)
+            self._delete_unwanted(running)
             self._beat(running)
             self._failed(running, Cancelled("the job was stopped"))
             return
@@ -359,6 +360,12 @@ class Worker:
             encode_seconds=seconds,
             **_memory(),
         )
+
+    def _delete_unwanted(self, running: _Running) -> None:
+        """Delete the clip of a job that it did not complete, unless the file is another claim's by now."""
+        after = self.store.get(running.job.id)
+        if after is None or after.token == running.token or (after.ended and after.status != "completed"):
+            self.files.delete(running.job.id)
 
     # ----------------------------------------------------------------------------------------------------- the leases
 

@@ -14,7 +14,7 @@ from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, runs_on
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.errors import OutputError, UnsupportedError
-from dvdquant.system.devices import check_device_word
+from dvdquant.system.devices import DEVICE_WORDS, check_device_word
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
     keys = read_keys(options["api_key_file"])
     check_open(options["host"], bool(keys), options["is_open"])
     models = read_models(exports, options["pipeline"], options["schedule"])
-    for name in devices(options["device"], 1):
+    names = devices(options["device"], options["workers"])
+    for name in names:
         check_device_word(name)
 
     from dvdquant.deploy.serve.gate import key_digest
@@ -147,7 +148,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
             store=options["store"],
             host=options["host"],
             port=options["port"],
-            devices=devices(options["device"], options["workers"]),
+            devices=names,
             backend=options["backend"],
             compile=options["compile"],
             limits=limits,
@@ -224,8 +225,13 @@ def devices(text: str, workers: int) -> tuple[str, ...]:
     Args:
         text: ``auto`` (every GPU, or the CPU), or devices with commas between them.
         workers: Processes a device.
+
+    Raises:
+        UnsupportedError: There is no device in the text.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UnsupportedError(f"--device {shown(text)!r} names no device", available=DEVICE_WORDS, fix="name one")
     if names == ["auto"] and (count := gpus()) > 1:
         names = [f"cuda:{index}" for index in range(count)]
     return tuple(name for name in names for _ in range(workers))

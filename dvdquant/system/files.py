@@ -18,6 +18,7 @@ from dvdquant.errors import DvdquantError, OutputError, ResourceError
 __all__ = [
     "FileEntry",
     "disk_error",
+    "free_bytes",
     "hash_descriptor",
     "hash_file",
     "open_regular",
@@ -256,6 +257,19 @@ def hash_descriptor(fd: int, progress: Callable[[int], None] | None = None) -> F
     return {"sha256": digest.hexdigest(), "bytes": total}
 
 
+def free_bytes(place: Path) -> int:
+    """Return the space on a file system that this user may fill, in bytes.
+
+    Args:
+        place: A file or folder on it.
+
+    Raises:
+        OSError: The place cannot be looked at.
+    """
+    info = os.statvfs(place)
+    return info.f_bavail * info.f_frsize
+
+
 def require_disk(path: str | Path, nbytes: int, what: str) -> None:
     """Check that ``nbytes`` fit on the file system that ``path`` is or will be on.
 
@@ -272,10 +286,9 @@ def require_disk(path: str | Path, nbytes: int, what: str) -> None:
         place = Path(path).absolute()
         while not place.exists() and place != place.parent:
             place = place.parent
-        info = os.statvfs(place)
+        free = free_bytes(place)
     except OSError as error:
         raise disk_error(error, path) from error
-    free = info.f_bavail * info.f_frsize
     if nbytes > free:
         raise ResourceError(
             f"{what} needs {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free at {place}",
