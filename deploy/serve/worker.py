@@ -225,7 +225,9 @@ class Worker:
 
     def _drop(self, running: _Running) -> None:
         with self._holding:
-            self._running.pop(running.job.id, None)
+            # This worker may have claimed the job again, after its lease ran out: that claim goes on.
+            if self._running.get(running.job.id) is running:
+                del self._running[running.job.id]
 
     def _draw(self, running: _Running) -> None:
         """Draw one job, on the main thread."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dvdquant.artifact.listed_file import open_listed, require_digest
 from dvdquant.errors import ResourceError
-from dvdquant.system.files import FileEntry, write_all
+from dvdquant.system.files import FileEntry, free_bytes, write_all
 from dvdquant.system.memory import memory_limit
 
 __all__ = ["PrivateCopy", "fits_in_memory", "private_copy"]
@@ -185,8 +185,7 @@ def _unnamed_file(name: str, size: int) -> int:
     except OSError as error:
         free = 0
         with contextlib.suppress(OSError):
-            info = os.statvfs(folder)
-            free = info.f_bavail * info.f_frsize
+            free = free_bytes(Path(folder))
         why = "" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f" ({error.strerror})"
         raise ResourceError(
             f"there is no room for a private copy of {name}: it takes {size / 1e9:.2f} GB{why}",

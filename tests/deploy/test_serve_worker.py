@@ -74,6 +74,19 @@ def _bytes(files: FolderFiles, video: str) -> bytes | None:
 # ---------------------------------------------------------------------------------------------------------- the worker
 
 
+def test_an_old_claim_leaves_the_renewal_of_the_next_one(worker: Worker, store: SqliteStore) -> None:
+    """The worker claims a job again while its clip of the first claim is still encoded."""
+    store.create(WHAT, 10)
+    old = _Running(_claimed(store, lease=-1), drawing=False)
+    new = _Running(_claimed(store), drawing=True)
+    assert old.job.id == new.job.id
+    worker._running[new.job.id] = new
+    worker._drop(old)
+    assert worker._running == {new.job.id: new}
+    worker._drop(new)
+    assert worker._running == {}
+
+
 def test_a_frozen_worker_leaves_the_clip_of_the_next_claim(
     worker: Worker, store: SqliteStore, files: FolderFiles
 ) -> None:
