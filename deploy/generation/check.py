@@ -18,7 +18,14 @@ from dvdquant.checkpoint.prompt_words import PromptWords
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.images import ImageSource, Picture, open_picture
 from dvdquant.deploy.generation.limits import Limits
-from dvdquant.deploy.generation.request import GenerateRequest, VideoSize, check_request, default_fps, resolve_size
+from dvdquant.deploy.generation.request import (
+    DISTILLED,
+    GenerateRequest,
+    VideoSize,
+    check_request,
+    default_fps,
+    resolve_size,
+)
 from dvdquant.deploy.pipelines.call_defaults import call_defaults
 from dvdquant.deploy.pipelines.parts import open_pipeline_folder, pipeline_for
 from dvdquant.errors import CheckpointError, ShapeError, UnsupportedError
@@ -29,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BATCHED",
-    "DISTILLED",
     "PipelineChecker",
     "RequestChecker",
     "TableChecker",
@@ -41,8 +47,6 @@ __all__ = [
 _FPS_TI2V = 24
 _FPS = {"wan": 16, "hunyuan-video": 24, "cogvideox": 8, "ltx-video": 25}
 _KEPT_PICTURES = 4  # decoded images that the next request may ask for again
-# Guidance-distilled: the scale is an input of the transformer, and there is no unconditional branch.
-DISTILLED = ("hunyuan-video",)
 # Their pipelines call the transformer once a step, with the branches of guidance in one batch.
 BATCHED = ("cogvideox", "ltx-video")
 
