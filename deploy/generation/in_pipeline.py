@@ -34,8 +34,7 @@ from dvdquant.deploy.generation.request import (
     OnStep,
 )
 from dvdquant.deploy.generation.text_embeds import save_text_embeds
-from dvdquant.deploy.pipelines.parts import CONDITIONS
-from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
+from dvdquant.deploy.pipelines.schedulers import CONDITIONS, FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.errors import CheckpointError
