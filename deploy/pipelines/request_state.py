@@ -521,10 +521,6 @@ class RunnerView:
         """Return the event that cancels a request, or None."""
         return self._table.cancel
 
-    @cancel.setter
-    def cancel(self, cancel: CancelSignal | None) -> None:
-        self._table.cancel_by(cancel)
-
     @property
     def trace(self) -> list[StepRecord]:
         """Return the record of every call, in order."""
