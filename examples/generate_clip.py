@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import GenerateRequest, generate
-from dvdquant.deploy.generation.video import default_fps, enlarge, write_mp4
+from dvdquant.deploy.generation.request import default_fps
+from dvdquant.deploy.generation.video import enlarge, write_mp4
 
 
 def main(out: Path, prompt: str, clip: Path) -> None:

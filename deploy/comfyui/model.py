@@ -159,7 +159,7 @@ def load_model(root: Path, component: str = "", backend: str = "auto") -> Export
 def _base_model(transformer: ExportedTransformer) -> Any:
     """Return ComfyUI's model of the export's kind, with the exported transformer in it."""
     config = transformer.family.config
-    channels = config["out_channels"] or config["in_channels"]
+    channels = transformer.family.latent_channels()
     unet = {
         "image_model": "wan2.1",
         "dim": config["num_attention_heads"] * config["attention_head_dim"],  # for the estimate of activations

@@ -167,21 +167,14 @@ class SamplingRun:
         inputs = self._adapter.inputs(arguments)
         rows = inputs["hidden_states"].shape[0]
         step = self.first + step_of(self.sigmas, sigma)
-        outputs: list[Tensor | None] = [None] * rows
+        outputs: dict[int, Tensor] = {}  # by the first row; the parts come in an order of their own
         for part in self._names.parts(rows, indices, ids):
             chosen = {
                 name: value[part.start * each : part.stop * each] if (each := value.shape[0] // rows) else value
                 for name, value in inputs.items()
             }
-            slices = list(self._adapter.slices(chosen))
-            row = part.start
-            for number, (piece, count) in enumerate(slices):
-                branch = part.branch if len(slices) == 1 else f"{part.branch}/{number}"
-                output = self.runner.run(piece, branch=branch, step=step, steps=self.steps)
-                for index in range(count):
-                    outputs[row + index] = output[index : index + 1]
-                row += count
-        return torch.cat([output for output in outputs if output is not None])
+            outputs[part.start] = self._adapter.run(self.runner, chosen, part.branch, step, self.steps)
+        return torch.cat([outputs[start] for start in sorted(outputs)])
 
 
 def _place(settings: Settings, own: int) -> tuple[int, int]:

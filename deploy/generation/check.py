@@ -7,18 +7,25 @@ its errors are of the model's folder, not of the request.
 from __future__ import annotations
 
 import dataclasses
-import os
-import threading
+import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dvdquant.checkpoint.formats.files import names_file
 from dvdquant.checkpoint.prompt_words import PromptWords
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation.images import ImageSource, Picture, open_picture
+from dvdquant.deploy.generation.images import Picture, PictureCache
 from dvdquant.deploy.generation.limits import Limits
-from dvdquant.deploy.generation.request import GenerateRequest, VideoSize, check_request, default_fps, resolve_size
+from dvdquant.deploy.generation.request import (
+    DISTILLED,
+    GenerateRequest,
+    VideoSize,
+    check_request,
+    default_fps,
+    resolve_size,
+)
 from dvdquant.deploy.pipelines.call_defaults import call_defaults
 from dvdquant.deploy.pipelines.parts import open_pipeline_folder, pipeline_for
 from dvdquant.errors import CheckpointError, ShapeError, UnsupportedError
@@ -29,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BATCHED",
-    "DISTILLED",
     "PipelineChecker",
     "RequestChecker",
     "TableChecker",
@@ -40,9 +46,8 @@ __all__ = [
 # Frames per second the models were trained at.
 _FPS_TI2V = 24
 _FPS = {"wan": 16, "hunyuan-video": 24, "cogvideox": 8, "ltx-video": 25}
-_KEPT_PICTURES = 4  # decoded images that the next request may ask for again
-# Guidance-distilled: the scale is an input of the transformer, and there is no unconditional branch.
-DISTILLED = ("hunyuan-video",)
+# The images of a request and their keys in the cache, by the names of its fields.
+_Opened = Mapping[str, tuple[Picture, Hashable]]
 # Their pipelines call the transformer once a step, with the branches of guidance in one batch.
 BATCHED = ("cogvideox", "ltx-video")
 
@@ -79,7 +84,7 @@ class RequestChecker(ABC):
         """
         check_request(request, self.artifact)
         self._check_prompts(request)
-        self._check_images(request)
+        opened = self._check_images(request)
         size = self.size_of(request)
         default_steps, default_guidance = sampling_defaults(self.artifact, *self._own_defaults(request))
         steps = request.schedule.steps if request.mode == "planned" and request.schedule else request.steps
@@ -93,7 +98,7 @@ class RequestChecker(ABC):
         )
         self.limits.check(filled)
         self.tokens_of(filled)
-        self._check_text(filled)
+        self._finish(filled, opened)
         return filled
 
     def tokens_of(self, request: GenerateRequest) -> int:
@@ -112,12 +117,12 @@ class RequestChecker(ABC):
         del request
         return ""
 
-    def _check_text(self, request: GenerateRequest) -> None:  # noqa: B027  (most have nothing to check)
-        """Refuse a text that a file of embeddings does not hold."""
+    def _finish(self, request: GenerateRequest, opened: _Opened) -> None:  # noqa: B027  (most have nothing to do)
+        """Refuse a text that a file of embeddings does not hold with these images, and note whose images they are."""
 
     @abstractmethod
-    def _check_images(self, request: GenerateRequest) -> None:
-        """Refuse images that the model does not take, that cannot be read, or that are missing."""
+    def _check_images(self, request: GenerateRequest) -> _Opened:
+        """Refuse images that the model does not take, that cannot be read, or that are missing. Return the others."""
 
     @abstractmethod
     def size_of(self, request: GenerateRequest) -> VideoSize:
@@ -202,9 +207,10 @@ class TableChecker(RequestChecker):
         if request.negative_prompt is not None:
             self.words.parse(request.negative_prompt)
 
-    def _check_images(self, request: GenerateRequest) -> None:
+    def _check_images(self, request: GenerateRequest) -> _Opened:
         if request.image is not None or request.last_image is not None:
             raise UnsupportedError("a model with a prompt table draws from words alone", fix="leave the image out")
+        return {}
 
     def _own_defaults(self, request: GenerateRequest) -> tuple[int, float]:
         del request
@@ -233,8 +239,8 @@ class PipelineChecker(RequestChecker):
             from dvdquant.deploy.generation.text_embeds import load_text_embeds
 
             self.text = load_text_embeds(Path(text_embeds), self.family, artifact.sizes)
-        self._decoded: dict[tuple[str, Any], Picture] = {}
-        self._decoding = threading.Lock()
+        self._pictures = PictureCache()
+        self._checked: dict[int, Mapping[str, Hashable]] = {}  # id of a checked request -> keys of its images
         self.folder = open_pipeline_folder(source, self.family.name, text=self.text is None)
         if missing := sorted(set(self.folder.transformers) - set(artifact.components)):
             raise UnsupportedError(
@@ -273,37 +279,36 @@ class PipelineChecker(RequestChecker):
     def pictures(self, request: GenerateRequest) -> dict[str, Picture]:
         """Return the decoded images of a request, by the names of its fields.
 
-        The same source is decoded once: what was checked is what the clip begins with.
+        The same source is decoded once: what was checked is what the clip begins with, even if a file changes meanwhile.
 
         Args:
-            request: The request.
+            request: The request. If :meth:`check` returned it, its images are those of that time.
 
         Raises:
             ShapeError: An image cannot be read, see :func:`.images.open_picture`.
         """
-        given = {"image": request.image, "last_image": request.last_image}
-        options = {"image": "--image", "last_image": "--last-image"}
-        return {name: self._picture(source, options[name]) for name, source in given.items() if source is not None}
+        return {name: picture for name, (picture, _) in self._opened(request).items()}
 
-    def _picture(self, source: ImageSource, option: str) -> Picture:
-        if not isinstance(source, (str, bytes, os.PathLike)):
-            return open_picture(source, option)
-        with self._decoding:
-            if (picture := self._decoded.get((option, source))) is None:
-                picture = open_picture(source, option)
-                for old in list(self._decoded)[: max(0, len(self._decoded) - _KEPT_PICTURES + 1)]:
-                    del self._decoded[old]
-                self._decoded[option, source] = picture
-            return picture
+    def _opened(self, request: GenerateRequest) -> _Opened:
+        """Return the images of a request and their keys, by the names of its fields."""
+        known = self._checked.get(id(request), {})
+        given = {"image": (request.image, "--image"), "last_image": (request.last_image, "--last-image")}
+        return {
+            name: self._pictures.open(source, option, known.get(name))
+            for name, (source, option) in given.items()
+            if source is not None
+        }
 
-    def _check_text(self, request: GenerateRequest) -> None:
-        if self.text is not None:
-            picture = self.pictures(request).get("image")
-            self.text.check(request, None if picture is None else picture.sha256)
-
-    def _check_images(self, request: GenerateRequest) -> None:
+    def _check_images(self, request: GenerateRequest) -> _Opened:
         self.pipeline_of(request)
-        self.pictures(request)
+        return self._opened(request)
+
+    def _finish(self, request: GenerateRequest, opened: _Opened) -> None:
+        if self.text is not None:
+            self.text.check(request, opened["image"][0].sha256 if "image" in opened else None)
+        if opened:
+            self._checked[id(request)] = {name: key for name, (_, key) in opened.items()}
+            weakref.finalize(request, self._checked.pop, id(request), None)
 
     def tokens_of(self, request: GenerateRequest) -> int:
         """See :class:`RequestChecker`. A last image of LTX-Video is no part of the clip's own latents: its tokens are added."""

@@ -23,8 +23,8 @@ from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal, check_cancelled
 from dvdquant.deploy.generation.admission import Admission, device_memory
-from dvdquant.deploy.generation.check import BATCHED, DISTILLED, RequestChecker
-from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
+from dvdquant.deploy.generation.check import BATCHED, RequestChecker
+from dvdquant.deploy.generation.request import DISTILLED, GenerateRequest, GenerateResult, OnStep
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.sessions.guidance_pair import paired
 from dvdquant.deploy.switching.controller import StepController, StepRecord
@@ -213,10 +213,9 @@ class Generator(ABC):
     def _check_branches(self, request: GenerateRequest) -> None:
         """UnsupportedError where there is no second branch for the second device."""
         name, batch = self.family.name, self.artifact.sizes.batch
-        single = request.guidance is None or request.guidance <= 1
         if name in DISTILLED:
             reason = f"{name} is distilled: its guidance is an input of the transformer"
-        elif single:
+        elif not request.guided:
             reason = f"with a guidance of {request.guidance} there is one"
         elif request.mode == "16":
             reason = "mode '16' runs the original checkpoint on one device"

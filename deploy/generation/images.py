@@ -13,7 +13,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ __all__ = [
     "MAX_IMAGE_PIXELS",
     "ImageSource",
     "Picture",
+    "PictureCache",
     "image_words",
     "open_picture",
     "stretch_words",
@@ -38,6 +39,7 @@ __all__ = [
 MAX_IMAGE_BYTES = 64 << 20
 MAX_IMAGE_PIXELS = 64_000_000  # a camera's best; decoded, 192 MB
 FORMATS = ("PNG", "JPEG", "WEBP")
+_KEPT = 4  # decoded images that the next request may ask for again
 _WARNINGS = threading.RLock()
 _LEAST = 8  # pixels of a side
 _STRETCH = 0.02  # a difference of the aspect ratios that nobody sees
@@ -98,6 +100,41 @@ def open_picture(source: ImageSource, option: str) -> Picture:
     return Picture(_decode(raw, option, name), name, hashlib.sha256(raw).hexdigest())
 
 
+class PictureCache:
+    """The images that were decoded last. One source is decoded once, as long as its file stays what it is."""
+
+    def __init__(self) -> None:
+        self._decoded: dict[Hashable, Picture] = {}
+        self._lock = threading.Lock()
+
+    def open(self, source: ImageSource, option: str, known: Hashable = None) -> tuple[Picture, Hashable]:
+        """Decode an image, or return it as it was decoded before.
+
+        Args:
+            source: A path, the bytes of a file, or an image of Pillow.
+            option: The option that it was given with, for errors.
+            known: The key of an earlier call, or None. While that image is kept it is returned, whatever its file holds now.
+
+        Returns:
+            The image and its key, which is None for an image that is not kept: one of Pillow may change at any time.
+
+        Raises:
+            ShapeError: It cannot be read, see :func:`open_picture`.
+        """
+        with self._lock:
+            if known is not None and (picture := self._decoded.get(known)) is not None:
+                return picture, known
+        if (key := _key(source)) is None:
+            return open_picture(source, option), None
+        with self._lock:
+            if (picture := self._decoded.get(key)) is None:
+                picture = open_picture(source, option)
+                for old in list(self._decoded)[: max(0, len(self._decoded) - _KEPT + 1)]:
+                    del self._decoded[old]
+                self._decoded[key] = picture
+            return picture, key
+
+
 def stretch_words(picture: Picture, height: int, width: int) -> str | None:
     """Return what is said of an image whose sides have another ratio than those of the clip; None where they agree.
 
@@ -115,6 +152,23 @@ def stretch_words(picture: Picture, height: int, width: int) -> str | None:
     )
 
 
+def _key(source: ImageSource) -> Hashable:
+    """Return what tells an image from others: the bytes of a file, or its path and what changes when it is written."""
+    if isinstance(source, bytes):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    try:
+        found = os.stat(_path(source))
+    except (OSError, ValueError, RuntimeError):  # open_picture says why
+        return None
+    return os.fsdecode(os.fspath(source)), found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _path(source: str | os.PathLike[str]) -> Path:
+    return Path(os.path.expanduser(os.fsdecode(os.fspath(source))))
+
+
 def _read(source: ImageSource, option: str, name: str) -> bytes:
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) <= MAX_IMAGE_BYTES:
@@ -122,7 +176,7 @@ def _read(source: ImageSource, option: str, name: str) -> bytes:
         reason: object = f"{len(source)} bytes, more than the {MAX_IMAGE_BYTES} allowed"
     elif isinstance(source, (str, os.PathLike)):
         try:
-            return read_limited(Path(os.path.expanduser(os.fsdecode(os.fspath(source)))), MAX_IMAGE_BYTES)
+            return read_limited(_path(source), MAX_IMAGE_BYTES)
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home folder to expand to
             reason = getattr(error, "strerror", None) or error
     else:

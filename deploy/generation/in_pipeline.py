@@ -26,7 +26,7 @@ from dvdquant.deploy.generation.generator import (
     executed_original,
     executed_session,
 )
-from dvdquant.deploy.generation.images import stretch_words
+from dvdquant.deploy.generation.images import Picture, stretch_words
 from dvdquant.deploy.generation.original import LOADING, CallRecorder, load_original, synchronize
 from dvdquant.deploy.generation.pipeline_stages import decode_video, encode_text, frames_of, twin, words_of
 from dvdquant.deploy.generation.request import (
@@ -34,8 +34,7 @@ from dvdquant.deploy.generation.request import (
     OnStep,
 )
 from dvdquant.deploy.generation.text_embeds import save_text_embeds
-from dvdquant.deploy.pipelines.parts import CONDITIONS
-from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_scheduler, rehearse
+from dvdquant.deploy.pipelines.schedulers import CONDITIONS, FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.errors import CheckpointError
@@ -109,7 +108,8 @@ class PipelineGenerator(Generator):
 
     def _encode(self, pipe: Any, request: GenerateRequest, cancel: CancelSignal | None) -> Embeddings:
         encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
-        picture = self.checker.pictures(request).get("image")
+        # Only a text encoder that sees the image makes it a part of the text.
+        picture = self.checker.pictures(request).get("image") if self.family.image_tokens() else None
         image = None if picture is None else picture.image
         with cancel_inside(encoders, cancel):
             return encode_text(pipe, self.family, request, self.artifact.sizes.text_tokens, image)
@@ -133,7 +133,6 @@ class PipelineGenerator(Generator):
             pipe = self._open(self.checker.pipeline_of(requests[0]), parts, device)
         with self._encoding:
             made = [self._encode(pipe, request, None) for request in requests]
-        # Only a text encoder that sees the image makes it a part of the text.
         picture = self.checker.pictures(requests[0]).get("image") if self.family.image_tokens() else None
         save_text_embeds(path, self.family, requests, made, None if picture is None else picture.sha256)
 
@@ -154,13 +153,15 @@ class PipelineGenerator(Generator):
         """
         with take_turn(self._denoising, cancel, "the first step"):
             transformers, pipe = self._loaded(request)
+            pictures = self.checker.pictures(request)
+            vae_first = self._vae_until_first_step(transformers.values(), bool(pictures), cancel)
             if request.mode == "16":
                 with (
                     _recorded(transformers, on_step) as recorders,
                     cancel_inside(transformers.values(), cancel),
-                    self._vae_until_first_step(transformers.values(), request, cancel),
+                    vae_first,
                 ):
-                    latents = self._call(pipe, request, embeddings)
+                    latents = self._call(pipe, request, embeddings, pictures)
                 traces = {name: recorder.trace for name, recorder in recorders.items()}
                 summaries = {name: recorder.summary() for name, recorder in recorders.items()}
             else:
@@ -170,14 +171,14 @@ class PipelineGenerator(Generator):
                     # Most pipelines keep the number of steps to themselves; the last ones are treated otherwise.
                     engine.begin_request(request.steps)
                 try:
-                    with self._vae_until_first_step(transformers.values(), request, cancel):
-                        latents = self._call(pipe, request, embeddings)
+                    with vae_first:
+                        latents = self._call(pipe, request, embeddings, pictures)
                     traces = {name: list(engine.trace) for name, engine in engines.items()}
                     summaries = {name: engine.runner.summary() for name, engine in engines.items()}
                 finally:
                     for engine in engines.values():
                         engine.runner.on_step = engine.cancel = None
-            executed = self._executed(request, transformers)
+            executed = self._executed(request, transformers, pictures)
         trace = sorted((record for records in traces.values() for record in records), key=lambda record: record.step)
         summary = summaries["transformer"] if len(summaries) == 1 else {"components": summaries}
         return Denoised(latents, trace, traces, summary, executed)
@@ -315,7 +316,9 @@ class PipelineGenerator(Generator):
 
     # --------------------------------------------------------------------------------------------------------- the call
 
-    def _call(self, pipe: Any, request: GenerateRequest, embeddings: Embeddings) -> Tensor:
+    def _call(
+        self, pipe: Any, request: GenerateRequest, embeddings: Embeddings, pictures: Mapping[str, Picture]
+    ) -> Tensor:
         """Return the last latents of the pipeline's loop, as its VAE is to get them."""
         steps, two = request.steps or 0, len(self.components) > 1
         last: list[Tensor] = []
@@ -330,7 +333,7 @@ class PipelineGenerator(Generator):
         if two:
             at_step(0, steps)
         try:
-            output = self._run(pipe, request, embeddings, after_step)
+            output = self._run(pipe, request, embeddings, pictures, after_step)
         finally:
             at_step(None)
         # This pipeline gives the latents without the image's, which the VAE needs.
@@ -338,10 +341,17 @@ class PipelineGenerator(Generator):
         latents: Tensor = last[0] if whole else output.frames
         return latents
 
-    def _run(self, pipe: Any, request: GenerateRequest, embeddings: Embeddings, after_step: Callable[..., Any]) -> Any:
+    def _run(
+        self,
+        pipe: Any,
+        request: GenerateRequest,
+        embeddings: Embeddings,
+        pictures: Mapping[str, Picture],
+        after_step: Callable[..., Any],
+    ) -> Any:
         """Call the pipeline, without its last stage."""
         return pipe(
-            **self._images(pipe, request),
+            **self._images(pipe, request, pictures),
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
             num_frames=request.num_frames,
@@ -354,9 +364,9 @@ class PipelineGenerator(Generator):
             **{name: tensor.to(pipe._execution_device) for name, tensor in embeddings.items()},
         )
 
-    def _images(self, pipe: Any, request: GenerateRequest) -> dict[str, Any]:
+    def _images(self, pipe: Any, request: GenerateRequest, pictures: Mapping[str, Picture]) -> dict[str, Any]:
         """Return the arguments of the call that hold the images."""
-        images = {name: picture.image for name, picture in self.checker.pictures(request).items()}
+        images = {name: picture.image for name, picture in pictures.items()}
         if type(pipe).__name__ != CONDITIONS or not images:
             return images
         from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
@@ -366,19 +376,21 @@ class PipelineGenerator(Generator):
 
     @contextlib.contextmanager
     def _vae_until_first_step(
-        self, transformers: Iterable[nn.Module], request: GenerateRequest, cancel: CancelSignal | None
+        self, transformers: Iterable[nn.Module], images: bool, cancel: CancelSignal | None
     ) -> Iterator[None]:
         """Keep other clips from the VAE while it encodes this one's images, which is before the first step."""
         with contextlib.ExitStack() as stack:
-            if self.checker.pictures(request):
+            if images:
                 stack.enter_context(take_turn(self._decoding, cancel, "the image was encoded"))
                 for module in transformers:
                     handle = module.register_forward_pre_hook(lambda *_: stack.close())
                     stack.callback(handle.remove)
             yield
 
-    def _executed(self, request: GenerateRequest, transformers: dict[str, nn.Module]) -> dict[str, Any]:
-        images = {name: picture.to_json() for name, picture in self.checker.pictures(request).items()}
+    def _executed(
+        self, request: GenerateRequest, transformers: dict[str, nn.Module], pictures: Mapping[str, Picture]
+    ) -> dict[str, Any]:
+        images = {name: picture.to_json() for name, picture in pictures.items()}
         more: dict[str, Any] = {"pipeline": self.checker.pipeline_of(request), **({"images": images} if images else {})}
         if request.mode == "16":
             parameter = next(transformers[self.components[0]].parameters())

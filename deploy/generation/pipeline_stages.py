@@ -77,9 +77,11 @@ def encode_text(
         if type(pipe).__name__ == "WanImageToVideoPipeline" and importlib.util.find_spec("ftfy") is None:
             # This class cleans text with a package that its twin for text alone can do without.
             pipe = twin("WanPipeline", pipe)
-        guided = request.guidance is not None and request.guidance > 1.0
         found = pipe.encode_prompt(
-            request.prompt, request.negative_prompt, do_classifier_free_guidance=guided, max_sequence_length=tokens
+            request.prompt,
+            request.negative_prompt,
+            do_classifier_free_guidance=request.guided,
+            max_sequence_length=tokens,
         )
         names = ("prompt_embeds", "negative_prompt_embeds")
         if family.name == "ltx-video":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dvdquant.deploy.switching.schedule import Schedule
 
 __all__ = [
+    "DISTILLED",
     "MAX_PROMPT",
     "GenerateRequest",
     "GenerateResult",
@@ -41,6 +42,8 @@ OnStep = Callable[["StepRecord"], None]
 MAX_PROMPT = 4096  # characters
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
+# Guidance-distilled: the scale is an input of the transformer, and there is no unconditional branch.
+DISTILLED = ("hunyuan-video",)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class GenerateRequest:
     num_frames: int | None = None
     image: ImageSource | None = None
     last_image: ImageSource | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Return whether the guidance takes a second branch, of a model that is not distilled."""
+        return (self.guidance or 0) > 1
 
     def to_json(self) -> dict[str, Any]:
         """For the trace; a schedule as its own JSON."""

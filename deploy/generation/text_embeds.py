@@ -7,7 +7,6 @@ anybody: it is read under limits, its record is validated, and every tensor has 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dvdquant.deploy.generation.request import MAX_PROMPT, GenerateRequest
+from dvdquant.deploy.generation.request import DISTILLED, MAX_PROMPT, GenerateRequest
 from dvdquant.errors import CheckpointError, ShapeError
 from dvdquant.model.families import Family, Sizes
 from dvdquant.system.files import open_regular, strict_json
@@ -75,6 +74,7 @@ class TextEmbeds:
 
     Args:
         name: The file, for errors.
+        family: The family of the model.
         prompts: The prompts.
         negative_prompt: What guidance leads away from; None for the model's own.
         guided: Whether there are embeddings for guidance.
@@ -83,6 +83,7 @@ class TextEmbeds:
     """
 
     name: str
+    family: str
     prompts: tuple[str, ...]
     negative_prompt: str | None
     guided: bool
@@ -108,7 +109,7 @@ class TextEmbeds:
             )
         if request.negative_prompt is not None and request.negative_prompt != self.negative_prompt:
             raise ShapeError(f"{where} was saved with another negative prompt", fix="leave --negative-prompt out")
-        if not self.guided and (request.guidance or 0) > 1 and not self._distilled:
+        if not self.guided and request.guided and self.family not in DISTILLED:
             raise ShapeError(
                 f"{where} was saved without guidance, and this clip has guidance {request.guidance:g}",
                 fix="save it again with that --guidance, or draw with --guidance 1",
@@ -119,11 +120,6 @@ class TextEmbeds:
                 fix="give that image, or save the embeddings again with this one",
             )
 
-    @property
-    def _distilled(self) -> bool:
-        """Whether guidance is an input of the transformer: then there is no second branch."""
-        return "pooled_prompt_embeds" in self.tensors[0]
-
     def of(self, request: GenerateRequest) -> dict[str, Tensor]:
         """Return the embeddings of a checked request.
 
@@ -131,8 +127,7 @@ class TextEmbeds:
             request: The request.
         """
         held = self.tensors[self.prompts.index(request.prompt)]
-        guided = (request.guidance or 0) > 1
-        return {name: tensor for name, tensor in held.items() if guided or not name.startswith(_NEGATIVE)}
+        return {name: tensor for name, tensor in held.items() if request.guided or not name.startswith(_NEGATIVE)}
 
 
 def save_text_embeds(
@@ -208,7 +203,13 @@ def load_text_embeds(path: Path, family: Family, sizes: Sizes) -> TextEmbeds:
     finally:
         os.close(fd)
     return TextEmbeds(
-        str(path), tuple(record.prompts), record.negative_prompt, record.guided, record.image, tuple(held)
+        str(path),
+        record.family,
+        tuple(record.prompts),
+        record.negative_prompt,
+        record.guided,
+        record.image,
+        tuple(held),
     )
 
 
@@ -218,7 +219,7 @@ def _record(header: Header, name: str) -> _Record:
         raise CheckpointError(f"--text-embeds {name} is no file of text embeddings", fix=_FIX)
     try:
         return _Record.model_validate(strict_json(raw.encode()))
-    except (ValidationError, ValueError, json.JSONDecodeError) as error:
+    except ValueError as error:
         first = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(
             f"--text-embeds {name} has a record that cannot be used: {first:.200}", fix=_FIX
@@ -236,7 +237,7 @@ def _read(
     for argument, taken in _INPUTS.items():
         if taken not in specs or (argument.startswith(_NEGATIVE) and not record.guided):
             continue
-        if family.name == "hunyuan-video" and argument.startswith(_NEGATIVE):
+        if family.name in DISTILLED and argument.startswith(_NEGATIVE):
             continue
         key = f"{index}.{argument}"
         info = header.tensors.get(key)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from dvdquant.deploy.generation.encoder import encode_mp4, find_encoder
-from dvdquant.deploy.generation.request import default_fps
 from dvdquant.errors import OutputError, ShapeError
 from dvdquant.system.whole_file import atomic_path, check_writable
 from dvdquant.text import shown
@@ -24,7 +23,6 @@ __all__ = [
     "Row",
     "atomic_path",
     "check_target",
-    "default_fps",
     "enlarge",
     "psnr",
     "side_by_side",

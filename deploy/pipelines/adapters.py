@@ -19,13 +19,16 @@ import inspect
 import math
 import operator
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.model.families import Family, InputSpec, Sizes
+
+if TYPE_CHECKING:
+    from dvdquant.deploy.switching.runner import StepRunner
 
 __all__ = ["ADAPTERS", "Adapter", "get_adapter"]
 
@@ -101,6 +104,28 @@ class Adapter:
             count = min(limit, batch - start)
             rows = torch.arange(start, start + limit).clamp(max=start + count - 1).tolist()
             yield {spec.name: self._rows(spec, inputs[spec.name], rows) for spec in self.specs}, count
+
+    def run(
+        self, runner: StepRunner, inputs: Mapping[str, Tensor], branch: str, step: int | None, steps: int | None
+    ) -> Tensor:
+        """Run one branch of a step, in calls of ``sizes.batch`` samples.
+
+        Args:
+            runner: The runner of the request.
+            inputs: The graph's inputs of the whole batch.
+            branch: The name of the branch; several calls are told apart by a number behind it.
+            step: The index of the step, or None if it is not known.
+            steps: The number of steps, or None if it is not known.
+
+        Returns:
+            The output of the whole batch, in the order of its samples.
+        """
+        slices = list(self.slices(inputs))
+        samples = []
+        for number, (part, count) in enumerate(slices):
+            name = branch if len(slices) == 1 else f"{branch}/{number}"
+            samples.append(runner.run(part, branch=name, step=step, steps=steps)[:count])
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
 
     def _each(self, spec: InputSpec) -> int | None:
         """Return the rows of one sample, or None if all samples share one row.

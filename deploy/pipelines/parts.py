@@ -12,12 +12,12 @@ from typing import Any, Literal
 from dvdquant.checkpoint.diffusers_folder import refuse_scripts
 from dvdquant.checkpoint.locate import locate_model
 from dvdquant.checkpoint.untrusted import UntrustedFolder, fix_of, reason_of
-from dvdquant.deploy.pipelines.schedulers import check_scheduler_config, read_scheduler_config
+from dvdquant.deploy.pipelines.schedulers import CONDITIONS, check_scheduler_config, read_scheduler_config
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.model.families import Family, ImageInputs
 from dvdquant.system.safetensors_io import read_header_from
 
-__all__ = ["CONDITIONS", "PIPELINES", "PipelineClass", "PipelineFolder", "open_pipeline_folder", "pipeline_for"]
+__all__ = ["PIPELINES", "PipelineClass", "PipelineFolder", "open_pipeline_folder", "pipeline_for"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,8 @@ PIPELINES: Mapping[str, PipelineClass] = {
     "CogVideoXImageToVideoPipeline": PipelineClass("cogvideox", "required"),
     "LTXPipeline": PipelineClass("ltx-video", other="LTXImageToVideoPipeline"),
     "LTXImageToVideoPipeline": PipelineClass("ltx-video", "required", other="LTXPipeline"),
-    "LTXConditionPipeline": PipelineClass("ltx-video", "optional", last_image=True),
+    CONDITIONS: PipelineClass("ltx-video", "optional", last_image=True),
 }
-CONDITIONS = "LTXConditionPipeline"
-"""The class that takes images as conditions at frames of the clip."""
 _TAKE_IMAGES = (
     "Wan 2.1 I2V and FLF2V, Wan 2.2 I2V-A14B and TI2V-5B, HunyuanVideo-I2V, CogVideoX I2V, LTX-Video; and with a last image "
     "Wan 2.1 FLF2V, Wan 2.2 I2V-A14B, LTX-Video from 0.9.5 on"

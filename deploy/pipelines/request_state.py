@@ -390,26 +390,21 @@ class RequestTable:
         begins = own.begins(branch, step, timestep)
         if own.mixed and not begins:
             _refuse_turns()
-        taken = own.left is not None and own.left[0] is caller and own.caller is not caller
-        if begins and taken and own.left is not None and timestep < own.left[1] and own.knows(branch, text):
-            # Another caller went on with this request, and this call goes on where it was then: that was another loop.
-            own.mixed = True
-            _refuse_turns()
-        again = timestep == own.position.timestep and branch is not None and branch in own.position.called
-        if again and step is None and own.caller is not caller:
-            # Two callers made the same call of this step: each has a loop of its own.
-            own.mixed = True
-            _refuse_turns()
+        if own.caller is not caller:
+            # Another caller has this request now. This call goes on where it was then, or was made in this step already:
+            # each of the two has a loop of its own.
+            behind = begins and own.left is not None and own.left[0] is caller and timestep < own.left[1]
+            again = step is None and timestep == own.position.timestep and branch in own.position.called
+            if again or (behind and own.knows(branch, text)):
+                _refuse_turns(own)
         same = own.position.awaits(branch, step, timestep, 0)
         if other is not None:
             # Another loop goes on, in the middle of a step that may have been its own.
             if own.doubtful and own.position.unfinished:
-                own.mixed = other.mixed = True
-                _refuse_turns()
+                _refuse_turns(own, other)
         elif same and own.adopted and own.knows_another(branch, text):
             # The step began with an embedding of this request, and goes on with one of another loop.
-            own.mixed = True
-            _refuse_turns()
+            _refuse_turns(own)
         elif same:
             own.adopted = own.adopted and not own.knows(branch, text)
             own.doubtful = own.doubtful and self._shared(own, branch, timestep, text)
@@ -526,10 +521,6 @@ class RunnerView:
         """Return the event that cancels a request, or None."""
         return self._table.cancel
 
-    @cancel.setter
-    def cancel(self, cancel: CancelSignal | None) -> None:
-        self._table.cancel_by(cancel)
-
     @property
     def trace(self) -> list[StepRecord]:
         """Return the record of every call, in order."""
@@ -559,7 +550,14 @@ class RunnerView:
         return self._table.latest.runner.summary(cost)
 
 
-def _refuse_turns() -> NoReturn:
+def _refuse_turns(*mixed: Request) -> NoReturn:
+    """Refuse a call that fits more than one loop.
+
+    Args:
+        *mixed: The requests for which a call of another loop was counted. They are refused from here on.
+    """
+    for request in mixed:
+        request.mixed = True
     raise UnsupportedError(
         "loops that take turns share a text embedding, and a call cannot be told from one of the other loop",
         fix="give each loop a thread, an asyncio task, an embedding of its own (embedding.clone()), or a transformer of "

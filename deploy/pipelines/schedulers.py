@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "CONDITIONS",
     "SCHEDULERS",
     "build_scheduler",
     "check_scheduler_config",
@@ -45,8 +46,10 @@ MAX_TRAIN_TIMESTEPS = 100_000  # a thousand in every published model; tables of 
 
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 _UNIPC = "UniPCMultistepScheduler"
-# The pipeline of LTX-Video with conditions has timesteps of its own, and steps every token at its own one.
-_CONDITION, _PER_TOKEN = "LTXConditionPipeline", _FLOW[:1]
+CONDITIONS = "LTXConditionPipeline"
+"""The class that takes images as conditions at frames of the clip."""
+# It has timesteps of its own, and steps every token at its own one.
+_PER_TOKEN = _FLOW[:1]
 # The scheduler classes that each family's pipeline can be run with. The pipelines of HunyuanVideo and LTX-Video make
 # their own sigmas, which DPMSolverMultistepScheduler and FlowMatchHeunDiscreteScheduler do not take.
 SCHEDULERS: Mapping[str, tuple[str, ...]] = {
@@ -133,7 +136,7 @@ def open_scheduler(root: Path, family: str, pipeline: str | None = None) -> Any:
             bounds.
     """
     name = _class_of(root)
-    usable = _PER_TOKEN if pipeline == _CONDITION else SCHEDULERS[family]
+    usable = _PER_TOKEN if pipeline == CONDITIONS else SCHEDULERS[family]
     if name not in usable:
         raise CheckpointError(
             f"{root / INDEX}: the scheduler is a {name!r:.80}, which this pipeline cannot use",
@@ -215,7 +218,7 @@ def set_timesteps(scheduler: Any, family: str, steps: int, tokens: int, pipeline
     """
     import numpy as np
 
-    if pipeline == _CONDITION:
+    if pipeline == CONDITIONS:
         from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
         scheduler.set_timesteps(timesteps=linear_quadratic_schedule(steps) * 1000)

@@ -464,15 +464,10 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         timestep = float(inputs["timestep"].max())
         if not math.isfinite(timestep):
             raise ShapeError(f"the timestep is {timestep}", available="a finite number", fix="check the scheduler")
-        slices = list(self._adapter.slices(inputs))
-        samples = []
         text = arguments["encoder_hidden_states"]
         with self._requests.call(branch, given, steps, timestep, text if isinstance(text, Tensor) else None) as place:
             runner, branch, step = place
-            for index, (part, count) in enumerate(slices):
-                name = branch if len(slices) == 1 else f"{branch}/{index}"
-                samples.append(runner.run(part, branch=name, step=step, steps=steps)[:count])
-        whole = samples[0] if len(samples) == 1 else torch.cat(samples)
+            whole = self._adapter.run(runner, inputs, branch, step, steps)
         return whole.to(arguments["hidden_states"].device)
 
     # ---------------------------------------------------------------------------------------------- dtype, device, mode

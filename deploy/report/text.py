@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -11,7 +10,7 @@ from typing import Any
 
 from dvdquant.artifact.manifest import EngineEntry, Manifest
 from dvdquant.artifact.provenance import lora_words, sampling_words
-from dvdquant.checkpoint.locate import hub_file
+from dvdquant.checkpoint.formats.files import names_file
 from dvdquant.model.families.base import ImageInputs
 from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import shell_word, unsafe
@@ -279,7 +278,7 @@ def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool, 
         images: What its model draws from.
     """
     folder, model = str(out), manifest.source["model"]
-    if os.path.isfile(model) or hub_file(model) is not None:  # text encoder, VAE and scheduler come from elsewhere
+    if names_file(model):  # text encoder, VAE and scheduler come from elsewhere
         model = "FOLDER OF ITS DIFFUSERS PIPELINE"
     bits = sorted({g["act_bits"] for g in manifest.graphs})
     mode = "switch" if len(bits) > 1 else f"a{bits[0]}" if bits else "16"
@@ -303,8 +302,11 @@ def python_lines(manifest: Manifest, out: Path | str, prompt: str, table: bool, 
     fitting = [name for name, kind in PIPELINES.items() if kind.family == manifest.family]
     wanted = [name for name in fitting if (PIPELINES[name].image == "required") == (images.first == "required")]
     pipeline = next(iter(wanted), "DiffusionPipeline")
-    given_images = {"required": ['image=load_image("first.png")']}.get(images.first, [])
-    given_images += {"required": ['last_image=load_image("last.png")']}.get(images.last, [])
+    given_images = []
+    if images.first == "required":
+        given_images.append('image=load_image("first.png")')
+    if images.last == "required":
+        given_images.append('last_image=load_image("last.png")')
     load = [
         f"{name} = DvdqTransformer.from_pretrained({folder!r}, component={name!r}, mode={mode!r})"
         for name in manifest.components

@@ -17,6 +17,7 @@ from PIL import Image
 
 from dvdquant.cli.plan import main as plan_main
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation import images
 from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
 from dvdquant.deploy.report.page import collect, render_report
 from dvdquant.deploy.report.text import python_lines
@@ -131,6 +132,30 @@ def test_another_image_is_another_clip() -> None:
         again = generator.generate(request(model, steps=2))
     assert not np.array_equal(one.frames, other.frames)
     np.testing.assert_array_equal(one.frames, again.frames)
+
+
+def test_an_image_that_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip begins with the image that was checked, and the next clip with the one that is there then."""
+    model, path, opened, real = image_model("wan-i2v-21"), tmp_path / "image.png", [], images.open_picture
+    monkeypatch.setattr(images, "open_picture", lambda *given: opened.append(given) or real(*given))
+    with open_generator(Artifact.open(model.made.out), pipeline=model.pipeline, backend="pytorch") as generator:
+        seen = []
+        for seed in (0, 5):
+            picture(seed).save(path)
+            checked = generator.check(request(model, image=path, steps=1))
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            picture(7).save(path)
+            done = generator.denoise(generator.check(checked), generator.encode_prompt(checked))
+            assert done.executed["images"]["image"]["sha256"] == digest
+            seen.append(done.latents)
+        assert len(opened) == 2
+        given = generator.check(request(model, image=picture(0), steps=1))
+        embeddings = generator.encode_prompt(given)
+        opened.clear()
+        done = generator.denoise(given, embeddings)
+        assert len(opened) == 1  # an image of Pillow is converted once a clip
+    assert torch.equal(done.latents, seen[0])
+    assert not torch.equal(done.latents, seen[1])
 
 
 @pytest.mark.parametrize("kind", ["wan-ti2v-5b", "ltx-i2v", "ltx-condition"])

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dvdquant.deploy.generation import images
-from dvdquant.deploy.generation.images import open_picture, stretch_words
+from dvdquant.deploy.generation.images import PictureCache, open_picture, stretch_words
 from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.errors import ShapeError
 from tests.support.image_pipelines import picture
@@ -159,6 +159,48 @@ def test_a_request_says_its_images_in_json(tmp_path: Path) -> None:
     assert said["image"] == str(tmp_path / "a.png")
     assert said["last_image"] == "an image file of 2 bytes"
     assert GenerateRequest("a cat").to_json()["image"] is None
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_file_is_decoded_again_once_it_has_changed(kind: Callable[[Path], str | Path], tmp_path: Path) -> None:
+    """Written in its place, or replaced by another file of the same size and time; one file as first and last is one image."""
+    cache, path, other = PictureCache(), tmp_path / "image.png", tmp_path / "other.png"
+    source = kind(path)
+    raw = [encoded(picture(seed), "PNG").ljust(1 << 14, b"\0") for seed in range(3)]
+    path.write_bytes(raw[0] + b"\0")
+    first, key = cache.open(source, "--image")
+    assert cache.open(source, "--last-image")[0] is first
+    path.write_bytes(raw[1])
+    second, _ = cache.open(source, "--image")
+    other.write_bytes(raw[2])
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+    third, _ = cache.open(source, "--image")
+    for seen, seed in ((first, 0), (second, 1), (third, 2)):
+        np.testing.assert_array_equal(np.asarray(seen.image), np.asarray(picture(seed)))
+    path.unlink()
+    assert cache.open(source, "--image", key)[0] is first  # whoever has begun with it goes on with it
+    with pytest.raises(ShapeError, match=r"--image .*image.png cannot be read: No such file"):
+        cache.open(source, "--image")
+
+
+def test_the_last_images_are_kept() -> None:
+    """By the bytes of their files; an image of Pillow may change at any time."""
+    cache = PictureCache()
+    files = [encoded(picture(seed), "PNG") for seed in range(6)]
+    opened = [cache.open(file, "--image") for file in files]
+    assert [key for _, key in opened] == files
+    assert all(
+        cache.open(bytes(bytearray(file)), "--image")[0] is seen for file, (seen, _) in zip(files[2:], opened[2:])
+    )
+    again, _ = cache.open(files[0], "--image", files[0])
+    assert again is not opened[0][0]
+    assert again.sha256 == opened[0][0].sha256
+    of_pillow = picture(0)
+    assert cache.open(of_pillow, "--image")[1] is None
+    before = cache.open(of_pillow, "--image")[0].sha256
+    of_pillow.putpixel((0, 0), (1, 2, 3))
+    assert cache.open(of_pillow, "--image")[0].sha256 != before
 
 
 def _mutated(count: int, seed: int) -> None:

@@ -251,6 +251,10 @@ class Family(ABC):
             sizes: The sizes of the export.
         """
 
+    def latent_channels(self) -> int:
+        """Return the channels of the clip's latents: those of the output, which are the input's where the config says none."""
+        return int(self.config.get("out_channels") or self.config["in_channels"])
+
     def images(self) -> ImageInputs:
         """Return what images the transformer draws from; most draw from text alone."""
         return ImageInputs()

@@ -39,8 +39,7 @@ class CogVideoX(Family):
 
     def images(self) -> ImageInputs:
         """Return what images the transformer draws from: the first, if its latents are among the input channels."""
-        inside, outside = self.config["in_channels"], self.config.get("out_channels") or self.config["in_channels"]
-        return ImageInputs("required" if inside == 2 * outside else "none")
+        return ImageInputs("required" if self.config["in_channels"] == 2 * self.latent_channels() else "none")
 
     def inputs(self, sizes: Sizes) -> tuple[InputSpec, ...]:
         """Return the graph's inputs, in forward order.

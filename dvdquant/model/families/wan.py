@@ -34,7 +34,7 @@ class Wan(Family):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        of_wan_22 = (config.get("out_channels") or config.get("in_channels")) == 48
+        of_wan_22 = self.latent_channels() == 48
         scale = self.facts.vae_scale or ([4, 16, 16] if of_wan_22 else [4, 8, 8])
         self.vae_scale = (scale[0], scale[1], scale[2])
         if self.vae_scale[1] == 16:
@@ -55,7 +55,7 @@ class Wan(Family):
         Beside the noise, image to video has four channels of a mask and the latents of the images. TI2V has the first
         image in the place of the first latents, and a timestep per token says so.
         """
-        inside, outside = self.config["in_channels"], self.config.get("out_channels") or self.config["in_channels"]
+        inside, outside = self.config["in_channels"], self.latent_channels()
         if self.config.get("image_dim"):
             return ImageInputs("required", "required" if self.config.get("pos_embed_seq_len") else "none")
         if inside == 2 * outside + 4:
