@@ -418,7 +418,8 @@ def _judge(
                     engine = {**engine, "measured": measured}
             engines.append(engine)
     except EngineError as error:
-        raise EngineError(error.what, available=error.available, fix=error.fix or "report it with the log") from error
+        fix = error.fix if error.has_own_fix else "report it with the log"
+        raise EngineError(error.what, available=error.available, fix=fix) from error
     finally:
         there.unlink(missing_ok=True)
     return dataclasses.replace(manifest, engines=tuple(engines))

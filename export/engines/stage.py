@@ -112,7 +112,8 @@ class EngineStage:
             check_attention(engine.backend, self._quantized, report, target)
         except EngineError as error:
             what = f"{self.component} a{engine.act_bits} for {engine.backend} SM {', '.join(engine.sms)}: {error.what}"
-            raise EngineError(what, available=error.available, fix=error.fix) from error
+            fix = error.fix if error.has_own_fix else None
+            raise EngineError(what, available=error.available, fix=fix) from error
         finally:
             if graph != source and not self.options.keep_graphs:
                 graph.unlink(missing_ok=True)
