@@ -15,9 +15,8 @@ from dvdquant.artifact.manifest import BuildEntry, EngineEntry, Manifest, Measur
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.backends import Backend, load_backend
 from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
-from dvdquant.export.engines.engine import build_engine
 from dvdquant.export.engines.report import BuildReport
-from dvdquant.export.engines.stage import BuildSettings, check_attention
+from dvdquant.export.engines.stage import BuildSettings, run_builder
 from dvdquant.export.model_card import model_card
 from dvdquant.export.steps import is_step
 from dvdquant.model.families import Sizes
@@ -349,25 +348,21 @@ def _build(
     step = f"engine:{path}:{settings.digest}"
     if not transaction.is_done(step) or not target.exists():
         target.unlink(missing_ok=True)
-        workspace = entry["workspace_gib"]
         profile = entry["profile"]
-        report = build_engine(
+        report = run_builder(
             plan.out / entry["graph"],
             target,
             backend=entry["backend"],
             sms=entry["sm"],
             profile=None if profile is None else {n: tuple(tuple(s) for s in three) for n, three in profile.items()},
-            plugins=plan.plugins if entry["backend"] == "tensorrt" else (),
-            workspace_bytes=int(workspace * 2**30) if workspace else None,
+            plugins=plan.plugins,
+            workspace_gib=entry["workspace_gib"],
             timing_cache=timing_cache,
             optimization_level=entry["optimization_level"],
-            data_roots=(plan.out / "onnx",),
-            progress=progress.log_format == "text",
-            alive=lambda seconds, silent: progress.event(
-                "working", stage="engines", label=target.name, seconds=round(seconds, 1), silent=round(silent, 1)
-            ),
+            data_root=plan.out / "onnx",
+            fp8_attentions=entry["fp8_attentions"],
+            progress=progress,
         )
-        check_attention(entry["backend"], entry["fp8_attentions"], report, target)
         made = EngineEntry(
             path=path,
             backend=entry["backend"],
