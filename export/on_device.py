@@ -70,6 +70,7 @@ class DeviceBuild:
         current: The engines that are there already.
         backends: The builders, by their name.
         plugins: The plugin libraries for TensorRT.
+        plugin_hashes: The SHA-256 of each of them, in their order.
         gpu: The GPU of this machine; None if its driver names none.
     """
 
@@ -79,6 +80,7 @@ class DeviceBuild:
     current: tuple[BuildEntry, ...]
     backends: Mapping[str, Backend]
     plugins: tuple[Path, ...]
+    plugin_hashes: tuple[str, ...]
     gpu: Gpu | None
 
 
@@ -124,7 +126,7 @@ def check_sm(sms: Sequence[str], gpu: Gpu | None, what: str) -> None:
         )
 
 
-def check_memory(builder: int, held: int, gpu: Gpu | None, what: str, fitting: Sequence[str] = ()) -> None:
+def check_memory(builder: int, held: int, gpu: Gpu | None, what: str, limit: int, fitting: Sequence[str] = ()) -> None:
     """Refuse a build that this machine's memory is too small for, or whose engine could not be used on its GPU.
 
     Args:
@@ -132,12 +134,12 @@ def check_memory(builder: int, held: int, gpu: Gpu | None, what: str, fitting: S
         held: The device memory that the weights take, in bytes.
         gpu: The GPU of this machine, or None.
         what: What is built, as the subject of the error.
+        limit: The memory that a builder may take, in bytes (:func:`dvdquant.system.memory.memory_limit`).
         fitting: What would fit, in words.
 
     Raises:
         ResourceError: One of the two is too small; the error says what fits.
     """
-    limit = memory_limit()
     if builder > limit:
         raise ResourceError(
             f"{what}: the builder takes about {builder / 2**30:.1f} GiB of memory",
@@ -199,11 +201,14 @@ def plan_on_device(
         _check_plugins(plugins, backends["tensorrt"], gpu)
     taken = tuple(plugins) if "tensorrt" in backends else ()
     # 3. The memory.
+    limit = memory_limit()
+    others = [e for e in ours if e["builder_bytes"] <= limit]
+    words = [f"{e['component']} a{e['act_bits']} ({e['builder_bytes'] / 2**30:.1f} GiB to build)" for e in others]
     for entry in ours:
-        others = [e for e in ours if e["builder_bytes"] <= memory_limit()]
-        words = [f"{e['component']} a{e['act_bits']} ({e['builder_bytes'] / 2**30:.1f} GiB to build)" for e in others]
-        check_memory(entry["builder_bytes"], entry["held_bytes"], gpu, entry["engine"], words)
-    plan = DeviceBuild(out, manifest, tuple(ours), (), backends, taken, gpu)
+        check_memory(entry["builder_bytes"], entry["held_bytes"], gpu, entry["engine"], limit, words)
+    # 4. What is there already.
+    hashes = tuple(hash_file(plugin)["sha256"] for plugin in taken)
+    plan = DeviceBuild(out, manifest, tuple(ours), (), backends, taken, hashes, gpu)
     current = [entry for entry in ours if _is_current(plan, entry)]
     return dataclasses.replace(plan, builds=tuple(e for e in ours if e not in current), current=tuple(current))
 
@@ -250,7 +255,6 @@ def _number(sm: str) -> int:
 
 def _settings(plan: DeviceBuild, entry: BuildEntry) -> BuildSettings:
     """Return the settings that an engine is built with here."""
-    plugins = plan.plugins if entry["backend"] == "tensorrt" else ()
     return BuildSettings(
         entry["onnx_sha256"],
         entry["precision"],
@@ -258,7 +262,7 @@ def _settings(plan: DeviceBuild, entry: BuildEntry) -> BuildSettings:
         plan.backends[entry["backend"]].version,
         entry["optimization_level"],
         entry["workspace_gib"],
-        tuple(hash_file(plugin)["sha256"] for plugin in plugins),
+        plan.plugin_hashes if entry["backend"] == "tensorrt" else (),
     )
 
 

@@ -130,6 +130,7 @@ def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.backends import load_backend
     from dvdquant.export.on_device import check_memory, check_sm
+    from dvdquant.system.memory import memory_limit
     from dvdquant.system.plugin_file import machine_name
 
     with open_bundle(source) as bundle:
@@ -144,7 +145,7 @@ def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
                 )
         if facts["machine"] not in (None, machine_name()):
             raise UnsupportedError(f"{source} is for {facts['machine']}, and this machine is {machine_name()}")
-        check_memory(facts["builder_bytes"], facts["held_bytes"], gpu, str(source))
+        check_memory(facts["builder_bytes"], facts["held_bytes"], gpu, str(source), memory_limit())
         if dry_run:
             total = sum(member["bytes"] for member in facts["files"])
             echo(
