@@ -94,14 +94,13 @@ def main(
         with _refusals(source, gpu, dry_run) as unpack:
             if unpack is None:
                 return
-            unpack(folder, progress)
+            manifest = unpack(folder, progress)
     elif out is not None:
         raise UnsupportedError(
             f"-o is for a bundle, and {source} is none", fix="leave -o out: engines go into the export"
         )
     else:
-        folder = source
-    manifest = load_manifest(folder)
+        folder, manifest = source, load_manifest(source)
     chosen = tuple(_plugin(path, folder, manifest, PLUGIN_PLACE) for path in plugins)
     plan = plan_on_device(folder, manifest, gpu, plugins=chosen, bits=bits)
     if dry_run:
@@ -156,8 +155,8 @@ def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
             yield None
             return
 
-        def unpack(folder: Path, progress: Progress) -> None:
-            """Unpack into the folder, unless it holds this very bundle already."""
+        def unpack(folder: Path, progress: Progress) -> Manifest:
+            """Unpack into the folder, unless it holds this very bundle already; return the manifest that is there."""
             listed = {m["path"]: m["sha256"] for m in facts["files"] if m["path"] != "manifest.json"}
             with contextlib.suppress(OutputError):
                 there = load_manifest(folder)
@@ -167,9 +166,9 @@ def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
                     if name != "README.md"
                 ):
                     progress.say(f"{folder} holds what {source} holds")
-                    return
+                    return there
             with progress.stage("unpack", sum(m["bytes"] for m in facts["files"]), "B") as stage:
-                unpack_bundle(bundle, folder, stage.update)
+                return unpack_bundle(bundle, folder, stage.update)
 
         yield unpack
 
