@@ -19,6 +19,7 @@ from dvdquant.export.engines.report import BuildReport
 from dvdquant.export.engines.stage import BuildSettings, run_builder
 from dvdquant.export.model_card import model_card
 from dvdquant.export.steps import is_step
+from dvdquant.hardware.capabilities import sm_number
 from dvdquant.model.families import Sizes
 from dvdquant.ops.cuda import serves
 from dvdquant.system.copies import link_file
@@ -237,17 +238,11 @@ def _check_plugins(plugins: Sequence[Path], backend: Backend, gpu: Gpu | None) -
                 f"{path} is built for TensorRT {library.tensorrt_major}, and this machine has {backend.version}",
                 fix=f"build it with the headers of TensorRT {major}",
             )
-        if gpu is not None and library.architectures and not serves(library.architectures, _number(gpu.sm)):
+        if gpu is not None and library.architectures and not serves(library.architectures, sm_number(gpu.sm)):
             raise UnsupportedError(
                 f"the kernels in {path} are for {', '.join(library.architectures)}, and this GPU has SM {gpu.sm}",
-                fix=f'build them for it: make kernels SM="{_number(gpu.sm)}", then make plugin',
+                fix=f'build them for it: make kernels SM="{sm_number(gpu.sm)}", then make plugin',
             )
-
-
-def _number(sm: str) -> int:
-    """Return major · 10 + minor of a compute capability such as "8.7"."""
-    major, _, minor = sm.partition(".")
-    return 10 * int(major) + int(minor)
 
 
 # ---------------------------------------------------------------------------------------------------------------- build
