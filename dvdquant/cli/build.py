@@ -126,6 +126,7 @@ def main(
 def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
     """Open a bundle, refuse what this machine cannot build, and yield the function that unpacks it; None in a dry run."""
     from dvdquant.artifact.bundle import open_bundle, unpack_bundle
+    from dvdquant.artifact.layout import MANIFEST
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.backends import load_backend
     from dvdquant.export.on_device import check_memory, check_sm
@@ -157,7 +158,7 @@ def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
 
         def unpack(folder: Path, progress: Progress) -> Manifest:
             """Unpack into the folder, unless it holds this very bundle already; return the manifest that is there."""
-            listed = {m["path"]: m["sha256"] for m in facts["files"] if m["path"] != "manifest.json"}
+            listed = {m["path"]: m["sha256"] for m in facts["files"] if m["path"] != MANIFEST}
             with contextlib.suppress(OutputError):
                 there = load_manifest(folder)
                 if all(
