@@ -28,6 +28,7 @@ from dvdquant.export.elsewhere import SCRIPT
 from dvdquant.export.on_device import build_on_device, plan_on_device
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.progress import Progress
+from dvdquant.text import amount
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, run
 from tests.support.device_build import build, plugin_library
@@ -332,3 +333,14 @@ def test_the_real_builder_builds_what_was_left_to_it(model: Path, tmp_path: Path
     here = load_manifest(out)
     assert here.builds == ()
     assert [e["onnx_sha256"] for e in here.engines if e["act_bits"] == 8] == [engine["onnx_sha256"]]
+
+
+def test_both_lines_on_memory_count_engines_that_are_left_to_the_device(model: Path, tmp_path: Path) -> None:
+    arguments = ["--recipe", "w4a8", "--target", "rtx", "--sm", "8.9", *SIZES, "--dry-run", "--log-format", "json"]
+    here, there = (
+        json.loads(in_process(model, "-o", tmp_path / "out", *arguments, "--build", where))
+        for where in ("here", "device")
+    )
+    (held,) = there["held_bytes"].values()
+    assert f"weights of the a8 engine {amount(held)} " in there["answers"]["GPU memory"]
+    assert there["answers"]["GPU memory"] == here["answers"]["GPU memory"]
