@@ -15,6 +15,7 @@ from dvdquant.artifact.manifest import EngineEntry, Measured
 from dvdquant.backends import backend_name
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.deploy.sessions.engine_choice import device_sm
 from dvdquant.errors import EngineError
 
 __all__ = ["check_engine", "judge_output", "measure"]
@@ -37,7 +38,7 @@ def check_engine(tree: Path, entry: EngineEntry, component: str, plugins: Sequen
     Raises:
         EngineError: It does not run, or computes something else than the PyTorch session.
     """
-    if not torch.cuda.is_available() or "{}.{}".format(*torch.cuda.get_device_capability()) not in entry["sm"]:
+    if not torch.cuda.is_available() or device_sm(torch.device("cuda")) not in entry["sm"]:
         return None
     artifact, bits = Artifact.open(tree), entry["act_bits"]
     inputs = artifact.family(component).sample(artifact.sizes, artifact.dtype)

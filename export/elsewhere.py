@@ -76,7 +76,7 @@ def same_build(one: BuildEntry, other: BuildEntry) -> bool:
         one: An entry.
         other: Another entry, perhaps of another version of dvdquant.
     """
-    names = ("engine", "graph", "onnx_sha256", "precision", "sm", "profile", "optimization_level", "workspace_gib")
+    names = ("engine", "onnx_sha256", "precision", "sm", "profile", "optimization_level", "workspace_gib")
     return all(one.get(name) == other.get(name) for name in names)
 
 

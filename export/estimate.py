@@ -13,6 +13,7 @@ from dvdquant.errors import ResourceError
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.report import BUILD_MEMORY_FACTOR, INT8_MEMORY_FACTOR
 from dvdquant.export.options import ExportOptions
+from dvdquant.hardware.capabilities import capability
 from dvdquant.model.plan import ModelPlan
 from dvdquant.quantize.checkpoint import CHUNK_WEIGHTS
 from dvdquant.quantize.hessian import hessian_bytes
@@ -167,7 +168,7 @@ def held_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
     """
     if engine.precision != "plugin":
         return ENGINE_BYTES + engine_weight_bytes(plan, engine)
-    native = engine.act_bits == 4 and engine.sms[0].startswith("8.")
+    native = engine.act_bits == 4 and capability(engine.sms[0]).kernels_a4
     return ENGINE_BYTES + packed_bytes(plan) + plan.quantized_weights // (2 if native else 1)
 
 

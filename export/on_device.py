@@ -15,11 +15,11 @@ from dvdquant.artifact.manifest import BuildEntry, EngineEntry, Manifest, Measur
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.backends import Backend, load_backend
 from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
-from dvdquant.export.engines.engine import build_engine
 from dvdquant.export.engines.report import BuildReport
-from dvdquant.export.engines.stage import BuildSettings, check_attention
+from dvdquant.export.engines.stage import BuildSettings, run_builder
 from dvdquant.export.model_card import model_card
 from dvdquant.export.steps import is_step
+from dvdquant.hardware.capabilities import sm_number
 from dvdquant.model.families import Sizes
 from dvdquant.ops.cuda import serves
 from dvdquant.system.copies import link_file
@@ -71,6 +71,7 @@ class DeviceBuild:
         current: The engines that are there already.
         backends: The builders, by their name.
         plugins: The plugin libraries for TensorRT.
+        plugin_hashes: The SHA-256 of each of them, in their order.
         gpu: The GPU of this machine; None if its driver names none.
     """
 
@@ -80,6 +81,7 @@ class DeviceBuild:
     current: tuple[BuildEntry, ...]
     backends: Mapping[str, Backend]
     plugins: tuple[Path, ...]
+    plugin_hashes: tuple[str, ...]
     gpu: Gpu | None
 
 
@@ -125,7 +127,7 @@ def check_sm(sms: Sequence[str], gpu: Gpu | None, what: str) -> None:
         )
 
 
-def check_memory(builder: int, held: int, gpu: Gpu | None, what: str, fitting: Sequence[str] = ()) -> None:
+def check_memory(builder: int, held: int, gpu: Gpu | None, what: str, limit: int, fitting: Sequence[str] = ()) -> None:
     """Refuse a build that this machine's memory is too small for, or whose engine could not be used on its GPU.
 
     Args:
@@ -133,12 +135,12 @@ def check_memory(builder: int, held: int, gpu: Gpu | None, what: str, fitting: S
         held: The device memory that the weights take, in bytes.
         gpu: The GPU of this machine, or None.
         what: What is built, as the subject of the error.
+        limit: The memory that a builder may take, in bytes (:func:`dvdquant.system.memory.memory_limit`).
         fitting: What would fit, in words.
 
     Raises:
         ResourceError: One of the two is too small; the error says what fits.
     """
-    limit = memory_limit()
     if builder > limit:
         raise ResourceError(
             f"{what}: the builder takes about {builder / 2**30:.1f} GiB of memory",
@@ -200,11 +202,14 @@ def plan_on_device(
         _check_plugins(plugins, backends["tensorrt"], gpu)
     taken = tuple(plugins) if "tensorrt" in backends else ()
     # 3. The memory.
+    limit = memory_limit()
+    others = [e for e in ours if e["builder_bytes"] <= limit]
+    words = [f"{e['component']} a{e['act_bits']} ({e['builder_bytes'] / 2**30:.1f} GiB to build)" for e in others]
     for entry in ours:
-        others = [e for e in ours if e["builder_bytes"] <= memory_limit()]
-        words = [f"{e['component']} a{e['act_bits']} ({e['builder_bytes'] / 2**30:.1f} GiB to build)" for e in others]
-        check_memory(entry["builder_bytes"], entry["held_bytes"], gpu, entry["engine"], words)
-    plan = DeviceBuild(out, manifest, tuple(ours), (), backends, taken, gpu)
+        check_memory(entry["builder_bytes"], entry["held_bytes"], gpu, entry["engine"], limit, words)
+    # 4. What is there already.
+    hashes = tuple(hash_file(plugin)["sha256"] for plugin in taken)
+    plan = DeviceBuild(out, manifest, tuple(ours), (), backends, taken, hashes, gpu)
     current = [entry for entry in ours if _is_current(plan, entry)]
     return dataclasses.replace(plan, builds=tuple(e for e in ours if e not in current), current=tuple(current))
 
@@ -233,17 +238,11 @@ def _check_plugins(plugins: Sequence[Path], backend: Backend, gpu: Gpu | None) -
                 f"{path} is built for TensorRT {library.tensorrt_major}, and this machine has {backend.version}",
                 fix=f"build it with the headers of TensorRT {major}",
             )
-        if gpu is not None and library.architectures and not serves(library.architectures, _number(gpu.sm)):
+        if gpu is not None and library.architectures and not serves(library.architectures, sm_number(gpu.sm)):
             raise UnsupportedError(
                 f"the kernels in {path} are for {', '.join(library.architectures)}, and this GPU has SM {gpu.sm}",
-                fix=f'build them for it: make kernels SM="{_number(gpu.sm)}", then make plugin',
+                fix=f'build them for it: make kernels SM="{sm_number(gpu.sm)}", then make plugin',
             )
-
-
-def _number(sm: str) -> int:
-    """Return major · 10 + minor of a compute capability such as "8.7"."""
-    major, _, minor = sm.partition(".")
-    return 10 * int(major) + int(minor)
 
 
 # ---------------------------------------------------------------------------------------------------------------- build
@@ -251,7 +250,6 @@ def _number(sm: str) -> int:
 
 def _settings(plan: DeviceBuild, entry: BuildEntry) -> BuildSettings:
     """Return the settings that an engine is built with here."""
-    plugins = plan.plugins if entry["backend"] == "tensorrt" else ()
     return BuildSettings(
         entry["onnx_sha256"],
         entry["precision"],
@@ -259,7 +257,7 @@ def _settings(plan: DeviceBuild, entry: BuildEntry) -> BuildSettings:
         plan.backends[entry["backend"]].version,
         entry["optimization_level"],
         entry["workspace_gib"],
-        tuple(hash_file(plugin)["sha256"] for plugin in plugins),
+        plan.plugin_hashes if entry["backend"] == "tensorrt" else (),
     )
 
 
@@ -349,25 +347,21 @@ def _build(
     step = f"engine:{path}:{settings.digest}"
     if not transaction.is_done(step) or not target.exists():
         target.unlink(missing_ok=True)
-        workspace = entry["workspace_gib"]
         profile = entry["profile"]
-        report = build_engine(
+        report = run_builder(
             plan.out / entry["graph"],
             target,
             backend=entry["backend"],
             sms=entry["sm"],
             profile=None if profile is None else {n: tuple(tuple(s) for s in three) for n, three in profile.items()},
-            plugins=plan.plugins if entry["backend"] == "tensorrt" else (),
-            workspace_bytes=int(workspace * 2**30) if workspace else None,
+            plugins=plan.plugins,
+            workspace_gib=entry["workspace_gib"],
             timing_cache=timing_cache,
             optimization_level=entry["optimization_level"],
-            data_roots=(plan.out / "onnx",),
-            progress=progress.log_format == "text",
-            alive=lambda seconds, silent: progress.event(
-                "working", stage="engines", label=target.name, seconds=round(seconds, 1), silent=round(silent, 1)
-            ),
+            data_root=plan.out / "onnx",
+            fp8_attentions=entry["fp8_attentions"],
+            progress=progress,
         )
-        check_attention(entry["backend"], entry["fp8_attentions"], report, target)
         made = EngineEntry(
             path=path,
             backend=entry["backend"],
@@ -418,7 +412,8 @@ def _judge(
                     engine = {**engine, "measured": measured}
             engines.append(engine)
     except EngineError as error:
-        raise EngineError(error.what, available=error.available, fix=error.fix or "report it with the log") from error
+        fix = error.fix if error.has_own_fix else "report it with the log"
+        raise EngineError(error.what, available=error.available, fix=fix) from error
     finally:
         there.unlink(missing_ok=True)
     return dataclasses.replace(manifest, engines=tuple(engines))

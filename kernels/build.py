@@ -461,6 +461,25 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     return arguments
 
 
+def build_as_asked(arguments: argparse.Namespace) -> tuple[Path | None, dict[Source, Path]]:
+    """Build the library for CUDA as the command line asks for it, and return what :func:`build_kernels` returns.
+
+    Args:
+        arguments: The result of :func:`parse_arguments`.
+
+    Raises:
+        BuildError: Something is missing or was refused.
+    """
+    return build_kernels(
+        arguments.build,
+        tuple(arguments.architectures),
+        arguments.jobs,
+        arguments.fetch_nvcc,
+        tuple(arguments.only),
+        HOSTS.get(arguments.host or ""),
+    )
+
+
 def main() -> int:
     """Build the library, and return the exit status: 0 built, 2 with a message on stderr."""
     arguments = parse_arguments(__doc__)
@@ -468,14 +487,7 @@ def main() -> int:
         if arguments.emulated:
             library: Path | None = build_emulated(arguments.build, arguments.jobs)
         else:
-            library, _ = build_kernels(
-                arguments.build,
-                tuple(arguments.architectures),
-                arguments.jobs,
-                arguments.fetch_nvcc,
-                tuple(arguments.only),
-                HOSTS.get(arguments.host or ""),
-            )
+            library, _ = build_as_asked(arguments)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

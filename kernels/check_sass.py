@@ -16,9 +16,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from build import Source, build_kernels, parse_arguments  # noqa: E402
+from build import Source, build_as_asked, parse_arguments  # noqa: E402
 from ptxas_log import Kernel, demangle, read_kernels  # noqa: E402
-from toolchain import HOSTS, BuildError, find_nvdisasm  # noqa: E402
+from toolchain import BuildError, find_nvdisasm  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -167,14 +167,7 @@ def main() -> int:
     """Check the kernels, and return the exit status: 0 all promises kept, 1 some broken, 2 the build failed."""
     arguments = parse_arguments(__doc__)
     try:
-        library, objects = build_kernels(
-            arguments.build,
-            tuple(arguments.architectures),
-            arguments.jobs,
-            arguments.fetch_nvcc,
-            tuple(arguments.only),
-            HOSTS.get(arguments.host or ""),
-        )
+        library, objects = build_as_asked(arguments)
         nvdisasm = find_nvdisasm(arguments.build)
         rows = [row for source, folder in objects.items() for row in examine(source, folder, nvdisasm)]
     except BuildError as error:

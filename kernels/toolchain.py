@@ -15,16 +15,16 @@ from pathlib import Path
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 # The compiler's wheels do not hold the disassembler; this one reads the cubins of CUDA 13.0.
 NVDISASM = "nvidia-cuda-nvdisasm==13.2.51"
+# The CUDA runtime; its archive for another processor is linked into a library for that.
+CUDA_RUNTIME = "nvidia-cuda-runtime==13.0.96"
 # Only this set works without a system CUDA, so every part is pinned.
 NVCC_WHEELS = (
     "nvidia-cuda-nvcc==13.0.88",
     "nvidia-nvvm==13.0.88",
     "nvidia-cuda-crt==13.0.88",
-    "nvidia-cuda-runtime==13.0.96",
+    CUDA_RUNTIME,
     "nvidia-cuda-cccl==13.0.85",
 )
-# The CUDA runtime that is linked into a library for another processor.
-CUDA_RUNTIME = "nvidia-cuda-runtime==13.0.96"
 
 
 class BuildError(Exception):

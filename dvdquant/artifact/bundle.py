@@ -26,7 +26,7 @@ from dvdquant.artifact.layout import MANIFEST
 from dvdquant.artifact.manifest import MAX_MANIFEST, ComputeCapability, Digest, Manifest, Size, Text, check_relpath
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.errors import OutputError
-from dvdquant.system.files import FileEntry, disk_error, open_regular, require_disk, strict_json
+from dvdquant.system.files import FileEntry, disk_error, hash_file, open_regular, require_disk, strict_json
 from dvdquant.system.records import first_problem
 from dvdquant.system.whole_file import atomic_path
 from dvdquant.text import shown
@@ -165,8 +165,6 @@ def write_bundle(
                 _add(tar, RECORD, io.BytesIO(record), len(record))
                 for member in members:
                     _pack(tar, member, contents[member["path"]], progress)
-            file.flush()
-            os.fsync(file.fileno())
     except OSError as error:
         raise disk_error(error, error.filename or path) from error
     return digest.hexdigest()
@@ -219,8 +217,6 @@ def _entry(content: Path | bytes) -> FileEntry:
     """Return the hash and the size of what is packed besides the export's files."""
     if isinstance(content, bytes):
         return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    from dvdquant.system.files import hash_file
-
     return hash_file(content)
 
 

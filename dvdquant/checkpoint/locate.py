@@ -19,6 +19,7 @@ __all__ = [
     "CONVERT",
     "PICKLED",
     "hub_file",
+    "is_remote",
     "locate_hub_file",
     "locate_model",
     "recognize_file",
@@ -45,6 +46,22 @@ def hub_file(model: str) -> tuple[str, str] | None:
         return None
     first = Path(model.split("/")[0])
     return None if first.exists() or first.is_symlink() else (match[1], match[2])
+
+
+def is_remote(model: str) -> bool:
+    """Return whether a name means a repository or a single file of the hub, which is downloaded when it is opened.
+
+    Args:
+        model: The model as it was given. What is there locally is not remote.
+    """
+    if hub_file(model) is not None:
+        return True
+    return _names_repository(model) and not os.path.exists(model)
+
+
+def _names_repository(model: str) -> bool:
+    """Return whether a name that is not there locally has the form of a hub id, and not that of a path into a folder."""
+    return _HUB_ID.fullmatch(model) is not None and not os.path.isdir(model.split("/")[0])
 
 
 def locate_hub_file(repository: str, path: str, revision: str | None) -> Path:
@@ -96,7 +113,7 @@ def locate_model(model: str, revision: str | None, patterns: list[str]) -> Path:
             return given
         if info is not None:
             raise _no_folder(shown(model), path, info)
-        if not _HUB_ID.fullmatch(model) or Path(model.split("/")[0]).is_dir():
+        if not _names_repository(model):
             parent = next(place for place in path.parents if place.is_dir())
             available = f"{parent} holds {UntrustedFolder(parent, (parent,)).listing()}"
             raise CheckpointError(

@@ -71,7 +71,7 @@ def main(out: Path, bits: tuple[str, ...], output: Path | None, as_json: bool, v
     check_device_word(options["device"])
     from dvdquant.artifact.manifest import load_manifest
 
-    load_manifest(out)  # before PyTorch, which takes seconds to load
+    manifest = load_manifest(out)  # before PyTorch, which takes seconds to load
     if output is not None:
         check_writable(output, make_folder=False)
     loading("PyTorch and the runtime", "json" if as_json else "text")
@@ -81,7 +81,7 @@ def main(out: Path, bits: tuple[str, ...], output: Path | None, as_json: bool, v
 
     widths = tuple(int(each) for each in bits) or None
     progress = Progress("quiet" if as_json else "text")
-    result = bench(Artifact.open(out), bits=widths, progress=progress, **options)
+    result = bench(Artifact.of(out, manifest), bits=widths, progress=progress, **options)
     if output is not None:
         write_whole(output, (json_text(result.to_json(), indent=1) + "\n").encode())
     echo(json_text(result.to_json(), indent=1) if as_json else _text(result))

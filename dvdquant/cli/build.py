@@ -94,14 +94,13 @@ def main(
         with _refusals(source, gpu, dry_run) as unpack:
             if unpack is None:
                 return
-            unpack(folder, progress)
+            manifest = unpack(folder, progress)
     elif out is not None:
         raise UnsupportedError(
             f"-o is for a bundle, and {source} is none", fix="leave -o out: engines go into the export"
         )
     else:
-        folder = source
-    manifest = load_manifest(folder)
+        folder, manifest = source, load_manifest(source)
     chosen = tuple(_plugin(path, folder, manifest, PLUGIN_PLACE) for path in plugins)
     plan = plan_on_device(folder, manifest, gpu, plugins=chosen, bits=bits)
     if dry_run:
@@ -127,9 +126,11 @@ def main(
 def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
     """Open a bundle, refuse what this machine cannot build, and yield the function that unpacks it; None in a dry run."""
     from dvdquant.artifact.bundle import open_bundle, unpack_bundle
+    from dvdquant.artifact.layout import MANIFEST
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.backends import load_backend
     from dvdquant.export.on_device import check_memory, check_sm
+    from dvdquant.system.memory import memory_limit
     from dvdquant.system.plugin_file import machine_name
 
     with open_bundle(source) as bundle:
@@ -144,7 +145,7 @@ def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
                 )
         if facts["machine"] not in (None, machine_name()):
             raise UnsupportedError(f"{source} is for {facts['machine']}, and this machine is {machine_name()}")
-        check_memory(facts["builder_bytes"], facts["held_bytes"], gpu, str(source))
+        check_memory(facts["builder_bytes"], facts["held_bytes"], gpu, str(source), memory_limit())
         if dry_run:
             total = sum(member["bytes"] for member in facts["files"])
             echo(
@@ -155,9 +156,9 @@ def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
             yield None
             return
 
-        def unpack(folder: Path, progress: Progress) -> None:
-            """Unpack into the folder, unless it holds this very bundle already."""
-            listed = {m["path"]: m["sha256"] for m in facts["files"] if m["path"] != "manifest.json"}
+        def unpack(folder: Path, progress: Progress) -> Manifest:
+            """Unpack into the folder, unless it holds this very bundle already; return the manifest that is there."""
+            listed = {m["path"]: m["sha256"] for m in facts["files"] if m["path"] != MANIFEST}
             with contextlib.suppress(OutputError):
                 there = load_manifest(folder)
                 if all(
@@ -166,9 +167,9 @@ def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
                     if name != "README.md"
                 ):
                     progress.say(f"{folder} holds what {source} holds")
-                    return
+                    return there
             with progress.stage("unpack", sum(m["bytes"] for m in facts["files"]), "B") as stage:
-                unpack_bundle(bundle, folder, stage.update)
+                return unpack_bundle(bundle, folder, stage.update)
 
         yield unpack
 

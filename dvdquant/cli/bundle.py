@@ -143,6 +143,8 @@ def _requirements(manifest: Manifest) -> list[str]:
 
 def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | None, wheels: bool) -> str:
     """Return what to do on the device, as Markdown."""
+    from dvdquant.export.elsewhere import PLUGIN_PLACE, SCRIPT
+
     sms = ", ".join(sorted({sm for entry in manifest.builds for sm in entry["sm"]}, key=float))
     backends = {entry["backend"] for entry in manifest.builds}
     folder = target.name.removesuffix(".tar")
@@ -158,7 +160,7 @@ def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | 
         + ("" if wheels else f". Without internet: fetch them elsewhere by `{_download(machine)}`."),
         f"3. `{_build_line(target, library)}`. It refuses what does not fit before it works, and can be repeated with "
         "`--resume`.",
-        f"4. `dvdq-run {folder}{' --plugin ' + folder + '/plugins/libdvdquant_plugins.so' if library else ''} --prompt …`, "
+        f"4. `dvdq-run {folder}{f' --plugin {folder}/{PLUGIN_PLACE}' if library else ''} --prompt …`, "
         "where the model's text encoder and VAE are at hand (`--pipeline FOLDER`).",
     ]
     return "\n".join(
@@ -170,7 +172,7 @@ def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | 
             "",
             *steps,
             "",
-            "By hand, without Python: `trtexec.sh` holds the lines of TensorRT's own builder."
+            f"By hand, without Python: `{SCRIPT}` holds the lines of TensorRT's own builder."
             if "tensorrt" in backends
             else "",
             "",

@@ -15,7 +15,7 @@ from typing import Literal
 from dvdquant import __version__
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.hardware.advice import choose_recipe, choose_target
-from dvdquant.hardware.capabilities import CAPABILITIES
+from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.hardware.find import Installed, find_gpu, installed_gpus
 from dvdquant.text import amount
 
@@ -188,7 +188,7 @@ def _kernels(gpus: list[Installed]) -> Iterator[Finding]:
         return
     library = load_library()
     words = f"{library.path}, for SM {', '.join(library.architectures)}"
-    lacking = [sm for sm in map(_sm, gpus) if sm and not library.serves(int(sm.replace(".", "")))]
+    lacking = [sm for sm in map(_sm, gpus) if sm and not library.serves(sm_number(sm))]
     state: State = "problem" if lacking else "ok"
     yield Finding(
         "CUDA kernels", state, words + (f", none for SM {lacking[0]}" if lacking else ""), BUILD if lacking else ""
@@ -200,7 +200,7 @@ def _attention(gpus: list[Installed]) -> Iterator[Finding]:
     from dvdquant.ops.attention.libraries import LIBRARIES, ladder
 
     there = [library.name for library in LIBRARIES.values() if library.installed() is None]
-    sms = [int(sm.replace(".", "")) for sm in map(_sm, gpus) if sm]
+    sms = [sm_number(sm) for sm in map(_sm, gpus) if sm]
     if not sms:
         found = f"installed: {', '.join(there) or 'none'}; they need a GPU"
         yield Finding(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +36,6 @@ REALIZE = (
     "nvfp4",
 )  # those of dvdquant.export.engines.precision, which takes seconds to import
 BUILD_PLACES = ("auto", "here", "device")  # those of dvdquant.export.options, which takes seconds to import
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 # Memory of cards and of Jetsons, which the dry run compares weights with.
 DEVICE_GIB = (8, 12, 16, 24, 32, 64, 128)
 MAX_TOKENS, MAX_BATCH = 1 << 16, 1 << 10
@@ -308,18 +306,22 @@ def main(**arguments: Any) -> None:
 
 
 def _check_early(options: ExportOptions) -> None:
-    """Refuse an output folder or a model that cannot be used, in the order of the plan, which checks them again."""
+    """Refuse an output folder or a model that cannot be used, in the order of the plan, which checks them again.
+
+    A model of the hub is left to the plan: nothing is downloaded here.
+    """
     from dvdquant.artifact.output_folder import check_output
+    from dvdquant.checkpoint.locate import is_remote
     from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
     from dvdquant.export.options import check_text
 
     check_text(options)
     check_output(options.out)
     config = None if options.config is None else read_config_file(options.config)
-    may_be_hub_id = not os.path.exists(os.path.expanduser(options.model)) and _HUB_ID.fullmatch(options.model)
-    if not (options.subfolder or may_be_hub_id):
+    if not (options.subfolder or is_remote(options.model)):
         for name in Checkpoint.components(options.model, revision=options.revision):
-            open_checkpoint(options.model, component=name.rpartition("/")[2], config=config)
+            component = name.rpartition("/")[2]
+            open_checkpoint(options.model, revision=options.revision, component=component, config=config)
 
 
 def _check_revision(model: str, revision: str | None) -> None:

@@ -52,13 +52,13 @@ def _speed(choice: Choice) -> str:
 
 def _memory(plan: ExportPlan, choice: Choice) -> str:
     """Return the memory that weights take on the GPU, beside those of 16 bit, and whether the card has it."""
-    from dvdquant.export.estimate import engine_weight_bytes, packed_bytes
+    from dvdquant.export.estimate import held_bytes, packed_bytes
 
     # Of two transformers, only one is needed at a time, but a pipeline holds both.
     widths: dict[int, int] = {}
-    for engine in plan.engines:
+    for engine in (*plan.engines, *plan.later):
         if engine.precision != "plugin":
-            size = sum(engine_weight_bytes(each, engine) for each in plan.plans)
+            size = sum(held_bytes(each, engine) for each in plan.plans)
             widths[engine.act_bits] = max(widths.get(engine.act_bits, 0), size)
     sixteen = sum(2 * each.all_weights for each in plan.plans)
     if widths:

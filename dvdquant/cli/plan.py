@@ -108,7 +108,7 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     prompts, seeds = read_prompts(options.pop("prompt"), options.pop("prompts")), _seeds(options.pop("seeds"))
     output = options.pop("output") or out / "schedule.json"
     plot = options.pop("plot")
-    load_manifest(out)  # before minutes of work, as the output
+    manifest = load_manifest(out)  # before minutes of work, as the output
     for path in (output, plot):
         if path is not None:
             check_writable(path, make_folder=False)
@@ -125,7 +125,7 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
         goal_options["average_bits"] = 6.0
     goal = Goal(goal_options["average_bits"], goal_options["time_budget"], goal_options["delta"])
     progress = Progress("json" if log_format == "json" else "text")
-    found = plan(Artifact.open(out), prompts, goal, seeds=seeds, progress=progress, lora=loras, **options)
+    found = plan(Artifact.of(out, manifest), prompts, goal, seeds=seeds, progress=progress, lora=loras, **options)
     found.schedule.save(output)
     if plot is not None:
         from dvdquant.deploy.planning.plot import draw_plan

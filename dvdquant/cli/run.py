@@ -311,13 +311,13 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
     loras = parse_loras(settings.lora)
     check_device_word(settings.device)
     out = locate_export(out, revision)
-    load_manifest(out)  # before PyTorch, which takes seconds to load
+    manifest = load_manifest(out)  # before PyTorch, which takes seconds to load
     loading("PyTorch and the runtime", log_format)
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import open_generator
     from dvdquant.system.progress import Progress
 
-    artifact = Artifact.open(out)
+    artifact = Artifact.of(out, manifest)
     progress = Progress("json" if log_format == "json" else "text")
     with open_generator(
         artifact,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dvdquant.errors import UnsupportedError
 
-__all__ = ["CAPABILITIES", "Capability", "capability", "parse_sm"]
+__all__ = ["CAPABILITIES", "Capability", "capability", "parse_sm", "sm_number"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,16 @@ def parse_sm(text: str) -> str:
     match = _SM.fullmatch(text.strip())
     sm = f"{match[1]}.{match[2]}" if match else text
     return capability(sm, text).sm
+
+
+def sm_number(sm: str) -> int:
+    """Return major · 10 + minor of a compute capability, as the kernel libraries number them.
+
+    Args:
+        sm: The compute capability, such as "8.7".
+    """
+    major, _, minor = sm.partition(".")
+    return 10 * int(major) + int(minor)
 
 
 def capability(sm: str, text: str = "") -> Capability:

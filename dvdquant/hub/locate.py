@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from dvdquant.artifact.layout import MANIFEST
-from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath, verify_files
+from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, verify_files
 from dvdquant.errors import OutputError
 from dvdquant.hub.names import hub_failure, is_hub_name
 from dvdquant.system.files import read_limited
@@ -109,7 +109,6 @@ def _compare(repo: str, commit: str, manifest: Manifest) -> None:
     }
     problems = []
     for name, entry in manifest.files.items():
-        check_relpath(name)
         found = there.get(name)
         if found is None:
             problems.append(f"{name} is missing")

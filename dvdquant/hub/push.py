@@ -135,7 +135,7 @@ def push(plan: PushPlan, *, revision: str | None = None, message: str | None = N
         if revision is not None:
             api.create_branch(plan.repo, branch=revision, exist_ok=True)
         there = set(api.list_repo_files(plan.repo, revision=revision)) - {".gitattributes"}
-        stale = _stale(api, plan, there, revision, force)
+        stale = _stale(plan, there, revision, force)
         # 2. The files. Large ones are hashed while they are sent, so their digests are known before the commit.
         additions = [_addition(plan, name) for name in plan.files]
         api.preupload_lfs_files(plan.repo, additions=additions, revision=revision, free_memory=False)
@@ -167,7 +167,7 @@ def _last_part(path: str) -> str:
     return model_name(path).split("/")[-1]
 
 
-def _stale(api: Any, plan: PushPlan, there: set[str], revision: str | None, force: bool) -> list[str]:
+def _stale(plan: PushPlan, there: set[str], revision: str | None, force: bool) -> list[str]:
     """Return the files of an earlier export that the new one does not have.
 
     Raises:

@@ -17,7 +17,7 @@ from dvdquant.artifact.manifest import EngineEntry, hash_file
 from dvdquant.errors import EngineError
 from dvdquant.export.engines import build_engine
 from dvdquant.export.engines.precision import EnginePlan
-from dvdquant.export.engines.report import BuildReport
+from dvdquant.export.engines.report import BuildReport, Shapes
 from dvdquant.export.graph.trace import profile_shapes
 from dvdquant.export.graph.writer import graph_path
 from dvdquant.export.options import ExportOptions
@@ -31,7 +31,15 @@ from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
 from dvdquant.system.progress import Progress
 
-__all__ = ["BuildSettings", "EngineStage", "build_settings", "check_attention", "engine_path", "find_current"]
+__all__ = [
+    "BuildSettings",
+    "EngineStage",
+    "build_settings",
+    "check_attention",
+    "engine_path",
+    "find_current",
+    "run_builder",
+]
 
 
 def engine_path(component: str, engine: EnginePlan) -> str:
@@ -91,28 +99,25 @@ class EngineStage:
         target.parent.mkdir(parents=True, exist_ok=True)
         graph = self._for_plugin(source, engine) if engine.precision == "plugin" else self._lower(source, engine)
         # 2. Build the engine.
-        workspace = self.options.workspace_gib
         try:
-            report = build_engine(
+            report = run_builder(
                 graph,
                 target,
                 backend=engine.backend,
                 sms=engine.sms,
                 profile=profile_shapes(self.plan.family, self.sizes),
-                plugins=self.options.plugins if engine.backend == "tensorrt" else (),
-                workspace_bytes=int(workspace * 2**30) if workspace else None,
+                plugins=self.options.plugins,
+                workspace_gib=self.options.workspace_gib,
                 timing_cache=self.options.timing_cache,
                 optimization_level=self.options.optimization_level,
-                data_roots=(self.root / "onnx",),
-                progress=self.progress.log_format == "text",
-                alive=lambda seconds, silent: self.progress.event(
-                    "working", stage="engines", label=target.name, seconds=round(seconds, 1), silent=round(silent, 1)
-                ),
+                data_root=self.root / "onnx",
+                fp8_attentions=self._quantized,
+                progress=self.progress,
             )
-            check_attention(engine.backend, self._quantized, report, target)
         except EngineError as error:
             what = f"{self.component} a{engine.act_bits} for {engine.backend} SM {', '.join(engine.sms)}: {error.what}"
-            raise EngineError(what, available=error.available, fix=error.fix) from error
+            fix = error.fix if error.has_own_fix else None
+            raise EngineError(what, available=error.available, fix=fix) from error
         finally:
             if graph != source and not self.options.keep_graphs:
                 graph.unlink(missing_ok=True)
@@ -207,6 +212,62 @@ class EngineStage:
 def _suffix(engine: EnginePlan) -> str:
     """Return what tells the graph of an engine with FP8 attention from that of one without, which serves other SMs."""
     return "_fp8" if engine.attention == "fp8" else ""
+
+
+def run_builder(
+    graph: Path,
+    target: Path,
+    *,
+    backend: str,
+    sms: Sequence[str],
+    profile: Shapes | None,
+    plugins: Sequence[Path],
+    workspace_gib: float | None,
+    timing_cache: Path | None,
+    optimization_level: int | None,
+    data_root: Path,
+    fp8_attentions: int,
+    progress: Progress,
+) -> BuildReport:
+    """Build an engine from a graph as an export does, tell ``progress`` that the builder lives, and check its attention.
+
+    Args:
+        graph: The graph for the builder.
+        target: The engine to write.
+        backend: ``tensorrt_rtx`` or ``tensorrt``.
+        sms: The compute capabilities that it is for.
+        profile: Input name -> its (min, opt, max) shape; None if all sizes are fixed.
+        plugins: The plugin libraries, which TensorRT alone loads.
+        workspace_gib: The builder's workspace limit in GiB; None means its own default.
+        timing_cache: A TensorRT timing cache to read and update.
+        optimization_level: The builder's effort, 0 to 5; None means its own default.
+        data_root: The folder that the graph's weights may lie in.
+        fp8_attentions: The number of attentions that the graph has in FP8.
+        progress: The place that the build reports to.
+
+    Raises:
+        EngineError: The builder refuses, or fuses fewer attentions in FP8 than the graph has.
+        OutputError: A file cannot be written.
+        ResourceError: Disk or memory is full.
+    """
+    report = build_engine(
+        graph,
+        target,
+        backend=backend,
+        sms=sms,
+        profile=profile,
+        plugins=plugins if backend == "tensorrt" else (),
+        workspace_bytes=int(workspace_gib * 2**30) if workspace_gib else None,
+        timing_cache=timing_cache,
+        optimization_level=optimization_level,
+        data_roots=(data_root,),
+        progress=progress.log_format == "text",
+        alive=lambda seconds, silent: progress.event(
+            "working", stage="engines", label=target.name, seconds=round(seconds, 1), silent=round(silent, 1)
+        ),
+    )
+    check_attention(backend, fp8_attentions, report, target)
+    return report
 
 
 def check_attention(backend: str, wanted: int, report: BuildReport, target: Path) -> None:

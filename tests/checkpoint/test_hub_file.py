@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from dvdquant.checkpoint.formats.files import names_file
-from dvdquant.checkpoint.locate import hub_file
+from dvdquant.checkpoint.locate import hub_file, is_remote
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.cli import export as export_command
 from dvdquant.errors import CheckpointError
+from dvdquant.export.options import ExportOptions
+from dvdquant.recipe import get_recipe
 from tests.support import other_formats as formats
 from tests.support import tiny_models as tiny
+from tests.support.commands import SIZES, in_process
 
 NAME = "split_files/diffusion_models/wan[1].safetensors"
 
@@ -85,3 +89,30 @@ def test_a_file_that_the_repository_lacks(hub: list[dict[str, Any]]) -> None:
         open_checkpoint("org/name/gone.gguf")
     assert caught.value.fix
     assert len(hub) == 1
+
+
+REMOTE = [f"org/name/{NAME}", f"org/name:{NAME}", "org/name"]
+
+
+@pytest.mark.parametrize("model", REMOTE)
+def test_the_early_check_fetches_nothing(hub: list[dict[str, Any]], tmp_path: Path, model: str) -> None:
+    assert is_remote(model)
+    options = ExportOptions(model=model, out=tmp_path / "out", recipe=get_recipe("rtn"), revision="abc")
+    export_command._check_early(options)
+    assert hub == []
+
+
+def test_what_is_there_locally_is_not_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for model in (str(tmp_path), "here", "here/gone", "here/gone/file.gguf", "./gone/away", "gone/a/b", "org/na\0me"):
+        assert not is_remote(model), model
+
+
+@pytest.mark.parametrize("separator", ["/", ":"])
+def test_an_export_downloads_the_revision_alone(hub: list[dict[str, Any]], tmp_path: Path, separator: str) -> None:
+    arguments = ["--revision", "abc", "--recipe", "rtn", "--target", "onnx", *SIZES, "--dry-run"]
+    in_process(f"org/name{separator}{NAME}", "-o", tmp_path / "out", *arguments)
+    assert hub
+    assert {call["revision"] for call in hub} == {"abc"}
+    assert not (tmp_path / "out").exists()

@@ -22,12 +22,14 @@ from dvdquant.artifact.manifest import load_manifest, verify_files
 from dvdquant.backends import Backend
 from dvdquant.cli.build import main as build_main
 from dvdquant.cli.bundle import main as bundle_main
-from dvdquant.errors import OutputError, ResourceError, UnsupportedError
+from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export import on_device
 from dvdquant.export.elsewhere import SCRIPT
+from dvdquant.export.engines import BuildReport, stage
 from dvdquant.export.on_device import build_on_device, plan_on_device
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.progress import Progress
+from dvdquant.text import amount
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, run
 from tests.support.device_build import build, plugin_library
@@ -240,6 +242,36 @@ def test_a_damaged_export_is_not_built(out: Path, tmp_path: Path, tensorrt: None
     assert load_manifest(out).engines == ()
 
 
+@pytest.mark.parametrize(
+    ("own", "advice"), [(None, "report it with the log"), ("update the driver", "update the driver")]
+)
+def test_an_engine_that_fails_its_check(
+    own: str | None, advice: str, out: Path, tmp_path: Path, tensorrt: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder writes a file only; the judge's own advice is passed on, and a general one is not."""
+    plugin = plugin_library(tmp_path / "libdvdquant_plugins.so")
+    hashed, limits = [], []
+    hash_file, memory_limit = on_device.hash_file, on_device.memory_limit
+
+    def quick_build(graph: Path, engine: Path, **options: Any) -> BuildReport:
+        engine.write_bytes(b"an engine")
+        return BuildReport(options["backend"], "11.4.0.1", tuple(options["sms"]), 1.0, 9, 1, "0" * 64)
+
+    def judge(*_: object) -> None:
+        raise EngineError("it computes something else", fix=own)
+
+    monkeypatch.setattr(stage, "build_engine", quick_build)
+    monkeypatch.setattr(on_device, "hash_file", lambda path: (hashed.append(path), hash_file(path))[1])
+    monkeypatch.setattr(on_device, "memory_limit", lambda: (limits.append(1), memory_limit())[1])
+    before = (out / "manifest.json").read_bytes()
+    plan = plan_on_device(out, load_manifest(out), ORIN, plugins=[plugin])
+    with pytest.raises(EngineError, match="something else") as caught:
+        build_on_device(plan, Progress("quiet"), check=judge)
+    assert caught.value.fix == advice
+    assert (out / "manifest.json").read_bytes() == before
+    assert (hashed.count(plugin), len(limits)) == (1, 1)
+
+
 # ----------------------------------------------------------------------------------------------------------- the bundle
 
 
@@ -332,3 +364,14 @@ def test_the_real_builder_builds_what_was_left_to_it(model: Path, tmp_path: Path
     here = load_manifest(out)
     assert here.builds == ()
     assert [e["onnx_sha256"] for e in here.engines if e["act_bits"] == 8] == [engine["onnx_sha256"]]
+
+
+def test_both_lines_on_memory_count_engines_that_are_left_to_the_device(model: Path, tmp_path: Path) -> None:
+    arguments = ["--recipe", "w4a8", "--target", "rtx", "--sm", "8.9", *SIZES, "--dry-run", "--log-format", "json"]
+    here, there = (
+        json.loads(in_process(model, "-o", tmp_path / "out", *arguments, "--build", where))
+        for where in ("here", "device")
+    )
+    (held,) = there["held_bytes"].values()
+    assert f"weights of the a8 engine {amount(held)} " in there["answers"]["GPU memory"]
+    assert there["answers"]["GPU memory"] == here["answers"]["GPU memory"]
