@@ -8,8 +8,8 @@ from typing import Any
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation import limits
-from dvdquant.deploy.generation.check import DISTILLED, RequestChecker, TableChecker, open_checker
-from dvdquant.deploy.generation.request import GenerateRequest, VideoSize
+from dvdquant.deploy.generation.check import RequestChecker, TableChecker, open_checker
+from dvdquant.deploy.generation.request import DISTILLED, GenerateRequest, VideoSize
 from dvdquant.deploy.serve.jobs import NewJob
 from dvdquant.deploy.serve.requests import frames_of_seconds, generate_request
 from dvdquant.deploy.serve.settings import Limits, ModelSource

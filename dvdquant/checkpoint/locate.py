@@ -45,7 +45,7 @@ def hub_file(model: str) -> tuple[str, str] | None:
     if match is None or ".." in match[2].split("/") or match[2].startswith("/"):
         return None
     first = Path(model.split("/")[0])
-    return None if first.exists() or first.is_symlink() else (match[1], match[2])
+    return None if os.path.lexists(first) else (match[1], match[2])
 
 
 def is_remote(model: str) -> bool:

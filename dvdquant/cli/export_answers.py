@@ -98,7 +98,7 @@ def _quality(plan: ExportPlan) -> str:
     known = {
         each.bits: QUALITY[recipe.name, each.bits] for each in recipe.activations if (recipe.name, each.bits) in QUALITY
     }
-    nvfp4 = any(engine.precision == "nvfp4" for engine in plan.engines)
+    nvfp4 = any(engine.precision == "nvfp4" for engine in (*plan.engines, *plan.later))
     parts = [
         f"a{bits} {value:.1f} dB" for bits, value in sorted(known.items(), reverse=True) if not (nvfp4 and bits == 4)
     ]
