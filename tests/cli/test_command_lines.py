@@ -191,7 +191,7 @@ def test_too_little_memory(name: str, room: int, server: CommandServer) -> None:
 def test_a_library_without_memory(message: str, server: CommandServer) -> None:
     for log_format in ("text", "json"):
         words = ["run", *base("run"), "--log-format", log_format]
-        ended = server.run(*words, fault=["dvdquant.deploy.artifact", "load_manifest", message])
+        ended = server.run(*words, fault=["dvdquant.deploy.generation.generate", "open_generator", message])
         assert ended.code == 2
         assert "not enough memory" in ended.err
         assert "Traceback" not in ended.err
