@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Mapping
 from importlib import resources
@@ -12,14 +13,16 @@ from starlette.applications import Starlette
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from dvdquant.deploy.serve.files import FilesAwayError
 from dvdquant.deploy.serve.gate import BodyTooLargeError, BodyTooSlowError, Gate, problem
 from dvdquant.deploy.serve.jobs import VIDEO_ID, Job, QueueFullError
 from dvdquant.deploy.serve.openapi import openapi_document, readable_page
 from dvdquant.deploy.serve.requests import read_request
 from dvdquant.deploy.serve.service import Service
+from dvdquant.deploy.serve.stored_clip import stored_clip
 from dvdquant.deploy.serve.videos import deleted_json, list_json, video_json
 from dvdquant.deploy.serve.wording import public_error
 from dvdquant.errors import DvdquantError, ShapeError, UnsupportedError
@@ -27,6 +30,8 @@ from dvdquant.system.files import strict_json
 from dvdquant.text import shown
 
 __all__ = ["make_app"]
+
+log = logging.getLogger(__name__)
 
 _JSON = "application/json"
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -69,6 +74,7 @@ def make_app(service: Service) -> Any:
             BodyTooLargeError: _too_large,
             BodyTooSlowError: _too_slow,
             ClientDisconnect: _gone,
+            FilesAwayError: _files_away,
             Exception: _our_fault,
         },
     )
@@ -150,9 +156,16 @@ class _Routes:
             return problem(
                 409, f"the video is {job.status}", code="video_not_ready", fix="ask again later", retry_after=1
             )
-        path = await self.service.run(self.service.files.path, job.id)
+        files = self.service.files
+        path = await self.service.run(files.path, job.id)
         if path is None:
-            return problem(404, "the content of the video is gone", code="content_gone")
+            size = await files.size(job.id)
+            if size is None:
+                return problem(404, "the content of the video is gone", code="content_gone")
+            link = files.link(job.id)
+            if link is None:
+                return stored_clip(request, files, job.id, size)
+            return RedirectResponse(link, 307, {"cache-control": "no-store"})
         return _Clip(path, media_type="video/mp4", filename=f"{job.id}.mp4", content_disposition_type="inline")
 
     async def cancel_video(self, request: Request) -> Response:
@@ -356,6 +369,13 @@ async def _gone(request: Request, error: Exception) -> Response:
     """Answer nobody: the client has gone; the status is for the log."""
     del request, error
     return Response(status_code=499)
+
+
+async def _files_away(request: Request, error: Exception) -> Response:
+    """Answer where the object store does not: the job stays as it is."""
+    del request
+    log.error("%s", error)
+    return problem(503, "the clips cannot be reached", "server_error", code="files_away", retry_after=_START_SECONDS)
 
 
 async def _our_fault(request: Request, error: Exception) -> Response:

@@ -18,7 +18,7 @@ import uvicorn
 
 from dvdquant import errors
 from dvdquant.deploy.serve.app import make_app
-from dvdquant.deploy.serve.files import FolderFiles
+from dvdquant.deploy.serve.files import ClipFiles
 from dvdquant.deploy.serve.jobs import JobStore
 from dvdquant.deploy.serve.logs import log_event, setup_server_log
 from dvdquant.deploy.serve.metrics import ServerMetrics
@@ -61,7 +61,7 @@ def serve(
         _data_folder(settings.data, shared=settings.store is not None),
         _socket(settings.host, settings.port) as listener,
     ):
-        store, files = open_store(settings.data, settings.keep, settings.store)
+        store, files = open_store(settings.data, settings.keep, settings.store, settings.files)
         metrics = ServerMetrics()
         run = _Run(settings, store, files, metrics, worker_command)
         try:
@@ -87,7 +87,7 @@ class _Run:
         self,
         settings: ServerSettings,
         store: JobStore,
-        files: FolderFiles,
+        files: ClipFiles,
         metrics: ServerMetrics,
         worker_command: Sequence[str],
     ) -> None:
@@ -108,7 +108,7 @@ class _Run:
         again = self.store.abandon(None)
         self.files.sweep()
         orphans = 0
-        for video in self.files.ids():
+        for video in self.files.ids() if self.files.exclusive else ():
             job = self.store.get(video)
             # Of a job that waits, a worker may have written the file just before the server was killed: it is made anew.
             if job is None or job.status == "failed":
@@ -130,6 +130,7 @@ class _Run:
             make_app(self.service),
             log_config=None,
             access_log=False,
+            http="h11",  # with its limits, though another package may have brought httptools
             server_header=False,
             lifespan="off",
             ws="none",

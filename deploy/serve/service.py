@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from dvdquant.deploy.serve.checks import CheckedRequest, ServedModel
-from dvdquant.deploy.serve.files import FolderFiles
+from dvdquant.deploy.serve.files import ClipFiles
 from dvdquant.deploy.serve.jobs import JobStore
 from dvdquant.deploy.serve.metrics import ServerMetrics
 from dvdquant.deploy.serve.settings import ServerSettings
@@ -36,7 +36,7 @@ class Service:
     """
 
     def __init__(
-        self, settings: ServerSettings, store: JobStore, files: FolderFiles, pool: Pool, metrics: ServerMetrics
+        self, settings: ServerSettings, store: JobStore, files: ClipFiles, pool: Pool, metrics: ServerMetrics
     ) -> None:
         self.settings = settings
         self.store = store

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Limits", "ModelSource", "ServerSettings", "WorkerSettings"]
+__all__ = ["Limits", "ModelSource", "ObjectStore", "ServerSettings", "WorkerSettings"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,21 @@ class ModelSource:
     out: str
     pipeline: str | None = None
     schedules: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """A place for clips that several machines reach; keys are in the environment alone.
+
+    Args:
+        address: ``s3://bucket/prefix``.
+        endpoint: The address of a server that is not Amazon's, or None.
+        link_seconds: Seconds for which a client may fetch a clip there by itself; 0 sends it through the server.
+    """
+
+    address: str
+    endpoint: str | None = None
+    link_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ class WorkerSettings:
         models: The exports.
         data: The data folder.
         store: The address of a shared store, or None for the file in the data folder.
+        files: The object store of the clips, or None for the data folder.
         device: ``auto``, ``cpu`` or ``cuda:N``.
         backend: See :func:`.open_generator`.
         compile: Compile the transformer's blocks.
@@ -70,6 +86,7 @@ class WorkerSettings:
     models: tuple[ModelSource, ...]
     data: str
     store: str | None = None
+    files: ObjectStore | None = None
     device: str = "auto"
     backend: str = "auto"
     compile: bool = False
@@ -89,6 +106,7 @@ class ServerSettings:
         models: The exports.
         data: The data folder: queue, state, clips.
         store: The address of a shared store, or None for the file in the data folder.
+        files: The object store of the clips, or None for the data folder.
         host: The address to listen on.
         port: The port; 0 takes a free one.
         devices: One worker process for each.
@@ -109,6 +127,7 @@ class ServerSettings:
     models: tuple[ModelSource, ...]
     data: Path
     store: str | None = None
+    files: ObjectStore | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     devices: tuple[str, ...] = ("auto",)
@@ -137,6 +156,7 @@ class ServerSettings:
             models=self.models,
             data=str(self.data),
             store=self.store,
+            files=self.files,
             device=device,
             backend=self.backend,
             compile=self.compile,

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 from dvdquant.deploy.faults import fault_of
 from dvdquant.deploy.serve.channel import Channel
-from dvdquant.deploy.serve.files import FolderFiles
+from dvdquant.deploy.serve.files import ClipFiles
 from dvdquant.deploy.serve.jobs import CANCELLED, Failure, Job, JobStore
 from dvdquant.deploy.serve.logs import log_event, setup_server_log
-from dvdquant.deploy.serve.settings import ModelSource, WorkerSettings
+from dvdquant.deploy.serve.settings import ModelSource, ObjectStore, WorkerSettings
 from dvdquant.deploy.serve.stores import open_store
 from dvdquant.deploy.serve.wording import client_text, public_error
 from dvdquant.errors import Cancelled, DvdquantError
@@ -107,7 +107,7 @@ class Worker:
         self,
         settings: WorkerSettings,
         store: JobStore,
-        files: FolderFiles,
+        files: ClipFiles,
         tell: Callable[..., Any],
         wrap_session: WrapSession | None = None,
     ) -> None:
@@ -487,7 +487,7 @@ def main(words: list[str] | None = None, wrap_session: WrapSession | None = None
     os.dup2(2, 1)  # what a library prints belongs into the log
     setup_server_log(settings.log_format, settings.verbose, worker=settings.name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which tells us
-    store, files = open_store(settings.data, settings.keep, settings.store)
+    store, files = open_store(settings.data, settings.keep, settings.store, settings.files)
     worker = Worker(settings, store, files, channel.send, wrap_session)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     threading.Thread(target=_obey, args=(worker, messages), daemon=True).start()
@@ -523,7 +523,8 @@ def _obey(worker: Worker, messages: Iterator[dict[str, Any]]) -> None:
 
 def _settings(data: dict[str, Any]) -> WorkerSettings:
     models = tuple(ModelSource(**model) for model in data.pop("models"))
-    return WorkerSettings(models=models, **data)
+    files = data.pop("files")
+    return WorkerSettings(models=models, files=None if files is None else ObjectStore(**files), **data)
 
 
 def settings_json(settings: WorkerSettings) -> dict[str, Any]:

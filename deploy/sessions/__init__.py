@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.base import EngineSession, chosen_bits
+from dvdquant.deploy.sessions.other_process import PROCESS, ProcessSession
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.ops.cuda import BUILD
 from dvdquant.ops.cuda_linear import kernels_for
@@ -47,7 +48,8 @@ def open_session(
         artifact: The export.
         component: ``transformer`` or ``transformer_2``.
         backend: One of :data:`BACKENDS`, or ``rtx``, ``ort`` or ``torch`` for short.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. With ``process:`` before it, the engines are in a process of their
+            own, see :class:`.other_process.ProcessSession`.
         bits: The activation bits to load. The default is all.
         plugins: TensorRT plugin libraries to load before the engines that need them.
         compile: Run in PyTorch with the transformer's blocks compiled (:class:`.pytorch.PyTorchSession`).
@@ -64,6 +66,18 @@ def open_session(
     name = _ALIASES.get(backend, backend)
     if name not in BACKENDS:
         raise UnsupportedError(f"unknown backend {backend!r:.100}", available=BACKENDS, fix="pick one of these")
+    if device.startswith(PROCESS):
+        return ProcessSession(
+            artifact,
+            component,
+            bits,
+            resolve_device(device.removeprefix(PROCESS)),
+            backend=backend,
+            plugins=tuple(plugins),
+            compile=compile,
+            attention=attention,
+            attention_backend=attention_backend,
+        )
     place = resolve_device(device)
     chosen_bits(artifact, component, bits)
     if attention is not None and attention not in ATTENTION:

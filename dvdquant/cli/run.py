@@ -282,7 +282,8 @@ class RunOptions:
     "--cfg-parallel",
     type=WORD,
     metavar="DEVICE",
-    help="Run the second branch of guidance on this device at the same time, such as cuda:1.  [default: one after the other]",
+    help="Run the second branch of guidance on this device at the same time, such as cuda:1, or process:cuda:1 for a "
+    "process of its own.  [default: one after the other]",
 )
 @click.option(
     "--revision", type=WORD, metavar="REVISION", help="Branch, tag or commit, where OUT is user/name on the hub."

@@ -19,7 +19,7 @@ from dvdquant.text import shown
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
-    from dvdquant.deploy.serve.settings import ModelSource
+    from dvdquant.deploy.serve.settings import ModelSource, ObjectStore
 
 EXAMPLES = """
 # one export on every GPU of this machine; a page at http://127.0.0.1:8000
@@ -27,6 +27,9 @@ dvdq-serve out/wan --data /srv/dvdquant
 
 # two models under names of their own, two GPUs, for others in the network
 dvdq-serve small=out/wan-1.3b large=out/wan-14b --device cuda:0,cuda:1 --host 0.0.0.0 --api-key-file keys.txt
+
+# one of several servers: the queue in Postgres, clips in an object store
+dvdq-serve out/wan --store postgresql://dvdq@db/jobs --files s3://clips/wan --s3-endpoint http://minio:9000
 
 # a schedule that dvdq-plan made, fewer jobs in the queue, clips kept for a week
 dvdq-serve out/wan --schedule out/wan/schedule.json --queue 16 --keep-hours 168
@@ -60,6 +63,27 @@ _MODULES = {
     envvar="DVDQ_STORE",
     help="postgresql://user@host/database: a queue that several servers share, with --data on a shared disk.  "
     "[default: a file in --data, or $DVDQ_STORE]",
+)
+@click.option(
+    "--files",
+    type=WORD,
+    metavar="URL",
+    envvar="DVDQ_FILES",
+    help="s3://bucket/prefix for the clips, instead of --data; keys come from the variables AWS_ACCESS_KEY_ID and so on.  "
+    "[default: --data, or $DVDQ_FILES]",
+)
+@click.option(
+    "--s3-endpoint",
+    type=WORD,
+    metavar="URL",
+    envvar="DVDQ_S3_ENDPOINT",
+    help="The server of --files, such as http://minio:9000.  [default: Amazon's, or $DVDQ_S3_ENDPOINT]",
+)
+@click.option(
+    "--s3-link-seconds",
+    type=click.FloatRange(0, 604_800),
+    default=0,
+    help="Send clients to a signed address there that lasts so long.  [default: clips go through this server]",
 )
 @click.option("--host", type=WORD, default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
@@ -146,6 +170,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
             models=models,
             data=options["data"],
             store=options["store"],
+            files=read_files(options["files"], options["s3_endpoint"], options["s3_link_seconds"]),
             host=options["host"],
             port=options["port"],
             devices=names,
@@ -217,6 +242,26 @@ def hosts(host: str, more: tuple[str, ...]) -> tuple[str, ...]:
     own = (*LOOPBACK[:2], "[::1]")
     named = tuple(name.lower() for name in more)
     return (*own, *named) if host in LOOPBACK or named else ()
+
+
+def read_files(address: str | None, endpoint: str | None, link_seconds: float) -> ObjectStore | None:
+    """Return the object store of the clips, or None for the data folder.
+
+    Args:
+        address: ``s3://bucket/prefix``, or None.
+        endpoint: The address of its server, or None.
+        link_seconds: See :class:`.settings.ObjectStore`.
+
+    Raises:
+        UnsupportedError: Options for an object store without one.
+    """
+    from dvdquant.deploy.serve.settings import ObjectStore
+
+    if address is None:
+        if link_seconds:
+            raise UnsupportedError("--s3-link-seconds is for clips in an object store", fix="give --files s3://bucket")
+        return None
+    return ObjectStore(address, endpoint, link_seconds)
 
 
 def devices(text: str, workers: int) -> tuple[str, ...]:

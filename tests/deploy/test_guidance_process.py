@@ -1,0 +1,122 @@
+"""Guidance on two sessions of which the second is in a process of its own: clips of one session; a process that dies is an error."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.faults import fault_of
+from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
+from dvdquant.deploy.generation.generator import Generator
+from dvdquant.deploy.sessions import open_session
+from dvdquant.deploy.sessions.base import EngineSession
+from dvdquant.deploy.sessions.guidance_pair import GuidancePair
+from dvdquant.deploy.sessions.other_process import ProcessSession
+from dvdquant.errors import EngineError, ResourceError, ShapeError, UnsupportedError
+from tests.deploy.test_guidance_pair import _Failing, same
+from tests.support.running import PROMPT, tiny_wan_export
+
+OPTIONS: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu"}
+FAILING: set[float] = set()
+
+
+def _breakable(session: EngineSession) -> EngineSession:
+    """The first session, whose low engine fails at the timesteps in FAILING."""
+    if not isinstance(session, GuidancePair):
+        return _Failing(session, FAILING)
+    session.inner = _Failing(session.inner, FAILING)
+    return session
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Generator]:
+    """One session."""
+    with open_generator(Artifact.open(tiny_wan_export()), wrap_session=_breakable, **OPTIONS) as generator:
+        yield generator
+
+
+@pytest.fixture(scope="module")
+def double() -> Iterator[Generator]:
+    """Two, the second in another process."""
+    options: dict[str, Any] = {**OPTIONS, "wrap_session": _breakable, "cfg_parallel": "process:cpu"}
+    with open_generator(Artifact.open(tiny_wan_export()), **options) as generator:
+        generator.prepare(GenerateRequest(PROMPT, steps=2))
+        yield generator
+        child = psutil.Process(_pair(generator).peer.pid)  # type: ignore[attr-defined]
+    assert not child.is_running()
+
+
+def _pair(generator: Generator) -> GuidancePair:
+    pair = generator._session  # type: ignore[attr-defined]
+    assert isinstance(pair, GuidancePair)
+    return pair
+
+
+@pytest.mark.parametrize("fields", [{"delta": 0.3}, {"mode": "a8", "cache": 0.4}, {"mode": "a4", "fails": (0, 2, 3)}])
+def test_a_clip_is_that_of_one_session(fields: dict[str, Any], plain: Generator, double: Generator) -> None:
+    """Switched, with skipped steps, and with steps that run again after the low engine failed."""
+    fields = dict(fields)
+    fails = fields.pop("fails", ())
+    request = GenerateRequest(PROMPT, steps=6, seed=4, **fields)
+    if fails:
+        FAILING.update(round(record.timestep) for record in plain.generate(request).trace if record.step in fails)
+    try:
+        expected = plain.generate(request)
+        found = double.generate(request)
+    finally:
+        FAILING.clear()
+    same(found, expected)
+    pair = _pair(double)
+    assert pair.paired >= 5 - (5 if "cache" in fields else 0)
+    if fails:
+        assert [record.retried for record in found.trace if record.step in fails] == [True, False] * 3
+        assert pair.wasted >= 2  # begun at 4 bits and dropped, and begun again at 8
+    if "cache" in fields:
+        assert any(record.bits is None for record in found.trace)
+
+
+def test_a_partner_that_dies_is_an_error_of_the_clip_and_not_of_the_step(plain: Generator, double: Generator) -> None:
+    """A step that ran again at other bits would hide it: another clip for the same request. The job's next attempt is right."""
+    request = GenerateRequest(PROMPT, steps=4, seed=9, mode="a4")
+    pair = _pair(double)
+    peer = pair.peer
+    assert isinstance(peer, ProcessSession)
+    first = peer.pid
+    assert first is not None
+
+    def kill(record: Any) -> None:
+        if record.step == 1:
+            os.kill(first, signal.SIGKILL)
+
+    with pytest.raises(ResourceError, match="signal 9") as caught:
+        double.generate(request, kill)
+    assert fault_of(caught.value) == "once"
+    same(double.generate(request), plain.generate(request))
+    assert peer.pid not in (None, first)
+
+
+def test_errors_of_the_other_process_are_its_own() -> None:
+    artifact = Artifact.open(tiny_wan_export())
+    with pytest.raises(UnsupportedError, match="unknown device"):
+        open_session(artifact, device="process:gpu")
+    with pytest.raises(UnsupportedError, match="does not take compile"):
+        open_session(artifact, device="process:cpu", backend="onnxruntime", compile=True)
+
+
+def test_a_session_by_itself(double: Generator) -> None:
+    session = _pair(double).peer
+    assert (session.backend, session.device.type) == ("onnxruntime", "cpu")
+    assert session.resident_bytes() == _pair(double).inner.resident_bytes()
+    inputs = session.family.sample(session.sizes, session.dtype, 0)
+    with pytest.raises(ShapeError, match="outside the profile"):
+        session.run({**inputs, "hidden_states": inputs["hidden_states"][:, :, :, :3]}, 4)
+    with pytest.raises(EngineError, match="16-bit"):
+        session.run(inputs, 16)
+    with pytest.raises(UnsupportedError, match="a graph"):
+        session.set_loras([object()])  # type: ignore[list-item]
