@@ -22,7 +22,7 @@ from dvdquant.deploy.serve.files import ClipFiles
 from dvdquant.deploy.serve.jobs import JobStore
 from dvdquant.deploy.serve.logs import log_event, setup_server_log
 from dvdquant.deploy.serve.metrics import ServerMetrics
-from dvdquant.deploy.serve.service import Service
+from dvdquant.deploy.serve.service import EXPIRE_SECONDS, Service
 from dvdquant.deploy.serve.settings import ServerSettings
 from dvdquant.deploy.serve.stores import open_store
 from dvdquant.deploy.serve.supervisor import WORKER_COMMAND, Pool
@@ -31,7 +31,6 @@ from dvdquant.system.files import disk_error
 
 __all__ = ["serve"]
 
-EXPIRE_SECONDS = 60.0
 _CONNECTIONS = 1000
 _LAST_SECONDS = 30.0  # that workers get after their time to drain is over
 _HEAD_BYTES = 1 << 16
@@ -162,20 +161,7 @@ class _Run:
 
     async def _expire(self) -> None:
         """Delete what has expired, now and every minute."""
-        while True:
-            try:
-                expired = await self.service.run(self.store.expire, time.time())
-            except Exception:  # of sqlite3 or psycopg; a store that is away comes back
-                log.exception("the store does not say what has expired")
-                expired = []
-            for video in expired:
-                try:
-                    await self.service.run(self.files.delete, video)
-                except OSError:
-                    log.exception("the clip of %s, which has expired, cannot be deleted", video)
-                else:
-                    log_event(log, "video_expired", video=video)
-            await asyncio.sleep(EXPIRE_SECONDS)
+        await self.service.expire_for_ever(EXPIRE_SECONDS)
 
     def _signalled(self) -> None:
         if self._stop.is_set():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
+import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from dvdquant.deploy.serve.checks import CheckedRequest, ServedModel
 from dvdquant.deploy.serve.files import ClipFiles
 from dvdquant.deploy.serve.jobs import JobStore
+from dvdquant.deploy.serve.logs import log_event
 from dvdquant.deploy.serve.metrics import ServerMetrics
 from dvdquant.deploy.serve.settings import ServerSettings
 from dvdquant.deploy.serve.supervisor import Pool
@@ -17,11 +20,15 @@ from dvdquant.errors import UnsupportedError
 from dvdquant.system.files import free_bytes
 from dvdquant.text import shown
 
-__all__ = ["Service"]
+__all__ = ["EXPIRE_SECONDS", "Service"]
+
+EXPIRE_SECONDS = 60.0
 
 P = ParamSpec("P")
 R = TypeVar("R")
 _THREADS = 4
+
+log = logging.getLogger(__name__)
 
 
 class Service:
@@ -85,6 +92,27 @@ class Service:
     def disk_is_full(self) -> bool:
         """Return whether the data folder has too little room for another clip."""
         return free_bytes(self.settings.data) < self.settings.limits.free_disk
+
+    async def expire_for_ever(self, seconds: float = EXPIRE_SECONDS) -> None:
+        """Delete what has expired, now and again.
+
+        Args:
+            seconds: Between two looks.
+        """
+        while True:
+            try:
+                expired = await self.run(self.store.expire, time.time())
+            except Exception:  # of sqlite3 or psycopg; a store that is away comes back
+                log.exception("the store does not say what has expired")
+                expired = []
+            for video in expired:
+                try:
+                    await self.run(self.files.delete, video)
+                except OSError:
+                    log.exception("the clip of %s, which has expired, cannot be deleted", video)
+                else:
+                    log_event(log, "video_expired", video=video)
+            await asyncio.sleep(seconds)
 
     # ---------------------------------------------------------------------------------------------------------- models
 

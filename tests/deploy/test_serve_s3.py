@@ -148,6 +148,7 @@ def _client(files: ClipFiles, tmp_path: Path) -> tuple[Any, str]:
     from dvdquant.deploy.serve.app import make_app
     from dvdquant.deploy.serve.service import Service
 
+    tmp_path.mkdir(exist_ok=True)
     store = SqliteStore(tmp_path / "jobs.sqlite", keep=HOUR)
     store.create(WHAT, 10)
     job = store.claim("w", ("wan",), 60)

@@ -1,0 +1,46 @@
+"""What the events of a worker change in Ray's metrics, which Ray's own exporter gives to Prometheus (``ray_dvdq_…``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.util.metrics import Counter, Histogram
+
+__all__ = ["RayFigures"]
+
+_STEP = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
+_CLIP = [0.1, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1800]
+
+
+class RayFigures:
+    """The figures of one worker, under the names that :class:`.metrics.ServerMetrics` has."""
+
+    def __init__(self) -> None:
+        model = ("model",)
+        self._steps = Histogram("dvdq_step_seconds", "One call of the transformer", _STEP, ("model", "bits"))
+        self._skipped = Counter("dvdq_steps_skipped", "Calls that reused an earlier output", model)
+        self._retried = Counter("dvdq_step_retries", "Calls that failed and ran again on the high engine", model)
+        self._clips = Counter("dvdq_clips", "Attempts that ended", ("model", "status"))
+        self._clip_seconds = Histogram("dvdq_clip_seconds", "Drawing a clip", _CLIP, model)
+        self._waited = Histogram("dvdq_wait_seconds", "From the creation of a job to its start", _CLIP, model)
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Count an event.
+
+        Args:
+            message: The event, see :mod:`.worker`.
+        """
+        kind, tags = message["event"], {"model": message.get("model", "")}
+        if kind == "started":
+            self._waited.observe(message["waited"], tags)
+        elif kind == "step":
+            if message["bits"] == "skip":
+                self._skipped.inc(1, tags)
+            else:
+                self._steps.observe(message["seconds"], {**tags, "bits": message["bits"]})
+            if message["retried"]:
+                self._retried.inc(1, tags)
+        elif kind == "ended":
+            self._clips.inc(1, {**tags, "status": message["status"]})
+            if message["status"] == "completed":
+                self._clip_seconds.observe(message["seconds"], tags)
