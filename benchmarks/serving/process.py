@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
+from dvdquant.deploy.serve.left_workers import find_left
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_WAN = REPOSITORY / "examples" / "tiny-wan"
@@ -29,10 +28,13 @@ class ServerProcess:
         data: The data folder.
         options: More of the command line.
         stub: With the stub in the place of the engine, and these variables.
+        pipeline: The model of the export.
     """
 
-    def __init__(self, out: Path, data: Path, *options: object, stub: dict[str, str] | None = None) -> None:
-        self.out, self.data, self.options, self.stub = out, data, options, stub
+    def __init__(
+        self, out: Path, data: Path, *options: object, stub: dict[str, str] | None = None, pipeline: Path = TINY_WAN
+    ) -> None:
+        self.out, self.data, self.options, self.stub, self.pipeline = out, data, options, stub, pipeline
         self.log_path = data.parent / f"{data.name}.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
@@ -41,7 +43,7 @@ class ServerProcess:
     def start(self) -> ServerProcess:
         """Start it, and wait until a worker is ready."""
         module = "dvdquant.cli.serve" if self.stub is None else "benchmarks.serving.stub_server"
-        words = [self.out, "--data", self.data, "--port", self.port, "--pipeline", TINY_WAN, "--device", "cpu"]
+        words = [self.out, "--data", self.data, "--port", self.port, "--pipeline", self.pipeline, "--device", "cpu"]
         words += ["--backend", "onnxruntime", "--no-warm-up", *self.options]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **(self.stub or {})}
         begin = self.log_path.stat().st_size if self.log_path.exists() else 0
@@ -83,14 +85,8 @@ class ServerProcess:
         return [json.loads(line) for line in lines if line.startswith(b"{")]
 
     def worker_pids(self) -> list[int]:
-        """The processes of its workers that live."""
-        assert self.process is not None
-        found = []
-        for child in psutil.Process(self.process.pid).children():
-            with contextlib.suppress(psutil.NoSuchProcess):  # it ended between the two questions
-                if any(part.endswith("worker") for part in child.cmdline()):
-                    found.append(child.pid)
-        return found
+        """The processes of its workers that live; a spare one is none of them."""
+        return [left.pid for left in find_left(self.data / "workers") if left.pid]
 
     def kill(self) -> None:
         """As the kernel kills a process that took too much memory."""

@@ -7,6 +7,7 @@ Two kinds of model. One with a prompt table beside its transformer (examples/tin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -140,7 +141,8 @@ def reload_generator(old: Generator) -> Generator:
     try:
         if isinstance(new, PipelineGenerator) and isinstance(old, PipelineGenerator):
             new.share_parts(old)
-        new.prepare(GenerateRequest(new.checker.example(), mode=f"a{artifact.bits(artifact.components[0])[-1]}"))
+        high = f"a{artifact.bits(artifact.components[0])[-1]}"
+        new.prepare(dataclasses.replace(new.checker.example_request(), mode=high))
     except BaseException:
         new.close()
         raise

@@ -338,7 +338,7 @@ class Generator(ABC):
         Raises:
             DvdquantError: See :meth:`generate`.
         """
-        base = request or GenerateRequest(self.checker.example())
+        base = request or self.checker.example_request()
         # Of two transformers the second one takes over late in the schedule.
         steps = 1 if len(self.artifact.components) == 1 else 4
         seconds = {}
