@@ -14,7 +14,6 @@ import argparse
 import os
 import platform
 import random
-import signal
 import statistics
 import tempfile
 import threading
@@ -145,11 +144,8 @@ def kills(out: Path, folder: Path, requests: int) -> list[Row]:
             accepted += [server.create(client, seed=i, num_inference_steps=4)["id"] for _ in range(4)]
             time.sleep(chance.uniform(0, 0.6))
             if i % 2:
-                for pid in server.worker_pids():
-                    os.kill(pid, signal.SIGKILL)
                 begin = time.perf_counter()
-                time.sleep(0.1)  # until the server has seen it
-                server.wait_ready()
+                server.kill_workers()
                 worker_times.append(time.perf_counter() - begin)
             else:
                 server.kill()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
 from dvdquant.deploy.serve.left_workers import find_left
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -93,6 +94,17 @@ class ServerProcess:
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+    def kill_workers(self) -> None:
+        """Kill every worker, and wait until others take jobs."""
+        before = self.worker_pids()
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        end = time.monotonic() + START_SECONDS
+        while len(now := self.worker_pids()) < len(before) or set(now) & set(before):
+            assert time.monotonic() < end, self.log_path.read_text()[-5000:]
+            time.sleep(0.02)
+        self.wait_ready()
 
     def stop(self) -> int:
         """SIGTERM, and the exit code."""

@@ -384,6 +384,13 @@ class Generator(ABC):
         """
         return load_manifest(self.artifact.root) != self.artifact.manifest
 
+    def share_parts(self, other: Generator) -> None:  # noqa: B027  (a prompt table has none)
+        """Use text encoder and VAE that another generator of the same pipeline has loaded.
+
+        Args:
+            other: The other generator.
+        """
+
     @abstractmethod
     def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:
         """Load what a checked request needs."""

@@ -228,9 +228,9 @@ class WorkerProcess:
         if self._ending.is_set():
             channel.send("stop")
         refusal = self._listen(channel)
+        self.ready = False
         code = self._wait()
         # Nobody else may hold jobs of this name now.
-        self.ready = False
         self.metrics.ready.labels(self.label).set(0)
         self._channel = None
         channel.close()

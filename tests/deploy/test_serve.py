@@ -170,7 +170,7 @@ def test_forms_work_and_pictures_are_refused_in_words(server: ServerProcess) -> 
         assert made.status_code == 200, made.text
         refused = client.post("/v1/videos", data=fields, files={"input_reference": ("x.png", b"\x89PNG" * 100)})
         assert refused.status_code == 400
-        assert "image to video is not supported" in refused.json()["error"]["message"]
+        assert "draws from words alone" in refused.json()["error"]["message"]
         assert server.wait(client, made.json()["id"])["status"] == "completed"
 
 
@@ -328,10 +328,7 @@ def _kill_rounds(folder: Path, server_kills: int, worker_kills: int) -> None:
                 server.kill()
                 server.start()
             else:
-                for pid in server.worker_pids():
-                    os.kill(pid, signal.SIGKILL)
-                time.sleep(0.2)
-                server.wait_ready()
+                server.kill_workers()
     with server.client() as client:
         states = [server.wait(client, video) for video in accepted]
         assert Counter(state["status"] for state in states) == {"completed": len(accepted)}
