@@ -30,7 +30,7 @@ def check_text_bits(bits: int) -> None:
     if bits == 8 and importlib.util.find_spec("torchao") is None:
         raise UnsupportedError(
             "a text encoder in 8 bits needs torchao, which is not installed",
-            fix="pip install 'dvdquant[text-int8]', or leave --text-encoder-bits out",
+            fix="leave --text-encoder-bits out, or pip install 'dvdquant[text-int8]'",
         )
 
 
@@ -56,7 +56,7 @@ def eight_bit_text(encoders: Sequence[str]) -> Any:
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UnsupportedError(
             f"torchao does not work with the libraries that are installed: {str(error).strip():.300}",
-            fix="pip install 'dvdquant[text-int8]' brings versions that do, or leave --text-encoder-bits out",
+            fix="leave --text-encoder-bits out, or upgrade: pip install 'dvdquant[text-int8]'",
         ) from error
 
 
