@@ -41,8 +41,8 @@ class ServerProcess:
         self.url = ""
         self.port = 0
 
-    def start(self) -> ServerProcess:
-        """Start it, and wait until a worker is ready."""
+    def start(self, *, ready: bool = True) -> ServerProcess:
+        """Start it, and wait until it listens, or until a worker is ready."""
         module = "dvdquant.cli.serve" if self.stub is None else "benchmarks.serving.stub_server"
         words = [self.out, "--data", self.data, "--port", self.port, "--pipeline", self.pipeline, "--device", "cpu"]
         words += ["--backend", "onnxruntime", "--no-warm-up", *self.options]
@@ -62,7 +62,8 @@ class ServerProcess:
             time.sleep(0.05)
         self.url = said[-1]["address"]
         self.port = int(self.url.rpartition(":")[2])
-        self.wait_ready()
+        if ready:
+            self.wait_ready()
         return self
 
     def wait_ready(self) -> None:
