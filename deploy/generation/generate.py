@@ -21,6 +21,7 @@ from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 from dvdquant.deploy.generation.limits import Limits
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.errors import UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 
 __all__ = ["Generator", "GenerateRequest", "GenerateResult", "generate", "open_generator", "reload_generator"]
 
@@ -71,6 +72,7 @@ def open_generator(
     offload: bool = False,
     vae_tiling: bool = False,
     text_embeds: str | Path | None = None,
+    weights: WeightPolicy = "auto",
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -93,6 +95,7 @@ def open_generator(
         offload: keep text encoder and VAE in the host's memory, and move each to the device while it runs.
         vae_tiling: decode in tiles, one after the other: less memory, and seams that are blended.
         text_embeds: a file of text embeddings (:mod:`.text_embeds`); then no text encoder is loaded.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights (:func:`.sessions.open_session`).
 
     Raises:
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
@@ -109,6 +112,7 @@ def open_generator(
         cfg_parallel=cfg_parallel,
         offload=offload,
         vae_tiling=vae_tiling,
+        weights=weights,
     )
     return _open(checker, options, lora)
 

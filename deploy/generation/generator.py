@@ -30,6 +30,7 @@ from dvdquant.deploy.sessions.guidance_pair import paired
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.errors import UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.system.devices import resolve_device
 
 __all__ = [
@@ -99,6 +100,7 @@ class SessionOptions:
         offload: Keep the pipeline's other parts in the host's memory, and move each to the device while it runs.
         vae_tiling: Encode and decode images in tiles, one after the other.
         cfg_parallel: A second device for the second branch of guidance, or None to run both on ``device``.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
     """
 
     backend: str = "auto"
@@ -111,6 +113,7 @@ class SessionOptions:
     offload: bool = False
     vae_tiling: bool = False
     cfg_parallel: str | None = None
+    weights: WeightPolicy = "auto"
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
@@ -144,6 +147,7 @@ class SessionOptions:
             attention=self.attention,
             attention_backend=self.attention_backend,
             plugins=self.plugins,
+            weights=self.weights,
         )
 
 

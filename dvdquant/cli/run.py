@@ -17,6 +17,7 @@ from dvdquant.cli.paths import EXPORT, LORA, MODEL, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.recipe import ATTENTION
 from dvdquant.system.devices import check_device_word
 from dvdquant.system.whole_file import check_writable
@@ -86,6 +87,7 @@ GROUPS = {
         "lora",
         "backend",
         "device",
+        "weights",
         "plugin",
         "offload",
         "vae_tiling",
@@ -147,6 +149,7 @@ class RunOptions:
     lora: tuple[str, ...]
     backend: str
     device: str
+    weights: WeightPolicy
     plugin: tuple[Path, ...]
     compile: bool
     attention: str | None
@@ -333,6 +336,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
         vae_tiling=settings.vae_tiling,
         text_embeds=settings.text_embeds,
         cfg_parallel=settings.cfg_parallel,
+        weights=settings.weights,
     ) as generator:
         prompts = prompts or generator.prompts()
         if draws and writer is None:
@@ -346,12 +350,17 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
             progress.say(f"text embeddings of {len(plan)} prompts  {settings.save_text_embeds}")
             return
         if settings.dry_run:
+            from dvdquant.cli.held_text import held_json, held_text
             from dvdquant.cli.run_text import needs_text
             from dvdquant.deploy.generation.needs import parts_of_run
 
             parts = parts_of_run(generator.checker, plan[0], settings.backend, offload=settings.offload)
-            progress.event("needs", parts=[part.to_json() for part in parts])
+            quantized = any(request.mode != "16" for request in plan[0])
+            held = {"weights": held_json(artifact)} if quantized else {}
+            progress.event("needs", parts=[part.to_json() for part in parts], **held)
             echo(needs_text(parts, plan[0], len(plan), generator.checker.pipeline_of(plan[0][0])))
+            if quantized:
+                echo("\n" + held_text(artifact))
             return
         assert writer is not None
         for request in plan[0]:
