@@ -62,7 +62,10 @@ def sizes_of(plan: ModelPlan) -> Sizes:
         plan: The plan of the model.
     """
     scales = plan.family.vae_scale
-    axes = [size // scale // patch * patch for size, scale, patch in zip((HEIGHT, WIDTH), scales[1:], plan.family.patch()[1:])]
+    axes = [
+        size // scale // patch * patch
+        for size, scale, patch in zip((HEIGHT, WIDTH), scales[1:], plan.family.patch()[1:])
+    ]
     frames = plan.family.latent_frames(FRAMES) // plan.family.patch()[0] * plan.family.patch()[0]
     return Sizes(*map(Axis.fixed, (frames, *axes)), plan.family.default_text_tokens)
 

@@ -83,10 +83,7 @@ def test_the_library_for_arm_plans_as_that_for_this_machine(tmp_path: Path) -> N
             except DvdquantError as error:
                 wanted.append(error.what)
     assert told[1:] == wanted
-    assert [serves(tuple(told[0]["architectures"].split(";")), sm) for sm in sms] == [
-        sm in (87, 110)
-        for sm in sms
-    ]
+    assert [serves(tuple(told[0]["architectures"].split(";")), sm) for sm in sms] == [sm in (87, 110) for sm in sms]
 
 
 @pytest.mark.tensorrt_headers
