@@ -21,7 +21,7 @@ from dvdquant.deploy.serve.jobs import VIDEO_ID, Job, QueueFullError
 from dvdquant.deploy.serve.openapi import MAX_WAIT, openapi_document, readable_page
 from dvdquant.deploy.serve.pictures import PICTURES, take_pictures
 from dvdquant.deploy.serve.requests import read_request
-from dvdquant.deploy.serve.service import Service
+from dvdquant.deploy.serve.service import DiskFullError, Service
 from dvdquant.deploy.serve.videos import deleted_json, list_json, video_json
 from dvdquant.deploy.serve.wording import public_error
 from dvdquant.errors import DvdquantError, ShapeError, UnsupportedError
@@ -108,10 +108,6 @@ class _Routes:
             )  # fmt: skip
         values, pictures = await self._asked(request)
         checked = service.check(values, pictures)
-        if await service.run(service.disk_is_full):
-            return problem(
-                503, "the server has no room for more clips", "server_error", code="disk_full", retry_after=60
-            )
         full = problem(
             429, f"{limits.queue} jobs are waiting, and this server takes no more", "rate_limit_error",
             code="queue_full", fix="try again later", retry_after=service.retry_after(),
@@ -122,11 +118,16 @@ class _Routes:
                 return full
         decoded = await service.decode(pictures)
         try:
-            job = await service.run(service.create, checked, decoded, request.state.request_id)
+            # One call, because each that leaves this thread waits for its turn on a busy machine.
+            job, ahead = await service.run(service.create, checked, decoded, request.state.request_id)
         except QueueFullError:
             return full
+        except DiskFullError:
+            return problem(
+                503, "the server has no room for more clips", "server_error", code="disk_full", retry_after=60
+            )
         service.pool.tell("wake")
-        return JSONResponse(video_json(job, await service.run(service.store.ahead_of, job)))
+        return JSONResponse(video_json(job, ahead))
 
     async def preflight(self, request: Request) -> Response:
         """Say what a request would execute, without queueing it."""

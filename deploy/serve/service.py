@@ -19,7 +19,7 @@ from dvdquant.errors import UnsupportedError
 from dvdquant.system.files import free_bytes
 from dvdquant.text import shown
 
-__all__ = ["Service"]
+__all__ = ["DiskFullError", "Service"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,6 +27,10 @@ _THREADS = 4
 _DECODERS = 2
 _LOOK_SECONDS = 5.0  # between two looks at a job that somebody waits for, should a worker's message be lost
 _LOOK_SHARED = 0.5  # as well, where a worker of another server may draw it
+
+
+class DiskFullError(Exception):
+    """The data folder has too little room for another clip."""
 
 
 class Service:
@@ -107,8 +111,10 @@ class Service:
             for name, raw in pictures.items()
         }
 
-    def create(self, checked: CheckedRequest, pictures: Mapping[str, DecodedPicture], request_id: str) -> Job:
-        """Queue a job; its pictures are on the disk before it can be drawn.
+    def create(
+        self, checked: CheckedRequest, pictures: Mapping[str, DecodedPicture], request_id: str
+    ) -> tuple[Job, int]:
+        """Queue a job, and return it with the number of jobs before it. Its pictures are on the disk before it can be drawn.
 
         Args:
             checked: The request.
@@ -117,7 +123,14 @@ class Service:
 
         Raises:
             QueueFullError: Too many jobs wait.
+            DiskFullError: There is no room for its clip.
         """
+        if self.disk_is_full():
+            raise DiskFullError
+        job = self._create(checked, pictures, request_id)
+        return job, self.store.ahead_of(job)
+
+    def _create(self, checked: CheckedRequest, pictures: Mapping[str, DecodedPicture], request_id: str) -> Job:
         what = checked.job(request_id, {name: picture.facts() for name, picture in pictures.items()})
         limit = self.settings.limits.queue
         if not pictures:
