@@ -67,7 +67,7 @@ def shown(value: Any) -> Any:
 
 
 def lora_rows(manifest: Manifest) -> list[tuple[str, str]]:
-    """Return (what, how) of the LoRAs in the weights, of room for others and of the recorded defaults; nothing where there are none.
+    """Return (what, how) of LoRAs in the weights, room for others, and recorded defaults; nothing where there are none.
 
     Args:
         manifest: The manifest of the export.

@@ -106,6 +106,7 @@ class TensorRTSession(EngineSession):
             self._runtime = make_runtime(self._library, self._log)
             for width, entry in entries.items():
                 self._engines[width] = self._load(entry)
+                self._lora_inputs.require(self._on_device, f"the engine {entry['path']}")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # weights were copied on this thread's stream; passes may use others
         self._drop_files()

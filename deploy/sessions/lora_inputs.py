@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from dvdquant.checkpoint.lora.fuse import Term, read_loras
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.errors import UnsupportedError
+from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.model.layers import LayerSpec
 from dvdquant.model.lora_inputs import BIAS, DOWN, UP, lora_input_shapes, stacked
 from dvdquant.text import shown
@@ -40,6 +40,22 @@ class LoraInputs:
         self._class_name = str(artifact.config(component)["_class_name"])
         self.shapes = lora_input_shapes(self._plan.layers, self.rank) if self._plan is not None else {}
         self.changed: set[str] = set()
+
+    def require(self, there: Container[str], place: str) -> None:
+        """Check that a graph or an engine has every reserved input.
+
+        Args:
+            there: The names of what it takes besides the inputs of a pass.
+            place: The graph or the engine, for the error.
+
+        Raises:
+            EngineError: It lacks one.
+        """
+        if lacking := [name for name in self.shapes if name not in there]:
+            raise EngineError(
+                f"the manifest reserves rank {self.rank} for LoRAs, and {place} has no input {lacking[0]}",
+                fix="export again",
+            )
 
     def values(self, specs: Sequence[LoraSpec], kept: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Return the new value of everything that LoRAs change, fp32 on the CPU, by name.

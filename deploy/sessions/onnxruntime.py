@@ -104,6 +104,8 @@ class OnnxRuntimeSession(EngineSession):
         if self.weights == "expanded":
             expand_weights(model)
         bound = self._take_weights(model)
+        if self._lora_inputs is not None:
+            self._lora_inputs.require(bound, path)
         options = self._options(onnxruntime)
         constants = [name for name in model.graph.initializers if name in self._constants]
         if constants:

@@ -504,7 +504,9 @@ def _memory_text(estimate: Estimate) -> str:
     """Return what the peak is the larger of."""
     words = f"exporter {amount(estimate.resident_bytes)}"
     if estimate.held_bytes:
-        words += f", and {amount(estimate.held_bytes)} of the checkpoint are kept for the next stage because there is room"
+        words += (
+            f", and {amount(estimate.held_bytes)} of the checkpoint are kept for the next stage because there is room"
+        )
     if not estimate.builder_bytes:
         return words
     waiting, builder = amount(estimate.waiting_bytes), amount(estimate.builder_bytes)

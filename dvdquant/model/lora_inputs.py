@@ -87,7 +87,7 @@ def _add_branch(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> T
     inner, rank = functional.linear(x, down), up.shape[1]
     if len(rows) == 1:
         return output + (functional.linear(inner, up) + bias)
-    parts = zip(inner.split([rank] * len(rows), dim=-1), up.split(rows, dim=0))
+    parts = zip(torch.split(inner, [rank] * len(rows), dim=-1), torch.split(up, rows, dim=0))
     return output + (torch.cat([functional.linear(part, matrix) for part, matrix in parts], dim=-1) + bias)
 
 

@@ -39,7 +39,11 @@ def kept_to_inputs(model: ir.Model, kept: Container[str]) -> bool:
         True if an initializer became an input.
     """
     kernels = {
-        value.name for node in model.graph.all_nodes() if node.op_type.startswith("Conv") for value in node.inputs if value
+        value.name
+        for node in model.graph.all_nodes()
+        if node.op_type.startswith("Conv")
+        for value in node.inputs
+        if value
     }
     return initializers_to_inputs(
         model, {name for name in model.graph.initializers if name in kept and name not in kernels}
