@@ -163,7 +163,9 @@ class LoraBeside:
     CATEGORY = "dvdquant"
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "add"
-    DESCRIPTION = "Runs a LoRA in 16 bit beside the packed weights: of an export with --lora-rank, or on the backend pytorch."
+    DESCRIPTION = (
+        "Runs a LoRA in 16 bit beside the packed weights: of an export with --lora-rank, or on the backend pytorch."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:

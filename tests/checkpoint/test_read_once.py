@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import dvdquant.export.pipeline as pipeline
+import dvdquant.export.estimate as estimate
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.checkpoint import reader
 from dvdquant.checkpoint.read_once import ReadOnce
