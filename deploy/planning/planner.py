@@ -36,7 +36,7 @@ __all__ = ["CLIP", "OPENING", "Goal", "Plan", "Quality", "delta_for_seconds", "p
 CLIP = ("negative_prompt", "guidance", "height", "width", "num_frames", "image", "last_image")
 """What a plan passes on to the request of every clip."""
 OPENING = (
-    "pipeline", "backend", "device", "lora", "text_embeds", "offload", "vae_tiling", "compile", "attention",
+    "pipeline", "backend", "device", "lora", "text_embeds", "offload", "vae_tiling", "text_encoder_bits", "compile", "attention",
     "attention_backend", "plugins",
 )  # fmt: skip
 """What a plan passes on to :func:`.generate.open_generator`."""

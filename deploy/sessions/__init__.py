@@ -18,7 +18,7 @@ from dvdquant.system.devices import resolve_device
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BACKENDS", "EngineSession", "open_session"]
+__all__ = ["BACKENDS", "EngineSession", "best_backend", "full_name", "open_session"]
 
 BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "onnxruntime", "pytorch")
 _ALIASES = {"rtx": "tensorrt_rtx", "ort": "onnxruntime", "torch": "pytorch"}
@@ -61,7 +61,7 @@ def open_session(
         OutputError: A file differs from the manifest.
         EngineError: No engine fits, or the backend refuses the export.
     """
-    name = _ALIASES.get(backend, backend)
+    name = full_name(backend)
     if name not in BACKENDS:
         raise UnsupportedError(f"unknown backend {backend!r:.100}", available=BACKENDS, fix="pick one of these")
     place = resolve_device(device)
@@ -97,6 +97,15 @@ def open_session(
     return session
 
 
+def full_name(backend: str) -> str:
+    """Return the full name of a backend.
+
+    Args:
+        backend: One of :data:`BACKENDS`, or ``rtx``, ``ort`` or ``torch`` for short.
+    """
+    return _ALIASES.get(backend, backend)
+
+
 def _open(
     name: str,
     artifact: Artifact,
@@ -130,6 +139,23 @@ def _open_best(
     plugins: Sequence[Path],
     attention: str | None,
 ) -> EngineSession:
+    name, reasons = best_backend(artifact, component, bits, device)
+    log.info("%s on %s: %s (%s)", component, device, name, "; ".join(reasons))
+    engines = name in ("tensorrt_rtx", "tensorrt")
+    return _open(name, artifact, component, bits, device, plugins if engines else (), None if engines else attention)
+
+
+def best_backend(
+    artifact: Artifact, component: str, bits: Sequence[int] | None, device: torch.device
+) -> tuple[str, list[str]]:
+    """Return the backend that ``auto`` takes, and the reasons in words. Nothing is loaded.
+
+    Args:
+        artifact: The export.
+        component: ``transformer`` or ``transformer_2``.
+        bits: The activation bits to load; None means all.
+        device: The device that the session will run on.
+    """
     reasons = []
     if device.type == "cuda":
         from dvdquant.deploy.sessions.engines import find_engines
@@ -140,13 +166,11 @@ def _open_best(
             except DvdquantError as error:
                 reasons.append(f"{name}: {error.what}")
                 continue
-            log.info("%s on %s: %s, the manifest has an engine for this GPU", component, device, name)
-            return _open(name, artifact, component, bits, device, plugins)
+            return name, ["the manifest has an engine for this GPU"]
     else:
         reasons.append("no CUDA device")
     name, reason = without_engine(device)
-    log.info("%s on %s: %s (%s)", component, device, name, "; ".join([*reasons, *reason]))
-    return _open(name, artifact, component, bits, device, (), attention)
+    return name, [*reasons, *reason]
 
 
 def without_engine(device: torch.device) -> tuple[str, list[str]]:

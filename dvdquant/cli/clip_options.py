@@ -46,6 +46,11 @@ _LOADING = (
         is_flag=True,
         help="Keep text encoder and VAE in the host's memory, each on the GPU only while it runs.",
     ),
+    click.option(
+        "--text-encoder-bits",
+        type=click.Choice(["16", "8"]),
+        help="Bits of the text encoder's weights; 8 needs torchao.  [default: 16]",
+    ),
     click.option("--vae-tiling", is_flag=True, help="Decode in tiles, one after the other: less memory, more time."),
     click.option(
         "--compile",

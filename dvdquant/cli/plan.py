@@ -136,6 +136,7 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
     goal = Goal(goal_options["average_bits"], goal_options["time_budget"], goal_options["delta"])
     progress = Progress("json" if log_format == "json" else "text")
     options["plugins"] = options.pop("plugin")
+    options["text_encoder_bits"] = int(options["text_encoder_bits"] or 16)
     found = plan(Artifact.of(out, manifest), prompts, goal, seeds=seeds, progress=progress, lora=loras, **options)
     found.schedule.save(output)
     if plot is not None:
@@ -150,7 +151,12 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
 def _check_loading(options: dict[str, Any]) -> None:
     """UnsupportedError for options of loading that contradict each other, as dvdq-run says them."""
     names = ("backend", "compile", "attention_backend", "plugin")
-    for what, clash in loading_clashes(*(options[name] for name in names)):
+    embeds = "--text-embeds takes the text encoder's place, so --text-encoder-bits does not apply"
+    clashes = (
+        *loading_clashes(*(options[name] for name in names)),
+        (embeds, bool(options["text_embeds"] and options["text_encoder_bits"])),
+    )
+    for what, clash in clashes:
         if clash:
             raise UnsupportedError(what, fix="leave one of the two out")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -22,6 +22,7 @@ from dvdquant.system.devices import check_device_word
 from dvdquant.system.whole_file import check_writable
 
 if TYPE_CHECKING:
+    from dvdquant.cli.run_memory import Arranged
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import Generator
     from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
@@ -45,7 +46,7 @@ dvdq-run out/wan-flf2v --prompt "the flower opens" --image bud.png --last-image 
 # a GPU with little memory: the text encoder on its own first, then the rest without it; what a run would take
 dvdq-run out/wan --prompt "a cat in the snow" --save-text-embeds cat.safetensors --device cpu
 dvdq-run out/wan --text-embeds cat.safetensors --offload --vae-tiling -o cat.mp4
-dvdq-run out/wan --text-embeds cat.safetensors --offload --vae-tiling --dry-run
+dvdq-run out/wan --prompt "a cat in the snow" --memory 16GiB --dry-run
 
 # an export on the hub
 dvdq-run user/wan2.1-1.3b-w4a4 --prompt "a cat in the snow" -o cat.mp4
@@ -87,7 +88,10 @@ GROUPS = {
         "backend",
         "device",
         "plugin",
+        "memory",
         "offload",
+        "alternate",
+        "text_encoder_bits",
         "vae_tiling",
         "compile",
         "attention",
@@ -141,7 +145,10 @@ class RunOptions:
     fps: float | None
     save_text_embeds: Path | None
     dry_run: bool
+    memory: str | None
     offload: bool
+    alternate: bool
+    text_encoder_bits: str | None
     vae_tiling: bool
     pipeline: str | None
     lora: tuple[str, ...]
@@ -229,6 +236,17 @@ class RunOptions:
 @runs_on
 @loading_options
 @click.option(
+    "--memory",
+    type=WORD,
+    metavar="SIZE|auto",
+    help="Arrange the run so that it takes no more than this, such as 16GiB, or what is free; refused if it cannot.",
+)
+@click.option(
+    "--alternate",
+    is_flag=True,
+    help="Load the text encoder first and free it before the transformer is loaded; all prompts are encoded then.",
+)
+@click.option(
     "--cfg-parallel",
     type=WORD,
     metavar="DEVICE",
@@ -256,51 +274,59 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
     if settings.save_text_embeds is not None:
         check_writable(settings.save_text_embeds)
     loras = parse_loras(settings.lora)
+    memory = parse_memory(settings.memory)
     check_device_word(settings.device)
     out = locate_export(out, revision)
     manifest = load_manifest(out)  # before PyTorch, which takes seconds to load
     loading("PyTorch and the runtime", log_format)
+    from dvdquant.cli.run_memory import arranged
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import open_generator
     from dvdquant.system.progress import Progress
 
     artifact = Artifact.of(out, manifest)
     progress = Progress("json" if log_format == "json" else "text")
-    with open_generator(
-        artifact,
-        pipeline=settings.pipeline,
-        backend=settings.backend,
-        device=settings.device,
-        lora=loras,
-        compile=settings.compile,
-        attention=settings.attention,
-        attention_backend=settings.attention_backend,
-        plugins=settings.plugin,
-        offload=settings.offload,
-        vae_tiling=settings.vae_tiling,
-        text_embeds=settings.text_embeds,
-        cfg_parallel=settings.cfg_parallel,
-    ) as generator:
+    with ExitStack() as stack:
+        generator = stack.enter_context(
+            open_generator(
+                artifact,
+                pipeline=settings.pipeline,
+                backend=settings.backend,
+                device=settings.device,
+                lora=loras,
+                compile=settings.compile,
+                attention=settings.attention,
+                attention_backend=settings.attention_backend,
+                plugins=settings.plugin,
+                offload=settings.offload,
+                vae_tiling=settings.vae_tiling,
+                text_embeds=settings.text_embeds,
+                cfg_parallel=settings.cfg_parallel,
+                alternate=settings.alternate,
+                text_encoder_bits=int(settings.text_encoder_bits or 16),
+            )
+        )
         prompts = prompts or generator.prompts()
         if draws and writer is None:
             writer = Writer.open(settings, len(prompts))
         # Every request is checked, and every engine loaded, before the first clip is drawn.
         plan = [[generator.check(r) for r in requests_for(settings, artifact, p)] for p in prompts]
-        for note in generator.notes(plan[0][0]):
-            progress.say(note)
         if settings.save_text_embeds is not None:
             generator.save_text_embeds(settings.save_text_embeds, [requests[0] for requests in plan])
             progress.say(f"text embeddings of {len(plan)} prompts  {settings.save_text_embeds}")
             return
+        arrangement = arranged(settings, generator, plan, memory)
+        generator, plan = stack.enter_context(arrangement.generator), arrangement.requests
+        for note in generator.notes(plan[0][0]):
+            progress.say(note)
         if settings.dry_run:
-            from dvdquant.cli.run_text import needs_text
-            from dvdquant.deploy.generation.needs import parts_of_run
-
-            parts = parts_of_run(generator.checker, plan[0], settings.backend, offload=settings.offload)
-            progress.event("needs", parts=[part.to_json() for part in parts])
-            echo(needs_text(parts, plan[0], len(plan), generator.checker.pipeline_of(plan[0][0])))
+            say_needs(generator, plan, arrangement, settings.backend, progress)
             return
+        if memory is not None:
+            progress.event("memory", **arrangement.plan.to_json())
+            progress.say(arrangement.text())
         assert writer is not None
+        generator.encode_ahead([requests[0] for requests in plan])
         for request in plan[0]:
             if words := undecided(request, len(artifact.components)):
                 progress.say(words)
@@ -309,6 +335,33 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
             results = [generate_one(generator, request, progress) for request in requests]
             writer.clip(results, generator.fps(len(results[0].frames)), progress)
     writer.finish(artifact, progress)
+
+
+def say_needs(
+    generator: Generator,
+    plan: list[list[GenerateRequest]],
+    arrangement: Arranged,
+    backend: str,
+    progress: Progress,
+) -> None:
+    """Say what a run would take, for ``--dry-run``.
+
+    Args:
+        generator: The generator as the run would use it.
+        plan: The checked requests of every prompt.
+        arrangement: How its parts share the device.
+        backend: The backend that was asked for.
+        progress: Where it is said.
+    """
+    from dvdquant.cli.run_text import needs_text
+    from dvdquant.deploy.generation.needs import parts_of_run
+
+    how = generator.options
+    parts = parts_of_run(
+        generator.checker, plan[0], backend, offload=how.offload, alternate=how.alternate, text_bits=how.text_bits
+    )
+    progress.event("needs", parts=[part.to_json() for part in parts], memory=arrangement.plan.to_json())
+    echo(needs_text(parts, plan[0], len(plan), generator.checker.pipeline_of(plan[0][0]), arrangement.text()))
 
 
 def no_prompts(settings: RunOptions) -> bool:
@@ -417,6 +470,13 @@ def check_options(settings: RunOptions) -> None:
         "--save-text-embeds loads a text encoder, and --text-embeds takes its place": settings.save_text_embeds
         and settings.text_embeds,
         "--save-text-embeds writes a file, and --dry-run nothing": settings.save_text_embeds and settings.dry_run,
+        "--save-text-embeds loads the text encoder alone, and --alternate the transformer after it": settings.save_text_embeds
+        and settings.alternate,
+        "--save-text-embeds draws nothing, so --memory does not apply": settings.save_text_embeds and settings.memory,
+        "--text-embeds takes the text encoder's place, so --alternate does not apply": settings.text_embeds
+        and settings.alternate,
+        "--text-embeds takes the text encoder's place, so --text-encoder-bits does not apply": settings.text_embeds
+        and settings.text_encoder_bits,
         f"--compare draws every mode, so --mode {settings.mode} does not apply": settings.compare and settings.mode,
         f"--delta switches engines, and --mode {settings.mode} does not": settings.delta is not None and fixed,
         f"--schedule says the bits of each step, and so does --mode {settings.mode}": settings.schedule and fixed,
@@ -450,6 +510,13 @@ def check_options(settings: RunOptions) -> None:
     if settings.output is None and not settings.save_text_embeds and not settings.dry_run:
         raise UnsupportedError("nothing says where the clip goes", fix="give -o clip.mp4, or --dry-run")
     parse_cache(settings.cache)
+
+
+def parse_memory(text: str | None) -> int | Literal["auto"] | None:
+    """``auto``, or the bytes of a size such as 16GiB; ShapeError otherwise."""
+    from dvdquant.system.memory import parse_amount
+
+    return "auto" if text == "auto" else None if text is None else parse_amount(text, "--memory")
 
 
 def parse_cache(text: str) -> float | None:

@@ -23,6 +23,7 @@ CHECK = Path(__file__).parents[2] / "kernels" / "check"
 sys.path[:0] = [str(CHECK), str(CHECK.parent / "bench")]
 
 import check_cases  # noqa: E402
+import check_fused  # noqa: E402
 import check_kernels  # noqa: E402
 import check_ops  # noqa: E402
 import check_quantizer  # noqa: E402
@@ -58,6 +59,7 @@ CHECKS: dict[str, Callable[[Any], Rows]] = {
     "large": large,
     "op": check_ops.check_op,
     "pre_quant": check_ops.check_pre_quant,
+    "fused": check_fused.check_fused,
     "quantizer": lambda b: check_quantizer.check_quantizer(b, 12, (256,)),
 }
 
@@ -111,6 +113,10 @@ WRONG: list[tuple[type[HostLibrary], str, int, str]] = [
     (wrong.RacyOutput, "shapes", 90, "one call = two calls"),
     (wrong.WrongPath, "dispatch", 90, "dispatch table"),
     (wrong.WrapsRows, "large", 90, "outputs beyond"),
+    (wrong.RoughNorm, "fused", 90, "fused: layer"),
+    (wrong.RoughNorm, "fused", 80, "fused: rms"),
+    (wrong.RoughGelu, "fused", 90, "fused: gelu"),
+    (wrong.OneGate, "fused", 90, "fused: layer"),
     (wrong.WidestGrid, "quantizer", 90, "quantizer: search"),
     (wrong.OneCodeOff, "quantizer", 90, "quantizer: codes"),
     (wrong.ForgetsErrors, "quantizer", 90, "quantizer: feedback"),
