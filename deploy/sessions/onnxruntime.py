@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,14 +19,13 @@ from dvdquant.deploy.sessions.expand_weights import EXPANDED, expand_weights, ex
 from dvdquant.deploy.sessions.lora_inputs import LoraInputs
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
+from dvdquant.hardware.weights import WeightForm
 from dvdquant.model.layers import TENSORS
 from dvdquant.onnx.function_depth import check_functions
 from dvdquant.onnx.prepare import prepare_for_onnxruntime
 from dvdquant.system.records import brief
 
 __all__ = ["OnnxRuntimeSession", "WeightForm"]
-
-WeightForm = Literal["packed", "expanded"]
 
 
 class OnnxRuntimeSession(EngineSession):
