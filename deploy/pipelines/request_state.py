@@ -398,10 +398,10 @@ class RequestTable:
         own = caller.of(pipeline)
         if pipeline is None:
             place = _Call(caller, branch, step, timestep, text, latents)
-            request = self._loop(own, place)
-            if request is not None:
-                self._keep(caller, None, request)
-                return request
+            open_one = self._loop(own, place)
+            if open_one is not None:
+                self._keep(caller, None, open_one)
+                return open_one
         # 3. A new request, or the pipeline's own.
         if pipeline is None or own is None or own.begins(branch, step, timestep):
             self._refuse_lost(begun=False)
