@@ -33,9 +33,9 @@ MODULES = {
     "pyyaml": "yaml",
     "tensorrt-rtx": "tensorrt_rtx",
 }
-# Imported by diffusers for us: its video writer, and the text encoders of its pipelines.
-THROUGH_DIFFUSERS = {"imageio", "transformers"}
-BINARY = (".png", ".safetensors", ".xz")
+# Imported by diffusers for us: its video writer.
+THROUGH_DIFFUSERS = {"imageio"}
+BINARY = (".png", ".webp", ".safetensors", ".xz")
 
 
 def _source_files() -> list[str]:
@@ -245,6 +245,7 @@ def test_every_dependency_is_used_and_every_import_declared(sources: list[str]) 
         PROJECT["optional-dependencies"]["tensorrt"]
         + PROJECT["optional-dependencies"]["serve"]
         + PROJECT["optional-dependencies"]["serve-postgres"]
+        + PROJECT["optional-dependencies"]["text-int8"]
     )
     # Libraries of 8-bit attention: looked for, never needed; sageattention 2.2 is on no registry.
     optional |= {"comfy_kitchen", "cudnn", "fa3_fwd_interface", "sageattention"}

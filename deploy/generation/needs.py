@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +12,20 @@ from typing import Any
 
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.admission import stage_bytes
 from dvdquant.deploy.generation.check import PipelineChecker, RequestChecker
+from dvdquant.deploy.generation.memory_plan import RunBytes
 from dvdquant.deploy.generation.request import GenerateRequest
+from dvdquant.hardware.capabilities import capability
 from dvdquant.system.safetensors_io import TensorInfo, read_header, read_header_from
 
-__all__ = ["Part", "parts_of_run", "peak_bytes"]
+__all__ = ["Part", "parts_of_run", "run_bytes"]
 
 _ENGINES = ("rtx", "tensorrt", "tensorrt_rtx")
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# Matrices that are looked up and not multiplied with; torchao leaves them in 16 bit.
+_EMBEDDING = re.compile(r"embed|shared|attention_bias|lm_head|wte|wpe")
+_INT8_ROW = 5  # bytes of a row's scale and zero-point
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,13 @@ class Part:
 
 
 def parts_of_run(
-    checker: RequestChecker, requests: Sequence[GenerateRequest], backend: str, *, offload: bool
+    checker: RequestChecker,
+    requests: Sequence[GenerateRequest],
+    backend: str,
+    *,
+    offload: bool,
+    alternate: bool = False,
+    text_bits: int = 16,
 ) -> list[Part]:
     """Return the parts that a run of checked requests loads, in the order in which they are used.
 
@@ -54,39 +67,135 @@ def parts_of_run(
         requests: The requests of one prompt.
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         offload: Whether the pipeline's other parts are on the device only while they are used.
+        alternate: Whether the text encoder is freed before the transformer is loaded.
+        text_bits: Bits of the text encoder's weights.
     """
     found = []
-    images = any(r.image is not None or r.last_image is not None for r in requests)
     # 1. The pipeline's own parts.
-    if isinstance(checker, PipelineChecker):
-        without = checker.folder.text_parts if checker.text is not None else ()
-        names = [name for name in checker.folder.parts if name not in without]
-        for name in sorted(names, key=lambda part: (part == "vae", not part.startswith("text"), part)):
-            tensors = list(_part_tensors(UntrustedFolder.at(checker.folder.root), name))
-            if not tensors or (name == "image_encoder" and not images):
-                continue
-            width = 4 if name == "vae" and checker.family.name == "wan" else 2  # this VAE stays in fp32
-            loaded = sum(math.prod(t.shape) * width if t.dtype in _FLOATS else t.nbytes for t in tensors)
-            when = {"vae": "the frames are decoded", "image_encoder": "the image is encoded"}.get(
-                name, "text is encoded"
-            )
-            when += " and the image is encoded" if name == "vae" and images else ""
-            resident = f"while {when}" if offload else "all the time"
-            found.append(Part(name, sum(t.nbytes for t in tensors), loaded, resident, not offload))
+    for name, tensors in _pipeline_parts(checker, requests).items():
+        text = _is_text(name)
+        loaded = _loaded_bytes(checker, name, tensors, text_bits if text else 16)
+        when = {"vae": "the frames are decoded", "image_encoder": "the image is encoded"}.get(name, "text is encoded")
+        when += " and the image is encoded" if name == "vae" and _have_images(requests) else ""
+        comes = offload or (alternate and text)
+        resident = f"while {when}" if comes else "once the text is encoded" if alternate else "all the time"
+        found.append(Part(name, sum(t.nbytes for t in tensors), loaded, resident, not comes))
     # 2. The transformers: packed weights or engines, and the original beside them.
+    always = "once the text is encoded" if alternate else "all the time"
     for component in checker.artifact.components:
         if any(request.mode != "16" for request in requests):
             what, nbytes = _executed(checker.artifact, component, backend)
-            found.append(Part(f"{component} ({what})", nbytes, nbytes, "all the time", stays=True))
+            found.append(Part(f"{component} ({what})", nbytes, nbytes, always, stays=True))
         if any(request.mode == "16" for request in requests):
             original = 2 * _parameters(checker.artifact, component)
-            found.append(Part(f"{component} (16 bit)", original, original, "all the time", stays=True))
+            found.append(Part(f"{component} (16 bit)", original, original, always, stays=True))
     return found
 
 
-def peak_bytes(parts: Sequence[Part]) -> int:
-    """Return the most bytes of weights on the device at once: all that stay, and the largest of those that come and go."""
-    return sum(p.loaded for p in parts if p.stays) + max((p.loaded for p in parts if not p.stays), default=0)
+def run_bytes(
+    checker: RequestChecker,
+    requests: Sequence[GenerateRequest],
+    backend: str,
+    base: int,
+    *,
+    narrow: bool,
+    sm: str | None = None,
+) -> RunBytes:
+    """Return the bytes of a run of checked requests, for :mod:`.memory_plan`.
+
+    Args:
+        checker: What the export and its model can make.
+        requests: The requests of one prompt.
+        backend: As for :func:`parts_of_run`, ``auto`` resolved.
+        base: Bytes that libraries and the program take.
+        narrow: Whether a run that switches may load one bit-width instead.
+        sm: The compute capability, where our kernels run; else None.
+    """
+    parts = _pipeline_parts(checker, requests)
+    eight = {name: _loaded_bytes(checker, name, tensors, 8) for name, tensors in parts.items()}
+    sixteen = {name: _loaded_bytes(checker, name, tensors, 16) for name, tensors in parts.items()}
+    encoders = [name for name in parts if _is_text(name)]
+    text = {16: sum(sixteen[n] for n in encoders), 8: sum(eight[n] for n in encoders)} if encoders else {}
+    stages = {tiled: [stage_bytes(checker, r, vae_tiling=tiled) for r in requests] for tiled in (False, True)}
+    return RunBytes(
+        text=text,
+        image=sixteen.get("image_encoder", 0),
+        vae=sixteen.get("vae", 0),
+        transformer=_transformers(checker.artifact, requests, backend, narrow, sm),
+        step=max(step for step, _ in stages[False]) * (2 if backend == "onnxruntime" else 1),  # it computes in fp32
+        decode={tiled: max(decode for _, decode in each) for tiled, each in stages.items()},
+        base=base,
+    )
+
+
+def _transformers(
+    artifact: Artifact, requests: Sequence[GenerateRequest], backend: str, narrow: bool, sm: str | None
+) -> dict[str, int]:
+    """Return the bytes of what may be loaded of the transformers, by its name in words."""
+    modes = {request.mode for request in requests}
+    original = sum(2 * _parameters(artifact, component) for component in artifact.components)
+    if modes == {"16"}:
+        return {"16 bit": original}
+    beside = original if "16" in modes else 0
+    if backend not in _ENGINES and sm is None:
+        packed = sum(_executed(artifact, component, backend)[1] for component in artifact.components)
+        return {"packed weights": packed + beside}
+
+    def held(widths: Sequence[int]) -> int:
+        if backend in _ENGINES:
+            return sum(_engine_bytes(artifact, component, widths) for component in artifact.components)
+        return sum(_kernel_bytes(artifact, component, widths, str(sm)) for component in artifact.components)
+
+    bits = artifact.bits(artifact.components[0])
+    found = {" and ".join(f"a{width}" for width in bits): held(bits) + beside}
+    if narrow and len(bits) > 1:
+        found.update({f"a{width}": held((width,)) + beside for width in sorted(bits, reverse=True)})
+    return found
+
+
+def _kernel_bytes(artifact: Artifact, component: str, widths: Sequence[int], sm: str) -> int:
+    """Return what a session with our kernels holds: what the files hold, with the codes as they were prepared."""
+    packed = _executed(artifact, component, "pytorch")[1]
+    codes = _quantized(artifact, component)
+    native = 4 in widths and bool(capability(sm).kernels_a4)
+    eight = codes if 8 in widths or not native else 0
+    return packed - codes // 2 + eight + (codes // 2 if native else 0)
+
+
+def _pipeline_parts(checker: RequestChecker, requests: Sequence[GenerateRequest]) -> dict[str, list[TensorInfo]]:
+    """Return the tensors of the pipeline's parts that a run loads, beside its transformers: encoders first, the VAE last."""
+    if not isinstance(checker, PipelineChecker):
+        return {}
+    without = checker.folder.text_parts if checker.text is not None else ()
+    names = [name for name in checker.folder.parts if name not in without]
+    folder = UntrustedFolder.at(checker.folder.root)
+    found = {}
+    for name in sorted(names, key=lambda part: (part == "vae", not _is_text(part), part)):
+        tensors = list(_part_tensors(folder, name))
+        if tensors and (name != "image_encoder" or _have_images(requests)):
+            found[name] = tensors
+    return found
+
+
+def _have_images(requests: Sequence[GenerateRequest]) -> bool:
+    return any(r.image is not None or r.last_image is not None for r in requests)
+
+
+def _is_text(part: str) -> bool:
+    return part.startswith("text")
+
+
+def _loaded_bytes(checker: RequestChecker, part: str, tensors: Sequence[TensorInfo], bits: int) -> int:
+    """Return the bytes of a part in memory."""
+    width = 4 if part == "vae" and checker.family.name == "wan" else 2  # this VAE stays in fp32
+    loaded = 0
+    for tensor in tensors:
+        count = math.prod(tensor.shape)
+        if bits == 8 and len(tensor.shape) == 2 and not _EMBEDDING.search(tensor.name):
+            loaded += count + _INT8_ROW * tensor.shape[0]
+        else:
+            loaded += count * width if tensor.dtype in _FLOATS else tensor.nbytes
+    return loaded
 
 
 def _part_tensors(folder: UntrustedFolder, name: str) -> Iterator[TensorInfo]:
@@ -107,12 +216,29 @@ def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, in
     """Return what runs of one transformer, in words, and its bytes."""
     files = artifact.manifest.files
     if backend in _ENGINES:
-        paths = [e["path"] for e in artifact.manifest.engines if Path(e["path"]).stem.startswith(f"{component}_a")]
-        by_place: dict[Path, int] = {}  # one folder an SM
-        for path in paths:
-            by_place[Path(path).parent] = by_place.get(Path(path).parent, 0) + files[path]["bytes"]
-        return "engines", max(by_place.values(), default=0)
+        return "engines", _engine_bytes(artifact, component, artifact.bits(component))
     return "packed weights", sum(files[name]["bytes"] for name in artifact.weight_files(component))
+
+
+def _engine_bytes(artifact: Artifact, component: str, bits: Sequence[int]) -> int:
+    """Return the bytes of a transformer's engines of some bit-widths, on the GPU where they are largest."""
+    files, by_place = artifact.manifest.files, dict[Path, int]()
+    for path in map(Path, (e["path"] for e in artifact.manifest.engines if e["act_bits"] in bits)):
+        if path.stem.startswith(f"{component}_a"):  # one folder an SM
+            by_place[path.parent] = by_place.get(path.parent, 0) + files[str(path)]["bytes"]
+    return max(by_place.values(), default=0)
+
+
+def _quantized(artifact: Artifact, component: str) -> int:
+    """Return the number of weights of a transformer that are quantized."""
+    layers = {entry["name"]: entry["features_in"] * entry["features_out"] for entry in artifact.manifest.layers}
+    names = {
+        tensor.rpartition(".")[0]
+        for name in artifact.weight_files(component)
+        if name.endswith(".safetensors")
+        for tensor in read_header(artifact.root / name).tensors
+    }
+    return sum(count for layer, count in layers.items() if layer in names)
 
 
 def _parameters(artifact: Artifact, component: str) -> int:

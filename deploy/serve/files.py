@@ -1,4 +1,7 @@
-"""The clips of a server: one file each, named by an id that the server made, in a folder or in an object store."""
+"""The files of a server, in its data folder or in an object store: clips, and the pictures of requests.
+
+All are named by ids that the server made.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dvdquant.deploy.serve.jobs import VIDEO_ID
-from dvdquant.system.whole_file import sweep_unfinished
+from dvdquant.deploy.serve.pictures import PICTURES
+from dvdquant.system.whole_file import sweep_unfinished, write_whole
 
-__all__ = ["ClipFiles", "FilesAwayError", "FolderFiles", "check_id"]
+__all__ = ["ClipFiles", "FilesAwayError", "FolderFiles", "check_id", "check_picture"]
 
 
 class FilesAwayError(OSError):
-    """The place of the clips does not answer, or refuses. Its text holds no key."""
+    """The place of the files does not answer, or refuses. Its text holds no key."""
 
 
 class ClipFiles(ABC):
-    """The place for clips. A clip is there whole or not at all; the job in the store says whether it counts.
+    """The place for clips and pictures. A file is there whole or not at all; the job in the store says whether it counts.
 
     Attributes:
-        exclusive: True if nobody else keeps clips in the place, so that one that no job knows may be deleted.
+        exclusive: True if nobody else keeps files in the place, so that one that no job knows may be deleted.
     """
 
     exclusive = False
@@ -58,19 +62,37 @@ class ClipFiles(ABC):
         """
 
     @abstractmethod
+    def write_picture(self, video: str, name: str, png: bytes) -> None:
+        """Keep a picture of a request, whole or not at all.
+
+        Args:
+            video: The id of the job.
+            name: ``input_reference`` or ``last_reference``.
+            png: The file.
+        """
+
+    @abstractmethod
+    def picture(self, video: str, name: str) -> bytes | None:
+        """Return a picture of a request, or None if there is none."""
+
+    @abstractmethod
     def delete(self, video: str) -> None:
-        """Delete a clip; nothing happens if there is none."""
+        """Delete a clip and its pictures; nothing happens if there are none."""
+
+    @abstractmethod
+    def delete_clip(self, video: str) -> None:
+        """Delete a clip; its job is still there, and so are its pictures."""
 
     @abstractmethod
     def ids(self) -> Iterator[str]:
-        """Yield the ids of all clips."""
+        """Yield the ids that have a clip or a picture."""
 
     def sweep(self) -> None:
         """Delete what writers that were killed have left."""
 
 
 class FolderFiles(ClipFiles):
-    """Clips in a folder, in up to 256 folders below it.
+    """Clips in a folder, in up to 256 folders below it; pictures likewise in the folder ``pictures`` beside it.
 
     Args:
         root: The folder; it is made when it is needed.
@@ -80,6 +102,7 @@ class FolderFiles(ClipFiles):
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.pictures = root.parent / "pictures"
 
     def write(self, video: str, make: Callable[[Path], None]) -> int:
         """See :class:`ClipFiles`."""
@@ -103,21 +126,44 @@ class FolderFiles(ClipFiles):
             file.seek(begin)
             return file.read(end - begin)
 
+    def write_picture(self, video: str, name: str, png: bytes) -> None:
+        """See :class:`ClipFiles`."""
+        path = self._picture(video, name)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_whole(path, png)
+
+    def picture(self, video: str, name: str) -> bytes | None:
+        """See :class:`ClipFiles`."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._picture(video, name).read_bytes()
+        return None
+
     def delete(self, video: str) -> None:
+        """See :class:`ClipFiles`."""
+        for path in (self._place(video), *(self._picture(video, name) for name in PICTURES)):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+    def delete_clip(self, video: str) -> None:
         """See :class:`ClipFiles`."""
         with contextlib.suppress(FileNotFoundError):
             self._place(video).unlink()
 
     def ids(self) -> Iterator[str]:
         """See :class:`ClipFiles`."""
-        for path in sorted(self.root.glob("??/video_*.mp4")):
-            if VIDEO_ID.fullmatch(path.stem):
-                yield path.stem
+        found = {path.stem for path in self.root.glob("??/video_*.mp4")}
+        found |= {path.name.partition(".")[0] for path in self.pictures.glob("??/video_*.png")}
+        yield from sorted(name for name in found if VIDEO_ID.fullmatch(name))
 
     def sweep(self) -> None:
         """See :class:`ClipFiles`."""
-        for folder in self.root.glob("??"):
-            sweep_unfinished(folder)
+        for root in (self.root, self.pictures):
+            for folder in root.glob("??"):
+                sweep_unfinished(folder)
+
+    def _picture(self, video: str, name: str) -> Path:
+        place = self._place(video)
+        return self.pictures / place.parent.name / f"{place.stem}.{check_picture(name)}.png"
 
     def _place(self, video: str) -> Path:
         return self.root / check_id(video)[6:8] / f"{video}.mp4"
@@ -126,9 +172,26 @@ class FolderFiles(ClipFiles):
 def check_id(video: str) -> str:
     """Return an id of a video. Ids come from the store, never from a request; this holds even if somebody forgets it.
 
+    Args:
+        video: The id.
+
     Raises:
         ValueError: It has not the form of one.
     """
     if not VIDEO_ID.fullmatch(video):
         raise ValueError(f"{video!r:.60} is no id of a video")
     return video
+
+
+def check_picture(name: str) -> str:
+    """Return the name of a picture.
+
+    Args:
+        name: The name.
+
+    Raises:
+        ValueError: No picture of a request has it.
+    """
+    if name not in PICTURES:
+        raise ValueError(f"{name!r:.60} is no picture of a request")
+    return name

@@ -32,7 +32,7 @@ from dvdquant.deploy.serve.logs import log_event, setup_server_log
 from dvdquant.deploy.serve.metrics import ServerMetrics
 from dvdquant.deploy.serve.queue_policy import STORE_VARIABLE
 from dvdquant.deploy.serve.ray_figures import RayFigures
-from dvdquant.deploy.serve.service import Service
+from dvdquant.deploy.serve.server import _Run
 from dvdquant.deploy.serve.settings import Limits, ModelSource, ObjectStore, ServerSettings, WorkerSettings
 from dvdquant.deploy.serve.stores import open_store
 from dvdquant.deploy.serve.worker import Worker
@@ -268,8 +268,10 @@ class Interface:
     def __init__(self, settings: ServerSettings, workers: Any) -> None:
         setup_server_log(settings.log_format, settings.verbose)
         store, files = _open(settings)
-        self.service = Service(settings, store, files, RayWorkers(workers), ServerMetrics())  # type: ignore[arg-type]
-        self._expiry = asyncio.ensure_future(self.service.expire_for_ever())
+        run = _Run(settings, store, files, ServerMetrics(), ())
+        self.service = run.service
+        self.service.pool = RayWorkers(workers)  # type: ignore[assignment]
+        self._expiry = asyncio.ensure_future(run._expire())
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the application that Ray's proxy passes requests to."""

@@ -18,8 +18,9 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from dvdquant.deploy.serve.files import ClipFiles, FilesAwayError, check_id
+from dvdquant.deploy.serve.files import ClipFiles, FilesAwayError, check_id, check_picture
 from dvdquant.deploy.serve.jobs import VIDEO_ID
+from dvdquant.deploy.serve.pictures import PICTURES
 from dvdquant.errors import OutputError, UnsupportedError
 from dvdquant.text import shown
 
@@ -105,27 +106,56 @@ class S3Files(ClipFiles):
         except BaseError as error:
             raise FilesAwayError(f"the clip cannot be read: {_text(error)}") from None
 
-    def delete(self, video: str) -> None:
+    def write_picture(self, video: str, name: str, png: bytes) -> None:
         """See :class:`.files.ClipFiles`."""
         try:
-            with contextlib.suppress(FileNotFoundError):
-                obstore.delete(self._store, self._key(video))
+            obstore.put(self._store, self._picture(video, name), png, attributes={"Content-Type": "image/png"})
+        except BaseError as error:
+            raise FilesAwayError(f"the picture cannot be uploaded: {_text(error)}") from None
+
+    def picture(self, video: str, name: str) -> bytes | None:
+        """See :class:`.files.ClipFiles`."""
+        try:
+            return bytes(obstore.get(self._store, self._picture(video, name)).bytes())
+        except FileNotFoundError:
+            return None
+        except BaseError as error:
+            raise FilesAwayError(f"the picture cannot be read: {_text(error)}") from None
+
+    def delete(self, video: str) -> None:
+        """See :class:`.files.ClipFiles`."""
+        self._delete([self._key(video), *(self._picture(video, name) for name in PICTURES)])
+
+    def delete_clip(self, video: str) -> None:
+        """See :class:`.files.ClipFiles`."""
+        self._delete([self._key(video)])
+
+    def _delete(self, keys: list[str]) -> None:
+        try:
+            for key in keys:
+                with contextlib.suppress(FileNotFoundError):
+                    obstore.delete(self._store, key)
         except BaseError as error:
             raise FilesAwayError(f"the clip cannot be deleted: {_text(error)}") from None
 
     def ids(self) -> Iterator[str]:
         """See :class:`.files.ClipFiles`."""
+        seen: set[str] = set()
         try:
             for batch in obstore.list(self._store, self.prefix or None, chunk_size=1000):
                 for entry in batch:
-                    name = entry["path"].rpartition("/")[2].removesuffix(".mp4")
-                    if VIDEO_ID.fullmatch(name) and entry["path"] == self._key(name):
+                    name = entry["path"].rpartition("/")[2].partition(".")[0]
+                    if VIDEO_ID.fullmatch(name) and name not in seen:
+                        seen.add(name)
                         yield name
         except BaseError as error:
             raise FilesAwayError(f"the clips cannot be listed: {_text(error)}") from None
 
     def _key(self, video: str) -> str:
         return f"{self.prefix}{check_id(video)}.mp4"
+
+    def _picture(self, video: str, name: str) -> str:
+        return f"{self.prefix}pictures/{check_id(video)}.{check_picture(name)}.png"
 
 
 def check_address(address: str, endpoint: str | None) -> tuple[str, str]:

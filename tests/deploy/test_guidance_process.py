@@ -1,4 +1,4 @@
-"""Guidance on two sessions of which the second is in a process of its own: clips of one session; a process that dies is an error."""
+"""Guidance on two sessions, the second in a process of its own: clips of one session; a process that dies is an error."""
 
 from __future__ import annotations
 

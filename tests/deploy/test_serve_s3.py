@@ -74,6 +74,14 @@ def test_a_clip_is_kept_read_replaced_and_deleted(files: ClipFiles) -> None:
     assert list(files.ids()) == [other]
     with pytest.raises(FileNotFoundError):
         asyncio.run(files.read(video, 0, 1))
+    assert files.picture(video, "input_reference") is None
+    files.write_picture(video, "input_reference", b"png")
+    files.write(video, lambda path: write_whole(path, CLIP))
+    assert sorted(files.ids()) == sorted([video, other])
+    files.delete_clip(video)
+    assert (_all(files, video), files.picture(video, "input_reference")) == (None, b"png")
+    files.delete(video)
+    assert files.picture(video, "input_reference") is None
     with pytest.raises(ValueError, match="no id"):
         files.write("../../etc/passwd", lambda path: write_whole(path, b""))
 
@@ -160,7 +168,16 @@ def _client(files: ClipFiles, tmp_path: Path) -> tuple[Any, str]:
     return TestClient(make_app(service), base_url="http://127.0.0.1"), job.id
 
 
-RANGES = ["bytes=0-0", "bytes=10-29", "bytes=2000-", "bytes=-5", "bytes=5-99999", "bytes=2048-", "bytes=-99999", "bytes=9-3"]
+RANGES = [
+    "bytes=0-0",
+    "bytes=10-29",
+    "bytes=2000-",
+    "bytes=-5",
+    "bytes=5-99999",
+    "bytes=2048-",
+    "bytes=-99999",
+    "bytes=9-3",
+]
 
 
 def test_ranges_are_those_of_a_file(objects: ClipFiles, tmp_path: Path) -> None:
@@ -243,9 +260,7 @@ def _refusing_store(port: int) -> Any:
     from obstore.store import S3Store
 
     retry: Any = {"max_retries": 0}
-    return S3Store(
-        BUCKET, endpoint=f"http://127.0.0.1:{port}", client_options={"allow_http": True}, retry_config=retry
-    )
+    return S3Store(BUCKET, endpoint=f"http://127.0.0.1:{port}", client_options={"allow_http": True}, retry_config=retry)
 
 
 @pytest.mark.parametrize(

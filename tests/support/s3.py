@@ -10,7 +10,11 @@ import httpx
 import pytest
 
 BUCKET = "clips"
-KEYS = {"AWS_ACCESS_KEY_ID": "AKIDTESTTESTTEST", "AWS_SECRET_ACCESS_KEY": "secret/of+the+tests", "AWS_REGION": "us-east-1"}
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "AKIDTESTTESTTEST",
+    "AWS_SECRET_ACCESS_KEY": "secret/of+the+tests",
+    "AWS_REGION": "us-east-1",
+}
 
 
 @contextlib.contextmanager
