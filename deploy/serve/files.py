@@ -87,6 +87,7 @@ class ClipFiles(ABC):
     def ids(self) -> Iterator[str]:
         """Yield the ids that have a clip or a picture."""
 
+    @abstractmethod
     def sweep(self) -> None:
         """Delete what writers that were killed have left."""
 

@@ -1,6 +1,6 @@
-"""dvdq-serve on a Ray cluster: the HTTP interface and the workers as deployments of Ray Serve.
+r"""dvdq-serve on a Ray cluster: the HTTP interface and the workers as deployments of Ray Serve.
 
-    DVDQ_STORE=postgresql://dvdq@db/jobs DVDQ_API_KEY=… serve run dvdquant.deploy.serve.ray_app:app \\
+    DVDQ_STORE=postgresql://dvdq@db/jobs DVDQ_API_KEY=… serve run dvdquant.deploy.serve.ray_app:app \
         models=out/wan files=s3://clips/wan max_workers=8
 
 Ray places the workers (one GPU each), starts them again, and changes their number. Jobs go another way than Ray's requests: the

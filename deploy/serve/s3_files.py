@@ -57,7 +57,7 @@ class S3Files(ClipFiles):
         try:
             self._store = S3Store(
                 bucket,
-                client_options={"allow_http": plain, **options},  # type: ignore[typeddict-item]
+                client_options={"allow_http": plain, **options},
                 retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=60)},
                 **more,
             )
@@ -66,7 +66,7 @@ class S3Files(ClipFiles):
         except (BaseError, ValueError) as error:
             raise OutputError(
                 f"the bucket {shown(bucket, 80)} cannot be used for clips: {_text(error)}",
-                fix="check --files, --s3-endpoint, AWS_REGION and the AWS_* keys; they must be allowed to list, get, put and delete",
+                fix="check --files, --s3-endpoint, AWS_REGION and the keys, which must be allowed to list, get, put and delete",
             ) from None
 
     def write(self, video: str, make: Callable[[Path], None]) -> int:
@@ -86,7 +86,7 @@ class S3Files(ClipFiles):
         """See :class:`.files.ClipFiles`."""
         if not self.link_seconds:
             return None
-        return obstore.sign(self._store, "GET", self._key(video), timedelta(seconds=self.link_seconds))
+        return str(obstore.sign(self._store, "GET", self._key(video), timedelta(seconds=self.link_seconds)))
 
     async def size(self, video: str) -> int | None:
         """See :class:`.files.ClipFiles`."""
@@ -150,6 +150,9 @@ class S3Files(ClipFiles):
                         yield name
         except BaseError as error:
             raise FilesAwayError(f"the clips cannot be listed: {_text(error)}") from None
+
+    def sweep(self) -> None:
+        """Do nothing: of uploads that were broken off, other servers may have some; a rule of the bucket ends them."""
 
     def _key(self, video: str) -> str:
         return f"{self.prefix}{check_id(video)}.mp4"

@@ -104,7 +104,8 @@ class Link:
             from torch.multiprocessing.reductions import reduce_tensor
 
             region = torch.empty(size, dtype=torch.uint8, device=device)
-            if self._opened({"size": size, "handle": pickle.dumps(reduce_tensor(region))}):
+            handle = pickle.dumps(reduce_tensor(region))  # type: ignore[no-untyped-call]
+            if self._opened({"size": size, "handle": handle}):
                 return region
             self._refused.add(device)
         descriptor = os.memfd_create("dvdq:tensors", os.MFD_CLOEXEC)
@@ -119,7 +120,7 @@ class Link:
     def _opened(self, fields: dict[str, Any], descriptor: int | None = None) -> bool:
         self._connection.send_bytes(pickle.dumps(("region", {}, fields)))
         if descriptor is not None:
-            reduction.send_handle(self._connection, descriptor, None)  # type: ignore[arg-type]  # no process id on Unix
+            reduction.send_handle(self._connection, descriptor, None)  # a process id is not needed on Unix
         return bool(pickle.loads(self._connection.recv_bytes()))
 
     # -------------------------------------------------------------------------------------------------------- receiving
