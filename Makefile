@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: help venv demo demo-steps test stress campaign variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: triton-check help venv demo demo-steps test stress campaign variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -29,6 +29,7 @@ help:
 	@echo "make kernels        the CUDA kernels' library (needs nvcc); kernels-check also reads its machine code"
 	@echo "make kernels plugin HOST=aarch64 SM=\"87 110\"  both for a Jetson, on x86-64"
 	@echo "make venv    only the environment: $(VENV) with dvdq-export and dvdq-inspect"
+	@echo "make triton-check  the model repository in a real tritonserver, out of nvidia-pytriton's wheel (55 MB)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrite the sources in the house style"
 	@echo "make docs    the documentation as a site, build/site/index.html"
@@ -71,6 +72,18 @@ demo-steps:
 	$(BIN)/dvdq run $(OUT) --prompt "ring red right large black" --compare --steps 20 --delta 0.2 \
 		-o $(OUT)-clip/clip.mp4 --strip $(OUT)-clip/strip.png --trace $(OUT)-clip/trace.json | tee -a $(OUT).log
 	@test -s $(OUT)/report.html && test -s $(OUT)-clip/clip.mp4
+
+# pytriton wants numpy 1 and an older protobuf, so its wheel is unpacked beside the environment, for the server in it alone.
+TRITON := build/triton
+$(TRITON)/.unpacked:
+	@mkdir -p $(TRITON)
+	$(BIN)/python -m pip install -q --no-deps --target $(TRITON)/server nvidia-pytriton==0.7.0
+	$(BIN)/python -m pip install -q --no-deps --target $(TRITON)/numpy numpy==1.26.4
+	$(BIN)/python -m pip install -q --no-deps --target $(TRITON)/client tritonclient python-rapidjson
+	@touch $@
+
+triton-check: $(INSTALLED_TEST) $(TRITON)/.unpacked
+	DVDQ_TRITON=$(TRITON) $(BIN)/python -m pytest -q tests/deploy/test_serve_triton.py $(PYTEST_ARGS)
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .

@@ -245,10 +245,14 @@ def test_every_dependency_is_used_and_every_import_declared(sources: list[str]) 
         PROJECT["optional-dependencies"]["tensorrt"]
         + PROJECT["optional-dependencies"]["serve"]
         + PROJECT["optional-dependencies"]["serve-postgres"]
+        + PROJECT["optional-dependencies"]["serve-s3"]
+        + PROJECT["optional-dependencies"]["serve-ray"]
         + PROJECT["optional-dependencies"]["text-int8"]
     )
     # Libraries of 8-bit attention: looked for, never needed; sageattention 2.2 is on no registry.
     optional |= {"comfy_kitchen", "cudnn", "fa3_fwd_interface", "sageattention"}
+    # Triton's own module, in the process that it runs models in.
+    optional |= {"triton_python_backend_utils"}
     # ComfyUI itself, where its nodes run.
     optional |= {"comfy", "folder_paths", "nodes", "execution", "latent_preview"}
     ours = {

@@ -31,6 +31,9 @@ dvdq-serve small=out/wan-1.3b large=out/wan-14b --device cuda:0,cuda:1 --host 0.
 # one of several servers: the queue in Postgres, clips in an object store
 dvdq-serve out/wan --store postgresql://dvdq@db/jobs --files s3://clips/wan --s3-endpoint http://minio:9000
 
+# a model repository for NVIDIA's Triton server
+dvdq-serve out/wan --triton-repository models
+
 # a schedule that dvdq-plan made, fewer jobs in the queue, clips kept for a week
 dvdq-serve out/wan --schedule out/wan/schedule.json --queue 16 --keep-hours 168
 """
@@ -150,6 +153,12 @@ _MODULES = {
     show_default=True,
     help="Without a step, until a worker is ended.",
 )
+@click.option(
+    "--triton-repository",
+    type=PATH,
+    metavar="FOLDER",
+    help="Serve nothing, and write a model repository for NVIDIA's Triton server: dvdq_step and dvdq_video.",
+)
 @click.option("--no-warm-up", is_flag=True, help="Take jobs before each engine has run once.")
 @click.option(
     "--no-spare",
@@ -165,6 +174,9 @@ _MODULES = {
 def main(exports: tuple[str, ...], **options: Any) -> None:
     """Serve the exports in folders OUT over HTTP: OpenAI's /v1/videos, a live page, metrics."""
     require_packages()
+    if options["triton_repository"] is not None:
+        write_triton(exports, options)
+        return
     keys = read_keys(options["api_key_file"])
     check_open(options["host"], bool(keys), options["is_open"])
     models = read_models(exports, options["pipeline"], options["schedule"])
@@ -208,6 +220,29 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
             verbose=options["verbose"],
         )
     )
+
+
+def write_triton(exports: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Write a model repository for Triton.
+
+    Args:
+        exports: One export.
+        options: ``triton_repository``, ``pipeline``, ``backend``, ``device``.
+
+    Raises:
+        UnsupportedError: There are several exports, or the device is unknown.
+        OutputError: The export cannot be used, or the folder cannot be written.
+    """
+    models = read_models(exports, options["pipeline"], ())
+    if len(models) != 1:
+        raise UnsupportedError("a model repository is for one export", fix="write one for each export")
+    check_device_word(options["device"])
+
+    from dvdquant.deploy.serve.triton_repository import write_repository
+
+    folder = options["triton_repository"]
+    for path in write_repository(folder, models[0], backend=options["backend"], device=options["device"]):
+        click.echo(path)
 
 
 def require_packages() -> None:

@@ -1,0 +1,183 @@
+"""The models that Triton's Python backend runs; ``triton_python_backend_utils`` exists in its stub alone.
+
+Outputs go by DLPack, because an older stub takes arrays of numpy 2 for empty ones.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton_python_backend_utils as backend
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.faults import fault_of
+from dvdquant.deploy.generation.generate import open_generator
+from dvdquant.deploy.generation.video import write_mp4
+from dvdquant.deploy.serve.checks import ServedModel
+from dvdquant.deploy.serve.requests import generate_request, read_request
+from dvdquant.deploy.serve.settings import Limits, ModelSource
+from dvdquant.deploy.serve.wording import public_error
+from dvdquant.deploy.sessions import open_session
+from dvdquant.errors import Cancelled, DvdquantError, ShapeError
+from dvdquant.system.files import strict_json
+
+__all__ = ["StepModel", "VideoModel"]
+
+
+class StepModel:
+    """One call of the transformer: the graph's inputs and ``bits`` in, ``sample`` in fp32 out."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the engines.
+
+        Args:
+            args: What Triton says of the instance.
+        """
+        settings = _settings(args)
+        self.session = open_session(
+            Artifact.open(settings["export"]), backend=settings["backend"], device=_device(settings, args)
+        )
+        self.names = [spec.name for spec in self.session.family.inputs(self.session.sizes)]
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer each request, or say what is wrong with it.
+
+        Args:
+            requests: Triton's requests.
+        """
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        try:
+            inputs = {name: torch.from_numpy(_input(request, name)) for name in self.names}
+            bits = int(_input(request, "bits").ravel()[0])
+            with torch.inference_mode():
+                output = self.session.run(inputs, bits).float().cpu().contiguous()
+        except Exception as error:  # noqa: BLE001  it is the answer
+            return backend.InferenceResponse(error=_error(error))
+        return backend.InferenceResponse([backend.Tensor.from_dlpack("sample", output)])
+
+    def finalize(self) -> None:
+        """Free the engines."""
+        self.session.close()
+
+
+class VideoModel:
+    """A clip: ``prompt``, and ``request`` as JSON in the names of ``/v1/videos``; a response a step, then the mp4."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the model.
+
+        Args:
+            args: What Triton says of the instance.
+        """
+        settings = _settings(args)
+        self.source = ModelSource(settings["model"], settings["export"], settings["pipeline"] or None)
+        self.served = ServedModel(self.source, Limits())
+        self.generator = open_generator(
+            Artifact.open(self.source.out),
+            pipeline=self.source.pipeline,
+            backend=settings["backend"],
+            device=_device(settings, args),
+        )
+
+    def execute(self, requests: list[Any]) -> None:
+        """Answer each request with several responses.
+
+        Args:
+            requests: Triton's requests.
+        """
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._draw(request, sender)
+            except Exception as error:  # noqa: BLE001  it is the answer
+                response = backend.InferenceResponse(error=_error(error))
+                sender.send(response, flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _draw(self, request: Any, sender: Any) -> None:
+        values = self._values(request)
+        checked = self.served.check(values)
+
+        def step(record: Any) -> None:
+            if request.is_cancelled():
+                raise Cancelled("the client has cancelled the request")
+            if record.step not in seen:
+                seen.add(record.step)
+                percent = min(99, 100 * (record.step + 1) // checked.steps)
+                sender.send(_response(percent, record.bits or 0, torch.zeros(0, dtype=torch.uint8)))
+
+        seen: set[int] = set()
+        wanted = generate_request(checked.values, self.generator.artifact.manifest, self.source)
+        result = self.generator.generate(wanted, step)
+        fps = checked.values.get("fps") or self.generator.fps(len(result.frames))
+        with tempfile.TemporaryDirectory(prefix="dvdq-") as folder:
+            path = Path(folder) / "clip.mp4"
+            write_mp4(path, result.frames, fps)
+            data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+        sender.send(_response(100, 0, data), flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _values(self, request: Any) -> dict[str, Any]:
+        more = backend.get_input_tensor_by_name(request, "request")
+        fields: Any = {}
+        if more is not None:
+            try:
+                fields = strict_json(_text(more.as_numpy()).encode(), max_depth=8)
+            except ValueError as error:
+                raise ShapeError(f"request is no valid JSON: {error}") from None
+            if not isinstance(fields, dict):
+                raise ShapeError("request is no JSON object", fix='send an object such as {"num_inference_steps": 30}')
+        values = read_request({**fields, "prompt": _text(_input(request, "prompt"))}, form=False)
+        values.pop("model", None)
+        return values
+
+    def finalize(self) -> None:
+        """Free the model."""
+        self.generator.close()
+
+
+def _settings(args: dict[str, str]) -> dict[str, str]:
+    parameters = json.loads(args["model_config"])["parameters"]
+    return {name: value["string_value"] for name, value in parameters.items()}
+
+
+def _device(settings: dict[str, str], args: dict[str, str]) -> str:
+    if settings["device"] != "auto" or args.get("model_instance_kind") != "GPU":
+        return settings["device"]
+    return f"cuda:{args['model_instance_device_id']}"
+
+
+def _input(request: Any, name: str) -> Any:
+    return backend.get_input_tensor_by_name(request, name).as_numpy()
+
+
+def _text(values: Any) -> str:
+    value = values.ravel()[0]
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _response(progress: int, bits: int, data: torch.Tensor) -> Any:
+    tensors = {
+        "progress": torch.tensor([progress], dtype=torch.int32),
+        "bits": torch.tensor([bits], dtype=torch.int32),
+        "mp4": data,
+    }
+    return backend.InferenceResponse([backend.Tensor.from_dlpack(name, value) for name, value in tensors.items()])
+
+
+def _error(error: Exception) -> Any:
+    """Return an error as Triton sends it: with a code of gRPC, and no path of this machine."""
+    code = backend.TritonError.INTERNAL
+    text = type(error).__name__
+    if isinstance(error, DvdquantError):
+        said = public_error(error)
+        text = "; ".join(f"{name}: {value}" if name != "message" else value for name, value in said.items() if value)
+        if fault_of(error) == "request":
+            code = backend.TritonError.CANCELLED if isinstance(error, Cancelled) else backend.TritonError.INVALID_ARG
+        elif "-bit activations" in text:
+            code = backend.TritonError.INVALID_ARG
+    return backend.TritonError(text, code)
