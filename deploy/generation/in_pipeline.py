@@ -260,12 +260,14 @@ class PipelineGenerator(Generator):
 
     # ------------------------------------------------------------------------------------------------ what is loaded
 
-    def share_parts(self, other: PipelineGenerator) -> None:
-        """Use text encoder and VAE that another generator of the same pipeline has loaded. They take turns with them.
+    def share_parts(self, other: Generator) -> None:
+        """See :class:`Generator`. The two take turns with the parts.
 
         Args:
             other: The other generator. It may go on drawing, and be closed first.
         """
+        if not isinstance(other, PipelineGenerator):
+            return
         with other._loading:
             if not other._pipes or other.folder != self.folder:
                 return
