@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Arranged", "Place", "arranged", "memory_text", "place_of", "plan_run"]
 
-# Bytes of a process with CUDA and its libraries before anything is loaded: assumed, not measured.
-CUDA_BASE = 768 << 20
 LEAST_BASE = 512 << 20
 
 
@@ -57,6 +55,7 @@ def place_of(device: torch.device) -> Place:
     import torch
 
     from dvdquant.deploy.generation.admission import device_memory
+    from dvdquant.deploy.generation.device_fit import KEPT_BACK
 
     free, total = device_memory(device)
     if device.type != "cuda":
@@ -64,7 +63,7 @@ def place_of(device: torch.device) -> Place:
         return Place("CPU", total, free + base, True, base, None)
     facts = torch.cuda.get_device_properties(device)
     unified = bool(getattr(facts, "is_integrated", False))
-    return Place(facts.name, total, free, unified, CUDA_BASE, f"{facts.major}.{facts.minor}")
+    return Place(facts.name, total, free, unified, KEPT_BACK[False], f"{facts.major}.{facts.minor}")
 
 
 def plan_run(
