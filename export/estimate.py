@@ -13,7 +13,8 @@ from dvdquant.errors import ResourceError
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.report import BUILD_MEMORY_FACTOR, INT8_MEMORY_FACTOR
 from dvdquant.export.options import ExportOptions
-from dvdquant.hardware.capabilities import capability
+from dvdquant.hardware.capabilities import sm_number
+from dvdquant.model.held_weights import held_weights
 from dvdquant.model.plan import ModelPlan
 from dvdquant.quantize.checkpoint import CHUNK_WEIGHTS
 from dvdquant.quantize.hessian import hessian_bytes
@@ -160,7 +161,8 @@ def builder_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
 def held_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
     """Return the memory that the weights of one transformer take in a session with an engine, in bytes.
 
-    The plugin's packed weights are inputs of the engine, and what its GPU multiplies is prepared from them once.
+    The plugin's packed weights are inputs of the engine, and their rows lie beside them. A session that expands them,
+    which takes room that is free, holds more.
 
     Args:
         plan: The plan of the model.
@@ -168,8 +170,8 @@ def held_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
     """
     if engine.precision != "plugin":
         return ENGINE_BYTES + engine_weight_bytes(plan, engine)
-    native = engine.act_bits == 4 and capability(engine.sms[0]).kernels_a4
-    return ENGINE_BYTES + packed_bytes(plan) + plan.quantized_weights // (2 if native else 1)
+    held = held_weights(plan, sm_number(engine.sms[0]), [engine.act_bits])
+    return ENGINE_BYTES + held.plugin_bytes("packed")
 
 
 def estimate_export(

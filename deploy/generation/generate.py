@@ -24,6 +24,7 @@ from dvdquant.deploy.generation.limits import Limits
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.deploy.generation.text_encoder import check_text_bits
 from dvdquant.errors import UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 
 __all__ = [
     "GenerateRequest",
@@ -85,6 +86,7 @@ def open_generator(
     alternate: bool = False,
     text_encoder_bits: int = 16,
     bits: Sequence[int] | None = None,
+    weights: WeightPolicy = "auto",
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -111,6 +113,7 @@ def open_generator(
         text_encoder_bits: bits of the text encoder's weights, 16, or 8 with torchao.
         bits: the activation bits to load; the default is all of the export's. A step that fails is not repeated on bits that
             are not loaded.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights (:func:`.sessions.open_session`).
 
     Raises:
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class, or
@@ -132,6 +135,7 @@ def open_generator(
         alternate=alternate,
         text_bits=text_encoder_bits,
         bits=None if bits is None else tuple(bits),
+        weights=weights,
     )
     return _open(checker, options, lora)
 

@@ -30,6 +30,7 @@ from dvdquant.deploy.sessions.guidance_pair import paired
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.errors import UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.system.devices import resolve_device
 
 __all__ = [
@@ -102,6 +103,7 @@ class SessionOptions:
         alternate: Load the text encoder first, and free it before the transformer is loaded.
         text_bits: Bits of the text encoder's weights: 16, or 8 with torchao.
         bits: The activation bits that are loaded; None loads all of the export's.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
     """
 
     backend: str = "auto"
@@ -117,6 +119,7 @@ class SessionOptions:
     alternate: bool = False
     text_bits: int = 16
     bits: tuple[int, ...] | None = None
+    weights: WeightPolicy = "auto"
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
@@ -151,6 +154,7 @@ class SessionOptions:
             attention=self.attention,
             attention_backend=self.attention_backend,
             plugins=self.plugins,
+            weights=self.weights,
         )
 
 

@@ -30,6 +30,7 @@ from dvdquant.deploy.switching.gbs import (
 )
 from dvdquant.deploy.switching.schedule import Schedule, average_bits
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.system.progress import Progress
 from dvdquant.system.records import brief
 
@@ -123,6 +124,7 @@ def plan(
     pipeline: str | None = None,
     backend: str = "auto",
     device: str = "auto",
+    weights: WeightPolicy = "auto",
     progress: Progress | None = None,
     lora: Sequence[LoraSpec] = (),
     image: ImageSource | None = None,
@@ -142,6 +144,7 @@ def plan(
         pipeline: folder or hub id of the model; default the exported one.
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         progress: where progress goes; default nowhere.
         lora: where the export's LoRAs are now, for ``reference``, if they no longer lie where they were.
         image: the first frame of every clip, of a model that draws from one.
@@ -157,7 +160,13 @@ def plan(
     progress = progress or Progress()
     recorder = Recorder(low, high)
     with open_generator(
-        artifact, pipeline=pipeline, backend=backend, device=device, wrap_session=recorder.wrap, lora=lora
+        artifact,
+        pipeline=pipeline,
+        backend=backend,
+        device=device,
+        weights=weights,
+        wrap_session=recorder.wrap,
+        lora=lora,
     ) as generator:
         base = GenerateRequest(prompts[0], steps=steps, seed=seeds[0], mode=f"a{high}")
         base = replace(base, last_high=last_high, weighting=weighting, image=image, last_image=last_image)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dvdquant.hardware.weights import WeightPolicy
+
 __all__ = ["Limits", "ModelSource", "ServerSettings", "WorkerSettings"]
 
 
@@ -58,6 +60,7 @@ class WorkerSettings:
         device: ``auto``, ``cpu`` or ``cuda:N``.
         backend: See :func:`.open_generator`.
         compile: Compile the transformer's blocks.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         lease: Seconds of a lease.
         keep: Seconds that a clip is kept.
         stall: Seconds without a sign of life after which a job counts as hanging.
@@ -73,6 +76,7 @@ class WorkerSettings:
     device: str = "auto"
     backend: str = "auto"
     compile: bool = False
+    weights: WeightPolicy = "auto"
     lease: float = 10.0
     keep: float = 86400.0
     stall: float = 1800.0
@@ -94,6 +98,7 @@ class ServerSettings:
         devices: One worker process for each.
         backend: See :func:`.open_generator`.
         compile: Compile the transformer's blocks.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         limits: What a request may ask for.
         api_keys: SHA-256 digests of the keys that are let in; with none, everybody is.
         allowed_hosts: Names that the Host header may have; empty allows all.
@@ -114,6 +119,7 @@ class ServerSettings:
     devices: tuple[str, ...] = ("auto",)
     backend: str = "auto"
     compile: bool = False
+    weights: WeightPolicy = "auto"
     limits: Limits = field(default_factory=Limits)
     api_keys: tuple[bytes, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
@@ -140,6 +146,7 @@ class ServerSettings:
             device=device,
             backend=self.backend,
             compile=self.compile,
+            weights=self.weights,
             lease=self.lease,
             keep=self.keep,
             stall=self.stall,

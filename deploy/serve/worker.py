@@ -169,6 +169,7 @@ class Worker:
                 backend=self.settings.backend,
                 device=self.settings.device,
                 compile=self.settings.compile,
+                weights=self.settings.weights,
                 wrap_session=self.wrap_session,
             )
             self.generators[source.name] = generator

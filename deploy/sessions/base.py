@@ -39,6 +39,8 @@ class EngineSession(ABC):
     backend: str
     # What chooses the library of 8-bit attention; None is 16 bit, as in every backend but PyTorch.
     attention: Attention | None = None
+    # How quantized weights are held: packed, expanded, or as built, inside of engines.
+    weights: str = "as built"
 
     def __init__(self, artifact: Artifact, component: str, bits: Sequence[int] | None, device: torch.device) -> None:
         self.artifact = artifact
@@ -181,6 +183,7 @@ class WrappedSession(EngineSession):
         self.inner, self.backend, self.dtype = inner, inner.backend, inner.dtype
         self.loras = inner.loras
         self.attention = inner.attention
+        self.weights = inner.weights
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         return self.inner._run(inputs, bits)

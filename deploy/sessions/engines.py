@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +28,18 @@ from dvdquant.deploy.sessions.engine_binding import (
 )
 from dvdquant.deploy.sessions.engine_choice import build_target, device_sm, find_engines, select_engine
 from dvdquant.deploy.sessions.weights import WeightFiles
-from dvdquant.errors import EngineError, OutputError
+from dvdquant.errors import EngineError, OutputError, UnsupportedError
+from dvdquant.hardware.capabilities import sm_number
+from dvdquant.hardware.weights import WeightPolicy, check_policy
+from dvdquant.model.held_weights import held_weights
 
 __all__ = ["TensorRTSession", "deserialize", "device_sm", "find_engines", "load_plugins", "select_engine"]
 
 _PLUGINS: set[tuple[str, Path]] = set()
+log = logging.getLogger(__name__)
+# What the plugin reads when a context is made: packed or expanded.
+FORM_VARIABLE = "DVDQUANT_WEIGHTS"
+_form_lock = threading.Lock()
 
 
 @dataclass
@@ -69,8 +80,14 @@ class TensorRTSession(EngineSession):
             library, their contexts share what the plugin prepares from a weight. The copy inside an engine shares
             nothing.
         cuda_graphs: True replays passes of the same shapes as a CUDA graph, which saves kernel launches.
+        weights: ``auto``, ``packed`` or ``expanded``: how the plugin holds weights. ``auto`` follows ``DVDQUANT_WEIGHTS``
+            where it is set, and else the count of :class:`.HeldWeights`.
+
+    Attributes:
+        weights: ``packed``, ``expanded``, or ``as built`` for engines that hold their weights themselves.
 
     Raises:
+        UnsupportedError: A policy for engines that hold their weights themselves.
         EngineError: No engine fits (the error gives the command that builds it), or the library refuses the engine.
     """
 
@@ -84,11 +101,14 @@ class TensorRTSession(EngineSession):
         backend: str = "tensorrt_rtx",
         plugins: Sequence[Path] = (),
         cuda_graphs: bool = False,
+        weights: WeightPolicy = "auto",
     ) -> None:
         self.backend = backend
         super().__init__(artifact, component, bits, device or torch.device("cuda"))
         entries = find_engines(artifact, component, backend, self.bits, self.device)
         self._library = load_backend(backend)
+        self._plugin_bytes = 0
+        self.weights = self._form(check_policy(weights), entries)
         self._scratch = Scratch(self.device)
         self._files: WeightFiles | None = None
         self._on_device: dict[str, Tensor] = {}
@@ -101,11 +121,43 @@ class TensorRTSession(EngineSession):
             self._lane = Lane(self.device)
             load_plugins(self._library, plugins)
             self._runtime = make_runtime(self._library, self._log)
-            for width, entry in entries.items():
-                self._engines[width] = self._load(entry)
+            # The plugin reads the form when a context is made.
+            with plugin_form(self.weights):
+                for width, entry in entries.items():
+                    self._engines[width] = self._load(entry)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # weights were copied on this thread's stream; passes may use others
         self._drop_files()
+
+    def _form(self, policy: WeightPolicy, entries: Mapping[int, EngineEntry]) -> str:
+        """Return how weights are held, and count what the plugin will hold beside its inputs."""
+        if not any(entry["precision"] == "plugin" for entry in entries.values()):
+            if policy != "auto":
+                raise UnsupportedError(
+                    f"these engines hold their weights as they were built, not {policy}",
+                    available="engines with the plugin, and the backends pytorch and onnxruntime",
+                    fix="leave the policy out",
+                )
+            return super().weights
+        held = held_weights(
+            self.artifact.plan(self.component), sm_number(device_sm(self.device)), self.bits, self.sizes
+        )
+        room = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        form = held.choose(
+            check_policy(os.environ.get(FORM_VARIABLE) or policy) if policy == "auto" else policy, room, True
+        )
+        self._plugin_bytes = held.rows if form == "packed" else held.expanded
+        log.info(
+            "%s: the plugin holds weights %s (%s): packed they are %.2f GiB and cost a step some %.1f %% [modelled], "
+            "expanded %.2f GiB",
+            self.component,
+            form,
+            policy,
+            held.plugin_bytes("packed") / 2**30,
+            100 * held.cost,
+            held.plugin_bytes("expanded") / 2**30,
+        )
+        return form
 
     def _load(self, entry: EngineEntry) -> BoundEngine:
         engine = deserialize(self.artifact, entry, self._library, self._runtime, self._log)
@@ -173,8 +225,9 @@ class TensorRTSession(EngineSession):
         """Return the bytes that are held between calls.
 
         ``engines`` is the size of the engine files. They hold the weights if the weights are not inputs of the engine.
+        ``weights`` are those inputs, and what the plugin makes of them in the first passes.
         """
-        weights = sum(tensor.nbytes for tensor in self._on_device.values())
+        weights = sum(tensor.nbytes for tensor in self._on_device.values()) + self._plugin_bytes
         return {"weights": weights, "engines": self._engine_bytes, "workspace": self._scratch.nbytes}
 
     def _close(self) -> None:
@@ -184,7 +237,29 @@ class TensorRTSession(EngineSession):
         self._engines.clear()
         self._on_device.clear()
         self._scratch.free()
-        self._engine_bytes = 0
+        self._engine_bytes = self._plugin_bytes = 0
+
+
+@contextlib.contextmanager
+def plugin_form(form: str) -> Iterator[None]:
+    """Let contexts that are made in this block hold weights in a form.
+
+    Args:
+        form: ``packed`` or ``expanded``; another word leaves the environment as it is.
+    """
+    if form not in ("packed", "expanded"):
+        yield
+        return
+    with _form_lock:
+        before = os.environ.get(FORM_VARIABLE)
+        os.environ[FORM_VARIABLE] = form
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[FORM_VARIABLE]
+            else:
+                os.environ[FORM_VARIABLE] = before
 
 
 def load_plugins(library: Backend, plugins: Sequence[Path]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,14 +18,13 @@ from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.expand_weights import EXPANDED, expand_weights, expanded_weight
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
+from dvdquant.hardware.weights import WeightForm
 from dvdquant.model.layers import TENSORS
 from dvdquant.onnx.function_depth import check_functions
 from dvdquant.onnx.prepare import prepare_for_onnxruntime
 from dvdquant.system.records import brief
 
 __all__ = ["OnnxRuntimeSession", "WeightForm"]
-
-WeightForm = Literal["packed", "expanded"]
 
 
 class OnnxRuntimeSession(EngineSession):

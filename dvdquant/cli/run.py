@@ -17,6 +17,7 @@ from dvdquant.cli.paths import EXPORT, LORA, MODEL, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.recipe import ATTENTION
 from dvdquant.system.devices import check_device_word
 from dvdquant.system.whole_file import check_writable
@@ -87,6 +88,7 @@ GROUPS = {
         "lora",
         "backend",
         "device",
+        "weights",
         "plugin",
         "memory",
         "offload",
@@ -154,6 +156,7 @@ class RunOptions:
     lora: tuple[str, ...]
     backend: str
     device: str
+    weights: WeightPolicy
     plugin: tuple[Path, ...]
     compile: bool
     attention: str | None
@@ -362,6 +365,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
                 cfg_parallel=settings.cfg_parallel,
                 alternate=settings.alternate,
                 text_encoder_bits=int(settings.text_encoder_bits or 16),
+                weights=settings.weights,
             )
         )
         prompts = prompts or generator.prompts()
@@ -411,6 +415,7 @@ def say_needs(
         backend: The backend that was asked for.
         progress: Where it is said.
     """
+    from dvdquant.cli.held_text import held_json, held_text
     from dvdquant.cli.run_text import needs_text
     from dvdquant.deploy.generation.needs import parts_of_run
 
@@ -418,8 +423,12 @@ def say_needs(
     parts = parts_of_run(
         generator.checker, plan[0], backend, offload=how.offload, alternate=how.alternate, text_bits=how.text_bits
     )
-    progress.event("needs", parts=[part.to_json() for part in parts], memory=arrangement.plan.to_json())
+    quantized = any(request.mode != "16" for request in plan[0])
+    held = {"weights": held_json(generator.artifact)} if quantized else {}
+    progress.event("needs", parts=[part.to_json() for part in parts], memory=arrangement.plan.to_json(), **held)
     echo(needs_text(parts, plan[0], len(plan), generator.checker.pipeline_of(plan[0][0]), arrangement.text()))
+    if quantized:
+        echo("\n" + held_text(generator.artifact))
 
 
 def no_prompts(settings: RunOptions) -> bool:

@@ -151,6 +151,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
             devices=names,
             backend=options["backend"],
             compile=options["compile"],
+            weights=options["weights"],
             limits=limits,
             api_keys=tuple(key_digest(key) for key in keys),
             allowed_hosts=hosts(options["host"], options["allow_host"]),

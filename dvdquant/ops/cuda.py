@@ -36,7 +36,7 @@ __all__ = [
     "serves",
 ]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ENVIRONMENT = "DVDQUANT_KERNELS"
 LIBRARY = "libdvdquant_kernels.so"
 BUILD = "run `make kernels` in a checkout (needs nvcc), or set DVDQUANT_KERNELS to the built library"
@@ -228,6 +228,11 @@ class KernelLibrary:
             "rotate_quantize": (i32, [layer, i32, *[pointer] * 6, i64, pointer]),
             "linear_gemm": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
             "quant_linear": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
+            "rows_bytes": (i32, [layer, i32, ctypes.POINTER(i64)]),
+            "make_rows": (i32, [layer, i32, ctypes.POINTER(_Weight), pointer, i64, pointer]),
+            "expand_weight": (i32, [layer, i32, *[pointer] * 3, i64, pointer]),
+            "packed_workspace_bytes": (i32, [layer, i32, i64, ctypes.POINTER(i64)]),
+            "packed_linear": (i32, [layer, i32, *[pointer] * 6, i64, pointer, i64, pointer]),
             "search_grid": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer]),
             "gptq_round": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer, i64, pointer]),
         }
@@ -307,6 +312,114 @@ class KernelLibrary:
         self._check(
             self._library.dvdq_prepare_weight(
                 _layer(layer), sm, ctypes.byref(pointers), prepared, prepared_bytes, stream
+            )
+        )
+
+    def rows_bytes(self, layer: LayerShape, sm: int) -> int:
+        """Return the bytes of the rows of a layer that stays packed; this needs no device.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+        """
+        size = ctypes.c_int64()
+        self._check(self._library.dvdq_rows_bytes(_layer(layer), sm, ctypes.byref(size)))
+        return size.value
+
+    def make_rows(
+        self, layer: LayerShape, sm: int, weight: WeightPointers, rows: int, rows_bytes: int, stream: int
+    ) -> None:
+        """Write the rows of a weight that stays packed.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            weight: Addresses of the packed tensors.
+            rows: Address of the buffer that is written, 256-byte aligned.
+            rows_bytes: Size of that buffer, from :meth:`rows_bytes`.
+            stream: The CUDA stream.
+        """
+        pointers = _Weight(weight.codes, weight.scale, weight.group_scale, weight.zero, weight.bias or None)
+        self._check(self._library.dvdq_make_rows(_layer(layer), sm, ctypes.byref(pointers), rows, rows_bytes, stream))
+
+    def expand_weight(
+        self, layer: LayerShape, sm: int, weight_codes: int, rows: int, prepared: int, prepared_bytes: int, stream: int
+    ) -> None:
+        """Write the prepared weight of the layer's path from codes and rows.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            weight_codes: Address of the codes, int8 [n, k/2], 16-byte aligned.
+            rows: Address of the rows, from :meth:`make_rows`.
+            prepared: Address of the buffer that is written, 256-byte aligned.
+            prepared_bytes: Size of that buffer, ``plan.prepared_bytes``.
+            stream: The CUDA stream.
+
+        Raises:
+            UnsupportedError: The path multiplies the packed weight itself.
+        """
+        self._check(
+            self._library.dvdq_expand_weight(_layer(layer), sm, weight_codes, rows, prepared, prepared_bytes, stream)
+        )
+
+    def packed_workspace_bytes(self, layer: LayerShape, sm: int, tokens: int) -> int:
+        """Return the bytes of workspace that :meth:`packed_linear` needs; this needs no device.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            tokens: Rows M of x.
+        """
+        size = ctypes.c_int64()
+        self._check(self._library.dvdq_packed_workspace_bytes(_layer(layer), sm, tokens, ctypes.byref(size)))
+        return size.value
+
+    def packed_linear(
+        self,
+        layer: LayerShape,
+        sm: int,
+        x: int,
+        outer: int,
+        weight_codes: int,
+        rows: int,
+        y: int,
+        tokens: int,
+        workspace: int,
+        workspace_bytes: int,
+        stream: int,
+        pre_quant: int = 0,
+    ) -> None:
+        """Run :meth:`quant_linear` on a weight that stays packed, which is expanded in the workspace where it has to be.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            x: Address of bf16 or fp16 [M, K].
+            outer: Address of the outer rotation factor, fp32 [p, p]; 0 where that factor is 1.
+            weight_codes: Address of the codes of the weight, int8 [n, k/2], 16-byte aligned.
+            rows: Address of its rows, from :meth:`make_rows`.
+            y: Address of the result, [M, N] of x's dtype.
+            tokens: Rows M of x.
+            workspace: Address of the workspace.
+            workspace_bytes: Size of the workspace, from :meth:`packed_workspace_bytes`.
+            stream: The CUDA stream.
+            pre_quant: Address of the packed pre-quant scale and offset, [K/8, 2, 8] of x's dtype; 0 for none.
+        """
+        self._check(
+            self._library.dvdq_packed_linear(
+                _layer(layer),
+                sm,
+                x,
+                pre_quant,
+                outer,
+                weight_codes,
+                rows,
+                y,
+                tokens,
+                workspace,
+                workspace_bytes,
+                stream,
             )
         )
 

@@ -41,7 +41,7 @@ from check_kernels import (  # noqa: E402
     check_shapes,
     run_all,
 )
-from check_ops import check_graph, check_model, check_op, check_pre_quant  # noqa: E402
+from check_ops import check_graph, check_model, check_op, check_pre_quant, check_streams  # noqa: E402
 from check_quantizer import check_quantizer  # noqa: E402
 from check_report import hardware, line, markdown, report_path, smi  # noqa: E402
 
@@ -160,6 +160,7 @@ def every_check(bench: Bench, options: argparse.Namespace, started: float) -> It
                 check_op(bench),
                 check_pre_quant(bench),
                 check_graph(bench),
+                check_streams(bench),
                 check_shapes(bench),
                 check_large(bench, 118800, 21504, 21504),
                 check_quantizer(bench),

@@ -4,6 +4,7 @@
 #include "dvdquant/kernels.h"
 #include "error.h"
 #include "gemm.h"
+#include "multiply.h"
 #include "plan.h"
 #include "prepare_weight.h"
 #include "prepared.h"
@@ -12,16 +13,36 @@
 namespace dvdq {
 namespace {
 
-struct Named {
-  const char* name;
-  const void* pointer;
-  bool optional;
-  unsigned alignment;
-};
+dvdq_status run_path(int32_t path, const GemmArgs& args) {
+  switch (path) {
+    case DVDQ_PATH_S4_TOKEN: return gemm_s4_token(args);
+    case DVDQ_PATH_S4_GROUP: return gemm_s4_group(args);
+    case DVDQ_PATH_S8_TOKEN: return gemm_s8_token(args);
+    case DVDQ_PATH_S8_GROUP: return gemm_s8_group(args);
+    case DVDQ_PATH_S8_WGMMA: return gemm_s8_wgmma(args);
+    case DVDQ_PATH_E4M3_GROUP: return gemm_e4m3_group(args);
+    default: return fail(DVDQ_BAD_ARGUMENT, "path %d is unknown", path);
+  }
+}
 
-template <int Count>
-dvdq_status check_pointers(const char* function, const Named (&pointers)[Count]) {
-  for (const Named& p : pointers) {
+WeightView view_prepared(const dvdq_layer& layer, int32_t path, const void* prepared) {
+  const PreparedLayout at = prepared_layout(layer, path);
+  const unsigned char* const base = static_cast<const unsigned char*>(prepared);
+  WeightView view{};
+  view.weight = base;
+  view.row_scale = reinterpret_cast<const float*>(base + at.row_scale);
+  view.row_zero = reinterpret_cast<const float*>(base + at.row_zero);
+  view.bias = reinterpret_cast<const float*>(base + at.bias);
+  view.factor = at.factor < 0 ? nullptr : base + at.factor;
+  view.group_zero = at.group_zero < 0 ? nullptr : base + at.group_zero;
+  return view;
+}
+
+}  // namespace
+
+dvdq_status check_pointers(const char* function, const Named* pointers, int count) {
+  for (int i = 0; i < count; ++i) {
+    const Named& p = pointers[i];
     if (p.pointer == nullptr) {
       if (p.optional) continue;
       return fail(DVDQ_BAD_ARGUMENT, "%s: %s is null", function, p.name);
@@ -38,31 +59,45 @@ dvdq_status check_tokens(const char* function, int64_t m) {
   return DVDQ_OK;
 }
 
-dvdq_status run_path(int32_t path, const GemmArgs& args) {
-  switch (path) {
-    case DVDQ_PATH_S4_TOKEN: return gemm_s4_token(args);
-    case DVDQ_PATH_S4_GROUP: return gemm_s4_group(args);
-    case DVDQ_PATH_S8_TOKEN: return gemm_s8_token(args);
-    case DVDQ_PATH_S8_GROUP: return gemm_s8_group(args);
-    case DVDQ_PATH_S8_WGMMA: return gemm_s8_wgmma(args);
-    case DVDQ_PATH_E4M3_GROUP: return gemm_e4m3_group(args);
-    default: return fail(DVDQ_BAD_ARGUMENT, "path %d is unknown", path);
-  }
+dvdq_status multiply(const dvdq_layer& layer, const dvdq_plan& plan, int32_t sm, const void* codes, const float* scales,
+                     const float* sums, const WeightView& weight, void* y, int64_t m, void* workspace,
+                     int64_t workspace_bytes, dvdq_stream stream) {
+  const int64_t needed = gemm_workspace_bytes(static_cast<dvdq_path>(plan.path), m, layer.n, layer.k, sm);
+  const Named pointers[] = {{"codes", codes, false, 16},
+                            {"scales", scales, false, 4},
+                            {"sums", sums, !plan.needs_sums, 4},
+                            {"y", y, false, 16},
+                            {"workspace", workspace, needed == 0, 16}};
+  const dvdq_status status = check_pointers("dvdq_linear_gemm", pointers);
+  if (status != DVDQ_OK) return status;
+  if (workspace_bytes < needed)
+    return fail(DVDQ_WORKSPACE, "path %s needs %lld bytes of workspace, the buffer has %lld", dvdq_path_name(plan.path),
+                static_cast<long long>(needed), static_cast<long long>(workspace_bytes));
+  GemmArgs args{};
+  args.codes = codes;
+  args.scales = scales;
+  args.sums = sums;
+  args.weight = weight.weight;
+  args.row_scale = weight.row_scale;
+  args.row_zero = weight.row_zero;
+  args.bias = weight.bias;
+  args.factor = weight.factor;
+  args.group_zero = weight.group_zero;
+  args.y = y;
+  args.m = m;
+  args.n = layer.n;
+  args.k = layer.k;
+  args.act_group = layer.act_group;
+  args.weight_groups = layer.weight_groups;
+  args.float_zero_point = layer.float_zero_point != 0;
+  args.dtype = static_cast<dvdq_dtype>(layer.dtype);
+  args.workspace = workspace;
+  args.workspace_bytes = workspace_bytes;
+  args.stream = static_cast<cudaStream_t>(stream);
+  args.sm = sm;
+  return run_path(plan.path, args);
 }
 
-// Views of a prepared buffer.
-void read_prepared(const dvdq_layer& layer, int32_t path, const void* prepared, GemmArgs* args) {
-  const PreparedLayout at = prepared_layout(layer, path);
-  const unsigned char* const base = static_cast<const unsigned char*>(prepared);
-  args->weight = base;
-  args->row_scale = reinterpret_cast<const float*>(base + at.row_scale);
-  args->row_zero = reinterpret_cast<const float*>(base + at.row_zero);
-  args->bias = reinterpret_cast<const float*>(base + at.bias);
-  args->factor = at.factor < 0 ? nullptr : base + at.factor;
-  args->group_zero = at.group_zero < 0 ? nullptr : base + at.group_zero;
-}
-
-}  // namespace
 }  // namespace dvdq
 
 using namespace dvdq;
@@ -113,33 +148,11 @@ dvdq_status dvdq_linear_gemm(const dvdq_layer* layer, int32_t sm, const void* co
   dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
   if (status == DVDQ_OK) status = check_tokens("dvdq_linear_gemm", m);
   if (status != DVDQ_OK || m == 0) return status;
-  const int64_t needed = gemm_workspace_bytes(static_cast<dvdq_path>(plan.path), m, layer->n, layer->k, sm);
-  const Named pointers[] = {{"codes", codes, false, 16},       {"scales", scales, false, 4},
-                            {"sums", sums, !plan.needs_sums, 4}, {"prepared", prepared, false, 256},
-                            {"y", y, false, 16},               {"workspace", workspace, needed == 0, 16}};
+  const Named pointers[] = {{"prepared", prepared, false, 256}};
   status = check_pointers("dvdq_linear_gemm", pointers);
   if (status != DVDQ_OK) return status;
-  if (workspace_bytes < needed)
-    return fail(DVDQ_WORKSPACE, "path %s needs %lld bytes of workspace, the buffer has %lld", dvdq_path_name(plan.path),
-                static_cast<long long>(needed), static_cast<long long>(workspace_bytes));
-  GemmArgs args{};
-  args.codes = codes;
-  args.scales = scales;
-  args.sums = sums;
-  read_prepared(*layer, plan.path, prepared, &args);
-  args.y = y;
-  args.m = m;
-  args.n = layer->n;
-  args.k = layer->k;
-  args.act_group = layer->act_group;
-  args.weight_groups = layer->weight_groups;
-  args.float_zero_point = layer->float_zero_point != 0;
-  args.dtype = static_cast<dvdq_dtype>(layer->dtype);
-  args.workspace = workspace;
-  args.workspace_bytes = workspace_bytes;
-  args.stream = static_cast<cudaStream_t>(stream);
-  args.sm = sm;
-  return run_path(plan.path, args);
+  const WeightView weight = view_prepared(*layer, plan.path, prepared);
+  return multiply(*layer, plan, sm, codes, scales, sums, weight, y, m, workspace, workspace_bytes, stream);
 }
 
 dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,

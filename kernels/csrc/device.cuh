@@ -121,6 +121,12 @@ DVDQ_DEVICE uint4 load_once_16(const void* address) {
                : "l"(address));
   return v;
 }
+// 4 bytes read once by this kernel.
+DVDQ_DEVICE uint32_t load_once_4(const void* address) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
+  return v;
+}
 DVDQ_DEVICE uint4 load_16(const void* address) { return *static_cast<const uint4*>(address); }
 DVDQ_DEVICE void store_16(void* address, uint4 value) { *static_cast<uint4*>(address) = value; }
 DVDQ_DEVICE void store_8(void* address, uint2 value) { *static_cast<uint2*>(address) = value; }

@@ -154,6 +154,7 @@ inline void checked_store(void* address, T value) {
   memcpy(address, &value, sizeof(T));
 }
 inline uint4 load_once_16(const void* address) { return checked_load<uint4>(address); }
+inline uint32_t load_once_4(const void* address) { return checked_load<uint32_t>(address); }
 inline uint4 load_16(const void* address) { return checked_load<uint4>(address); }
 inline void store_16(void* address, uint4 value) { checked_store(address, value); }
 inline void store_8(void* address, uint2 value) { checked_store(address, value); }

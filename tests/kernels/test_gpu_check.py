@@ -58,6 +58,7 @@ CHECKS: dict[str, Callable[[Any], Rows]] = {
     "large": large,
     "op": check_ops.check_op,
     "pre_quant": check_ops.check_pre_quant,
+    "streams": lambda b: check_ops.check_streams(b, 2, 4, 384, 40),
     "quantizer": lambda b: check_quantizer.check_quantizer(b, 12, (256,)),
 }
 
@@ -111,6 +112,9 @@ WRONG: list[tuple[type[HostLibrary], str, int, str]] = [
     (wrong.RacyOutput, "shapes", 90, "one call = two calls"),
     (wrong.WrongPath, "dispatch", 90, "dispatch table"),
     (wrong.WrapsRows, "large", 90, "outputs beyond"),
+    (wrong.ExpandsWrongly, "shapes", 90, "packed weight, expanded = prepared"),
+    (wrong.ExpandsWrongly, "shapes", 120, "packed weight gives the same bits"),
+    (wrong.OneScratchForAll, "streams", 120, "packed weights on several streams"),
     (wrong.WidestGrid, "quantizer", 90, "quantizer: search"),
     (wrong.OneCodeOff, "quantizer", 90, "quantizer: codes"),
     (wrong.ForgetsErrors, "quantizer", 90, "quantizer: feedback"),
