@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from dvdquant.model.held_weights import held_weights
 
 from benchmarks.working_memory import config_of
 from dvdquant.deploy.generation.device_fit import DEVICES, DeviceSize, Fit, fit, published_run
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.model.families import Axis, Sizes, get_family
+from dvdquant.model.held_weights import held_weights
 from dvdquant.model.plan import plan_model
 from dvdquant.recipe import get_recipe
 from dvdquant.text import amount

@@ -92,8 +92,8 @@ def plan_run(
     if backend == "auto":
         backend, _ = best_backend(artifact, artifact.components[0], None, resolve_device(settings.device))
     narrow = settings.mode is None and settings.schedule is None and not settings.compare
-    sm = place.sm if backend == "pytorch" else None
-    run = run_bytes(generator.checker, requests, backend, place.base, narrow=narrow, sm=sm)
+    sm = place.sm if backend in ("pytorch", "tensorrt") else None
+    run = run_bytes(generator.checker, requests, backend, place.base, narrow=narrow, sm=sm, weights=settings.weights)
     # 2. What the user has decided, and the rest.
     given = {"vae_tiling": settings.vae_tiling, "offload": settings.offload, "alternate": settings.alternate}
     fixed: dict[str, Any] = {name: True for name, decided in given.items() if decided}
@@ -167,6 +167,7 @@ def arranged(
         ResourceError: It does not fit; the error says what does.
     """
     from dvdquant.deploy.generation.generate import rearranged
+    from dvdquant.deploy.generation.needs import PACKED
     from dvdquant.system.devices import resolve_device
 
     place = place_of(resolve_device(settings.device))
@@ -187,6 +188,7 @@ def arranged(
         alternate=how.alternate,
         text_bits=how.text_bits,
         bits=tuple(alone) or None,
+        **({"weights": "packed"} if how.transformer == PACKED and place.sm is not None else {}),
     )
     return Arranged(changed, [[changed.check(r) for r in each] for each in requests], plan, place, limit)
 
