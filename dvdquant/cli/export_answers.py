@@ -53,7 +53,8 @@ def _speed(choice: Choice) -> str:
 
 def _memory(plan: ExportPlan, choice: Choice) -> str:
     """Return the memory that weights take on the GPU, beside those of 16 bit, and whether the card has it."""
-    from dvdquant.export.estimate import held_bytes, packed_bytes
+    from dvdquant.export.estimate import held_bytes
+    from dvdquant.model.held_weights import held_weights
 
     # Of two transformers, only one is needed at a time, but a pipeline holds both.
     widths: dict[int, int] = {}
@@ -68,16 +69,13 @@ def _memory(plan: ExportPlan, choice: Choice) -> str:
         words = f"weights of the {', of the '.join(parts)}"
         words += f", {amount(needed)} where both are loaded to switch" if len(widths) > 1 else ""
     else:
-        # A kernel session holds 8-bit codes (a byte a weight) where a4 has no units of its own, else half a byte as well.
-        eight = sum(packed_bytes(each) + each.quantized_weights // 2 for each in plan.plans)
-        bits = {each.bits for each in plan.options.recipe.activations}
-        own = any(capability(sm).kernels_a4 for sm in choice.sms) and 4 in bits
-        four = sum(packed_bytes(each) for each in plan.plans)
-        needed = eight + sum(each.quantized_weights // 2 for each in plan.plans) * (own and 8 in bits)
-        words = f"weights about {amount(needed)} in a session" + (f", {amount(four)} with a4 alone" if own else "")
-    words += (
-        f" (16 bit: {amount(sixteen)}), computed; activations, text encoder and VAE come on top and are not measured"
-    )
+        bits = [each.bits for each in plan.options.recipe.activations]
+        held = {sm: [held_weights(each, sm_number(sm), bits, plan.sizes) for each in plan.plans] for sm in choice.sms}
+        packed = max(sum(one.nbytes("packed") for one in each) for each in held.values())
+        expanded = max(sum(one.nbytes("expanded") for one in each) for each in held.values())
+        needed = packed
+        words = f"weights {amount(packed)} packed, for all bit-widths together; {amount(expanded)} expanded"
+    words += f" (16 bit: {amount(sixteen)}), computed; activations, text encoder and VAE come on top"
     for name in choice.gpus:
         sizes = find_gpu(name).memory
         if needed > 0.9 * min(sizes) * GB:
