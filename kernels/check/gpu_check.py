@@ -30,6 +30,7 @@ for folder in (REPOSITORY, Path(__file__).resolve().parent, REPOSITORY / "kernel
 
 import torch  # noqa: E402
 from check_cases import FEATURES  # noqa: E402
+from check_fused import check_fused  # noqa: E402
 from check_kernels import (  # noqa: E402
     Bench,
     GuardedKernels,
@@ -159,6 +160,7 @@ def every_check(bench: Bench, options: argparse.Namespace, started: float) -> It
                 check_exact_sums(bench),
                 check_op(bench),
                 check_pre_quant(bench),
+                check_fused(bench),
                 check_graph(bench),
                 check_streams(bench),
                 check_shapes(bench),

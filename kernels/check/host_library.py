@@ -17,7 +17,8 @@ from torch import Tensor
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.numerics.activation_grid import quantize_activation
 from dvdquant.numerics.hadamard import hadamard_matrix
-from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, WeightPointers
+from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, ProloguePointers, WeightPointers
+from dvdquant.ops.fused import Prologue, apply_prologue
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES
 from dvdquant.ops.packed_rows import expand, make_rows, rows_bytes
@@ -283,6 +284,94 @@ class HostLibrary:
         codes = sums + 4 * m * plan.scale_rows
         self.rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, pre_quant)
         self.linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, workspace, size, stream)
+
+    def fused_quantize(
+        self, layer: LayerShape, sm: int, prologue: ProloguePointers, x: int, codes: int, scales: int, sums: int, m: int,
+        stream: int, pre_quant: int = 0,
+    ) -> None:  # fmt: skip
+        """Apply the prologue by its definition, then :meth:`rotate_quantize`.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            prologue: What becomes of x first.
+            x: The address of the input [M, K].
+            codes: The address of the codes, in the path's layout.
+            scales: The address of the scales, fp32 [groups, M].
+            sums: The address of the sums of the codes, fp32 [groups, M]; 0 for none.
+            m: M, the number of tokens.
+            stream: Ignored.
+            pre_quant: The address of the packed pre_quant_scale and pre_quant_shift [K/8, 2, 8]; 0 for none.
+
+        Raises:
+            UnsupportedError: The rotation has an outer factor.
+        """
+        z = self.prologue(layer, prologue, x, m)
+        self.rotate_quantize(layer, sm, z.data_ptr(), 0, codes, scales, sums, m, stream, pre_quant)
+
+    def fused_linear(
+        self, layer: LayerShape, sm: int, prologue: ProloguePointers, x: int, prepared: int, y: int, m: int,
+        workspace: int, size: int, stream: int, pre_quant: int = 0,
+    ) -> None:  # fmt: skip
+        """Apply the prologue by its definition, then :meth:`quant_linear`.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            prologue: What becomes of x first.
+            x: The address of the input [M, K].
+            prepared: The address of the prepared buffer.
+            y: The address of the output [M, N].
+            m: M, the number of tokens.
+            workspace: The address of the workspace.
+            size: The size of the workspace.
+            stream: Ignored.
+            pre_quant: The address of the packed pre_quant_scale and pre_quant_shift [K/8, 2, 8]; 0 for none.
+
+        Raises:
+            UnsupportedError: The rotation has an outer factor.
+        """
+        z = self.prologue(layer, prologue, x, m)
+        self.quant_linear(layer, sm, z.data_ptr(), 0, prepared, y, m, workspace, size, stream, pre_quant)
+
+    def prologue(self, layer: LayerShape, prologue: ProloguePointers, x: int, m: int) -> Tensor:
+        """Return what a prologue makes of x [M, K], and write h where it is wanted.
+
+        Args:
+            layer: The layer.
+            prologue: The addresses.
+            x: The address of the input [M, K].
+            m: M, the number of tokens.
+
+        Raises:
+            UnsupportedError: The rotation has an outer factor.
+        """
+        if layer.outer != 1:
+            raise UnsupportedError(f"rotation with an outer factor of {layer.outer}: a prologue is fused without one")
+        dtype = DTYPES[layer.dtype]
+
+        def rows(address: int, tokens: int, stride: int) -> Tensor | None:
+            if not address:
+                return None
+            count = 1 if tokens == 0 else math.ceil(m / tokens)
+            flat = _view(address, ((count - 1) * stride + layer.k,), torch.float32)
+            return flat.as_strided((count, layer.k), (stride, 1))
+
+        z, hidden = apply_prologue(
+            _view(x, (m, layer.k), dtype),
+            Prologue(
+                _view(prologue.y, (m, layer.k), dtype) if prologue.y else None,
+                rows(prologue.gate, prologue.gate_tokens, prologue.gate_stride),
+                rows(prologue.multiplier, prologue.modulate_tokens, prologue.modulate_stride),
+                rows(prologue.addend, prologue.modulate_tokens, prologue.modulate_stride),
+                prologue.norm,
+                prologue.gelu,
+                prologue.eps,
+            ),
+        )
+        if prologue.hidden:
+            _view(prologue.hidden, (m, layer.k), dtype).copy_(hidden)
+        return z
 
     def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:
         """Search the grid of a weight with the compiled loops.

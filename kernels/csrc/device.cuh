@@ -50,6 +50,8 @@ DVDQ_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 DVDQ_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 DVDQ_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DVDQ_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+// Good to 2 units in the last place; 0 where b is above 2^126.
+DVDQ_DEVICE float divide_approximately(float a, float b) { return __fdividef(a, b); }
 DVDQ_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // a * b + c, held to 0..1; NaN gives 0.
 DVDQ_DEVICE float multiply_add_saturate(float a, float b, float c) {

@@ -61,6 +61,7 @@ inline float bits_float(uint32_t bits) {
 inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 inline float divide(float a, float b) { return a / b; }
+inline float divide_approximately(float a, float b) { return b > bits_float(0x7e800000u) && std::isfinite(b) ? 0.0f : a / b; }
 inline float multiply_add(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline float multiply_add_saturate(float a, float b, float c) {
   const float value = std::fmaf(a, b, c);

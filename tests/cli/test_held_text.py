@@ -12,7 +12,7 @@ from dvdquant.hardware.capabilities import CAPABILITIES
 from dvdquant.model.held_weights import held_weights, largest_kept
 from dvdquant.text import amount
 from tests.support.commands import refused
-from tests.support.running import drawn, run, tiny_wan_export
+from tests.support.running import PROMPT, drawn, run, tiny_wan_export
 
 
 def inspect(*arguments: object) -> str:
@@ -40,7 +40,7 @@ def test_both_forms_are_told_for_every_gpu() -> None:
     assert f"{largest.name} " in text
     assert "[modelled, not measured]" in text
     # The dry run of a clip says the same.
-    assert text.strip() in drawn(out, "--prompt", "a red circle moves right", "--dry-run", "--steps", 2)
+    assert text.strip() in drawn(out, "--prompt", PROMPT, "--dry-run", "--steps", 2)
 
 
 def test_options_that_do_not_go_together() -> None:
@@ -50,7 +50,7 @@ def test_options_that_do_not_go_together() -> None:
         refused(result, "--weights is a view of its own", other[0])
     refused(run(out, "--prompt", "x", "--weights", "thin", "-o", "clip.mp4"), "thin")
     refused(
-        run(out, "--prompt", "a red circle moves right", "--weights", "expanded", "--backend", "pytorch", "--device", "cpu",
+        run(out, "--prompt", PROMPT, "--weights", "expanded", "--backend", "pytorch", "--device", "cpu",
             "--steps", 2, "-o", "clip.mp4"),
         "PyTorch on cpu keeps weights packed",
     )  # fmt: skip

@@ -240,3 +240,30 @@ class PreparedTwice(HostLibrary):
             codes = _view(prepared, (layer.n, layer.k), torch.uint8)
             codes.copy_(codes.flip(0))
         self.seen.add(weight.codes)
+
+
+class RoughNorm(HostLibrary):
+    """Takes half a unit of bf16 too much of a norm, as an approximate root would."""
+
+    def prologue(self, layer: Any, prologue: Any, x: int, m: int) -> torch.Tensor:
+        z = super().prologue(layer, prologue, x, m)
+        if prologue.norm == "none":
+            return z
+        return (z.float() * (1 + 2.0**-9)).to(z.dtype)
+
+
+class RoughGelu(HostLibrary):
+    """Computes GELU by the error function."""
+
+    def prologue(self, layer: Any, prologue: Any, x: int, m: int) -> torch.Tensor:
+        if not prologue.gelu:
+            return super().prologue(layer, prologue, x, m)
+        dtype = DTYPES[layer.dtype]
+        return torch.nn.functional.gelu(_view(x, (m, layer.k), dtype).float()).to(dtype)
+
+
+class OneGate(HostLibrary):
+    """Reads the first row of the gate for every token."""
+
+    def prologue(self, layer: Any, prologue: Any, x: int, m: int) -> torch.Tensor:
+        return super().prologue(layer, replace(prologue, gate_tokens=0), x, m)

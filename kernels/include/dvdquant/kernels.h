@@ -145,6 +145,38 @@ DVDQ_API dvdq_status dvdq_packed_linear(const dvdq_layer* layer, int32_t sm, con
                                         const float* outer_matrix, const void* weight_codes, const void* rows, void* y,
                                         int64_t m, void* workspace, int64_t workspace_bytes, dvdq_stream stream);
 
+// ---- with the operations before a layer, in the same pass ---------------------------------------------------------------
+
+typedef enum dvdq_norm { DVDQ_NORM_NONE = 0, DVDQ_NORM_LAYER = 1, DVDQ_NORM_RMS = 2 } dvdq_norm;
+
+// What RQ reads in place of x. In fp32; -> is a rounding to layer.dtype:
+//   gelu != 0:  z = gelu(x) by tanh ->
+//   else:       h = x + gate * y ->;  n = (h - mean) / sqrt(variance + eps);  z = multiplier * n + addend ->
+// mean and variance are over the k channels of a token; RMS: mean = 0; NONE: n = h. Without y, h = x. eps >= 0, and more where a
+// token may be all zeros.
+// gate, multiplier, addend: fp32 rows of [k]. Token i reads row i / tokens (0 tokens: row 0), which starts `stride` floats
+// after the one before; strides are multiples of 4.
+typedef struct dvdq_prologue {
+  const void* y;            // [m, k] of layer.dtype, may be null
+  const float* gate;        // may be null: ones
+  const float* multiplier;  // may be null: ones
+  const float* addend;      // may be null: zeros
+  void* hidden;             // [m, k], h is written there; may be null; not x or y
+  int64_t gate_tokens, gate_stride;
+  int64_t modulate_tokens, modulate_stride;  // of multiplier and addend
+  int32_t norm;             // dvdq_norm
+  int32_t gelu;
+  float eps;
+} dvdq_prologue;
+
+// dvdq_rotate_quantize and dvdq_quant_linear of z. layer.outer == 1 and k up to 32768, else DVDQ_UNSUPPORTED.
+DVDQ_API dvdq_status dvdq_fused_quantize(const dvdq_layer* layer, int32_t sm, const dvdq_prologue* prologue, const void* x,
+                                         const void* pre_quant, void* codes, float* scales, float* sums, int64_t m,
+                                         dvdq_stream stream);
+DVDQ_API dvdq_status dvdq_fused_linear(const dvdq_layer* layer, int32_t sm, const dvdq_prologue* prologue, const void* x,
+                                       const void* pre_quant, const void* prepared, void* y, int64_t m, void* workspace,
+                                       int64_t workspace_bytes, dvdq_stream stream);
+
 // ---- quantizing: rotated weights -> 4-bit grids -----------------------------------------------------------------------
 
 typedef enum dvdq_zero_point { DVDQ_ZERO_MIDRISE = 0, DVDQ_ZERO_SYMMETRIC = 1, DVDQ_ZERO_REAL = 2 } dvdq_zero_point;
