@@ -309,7 +309,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             **unknown: Refused: a pipeline's ``load_lora_weights`` comes with tensors that it has converted.
 
         Raises:
-            UnsupportedError: The backend is not ``pytorch``, or it is no path.
+            UnsupportedError: The export reserves no inputs for it and the backend is not ``pytorch``, its rank is larger than
+                what is reserved, or it is no path.
             CheckpointError: The file is no LoRA of this model.
         """
         if unknown or not isinstance(path, (str, Path)):

@@ -59,6 +59,9 @@ dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/orin --target tensorrt --sm 8.7
 # graphs only
 dvdq-export ./HunyuanVideo -o out/hy --target onnx --recipe w4a4-g128
 
+# engines that take LoRAs up to rank 64 at run time: dvdq-run out/wan --lora style.safetensors
+dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/wan --lora-rank 64
+
 # files of ComfyUI: the two transformers of Wan 2.2, or the folder that holds them
 dvdq-export wan2.2_t2v_high_noise.safetensors --transformer-2 wan2.2_t2v_low_noise.safetensors -o out/wan22
 dvdq-export ComfyUI/models/diffusion_models -o out/wan22
@@ -185,6 +188,14 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     multiple=True,
     metavar="FILE[:SCALE]",
     help="A LoRA to fuse into the weights; repeatable. transformer_2=FILE:SCALE is for the second transformer.",
+)
+@click.option(
+    "--lora-rank",
+    type=int,
+    default=0,
+    metavar="N",
+    help="Reserve inputs for LoRAs up to rank N in every graph and engine: dvdq-run --lora then loads one without a new "
+    "export. Costs memory and time, with a LoRA or without; --dry-run says how much.",
 )
 @click.option("--steps", type=int, help="Denoising steps to record as the default, such as 4 of a distilled LoRA.")
 @click.option("--guidance", type=float, metavar="SCALE", help="Guidance scale to record as the default; 1 is none.")
@@ -356,6 +367,7 @@ def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
             if checkpoint.lora is not None
             for one in checkpoint.lora.fused
         ],
+        "lora_rank": _reserved(plan),
         "sampling": plan.options.sampling,
         "held_bytes": _held(plan),
         "kept": [name for p in plan.plans for name in p.kept_linears],
@@ -414,6 +426,8 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
             lines += [left_out_text(checkpoint, unused), ""]
     if loras := lora_lines(plan.components, plan.checkpoints):
         lines += [*loras, ""]
+    if reserved := _reserved(plan):
+        lines += [_reserved_text(reserved, plan), ""]
     if plan.options.sampling is not None:
         lines += [sampling_sentence(plan.options.sampling), ""]
     if plan.engines:
@@ -445,6 +459,35 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
     return "\n".join(lines)
 
 
+def _reserved(plan: ExportPlan) -> dict[str, Any] | None:
+    """Return what ``--lora-rank`` reserves and what it costs in one step; None without it."""
+    from dvdquant.model.lora_inputs import branch_cost, quantized_flops
+
+    rank = plan.options.lora_rank
+    if not rank:
+        return None
+    cost = {name: branch_cost(p, plan.sizes, rank) for name, p in zip(plan.components, plan.plans)}
+    return {
+        "rank": rank,
+        "bytes": {name: nbytes for name, (nbytes, _) in cost.items()},
+        "flops_per_step": {name: flops for name, (_, flops) in cost.items()},
+        "quantized_flops_per_step": {
+            name: quantized_flops(p, plan.sizes) for name, p in zip(plan.components, plan.plans)
+        },
+    }
+
+
+def _reserved_text(reserved: dict[str, Any], plan: ExportPlan) -> str:
+    first = plan.components[0]
+    nbytes, flops = reserved["bytes"][first], reserved["flops_per_step"][first]
+    share = flops / max(1.0, reserved["quantized_flops_per_step"][first])
+    each = " in each transformer" if len(plan.components) > 1 else ""
+    return (
+        f"reserved for LoRAs, rank {reserved['rank']}{each}: {amount(nbytes)} of device memory and {flops / 1e12:.3g} TFLOP in "
+        f"{plan.options.dtype} a step, {100 * share:.2g} % of what the quantized layers multiply; both with and without a LoRA"
+    )
+
+
 def _held(plan: ExportPlan) -> dict[str, int]:
     """Return the device memory that the weights of the largest transformer take, by engine in words."""
     from dvdquant.export.estimate import held_bytes
@@ -458,6 +501,10 @@ def _held(plan: ExportPlan) -> dict[str, int]:
 def _memory_text(estimate: Estimate) -> str:
     """Return what the peak is the larger of."""
     words = f"exporter {amount(estimate.resident_bytes)}"
+    if estimate.held_bytes:
+        words += (
+            f", and {amount(estimate.held_bytes)} of the checkpoint are kept for the next stage because there is room"
+        )
     if not estimate.builder_bytes:
         return words
     waiting, builder = amount(estimate.waiting_bytes), amount(estimate.builder_bytes)
