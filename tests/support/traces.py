@@ -1,15 +1,19 @@
-"""Traced graphs that the exports of one test process share: a trace is most of the time of a tiny export."""
+"""Traced graphs that the exports of one test run share: a trace is most of the time of a tiny export."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from dvdquant.export import pipeline
 from dvdquant.export.graph.trace import trace_graph
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
+from tests.support.folders import shared_folder
 
 __all__ = ["share_traces", "traced"]
 
@@ -17,12 +21,18 @@ _TRACES: dict[str, ir.Model] = {}
 
 
 def traced(plan: ModelPlan, sizes: Sizes) -> ir.Model:
-    """As :func:`trace_graph`: a copy of the graph that this process traced for the same plan and sizes, or a new one."""
+    """As :func:`trace_graph`: a copy of the graph that a process of this run traced for the same plan and sizes, or a new one."""
     config = json.dumps(plan.family.config, sort_keys=True, default=repr)
     # All that a trace depends on; the solver of a recipe, and what it does to the weights, is not in the graph.
     key = repr((plan.family.name, config, plan.recipe.activations[0], plan.dtype, plan.layers, plan.kept, sizes))
     if key not in _TRACES:
-        _TRACES[key] = trace_graph(plan, sizes)
+
+        def trace(folder: Path) -> None:
+            (folder / "graph.onnx").write_bytes(ir.to_proto(trace_graph(plan, sizes)).SerializeToString())
+
+        name = f"trace-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+        stored = (shared_folder(name, trace) / "graph.onnx").read_bytes()
+        _TRACES[key] = ir.from_proto(onnx.ModelProto.FromString(stored))
     return _TRACES[key].clone()
 
 
