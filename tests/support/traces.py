@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from dvdquant.export import pipeline
 from dvdquant.export.graph.trace import trace_graph
@@ -37,5 +40,13 @@ def traced(plan: ModelPlan, sizes: Sizes) -> ir.Model:
 
 
 def share_traces() -> None:
-    """Let every export of this process take its graph from here."""
+    """Let every export of this process take its graph from here, and torch list its translations to ONNX once."""
     pipeline.trace_graph = traced  # type: ignore[attr-defined]
+    listed = functools.cache(ONNXRegistry.from_torchlib)
+
+    def copied(**options: int) -> ONNXRegistry:
+        registry = copy.copy(listed(**options))
+        registry.functions = {target: list(found) for target, found in registry.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = staticmethod(copied)  # type: ignore[assignment]
