@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dvdquant.artifact.manifest import MAX_GUIDANCE, MAX_STEPS, Sampling
+from dvdquant.artifact.manifest import MAX_GUIDANCE, MAX_LORA_RANK, MAX_STEPS, Sampling
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import Recipe
@@ -70,6 +70,8 @@ class ExportOptions:
         device: The device where inputs are predicted and weights are rotated and quantized: a word that
             :func:`dvdquant.system.devices.resolve_device` knows.
         lora: The LoRAs that are fused into the weights.
+        lora_rank: The rank of the branch that every graph and engine gets beside each quantized layer, for LoRAs that are
+            loaded at run time; 0 means none.
         steps: The number of denoising steps that is recorded as the runtime's default; None means the model's own.
         guidance: The guidance scale that is recorded as the runtime's default; None means the model's own.
         transformer_2: The file or folder of the second transformer, if it does not lie in ``model``.
@@ -113,6 +115,7 @@ class ExportOptions:
     report: bool = False
     samples: int | None = None
     lora: tuple[LoraSpec, ...] = ()
+    lora_rank: int = 0
     steps: int | None = None
     guidance: float | None = None
     transformer_2: str | None = None
@@ -141,6 +144,11 @@ class ExportOptions:
             raise UnsupportedError(
                 f"--guidance is {self.guidance:g}",
                 available=f"0 to {MAX_GUIDANCE}; 1 is no guidance, as distilled models want",
+            )
+        if not 0 <= self.lora_rank <= MAX_LORA_RANK:
+            raise UnsupportedError(
+                f"--lora-rank is {self.lora_rank}",
+                available=f"1 to {MAX_LORA_RANK}, at least the rank of the LoRA, or of all that run at once together; 0 is none",
             )
         for plugin in self.plugins:
             if not plugin.is_file():

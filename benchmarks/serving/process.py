@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
+
+from dvdquant.deploy.serve.left_workers import find_left
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_WAN = REPOSITORY / "examples" / "tiny-wan"
@@ -29,19 +29,22 @@ class ServerProcess:
         data: The data folder.
         options: More of the command line.
         stub: With the stub in the place of the engine, and these variables.
+        pipeline: The model of the export.
     """
 
-    def __init__(self, out: Path, data: Path, *options: object, stub: dict[str, str] | None = None) -> None:
-        self.out, self.data, self.options, self.stub = out, data, options, stub
+    def __init__(
+        self, out: Path, data: Path, *options: object, stub: dict[str, str] | None = None, pipeline: Path = TINY_WAN
+    ) -> None:
+        self.out, self.data, self.options, self.stub, self.pipeline = out, data, options, stub, pipeline
         self.log_path = data.parent / f"{data.name}.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
         self.port = 0
 
-    def start(self) -> ServerProcess:
-        """Start it, and wait until a worker is ready."""
+    def start(self, *, ready: bool = True) -> ServerProcess:
+        """Start it, and wait until it listens, or until a worker is ready."""
         module = "dvdquant.cli.serve" if self.stub is None else "benchmarks.serving.stub_server"
-        words = [self.out, "--data", self.data, "--port", self.port, "--pipeline", TINY_WAN, "--device", "cpu"]
+        words = [self.out, "--data", self.data, "--port", self.port, "--pipeline", self.pipeline, "--device", "cpu"]
         words += ["--backend", "onnxruntime", "--no-warm-up", *self.options]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **(self.stub or {})}
         begin = self.log_path.stat().st_size if self.log_path.exists() else 0
@@ -59,7 +62,8 @@ class ServerProcess:
             time.sleep(0.05)
         self.url = said[-1]["address"]
         self.port = int(self.url.rpartition(":")[2])
-        self.wait_ready()
+        if ready:
+            self.wait_ready()
         return self
 
     def wait_ready(self) -> None:
@@ -83,20 +87,25 @@ class ServerProcess:
         return [json.loads(line) for line in lines if line.startswith(b"{")]
 
     def worker_pids(self) -> list[int]:
-        """The processes of its workers that live."""
-        assert self.process is not None
-        found = []
-        for child in psutil.Process(self.process.pid).children():
-            with contextlib.suppress(psutil.NoSuchProcess):  # it ended between the two questions
-                if any(part.endswith("worker") for part in child.cmdline()):
-                    found.append(child.pid)
-        return found
+        """The processes of its workers that live; a spare one is none of them."""
+        return [left.pid for left in find_left(self.data / "workers") if left.pid]
 
     def kill(self) -> None:
         """As the kernel kills a process that took too much memory."""
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+    def kill_workers(self) -> None:
+        """Kill every worker, and wait until others take jobs."""
+        before = self.worker_pids()
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        end = time.monotonic() + START_SECONDS
+        while len(now := self.worker_pids()) < len(before) or set(now) & set(before):
+            assert time.monotonic() < end, self.log_path.read_text()[-5000:]
+            time.sleep(0.02)
+        self.wait_ready()
 
     def stop(self) -> int:
         """SIGTERM, and the exit code."""

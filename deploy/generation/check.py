@@ -6,17 +6,18 @@ its errors are of the model's folder, not of the request.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dvdquant.checkpoint.formats.files import names_file
 from dvdquant.checkpoint.prompt_words import PromptWords
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation.images import Picture, PictureCache
+from dvdquant.deploy.generation.images import Picture, PictureCache, grey_picture
 from dvdquant.deploy.generation.limits import Limits
 from dvdquant.deploy.generation.request import (
     DISTILLED,
@@ -135,6 +136,17 @@ class RequestChecker(ABC):
     @abstractmethod
     def example(self) -> str:
         """Return a prompt that the model takes."""
+
+    def images_taken(self) -> dict[str, str]:
+        """Return for each image of a request, by its field, ``none``, ``optional`` or ``required``."""
+        return {"image": "none", "last_image": "none"}
+
+    def example_request(self) -> GenerateRequest:
+        """Return a request that the model takes, with grey images where it needs them."""
+        needed: dict[str, Any] = {
+            name: grey_picture() for name, how in self.images_taken().items() if how == "required"
+        }
+        return GenerateRequest(self.example(), **needed)
 
     @abstractmethod
     def fps(self, frames: int) -> int:
@@ -275,6 +287,20 @@ class PipelineChecker(RequestChecker):
         """See :class:`RequestChecker`."""
         first, last = request.image is not None, request.last_image is not None
         return pipeline_for(self.folder, self.family, first=first, last=last)
+
+    def images_taken(self) -> dict[str, str]:
+        """See :class:`RequestChecker`."""
+        taken = set()
+        for first, last in ((False, False), (True, False), (False, True), (True, True)):
+            with contextlib.suppress(UnsupportedError):
+                pipeline_for(self.folder, self.family, first=first, last=last)
+                taken.add((first, last))
+
+        def said(place: int) -> str:
+            given, missing = ({pair for pair in taken if pair[place] is there} for there in (True, False))
+            return "none" if not given else "optional" if missing else "required"
+
+        return {"image": said(0), "last_image": said(1)}
 
     def pictures(self, request: GenerateRequest) -> dict[str, Picture]:
         """Return the decoded images of a request, by the names of its fields.

@@ -19,7 +19,6 @@ from dvdquant.deploy.cancel import CancelSignal
 from dvdquant.deploy.generation.check import PipelineChecker, TableChecker, open_checker
 from dvdquant.deploy.generation.from_table import TableGenerator
 from dvdquant.deploy.generation.generator import Generator, SessionOptions, WrapSession
-from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 from dvdquant.deploy.generation.limits import Limits
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
 from dvdquant.deploy.generation.text_encoder import check_text_bits
@@ -181,9 +180,9 @@ def reload_generator(old: Generator) -> Generator:
         old.given_lora,
     )
     try:
-        if isinstance(new, PipelineGenerator) and isinstance(old, PipelineGenerator):
-            new.share_parts(old)
-        new.prepare(GenerateRequest(new.checker.example(), mode=f"a{artifact.bits(artifact.components[0])[-1]}"))
+        new.share_parts(old)
+        high = f"a{artifact.bits(artifact.components[0])[-1]}"
+        new.prepare(dataclasses.replace(new.checker.example_request(), mode=high))
     except BaseException:
         new.close()
         raise
@@ -205,4 +204,7 @@ def _open(checker: TableChecker | PipelineChecker, options: SessionOptions, lora
                 fix=f"leave {next(name for name, there in given.items() if there)} out",
             )
         return TableGenerator(checker, PromptTable.open(checker.words.root), options, lora)
+    # It imports diffusers, which takes as long as everything else together, and which a prompt table does without.
+    from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
+
     return PipelineGenerator(checker, options, lora)

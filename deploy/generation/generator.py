@@ -349,7 +349,7 @@ class Generator(ABC):
         Raises:
             DvdquantError: See :meth:`generate`.
         """
-        base = request or GenerateRequest(self.checker.example())
+        base = request or self.checker.example_request()
         # Of two transformers the second one takes over late in the schedule.
         steps = 1 if len(self.artifact.components) == 1 else 4
         seconds = {}
@@ -394,6 +394,13 @@ class Generator(ABC):
             OutputError: The folder holds no valid export now.
         """
         return load_manifest(self.artifact.root) != self.artifact.manifest
+
+    def share_parts(self, other: Generator) -> None:  # noqa: B027  (a prompt table has none)
+        """Use text encoder and VAE that another generator of the same pipeline has loaded.
+
+        Args:
+            other: The other generator.
+        """
 
     @abstractmethod
     def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:

@@ -67,9 +67,8 @@ class PipelineGenerator(Generator):
         self._encoded: dict[Hashable, Embeddings] = {}  # of a text encoder that is not loaded any more
         # diffusers keeps the state of a call in the pipeline, and a VAE keeps the frames before: one clip at a time.
         self._encoding, self._denoising, self._decoding = (threading.RLock() for _ in range(3))
-        if (
-            options.offload
-        ):  # a part that comes to the device sends the one before away, so no stage runs beside another
+        # A part that comes to the device sends the one before away, so no stage runs beside another.
+        if options.offload or options.alternate:
             self._denoising = self._decoding = self._encoding
         self._loading = threading.Lock()
 
@@ -260,12 +259,14 @@ class PipelineGenerator(Generator):
 
     # ------------------------------------------------------------------------------------------------ what is loaded
 
-    def share_parts(self, other: PipelineGenerator) -> None:
-        """Use text encoder and VAE that another generator of the same pipeline has loaded. They take turns with them.
+    def share_parts(self, other: Generator) -> None:
+        """See :class:`Generator`. The two take turns with the parts.
 
         Args:
             other: The other generator. It may go on drawing, and be closed first.
         """
+        if not isinstance(other, PipelineGenerator):
+            return
         with other._loading:
             if not other._pipes or other.folder != self.folder:
                 return

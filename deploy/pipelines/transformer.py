@@ -309,7 +309,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             **unknown: Refused: a pipeline's ``load_lora_weights`` comes with tensors that it has converted.
 
         Raises:
-            UnsupportedError: The backend is not ``pytorch``, or it is no path.
+            UnsupportedError: The export reserves no inputs for it and the backend is not ``pytorch``, its rank is larger than
+                what is reserved, or it is no path.
             CheckpointError: The file is no LoRA of this model.
         """
         if unknown or not isinstance(path, (str, Path)):
@@ -469,10 +470,11 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         timestep = float(inputs["timestep"].max())
         if not math.isfinite(timestep):
             raise ShapeError(f"the timestep is {timestep}", available="a finite number", fix="check the scheduler")
-        text = arguments["encoder_hidden_states"]
-        with self._requests.call(branch, given, steps, timestep, text if isinstance(text, Tensor) else None) as place:
-            runner, branch, step = place
-            whole = self._adapter.run(runner, inputs, branch, step, steps)
+        text, latents = arguments["encoder_hidden_states"], arguments["hidden_states"]
+        known = text if isinstance(text, Tensor) else None
+        with self._requests.call(branch, given, steps, timestep, known, latents) as place:
+            whole = self._adapter.run(place.runner, inputs, place.branch, place.step, steps)
+            place.note(latents, whole)
         return whole.to(arguments["hidden_states"].device)
 
     # ---------------------------------------------------------------------------------------------- dtype, device, mode

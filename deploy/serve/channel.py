@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Channel"]
+__all__ = ["Channel", "Link"]
 
 log = logging.getLogger(__name__)
 
@@ -63,3 +63,24 @@ class Channel:
         with contextlib.suppress(OSError):
             self._lines.close()
             self._socket.close()
+
+
+class Link:
+    """What a worker tells its server, whichever that is now; while there is none, nobody hears it.
+
+    Args:
+        channel: The channel to the first server.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel: Channel | None = channel
+
+    def send(self, event: str, **fields: Any) -> bool:
+        """Send a message, see :meth:`Channel.send`.
+
+        Args:
+            event: Its kind.
+            fields: Its values.
+        """
+        channel = self.channel
+        return channel is not None and channel.send(event, **fields)

@@ -36,7 +36,9 @@ class Limits:
         steps: Denoising steps.
         pixels: Frames x height x width, or None for what the export takes.
         prompt: Characters of a prompt.
-        body: Bytes of a request.
+        body: Bytes of a request without its pictures.
+        picture: Bytes of a picture.
+        picture_pixels: Pixels of a picture.
         free_disk: Bytes that must be free in the data folder.
     """
 
@@ -45,7 +47,14 @@ class Limits:
     pixels: int | None = None
     prompt: int = 4096
     body: int = 1 << 20
+    picture: int = 16 << 20
+    picture_pixels: int = 24_000_000
     free_disk: int = 256 << 20
+
+    @property
+    def body_with_pictures(self) -> int:
+        """Return the bytes of a request with two pictures, which base64 makes longer by a third."""
+        return self.body + 2 * (self.picture * 4 // 3 + 1024)
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ class ServerSettings:
         stall: Seconds without a sign of life after which a job counts as hanging.
         drain: Seconds that running jobs get when the server is stopped.
         warm_up: Draw a short clip with each engine before the first request.
+        spare: Keep one more process that has imported everything, to take the place of a worker that dies.
         log_format: ``json`` or ``text``.
         verbose: 0 to 2.
     """
@@ -128,6 +138,7 @@ class ServerSettings:
     stall: float = 1800.0
     drain: float = 120.0
     warm_up: bool = True
+    spare: bool = True
     log_format: str = "json"
     verbose: int = 0
 

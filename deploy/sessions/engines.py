@@ -27,6 +27,7 @@ from dvdquant.deploy.sessions.engine_binding import (
     make_logger,
 )
 from dvdquant.deploy.sessions.engine_choice import build_target, device_sm, find_engines, select_engine
+from dvdquant.deploy.sessions.lora_inputs import LoraInputs
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, OutputError, UnsupportedError
 from dvdquant.hardware.capabilities import sm_number
@@ -112,6 +113,8 @@ class TensorRTSession(EngineSession):
         self._scratch = Scratch(self.device)
         self._files: WeightFiles | None = None
         self._on_device: dict[str, Tensor] = {}
+        self._originals: dict[str, Tensor] = {}
+        self._lora_inputs = LoraInputs(artifact, component)
         self._engine_bytes = 0
         self._cuda_graphs = cuda_graphs
         self._captures: dict[int, _Capture] = {}
@@ -125,6 +128,7 @@ class TensorRTSession(EngineSession):
             with plugin_form(self.weights):
                 for width, entry in entries.items():
                     self._engines[width] = self._load(entry)
+                    self._lora_inputs.require(self._on_device, f"the engine {entry['path']}")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # weights were copied on this thread's stream; passes may use others
         self._drop_files()
@@ -168,12 +172,41 @@ class TensorRTSession(EngineSession):
         )
 
     def _weight(self, name: str) -> Tensor:
-        """Return a packed weight on the device. Every bit-width gets the same memory."""
-        if name not in self._on_device:
-            if self._files is None:
-                self._files = WeightFiles(self.artifact, self.component)
-            self._on_device[name] = self._files.tensor(name).to(self.device)
+        """Return a weight on the device, or zeros for an input of LoRAs. Every bit-width gets the same memory."""
+        if name in self._on_device:
+            return self._on_device[name]
+        reserved = self._lora_inputs.shapes if self._lora_inputs is not None else {}
+        if name in reserved:
+            self._on_device[name] = torch.zeros(reserved[name], dtype=self.dtype, device=self.device)
+            return self._on_device[name]
+        if self._files is None:
+            self._files = WeightFiles(self.artifact, self.component)
+        # A LoRA is written over what the engine reads, so that must not be the private copy that all sessions share.
+        self._on_device[name] = self._files.tensor(name).to(self.device, copy=bool(reserved))
         return self._on_device[name]
+
+    def _kept(self, name: str) -> Tensor:
+        if name not in self._on_device:
+            raise UnsupportedError(
+                f"the LoRA changes {name}, which is a constant of the engines",
+                available="linear layers, biases, norms and tables",
+                fix="run it with the pytorch backend (--backend pytorch), or fuse it: dvdq-export --lora",
+            )
+        return self._originals.get(name, self._on_device[name])
+
+    def _put(self, values: Mapping[str, Tensor | None]) -> None:
+        """See :class:`EngineSession`. The memory stays where it is, so contexts and CUDA graphs go on with it."""
+        assert self._lora_inputs is not None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a pass on any stream may still read the old values
+        for name, value in values.items():
+            held = self._on_device[name]
+            if name not in self._lora_inputs.shapes:
+                self._originals.setdefault(name, held.to("cpu", copy=True))
+                value = self._originals.pop(name) if value is None else value
+            held.zero_() if value is None else held.copy_(value.to(held.dtype))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _drop_files(self) -> None:
         """Drop the private copy of the weights when they are on the device."""
@@ -236,6 +269,7 @@ class TensorRTSession(EngineSession):
         self._captures.clear()
         self._engines.clear()
         self._on_device.clear()
+        self._originals.clear()
         self._scratch.free()
         self._engine_bytes = self._plugin_bytes = 0
 

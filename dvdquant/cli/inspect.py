@@ -190,7 +190,7 @@ def _check_files(out: Path, manifest: Manifest) -> str:
 
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
-    from dvdquant.artifact.provenance import lora_words, sampling_sentence, source_words
+    from dvdquant.artifact.provenance import lora_room, lora_words, sampling_sentence, source_words
     from dvdquant.artifact.verified import verified_text
     from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.recipe import error_name, fitted_text, looks_at_inputs
@@ -208,6 +208,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
         f"zero-point {weight['zero_point']}, solver {weight['solver']}, {', '.join(inputs)}",
         *lora_words(manifest.lora),
+        *lora_room(manifest.lora_rank),
         *([sampling_sentence(manifest.sampling)] if manifest.sampling else []),
         *ladders_words(recipe["attention"]),
         verified_text(manifest.verified),

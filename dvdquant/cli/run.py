@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import click
 
 from dvdquant import __version__
+from dvdquant.cli.clip_options import clip_options, loading_clashes, loading_options
 from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging
-from dvdquant.cli.paths import EXPORT, LORA, MODEL, PATH, TEXT_FILE, WORD
+from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
-from dvdquant.recipe import ATTENTION
 from dvdquant.system.devices import check_device_word
 from dvdquant.system.whole_file import check_writable
 
@@ -171,20 +171,9 @@ class RunOptions:
 @click.argument("out", type=EXPORT)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="What to draw; repeat it for several clips.")
 @click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line; - is standard input.")
-@click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]")
-@click.option(
-    "--image",
-    type=PATH,
-    metavar="FILE",
-    help="The first frame, of models that draw from one; stretched to the clip's size.",
-)
-@click.option("--last-image", type=PATH, metavar="FILE", help="The last frame, of models that draw from two.")
-@click.option("--height", type=int, help="Pixels.  [default: what the export was tuned for]")
-@click.option("--width", type=int, help="Pixels.")
-@click.option("--num-frames", type=int, help="Frames.")
+@clip_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first noise, the same for every prompt.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the schedule's, or the model's]")
-@click.option("--guidance", type=float, metavar="SCALE", help="Guidance scale.  [default: the model's]")
 @click.option(
     "--mode",
     type=click.Choice(["switch", "a4", "a8", "16"]),
@@ -223,12 +212,6 @@ class RunOptions:
 )
 @click.option("--compare", is_flag=True, help="16 bit, a8, switch and a4 from one seed, side by side, with PSNR.")
 @click.option(
-    "--text-embeds",
-    type=PATH,
-    metavar="FILE",
-    help="Text embeddings of --save-text-embeds instead of a text encoder; without --prompt all of its prompts.",
-)
-@click.option(
     "-o",
     "--output",
     type=PATH,
@@ -246,20 +229,15 @@ class RunOptions:
 @click.option("--trace", type=PATH, metavar="PATH", help="Every step with bits, reason and seconds.")
 @click.option("--fps", type=float, help="Frames per second of the files.  [default: the model's]")
 @click.option(
-    "--pipeline",
-    type=MODEL,
-    metavar="PATH",
-    help="Folder or hub id with text encoder, VAE, scheduler.  [default: the exported model]",
-)
-@click.option(
     "--lora",
     type=LORA,
     multiple=True,
     metavar="FILE[:SCALE]",
-    help="A LoRA to run beside the weights (pytorch backend), in 16 bit. Of a LoRA that the export has: where it is now, for "
-    "--mode 16 and --compare.",
+    help="A LoRA to run beside the weights, in 16 bit: of an export with --lora-rank, or on the pytorch backend. Of a LoRA that "
+    "the export has: where it is now, for --mode 16 and --compare.",
 )
 @runs_on
+@loading_options
 @click.option(
     "--memory",
     type=WORD,
@@ -267,51 +245,15 @@ class RunOptions:
     help="Arrange the run so that it takes no more than this, such as 16GiB, or what is free; refused if it cannot.",
 )
 @click.option(
-    "--offload",
-    is_flag=True,
-    help="Keep text encoder and VAE in the host's memory, each on the GPU only while it runs.",
-)
-@click.option(
     "--alternate",
     is_flag=True,
     help="Load the text encoder first and free it before the transformer is loaded; all prompts are encoded then.",
-)
-@click.option(
-    "--text-encoder-bits",
-    type=click.Choice(["16", "8"]),
-    help="Bits of the text encoder's weights; 8 needs torchao.  [default: 16]",
-)
-@click.option("--vae-tiling", is_flag=True, help="Decode in tiles, one after the other: less memory, more time.")
-@click.option(
-    "--compile",
-    is_flag=True,
-    help="Run in PyTorch and compile the transformer's blocks: the first step takes a minute more.",
-)
-@click.option(
-    "--attention",
-    type=click.Choice(ATTENTION),
-    help="Self-attention of long sequences in PyTorch: 16 bit, int8 or fp8.  [default: the export's]",
-)
-@click.option(
-    "--plugin",
-    multiple=True,
-    type=PATH,
-    help="TensorRT plugin library, which engines with the plugin need. Its code runs: take none that you do not trust.",
-)
-@click.option(
-    "--attention-backend",
-    type=WORD,
-    metavar="LIBRARY",
-    help="What computes 8-bit attention: reference, or one library.  [default: the first that is right and faster]",
 )
 @click.option(
     "--cfg-parallel",
     type=WORD,
     metavar="DEVICE",
     help="Run the second branch of guidance on this device at the same time, such as cuda:1.  [default: one after the other]",
-)
-@click.option(
-    "--revision", type=WORD, metavar="REVISION", help="Branch, tag or commit, where OUT is user/name on the hub."
 )
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
@@ -531,7 +473,8 @@ def _switching(request: GenerateRequest, settings: RunOptions, schedule: Any) ->
 def check_options(settings: RunOptions) -> None:
     """UnsupportedError for options that contradict each other, naming the one to leave out."""
     fixed = settings.mode in ("a4", "a8", "16")
-    clashes = {
+    clashes: dict[str, Any] = {
+        **dict(loading_clashes(settings.backend, settings.compile, settings.attention_backend, settings.plugin)),
         "--save-text-embeds draws nothing, so -o does not apply": settings.save_text_embeds and settings.output,
         "--save-text-embeds loads a text encoder, and --text-embeds takes its place": settings.save_text_embeds
         and settings.text_embeds,
@@ -559,17 +502,11 @@ def check_options(settings: RunOptions) -> None:
         and settings.cache != "off",
         "--cache skips steps of the engines, and --mode 16 runs the original checkpoint": settings.cache != "off"
         and settings.mode == "16",
-        f"--compile runs in PyTorch, so --backend {settings.backend} does not apply": settings.compile
-        and settings.backend not in ("auto", "pytorch"),
         "--compile is for the quantized transformer, and --mode 16 runs the original": settings.compile
         and settings.mode == "16",
-        f"--plugin is for TensorRT engines, so --backend {settings.backend} does not apply": settings.plugin
-        and settings.backend not in ("auto", "tensorrt"),
         "--cfg-parallel is for the engines, and --compare also runs the original checkpoint": settings.cfg_parallel
         is not None
         and settings.compare,
-        f"--attention-backend runs in PyTorch, so --backend {settings.backend} does not apply": settings.attention_backend
-        and settings.backend not in ("auto", "pytorch"),
         f"--mode 16 runs the original checkpoint in PyTorch, so --backend {settings.backend} does not apply": (
             settings.mode == "16" and settings.backend not in ("auto", "pytorch")
         ),

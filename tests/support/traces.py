@@ -27,7 +27,8 @@ def traced(plan: ModelPlan, sizes: Sizes) -> ir.Model:
     """As :func:`trace_graph`: a copy of the graph that a process of this run traced for the same plan and sizes, or a new one."""
     config = json.dumps(plan.family.config, sort_keys=True, default=repr)
     # All that a trace depends on; the solver of a recipe, and what it does to the weights, is not in the graph.
-    key = repr((plan.family.name, config, plan.recipe.activations[0], plan.dtype, plan.layers, plan.kept, sizes))
+    decided = (plan.recipe.activations[0], plan.dtype, plan.layers, plan.kept, plan.lora_rank)
+    key = repr((plan.family.name, config, *decided, sizes))
     if key not in _TRACES:
 
         def trace(folder: Path) -> None:
