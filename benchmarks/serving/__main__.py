@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from benchmarks.serving.fuzz import changed_bodies
@@ -269,13 +270,20 @@ def limits(out: Path, folder: Path, requests: int) -> list[Row]:
 
 
 def fuzz(out: Path, folder: Path, requests: int) -> list[Row]:
-    """Send bodies with changed bytes to create and preflight."""
-    with (
-        ServerProcess(out, folder / "data", "--queue", 8, "--no-spare", stub={"STUB_SECONDS": "0"}) as server,
-        server.client() as client,
-    ):
+    """Send bodies with changed bytes to create and preflight; jobs that are good wait, and nobody draws them."""
+    from benchmarks.serving.local import local_http
+    from dvdquant.deploy.serve.settings import Limits, ModelSource, ServerSettings
+
+    settings = ServerSettings(
+        (ModelSource("out", str(out), str(TINY_WAN)),),
+        folder / "data",
+        devices=(),
+        spare=False,
+        limits=Limits(queue=1000),
+    )
+    with local_http(settings) as server, httpx.Client(base_url=server.url, timeout=120) as client:
         statuses = changed_bodies(client, requests)
-        assert client.get("/ready").status_code == 200
+        assert client.get("/health").status_code == 200
     said = ", ".join(f"{count} times {status}" for status, count in sorted(statuses.items()))
     return [(f"{requests} bodies with changed bytes: answers", said, "no 500")]
 
