@@ -470,10 +470,11 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         timestep = float(inputs["timestep"].max())
         if not math.isfinite(timestep):
             raise ShapeError(f"the timestep is {timestep}", available="a finite number", fix="check the scheduler")
-        text = arguments["encoder_hidden_states"]
-        with self._requests.call(branch, given, steps, timestep, text if isinstance(text, Tensor) else None) as place:
-            runner, branch, step = place
-            whole = self._adapter.run(runner, inputs, branch, step, steps)
+        text, latents = arguments["encoder_hidden_states"], arguments["hidden_states"]
+        known = text if isinstance(text, Tensor) else None
+        with self._requests.call(branch, given, steps, timestep, known, latents) as place:
+            whole = self._adapter.run(place.runner, inputs, place.branch, place.step, steps)
+            place.note(latents, whole)
         return whole.to(arguments["hidden_states"].device)
 
     # ---------------------------------------------------------------------------------------------- dtype, device, mode

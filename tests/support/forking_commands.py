@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 
-COMMANDS = {name: importlib.import_module(f"dvdquant.cli.{name}").main for name in ("export", "inspect", "plan", "run")}
+NAMES = ("export", "inspect", "plan", "run", "build", "bundle", "push", "bench", "doctor")
+COMMANDS = {name: importlib.import_module(f"dvdquant.cli.{name}").main for name in NAMES}
 MODULES = (
     "export.pipeline", "export.options", "deploy.report.page", "deploy.artifact", "deploy.generation.generate",
     "deploy.planning.planner", "deploy.planning.plot", "deploy.generation.run_report", "deploy.generation.video",
     "deploy.sessions", "deploy.generation.original", "checkpoint.prompt_table", "export.engines.polygraphy_tools",
-    "system.progress", "quantize.layer_inputs",
+    "system.progress", "quantize.layer_inputs", "hub.push", "export.on_device", "artifact.bundle",
 )  # fmt: skip
 
 
