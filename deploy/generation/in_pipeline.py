@@ -67,9 +67,8 @@ class PipelineGenerator(Generator):
         self._encoded: dict[Hashable, Embeddings] = {}  # of a text encoder that is not loaded any more
         # diffusers keeps the state of a call in the pipeline, and a VAE keeps the frames before: one clip at a time.
         self._encoding, self._denoising, self._decoding = (threading.RLock() for _ in range(3))
-        if (
-            options.offload
-        ):  # a part that comes to the device sends the one before away, so no stage runs beside another
+        # A part that comes to the device sends the one before away, so no stage runs beside another.
+        if options.offload or options.alternate:
             self._denoising = self._decoding = self._encoding
         self._loading = threading.Lock()
 

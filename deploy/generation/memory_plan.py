@@ -83,7 +83,9 @@ class Arrangement:
         Args:
             first: The transformers' key that needs no option.
         """
-        mode = ["--mode", self.transformer.split()[0]] if self.transformer != first else []
+        # Another transformer than the first is one bit-width of two, or weights that stay packed.
+        word = self.transformer.split()[0]
+        mode = [] if self.transformer == first else ["--weights", word] if word == "packed" else ["--mode", word]
         return [
             *mode,
             *(["--vae-tiling"] if self.vae_tiling else []),

@@ -16,11 +16,13 @@ from dvdquant.deploy.generation.admission import stage_bytes
 from dvdquant.deploy.generation.check import PipelineChecker, RequestChecker
 from dvdquant.deploy.generation.memory_plan import RunBytes
 from dvdquant.deploy.generation.request import GenerateRequest
-from dvdquant.hardware.capabilities import capability
+from dvdquant.hardware.capabilities import sm_number
+from dvdquant.hardware.weights import WeightForm, WeightPolicy
 from dvdquant.system.safetensors_io import TensorInfo, read_header, read_header_from
 
-__all__ = ["Part", "parts_of_run", "run_bytes"]
+__all__ = ["EXPANDED", "PACKED", "Part", "parts_of_run", "run_bytes"]
 
+PACKED, EXPANDED = "packed weights", "expanded weights"
 _ENGINES = ("rtx", "tensorrt", "tensorrt_rtx")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Matrices that are looked up and not multiplied with; torchao leaves them in 16 bit.
@@ -100,6 +102,7 @@ def run_bytes(
     *,
     narrow: bool,
     sm: str | None = None,
+    weights: WeightPolicy = "auto",
 ) -> RunBytes:
     """Return the bytes of a run of checked requests, for :mod:`.memory_plan`.
 
@@ -110,6 +113,7 @@ def run_bytes(
         base: Bytes that libraries and the program take.
         narrow: Whether a run that switches may load one bit-width instead.
         sm: The compute capability, where our kernels run; else None.
+        weights: How quantized weights are held there.
     """
     parts = _pipeline_parts(checker, requests)
     eight = {name: _loaded_bytes(checker, name, tensors, 8) for name, tensors in parts.items()}
@@ -121,7 +125,7 @@ def run_bytes(
         text=text,
         image=sixteen.get("image_encoder", 0),
         vae=sixteen.get("vae", 0),
-        transformer=_transformers(checker.artifact, requests, backend, narrow, sm),
+        transformer=_transformers(checker.artifact, requests, backend, narrow, sm, weights),
         step=max(step for step, _ in stages[False]) * (2 if backend == "onnxruntime" else 1),  # it computes in fp32
         decode={tiled: max(decode for _, decode in each) for tiled, each in stages.items()},
         base=base,
@@ -129,7 +133,12 @@ def run_bytes(
 
 
 def _transformers(
-    artifact: Artifact, requests: Sequence[GenerateRequest], backend: str, narrow: bool, sm: str | None
+    artifact: Artifact,
+    requests: Sequence[GenerateRequest],
+    backend: str,
+    narrow: bool,
+    sm: str | None,
+    weights: WeightPolicy,
 ) -> dict[str, int]:
     """Return the bytes of what may be loaded of the transformers, by its name in words."""
     modes = {request.mode for request in requests}
@@ -137,29 +146,34 @@ def _transformers(
     if modes == {"16"}:
         return {"16 bit": original}
     beside = original if "16" in modes else 0
-    if backend not in _ENGINES and sm is None:
-        packed = sum(_executed(artifact, component, backend)[1] for component in artifact.components)
-        return {"packed weights": packed + beside}
-
-    def held(widths: Sequence[int]) -> int:
-        if backend in _ENGINES:
-            return sum(_engine_bytes(artifact, component, widths) for component in artifact.components)
-        return sum(_kernel_bytes(artifact, component, widths, str(sm)) for component in artifact.components)
-
     bits = artifact.bits(artifact.components[0])
-    found = {" and ".join(f"a{width}" for width in bits): held(bits) + beside}
-    if narrow and len(bits) > 1:
-        found.update({f"a{width}": held((width,)) + beside for width in sorted(bits, reverse=True)})
-    return found
+    # 1. Engines that hold their weights themselves: each width has its own.
+    plugin = any(entry["precision"] == "plugin" for entry in artifact.manifest.engines)
+    if backend in _ENGINES and not plugin:
+        each = {width: sum(_engine_bytes(artifact, c, (width,)) for c in artifact.components) for width in bits}
+        found = {" and ".join(f"a{width}" for width in bits): sum(each.values()) + beside}
+        if narrow and len(bits) > 1:
+            found.update({f"a{width}": each[width] + beside for width in sorted(bits, reverse=True)})
+        return found
+    # 2. A runtime that keeps what the files hold.
+    if sm is None:
+        packed = sum(_executed(artifact, component, "pytorch")[1] for component in artifact.components)
+        return {PACKED: packed + beside}
+    # 3. Our kernels: packed once for all widths, or expanded.
+    from dvdquant.model.held_weights import held_weights
 
-
-def _kernel_bytes(artifact: Artifact, component: str, widths: Sequence[int], sm: str) -> int:
-    """Return what a session with our kernels holds: what the files hold, with the codes as they were prepared."""
-    packed = _executed(artifact, component, "pytorch")[1]
-    codes = _quantized(artifact, component)
-    native = 4 in widths and bool(capability(sm).kernels_a4)
-    eight = codes if 8 in widths or not native else 0
-    return packed - codes // 2 + eight + (codes // 2 if native else 0)
+    engines = sum(_engine_bytes(artifact, component, bits) for component in artifact.components) * plugin
+    held = [
+        held_weights(artifact.plan(component), sm_number(sm), bits, artifact.sizes) for component in artifact.components
+    ]
+    forms = [one.choose(weights, plugin=plugin) for one in held]
+    wanted: WeightForm = "expanded" if "expanded" in forms else "packed"
+    choices: tuple[WeightForm, ...] = (wanted, "packed") if weights == "auto" else (wanted,)
+    names = {"packed": PACKED, "expanded": EXPANDED}
+    return {
+        names[form]: engines + beside + sum(h.plugin_bytes(form) if plugin else h.nbytes(form) for h in held)
+        for form in choices
+    }
 
 
 def _pipeline_parts(checker: RequestChecker, requests: Sequence[GenerateRequest]) -> dict[str, list[TensorInfo]]:
@@ -227,18 +241,6 @@ def _engine_bytes(artifact: Artifact, component: str, bits: Sequence[int]) -> in
         if path.stem.startswith(f"{component}_a"):  # one folder an SM
             by_place[path.parent] = by_place.get(path.parent, 0) + files[str(path)]["bytes"]
     return max(by_place.values(), default=0)
-
-
-def _quantized(artifact: Artifact, component: str) -> int:
-    """Return the number of weights of a transformer that are quantized."""
-    layers = {entry["name"]: entry["features_in"] * entry["features_out"] for entry in artifact.manifest.layers}
-    names = {
-        tensor.rpartition(".")[0]
-        for name in artifact.weight_files(component)
-        if name.endswith(".safetensors")
-        for tensor in read_header(artifact.root / name).tensors
-    }
-    return sum(count for layer, count in layers.items() if layer in names)
 
 
 def _parameters(artifact: Artifact, component: str) -> int:

@@ -36,8 +36,6 @@ REALIZE = (
     "nvfp4",
 )  # those of dvdquant.export.engines.precision, which takes seconds to import
 BUILD_PLACES = ("auto", "here", "device")  # those of dvdquant.export.options, which takes seconds to import
-# Memory of cards and of Jetsons, which the dry run compares weights with.
-DEVICE_GIB = (8, 12, 16, 24, 32, 64, 128)
 MAX_TOKENS, MAX_BATCH = 1 << 16, 1 << 10
 
 EXAMPLES = """
@@ -344,13 +342,14 @@ def _check_revision(model: str, revision: str | None) -> None:
 
 
 def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
-    from dvdquant.cli.export_answers import answers
+    from dvdquant.cli.export_answers import answers, device_answers
     from dvdquant.export.source_words import source_facts
 
     return {
         "gpus": list(choice.gpus),
         "notes": list(choice.notes),
         "answers": dict(answers(plan, choice)),
+        "devices": dict(device_answers(plan, choice)),
         "family": plan.plans[0].family.name,
         "components": list(plan.components),
         "sources": [source_facts(c, p.family) for c, p in zip(plan.checkpoints, plan.plans)],
@@ -384,12 +383,13 @@ def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
 def _plan_text(plan: ExportPlan, choice: Choice) -> str:
     from dvdquant.artifact.provenance import sampling_sentence
     from dvdquant.checkpoint.lora.fuse import lora_lines
-    from dvdquant.cli.export_answers import answers
+    from dvdquant.cli.export_answers import answers, device_answers
     from dvdquant.export.source_words import source_lines
     from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.quantize.checkpoint import left_out_text
 
     first, estimate = plan.plans[0], plan.estimate
+    devices = device_answers(plan, choice)
     kinds: dict[tuple[int, int, int, int], list[str]] = {}
     for model_plan in plan.plans:
         for spec in model_plan.layers:
@@ -417,6 +417,7 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
         "what you get",
         paragraphs(answers(plan, choice)),
         "",
+        *(["does the whole pipeline fit", paragraphs(devices), ""] if devices else []),
         table(("layers", "K → N", "rotation", "weight group", "such as"), rows, right=(0, 2, 3)),
         "",
     ]
@@ -442,12 +443,9 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
             "",
         ]
     if held := _held(plan):
-        largest = max(held.values())
-        small = [f"{gib} GiB" for gib in DEVICE_GIB if largest > gib << 30]
         lines.append(
             "on the device, an engine of one transformer with its weights: "
             + ", ".join(f"{name} {amount(size)}" for name, size in held.items())
-            + (f"; too small for them alone: {', '.join(small)}" if small else "")
         )
     lines += [
         f"disk      {amount(estimate.disk_bytes):>10}   weights {amount(estimate.weight_file_bytes)} "

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Arranged", "Place", "arranged", "memory_text", "place_of", "plan_run"]
 
-# Bytes of a process with CUDA and its libraries before anything is loaded: assumed, not measured.
-CUDA_BASE = 768 << 20
 LEAST_BASE = 512 << 20
 
 
@@ -57,6 +55,7 @@ def place_of(device: torch.device) -> Place:
     import torch
 
     from dvdquant.deploy.generation.admission import device_memory
+    from dvdquant.deploy.generation.device_fit import KEPT_BACK
 
     free, total = device_memory(device)
     if device.type != "cuda":
@@ -64,7 +63,7 @@ def place_of(device: torch.device) -> Place:
         return Place("CPU", total, free + base, True, base, None)
     facts = torch.cuda.get_device_properties(device)
     unified = bool(getattr(facts, "is_integrated", False))
-    return Place(facts.name, total, free, unified, CUDA_BASE, f"{facts.major}.{facts.minor}")
+    return Place(facts.name, total, free, unified, KEPT_BACK[False], f"{facts.major}.{facts.minor}")
 
 
 def plan_run(
@@ -93,8 +92,8 @@ def plan_run(
     if backend == "auto":
         backend, _ = best_backend(artifact, artifact.components[0], None, resolve_device(settings.device))
     narrow = settings.mode is None and settings.schedule is None and not settings.compare
-    sm = place.sm if backend == "pytorch" else None
-    run = run_bytes(generator.checker, requests, backend, place.base, narrow=narrow, sm=sm)
+    sm = place.sm if backend in ("pytorch", "tensorrt") else None
+    run = run_bytes(generator.checker, requests, backend, place.base, narrow=narrow, sm=sm, weights=settings.weights)
     # 2. What the user has decided, and the rest.
     given = {"vae_tiling": settings.vae_tiling, "offload": settings.offload, "alternate": settings.alternate}
     fixed: dict[str, Any] = {name: True for name, decided in given.items() if decided}
@@ -168,6 +167,7 @@ def arranged(
         ResourceError: It does not fit; the error says what does.
     """
     from dvdquant.deploy.generation.generate import rearranged
+    from dvdquant.deploy.generation.needs import PACKED
     from dvdquant.system.devices import resolve_device
 
     place = place_of(resolve_device(settings.device))
@@ -188,6 +188,7 @@ def arranged(
         alternate=how.alternate,
         text_bits=how.text_bits,
         bits=tuple(alone) or None,
+        **({"weights": "packed"} if how.transformer == PACKED and place.sm is not None else {}),
     )
     return Arranged(changed, [[changed.check(r) for r in each] for each in requests], plan, place, limit)
 

@@ -14,6 +14,7 @@ import torch
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.check import open_checker
+from dvdquant.deploy.generation.device_fit import DeviceSize, fit
 from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
 from dvdquant.deploy.generation.memory_plan import Arrangement, RunBytes, arrange, fitting, possible
 from dvdquant.deploy.generation.needs import run_bytes
@@ -106,6 +107,18 @@ def test_sizes(text: str, size: int) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ShapeError, match="--memory"):
         parse_amount(text, "--memory")
+
+
+def test_devices_that_are_sold() -> None:
+    """Orin's 8 GB are shared with the system; a card's are not, and it can offload."""
+    orin, card = DeviceSize("Orin", 16, ("8.7",), unified=True), DeviceSize("RTX", 16, ("8.9",))
+    small = DeviceSize("RTX", 8, ("8.9",))
+    found = fit(RUN, [orin, card, small])
+    assert [each.fits for each in found] == [True, True, False]
+    assert found[0].words("a4 and a8") == "fits: VAE in tiles, text encoder before the transformer (12.5 GiB)"
+    assert found[0].plan.peak <= orin.usable == 14 * GIB
+    assert card.usable == 15 * GIB
+    assert found[2].words("a4 and a8").startswith("no: 7.5 GiB at least")
 
 
 # --------------------------------------------------------------------------------------------------- parts come and go
