@@ -212,6 +212,20 @@ def kills(out: Path, folder: Path, requests: int) -> list[Row]:
     ]
 
 
+def spare(out: Path, folder: Path, requests: int) -> list[Row]:
+    """Kill the worker whenever the spare process is ready, and time until jobs are drawn."""
+    times = []
+    with ServerProcess(out, folder / "data", stub={"STUB_SECONDS": CALL}) as server:
+        for i in range(requests):
+            end = time.monotonic() + 240
+            while sum(event["event"] == "spare_ready" for event in server.events()) <= i and time.monotonic() < end:
+                time.sleep(0.1)
+            begin = time.perf_counter()
+            server.kill_workers()
+            times.append(time.perf_counter() - begin)
+    return [("worker killed while the spare process is ready, until jobs are drawn again", _spread(times), "15 s")]
+
+
 def cold(out: Path, folder: Path, requests: int) -> list[Row]:
     """Kill server, worker and spare process at once, as a container ends, and time the start."""
     times, first = [], []
@@ -337,6 +351,7 @@ MEASURES: dict[str, tuple[Callable[[Path, Path, int], list[Row]], int]] = {
     "limits": (limits, 30),
     "cancels": (cancels, 20),
     "kills": (kills, 20),
+    "spare": (spare, 5),
     "cold": (cold, 5),
     "growth": (growth, 1000),
     "fuzz": (fuzz, 100_000),

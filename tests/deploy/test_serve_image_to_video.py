@@ -91,19 +91,20 @@ def test_openai_client_begins_a_clip_with_a_picture(server: LocalServer, model: 
 
 def test_the_last_picture_counts_and_json_is_as_good_as_a_form(server: LocalServer) -> None:
     with server.client() as client:
+        asked = {**ASKED, "num_frames": 9}  # the tokens of a last picture come on top
         one = {"input_reference": URL}
         both = {**one, "last_reference": base64.b64encode(BLUE).decode()}
-        first = _drawn(server, client, client.post("/v1/videos", json={**ASKED, **one}))
-        made = client.post("/v1/videos", json={**ASKED, **both})
+        first = _drawn(server, client, client.post("/v1/videos", json={**asked, **one}))
+        made = client.post("/v1/videos", json={**asked, **both})
         clip = _drawn(server, client, made)
         assert clip != first
         files = {"input_reference": ("a", RED), "last_reference": ("b", BLUE)}
-        assert _drawn(server, client, client.post("/v1/videos", data=ASKED, files=files)) == clip
+        assert _drawn(server, client, client.post("/v1/videos", data=asked, files=files)) == clip
         told = client.get(f"/v1/videos/{made.json()['id']}").json()["dvdquant"]["request"]["last_reference"]
         assert (told["width"], told["height"], len(told["sha256"])) == (128, 96, 64)
         facts = client.get("/v1/models/model").json()["dvdquant"]
         assert facts["pictures"] == {"input_reference": "optional", "last_reference": "optional"}
-        plan = client.post("/preflight", json={**ASKED, **both})
+        plan = client.post("/preflight", json={**asked, **both})
         assert plan.json()["transformer_calls"] == 1
 
 
