@@ -31,7 +31,6 @@ from tests.support.browser import headless_chromium
 from tests.support.exporting import TINY_WAN
 from tests.support.postgres import postgres
 from tests.support.running import tiny_wan_export
-from tests.support.serving import LocalServer, local_server
 
 pytestmark = pytest.mark.slow
 STUB = {"STUB_SECONDS": "0.02"}
@@ -39,9 +38,9 @@ BAD_PROMPT = "ring red right large"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """A server with the real engines, in this process."""
-    with local_server(tiny_wan_export(), tmp_path_factory.mktemp("real") / "data", TINY_WAN) as server:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with the real engines."""
+    with ServerProcess(tiny_wan_export(), tmp_path_factory.mktemp("real") / "data", "--no-spare") as server:
         yield server
 
 
@@ -58,7 +57,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 # ------------------------------------------------------------------------------------------------------------ the clip
 
 
-def test_openai_client_does_it_all(server: LocalServer) -> None:
+def test_openai_client_does_it_all(server: ServerProcess) -> None:
     openai = pytest.importorskip("openai", reason="needs openai: pip install 'dvdquant[test]'")
     with openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0) as client:
         (name,) = [model.id for model in client.models.list()]
@@ -95,7 +94,7 @@ def _same_clip_as_the_library(clip: bytes, out: Path) -> None:
     assert path.read_bytes() == clip
 
 
-def test_what_is_said_of_a_clip(server: LocalServer) -> None:
+def test_what_is_said_of_a_clip(server: ServerProcess) -> None:
     with server.client() as client:
         plan = client.post("/preflight", json={"prompt": PROMPT, "num_inference_steps": 3, "mode": "a4"}).json()
         assert (plan["transformer_calls"], plan["mode"], plan["executed"]["backend"]) == (6, "a4", "onnxruntime")
@@ -118,7 +117,7 @@ def test_what_is_said_of_a_clip(server: LocalServer) -> None:
         assert name in figures, figures
 
 
-def test_ranges_of_a_clip(server: LocalServer) -> None:
+def test_ranges_of_a_clip(server: ServerProcess) -> None:
     with server.client() as client:
         done = server.wait(client, server.create(client)["id"])
         place = f"/v1/videos/{done['id']}/content"
@@ -131,7 +130,7 @@ def test_ranges_of_a_clip(server: LocalServer) -> None:
         assert client.get(place, params={"variant": "thumbnail"}).status_code == 400
 
 
-def test_forms_work_and_pictures_are_refused_in_words(server: LocalServer) -> None:
+def test_forms_work_and_pictures_are_refused_in_words(server: ServerProcess) -> None:
     with server.client() as client:
         fields = {"prompt": PROMPT, "num_inference_steps": "2", "guidance_scale": "1"}
         made = client.post("/v1/videos", files={name: (None, value) for name, value in fields.items()})
@@ -142,7 +141,7 @@ def test_forms_work_and_pictures_are_refused_in_words(server: LocalServer) -> No
         assert server.wait(client, made.json()["id"])["status"] == "completed"
 
 
-def test_errors_have_one_shape_and_name_no_path(server: LocalServer) -> None:
+def test_errors_have_one_shape_and_name_no_path(server: ServerProcess) -> None:
     with server.client() as client:
         answers = [
             client.post("/v1/videos", json={"prompt": PROMPT, "size": "1280x720"}),
@@ -175,7 +174,7 @@ def test_errors_have_one_shape_and_name_no_path(server: LocalServer) -> None:
         assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_pages_of_other_sites_get_nothing(server: LocalServer) -> None:
+def test_pages_of_other_sites_get_nothing(server: ServerProcess) -> None:
     with server.client() as client:
         body: dict[str, Any] = {"json": {"prompt": PROMPT}}
         assert client.post("/v1/videos", headers={"origin": "https://evil.example"}, **body).status_code == 403
@@ -562,7 +561,7 @@ def browser() -> Iterator[Any]:
     yield from headless_chromium()
 
 
-def test_the_live_page_draws_a_clip(browser: Any, server: LocalServer, tmp_path: Path) -> None:
+def test_the_live_page_draws_a_clip(browser: Any, server: ServerProcess, tmp_path: Path) -> None:
     page = browser.new_page(viewport={"width": 1200, "height": 800})
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
