@@ -276,7 +276,7 @@ class Artifact:
         # 1. Source and recipe.
         recipes = ["--recipe", recipe] if recipe else _recipe_options(manifest.recipe)
         words = ["dvdq-export", manifest.source["model"], "-o", str(self.root), *recipes]
-        for option, key in (("--transformer-2", "transformer_2"), ("--config", "config")):
+        for option, key in (("--transformer-2", "transformer_2"), ("--config", "config"), ("--pipeline", "pipeline")):
             if key in manifest.source:
                 words += [option, str(manifest.source[key])]  # type: ignore[literal-required]
         # 2. Targets and the SMs to build for.

@@ -76,6 +76,8 @@ class ExportOptions:
         guidance: The guidance scale that is recorded as the runtime's default; None means the model's own.
         transformer_2: The file or folder of the second transformer, if it does not lie in ``model``.
         config: The config.json of a model that has none.
+        pipeline: The folder or hub id of the diffusers pipeline that the runtime takes text encoder, VAE and scheduler from,
+            where MODEL has none. It is recorded alone.
         report: Write report.html too.
         samples: The number of prompts, 0 to 16, that the report shows clips of. None means one if the model has a
             prompt table, and else none.
@@ -120,6 +122,7 @@ class ExportOptions:
     guidance: float | None = None
     transformer_2: str | None = None
     config: Path | None = None
+    pipeline: str | None = None
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -221,6 +224,7 @@ def check_text(options: ExportOptions) -> None:
     """
     texts = [("MODEL", recorded_model(options.model)), ("--subfolder", options.subfolder or "")]
     texts += [("--revision", options.revision or ""), ("--timing-cache", str(options.timing_cache or ""))]
+    texts += [("--pipeline", recorded_model(options.pipeline or ""))]
     texts += [("--transformer-2", recorded_model(options.transformer_2 or "")), ("--config", str(options.config or ""))]
     texts += [("--plugin", str(plugin)) for plugin in options.plugins]
     texts += [("--lora", str(lora.path)) for lora in options.lora]

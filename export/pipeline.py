@@ -153,7 +153,11 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
         if transaction.complete and transaction.previous is not None and run.adopt(transaction.previous):
             progress.say(f"weights and graphs in {options.out} are up to date")
             previous = transaction.previous
-            same = (previous.lora, previous.sampling) == (run.loras(), options.sampling)
+            same = (previous.lora, previous.sampling, previous.source.get("pipeline")) == (
+                run.loras(),
+                options.sampling,
+                source_of(plan).get("pipeline"),
+            )
             missing = run.missing_engines() or run.missing_builds()
             if not (missing or options.verify or options.report) and same:
                 return ExportResult(options.out, transaction.previous, up_to_date=True)

@@ -262,6 +262,8 @@ def source_of(plan: ExportPlan) -> Source:
     )
     if plan.options.transformer_2 is not None:
         source["transformer_2"] = recorded_model(plan.options.transformer_2)
+    if plan.options.pipeline is not None:
+        source["pipeline"] = recorded_model(plan.options.pipeline)
     if plan.options.config is not None:
         source["config"] = recorded_model(str(plan.options.config))
     return source

@@ -29,6 +29,7 @@ FOLDERS = (
     "benchmarks/switching",
     "deploy",
     "examples/tiny-wan",
+    "examples/wan2.1",
     "kernels",
     "plugins",
 )

@@ -44,7 +44,7 @@ def _run(notebooks: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, *
 def test_the_notebook_runs(notebooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an export that is there, so that it is not made again; every other cell does its work."""
     shutil.copytree(tiny_wan_export(), tmp_path / "out")
-    few = {"MODEL": str(TINY_WAN), "OUT": "out", "STEPS": 3, "BACKEND": "onnxruntime", "LORA": "made"}
+    few = {"MODEL": str(TINY_WAN), "OUT": "out", "STEPS": 2, "BACKEND": "onnxruntime", "LORA": "made", "REPEATS": 1}
     said = _run(notebooks, tmp_path, monkeypatch, **few)
     for words in (
         "what you get",
@@ -82,11 +82,20 @@ def test_the_notebook_with_a_model_of_images(
     notebooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.support.image_pipelines import image_model, picture
+    from tests.support.tiny_pipelines import KINDS, TOKENS
 
     model = image_model("wan-i2v-21")
-    shutil.copytree(model.made.out, tmp_path / "out")
     picture(0).save(tmp_path / "first.png")
-    few = {"MODEL": str(model.pipeline), "OUT": "out", "PROMPT": "a red cat", "STEPS": 2, "IMAGE": "first.png"}
+    sizes = ["--latent", KINDS["wan-i2v-21"].latent, "--text-tokens", TOKENS, "--recipe", "w4a4"]
+    few = {
+        "MODEL": str(model.pipeline),
+        "OUT": "out",
+        "PROMPT": "a red cat",
+        "STEPS": 2,
+        "IMAGE": "first.png",
+        "REPEATS": 1,
+    }
+    few["SIZES"] = sizes
     _run(notebooks, tmp_path, monkeypatch, **few, PIPELINE=str(model.pipeline), BACKEND="pytorch")
     assert (tmp_path / "out-clips" / "compare.mp4").stat().st_size > 1000
 

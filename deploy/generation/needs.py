@@ -88,6 +88,8 @@ def parts_of_run(
         if any(request.mode != "16" for request in requests):
             what, nbytes = _executed(checker.artifact, component, backend)
             found.append(Part(f"{component} ({what})", nbytes, nbytes, always, stays=True))
+            if room := 0 if backend == "pytorch" else _room_for_loras(checker.artifact, component):
+                found.append(Part(f"{component} (room for LoRAs)", 0, room, always, stays=True))
         if any(request.mode == "16" for request in requests):
             original = 2 * _parameters(checker.artifact, component)
             found.append(Part(f"{component} (16 bit)", original, original, always, stays=True))
@@ -232,6 +234,16 @@ def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, in
     if backend in _ENGINES:
         return "engines", _engine_bytes(artifact, component, artifact.bits(component))
     return "packed weights", sum(files[name]["bytes"] for name in artifact.weight_files(component))
+
+
+def _room_for_loras(artifact: Artifact, component: str) -> int:
+    """Return the bytes that the inputs reserved for LoRAs take in a session."""
+    if not artifact.manifest.lora_rank:
+        return 0
+    from dvdquant.model.lora_inputs import lora_input_shapes
+
+    plan = artifact.plan(component)
+    return sum(2 * math.prod(shape) for shape in lora_input_shapes(plan.layers, plan.lora_rank).values())
 
 
 def _engine_bytes(artifact: Artifact, component: str, bits: Sequence[int]) -> int:

@@ -192,11 +192,13 @@ class Source(TypedDict):
         model: The MODEL argument of the export.
         class_name: The diffusers class.
         fingerprint: ``Checkpoint.fingerprint()``.
+        pipeline: The folder or hub id that text encoder, VAE and scheduler come from, where it is not ``model``.
     """
 
     model: Annotated[Text, AfterValidator(_check_model)]
     class_name: Text
     fingerprint: Text
+    pipeline: NotRequired[Annotated[Text, AfterValidator(_check_model)]]
     transformer_2: NotRequired[Annotated[Text, AfterValidator(_check_model)]]
     config: NotRequired[Annotated[Text, AfterValidator(_check_model)]]
     format: NotRequired[Text]

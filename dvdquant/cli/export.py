@@ -64,7 +64,7 @@ dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/wan --lora-rank 64
 
 # files of ComfyUI: the two transformers of Wan 2.2, or the folder that holds them
 dvdq-export wan2.2_t2v_high_noise.safetensors --transformer-2 wan2.2_t2v_low_noise.safetensors -o out/wan22
-dvdq-export ComfyUI/models/diffusion_models -o out/wan22
+dvdq-export ComfyUI/models/diffusion_models -o out/wan22 --pipeline Wan-AI/Wan2.2-T2V-A14B-Diffusers
 
 # go on after an interruption; check every graph in ONNX Runtime
 dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
@@ -208,6 +208,13 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.option(
     "--config", type=PATH, help="The config.json of MODEL, in diffusers format, where its file does not tell it."
 )
+@click.option(
+    "--pipeline",
+    type=MODEL,
+    metavar="PATH",
+    help="Folder or hub id of the diffusers pipeline that dvdq-run takes text encoder, VAE and scheduler from, where MODEL has "
+    "none, such as a file of ComfyUI. Nothing of it is exported.",
+)
 @click.option("--subfolder", type=WORD, help="Folder of the transformer inside MODEL.")
 @click.option("--revision", type=WORD, help="Branch, tag or commit of a hub id.")
 @click.option(
@@ -301,6 +308,7 @@ def main(**arguments: Any) -> None:
     from dvdquant.system.progress import Progress
 
     plan = plan_export(options)
+    _check_pipeline(plan)
     if dry_run:
         echo(json_text(_plan_json(plan, choice)) if log_format == "json" else _plan_text(plan, choice))
         return
@@ -331,6 +339,16 @@ def _check_early(options: ExportOptions) -> None:
         for name in Checkpoint.components(options.model, revision=options.revision):
             component = name.rpartition("/")[2]
             open_checkpoint(options.model, revision=options.revision, component=component, config=config)
+
+
+def _check_pipeline(plan: ExportPlan) -> None:
+    """Refuse a local --pipeline that the runtime could not use. One of the hub is left to it: nothing is downloaded here."""
+    from dvdquant.checkpoint.locate import is_remote
+    from dvdquant.deploy.pipelines.parts import open_pipeline_folder
+
+    place = plan.options.pipeline
+    if place is not None and not is_remote(place):
+        open_pipeline_folder(place, plan.plans[0].family.name)
 
 
 def _check_revision(model: str, revision: str | None) -> None:
@@ -428,6 +446,8 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
         lines += [*loras, ""]
     if reserved := _reserved(plan):
         lines += [_reserved_text(reserved, plan), ""]
+    if note := _pipeline_note(plan):
+        lines += [note, ""]
     if plan.options.sampling is not None:
         lines += [sampling_sentence(plan.options.sampling), ""]
     if plan.engines:
@@ -486,6 +506,18 @@ def _reserved_text(reserved: dict[str, Any], plan: ExportPlan) -> str:
         f"reserved for LoRAs, rank {reserved['rank']}{each}: {amount(nbytes)} of device memory and {flops / 1e12:.3g} TFLOP in "
         f"{plan.options.dtype} a step, {100 * share:.2g} % of what the quantized layers multiply; both with and without a LoRA"
     )
+
+
+def _pipeline_note(plan: ExportPlan) -> str | None:
+    """Return where clips get text encoder and VAE from, if that is not MODEL itself."""
+    from dvdquant.model.families.pipelines import known_pipeline
+
+    if plan.options.pipeline is not None:
+        return f"text encoder, VAE and scheduler: {plan.options.pipeline}"
+    if plan.checkpoints[0].source.is_diffusers:
+        return None
+    known = known_pipeline(plan.plans[0].family.name, plan.plans[0].family.config, len(plan.plans))
+    return f"text encoder, VAE and scheduler are not in MODEL: give --pipeline {known or 'FOLDER'} here or to dvdq-run"
 
 
 def _held(plan: ExportPlan) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,10 @@ def test_the_command_loads_one_into_the_graph(artifact: Artifact, lora: Path, tm
     (clip,) = json.loads((tmp_path / "t.json").read_text())["clips"]
     assert clip["executed"]["lora"] == [{"path": str(lora), "scale": 0.5}]
     assert clip["executed"]["backend"] == "onnxruntime"
+    room = sum(2 * math.prod(s) for s in lora_input_shapes(artifact.plan().layers, RESERVED).values())
+    said = run(*common, "--dry-run", "--log-format", "json").stderr
+    parts = next(json.loads(line)["parts"] for line in said.splitlines() if '"needs"' in line)
+    assert {p["name"]: p["loaded"] for p in parts}["transformer (room for LoRAs)"] == room
     refused(run(*common, "--lora", lora, "--lora", f"{lora}:0.2", "--lora", lora), f"rank {3 * RANK}", "--lora-rank")
 
 
