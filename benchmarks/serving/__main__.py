@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from benchmarks.serving.fuzz import changed_bodies
@@ -211,6 +212,20 @@ def kills(out: Path, folder: Path, requests: int) -> list[Row]:
     ]
 
 
+def spare(out: Path, folder: Path, requests: int) -> list[Row]:
+    """Kill the worker whenever the spare process is ready, and time until jobs are drawn."""
+    times = []
+    with ServerProcess(out, folder / "data", stub={"STUB_SECONDS": CALL}) as server:
+        for i in range(requests):
+            end = time.monotonic() + 240
+            while sum(event["event"] == "spare_ready" for event in server.events()) <= i and time.monotonic() < end:
+                time.sleep(0.1)
+            begin = time.perf_counter()
+            server.kill_workers()
+            times.append(time.perf_counter() - begin)
+    return [("worker killed while the spare process is ready, until jobs are drawn again", _spread(times), "15 s")]
+
+
 def cold(out: Path, folder: Path, requests: int) -> list[Row]:
     """Kill server, worker and spare process at once, as a container ends, and time the start."""
     times, first = [], []
@@ -269,13 +284,20 @@ def limits(out: Path, folder: Path, requests: int) -> list[Row]:
 
 
 def fuzz(out: Path, folder: Path, requests: int) -> list[Row]:
-    """Send bodies with changed bytes to create and preflight."""
-    with (
-        ServerProcess(out, folder / "data", "--queue", 8, "--no-spare", stub={"STUB_SECONDS": "0"}) as server,
-        server.client() as client,
-    ):
+    """Send bodies with changed bytes to create and preflight; jobs that are good wait, and nobody draws them."""
+    from benchmarks.serving.local import local_http
+    from dvdquant.deploy.serve.settings import Limits, ModelSource, ServerSettings
+
+    settings = ServerSettings(
+        (ModelSource("out", str(out), str(TINY_WAN)),),
+        folder / "data",
+        devices=(),
+        spare=False,
+        limits=Limits(queue=1000),
+    )
+    with local_http(settings) as server, httpx.Client(base_url=server.url, timeout=120) as client:
         statuses = changed_bodies(client, requests)
-        assert client.get("/ready").status_code == 200
+        assert client.get("/health").status_code == 200
     said = ", ".join(f"{count} times {status}" for status, count in sorted(statuses.items()))
     return [(f"{requests} bodies with changed bytes: answers", said, "no 500")]
 
@@ -329,6 +351,7 @@ MEASURES: dict[str, tuple[Callable[[Path, Path, int], list[Row]], int]] = {
     "limits": (limits, 30),
     "cancels": (cancels, 20),
     "kills": (kills, 20),
+    "spare": (spare, 5),
     "cold": (cold, 5),
     "growth": (growth, 1000),
     "fuzz": (fuzz, 100_000),

@@ -21,7 +21,39 @@ PROMPT = "ring red right large black"
 START_SECONDS = 240.0  # on a busy machine; an idle one takes ten
 
 
-class ServerProcess:
+class Clients:
+    """What clients ask a server for."""
+
+    url = ""
+
+    def said(self) -> str:
+        """The end of its log."""
+        return ""
+
+    def client(self, **more: Any) -> httpx.Client:
+        """A client that knows the address."""
+        return httpx.Client(base_url=self.url, timeout=120, **more)
+
+    def create(self, client: httpx.Client, **fields: Any) -> dict[str, Any]:
+        """Create a job of two steps; its first state."""
+        body = {"prompt": PROMPT, "num_inference_steps": 2, "guidance_scale": 1, **fields}
+        answer = client.post("/v1/videos", json=body)
+        assert answer.status_code == 200, answer.text
+        result: dict[str, Any] = answer.json()
+        return result
+
+    def wait(self, client: httpx.Client, video: str, seconds: float = 240) -> dict[str, Any]:
+        """Wait for the end of a job; its last state."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            state: dict[str, Any] = client.get(f"/v1/videos/{video}").json()
+            if state["status"] in ("completed", "failed"):
+                return state
+            time.sleep(0.02)
+        raise AssertionError(f"{video} is {state['status']}:\n{self.said()}")
+
+
+class ServerProcess(Clients):
     """A server on a free port, with its log in a file.
 
     Args:
@@ -79,6 +111,10 @@ class ServerProcess:
             time.sleep(0.05)
         raise AssertionError(self.log_path.read_text())
 
+    def said(self) -> str:
+        """The end of its log."""
+        return self.log_path.read_text()[-5000:]
+
     def events(self, begin: int = 0) -> list[dict[str, Any]]:
         """The lines of the log that are whole."""
         with self.log_path.open("rb") as file:
@@ -124,27 +160,3 @@ class ServerProcess:
     def __exit__(self, *_: object) -> None:
         if self.process is not None and self.process.poll() is None:
             self.stop()
-
-    # --------------------------------------------------------------------------------------------------------- clients
-
-    def client(self, **more: Any) -> httpx.Client:
-        """A client that knows the address."""
-        return httpx.Client(base_url=self.url, timeout=120, **more)
-
-    def create(self, client: httpx.Client, **fields: Any) -> dict[str, Any]:
-        """Create a job of two steps; its first state."""
-        body = {"prompt": PROMPT, "num_inference_steps": 2, "guidance_scale": 1, **fields}
-        answer = client.post("/v1/videos", json=body)
-        assert answer.status_code == 200, answer.text
-        result: dict[str, Any] = answer.json()
-        return result
-
-    def wait(self, client: httpx.Client, video: str, seconds: float = 240) -> dict[str, Any]:
-        """Wait for the end of a job; its last state."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            state: dict[str, Any] = client.get(f"/v1/videos/{video}").json()
-            if state["status"] in ("completed", "failed"):
-                return state
-            time.sleep(0.02)
-        raise AssertionError(f"{video} is {state['status']}:\n{self.log_path.read_text()[-5000:]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -55,6 +56,12 @@ class Channel:
                     return
                 if isinstance(message, dict):
                     yield message
+
+    def is_closed(self) -> bool:
+        """Return whether the other end is gone; no message is taken."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return any(events & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
 
     def close(self) -> None:
         """Close this end; a thread that reads here ends."""

@@ -58,7 +58,8 @@ def main(words: list[str] | None = None, wrap_session: WrapSession | None = None
     messages = iter(channel)
     first = next(messages, None)
     if first is not None and first["event"] == "hold":
-        _import_for(_settings(first["settings"]))
+        with _ends_with(channel):
+            _import_for(_settings(first["settings"]))
         first = next(messages, None)
     if first is None:
         return 0  # the server was gone before it said anything
@@ -87,6 +88,23 @@ def main(words: list[str] | None = None, wrap_session: WrapSession | None = None
     return code
 
 
+@contextlib.contextmanager
+def _ends_with(channel: Channel) -> Iterator[None]:
+    """End the process in the middle of the block if the server ends: a spare one is of no use to the next server."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            if channel.is_closed():
+                os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
 def _import_for(settings: WorkerSettings) -> None:
     """Import what workers with these settings import, and open what they open, short of engines and devices."""
     setup_server_log(settings.log_format, settings.verbose, worker="spare")
@@ -102,7 +120,10 @@ def _import_for(settings: WorkerSettings) -> None:
 
 
 def _import_parts(generator: Generator) -> None:
-    """Import the pipeline's class and the backend of a model."""
+    """Import the scheduler, the pipeline's class, what describes the transformer, and the backend of a model."""
+    generator.check(generator.checker.example_request())
+    for component in generator.artifact.components:
+        generator.artifact.plan(component)
     name = generator.checker.pipeline_of(generator.checker.example_request())
     if name:
         getattr(importlib.import_module("diffusers"), name)
@@ -111,6 +132,8 @@ def _import_parts(generator: Generator) -> None:
         if backend in ("auto", module):
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
+                if module == "onnxruntime":
+                    importlib.import_module("dvdquant.deploy.sessions.onnxruntime")
 
 
 def _berth(settings: WorkerSettings) -> Berth | None:

@@ -11,12 +11,13 @@
 namespace dvdq {
 namespace strip {
 
-// With fewer, the tensor step spills behind the loads of y and the rows.
+// With fewer, the tensor step spills behind the loads of y and the rows; with more, GELU's does on SM 12.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kFusedRegisters = 120;
 #else
 constexpr int kFusedRegisters = 112;
 #endif
+constexpr int kGeluRegisters = 112;
 
 struct Prologue {
   const uint16_t* y;        // [m, k], added to x; null: none
@@ -213,7 +214,7 @@ DVDQ_DEVICE void apply_gelu(uint4 (&raw)[8]) {
 
 // A block holds block_tokens tokens, a warp 8 of their strips; scales per token or per group.
 template <bool Half, int Codes, bool Gelu>
-__global__ void __maxnreg__(kFusedRegisters) fused_quantize(const Params p, const Prologue f) {
+__global__ void __maxnreg__(Gelu ? kGeluRegisters : kFusedRegisters) fused_quantize(const Params p, const Prologue f) {
   uint32_t* const amax = reinterpret_cast<uint32_t*>(dynamic_shared());
   int* const sums = reinterpret_cast<int*>(amax + p.block_tokens);
   float2* const moments = reinterpret_cast<float2*>(sums + p.block_tokens);

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from tests.support.traces import share_traces
+
 NAMES = ("export", "inspect", "plan", "run", "build", "bundle", "push", "bench", "doctor")
 COMMANDS = {name: importlib.import_module(f"dvdquant.cli.{name}").main for name in NAMES}
 MODULES = (
@@ -150,6 +152,7 @@ def main() -> None:
     torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
     for name in MODULES:
         importlib.import_module(f"dvdquant.{name}")
+    share_traces()
     import diffusers
     import matplotlib.pyplot
     import onnx

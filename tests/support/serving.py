@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-import uvicorn
-
-from dvdquant.deploy.serve.app import make_app
-from dvdquant.deploy.serve.files import FolderFiles
-from dvdquant.deploy.serve.metrics import ServerMetrics
-from dvdquant.deploy.serve.server import _Http
+from benchmarks.serving.local import local_http
+from benchmarks.serving.process import Clients
 from dvdquant.deploy.serve.service import Service
 from dvdquant.deploy.serve.settings import Limits, ModelSource, ServerSettings
-from dvdquant.deploy.serve.sqlite_store import SqliteStore
-from dvdquant.deploy.serve.supervisor import Pool
 from dvdquant.deploy.serve.worker import Worker
 
 
-class LocalServer:
+class LocalServer(Clients):
     """The address of a server, and what is behind it.
 
     Args:
+        out: The export.
         service: What is behind the routes.
         url: Its address.
     """
 
-    def __init__(self, service: Service, url: str) -> None:
-        self.service, self.url = service, url
+    def __init__(self, out: Path, service: Service, url: str) -> None:
+        self.out, self.service, self.url = out, service, url
 
-    def client(self) -> httpx.Client:
-        """A client that knows the address."""
-        return httpx.Client(base_url=self.url, timeout=240)
+
+class _WorkerHere:
+    """In the place of a worker's process: what the server says to it reaches the worker on its thread."""
+
+    label, ready = "local", True
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.facts: dict[str, Any] = {}
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Tell the worker."""
+        {"wake": self.worker.wake, "cancel": self.worker.cancel}[event](**fields)
 
 
 @contextlib.contextmanager
@@ -53,46 +55,37 @@ def local_server(
         limits: What a request may ask for.
         draws: Run a worker; without one, jobs wait.
     """
-    data.mkdir(parents=True, exist_ok=True)
-    source = ModelSource("model", str(out), None if pipeline is None else str(pipeline))
     settings = ServerSettings(
-        (source,),
+        (ModelSource("model", str(out), None if pipeline is None else str(pipeline)),),
         data,
         devices=(),
         backend="onnxruntime",
         limits=limits or Limits(),
+        allowed_hosts=("127.0.0.1", "localhost"),
         spare=False,
         warm_up=False,
     )
-    store, files, metrics = SqliteStore(data / "jobs.sqlite"), FolderFiles(data / "videos"), ServerMetrics()
-    service = Service(settings, store, files, Pool(settings, store, metrics, ("none",), lambda _: None), metrics)
-    http = _Http(uvicorn.Config(make_app(service), port=0, lifespan="off", log_config=None))
-    loop = asyncio.new_event_loop()
-    threads = [threading.Thread(target=loop.run_until_complete, args=(http.serve(),), daemon=True)]
+    with local_http(settings) as http:
+        service = http.service
 
-    def tell(event: str, **fields: Any) -> None:
-        metrics.take("local", {"event": event, **fields})
-        if event == "ended":
-            loop.call_soon_threadsafe(service.changed, fields["video"])
+        def tell(event: str, **fields: Any) -> None:
+            service.metrics.take("local", {"event": event, **fields})
+            if event == "ready":
+                here.facts = fields["models"]
+            elif event == "ended":
+                http.loop.call_soon_threadsafe(service.changed, fields["video"])
 
-    worker = Worker(settings.worker("local", "cpu"), store, files, tell)
-    if draws:
-        worker.open()
-        threads.append(threading.Thread(target=worker.run, daemon=True))
-    for thread in threads:
-        thread.start()
-    end = time.monotonic() + 60
-    while not http.started and time.monotonic() < end:
-        time.sleep(0.01)
-    try:
-        yield LocalServer(service, f"http://127.0.0.1:{http.servers[0].sockets[0].getsockname()[1]}")
-    finally:
-        http.should_exit = True
-        worker.stop()
-        for thread in threads:
-            thread.join(60)
-        for generator in worker.generators.values():
-            generator.close()
-        service.close()
-        store.close()
-        loop.close()
+        worker = Worker(settings.worker("local", "cpu"), service.store, service.files, tell)
+        here, thread = _WorkerHere(worker), threading.Thread(target=worker.run, daemon=True)
+        if draws:
+            worker.open()
+            service.pool.workers.append(here)  # type: ignore[arg-type]
+            thread.start()
+        try:
+            yield LocalServer(out, service, http.url)
+        finally:
+            if draws:
+                worker.stop()
+                thread.join(60)
+            for generator in worker.generators.values():
+                generator.close()
