@@ -122,7 +122,7 @@ def _until(what: Any, said: str) -> Any:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.stress  # a cluster on two busy cores takes minutes
 def test_two_replicas_of_which_one_is_killed_complete_every_job(cluster: Any) -> None:
     """The queue brings a second worker; it is killed in a job; all jobs complete; then one worker is left."""
     from dvdquant.deploy.serve.postgres_store import PostgresStore
