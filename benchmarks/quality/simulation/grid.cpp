@@ -75,16 +75,16 @@ inline float to_e4m3(float x) {
   return std::min(std::bit_cast<float>(bits & ~0xFFFFFu), 448.0f);
 }
 
-inline float to_e2m1(float x) {
-  const float low = std::nearbyint(x * 2.0f) * 0.5f, middle = std::nearbyint(x), high = std::nearbyint(x * 0.5f) * 2.0f;
-  return std::min(x < 2.0f ? low : x < 4.0f ? middle : high, 6.0f);
+inline double to_e2m1(double x) {
+  const double low = std::nearbyint(x * 2.0) * 0.5, middle = std::nearbyint(x), high = std::nearbyint(x * 0.5) * 2.0;
+  return std::min(x < 2.0 ? low : x < 4.0 ? middle : high, 6.0);
 }
 
-// As nvfp4.py: what goes into the product, in bf16 relative to the token's largest value, which goes to `amax`.
+// As nvfp4.py, in double where bf16 values make ties: what goes into the product, in bf16 relative to the token's largest value, which goes to `amax`.
 template <typename Input>
 void run_nvfp4(const Input* x, const float* shift, const float* scale, int64_t tokens, int k, int block, float power,
                uint16_t* out, float* amax) {
-  constexpr float kUnit = static_cast<float>(1.0 / 2688.0), kTop = static_cast<float>(6.0 * (1.0 / 2688.0));
+  constexpr float kUnit = static_cast<float>(1.0 / 2688.0);
   Vec h[kLanes];
   sylvester(h);
   std::vector<float> first(k), second(k);
@@ -110,9 +110,11 @@ void run_nvfp4(const Input* x, const float* shift, const float* scale, int64_t t
         unit[i] = to_bf16_value(v[g + i] / amax[t]);
         top = std::max(top, std::fabs(unit[i]));
       }
-      const float step = to_e4m3(top / kTop) * kUnit, down = std::max(step, 0x1p-30f);
+      const float scale8 = to_e4m3(static_cast<float>(top / 6.0 / kUnit));
+      const double step = static_cast<double>(scale8) * kUnit, down = std::max(step, 0x1p-30);
       for (int i = 0; i < kLanes; ++i) {
-        out[g + i] = to_bf16(std::copysign(to_e2m1(std::fabs(unit[i] / down)), unit[i]) * step);
+        const double code = std::copysign(to_e2m1(std::fabs(unit[i] / down)), static_cast<double>(unit[i]));
+        out[g + i] = to_bf16(static_cast<float>(code) * (scale8 * kUnit));
       }
     }
   }

@@ -20,12 +20,14 @@ from dvdquant.ops.smooth import smooth_input
 
 __all__ = ["Nvfp4Linear", "nvfp4_blocks"]
 
-_UNIT = 1 / (E2M1_MAX * E4M3_MAX)
+_UNIT = float(np.float32(1 / (E2M1_MAX * E4M3_MAX)))  # a constant of the graph, in fp32
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def nvfp4_blocks(unit: Tensor) -> Tensor:
     """Round to e2m1 codes with one e4m3 scale per 16 values, relative to a global scale of 1/2688.
+
+    In float64: values of bf16 lie in the middle of two codes often, and fp32 would turn those one way or the other.
 
     Args:
         unit: fp32 [..., K], 16 divides K; at most 1 in magnitude.
@@ -33,14 +35,15 @@ def nvfp4_blocks(unit: Tensor) -> Tensor:
     Returns:
         What the codes stand for, fp32 [..., K].
     """
-    blocks = unit.unflatten(-1, (-1, NVFP4_BLOCK))
-    steps = (blocks.abs().amax(-1, keepdim=True) / (E2M1_MAX * _UNIT)).to(torch.float8_e4m3fn).float() * _UNIT
-    codes = blocks / steps.clamp(min=2.0**-30)  # a block whose scale is 0 stands for zeros
+    blocks = unit.unflatten(-1, (-1, NVFP4_BLOCK)).double()
+    top = blocks.abs().amax(-1, keepdim=True) / E2M1_MAX / _UNIT
+    scale = top.float().to(torch.float8_e4m3fn).float()
+    codes = blocks / (scale.double() * _UNIT).clamp(min=2.0**-30)  # a block whose scale is 0 stands for zeros
     # Steps of e2m1: 1/2 below 2, 1 below 4, 2 up to 6. Each rounds ties to the even mantissa.
     size = codes.abs()
     half, whole, double = size.mul(2).round_().mul_(0.5), size.round(), size.mul(0.5).round_().mul_(2)
     rounded = torch.where(size < 2, half, torch.where(size < 4, whole, double)).clamp_(max=E2M1_MAX)
-    return (rounded.copysign_(codes) * steps).flatten(-2)
+    return (rounded.copysign_(codes).float() * (scale * _UNIT)).flatten(-2)
 
 
 class Nvfp4Linear:
