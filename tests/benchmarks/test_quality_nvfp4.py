@@ -94,7 +94,7 @@ def test_the_row_is_what_the_engine_graph_computes(lowered: Any) -> None:
         size = exact[name].norm()
         plain = torch.nn.functional.linear(x[name].float(), *unquantized(lowered, name))
         lost = (exact[name] - plain).norm() / size
-        assert 0.05 < lost < 0.5, name
+        assert 0.05 < lost < 0.8, name
         assert (y - exact[name]).norm() / size < 0.05 * lost, name
         assert (y == exact[name]).float().mean() > 0.95, name
         # A simulation that leaves something out is far away.
