@@ -3,14 +3,16 @@
     python benchmarks/single_file.py benchmarks/configs/wan2.1-14b.json /var/tmp/wan-14b --limit-gib 8
     python benchmarks/single_file.py benchmarks/configs/wan2.1-14b.json /var/tmp/wan-2 --layers 2 --recipe weights-only
 
-writes both below the folder, where they are not there yet (the 14B takes 42 GB), and runs benchmarks/export.py on each. The
-file has the names that its authors gave and ComfyUI's prefix. ``--lora-rank 64`` also fuses a random LoRA of that rank on every
-linear layer of the blocks into both. Further options go to ``dvdq-export``.
+writes the file below the folder, runs benchmarks/export.py on it, removes it, and does the same with a folder of the same
+weights: 28 GB of the 14B at a time, and the export. The file has the names that its authors gave and ComfyUI's prefix.
+``--lora-rank 64`` also fuses a random LoRA of that rank on every linear layer of the blocks into both. Further options go to
+``dvdq-export``.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.lora import write_lora
+from benchmarks.make_checkpoint import HeavyTailed
 from dvdquant.checkpoint.formats.wan import NAMES
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.model.plan import build_skeleton
 
 HERE = Path(__file__).parent
 PREFIX = "model.diffusion_model."
@@ -35,22 +38,22 @@ def authors_name(name: str) -> str:
     return table if table is not None else f"{next(NAMES.theirs(module), module)}.{parameter}"
 
 
-def write_scaled(folder: Path, file: Path) -> None:
-    """Write the weights of a folder as a single file: the linear layers of blocks in fp8 with one scale each."""
-    checkpoint = open_checkpoint(folder)
+def write_scaled(config: Path, file: Path) -> None:
+    """Write the weights that make_checkpoint.py draws as a single file: the linear layers of blocks in fp8, one scale each."""
+    skeleton = build_skeleton(json.loads(config.read_text()), torch.bfloat16)
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     plan: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-    names = {name: PREFIX + authors_name(name) for name in checkpoint.tensors}
-    scaled = {
-        name for name, info in checkpoint.tensors.items() if name.startswith("blocks.") and is_matrix(name, info.shape)
-    }
-    for name, info in checkpoint.tensors.items():
-        plan.append((names[name], torch.float8_e4m3fn if name in scaled else torch.bfloat16, info.shape))
+    names = {name: PREFIX + authors_name(name) for name in shapes}
+    scaled = {name for name, shape in shapes.items() if name.startswith("blocks.") and is_matrix(name, shape)}
+    for name, shape in shapes.items():
+        plan.append((names[name], torch.float8_e4m3fn if name in scaled else torch.bfloat16, shape))
         if name in scaled:
             plan.append((names[name].replace(".weight", ".scale_weight"), torch.float32, (1,)))
+    weights = HeavyTailed(0)
     with file.open("wb") as output:
         output.write(header(plan))
-        for name in checkpoint.tensors:
-            value = checkpoint.read(name)
+        for name, shape in shapes.items():
+            value = weights.draw(shape)
             if name in scaled:
                 scale = value.abs().max().float().reshape(1) / 448
                 value = (value.float() / scale).to(torch.float8_e4m3fn)
@@ -87,21 +90,23 @@ def main(config: Path, folder: Path, layers: int | None, lora_rank: int | None, 
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(config.read_text())
     settings["num_layers"] = layers or settings["num_layers"]
-    (folder / "config.json").write_text(json.dumps(settings))
+    own, lora = folder / "config.json", folder / "lora.safetensors"
+    own.write_text(json.dumps(settings))
     plain, file = folder / "bf16", folder / "fp8" / "wan_fp8_scaled.safetensors"
-    if not plain.exists():
-        subprocess.run([sys.executable, HERE / "make_checkpoint.py", folder / "config.json", plain], check=True)
-    if not file.exists():
-        file.parent.mkdir(exist_ok=True)
-        write_scaled(plain, file)
-    if lora_rank is not None:
-        lora = folder / f"lora-{lora_rank}.safetensors"
-        if not lora.exists():
-            write_lora(plain, lora, lora_rank)
-        options = (*options, "--lora", str(lora))
     for model in (file, plain):
+        if model == file:
+            file.parent.mkdir(exist_ok=True)
+            write_scaled(own, file)
+        else:
+            subprocess.run([sys.executable, HERE / "make_checkpoint.py", own, plain], check=True)
+        if lora_rank is not None:
+            write_lora(model, lora, lora_rank)
+            options = (*options, "--lora", str(lora)) if str(lora) not in options else options
         command = [sys.executable, HERE / "export.py", model, "--target", "graphs", *options]
-        subprocess.run([str(word) for word in command], check=True)
+        try:
+            subprocess.run([str(word) for word in command], check=True)
+        finally:
+            shutil.rmtree(plain if model == plain else file.parent)
 
 
 if __name__ == "__main__":

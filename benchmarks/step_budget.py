@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_cases import CASES, Case, Flavour, config_of, inputs_of, select_cases, shallow
+from dvdquant.model.held_weights import held_weights
 from dvdquant.model.layers import QuantLinear
 from dvdquant.model.loading import GraphWrapper
 from dvdquant.model.plan import build_skeleton, plan_model, quantized_skeleton
@@ -51,12 +52,14 @@ class Rates:
         attention: Attention format -> TFLOP/s.
         bandwidth: TB/s of an operation that only moves memory.
         source: Where the figures are from.
+        sm: The compute capability, major · 10 + minor.
     """
 
     linear: dict[int, float]
     attention: dict[str, float]
     bandwidth: float
     source: str
+    sm: int
 
 
 RATES = {
@@ -65,12 +68,13 @@ RATES = {
         {"16": 585, "int8": 900, "fp8": 900},
         2.73,
         "linears and bandwidth: kernels/bench/results; attention in 16 bit: fitted to the blocks of results/; 8 bit: public",
+        90,
     ),
     "RTX 4090": Rates(
-        {16: 150, 8: 520, 4: 900}, {"16": 160, "int8": 480, "fp8": 480}, 0.90, "public figures of kernels"
+        {16: 150, 8: 520, 4: 900}, {"16": 160, "int8": 480, "fp8": 480}, 0.90, "public figures of kernels", 89
     ),
     "RTX 5090": Rates(
-        {16: 200, 8: 650, 4: 650}, {"16": 210, "int8": 620, "fp8": 620}, 1.60, "public figures of kernels"
+        {16: 200, 8: 650, 4: 650}, {"16": 210, "int8": 620, "fp8": 620}, 1.60, "public figures of kernels", 120
     ),
 }
 # Bytes that a compiled Wan block moves between its opaque operations: 40.6 a token and channel, 4 a token and channel of the
@@ -230,13 +234,31 @@ def predict(case: Case, flavour: Flavour, rates: Rates, work: Work) -> dict[str,
         width = config["num_attention_heads"] * config["attention_head_dim"]
         pointwise = tokens * (COMPILED_WAN[0] * width + COMPILED_WAN[1] * config["ffn_dim"])
     attention = rates.attention[flavour.attention]
+    quantizing = work.moved[QUANTIZING]
+    if flavour.weights == "packed":
+        quantizing += expanded_bytes(case, flavour.bits, rates.sm)
     return {
         LINEARS: work.flops[LINEARS] / rates.linear[flavour.bits] / 1e9,
         ATTENTION: work.flops[ATTENTION] / attention / 1e9,
         TEXT_ATTENTION: work.flops[TEXT_ATTENTION] / rates.attention["16"] / 1e9,
         POINTWISE: pointwise / rates.bandwidth / 1e9,
-        QUANTIZING: work.moved[QUANTIZING] / rates.bandwidth / 1e9,
+        QUANTIZING: quantizing / rates.bandwidth / 1e9,
     }
+
+
+def expanded_bytes(case: Case, bits: int, sm: int) -> int:
+    """Return the bytes that one block reads and writes to expand packed weights.
+
+    Args:
+        case: The case.
+        bits: The activation bits.
+        sm: The compute capability, major · 10 + minor.
+    """
+    traffic = []
+    for depth in (1, 2):
+        plan = plan_model(shallow(config_of(case), depth, 1), get_recipe("w4a4"), torch.bfloat16)
+        traffic.append(dict(held_weights(plan, sm, [bits]).traffic)[bits])
+    return traffic[1] - traffic[0]
 
 
 def rates_for(device_name: str) -> tuple[str, Rates] | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvdquant.hardware.weights import WeightForm
 from dvdquant.model.families import Axis, Family, Sizes
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -53,19 +54,20 @@ class Flavour:
         bits: 16 for bf16, else the activation bits of the quantized model.
         compiled: Whether the blocks are compiled.
         attention: ``16``, ``int8`` or ``fp8``.
+        weights: ``packed`` or ``expanded``, how the kernels hold quantized weights.
     """
 
     bits: int
     compiled: bool = False
     attention: str = "16"
+    weights: WeightForm = "expanded"
 
     @property
     def name(self) -> str:
         """Return the name, such as ``a8 compiled, fp8 attention``."""
         width = "bf16" if self.bits == 16 else f"a{self.bits}"
-        return f"{width} {'compiled' if self.compiled else 'eager'}" + (
-            "" if self.attention == "16" else f", {self.attention} attention"
-        )
+        attention = "" if self.attention == "16" else f", {self.attention} attention"
+        return f"{width} {'compiled' if self.compiled else 'eager'}{attention}{', packed' * (self.weights == 'packed')}"
 
 
 # What is switched on one by one. The honest baseline is the second: bf16, compiled.
@@ -78,6 +80,9 @@ FLAVOURS = (
     Flavour(4, compiled=True),
     Flavour(8, compiled=True, attention="int8"),
     Flavour(8, compiled=True, attention="fp8"),
+    Flavour(8, weights="packed"),
+    Flavour(4, weights="packed"),
+    Flavour(8, compiled=True, weights="packed"),
 )
 # The number of blocks of each kind per block of depth: two single-stream ones for every dual-stream one, as in the real
 # model (20 and 40).

@@ -22,7 +22,7 @@ MEASURED = (LINEARS, ATTENTION, POINTWISE, QUANTIZING)
 # In this order: an attention kernel may be a CUTLASS kernel by its name, too.
 _PATTERNS = (
     (ATTENTION, r"flash|fmha|sdpa|attention|attn|\bmha|sage"),
-    (QUANTIZING, r"rotate_quantize"),
+    (QUANTIZING, r"rotate_quantize|expand_packed"),
     (LINEARS, r"gemm|gemv|nvjet|cutlass|cublas|splitk|quant_linear|prepared_linear|addmm|linear|\bmm\b"),
 )
 

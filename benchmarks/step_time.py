@@ -160,7 +160,9 @@ def build(plan: ModelPlan, flavour: Flavour, device: torch.device) -> tuple[nn.M
     # The packed weights stay on the CPU, as in a session.
     model = fill(skeleton, device if kernels is None else torch.device("cpu"))
     if kernels is not None:
-        prepare_layers(model, kernels, [plan.recipe.activation(flavour.bits)], plan.dtype, device)
+        prepare_layers(model, kernels, [plan.recipe.activation(flavour.bits)], plan.dtype, device, flavour.weights)
+    elif flavour.weights == "packed":
+        raise UnsupportedError("packed weights are a form of the kernels", fix="a GPU that they are built for")
     model = model.to(device)
     backend = "reference" if flavour.attention != "16" and device.type == "cpu" else None
     attention = wanted_attention(flavour.attention, backend, device, flavour.name)

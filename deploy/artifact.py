@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +148,9 @@ class Artifact:
         if key not in self._cache:
             from dvdquant.model.plan import plan_model
 
-            plan = plan_model(self.config(component), self.recipe, self.dtype)
+            plan = replace(
+                plan_model(self.config(component), self.recipe, self.dtype), lora_rank=self.manifest.lora_rank
+            )
             layers = len(plan.layers)
             start = self.components.index(component) * layers
             written = [(e["name"], e["rotation_block"]) for e in self.manifest.layers[start : start + layers]]
@@ -274,7 +276,7 @@ class Artifact:
         # 1. Source and recipe.
         recipes = ["--recipe", recipe] if recipe else _recipe_options(manifest.recipe)
         words = ["dvdq-export", manifest.source["model"], "-o", str(self.root), *recipes]
-        for option, key in (("--transformer-2", "transformer_2"), ("--config", "config")):
+        for option, key in (("--transformer-2", "transformer_2"), ("--config", "config"), ("--pipeline", "pipeline")):
             if key in manifest.source:
                 words += [option, str(manifest.source[key])]  # type: ignore[literal-required]
         # 2. Targets and the SMs to build for.
@@ -296,6 +298,8 @@ class Artifact:
         # 4. LoRAs, and the runtime's defaults.
         for lora in manifest.lora:
             words += ["--lora", f"{lora['component']}={lora['path']}:{lora['scale']!r}"]
+        if manifest.lora_rank:
+            words += ["--lora-rank", str(manifest.lora_rank)]
         for name, value in (manifest.sampling or {}).items():
             words += [f"--{name}", f"{value:g}"]
         # 5. Other options, where they differ from their defaults.

@@ -162,7 +162,8 @@ def plan_schedule(
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: Receiver of the progress. None reports nothing.
-        **options: ``pipeline``, ``reference``, ``image`` and ``last_image`` of :func:`dvdquant.deploy.planning.planner.plan`.
+        **options: ``reference`` and the further options of :func:`dvdquant.deploy.planning.planner.plan`, such as
+            ``pipeline``, ``image``, ``guidance``, ``text_embeds`` and ``offload``.
 
     Returns:
         The plan: δ, the predictions for it, and the measurements of one real run.
@@ -172,10 +173,10 @@ def plan_schedule(
             written, or a clip cannot be drawn.
     """
     from dvdquant.deploy.artifact import Artifact
-    from dvdquant.deploy.planning.planner import Goal, plan
+    from dvdquant.deploy.planning.planner import CLIP, OPENING, Goal, plan
     from dvdquant.system.whole_file import check_writable
 
-    more = ("pipeline", "reference", "image", "last_image")
+    more = ("reference", *CLIP, *(name for name in OPENING if name not in ("backend", "device")))
     if unknown := sorted(options.keys() - set(more)):
         known = [name for name in signature(plan_schedule).parameters if name != "options"]
         raise UnsupportedError(f"plan_schedule has no option {unknown[0]}", available=[*known, *more])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from dvdquant.errors import ResourceError
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.report import BUILD_MEMORY_FACTOR, INT8_MEMORY_FACTOR
 from dvdquant.export.options import ExportOptions
-from dvdquant.hardware.capabilities import capability
+from dvdquant.hardware.capabilities import sm_number
+from dvdquant.model.held_weights import held_weights
+from dvdquant.model.lora_inputs import lora_input_shapes
 from dvdquant.model.plan import ModelPlan
 from dvdquant.quantize.checkpoint import CHUNK_WEIGHTS
 from dvdquant.quantize.hessian import hessian_bytes
@@ -75,6 +77,8 @@ class Estimate:
         resident_bytes: The exporter's own peak memory.
         builder_bytes: The peak memory of the engine builder's process; 0 if no engine is built.
         waiting_bytes: The memory that the exporter holds while the builder runs.
+        held_bytes: The tensors of the checkpoint that the exporter keeps in memory, because a later stage reads them again
+            and there is room; an export without that room reads them twice instead.
         seconds: Stage -> time in seconds: ``inputs``, ``quantize``, ``trace`` and ``engines``.
     """
 
@@ -86,6 +90,7 @@ class Estimate:
     builder_bytes: int
     waiting_bytes: int
     seconds: dict[str, float]
+    held_bytes: int = 0
 
     @property
     def disk_bytes(self) -> int:
@@ -94,7 +99,12 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """Return the peak memory; the builder runs while the exporter waits."""
+        """Return the peak memory with what is kept only because there is room for it."""
+        return self.needed_bytes + self.held_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """Return the memory without which the export cannot be made; the builder runs while the exporter waits."""
         return max(self.resident_bytes, self.waiting_bytes + self.builder_bytes if self.builder_bytes else 0)
 
     def to_json(self) -> dict[str, Any]:
@@ -105,6 +115,7 @@ class Estimate:
             "engine_bytes": self.engine_bytes,
             "disk_bytes": self.disk_bytes,
             "peak_bytes": self.peak_bytes,
+            "held_bytes": self.held_bytes,
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
         }
 
@@ -160,16 +171,27 @@ def builder_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
 def held_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
     """Return the memory that the weights of one transformer take in a session with an engine, in bytes.
 
-    The plugin's packed weights are inputs of the engine, and what its GPU multiplies is prepared from them once.
+    The plugin's packed weights are inputs of the engine, and their rows lie beside them. A session that expands them,
+    which takes room that is free, holds more.
 
     Args:
         plan: The plan of the model.
         engine: The engine.
     """
     if engine.precision != "plugin":
-        return ENGINE_BYTES + engine_weight_bytes(plan, engine)
-    native = engine.act_bits == 4 and capability(engine.sms[0]).kernels_a4
-    return ENGINE_BYTES + packed_bytes(plan) + plan.quantized_weights // (2 if native else 1)
+        return ENGINE_BYTES + engine_weight_bytes(plan, engine) + reserved_bytes(plan)
+    held = held_weights(plan, sm_number(engine.sms[0]), [engine.act_bits])
+    return ENGINE_BYTES + held.plugin_bytes("packed") + reserved_bytes(plan)
+
+
+def reserved_bytes(plan: ModelPlan) -> int:
+    """Return the size of the inputs that are reserved for LoRAs, which a session holds on the device, in bytes.
+
+    Args:
+        plan: The plan of the model.
+    """
+    shapes = lora_input_shapes(plan.layers, plan.lora_rank).values()
+    return plan.dtype.itemsize * sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def estimate_export(
@@ -178,6 +200,7 @@ def estimate_export(
     options: ExportOptions,
     source_bytes: int,
     largest: int,
+    again: int = 0,
 ) -> Estimate:
     """Predict what one export takes.
 
@@ -187,6 +210,8 @@ def estimate_export(
         options: The options of the export, which the estimate does not use.
         source_bytes: The size of the checkpoints in bytes.
         largest: The memory that their largest tensor takes while it is read, in bytes.
+        again: The memory that the tensors of one checkpoint take, as they are read, where a stage reads them again; 0
+            where each is read once.
     """
     # 1. Sizes of weights and engines.
     weights = sum(p.quantized_weights for p in plans)
@@ -219,7 +244,7 @@ def estimate_export(
     # 4. Memory while weights are quantized: the Hessians and the model's run if the recipe looks at inputs.
     hessian = max((hessian_bytes(p) for p in looking), default=0)
     running = hessian + INPUTS_BYTES + 4 * largest if looking else 0
-    return Estimate(
+    found = Estimate(
         source_bytes=source_bytes,
         weight_file_bytes=sum(packed_bytes(p) for p in plans),
         engine_bytes=sum(ENGINE_BYTES + size for _, _, size in pairs),
@@ -229,6 +254,8 @@ def estimate_export(
         waiting_bytes=waiting,
         seconds=seconds,
     )
+    # 5. Of the memory that is free beside that, half is for what was missed here and for other processes.
+    return replace(found, held_bytes=min(again, max(0, memory_limit() - found.needed_bytes) // 2))
 
 
 def _memory_factor(engine: EnginePlan) -> float:
@@ -249,7 +276,7 @@ def require_memory(estimate: Estimate, plans: Sequence[ModelPlan], engines: Sequ
             fit.
     """
     limit = memory_limit()
-    if estimate.peak_bytes <= limit:
+    if estimate.needed_bytes <= limit:
         return
     options = [f"--target onnx needs {_gib(estimate.resident_bytes)}"]
     if engines and plans:
@@ -258,7 +285,7 @@ def require_memory(estimate: Estimate, plans: Sequence[ModelPlan], engines: Sequ
         if any(e.precision not in ("int4-weight-only", "plugin") for e in engines):
             options.append(f"--precision int4-weight-only needs {_gib(needed)}")
     raise ResourceError(
-        f"the export needs about {_gib(estimate.peak_bytes)} of memory (the engine builder takes up to "
+        f"the export needs about {_gib(estimate.needed_bytes)} of memory (the engine builder takes up to "
         f"{BUILD_MEMORY_FACTOR} times the bytes of the weights it is given)",
         available=f"{_gib(limit)}; " + "; ".join(options),
         fix="build on a machine with more memory: a later dvdq-export into the same folder builds the engines alone",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from dvdquant.artifact.manifest import Manifest, model_name
-from dvdquant.artifact.provenance import sampling_sentence, source_words
+from dvdquant.artifact.provenance import lora_room, sampling_sentence, source_words
 from dvdquant.artifact.verified import verified_text
 from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import markdown, shown
@@ -77,6 +77,7 @@ def _loras(manifest: Manifest) -> list[str]:
         f"{entry['layers']} layers, SHA-256 {code(entry['sha256'])}"
         for entry in manifest.lora
     ]
+    lines += [f"- {words}" for words in lora_room(manifest.lora_rank)]
     if manifest.sampling is not None:
         lines.append(f"- {sampling_sentence(manifest.sampling)}")
     return lines

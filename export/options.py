@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dvdquant.artifact.manifest import MAX_GUIDANCE, MAX_STEPS, Sampling
+from dvdquant.artifact.manifest import MAX_GUIDANCE, MAX_LORA_RANK, MAX_STEPS, Sampling
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import Recipe
@@ -70,10 +70,14 @@ class ExportOptions:
         device: The device where inputs are predicted and weights are rotated and quantized: a word that
             :func:`dvdquant.system.devices.resolve_device` knows.
         lora: The LoRAs that are fused into the weights.
+        lora_rank: The rank of the branch that every graph and engine gets beside each quantized layer, for LoRAs that are
+            loaded at run time; 0 means none.
         steps: The number of denoising steps that is recorded as the runtime's default; None means the model's own.
         guidance: The guidance scale that is recorded as the runtime's default; None means the model's own.
         transformer_2: The file or folder of the second transformer, if it does not lie in ``model``.
         config: The config.json of a model that has none.
+        pipeline: The folder or hub id of the diffusers pipeline that the runtime takes text encoder, VAE and scheduler from,
+            where MODEL has none. It is recorded alone.
         report: Write report.html too.
         samples: The number of prompts, 0 to 16, that the report shows clips of. None means one if the model has a
             prompt table, and else none.
@@ -113,10 +117,12 @@ class ExportOptions:
     report: bool = False
     samples: int | None = None
     lora: tuple[LoraSpec, ...] = ()
+    lora_rank: int = 0
     steps: int | None = None
     guidance: float | None = None
     transformer_2: str | None = None
     config: Path | None = None
+    pipeline: str | None = None
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -141,6 +147,11 @@ class ExportOptions:
             raise UnsupportedError(
                 f"--guidance is {self.guidance:g}",
                 available=f"0 to {MAX_GUIDANCE}; 1 is no guidance, as distilled models want",
+            )
+        if not 0 <= self.lora_rank <= MAX_LORA_RANK:
+            raise UnsupportedError(
+                f"--lora-rank is {self.lora_rank}",
+                available=f"1 to {MAX_LORA_RANK}, at least the rank of the LoRA, or of all that run at once together; 0 is none",
             )
         for plugin in self.plugins:
             if not plugin.is_file():
@@ -213,6 +224,7 @@ def check_text(options: ExportOptions) -> None:
     """
     texts = [("MODEL", recorded_model(options.model)), ("--subfolder", options.subfolder or "")]
     texts += [("--revision", options.revision or ""), ("--timing-cache", str(options.timing_cache or ""))]
+    texts += [("--pipeline", recorded_model(options.pipeline or ""))]
     texts += [("--transformer-2", recorded_model(options.transformer_2 or "")), ("--config", str(options.config or ""))]
     texts += [("--plugin", str(plugin)) for plugin in options.plugins]
     texts += [("--lora", str(lora.path)) for lora in options.lora]

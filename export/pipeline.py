@@ -53,7 +53,6 @@ from dvdquant.quantize.checkpoint import (
     rotated_weight,
 )
 from dvdquant.system.copies import copy_file, link_file
-from dvdquant.system.memory import memory_limit
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_io import read_tensor
 
@@ -154,7 +153,11 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
         if transaction.complete and transaction.previous is not None and run.adopt(transaction.previous):
             progress.say(f"weights and graphs in {options.out} are up to date")
             previous = transaction.previous
-            same = (previous.lora, previous.sampling) == (run.loras(), options.sampling)
+            same = (previous.lora, previous.sampling, previous.source.get("pipeline")) == (
+                run.loras(),
+                options.sampling,
+                source_of(plan).get("pipeline"),
+            )
             missing = run.missing_engines() or run.missing_builds()
             if not (missing or options.verify or options.report) and same:
                 return ExportResult(options.out, transaction.previous, up_to_date=True)
@@ -290,7 +293,7 @@ class _Run:
             with self.progress.stage("trace", 1, "graph") as stage:
                 base = trace_graph(model_plan, plan.sizes)
                 stage.update(1, component)
-            weights = self.weights[component] = ReadOnce.of(checkpoint, self._budget())
+            weights = self.weights[component] = ReadOnce.of(checkpoint, self._room())
             packed = quantize_checkpoint(
                 weights,
                 model_plan,
@@ -300,7 +303,7 @@ class _Run:
                 options.allow_nonfinite,
                 options.torch_device,
             )
-            if not any(engine.precision == "nvfp4" for engine in (*plan.engines, *plan.later)):
+            if not plan.makes_nvfp4:
                 weights.forget()  # only NVFP4 is made from the original weights
             self.packed[component] = packed
             self.known |= packed.files
@@ -314,12 +317,9 @@ class _Run:
                         self.known[entry["path"]] = hash_file(self.transaction.tree / entry["path"])
                         stage.update(1, entry["path"])
 
-    def _budget(self) -> int:
-        """Return the bytes of checkpoint that may be held: half of what is free beyond the estimate of the export itself.
-
-        The other half is for what the estimate missed and for other processes.
-        """
-        return max(0, memory_limit() - self.plan.estimate.peak_bytes) // 2
+    def _room(self) -> int:
+        """Return the bytes of one more checkpoint that may be held, as the estimate counted them."""
+        return self.plan.estimate.held_bytes - sum(weights.held_bytes for weights in self.weights.values())
 
     # ---------------------------------------------------------------------------------------------- engines
 
@@ -610,6 +610,7 @@ class _Run:
             tools=tools,
             verified=self._verified(),
             lora=self.loras(),
+            lora_rank=plan.options.lora_rank,
             sampling=plan.options.sampling,
             builds=tuple(self.later),
         )

@@ -29,6 +29,7 @@ from dvdquant.quantize.checkpoint import (
     check_weights,
     reading_bytes,
 )
+from dvdquant.system.safetensors_io import DTYPES
 from dvdquant.text import shown
 
 __all__ = ["ExportPlan", "check_previous", "plan_export", "shapes_of", "source_of"]
@@ -61,6 +62,11 @@ class ExportPlan:
     later: tuple[EnginePlan, ...] = ()
 
     @property
+    def makes_nvfp4(self) -> bool:
+        """Return whether an engine has NVFP4 weights, which are made from the original ones after all layers are quantized."""
+        return any(engine.precision == "nvfp4" for engine in (*self.engines, *self.later))
+
+    @property
     def key(self) -> dict[str, Any]:
         """Return the values that weights and graphs depend on; engines are matched one by one."""
         options = self.options
@@ -74,6 +80,7 @@ class ExportPlan:
             "sizes": self.sizes.to_json(),
             "qdq_graphs": "onnx" in options.targets,
             "allow_nonfinite": options.allow_nonfinite,
+            **({"lora_rank": options.lora_rank} if options.lora_rank else {}),
             "device": options.torch_device.type,  # codes at rounding ties depend on the order of sums
             "dvdquant": __version__,
         }
@@ -101,6 +108,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     for checkpoint in opened:
         plan = plan_model(checkpoint.config, options.recipe, options.torch_dtype, checkpoint)
         check_weights(checkpoint, plan)
+        plan = replace(plan, lora_rank=options.lora_rank)
         if not plan.layers:
             raise UnsupportedError(
                 "no layer is left to quantize", available=list(plan.kept_linears)[:5], fix="give fewer --keep globs"
@@ -140,7 +148,11 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         for c in opened
         for info in c.tensors.values()
     )
-    estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest)
+    # NVFP4 weights are made from the original ones, of all transformers, after they were quantized.
+    sizes_read = [_read_bytes(c) for c in opened]
+    nvfp4 = any(engine.precision == "nvfp4" for engine in (*engines, *later))
+    again = sum(sizes_read) if nvfp4 else max(sizes_read) if options.recipe.inputs == "synthetic" else 0
+    estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest, again)
     kept = sum(max((lowered_bytes(p, e) for e in later), default=0) for p in plans)
     estimate = replace(estimate, weight_file_bytes=estimate.weight_file_bytes + kept)
     planned = ExportPlan(
@@ -148,6 +160,15 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     )
     check_previous(planned, previous)
     return planned
+
+
+def _read_bytes(checkpoint: Checkpoint) -> int:
+    """Return the memory that all tensors of a checkpoint take as they are read: fp32 where a scale or a LoRA is applied."""
+    changed = checkpoint.lora.terms if checkpoint.lora is not None else {}
+    return sum(
+        math.prod(info.shape) * (4 if name in changed else DTYPES[info.dtype][0])
+        for name, info in checkpoint.tensors.items()
+    )
 
 
 def _open_all(options: ExportOptions) -> tuple[tuple[str, ...], tuple[Checkpoint, ...]]:
@@ -208,7 +229,8 @@ def check_previous(plan: ExportPlan, previous: Manifest | None) -> None:
     """
     if previous is not None and not plan.options.replace:
         out, recipe = plan.options.out, plan.options.recipe
-        check_replacement(out, previous, source_of(plan), plan.components, recipe, shapes_of(plan))
+        rank = plan.options.lora_rank
+        check_replacement(out, previous, source_of(plan), plan.components, recipe, shapes_of(plan), rank)
 
 
 def shapes_of(plan: ExportPlan) -> dict[str, Any]:
@@ -240,6 +262,8 @@ def source_of(plan: ExportPlan) -> Source:
     )
     if plan.options.transformer_2 is not None:
         source["transformer_2"] = recorded_model(plan.options.transformer_2)
+    if plan.options.pipeline is not None:
+        source["pipeline"] = recorded_model(plan.options.pipeline)
     if plan.options.config is not None:
         source["config"] = recorded_model(str(plan.options.config))
     return source

@@ -23,6 +23,7 @@ def check_replacement(
     components: Sequence[str],
     recipe: Recipe,
     shapes: Mapping[str, Any],
+    lora_rank: int = 0,
 ) -> None:
     """Refuse to replace a finished export by one of another model, another recipe, or other sizes.
 
@@ -36,6 +37,7 @@ def check_replacement(
         components: The transformers of the new export.
         recipe: The recipe of the new export.
         shapes: Its sizes and dtype, in the form of the manifest.
+        lora_rank: The rank that its graphs reserve for LoRAs.
 
     Raises:
         OutputError: The folder holds another export; the error says what differs.
@@ -43,7 +45,8 @@ def check_replacement(
     if previous is None:
         return
     found = [*_models(previous, source, components), *_recipes(previous, recipe)]
-    found += [differences(dict(previous.shapes), dict(shapes))]
+    before = {**previous.shapes, "lora_rank": previous.lora_rank}
+    found += [differences(before, {**shapes, "lora_rank": lora_rank})]
     if not any(found):
         return
     raise OutputError(

@@ -40,6 +40,9 @@ class Promise:
 
 PROMISES = (
     Promise("rotate_quantize.cu", r"^strip::", r"HMMA\.16816\.F32"),
+    Promise("fused_quantize.cu", "", r"HMMA\.16816\.F32"),
+    # Looked up and not computed: a division for each weight would take longer than the memory.
+    Promise("packed_weight.cu", r"expand_packed", r"PRMT"),
     Promise("mma_grouped.cu", r"Kind\)[01]>", r"IMMA\.16832\.S8\.S8"),
     Promise("mma_grouped.cu", r"Kind\)[23]>", r"IMMA\.16864\.S4\.S4", r"sm_8"),
     Promise("sm80_gemm_s4.cu", "", r"IMMA\.16864\.S4\.S4", r"sm_8"),

@@ -29,6 +29,7 @@ FOLDERS = (
     "benchmarks/switching",
     "deploy",
     "examples/tiny-wan",
+    "examples/wan2.1",
     "kernels",
     "plugins",
 )
@@ -118,8 +119,9 @@ def test_options_named_in_the_text_exist(page: Path) -> None:
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     spans = [span for span in re.findall(r"`[^`]+`", prose) if "benchmarks/" not in span and "pip " not in span]
     named = set(re.findall(r"(?<![\w=-])--[a-z][a-z0-9-]+", " ".join(spans)))
-    # Of a script of benchmarks/quality, named in its page.
-    assert named - known <= {"--add-to", "--parts", "--delta-chunks", "--help", "--clips"}
+    # Of scripts of benchmarks/quality and benchmarks/serving, named in their pages.
+    quality, serving = {"--add-to", "--parts", "--delta-chunks", "--clips"}, {"--only", "--requests", "--save"}
+    assert named - known <= {*quality, *serving, "--help"}
 
 
 def test_pages_take_in_the_generated_tables() -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import run_campaign, run_variants
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LINKS = {
@@ -33,9 +35,9 @@ MODULES = {
     "pyyaml": "yaml",
     "tensorrt-rtx": "tensorrt_rtx",
 }
-# Imported by diffusers for us: its video writer, and the text encoders of its pipelines.
-THROUGH_DIFFUSERS = {"imageio", "transformers"}
-BINARY = (".png", ".safetensors", ".xz")
+# Imported by diffusers for us: its video writer.
+THROUGH_DIFFUSERS = {"imageio"}
+BINARY = (".png", ".webp", ".safetensors", ".xz")
 
 
 def _source_files() -> list[str]:
@@ -245,6 +247,7 @@ def test_every_dependency_is_used_and_every_import_declared(sources: list[str]) 
         PROJECT["optional-dependencies"]["tensorrt"]
         + PROJECT["optional-dependencies"]["serve"]
         + PROJECT["optional-dependencies"]["serve-postgres"]
+        + PROJECT["optional-dependencies"]["text-int8"]
     )
     # Libraries of 8-bit attention: looked for, never needed; sageattention 2.2 is on no registry.
     optional |= {"comfy_kitchen", "cudnn", "fa3_fwd_interface", "sageattention"}
@@ -372,3 +375,16 @@ def test_skips_are_listed_with_what_is_missing(tmp_path: Path) -> None:
     ):
         assert needed in closing
         assert f"test_marks.py::test_{name}\n" in closing
+
+
+def test_the_tests_that_others_name_are_there() -> None:
+    """The page of the fault campaign, its parts, and the files of the variants: a renamed test takes its name along."""
+    named = re.findall(
+        r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "fault-campaign.md").read_text(encoding="utf-8")
+    )
+    assert len(named) > 50
+    parts = [part.partition("::") for part in run_campaign.PARTS.values()]
+    for file, name in [*named, *((file, name.partition("[")[0]) for file, _, name in parts)]:
+        assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+    files = [path.stem.removeprefix("test_") for path in (ROOT / "tests").rglob("test_*.py")]
+    assert set(run_variants.NUMERIC) <= set(files)

@@ -113,7 +113,7 @@ class ExportPatcher(comfy.model_patcher.ModelPatcher):
         """
         raise UnsupportedError(
             "ComfyUI's LoRA loaders change a model's weights, and those of an export are packed",
-            available="the node LoRA for dvdquant export (backend pytorch), or dvdq-export --lora",
+            available="the node LoRA for dvdquant export (export with --lora-rank, or backend pytorch), or dvdq-export --lora",
             fix="replace the LoRA loader by one of these",
         )
 

@@ -163,7 +163,9 @@ class LoraBeside:
     CATEGORY = "dvdquant"
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "add"
-    DESCRIPTION = "Runs a LoRA in 16 bit beside the packed weights. Only on the backend pytorch."
+    DESCRIPTION = (
+        "Runs a LoRA in 16 bit beside the packed weights: of an export with --lora-rank, or on the backend pytorch."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
@@ -172,7 +174,7 @@ class LoraBeside:
 
         return {
             "required": {
-                "model": _help("MODEL", "From Load dvdquant export, with backend pytorch."),
+                "model": _help("MODEL", "From Load dvdquant export."),
                 "lora": _choice(folder_paths.get_filename_list("loras"), "A file in ComfyUI/models/loras."),
                 "strength": _help("FLOAT", "1 is as trained.", default=1.0, min=-10.0, max=10.0, step=0.01),
             }

@@ -12,42 +12,45 @@ from typing import TYPE_CHECKING
 
 from dvdquant.deploy.generation.check import RequestChecker
 from dvdquant.deploy.generation.request import GenerateRequest
+from dvdquant.deploy.generation.working_memory import decode_bytes, step_bytes_at
 from dvdquant.errors import ResourceError, ShapeError
 from dvdquant.system.memory import memory_limit
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Admission", "device_memory", "estimated_need"]
+__all__ = ["Admission", "device_memory", "estimated_need", "stage_bytes"]
 
-# Tensors of a token's width that a block holds at once beside those of its feed-forward, which holds two.
-_WIDE = 8
-# Channels of a video VAE at full resolution, of which two tensors are alive; LTX's has 4 × 4 pixels in one place.
-_CHANNELS = {"wan": 96, "hunyuan-video": 128, "cogvideox": 128, "ltx-video": 8}
-# Wan's VAE decodes four frames at a time; the others all of them, unless tiling is switched on.
-_CHUNK = {"wan": 4}
 _GIB = 1 << 30
 
 
-def estimated_need(checker: RequestChecker, request: GenerateRequest) -> int:
-    """Return the bytes that a clip takes beside the weights, from shapes: the larger of a block's and the VAE's.
+def estimated_need(checker: RequestChecker, request: GenerateRequest, *, vae_tiling: bool = False) -> int:
+    """Return the bytes that a clip takes beside the weights, from shapes: the larger of a step's and the VAE's.
 
     Args:
         checker: The checker that filled in the request.
         request: The request, with its size filled in.
+        vae_tiling: Whether the VAE works in tiles.
     """
-    family, sizes = checker.family, checker.artifact.sizes
-    config = family.config
-    hidden = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    ratio = int(config.get("ffn_dim") or 4 * hidden) / hidden
-    tokens = sizes.batch * (family.tokens(*checker.size_of(request).latent) + sizes.text_tokens)
-    block = int(tokens * hidden * (_WIDE + 2 * ratio) * 2)
+    step, decode = stage_bytes(checker, request, vae_tiling=vae_tiling)
     frames, area = request.num_frames or 1, (request.height or 1) * (request.width or 1)
+    return max(step, decode) + frames * area * 3
+
+
+def stage_bytes(checker: RequestChecker, request: GenerateRequest, *, vae_tiling: bool = False) -> tuple[int, int]:
+    """Return the bytes that a call of the transformer works in, and those of the VAE, 0 where there is none.
+
+    Args:
+        checker: The checker that filled in the request.
+        request: The request, with its size filled in.
+        vae_tiling: Whether the VAE works in tiles.
+    """
+    family = checker.family
+    step = step_bytes_at(family, checker.artifact.sizes, checker.size_of(request).latent)
     if not checker.decodes:
-        return block + frames * area * 3
-    item = 4 if family.name == "wan" else 2  # Wan's VAE runs in fp32
-    features = 2 * _CHANNELS[family.name] * area * min(frames, _CHUNK.get(family.name, frames)) * item
-    return max(block, features + frames * area * 3 * item) + frames * area * 3
+        return step, 0
+    frames, height, width = request.num_frames or 1, request.height or 1, request.width or 1
+    return step, decode_bytes(family, frames, height, width, tiled=vae_tiling)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
@@ -73,10 +76,11 @@ class Admission:
 
     Args:
         checker: The checker of the generator.
+        vae_tiling: Whether its VAE works in tiles.
     """
 
-    def __init__(self, checker: RequestChecker) -> None:
-        self._checker = checker
+    def __init__(self, checker: RequestChecker, *, vae_tiling: bool = False) -> None:
+        self._checker, self._tiling = checker, vae_tiling
         self._lock = threading.Lock()
         self._measured: dict[int, int] = {}  # pixels of a clip -> the largest need that was measured
 
@@ -100,7 +104,7 @@ class Admission:
         with self._lock:
             measured = dict(self._measured)
         if not measured:
-            return estimated_need(self._checker, request)
+            return estimated_need(self._checker, request, vae_tiling=self._tiling)
         pixels = _pixels(request)
         if pixels in measured:
             return measured[pixels]

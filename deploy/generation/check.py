@@ -6,17 +6,19 @@ its errors are of the model's folder, not of the request.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dvdquant.checkpoint.formats.files import names_file
 from dvdquant.checkpoint.prompt_words import PromptWords
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation.images import Picture, PictureCache
+from dvdquant.deploy.generation.images import Picture, PictureCache, grey_picture
 from dvdquant.deploy.generation.limits import Limits
 from dvdquant.deploy.generation.request import (
     DISTILLED,
@@ -29,6 +31,7 @@ from dvdquant.deploy.generation.request import (
 from dvdquant.deploy.pipelines.call_defaults import call_defaults
 from dvdquant.deploy.pipelines.parts import open_pipeline_folder, pipeline_for
 from dvdquant.errors import CheckpointError, ShapeError, UnsupportedError
+from dvdquant.model.families.pipelines import known_pipeline
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
@@ -135,6 +138,17 @@ class RequestChecker(ABC):
     @abstractmethod
     def example(self) -> str:
         """Return a prompt that the model takes."""
+
+    def images_taken(self) -> dict[str, str]:
+        """Return for each image of a request, by its field, ``none``, ``optional`` or ``required``."""
+        return {"image": "none", "last_image": "none"}
+
+    def example_request(self) -> GenerateRequest:
+        """Return a request that the model takes, with grey images where it needs them."""
+        needed: dict[str, Any] = {
+            name: grey_picture() for name, how in self.images_taken().items() if how == "required"
+        }
+        return GenerateRequest(self.example(), **needed)
 
     @abstractmethod
     def fps(self, frames: int) -> int:
@@ -276,6 +290,20 @@ class PipelineChecker(RequestChecker):
         first, last = request.image is not None, request.last_image is not None
         return pipeline_for(self.folder, self.family, first=first, last=last)
 
+    def images_taken(self) -> dict[str, str]:
+        """See :class:`RequestChecker`."""
+        taken = set()
+        for first, last in ((False, False), (True, False), (False, True), (True, True)):
+            with contextlib.suppress(UnsupportedError):
+                pipeline_for(self.folder, self.family, first=first, last=last)
+                taken.add((first, last))
+
+        def said(place: int) -> str:
+            given, missing = ({pair for pair in taken if pair[place] is there} for there in (True, False))
+            return "none" if not given else "optional" if missing else "required"
+
+        return {"image": said(0), "last_image": said(1)}
+
     def pictures(self, request: GenerateRequest) -> dict[str, Picture]:
         """Return the decoded images of a request, by the names of its fields.
 
@@ -352,6 +380,18 @@ def sampling_defaults(artifact: Artifact, steps: int, guidance: float) -> tuple[
     return recorded.get("steps", steps), float(recorded.get("guidance", guidance))
 
 
+def _transformer_alone(source: str) -> str | None:
+    """Return in words what a model is that comes without the other parts of its pipeline; None for any other model."""
+    if names_file(source):
+        return "the single file"
+    place = os.path.expanduser(source)
+    if not os.path.isdir(place) or PromptWords.is_at(source):
+        return None
+    # A transformer's own folder of a diffusers pipeline is answered where the pipeline is opened.
+    names = os.listdir(place)
+    return None if {"model_index.json", "config.json"} & set(names) else "the files in"
+
+
 def open_checker(
     artifact: Artifact,
     *,
@@ -371,12 +411,19 @@ def open_checker(
         CheckpointError: The model's folder, or a part of the pipeline, is missing.
         UnsupportedError: There is no pipeline class for it.
     """
-    source = str(pipeline or artifact.manifest.source["model"])
-    if pipeline is None and names_file(source):
+    recorded = artifact.manifest.source
+    source = str(pipeline or recorded.get("pipeline") or recorded["model"])
+    if source == recorded["model"] and (alone := _transformer_alone(source)):
+        known = known_pipeline(
+            artifact.manifest.family, artifact.config(artifact.components[0]), len(artifact.components)
+        )
+        name = known or "ORG/NAME"
         raise CheckpointError(
-            f"the export was made from the single file {shown(source)}, which has no text encoder, VAE and scheduler",
-            available=f"{artifact.manifest.source['class_name']} of family {artifact.manifest.family}",
-            fix="give the diffusers pipeline of the same model with --pipeline FOLDER or a hub id; its transformer is not used",
+            f"the export was made from {alone} {shown(source)}, without text encoder, VAE and scheduler that diffusers reads",
+            available=f"{recorded['class_name']} of family {artifact.manifest.family}"
+            + (f"; its diffusers pipeline is {known}" if known else ""),
+            fix="give the diffusers pipeline of the same model, a folder or a hub id, of which all but the transformers is "
+            f"downloaded: --pipeline {name}; or at the export, which remembers it: dvdq-export --pipeline {name}",
         )
     checker: TableChecker | PipelineChecker
     if PromptWords.is_at(source):

@@ -180,7 +180,7 @@ class TableGenerator(Generator):
             if self._session is None:
                 self._session = self.options.open(self.artifact, self.component, self.beside[self.component])
             session = self._session
-        runner = StepRunner(session, controller_of(self.artifact, self.component, request))
+        runner = StepRunner(session, controller_of(self.artifact, self.component, request, self.options.bits))
         return runner, session.device, session.dtype
 
     def _check_rows(self) -> None:

@@ -7,8 +7,10 @@ Two kinds of model. One with a prompt table beside its transformer (examples/tin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable
@@ -17,12 +19,21 @@ from dvdquant.deploy.cancel import CancelSignal
 from dvdquant.deploy.generation.check import PipelineChecker, TableChecker, open_checker
 from dvdquant.deploy.generation.from_table import TableGenerator
 from dvdquant.deploy.generation.generator import Generator, SessionOptions, WrapSession
-from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 from dvdquant.deploy.generation.limits import Limits
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
+from dvdquant.deploy.generation.text_encoder import check_text_bits
 from dvdquant.errors import UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 
-__all__ = ["Generator", "GenerateRequest", "GenerateResult", "generate", "open_generator", "reload_generator"]
+__all__ = [
+    "GenerateRequest",
+    "GenerateResult",
+    "Generator",
+    "generate",
+    "open_generator",
+    "rearranged",
+    "reload_generator",
+]
 
 
 def generate(
@@ -71,6 +82,10 @@ def open_generator(
     offload: bool = False,
     vae_tiling: bool = False,
     text_embeds: str | Path | None = None,
+    alternate: bool = False,
+    text_encoder_bits: int = 16,
+    bits: Sequence[int] | None = None,
+    weights: WeightPolicy = "auto",
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -93,10 +108,17 @@ def open_generator(
         offload: keep text encoder and VAE in the host's memory, and move each to the device while it runs.
         vae_tiling: decode in tiles, one after the other: less memory, and seams that are blended.
         text_embeds: a file of text embeddings (:mod:`.text_embeds`); then no text encoder is loaded.
+        alternate: load the text encoder first, and free it before the transformer is loaded.
+        text_encoder_bits: bits of the text encoder's weights, 16, or 8 with torchao.
+        bits: the activation bits to load; the default is all of the export's. A step that fails is not repeated on bits that
+            are not loaded.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights (:func:`.sessions.open_session`).
 
     Raises:
-        CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class.
+        CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class, or
+            no torchao.
     """
+    check_text_bits(text_encoder_bits)
     checker = open_checker(artifact, pipeline=pipeline, limits=limits, text_embeds=text_embeds)
     options = SessionOptions(
         backend,
@@ -109,8 +131,28 @@ def open_generator(
         cfg_parallel=cfg_parallel,
         offload=offload,
         vae_tiling=vae_tiling,
+        alternate=alternate,
+        text_bits=text_encoder_bits,
+        bits=None if bits is None else tuple(bits),
+        weights=weights,
     )
     return _open(checker, options, lora)
+
+
+def rearranged(generator: Generator, **changes: Any) -> Generator:
+    """Return a generator of the same model and export with other options; call it before anything is loaded.
+
+    Args:
+        generator: A generator of :func:`open_generator`.
+        changes: Fields of :class:`.generator.SessionOptions`.
+
+    Raises:
+        UnsupportedError: The model has no such part, or torchao is missing.
+    """
+    options = dataclasses.replace(generator.options, **changes)
+    check_text_bits(options.text_bits)
+    checker: Any = generator.checker
+    return _open(checker, options, generator.given_lora)
 
 
 def reload_generator(old: Generator) -> Generator:
@@ -138,9 +180,9 @@ def reload_generator(old: Generator) -> Generator:
         old.given_lora,
     )
     try:
-        if isinstance(new, PipelineGenerator) and isinstance(old, PipelineGenerator):
-            new.share_parts(old)
-        new.prepare(GenerateRequest(new.checker.example(), mode=f"a{artifact.bits(artifact.components[0])[-1]}"))
+        new.share_parts(old)
+        high = f"a{artifact.bits(artifact.components[0])[-1]}"
+        new.prepare(dataclasses.replace(new.checker.example_request(), mode=high))
     except BaseException:
         new.close()
         raise
@@ -150,10 +192,19 @@ def reload_generator(old: Generator) -> Generator:
 
 def _open(checker: TableChecker | PipelineChecker, options: SessionOptions, lora: Sequence[LoraSpec]) -> Generator:
     if isinstance(checker, TableChecker):
-        if options.offload or options.vae_tiling:
+        given = {
+            "--offload": options.offload,
+            "--vae-tiling": options.vae_tiling,
+            "--alternate": options.alternate,
+            "--text-encoder-bits": options.text_bits != 16,
+        }
+        if any(given.values()):
             raise UnsupportedError(
                 "a model with a prompt table has neither text encoder nor VAE",
-                fix=f"leave {'--offload' if options.offload else '--vae-tiling'} out",
+                fix=f"leave {next(name for name, there in given.items() if there)} out",
             )
         return TableGenerator(checker, PromptTable.open(checker.words.root), options, lora)
+    # It imports diffusers, which takes as long as everything else together, and which a prompt table does without.
+    from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
+
     return PipelineGenerator(checker, options, lora)

@@ -30,6 +30,7 @@ from dvdquant.deploy.sessions.guidance_pair import paired
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.errors import UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.system.devices import resolve_device
 
 __all__ = [
@@ -99,6 +100,10 @@ class SessionOptions:
         offload: Keep the pipeline's other parts in the host's memory, and move each to the device while it runs.
         vae_tiling: Encode and decode images in tiles, one after the other.
         cfg_parallel: A second device for the second branch of guidance, or None to run both on ``device``.
+        alternate: Load the text encoder first, and free it before the transformer is loaded.
+        text_bits: Bits of the text encoder's weights: 16, or 8 with torchao.
+        bits: The activation bits that are loaded; None loads all of the export's.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
     """
 
     backend: str = "auto"
@@ -111,6 +116,10 @@ class SessionOptions:
     offload: bool = False
     vae_tiling: bool = False
     cfg_parallel: str | None = None
+    alternate: bool = False
+    text_bits: int = 16
+    bits: tuple[int, ...] | None = None
+    weights: WeightPolicy = "auto"
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
@@ -140,10 +149,12 @@ class SessionOptions:
             component,
             backend=self.backend,
             device=device,
+            bits=self.bits,
             compile=self.compile,
             attention=self.attention,
             attention_backend=self.attention_backend,
             plugins=self.plugins,
+            weights=self.weights,
         )
 
 
@@ -183,7 +194,7 @@ class Generator(ABC):
         artifact = checker.artifact
         self.checker, self.artifact, self.family = checker, artifact, checker.family
         self.options, self.given_lora = options, tuple(lora)
-        self.admission = Admission(checker)
+        self.admission = Admission(checker, vae_tiling=options.vae_tiling)
         self._tried: set[tuple[int, int, str]] = set()  # steps, tokens and pipeline that the scheduler has gone through
         self.lora, beside = split_given(artifact.manifest.lora, lora)
         self.beside = components_of(beside, artifact.components)
@@ -338,11 +349,11 @@ class Generator(ABC):
         Raises:
             DvdquantError: See :meth:`generate`.
         """
-        base = request or GenerateRequest(self.checker.example())
+        base = request or self.checker.example_request()
         # Of two transformers the second one takes over late in the schedule.
         steps = 1 if len(self.artifact.components) == 1 else 4
         seconds = {}
-        for bits in self.artifact.bits(self.artifact.components[0]):
+        for bits in self.options.bits or self.artifact.bits(self.artifact.components[0]):
             started = time.perf_counter()
             mode = f"a{bits}"
             self.generate(dataclasses.replace(base, mode=mode, steps=steps, delta=None, cache=None, schedule=None))
@@ -384,6 +395,13 @@ class Generator(ABC):
         """
         return load_manifest(self.artifact.root) != self.artifact.manifest
 
+    def share_parts(self, other: Generator) -> None:  # noqa: B027  (a prompt table has none)
+        """Use text encoder and VAE that another generator of the same pipeline has loaded.
+
+        Args:
+            other: The other generator.
+        """
+
     @abstractmethod
     def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:
         """Load what a checked request needs."""
@@ -391,6 +409,13 @@ class Generator(ABC):
     def prompts(self) -> list[str]:
         """Return the prompts that a file of text embeddings holds."""
         return []
+
+    def encode_ahead(self, requests: Sequence[GenerateRequest]) -> None:  # noqa: B027  (most have nothing to do)
+        """Encode the text of several requests now, where the text encoder makes room for the transformer afterwards.
+
+        Args:
+            requests: The requests, as :meth:`check` returned them.
+        """
 
     def save_text_embeds(self, path: Path, requests: Sequence[GenerateRequest]) -> None:
         """Write what the text encoder makes of some requests' prompts, see :mod:`.text_embeds`.
@@ -429,13 +454,16 @@ class Generator(ABC):
         self.close()
 
 
-def controller_of(artifact: Artifact, component: str, request: GenerateRequest) -> StepController:
+def controller_of(
+    artifact: Artifact, component: str, request: GenerateRequest, bits: tuple[int, ...] | None = None
+) -> StepController:
     """Return the controller for one component and one request (mode ``16`` needs none).
 
     Args:
         artifact: The opened export.
         component: The name of the transformer.
         request: The request of a clip.
+        bits: The activation bits that are loaded; None means all of the export's.
     """
     rule: dict[str, Any] = {}
     if request.mode == "switch":
@@ -444,7 +472,7 @@ def controller_of(artifact: Artifact, component: str, request: GenerateRequest) 
         request.mode,
         component=component,
         family=artifact.family(component).name,
-        bits=artifact.bits(component),
+        bits=bits or artifact.bits(component),
         schedule=request.schedule,
         cache=request.cache,
         **rule,

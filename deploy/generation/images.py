@@ -31,6 +31,7 @@ __all__ = [
     "ImageSource",
     "Picture",
     "PictureCache",
+    "grey_picture",
     "image_words",
     "open_picture",
     "stretch_words",
@@ -67,6 +68,13 @@ class Picture:
         return {"name": self.name, "sha256": self.sha256, "size": list(self.image.size)}
 
 
+def grey_picture() -> Image:
+    """Return a small picture for questions in which only its presence counts."""
+    from PIL import Image
+
+    return Image.new("RGB", (64, 64), (128, 128, 128))
+
+
 def image_words(source: ImageSource | None) -> str | None:
     """Return what a trace calls an image before it is decoded."""
     if source is None:
@@ -78,12 +86,13 @@ def image_words(source: ImageSource | None) -> str | None:
     return "a Pillow image" if hasattr(source, "convert") else f"a {type(source).__name__}"
 
 
-def open_picture(source: ImageSource, option: str) -> Picture:
+def open_picture(source: ImageSource, option: str, pixels: int = MAX_IMAGE_PIXELS) -> Picture:
     """Decode an image.
 
     Args:
         source: A path, the bytes of a file, or an image of Pillow.
         option: The option that it was given with, for errors.
+        pixels: Width x height at most.
 
     Raises:
         ShapeError: It cannot be read, is too large, of another format, damaged, or an animation.
@@ -93,11 +102,11 @@ def open_picture(source: ImageSource, option: str) -> Picture:
     name = image_words(source) or ""
     if isinstance(source, Image.Image):
         picture = source
-        _check_size(picture, option, name)
+        _check_size(picture, option, name, pixels)
         upright = _upright(picture, option, name)
         return Picture(upright, name, hashlib.sha256(upright.tobytes()).hexdigest())
     raw = _read(source, option, name)
-    return Picture(_decode(raw, option, name), name, hashlib.sha256(raw).hexdigest())
+    return Picture(_decode(raw, option, name, pixels), name, hashlib.sha256(raw).hexdigest())
 
 
 class PictureCache:
@@ -188,21 +197,21 @@ def _read(source: ImageSource, option: str, name: str) -> bytes:
     )
 
 
-def _decode(raw: bytes, option: str, name: str) -> Image:
+def _decode(raw: bytes, option: str, name: str, pixels: int) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     what = f"{option} {shown(name, 300)}"
     try:
         with _quiet():
             picture = Image.open(io.BytesIO(raw), formats=FORMATS)
-            _check_size(picture, option, name)
+            _check_size(picture, option, name, pixels)
             if getattr(picture, "n_frames", 1) > 1:
                 raise ShapeError(f"{what} is an animation of {picture.n_frames} frames", fix="give one of its frames")  # type: ignore[attr-defined]
             picture.load()
     except ShapeError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, which is higher
-        raise _too_large(f"{what}: {error!s:.200}") from error
+        raise _too_large(f"{what}: {error!s:.200}", pixels) from error
     except UnidentifiedImageError as error:
         raise ShapeError(
             f"{what} is no image that can be read", available=FORMATS, fix="save it as PNG or JPEG"
@@ -218,19 +227,19 @@ def _decode(raw: bytes, option: str, name: str) -> Image:
     return _upright(picture, option, name)
 
 
-def _check_size(picture: Image, option: str, name: str) -> None:
+def _check_size(picture: Image, option: str, name: str, pixels: int) -> None:
     """Refuse a size by what the header says, before a pixel is decoded."""
     width, height = picture.size
     what = f"{option} {shown(name, 300)} has {width}×{height} pixels"
-    if width * height > MAX_IMAGE_PIXELS:
-        raise _too_large(what)
+    if width * height > pixels:
+        raise _too_large(what, pixels)
     if min(width, height) < _LEAST:
         raise ShapeError(what, available=f"sides of {_LEAST} pixels or more", fix="give a larger one")
 
 
-def _too_large(what: str) -> ShapeError:
+def _too_large(what: str, pixels: int) -> ShapeError:
     return ShapeError(
-        what, available=f"up to {MAX_IMAGE_PIXELS // 1_000_000} million pixels", fix="make it smaller: a clip has fewer"
+        what, available=f"up to {pixels / 1e6:.3g} million pixels", fix="make it smaller: a clip has fewer"
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from dvdquant.deploy.generation.request import (
     OnStep,
 )
 from dvdquant.deploy.generation.text_embeds import save_text_embeds
+from dvdquant.deploy.generation.text_encoder import eight_bit_text, release_memory
 from dvdquant.deploy.pipelines.schedulers import CONDITIONS, FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.switching.position import LoopPosition
@@ -41,6 +42,8 @@ from dvdquant.errors import CheckpointError
 from dvdquant.system.devices import resolve_device
 
 __all__ = ["PipelineGenerator"]
+
+_MOST_ENCODED = 256  # texts that are kept where the text encoder is not; one of Wan takes 4 MB
 
 
 class PipelineGenerator(Generator):
@@ -61,11 +64,11 @@ class PipelineGenerator(Generator):
         self._engines: dict[str, DvdqTransformer] = {}
         self._originals: dict[str, nn.Module] = {}
         self._pipes: dict[str, Any] = {}  # by class; they share their parts
+        self._encoded: dict[Hashable, Embeddings] = {}  # of a text encoder that is not loaded any more
         # diffusers keeps the state of a call in the pipeline, and a VAE keeps the frames before: one clip at a time.
         self._encoding, self._denoising, self._decoding = (threading.RLock() for _ in range(3))
-        if (
-            options.offload
-        ):  # a part that comes to the device sends the one before away, so no stage runs beside another
+        # A part that comes to the device sends the one before away, so no stage runs beside another.
+        if options.offload or options.alternate:
             self._denoising = self._decoding = self._encoding
         self._loading = threading.Lock()
 
@@ -102,9 +105,61 @@ class PipelineGenerator(Generator):
         """
         if self.checker.text is not None:
             return self.checker.text.of(request)
+        if self.options.alternate:
+            self._encode_apart([request], cancel)
+            return self._encoded[self._text_key(request)]
         with take_turn(self._encoding, cancel, "the text encoder"):
             pipe = self._parts(request, cancel)
             return self._encode(pipe, request, cancel)
+
+    @torch.no_grad()
+    def encode_ahead(self, requests: Sequence[GenerateRequest]) -> None:
+        """See :class:`Generator`.
+
+        Args:
+            requests: The requests of clips.
+        """
+        if self.options.alternate and self.checker.text is None:
+            self._encode_apart(requests, None)
+
+    def _encode_apart(self, requests: Sequence[GenerateRequest], cancel: CancelSignal | None) -> None:
+        """Encode what is not encoded yet, by a text encoder that has the device to itself and is freed afterwards."""
+        new = {self._text_key(request): request for request in requests}
+        with take_turn(self._encoding, cancel, "the text encoder"):
+            new = {key: request for key, request in new.items() if key not in self._encoded}
+            if not new:
+                return
+            self._free_transformers()
+            pipe = self._open_text(requests[0])
+            try:
+                made = {key: self._encode(pipe, request, cancel) for key, request in new.items()}
+            finally:
+                del pipe
+                release_memory(resolve_device(self.options.device))
+            # The texts of earlier requests go before they take as much memory as an encoder.
+            if len(self._encoded) + len(made) > _MOST_ENCODED:
+                self._encoded.clear()
+            self._encoded.update(made)
+
+    def _text_key(self, request: GenerateRequest) -> Hashable:
+        picture = self.checker.pictures(request).get("image") if self.family.image_tokens() else None
+        return request.prompt, request.negative_prompt, request.guided, None if picture is None else picture.sha256
+
+    def _free_transformers(self) -> None:
+        """Make room for the text encoder; what the next clip needs is loaded again."""
+        with self._loading:
+            engines, self._engines, self._originals, self._pipes = self._engines, {}, {}, {}
+            for engine in engines.values():
+                engine.close()
+            engines.clear()
+        release_memory(resolve_device(self.options.device))
+
+    def _open_text(self, request: GenerateRequest) -> Any:
+        """Return a pipeline with the text encoders alone."""
+        without = [part for part in ("vae", "image_encoder") if part in self.folder.parts]
+        parts = dict.fromkeys((*self.components, *without))
+        with self._loading:
+            return self._open(self.checker.pipeline_of(request), parts, resolve_device(self.options.device))
 
     def _encode(self, pipe: Any, request: GenerateRequest, cancel: CancelSignal | None) -> Embeddings:
         encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
@@ -126,11 +181,7 @@ class PipelineGenerator(Generator):
             OutputError: The file cannot be written.
             CheckpointError: A text encoder cannot be loaded.
         """
-        without = [part for part in ("vae", "image_encoder") if part in self.folder.parts]
-        parts = dict.fromkeys((*self.components, *without))
-        device = resolve_device(self.options.device)
-        with self._loading:
-            pipe = self._open(self.checker.pipeline_of(requests[0]), parts, device)
+        pipe = self._open_text(requests[0])
         with self._encoding:
             made = [self._encode(pipe, request, None) for request in requests]
         picture = self.checker.pictures(requests[0]).get("image") if self.family.image_tokens() else None
@@ -208,12 +259,14 @@ class PipelineGenerator(Generator):
 
     # ------------------------------------------------------------------------------------------------ what is loaded
 
-    def share_parts(self, other: PipelineGenerator) -> None:
-        """Use text encoder and VAE that another generator of the same pipeline has loaded. They take turns with them.
+    def share_parts(self, other: Generator) -> None:
+        """See :class:`Generator`. The two take turns with the parts.
 
         Args:
             other: The other generator. It may go on drawing, and be closed first.
         """
+        if not isinstance(other, PipelineGenerator):
+            return
         with other._loading:
             if not other._pipes or other.folder != self.folder:
                 return
@@ -226,6 +279,9 @@ class PipelineGenerator(Generator):
                 self._denoising = other._denoising
 
     def _load(self, request: GenerateRequest, cancel: CancelSignal | None = None) -> None:
+        if self.options.alternate and self.checker.text is None:
+            with torch.no_grad():
+                self._encode_apart([request], cancel)
         with take_turn(self._denoising, cancel, "anything was loaded"):
             self._loaded(request)
 
@@ -245,7 +301,7 @@ class PipelineGenerator(Generator):
 
     def _engines_of(self, request: GenerateRequest) -> dict[str, nn.Module]:
         for name in self.components:
-            controller = controller_of(self.artifact, name, request)
+            controller = controller_of(self.artifact, name, request, self.options.bits)
             if name in self._engines:
                 self._engines[name].use(controller)
                 continue
@@ -282,7 +338,7 @@ class PipelineGenerator(Generator):
     def _whole(self, class_name: str, transformers: dict[str, nn.Module]) -> Any:
         """Return a pipeline around these transformers, with all that it needs to draw."""
         parts: dict[str, nn.Module | None] = dict(transformers)
-        if self.checker.text is not None:
+        if self.checker.text is not None or self.options.alternate:
             parts.update(dict.fromkeys(self.folder.text_parts))
         device: Any = next(iter(transformers.values())).device
         return self._open(class_name, parts, device)
@@ -295,10 +351,14 @@ class PipelineGenerator(Generator):
         dtypes = {"default": self.artifact.dtype}
         if self.family.name == "wan":
             dtypes["vae"] = torch.float32
+        more: dict[str, Any] = {}
+        encoders = [name for name in self.folder.text_parts if name.startswith("text_encoder") and name not in parts]
+        if self.options.text_bits == 8 and encoders:
+            more["quantization_config"] = eight_bit_text(encoders)
         try:
             with LOADING:
                 pipe = getattr(diffusers, class_name).from_pretrained(
-                    self.folder.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **parts
+                    self.folder.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **parts, **more
                 )
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +12,22 @@ from typing import Any
 
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.admission import stage_bytes
 from dvdquant.deploy.generation.check import PipelineChecker, RequestChecker
+from dvdquant.deploy.generation.memory_plan import RunBytes
 from dvdquant.deploy.generation.request import GenerateRequest
+from dvdquant.hardware.capabilities import sm_number
+from dvdquant.hardware.weights import WeightForm, WeightPolicy
 from dvdquant.system.safetensors_io import TensorInfo, read_header, read_header_from
 
-__all__ = ["Part", "parts_of_run", "peak_bytes"]
+__all__ = ["EXPANDED", "PACKED", "Part", "parts_of_run", "run_bytes"]
 
+PACKED, EXPANDED = "packed weights", "expanded weights"
 _ENGINES = ("rtx", "tensorrt", "tensorrt_rtx")
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# Matrices that are looked up and not multiplied with; torchao leaves them in 16 bit.
+_EMBEDDING = re.compile(r"embed|shared|attention_bias|lm_head|wte|wpe")
+_INT8_ROW = 5  # bytes of a row's scale and zero-point
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,13 @@ class Part:
 
 
 def parts_of_run(
-    checker: RequestChecker, requests: Sequence[GenerateRequest], backend: str, *, offload: bool
+    checker: RequestChecker,
+    requests: Sequence[GenerateRequest],
+    backend: str,
+    *,
+    offload: bool,
+    alternate: bool = False,
+    text_bits: int = 16,
 ) -> list[Part]:
     """Return the parts that a run of checked requests loads, in the order in which they are used.
 
@@ -54,39 +69,149 @@ def parts_of_run(
         requests: The requests of one prompt.
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         offload: Whether the pipeline's other parts are on the device only while they are used.
+        alternate: Whether the text encoder is freed before the transformer is loaded.
+        text_bits: Bits of the text encoder's weights.
     """
     found = []
-    images = any(r.image is not None or r.last_image is not None for r in requests)
     # 1. The pipeline's own parts.
-    if isinstance(checker, PipelineChecker):
-        without = checker.folder.text_parts if checker.text is not None else ()
-        names = [name for name in checker.folder.parts if name not in without]
-        for name in sorted(names, key=lambda part: (part == "vae", not part.startswith("text"), part)):
-            tensors = list(_part_tensors(UntrustedFolder.at(checker.folder.root), name))
-            if not tensors or (name == "image_encoder" and not images):
-                continue
-            width = 4 if name == "vae" and checker.family.name == "wan" else 2  # this VAE stays in fp32
-            loaded = sum(math.prod(t.shape) * width if t.dtype in _FLOATS else t.nbytes for t in tensors)
-            when = {"vae": "the frames are decoded", "image_encoder": "the image is encoded"}.get(
-                name, "text is encoded"
-            )
-            when += " and the image is encoded" if name == "vae" and images else ""
-            resident = f"while {when}" if offload else "all the time"
-            found.append(Part(name, sum(t.nbytes for t in tensors), loaded, resident, not offload))
+    for name, tensors in _pipeline_parts(checker, requests).items():
+        text = _is_text(name)
+        loaded = _loaded_bytes(checker, name, tensors, text_bits if text else 16)
+        when = {"vae": "the frames are decoded", "image_encoder": "the image is encoded"}.get(name, "text is encoded")
+        when += " and the image is encoded" if name == "vae" and _have_images(requests) else ""
+        comes = offload or (alternate and text)
+        resident = f"while {when}" if comes else "once the text is encoded" if alternate else "all the time"
+        found.append(Part(name, sum(t.nbytes for t in tensors), loaded, resident, not comes))
     # 2. The transformers: packed weights or engines, and the original beside them.
+    always = "once the text is encoded" if alternate else "all the time"
     for component in checker.artifact.components:
         if any(request.mode != "16" for request in requests):
             what, nbytes = _executed(checker.artifact, component, backend)
-            found.append(Part(f"{component} ({what})", nbytes, nbytes, "all the time", stays=True))
+            found.append(Part(f"{component} ({what})", nbytes, nbytes, always, stays=True))
+            if room := 0 if backend == "pytorch" else _room_for_loras(checker.artifact, component):
+                found.append(Part(f"{component} (room for LoRAs)", 0, room, always, stays=True))
         if any(request.mode == "16" for request in requests):
             original = 2 * _parameters(checker.artifact, component)
-            found.append(Part(f"{component} (16 bit)", original, original, "all the time", stays=True))
+            found.append(Part(f"{component} (16 bit)", original, original, always, stays=True))
     return found
 
 
-def peak_bytes(parts: Sequence[Part]) -> int:
-    """Return the most bytes of weights on the device at once: all that stay, and the largest of those that come and go."""
-    return sum(p.loaded for p in parts if p.stays) + max((p.loaded for p in parts if not p.stays), default=0)
+def run_bytes(
+    checker: RequestChecker,
+    requests: Sequence[GenerateRequest],
+    backend: str,
+    base: int,
+    *,
+    narrow: bool,
+    sm: str | None = None,
+    weights: WeightPolicy = "auto",
+) -> RunBytes:
+    """Return the bytes of a run of checked requests, for :mod:`.memory_plan`.
+
+    Args:
+        checker: What the export and its model can make.
+        requests: The requests of one prompt.
+        backend: As for :func:`parts_of_run`, ``auto`` resolved.
+        base: Bytes that libraries and the program take.
+        narrow: Whether a run that switches may load one bit-width instead.
+        sm: The compute capability, where our kernels run; else None.
+        weights: How quantized weights are held there.
+    """
+    parts = _pipeline_parts(checker, requests)
+    eight = {name: _loaded_bytes(checker, name, tensors, 8) for name, tensors in parts.items()}
+    sixteen = {name: _loaded_bytes(checker, name, tensors, 16) for name, tensors in parts.items()}
+    encoders = [name for name in parts if _is_text(name)]
+    text = {16: sum(sixteen[n] for n in encoders), 8: sum(eight[n] for n in encoders)} if encoders else {}
+    stages = {tiled: [stage_bytes(checker, r, vae_tiling=tiled) for r in requests] for tiled in (False, True)}
+    return RunBytes(
+        text=text,
+        image=sixteen.get("image_encoder", 0),
+        vae=sixteen.get("vae", 0),
+        transformer=_transformers(checker.artifact, requests, backend, narrow, sm, weights),
+        step=max(step for step, _ in stages[False]) * (2 if backend == "onnxruntime" else 1),  # it computes in fp32
+        decode={tiled: max(decode for _, decode in each) for tiled, each in stages.items()},
+        base=base,
+    )
+
+
+def _transformers(
+    artifact: Artifact,
+    requests: Sequence[GenerateRequest],
+    backend: str,
+    narrow: bool,
+    sm: str | None,
+    weights: WeightPolicy,
+) -> dict[str, int]:
+    """Return the bytes of what may be loaded of the transformers, by its name in words."""
+    modes = {request.mode for request in requests}
+    original = sum(2 * _parameters(artifact, component) for component in artifact.components)
+    if modes == {"16"}:
+        return {"16 bit": original}
+    beside = original if "16" in modes else 0
+    bits = artifact.bits(artifact.components[0])
+    # 1. Engines that hold their weights themselves: each width has its own.
+    plugin = any(entry["precision"] == "plugin" for entry in artifact.manifest.engines)
+    if backend in _ENGINES and not plugin:
+        each = {width: sum(_engine_bytes(artifact, c, (width,)) for c in artifact.components) for width in bits}
+        found = {" and ".join(f"a{width}" for width in bits): sum(each.values()) + beside}
+        if narrow and len(bits) > 1:
+            found.update({f"a{width}": each[width] + beside for width in sorted(bits, reverse=True)})
+        return found
+    # 2. A runtime that keeps what the files hold.
+    if sm is None:
+        packed = sum(_executed(artifact, component, "pytorch")[1] for component in artifact.components)
+        return {PACKED: packed + beside}
+    # 3. Our kernels: packed once for all widths, or expanded.
+    from dvdquant.model.held_weights import held_weights
+
+    engines = sum(_engine_bytes(artifact, component, bits) for component in artifact.components) * plugin
+    held = [
+        held_weights(artifact.plan(component), sm_number(sm), bits, artifact.sizes) for component in artifact.components
+    ]
+    forms = [one.choose(weights, plugin=plugin) for one in held]
+    wanted: WeightForm = "expanded" if "expanded" in forms else "packed"
+    choices: tuple[WeightForm, ...] = (wanted, "packed") if weights == "auto" else (wanted,)
+    names = {"packed": PACKED, "expanded": EXPANDED}
+    return {
+        names[form]: engines + beside + sum(h.plugin_bytes(form) if plugin else h.nbytes(form) for h in held)
+        for form in choices
+    }
+
+
+def _pipeline_parts(checker: RequestChecker, requests: Sequence[GenerateRequest]) -> dict[str, list[TensorInfo]]:
+    """Return the tensors of the pipeline's parts that a run loads, beside its transformers: encoders first, the VAE last."""
+    if not isinstance(checker, PipelineChecker):
+        return {}
+    without = checker.folder.text_parts if checker.text is not None else ()
+    names = [name for name in checker.folder.parts if name not in without]
+    folder = UntrustedFolder.at(checker.folder.root)
+    found = {}
+    for name in sorted(names, key=lambda part: (part == "vae", not _is_text(part), part)):
+        tensors = list(_part_tensors(folder, name))
+        if tensors and (name != "image_encoder" or _have_images(requests)):
+            found[name] = tensors
+    return found
+
+
+def _have_images(requests: Sequence[GenerateRequest]) -> bool:
+    return any(r.image is not None or r.last_image is not None for r in requests)
+
+
+def _is_text(part: str) -> bool:
+    return part.startswith("text")
+
+
+def _loaded_bytes(checker: RequestChecker, part: str, tensors: Sequence[TensorInfo], bits: int) -> int:
+    """Return the bytes of a part in memory."""
+    width = 4 if part == "vae" and checker.family.name == "wan" else 2  # this VAE stays in fp32
+    loaded = 0
+    for tensor in tensors:
+        count = math.prod(tensor.shape)
+        if bits == 8 and len(tensor.shape) == 2 and not _EMBEDDING.search(tensor.name):
+            loaded += count + _INT8_ROW * tensor.shape[0]
+        else:
+            loaded += count * width if tensor.dtype in _FLOATS else tensor.nbytes
+    return loaded
 
 
 def _part_tensors(folder: UntrustedFolder, name: str) -> Iterator[TensorInfo]:
@@ -107,12 +232,27 @@ def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, in
     """Return what runs of one transformer, in words, and its bytes."""
     files = artifact.manifest.files
     if backend in _ENGINES:
-        paths = [e["path"] for e in artifact.manifest.engines if Path(e["path"]).stem.startswith(f"{component}_a")]
-        by_place: dict[Path, int] = {}  # one folder an SM
-        for path in paths:
-            by_place[Path(path).parent] = by_place.get(Path(path).parent, 0) + files[path]["bytes"]
-        return "engines", max(by_place.values(), default=0)
+        return "engines", _engine_bytes(artifact, component, artifact.bits(component))
     return "packed weights", sum(files[name]["bytes"] for name in artifact.weight_files(component))
+
+
+def _room_for_loras(artifact: Artifact, component: str) -> int:
+    """Return the bytes that the inputs reserved for LoRAs take in a session."""
+    if not artifact.manifest.lora_rank:
+        return 0
+    from dvdquant.model.lora_inputs import lora_input_shapes
+
+    plan = artifact.plan(component)
+    return sum(2 * math.prod(shape) for shape in lora_input_shapes(plan.layers, plan.lora_rank).values())
+
+
+def _engine_bytes(artifact: Artifact, component: str, bits: Sequence[int]) -> int:
+    """Return the bytes of a transformer's engines of some bit-widths, on the GPU where they are largest."""
+    files, by_place = artifact.manifest.files, dict[Path, int]()
+    for path in map(Path, (e["path"] for e in artifact.manifest.engines if e["act_bits"] in bits)):
+        if path.stem.startswith(f"{component}_a"):  # one folder an SM
+            by_place[path.parent] = by_place.get(path.parent, 0) + files[str(path)]["bytes"]
+    return max(by_place.values(), default=0)
 
 
 def _parameters(artifact: Artifact, component: str) -> int:

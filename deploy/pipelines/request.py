@@ -13,6 +13,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from dvdquant.deploy.pipelines.continuity import Path
 from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.deploy.switching.runner import StepRunner
 
@@ -104,10 +105,8 @@ class Request:
         announced: True if the request was begun by hand and has no call yet.
         busy: True while a call of it is running.
         texts: Weak references to the text embeddings that it was called with, by branch.
-        adopted: True if the current step began with a call of another caller or loop, known by its embedding.
-        doubtful: True if all embeddings of the current step are also known to another open request.
         mixed: True if a call of another loop was counted for it.
-        left: The caller that another caller took it from, and the timestep that it had then. Or None.
+        path: What its loop has had, if no pipeline runs it.
     """
 
     runner: StepRunner
@@ -119,10 +118,8 @@ class Request:
     announced: bool = False
     busy: bool = False
     texts: dict[str | None, list[weakref.ref[Tensor]]] = field(default_factory=dict)
-    adopted: bool = False
-    doubtful: bool = False
     mixed: bool = False
-    left: tuple[Caller, float] | None = None
+    path: Path = field(default_factory=Path)
 
     def begins(self, branch: str | None, step: int | None, timestep: float) -> bool:
         """Return whether a call is the first of a later request.
@@ -177,6 +174,11 @@ class Request:
         if text is not None and not self.knows(branch, text):
             alive = [known for known in self.texts.get(branch, ()) if known() is not None]
             self.texts[branch] = [*alive, weakref.ref(text)]
+
+    @property
+    def steps_left(self) -> bool:
+        """Return whether it was begun by hand with a number of steps that are not all begun."""
+        return self.steps is not None and self.position.index + 1 < self.steps
 
     @property
     def reachable(self) -> bool:

@@ -11,11 +11,11 @@ What a caller asks of its coming requests (``begin_request``, ``on_step``, ``can
 waits with something asked for, nobody can tell whether it was meant. That is refused.
 
 Code that calls the transformer by itself may also take turns with another loop in one thread. Or it may run its steps
-in one thread after the other (a generator that a web server steps through). Such a call goes to the request that has
-had the same text embedding (the very same tensor), if the call continues that request and does not fit into the step
-that the caller's own request is in. Loops may share an embedding, such as that of an empty negative prompt. Where it
-turns out that such a call was counted for the wrong loop, both are refused. All calls of one step must come from one
-caller.
+in one thread after the other (a generator that a web server steps through). Such a call goes to the request that its
+latents come from (see :mod:`.continuity`), whether or not loops share embeddings. Latents that come from no open request
+begin a new one. Where it turns out that a call was counted for the wrong loop, both are refused: that may happen to a loop
+that starts from a picture of the other one. What is not told apart is a second loop from the very same noise and
+embedding that begins right after the first step of the other one. All calls of one step must come from one caller.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from dvdquant.deploy.cancel import CancelSignal
+from dvdquant.deploy.pipelines.continuity import BETTER, ROUNDING, Fit
 from dvdquant.deploy.pipelines.request import Caller, Callers, Request, running_pipeline
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.switching.controller import StepController, StepRecord
@@ -84,6 +85,54 @@ class _Wish:
     def lost(self) -> bool:
         """Return whether its contexts have ended, so that no call can get it any more."""
         return self.token is None or self.token() is None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of the transformer that no pipeline makes.
+
+    Args:
+        caller: Who makes it.
+        branch: The branch that it names, or None.
+        step: The step index that it passes, or None.
+        timestep: Its timestep.
+        text: Its text embedding, or None.
+        latents: Its latents [B, ...].
+    """
+
+    caller: Caller
+    branch: str | None
+    step: int | None
+    timestep: float
+    text: Tensor | None
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a call.
+
+    Args:
+        runner: The runner of its request.
+        branch: The name of its branch.
+        step: The index of its step.
+        request: The request, if no pipeline runs it.
+    """
+
+    runner: StepRunner
+    branch: str
+    step: int
+    request: Request | None
+
+    def note(self, latents: Tensor, output: Tensor) -> None:
+        """Note what the call was given and what it gave, by which the next call of its loop is known.
+
+        Args:
+            latents: The latents, as they were given [B, ...].
+            output: The transformer's output [B, ...].
+        """
+        if self.request is not None:
+            self.request.path.note(latents, output)
 
 
 @dataclass(frozen=True)
@@ -234,6 +283,7 @@ class RequestTable:
             if request is not None and not request.busy:
                 request.ended = True
                 request.runner.forget_outputs()
+                request.path.clear()
                 if request in self._paused:
                     self._paused.remove(request)
 
@@ -255,11 +305,18 @@ class RequestTable:
             for request in requests:
                 if not request.busy:
                     request.runner.forget_outputs()
+                    request.path.clear()
 
     @contextmanager
     def call(
-        self, branch: str | None, step: int | None, steps: int | None, timestep: float, text: Tensor | None
-    ) -> Iterator[tuple[StepRunner, str, int]]:
+        self,
+        branch: str | None,
+        step: int | None,
+        steps: int | None,
+        timestep: float,
+        text: Tensor | None,
+        latents: Tensor,
+    ) -> Iterator[Place]:
         """Run one call of the transformer in the ``with`` block.
 
         A call that an exception ends counts as not made: it may be made again.
@@ -270,19 +327,20 @@ class RequestTable:
             steps: The number of steps that the pipeline passes, or None.
             timestep: The timestep of the call.
             text: The text embedding of the call, as it was given, or None.
+            latents: The latents of the call, as they were given [B, ...].
 
         Yields:
-            The runner of the call, its branch, and the index of its step.
+            The place of the call: its runner, its branch and the index of its step.
 
         Raises:
             UnsupportedError: Another call of the same request is running, another thread has begun a request by hand
-                that may be this one, or loops that share a text embedding cannot be told apart.
+                that may be this one, or calls of two loops were taken for those of one.
         """
         taken: Request | None = None
         try:
             with self._lock:
                 caller = self._thread.caller
-                request = self._find(caller, branch, step, steps, timestep, text)
+                request = self._find(caller, branch, step, steps, timestep, text, latents)
                 if request.busy:
                     raise UnsupportedError(
                         "two calls of one request at once",
@@ -303,7 +361,7 @@ class RequestTable:
                 request.remember(branch, text)
                 name, index = request.position.move(branch, step, timestep)
                 request.announced = request.ended = False
-                yield request.runner, name, index
+                yield Place(request.runner, name, index, request if running_pipeline() is None else None)
             except BaseException:
                 request.position, request.announced = before, announced
                 raise
@@ -321,6 +379,7 @@ class RequestTable:
         steps: int | None,
         timestep: float,
         text: Tensor | None,
+        latents: Tensor,
     ) -> Request:
         """Return the request of a call, after beginning it if it is new."""
         pipeline = running_pipeline()
@@ -335,86 +394,70 @@ class RequestTable:
             begun.close()
             self._keep(caller, pipeline, request)
             return request
-        # 2. A request of another loop or thread that has had this text embedding.
+        # 2. Code that calls the transformer by itself: the loop that the latents come from.
         own = caller.of(pipeline)
         if pipeline is None:
-            other = self._other(own, branch, step, timestep, text)
-            if own is not None:
-                self._check_turns(caller, own, other, branch, step, timestep, text)
-            if other is not None:
-                if other.caller is not caller and other.position.timestep is not None:
-                    other.left = other.caller, other.position.timestep
-                other.adopted = True
-                self._keep(caller, None, other)
-                return other
-        # 3. The owner's own request, or a new one.
-        if own is None or own.begins(branch, step, timestep):
+            place = _Call(caller, branch, step, timestep, text, latents)
+            open_one = self._loop(own, place)
+            if open_one is not None:
+                self._keep(caller, None, open_one)
+                return open_one
+        # 3. A new request, or the pipeline's own.
+        if pipeline is None or own is None or own.begins(branch, step, timestep):
             self._refuse_lost(begun=False)
             own = self._new(caller)
             own.runner.begin_request(steps)
             self._keep(caller, pipeline, own)
         return own
 
-    def _other(
-        self, own: Request | None, branch: str | None, step: int | None, timestep: float, text: Tensor | None
-    ) -> Request | None:
-        """Return the open request of another loop that a call continues, or None if it is of ``own`` or a new one."""
-        if own is not None and own.knows(branch, text):
-            return None
-        for other in reversed(self._paused):
-            if other is own or not other.knows(branch, text) or not other.continues(branch, timestep):
-                continue
-            calls = other.position.before or len(other.position.called)
-            # The embedding of a negative prompt may be known from elsewhere, and new to this request.
-            if own is None or own.ended or not own.position.awaits(branch, step, timestep, calls):
-                return other
-            if branch is not None and own.knows_another(branch, text):
-                return other
-        return None
-
-    def _check_turns(
-        self,
-        caller: Caller,
-        own: Request,
-        other: Request | None,
-        branch: str | None,
-        step: int | None,
-        timestep: float,
-        text: Tensor | None,
-    ) -> None:
-        """Refuse a call that shows that an earlier call of this step was of another loop than it was counted for.
+    def _loop(self, own: Request | None, call: _Call) -> Request | None:
+        """Return the open request that a call continues, or None if it begins a new one.
 
         Raises:
-            UnsupportedError: Loops that share a text embedding cannot be told apart.
+            UnsupportedError: The call shows that another loop's call was counted for its request.
         """
-        begins = own.begins(branch, step, timestep)
-        if own.mixed and not begins:
-            _refuse_turns()
-        if own.caller is not caller:
-            # Another caller has this request now. This call goes on where it was then, or was made in this step already:
-            # each of the two has a loop of its own.
-            behind = begins and own.left is not None and own.left[0] is caller and timestep < own.left[1]
-            again = step is None and timestep == own.position.timestep and branch in own.position.called
-            if again or (behind and own.knows(branch, text)):
+        begins = own is None or own.begins(call.branch, call.step, call.timestep)
+        mine = None if own is None else own.path.fit(call.latents)
+        # 1. What shows that two loops were taken for one.
+        if own is not None:
+            if own.mixed and not begins:
+                _refuse_turns()
+            # Another caller has this request now, and has made this call of it.
+            again = call.step is None and call.timestep == own.position.timestep
+            if own.caller is not call.caller and again and call.branch in own.position.called:
                 _refuse_turns(own)
-        same = own.position.awaits(branch, step, timestep, 0)
-        if other is not None:
-            # Another loop goes on, in the middle of a step that may have been its own.
-            if own.doubtful and own.position.unfinished:
-                _refuse_turns(own, other)
-        elif same and own.adopted and own.knows_another(branch, text):
-            # The step began with an embedding of this request, and goes on with one of another loop.
-            _refuse_turns(own)
-        elif same:
-            own.adopted = own.adopted and not own.knows(branch, text)
-            own.doubtful = own.doubtful and self._shared(own, branch, timestep, text)
-        else:
-            own.adopted, own.doubtful = False, self._shared(own, branch, timestep, text)
+            if mine is not None and not own.mixed and not own.ended and own.path.foreign_last(mine):
+                _refuse_turns(own)
+        # 2. The caller's own request, if the latents come from it.
+        continues = own is not None and not begins and _goes_on(own, mine, call)
+        if continues and (mine is None or mine.residual < ROUNDING):
+            return own
+        # 3. The request of another loop, if they come rather from that one.
+        other, fit = self._other(own, call)
+        if other is not None and fit is not None:
+            if continues and mine is not None and mine.dependent and fit.residual > BETTER * mine.residual:
+                return own
+            if other.path.foreign_last(fit):
+                _refuse_turns(other)
+            return other
+        return own if continues else None
 
-    def _shared(self, own: Request, branch: str | None, timestep: float, text: Tensor | None) -> bool:
-        """Return whether another open request could have made this call, too."""
-        others = (other for other in self._paused if other is not own)
-        return any(other.knows(branch, text) and other.continues(branch, timestep) for other in others)
+    def _other(self, own: Request | None, call: _Call) -> tuple[Request | None, Fit | None]:
+        """Return the open request of another loop that the latents of a call come from best, and how they fit."""
+        best: tuple[Request | None, Fit | None] = (None, None)
+        for other in reversed(self._paused):
+            if other is own or other.mixed or not other.continues(call.branch, call.timestep):
+                continue
+            if other.knows_another(call.branch, call.text):
+                continue
+            fit = other.path.fit(call.latents)
+            if fit is None or not fit.dependent or fit.first:
+                continue
+            if fit.same and call.timestep != other.position.timestep:
+                continue  # a loop that goes on has moved
+            if best[1] is None or fit.residual < best[1].residual:
+                best = other, fit
+        return best
 
     def _keep(self, caller: Caller, pipeline: DiffusionPipeline | None, request: Request) -> None:
         caller.keep(pipeline, request)
@@ -550,6 +593,17 @@ class RunnerView:
         return self._table.latest.runner.summary(cost)
 
 
+def _goes_on(own: Request, fit: Fit | None, call: _Call) -> bool:
+    """Return whether a call that may be the next one of its caller's request by its timestep is that by its latents."""
+    if fit is None or own.steps_left:
+        return True
+    if fit.same:
+        # The same noise with another prompt begins another loop; a loop that changes its prompt has moved.
+        moved = call.timestep != own.position.timestep
+        return not (moved and own.knows_another(call.branch, call.text))
+    return fit.dependent and not fit.first
+
+
 def _refuse_turns(*mixed: Request) -> NoReturn:
     """Refuse a call that fits more than one loop.
 
@@ -559,7 +613,8 @@ def _refuse_turns(*mixed: Request) -> NoReturn:
     for request in mixed:
         request.mixed = True
     raise UnsupportedError(
-        "loops that take turns share a text embedding, and a call cannot be told from one of the other loop",
-        fix="give each loop a thread, an asyncio task, an embedding of its own (embedding.clone()), or a transformer of "
-        "its own: DvdqTransformer(transformer.session, controller)",
+        "calls of two loops that take turns were taken for those of one: nothing told the first call of the second loop "
+        "from a step of the first",
+        fix="call begin_request() before each loop, or give each loop a thread, an asyncio task, or a transformer of its "
+        "own: DvdqTransformer(transformer.session, controller)",
     )

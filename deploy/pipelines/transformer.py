@@ -44,6 +44,7 @@ from dvdquant.deploy.switching.gbs import Weighting
 from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.hub.locate import locate_export
 from dvdquant.model.diffusers_hooks import check_pipeline_hooks
 from dvdquant.system.torch_hooks import parse_to
@@ -142,6 +143,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         attention: str | None = None,
         attention_backend: str | None = None,
         cfg_parallel: str | None = None,
+        weights: WeightPolicy = "auto",
         **unknown: Any,
     ) -> Self:
         """Open an export as the transformer of a diffusers pipeline.
@@ -174,6 +176,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             cfg_parallel: A second device, such as ``cuda:1``, where the second branch of guidance runs at the same time as
                 the first, on a session of its own. Outputs and decisions are those of one device. Without guidance, and
                 where a pipeline runs both branches in one call of the export's batch, the device is not used.
+            weights: ``auto``, ``packed`` (4 bits a weight) or ``expanded`` (as the GPU multiplies them), see
+                :func:`.sessions.open_session`.
             **unknown: Refused, except options that make no difference here.
 
         Raises:
@@ -209,6 +213,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                 compile=compile,
                 attention=attention,
                 attention_backend=attention_backend,
+                weights=weights,
             )
 
         session = opener(device)
@@ -304,7 +309,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             **unknown: Refused: a pipeline's ``load_lora_weights`` comes with tensors that it has converted.
 
         Raises:
-            UnsupportedError: The backend is not ``pytorch``, or it is no path.
+            UnsupportedError: The export reserves no inputs for it and the backend is not ``pytorch``, its rank is larger than
+                what is reserved, or it is no path.
             CheckpointError: The file is no LoRA of this model.
         """
         if unknown or not isinstance(path, (str, Path)):
@@ -464,10 +470,11 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         timestep = float(inputs["timestep"].max())
         if not math.isfinite(timestep):
             raise ShapeError(f"the timestep is {timestep}", available="a finite number", fix="check the scheduler")
-        text = arguments["encoder_hidden_states"]
-        with self._requests.call(branch, given, steps, timestep, text if isinstance(text, Tensor) else None) as place:
-            runner, branch, step = place
-            whole = self._adapter.run(runner, inputs, branch, step, steps)
+        text, latents = arguments["encoder_hidden_states"], arguments["hidden_states"]
+        known = text if isinstance(text, Tensor) else None
+        with self._requests.call(branch, given, steps, timestep, known, latents) as place:
+            whole = self._adapter.run(place.runner, inputs, place.branch, place.step, steps)
+            place.note(latents, whole)
         return whole.to(arguments["hidden_states"].device)
 
     # ---------------------------------------------------------------------------------------------- dtype, device, mode

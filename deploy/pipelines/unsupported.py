@@ -25,8 +25,8 @@ __all__ = ["COPIED", "LOADED", "REFUSED", "WholeEngine", "refuse"]
 
 _LORA = (
     "its weights are packed in 4 bits inside the export",
-    "export again with dvdq-export --lora FILE:SCALE, which fuses the LoRA into the weights; on the pytorch backend "
-    "transformer.load_lora_adapter(FILE, scale) runs it beside them",
+    "export again with dvdq-export --lora FILE:SCALE, which fuses the LoRA into the weights; of an export with "
+    "--lora-rank, and on the pytorch backend, transformer.load_lora_adapter(FILE, scale) runs it beside them",
 )
 _CACHE = (
     "the transformer is one engine, without blocks that a cache could hook",

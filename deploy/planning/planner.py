@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import Generator, open_generator
-from dvdquant.deploy.generation.images import ImageSource
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
 from dvdquant.deploy.generation.video import psnr
 from dvdquant.deploy.kinds import is_number, is_whole
@@ -33,7 +31,15 @@ from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.system.progress import Progress
 from dvdquant.system.records import brief
 
-__all__ = ["Goal", "Plan", "Quality", "delta_for_seconds", "plan"]
+__all__ = ["CLIP", "OPENING", "Goal", "Plan", "Quality", "delta_for_seconds", "plan"]
+
+CLIP = ("negative_prompt", "guidance", "height", "width", "num_frames", "image", "last_image")
+"""What a plan passes on to the request of every clip."""
+OPENING = (
+    "pipeline", "backend", "device", "lora", "text_embeds", "offload", "vae_tiling", "text_encoder_bits", "compile", "attention",
+    "attention_backend", "plugins", "weights",
+)  # fmt: skip
+"""What a plan passes on to :func:`.generate.open_generator`."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +126,8 @@ def plan(
     reference: bool = False,
     last_high: int = LAST_HIGH,
     weighting: Weighting = WEIGHTINGS[0],
-    pipeline: str | None = None,
-    backend: str = "auto",
-    device: str = "auto",
     progress: Progress | None = None,
-    lora: Sequence[LoraSpec] = (),
-    image: ImageSource | None = None,
-    last_image: ImageSource | None = None,
+    **options: Any,
 ) -> Plan:
     """Record every prompt with every seed, find δ for ``goal``, and validate it on the first clip.
 
@@ -139,28 +140,28 @@ def plan(
         reference: compare with the original 16-bit checkpoint too.
         last_high: so many last steps run on the high engine; the default is the commands'.
         weighting: ``step`` counts a change by how far its step moves, ``none`` is the published rule.
-        pipeline: folder or hub id of the model; default the exported one.
-        backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: where progress goes; default nowhere.
-        lora: where the export's LoRAs are now, for ``reference``, if they no longer lie where they were.
-        image: the first frame of every clip, of a model that draws from one.
-        last_image: the last frame.
+        **options: what a clip shows, as the fields of :class:`.request.GenerateRequest` in :data:`CLIP`, and how the model is
+            opened, as the arguments of :func:`.generate.open_generator` in :data:`OPENING`. With ``text_embeds`` and no
+            prompt, all prompts of the file are recorded.
 
     Raises:
         ShapeError: There is no prompt or no seed, or one is of another kind.
         UnsupportedError: The export has one bit-width only, or no δ reaches the goal (saying the range).
         DvdquantError: Whatever a generation raises.
     """
-    prompts, seeds = _prompts(prompts), _seeds(seeds)
+    if unknown := sorted(options.keys() - {*CLIP, *OPENING}):
+        raise UnsupportedError(f"plan has no option {unknown[0]}", available=[*CLIP, *OPENING])
+    clip = {name: value for name, value in options.items() if name in CLIP}
+    opening = {name: value for name, value in options.items() if name in OPENING}
+    prompts, seeds = _prompts(prompts, may_be_none=opening.get("text_embeds") is not None), _seeds(seeds)
     low, high = _two_engines(artifact)
     progress = progress or Progress()
     recorder = Recorder(low, high)
-    with open_generator(
-        artifact, pipeline=pipeline, backend=backend, device=device, wrap_session=recorder.wrap, lora=lora
-    ) as generator:
-        base = GenerateRequest(prompts[0], steps=steps, seed=seeds[0], mode=f"a{high}")
-        base = replace(base, last_high=last_high, weighting=weighting, image=image, last_image=last_image)
+    with open_generator(artifact, wrap_session=recorder.wrap, **opening) as generator:
+        prompts = prompts or generator.prompts()
+        base = GenerateRequest(prompts[0], steps=steps, seed=seeds[0], mode=f"a{high}", **clip)
+        base = replace(base, last_high=last_high, weighting=weighting)
         requests = [replace(base, prompt=p, seed=s) for p in prompts for s in seeds]
         checked = [generator.check(request) for request in requests]
         for words in generator.notes(checked[0]):
@@ -179,13 +180,13 @@ def plan(
     return found
 
 
-def _prompts(prompts: str | Sequence[str]) -> list[str]:
-    """Return the prompts as a list. ShapeError if there is none, or if one is no text."""
+def _prompts(prompts: str | Sequence[str], may_be_none: bool = False) -> list[str]:
+    """Return the prompts as a list. ShapeError if there is none where there must be one, or if one is no text."""
     several = [prompts] if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable) else list(prompts)
     for prompt in several:
         if not isinstance(prompt, str):
             raise ShapeError(f"a prompt is {brief(prompt)}", available="text, or several texts")
-    if not several:
+    if not several and not may_be_none:
         raise ShapeError("there is no prompt", fix='give one or several: ["a cat walks on grass", "rain on a window"]')
     return several
 

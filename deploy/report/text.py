@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dvdquant.artifact.manifest import EngineEntry, Manifest
-from dvdquant.artifact.provenance import lora_words, sampling_words
+from dvdquant.artifact.provenance import lora_room, lora_words, sampling_words
 from dvdquant.checkpoint.formats.files import names_file
 from dvdquant.model.families.base import ImageInputs
 from dvdquant.recipe import fitted_text, looks_at_inputs
@@ -67,12 +67,13 @@ def shown(value: Any) -> Any:
 
 
 def lora_rows(manifest: Manifest) -> list[tuple[str, str]]:
-    """Return (what, how) of the LoRAs in the weights and of the recorded defaults; nothing where there are none.
+    """Return (what, how) of LoRAs in the weights, room for others, and recorded defaults; nothing where there are none.
 
     Args:
         manifest: The manifest of the export.
     """
     rows = [("LoRA", shown(words.removeprefix("LoRA "))) for words in lora_words(manifest.lora)]
+    rows += [("LoRAs at run time", words) for words in lora_room(manifest.lora_rank)]
     if manifest.sampling is not None:
         rows.append(("Defaults", sampling_words(manifest.sampling)))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Mapping
 from importlib import resources
@@ -15,11 +16,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from dvdquant.deploy.serve.gate import BodyTooLargeError, BodyTooSlowError, Gate, problem
+from dvdquant.deploy.serve.gate import BodyTooLargeError, BodyTooSlowError, Gate, UploadsBusyError, problem
 from dvdquant.deploy.serve.jobs import VIDEO_ID, Job, QueueFullError
-from dvdquant.deploy.serve.openapi import openapi_document, readable_page
+from dvdquant.deploy.serve.openapi import MAX_WAIT, openapi_document, readable_page
+from dvdquant.deploy.serve.pictures import PICTURES, take_pictures
 from dvdquant.deploy.serve.requests import read_request
-from dvdquant.deploy.serve.service import Service
+from dvdquant.deploy.serve.service import DiskFullError, Service
 from dvdquant.deploy.serve.videos import deleted_json, list_json, video_json
 from dvdquant.deploy.serve.wording import public_error
 from dvdquant.errors import DvdquantError, ShapeError, UnsupportedError
@@ -31,9 +33,12 @@ __all__ = ["make_app"]
 _JSON = "application/json"
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _STATIC = {"page.js": "text/javascript", "page.css": "text/css", "docs.css": "text/css", "icon.svg": "image/svg+xml"}
+_WITH_PICTURES = ("/v1/videos", "/preflight")
 _MAX_LIST = 100
 _DRAIN_SECONDS = 5
 _START_SECONDS = 2
+
+log = logging.getLogger(__name__)
 
 
 def make_app(service: Service) -> Any:
@@ -68,11 +73,18 @@ def make_app(service: Service) -> Any:
             DvdquantError: _bad_request,
             BodyTooLargeError: _too_large,
             BodyTooSlowError: _too_slow,
+            UploadsBusyError: _uploads_busy,
             ClientDisconnect: _gone,
             Exception: _our_fault,
         },
     )
-    return Gate(app, service.settings, service.metrics)
+
+    def body_limit(scope: Mapping[str, Any]) -> int:
+        limits = service.settings.limits
+        larger = scope["path"] in _WITH_PICTURES and service.takes_pictures
+        return limits.body_with_pictures if larger else limits.body
+
+    return Gate(app, service.settings, service.metrics, body_limit)
 
 
 class _Routes:
@@ -94,24 +106,34 @@ class _Routes:
                 503, "the server is stopping and takes no more jobs", "server_error", code="draining",
                 retry_after=_DRAIN_SECONDS,
             )  # fmt: skip
-        checked = service.check(await _fields(request))
-        if await service.run(service.disk_is_full):
+        values, pictures = await self._asked(request)
+        checked = service.check(values, pictures)
+        full = problem(
+            429, f"{limits.queue} jobs are waiting, and this server takes no more", "rate_limit_error",
+            code="queue_full", fix="try again later", retry_after=service.retry_after(),
+        )  # fmt: skip
+        if pictures:
+            is_full = await service.run(service.queue_is_full)
+            if is_full:
+                return full
+        decoded = await service.decode(pictures)
+        try:
+            # One call, because each that leaves this thread waits for its turn on a busy machine.
+            job, ahead = await service.run(service.create, checked, decoded, request.state.request_id)
+        except QueueFullError:
+            return full
+        except DiskFullError:
             return problem(
                 503, "the server has no room for more clips", "server_error", code="disk_full", retry_after=60
             )
-        try:
-            job = await service.run(service.store.create, checked.job(request.state.request_id), limits.queue)
-        except QueueFullError:
-            return problem(
-                429, f"{limits.queue} jobs are waiting, and this server takes no more", "rate_limit_error",
-                code="queue_full", fix="try again later", retry_after=service.retry_after(),
-            )  # fmt: skip
         service.pool.tell("wake")
-        return JSONResponse(video_json(job, await service.run(service.store.ahead_of, job)))
+        return JSONResponse(video_json(job, ahead))
 
     async def preflight(self, request: Request) -> Response:
         """Say what a request would execute, without queueing it."""
-        checked = self.service.check(await _fields(request))
+        values, pictures = await self._asked(request)
+        checked = self.service.check(values, pictures)
+        await self.service.decode(pictures)
         counts = await self.service.run(self.service.store.counts)
         return JSONResponse(self.service.preflight(checked, counts.get("queued", 0)))
 
@@ -133,8 +155,11 @@ class _Routes:
         return JSONResponse(list_json(jobs, limit))
 
     async def get_video(self, request: Request) -> Response:
-        """Say how far a job is."""
-        job = await self._job(request)
+        """Say how far a job is, at once or when it has ended."""
+        wait = _whole(request.query_params.get("wait", "0"), "wait", 0, MAX_WAIT)
+        job = await self.service.wait(_video_id(request), wait)
+        if job is None:
+            raise _no_video()
         ahead = await self.service.run(self.service.store.ahead_of, job) if job.status == "queued" else None
         return JSONResponse(video_json(job, ahead))
 
@@ -162,15 +187,24 @@ class _Routes:
         if after is None:
             raise _no_video()
         self.service.pool.tell("cancel", video=video)
+        self.service.changed(video)
         return JSONResponse(video_json(after))
 
     async def delete_video(self, request: Request) -> Response:
         """Delete a job and its clip; a running one stops."""
         video = _video_id(request)
-        if not await self.service.run(self.service.store.delete, video):
+        try:
+            found = await self.service.run(self.service.delete, video)
+        except OSError:
+            log.exception("the files of %s cannot be deleted", video)
+            return problem(
+                503, "the files of the video cannot be deleted now", "server_error", code="disk_refuses",
+                fix="try again later", retry_after=10,
+            )  # fmt: skip
+        if not found:
             raise _no_video()
         self.service.pool.tell("cancel", video=video)
-        await self.service.run(self.service.files.delete, video)
+        self.service.changed(video)
         return JSONResponse(deleted_json(video))
 
     async def remix_video(self, request: Request) -> Response:
@@ -180,6 +214,28 @@ class _Routes:
             400, "remix is not supported: no model here takes a clip as input",
             fix="create a video with the seed of the first one and a changed prompt",
         )  # fmt: skip
+
+    async def _asked(self, request: Request) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Return the checked fields of a body, JSON or form, and its pictures.
+
+        Raises:
+            ShapeError: The body is out of form.
+            UnsupportedError: It is of another type, or see :func:`.requests.read_request`.
+        """
+        service, limits = self.service, self.service.settings.limits
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == _JSON:
+            raw = await request.body()
+            # A picture in JSON takes a while to read, and the others need not wait for it.
+            data = await service.run(_json_fields, raw) if len(raw) > limits.body else _json_fields(raw)
+            fields, pictures = take_pictures(data, limits.picture)
+            return read_request(fields, form=False), pictures
+        if kind not in _FORMS:
+            raise UnsupportedError(f"content type {shown(kind, 80)!r}", available=(_JSON, *_FORMS))
+        part = limits.body_with_pictures if service.takes_pictures else limits.body
+        async with request.form(max_files=4, max_fields=64, max_part_size=part) as form:
+            fields, pictures = take_pictures(await _form_fields(form), limits.picture)
+        return read_request(fields, form=True), pictures
 
     async def _job(self, request: Request) -> Job:
         job = await self.service.run(self.service.store.get, _video_id(request))
@@ -261,35 +317,31 @@ class _Clip(FileResponse):
             await problem(404, "the content of the video is gone", code="content_gone")(scope, receive, send)
 
 
-async def _fields(request: Request) -> dict[str, Any]:
-    """Return the checked fields of a body, JSON or form.
+def _json_fields(raw: bytes) -> dict[str, Any]:
+    """Return the fields of a JSON body.
 
     Raises:
-        ShapeError: The body is out of form.
-        UnsupportedError: It is of another type, or see :func:`.requests.read_request`.
+        ShapeError: It is no object.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == _JSON:
-        try:
-            data = strict_json(await request.body(), max_depth=8)
-        except ValueError as error:
-            raise ShapeError(f"the body is no valid JSON: {shown(error)}") from None
-        if not isinstance(data, dict):
-            raise ShapeError("the body is no JSON object", fix='send an object such as {"prompt": "..."}')
-        return read_request(data, form=False)
-    if kind not in _FORMS:
-        raise UnsupportedError(f"content type {shown(kind, 80)!r}", available=(_JSON, *_FORMS))
-    async with request.form(max_files=2, max_fields=64) as form:
-        return read_request(_form_fields(form), form=True)
+    try:
+        data = strict_json(raw, max_depth=8)
+    except ValueError as error:
+        raise ShapeError(f"the body is no valid JSON: {shown(error)}") from None
+    if not isinstance(data, dict):
+        raise ShapeError("the body is no JSON object", fix='send an object such as {"prompt": "..."}')
+    return data
 
 
-def _form_fields(form: FormData) -> Mapping[str, Any]:
-    """Return the fields of a form; a file stands for itself."""
+async def _form_fields(form: FormData) -> Mapping[str, Any]:
+    """Return the fields of a form: text, and the bytes of a picture; other files in words, to be refused."""
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
         if name in fields:
             raise ShapeError(f"the field {shown(name, 80)!r} appears twice")
-        fields[name] = f"a file of {value.size} bytes" if isinstance(value, UploadFile) else value
+        if isinstance(value, UploadFile):
+            fields[name] = await value.read() if name in PICTURES else f"a file of {value.size} bytes"
+        else:
+            fields[name] = value
     return fields
 
 
@@ -348,6 +400,21 @@ async def _too_slow(request: Request, error: Exception) -> Response:
     """Answer a body that has stopped to come."""
     del request, error
     answer = problem(408, "the body of the request did not come in time")
+    answer.headers["connection"] = "close"
+    return answer
+
+
+async def _uploads_busy(request: Request, error: Exception) -> Response:
+    """Answer a large body while as many of them come in as the server takes at a time."""
+    del request, error
+    answer = problem(
+        503,
+        "many pictures are being uploaded",
+        "server_error",
+        code="uploads_busy",
+        fix="try again later",
+        retry_after=5,
+    )
     answer.headers["connection"] = "close"
     return answer
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import select
 import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Channel"]
+__all__ = ["Channel", "Link"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,12 @@ class Channel:
                 if isinstance(message, dict):
                     yield message
 
+    def is_closed(self) -> bool:
+        """Return whether the other end is gone; no message is taken."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return any(events & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
+
     def close(self) -> None:
         """Close this end; a thread that reads here ends."""
         with contextlib.suppress(OSError):
@@ -63,3 +70,24 @@ class Channel:
         with contextlib.suppress(OSError):
             self._lines.close()
             self._socket.close()
+
+
+class Link:
+    """What a worker tells its server, whichever that is now; while there is none, nobody hears it.
+
+    Args:
+        channel: The channel to the first server.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel: Channel | None = channel
+
+    def send(self, event: str, **fields: Any) -> bool:
+        """Send a message, see :meth:`Channel.send`.
+
+        Args:
+            event: Its kind.
+            fields: Its values.
+        """
+        channel = self.channel
+        return channel is not None and channel.send(event, **fields)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation import limits
-from dvdquant.deploy.generation.check import RequestChecker, TableChecker, open_checker
+from dvdquant.deploy.generation.check import BATCHED, RequestChecker, TableChecker, open_checker
+from dvdquant.deploy.generation.images import grey_picture
 from dvdquant.deploy.generation.request import DISTILLED, GenerateRequest, VideoSize
 from dvdquant.deploy.serve.jobs import NewJob
+from dvdquant.deploy.serve.pictures import PICTURES
 from dvdquant.deploy.serve.requests import frames_of_seconds, generate_request
 from dvdquant.deploy.serve.settings import Limits, ModelSource
 from dvdquant.errors import ShapeError
 
-__all__ = ["CheckedRequest", "ServedModel"]
+__all__ = ["CheckedRequest", "ServedModel", "calls_a_step"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class CheckedRequest:
         height: Pixels.
         width: Pixels.
         fps: Frames per second.
-        branches: Calls of the transformer in a step.
+        calls: Calls of the transformer in a step.
         mode: ``switch``, ``planned``, ``a4`` or ``a8``.
     """
 
@@ -43,17 +46,19 @@ class CheckedRequest:
     height: int
     width: int
     fps: float
-    branches: int
+    calls: int
     mode: str
 
-    def job(self, request_id: str) -> NewJob:
+    def job(self, request_id: str, pictures: Mapping[str, Mapping[str, Any]] | None = None) -> NewJob:
         """Return what is queued.
 
         Args:
             request_id: The id of the HTTP request.
+            pictures: What is known of each picture, by its name.
         """
         seconds = round(self.frames / self.fps, 3)
-        return NewJob(self.model, self.values, self.steps, (self.width, self.height), seconds, request_id)
+        values = {**self.values, **(pictures or {})}
+        return NewJob(self.model, values, self.steps, (self.width, self.height), seconds, request_id)
 
 
 class ServedModel:
@@ -75,11 +80,18 @@ class ServedModel:
             limits=limits.Limits(steps=most.steps, pixels=most.pixels, prompt=most.prompt),
         )
 
-    def check(self, values: Mapping[str, Any]) -> CheckedRequest:
+    @functools.cached_property
+    def pictures(self) -> dict[str, str]:
+        """Return for each picture of a request whether the model takes it: ``none``, ``optional`` or ``required``."""
+        taken = self.checker.images_taken()
+        return {name: taken[field] for name, field in PICTURES.items()}
+
+    def check(self, values: Mapping[str, Any], pictures: Collection[str] = ()) -> CheckedRequest:
         """Return the request with everything filled in.
 
         Args:
             values: From :func:`.requests.read_request`.
+            pictures: The names of its pictures, which are not looked at here.
 
         Raises:
             DvdquantError: The model cannot draw it, or it is over a limit.
@@ -89,12 +101,12 @@ class ServedModel:
             taken = self._pixels()["frames"]
             fps = filled.get("fps") or self.checker.fps(taken["default"])
             filled["num_frames"] = frames_of_seconds(seconds, fps, taken)
-        request = self.checker.check(generate_request(filled, self.checker.artifact.manifest, self.source))
+        given = {name: grey_picture() for name in pictures}
+        request = self.checker.check(generate_request(filled, self.checker.artifact.manifest, self.source, given))
         frames, height, width = request.num_frames, request.height, request.width
         steps, guidance = request.steps, request.guidance
         if steps is None or guidance is None or frames is None or height is None or width is None:
             raise ShapeError("the request leaves something open that the model does not fill in")
-        guided = guidance != 1 and self.checker.family.name not in DISTILLED
         return CheckedRequest(
             model=self.source.name,
             values=filled,
@@ -104,7 +116,7 @@ class ServedModel:
             height=height,
             width=width,
             fps=filled.get("fps") or self.checker.fps(frames),
-            branches=2 if guided else 1,
+            calls=calls_a_step(self.checker, request),
             mode=request.mode,
         )
 
@@ -118,6 +130,7 @@ class ServedModel:
             "recipe": checker.artifact.manifest.recipe["name"],
             "modes": [*(("switch",) if len(bits) > 1 else ()), *(f"a{b}" for b in bits)],
             "schedules": sorted(self.source.schedules),
+            "pictures": self.pictures,
             **self._pixels(),
             "example": None if words is None else words.example(),
             "words": None if words is None else words.describe(),
@@ -144,6 +157,20 @@ class ServedModel:
     def _patch(self, axis: int) -> int:
         """Return the latent units that the transformer takes at once; of the frames a pipeline fills the last patch."""
         return 1 if axis == 0 and not isinstance(self.checker, TableChecker) else self.checker.family.patch()[axis]
+
+
+def calls_a_step(checker: RequestChecker, request: GenerateRequest) -> int:
+    """Return how often a step calls the transformer, as runs do.
+
+    Args:
+        checker: The model.
+        request: A request that it has filled in.
+    """
+    family, batch = checker.family.name, checker.artifact.sizes.batch
+    # A table's loop leaves guidance out at 1 alone; pipelines do below 1, too.
+    guided = request.guidance != 1 if isinstance(checker, TableChecker) else request.guided
+    two = guided and family not in DISTILLED
+    return 1 if not two or (family in BATCHED and batch > 1) else 2
 
 
 def _range(usual: VideoSize, axis: int, pixels: int, low: int, high: int, scale: int, patch: int) -> dict[str, int]:

@@ -22,7 +22,7 @@ from dvdquant.deploy.serve.metrics import ServerMetrics
 from dvdquant.deploy.serve.settings import ServerSettings
 from dvdquant.deploy.serve.videos import error_json
 
-__all__ = ["BodyTooLargeError", "BodyTooSlowError", "Gate", "key_digest", "problem"]
+__all__ = ["BodyTooLargeError", "BodyTooSlowError", "Gate", "UploadsBusyError", "key_digest", "problem"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -31,6 +31,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 OPEN_ROUTES = ("/", "/docs", "/openapi.json", "/health", "/ready")
 BODY_SECONDS = 30.0  # for every part of a body
+WHOLE_BODY_SECONDS = 300.0
+UPLOADS = 8  # bodies with pictures that come in at the same time; they are held in memory
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -51,6 +53,10 @@ class BodyTooLargeError(Exception):
 
 class BodyTooSlowError(Exception):
     """A body has stopped to come."""
+
+
+class UploadsBusyError(Exception):
+    """As many large bodies come in as the server takes."""
 
 
 def key_digest(key: str) -> bytes:
@@ -83,10 +89,15 @@ class Gate:
         app: What is behind it.
         settings: Limits, keys and host names.
         metrics: Counts requests.
+        body_limit: Gives the most bytes of a request's body.
     """
 
-    def __init__(self, app: Any, settings: ServerSettings, metrics: ServerMetrics) -> None:
+    def __init__(
+        self, app: Any, settings: ServerSettings, metrics: ServerMetrics, body_limit: Callable[[Scope], int]
+    ) -> None:
         self.app = app
+        self.body_limit = body_limit
+        self._uploads = 0
         self.settings = settings
         self.metrics = metrics
 
@@ -99,6 +110,7 @@ class Gate:
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
         started, status, whole = time.perf_counter(), 0, False
+        body = _Body(self, scope, receive)
 
         async def answer(message: Message) -> None:
             nonlocal status, whole
@@ -113,7 +125,7 @@ class Gate:
 
         try:
             refused = self._refuse(scope, headers)
-            await (self.app if refused is None else refused)(scope, self._limited(receive), answer)
+            await (self.app if refused is None else refused)(scope, body.take, answer)
         except Exception as error:
             # The application has answered every fault that came before its answer. A fault that came later must break
             # the connection, or the client takes a part for the whole.
@@ -122,6 +134,8 @@ class Gate:
             )
             if not whole:
                 raise
+        finally:
+            body.done()
         self._note(scope, request_id, status, time.perf_counter() - started)
 
     def _refuse(self, scope: Scope, headers: dict[str, str]) -> JSONResponse | None:
@@ -152,26 +166,16 @@ class Gate:
             return answer
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Return ``receive`` with a limit on bytes and on waiting."""
-        taken, whole = 0, False
+    def begin_upload(self) -> bool:
+        """Take one of the places for large bodies; False if there is none."""
+        if self._uploads >= UPLOADS:
+            return False
+        self._uploads += 1
+        return True
 
-        async def take() -> Message:
-            nonlocal taken, whole
-            if whole:
-                return await receive()  # waits for the end of the connection
-            try:
-                message = await asyncio.wait_for(receive(), BODY_SECONDS)
-            except TimeoutError:
-                raise BodyTooSlowError from None
-            if message["type"] == "http.request":
-                taken += len(message.get("body", b""))
-                whole = not message.get("more_body", False)
-                if taken > self.settings.limits.body:
-                    raise BodyTooLargeError(self.settings.limits.body)
-            return message
-
-        return take
+    def end_upload(self) -> None:
+        """Give the place back."""
+        self._uploads -= 1
 
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = _route(scope)
@@ -188,6 +192,42 @@ class Gate:
             status=status,
             milliseconds=round(1000 * seconds, 2),
         )
+
+
+class _Body:
+    """The body of one request, with limits on its bytes and on waiting for them."""
+
+    def __init__(self, gate: Gate, scope: Scope, receive: Receive) -> None:
+        self.gate, self.receive = gate, receive
+        self.most, self.usual = gate.body_limit(scope), gate.settings.limits.body
+        self.taken, self.whole, self.large = 0, False, False
+        self.end = time.monotonic() + WHOLE_BODY_SECONDS
+
+    async def take(self) -> Message:
+        """Return the next part."""
+        if self.whole:
+            return await self.receive()  # waits for the end of the connection
+        try:
+            seconds = min(BODY_SECONDS, self.end - time.monotonic())
+            message = await asyncio.wait_for(self.receive(), max(0.0, seconds))
+        except TimeoutError:
+            raise BodyTooSlowError from None
+        if message["type"] == "http.request":
+            self.taken += len(message.get("body", b""))
+            self.whole = not message.get("more_body", False)
+            if self.taken > self.most:
+                raise BodyTooLargeError(self.most)
+            if self.taken > self.usual and not self.large:
+                self.large = self.gate.begin_upload()
+                if not self.large:
+                    raise UploadsBusyError
+        return message
+
+    def done(self) -> None:
+        """End the request."""
+        if self.large:
+            self.large = False
+            self.gate.end_upload()
 
 
 def _headers(scope: Scope) -> dict[str, str]:

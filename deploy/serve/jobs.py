@@ -1,7 +1,8 @@
 """Jobs and the interface of the store that keeps them: queue and state of a server in one place.
 
 A job is claimed by one worker at a time, with a lease that the worker renews. A lease that runs out, or a worker that is
-known to be dead, puts the job back into the queue, at most :data:`MAX_ATTEMPTS` times.
+known to be dead, puts the job back into the queue, at most :data:`MAX_ATTEMPTS` times. A worker that ended together with its
+server, as with the power of the machine, says nothing of its job: such attempts do not count, :data:`MAX_INTERRUPTIONS` times.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import json
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 __all__ = [
     "CANCELLED",
     "MAX_ATTEMPTS",
+    "MAX_INTERRUPTIONS",
     "VIDEO_ID",
     "Beat",
     "Failure",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 MAX_ATTEMPTS = 2
+MAX_INTERRUPTIONS = 3
 VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
@@ -188,12 +191,13 @@ class JobStore(ABC):
     shared = False
 
     @abstractmethod
-    def create(self, what: NewJob, limit: int) -> Job:
+    def create(self, what: NewJob, limit: int, video: str | None = None) -> Job:
         """Queue a job. When the method returns, the job survives a crash of the process and of the machine.
 
         Args:
             what: The request.
             limit: The greatest number of jobs that may wait.
+            video: Its id, from :func:`new_video_id`, where files of it are there already; None makes one.
 
         Raises:
             QueueFullError: ``limit`` jobs wait already.
@@ -280,8 +284,16 @@ class JobStore(ABC):
         """Put a job back that was not worked on to its end for no fault of its own; the attempt does not count."""
 
     @abstractmethod
-    def abandon(self, worker: str | None) -> int:
-        """Put back the jobs of a worker that is dead; None stands for all workers. Return how many there were."""
+    def abandon(self, worker: str) -> int:
+        """Put back the jobs of a worker that died while its server lived. Return how many there were."""
+
+    @abstractmethod
+    def interrupt(self, alive: Collection[str] = ()) -> int:
+        """Put back the jobs of workers that ended with their server; the attempts do not count. Return how many there were.
+
+        Args:
+            alive: The workers that go on.
+        """
 
     @abstractmethod
     def cancel(self, video: str) -> Job | None:
@@ -293,7 +305,11 @@ class JobStore(ABC):
 
     @abstractmethod
     def expire(self, now: float) -> list[str]:
-        """Delete the jobs that expired before ``now``, a thousand at most, and return their ids."""
+        """Return the ids of jobs that expired before ``now``, the oldest first and a thousand at most."""
+
+    @abstractmethod
+    def keep_until(self, video: str, until: float) -> None:
+        """Let a job that has ended expire at another time."""
 
     @abstractmethod
     def close(self) -> None:

@@ -40,6 +40,11 @@ class ServerMetrics:
         self.ready = Gauge("dvdq_worker_ready", "1 if the worker takes jobs", ["worker"], **kept)
         self.restarts = Counter("dvdq_worker_restarts", "Worker processes that were started again", ["worker"], **kept)
 
+        self.stuck = Counter("dvdq_undeleted_clips", "Tries to delete an expired clip that the disk refused", **kept)
+        self.reload_failures = Counter(
+            "dvdq_reload_failures", "Exports that could not be opened anew", ["model"], **kept
+        )
+
     def take(self, worker: str, message: dict[str, Any]) -> None:
         """Count an event of a worker.
 
@@ -62,6 +67,8 @@ class ServerMetrics:
             if message["status"] == "completed":
                 self.clip_seconds.labels(model).observe(message["seconds"])
                 self.encode_seconds.observe(message["encode_seconds"])
+        elif kind == "reload_failed":
+            self.reload_failures.labels(model).inc()
         if "resident_bytes" in message:
             self.resident.labels(worker).set(message["resident_bytes"])
         if "device_bytes" in message:

@@ -7,10 +7,13 @@ from importlib import resources
 from typing import Any
 
 from dvdquant import __version__
+from dvdquant.deploy.serve.pictures import about_pictures
 from dvdquant.deploy.serve.requests import VideoRequest
 from dvdquant.deploy.serve.settings import Limits
 
-__all__ = ["openapi_document", "readable_page"]
+__all__ = ["MAX_WAIT", "openapi_document", "readable_page"]
+
+MAX_WAIT = 60  # seconds that a request waits for the end of a job
 
 _ID = {
     "name": "video",
@@ -49,11 +52,8 @@ def openapi_document(limits: Limits) -> dict[str, Any]:
     steps["maximum"] = limits.steps
     form = copy.deepcopy(request)
     form["title"] = "VideoForm"
-    form["properties"]["input_reference"] = {
-        "type": "string",
-        "format": "binary",
-        "description": "A picture to begin with. Refused: image to video is not supported yet.",
-    }
+    request["properties"] |= about_pictures(form=False)
+    form["properties"] |= about_pictures(form=True)
     bodies = {
         "application/json": {"schema": {"$ref": "#/components/schemas/VideoRequest"}},
         "multipart/form-data": {"schema": {"$ref": "#/components/schemas/VideoForm"}},
@@ -72,9 +72,15 @@ def openapi_document(limits: Limits) -> dict[str, Any]:
         },
         "/v1/videos/{video}": {
             "parameters": [_ID],
-            "get": _does("Ask for a video's state", "getVideo", _ok("Video"), ("404",)),
+            "get": _does(
+                "Ask for a video's state, at once or when its job has ended", "getVideo", _ok("Video"), ("400", "404"),
+                parameters=[_query(
+                    "wait", {"type": "integer", "minimum": 0, "maximum": MAX_WAIT, "default": 0},
+                    "Seconds to wait for the end of the job, at most.",
+                )],
+            ),
             "delete": _does(
-                "Delete a video; a running job stops", "deleteVideo", _ok("VideoDeleted"), ("404",)
+                "Delete a video; a running job stops", "deleteVideo", _ok("VideoDeleted"), ("404", "503")
             ),
         },
         "/v1/videos/{video}/content": {
@@ -115,7 +121,7 @@ def openapi_document(limits: Limits) -> dict[str, Any]:
         "info": {
             "title": "dvdq-serve",
             "version": __version__,
-            "description": "Text to video by exports of dvdquant. The paths below `/v1` are those of OpenAI's video API.",
+            "description": "Video by exports of dvdquant. The paths below `/v1` are those of OpenAI's video API.",
         },
         "paths": paths,
         "components": {

@@ -29,8 +29,9 @@ create table if not exists dvdq_jobs(
     what text not null, created_at double precision not null default {_NOW}, started_at double precision,
     completed_at double precision, expires_at double precision, progress integer not null default 0,
     bits text not null default '', attempts integer not null default 0, worker text, token text, lease double precision,
-    cancelled integer not null default 0, failure text, summary text
+    cancelled integer not null default 0, failure text, summary text, interrupted integer not null default 0
 );
+alter table dvdq_jobs add column if not exists interrupted integer not null default 0;
 create index if not exists dvdq_jobs_status on dvdq_jobs(status, seq);
 create index if not exists dvdq_jobs_expiry on dvdq_jobs(expires_at) where expires_at is not null;
 """
@@ -76,7 +77,7 @@ class PostgresStore(SqlStore[Connection]):
 
     # ------------------------------------------------------------------------------------------------------ the server
 
-    def create(self, what: NewJob, limit: int) -> Job:
+    def create(self, what: NewJob, limit: int, video: str | None = None) -> Job:
         """See :class:`JobStore`."""
         with self._transaction() as db:
             db.execute("select pg_advisory_xact_lock(%s)", (_CREATING,))
@@ -86,7 +87,7 @@ class PostgresStore(SqlStore[Connection]):
             row = self._one(
                 db,
                 "insert into dvdq_jobs(id, status, model, what) values(%s, 'queued', %s, %s) returning *",
-                new_video_id(),
+                video or new_video_id(),
                 what.model,
                 json.dumps(dataclasses.asdict(what)),
             )
@@ -145,11 +146,13 @@ class PostgresStore(SqlStore[Connection]):
     def expire(self, now: float) -> list[str]:
         """See :class:`JobStore`."""
         with self._connection() as db:
-            rows = db.execute(
-                "delete from dvdq_jobs where id in (select id from dvdq_jobs where expires_at < %s limit 1000) returning id",
-                (now,),
-            ).fetchall()
-        return [row["id"] for row in rows]
+            text = "select id from dvdq_jobs where expires_at < %s order by expires_at limit 1000"
+            return [row["id"] for row in db.execute(text, (now,)).fetchall()]
+
+    def keep_until(self, video: str, until: float) -> None:
+        """See :class:`JobStore`."""
+        with self._connection() as db:
+            db.execute("update dvdq_jobs set expires_at = %s where id = %s and expires_at is not null", (until, video))
 
     # ------------------------------------------------------------------------------------------------------ the workers
 
@@ -195,11 +198,9 @@ class PostgresStore(SqlStore[Connection]):
             )
             return done.rowcount > 0
 
-    def abandon(self, worker: str | None) -> int:
+    def abandon(self, worker: str) -> int:
         """See :class:`JobStore`."""
         with self._transaction() as db:
-            if worker is None:
-                return self._put_back(db, self._dead(db, "status = 'in_progress'"))
             return self._put_back(db, self._dead(db, "status = 'in_progress' and worker = %s", worker))
 
     # ----------------------------------------------------------------------------------------------------- the database
@@ -214,6 +215,12 @@ class PostgresStore(SqlStore[Connection]):
     def _dead(db: Connection, where: str, *values: Any) -> list[Row]:
         """Return the jobs of dead workers that nobody else is putting back."""
         return db.execute(f"select * from dvdq_jobs where {where} for update skip locked", values).fetchall()
+
+    def _running(self, db: Connection) -> list[Row]:
+        return self._dead(db, "status = 'in_progress'")
+
+    def _interrupt(self, db: Connection, video: str) -> None:
+        db.execute("update dvdq_jobs set interrupted = interrupted + 1 where id = %s", (video,))
 
     def _queue(self, db: Connection, video: str, *, counted: bool) -> None:
         db.execute(

@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from dvdquant.deploy.serve.pictures import PICTURES
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.system.records import brief
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
+    from dvdquant.deploy.generation.images import ImageSource
     from dvdquant.deploy.generation.request import GenerateRequest
     from dvdquant.deploy.serve.settings import ModelSource
 
 __all__ = ["VideoRequest", "frames_of_seconds", "generate_request", "read_request"]
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
-_REFERENCE = "input_reference"
 
 
 def _no_surrogates(value: Any) -> Any:
@@ -87,7 +88,7 @@ def read_request(fields: Mapping[str, Any], *, form: bool) -> dict[str, Any]:
     """Return the fields of a request, checked one by one; ``size`` has become width and height.
 
     Args:
-        fields: The fields as they came. Null stands for a missing one.
+        fields: The fields as they came, without :mod:`.pictures`. Null stands for a missing one.
         form: True if they came as a form, where numbers are text.
 
     Raises:
@@ -95,20 +96,13 @@ def read_request(fields: Mapping[str, Any], *, form: bool) -> dict[str, Any]:
         UnsupportedError: A field is unknown, or two contradict each other.
     """
     given = {name: value for name, value in fields.items() if value is not None}
-    if given.get(_REFERENCE, "") != "":
-        raise UnsupportedError(
-            f"{_REFERENCE}: image to video is not supported yet",
-            available="text to video",
-            fix="leave it out, and describe the clip in the prompt",
-        )
-    given.pop(_REFERENCE, None)
     if form:
         given = {name: value for name, value in given.items() if value != ""}
     known = VideoRequest.model_fields
     if unknown := sorted(set(given) - set(known)):
         raise UnsupportedError(
             f"the field {shown(unknown[0], 80)!r} is unknown",
-            available=sorted(known),
+            available=sorted({*known, *PICTURES}),
             fix="leave it out; it would have no effect",
         )
     if bad := next((name for name, value in given.items() if isinstance(value, bool)), None):
@@ -191,13 +185,19 @@ def frames_of_seconds(seconds: str | float, fps: float, frames: Mapping[str, int
     return nearest
 
 
-def generate_request(values: Mapping[str, Any], manifest: Manifest, source: ModelSource) -> GenerateRequest:
+def generate_request(
+    values: Mapping[str, Any],
+    manifest: Manifest,
+    source: ModelSource,
+    pictures: Mapping[str, ImageSource] | None = None,
+) -> GenerateRequest:
     """Return the request for the generator.
 
     Args:
         values: From :func:`read_request`, with ``seconds`` already turned into ``num_frames``.
         manifest: The manifest of the export.
         source: The model, with its schedules.
+        pictures: The pictures, by their names in requests.
 
     Raises:
         ShapeError: No delta gives the average that was asked for.
@@ -221,6 +221,7 @@ def generate_request(values: Mapping[str, Any], manifest: Manifest, source: Mode
         "cache",
     )
     fields = {names.get(name, name): values[name] for name in (*names, *same) if name in values}
+    fields |= {PICTURES[name]: source_of for name, source_of in (pictures or {}).items()}
     if "schedule" not in values and "average_bits" not in values:
         return GenerateRequest(values["prompt"], **fields)
     path = _schedule_file(values, source)

@@ -32,6 +32,7 @@ from dvdquant.system.files import disk_error
 __all__ = ["serve"]
 
 EXPIRE_SECONDS = 60.0
+STUCK_SECONDS = 600.0  # until what could not be deleted is tried again
 _CONNECTIONS = 1000
 _LAST_SECONDS = 30.0  # that workers get after their time to drain is over
 _HEAD_BYTES = 1 << 16
@@ -95,26 +96,29 @@ class _Run:
         self.store = store
         self.files = files
         self.refusal: dict[str, Any] | None = None
-        self.pool = Pool(settings, store, metrics, worker_command, self._refused)
+        self.metrics = metrics
+        self.pool = Pool(settings, store, metrics, worker_command, self._refused, self._changed)
         self.service = Service(settings, store, files, self.pool, metrics)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._now = asyncio.Event()
 
     def recover(self) -> None:
-        """Put back what a server that was killed was working on, and delete files that belong to no job."""
+        """Go on with the workers of a server that was killed, put back what others drew, and delete orphaned files."""
         if self.store.shared:
             return  # other servers are at work: leases tell what is dead, and files may belong to their jobs
-        again = self.store.abandon(None)
+        alive = self.pool.adopt()
+        again = self.store.interrupt(alive)
         self.files.sweep()
         orphans = 0
         for video in self.files.ids():
             job = self.store.get(video)
             # Of a job that waits, a worker may have written the file just before the server was killed: it is made anew.
             if job is None or job.status == "failed":
-                self.files.delete(video)
-                orphans += 1
-        log_event(log, "recovered", jobs_put_back=again, files_deleted=orphans, jobs=self.store.counts())
+                with contextlib.suppress(OSError):
+                    (self.files.delete if job is None else self.files.delete_clip)(video)
+                orphans += job is None
+        log_event(log, "recovered", workers=alive, jobs_put_back=again, files_deleted=orphans, jobs=self.store.counts())
 
     async def until_stopped(self, listener: socket.socket) -> None:
         """Serve until a signal, then drain.
@@ -149,6 +153,7 @@ class _Run:
     async def _drain(self) -> None:
         """Let running jobs finish, for a time; then put them back."""
         self.service.draining = True
+        self.service.changed()
         log_event(log, "draining", seconds=self.settings.drain)
         self.pool.stop()
         end = time.monotonic() + self.settings.drain
@@ -160,21 +165,40 @@ class _Run:
             self.pool.kill()
 
     async def _expire(self) -> None:
-        """Delete what has expired, now and every minute."""
+        """Delete what has expired, now and every minute; what the disk keeps is tried again later."""
         while True:
             try:
                 expired = await self.service.run(self.store.expire, time.time())
             except Exception:  # of sqlite3 or psycopg; a store that is away comes back
                 log.exception("the store does not say what has expired")
                 expired = []
+            stuck = 0
             for video in expired:
                 try:
-                    await self.service.run(self.files.delete, video)
+                    await self.service.run(self.service.delete, video)
                 except OSError:
                     log.exception("the clip of %s, which has expired, cannot be deleted", video)
+                    stuck += 1
+                    await self._postpone(video)
+                except Exception:
+                    log.exception("the store does not delete %s, which has expired", video)
                 else:
                     log_event(log, "video_expired", video=video)
+            self.metrics.stuck.inc(stuck)
             await asyncio.sleep(EXPIRE_SECONDS)
+
+    async def _postpone(self, video: str) -> None:
+        """Let a job whose files the disk keeps expire later, so that others are not held up."""
+        try:
+            await self.service.run(self.store.keep_until, video, time.time() + STUCK_SECONDS)
+        except Exception:
+            log.exception("the store does not postpone the end of %s", video)
+
+    def _changed(self, video: str | None) -> None:
+        """Wake up those who wait for a job. Called on the threads of the workers."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self.service.changed, video)
 
     def _signalled(self) -> None:
         if self._stop.is_set():

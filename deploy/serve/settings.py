@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dvdquant.hardware.weights import WeightPolicy
+
 __all__ = ["Limits", "ModelSource", "ServerSettings", "WorkerSettings"]
 
 
@@ -34,7 +36,9 @@ class Limits:
         steps: Denoising steps.
         pixels: Frames x height x width, or None for what the export takes.
         prompt: Characters of a prompt.
-        body: Bytes of a request.
+        body: Bytes of a request without its pictures.
+        picture: Bytes of a picture.
+        picture_pixels: Pixels of a picture.
         free_disk: Bytes that must be free in the data folder.
     """
 
@@ -43,7 +47,14 @@ class Limits:
     pixels: int | None = None
     prompt: int = 4096
     body: int = 1 << 20
+    picture: int = 16 << 20
+    picture_pixels: int = 24_000_000
     free_disk: int = 256 << 20
+
+    @property
+    def body_with_pictures(self) -> int:
+        """Return the bytes of a request with two pictures, which base64 makes longer by a third."""
+        return self.body + 2 * (self.picture * 4 // 3 + 1024)
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class WorkerSettings:
         device: ``auto``, ``cpu`` or ``cuda:N``.
         backend: See :func:`.open_generator`.
         compile: Compile the transformer's blocks.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         lease: Seconds of a lease.
         keep: Seconds that a clip is kept.
         stall: Seconds without a sign of life after which a job counts as hanging.
@@ -73,6 +85,7 @@ class WorkerSettings:
     device: str = "auto"
     backend: str = "auto"
     compile: bool = False
+    weights: WeightPolicy = "auto"
     lease: float = 10.0
     keep: float = 86400.0
     stall: float = 1800.0
@@ -94,6 +107,7 @@ class ServerSettings:
         devices: One worker process for each.
         backend: See :func:`.open_generator`.
         compile: Compile the transformer's blocks.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         limits: What a request may ask for.
         api_keys: SHA-256 digests of the keys that are let in; with none, everybody is.
         allowed_hosts: Names that the Host header may have; empty allows all.
@@ -102,6 +116,7 @@ class ServerSettings:
         stall: Seconds without a sign of life after which a job counts as hanging.
         drain: Seconds that running jobs get when the server is stopped.
         warm_up: Draw a short clip with each engine before the first request.
+        spare: Keep one more process that has imported everything, to take the place of a worker that dies.
         log_format: ``json`` or ``text``.
         verbose: 0 to 2.
     """
@@ -114,6 +129,7 @@ class ServerSettings:
     devices: tuple[str, ...] = ("auto",)
     backend: str = "auto"
     compile: bool = False
+    weights: WeightPolicy = "auto"
     limits: Limits = field(default_factory=Limits)
     api_keys: tuple[bytes, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
@@ -122,6 +138,7 @@ class ServerSettings:
     stall: float = 1800.0
     drain: float = 120.0
     warm_up: bool = True
+    spare: bool = True
     log_format: str = "json"
     verbose: int = 0
 
@@ -140,6 +157,7 @@ class ServerSettings:
             device=device,
             backend=self.backend,
             compile=self.compile,
+            weights=self.weights,
             lease=self.lease,
             keep=self.keep,
             stall=self.stall,

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Generic, Protocol, TypeVar
 
-from dvdquant.deploy.serve.jobs import CANCELLED, Failure, Job, JobStore, ending, job_from_row, worker_lost
+from dvdquant.deploy.serve.jobs import (
+    CANCELLED,
+    MAX_INTERRUPTIONS,
+    Failure,
+    Job,
+    JobStore,
+    ending,
+    job_from_row,
+    worker_lost,
+)
 
 __all__ = ["SqlRow", "SqlStore"]
 
@@ -60,6 +69,18 @@ class SqlStore(JobStore, Generic[Db]):
             self._settle(db, video, CANCELLED if row["cancelled"] else None, self.keep, counted=False)
             return True
 
+    def interrupt(self, alive: Collection[str] = ()) -> int:
+        """See :class:`JobStore`."""
+        with self._transaction(durable=True) as db:
+            rows = [row for row in self._running(db) if row["worker"] not in alive]
+            often = [row for row in rows if row["interrupted"] >= MAX_INTERRUPTIONS]
+            self._put_back(db, often)
+            for row in rows:
+                if row not in often:
+                    self._interrupt(db, row["id"])
+                    self._settle(db, row["id"], CANCELLED if row["cancelled"] else None, self.keep, counted=False)
+        return len(rows)
+
     def close(self) -> None:
         """See :class:`JobStore`."""
         with self._opening:
@@ -109,6 +130,14 @@ class SqlStore(JobStore, Generic[Db]):
     @abstractmethod
     def _held(self, db: Db, video: str, token: str) -> SqlRow | None:
         """Return the row of a job that this claim holds; nobody else changes it before the end of the transaction."""
+
+    @abstractmethod
+    def _running(self, db: Db) -> Sequence[SqlRow]:
+        """Return the rows of all jobs that a worker has; nobody else changes them before the end of the transaction."""
+
+    @abstractmethod
+    def _interrupt(self, db: Db, video: str) -> None:
+        """Count an interruption."""
 
     @abstractmethod
     def _queue(self, db: Db, video: str, *, counted: bool) -> None:

@@ -26,7 +26,8 @@ create table if not exists jobs(
     id text primary key, seq integer not null unique, status text not null, model text not null, what text not null,
     created_at real not null, started_at real, completed_at real, expires_at real,
     progress integer not null default 0, bits text not null default '', attempts integer not null default 0,
-    worker text, token text, lease real, cancelled integer not null default 0, failure text, summary text
+    worker text, token text, lease real, cancelled integer not null default 0, failure text, summary text,
+    interrupted integer not null default 0
 )
 """
 _INDEXES = (
@@ -62,6 +63,8 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
                         fix="serve it with that version, or name another --data",
                     )
                 db.execute(_TABLE)
+                if "interrupted" not in {row["name"] for row in db.execute("pragma table_info(jobs)")}:
+                    db.execute("alter table jobs add column interrupted integer not null default 0")
                 for index in _INDEXES:
                     db.execute(index)
                 db.execute(f"pragma user_version = {FORMAT}")
@@ -74,14 +77,14 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
 
     # ------------------------------------------------------------------------------------------------------ the server
 
-    def create(self, what: NewJob, limit: int) -> Job:
+    def create(self, what: NewJob, limit: int, video: str | None = None) -> Job:
         """See :class:`JobStore`."""
         with self._transaction(durable=True) as db:
             (waiting,) = db.execute("select count(*) from jobs where status = 'queued'").fetchone()
             if waiting >= limit:
                 raise QueueFullError
             (last,) = db.execute("select coalesce(max(seq), 0) from jobs").fetchone()
-            job = Job(new_video_id(), last + 1, "queued", what, time.time())
+            job = Job(video or new_video_id(), last + 1, "queued", what, time.time())
             db.execute(
                 "insert into jobs(id, seq, status, model, what, created_at) values(?, ?, ?, ?, ?, ?)",
                 (job.id, job.seq, job.status, what.model, json.dumps(dataclasses.asdict(what)), job.created_at),
@@ -135,10 +138,13 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
 
     def expire(self, now: float) -> list[str]:
         """See :class:`JobStore`."""
-        with self._transaction(durable=True) as db:
-            rows = db.execute("select id from jobs where expires_at < ? limit 1000", (now,)).fetchall()
-            db.executemany("delete from jobs where id = ?", [(row["id"],) for row in rows])
-        return [row["id"] for row in rows]
+        text = "select id from jobs where expires_at < ? order by expires_at limit 1000"
+        return [row["id"] for row in self._connection().execute(text, (now,)).fetchall()]
+
+    def keep_until(self, video: str, until: float) -> None:
+        """See :class:`JobStore`."""
+        with self._transaction() as db:
+            db.execute("update jobs set expires_at = ? where id = ? and expires_at is not null", (until, video))
 
     # ------------------------------------------------------------------------------------------------------ the workers
 
@@ -185,11 +191,11 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
             )
             return done.rowcount > 0
 
-    def abandon(self, worker: str | None) -> int:
+    def abandon(self, worker: str) -> int:
         """See :class:`JobStore`."""
         with self._transaction(durable=True) as db:
-            text = "select * from jobs where status = 'in_progress' and (worker = ? or ? is null)"
-            return self._put_back(db, db.execute(text, (worker, worker)).fetchall())
+            text = "select * from jobs where status = 'in_progress' and worker = ?"
+            return self._put_back(db, db.execute(text, (worker,)).fetchall())
 
     # -------------------------------------------------------------------------------------------------------- the file
 
@@ -201,6 +207,12 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
         text = "select * from jobs where id = ? and token = ?"
         row: sqlite3.Row | None = db.execute(text, (video, token)).fetchone()
         return row
+
+    def _running(self, db: sqlite3.Connection) -> list[sqlite3.Row]:
+        return db.execute("select * from jobs where status = 'in_progress'").fetchall()
+
+    def _interrupt(self, db: sqlite3.Connection, video: str) -> None:
+        db.execute("update jobs set interrupted = interrupted + 1 where id = ?", (video,))
 
     def _queue(self, db: sqlite3.Connection, video: str, *, counted: bool) -> None:
         db.execute(

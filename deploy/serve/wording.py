@@ -13,11 +13,13 @@ _LONGEST = 1500  # characters
 _NAMES = {
     "--negative-prompt": "negative_prompt",
     "--average-bits": "average_bits",
+    "--last-image": "last_reference",
     "--num-frames": "num_frames",
     "--guidance": "guidance_scale",
     "--schedule": "schedule",
     "--height": "height",
     "--prompt": "prompt",
+    "--image": "input_reference",
     "--steps": "num_inference_steps",
     "--width": "width",
     "--delta": "delta",

@@ -1,11 +1,7 @@
-"""A worker: a process of its own that pulls jobs from the store, draws them on one device, and encodes the clips.
+"""A worker: it pulls jobs from the store, draws them on one device, and encodes the clips.
 
-A process of its own, because an error of CUDA stays until the process ends, and because a clip that kills it must not
-take the server along. Threads: the engine (the main thread), the encoder, the keeper of leases, the reader of commands.
-
-    python -m dvdquant.deploy.serve.worker FD
-
-``FD`` is the worker's end of the channel; the first message is its settings.
+Threads: the engine (the main thread), the encoder, the keeper of leases, and the one that reads what the server says
+(:mod:`.worker_process`).
 """
 
 from __future__ import annotations
@@ -15,8 +11,6 @@ import dataclasses
 import logging
 import os
 import queue
-import signal
-import socket
 import sys
 import threading
 import time
@@ -25,26 +19,26 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.deploy.faults import fault_of
-from dvdquant.deploy.serve.channel import Channel
 from dvdquant.deploy.serve.files import FolderFiles
 from dvdquant.deploy.serve.jobs import CANCELLED, Failure, Job, JobStore
-from dvdquant.deploy.serve.logs import log_event, setup_server_log
+from dvdquant.deploy.serve.logs import log_event
+from dvdquant.deploy.serve.pictures import PICTURES
 from dvdquant.deploy.serve.settings import ModelSource, WorkerSettings
-from dvdquant.deploy.serve.stores import open_store
 from dvdquant.deploy.serve.wording import client_text, public_error
-from dvdquant.errors import Cancelled, DvdquantError
+from dvdquant.errors import Cancelled, DvdquantError, OutputError, ResourceError
 
 if TYPE_CHECKING:
     from dvdquant.deploy.generation.generator import Generator, WrapSession
     from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
     from dvdquant.deploy.switching.controller import StepRecord
 
-__all__ = ["BROKEN", "Worker", "main"]
+__all__ = ["BROKEN", "Worker", "memory_facts", "open_model"]
 
 BROKEN = 75  # exit code of a worker that cannot go on: EX_TEMPFAIL
 STALLED = 76
 IDLE_SECONDS = 0.25  # between two looks at the store, where nothing wakes the worker
-_LAST_SECONDS = 20.0  # that a worker without a server gets to let go of its job
+_ADMIT_SECONDS = 60.0  # that a job waits for memory, which another process may give back
+_BEAT_SECONDS = 0.02  # between two looks at the store while steps are faster
 _MARKS = {None: "s", 16: "f"}
 
 log = logging.getLogger(__name__)
@@ -67,6 +61,7 @@ class _Running:
     why: str = ""
     drawing: bool = True
     sign: float = field(default_factory=time.monotonic)
+    looked: float = 0.0
     progress: int = 0
     bits: str = ""
 
@@ -119,6 +114,9 @@ class Worker:
         self.generators: dict[str, Generator] = {}
         self.awake = threading.Event()
         self.stopping = threading.Event()
+        self.alone = threading.Event()
+        self.reloading = threading.Event()
+        self._ready: dict[str, Any] | None = None
         self.code = 0
         self._running: dict[str, _Running] = {}
         self._holding = threading.Lock()
@@ -135,6 +133,22 @@ class Worker:
         """Finish what is being drawn, take nothing more."""
         self.stopping.set()
         self.awake.set()
+
+    def reload(self) -> None:
+        """Open exports that have changed anew, between two jobs."""
+        self.reloading.set()
+        self.awake.set()
+
+    def begin_alone(self) -> None:
+        """Finish what is being drawn, and take nothing more until there is a server again."""
+        self.alone.set()
+
+    def end_alone(self) -> None:
+        """Go on with another server, which may have read other exports than this worker."""
+        self.alone.clear()
+        if self._ready is not None:
+            self.tell("ready", **self._ready)
+        self.reload()
 
     def let_go(self) -> None:
         """Stop at once; jobs go back into the queue."""
@@ -158,31 +172,52 @@ class Worker:
         Raises:
             DvdquantError: An export or its model cannot be used.
         """
-        from dvdquant.deploy.artifact import Artifact
-        from dvdquant.deploy.generation.generate import open_generator
-
         started = time.perf_counter()
         for source in self.settings.models:
-            generator = open_generator(
-                Artifact.open(source.out),
-                pipeline=source.pipeline,
-                backend=self.settings.backend,
-                device=self.settings.device,
-                compile=self.settings.compile,
-                wrap_session=self.wrap_session,
-            )
-            self.generators[source.name] = generator
+            self.generators[source.name] = generator = open_model(self.settings, source, self.wrap_session)
             self._warm_up(generator)
+        self._say_ready(time.perf_counter() - started)
+
+    def _say_ready(self, seconds: float) -> None:
         facts = {name: _executed(generator) for name, generator in self.generators.items()}
-        seconds = round(time.perf_counter() - started, 3)
-        log_event(log, "worker_ready", seconds=seconds, models=sorted(facts))
-        self.tell("ready", models=facts, seconds=seconds, **_memory())
+        self._ready = {"models": facts, "seconds": round(seconds, 3), **memory_facts()}
+        log_event(log, "worker_ready", seconds=round(seconds, 3), models=sorted(facts))
+        self.tell("ready", **self._ready)
 
     def _warm_up(self, generator: Generator) -> None:
-        for request in _warm_up_requests(generator):
-            generator.prepare(request)
-            if self.settings.warm_up:
-                generator.generate(request)
+        base = generator.checker.example_request()
+        artifact = generator.artifact
+        for bits in artifact.bits(artifact.components[0]):
+            generator.prepare(dataclasses.replace(base, mode=f"a{bits}", steps=2))
+        if self.settings.warm_up:
+            seconds = generator.warm_up(base)
+            log_event(log, "warmed_up", seconds={mode: round(each, 3) for mode, each in seconds.items()})
+
+    def _reload(self) -> None:
+        """Open exports anew that have changed; what cannot be opened leaves the old one at work.
+
+        Where both do not fit into memory, the process ends, and the next one opens the new export alone.
+        """
+        from dvdquant.deploy.generation.generate import reload_generator
+
+        self.reloading.clear()
+        started, changed = time.perf_counter(), []
+        for name, old in list(self.generators.items()):
+            try:
+                if old.is_stale():
+                    self.generators[name] = reload_generator(old)
+                    changed.append(name)
+                    self._warm_up(self.generators[name])
+            except Exception as error:  # noqa: BLE001  whatever a new export does, the old one or a new process serves
+                room = _lacks_room(error)
+                log_event(log, "reload_failed", level=logging.ERROR, text="reload failed", error=error, model=name)
+                self.tell("reload_failed", model=name, restarts=room)
+                if room or fault_of(error) == "process":
+                    self.stop()
+                    return
+        if changed:
+            log_event(log, "reloaded", models=changed)
+            self._say_ready(time.perf_counter() - started)
 
     # ------------------------------------------------------------------------------------------------------- the work
 
@@ -194,6 +229,12 @@ class Worker:
         models = tuple(self.generators)
         while not self.stopping.is_set():
             self.awake.clear()
+            if self.reloading.is_set():
+                self._reload()
+                continue
+            if self.alone.is_set():
+                self.awake.wait(IDLE_SECONDS)
+                continue
             try:
                 job = self.store.claim(self.settings.name, models, self.settings.lease)
             except Exception:  # a store that is away comes back, or the server gives up
@@ -244,6 +285,7 @@ class Worker:
         try:
             generator = self.generators[job.what.model]
             request = self._request(job)
+            self._admit(generator, request, running)
             result = generator.generate(request, lambda record: self._step(running, record), cancel=running.stop)
             fps = job.what.request.get("fps") or generator.fps(len(result.frames))
         except BaseException as error:
@@ -256,11 +298,39 @@ class Worker:
         self._drawn.put(_Drawn(running, result, fps, time.perf_counter() - started))
 
     def _request(self, job: Job) -> GenerateRequest:
-        """Return the request of a job for the generator."""
+        """Return the request of a job for the generator, with its pictures."""
         from dvdquant.deploy.serve.requests import generate_request
 
         source = next(model for model in self.settings.models if model.name == job.what.model)
-        return generate_request(job.what.request, self.generators[source.name].artifact.manifest, source)
+        pictures = {}
+        for name in PICTURES:
+            if name in job.what.request:
+                picture = self.files.picture(job.id, name)
+                if picture is None:
+                    raise OutputError(f"the {name} of the job is gone", fix="create the video again")
+                pictures[name] = picture
+        return generate_request(job.what.request, self.generators[source.name].artifact.manifest, source, pictures)
+
+    def _admit(self, generator: Generator, request: GenerateRequest, running: _Running) -> None:
+        """Wait until there is memory for a job, for a time.
+
+        Raises:
+            ShapeError: It never fits the device.
+            ResourceError: It does not fit what is free.
+            Cancelled: The job must stop.
+        """
+        end = time.monotonic() + _ADMIT_SECONDS
+        while True:
+            try:
+                generator.admit(request)
+                return
+            except ResourceError:
+                if time.monotonic() > end:
+                    raise
+                log_event(log, "job_waits_for_memory", level=logging.WARNING, video=running.job.id)
+            running.sign = time.monotonic()
+            if running.stop.wait(1):
+                raise Cancelled("the job was stopped")
 
     def _step(self, running: _Running, record: StepRecord) -> None:
         """Note one call of the transformer; Cancelled where the job must stop."""
@@ -276,7 +346,9 @@ class Worker:
             seconds=record.seconds,
             retried=record.retried,
         )
-        self._beat(running)
+        if running.sign - running.looked > _BEAT_SECONDS:
+            running.looked = running.sign
+            self._beat(running)
         if running.stop.is_set():
             raise Cancelled("the job was stopped")
 
@@ -295,14 +367,14 @@ class Worker:
         if running.why == "cancelled" and fault == "request":
             self.store.fail(job.id, running.token, CANCELLED, keep, final=True)
             log_event(log, "job_cancelled", **fields)
-            self.tell("ended", status="cancelled", model=job.what.model)
+            self.tell("ended", video=job.id, status="cancelled", model=job.what.model)
             return
         failure = _failure(error)
         after = self.store.fail(job.id, running.token, failure, keep, final=fault == "request")
         again = after is not None and after.status == "queued"
         fields.update(code=failure.code, again=again, fault=fault)
         log_event(log, "job_failed", level=logging.ERROR, text="job failed", error=error, **fields)
-        self.tell("ended", status="retried" if again else "failed", model=job.what.model)
+        self.tell("ended", video=job.id, status="retried" if again else "failed", model=job.what.model)
         error.__traceback__ = None  # it holds the tensors of the clip
         if fault == "process":
             log_event(log, "worker_broken", level=logging.ERROR, text="this process cannot go on and will be restarted")
@@ -356,18 +428,21 @@ class Worker:
         )
         self.tell(
             "ended",
+            video=job.id,
             status="completed",
             model=job.what.model,
             seconds=drawn.seconds,
             encode_seconds=seconds,
-            **_memory(),
+            **memory_facts(),
         )
 
     def _delete_unwanted(self, running: _Running) -> None:
         """Delete the clip of a job that it did not complete, unless the file is another claim's by now."""
         after = self.store.get(running.job.id)
-        if after is None or after.token == running.token or (after.ended and after.status != "completed"):
+        if after is None:
             self.files.delete(running.job.id)
+        elif after.token == running.token or (after.ended and after.status != "completed"):
+            self.files.delete_clip(running.job.id)
 
     # ----------------------------------------------------------------------------------------------------- the leases
 
@@ -395,15 +470,40 @@ class Worker:
             running.end(answer)
 
 
-def _warm_up_requests(generator: Generator) -> list[GenerateRequest]:
-    """Return the shortest requests that run every engine once, at the size the export was tuned for."""
-    from dvdquant.deploy.generation.request import GenerateRequest
+def open_model(settings: WorkerSettings, source: ModelSource, wrap_session: WrapSession | None = None) -> Generator:
+    """Return the generator of a model; its engines are loaded later.
 
-    words = getattr(generator.checker, "words", None)
-    prompt = "warm up" if words is None else words.example()
-    artifact = generator.artifact
-    modes = [f"a{bits}" for bits in artifact.bits(artifact.components[0])]
-    return [GenerateRequest(prompt, steps=2, mode=mode) for mode in modes]
+    Args:
+        settings: The settings of the worker.
+        source: The model.
+        wrap_session: See :class:`Worker`.
+
+    Raises:
+        DvdquantError: The export or its model cannot be used.
+    """
+    from dvdquant.deploy.artifact import Artifact
+    from dvdquant.deploy.generation.generate import open_generator
+
+    return open_generator(
+        Artifact.open(source.out),
+        pipeline=source.pipeline,
+        backend=settings.backend,
+        device=settings.device,
+        compile=settings.compile,
+        weights=settings.weights,
+        wrap_session=wrap_session,
+    )
+
+
+def _lacks_room(error: BaseException) -> bool:
+    """Return whether an error says that there is too little memory."""
+    seen: BaseException | None = error
+    while seen is not None:
+        named = type(seen).__name__ == "OutOfMemoryError" or "out of memory" in str(seen).lower()
+        if named or isinstance(seen, (MemoryError, ResourceError)):
+            return True
+        seen = seen.__cause__
+    return False
 
 
 def _executed(generator: Generator) -> dict[str, Any]:
@@ -454,7 +554,7 @@ def _code(error: DvdquantError) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
-def _memory() -> dict[str, int]:
+def memory_facts() -> dict[str, int]:
     """Return the bytes that this process holds in memory, and on its device."""
     import psutil
 
@@ -465,71 +565,3 @@ def _memory() -> dict[str, int]:
         if torch.cuda.is_available():
             found["device_bytes"] = int(torch.cuda.memory_reserved())
     return found
-
-
-# ------------------------------------------------------------------------------------------------------- the process
-
-
-def main(words: list[str] | None = None, wrap_session: WrapSession | None = None) -> int:
-    """Run a worker of a server; return the exit code.
-
-    Args:
-        words: The number of the inherited socket. The default is the command line.
-        wrap_session: See :class:`Worker`.
-    """
-    (number,) = sys.argv[1:] if words is None else words
-    channel = Channel(socket.socket(fileno=int(number)))
-    messages = iter(channel)
-    first = next(messages, None)
-    if first is None:
-        return 0  # the server was gone before it said anything
-    settings = _settings(first["settings"])
-    os.dup2(2, 1)  # what a library prints belongs into the log
-    setup_server_log(settings.log_format, settings.verbose, worker=settings.name)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which tells us
-    store, files = open_store(settings.data, settings.keep, settings.store)
-    worker = Worker(settings, store, files, channel.send, wrap_session)
-    signal.signal(signal.SIGTERM, lambda *_: worker.stop())
-    threading.Thread(target=_obey, args=(worker, messages), daemon=True).start()
-    try:
-        worker.open()
-    except DvdquantError as error:
-        log.error("the worker cannot start: %s", error)
-        channel.send("refused", kind=type(error).__name__, what=error.what, available=error.available, fix=error.fix)
-        return 2
-    code = worker.run()
-    store.close()
-    channel.send("gone")
-    return code
-
-
-def _obey(worker: Worker, messages: Iterator[dict[str, Any]]) -> None:
-    """Do what the server says; without a server, let go of the job and end."""
-    for message in messages:
-        kind = message["event"]
-        if kind == "wake":
-            worker.wake()
-        elif kind == "stop":
-            worker.stop()
-        elif kind == "let_go":
-            worker.let_go()
-        elif kind == "cancel":
-            worker.cancel(message["video"])
-    worker.let_go()
-    # A call of an engine cannot be interrupted; the lease runs out, so no job is lost.
-    time.sleep(_LAST_SECONDS)
-    os._exit(1)
-
-
-def _settings(data: dict[str, Any]) -> WorkerSettings:
-    models = tuple(ModelSource(**model) for model in data.pop("models"))
-    return WorkerSettings(models=models, **data)
-
-
-def settings_json(settings: WorkerSettings) -> dict[str, Any]:
-    """Return the settings as the first message carries them."""
-    return dataclasses.asdict(settings)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

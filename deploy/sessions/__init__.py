@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.base import EngineSession, chosen_bits
 from dvdquant.errors import DvdquantError, UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy, check_policy
 from dvdquant.ops.cuda import BUILD
 from dvdquant.ops.cuda_linear import kernels_for
 from dvdquant.recipe import ATTENTION
@@ -18,7 +19,7 @@ from dvdquant.system.devices import resolve_device
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BACKENDS", "EngineSession", "open_session"]
+__all__ = ["BACKENDS", "EngineSession", "best_backend", "full_name", "open_session"]
 
 BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "onnxruntime", "pytorch")
 _ALIASES = {"rtx": "tensorrt_rtx", "ort": "onnxruntime", "torch": "pytorch"}
@@ -36,6 +37,7 @@ def open_session(
     compile: bool = False,
     attention: str | None = None,
     attention_backend: str | None = None,
+    weights: WeightPolicy = "auto",
 ) -> EngineSession:
     """Open a session for one transformer of an export.
 
@@ -54,16 +56,27 @@ def open_session(
         attention: ``16``, ``int8`` or ``fp8`` for self-attention of long sequences in PyTorch sessions. The default is the
             recipe's. Engines and graphs have 16 bit.
         attention_backend: The library that computes it, or ``reference``. It makes the session one of PyTorch.
+        weights: ``packed`` holds the quantized weights once, with 4 bits; ``expanded`` holds what is multiplied, which
+            takes more memory and less time; ``auto`` decides by the count of :mod:`dvdquant.model.held_weights`, and takes
+            what ONNX Runtime takes least memory for. TensorRT-RTX engines hold weights as they were built.
 
     Raises:
-        UnsupportedError: The backend, the device or the attention is unknown, or ``compile`` or ``attention_backend`` with a
+        UnsupportedError: The backend, the device, the attention or the policy is unknown, a policy with a backend that has
+            none, or ``compile`` or ``attention_backend`` with a
             backend that is not PyTorch.
         OutputError: A file differs from the manifest.
         EngineError: No engine fits, or the backend refuses the export.
     """
-    name = _ALIASES.get(backend, backend)
+    name = full_name(backend)
     if name not in BACKENDS:
         raise UnsupportedError(f"unknown backend {backend!r:.100}", available=BACKENDS, fix="pick one of these")
+    check_policy(weights)
+    if weights != "auto" and name == "tensorrt_rtx":
+        raise UnsupportedError(
+            f"TensorRT-RTX engines hold their weights as they were built, not {weights}",
+            available="the backends pytorch, tensorrt and onnxruntime",
+            fix="leave the policy out, or choose one of these backends",
+        )
     place = resolve_device(device)
     chosen_bits(artifact, component, bits)
     if attention is not None and attention not in ATTENTION:
@@ -83,11 +96,11 @@ def open_session(
     if compile or attention_backend is not None or name == "pytorch":
         from dvdquant.deploy.sessions.pytorch import PyTorchSession
 
-        return PyTorchSession(artifact, component, bits, place, compile, attention, attention_backend)
+        return PyTorchSession(artifact, component, bits, place, compile, attention, attention_backend, weights)
     session = (
-        _open_best(artifact, component, bits, place, plugins, attention)
+        _open_best(artifact, component, bits, place, plugins, attention, weights)
         if name == "auto"
-        else _open(name, artifact, component, bits, place, plugins)
+        else _open(name, artifact, component, bits, place, plugins, weights)
     )
     wanted = attention or artifact.plan(component).recipe.attention
     if wanted != "16" and session.backend == "onnxruntime":  # engines say in the manifest what they have
@@ -97,6 +110,15 @@ def open_session(
     return session
 
 
+def full_name(backend: str) -> str:
+    """Return the full name of a backend.
+
+    Args:
+        backend: One of :data:`BACKENDS`, or ``rtx``, ``ort`` or ``torch`` for short.
+    """
+    return _ALIASES.get(backend, backend)
+
+
 def _open(
     name: str,
     artifact: Artifact,
@@ -104,21 +126,30 @@ def _open(
     bits: Sequence[int] | None,
     device: torch.device,
     plugins: Sequence[Path],
+    weights: WeightPolicy,
     attention: str | None = None,
 ) -> EngineSession:
     # The backends are imported here, because each needs a library of its own.
     if name == "pytorch":
         from dvdquant.deploy.sessions.pytorch import PyTorchSession
 
-        return PyTorchSession(artifact, component, bits, device, attention=attention)
+        return PyTorchSession(artifact, component, bits, device, attention=attention, weights=weights)
     if name == "onnxruntime":
         from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 
-        return OnnxRuntimeSession(artifact, component, bits, device)
+        return OnnxRuntimeSession(
+            artifact, component, bits, device, weights="expanded" if weights == "expanded" else "packed"
+        )
     from dvdquant.deploy.sessions.engines import TensorRTSession
 
     return TensorRTSession(
-        artifact, component, bits, device, backend=name, plugins=plugins if name == "tensorrt" else ()
+        artifact,
+        component,
+        bits,
+        device,
+        backend=name,
+        plugins=plugins if name == "tensorrt" else (),
+        weights=weights if name == "tensorrt" else "auto",
     )
 
 
@@ -129,7 +160,29 @@ def _open_best(
     device: torch.device,
     plugins: Sequence[Path],
     attention: str | None,
+    weights: WeightPolicy,
 ) -> EngineSession:
+    name, reasons = best_backend(artifact, component, bits, device)
+    log.info("%s on %s: %s (%s)", component, device, name, "; ".join(reasons))
+    engines = name in ("tensorrt_rtx", "tensorrt")
+    if weights != "auto" and name == "tensorrt_rtx":
+        log.warning("%s: weights are as the engine was built with, not %s", component, weights)
+    if engines:
+        return _open(name, artifact, component, bits, device, plugins, weights)
+    return _open(name, artifact, component, bits, device, (), weights, attention)
+
+
+def best_backend(
+    artifact: Artifact, component: str, bits: Sequence[int] | None, device: torch.device
+) -> tuple[str, list[str]]:
+    """Return the backend that ``auto`` takes, and the reasons in words. Nothing is loaded.
+
+    Args:
+        artifact: The export.
+        component: ``transformer`` or ``transformer_2``.
+        bits: The activation bits to load; None means all.
+        device: The device that the session will run on.
+    """
     reasons = []
     if device.type == "cuda":
         from dvdquant.deploy.sessions.engines import find_engines
@@ -140,13 +193,11 @@ def _open_best(
             except DvdquantError as error:
                 reasons.append(f"{name}: {error.what}")
                 continue
-            log.info("%s on %s: %s, the manifest has an engine for this GPU", component, device, name)
-            return _open(name, artifact, component, bits, device, plugins)
+            return name, ["the manifest has an engine for this GPU"]
     else:
         reasons.append("no CUDA device")
     name, reason = without_engine(device)
-    log.info("%s on %s: %s (%s)", component, device, name, "; ".join([*reasons, *reason]))
-    return _open(name, artifact, component, bits, device, (), attention)
+    return name, [*reasons, *reason]
 
 
 def without_engine(device: torch.device) -> tuple[str, list[str]]:

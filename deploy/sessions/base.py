@@ -14,7 +14,8 @@ from torch import Tensor
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.inputs import check_inputs, graph_dtype
-from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
+from dvdquant.deploy.sessions.lora_inputs import LoraInputs, refuse_without_inputs
+from dvdquant.errors import DvdquantError, EngineError
 from dvdquant.model.families import Family, Sizes
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class EngineSession(ABC):
     backend: str
     # What chooses the library of 8-bit attention; None is 16 bit, as in every backend but PyTorch.
     attention: Attention | None = None
+    # How quantized weights are held: packed, expanded, or as built, inside of engines.
+    weights: str = "as built"
 
     def __init__(self, artifact: Artifact, component: str, bits: Sequence[int] | None, device: torch.device) -> None:
         self.artifact = artifact
@@ -49,6 +52,7 @@ class EngineSession(ABC):
         self.sizes: Sizes = artifact.sizes
         self.bits: tuple[int, ...] = chosen_bits(artifact, component, bits)
         self.loras: tuple[LoraSpec, ...] = ()
+        self._lora_inputs: LoraInputs | None = None
         self.closed = False
         self._lock = threading.RLock()
 
@@ -106,19 +110,44 @@ class EngineSession(ABC):
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
         """Run LoRAs beside the quantized weights, in 16 bit, instead of those that ran before; none switches them off.
 
+        Graphs and engines have a place for them where the export reserves inputs (``dvdq-export --lora-rank``).
+
         Args:
             specs: The LoRAs and their scales, in addition to those that are in the weights of the export.
 
         Raises:
-            UnsupportedError: The backend runs graphs or engines, which have no place for one.
-            CheckpointError: A file is no LoRA of this model.
+            UnsupportedError: The export reserves no inputs, or they do not hold these LoRAs. Those that ran before go on.
+            CheckpointError: A file is no LoRA of this model. Those that ran before go on.
         """
-        if specs:
-            raise UnsupportedError(
-                f"a LoRA beside the weights needs modules of PyTorch, and {self.backend} runs a graph",
-                available="the pytorch backend",
-                fix="open it with the pytorch backend (--backend pytorch), or export again with dvdq-export --lora",
-            )
+        inputs = self._lora_inputs
+        if inputs is None or not inputs.rank:
+            if specs:
+                refuse_without_inputs(self.backend)
+            return
+        with self._lock:
+            if self.closed:
+                raise EngineError(f"the {self.backend} session of {self.component} is closed")
+            # Read first: where a file cannot be used, nothing has changed.
+            values = inputs.values(specs, self._kept)
+            before, inputs.changed = inputs.changed, inputs.changed | values.keys()
+            self._put({**dict.fromkeys(before - values.keys()), **values})
+            inputs.changed, self.loras = set(values), tuple(specs)
+
+    def _kept(self, name: str) -> Tensor:
+        """Return a tensor that the export keeps in 16 bit, as it is without LoRAs.
+
+        Raises:
+            UnsupportedError: The session cannot change it.
+        """
+        raise NotImplementedError
+
+    def _put(self, values: Mapping[str, Tensor | None]) -> None:
+        """Put values into reserved inputs and in the place of kept tensors; None puts back what was there without LoRAs.
+
+        Args:
+            values: fp32 tensors on the CPU, by name.
+        """
+        raise NotImplementedError
 
     def resident_bytes(self) -> dict[str, int]:
         """Return the bytes that are held between calls. It waits for a running pass.
@@ -181,6 +210,7 @@ class WrappedSession(EngineSession):
         self.inner, self.backend, self.dtype = inner, inner.backend, inner.dtype
         self.loras = inner.loras
         self.attention = inner.attention
+        self.weights = inner.weights
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         return self.inner._run(inputs, bits)

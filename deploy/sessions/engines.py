@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +27,20 @@ from dvdquant.deploy.sessions.engine_binding import (
     make_logger,
 )
 from dvdquant.deploy.sessions.engine_choice import build_target, device_sm, find_engines, select_engine
+from dvdquant.deploy.sessions.lora_inputs import LoraInputs
 from dvdquant.deploy.sessions.weights import WeightFiles
-from dvdquant.errors import EngineError, OutputError
+from dvdquant.errors import EngineError, OutputError, UnsupportedError
+from dvdquant.hardware.capabilities import sm_number
+from dvdquant.hardware.weights import WeightPolicy, check_policy
+from dvdquant.model.held_weights import held_weights
 
 __all__ = ["TensorRTSession", "deserialize", "device_sm", "find_engines", "load_plugins", "select_engine"]
 
 _PLUGINS: set[tuple[str, Path]] = set()
+log = logging.getLogger(__name__)
+# What the plugin reads when a context is made: packed or expanded.
+FORM_VARIABLE = "DVDQUANT_WEIGHTS"
+_form_lock = threading.Lock()
 
 
 @dataclass
@@ -69,8 +81,14 @@ class TensorRTSession(EngineSession):
             library, their contexts share what the plugin prepares from a weight. The copy inside an engine shares
             nothing.
         cuda_graphs: True replays passes of the same shapes as a CUDA graph, which saves kernel launches.
+        weights: ``auto``, ``packed`` or ``expanded``: how the plugin holds weights. ``auto`` follows ``DVDQUANT_WEIGHTS``
+            where it is set, and else the count of :class:`.HeldWeights`.
+
+    Attributes:
+        weights: ``packed``, ``expanded``, or ``as built`` for engines that hold their weights themselves.
 
     Raises:
+        UnsupportedError: A policy for engines that hold their weights themselves.
         EngineError: No engine fits (the error gives the command that builds it), or the library refuses the engine.
     """
 
@@ -84,14 +102,19 @@ class TensorRTSession(EngineSession):
         backend: str = "tensorrt_rtx",
         plugins: Sequence[Path] = (),
         cuda_graphs: bool = False,
+        weights: WeightPolicy = "auto",
     ) -> None:
         self.backend = backend
         super().__init__(artifact, component, bits, device or torch.device("cuda"))
         entries = find_engines(artifact, component, backend, self.bits, self.device)
         self._library = load_backend(backend)
+        self._plugin_bytes = 0
+        self.weights = self._form(check_policy(weights), entries)
         self._scratch = Scratch(self.device)
         self._files: WeightFiles | None = None
         self._on_device: dict[str, Tensor] = {}
+        self._originals: dict[str, Tensor] = {}
+        self._lora_inputs = LoraInputs(artifact, component)
         self._engine_bytes = 0
         self._cuda_graphs = cuda_graphs
         self._captures: dict[int, _Capture] = {}
@@ -101,11 +124,44 @@ class TensorRTSession(EngineSession):
             self._lane = Lane(self.device)
             load_plugins(self._library, plugins)
             self._runtime = make_runtime(self._library, self._log)
-            for width, entry in entries.items():
-                self._engines[width] = self._load(entry)
+            # The plugin reads the form when a context is made.
+            with plugin_form(self.weights):
+                for width, entry in entries.items():
+                    self._engines[width] = self._load(entry)
+                    self._lora_inputs.require(self._on_device, f"the engine {entry['path']}")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # weights were copied on this thread's stream; passes may use others
         self._drop_files()
+
+    def _form(self, policy: WeightPolicy, entries: Mapping[int, EngineEntry]) -> str:
+        """Return how weights are held, and count what the plugin will hold beside its inputs."""
+        if not any(entry["precision"] == "plugin" for entry in entries.values()):
+            if policy != "auto":
+                raise UnsupportedError(
+                    f"these engines hold their weights as they were built, not {policy}",
+                    available="engines with the plugin, and the backends pytorch and onnxruntime",
+                    fix="leave the policy out",
+                )
+            return super().weights
+        held = held_weights(
+            self.artifact.plan(self.component), sm_number(device_sm(self.device)), self.bits, self.sizes
+        )
+        room = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        form = held.choose(
+            check_policy(os.environ.get(FORM_VARIABLE) or policy) if policy == "auto" else policy, room, True
+        )
+        self._plugin_bytes = held.rows if form == "packed" else held.expanded
+        log.info(
+            "%s: the plugin holds weights %s (%s): packed they are %.2f GiB and cost a step some %.1f %% [modelled], "
+            "expanded %.2f GiB",
+            self.component,
+            form,
+            policy,
+            held.plugin_bytes("packed") / 2**30,
+            100 * held.cost,
+            held.plugin_bytes("expanded") / 2**30,
+        )
+        return form
 
     def _load(self, entry: EngineEntry) -> BoundEngine:
         engine = deserialize(self.artifact, entry, self._library, self._runtime, self._log)
@@ -116,12 +172,41 @@ class TensorRTSession(EngineSession):
         )
 
     def _weight(self, name: str) -> Tensor:
-        """Return a packed weight on the device. Every bit-width gets the same memory."""
-        if name not in self._on_device:
-            if self._files is None:
-                self._files = WeightFiles(self.artifact, self.component)
-            self._on_device[name] = self._files.tensor(name).to(self.device)
+        """Return a weight on the device, or zeros for an input of LoRAs. Every bit-width gets the same memory."""
+        if name in self._on_device:
+            return self._on_device[name]
+        reserved = self._lora_inputs.shapes if self._lora_inputs is not None else {}
+        if name in reserved:
+            self._on_device[name] = torch.zeros(reserved[name], dtype=self.dtype, device=self.device)
+            return self._on_device[name]
+        if self._files is None:
+            self._files = WeightFiles(self.artifact, self.component)
+        # A LoRA is written over what the engine reads, so that must not be the private copy that all sessions share.
+        self._on_device[name] = self._files.tensor(name).to(self.device, copy=bool(reserved))
         return self._on_device[name]
+
+    def _kept(self, name: str) -> Tensor:
+        if name not in self._on_device:
+            raise UnsupportedError(
+                f"the LoRA changes {name}, which is a constant of the engines",
+                available="linear layers, biases, norms and tables",
+                fix="run it with the pytorch backend (--backend pytorch), or fuse it: dvdq-export --lora",
+            )
+        return self._originals.get(name, self._on_device[name])
+
+    def _put(self, values: Mapping[str, Tensor | None]) -> None:
+        """See :class:`EngineSession`. The memory stays where it is, so contexts and CUDA graphs go on with it."""
+        assert self._lora_inputs is not None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a pass on any stream may still read the old values
+        for name, value in values.items():
+            held = self._on_device[name]
+            if name not in self._lora_inputs.shapes:
+                self._originals.setdefault(name, held.to("cpu", copy=True))
+                value = self._originals.pop(name) if value is None else value
+            held.zero_() if value is None else held.copy_(value.to(held.dtype))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _drop_files(self) -> None:
         """Drop the private copy of the weights when they are on the device."""
@@ -173,8 +258,9 @@ class TensorRTSession(EngineSession):
         """Return the bytes that are held between calls.
 
         ``engines`` is the size of the engine files. They hold the weights if the weights are not inputs of the engine.
+        ``weights`` are those inputs, and what the plugin makes of them in the first passes.
         """
-        weights = sum(tensor.nbytes for tensor in self._on_device.values())
+        weights = sum(tensor.nbytes for tensor in self._on_device.values()) + self._plugin_bytes
         return {"weights": weights, "engines": self._engine_bytes, "workspace": self._scratch.nbytes}
 
     def _close(self) -> None:
@@ -183,8 +269,31 @@ class TensorRTSession(EngineSession):
         self._captures.clear()
         self._engines.clear()
         self._on_device.clear()
+        self._originals.clear()
         self._scratch.free()
-        self._engine_bytes = 0
+        self._engine_bytes = self._plugin_bytes = 0
+
+
+@contextlib.contextmanager
+def plugin_form(form: str) -> Iterator[None]:
+    """Let contexts that are made in this block hold weights in a form.
+
+    Args:
+        form: ``packed`` or ``expanded``; another word leaves the environment as it is.
+    """
+    if form not in ("packed", "expanded"):
+        yield
+        return
+    with _form_lock:
+        before = os.environ.get(FORM_VARIABLE)
+        os.environ[FORM_VARIABLE] = form
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[FORM_VARIABLE]
+            else:
+                os.environ[FORM_VARIABLE] = before
 
 
 def load_plugins(library: Backend, plugins: Sequence[Path]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,16 +16,16 @@ from torch import Tensor
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.expand_weights import EXPANDED, expand_weights, expanded_weight
+from dvdquant.deploy.sessions.lora_inputs import LoraInputs
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
+from dvdquant.hardware.weights import WeightForm
 from dvdquant.model.layers import TENSORS
 from dvdquant.onnx.function_depth import check_functions
 from dvdquant.onnx.prepare import prepare_for_onnxruntime
 from dvdquant.system.records import brief
 
 __all__ = ["OnnxRuntimeSession", "WeightForm"]
-
-WeightForm = Literal["packed", "expanded"]
 
 
 class OnnxRuntimeSession(EngineSession):
@@ -81,6 +81,9 @@ class OnnxRuntimeSession(EngineSession):
         self._constants: dict[str, Any] = {}
         self._constant_bytes: list[Any] = []
         self._bound: dict[int, _Bound] = {}
+        self._kinds: dict[str, int] = {}
+        self._changed: dict[str, Tensor] = {}
+        self._lora_inputs = LoraInputs(artifact, component)
         self._largest = 0
         # All graphs are read and hashed before ONNX Runtime gets the first.
         graphs = {width: artifact.graph(component, width) for width in self.bits}
@@ -100,6 +103,8 @@ class OnnxRuntimeSession(EngineSession):
         if self.weights == "expanded":
             expand_weights(model)
         bound = self._take_weights(model)
+        if self._lora_inputs is not None:
+            self._lora_inputs.require(bound, path)
         options = self._options(onnxruntime)
         constants = [name for name in model.graph.initializers if name in self._constants]
         if constants:
@@ -115,6 +120,7 @@ class OnnxRuntimeSession(EngineSession):
             binding = session.io_binding()
             for name, kind in bound.items():
                 _bind(binding, name, self._weights[name], kind)
+            self._kinds |= bound
         except EngineError:
             raise
         except Exception as error:  # onnxruntime's own exceptions share no base class but this
@@ -165,8 +171,14 @@ class OnnxRuntimeSession(EngineSession):
                     self._weights[name] = self._stored(name, tensor).to(self.device, copy=self.weights == "expanded")
             elif name not in self._constants:
                 self._constants[name] = self._constant(tensor)
+        reserved = self._lora_inputs.shapes if self._lora_inputs is not None else {}
         for value in model.graph.inputs:
             name = value.name or ""
+            if name in reserved:  # zeros, which add nothing
+                dtype = torch.float16 if value.dtype == ir.DataType.FLOAT16 else torch.float32
+                bound[name] = _ONNX_TYPES[dtype]
+                if name not in self._weights:
+                    self._weights[name] = torch.zeros(reserved[name], dtype=dtype, device=self.device)
             if name.endswith(EXPANDED):
                 bound[name] = ir.DataType.FLOAT.value
                 if name not in self._weights:
@@ -195,6 +207,31 @@ class OnnxRuntimeSession(EngineSession):
         self._constant_bytes.append(array)  # keeps the bytes alive: ONNX Runtime holds only their address
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, place.dtype.value)
 
+    # --------------------------------------------------------------------------------------------------------- LoRAs
+
+    def _kept(self, name: str) -> Tensor:
+        if name not in self._weights:
+            raise UnsupportedError(
+                f"the LoRA changes {name}, which the graphs of {self.component} do not use",
+                fix="give a LoRA of this model",
+            )
+        return self._weights[name]
+
+    def _put(self, values: Mapping[str, Tensor | None]) -> None:
+        assert self._lora_inputs is not None
+        for name, value in values.items():
+            weight = self._weights[name]
+            if name in self._lora_inputs.shapes:
+                # The graph takes float32 for bfloat16, and rounds nothing that it is given.
+                weight.zero_() if value is None else weight.copy_(value.to(self.dtype))
+                continue
+            # What is stored may be the private copy that other sessions read, so another tensor takes its place.
+            self._changed.pop(name, None)
+            if value is not None:
+                weight = self._changed[name] = value.to(self.device, weight.dtype)
+            for bound in self._bound.values():
+                _bind(bound.binding, name, weight, self._kinds[name])
+
     # ------------------------------------------------------------------------------------------------------- running
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
@@ -221,7 +258,7 @@ class OnnxRuntimeSession(EngineSession):
         ``weights`` counts every bound tensor and every constant once for all bit-widths. ``workspace`` is a lower
         bound: the largest layer's weight in fp32, which ``packed`` makes in every call.
         """
-        held = {tensor.data_ptr(): tensor.nbytes for tensor in self._weights.values()}
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in (*self._weights.values(), *self._changed.values())}
         constants = sum(value.tensor_size_in_bytes() for value in self._constants.values())
         workspace = 4 * self._largest if self.weights == "packed" else 0
         return {"weights": sum(held.values()) + constants, "engines": 0, "workspace": workspace}
@@ -229,6 +266,7 @@ class OnnxRuntimeSession(EngineSession):
     def _close(self) -> None:
         self._bound.clear()
         self._weights.clear()
+        self._changed.clear()
         self._constants.clear()
         self._constant_bytes.clear()
         self._files.close()

@@ -18,11 +18,13 @@ from dvdquant.deploy.sessions.compiled import compile_blocks
 from dvdquant.deploy.sessions.lora_branches import LoraBranches
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
+from dvdquant.hardware.weights import WeightForm, WeightPolicy, check_policy
+from dvdquant.model.held_weights import held_weights
 from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper, fill_quantized
-from dvdquant.model.plan import quantized_skeleton
+from dvdquant.model.plan import ModelPlan, quantized_skeleton
 from dvdquant.ops.attention.ladder import Attention, rungs_for
-from dvdquant.ops.cuda_linear import CACHE, usable_kernels
+from dvdquant.ops.cuda_linear import CACHE, CudaKernels, usable_kernels
 from dvdquant.recipe import ATTENTION, Recipe
 
 __all__ = ["PyTorchSession"]
@@ -35,9 +37,10 @@ class PyTorchSession(EngineSession):
 
     On the CPU the weights are the private copy of the files itself (:class:`.weights.WeightFiles`).
 
-    A GPU that the kernels are built for holds each layer in the form that the kernels multiply, with 4 or 8 bits a
-    weight. It makes this form before the first step that needs it, and holds both forms if the bit-widths that ran differ
-    in it. The private copy stays on the host, for a bit-width that runs later.
+    A GPU that the kernels are built for holds each layer once and packed, half a byte a weight for all bit-widths, and
+    the kernels expand it before a product of 8 bits. Or it holds each layer expanded, in the form that the kernels
+    multiply: it makes this form before the first step that needs it, and holds both forms if the bit-widths that ran
+    differ in it. Then the private copy stays on the host, for a bit-width that runs later. Outputs are the same.
 
     On another GPU the packed weights are copied, and the private copy is closed.
 
@@ -51,9 +54,14 @@ class PyTorchSession(EngineSession):
         attention: ``16``, ``int8`` or ``fp8`` for self-attention of long sequences. The default is the recipe's.
         attention_backend: The library that computes it, or ``reference``, the definition in plain PyTorch. By default
             those of the GPU are tried, and one is taken that is right and faster than 16 bit on the first layer.
+        weights: ``auto``, ``packed`` or ``expanded``: how the kernels' device holds them (:class:`.HeldWeights`).
+
+    Attributes:
+        weights: ``packed`` or ``expanded``, as they are held. Without kernels they are packed.
 
     Raises:
-        UnsupportedError: The attention is unknown, or the library that was asked for cannot run here.
+        UnsupportedError: The attention or the policy is unknown, the library that was asked for cannot run here, or
+            expanded weights are wanted without kernels.
         EngineError: The weights do not fit the device's memory.
         OutputError: A file differs from the manifest.
     """
@@ -69,10 +77,12 @@ class PyTorchSession(EngineSession):
         compile: bool = False,
         attention: str | None = None,
         attention_backend: str | None = None,
+        weights: WeightPolicy = "auto",
     ) -> None:
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
         kernels = usable_kernels(self.device)
         plan = artifact.plan(component)
+        self.weights: WeightForm = self._form(check_policy(weights), plan, kernels)
         self._recipe = plan.recipe
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
         self.attention = wanted_attention(attention or plan.recipe.attention, attention_backend, self.device, component)
@@ -87,7 +97,8 @@ class PyTorchSession(EngineSession):
             fill_quantized(model, plan, self._files.tensor)
             if kernels is not None:
                 grids = [plan.recipe.activation(width) for width in self.bits]
-                for name, reason in prepare_layers(model, kernels, grids, plan.dtype, self.device).items():
+                held = prepare_layers(model, kernels, grids, plan.dtype, self.device, self.weights)
+                for name, reason in held.items():
                     log.info("%s is computed in fp32: %s", name, reason)
             self._branches: LoraBranches | None = None
             model.to(self.device)
@@ -107,6 +118,32 @@ class PyTorchSession(EngineSession):
         elif self.device.type != "cpu":
             self._files.close()
 
+    def _form(self, policy: WeightPolicy, plan: ModelPlan, kernels: CudaKernels | None) -> WeightForm:
+        """Return how weights are held, and log what that takes."""
+        if kernels is None:
+            if policy == "expanded":
+                raise UnsupportedError(
+                    f"PyTorch on {self.device} keeps weights packed: expanded ones are a form of the CUDA kernels",
+                    available="packed here; the onnxruntime backend expands them to fp32",
+                    fix="leave the policy out, or run on a GPU that the kernels are built for",
+                )
+            return "packed"
+        held = held_weights(plan, kernels.sm, self.bits, self.sizes)
+        room = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        form = held.choose(policy, room)
+        log.info(
+            "%s: weights are %s (%s): packed they hold %.2f GiB and cost a step some %.1f %% on SM %d.%d [modelled], "
+            "expanded %.2f GiB",
+            self.component,
+            form,
+            policy,
+            held.nbytes("packed") / 2**30,
+            100 * held.cost,
+            *divmod(kernels.sm, 10),
+            held.nbytes("expanded") / 2**30,
+        )
+        return form
+
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         model = self._model
         assert model is not None
@@ -124,7 +161,8 @@ class PyTorchSession(EngineSession):
         with torch.inference_mode():
             output: Tensor = model(inputs)
         if bits not in self._ran and self.device.type != "cpu":
-            self._files.drop_pages()
+            # Packed weights serve every width: nothing on the host is needed any more.
+            self._files.close() if self.weights == "packed" else self._files.drop_pages()
         self._ran.add(bits)
         # A copy made outside of inference mode is an ordinary tensor, which schedulers may change in place.
         return output.to(self.dtype, copy=True)

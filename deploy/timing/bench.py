@@ -17,6 +17,7 @@ from dvdquant.deploy.generation.run_report import machine
 from dvdquant.deploy.sessions import open_session
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.errors import UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.system.progress import Progress
 
 __all__ = ["BenchResult", "Timing", "bench"]
@@ -81,6 +82,7 @@ class BenchResult:
         machine: The processor and the GPU.
         sizes: The shapes of the inputs by name.
         resident_bytes: What each session holds between calls, by transformer.
+        weights: How the sessions hold quantized weights: ``packed``, ``expanded`` or ``as built``.
     """
 
     timings: tuple[Timing, ...]
@@ -89,6 +91,7 @@ class BenchResult:
     machine: str
     sizes: dict[str, list[int]]
     resident_bytes: dict[str, dict[str, int]]
+    weights: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a plain dict."""
@@ -109,6 +112,7 @@ def bench(
     seconds: float = 60.0,
     compile: bool = False,
     attention: str | None = None,
+    weights: WeightPolicy = "auto",
     progress: Progress | None = None,
 ) -> BenchResult:
     """Time one call of every bit-width, on random inputs of one size of the export.
@@ -127,6 +131,7 @@ def bench(
         seconds: The time for the counted calls of one transformer, after which no further turn begins.
         compile: Compile the blocks, in PyTorch sessions.
         attention: ``16``, ``int8`` or ``fp8``, in PyTorch sessions.
+        weights: ``auto``, ``packed`` or ``expanded``.
         progress: The receiver of the progress.
 
     Raises:
@@ -139,11 +144,18 @@ def bench(
         )
     timings: list[Timing] = []
     resident = {}
-    backend_name = device_name = ""
+    backend_name = device_name = form = ""
     shapes: dict[str, list[int]] = {}
     for component in components or artifact.components:
         with open_session(
-            artifact, component, backend=backend, device=device, bits=bits, compile=compile, attention=attention
+            artifact,
+            component,
+            backend=backend,
+            device=device,
+            bits=bits,
+            compile=compile,
+            attention=attention,
+            weights=weights,
         ) as session:
             inputs = session.family.sample(artifact.sizes, session.dtype, 0, which)
             shapes = {name: list(value.shape) for name, value in inputs.items()}
@@ -154,8 +166,8 @@ def bench(
             for width, times in taken.items():
                 timings.append(Timing(component, width, _executes(session, width), tuple(times), first[width]))
             resident[component] = session.resident_bytes()
-            backend_name, device_name = session.backend, str(session.device)
-    return BenchResult(tuple(timings), backend_name, device_name, machine(), shapes, resident)
+            backend_name, device_name, form = session.backend, str(session.device), session.weights
+    return BenchResult(tuple(timings), backend_name, device_name, machine(), shapes, resident, form)
 
 
 def _call(session: EngineSession, inputs: dict[str, torch.Tensor], bits: int) -> Callable[[], float]:

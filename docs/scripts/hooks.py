@@ -1,7 +1,8 @@
 """What mkdocs asks for while it builds the site: tables from the code, the list of errors, pages that live elsewhere.
 
-A page holds ``<!-- table: NAME -->`` where a generated table goes, and ``<!-- file: PATH -->`` where a page of the repository
-goes. So nothing generated is kept in docs/, and nothing can be out of date.
+A page holds ``<!-- table: NAME -->`` where a generated table goes, ``<!-- file: PATH -->`` where a page of the repository
+goes, and ``<!-- notebook: PATH -->`` where a notebook with its outputs goes. So nothing generated is kept in docs/, and
+nothing can be out of date.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import errors  # noqa: E402
+import notebook  # noqa: E402
 import rooms  # noqa: E402
 import tables  # noqa: E402
 
@@ -32,6 +34,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Return the page with its tables filled in and its files taken in."""
     here = os.path.dirname(page.file.src_uri)
     markdown = re.sub(r"<!-- table: ([\w-]+) -->", lambda match: TABLES[match[1]](), markdown)
+    markdown = re.sub(r"<!-- notebook: (\S+) -->", lambda match: notebook.page(ROOT / match[1]), markdown)
     return re.sub(r"<!-- file: (\S+) -->", lambda match: _page(match[1], here), markdown)
 
 

@@ -70,10 +70,11 @@ _RESERVED = re.compile(r"\.(tmp-.*|lock|commit)|manifest\.json")
 MAX_VALUES = 200_000
 MAX_STEPS = 1000
 MAX_LORAS = 64
+MAX_LORA_RANK = 1024
 MAX_BUILDS = 256
 MAX_GUIDANCE = 1000
 # Fields that an export has only where there is something to say, so that others stay as they were.
-_OPTIONAL = frozenset({"lora", "sampling", "builds"})
+_OPTIONAL = frozenset({"lora", "lora_rank", "sampling", "builds"})
 
 
 def _check_time(text: str) -> str:
@@ -191,11 +192,13 @@ class Source(TypedDict):
         model: The MODEL argument of the export.
         class_name: The diffusers class.
         fingerprint: ``Checkpoint.fingerprint()``.
+        pipeline: The folder or hub id that text encoder, VAE and scheduler come from, where it is not ``model``.
     """
 
     model: Annotated[Text, AfterValidator(_check_model)]
     class_name: Text
     fingerprint: Text
+    pipeline: NotRequired[Annotated[Text, AfterValidator(_check_model)]]
     transformer_2: NotRequired[Annotated[Text, AfterValidator(_check_model)]]
     config: NotRequired[Annotated[Text, AfterValidator(_check_model)]]
     format: NotRequired[Text]
@@ -413,6 +416,7 @@ class Manifest:
         export_key: The hash of everything that the export depends on, or an empty text.
         verified: The part that ``--verify`` compared with the checkpoint; None if it did not run.
         lora: The LoRAs in the weights, in the order they were added.
+        lora_rank: The rank that graphs and engines reserve for LoRAs which are loaded at run time; 0 where they have no place.
         sampling: The defaults of the runtime; None takes the model's own.
         builds: The engines that are left to be built on the machine that they are for.
         format_version: The version of this format.
@@ -446,6 +450,7 @@ class Manifest:
     export_key: Digest | Literal[""] = ""
     verified: Verified | None = None
     lora: Annotated[tuple[LoraEntry, ...], FailFast(), Field(max_length=MAX_LORAS)] = ()
+    lora_rank: Annotated[int, Field(ge=0, le=MAX_LORA_RANK)] = 0
     sampling: Sampling | None = None
     builds: Annotated[tuple[BuildEntry, ...], FailFast(), Field(max_length=MAX_BUILDS)] = ()
     format_version: Literal[2] = FORMAT_VERSION

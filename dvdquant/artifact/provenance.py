@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dvdquant.artifact.manifest import LoraEntry, Sampling, Source
 from dvdquant.text import shown
 
-__all__ = ["lora_words", "sampling_sentence", "sampling_words", "source_words"]
+__all__ = ["lora_room", "lora_words", "sampling_sentence", "sampling_words", "source_words"]
 
 
 def source_words(source: Source) -> str:
@@ -41,6 +41,15 @@ def sampling_sentence(sampling: Sampling) -> str:
         sampling: What the manifest records of steps and guidance.
     """
     return f"defaults of dvdq-run and dvdq-plan: {sampling_words(sampling)}"
+
+
+def lora_room(rank: int) -> list[str]:
+    """Return in words that graphs and engines take LoRAs at run time; nothing where they do not.
+
+    Args:
+        rank: The rank that is reserved, as the manifest records it.
+    """
+    return [f"room for LoRAs at run time: up to rank {rank} in every quantized layer (dvdq-run --lora)"] if rank else []
 
 
 def lora_words(entries: Sequence[LoraEntry]) -> list[str]:

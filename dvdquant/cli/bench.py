@@ -115,7 +115,8 @@ def _text(result: BenchResult) -> str:
             table(header, rows, right=(2, 3, 4, 5, 6, 7)),
             *executes,
             f"inputs: {shapes}",
-            f"held between calls: {', '.join(f'{name} {amount(size)}' for name, size in held.items())}",
+            f"held between calls: {', '.join(f'{name} {amount(size)}' for name, size in held.items())}; "
+            f"weights {result.weights}",
             f"measured here: {result.backend} on {result.device}; {result.machine}",
         ]
     )

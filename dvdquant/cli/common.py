@@ -15,6 +15,7 @@ import click
 
 from dvdquant.cli.paths import WORD
 from dvdquant.cli.process import echo, require_folder, run_as_process, user_error
+from dvdquant.hardware.weights import WEIGHTS
 from dvdquant.text import json_text, shown
 
 __all__ = ["ExamplesCommand", "ProcessCommand", "echo", "loading", "paragraphs", "runs_on", "setup_logging", "table"]
@@ -121,7 +122,7 @@ class _JsonLines(logging.Formatter):
 
 
 def runs_on(command: Callable[P, R]) -> Callable[P, R]:
-    """Add the options --backend and --device."""
+    """Add the options --backend, --device and --weights."""
     backend = click.option(
         "--backend",
         type=click.Choice(["auto", "onnxruntime", "pytorch", "rtx", "tensorrt"]),
@@ -132,7 +133,15 @@ def runs_on(command: Callable[P, R]) -> Callable[P, R]:
     device = click.option(
         "--device", type=WORD, default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where it runs."
     )
-    return backend(device(command))
+    weights = click.option(
+        "--weights",
+        type=click.Choice(WEIGHTS),
+        default="auto",
+        show_default=True,
+        help="Quantized weights on the GPU: packed, 4 bits each for all engines; expanded, as they are multiplied, which takes "
+        "2 to 4 times the memory; auto: packed where that costs a step 2 % at most.",
+    )
+    return backend(device(weights(command)))
 
 
 def paragraphs(items: Sequence[tuple[str, str]], width: int = 100) -> str:

@@ -36,8 +36,6 @@ REALIZE = (
     "nvfp4",
 )  # those of dvdquant.export.engines.precision, which takes seconds to import
 BUILD_PLACES = ("auto", "here", "device")  # those of dvdquant.export.options, which takes seconds to import
-# Memory of cards and of Jetsons, which the dry run compares weights with.
-DEVICE_GIB = (8, 12, 16, 24, 32, 64, 128)
 MAX_TOKENS, MAX_BATCH = 1 << 16, 1 << 10
 
 EXAMPLES = """
@@ -61,9 +59,12 @@ dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/orin --target tensorrt --sm 8.7
 # graphs only
 dvdq-export ./HunyuanVideo -o out/hy --target onnx --recipe w4a4-g128
 
+# engines that take LoRAs up to rank 64 at run time: dvdq-run out/wan --lora style.safetensors
+dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/wan --lora-rank 64
+
 # files of ComfyUI: the two transformers of Wan 2.2, or the folder that holds them
 dvdq-export wan2.2_t2v_high_noise.safetensors --transformer-2 wan2.2_t2v_low_noise.safetensors -o out/wan22
-dvdq-export ComfyUI/models/diffusion_models -o out/wan22
+dvdq-export ComfyUI/models/diffusion_models -o out/wan22 --pipeline Wan-AI/Wan2.2-T2V-A14B-Diffusers
 
 # go on after an interruption; check every graph in ONNX Runtime
 dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
@@ -188,6 +189,14 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     metavar="FILE[:SCALE]",
     help="A LoRA to fuse into the weights; repeatable. transformer_2=FILE:SCALE is for the second transformer.",
 )
+@click.option(
+    "--lora-rank",
+    type=int,
+    default=0,
+    metavar="N",
+    help="Reserve inputs for LoRAs up to rank N in every graph and engine: dvdq-run --lora then loads one without a new "
+    "export. Costs memory and time, with a LoRA or without; --dry-run says how much.",
+)
 @click.option("--steps", type=int, help="Denoising steps to record as the default, such as 4 of a distilled LoRA.")
 @click.option("--guidance", type=float, metavar="SCALE", help="Guidance scale to record as the default; 1 is none.")
 @click.option(
@@ -198,6 +207,13 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 )
 @click.option(
     "--config", type=PATH, help="The config.json of MODEL, in diffusers format, where its file does not tell it."
+)
+@click.option(
+    "--pipeline",
+    type=MODEL,
+    metavar="PATH",
+    help="Folder or hub id of the diffusers pipeline that dvdq-run takes text encoder, VAE and scheduler from, where MODEL has "
+    "none, such as a file of ComfyUI. Nothing of it is exported.",
 )
 @click.option("--subfolder", type=WORD, help="Folder of the transformer inside MODEL.")
 @click.option("--revision", type=WORD, help="Branch, tag or commit of a hub id.")
@@ -292,6 +308,7 @@ def main(**arguments: Any) -> None:
     from dvdquant.system.progress import Progress
 
     plan = plan_export(options)
+    _check_pipeline(plan)
     if dry_run:
         echo(json_text(_plan_json(plan, choice)) if log_format == "json" else _plan_text(plan, choice))
         return
@@ -324,6 +341,16 @@ def _check_early(options: ExportOptions) -> None:
             open_checkpoint(options.model, revision=options.revision, component=component, config=config)
 
 
+def _check_pipeline(plan: ExportPlan) -> None:
+    """Refuse a local --pipeline that the runtime could not use. One of the hub is left to it: nothing is downloaded here."""
+    from dvdquant.checkpoint.locate import is_remote
+    from dvdquant.deploy.pipelines.parts import open_pipeline_folder
+
+    place = plan.options.pipeline
+    if place is not None and not is_remote(place):
+        open_pipeline_folder(place, plan.plans[0].family.name)
+
+
 def _check_revision(model: str, revision: str | None) -> None:
     if revision is not None and os.path.exists(os.path.expanduser(model)):
         raise UnsupportedError(
@@ -333,13 +360,14 @@ def _check_revision(model: str, revision: str | None) -> None:
 
 
 def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
-    from dvdquant.cli.export_answers import answers
+    from dvdquant.cli.export_answers import answers, device_answers
     from dvdquant.export.source_words import source_facts
 
     return {
         "gpus": list(choice.gpus),
         "notes": list(choice.notes),
         "answers": dict(answers(plan, choice)),
+        "devices": dict(device_answers(plan, choice)),
         "family": plan.plans[0].family.name,
         "components": list(plan.components),
         "sources": [source_facts(c, p.family) for c, p in zip(plan.checkpoints, plan.plans)],
@@ -357,6 +385,7 @@ def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
             if checkpoint.lora is not None
             for one in checkpoint.lora.fused
         ],
+        "lora_rank": _reserved(plan),
         "sampling": plan.options.sampling,
         "held_bytes": _held(plan),
         "kept": [name for p in plan.plans for name in p.kept_linears],
@@ -372,12 +401,13 @@ def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
 def _plan_text(plan: ExportPlan, choice: Choice) -> str:
     from dvdquant.artifact.provenance import sampling_sentence
     from dvdquant.checkpoint.lora.fuse import lora_lines
-    from dvdquant.cli.export_answers import answers
+    from dvdquant.cli.export_answers import answers, device_answers
     from dvdquant.export.source_words import source_lines
     from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.quantize.checkpoint import left_out_text
 
     first, estimate = plan.plans[0], plan.estimate
+    devices = device_answers(plan, choice)
     kinds: dict[tuple[int, int, int, int], list[str]] = {}
     for model_plan in plan.plans:
         for spec in model_plan.layers:
@@ -405,6 +435,7 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
         "what you get",
         paragraphs(answers(plan, choice)),
         "",
+        *(["does the whole pipeline fit", paragraphs(devices), ""] if devices else []),
         table(("layers", "K → N", "rotation", "weight group", "such as"), rows, right=(0, 2, 3)),
         "",
     ]
@@ -413,6 +444,10 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
             lines += [left_out_text(checkpoint, unused), ""]
     if loras := lora_lines(plan.components, plan.checkpoints):
         lines += [*loras, ""]
+    if reserved := _reserved(plan):
+        lines += [_reserved_text(reserved, plan), ""]
+    if note := _pipeline_note(plan):
+        lines += [note, ""]
     if plan.options.sampling is not None:
         lines += [sampling_sentence(plan.options.sampling), ""]
     if plan.engines:
@@ -428,12 +463,9 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
             "",
         ]
     if held := _held(plan):
-        largest = max(held.values())
-        small = [f"{gib} GiB" for gib in DEVICE_GIB if largest > gib << 30]
         lines.append(
             "on the device, an engine of one transformer with its weights: "
             + ", ".join(f"{name} {amount(size)}" for name, size in held.items())
-            + (f"; too small for them alone: {', '.join(small)}" if small else "")
         )
     lines += [
         f"disk      {amount(estimate.disk_bytes):>10}   weights {amount(estimate.weight_file_bytes)} "
@@ -445,6 +477,47 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
         "dry run: nothing was written",
     ]
     return "\n".join(lines)
+
+
+def _reserved(plan: ExportPlan) -> dict[str, Any] | None:
+    """Return what ``--lora-rank`` reserves and what it costs in one step; None without it."""
+    from dvdquant.model.lora_inputs import branch_cost, quantized_flops
+
+    rank = plan.options.lora_rank
+    if not rank:
+        return None
+    cost = {name: branch_cost(p, plan.sizes, rank) for name, p in zip(plan.components, plan.plans)}
+    return {
+        "rank": rank,
+        "bytes": {name: nbytes for name, (nbytes, _) in cost.items()},
+        "flops_per_step": {name: flops for name, (_, flops) in cost.items()},
+        "quantized_flops_per_step": {
+            name: quantized_flops(p, plan.sizes) for name, p in zip(plan.components, plan.plans)
+        },
+    }
+
+
+def _reserved_text(reserved: dict[str, Any], plan: ExportPlan) -> str:
+    first = plan.components[0]
+    nbytes, flops = reserved["bytes"][first], reserved["flops_per_step"][first]
+    share = flops / max(1.0, reserved["quantized_flops_per_step"][first])
+    each = " in each transformer" if len(plan.components) > 1 else ""
+    return (
+        f"reserved for LoRAs, rank {reserved['rank']}{each}: {amount(nbytes)} of device memory and {flops / 1e12:.3g} TFLOP in "
+        f"{plan.options.dtype} a step, {100 * share:.2g} % of what the quantized layers multiply; both with and without a LoRA"
+    )
+
+
+def _pipeline_note(plan: ExportPlan) -> str | None:
+    """Return where clips get text encoder and VAE from, if that is not MODEL itself."""
+    from dvdquant.model.families.pipelines import known_pipeline
+
+    if plan.options.pipeline is not None:
+        return f"text encoder, VAE and scheduler: {plan.options.pipeline}"
+    if plan.checkpoints[0].source.is_diffusers:
+        return None
+    known = known_pipeline(plan.plans[0].family.name, plan.plans[0].family.config, len(plan.plans))
+    return f"text encoder, VAE and scheduler are not in MODEL: give --pipeline {known or 'FOLDER'} here or to dvdq-run"
 
 
 def _held(plan: ExportPlan) -> dict[str, int]:
@@ -460,6 +533,10 @@ def _held(plan: ExportPlan) -> dict[str, int]:
 def _memory_text(estimate: Estimate) -> str:
     """Return what the peak is the larger of."""
     words = f"exporter {amount(estimate.resident_bytes)}"
+    if estimate.held_bytes:
+        words += (
+            f", and {amount(estimate.held_bytes)} of the checkpoint are kept for the next stage because there is room"
+        )
     if not estimate.builder_bytes:
         return words
     waiting, builder = amount(estimate.waiting_bytes), amount(estimate.builder_bytes)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dvdquant.hardware.advice import QUALITY
-from dvdquant.hardware.capabilities import capability
+from dvdquant.hardware.capabilities import capability, sm_number
 from dvdquant.hardware.find import find_gpu
 from dvdquant.text import amount
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from dvdquant.export.plan import ExportPlan
     from dvdquant.hardware.advice import Choice
 
-__all__ = ["answers"]
+__all__ = ["answers", "device_answers"]
 
 GB = 10**9
 
@@ -52,7 +53,8 @@ def _speed(choice: Choice) -> str:
 
 def _memory(plan: ExportPlan, choice: Choice) -> str:
     """Return the memory that weights take on the GPU, beside those of 16 bit, and whether the card has it."""
-    from dvdquant.export.estimate import held_bytes, packed_bytes
+    from dvdquant.export.estimate import held_bytes
+    from dvdquant.model.held_weights import held_weights
 
     # Of two transformers, only one is needed at a time, but a pipeline holds both.
     widths: dict[int, int] = {}
@@ -67,16 +69,13 @@ def _memory(plan: ExportPlan, choice: Choice) -> str:
         words = f"weights of the {', of the '.join(parts)}"
         words += f", {amount(needed)} where both are loaded to switch" if len(widths) > 1 else ""
     else:
-        # A kernel session holds 8-bit codes (a byte a weight) where a4 has no units of its own, else half a byte as well.
-        eight = sum(packed_bytes(each) + each.quantized_weights // 2 for each in plan.plans)
-        bits = {each.bits for each in plan.options.recipe.activations}
-        own = any(capability(sm).kernels_a4 for sm in choice.sms) and 4 in bits
-        four = sum(packed_bytes(each) for each in plan.plans)
-        needed = eight + sum(each.quantized_weights // 2 for each in plan.plans) * (own and 8 in bits)
-        words = f"weights about {amount(needed)} in a session" + (f", {amount(four)} with a4 alone" if own else "")
-    words += (
-        f" (16 bit: {amount(sixteen)}), computed; activations, text encoder and VAE come on top and are not measured"
-    )
+        bits = [each.bits for each in plan.options.recipe.activations]
+        held = {sm: [held_weights(each, sm_number(sm), bits, plan.sizes) for each in plan.plans] for sm in choice.sms}
+        packed = max(sum(one.nbytes("packed") for one in each) for each in held.values())
+        expanded = max(sum(one.nbytes("expanded") for one in each) for each in held.values())
+        needed = packed
+        words = f"weights {amount(packed)} packed, for all bit-widths together; {amount(expanded)} expanded"
+    words += f" (16 bit: {amount(sixteen)}), computed; activations, text encoder and VAE come on top"
     for name in choice.gpus:
         sizes = find_gpu(name).memory
         if needed > 0.9 * min(sizes) * GB:
@@ -108,3 +107,52 @@ def _quality(plan: ExportPlan) -> str:
         value = QUALITY.get(("nvfp4", 4))
         words += ", which is not measured" if value is None else f": {value:.1f} dB"
     return f"{words}. Nothing is known of this model at its full size: compare with dvdq run OUT --compare"
+
+
+def device_answers(plan: ExportPlan, choice: Choice) -> list[tuple[str, str]]:
+    """Return (device, whether the whole pipeline fits and how) for the named cards, or for the sizes that are sold of an SM.
+
+    Args:
+        plan: The plan of the export.
+        choice: What it is made for.
+    """
+    from dvdquant.checkpoint.prompt_words import PromptWords
+    from dvdquant.deploy.generation.device_fit import DEVICES, DeviceSize, fit, published, published_run
+
+    alone = PromptWords.is_at(plan.options.model)  # such a model has neither text encoder nor VAE
+    named = [find_gpu(name) for name in choice.gpus]
+    devices = [
+        DeviceSize(gpu.name, size, (gpu.sm,), unified=gpu.kind == "jetson") for gpu in named for size in gpu.memory
+    ]
+    devices = devices or [device for device in DEVICES if set(device.sms) & set(choice.sms)]
+    family, found = plan.plans[0].family, []
+    for device in devices:
+        sm = next(sm for sm in device.sms if sm in choice.sms)
+        held = _transformers(plan, choice, sm)
+        run = published_run(family, plan.sizes, held)
+        (answer,) = fit(replace(run, text={}, image=0, vae=0) if alone else run, [device])
+        found.append((str(device), answer.words(next(iter(held)))))
+    if found and not alone:
+        parts = published(family)
+        note = (
+            f"counted with {parts.names} and the VAE that the family is published with, at the size above; not measured"
+        )
+        found.append(("", note))
+    return found
+
+
+def _transformers(plan: ExportPlan, choice: Choice, sm: str) -> dict[str, int]:
+    """Return the bytes of what may be loaded of the transformers on an SM, the one with most choice first."""
+    from dvdquant.export.estimate import held_bytes
+    from dvdquant.model.held_weights import held_weights
+
+    engines = [e for e in (*plan.engines, *plan.later) if sm in e.sms and e.precision != "plugin"]
+    if engines:
+        each = {e.act_bits: sum(held_bytes(p, e) for p in plan.plans) for e in engines}
+        whole = {" and ".join(f"a{bits}" for bits in sorted(each)): sum(each.values())}
+        alone = {f"a{bits}": size for bits, size in sorted(each.items(), reverse=True)}
+        return whole | (alone if len(each) > 1 else {})
+    widths = [activation.bits for activation in plan.options.recipe.activations]
+    held = [held_weights(p, sm_number(sm), widths, plan.sizes) for p in plan.plans]
+    plugin = "tensorrt" in choice.targets
+    return {"packed weights": sum(h.plugin_bytes("packed") if plugin else h.nbytes("packed") for h in held)}

@@ -11,7 +11,7 @@ from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setup_logging, table
 from dvdquant.cli.paths import EXPORT, PATH, WORD
 from dvdquant.errors import OutputError
-from dvdquant.text import amount
+from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import LayerEntry, Manifest
@@ -25,6 +25,9 @@ dvdq-inspect out/tiny-wan --check
 
 # all layers, with the error of BGR beside min-max
 dvdq-inspect out/tiny-wan --layers
+
+# device memory for the weights, packed and expanded, on every GPU
+dvdq-inspect out/tiny-wan --weights
 
 # one graph as Polygraphy sees it, and whether TensorRT-RTX's parser takes it
 dvdq-inspect out/tiny-wan --graph onnx/transformer_a4_qdq.onnx
@@ -58,6 +61,11 @@ dvdq-inspect out/tiny-wan --html tiny-wan.html --samples 2
     help="Write the report of the export as one HTML page.",
 )
 @click.option(
+    "--weights",
+    is_flag=True,
+    help="What each GPU holds of the weights, packed and expanded, and the largest tensors in 16 bit.",
+)
+@click.option(
     "--samples",
     type=click.IntRange(0, 16),
     default=0,
@@ -76,6 +84,7 @@ def main(
     all_layers: bool,
     graph: str | None,
     page: Path | None,
+    weights: bool,
     samples: int,
     revision: str | None,
     as_json: bool,
@@ -93,10 +102,17 @@ def main(
             f"--graph shows one graph, as text, so {'--json' if as_json else '--layers'} does not apply",
             fix="leave one of the two out",
         )
+    if weights and (graph is not None or page is not None or all_layers):
+        raise OutputError(
+            f"--weights is a view of its own, so {'--graph' if graph else '--html' if page else '--layers'} does not apply",
+            fix="leave one of the two out",
+        )
     out = locate_export(out, revision)
     manifest = load_manifest(out)
     if page is not None:
         loading("PyTorch and the report")
+    elif weights:
+        loading("PyTorch and the plan of the layers", "json" if as_json else "text")
     elif graph is not None or check:
         loading("ONNX", module="onnx")
     if page is not None:
@@ -104,6 +120,8 @@ def main(
         echo(f"{page} written", err=as_json)  # stdout is the JSON's alone
     if graph is not None:
         echo(_graph_summary(out, manifest, graph))
+    elif weights:
+        echo(_weights(out, manifest, as_json))
     elif as_json:
         echo(manifest.to_json().rstrip())
     elif page is None or all_layers:
@@ -118,6 +136,14 @@ def _write_page(out: Path, manifest: Manifest, page: Path, samples: int) -> None
 
     check_place(page, out, manifest)
     write_report(page, collect(out, manifest, Progress("text"), samples=samples))
+
+
+def _weights(out: Path, manifest: Manifest, as_json: bool) -> str:
+    from dvdquant.cli.held_text import held_json, held_text
+    from dvdquant.deploy.artifact import Artifact
+
+    artifact = Artifact.of(out, manifest)
+    return json_text(held_json(artifact), indent=1) if as_json else held_text(artifact)
 
 
 def _graph_summary(out: Path, manifest: Manifest, graph: str) -> str:
@@ -164,7 +190,7 @@ def _check_files(out: Path, manifest: Manifest) -> str:
 
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
-    from dvdquant.artifact.provenance import lora_words, sampling_sentence, source_words
+    from dvdquant.artifact.provenance import lora_room, lora_words, sampling_sentence, source_words
     from dvdquant.artifact.verified import verified_text
     from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.recipe import error_name, fitted_text, looks_at_inputs
@@ -182,6 +208,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
         f"zero-point {weight['zero_point']}, solver {weight['solver']}, {', '.join(inputs)}",
         *lora_words(manifest.lora),
+        *lora_room(manifest.lora_rank),
         *([sampling_sentence(manifest.sampling)] if manifest.sampling else []),
         *ladders_words(recipe["attention"]),
         verified_text(manifest.verified),

@@ -10,9 +10,10 @@ import click
 from click.core import ParameterSource
 
 from dvdquant import __version__
+from dvdquant.cli.clip_options import clip_options, loading_clashes, loading_options
 from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging, table
-from dvdquant.cli.paths import EXPORT, LORA, MODEL, PATH, TEXT_FILE, WORD
-from dvdquant.cli.prompt_file import read_prompts
+from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
+from dvdquant.cli.prompt_file import check_prompt, read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.system.devices import check_device_word
@@ -35,6 +36,9 @@ dvdq-plan out/wan --prompts prompts.txt --time-budget 60 --steps 30 --seeds 0,1
 # what delta 0.12 comes to, with a picture that compares a few delta with the 16-bit model
 dvdq-plan out/wan --prompts prompts.txt --delta 0.12 --reference --plot plan.png -o wan-0.12.json
 
+# without the text encoder, with the VAE on the GPU only while it decodes
+dvdq-plan out/wan --text-embeds embeds.safetensors --offload --vae-tiling
+
 # does a schedule fit this export and 50 steps?
 dvdq-plan out/wan --check wan-0.12.json --steps 50
 """
@@ -47,8 +51,7 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
 @click.argument("out", type=EXPORT)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="A clip to record; repeat it. Two to eight are plenty.")
 @click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line; - is standard input.")
-@click.option("--image", type=PATH, metavar="FILE", help="The first frame of every clip, of models that draw from one.")
-@click.option("--last-image", type=PATH, metavar="FILE", help="The last frame, of models that draw from two.")
+@clip_options
 @click.option("--average-bits", type=float, metavar="BITS", help="Wanted average of activation bits.  [default: 6]")
 @click.option(
     "--time-budget", type=float, metavar="SECONDS", help="Wanted time of the transformer in one clip, on this machine."
@@ -81,17 +84,15 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
     help="Record nothing: say whether this schedule fits the export and --steps.",
 )  # fmt: skip
 @click.option(
-    "--pipeline", type=MODEL, metavar="PATH", help="Folder or hub id of the model.  [default: the exported one]"
-)
-@click.option(
-    "--lora", type=LORA, multiple=True, metavar="FILE",
-    help="Where a LoRA of the export is now; --reference fuses it.  [default: where it was]",
+    "--lora", type=LORA, multiple=True, metavar="FILE[:SCALE]",
+    help="A LoRA to run beside the weights, as dvdq-run does. Of a LoRA that the export has: where it is now, for --reference.",
 )  # fmt: skip
 @runs_on
+@loading_options
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
 @click.version_option(__version__, prog_name="dvdq-plan")
-def main(out: Path, check: Path | None, log_format: str, verbose: int, **options: Any) -> None:
+def main(out: Path, check: Path | None, revision: str | None, log_format: str, verbose: int, **options: Any) -> None:
     """Find the delta of step switching for the export in folder OUT, and write it with its schedule.
 
     Records a few clips on the high-bit engine with the low-bit one beside it, predicts average bits and time for every
@@ -100,12 +101,21 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     setup_logging(verbose, log_format)
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.checkpoint.lora.spec import parse_loras
+    from dvdquant.hub.locate import locate_export
 
     if check is not None:
         _refuse_besides_check()
+        out = locate_export(out, revision)
         echo(_checked(check, load_manifest(out), options["steps"]))
         return
-    prompts, seeds = read_prompts(options.pop("prompt"), options.pop("prompts")), _seeds(options.pop("seeds"))
+    prompt, file = options.pop("prompt"), options.pop("prompts")
+    from_embeds = options["text_embeds"] is not None and not prompt and file is None
+    prompts = [] if from_embeds else read_prompts(prompt, file)
+    seeds = _seeds(options.pop("seeds"))
+    if options["negative_prompt"] is not None:
+        check_prompt("--negative-prompt", options["negative_prompt"], may_be_empty=True)
+    _check_loading(options)
+    out = locate_export(out, revision)
     output = options.pop("output") or out / "schedule.json"
     plot = options.pop("plot")
     manifest = load_manifest(out)  # before minutes of work, as the output
@@ -125,6 +135,8 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
         goal_options["average_bits"] = 6.0
     goal = Goal(goal_options["average_bits"], goal_options["time_budget"], goal_options["delta"])
     progress = Progress("json" if log_format == "json" else "text")
+    options["plugins"] = options.pop("plugin")
+    options["text_encoder_bits"] = int(options["text_encoder_bits"] or 16)
     found = plan(Artifact.of(out, manifest), prompts, goal, seeds=seeds, progress=progress, lora=loras, **options)
     found.schedule.save(output)
     if plot is not None:
@@ -136,6 +148,19 @@ def main(out: Path, check: Path | None, log_format: str, verbose: int, **options
     echo(f"schedule  {output}" + (f"\nplot      {plot}" if plot is not None else ""))
 
 
+def _check_loading(options: dict[str, Any]) -> None:
+    """UnsupportedError for options of loading that contradict each other, as dvdq-run says them."""
+    names = ("backend", "compile", "attention_backend", "plugin")
+    embeds = "--text-embeds takes the text encoder's place, so --text-encoder-bits does not apply"
+    clashes = (
+        *loading_clashes(*(options[name] for name in names)),
+        (embeds, bool(options["text_embeds"] and options["text_encoder_bits"])),
+    )
+    for what, clash in clashes:
+        if clash:
+            raise UnsupportedError(what, fix="leave one of the two out")
+
+
 def _refuse_besides_check() -> None:
     """UnsupportedError for an option that is about recording a plan, which ``--check`` does not do."""
     context = click.get_current_context()
@@ -143,7 +168,7 @@ def _refuse_besides_check() -> None:
         parameter.opts[-1]
         for parameter in context.command.params
         if isinstance(parameter, click.Option)
-        and parameter.name not in ("check", "steps", "log_format", "verbose")
+        and parameter.name not in ("check", "steps", "revision", "log_format", "verbose")
         and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
     ]
     if given:

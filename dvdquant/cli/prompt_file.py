@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dvdquant.errors import OutputError, ShapeError
+from dvdquant.system.piped_file import read_piped
 from dvdquant.text import shown
 
 __all__ = ["MAX_PROMPTS", "MAX_PROMPT_FILE", "check_prompt", "decode_text", "read_prompts"]
@@ -91,9 +91,7 @@ def _read(path: Path, name: str) -> bytes:
                 raise OutputError("standard input is closed", fix="give --prompts FILE")
             raw = sys.stdin.buffer.read(MAX_PROMPT_FILE + 1)
         else:
-            with open(path, "rb") as file:
-                raw = file.read(MAX_PROMPT_FILE + 1)
-                size = os.fstat(file.fileno()).st_size
+            raw, size = read_piped(path, MAX_PROMPT_FILE)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"{name} cannot be used: {reason}", available=_FORMS, fix="name a text file") from error

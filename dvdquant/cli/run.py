@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
 from dvdquant import __version__
+from dvdquant.cli.clip_options import clip_options, loading_clashes, loading_options
 from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging
-from dvdquant.cli.paths import EXPORT, LORA, MODEL, PATH, TEXT_FILE, WORD
+from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.recipe import ATTENTION
+from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.system.devices import check_device_word
 from dvdquant.system.whole_file import check_writable
 
 if TYPE_CHECKING:
+    from dvdquant.cli.run_memory import Arranged
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import Generator
     from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
@@ -45,7 +47,7 @@ dvdq-run out/wan-flf2v --prompt "the flower opens" --image bud.png --last-image 
 # a GPU with little memory: the text encoder on its own first, then the rest without it; what a run would take
 dvdq-run out/wan --prompt "a cat in the snow" --save-text-embeds cat.safetensors --device cpu
 dvdq-run out/wan --text-embeds cat.safetensors --offload --vae-tiling -o cat.mp4
-dvdq-run out/wan --text-embeds cat.safetensors --offload --vae-tiling --dry-run
+dvdq-run out/wan --prompt "a cat in the snow" --memory 16GiB --dry-run
 
 # an export on the hub
 dvdq-run user/wan2.1-1.3b-w4a4 --prompt "a cat in the snow" -o cat.mp4
@@ -86,8 +88,12 @@ GROUPS = {
         "lora",
         "backend",
         "device",
+        "weights",
         "plugin",
+        "memory",
         "offload",
+        "alternate",
+        "text_encoder_bits",
         "vae_tiling",
         "compile",
         "attention",
@@ -141,12 +147,16 @@ class RunOptions:
     fps: float | None
     save_text_embeds: Path | None
     dry_run: bool
+    memory: str | None
     offload: bool
+    alternate: bool
+    text_encoder_bits: str | None
     vae_tiling: bool
     pipeline: str | None
     lora: tuple[str, ...]
     backend: str
     device: str
+    weights: WeightPolicy
     plugin: tuple[Path, ...]
     compile: bool
     attention: str | None
@@ -161,20 +171,9 @@ class RunOptions:
 @click.argument("out", type=EXPORT)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="What to draw; repeat it for several clips.")
 @click.option("--prompts", type=TEXT_FILE, metavar="FILE", help="Prompts, one a line; - is standard input.")
-@click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]")
-@click.option(
-    "--image",
-    type=PATH,
-    metavar="FILE",
-    help="The first frame, of models that draw from one; stretched to the clip's size.",
-)
-@click.option("--last-image", type=PATH, metavar="FILE", help="The last frame, of models that draw from two.")
-@click.option("--height", type=int, help="Pixels.  [default: what the export was tuned for]")
-@click.option("--width", type=int, help="Pixels.")
-@click.option("--num-frames", type=int, help="Frames.")
+@clip_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first noise, the same for every prompt.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the schedule's, or the model's]")
-@click.option("--guidance", type=float, metavar="SCALE", help="Guidance scale.  [default: the model's]")
 @click.option(
     "--mode",
     type=click.Choice(["switch", "a4", "a8", "16"]),
@@ -213,12 +212,6 @@ class RunOptions:
 )
 @click.option("--compare", is_flag=True, help="16 bit, a8, switch and a4 from one seed, side by side, with PSNR.")
 @click.option(
-    "--text-embeds",
-    type=PATH,
-    metavar="FILE",
-    help="Text embeddings of --save-text-embeds instead of a text encoder; without --prompt all of its prompts.",
-)
-@click.option(
     "-o",
     "--output",
     type=PATH,
@@ -236,56 +229,31 @@ class RunOptions:
 @click.option("--trace", type=PATH, metavar="PATH", help="Every step with bits, reason and seconds.")
 @click.option("--fps", type=float, help="Frames per second of the files.  [default: the model's]")
 @click.option(
-    "--pipeline",
-    type=MODEL,
-    metavar="PATH",
-    help="Folder or hub id with text encoder, VAE, scheduler.  [default: the exported model]",
-)
-@click.option(
     "--lora",
     type=LORA,
     multiple=True,
     metavar="FILE[:SCALE]",
-    help="A LoRA to run beside the weights (pytorch backend), in 16 bit. Of a LoRA that the export has: where it is now, for "
-    "--mode 16 and --compare.",
+    help="A LoRA to run beside the weights, in 16 bit: of an export with --lora-rank, or on the pytorch backend. Of a LoRA that "
+    "the export has: where it is now, for --mode 16 and --compare.",
 )
 @runs_on
+@loading_options
 @click.option(
-    "--offload",
-    is_flag=True,
-    help="Keep text encoder and VAE in the host's memory, each on the GPU only while it runs.",
-)
-@click.option("--vae-tiling", is_flag=True, help="Decode in tiles, one after the other: less memory, more time.")
-@click.option(
-    "--compile",
-    is_flag=True,
-    help="Run in PyTorch and compile the transformer's blocks: the first step takes a minute more.",
-)
-@click.option(
-    "--attention",
-    type=click.Choice(ATTENTION),
-    help="Self-attention of long sequences in PyTorch: 16 bit, int8 or fp8.  [default: the export's]",
-)
-@click.option(
-    "--plugin",
-    multiple=True,
-    type=PATH,
-    help="TensorRT plugin library, which engines with the plugin need. Its code runs: take none that you do not trust.",
-)
-@click.option(
-    "--attention-backend",
+    "--memory",
     type=WORD,
-    metavar="LIBRARY",
-    help="What computes 8-bit attention: reference, or one library.  [default: the first that is right and faster]",
+    metavar="SIZE|auto",
+    help="Arrange the run so that it takes no more than this, such as 16GiB, or what is free; refused if it cannot.",
+)
+@click.option(
+    "--alternate",
+    is_flag=True,
+    help="Load the text encoder first and free it before the transformer is loaded; all prompts are encoded then.",
 )
 @click.option(
     "--cfg-parallel",
     type=WORD,
     metavar="DEVICE",
     help="Run the second branch of guidance on this device at the same time, such as cuda:1.  [default: one after the other]",
-)
-@click.option(
-    "--revision", type=WORD, metavar="REVISION", help="Branch, tag or commit, where OUT is user/name on the hub."
 )
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
@@ -309,51 +277,60 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
     if settings.save_text_embeds is not None:
         check_writable(settings.save_text_embeds)
     loras = parse_loras(settings.lora)
+    memory = parse_memory(settings.memory)
     check_device_word(settings.device)
     out = locate_export(out, revision)
     manifest = load_manifest(out)  # before PyTorch, which takes seconds to load
     loading("PyTorch and the runtime", log_format)
+    from dvdquant.cli.run_memory import arranged
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import open_generator
     from dvdquant.system.progress import Progress
 
     artifact = Artifact.of(out, manifest)
     progress = Progress("json" if log_format == "json" else "text")
-    with open_generator(
-        artifact,
-        pipeline=settings.pipeline,
-        backend=settings.backend,
-        device=settings.device,
-        lora=loras,
-        compile=settings.compile,
-        attention=settings.attention,
-        attention_backend=settings.attention_backend,
-        plugins=settings.plugin,
-        offload=settings.offload,
-        vae_tiling=settings.vae_tiling,
-        text_embeds=settings.text_embeds,
-        cfg_parallel=settings.cfg_parallel,
-    ) as generator:
+    with ExitStack() as stack:
+        generator = stack.enter_context(
+            open_generator(
+                artifact,
+                pipeline=settings.pipeline,
+                backend=settings.backend,
+                device=settings.device,
+                lora=loras,
+                compile=settings.compile,
+                attention=settings.attention,
+                attention_backend=settings.attention_backend,
+                plugins=settings.plugin,
+                offload=settings.offload,
+                vae_tiling=settings.vae_tiling,
+                text_embeds=settings.text_embeds,
+                cfg_parallel=settings.cfg_parallel,
+                alternate=settings.alternate,
+                text_encoder_bits=int(settings.text_encoder_bits or 16),
+                weights=settings.weights,
+            )
+        )
         prompts = prompts or generator.prompts()
         if draws and writer is None:
             writer = Writer.open(settings, len(prompts))
         # Every request is checked, and every engine loaded, before the first clip is drawn.
         plan = [[generator.check(r) for r in requests_for(settings, artifact, p)] for p in prompts]
-        for note in generator.notes(plan[0][0]):
-            progress.say(note)
         if settings.save_text_embeds is not None:
             generator.save_text_embeds(settings.save_text_embeds, [requests[0] for requests in plan])
             progress.say(f"text embeddings of {len(plan)} prompts  {settings.save_text_embeds}")
             return
+        arrangement = arranged(settings, generator, plan, memory)
+        generator, plan = stack.enter_context(arrangement.generator), arrangement.requests
+        for note in generator.notes(plan[0][0]):
+            progress.say(note)
         if settings.dry_run:
-            from dvdquant.cli.run_text import needs_text
-            from dvdquant.deploy.generation.needs import parts_of_run
-
-            parts = parts_of_run(generator.checker, plan[0], settings.backend, offload=settings.offload)
-            progress.event("needs", parts=[part.to_json() for part in parts])
-            echo(needs_text(parts, plan[0], len(plan), generator.checker.pipeline_of(plan[0][0])))
+            say_needs(generator, plan, arrangement, settings.backend, progress)
             return
+        if memory is not None:
+            progress.event("memory", **arrangement.plan.to_json())
+            progress.say(arrangement.text())
         assert writer is not None
+        generator.encode_ahead([requests[0] for requests in plan])
         for request in plan[0]:
             if words := undecided(request, len(artifact.components)):
                 progress.say(words)
@@ -362,6 +339,38 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
             results = [generate_one(generator, request, progress) for request in requests]
             writer.clip(results, generator.fps(len(results[0].frames)), progress)
     writer.finish(artifact, progress)
+
+
+def say_needs(
+    generator: Generator,
+    plan: list[list[GenerateRequest]],
+    arrangement: Arranged,
+    backend: str,
+    progress: Progress,
+) -> None:
+    """Say what a run would take, for ``--dry-run``.
+
+    Args:
+        generator: The generator as the run would use it.
+        plan: The checked requests of every prompt.
+        arrangement: How its parts share the device.
+        backend: The backend that was asked for.
+        progress: Where it is said.
+    """
+    from dvdquant.cli.held_text import held_json, held_text
+    from dvdquant.cli.run_text import needs_text
+    from dvdquant.deploy.generation.needs import parts_of_run
+
+    how = generator.options
+    parts = parts_of_run(
+        generator.checker, plan[0], backend, offload=how.offload, alternate=how.alternate, text_bits=how.text_bits
+    )
+    quantized = any(request.mode != "16" for request in plan[0])
+    held = {"weights": held_json(generator.artifact)} if quantized else {}
+    progress.event("needs", parts=[part.to_json() for part in parts], memory=arrangement.plan.to_json(), **held)
+    echo(needs_text(parts, plan[0], len(plan), generator.checker.pipeline_of(plan[0][0]), arrangement.text()))
+    if quantized:
+        echo("\n" + held_text(generator.artifact))
 
 
 def no_prompts(settings: RunOptions) -> bool:
@@ -464,11 +473,19 @@ def _switching(request: GenerateRequest, settings: RunOptions, schedule: Any) ->
 def check_options(settings: RunOptions) -> None:
     """UnsupportedError for options that contradict each other, naming the one to leave out."""
     fixed = settings.mode in ("a4", "a8", "16")
-    clashes = {
+    clashes: dict[str, Any] = {
+        **dict(loading_clashes(settings.backend, settings.compile, settings.attention_backend, settings.plugin)),
         "--save-text-embeds draws nothing, so -o does not apply": settings.save_text_embeds and settings.output,
         "--save-text-embeds loads a text encoder, and --text-embeds takes its place": settings.save_text_embeds
         and settings.text_embeds,
         "--save-text-embeds writes a file, and --dry-run nothing": settings.save_text_embeds and settings.dry_run,
+        "--save-text-embeds loads the text encoder alone, and --alternate the transformer after it": settings.save_text_embeds
+        and settings.alternate,
+        "--save-text-embeds draws nothing, so --memory does not apply": settings.save_text_embeds and settings.memory,
+        "--text-embeds takes the text encoder's place, so --alternate does not apply": settings.text_embeds
+        and settings.alternate,
+        "--text-embeds takes the text encoder's place, so --text-encoder-bits does not apply": settings.text_embeds
+        and settings.text_encoder_bits,
         f"--compare draws every mode, so --mode {settings.mode} does not apply": settings.compare and settings.mode,
         f"--delta switches engines, and --mode {settings.mode} does not": settings.delta is not None and fixed,
         f"--schedule says the bits of each step, and so does --mode {settings.mode}": settings.schedule and fixed,
@@ -485,17 +502,11 @@ def check_options(settings: RunOptions) -> None:
         and settings.cache != "off",
         "--cache skips steps of the engines, and --mode 16 runs the original checkpoint": settings.cache != "off"
         and settings.mode == "16",
-        f"--compile runs in PyTorch, so --backend {settings.backend} does not apply": settings.compile
-        and settings.backend not in ("auto", "pytorch"),
         "--compile is for the quantized transformer, and --mode 16 runs the original": settings.compile
         and settings.mode == "16",
-        f"--plugin is for TensorRT engines, so --backend {settings.backend} does not apply": settings.plugin
-        and settings.backend not in ("auto", "tensorrt"),
         "--cfg-parallel is for the engines, and --compare also runs the original checkpoint": settings.cfg_parallel
         is not None
         and settings.compare,
-        f"--attention-backend runs in PyTorch, so --backend {settings.backend} does not apply": settings.attention_backend
-        and settings.backend not in ("auto", "pytorch"),
         f"--mode 16 runs the original checkpoint in PyTorch, so --backend {settings.backend} does not apply": (
             settings.mode == "16" and settings.backend not in ("auto", "pytorch")
         ),
@@ -508,6 +519,13 @@ def check_options(settings: RunOptions) -> None:
     if settings.output is None and not settings.save_text_embeds and not settings.dry_run:
         raise UnsupportedError("nothing says where the clip goes", fix="give -o clip.mp4, or --dry-run")
     parse_cache(settings.cache)
+
+
+def parse_memory(text: str | None) -> int | Literal["auto"] | None:
+    """``auto``, or the bytes of a size such as 16GiB; ShapeError otherwise."""
+    from dvdquant.system.memory import parse_amount
+
+    return "auto" if text == "auto" else None if text is None else parse_amount(text, "--memory")
 
 
 def parse_cache(text: str) -> float | None:

@@ -92,7 +92,9 @@ def _where(results: Sequence[GenerateResult]) -> str:
     return f"{' and '.join(places)}; {machine()}"
 
 
-def needs_text(parts: Sequence[Part], requests: Sequence[GenerateRequest], prompts: int, pipeline: str) -> str:
+def needs_text(
+    parts: Sequence[Part], requests: Sequence[GenerateRequest], prompts: int, pipeline: str, memory: str
+) -> str:
     """Return what a run would take, for ``--dry-run``.
 
     Args:
@@ -100,9 +102,8 @@ def needs_text(parts: Sequence[Part], requests: Sequence[GenerateRequest], promp
         requests: The checked requests of the first prompt.
         prompts: The number of prompts.
         pipeline: The pipeline class, or empty.
+        memory: What is held when, in words.
     """
-    from dvdquant.deploy.generation.needs import peak_bytes
-
     request = requests[0]
     images = [name for name, given in (("a first", request.image), ("a last", request.last_image)) if given is not None]
     drawn = f"{prompts} prompt{'s' * (prompts > 1)}, {len(requests)} clip{'s' * (len(requests) > 1)} each: "
@@ -117,6 +118,6 @@ def needs_text(parts: Sequence[Part], requests: Sequence[GenerateRequest], promp
             "",
             table(("part", "on disk", "in memory", "on the device"), rows, right=(1, 2)),
             "",
-            f"weights on the device, at most: {amount(peak_bytes(parts))}; activations, latents and the libraries come on top",
+            memory,
         ]
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.hardware.weights import WeightForm
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.ops.kernel_layer import KernelLayer
 from dvdquant.ops.packed_layer import PackedLayer
@@ -200,19 +201,25 @@ class QuantLinear(nn.Module):
         self.kernel = None
 
     def prepare(
-        self, kernels: CudaKernels, activations: Iterable[ActivationSpec], dtype: torch.dtype, device: torch.device
+        self,
+        kernels: CudaKernels,
+        activations: Iterable[ActivationSpec],
+        dtype: torch.dtype,
+        device: torch.device,
+        form: WeightForm = "expanded",
     ) -> None:
         """Prepare the layer to run these grids on the kernels of ``device``.
 
-        The device then holds the weight only in the form that the kernels multiply. The packed tensors stay where they
-        are and are no buffers any more. So the module is for running, not for saving, and moving the module does not
-        move them. :meth:`load` undoes it.
+        The device then holds the weight only in the form that the kernels multiply, or once, packed. The packed tensors
+        stay where they are and are no buffers any more. So the module is for running, not for saving, and moving the
+        module does not move them. :meth:`load` undoes it.
 
         Args:
             kernels: The kernels.
             activations: The activation grids of the graphs that will run.
             dtype: The dtype of the model, bf16 or fp16.
             device: The device that it runs on.
+            form: How the device holds the weight, ``packed`` or ``expanded`` (:class:`.KernelLayer`).
 
         Raises:
             UnsupportedError: The kernels do not run the layer with one of the grids; the layer stays unchanged.
@@ -221,7 +228,7 @@ class QuantLinear(nn.Module):
         stored = [self.get_buffer(name) for name in TENSORS] if self.kernel is None else self.kernel.packed.stored()
         packed = PackedLayer(*stored, *matrices)  # type: ignore[call-arg]
         grids = dict.fromkeys(self.spec.activation(asked) for asked in activations)
-        self.kernel = KernelLayer(kernels, packed, grids, dtype, device, *self._pre_quant())
+        self.kernel = KernelLayer(kernels, packed, grids, dtype, device, *self._pre_quant(), form)
         for name in TENSORS:
             self._buffers[name] = None
 
@@ -438,6 +445,7 @@ def prepare_layers(
     activations: Sequence[ActivationSpec],
     dtype: torch.dtype,
     device: torch.device,
+    form: WeightForm = "expanded",
 ) -> dict[str, str]:
     """Prepare every layer of ``model`` with :meth:`QuantLinear.prepare`.
 
@@ -449,6 +457,7 @@ def prepare_layers(
         activations: The activation grids of the graphs that will run.
         dtype: The dtype of the model, bf16 or fp16.
         device: The device that it runs on.
+        form: How the device holds the weights, ``packed`` or ``expanded``.
 
     Returns:
         The names of the layers that stay unchanged, with the reason.
@@ -457,7 +466,7 @@ def prepare_layers(
     for module in model.modules():
         if isinstance(module, QuantLinear):
             try:
-                module.prepare(kernels, activations, dtype, device)
+                module.prepare(kernels, activations, dtype, device, form)
             except UnsupportedError as error:
                 left[module.spec.name] = error.what
     return left

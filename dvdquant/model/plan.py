@@ -32,7 +32,7 @@ from dvdquant.system.torch_hooks import FAKE_TENSOR_LOG, FakeTensorMode
 if TYPE_CHECKING:
     from dvdquant.checkpoint.reader import Checkpoint
 
-__all__ = ["ModelPlan", "build_skeleton", "plan_model", "quantized_skeleton"]
+__all__ = ["ModelPlan", "build_skeleton", "layer_tokens", "plan_model", "quantized_skeleton"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class ModelPlan:
         kept_linears: The names of the linear layers that stay in 16 bit.
         ignored: Patterns of tensors that a checkpoint may hold and the class does not use (diffusers'
             ``_keys_to_ignore_on_load_unexpected``).
+        lora_rank: The rank of the branch that graphs have beside every quantized layer for LoRAs
+            (:mod:`dvdquant.model.lora_inputs`); 0 means that they have none.
     """
 
     family: Family
@@ -59,6 +61,7 @@ class ModelPlan:
     shapes: Mapping[str, tuple[int, ...]]
     kept_linears: tuple[str, ...]
     ignored: tuple[str, ...] = ()
+    lora_rank: int = 0
 
     def left_out(self, names: Iterable[str]) -> list[str]:
         """Return the tensors of a checkpoint that the class does not use, by diffusers' own list of such names.
@@ -355,15 +358,54 @@ def _drop_repeated_blocks(model: nn.Module) -> dict[str, int]:
     return dropped
 
 
-def _fake_forward(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
-    """Run the model at small sizes on fake tensors, which have shapes and no values."""
-    frames, height, width = (Axis.fixed(size) for size in family.probe())
-    text = family.config.get("max_text_seq_length") or family.default_text_tokens
-    sizes = Sizes(frames, height, width, text_tokens=text)
+def _fake_forward(model: nn.Module, family: Family, dtype: torch.dtype, sizes: Sizes | None = None) -> None:
+    """Run the model on fake tensors, which have shapes and no values, at these sizes or at small ones."""
+    if sizes is None:
+        frames, height, width = (Axis.fixed(size) for size in family.probe())
+        text = family.config.get("max_text_seq_length") or family.default_text_tokens
+        sizes = Sizes(frames, height, width, text_tokens=text)
     axes = family.axes(sizes)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fake = {s.name: torch.empty(s.sizes(axes), dtype=s.dtype or dtype) for s in family.inputs(sizes)}
         model(**family.forward_kwargs(fake), return_dict=False)
+
+
+def layer_tokens(plan: ModelPlan, sizes: Sizes) -> dict[str, int]:
+    """Return how many tokens each quantized layer sees in one call, by one forward on fake tensors.
+
+    A layer that the forward does not reach sees none.
+
+    Args:
+        plan: The plan of the model.
+        sizes: The sizes of the call, all of them fixed.
+    """
+    model = _outline(plan.family, plan.family.config, plan.dtype)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    seen: dict[str, int] = {}
+
+    def record(name: str) -> Any:
+        """Return a hook that notes the tokens of the layer ``name``."""
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            """Note them."""
+            seen[name] = math.prod(args[0].shape[:-1])
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(record(name)) for name, module in linears.items()]
+    repeated = _drop_repeated_blocks(model)
+    try:
+        _fake_forward(model, plan.family, plan.dtype, sizes)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {}
+    for spec in plan.layers:
+        stack, _, rest = spec.members[0].partition(".")
+        block, _, inside = rest.partition(".")
+        first = f"{stack}.0.{inside}" if stack in repeated and block.isdigit() else spec.members[0]
+        found[spec.name] = seen.get(first, 0)
+    return found
 
 
 def _layer_spec(

@@ -30,13 +30,15 @@ __all__ = [
     "KernelError",
     "KernelLibrary",
     "LayerPlan",
+    "NORMS",
+    "ProloguePointers",
     "WeightPointers",
     "find_library",
     "load_library",
     "serves",
 ]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ENVIRONMENT = "DVDQUANT_KERNELS"
 LIBRARY = "libdvdquant_kernels.so"
 BUILD = "run `make kernels` in a checkout (needs nvcc), or set DVDQUANT_KERNELS to the built library"
@@ -44,6 +46,7 @@ DTYPES = ("bf16", "fp16")
 CODES = ("s4", "s8", "e4m3")
 # Orin and Thor: what is compiled for other GPUs of their major version does not run on them.
 TEGRA = (87, 110)
+NORMS = ("none", "layer", "rms")
 GRID_ZERO_POINTS = ("midrise", "symmetric", "float")
 GRID_SOLVERS = ("minmax", "search")
 
@@ -65,6 +68,15 @@ class _Layer(ctypes.Structure):
 
 class _Weight(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "group_scale", "zero", "bias")]
+
+
+class _Prologue(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("y", "gate", "multiplier", "addend", "hidden")),
+        *((name, ctypes.c_int64) for name in ("gate_tokens", "gate_stride", "modulate_tokens", "modulate_stride")),
+        *((name, ctypes.c_int32) for name in ("norm", "gelu")),
+        ("eps", ctypes.c_float),
+    ]
 
 
 class _Plan(ctypes.Structure):
@@ -166,6 +178,39 @@ class WeightPointers:
     bias: int = 0
 
 
+@dataclass(frozen=True)
+class ProloguePointers:
+    """``dvdq_prologue``: what becomes of x before it is rotated; see :class:`dvdquant.ops.fused.Prologue`.
+
+    Args:
+        y: Address of [m, k] of x's dtype, added to x; 0 for none.
+        gate: Address of fp32 rows of [k]; 0 for ones.
+        multiplier: Address of fp32 rows of [k]; 0 for ones.
+        addend: Address of fp32 rows of [k]; 0 for zeros.
+        hidden: Address of [m, k] of x's dtype, where the sum is written; 0 for nowhere.
+        gate_tokens: Tokens that read one row of the gate; 0 for one row for all.
+        gate_stride: Floats between rows of the gate.
+        modulate_tokens: Tokens that read one row of multiplier and addend; 0 for one row for all.
+        modulate_stride: Floats between rows of multiplier and addend.
+        norm: One of :data:`NORMS`.
+        gelu: Whether it is GELU alone.
+        eps: What the norm adds to the variance.
+    """
+
+    y: int = 0
+    gate: int = 0
+    multiplier: int = 0
+    addend: int = 0
+    hidden: int = 0
+    gate_tokens: int = 0
+    gate_stride: int = 0
+    modulate_tokens: int = 0
+    modulate_stride: int = 0
+    norm: str = "none"
+    gelu: bool = False
+    eps: float = 0.0
+
+
 def serves(architectures: Sequence[str], sm: int) -> bool:
     """Return whether a library that is built for ``architectures`` holds code for a GPU.
 
@@ -228,6 +273,16 @@ class KernelLibrary:
             "rotate_quantize": (i32, [layer, i32, *[pointer] * 6, i64, pointer]),
             "linear_gemm": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
             "quant_linear": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
+            "rows_bytes": (i32, [layer, i32, ctypes.POINTER(i64)]),
+            "make_rows": (i32, [layer, i32, ctypes.POINTER(_Weight), pointer, i64, pointer]),
+            "expand_weight": (i32, [layer, i32, *[pointer] * 3, i64, pointer]),
+            "packed_workspace_bytes": (i32, [layer, i32, i64, ctypes.POINTER(i64)]),
+            "packed_linear": (i32, [layer, i32, *[pointer] * 6, i64, pointer, i64, pointer]),
+            "fused_quantize": (i32, [layer, i32, ctypes.POINTER(_Prologue), *[pointer] * 5, i64, pointer]),
+            "fused_linear": (
+                i32,
+                [layer, i32, ctypes.POINTER(_Prologue), *[pointer] * 4, i64, pointer, i64, pointer],
+            ),
             "search_grid": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer]),
             "gptq_round": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer, i64, pointer]),
         }
@@ -307,6 +362,114 @@ class KernelLibrary:
         self._check(
             self._library.dvdq_prepare_weight(
                 _layer(layer), sm, ctypes.byref(pointers), prepared, prepared_bytes, stream
+            )
+        )
+
+    def rows_bytes(self, layer: LayerShape, sm: int) -> int:
+        """Return the bytes of the rows of a layer that stays packed; this needs no device.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+        """
+        size = ctypes.c_int64()
+        self._check(self._library.dvdq_rows_bytes(_layer(layer), sm, ctypes.byref(size)))
+        return size.value
+
+    def make_rows(
+        self, layer: LayerShape, sm: int, weight: WeightPointers, rows: int, rows_bytes: int, stream: int
+    ) -> None:
+        """Write the rows of a weight that stays packed.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            weight: Addresses of the packed tensors.
+            rows: Address of the buffer that is written, 256-byte aligned.
+            rows_bytes: Size of that buffer, from :meth:`rows_bytes`.
+            stream: The CUDA stream.
+        """
+        pointers = _Weight(weight.codes, weight.scale, weight.group_scale, weight.zero, weight.bias or None)
+        self._check(self._library.dvdq_make_rows(_layer(layer), sm, ctypes.byref(pointers), rows, rows_bytes, stream))
+
+    def expand_weight(
+        self, layer: LayerShape, sm: int, weight_codes: int, rows: int, prepared: int, prepared_bytes: int, stream: int
+    ) -> None:
+        """Write the prepared weight of the layer's path from codes and rows.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            weight_codes: Address of the codes, int8 [n, k/2], 16-byte aligned.
+            rows: Address of the rows, from :meth:`make_rows`.
+            prepared: Address of the buffer that is written, 256-byte aligned.
+            prepared_bytes: Size of that buffer, ``plan.prepared_bytes``.
+            stream: The CUDA stream.
+
+        Raises:
+            UnsupportedError: The path multiplies the packed weight itself.
+        """
+        self._check(
+            self._library.dvdq_expand_weight(_layer(layer), sm, weight_codes, rows, prepared, prepared_bytes, stream)
+        )
+
+    def packed_workspace_bytes(self, layer: LayerShape, sm: int, tokens: int) -> int:
+        """Return the bytes of workspace that :meth:`packed_linear` needs; this needs no device.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            tokens: Rows M of x.
+        """
+        size = ctypes.c_int64()
+        self._check(self._library.dvdq_packed_workspace_bytes(_layer(layer), sm, tokens, ctypes.byref(size)))
+        return size.value
+
+    def packed_linear(
+        self,
+        layer: LayerShape,
+        sm: int,
+        x: int,
+        outer: int,
+        weight_codes: int,
+        rows: int,
+        y: int,
+        tokens: int,
+        workspace: int,
+        workspace_bytes: int,
+        stream: int,
+        pre_quant: int = 0,
+    ) -> None:
+        """Run :meth:`quant_linear` on a weight that stays packed, which is expanded in the workspace where it has to be.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            x: Address of bf16 or fp16 [M, K].
+            outer: Address of the outer rotation factor, fp32 [p, p]; 0 where that factor is 1.
+            weight_codes: Address of the codes of the weight, int8 [n, k/2], 16-byte aligned.
+            rows: Address of its rows, from :meth:`make_rows`.
+            y: Address of the result, [M, N] of x's dtype.
+            tokens: Rows M of x.
+            workspace: Address of the workspace.
+            workspace_bytes: Size of the workspace, from :meth:`packed_workspace_bytes`.
+            stream: The CUDA stream.
+            pre_quant: Address of the packed pre-quant scale and offset, [K/8, 2, 8] of x's dtype; 0 for none.
+        """
+        self._check(
+            self._library.dvdq_packed_linear(
+                _layer(layer),
+                sm,
+                x,
+                pre_quant,
+                outer,
+                weight_codes,
+                rows,
+                y,
+                tokens,
+                workspace,
+                workspace_bytes,
+                stream,
             )
         )
 
@@ -413,6 +576,81 @@ class KernelLibrary:
             )
         )
 
+    def fused_quantize(
+        self,
+        layer: LayerShape,
+        sm: int,
+        prologue: ProloguePointers,
+        x: int,
+        codes: int,
+        scales: int,
+        sums: int,
+        tokens: int,
+        stream: int,
+        pre_quant: int = 0,
+    ) -> None:
+        """Run :meth:`rotate_quantize` on what a prologue makes of x.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            prologue: What becomes of x first.
+            x: Address of bf16 or fp16 [M, K].
+            codes: Address of the codes that are written, [M, ``codes_bytes_per_token``] bytes.
+            scales: Address of the scales that are written, fp32 [scale_rows, M].
+            sums: Address of the token sums that are written, fp32 [scale_rows, M]; 0 for none.
+            tokens: Rows M of x.
+            stream: The CUDA stream.
+            pre_quant: Address of the packed pre-quant scale and offset, [K/8, 2, 8] of x's dtype; 0 for none.
+
+        Raises:
+            UnsupportedError: The rotation has an outer factor, or a row is too long.
+        """
+        self._check(
+            self._library.dvdq_fused_quantize(
+                _layer(layer), sm, _prologue(prologue), x, pre_quant, codes, scales, sums, tokens, stream
+            )
+        )
+
+    def fused_linear(
+        self,
+        layer: LayerShape,
+        sm: int,
+        prologue: ProloguePointers,
+        x: int,
+        prepared: int,
+        y: int,
+        tokens: int,
+        workspace: int,
+        workspace_bytes: int,
+        stream: int,
+        pre_quant: int = 0,
+    ) -> None:
+        """Run :meth:`fused_quantize` and :meth:`linear_gemm` in one call, with the codes in the workspace.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            prologue: What becomes of x first.
+            x: Address of bf16 or fp16 [M, K].
+            prepared: Address of the prepared weight.
+            y: Address of the result, [M, N] of x's dtype.
+            tokens: Rows M of x.
+            workspace: Address of the workspace.
+            workspace_bytes: Size of the workspace, from :meth:`workspace_bytes`.
+            stream: The CUDA stream.
+            pre_quant: Address of the packed pre-quant scale and offset, [K/8, 2, 8] of x's dtype; 0 for none.
+
+        Raises:
+            UnsupportedError: The rotation has an outer factor, or a row is too long.
+        """
+        self._check(
+            self._library.dvdq_fused_linear(
+                _layer(layer), sm, _prologue(prologue), x, pre_quant, prepared, y, tokens, workspace, workspace_bytes,
+                stream,
+            )
+        )  # fmt: skip
+
     def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:
         """Search the grid of a weight and write it with its nearest codes.
 
@@ -479,6 +717,13 @@ def load_library() -> KernelLibrary:
 @functools.lru_cache(maxsize=8)
 def _opened(path: Path) -> KernelLibrary:
     return KernelLibrary(path)
+
+
+def _prologue(prologue: ProloguePointers) -> _Prologue:
+    if prologue.norm not in NORMS:
+        raise UnsupportedError(f"the kernels have no {prologue.norm!r} norm", available=NORMS)
+    fields = {**vars(prologue), "norm": NORMS.index(prologue.norm), "gelu": int(prologue.gelu)}
+    return _Prologue(**fields)
 
 
 def _grid(grid: GridShape) -> _Grid:

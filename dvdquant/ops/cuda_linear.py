@@ -187,6 +187,84 @@ class CudaKernels:
                 )
         return y
 
+    def make_rows(self, layer: LayerShape, packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return what a weight that stays packed needs on the device: its codes int8 [N, K/2], and its rows uint8.
+
+        Args:
+            layer: Shape and grids of the layer.
+            packed: (weight, scale, factor, zero, bias), as :meth:`PackedLayer.stored` gives them. The codes are the weight
+                itself, unless the kernels cannot read it where it is.
+        """
+        size = self.library.rows_bytes(layer, self.sm)
+        codes, *rest = (_aligned(packed[0]), *(t.contiguous() for t in packed[1:]))
+        rows = self.allocate((size,), torch.uint8, codes.device)
+        with stream_of(rows) as stream:
+            pointers = WeightPointers(codes.data_ptr(), *(t.data_ptr() for t in rest))
+            self.library.make_rows(layer, self.sm, pointers, rows.data_ptr(), size, stream)
+        return codes, rows
+
+    def expand(self, layer: LayerShape, codes: Tensor, rows: Tensor) -> Tensor:
+        """Return the prepared weight, uint8 [plan.prepared_bytes], of one that stays packed.
+
+        Args:
+            layer: Shape and grids of the layer, whose path multiplies 8 bits.
+            codes: int8 [N, K/2], from :meth:`make_rows`.
+            rows: uint8 [bytes], from :meth:`make_rows`.
+
+        Raises:
+            UnsupportedError: The path multiplies the packed weight itself.
+        """
+        prepared = self.allocate((self.plan(layer).prepared_bytes,), torch.uint8, codes.device)
+        with stream_of(prepared) as stream:
+            self.library.expand_weight(
+                layer, self.sm, codes.data_ptr(), rows.data_ptr(), prepared.data_ptr(), prepared.numel(), stream
+            )
+        return prepared
+
+    def packed_linear(
+        self,
+        layer: LayerShape,
+        x: Tensor,
+        outer: Tensor,
+        codes: Tensor,
+        rows: Tensor,
+        pre_quant: Tensor | None = None,
+    ) -> Tensor:
+        """Compute :meth:`quant_linear` on a weight that stays packed; a CUDA graph can capture it.
+
+        The scratch that the weight is expanded into is a part of the call's workspace, which torch's allocator gives to the
+        next layer of the same stream and to no other stream.
+
+        Args:
+            layer: Shape and grids of the layer.
+            x: bf16 or fp16 [M, K].
+            outer: The outer rotation factor, fp32 [p, p], contiguous.
+            codes: int8 [N, K/2], from :meth:`make_rows`.
+            rows: uint8 [bytes], from :meth:`make_rows`.
+            pre_quant: [K/8, 2, 8] of x's dtype, or None.
+        """
+        x, tokens = _aligned(x), len(x)
+        y = self.allocate((tokens, layer.n), x.dtype, x.device)
+        if tokens:
+            size = self.library.packed_workspace_bytes(layer, self.sm, tokens)
+            workspace = self.allocate((size,), torch.uint8, x.device)
+            with stream_of(x) as stream:
+                self.library.packed_linear(
+                    layer,
+                    self.sm,
+                    x.data_ptr(),
+                    _outer_pointer(layer, outer),
+                    codes.data_ptr(),
+                    rows.data_ptr(),
+                    y.data_ptr(),
+                    tokens,
+                    workspace.data_ptr(),
+                    workspace.numel(),
+                    stream,
+                    _pointer(pre_quant),
+                )
+        return y
+
     def _workspace(self, layer: LayerShape, tokens: int, device: torch.device) -> Tensor:
         return self.allocate((self.library.workspace_bytes(layer, self.sm, tokens),), torch.uint8, device)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.hardware.weights import WeightForm
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels
 from dvdquant.ops.packed_layer import PackedLayer, check_channels, packed_shape
 from dvdquant.ops.prepared_cache import refuse_capture, synchronize
-from dvdquant.ops.prepared_linear import handle_of, prepared_linear
+from dvdquant.ops.prepared_linear import handle_of, packed_linear, prepared_linear
 from dvdquant.ops.repack import LayerShape
 from dvdquant.ops.smooth import pack_pre_quant
 from dvdquant.recipe import ActivationSpec
@@ -20,11 +22,16 @@ __all__ = ["KernelLayer"]
 
 
 class KernelLayer:
-    """The prepared weights of one layer, each made when a call first needs it.
+    """The weight of one layer on its device, made when a call first needs it.
 
-    The packed tensors stay where they are, a mapped copy of an export's files for instance. On an 8-bit path, which
-    most GPUs take, a weight has one byte on the device, half of bf16; with the packed weight beside it, it would be
-    three quarters. Activation grids whose paths hold weights in the same form share them.
+    ``packed``: one copy of half a byte a weight for all activation grids. It is what 4-bit paths multiply; for the
+    others, it is expanded in the workspace of each call. After that the layer holds no tensor of where it was stored,
+    which may be closed.
+
+    ``expanded``: as each path multiplies it. The packed tensors stay where they are, a mapped copy of an export's files
+    for instance. On an 8-bit path, which most GPUs take, a weight has one byte on the device, half of bf16; with the
+    packed weight beside it, it would be three quarters. Activation grids whose paths hold weights in the same form share
+    them.
 
     Args:
         kernels: The kernels of the device.
@@ -34,6 +41,7 @@ class KernelLayer:
         device: The device the layer runs on.
         scale: pre_quant_scale, fp32 [K], or None.
         shift: pre_quant_shift, fp32 [K], or None.
+        form: ``packed`` or ``expanded``. The outputs are the same.
 
     Raises:
         UnsupportedError: The kernels lack one of the grids, the shape, the dtype or the rotation.
@@ -48,6 +56,7 @@ class KernelLayer:
         device: torch.device,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
+        form: WeightForm = "expanded",
     ) -> None:
         if not CACHE.is_sylvester(packed.hadamard):
             raise UnsupportedError("the kernels rotate by Sylvester matrices, and the hadamard input is another one")
@@ -55,14 +64,17 @@ class KernelLayer:
             (grid.bits, grid.group_size): packed_shape(packed, dtype, grid.bits, grid.group_size) for grid in grids
         }
         try:
-            self._runs = {grid: (shape, kernels.plan(shape).form) for grid, shape in shapes.items()}
+            self._runs = {
+                grid: (shape, (form, 0) if form == "packed" else kernels.plan(shape).form)
+                for grid, shape in shapes.items()
+            }
         except ShapeError as error:
             # Of the layer, not of a call: PyTorch computes it all the same.
             raise UnsupportedError(error.what) from error
-        self.packed, self.dtype, self.device = packed, dtype, device
+        self.packed, self.dtype, self.device, self.form = packed, dtype, device, form
         self._kernels, self._parts = kernels, (scale, shift)
         self._handle = handle_of(kernels)
-        self._weights: dict[tuple[str, int], Tensor] = {}
+        self._weights: dict[tuple[str, int], tuple[Tensor, ...]] = {}
         self._pre_quant: Tensor | None = None
 
     def __call__(self, x: Tensor, outer: Tensor, act_bits: int, act_group: int) -> Tensor:
@@ -92,22 +104,31 @@ class KernelLayer:
         check_channels(x, shape.k)
         if x.device.type != self.device.type or self.device.index not in (None, x.device.index):
             raise ShapeError(f"the layer is on {self.device}, x on {x.device}", fix="move x there with .to(device)")
-        prepared = self.make_weight(act_bits, act_group)
+        weight = self.make_weight(act_bits, act_group)
         if torch.compiler.is_compiling():
-            return self._traced(x, outer, prepared, shape)
+            return self._traced(x, outer, weight, shape)
         tokens = x.to(self.dtype).reshape(x.numel() // shape.k, shape.k)
-        y = self._kernels.quant_linear(shape, tokens, outer.contiguous(), prepared, self._pre_quant)
+        matrix = outer.contiguous()
+        if self.form == "packed":
+            codes, rows = weight
+            y = self._kernels.packed_linear(shape, tokens, matrix, codes, rows, self._pre_quant)
+        else:
+            (prepared,) = weight
+            y = self._kernels.quant_linear(shape, tokens, matrix, prepared, self._pre_quant)
         return y.reshape(*x.shape[:-1], shape.n).to(x.dtype)
 
-    def _traced(self, x: Tensor, outer: Tensor, prepared: Tensor, shape: LayerShape) -> Tensor:
-        y: Tensor = prepared_linear(
-            x.to(self.dtype), outer, prepared, self._pre_quant, self._handle, shape.n, shape.weight_groups,
-            shape.float_zero_point, shape.block, shape.act_bits, shape.act_group,
-        )  # fmt: skip
+    def _traced(self, x: Tensor, outer: Tensor, weight: tuple[Tensor, ...], shape: LayerShape) -> Tensor:
+        grid = (shape.weight_groups, shape.float_zero_point, shape.block, shape.act_bits, shape.act_group)
+        here = (x.to(self.dtype), outer, *weight, self._pre_quant, self._handle)
+        packed = self.form == "packed"
+        y: Tensor = packed_linear(*here, *grid) if packed else prepared_linear(*here, shape.n, *grid)
         return y.to(x.dtype)
 
-    def make_weight(self, act_bits: int, act_group: int) -> Tensor:
-        """Return the prepared weight for an activation grid, uint8 [bytes], made at the first call.
+    def make_weight(self, act_bits: int, act_group: int) -> tuple[Tensor, ...]:
+        """Return the weight for an activation grid, made at the first call.
+
+        Returns:
+            The prepared weight, uint8 [bytes]; or of one that stays packed its codes, int8 [N, K/2], and rows, uint8 [bytes].
 
         Args:
             act_bits: The bits of the activations: 4, 6 or 8.
@@ -123,24 +144,32 @@ class KernelLayer:
         shape, form = self._runs[act_bits, act_group]
         refuse_capture(self.device, "its weight is prepared at the first call")
         here = tuple(tensor.to(self.device) for tensor in self.packed.stored())
-        self._weights[form] = self._kernels.prepare(shape, here)
+        if self.form == "packed":
+            made: tuple[Tensor, ...] = self._kernels.make_rows(shape, here)
+            # Nothing of the files is held any more: the codes are here, and the rest is small.
+            kept = dict(zip(("scale", "group_scale", "zero", "bias"), (t.clone() for t in self.packed.stored()[1:])))
+            self.packed = replace(self.packed, weight=made[0], **kept)
+        else:
+            made = (self._kernels.prepare(shape, here),)
         if self._pre_quant is None and any(part is not None for part in self._parts):
             scale, shift = (None if part is None else part.to(self.device) for part in self._parts)
             self._pre_quant = pack_pre_quant(scale, shift, self.dtype)
-        synchronize(self._weights[form])
+        synchronize(made[-1])
+        self._weights[form] = made
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes on the device: prepared weights and pre-quant rows."""
-        return sum(w.nbytes for w in self._weights.values()) + (
-            0 if self._pre_quant is None else self._pre_quant.nbytes
-        )
+        """Return the bytes on the device: weights and pre-quant rows."""
+        pre_quant = 0 if self._pre_quant is None else self._pre_quant.nbytes
+        return pre_quant + sum(part.nbytes for weight in self._weights.values() for part in weight)
 
     def workspace_bytes(self, tokens: int) -> int:
-        """Return the bytes of scratch of one call, at the most demanding grid.
+        """Return the bytes of scratch of one call, at the most demanding grid; what a weight is expanded into is in them.
 
         Args:
             tokens: Rows M of x.
         """
         shapes = [shape for shape, _ in self._runs.values()]
-        return max(self._kernels.library.workspace_bytes(shape, self._kernels.sm, tokens) for shape in shapes)
+        library = self._kernels.library
+        ask = library.packed_workspace_bytes if self.form == "packed" else library.workspace_bytes
+        return max(ask(shape, self._kernels.sm, tokens) for shape in shapes)

@@ -1,4 +1,4 @@
-"""``dvdquant::prepared_linear``: a layer with prepared weights, as one opaque operation of a compiled model.
+"""``dvdquant::prepared_linear`` and ``packed_linear``: a layer on the kernels, as one opaque operation of a compiled model.
 
 A compiler cannot look into the kernel library. It fuses what lies between two of these operations, and calls the library
 for them. Layers of one shape have the same arguments but for their tensors, so that the blocks of a model share one
@@ -21,7 +21,7 @@ from dvdquant.ops.repack import LayerShape
 if TYPE_CHECKING:
     from dvdquant.ops.cuda_linear import CudaKernels
 
-__all__ = ["handle_of", "prepared_linear"]
+__all__ = ["handle_of", "kernels_of", "packed_linear", "prepared_linear"]
 
 _numbers = itertools.count(1)
 _kernels: weakref.WeakValueDictionary[int, CudaKernels] = weakref.WeakValueDictionary()
@@ -38,6 +38,21 @@ def handle_of(kernels: CudaKernels) -> int:
         _handles[kernels] = next(_numbers)
         _kernels[_handles[kernels]] = kernels
     return _handles[kernels]
+
+
+def kernels_of(number: int) -> CudaKernels:
+    """Return the kernels of a number of :func:`handle_of`.
+
+    Args:
+        number: The number.
+
+    Raises:
+        KernelError: They are gone.
+    """
+    kernels = _kernels.get(number)
+    if kernels is None:
+        raise KernelError("the kernels that a compiled model was made for are gone", fix="compile it again")
+    return kernels
 
 
 @torch.library.custom_op("dvdquant::prepared_linear", mutates_args=())
@@ -75,23 +90,8 @@ def prepared_linear(
     Raises:
         KernelError: the kernels of this number are gone.
     """
-    library = _kernels.get(kernels)
-    if library is None:
-        raise KernelError("the kernels that a compiled model was made for are gone", fix="compile it again")
-    features = x.shape[-1]
-    layer = LayerShape(
-        rows,
-        features,
-        weight_groups,
-        float_zero_point,
-        block,
-        outer.shape[0],
-        act_bits,
-        act_group,
-        DTYPE_NAMES[x.dtype],
-    )
-    tokens = x.reshape(x.numel() // features, features)
-    y = library.quant_linear(layer, tokens, outer.contiguous(), prepared, pre_quant)
+    library, layer = _opened(kernels, x, outer, rows, weight_groups, float_zero_point, block, act_bits, act_group)
+    y = library.quant_linear(layer, _tokens(x), outer.contiguous(), prepared, pre_quant)
     return y.reshape(*x.shape[:-1], rows)
 
 
@@ -110,3 +110,88 @@ def _prepared_linear_fake(
     act_group: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
+
+
+@torch.library.custom_op("dvdquant::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor,
+    outer: Tensor,
+    codes: Tensor,
+    weight_rows: Tensor,
+    pre_quant: Tensor | None,
+    kernels: int,
+    weight_groups: int,
+    float_zero_point: bool,
+    block: int,
+    act_bits: int,
+    act_group: int,
+) -> Tensor:
+    """Multiply x with a weight that stays packed.
+
+    Args:
+        x: [..., K] bf16 or fp16.
+        outer: fp32 [p, p], the outer factor of the rotation.
+        codes: int8 [N, K/2], of :meth:`.CudaKernels.make_rows`.
+        weight_rows: uint8 [bytes], of the same call.
+        pre_quant: [K/8, 2, 8] of x's dtype, what x is multiplied by and what is added to it; or None.
+        kernels: the number of the kernels, of :func:`handle_of`.
+        weight_groups: scales per row of the weight.
+        float_zero_point: whether the weight has a zero-point per group.
+        block: the order of the inner Hadamard matrix.
+        act_bits: 4 or 8.
+        act_group: channels per activation scale, 0 for the whole token.
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Raises:
+        KernelError: the kernels of this number are gone.
+    """
+    rows = codes.shape[0]
+    library, layer = _opened(kernels, x, outer, rows, weight_groups, float_zero_point, block, act_bits, act_group)
+    y = library.packed_linear(layer, _tokens(x), outer.contiguous(), codes, weight_rows, pre_quant)
+    return y.reshape(*x.shape[:-1], rows)
+
+
+@packed_linear.register_fake
+def _packed_linear_fake(
+    x: Tensor,
+    outer: Tensor,
+    codes: Tensor,
+    weight_rows: Tensor,
+    pre_quant: Tensor | None,
+    kernels: int,
+    weight_groups: int,
+    float_zero_point: bool,
+    block: int,
+    act_bits: int,
+    act_group: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """Return x as [M, K]."""
+    return x.reshape(x.numel() // x.shape[-1], x.shape[-1])
+
+
+def _opened(
+    number: int,
+    x: Tensor,
+    outer: Tensor,
+    rows: int,
+    weight_groups: int,
+    float_zero_point: bool,
+    block: int,
+    act_bits: int,
+    act_group: int,
+) -> tuple[CudaKernels, LayerShape]:
+    """Return the kernels of a number, and the layer that the arguments of an operation describe.
+
+    Raises:
+        KernelError: The kernels of this number are gone.
+    """
+    library = kernels_of(number)
+    dtype = DTYPE_NAMES[x.dtype]
+    shape = (rows, x.shape[-1], weight_groups, float_zero_point, block, outer.shape[0], act_bits, act_group, dtype)
+    return library, LayerShape(*shape)

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import psutil
 
-__all__ = ["memory_limit"]
+from dvdquant.errors import ShapeError
+from dvdquant.text import shown
+
+__all__ = ["memory_limit", "parse_amount"]
+
+
+_AMOUNT = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*([KMGT])(i?)B?", re.ASCII | re.IGNORECASE)
+
+
+def parse_amount(text: str, option: str) -> int:
+    """Return a number of bytes that was written with a unit.
+
+    Args:
+        text: ``16GiB``, ``16G`` (the same), ``16384MiB``; ``16GB`` is 16 · 10⁹.
+        option: The option that it was given with, for the error.
+
+    Raises:
+        ShapeError: It is none.
+    """
+    match = _AMOUNT.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise ShapeError(f"{option} is {shown(text, 80)}", available="a size such as 16GiB or 7500MiB")
+    decimal = text.strip().upper().endswith("B") and not match[3]
+    return int(float(match[1]) * (1000 if decimal else 1024) ** ("KMGT".index(match[2].upper()) + 1))
 
 
 @dataclass(frozen=True)

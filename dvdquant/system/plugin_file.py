@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import mmap
+import os
 import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from dvdquant.errors import UnsupportedError
+from dvdquant.system.files import open_regular
 
 __all__ = ["PluginFile", "machine_name", "read_plugin"]
 
@@ -51,7 +53,10 @@ def read_plugin(path: Path) -> PluginFile:
         UnsupportedError: It cannot be read, or is no library of a processor that engines run on.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            os.fdopen(open_regular(path)[0], "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             head = data[:20]
             if head[:5] != b"\x7fELF\x02" or int.from_bytes(head[18:20], "little") not in _MACHINES:
                 raise UnsupportedError(
@@ -66,7 +71,11 @@ def read_plugin(path: Path) -> PluginFile:
                 () if kernels is None else tuple(kernels[1].decode().split(";")),
             )
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is empty"
+        reason = (
+            error.strerror
+            if isinstance(error, OSError)
+            else str(error).replace("cannot mmap an empty file", "it is empty")
+        )
         raise UnsupportedError(
             f"the plugin library {path} cannot be read: {reason}", fix="give another file"
         ) from error

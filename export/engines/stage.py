@@ -22,6 +22,7 @@ from dvdquant.export.graph.trace import profile_shapes
 from dvdquant.export.graph.writer import graph_path
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.passes.fp8_attention import fp8_attention
+from dvdquant.export.passes.initializers_to_inputs import kept_to_inputs
 from dvdquant.export.passes.lowering.int8 import lower_int8
 from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
 from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
@@ -158,6 +159,7 @@ class EngineStage:
         model = ir.load(source)
         self._attention(model, engine)
         plugin_inputs(model)
+        self._open_for_loras(model)
         path = source.with_name(f"{self.component}_a{engine.act_bits}_plugin{_suffix(engine)}.onnx")
         ir.save(model, path)
         return path
@@ -180,9 +182,15 @@ class EngineStage:
             lower_nvfp4(model, self.weight_source, store)
         else:
             lower_qdq_int4(model, store)
+        self._open_for_loras(model)
         path = stem.with_name(f"{self.component}_a{engine.act_bits}_rtx_{engine.precision}{_suffix(engine)}.onnx")
         ir.save(model, path)
         return path
+
+    def _open_for_loras(self, model: ir.Model) -> None:
+        """Make what stays in 16 bit inputs of an engine that takes LoRAs: they change norms, biases and tables too."""
+        if self.plan.lora_rank:
+            kept_to_inputs(model, self.plan.kept)
 
     def close(self) -> None:
         """Remove the derived weights, unless the graphs that read them are kept."""

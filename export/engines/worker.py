@@ -30,13 +30,14 @@ from dvdquant.export.engines.report import (
     layer_summary,
     materialized_scores,
 )
-from dvdquant.system.files import disk_error
+from dvdquant.system.files import disk_error, read_limited
 from dvdquant.system.gpu import read_gpu
 from dvdquant.system.whole_file import write_whole
 
 __all__ = ["build", "main"]
 
 _LOCK = threading.Lock()
+_LARGEST_CACHE = 1 << 31  # bytes of a timing cache
 # The importer says this for every use of a function body after the first one; the engine is the same.
 _INLINED_AGAIN = "the output tensors of this new instance will not be queryable"
 
@@ -184,7 +185,10 @@ def _check_profile(network: Any, request: BuildRequest) -> None:
 def _timing_cache(config: Any, path: Path | None) -> None:
     """Load the timing cache, or an empty one if the file does not exist; None means no cache."""
     if path is not None:
-        stored = path.read_bytes() if path.exists() else b""
+        try:
+            stored = read_limited(path, _LARGEST_CACHE) if path.exists() else b""
+        except ValueError as error:  # a pipe, a device
+            raise EngineError(f"the timing cache {path} cannot be read: {error}", fix="give another file") from error
         config.set_timing_cache(config.create_timing_cache(stored), False)
 
 

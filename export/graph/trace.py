@@ -17,10 +17,12 @@ import torch
 
 from dvdquant.errors import ExportError
 from dvdquant.export.passes.boolean_where import boolean_where
+from dvdquant.export.passes.initializers_to_inputs import initializers_to_inputs
 from dvdquant.export.passes.name_weights import name_weights
 from dvdquant.export.passes.simplify import simplify
 from dvdquant.model.families import Family, Sizes
 from dvdquant.model.loading import GraphWrapper
+from dvdquant.model.lora_inputs import install_lora_inputs, lora_input_shapes
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
 from dvdquant.onnx.schema import OPSET, register_schemas
 from dvdquant.system.torch_hooks import trace_error
@@ -43,7 +45,8 @@ def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:
         sizes: The sizes of the export, in latent units. Axes with a range become dynamic dimensions.
 
     Returns:
-        The graph, with the activation bits of the recipe's first grid and with ``sample`` as its output.
+        The graph, with the activation bits of the recipe's first grid and with ``sample`` as its output. Where the plan
+        reserves a rank for LoRAs, their matrices are its last inputs, of fixed shapes.
 
     Raises:
         ShapeError: The model cannot run at these sizes.
@@ -52,7 +55,9 @@ def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:
     plan.family.check(sizes)
     # 1. Build the quantized model on placeholder weights.
     bits = plan.recipe.activations[0].bits
-    wrapper = GraphWrapper(quantized_skeleton(plan, bits), plan.family)
+    skeleton = quantized_skeleton(plan, bits)
+    install_lora_inputs(skeleton, plan.lora_rank, plan.dtype)
+    wrapper = GraphWrapper(skeleton, plan.family)
     inputs = plan.family.sample(sizes, plan.dtype)
     # 2. Trace it and translate it to ONNX.
     try:
@@ -83,7 +88,8 @@ def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:
         raise ExportError(f"{plan.family.name}: torch.onnx.export returned no graph")
     model: ir.Model = program.model
     # 3. Name weights, inputs and output.
-    parameters = {*plan.kept, *(name for spec in plan.layers for name in spec.tensors())}
+    reserved = lora_input_shapes(plan.layers, plan.lora_rank)
+    parameters = {*plan.kept, *(name for spec in plan.layers for name in spec.tensors()), *reserved}
     name_weights(model, "model.", parameters)
     model.graph.name = plan.family.name
     for value, spec in zip(model.graph.inputs, plan.family.inputs(sizes), strict=True):
@@ -93,6 +99,7 @@ def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:
     with _quiet_exporter():
         simplify(model, parameters)
     boolean_where(model)
+    initializers_to_inputs(model, reserved)
     _forget_places(model)
     return model
 

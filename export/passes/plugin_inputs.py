@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from dvdquant.export.passes.initializers_to_inputs import to_input
 from dvdquant.onnx.schema import DOMAIN
 
 __all__ = ["PLUGIN_NAMESPACE", "PLUGIN_VERSION", "plugin_inputs"]
@@ -49,18 +50,8 @@ def plugin_inputs(model: ir.Model) -> bool:
         for position in _PACKED:
             value = node.inputs[position]
             if value is not None and value.name in model.graph.initializers:
-                _to_input(model.graph, value)
+                to_input(model.graph, value)
+                if value.dtype == ir.DataType.UINT8:
+                    value.dtype = ir.DataType.INT8
     model.functions.pop((DOMAIN, "QuantLinear", ""), None)
     return changed
-
-
-def _to_input(graph: ir.Graph, value: ir.Value) -> None:
-    """Turn an initializer into a graph input of its shape; UINT8 becomes INT8."""
-    tensor = value.const_value
-    if tensor is not None:
-        value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape)
-    if value.dtype == ir.DataType.UINT8:
-        value.dtype = ir.DataType.INT8
-    graph.initializers.pop(str(value.name))
-    value.const_value = None
-    graph.inputs.append(value)

@@ -11,6 +11,8 @@ There are four questions, each with a bound of its own:
    that distance.
 4. Of a graph whose attention runs in FP8 in the engines: every attention alone, on the operands that it had in the graph
    (:mod:`dvdquant.export.verify.attention`). In 2 and 3, PyTorch then rounds to e4m3 in the same places.
+
+A graph with reserved inputs for LoRAs gets random matrices there, and PyTorch has the same branches: 2 and 3 judge them.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from dvdquant.export.verify.reference import Free, Reference, relative_distance
 from dvdquant.export.verify.tolerance import UNIT
 from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.loading import fill_quantized
+from dvdquant.model.lora_inputs import install_lora_inputs, random_lora
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
 from dvdquant.system.safetensors_io import TensorInfo, read_tensor
 
@@ -107,6 +110,7 @@ class GraphCheck:
         between: The check of the places between them, or None if they were not compared.
         tokens: The number of tokens of the transformer at the checked sizes, video and text.
         attention: The attentions in FP8 one by one; empty for a graph that has them in 16 bit.
+        lora_rank: The rank of the branches that had random matrices; 0 for a graph without them.
     """
 
     graph: str
@@ -118,6 +122,7 @@ class GraphCheck:
     between: BetweenCheck | None
     tokens: int
     attention: tuple[AttentionCheck, ...] = ()
+    lora_rank: int = 0
 
     @property
     def bound(self) -> float | None:
@@ -178,6 +183,8 @@ class GraphCheck:
                 f"  between layers: {self.between.places} places compared, worst "
                 f"{self.between.error / self.between.bound:.2g} of its bound ({self.between.place})"
             )
+        if self.lora_rank:
+            lines.append(f"  LoRA: random matrices of rank {self.lora_rank} were in the reserved inputs")
         if self.attention:
             hardest = max(self.attention, key=lambda check: check.excess)
             lines.append(
@@ -197,6 +204,7 @@ class GraphCheck:
             "layers": self.layers.to_json(),
             "between": between,
             "attention": [check.to_json() for check in self.attention],
+            "lora_rank": self.lora_rank,
             "passed": self.passed,
         }
 
@@ -244,6 +252,7 @@ class Verifier:
         between: True if the places between the layers are compared.
         step: Every ``step``-th token is judged.
         inputs: The inputs of the graph by name.
+        lora: What is in its inputs for LoRAs, by name.
     """
 
     def __init__(
@@ -257,6 +266,8 @@ class Verifier:
         worst: Iterable[str] = (),
     ) -> None:
         self.plan = plan
+        self.lora = random_lora(plan, seed)
+        install_lora_inputs(model, plan.lora_rank, plan.dtype, self.lora)
         self.reference = Reference(plan, model)
         self.chosen = choose_layers(plan.layers, worst)
         self.tokens = plan.family.tokens(*sizes.at(which)) + sizes.text_tokens
@@ -339,7 +350,7 @@ class Verifier:
             wanted |= {f"from {name}": intermediate.y for name, intermediate in intermediates.items()}
         strided = add_intermediates(model, {name: intermediates[name].x for name in self.chosen}, self.step)
         names = add_intermediates(model, wanted)
-        got = run_graph(model, path.parent, self.inputs, path.name)
+        got = run_graph(model, path.parent, {**self.inputs, **self.lora}, path.name)
         return {key: got[name] for key, name in strided.items()}, {key: got[name] for key, name in names.items()}
 
     def _probed(self, bits: int) -> dict[str, Tensor]:
@@ -379,8 +390,9 @@ class Verifier:
             layers: The checks of its layers.
             between: The check of the places between them, or None.
         """
+        rank = self.plan.lora_rank
         if got is None:
-            return GraphCheck(name, None, None, None, None, layers, between, self.tokens)
+            return GraphCheck(name, None, None, None, None, layers, between, self.tokens, lora_rank=rank)
         if kind not in self._free:
             self._free[kind] = self.reference.free(self.inputs, kind[0])
         free = self._free[kind]
@@ -393,6 +405,7 @@ class Verifier:
             layers=layers,
             between=between,
             tokens=self.tokens,
+            lora_rank=rank,
         )
 
 

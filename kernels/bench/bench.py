@@ -26,7 +26,7 @@ import torch
 from check_cases import make_weight
 from cublaslt import CublasLtError, Int8Product
 from peers import PEERS, REFUSALS, Peer, random_codes, random_tokens
-from report import Machine, Row, Shape, floor_gemm, floor_rotate_quantize, to_markdown
+from report import Machine, Row, Shape, floor_expand, floor_gemm, floor_rotate_quantize, to_markdown
 from timing import CudaTimer, HostTimer, Timer, record_clocks
 
 from dvdquant.errors import DvdquantError, UnsupportedError
@@ -135,6 +135,8 @@ def measure_mode(
 ) -> list[Row]:
     """Return the rows of RQ, QL and both in one call for one layer, or one row without a time if the library refuses.
 
+    The last rows are those of the weight that stays packed: its expansion, where the path has one, and both in one call.
+
     Args:
         kernels: The kernels.
         mode: The activations.
@@ -162,6 +164,20 @@ def measure_mode(
     both_ms = timer.milliseconds(lambda: kernels.quant_linear(layer, x, packed.outer, prepared))
     resident = f"weight {plan.prepared_bytes / 2**20:.1f} MiB resident"
     rows.append(Row(shape, "RQ+QL", name, both_ms, True, rq + ql, _tera(shape, both_ms), resident, reference=reference))
+    held = kernels.make_rows(layer, packed.stored())
+    expand, name = 0.0, f"{name}, packed"
+    if plan.codes != "s4":
+        expand = floor_expand(shape, machine)
+        expand_ms = timer.milliseconds(lambda: kernels.expand(layer, *held))
+        rate = f"{expand * machine.copy / expand_ms / 1e12:.2f} TB/s"
+        note = f"{expand_ms / both_ms:.1%} of the layer"
+        rows.append(Row(shape, "EX", name, expand_ms, True, expand, rate, note))
+    packed_ms = timer.milliseconds(lambda: kernels.packed_linear(layer, x, packed.outer, *held))
+    resident = (
+        f"weight {sum(part.nbytes for part in held) / 2**20:.1f} MiB resident, {packed_ms / both_ms - 1:+.1%} of time"
+    )
+    floor = rq + ql + expand
+    rows.append(Row(shape, "RQ+QL", name, packed_ms, True, floor, _tera(shape, packed_ms), resident))
     return rows
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Machine", "Row", "Shape", "Stage", "floor_gemm", "floor_rotate_quantize", "to_markdown"]
+__all__ = ["Machine", "Row", "Shape", "Stage", "floor_expand", "floor_gemm", "floor_rotate_quantize", "to_markdown"]
 
-Stage = Literal["machine", "RQ", "QL", "RQ+QL"]
+Stage = Literal["machine", "RQ", "QL", "RQ+QL", "EX"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Row:
 
     Args:
         shape: The layer; None for rates of the machine.
-        stage: RQ (rotate and quantize), QL (the product on codes), RQ+QL (the layer), or machine.
+        stage: RQ (rotate and quantize), QL (the product on codes), RQ+QL (the layer), EX (a packed weight
+            expanded), or machine.
         name: The name of what ran.
         milliseconds: The time; None if it did not run, and ``note`` says why.
         ours: True if it is a kernel of this project.
@@ -89,6 +90,16 @@ def floor_rotate_quantize(shape: Shape, bytes_per_token: float, scales: int, mac
     """
     moved = shape.m * (2 * shape.k + bytes_per_token + 4 * scales)
     return moved / machine.copy * 1e3
+
+
+def floor_expand(shape: Shape, machine: Machine) -> float:
+    """Return the milliseconds to read half a byte a weight and to write one, at the speed of a copy.
+
+    Args:
+        shape: The layer.
+        machine: The measured rates.
+    """
+    return 1.5 * shape.n * shape.k / machine.copy * 1e3
 
 
 def floor_gemm(shape: Shape, bytes_read: float, rate: float, machine: Machine) -> float:

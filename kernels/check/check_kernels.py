@@ -140,7 +140,7 @@ class Tally:
 
 
 def check_dispatch(bench: Bench) -> Iterator[Outcome]:
-    """Yield the check of the library's plan for every layer, on every SM, against ``host_library.choose_path``.
+    """Yield the check of the library's plan for every layer, on every SM, against ``dvdquant.ops.paths``.
 
     Args:
         bench: The kernels and the values of K.
@@ -214,15 +214,30 @@ def _check_layer(bench: Bench, grid: Grid, layer: LayerShape, tally: Tally) -> N
         tally.add(f"{path}: prepared weight", check_expansion(shape, part, weight, exact), where)
         if rows * layer.k <= _REPACKED:
             tally.add(f"{path}: prepared bits", _repacked(shape, path, part, prepared), where)
+        held = bench.kernels.make_rows(shape, part.stored())
+        if not path.startswith("s4"):
+            expanded = bench.kernels.expand(shape, *held)
+            verdict = _same_sections(shape, path, prepared, expanded)
+            tally.add(f"{path}: packed weight, expanded = prepared", verdict, where)
         for tokens in (m for m, n in bench.pairs if n == rows):
             _check_tokens(
-                bench, shape, part, x[:tokens].clone(), prepared, weight, bias, exact, tally, f"M {tokens}, {where}"
+                bench,
+                shape,
+                part,
+                x[:tokens].clone(),
+                prepared,
+                held,
+                weight,
+                bias,
+                exact,
+                tally,
+                f"M {tokens}, {where}",
             )
 
 
 def _check_tokens(
-    bench: Bench, layer: LayerShape, packed: PackedLayer, x: Tensor, prepared: Tensor, weight: Tensor, bias: Tensor,
-    integers: bool, tally: Tally, where: str,
+    bench: Bench, layer: LayerShape, packed: PackedLayer, x: Tensor, prepared: Tensor, held: tuple[Tensor, Tensor],
+    weight: Tensor, bias: Tensor, integers: bool, tally: Tally, where: str,
 ) -> None:  # fmt: skip
     """Check one layer on some tokens.
 
@@ -232,6 +247,7 @@ def _check_tokens(
         packed: Its tensors.
         x: The input [M, K].
         prepared: The prepared buffer of its weight.
+        held: The codes and rows of its weight as it stays packed.
         weight: The decoded weight, float64 [N, K].
         bias: The decoded bias, float64 [N].
         integers: True if the codes of the prepared weight are integers.
@@ -253,6 +269,8 @@ def _check_tokens(
     again = kernels.quant_linear(layer, x, packed.outer, prepared)
     tally.add(f"{path}: one call = two calls", check_equal(y, again, "y"), where)
     once_more = kernels.quant_linear(layer, x, packed.outer, prepared)
+    packed_y = kernels.packed_linear(layer, x, packed.outer, *held)
+    tally.add(f"{path}: packed weight gives the same bits", check_equal(again, packed_y, "y"), where)
     tally.add(f"{path}: two runs bit-equal", check_equal(again, once_more, "y"), where)
     tally.add(f"{path}: guard zones", Verdict(kernels.intact(), note="written outside an output"), where)
 
@@ -267,8 +285,19 @@ def _repacked(layer: LayerShape, path: str, packed: PackedLayer, prepared: Tenso
         prepared: The prepared buffer.
     """
     raw = to_bytes(prepare(layer, path, *(t.cpu() for t in packed.stored())))
-    want = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    got, start = prepared.cpu(), 0
+    return _same_sections(layer, path, torch.frombuffer(bytearray(raw), dtype=torch.uint8), prepared.cpu())
+
+
+def _same_sections(layer: LayerShape, path: str, want: Tensor, got: Tensor) -> Verdict:
+    """Check two prepared buffers of a path for the same bits, padding left out.
+
+    Args:
+        layer: The layer.
+        path: The kernel path.
+        want: The one buffer, uint8 [bytes].
+        got: The other one, on the same device.
+    """
+    start = 0
     for size in _section_sizes(layer, path):
         verdict = check_equal(want[start : start + size], got[start : start + size], f"section at byte {start}")
         if not verdict.passed:

@@ -6,7 +6,8 @@ import copy
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import dvdquant.model.layers
 from dvdquant.model.layers import QuantLinear, prepare_layers
-from dvdquant.ops.cuda_linear import reference_policy, run_quant_linear
+from dvdquant.ops.cuda_linear import CudaKernels, reference_policy, run_quant_linear
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES, PackedLayer
 from dvdquant.ops.prepared_cache import PreparedCache
@@ -194,6 +195,66 @@ def check_graph(bench: Bench) -> Iterator[Outcome]:
                 tally.add(
                     "CUDA graph replay = eager", check_equal(captured, smooth_quant_linear(fresh, *rest), "y"), path
                 )
+            # The same with a weight that stays packed: its scratch belongs to the graph.
+            held = bench.kernels.make_rows(layer, packed.stored())
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = bench.kernels.packed_linear(layer, static, packed.outer, *held)
+            for seed in (17, 18):
+                fresh = make_tokens(layer, 129, bench.device, seed=seed)
+                static.copy_(fresh)
+                captured.fill_(float("nan"))
+                graph.replay()
+                wanted = bench.kernels.packed_linear(layer, fresh, packed.outer, *held)
+                tally.add("CUDA graph replay = eager, packed weight", check_equal(captured, wanted, "y"), path)
+    yield from tally.rows.values()
+
+
+def check_streams(
+    bench: Bench, threads: int = 3, calls: int = 20, features: int = 1536, rows: int = 3080
+) -> Iterator[Outcome]:
+    """Yield the check that threads, each with a stream of its own, do not disturb each other's packed weights.
+
+    All run the same layers in different orders, so that the scratch of one would be written while another reads it, if
+    they shared any.
+
+    Args:
+        bench: The kernels and the device.
+        threads: The number of threads.
+        calls: The number of calls of each.
+        features: K, the number of input channels.
+        rows: N, the number of output channels.
+    """
+    cases: list[tuple[str, LayerShape, Tensor, Tensor, tuple[Tensor, Tensor]]] = []
+    wanted: list[Tensor] = []
+    for path, grid, layer in reachable_layers(bench, features, rows):
+        packed = make_weight(layer, grid.zero, bench.device, seed=19 + len(cases))
+        x = make_tokens(layer, 129, bench.device, seed=20)
+        held = bench.kernels.make_rows(layer, packed.stored())
+        cases.append((path, layer, x, packed.outer, held))
+        wanted.append(bench.kernels.quant_linear(layer, x, packed.outer, bench.kernels.prepare(layer, packed.stored())))
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize(bench.device)
+    kernels, tally = CudaKernels(bench.kernels.library, bench.kernels.sm), Tally()  # guards would serialize the threads
+
+    def work(number: int) -> list[tuple[int, Tensor]]:
+        """Run the layers in this thread's order; return what came out."""
+        own = bench.device.type == "cuda"
+        stream = torch.cuda.stream(torch.cuda.Stream(bench.device)) if own else nullcontext()  # type: ignore[no-untyped-call]
+        found = []
+        with stream:
+            for call in range(calls):
+                index = (call * (number + 1) + number) % len(cases)
+                _, layer, x, outer, held = cases[index]
+                found.append((index, kernels.packed_linear(layer, x, outer, *held)))
+            if own:
+                torch.cuda.current_stream(bench.device).synchronize()
+        return found
+
+    with ThreadPoolExecutor(threads) as pool:
+        results = [found for each in pool.map(work, range(threads)) for found in each]
+    for index, y in results:
+        tally.add("packed weights on several streams", check_equal(wanted[index], y, "y"), cases[index][0])
     yield from tally.rows.values()
 
 
@@ -222,7 +283,7 @@ def check_model(bench: Bench) -> Iterator[Outcome]:
     """Yield the checks of models of QuantLinear modules on the device.
 
     They are no further from fp32 on the CPU than twice the distance of the reference op, and give the same bits when
-    only prepared weights are left.
+    only prepared weights, or only packed ones, are left.
 
     Args:
         bench: The kernels and the device.
@@ -254,12 +315,15 @@ def _compare_model(bench: Bench, name: str, model: nn.Module, inputs: dict[str, 
         with layers_run(kernel_op(bench)), reference_policy("raise"):
             y = model(**here)[0].double().cpu()
         grids = {ActivationSpec(m.act_bits, m.act_group) for m in model.modules() if isinstance(m, QuantLinear)}
-        left = prepare_layers(model, bench.kernels, list(grids), DTYPES["bf16"], bench.device)
-        same = not left and torch.equal(model(**here)[0].double().cpu(), y)
+        left: dict[str, str] = {}
+        same = True
+        for form in ("expanded", "packed"):
+            left |= prepare_layers(model, bench.kernels, list(grids), DTYPES["bf16"], bench.device, form)
+            same = same and not left and torch.equal(model(**here)[0].double().cpu(), y)
     error, bound = (y - exact).norm(), 2 * (reference - exact).norm()
     passed = bool(error <= bound) and bool(torch.isfinite(y).all())
     yield Outcome(name, passed, 1, float(error / bound), note=f"{float(error / exact.norm()):.3g} relative to fp32")
-    yield Outcome(f"{name}, only prepared weights held", same, 1, note="; ".join(left.values()))
+    yield Outcome(f"{name}, only prepared or packed weights held", same, 1, note="; ".join(left.values()))
 
 
 class _Stack(nn.Module):

@@ -30,6 +30,7 @@ for folder in (REPOSITORY, Path(__file__).resolve().parent, REPOSITORY / "kernel
 
 import torch  # noqa: E402
 from check_cases import FEATURES  # noqa: E402
+from check_fused import check_fused  # noqa: E402
 from check_kernels import (  # noqa: E402
     Bench,
     GuardedKernels,
@@ -41,7 +42,7 @@ from check_kernels import (  # noqa: E402
     check_shapes,
     run_all,
 )
-from check_ops import check_graph, check_model, check_op, check_pre_quant  # noqa: E402
+from check_ops import check_graph, check_model, check_op, check_pre_quant, check_streams  # noqa: E402
 from check_quantizer import check_quantizer  # noqa: E402
 from check_report import hardware, line, markdown, report_path, smi  # noqa: E402
 
@@ -159,7 +160,9 @@ def every_check(bench: Bench, options: argparse.Namespace, started: float) -> It
                 check_exact_sums(bench),
                 check_op(bench),
                 check_pre_quant(bench),
+                check_fused(bench),
                 check_graph(bench),
+                check_streams(bench),
                 check_shapes(bench),
                 check_large(bench, 118800, 21504, 21504),
                 check_quantizer(bench),

@@ -17,9 +17,12 @@ from torch import Tensor
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.numerics.activation_grid import quantize_activation
 from dvdquant.numerics.hadamard import hadamard_matrix
-from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, WeightPointers
+from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, ProloguePointers, WeightPointers
+from dvdquant.ops.fused import Prologue, apply_prologue
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES
+from dvdquant.ops.packed_rows import expand, make_rows, rows_bytes
+from dvdquant.ops.paths import choose_path
 from dvdquant.ops.reference import rotate_by_matrices
 from dvdquant.ops.repack import LayerShape, dequantize, from_bytes, prepare, prepared_bytes, to_bytes
 from dvdquant.ops.rotate_quantize import encode_codes
@@ -29,45 +32,13 @@ from dvdquant.quantize.gptq import ErrorFeedback
 from dvdquant.recipe import WeightSpec
 
 
-def choose_path(layer: LayerShape, sm: int) -> str:
-    """Return the path of a layer by the dispatch table of kernels/csrc/plan.cpp.
-
-    Args:
-        layer: The layer.
-        sm: The compute capability, major · 10 + minor.
-
-    Raises:
-        UnsupportedError: No path runs the layer.
-        ShapeError: K or the weight groups have a size that no kernel takes.
-    """
-    if sm < 80 or 90 < sm < 100:
-        raise UnsupportedError(f"SM {sm / 10}", available="SM 8.0 to 8.9, 9.0, and 10.0 and later")
-    if layer.act_bits not in (4, 8) or layer.act_group not in (0, 64, 128):
-        raise UnsupportedError(f"{layer.act_bits}-bit activations in groups of {layer.act_group}")
-    if layer.k % 32 or layer.k // layer.weight_groups % 8:
-        raise ShapeError(
-            f"k = {layer.k} in {layer.weight_groups} weight groups", available="k % 32 == 0, groups of 8·i"
-        )
-    native, by_row = sm < 90, layer.weight_groups == 1
-    path = "s8_group"
-    if layer.act_group == 0:
-        path = "s8_wgmma" if sm == 90 else "s4_token" if native and layer.act_bits == 4 and by_row else "s8_token"
-    elif layer.act_bits == 4:
-        whole = by_row or layer.k // layer.weight_groups % layer.act_group == 0
-        if native and whole:
-            path = "s4_group"
-        if sm == 90 and layer.act_group == 128 and by_row and layer.n % 8 == 0:
-            path = "e4m3_group"
-    return path
-
-
 class HostLibrary:
     """A drop-in for ``KernelLibrary``; streams are ignored. Addresses are integers, sizes are in bytes."""
 
     architectures = ("host",)
 
     def plan_layer(self, layer: LayerShape, sm: int) -> LayerPlan:
-        """Return the plan of a layer, from :func:`choose_path`.
+        """Return the plan of a layer, from :func:`dvdquant.ops.paths.choose_path`.
 
         Args:
             layer: The layer.
@@ -114,17 +85,115 @@ class HostLibrary:
         plan = self.plan_layer(layer, sm)
         if size < plan.prepared_bytes:
             raise ShapeError(f"a prepared buffer of {size} bytes", available=f"{plan.prepared_bytes} bytes")
-        n, groups = layer.n, layer.weight_groups
-        zero_shape, zero_type = ((n, groups), torch.uint8) if layer.float_zero_point else ((n,), torch.float32)
-        tensors = (
-            _view(weight.codes, (n, layer.k // 2), torch.int8),
-            _view(weight.scale, (n,), torch.float32),
-            _view(weight.group_scale, (n, groups), torch.uint8),
-            _view(weight.zero, zero_shape, zero_type),
-            _view(weight.bias, (n,), torch.float32) if weight.bias else None,
-        )
-        raw = to_bytes(prepare(layer, plan.path, *tensors))
+        raw = to_bytes(prepare(layer, plan.path, *_stored(layer, weight)))
         ctypes.memmove(prepared, raw, len(raw))
+
+    def rows_bytes(self, layer: LayerShape, sm: int) -> int:
+        """Return the size of the rows of a layer that stays packed.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+        """
+        self.plan_layer(layer, sm)
+        return rows_bytes(layer)
+
+    def make_rows(self, layer: LayerShape, sm: int, weight: WeightPointers, rows: int, size: int, stream: int) -> None:
+        """Write ``dvdquant.ops.packed_rows.make_rows`` into the buffer.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            weight: The addresses of the packed tensors.
+            rows: The address of the buffer.
+            size: Its size.
+            stream: Ignored.
+
+        Raises:
+            ShapeError: The buffer is too small.
+        """
+        if size < self.rows_bytes(layer, sm):
+            raise ShapeError(f"a buffer of {size} bytes for rows", available=f"{rows_bytes(layer)} bytes")
+        raw = make_rows(layer, *_stored(layer, weight))
+        ctypes.memmove(rows, raw, len(raw))
+
+    def expand_weight(
+        self, layer: LayerShape, sm: int, weight_codes: int, rows: int, prepared: int, size: int, stream: int
+    ) -> None:
+        """Write ``dvdquant.ops.packed_rows.expand`` into the buffer.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            weight_codes: The address of the codes, int8 [N, K/2].
+            rows: The address of the rows.
+            prepared: The address of the buffer.
+            size: Its size.
+            stream: Ignored.
+
+        Raises:
+            ShapeError: The buffer is too small.
+            UnsupportedError: The path multiplies the packed weight itself.
+        """
+        plan = self.plan_layer(layer, sm)
+        if plan.codes == "s4":
+            raise UnsupportedError(f"path {plan.path} multiplies the packed weight itself: there is nothing to expand")
+        if size < plan.prepared_bytes:
+            raise ShapeError(f"a prepared buffer of {size} bytes", available=f"{plan.prepared_bytes} bytes")
+        raw = self._expanded(layer, plan, weight_codes, rows)
+        ctypes.memmove(prepared, raw, len(raw))
+
+    def _expanded(self, layer: LayerShape, plan: LayerPlan, weight_codes: int, rows: int) -> bytes:
+        codes = _view(weight_codes, (layer.n, layer.k // 2), torch.int8)
+        return to_bytes(expand(layer, plan.path, codes, ctypes.string_at(rows, rows_bytes(layer))))
+
+    def packed_workspace_bytes(self, layer: LayerShape, sm: int, tokens: int) -> int:
+        """Return the size of codes, scales, sums and the expanded weight.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            tokens: M, the number of tokens.
+        """
+        plan = self.plan_layer(layer, sm)
+        return self.workspace_bytes(layer, sm, tokens) + (0 if plan.codes == "s4" else plan.prepared_bytes)
+
+    def packed_linear(
+        self, layer: LayerShape, sm: int, x: int, outer: int, weight_codes: int, rows: int, y: int, m: int,
+        workspace: int, size: int, stream: int, pre_quant: int = 0,
+    ) -> None:  # fmt: skip
+        """Expand the weight and do what :meth:`quant_linear` does.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            x: The address of the input [M, K].
+            outer: The address of the outer matrix, fp32 [p, p].
+            weight_codes: The address of the codes of the weight, int8 [N, K/2].
+            rows: The address of its rows.
+            y: The address of the output [M, N].
+            m: M, the number of tokens.
+            workspace: The address of the workspace.
+            size: The size of the workspace.
+            stream: Ignored.
+            pre_quant: The address of the packed pre_quant_scale and pre_quant_shift [K/8, 2, 8]; 0 for none.
+
+        Raises:
+            ShapeError: The workspace is too small.
+        """
+        plan = self.plan_layer(layer, sm)
+        if size < self.packed_workspace_bytes(layer, sm, m):
+            raise ShapeError(f"a workspace of {size} bytes is too small")
+        before = self.workspace_bytes(layer, sm, m)
+        raw = self._expanded(layer, plan, weight_codes, rows)
+        if plan.codes == "s4":
+            held = ctypes.create_string_buffer(raw, len(raw))
+            prepared = ctypes.addressof(held)
+        else:
+            # In the workspace, whose size is the caller's to get right.
+            prepared = workspace + before
+            ctypes.memmove(prepared, raw, len(raw))
+        self.quant_linear(layer, sm, x, outer, prepared, y, m, workspace, before, stream, pre_quant)
 
     def rotate_quantize(
         self, layer: LayerShape, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int,
@@ -216,6 +285,94 @@ class HostLibrary:
         self.rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, pre_quant)
         self.linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, workspace, size, stream)
 
+    def fused_quantize(
+        self, layer: LayerShape, sm: int, prologue: ProloguePointers, x: int, codes: int, scales: int, sums: int, m: int,
+        stream: int, pre_quant: int = 0,
+    ) -> None:  # fmt: skip
+        """Apply the prologue by its definition, then :meth:`rotate_quantize`.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            prologue: What becomes of x first.
+            x: The address of the input [M, K].
+            codes: The address of the codes, in the path's layout.
+            scales: The address of the scales, fp32 [groups, M].
+            sums: The address of the sums of the codes, fp32 [groups, M]; 0 for none.
+            m: M, the number of tokens.
+            stream: Ignored.
+            pre_quant: The address of the packed pre_quant_scale and pre_quant_shift [K/8, 2, 8]; 0 for none.
+
+        Raises:
+            UnsupportedError: The rotation has an outer factor.
+        """
+        z = self.prologue(layer, prologue, x, m)
+        self.rotate_quantize(layer, sm, z.data_ptr(), 0, codes, scales, sums, m, stream, pre_quant)
+
+    def fused_linear(
+        self, layer: LayerShape, sm: int, prologue: ProloguePointers, x: int, prepared: int, y: int, m: int,
+        workspace: int, size: int, stream: int, pre_quant: int = 0,
+    ) -> None:  # fmt: skip
+        """Apply the prologue by its definition, then :meth:`quant_linear`.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            prologue: What becomes of x first.
+            x: The address of the input [M, K].
+            prepared: The address of the prepared buffer.
+            y: The address of the output [M, N].
+            m: M, the number of tokens.
+            workspace: The address of the workspace.
+            size: The size of the workspace.
+            stream: Ignored.
+            pre_quant: The address of the packed pre_quant_scale and pre_quant_shift [K/8, 2, 8]; 0 for none.
+
+        Raises:
+            UnsupportedError: The rotation has an outer factor.
+        """
+        z = self.prologue(layer, prologue, x, m)
+        self.quant_linear(layer, sm, z.data_ptr(), 0, prepared, y, m, workspace, size, stream, pre_quant)
+
+    def prologue(self, layer: LayerShape, prologue: ProloguePointers, x: int, m: int) -> Tensor:
+        """Return what a prologue makes of x [M, K], and write h where it is wanted.
+
+        Args:
+            layer: The layer.
+            prologue: The addresses.
+            x: The address of the input [M, K].
+            m: M, the number of tokens.
+
+        Raises:
+            UnsupportedError: The rotation has an outer factor.
+        """
+        if layer.outer != 1:
+            raise UnsupportedError(f"rotation with an outer factor of {layer.outer}: a prologue is fused without one")
+        dtype = DTYPES[layer.dtype]
+
+        def rows(address: int, tokens: int, stride: int) -> Tensor | None:
+            if not address:
+                return None
+            count = 1 if tokens == 0 else math.ceil(m / tokens)
+            flat = _view(address, ((count - 1) * stride + layer.k,), torch.float32)
+            return flat.as_strided((count, layer.k), (stride, 1))
+
+        z, hidden = apply_prologue(
+            _view(x, (m, layer.k), dtype),
+            Prologue(
+                _view(prologue.y, (m, layer.k), dtype) if prologue.y else None,
+                rows(prologue.gate, prologue.gate_tokens, prologue.gate_stride),
+                rows(prologue.multiplier, prologue.modulate_tokens, prologue.modulate_stride),
+                rows(prologue.addend, prologue.modulate_tokens, prologue.modulate_stride),
+                prologue.norm,
+                prologue.gelu,
+                prologue.eps,
+            ),
+        )
+        if prologue.hidden:
+            _view(prologue.hidden, (m, layer.k), dtype).copy_(hidden)
+        return z
+
     def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:
         """Search the grid of a weight with the compiled loops.
 
@@ -284,6 +441,19 @@ class HostLibrary:
         w = torch.from_numpy(dequantize(layer, weight))
         bias = torch.from_numpy(weight.bias.astype(np.float64))
         return torch.nn.functional.linear(values.reshape(len(codes), layer.k), w, bias)
+
+
+def _stored(layer: LayerShape, weight: WeightPointers) -> tuple[Tensor | None, ...]:
+    """Return the tensors of a packed weight: codes, scale, group scale, zero and bias, which may be None."""
+    n, groups = layer.n, layer.weight_groups
+    zero_shape, zero_type = ((n, groups), torch.uint8) if layer.float_zero_point else ((n,), torch.float32)
+    return (
+        _view(weight.codes, (n, layer.k // 2), torch.int8),
+        _view(weight.scale, (n,), torch.float32),
+        _view(weight.group_scale, (n, groups), torch.uint8),
+        _view(weight.zero, zero_shape, zero_type),
+        _view(weight.bias, (n,), torch.float32) if weight.bias else None,
+    )
 
 
 def _grid_views(grid: GridShape, out: GridPointers) -> list[Tensor]:

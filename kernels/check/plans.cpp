@@ -2,8 +2,8 @@
 //
 //   plans LIBRARY [SM N K GROUPS FLOAT_ZERO BLOCK OUTER ACT_BITS ACT_GROUP]...
 //
-// One line of JSON for the library, and one for each layer: [path, prepared bytes, workspace bytes of 1000 tokens], or the words
-// of its refusal.
+// One line of JSON for the library, and one for each layer: [path, prepared bytes, workspace bytes of 1000 tokens, and
+// of a weight that stays packed the bytes of its rows and of that workspace], or the words of its refusal.
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -39,6 +39,10 @@ int main(int count, char** words) {
   decltype(dvdq_path_name)* path_name;
   decltype(dvdq_plan_layer)* plan_layer;
   decltype(dvdq_workspace_bytes)* workspace_bytes;
+  decltype(dvdq_rows_bytes)* rows_bytes;
+  decltype(dvdq_packed_workspace_bytes)* packed_workspace_bytes;
+  find(library, "dvdq_rows_bytes", rows_bytes);
+  find(library, "dvdq_packed_workspace_bytes", packed_workspace_bytes);
   find(library, "dvdq_abi_version", abi_version);
   find(library, "dvdq_architectures", architectures);
   find(library, "dvdq_last_error", last_error);
@@ -61,8 +65,9 @@ int main(int count, char** words) {
     layer.act_group = static_cast<int32_t>(value[8]);
     layer.dtype = DVDQ_BF16;
     dvdq_plan plan;
-    int64_t workspace = 0;
-    if (plan_layer(&layer, sm, &plan) != DVDQ_OK || workspace_bytes(&layer, sm, 1000, &workspace) != DVDQ_OK) {
+    int64_t workspace = 0, rows = 0, packed = 0;
+    if (plan_layer(&layer, sm, &plan) != DVDQ_OK || workspace_bytes(&layer, sm, 1000, &workspace) != DVDQ_OK ||
+        rows_bytes(&layer, sm, &rows) != DVDQ_OK || packed_workspace_bytes(&layer, sm, 1000, &packed) != DVDQ_OK) {
       printf("\"%s\"\n", last_error());
       continue;
     }
@@ -72,7 +77,8 @@ int main(int count, char** words) {
     for (const char* c = path_name(plan.path); *c != '\0' && length < 31; ++c)
       name[length++] = static_cast<char>(*c >= 'A' && *c <= 'Z' ? *c + 32 : *c);
     name[length] = '\0';
-    printf("[\"%s\", %lld, %lld]\n", name, static_cast<long long>(plan.prepared_bytes), static_cast<long long>(workspace));
+    printf("[\"%s\", %lld, %lld, %lld, %lld]\n", name, static_cast<long long>(plan.prepared_bytes),
+           static_cast<long long>(workspace), static_cast<long long>(rows), static_cast<long long>(packed));
   }
   return 0;
 }

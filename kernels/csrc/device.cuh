@@ -50,6 +50,8 @@ DVDQ_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 DVDQ_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 DVDQ_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DVDQ_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+// Good to 2 units in the last place; 0 where b is above 2^126.
+DVDQ_DEVICE float divide_approximately(float a, float b) { return __fdividef(a, b); }
 DVDQ_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // a * b + c, held to 0..1; NaN gives 0.
 DVDQ_DEVICE float multiply_add_saturate(float a, float b, float c) {
@@ -119,6 +121,12 @@ DVDQ_DEVICE uint4 load_once_16(const void* address) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(address));
+  return v;
+}
+// 4 bytes read once by this kernel.
+DVDQ_DEVICE uint32_t load_once_4(const void* address) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
   return v;
 }
 DVDQ_DEVICE uint4 load_16(const void* address) { return *static_cast<const uint4*>(address); }

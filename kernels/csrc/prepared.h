@@ -13,6 +13,12 @@
 //   any other row, int8    code clamp(rint(W / D), -127, 127), row_scale D = max(max|W|, 2^-100) / 127, W = d * step
 //   any other row, e4m3    code e4m3(2d * r), row_scale step / 2 / r, r = 1 if 2 * reach <= 448, else 448 / (2 * reach)
 // limit = 127 for int8 and 16 for e4m3 (integers up to 16 are exact there). With groups, z and step are each group's own.
+//
+// A weight that stays packed is two buffers, the same on every SM: the codes as the files hold them, and its rows, parts at
+// multiples of 256 bytes:
+//
+//   row_scale, row_zero, bias, factor, group_zero   as S4_GROUP has them above
+//   int8_scale  fp32 [n]: row_scale of the S8 forms, which asks for the largest weight of a row and so for all of its codes
 #pragma once
 
 #include <stdint.h>
@@ -44,6 +50,27 @@ inline PreparedLayout prepared_layout(const dvdq_layer& layer, int32_t path) {
   at.bytes += grouped ? per_group : 0;
   at.group_zero = grouped && layer.float_zero_point ? at.bytes : -1;
   at.bytes += grouped && layer.float_zero_point ? per_group : 0;
+  return at;
+}
+
+// Byte offsets into the rows of a weight that stays packed; -1 for a part that the layer does not have.
+struct RowsLayout {
+  int64_t row_scale, row_zero, bias, factor, group_zero, int8_scale, bytes;
+};
+
+inline RowsLayout rows_layout(const dvdq_layer& layer) {
+  RowsLayout at{};
+  const int64_t per_row = align_up(layer.n * 4), per_group = align_up(layer.n * layer.weight_groups);
+  const bool grouped = layer.weight_groups > 1;
+  at.row_zero = per_row;
+  at.bias = at.row_zero + per_row;
+  at.bytes = at.bias + per_row;
+  at.factor = grouped ? at.bytes : -1;
+  at.bytes += grouped ? per_group : 0;
+  at.group_zero = grouped && layer.float_zero_point ? at.bytes : -1;
+  at.bytes += grouped && layer.float_zero_point ? per_group : 0;
+  at.int8_scale = at.bytes;
+  at.bytes += per_row;
   return at;
 }
 

@@ -8,44 +8,11 @@
 namespace dvdq {
 namespace {
 
-int log2_of(int power) {
-  int exponent = 0;
-  while ((1 << exponent) < power) ++exponent;
-  return exponent;
-}
-
-// Tokens per CUDA block: few idle units in its last warp, and at least 4 warps to share the wait for memory.
-uint32_t choose_block_tokens(uint32_t strips) {
-  uint32_t best = 1;
-  double most = 0.0;
-  for (uint32_t tokens = 1; tokens <= 16; ++tokens) {
-    const uint32_t units = tokens * strips, warps = (units + strip::kWarpUnits - 1) / strip::kWarpUnits;
-    if (warps > strip::kMaxWarps || (tokens > 1 && warps > 8)) break;
-    const double used = static_cast<double>(units) / (warps * strip::kWarpUnits) * (warps < 4 ? 0.25 * warps : 1.0);
-    if (used > most + 1e-9) {
-      most = used;
-      best = tokens;
-    }
-  }
-  return best;
-}
-
 template <bool Half, int Codes>
 dvdq_status start_strip(const dvdq_layer& layer, const dvdq_plan& plan, const RotateArgs& args, float qmax) {
-  strip::Params p{};
-  p.x = static_cast<const uint16_t*>(args.x);
-  p.pre_quant = static_cast<const uint16_t*>(args.pre_quant);
-  p.codes = static_cast<unsigned char*>(args.codes);
-  p.scales = args.scales;
-  p.sums = args.sums;
-  p.tokens = args.m;
-  p.channels = static_cast<int>(layer.k);
-  p.strips = static_cast<uint32_t>((layer.k + strip::kUnitChannels - 1) / strip::kUnitChannels);
-  p.log2_block = log2_of(layer.block);
-  p.act_group = layer.act_group;
-  p.qmax = qmax;
-  if (plan.scale_rows == 1 && layer.act_group == 0) {
-    p.block_tokens = choose_block_tokens(p.strips);
+  const bool by_token = plan.scale_rows == 1 && layer.act_group == 0;
+  const strip::Params p = strip::make_params(layer, args, qmax, by_token);
+  if (by_token) {
     const uint32_t warps = (p.block_tokens * p.strips + strip::kWarpUnits - 1) / strip::kWarpUnits;
     const int64_t blocks = (args.m + p.block_tokens - 1) / p.block_tokens;
     return check_cuda(launch(strip::rotate_quantize_token<Half, Codes>, dim3(static_cast<unsigned>(blocks)), dim3(32 * warps),
@@ -75,7 +42,7 @@ dvdq_status start_outer(const dvdq_layer& layer, const dvdq_plan& plan, const Ro
   p.sums = args.sums;
   p.tokens = args.m;
   p.channels = static_cast<int>(layer.k);
-  p.log2_block = log2_of(layer.block);
+  p.log2_block = strip::log2_of(layer.block);
   p.order = layer.outer;
   p.groups = plan.scale_rows;
   p.qmax = qmax;

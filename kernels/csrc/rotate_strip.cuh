@@ -16,6 +16,7 @@
 #pragma once
 
 #include "codes.cuh"
+#include "rotate_quantize.h"
 
 namespace dvdq {
 namespace strip {
@@ -117,17 +118,21 @@ DVDQ_DEVICE Place place_unit(const Params& p, int64_t first_token, uint32_t unit
   return {inside ? first_token + token : -1, static_cast<int>((unit - token * p.strips) * kUnitChannels)};
 }
 
-// Loads a warp's 8 units and runs both steps.
-template <bool Half>
-DVDQ_DEVICE void load_and_rotate(const Params& p, const Place& place, float (&v)[2][8][4]) {
+// Loads a warp's 8 units: vector i of a lane holds the 8 channels from place.channel + 32 i + 8 t. Zeros past the end.
+DVDQ_DEVICE void load_units(const Params& p, const Place& place, uint4 (&raw)[8]) {
   const int t = lane_id() & 3;
-  uint4 raw[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int channel = place.channel + 32 * i + 8 * t;
     raw[i] = make_uint4(0u, 0u, 0u, 0u);
     if (place.token >= 0 && channel < p.channels) raw[i] = load_once_16(p.x + place.token * p.channels + channel);
   }
+}
+
+// Balances loaded units and runs both steps.
+template <bool Half>
+DVDQ_DEVICE void rotate_units(const Params& p, const Place& place, uint4 (&raw)[8], float (&v)[2][8][4]) {
+  const int t = lane_id() & 3;
   uint32_t a[4];
   make_matrix<Half>(a, p.log2_block);
 #pragma unroll
@@ -227,8 +232,11 @@ __global__ void __maxnreg__(kRegisters) rotate_quantize_token(const Params p) {
   }
   barrier();
   float v[2][8][4];
+  uint4 raw[8];
   const uint32_t unit = static_cast<uint32_t>(warp_id()) * kWarpUnits, lane = static_cast<uint32_t>(lane_id());
-  load_and_rotate<Half>(p, place_unit(p, first, unit + (lane >> 2)), v);
+  const Place loaded = place_unit(p, first, unit + (lane >> 2));
+  load_units(p, loaded, raw);
+  rotate_units<Half>(p, loaded, raw, v);
   // 1/sqrt(2) of odd powers; the power of two is in the matrix.
   const float rest = (p.log2_block & 1) ? 0.70710678118654752f : 1.0f;
   Place place[2];
@@ -263,7 +271,10 @@ __global__ void __maxnreg__(kRegisters) rotate_quantize_group(const Params p) {
   const uint32_t unit = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * kWarpUnits;
   const uint32_t lane = static_cast<uint32_t>(lane_id());
   float v[2][8][4];
-  load_and_rotate<Half>(p, place_unit(p, 0, unit + (lane >> 2)), v);
+  uint4 raw[8];
+  const Place loaded = place_unit(p, 0, unit + (lane >> 2));
+  load_units(p, loaded, raw);
+  rotate_units<Half>(p, loaded, raw, v);
   const float rest = (p.log2_block & 1) ? 0.70710678118654752f : 1.0f;
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
@@ -279,6 +290,48 @@ __global__ void __maxnreg__(kRegisters) rotate_quantize_group(const Params p) {
       if (p.sums != nullptr) p.sums[at] = int_to_float(sum);
     }
   }
+}
+
+// ---- host ---------------------------------------------------------------------------------------------------------
+
+inline int log2_of(int power) {
+  int exponent = 0;
+  while ((1 << exponent) < power) ++exponent;
+  return exponent;
+}
+
+// Tokens per CUDA block: few idle units in its last warp, and at least 4 warps to share the wait for memory.
+inline uint32_t choose_block_tokens(uint32_t strips) {
+  uint32_t best = 1;
+  double most = 0.0;
+  for (uint32_t tokens = 1; tokens <= 16; ++tokens) {
+    const uint32_t units = tokens * strips, warps = (units + kWarpUnits - 1) / kWarpUnits;
+    if (warps > kMaxWarps || (tokens > 1 && warps > 8)) break;
+    const double used = static_cast<double>(units) / (warps * kWarpUnits) * (warps < 4 ? 0.25 * warps : 1.0);
+    if (used > most + 1e-9) {
+      most = used;
+      best = tokens;
+    }
+  }
+  return best;
+}
+
+// block_tokens is set where whole tokens share a CUDA block.
+inline Params make_params(const dvdq_layer& layer, const RotateArgs& args, float qmax, bool whole_tokens) {
+  Params p{};
+  p.x = static_cast<const uint16_t*>(args.x);
+  p.pre_quant = static_cast<const uint16_t*>(args.pre_quant);
+  p.codes = static_cast<unsigned char*>(args.codes);
+  p.scales = args.scales;
+  p.sums = args.sums;
+  p.tokens = args.m;
+  p.channels = static_cast<int>(layer.k);
+  p.strips = static_cast<uint32_t>((layer.k + kUnitChannels - 1) / kUnitChannels);
+  p.block_tokens = whole_tokens ? choose_block_tokens(p.strips) : 0;
+  p.log2_block = log2_of(layer.block);
+  p.act_group = layer.act_group;
+  p.qmax = qmax;
+  return p;
 }
 
 }  // namespace strip

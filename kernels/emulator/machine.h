@@ -61,6 +61,7 @@ inline float bits_float(uint32_t bits) {
 inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 inline float divide(float a, float b) { return a / b; }
+inline float divide_approximately(float a, float b) { return b > bits_float(0x7e800000u) && std::isfinite(b) ? 0.0f : a / b; }
 inline float multiply_add(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline float multiply_add_saturate(float a, float b, float c) {
   const float value = std::fmaf(a, b, c);
@@ -154,6 +155,7 @@ inline void checked_store(void* address, T value) {
   memcpy(address, &value, sizeof(T));
 }
 inline uint4 load_once_16(const void* address) { return checked_load<uint4>(address); }
+inline uint32_t load_once_4(const void* address) { return checked_load<uint32_t>(address); }
 inline uint4 load_16(const void* address) { return checked_load<uint4>(address); }
 inline void store_16(void* address, uint4 value) { checked_store(address, value); }
 inline void store_8(void* address, uint2 value) { checked_store(address, value); }

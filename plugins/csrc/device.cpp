@@ -126,7 +126,7 @@ DeviceBuffer::DeviceBuffer(size_t bytes, std::string const& what) {
   if (code != 0) {
     throw Failure(DVDQ_CUDA_ERROR,
                   "allocating " + std::to_string(bytes) + " bytes for " + what + " failed: " + reason_of(driver(), code),
-                  "", "free device memory: the prepared weights take 4 or 8 bits per weight beside the packed ones");
+                  "", "free device memory, or leave weights packed (DVDQUANT_WEIGHTS=packed): expanded ones take 4 or 8 bits more each");
   }
   data_ = reinterpret_cast<void*>(allocated);
 }

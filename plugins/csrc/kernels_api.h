@@ -13,6 +13,10 @@ struct Kernels {
   decltype(&dvdq_workspace_bytes) workspace_bytes = nullptr;
   decltype(&dvdq_prepare_weight) prepare_weight = nullptr;
   decltype(&dvdq_quant_linear) quant_linear = nullptr;
+  decltype(&dvdq_rows_bytes) rows_bytes = nullptr;
+  decltype(&dvdq_make_rows) make_rows = nullptr;
+  decltype(&dvdq_packed_workspace_bytes) packed_workspace_bytes = nullptr;
+  decltype(&dvdq_packed_linear) packed_linear = nullptr;
 };
 
 // Throws Failure naming every place that was searched when the library is missing, or of another ABI version.

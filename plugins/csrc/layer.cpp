@@ -120,6 +120,8 @@ Fields read_fields(nvinfer1::PluginFieldCollection const* collection, char const
       has_group = true;
     } else if (name == "layer") {
       fields.layer = text_of(field);
+    } else if (name == "packed_workspace") {
+      fields.packed_workspace = integer_of(field) != 0;
     }
   }
   if (fields.layer.empty() && fallback_name != nullptr) fields.layer = fallback_name;

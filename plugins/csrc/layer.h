@@ -19,6 +19,8 @@ struct Fields {
   int32_t act_bits = 0;
   int32_t act_group = 0;
   std::string layer;
+  // Whether the engine's workspace has room to expand a packed weight: it does in every engine that this plugin built.
+  int32_t packed_workspace = 0;
 };
 
 struct Tensor {
@@ -26,7 +28,7 @@ struct Tensor {
   nvinfer1::DataType type;
 };
 
-// Reads act_bits, act_group (integers, required) and layer (text, otherwise fallback_name).
+// Reads act_bits, act_group (integers, required), layer (text, otherwise fallback_name) and packed_workspace (otherwise 0).
 Fields read_fields(nvinfer1::PluginFieldCollection const* collection, char const* fallback_name);
 
 char const* input_name(int32_t position);

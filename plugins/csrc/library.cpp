@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "dvdquant/kernels.h"
 #include "messages.h"
@@ -26,14 +27,20 @@ class QuantLinearCreator final : public nvinfer1::IPluginCreatorV3One {
     fields_[0] = {"act_bits", nullptr, PluginFieldType::kINT32, 1};
     fields_[1] = {"act_group", nullptr, PluginFieldType::kINT32, 1};
     fields_[2] = {"layer", nullptr, PluginFieldType::kCHAR, 0};
-    collection_.nbFields = 3;
+    fields_[3] = {"packed_workspace", nullptr, PluginFieldType::kINT32, 1};
+    collection_.nbFields = 4;
     collection_.fields = fields_;
   }
 
   nvinfer1::IPluginV3* createPlugin(nvinfer1::AsciiChar const* name, nvinfer1::PluginFieldCollection const* fields,
-                                    nvinfer1::TensorRTPhase) noexcept override {
+                                    nvinfer1::TensorRTPhase phase) noexcept override {
     QuantLinear* plugin = nullptr;
-    guarded("creation", [&] { plugin = new QuantLinear(read_fields(fields, name)); });
+    guarded("creation", [&] {
+      Fields read = read_fields(fields, name);
+      // What is built now asks for a workspace with room to expand; an engine file says whether it did.
+      if (phase == nvinfer1::TensorRTPhase::kBUILD) read.packed_workspace = 1;
+      plugin = new QuantLinear(std::move(read));
+    });
     return plugin;
   }
 
@@ -43,7 +50,7 @@ class QuantLinearCreator final : public nvinfer1::IPluginCreatorV3One {
   nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
  private:
-  nvinfer1::PluginField fields_[3];
+  nvinfer1::PluginField fields_[4];
   nvinfer1::PluginFieldCollection collection_{};
 };
 

@@ -1,6 +1,7 @@
 #include "prepared.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -55,7 +56,8 @@ Prepared make(PreparedKey const& key, dvdq_layer const& layer, Stream stream) {
   weight.zero = zero ? zero->data() : key.inputs[kZero];
   weight.bias = static_cast<float const*>(key.inputs[kBias]);
   auto buffer = std::make_shared<DeviceBuffer>(static_cast<size_t>(key.bytes), "the prepared weight of " + key.layer);
-  dvdq_status const status = kernels().prepare_weight(&layer, key.sm, &weight, buffer->data(), key.bytes, stream);
+  auto* const call = key.codes < 0 ? kernels().make_rows : kernels().prepare_weight;
+  dvdq_status const status = call(&layer, key.sm, &weight, buffer->data(), key.bytes, stream);
   // Kernels may still read the narrowed copies, and other streams will read the result.
   synchronize(stream);
   check_kernels(status, "preparing the weight");
@@ -71,6 +73,14 @@ Prepared held(Registry& shared, PreparedKey const& key) {
 }
 
 }  // namespace
+
+Form wanted_form() {
+  char const* const value = std::getenv("DVDQUANT_WEIGHTS");
+  std::string const word = value == nullptr ? "" : value;
+  if (word.empty() || word == "packed" || word == "auto") return Form::kPacked;
+  if (word == "expanded") return Form::kExpanded;
+  throw Failure(DVDQ_BAD_ARGUMENT, "DVDQUANT_WEIGHTS is " + word, "packed, expanded", "unset the variable, or name one of these");
+}
 
 Prepared find_prepared(PreparedKey const& key) {
   Registry& shared = registry();

@@ -13,6 +13,13 @@
 
 namespace dvdquant::plugin {
 
+// How the device holds weights. Packed: the bound codes are the only copy, and what is made of them are their rows, the same
+// for all widths (dvdq_make_rows). Expanded: as the path multiplies them (dvdq_prepare_weight).
+enum class Form { kPacked, kExpanded };
+
+// $DVDQUANT_WEIGHTS: packed (also where it is unset, or auto) or expanded. Throws Failure on another word.
+Form wanted_form();
+
 // What decides a prepared weight's bytes. The layer's name is part of it because TensorRT may hand two layers the same
 // scratch address in turn; act_bits and path are not, because two graphs at different activation widths share one weight
 // whenever their paths hold weights in the same form, which is that of the activations' codes.
@@ -22,7 +29,7 @@ struct PreparedKey {
   std::string layer;
   std::array<void const*, kInputs> inputs;  // addresses of weight .. bias; others null
   int64_t n, k, groups, bytes;
-  int32_t float_zero_point, codes;
+  int32_t float_zero_point, codes;  // codes is -1 for the rows of a packed weight, which serve every path
   bool factor_int32, zero_int32;  // the type inputs came in as
 
   auto tied() const {

@@ -44,6 +44,7 @@ QuantLinear::QuantLinear(Fields fields) : fields_(std::move(fields)), descriptio
   serialized_.emplace_back("act_group", &fields_.act_group, PluginFieldType::kINT32, 1);
   serialized_.emplace_back("layer", fields_.layer.c_str(), PluginFieldType::kCHAR,
                            static_cast<int32_t>(fields_.layer.size() + 1));
+  serialized_.emplace_back("packed_workspace", &fields_.packed_workspace, PluginFieldType::kINT32, 1);
   collection_.nbFields = static_cast<int32_t>(serialized_.size());
   collection_.fields = serialized_.data();
 }
@@ -65,6 +66,8 @@ nvinfer1::IPluginV3* QuantLinear::clone() noexcept {
     copy->plan_ = plan_;
     copy->device_ = device_;
     copy->sm_ = sm_;
+    copy->form_ = form_;
+    copy->rows_bytes_ = rows_bytes_;
     copy->factor_int32_ = factor_int32_;
     copy->zero_int32_ = zero_int32_;
   });
@@ -132,7 +135,10 @@ size_t QuantLinear::getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t 
     check_counts(fields_, inputs, outputs);
     dvdq_layer const layer = describe_layer(fields_, tensors_of(in).data());
     int64_t const tokens = std::max<int64_t>(tokens_of(in[kX].max), 0);
-    check_kernels(kernels().workspace_bytes(&layer, sm_of(current_device()), tokens, &bytes), "workspace size");
+    // With room for an expanded weight, whatever the form will be: TensorRT shares it among layers, so it costs an engine
+    // that of its largest layer once.
+    auto* const ask = fields_.packed_workspace ? kernels().packed_workspace_bytes : kernels().workspace_bytes;
+    check_kernels(ask(&layer, sm_of(current_device()), tokens, &bytes), "workspace size");
   });
   return static_cast<size_t>(bytes);
 }
@@ -145,6 +151,7 @@ int32_t QuantLinear::onShapeChange(PluginTensorDesc const* in, int32_t inputs, P
     device_ = current_device();
     sm_ = sm_of(device_);
     plan_ = plan_of(layer, sm_, fields_.layer);
+    check_kernels(kernels().rows_bytes(&layer, sm_, &rows_bytes_), "size of the rows");
     factor_int32_ = in[kFactor].type == DataType::kINT32;
     zero_int32_ = in[kZero].type == DataType::kINT32;
     layer_ = layer;
@@ -164,21 +171,35 @@ void QuantLinear::run(PluginTensorDesc const* in, void const* const* inputs, voi
   if (tokens == 0) return;
   use_weight(inputs, stream);
   int64_t needed = 0;
-  check_kernels(kernels().workspace_bytes(&*layer_, sm_, tokens, &needed), "workspace size");
+  auto* const ask = packed() ? kernels().packed_workspace_bytes : kernels().workspace_bytes;
+  check_kernels(ask(&*layer_, sm_, tokens, &needed), "workspace size");
   auto const* outer = layer_->outer > 1 ? static_cast<float const*>(inputs[kOuter]) : nullptr;
   // No pre_quant: the graph's own pointwise operations before this node are it, fused by TensorRT.
+  if (packed()) {
+    check_kernels(kernels().packed_linear(&*layer_, sm_, inputs[kX], nullptr, outer, inputs[kWeight], weight_->data(), y,
+                                          tokens, workspace, needed, stream),
+                  fields_.layer.c_str());
+    return;
+  }
   check_kernels(kernels().quant_linear(&*layer_, sm_, inputs[kX], nullptr, outer, weight_->data(), y, tokens, workspace,
                                        needed, stream),
                 fields_.layer.c_str());
 }
 
+bool QuantLinear::packed() const {
+  // An engine of an older release has no room to expand into; paths of 4 bits need none.
+  return form_ == Form::kPacked && (fields_.packed_workspace != 0 || plan_.codes == DVDQ_CODES_S4);
+}
+
 void QuantLinear::use_weight(void const* const* inputs, Stream stream) {
-  bool same = weight_ != nullptr && key_->codes == plan_.codes && key_->bytes == plan_.prepared_bytes;
+  int32_t const codes = packed() ? -1 : plan_.codes;
+  int64_t const bytes = packed() ? rows_bytes_ : plan_.prepared_bytes;
+  bool same = weight_ != nullptr && key_->codes == codes && key_->bytes == bytes;
   for (int32_t i = kWeight; same && i <= kBias; ++i) same = key_->inputs[i] == inputs[i];
   bool const capturing = is_capturing(stream);
   if (!same) {
-    PreparedKey key{device_,  sm_, fields_.layer, {}, layer_->n, layer_->k, layer_->weight_groups, plan_.prepared_bytes,
-                    layer_->float_zero_point, plan_.codes, factor_int32_, zero_int32_};
+    PreparedKey key{device_,  sm_, fields_.layer, {}, layer_->n, layer_->k, layer_->weight_groups, bytes,
+                    layer_->float_zero_point, codes, factor_int32_, zero_int32_};
     for (int32_t i = kWeight; i <= kBias; ++i) key.inputs[i] = inputs[i];
     Prepared weight = find_prepared(key);
     if (!weight && capturing) {
@@ -202,8 +223,19 @@ void QuantLinear::use_weight(void const* const* inputs, Stream stream) {
 
 nvinfer1::IPluginV3* QuantLinear::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
   // The prepared weight outlives a context where another still uses it, so it is not taken from the context's allocator.
-  auto* copy = static_cast<QuantLinear*>(clone());
-  if (copy != nullptr) copy->attached_ = true;
+  QuantLinear* copy = nullptr;
+  guarded("attach", [&] {
+    Form const form = wanted_form();
+    copy = static_cast<QuantLinear*>(clone());
+    if (copy == nullptr) return;
+    copy->attached_ = true;
+    copy->form_ = form;
+    if (form == Form::kPacked && !fields_.packed_workspace) {
+      log(Severity::kINFO, "dvdquant QuantLinear " + fields_.layer +
+                               ": this engine has no room to expand a packed weight, so 8-bit paths hold it expanded; build "
+                               "the engine again");
+    }
+  });
   return copy;
 }
 

@@ -17,8 +17,9 @@ constexpr char kPluginVersion[] = "1";
 constexpr char kPluginNamespace[] = "dvdquant";
 
 // One node. Build-time copies only answer questions; the copy attached to an execution context runs the layer, from one
-// thread at a time as TensorRT promises for a context. It holds the prepared weight of the addresses it ran with last,
-// and those of every address a CUDA graph captured, until the context goes.
+// thread at a time as TensorRT promises for a context. It holds the prepared weight (or the rows of the packed one) of the
+// addresses it ran with last, and those of every address a CUDA graph captured, until the context goes. What a packed weight
+// is expanded into is in the workspace of each enqueue, which TensorRT orders.
 class QuantLinear final : public nvinfer1::IPluginV3,
                           public nvinfer1::IPluginV3OneCore,
                           public nvinfer1::IPluginV3OneBuild,
@@ -59,6 +60,8 @@ class QuantLinear final : public nvinfer1::IPluginV3,
  private:
   void run(nvinfer1::PluginTensorDesc const* in, void const* const* inputs, void* y, void* workspace, Stream stream);
   void use_weight(void const* const* inputs, Stream stream);
+  // Whether this layer runs on its packed weight.
+  bool packed() const;
 
   Fields const fields_;
   std::string const description_;
@@ -73,6 +76,8 @@ class QuantLinear final : public nvinfer1::IPluginV3,
   bool factor_int32_ = false, zero_int32_ = false;
 
   bool attached_ = false;
+  Form form_ = Form::kPacked;  // read when the context is made
+  int64_t rows_bytes_ = 0;     // set by onShapeChange
   std::optional<PreparedKey> key_;
   Prepared weight_;
   bool captured_ = false;

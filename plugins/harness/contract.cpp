@@ -48,7 +48,7 @@ void check_identity(Library const& library) {
   CHECK(std::strcmp(creator.getPluginVersion(), "1") == 0);
   CHECK(std::strcmp(creator.getPluginNamespace(), "dvdquant") == 0);
   nvinfer1::PluginFieldCollection const* names = creator.getFieldNames();
-  CHECK(names->nbFields == 3);
+  CHECK(names->nbFields == 4);
   CHECK(std::strcmp(names->fields[0].name, "act_bits") == 0 && std::strcmp(names->fields[1].name, "act_group") == 0);
   CHECK(std::strcmp(names->fields[2].name, "layer") == 0);
   Plugin const plugin = library.create(kGood);
@@ -178,7 +178,7 @@ void check_copies(Library const& library) {
         CHECK(each != nullptr && each != plugin);
         CHECK(build(each).getMetadataString() == wanted);
         nvinfer1::PluginFieldCollection const* stored = runtime(each).getFieldsToSerialize();
-        CHECK(stored->nbFields == 3 && std::strcmp(static_cast<char const*>(stored->fields[2].data), "a+b") == 0);
+        CHECK(stored->nbFields == 4 && std::strcmp(static_cast<char const*>(stored->fields[2].data), "a+b") == 0);
       }
     }
   }

@@ -51,6 +51,11 @@ int Device::live_allocations() const {
   return live != nullptr ? live() : -1;
 }
 
+long long Device::live_bytes() const {
+  auto* live = reinterpret_cast<long long (*)()>(dlsym(g_driver, "host_cuda_live_bytes"));
+  return live != nullptr ? live() : -1;
+}
+
 Stream Device::new_stream() const {
   Stream stream = nullptr;
   call("cuStreamCreate", &stream, 1u);  // CU_STREAM_NON_BLOCKING

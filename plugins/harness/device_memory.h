@@ -17,6 +17,7 @@ class Device {
 
   // Allocations that the plugin and the harness hold; -1 on a real GPU, which cannot say.
   int live_allocations() const;
+  long long live_bytes() const;
   Stream new_stream() const;
   void delete_stream(Stream stream) const;
   void synchronize(Stream stream) const;

@@ -115,6 +115,12 @@ HOST_API int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigne
 HOST_API int cuGraphLaunch(void*, void*) { return kOk; }
 
 // Allocations that are not freed; only this library has it, which is how the harness knows that there is no GPU.
+HOST_API long long host_cuda_live_bytes() {
+  std::lock_guard<std::mutex> lock(state().mutex);
+  long long bytes = 0;
+  for (auto const& [address, size] : state().live) bytes += static_cast<long long>(size);
+  return bytes;
+}
 HOST_API int host_cuda_live() {
   std::lock_guard<std::mutex> lock(state().mutex);
   return static_cast<int>(state().live.size());

@@ -53,6 +53,23 @@ uint16_t narrow(double value, int32_t dtype) {
 // Prepared: the dequantized weight [N, K] and the bias [N], in double.
 int64_t prepared_bytes(dvdq_layer const& layer) { return static_cast<int64_t>(sizeof(double)) * layer.n * (layer.k + 1); }
 
+// Rows of a packed weight: step and zero-point of each group, then the bias, in double.
+int64_t rows_bytes(dvdq_layer const& layer) {
+  return static_cast<int64_t>(sizeof(double)) * layer.n * (2 * layer.weight_groups + 1);
+}
+
+void expand(dvdq_layer const& layer, uint8_t const* codes, double const* rows, double* out) {
+  int64_t const width = layer.k / layer.weight_groups, cells = layer.n * layer.weight_groups;
+  for (int64_t n = 0; n < layer.n; ++n) {
+    for (int64_t k = 0; k < layer.k; ++k) {
+      int64_t const cell = n * layer.weight_groups + k / width;
+      int const nibble = (codes[(n * layer.k + k) / 2] >> (k % 2 ? 4 : 0)) & 15;
+      out[n * layer.k + k] = ((nibble ^ 8) - 8 - rows[cells + cell]) * rows[cell];
+    }
+    out[layer.n * layer.k + n] = rows[2 * cells + n];
+  }
+}
+
 void rotate(dvdq_layer const& layer, float const* outer, std::vector<double>& row) {
   int64_t const b = layer.block, p = layer.outer, span = b * p;
   std::vector<double> mixed(static_cast<size_t>(span));
@@ -164,6 +181,55 @@ DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, cons
     }
   }
   return DVDQ_OK;
+}
+
+DVDQ_API dvdq_status dvdq_rows_bytes(const dvdq_layer* layer, int32_t sm, int64_t* bytes) {
+  dvdq_plan plan;
+  if (dvdq_status const status = dvdq_plan_layer(layer, sm, &plan); status != DVDQ_OK) return status;
+  *bytes = rows_bytes(*layer);
+  return DVDQ_OK;
+}
+
+DVDQ_API dvdq_status dvdq_make_rows(const dvdq_layer* layer, int32_t, const dvdq_weight* weight, void* rows, int64_t bytes,
+                                    dvdq_stream) {
+  if (bytes < rows_bytes(*layer)) return fail(DVDQ_WORKSPACE, "buffer for rows too small");
+  if (!weight->codes || !weight->scale || !weight->factor || !weight->zero) return fail(DVDQ_BAD_ARGUMENT, "null");
+  auto* out = static_cast<double*>(rows);
+  auto const* factor = static_cast<uint8_t const*>(weight->factor);
+  int64_t const cells = layer->n * layer->weight_groups;
+  for (int64_t n = 0; n < layer->n; ++n) {
+    for (int64_t cell = n * layer->weight_groups; cell < (n + 1) * layer->weight_groups; ++cell) {
+      out[cell] = weight->scale[n] * (factor[cell] / 255.0);
+      out[cells + cell] = layer->float_zero_point ? static_cast<uint8_t const*>(weight->zero)[cell] / 16.0 - 8.0
+                                                  : static_cast<float const*>(weight->zero)[n];
+    }
+    out[2 * cells + n] = weight->bias ? weight->bias[n] : 0;
+  }
+  return DVDQ_OK;
+}
+
+DVDQ_API dvdq_status dvdq_packed_workspace_bytes(const dvdq_layer* layer, int32_t sm, int64_t m, int64_t* bytes) {
+  dvdq_plan plan;
+  if (dvdq_status const status = dvdq_plan_layer(layer, sm, &plan); status != DVDQ_OK) return status;
+  int64_t before = 0;
+  dvdq_workspace_bytes(layer, sm, m, &before);
+  *bytes = before + (plan.codes == DVDQ_CODES_S4 ? 0 : plan.prepared_bytes);
+  return DVDQ_OK;
+}
+
+DVDQ_API dvdq_status dvdq_packed_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
+                                        const float* outer, const void* codes, const void* rows, void* y, int64_t m,
+                                        void* workspace, int64_t bytes, dvdq_stream stream) {
+  int64_t before = 0, needed = 0;
+  if (dvdq_status const status = dvdq_packed_workspace_bytes(layer, sm, m, &needed); status != DVDQ_OK) return status;
+  dvdq_workspace_bytes(layer, sm, m, &before);
+  if (bytes < needed || workspace == nullptr) return fail(DVDQ_WORKSPACE, "workspace too small");
+  if (codes == nullptr || rows == nullptr) return fail(DVDQ_BAD_ARGUMENT, "the packed weight is null");
+  // In the workspace, as the kernels do; paths of 4 bits have none there.
+  std::vector<double> own(needed == before ? static_cast<size_t>(layer->n * (layer->k + 1)) : 0);
+  auto* const expanded = own.empty() ? reinterpret_cast<double*>(static_cast<char*>(workspace) + before) : own.data();
+  expand(*layer, static_cast<uint8_t const*>(codes), static_cast<double const*>(rows), expanded);
+  return dvdq_quant_linear(layer, sm, x, pre_quant, outer, expanded, y, m, workspace, before, stream);
 }
 
 }  // extern "C"

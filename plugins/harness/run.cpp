@@ -93,17 +93,18 @@ size_t workspace_of(Plugin const& plugin, Case const& data) {
   return build(plugin).getWorkspaceSize(described, kInputs, described + kInputs, 1);
 }
 
-// A context of an engine that was built, stored and loaded.
+// A context of an engine that was built, stored and loaded; `old`: by a plugin that knew no packed weights.
 class Engine {
  public:
-  Engine(Library const& library, Case const& data, Fields const& fields) : data_(data) {
-    Plugin const built = library.create(fields);
+  Engine(Library const& library, Case const& data, Fields const& fields, Logger& logger, bool old = false) : data_(data) {
+    using nvinfer1::TensorRTPhase;
+    Plugin const built = library.create(fields, old ? TensorRTPhase::kRUNTIME : TensorRTPhase::kBUILD);
     if (built == nullptr) throw std::runtime_error("the plugin was not created");
     workspace_ = std::make_unique<Memory>(workspace_of(built, data) + kGuard);
     workspace_->fill(kPoison);
     Context context;
     plugin_ = Plugin(runtime(library.reload(built)).attachToContext(&context));
-    CHECK(plugin_ != nullptr);
+    if (plugin_ == nullptr) throw std::runtime_error("no context: " + logger.take());
     CHECK(runtime(plugin_).onShapeChange(data_.tensors, kInputs, data_.tensors + kInputs, 1) == 0);
   }
 
@@ -168,7 +169,9 @@ void run_with_graph(Engine const& engine, Case const& data, std::vector<std::uni
   device.end_capture(stream, false);
   CHECK_SAYS(logger, "fix: run the context once with these weights bound before capturing");
   int const before = device.live_allocations();
+  long long const bytes = device.live_bytes();
   CHECK(engine.enqueue(inputs, y, stream) == 0);
+  if (before >= 0) std::printf("%s: holds %lld bytes\n", data.folder.c_str(), device.live_bytes() - bytes);
   check(logger.errors.empty(), "the layer runs", __FILE__, __LINE__, logger.take());
   device.synchronize(stream);
   save(data, y, "y.bin");
@@ -204,7 +207,7 @@ void refuse_wrong_matrix(Library const& library, Case const& data, Stream stream
   std::memcpy(&value, wrong.data[6].data(), sizeof value);
   value = -value;
   std::memcpy(wrong.data[6].data(), &value, sizeof value);
-  Engine const engine(library, wrong, wrong.fields);
+  Engine const engine(library, wrong, wrong.fields, logger);
   auto const inputs = upload(wrong);
   Memory const y(data.y_bytes + kGuard);
   CHECK(engine.enqueue(inputs, y, stream) != 0);
@@ -220,15 +223,31 @@ void run_case(Library const& library, Logger& logger, std::string const& folder)
   int const start = device.live_allocations();
   {
     auto const inputs = upload(data);
-    Engine const engine(library, data, data.fields);
+    Engine const engine(library, data, data.fields, logger);
     run_with_graph(engine, data, inputs, stream, logger);
     // The engine of the other activation width on the same weights.
-    Engine const other(library, data, other_width(data.fields));
+    Engine const other(library, data, other_width(data.fields), logger);
     Memory const y(data.y_bytes + kGuard);
+    y.fill(kPoison);
     int const before = device.live_allocations();
     CHECK(other.enqueue(inputs, y, stream) == 0);
     device.synchronize(stream);
     if (before >= 0) std::printf("%s: other width allocates %d\n", folder.c_str(), device.live_allocations() - before);
+    // Another context of the engine, on a stream of its own: it shares what is held, and has its own workspace.
+    Engine const twin(library, data, data.fields, logger);
+    Stream const second = device.new_stream();
+    int const shared = device.live_allocations();
+    CHECK(twin.enqueue(inputs, y, second) == 0);
+    device.synchronize(second);
+    save(data, y, "y_twin.bin");
+    if (before >= 0) CHECK(device.live_allocations() == shared);
+    device.delete_stream(second);
+    // An engine whose workspace has no room to expand a weight runs as ever.
+    Engine const old(library, data, data.fields, logger, true);
+    y.fill(kPoison);
+    CHECK(old.enqueue(inputs, y, stream) == 0);
+    device.synchronize(stream);
+    save(data, y, "y_old.bin");
     run_elsewhere(engine, data, stream, logger);
     refuse_wrong_matrix(library, data, stream, logger);
   }

@@ -50,6 +50,21 @@ def test_the_prediction_is_the_h100_that_was_measured() -> None:
             assert sum(predicted.values()) == pytest.approx(ms, rel=near)
 
 
+def test_packed_weights_cost_what_they_move() -> None:
+    (case,) = select_cases(["wan2.1-1.3b"])
+    packed, plain = (next(f for f in FLAVOURS if f.name == name) for name in ("a8 eager, packed", "a8 eager"))
+    work, rates = budget.work_of_block(case, 8), budget.RATES["H100"]
+    with_it, without = (budget.predict(case, flavour, rates, work) for flavour in (packed, plain))
+    assert with_it is not None
+    assert without is not None
+    weights = 8 * 1536**2 + 2 * 1536 * 8960
+    added = with_it[budget.QUANTIZING] - without[budget.QUANTIZING]
+    assert added == pytest.approx(1.5 * weights / rates.bandwidth / 1e9)
+    assert added < 0.02 * sum(without.values())
+    # 4-bit tensor cores multiply the packed weight.
+    assert budget.expanded_bytes(case, 4, 89) == 0
+
+
 def test_where_compiled_traffic_was_not_counted_nothing_is_predicted() -> None:
     (case,) = select_cases(["hunyuan"])
     compiled = next(f for f in FLAVOURS if f.compiled)
@@ -65,6 +80,7 @@ def test_classes_of_kernels() -> None:
         "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT": budget.LINEARS,
         "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>": budget.LINEARS,
         "void dvdq::strip::rotate_quantize_token<false, 1>(dvdq::strip::Params)": budget.QUANTIZING,
+        "void dvdq::(anonymous namespace)::expand_packed_kernel(ExpandParams)": budget.QUANTIZING,
         "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<...>>": budget.POINTWISE,
         "triton_red_fused__to_copy_add_linear_mul_native_layer_norm_3": budget.POINTWISE,
         "Memcpy DtoD (Device -> Device)": budget.POINTWISE,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import dvdquant.export.pipeline as pipeline
+import dvdquant.export.estimate as estimate
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.checkpoint import reader
 from dvdquant.checkpoint.read_once import ReadOnce
@@ -93,7 +93,7 @@ def test_an_export_with_an_engine_made_from_the_original_weights(
 ) -> None:
     """NVFP4 needs the weights a third time; with --verify they are read once more, from the disk on purpose."""
     source = tiny.write_checkpoint(tmp_path / "model", tiny.WAN)
-    monkeypatch.setattr(pipeline, "memory_limit", lambda: 1 << 40)
+    monkeypatch.setattr(estimate, "memory_limit", lambda: 1 << 40)
     dropped: list[int] = []
     forget = ReadOnce.forget
     monkeypatch.setattr(ReadOnce, "forget", lambda self: (dropped.append(self.held_bytes), forget(self))[1])

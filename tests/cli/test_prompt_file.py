@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dvdquant.cli.prompt_file import MAX_PROMPT_FILE, check_prompt, decode_text, read_prompts
 from dvdquant.errors import DvdquantError, OutputError, ShapeError
+from dvdquant.system import piped_file
 from tests.support.costs import Costs
 
 LINES = ["a cat — in the snow", "猫が雪の中で", "ein Kätzchen", "🐈‍⬛ at night"]
@@ -95,6 +96,29 @@ def test_a_file_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
         read_prompts((), Path("/dev/zero"))
 
 
+def test_a_pipe_without_a_writer_is_waited_for_with_a_message_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setattr(piped_file, "NO_WRITER", 1.0)
+    monkeypatch.setattr(piped_file, "SAY_AFTER", 0.3)
+    with pytest.raises(OutputError, match="a pipe that nobody writes to") as caught:
+        read_prompts((), pipe)
+    assert caught.value.fix
+    assert "waiting for what is written to" in caplog.text
+    # A writer that comes late is heard, and one that comes and says nothing is an empty file.
+    late = threading.Timer(0.5, pipe.write_bytes, (b"late",))
+    late.start()
+    assert read_prompts((), pipe) == ["late"]
+    late.join()
+    empty = threading.Timer(0.3, pipe.write_bytes, (b"",))
+    empty.start()
+    with pytest.raises(ShapeError, match="is empty"):
+        read_prompts((), pipe)
+    empty.join()
+
+
 def test_pipes_and_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe is what <(command) gives; - is standard input."""
     pipe = tmp_path / "pipe"
@@ -103,6 +127,13 @@ def test_pipes_and_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     writer.start()
     assert read_prompts(("zero",), pipe) == ["zero", "one", "two"]
     writer.join()
+    silent = os.open(pipe, os.O_RDWR)  # a writer that says nothing, and one that says a part
+    monkeypatch.setattr(piped_file, "SILENT", 0.3)
+    for part in (b"", b"one"):
+        os.write(silent, part)
+        with pytest.raises(OutputError, match="nothing came from it"):
+            read_prompts((), pipe)
+    os.close(silent)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("drei\r".encode("utf-16"))))
     assert read_prompts((), Path("-")) == ["drei"]
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"\xe9")))

@@ -169,6 +169,7 @@ def test_staircase_holds_for_every_delta(recordings: list[list[float]], noise: f
             assert stair.average_bits == pytest.approx(sum(bits) / len(bits))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 1), min_size=20, max_size=40), st.floats(4.5, 8))
 def test_delta_for_average_bits_is_the_nearest_there_is(changes: list[float], wanted: float) -> None:
     delta, promised = delta_for_average_bits([_pairs(changes)], wanted)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -94,3 +98,54 @@ def test_nobody_runs_as_root() -> None:
     }
     for name in re.findall(r"^COPY (?!--from)(.*) \S+$", docker, re.M):
         assert all((ROOT / each).exists() for each in name.split()), name
+
+
+@pytest.mark.stress
+def test_the_image_is_built_and_its_program_runs_without_rights(tmp_path: Path) -> None:
+    """Every step of the Dockerfile, on a Debian made here. Dependencies are not downloaded: this environment's are mounted."""
+    if os.geteuid() != 0 or not (shutil.which("buildah") and shutil.which("mmdebstrap")):
+        pytest.skip("needs root, and Debian's packages buildah and mmdebstrap")
+    if sys.version_info[:2] != (3, 11):
+        pytest.skip("needs Python 3.11, that of Debian 12, for the mounted packages")
+    base, context, pip = tmp_path / "base.tar", tmp_path / "context", tmp_path / "pip.conf"
+    packages = "--include=python3,python3-venv,passwd,ca-certificates"
+    _built(["mmdebstrap", "--variant=minbase", packages, "bookworm", str(base)])
+    names = _built(["git", "-C", str(ROOT), "ls-files"]).splitlines()
+    for name in names:
+        if (ROOT / name).exists():
+            (context / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, context / name, follow_symlinks=False)
+    pip.write_text("[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n[install]\nno-deps = true\n")
+
+    def buildah(*words: object) -> str:
+        places = ("--storage-driver", "vfs", "--root", tmp_path / "images", "--runroot", tmp_path / "run")
+        return _built(["buildah", *map(str, (*places, *words))]).strip()
+
+    made = buildah("from", "scratch")
+    try:
+        _built(["tar", "-C", buildah("mount", made), "-xf", str(base)])
+        buildah("umount", made)
+        buildah("commit", "-q", "--rm", made, "localhost/base")
+        mounts = ("-v", f"{pip}:/etc/pip.conf:ro", "-v", "/etc/ssl/certs:/etc/ssl/certs:ro")
+        options = ("--isolation", "chroot", "--format", "docker", "--build-arg", "BASE=localhost/base", *mounts)
+        buildah("build", *options, "-f", FOLDER / "Dockerfile", "-t", "dvdq-serve", context)
+        config: dict[str, Any] = json.loads(buildah("inspect", "--type", "image", "dvdq-serve"))["Docker"]["config"]
+        assert (config["User"], config["StopSignal"]) == ("10001:10001", "SIGTERM")
+        assert config["Entrypoint"][0] == "dvdq-serve"
+        assert config["Healthcheck"]["Test"][0] == "CMD"
+        container = buildah("from", "dvdq-serve")
+        deps = ("-v", f"{sysconfig.get_paths()['purelib']}:/deps:ro", "--env", "PYTHONPATH=/deps")
+        script = "id -u; dvdq-serve --version; touch /data/x && echo kept; touch /etc/x 2>/dev/null || echo refused"
+        said = buildah("run", "--isolation", "chroot", *deps, container, "--", "sh", "-c", script)
+        assert said.split("\n")[0] == "10001"
+        assert "dvdq-serve, version" in said
+        assert said.endswith("kept\nrefused")
+    finally:
+        for path in (tmp_path / "images", tmp_path / "run"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _built(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, (command[:2], done.stdout[-2000:], done.stderr[-2000:])
+    return done.stdout

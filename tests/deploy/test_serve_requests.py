@@ -89,7 +89,6 @@ def test_size_is_width_and_height_and_null_is_missing() -> None:
         ({"prompt": "x", "schedule": "s", "mode": "a4"}, "mode does not apply"),
         ({"prompt": "x", "average_bits": 6, "delta": 0.1}, "delta does not apply"),
         ({"prompt": "x", "average_bits": 6, "mode": "a8"}, "mode does not"),
-        ({"prompt": "x", "input_reference": "a file of 9 bytes"}, "image to video is not supported"),
     ],
 )
 def test_what_is_refused_says_why(fields: dict[str, Any], said: str) -> None:

@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from dvdquant.deploy.serve.files import FolderFiles
-from dvdquant.deploy.serve.jobs import VIDEO_ID, Failure, Job, JobStore, NewJob, QueueFullError, new_video_id
+from dvdquant.deploy.serve.jobs import (
+    MAX_INTERRUPTIONS,
+    VIDEO_ID,
+    Failure,
+    Job,
+    JobStore,
+    NewJob,
+    QueueFullError,
+    new_video_id,
+)
 from dvdquant.deploy.serve.sqlite_store import SqliteStore
 from dvdquant.errors import OutputError, UnsupportedError
 from tests.support.exporting import REPOSITORY
@@ -138,8 +147,41 @@ def test_jobs_of_a_dead_worker_go_back_at_once(store: JobStore) -> None:
     assert again is not None
     assert (again.status, again.attempts, again.worker) == ("queued", 1, None)
     assert store.beat(theirs.id, _token(theirs), 60, 1, "") == "ok"
-    assert store.abandon(None) == 1
+    assert store.interrupt(alive=["b"]) == 0
+    assert store.interrupt() == 1
     assert store.counts() == {"queued": 3}
+
+
+def test_an_end_together_with_the_server_does_not_count_a_few_times(store: JobStore) -> None:
+    video = store.create(WHAT, 10).id
+    for _ in range(MAX_INTERRUPTIONS):
+        assert _claimed(store).attempts == 1
+        assert store.interrupt() == 1
+    for attempts in (1, 2):
+        assert _claimed(store).attempts == attempts
+        assert store.interrupt() == 1
+    ended = store.get(video)
+    assert ended is not None
+    assert ended.failure is not None
+    assert (ended.status, ended.failure.code) == ("failed", "worker_lost")
+    cancelled = store.create(WHAT, 10).id
+    _claimed(store)
+    store.cancel(cancelled)
+    store.interrupt()
+    assert store.counts() == {"failed": 2}
+
+
+def test_a_store_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite"
+    first = SqliteStore(path)
+    video = first.create(WHAT, 10).id
+    first.close()
+    with sqlite3.connect(path) as db:
+        db.execute("alter table jobs drop column interrupted")
+    store = SqliteStore(path)
+    assert _claimed(store).id == video
+    assert store.interrupt() == 1
+    store.close()
 
 
 def test_a_released_attempt_does_not_count(store: JobStore) -> None:
@@ -204,14 +246,17 @@ def test_pages_cover_every_job_once_in_both_orders(store: JobStore) -> None:
     assert store.ahead_of(job) == 3
 
 
-def test_what_expired_is_deleted_and_nothing_else(store: JobStore) -> None:
+def test_what_expired_is_named_and_nothing_else(store: JobStore) -> None:
     store.create(WHAT, 10)
     job = _claimed(store)
     store.complete(job.id, _token(job), {}, 10)
-    store.create(WHAT, 10)
+    waiting = store.create(WHAT, 10).id
     assert store.expire(time.time()) == []
     assert store.expire(time.time() + 11) == [job.id]
-    assert store.counts() == {"queued": 1}
+    store.keep_until(job.id, time.time() + 100)
+    assert store.expire(time.time() + 11) == []
+    store.keep_until(waiting, 0)
+    assert store.expire(time.time() + 11) == []
 
 
 def test_it_survives_a_kill_in_the_middle_of_everything(tmp_path: Path) -> None:
@@ -246,7 +291,7 @@ while True:
             job = store.get(video)
             assert job is not None
             assert job.status == "completed"
-        store.abandon(None)
+        store.interrupt()
         assert store.counts().get("in_progress", 0) == 0
         while (job := store.claim("w", ("wan",), 60)) is not None:
             store.complete(job.id, _token(job), {}, 3600)

@@ -171,7 +171,11 @@ def test_a_store_that_is_away_does_not_end_the_watch_of_a_worker(
     monkeypatch.setattr(store, "abandon", _raising(GONE))
     command = (sys.executable, "-c", "raise SystemExit(3)")
     pool = Pool(
-        ServerSettings(models=(), data=tmp_path, devices=("cpu",)), store, ServerMetrics(), command, lambda _: None
+        ServerSettings(models=(), data=tmp_path, devices=("cpu",), spare=False),
+        store,
+        ServerMetrics(),
+        command,
+        lambda _: None,
     )
     with caplog.at_level(logging.INFO):
         pool.start()
@@ -217,9 +221,11 @@ def test_expiry_goes_on_after_a_store_and_a_file_that_refuse(
     monkeypatch.setattr(files, "delete", delete_but_one)
     monkeypatch.setattr(server, "EXPIRE_SECONDS", 0.01)
 
+    metrics = ServerMetrics()
+
     async def some_rounds() -> None:
         run = server._Run(
-            ServerSettings(models=(), data=tmp_path, devices=()), store, files, ServerMetrics(), ("none",)
+            ServerSettings(models=(), data=tmp_path, devices=(), spare=False), store, files, metrics, ("none",)
         )
         task = asyncio.create_task(run._expire())
         end = time.monotonic() + 60
@@ -235,7 +241,12 @@ def test_expiry_goes_on_after_a_store_and_a_file_that_refuse(
     assert len(rounds) >= 4
     assert list(files.ids()) == videos[:1]
     assert "does not say what has expired" in caplog.text
-    assert f"the clip of {videos[0]}" in caplog.text
+    assert caplog.text.count(f"the clip of {videos[0]}") == 1  # it is tried again later
+    kept = store.get(videos[0])
+    assert kept is not None
+    assert kept.expires_at is not None
+    assert kept.expires_at > time.time() + 60
+    assert "dvdq_undeleted_clips_total 1.0" in metrics.text({}).decode()
 
 
 @pytest.mark.parametrize(("line", "said"), [(b"{nonsense\n", True), (b"\xff\n", True), (b'{"event": "st', False)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +20,12 @@ from dvdquant.artifact.manifest import Manifest
 from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import engine_choice, engines, open_session
-from dvdquant.deploy.sessions.engine_binding import EngineLog
+from dvdquant.deploy.sessions.engine_binding import BoundEngine, EngineLog
 from dvdquant.deploy.sessions.engines import TensorRTSession, deserialize, make_runtime, select_engine
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
-from dvdquant.errors import DvdquantError, EngineError
+from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
 from dvdquant.export.verify.graph import ATOL, FACTOR
+from dvdquant.model.held_weights import held_weights
 from tests.support import session_exports as made
 from tests.support.engine_double import DoubleContext, Library
 
@@ -319,6 +321,49 @@ def test_packed_weights_as_inputs(
         assert set(found) == set(spec.tensors())
         for name, value in found.items():
             assert torch.equal(value, getattr(module, name.removeprefix(layer + ".")).view(value.dtype))
+
+
+def test_how_the_plugin_holds_weights(
+    artifact: Artifact, sample: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form reaches the plugin where contexts are made, and nowhere else; what it holds is counted."""
+    library = Library(BF16, lambda inputs, name: inputs["hidden_states"])
+    on_the_host(monkeypatch, library)
+    monkeypatch.setattr(engines, "device_sm", lambda device: "8.9")
+    with pytest.raises(UnsupportedError, match="hold their weights as they were built, not packed"):
+        TensorRTSession(artifact, device=HOST, weights="packed")
+    find = engines.find_engines
+
+    def as_plugin(*arguments: Any) -> dict[int, Any]:
+        return {bits: {**entry, "precision": "plugin"} for bits, entry in find(*arguments).items()}
+
+    monkeypatch.setattr(engines, "find_engines", as_plugin)
+    told: list[str | None] = []
+    make = BoundEngine._make_context
+
+    def context(self: BoundEngine, *arguments: Any) -> Any:
+        told.append(os.environ.get("DVDQUANT_WEIGHTS"))
+        return make(self, *arguments)
+
+    monkeypatch.setattr(BoundEngine, "_make_context", context)
+    held = held_weights(artifact.plan("transformer"), 89, (4, 8), artifact.sizes)
+    # So few tokens, that the count says expanded; the user's own word comes before it.
+    for asked, variable, form in (
+        ("auto", None, "expanded"), ("auto", "packed", "packed"), ("packed", None, "packed"), ("expanded", "packed", "expanded"),
+    ):  # fmt: skip
+        monkeypatch.delenv("DVDQUANT_WEIGHTS", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("DVDQUANT_WEIGHTS", variable)
+        told.clear()
+        with TensorRTSession(artifact, device=HOST, weights=asked) as session:  # type: ignore[arg-type]
+            assert session.weights == form
+            assert told == [form, form]
+            assert session.resident_bytes()["weights"] == (held.rows if form == "packed" else held.expanded)
+        assert os.environ.get("DVDQUANT_WEIGHTS") == variable
+        assert session.resident_bytes()["weights"] == 0
+    monkeypatch.setenv("DVDQUANT_WEIGHTS", "thin")
+    with pytest.raises(UnsupportedError, match="unknown weights 'thin'"):
+        TensorRTSession(artifact, device=HOST)
 
 
 def test_engines_that_do_not_fit_the_graph(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:

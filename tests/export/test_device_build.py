@@ -86,7 +86,8 @@ def test_the_dry_run_needs_no_tensorrt(model: Path, tmp_path: Path) -> None:
     ]
     assert plan["engines"] == []
     held = {name.partition(" (")[0]: size for name, size in plan["held_bytes"].items()}
-    assert held["a4 on SM 8.7"] < held["a8 on SM 8.7"] == held["a4 on SM 11.0"] == held["a8 on SM 11.0"]
+    # The weights stay packed, so that it is the same for all.
+    assert held["a4 on SM 8.7"] == held["a8 on SM 8.7"] == held["a4 on SM 11.0"] == held["a8 on SM 11.0"]
     assert "on the device, an engine of one transformer with its weights: a4 on SM 8.7" in text
     assert "too small" not in text
     assert not (tmp_path / "out").exists()

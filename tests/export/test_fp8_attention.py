@@ -77,7 +77,14 @@ def build(export: Export, model: ir.Model, sms: tuple[str, ...], folder: Path) -
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("sms", [("8.9", "12.0"), ("8.9",), ("12.0",)])
+@pytest.mark.parametrize(
+    "sms",
+    [
+        ("8.9", "12.0"),
+        pytest.param(("8.9",), marks=pytest.mark.stress),
+        pytest.param(("12.0",), marks=pytest.mark.stress),
+    ],
+)
 def test_tiny_wan_builds_one_fp8_kernel_for_each_attention(
     sms: tuple[str, ...], tiny_wan: Export, tmp_path: Path
 ) -> None:
@@ -190,9 +197,9 @@ def test_a_wrong_scale_is_out_of_bounds(small: Export) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    # Wan's engine and its judgement stand in tests of their own; CogVideoX has the fewest kinds of attention.
+    # Wan's engine and its judgement stand in tests of their own; HunyuanVideo has the most kinds of attention.
     "family",
-    [pytest.param(name, marks=[pytest.mark.stress] if name in ("wan", "cogvideox") else []) for name in FUSED],
+    [pytest.param(name, marks=[] if name == "hunyuan-video" else [pytest.mark.stress]) for name in FUSED],
 )
 def test_every_family_in_fp8(family: str, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", CONFIGS[family])

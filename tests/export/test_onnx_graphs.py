@@ -22,6 +22,7 @@ from dvdquant.recipe import ActivationSpec, Recipe, WeightSpec, get_recipe
 from dvdquant.system.safetensors_io import read_header
 from tests.support import tiny_models as tiny
 from tests.support.exporting import TINY_WAN, Export, check_layers, export_graphs, with_changes
+from tests.support.traces import traced
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GROUPED = Recipe("grouped", (ActivationSpec(4, 64), ActivationSpec(8)), WeightSpec(group_size=64))
@@ -331,9 +332,10 @@ def test_trace_refuses_sizes_that_do_not_fit() -> None:
 
 
 def test_base_graph_is_the_same_every_time() -> None:
-    """--resume and the engines' hashes rely on it."""
+    """--resume and the engines' hashes rely on it; the second is a graph that went through the store of the tests."""
     made = plan_model(tiny.LTX, get_recipe("w4a4"), torch.float16)
-    first, second = (ir.serde.serialize_model(_stripped(trace_graph(made, tiny.FIXED))) for _ in range(2))
+    models = (trace_graph(made, tiny.FIXED), traced(made, tiny.FIXED))
+    first, second = (ir.serde.serialize_model(_stripped(model)) for model in models)
     assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
 
 

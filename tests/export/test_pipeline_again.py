@@ -150,7 +150,7 @@ STAGES: dict[str, Callable[[Path], bool]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["engines", pytest.param("quantize", marks=pytest.mark.stress)])
 def test_resume_after_a_kill(stage: str, engines: Path, model: Path, tmp_path: Path) -> None:
     """Bit-identical weights and graphs, and the finished layers are not quantized again; without --resume, nothing is left."""
     arguments: list[object] = [model, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", *SIZES]

@@ -23,6 +23,7 @@ CHECK = Path(__file__).parents[2] / "kernels" / "check"
 sys.path[:0] = [str(CHECK), str(CHECK.parent / "bench")]
 
 import check_cases  # noqa: E402
+import check_fused  # noqa: E402
 import check_kernels  # noqa: E402
 import check_ops  # noqa: E402
 import check_quantizer  # noqa: E402
@@ -58,6 +59,8 @@ CHECKS: dict[str, Callable[[Any], Rows]] = {
     "large": large,
     "op": check_ops.check_op,
     "pre_quant": check_ops.check_pre_quant,
+    "streams": lambda b: check_ops.check_streams(b, 2, 4, 384, 40),
+    "fused": check_fused.check_fused,
     "quantizer": lambda b: check_quantizer.check_quantizer(b, 12, (256,)),
 }
 
@@ -111,6 +114,13 @@ WRONG: list[tuple[type[HostLibrary], str, int, str]] = [
     (wrong.RacyOutput, "shapes", 90, "one call = two calls"),
     (wrong.WrongPath, "dispatch", 90, "dispatch table"),
     (wrong.WrapsRows, "large", 90, "outputs beyond"),
+    (wrong.ExpandsWrongly, "shapes", 90, "packed weight, expanded = prepared"),
+    (wrong.ExpandsWrongly, "shapes", 120, "packed weight gives the same bits"),
+    (wrong.OneScratchForAll, "streams", 120, "packed weights on several streams"),
+    (wrong.RoughNorm, "fused", 90, "fused: layer"),
+    (wrong.RoughNorm, "fused", 80, "fused: rms"),
+    (wrong.RoughGelu, "fused", 90, "fused: gelu"),
+    (wrong.OneGate, "fused", 90, "fused: layer"),
     (wrong.WidestGrid, "quantizer", 90, "quantizer: search"),
     (wrong.OneCodeOff, "quantizer", 90, "quantizer: codes"),
     (wrong.ForgetsErrors, "quantizer", 90, "quantizer: feedback"),
@@ -171,7 +181,7 @@ def test_a_stack_of_modules_runs_on_the_binding_and_a_wrong_product_fails() -> N
 def test_tiny_wan_runs_on_the_binding() -> None:
     rows = list(check_ops.check_model(bench(HostLibrary())))
     assert [r.name for r in rows[2::2]] == ["tiny Wan (diffusers), a8", "tiny Wan (diffusers), a4"]
-    assert all(r.name.endswith("only prepared weights held") for r in rows[1::2])
+    assert all(r.name.endswith("only prepared or packed weights held") for r in rows[1::2])
     assert all(r.passed and r.cases == 1 for r in rows)
 
 

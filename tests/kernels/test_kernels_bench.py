@@ -114,10 +114,12 @@ def test_whole_benchmark_runs_on_the_cpu(modules: SimpleNamespace, tmp_path: Pat
     assert [text for text in told if text[0] != " "] == ["machine", "small 24×256→40", "thin 9×512→16"]
     assert sum(text[0] == " " for text in told) == len([row for row in rows if row.shape])
     ours = [row for row in rows if row.ours]
-    assert [row.stage for row in ours] == ["RQ", "QL", "RQ+QL"] * len(bench.MODES) * len(shapes)
+    assert [row.stage for row in ours] == ["RQ", "QL", "RQ+QL", "EX", "RQ+QL"] * len(bench.MODES) * len(shapes)
     assert all(row.milliseconds is not None and row.milliseconds > 0 and row.floor > 0 for row in ours)
     assert sum(row.reference for row in rows) == 3 * len(shapes)
-    assert {"A8 token (s8_wgmma)", "A4 group 128 (e4m3_group)"} <= {row.name for row in ours}
+    assert {"A8 token (s8_wgmma)", "A8 token (s8_wgmma), packed", "A4 group 128 (e4m3_group)"} <= {
+        row.name for row in ours
+    }
     named = {row.name: row for row in rows if row.shape == shapes[0]}
     assert named["F.linear bf16 + bias"].milliseconds is not None
     # What a CPU does not have is in the table, with the reason.

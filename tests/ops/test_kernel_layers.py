@@ -19,6 +19,7 @@ from dvdquant.numerics.hadamard import Rotation
 from dvdquant.ops import cuda_linear
 from dvdquant.ops.cuda_linear import CudaKernels, usable_kernels
 from dvdquant.ops.kernel_layer import KernelLayer
+from dvdquant.ops.paths import choose_path
 from dvdquant.ops.repack import LayerShape, prepared_bytes
 from dvdquant.recipe import ActivationSpec
 from tests.support import session_exports as made
@@ -29,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder i
 import check_kernels  # noqa: E402
 import check_ops  # noqa: E402
 from check_cases import make_tokens, make_weight  # noqa: E402
-from host_library import HostLibrary, choose_path  # noqa: E402
+from host_library import HostLibrary  # noqa: E402
 
 CPU = torch.device("cpu")
 ROTATION = Rotation.for_features(256, "auto")

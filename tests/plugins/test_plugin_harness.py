@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from dvdquant.numerics.hadamard import hadamard_matrix
+from dvdquant.ops.packed_rows import rows_bytes
 from dvdquant.ops.reference import quant_linear_reference
+from dvdquant.ops.repack import LayerShape
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.tensorrt_headers
@@ -142,7 +144,9 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(build: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The harness; variables that are not given are unset."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("LD_LIBRARY_PATH", "DVDQUANT_KERNELS")}
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("LD_LIBRARY_PATH", "DVDQUANT_KERNELS", "DVDQUANT_WEIGHTS")
+    }
     return subprocess.run(
         [str(build / "harness"), str(build / "libdvdquant_plugins.so"), *arguments],
         capture_output=True,
@@ -206,9 +210,10 @@ def test_only_the_two_doors_are_exported(sanitized: Path) -> None:
     assert {line.split()[-1] for line in listed.splitlines()} == {"getCreators", "setLoggerFinder"}
 
 
-def test_enqueue_passes_the_layer_on(sanitized: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["packed", "expanded"])
+def test_enqueue_passes_the_layer_on(sanitized: Path, tmp_path: Path, form: str) -> None:
     folders = {name: case.write(tmp_path / name) for name, case in CASES.items()}
-    done = run(sanitized, "run", *map(str, folders.values()), **host_device(sanitized))
+    done = run(sanitized, "run", *map(str, folders.values()), **host_device(sanitized) | {"DVDQUANT_WEIGHTS": form})
     check(done, device=True)
     for name, case in CASES.items():
         exact = case.exact()
@@ -217,17 +222,32 @@ def test_enqueue_passes_the_layer_on(sanitized: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(
             y, exact, rtol=HALF_ULP[case.dtype] * 1.01, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
-        assert torch.equal(y, case.read(folders[name], "y_graph.bin")), name
+        for other in ("y_graph.bin", "y_twin.bin", "y_old.bin"):
+            assert torch.equal(y, case.read(folders[name], other)), (name, other)
+        # What is held beside the bound weight: the rows, or all of it again.
+        rows = 8 * case.rows * (2 * case.groups + 1)
+        held = rows if form == "packed" else 8 * case.rows * (case.shape[-1] + 1)
+        assert f"{folders[name]}: holds {held} bytes" in done.stdout
 
 
-@pytest.mark.parametrize(("sm", "added"), [(90, 0), (80, 1)])
-def test_the_two_widths_share_a_prepared_weight_where_they_can(
-    sanitized: Path, tmp_path: Path, sm: int, added: int
+@pytest.mark.parametrize(
+    ("sm", "form", "added"), [(90, "packed", 0), (80, "packed", 0), (90, "expanded", 0), (80, "expanded", 1)]
+)
+def test_the_two_widths_share_a_weight_where_they_can(
+    sanitized: Path, tmp_path: Path, sm: int, form: str, added: int
 ) -> None:
     folder = CASES["a4-token-rotated"].write(tmp_path / "layer")
-    done = run(sanitized, "run", str(folder), **host_device(sanitized, sm))
+    done = run(sanitized, "run", str(folder), **host_device(sanitized, sm) | {"DVDQUANT_WEIGHTS": form})
     check(done, device=True)
     assert f"other width allocates {added}\n" in done.stdout
+
+
+def test_an_unknown_form_of_weights_is_refused(sanitized: Path, tmp_path: Path) -> None:
+    folder = CASES["vector"].write(tmp_path / "layer")
+    done = run(sanitized, "run", str(folder), **host_device(sanitized) | {"DVDQUANT_WEIGHTS": "thin"})
+    assert done.returncode == 1
+    assert "DVDQUANT_WEIGHTS is thin" in done.stderr
+    assert "packed, expanded" in done.stderr
 
 
 def test_an_unsupported_gpu_is_refused_in_the_kernels_words(sanitized: Path, tmp_path: Path) -> None:
@@ -256,8 +276,13 @@ def test_enqueue_on_the_emulated_kernels(sanitized: Path, emulated: Path, tmp_pa
         **host_device(sanitized, sm) | {"DVDQUANT_KERNELS": str(emulated)},
     )
     check(done, device=True)
+    expanded = {name: case.read(folders[name], "y_old.bin") for name, case in CASES.items()}
     for name, case in CASES.items():
         exact, y = case.exact(), case.read(folders[name], "y.bin")
+        # An engine that holds weights expanded computes the same bits.
+        assert torch.equal(y, expanded[name]), name
+        shape = LayerShape(case.rows, case.shape[-1], case.groups, case.float_zero_point)
+        assert f"{folders[name]}: holds {rows_bytes(shape)} bytes" in done.stdout
         plain = quant_linear_reference(**case.tensors(), act_bits=case.act_bits, act_group=case.act_group).double()
         allowed = 2 * (plain - exact).norm() / exact.norm()
         if case.groups > 1:

@@ -14,6 +14,7 @@ from dvdquant.quantize.backends.numba_rows import for_row_parts, hadamard_rows, 
 from dvdquant.quantize.bgr import quantize_weight, relative_mse
 from dvdquant.quantize.checkpoint import rotate_rows
 from dvdquant.recipe import WeightSpec
+from tests.support.bounds import LAMBDA, UNIT
 
 
 @pytest.mark.parametrize("order", [2, 8, 64, 256, 1024])
@@ -34,7 +35,10 @@ def test_rotate_rows_equals_rotate(spec: str | int) -> None:
     rotation = Rotation.for_features(96 * 16, spec)
     w = torch.randn(21, 96 * 16, generator=torch.Generator().manual_seed(1))
     expected = rotate(w.double(), rotation)
-    torch.testing.assert_close(rotate_rows(w.clone(), rotation).double(), expected, rtol=0, atol=2e-5)
+    # Sums over a block in fp32, in two stages: each is off by at most λ·u of the block's norm, as the layer judge has it.
+    size = w.double().unflatten(1, (-1, rotation.block)).norm(dim=-1).repeat_interleave(rotation.block, 1)
+    bound = 2 * LAMBDA * UNIT[torch.float32] * size * (rotation.block > 1)
+    assert bool(((rotate_rows(w.clone(), rotation).double() - expected).abs() <= bound).all())
 
 
 def test_pack_rows_equals_pack_int4() -> None:

@@ -34,7 +34,9 @@ class _Absent(types.ModuleType):
         return type(name, (), {})
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds torchvision and torchaudio where they are not installed, as modules whose every name is an empty class."""
+
     names = ("torchvision", "torchaudio")
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
@@ -52,7 +54,7 @@ def start(root: Path, base: Path, nodes: Path) -> Any:
     """Import ComfyUI on the CPU with ``base`` for its models and outputs, and load our nodes as ComfyUI does."""
     importlib.import_module("dvdquant.deploy.pipelines.transformer")  # diffusers asks for torchvision, too
     importlib.import_module("diffusers.models.transformers.transformer_wan")
-    sys.meta_path.append(_Finder())  # last: an installed torchvision is taken
+    sys.meta_path.append(StandIns())  # last: an installed torchvision is taken
     sys.argv = ["main.py", "--cpu", "--base-directory", str(base), "--preview-method", "latent2rgb"]
     sys.path.insert(0, str(root))
     importlib.import_module("comfy.options").enable_args_parsing()

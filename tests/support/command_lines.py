@@ -1,4 +1,4 @@
-"""Command lines with one thing wrong: every option of the four commands × the kinds of bad value it can get."""
+"""Command lines with one thing wrong: every option of all commands but the server × the kinds of bad value it can get."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ PATH_OPTIONS = {
     "gif",
     "strip",
 }
-PATH_OPTIONS |= {"trace", "pipeline", "model", "graph"}
+PATH_OPTIONS |= {"trace", "pipeline", "model", "graph", "plugin", "wheels", "folder", "source"}
 SUFFIXES = {"output": ".mp4", "gif": ".gif", "strip": ".png", "trace": ".json", "page": ".html"}
 
 
@@ -109,13 +109,28 @@ def base(command: str) -> list[str]:
         "inspect": ["export"],
         "plan": [*run, "--steps", "3", "--delta", "0", "-o", "schedule.json"],
         "run": [*run, "--steps", "1", "-o", "clip.gif"],
+        "build": ["export", "--dry-run"],
+        "bundle": ["export", "-o", "new.tar"],
+        "push": ["export", "somebody/export", "--dry-run"],
+        "bench": [
+            "export",
+            "--backend",
+            "onnxruntime",
+            "--device",
+            "cpu",
+            "--bits",
+            "8",
+            "--repeats",
+            "1",
+            "--warm-up",
+            "0",
+        ],
+        "doctor": [],
     }[command]
 
 
 def without(words: list[str], parameter: click.Parameter) -> list[str]:
-    """``words`` without the option and its value, or without the one argument."""
-    if isinstance(parameter, click.Argument):
-        return words[1:]
+    """``words`` without the option and its value."""
     kept, skip = [], False
     for word in words:
         skip, hide = False, skip
@@ -154,8 +169,13 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
                 continue
             option = parameter.opts[-1]
             for kind, value in values(parameter):
-                rest = without(base(name), parameter)
-                words = [value, *rest] if isinstance(parameter, click.Argument) else [*rest, option, value]
+                if isinstance(parameter, click.Argument):
+                    words = base(name)
+                    words[[p.name for p in command.params if isinstance(p, click.Argument)].index(parameter.name)] = (
+                        value
+                    )
+                else:
+                    words = [*without(base(name), parameter), option, value]
                 yield f"dvdq-{name} {option}: {kind}", [name, *words]
 
 
@@ -164,16 +184,20 @@ _COSTLY = {"0", "inf", "1e400", "9" * 30, "9" * 5000, "1e-320", LATIN, HOSTILE}
 
 
 def some_command_lines() -> list[tuple[str, list[str]]]:
-    """A fault of every option, another kind for each, those left out that only show when a clip is made."""
+    """A fault of every second option, another kind for each, those left out that only show when a clip is made."""
     groups: dict[tuple[str, str], list[tuple[str, list[str]]]] = {}
     for what, words in command_lines():
         value = words[-1]
-        whole = words[0] in ("plan", "run") and (value in _COSTLY or value.endswith(tuple(SUFFIXES.values())))
-        waits = what.endswith("--prompts: a path of a pipe")  # a pipe is read, so it waits for a writer
-        if not whole and not waits and not (words[0] == "plan" and what.split(":")[0].endswith(("--plot", "--output"))):
+        whole = words[0] in ("plan", "run", "bench") and (value in _COSTLY or value.endswith(tuple(SUFFIXES.values())))
+        waits = what.endswith("--prompts: a path of a pipe")  # a writer is waited for
+        if (
+            not whole
+            and not waits
+            and not (words[0] in ("plan", "bench") and what.split(":")[0].endswith(("--plot", "--output")))
+        ):
             groups.setdefault((words[0], what.partition(":")[0]), []).append((what, words))
     # Options have much the same kinds, in the same order: by steps of a number without a common divisor all are met.
-    return [lines[7 * turn % len(lines)] for turn, lines in enumerate(groups.values())]
+    return [lines[7 * turn % len(lines)] for turn, lines in enumerate(groups.values()) if turn % 2 == 0]
 
 
 class CommandServer:

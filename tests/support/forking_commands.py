@@ -24,12 +24,15 @@ from typing import Any
 
 import torch
 
-COMMANDS = {name: importlib.import_module(f"dvdquant.cli.{name}").main for name in ("export", "inspect", "plan", "run")}
+from tests.support.traces import share_traces
+
+NAMES = ("export", "inspect", "plan", "run", "build", "bundle", "push", "bench", "doctor")
+COMMANDS = {name: importlib.import_module(f"dvdquant.cli.{name}").main for name in NAMES}
 MODULES = (
     "export.pipeline", "export.options", "deploy.report.page", "deploy.artifact", "deploy.generation.generate",
     "deploy.planning.planner", "deploy.planning.plot", "deploy.generation.run_report", "deploy.generation.video",
     "deploy.sessions", "deploy.generation.original", "checkpoint.prompt_table", "export.engines.polygraphy_tools",
-    "system.progress", "quantize.layer_inputs",
+    "system.progress", "quantize.layer_inputs", "hub.push", "export.on_device", "artifact.bundle",
 )  # fmt: skip
 
 
@@ -149,6 +152,7 @@ def main() -> None:
     torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
     for name in MODULES:
         importlib.import_module(f"dvdquant.{name}")
+    share_traces()
     import diffusers
     import matplotlib.pyplot
     import onnx

@@ -24,6 +24,7 @@ from dvdquant.export.plan import ExportPlan, plan_export
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support.faults import WRITES, Faults
+from tests.support.traces import traced
 
 
 def options(request: dict[str, Any]) -> ExportOptions:
@@ -60,16 +61,15 @@ def export(request: dict[str, Any], plan: ExportPlan, report: int) -> None:
 def main() -> None:
     """Serve until stdin closes."""
     torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
-    traced: dict[str, Any] = {}
-    trace = pipeline.trace_graph
+    bases: dict[str, Any] = {}
     # The space check would refuse before anything is written; here the disk is to fill up half-way.
     pipeline.require_disk = lambda *_: None  # type: ignore[attr-defined]
     for line in sys.stdin:
         request = json.loads(line)
         plan = plan_export(options(request))
-        if request["recipe"] not in traced:
-            traced[request["recipe"]] = trace(plan.plans[0], plan.sizes)
-        base = traced[request["recipe"]]
+        if request["recipe"] not in bases:
+            bases[request["recipe"]] = traced(plan.plans[0], plan.sizes)
+        base = bases[request["recipe"]]
         pipeline.trace_graph = lambda *_, base=base: base  # type: ignore[attr-defined]
         reader, writer = os.pipe()
         if (pid := os.fork()) == 0:

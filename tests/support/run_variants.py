@@ -26,7 +26,7 @@ NUMERIC = [
     "bgr",
     "bgr_device",
     "fast_rows",
-    "feedback",
+    "gptq",
     "gbs",
     "hadamard",
     "kernel_layers",

@@ -1,15 +1,22 @@
-"""Traced graphs that the exports of one test process share: a trace is most of the time of a tiny export."""
+"""Traced graphs that the exports of one test run share: a trace is most of the time of a tiny export."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import hashlib
 import json
+from pathlib import Path
 
+import onnx
 import onnx_ir as ir
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from dvdquant.export import pipeline
 from dvdquant.export.graph.trace import trace_graph
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
+from tests.support.folders import shared_folder
 
 __all__ = ["share_traces", "traced"]
 
@@ -17,15 +24,30 @@ _TRACES: dict[str, ir.Model] = {}
 
 
 def traced(plan: ModelPlan, sizes: Sizes) -> ir.Model:
-    """As :func:`trace_graph`: a copy of the graph that this process traced for the same plan and sizes, or a new one."""
+    """As :func:`trace_graph`: a copy of the graph that a process of this run traced for the same plan and sizes, or a new one."""
     config = json.dumps(plan.family.config, sort_keys=True, default=repr)
     # All that a trace depends on; the solver of a recipe, and what it does to the weights, is not in the graph.
-    key = repr((plan.family.name, config, plan.recipe.activations[0], plan.dtype, plan.layers, plan.kept, sizes))
+    decided = (plan.recipe.activations[0], plan.dtype, plan.layers, plan.kept, plan.lora_rank)
+    key = repr((plan.family.name, config, *decided, sizes))
     if key not in _TRACES:
-        _TRACES[key] = trace_graph(plan, sizes)
+
+        def trace(folder: Path) -> None:
+            (folder / "graph.onnx").write_bytes(ir.to_proto(trace_graph(plan, sizes)).SerializeToString())
+
+        name = f"trace-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+        stored = (shared_folder(name, trace) / "graph.onnx").read_bytes()
+        _TRACES[key] = ir.from_proto(onnx.ModelProto.FromString(stored))
     return _TRACES[key].clone()
 
 
 def share_traces() -> None:
-    """Let every export of this process take its graph from here."""
+    """Let every export of this process take its graph from here, and torch list its translations to ONNX once."""
     pipeline.trace_graph = traced  # type: ignore[attr-defined]
+    listed = functools.cache(ONNXRegistry.from_torchlib)
+
+    def copied(**options: int) -> ONNXRegistry:
+        registry = copy.copy(listed(**options))
+        registry.functions = {target: list(found) for target, found in registry.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = staticmethod(copied)  # type: ignore[assignment]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,29 @@ class SwappedNibbles(HostLibrary):
         raw = _view(codes, (m, plan.codes_bytes_per_token), torch.uint8)
         if plan.codes == "s4":
             raw.copy_((raw << 4) | (raw >> 4))
+
+
+class ExpandsWrongly(HostLibrary):
+    """Loses the last code of an expanded weight."""
+
+    def _expanded(self, layer: Any, plan: Any, weight_codes: int, rows: int) -> bytes:
+        raw = bytearray(super()._expanded(layer, plan, weight_codes, rows))
+        raw[layer.n * (layer.k // 2 if plan.codes == "s4" else layer.k) - 1] ^= 64
+        return bytes(raw)
+
+
+class OneScratchForAll(HostLibrary):
+    """Expands the weights of all streams into one buffer."""
+
+    scratch = ctypes.create_string_buffer(1 << 20)
+    meeting = threading.Barrier(2)
+
+    def packed_linear(self, layer: Any, sm: int, x: int, outer: int, weight_codes: int, rows: int, y: int, m: int, workspace: int, size: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
+        raw = self._expanded(layer, self.plan_layer(layer, sm), weight_codes, rows)
+        ctypes.memmove(self.scratch, raw, len(raw))
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.meeting.wait(1)
+        self.quant_linear(layer, sm, x, outer, ctypes.addressof(self.scratch), y, m, workspace, size, stream, balance)
 
 
 class UnbalancedTail(HostLibrary):
@@ -215,3 +240,30 @@ class PreparedTwice(HostLibrary):
             codes = _view(prepared, (layer.n, layer.k), torch.uint8)
             codes.copy_(codes.flip(0))
         self.seen.add(weight.codes)
+
+
+class RoughNorm(HostLibrary):
+    """Takes half a unit of bf16 too much of a norm, as an approximate root would."""
+
+    def prologue(self, layer: Any, prologue: Any, x: int, m: int) -> torch.Tensor:
+        z = super().prologue(layer, prologue, x, m)
+        if prologue.norm == "none":
+            return z
+        return (z.float() * (1 + 2.0**-9)).to(z.dtype)
+
+
+class RoughGelu(HostLibrary):
+    """Computes GELU by the error function."""
+
+    def prologue(self, layer: Any, prologue: Any, x: int, m: int) -> torch.Tensor:
+        if not prologue.gelu:
+            return super().prologue(layer, prologue, x, m)
+        dtype = DTYPES[layer.dtype]
+        return torch.nn.functional.gelu(_view(x, (m, layer.k), dtype).float()).to(dtype)
+
+
+class OneGate(HostLibrary):
+    """Reads the first row of the gate for every token."""
+
+    def prologue(self, layer: Any, prologue: Any, x: int, m: int) -> torch.Tensor:
+        return super().prologue(layer, replace(prologue, gate_tokens=0), x, m)

@@ -94,6 +94,29 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
     assert [str(place) for place in places] == ["cuda:1", "cuda:0"]
 
 
+def test_the_index_of_a_gpu_reaches_the_weights_of_the_original(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What PyTorch is asked to move them to, in mode 16."""
+    from dvdquant.deploy.artifact import Artifact
+    from dvdquant.deploy.generation.original import load_original
+    from tests.support.exporting import TINY_WAN
+    from tests.support.running import tiny_wan_export
+
+    moved: list[Any] = []
+
+    def to(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        moved.append(args[0] if args else kwargs)
+        return module
+
+    artifact = Artifact.open(tiny_wan_export())
+    request.getfixturevalue("gpus")
+    monkeypatch.setattr(torch.nn.Module, "to", to)  # there is no such GPU to move anything to
+    load_original(artifact, TINY_WAN, "transformer", resolve_device("cuda:1"), torch.bfloat16)
+    assert torch.device("cuda", 1) in moved
+    assert torch.device("cuda", 0) not in moved
+
+
 def test_nothing_else_in_deploy_reads_a_device_name() -> None:
     import dvdquant.deploy.generation.from_table
     import dvdquant.deploy.generation.in_pipeline

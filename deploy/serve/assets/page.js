@@ -3,6 +3,7 @@
 const by = (id) => document.getElementById(id);
 const cards = new Map();
 const clips = new Map();
+const PICTURES = ["input_reference", "last_reference"];
 let models = [];
 
 function key() { return sessionStorage.getItem("key") || ""; }
@@ -26,7 +27,12 @@ function body() {
   for (const name of ["num_frames", "num_inference_steps", "guidance_scale", "seed", "delta"]) {
     if (by(name).value !== "") data[name] = Number(by(name).value);
   }
-  return { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(data) };
+  const chosen = PICTURES.filter((name) => !by(name).parentElement.hidden && by(name).files.length);
+  if (!chosen.length) return { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(data) };
+  const form = new FormData();
+  for (const [name, value] of Object.entries(data)) form.append(name, value);
+  for (const name of chosen) form.append(name, by(name).files[0]);
+  return { method: "POST", body: form };
 }
 
 async function tried(work) {
@@ -46,6 +52,7 @@ function showModel() {
   by("words").textContent = about.words ? `Words: ${about.words}` : "";
   if (about.example && !by("prompt").value) by("prompt").value = about.example;
   if (about.width) by("size").placeholder = `${about.width.default}x${about.height.default}`;
+  for (const name of PICTURES) by(name).parentElement.hidden = !about.pictures || about.pictures[name] === "none";
   if (about.frames) by("num_frames").placeholder = about.frames.default;
 }
 

@@ -7,7 +7,8 @@
 //   quant_linear = RQ + QL in one call, with the codes in the workspace.
 //
 // A layer's packed weight (canonical layout, see dvdq_weight) is prepared once per device: expanded or repacked to what
-// the path of that device multiplies. The packed weight is not needed afterwards.
+// the path of that device multiplies. The packed weight is not needed afterwards. Or it stays packed, one copy for all
+// activation grids, and is expanded before each product that needs it: dvdq_packed_linear.
 #pragma once
 
 #include <stddef.h>
@@ -23,7 +24,7 @@
 extern "C" {
 #endif
 
-#define DVDQ_ABI_VERSION 3
+#define DVDQ_ABI_VERSION 4
 
 typedef void* dvdq_stream;  // cudaStream_t
 
@@ -117,6 +118,64 @@ DVDQ_API dvdq_status dvdq_linear_gemm(const dvdq_layer* layer, int32_t sm, const
 DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
                                        const float* outer_matrix, const void* prepared, void* y, int64_t m,
                                        void* workspace, int64_t workspace_bytes, dvdq_stream stream);
+
+// ---- weights that stay packed ------------------------------------------------------------------------------------------
+//
+// Half a byte a weight, on every SM and for all activation grids: the codes of dvdq_weight where they are, and `rows`, a small
+// buffer that is made once. S4 paths multiply the codes themselves. For the others the weight is expanded into the workspace
+// just before the product, byte for byte to what dvdq_prepare_weight makes, so that y has the same bits. The workspace belongs
+// to the call, so calls on several streams need several, and nothing else is shared.
+
+// Bytes of the rows of a layer; the same on every SM that runs it. Host only.
+DVDQ_API dvdq_status dvdq_rows_bytes(const dvdq_layer* layer, int32_t sm, int64_t* bytes);
+
+// Stored weight -> its rows (256-byte aligned), on the current device. Of `weight` only the codes are needed afterwards.
+DVDQ_API dvdq_status dvdq_make_rows(const dvdq_layer* layer, int32_t sm, const dvdq_weight* weight, void* rows,
+                                    int64_t rows_bytes, dvdq_stream stream);
+
+// Codes and rows -> the prepared weight of the layer's path. DVDQ_UNSUPPORTED on S4 paths, which need none.
+DVDQ_API dvdq_status dvdq_expand_weight(const dvdq_layer* layer, int32_t sm, const void* weight_codes, const void* rows,
+                                        void* prepared, int64_t prepared_bytes, dvdq_stream stream);
+
+// Bytes of workspace that dvdq_packed_linear needs for m tokens: those of dvdq_quant_linear, and the expanded weight. Host only.
+DVDQ_API dvdq_status dvdq_packed_workspace_bytes(const dvdq_layer* layer, int32_t sm, int64_t m, int64_t* bytes);
+
+// dvdq_quant_linear on a weight that stays packed. Capturable in a CUDA graph.
+DVDQ_API dvdq_status dvdq_packed_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
+                                        const float* outer_matrix, const void* weight_codes, const void* rows, void* y,
+                                        int64_t m, void* workspace, int64_t workspace_bytes, dvdq_stream stream);
+
+// ---- with the operations before a layer, in the same pass ---------------------------------------------------------------
+
+typedef enum dvdq_norm { DVDQ_NORM_NONE = 0, DVDQ_NORM_LAYER = 1, DVDQ_NORM_RMS = 2 } dvdq_norm;
+
+// What RQ reads in place of x. In fp32; -> is a rounding to layer.dtype:
+//   gelu != 0:  z = gelu(x) by tanh ->
+//   else:       h = x + gate * y ->;  n = (h - mean) / sqrt(variance + eps);  z = multiplier * n + addend ->
+// mean and variance are over the k channels of a token; RMS: mean = 0; NONE: n = h. Without y, h = x. eps >= 0, and more where a
+// token may be all zeros.
+// gate, multiplier, addend: fp32 rows of [k]. Token i reads row i / tokens (0 tokens: row 0), which starts `stride` floats
+// after the one before; strides are multiples of 4.
+typedef struct dvdq_prologue {
+  const void* y;            // [m, k] of layer.dtype, may be null
+  const float* gate;        // may be null: ones
+  const float* multiplier;  // may be null: ones
+  const float* addend;      // may be null: zeros
+  void* hidden;             // [m, k], h is written there; may be null; not x or y
+  int64_t gate_tokens, gate_stride;
+  int64_t modulate_tokens, modulate_stride;  // of multiplier and addend
+  int32_t norm;             // dvdq_norm
+  int32_t gelu;
+  float eps;
+} dvdq_prologue;
+
+// dvdq_rotate_quantize and dvdq_quant_linear of z. layer.outer == 1 and k up to 32768, else DVDQ_UNSUPPORTED.
+DVDQ_API dvdq_status dvdq_fused_quantize(const dvdq_layer* layer, int32_t sm, const dvdq_prologue* prologue, const void* x,
+                                         const void* pre_quant, void* codes, float* scales, float* sums, int64_t m,
+                                         dvdq_stream stream);
+DVDQ_API dvdq_status dvdq_fused_linear(const dvdq_layer* layer, int32_t sm, const dvdq_prologue* prologue, const void* x,
+                                       const void* pre_quant, const void* prepared, void* y, int64_t m, void* workspace,
+                                       int64_t workspace_bytes, dvdq_stream stream);
 
 // ---- quantizing: rotated weights -> 4-bit grids -----------------------------------------------------------------------
 

@@ -1,0 +1,163 @@
+"""Count the device memory for the weights of published models, packed and expanded, on every GPU.
+
+    python benchmarks/held_weights.py                        # the table of docs/hardware.md
+    python benchmarks/held_weights.py --model wan2.1-14b --recipe w4a8 --bits 8
+    python benchmarks/held_weights.py --library              # every layer is asked of the kernels' library, too
+    python benchmarks/held_weights.py --kept                 # and the largest tensors that stay in 16 bit
+
+Nothing is downloaded and no weight is read: the layers come from the model's published config on meta tensors, the bytes of
+each form from the layouts of the kernels. The cost of packed weights is modelled (:mod:`dvdquant.model.held_weights`), at
+480 × 832 and 81 frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
+from dvdquant.model.families import Axis, Sizes
+from dvdquant.model.held_weights import HeldWeights, held_weights, largest_kept, shape_of
+from dvdquant.model.plan import ModelPlan, plan_model
+from dvdquant.ops.cuda import KernelLibrary, load_library
+from dvdquant.recipe import get_recipe
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+GIB = 2**30
+# Pixels and frames of the cost.
+HEIGHT, WIDTH, FRAMES = 480, 832, 81
+
+
+def models() -> list[str]:
+    """Return the names of the published configs, the smallest model first."""
+    return sorted((path.stem for path in CONFIGS.glob("*.json")), key=_order)
+
+
+def _order(name: str) -> tuple[int, str]:
+    known = ["wan2.1-1.3b", "ltx-video-2b", "wan2.2-5b", "cogvideox-5b", "hunyuan-video", "wan2.1-14b"]
+    return (known.index(name) if name in known else len(known), name)
+
+
+def plan_of(name: str, recipe: str) -> ModelPlan:
+    """Return the plan of a model.
+
+    Args:
+        name: The name of its config.
+        recipe: The name of the recipe.
+    """
+    return plan_model(json.loads((CONFIGS / f"{name}.json").read_text()), get_recipe(recipe), torch.bfloat16)
+
+
+def sizes_of(plan: ModelPlan) -> Sizes:
+    """Return the sizes in latents of a clip of 480 × 832 and some 81 frames.
+
+    Args:
+        plan: The plan of the model.
+    """
+    scales = plan.family.vae_scale
+    axes = [
+        size // scale // patch * patch
+        for size, scale, patch in zip((HEIGHT, WIDTH), scales[1:], plan.family.patch()[1:])
+    ]
+    frames = plan.family.latent_frames(FRAMES) // plan.family.patch()[0] * plan.family.patch()[0]
+    return Sizes(*map(Axis.fixed, (frames, *axes)), plan.family.default_text_tokens)
+
+
+def asked(plan: ModelPlan, library: KernelLibrary, sm: int, bits: Sequence[int]) -> tuple[int, int]:
+    """Return the packed and the expanded bytes of the quantized layers as the kernels' library gives them.
+
+    Args:
+        plan: The plan of the model.
+        library: The kernels' library; no GPU is needed.
+        sm: The compute capability, major · 10 + minor.
+        bits: The activation bits.
+    """
+    packed = expanded = 0
+    for spec in plan.layers:
+        layers = [shape_of(spec, plan, width) for width in bits]
+        forms = {found.form: found.prepared_bytes for found in (library.plan_layer(layer, sm) for layer in layers)}
+        packed += spec.out_features * spec.features // 2 + library.rows_bytes(layers[0], sm)
+        expanded += sum(forms.values())
+    return packed, expanded
+
+
+def rows(name: str, recipe: str, bits: Sequence[int], library: KernelLibrary | None) -> list[str]:
+    """Return the lines of the table of one model: one for each group of GPUs that hold the same.
+
+    Args:
+        name: The name of its config.
+        recipe: The name of the recipe.
+        bits: The activation bits.
+        library: The library that every count is compared with, or None.
+
+    Raises:
+        SystemExit: The library counts otherwise.
+    """
+    plan = plan_of(name, recipe)
+    sizes, found = sizes_of(plan), {}
+    for sm, facts in CAPABILITIES.items():
+        if not facts.kernels or facts.refused:
+            continue
+        held = held_weights(plan, sm_number(sm), bits, sizes)
+        if library is not None and asked(plan, library, sm_number(sm), bits) != (held.packed, held.expanded):
+            raise SystemExit(f"{name} on SM {sm}: the kernels' library counts otherwise")
+        found.setdefault((held.expanded, held.packed), []).append((sm, held))
+    lines = []
+    for number, group in enumerate(found.values()):
+        head = f"{name} | {2 * plan.all_weights / GIB:.2f}" if number == 0 else " | "
+        lines.append(f"| {head} | {_sms([sm for sm, _ in group])} | {_cells([held for _, held in group])} |")
+    return lines
+
+
+def _sms(sms: Sequence[str]) -> str:
+    return ", ".join(sms) if len(sms) < 5 else f"{sms[0]} to {sms[-1]}"
+
+
+def _cells(group: Sequence[HeldWeights]) -> str:
+    first = group[0]
+    costs = sorted(100 * held.cost for held in group)
+    cost = f"{costs[0]:.1f}" if costs[0] == costs[-1] else f"{costs[0]:.1f} to {costs[-1]:.1f}"
+    sizes = (
+        first.nbytes("expanded"), first.plugin_bytes("expanded"), first.nbytes("packed"), first.plugin_bytes("packed"),
+        first.kept + first.stored, first.kept,
+    )  # fmt: skip
+    return " | ".join([*(f"{size / GIB:.2f}" for size in sizes), f"{first.scratch / 2**20:.0f}", cost])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables.
+
+    Args:
+        arguments: The command line; None means that of the process.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", action="append", choices=models(), help="only this one; repeat it for several")
+    parser.add_argument("--recipe", default="w4a4-g64", help="the recipe (default: w4a4-g64)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], help="the widths that are loaded (default: 4 8)")
+    parser.add_argument("--library", action="store_true", help="compare with the built library of the kernels")
+    parser.add_argument("--kept", action="store_true", help="list the largest tensors in 16 bit, too")
+    options = parser.parse_args(arguments)
+    library = load_library() if options.library else None
+    print(
+        "| model | bf16, GiB | SM | expanded, PyTorch | expanded, plugin | packed, PyTorch | packed, plugin | files | of it not "
+        "quantized | scratch, MiB | cost of a step, % [modelled] |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for name in options.model or models():
+        for line in rows(name, options.recipe, options.bits, library):
+            print(line)
+    for name in (options.model or models()) if options.kept else ():
+        print(f"\n{name}, not quantized:")
+        for tensor in largest_kept(plan_of(name, options.recipe)):
+            print(f"  {tensor.nbytes / 2**20:8.1f} MiB  {tensor.name} {list(tensor.shape)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The figures of dvdq-serve as they were measured last, each with its day and machine, and their table in the documentation."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+__all__ = ["machine", "save"]
+
+FILE = Path(__file__).with_name("results.json")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def machine() -> dict[str, Any]:
+    """Return the day and what the machine is, with the load that others made before."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    names = re.findall(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return {
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "cpu": names[0].strip() if names else "an unknown CPU",
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def save(name: str, where: dict[str, Any], command: str, rows: list[tuple[str, str, str]]) -> None:
+    """Keep the figures of one measure, and write the table of all of them anew.
+
+    Args:
+        name: The measure.
+        where: From :func:`machine`.
+        command: What was run.
+        rows: What was measured, the figure, and what is wanted.
+    """
+    kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    kept[name] = {**where, "command": command, "rows": rows}
+    FILE.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(kept)}\n{END}{after}", encoding="utf-8")
+
+
+def table(kept: dict[str, Any]) -> str:
+    """Return the figures as a table.
+
+    Args:
+        kept: The measures by name.
+    """
+    lines = ["| what | figure | wanted | command, day, load before |", "| --- | --- | --- | --- |"]
+    for each in kept.values():
+        for i, (what, figure, wanted) in enumerate(each["rows"]):
+            source = f"`{each['command']}`, {each['date']}, {each['load']}" if i == 0 else ""
+            lines.append(f"| {what} | {figure} | {wanted} | {source} |")
+    cpus = sorted({f"{each['cores']} cores of an {each['cpu']}" for each in kept.values()})
+    return f"Machine: {'; '.join(cpus)}, no GPU.\n\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,231 @@
+"""What a run holds at each of its stages, and the arrangement of parts that fits a device's memory.
+
+A run has three stages: text is encoded, the steps are taken, the frames are decoded. At each stage some parts are on the
+device and one of them works. An arrangement says which: all of them all the time, those that wait in the host's memory
+(offload), or the text encoder first and freed before the transformer is loaded (alternate). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dvdquant.deploy.generation.working_memory import TEXT_BYTES
+from dvdquant.errors import ResourceError
+from dvdquant.text import amount
+
+__all__ = ["Arrangement", "MemoryPlan", "RunBytes", "Stage", "arrange", "fitting", "possible"]
+
+TEXT, STEPS, FRAMES = "text is encoded", "steps are taken", "frames are decoded"
+
+
+@dataclass(frozen=True)
+class RunBytes:
+    """The bytes of the parts of a run, and what they work in.
+
+    Args:
+        text: Bytes of the text encoders by the bits of their weights; empty where none is loaded.
+        image: Bytes of the image encoder, 0 where there is none.
+        vae: Bytes of the VAE, 0 where there is none.
+        transformer: Bytes of the transformers by what is loaded of them, in words, the one with most choice first.
+        step: Bytes that one call of the transformer works in.
+        decode: Bytes that the VAE works in, whole (False) and in tiles (True).
+        base: Bytes that libraries and the program take before anything is loaded.
+    """
+
+    text: Mapping[int, int]
+    image: int
+    vae: int
+    transformer: Mapping[str, int]
+    step: int
+    decode: Mapping[bool, int]
+    base: int = 0
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the parts of a run share a device.
+
+    Args:
+        transformer: What is loaded of the transformers, a key of :attr:`RunBytes.transformer`.
+        vae_tiling: The VAE works in tiles.
+        offload: Parts that do not work wait in the host's memory; the transformer stays.
+        alternate: The text encoder is loaded first and freed before the transformer is loaded.
+        text_bits: Bits of the text encoder's weights.
+    """
+
+    transformer: str
+    vae_tiling: bool = False
+    offload: bool = False
+    alternate: bool = False
+    text_bits: int = 16
+
+    def words(self, first: str | None = None) -> str:
+        """Return the arrangement in words.
+
+        Args:
+            first: What of the transformers needs no word.
+        """
+        found = [
+            self.transformer if self.transformer != first else "",
+            "VAE in tiles" if self.vae_tiling else "",
+            "parts offloaded" if self.offload else "",
+            "text encoder before the transformer" if self.alternate else "",
+            f"text encoder in {self.text_bits} bits" if self.text_bits != 16 else "",
+        ]
+        return ", ".join(words for words in found if words)
+
+    def options(self, first: str) -> list[str]:
+        """Return the options of ``dvdq-run`` for it.
+
+        Args:
+            first: The transformers' key that needs no option.
+        """
+        # Another transformer than the first is one bit-width of two, or weights that stay packed.
+        word = self.transformer.split()[0]
+        mode = [] if self.transformer == first else ["--weights", word] if word == "packed" else ["--mode", word]
+        return [
+            *mode,
+            *(["--vae-tiling"] if self.vae_tiling else []),
+            *(["--offload"] if self.offload else []),
+            *(["--alternate"] if self.alternate else []),
+            *(["--text-encoder-bits", str(self.text_bits)] if self.text_bits != 16 else []),
+        ]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is on the device at one stage.
+
+    Args:
+        name: The stage, in words.
+        parts: Part -> bytes of its weights.
+        work: Bytes that the part which runs works in.
+        base: Bytes of libraries and program.
+    """
+
+    name: str
+    parts: Mapping[str, int]
+    work: int
+    base: int
+
+    @property
+    def total(self) -> int:
+        """Return the bytes in all."""
+        return sum(self.parts.values()) + self.work + self.base
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """An arrangement and what it holds when.
+
+    Args:
+        arrangement: The arrangement.
+        stages: Its stages, in their order.
+    """
+
+    arrangement: Arrangement
+    stages: tuple[Stage, ...]
+    peak: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "peak", max(stage.total for stage in self.stages))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan for JSON."""
+        stages = [
+            {"stage": each.name, "parts": dict(each.parts), "work": each.work, "base": each.base, "total": each.total}
+            for each in self.stages
+        ]
+        return {"arrangement": asdict(self.arrangement), "stages": stages, "peak": self.peak}
+
+
+def arrange(run: RunBytes, arrangement: Arrangement) -> MemoryPlan:
+    """Return what an arrangement holds at each stage.
+
+    Args:
+        run: The bytes of the run.
+        arrangement: The arrangement.
+    """
+    text = run.text.get(arrangement.text_bits, 0)
+    transformer = {arrangement.transformer: run.transformer[arrangement.transformer]}
+    others = {name: size for name, size in (("image encoder", run.image), ("VAE", run.vae)) if size}
+    resident = {} if arrangement.offload else others
+    encoder = {"text encoder": text} if text else {}
+    # Neither offload nor alternating leaves the text encoder on the device while the others work.
+    kept_text = encoder if not (arrangement.offload or arrangement.alternate) else {}
+    stages = []
+    if encoder:
+        beside = {} if arrangement.alternate else {**transformer, **resident}
+        stages.append(Stage(TEXT, {**encoder, **beside}, TEXT_BYTES, run.base))
+    stages.append(Stage(STEPS, {**transformer, **resident, **kept_text}, run.step, run.base))
+    if run.vae:
+        decoding = {**transformer, **resident, "VAE": run.vae, **kept_text}
+        stages.append(Stage(FRAMES, decoding, run.decode[arrangement.vae_tiling], run.base))
+    return MemoryPlan(arrangement, tuple(stages))
+
+
+def possible(run: RunBytes, *, unified: bool, fixed: Mapping[str, Any] | None = None) -> list[MemoryPlan]:
+    """Return every arrangement of a run, the one that costs least first.
+
+    What costs time comes before what changes the clip: tiles, offload, alternating, the text encoder in 8 bits, fewer bit-widths.
+
+    Args:
+        run: The bytes of the run.
+        unified: Whether the device shares the host's memory, where offload frees nothing.
+        fixed: Fields of :class:`Arrangement` that the user has decided.
+    """
+    decided = dict(fixed or {})
+    choices: dict[str, Sequence[Any]] = {
+        "transformer": list(run.transformer),
+        "text_bits": sorted(run.text, reverse=True) or [16],
+        "alternate": [False, True] if run.text else [False],
+        "offload": [False] if unified or not (run.text or run.vae) else [False, True],
+        "vae_tiling": [False, True] if run.vae else [False],
+    }
+    choices.update({name: [value] for name, value in decided.items()})
+    plans = [arrange(run, Arrangement(**dict(zip(choices, values)))) for values in itertools.product(*choices.values())]
+    order = list(run.transformer)
+
+    def cost(plan: MemoryPlan) -> tuple[int, int]:
+        how = plan.arrangement
+        each = how.vae_tiling + 2 * how.offload + 3 * how.alternate + 8 * (how.text_bits != 16)
+        return each + 16 * order.index(how.transformer), plan.peak
+
+    return sorted(plans, key=cost)
+
+
+def fitting(run: RunBytes, memory: int, *, unified: bool, fixed: Mapping[str, Any] | None = None) -> MemoryPlan:
+    """Return the arrangement that costs least of those that fit a memory.
+
+    Args:
+        run: The bytes of the run.
+        memory: Bytes that the run may take.
+        unified: Whether the device shares the host's memory.
+        fixed: Fields of :class:`Arrangement` that the user has decided.
+
+    Raises:
+        ResourceError: None fits; the error says what the smallest takes, and where.
+    """
+    plans = possible(run, unified=unified, fixed=fixed)
+    for plan in plans:
+        if plan.peak <= memory:
+            return plan
+    least = min(plans, key=lambda plan: plan.peak)
+    worst = max(least.stages, key=lambda stage: stage.total)
+    held = ", ".join(f"{name} {amount(size)}" for name, size in worst.parts.items())
+    how = least.arrangement.words(next(iter(run.transformer))) or "as it is"
+    raise ResourceError(
+        f"the run takes {amount(least.peak)} at least ({how}) while {worst.name}: {held}, and {amount(worst.work)} to work in"
+        + (f", libraries {amount(worst.base)}" if worst.base else ""),
+        available=f"{amount(memory)}; it fits {amount(least.peak)}",
+        fix=_smaller(worst.name),
+    )
+
+
+def _smaller(stage: str) -> str:
+    if stage == TEXT:
+        return "encode the text elsewhere (--save-text-embeds FILE), and draw with --text-embeds FILE"
+    return "ask for a smaller or shorter clip, or draw on a device with more memory"

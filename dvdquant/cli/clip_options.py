@@ -1,0 +1,121 @@
+"""The options that ``dvdq-run`` and ``dvdq-plan`` share: what a clip shows, and how the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dvdquant.cli.common import P, R
+from dvdquant.cli.paths import MODEL, PATH, WORD
+from dvdquant.recipe import ATTENTION
+
+__all__ = ["clip_options", "loading_clashes", "loading_options"]
+
+_CLIP = (
+    click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]"),
+    click.option(
+        "--image",
+        type=PATH,
+        metavar="FILE",
+        help="The first frame, of models that draw from one; stretched to the clip's size.",
+    ),
+    click.option("--last-image", type=PATH, metavar="FILE", help="The last frame, of models that draw from two."),
+    click.option("--height", type=int, help="Pixels.  [default: what the export was tuned for]"),
+    click.option("--width", type=int, help="Pixels."),
+    click.option("--num-frames", type=int, help="Frames."),
+    click.option("--guidance", type=float, metavar="SCALE", help="Guidance scale.  [default: the model's]"),
+    click.option(
+        "--text-embeds",
+        type=PATH,
+        metavar="FILE",
+        help="Text embeddings of dvdq-run --save-text-embeds instead of a text encoder; without --prompt all of its prompts.",
+    ),
+)
+_LOADING = (
+    click.option(
+        "--pipeline",
+        type=MODEL,
+        metavar="PATH",
+        help="Folder or hub id with text encoder, VAE, scheduler.  [default: the exported model]",
+    ),
+    click.option(
+        "--offload",
+        is_flag=True,
+        help="Keep text encoder and VAE in the host's memory, each on the GPU only while it runs.",
+    ),
+    click.option(
+        "--text-encoder-bits",
+        type=click.Choice(["16", "8"]),
+        help="Bits of the text encoder's weights; 8 needs torchao.  [default: 16]",
+    ),
+    click.option("--vae-tiling", is_flag=True, help="Decode in tiles, one after the other: less memory, more time."),
+    click.option(
+        "--compile",
+        is_flag=True,
+        help="Run in PyTorch and compile the transformer's blocks: the first step takes a minute more.",
+    ),
+    click.option(
+        "--attention",
+        type=click.Choice(ATTENTION),
+        help="Self-attention of long sequences in PyTorch: 16 bit, int8 or fp8.  [default: the export's]",
+    ),
+    click.option(
+        "--plugin",
+        multiple=True,
+        type=PATH,
+        help="TensorRT plugin library, which engines with the plugin need. Its code runs: take none that you do not trust.",
+    ),
+    click.option(
+        "--attention-backend",
+        type=WORD,
+        metavar="LIBRARY",
+        help="What computes 8-bit attention: reference, or one library.  [default: the first that is right and faster]",
+    ),
+    click.option(
+        "--revision", type=WORD, metavar="REVISION", help="Branch, tag or commit, where OUT is user/name on the hub."
+    ),
+)
+
+
+def _with(options: tuple[Callable[[Any], Any], ...], command: Callable[P, R]) -> Callable[P, R]:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def clip_options(command: Callable[P, R]) -> Callable[P, R]:
+    """Add the options of what a clip shows, and of the text it is drawn from."""
+    return _with(_CLIP, command)
+
+
+def loading_options(command: Callable[P, R]) -> Callable[P, R]:
+    """Add the options of how the model's parts are found and loaded."""
+    return _with(_LOADING, command)
+
+
+def loading_clashes(
+    backend: str, compile: bool, attention_backend: str | None, plugins: Sequence[Path]
+) -> tuple[tuple[str, bool], ...]:
+    """Return what two options of loading say against each other, and whether both were given.
+
+    Args:
+        backend: The backend that was asked for, or ``auto``.
+        compile: Whether the blocks are to be compiled.
+        attention_backend: The library for 8-bit attention that was asked for.
+        plugins: The plugin libraries.
+    """
+    elsewhere = backend not in ("auto", "pytorch")
+    return (
+        (f"--compile runs in PyTorch, so --backend {backend} does not apply", compile and elsewhere),
+        (
+            f"--plugin is for TensorRT engines, so --backend {backend} does not apply",
+            bool(plugins) and backend not in ("auto", "tensorrt"),
+        ),
+        (
+            f"--attention-backend runs in PyTorch, so --backend {backend} does not apply",
+            attention_backend is not None and elsewhere,
+        ),
+    )

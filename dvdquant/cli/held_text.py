@@ -1,0 +1,108 @@
+"""What GPUs hold of an export's weights, packed and expanded, in words: for ``dvdq-inspect --weights`` and dry runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dvdquant.cli.common import table
+from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
+from dvdquant.text import amount, shown
+
+if TYPE_CHECKING:
+    from dvdquant.deploy.artifact import Artifact
+    from dvdquant.model.held_weights import HeldWeights
+
+__all__ = ["held_json", "held_text"]
+
+KEPT = 6
+
+
+def held_text(artifact: Artifact) -> str:
+    """Return a table for each transformer, and its largest tensors in 16 bit.
+
+    Args:
+        artifact: The export.
+    """
+    parts = []
+    for component in artifact.components:
+        rows = []
+        for sms, held in _by_gpu(artifact, component):
+            cost = f"{100 * held.cost:.1f} %" if held.cost else "-"
+            plugin = [amount(held.plugin_bytes("packed")), amount(held.plugin_bytes("expanded"))]
+            sizes = [amount(held.nbytes("packed")), amount(held.nbytes("expanded")), *plugin, amount(held.scratch)]
+            rows.append((f"SM {', '.join(sms)}", *sizes, cost, held.choose("auto")))
+        header = (
+            component,
+            "packed",
+            "expanded",
+            "plugin, packed",
+            "expanded",
+            "expands into",
+            "cost of a step",
+            "auto",
+        )
+        parts.append(table(header, rows, right=(1, 2, 3, 4, 5, 6)))
+        parts.append(_kept(artifact, component))
+    widths = " and ".join(f"a{bits}" for bits in artifact.bits(artifact.components[0]))
+    parts.append(
+        f"device memory for the weights of {widths} together; expanding costs what two data-sheet figures of a GPU say, at the "
+        "size that the export is tuned for [modelled, not measured]"
+    )
+    return "\n\n".join(parts)
+
+
+def held_json(artifact: Artifact) -> dict[str, Any]:
+    """Return the same as plain values: transformer -> SM -> bytes.
+
+    Args:
+        artifact: The export.
+    """
+    return {
+        component: {
+            sm: {
+                "packed": held.nbytes("packed"),
+                "expanded": held.nbytes("expanded"),
+                "plugin_packed": held.plugin_bytes("packed"),
+                "plugin_expanded": held.plugin_bytes("expanded"),
+                "expands_into": held.scratch,
+                "cost_of_a_step": round(held.cost, 4),
+                "auto": held.choose("auto"),
+            }
+            for sms, held in _by_gpu(artifact, component)
+            for sm in sms
+        }
+        for component in artifact.components
+    }
+
+
+def _by_gpu(artifact: Artifact, component: str) -> list[tuple[Sequence[str], HeldWeights]]:
+    """Return what is held on each SM; those that differ in the modelled cost alone stand apart."""
+    from dvdquant.model.held_weights import held_weights
+
+    plan, bits = artifact.plan(component), artifact.bits(component)
+    found: dict[HeldWeights, list[str]] = {}
+    for sm, facts in CAPABILITIES.items():
+        if facts.kernels and not facts.refused:
+            found.setdefault(held_weights(plan, sm_number(sm), bits, artifact.sizes), []).append(sm)
+    return [(sms, held) for held, sms in found.items()]
+
+
+def _kept(artifact: Artifact, component: str) -> str:
+    """Return the tensors that stay in 16 or 32 bit, the largest by name."""
+    from dvdquant.model.held_weights import largest_kept
+
+    everything = largest_kept(artifact.plan(component), None)
+    total = sum(tensor.nbytes for tensor in everything)
+    rows = [(shown(t.name), "×".join(map(str, t.shape)), amount(t.nbytes)) for t in everything[:KEPT]]
+    rest = everything[KEPT:]
+    if rest:
+        rows.append(
+            (
+                f"{len(rest)} others",
+                f"{sum(math.prod(t.shape) for t in rest):.3g} numbers",
+                amount(sum(t.nbytes for t in rest)),
+            )
+        )
+    return table((f"not quantized: {amount(total)}", "shape", "size"), rows, right=(2,))

@@ -1,0 +1,137 @@
+// The C ABI of weights that stay packed: the codes as the files hold them, expanded just before a product where its path
+// multiplies 8 bits. Plain C++.
+#include <stdint.h>
+
+#include "dvdquant/kernels.h"
+#include "error.h"
+#include "multiply.h"
+#include "packed_weight.h"
+#include "plan.h"
+#include "prepared.h"
+
+namespace dvdq {
+namespace {
+
+// Workspace of dvdq_packed_linear: that of dvdq_quant_linear, and behind it what the weight is expanded into.
+struct PackedWorkspace {
+  WorkspaceLayout before;
+  int64_t expanded, bytes;  // expanded == bytes where the path multiplies the packed codes themselves
+};
+
+dvdq_status packed_workspace(const dvdq_layer& layer, const dvdq_plan& plan, int32_t sm, int64_t m, PackedWorkspace* at) {
+  const dvdq_status status = workspace_layout(layer, plan, sm, m, &at->before);
+  if (status != DVDQ_OK) return status;
+  at->expanded = is_s4(plan.path) ? at->before.bytes : align_up(at->before.bytes);
+  at->bytes = at->expanded + (is_s4(plan.path) ? 0 : plan.prepared_bytes);
+  return DVDQ_OK;
+}
+
+// Both are read by every path: the codes by rows of k / 2 bytes, which are multiples of 16.
+dvdq_status check_weight(const char* function, const void* codes, const void* rows) {
+  const Named pointers[] = {{"weight_codes", codes, false, 16}, {"rows", rows, false, 256}};
+  return check_pointers(function, pointers);
+}
+
+}  // namespace
+}  // namespace dvdq
+
+using namespace dvdq;
+
+extern "C" {
+
+dvdq_status dvdq_rows_bytes(const dvdq_layer* layer, int32_t sm, int64_t* bytes) {
+  if (bytes == nullptr) return fail(DVDQ_BAD_ARGUMENT, "dvdq_rows_bytes: a null pointer");
+  dvdq_plan plan;
+  const dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
+  if (status == DVDQ_OK) *bytes = rows_layout(*layer).bytes;
+  return status;
+}
+
+dvdq_status dvdq_make_rows(const dvdq_layer* layer, int32_t sm, const dvdq_weight* weight, void* rows, int64_t rows_bytes,
+                           dvdq_stream stream) {
+  int64_t needed = 0;
+  dvdq_status status = dvdq_rows_bytes(layer, sm, &needed);
+  if (status != DVDQ_OK) return status;
+  if (weight == nullptr) return fail(DVDQ_BAD_ARGUMENT, "dvdq_make_rows: weight is null");
+  const unsigned zero_alignment = layer->float_zero_point ? 1 : 4;
+  const Named pointers[] = {{"weight.codes", weight->codes, false, 16}, {"weight.scale", weight->scale, false, 4},
+                            {"weight.factor", weight->factor, false, 1}, {"weight.zero", weight->zero, false, zero_alignment},
+                            {"weight.bias", weight->bias, true, 4},      {"rows", rows, false, 256}};
+  status = check_pointers("dvdq_make_rows", pointers);
+  if (status != DVDQ_OK) return status;
+  if (rows_bytes < needed)
+    return fail(DVDQ_WORKSPACE, "the rows of the weight need %lld bytes, the buffer has %lld", static_cast<long long>(needed),
+                static_cast<long long>(rows_bytes));
+  return make_rows(*layer, *weight, rows, static_cast<cudaStream_t>(stream));
+}
+
+dvdq_status dvdq_expand_weight(const dvdq_layer* layer, int32_t sm, const void* weight_codes, const void* rows, void* prepared,
+                               int64_t prepared_bytes, dvdq_stream stream) {
+  dvdq_plan plan;
+  dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
+  if (status == DVDQ_OK) status = check_weight("dvdq_expand_weight", weight_codes, rows);
+  const Named pointers[] = {{"prepared", prepared, false, 256}};
+  if (status == DVDQ_OK) status = check_pointers("dvdq_expand_weight", pointers);
+  if (status != DVDQ_OK) return status;
+  if (is_s4(plan.path))
+    return fail(DVDQ_UNSUPPORTED, "path %s multiplies the packed weight itself: there is nothing to expand",
+                dvdq_path_name(plan.path));
+  if (prepared_bytes < plan.prepared_bytes)
+    return fail(DVDQ_WORKSPACE, "the expanded weight needs %lld bytes, the buffer has %lld",
+                static_cast<long long>(plan.prepared_bytes), static_cast<long long>(prepared_bytes));
+  return expand_packed(*layer, plan, weight_codes, rows, prepared, static_cast<cudaStream_t>(stream));
+}
+
+dvdq_status dvdq_packed_workspace_bytes(const dvdq_layer* layer, int32_t sm, int64_t m, int64_t* bytes) {
+  if (bytes == nullptr) return fail(DVDQ_BAD_ARGUMENT, "dvdq_packed_workspace_bytes: a null pointer");
+  dvdq_plan plan;
+  dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
+  PackedWorkspace at{};
+  if (status == DVDQ_OK) status = packed_workspace(*layer, plan, sm, m, &at);
+  if (status == DVDQ_OK) *bytes = at.bytes;
+  return status;
+}
+
+dvdq_status dvdq_packed_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
+                               const float* outer_matrix, const void* weight_codes, const void* rows, void* y, int64_t m,
+                               void* workspace, int64_t workspace_bytes, dvdq_stream stream) {
+  dvdq_plan plan;
+  dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
+  if (status == DVDQ_OK) status = check_tokens("dvdq_packed_linear", m);
+  if (status != DVDQ_OK || m == 0) return status;
+  PackedWorkspace at{};
+  status = packed_workspace(*layer, plan, sm, m, &at);
+  if (status == DVDQ_OK) status = check_weight("dvdq_packed_linear", weight_codes, rows);
+  const Named pointers[] = {{"workspace", workspace, false, 256}};
+  if (status == DVDQ_OK) status = check_pointers("dvdq_packed_linear", pointers);
+  if (status != DVDQ_OK) return status;
+  if (workspace_bytes < at.bytes)
+    return fail(DVDQ_WORKSPACE, "%lld tokens need %lld bytes of workspace, the buffer has %lld", static_cast<long long>(m),
+                static_cast<long long>(at.bytes), static_cast<long long>(workspace_bytes));
+  unsigned char* const base = static_cast<unsigned char*>(workspace);
+  float* const scales = reinterpret_cast<float*>(base + at.before.scales);
+  float* const sums = plan.needs_sums ? reinterpret_cast<float*>(base + at.before.sums) : nullptr;
+  status = dvdq_rotate_quantize(layer, sm, x, pre_quant, outer_matrix, base, scales, sums, m, stream);
+  if (status != DVDQ_OK) return status;
+  void* const gemm = at.before.bytes > at.before.gemm ? base + at.before.gemm : nullptr;
+  const int64_t gemm_bytes = at.before.bytes - at.before.gemm;
+  if (is_s4(plan.path)) {
+    const RowsLayout part = rows_layout(*layer);
+    const unsigned char* const of = static_cast<const unsigned char*>(rows);
+    WeightView weight{};
+    weight.weight = weight_codes;
+    weight.row_scale = reinterpret_cast<const float*>(of + part.row_scale);
+    weight.row_zero = reinterpret_cast<const float*>(of + part.row_zero);
+    weight.bias = reinterpret_cast<const float*>(of + part.bias);
+    weight.factor = part.factor < 0 ? nullptr : of + part.factor;
+    weight.group_zero = part.group_zero < 0 ? nullptr : of + part.group_zero;
+    return multiply(*layer, plan, sm, base, scales, sums, weight, y, m, gemm, gemm_bytes, stream);
+  }
+  // After the codes, so that the product finds what fits of the weight in the L2 cache.
+  unsigned char* const expanded = base + at.expanded;
+  status = expand_packed(*layer, plan, weight_codes, rows, expanded, static_cast<cudaStream_t>(stream));
+  if (status != DVDQ_OK) return status;
+  return dvdq_linear_gemm(layer, sm, base, scales, sums, expanded, y, m, gemm, gemm_bytes, stream);
+}
+
+}  // extern "C"

@@ -1,0 +1,27 @@
+"""The figures of docs/hardware.md are those that the command counts now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.held_weights import CONFIGS, models, rows
+from tests.model.test_held_weights import library
+
+__all__ = ["library"]
+
+DOCS = Path(__file__).parents[2] / "docs" / "hardware.md"
+
+
+@pytest.mark.parametrize(
+    "name", ["wan2.1-1.3b", *(pytest.param(name, marks=pytest.mark.stress) for name in ("wan2.1-14b", "hunyuan-video"))]
+)
+def test_the_table_of_the_documentation(name: str, library: object) -> None:
+    text = DOCS.read_text()
+    for line in rows(name, "w4a4-g64", (4, 8), library):  # type: ignore[arg-type]
+        assert line in text, line
+
+
+def test_every_config_is_a_model_of_the_table() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.json")} == set(models())

@@ -1,0 +1,285 @@
+"""What a run holds when, arrangements that fit a memory, and the parts of a run that come and go for them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.check import open_checker
+from dvdquant.deploy.generation.device_fit import DeviceSize, fit
+from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
+from dvdquant.deploy.generation.memory_plan import Arrangement, RunBytes, arrange, fitting, possible
+from dvdquant.deploy.generation.needs import run_bytes
+from dvdquant.errors import ResourceError, ShapeError, UnsupportedError
+from dvdquant.system.memory import parse_amount
+from tests.support.commands import refused
+from tests.support.running import drawn, run, wan_pipeline
+
+GIB = 1 << 30
+PROMPTS = ["a red cat", "the dog runs in snow"]
+RUN = RunBytes(
+    text={16: 11 * GIB, 8: 6 * GIB},
+    image=0,
+    vae=GIB // 2,
+    transformer={"a4 and a8": 9 * GIB, "a8": 7 * GIB, "a4": 4 * GIB},
+    step=2 * GIB,
+    decode={False: 8 * GIB, True: 2 * GIB},
+    base=GIB,
+)
+
+
+def test_stages_hold_what_they_need() -> None:
+    """Computed by hand for each arrangement."""
+    everything = arrange(RUN, Arrangement("a4 and a8"))
+    text, steps, frames = everything.stages
+    assert text.parts == {"text encoder": 11 * GIB, "a4 and a8": 9 * GIB, "VAE": GIB // 2}
+    assert steps.total == 11 * GIB + 9 * GIB + GIB // 2 + 2 * GIB + GIB
+    assert frames.total == everything.peak == 11 * GIB + 9 * GIB + GIB // 2 + 8 * GIB + GIB
+    apart = arrange(RUN, Arrangement("a4 and a8", vae_tiling=True, alternate=True))
+    assert [sum(stage.parts.values()) for stage in apart.stages] == [11 * GIB, 9.5 * GIB, 9.5 * GIB]
+    offloaded = arrange(RUN, Arrangement("a8", vae_tiling=True, offload=True, text_bits=8))
+    assert [sum(stage.parts.values()) for stage in offloaded.stages] == [13 * GIB, 7 * GIB, 7.5 * GIB]
+    assert json.loads(json.dumps(apart.to_json()))["peak"] == apart.peak == 9.5 * GIB + 2 * GIB + GIB
+
+
+@pytest.mark.parametrize(
+    ("memory", "unified", "words"),
+    [
+        (40, False, "a4 and a8"),
+        (24, False, "a4 and a8, VAE in tiles"),
+        (22, False, "a4 and a8, parts offloaded"),
+        (20, True, "a4 and a8, text encoder before the transformer"),
+        (13, True, "a4 and a8, VAE in tiles, text encoder before the transformer"),
+        (12, True, "a8, VAE in tiles, text encoder before the transformer, text encoder in 8 bits"),
+        (8, True, "a4, VAE in tiles, text encoder before the transformer, text encoder in 8 bits"),
+    ],
+)
+def test_the_cheapest_arrangement_that_fits(memory: int, unified: bool, words: str) -> None:
+    plan = fitting(RUN, memory * GIB, unified=unified)
+    assert plan.peak <= memory * GIB
+    assert plan.arrangement.words() == words
+    # Nothing that costs less would have fitted.
+    before = possible(RUN, unified=unified)
+    assert all(each.peak > memory * GIB for each in before[: before.index(plan)])
+
+
+def test_what_never_fits_is_refused_with_what_does() -> None:
+    with pytest.raises(ResourceError) as caught:
+        fitting(RUN, 6 * GIB, unified=True)
+    assert "7.5 GiB at least" in caught.value.what
+    assert "while steps are taken: a4 4.0 GiB, VAE 512.0 MiB, and 2.0 GiB to work in" in caught.value.what
+    assert "smaller or shorter clip" in str(caught.value.fix)
+    with pytest.raises(ResourceError, match=r"16\.2 GiB at least.*while text is encoded") as of_text:
+        fitting(RUN, 12 * GIB, unified=False, fixed={"transformer": "a4 and a8", "alternate": False, "text_bits": 8})
+    assert "--text-embeds" in str(of_text.value.fix)
+
+
+def test_options_for_an_arrangement() -> None:
+    how = Arrangement("a8", vae_tiling=True, offload=True, alternate=True, text_bits=8)
+    assert how.options("a4 and a8") == [
+        "--mode",
+        "a8",
+        "--vae-tiling",
+        "--offload",
+        "--alternate",
+        "--text-encoder-bits",
+        "8",
+    ]
+    assert Arrangement("a4 and a8").options("a4 and a8") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16GiB", 16 * GIB), ("1.5 G", 3 * GIB // 2), ("700mib", 700 << 20), ("16GB", 16 * 10**9)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_amount(text, "--memory") == size
+
+
+@pytest.mark.parametrize("text", ["16", "GiB", "-1GiB", "0GiB", "1e9GiB", "16GiBs", "٣GiB", "1" * 400 + "GiB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ShapeError, match="--memory"):
+        parse_amount(text, "--memory")
+
+
+def test_devices_that_are_sold() -> None:
+    """Orin's 8 GB are shared with the system; a card's are not, and it can offload."""
+    orin, card = DeviceSize("Orin", 16, ("8.7",), unified=True), DeviceSize("RTX", 16, ("8.9",))
+    small = DeviceSize("RTX", 8, ("8.9",))
+    found = fit(RUN, [orin, card, small])
+    assert [each.fits for each in found] == [True, True, False]
+    assert found[0].words("a4 and a8") == "fits: VAE in tiles, text encoder before the transformer (12.5 GiB)"
+    assert found[0].plan.peak <= orin.usable == 14 * GIB
+    assert card.usable == 15 * GIB
+    assert found[2].words("a4 and a8").startswith("no: 7.5 GiB at least")
+
+
+# --------------------------------------------------------------------------------------------------- parts come and go
+
+
+def _requests() -> list[GenerateRequest]:
+    return [GenerateRequest(prompt, steps=2, mode="a8") for prompt in PROMPTS]
+
+
+def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same frames, bit by bit; and never both in memory."""
+    from dvdquant.deploy.generation import generator as module
+    from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
+
+    out, pipeline = wan_pipeline()
+    artifact = Artifact.open(out)
+    options: dict[str, Any] = {"pipeline": pipeline, "backend": "pytorch", "device": "cpu"}
+    with open_generator(artifact, **options) as generator:
+        expected = [generator.generate(request).frames for request in _requests()]
+    encoders: list[weakref.ref[Any]] = []
+    opened = []
+    whole, session = PipelineGenerator._open, module.open_session
+
+    def open_pipeline(self: Any, *args: Any) -> Any:
+        pipe = whole(self, *args)
+        if pipe.text_encoder is not None:
+            encoders.append(weakref.ref(pipe.text_encoder))
+        return pipe
+
+    def open_session(*args: Any, **more: Any) -> Any:
+        gc.collect()
+        assert encoders
+        assert all(encoder() is None for encoder in encoders)
+        opened.append(session(*args, **more))
+        return opened[-1]
+
+    monkeypatch.setattr(PipelineGenerator, "_open", open_pipeline)
+    monkeypatch.setattr(module, "open_session", open_session)
+    with open_generator(artifact, alternate=True, **options) as generator:
+        generator.encode_ahead([generator.check(request) for request in _requests()])
+        for request, frames in zip(_requests(), expected):
+            np.testing.assert_array_equal(generator.generate(request).frames, frames)
+        assert (len(encoders), len(opened)) == (1, 1)
+        # Another prompt: the transformer makes room, and comes again.
+        generator.generate(GenerateRequest("a blue dog", steps=2, mode="a8"))
+        assert (len(encoders), len(opened)) == (2, 2)
+        assert opened[0].closed
+
+
+def test_one_width_is_loaded_alone() -> None:
+    out, pipeline = wan_pipeline()
+    options: dict[str, Any] = {"pipeline": pipeline, "backend": "pytorch", "device": "cpu"}
+    with open_generator(Artifact.open(out), bits=(8,), **options) as generator:
+        result = generator.generate(_requests()[0])
+    assert result.executed["activation_bits"] == [8]
+
+
+def test_a_text_encoder_in_8_bits() -> None:
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'dvdquant[text-int8]'")
+    out, pipeline = wan_pipeline()
+    artifact = Artifact.open(out)
+    made, loaded = [], []
+    for bits in (16, 8):
+        options: dict[str, Any] = {"pipeline": pipeline, "backend": "pytorch", "device": "cpu"}
+        with open_generator(artifact, text_encoder_bits=bits, **options) as generator:
+            request = generator.check(_requests()[0])
+            made.append(generator.encode_prompt(request)["prompt_embeds"].float())
+            encoder = next(iter(generator._pipes.values())).text_encoder  # type: ignore[attr-defined]
+            loaded.append(sum(map(_stored, encoder.parameters())))
+    assert 0 < float((made[1] - made[0]).norm() / made[0].norm()) < 0.05
+    checker = open_checker(artifact, pipeline=pipeline)
+    known = run_bytes(checker, [checker.check(_requests()[0])], "pytorch", 0, narrow=False)
+    assert known.text == {16: loaded[0], 8: loaded[1]}
+
+
+def _stored(tensor: torch.Tensor) -> int:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(getattr(tensor, name).nbytes for name in names)
+
+
+def test_without_torchao_8_bits_are_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    whole = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "torchao" else whole(name, *more)
+    )
+    out, pipeline = wan_pipeline()
+    with pytest.raises(UnsupportedError, match="torchao") as caught:
+        open_generator(Artifact.open(out), pipeline=pipeline, text_encoder_bits=8)
+    assert "text-int8" in str(caught.value.fix)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_plans_refuses_and_draws(tmp_path: Path) -> None:
+    out, pipeline = wan_pipeline()
+    arguments = (
+        out,
+        "--pipeline",
+        pipeline,
+        "--prompt",
+        PROMPTS[0],
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+        "--backend",
+        "pytorch",
+    )
+    said = drawn(*arguments, "--memory", "auto", "--dry-run")
+    assert "while" in said
+    assert "to work in" in said
+    for stage in ("text is encoded", "steps are taken", "frames are decoded"):
+        assert stage in said
+    refused(run(*arguments, "--memory", "1MiB", "-o", tmp_path / "c.mp4"), "at least", "1.0 MiB")
+    refused(run(*arguments, "--memory", "lots", "-o", tmp_path / "c.mp4"), "--memory")
+    assert not list(tmp_path.iterdir())
+    for name, more in (("plain", ()), ("apart", ("--alternate", "--memory", "auto"))):
+        drawn(*arguments, *more, "-o", tmp_path / f"{name}.gif")
+    assert (tmp_path / "plain.gif").read_bytes() == (tmp_path / "apart.gif").read_bytes()
+
+
+def test_a_device_that_is_too_small_is_refused_with_what_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from dvdquant.cli import run_memory
+
+    out, pipeline = wan_pipeline()
+    arguments = (
+        out,
+        "--pipeline",
+        pipeline,
+        "--prompt",
+        PROMPTS[0],
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+        "-o",
+        tmp_path / "c.gif",
+    )
+    whole = run_memory.place_of
+    checker = open_checker(Artifact.open(out), pipeline=pipeline)
+    known = run_bytes(checker, [checker.check(_requests()[0])], "onnxruntime", 0, narrow=False)
+    peaks = {
+        alternate: arrange(known, Arrangement("packed weights", alternate=alternate)).peak
+        for alternate in (False, True)
+    }
+    assert peaks[True] < peaks[False]
+
+    def place(total: int) -> Any:
+        def of(device: torch.device) -> Any:
+            found = whole(device)
+            return run_memory.Place(found.name, total, total, found.unified, 0, None)
+
+        return of
+
+    monkeypatch.setattr(run_memory, "place_of", place(peaks[False] - 1))
+    refused(run(*arguments), "the run takes about", "--memory auto")
+    monkeypatch.setattr(run_memory, "place_of", place(1000))
+    refused(run(*arguments), "nothing at this size")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,116 @@
+"""What a GPU holds of published models: counted from their plans, and by the kernels' own library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dvdquant.export.estimate import packed_bytes
+from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
+from dvdquant.hardware.weights import COST_LIMIT, OPERATIONS_PER_BYTE
+from dvdquant.model.families import Axis, Sizes
+from dvdquant.model.held_weights import HeldWeights, held_weights, largest_kept, shape_of
+from dvdquant.model.plan import ModelPlan, plan_model
+from dvdquant.ops.cuda import KernelLibrary
+from dvdquant.recipe import get_recipe
+from tests.support.emulated_kernels import emulated_library
+
+CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
+SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+
+
+@pytest.fixture(scope="module")
+def library() -> Iterator[KernelLibrary]:
+    with emulated_library() as opened:
+        yield opened
+
+
+def plan_of(name: str, recipe: str) -> ModelPlan:
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    return plan_model(config, get_recipe(recipe), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("wan2.1-1.3b", "w4a4-g64"),
+        pytest.param("wan2.1-14b", "w4a4", marks=pytest.mark.stress),
+        pytest.param("hunyuan-video", "w4a4", marks=pytest.mark.stress),
+        pytest.param("wan2.1-1.3b", "w4a8", marks=pytest.mark.stress),
+        pytest.param("wan2.1-1.3b", "paper", marks=pytest.mark.stress),
+    ],
+)
+def test_both_widths_hold_little_more_than_the_files_on_every_gpu(
+    name: str, recipe: str, library: KernelLibrary
+) -> None:
+    plan = plan_of(name, recipe)
+    files = packed_bytes(plan)
+    bits = (8,) if recipe == "w4a8" else (4, 8)
+    for sm in SMS:
+        held = held_weights(plan, sm, bits)
+        assert held.nbytes("packed") + held.scratch <= 1.1 * files
+        # The plugin's rows repeat the bytes of groups, which w4a8 has one of for 32 weights.
+        assert held.plugin_bytes("packed") + held.scratch <= (1.15 if recipe == "w4a8" else 1.1) * files
+        # The bytes are the library's own.
+        packed, expanded, scratch = 0, 0, 0
+        for spec in plan.layers:
+            layers = {width: shape_of(spec, plan, width) for width in bits}
+            forms = {}
+            for layer in layers.values():
+                found = library.plan_layer(layer, sm)
+                forms[found.form] = found.prepared_bytes
+                space = library.packed_workspace_bytes(layer, sm, 0) - library.workspace_bytes(layer, sm, 0)
+                assert space == (0 if found.codes == "s4" else found.prepared_bytes)
+                scratch = max(scratch, space)
+            packed += spec.out_features * spec.features // 2 + library.rows_bytes(layer, sm)
+            expanded += sum(forms.values())
+        assert (held.packed, held.expanded, held.scratch) == (packed, expanded, scratch)
+        assert held.packed < held.expanded
+
+
+def test_the_cost_is_that_of_the_traffic() -> None:
+    plan = plan_of("wan2.1-1.3b", "w4a4")
+    sizes = Sizes(Axis(21, 21, 21), Axis(60, 60, 60), Axis(104, 104, 104), 512)
+    held = held_weights(plan, 90, (4, 8), sizes)
+    weights = plan.quantized_weights
+    assert dict(held.traffic) == {4: weights * 3 // 2, 8: weights * 3 // 2}
+    tokens = plan.family.tokens(*sizes.at("opt"))
+    products = 0.75 * OPERATIONS_PER_BYTE[90] / tokens
+    assert 0 < held.cost < products
+    native = held_weights(plan, 80, (4, 8), sizes)
+    assert dict(native.traffic) == {4: 0, 8: weights * 3 // 2}
+    assert held_weights(plan, 80, (4,), sizes).cost == 0
+
+
+def test_what_a_policy_chooses() -> None:
+    def held(cost: float) -> HeldWeights:
+        return HeldWeights(100, 50, 150, 50, 2, 10, ((8, 150),), cost)
+
+    cheap, dear = held(COST_LIMIT), held(2 * COST_LIMIT)
+    assert cheap.choose("auto") == "packed"
+    assert dear.choose("auto") == "expanded"
+    assert dear.choose("auto", room=249) == "packed"
+    assert dear.choose("auto", room=250) == "expanded"
+    assert dear.choose("packed") == "packed"
+    assert cheap.choose("expanded") == "expanded"
+    assert (cheap.nbytes("packed"), cheap.nbytes("expanded")) == (150, 250)
+    assert (cheap.plugin_bytes("packed"), cheap.plugin_bytes("expanded")) == (152, 300)
+
+
+def test_every_gpu_with_kernels_has_its_figures() -> None:
+    assert set(OPERATIONS_PER_BYTE) == {sm_number(sm) for sm, c in CAPABILITIES.items() if c.kernels and not c.refused}
+
+
+def test_what_stays_in_16_bit_is_listed_by_size() -> None:
+    plan = plan_of("wan2.1-1.3b", "w4a4")
+    kept = largest_kept(plan)
+    assert [t.nbytes for t in kept] == sorted((t.nbytes for t in kept), reverse=True)
+    assert len(kept) == 8
+    everything = largest_kept(plan, None)
+    assert sum(t.nbytes for t in everything) == packed_bytes(plan) - sum(
+        dtype.itemsize * torch.Size(shape).numel() for spec in plan.layers for dtype, shape in spec.tensors().values()
+    )
