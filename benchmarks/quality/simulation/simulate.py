@@ -108,7 +108,9 @@ class SimulatedGroup:
         sim = self.simulated
         if sim.whole is not None:
             y = sim.whole(x.float())
-            return y.to(self.dtype) if self.bias is None or sim.biased else (y.float() + self.bias.float()).to(self.dtype)
+            return (
+                y.to(self.dtype) if self.bias is None or sim.biased else (y.float() + self.bias.float()).to(self.dtype)
+            )
         operand = self._on_grid(x)
         if self.down is not None:
             operand = torch.cat((operand, _linear(x.to(self.dtype), self.down)), dim=-1)
