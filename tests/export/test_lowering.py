@@ -394,26 +394,3 @@ def test_refuses_a_shared_weight() -> None:
     second.replace_input_with(1, first.inputs[1])
     with pytest.raises(ExportError, match="used by 2 nodes"):
         lower_int8(model)
-
-
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-
-
-def nearest_e2m1(x: np.ndarray) -> np.ndarray:
-    """Round to the nearest e2m1 value, ties to the even mantissa; saturates at ±6."""
-    distance = np.abs(np.abs(x)[..., None] - E2M1)
-    # Even mantissas are the even indices; prefer them on ties.
-    order = np.array([0, 2, 4, 6, 1, 3, 5, 7])
-    return np.sign(x) * E2M1[order[np.argmin(distance[..., order], axis=-1)]]
-
-
-def to_e4m3(x: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(x).float().clamp(2**-9, 448).to(torch.float8_e4m3fn).double().numpy()
-
-
-def nvfp4_reference(x: np.ndarray, scale: float) -> np.ndarray:
-    """Quantize and dequantize blocks of 16 along the last axis, fp64; ``scale`` is the global one."""
-    blocks = x.reshape(*x.shape[:-1], -1, 16)
-    amax = np.abs(blocks).max(-1, keepdims=True)
-    step = to_e4m3(np.where(amax == 0, 1.0, amax / 6 / scale)) * scale
-    return (nearest_e2m1(blocks / step) * step).reshape(x.shape)

@@ -7,13 +7,12 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
 
 from dvdquant.errors import ExportError
 from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4, nvfp4_weight
-from tests.export.test_lowering import E2M1, nearest_e2m1, nvfp4_reference, to_e4m3
 from tests.support import quant_linear_graphs as qg
 from tests.support.bounds import LAMBDA, product_error
+from tests.support.nvfp4 import E2M1, TRT_FP4DynamicQuantize, nearest_e2m1, nvfp4_reference, to_e4m3
 
 
 def test_nvfp4_weight_matches_the_definition() -> None:
@@ -27,20 +26,6 @@ def test_nvfp4_weight_matches_the_definition() -> None:
     want = nvfp4_reference(weight.double().numpy() / amax, 1 / 2688) * amax
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-12)
     assert qg.relative(got, weight.double().numpy()) < 0.12
-
-
-class TRT_FP4DynamicQuantize(OpRun):
-    """TensorRT's op, after its documentation: fp4 codes and fp8 block scales relative to a constant global scale."""
-
-    op_domain = "trt"
-
-    def _run(self, x, scale, axis=None, block_size=None, scale_type=None):  # type: ignore[no-untyped-def]
-        assert (axis, block_size, scale_type) == (-1, 16, int(ir.DataType.FLOAT8E4M3FN))
-        blocks = x.astype(np.float64).reshape(*x.shape[:-1], -1, 16)
-        amax = np.abs(blocks).max(-1)
-        steps = to_e4m3(np.where(amax == 0, 1.0, amax / 6 / float(scale)))
-        codes = nearest_e2m1(blocks / (steps * float(scale))[..., None]).reshape(x.shape)
-        return codes.astype(ir.DataType.FLOAT4E2M1.numpy()), steps.astype(ir.DataType.FLOAT8E4M3FN.numpy())
 
 
 @pytest.mark.parametrize("from_checkpoint", [False, True])

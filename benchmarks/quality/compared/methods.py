@@ -11,15 +11,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from benchmarks.quality.simulation.grid import Grid
+from benchmarks.quality.simulation.nvfp4 import Nvfp4Linear
 from benchmarks.quality.simulation.simulate import Layer, Simulated
 from dvdquant.deploy.switching.gbs import Weighting
 from dvdquant.numerics.activation_grid import fake_quantize_activation
 from dvdquant.numerics.hadamard import Rotation, rotate
 from dvdquant.quantize.bgr import quantize_weight
-from dvdquant.quantize.layer_inputs import layer_inputs
+from dvdquant.quantize.layer_inputs import LayerInputs, layer_inputs
 from dvdquant.recipe import RECIPES, Recipe, WeightSpec
 
 __all__ = ["METHODS", "Method", "activation_grid", "from_recipe", "grid_method"]
@@ -98,16 +100,7 @@ def from_recipe(recipe: Recipe) -> LayerMethod:
         group = next((a.group_size for a in recipe.activations if a.bits == bits), recipe.activations[0].group_size)
         if recipe.inputs == "ignored":
             return grid_method(layer, bits, weight=recipe.weight, rotation=recipe.rotation, act_group=group)
-        assert layer.hessian is not None
-        chosen = Rotation.for_features(layer.spec.features, recipe.rotation)
-        spec = replace(
-            layer.spec,
-            rotation=chosen,
-            smoothed=recipe.smooth,
-            random_signs=recipe.random_signs,
-            shifted=recipe.shift and layer.spec.shifted,
-        )
-        known = layer_inputs(layer.hessian, spec)
+        known, chosen = known_inputs(layer, recipe)
         w = rotate(layer.weight * known.smooth_scale, chosen)
         stored = known.gptq.round(w, quantize_weight(w, recipe.weight))
         divide = known.smooth_scale if recipe.smooth else None
@@ -115,6 +108,36 @@ def from_recipe(recipe: Recipe) -> LayerMethod:
         return Simulated(stored.dequantize(), activation_grid(bits, group), divide, rotation, shift=known.shift)
 
     return method
+
+
+def known_inputs(layer: Layer, recipe: Recipe) -> tuple[LayerInputs, Rotation]:
+    """What an export by a recipe knows of a layer's inputs without data, and how it rotates them."""
+    assert layer.hessian is not None
+    chosen = Rotation.for_features(layer.spec.features, recipe.rotation)
+    spec = replace(
+        layer.spec,
+        rotation=chosen,
+        smoothed=recipe.smooth,
+        random_signs=recipe.random_signs,
+        shifted=recipe.shift and layer.spec.shifted,
+    )
+    return layer_inputs(layer.hessian, spec), chosen
+
+
+def nvfp4_engine(layer: Layer, bits: int, recipe: Recipe = RECIPES["w4a4"]) -> Simulated:
+    """What the a4 engine of SM 12.0 computes: the recipe's balance, signs, shift and rotation, then NVFP4 on both sides.
+
+    Its weights are quantized from the original ones, so what else the recipe says of grids plays no part.
+    """
+    assert bits == 4
+    known, chosen = known_inputs(layer, recipe)
+    bias = torch.zeros(len(layer.weight), dtype=torch.float64) if layer.bias is None else layer.bias.double()
+    shift = None if known.shift is None else known.shift.to(torch.bfloat16).float()
+    if shift is not None:
+        bias = bias + layer.weight.double() @ shift.double()
+    rotated = rotate(layer.weight * known.smooth_scale, chosen)
+    product = Nvfp4Linear(rotated, bias.float(), chosen, 1 / known.smooth_scale, shift)
+    return Simulated(product.weight, whole=product, biased=True)
 
 
 _RTN = WeightSpec(zero_point="paper", solver="minmax")
@@ -132,5 +155,6 @@ METHODS: dict[str, Method] = {
         Method("dvdquant w4a4", from_recipe(RECIPES["w4a4"]), switched=True, last_high=2, weighting="step"),
         Method("dvdquant w4a4-g64", from_recipe(RECIPES["w4a4-g64"]), switched=True, last_high=2, weighting="step"),
         Method("dvdquant w4a8", from_recipe(RECIPES["w4a8"]), (8,)),
+        Method("dvdquant nvfp4", nvfp4_engine, (4,)),
     )
 }

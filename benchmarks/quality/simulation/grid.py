@@ -19,7 +19,7 @@ from dvdquant.numerics.activation_grid import QMAX, fake_quantize_activation
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.system.whole_file import write_whole
 
-__all__ = ["Grid", "rotated_to_grid"]
+__all__ = ["Grid", "rotated_to_grid", "rotated_to_nvfp4"]
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FOLDER = _SOURCE.parents[3] / "build" / "quality"
@@ -45,12 +45,9 @@ def rotated_to_grid(
     Args:
         x: [..., K] fp32 or bf16 on the CPU. shift, divide: fp32 [K].
     """
-    features = x.shape[-1]
-    block = 1 if rotation is None else rotation.block
+    features, block = x.shape[-1], 1 if rotation is None else rotation.block
     group = grid.group or features
-    sylvester = rotation is None or rotation.outer == 1
-    fits = features % 64 == 0 and (block == 1 or block % 16 == 0) and group % 16 == 0
-    if not (sylvester and fits and x.dtype in (torch.float32, torch.bfloat16)) or (library := _library()) is None:
+    if not (_fits(x, rotation) and group % 16 == 0) or (library := _library()) is None:
         return None
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.bfloat16)
@@ -60,6 +57,35 @@ def rotated_to_grid(
         out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def rotated_to_nvfp4(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, rotation: Rotation, power: float
+) -> tuple[Tensor, Tensor] | None:
+    """What NVFP4 engines multiply, in bf16, and the largest value of every token; None where that has no compiled form.
+
+    Args:
+        x: [..., K] fp32 or bf16 on the CPU. shift, scale: fp32 [K], of ``(x - shift) * scale``.
+        power: the magnitude that the rotation's entries have in the graph, a power of two.
+    """
+    if not _fits(x, rotation) or (library := _library()) is None:
+        return None
+    x = x.contiguous()
+    out, amax = torch.empty(x.shape, dtype=torch.bfloat16), torch.empty(*x.shape[:-1], 1)
+    library.quality_nvfp4(
+        x.data_ptr(), x.dtype == torch.bfloat16, None if shift is None else shift.data_ptr(),
+        None if scale is None else scale.data_ptr(), amax.numel(), x.shape[-1], rotation.block, power, out.data_ptr(),
+        amax.data_ptr(),
+    )  # fmt: skip
+    return out, amax
+
+
+def _fits(x: Tensor, rotation: Rotation | None) -> bool:
+    """Whether the compiled forms have this input and rotation."""
+    block = 1 if rotation is None else rotation.block
+    sylvester = rotation is None or rotation.outer == 1
+    whole = x.shape[-1] % 64 == 0 and (block == 1 or block % 16 == 0)
+    return sylvester and whole and x.dtype in (torch.float32, torch.bfloat16)
 
 
 @lru_cache
@@ -82,4 +108,8 @@ def _library() -> Any:
         pointer, integer, pointer, pointer, ctypes.c_int64, integer, integer, integer, ctypes.c_float, pointer,
     ]  # fmt: skip
     library.quality_grid.restype = None
+    library.quality_nvfp4.argtypes = [
+        pointer, integer, pointer, pointer, ctypes.c_int64, integer, integer, ctypes.c_float, pointer, pointer,
+    ]  # fmt: skip
+    library.quality_nvfp4.restype = None
     return library

@@ -57,6 +57,7 @@ class Simulated:
         shift, divide: fp32 [K], or None. rotation: R, or None.
         low_rank: (L [r, K], U [N, r]), a branch in 16 bit, or None; not together with a shift.
         whole: replaces all of it: x [..., K] to y [..., N] without bias, for packages that bring their own product.
+        biased: ``whole`` adds the bias itself.
     """
 
     weight: Tensor
@@ -66,6 +67,7 @@ class Simulated:
     low_rank: tuple[Tensor, Tensor] | None = None
     whole: Callable[[Tensor], Tensor] | None = None
     shift: Tensor | None = None
+    biased: bool = False
 
 
 # The operands are codes times scales. bf16 adds 2⁻⁹ to each, an order of magnitude below what W4A8 changes, and it is what
@@ -106,7 +108,9 @@ class SimulatedGroup:
         sim = self.simulated
         if sim.whole is not None:
             y = sim.whole(x.float())
-            return y.to(self.dtype) if self.bias is None else (y.float() + self.bias.float()).to(self.dtype)
+            return (
+                y.to(self.dtype) if self.bias is None or sim.biased else (y.float() + self.bias.float()).to(self.dtype)
+            )
         operand = self._on_grid(x)
         if self.down is not None:
             operand = torch.cat((operand, _linear(x.to(self.dtype), self.down)), dim=-1)
