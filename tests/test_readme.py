@@ -102,6 +102,8 @@ def test_commands_parse(page: Path) -> None:
             assert name.partition("_COMPLETE=")[0].removeprefix("_").lower().replace("_", "-") in PROJECT["scripts"]
         elif name == "eval":
             assert any(f"_{known.upper().replace('-', '_')}_COMPLETE" in arguments[0] for known in PROJECT["scripts"])
+        elif program in ("tritonserver", "serve"):
+            pass  # of NVIDIA's server and of Ray
         else:
             pytest.fail(f"{page.relative_to(ROOT)} has a command this test does not know: {name}")
 
