@@ -118,5 +118,5 @@ def test_a_session_by_itself(double: Generator) -> None:
         session.run({**inputs, "hidden_states": inputs["hidden_states"][:, :, :, :3]}, 4)
     with pytest.raises(EngineError, match="16-bit"):
         session.run(inputs, 16)
-    with pytest.raises(UnsupportedError, match="a graph"):
+    with pytest.raises(UnsupportedError, match="its graph"):
         session.set_loras([object()])  # type: ignore[list-item]
