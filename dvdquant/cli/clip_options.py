@@ -31,7 +31,7 @@ _CLIP = (
         "--text-embeds",
         type=PATH,
         metavar="FILE",
-        help="Text embeddings of dvdq-run --save-text-embeds instead of a text encoder; without --prompt all of its prompts.",
+        help="Text embeddings saved by --save-text-embeds, instead of a text encoder; without --prompt all of its prompts.",
     ),
 )
 _LOADING = (

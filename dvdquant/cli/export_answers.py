@@ -87,7 +87,7 @@ def _disk(plan: ExportPlan) -> str:
     """Return the size of the export, and what making it takes."""
     estimate = plan.estimate
     total = estimate.weight_file_bytes + estimate.engine_bytes
-    share = f"{total / estimate.source_bytes:.2f} of the checkpoint's {amount(estimate.source_bytes)}"
+    share = f"{total / estimate.source_bytes:.2f} times the checkpoint's {amount(estimate.source_bytes)}"
     return f"{amount(total)}, {share}; {amount(estimate.disk_bytes)} while it is made, computed"
 
 
@@ -134,10 +134,8 @@ def device_answers(plan: ExportPlan, choice: Choice) -> list[tuple[str, str]]:
         found.append((str(device), answer.words(next(iter(held)))))
     if found and not alone:
         parts = published(family)
-        note = (
-            f"counted with {parts.names} and the VAE that the family is published with, at the size above; not measured"
-        )
-        found.append(("", note))
+        note = f"with {parts.names} and the VAE that the family is published with, at the size above; not measured"
+        found.append(("counted", note))
     return found
 
 

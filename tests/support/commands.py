@@ -67,8 +67,9 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """That finds this checkout, on two cores."""
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "2"}
+    """That finds this checkout, with as many threads as this process: what an export writes depends on their number."""
+    threads = str(torch.get_num_threads())
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
 
 def export(*arguments: object) -> list[dict[str, Any]]:
