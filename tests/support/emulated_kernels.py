@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 from dvdquant.ops.cuda import KernelLibrary
+from tests.support.scripts import load_script
 
 __all__ = ["KERNELS", "library", "one_thread"]
 
@@ -28,13 +27,7 @@ def library() -> Iterator[KernelLibrary]:
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to compile the emulated kernels")
     # Not `import build`: a package of that name is installed beside the tests.
-    spec = importlib.util.spec_from_file_location("dvdquant_kernel_build", KERNELS / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    opened = KernelLibrary(module.build_emulated())
+    opened = KernelLibrary(load_script(KERNELS / "build.py").build_emulated())
     yield opened
     opened._library.dvdq_emulator_schedule(ctypes.c_uint64(0))
 
