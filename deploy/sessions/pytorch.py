@@ -174,8 +174,8 @@ class PyTorchSession(EngineSession):
             specs: The LoRAs, each a file with a scale and a transformer.
         """
         with self._lock:
-            if self._model is None:
-                raise EngineError(f"the {self.backend} session of {self.component} is closed")
+            self._require_open()
+            assert self._model is not None
             class_name = str(self.artifact.config(self.component)["_class_name"])
             shapes = self.artifact.plan(self.component).shapes
             # Read first: where a file cannot be used, those that ran before go on.
