@@ -67,7 +67,7 @@ def parts_of_run(
     Args:
         checker: What the export and its model can make.
         requests: The requests of one prompt.
-        backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
+        backend: The backend that runs: ``onnxruntime``, ``pytorch``, ``tensorrt_rtx`` (or ``rtx``) or ``tensorrt``.
         offload: Whether the pipeline's other parts are on the device only while they are used.
         alternate: Whether the text encoder is freed before the transformer is loaded.
         text_bits: Bits of the text encoder's weights.
@@ -88,7 +88,7 @@ def parts_of_run(
         if any(request.mode != "16" for request in requests):
             what, nbytes = _executed(checker.artifact, component, backend)
             found.append(Part(f"{component} ({what})", nbytes, nbytes, always, stays=True))
-            if room := 0 if backend == "pytorch" else _room_for_loras(checker.artifact, component):
+            if room := _room_for_loras(checker.artifact, component, backend):
                 found.append(Part(f"{component} (room for LoRAs)", 0, room, always, stays=True))
         if any(request.mode == "16" for request in requests):
             original = 2 * _parameters(checker.artifact, component)
@@ -111,7 +111,7 @@ def run_bytes(
     Args:
         checker: What the export and its model can make.
         requests: The requests of one prompt.
-        backend: As for :func:`parts_of_run`, ``auto`` resolved.
+        backend: As for :func:`parts_of_run`.
         base: Bytes that libraries and the program take.
         narrow: Whether a run that switches may load one bit-width instead.
         sm: The compute capability, where our kernels run; else None.
@@ -144,10 +144,10 @@ def _transformers(
 ) -> dict[str, int]:
     """Return the bytes of what may be loaded of the transformers, by its name in words."""
     modes = {request.mode for request in requests}
-    original = sum(2 * _parameters(artifact, component) for component in artifact.components)
+    beside = sum(2 * _parameters(artifact, component) for component in artifact.components) if "16" in modes else 0
     if modes == {"16"}:
-        return {"16 bit": original}
-    beside = original if "16" in modes else 0
+        return {"16 bit": beside}
+    beside += sum(_room_for_loras(artifact, component, backend) for component in artifact.components)
     bits = artifact.bits(artifact.components[0])
     # 1. Engines that hold their weights themselves: each width has its own.
     plugin = any(entry["precision"] == "plugin" for entry in artifact.manifest.engines)
@@ -236,9 +236,9 @@ def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, in
     return "packed weights", sum(files[name]["bytes"] for name in artifact.weight_files(component))
 
 
-def _room_for_loras(artifact: Artifact, component: str) -> int:
-    """Return the bytes that the inputs reserved for LoRAs take in a session."""
-    if not artifact.manifest.lora_rank:
+def _room_for_loras(artifact: Artifact, component: str, backend: str) -> int:
+    """Return the bytes that the inputs reserved for LoRAs take in a session; one of PyTorch has modules instead."""
+    if not artifact.manifest.lora_rank or backend == "pytorch":
         return 0
     from dvdquant.model.lora_inputs import lora_input_shapes
 

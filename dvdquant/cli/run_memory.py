@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from dvdquant.cli.run import RunOptions
+    from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import Generator
     from dvdquant.deploy.generation.memory_plan import MemoryPlan
     from dvdquant.deploy.generation.request import GenerateRequest
@@ -67,7 +68,12 @@ def place_of(device: torch.device) -> Place:
 
 
 def plan_run(
-    settings: RunOptions, generator: Generator, requests: Sequence[GenerateRequest], memory: int | None, place: Place
+    settings: RunOptions,
+    generator: Generator,
+    requests: Sequence[GenerateRequest],
+    memory: int | None,
+    place: Place,
+    backend: str,
 ) -> MemoryPlan:
     """Return how the parts of a run share the device: as the options say, or so that they fit ``memory``.
 
@@ -77,20 +83,15 @@ def plan_run(
         requests: The checked requests of one prompt.
         memory: Bytes that the run may take; None takes the options as they are.
         place: The device.
+        backend: The backend that runs.
 
     Raises:
         ResourceError: It does not fit; the error says what does.
     """
     from dvdquant.deploy.generation.memory_plan import Arrangement, arrange, fitting, possible
     from dvdquant.deploy.generation.needs import run_bytes
-    from dvdquant.deploy.sessions import best_backend, full_name
-    from dvdquant.system.devices import resolve_device
 
     # 1. The bytes of what runs.
-    artifact = generator.artifact
-    backend = "pytorch" if settings.compile or settings.attention_backend else full_name(settings.backend)
-    if backend == "auto":
-        backend, _ = best_backend(artifact, artifact.components[0], None, resolve_device(settings.device))
     narrow = settings.mode is None and settings.schedule is None and not settings.compare
     sm = place.sm if backend in ("pytorch", "tensorrt") else None
     run = run_bytes(generator.checker, requests, backend, place.base, narrow=narrow, sm=sm, weights=settings.weights)
@@ -120,6 +121,14 @@ def plan_run(
     )
 
 
+def _backend(settings: RunOptions, artifact: Artifact, device: torch.device) -> str:
+    """Return the full name of the backend that runs."""
+    from dvdquant.deploy.sessions import best_backend, full_name
+
+    name = "pytorch" if settings.compile or settings.attention_backend else full_name(settings.backend)
+    return best_backend(artifact, artifact.components[0], None, device)[0] if name == "auto" else name
+
+
 def _can_quantize_text() -> bool:
     import importlib.util
 
@@ -135,6 +144,7 @@ class Arranged:
         requests: The requests of every prompt.
         plan: What is held when.
         place: The device.
+        backend: The backend that runs.
         memory: Bytes that the run may take, or None.
     """
 
@@ -142,6 +152,7 @@ class Arranged:
     requests: list[list[GenerateRequest]]
     plan: MemoryPlan
     place: Place
+    backend: str
     memory: int | None
 
     def text(self) -> str:
@@ -170,11 +181,12 @@ def arranged(
     from dvdquant.deploy.generation.needs import PACKED
     from dvdquant.system.devices import resolve_device
 
-    place = place_of(resolve_device(settings.device))
+    device = resolve_device(settings.device)
+    place, backend = place_of(device), _backend(settings, generator.artifact, device)
     limit = place.free if memory == "auto" else memory
-    plan = plan_run(settings, generator, requests[0], limit, place)
+    plan = plan_run(settings, generator, requests[0], limit, place, backend)
     if limit is None:
-        return Arranged(generator, requests, plan, place, None)
+        return Arranged(generator, requests, plan, place, backend, None)
     how = plan.arrangement
     bits = generator.artifact.bits(generator.artifact.components[0])
     # A plan that loads one bit-width alone has its name.
@@ -190,7 +202,7 @@ def arranged(
         bits=tuple(alone) or None,
         **({"weights": "packed"} if how.transformer == PACKED and place.sm is not None else {}),
     )
-    return Arranged(changed, [[changed.check(r) for r in each] for each in requests], plan, place, limit)
+    return Arranged(changed, [[changed.check(r) for r in each] for each in requests], plan, place, backend, limit)
 
 
 def _at_width(request: GenerateRequest, width: int) -> GenerateRequest:
