@@ -14,20 +14,18 @@ from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.admission import stage_bytes
 from dvdquant.deploy.generation.check import PipelineChecker, RequestChecker
-from dvdquant.deploy.generation.memory_plan import RunBytes
+from dvdquant.deploy.generation.memory_plan import EXPANDED, INT8_ROW, PACKED, RunBytes, engine_choices
 from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.weights import WeightForm, WeightPolicy
 from dvdquant.system.safetensors_io import TensorInfo, read_header, read_header_from
 
-__all__ = ["EXPANDED", "PACKED", "Part", "parts_of_run", "run_bytes"]
+__all__ = ["Part", "parts_of_run", "run_bytes"]
 
-PACKED, EXPANDED = "packed weights", "expanded weights"
 _ENGINES = ("rtx", "tensorrt", "tensorrt_rtx")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Matrices that are looked up and not multiplied with; torchao leaves them in 16 bit.
 _EMBEDDING = re.compile(r"embed|shared|attention_bias|lm_head|wte|wpe")
-_INT8_ROW = 5  # bytes of a row's scale and zero-point
 
 
 @dataclass(frozen=True)
@@ -153,10 +151,7 @@ def _transformers(
     plugin = any(entry["precision"] == "plugin" for entry in artifact.manifest.engines)
     if backend in _ENGINES and not plugin:
         each = {width: sum(_engine_bytes(artifact, c, (width,)) for c in artifact.components) for width in bits}
-        found = {" and ".join(f"a{width}" for width in bits): sum(each.values()) + beside}
-        if narrow and len(bits) > 1:
-            found.update({f"a{width}": each[width] + beside for width in sorted(bits, reverse=True)})
-        return found
+        return {name: size + beside for name, size in engine_choices(each, narrow=narrow).items()}
     # 2. A runtime that keeps what the files hold.
     if sm is None:
         packed = sum(_executed(artifact, component, "pytorch")[1] for component in artifact.components)
@@ -208,7 +203,7 @@ def _loaded_bytes(checker: RequestChecker, part: str, tensors: Sequence[TensorIn
     for tensor in tensors:
         count = math.prod(tensor.shape)
         if bits == 8 and len(tensor.shape) == 2 and not _EMBEDDING.search(tensor.name):
-            loaded += count + _INT8_ROW * tensor.shape[0]
+            loaded += count + INT8_ROW * tensor.shape[0]
         else:
             loaded += count * width if tensor.dtype in _FLOATS else tensor.nbytes
     return loaded
@@ -233,7 +228,7 @@ def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, in
     files = artifact.manifest.files
     if backend in _ENGINES:
         return "engines", _engine_bytes(artifact, component, artifact.bits(component))
-    return "packed weights", sum(files[name]["bytes"] for name in artifact.weight_files(component))
+    return PACKED, sum(files[name]["bytes"] for name in artifact.weight_files(component))
 
 
 def _room_for_loras(artifact: Artifact, component: str, backend: str) -> int:

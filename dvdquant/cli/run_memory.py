@@ -88,8 +88,9 @@ def plan_run(
     Raises:
         ResourceError: It does not fit; the error says what does.
     """
-    from dvdquant.deploy.generation.memory_plan import Arrangement, arrange, fitting, possible
+    from dvdquant.deploy.generation.memory_plan import Arrangement, arrange, best, fitting, possible
     from dvdquant.deploy.generation.needs import run_bytes
+    from dvdquant.deploy.generation.text_encoder import can_quantize_text
 
     # 1. The bytes of what runs.
     narrow = settings.mode is None and settings.schedule is None and not settings.compare
@@ -100,7 +101,7 @@ def plan_run(
     fixed: dict[str, Any] = {name: True for name, decided in given.items() if decided}
     if settings.text_encoder_bits is not None:
         fixed["text_bits"] = int(settings.text_encoder_bits)
-    elif not _can_quantize_text():
+    elif not can_quantize_text():
         fixed["text_bits"] = 16
     first = next(iter(run.transformer))
     if memory is not None:
@@ -108,15 +109,14 @@ def plan_run(
     asked = arrange(run, Arrangement(first, **{"text_bits": 16, **fixed}))
     if asked.peak <= place.total:
         return asked
-    others = [p for p in possible(run, unified=place.unified, fixed=fixed) if p.peak <= place.total]
-    least = min(possible(run, unified=place.unified, fixed=fixed), key=lambda plan: plan.peak)
+    other, fits = best(possible(run, unified=place.unified, fixed=fixed), place.total)
     raise ResourceError(
         f"the run takes about {amount(asked.peak)}, and {place.name} has {amount(place.total)}",
-        available=f"{' '.join(others[0].arrangement.options(first))}, which takes {amount(others[0].peak)}"
-        if others
-        else f"nothing at this size: {amount(least.peak)} at least",
+        available=f"{' '.join(other.arrangement.options(first))}, which takes {amount(other.peak)}"
+        if fits
+        else f"nothing at this size: {amount(other.peak)} at least",
         fix="add --memory auto, which takes these options by itself"
-        if others
+        if fits
         else "ask for a smaller or shorter clip, or draw on a device with more memory",
     )
 
@@ -127,12 +127,6 @@ def _backend(settings: RunOptions, artifact: Artifact, device: torch.device) -> 
 
     name = "pytorch" if settings.compile or settings.attention_backend else full_name(settings.backend)
     return best_backend(artifact, artifact.components[0], None, device)[0] if name == "auto" else name
-
-
-def _can_quantize_text() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("torchao") is not None
 
 
 @dataclass(frozen=True)
@@ -178,7 +172,7 @@ def arranged(
         ResourceError: It does not fit; the error says what does.
     """
     from dvdquant.deploy.generation.generate import rearranged
-    from dvdquant.deploy.generation.needs import PACKED
+    from dvdquant.deploy.generation.memory_plan import PACKED
     from dvdquant.system.devices import resolve_device
 
     device = resolve_device(settings.device)
@@ -191,8 +185,6 @@ def arranged(
     bits = generator.artifact.bits(generator.artifact.components[0])
     # A plan that loads one bit-width alone has its name.
     alone = [width for width in bits if how.transformer == f"a{width}" and len(bits) > 1]
-    if alone and requests[0][0].mode == "switch":
-        requests = [[_at_width(request, alone[0]) for request in each] for each in requests]
     changed = rearranged(
         generator,
         vae_tiling=how.vae_tiling,
@@ -202,7 +194,9 @@ def arranged(
         bits=tuple(alone) or None,
         **({"weights": "packed"} if how.transformer == PACKED and place.sm is not None else {}),
     )
-    return Arranged(changed, [[changed.check(r) for r in each] for each in requests], plan, place, backend, limit)
+    if alone and requests[0][0].mode == "switch":
+        requests = [[changed.check(_at_width(request, alone[0])) for request in each] for each in requests]
+    return Arranged(changed, requests, plan, place, backend, limit)
 
 
 def _at_width(request: GenerateRequest, width: int) -> GenerateRequest:
