@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -236,18 +236,21 @@ class _Routes:
         """
         service, limits = self.service, self.service.settings.limits
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        read: Callable[[], tuple[dict[str, Any], dict[str, bytes]]]
         if kind == _JSON:
             raw = await request.body()
-            # A picture in JSON takes a while to read, and the others need not wait for it.
-            data = await service.run(_json_fields, raw) if len(raw) > limits.body else _json_fields(raw)
-            fields, pictures = take_pictures(data, limits.picture)
-            return read_request(fields, form=False), pictures
-        if kind not in _FORMS:
+            size, read = len(raw), lambda: take_pictures(_json_fields(raw), limits.picture)
+        elif kind in _FORMS:
+            part = limits.body_with_pictures if service.takes_pictures else limits.body
+            async with request.form(max_files=4, max_fields=64, max_part_size=part) as form:
+                fields = await _form_fields(form)
+            texts = [value for value in fields.values() if isinstance(value, str)]
+            size, read = sum(map(len, texts)), lambda: take_pictures(fields, limits.picture)
+        else:
             raise UnsupportedError(f"content type {shown(kind, 80)!r}", available=(_JSON, *_FORMS))
-        part = limits.body_with_pictures if service.takes_pictures else limits.body
-        async with request.form(max_files=4, max_fields=64, max_part_size=part) as form:
-            fields, pictures = take_pictures(await _form_fields(form), limits.picture)
-        return read_request(fields, form=True), pictures
+        # A picture in base64 takes a while to read, and the others need not wait for it.
+        rest, pictures = await service.run(read) if size > limits.body else read()
+        return read_request(rest, form=kind != _JSON), pictures
 
     async def _job(self, request: Request) -> Job:
         job = await self.service.run(self.service.store.get, _video_id(request))
