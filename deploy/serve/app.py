@@ -42,8 +42,6 @@ _MAX_LIST = 100
 _DRAIN_SECONDS = 5
 _START_SECONDS = 2
 
-log = logging.getLogger(__name__)
-
 
 def make_app(service: Service) -> Any:
     """Return the ASGI application.
@@ -74,6 +72,8 @@ def make_app(service: Service) -> Any:
         ],
         exception_handlers={
             HTTPException: _http_error,
+            QueueFullError: routes.queue_full,
+            DiskFullError: _disk_full,
             DvdquantError: _bad_request,
             BodyTooLargeError: _too_large,
             BodyTooSlowError: _too_slow,
@@ -105,7 +105,7 @@ class _Routes:
 
     async def create_video(self, request: Request) -> Response:
         """Queue a job."""
-        service, limits = self.service, self.service.settings.limits
+        service = self.service
         if service.draining:
             return problem(
                 503, "the server is stopping and takes no more jobs", "server_error", code="draining",
@@ -113,26 +113,23 @@ class _Routes:
             )  # fmt: skip
         values, pictures = await self._asked(request)
         checked = service.check(values, pictures)
-        full = problem(
-            429, f"{limits.queue} jobs are waiting, and this server takes no more", "rate_limit_error",
-            code="queue_full", fix="try again later", retry_after=service.retry_after(),
-        )  # fmt: skip
-        if pictures:
+        if pictures:  # which are not decoded for nothing
             is_full = await service.run(service.queue_is_full)
             if is_full:
-                return full
+                raise QueueFullError
         decoded = await service.decode(pictures)
-        try:
-            # One call, because each that leaves this thread waits for its turn on a busy machine.
-            job, ahead = await service.run(service.create, checked, decoded, request.state.request_id)
-        except QueueFullError:
-            return full
-        except DiskFullError:
-            return problem(
-                503, "the server has no room for more clips", "server_error", code="disk_full", retry_after=60
-            )
+        # One call, because each that leaves this thread waits for its turn on a busy machine.
+        job, ahead = await service.run(service.create, checked, decoded, request.state.request_id)
         service.pool.tell("wake")
         return JSONResponse(video_json(job, ahead))
+
+    async def queue_full(self, request: Request, error: Exception) -> Response:
+        """Answer a job that the queue does not take."""
+        del request, error
+        return problem(
+            429, f"{self.service.settings.limits.queue} jobs are waiting, and this server takes no more",
+            "rate_limit_error", code="queue_full", fix="try again later", retry_after=self.service.retry_after(),
+        )  # fmt: skip
 
     async def preflight(self, request: Request) -> Response:
         """Say what a request would execute, without queueing it."""
@@ -432,6 +429,12 @@ async def _uploads_busy(request: Request, error: Exception) -> Response:
     )
     answer.headers["connection"] = "close"
     return answer
+
+
+async def _disk_full(request: Request, error: Exception) -> Response:
+    """Answer a job for whose clip there is no room."""
+    del request, error
+    return problem(503, "the server has no room for more clips", "server_error", code="disk_full", retry_after=60)
 
 
 async def _gone(request: Request, error: Exception) -> Response:
