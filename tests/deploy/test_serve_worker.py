@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.serving.local import LocalWorkers
 from dvdquant.deploy.serve.channel import Channel
 from dvdquant.deploy.serve.files import FolderFiles
 from dvdquant.deploy.serve.jobs import Failure, Job, NewJob
@@ -192,8 +193,9 @@ def test_expiry_goes_on_after_a_store_and_a_file_that_refuse(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from dvdquant.deploy.serve import server
+    from dvdquant.deploy.serve import expiry
     from dvdquant.deploy.serve.metrics import ServerMetrics
+    from dvdquant.deploy.serve.service import Service
 
     videos = []
     for _ in range(3):
@@ -219,15 +221,13 @@ def test_expiry_goes_on_after_a_store_and_a_file_that_refuse(
 
     monkeypatch.setattr(store, "expire", expire_later)
     monkeypatch.setattr(files, "delete", delete_but_one)
-    monkeypatch.setattr(server, "EXPIRE_SECONDS", 0.01)
+    monkeypatch.setattr(expiry, "EXPIRE_SECONDS", 0.01)
 
     metrics = ServerMetrics()
 
     async def some_rounds() -> None:
-        run = server._Run(
-            ServerSettings(models=(), data=tmp_path, devices=(), spare=False), store, files, metrics, ("none",)
-        )
-        task = asyncio.create_task(run._expire())
+        service = Service(ServerSettings(models=(), data=tmp_path), store, files, LocalWorkers(), metrics)
+        task = asyncio.create_task(expiry.expire_for_ever(service))
         end = time.monotonic() + 60
         while len(rounds) < 4 and time.monotonic() < end:
             await asyncio.sleep(0.01)
@@ -235,7 +235,7 @@ def test_expiry_goes_on_after_a_store_and_a_file_that_refuse(
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        run.service.close()
+        service.close()
 
     asyncio.run(some_rounds())
     assert len(rounds) >= 4
