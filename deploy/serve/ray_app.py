@@ -205,8 +205,7 @@ class WorkerReplica:
         if thread.is_alive():
             worker.let_go()
             thread.join(_LAST_SECONDS)
-        with contextlib.suppress(Exception):
-            self.store.close()
+        self.store.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +252,7 @@ class RayWorkers:
                 count = _running()
                 said = self._handle.facts.remote().result(timeout_s=_PATIENCE) if count else {}
             except Exception as error:  # noqa: BLE001  Ray's errors are many; a worker that starts does not answer
-                log.info("no worker answers: %s", error)
+                log.info("no worker answers: %s: %s", type(error).__name__, error)
                 count, said = 0, {}
             self._seen = (_Seen("ray", True, said.get("models", {})),) * count
 
@@ -284,10 +283,14 @@ class Interface:
         return make_app(self.service)
 
     def __del__(self) -> None:
-        """End the threads."""
-        with contextlib.suppress(Exception):
-            self._expiry.cancel()
-            self.service.close()
+        """End the threads, and the connections to the store."""
+        expiry, service = getattr(self, "_expiry", None), getattr(self, "service", None)
+        if expiry is None or service is None:
+            return  # it could not be made
+        with contextlib.suppress(RuntimeError):  # its loop has ended, and the task with it
+            expiry.cancel()
+        service.close()
+        service.store.close()
 
 
 def app(args: RayArguments) -> Any:
