@@ -250,6 +250,7 @@ class Progress:
         self.log_format = log_format
         self.stream = stream or sys.stderr
         self.seconds: dict[str, float] = {}
+        self._worked = -math.inf  # when the last line of `working` was written
 
     @property
     def draws_bars(self) -> bool:
@@ -276,6 +277,21 @@ class Progress:
         if self.log_format == "json":
             line = json_text(_plain({"time": round(time.time(), 3), "event": event, **fields}))
             print(line, file=self.stream, flush=True)
+
+    def working(self, stage: str, label: str, seconds: float, silent: float) -> None:
+        """Report that one long item of a stage goes on: an event for programs, and a line a minute where no bar can be drawn.
+
+        Args:
+            stage: The stage.
+            label: The name of the item.
+            seconds: The seconds that it has taken so far.
+            silent: The seconds since it was heard of last.
+        """
+        self.event("working", stage=stage, label=label, seconds=round(seconds, 1), silent=round(silent, 1))
+        now = time.monotonic()
+        if self.log_format == "text" and not self.draws_bars and min(seconds, now - self._worked) >= _LINE_INTERVAL:
+            self._worked = now
+            self.say(f"{stage}: {label}, {seconds_text(seconds)}, silent for {seconds_text(silent)}")
 
     def say(self, text: str) -> None:
         """Write a line for people, or a ``message`` event if the log format is ``json``.

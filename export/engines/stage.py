@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -269,10 +270,8 @@ def run_builder(
         timing_cache=timing_cache,
         optimization_level=optimization_level,
         data_roots=(data_root,),
-        progress=progress.log_format == "text",
-        alive=lambda seconds, silent: progress.event(
-            "working", stage="engines", label=target.name, seconds=round(seconds, 1), silent=round(silent, 1)
-        ),
+        progress=progress.draws_bars,
+        alive=functools.partial(progress.working, "engines", target.name),
     )
     check_attention(backend, fp8_attentions, report, target)
     return report

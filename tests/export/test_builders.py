@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import onnx_ir as ir
@@ -18,12 +19,14 @@ from dvdquant.export.engines import Backend, BuildReport, build_engine, load_bac
 from dvdquant.export.engines import engine as engine_module
 from dvdquant.export.engines.network import WeightMaps, check_custom_ops
 from dvdquant.export.engines.precision import RTX_SMS, plan_engines
+from dvdquant.export.engines.stage import run_builder
 from dvdquant.export.engines.worker import _check_device, _load_plugins
 from dvdquant.export.passes.lowering.int8 import lower_int8
 from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
 from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
 from dvdquant.export.passes.lowering.store import TensorStore
 from dvdquant.recipe import ActivationSpec
+from dvdquant.system.progress import Progress
 from tests.support import quant_linear_graphs as qg
 from tests.support.exporting import REPOSITORY
 
@@ -385,6 +388,21 @@ def unparsable(folder: Path) -> Path:
     )
     onnx.save(model, folder / "bad.onnx")
     return folder / "bad.onnx"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_bar_is_drawn_for_a_terminal_alone(
+    terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the log of an export goes to a pipe or a file, its builder draws nothing there either."""
+    progress = SimpleNamespace(draws_bars=terminal, working=Progress("quiet").working)
+    with pytest.raises(EngineError, match="culprit"):
+        run_builder(
+            unparsable(tmp_path), tmp_path / "x.engine", backend="rtx", sms=["8.9"], profile=None, plugins=(),
+            workspace_gib=None, timing_cache=None, optimization_level=None, data_root=tmp_path, fp8_attentions=0,
+            progress=progress,
+        )  # fmt: skip
+    assert ("x.engine" in capsys.readouterr().err) == terminal
 
 
 def test_parser_errors_name_the_node(tmp_path: Path) -> None:

@@ -131,6 +131,20 @@ def test_where_nobody_looks_a_line_a_minute_is_enough(ci: str, monkeypatch: pyte
     ]
 
 
+def test_a_long_item_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two items that are alike is not told earlier because the first one took long."""
+    clock = Clock()
+    monkeypatch.setattr(progress_module, "time", clock)
+    stream = io.StringIO()
+    progress = Progress("text", stream)
+    for _ in range(2):
+        for beat in range(5, 130, 5):
+            clock.now += 5
+            progress.working("engines", "a4.engine", beat, beat % 60)
+    minute, two = "engines: a4.engine, 1 min 00 s, silent for 0 s", "engines: a4.engine, 2 min 00 s, silent for 0 s"
+    assert stream.getvalue().splitlines() == [minute, two] * 2
+
+
 def announced(updates: list[tuple[float, int]], total: int) -> list[tuple[float, float]]:
     """(time, remaining seconds) of a stage whose work comes at these times."""
     pace, count, told = Pace(0.0), 0, []
