@@ -25,7 +25,7 @@ from dvdquant.ops.cuda_linear import (
     stream_of,
 )
 from dvdquant.ops.packed_layer import DTYPE_NAMES, DTYPES, check_channels
-from dvdquant.ops.prepared_linear import kernels_of
+from dvdquant.ops.prepared_linear import opened
 from dvdquant.ops.repack import LayerShape
 from dvdquant.ops.rotate_quantize import rotate_quantize
 from dvdquant.ops.smooth import apply_pre_quant
@@ -351,10 +351,7 @@ def fused_linear(
         KernelError: The kernels of this number are gone.
     """
     features = x.shape[-1]
-    library = kernels_of(kernels)
-    layer = LayerShape(
-        rows, features, weight_groups, float_zero_point, block, 1, act_bits, act_group, DTYPE_NAMES[x.dtype]
-    )
+    library, layer = opened(kernels, x, 1, rows, weight_groups, float_zero_point, block, act_bits, act_group)
     flat = [None if part is None else part.reshape(-1, features) for part in (y, gate, multiplier, addend)]
     prologue = Prologue(flat[0], flat[1], flat[2], flat[3], norm, gelu, eps)
     out, hidden = run_fused_linear(library, layer, x.reshape(-1, features), prologue, prepared, pre_quant)

@@ -19,11 +19,13 @@ from dvdquant.ops.cuda import KernelLibrary, ProloguePointers
 from dvdquant.ops.fused import (
     Prologue,
     apply_prologue,
+    fused_linear,
     fused_quantize,
     run_fused_linear,
     run_fused_quantize,
 )
 from dvdquant.ops.linear_gemm import decode_codes
+from dvdquant.ops.prepared_linear import handle_of
 from dvdquant.ops.repack import LayerShape
 from tests.support.emulated_kernels import emulated_library, one_thread  # noqa: F401
 
@@ -108,6 +110,12 @@ def test_a_layer_in_one_call(library: KernelLibrary) -> None:
     assert torch.equal(hidden, other)
     wanted = kernels.linear_gemm(layer, codes, scales, sums, prepared)
     assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
+    rest = (prepared, pre_quant, handle_of(kernels), 8, 1, False, 64, 4, 128)
+    parts = (prologue.y, prologue.gate, prologue.multiplier, prologue.addend)
+    batch = [part[None] if part is not None else None for part in (x, *parts)]
+    operation, residual = fused_linear(*batch, "layer", False, prologue.eps, *rest)
+    assert torch.equal(operation[0].view(torch.int16), wanted.view(torch.int16))
+    assert torch.equal(residual[0], hidden)
 
 
 def test_rows_may_lie_anywhere(library: KernelLibrary) -> None:
