@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from benchmarks.working_memory import config_of
+from benchmarks.held_weights import plan_of
 from dvdquant.deploy.generation.device_fit import DEVICES, DeviceSize, Fit, fit, published_run
 from dvdquant.hardware.capabilities import sm_number
-from dvdquant.model.families import Axis, Sizes, get_family
+from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.held_weights import held_weights
-from dvdquant.model.plan import plan_model
-from dvdquant.recipe import get_recipe
 from dvdquant.text import amount
 
 
@@ -26,7 +22,7 @@ class Case:
 
     Args:
         name: Its name.
-        config: A name of :func:`benchmarks.working_memory.config_of`.
+        config: The name of a file in ``configs``.
         size: Frames, height and width in pixels.
         text: Text tokens.
     """
@@ -40,7 +36,7 @@ class Case:
 CASES = (
     Case("Wan2.1-1.3B", "wan2.1-1.3b", (81, 480, 832), 512),
     Case("Wan2.2-TI2V-5B", "wan2.2-5b", (121, 704, 1280), 512),
-    Case("LTX-Video-2B", "ltx-video", (121, 512, 768), 128),
+    Case("LTX-Video-2B", "ltx-video-2b", (121, 512, 768), 128),
     Case("CogVideoX-5B", "cogvideox-5b", (49, 480, 720), 226),
     Case("HunyuanVideo-13B", "hunyuan-video", (61, 544, 960), 256),
     Case("Wan2.1-14B", "wan2.1-14b", (81, 480, 832), 512),
@@ -54,13 +50,11 @@ def fits(case: Case, devices: tuple[DeviceSize, ...] = DEVICES) -> list[Fit]:
         case: The model.
         devices: The devices.
     """
-    config = config_of(case.config)
-    plan = plan_model(config, get_recipe("w4a4"), torch.bfloat16)
-    family = get_family(config)
+    plan = plan_of(case.config, "w4a4")
+    family = plan.family
     frames, height, width = case.size
-    time, down, across = family.vae_scale
+    _, down, across = family.vae_scale
     latent = (family.latent_frames(frames), height // down, width // across)
-    del time
     sizes = Sizes(*map(Axis.fixed, latent), case.text)
     found = []
     for device in devices:

@@ -161,19 +161,10 @@ def config_of(name: str) -> dict[str, Any]:
     """Return the config of a published transformer.
 
     Args:
-        name: ``wan2.1-1.3b``, ``wan2.1-14b``, ``wan2.2-5b``, ``hunyuan-video``, ``cogvideox-5b`` or ``ltx-video``.
+        name: The name of a file in ``configs``.
     """
-    if name == "ltx-video":
-        return {"_class_name": "LTXVideoTransformer3DModel"}
-    if name == "cogvideox-5b":
-        return {
-            "_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 48, "num_layers": 42,
-            "use_rotary_positional_embeddings": True, "text_embed_dim": 4096,
-        }  # fmt: skip
-    known: dict[str, Any] = json.loads((CONFIGS / f"{'wan2.1-14b' if name == 'wan2.2-5b' else name}.json").read_text())
-    if name == "wan2.2-5b":
-        known |= {"num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
-    return known
+    config: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
+    return config
 
 
 def family_of(name: str) -> Family:
@@ -182,7 +173,7 @@ def family_of(name: str) -> Family:
     Args:
         name: The key.
     """
-    known = {"wan": "wan2.1-1.3b", "wan-48": "wan2.2-5b", "cogvideox": "cogvideox-5b"}
+    known = {"wan": "wan2.1-1.3b", "wan-48": "wan2.2-5b", "cogvideox": "cogvideox-5b", "ltx-video": "ltx-video-2b"}
     return get_family(config_of(known.get(name, name)))
 
 
@@ -193,7 +184,7 @@ STEPS: dict[str, tuple[tuple[int, int, int], int]] = {
     "wan2.2-5b": ((31, 44, 80), 512),
     "hunyuan-video": ((21, 60, 104), 256),
     "cogvideox-5b": ((13, 60, 90), 226),
-    "ltx-video": ((16, 16, 24), 128),
+    "ltx-video-2b": ((16, 16, 24), 128),
 }
 
 

@@ -6,11 +6,12 @@ The symbolic links dvdquant/export and dvdquant/deploy are resolved, and imports
 from __future__ import annotations
 
 import ast
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 # The public face and the commands stand above all rooms.
@@ -116,12 +117,7 @@ def test_no_circle(graph: dict[str, set[str]]) -> None:
 
 def test_no_circle_of_rooms() -> None:
     """Not even between folders, as the drawing in docs/walk.md takes them."""
-    spec = importlib.util.spec_from_file_location("docs_rooms", ROOT / "docs" / "scripts" / "rooms.py")
-    assert spec is not None
-    assert spec.loader is not None
-    rooms = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rooms)
-    graph = rooms.imports()
+    graph = load_script(ROOT / "docs" / "scripts" / "rooms.py").imports()
     assert len(graph) > 20
     assert _circles(graph) == []
 

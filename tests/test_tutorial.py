@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,24 +13,16 @@ import pytest
 from tests.support.commands import environment
 from tests.support.exporting import REPOSITORY, TINY_WAN
 from tests.support.running import PROMPT, tiny_wan_export
+from tests.support.scripts import load_script
 
 FOLDER = REPOSITORY / "examples" / "wan2.1"
-
-
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tutorial_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def notebooks() -> ModuleType:
     pytest.importorskip("nbclient", reason="needs nbclient: pip install 'dvdquant[test]'")
     pytest.importorskip("ipykernel", reason="needs ipykernel: pip install 'dvdquant[test]'")
-    return _module(REPOSITORY / "docs" / "scripts" / "notebook.py")
+    return load_script(REPOSITORY / "docs" / "scripts" / "notebook.py")
 
 
 def _run(notebooks: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, **parameters: Any) -> str:
@@ -102,7 +93,7 @@ def test_the_notebook_with_a_model_of_images(
 
 def test_the_script_takes_every_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(tiny_wan_export(), tmp_path / "out")
-    _module(FOLDER / "wan.py").main([str(TINY_WAN), str(tmp_path / "out"), "--prompt", PROMPT, "--steps", "2"])
+    load_script(FOLDER / "wan.py").main([str(TINY_WAN), str(tmp_path / "out"), "--prompt", PROMPT, "--steps", "2"])
     said = capsys.readouterr().out
     for line in ("$ dvdq export", "--dry-run", "$ dvdq inspect", "$ dvdq run", "$ dvdq bench", "ms a call"):
         assert line in said

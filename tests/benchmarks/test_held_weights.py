@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.held_weights import CONFIGS, models, rows
-from tests.model.test_held_weights import library
-
-__all__ = ["library"]
+from tests.support.emulated_kernels import library as library
 
 DOCS = Path(__file__).parents[2] / "docs" / "hardware.md"
 

@@ -217,21 +217,13 @@ def test_without_torchao_8_bits_are_refused_before_work(monkeypatch: pytest.Monk
 # --------------------------------------------------------------------------------------------------------- the command
 
 
+def _words(out: Path, pipeline: Path) -> tuple[object, ...]:
+    return (out, "--pipeline", pipeline, "--prompt", PROMPTS[0], "--steps", 2, "--device", "cpu")
+
+
 def test_the_command_plans_refuses_and_draws(tmp_path: Path) -> None:
     out, pipeline = wan_pipeline()
-    arguments = (
-        out,
-        "--pipeline",
-        pipeline,
-        "--prompt",
-        PROMPTS[0],
-        "--steps",
-        2,
-        "--device",
-        "cpu",
-        "--backend",
-        "pytorch",
-    )
+    arguments = (*_words(out, pipeline), "--backend", "pytorch")
     said = drawn(*arguments, "--memory", "auto", "--dry-run")
     assert "while" in said
     assert "to work in" in said
@@ -249,19 +241,7 @@ def test_a_device_that_is_too_small_is_refused_with_what_fits(monkeypatch: pytes
     from dvdquant.cli import run_memory
 
     out, pipeline = wan_pipeline()
-    arguments = (
-        out,
-        "--pipeline",
-        pipeline,
-        "--prompt",
-        PROMPTS[0],
-        "--steps",
-        2,
-        "--device",
-        "cpu",
-        "-o",
-        tmp_path / "c.gif",
-    )
+    arguments = (*_words(out, pipeline), "-o", tmp_path / "c.gif")
     whole = run_memory.place_of
     checker = open_checker(Artifact.open(out), pipeline=pipeline)
     known = run_bytes(checker, [checker.check(_requests()[0])], "onnxruntime", 0, narrow=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,8 @@ from dvdquant.ops.fused import (
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.prepared_linear import handle_of
 from dvdquant.ops.repack import LayerShape
-from tests.support.emulated_kernels import emulated_library, one_thread  # noqa: F401
+from tests.support.emulated_kernels import library as library
+from tests.support.emulated_kernels import one_thread  # noqa: F401
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "bench", "check")]
 
@@ -36,12 +36,6 @@ from check_kernels import GuardedKernels  # noqa: E402
 
 CPU = torch.device("cpu")
 AMPERE, HOPPER, BLACKWELL = 89, 90, 120
-
-
-@pytest.fixture(scope="module")
-def library() -> Iterator[KernelLibrary]:
-    with emulated_library() as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: f"{CASES[index].k}-{CASES[index].norm}")

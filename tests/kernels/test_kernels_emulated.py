@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -24,19 +23,13 @@ from dvdquant.ops import repack
 from dvdquant.ops.cuda import KernelLibrary, LayerPlan, WeightPointers
 from dvdquant.ops.reference import dequantize_weight, quant_linear_reference
 from dvdquant.ops.repack import LayerShape
-from tests.support.emulated_kernels import emulated_library
+from tests.support.emulated_kernels import library as library
 
 UNIT = 2.0**-24
 QMAX = {4: 7, 8: 127}
 GUARD = 512
 AMPERE, HOPPER, BLACKWELL = 89, 90, 120
 Array = npt.NDArray[np.generic]
-
-
-@pytest.fixture(scope="module")
-def library() -> Iterator[KernelLibrary]:
-    with emulated_library() as opened:
-        yield opened
 
 
 class Buffer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -27,15 +26,9 @@ from tests.kernels.test_kernels_emulated import (
     _tokens,
     _weight,
 )
-from tests.support.emulated_kernels import emulated_library
+from tests.support.emulated_kernels import library as library
 
 SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
-
-
-@pytest.fixture(scope="module")
-def library() -> Iterator[KernelLibrary]:
-    with emulated_library() as opened:
-        yield opened
 
 
 def make_rows(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,10 @@ from dvdquant.model.held_weights import HeldWeights, held_weights, largest_kept,
 from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.ops.cuda import KernelLibrary
 from dvdquant.recipe import get_recipe
-from tests.support.emulated_kernels import emulated_library
+from tests.support.emulated_kernels import library as library
 
 CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
-
-
-@pytest.fixture(scope="module")
-def library() -> Iterator[KernelLibrary]:
-    with emulated_library() as opened:
-        yield opened
 
 
 def plan_of(name: str, recipe: str) -> ModelPlan:

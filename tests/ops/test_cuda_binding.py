@@ -26,7 +26,8 @@ from dvdquant.ops.prepared_cache import PreparedCache
 from dvdquant.ops.quant_linear import quant_linear
 from dvdquant.ops.repack import PATHS, LayerShape, prepared_bytes
 from dvdquant.ops.rotate_quantize import rotate_quantize
-from tests.support.emulated_kernels import KERNELS, emulated_library, one_thread  # noqa: F401
+from tests.support.emulated_kernels import KERNELS, one_thread  # noqa: F401
+from tests.support.emulated_kernels import library as library
 
 sys.path[:0] = [str(KERNELS), str(KERNELS / "bench"), str(KERNELS / "check")]
 
@@ -37,12 +38,6 @@ from host_library import HostLibrary  # noqa: E402
 
 CPU = torch.device("cpu")
 SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
-
-
-@pytest.fixture(scope="module")
-def library() -> Iterator[KernelLibrary]:
-    with emulated_library() as opened:
-        yield opened
 
 
 def bench(library: Any, sm: int) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +25,7 @@ from tests.quantize.test_bgr_device import (
     layer_errors,
     weights,
 )
-from tests.support.emulated_kernels import emulated_library
-
-
-@pytest.fixture(scope="module")
-def library() -> Iterator[KernelLibrary]:
-    with emulated_library() as opened:
-        yield opened
+from tests.support.emulated_kernels import library as library
 
 
 @pytest.fixture(scope="module")

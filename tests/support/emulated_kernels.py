@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from dvdquant.ops.cuda import KernelLibrary
+from tests.support.scripts import load_script
 
-__all__ = ["KERNELS", "emulated_library", "one_thread"]
+__all__ = ["KERNELS", "library", "one_thread"]
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
 
-@contextmanager
-def emulated_library() -> Iterator[KernelLibrary]:
-    """Compile the library or take it from the build folder; at the end its threads run in their usual order again."""
+@pytest.fixture(scope="module")
+def library() -> Iterator[KernelLibrary]:
+    """Compile the library or take it from the build folder; at the end its threads run in their usual order again.
+
+    A module that imports this fixture opens it once.
+    """
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to compile the emulated kernels")
     # Not `import build`: a package of that name is installed beside the tests.
-    spec = importlib.util.spec_from_file_location("dvdquant_kernel_build", KERNELS / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    library = KernelLibrary(module.build_emulated())
-    yield library
-    library._library.dvdq_emulator_schedule(ctypes.c_uint64(0))
+    opened = KernelLibrary(load_script(KERNELS / "build.py").build_emulated())
+    yield opened
+    opened._library.dvdq_emulator_schedule(ctypes.c_uint64(0))
 
 
 @pytest.fixture(autouse=True)

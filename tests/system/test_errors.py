@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from dvdquant.export.sizes import resolve_sizes
 from dvdquant.model.families import get_family
 from dvdquant.recipe import RECIPES
 from tests.support import tiny_models as tiny
+from tests.support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = [getattr(errors, name) for name in errors.__all__]
@@ -37,15 +37,7 @@ def test_remedies_name_options_and_commands_that_exist() -> None:
 
     from dvdquant.cli.commands import COMMANDS
 
-    spec = importlib.util.spec_from_file_location("docs_errors", ROOT / "docs" / "scripts" / "errors.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    entries = module.collect()
+    entries = load_script(ROOT / "docs" / "scripts" / "errors.py").collect()
     assert len(entries) > 400
     commands = {word for entry in entries for word in re.findall(r"\bdvdq[ -]([a-z]+)", entry.fix)}
     assert commands <= set(COMMANDS), commands - set(COMMANDS)
