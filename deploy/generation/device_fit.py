@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dvdquant.deploy.generation.memory_plan import MemoryPlan, RunBytes, possible
-from dvdquant.deploy.generation.working_memory import decode_bytes, step_bytes_at
+from dvdquant.deploy.generation.memory_plan import INT8_ROW, MemoryPlan, RunBytes, best, possible
+from dvdquant.deploy.generation.working_memory import decode_bytes, step_bytes_at, vae_name
 from dvdquant.model.families import Family, Sizes
 from dvdquant.text import amount
 
@@ -85,7 +85,6 @@ _PUBLISHED = {
     "cogvideox": _Published((4_762_310_656, 4_630_511_616), _T5_ROWS, 2 * 215_583_907, "T5-XXL"),
     "ltx-video": _Published((4_762_310_656, 4_630_511_616), _T5_ROWS, 2 * 419_193_649, "T5-XXL"),
 }
-_INT8_ROW = 5  # bytes of a row's scale and zero-point
 
 
 def published_run(family: Family, sizes: Sizes, transformer: Mapping[str, int]) -> RunBytes:
@@ -102,7 +101,7 @@ def published_run(family: Family, sizes: Sizes, transformer: Mapping[str, int]) 
     time, down, across = family.vae_scale
     frames, height, width = (latent[0] - 1) * time + 1, latent[1] * down, latent[2] * across
     return RunBytes(
-        text={16: 2 * total, 8: 2 * (total - linear) + linear + _INT8_ROW * parts.rows},
+        text={16: 2 * total, 8: 2 * (total - linear) + linear + INT8_ROW * parts.rows},
         image=parts.image if family.images().first == "required" else 0,
         vae=parts.vae,
         transformer=transformer,
@@ -117,7 +116,7 @@ def published(family: Family) -> _Published:
     Args:
         family: The family of the transformer.
     """
-    return _PUBLISHED["wan-48" if family.name == "wan" and family.vae_scale[1] == 16 else family.name]
+    return _PUBLISHED[vae_name(family)]
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,7 @@ class Fit:
         how = self.plan.arrangement.words(first)
         if self.fits:
             return f"fits{f': {how}' if how else ''} ({amount(self.plan.peak)})"
-        worst = max(self.plan.stages, key=lambda stage: stage.total)
-        return f"no: {amount(self.plan.peak)} at least, while {worst.name}"
+        return f"no: {amount(self.plan.peak)} at least, while {self.plan.worst.name}"
 
 
 def fit(run: RunBytes, devices: Sequence[DeviceSize]) -> list[Fit]:
@@ -154,10 +152,4 @@ def fit(run: RunBytes, devices: Sequence[DeviceSize]) -> list[Fit]:
         run: The bytes of the run.
         devices: The devices.
     """
-    found = []
-    for device in devices:
-        plans = possible(run, unified=device.unified)
-        fitting = [plan for plan in plans if plan.peak <= device.usable]
-        best = fitting[0] if fitting else min(plans, key=lambda plan: plan.peak)
-        found.append(Fit(device, best, bool(fitting)))
-    return found
+    return [Fit(device, *best(possible(run, unified=device.unified), device.usable)) for device in devices]

@@ -7,17 +7,35 @@ device and one of them works. An arrangement says which: all of them all the tim
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dvdquant.deploy.generation.working_memory import TEXT_BYTES
 from dvdquant.errors import ResourceError
 from dvdquant.text import amount
 
-__all__ = ["Arrangement", "MemoryPlan", "RunBytes", "Stage", "arrange", "fitting", "possible"]
+__all__ = [
+    "EXPANDED",
+    "INT8_ROW",
+    "PACKED",
+    "Arrangement",
+    "MemoryPlan",
+    "RunBytes",
+    "Stage",
+    "arrange",
+    "best",
+    "engine_choices",
+    "fitting",
+    "possible",
+]
 
+PACKED, EXPANDED = "packed weights", "expanded weights"
+"""What is loaded of the transformers where all bit-widths share it."""
+INT8_ROW = 5
+"""Bytes of the scale and the zero-point of a row, of a text encoder in 8 bits."""
 TEXT, STEPS, FRAMES = "text is encoded", "steps are taken", "frames are decoded"
 
 
@@ -128,10 +146,16 @@ class MemoryPlan:
 
     arrangement: Arrangement
     stages: tuple[Stage, ...]
-    peak: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "peak", max(stage.total for stage in self.stages))
+    @functools.cached_property
+    def worst(self) -> Stage:
+        """Return the stage that holds most."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def peak(self) -> int:
+        """Return the bytes of that stage."""
+        return self.worst.total
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan for JSON."""
@@ -197,6 +221,30 @@ def possible(run: RunBytes, *, unified: bool, fixed: Mapping[str, Any] | None = 
     return sorted(plans, key=cost)
 
 
+def best(plans: Sequence[MemoryPlan], memory: int) -> tuple[MemoryPlan, bool]:
+    """Return the first plan that fits a memory, and True; or the smallest one where none does, and False.
+
+    Args:
+        plans: The plans, see :func:`possible`.
+        memory: Bytes that the run may take.
+    """
+    for plan in plans:
+        if plan.peak <= memory:
+            return plan, True
+    return min(plans, key=lambda plan: plan.peak), False
+
+
+def engine_choices(each: Mapping[int, int], *, narrow: bool = True) -> dict[str, int]:
+    """Return what may be loaded of engines that hold their weights themselves, see :attr:`RunBytes.transformer`.
+
+    Args:
+        each: Activation bits -> bytes of their engines.
+        narrow: Whether one bit-width alone is a choice.
+    """
+    found = {" and ".join(f"a{bits}" for bits in sorted(each)): sum(each.values())}
+    return found | {f"a{bits}": each[bits] for bits in sorted(each, reverse=True) if narrow}
+
+
 def fitting(run: RunBytes, memory: int, *, unified: bool, fixed: Mapping[str, Any] | None = None) -> MemoryPlan:
     """Return the arrangement that costs least of those that fit a memory.
 
@@ -209,12 +257,10 @@ def fitting(run: RunBytes, memory: int, *, unified: bool, fixed: Mapping[str, An
     Raises:
         ResourceError: None fits; the error says what the smallest takes, and where.
     """
-    plans = possible(run, unified=unified, fixed=fixed)
-    for plan in plans:
-        if plan.peak <= memory:
-            return plan
-    least = min(plans, key=lambda plan: plan.peak)
-    worst = max(least.stages, key=lambda stage: stage.total)
+    least, fits = best(possible(run, unified=unified, fixed=fixed), memory)
+    if fits:
+        return least
+    worst = least.worst
     held = ", ".join(f"{name} {amount(size)}" for name, size in worst.parts.items())
     how = least.arrangement.words(next(iter(run.transformer))) or "as it is"
     raise ResourceError(

@@ -14,20 +14,18 @@ from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.admission import stage_bytes
 from dvdquant.deploy.generation.check import PipelineChecker, RequestChecker
-from dvdquant.deploy.generation.memory_plan import RunBytes
+from dvdquant.deploy.generation.memory_plan import EXPANDED, INT8_ROW, PACKED, RunBytes, engine_choices
 from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.weights import WeightForm, WeightPolicy
 from dvdquant.system.safetensors_io import TensorInfo, read_header, read_header_from
 
-__all__ = ["EXPANDED", "PACKED", "Part", "parts_of_run", "run_bytes"]
+__all__ = ["Part", "parts_of_run", "run_bytes"]
 
-PACKED, EXPANDED = "packed weights", "expanded weights"
 _ENGINES = ("rtx", "tensorrt", "tensorrt_rtx")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Matrices that are looked up and not multiplied with; torchao leaves them in 16 bit.
 _EMBEDDING = re.compile(r"embed|shared|attention_bias|lm_head|wte|wpe")
-_INT8_ROW = 5  # bytes of a row's scale and zero-point
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def parts_of_run(
     Args:
         checker: What the export and its model can make.
         requests: The requests of one prompt.
-        backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
+        backend: The backend that runs: ``onnxruntime``, ``pytorch``, ``tensorrt_rtx`` (or ``rtx``) or ``tensorrt``.
         offload: Whether the pipeline's other parts are on the device only while they are used.
         alternate: Whether the text encoder is freed before the transformer is loaded.
         text_bits: Bits of the text encoder's weights.
@@ -88,7 +86,7 @@ def parts_of_run(
         if any(request.mode != "16" for request in requests):
             what, nbytes = _executed(checker.artifact, component, backend)
             found.append(Part(f"{component} ({what})", nbytes, nbytes, always, stays=True))
-            if room := 0 if backend == "pytorch" else _room_for_loras(checker.artifact, component):
+            if room := _room_for_loras(checker.artifact, component, backend):
                 found.append(Part(f"{component} (room for LoRAs)", 0, room, always, stays=True))
         if any(request.mode == "16" for request in requests):
             original = 2 * _parameters(checker.artifact, component)
@@ -111,7 +109,7 @@ def run_bytes(
     Args:
         checker: What the export and its model can make.
         requests: The requests of one prompt.
-        backend: As for :func:`parts_of_run`, ``auto`` resolved.
+        backend: As for :func:`parts_of_run`.
         base: Bytes that libraries and the program take.
         narrow: Whether a run that switches may load one bit-width instead.
         sm: The compute capability, where our kernels run; else None.
@@ -144,19 +142,16 @@ def _transformers(
 ) -> dict[str, int]:
     """Return the bytes of what may be loaded of the transformers, by its name in words."""
     modes = {request.mode for request in requests}
-    original = sum(2 * _parameters(artifact, component) for component in artifact.components)
+    beside = sum(2 * _parameters(artifact, component) for component in artifact.components) if "16" in modes else 0
     if modes == {"16"}:
-        return {"16 bit": original}
-    beside = original if "16" in modes else 0
+        return {"16 bit": beside}
+    beside += sum(_room_for_loras(artifact, component, backend) for component in artifact.components)
     bits = artifact.bits(artifact.components[0])
     # 1. Engines that hold their weights themselves: each width has its own.
     plugin = any(entry["precision"] == "plugin" for entry in artifact.manifest.engines)
     if backend in _ENGINES and not plugin:
         each = {width: sum(_engine_bytes(artifact, c, (width,)) for c in artifact.components) for width in bits}
-        found = {" and ".join(f"a{width}" for width in bits): sum(each.values()) + beside}
-        if narrow and len(bits) > 1:
-            found.update({f"a{width}": each[width] + beside for width in sorted(bits, reverse=True)})
-        return found
+        return {name: size + beside for name, size in engine_choices(each, narrow=narrow).items()}
     # 2. A runtime that keeps what the files hold.
     if sm is None:
         packed = sum(_executed(artifact, component, "pytorch")[1] for component in artifact.components)
@@ -208,7 +203,7 @@ def _loaded_bytes(checker: RequestChecker, part: str, tensors: Sequence[TensorIn
     for tensor in tensors:
         count = math.prod(tensor.shape)
         if bits == 8 and len(tensor.shape) == 2 and not _EMBEDDING.search(tensor.name):
-            loaded += count + _INT8_ROW * tensor.shape[0]
+            loaded += count + INT8_ROW * tensor.shape[0]
         else:
             loaded += count * width if tensor.dtype in _FLOATS else tensor.nbytes
     return loaded
@@ -233,12 +228,12 @@ def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, in
     files = artifact.manifest.files
     if backend in _ENGINES:
         return "engines", _engine_bytes(artifact, component, artifact.bits(component))
-    return "packed weights", sum(files[name]["bytes"] for name in artifact.weight_files(component))
+    return PACKED, sum(files[name]["bytes"] for name in artifact.weight_files(component))
 
 
-def _room_for_loras(artifact: Artifact, component: str) -> int:
-    """Return the bytes that the inputs reserved for LoRAs take in a session."""
-    if not artifact.manifest.lora_rank:
+def _room_for_loras(artifact: Artifact, component: str, backend: str) -> int:
+    """Return the bytes that the inputs reserved for LoRAs take in a session; one of PyTorch has modules instead."""
+    if not artifact.manifest.lora_rank or backend == "pytorch":
         return 0
     from dvdquant.model.lora_inputs import lora_input_shapes
 

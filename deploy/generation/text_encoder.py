@@ -11,9 +11,14 @@ import torch
 
 from dvdquant.errors import UnsupportedError
 
-__all__ = ["TEXT_BITS", "check_text_bits", "eight_bit_text", "release_memory"]
+__all__ = ["TEXT_BITS", "can_quantize_text", "check_text_bits", "eight_bit_text", "release_memory"]
 
 TEXT_BITS = (16, 8)
+
+
+def can_quantize_text() -> bool:
+    """Return whether torchao is installed, which a text encoder in 8 bits needs."""
+    return importlib.util.find_spec("torchao") is not None
 
 
 def check_text_bits(bits: int) -> None:
@@ -27,7 +32,7 @@ def check_text_bits(bits: int) -> None:
     """
     if bits not in TEXT_BITS:
         raise UnsupportedError(f"a text encoder in {bits} bits", available=[str(each) for each in TEXT_BITS])
-    if bits == 8 and importlib.util.find_spec("torchao") is None:
+    if bits == 8 and not can_quantize_text():
         raise UnsupportedError(
             "a text encoder in 8 bits needs torchao, which is not installed",
             fix="leave --text-encoder-bits out, or pip install 'dvdquant[text-int8]'",

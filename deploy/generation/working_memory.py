@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dvdquant.model.families import Family, Sizes
 
-__all__ = ["TEXT_BYTES", "decode_bytes", "step_bytes", "step_bytes_at"]
+__all__ = ["TEXT_BYTES", "decode_bytes", "step_bytes", "step_bytes_at", "vae_name"]
 
 TEXT_BYTES = 256 << 20
 """What a text encoder works in: less than this at 512 tokens for UMT5-XXL, T5-XXL and Llama-3-8B."""
@@ -82,6 +82,15 @@ def step_bytes_at(family: Family, sizes: Sizes, latent: tuple[int, int, int]) ->
     return step_bytes(family, family.tokens(*latent) + sizes.text_tokens, sizes.batch)
 
 
+def vae_name(family: Family) -> str:
+    """Return the name of a family's VAE: the family's own, or ``wan-48`` of Wan with 48 latent channels.
+
+    Args:
+        family: The family of the transformer.
+    """
+    return "wan-48" if family.name == "wan" and family.vae_scale[1] == 16 else family.name
+
+
 def decode_bytes(family: Family, frames: int, height: int, width: int, *, tiled: bool = False) -> int:
     """Return the bytes that the VAE works in while it decodes a clip, the clip included.
 
@@ -92,5 +101,4 @@ def decode_bytes(family: Family, frames: int, height: int, width: int, *, tiled:
         width: Its width in pixels.
         tiled: Whether it decodes in tiles of its own size.
     """
-    name = "wan-48" if family.name == "wan" and family.vae_scale[1] == 16 else family.name
-    return _DECODERS[name].bytes(frames, height * width, tiled)
+    return _DECODERS[vae_name(family)].bytes(frames, height * width, tiled)

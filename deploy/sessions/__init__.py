@@ -117,7 +117,7 @@ def open_session(
         if name == "auto"
         else _open(name, artifact, component, bits, place, plugins, weights)
     )
-    wanted = attention or artifact.plan(component).recipe.attention
+    wanted = attention or artifact.recipe.attention
     if wanted != "16" and session.backend == "onnxruntime":  # engines say in the manifest what they have
         log.info(
             "%s: attention is in 16 bit: only PyTorch sessions have %s, not %s", component, wanted, session.backend

@@ -72,11 +72,7 @@ class EngineSession(ABC):
             EngineError: The session is closed, lacks ``bits``, or the backend failed (its own error is the cause).
         """
         with self._lock:
-            if self.closed:
-                raise EngineError(
-                    f"the {self.backend} session of {self.component} is closed",
-                    fix="open the export anew, by what opened it: DvdqTransformer.from_pretrained or open_session",
-                )
+            self._require_open()
             if bits not in self.bits:
                 raise EngineError(
                     f"the {self.backend} session of {self.component} has no {bits}-bit activations",
@@ -98,6 +94,14 @@ class EngineSession(ABC):
             except Exception as error:  # each backend has its own exceptions, and they share no base class
                 raise EngineError(f"{self.backend} failed in {self.component} a{bits}: {error}") from error
 
+    def _require_open(self) -> None:
+        """EngineError if the session is closed."""
+        if self.closed:
+            raise EngineError(
+                f"the {self.backend} session of {self.component} is closed",
+                fix="open the export anew, by what opened it: DvdqTransformer.from_pretrained or open_session",
+            )
+
     @abstractmethod
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         """Run one forward pass on checked inputs.
@@ -118,6 +122,7 @@ class EngineSession(ABC):
         Raises:
             UnsupportedError: The export reserves no inputs, or they do not hold these LoRAs. Those that ran before go on.
             CheckpointError: A file is no LoRA of this model. Those that ran before go on.
+            EngineError: The session is closed.
         """
         inputs = self._lora_inputs
         if inputs is None or not inputs.rank:
@@ -125,8 +130,7 @@ class EngineSession(ABC):
                 refuse_without_inputs(self.backend)
             return
         with self._lock:
-            if self.closed:
-                raise EngineError(f"the {self.backend} session of {self.component} is closed")
+            self._require_open()
             # Read first: where a file cannot be used, nothing has changed.
             values = inputs.values(specs, self._kept)
             before, inputs.changed = inputs.changed, inputs.changed | values.keys()

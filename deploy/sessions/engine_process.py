@@ -79,7 +79,7 @@ def _serve(link: Link, session: EngineSession) -> None:
 
 
 def _facts(session: EngineSession) -> dict[str, Any]:
-    return {"backend": session.backend, "dtype": session.dtype, "bits": session.bits}
+    return {"backend": session.backend, "dtype": session.dtype, "weights": session.weights}
 
 
 def _said(error: Exception) -> dict[str, Any]:

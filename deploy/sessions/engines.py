@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,16 +27,15 @@ from dvdquant.deploy.sessions.engine_binding import (
 )
 from dvdquant.deploy.sessions.engine_choice import build_target, device_sm, find_engines, select_engine
 from dvdquant.deploy.sessions.lora_inputs import LoraInputs
+from dvdquant.deploy.sessions.weight_form import choose_form
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, OutputError, UnsupportedError
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.weights import WeightPolicy, check_policy
-from dvdquant.model.held_weights import held_weights
 
 __all__ = ["TensorRTSession", "deserialize", "device_sm", "find_engines", "load_plugins", "select_engine"]
 
 _PLUGINS: set[tuple[str, Path]] = set()
-log = logging.getLogger(__name__)
 # What the plugin reads when a context is made: packed or expanded.
 FORM_VARIABLE = "DVDQUANT_WEIGHTS"
 _form_lock = threading.Lock()
@@ -92,6 +90,8 @@ class TensorRTSession(EngineSession):
         EngineError: No engine fits (the error gives the command that builds it), or the library refuses the engine.
     """
 
+    _lora_inputs: LoraInputs
+
     def __init__(
         self,
         artifact: Artifact,
@@ -143,24 +143,10 @@ class TensorRTSession(EngineSession):
                     fix="leave the policy out",
                 )
             return super().weights
-        held = held_weights(
-            self.artifact.plan(self.component), sm_number(device_sm(self.device)), self.bits, self.sizes
-        )
-        room = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
-        form = held.choose(
-            check_policy(os.environ.get(FORM_VARIABLE) or policy) if policy == "auto" else policy, room, True
-        )
+        if policy == "auto":
+            policy = check_policy(os.environ.get(FORM_VARIABLE) or policy)
+        form, held = choose_form(self, sm_number(device_sm(self.device)), policy, plugin=True)
         self._plugin_bytes = held.rows if form == "packed" else held.expanded
-        log.info(
-            "%s: the plugin holds weights %s (%s): packed they are %.2f GiB and cost a step some %.1f %% [modelled], "
-            "expanded %.2f GiB",
-            self.component,
-            form,
-            policy,
-            held.plugin_bytes("packed") / 2**30,
-            100 * held.cost,
-            held.plugin_bytes("expanded") / 2**30,
-        )
         return form
 
     def _load(self, entry: EngineEntry) -> BoundEngine:
@@ -175,7 +161,7 @@ class TensorRTSession(EngineSession):
         """Return a weight on the device, or zeros for an input of LoRAs. Every bit-width gets the same memory."""
         if name in self._on_device:
             return self._on_device[name]
-        reserved = self._lora_inputs.shapes if self._lora_inputs is not None else {}
+        reserved = self._lora_inputs.shapes
         if name in reserved:
             self._on_device[name] = torch.zeros(reserved[name], dtype=self.dtype, device=self.device)
             return self._on_device[name]
@@ -196,7 +182,6 @@ class TensorRTSession(EngineSession):
 
     def _put(self, values: Mapping[str, Tensor | None]) -> None:
         """See :class:`EngineSession`. The memory stays where it is, so contexts and CUDA graphs go on with it."""
-        assert self._lora_inputs is not None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a pass on any stream may still read the old values
         for name, value in values.items():

@@ -56,6 +56,7 @@ class OnnxRuntimeSession(EngineSession):
     """
 
     backend = "onnxruntime"
+    _lora_inputs: LoraInputs
 
     def __init__(
         self,
@@ -103,8 +104,7 @@ class OnnxRuntimeSession(EngineSession):
         if self.weights == "expanded":
             expand_weights(model)
         bound = self._take_weights(model)
-        if self._lora_inputs is not None:
-            self._lora_inputs.require(bound, path)
+        self._lora_inputs.require(bound, path)
         options = self._options(onnxruntime)
         constants = [name for name in model.graph.initializers if name in self._constants]
         if constants:
@@ -171,7 +171,7 @@ class OnnxRuntimeSession(EngineSession):
                     self._weights[name] = self._stored(name, tensor).to(self.device, copy=self.weights == "expanded")
             elif name not in self._constants:
                 self._constants[name] = self._constant(tensor)
-        reserved = self._lora_inputs.shapes if self._lora_inputs is not None else {}
+        reserved = self._lora_inputs.shapes
         for value in model.graph.inputs:
             name = value.name or ""
             if name in reserved:  # zeros, which add nothing
@@ -218,7 +218,6 @@ class OnnxRuntimeSession(EngineSession):
         return self._weights[name]
 
     def _put(self, values: Mapping[str, Tensor | None]) -> None:
-        assert self._lora_inputs is not None
         for name, value in values.items():
             weight = self._weights[name]
             if name in self._lora_inputs.shapes:

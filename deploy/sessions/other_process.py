@@ -57,7 +57,7 @@ class ProcessSession(EngineSession):
         self._process: subprocess.Popen[bytes] | None = None
         self._link: Link | None = None
         facts = self._start()
-        self.backend, self.dtype = facts["backend"], facts["dtype"]
+        self.backend, self.dtype, self.weights = facts["backend"], facts["dtype"], facts["weights"]
 
     @property
     def pid(self) -> int | None:
@@ -77,8 +77,7 @@ class ProcessSession(EngineSession):
             ResourceError: The process has ended, for example for want of memory. The next call starts another one.
         """
         with self._lock:
-            if self.closed:
-                raise EngineError(f"the {self.backend} session of {self.component} is closed", fix="open it anew")
+            self._require_open()
             names = [spec.name for spec in self.family.inputs(self.sizes)]
             place = inputs[names[0]].device if names[0] in inputs else self.device
             sent = {name: inputs[name].detach().to(place) for name in names if name in inputs}
@@ -95,6 +94,7 @@ class ProcessSession(EngineSession):
             specs: The LoRAs and their scales.
         """
         with self._lock:
+            self._require_open()
             self._ask("loras", specs=tuple(specs))
             self.loras = tuple(specs)
 

@@ -16,13 +16,13 @@ from dvdquant.deploy.sessions.attention import cut_padded_words, install_attenti
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.compiled import compile_blocks
 from dvdquant.deploy.sessions.lora_branches import LoraBranches
+from dvdquant.deploy.sessions.weight_form import choose_form
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.hardware.weights import WeightForm, WeightPolicy, check_policy
-from dvdquant.model.held_weights import held_weights
 from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper, fill_quantized
-from dvdquant.model.plan import ModelPlan, quantized_skeleton
+from dvdquant.model.plan import quantized_skeleton
 from dvdquant.ops.attention.ladder import Attention, rungs_for
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels, usable_kernels
 from dvdquant.recipe import ATTENTION, Recipe
@@ -82,7 +82,7 @@ class PyTorchSession(EngineSession):
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
         kernels = usable_kernels(self.device)
         plan = artifact.plan(component)
-        self.weights: WeightForm = self._form(check_policy(weights), plan, kernels)
+        self.weights: WeightForm = self._form(check_policy(weights), kernels)
         self._recipe = plan.recipe
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
         self.attention = wanted_attention(attention or plan.recipe.attention, attention_backend, self.device, component)
@@ -118,8 +118,8 @@ class PyTorchSession(EngineSession):
         elif self.device.type != "cpu":
             self._files.close()
 
-    def _form(self, policy: WeightPolicy, plan: ModelPlan, kernels: CudaKernels | None) -> WeightForm:
-        """Return how weights are held, and log what that takes."""
+    def _form(self, policy: WeightPolicy, kernels: CudaKernels | None) -> WeightForm:
+        """Return how weights are held."""
         if kernels is None:
             if policy == "expanded":
                 raise UnsupportedError(
@@ -128,21 +128,7 @@ class PyTorchSession(EngineSession):
                     fix="leave the policy out, or run on a GPU that the kernels are built for",
                 )
             return "packed"
-        held = held_weights(plan, kernels.sm, self.bits, self.sizes)
-        room = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
-        form = held.choose(policy, room)
-        log.info(
-            "%s: weights are %s (%s): packed they hold %.2f GiB and cost a step some %.1f %% on SM %d.%d [modelled], "
-            "expanded %.2f GiB",
-            self.component,
-            form,
-            policy,
-            held.nbytes("packed") / 2**30,
-            100 * held.cost,
-            *divmod(kernels.sm, 10),
-            held.nbytes("expanded") / 2**30,
-        )
-        return form
+        return choose_form(self, kernels.sm, policy)[0]
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         model = self._model
@@ -174,8 +160,8 @@ class PyTorchSession(EngineSession):
             specs: The LoRAs, each a file with a scale and a transformer.
         """
         with self._lock:
-            if self._model is None:
-                raise EngineError(f"the {self.backend} session of {self.component} is closed")
+            self._require_open()
+            assert self._model is not None
             class_name = str(self.artifact.config(self.component)["_class_name"])
             shapes = self.artifact.plan(self.component).shapes
             # Read first: where a file cannot be used, those that ran before go on.

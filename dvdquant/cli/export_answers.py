@@ -141,16 +141,15 @@ def device_answers(plan: ExportPlan, choice: Choice) -> list[tuple[str, str]]:
 
 def _transformers(plan: ExportPlan, choice: Choice, sm: str) -> dict[str, int]:
     """Return the bytes of what may be loaded of the transformers on an SM, the one with most choice first."""
+    from dvdquant.deploy.generation.memory_plan import PACKED, engine_choices
     from dvdquant.export.estimate import held_bytes
     from dvdquant.model.held_weights import held_weights
 
     engines = [e for e in (*plan.engines, *plan.later) if sm in e.sms and e.precision != "plugin"]
     if engines:
         each = {e.act_bits: sum(held_bytes(p, e) for p in plan.plans) for e in engines}
-        whole = {" and ".join(f"a{bits}" for bits in sorted(each)): sum(each.values())}
-        alone = {f"a{bits}": size for bits, size in sorted(each.items(), reverse=True)}
-        return whole | (alone if len(each) > 1 else {})
+        return engine_choices(each)
     widths = [activation.bits for activation in plan.options.recipe.activations]
     held = [held_weights(p, sm_number(sm), widths, plan.sizes) for p in plan.plans]
     plugin = "tensorrt" in choice.targets
-    return {"packed weights": sum(h.plugin_bytes("packed") if plugin else h.nbytes("packed") for h in held)}
+    return {PACKED: sum(h.plugin_bytes("packed") if plugin else h.nbytes("packed") for h in held)}

@@ -325,7 +325,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
         for note in generator.notes(plan[0][0]):
             progress.say(note)
         if settings.dry_run:
-            say_needs(generator, plan, arrangement, settings.backend, progress)
+            say_needs(generator, plan, arrangement, progress)
             return
         if memory is not None:
             progress.event("memory", **arrangement.plan.to_json())
@@ -343,11 +343,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
 
 
 def say_needs(
-    generator: Generator,
-    plan: list[list[GenerateRequest]],
-    arrangement: Arranged,
-    backend: str,
-    progress: Progress,
+    generator: Generator, plan: list[list[GenerateRequest]], arrangement: Arranged, progress: Progress
 ) -> None:
     """Say what a run would take, for ``--dry-run``.
 
@@ -355,7 +351,6 @@ def say_needs(
         generator: The generator as the run would use it.
         plan: The checked requests of every prompt.
         arrangement: How its parts share the device.
-        backend: The backend that was asked for.
         progress: Where it is said.
     """
     from dvdquant.cli.held_text import held_json, held_text
@@ -364,7 +359,12 @@ def say_needs(
 
     how = generator.options
     parts = parts_of_run(
-        generator.checker, plan[0], backend, offload=how.offload, alternate=how.alternate, text_bits=how.text_bits
+        generator.checker,
+        plan[0],
+        arrangement.backend,
+        offload=how.offload,
+        alternate=how.alternate,
+        text_bits=how.text_bits,
     )
     quantized = any(request.mode != "16" for request in plan[0])
     held = {"weights": held_json(generator.artifact)} if quantized else {}

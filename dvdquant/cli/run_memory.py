@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from dvdquant.cli.run import RunOptions
+    from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import Generator
     from dvdquant.deploy.generation.memory_plan import MemoryPlan
     from dvdquant.deploy.generation.request import GenerateRequest
@@ -67,7 +68,12 @@ def place_of(device: torch.device) -> Place:
 
 
 def plan_run(
-    settings: RunOptions, generator: Generator, requests: Sequence[GenerateRequest], memory: int | None, place: Place
+    settings: RunOptions,
+    generator: Generator,
+    requests: Sequence[GenerateRequest],
+    memory: int | None,
+    place: Place,
+    backend: str,
 ) -> MemoryPlan:
     """Return how the parts of a run share the device: as the options say, or so that they fit ``memory``.
 
@@ -77,20 +83,16 @@ def plan_run(
         requests: The checked requests of one prompt.
         memory: Bytes that the run may take; None takes the options as they are.
         place: The device.
+        backend: The backend that runs.
 
     Raises:
         ResourceError: It does not fit; the error says what does.
     """
-    from dvdquant.deploy.generation.memory_plan import Arrangement, arrange, fitting, possible
+    from dvdquant.deploy.generation.memory_plan import Arrangement, arrange, best, fitting, possible
     from dvdquant.deploy.generation.needs import run_bytes
-    from dvdquant.deploy.sessions import best_backend, full_name
-    from dvdquant.system.devices import resolve_device
+    from dvdquant.deploy.generation.text_encoder import can_quantize_text
 
     # 1. The bytes of what runs.
-    artifact = generator.artifact
-    backend = "pytorch" if settings.compile or settings.attention_backend else full_name(settings.backend)
-    if backend == "auto":
-        backend, _ = best_backend(artifact, artifact.components[0], None, resolve_device(settings.device))
     narrow = settings.mode is None and settings.schedule is None and not settings.compare
     sm = place.sm if backend in ("pytorch", "tensorrt") else None
     run = run_bytes(generator.checker, requests, backend, place.base, narrow=narrow, sm=sm, weights=settings.weights)
@@ -99,7 +101,7 @@ def plan_run(
     fixed: dict[str, Any] = {name: True for name, decided in given.items() if decided}
     if settings.text_encoder_bits is not None:
         fixed["text_bits"] = int(settings.text_encoder_bits)
-    elif not _can_quantize_text():
+    elif not can_quantize_text():
         fixed["text_bits"] = 16
     first = next(iter(run.transformer))
     if memory is not None:
@@ -107,23 +109,24 @@ def plan_run(
     asked = arrange(run, Arrangement(first, **{"text_bits": 16, **fixed}))
     if asked.peak <= place.total:
         return asked
-    others = [p for p in possible(run, unified=place.unified, fixed=fixed) if p.peak <= place.total]
-    least = min(possible(run, unified=place.unified, fixed=fixed), key=lambda plan: plan.peak)
+    other, fits = best(possible(run, unified=place.unified, fixed=fixed), place.total)
     raise ResourceError(
         f"the run takes about {amount(asked.peak)}, and {place.name} has {amount(place.total)}",
-        available=f"{' '.join(others[0].arrangement.options(first))}, which takes {amount(others[0].peak)}"
-        if others
-        else f"nothing at this size: {amount(least.peak)} at least",
+        available=f"{' '.join(other.arrangement.options(first))}, which takes {amount(other.peak)}"
+        if fits
+        else f"nothing at this size: {amount(other.peak)} at least",
         fix="add --memory auto, which takes these options by itself"
-        if others
+        if fits
         else "ask for a smaller or shorter clip, or draw on a device with more memory",
     )
 
 
-def _can_quantize_text() -> bool:
-    import importlib.util
+def _backend(settings: RunOptions, artifact: Artifact, device: torch.device) -> str:
+    """Return the full name of the backend that runs."""
+    from dvdquant.deploy.sessions import best_backend, full_name
 
-    return importlib.util.find_spec("torchao") is not None
+    name = "pytorch" if settings.compile or settings.attention_backend else full_name(settings.backend)
+    return best_backend(artifact, artifact.components[0], None, device)[0] if name == "auto" else name
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Arranged:
         requests: The requests of every prompt.
         plan: What is held when.
         place: The device.
+        backend: The backend that runs.
         memory: Bytes that the run may take, or None.
     """
 
@@ -142,6 +146,7 @@ class Arranged:
     requests: list[list[GenerateRequest]]
     plan: MemoryPlan
     place: Place
+    backend: str
     memory: int | None
 
     def text(self) -> str:
@@ -167,20 +172,19 @@ def arranged(
         ResourceError: It does not fit; the error says what does.
     """
     from dvdquant.deploy.generation.generate import rearranged
-    from dvdquant.deploy.generation.needs import PACKED
+    from dvdquant.deploy.generation.memory_plan import PACKED
     from dvdquant.system.devices import resolve_device
 
-    place = place_of(resolve_device(settings.device))
+    device = resolve_device(settings.device)
+    place, backend = place_of(device), _backend(settings, generator.artifact, device)
     limit = place.free if memory == "auto" else memory
-    plan = plan_run(settings, generator, requests[0], limit, place)
+    plan = plan_run(settings, generator, requests[0], limit, place, backend)
     if limit is None:
-        return Arranged(generator, requests, plan, place, None)
+        return Arranged(generator, requests, plan, place, backend, None)
     how = plan.arrangement
     bits = generator.artifact.bits(generator.artifact.components[0])
     # A plan that loads one bit-width alone has its name.
     alone = [width for width in bits if how.transformer == f"a{width}" and len(bits) > 1]
-    if alone and requests[0][0].mode == "switch":
-        requests = [[_at_width(request, alone[0]) for request in each] for each in requests]
     changed = rearranged(
         generator,
         vae_tiling=how.vae_tiling,
@@ -190,7 +194,9 @@ def arranged(
         bits=tuple(alone) or None,
         **({"weights": "packed"} if how.transformer == PACKED and place.sm is not None else {}),
     )
-    return Arranged(changed, [[changed.check(r) for r in each] for each in requests], plan, place, limit)
+    if alone and requests[0][0].mode == "switch":
+        requests = [[changed.check(_at_width(request, alone[0])) for request in each] for each in requests]
+    return Arranged(changed, requests, plan, place, backend, limit)
 
 
 def _at_width(request: GenerateRequest, width: int) -> GenerateRequest:

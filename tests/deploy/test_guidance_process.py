@@ -48,8 +48,12 @@ def double() -> Iterator[Generator]:
     with open_generator(Artifact.open(tiny_wan_export()), **options) as generator:
         generator.prepare(GenerateRequest(PROMPT, steps=2))
         yield generator
-        child = psutil.Process(_pair(generator).peer.pid)  # type: ignore[attr-defined]
+        peer = _pair(generator).peer
+        child = psutil.Process(peer.pid)  # type: ignore[attr-defined]
     assert not child.is_running()
+    with pytest.raises(EngineError, match="is closed"):
+        peer.set_loras([])
+    assert peer.pid is None, "a closed session has started a process again"  # type: ignore[attr-defined]
 
 
 def _pair(generator: Generator) -> GuidancePair:
@@ -112,6 +116,7 @@ def test_errors_of_the_other_process_are_its_own() -> None:
 def test_a_session_by_itself(double: Generator) -> None:
     session = _pair(double).peer
     assert (session.backend, session.device.type) == ("onnxruntime", "cpu")
+    assert session.weights == _pair(double).inner.weights
     assert session.resident_bytes() == _pair(double).inner.resident_bytes()
     inputs = session.family.sample(session.sizes, session.dtype, 0)
     with pytest.raises(ShapeError, match="outside the profile"):

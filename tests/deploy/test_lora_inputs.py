@@ -312,8 +312,12 @@ def test_the_command_loads_one_into_the_graph(artifact: Artifact, lora: Path, tm
     assert clip["executed"]["backend"] == "onnxruntime"
     room = sum(2 * math.prod(s) for s in lora_input_shapes(artifact.plan().layers, RESERVED).values())
     said = run(*common, "--dry-run", "--log-format", "json").stderr
-    parts = next(json.loads(line)["parts"] for line in said.splitlines() if '"needs"' in line)
-    assert {p["name"]: p["loaded"] for p in parts}["transformer (room for LoRAs)"] == room
+    needs = next(json.loads(line) for line in said.splitlines() if '"needs"' in line)
+    loaded = {p["name"]: p["loaded"] for p in needs["parts"]}
+    assert loaded["transformer (room for LoRAs)"] == room
+    # The plan of the memory counts it too.
+    for stage in needs["memory"]["stages"][1:]:
+        assert stage["parts"]["packed weights"] == loaded["transformer (packed weights)"] + room
     refused(run(*common, "--lora", lora, "--lora", f"{lora}:0.2", "--lora", lora), f"rank {3 * RANK}", "--lora-rank")
 
 
