@@ -13,7 +13,6 @@ each form from the layouts of the kernels. The cost of packed weights is modelle
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.published import CONFIGS, config_of
 from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.held_weights import HeldWeights, held_weights, largest_kept, shape_of
@@ -29,7 +29,6 @@ from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.ops.cuda import KernelLibrary, load_library
 from dvdquant.recipe import get_recipe
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
 GIB = 2**30
 # Pixels and frames of the cost.
 HEIGHT, WIDTH, FRAMES = 480, 832, 81
@@ -52,7 +51,7 @@ def plan_of(name: str, recipe: str) -> ModelPlan:
         name: The name of its config.
         recipe: The name of the recipe.
     """
-    return plan_model(json.loads((CONFIGS / f"{name}.json").read_text()), get_recipe(recipe), torch.bfloat16)
+    return plan_model(config_of(name), get_recipe(recipe), torch.bfloat16)
 
 
 def sizes_of(plan: ModelPlan) -> Sizes:

@@ -93,6 +93,8 @@ def main(config: Path, folder: Path, layers: int | None, lora_rank: int | None, 
     own, lora = folder / "config.json", folder / "lora.safetensors"
     own.write_text(json.dumps(settings))
     plain, file = folder / "bf16", folder / "fp8" / "wan_fp8_scaled.safetensors"
+    if lora_rank is not None:
+        options = (*options, "--lora", str(lora))
     for model in (file, plain):
         if model == file:
             file.parent.mkdir(exist_ok=True)
@@ -101,7 +103,6 @@ def main(config: Path, folder: Path, layers: int | None, lora_rank: int | None, 
             subprocess.run([sys.executable, HERE / "make_checkpoint.py", own, plain], check=True)
         if lora_rank is not None:
             write_lora(model, lora, lora_rank)
-            options = (*options, "--lora", str(lora)) if str(lora) not in options else options
         command = [sys.executable, HERE / "export.py", model, "--target", "graphs", *options]
         try:
             subprocess.run([str(word) for word in command], check=True)

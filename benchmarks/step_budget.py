@@ -30,7 +30,8 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.step_cases import CASES, Case, Flavour, config_of, inputs_of, select_cases, shallow
+from benchmarks.published import config_of
+from benchmarks.step_cases import CASES, Case, Flavour, inputs_of, select_cases, shallow
 from dvdquant.model.held_weights import held_weights
 from dvdquant.model.layers import QuantLinear
 from dvdquant.model.loading import GraphWrapper
@@ -206,7 +207,7 @@ def work_of_block(case: Case, bits: int, recipe: str = "w4a4") -> Work:
     """
     works = []
     for depth in (1, 2):
-        plan = plan_model(shallow(config_of(case), depth, 1), get_recipe(recipe), torch.bfloat16)
+        plan = plan_model(shallow(config_of(case.config), depth, 1), get_recipe(recipe), torch.bfloat16)
         skeleton = build_skeleton(plan.family.config, torch.bfloat16) if bits == 16 else quantized_skeleton(plan, bits)
         model = GraphWrapper(skeleton, plan.family).to("meta")
         inputs = inputs_of(plan.family, case, 1, torch.device("meta"))
@@ -235,7 +236,7 @@ def predict(case: Case, flavour: Flavour, rates: Rates, work: Work) -> dict[str,
     """
     pointwise = work.moved[POINTWISE]
     if flavour.compiled:
-        config = config_of(case)
+        config = config_of(case.config)
         if config["_class_name"] != "WanTransformer3DModel":
             return None
         plan = plan_model(shallow(config, 1, 1), get_recipe("w4a4"), torch.bfloat16)
@@ -265,7 +266,7 @@ def expanded_bytes(case: Case, bits: int, sm: int) -> int:
     """
     traffic = []
     for depth in (1, 2):
-        plan = plan_model(shallow(config_of(case), depth, 1), get_recipe("w4a4"), torch.bfloat16)
+        plan = plan_model(shallow(config_of(case.config), depth, 1), get_recipe("w4a4"), torch.bfloat16)
         traffic.append(dict(held_weights(plan, sm, [bits]).traffic)[bits])
     return traffic[1] - traffic[0]
 

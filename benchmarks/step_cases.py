@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +10,6 @@ from torch import Tensor
 
 from dvdquant.hardware.weights import WeightForm
 from dvdquant.model.families import Axis, Family, Sizes
-
-CONFIGS = Path(__file__).resolve().parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -92,12 +88,6 @@ DEPTH_KEYS = {"num_layers": 1, "num_single_layers": 2}
 def select_cases(texts: list[str] | None) -> list[Case]:
     """Return the cases whose name contains one of the texts; all without texts."""
     return [case for case in CASES if not texts or any(text in case.name for text in texts)]
-
-
-def config_of(case: Case) -> dict[str, Any]:
-    """Return the configuration of a case."""
-    config: dict[str, Any] = json.loads((CONFIGS / f"{case.config}.json").read_text())
-    return config
 
 
 def shallow(config: dict[str, Any], depth: int, scale: int) -> dict[str, Any]:

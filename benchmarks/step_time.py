@@ -35,8 +35,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.published import config_of
 from benchmarks.step_budget import ATTENTION, TEXT_ATTENTION, predict, rates_for, work_of_block
-from benchmarks.step_cases import CASES, FLAVOURS, Case, Flavour, config_of, inputs_of, select_cases, shallow
+from benchmarks.step_cases import CASES, FLAVOURS, Case, Flavour, inputs_of, select_cases, shallow
 from benchmarks.step_profile import MEASURED, profile_classes
 from dvdquant.deploy.sessions.attention import install_attention
 from dvdquant.deploy.sessions.compiled import compile_blocks
@@ -186,7 +187,7 @@ def measure(case: Case, depth: int, flavour: Flavour, options: argparse.Namespac
         UnsupportedError: See :func:`build`.
     """
     device = resolve_device(options.device)
-    plan = plan_model(shallow(config_of(case), depth, options.scale), get_recipe(options.recipe), torch.bfloat16)
+    plan = plan_model(shallow(config_of(case.config), depth, options.scale), get_recipe(options.recipe), torch.bfloat16)
     inputs = inputs_of(plan.family, case, options.scale, device)
     model, attention = build(plan, flavour, device)
     with torch.inference_mode():
@@ -206,7 +207,7 @@ def switching_cost(case: Case, options: argparse.Namespace) -> dict[str, float]:
         options: The command line.
     """
     device = resolve_device(options.device)
-    plan = plan_model(shallow(config_of(case), 1, options.scale), get_recipe(options.recipe), torch.bfloat16)
+    plan = plan_model(shallow(config_of(case.config), 1, options.scale), get_recipe(options.recipe), torch.bfloat16)
     model, _ = build(plan, Flavour(8), device)
     with torch.inference_mode():
         first = model(inputs_of(plan.family, case, options.scale, device))
@@ -277,7 +278,7 @@ def row_of(case: Case, flavour: Flavour, options: argparse.Namespace) -> Row:
     shallower, deeper = case.depths
     blocks = deeper - shallower
     block = (high.ms - low.ms) / blocks
-    step = high.ms + block * (config_of(case)["num_layers"] - deeper)
+    step = high.ms + block * (config_of(case.config)["num_layers"] - deeper)
     classes = {name: (high.classes[name] - low.classes[name]) / blocks for name in high.classes}
     return Row(flavour, block, step, high.peak, classes, high.attention)
 

@@ -7,12 +7,10 @@ is needed; a dispatch mode adds every new storage and takes away those that are 
 
 from __future__ import annotations
 
-import json
 import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from benchmarks.published import config_of
 from dvdquant.deploy.generation.working_memory import TEXT_BYTES, decode_bytes, step_bytes_at
 from dvdquant.model.families import Axis, Family, Sizes, get_family
 from dvdquant.model.loading import GraphWrapper
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
 MIB = 1 << 20
 
 
@@ -155,16 +153,6 @@ def count_decode(name: str, frames: int, height: int, width: int, *, tiled: bool
 
 
 # ----------------------------------------------------------------------------------------------------- the transformers
-
-
-def config_of(name: str) -> dict[str, Any]:
-    """Return the config of a published transformer.
-
-    Args:
-        name: The name of a file in ``configs``.
-    """
-    config: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
-    return config
 
 
 def family_of(name: str) -> Family:

@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dvdquant.artifact.manifest import load_manifest  # noqa: E402
 from dvdquant.deploy.artifact import Artifact  # noqa: E402
 from dvdquant.deploy.generation.generate import GenerateRequest, Generator, open_generator  # noqa: E402
 from dvdquant.deploy.generation.video import FAINT, INK, PAPER, psnr  # noqa: E402
@@ -65,7 +64,7 @@ def draw_all(export: Path) -> dict[tuple[str, str], tuple[Clip, float]]:
         export: The export.
     """
     artifact = Artifact.open(export)
-    state = hashlib.sha256(repr(sorted(load_manifest(export).files.items())).encode()).hexdigest()[:16]
+    state = hashlib.sha256(repr(sorted(artifact.manifest.files.items())).encode()).hexdigest()[:16]
     folder = KEPT / state
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [(prompt, mode) for prompt in COMPARED for mode in MODES]

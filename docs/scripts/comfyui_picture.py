@@ -210,7 +210,7 @@ def finished(port: int, base: Path) -> Any:
     while time.monotonic() < end:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/history", timeout=30) as answer:
             runs = list(json.load(answer).values())
-        if runs and runs[0]["status"]["completed"] | (runs[0]["status"]["status_str"] == "error"):
+        if runs and (runs[0]["status"]["completed"] or runs[0]["status"]["status_str"] == "error"):
             return runs[0]
         time.sleep(1)
     return sys.exit(f"the workflow did not end:\n{(base / 'server.log').read_text(errors='replace')[-3000:]}")

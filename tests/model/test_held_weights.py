@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
+from benchmarks.held_weights import plan_of
 from dvdquant.export.estimate import packed_bytes
 from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.hardware.weights import COST_LIMIT, OPERATIONS_PER_BYTE
 from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.held_weights import HeldWeights, held_weights, largest_kept, shape_of
-from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.ops.cuda import KernelLibrary
-from dvdquant.recipe import get_recipe
 from tests.support.emulated_kernels import library as library
 
-CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
-
-
-def plan_of(name: str, recipe: str) -> ModelPlan:
-    config = json.loads((CONFIGS / f"{name}.json").read_text())
-    return plan_model(config, get_recipe(recipe), torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import httpx
@@ -22,19 +21,15 @@ def s3_server() -> Iterator[str]:
     """Its address; the keys are in the environment as long as it runs."""
     pytest.importorskip("obstore", reason="needs obstore: pip install 'dvdquant[serve-s3]'")
     server_module = pytest.importorskip("moto.server", reason="needs moto: pip install 'dvdquant[test]'")
-    before = {name: os.environ.get(name) for name in KEYS}
-    os.environ.update(KEYS)
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        url = f"http://{host}:{port}"
-        httpx.put(f"{url}/{BUCKET}").raise_for_status()
-        yield url
-    finally:
-        server.stop()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in KEYS.items():
+            patch.setenv(name, value)
+        server.start()
+        try:
+            host, port = server.get_host_and_port()
+            url = f"http://{host}:{port}"
+            httpx.put(f"{url}/{BUCKET}").raise_for_status()
+            yield url
+        finally:
+            server.stop()
