@@ -13,6 +13,8 @@ def known_pipeline(family: str, config: Mapping[str, Any], transformers: int) ->
 
     Text encoder, VAE and scheduler are the same for fine-tunes and for files in other formats.
 
+    The ids were written from memory. Those of Wan also stand in diffusers' documentation; none was downloaded here.
+
     Args:
         family: The name of the family.
         config: The config of the transformer.
