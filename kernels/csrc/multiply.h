@@ -5,6 +5,7 @@
 
 #include "dvdquant/kernels.h"
 #include "plan.h"
+#include "prepared.h"
 
 namespace dvdq {
 
@@ -50,9 +51,8 @@ struct WeightView {
   const void* group_zero;
 };
 
-// The parts beside the codes where they lie in one buffer: `at` is its PreparedLayout or RowsLayout.
-template <class Layout>
-WeightView view_of(const void* weight, const void* buffer, const Layout& at) {
+// The parts beside the codes where they lie in one buffer.
+inline WeightView view_of(const void* weight, const void* buffer, const PreparedLayout& at) {
   const unsigned char* const base = static_cast<const unsigned char*>(buffer);
   WeightView view{};
   view.weight = weight;
