@@ -263,3 +263,17 @@ def test_a_device_that_is_too_small_is_refused_with_what_fits(monkeypatch: pytes
     monkeypatch.setattr(run_memory, "place_of", place(1000))
     refused(run(*arguments), "nothing at this size")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_our_kernels_do_not_run_on_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch runs there without them, and keeps what the files hold."""
+    from dvdquant.cli import run_memory
+
+    out, pipeline = wan_pipeline()
+    monkeypatch.setattr(
+        run_memory, "place_of", lambda device: run_memory.Place("GPU", 64 * GIB, 64 * GIB, False, 0, "7.5")
+    )
+    said = drawn(
+        out, "--pipeline", pipeline, "--prompt", PROMPTS[0], "--device", "cpu", "--backend", "pytorch", "--dry-run"
+    )
+    assert "packed weights" in said
