@@ -131,6 +131,7 @@ def _requests() -> list[GenerateRequest]:
 def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same frames, bit by bit; and never both in memory."""
     from dvdquant.deploy.generation import generator as module
+    from dvdquant.deploy.generation import in_pipeline
     from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 
     out, pipeline = wan_pipeline()
@@ -166,6 +167,11 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pyte
         generator.generate(GenerateRequest("a blue dog", steps=2, mode="a8"))
         assert (len(encoders), len(opened)) == (2, 2)
         assert opened[0].closed
+        # Of the texts before, those stay that are asked for again.
+        monkeypatch.setattr(in_pipeline, "_MOST_ENCODED", 1)
+        asked = [generator.check(GenerateRequest(text, steps=2, mode="a8")) for text in ("a blue dog", "a green bird")]
+        generator.encode_ahead(asked)
+        assert [key[0] for key in generator._encoded] == ["a blue dog", "a green bird"]  # type: ignore[attr-defined]
 
 
 def test_one_width_is_loaded_alone() -> None:
