@@ -67,14 +67,23 @@ RATES = {
         {16: 705, 8: 1440, 4: 1440},
         {"16": 585, "int8": 900, "fp8": 900},
         2.73,
-        "linears and bandwidth: kernels/bench/results; attention in 16 bit: fitted to the blocks of results/; 8 bit: public",
+        "linears and bandwidth: kernels/bench/results; attention in 16 bit: fitted to the blocks of results/; "
+        "8 bit: from memory, unverified",
         90,
     ),
     "RTX 4090": Rates(
-        {16: 150, 8: 520, 4: 900}, {"16": 160, "int8": 480, "fp8": 480}, 0.90, "public figures of kernels", 89
+        {16: 150, 8: 520, 4: 900},
+        {"16": 160, "int8": 480, "fp8": 480},
+        0.90,
+        "from memory of public figures, unverified",
+        89,
     ),
     "RTX 5090": Rates(
-        {16: 200, 8: 650, 4: 650}, {"16": 210, "int8": 620, "fp8": 620}, 1.60, "public figures of kernels", 120
+        {16: 200, 8: 650, 4: 650},
+        {"16": 210, "int8": 620, "fp8": 620},
+        1.60,
+        "from memory of public figures, unverified",
+        120,
     ),
 }
 # Bytes that a compiled Wan block moves between its opaque operations: 40.6 a token and channel, 4 a token and channel of the

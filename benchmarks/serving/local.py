@@ -8,19 +8,36 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import uvicorn
-
-from dvdquant.deploy.serve.app import make_app
 from dvdquant.deploy.serve.files import FolderFiles
 from dvdquant.deploy.serve.metrics import ServerMetrics
-from dvdquant.deploy.serve.server import _Http
+from dvdquant.deploy.serve.server import http_server
 from dvdquant.deploy.serve.service import Service
 from dvdquant.deploy.serve.settings import ServerSettings
 from dvdquant.deploy.serve.sqlite_store import SqliteStore
-from dvdquant.deploy.serve.supervisor import Pool
 
-__all__ = ["LocalHttp", "local_http"]
+__all__ = ["LocalHttp", "LocalWorkers", "local_http"]
+
+
+class LocalWorkers:
+    """The workers that live in the server's process; none at first."""
+
+    def __init__(self) -> None:
+        self.workers: list[Any] = []
+
+    @property
+    def ready(self) -> list[Any]:
+        """Those that take jobs."""
+        return [worker for worker in self.workers if worker.ready]
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Tell every worker."""
+        for worker in self.workers:
+            worker.tell(event, **fields)
+
+    def reload(self) -> None:
+        """They keep what they have opened."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +46,13 @@ class LocalHttp:
 
     Args:
         service: What is behind its routes.
+        workers: Its workers.
         loop: The loop of its thread.
         url: Its address.
     """
 
     service: Service
+    workers: LocalWorkers
     loop: asyncio.AbstractEventLoop
     url: str
 
@@ -46,13 +65,10 @@ def local_http(settings: ServerSettings) -> Iterator[LocalHttp]:
         settings: The settings; their devices are not used.
     """
     settings.data.mkdir(parents=True, exist_ok=True)
-    store, files, metrics = (
-        SqliteStore(settings.data / "jobs.sqlite"),
-        FolderFiles(settings.data / "videos"),
-        ServerMetrics(),
-    )
-    service = Service(settings, store, files, Pool(settings, store, metrics, ("none",), lambda _: None), metrics)
-    http = _Http(uvicorn.Config(make_app(service), port=0, lifespan="off", log_config=None, access_log=False))
+    store, files = SqliteStore(settings.data / "jobs.sqlite"), FolderFiles(settings.data / "videos")
+    workers = LocalWorkers()
+    service = Service(settings, store, files, workers, ServerMetrics())
+    http = http_server(service)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_until_complete, args=(http.serve(),), daemon=True)
     thread.start()
@@ -61,7 +77,7 @@ def local_http(settings: ServerSettings) -> Iterator[LocalHttp]:
         time.sleep(0.01)
     try:
         port = http.servers[0].sockets[0].getsockname()[1]
-        yield LocalHttp(service, loop, f"http://127.0.0.1:{port}")
+        yield LocalHttp(service, workers, loop, f"http://127.0.0.1:{port}")
     finally:
         http.should_exit = True
         thread.join(60)

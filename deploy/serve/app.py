@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -42,8 +42,6 @@ _MAX_LIST = 100
 _DRAIN_SECONDS = 5
 _START_SECONDS = 2
 
-log = logging.getLogger(__name__)
-
 
 def make_app(service: Service) -> Any:
     """Return the ASGI application.
@@ -74,6 +72,8 @@ def make_app(service: Service) -> Any:
         ],
         exception_handlers={
             HTTPException: _http_error,
+            QueueFullError: routes.queue_full,
+            DiskFullError: _disk_full,
             DvdquantError: _bad_request,
             BodyTooLargeError: _too_large,
             BodyTooSlowError: _too_slow,
@@ -105,7 +105,7 @@ class _Routes:
 
     async def create_video(self, request: Request) -> Response:
         """Queue a job."""
-        service, limits = self.service, self.service.settings.limits
+        service = self.service
         if service.draining:
             return problem(
                 503, "the server is stopping and takes no more jobs", "server_error", code="draining",
@@ -113,26 +113,23 @@ class _Routes:
             )  # fmt: skip
         values, pictures = await self._asked(request)
         checked = service.check(values, pictures)
-        full = problem(
-            429, f"{limits.queue} jobs are waiting, and this server takes no more", "rate_limit_error",
-            code="queue_full", fix="try again later", retry_after=service.retry_after(),
-        )  # fmt: skip
-        if pictures:
+        if pictures:  # which are not decoded for nothing
             is_full = await service.run(service.queue_is_full)
             if is_full:
-                return full
+                raise QueueFullError
         decoded = await service.decode(pictures)
-        try:
-            # One call, because each that leaves this thread waits for its turn on a busy machine.
-            job, ahead = await service.run(service.create, checked, decoded, request.state.request_id)
-        except QueueFullError:
-            return full
-        except DiskFullError:
-            return problem(
-                503, "the server has no room for more clips", "server_error", code="disk_full", retry_after=60
-            )
+        # One call, because each that leaves this thread waits for its turn on a busy machine.
+        job, ahead = await service.run(service.create, checked, decoded, request.state.request_id)
         service.pool.tell("wake")
         return JSONResponse(video_json(job, ahead))
+
+    async def queue_full(self, request: Request, error: Exception) -> Response:
+        """Answer a job that the queue does not take."""
+        del request, error
+        return problem(
+            429, f"{self.service.settings.limits.queue} jobs are waiting, and this server takes no more",
+            "rate_limit_error", code="queue_full", fix="try again later", retry_after=self.service.retry_after(),
+        )  # fmt: skip
 
     async def preflight(self, request: Request) -> Response:
         """Say what a request would execute, without queueing it."""
@@ -236,18 +233,21 @@ class _Routes:
         """
         service, limits = self.service, self.service.settings.limits
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        read: Callable[[], tuple[dict[str, Any], dict[str, bytes]]]
         if kind == _JSON:
             raw = await request.body()
-            # A picture in JSON takes a while to read, and the others need not wait for it.
-            data = await service.run(_json_fields, raw) if len(raw) > limits.body else _json_fields(raw)
-            fields, pictures = take_pictures(data, limits.picture)
-            return read_request(fields, form=False), pictures
-        if kind not in _FORMS:
+            size, read = len(raw), lambda: take_pictures(_json_fields(raw), limits.picture)
+        elif kind in _FORMS:
+            part = limits.body_with_pictures if service.takes_pictures else limits.body
+            async with request.form(max_files=4, max_fields=64, max_part_size=part) as form:
+                fields = await _form_fields(form)
+            texts = [value for value in fields.values() if isinstance(value, str)]
+            size, read = sum(map(len, texts)), lambda: take_pictures(fields, limits.picture)
+        else:
             raise UnsupportedError(f"content type {shown(kind, 80)!r}", available=(_JSON, *_FORMS))
-        part = limits.body_with_pictures if service.takes_pictures else limits.body
-        async with request.form(max_files=4, max_fields=64, max_part_size=part) as form:
-            fields, pictures = take_pictures(await _form_fields(form), limits.picture)
-        return read_request(fields, form=True), pictures
+        # A picture in base64 takes a while to read, and the others need not wait for it.
+        rest, pictures = await service.run(read) if size > limits.body else read()
+        return read_request(rest, form=kind != _JSON), pictures
 
     async def _job(self, request: Request) -> Job:
         job = await self.service.run(self.service.store.get, _video_id(request))
@@ -429,6 +429,12 @@ async def _uploads_busy(request: Request, error: Exception) -> Response:
     )
     answer.headers["connection"] = "close"
     return answer
+
+
+async def _disk_full(request: Request, error: Exception) -> Response:
+    """Answer a job for whose clip there is no room."""
+    del request, error
+    return problem(503, "the server has no room for more clips", "server_error", code="disk_full", retry_after=60)
 
 
 async def _gone(request: Request, error: Exception) -> Response:

@@ -19,7 +19,6 @@ import secrets
 import tempfile
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,12 +26,13 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from dvdquant.deploy.serve.app import make_app
+from dvdquant.deploy.serve.expiry import expire_for_ever
 from dvdquant.deploy.serve.gate import key_digest
 from dvdquant.deploy.serve.logs import log_event, setup_server_log
 from dvdquant.deploy.serve.metrics import ServerMetrics
 from dvdquant.deploy.serve.queue_policy import STORE_VARIABLE
 from dvdquant.deploy.serve.ray_figures import RayFigures
-from dvdquant.deploy.serve.server import _Run
+from dvdquant.deploy.serve.service import Service
 from dvdquant.deploy.serve.settings import Limits, ModelSource, ObjectStore, ServerSettings, WorkerSettings
 from dvdquant.deploy.serve.stores import open_store
 from dvdquant.deploy.serve.worker import Worker
@@ -205,8 +205,16 @@ class WorkerReplica:
         if thread.is_alive():
             worker.let_go()
             thread.join(_LAST_SECONDS)
-        with contextlib.suppress(Exception):
-            self.store.close()
+        self.store.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """See :class:`.service.WorkerState`."""
+
+    label: str
+    ready: bool
+    facts: dict[str, Any]
 
 
 class RayWorkers:
@@ -218,18 +226,18 @@ class RayWorkers:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._seen: tuple[Any, ...] = ()
+        self._seen: tuple[_Seen, ...] = ()
         threading.Thread(target=self._look, name="look", daemon=True).start()
 
     @property
-    def ready(self) -> list[Any]:
-        """Return the workers that take jobs; each has ``label``, ``ready`` and ``facts``."""
-        return list(self._seen)
+    def ready(self) -> tuple[_Seen, ...]:
+        """Return the workers that take jobs."""
+        return self._seen
 
     @property
-    def workers(self) -> list[Any]:
+    def workers(self) -> tuple[_Seen, ...]:
         """Return the workers that are known."""
-        return list(self._seen)
+        return self._seen
 
     def tell(self, event: str, **fields: Any) -> None:
         """Do nothing: a worker sees a cancel at its next step."""
@@ -244,10 +252,9 @@ class RayWorkers:
                 count = _running()
                 said = self._handle.facts.remote().result(timeout_s=_PATIENCE) if count else {}
             except Exception as error:  # noqa: BLE001  Ray's errors are many; a worker that starts does not answer
-                log.info("no worker answers: %s", error)
+                log.info("no worker answers: %s: %s", type(error).__name__, error)
                 count, said = 0, {}
-            one = SimpleNamespace(label="ray", ready=True, facts=said.get("models", {}))
-            self._seen = (one,) * count
+            self._seen = (_Seen("ray", True, said.get("models", {})),) * count
 
 
 def _running() -> int:
@@ -268,20 +275,22 @@ class Interface:
     def __init__(self, settings: ServerSettings, workers: Any) -> None:
         setup_server_log(settings.log_format, settings.verbose)
         store, files = _open(settings)
-        run = _Run(settings, store, files, ServerMetrics(), ())
-        self.service = run.service
-        self.service.pool = RayWorkers(workers)  # type: ignore[assignment]
-        self._expiry = asyncio.ensure_future(run._expire())
+        self.service = Service(settings, store, files, RayWorkers(workers), ServerMetrics())
+        self._expiry = asyncio.ensure_future(expire_for_ever(self.service))
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the application that Ray's proxy passes requests to."""
         return make_app(self.service)
 
     def __del__(self) -> None:
-        """End the threads."""
-        with contextlib.suppress(Exception):
-            self._expiry.cancel()
-            self.service.close()
+        """End the threads, and the connections to the store."""
+        expiry, service = getattr(self, "_expiry", None), getattr(self, "service", None)
+        if expiry is None or service is None:
+            return  # it could not be made
+        with contextlib.suppress(RuntimeError):  # its loop has ended, and the task with it
+            expiry.cancel()
+        service.close()
+        service.store.close()
 
 
 def app(args: RayArguments) -> Any:

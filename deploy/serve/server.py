@@ -18,6 +18,7 @@ import uvicorn
 
 from dvdquant import errors
 from dvdquant.deploy.serve.app import make_app
+from dvdquant.deploy.serve.expiry import expire_for_ever
 from dvdquant.deploy.serve.files import ClipFiles
 from dvdquant.deploy.serve.jobs import JobStore
 from dvdquant.deploy.serve.logs import log_event, setup_server_log
@@ -29,10 +30,8 @@ from dvdquant.deploy.serve.supervisor import WORKER_COMMAND, Pool
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.system.files import disk_error
 
-__all__ = ["serve"]
+__all__ = ["http_server", "serve"]
 
-EXPIRE_SECONDS = 60.0
-STUCK_SECONDS = 600.0  # until what could not be deleted is tried again
 _CONNECTIONS = 1000
 _LAST_SECONDS = 30.0  # that workers get after their time to drain is over
 _HEAD_BYTES = 1 << 16
@@ -130,21 +129,9 @@ class _Run:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        config = uvicorn.Config(
-            make_app(self.service),
-            log_config=None,
-            access_log=False,
-            http="h11",  # with its limits, though another package may have brought httptools
-            server_header=False,
-            lifespan="off",
-            ws="none",
-            limit_concurrency=_CONNECTIONS,
-            h11_max_incomplete_event_size=_HEAD_BYTES,
-            timeout_graceful_shutdown=5,
-        )
-        http = _Http(config)
+        http = http_server(self.service)
         self.pool.start()
-        tasks = [loop.create_task(self._expire()), loop.create_task(http.serve([listener]))]
+        tasks = [loop.create_task(expire_for_ever(self.service)), loop.create_task(http.serve([listener]))]
         await self._stop.wait()
         await self._drain()
         http.should_exit = True
@@ -164,36 +151,6 @@ class _Run:
         self.pool.let_go()
         if not await asyncio.to_thread(self.pool.join, _LAST_SECONDS):
             self.pool.kill()
-
-    async def _expire(self) -> None:
-        """Delete what has expired, now and every minute; what the disk keeps is tried again later."""
-        while True:
-            try:
-                expired = await self.service.run(self.store.expire, time.time())
-            except Exception:  # of sqlite3 or psycopg; a store that is away comes back
-                log.exception("the store does not say what has expired")
-                expired = []
-            stuck = 0
-            for video in expired:
-                try:
-                    await self.service.run(self.service.delete, video)
-                except OSError:
-                    log.exception("the clip of %s, which has expired, cannot be deleted", video)
-                    stuck += 1
-                    await self._postpone(video)
-                except Exception:
-                    log.exception("the store does not delete %s, which has expired", video)
-                else:
-                    log_event(log, "video_expired", video=video)
-            self.metrics.stuck.inc(stuck)
-            await asyncio.sleep(EXPIRE_SECONDS)
-
-    async def _postpone(self, video: str) -> None:
-        """Let a job whose files the disk keeps expire later, so that others are not held up."""
-        try:
-            await self.service.run(self.store.keep_until, video, time.time() + STUCK_SECONDS)
-        except Exception:
-            log.exception("the store does not postpone the end of %s", video)
 
     def _changed(self, video: str | None) -> None:
         """Wake up those who wait for a job. Called on the threads of the workers."""
@@ -220,6 +177,28 @@ class _Run:
         self.pool.let_go()
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._signalled)
+
+
+def http_server(service: Service) -> uvicorn.Server:
+    """Return what answers HTTP requests, on the sockets that it is told to serve.
+
+    Args:
+        service: What is behind the routes.
+    """
+    config = uvicorn.Config(
+        make_app(service),
+        port=0,  # unless it is given a socket
+        log_config=None,
+        access_log=False,
+        http="h11",  # with its limits, though another package may have brought httptools
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        limit_concurrency=_CONNECTIONS,
+        h11_max_incomplete_event_size=_HEAD_BYTES,
+        timeout_graceful_shutdown=5,
+    )
+    return _Http(config)
 
 
 class _Http(uvicorn.Server):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from dvdquant.deploy.serve.checks import CheckedRequest, ServedModel
 from dvdquant.deploy.serve.decoding import DecodedPicture, decode_picture
@@ -14,12 +14,11 @@ from dvdquant.deploy.serve.files import ClipFiles
 from dvdquant.deploy.serve.jobs import Job, JobStore, new_video_id
 from dvdquant.deploy.serve.metrics import ServerMetrics
 from dvdquant.deploy.serve.settings import ServerSettings
-from dvdquant.deploy.serve.supervisor import Pool
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.files import free_bytes
 from dvdquant.text import shown
 
-__all__ = ["DiskFullError", "Service"]
+__all__ = ["DiskFullError", "Service", "WorkerState", "Workers"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +30,40 @@ _LOOK_SHARED = 0.5  # as well, where a worker of another server may draw it
 
 class DiskFullError(Exception):
     """The data folder has too little room for another clip."""
+
+
+class WorkerState(Protocol):
+    """A worker as the interface sees it."""
+
+    @property
+    def label(self) -> str:
+        """Return its name in logs and metrics."""
+
+    @property
+    def ready(self) -> bool:
+        """Return whether it takes jobs."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what runs each model."""
+
+
+class Workers(Protocol):
+    """The workers as the interface sees them: :class:`.supervisor.Pool`, or those of another scheduler."""
+
+    @property
+    def workers(self) -> Sequence[WorkerState]:
+        """Return those that are known."""
+
+    @property
+    def ready(self) -> Sequence[WorkerState]:
+        """Return those that take jobs."""
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Tell them to ``wake``, or to look whether a job is to ``cancel``: sooner than they would see it by themselves."""
+
+    def reload(self) -> None:
+        """Let them open exports that have changed anew."""
 
 
 class Service:
@@ -45,7 +78,7 @@ class Service:
     """
 
     def __init__(
-        self, settings: ServerSettings, store: JobStore, files: ClipFiles, pool: Pool, metrics: ServerMetrics
+        self, settings: ServerSettings, store: JobStore, files: ClipFiles, pool: Workers, metrics: ServerMetrics
     ) -> None:
         self.settings = settings
         self.store = store

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.deploy.faults import fault_of
+from dvdquant.deploy.faults import Fault, fault_of
 from dvdquant.deploy.serve.files import ClipFiles
 from dvdquant.deploy.serve.jobs import CANCELLED, Failure, Job, JobStore
 from dvdquant.deploy.serve.logs import log_event
@@ -353,9 +353,21 @@ class Worker:
             raise Cancelled("the job was stopped")
 
     def _failed(self, running: _Running, error: Exception) -> None:
+        """Note how a job ended that has no clip, and end the process where the error means so."""
+        fault = fault_of(error)
+        try:
+            self._say_failed(running, error, fault)
+        except Exception:  # of a store that is away: the lease of the job runs out, and it is drawn again
+            log.exception("how a job ended could not be kept")
+        error.__traceback__ = None  # it holds the tensors of the clip
+        if fault == "process":
+            log_event(log, "worker_broken", level=logging.ERROR, text="this process cannot go on and will be restarted")
+            self.code = BROKEN
+            self.stop()
+
+    def _say_failed(self, running: _Running, error: Exception, fault: Fault) -> None:
         """Say in the store how a job ended that has no clip."""
         job, keep = running.job, self.settings.keep
-        fault = fault_of(error)
         fields: dict[str, Any] = {"video": job.id, "request": job.what.request_id, "attempt": job.attempts}
         if running.why == "lost":
             log_event(log, "job_lost", **fields)
@@ -375,11 +387,6 @@ class Worker:
         fields.update(code=failure.code, again=again, fault=fault)
         log_event(log, "job_failed", level=logging.ERROR, text="job failed", error=error, **fields)
         self.tell("ended", video=job.id, status="retried" if again else "failed", model=job.what.model)
-        error.__traceback__ = None  # it holds the tensors of the clip
-        if fault == "process":
-            log_event(log, "worker_broken", level=logging.ERROR, text="this process cannot go on and will be restarted")
-            self.code = BROKEN
-            self.stop()
 
     # ---------------------------------------------------------------------------------------------------- the encoder
 
@@ -389,17 +396,10 @@ class Worker:
             try:
                 self._encode(drawn)
             except Exception as error:  # noqa: BLE001  one clip that cannot be written must not end the encoder
-                self._failed_in_encoder(drawn.running, error)
+                self._failed(drawn.running, error)
             finally:
                 self._drop(drawn.running)
                 del drawn
-
-    def _failed_in_encoder(self, running: _Running, error: Exception) -> None:
-        """As :meth:`_failed`; where the store is away, the lease of the job runs out, and it is drawn again."""
-        try:
-            self._failed(running, error)
-        except Exception:  # without its thread, the next clips would wait for ever
-            log.exception("how a job ended could not be kept")
 
     def _encode(self, drawn: _Drawn) -> None:
         from dvdquant.deploy.generation.video import write_mp4

@@ -109,11 +109,12 @@ def _import_for(settings: WorkerSettings) -> None:
     """Import what workers with these settings import, and open what they open, short of engines and devices."""
     setup_server_log(settings.log_format, settings.verbose, worker="spare")
     for source in settings.models:
-        # What is wrong with an export is said by the worker that needs it.
-        with contextlib.suppress(Exception):
+        try:
             generator = open_model(settings, source)
             _import_parts(generator)
             generator.close()
+        except Exception as error:  # noqa: BLE001  the worker that needs the export refuses it, or imports what is missing
+            log.warning("the spare worker has not prepared %s: %s: %s", source.name, type(error).__name__, error)
     import dvdquant.deploy.generation.video  # noqa: F401
 
     log_event(log, "spare_ready", resident_bytes=memory_facts()["resident_bytes"])

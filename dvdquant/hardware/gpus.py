@@ -1,6 +1,7 @@
 """The table of GPUs: name, compute capability, memory and kind.
 
-Memory is what the maker states, in GB; cards that are sold with several sizes are listed with each of them.
+Memory is what the maker states, in GB; cards that are sold with several sizes are listed with each of them. All of it was
+written from memory and is unverified.
 """
 
 from __future__ import annotations

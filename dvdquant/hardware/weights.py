@@ -14,7 +14,8 @@ WEIGHTS: tuple[WeightPolicy, ...] = ("auto", "packed", "expanded")
 # The share of a step that `auto` lets packed weights cost.
 COST_LIMIT = 0.02
 # Dense INT8 operations a second over bytes a second of memory, of the card of each SM that has the most of them for a byte:
-# the one on which expanding costs the largest share. From data sheets, rounded up; a real product reaches less than its peak.
+# the one on which expanding costs the largest share. From memory of data sheets,
+# unverified, rounded up; a real product reaches less than its peak.
 OPERATIONS_PER_BYTE = {
     80: 410,  # A100 40GB: 624 TOPS, 1555 GB/s
     86: 440,  # A40: 299 TOPS, 696 GB/s

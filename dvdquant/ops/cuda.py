@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dvdquant.errors import DvdquantError, ResourceError, ShapeError, UnsupportedError
 from dvdquant.ops.repack import LayerShape
@@ -295,6 +296,12 @@ class KernelLibrary:
             text = self._library.dvdq_last_error().decode(errors="replace")
             raise _ERRORS.get(status, KernelError)(text or f"the kernel library answered status {status}")
 
+    def _size(self, function: Any, *arguments: Any) -> int:
+        """Return the size that a function of the library writes to its last argument."""
+        size = ctypes.c_int64()
+        self._check(function(*arguments, ctypes.byref(size)))
+        return size.value
+
     def serves(self, sm: int) -> bool:
         """Return whether the library holds code for ``sm``, as :func:`serves` says.
 
@@ -341,9 +348,7 @@ class KernelLibrary:
             sm: major · 10 + minor of the device.
             tokens: Rows M of x.
         """
-        size = ctypes.c_int64()
-        self._check(self._library.dvdq_workspace_bytes(_layer(layer), sm, tokens, ctypes.byref(size)))
-        return size.value
+        return self._size(self._library.dvdq_workspace_bytes, _layer(layer), sm, tokens)
 
     def prepare_weight(
         self, layer: LayerShape, sm: int, weight: WeightPointers, prepared: int, prepared_bytes: int, stream: int
@@ -358,11 +363,8 @@ class KernelLibrary:
             prepared_bytes: Size of that buffer, ``plan.prepared_bytes``.
             stream: The CUDA stream.
         """
-        pointers = _Weight(weight.codes, weight.scale, weight.group_scale, weight.zero, weight.bias or None)
         self._check(
-            self._library.dvdq_prepare_weight(
-                _layer(layer), sm, ctypes.byref(pointers), prepared, prepared_bytes, stream
-            )
+            self._library.dvdq_prepare_weight(_layer(layer), sm, _weight(weight), prepared, prepared_bytes, stream)
         )
 
     def rows_bytes(self, layer: LayerShape, sm: int) -> int:
@@ -372,9 +374,7 @@ class KernelLibrary:
             layer: Shape and grids of the layer.
             sm: major · 10 + minor of the device.
         """
-        size = ctypes.c_int64()
-        self._check(self._library.dvdq_rows_bytes(_layer(layer), sm, ctypes.byref(size)))
-        return size.value
+        return self._size(self._library.dvdq_rows_bytes, _layer(layer), sm)
 
     def make_rows(
         self, layer: LayerShape, sm: int, weight: WeightPointers, rows: int, rows_bytes: int, stream: int
@@ -389,8 +389,7 @@ class KernelLibrary:
             rows_bytes: Size of that buffer, from :meth:`rows_bytes`.
             stream: The CUDA stream.
         """
-        pointers = _Weight(weight.codes, weight.scale, weight.group_scale, weight.zero, weight.bias or None)
-        self._check(self._library.dvdq_make_rows(_layer(layer), sm, ctypes.byref(pointers), rows, rows_bytes, stream))
+        self._check(self._library.dvdq_make_rows(_layer(layer), sm, _weight(weight), rows, rows_bytes, stream))
 
     def expand_weight(
         self, layer: LayerShape, sm: int, weight_codes: int, rows: int, prepared: int, prepared_bytes: int, stream: int
@@ -421,9 +420,7 @@ class KernelLibrary:
             sm: major · 10 + minor of the device.
             tokens: Rows M of x.
         """
-        size = ctypes.c_int64()
-        self._check(self._library.dvdq_packed_workspace_bytes(_layer(layer), sm, tokens, ctypes.byref(size)))
-        return size.value
+        return self._size(self._library.dvdq_packed_workspace_bytes, _layer(layer), sm, tokens)
 
     def packed_linear(
         self,
@@ -717,6 +714,10 @@ def load_library() -> KernelLibrary:
 @functools.lru_cache(maxsize=8)
 def _opened(path: Path) -> KernelLibrary:
     return KernelLibrary(path)
+
+
+def _weight(weight: WeightPointers) -> _Weight:
+    return _Weight(weight.codes, weight.scale, weight.group_scale, weight.zero, weight.bias or None)
 
 
 def _prologue(prologue: ProloguePointers) -> _Prologue:

@@ -33,7 +33,9 @@ from dvdquant.ops.repack import LayerShape
 
 __all__ = [
     "CudaKernels",
+    "aligned",
     "kernels_for",
+    "pointer_of",
     "reference_policy",
     "run_quant_linear",
     "stream_of",
@@ -105,7 +107,7 @@ class CudaKernels:
             Codes uint8 [M, bytes per token], scales fp32 [scale rows, M], token sums fp32 [scale rows, M].
         """
         plan = self.plan(layer)
-        x, tokens = _aligned(x), len(x)
+        x, tokens = aligned(x), len(x)
         codes = self.allocate((tokens, plan.codes_bytes_per_token), torch.uint8, x.device)
         scales = self.allocate((plan.scale_rows, tokens), torch.float32, x.device)
         sums = self.allocate((plan.scale_rows, tokens), torch.float32, x.device)
@@ -121,7 +123,7 @@ class CudaKernels:
                     sums.data_ptr(),
                     tokens,
                     stream,
-                    _pointer(pre_quant),
+                    pointer_of(pre_quant),
                 )
         return codes, scales, sums
 
@@ -138,7 +140,7 @@ class CudaKernels:
         tokens = len(codes)
         y = self.allocate((tokens, layer.n), DTYPES[layer.dtype], codes.device)
         if tokens:
-            workspace = self._workspace(layer, tokens, codes.device)
+            workspace = self.workspace(layer, tokens, codes.device)
             with stream_of(codes) as stream:
                 self.library.linear_gemm(
                     layer,
@@ -167,10 +169,10 @@ class CudaKernels:
             prepared: uint8 [bytes], from :meth:`prepare`.
             pre_quant: [K/8, 2, 8] of x's dtype, or None.
         """
-        x, tokens = _aligned(x), len(x)
+        x, tokens = aligned(x), len(x)
         y = self.allocate((tokens, layer.n), x.dtype, x.device)
         if tokens:
-            workspace = self._workspace(layer, tokens, x.device)
+            workspace = self.workspace(layer, tokens, x.device)
             with stream_of(x) as stream:
                 self.library.quant_linear(
                     layer,
@@ -183,7 +185,7 @@ class CudaKernels:
                     workspace.data_ptr(),
                     workspace.numel(),
                     stream,
-                    _pointer(pre_quant),
+                    pointer_of(pre_quant),
                 )
         return y
 
@@ -196,7 +198,7 @@ class CudaKernels:
                 itself, unless the kernels cannot read it where it is.
         """
         size = self.library.rows_bytes(layer, self.sm)
-        codes, *rest = (_aligned(packed[0]), *(t.contiguous() for t in packed[1:]))
+        codes, *rest = (aligned(packed[0]), *(t.contiguous() for t in packed[1:]))
         rows = self.allocate((size,), torch.uint8, codes.device)
         with stream_of(rows) as stream:
             pointers = WeightPointers(codes.data_ptr(), *(t.data_ptr() for t in rest))
@@ -243,7 +245,7 @@ class CudaKernels:
             rows: uint8 [bytes], from :meth:`make_rows`.
             pre_quant: [K/8, 2, 8] of x's dtype, or None.
         """
-        x, tokens = _aligned(x), len(x)
+        x, tokens = aligned(x), len(x)
         y = self.allocate((tokens, layer.n), x.dtype, x.device)
         if tokens:
             size = self.library.packed_workspace_bytes(layer, self.sm, tokens)
@@ -261,11 +263,18 @@ class CudaKernels:
                     workspace.data_ptr(),
                     workspace.numel(),
                     stream,
-                    _pointer(pre_quant),
+                    pointer_of(pre_quant),
                 )
         return y
 
-    def _workspace(self, layer: LayerShape, tokens: int, device: torch.device) -> Tensor:
+    def workspace(self, layer: LayerShape, tokens: int, device: torch.device) -> Tensor:
+        """Return the workspace of one call on a prepared weight, uint8 [bytes].
+
+        Args:
+            layer: Shape and grids of the layer.
+            tokens: Rows M of x.
+            device: The device of x.
+        """
         return self.allocate((self.library.workspace_bytes(layer, self.sm, tokens),), torch.uint8, device)
 
 
@@ -439,12 +448,22 @@ def layer_with_path(kernels: CudaKernels, layer: LayerShape, path: str, **choice
     raise UnsupportedError(f"SM {kernels.sm / 10} does not run such a layer on {path}", available=found)
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
+    """Return a tensor with its elements one after the other, at an address that the kernels can load from.
+
+    Args:
+        x: Any tensor.
+    """
     x = x.contiguous()
     return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def pointer_of(tensor: Tensor | None) -> int:
+    """Return the address of a tensor's first element; 0 for None.
+
+    Args:
+        tensor: Any tensor, or None.
+    """
     return 0 if tensor is None else tensor.data_ptr()
 
 

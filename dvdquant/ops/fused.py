@@ -15,9 +15,17 @@ from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.ops.cuda import ProloguePointers
-from dvdquant.ops.cuda_linear import CACHE, CudaKernels, layer_with_path, require_kernels, stream_of
+from dvdquant.ops.cuda_linear import (
+    CACHE,
+    CudaKernels,
+    aligned,
+    layer_with_path,
+    pointer_of,
+    require_kernels,
+    stream_of,
+)
 from dvdquant.ops.packed_layer import DTYPE_NAMES, DTYPES, check_channels
-from dvdquant.ops.prepared_linear import kernels_of
+from dvdquant.ops.prepared_linear import opened
 from dvdquant.ops.repack import LayerShape
 from dvdquant.ops.rotate_quantize import rotate_quantize
 from dvdquant.ops.smooth import apply_pre_quant
@@ -130,7 +138,7 @@ def run_fused_quantize(
         with stream_of(x) as stream:
             kernels.library.fused_quantize(
                 layer, kernels.sm, pointers, x.data_ptr(), codes.data_ptr(), scales.data_ptr(), sums.data_ptr(), tokens,
-                stream, 0 if pre_quant is None else pre_quant.data_ptr(),
+                stream, pointer_of(pre_quant),
             )  # fmt: skip
     return codes, scales, sums, hidden
 
@@ -164,12 +172,11 @@ def run_fused_linear(
     tokens = len(x)
     y = kernels.allocate((tokens, layer.n), x.dtype, x.device)
     if tokens:
-        size = kernels.library.workspace_bytes(layer, kernels.sm, tokens)
-        workspace = kernels.allocate((size,), torch.uint8, x.device)
+        workspace = kernels.workspace(layer, tokens, x.device)
         with stream_of(x) as stream:
             kernels.library.fused_linear(
                 layer, kernels.sm, pointers, x.data_ptr(), prepared.data_ptr(), y.data_ptr(), tokens,
-                workspace.data_ptr(), size, stream, 0 if pre_quant is None else pre_quant.data_ptr(),
+                workspace.data_ptr(), workspace.numel(), stream, pointer_of(pre_quant),
             )  # fmt: skip
     return y, hidden
 
@@ -200,14 +207,15 @@ def _arguments(
         if rows.ndim != 2 or rows.shape[1] != layer.k or rows.dtype != torch.float32:
             raise ShapeError(f"{name} is {rows.dtype} {tuple(rows.shape)}", available=f"float32 rows of {layer.k}")
         per_row = 0 if len(rows) == 1 else _tokens_per_row(rows, len(x))
-        if rows.stride(1) != 1 or rows.stride(0) % 4 or rows.data_ptr() % 16:
-            rows = rows.contiguous().clone() if rows.data_ptr() % 16 else rows.contiguous()
+        if rows.stride(1) != 1 or rows.data_ptr() % 16 or (per_row and rows.stride(0) % 4):
+            rows = aligned(rows)
+        stride = rows.stride(0) if per_row else 0
         held.append(rows)
-        pointers |= {name: rows.data_ptr(), f"{kind}_tokens": per_row, f"{kind}_stride": rows.stride(0)}
+        pointers |= {name: rows.data_ptr(), f"{kind}_tokens": per_row, f"{kind}_stride": stride}
         if kind == "modulate":
-            strides.add((per_row, rows.stride(0) if per_row else 0))
+            strides.add((per_row, stride))
     if len(strides) > 1:  # one stride serves both
-        packed = {name: getattr(prologue, name).contiguous() for name in ("multiplier", "addend")}
+        packed = {name: aligned(getattr(prologue, name)) for name in ("multiplier", "addend")}
         if len({tuple(rows.shape) for rows in packed.values()}) > 1:
             raise ShapeError(
                 "the multiplier and the addend have different numbers of rows",
@@ -216,16 +224,6 @@ def _arguments(
         held += packed.values()
         pointers |= {name: rows.data_ptr() for name, rows in packed.items()} | {"modulate_stride": layer.k}
     return x, ProloguePointers(**pointers), hidden, held
-
-
-def aligned(x: Tensor) -> Tensor:
-    """Return a tensor with its elements one after the other from an address that is a multiple of 16.
-
-    Args:
-        x: Any tensor.
-    """
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
 
 
 # ----------------------------------------------------------------------------------------------------------- operations
@@ -353,10 +351,7 @@ def fused_linear(
         KernelError: The kernels of this number are gone.
     """
     features = x.shape[-1]
-    library = kernels_of(kernels)
-    layer = LayerShape(
-        rows, features, weight_groups, float_zero_point, block, 1, act_bits, act_group, DTYPE_NAMES[x.dtype]
-    )
+    library, layer = opened(kernels, x, 1, rows, weight_groups, float_zero_point, block, act_bits, act_group)
     flat = [None if part is None else part.reshape(-1, features) for part in (y, gate, multiplier, addend)]
     prologue = Prologue(flat[0], flat[1], flat[2], flat[3], norm, gelu, eps)
     out, hidden = run_fused_linear(library, layer, x.reshape(-1, features), prologue, prepared, pre_quant)

@@ -21,7 +21,7 @@ from dvdquant.ops.repack import LayerShape
 if TYPE_CHECKING:
     from dvdquant.ops.cuda_linear import CudaKernels
 
-__all__ = ["handle_of", "kernels_of", "packed_linear", "prepared_linear"]
+__all__ = ["handle_of", "opened", "packed_linear", "prepared_linear"]
 
 _numbers = itertools.count(1)
 _kernels: weakref.WeakValueDictionary[int, CudaKernels] = weakref.WeakValueDictionary()
@@ -38,21 +38,6 @@ def handle_of(kernels: CudaKernels) -> int:
         _handles[kernels] = next(_numbers)
         _kernels[_handles[kernels]] = kernels
     return _handles[kernels]
-
-
-def kernels_of(number: int) -> CudaKernels:
-    """Return the kernels of a number of :func:`handle_of`.
-
-    Args:
-        number: The number.
-
-    Raises:
-        KernelError: They are gone.
-    """
-    kernels = _kernels.get(number)
-    if kernels is None:
-        raise KernelError("the kernels that a compiled model was made for are gone", fix="compile it again")
-    return kernels
 
 
 @torch.library.custom_op("dvdquant::prepared_linear", mutates_args=())
@@ -90,7 +75,7 @@ def prepared_linear(
     Raises:
         KernelError: the kernels of this number are gone.
     """
-    library, layer = _opened(kernels, x, outer, rows, weight_groups, float_zero_point, block, act_bits, act_group)
+    library, layer = opened(kernels, x, len(outer), rows, weight_groups, float_zero_point, block, act_bits, act_group)
     y = library.quant_linear(layer, _tokens(x), outer.contiguous(), prepared, pre_quant)
     return y.reshape(*x.shape[:-1], rows)
 
@@ -148,7 +133,7 @@ def packed_linear(
         KernelError: the kernels of this number are gone.
     """
     rows = codes.shape[0]
-    library, layer = _opened(kernels, x, outer, rows, weight_groups, float_zero_point, block, act_bits, act_group)
+    library, layer = opened(kernels, x, len(outer), rows, weight_groups, float_zero_point, block, act_bits, act_group)
     y = library.packed_linear(layer, _tokens(x), outer.contiguous(), codes, weight_rows, pre_quant)
     return y.reshape(*x.shape[:-1], rows)
 
@@ -175,10 +160,10 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(x.numel() // x.shape[-1], x.shape[-1])
 
 
-def _opened(
+def opened(
     number: int,
     x: Tensor,
-    outer: Tensor,
+    outer: int,
     rows: int,
     weight_groups: int,
     float_zero_point: bool,
@@ -188,10 +173,23 @@ def _opened(
 ) -> tuple[CudaKernels, LayerShape]:
     """Return the kernels of a number, and the layer that the arguments of an operation describe.
 
+    Args:
+        number: The number of the kernels, of :func:`handle_of`.
+        x: [..., K] bf16 or fp16.
+        outer: The order of the outer factor of the rotation.
+        rows: N.
+        weight_groups: Scales per row of the weight.
+        float_zero_point: Whether the weight has a zero-point per group.
+        block: The order of the inner Hadamard matrix.
+        act_bits: 4 or 8.
+        act_group: Channels per activation scale, 0 for the whole token.
+
     Raises:
         KernelError: The kernels of this number are gone.
     """
-    library = kernels_of(number)
+    kernels = _kernels.get(number)
+    if kernels is None:
+        raise KernelError("the kernels that a compiled model was made for are gone", fix="compile it again")
     dtype = DTYPE_NAMES[x.dtype]
-    shape = (rows, x.shape[-1], weight_groups, float_zero_point, block, outer.shape[0], act_bits, act_group, dtype)
-    return library, LayerShape(*shape)
+    shape = (rows, x.shape[-1], weight_groups, float_zero_point, block, outer, act_bits, act_group, dtype)
+    return kernels, LayerShape(*shape)

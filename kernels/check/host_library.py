@@ -22,7 +22,7 @@ from dvdquant.ops.fused import Prologue, apply_prologue
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES
 from dvdquant.ops.packed_rows import expand, make_rows, rows_bytes
-from dvdquant.ops.paths import choose_path
+from dvdquant.ops.paths import choose_path, form_of
 from dvdquant.ops.reference import rotate_by_matrices
 from dvdquant.ops.repack import LayerShape, dequantize, from_bytes, prepare, prepared_bytes, to_bytes
 from dvdquant.ops.rotate_quantize import encode_codes
@@ -48,7 +48,7 @@ class HostLibrary:
         s4 = path.startswith("s4")
         return LayerPlan(
             path,
-            "s4" if s4 else "e4m3" if path == "e4m3_group" else "s8",
+            form_of(path),
             layer.k // layer.act_group if layer.act_group else 1,
             s4,
             prepared_bytes(layer, path),
@@ -83,10 +83,7 @@ class HostLibrary:
             ShapeError: The buffer is too small.
         """
         plan = self.plan_layer(layer, sm)
-        if size < plan.prepared_bytes:
-            raise ShapeError(f"a prepared buffer of {size} bytes", available=f"{plan.prepared_bytes} bytes")
-        raw = to_bytes(prepare(layer, plan.path, *_stored(layer, weight)))
-        ctypes.memmove(prepared, raw, len(raw))
+        _write(prepared, size, to_bytes(prepare(layer, plan.path, *_stored(layer, weight))))
 
     def rows_bytes(self, layer: LayerShape, sm: int) -> int:
         """Return the size of the rows of a layer that stays packed.
@@ -112,10 +109,8 @@ class HostLibrary:
         Raises:
             ShapeError: The buffer is too small.
         """
-        if size < self.rows_bytes(layer, sm):
-            raise ShapeError(f"a buffer of {size} bytes for rows", available=f"{rows_bytes(layer)} bytes")
-        raw = make_rows(layer, *_stored(layer, weight))
-        ctypes.memmove(rows, raw, len(raw))
+        self.plan_layer(layer, sm)
+        _write(rows, size, make_rows(layer, *_stored(layer, weight)))
 
     def expand_weight(
         self, layer: LayerShape, sm: int, weight_codes: int, rows: int, prepared: int, size: int, stream: int
@@ -138,10 +133,7 @@ class HostLibrary:
         plan = self.plan_layer(layer, sm)
         if plan.codes == "s4":
             raise UnsupportedError(f"path {plan.path} multiplies the packed weight itself: there is nothing to expand")
-        if size < plan.prepared_bytes:
-            raise ShapeError(f"a prepared buffer of {size} bytes", available=f"{plan.prepared_bytes} bytes")
-        raw = self._expanded(layer, plan, weight_codes, rows)
-        ctypes.memmove(prepared, raw, len(raw))
+        _write(prepared, size, self._expanded(layer, plan, weight_codes, rows))
 
     def _expanded(self, layer: LayerShape, plan: LayerPlan, weight_codes: int, rows: int) -> bytes:
         codes = _view(weight_codes, (layer.n, layer.k // 2), torch.int8)
@@ -466,6 +458,22 @@ def _grid_views(grid: GridShape, out: GridPointers) -> list[Tensor]:
         _view(out.group_scale, shape, torch.uint8),
         _view(out.zero, shape if real else (grid.n,), torch.uint8 if real else torch.float32),
     ]
+
+
+def _write(address: int, size: int, raw: bytes) -> None:
+    """Write bytes into a caller's buffer.
+
+    Args:
+        address: The address of the buffer.
+        size: Its size.
+        raw: What is written.
+
+    Raises:
+        ShapeError: The buffer is too small.
+    """
+    if size < len(raw):
+        raise ShapeError(f"a buffer of {size} bytes", available=f"{len(raw)} bytes")
+    ctypes.memmove(address, raw, len(raw))
 
 
 def _view(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

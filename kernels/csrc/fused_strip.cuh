@@ -3,7 +3,7 @@
 // Units, lanes and the rotation are those of rotate_strip.cuh. A CUDA block holds whole tokens, so that a norm needs one
 // barrier: each unit of 256 channels gives its mean and its squared deviations from that mean, and every thread puts those of
 // its token together in the same order. Arithmetic is fp32; values are rounded to 16 bits where the definition
-// (dvdquant/ops/fused_quantize.py) says so, which is where the operations apart would have rounded them last.
+// (dvdquant/ops/fused.py) says so, which is where the operations apart would have rounded them last.
 #pragma once
 
 #include "rotate_strip.cuh"

@@ -6,23 +6,29 @@ import base64
 import io
 import os
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from dvdquant.deploy.serve import decoding
+from benchmarks.serving.local import local_http
+from dvdquant.deploy.serve import app, decoding
 from dvdquant.deploy.serve.decoding import decode_picture
 from dvdquant.deploy.serve.files import FolderFiles
 from dvdquant.deploy.serve.jobs import new_video_id
 from dvdquant.deploy.serve.pictures import take_pictures
+from dvdquant.deploy.serve.service import Service
+from dvdquant.deploy.serve.settings import Limits, ServerSettings
 from dvdquant.errors import DvdquantError, ShapeError, UnsupportedError
 
 PIXELS = 1_000_000
 RAW = b"\x89PNG and so on"
 TEXT = base64.b64encode(RAW).decode()
+LONG = base64.b64encode(RAW * 100).decode()
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (40, 24), **more: Any) -> bytes:
@@ -99,6 +105,34 @@ def test_no_value_of_json_breaks_the_reader() -> None:
         except DvdquantError as error:
             said.append(str(error))
     assert 0 < max(map(len, said)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("body", "thread"),
+    [
+        ({"json": {"input_reference": LONG}}, "store"),
+        ({"data": {"input_reference[image_url]": LONG}}, "store"),
+        ({"json": {"input_reference": TEXT}}, "here"),
+        ({"files": {"input_reference": ("a.png", RAW * 100)}}, "here"),
+    ],
+)
+def test_long_base64_is_read_beside_the_loop(
+    body: dict[str, Any], thread: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest picture takes a third of a second, in which nobody else would get an answer."""
+    names = []
+
+    def taken(*given: Any) -> Any:
+        names.append(threading.current_thread().name.partition("_")[0])
+        return take_pictures(*given)
+
+    monkeypatch.setattr(Service, "takes_pictures", True)
+    monkeypatch.setattr(app, "take_pictures", taken)
+    settings = ServerSettings((), tmp_path, devices=(), spare=False, limits=Limits(body=1024, picture=4096))
+    with local_http(settings) as server:
+        answer = httpx.post(f"{server.url}/preflight", **body)
+    assert "prompt is missing" in answer.json()["error"]["message"]
+    assert [name == "store" for name in names] == [thread == "store"]
 
 
 # ------------------------------------------------------------------------------------------------------ decoding them

@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvdquant.deploy.serve.jobs import Failure, Job, NewJob
+from benchmarks.serving.local import local_http
+from dvdquant.deploy.serve.jobs import Failure, Job, NewJob, QueueFullError
 from dvdquant.deploy.serve.openapi import openapi_document, readable_page
 from dvdquant.deploy.serve.requests import frames_of_seconds, read_request
-from dvdquant.deploy.serve.settings import Limits
+from dvdquant.deploy.serve.service import DiskFullError, Service
+from dvdquant.deploy.serve.settings import Limits, ServerSettings
 from dvdquant.deploy.serve.videos import error_json, list_json, video_json
 from dvdquant.deploy.serve.wording import client_text
 from dvdquant.errors import DvdquantError
@@ -167,6 +170,25 @@ def test_the_page_of_the_interface_shows_every_field_and_path() -> None:
     assert "1 to 77" in page
     assert "http:" not in page
     assert "<script" not in page
+
+
+def test_a_job_without_room_is_answered_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full: list[Exception] = [QueueFullError(), DiskFullError()]
+
+    def create(*_: Any) -> Any:
+        raise full.pop(0)
+
+    monkeypatch.setattr(Service, "check", lambda *_: None)
+    monkeypatch.setattr(Service, "create", create)
+    with local_http(ServerSettings((), tmp_path, devices=(), spare=False, limits=Limits(queue=7))) as server:
+        answers = [httpx.post(f"{server.url}/v1/videos", json={"prompt": "a cat"}) for _ in range(2)]
+    errors = [answer.json()["error"] for answer in answers]
+    assert [(answer.status_code, answer.headers["retry-after"]) for answer in answers] == [(429, "1"), (503, "60")]
+    assert [(error["code"], error["type"]) for error in errors] == [
+        ("queue_full", "rate_limit_error"),
+        ("disk_full", "server_error"),
+    ]
+    assert errors[0]["message"].startswith("7 jobs are waiting")
 
 
 def test_the_server_process_needs_no_torch(tmp_path: Path) -> None:

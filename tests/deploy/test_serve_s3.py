@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.serving.local import LocalWorkers
 from dvdquant.deploy.serve.files import ClipFiles, FolderFiles
 from dvdquant.deploy.serve.jobs import NewJob, new_video_id
 from dvdquant.deploy.serve.metrics import ServerMetrics
@@ -139,16 +140,6 @@ def test_a_link_works_without_keys_and_for_a_while(endpoint: str, tmp_path: Path
 # ---------------------------------------------------------------------------------------------------------------- HTTP
 
 
-class _Nobody:
-    """The workers of a server that has none."""
-
-    workers: tuple[Any, ...] = ()
-    ready: tuple[Any, ...] = ()
-
-    def tell(self, event: str, **fields: Any) -> None:
-        """Nobody hears it."""
-
-
 def _client(files: ClipFiles, tmp_path: Path) -> tuple[Any, str]:
     """The HTTP interface over a store with one finished clip."""
     from starlette.testclient import TestClient
@@ -164,7 +155,7 @@ def _client(files: ClipFiles, tmp_path: Path) -> tuple[Any, str]:
     files.write(job.id, lambda path: write_whole(path, CLIP))
     assert store.complete(job.id, job.token or "", {}, HOUR)
     settings = ServerSettings(models=(), data=tmp_path, limits=Limits())
-    service = Service(settings, store, files, _Nobody(), ServerMetrics())  # type: ignore[arg-type]
+    service = Service(settings, store, files, LocalWorkers(), ServerMetrics())
     return TestClient(make_app(service), base_url="http://127.0.0.1"), job.id
 
 
@@ -283,6 +274,7 @@ def test_addresses_that_are_refused(address: str, server: str | None, said: str,
 
 def test_a_server_leaves_clips_of_others_and_expires_its_own(objects: ClipFiles, tmp_path: Path) -> None:
     """Of a shared place nobody knows whose a clip is; what expires is deleted there, too."""
+    from dvdquant.deploy.serve.expiry import expire_for_ever
     from dvdquant.deploy.serve.server import _Run
 
     store = SqliteStore(tmp_path / "jobs.sqlite", keep=HOUR)
@@ -297,7 +289,7 @@ def test_a_server_leaves_clips_of_others_and_expires_its_own(objects: ClipFiles,
     assert sorted(objects.ids()) == sorted([job.id, other])
 
     async def some_time() -> None:
-        task = asyncio.create_task(run._expire())
+        task = asyncio.create_task(expire_for_ever(run.service))
         end = time.monotonic() + 60
         while job.id in set(objects.ids()) and time.monotonic() < end:
             await asyncio.sleep(0.05)

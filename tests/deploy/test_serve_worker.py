@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import logging
 import socket
@@ -18,12 +19,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.serving.local import LocalWorkers
 from dvdquant.deploy.serve.channel import Channel
 from dvdquant.deploy.serve.files import FolderFiles
 from dvdquant.deploy.serve.jobs import Failure, Job, NewJob
-from dvdquant.deploy.serve.settings import ServerSettings, WorkerSettings
+from dvdquant.deploy.serve.settings import ModelSource, ServerSettings, WorkerSettings
 from dvdquant.deploy.serve.sqlite_store import SqliteStore
-from dvdquant.deploy.serve.worker import Worker, _Drawn, _Running
+from dvdquant.deploy.serve.worker import BROKEN, Worker, _Drawn, _Running
 from dvdquant.system.whole_file import write_whole
 
 WHAT = NewJob("wan", {"prompt": "a cat"}, 4, (24, 16), 2.0, "request-1")
@@ -159,6 +161,32 @@ def test_the_encoder_outlives_a_store_that_is_away(
     keeper.join(60)
 
 
+@pytest.mark.parametrize("lasting", [False, True])
+def test_drawing_outlives_a_store_that_is_away_and_a_broken_device_does_not(
+    lasting: bool, worker: Worker, store: SqliteStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.create(WHAT, 10)
+    job = _claimed(store)
+    monkeypatch.setattr(store, "fail", _raising(GONE))
+    text = "CUDA error: an illegal memory access was encountered" if lasting else "the clip is not finite"
+    worker.generators["wan"] = _Failing(RuntimeError(text))  # type: ignore[assignment]
+    worker.settings = dataclasses.replace(worker.settings, models=(ModelSource("wan", "out"),))
+    with worker._hold(job) as running:
+        worker._draw(running)
+    assert "how a job ended could not be kept" in caplog.text
+    assert worker._running == {}
+    assert (worker.stopping.is_set(), worker.code) == (lasting, BROKEN if lasting else 0)
+
+
+class _Failing:
+    """A generator whose every clip fails."""
+
+    artifact = SimpleNamespace(manifest=None)
+
+    def __init__(self, error: Exception) -> None:
+        self.admit = _raising(error)
+
+
 # ---------------------------------------------------------------------------------------------------------- the server
 
 
@@ -192,8 +220,9 @@ def test_expiry_goes_on_after_a_store_and_a_file_that_refuse(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from dvdquant.deploy.serve import server
+    from dvdquant.deploy.serve import expiry
     from dvdquant.deploy.serve.metrics import ServerMetrics
+    from dvdquant.deploy.serve.service import Service
 
     videos = []
     for _ in range(3):
@@ -219,15 +248,13 @@ def test_expiry_goes_on_after_a_store_and_a_file_that_refuse(
 
     monkeypatch.setattr(store, "expire", expire_later)
     monkeypatch.setattr(files, "delete", delete_but_one)
-    monkeypatch.setattr(server, "EXPIRE_SECONDS", 0.01)
+    monkeypatch.setattr(expiry, "EXPIRE_SECONDS", 0.01)
 
     metrics = ServerMetrics()
 
     async def some_rounds() -> None:
-        run = server._Run(
-            ServerSettings(models=(), data=tmp_path, devices=(), spare=False), store, files, metrics, ("none",)
-        )
-        task = asyncio.create_task(run._expire())
+        service = Service(ServerSettings(models=(), data=tmp_path), store, files, LocalWorkers(), metrics)
+        task = asyncio.create_task(expiry.expire_for_ever(service))
         end = time.monotonic() + 60
         while len(rounds) < 4 and time.monotonic() < end:
             await asyncio.sleep(0.01)
@@ -235,7 +262,7 @@ def test_expiry_goes_on_after_a_store_and_a_file_that_refuse(
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        run.service.close()
+        service.close()
 
     asyncio.run(some_rounds())
     assert len(rounds) >= 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from dvdquant.ops.cuda import KernelLibrary, ProloguePointers
 from dvdquant.ops.fused import (
     Prologue,
     apply_prologue,
+    fused_linear,
     fused_quantize,
     run_fused_linear,
     run_fused_quantize,
 )
 from dvdquant.ops.linear_gemm import decode_codes
+from dvdquant.ops.prepared_linear import handle_of
 from dvdquant.ops.repack import LayerShape
 from tests.support.emulated_kernels import library as library
 from tests.support.emulated_kernels import one_thread  # noqa: F401
@@ -101,6 +104,36 @@ def test_a_layer_in_one_call(library: KernelLibrary) -> None:
     assert torch.equal(hidden, other)
     wanted = kernels.linear_gemm(layer, codes, scales, sums, prepared)
     assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
+    rest = (prepared, pre_quant, handle_of(kernels), 8, 1, False, 64, 4, 128)
+    parts = (prologue.y, prologue.gate, prologue.multiplier, prologue.addend)
+    batch = [part[None] if part is not None else None for part in (x, *parts)]
+    operation, residual = fused_linear(*batch, "layer", False, prologue.eps, *rest)
+    assert torch.equal(operation[0].view(torch.int16), wanted.view(torch.int16))
+    assert torch.equal(residual[0], hidden)
+
+
+def test_rows_may_lie_anywhere(library: KernelLibrary) -> None:
+    """Rows of an odd stride or address, one row of a wider table, and a multiplier that lies otherwise than its addend."""
+    kernels = GuardedKernels(library, HOPPER)
+    layer, x, prologue, _ = make_fused(FusedCase(288, 32, 8, 0, 6, "layer", True, 3, 3), "bf16", CPU)
+    rows = torch.randn(3, 288, generator=torch.Generator().manual_seed(1))
+
+    def laid(width: int, first: int) -> torch.Tensor:
+        """The rows in a table of this width that starts so many floats after an aligned address."""
+        memory = torch.zeros(first + 3 * width)
+        memory[first:].reshape(3, width)[:, :288] = rows
+        return memory[first:].reshape(3, width)[:, :288]
+
+    for count in (1, 3):
+        plain = replace(prologue, gate=rows[:count], multiplier=rows[:count], addend=rows[:count])
+        wanted = run_fused_quantize(kernels, layer, x, plain)
+        other = laid(288, 1)[:count]
+        for width, first in ((288, 1), (289, 0), (290, 2), (292, 0)):
+            here = laid(width, first)[:count]
+            for multiplier, addend in ((here, other), (other, here)):
+                moved = replace(prologue, gate=here, multiplier=multiplier, addend=addend)
+                for left, right in zip(wanted, run_fused_quantize(kernels, layer, x, moved), strict=True):
+                    assert torch.equal(left, right), (count, width, first)
 
 
 def test_the_definition_is_what_the_operation_computes() -> None:

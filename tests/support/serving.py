@@ -79,7 +79,7 @@ def local_server(
         here, thread = _WorkerHere(worker), threading.Thread(target=worker.run, daemon=True)
         if draws:
             worker.open()
-            service.pool.workers.append(here)  # type: ignore[arg-type]
+            http.workers.workers.append(here)
             thread.start()
         try:
             yield LocalServer(out, service, http.url)
