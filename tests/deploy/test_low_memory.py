@@ -274,6 +274,8 @@ def test_what_a_run_takes(saved: Path, tmp_path: Path, monkeypatch: pytest.Monke
         (("--prompt", "a cat", "--save-text-embeds", "t.safetensors", "-o", "c.mp4"), ("-o does not apply",)),
         (("--save-text-embeds", "t.safetensors"), ("no prompt",)),
         (("--text-embeds", "gone.safetensors", "-o", "c.mp4"), ("gone.safetensors", "--save-text-embeds")),
+        (("--text-embeds", "t.safetensors", "--text-encoder-bits", "8", "-o", "c.mp4"), ("-bits does not apply",)),
+        (("--prompt", "a cat", "--backend", "rtx", "--compile", "-o", "c.mp4"), ("--backend rtx does not apply",)),
     ],
 )
 def test_options_that_clash(
