@@ -15,7 +15,7 @@ from dvdquant.export.engines.report import BUILD_MEMORY_FACTOR, INT8_MEMORY_FACT
 from dvdquant.export.options import ExportOptions
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.model.held_weights import held_weights
-from dvdquant.model.lora_inputs import lora_input_shapes
+from dvdquant.model.lora_inputs import reserved_bytes
 from dvdquant.model.plan import ModelPlan
 from dvdquant.quantize.checkpoint import CHUNK_WEIGHTS
 from dvdquant.quantize.hessian import hessian_bytes
@@ -179,19 +179,9 @@ def held_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
         engine: The engine.
     """
     if engine.precision != "plugin":
-        return ENGINE_BYTES + engine_weight_bytes(plan, engine) + reserved_bytes(plan)
+        return ENGINE_BYTES + engine_weight_bytes(plan, engine) + reserved_bytes(plan, plan.lora_rank)
     held = held_weights(plan, sm_number(engine.sms[0]), [engine.act_bits])
-    return ENGINE_BYTES + held.plugin_bytes("packed") + reserved_bytes(plan)
-
-
-def reserved_bytes(plan: ModelPlan) -> int:
-    """Return the size of the inputs that are reserved for LoRAs, which a session holds on the device, in bytes.
-
-    Args:
-        plan: The plan of the model.
-    """
-    shapes = lora_input_shapes(plan.layers, plan.lora_rank).values()
-    return plan.dtype.itemsize * sum(torch.Size(shape).numel() for shape in shapes)
+    return ENGINE_BYTES + held.plugin_bytes("packed") + reserved_bytes(plan, plan.lora_rank)
 
 
 def estimate_export(

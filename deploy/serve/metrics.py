@@ -6,10 +6,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-__all__ = ["ServerMetrics"]
+__all__ = ["CLIP_SECONDS", "STEP_SECONDS", "ServerMetrics"]
 
-_STEP = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
-_CLIP = (0.1, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1800)
+STEP_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+CLIP_SECONDS = (0.1, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1800)
 
 
 class ServerMetrics:
@@ -21,20 +21,22 @@ class ServerMetrics:
         ProcessCollector(registry=self.registry)
         self.requests = Counter("dvdq_http_requests", "HTTP requests", ["method", "route", "status"], **kept)
         self.request_seconds = Histogram(
-            "dvdq_http_seconds", "Time of an HTTP request", ["route"], buckets=_STEP, **kept
+            "dvdq_http_seconds", "Time of an HTTP request", ["route"], buckets=STEP_SECONDS, **kept
         )
         self.jobs = Gauge("dvdq_jobs", "Jobs in the store", ["status"], **kept)
-        self.waited = Histogram("dvdq_wait_seconds", "From the creation of a job to its start", buckets=_CLIP, **kept)
+        self.waited = Histogram(
+            "dvdq_wait_seconds", "From the creation of a job to its start", buckets=CLIP_SECONDS, **kept
+        )
         self.steps = Histogram(
-            "dvdq_step_seconds", "One call of the transformer", ["model", "bits"], buckets=_STEP, **kept
+            "dvdq_step_seconds", "One call of the transformer", ["model", "bits"], buckets=STEP_SECONDS, **kept
         )
         self.skipped = Counter("dvdq_steps_skipped", "Calls that reused an earlier output", ["model"], **kept)
         self.retried = Counter(
             "dvdq_step_retries", "Calls that failed and ran again on the high engine", ["model"], **kept
         )
         self.clips = Counter("dvdq_clips", "Attempts that ended", ["model", "status"], **kept)
-        self.clip_seconds = Histogram("dvdq_clip_seconds", "Drawing a clip", ["model"], buckets=_CLIP, **kept)
-        self.encode_seconds = Histogram("dvdq_encode_seconds", "Encoding a clip", buckets=_CLIP, **kept)
+        self.clip_seconds = Histogram("dvdq_clip_seconds", "Drawing a clip", ["model"], buckets=CLIP_SECONDS, **kept)
+        self.encode_seconds = Histogram("dvdq_encode_seconds", "Encoding a clip", buckets=CLIP_SECONDS, **kept)
         self.resident = Gauge("dvdq_worker_resident_bytes", "Memory of a worker process", ["worker"], **kept)
         self.device = Gauge("dvdq_worker_device_bytes", "Memory of a worker on its GPU", ["worker"], **kept)
         self.ready = Gauge("dvdq_worker_ready", "1 if the worker takes jobs", ["worker"], **kept)

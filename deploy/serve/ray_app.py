@@ -30,6 +30,7 @@ from dvdquant.deploy.serve.expiry import expire_for_ever
 from dvdquant.deploy.serve.gate import key_digest
 from dvdquant.deploy.serve.logs import log_event, setup_server_log
 from dvdquant.deploy.serve.metrics import ServerMetrics
+from dvdquant.deploy.serve.model_names import named_export
 from dvdquant.deploy.serve.queue_policy import STORE_VARIABLE
 from dvdquant.deploy.serve.ray_figures import RayFigures
 from dvdquant.deploy.serve.service import Service
@@ -132,15 +133,10 @@ class RayArguments(BaseModel):
 
 
 def _models(text: str, pipeline: str | None) -> tuple[ModelSource, ...]:
-    sources = []
-    for part in text.split(","):
-        name, sign, place = part.strip().rpartition("=")
-        path = os.path.abspath(place)
-        sources.append(ModelSource(name if sign else Path(path).name, path, pipeline))
-    names = [source.name for source in sources]
-    if len(set(names)) != len(names):
+    places = [named_export(part.strip()) for part in text.split(",")]
+    if len(dict(places)) != len(places):
         raise UnsupportedError(f"two models of {shown(text, 200)} have one name", fix="give NAME=OUT")
-    return tuple(sources)
+    return tuple(ModelSource(name, place, pipeline) for name, place in places)
 
 
 def _open(settings: ServerSettings | WorkerSettings) -> Any:

@@ -6,23 +6,22 @@ from typing import Any
 
 from ray.util.metrics import Counter, Histogram
 
-__all__ = ["RayFigures"]
+from dvdquant.deploy.serve.metrics import CLIP_SECONDS, STEP_SECONDS
 
-_STEP = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
-_CLIP = [0.1, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1800]
+__all__ = ["RayFigures"]
 
 
 class RayFigures:
     """The figures of one worker, under the names that :class:`.metrics.ServerMetrics` has."""
 
     def __init__(self) -> None:
-        model = ("model",)
-        self._steps = Histogram("dvdq_step_seconds", "One call of the transformer", _STEP, ("model", "bits"))
+        model, steps, clips = ("model",), list(STEP_SECONDS), list(CLIP_SECONDS)
+        self._steps = Histogram("dvdq_step_seconds", "One call of the transformer", steps, ("model", "bits"))
         self._skipped = Counter("dvdq_steps_skipped", "Calls that reused an earlier output", model)
         self._retried = Counter("dvdq_step_retries", "Calls that failed and ran again on the high engine", model)
         self._clips = Counter("dvdq_clips", "Attempts that ended", ("model", "status"))
-        self._clip_seconds = Histogram("dvdq_clip_seconds", "Drawing a clip", _CLIP, model)
-        self._waited = Histogram("dvdq_wait_seconds", "From the creation of a job to its start", _CLIP, model)
+        self._clip_seconds = Histogram("dvdq_clip_seconds", "Drawing a clip", clips, model)
+        self._waited = Histogram("dvdq_wait_seconds", "From the creation of a job to its start", clips, model)
 
     def take(self, message: dict[str, Any]) -> None:
         """Count an event.

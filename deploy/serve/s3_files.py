@@ -76,10 +76,8 @@ class S3Files(ClipFiles):
         with local.open("rb") as file:
             local.unlink()  # nothing of it stays, whatever happens to this process
             size = os.fstat(file.fileno()).st_size
-            try:
+            with _telling("the clip cannot be uploaded"):
                 obstore.put(self._store, self._key(video), file, attributes=_TYPE, chunk_size=_PART, max_concurrency=4)
-            except BaseError as error:
-                raise FilesAwayError(f"the clip cannot be uploaded: {_text(error)}") from None
         return size
 
     def link(self, video: str) -> str | None:
@@ -90,37 +88,25 @@ class S3Files(ClipFiles):
 
     async def size(self, video: str) -> int | None:
         """See :class:`.files.ClipFiles`."""
-        try:
+        with _telling("the clip cannot be found"), contextlib.suppress(FileNotFoundError):
             return int((await obstore.head_async(self._store, self._key(video)))["size"])
-        except FileNotFoundError:
-            return None
-        except BaseError as error:
-            raise FilesAwayError(f"the clip cannot be found: {_text(error)}") from None
+        return None
 
     async def read(self, video: str, begin: int, end: int) -> bytes:
         """See :class:`.files.ClipFiles`."""
-        try:
+        with _telling("the clip cannot be read"):
             return bytes(await obstore.get_range_async(self._store, self._key(video), start=begin, end=end))
-        except FileNotFoundError:
-            raise
-        except BaseError as error:
-            raise FilesAwayError(f"the clip cannot be read: {_text(error)}") from None
 
     def write_picture(self, video: str, name: str, png: bytes) -> None:
         """See :class:`.files.ClipFiles`."""
-        try:
+        with _telling("the picture cannot be uploaded"):
             obstore.put(self._store, self._picture(video, name), png, attributes={"Content-Type": "image/png"})
-        except BaseError as error:
-            raise FilesAwayError(f"the picture cannot be uploaded: {_text(error)}") from None
 
     def picture(self, video: str, name: str) -> bytes | None:
         """See :class:`.files.ClipFiles`."""
-        try:
+        with _telling("the picture cannot be read"), contextlib.suppress(FileNotFoundError):
             return bytes(obstore.get(self._store, self._picture(video, name)).bytes())
-        except FileNotFoundError:
-            return None
-        except BaseError as error:
-            raise FilesAwayError(f"the picture cannot be read: {_text(error)}") from None
+        return None
 
     def delete(self, video: str) -> None:
         """See :class:`.files.ClipFiles`."""
@@ -131,25 +117,21 @@ class S3Files(ClipFiles):
         self._delete([self._key(video)])
 
     def _delete(self, keys: list[str]) -> None:
-        try:
+        with _telling("the clip cannot be deleted"):
             for key in keys:
                 with contextlib.suppress(FileNotFoundError):
                     obstore.delete(self._store, key)
-        except BaseError as error:
-            raise FilesAwayError(f"the clip cannot be deleted: {_text(error)}") from None
 
     def ids(self) -> Iterator[str]:
         """See :class:`.files.ClipFiles`."""
         seen: set[str] = set()
-        try:
+        with _telling("the clips cannot be listed"):
             for batch in obstore.list(self._store, self.prefix or None, chunk_size=1000):
                 for entry in batch:
                     name = entry["path"].rpartition("/")[2].partition(".")[0]
                     if VIDEO_ID.fullmatch(name) and name not in seen:
                         seen.add(name)
                         yield name
-        except BaseError as error:
-            raise FilesAwayError(f"the clips cannot be listed: {_text(error)}") from None
 
     def sweep(self) -> None:
         """Do nothing: of uploads that were broken off, other servers may have some; a rule of the bucket ends them."""
@@ -185,6 +167,15 @@ def check_address(address: str, endpoint: str | None) -> tuple[str, str]:
     if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
         raise UnsupportedError(f"{shown(prefix, 80)!r} is no prefix of objects", available="words with / between them")
     return parts.netloc, prefix
+
+
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Give an error of the object store in the block the words of a server; a FileNotFoundError is none of them."""
+    try:
+        yield
+    except BaseError as error:
+        raise FilesAwayError(f"{what}: {_text(error)}") from None
 
 
 def _text(error: BaseException) -> str:

@@ -197,7 +197,7 @@ class Service:
             return False
         self.files.delete(video)
         self.store.delete(video)
-        self.files.delete(video)  # its worker may have ended between the two
+        self.files.delete_clip(video)  # its worker may have ended between the two
         return True
 
     # -------------------------------------------------------------------------------------------------------- waiting

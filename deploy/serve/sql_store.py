@@ -73,10 +73,10 @@ class SqlStore(JobStore, Generic[Db]):
         """See :class:`JobStore`."""
         with self._transaction(durable=True) as db:
             rows = [row for row in self._running(db) if row["worker"] not in alive]
-            often = [row for row in rows if row["interrupted"] >= MAX_INTERRUPTIONS]
-            self._put_back(db, often)
             for row in rows:
-                if row not in often:
+                if row["interrupted"] >= MAX_INTERRUPTIONS:
+                    self._put_back(db, [row])
+                else:
                     self._interrupt(db, row["id"])
                     self._settle(db, row["id"], CANCELLED if row["cancelled"] else None, self.keep, counted=False)
         return len(rows)

@@ -6,6 +6,7 @@ Outputs go by DLPack, because an older stub takes arrays of numpy 2 for empty on
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from dvdquant.deploy.generation.video import write_mp4
 from dvdquant.deploy.serve.checks import ServedModel
 from dvdquant.deploy.serve.requests import generate_request, read_request
 from dvdquant.deploy.serve.settings import Limits, ModelSource
-from dvdquant.deploy.serve.wording import public_error
+from dvdquant.deploy.serve.wording import public_text
 from dvdquant.deploy.sessions import open_session
-from dvdquant.errors import Cancelled, DvdquantError, ShapeError
+from dvdquant.errors import Cancelled, DvdquantError, ShapeError, UnsupportedError
 from dvdquant.system.files import strict_json
 
 __all__ = ["StepModel", "VideoModel"]
+
+log = logging.getLogger(__name__)
 
 
 class StepModel:
@@ -55,6 +58,10 @@ class StepModel:
         try:
             inputs = {name: torch.from_numpy(_input(request, name)) for name in self.names}
             bits = int(_input(request, "bits").ravel()[0])
+            if bits not in self.session.bits:
+                raise UnsupportedError(
+                    f"the export has no {bits}-bit activations", available=[f"{b} bits" for b in self.session.bits]
+                )
             with torch.inference_mode():
                 output = self.session.run(inputs, bits).float().cpu().contiguous()
         except Exception as error:  # noqa: BLE001  it is the answer
@@ -171,13 +178,11 @@ def _response(progress: int, bits: int, data: torch.Tensor) -> Any:
 
 def _error(error: Exception) -> Any:
     """Return an error as Triton sends it: with a code of gRPC, and no path of this machine."""
-    code = backend.TritonError.INTERNAL
-    text = type(error).__name__
-    if isinstance(error, DvdquantError):
-        said = public_error(error)
-        text = "; ".join(f"{name}: {value}" if name != "message" else value for name, value in said.items() if value)
-        if fault_of(error) == "request":
-            code = backend.TritonError.CANCELLED if isinstance(error, Cancelled) else backend.TritonError.INVALID_ARG
-        elif "-bit activations" in text:
-            code = backend.TritonError.INVALID_ARG
+    # Of an error that is not ours, the log of the server has the text.
+    text = public_text(error, "; ") if isinstance(error, DvdquantError) else type(error).__name__
+    if fault_of(error) == "request":
+        code = backend.TritonError.CANCELLED if isinstance(error, Cancelled) else backend.TritonError.INVALID_ARG
+    else:
+        log.error("a request failed", exc_info=error)
+        code = backend.TritonError.INTERNAL
     return backend.TritonError(text, code)

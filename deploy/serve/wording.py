@@ -7,7 +7,7 @@ import re
 from dvdquant.errors import DvdquantError
 from dvdquant.text import shown
 
-__all__ = ["client_text", "public_error"]
+__all__ = ["client_text", "public_error", "public_text"]
 
 _LONGEST = 1500  # characters
 _NAMES = {
@@ -54,3 +54,14 @@ def public_error(error: DvdquantError) -> dict[str, str | None]:
         "available": None if error.available is None else client_text(error.available),
         "fix": None if error.fix is None else client_text(error.fix),
     }
+
+
+def public_text(error: DvdquantError, between: str) -> str:
+    """Return what an error says as one text for a client, such as ``what; available: ...; fix: ...``.
+
+    Args:
+        error: The error.
+        between: What parts it.
+    """
+    said = public_error(error)
+    return between.join(f"{name}: {value}" if name != "message" else value for name, value in said.items() if value)

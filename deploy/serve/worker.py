@@ -24,7 +24,7 @@ from dvdquant.deploy.serve.jobs import CANCELLED, Failure, Job, JobStore
 from dvdquant.deploy.serve.logs import log_event
 from dvdquant.deploy.serve.pictures import PICTURES
 from dvdquant.deploy.serve.settings import ModelSource, WorkerSettings
-from dvdquant.deploy.serve.wording import client_text, public_error
+from dvdquant.deploy.serve.wording import client_text, public_text
 from dvdquant.errors import Cancelled, DvdquantError, OutputError, ResourceError
 
 if TYPE_CHECKING:
@@ -536,9 +536,7 @@ def _summary(drawn: _Drawn, size: int, encode_seconds: float) -> dict[str, Any]:
 def _failure(error: Exception) -> Failure:
     """Return what a client reads of an error. Of an error that is not ours, the log has the text."""
     if isinstance(error, DvdquantError):
-        said = public_error(error)
-        text = "\n".join(f"{name}: {value}" if name != "message" else value for name, value in said.items() if value)
-        return Failure(_code(error), text)
+        return Failure(_code(error), public_text(error, "\n"))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return Failure(
             "out_of_memory", "the device has not enough memory for this clip; ask for a smaller or shorter one"

@@ -481,19 +481,18 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
 
 def _reserved(plan: ExportPlan) -> dict[str, Any] | None:
     """Return what ``--lora-rank`` reserves and what it costs in one step; None without it."""
-    from dvdquant.model.lora_inputs import branch_cost, quantized_flops
+    from dvdquant.model.lora_inputs import reserved_bytes, step_flops
 
     rank = plan.options.lora_rank
     if not rank:
         return None
-    cost = {name: branch_cost(p, plan.sizes, rank) for name, p in zip(plan.components, plan.plans)}
+    plans = dict(zip(plan.components, plan.plans))
+    flops = {name: step_flops(p, plan.sizes, rank) for name, p in plans.items()}
     return {
         "rank": rank,
-        "bytes": {name: nbytes for name, (nbytes, _) in cost.items()},
-        "flops_per_step": {name: flops for name, (_, flops) in cost.items()},
-        "quantized_flops_per_step": {
-            name: quantized_flops(p, plan.sizes) for name, p in zip(plan.components, plan.plans)
-        },
+        "bytes": {name: reserved_bytes(p, rank) for name, p in plans.items()},
+        "flops_per_step": {name: branches for name, (branches, _) in flops.items()},
+        "quantized_flops_per_step": {name: layers for name, (_, layers) in flops.items()},
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import click
 from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, runs_on
 from dvdquant.cli.paths import MODEL, PATH, WORD
+from dvdquant.deploy.serve.model_names import named, named_export
 from dvdquant.errors import OutputError, UnsupportedError
 from dvdquant.system.devices import DEVICE_WORDS, check_device_word
 from dvdquant.text import shown
@@ -40,7 +40,6 @@ dvdq-serve out/wan --schedule out/wan/schedule.json --queue 16 --keep-hours 168
 
 KEY_VARIABLE = "DVDQ_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,127}")
 _MODULES = {
     "starlette": "starlette",
     "uvicorn": "uvicorn",
@@ -369,12 +368,10 @@ def read_models(
 
     places: dict[str, str] = {}
     for text in exports:
-        name, place = named(text) or (Path(os.path.abspath(text)).name, text)
-        if not _NAME.fullmatch(name):
-            raise UnsupportedError(f"{shown(name)!r} is no name for a model", fix=f"give it one: NAME={shown(place)}")
+        name, place = named_export(text)
         if name in places:
             raise UnsupportedError(f"two models are called {name}", fix=f"give one another name: NAME={shown(place)}")
-        places[name] = os.path.abspath(place)
+        places[name] = place
     parts: dict[str, str] = {}
     for text in pipelines:
         name, place = named(text) or (next(iter(places)), text)
@@ -386,12 +383,6 @@ def read_models(
     manifests = {name: load_manifest(Path(place)) for name, place in places.items()}
     plans = read_schedules(schedules, manifests)
     return tuple(ModelSource(name, place, parts.get(name), plans[name]) for name, place in places.items())
-
-
-def named(text: str) -> tuple[str, str] | None:
-    """Return (name, rest) of ``NAME=REST``; None where the text is a path, though it holds a ``=``."""
-    name, sign, rest = text.partition("=")
-    return (name, rest) if sign and rest and _NAME.fullmatch(name) and "/" not in name else None
 
 
 def read_schedules(paths: tuple[Path, ...], manifests: dict[str, Manifest]) -> dict[str, dict[str, str]]:

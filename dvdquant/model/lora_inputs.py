@@ -20,13 +20,13 @@ __all__ = [
     "BIAS",
     "DOWN",
     "UP",
-    "branch_cost",
     "install_lora_inputs",
     "is_lora_input",
     "lora_input_shapes",
-    "quantized_flops",
     "random_lora",
+    "reserved_bytes",
     "stacked",
+    "step_flops",
 ]
 
 DOWN, UP, BIAS = "lora_down", "lora_up", "lora_bias"
@@ -91,8 +91,19 @@ def _add_branch(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> T
     return output + (torch.cat([functional.linear(part, matrix) for part, matrix in parts], dim=-1) + bias)
 
 
-def branch_cost(plan: ModelPlan, sizes: Sizes, rank: int) -> tuple[int, float]:
-    """Return what the branches of a transformer cost: the bytes of their inputs, and the operations of one step.
+def reserved_bytes(plan: ModelPlan, rank: int) -> int:
+    """Return the size of the inputs that are reserved for LoRAs, which a session holds on the device, in bytes.
+
+    Args:
+        plan: The plan of the model.
+        rank: The rank that is reserved.
+    """
+    shapes = lora_input_shapes(plan.layers, rank).values()
+    return plan.dtype.itemsize * sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def step_flops(plan: ModelPlan, sizes: Sizes, rank: int) -> tuple[float, float]:
+    """Return the operations of one step: those of the branches, and those of the quantized layers beside them.
 
     A step is one call at the ``opt`` sizes; each element counts twice for every token that its layer sees. It is the same
     whether a LoRA is loaded or not: the matrices are zeros then.
@@ -102,30 +113,13 @@ def branch_cost(plan: ModelPlan, sizes: Sizes, rank: int) -> tuple[int, float]:
         sizes: The sizes of the graphs, in latent units.
         rank: The rank that is reserved.
     """
-    shapes = lora_input_shapes(plan.layers, rank)
-    count = sum(torch.Size(shape).numel() for shape in shapes.values())
-    if not rank:
-        return 0, 0.0
-    tokens = _tokens(plan, sizes)
-    elements = {s.name: rank * (len(s.members) * s.features + s.out_features) for s in plan.layers}
-    return plan.dtype.itemsize * count, float(sum(2 * tokens[name] * n for name, n in elements.items()))
-
-
-def quantized_flops(plan: ModelPlan, sizes: Sizes) -> float:
-    """Return the operations of the quantized layers in one step at the ``opt`` sizes, two for each weight and token.
-
-    Args:
-        plan: The plan of the model.
-        sizes: The sizes of the graphs, in latent units.
-    """
-    tokens = _tokens(plan, sizes)
-    return float(sum(2 * tokens[s.name] * s.features * s.out_features for s in plan.layers))
-
-
-def _tokens(plan: ModelPlan, sizes: Sizes) -> dict[str, int]:
-    """Return the tokens that each layer sees at the ``opt`` sizes."""
     frames, height, width = (Axis.fixed(size) for size in sizes.at("opt"))
-    return layer_tokens(plan, Sizes(frames, height, width, sizes.text_tokens, sizes.batch))
+    tokens = layer_tokens(plan, Sizes(frames, height, width, sizes.text_tokens, sizes.batch))
+    branches = layers = 0
+    for spec in plan.layers:
+        branches += 2 * tokens[spec.name] * rank * (len(spec.members) * spec.features + spec.out_features)
+        layers += 2 * tokens[spec.name] * spec.features * spec.out_features
+    return float(branches), float(layers)
 
 
 def random_lora(plan: ModelPlan, seed: int = 0) -> dict[str, Tensor]:

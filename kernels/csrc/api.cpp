@@ -26,19 +26,6 @@ dvdq_status run_path(int32_t path, const GemmArgs& args) {
   }
 }
 
-WeightView view_prepared(const dvdq_layer& layer, int32_t path, const void* prepared) {
-  const PreparedLayout at = prepared_layout(layer, path);
-  const unsigned char* const base = static_cast<const unsigned char*>(prepared);
-  WeightView view{};
-  view.weight = base;
-  view.row_scale = reinterpret_cast<const float*>(base + at.row_scale);
-  view.row_zero = reinterpret_cast<const float*>(base + at.row_zero);
-  view.bias = reinterpret_cast<const float*>(base + at.bias);
-  view.factor = at.factor < 0 ? nullptr : base + at.factor;
-  view.group_zero = at.group_zero < 0 ? nullptr : base + at.group_zero;
-  return view;
-}
-
 }  // namespace
 
 dvdq_status check_pointers(const char* function, const Named* pointers, int count) {
@@ -58,6 +45,35 @@ dvdq_status check_tokens(const char* function, int64_t m) {
   if (m < 0 || m > INT32_MAX)
     return fail(DVDQ_BAD_ARGUMENT, "%s: %lld tokens; 0 to 2^31-1", function, static_cast<long long>(m));
   return DVDQ_OK;
+}
+
+dvdq_status check_stored(const char* function, const dvdq_layer& layer, const dvdq_weight* weight, const char* name,
+                         const void* to) {
+  if (weight == nullptr) return fail(DVDQ_BAD_ARGUMENT, "%s: weight is null", function);
+  const unsigned zero_alignment = layer.float_zero_point ? 1 : 4;
+  const Named pointers[] = {{"weight.codes", weight->codes, false, 16}, {"weight.scale", weight->scale, false, 4},
+                            {"weight.factor", weight->factor, false, 1}, {"weight.zero", weight->zero, false, zero_alignment},
+                            {"weight.bias", weight->bias, true, 4},      {name, to, false, 256}};
+  return check_pointers(function, pointers);
+}
+
+dvdq_status quantize_into(const char* function, const dvdq_layer* layer, const dvdq_plan& plan, int32_t sm,
+                          const dvdq_prologue* prologue, const void* x, const void* pre_quant, const float* outer_matrix,
+                          int64_t m, const WorkspaceLayout& at, int64_t needed, void* workspace, int64_t workspace_bytes,
+                          dvdq_stream stream, Quantized* to) {
+  const Named pointers[] = {{"workspace", workspace, false, 256}};
+  const dvdq_status status = check_pointers(function, pointers);
+  if (status != DVDQ_OK) return status;
+  if (workspace_bytes < needed)
+    return fail(DVDQ_WORKSPACE, "%lld tokens need %lld bytes of workspace, the buffer has %lld", static_cast<long long>(m),
+                static_cast<long long>(needed), static_cast<long long>(workspace_bytes));
+  unsigned char* const base = static_cast<unsigned char*>(workspace);
+  float* const scales = reinterpret_cast<float*>(base + at.scales);
+  float* const sums = plan.needs_sums ? reinterpret_cast<float*>(base + at.sums) : nullptr;
+  const int64_t left = at.bytes - at.gemm;
+  *to = {base, scales, sums, left ? base + at.gemm : nullptr, left};
+  return prologue == nullptr ? dvdq_rotate_quantize(layer, sm, x, pre_quant, outer_matrix, base, scales, sums, m, stream)
+                             : dvdq_fused_quantize(layer, sm, prologue, x, pre_quant, base, scales, sums, m, stream);
 }
 
 dvdq_status multiply(const dvdq_layer& layer, const dvdq_plan& plan, int32_t sm, const void* codes, const float* scales,
@@ -141,21 +157,11 @@ dvdq_status run_layer(const char* function, const dvdq_layer* layer, int32_t sm,
   WorkspaceLayout at{};
   status = workspace_layout(*layer, plan, sm, m, &at);
   if (status != DVDQ_OK) return status;
-  const Named pointers[] = {{"workspace", workspace, false, 256}};
-  status = check_pointers(function, pointers);
+  Quantized q{};
+  status = quantize_into(function, layer, plan, sm, prologue, x, pre_quant, outer_matrix, m, at, at.bytes, workspace,
+                         workspace_bytes, stream, &q);
   if (status != DVDQ_OK) return status;
-  if (workspace_bytes < at.bytes)
-    return fail(DVDQ_WORKSPACE, "%lld tokens need %lld bytes of workspace, the buffer has %lld", static_cast<long long>(m),
-                static_cast<long long>(at.bytes), static_cast<long long>(workspace_bytes));
-  unsigned char* const base = static_cast<unsigned char*>(workspace);
-  float* const scales = reinterpret_cast<float*>(base + at.scales);
-  float* const sums = plan.needs_sums ? reinterpret_cast<float*>(base + at.sums) : nullptr;
-  status = prologue == nullptr
-               ? dvdq_rotate_quantize(layer, sm, x, pre_quant, outer_matrix, base, scales, sums, m, stream)
-               : dvdq_fused_quantize(layer, sm, prologue, x, pre_quant, base, scales, sums, m, stream);
-  if (status != DVDQ_OK) return status;
-  const int64_t left = at.bytes - at.gemm;
-  return dvdq_linear_gemm(layer, sm, base, scales, sums, prepared, y, m, left ? base + at.gemm : nullptr, left, stream);
+  return dvdq_linear_gemm(layer, sm, q.codes, q.scales, q.sums, prepared, y, m, q.gemm, q.gemm_bytes, stream);
 }
 
 }  // namespace
@@ -169,13 +175,7 @@ dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t sm, const dvdq_
                                 int64_t prepared_bytes, dvdq_stream stream) {
   dvdq_plan plan;
   dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
-  if (status != DVDQ_OK) return status;
-  if (weight == nullptr) return fail(DVDQ_BAD_ARGUMENT, "dvdq_prepare_weight: weight is null");
-  const unsigned zero_alignment = layer->float_zero_point ? 1 : 4;
-  const Named pointers[] = {{"weight.codes", weight->codes, false, 16}, {"weight.scale", weight->scale, false, 4},
-                            {"weight.factor", weight->factor, false, 1}, {"weight.zero", weight->zero, false, zero_alignment},
-                            {"weight.bias", weight->bias, true, 4},      {"prepared", prepared, false, 256}};
-  status = check_pointers("dvdq_prepare_weight", pointers);
+  if (status == DVDQ_OK) status = check_stored("dvdq_prepare_weight", *layer, weight, "prepared", prepared);
   if (status != DVDQ_OK) return status;
   if (prepared_bytes < plan.prepared_bytes)
     return fail(DVDQ_WORKSPACE, "the prepared weight needs %lld bytes, the buffer has %lld",
@@ -212,7 +212,7 @@ dvdq_status dvdq_linear_gemm(const dvdq_layer* layer, int32_t sm, const void* co
   const Named pointers[] = {{"prepared", prepared, false, 256}};
   status = check_pointers("dvdq_linear_gemm", pointers);
   if (status != DVDQ_OK) return status;
-  const WeightView weight = view_prepared(*layer, plan.path, prepared);
+  const WeightView weight = view_of(prepared, prepared, prepared_layout(*layer, plan.path));
   return multiply(*layer, plan, sm, codes, scales, sums, weight, y, m, workspace, workspace_bytes, stream);
 }
 

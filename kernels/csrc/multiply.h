@@ -4,6 +4,8 @@
 #include <stdint.h>
 
 #include "dvdquant/kernels.h"
+#include "plan.h"
+#include "prepared.h"
 
 namespace dvdq {
 
@@ -23,6 +25,24 @@ dvdq_status check_pointers(const char* function, const Named (&pointers)[Count])
 
 dvdq_status check_tokens(const char* function, int64_t m);
 
+// The tensors of a stored weight, and the buffer `to` that something is made of them in.
+dvdq_status check_stored(const char* function, const dvdq_layer& layer, const dvdq_weight* weight, const char* name,
+                         const void* to);
+
+// What RQ left in the workspace of a call, and the part of it that is for the product.
+struct Quantized {
+  const void* codes;
+  const float *scales, *sums;  // sums may be null
+  void* gemm;                  // null where gemm_bytes is 0
+  int64_t gemm_bytes;
+};
+
+// RQ, with a prologue or not, into a workspace that is laid out by `at` and of which the call needs `needed` bytes. m >= 1.
+dvdq_status quantize_into(const char* function, const dvdq_layer* layer, const dvdq_plan& plan, int32_t sm,
+                          const dvdq_prologue* prologue, const void* x, const void* pre_quant, const float* outer_matrix,
+                          int64_t m, const WorkspaceLayout& at, int64_t needed, void* workspace, int64_t workspace_bytes,
+                          dvdq_stream stream, Quantized* to);
+
 // The parts of a weight as the launchers take them (gemm.h); factor and group_zero may be null.
 struct WeightView {
   const void* weight;
@@ -30,6 +50,19 @@ struct WeightView {
   const uint8_t* factor;
   const void* group_zero;
 };
+
+// The parts beside the codes where they lie in one buffer.
+inline WeightView view_of(const void* weight, const void* buffer, const PreparedLayout& at) {
+  const unsigned char* const base = static_cast<const unsigned char*>(buffer);
+  WeightView view{};
+  view.weight = weight;
+  view.row_scale = reinterpret_cast<const float*>(base + at.row_scale);
+  view.row_zero = reinterpret_cast<const float*>(base + at.row_zero);
+  view.bias = reinterpret_cast<const float*>(base + at.bias);
+  view.factor = at.factor < 0 ? nullptr : base + at.factor;
+  view.group_zero = at.group_zero < 0 ? nullptr : base + at.group_zero;
+  return view;
+}
 
 // QL of checked weight pointers: checks the others, and launches. m >= 1.
 dvdq_status multiply(const dvdq_layer& layer, const dvdq_plan& plan, int32_t sm, const void* codes, const float* scales,

@@ -51,13 +51,7 @@ dvdq_status dvdq_make_rows(const dvdq_layer* layer, int32_t sm, const dvdq_weigh
                            dvdq_stream stream) {
   int64_t needed = 0;
   dvdq_status status = dvdq_rows_bytes(layer, sm, &needed);
-  if (status != DVDQ_OK) return status;
-  if (weight == nullptr) return fail(DVDQ_BAD_ARGUMENT, "dvdq_make_rows: weight is null");
-  const unsigned zero_alignment = layer->float_zero_point ? 1 : 4;
-  const Named pointers[] = {{"weight.codes", weight->codes, false, 16}, {"weight.scale", weight->scale, false, 4},
-                            {"weight.factor", weight->factor, false, 1}, {"weight.zero", weight->zero, false, zero_alignment},
-                            {"weight.bias", weight->bias, true, 4},      {"rows", rows, false, 256}};
-  status = check_pointers("dvdq_make_rows", pointers);
+  if (status == DVDQ_OK) status = check_stored("dvdq_make_rows", *layer, weight, "rows", rows);
   if (status != DVDQ_OK) return status;
   if (rows_bytes < needed)
     return fail(DVDQ_WORKSPACE, "the rows of the weight need %lld bytes, the buffer has %lld", static_cast<long long>(needed),
@@ -102,36 +96,20 @@ dvdq_status dvdq_packed_linear(const dvdq_layer* layer, int32_t sm, const void* 
   PackedWorkspace at{};
   status = packed_workspace(*layer, plan, sm, m, &at);
   if (status == DVDQ_OK) status = check_weight("dvdq_packed_linear", weight_codes, rows);
-  const Named pointers[] = {{"workspace", workspace, false, 256}};
-  if (status == DVDQ_OK) status = check_pointers("dvdq_packed_linear", pointers);
   if (status != DVDQ_OK) return status;
-  if (workspace_bytes < at.bytes)
-    return fail(DVDQ_WORKSPACE, "%lld tokens need %lld bytes of workspace, the buffer has %lld", static_cast<long long>(m),
-                static_cast<long long>(at.bytes), static_cast<long long>(workspace_bytes));
-  unsigned char* const base = static_cast<unsigned char*>(workspace);
-  float* const scales = reinterpret_cast<float*>(base + at.before.scales);
-  float* const sums = plan.needs_sums ? reinterpret_cast<float*>(base + at.before.sums) : nullptr;
-  status = dvdq_rotate_quantize(layer, sm, x, pre_quant, outer_matrix, base, scales, sums, m, stream);
+  Quantized q{};
+  status = quantize_into("dvdq_packed_linear", layer, plan, sm, nullptr, x, pre_quant, outer_matrix, m, at.before, at.bytes,
+                         workspace, workspace_bytes, stream, &q);
   if (status != DVDQ_OK) return status;
-  void* const gemm = at.before.bytes > at.before.gemm ? base + at.before.gemm : nullptr;
-  const int64_t gemm_bytes = at.before.bytes - at.before.gemm;
   if (is_s4(plan.path)) {
-    const RowsLayout part = rows_layout(*layer);
-    const unsigned char* const of = static_cast<const unsigned char*>(rows);
-    WeightView weight{};
-    weight.weight = weight_codes;
-    weight.row_scale = reinterpret_cast<const float*>(of + part.row_scale);
-    weight.row_zero = reinterpret_cast<const float*>(of + part.row_zero);
-    weight.bias = reinterpret_cast<const float*>(of + part.bias);
-    weight.factor = part.factor < 0 ? nullptr : of + part.factor;
-    weight.group_zero = part.group_zero < 0 ? nullptr : of + part.group_zero;
-    return multiply(*layer, plan, sm, base, scales, sums, weight, y, m, gemm, gemm_bytes, stream);
+    const WeightView weight = view_of(weight_codes, rows, rows_layout(*layer));
+    return multiply(*layer, plan, sm, q.codes, q.scales, q.sums, weight, y, m, q.gemm, q.gemm_bytes, stream);
   }
   // After the codes, so that the product finds what fits of the weight in the L2 cache.
-  unsigned char* const expanded = base + at.expanded;
+  unsigned char* const expanded = static_cast<unsigned char*>(workspace) + at.expanded;
   status = expand_packed(*layer, plan, weight_codes, rows, expanded, static_cast<cudaStream_t>(stream));
   if (status != DVDQ_OK) return status;
-  return dvdq_linear_gemm(layer, sm, base, scales, sums, expanded, y, m, gemm, gemm_bytes, stream);
+  return dvdq_linear_gemm(layer, sm, q.codes, q.scales, q.sums, expanded, y, m, q.gemm, q.gemm_bytes, stream);
 }
 
 }  // extern "C"

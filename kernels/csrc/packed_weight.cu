@@ -25,16 +25,12 @@ struct RowsParams {
   unsigned char *to_factor, *to_group_zero;  // null where the layer has none
 };
 
-DVDQ_DEVICE void copy_bytes(unsigned char* to, const unsigned char* from, int count) {
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) to[i] = from[i];
-}
-
 __global__ void __launch_bounds__(kThreads) make_rows_kernel(const RowsParams p) {
   const int64_t row = blockIdx.x;
   const StoredWeight& w = p.stored;
   const RowRule rule = choose_rule<kThreads>(w, false, row, reinterpret_cast<uint32_t*>(dynamic_shared()));
-  if (p.to_factor != nullptr) copy_bytes(p.to_factor + row * w.groups, w.factor + row * w.groups, w.groups);
-  if (p.to_group_zero != nullptr) copy_bytes(p.to_group_zero + row * w.groups, w.byte_zero + row * w.groups, w.groups);
+  if (p.to_factor != nullptr) copy_bytes<kThreads>(p.to_factor + row * w.groups, w.factor + row * w.groups, w.groups);
+  if (p.to_group_zero != nullptr) copy_bytes<kThreads>(p.to_group_zero + row * w.groups, w.byte_zero + row * w.groups, w.groups);
   if (threadIdx.x == 0) {
     p.to_scale[row] = w.groups == 1 ? step_of(w, row, 0) : w.scale[row];
     p.to_zero[row] = p.to_group_zero == nullptr ? zero_of(w, row, 0) : 0.0f;

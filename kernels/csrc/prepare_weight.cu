@@ -39,18 +39,14 @@ DVDQ_DEVICE void expand_row(const Params& p, const RowRule& rule, int64_t row) {
   }
 }
 
-DVDQ_DEVICE void copy_bytes(unsigned char* to, const unsigned char* from, int count) {
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) to[i] = from[i];
-}
-
 DVDQ_DEVICE void copy_row(const Params& p, int64_t row) {
   const StoredWeight& w = p.stored;
   const int bytes = w.k / 2;
   for (int i = 16 * static_cast<int>(threadIdx.x); i < bytes; i += 16 * kThreads) {
     store_16(p.codes + row * bytes + i, load_16(w.packed + row * bytes + i));
   }
-  if (p.to_factor != nullptr) copy_bytes(p.to_factor + row * w.groups, w.factor + row * w.groups, w.groups);
-  if (p.to_group_zero != nullptr) copy_bytes(p.to_group_zero + row * w.groups, w.byte_zero + row * w.groups, w.groups);
+  if (p.to_factor != nullptr) copy_bytes<kThreads>(p.to_factor + row * w.groups, w.factor + row * w.groups, w.groups);
+  if (p.to_group_zero != nullptr) copy_bytes<kThreads>(p.to_group_zero + row * w.groups, w.byte_zero + row * w.groups, w.groups);
 }
 
 __global__ void __launch_bounds__(kThreads) expand_weight(const Params p) {

@@ -38,11 +38,11 @@ struct PreparedLayout {
 
 inline bool is_s4(int32_t path) { return path == DVDQ_PATH_S4_TOKEN || path == DVDQ_PATH_S4_GROUP; }
 
-inline PreparedLayout prepared_layout(const dvdq_layer& layer, int32_t path) {
+// The parts beside the codes, from byte `first` on.
+inline PreparedLayout place_parts(const dvdq_layer& layer, int64_t first, bool grouped) {
   PreparedLayout at{};
   const int64_t per_row = align_up(layer.n * 4), per_group = align_up(layer.n * layer.weight_groups);
-  const bool grouped = path == DVDQ_PATH_S4_GROUP && layer.weight_groups > 1;
-  at.row_scale = align_up(layer.n * (is_s4(path) ? layer.k / 2 : layer.k));
+  at.row_scale = first;
   at.row_zero = at.row_scale + per_row;
   at.bias = at.row_zero + per_row;
   at.bytes = at.bias + per_row;
@@ -53,24 +53,21 @@ inline PreparedLayout prepared_layout(const dvdq_layer& layer, int32_t path) {
   return at;
 }
 
-// Byte offsets into the rows of a weight that stays packed; -1 for a part that the layer does not have.
-struct RowsLayout {
-  int64_t row_scale, row_zero, bias, factor, group_zero, int8_scale, bytes;
+inline PreparedLayout prepared_layout(const dvdq_layer& layer, int32_t path) {
+  const int64_t codes = layer.n * (is_s4(path) ? layer.k / 2 : layer.k);
+  return place_parts(layer, align_up(codes), path == DVDQ_PATH_S4_GROUP && layer.weight_groups > 1);
+}
+
+// Byte offsets into the rows of a weight that stays packed: the parts of S4_GROUP from byte 0 on, and one more.
+struct RowsLayout : PreparedLayout {
+  int64_t int8_scale;
 };
 
 inline RowsLayout rows_layout(const dvdq_layer& layer) {
   RowsLayout at{};
-  const int64_t per_row = align_up(layer.n * 4), per_group = align_up(layer.n * layer.weight_groups);
-  const bool grouped = layer.weight_groups > 1;
-  at.row_zero = per_row;
-  at.bias = at.row_zero + per_row;
-  at.bytes = at.bias + per_row;
-  at.factor = grouped ? at.bytes : -1;
-  at.bytes += grouped ? per_group : 0;
-  at.group_zero = grouped && layer.float_zero_point ? at.bytes : -1;
-  at.bytes += grouped && layer.float_zero_point ? per_group : 0;
+  static_cast<PreparedLayout&>(at) = place_parts(layer, 0, layer.weight_groups > 1);
   at.int8_scale = at.bytes;
-  at.bytes += per_row;
+  at.bytes += align_up(layer.n * 4);
   return at;
 }
 

@@ -94,6 +94,12 @@ DVDQ_DEVICE float step_of(const StoredWeight& w, int64_t row, int group) {
   return scaled_step(w.scale[row], w.factor[row * w.groups + group]);
 }
 
+// Copies bytes by all threads of a block of Threads.
+template <int Threads>
+DVDQ_DEVICE void copy_bytes(unsigned char* to, const unsigned char* from, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += Threads) to[i] = from[i];
+}
+
 // The int8 or e4m3 rule of a row, for every thread of a block of Threads; `shared` is a word that they share.
 template <int Threads>
 DVDQ_DEVICE RowRule choose_rule(const StoredWeight& w, bool e4m3, int64_t row, uint32_t* shared) {

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from dvdquant.cli.serve import devices, gpus, hosts, main, named, read_keys
+from dvdquant.cli.serve import devices, gpus, hosts, main, read_keys
+from dvdquant.deploy.serve.model_names import named, named_export
 from dvdquant.deploy.serve.settings import ServerSettings
 from dvdquant.errors import DvdquantError
 from tests.support.commands import refused
@@ -115,6 +116,8 @@ def test_small_questions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert named("a=b") == ("a", "b")
     assert named("/x/a=b") is None
     assert named("plain") is None
+    assert named_export("/x/a=b/out") == ("out", "/x/a=b/out")
+    assert named_export("a=/x/out/") == ("a", "/x/out")
     assert hosts("0.0.0.0", ()) == ()
     assert hosts("0.0.0.0", ("Video.Example",)) == ("127.0.0.1", "localhost", "[::1]", "video.example")
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):

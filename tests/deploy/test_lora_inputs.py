@@ -28,7 +28,14 @@ from dvdquant.export.verify.graph import ATOL, GRAPH_FACTOR, Verifier
 from dvdquant.export.verify.reference import as_float64
 from dvdquant.model.layers import set_activation
 from dvdquant.model.loading import GraphWrapper
-from dvdquant.model.lora_inputs import branch_cost, install_lora_inputs, is_lora_input, lora_input_shapes, random_lora
+from dvdquant.model.lora_inputs import (
+    install_lora_inputs,
+    is_lora_input,
+    lora_input_shapes,
+    random_lora,
+    reserved_bytes,
+    step_flops,
+)
 from dvdquant.model.plan import layer_tokens
 from tests.support import session_exports as made
 from tests.support import tiny_pipelines
@@ -273,19 +280,22 @@ def test_what_it_costs_is_counted(artifact: Artifact, model: Path, tmp_path: Pat
     plan = artifact.plan()
     tokens, text = plan.family.tokens(*artifact.sizes.at("opt")), artifact.sizes.text_tokens
     seen = layer_tokens(plan, artifact.sizes)
-    elements = operations = 0
+    elements = operations = quantized = 0
     for spec in plan.layers:
         own = RESERVED * (len(spec.members) * spec.features + spec.out_features)
         elements += own + spec.out_features
         rows = text if spec.name.endswith("attn2.to_k+to_v") else tokens
         assert seen[spec.name] == rows, spec.name
         operations += 2 * rows * own
-    assert branch_cost(plan, artifact.sizes, RESERVED) == (2 * elements, operations)
-    assert branch_cost(plan, artifact.sizes, 0) == (0, 0.0)
+        quantized += 2 * rows * spec.features * spec.out_features
+    assert (reserved_bytes(plan, RESERVED), reserved_bytes(plan, 0)) == (2 * elements, 0)
+    assert step_flops(plan, artifact.sizes, RESERVED) == (operations, quantized)
+    assert step_flops(plan, artifact.sizes, 0) == (0.0, quantized)
     dry = ("-o", tmp_path / "out", "--target", "graphs", *SIZES, "--lora-rank", RESERVED, "--dry-run")
     found: dict[str, Any] = json.loads(export(model, *dry, "--log-format", "json").stdout)["lora_rank"]
     assert found["bytes"] == {"transformer": 2 * elements}
     assert found["flops_per_step"] == {"transformer": operations}
+    assert found["quantized_flops_per_step"] == {"transformer": quantized}
     assert "reserved for LoRAs, rank 8" in in_process(model, *dry)
     refused(export(model, *dry[:-3], "--lora-rank", 2000, "--dry-run"), "--lora-rank is 2000", "1 to 1024")
     held = sum(t.nbytes for t in random_lora(plan).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -18,6 +19,7 @@ import torch
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import open_session
+from dvdquant.errors import Cancelled, ShapeError
 from tests.support.exporting import TINY_WAN
 from tests.support.running import PROMPT, tiny_wan_export
 from tests.support.triton import tritonserver
@@ -48,6 +50,27 @@ def test_the_command_writes_two_models(tmp_path: Path) -> None:
     for path in files:
         if path.suffix == ".py":
             compile((tmp_path / "models" / path).read_text(), str(path), "exec")
+
+
+def test_the_text_of_a_failure_is_in_the_log_and_not_in_the_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The module of Triton's stub exists in its process alone: here it only names the codes."""
+    codes = SimpleNamespace(TritonError=lambda *said: said)
+    for name in ("INTERNAL", "CANCELLED", "INVALID_ARG"):
+        setattr(codes.TritonError, name, name)
+    name = "dvdquant.deploy.serve.triton_models"
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", codes)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    models = importlib.import_module(name)
+    monkeypatch.delitem(sys.modules, name)
+    with caplog.at_level("WARNING"):
+        refused = ShapeError("no such size in /srv/out/x", available="24x24", fix="ask for it")
+        assert models._error(refused) == ("no such size in x; available: 24x24; fix: ask for it", "INVALID_ARG")
+        assert models._error(Cancelled("it was cancelled"))[1] == "CANCELLED"
+        assert caplog.text == ""
+        assert models._error(RuntimeError("a secret of the device")) == ("RuntimeError", "INTERNAL")
+    assert "a secret of the device" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,8 @@ def known_pipeline(family: str, config: Mapping[str, Any], transformers: int) ->
     layers, inside = config.get("num_layers"), config.get("in_channels")
     if family == "wan" and config.get("text_dim") == 4096:
         if config.get("image_dim"):
-            return {True: "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", False: "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"}[
-                bool(config.get("pos_embed_seq_len"))
-            ]
+            last_image = config.get("pos_embed_seq_len")
+            return "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers" if last_image else "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
         return {
             (40, 16, 1): "Wan-AI/Wan2.1-T2V-14B-Diffusers",
             (30, 16, 1): "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
