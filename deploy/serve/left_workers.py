@@ -96,7 +96,9 @@ class LeftWorker:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self.channel: Channel | None = None
-        text = (folder / f"{name}.lock").read_text(encoding="ascii", errors="replace").strip()
+        text = ""
+        with contextlib.suppress(OSError):  # it has ended in this moment
+            text = (folder / f"{name}.lock").read_text(encoding="ascii", errors="replace").strip()
         self.pid = int(text) if text.isdecimal() else 0
 
     def ask(self, event: str, **fields: Any) -> dict[str, Any] | None:
