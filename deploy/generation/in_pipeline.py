@@ -106,8 +106,7 @@ class PipelineGenerator(Generator):
         if self.checker.text is not None:
             return self.checker.text.of(request)
         if self.options.alternate:
-            self._encode_apart([request], cancel)
-            return self._encoded[self._text_key(request)]
+            return self._encode_apart([request], cancel)[0]
         with take_turn(self._encoding, cancel, "the text encoder"):
             pipe = self._parts(request, cancel)
             return self._encode(pipe, request, cancel)
@@ -122,37 +121,34 @@ class PipelineGenerator(Generator):
         if self.options.alternate and self.checker.text is None:
             self._encode_apart(requests, None)
 
-    def _encode_apart(self, requests: Sequence[GenerateRequest], cancel: CancelSignal | None) -> None:
+    def _encode_apart(self, requests: Sequence[GenerateRequest], cancel: CancelSignal | None) -> list[Embeddings]:
         """Encode what is not encoded yet, by a text encoder that has the device to itself and is freed afterwards."""
-        new = {self._text_key(request): request for request in requests}
+        wanted = {self._text_key(request): request for request in requests}
         with take_turn(self._encoding, cancel, "the text encoder"):
-            new = {key: request for key, request in new.items() if key not in self._encoded}
-            if not new:
-                return
-            self._free_transformers()
-            pipe = self._open_text(requests[0])
-            try:
-                made = {key: self._encode(pipe, request, cancel) for key, request in new.items()}
-            finally:
-                del pipe
+            new = {key: request for key, request in wanted.items() if key not in self._encoded}
+            if new:
+                # Room for the text encoder; what the next clip needs is loaded again.
+                self.close()
                 release_memory(resolve_device(self.options.device))
-            # The texts of earlier requests go before they take as much memory as an encoder.
-            if len(self._encoded) + len(made) > _MOST_ENCODED:
-                self._encoded.clear()
-            self._encoded.update(made)
+                pipe = self._open_text(requests[0])
+                try:
+                    made = {key: self._encode(pipe, request, cancel) for key, request in new.items()}
+                finally:
+                    del pipe
+                    release_memory(resolve_device(self.options.device))
+                # The texts of earlier requests go before they take as much memory as an encoder.
+                if len(self._encoded) + len(made) > _MOST_ENCODED:
+                    self._encoded = {key: text for key, text in self._encoded.items() if key in wanted}
+                self._encoded.update(made)
+            return [self._encoded[key] for key in wanted]
+
+    def _seen(self, request: GenerateRequest) -> Picture | None:
+        """Return the image that the text encoder sees, which makes it a part of the text; None where it sees none."""
+        return self.checker.pictures(request).get("image") if self.family.image_tokens() else None
 
     def _text_key(self, request: GenerateRequest) -> Hashable:
-        picture = self.checker.pictures(request).get("image") if self.family.image_tokens() else None
+        picture = self._seen(request)
         return request.prompt, request.negative_prompt, request.guided, None if picture is None else picture.sha256
-
-    def _free_transformers(self) -> None:
-        """Make room for the text encoder; what the next clip needs is loaded again."""
-        with self._loading:
-            engines, self._engines, self._originals, self._pipes = self._engines, {}, {}, {}
-            for engine in engines.values():
-                engine.close()
-            engines.clear()
-        release_memory(resolve_device(self.options.device))
 
     def _open_text(self, request: GenerateRequest) -> Any:
         """Return a pipeline with the text encoders alone."""
@@ -163,8 +159,7 @@ class PipelineGenerator(Generator):
 
     def _encode(self, pipe: Any, request: GenerateRequest, cancel: CancelSignal | None) -> Embeddings:
         encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
-        # Only a text encoder that sees the image makes it a part of the text.
-        picture = self.checker.pictures(request).get("image") if self.family.image_tokens() else None
+        picture = self._seen(request)
         image = None if picture is None else picture.image
         with cancel_inside(encoders, cancel):
             return encode_text(pipe, self.family, request, self.artifact.sizes.text_tokens, image)
@@ -184,7 +179,7 @@ class PipelineGenerator(Generator):
         pipe = self._open_text(requests[0])
         with self._encoding:
             made = [self._encode(pipe, request, None) for request in requests]
-        picture = self.checker.pictures(requests[0]).get("image") if self.family.image_tokens() else None
+        picture = self._seen(requests[0])
         save_text_embeds(path, self.family, requests, made, None if picture is None else picture.sha256)
 
     def denoise(

@@ -148,7 +148,7 @@ def _transformers(
     beside += sum(_room_for_loras(artifact, component, backend) for component in artifact.components)
     bits = artifact.bits(artifact.components[0])
     # 1. Engines that hold their weights themselves: each width has its own.
-    plugin = any(entry["precision"] == "plugin" for entry in artifact.manifest.engines)
+    plugin = _has_plugin(artifact)
     if backend in _ENGINES and not plugin:
         each = {width: sum(_engine_bytes(artifact, c, (width,)) for c in artifact.components) for width in bits}
         return {name: size + beside for name, size in engine_choices(each, narrow=narrow).items()}
@@ -225,10 +225,16 @@ def _part_tensors(folder: UntrustedFolder, name: str) -> Iterator[TensorInfo]:
 
 def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, int]:
     """Return what runs of one transformer, in words, and its bytes."""
-    files = artifact.manifest.files
-    if backend in _ENGINES:
-        return "engines", _engine_bytes(artifact, component, artifact.bits(component))
-    return PACKED, sum(files[name]["bytes"] for name in artifact.weight_files(component))
+    packed = sum(artifact.manifest.files[name]["bytes"] for name in artifact.weight_files(component))
+    if backend not in _ENGINES:
+        return PACKED, packed
+    engines = _engine_bytes(artifact, component, artifact.bits(component))
+    return ("engines, packed weights", engines + packed) if _has_plugin(artifact) else ("engines", engines)
+
+
+def _has_plugin(artifact: Artifact) -> bool:
+    """Return whether engines take the packed weights as inputs of the plugin, instead of holding weights themselves."""
+    return any(entry["precision"] == "plugin" for entry in artifact.manifest.engines)
 
 
 def _room_for_loras(artifact: Artifact, component: str, backend: str) -> int:

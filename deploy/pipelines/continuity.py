@@ -71,16 +71,18 @@ class Path:
         states: The last steps, the newest at the end.
         start: The latents of the first step, or None.
         entry: The residual of the last step's latents when they came, or None for the first step.
+        asked: The latents that were compared with these steps last, and how they fit; None where a step came since.
     """
 
     shape: tuple[int, ...] | None = None
     states: list[_State] = field(default_factory=list)
     start: Values | None = None
     entry: float | None = None
+    asked: tuple[Values, Fit] | None = None
 
     def clear(self) -> None:
         """Forget everything."""
-        self.shape, self.states, self.start, self.entry = None, [], None, None
+        self.shape, self.states, self.start, self.entry, self.asked = None, [], None, None, None
 
     def note(self, latents: Tensor, output: Tensor) -> None:
         """Note one call.
@@ -98,13 +100,16 @@ class Path:
             return
         # With guidance in one batch, the halves of the batch belong to one sample.
         outputs = [_thinned(output[index]) for index in sorted({0, len(output) // 2})]
+        asked, self.asked = self.asked, None
         if self.states and np.array_equal(self.states[-1].latents, values):
             self.states[-1].outputs = [*self.states[-1].outputs, *outputs][-OUTPUTS:]
             return
         if self.start is None:
             self.start = values
         else:
-            self.entry = self._fit(values).residual
+            # Mostly the call was looked for by these latents just now.
+            known = asked[1] if asked is not None and np.array_equal(asked[0], values) else None
+            self.entry = (known or self._fit(values)).residual
         self.states = [*self.states, _State(values, outputs)][-STATES:]
 
     def fit(self, latents: Tensor) -> Fit | None:
@@ -118,7 +123,9 @@ class Path:
         values = self._values(latents)
         if values is None or len(values) != len(self.states[-1].latents):
             return Fit(1.0, dependent=False)
-        return self._fit(values)
+        fit = self._fit(values)
+        self.asked = values, fit
+        return fit
 
     def foreign_last(self, fit: Fit) -> bool:
         """Return whether the call behind ``fit`` shows that the last step was made by another loop.

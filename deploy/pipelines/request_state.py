@@ -89,10 +89,11 @@ class _Wish:
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of the transformer that no pipeline makes.
+    """A call of the transformer.
 
     Args:
         caller: Who makes it.
+        pipeline: The pipeline that makes it, or None.
         branch: The branch that it names, or None.
         step: The step index that it passes, or None.
         timestep: Its timestep.
@@ -101,6 +102,7 @@ class _Call:
     """
 
     caller: Caller
+    pipeline: DiffusionPipeline | None
     branch: str | None
     step: int | None
     timestep: float
@@ -337,10 +339,10 @@ class RequestTable:
                 that may be this one, or calls of two loops were taken for those of one.
         """
         taken: Request | None = None
+        call = _Call(self._thread.caller, running_pipeline(), branch, step, timestep, text, latents)
         try:
             with self._lock:
-                caller = self._thread.caller
-                request = self._find(caller, branch, step, steps, timestep, text, latents)
+                request = self._find(call, steps)
                 if request.busy:
                     raise UnsupportedError(
                         "two calls of one request at once",
@@ -349,8 +351,8 @@ class RequestTable:
                     )
                 taken = request
                 request.busy = True
-                request.caller = caller
-                caller.last = self._latest = request
+                request.caller = call.caller
+                call.caller.last = self._latest = request
                 heard = self._here().heard
                 if heard is not None:
                     request.runner.on_step, request.runner.cancel = heard.on_step, heard.cancel
@@ -361,7 +363,7 @@ class RequestTable:
                 request.remember(branch, text)
                 name, index = request.position.move(branch, step, timestep)
                 request.announced = request.ended = False
-                yield Place(request.runner, name, index, request if running_pipeline() is None else None)
+                yield Place(request.runner, name, index, request if call.pipeline is None else None)
             except BaseException:
                 request.position, request.announced = before, announced
                 raise
@@ -371,18 +373,9 @@ class RequestTable:
 
     # ------------------------------------------------------------------------------------------- the request of a call
 
-    def _find(
-        self,
-        caller: Caller,
-        branch: str | None,
-        step: int | None,
-        steps: int | None,
-        timestep: float,
-        text: Tensor | None,
-        latents: Tensor,
-    ) -> Request:
-        """Return the request of a call, after beginning it if it is new."""
-        pipeline = running_pipeline()
+    def _find(self, call: _Call, steps: int | None) -> Request:
+        """Return the request of a call, after beginning it if it is new; ``steps`` is what its pipeline says."""
+        caller, pipeline = call.caller, call.pipeline
         # 1. A request that was begun by hand.
         begun = self._here().begun
         if begun is not None and begun.request is not None:
@@ -397,13 +390,12 @@ class RequestTable:
         # 2. Code that calls the transformer by itself: the loop that the latents come from.
         own = caller.of(pipeline)
         if pipeline is None:
-            place = _Call(caller, branch, step, timestep, text, latents)
-            open_one = self._loop(own, place)
+            open_one = self._loop(own, call)
             if open_one is not None:
                 self._keep(caller, None, open_one)
                 return open_one
         # 3. A new request, or the pipeline's own.
-        if pipeline is None or own is None or own.begins(branch, step, timestep):
+        if pipeline is None or own is None or own.begins(call.branch, call.step, call.timestep):
             self._refuse_lost(begun=False)
             own = self._new(caller)
             own.runner.begin_request(steps)

@@ -122,13 +122,15 @@ def _import_for(settings: WorkerSettings) -> None:
 
 def _import_parts(generator: Generator) -> None:
     """Import the scheduler, the pipeline's class, what describes the transformer, and the backend of a model."""
+    from dvdquant.deploy.sessions import full_name  # as open_model has by now: it imports PyTorch
+
     generator.check(generator.checker.example_request())
     for component in generator.artifact.components:
         generator.artifact.plan(component)
     name = generator.checker.pipeline_of(generator.checker.example_request())
     if name:
         getattr(importlib.import_module("diffusers"), name)
-    backend = {"ort": "onnxruntime", "rtx": "tensorrt_rtx"}.get(generator.options.backend, generator.options.backend)
+    backend = full_name(generator.options.backend)
     for module in ("onnxruntime", "tensorrt_rtx", "tensorrt"):
         if backend in ("auto", module):
             with contextlib.suppress(ImportError):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -96,26 +95,23 @@ def loading_options(command: Callable[P, R]) -> Callable[P, R]:
     return _with(_LOADING, command)
 
 
-def loading_clashes(
-    backend: str, compile: bool, attention_backend: str | None, plugins: Sequence[Path]
-) -> tuple[tuple[str, bool], ...]:
+def loading_clashes(options: Mapping[str, Any]) -> dict[str, bool]:
     """Return what two options of loading say against each other, and whether both were given.
 
     Args:
-        backend: The backend that was asked for, or ``auto``.
-        compile: Whether the blocks are to be compiled.
-        attention_backend: The library for 8-bit attention that was asked for.
-        plugins: The plugin libraries.
+        options: The options of :func:`loading_options`, ``--backend`` and ``--text-embeds``, by their names.
     """
+    backend = options["backend"]
     elsewhere = backend not in ("auto", "pytorch")
-    return (
-        (f"--compile runs in PyTorch, so --backend {backend} does not apply", compile and elsewhere),
-        (
-            f"--plugin is for TensorRT engines, so --backend {backend} does not apply",
-            bool(plugins) and backend not in ("auto", "tensorrt"),
+    return {
+        f"--compile runs in PyTorch, so --backend {backend} does not apply": options["compile"] and elsewhere,
+        f"--plugin is for TensorRT engines, so --backend {backend} does not apply": (
+            bool(options["plugin"]) and backend not in ("auto", "tensorrt")
         ),
-        (
-            f"--attention-backend runs in PyTorch, so --backend {backend} does not apply",
-            attention_backend is not None and elsewhere,
+        f"--attention-backend runs in PyTorch, so --backend {backend} does not apply": (
+            options["attention_backend"] is not None and elsewhere
         ),
-    )
+        "--text-embeds takes the text encoder's place, so --text-encoder-bits does not apply": (
+            options["text_embeds"] is not None and options["text_encoder_bits"] is not None
+        ),
+    }

@@ -150,13 +150,7 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
 
 def _check_loading(options: dict[str, Any]) -> None:
     """UnsupportedError for options of loading that contradict each other, as dvdq-run says them."""
-    names = ("backend", "compile", "attention_backend", "plugin")
-    embeds = "--text-embeds takes the text encoder's place, so --text-encoder-bits does not apply"
-    clashes = (
-        *loading_clashes(*(options[name] for name in names)),
-        (embeds, bool(options["text_embeds"] and options["text_encoder_bits"])),
-    )
-    for what, clash in clashes:
+    for what, clash in loading_clashes(options).items():
         if clash:
             raise UnsupportedError(what, fix="leave one of the two out")
 

@@ -475,7 +475,7 @@ def check_options(settings: RunOptions) -> None:
     """UnsupportedError for options that contradict each other, naming the one to leave out."""
     fixed = settings.mode in ("a4", "a8", "16")
     clashes: dict[str, Any] = {
-        **dict(loading_clashes(settings.backend, settings.compile, settings.attention_backend, settings.plugin)),
+        **loading_clashes(vars(settings)),
         "--save-text-embeds draws nothing, so -o does not apply": settings.save_text_embeds and settings.output,
         "--save-text-embeds loads a text encoder, and --text-embeds takes its place": settings.save_text_embeds
         and settings.text_embeds,
@@ -485,8 +485,6 @@ def check_options(settings: RunOptions) -> None:
         "--save-text-embeds draws nothing, so --memory does not apply": settings.save_text_embeds and settings.memory,
         "--text-embeds takes the text encoder's place, so --alternate does not apply": settings.text_embeds
         and settings.alternate,
-        "--text-embeds takes the text encoder's place, so --text-encoder-bits does not apply": settings.text_embeds
-        and settings.text_encoder_bits,
         f"--compare draws every mode, so --mode {settings.mode} does not apply": settings.compare and settings.mode,
         f"--delta switches engines, and --mode {settings.mode} does not": settings.delta is not None and fixed,
         f"--schedule says the bits of each step, and so does --mode {settings.mode}": settings.schedule and fixed,

@@ -91,10 +91,14 @@ def plan_run(
     from dvdquant.deploy.generation.memory_plan import Arrangement, arrange, best, fitting, possible
     from dvdquant.deploy.generation.needs import run_bytes
     from dvdquant.deploy.generation.text_encoder import can_quantize_text
+    from dvdquant.ops.cuda_linear import usable_kernels
+    from dvdquant.system.devices import resolve_device
 
     # 1. The bytes of what runs.
     narrow = settings.mode is None and settings.schedule is None and not settings.compare
-    sm = place.sm if backend in ("pytorch", "tensorrt") else None
+    # Without our kernels, PyTorch keeps what the files hold, also on a GPU that they do not run on.
+    kernels = backend == "tensorrt" or (backend == "pytorch" and usable_kernels(resolve_device(settings.device)))
+    sm = place.sm if kernels else None
     run = run_bytes(generator.checker, requests, backend, place.base, narrow=narrow, sm=sm, weights=settings.weights)
     # 2. What the user has decided, and the rest.
     given = {"vae_tiling": settings.vae_tiling, "offload": settings.offload, "alternate": settings.alternate}

@@ -1,6 +1,6 @@
 """Which path multiplies a layer on a GPU: the table of kernels/csrc/plan.cpp, for those who have no kernel library.
 
-``make gpu-check`` and tests/ops/test_cuda_binding.py hold the two against each other.
+``make gpu-check`` and tests/kernels/test_packed_weights.py hold the two against each other.
 """
 
 from __future__ import annotations

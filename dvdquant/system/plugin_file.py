@@ -53,10 +53,12 @@ def read_plugin(path: Path) -> PluginFile:
         UnsupportedError: It cannot be read, or is no library of a processor that engines run on.
     """
     try:
-        with (
-            os.fdopen(open_regular(path)[0], "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
+        descriptor, size = open_regular(path)
+        with os.fdopen(descriptor, "rb") as file:
+            if not size:
+                raise ValueError("it is empty")
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with data:
             head = data[:20]
             if head[:5] != b"\x7fELF\x02" or int.from_bytes(head[18:20], "little") not in _MACHINES:
                 raise UnsupportedError(
@@ -71,11 +73,7 @@ def read_plugin(path: Path) -> PluginFile:
                 () if kernels is None else tuple(kernels[1].decode().split(";")),
             )
     except (OSError, ValueError) as error:
-        reason = (
-            error.strerror
-            if isinstance(error, OSError)
-            else str(error).replace("cannot mmap an empty file", "it is empty")
-        )
+        reason = getattr(error, "strerror", None) or error
         raise UnsupportedError(
             f"the plugin library {path} cannot be read: {reason}", fix="give another file"
         ) from error

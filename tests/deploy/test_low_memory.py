@@ -257,6 +257,14 @@ def test_what_a_run_takes(saved: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert all(part.stays for part in parts.values())
     leaving = parts_of_run(checker, requests, "pytorch", offload=True)
     assert {part.name for part in leaving if not part.stays} == {"text_encoder", "vae"}
+    # Engines with the plugin have the packed weights beside them.
+    engine: Any = {"path": "engines/sm89/transformer_a8.engine", "act_bits": 8, "precision": "plugin"}
+    files: Any = {**artifact.manifest.files, engine["path"]: {"sha256": "0" * 64, "bytes": 1000}}
+    manifest = replace(artifact.manifest, engines=[engine], files=files)
+    built = open_checker(Artifact(artifact.root, manifest, artifact.configs), pipeline=pipeline)
+    found = {part.name: part for part in parts_of_run(built, requests[1:], "tensorrt", offload=False)}
+    packed = parts["transformer (packed weights)"].loaded
+    assert found["transformer (engines, packed weights)"].loaded == packed + 1000
     said = drawn(out, "--pipeline", pipeline, "--prompt", PROMPTS[0], "--dry-run", "--offload", "--steps", 3)
     assert "WanPipeline" in said
     assert "while text is encoded" in said
@@ -274,6 +282,8 @@ def test_what_a_run_takes(saved: Path, tmp_path: Path, monkeypatch: pytest.Monke
         (("--prompt", "a cat", "--save-text-embeds", "t.safetensors", "-o", "c.mp4"), ("-o does not apply",)),
         (("--save-text-embeds", "t.safetensors"), ("no prompt",)),
         (("--text-embeds", "gone.safetensors", "-o", "c.mp4"), ("gone.safetensors", "--save-text-embeds")),
+        (("--text-embeds", "t.safetensors", "--text-encoder-bits", "8", "-o", "c.mp4"), ("-bits does not apply",)),
+        (("--prompt", "a cat", "--backend", "rtx", "--compile", "-o", "c.mp4"), ("--backend rtx does not apply",)),
     ],
 )
 def test_options_that_clash(

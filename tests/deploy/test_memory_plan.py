@@ -131,6 +131,7 @@ def _requests() -> list[GenerateRequest]:
 def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same frames, bit by bit; and never both in memory."""
     from dvdquant.deploy.generation import generator as module
+    from dvdquant.deploy.generation import in_pipeline
     from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 
     out, pipeline = wan_pipeline()
@@ -166,6 +167,11 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pyte
         generator.generate(GenerateRequest("a blue dog", steps=2, mode="a8"))
         assert (len(encoders), len(opened)) == (2, 2)
         assert opened[0].closed
+        # Of the texts before, those stay that are asked for again.
+        monkeypatch.setattr(in_pipeline, "_MOST_ENCODED", 1)
+        asked = [generator.check(GenerateRequest(text, steps=2, mode="a8")) for text in ("a blue dog", "a green bird")]
+        generator.encode_ahead(asked)
+        assert [key[0] for key in generator._encoded] == ["a blue dog", "a green bird"]  # type: ignore[attr-defined]
 
 
 def test_one_width_is_loaded_alone() -> None:
@@ -263,3 +269,17 @@ def test_a_device_that_is_too_small_is_refused_with_what_fits(monkeypatch: pytes
     monkeypatch.setattr(run_memory, "place_of", place(1000))
     refused(run(*arguments), "nothing at this size")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_our_kernels_do_not_run_on_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch runs there without them, and keeps what the files hold."""
+    from dvdquant.cli import run_memory
+
+    out, pipeline = wan_pipeline()
+    monkeypatch.setattr(
+        run_memory, "place_of", lambda device: run_memory.Place("GPU", 64 * GIB, 64 * GIB, False, 0, "7.5")
+    )
+    said = drawn(
+        out, "--pipeline", pipeline, "--prompt", PROMPTS[0], "--device", "cpu", "--backend", "pytorch", "--dry-run"
+    )
+    assert "packed weights" in said

@@ -45,5 +45,7 @@ def test_plugin_files(tmp_path: Path) -> None:
         (tmp_path / f"{number}.so").write_bytes(data)
         with pytest.raises(UnsupportedError, match=r"\.so"):
             read_plugin(tmp_path / f"{number}.so")
+    with pytest.raises(UnsupportedError, match="cannot be read: it is empty"):
+        read_plugin(tmp_path / "0.so")
     with pytest.raises(UnsupportedError, match="cannot be read"):
         read_plugin(tmp_path / "missing.so")
