@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -297,29 +297,14 @@ def _shared_inputs(
     seen: dict[tuple[str, int, int], list[str]] = {}
     alive: list[Tensor] = []  # keeps ids unique while the forward runs
 
-    def record(name: str, features: int) -> Any:
-        """Return a hook that notes which tensor the layer ``name`` gets."""
+    def note(name: str, x: Tensor) -> None:
+        """Add the layer to the group of its parent, its input tensor and its number of input channels."""
+        alive.append(x)
+        members = seen.setdefault((name.rpartition(".")[0], id(x), linears[name].in_features), [])  # type: ignore[arg-type]
+        if name not in members:
+            members.append(name)
 
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            """Add the layer to the group of its parent, its input tensor and its number of input channels."""
-            alive.append(args[0])
-            members = seen.setdefault((name.rpartition(".")[0], id(args[0]), features), [])
-            if name not in members:
-                members.append(name)
-
-        return hook
-
-    hooks = [m.register_forward_pre_hook(record(n, m.in_features)) for n, m in linears.items()]  # type: ignore[arg-type]
-    repeated = _drop_repeated_blocks(model)
-    log = logging.getLogger(FAKE_TENSOR_LOG)
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # this logger prints tracebacks of errors that are reported in words here
-    try:
-        _fake_forward(model, family, dtype)
-    finally:
-        log.setLevel(level)
-        for hook in hooks:
-            hook.remove()
+    repeated = _watch_inputs(model, family, linears, dtype, note)
     groups = []
     for members in seen.values():
         stack, _, rest = members[0].partition(".0.")
@@ -358,6 +343,45 @@ def _drop_repeated_blocks(model: nn.Module) -> dict[str, int]:
     return dropped
 
 
+def _watch_inputs(
+    model: nn.Module,
+    family: Family,
+    linears: Mapping[str, nn.Module],
+    dtype: torch.dtype,
+    note: Callable[[str, Tensor], None],
+    sizes: Sizes | None = None,
+) -> dict[str, int]:
+    """Run a model as :func:`_fake_forward` does, one block of each stack of blocks that are alike, and show its inputs.
+
+    Args:
+        model: The outline of the model, which loses its other blocks.
+        family: The model family.
+        linears: Every linear layer by name.
+        dtype: The dtype of activations.
+        note: A function that gets the name and the input of each linear layer, in the order of calls.
+        sizes: The sizes of the call; None takes small ones.
+
+    Returns:
+        The former numbers of blocks, by the name of their stack.
+    """
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: note(name, args[0])
+
+    hooks = [module.register_forward_pre_hook(hook_of(name)) for name, module in linears.items()]
+    repeated = _drop_repeated_blocks(model)
+    log = logging.getLogger(FAKE_TENSOR_LOG)
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # this logger prints tracebacks of errors that are reported in words elsewhere
+    try:
+        _fake_forward(model, family, dtype, sizes)
+    finally:
+        log.setLevel(level)
+        for hook in hooks:
+            hook.remove()
+    return repeated
+
+
 def _fake_forward(model: nn.Module, family: Family, dtype: torch.dtype, sizes: Sizes | None = None) -> None:
     """Run the model on fake tensors, which have shapes and no values, at these sizes or at small ones."""
     if sizes is None:
@@ -383,22 +407,11 @@ def layer_tokens(plan: ModelPlan, sizes: Sizes) -> dict[str, int]:
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     seen: dict[str, int] = {}
 
-    def record(name: str) -> Any:
-        """Return a hook that notes the tokens of the layer ``name``."""
+    def note(name: str, x: Tensor) -> None:
+        """Note the tokens of the layer."""
+        seen[name] = math.prod(x.shape[:-1])
 
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            """Note them."""
-            seen[name] = math.prod(args[0].shape[:-1])
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(record(name)) for name, module in linears.items()]
-    repeated = _drop_repeated_blocks(model)
-    try:
-        _fake_forward(model, plan.family, plan.dtype, sizes)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    repeated = _watch_inputs(model, plan.family, linears, plan.dtype, note, sizes)
     found = {}
     for spec in plan.layers:
         stack, _, rest = spec.members[0].partition(".")
