@@ -79,7 +79,7 @@ $(TRITON)/.unpacked:
 	@mkdir -p $(TRITON)
 	$(BIN)/python -m pip install -q --no-deps --target $(TRITON)/server nvidia-pytriton==0.7.0
 	$(BIN)/python -m pip install -q --no-deps --target $(TRITON)/numpy numpy==1.26.4
-	$(BIN)/python -m pip install -q --no-deps --target $(TRITON)/client tritonclient python-rapidjson
+	$(BIN)/python -m pip install -q --no-deps --target $(TRITON)/client tritonclient python-rapidjson grpcio
 	@touch $@
 
 triton-check: $(INSTALLED_TEST) $(TRITON)/.unpacked

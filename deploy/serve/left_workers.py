@@ -40,11 +40,12 @@ class Berth:
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = os.open(
-            folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
+        # Whoever sees the lock finds it held, with the number in it: one that nobody holds counts as a dead worker's.
+        hidden = folder / f".{name}"
+        self._lock = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(self._lock, f"{os.getpid()}\n".encode())
+        hidden.rename(folder / f"{name}.lock")
         self._listener = socket.socket(socket.AF_UNIX)
         try:
             with _short(folder) as place:
@@ -96,7 +97,9 @@ class LeftWorker:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self.channel: Channel | None = None
-        text = (folder / f"{name}.lock").read_text(encoding="ascii", errors="replace").strip()
+        text = ""
+        with contextlib.suppress(OSError):  # it has ended in this moment
+            text = (folder / f"{name}.lock").read_text(encoding="ascii", errors="replace").strip()
         self.pid = int(text) if text.isdecimal() else 0
 
     def ask(self, event: str, **fields: Any) -> dict[str, Any] | None:

@@ -136,7 +136,10 @@ def test_a_clip_with_progress_cancel_and_errors(server: Any) -> None:
             if seen[-1] == 100:
                 return seen, result.as_numpy("mp4").tobytes()
 
-    client.start_stream(callback=lambda result, error: got.put((result, error)))
+    def begin_stream(**more: Any) -> None:
+        client.start_stream(callback=lambda result, error: got.put((result, error)), **more)
+
+    begin_stream()
     ask(PROMPT, num_inference_steps=4, guidance_scale=1, seed=5)
     seen, clip = follow()
     assert seen == [25, 50, 75, 99, 100]
@@ -145,23 +148,27 @@ def test_a_clip_with_progress_cancel_and_errors(server: Any) -> None:
     path = tiny_wan_export().parent / "triton.mp4"
     path.write_bytes(clip)
     assert count_frames(path) > 0
+    client.stop_stream()
     for prompt, fields, said in (
         ("a cat", {}, "does not know the word"),
         (PROMPT, {"num_inference_steps": 1001}, "steps"),
         (PROMPT, {"nonsense": 1}, "nonsense"),
     ):
+        begin_stream(headers={"triton_grpc_error": "true"})  # with the code, and the stream ends by it
         ask(prompt, **fields)
         _, error = got.get(timeout=300)
+        client.stop_stream()
         assert said in str(error)
         assert "INVALID_ARGUMENT" in str(error.status())
         assert str(tiny_wan_export()) not in str(error)
     # A long one is cancelled after its first step: the next one is drawn at once.
+    begin_stream()
     ask(PROMPT, num_inference_steps=100, guidance_scale=1)
     got.get(timeout=300)
     client.stop_stream(cancel_requests=True)
     while not got.empty():
         got.get()
-    client.start_stream(callback=lambda result, error: got.put((result, error)))
+    begin_stream()
     begin = time.monotonic()
     ask(PROMPT, num_inference_steps=1, guidance_scale=1)
     results = []

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import os
 import socket
 import sqlite3
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from benchmarks.serving.local import LocalWorkers
+from dvdquant.deploy.serve import left_workers
 from dvdquant.deploy.serve.channel import Channel
 from dvdquant.deploy.serve.files import FolderFiles
 from dvdquant.deploy.serve.jobs import Failure, Job, NewJob
@@ -211,6 +213,42 @@ def test_a_store_that_is_away_does_not_end_the_watch_of_a_worker(
     assert "could not be put back" in caplog.text
     pool.kill()
     assert pool.join(60)
+
+
+def test_a_worker_is_seen_once_its_lock_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever looks meanwhile takes it for a dead one, and deletes its files."""
+    seen: list[list[Path]] = []
+    lock, write = left_workers.fcntl.flock, os.write
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: (seen.append(list(tmp_path.glob("*.lock"))), call(*given))[1]
+
+    with monkeypatch.context() as watch:
+        watch.setattr(left_workers.fcntl, "flock", watched(lock))
+        watch.setattr(left_workers.os, "write", watched(write))
+        berth = left_workers.Berth(tmp_path, "cpu-0-1")
+    assert seen == [[], []]
+    assert [(left.name, left.pid) for left in left_workers.find_left(tmp_path)] == [("cpu-0-1", os.getpid())]
+    berth.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_ends_while_the_next_server_looks_for_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    berth = left_workers.Berth(tmp_path, "cpu-0-1")
+    held = left_workers._held
+
+    def held_until_now(lock: Path) -> bool:
+        found = held(lock)
+        berth.close()
+        return found
+
+    with monkeypatch.context() as moment:
+        moment.setattr(left_workers, "_held", held_until_now)
+        (left,) = left_workers.find_left(tmp_path)
+    assert (left.pid, left.ask("let_go"), left.poll()) == (0, None, -1)
+    assert left.wait(0) == -1
 
 
 def test_expiry_goes_on_after_a_store_and_a_file_that_refuse(
