@@ -93,15 +93,31 @@ def _manifest(repo: str, snapshot: Path) -> Manifest:
 
 
 def _compare(repo: str, commit: str, manifest: Manifest) -> None:
-    """Refuse a repository whose files cannot be those of its manifest, by size and by the hub's own SHA-256.
+    """Refuse a repository whose files cannot be those of its manifest.
 
     Raises:
         OutputError: A file is missing or another one.
     """
+    if problems := differences(repo, commit, manifest):
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise OutputError(
+            f"the repository {repo} does not match its manifest: {'; '.join(problems[:5])}{more}",
+            fix="take another revision, or tell its author to push the export again with dvdq-push",
+        )
+
+
+def differences(repo: str, commit: str, manifest: Manifest) -> list[str]:
+    """Return what tells a commit's files from those of a manifest, by size and by the hub's own SHA-256.
+
+    Args:
+        repo: The name of the repository.
+        commit: The commit.
+        manifest: The manifest that lists the files.
+    """
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
+        return []
     there = {
         entry.path: entry
         for entry in huggingface_hub.HfApi().list_repo_tree(repo, recursive=True, revision=commit)
@@ -116,12 +132,7 @@ def _compare(repo: str, commit: str, manifest: Manifest) -> None:
             problems.append(f"{name} has {found.size} bytes instead of {entry['bytes']}")
         elif found.lfs is not None and found.lfs.sha256 != entry["sha256"]:
             problems.append(f"{name} has another SHA-256")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise OutputError(
-            f"the repository {repo} does not match its manifest: {'; '.join(problems[:5])}{more}",
-            fix="take another revision, or tell its author to push the export again with dvdq-push",
-        )
+    return problems
 
 
 def _place(repo: str, commit: str) -> Path:
