@@ -13,17 +13,20 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from dvdquant.artifact.layout import MANIFEST
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, verify_files
 from dvdquant.errors import OutputError
 from dvdquant.hub.names import hub_failure, is_hub_name
 from dvdquant.system.files import read_limited
+from dvdquant.system.hub_client import limit_waiting
 from dvdquant.text import amount, shown
 
-__all__ = ["locate_export"]
+__all__ = ["differences", "listing", "locate_export"]
 
 log = logging.getLogger(__name__)
+MAX_ENTRIES = 20_000
 _PLACE = "dvdquant"  # below the folder of the hub's caches
 
 
@@ -55,6 +58,7 @@ def locate_export(out: str | Path, revision: str | None = None) -> Path:
 def _download(repo: str, revision: str | None) -> Path:
     import huggingface_hub
 
+    limit_waiting()
     # 1. The manifest, which fixes the commit.
     try:
         first = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[MANIFEST]))
@@ -118,11 +122,7 @@ def differences(repo: str, commit: str, manifest: Manifest) -> list[str]:
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return []
-    there = {
-        entry.path: entry
-        for entry in huggingface_hub.HfApi().list_repo_tree(repo, recursive=True, revision=commit)
-        if isinstance(entry, huggingface_hub.hf_api.RepoFile)
-    }
+    there = listing(repo, commit)
     problems = []
     for name, entry in manifest.files.items():
         found = there.get(name)
@@ -133,6 +133,31 @@ def differences(repo: str, commit: str, manifest: Manifest) -> list[str]:
         elif found.lfs is not None and found.lfs.sha256 != entry["sha256"]:
             problems.append(f"{name} has another SHA-256")
     return problems
+
+
+def listing(repo: str, revision: str | None) -> dict[str, Any]:
+    """Return the files of a repository by their names, as the hub says them: ``size`` in bytes, ``lfs`` with the SHA-256.
+
+    Args:
+        repo: The name of the repository.
+        revision: The branch, tag or commit; None is the main branch.
+
+    Raises:
+        OutputError: There is no end of files.
+    """
+    import huggingface_hub
+
+    tree = huggingface_hub.HfApi().list_repo_tree(repo, recursive=True, revision=revision)
+    files = {}
+    for count, entry in enumerate(tree):  # page by page; the hub says whether there is another one
+        if count >= MAX_ENTRIES:
+            raise OutputError(
+                f"the repository {repo} has more than {MAX_ENTRIES} files and folders",
+                fix="give a repository that holds one export",
+            )
+        if isinstance(entry, huggingface_hub.hf_api.RepoFile):
+            files[entry.path] = entry
+    return files
 
 
 def _place(repo: str, commit: str) -> Path:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.system.files import disk_error
 from dvdquant.text import shown
 
-__all__ = ["answers_in_time", "hub_failure", "is_hub_name", "require_hub_name"]
+__all__ = ["hub_failure", "is_hub_name", "require_hub_name"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-PATIENCE = 120.0  # seconds
 _LOG_IN = "log in with hf auth login, or set HF_TOKEN to a token"
 
 
@@ -46,27 +42,6 @@ def require_hub_name(text: str) -> str:
             fix="write it as it is in the address of the repository's page",
         )
     return text
-
-
-@contextlib.contextmanager
-def answers_in_time() -> Iterator[None]:
-    """Let requests to the hub in the block fail after ``PATIENCE`` seconds without a byte; the client's own wait for ever."""
-    import huggingface_hub
-    from huggingface_hub.utils import _http
-
-    # The client is made anew after a failed connection, so its timeout is set where it is made.
-    before = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
-
-    def factory() -> Any:
-        client = before()
-        client.timeout = PATIENCE
-        return client
-
-    huggingface_hub.set_client_factory(factory)
-    try:
-        yield
-    finally:
-        huggingface_hub.set_client_factory(before)
 
 
 def hub_failure(error: Exception, repo: str, revision: str | None, task: str) -> DvdquantError:
@@ -104,8 +79,7 @@ def hub_failure(error: Exception, repo: str, revision: str | None, task: str) ->
     if task == "write":
         return OutputError(
             f"the hub does not answer, or fails, while {repo} is written ({detail})",
-            fix="push again: files that have arrived are not sent twice, and the repository has the old export until a "
-            "commit, or the new one",
+            fix="push again: what has arrived is not sent twice, and the repository holds the old export or the new one, whole",
         )
     return OutputError(
         f"{repo} is no folder, and the hub does not answer ({detail})",

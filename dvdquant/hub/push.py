@@ -19,9 +19,10 @@ from dvdquant.artifact.layout import MANIFEST
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, load_manifest, model_name, read_verified, verify_files
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.hub.card import CARD, hub_card
-from dvdquant.hub.locate import differences
-from dvdquant.hub.names import answers_in_time, hub_failure, is_hub_name, require_hub_name
+from dvdquant.hub.locate import differences, listing
+from dvdquant.hub.names import hub_failure, is_hub_name, require_hub_name
 from dvdquant.system.files import read_limited
+from dvdquant.system.hub_client import limit_waiting
 from dvdquant.text import amount, shown
 
 __all__ = ["Pushed", "PushPlan", "plan_push", "push"]
@@ -130,40 +131,34 @@ def push(plan: PushPlan, *, revision: str | None = None, message: str | None = N
             f"there is no token of the hub, which a push to {plan.repo} needs",
             fix="log in with hf auth login, or set HF_TOKEN to a token that may write; --dry-run needs none",
         )
+    limit_waiting()
     api = huggingface_hub.HfApi()
     try:
-        with answers_in_time():
-            # 1. The repository, and what is in it.
-            api.create_repo(plan.repo, private=plan.private or None, exist_ok=True)
-            if revision is not None:
-                api.create_branch(plan.repo, branch=revision, exist_ok=True)
-            there = {name: size for name, size in _there(api, plan.repo, revision).items() if name != ".gitattributes"}
-            stale = _stale(plan, there, revision, force)
-            # 2. The files. Large ones are hashed while they are sent, so their digests are known before the commit.
-            additions = [_addition(plan, name) for name in plan.files]
-            api.preupload_lfs_files(plan.repo, additions=additions, revision=revision, free_memory=False)
-            for addition in additions:
-                _require_same(plan, addition)
-            # 3. One commit, and what the hub says it has now.
-            removals = [huggingface_hub.CommitOperationDelete(name) for name in stale]
-            words = message or f"dvdquant export, recipe {plan.manifest.recipe['name']}"
-            done = api.create_commit(plan.repo, [*additions, *removals], commit_message=words, revision=revision)
-            if problems := differences(plan.repo, str(done.oid), plan.manifest):
-                raise OutputError(
-                    f"the hub has other files in {plan.repo} than were sent: {'; '.join(problems[:5])}",
-                    fix="push again; if it stays so, the hub is at fault",
-                )
+        # 1. The repository, and what is in it.
+        api.create_repo(plan.repo, private=plan.private or None, exist_ok=True)
+        if revision is not None:
+            api.create_branch(plan.repo, branch=revision, exist_ok=True)
+        there = {name: entry.size for name, entry in listing(plan.repo, revision).items() if name != ".gitattributes"}
+        stale = _stale(plan, there, revision, force)
+        # 2. The files. Large ones are hashed while they are sent, so their digests are known before the commit.
+        additions = [_addition(plan, name) for name in plan.files]
+        api.preupload_lfs_files(plan.repo, additions=additions, revision=revision, free_memory=False)
+        for addition in additions:
+            _require_same(plan, addition)
+        # 3. One commit, and what the hub says it has now.
+        removals = [huggingface_hub.CommitOperationDelete(name) for name in stale]
+        words = message or f"dvdquant export, recipe {plan.manifest.recipe['name']}"
+        done = api.create_commit(plan.repo, [*additions, *removals], commit_message=words, revision=revision)
+        if problems := differences(plan.repo, str(done.oid), plan.manifest):
+            raise OutputError(
+                f"the hub has other files in {plan.repo} than were sent: {'; '.join(problems[:5])}",
+                fix="push again; if it stays so, the hub is at fault",
+            )
     except DvdquantError:
         raise
     except Exception as error:  # the HTTP client underneath has its own classes, which differ between versions
         raise hub_failure(error, plan.repo, revision, "write") from error
     return Pushed(shown(done.commit_url, 300), shown(done.oid, 100), tuple(stale))
-
-
-def _there(api: Any, repo: str, revision: str | None) -> dict[str, int]:
-    """Return name and size in bytes of every file of a repository, as the hub says them."""
-    tree = api.list_repo_tree(repo, recursive=True, revision=revision)
-    return {entry.path: entry.size for entry in tree if hasattr(entry, "size")}
 
 
 def _public(manifest: Manifest) -> Manifest:

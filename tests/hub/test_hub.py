@@ -19,15 +19,17 @@ import torch
 from click.testing import CliRunner, Result
 
 from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
+from dvdquant.checkpoint.locate import locate_model
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.cli.push import main as push_main
 from dvdquant.cli.run import main as run_main
 from dvdquant.deploy import DvdqTransformer
-from dvdquant.errors import DvdquantError, OutputError, ResourceError
-from dvdquant.hub import names
+from dvdquant.errors import CheckpointError, DvdquantError, OutputError, ResourceError
+from dvdquant.hub import locate
 from dvdquant.hub import push as room
 from dvdquant.hub.locate import locate_export
 from dvdquant.hub.names import is_hub_name, require_hub_name
+from dvdquant.system import hub_client
 from tests.support.commands import environment, refused
 from tests.support.fake_hub import FAULTS, LARGE, TOKEN, FakeHub
 from tests.support.session_exports import copy_of, family_export
@@ -194,16 +196,25 @@ STAGES = {
 }
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A client that gives a silent server up soon, and does not pause; the pauses that it wanted, in seconds."""
+    sleep, pauses = time.sleep, []
+
+    def short(seconds: float) -> None:
+        pauses.append(seconds)
+        sleep(min(seconds, 0.01))
+
+    monkeypatch.setattr(time, "sleep", short)
+    monkeypatch.setattr(hub_client, "SILENCE", 0.2)
+    return pauses
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_hub_that_fails_in_any_stage_is_an_error_in_words_and_changes_nothing(
-    hub: FakeHub, export: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    hub: FakeHub, export: Path, impatient: list[float], stage: str
 ) -> None:
-    """It answers 500 or nonsense, hangs, cuts the connection or its answer. The next push does it all."""
-    sleep = time.sleep
-    monkeypatch.setattr(
-        time, "sleep", lambda seconds: sleep(min(seconds, 0.01))
-    )  # the client's pauses between attempts
-    monkeypatch.setattr(names, "PATIENCE", 0.3)
+    """It answers 500 or nonsense, asks for a pause of a day, hangs, cuts the connection or its answer. Then all goes well."""
     repository = hub.add(NAME, {".gitattributes": b""})
     plan = room.plan_push(export, NAME)
     before = {name: dict(files) for name, files in repository.commits.items()}
@@ -216,10 +227,32 @@ def test_a_hub_that_fails_in_any_stage_is_an_error_in_words_and_changes_nothing(
         assert caught.value.fix, kind
         assert "\x1b" not in str(caught.value)
         assert repository.commits == before, kind
+    assert max(impatient, default=0) <= hub_client.LONGEST_PAUSE
     hub.go_on.set()
     hub.fault = None
     done = room.push(plan)
     assert repository.at("main")[0] == done.commit  # type: ignore[index]
+
+
+@pytest.mark.parametrize("asked", ["GET /api/models", "GET .*/tree"])
+def test_a_silent_hub_is_given_up_by_readers(hub: FakeHub, export: Path, impatient: list[float], asked: str) -> None:
+    """Of files the client has limits of its own."""
+    pushed(export)
+    hub.fault = asked, "hangs"
+    with pytest.raises(OutputError, match="does not answer"):
+        locate_export(NAME)
+    if "tree" not in asked:  # a model's files are not listed before they are fetched
+        with pytest.raises(CheckpointError, match="the hub gave nothing"):
+            locate_model(NAME, None, ["*.json"])
+    hub.go_on.set()
+
+
+def test_a_listing_without_end(hub: FakeHub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locate, "MAX_ENTRIES", 100)
+    hub.add(NAME, {".gitattributes": b""})
+    hub.endless = True
+    with pytest.raises(OutputError, match="more than 100 files"):
+        room.push(room.plan_push(export, NAME))
 
 
 def test_a_hub_that_has_something_else_than_was_sent_is_noticed(hub: FakeHub, export: Path) -> None:

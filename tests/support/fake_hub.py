@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 LARGE = 4096  # bytes
 TOKEN = "hf_test"
-FAULTS = ("500", "hangs", "cuts", "cuts its answer", "answers no JSON", "answers other JSON")
+FAULTS = ("500", "asks for a day", "hangs", "cuts", "cuts its answer", "answers no JSON", "answers other JSON")
 
 
 @dataclass
@@ -53,6 +53,7 @@ class FakeHub:
         self.requests: list[str] = []
         self.corrupt: dict[str, bytes] = {}  # path -> what is served instead of its content
         self.fault: tuple[str, str] | None = None  # pattern of method and path, and one of FAULTS
+        self.endless = False  # whether every page of a listing has a next one
         self.loses = ""  # a file that is empty in every listing
         self.go_on = threading.Event()  # ends what hangs
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -147,6 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _fault(self, kind: str) -> None:
         if kind == "500":
             return self._send(500, b"out of order")
+        if kind == "asks for a day":
+            return self._send(503, b"", {"Retry-After": "86400"})
         if kind == "answers no JSON":
             return self._send(200, b"<html>\x1b[31m", {"Content-Type": "application/json"})
         if kind == "answers other JSON":
@@ -192,7 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"id": name, "modelId": name, "sha": commit, "private": repository.private,
                                "tags": [], "siblings": siblings})  # fmt: skip
         if action == "tree":
-            return self._json([self._entry(p, b"" if p == self.hub.loses else c) for p, c in files.items()])
+            entries = [self._entry(p, b"" if p == self.hub.loses else c) for p, c in files.items()]
+            link = {"Link": f'<{self.hub.url}{self.path}>; rel="next"'} if self.hub.endless else {}
+            return self._send(200, json.dumps(entries).encode(), {"Content-Type": "application/json", **link})
         if action == "preupload":
             asked = json.loads(body)["files"]
             return self._json({"files": [
