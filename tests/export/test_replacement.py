@@ -21,7 +21,7 @@ GRAPHS = ("--target", "graphs", "--recipe", "rtn", *SIZES)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN)
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN_ONE)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def refused(result: Result, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def other_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("other") / "wan", tiny.WAN, seed=7)
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("other") / "wan", tiny.WAN_ONE, seed=7)
 
 
 OTHERS = {
