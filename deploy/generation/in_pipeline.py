@@ -88,7 +88,7 @@ class PipelineGenerator(Generator):
         found = [stretch_words(picture, height, width) for picture in self.checker.pictures(request).values()]
         if self.options.offload and resolve_device(self.options.device).type == "cpu":
             found.append("--offload saves nothing on a CPU: the parts are in the host's memory anyway")
-        return [words for words in found if words is not None]
+        return [*super().notes(request), *(words for words in found if words is not None)]
 
     def _rehearse(self, steps: int, tokens: int, pipeline: str) -> None:
         name, root = self.family.name, self.folder.root
