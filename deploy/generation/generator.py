@@ -262,6 +262,10 @@ class Generator(ABC):
         )
 
     @abstractmethod
+    def sessions(self) -> dict[str, EngineSession]:
+        """Return the sessions that are open, by transformer; before the first clip or warm-up there is none."""
+
+    @abstractmethod
     def _rehearse(self, steps: int, tokens: int, pipeline: str) -> None:
         """Go through the steps of the model's scheduler. CheckpointError if it cannot make them."""
 
