@@ -149,7 +149,7 @@ def rearranged(generator: Generator, **changes: Any) -> Generator:
     Raises:
         UnsupportedError: The model has no such part, or torchao is missing.
     """
-    options = dataclasses.replace(generator.options, **changes)
+    options = dataclasses.replace(generator.given_options, **changes)
     check_text_bits(options.text_bits)
     checker: Any = generator.checker
     return _open(checker, options, generator.given_lora)
@@ -176,7 +176,7 @@ def reload_generator(old: Generator) -> Generator:
             limits=old.checker.limits,
             text_embeds=old.checker.text_embeds if isinstance(old.checker, PipelineChecker) else None,
         ),
-        old.options,
+        old.given_options,
         old.given_lora,
     )
     try:

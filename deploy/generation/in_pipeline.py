@@ -37,6 +37,7 @@ from dvdquant.deploy.generation.text_embeds import save_text_embeds
 from dvdquant.deploy.generation.text_encoder import eight_bit_text, release_memory
 from dvdquant.deploy.pipelines.schedulers import CONDITIONS, FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
+from dvdquant.deploy.sessions import EngineSession
 from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.errors import CheckpointError
 from dvdquant.system.devices import resolve_device
@@ -87,7 +88,7 @@ class PipelineGenerator(Generator):
         found = [stretch_words(picture, height, width) for picture in self.checker.pictures(request).values()]
         if self.options.offload and resolve_device(self.options.device).type == "cpu":
             found.append("--offload saves nothing on a CPU: the parts are in the host's memory anyway")
-        return [words for words in found if words is not None]
+        return [*super().notes(request), *(words for words in found if words is not None)]
 
     def _rehearse(self, steps: int, tokens: int, pipeline: str) -> None:
         name, root = self.family.name, self.folder.root
@@ -244,6 +245,10 @@ class PipelineGenerator(Generator):
             if self.options.offload:
                 pipe.maybe_free_model_hooks()
             return frames_of(video)
+
+    def sessions(self) -> dict[str, EngineSession]:
+        """See :class:`Generator`."""
+        return {name: engine.session for name, engine in self._engines.items()}
 
     def close(self) -> None:
         """See :class:`Generator`. A clip that another thread draws ends with EngineError."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dvdquant.checkpoint.lora.fuse import Loras
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.admission import stage_bytes
 from dvdquant.deploy.generation.check import PipelineChecker, RequestChecker
 from dvdquant.deploy.generation.memory_plan import EXPANDED, INT8_ROW, PACKED, RunBytes, engine_choices
 from dvdquant.deploy.generation.request import GenerateRequest
+from dvdquant.deploy.sessions.lora_needs import lora_bytes
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.weights import WeightForm, WeightPolicy
 from dvdquant.system.safetensors_io import TensorInfo, read_header, read_header_from
@@ -59,6 +61,7 @@ def parts_of_run(
     offload: bool,
     alternate: bool = False,
     text_bits: int = 16,
+    loras: Mapping[str, Loras] | None = None,
 ) -> list[Part]:
     """Return the parts that a run of checked requests loads, in the order in which they are used.
 
@@ -69,6 +72,7 @@ def parts_of_run(
         offload: Whether the pipeline's other parts are on the device only while they are used.
         alternate: Whether the text encoder is freed before the transformer is loaded.
         text_bits: Bits of the text encoder's weights.
+        loras: LoRAs that run beside the quantized weights, by transformer.
     """
     found = []
     # 1. The pipeline's own parts.
@@ -86,8 +90,11 @@ def parts_of_run(
         if any(request.mode != "16" for request in requests):
             what, nbytes = _executed(checker.artifact, component, backend)
             found.append(Part(f"{component} ({what})", nbytes, nbytes, always, stays=True))
-            if room := _room_for_loras(checker.artifact, component, backend):
-                found.append(Part(f"{component} (room for LoRAs)", 0, room, always, stays=True))
+            beside = None if loras is None else loras.get(component)
+            if room := lora_bytes(checker.artifact, component, beside, backend):
+                stored = 0 if beside is None else sum(lora.nbytes for lora in beside.fused)
+                words = "room for LoRAs" if beside is None else "LoRAs beside the weights"
+                found.append(Part(f"{component} ({words})", stored, room, always, stays=True))
         if any(request.mode == "16" for request in requests):
             original = 2 * _parameters(checker.artifact, component)
             found.append(Part(f"{component} (16 bit)", original, original, always, stays=True))
@@ -103,6 +110,7 @@ def run_bytes(
     narrow: bool,
     sm: str | None = None,
     weights: WeightPolicy = "auto",
+    loras: Mapping[str, Loras] | None = None,
 ) -> RunBytes:
     """Return the bytes of a run of checked requests, for :mod:`.memory_plan`.
 
@@ -114,6 +122,7 @@ def run_bytes(
         narrow: Whether a run that switches may load one bit-width instead.
         sm: The compute capability, where our kernels run; else None.
         weights: How quantized weights are held there.
+        loras: LoRAs that run beside the quantized weights, by transformer.
     """
     parts = _pipeline_parts(checker, requests)
     eight = {name: _loaded_bytes(checker, name, tensors, 8) for name, tensors in parts.items()}
@@ -125,7 +134,7 @@ def run_bytes(
         text=text,
         image=sixteen.get("image_encoder", 0),
         vae=sixteen.get("vae", 0),
-        transformer=_transformers(checker.artifact, requests, backend, narrow, sm, weights),
+        transformer=_transformers(checker.artifact, requests, backend, narrow, sm, weights, loras or {}),
         step=max(step for step, _ in stages[False]) * (2 if backend == "onnxruntime" else 1),  # it computes in fp32
         decode={tiled: max(decode for _, decode in each) for tiled, each in stages.items()},
         base=base,
@@ -139,13 +148,14 @@ def _transformers(
     narrow: bool,
     sm: str | None,
     weights: WeightPolicy,
+    loras: Mapping[str, Loras],
 ) -> dict[str, int]:
     """Return the bytes of what may be loaded of the transformers, by its name in words."""
     modes = {request.mode for request in requests}
     beside = sum(2 * _parameters(artifact, component) for component in artifact.components) if "16" in modes else 0
     if modes == {"16"}:
         return {"16 bit": beside}
-    beside += sum(_room_for_loras(artifact, component, backend) for component in artifact.components)
+    beside += sum(lora_bytes(artifact, name, loras.get(name), backend) for name in artifact.components)
     bits = artifact.bits(artifact.components[0])
     # 1. Engines that hold their weights themselves: each width has its own.
     plugin = _has_plugin(artifact)
@@ -235,16 +245,6 @@ def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, in
 def _has_plugin(artifact: Artifact) -> bool:
     """Return whether engines take the packed weights as inputs of the plugin, instead of holding weights themselves."""
     return any(entry["precision"] == "plugin" for entry in artifact.manifest.engines)
-
-
-def _room_for_loras(artifact: Artifact, component: str, backend: str) -> int:
-    """Return the bytes that the inputs reserved for LoRAs take in a session; one of PyTorch has modules instead."""
-    if not artifact.manifest.lora_rank or backend == "pytorch":
-        return 0
-    from dvdquant.model.lora_inputs import lora_input_shapes
-
-    plan = artifact.plan(component)
-    return sum(2 * math.prod(shape) for shape in lora_input_shapes(plan.layers, plan.lora_rank).values())
 
 
 def _engine_bytes(artifact: Artifact, component: str, bits: Sequence[int]) -> int:

@@ -372,6 +372,7 @@ def say_needs(
         offload=how.offload,
         alternate=how.alternate,
         text_bits=how.text_bits,
+        loras=generator.loras,
     )
     quantized = any(request.mode != "16" for request in plan[0])
     held = {"weights": held_json(generator.artifact)} if quantized else {}

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
     from dvdquant.cli.run import RunOptions
-    from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import Generator
     from dvdquant.deploy.generation.memory_plan import MemoryPlan
     from dvdquant.deploy.generation.request import GenerateRequest
@@ -99,7 +98,16 @@ def plan_run(
     # Without our kernels, PyTorch keeps what the files hold, also on a GPU that they do not run on.
     kernels = backend == "tensorrt" or (backend == "pytorch" and usable_kernels(resolve_device(settings.device)))
     sm = place.sm if kernels else None
-    run = run_bytes(generator.checker, requests, backend, place.base, narrow=narrow, sm=sm, weights=settings.weights)
+    run = run_bytes(
+        generator.checker,
+        requests,
+        backend,
+        place.base,
+        narrow=narrow,
+        sm=sm,
+        weights=settings.weights,
+        loras=generator.loras,
+    )
     # 2. What the user has decided, and the rest.
     given = {"vae_tiling": settings.vae_tiling, "offload": settings.offload, "alternate": settings.alternate}
     fixed: dict[str, Any] = {name: True for name, decided in given.items() if decided}
@@ -125,11 +133,13 @@ def plan_run(
     )
 
 
-def _backend(settings: RunOptions, artifact: Artifact, device: torch.device) -> str:
+def _backend(settings: RunOptions, generator: Generator, device: torch.device) -> str:
     """Return the full name of the backend that runs."""
     from dvdquant.deploy.sessions import best_backend, full_name
 
-    name = "pytorch" if settings.compile or settings.attention_backend else full_name(settings.backend)
+    artifact = generator.artifact
+    # LoRAs that the best backend has no place for have moved the generator to another.
+    name = "pytorch" if settings.compile or settings.attention_backend else full_name(generator.options.backend)
     return best_backend(artifact, artifact.components[0], None, device)[0] if name == "auto" else name
 
 
@@ -180,7 +190,7 @@ def arranged(
     from dvdquant.system.devices import resolve_device
 
     device = resolve_device(settings.device)
-    place, backend = place_of(device), _backend(settings, generator.artifact, device)
+    place, backend = place_of(device), _backend(settings, generator, device)
     limit = place.free if memory == "auto" else memory
     plan = plan_run(settings, generator, requests[0], limit, place, backend)
     if limit is None:
