@@ -383,7 +383,11 @@ class Generator(ABC):
         for bits in self.options.bits or self.artifact.bits(self.artifact.components[0]):
             started = time.perf_counter()
             mode = f"a{bits}"
-            self.generate(dataclasses.replace(base, mode=mode, steps=steps, delta=None, cache=None, schedule=None))
+            self.generate(
+                dataclasses.replace(
+                    base, mode=mode, steps=steps, delta=None, cache=None, cache_policy=None, schedule=None
+                )
+            )
             seconds[mode] = time.perf_counter() - started
         return seconds
 
@@ -505,6 +509,7 @@ def controller_of(
         bits=bits or artifact.bits(component),
         schedule=request.schedule,
         cache=request.cache,
+        cache_policy=request.cache_policy,
         **rule,
     )
 
