@@ -102,7 +102,7 @@ class SessionOptions:
         vae_tiling: Encode and decode images in tiles, one after the other.
         cfg_parallel: A second device for the second branch of guidance, or None to run both on ``device``.
         alternate: Load the text encoder first, and free it before the transformer is loaded.
-        text_bits: Bits of the text encoder's weights: 16, or 8 with torchao.
+        text_bits: Bits of the text encoder's weights: 16, 4, or 8 with torchao.
         bits: The activation bits that are loaded; None loads all of the export's.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
     """
