@@ -102,7 +102,7 @@ class SessionOptions:
         vae_tiling: Encode and decode images in tiles, one after the other.
         cfg_parallel: A second device for the second branch of guidance, or None to run both on ``device``.
         alternate: Load the text encoder first, and free it before the transformer is loaded.
-        text_bits: Bits of the text encoder's weights: 16, or 8 with torchao.
+        text_bits: Bits of the text encoder's weights: 16, 4, or 8 with torchao.
         bits: The activation bits that are loaded; None loads all of the export's.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
     """
@@ -383,7 +383,11 @@ class Generator(ABC):
         for bits in self.options.bits or self.artifact.bits(self.artifact.components[0]):
             started = time.perf_counter()
             mode = f"a{bits}"
-            self.generate(dataclasses.replace(base, mode=mode, steps=steps, delta=None, cache=None, schedule=None))
+            self.generate(
+                dataclasses.replace(
+                    base, mode=mode, steps=steps, delta=None, cache=None, cache_policy=None, schedule=None
+                )
+            )
             seconds[mode] = time.perf_counter() - started
         return seconds
 
@@ -505,6 +509,7 @@ def controller_of(
         bits=bits or artifact.bits(component),
         schedule=request.schedule,
         cache=request.cache,
+        cache_policy=request.cache_policy,
         **rule,
     )
 
