@@ -259,7 +259,7 @@ def run_dynamo(exports: tuple[str, ...], options: dict[str, Any]) -> None:
     """
     model = read_one(exports, options, "a worker of Dynamo")
     if importlib.util.find_spec("dynamo") is None or importlib.util.find_spec("dynamo.common") is None:
-        raise UnsupportedError("--dynamo needs NVIDIA Dynamo", fix="pip install ai-dynamo")
+        raise UnsupportedError("--dynamo needs NVIDIA Dynamo", fix="pip install 'dvdquant[serve-dynamo]'")
 
     from dvdquant.deploy.serve.dynamo_worker import serve_dynamo
     from dvdquant.deploy.serve.logs import setup_server_log

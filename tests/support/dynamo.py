@@ -25,14 +25,14 @@ def dynamo(arguments: Sequence[object], name: str, work: Path) -> Iterator[str]:
     """The frontend's address, once the worker ``dvdq-serve ARGUMENTS --dynamo`` has registered the model ``name``."""
     site = os.environ.get("DVDQ_DYNAMO", "")
     if not site and importlib.util.find_spec("dynamo") is None:
-        pytest.skip("needs NVIDIA Dynamo: make dynamo-check, or pip install ai-dynamo")
+        pytest.skip("needs NVIDIA Dynamo: make dynamo-check, or pip install 'dvdquant[serve-dynamo]'")
     port = free_port()
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), site and str(Path(site).absolute())])),
         "DYN_DISCOVERY_BACKEND": "file",
         "DYN_FILE_KV": str(work / "names"),
-        "DYN_MEDIA_OUTPUT_FS_URL": f"file://{work / 'clips'}",
+        "DYN_MEDIA_OUTPUT_FS_URL": (work / "clips").as_uri(),
         "DYN_MEDIA_OUTPUT_HTTP_URL": "https://clips.example",
         "NO_COLOR": "1",
     }
