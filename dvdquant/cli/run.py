@@ -96,6 +96,7 @@ GROUPS = {
         "text_encoder_bits",
         "vae_tiling",
         "compile",
+        "fuse",
         "attention",
         "attention_backend",
         "cfg_parallel",
@@ -159,6 +160,7 @@ class RunOptions:
     weights: WeightPolicy
     plugin: tuple[Path, ...]
     compile: bool
+    fuse: bool | None
     attention: str | None
     attention_backend: str | None
     cfg_parallel: str | None
@@ -299,6 +301,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
                 device=settings.device,
                 lora=loras,
                 compile=settings.compile,
+                fuse=settings.fuse,
                 attention=settings.attention,
                 attention_backend=settings.attention_backend,
                 plugins=settings.plugin,
@@ -356,6 +359,8 @@ def say_needs(
     from dvdquant.cli.held_text import held_json, held_text
     from dvdquant.cli.run_text import needs_text
     from dvdquant.deploy.generation.needs import parts_of_run
+    from dvdquant.deploy.sessions.fusion import fusion_words
+    from dvdquant.system.devices import resolve_device
 
     how = generator.options
     parts = parts_of_run(
@@ -371,6 +376,8 @@ def say_needs(
     progress.event("needs", parts=[part.to_json() for part in parts], memory=arrangement.plan.to_json(), **held)
     echo(needs_text(parts, plan[0], len(plan), generator.checker.pipeline_of(plan[0][0]), arrangement.text()))
     if quantized:
+        if words := fusion_words(resolve_device(how.device), how.compile, how.fuse):
+            echo("\n" + words)
         echo("\n" + held_text(generator.artifact))
 
 
@@ -502,6 +509,8 @@ def check_options(settings: RunOptions) -> None:
         "--cache skips steps of the engines, and --mode 16 runs the original checkpoint": settings.cache != "off"
         and settings.mode == "16",
         "--compile is for the quantized transformer, and --mode 16 runs the original": settings.compile
+        and settings.mode == "16",
+        "--fuse is for the quantized transformer, and --mode 16 runs the original": bool(settings.fuse)
         and settings.mode == "16",
         "--cfg-parallel is for the engines, and --compare also runs the original checkpoint": settings.cfg_parallel
         is not None

@@ -129,7 +129,7 @@ def _backend(settings: RunOptions, artifact: Artifact, device: torch.device) -> 
     """Return the full name of the backend that runs."""
     from dvdquant.deploy.sessions import best_backend, full_name
 
-    name = "pytorch" if settings.compile or settings.attention_backend else full_name(settings.backend)
+    name = "pytorch" if settings.compile or settings.fuse or settings.attention_backend else full_name(settings.backend)
     return best_backend(artifact, artifact.components[0], None, device)[0] if name == "auto" else name
 
 
