@@ -34,7 +34,7 @@ from dvdquant.deploy.generation.request import (
     OnStep,
 )
 from dvdquant.deploy.generation.text_embeds import save_text_embeds
-from dvdquant.deploy.generation.text_encoder import eight_bit_text, release_memory
+from dvdquant.deploy.generation.text_encoder import narrow_text, release_memory
 from dvdquant.deploy.pipelines.schedulers import CONDITIONS, FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.sessions import EngineSession
@@ -353,8 +353,8 @@ class PipelineGenerator(Generator):
             dtypes["vae"] = torch.float32
         more: dict[str, Any] = {}
         encoders = [name for name in self.folder.text_parts if name.startswith("text_encoder") and name not in parts]
-        if self.options.text_bits == 8 and encoders:
-            more["quantization_config"] = eight_bit_text(encoders)
+        if self.options.text_bits != 16 and encoders:
+            more["quantization_config"] = narrow_text(encoders, self.options.text_bits)
         try:
             with LOADING:
                 pipe = getattr(diffusers, class_name).from_pretrained(

@@ -15,8 +15,17 @@ from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.admission import stage_bytes
 from dvdquant.deploy.generation.check import PipelineChecker, RequestChecker
-from dvdquant.deploy.generation.memory_plan import EXPANDED, INT8_ROW, PACKED, RunBytes, engine_choices
+from dvdquant.deploy.generation.memory_plan import (
+    EXPANDED,
+    FOUR_BIT_GROUP,
+    INT8_ROW,
+    PACKED,
+    RunBytes,
+    engine_choices,
+    four_bit_row,
+)
 from dvdquant.deploy.generation.request import GenerateRequest
+from dvdquant.deploy.generation.text_encoder import TEXT_BITS
 from dvdquant.deploy.sessions.lora_needs import lora_bytes
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.weights import WeightForm, WeightPolicy
@@ -26,7 +35,7 @@ __all__ = ["Part", "parts_of_run", "run_bytes"]
 
 _ENGINES = ("rtx", "tensorrt", "tensorrt_rtx")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Matrices that are looked up and not multiplied with; torchao leaves them in 16 bit.
+# Matrices that are looked up and not multiplied with, or of no use to a text encoder; they stay in 16 bit.
 _EMBEDDING = re.compile(r"embed|shared|attention_bias|lm_head|wte|wpe")
 
 
@@ -125,10 +134,12 @@ def run_bytes(
         loras: LoRAs that run beside the quantized weights, by transformer.
     """
     parts = _pipeline_parts(checker, requests)
-    eight = {name: _loaded_bytes(checker, name, tensors, 8) for name, tensors in parts.items()}
     sixteen = {name: _loaded_bytes(checker, name, tensors, 16) for name, tensors in parts.items()}
-    encoders = [name for name in parts if _is_text(name)]
-    text = {16: sum(sixteen[n] for n in encoders), 8: sum(eight[n] for n in encoders)} if encoders else {}
+    encoders = {name: tensors for name, tensors in parts.items() if _is_text(name)}
+    text = {
+        bits: sum(_loaded_bytes(checker, name, tensors, bits) for name, tensors in encoders.items())
+        for bits in (TEXT_BITS if encoders else ())
+    }
     stages = {tiled: [stage_bytes(checker, r, vae_tiling=tiled) for r in requests] for tiled in (False, True)}
     return RunBytes(
         text=text,
@@ -212,8 +223,11 @@ def _loaded_bytes(checker: RequestChecker, part: str, tensors: Sequence[TensorIn
     loaded = 0
     for tensor in tensors:
         count = math.prod(tensor.shape)
-        if bits == 8 and len(tensor.shape) == 2 and not _EMBEDDING.search(tensor.name):
+        linear = len(tensor.shape) == 2 and not _EMBEDDING.search(tensor.name)
+        if bits == 8 and linear:
             loaded += count + INT8_ROW * tensor.shape[0]
+        elif bits == 4 and linear and tensor.shape[1] % FOUR_BIT_GROUP == 0:
+            loaded += four_bit_row(tensor.shape[1]) * tensor.shape[0]
         else:
             loaded += count * width if tensor.dtype in _FLOATS else tensor.nbytes
     return loaded

@@ -89,7 +89,7 @@ def plan_run(
     """
     from dvdquant.deploy.generation.memory_plan import Arrangement, arrange, best, fitting, possible
     from dvdquant.deploy.generation.needs import run_bytes
-    from dvdquant.deploy.generation.text_encoder import can_quantize_text
+    from dvdquant.deploy.generation.text_encoder import usable_text_bits
     from dvdquant.ops.cuda_linear import usable_kernels
     from dvdquant.system.devices import resolve_device
 
@@ -113,8 +113,9 @@ def plan_run(
     fixed: dict[str, Any] = {name: True for name, decided in given.items() if decided}
     if settings.text_encoder_bits is not None:
         fixed["text_bits"] = int(settings.text_encoder_bits)
-    elif not can_quantize_text():
-        fixed["text_bits"] = 16
+    else:
+        usable = usable_text_bits()
+        run = dataclasses.replace(run, text={bits: size for bits, size in run.text.items() if bits in usable})
     first = next(iter(run.transformer))
     if memory is not None:
         return fitting(run, memory, unified=place.unified, fixed=fixed)
@@ -139,7 +140,8 @@ def _backend(settings: RunOptions, generator: Generator, device: torch.device) -
 
     artifact = generator.artifact
     # LoRAs that the best backend has no place for have moved the generator to another.
-    name = "pytorch" if settings.compile or settings.attention_backend else full_name(generator.options.backend)
+    in_pytorch = settings.compile or settings.fuse or settings.attention_backend
+    name = "pytorch" if in_pytorch else full_name(generator.options.backend)
     return best_backend(artifact, artifact.components[0], None, device)[0] if name == "auto" else name
 
 
