@@ -36,6 +36,8 @@ from tests.support.exporting import TINY_WAN
 from tests.support.running import tiny_wan_export
 from tests.support.step_sessions import FaultySession, inputs_at, tiny_export, walk
 
+pytestmark = pytest.mark.usefixtures("lent_sessions")
+
 PROMPTS = ["circle red right small black", "ring blue up large grey"]
 STEPS = 10
 
@@ -46,7 +48,7 @@ def out() -> Path:
 
 
 @pytest.fixture(scope="module")
-def planned(out: Path) -> Plan:
+def planned(out: Path, lent_sessions: None) -> Plan:
     return plan(Artifact.open(out), PROMPTS, Goal(average_bits=6.0), steps=STEPS, backend="onnxruntime")
 
 
@@ -414,6 +416,7 @@ def test_fields_of_a_request_that_contradict_each_other(out: Path) -> None:
         ({"mode": "a8", "schedule": schedule}, "schedule"),
         ({"mode": "planned", "schedule": schedule, "cache": 0.1}, "cache"),
         ({"mode": "16", "cache": 0.1}, "cache"),
+        ({"mode": "planned", "schedule": schedule, "cache_policy": "easycache"}, "cache_policy"),
     ]
     for fields, text in cases:
         with pytest.raises(UnsupportedError, match=text) as caught:
