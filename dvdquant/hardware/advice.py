@@ -120,17 +120,23 @@ def choose_target(sms: Sequence[str]) -> tuple[str, str]:
         UnsupportedError: One is unknown or has nothing, or they need different targets.
     """
     found = [capability(sm) for sm in sms]
-    if all(each.rtx for each in found):
-        return "rtx", "TensorRT-RTX builds its engines without a GPU"
     without = [each.sm for each in found if not each.rtx]
-    if any(each.rtx for each in found):
+    unlisted = [each.sm for each in found if each.rtx and not each.rtx_listed]
+    listed = len(found) - len(without) - len(unlisted)
+    if listed and not without:
+        words = f"; NVIDIA's support matrix of it does not name SM {', '.join(unlisted)}" if unlisted else ""
+        return "rtx", f"TensorRT-RTX builds its engines without a GPU{words}"
+    if listed:
         raise UnsupportedError(
             f"TensorRT-RTX builds no engines for SM {', '.join(without)}",
             available=[each.sm for each in CAPABILITIES.values() if each.rtx],
             fix=f"export for it alone, into another folder: --sm {without[0]} --target graphs, or --target tensorrt",
         )
+    reasons = [f"TensorRT-RTX builds no engines for SM {', '.join(without)}"] if without else []
+    if unlisted:
+        reasons.append(f"NVIDIA's support matrix of TensorRT-RTX does not name SM {', '.join(unlisted)}")
     return "graphs", (
-        f"TensorRT-RTX builds no engines for SM {', '.join(without)}; PyTorch sessions run the graphs' weights on our kernels, "
+        f"{'; '.join(reasons)}; PyTorch sessions run the graphs' weights on our kernels, "
         "and --target tensorrt builds engines with the plugin"
     )
 
