@@ -27,6 +27,7 @@ from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.held_weights import HeldWeights, held_weights, largest_kept, shape_of
 from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.ops.cuda import KernelLibrary, load_library
+from dvdquant.ops.packed_rows import group_bytes
 from dvdquant.recipe import get_recipe
 
 GIB = 2**30
@@ -82,7 +83,8 @@ def asked(plan: ModelPlan, library: KernelLibrary, sm: int, bits: Sequence[int])
     for spec in plan.layers:
         layers = [shape_of(spec, plan, width) for width in bits]
         forms = {found.form: found.prepared_bytes for found in (library.plan_layer(layer, sm) for layer in layers)}
-        packed += spec.out_features * spec.features // 2 + library.rows_bytes(layers[0], sm)
+        packed += spec.out_features * spec.features // 2 + sum(group_bytes(layers[0]))
+        packed += library.rows_bytes(layers[0], sm)
         expanded += sum(forms.values())
     return packed, expanded
 

@@ -70,9 +70,8 @@ def words(found: Fit) -> str:
         found: Whether a model fits a device.
     """
     how = found.plan.arrangement.words("packed weights")
-    short = how.replace("text encoder before the transformer", "text first").replace(
-        "text encoder in 8 bits", "text int8"
-    )
+    short = how.replace("text encoder before the transformer", "text first")
+    short = short.replace("text encoder in 8 bits", "text int8").replace("text encoder in 4 bits", "text 4 bits")
     short = short.replace("VAE in tiles", "tiles").replace("parts offloaded", "offload")
     return f"{short or 'yes'} ({amount(found.plan.peak)})" if found.fits else f"**no** ({amount(found.plan.peak)})"
 

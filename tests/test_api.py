@@ -154,6 +154,8 @@ WRONG_REQUESTS: list[dict[str, Any]] = [
     {"weighting": "steps"},
     {"weighting": ["step"]},
     {"cache": "0.1"},
+    {"cache_policy": 1},
+    {"cache_policy": ["easycache"]},
     {"height": 24.5},
     {"num_frames": [8]},
 ]

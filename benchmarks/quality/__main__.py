@@ -9,6 +9,7 @@ COMMANDS = {
     "run": "measure what is missing, then write the tables and plots",
     "report": "write the tables and plots of docs/quality from the rows of a run",
     "attention": "measure what 8-bit attention costs",
+    "caches": "measure what step caches cost",
     "strips": "draw one prompt by seven methods, frame by frame",
     "outliers": "write the toy model with outlier channels, which computes the same",
     "train": "train the toy model on",

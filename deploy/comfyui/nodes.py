@@ -15,7 +15,7 @@ from dvdquant.deploy.comfyui import places
 from dvdquant.deploy.comfyui.sampling import OPTION, Settings, Trace
 from dvdquant.deploy.comfyui.trace_text import trace_json, trace_picture, trace_table
 from dvdquant.deploy.generation.video import enlarge
-from dvdquant.deploy.switching.defaults import DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS
+from dvdquant.deploy.switching.defaults import CACHE_POLICIES, DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
@@ -123,6 +123,8 @@ class BitSchedule:
             "optional": {
                 "total_steps": _help("INT", "Where several samplers share a clip: steps of the whole clip.", **steps),
                 "first_step": _help("INT", "Where several samplers share a clip: start_at_step of this one.", **steps),
+                # The last one: a saved workflow lists its values in this order.
+                "cache_policy": _choice(list(CACHE_POLICIES), "Of cache. What predicts which steps can be skipped."),
             },
         }  # fmt: skip
 
@@ -136,6 +138,7 @@ class BitSchedule:
         cache: float,
         total_steps: int = 0,
         first_step: int = 0,
+        cache_policy: str = CACHE_POLICIES[0],
     ) -> tuple[Any]:
         """Return the MODEL with other settings.
 
@@ -148,12 +151,14 @@ class BitSchedule:
             cache: The threshold of the step cache; 0 is off.
             total_steps: The steps of the whole clip if several samplers share it.
             first_step: The index of this sampler's first step in the whole clip.
+            cache_policy: What predicts which steps can be skipped.
         """
         if cache and mode == "planned":
             raise UnsupportedError(
                 "a planned schedule says itself which steps are skipped", fix="set cache to 0, or mode to switch"
             )
-        changes = {"mode": mode, "delta": delta, "last_high": last_high, "weighting": weighting, "cache": cache}
+        changes = {"mode": mode, "delta": delta, "last_high": last_high, "weighting": weighting}
+        changes |= {"cache": cache, "cache_policy": cache_policy}
         return (_changed(model, "Bit schedule", **changes, total_steps=total_steps, first_step=first_step),)
 
 

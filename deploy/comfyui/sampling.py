@@ -14,7 +14,7 @@ from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.comfyui.calls import BranchNames, step_of
 from dvdquant.deploy.pipelines.adapters import Adapter
 from dvdquant.deploy.switching.controller import StepRecord
-from dvdquant.deploy.switching.defaults import DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS
+from dvdquant.deploy.switching.defaults import CACHE_POLICIES, DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS, CachePolicy
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.deploy.switching.gbs import Weighting
 from dvdquant.deploy.switching.runner import StepRunner
@@ -61,6 +61,7 @@ class Settings:
         last_high: The number of last steps of ``switch`` that run on the engine with more bits.
         weighting: ``step`` weighs a change by how far its step moves; ``none`` is the published rule.
         cache: The threshold below which a step is skipped; 0 skips none.
+        cache_policy: What predicts which steps can be skipped.
         total_steps: The number of steps of the whole clip if several samplers share it, or 0.
         first_step: The index of this sampler's first step in the whole clip.
         loras: LoRAs that run beside the weights.
@@ -72,6 +73,7 @@ class Settings:
     last_high: int = LAST_HIGH
     weighting: Weighting = WEIGHTINGS[0]
     cache: float = 0.0
+    cache_policy: CachePolicy = CACHE_POLICIES[0]
     total_steps: int = 0
     first_step: int = 0
     loras: tuple[LoraSpec, ...] = ()
@@ -122,6 +124,7 @@ class SamplingRun:
             delta=settings.delta if switches else None,
             schedule=schedule,
             cache=settings.cache or None,
+            cache_policy=settings.cache_policy if settings.cache else None,
             # A sampler that stops at noise leaves the last steps to another one.
             last_high=(settings.last_high if self._ends else 0) if switches else None,
             weighting=settings.weighting if switches else None,

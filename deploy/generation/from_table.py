@@ -118,6 +118,11 @@ class TableGenerator(Generator):
         check_cancelled(cancel, "anything was loaded")
         self._runner(request)
 
+    def sessions(self) -> dict[str, EngineSession]:
+        """See :class:`Generator`."""
+        session = self._session
+        return {} if session is None else {self.component: session}
+
     def close(self) -> None:
         """See :class:`Generator`. A clip that another thread draws ends with EngineError."""
         with self._loading:

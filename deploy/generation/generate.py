@@ -109,7 +109,7 @@ def open_generator(
         vae_tiling: decode in tiles, one after the other: less memory, and seams that are blended.
         text_embeds: a file of text embeddings (:mod:`.text_embeds`); then no text encoder is loaded.
         alternate: load the text encoder first, and free it before the transformer is loaded.
-        text_encoder_bits: bits of the text encoder's weights, 16, or 8 with torchao.
+        text_encoder_bits: bits of the text encoder's weights, 16, 4, or 8 with torchao.
         bits: the activation bits to load; the default is all of the export's. A step that fails is not repeated on bits that
             are not loaded.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights (:func:`.sessions.open_session`).
@@ -149,7 +149,7 @@ def rearranged(generator: Generator, **changes: Any) -> Generator:
     Raises:
         UnsupportedError: The model has no such part, or torchao is missing.
     """
-    options = dataclasses.replace(generator.options, **changes)
+    options = dataclasses.replace(generator.given_options, **changes)
     check_text_bits(options.text_bits)
     checker: Any = generator.checker
     return _open(checker, options, generator.given_lora)
@@ -176,7 +176,7 @@ def reload_generator(old: Generator) -> Generator:
             limits=old.checker.limits,
             text_embeds=old.checker.text_embeds if isinstance(old.checker, PipelineChecker) else None,
         ),
-        old.options,
+        old.given_options,
         old.given_lora,
     )
     try:

@@ -25,8 +25,9 @@ from dvdquant.deploy.cancel import CancelSignal, check_cancelled
 from dvdquant.deploy.generation.admission import Admission, device_memory
 from dvdquant.deploy.generation.check import BATCHED, RequestChecker
 from dvdquant.deploy.generation.request import DISTILLED, GenerateRequest, GenerateResult, OnStep
-from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.deploy.sessions import EngineSession, best_backend, full_name, open_session
 from dvdquant.deploy.sessions.guidance_pair import paired
+from dvdquant.deploy.sessions.lora_needs import read_beside, without_place
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.errors import UnsupportedError
@@ -101,7 +102,7 @@ class SessionOptions:
         vae_tiling: Encode and decode images in tiles, one after the other.
         cfg_parallel: A second device for the second branch of guidance, or None to run both on ``device``.
         alternate: Load the text encoder first, and free it before the transformer is loaded.
-        text_bits: Bits of the text encoder's weights: 16, or 8 with torchao.
+        text_bits: Bits of the text encoder's weights: 16, 4, or 8 with torchao.
         bits: The activation bits that are loaded; None loads all of the export's.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
     """
@@ -188,16 +189,38 @@ class Generator(ABC):
         checker: What the export and its model can make.
         options: How sessions are opened.
         lora: LoRAs that were named for it: those of the export, or others that run beside the weights.
+
+    Attributes:
+        options: How sessions are opened here. given_options: How they were to be opened; the backend may differ.
+        loras: The changes of those that run beside the weights, by transformer.
+
+    Raises:
+        CheckpointError: A file is no LoRA of this model.
     """
 
     def __init__(self, checker: RequestChecker, options: SessionOptions, lora: Sequence[LoraSpec] = ()) -> None:
         artifact = checker.artifact
         self.checker, self.artifact, self.family = checker, artifact, checker.family
-        self.options, self.given_lora = options, tuple(lora)
+        self.options, self.given_options, self.given_lora = options, options, tuple(lora)
         self.admission = Admission(checker, vae_tiling=options.vae_tiling)
         self._tried: set[tuple[int, int, str]] = set()  # steps, tokens and pipeline that the scheduler has gone through
         self.lora, beside = split_given(artifact.manifest.lora, lora)
         self.beside = components_of(beside, artifact.components)
+        self.loras = read_beside(artifact, self.beside)
+        self._moved = self._move_for_loras()
+
+    def _move_for_loras(self) -> str | None:
+        """Take PyTorch where the backend is free and the best one has no place for the LoRAs; return so in words."""
+        options = self.options
+        if full_name(options.backend) != "auto" or options.compile or options.attention_backend is not None:
+            return None
+        for component, loras in self.loras.items():
+            name, _ = best_backend(self.artifact, component, options.bits, resolve_device(options.device))
+            reason = None if name == "pytorch" else without_place(self.artifact, component, loras)
+            if reason is not None:
+                self.options = dataclasses.replace(options, backend="pytorch")
+                return f"{reason}; so PyTorch runs it, and not {name}"
+        return None
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """Return ``request`` with steps, guidance and size filled in, before anything is loaded.
@@ -237,6 +260,10 @@ class Generator(ABC):
         raise UnsupportedError(
             f"--cfg-parallel runs two branches of guidance on two devices, and {reason}", fix="leave --cfg-parallel out"
         )
+
+    @abstractmethod
+    def sessions(self) -> dict[str, EngineSession]:
+        """Return the sessions that are open, by transformer; before the first clip or warm-up there is none."""
 
     @abstractmethod
     def _rehearse(self, steps: int, tokens: int, pipeline: str) -> None:
@@ -356,7 +383,11 @@ class Generator(ABC):
         for bits in self.options.bits or self.artifact.bits(self.artifact.components[0]):
             started = time.perf_counter()
             mode = f"a{bits}"
-            self.generate(dataclasses.replace(base, mode=mode, steps=steps, delta=None, cache=None, schedule=None))
+            self.generate(
+                dataclasses.replace(
+                    base, mode=mode, steps=steps, delta=None, cache=None, cache_policy=None, schedule=None
+                )
+            )
             seconds[mode] = time.perf_counter() - started
         return seconds
 
@@ -431,9 +462,12 @@ class Generator(ABC):
         raise UnsupportedError("a model with a prompt table has no text encoder", fix="leave --save-text-embeds out")
 
     def notes(self, request: GenerateRequest) -> list[str]:
-        """Return what a user should know of a checked request before it is drawn."""
-        del request
-        return []
+        """Return what a user should know of a checked request before it is drawn.
+
+        Args:
+            request: The request, as :meth:`check` returned it.
+        """
+        return [self._moved] if self._moved is not None and request.mode != "16" else []
 
     def fps(self, frames: int) -> int:
         """Return the frames per second at which a clip of ``frames`` frames is meant to be seen.
@@ -475,6 +509,7 @@ def controller_of(
         bits=bits or artifact.bits(component),
         schedule=request.schedule,
         cache=request.cache,
+        cache_policy=request.cache_policy,
         **rule,
     )
 

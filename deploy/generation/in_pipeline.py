@@ -34,9 +34,10 @@ from dvdquant.deploy.generation.request import (
     OnStep,
 )
 from dvdquant.deploy.generation.text_embeds import save_text_embeds
-from dvdquant.deploy.generation.text_encoder import eight_bit_text, release_memory
+from dvdquant.deploy.generation.text_encoder import narrow_text, release_memory
 from dvdquant.deploy.pipelines.schedulers import CONDITIONS, FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
+from dvdquant.deploy.sessions import EngineSession
 from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.errors import CheckpointError
 from dvdquant.system.devices import resolve_device
@@ -87,7 +88,7 @@ class PipelineGenerator(Generator):
         found = [stretch_words(picture, height, width) for picture in self.checker.pictures(request).values()]
         if self.options.offload and resolve_device(self.options.device).type == "cpu":
             found.append("--offload saves nothing on a CPU: the parts are in the host's memory anyway")
-        return [words for words in found if words is not None]
+        return [*super().notes(request), *(words for words in found if words is not None)]
 
     def _rehearse(self, steps: int, tokens: int, pipeline: str) -> None:
         name, root = self.family.name, self.folder.root
@@ -245,6 +246,10 @@ class PipelineGenerator(Generator):
                 pipe.maybe_free_model_hooks()
             return frames_of(video)
 
+    def sessions(self) -> dict[str, EngineSession]:
+        """See :class:`Generator`."""
+        return {name: engine.session for name, engine in self._engines.items()}
+
     def close(self) -> None:
         """See :class:`Generator`. A clip that another thread draws ends with EngineError."""
         with self._loading:
@@ -348,8 +353,8 @@ class PipelineGenerator(Generator):
             dtypes["vae"] = torch.float32
         more: dict[str, Any] = {}
         encoders = [name for name in self.folder.text_parts if name.startswith("text_encoder") and name not in parts]
-        if self.options.text_bits == 8 and encoders:
-            more["quantization_config"] = eight_bit_text(encoders)
+        if self.options.text_bits != 16 and encoders:
+            more["quantization_config"] = narrow_text(encoders, self.options.text_bits)
         try:
             with LOADING:
                 pipe = getattr(diffusers, class_name).from_pretrained(

@@ -19,6 +19,7 @@ from dvdquant.text import amount
 
 __all__ = [
     "EXPANDED",
+    "FOUR_BIT_GROUP",
     "INT8_ROW",
     "PACKED",
     "Arrangement",
@@ -29,6 +30,7 @@ __all__ = [
     "best",
     "engine_choices",
     "fitting",
+    "four_bit_row",
     "possible",
 ]
 
@@ -36,7 +38,18 @@ PACKED, EXPANDED = "packed weights", "expanded weights"
 """What is loaded of the transformers where all bit-widths share it."""
 INT8_ROW = 5
 """Bytes of the scale and the zero-point of a row, of a text encoder in 8 bits."""
+FOUR_BIT_GROUP = 32
+"""Channels that share a scale and a zero-point, of a text encoder in 4 bits; another number of channels stays in 16 bit."""
 TEXT, STEPS, FRAMES = "text is encoded", "steps are taken", "frames are decoded"
+
+
+def four_bit_row(features: int) -> int:
+    """Return the bytes of a row of a text encoder in 4 bits: codes, a factor and a zero-point a group, and a scale in fp32.
+
+    Args:
+        features: The input channels of its layer.
+    """
+    return features // 2 + 2 * (features // FOUR_BIT_GROUP) + 4
 
 
 @dataclass(frozen=True)
@@ -194,7 +207,8 @@ def arrange(run: RunBytes, arrangement: Arrangement) -> MemoryPlan:
 def possible(run: RunBytes, *, unified: bool, fixed: Mapping[str, Any] | None = None) -> list[MemoryPlan]:
     """Return every arrangement of a run, the one that costs least first.
 
-    What costs time comes before what changes the clip: tiles, offload, alternating, the text encoder in 8 bits, fewer bit-widths.
+    What costs time comes before what changes the clip: tiles, offload, alternating, the text encoder in 8 and in 4 bits, fewer
+    bit-widths.
 
     Args:
         run: The bytes of the run.
@@ -215,8 +229,8 @@ def possible(run: RunBytes, *, unified: bool, fixed: Mapping[str, Any] | None = 
 
     def cost(plan: MemoryPlan) -> tuple[int, int]:
         how = plan.arrangement
-        each = how.vae_tiling + 2 * how.offload + 3 * how.alternate + 8 * (how.text_bits != 16)
-        return each + 16 * order.index(how.transformer), plan.peak
+        each = how.vae_tiling + 2 * how.offload + 3 * how.alternate + {16: 0, 8: 8, 4: 16}[how.text_bits]
+        return each + 24 * order.index(how.transformer), plan.peak
 
     return sorted(plans, key=cost)
 

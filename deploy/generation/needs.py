@@ -5,17 +5,28 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dvdquant.checkpoint.lora.fuse import Loras
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.admission import stage_bytes
 from dvdquant.deploy.generation.check import PipelineChecker, RequestChecker
-from dvdquant.deploy.generation.memory_plan import EXPANDED, INT8_ROW, PACKED, RunBytes, engine_choices
+from dvdquant.deploy.generation.memory_plan import (
+    EXPANDED,
+    FOUR_BIT_GROUP,
+    INT8_ROW,
+    PACKED,
+    RunBytes,
+    engine_choices,
+    four_bit_row,
+)
 from dvdquant.deploy.generation.request import GenerateRequest
+from dvdquant.deploy.generation.text_encoder import TEXT_BITS
+from dvdquant.deploy.sessions.lora_needs import lora_bytes
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.weights import WeightForm, WeightPolicy
 from dvdquant.system.safetensors_io import TensorInfo, read_header, read_header_from
@@ -24,7 +35,7 @@ __all__ = ["Part", "parts_of_run", "run_bytes"]
 
 _ENGINES = ("rtx", "tensorrt", "tensorrt_rtx")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Matrices that are looked up and not multiplied with; torchao leaves them in 16 bit.
+# Matrices that are looked up and not multiplied with, or of no use to a text encoder; they stay in 16 bit.
 _EMBEDDING = re.compile(r"embed|shared|attention_bias|lm_head|wte|wpe")
 
 
@@ -59,6 +70,7 @@ def parts_of_run(
     offload: bool,
     alternate: bool = False,
     text_bits: int = 16,
+    loras: Mapping[str, Loras] | None = None,
 ) -> list[Part]:
     """Return the parts that a run of checked requests loads, in the order in which they are used.
 
@@ -69,6 +81,7 @@ def parts_of_run(
         offload: Whether the pipeline's other parts are on the device only while they are used.
         alternate: Whether the text encoder is freed before the transformer is loaded.
         text_bits: Bits of the text encoder's weights.
+        loras: LoRAs that run beside the quantized weights, by transformer.
     """
     found = []
     # 1. The pipeline's own parts.
@@ -86,8 +99,11 @@ def parts_of_run(
         if any(request.mode != "16" for request in requests):
             what, nbytes = _executed(checker.artifact, component, backend)
             found.append(Part(f"{component} ({what})", nbytes, nbytes, always, stays=True))
-            if room := _room_for_loras(checker.artifact, component, backend):
-                found.append(Part(f"{component} (room for LoRAs)", 0, room, always, stays=True))
+            beside = None if loras is None else loras.get(component)
+            if room := lora_bytes(checker.artifact, component, beside, backend):
+                stored = 0 if beside is None else sum(lora.nbytes for lora in beside.fused)
+                words = "room for LoRAs" if beside is None else "LoRAs beside the weights"
+                found.append(Part(f"{component} ({words})", stored, room, always, stays=True))
         if any(request.mode == "16" for request in requests):
             original = 2 * _parameters(checker.artifact, component)
             found.append(Part(f"{component} (16 bit)", original, original, always, stays=True))
@@ -103,6 +119,7 @@ def run_bytes(
     narrow: bool,
     sm: str | None = None,
     weights: WeightPolicy = "auto",
+    loras: Mapping[str, Loras] | None = None,
 ) -> RunBytes:
     """Return the bytes of a run of checked requests, for :mod:`.memory_plan`.
 
@@ -114,18 +131,21 @@ def run_bytes(
         narrow: Whether a run that switches may load one bit-width instead.
         sm: The compute capability, where our kernels run; else None.
         weights: How quantized weights are held there.
+        loras: LoRAs that run beside the quantized weights, by transformer.
     """
     parts = _pipeline_parts(checker, requests)
-    eight = {name: _loaded_bytes(checker, name, tensors, 8) for name, tensors in parts.items()}
     sixteen = {name: _loaded_bytes(checker, name, tensors, 16) for name, tensors in parts.items()}
-    encoders = [name for name in parts if _is_text(name)]
-    text = {16: sum(sixteen[n] for n in encoders), 8: sum(eight[n] for n in encoders)} if encoders else {}
+    encoders = {name: tensors for name, tensors in parts.items() if _is_text(name)}
+    text = {
+        bits: sum(_loaded_bytes(checker, name, tensors, bits) for name, tensors in encoders.items())
+        for bits in (TEXT_BITS if encoders else ())
+    }
     stages = {tiled: [stage_bytes(checker, r, vae_tiling=tiled) for r in requests] for tiled in (False, True)}
     return RunBytes(
         text=text,
         image=sixteen.get("image_encoder", 0),
         vae=sixteen.get("vae", 0),
-        transformer=_transformers(checker.artifact, requests, backend, narrow, sm, weights),
+        transformer=_transformers(checker.artifact, requests, backend, narrow, sm, weights, loras or {}),
         step=max(step for step, _ in stages[False]) * (2 if backend == "onnxruntime" else 1),  # it computes in fp32
         decode={tiled: max(decode for _, decode in each) for tiled, each in stages.items()},
         base=base,
@@ -139,13 +159,14 @@ def _transformers(
     narrow: bool,
     sm: str | None,
     weights: WeightPolicy,
+    loras: Mapping[str, Loras],
 ) -> dict[str, int]:
     """Return the bytes of what may be loaded of the transformers, by its name in words."""
     modes = {request.mode for request in requests}
     beside = sum(2 * _parameters(artifact, component) for component in artifact.components) if "16" in modes else 0
     if modes == {"16"}:
         return {"16 bit": beside}
-    beside += sum(_room_for_loras(artifact, component, backend) for component in artifact.components)
+    beside += sum(lora_bytes(artifact, name, loras.get(name), backend) for name in artifact.components)
     bits = artifact.bits(artifact.components[0])
     # 1. Engines that hold their weights themselves: each width has its own.
     plugin = _has_plugin(artifact)
@@ -202,8 +223,11 @@ def _loaded_bytes(checker: RequestChecker, part: str, tensors: Sequence[TensorIn
     loaded = 0
     for tensor in tensors:
         count = math.prod(tensor.shape)
-        if bits == 8 and len(tensor.shape) == 2 and not _EMBEDDING.search(tensor.name):
+        linear = len(tensor.shape) == 2 and not _EMBEDDING.search(tensor.name)
+        if bits == 8 and linear:
             loaded += count + INT8_ROW * tensor.shape[0]
+        elif bits == 4 and linear and tensor.shape[1] % FOUR_BIT_GROUP == 0:
+            loaded += four_bit_row(tensor.shape[1]) * tensor.shape[0]
         else:
             loaded += count * width if tensor.dtype in _FLOATS else tensor.nbytes
     return loaded
@@ -235,16 +259,6 @@ def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, in
 def _has_plugin(artifact: Artifact) -> bool:
     """Return whether engines take the packed weights as inputs of the plugin, instead of holding weights themselves."""
     return any(entry["precision"] == "plugin" for entry in artifact.manifest.engines)
-
-
-def _room_for_loras(artifact: Artifact, component: str, backend: str) -> int:
-    """Return the bytes that the inputs reserved for LoRAs take in a session; one of PyTorch has modules instead."""
-    if not artifact.manifest.lora_rank or backend == "pytorch":
-        return 0
-    from dvdquant.model.lora_inputs import lora_input_shapes
-
-    plan = artifact.plan(component)
-    return sum(2 * math.prod(shape) for shape in lora_input_shapes(plan.layers, plan.lora_rank).values())
 
 
 def _engine_bytes(artifact: Artifact, component: str, bits: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvdquant.deploy.generation.images import ImageSource, image_words
 from dvdquant.deploy.kinds import is_number, is_whole
-from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
+from dvdquant.deploy.switching.defaults import CACHE_POLICIES, LAST_HIGH, WEIGHTINGS, CachePolicy
 from dvdquant.deploy.switching.gbs import Stair, Weighting, delta_of_stair
 from dvdquant.errors import OutputError, ShapeError, UnsupportedError
 from dvdquant.model.families import Axis, Sizes
@@ -60,7 +60,9 @@ class GenerateRequest:
         delta: δ of ``switch``; None is :data:`DEFAULT_DELTA`. last_high: so many last steps of ``switch`` on
             the high engine, whatever δ says. weighting: of ``switch``, "step" or "none". Both as in the commands where not
             given; "none" and 0 last steps are the published rule. schedule: of ``planned``.
-        cache: threshold of the step cache; None computes every step.
+        cache: threshold of the step cache; None computes every step, unless ``cache_policy`` is given. cache_policy: what
+            predicts which steps can be skipped, see :mod:`dvdquant.deploy.switching.forecasts`; it brings a threshold of its
+            own. None is the family's.
         height, width, num_frames: in pixels and frames; None is what the export was tuned for.
         image, last_image: the first and the last frame, of models that draw from images: a path, the bytes of a file, or an
             image of Pillow.
@@ -77,6 +79,7 @@ class GenerateRequest:
     weighting: Weighting = WEIGHTINGS[0]
     schedule: Schedule | None = None
     cache: float | None = None
+    cache_policy: CachePolicy | None = None
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
@@ -172,6 +175,8 @@ def check_request(request: GenerateRequest, artifact: Artifact) -> None:
             )
     if request.weighting not in WEIGHTINGS:
         raise ShapeError(f"--weighting is {brief(request.weighting)}", available=WEIGHTINGS)
+    if request.cache_policy is not None and request.cache_policy not in CACHE_POLICIES:
+        raise ShapeError(f"--cache-policy is {brief(request.cache_policy)}", available=CACHE_POLICIES)
     _check_options(request)
     for component in artifact.components:
         _check_mode(request, artifact, component)
@@ -185,12 +190,13 @@ def _check_options(request: GenerateRequest) -> None:
         f"schedule says the bits of each step, and mode {mode!r:.40} does not follow it": (
             request.schedule is not None and mode != "planned"
         ),
-        "schedule says which steps are skipped, so cache does not apply": request.cache is not None
-        and mode == "planned",
-        "cache skips steps of the engines, and mode '16' runs the original checkpoint": (
-            request.cache is not None and mode == "16"
-        ),
     }
+    for name in ("cache", "cache_policy"):
+        given = getattr(request, name) is not None
+        clashes[f"schedule says which steps are skipped, so {name} does not apply"] = given and mode == "planned"
+        clashes[f"{name} skips steps of the engines, and mode '16' runs the original checkpoint"] = (
+            given and mode == "16"
+        )
     for what, clash in clashes.items():
         if clash:
             raise UnsupportedError(what, fix="leave one of the two out")

@@ -1,4 +1,4 @@
-"""Text encoders with little memory: weights in 8 bits, and memory that is given back once they are done."""
+"""Text encoders with little memory: weights in 8 or 4 bits, and memory that is given back once they are done."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 
+from dvdquant.deploy.generation.text_four_bits import four_bit_config
 from dvdquant.errors import UnsupportedError
 
-__all__ = ["TEXT_BITS", "can_quantize_text", "check_text_bits", "eight_bit_text", "release_memory"]
+__all__ = ["TEXT_BITS", "check_text_bits", "narrow_text", "release_memory", "usable_text_bits"]
 
-TEXT_BITS = (16, 8)
+TEXT_BITS = (16, 8, 4)
 
 
-def can_quantize_text() -> bool:
-    """Return whether torchao is installed, which a text encoder in 8 bits needs."""
-    return importlib.util.find_spec("torchao") is not None
+def usable_text_bits() -> tuple[int, ...]:
+    """Return the bits that the weights of a text encoder can have here: 8 need torchao."""
+    there = importlib.util.find_spec("torchao") is not None
+    return tuple(bits for bits in TEXT_BITS if bits != 8 or there)
 
 
 def check_text_bits(bits: int) -> None:
@@ -28,41 +30,50 @@ def check_text_bits(bits: int) -> None:
         bits: Bits of the weights.
 
     Raises:
-        UnsupportedError: They are neither 16 nor 8, or torchao is not installed.
+        UnsupportedError: They are not one of :data:`TEXT_BITS`, or torchao is not installed for 8.
     """
     if bits not in TEXT_BITS:
         raise UnsupportedError(f"a text encoder in {bits} bits", available=[str(each) for each in TEXT_BITS])
-    if bits == 8 and not can_quantize_text():
+    if bits not in usable_text_bits():
         raise UnsupportedError(
             "a text encoder in 8 bits needs torchao, which is not installed",
-            fix="leave --text-encoder-bits out, or pip install 'dvdquant[text-int8]'",
+            available=[str(each) for each in usable_text_bits()],
+            fix="take --text-encoder-bits 4, or pip install 'dvdquant[text-int8]'",
         )
 
 
-def eight_bit_text(encoders: Sequence[str]) -> Any:
-    """Return the configuration with which a pipeline loads text encoders in 8 bits, tensor by tensor.
+def narrow_text(encoders: Sequence[str], bits: int) -> Any:
+    """Return the configuration with which a pipeline loads text encoders in few bits, tensor by tensor.
 
-    The weights of linear layers become int8 with a scale per row (torchao); embeddings stay in 16 bit.
+    In 8 bits the weights of linear layers become int8 with a scale per row (torchao), in 4 bits see :mod:`.text_four_bits`.
+    Embeddings stay in 16 bit.
 
     Args:
         encoders: The names of the text encoders in the pipeline.
+        bits: Bits of their weights, 8 or 4.
 
     Raises:
-        UnsupportedError: torchao is missing, or it does not fit the other libraries.
+        UnsupportedError: torchao is missing, or it or transformers does not fit the other libraries.
     """
-    check_text_bits(8)
+    check_text_bits(bits)
     try:
         from diffusers import PipelineQuantizationConfig
-        from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
 
-        each = {name: TorchAoConfig(Int8WeightOnlyConfig()) for name in encoders}
+        each = {name: _eight_bit_config() if bits == 8 else four_bit_config() for name in encoders}
         return PipelineQuantizationConfig(quant_mapping=each)
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        library = "torchao" if bits == 8 else "transformers"
         raise UnsupportedError(
-            f"torchao does not work with the libraries that are installed: {str(error).strip():.300}",
-            fix="leave --text-encoder-bits out, or upgrade: pip install 'dvdquant[text-int8]'",
+            f"{library} does not work with the libraries that are installed: {str(error).strip():.300}",
+            fix="leave --text-encoder-bits out, or upgrade: pip install -U 'dvdquant[text-int8]'",
         ) from error
+
+
+def _eight_bit_config() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def release_memory(device: torch.device) -> None:

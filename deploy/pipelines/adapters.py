@@ -121,10 +121,11 @@ class Adapter:
             The output of the whole batch, in the order of its samples.
         """
         slices = list(self.slices(inputs))
+        whole = None if len(slices) == 1 else inputs["hidden_states"]
         samples = []
         for number, (part, count) in enumerate(slices):
             name = branch if len(slices) == 1 else f"{branch}/{number}"
-            samples.append(runner.run(part, branch=name, step=step, steps=steps)[:count])
+            samples.append(runner.run(part, branch=name, step=step, steps=steps, latents=whole)[:count])
         return samples[0] if len(samples) == 1 else torch.cat(samples)
 
     def _each(self, spec: InputSpec) -> int | None:

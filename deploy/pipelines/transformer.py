@@ -39,6 +39,7 @@ from dvdquant.deploy.pipelines.unsupported import COPIED, LOADED, WholeEngine, k
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.sessions.guidance_pair import paired
 from dvdquant.deploy.switching.controller import StepController, StepInfo, StepRecord
+from dvdquant.deploy.switching.defaults import CachePolicy
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.deploy.switching.gbs import Weighting
 from dvdquant.deploy.switching.schedule import Schedule
@@ -134,6 +135,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         schedule: Schedule | str | Path | None = None,
         callback: Callable[[StepInfo], Any] | None = None,
         cache: StepCachePolicy | float | None = None,
+        cache_policy: CachePolicy | None = None,
         branch_policy: str = "shared",
         last_high: int | None = None,
         weighting: Weighting | None = None,
@@ -161,7 +163,9 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                 last ``last_high`` steps. The default is 0.12.
             schedule: A schedule of ``dvdq-plan``, or the path of one.
             callback: A function that is asked for the bits of every step.
-            cache: A step cache policy. A number is a threshold for the family's policy.
+            cache: The settings of the step cache. A number is a threshold for the policy.
+            cache_policy: What predicts which steps can be skipped: ``forecast``, ``easycache`` or ``magcache``. It switches
+                the cache on, with a threshold of its own where ``cache`` is None. The default is the family's.
             branch_policy: ``shared`` or ``separate`` decisions of the branches of guidance, see
                 :class:`StepController`.
             last_high: The number of last steps of ``switch`` that run on 8 bits. The default is 2; the published rule
@@ -186,7 +190,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             UnsupportedError: An option does not apply, or two options contradict each other.
         """
         # 1. The options.
-        _check_options(mode, delta, schedule, callback, last_high, weighting, cache)
+        skips = cache if cache_policy is None else cache_policy
+        _check_options(mode, delta, schedule, callback, last_high, weighting, skips)
         if unknown.get("use_safetensors") is not False:
             unknown = {name: value for name, value in unknown.items() if name not in _HARMLESS}
         if unknown:
@@ -231,6 +236,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                 schedule=schedule,
                 callback=callback,
                 cache=cache,
+                cache_policy=cache_policy,
                 branch_policy=branch_policy,
                 last_high=last_high,
                 weighting=weighting,

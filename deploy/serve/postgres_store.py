@@ -158,6 +158,11 @@ class PostgresStore(SqlStore[Connection]):
 
     def claim(self, worker: str, models: tuple[str, ...], lease: float) -> Job | None:
         """See :class:`JobStore`."""
+        # Most calls find nothing; they need no transaction.
+        text = f"select 1 from dvdq_jobs where status = 'queued' or (status = 'in_progress' and lease < {_NOW}) limit 1"
+        with self._connection() as db:
+            if self._one(db, text) is None:
+                return None
         with self._transaction() as db:
             self._put_back(db, self._dead(db, f"status = 'in_progress' and lease < {_NOW}"))
             row = self._one(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dvdquant.deploy.serve.pictures import PICTURES
+from dvdquant.deploy.switching.defaults import CachePolicy
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.system.records import brief
 from dvdquant.text import shown
@@ -80,7 +81,10 @@ class VideoRequest(BaseModel):
         None, ge=0, le=16, description="Switch with the delta that had this average in the schedule."
     )
     cache: float | None = Field(
-        None, ge=0, le=1e6, description="Skip a step whose output is predicted to change by less than this."
+        None, ge=0, le=1e6, description="Skip a step if the predicted error since the last computed one is below this."
+    )
+    cache_policy: CachePolicy | None = Field(
+        None, description="What predicts that error; without `cache` it brings a threshold of its own."
     )
 
 
@@ -219,6 +223,7 @@ def generate_request(
         "last_high",
         "weighting",
         "cache",
+        "cache_policy",
     )
     fields = {names.get(name, name): values[name] for name in (*names, *same) if name in values}
     fields |= {PICTURES[name]: source_of for name, source_of in (pictures or {}).items()}

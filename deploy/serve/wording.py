@@ -24,6 +24,7 @@ _NAMES = {
     "--width": "width",
     "--delta": "delta",
     "--cache": "cache",
+    "--cache-policy": "cache_policy",
     "--seed": "seed",
     "--mode": "mode",
     "--fps": "fps",

@@ -510,11 +510,7 @@ def _executed(generator: Generator) -> dict[str, Any]:
     """Return backend, device and dtype of what is loaded."""
     from dvdquant.deploy.generation.generator import executed_session
 
-    session = getattr(generator, "_session", None)
-    if session is None:
-        engines = getattr(generator, "_engines", {})
-        session = next((engine.session for engine in engines.values()), None)
-    return {} if session is None else executed_session(session)
+    return next((executed_session(session) for session in generator.sessions().values()), {})
 
 
 def _summary(drawn: _Drawn, size: int, encode_seconds: float) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch import Tensor
 
-from dvdquant.checkpoint.lora.fuse import Term, read_loras
+from dvdquant.checkpoint.lora.fuse import Loras, Term, read_loras
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import EngineError, UnsupportedError
@@ -73,6 +73,7 @@ class LoraInputs:
             return {}
         assert self._plan is not None
         loras = read_loras(self._class_name, self._plan.shapes, specs)
+        self.check(loras)
         left, found = dict(loras.terms), dict[str, Tensor]()
         for spec in self._plan.layers:
             found |= self._branch(spec, left)
@@ -80,13 +81,48 @@ class LoraInputs:
             found[name] = loras.apply(name, kept(name).detach().to("cpu", torch.float32, copy=True))
         return found
 
+    def check(self, loras: Loras) -> None:
+        """Check that the reserved inputs hold LoRAs. Nothing of their values is read.
+
+        Args:
+            loras: The changes to this transformer.
+
+        Raises:
+            UnsupportedError: The ranks are larger than what is reserved, or a whole matrix of a quantized layer changes.
+        """
+        assert self._plan is not None
+        for spec in self._plan.layers:
+            for member in spec.members:
+                self._check(member, loras.terms.get(f"{member}.weight", ()))
+
+    def _check(self, member: str, terms: Sequence[Term]) -> None:
+        """Check the changes to the weight of one layer, as :meth:`check` does."""
+        total = 0
+        for term in terms:
+            if term.down is None:
+                assert term.diff is not None
+                raise UnsupportedError(
+                    f"{shown(term.file.path)} changes the whole matrix of {member} ({shown(term.diff.name)}), which is "
+                    "packed in 4 bits",
+                    available=f"low-rank changes of it, up to rank {self.rank}",
+                    fix=_OTHER_WAYS,
+                )
+            total += term.down.shape[0]
+        if total > self.rank:
+            whose = "the LoRA has" if len(terms) == 1 else f"the {len(terms)} LoRAs have together"
+            raise UnsupportedError(
+                f"{whose} rank {total} in {member}, and the export reserves {self.rank}",
+                available=f"up to rank {self.rank}",
+                fix=f"export again with --lora-rank {total}, or {_OTHER_WAYS}",
+            )
+
     def _branch(self, spec: LayerSpec, left: dict[str, tuple[Term, ...]]) -> dict[str, Tensor]:
         """Return what goes into the inputs of one layer, and take its changes out of ``left``."""
         weights = {member: left.pop(f"{member}.weight", ()) for member in spec.members}
         biases = {member: left.pop(f"{member}.bias", ()) for member in spec.members}
         found = {}
         if any(weights.values()):
-            pairs = {member: self._pairs(member, terms) for member, terms in weights.items()}
+            pairs = {member: [_pair(term) for term in terms] for member, terms in weights.items()}
             found[f"{spec.name}.{DOWN}"], found[f"{spec.name}.{UP}"] = stacked(spec, self.rank, pairs)
         if any(biases.values()):
             parts = [
@@ -96,28 +132,11 @@ class LoraInputs:
             found[f"{spec.name}.{BIAS}"] = torch.cat(parts)
         return found
 
-    def _pairs(self, member: str, terms: Iterable[Term]) -> list[tuple[Tensor, Tensor]]:
-        """Return (B · factor, A) of each change to one layer; UnsupportedError where they do not fit the inputs."""
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for term in terms:
-            if term.diff is not None:
-                raise UnsupportedError(
-                    f"{shown(term.file.path)} changes the whole matrix of {member} ({shown(term.diff.name)}), which is "
-                    "packed in 4 bits",
-                    available=f"low-rank changes of it, up to rank {self.rank}",
-                    fix=_OTHER_WAYS,
-                )
-            b, a = term.factors()
-            pairs.append((b * term.factor, a))
-        total = sum(a.shape[0] for _, a in pairs)
-        if total > self.rank:
-            whose = "the LoRA has" if len(pairs) == 1 else f"the {len(pairs)} LoRAs have together"
-            raise UnsupportedError(
-                f"{whose} rank {total} in {member}, and the export reserves {self.rank}",
-                available=f"up to rank {self.rank}",
-                fix=f"export again with --lora-rank {total}, or {_OTHER_WAYS}",
-            )
-        return pairs
+
+def _pair(term: Term) -> tuple[Tensor, Tensor]:
+    """Return (B · factor, A) of a low-rank change, in fp32."""
+    b, a = term.factors()
+    return b * term.factor, a
 
 
 def refuse_without_inputs(backend: str) -> None:

@@ -14,9 +14,10 @@ from typing import Any, Literal, Self, get_args
 
 from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
+from dvdquant.deploy.switching.forecasts import NOT_GROWN, NOT_MOVED, ChangeForecast, Growth, Moved, SkipForecast
 from dvdquant.deploy.switching.gbs import BitSwitch, Weighting, step_weight
 from dvdquant.deploy.switching.schedule import Schedule
-from dvdquant.deploy.switching.step_cache import ChangeForecast, StepCachePolicy
+from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.records import brief
 
@@ -118,7 +119,8 @@ class _History:
 
     Args:
         rule: The δ-GBS rule with its sum.
-        forecast: The prediction of the step cache.
+        forecast: The prediction of L1 that stands in the sum of δ-GBS for skipped steps.
+        skips: The forecast of the step cache. It is the same one for the policy that predicts L1.
         changes: L1 of every computed step, without weights.
         step: The last step that this branch took part in, or -1.
         computed: Step and timestep of the last computed step, or None.
@@ -126,6 +128,7 @@ class _History:
 
     rule: BitSwitch
     forecast: ChangeForecast = field(default_factory=ChangeForecast)
+    skips: SkipForecast | None = None
     changes: list[float] = field(default_factory=list)
     step: int = -1
     computed: tuple[int, float] | None = None
@@ -273,7 +276,7 @@ class StepController:
         self._history(branch).step = step - 1
         self._decider = branch
 
-    def decide(self, branch: str, step: int, timestep: float) -> Decision:
+    def decide(self, branch: str, step: int, timestep: float, moved: Moved = NOT_MOVED) -> Decision:
         """Return the decision for a step.
 
         Call it at the first call of a step (with ``separate``: at the first call of each branch in the step).
@@ -283,22 +286,32 @@ class StepController:
                 before, as long as that branch took part in that step.
             step: The index of the step, from 0.
             timestep: The timestep of the step.
+            moved: How far the branch's latent has moved, for a step cache that watches it.
 
         Raises:
             UnsupportedError: The step is beyond the schedule, or a callback skips a step without an output to reuse.
         """
         history = self._history(self._deciding(branch, step))
         if self.mode == "switch":
-            return self._skip(history, step, timestep) or self._switch(history, step, timestep)
+            return self._skip(history, step, timestep, moved) or self._switch(history, step, timestep)
         if self.mode == "fixed":
-            return self._skip(history, step, timestep) or Decision(
+            return self._skip(history, step, timestep, moved) or Decision(
                 self.bits, "fixed", self._sum(history, step, timestep)
             )
         if self.mode == "planned":
             return self._planned(history, step, timestep)
         return self._asked(history, step, timestep)
 
-    def ran(self, branch: str, step: int, timestep: float, bits: int | None, change: float | None) -> None:
+    def ran(
+        self,
+        branch: str,
+        step: int,
+        timestep: float,
+        bits: int | None,
+        change: float | None,
+        moved: Moved = NOT_MOVED,
+        growth: Growth = NOT_GROWN,
+    ) -> None:
         """Note the result of a branch's step, once per branch and step.
 
         Args:
@@ -308,14 +321,21 @@ class StepController:
             bits: The bits that the step really ran on, after retries. None if an output was reused.
             change: L1 of the output, over all slices of a split batch together. None if there was no output before it,
                 or if an output was reused.
+            moved: How far the branch's latent had moved, for a step cache that watches it.
+            growth: How the magnitudes grew since the computed step before, for a step cache that watches them.
         """
         history = self._history(branch)
         history.step = step
+        forecasts: list[SkipForecast] = [history.forecast]
+        if history.skips is not None and history.skips is not history.forecast:
+            forecasts.append(history.skips)
         if bits is None:
-            history.forecast.skipped(timestep)
+            for forecast in forecasts:
+                forecast.skipped(timestep, moved)
             return
         history.rule.ran(bits)
-        history.forecast.ran(timestep, change)
+        for forecast in forecasts:
+            forecast.ran(timestep, change, moved, growth)
         if change is not None:
             history.rule.observe(change * self._weight(history, step, timestep))
             history.changes.append(change)
@@ -340,8 +360,14 @@ class StepController:
         return history.rule.accumulated + self._pending(history, step, timestep)
 
     def _history(self, branch: str) -> _History:
-        delta = 0.0 if self.delta is None else self.delta
-        return self._histories.setdefault(branch, _History(BitSwitch(delta, self.low, self.high)))
+        if branch not in self._histories:
+            delta = 0.0 if self.delta is None else self.delta
+            history = _History(BitSwitch(delta, self.low, self.high))
+            if self.cache is not None:
+                forecast = self.cache.forecast()
+                history.skips = history.forecast if isinstance(forecast, ChangeForecast) else forecast
+            self._histories[branch] = history
+        return self._histories[branch]
 
     def _deciding(self, branch: str, step: int) -> str:
         if self.branch_policy == "separate":
@@ -361,18 +387,21 @@ class StepController:
         reason = f"change {total:.4g} {'<' if total < history.rule.delta else '≥'} {history.rule.delta:.4g}"
         return Decision(bits, reason, total)
 
-    def _skip(self, history: _History, step: int, timestep: float) -> Decision | None:
+    def _skip(self, history: _History, step: int, timestep: float, moved: Moved) -> Decision | None:
         """Return a decision to skip the step, or None if the cache does not allow it here."""
-        cache, forecast = self.cache, history.forecast
-        if cache is None or forecast.skips >= cache.max_skips:
+        cache, forecast = self.cache, history.skips
+        if cache is None or forecast is None or forecast.skips >= cache.max_skips:
             return None
-        change = forecast.predict(timestep)
-        if change is None or step < 2 or (self.steps is not None and step >= self.steps - max(1, self.last_high)):
+        error = forecast.predict(timestep, moved)
+        if error is None or step < cache.first_skip(self.steps):
             return None
-        total = forecast.pending + change
+        if self.steps is not None and step >= self.steps - max(1, self.last_high):
+            return None
+        total = forecast.pending + error
         if not total < cache.threshold:
             return None
-        reason = f"cache: predicted change {total:.4g} < {cache.threshold:.4g}, skip {forecast.skips + 1} in a row"
+        what = "change" if cache.policy == "forecast" else f"error ({cache.policy})"
+        reason = f"cache: predicted {what} {total:.4g} < {cache.threshold:.4g}, skip {forecast.skips + 1} in a row"
         return Decision(None, reason, self._sum(history, step, timestep))
 
     def _planned(self, history: _History, step: int, timestep: float) -> Decision:

@@ -1,4 +1,4 @@
-"""The defaults of δ-GBS in the commands, in the reports and in Python.
+"""The defaults of δ-GBS and of the step cache in the commands, in the reports and in Python.
 
 They have a module of their own, so that ``--help`` imports nothing else for them.
 
@@ -8,10 +8,13 @@ on average, the two defaults together keep 1.7 dB more (benchmarks/quality, δ-G
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-__all__ = ["DEFAULT_DELTA", "LAST_HIGH", "WEIGHTINGS"]
+__all__ = ["CACHE_POLICIES", "CachePolicy", "DEFAULT_DELTA", "LAST_HIGH", "WEIGHTINGS"]
 
+# The first one is the default; see deploy/switching/forecasts.py.
+CachePolicy = Literal["forecast", "easycache", "magcache"]
+CACHE_POLICIES: tuple[CachePolicy, ...] = get_args(CachePolicy)
 # The middle of the range .06 to .18 that the paper reports. dvdq-plan finds a δ for a model.
 DEFAULT_DELTA = 0.12
 # No step after the last steps removes their noise.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dvdquant.deploy.switching.controller import StepController, StepInfo
-from dvdquant.deploy.switching.defaults import DEFAULT_DELTA
+from dvdquant.deploy.switching.defaults import DEFAULT_DELTA, CachePolicy
 from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import UnsupportedError
@@ -29,6 +29,7 @@ def make_controller(
     schedule: Schedule | Sequence[int | None] | None = None,
     callback: Callable[[StepInfo], Any] | None = None,
     cache: StepCachePolicy | float | None = None,
+    cache_policy: CachePolicy | None = None,
     **more: Any,
 ) -> StepController:
     """Return the controller for one transformer.
@@ -42,7 +43,8 @@ def make_controller(
         delta: δ of ``switch``. The default is :data:`dvdquant.deploy.switching.defaults.DEFAULT_DELTA`.
         schedule: The bits of each step, for ``planned``.
         callback: The rule of ``callback``.
-        cache: A step cache policy. A number is a threshold for the family's policy.
+        cache: The settings of the step cache. A number is a threshold for the policy.
+        cache_policy: The name of the policy. It switches the cache on, with the policy's own threshold if ``cache`` is None.
         **more: ``branch_policy``, ``last_high`` and ``weighting`` of :class:`StepController`.
 
     Raises:
@@ -53,8 +55,14 @@ def make_controller(
         raise UnsupportedError(f"the mode is {brief(mode)}", available=[*(f"a{width}" for width in bits), "switch"])
     if mode == "switch" and (schedule is not None or callback is not None):
         mode = "planned" if schedule is not None else "callback"
-    if cache is not None and not isinstance(cache, StepCachePolicy):
-        cache = StepCachePolicy.for_family(family, threshold=cache)
+    if isinstance(cache, StepCachePolicy):
+        if cache_policy not in (None, cache.policy):
+            raise UnsupportedError(
+                f"the cache is of the policy {cache.policy}, and cache_policy is {brief(cache_policy)}",
+                fix="leave cache_policy out, or give a threshold as cache",
+            )
+    elif cache is not None or cache_policy is not None:
+        cache = StepCachePolicy.for_family(family, cache, cache_policy)
     common: dict[str, Any] = {"low": low, "high": high, "cache": cache, **more}
     fixed = re.fullmatch(r"a(\d+)", mode)
     if mode == "switch" and low == high:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dvdquant.deploy.cancel import CancelSignal, check_cancelled
 from dvdquant.deploy.switching.controller import PUBLISHED_COST, Decision, StepController, StepRecord, relative_cost
+from dvdquant.deploy.switching.forecasts import Growth, Moved, moved_since
 from dvdquant.deploy.switching.gbs import change_from_sums, change_sums
 from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.deploy.switching.schedule import average_bits
-from dvdquant.deploy.switching.step_cache import keep_residual, reuse
+from dvdquant.deploy.switching.step_cache import keep_residual, residual_norm, reuse
 from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -38,12 +39,27 @@ class _Part:
         residual: The tensor that a skipped step reuses, see :func:`.step_cache.keep_residual`.
         shape: The shape of the latent.
         step: The last step that the slice took part in, computed or reused.
+        magnitude: ‖output − latent‖₁ of the last computed step, if the step cache watches it.
     """
 
     output: Tensor
     residual: Tensor
     shape: tuple[int, ...]
     step: int
+    magnitude: float = 0.0
+
+
+@dataclass
+class _Trail:
+    """The latents of one branch that a step cache compares the next one with.
+
+    Args:
+        last: The latent of the last step, or None before the first one.
+        computed: The latent of the last computed step, or None.
+    """
+
+    last: Tensor | None = None
+    computed: Tensor | None = None
 
 
 @dataclass
@@ -55,8 +71,11 @@ class _Step:
         timestep: The timestep of the step.
         decisions: The decision by branch, or under "" if the branches share one.
         calls: The number of calls so far, by full branch name.
-        sums: Σ‖F_t − F_{t−1}‖₁ and Σ‖F_{t−1}‖₁ over the slices, by branch.
+        sums: Σ‖F_t − F_{t−1}‖₁, Σ‖F_{t−1}‖₁ and Σ‖F_t‖₁ over the slices, and Σ‖output − latent‖₁ of the step before and of
+            this one where the step cache watches them, by branch.
         ran: The bits that really ran, by branch. None if an output was reused.
+        latents: The latent of the whole branch, by branch, if the step cache watches it.
+        moved: How far it has moved, by branch.
         failed: The reason why the low engine is not asked again in this step, or None.
     """
 
@@ -66,7 +85,14 @@ class _Step:
     calls: dict[str, int] = field(default_factory=dict)
     sums: dict[str, list[float]] = field(default_factory=dict)
     ran: dict[str, int | None] = field(default_factory=dict)
+    latents: dict[str, Tensor] = field(default_factory=dict)
+    moved: dict[str, Moved] = field(default_factory=dict)
     failed: str | None = None
+
+
+def _ratio(new: float, old: float) -> float | None:
+    """Return new / old, or None if there is none."""
+    return new / old if old > 0.0 else None
 
 
 class _Failure(Exception):
@@ -115,6 +141,7 @@ class StepRunner:
         self.cancel: CancelSignal | None = None
         self.controller_seconds = 0.0
         self._parts: dict[tuple[str, int], _Part] = {}
+        self._trails: dict[str, _Trail] = {}
         self._position = LoopPosition()
         self._step: _Step | None = None
         self._running = threading.Lock()
@@ -128,19 +155,26 @@ class StepRunner:
         self.controller.reset(steps)
         self.trace = []
         self.controller_seconds = 0.0
-        self._parts.clear()
+        self.forget_outputs()
         self._position = LoopPosition()
         self._step = None
 
     def forget_outputs(self) -> None:
-        """Free the outputs that are kept for the next step, when a request is over.
+        """Free the outputs and latents that are kept for the next step, when a request is over.
 
         The trace stays.
         """
         self._parts.clear()
+        self._trails.clear()
 
     def run(
-        self, inputs: Mapping[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
+        self,
+        inputs: Mapping[str, Tensor],
+        *,
+        branch: str = "cond",
+        step: int | None = None,
+        steps: int | None = None,
+        latents: Tensor | None = None,
     ) -> Tensor:
         """Return the transformer's output for ``inputs``, computed or reused.
 
@@ -149,6 +183,7 @@ class StepRunner:
             branch: The name of the branch that this call of the step is for.
             step: The index of the step from 0, if the caller knows it.
             steps: The number of steps of the request, if the caller knows it.
+            latents: The latents of all slices, if the call is for one slice of a branch. A step is decided as a whole.
 
         Raises:
             EngineError: The high engine failed or gave NaN or infinities. The error names step and branch.
@@ -163,15 +198,18 @@ class StepRunner:
             )
         try:
             check_cancelled(self.cancel, "a call of the transformer")
-            return self._run(inputs, branch, step, steps)
+            return self._run(inputs, branch, step, steps, inputs[LATENT] if latents is None else latents)
         finally:
             self._running.release()
 
-    def _run(self, inputs: Mapping[str, Tensor], branch: str, step: int | None, steps: int | None) -> Tensor:
+    def _run(
+        self, inputs: Mapping[str, Tensor], branch: str, step: int | None, steps: int | None, latents: Tensor
+    ) -> Tensor:
         started = time.perf_counter()
         current = self._enter(inputs, branch, step, steps)
         name = branch.partition("/")[0]
         key = (branch, current.calls.get(branch, 0))
+        self._watch(current, name, latents)
         decision = self._decide(current, name)
         decision = self._possible(current, key, decision)
         self.controller_seconds += time.perf_counter() - started
@@ -199,10 +237,21 @@ class StepRunner:
         part = self._parts.get((branch, current.calls.get(branch, 0))) or self._parts.get((branch, 0))
         return part is not None and part.shape != tuple(inputs[LATENT].shape)
 
+    def _watch(self, current: _Step, name: str, latents: Tensor) -> None:
+        """Note how far the latent of a branch has moved, at its first call in the step, if the step cache watches it."""
+        cache = self.controller.cache
+        if cache is None or not cache.watches_latents or name in current.latents:
+            return
+        trail = self._trails.get(name, _Trail())
+        current.moved[name] = moved_since(latents, trail.last, trail.computed)
+        # A copy: a sampler may change its latent in place.
+        current.latents[name] = latents.detach().clone()
+
     def _decide(self, current: _Step, name: str) -> Decision:
         slot = name if self.controller.branch_policy == "separate" else ""
         if slot not in current.decisions:
-            decision = self.controller.decide(name, current.index, current.timestep)
+            moved = current.moved.get(name, Moved())
+            decision = self.controller.decide(name, current.index, current.timestep, moved)
             if decision.bits is not None and decision.bits not in self.session.bits:
                 raise UnsupportedError(
                     f"step {current.index}: {decision.reason} asks for {decision.bits}-bit activations",
@@ -225,8 +274,16 @@ class StepRunner:
         """Tell the controller the result of the step."""
         for name, bits in current.ran.items():
             sums = current.sums.get(name)
-            change = change_from_sums(*sums) if sums is not None and bits is not None else None
-            self.controller.ran(name, current.index, current.timestep, bits, change)
+            change, growth = None, Growth()
+            if sums is not None and bits is not None:
+                change = change_from_sums(sums[0], sums[1])
+                growth = Growth(_ratio(sums[2], sums[1]), _ratio(sums[4], sums[3]))
+            moved = current.moved.get(name, Moved())
+            self.controller.ran(name, current.index, current.timestep, bits, change, moved, growth)
+            if (latent := current.latents.get(name)) is not None:
+                trail = self._trails.setdefault(name, _Trail())
+                trail.last = latent
+                trail.computed = trail.computed if bits is None else latent
 
     # -------------------------------------------------------------------------------------------------------- execution
 
@@ -267,7 +324,8 @@ class StepRunner:
         """Compute or reuse one output, and check it.
 
         Returns:
-            The output, and the three sums of :func:`.gbs.change_sums` (empty without a comparable output before it).
+            The output, and the sums: the three of :func:`.gbs.change_sums`, then ‖output − latent‖₁ if the step cache
+            watches it.
 
         Raises:
             _Failure: There is no output, or it is not finite.
@@ -284,7 +342,10 @@ class StepRunner:
                 torch.cuda.current_stream(output.device).synchronize()
             started = time.perf_counter()
             comparable = part is not None and part.output.shape == output.shape
-            sums = change_sums(output, part.output if part is not None and comparable else None).tolist()
+            wanted = change_sums(output, part.output if part is not None and comparable else None)
+            if bits is not None and self._watches_residual:
+                wanted = torch.cat((wanted, residual_norm(output, inputs[LATENT])[None]))
+            sums = wanted.tolist()
         except EngineError as error:
             raise _Failure("EngineError") from error
         except _OUT_OF_MEMORY as error:
@@ -293,7 +354,11 @@ class StepRunner:
         # NaN is the only value that does not equal itself. An infinity makes the norm infinite.
         if not sums[2] < float("inf"):
             raise _Failure("NaN" if sums[2] != sums[2] else "infinity")
-        return output, sums if comparable else []
+        return output, sums
+
+    @property
+    def _watches_residual(self) -> bool:
+        return self.controller.cache is not None and self.controller.cache.watches_residual
 
     @property
     def _residual(self) -> Any:
@@ -320,13 +385,15 @@ class StepRunner:
             # The output is copied: the caller may change it in place, and an engine may write its next output there.
             copy, latent = output.detach().clone(), inputs[LATENT]
             residual = copy if self._residual == "output" else keep_residual(copy, latent, "latent")
-            self._parts[key] = _Part(copy, residual, tuple(latent.shape), current.index)
+            before, magnitude = self._parts.get(key), sums[3] if len(sums) > 3 else 0.0
+            self._parts[key] = _Part(copy, residual, tuple(latent.shape), current.index, magnitude)
             high = bits == self.controller.high or current.ran.get(name) == self.controller.high
             current.ran[name] = self.controller.high if high else bits
-            if sums:
+            if before is not None and before.output.shape == output.shape:
                 change = change_from_sums(sums[0], sums[1])
-                joined = current.sums.setdefault(name, [0.0, 0.0])
-                joined[0], joined[1] = joined[0] + sums[0], joined[1] + sums[1]
+                joined = current.sums.setdefault(name, [0.0] * 5)
+                for place, value in enumerate((*sums[:3], before.magnitude, magnitude)):
+                    joined[place] += value
         self.controller_seconds += time.perf_counter() - started
         return change
 
@@ -370,6 +437,7 @@ class StepRunner:
             "average_bits": average_bits([r.bits for r in computed]) if computed else None,
             "calls_at": {str(b): n for b, n in counts.items()},
             "skipped": len(records) - len(computed),
+            "cache": None if controller.cache is None else controller.cache.to_json(),
             "retries": sum(r.retried for r in records),
             "seconds": sum(r.seconds for r in records),
             "seconds_per_call": {str(b): sum(t) / len(t) for b, t in times.items() if t},

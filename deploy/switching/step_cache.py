@@ -1,31 +1,35 @@
 """The step cache: a denoising step is not computed if its output is predicted to be nearly the last computed one.
 
-The prediction needs no data of the model. It multiplies the rate at which the output changed, measured between computed
-steps, by the distance to the next timestep,
-
-    L̂1(i) = r · g · |τ_i − τ_{i−1}|,   r = L1(j) / |τ_j − τ_{j'}|,   g = max(1, r / r')
-
-with j, j' the last two computed steps, τ the timesteps and r' the rate before r. The growth g matters at the end, where
-a rectified flow's output turns ever faster. Step i is skipped while Σ L̂1 since the last computed step is below the
-threshold. L1 between engines of different bits also contains quantization noise. It makes the prediction larger and the
-cache more careful.
+A policy says which forecast predicts (:mod:`.forecasts`), below which sum of predicted errors steps are skipped, and
+what a skipped step returns. All policies work on the latents and outputs of whole steps, without data of the model.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from dvdquant.deploy.kinds import is_number, is_whole
+from dvdquant.deploy.switching.defaults import CACHE_POLICIES, CachePolicy
+from dvdquant.deploy.switching.forecasts import FORECASTS, SkipForecast
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.records import brief
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FAMILY_CACHE", "ChangeForecast", "Residual", "StepCachePolicy", "keep_residual", "reuse"]
+__all__ = [
+    "FAMILY_CACHE",
+    "POLICIES",
+    "Residual",
+    "StepCachePolicy",
+    "check_cache_policy",
+    "keep_residual",
+    "residual_norm",
+    "reuse",
+]
 
 Residual = Literal["output", "latent"]
 
@@ -34,11 +38,18 @@ Residual = Literal["output", "latent"]
 class StepCachePolicy:
     """A policy that says when a step may be skipped, and what is reused.
 
+    The first two steps that a transformer computes of a request and, if the number of steps is known, the last one are
+    never skipped.
+
     Args:
-        threshold: The limit for the predicted relative change since the last computed step. 0 never skips.
+        threshold: The limit for the sum of predicted errors since the last computed step. 0 never skips.
         residual: ``output`` returns the last output again (constant velocity). ``latent`` adds to the step's latent
             what the last computed step had added to its own latent (output − latent).
         max_skips: The largest number of skipped steps in a row.
+        policy: The forecast that predicts the errors: ``forecast``, ``easycache`` or ``magcache``, see
+            :mod:`.forecasts`. Thresholds of different policies do not compare.
+        warm_up: The share of the steps, at the beginning, that are computed in any case, from 0 to 1. If the number of
+            steps is not known, the share is of 50.
 
     Raises:
         UnsupportedError: A field is out of range.
@@ -47,6 +58,8 @@ class StepCachePolicy:
     threshold: float
     residual: Residual = "output"
     max_skips: int = 3
+    policy: CachePolicy = CACHE_POLICIES[0]
+    warm_up: float = 0.0
 
     def __post_init__(self) -> None:
         if not (is_number(self.threshold) and self.threshold >= 0 and math.isfinite(self.threshold)):
@@ -61,96 +74,81 @@ class StepCachePolicy:
                 available="1 or more",
                 fix="leave the cache out to skip no step",
             )
+        check_cache_policy(self.policy)
+        if not (is_number(self.warm_up) and 0 <= self.warm_up <= 1):
+            raise UnsupportedError(f"warm_up is {brief(self.warm_up)}", available="a share of the steps, from 0 to 1")
 
     @classmethod
-    def for_family(cls, family: str, threshold: float | None = None) -> StepCachePolicy:
-        """Return the family's policy (:data:`FAMILY_CACHE`, or the default).
+    def for_family(
+        cls, family: str, threshold: float | None = None, policy: CachePolicy | None = None
+    ) -> StepCachePolicy:
+        """Return the settings of a policy for a family.
 
         Args:
             family: The name of the model family.
             threshold: A threshold that replaces the policy's own, or None.
+            policy: The name of the policy. The default is the family's (:data:`FAMILY_CACHE`), or the first one.
+
+        Raises:
+            UnsupportedError: The threshold is out of range, or the policy is unknown.
         """
-        policy = FAMILY_CACHE.get(family, _DEFAULT)
-        return policy if threshold is None else cls(threshold, policy.residual, policy.max_skips)
+        if policy is not None:
+            check_cache_policy(policy)
+        found = FAMILY_CACHE.get(family, POLICIES[CACHE_POLICIES[0]])
+        if policy not in (None, found.policy):
+            found = POLICIES[policy]
+        return found if threshold is None else replace(found, threshold=threshold)
+
+    def forecast(self) -> SkipForecast:
+        """Return a forecast of this policy, for a new request."""
+        return FORECASTS[self.policy]()
+
+    @property
+    def watches_latents(self) -> bool:
+        """Return whether the forecast needs to know how far the latent moves."""
+        return self.policy == "easycache"
+
+    @property
+    def watches_residual(self) -> bool:
+        """Return whether the forecast needs the magnitude of output − latent."""
+        return self.policy == "magcache"
+
+    def first_skip(self, steps: int | None) -> int:
+        """Return the index of the first step that may be skipped.
+
+        Args:
+            steps: The number of steps of the request, or None if it is not known.
+        """
+        return max(2, round(self.warm_up * (steps or _USUAL_STEPS)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values, for a trace."""
+        return asdict(self)
 
 
-# Measured on tiny-wan only: python benchmarks/switching/measure.py OUT --study cache --clips 4 (50 steps; PSNR to the
-# fp32 model, mean of four clips; the table is in benchmarks/switching/README.md). All on a8, 29.60 dB without a cache:
-#   threshold .01  no step skipped
-#   threshold .02  24 of 50 skipped; reusing the output 29.68 dB, output − latent 29.71
-#   threshold .05  33 of 50 skipped; reusing the output 29.74 dB, output − latent 29.51
-# So the default is .02, which loses no quality (+.21 dB on 32 clips), and "output", which is better where more steps
-# are skipped.
-# With a 4-bit engine in the switch, the same threshold skips almost nothing (1 of 50): L1 then has quantization noise.
-_DEFAULT = StepCachePolicy(threshold=0.02)
-# Families that need another policy than the default. Only Wan was measured, and the default rests on it.
-FAMILY_CACHE: Mapping[str, StepCachePolicy] = {}
-
-
-@dataclass
-class ChangeForecast:
-    """A prediction of L1 of the coming step from L1 of the computed steps, for one deciding branch.
+def check_cache_policy(policy: Any) -> None:
+    """Refuse an unknown policy.
 
     Args:
-        timestep: The timestep of the last step, computed or not.
-        computed: The timestep of the last computed step.
-        rate: L1 per unit of timestep, or None if it is not known.
-        growth: The growth g of the rate, at least 1.
-        pending: Σ L̂1 of the steps that were skipped since the last computed step.
-        skips: The number of these steps.
-        spacing: The last distance between two steps that was not 0, in units of timestep.
+        policy: The name of a policy.
+
+    Raises:
+        UnsupportedError: No policy has this name.
     """
+    if not isinstance(policy, str) or policy not in CACHE_POLICIES:
+        raise UnsupportedError(f"unknown step cache policy {brief(policy)}", available=CACHE_POLICIES)
 
-    timestep: float | None = None
-    computed: float | None = None
-    rate: float | None = None
-    growth: float = 1.0
-    pending: float = 0.0
-    skips: int = 0
-    spacing: float = 0.0
 
-    def predict(self, timestep: float) -> float | None:
-        """Return L̂1 from the last step to ``timestep``, or None as long as no rate is known.
-
-        Args:
-            timestep: The timestep of the coming step.
-        """
-        if self.rate is None or self.timestep is None:
-            return None
-        # A solver may evaluate one timestep twice. The latent then still moves as far as it did before.
-        return self.rate * self.growth * (abs(timestep - self.timestep) or self.spacing)
-
-    def skipped(self, timestep: float) -> float:
-        """Note a skipped step and return its L̂1, which stands for L1 until the next computed step measures it.
-
-        Args:
-            timestep: The timestep of the skipped step.
-        """
-        change = self.predict(timestep) or 0.0
-        self._move(timestep)
-        self.pending += change
-        self.skips += 1
-        return change
-
-    def ran(self, timestep: float, change: float | None) -> None:
-        """Note a computed step.
-
-        Args:
-            timestep: The timestep of the step.
-            change: L1 from the computed step before it, or None if there was none.
-        """
-        self._move(timestep)
-        distance = abs(timestep - self.computed) if self.computed is not None else 0.0
-        if change is not None and (distance or self.spacing):
-            rate = change / (distance or self.spacing)
-            self.growth = max(1.0, rate / self.rate) if self.rate else 1.0
-            self.rate = rate
-        self.computed, self.pending, self.skips = timestep, 0.0, 0
-
-    def _move(self, timestep: float) -> None:
-        if self.timestep is not None:
-            self.spacing = abs(timestep - self.timestep) or self.spacing
-        self.timestep = timestep
+# What a warm-up share refers to if nobody says the number of steps: the usual number of the supported models.
+_USUAL_STEPS = 50
+# The settings of every policy.
+POLICIES: Mapping[str, StepCachePolicy] = {
+    "forecast": StepCachePolicy(0.02),
+    "easycache": StepCachePolicy(0.02, "output", 10, "easycache"),
+    "magcache": StepCachePolicy(0.12, "output", 3, "magcache"),
+}
+# Families that need other settings than those of the first policy.
+FAMILY_CACHE: Mapping[str, StepCachePolicy] = {}
 
 
 def keep_residual(output: Tensor, latent: Tensor, residual: Residual) -> Tensor:
@@ -176,6 +174,22 @@ def reuse(kept: Tensor, latent: Tensor, residual: Residual) -> Tensor:
         residual: ``output`` or ``latent``, see :class:`StepCachePolicy`.
     """
     return kept.clone() if residual == "output" else kept + _like(latent, kept)
+
+
+def residual_norm(output: Tensor, latent: Tensor) -> Tensor:
+    """Compute ‖output − latent‖₁ without reading it back.
+
+    Args:
+        output: The output of a step.
+        latent: The latent that the step was given. It may have more channels than the output.
+
+    Returns:
+        A float64 scalar on the device of ``output``.
+    """
+    import torch  # here, because a request is checked without torch
+
+    wide = torch.promote_types(output.dtype, torch.float32)
+    return (output.to(wide) - _like(latent, output).to(output.device, wide)).abs().sum(dtype=torch.float64)
 
 
 def _like(latent: Tensor, output: Tensor) -> Tensor:

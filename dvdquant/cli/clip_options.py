@@ -47,7 +47,7 @@ _LOADING = (
     ),
     click.option(
         "--text-encoder-bits",
-        type=click.Choice(["16", "8"]),
+        type=click.Choice(["16", "8", "4"]),
         help="Bits of the text encoder's weights; 8 needs torchao.  [default: 16]",
     ),
     click.option("--vae-tiling", is_flag=True, help="Decode in tiles, one after the other: less memory, more time."),

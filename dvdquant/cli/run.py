@@ -16,7 +16,7 @@ from dvdquant.cli.clip_options import clip_options, loading_clashes, loading_opt
 from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging
 from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts
-from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
+from dvdquant.deploy.switching.defaults import CACHE_POLICIES, LAST_HIGH, WEIGHTINGS, CachePolicy
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.system.devices import check_device_word
@@ -79,6 +79,7 @@ GROUPS = {
         "schedule",
         "average_bits",
         "cache",
+        "cache_policy",
         "compare",
     ),
     "What to write": ("output", "gif", "strip", "trace", "fps", "save_text_embeds", "dry_run"),
@@ -137,7 +138,8 @@ class RunOptions:
     last_high: int | None
     schedule: Path | None
     average_bits: float | None
-    cache: str
+    cache: str | None
+    cache_policy: CachePolicy | None
     compare: bool
     text_embeds: Path | None
     output: Path | None
@@ -206,9 +208,14 @@ class RunOptions:
     "--cache",
     type=WORD,
     metavar="THRESHOLD|off",
-    default="off",
-    show_default=True,
-    help="Skip a step when the output is predicted to change by less than this since the last computed one.",
+    help="Skip a step when the error that is predicted since the last computed one is less than this.  "
+    "[default: off; with --cache-policy, the policy's own]",
+)
+@click.option(
+    "--cache-policy",
+    type=click.Choice(CACHE_POLICIES),
+    help="What predicts that error. forecast: how fast the output changed. easycache: how far the latent moves. magcache: "
+    "how the size of output - latent grows.  [default: forecast]",
 )
 @click.option("--compare", is_flag=True, help="16 bit, a8, switch and a4 from one seed, side by side, with PSNR.")
 @click.option(
@@ -365,6 +372,7 @@ def say_needs(
         offload=how.offload,
         alternate=how.alternate,
         text_bits=how.text_bits,
+        loras=generator.loras,
     )
     quantized = any(request.mode != "16" for request in plan[0])
     held = {"weights": held_json(generator.artifact)} if quantized else {}
@@ -439,6 +447,7 @@ def requests_for(settings: RunOptions, artifact: Artifact, prompt: str) -> list[
         prompt,
         steps=schedule.steps if settings.steps is None and schedule is not None else settings.steps,
         cache=parse_cache(settings.cache),
+        cache_policy=settings.cache_policy,
         weighting=cast(Any, settings.weighting or WEIGHTINGS[0]),
         last_high=LAST_HIGH if settings.last_high is None else settings.last_high,
         **{name: getattr(settings, name) for name in names},
@@ -446,7 +455,8 @@ def requests_for(settings: RunOptions, artifact: Artifact, prompt: str) -> list[
     bits = [f"a{b}" for b in artifact.bits(artifact.components[0])]
     switching = [_switching(request, settings, schedule)] if len(bits) > 1 else []
     if settings.compare:
-        fixed = {mode: dataclasses.replace(request, mode=mode, cache=None, delta=None) for mode in ("16", *bits)}
+        plain: dict[str, Any] = {"cache": None, "cache_policy": None, "delta": None}
+        fixed = {mode: dataclasses.replace(request, mode=mode, **plain) for mode in ("16", *bits)}
         return [fixed["16"], *(fixed[mode] for mode in reversed(bits[1:])), *switching, fixed[bits[0]]]
     if settings.mode in (None, "switch") and switching:
         return switching
@@ -474,6 +484,8 @@ def _switching(request: GenerateRequest, settings: RunOptions, schedule: Any) ->
 def check_options(settings: RunOptions) -> None:
     """UnsupportedError for options that contradict each other, naming the one to leave out."""
     fixed = settings.mode in ("a4", "a8", "16")
+    skips = None if settings.cache in (None, "off") else "--cache"
+    skips = skips if settings.cache_policy is None else "--cache-policy"
     clashes: dict[str, Any] = {
         **loading_clashes(vars(settings)),
         "--save-text-embeds draws nothing, so -o does not apply": settings.save_text_embeds and settings.output,
@@ -496,11 +508,13 @@ def check_options(settings: RunOptions) -> None:
         and (fixed or (settings.schedule and settings.average_bits is None)),
         "--average-bits is read from a schedule, and none was given": settings.average_bits is not None
         and not settings.schedule,
-        "--schedule says which steps are skipped, so --cache does not apply": settings.schedule
+        f"--schedule says which steps are skipped, so {skips} does not apply": settings.schedule
         and settings.average_bits is None
-        and settings.cache != "off",
-        "--cache skips steps of the engines, and --mode 16 runs the original checkpoint": settings.cache != "off"
+        and skips,
+        f"{skips} skips steps of the engines, and --mode 16 runs the original checkpoint": skips
         and settings.mode == "16",
+        f"--cache-policy {settings.cache_policy} skips steps, and --cache is off": settings.cache == "off"
+        and settings.cache_policy,
         "--compile is for the quantized transformer, and --mode 16 runs the original": settings.compile
         and settings.mode == "16",
         "--cfg-parallel is for the engines, and --compare also runs the original checkpoint": settings.cfg_parallel
@@ -527,9 +541,9 @@ def parse_memory(text: str | None) -> int | Literal["auto"] | None:
     return "auto" if text == "auto" else None if text is None else parse_amount(text, "--memory")
 
 
-def parse_cache(text: str) -> float | None:
+def parse_cache(text: str | None) -> float | None:
     """``off`` or a threshold; ShapeError otherwise."""
-    if text == "off":
+    if text is None or text == "off":
         return None
     try:
         return float(text)

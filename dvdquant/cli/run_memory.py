@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
     from dvdquant.cli.run import RunOptions
-    from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import Generator
     from dvdquant.deploy.generation.memory_plan import MemoryPlan
     from dvdquant.deploy.generation.request import GenerateRequest
@@ -90,7 +89,7 @@ def plan_run(
     """
     from dvdquant.deploy.generation.memory_plan import Arrangement, arrange, best, fitting, possible
     from dvdquant.deploy.generation.needs import run_bytes
-    from dvdquant.deploy.generation.text_encoder import can_quantize_text
+    from dvdquant.deploy.generation.text_encoder import usable_text_bits
     from dvdquant.ops.cuda_linear import usable_kernels
     from dvdquant.system.devices import resolve_device
 
@@ -99,14 +98,24 @@ def plan_run(
     # Without our kernels, PyTorch keeps what the files hold, also on a GPU that they do not run on.
     kernels = backend == "tensorrt" or (backend == "pytorch" and usable_kernels(resolve_device(settings.device)))
     sm = place.sm if kernels else None
-    run = run_bytes(generator.checker, requests, backend, place.base, narrow=narrow, sm=sm, weights=settings.weights)
+    run = run_bytes(
+        generator.checker,
+        requests,
+        backend,
+        place.base,
+        narrow=narrow,
+        sm=sm,
+        weights=settings.weights,
+        loras=generator.loras,
+    )
     # 2. What the user has decided, and the rest.
     given = {"vae_tiling": settings.vae_tiling, "offload": settings.offload, "alternate": settings.alternate}
     fixed: dict[str, Any] = {name: True for name, decided in given.items() if decided}
     if settings.text_encoder_bits is not None:
         fixed["text_bits"] = int(settings.text_encoder_bits)
-    elif not can_quantize_text():
-        fixed["text_bits"] = 16
+    else:
+        usable = usable_text_bits()
+        run = dataclasses.replace(run, text={bits: size for bits, size in run.text.items() if bits in usable})
     first = next(iter(run.transformer))
     if memory is not None:
         return fitting(run, memory, unified=place.unified, fixed=fixed)
@@ -125,11 +134,13 @@ def plan_run(
     )
 
 
-def _backend(settings: RunOptions, artifact: Artifact, device: torch.device) -> str:
+def _backend(settings: RunOptions, generator: Generator, device: torch.device) -> str:
     """Return the full name of the backend that runs."""
     from dvdquant.deploy.sessions import best_backend, full_name
 
-    name = "pytorch" if settings.compile or settings.attention_backend else full_name(settings.backend)
+    artifact = generator.artifact
+    # LoRAs that the best backend has no place for have moved the generator to another.
+    name = "pytorch" if settings.compile or settings.attention_backend else full_name(generator.options.backend)
     return best_backend(artifact, artifact.components[0], None, device)[0] if name == "auto" else name
 
 
@@ -180,7 +191,7 @@ def arranged(
     from dvdquant.system.devices import resolve_device
 
     device = resolve_device(settings.device)
-    place, backend = place_of(device), _backend(settings, generator.artifact, device)
+    place, backend = place_of(device), _backend(settings, generator, device)
     limit = place.free if memory == "auto" else memory
     plan = plan_run(settings, generator, requests[0], limit, place, backend)
     if limit is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dvdquant.cli.common import table
 from dvdquant.text import amount
@@ -35,12 +35,26 @@ def summary_text(result: GenerateResult) -> str:
             f"  {bit_strip(result.trace)}   {_LEGEND}",
             f"  calls repeated on the high engine: {retries or 'none'}",
         ]
+        if cache := cache_of(result.summary):
+            lines.append(
+                f"  step cache: {cache['policy']} below {cache['threshold']:g}, at most {cache['max_skips']} steps in a row"
+            )
     calls = len(result.trace) / max(1, len(steps))
     lines += [
         f"  {call_times(result)} a call, {calls:g} calls a step, {result.seconds:.1f} s in all",
         f"  measured here: {_where([result])}",
     ]
     return "\n".join(lines)
+
+
+def cache_of(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the settings of the step cache of a run, which two transformers share, or None.
+
+    Args:
+        summary: The summary of a clip.
+    """
+    parts = summary.get("components", {"transformer": summary})
+    return next((part["cache"] for part in parts.values() if part.get("cache")), None)
 
 
 def compare_text(results: Sequence[GenerateResult], values: Sequence[float | None]) -> str:

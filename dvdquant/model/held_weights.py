@@ -136,7 +136,7 @@ def held_weights(plan: ModelPlan, sm: int, bits: Sequence[int], sizes: Sizes | N
             continue
         shape = next(iter(runs.values()))[0]
         packed += packed_bytes(shape)
-        rows += rows_bytes(shape)
+        rows += rows_bytes(shape)  # what groups have is read from the inputs
         forms = {form_of(path): prepared_bytes(layer, path) for layer, path in runs.values()}
         expanded += sum(forms.values())
         scratch = max([scratch, *(size for form, size in forms.items() if form != "s4")])

@@ -39,7 +39,7 @@ __all__ = [
     "serves",
 ]
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ENVIRONMENT = "DVDQUANT_KERNELS"
 LIBRARY = "libdvdquant_kernels.so"
 BUILD = "run `make kernels` in a checkout (needs nvcc), or set DVDQUANT_KERNELS to the built library"
@@ -276,9 +276,12 @@ class KernelLibrary:
             "quant_linear": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
             "rows_bytes": (i32, [layer, i32, ctypes.POINTER(i64)]),
             "make_rows": (i32, [layer, i32, ctypes.POINTER(_Weight), pointer, i64, pointer]),
-            "expand_weight": (i32, [layer, i32, *[pointer] * 3, i64, pointer]),
+            "expand_weight": (i32, [layer, i32, ctypes.POINTER(_Weight), *[pointer] * 2, i64, pointer]),
             "packed_workspace_bytes": (i32, [layer, i32, i64, ctypes.POINTER(i64)]),
-            "packed_linear": (i32, [layer, i32, *[pointer] * 6, i64, pointer, i64, pointer]),
+            "packed_linear": (
+                i32,
+                [layer, i32, *[pointer] * 3, ctypes.POINTER(_Weight), *[pointer] * 2, i64, pointer, i64, pointer],
+            ),
             "fused_quantize": (i32, [layer, i32, ctypes.POINTER(_Prologue), *[pointer] * 5, i64, pointer]),
             "fused_linear": (
                 i32,
@@ -392,14 +395,21 @@ class KernelLibrary:
         self._check(self._library.dvdq_make_rows(_layer(layer), sm, _weight(weight), rows, rows_bytes, stream))
 
     def expand_weight(
-        self, layer: LayerShape, sm: int, weight_codes: int, rows: int, prepared: int, prepared_bytes: int, stream: int
+        self,
+        layer: LayerShape,
+        sm: int,
+        weight: WeightPointers,
+        rows: int,
+        prepared: int,
+        prepared_bytes: int,
+        stream: int,
     ) -> None:
-        """Write the prepared weight of the layer's path from codes and rows.
+        """Write the prepared weight of the layer's path from a packed weight and its rows.
 
         Args:
             layer: Shape and grids of the layer.
             sm: major · 10 + minor of the device.
-            weight_codes: Address of the codes, int8 [n, k/2], 16-byte aligned.
+            weight: Addresses of the packed tensors; scale and bias are not read.
             rows: Address of the rows, from :meth:`make_rows`.
             prepared: Address of the buffer that is written, 256-byte aligned.
             prepared_bytes: Size of that buffer, ``plan.prepared_bytes``.
@@ -409,7 +419,7 @@ class KernelLibrary:
             UnsupportedError: The path multiplies the packed weight itself.
         """
         self._check(
-            self._library.dvdq_expand_weight(_layer(layer), sm, weight_codes, rows, prepared, prepared_bytes, stream)
+            self._library.dvdq_expand_weight(_layer(layer), sm, _weight(weight), rows, prepared, prepared_bytes, stream)
         )
 
     def packed_workspace_bytes(self, layer: LayerShape, sm: int, tokens: int) -> int:
@@ -428,7 +438,7 @@ class KernelLibrary:
         sm: int,
         x: int,
         outer: int,
-        weight_codes: int,
+        weight: WeightPointers,
         rows: int,
         y: int,
         tokens: int,
@@ -444,7 +454,7 @@ class KernelLibrary:
             sm: major · 10 + minor of the device.
             x: Address of bf16 or fp16 [M, K].
             outer: Address of the outer rotation factor, fp32 [p, p]; 0 where that factor is 1.
-            weight_codes: Address of the codes of the weight, int8 [n, k/2], 16-byte aligned.
+            weight: Addresses of the packed tensors, the codes aligned to 16 bytes; scale and bias are not read.
             rows: Address of its rows, from :meth:`make_rows`.
             y: Address of the result, [M, N] of x's dtype.
             tokens: Rows M of x.
@@ -460,7 +470,7 @@ class KernelLibrary:
                 x,
                 pre_quant,
                 outer,
-                weight_codes,
+                _weight(weight),
                 rows,
                 y,
                 tokens,

@@ -28,6 +28,7 @@ from dvdquant.ops.cuda import (
     load_library,
 )
 from dvdquant.ops.packed_layer import DTYPES, PackedLayer, layer_shape
+from dvdquant.ops.packed_rows import group_bytes
 from dvdquant.ops.prepared_cache import PreparedCache
 from dvdquant.ops.repack import LayerShape
 
@@ -190,7 +191,9 @@ class CudaKernels:
         return y
 
     def make_rows(self, layer: LayerShape, packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Return what a weight that stays packed needs on the device: its codes int8 [N, K/2], and its rows uint8.
+        """Return what a weight that stays packed needs on the device: its codes int8 [N, K/2], and the rest of it uint8.
+
+        The rest is the rows of the library, and the factors and byte zero-points of groups behind them.
 
         Args:
             layer: Shape and grids of the layer.
@@ -198,12 +201,25 @@ class CudaKernels:
                 itself, unless the kernels cannot read it where it is.
         """
         size = self.library.rows_bytes(layer, self.sm)
+        factors, zeros = group_bytes(layer)
         codes, *rest = (aligned(packed[0]), *(t.contiguous() for t in packed[1:]))
-        rows = self.allocate((size,), torch.uint8, codes.device)
+        rows = self.allocate((size + factors + zeros,), torch.uint8, codes.device)
         with stream_of(rows) as stream:
             pointers = WeightPointers(codes.data_ptr(), *(t.data_ptr() for t in rest))
             self.library.make_rows(layer, self.sm, pointers, rows.data_ptr(), size, stream)
+            if factors:
+                rows[size : size + factors] = rest[1].flatten()
+            if zeros:
+                rows[size + factors :] = rest[2].flatten()
         return codes, rows
+
+    def _packed_pointers(self, layer: LayerShape, codes: Tensor, rows: Tensor) -> WeightPointers:
+        """Return the addresses of what a product reads of a packed weight beside its rows."""
+        factors, zeros = group_bytes(layer)
+        last = rows.data_ptr() + rows.numel()
+        return WeightPointers(
+            codes.data_ptr(), 0, last - zeros - factors if factors else 0, last - zeros if zeros else 0
+        )
 
     def expand(self, layer: LayerShape, codes: Tensor, rows: Tensor) -> Tensor:
         """Return the prepared weight, uint8 [plan.prepared_bytes], of one that stays packed.
@@ -219,7 +235,13 @@ class CudaKernels:
         prepared = self.allocate((self.plan(layer).prepared_bytes,), torch.uint8, codes.device)
         with stream_of(prepared) as stream:
             self.library.expand_weight(
-                layer, self.sm, codes.data_ptr(), rows.data_ptr(), prepared.data_ptr(), prepared.numel(), stream
+                layer,
+                self.sm,
+                self._packed_pointers(layer, codes, rows),
+                rows.data_ptr(),
+                prepared.data_ptr(),
+                prepared.numel(),
+                stream,
             )
         return prepared
 
@@ -256,7 +278,7 @@ class CudaKernels:
                     self.sm,
                     x.data_ptr(),
                     _outer_pointer(layer, outer),
-                    codes.data_ptr(),
+                    self._packed_pointers(layer, codes, rows),
                     rows.data_ptr(),
                     y.data_ptr(),
                     tokens,

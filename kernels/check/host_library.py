@@ -21,7 +21,7 @@ from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, ProloguePointe
 from dvdquant.ops.fused import Prologue, apply_prologue
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES
-from dvdquant.ops.packed_rows import expand, make_rows, rows_bytes
+from dvdquant.ops.packed_rows import expand, group_bytes, make_rows, rows_bytes
 from dvdquant.ops.paths import choose_path, form_of
 from dvdquant.ops.reference import rotate_by_matrices
 from dvdquant.ops.repack import LayerShape, dequantize, from_bytes, prepare, prepared_bytes, to_bytes
@@ -113,14 +113,14 @@ class HostLibrary:
         _write(rows, size, make_rows(layer, *_stored(layer, weight)))
 
     def expand_weight(
-        self, layer: LayerShape, sm: int, weight_codes: int, rows: int, prepared: int, size: int, stream: int
+        self, layer: LayerShape, sm: int, weight: WeightPointers, rows: int, prepared: int, size: int, stream: int
     ) -> None:
         """Write ``dvdquant.ops.packed_rows.expand`` into the buffer.
 
         Args:
             layer: The layer.
             sm: The compute capability, major · 10 + minor.
-            weight_codes: The address of the codes, int8 [N, K/2].
+            weight: The addresses of the packed tensors; scale and bias are not read.
             rows: The address of the rows.
             prepared: The address of the buffer.
             size: Its size.
@@ -133,11 +133,14 @@ class HostLibrary:
         plan = self.plan_layer(layer, sm)
         if plan.codes == "s4":
             raise UnsupportedError(f"path {plan.path} multiplies the packed weight itself: there is nothing to expand")
-        _write(prepared, size, self._expanded(layer, plan, weight_codes, rows))
+        _write(prepared, size, self._expanded(layer, plan, weight, rows))
 
-    def _expanded(self, layer: LayerShape, plan: LayerPlan, weight_codes: int, rows: int) -> bytes:
-        codes = _view(weight_codes, (layer.n, layer.k // 2), torch.int8)
-        return to_bytes(expand(layer, plan.path, codes, ctypes.string_at(rows, rows_bytes(layer))))
+    def _expanded(self, layer: LayerShape, plan: LayerPlan, weight: WeightPointers, rows: int) -> bytes:
+        codes = _view(weight.codes, (layer.n, layer.k // 2), torch.int8)
+        cells, (factors, zeros) = (layer.n, layer.weight_groups), group_bytes(layer)
+        factor = _view(weight.group_scale, cells, torch.uint8) if factors else None
+        zero = _view(weight.zero, cells, torch.uint8) if zeros else None
+        return to_bytes(expand(layer, plan.path, codes, ctypes.string_at(rows, rows_bytes(layer)), factor, zero))
 
     def packed_workspace_bytes(self, layer: LayerShape, sm: int, tokens: int) -> int:
         """Return the size of codes, scales, sums and the expanded weight.
@@ -151,7 +154,7 @@ class HostLibrary:
         return self.workspace_bytes(layer, sm, tokens) + (0 if plan.codes == "s4" else plan.prepared_bytes)
 
     def packed_linear(
-        self, layer: LayerShape, sm: int, x: int, outer: int, weight_codes: int, rows: int, y: int, m: int,
+        self, layer: LayerShape, sm: int, x: int, outer: int, weight: WeightPointers, rows: int, y: int, m: int,
         workspace: int, size: int, stream: int, pre_quant: int = 0,
     ) -> None:  # fmt: skip
         """Expand the weight and do what :meth:`quant_linear` does.
@@ -161,7 +164,7 @@ class HostLibrary:
             sm: The compute capability, major · 10 + minor.
             x: The address of the input [M, K].
             outer: The address of the outer matrix, fp32 [p, p].
-            weight_codes: The address of the codes of the weight, int8 [N, K/2].
+            weight: The addresses of the packed tensors; scale and bias are not read.
             rows: The address of its rows.
             y: The address of the output [M, N].
             m: M, the number of tokens.
@@ -177,7 +180,7 @@ class HostLibrary:
         if size < self.packed_workspace_bytes(layer, sm, m):
             raise ShapeError(f"a workspace of {size} bytes is too small")
         before = self.workspace_bytes(layer, sm, m)
-        raw = self._expanded(layer, plan, weight_codes, rows)
+        raw = self._expanded(layer, plan, weight, rows)
         if plan.codes == "s4":
             held = ctypes.create_string_buffer(raw, len(raw))
             prepared = ctypes.addressof(held)

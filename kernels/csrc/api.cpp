@@ -212,7 +212,7 @@ dvdq_status dvdq_linear_gemm(const dvdq_layer* layer, int32_t sm, const void* co
   const Named pointers[] = {{"prepared", prepared, false, 256}};
   status = check_pointers("dvdq_linear_gemm", pointers);
   if (status != DVDQ_OK) return status;
-  const WeightView weight = view_of(prepared, prepared, prepared_layout(*layer, plan.path));
+  const WeightView weight = view_of(prepared, prepared_layout(*layer, plan.path));
   return multiply(*layer, plan, sm, codes, scales, sums, weight, y, m, workspace, workspace_bytes, stream);
 }
 

@@ -51,11 +51,11 @@ struct WeightView {
   const void* group_zero;
 };
 
-// The parts beside the codes where they lie in one buffer.
-inline WeightView view_of(const void* weight, const void* buffer, const PreparedLayout& at) {
-  const unsigned char* const base = static_cast<const unsigned char*>(buffer);
+// The parts of a prepared weight, which lie in one buffer.
+inline WeightView view_of(const void* prepared, const PreparedLayout& at) {
+  const unsigned char* const base = static_cast<const unsigned char*>(prepared);
   WeightView view{};
-  view.weight = weight;
+  view.weight = prepared;
   view.row_scale = reinterpret_cast<const float*>(base + at.row_scale);
   view.row_zero = reinterpret_cast<const float*>(base + at.row_zero);
   view.bias = reinterpret_cast<const float*>(base + at.bias);

@@ -26,10 +26,30 @@ dvdq_status packed_workspace(const dvdq_layer& layer, const dvdq_plan& plan, int
   return DVDQ_OK;
 }
 
-// Both are read by every path: the codes by rows of k / 2 bytes, which are multiples of 16.
-dvdq_status check_weight(const char* function, const void* codes, const void* rows) {
-  const Named pointers[] = {{"weight_codes", codes, false, 16}, {"rows", rows, false, 256}};
+// Codes are read by rows of k / 2 bytes, which are multiples of 16; factors and zero-points byte by byte.
+dvdq_status check_weight(const char* function, const dvdq_layer& layer, const dvdq_weight* weight, const void* rows) {
+  if (weight == nullptr) return fail(DVDQ_BAD_ARGUMENT, "%s: weight is null", function);
+  const bool grouped = layer.weight_groups > 1;
+  const Named pointers[] = {{"weight.codes", weight->codes, false, 16},
+                            {"weight.factor", weight->factor, !grouped, 1},
+                            {"weight.zero", weight->zero, !grouped || !layer.float_zero_point, 1},
+                            {"rows", rows, false, 256}};
   return check_pointers(function, pointers);
+}
+
+// The parts of a packed weight as S4 paths multiply them.
+WeightView view_of_packed(const dvdq_layer& layer, const dvdq_weight& weight, const void* rows) {
+  const unsigned char* const base = static_cast<const unsigned char*>(rows);
+  const RowsLayout at = rows_layout(layer);
+  const PackedGroups groups = packed_groups(layer, weight);
+  WeightView view{};
+  view.weight = weight.codes;
+  view.row_scale = reinterpret_cast<const float*>(base + at.row_scale);
+  view.row_zero = reinterpret_cast<const float*>(base + at.row_zero);
+  view.bias = reinterpret_cast<const float*>(base + at.bias);
+  view.factor = groups.factor;
+  view.group_zero = groups.zero;
+  return view;
 }
 
 }  // namespace
@@ -59,11 +79,11 @@ dvdq_status dvdq_make_rows(const dvdq_layer* layer, int32_t sm, const dvdq_weigh
   return make_rows(*layer, *weight, rows, static_cast<cudaStream_t>(stream));
 }
 
-dvdq_status dvdq_expand_weight(const dvdq_layer* layer, int32_t sm, const void* weight_codes, const void* rows, void* prepared,
+dvdq_status dvdq_expand_weight(const dvdq_layer* layer, int32_t sm, const dvdq_weight* weight, const void* rows, void* prepared,
                                int64_t prepared_bytes, dvdq_stream stream) {
   dvdq_plan plan;
   dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
-  if (status == DVDQ_OK) status = check_weight("dvdq_expand_weight", weight_codes, rows);
+  if (status == DVDQ_OK) status = check_weight("dvdq_expand_weight", *layer, weight, rows);
   const Named pointers[] = {{"prepared", prepared, false, 256}};
   if (status == DVDQ_OK) status = check_pointers("dvdq_expand_weight", pointers);
   if (status != DVDQ_OK) return status;
@@ -73,7 +93,7 @@ dvdq_status dvdq_expand_weight(const dvdq_layer* layer, int32_t sm, const void* 
   if (prepared_bytes < plan.prepared_bytes)
     return fail(DVDQ_WORKSPACE, "the expanded weight needs %lld bytes, the buffer has %lld",
                 static_cast<long long>(plan.prepared_bytes), static_cast<long long>(prepared_bytes));
-  return expand_packed(*layer, plan, weight_codes, rows, prepared, static_cast<cudaStream_t>(stream));
+  return expand_packed(*layer, plan, *weight, rows, prepared, static_cast<cudaStream_t>(stream));
 }
 
 dvdq_status dvdq_packed_workspace_bytes(const dvdq_layer* layer, int32_t sm, int64_t m, int64_t* bytes) {
@@ -87,7 +107,7 @@ dvdq_status dvdq_packed_workspace_bytes(const dvdq_layer* layer, int32_t sm, int
 }
 
 dvdq_status dvdq_packed_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
-                               const float* outer_matrix, const void* weight_codes, const void* rows, void* y, int64_t m,
+                               const float* outer_matrix, const dvdq_weight* weight, const void* rows, void* y, int64_t m,
                                void* workspace, int64_t workspace_bytes, dvdq_stream stream) {
   dvdq_plan plan;
   dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
@@ -95,19 +115,19 @@ dvdq_status dvdq_packed_linear(const dvdq_layer* layer, int32_t sm, const void* 
   if (status != DVDQ_OK || m == 0) return status;
   PackedWorkspace at{};
   status = packed_workspace(*layer, plan, sm, m, &at);
-  if (status == DVDQ_OK) status = check_weight("dvdq_packed_linear", weight_codes, rows);
+  if (status == DVDQ_OK) status = check_weight("dvdq_packed_linear", *layer, weight, rows);
   if (status != DVDQ_OK) return status;
   Quantized q{};
   status = quantize_into("dvdq_packed_linear", layer, plan, sm, nullptr, x, pre_quant, outer_matrix, m, at.before, at.bytes,
                          workspace, workspace_bytes, stream, &q);
   if (status != DVDQ_OK) return status;
   if (is_s4(plan.path)) {
-    const WeightView weight = view_of(weight_codes, rows, rows_layout(*layer));
-    return multiply(*layer, plan, sm, q.codes, q.scales, q.sums, weight, y, m, q.gemm, q.gemm_bytes, stream);
+    const WeightView view = view_of_packed(*layer, *weight, rows);
+    return multiply(*layer, plan, sm, q.codes, q.scales, q.sums, view, y, m, q.gemm, q.gemm_bytes, stream);
   }
   // After the codes, so that the product finds what fits of the weight in the L2 cache.
   unsigned char* const expanded = static_cast<unsigned char*>(workspace) + at.expanded;
-  status = expand_packed(*layer, plan, weight_codes, rows, expanded, static_cast<cudaStream_t>(stream));
+  status = expand_packed(*layer, plan, *weight, rows, expanded, static_cast<cudaStream_t>(stream));
   if (status != DVDQ_OK) return status;
   return dvdq_linear_gemm(layer, sm, q.codes, q.scales, q.sums, expanded, y, m, q.gemm, q.gemm_bytes, stream);
 }

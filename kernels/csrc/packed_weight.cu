@@ -22,18 +22,16 @@ struct RowsParams {
   StoredWeight stored;
   const float* bias;  // may be null
   float *to_scale, *to_zero, *to_bias, *to_int8_scale;
-  unsigned char *to_factor, *to_group_zero;  // null where the layer has none
+  bool byte_zeros;  // zero-points stay with the groups
 };
 
 __global__ void __launch_bounds__(kThreads) make_rows_kernel(const RowsParams p) {
   const int64_t row = blockIdx.x;
   const StoredWeight& w = p.stored;
   const RowRule rule = choose_rule<kThreads>(w, false, row, reinterpret_cast<uint32_t*>(dynamic_shared()));
-  if (p.to_factor != nullptr) copy_bytes<kThreads>(p.to_factor + row * w.groups, w.factor + row * w.groups, w.groups);
-  if (p.to_group_zero != nullptr) copy_bytes<kThreads>(p.to_group_zero + row * w.groups, w.byte_zero + row * w.groups, w.groups);
   if (threadIdx.x == 0) {
     p.to_scale[row] = w.groups == 1 ? step_of(w, row, 0) : w.scale[row];
-    p.to_zero[row] = p.to_group_zero == nullptr ? zero_of(w, row, 0) : 0.0f;
+    p.to_zero[row] = p.byte_zeros ? 0.0f : zero_of(w, row, 0);
     p.to_bias[row] = p.bias == nullptr ? 0.0f : p.bias[row];
     p.to_int8_scale[row] = rule.row_scale;
   }
@@ -113,7 +111,6 @@ float* floats(void* base, int64_t offset) { return reinterpret_cast<float*>(stat
 
 dvdq_status make_rows(const dvdq_layer& layer, const dvdq_weight& weight, void* rows, cudaStream_t stream) {
   const RowsLayout at = rows_layout(layer);
-  unsigned char* const base = static_cast<unsigned char*>(rows);
   RowsParams p{};
   p.stored = stored_weight(layer, weight);
   p.bias = weight.bias;
@@ -121,24 +118,24 @@ dvdq_status make_rows(const dvdq_layer& layer, const dvdq_weight& weight, void* 
   p.to_zero = floats(rows, at.row_zero);
   p.to_bias = floats(rows, at.bias);
   p.to_int8_scale = floats(rows, at.int8_scale);
-  p.to_factor = at.factor < 0 ? nullptr : base + at.factor;
-  p.to_group_zero = at.group_zero < 0 ? nullptr : base + at.group_zero;
+  p.byte_zeros = packed_groups(layer, weight).zero != nullptr;
   return check_cuda(launch(make_rows_kernel, dim3(static_cast<unsigned>(layer.n)), dim3(kThreads), 16, stream, p), "make_rows");
 }
 
-dvdq_status expand_packed(const dvdq_layer& layer, const dvdq_plan& plan, const void* codes, const void* rows,
+dvdq_status expand_packed(const dvdq_layer& layer, const dvdq_plan& plan, const dvdq_weight& weight, const void* rows,
                           void* prepared, cudaStream_t stream) {
   const RowsLayout at = rows_layout(layer);
   const PreparedLayout to = prepared_layout(layer, plan.path);
   const unsigned char* const base = static_cast<const unsigned char*>(rows);
   ExpandParams p{};
-  p.packed = static_cast<const unsigned char*>(codes);
+  p.packed = static_cast<const unsigned char*>(weight.codes);
   p.scale = reinterpret_cast<const float*>(base + at.row_scale);
   p.zero = reinterpret_cast<const float*>(base + at.row_zero);
   p.bias = reinterpret_cast<const float*>(base + at.bias);
   p.int8_scale = reinterpret_cast<const float*>(base + at.int8_scale);
-  p.factor = at.factor < 0 ? nullptr : base + at.factor;
-  p.group_zero = at.group_zero < 0 ? nullptr : base + at.group_zero;
+  const PackedGroups groups = packed_groups(layer, weight);
+  p.factor = groups.factor;
+  p.group_zero = groups.zero;
   p.codes = static_cast<unsigned char*>(prepared);
   p.to_scale = floats(prepared, to.row_scale);
   p.to_zero = floats(prepared, to.row_zero);

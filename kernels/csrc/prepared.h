@@ -14,10 +14,10 @@
 //   any other row, e4m3    code e4m3(2d * r), row_scale step / 2 / r, r = 1 if 2 * reach <= 448, else 448 / (2 * reach)
 // limit = 127 for int8 and 16 for e4m3 (integers up to 16 are exact there). With groups, z and step are each group's own.
 //
-// A weight that stays packed is two buffers, the same on every SM: the codes as the files hold them, and its rows, parts at
-// multiples of 256 bytes:
+// A weight that stays packed is the codes as the files hold them, with weight_groups > 1 the factors and byte zero-points as
+// well, and its rows, the same on every SM, parts at multiples of 256 bytes:
 //
-//   row_scale, row_zero, bias, factor, group_zero   as S4_GROUP has them above
+//   row_scale, row_zero, bias   as S4_GROUP has them above
 //   int8_scale  fp32 [n]: row_scale of the S8 forms, which asks for the largest weight of a row and so for all of its codes
 #pragma once
 
@@ -38,11 +38,11 @@ struct PreparedLayout {
 
 inline bool is_s4(int32_t path) { return path == DVDQ_PATH_S4_TOKEN || path == DVDQ_PATH_S4_GROUP; }
 
-// The parts beside the codes, from byte `first` on.
-inline PreparedLayout place_parts(const dvdq_layer& layer, int64_t first, bool grouped) {
+inline PreparedLayout prepared_layout(const dvdq_layer& layer, int32_t path) {
   PreparedLayout at{};
+  const bool grouped = path == DVDQ_PATH_S4_GROUP && layer.weight_groups > 1;
   const int64_t per_row = align_up(layer.n * 4), per_group = align_up(layer.n * layer.weight_groups);
-  at.row_scale = first;
+  at.row_scale = align_up(layer.n * (is_s4(path) ? layer.k / 2 : layer.k));
   at.row_zero = at.row_scale + per_row;
   at.bias = at.row_zero + per_row;
   at.bytes = at.bias + per_row;
@@ -53,22 +53,24 @@ inline PreparedLayout place_parts(const dvdq_layer& layer, int64_t first, bool g
   return at;
 }
 
-inline PreparedLayout prepared_layout(const dvdq_layer& layer, int32_t path) {
-  const int64_t codes = layer.n * (is_s4(path) ? layer.k / 2 : layer.k);
-  return place_parts(layer, align_up(codes), path == DVDQ_PATH_S4_GROUP && layer.weight_groups > 1);
-}
-
-// Byte offsets into the rows of a weight that stays packed: the parts of S4_GROUP from byte 0 on, and one more.
-struct RowsLayout : PreparedLayout {
-  int64_t int8_scale;
+// Byte offsets into the rows of a weight that stays packed.
+struct RowsLayout {
+  int64_t row_scale, row_zero, bias, int8_scale, bytes;
 };
 
 inline RowsLayout rows_layout(const dvdq_layer& layer) {
-  RowsLayout at{};
-  static_cast<PreparedLayout&>(at) = place_parts(layer, 0, layer.weight_groups > 1);
-  at.int8_scale = at.bytes;
-  at.bytes += align_up(layer.n * 4);
-  return at;
+  const int64_t per_row = align_up(layer.n * 4);
+  return {0, per_row, 2 * per_row, 3 * per_row, 4 * per_row};
+}
+
+// What a packed weight has beside codes and rows; null where the layer has none.
+struct PackedGroups {
+  const uint8_t *factor, *zero;
+};
+
+inline PackedGroups packed_groups(const dvdq_layer& layer, const dvdq_weight& weight) {
+  if (layer.weight_groups == 1) return {nullptr, nullptr};
+  return {static_cast<const uint8_t*>(weight.factor), layer.float_zero_point ? static_cast<const uint8_t*>(weight.zero) : nullptr};
 }
 
 }  // namespace dvdq

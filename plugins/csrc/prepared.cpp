@@ -25,8 +25,8 @@ Registry& registry() {
   return shared;
 }
 
-// INT32 values as TensorRT's parser makes them of UINT8 ones -> the bytes again, on the device.
-std::unique_ptr<DeviceBuffer> narrowed(void const* values, int64_t count, char const* name, Stream stream) {
+// INT32 values as TensorRT's parser makes them of UINT8 ones -> the bytes again, at `to` on the device.
+void narrow(void const* values, void* to, int64_t count, char const* name, Stream stream) {
   std::vector<int32_t> wide(static_cast<size_t>(count));
   copy_to_host(wide.data(), values, wide.size() * sizeof(int32_t), stream);
   synchronize(stream);
@@ -38,24 +38,37 @@ std::unique_ptr<DeviceBuffer> narrowed(void const* values, int64_t count, char c
     }
     bytes[i] = static_cast<uint8_t>(wide[i]);
   }
-  auto buffer = std::make_unique<DeviceBuffer>(bytes.size(), name);
-  copy_to_device(buffer->data(), bytes.data(), bytes.size(), stream);
+  copy_to_device(to, bytes.data(), bytes.size(), stream);
   synchronize(stream);
-  return buffer;
+}
+
+// Bytes of factors and zero-points that came in as INT32, and lie narrowed behind the rows of a packed weight.
+int64_t narrowed_bytes(PreparedKey const& key) {
+  bool const kept = key.codes < 0 && key.groups > 1;
+  return kept ? key.n * key.groups * (int{key.factor_int32} + int{key.zero_int32}) : 0;
 }
 
 Prepared make(PreparedKey const& key, dvdq_layer const& layer, Stream stream) {
   RelaxedCapture relaxed;
-  std::unique_ptr<DeviceBuffer> factor, zero;
-  if (key.factor_int32) factor = narrowed(key.inputs[kFactor], key.n * key.groups, "weight_group_scale", stream);
-  if (key.zero_int32) zero = narrowed(key.inputs[kZero], key.n * key.groups, "weight_zero", stream);
-  dvdq_weight weight{};
-  weight.codes = key.inputs[kWeight];
-  weight.scale = static_cast<float const*>(key.inputs[kScale]);
-  weight.factor = factor ? factor->data() : key.inputs[kFactor];
-  weight.zero = zero ? zero->data() : key.inputs[kZero];
-  weight.bias = static_cast<float const*>(key.inputs[kBias]);
-  auto buffer = std::make_shared<DeviceBuffer>(static_cast<size_t>(key.bytes), "the prepared weight of " + key.layer);
+  int64_t const cells = key.n * key.groups, kept = narrowed_bytes(key);
+  auto buffer = std::make_shared<DeviceBuffer>(static_cast<size_t>(key.bytes + kept), "the prepared weight of " + key.layer);
+  // Narrowed behind the rows, where products read them; else for the time of making.
+  std::unique_ptr<DeviceBuffer> apart;
+  auto* narrow_to = static_cast<uint8_t*>(buffer->data()) + key.bytes;
+  if (kept == 0 && (key.factor_int32 || key.zero_int32)) {
+    apart = std::make_unique<DeviceBuffer>(static_cast<size_t>(2 * cells), "the bytes of groups of " + key.layer);
+    narrow_to = static_cast<uint8_t*>(apart->data());
+  }
+  dvdq_weight weight = packed_weight(key, *buffer);
+  if (key.factor_int32) {
+    narrow(key.inputs[kFactor], narrow_to, cells, "weight_group_scale", stream);
+    weight.factor = narrow_to;
+    narrow_to += cells;
+  }
+  if (key.zero_int32) {
+    narrow(key.inputs[kZero], narrow_to, cells, "weight_zero", stream);
+    weight.zero = narrow_to;
+  }
   auto* const call = key.codes < 0 ? kernels().make_rows : kernels().prepare_weight;
   dvdq_status const status = call(&layer, key.sm, &weight, buffer->data(), key.bytes, stream);
   // Kernels may still read the narrowed copies, and other streams will read the result.
@@ -73,6 +86,20 @@ Prepared held(Registry& shared, PreparedKey const& key) {
 }
 
 }  // namespace
+
+dvdq_weight packed_weight(PreparedKey const& key, DeviceBuffer const& buffer) {
+  dvdq_weight weight{};
+  weight.codes = key.inputs[kWeight];
+  weight.scale = static_cast<float const*>(key.inputs[kScale]);
+  weight.factor = key.inputs[kFactor];
+  weight.zero = key.inputs[kZero];
+  weight.bias = static_cast<float const*>(key.inputs[kBias]);
+  if (narrowed_bytes(key) == 0) return weight;
+  auto const* const narrowed = static_cast<uint8_t const*>(buffer.data()) + key.bytes;
+  if (key.factor_int32) weight.factor = narrowed;
+  if (key.zero_int32) weight.zero = narrowed + (key.factor_int32 ? key.n * key.groups : 0);
+  return weight;
+}
 
 Form wanted_form() {
   char const* const value = std::getenv("DVDQUANT_WEIGHTS");

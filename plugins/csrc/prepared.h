@@ -13,8 +13,8 @@
 
 namespace dvdquant::plugin {
 
-// How the device holds weights. Packed: the bound codes are the only copy, and what is made of them are their rows, the same
-// for all widths (dvdq_make_rows). Expanded: as the path multiplies them (dvdq_prepare_weight).
+// How the device holds weights. Packed: the bound codes, and the factors and byte zero-points of groups, are the only copy, and
+// what is made of them are their rows, the same for all widths (dvdq_make_rows). Expanded: as the path multiplies them (dvdq_prepare_weight).
 enum class Form { kPacked, kExpanded };
 
 // $DVDQUANT_WEIGHTS: packed (also where it is unset, or auto) or expanded. Throws Failure on another word.
@@ -48,6 +48,10 @@ Prepared find_prepared(PreparedKey const& key);
 // last Prepared. Allocates and waits for the stream, so not while it is captured.
 // layer: as for dvdq_prepare_weight. Throws Failure.
 Prepared prepare(PreparedKey const& key, dvdq_layer const& layer, Stream stream);
+
+// The packed weight as the kernels take it beside its rows, which are in buffer: the bound inputs, and behind the rows what came
+// in as INT32 and was narrowed.
+dvdq_weight packed_weight(PreparedKey const& key, DeviceBuffer const& buffer);
 
 // Throws unless the [order, order] fp32 matrix is the Sylvester Hadamard matrix / sqrt(order), which is what the kernels
 // multiply with whatever the input holds. A matrix is read once per address.

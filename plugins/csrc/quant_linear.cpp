@@ -176,8 +176,9 @@ void QuantLinear::run(PluginTensorDesc const* in, void const* const* inputs, voi
   auto const* outer = layer_->outer > 1 ? static_cast<float const*>(inputs[kOuter]) : nullptr;
   // No pre_quant: the graph's own pointwise operations before this node are it, fused by TensorRT.
   if (packed()) {
-    check_kernels(kernels().packed_linear(&*layer_, sm_, inputs[kX], nullptr, outer, inputs[kWeight], weight_->data(), y,
-                                          tokens, workspace, needed, stream),
+    dvdq_weight const weight = packed_weight(*key_, *weight_);
+    check_kernels(kernels().packed_linear(&*layer_, sm_, inputs[kX], nullptr, outer, &weight, weight_->data(), y, tokens,
+                                          workspace, needed, stream),
                   fields_.layer.c_str());
     return;
   }

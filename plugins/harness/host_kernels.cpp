@@ -53,20 +53,25 @@ uint16_t narrow(double value, int32_t dtype) {
 // Prepared: the dequantized weight [N, K] and the bias [N], in double.
 int64_t prepared_bytes(dvdq_layer const& layer) { return static_cast<int64_t>(sizeof(double)) * layer.n * (layer.k + 1); }
 
-// Rows of a packed weight: step and zero-point of each group, then the bias, in double.
-int64_t rows_bytes(dvdq_layer const& layer) {
-  return static_cast<int64_t>(sizeof(double)) * layer.n * (2 * layer.weight_groups + 1);
-}
+// Rows of a packed weight: scale, zero-point and bias, in double. A row of one group has its factor and its zero-point there;
+// what several groups have is read from the weight.
+int64_t rows_bytes(dvdq_layer const& layer) { return static_cast<int64_t>(sizeof(double)) * layer.n * 3; }
 
-void expand(dvdq_layer const& layer, uint8_t const* codes, double const* rows, double* out) {
-  int64_t const width = layer.k / layer.weight_groups, cells = layer.n * layer.weight_groups;
+double zero_of_byte(void const* zero, int64_t cell) { return static_cast<uint8_t const*>(zero)[cell] / 16.0 - 8.0; }
+
+void expand(dvdq_layer const& layer, dvdq_weight const& weight, double const* rows, double* out) {
+  int64_t const width = layer.k / layer.weight_groups;
+  bool const grouped = layer.weight_groups > 1;
+  auto const* codes = static_cast<uint8_t const*>(weight.codes);
   for (int64_t n = 0; n < layer.n; ++n) {
     for (int64_t k = 0; k < layer.k; ++k) {
       int64_t const cell = n * layer.weight_groups + k / width;
       int const nibble = (codes[(n * layer.k + k) / 2] >> (k % 2 ? 4 : 0)) & 15;
-      out[n * layer.k + k] = ((nibble ^ 8) - 8 - rows[cells + cell]) * rows[cell];
+      double const factor = grouped ? static_cast<uint8_t const*>(weight.factor)[cell] / 255.0 : 1.0;
+      double const zero = grouped && layer.float_zero_point ? zero_of_byte(weight.zero, cell) : rows[layer.n + n];
+      out[n * layer.k + k] = ((nibble ^ 8) - 8 - zero) * rows[n] * factor;
     }
-    out[layer.n * layer.k + n] = rows[2 * cells + n];
+    out[layer.n * layer.k + n] = rows[2 * layer.n + n];
   }
 }
 
@@ -145,8 +150,8 @@ DVDQ_API dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t, const
     for (int64_t k = 0; k < layer->k; ++k) {
       int64_t const cell = n * layer->weight_groups + k / width;
       int const nibble = (codes[(n * layer->k + k) / 2] >> (k % 2 ? 4 : 0)) & 15;
-      double const zero = layer->float_zero_point ? static_cast<uint8_t const*>(weight->zero)[cell] / 16.0 - 8.0
-                                           : static_cast<float const*>(weight->zero)[n];
+      double const zero =
+          layer->float_zero_point ? zero_of_byte(weight->zero, cell) : static_cast<float const*>(weight->zero)[n];
       out[n * layer->k + k] = ((nibble ^ 8) - 8 - zero) * weight->scale[n] * (factor[cell] / 255.0);
     }
     out[layer->n * layer->k + n] = weight->bias ? weight->bias[n] : 0;
@@ -196,14 +201,13 @@ DVDQ_API dvdq_status dvdq_make_rows(const dvdq_layer* layer, int32_t, const dvdq
   if (!weight->codes || !weight->scale || !weight->factor || !weight->zero) return fail(DVDQ_BAD_ARGUMENT, "null");
   auto* out = static_cast<double*>(rows);
   auto const* factor = static_cast<uint8_t const*>(weight->factor);
-  int64_t const cells = layer->n * layer->weight_groups;
+  bool const grouped = layer->weight_groups > 1;
   for (int64_t n = 0; n < layer->n; ++n) {
-    for (int64_t cell = n * layer->weight_groups; cell < (n + 1) * layer->weight_groups; ++cell) {
-      out[cell] = weight->scale[n] * (factor[cell] / 255.0);
-      out[cells + cell] = layer->float_zero_point ? static_cast<uint8_t const*>(weight->zero)[cell] / 16.0 - 8.0
-                                                  : static_cast<float const*>(weight->zero)[n];
-    }
-    out[2 * cells + n] = weight->bias ? weight->bias[n] : 0;
+    out[n] = weight->scale[n] * (grouped ? 1.0 : factor[n] / 255.0);
+    out[layer->n + n] = !layer->float_zero_point ? static_cast<float const*>(weight->zero)[n]
+                        : grouped                ? 0.0
+                                                 : zero_of_byte(weight->zero, n);
+    out[2 * layer->n + n] = weight->bias ? weight->bias[n] : 0;
   }
   return DVDQ_OK;
 }
@@ -218,17 +222,21 @@ DVDQ_API dvdq_status dvdq_packed_workspace_bytes(const dvdq_layer* layer, int32_
 }
 
 DVDQ_API dvdq_status dvdq_packed_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
-                                        const float* outer, const void* codes, const void* rows, void* y, int64_t m,
+                                        const float* outer, const dvdq_weight* weight, const void* rows, void* y, int64_t m,
                                         void* workspace, int64_t bytes, dvdq_stream stream) {
   int64_t before = 0, needed = 0;
   if (dvdq_status const status = dvdq_packed_workspace_bytes(layer, sm, m, &needed); status != DVDQ_OK) return status;
   dvdq_workspace_bytes(layer, sm, m, &before);
   if (bytes < needed || workspace == nullptr) return fail(DVDQ_WORKSPACE, "workspace too small");
-  if (codes == nullptr || rows == nullptr) return fail(DVDQ_BAD_ARGUMENT, "the packed weight is null");
+  bool const grouped = layer->weight_groups > 1;
+  if (weight == nullptr || weight->codes == nullptr || rows == nullptr || (grouped && weight->factor == nullptr) ||
+      (grouped && layer->float_zero_point && weight->zero == nullptr)) {
+    return fail(DVDQ_BAD_ARGUMENT, "the packed weight is null");
+  }
   // In the workspace, as the kernels do; paths of 4 bits have none there.
   std::vector<double> own(needed == before ? static_cast<size_t>(layer->n * (layer->k + 1)) : 0);
   auto* const expanded = own.empty() ? reinterpret_cast<double*>(static_cast<char*>(workspace) + before) : own.data();
-  expand(*layer, static_cast<uint8_t const*>(codes), static_cast<double const*>(rows), expanded);
+  expand(*layer, *weight, static_cast<double const*>(rows), expanded);
   return dvdq_quant_linear(layer, sm, x, pre_quant, outer, expanded, y, m, workspace, before, stream);
 }
 

@@ -16,7 +16,8 @@ class Registry final : public IPluginRegistry {
     return nullptr;
   }
   bool deregisterCreator(IPluginCreator const&) noexcept override { return false; }
-#else
+#endif
+#if NV_TENSORRT_MAJOR > 10 || NV_TENSORRT_MINOR >= 10
   IPluginCreatorInterface* const* getAllCreatorsRecursive(int32_t*) noexcept override { return nullptr; }
 #endif
   void setErrorRecorder(IErrorRecorder*) noexcept override {}

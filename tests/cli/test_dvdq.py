@@ -84,6 +84,11 @@ EARLY = {
     "output": (["export", TINY, "-o", TINY], "not a dvdquant export"),
     "no export": (["run", "/nowhere", "--prompt", "x", "-o", "/tmp/x.mp4"], "not a dvdquant export"),
     "cache": (["run", "/nowhere", "--prompt", "x", "-o", "/tmp/x.mp4", "--cache", "much"], "--cache"),
+    "policy": (["run", "/nowhere", "--prompt", "x", "-o", "/tmp/x.mp4", "--cache-policy", "tea"], "--cache-policy"),
+    "no cache": (
+        ["run", "/nowhere", "--prompt", "x", "-o", "/tmp/x.mp4", "--cache", "off", "--cache-policy", "easycache"],
+        "--cache is off",
+    ),
     "plan": (["plan", "/nowhere", "--prompt", "x"], "not a dvdquant export"),
 }
 

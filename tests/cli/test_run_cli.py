@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
+from dvdquant.cli.run_text import summary_text
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import GenerateRequest, generate, open_generator
 from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.deploy.sessions import open_session
 from dvdquant.deploy.switching.controller import StepController
+from dvdquant.deploy.switching.defaults import CachePolicy
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.deploy.switching.schedule import Schedule
 from tests.support.commands import refused
@@ -184,9 +186,12 @@ def test_a_schedule_is_followed(out: Path, tmp_path: Path) -> None:
     refused(run(*common, "--schedule", tmp_path / "other.json"), "another model")
 
 
-def test_step_cache_skips(out: Path) -> None:
-    request = GenerateRequest(PROMPT, steps=5, cache=1e6, mode="a8")
+@pytest.mark.parametrize("policy", [None, "easycache"])
+def test_step_cache_skips(out: Path, policy: CachePolicy | None) -> None:
+    request = GenerateRequest(PROMPT, steps=5, cache=1e6, mode="a8", cache_policy=policy)
     result = generate(Artifact.open(out), request, pipeline=TINY_WAN, backend="onnxruntime")
+    assert result.summary["cache"]["policy"] == (policy or "forecast")
+    assert f"step cache: {policy or 'forecast'} below 1e+06" in summary_text(result)
     bits = [r.bits for r in result.trace if r.branch == "cond"]
     assert None in bits
     assert bits[0] == bits[1] == bits[-1] == 8

@@ -94,6 +94,8 @@ BAD: list[dict[str, Any]] = [
     {"height": 31},
     {"width": 0},
     {"cache": "much"},
+    {"cache_policy": "teacache"},
+    {"mode": "16", "cache_policy": "easycache"},
     {"weighting": "none "},
 ]
 

@@ -397,6 +397,9 @@ def test_nodes_change_a_copy_and_give_it_a_trace_of_its_own(host: Path) -> None:
     assert (after.mode, after.delta, after.last_high, after.weighting) == ("a4", 0.2, 3, "none")
     assert after.trace is not before.trace
     assert other.clone().model_options["transformer_options"][OPTION] is after
+    (other,) = nodes.BitSchedule().set(model, "a8", 0.2, 3, "none", 0.1, 0, 0, "magcache")
+    settings = other.model_options["transformer_options"][OPTION]
+    assert (settings.cache, settings.cache_policy) == (0.1, "magcache")
     with pytest.raises(UnsupportedError, match="cache to 0"):
         nodes.BitSchedule().set(model, "planned", 0.2, 3, "none", 0.1)
     stranger = types.SimpleNamespace(model_options={"transformer_options": {}})

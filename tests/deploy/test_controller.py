@@ -23,8 +23,9 @@ from dvdquant.deploy.switching.controller import (
     relative_cost,
 )
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
+from dvdquant.deploy.switching.forecasts import ChangeForecast
 from dvdquant.deploy.switching.gbs import switch_bits
-from dvdquant.deploy.switching.step_cache import ChangeForecast, StepCachePolicy, keep_residual, reuse
+from dvdquant.deploy.switching.step_cache import StepCachePolicy, keep_residual, reuse
 from dvdquant.errors import UnsupportedError
 from tests.deploy.test_gbs import literal
 

@@ -47,7 +47,9 @@ class _Failing(WrappedSession):
         return self.inner.run(inputs, bits)
 
 
-@pytest.mark.parametrize("fields", [{"delta": 0.3}, {"mode": "a8", "cache": 0.4}, {"mode": "a4"}])
+@pytest.mark.parametrize(
+    "fields", [{"delta": 0.3}, {"mode": "a8", "cache": 0.4, "cache_policy": "easycache"}, {"mode": "a4"}]
+)
 def test_a_clip_is_that_of_one_session(fields: dict[str, Any]) -> None:
     """Of N steps, the second session answers every second branch but that of the first step."""
     request = GenerateRequest(PROMPT, **{"steps": 6, "seed": 4, **fields})

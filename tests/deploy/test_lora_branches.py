@@ -17,6 +17,7 @@ from dvdquant.deploy import DvdqTransformer
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.original import load_original
 from dvdquant.deploy.sessions import open_session
+from dvdquant.deploy.sessions.lora_needs import lora_bytes, read_beside
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.model.layers import QuantLinear
@@ -144,6 +145,8 @@ def test_off_is_as_it_was_bit_by_bit(artifact: Artifact, model: Path, tmp_path: 
         transformer.load_lora_adapter(first, 0.5, "one")
         one = output()
         assert not torch.equal(one, plain)
+        loras = read_beside(artifact, {"transformer": [LoraSpec(first, 0.5)]})["transformer"]
+        assert opened.resident_bytes()["weights"] - held == lora_bytes(artifact, "transformer", loras, "pytorch")
         transformer.load_lora_adapter(second, adapter_name="two")
         both = output()
         assert not torch.equal(both, one)
@@ -183,6 +186,8 @@ def test_a_full_difference_of_a_packed_layer(session: PyTorchSession, tmp_path: 
     x, _ = seen(session, name)
     session.set_loras([LoraSpec(tmp_path / "lora.safetensors")])
     x, after = seen(session, name)
+    loras = read_beside(session.artifact, {"transformer": list(session.loras)})["transformer"]
+    assert lora_bytes(session.artifact, "transformer", loras, "pytorch") == 2 * change.numel()
     session.set_loras(())
     _, before = seen(session, name)
     size = before.abs() + x.abs() @ change.double().abs().T
@@ -215,10 +220,22 @@ def test_the_command_runs_one_beside_the_export(tmp_path: Path) -> None:
         "--lora",
         f"{path}:0.1",
     )
-    drawn(*common, "--backend", "pytorch", "--mode", "a8", "--trace", tmp_path / "t.json")
+    # Nothing is said of a backend: PyTorch takes what graphs have no place for, and says so.
+    said = drawn(*common, "--mode", "a8", "--trace", tmp_path / "t.json")
+    assert "made without --lora-rank; so PyTorch runs it, and not onnxruntime" in said
     (clip,) = json.loads((tmp_path / "t.json").read_text())["clips"]
+    assert clip["executed"]["backend"] == "pytorch"
     assert clip["executed"]["lora"] == [{"path": str(path), "scale": 0.1}]
     drawn(*common, "--mode", "16")
+    planned = run(*common, "--mode", "a8", "--dry-run", "--memory", "auto", "--log-format", "json")
+    needs = next(json.loads(line) for line in planned.stderr.splitlines() if '"needs"' in line)
+    loaded = {part["name"]: part["loaded"] for part in needs["parts"]}
+    loras = read_beside(Artifact.open(out), {"transformer": [LoraSpec(path, 0.1)]})["transformer"]
+    branches = loaded["transformer (LoRAs beside the weights)"]
+    assert branches == lora_bytes(Artifact.open(out), "transformer", loras, "pytorch") > 0
+    # The plan of the memory counts them too.
+    steps = next(stage for stage in needs["memory"]["stages"] if "steps" in stage["stage"])
+    assert steps["parts"]["packed weights"] == loaded["transformer (packed weights)"] + branches
     refused(run(*common, "--backend", "onnxruntime"), "pytorch")
     refused(run(*common, "--lora", f"transformer_2={path}.x"), "no LoRA file")
     assert RANK == 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ from torch import Tensor
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy import DvdqTransformer
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.generate import open_generator
 from dvdquant.deploy.generation.original import load_original
 from dvdquant.deploy.sessions import engine_choice, engines, open_session
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.engines import TensorRTSession
 from dvdquant.deploy.sessions.lora_inputs import LoraInputs
+from dvdquant.deploy.sessions.lora_needs import lora_bytes, read_beside
 from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
 from dvdquant.export.verify.graph import ATOL, GRAPH_FACTOR, Verifier
 from dvdquant.export.verify.reference import as_float64
@@ -116,6 +117,9 @@ def test_without_a_lora_graphs_give_what_they_gave_bit_by_bit(artifact: Artifact
     with open_session(plain, backend="onnxruntime", device="cpu") as without:
         for bits in (4, 8):
             assert torch.equal(session.run(inputs(session), bits), without.run(inputs(session), bits))
+        # What is reserved, as the session holds it: ONNX Runtime computes bfloat16 in float32.
+        more = session.resident_bytes()["weights"] - without.resident_bytes()["weights"]
+        assert more == lora_bytes(artifact, "transformer", None, "onnxruntime")
 
 
 def test_a_lora_in_a_graph_is_the_branch_of_pytorch(artifact: Artifact, session: EngineSession, lora: Path) -> None:
@@ -167,6 +171,10 @@ def test_on_off_scale_and_two_at_once(artifact: Artifact, session: EngineSession
     plain = output()
     transformer.load_lora_adapter(one, 0.5, "one")
     first = output()
+    # Two of its layers stay in 16 bit: a changed copy of each lies beside what is stored.
+    loras = read_beside(artifact, {"transformer": [LoraSpec(one, 0.5)]})["transformer"]
+    needed, reserved = (lora_bytes(artifact, "transformer", given, "onnxruntime") for given in (loras, None))
+    assert session.resident_bytes()["weights"] - held == needed - reserved > 0
     transformer.load_lora_adapter(two, adapter_name="two")  # 4 and 4 fill the rank of 8
     both = output()
     assert not torch.equal(first, plain)
@@ -207,6 +215,14 @@ def test_what_has_no_place_is_refused_and_changes_nothing(
             session.set_loras([LoraSpec(path)])
         assert words in str(error.value)
         assert "--backend pytorch" in str(error.value)
+        # Where nobody has chosen a backend, the one that has a place for it takes it, and says so.
+        with open_generator(artifact, pipeline=wan_pipeline()[1], device="cpu", lora=[LoraSpec(path)]) as free:
+            assert free.options.backend == "pytorch"
+            (note,) = free.notes(free.checker.example_request())
+            assert words in note
+            assert "PyTorch runs it, and not onnxruntime" in note
+    with open_generator(artifact, pipeline=wan_pipeline()[1], device="cpu", lora=[LoraSpec(lora)]) as free:
+        assert free.options.backend == "auto"
     with pytest.raises(CheckpointError, match="no LoRA file"):
         session.set_loras([LoraSpec(tmp_path / "none.safetensors")])
     assert torch.equal(session.run(given, 8), before)
@@ -320,11 +336,12 @@ def test_the_command_loads_one_into_the_graph(artifact: Artifact, lora: Path, tm
     (clip,) = json.loads((tmp_path / "t.json").read_text())["clips"]
     assert clip["executed"]["lora"] == [{"path": str(lora), "scale": 0.5}]
     assert clip["executed"]["backend"] == "onnxruntime"
-    room = sum(2 * math.prod(s) for s in lora_input_shapes(artifact.plan().layers, RESERVED).values())
-    said = run(*common, "--dry-run", "--log-format", "json").stderr
+    loras = read_beside(artifact, {"transformer": [LoraSpec(lora, 0.5)]})["transformer"]
+    room = lora_bytes(artifact, "transformer", loras, "onnxruntime")
+    said = run(*common, "--dry-run", "--log-format", "json", "--lora", f"{lora}:0.5").stderr
     needs = next(json.loads(line) for line in said.splitlines() if '"needs"' in line)
     loaded = {p["name"]: p["loaded"] for p in needs["parts"]}
-    assert loaded["transformer (room for LoRAs)"] == room
+    assert loaded["transformer (LoRAs beside the weights)"] == room
     # The plan of the memory counts it too.
     for stage in needs["memory"]["stages"][1:]:
         assert stage["parts"]["packed weights"] == loaded["transformer (packed weights)"] + room

@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from dvdquant.artifact.manifest import load_manifest
+from dvdquant.cli.plan import main as plan_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.check import open_checker
 from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
 from dvdquant.deploy.generation.needs import parts_of_run
 from dvdquant.deploy.generation.text_embeds import load_text_embeds
+from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.errors import CheckpointError, DvdquantError, ShapeError
 from tests.support.commands import refused
 from tests.support.image_pipelines import ImageModel, image_model, picture
@@ -186,14 +190,10 @@ def test_damaged_and_foreign_files(saved: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ offload, tiles, needs
 
 
-def test_offloaded_parts_and_tiles_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers' offload around the drop-in, to and from the CPU itself; a clip that fits into one tile is unchanged."""
+def _watched_offload(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The devices that diffusers' offload is called with from now on."""
     import diffusers
 
-    model = image_model("wan-i2v-21")
-    artifact = Artifact.open(model.made.out)
-    with open_generator(artifact, pipeline=model.pipeline, backend="pytorch", device="cpu") as generator:
-        expected = generator.generate(_request(model))
     offloaded: list[str] = []
     whole = diffusers.DiffusionPipeline.enable_model_cpu_offload
 
@@ -202,6 +202,16 @@ def test_offloaded_parts_and_tiles_draw_the_same(monkeypatch: pytest.MonkeyPatch
         whole(self, gpu_id, device)
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "enable_model_cpu_offload", offload)
+    return offloaded
+
+
+def test_offloaded_parts_and_tiles_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' offload around the drop-in, to and from the CPU itself; a clip that fits into one tile is unchanged."""
+    model = image_model("wan-i2v-21")
+    artifact = Artifact.open(model.made.out)
+    with open_generator(artifact, pipeline=model.pipeline, backend="pytorch", device="cpu") as generator:
+        expected = generator.generate(_request(model))
+    offloaded = _watched_offload(monkeypatch)
     options: dict[str, Any] = {"backend": "pytorch", "device": "cpu", "offload": True, "vae_tiling": True}
     with open_generator(artifact, pipeline=model.pipeline, **options) as generator:
         assert any("saves nothing on a CPU" in words for words in generator.notes(generator.check(_request(model))))
@@ -212,6 +222,33 @@ def test_offloaded_parts_and_tiles_draw_the_same(monkeypatch: pytest.MonkeyPatch
         assert pipe.vae.use_tiling
         assert pipe.vae.use_slicing
     assert offloaded[0] == "cpu"
+
+
+def test_a_plan_with_saved_text_and_parts_that_are_offloaded(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan of ``dvdq-plan`` without a text encoder, and with diffusers' offload, is that of a plan that loads everything."""
+    out, pipeline = wan_pipeline()
+    folder = Path(shutil.copytree(pipeline, tmp_path / "pipeline"))
+    shutil.rmtree(folder / "text_encoder")
+    shutil.rmtree(folder / "tokenizer")
+    offloaded = _watched_offload(monkeypatch)
+    made = {}
+    for name, more in {
+        "everything": ("--pipeline", pipeline, "--prompts", tmp_path / "prompts.txt", "--negative-prompt", "rain"),
+        "text": ("--pipeline", folder, "--text-embeds", saved),
+        "both": ("--pipeline", folder, "--text-embeds", saved, "--offload", "--vae-tiling"),
+    }.items():
+        (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+        common = ("--steps", 3, "--last-high", 0, "--delta", 0.3, "--backend", "pytorch", "--device", "cpu")
+        result = CliRunner().invoke(plan_main, [str(a) for a in (out, *more, *common, "-o", tmp_path / f"{name}.json")])
+        assert result.exit_code == 0, (result.output, result.exception)
+        made[name] = Schedule.load(tmp_path / f"{name}.json", load_manifest(out), 3)
+    assert offloaded[0] == "cpu"
+    for schedule in made.values():
+        assert schedule.prompts == tuple(PROMPTS)
+        assert schedule.details["stairs"] == made["everything"].details["stairs"]
+        assert schedule.components == made["everything"].components
 
 
 def test_tiles_decode_what_the_whole_does(tmp_path: Path) -> None:

@@ -414,6 +414,7 @@ def test_fields_of_a_request_that_contradict_each_other(out: Path) -> None:
         ({"mode": "a8", "schedule": schedule}, "schedule"),
         ({"mode": "planned", "schedule": schedule, "cache": 0.1}, "cache"),
         ({"mode": "16", "cache": 0.1}, "cache"),
+        ({"mode": "planned", "schedule": schedule, "cache_policy": "easycache"}, "cache_policy"),
     ]
     for fields, text in cases:
         with pytest.raises(UnsupportedError, match=text) as caught:

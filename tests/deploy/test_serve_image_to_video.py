@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation import images
 from dvdquant.deploy.generation.generate import open_generator
 from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.deploy.generation.video import write_mp4
@@ -31,7 +33,7 @@ def picture(color: tuple[int, int, int], size: tuple[int, int] = (128, 96)) -> b
     return file.getvalue()
 
 
-RED = picture((200, 10, 10))
+RED, BLUE = picture((200, 10, 10)), picture((10, 10, 200))
 URL = "data:image/png;base64," + base64.b64encode(RED).decode()
 
 
@@ -46,6 +48,14 @@ def server(model: ImageModel, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """It draws on the CPU."""
     with local_server(model.made.out, tmp_path_factory.mktemp("i2v") / "data", model.pipeline, LIMITS) as server:
         yield server
+
+
+def _drawn(server: LocalServer, client: httpx.Client, made: httpx.Response) -> bytes:
+    assert made.status_code == 200, made.text
+    place = f"/v1/videos/{made.json()['id']}"
+    state = client.get(place, params={"wait": 60}).json()
+    assert state["status"] == "completed", state
+    return client.get(f"{place}/content").content
 
 
 def test_openai_client_begins_a_clip_with_a_picture(server: LocalServer, model: ImageModel, tmp_path: Path) -> None:
@@ -77,3 +87,74 @@ def test_openai_client_begins_a_clip_with_a_picture(server: LocalServer, model: 
         result = generator.generate(GenerateRequest("a cat", steps=1, guidance=1, seed=3, mode="a8", image=RED))
         write_mp4(path, result.frames, generator.fps(len(result.frames)))
     assert path.read_bytes() == clips[0]
+
+
+def test_the_last_picture_counts_and_json_is_as_good_as_a_form(server: LocalServer) -> None:
+    with server.client() as client:
+        asked = {**ASKED, "num_frames": 9}  # the tokens of a last picture come on top
+        one = {"input_reference": URL}
+        both = {**one, "last_reference": base64.b64encode(BLUE).decode()}
+        first = _drawn(server, client, client.post("/v1/videos", json={**asked, **one}))
+        made = client.post("/v1/videos", json={**asked, **both})
+        clip = _drawn(server, client, made)
+        assert clip != first
+        files = {"input_reference": ("a", RED), "last_reference": ("b", BLUE)}
+        assert _drawn(server, client, client.post("/v1/videos", data=asked, files=files)) == clip
+        told = client.get(f"/v1/videos/{made.json()['id']}").json()["dvdquant"]["request"]["last_reference"]
+        assert (told["width"], told["height"], len(told["sha256"])) == (128, 96, 64)
+        facts = client.get("/v1/models/model").json()["dvdquant"]
+        assert facts["pictures"] == {"input_reference": "optional", "last_reference": "optional"}
+        plan = client.post("/preflight", json={**asked, **both})
+        assert plan.json()["transformer_calls"] == 1
+
+
+def test_pictures_that_cannot_be_taken(server: LocalServer) -> None:
+    before = len(list(server.service.files.pictures.rglob("*.png")))
+    with server.client() as client:
+        for path in ("/v1/videos", "/preflight"):
+            for raw, said in (
+                (b"no picture", "no image that can be read"),
+                (RED[:60], "damaged"),
+                (picture((1, 1, 1), (200, 200)), "200×200 pixels"),
+                (b"x" * 100_001, "100001 bytes"),
+            ):
+                answer = client.post(path, data=ASKED, files={"input_reference": ("../../x.png", raw)})
+                assert answer.status_code == 400, answer.text
+                assert said in answer.json()["error"]["message"]
+                assert str(server.service.settings.data) not in answer.text
+            answer = client.post(path, data=ASKED, files={"last_reference": ("x.png", RED), "other": ("y", RED)})
+            assert "'other' is unknown" in answer.json()["error"]["message"]
+        most = server.service.settings.limits.body_with_pictures
+        assert client.post("/v1/videos", json={"prompt": "x" * most}).status_code == 413
+    assert len(list(server.service.files.pictures.rglob("*.png"))) == before
+
+
+def test_a_full_queue_is_said_before_a_picture_is_decoded_and_leaves_no_file(
+    model: ImageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for a worker that never comes; a start on the same folder finds the picture."""
+    from dvdquant.deploy.serve import service
+
+    decoded: list[str] = []
+    original = service.decode_picture
+    monkeypatch.setattr(
+        service, "decode_picture", lambda raw, name, most: decoded.append(name) or original(raw, name, most)
+    )
+    limits = Limits(queue=1, body=4096, picture=100_000)
+    with (
+        local_server(model.made.out, tmp_path, model.pipeline, limits, draws=False) as waiting,
+        waiting.client() as client,
+    ):
+        made = client.post("/v1/videos", data=ASKED, files={"input_reference": ("x", RED)})
+        assert made.status_code == 200
+        assert client.post("/v1/videos", data=ASKED, files={"input_reference": ("x", RED)}).status_code == 429
+        assert decoded == ["input_reference"]
+        monkeypatch.setattr(waiting.service, "queue_is_full", lambda: False)  # another request came first
+        assert client.post("/v1/videos", data=ASKED, files={"input_reference": ("x", RED)}).status_code == 429
+        assert len(list((tmp_path / "pictures").rglob("*.png"))) == 1
+        video = made.json()["id"]
+        kept = images.open_picture(waiting.service.files.picture(video, "input_reference"), "x").image
+        assert kept.getpixel((0, 0)) == (200, 10, 10)
+    with local_server(model.made.out, tmp_path, model.pipeline, limits) as again, again.client() as client:
+        state = client.get(f"/v1/videos/{video}", params={"wait": 60}).json()
+        assert (state["status"], state["dvdquant"]["attempts"]) == ("completed", 1)

@@ -41,6 +41,7 @@ FULL: dict[str, Any] = {
     "last_high": 1,
     "weighting": "none",
     "cache": 0.05,
+    "cache_policy": "easycache",
 }
 
 

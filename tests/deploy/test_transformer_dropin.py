@@ -292,6 +292,7 @@ def test_options_that_contradict_each_other(wan: Exported) -> None:
         ({"callback": rule, "delta": 0.1}, "delta"),
         ({"schedule": plan, "last_high": 0}, "last_high"),
         ({"schedule": plan, "cache": 0.1}, "cache"),
+        ({"schedule": plan, "cache_policy": "easycache"}, "cache"),
     ]
     for options, text in cases:
         with pytest.raises(UnsupportedError, match=text) as caught:
@@ -302,6 +303,7 @@ def test_options_that_contradict_each_other(wan: Exported) -> None:
         {"mode": "planned", "schedule": plan},
         {"callback": rule},
         {"mode": "a8", "cache": 0.1},
+        {"mode": "a8", "cache_policy": "magcache", "last_high": 3},
     ):
         wan.open("pytorch", **options)
     controller = wan.open("pytorch").runner.controller

@@ -33,8 +33,11 @@ SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
 def make_rows(
     library: KernelLibrary, layer: LayerShape, sm: int, weight: tuple[torch.Tensor, ...], bias: bool = True
-) -> tuple[Buffer, Buffer]:
-    """The codes and the rows, guards checked."""
+) -> tuple[WeightPointers, Buffer, list[Buffer]]:
+    """What a product reads of a packed weight, its rows, and all buffers of it; guards checked.
+
+    Scale and bias are not read any more, nor anything of groups where there are none.
+    """
     buffers = [_buffer(part) for part in weight]
     size = library.rows_bytes(layer, sm)
     rows = Buffer(size)
@@ -42,7 +45,10 @@ def make_rows(
     library.make_rows(layer, sm, pointers, rows.address, size, 0)
     for buffer in (*buffers, rows):
         buffer.check_guards()
-    return buffers[0], rows
+    grouped = layer.weight_groups > 1
+    factor = buffers[2].address if grouped else 0
+    zero = buffers[3].address if grouped and layer.float_zero_point else 0
+    return WeightPointers(buffers[0].address, 0, factor, zero), rows, [*buffers, rows]
 
 
 # More than 256 groups: their tables do not fit shared memory at once; groups of 24 channels: no power of two.
@@ -63,28 +69,25 @@ def test_a_packed_weight_expands_to_the_bytes_of_the_prepared_one(
     layer = LayerShape(n, k, groups, bool(real), 1, 1, bits, group)
     weight = _weight(layer, str(zeros))
     for bias in (True, False):
-        codes, rows = make_rows(library, layer, sm, weight, bias)
+        held_weight, rows, buffers = make_rows(library, layer, sm, weight, bias)
         # 1. The rows are those of the numpy definition.
         stored = (*weight[:4], weight[4] if bias else None)
         expected = packed_rows.make_rows(layer, *stored)
         assert rows.bytes.size == packed_rows.rows_bytes(layer) == len(expected)
-        start = 0
-        for dtype, shape in packed_rows._parts(layer):
-            size = np.dtype(dtype).itemsize * int(np.prod(shape))
-            assert rows.bytes[start : start + size].tobytes() == expected[start : start + size], start
-            start += packed_rows._padded(size)
+        for start in range(0, len(expected), packed_rows._padded(4 * n)):
+            assert rows.bytes[start : start + 4 * n].tobytes() == expected[start : start + 4 * n], start
         # 2. What is expanded from them is what is prepared from the stored tensors; so in numpy.
         prepared = repack.from_bytes(layer, str(path), _prepare(library, layer, sm, weight, bias).bytes.tobytes())
-        held = packed_rows.expand(layer, str(path), weight[0], expected)
+        held = packed_rows.expand(layer, str(path), weight[0], expected, weight[2], weight[3])
         expansions = [held]
         if str(path).startswith("s4"):
             with pytest.raises(UnsupportedError, match="multiplies the packed weight itself"):
-                library.expand_weight(layer, sm, codes.address, rows.address, rows.address, rows.bytes.size, 0)
+                library.expand_weight(layer, sm, held_weight, rows.address, rows.address, rows.bytes.size, 0)
         else:
             plan = library.plan_layer(layer, sm)
             out = Buffer(plan.prepared_bytes)
-            library.expand_weight(layer, sm, codes.address, rows.address, out.address, plan.prepared_bytes, 0)
-            for buffer in (codes, rows, out):
+            library.expand_weight(layer, sm, held_weight, rows.address, out.address, plan.prepared_bytes, 0)
+            for buffer in (*buffers, out):
                 buffer.check_guards()
             expansions.append(repack.from_bytes(layer, str(path), out.bytes.tobytes()))
         for found in expansions:
@@ -109,7 +112,7 @@ def test_outputs_have_the_bits_of_the_prepared_weight(library: KernelLibrary, ca
         layer, sm, source.address, address, prepared.address, wanted.address, m, space.address, space.bytes.size, 0
     )
     # 2. The packed one. One workspace serves it twice: what a call leaves there is no input of the next.
-    codes, rows = make_rows(library, layer, sm, weight)
+    held, rows, buffers = make_rows(library, layer, sm, weight)
     space, y = Buffer(library.packed_workspace_bytes(layer, sm, m)), Buffer(2 * m * n)
     scratch = space.bytes.size - library.workspace_bytes(layer, sm, m)
     path = library.plan_layer(layer, sm).path
@@ -118,23 +121,23 @@ def test_outputs_have_the_bits_of_the_prepared_weight(library: KernelLibrary, ca
     for _ in range(2):
         y.bytes[:] = 0xAB
         library.packed_linear(
-            layer, sm, source.address, address, codes.address, rows.address, y.address, m, space.address,
+            layer, sm, source.address, address, held, rows.address, y.address, m, space.address,
             space.bytes.size, 0,
         )  # fmt: skip
-        for buffer in (space, y, codes, rows):
+        for buffer in (space, y, *buffers):
             buffer.check_guards()
         assert y.bytes.tobytes() == wanted.bytes.tobytes()
 
 
 def test_the_order_of_threads_does_not_matter(library: KernelLibrary) -> None:
     layer = LayerShape(4, 4160, 260, True, 1, 1, 8, 0)
-    codes, rows = make_rows(library, layer, HOPPER, _weight(layer, ""))
+    held, rows, _buffers = make_rows(library, layer, HOPPER, _weight(layer, ""))
     size = library.plan_layer(layer, HOPPER).prepared_bytes
     found = set()
     for seed in (0, 1, 2):
         library._library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
         out = Buffer(size)
-        library.expand_weight(layer, HOPPER, codes.address, rows.address, out.address, size, 0)
+        library.expand_weight(layer, HOPPER, held, rows.address, out.address, size, 0)
         found.add(out.bytes.tobytes())
     library._library.dvdq_emulator_schedule(ctypes.c_uint64(0))
     assert len(found) == 1
@@ -170,13 +173,20 @@ def test_pointers_and_sizes_are_checked(library: KernelLibrary) -> None:
         library.make_rows(layer, HOPPER, WeightPointers(here, here, here, here), here, 256, 0)
     with pytest.raises(ShapeError, match="rows is not aligned to 256 bytes"):
         library.make_rows(layer, HOPPER, WeightPointers(here, here, here, here), here + 16, 1 << 14, 0)
-    with pytest.raises(ShapeError, match="weight_codes is not aligned to 16 bytes"):
-        library.packed_linear(layer, HOPPER, here, 0, here + 8, here, here, 1, here, 1 << 15, 0)
+    codes, none = WeightPointers(here, 0, 0, 0), WeightPointers(0, 0, 0, 0)
+    with pytest.raises(ShapeError, match=r"weight.codes is not aligned to 16 bytes"):
+        library.packed_linear(
+            layer, HOPPER, here, 0, WeightPointers(here + 8, 0, 0, 0), here, here, 1, here, 1 << 15, 0
+        )
+    grouped = LayerShape(8, 256, 8, True, 1, 1, 8, 0)
+    for weight, name in ((codes, "factor"), (WeightPointers(here, 0, here, 0), "zero")):
+        with pytest.raises(ShapeError, match=f"weight.{name} is null"):
+            library.packed_linear(grouped, HOPPER, here, 0, weight, here, here, 1, here, 1 << 15, 0)
     with pytest.raises(ResourceError, match=r"need \d+ bytes of workspace, the buffer has 256"):
-        library.packed_linear(layer, HOPPER, here, 0, here, here, here, 4, here, 256, 0)
+        library.packed_linear(layer, HOPPER, here, 0, codes, here, here, 4, here, 256, 0)
     with pytest.raises(ResourceError, match="expanded weight needs"):
-        library.expand_weight(layer, HOPPER, here, here, here, 256, 0)
-    library.packed_linear(layer, HOPPER, 0, 0, 0, 0, 0, 0, 0, 0, 0)  # no tokens: nothing to do, nothing read
+        library.expand_weight(layer, HOPPER, codes, here, here, 256, 0)
+    library.packed_linear(layer, HOPPER, 0, 0, none, 0, 0, 0, 0, 0, 0)  # no tokens: nothing to do, nothing read
     with pytest.raises(UnsupportedError, match=r"SM 7\.5"):
         library.rows_bytes(layer, 75)
     with pytest.raises(ShapeError, match="rows of 3 bytes"):

@@ -35,8 +35,8 @@ class SwappedNibbles(HostLibrary):
 class ExpandsWrongly(HostLibrary):
     """Loses the last code of an expanded weight."""
 
-    def _expanded(self, layer: Any, plan: Any, weight_codes: int, rows: int) -> bytes:
-        raw = bytearray(super()._expanded(layer, plan, weight_codes, rows))
+    def _expanded(self, layer: Any, plan: Any, weight: Any, rows: int) -> bytes:
+        raw = bytearray(super()._expanded(layer, plan, weight, rows))
         raw[layer.n * (layer.k // 2 if plan.codes == "s4" else layer.k) - 1] ^= 64
         return bytes(raw)
 
@@ -47,8 +47,8 @@ class OneScratchForAll(HostLibrary):
     scratch = ctypes.create_string_buffer(1 << 20)
     meeting = threading.Barrier(2)
 
-    def packed_linear(self, layer: Any, sm: int, x: int, outer: int, weight_codes: int, rows: int, y: int, m: int, workspace: int, size: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
-        raw = self._expanded(layer, self.plan_layer(layer, sm), weight_codes, rows)
+    def packed_linear(self, layer: Any, sm: int, x: int, outer: int, weight: Any, rows: int, y: int, m: int, workspace: int, size: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
+        raw = self._expanded(layer, self.plan_layer(layer, sm), weight, rows)
         ctypes.memmove(self.scratch, raw, len(raw))
         with contextlib.suppress(threading.BrokenBarrierError):
             self.meeting.wait(1)

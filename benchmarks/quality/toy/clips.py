@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dvdquant.checkpoint.prompt_table import EMPTY_WORD, PromptTable
 from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.deploy.switching.controller import StepController
+from dvdquant.deploy.switching.forecasts import Growth, moved_since
 from dvdquant.deploy.switching.gbs import relative_change
-from dvdquant.deploy.switching.step_cache import keep_residual, reuse
+from dvdquant.deploy.switching.step_cache import keep_residual, residual_norm, reuse
 
 __all__ = ["Bench", "Clips", "bench_prompts", "generate"]
 
@@ -143,25 +144,32 @@ class _Switch:
             controller.reset(steps)
         self.last: list[Tensor | None] = [None] * count  # F_t of the branch that decides: the one with the prompt
         self.kept: list[Tensor | None] = [None] * count
+        self.latents: list[Tensor | None] = [None] * count  # x of the last step, and of the last computed one
+        self.computed: list[Tensor | None] = [None] * count
 
     def step(self, step: int, timestep: Tensor, x: Tensor, bits: list[list[int | None]]) -> Tensor:
-        decided = [c.decide("cond", step, float(timestep)).bits for c in self.controllers]
+        moved = [moved_since(x[i], self.latents[i], self.computed[i]) for i in range(len(x))]
+        decided = [c.decide("cond", step, float(timestep), m).bits for c, m in zip(self.controllers, moved)]
         output = torch.empty(2, *x.shape)
         for width in {d for d in decided if d is not None}:
             chosen = torch.tensor([i for i, d in enumerate(decided) if d == width])
             output[:, chosen] = _both(self.models[width], x[chosen], timestep, self.text[chosen], self.empty[chosen])
         for i, (controller, width) in enumerate(zip(self.controllers, decided)):
-            cache = controller.cache
+            cache, growth = controller.cache, Growth()
             if width is None:
                 assert cache is not None
                 output[:, i] = reuse(self.kept[i], torch.stack((x[i], x[i])), cache.residual)
                 change = None
             else:
-                last = self.last[i]
+                last, before = self.last[i], self.computed[i]
                 change = None if last is None else relative_change(output[0, i], last)
-                self.last[i] = output[0, i].clone()
+                if last is not None and before is not None:
+                    grown = float(output[0, i].abs().sum() / last.abs().sum())
+                    growth = Growth(grown, float(residual_norm(output[0, i], x[i]) / residual_norm(last, before)))
+                self.last[i], self.computed[i] = output[0, i].clone(), x[i]
                 if cache is not None:
                     self.kept[i] = keep_residual(output[:, i], torch.stack((x[i], x[i])), cache.residual)
-            controller.ran("cond", step, float(timestep), width, change)
+            controller.ran("cond", step, float(timestep), width, change, moved[i], growth)
+            self.latents[i] = x[i]
             bits[i].append(width)
         return output

@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define DVDQ_ABI_VERSION 4
+#define DVDQ_ABI_VERSION 5
 
 typedef void* dvdq_stream;  // cudaStream_t
 
@@ -121,20 +121,21 @@ DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, cons
 
 // ---- weights that stay packed ------------------------------------------------------------------------------------------
 //
-// Half a byte a weight, on every SM and for all activation grids: the codes of dvdq_weight where they are, and `rows`, a small
-// buffer that is made once. S4 paths multiply the codes themselves. For the others the weight is expanded into the workspace
+// Half a byte a weight, on every SM and for all activation grids: the codes of dvdq_weight where they are, with groups its factors
+// and byte zero-points as well, and `rows`, a small buffer that is made once. S4 paths multiply the codes themselves. For the others the weight is expanded into the workspace
 // just before the product, byte for byte to what dvdq_prepare_weight makes, so that y has the same bits. The workspace belongs
 // to the call, so calls on several streams need several, and nothing else is shared.
 
 // Bytes of the rows of a layer; the same on every SM that runs it. Host only.
 DVDQ_API dvdq_status dvdq_rows_bytes(const dvdq_layer* layer, int32_t sm, int64_t* bytes);
 
-// Stored weight -> its rows (256-byte aligned), on the current device. Of `weight` only the codes are needed afterwards.
+// Stored weight -> its rows (256-byte aligned), on the current device. Of `weight` the codes are needed afterwards; with
+// weight_groups > 1 the factors too, and with float_zero_point the zero-points. Scale and bias are in the rows.
 DVDQ_API dvdq_status dvdq_make_rows(const dvdq_layer* layer, int32_t sm, const dvdq_weight* weight, void* rows,
                                     int64_t rows_bytes, dvdq_stream stream);
 
-// Codes and rows -> the prepared weight of the layer's path. DVDQ_UNSUPPORTED on S4 paths, which need none.
-DVDQ_API dvdq_status dvdq_expand_weight(const dvdq_layer* layer, int32_t sm, const void* weight_codes, const void* rows,
+// Packed weight and rows -> the prepared weight of the layer's path. DVDQ_UNSUPPORTED on S4 paths, which need none.
+DVDQ_API dvdq_status dvdq_expand_weight(const dvdq_layer* layer, int32_t sm, const dvdq_weight* weight, const void* rows,
                                         void* prepared, int64_t prepared_bytes, dvdq_stream stream);
 
 // Bytes of workspace that dvdq_packed_linear needs for m tokens: those of dvdq_quant_linear, and the expanded weight. Host only.
@@ -142,7 +143,7 @@ DVDQ_API dvdq_status dvdq_packed_workspace_bytes(const dvdq_layer* layer, int32_
 
 // dvdq_quant_linear on a weight that stays packed. Capturable in a CUDA graph.
 DVDQ_API dvdq_status dvdq_packed_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
-                                        const float* outer_matrix, const void* weight_codes, const void* rows, void* y,
+                                        const float* outer_matrix, const dvdq_weight* weight, const void* rows, void* y,
                                         int64_t m, void* workspace, int64_t workspace_bytes, dvdq_stream stream);
 
 // ---- with the operations before a layer, in the same pass ---------------------------------------------------------------

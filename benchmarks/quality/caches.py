@@ -1,0 +1,212 @@
+"""What step caches cost on the toy models: PSNR of clips against the share of the steps that is left out, by policy.
+
+    python -m benchmarks.quality caches                      16 clips; the table in docs/quality/index.md
+    python -m benchmarks.quality caches --clips 128 --processes 2
+    python -m benchmarks.quality caches --try "a8 easycache 0.08 output 6 0.1" --no-page
+
+Every clip is drawn with the layers of ``w4a4``, on a8 or switched as ``dvdq-run`` has it, without a cache and with each
+policy at several thresholds, and held against the fp32 clip of its prompt and seed. A setting is written as mode (``a8``,
+``a4``, ``switch`` or ``switch=δ``), policy, threshold, what is reused, the longest run of skipped steps and the warm-up. A
+killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE.parent.parent / "examples" / "tiny-wan"
+PAGE = HERE.parent.parent / "docs" / "quality" / "index.md"
+CHUNK = 16
+METHOD = "dvdquant w4a4"
+BASES = ("a8", "switch", "a4")
+# As published, then as the toy model wants it: the last output again, from the first step on.
+POLICIES = (
+    "easycache 0.05 latent 10 0.2",
+    "magcache 0.06 latent 3 0.2",
+    *(f"forecast {threshold} output 3 0" for threshold in (0.02, 0.05, 0.1)),
+    *(f"easycache {threshold} output 10 0" for threshold in (0.02, 0.03, 0.05, 0.1)),
+    *(f"magcache {threshold} output 3 0" for threshold in (0.06, 0.12, 0.24)),
+)
+SETTINGS = (*BASES, *(f"{mode} {policy}" for policy in POLICIES for mode in ("a8", "switch")))
+
+Job = tuple[str, str, int]  # model, setting, chunk of clips
+
+
+def controller_of(setting: str) -> Any:
+    """The controller of a setting, by its words."""
+    from dvdquant.deploy.switching.defaults import DEFAULT_DELTA
+    from dvdquant.deploy.switching.factory import make_controller
+    from dvdquant.deploy.switching.step_cache import StepCachePolicy
+
+    words = setting.split()
+    mode, _, delta = words[0].partition("=")
+    cache = None
+    if len(words) > 1:
+        policy, threshold, residual, most, warm_up = words[1:]
+        cache = StepCachePolicy(float(threshold), residual, int(most), policy, float(warm_up))  # type: ignore[arg-type]
+    rule = {"delta": float(delta or DEFAULT_DELTA)} if mode == "switch" else {}
+    return make_controller(mode, component="transformer", family="wan", bits=(4, 8), cache=cache, **rule)
+
+
+class Runner:
+    """One process: the toy models with the layers of one method."""
+
+    def __init__(self, folders: dict[str, Path], work: Path, clips: int, eager: bool) -> None:
+        from benchmarks.quality.toy.clips import Bench
+        from benchmarks.quality.work import Worker, find_method, plan
+
+        steps = Bench.open(next(iter(folders.values()))).steps
+        self.worker = Worker(folders, work, steps, eager=eager)
+        self.method = find_method(METHOD)
+        bench = self.worker.bench(next(iter(folders)))
+        self.plan = plan(bench, 64, 2)[:clips]
+
+    def do(self, job: Job) -> list[dict[str, Any]]:
+        """The rows of one job."""
+        import torch
+
+        from benchmarks.quality.toy.clips import Clips
+
+        model, setting, index = job
+        chunk = self.plan[index * CHUNK : (index + 1) * CHUNK]
+        # One clip at a time: the model is compiled for one size of a batch, whatever the clips' controllers decide.
+        alone = [self.worker._switched(model, self.method, [clip], lambda _: controller_of(setting)) for clip in chunk]
+        clips = Clips(torch.cat([each.latents for each in alone]), [each.bits[0] for each in alone], [])
+        rows = self.worker._rows(model, METHOD, "A8", index, chunk, clips)
+        return [
+            {
+                "model": model, "setting": setting, "prompt": row["prompt"], "seed": row["seed"], "psnr": row["psnr"],
+                "ssim": row["ssim"], "right": all(row["right"].values()),
+                "skipped": bits.count(None) / len(bits), "low": bits.count(4) / len(bits),
+            }
+            for row, bits in zip(rows, clips.bits)
+        ]  # fmt: skip
+
+
+_runner: Any = None
+
+
+def start(*given: Any) -> None:
+    """In a new process: one thread."""
+    global _runner
+    import torch
+
+    torch.set_num_threads(1)
+    _runner = Runner(*given)
+
+
+def do(job: Job) -> tuple[Job, list[dict[str, Any]]]:
+    """In a worker process."""
+    return job, _runner.do(job)
+
+
+def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
+    """A line for every model and setting: what is left out, PSNR, and its loss to a8 without a cache on the same clips."""
+    from benchmarks.quality.report import _said, difference, interval, table
+
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["model"] == model:
+                found.setdefault(row["setting"], []).append(row)
+        psnrs = {name: {(r["prompt"], r["seed"]): r["psnr"] for r in each} for name, each in found.items()}
+        for setting in settings:
+            if setting not in found:
+                continue
+            each = found[setting]
+            skipped, low, right = (sum(r[name] for r in each) / len(each) for name in ("skipped", "low", "right"))
+            loss = difference(psnrs[setting], psnrs["a8"]) if setting != "a8" and "a8" in psnrs else None
+            lines.append(
+                [
+                    model, setting, f"{skipped:.0%}", f"{skipped + low:.0%}", f"{interval(psnrs[setting])[0]:.2f}",
+                    "–" if loss is None else _said(loss, ".2f"), f"{right:.0%}",
+                ]
+            )  # fmt: skip
+    head = ["model", "setting", "skipped", "skipped or a4", "PSNR, dB", "PSNR less that of a8", "all right"]
+    return table(head, lines)
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--work", type=Path, default=Path("out/quality"), help="that of `run`: fp32 clips are shared")
+    parser.add_argument("--models", nargs="+", choices=["plain", "outliers"], default=["plain", "outliers"])
+    parser.add_argument("--clips", type=int, default=CHUNK, help=f"a multiple of {CHUNK}")
+    parser.add_argument("--only", nargs="+", default=[], help="settings by part of their words")
+    parser.add_argument("--try", dest="tried", nargs="+", default=[], metavar="SETTING", help="these settings instead")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seconds", type=float, help="stop after so long; started again, it goes on")
+    parser.add_argument("--eager", action="store_true", help="do not compile the model: for a few clips")
+    parser.add_argument("--page", type=Path, default=PAGE, help="whose block 'caches' is written anew")
+    parser.add_argument("--no-page", action="store_true", help="only print the table")
+    options = parser.parse_args()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
+    from benchmarks.quality.attention import rows_of
+    from benchmarks.quality.outliers import write
+    from benchmarks.quality.report import replace_blocks
+    from benchmarks.quality.run import commit, hardware
+
+    started = time.time()
+    options.work.mkdir(parents=True, exist_ok=True)
+    plain = options.model.resolve().name
+    folders = {plain: options.model.resolve(), f"{plain}-outliers": (options.work / f"{plain}-outliers").resolve()}
+    if not (folders[f"{plain}-outliers"] / "transformer" / "config.json").exists():
+        write(options.model, folders[f"{plain}-outliers"], count=5, largest=60.0)
+    models = [name for name, kind in zip(folders, ("plain", "outliers")) if kind in options.models]
+    settings = [s for s in options.tried or SETTINGS if not options.only or any(part in s for part in options.only)]
+    for setting in settings:
+        controller_of(setting)  # a wrong one is refused before anything is drawn
+    results = options.work / "caches.jsonl"
+    rows = rows_of(results)
+    done = {tuple(row["job"]) for row in rows}
+    jobs: list[Job] = [
+        (model, setting, index)
+        for index in range(-(-options.clips // CHUNK))
+        for model in models
+        for setting in settings
+    ]
+    todo = [job for job in jobs if job not in done]
+    given = (folders, options.work, options.clips, options.eager)
+    start(*given)  # what processes share is made once
+    for model in models:
+        _runner.worker.held_out(model)
+    pool: Any = None
+    if options.processes > 1:
+        pool = multiprocessing.get_context("spawn").Pool(options.processes, start, given)
+    for job, new in pool.imap_unordered(do, todo) if pool is not None else map(do, todo):
+        with open(results, "a") as file:
+            file.writelines(json.dumps({**row, "job": job}) + "\n" for row in new)
+        rows += [{**row, "job": job} for row in new]
+        print(f"{time.time() - started:.0f} s", *job, flush=True)
+        if options.seconds is not None and time.time() - started > options.seconds:
+            break
+    if pool is not None:
+        pool.terminate()
+    text = table_of(rows, list(SETTINGS) + [s for s in settings if s not in SETTINGS])
+    print(text)
+    if not options.no_page:
+        words = (
+            f"{hardware()}, {time.strftime('%Y-%m-%d')}, {options.clips} clips; at {commit()}:\n\n"
+            f"    python -m benchmarks.quality caches {' '.join(sys.argv[1:])}"
+        )
+        page = options.page.read_text(encoding="utf-8")
+        options.page.write_text(replace_blocks(page, {"caches": f"{text}\n\n{words}"}), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
