@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: wheel triton-check help venv demo demo-steps test stress campaign variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: wheel triton-check dynamo-check help venv demo demo-steps test stress campaign variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -30,6 +30,7 @@ help:
 	@echo "make kernels plugin HOST=aarch64 SM=\"87 110\"  both for a Jetson, on x86-64"
 	@echo "make wheel   dist/*.whl, with the kernels' library where it was built (HOST=aarch64: with that of a Jetson)"
 	@echo "make venv    only the environment: $(VENV) with dvdq-export and dvdq-inspect"
+	@echo "make dynamo-check  a worker behind NVIDIA Dynamo's own frontend, out of its wheels (90 MB)"
 	@echo "make triton-check  the model repository in a real tritonserver, out of nvidia-pytriton's wheel (55 MB)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrite the sources in the house style"
@@ -96,6 +97,16 @@ wheel: $(INSTALLED_TEST)
 		|| { tail -20 build/wheel/log >&2; exit 1; }
 	@ls -l dist/*.whl
 
+# Dynamo pins releases that others here do not share, so it is unpacked beside the environment as well.
+DYNAMO := build/dynamo
+$(DYNAMO)/.unpacked:
+	@mkdir -p $(DYNAMO)
+	$(BIN)/python -m pip install -q --no-deps --target $(DYNAMO) ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1 \
+	    uvloop msgspec pyzmq redis kubernetes zstandard
+	@touch $@
+
+dynamo-check: $(INSTALLED_TEST) $(DYNAMO)/.unpacked
+	DVDQ_DYNAMO=$(DYNAMO) $(BIN)/python -m pytest -q tests/deploy/test_serve_dynamo.py $(PYTEST_ARGS)
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +14,8 @@ import triton_python_backend_utils as backend
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.faults import fault_of
-from dvdquant.deploy.generation.generate import open_generator
-from dvdquant.deploy.generation.video import write_mp4
-from dvdquant.deploy.serve.checks import ServedModel
-from dvdquant.deploy.serve.requests import generate_request, read_request
-from dvdquant.deploy.serve.settings import Limits, ModelSource
+from dvdquant.deploy.serve.direct import DirectModel
+from dvdquant.deploy.serve.settings import ModelSource
 from dvdquant.deploy.serve.wording import public_text
 from dvdquant.deploy.sessions import open_session
 from dvdquant.errors import Cancelled, DvdquantError, ShapeError, UnsupportedError
@@ -83,11 +78,8 @@ class VideoModel:
             args: What Triton says of the instance.
         """
         settings = _settings(args)
-        self.source = ModelSource(settings["model"], settings["export"], settings["pipeline"] or None)
-        self.served = ServedModel(self.source, Limits())
-        self.generator = open_generator(
-            Artifact.open(self.source.out),
-            pipeline=self.source.pipeline,
+        self.model = DirectModel(
+            ModelSource(settings["model"], settings["export"], settings["pipeline"] or None),
             backend=settings["backend"],
             device=_device(settings, args),
         )
@@ -107,8 +99,10 @@ class VideoModel:
                 sender.send(response, flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _draw(self, request: Any, sender: Any) -> None:
-        values = self._values(request)
-        checked = self.served.check(values)
+        checked, pictures = self.model.check(self._fields(request))
+        if pictures:
+            # The interpreter of the stub cannot start the process that decodes them.
+            raise UnsupportedError("pictures are not taken through Triton", fix="use dvdq-serve")
 
         def step(record: Any) -> None:
             if request.is_cancelled():
@@ -119,16 +113,11 @@ class VideoModel:
                 sender.send(_response(percent, record.bits or 0, torch.zeros(0, dtype=torch.uint8)))
 
         seen: set[int] = set()
-        wanted = generate_request(checked.values, self.generator.artifact.manifest, self.source)
-        result = self.generator.generate(wanted, step)
-        fps = checked.values.get("fps") or self.generator.fps(len(result.frames))
-        with tempfile.TemporaryDirectory(prefix="dvdq-") as folder:
-            path = Path(folder) / "clip.mp4"
-            write_mp4(path, result.frames, fps)
-            data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+        clip = self.model.draw(checked, {}, step)
+        data = torch.frombuffer(bytearray(clip.mp4), dtype=torch.uint8)
         sender.send(_response(100, 0, data), flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    def _values(self, request: Any) -> dict[str, Any]:
+    def _fields(self, request: Any) -> dict[str, Any]:
         more = backend.get_input_tensor_by_name(request, "request")
         fields: Any = {}
         if more is not None:
@@ -138,13 +127,11 @@ class VideoModel:
                 raise ShapeError(f"request is no valid JSON: {error}") from None
             if not isinstance(fields, dict):
                 raise ShapeError("request is no JSON object", fix='send an object such as {"num_inference_steps": 30}')
-        values = read_request({**fields, "prompt": _text(_input(request, "prompt"))}, form=False)
-        values.pop("model", None)
-        return values
+        return {**fields, "prompt": _text(_input(request, "prompt"))}
 
     def finalize(self) -> None:
         """Free the model."""
-        self.generator.close()
+        self.model.close()
 
 
 def _settings(args: dict[str, str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from dvdquant.text import shown
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
-    from dvdquant.deploy.serve.settings import ModelSource, ObjectStore
+    from dvdquant.deploy.serve.settings import Limits, ModelSource, ObjectStore
 
 EXAMPLES = """
 # one export on every GPU of this machine; a page at http://127.0.0.1:8000
@@ -33,6 +33,9 @@ dvdq-serve out/wan --store postgresql://dvdq@db/jobs --files s3://clips/wan --s3
 
 # a model repository for NVIDIA's Triton server
 dvdq-serve out/wan --triton-repository models
+
+# a worker behind NVIDIA Dynamo's frontend
+DYN_DISCOVERY_BACKEND=etcd dvdq-serve out/wan --dynamo
 
 # a schedule that dvdq-plan made, fewer jobs in the queue, clips kept for a week
 dvdq-serve out/wan --schedule out/wan/schedule.json --queue 16 --keep-hours 168
@@ -158,6 +161,11 @@ _MODULES = {
     metavar="FOLDER",
     help="Serve nothing, and write a model repository for NVIDIA's Triton server: dvdq_step and dvdq_video.",
 )
+@click.option(
+    "--dynamo",
+    is_flag=True,
+    help="Serve no HTTP, and draw what an NVIDIA Dynamo frontend sends; Dynamo's settings come from DYN_* variables.",
+)
 @click.option("--no-warm-up", is_flag=True, help="Take jobs before each engine has run once.")
 @click.option(
     "--no-spare",
@@ -176,6 +184,9 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
     if options["triton_repository"] is not None:
         write_triton(exports, options)
         return
+    if options["dynamo"]:
+        run_dynamo(exports, options)
+        return
     keys = read_keys(options["api_key_file"])
     check_open(options["host"], bool(keys), options["is_open"])
     models = read_models(exports, options["pipeline"], options["schedule"])
@@ -185,16 +196,8 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
 
     from dvdquant.deploy.serve.gate import key_digest
     from dvdquant.deploy.serve.server import serve
-    from dvdquant.deploy.serve.settings import Limits, ServerSettings
+    from dvdquant.deploy.serve.settings import ServerSettings
 
-    limits = Limits(
-        queue=options["queue"],
-        steps=options["max_steps"],
-        pixels=options["max_pixels"],
-        prompt=options["max_prompt"],
-        body=options["max_body"],
-        picture=options["max_picture"],
-    )
     serve(
         ServerSettings(
             models=models,
@@ -207,7 +210,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
             backend=options["backend"],
             compile=options["compile"],
             weights=options["weights"],
-            limits=limits,
+            limits=read_limits(options),
             api_keys=tuple(key_digest(key) for key in keys),
             allowed_hosts=hosts(options["host"], options["allow_host"]),
             keep=3600 * options["keep_hours"],
@@ -232,16 +235,74 @@ def write_triton(exports: tuple[str, ...], options: dict[str, Any]) -> None:
         UnsupportedError: There are several exports, or the device is unknown.
         OutputError: The export cannot be used, or the folder cannot be written.
     """
-    models = read_models(exports, options["pipeline"], ())
-    if len(models) != 1:
-        raise UnsupportedError("a model repository is for one export", fix="write one for each export")
-    check_device_word(options["device"])
+    if options["schedule"]:
+        raise UnsupportedError("a model repository takes no schedules", fix="leave --schedule out")
+    model = read_one(exports, options, "a model repository")
 
     from dvdquant.deploy.serve.triton_repository import write_repository
 
     folder = options["triton_repository"]
-    for path in write_repository(folder, models[0], backend=options["backend"], device=options["device"]):
+    for path in write_repository(folder, model, backend=options["backend"], device=options["device"]):
         click.echo(path)
+
+
+def run_dynamo(exports: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Run as a worker of NVIDIA Dynamo until the process is stopped.
+
+    Args:
+        exports: One export.
+        options: ``pipeline``, ``schedule``, ``backend``, ``device``, ``log_format``, ``verbose`` and the limits.
+
+    Raises:
+        UnsupportedError: There are several exports, the device is unknown, or Dynamo is not installed.
+        DvdquantError: The export or its model cannot be used.
+    """
+    model = read_one(exports, options, "a worker of Dynamo")
+    if importlib.util.find_spec("dynamo") is None or importlib.util.find_spec("dynamo.common") is None:
+        raise UnsupportedError("--dynamo needs NVIDIA Dynamo", fix="pip install 'dvdquant[serve-dynamo]'")
+
+    from dvdquant.deploy.serve.dynamo_worker import serve_dynamo
+    from dvdquant.deploy.serve.logs import setup_server_log
+
+    setup_server_log(options["log_format"], options["verbose"])
+    serve_dynamo(model, backend=options["backend"], device=options["device"], limits=read_limits(options))
+
+
+def read_one(exports: tuple[str, ...], options: dict[str, Any], what: str) -> ModelSource:
+    """Return the one model of a command that takes no others, with its device checked.
+
+    Args:
+        exports: What was named.
+        options: ``pipeline``, ``schedule``, ``device``.
+        what: What is for one export.
+
+    Raises:
+        UnsupportedError: There are several, or the device is unknown.
+        OutputError: The export cannot be used.
+    """
+    models = read_models(exports, options["pipeline"], options["schedule"])
+    if len(models) != 1:
+        raise UnsupportedError(f"{what} is for one export", fix="start the command once for each")
+    check_device_word(options["device"])
+    return models[0]
+
+
+def read_limits(options: dict[str, Any]) -> Limits:
+    """Return what one request may ask for, and how many may wait.
+
+    Args:
+        options: The options of the command.
+    """
+    from dvdquant.deploy.serve.settings import Limits
+
+    return Limits(
+        queue=options["queue"],
+        steps=options["max_steps"],
+        pixels=options["max_pixels"],
+        prompt=options["max_prompt"],
+        body=options["max_body"],
+        picture=options["max_picture"],
+    )
 
 
 def require_packages() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +16,7 @@ import httpx
 import pytest
 
 from tests.support.exporting import REPOSITORY
+from tests.support.ports import free_port
 
 PATIENCE = 300.0
 
@@ -37,7 +37,7 @@ def tritonserver(repository: Path, work: Path) -> Iterator[tuple[str, str]]:
     program = work / "tritonserver"
     shutil.copy(server / "bin/tritonserver", program)
     program.chmod(0o755)
-    ports = [_free() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
     libraries = f"{place}/server/nvidia_pytriton.libs:{sysconfig.get_config_var('LIBDIR')}"
     packages = [sysconfig.get_path("purelib"), *(path for path in sys.path if path.endswith("site-packages"))]
     environment = {
@@ -71,9 +71,3 @@ def tritonserver(repository: Path, work: Path) -> Iterator[tuple[str, str]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _free() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
