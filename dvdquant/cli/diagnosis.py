@@ -25,7 +25,8 @@ _TORCH = "pip install --force-reinstall torch"
 State = Literal["ok", "missing", "problem"]
 PACKAGES = ("diffusers", "transformers", "numba", "onnx", "nvidia-modelopt")
 
-# The least branch of the driver that runs programs of a major version of CUDA: docs.nvidia.com/deploy/cuda-compatibility, table 1.
+# The least branch of the driver that runs programs of a major version of CUDA (table 1 of
+# docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html).
 DRIVERS: dict[int, tuple[int, ...]] = {12: (525,), 13: (580,)}
 
 

@@ -152,7 +152,7 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
 
 
 def default_output(name: Path, out: Path) -> Path:
-    """Return where the schedule goes when nobody says it: into the export, or beside the user for one of the hub, whose copy is a cache.
+    """Return where the schedule goes when nobody says it: into the export, or, for one of the hub, into the current folder.
 
     Args:
         name: The folder, or the name on the hub, as it was given.

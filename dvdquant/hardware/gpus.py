@@ -1,7 +1,7 @@
 """The table of GPUs: name, compute capability, memory and kind.
 
-Memory is what the maker states, in GB; cards that are sold with several sizes are listed with each of them. Where the figures come
-from, and which are from memory, is in docs/hardware.md.
+Memory is what the maker states, in GB; cards that are sold with several sizes are listed with each of them. Where the
+figures come from, and which are from memory, is in docs/hardware.md.
 """
 
 from __future__ import annotations
