@@ -40,6 +40,8 @@ class EngineSession(ABC):
     backend: str
     # What chooses the library of 8-bit attention; None is 16 bit, as in every backend but PyTorch.
     attention: Attention | None = None
+    # Whether what comes before quantized layers is in their kernels: sessions of PyTorch say so.
+    fused = False
     # How quantized weights are held: packed, expanded, or as built, inside of engines.
     weights: str = "as built"
 
@@ -217,6 +219,7 @@ class WrappedSession(EngineSession):
         self.inner, self.backend, self.dtype = inner, inner.backend, inner.dtype
         self.loras = inner.loras
         self.attention = inner.attention
+        self.fused = inner.fused
         self.weights = inner.weights
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
