@@ -6,6 +6,7 @@ Nothing is compiled to machine code and nothing runs.
 
     python benchmarks/compiled_launches.py                       # Wan 14B, 480p
     python benchmarks/compiled_launches.py --width 1536 --ffn 8960 --heads 12
+    python benchmarks/compiled_launches.py --fuse                # with norms and GELU in the layers' kernels
     python benchmarks/compiled_launches.py --save block.py       # the code itself
 
 Needs triton (``pip install triton``), which PyTorch for CUDA brings along.
@@ -18,7 +19,7 @@ import contextlib
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dvdquant.deploy.sessions.fusion import fuse_graph  # noqa: E402
 from dvdquant.model.layers import TENSORS, QuantLinear  # noqa: E402
 from dvdquant.model.plan import plan_model, quantized_skeleton  # noqa: E402
 from dvdquant.ops.prepared_linear import prepared_linear  # noqa: E402
@@ -119,7 +121,7 @@ def wan_block(width: int, ffn: int, heads: int, bits: int) -> nn.Module:
 
 
 def trace(
-    block: nn.Module, width: int, heads: int, tokens: int, text: int
+    block: nn.Module, width: int, heads: int, tokens: int, text: int, fuse: bool = False
 ) -> tuple[torch.fx.GraphModule, list[Tensor]]:
     """Return the block's graph and its inputs, on a CUDA device that is not there.
 
@@ -129,6 +131,7 @@ def trace(
         heads: The number of attention heads.
         tokens: The number of video tokens.
         text: The number of text tokens.
+        fuse: Take what comes before the layers into their kernels first, as sessions do.
     """
     import diffusers.models.transformers.transformer_wan as wan
     from torch._inductor.compile_fx import _recursive_post_grad_passes
@@ -140,19 +143,20 @@ def trace(
         """Return a fake tensor of the same shape and dtype on the CPU."""
         return torch.empty(tensor.shape, dtype=tensor.dtype)
 
+    def sampled() -> list[Tensor]:
+        """Return what a block gets: x, the words, the time, and the two tables of rope."""
+        return [
+            torch.empty(1, tokens, width, dtype=torch.bfloat16),
+            torch.empty(1, text, width, dtype=torch.bfloat16),
+            torch.empty(1, 6, width, dtype=torch.bfloat16),
+            *(torch.empty(1, tokens, 1, width // heads) for _ in range(2)),
+        ]
+
     # 1. Make fake inputs and weights on the CPU.
     mode = FakeTensorMode()
     with mode:
         weights = {n: of_cpu(t) for n, t in (*block.named_parameters(), *block.named_buffers())}
-        head = width // heads
-        tables = [torch.empty(1, tokens, 1, head) for _ in range(2)]
-        inputs = [
-            torch.empty(1, tokens, width, dtype=torch.bfloat16),
-            torch.empty(1, text, width, dtype=torch.bfloat16),
-            torch.empty(1, 6, width, dtype=torch.bfloat16),
-            *tables,
-            *weights.values(),
-        ]
+        inputs = [*sampled(), *weights.values()]
 
     # 2. Trace the block, with attention as an opaque operation.
     def call(x: Tensor, words: Tensor, time: Tensor, cosines: Tensor, sines: Tensor, *values: Tensor) -> Tensor:
@@ -160,13 +164,33 @@ def trace(
         y: Tensor = torch.func.functional_call(block, dict(zip(weights, values)), (x, words, time, (cosines, sines)))
         return y
 
+    def fused() -> tuple[Callable[..., Tensor], list[Tensor]]:
+        """Return the block as sessions fuse it, and what it takes. The memory is asked for and never touched."""
+        held: list[Any] = []
+
+        def keep(graph: torch.fx.GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
+            """Keep the graph in place of compiling it."""
+            fuse_graph(graph)
+            held.extend((graph, values))
+            return lambda *_: (values[0],)
+
+        x, words, time, *tables = sampled()
+        torch.compile(block.to_empty(device="cpu"), backend=keep, fullgraph=True, dynamic=False)(x, words, time, tables)
+        graph, values = held
+        with mode:
+            return (lambda *given: graph(*given)[0]), [of_cpu(value) for value in values]
+
     def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
         """Stand for diffusers' attention."""
         y: Tensor = attention(q, k, v)
         return y
 
+    whole: Callable[..., Tensor] = call
+    with torch.no_grad(), mock.patch.object(wan, "dispatch_attention_fn", attend):
+        if fuse:
+            whole, inputs = fused()
     with torch.no_grad(), mode, mock.patch.object(wan, "dispatch_attention_fn", attend):
-        pure = torch.func.functionalize(call, remove="mutations")
+        pure = torch.func.functionalize(whole, remove="mutations")
         graph = make_fx(pure, decomposition_table=select_decomp_table())(*inputs)
         # Before the tensors pretend to be on a GPU: these passes copy some of them, which asks for a real one.
         with V.set_fake_mode(mode):
@@ -193,6 +217,7 @@ def trace(
 def pretended_gpu() -> Iterator[None]:
     """Make torch and triton believe in an H100, as far as writing code goes."""
     import torch._dynamo.device_interface as interfaces
+    import torch._inductor.scheduler as scheduler
     import torch.utils._triton as has
     import triton
     from triton.backends.compiler import GPUTarget
@@ -221,7 +246,8 @@ def pretended_gpu() -> Iterator[None]:
         }.items():  # fmt: skip
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "13.0"))
-        stack.enter_context(mock.patch.object(has, "has_triton", return_value=True))
+        for place in (has, scheduler):
+            stack.enter_context(mock.patch.object(place, "has_triton", return_value=True))
         triton.runtime.driver.set_active(target)
         yield
 
@@ -259,10 +285,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32760, help="32760 is 81 frames of 480x832")
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--bits", type=int, default=8, choices=(4, 8))
+    parser.add_argument("--fuse", action="store_true", help="take norms, residuals and GELU into the layers' kernels")
     parser.add_argument("--save", type=Path, help="write inductor's code there")
     given = parser.parse_args()
     block = wan_block(given.width, given.ffn, given.heads, given.bits)
-    graph, inputs = trace(block, given.width, given.heads, given.tokens, given.text)
+    graph, inputs = trace(block, given.width, given.heads, given.tokens, given.text, given.fuse)
     with pretended_gpu():
         code, moved = triton_code(graph, inputs)
     if given.save is not None:
@@ -270,8 +297,9 @@ def main() -> None:
     launches = re.findall(r"\b(triton_\w+)\.run\(", code)
     for name in launches:
         print(name)
-    layers = len(re.findall(r"prepared_linear\.default\(", code))
-    print(f"{len(launches)} launches that move {moved / 1e9:.1f} GB; opaque: {layers} quantized layers, "
+    layers, fused = (len(re.findall(rf"{name}_linear\.default\(", code)) for name in ("prepared", "fused"))
+    also = f" and {fused} fused ones" if fused else ""
+    print(f"{len(launches)} launches that move {moved / 1e9:.2f} GB; opaque: {layers} quantized layers{also}, "
           f"{code.count('attention.default(')} attentions")  # fmt: skip
 
 

@@ -90,6 +90,11 @@ RATES = {
 # Bytes that a compiled Wan block moves between its opaque operations: 40.6 a token and channel, 4 a token and channel of the
 # feed-forward network. Both are fitted to inductor's counts of two widths (compiled_launches.py).
 COMPILED_WAN = (40.6, 4.0)
+# Bytes that a compiled block does not move any more when its layers are fused with what comes before them. Norm and modulation:
+# 4 a token and channel at each of three places, what they write and the quantizer reads. GELU: one pass over its input less.
+# Inductor's counts of the same two widths (compiled_launches.py --fuse), with what the fused kernels read and write more at the
+# two gated sums (8 a token and channel), agree to 1 %.
+FUSED_WAN = (12.0, 4.0)
 
 
 @dataclass
@@ -242,7 +247,8 @@ def predict(case: Case, flavour: Flavour, rates: Rates, work: Work) -> dict[str,
         plan = plan_model(shallow(config, 1, 1), get_recipe("w4a4"), torch.bfloat16)
         tokens = plan.family.tokens(*case.latent)
         width = config["num_attention_heads"] * config["attention_head_dim"]
-        pointwise = tokens * (COMPILED_WAN[0] * width + COMPILED_WAN[1] * config["ffn_dim"])
+        a, b = (moved - flavour.fused * less for moved, less in zip(COMPILED_WAN, FUSED_WAN))
+        pointwise = tokens * (a * width + b * config["ffn_dim"])
     attention = rates.attention[flavour.attention]
     quantizing = work.moved[QUANTIZING]
     if flavour.weights == "packed":

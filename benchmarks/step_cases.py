@@ -51,19 +51,22 @@ class Flavour:
         compiled: Whether the blocks are compiled.
         attention: ``16``, ``int8`` or ``fp8``.
         weights: ``packed`` or ``expanded``, how the kernels hold quantized weights.
+        fused: Whether what comes before a quantized layer is in its kernel.
     """
 
     bits: int
     compiled: bool = False
     attention: str = "16"
     weights: WeightForm = "expanded"
+    fused: bool = False
 
     @property
     def name(self) -> str:
         """Return the name, such as ``a8 compiled, fp8 attention``."""
         width = "bf16" if self.bits == 16 else f"a{self.bits}"
         attention = "" if self.attention == "16" else f", {self.attention} attention"
-        return f"{width} {'compiled' if self.compiled else 'eager'}{attention}{', packed' * (self.weights == 'packed')}"
+        how = ("compiled" if self.compiled else "eager") + ", fused" * self.fused
+        return f"{width} {how}{attention}{', packed' * (self.weights == 'packed')}"
 
 
 # What is switched on one by one. The honest baseline is the second: bf16, compiled.
@@ -74,8 +77,10 @@ FLAVOURS = (
     Flavour(4),
     Flavour(8, compiled=True),
     Flavour(4, compiled=True),
+    Flavour(8, compiled=True, fused=True),
     Flavour(8, compiled=True, attention="int8"),
     Flavour(8, compiled=True, attention="fp8"),
+    Flavour(8, compiled=True, attention="fp8", fused=True),
     Flavour(8, weights="packed"),
     Flavour(4, weights="packed"),
     Flavour(8, compiled=True, weights="packed"),

@@ -169,8 +169,8 @@ def build(plan: ModelPlan, flavour: Flavour, device: torch.device) -> tuple[nn.M
     attention = wanted_attention(flavour.attention, backend, device, flavour.name)
     if attention is not None:
         install_attention(model, attention)
-    if flavour.compiled:
-        compile_blocks(model, dynamic=False)
+    if flavour.compiled or flavour.fused:
+        compile_blocks(model, dynamic=False, fuse=flavour.fused, compile=flavour.compiled)
     return GraphWrapper(model, plan.family), attention
 
 

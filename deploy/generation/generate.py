@@ -86,6 +86,7 @@ def open_generator(
     text_encoder_bits: int = 16,
     bits: Sequence[int] | None = None,
     weights: WeightPolicy = "auto",
+    fuse: bool | None = None,
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -113,6 +114,7 @@ def open_generator(
         bits: the activation bits to load; the default is all of the export's. A step that fails is not repeated on bits that
             are not loaded.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights (:func:`.sessions.open_session`).
+        fuse: run in PyTorch with what comes before quantized layers in their kernels; by default where ``compile`` is on.
 
     Raises:
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class, or
@@ -135,6 +137,7 @@ def open_generator(
         text_bits=text_encoder_bits,
         bits=None if bits is None else tuple(bits),
         weights=weights,
+        fuse=fuse,
     )
     return _open(checker, options, lora)
 

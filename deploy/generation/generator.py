@@ -105,6 +105,7 @@ class SessionOptions:
         text_bits: Bits of the text encoder's weights: 16, 4, or 8 with torchao.
         bits: The activation bits that are loaded; None loads all of the export's.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
+        fuse: Run in PyTorch, with what comes before quantized layers in their kernels; None where ``compile`` is on.
     """
 
     backend: str = "auto"
@@ -121,6 +122,7 @@ class SessionOptions:
     text_bits: int = 16
     bits: tuple[int, ...] | None = None
     weights: WeightPolicy = "auto"
+    fuse: bool | None = None
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
@@ -156,6 +158,7 @@ class SessionOptions:
             attention_backend=self.attention_backend,
             plugins=self.plugins,
             weights=self.weights,
+            fuse=self.fuse,
         )
 
 
@@ -529,6 +532,7 @@ def executed_session(session: EngineSession) -> dict[str, Any]:
         "activation_bits": list(session.bits),
         "resident_bytes": session.resident_bytes(),
         "attention": "16" if session.attention is None else session.attention.to_json(),
+        "fused": session.fused,
     }
 
 

@@ -146,6 +146,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         attention_backend: str | None = None,
         cfg_parallel: str | None = None,
         weights: WeightPolicy = "auto",
+        fuse: bool | None = None,
         **unknown: Any,
     ) -> Self:
         """Open an export as the transformer of a diffusers pipeline.
@@ -182,6 +183,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                 where a pipeline runs both branches in one call of the export's batch, the device is not used.
             weights: ``auto``, ``packed`` (4 bits a weight) or ``expanded`` (as the GPU multiplies them), see
                 :func:`.sessions.open_session`.
+            fuse: Run in PyTorch with what comes before quantized layers in their kernels. The default is to do so where
+                ``compile`` is on and the GPU has the kernels.
             **unknown: Refused, except options that make no difference here.
 
         Raises:
@@ -219,6 +222,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
                 attention=attention,
                 attention_backend=attention_backend,
                 weights=weights,
+                fuse=fuse,
             )
 
         session = opener(device)

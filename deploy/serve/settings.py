@@ -85,6 +85,7 @@ class WorkerSettings:
         device: ``auto``, ``cpu`` or ``cuda:N``.
         backend: See :func:`.open_generator`.
         compile: Compile the transformer's blocks.
+        fuse: Whether what comes before quantized layers is in their kernels; None where ``compile`` is on.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         lease: Seconds of a lease.
         keep: Seconds that a clip is kept.
@@ -102,6 +103,7 @@ class WorkerSettings:
     device: str = "auto"
     backend: str = "auto"
     compile: bool = False
+    fuse: bool | None = None
     weights: WeightPolicy = "auto"
     lease: float = 10.0
     keep: float = 86400.0
@@ -125,6 +127,7 @@ class ServerSettings:
         devices: One worker process for each.
         backend: See :func:`.open_generator`.
         compile: Compile the transformer's blocks.
+        fuse: Whether what comes before quantized layers is in their kernels; None where ``compile`` is on.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         limits: What a request may ask for.
         api_keys: SHA-256 digests of the keys that are let in; with none, everybody is.
@@ -148,6 +151,7 @@ class ServerSettings:
     devices: tuple[str, ...] = ("auto",)
     backend: str = "auto"
     compile: bool = False
+    fuse: bool | None = None
     weights: WeightPolicy = "auto"
     limits: Limits = field(default_factory=Limits)
     api_keys: tuple[bytes, ...] = ()
@@ -177,6 +181,7 @@ class ServerSettings:
             device=device,
             backend=self.backend,
             compile=self.compile,
+            fuse=self.fuse,
             weights=self.weights,
             lease=self.lease,
             keep=self.keep,

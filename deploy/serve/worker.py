@@ -490,6 +490,7 @@ def open_model(settings: WorkerSettings, source: ModelSource, wrap_session: Wrap
         backend=settings.backend,
         device=settings.device,
         compile=settings.compile,
+        fuse=settings.fuse,
         weights=settings.weights,
         wrap_session=wrap_session,
     )

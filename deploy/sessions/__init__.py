@@ -39,6 +39,7 @@ def open_session(
     attention: str | None = None,
     attention_backend: str | None = None,
     weights: WeightPolicy = "auto",
+    fuse: bool | None = None,
 ) -> EngineSession:
     """Open a session for one transformer of an export.
 
@@ -61,10 +62,12 @@ def open_session(
         weights: ``packed`` holds the quantized weights once, with 4 bits; ``expanded`` holds what is multiplied, which
             takes more memory and less time; ``auto`` decides by the count of :mod:`dvdquant.model.held_weights`, and takes
             what ONNX Runtime takes least memory for. TensorRT-RTX engines hold weights as they were built.
+        fuse: True runs in PyTorch with what comes before quantized layers in their kernels, False leaves it apart. The
+            default is to do so where the session compiles (:class:`.pytorch.PyTorchSession`).
 
     Raises:
         UnsupportedError: The backend, the device, the attention or the policy is unknown, a policy with a backend that has
-            none, or ``compile`` or ``attention_backend`` with a
+            none, or ``compile``, ``fuse`` or ``attention_backend`` with a
             backend that is not PyTorch.
         OutputError: A file differs from the manifest.
         EngineError: No engine fits, or the backend refuses the export.
@@ -91,6 +94,7 @@ def open_session(
             attention=attention,
             attention_backend=attention_backend,
             weights=weights,
+            fuse=fuse,
         )
     place = resolve_device(device)
     chosen_bits(artifact, component, bits)
@@ -108,10 +112,16 @@ def open_session(
             available="pytorch",
             fix="leave compile out, or choose the backend pytorch",
         )
-    if compile or attention_backend is not None or name == "pytorch":
+    if fuse and name not in ("auto", "pytorch"):
+        raise UnsupportedError(
+            f"{name} does not take fuse: its engines and graphs are fused when they are built",
+            available="pytorch",
+            fix="leave fuse out, or choose the backend pytorch",
+        )
+    if compile or fuse or attention_backend is not None or name == "pytorch":
         from dvdquant.deploy.sessions.pytorch import PyTorchSession
 
-        return PyTorchSession(artifact, component, bits, place, compile, attention, attention_backend, weights)
+        return PyTorchSession(artifact, component, bits, place, compile, attention, attention_backend, weights, fuse)
     session = (
         _open_best(artifact, component, bits, place, plugins, attention, weights)
         if name == "auto"

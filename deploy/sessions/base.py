@@ -40,6 +40,8 @@ class EngineSession(ABC):
     backend: str
     # What chooses the library of 8-bit attention; None is 16 bit, as in every backend but PyTorch.
     attention: Attention | None = None
+    # Whether what comes before quantized layers is in their kernels: sessions of PyTorch say so.
+    fused = False
     # How quantized weights are held: packed, expanded, or as built, inside of engines.
     weights: str = "as built"
 
@@ -92,7 +94,10 @@ class EngineSession(ABC):
                     fix="close other sessions, or export for a smaller size",
                 ) from error
             except Exception as error:  # each backend has its own exceptions, and they share no base class
-                raise EngineError(f"{self.backend} failed in {self.component} a{bits}: {error}") from error
+                raise EngineError(
+                    f"{self.backend} failed in {self.component} a{bits}: {error}",
+                    fix="free memory of the device (dvdq-run --dry-run says what a run needs), or take another --backend",
+                ) from error
 
     def _require_open(self) -> None:
         """EngineError if the session is closed."""
@@ -214,6 +219,7 @@ class WrappedSession(EngineSession):
         self.inner, self.backend, self.dtype = inner, inner.backend, inner.dtype
         self.loras = inner.loras
         self.attention = inner.attention
+        self.fused = inner.fused
         self.weights = inner.weights
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:

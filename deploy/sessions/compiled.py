@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
+from dvdquant.deploy.sessions.fusion import fusing_backend
 from dvdquant.errors import UnsupportedError
-from dvdquant.system.torch_hooks import allow_recompiles
+from dvdquant.system.torch_hooks import allow_recompiles, notice_module_hooks
 
 __all__ = ["cache_folder", "compile_blocks", "repeated_blocks"]
 
@@ -26,7 +27,7 @@ def cache_folder() -> Path:
     return Path(base) / "dvdquant" / "inductor"
 
 
-def compile_blocks(model: nn.Module, dynamic: bool | None = None) -> int:
+def compile_blocks(model: nn.Module, dynamic: bool | None = None, fuse: bool = False, compile: bool = True) -> int:
     """Compile every repeated block of a diffusers transformer, in its place.
 
     Blocks of one class share the compiled function, so that the time of compilation does not grow with the depth. The
@@ -37,6 +38,8 @@ def compile_blocks(model: nn.Module, dynamic: bool | None = None) -> int:
             modules in its lists.
         dynamic: True makes one function for all sizes, False one per size. None makes the first for its size, and the
             second for all.
+        fuse: Take what comes before a quantized layer into its kernel (:mod:`.fusion`).
+        compile: False runs the operations of the traced blocks one by one, which needs no compiler.
 
     Returns:
         The number of blocks.
@@ -51,8 +54,11 @@ def compile_blocks(model: nn.Module, dynamic: bool | None = None) -> int:
         )
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
     allow_recompiles(_FUNCTIONS)
+    notice_module_hooks()
+    inner = BACKEND if compile else None
+    backend = fusing_backend(inner) if fuse else inner or "eager"
     for block in blocks:
-        block.compile(fullgraph=True, dynamic=dynamic, backend=BACKEND)
+        block.compile(fullgraph=True, dynamic=dynamic, backend=backend)
     return len(blocks)
 
 

@@ -15,6 +15,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.attention import cut_padded_words, install_attention
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.compiled import compile_blocks
+from dvdquant.deploy.sessions.fusion import NO_KERNELS, kernels_fuse
 from dvdquant.deploy.sessions.lora_branches import LoraBranches
 from dvdquant.deploy.sessions.weight_form import choose_form
 from dvdquant.deploy.sessions.weights import WeightFiles
@@ -22,7 +23,7 @@ from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.hardware.weights import WeightForm, WeightPolicy, check_policy
 from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper, fill_quantized
-from dvdquant.model.plan import quantized_skeleton
+from dvdquant.model.plan import ModelPlan, quantized_skeleton
 from dvdquant.ops.attention.ladder import Attention, rungs_for
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels, usable_kernels
 from dvdquant.recipe import ATTENTION, Recipe
@@ -55,8 +56,12 @@ class PyTorchSession(EngineSession):
         attention_backend: The library that computes it, or ``reference``, the definition in plain PyTorch. By default
             those of the GPU are tried, and one is taken that is right and faster than 16 bit on the first layer.
         weights: ``auto``, ``packed`` or ``expanded``: how the kernels' device holds them (:class:`.HeldWeights`).
+        fuse: Take residuals, norms, modulations and GELU before quantized layers into the layers' kernels, where a
+            self-test on the device passes. Outputs differ by rounding. True does so without ``compile``, too, where the
+            rest runs operation by operation; None does so if ``compile`` is on.
 
     Attributes:
+        fused: Whether that is done.
         weights: ``packed`` or ``expanded``, as they are held. Without kernels they are packed.
 
     Raises:
@@ -78,6 +83,7 @@ class PyTorchSession(EngineSession):
         attention: str | None = None,
         attention_backend: str | None = None,
         weights: WeightPolicy = "auto",
+        fuse: bool | None = None,
     ) -> None:
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
         kernels = usable_kernels(self.device)
@@ -104,10 +110,12 @@ class PyTorchSession(EngineSession):
             model.to(self.device)
             if self._cuts:
                 self._state = install_attention(model, self.attention)
-            if compile:
-                log.info(
-                    "%s: %d blocks are compiled", component, compile_blocks(model, True if self.sizes.dynamic else None)
-                )
+            self.fused = bool(compile if fuse is None else fuse) and self._may_fuse(kernels, plan, asked=bool(fuse))
+            if compile or self.fused:
+                dynamic = True if self.sizes.dynamic else None
+                count = compile_blocks(model, dynamic, self.fused, compile)
+                how = ("compiled" if compile else "traced") + (" and fused" if self.fused else "")
+                log.info("%s: %d blocks are %s", component, count, how)
             self._model: nn.Module | None = GraphWrapper(model, self.family)
         except torch.OutOfMemoryError as error:
             raise EngineError(
@@ -129,6 +137,17 @@ class PyTorchSession(EngineSession):
                 )
             return "packed"
         return choose_form(self, kernels.sm, policy)[0]
+
+    def _may_fuse(self, kernels: CudaKernels | None, plan: ModelPlan, asked: bool) -> bool:
+        """Return whether the fused kernels are there and pass their self-test; else say why not, louder if it was asked for."""
+        why = NO_KERNELS
+        if kernels is not None:
+            failed = kernels_fuse(kernels, self.device, plan.dtype)
+            if failed is None:
+                return True
+            why = failed
+        log.log(logging.WARNING if asked else logging.INFO, "%s: nothing is fused: %s", self.component, why)
+        return False
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         model = self._model

@@ -113,6 +113,7 @@ def bench(
     compile: bool = False,
     attention: str | None = None,
     weights: WeightPolicy = "auto",
+    fuse: bool | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Time one call of every bit-width, on random inputs of one size of the export.
@@ -132,6 +133,7 @@ def bench(
         compile: Compile the blocks, in PyTorch sessions.
         attention: ``16``, ``int8`` or ``fp8``, in PyTorch sessions.
         weights: ``auto``, ``packed`` or ``expanded``.
+        fuse: Take what comes before quantized layers into their kernels, in PyTorch sessions; None where ``compile`` is on.
         progress: The receiver of the progress.
 
     Raises:
@@ -156,6 +158,7 @@ def bench(
             compile=compile,
             attention=attention,
             weights=weights,
+            fuse=fuse,
         ) as session:
             inputs = session.family.sample(artifact.sizes, session.dtype, 0, which)
             shapes = {name: list(value.shape) for name, value in inputs.items()}

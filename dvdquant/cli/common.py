@@ -18,7 +18,17 @@ from dvdquant.cli.process import echo, require_folder, run_as_process, user_erro
 from dvdquant.hardware.weights import WEIGHTS
 from dvdquant.text import json_text, shown
 
-__all__ = ["ExamplesCommand", "ProcessCommand", "echo", "loading", "paragraphs", "runs_on", "setup_logging", "table"]
+__all__ = [
+    "FUSE",
+    "ExamplesCommand",
+    "ProcessCommand",
+    "echo",
+    "loading",
+    "paragraphs",
+    "runs_on",
+    "setup_logging",
+    "table",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,6 +129,12 @@ class _JsonLines(logging.Formatter):
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
         return json_text(fields)
+
+
+FUSE = (
+    "Take norm, modulation, residual and GELU before quantized layers into the layers' kernels, in PyTorch.  "
+    "[default: with --compile, where the GPU has the kernels]"
+)
 
 
 def runs_on(command: Callable[P, R]) -> Callable[P, R]:

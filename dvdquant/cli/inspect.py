@@ -211,6 +211,8 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         *lora_room(manifest.lora_rank),
         *([sampling_sentence(manifest.sampling)] if manifest.sampling else []),
         *ladders_words(recipe["attention"]),
+        "before quantized layers, PyTorch sessions: norm, modulation, residual, GELU in the layers' kernels with --compile, on "
+        "GPUs that the kernels are built for; --no-fuse leaves them apart",
         verified_text(manifest.verified),
         f"latent sizes: {shapes}; {manifest.shapes['text_tokens']} text tokens, {manifest.shapes['dtype']}",
         "",

@@ -97,6 +97,7 @@ GROUPS = {
         "text_encoder_bits",
         "vae_tiling",
         "compile",
+        "fuse",
         "attention",
         "attention_backend",
         "cfg_parallel",
@@ -161,6 +162,7 @@ class RunOptions:
     weights: WeightPolicy
     plugin: tuple[Path, ...]
     compile: bool
+    fuse: bool | None
     attention: str | None
     attention_backend: str | None
     cfg_parallel: str | None
@@ -306,6 +308,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
                 device=settings.device,
                 lora=loras,
                 compile=settings.compile,
+                fuse=settings.fuse,
                 attention=settings.attention,
                 attention_backend=settings.attention_backend,
                 plugins=settings.plugin,
@@ -363,6 +366,8 @@ def say_needs(
     from dvdquant.cli.held_text import held_json, held_text
     from dvdquant.cli.run_text import needs_text
     from dvdquant.deploy.generation.needs import parts_of_run
+    from dvdquant.deploy.sessions.fusion import fusion_words
+    from dvdquant.system.devices import resolve_device
 
     how = generator.options
     parts = parts_of_run(
@@ -379,6 +384,8 @@ def say_needs(
     progress.event("needs", parts=[part.to_json() for part in parts], memory=arrangement.plan.to_json(), **held)
     echo(needs_text(parts, plan[0], len(plan), generator.checker.pipeline_of(plan[0][0]), arrangement.text()))
     if quantized:
+        if words := fusion_words(resolve_device(how.device), how.compile, how.fuse):
+            echo("\n" + words)
         echo("\n" + held_text(generator.artifact))
 
 
@@ -516,6 +523,8 @@ def check_options(settings: RunOptions) -> None:
         f"--cache-policy {settings.cache_policy} skips steps, and --cache is off": settings.cache == "off"
         and settings.cache_policy,
         "--compile is for the quantized transformer, and --mode 16 runs the original": settings.compile
+        and settings.mode == "16",
+        "--fuse is for the quantized transformer, and --mode 16 runs the original": bool(settings.fuse)
         and settings.mode == "16",
         "--cfg-parallel is for the engines, and --compare also runs the original checkpoint": settings.cfg_parallel
         is not None

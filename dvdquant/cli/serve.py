@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, runs_on
+from dvdquant.cli.common import FUSE, ExamplesCommand, runs_on
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.deploy.serve.model_names import named, named_export
 from dvdquant.errors import OutputError, UnsupportedError
@@ -175,6 +175,7 @@ _MODULES = {
 @runs_on
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Worker processes a device.")
 @click.option("--compile", is_flag=True, help="Run in PyTorch and compile the transformer's blocks.")
+@click.option("--fuse/--no-fuse", default=None, help=FUSE)
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for everything.")
 @click.version_option(__version__, prog_name="dvdq-serve")
@@ -209,6 +210,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
             devices=names,
             backend=options["backend"],
             compile=options["compile"],
+            fuse=options["fuse"],
             weights=options["weights"],
             limits=read_limits(options),
             api_keys=tuple(key_digest(key) for key in keys),

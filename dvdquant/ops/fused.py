@@ -314,6 +314,7 @@ def fused_linear(
     gelu: bool,
     eps: float,
     prepared: Tensor,
+    weight_rows: Tensor | None,
     pre_quant: Tensor | None,
     kernels: int,
     rows: int,
@@ -334,10 +335,11 @@ def fused_linear(
         norm: As in :class:`Prologue`.
         gelu: As in :class:`Prologue`.
         eps: As in :class:`Prologue`.
-        prepared: As of ``dvdquant::prepared_linear``, and so are the rest.
+        prepared: As of ``dvdquant::prepared_linear``, and so are the rest. Or the codes of ``dvdquant::packed_linear``.
+        weight_rows: The rows of ``dvdquant::packed_linear``, or None where the weight is prepared.
         pre_quant: [K/8, 2, 8] of x's dtype, or None.
         kernels: The number of the kernels.
-        rows: N.
+        rows: N, or -1 to take it from codes.
         weight_groups: Scales per row of the weight.
         float_zero_point: Whether the weight has a zero-point per group.
         block: The order of the Hadamard matrix; there is no outer factor.
@@ -351,16 +353,20 @@ def fused_linear(
         KernelError: The kernels of this number are gone.
     """
     features = x.shape[-1]
+    rows = prepared.shape[0] if rows < 0 else rows
     library, layer = opened(kernels, x, 1, rows, weight_groups, float_zero_point, block, act_bits, act_group)
     flat = [None if part is None else part.reshape(-1, features) for part in (y, gate, multiplier, addend)]
     prologue = Prologue(flat[0], flat[1], flat[2], flat[3], norm, gelu, eps)
-    out, hidden = run_fused_linear(library, layer, x.reshape(-1, features), prologue, prepared, pre_quant)
+    weight = prepared if weight_rows is None else library.expand(layer, prepared, weight_rows)
+    out, hidden = run_fused_linear(library, layer, x.reshape(-1, features), prologue, weight, pre_quant)
     return out.reshape(*x.shape[:-1], rows), hidden.reshape(x.shape) if y is not None else x.new_empty(0)
 
 
 @fused_linear.register_fake
 def _fused_linear_fake(
     x: Tensor, y: Tensor | None, gate: Tensor | None, multiplier: Tensor | None, addend: Tensor | None, norm: str,
-    gelu: bool, eps: float, prepared: Tensor, pre_quant: Tensor | None, kernels: int, rows: int, *rest: Any,
+    gelu: bool, eps: float, prepared: Tensor, weight_rows: Tensor | None, pre_quant: Tensor | None, kernels: int, rows: int,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = prepared.shape[0] if rows < 0 else rows
     return x.new_empty((*x.shape[:-1], rows)), x.new_empty(0 if y is None else x.shape)

@@ -21,7 +21,7 @@ from dvdquant.ops.repack import LayerShape
 if TYPE_CHECKING:
     from dvdquant.ops.cuda_linear import CudaKernels
 
-__all__ = ["handle_of", "opened", "packed_linear", "prepared_linear"]
+__all__ = ["handle_of", "kernels_of", "opened", "packed_linear", "prepared_linear"]
 
 _numbers = itertools.count(1)
 _kernels: weakref.WeakValueDictionary[int, CudaKernels] = weakref.WeakValueDictionary()
@@ -38,6 +38,21 @@ def handle_of(kernels: CudaKernels) -> int:
         _handles[kernels] = next(_numbers)
         _kernels[_handles[kernels]] = kernels
     return _handles[kernels]
+
+
+def kernels_of(number: int) -> CudaKernels:
+    """Return the kernels of a number.
+
+    Args:
+        number: The number of the kernels, of :func:`handle_of`.
+
+    Raises:
+        KernelError: They are gone.
+    """
+    kernels = _kernels.get(number)
+    if kernels is None:
+        raise KernelError("the kernels that a compiled model was made for are gone", fix="compile it again")
+    return kernels
 
 
 @torch.library.custom_op("dvdquant::prepared_linear", mutates_args=())
@@ -187,9 +202,7 @@ def opened(
     Raises:
         KernelError: The kernels of this number are gone.
     """
-    kernels = _kernels.get(number)
-    if kernels is None:
-        raise KernelError("the kernels that a compiled model was made for are gone", fix="compile it again")
+    kernels = kernels_of(number)
     dtype = DTYPE_NAMES[x.dtype]
     shape = (rows, x.shape[-1], weight_groups, float_zero_point, block, outer, act_bits, act_group, dtype)
     return kernels, LayerShape(*shape)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.system.hooks import hook
@@ -14,6 +15,8 @@ __all__ = [
     "REQUIREMENT",
     "FakeTensorMode",
     "allow_recompiles",
+    "compiler_named",
+    "notice_module_hooks",
     "parse_to",
     "tensor_version",
     "trace_error",
@@ -54,6 +57,27 @@ def allow_recompiles(count: int) -> None:
     why = "to compile a block for each of its forms"
     present = hook("torch", "torch._dynamo.config:recompile_limit", why, REQUIREMENT)
     hook("torch", "torch._dynamo.config", why, REQUIREMENT).recompile_limit = max(count, present)
+
+
+def notice_module_hooks() -> None:
+    """Let functions that torch.compile makes from now on notice hooks that modules get, or lose, later.
+
+    By default they go on as if nothing had changed, and a LoRA that is attached after the first step would do nothing.
+    """
+    hook(
+        "torch", "torch._dynamo.config", "to compile a layer anew that gets a LoRA", REQUIREMENT
+    ).skip_nnmodule_hook_guards = False
+
+
+def compiler_named(name: str) -> Callable[..., Any]:
+    """Return a backend of torch.compile by its name, to give it a graph that was changed.
+
+    Args:
+        name: Such as ``inductor``.
+    """
+    look_up = hook("torch", "torch._dynamo.backends.registry:lookup_backend", "to compile a fused graph", REQUIREMENT)
+    found: Callable[..., Any] = look_up(name)
+    return found
 
 
 def trace_error() -> type[Exception]:

@@ -1,0 +1,462 @@
+"""What comes before a quantized layer, taken into its kernel: a pass over the graph of a block that torch.compile traced.
+
+The graph holds the operations as diffusers calls them, so no code of a model is copied. From every quantized layer the pass
+looks back for GELU, or for a modulation, a norm and a residual, and puts ``dvdquant::fused_linear`` in their place where nothing
+else needs what lies between. What it does not recognise stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from dvdquant.errors import DvdquantError
+from dvdquant.ops.cuda_linear import CudaKernels, usable_kernels
+from dvdquant.ops.fused import Prologue, apply_prologue, run_fused_quantize
+from dvdquant.ops.linear_gemm import decode_codes
+from dvdquant.ops.packed_layer import DTYPE_NAMES
+from dvdquant.ops.prepared_linear import kernels_of
+from dvdquant.ops.repack import LayerShape
+from dvdquant.system.torch_hooks import compiler_named
+
+__all__ = ["fuse_graph", "fusing_backend", "fusion_words", "kernels_fuse"]
+
+log = logging.getLogger(__name__)
+
+NO_KERNELS = "there are no kernels for this device"
+# The kernels hold a row of this many channels in registers.
+_MAX_CHANNELS = 32768
+# Both are registered by the import above.
+_LAYERS = {torch.ops.dvdquant.prepared_linear.default, torch.ops.dvdquant.packed_linear.default}
+_CASTS = {"to", "float", "type_as", "contiguous"}
+_ADDS, _PRODUCTS = {operator.add, torch.add}, {operator.mul, torch.mul}
+_PURE = _ADDS | _PRODUCTS | {F.gelu, F.layer_norm, F.rms_norm, F.dropout, torch.rsqrt}
+_PURE_METHODS = _CASTS | {"mean", "pow"}
+
+
+@dataclass
+class _Found:
+    """What was recognised before a layer; nodes of the graph."""
+
+    x: Any
+    y: Any = None
+    gate: Any = None
+    hidden: Any = None  # the sum of x and y, which others read too
+    multipliers: tuple[Any, ...] = ()
+    addend: Any = None
+    weight: Any = None
+    bias: Any = None
+    norm: str = "none"
+    gelu: bool = False
+    eps: Any = 0.0
+
+    def inputs(self) -> set[Any]:
+        """Return the nodes that the kernel reads."""
+        parts = (self.x, self.y, self.gate, *self.multipliers, self.addend, self.weight, self.bias, self.eps)
+        return {part for part in parts if isinstance(part, fx.Node)}
+
+
+@functools.cache
+def fusing_backend(inner: str | None) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """Return a backend of torch.compile that fuses, and hands the graph on. It is the same one for all sessions.
+
+    Args:
+        inner: The backend that compiles what is left, or None to run the operations one by one.
+    """
+
+    def compile_fused(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        count = fuse_graph(graph)
+        layers = count + sum(_is_call(node, _LAYERS) for node in graph.graph.nodes)
+        log.info("%d of %d quantized layers of a block are fused with what comes before them", count, layers)
+        if inner is None:
+            return graph.forward
+        compiled: Callable[..., Any] = compiler_named(inner)(graph, inputs)
+        return compiled
+
+    return compile_fused
+
+
+def fuse_graph(module: fx.GraphModule) -> int:
+    """Fuse the layers of a graph with what comes before them, in its place; return how many.
+
+    Args:
+        module: The graph, as torch.compile traces a block.
+    """
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target in _LAYERS and _takes_prologue(node):
+            found = _find(node)
+            if found is not None:
+                _replace(module.graph, node, found)
+                count += 1
+    if count:
+        module.graph.lint()
+        module.recompile()
+    return count
+
+
+def kernels_fuse(kernels: CudaKernels, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Compare the fused kernel with its definition on a device, and return in words what is wrong, or None.
+
+    Args:
+        kernels: The kernels of the device.
+        device: The device.
+        dtype: bf16 or fp16.
+    """
+    rng = torch.Generator().manual_seed(0)
+    x, y, gate, scale, shift = (torch.randn(33 if i < 2 else 1, 512, generator=rng) for i in range(5))
+    x, y = x.to(dtype).to(device), y.to(dtype).to(device)
+    norm = Prologue(y, gate.to(device), 1 + scale.to(device), shift.to(device), "layer")
+    layer = LayerShape(8, 512, 1, False, 64, 1, 8, 0, DTYPE_NAMES[dtype])
+    empty = torch.eye(1, device=device)
+    try:
+        path = kernels.plan(layer).path
+        for prologue in (norm, Prologue(gelu=True)):
+            codes, scales, _, hidden = run_fused_quantize(kernels, layer, x, prologue)
+            z, h = apply_prologue(x, prologue)
+            wanted, wanted_scales, _ = kernels.rotate_quantize(layer, z, empty)
+            off = (decode_codes(codes, path) - decode_codes(wanted, path)).abs()
+            # Roundings of z to 16 bits that fall to the other side move codes by one.
+            if off.max() > 1 or off.mean() > 0.02 or not torch.allclose(scales, wanted_scales, rtol=0.01):
+                return "the fused kernel's codes differ from those of its definition"
+            if not torch.allclose(hidden.float(), h.float(), rtol=2.0**-7, atol=1e-6):
+                return "the fused kernel's sum differs from that of its definition"
+    except (DvdquantError, RuntimeError) as error:
+        return f"the fused kernel failed: {str(error).splitlines()[0]:.200}"
+    return None
+
+
+def fusion_words(device: torch.device, compile: bool, fuse: bool | None) -> str | None:
+    """Return in words what a PyTorch session will do, before it is opened; None where nothing asks for it.
+
+    Args:
+        device: The device of the session.
+        compile: Whether its blocks are compiled.
+        fuse: As of the session.
+    """
+    if not (compile if fuse is None else fuse):
+        return "layers fused with what comes before them: no, --no-fuse" if compile else None
+    if usable_kernels(device) is None:
+        return f"layers fused with what comes before them: no, {NO_KERNELS}"
+    return "layers fused with what comes before them: yes, if the kernels pass their self-test on the device"
+
+
+# ---------------------------------------------------------------------------------------------------------- recognising
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def _is_narrow(node: Any) -> bool:
+    value = _value(node)
+    return isinstance(value, Tensor) and value.dtype in DTYPE_NAMES
+
+
+def _takes_prologue(layer: Any) -> bool:
+    """Return whether the kernels can fuse a layer: no outer factor, a row that fits, and a weight that they can expand."""
+    x, outer = _value(layer.args[0]), _value(layer.args[1])
+    if not isinstance(x, Tensor) or not isinstance(outer, Tensor) or x.dtype not in DTYPE_NAMES:
+        return False
+    channels = int(x.shape[-1])
+    if tuple(outer.shape) != (1, 1) or channels > _MAX_CHANNELS:
+        return False
+    if layer.target is torch.ops.dvdquant.prepared_linear.default:
+        return True
+    # A packed weight that a path multiplies as it is has no fused call.
+    _, _, codes, _, _, number, groups, real, block, bits, group = layer.args
+    rows = _value(codes).shape[0]
+    shape = LayerShape(int(rows), channels, groups, real, block, 1, bits, group, DTYPE_NAMES[x.dtype])
+    return kernels_of(number).plan(shape).codes != "s4"
+
+
+def _is_cast(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or not isinstance(_value(node), Tensor):
+        return False
+    if node.op == "call_method" and node.target in _CASTS:
+        return bool(_value(node).device == _value(node.args[0]).device)
+    return node.target is F.dropout and not (node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True))
+
+
+def _through_casts(node: Any) -> Any:
+    while _is_cast(node):
+        node = node.args[0]
+    return node
+
+
+def _narrow_source(node: Any) -> Any:
+    """Return the 16-bit tensor that a node is a cast of."""
+    while _is_cast(node) and (not _is_narrow(node) or _is_narrow(node.args[0])):
+        node = node.args[0]
+    return node if _is_narrow(node) else None
+
+
+def _is_call(node: Any, targets: set[Any]) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def _find(layer: Any) -> _Found | None:
+    """Return what comes before a layer, or None."""
+    top = layer.args[0]
+    start = _through_casts(top)
+    if not _only_for(top, start, layer):
+        return None
+    if _is_call(start, {F.gelu}):
+        x = _narrow_source(start.args[0])
+        same = start.kwargs.get("approximate") == "tanh"
+        found = _Found(x, gelu=True) if same and x is not None else None
+        return found if found is not None and _can_move(found, layer) else None
+    found = _modulated(start)
+    if found is None:
+        return None
+    _take_residual(found, layer)
+    return found if _can_move(found, layer) else None
+
+
+def _can_move(found: _Found, layer: Any) -> bool:
+    """Return whether the operations between what the kernel reads and the layer may as well happen at the layer.
+
+    They may not where something is changed in place in between, and not where they round to a third dtype.
+    """
+    moved, queue, inputs = set(), [layer.args[0]], found.inputs()
+    narrow = _value(found.x).dtype
+    while queue:
+        node = queue.pop()
+        if not isinstance(node, fx.Node) or node in moved or node in inputs:
+            continue
+        if not _is_pure(node) or _value(node).dtype not in (torch.float32, narrow):
+            return False
+        moved.add(node)
+        queue += [node.args[0]] if _is_cast(node) else node.all_input_nodes
+    node = layer.prev
+    while moved:
+        if _changes(node):
+            return False
+        moved.discard(node)
+        node = node.prev
+    return True
+
+
+def _is_pure(node: Any) -> bool:
+    return _is_call(node, _PURE) or (node.op == "call_method" and node.target in _PURE_METHODS)
+
+
+def _changes(node: Any) -> bool:
+    """Return whether an operation may change a tensor in place."""
+    if node.op == "call_method":
+        return bool(node.target.endswith("_") and not node.target.endswith("__"))
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    changing = node.target is operator.setitem or (name.startswith("i") and hasattr(operator, f"__{name}__"))
+    return changing or name.endswith("_") or "out" in node.kwargs
+
+
+def _only_for(top: Any, bottom: Any, reader: Any) -> bool:
+    """Return whether the nodes from ``top`` back to ``bottom`` through casts are read by nothing else."""
+    node = top
+    while True:
+        if not isinstance(node, fx.Node) or set(node.users) != {reader}:
+            return False
+        if node is bottom:
+            return True
+        node, reader = node.args[0], node
+
+
+def _modulated(node: Any) -> _Found | None:
+    """Return ``norm``, ``norm · a``, ``norm + b`` or ``norm · a + b`` that ends in a node."""
+    found = _norm(node)
+    if found is not None:
+        return found
+    for targets in (_ADDS, _PRODUCTS):
+        if not _is_call(node, targets) or len(node.args) != 2:
+            continue
+        for inner, rows in (node.args, node.args[::-1]):
+            core = _through_casts(inner)
+            if (
+                not isinstance(core, fx.Node)
+                or not _only_for(inner, core, node)
+                or not isinstance(_value(rows), Tensor)
+            ):
+                continue
+            if targets is _ADDS and _is_call(core, _PRODUCTS):
+                found = _modulated(core)
+            else:
+                found = _norm(core)
+            if found is None or not _are_rows(rows, found.x):
+                continue
+            if targets is _ADDS:
+                found.addend = rows
+            else:
+                found.multipliers += (rows,)
+            return found
+    return None
+
+
+def _norm(node: Any) -> _Found | None:
+    """Return the norm that a node is."""
+    if _is_call(node, {F.layer_norm, F.rms_norm}):
+        x = _narrow_source(node.args[0])
+        channels = node.args[1]
+        if x is None or len(node.kwargs) or len(channels) != 1 or _value(x).shape[-1] != channels[0]:
+            return None
+        if node.target is F.layer_norm:
+            _, _, weight, bias, eps = node.args
+            return _Found(x, weight=weight, bias=bias, norm="layer", eps=eps)
+        _, _, weight, eps = node.args
+        return _Found(x, weight=weight, norm="rms", eps=eps) if eps is not None else None
+    if not _is_call(node, _PRODUCTS) or len(node.args) != 2:
+        return None
+    # diffusers' RMSNorm without a weight: x · rsqrt(mean(x²) + eps).
+    wide, inverse = node.args
+    x = _narrow_source(wide)
+    if x is None or not _is_call(inverse, {torch.rsqrt}) or not _is_call(inverse.args[0], _ADDS):
+        return None
+    mean, eps = inverse.args[0].args
+    if not _is_method(mean, "mean") or mean.args[1:] != (-1,) or not mean.kwargs.get("keepdim"):
+        return None
+    power = mean.args[0]
+    if not _is_method(power, "pow") or power.args[1:] != (2,) or _narrow_source(power.args[0]) is not x:
+        return None
+    if len(_value(mean).shape) != 3:  # over heads: not a layer's input
+        return None
+    return _Found(x, norm="rms", eps=eps)
+
+
+def _is_method(node: Any, name: str) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_method" and node.target == name
+
+
+def _are_rows(node: Any, x: Any) -> bool:
+    """Return whether a tensor holds one row of channels for all tokens, for each batch, or for each token."""
+    rows, shape = _value(node), _value(x).shape
+    if not isinstance(rows, Tensor) or rows.ndim > len(shape) or rows.ndim < 1:
+        return False
+    if not statically_known_true(rows.shape[-1] == shape[-1]):
+        return False
+    batch = (1,) * (len(shape) - rows.ndim) + tuple(rows.shape[:-1])
+    # Axes that are there come first: the row of a token is its number over the tokens of a row.
+    whole = [statically_known_true(have == want) for have, want in zip(batch, shape[:-1])]
+    single = [statically_known_true(have == 1) for have in batch]
+    first = next((i for i, one in enumerate(single) if one and not whole[i]), len(batch))
+    return all(whole[:first]) and all(single[first:])
+
+
+def _take_residual(found: _Found, layer: Any) -> None:
+    """Look behind the norm for ``x + gate · y`` or ``x + y``, whose sum is read by nothing before the layer."""
+    hidden = found.x
+    total = _through_casts(hidden)
+    if not _is_call(total, _ADDS) or len(total.args) != 2:
+        return
+    # The sum is there after the layer. What reads it before goes away with the layer, or the sum stays apart.
+    order = {node: i for i, node in enumerate(hidden.graph.nodes)}
+    gone = _freed(layer)
+    if any(order[user] < order[layer] and user not in gone for user in hidden.users):
+        return
+    for first, second in (total.args, total.args[::-1]):
+        x, gate = _narrow_source(first), None
+        core = _through_casts(second)
+        y = _narrow_source(second)
+        if _is_call(core, _PRODUCTS) and len(core.args) == 2:
+            sides = [(_narrow_source(a), b) for a, b in (core.args, core.args[::-1])]
+            pair = next(((a, b) for a, b in sides if _comes_from_layer(a) and _are_rows(b, found.x)), None)
+            if pair is None:
+                continue
+            y, gate = pair
+        elif not _comes_from_layer(y):
+            continue
+        if x is None or y is None or x is y or not all(_same_shape(part, hidden) for part in (x, y)):
+            continue
+        found.x, found.y, found.gate, found.hidden = x, y, gate, hidden
+        return
+
+
+def _same_shape(node: Any, other: Any) -> bool:
+    a, b = _value(node), _value(other)
+    return (
+        a.dtype == b.dtype and a.ndim == b.ndim and all(map(statically_known_true, map(operator.eq, a.shape, b.shape)))
+    )
+
+
+def _comes_from_layer(node: Any) -> bool:
+    """Return whether a tensor is what a layer, or attention behind it, gives: the smaller side of a residual."""
+    node = _through_casts(node)
+    if _is_call(node, {operator.getitem}):
+        node = _through_casts(node.args[0])
+    return _is_narrow(node) and node.op != "placeholder" and not _is_call(node, _ADDS | {torch.ops.aten.add.Tensor})
+
+
+def _freed(layer: Any) -> set[Any]:
+    """Return the operations that nothing but a layer needs, in the end: they go when it takes their place."""
+    gone, node = {layer}, layer.prev
+    while node.op != "root":
+        if node.users and _is_pure(node) and all(user in gone for user in node.users):
+            gone.add(node)
+        node = node.prev
+    return gone - {layer}
+
+
+# ----------------------------------------------------------------------------------------------------------- rewriting
+
+
+def _replace(graph: fx.Graph, layer: Any, found: _Found) -> None:
+    if layer.target is torch.ops.dvdquant.prepared_linear.default:
+        _, _, prepared, pre_quant, number, rows, *grid = layer.args
+        packed_rows = None
+    else:
+        _, _, prepared, packed_rows, pre_quant, number, *grid = layer.args
+        rows = -1
+    with graph.inserting_before(layer):
+
+        def wide(node: Any) -> Any:
+            return None if node is None else graph.call_method("float", (node,))
+
+        def product(a: Any, b: Any) -> Any:
+            return b if a is None else a if b is None else graph.call_function(operator.mul, (a, b))
+
+        # norm · weight + bias, times a, plus b.
+        scale = None
+        for rows_of in found.multipliers:
+            scale = product(scale, wide(rows_of))
+        addend, multiplier = wide(found.addend), product(wide(found.weight), scale)
+        if found.bias is not None:
+            bias = product(wide(found.bias), scale)
+            addend = bias if addend is None else graph.call_function(operator.add, (bias, addend))
+        if multiplier is not None and addend is not None:
+            # Both have rows for as many tokens.
+            both = graph.call_function(torch.broadcast_tensors, (multiplier, addend))
+            multiplier, addend = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+        fused = graph.call_function(
+            torch.ops.dvdquant.fused_linear.default,
+            (found.x, found.y, wide(found.gate), multiplier, addend, found.norm, found.gelu, found.eps, prepared, packed_rows,
+             pre_quant, number, rows, *grid),
+        )  # fmt: skip
+        out = graph.call_function(operator.getitem, (fused, 0))
+        out.meta["example_value"] = _value(layer)
+        hidden = None
+        if found.hidden is not None:
+            hidden = graph.call_function(operator.getitem, (fused, 1))
+            hidden.meta["example_value"] = _value(found.hidden)
+    gone = _freed(layer)
+    layer.replace_all_uses_with(out)
+    graph.erase_node(layer)
+    if hidden is not None:
+        for user in list(found.hidden.users):
+            if user not in gone:
+                user.replace_input_with(found.hidden, hidden)
+    # What nothing needs any more, from the layer back.
+    node = fused.prev
+    while node.op != "root":
+        before = node.prev
+        if _is_pure(node) and not node.users:
+            graph.erase_node(node)
+        node = before

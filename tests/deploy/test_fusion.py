@@ -1,0 +1,275 @@
+"""Sessions that take what comes before a layer into its kernel: all families, what is recognised, and when it is left alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvdquant.checkpoint.lora.spec import LoraSpec
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions import compiled, fusion, open_session, pytorch
+from dvdquant.deploy.sessions.pytorch import PyTorchSession
+from dvdquant.errors import UnsupportedError
+from dvdquant.model.layers import make_weights, prepare_layers, set_activation
+from dvdquant.model.loading import GraphWrapper
+from dvdquant.ops.cuda_linear import CudaKernels
+from dvdquant.ops.prepared_linear import handle_of, prepared_linear
+from dvdquant.ops.repack import LayerShape
+from tests.support import session_exports as made
+from tests.support.commands import refused
+from tests.support.lora_files import low_rank, write_peft
+from tests.support.running import PROMPT, call, run, tiny_wan_export
+
+sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "bench", "check")]
+
+from host_library import HostLibrary  # noqa: E402
+
+# How many layers of a traced block are fused, of each class of blocks.
+FAMILIES = {"wan": {4}, "ltx-video": {3}, "cogvideox": {1}, "hunyuan-video": {0, 6}}
+
+
+@pytest.fixture(autouse=True)
+def _traced_anew() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> CudaKernels:
+    """The kernels' double, which every session takes for the device's kernels."""
+    kernels = CudaKernels(HostLibrary(), 90)  # type: ignore[arg-type]
+    monkeypatch.setattr(pytorch, "usable_kernels", lambda device: kernels)
+    return kernels
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers were fused, graph by graph."""
+    found: list[int] = []
+    fuse = fusion.fuse_graph
+    monkeypatch.setattr(fusion, "fuse_graph", lambda graph: found.append(fuse(graph)) or found[-1])
+    return found
+
+
+def as_near(fused: Tensor, apart: Tensor, exact: Tensor) -> bool:
+    """Whether the outputs are those of the same operations: as near to float64 as without, and no farther from each other."""
+    error = made.relative(apart, exact)
+    return made.relative(fused, exact) <= 1.2 * error + 1e-4 and made.relative(fused, apart) <= 1.5 * error + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("wan", "expanded"),
+        ("ltx-video", "expanded"),
+        pytest.param("wan", "packed", marks=pytest.mark.stress),
+        pytest.param("ltx-video", "packed", marks=pytest.mark.stress),
+        pytest.param("hunyuan-video", "expanded", marks=pytest.mark.stress),
+        pytest.param("cogvideox", "expanded", marks=pytest.mark.stress),
+    ],
+)
+@pytest.mark.usefixtures("double")
+def test_a_fused_session_computes_the_same(name: str, weights: Any, counts: list[int]) -> None:
+    """As near to the exact model as the operations apart, at both bit-widths and at two sizes of a range."""
+    artifact = Artifact.open(made.family_export(name))
+    small, usual = (artifact.family().sample(artifact.sizes, artifact.dtype, which=which) for which in ("min", "opt"))
+    cases = [(8, usual), (4, usual), (8, small)]
+    with PyTorchSession(artifact, weights=weights) as session:
+        assert not session.fused
+        apart = [session.run(inputs, bits) for bits, inputs in cases]
+    with PyTorchSession(artifact, weights=weights, fuse=True) as session:
+        assert session.fused
+        fused = [session.run(inputs, bits) for bits, inputs in cases]
+    assert set(counts) == FAMILIES[name], counts
+    for (bits, inputs), one, other in zip(cases, fused, apart):
+        assert as_near(one, other, made.reference(artifact, "transformer", bits, inputs)[1]), bits
+
+
+@pytest.mark.parametrize("name", ["wan", pytest.param("ltx-video", marks=pytest.mark.stress)])
+def test_both_branches_of_guidance_in_one_batch(name: str, double: CudaKernels, counts: list[int]) -> None:
+    """Every sample has its own modulation; a graph for one size."""
+    artifact = Artifact.open(made.family_export(name))
+    plan, family = artifact.plan("transformer"), artifact.family()
+    samples = [family.sample(artifact.sizes, artifact.dtype, seed) for seed in (1, 2)]
+    # What is said of the sizes is the same for both.
+    inputs = {
+        key: torch.cat([one, two]) if one.ndim else one
+        for (key, one), two in zip(samples[0].items(), samples[1].values())
+    }
+    model = made.quantized_model(artifact, "transformer", 8)
+    prepare_layers(model, double, [plan.recipe.activation(8)], artifact.dtype, torch.device("cpu"))
+    set_activation(model, plan.recipe.activation(8))
+    make_weights(model)
+    with torch.inference_mode():
+        apart = GraphWrapper(model, family)(inputs)
+        compiled.compile_blocks(model, dynamic=False, fuse=True, compile=False)
+        fused = GraphWrapper(model, family)(inputs)
+    assert set(counts) == FAMILIES[name]
+    assert not torch.equal(fused[0], fused[1])
+    assert as_near(fused, apart, made.reference(artifact, "transformer", 8, inputs)[1])
+
+
+@pytest.mark.usefixtures("double")
+def test_a_layer_with_a_lora_beside_it_is_left_alone(counts: list[int], tmp_path: Path) -> None:
+    """Its branch reads what the layer reads. Without the LoRA again, it is fused again."""
+    artifact = Artifact.open(made.family_export("wan"))
+    inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
+    changes = low_rank(artifact.root.parent / "model" / "transformer", ["blocks.0.attn1.to_q", "blocks.0.ffn.net.2"])
+    lora = LoraSpec(write_peft(tmp_path / "lora.safetensors", changes), 0.5, "transformer")
+    with PyTorchSession(artifact, bits=[8]) as session:
+        plain = session.run(inputs, 8)
+        session.set_loras([lora])
+        apart = session.run(inputs, 8)
+    with PyTorchSession(artifact, bits=[8], fuse=True) as session:
+        without = session.run(inputs, 8)
+        counts.clear()
+        session.set_loras([lora])
+        fused = session.run(inputs, 8)
+        assert 2 in counts  # of the first block: one by a norm, one by GELU less
+        session.set_loras([])
+        assert torch.equal(session.run(inputs, 8), without)
+    change = made.relative(apart, plain)
+    assert change > 0.1
+    assert made.relative(fused, apart) < 0.1 * change
+
+
+class Broken(HostLibrary):
+    """A kernel that forgets the addend."""
+
+    def prologue(self, layer: Any, prologue: Any, x: int, m: int) -> torch.Tensor:
+        return super().prologue(layer, type(prologue)(**{**vars(prologue), "addend": 0}), x, m)
+
+
+def test_a_wrong_kernel_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    artifact = Artifact.open(made.family_export("wan"))
+    for library, why in ((Broken(), "differ from those of its definition"), (None, "no kernels for this device")):
+        kernels = None if library is None else CudaKernels(library, 90)  # type: ignore[arg-type]
+        monkeypatch.setattr(pytorch, "usable_kernels", lambda device, kernels=kernels: kernels)
+        with PyTorchSession(artifact, bits=[8], fuse=True) as session:
+            assert not session.fused
+        assert why in caplog.text
+
+
+@pytest.mark.usefixtures("double")
+def test_it_is_on_where_the_session_compiles() -> None:
+    artifact = Artifact.open(made.family_export("wan"))
+    for options, fused in (({}, False), ({"compile": True}, True), ({"compile": True, "fuse": False}, False)):
+        with PyTorchSession(artifact, bits=[8], **options) as session:
+            assert session.fused is fused
+
+
+WIDTH = 64
+
+
+def norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """As diffusers' norms in fp32."""
+    return torch.nn.functional.layer_norm(x.float(), (WIDTH,), weight, bias, 1e-6).type_as(x)
+
+
+ROW, SAMPLE, TOKEN = (torch.linspace(-1, 2, n * WIDTH).reshape(*shape, WIDTH) for n, shape in
+                      ((1, ()), (2, (2, 1)), (12, (2, 6))))  # fmt: skip
+
+
+def in_place(x: Tensor, y: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
+    z = norm(x := x.clone())
+    x += y
+    return layer(z) + x
+
+
+# What comes before a layer, x and y [2, 6, K] and the layer -> what the block gives; and whether the layer is fused.
+BLOCKS: dict[str, tuple[Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Any], bool]] = {
+    "norm": (lambda x, y, layer: layer(norm(x)), True),
+    "a modulation of all tokens": (lambda x, y, layer: layer(norm(x) * ROW + ROW), True),
+    "a modulation of each sample": (lambda x, y, layer: layer((norm(x) * (1 + SAMPLE) + SAMPLE).to(x.dtype)), True),
+    "a modulation of each token": (lambda x, y, layer: layer((norm(x) * (1 + TOKEN) + TOKEN).to(x.dtype)), True),
+    "a weight, and an addend of each sample": (lambda x, y, layer: layer((norm(x, ROW) + SAMPLE).to(x.dtype)), True),
+    "a weight and a bias, modulated": (
+        lambda x, y, layer: layer((norm(x, ROW, -ROW) * SAMPLE + TOKEN[:, :1]).to(x.dtype)),
+        True,
+    ),
+    "a multiplier alone": (lambda x, y, layer: layer((norm(x) * SAMPLE).to(x.dtype)), True),
+    "a sum that is needed later": (lambda x, y, layer: (layer(norm(h := x + layer(y))), h), True),
+    "a gated sum": (
+        lambda x, y, layer: (layer(norm(h := (x.float() + layer(y) * SAMPLE).type_as(x))), h.float() * 2),
+        True,
+    ),
+    "a sum that is needed before": (lambda x, y, layer: layer(norm(h := x + layer(y)) * h.mean()), False),
+    "GELU by tanh": (lambda x, y, layer: layer(torch.nn.functional.gelu(x, approximate="tanh")), True),
+    "another GELU": (lambda x, y, layer: layer(torch.nn.functional.gelu(x)), False),
+    "a norm that others read": (lambda x, y, layer: (layer(z := norm(x)), z), False),
+    "a change in place in between": (in_place, False),
+    "rounded to another dtype": (lambda x, y, layer: layer(norm(x).to(torch.float16).to(x.dtype)), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_is_recognised(name: str, double: CudaKernels) -> None:
+    """Of one layer behind every kind of operations: fused or not, it computes the same."""
+    block, fuses = BLOCKS[name]
+    shape = LayerShape(WIDTH, WIDTH, block=WIDTH, act_bits=8)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 2, 6, WIDTH, generator=generator).to(torch.bfloat16)
+    codes = torch.randint(-128, 128, (WIDTH, WIDTH // 2), dtype=torch.int8, generator=generator)
+    ones = torch.ones(WIDTH)
+    packed = (codes, 0.01 * ones, torch.ones(WIDTH, 1, dtype=torch.uint8), 0 * ones, 0 * ones)
+    rest = (torch.ones(1, 1), double.prepare(shape, packed), None, handle_of(double), WIDTH, 1, False, WIDTH, 8, 0)
+    found: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        found.append(fusion.fuse_graph(graph))
+        return graph.forward
+
+    with torch.inference_mode():
+        apart = block(x, y, lambda z: prepared_linear(z.to(torch.bfloat16), *rest))
+        run = torch.compile(
+            lambda a, b: block(a, b, lambda z: prepared_linear(z.to(torch.bfloat16), *rest)),
+            backend=backend,
+            fullgraph=True,
+        )
+        fused = run(x, y)
+    assert found == [1 if fuses else 0]
+    for one, other in zip(*((value if isinstance(value, tuple) else (value,)) for value in (fused, apart))):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert made.relative(one, other) < 0.01
+
+
+def test_where_it_does_not_apply() -> None:
+    artifact = Artifact.open(made.family_export("wan"))
+    with pytest.raises(UnsupportedError, match="does not take fuse"):
+        open_session(artifact, backend="onnxruntime", device="cpu", fuse=True)
+    out = tiny_wan_export()
+    refused(run(*call(out, "--prompt", PROMPT, "--fuse", "-o", "clip.mp4")), "--fuse runs in PyTorch")
+    refused(run(out, "--prompt", PROMPT, "--fuse", "--mode", "16", "-o", "clip.mp4"), "--fuse", "leave one")
+
+
+@pytest.mark.usefixtures("double")
+def test_fusing_goes_with_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    artifact = Artifact.open(made.family_export("wan"))
+    inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
+    outputs = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        with PyTorchSession(artifact, bits=[8], fuse=True, compile=compile) as session:
+            outputs.append(session.run(inputs, 8))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.stress
+@pytest.mark.usefixtures("double")
+def test_inductors_code_around_fused_layers_computes_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The compiler that users get, here its C++ for the CPU."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    artifact = Artifact.open(made.family_export("wan"))
+    inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
+    exact = made.reference(artifact, "transformer", 8, inputs)[1]
+    with PyTorchSession(artifact, bits=[8]) as session:
+        apart = made.relative(session.run(inputs, 8), exact)
+    with PyTorchSession(artifact, bits=[8], compile=True) as session:
+        assert session.fused
+        assert made.relative(session.run(inputs, 8), exact) <= 1.5 * apart
