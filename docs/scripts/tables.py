@@ -11,6 +11,7 @@ from typing import Any
 from dvdquant.artifact import manifest
 from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_precision, what_executes
 from dvdquant.hardware.listing import HEADER, SHORT_HEADER, gpu_rows, short_rows
+from dvdquant.hardware.weights import RATES
 from dvdquant.recipe import RECIPES, ActivationSpec, Recipe
 
 
@@ -100,7 +101,22 @@ def short_gpu_table() -> str:
     return _table(SHORT_HEADER, short_rows())
 
 
-TABLES: dict[str, Callable[[], str]] = {"executes": executes_table, "gpus": gpu_table, "recipes": recipe_table}
+def rate_table() -> str:
+    """Return the rates of the cards that the cost of packed weights is modelled with, and where they are from."""
+    header = ("SM", "card", "INT8, TOPS, dense", "memory, GB/s", "operations a byte", "where from")
+    rows = (
+        (f"{sm / 10:.1f}", r.card, f"{r.operations:g}", f"{r.bandwidth:g}", str(r.per_byte), r.source)
+        for sm, r in RATES.items()
+    )
+    return _table(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "executes": executes_table,
+    "gpus": gpu_table,
+    "rates": rate_table,
+    "recipes": recipe_table,
+}
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, echo, setup_logging
 from dvdquant.cli.paths import EXPORT, PATH
 from dvdquant.errors import UnsupportedError
+from dvdquant.hardware.capabilities import JETSONS
 from dvdquant.text import amount, shell_line
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
     from dvdquant.system.plugin_file import PluginFile
 
-# Tegra chips are ARM; other GPUs sit in machines of either kind, where x86-64 is the more usual.
-ARM_SMS = ("8.7", "11.0")
 WHEELS = {"aarch64": "manylinux_2_28_aarch64", "x86_64": "manylinux_2_28_x86_64"}
 # Of another processor than this machine's, or the builder of another target.
 _NOT_THERE = ("tensorrt-rtx", "nvidia-modelopt")
@@ -108,7 +107,8 @@ def _machine(sms: list[str], library: PluginFile | None) -> str:
     """Return the processor of the device."""
     if library is not None:
         return library.machine
-    return "aarch64" if any(sm in ARM_SMS for sm in sms) else "x86_64"
+    # Jetsons are ARM; other GPUs sit in machines of either kind, where x86-64 is the more usual.
+    return "aarch64" if any(sm in JETSONS for sm in sms) else "x86_64"
 
 
 def _download(machine: str) -> str:

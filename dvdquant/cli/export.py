@@ -152,7 +152,7 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     multiple=True,
     help="rtx: TensorRT-RTX engines. tensorrt: TensorRT engines with the plugin. onnx: QDQ graphs for any runtime. "
     "graphs: nothing besides the graphs with QuantLinear nodes, which are always written. Repeatable.  "
-    "[default: rtx, or graphs where the card has no such engines]",
+    "[default: rtx; tensorrt for a Jetson; graphs where the card has no such engines]",
 )
 @click.option(
     "--precision",

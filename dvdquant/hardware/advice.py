@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dvdquant.errors import UnsupportedError
-from dvdquant.hardware.capabilities import CAPABILITIES, capability, parse_sm
+from dvdquant.hardware.capabilities import CAPABILITIES, JETSONS, capability, parse_sm
 from dvdquant.hardware.find import resolve_gpu
 from dvdquant.text import shown
 
@@ -128,6 +128,11 @@ def choose_target(sms: Sequence[str]) -> tuple[str, str]:
             f"TensorRT-RTX builds no engines for SM {', '.join(without)}",
             available=[each.sm for each in CAPABILITIES.values() if each.rtx],
             fix=f"export for it alone, into another folder: --sm {without[0]} --target graphs, or --target tensorrt",
+        )
+    if all(each.sm in JETSONS for each in found):
+        return "tensorrt", (
+            "a Jetson builds its TensorRT engines itself, from these graphs, with the plugin (dvdq-build there); PyTorch "
+            "sessions run the same export on our kernels"
         )
     return "graphs", (
         f"TensorRT-RTX builds no engines for SM {', '.join(without)}; PyTorch sessions run the graphs' weights on our kernels, "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dvdquant.errors import UnsupportedError
 
-__all__ = ["CAPABILITIES", "Capability", "capability", "parse_sm", "sm_number"]
+__all__ = ["CAPABILITIES", "JETSONS", "Capability", "capability", "parse_sm", "sm_number"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,9 @@ CAPABILITIES: dict[str, Capability] = {
         Capability("12.1", "GB10 (DGX Spark)", rtx=True, rtx_a4=_FP4),
     )
 }
+
+JETSONS = ("8.7", "11.0")
+"""The compute capabilities of modules that share the processor's memory, and build their engines themselves."""
 
 _SM = re.compile(r"(?:(?:sm|compute)[_ -]?)?(\d{1,2})[._]?(\d)[af]?", re.ASCII | re.IGNORECASE)
 

@@ -7,7 +7,6 @@ a mistake kernels make: tails, rounding, saturation, indices, races, stale cache
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +66,8 @@ CHECKS: dict[str, Callable[[Any], Rows]] = {
 }
 
 
-@pytest.mark.parametrize("sm", [80, 90, 120])
+# The paths of SM 120 are among those of 80 and 90: what differs there is which one is taken.
+@pytest.mark.parametrize("sm", [80, 90, pytest.param(120, marks=pytest.mark.stress)])
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_correct_library_passes(name: str, sm: int) -> None:
     rows = list(check_kernels.run_all([CHECKS[name](bench(HostLibrary(), sm))]))
@@ -292,11 +292,10 @@ def test_pytest_rows_excuse_missing_packages_only() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_the_command_says_so() -> None:
-    run = subprocess.run([sys.executable, CHECK / "gpu_check.py"], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1
-    assert "needs a CUDA device" in run.stderr
-    assert "Traceback" not in run.stderr
+def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 1
+    assert "needs a CUDA device" in capsys.readouterr().err
 
 
 def test_cases_cover_what_is_promised() -> None:
