@@ -88,12 +88,20 @@ def _with(options: tuple[Callable[[Any], Any], ...], command: Callable[P, R]) ->
 
 
 def clip_options(command: Callable[P, R]) -> Callable[P, R]:
-    """Add the options of what a clip shows, and of the text it is drawn from."""
+    """Add the options of what a clip shows, and of the text it is drawn from.
+
+    Args:
+        command: The function of the command.
+    """
     return _with(_CLIP, command)
 
 
 def loading_options(command: Callable[P, R]) -> Callable[P, R]:
-    """Add the options of how the model's parts are found and loaded."""
+    """Add the options of how the model's parts are found and loaded.
+
+    Args:
+        command: The function of the command.
+    """
     return _with(_LOADING, command)
 
 
