@@ -19,6 +19,7 @@ from dvdquant.hardware.weights import WEIGHTS
 from dvdquant.text import json_text, shown
 
 __all__ = [
+    "CUDA_GRAPHS",
     "FUSE",
     "ExamplesCommand",
     "ProcessCommand",
@@ -136,6 +137,7 @@ class _JsonLines(logging.Formatter):
         return json_text(fields)
 
 
+CUDA_GRAPHS = "Repeat short steps of static sizes (up to 4000 tokens in PyTorch) as CUDA graphs, each one launch."
 FUSE = (
     "Take norm, modulation, residual and GELU before quantized layers into the layers' kernels, in PyTorch.  "
     "[default: with --compile, where the GPU has the kernels]"

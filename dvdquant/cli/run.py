@@ -98,6 +98,7 @@ GROUPS = {
         "vae_tiling",
         "compile",
         "fuse",
+        "cuda_graphs",
         "attention",
         "attention_backend",
         "cfg_parallel",
@@ -163,6 +164,7 @@ class RunOptions:
     plugin: tuple[Path, ...]
     compile: bool
     fuse: bool | None
+    cuda_graphs: bool
     attention: str | None
     attention_backend: str | None
     cfg_parallel: str | None
@@ -309,6 +311,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
                 lora=loras,
                 compile=settings.compile,
                 fuse=settings.fuse,
+                cuda_graphs=settings.cuda_graphs,
                 attention=settings.attention,
                 attention_backend=settings.attention_backend,
                 plugins=settings.plugin,
@@ -552,6 +555,8 @@ def check_options(settings: RunOptions) -> None:
         f"--cache-policy {settings.cache_policy} skips steps, and --cache is off": settings.cache == "off"
         and settings.cache_policy,
         "--compile is for the quantized transformer, and --mode 16 runs the original": settings.compile
+        and settings.mode == "16",
+        "--cuda-graphs is for the quantized transformer, and --mode 16 runs the original": settings.cuda_graphs
         and settings.mode == "16",
         "--fuse is for the quantized transformer, and --mode 16 runs the original": bool(settings.fuse)
         and settings.mode == "16",
