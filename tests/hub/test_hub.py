@@ -21,6 +21,8 @@ from click.testing import CliRunner, Result
 from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
 from dvdquant.checkpoint.locate import locate_model
 from dvdquant.cli.inspect import main as inspect_main
+from dvdquant.cli.plan import default_output
+from dvdquant.cli.plan import main as plan_main
 from dvdquant.cli.push import main as push_main
 from dvdquant.cli.run import main as run_main
 from dvdquant.deploy import DvdqTransformer
@@ -339,13 +341,22 @@ def test_the_model_that_was_exported_is_named(export: Path, tmp_path: Path) -> N
 # ---------------------------------------------------------------------------------------------------------------- read
 
 
-def test_commands_read_a_repository(hub: FakeHub, export: Path, tmp_path: Path) -> None:
+def test_commands_read_a_repository(
+    hub: FakeHub, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pushed(export)
     runner = CliRunner()
     shown = runner.invoke(inspect_main, [NAME, "--check"])
     assert shown.exit_code == 0, shown.output
     assert "match the manifest" in shown.output
     refused(runner.invoke(inspect_main, [NAME, "--revision", "old"]), "no revision 'old'")
+    refused(runner.invoke(plan_main, [NAME, "--revision", "old", "--prompt", "a"]), "no revision 'old'")
+    # The schedule of an export of the hub goes beside the user, and that place is looked at before the work.
+    monkeypatch.chdir(tmp_path)
+    name = f"{NAME.partition('/')[2]}-schedule.json"
+    (tmp_path / name).mkdir()
+    refused(runner.invoke(plan_main, [NAME, "--prompt", "a"]), name)
+    assert default_output(export, export) == export / "schedule.json"
     # The export is found; its model has no pipeline to draw a clip with.
     result = runner.invoke(run_main, [NAME, "--prompt", "a", "-o", str(tmp_path / "a.mp4"), "--pipeline", str(export)])
     refused(result, way_out=False)
