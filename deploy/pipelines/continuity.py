@@ -12,6 +12,7 @@ Values that do not move (the frame that an image-to-video pipeline holds) say no
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -179,8 +180,8 @@ def _chance(vectors: int, values: int) -> float:
     the least of ten solvers of diffusers, where fresh noise replaces the rest. Of a few hundred values it would be all
     that a noisy step has, and four standard deviations have to do: three vectors exceed them in one of 200 cases.
     """
-    rare = vectors + 2 * (vectors * RARE) ** 0.5 + 2 * RARE
-    usual = vectors + 4 * (2 * vectors) ** 0.5
+    rare = vectors + 2 * math.sqrt(vectors * RARE) + 2 * RARE
+    usual = vectors + 4 * math.sqrt(2 * vectors)
     return max(usual / values, min(rare / values, LITTLE))
 
 
