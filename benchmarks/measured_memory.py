@@ -3,15 +3,14 @@
 A Wan pipeline is made with random weights and parts that are large enough to be seen: a transformer of 104 million weights, a
 text encoder of 220 million, and a VAE of the published size. Each arrangement draws one clip in a process of its own on the
 CPU. The table has, for each stage, the estimate without what libraries and the program take, and the most of the process's
-resident memory beyond what it had before anything was loaded. Weights that PyTorch maps from their files are in it, and so are
-pages of libraries that are first used by then.
+resident memory and of its own memory beyond what it had before anything was loaded. Pages of files that are mapped, such as
+weights as PyTorch loads them on a CPU, are resident and not its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -92,19 +91,19 @@ class Watch:
     """The most memory of this process while something runs."""
 
     def __init__(self) -> None:
-        self.before = resident_bytes()
+        self.before = used_bytes()
 
-    def __call__(self, work: Callable[[], Any]) -> tuple[Any, int]:
-        """Run ``work``, and return what it gives and the most bytes beyond those of the beginning.
+    def __call__(self, work: Callable[[], Any]) -> tuple[Any, tuple[int, int]]:
+        """Run ``work``, and return what it gives and the most bytes beyond those of the beginning, resident and own.
 
         Args:
             work: What runs.
         """
-        over, peak = threading.Event(), [resident_bytes()]
+        over, seen = threading.Event(), [used_bytes()]
 
         def look() -> None:
             while not over.wait(0.002):
-                peak[0] = max(peak[0], resident_bytes())
+                seen.append(used_bytes())
 
         thread = threading.Thread(target=look, daemon=True)
         thread.start()
@@ -113,12 +112,15 @@ class Watch:
         finally:
             over.set()
             thread.join()
-        return result, max(peak[0], resident_bytes()) - self.before
+        resident, own = (max(sizes) - before for sizes, before in zip(zip(*seen), self.before))
+        return result, (resident, own)
 
 
-def resident_bytes() -> int:
-    """Return the resident pages of this process, in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def used_bytes() -> tuple[int, int]:
+    """Return the resident pages of this process in bytes, and those of them that are not of files."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    anonymous, files, shared = (int(lines[f"Rss{name}"].split()[0]) << 10 for name in ("Anon", "File", "Shmem"))
+    return anonymous + files + shared, anonymous + shared
 
 
 def measure(folder: Path, backend: str, how: dict[str, Any]) -> list[dict[str, Any]]:
@@ -167,7 +169,7 @@ def measure(folder: Path, backend: str, how: dict[str, Any]) -> list[dict[str, A
         done, second = watch(steps)
         _, third = watch(lambda: generator.decode(request, done.latents))
     return [
-        {"how": arrangement.words(), "stage": stage.name, "estimate": stage.total, "measured": measured}
+        {"how": arrangement.words(), "stage": stage.name, "bytes": [stage.total, *measured]}
         for stage, measured in zip(plan.stages, (first, second, third), strict=True)
     ]
 
@@ -178,11 +180,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     Args:
         rows: The stages of every arrangement.
     """
-    lines = ["| backend | arrangement | while | estimated, MiB | measured, MiB | measured / estimated |"]
+    lines = ["| backend | arrangement | while | estimated, MiB | resident, MiB | of it own, MiB |"]
     lines.append("| --- | --- | --- | ---: | ---: | ---: |")
     for row in rows:
-        ratio = row["measured"] / row["estimate"]
-        figures = f"{row['estimate'] / MIB:.0f} | {row['measured'] / MIB:.0f} | {ratio:.2f}"
+        figures = " | ".join(f"{size / MIB:.0f}" for size in row["bytes"])
         lines.append(f"| {row['backend']} | {row['how']} | {row['stage']} | {figures} |")
     return "\n".join(lines)
 
