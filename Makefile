@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: triton-check dynamo-check help venv demo demo-steps test stress campaign variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: wheel triton-check dynamo-check help venv demo demo-steps test stress campaign variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -28,6 +28,7 @@ help:
 	@echo "make variants  the numeric tests as other processors run them: threads, instruction sets (VARIANTS= names some)"
 	@echo "make kernels        the CUDA kernels' library (needs nvcc); kernels-check also reads its machine code"
 	@echo "make kernels plugin HOST=aarch64 SM=\"87 110\"  both for a Jetson, on x86-64"
+	@echo "make wheel   dist/*.whl, with the kernels' library where it was built (HOST=aarch64: with that of a Jetson)"
 	@echo "make venv    only the environment: $(VENV) with dvdq-export and dvdq-inspect"
 	@echo "make dynamo-check  a worker behind NVIDIA Dynamo's own frontend, out of its wheels (90 MB)"
 	@echo "make triton-check  the model repository in a real tritonserver, out of nvidia-pytriton's wheel (55 MB)"
@@ -85,6 +86,16 @@ $(TRITON)/.unpacked:
 
 triton-check: $(INSTALLED_TEST) $(TRITON)/.unpacked
 	DVDQ_TRITON=$(TRITON) $(BIN)/python -m pytest -q tests/deploy/test_serve_triton.py $(PYTEST_ARGS)
+
+# Built from the tracked files alone, so that no leftover of build/ gets into it.
+wheel: $(INSTALLED_TEST)
+	@rm -rf build/wheel dist && mkdir -p build/wheel/source
+	@git ls-files -z | tar --null -T - -cf - | tar -xf - -C build/wheel/source
+	@mkdir -p build/wheel/source/build && if [ -d build/kernels$(DASH_HOST) ]; then \
+		ln -s $(abspath build/kernels$(DASH_HOST)) build/wheel/source/build/kernels$(DASH_HOST); fi
+	@DVDQUANT_HOST=$(HOST) $(BIN)/python -m build --wheel --no-isolation --outdir dist build/wheel/source >build/wheel/log \
+		|| { tail -20 build/wheel/log >&2; exit 1; }
+	@ls -l dist/*.whl
 
 # Dynamo pins releases that others here do not share, so it is unpacked beside the environment as well.
 DYNAMO := build/dynamo

@@ -1,5 +1,6 @@
 """What pyproject.toml cannot say: a wheel takes the built CUDA kernels along, and belongs to a platform then."""
 
+import os
 import shutil
 import sysconfig
 from pathlib import Path
@@ -8,7 +9,9 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-LIBRARY = Path(__file__).parent / "build" / "kernels" / "libdvdquant_kernels.so"
+# The processor that `make kernels HOST=…` compiled for; this machine's where it is not given.
+HOST = os.environ.get("DVDQUANT_HOST", "")
+LIBRARY = Path(__file__).parent / "build" / (f"kernels-{HOST}" if HOST else "kernels") / "libdvdquant_kernels.so"
 
 
 class BuildWithKernels(build_py):
@@ -30,7 +33,8 @@ class WheelWithKernels(bdist_wheel):
         """Return Python, ABI and platform of the wheel's name."""
         if not LIBRARY.is_file():
             return super().get_tag()
-        return "py3", "none", sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        platform = f"linux_{HOST}" if HOST else sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        return "py3", "none", platform
 
 
 setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels})

@@ -192,9 +192,15 @@ class Recipe:
             text = data if isinstance(data, str) else json.dumps(data, allow_nan=False)
             known = strict_json(text.encode())
         except (TypeError, ValueError) as error:
-            raise RecipeError(f"the recipe is not JSON: {error}") from error
+            raise RecipeError(
+                f"the recipe is not JSON: {error}",
+                fix="correct the file at that line and column; names and texts stand in double quotes",
+            ) from error
         if not isinstance(known, dict):
-            raise RecipeError(f"a recipe is a JSON object, not {type(known).__name__}")
+            raise RecipeError(
+                f"a recipe is a JSON object, not {type(known).__name__}",
+                fix="put the fields between braces: dvdq-export --recipe NAME --dry-run shows what a recipe is",
+            )
         if type(known.get("version")) is int and known["version"] == 1:
             known = _from_version_1(known)
             text = json.dumps(known)
@@ -212,7 +218,10 @@ class Recipe:
         except ValidationError as error:
             problem = first_problem(error, known)  # raises the RecipeError if _check found the problem
             if problem.state == "is unknown":
-                raise RecipeError(f"the recipe has an unknown field '{problem.field}'") from error
+                raise RecipeError(
+                    f"the recipe has an unknown field '{problem.field}'",
+                    fix="remove the field, or correct its name: docs/recipes.md lists them all",
+                ) from error
             raise RecipeError(f"recipe field {problem.field} {problem.state}", available=problem.allowed) from error
         return recipe
 
@@ -284,7 +293,10 @@ def _check(recipe: Recipe) -> None:
         _one_of("activations.group_size", spec.group_size, GROUP_SIZES)
     rotation = recipe.rotation
     if isinstance(rotation, bool) or not isinstance(rotation, (str, int)):
-        raise RecipeError(f"rotation {rotation!r} is neither a name nor a block size")
+        raise RecipeError(
+            f"rotation {rotation!r} is neither a name nor a block size",
+            fix="give auto, full, none, or the power of two of a block, such as 128",
+        )
     if isinstance(rotation, str):
         _one_of("rotation", rotation, ("auto", "full", "none"))
     elif rotation < 2:

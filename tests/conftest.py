@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_collections() -> None:
-    """Leave out of Python's garbage collections what was imported: millions of objects, looked through again and again."""
+    """Let Python look for garbage less often, and not among what was imported: a trace makes millions of objects that live."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,6 +66,13 @@ def _shared_traces() -> None:
     """Trace a model once a process, however many exports of it the tests make in this process."""
     if "dvdquant.export.graph.trace" in sys.modules:  # else nothing is exported, and the import would cost seconds
         importlib.import_module("tests.support.traces").share_traces()
+
+
+@pytest.fixture(scope="module")
+def lent_sessions() -> Iterator[None]:
+    """Generators of this module borrow their sessions (:mod:`tests.support.lent_sessions`)."""
+    with importlib.import_module("tests.support.lent_sessions").lend_sessions():
+        yield
 
 
 @functools.cache

@@ -101,12 +101,13 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, sources: list[str
     assert "dvdquant/_native/kernels/csrc/probe.cu" in names
 
 
-def test_wheel_takes_the_built_kernels_along(wheel: Path) -> None:
+@pytest.mark.parametrize("host", ["", "aarch64"])
+def test_wheel_takes_the_built_kernels_along(wheel: Path, host: str) -> None:
     """Where ``make kernels`` has built them; the package looks for them in that place."""
     copy = wheel.parents[1]
-    library = copy / "build" / "kernels" / "libdvdquant_kernels.so"
-    library.parent.mkdir(parents=True, exist_ok=True)
-    library.write_bytes(b"a library")
+    folder = copy / "build" / ("kernels-aarch64" if host else "kernels")
+    folder.mkdir(parents=True)
+    (folder / "libdvdquant_kernels.so").write_bytes(b"a library")
     command = [
         sys.executable,
         "-m",
@@ -114,14 +115,15 @@ def test_wheel_takes_the_built_kernels_along(wheel: Path) -> None:
         "--wheel",
         "--no-isolation",
         "--outdir",
-        str(copy / "dist-kernels"),
+        str(copy / f"dist-{host}"),
         str(copy),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"DVDQUANT_HOST": host}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (path,) = (copy / "dist-kernels").glob("*.whl")
+    (path,) = (copy / f"dist-{host}").glob("*.whl")
     assert zipfile.ZipFile(path).read("dvdquant/_native/libdvdquant_kernels.so") == b"a library"
-    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    platform = "linux_aarch64" if host else sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert path.name == f"dvdquant-{PROJECT['version']}-py3-none-{platform}.whl"
     assert wheel.name == f"dvdquant-{PROJECT['version']}-py3-none-any.whl"
 

@@ -140,6 +140,7 @@ class SamplingRun:
                 "device": str(session.device),
                 "mode": settings.mode,
                 "delta": settings.delta if switches else None,
+                "cache": None if controller.cache is None else controller.cache.to_json(),
                 "steps": own,
                 "first_step": self.first,
                 "total_steps": self.steps,

@@ -78,7 +78,10 @@ def load_original(
                 checkpoint.root, torch_dtype=dtype, use_safetensors=True, local_files_only=True
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint.root} cannot be loaded: {error!s:.500}") from error
+        raise CheckpointError(
+            f"{checkpoint.root} cannot be loaded: {error!s:.500}",
+            fix="draw without --mode 16 and --compare, or install a diffusers that knows the model (dvdq doctor shows yours)",
+        ) from error
     checkpoint.check_unchanged()
     _fuse(model, checkpoint)
     module: nn.Module = model.to(device).eval()
@@ -170,7 +173,10 @@ class CallRecorder:
             seconds: The seconds that the call took.
         """
         if not bool(torch.isfinite(output).all()):
-            raise EngineError(f"the original checkpoint gave NaN or infinities at step {step} ({branch})")
+            raise EngineError(
+                f"the original checkpoint gave NaN or infinities at step {step} ({branch})",
+                fix="draw it in another dtype or at another size: the model itself breaks there, without quantization",
+            )
         last = self._last.get(branch)
         change = None if last is None or last.shape != output.shape else relative_change(output, last)
         self._last[branch] = output

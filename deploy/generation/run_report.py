@@ -156,7 +156,10 @@ def write_trace(path: Path, artifact: Artifact, clips: Sequence[dict[str, Any]])
     try:
         text = json_text(_plain(data), indent=1) + "\n"
     except (TypeError, ValueError) as error:
-        raise OutputError(f"the trace holds a value JSON cannot carry: {error}") from error
+        raise OutputError(
+            f"the trace holds a value JSON cannot carry: {error}",
+            fix="leave --trace out, and report the value with the line you ran",
+        ) from error
     write_whole(path, text.encode())
 
 

@@ -171,7 +171,7 @@ def draw_strip(rows: Sequence[Row], columns: int = 8, min_side: int = 96) -> Any
     from PIL import Image, ImageDraw
 
     if not rows:
-        raise ShapeError("a strip of no clips")
+        raise ShapeError("a strip of no clips", fix="give at least one clip")
     font, small = _fonts()
     picked = [_evenly(len(row.frames), columns) for row in rows]
     clips = [_shrink(enlarge(row.frames[pick], min_side), 320) for row, pick in zip(rows, picked)]
@@ -204,7 +204,9 @@ def side_by_side(rows: Sequence[Row]) -> Clip:
     from PIL import Image, ImageDraw
 
     if len({row.frames.shape for row in rows}) != 1:
-        raise ShapeError("clips of different sizes cannot stand side by side")
+        raise ShapeError(
+            "clips of different sizes cannot stand side by side", fix="draw all clips with one height and width"
+        )
     clips = [enlarge(row.frames) for row in rows]
     frames, height, width = clips[0].shape[:3]
     font, _ = _fonts()

@@ -338,7 +338,10 @@ def _json_fields(raw: bytes) -> dict[str, Any]:
     try:
         data = strict_json(raw, max_depth=8)
     except ValueError as error:
-        raise ShapeError(f"the body is no valid JSON: {shown(error)}") from None
+        raise ShapeError(
+            f"the body is no valid JSON: {shown(error)}",
+            fix="send one JSON object with content-type application/json, or a form",
+        ) from None
     if not isinstance(data, dict):
         raise ShapeError("the body is no JSON object", fix='send an object such as {"prompt": "..."}')
     return data
@@ -349,7 +352,7 @@ async def _form_fields(form: FormData) -> Mapping[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
         if name in fields:
-            raise ShapeError(f"the field {shown(name, 80)!r} appears twice")
+            raise ShapeError(f"the field {shown(name, 80)!r} appears twice", fix="send each field once")
         if isinstance(value, UploadFile):
             fields[name] = await value.read() if name in PICTURES else f"a file of {value.size} bytes"
         else:

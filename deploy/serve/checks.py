@@ -106,7 +106,10 @@ class ServedModel:
         frames, height, width = request.num_frames, request.height, request.width
         steps, guidance = request.steps, request.guidance
         if steps is None or guidance is None or frames is None or height is None or width is None:
-            raise ShapeError("the request leaves something open that the model does not fill in")
+            raise ShapeError(
+                "the request leaves something open that the model does not fill in",
+                fix="send size, seconds or num_frames, and num_inference_steps in the request",
+            )
         return CheckedRequest(
             model=self.source.name,
             values=filled,

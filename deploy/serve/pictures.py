@@ -58,7 +58,7 @@ def take_pictures(fields: Mapping[str, Any], most: int) -> tuple[dict[str, Any],
         # OpenAI's client writes an object in a form so.
         if match := _PART.fullmatch(name):
             if match[1] in fields:
-                raise ShapeError(f"the field {match[1]!r} appears twice")
+                raise ShapeError(f"the field {match[1]!r} appears twice", fix="send each field once")
             rest.setdefault(match[1], {})[match[2]] = value
             del rest[name]
     pictures = {}

@@ -124,7 +124,9 @@ class VideoModel:
             try:
                 fields = strict_json(_text(more.as_numpy()).encode(), max_depth=8)
             except ValueError as error:
-                raise ShapeError(f"request is no valid JSON: {error}") from None
+                raise ShapeError(
+                    f"request is no valid JSON: {error}", fix="put one JSON object into the input request"
+                ) from None
             if not isinstance(fields, dict):
                 raise ShapeError("request is no JSON object", fix='send an object such as {"num_inference_steps": 30}')
         return {**fields, "prompt": _text(_input(request, "prompt"))}

@@ -94,7 +94,10 @@ class EngineSession(ABC):
                     fix="close other sessions, or export for a smaller size",
                 ) from error
             except Exception as error:  # each backend has its own exceptions, and they share no base class
-                raise EngineError(f"{self.backend} failed in {self.component} a{bits}: {error}") from error
+                raise EngineError(
+                    f"{self.backend} failed in {self.component} a{bits}: {error}",
+                    fix="free memory of the device (dvdq-run --dry-run says what a run needs), or take another --backend",
+                ) from error
 
     def _require_open(self) -> None:
         """EngineError if the session is closed."""

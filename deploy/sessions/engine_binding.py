@@ -183,7 +183,10 @@ class BoundEngine:
         else:
             context = self._engine.create_execution_context(strategy)
         if context is None:
-            raise EngineError(f"no execution context could be made: {self._log.tail()}")
+            raise EngineError(
+                f"no execution context could be made: {self._log.tail()}",
+                fix="free memory of the GPU, or draw a smaller clip: dvdq-run --dry-run says what is needed",
+            )
         return context
 
     def _take_tensor(self, name: str, weight: Callable[[str], Tensor], inputs: frozenset[str]) -> None:
@@ -213,7 +216,10 @@ class BoundEngine:
 
     def _address(self, name: str, tensor: Tensor) -> None:
         if not self.context.set_tensor_address(name, tensor.data_ptr()):
-            raise EngineError(f"the engine refused the memory of {name}: {self._log.tail()}")
+            raise EngineError(
+                f"the engine refused the memory of {name}: {self._log.tail()}",
+                fix="free memory of the GPU, or draw a smaller clip: dvdq-run --dry-run says what is needed",
+            )
 
     # ------------------------------------------------------------------------------------------------------- running
 
@@ -231,9 +237,15 @@ class BoundEngine:
             self._shapes = None
             for name, shape in shapes.items():
                 if not self.context.set_input_shape(name, shape):
-                    raise EngineError(f"the engine refused {name} {list(shape)}: {self._log.tail()}")
+                    raise EngineError(
+                        f"the engine refused {name} {list(shape)}: {self._log.tail()}",
+                        fix="draw a size that the engine was built for: dvdq-inspect OUT lists them",
+                    )
             if unknown := self.context.infer_shapes():
-                raise EngineError(f"the engine lacks the shapes of {', '.join(unknown)}")
+                raise EngineError(
+                    f"the engine lacks the shapes of {', '.join(unknown)}",
+                    fix="build the engine again from this export: dvdq-export --resume, or dvdq-build on the device",
+                )
             self._need = int(self.context.update_device_memory_size_for_shapes())
             self._shapes, self._generation = shapes, -1
         address, size = self._scratch.at_least(self._need)
@@ -256,7 +268,10 @@ class BoundEngine:
         self.prepare(inputs)
         for name, tensor in inputs.items():
             if tensor.dtype != self.dtypes[name]:
-                raise EngineError(f"the engine wants {name} as {self.dtypes[name]}, got {tensor.dtype}")
+                raise EngineError(
+                    f"the engine wants {name} as {self.dtypes[name]}, got {tensor.dtype}",
+                    fix="load the pipeline with torch_dtype of the export (dvdq-inspect OUT shows it)",
+                )
             self._address(name, tensor)
         results = []
         for name in self.outputs:
@@ -264,7 +279,10 @@ class BoundEngine:
             results.append(torch.empty(shape, dtype=self.dtypes[name], device=device))
             self._address(name, results[-1])
         if not self.context.execute_async_v3(stream):
-            raise EngineError(f"the engine failed: {self._log.tail()}")
+            raise EngineError(
+                f"the engine failed: {self._log.tail()}",
+                fix="run it again; if it fails again, --backend pytorch runs the same weights without the engine",
+            )
         return results[0]
 
 

@@ -318,7 +318,10 @@ def make_runtime(library: Backend, log: EngineLog) -> Any:
     try:
         runtime = library.module.Runtime(make_logger(library.module, log))
     except (RuntimeError, TypeError) as error:
-        raise EngineError(f"{library.name} {library.version} cannot start: {error}; {log.tail()}") from error
+        raise EngineError(
+            f"{library.name} {library.version} cannot start: {error}; {log.tail()}",
+            fix="update the driver (dvdq doctor says which), or take --backend pytorch",
+        ) from error
     return runtime
 
 

@@ -124,7 +124,10 @@ class OnnxRuntimeSession(EngineSession):
         except EngineError:
             raise
         except Exception as error:  # onnxruntime's own exceptions share no base class but this
-            raise EngineError(f"ONNX Runtime refused {path}: {error}") from error
+            raise EngineError(
+                f"ONNX Runtime refused {path}: {error}",
+                fix="export again with this version of dvdquant, or take --backend pytorch",
+            ) from error
         return _Bound(session, binding)
 
     def _options(self, onnxruntime: Any) -> Any:

@@ -233,6 +233,7 @@ class MagnitudeForecast(SkipForecast):
     Args:
         rate: λ, or None if it is not known.
         growth: The growth g of |λ|, at least 1.
+        travelled: The distance of the skipped steps since the last computed one, in units of timestep.
     """
 
     rate: float | None = None

@@ -18,11 +18,12 @@ CLASSES = [name for name in errors.__all__ if name != "DvdquantError"]
 
 @dataclass(frozen=True, order=True)
 class Entry:
-    """One error: its class, what it says, and the remedy."""
+    """One error: its class, what it says, the remedy, and whether it lists what is available."""
 
     kind: str
     what: str
     fix: str
+    lists: bool
 
 
 def collect() -> list[Entry]:
@@ -45,7 +46,8 @@ def _entry(call: ast.Call) -> Entry | None:
         return None
     fix = next((keyword.value for keyword in call.keywords if keyword.arg == "fix"), None)
     what = _words(call.args[0])
-    return Entry(name, what, _words(fix) if fix is not None else "") if what.strip(" …") else None
+    lists = any(keyword.arg == "available" for keyword in call.keywords)
+    return Entry(name, what, _words(fix) if fix is not None else "", lists) if what.strip(" …") else None
 
 
 def _words(node: ast.expr) -> str:
@@ -69,14 +71,14 @@ def error_tables() -> str:
         if general := getattr(errors, kind).remedy:
             doc += f" Where nothing better is known: {general}."
         lines += ["", f"## {kind}", "", doc, "", "| what is said | what to do |", "| --- | --- |"]
-        lines += [f"| {_cell(e.what)} | {_remedy(e.fix)} |" for e in entries if e.kind == kind]
+        lines += [f"| {_cell(e.what)} | {_remedy(e)} |" for e in entries if e.kind == kind]
     return "\n".join(lines)
 
 
-def _remedy(fix: str) -> str:
-    if not fix:
-        return "what is available stands in the error"
-    return "the error says it" if not fix.strip("… /") else _cell(fix)
+def _remedy(entry: Entry) -> str:
+    if not entry.fix:
+        return "what is available stands in the error" if entry.lists else getattr(errors, entry.kind).remedy
+    return "the error says it" if not entry.fix.strip("… /") else _cell(entry.fix)
 
 
 def _cell(text: str) -> str:

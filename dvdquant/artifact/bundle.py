@@ -140,7 +140,10 @@ def write_bundle(
         if name != MANIFEST:
             check_relpath(name)
         if len(name.encode()) > MAX_NAME:
-            raise OutputError(f"the path {shown(name)} has more than {MAX_NAME} bytes, which a plain tar cannot hold")
+            raise OutputError(
+                f"the path {shown(name)} has more than {MAX_NAME} bytes, which a plain tar cannot hold",
+                fix="give the model, the component or the LoRA a shorter name and export again",
+            )
         entry = manifest.files.get(name) if isinstance(content, Path) else None
         if entry is None:
             entry = _entry(content)
@@ -232,7 +235,9 @@ def _pack(tar: tarfile.TarFile, member: _Member, content: Path | bytes, progress
     try:
         descriptor, size = open_regular(content)
     except ValueError as error:
-        raise OutputError(f"{content} cannot be packed: {error}") from error
+        raise OutputError(
+            f"{content} cannot be packed: {error}", fix="make it readable, or export again into an empty folder"
+        ) from error
     with os.fdopen(descriptor, "rb") as file:
         reader = _Checked(file, progress)
         if size == member["bytes"]:

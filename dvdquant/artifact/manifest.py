@@ -473,7 +473,10 @@ class Manifest:
             _check(json.loads(text), text.encode("utf-8", "surrogatepass"))
             return json_text(data, indent=1) + "\n"
         except (TypeError, ValueError) as error:
-            raise OutputError(f"the manifest holds a value JSON cannot carry: {error}") from error
+            raise OutputError(
+                f"the manifest holds a value JSON cannot carry: {error}",
+                fix="leave out the option that holds it: numbers have to be finite",
+            ) from error
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:

@@ -375,7 +375,10 @@ class ExportTransaction:
             with self._stage.reach([TREE, *parents]) as folder:
                 folder.sync_file(last)
         except ValueError as error:
-            raise OutputError(f"{self.tree / name} cannot be part of an export: {error}") from error
+            raise OutputError(
+                f"{self.tree / name} cannot be part of an export: {error}",
+                fix="move what is in its place away, and run the same line with --resume",
+            ) from error
 
     def is_done(self, step: str) -> bool:
         """Return whether a step was finished, in this run or in the resumed one.
@@ -512,7 +515,10 @@ def _hash_tree(
             try:
                 fd = folder.open_file(last)
             except ValueError as error:
-                raise OutputError(f"{tree.path / item.path} cannot be part of an export: {error}") from error
+                raise OutputError(
+                    f"{tree.path / item.path} cannot be part of an export: {error}",
+                    fix="move what is in its place away, and run the same line with --resume",
+                ) from error
             try:
                 info = os.fstat(fd)
                 if stat.S_IMODE(info.st_mode) != 0o644 and info.st_nlink == 1:

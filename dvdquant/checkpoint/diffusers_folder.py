@@ -220,7 +220,10 @@ def read_weights(
             expected.setdefault(shard, set()).add(name)
         shards = sorted(expected)
         if len(shards) > MAX_SHARDS:
-            raise CheckpointError(f"{folder.root / INDEX} names {len(shards)} shards, more than {MAX_SHARDS}")
+            raise CheckpointError(
+                f"{folder.root / INDEX} names {len(shards)} shards, more than {MAX_SHARDS}",
+                fix="merge the shards, or give a download of the model with fewer of them",
+            )
         if extra := next((name for name in series if name not in expected), None):
             raise CheckpointError(f"{folder.root / extra} is a shard that {INDEX} does not name", available=shards[:8])
         if SINGLE in names and SINGLE not in expected:
@@ -258,7 +261,9 @@ def read_weights(
         # 3. Collect its tensors, which must be those that the index names for this file.
         headers[shard] = header.digest
         if len(tensors) + len(header.tensors) > MAX_TENSORS:
-            raise CheckpointError(f"{folder.root} holds more than {MAX_TENSORS} tensors")
+            raise CheckpointError(
+                f"{folder.root} holds more than {MAX_TENSORS} tensors", fix="give the folder of the transformer alone"
+            )
         if expected is not None:
             _check_shard(folder.root / shard, header.tensors.keys(), expected[shard], where)
         for i in header.tensors.values():
@@ -276,9 +281,15 @@ def _read_index(folder: UntrustedFolder) -> dict[str, str]:
     """
     path, weight_map = folder.root / INDEX, folder.json(INDEX, MAX_JSON).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map of tensor names to shard files")
+        raise CheckpointError(
+            f"{path} has no weight_map of tensor names to shard files",
+            fix="download the index file again, or give the single safetensors file",
+        )
     if len(weight_map) > MAX_TENSORS:
-        raise CheckpointError(f"{path} names {len(weight_map)} tensors, more than {MAX_TENSORS}")
+        raise CheckpointError(
+            f"{path} names {len(weight_map)} tensors, more than {MAX_TENSORS}",
+            fix="give the transformer alone: an index of so many tensors is none of a model that is supported",
+        )
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
             raise CheckpointError(
@@ -300,11 +311,17 @@ def _check_shard(path: Path, held: Set[str], meant: Set[str], where: Mapping[str
         CheckpointError: It lacks a tensor, or holds one too many.
     """
     if missing := meant - held:
-        raise CheckpointError(f"{path} lacks tensor {min(missing)!r:.200}, which {INDEX} says it holds")
+        raise CheckpointError(
+            f"{path} lacks tensor {min(missing)!r:.200}, which {INDEX} says it holds",
+            fix="download that shard and the index again: they are of different downloads",
+        )
     if extra := held - meant:
         name = min(extra)
         should = f"lie in {where[name]}" if name in where else "not exist"
-        raise CheckpointError(f"{path} holds tensor {name!r:.200}, which should {should} by {INDEX}")
+        raise CheckpointError(
+            f"{path} holds tensor {name!r:.200}, which should {should} by {INDEX}",
+            fix="download that shard and the index again: they are of different downloads",
+        )
 
 
 def _two_sets(folder: UntrustedFolder, other: str) -> CheckpointError:

@@ -12,6 +12,7 @@ from pathlib import Path
 from dvdquant.checkpoint.untrusted import UntrustedFolder, fix_of, reason_of
 from dvdquant.errors import CheckpointError
 from dvdquant.system.files import disk_error
+from dvdquant.system.hub_client import limit_waiting
 from dvdquant.system.recognize import PICKLED_FILE, SNIFFED, Found, recognize_bytes, recognize_tensors, tensor_names
 from dvdquant.text import shown
 
@@ -196,6 +197,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+    limit_waiting()
     local = "or give a local folder that holds the model"
     try:
         found = huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)

@@ -144,7 +144,10 @@ def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
                     fix=f"make the bundle with a plugin library for TensorRT {version.partition('.')[0]}",
                 )
         if facts["machine"] not in (None, machine_name()):
-            raise UnsupportedError(f"{source} is for {facts['machine']}, and this machine is {machine_name()}")
+            raise UnsupportedError(
+                f"{source} is for {facts['machine']}, and this machine is {machine_name()}",
+                fix="run it on the device that the bundle is for, or make a bundle with a plugin library for this one",
+            )
         check_memory(facts["builder_bytes"], facts["held_bytes"], gpu, str(source), memory_limit())
         if dry_run:
             total = sum(member["bytes"] for member in facts["files"])

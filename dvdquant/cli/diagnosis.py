@@ -25,9 +25,9 @@ _TORCH = "pip install --force-reinstall torch"
 State = Literal["ok", "missing", "problem"]
 PACKAGES = ("diffusers", "transformers", "numba", "onnx", "nvidia-modelopt")
 
-# The least driver on Linux that runs programs of a major version of CUDA (NVIDIA's table of minor version compatibility
-# says 525 and 580; the digits after these are from memory).
-DRIVERS: dict[int, tuple[int, ...]] = {12: (525, 60, 13), 13: (580, 65, 6)}
+# The least branch of the driver that runs programs of a major version of CUDA (table 1 of
+# docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html).
+DRIVERS: dict[int, tuple[int, ...]] = {12: (525,), 13: (580,)}
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ def _speed(choice: Choice) -> str:
     for sm in choice.sms:
         known = capability(sm)
         if "rtx" in choice.targets:
-            words.append(f"SM {sm}: not known, engines build for it and none has run on a GPU")
+            listed = "" if known.rtx_listed else "; NVIDIA's support matrix of TensorRT-RTX does not name it"
+            words.append(f"SM {sm}: not known, engines build for it and none has run on a GPU{listed}")
         elif not {"graphs", "tensorrt"} & {*choice.targets}:
             words.append(f"SM {sm}: not known, it depends on the runtime of the QDQ graphs")
         elif known.measured:

@@ -39,6 +39,9 @@ dvdq-plan out/wan --prompts prompts.txt --delta 0.12 --reference --plot plan.png
 # without the text encoder, with the VAE on the GPU only while it decodes
 dvdq-plan out/wan --text-embeds embeds.safetensors --offload --vae-tiling
 
+# an export of the hub: the schedule goes into the current folder, as wan-w4a4-schedule.json
+dvdq-plan user/wan-w4a4 --revision v1 --prompts prompts.txt
+
 # does a schedule fit this export and 50 steps?
 dvdq-plan out/wan --check wan-0.12.json --steps 50
 """
@@ -76,7 +79,7 @@ dvdq-plan out/wan --check wan-0.12.json --steps 50
 )
 @click.option(
     "-o", "--output", type=PATH, metavar="PATH",
-    help="The schedule.  [default: OUT/schedule.json]",
+    help="The schedule.  [default: OUT/schedule.json, or ./NAME-schedule.json for USER/NAME on the hub]",
 )  # fmt: skip
 @click.option("--plot", type=PATH, metavar="PNG", help="Delta against bits, time and quality.")
 @click.option(
@@ -115,8 +118,8 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
     if options["negative_prompt"] is not None:
         check_prompt("--negative-prompt", options["negative_prompt"], may_be_empty=True)
     _check_loading(options)
-    out = locate_export(out, revision)
-    output = options.pop("output") or out / "schedule.json"
+    name, out = out, locate_export(out, revision)
+    output = options.pop("output") or default_output(name, out)
     plot = options.pop("plot")
     manifest = load_manifest(out)  # before minutes of work, as the output
     for path in (output, plot):
@@ -146,6 +149,16 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
     progress.event("plan", delta=found.delta, schedule=str(output), **found.schedule.details)
     echo(_summary(found))
     echo(f"schedule  {output}" + (f"\nplot      {plot}" if plot is not None else ""))
+
+
+def default_output(name: Path, out: Path) -> Path:
+    """Return where the schedule goes when nobody says it: into the export, or, for one of the hub, into the current folder.
+
+    Args:
+        name: The folder, or the name on the hub, as it was given.
+        out: The folder where it lies.
+    """
+    return out / "schedule.json" if out == name else Path(f"{name.name}-schedule.json")
 
 
 def _check_loading(options: dict[str, Any]) -> None:

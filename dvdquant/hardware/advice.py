@@ -15,13 +15,15 @@ __all__ = ["AUTO", "QUALITY", "Advice", "Choice", "choose", "choose_recipe", "ch
 AUTO = "auto"
 DEFAULT_SM, DEFAULT_TARGET, DEFAULT_RECIPE = "8.9", "rtx", "w4a4"
 
-# PSNR in dB to the fp32 clips of tiny-wan, 128 clips (docs/quality/index.md), by (recipe, activation bits).
+# PSNR in dB to the fp32 clips of tiny-wan, 128 clips (docs/quality/index.md), by (recipe, activation bits); "nvfp4" is what a4
+# engines of SM 12.x compute under any recipe.
 QUALITY: dict[tuple[str, int], float] = {
     ("w4a8", 8): 36.14,
     ("w4a4-g64", 8): 36.01,
     ("w4a4-g64", 4): 30.89,
     ("w4a4", 8): 32.55,
     ("w4a4", 4): 28.37,
+    ("nvfp4", 4): 28.53,
 }
 
 
@@ -120,10 +122,13 @@ def choose_target(sms: Sequence[str]) -> tuple[str, str]:
         UnsupportedError: One is unknown or has nothing, or they need different targets.
     """
     found = [capability(sm) for sm in sms]
-    if all(each.rtx for each in found):
-        return "rtx", "TensorRT-RTX builds its engines without a GPU"
     without = [each.sm for each in found if not each.rtx]
-    if any(each.rtx for each in found):
+    unlisted = [each.sm for each in found if each.rtx and not each.rtx_listed]
+    listed = len(found) - len(without) - len(unlisted)
+    if listed and not without:
+        words = f"; NVIDIA's support matrix of it does not name SM {', '.join(unlisted)}" if unlisted else ""
+        return "rtx", f"TensorRT-RTX builds its engines without a GPU{words}"
+    if listed:
         raise UnsupportedError(
             f"TensorRT-RTX builds no engines for SM {', '.join(without)}",
             available=[each.sm for each in CAPABILITIES.values() if each.rtx],
@@ -134,8 +139,11 @@ def choose_target(sms: Sequence[str]) -> tuple[str, str]:
             "a Jetson builds its TensorRT engines itself, from these graphs, with the plugin (dvdq-build there); PyTorch "
             "sessions run the same export on our kernels"
         )
+    reasons = [f"TensorRT-RTX builds no engines for SM {', '.join(without)}"] if without else []
+    if unlisted:
+        reasons.append(f"NVIDIA's support matrix of TensorRT-RTX does not name SM {', '.join(unlisted)}")
     return "graphs", (
-        f"TensorRT-RTX builds no engines for SM {', '.join(without)}; PyTorch sessions run the graphs' weights on our kernels, "
+        f"{'; '.join(reasons)}; PyTorch sessions run the graphs' weights on our kernels, "
         "and --target tensorrt builds engines with the plugin"
     )
 
@@ -163,6 +171,16 @@ def choose_recipe(sms: Sequence[str], targets: Sequence[str]) -> Advice:
             f"({QUALITY['w4a8', 8]:.1f} dB against {QUALITY['w4a4', 4]:.1f} on the toy model)",
         )
     units = ", ".join(dict.fromkeys(where.values()))
+    if "rtx" in targets and len(where) < len(sms):
+        return Advice(
+            "w4a4",
+            f"a4 runs on {units} of SM {', '.join(where)}, and on INT8 of the others, which want a scale per row",
+        )
     if "rtx" in targets:
-        return Advice("w4a4", f"a4 runs on {units} of SM {', '.join(where)}, a8 on INT8; both want a scale per row")
+        return Advice(
+            "w4a4-g64",
+            f"a4 runs on {units} of SM {', '.join(where)} ({QUALITY['nvfp4', 4]:.1f} dB on the toy model under any recipe), "
+            f"a8 on INT8, which scales per 64 channels bring nearest ({QUALITY['w4a4-g64', 8]:.1f} dB, with one per row "
+            f"{QUALITY['w4a4', 8]:.1f})",
+        )
     return Advice("w4a4-g64", f"a4 runs on {units} of SM {', '.join(where)}; scales per 64 channels cost it least")

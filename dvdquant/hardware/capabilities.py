@@ -21,6 +21,7 @@ class Capability:
         sm: The number, such as "8.9".
         cards: The series that have it, in short.
         rtx: TensorRT-RTX engines are built for it.
+        rtx_listed: NVIDIA's support matrix of TensorRT-RTX (1.0 to 1.5) names it.
         rtx_a4: What an a4 engine runs on, where it gains over a8; "" where it executes what a8 does.
         kernels: Our CUDA kernels are built for it, for PyTorch sessions and the TensorRT plugin.
         kernels_a4: What a4 runs on in our kernels, where it gains over a8.
@@ -31,6 +32,7 @@ class Capability:
     sm: str
     cards: str
     rtx: bool = False
+    rtx_listed: bool = True
     rtx_a4: str = ""
     kernels: bool = True
     kernels_a4: str = ""
@@ -42,7 +44,9 @@ class Capability:
         """Return the targets that make something which runs on it, the best known first."""
         if self.refused:
             return ()
-        return (("rtx",) if self.rtx else ()) + (("graphs", "tensorrt") if self.kernels else ())
+        engines = ("rtx",) if self.rtx else ()
+        kernels = ("graphs", "tensorrt") if self.kernels else ()
+        return engines + kernels if self.rtx_listed else kernels + engines
 
     def gain(self, target: str) -> str:
         """Return the units on which a4 gains over a8, or "" where it gains neither time nor memory.
@@ -64,7 +68,7 @@ CAPABILITIES: dict[str, Capability] = {
         Capability(
             "7.5", "T4, RTX 20, GTX 16", kernels=False, refused="it has no bf16, and TensorRT-RTX has no INT4 there"
         ),
-        Capability("8.0", "A100, A30", rtx=True, kernels_a4=_S4),
+        Capability("8.0", "A100, A30", rtx=True, rtx_listed=False, kernels_a4=_S4),
         Capability("8.6", "RTX 30, RTX A, A10, A40", rtx=True, kernels_a4=_S4),
         Capability("8.7", "Jetson Orin", kernels_a4=_S4),
         Capability("8.9", "RTX 40, RTX Ada, L4, L40S", rtx=True, kernels_a4=_S4),

@@ -1,7 +1,7 @@
 """The table of GPUs: name, compute capability, memory and kind.
 
-Memory is what the maker states, in GB; cards that are sold with several sizes are listed with each of them. All of it was
-written from memory and is unverified.
+Memory is what the maker states, in GB; cards that are sold with several sizes are listed with each of them. Where the
+figures come from, and which are from memory, is in docs/hardware.md.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ GPUS: tuple[Gpu, ...] = (
         ("RTX PRO 5000 Blackwell", (48, 72)), ("RTX PRO 6000 Blackwell", 96),
     ),
     *_series("server", "10.0", ("B200", 180), ("GB200", 186)),
-    *_series("server", "10.3", ("B300", 270), ("GB300", 279)),
+    *_series("server", "10.3", ("B300", 288), ("GB300", 288)),
     # With memory shared with the processor
     *_series("jetson", "8.7", ("Orin Nano", (4, 8)), ("Orin NX", (8, 16))),
     Gpu("AGX Orin", "8.7", (32, 64), "jetson", ("Orin",)),

@@ -13,17 +13,20 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from dvdquant.artifact.layout import MANIFEST
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, verify_files
 from dvdquant.errors import OutputError
 from dvdquant.hub.names import hub_failure, is_hub_name
 from dvdquant.system.files import read_limited
+from dvdquant.system.hub_client import limit_waiting
 from dvdquant.text import amount, shown
 
-__all__ = ["locate_export"]
+__all__ = ["differences", "listing", "locate_export"]
 
 log = logging.getLogger(__name__)
+MAX_ENTRIES = 20_000
 _PLACE = "dvdquant"  # below the folder of the hub's caches
 
 
@@ -55,6 +58,7 @@ def locate_export(out: str | Path, revision: str | None = None) -> Path:
 def _download(repo: str, revision: str | None) -> Path:
     import huggingface_hub
 
+    limit_waiting()
     # 1. The manifest, which fixes the commit.
     try:
         first = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[MANIFEST]))
@@ -93,20 +97,32 @@ def _manifest(repo: str, snapshot: Path) -> Manifest:
 
 
 def _compare(repo: str, commit: str, manifest: Manifest) -> None:
-    """Refuse a repository whose files cannot be those of its manifest, by size and by the hub's own SHA-256.
+    """Refuse a repository whose files cannot be those of its manifest.
 
     Raises:
         OutputError: A file is missing or another one.
     """
+    if problems := differences(repo, commit, manifest):
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise OutputError(
+            f"the repository {repo} does not match its manifest: {'; '.join(problems[:5])}{more}",
+            fix="take another revision, or tell its author to push the export again with dvdq-push",
+        )
+
+
+def differences(repo: str, commit: str, manifest: Manifest) -> list[str]:
+    """Return what tells a commit's files from those of a manifest, by size and by the hub's own SHA-256.
+
+    Args:
+        repo: The name of the repository.
+        commit: The commit.
+        manifest: The manifest that lists the files.
+    """
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
-    there = {
-        entry.path: entry
-        for entry in huggingface_hub.HfApi().list_repo_tree(repo, recursive=True, revision=commit)
-        if isinstance(entry, huggingface_hub.hf_api.RepoFile)
-    }
+        return []
+    there = listing(repo, commit)
     problems = []
     for name, entry in manifest.files.items():
         found = there.get(name)
@@ -116,12 +132,32 @@ def _compare(repo: str, commit: str, manifest: Manifest) -> None:
             problems.append(f"{name} has {found.size} bytes instead of {entry['bytes']}")
         elif found.lfs is not None and found.lfs.sha256 != entry["sha256"]:
             problems.append(f"{name} has another SHA-256")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise OutputError(
-            f"the repository {repo} does not match its manifest: {'; '.join(problems[:5])}{more}",
-            fix="take another revision, or tell its author to push the export again with dvdq-push",
-        )
+    return problems
+
+
+def listing(repo: str, revision: str | None) -> dict[str, Any]:
+    """Return the files of a repository by their names, as the hub says them: ``size`` in bytes, ``lfs`` with the SHA-256.
+
+    Args:
+        repo: The name of the repository.
+        revision: The branch, tag or commit; None is the main branch.
+
+    Raises:
+        OutputError: There is no end of files.
+    """
+    import huggingface_hub
+
+    tree = huggingface_hub.HfApi().list_repo_tree(repo, recursive=True, revision=revision)
+    files = {}
+    for count, entry in enumerate(tree):  # page by page; the hub says whether there is another one
+        if count >= MAX_ENTRIES:
+            raise OutputError(
+                f"the repository {repo} has more than {MAX_ENTRIES} files and folders",
+                fix="give a repository that holds one export",
+            )
+        if isinstance(entry, huggingface_hub.hf_api.RepoFile):
+            files[entry.path] = entry
+    return files
 
 
 def _place(repo: str, commit: str) -> Path:

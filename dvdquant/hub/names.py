@@ -76,6 +76,11 @@ def hub_failure(error: Exception, repo: str, revision: str | None, task: str) ->
         )
     if status in (401, 403):
         return OutputError(f"the hub refuses to {task} {repo} ({detail})", fix=f"{_LOG_IN} that may {task} it")
+    if task == "write":
+        return OutputError(
+            f"the hub does not answer, or fails, while {repo} is written ({detail})",
+            fix="push again: what has arrived is not sent twice, and the repository holds the old export or the new one, whole",
+        )
     return OutputError(
         f"{repo} is no folder, and the hub does not answer ({detail})",
         fix="connect, unset HF_HUB_OFFLINE, or give a folder; what was downloaded before is read without a connection",

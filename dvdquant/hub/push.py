@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from dvdquant.artifact.layout import MANIFEST
-from dvdquant.artifact.manifest import Manifest, load_manifest, model_name, read_verified, verify_files
+from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, load_manifest, model_name, read_verified, verify_files
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.hub.card import CARD, hub_card
+from dvdquant.hub.locate import differences, listing
 from dvdquant.hub.names import hub_failure, is_hub_name, require_hub_name
-from dvdquant.text import amount
+from dvdquant.system.files import read_limited
+from dvdquant.system.hub_client import limit_waiting
+from dvdquant.text import amount, shown
 
 __all__ = ["Pushed", "PushPlan", "plan_push", "push"]
 
@@ -128,28 +131,34 @@ def push(plan: PushPlan, *, revision: str | None = None, message: str | None = N
             f"there is no token of the hub, which a push to {plan.repo} needs",
             fix="log in with hf auth login, or set HF_TOKEN to a token that may write; --dry-run needs none",
         )
+    limit_waiting()
     api = huggingface_hub.HfApi()
     try:
         # 1. The repository, and what is in it.
         api.create_repo(plan.repo, private=plan.private or None, exist_ok=True)
         if revision is not None:
             api.create_branch(plan.repo, branch=revision, exist_ok=True)
-        there = set(api.list_repo_files(plan.repo, revision=revision)) - {".gitattributes"}
+        there = {name: entry.size for name, entry in listing(plan.repo, revision).items() if name != ".gitattributes"}
         stale = _stale(plan, there, revision, force)
         # 2. The files. Large ones are hashed while they are sent, so their digests are known before the commit.
         additions = [_addition(plan, name) for name in plan.files]
         api.preupload_lfs_files(plan.repo, additions=additions, revision=revision, free_memory=False)
         for addition in additions:
             _require_same(plan, addition)
-        # 3. One commit.
+        # 3. One commit, and what the hub says it has now.
         removals = [huggingface_hub.CommitOperationDelete(name) for name in stale]
         words = message or f"dvdquant export, recipe {plan.manifest.recipe['name']}"
         done = api.create_commit(plan.repo, [*additions, *removals], commit_message=words, revision=revision)
+        if problems := differences(plan.repo, str(done.oid), plan.manifest):
+            raise OutputError(
+                f"the hub has other files in {plan.repo} than were sent: {'; '.join(problems[:5])}",
+                fix="push again; if it stays so, the hub is at fault",
+            )
     except DvdquantError:
         raise
     except Exception as error:  # the HTTP client underneath has its own classes, which differ between versions
         raise hub_failure(error, plan.repo, revision, "write") from error
-    return Pushed(str(done.commit_url), str(done.oid), tuple(stale))
+    return Pushed(shown(done.commit_url, 300), shown(done.oid, 100), tuple(stale))
 
 
 def _public(manifest: Manifest) -> Manifest:
@@ -167,7 +176,7 @@ def _last_part(path: str) -> str:
     return model_name(path).split("/")[-1]
 
 
-def _stale(plan: PushPlan, there: set[str], revision: str | None, force: bool) -> list[str]:
+def _stale(plan: PushPlan, there: dict[str, int], revision: str | None, force: bool) -> list[str]:
     """Return the files of an earlier export that the new one does not have.
 
     Raises:
@@ -178,24 +187,24 @@ def _stale(plan: PushPlan, there: set[str], revision: str | None, force: bool) -
     if not there:
         return []
     old: Manifest | None = None
-    if MANIFEST in there:
+    if there.get(MANIFEST, MAX_MANIFEST + 1) <= MAX_MANIFEST:
         path = huggingface_hub.hf_hub_download(plan.repo, MANIFEST, revision=revision)
         try:
-            old = Manifest.from_json(Path(path).read_bytes())
+            old = Manifest.from_json(read_limited(Path(path), MAX_MANIFEST))
         except (OutputError, ValueError):
             log.warning("%s has a %s that is none of dvdquant's", plan.repo, MANIFEST)
-    if old is None and there - {CARD} and not force:
+    if old is None and there.keys() - {CARD} and not force:
         raise OutputError(
             f"the repository {plan.repo} holds {len(there)} files and no export of dvdquant",
-            available=", ".join(sorted(there)[:6]),
+            available=", ".join(shown(name, 100) for name in sorted(there)[:6]),
             fix="give another name, or --force to add the export to it",
         )
     if old is not None and old.source["fingerprint"] != plan.manifest.source["fingerprint"] and not force:
         raise OutputError(
-            f"the repository {plan.repo} holds an export of {old.source['model']}, another model",
+            f"the repository {plan.repo} holds an export of {shown(old.source['model'], 200)}, another model",
             fix="give another name, or --force to replace it",
         )
-    return sorted((set(old.files) & there) - set(plan.files)) if old is not None else []
+    return sorted((set(old.files) & there.keys()) - set(plan.files)) if old is not None else []
 
 
 def _addition(plan: PushPlan, name: str) -> Any:

@@ -65,7 +65,10 @@ class Rotation:
                 fix=f"use block {_nearest_block(max(self.features, 1), self.block)}",
             )
         if _core(self.outer) is None:
-            raise UnsupportedError(f"no Hadamard matrix of order {self.outer} can be constructed")
+            raise UnsupportedError(
+                f"no Hadamard matrix of order {self.outer} can be constructed",
+                fix="take rotation auto, or a power of two",
+            )
 
     @property
     def block(self) -> int:

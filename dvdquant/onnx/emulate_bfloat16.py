@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 __all__ = ["emulate_bfloat16"]
 
@@ -25,6 +26,8 @@ def emulate_bfloat16(model: ir.Model) -> bool:
        only move values are not followed by casts.
     4. ``Cast(to=bfloat16)`` becomes a Cast to float32 and the rounding pair.
 
+    Types that the graph does not name are inferred first: a value of unknown type would not be rounded.
+
     Args:
         model: The graph, which is changed in place.
 
@@ -33,6 +36,8 @@ def emulate_bfloat16(model: ir.Model) -> bool:
     """
     graph = model.graph
     changed = False
+    if any(value.dtype is None for node in graph for value in node.outputs):
+        ShapeInferencePass()(model)  # in place
     for value in graph.inputs:
         if value.dtype == BF16:
             value.dtype, changed = FP32, True

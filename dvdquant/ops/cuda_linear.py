@@ -418,7 +418,10 @@ def quant_linear_cuda(
         except UnsupportedError as error:
             reason = str(error)
     if _policy == "raise":
-        raise UnsupportedError(f"no CUDA kernel runs this layer: {reason}")
+        raise UnsupportedError(
+            f"no CUDA kernel runs this layer: {reason}",
+            fix='take reference_policy("log"), which computes such layers in PyTorch, or a recipe that the kernels serve',
+        )
     _notice(reason)
     return None
 

@@ -125,7 +125,10 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
     """
     mode, solver = _check_names(spec.zero_point, spec.solver)
     if spec.zero_point == "paper" and spec.group_size:
-        raise RecipeError("zero_point 'paper' is one integer per row and cannot be combined with weight groups")
+        raise RecipeError(
+            "zero_point 'paper' is one integer per row and cannot be combined with weight groups",
+            fix="take group_size 0, or zero_point 'float' or 'midrise'",
+        )
     groups = _check_shape(w, spec.group_size)
     if spec.group_size % 2:
         raise ShapeError(f"weight groups of {spec.group_size} are odd", available="even group sizes, or 0 for the row")

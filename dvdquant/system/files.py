@@ -234,7 +234,9 @@ def hash_file(path: str | Path, progress: Callable[[int], None] | None = None) -
         finally:
             os.close(fd)
     except (OSError, ValueError) as error:
-        raise OutputError(f"{path} cannot be read: {error}") from error
+        raise OutputError(
+            f"{path} cannot be read: {error}", fix="check that it is an ordinary file and that you may read it"
+        ) from error
 
 
 def hash_descriptor(fd: int, progress: Callable[[int], None] | None = None) -> FileEntry:

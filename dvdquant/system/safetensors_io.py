@@ -283,7 +283,10 @@ def read_tensor(path: str | Path, info: TensorInfo) -> torch.Tensor:
     try:
         fd, _ = open_regular(Path(path))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: tensor {info.name!r:.200} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{path}: tensor {info.name!r:.200} cannot be read: {error}",
+            fix="check the disk and its connection, then download or copy that file again",
+        ) from error
     try:
         return read_tensor_from(fd, info, path)
     finally:
@@ -316,7 +319,10 @@ def read_tensor_from(fd: int, info: TensorInfo, path: str | Path) -> torch.Tenso
         if info.dtype == "BOOL" and info.nbytes and int(buffer.max()) > 1:
             raise ValueError("a BOOL value is neither 0 nor 1")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: tensor {info.name!r:.200} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{path}: tensor {info.name!r:.200} cannot be read: {error}",
+            fix="check the disk and its connection, then download or copy that file again",
+        ) from error
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises RuntimeError
         raise ResourceError(
             f"{path}: tensor {info.name!r:.200} takes {info.nbytes / 1e9:.2f} GB, which is not free",

@@ -153,7 +153,8 @@ def _build(
         report = _run(request, engine.name, folder, log_file or folder / "log", progress, alive)
         if not unfinished.stat().st_size:
             raise EngineError(
-                f"the {request.backend} builder process said that {engine.name} was built, and left no file"
+                f"the {request.backend} builder process said that {engine.name} was built, and left no file",
+                fix="check the free disk of the folder, and build it again with -v",
             )
     return report
 

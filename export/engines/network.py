@@ -31,9 +31,14 @@ def read_model(path: Path) -> onnx.ModelProto:
         check_functions(model)
         return model
     except (OSError, ValueError, onnx.onnx_cpp2py_export.checker.ValidationError) as error:
-        raise EngineError(f"{path} cannot be read as ONNX: {error}") from error
+        raise EngineError(
+            f"{path} cannot be read as ONNX: {error}", fix="check that it is an ordinary file and that you may read it"
+        ) from error
     except Exception as error:  # protobuf's DecodeError has no stable import path
-        raise EngineError(f"{path} is no ONNX file: {error}") from error
+        raise EngineError(
+            f"{path} is no ONNX file: {error}",
+            fix="export again: dvdq-inspect --check OUT names the file that was damaged",
+        ) from error
 
 
 def check_custom_ops(model: onnx.ModelProto, backend: Backend, plugins: Sequence[Path]) -> None:
@@ -163,7 +168,10 @@ class WeightMaps:
                     self._files.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 self._maps[path] = np.frombuffer(self._files[-1], np.uint8)
             except (OSError, ValueError) as error:
-                raise EngineError(f"{name}: external data {path} cannot be mapped: {error}") from error
+                raise EngineError(
+                    f"{name}: external data {path} cannot be mapped: {error}",
+                    fix="put the export on a disk that can map files (no FIFO, no network disk without mmap)",
+                ) from error
         return self._maps[path]
 
 
@@ -197,7 +205,8 @@ def parse_network(
         if size == 0 or not parser.load_initializer(tensor.name, address, size):
             shape = list(tensor.dims)
             raise EngineError(
-                f"{tensor.name}: {size} bytes do not fit an initializer of type {tensor.data_type}, shape {shape}"
+                f"{tensor.name}: {size} bytes do not fit an initializer of type {tensor.data_type}, shape {shape}",
+                fix="export again: the weight file is not the one of this graph",
             )
     if not parser.parse_model_proto():
         raise _parser_error(backend, parser)
@@ -212,5 +221,6 @@ def _parser_error(backend: Backend, parser: Any) -> EngineError:
         where = error.node_name() or f"node {error.node()}"
         lines.append(f"{where} ({error.node_operator() or '?'}): {error.desc().strip()}")
     return EngineError(
-        f"{backend.name} {backend.version} cannot parse the graph:\n    " + "\n    ".join(lines or ["?"])
+        f"{backend.name} {backend.version} cannot parse the graph:\n    " + "\n    ".join(lines or ["?"]),
+        fix="install the release that the export was written for (dvdq doctor shows yours), or export again",
     )

@@ -67,7 +67,10 @@ def rtx_unsupported(path: Path) -> list[UnsupportedPart]:
         return []
     parts = [_part(line) for line in text.partition("===== Summary =====")[2].splitlines() if line.count("|") >= 3]
     if len(parts) < 2:
-        raise EngineError(f"polygraphy gave no verdict on {path}:\n{text.strip()}")
+        raise EngineError(
+            f"polygraphy gave no verdict on {path}:\n{text.strip()}",
+            fix="run it again with -v; dvdq doctor shows the versions of polygraphy and ONNX Runtime",
+        )
     return parts[1:]
 
 
@@ -89,7 +92,7 @@ def _polygraphy(arguments: list[str], folder: Path) -> str:
     """
     if not Path(arguments[2]).is_file():
         # It only warns about a missing file, then calls the empty graph fully supported.
-        raise EngineError(f"{arguments[2]} does not exist")
+        raise EngineError(f"{arguments[2]} does not exist", fix="name the file of a graph; dvdq-inspect OUT lists them")
     environment = dict(os.environ, POLYGRAPHY_USE_TENSORRT_RTX="1")
     # Never let it install packages behind the user's back.
     environment.pop("POLYGRAPHY_AUTOINSTALL_DEPS", None)

@@ -117,7 +117,10 @@ def choose_precision(backend: str, sm: str, activation: ActivationSpec, override
         raise UnsupportedError(f"unknown precision {override!r}", available=PRECISIONS, fix="pick with --precision")
     if backend == "tensorrt":
         if override != "auto":
-            raise UnsupportedError("TensorRT engines run the plugin; --precision applies to the rtx target")
+            raise UnsupportedError(
+                "TensorRT engines run the plugin; --precision applies to the rtx target",
+                fix="leave --precision out, or take --target rtx",
+            )
         if activation.bits not in (4, 8):
             raise UnsupportedError(
                 f"the TensorRT plugin has no {activation.bits}-bit activations",

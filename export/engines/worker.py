@@ -132,7 +132,10 @@ def _load_plugins(backend: Backend, builder: Any, plugins: tuple[str, ...]) -> N
     registry = builder.get_plugin_registry()
     for plugin in plugins:
         if registry.load_library(plugin) is None:
-            raise EngineError(f"plugin library {plugin} does not load in {backend.name} {backend.version}")
+            raise EngineError(
+                f"plugin library {plugin} does not load in {backend.name} {backend.version}",
+                fix="build the plugin against the headers of that release: make plugin TENSORRT_ROOT=…",
+            )
 
 
 def _configure(backend: Backend, builder: Any, request: BuildRequest) -> Any:
@@ -179,7 +182,10 @@ def _check_profile(network: Any, request: BuildRequest) -> None:
     for name, shapes in profile.items():
         for shape in shapes:
             if len(shape) != len(inputs[name]) or any(d not in (-1, s) for d, s in zip(inputs[name], shape)):
-                raise EngineError(f"profile shape {shape} does not fit input {name} {list(inputs[name])}")
+                raise EngineError(
+                    f"profile shape {shape} does not fit input {name} {list(inputs[name])}",
+                    fix="give sizes whose frames, height and width are those of the graph, or export again",
+                )
 
 
 def _timing_cache(config: Any, path: Path | None) -> None:

@@ -116,6 +116,9 @@ def attach_functions(model: ir.Model) -> None:
     """
     zeros = {node.inputs[4].dtype for node in model.graph.all_nodes() if (node.domain, node.op_type) == _KEY[:2]}
     if len(zeros) > 1:
-        raise ExportError(f"the zero-points of the layers are of several types: {sorted(str(z) for z in zeros)}")
+        raise ExportError(
+            f"the zero-points of the layers are of several types: {sorted(str(z) for z in zeros)}",
+            fix="take one zero_point for all layers of a recipe",
+        )
     model.functions[_KEY] = quant_linear_function(float_zero_point=zeros == {ir.DataType.UINT8})
     model.opset_imports[DOMAIN] = DOMAIN_VERSION

@@ -85,7 +85,10 @@ def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:
             fix="check that these sizes run in diffusers; give single sizes instead of ranges",
         ) from error
     if program is None:
-        raise ExportError(f"{plan.family.name}: torch.onnx.export returned no graph")
+        raise ExportError(
+            f"{plan.family.name}: torch.onnx.export returned no graph",
+            fix="export again with -v, and report it with what dvdq doctor prints",
+        )
     model: ir.Model = program.model
     # 3. Name weights, inputs and output.
     reserved = lora_input_shapes(plan.layers, plan.lora_rank)

@@ -74,7 +74,10 @@ def find_intermediates(model: ir.Model, layers: Iterable[str]) -> dict[str, Inte
         node = whole.get(f"{layer}.weight")
         first, last = (node, node) if node is not None else (_first(parts, layer), parts.get(f"{layer}.output"))
         if first is None or last is None or first.inputs[0] is None:
-            raise ExportError(f"the graph {model.graph.name} has no layer {layer}")
+            raise ExportError(
+                f"the graph {model.graph.name} has no layer {layer}",
+                fix="export again: graph and manifest are of different exports",
+            )
         intermediates[layer] = Intermediate(layer, first.inputs[0], last.outputs[0], node is None)
     return intermediates
 
@@ -232,7 +235,10 @@ def run_graph(model: ir.Model, folder: Path, inputs: Mapping[str, Tensor], title
     except (DvdquantError, MemoryError):
         raise  # neither says anything about the graph
     except Exception as error:  # onnxruntime's own exceptions share no base class but this
-        raise ExportError(f"ONNX Runtime refused {title}: {error}") from error
+        raise ExportError(
+            f"ONNX Runtime refused {title}: {error}",
+            fix="export again with -v; dvdq doctor shows the version of ONNX Runtime",
+        ) from error
     finally:
         copy.unlink(missing_ok=True)
     return {o.name: torch.from_numpy(np.asarray(value)) for o, value in zip(session.get_outputs(), results)}

@@ -23,8 +23,8 @@ from tests.support.costs import Costs
 from tests.support.exporting import REPOSITORY
 from tests.support.faults import ERRORS
 
-KILLS = 5
-OFFSETS = 4
+KILLS = 3
+OFFSETS = 3
 
 
 class Exporter:
@@ -33,7 +33,7 @@ class Exporter:
     def __init__(self, model: Path) -> None:
         self.model = model
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        command = [sys.executable, str(Path(__file__).parents[1] / "support" / "forking_exporter.py")]
+        command = [sys.executable, "-m", "tests.support.forking_exporter"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
         )
@@ -69,7 +69,7 @@ class Exporter:
 
 @pytest.fixture(scope="module")
 def exporter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exporter]:
-    server = Exporter(tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN))
+    server = Exporter(tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN_ONE))
     yield server
     assert server.process.stdin is not None
     server.process.stdin.close()
@@ -116,7 +116,7 @@ def test_random_kills_then_resume_is_bit_identical(exporter: Exporter, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [60, pytest.param(1, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("step", [50, pytest.param(1, marks=pytest.mark.stress)])
 def test_every_writing_call_of_an_export_failing(exporter: Exporter, tmp_path: Path, step: int) -> None:
     """With one of the errors of disks, by turns: exit 2 and one sentence, and the export of before as it was."""
     out = tmp_path / "out"

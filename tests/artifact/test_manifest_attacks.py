@@ -137,7 +137,13 @@ def test_every_reader_refuses_in_one_sentence(name: str, tmp_path: Path) -> None
     assert [entry.name for entry in tmp_path.iterdir()] == ["manifest.json"]
 
 
-@pytest.mark.parametrize("many", ["files", "layers", "components", "tools", "shapes", "recipe", "sm", "members"])
+@pytest.mark.parametrize(
+    "many",
+    [
+        *("files", "shapes", "members"),
+        *(pytest.param(name, marks=pytest.mark.stress) for name in ("layers", "components", "tools", "recipe", "sm")),
+    ],
+)
 def test_a_manifest_of_a_million_entries(many: str, tmp_path: Path) -> None:
     """Where there are too many values, they are not even parsed; as many as are allowed cost seconds and little memory."""
     for count in (1_000_000, MAX_VALUES // 4) if many == "files" else (MAX_VALUES // 4,):

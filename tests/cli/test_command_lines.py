@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -304,12 +305,31 @@ def test_limits_of_the_system(name: str, limit: list[Any], server: CommandServer
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
+@functools.cache
+def _undisturbed(server: CommandServer, name: str) -> tuple[float, dict[str, int]]:
+    """How long a command takes that nothing stops, and the sizes of what it leaves; measured once."""
+    before = _names(server.folder)
+    seconds = server.run(name, *base(name)).seconds
+    finished = _sizes(server.folder, before)
+    for new in finished:
+        (server.folder / new).unlink()
+    return seconds, finished
+
+
+EVERY_STAGE = [
+    (signal.SIGTERM, {"run": (0.05, 0.3, 0.6, 0.9), "plan": (0.1, 0.5), "export": (0.3,)}),
+    (signal.SIGHUP, {"run": (0.2, 0.5)}),
+    (signal.SIGINT, {"run": (0.2, 0.5), "plan": (0.4,)}),
+]
+
+
 @pytest.mark.parametrize(
     ("number", "stages"),
     [
-        (signal.SIGTERM, {"run": (0.05, 0.3, 0.6, 0.9), "plan": (0.1, 0.5), "export": (0.3,)}),
-        (signal.SIGHUP, {"run": (0.2, 0.5)}),
-        (signal.SIGINT, {"run": (0.2, 0.5), "plan": (0.4,)}),
+        (signal.SIGTERM, {"run": (0.3, 0.9), "export": (0.3,)}),
+        (signal.SIGHUP, {"run": (0.5,)}),
+        (signal.SIGINT, {"plan": (0.4,)}),
+        *(pytest.param(*case, marks=pytest.mark.stress) for case in EVERY_STAGE),
     ],
 )
 def test_signals_in_every_stage_leave_nothing(
@@ -317,10 +337,7 @@ def test_signals_in_every_stage_leave_nothing(
 ) -> None:
     before, stopped = _names(server.folder), 0
     for name, shares in stages.items():
-        whole = server.run(name, *base(name)).seconds
-        finished = _sizes(server.folder, before)
-        for new in finished:
-            (server.folder / new).unlink()
+        whole, finished = _undisturbed(server, name)
         for share in shares:
             pause = share * whole
             ended = server.run(name, *base(name), signal_after=[int(number), pause])
@@ -367,10 +384,18 @@ def test_a_run_killed_while_it_encodes_is_swept_by_the_next(server: CommandServe
         slow.unlink()
 
 
-def test_a_stop_is_a_json_line(server: CommandServer) -> None:
-    ended = server.run("run", *base("run"), "--log-format", "json", signal_after=[int(signal.SIGTERM), 0.3])
-    assert ended.code == 143
-    assert json.loads(ended.err.splitlines()[-1])["event"] == "stopped"
+def test_a_stop_is_a_json_line_and_leaves_the_clip_that_was_there(server: CommandServer) -> None:
+    clip = server.folder / "clip.gif"
+    clip.write_bytes(b"the clip of yesterday")
+    before = _names(server.folder)
+    many = ["1000" if word == "1" else word for word in base("run")]  # steps, so that it is at work
+    for number in (signal.SIGTERM, signal.SIGINT):
+        ended = server.run("run", *many, "--log-format", "json", signal_after=[int(number), 1.0])
+        assert ended.code == 128 + number
+        assert json.loads(ended.err.splitlines()[-1])["event"] == "stopped"
+        assert clip.read_bytes() == b"the clip of yesterday"
+        assert _names(server.folder) == before
+    clip.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------- hostile names
@@ -449,14 +474,16 @@ def test_a_model_and_a_folder_with_hostile_names_are_exported(server: CommandSer
     refused before any work."""
     model = server.folder / f"model {HOSTILE}"
     out = server.folder / f"out {HOSTILE}"
-    tiny.write_checkpoint(model, tiny.WAN)
+    tiny.write_checkpoint(model, tiny.WAN_ONE)
     try:
         for words in ([f"{model}{LATIN}", "-o", out], [model, "-o", f"{out}{LATIN}"]):
             ended = server.run("export", *words, "--target", "graphs", *SIZES)
             assert ended.code == 2, ended.err
             assert ended.faults() == []
         for more in (["-vv"], ["--log-format", "json", "-v"]):
-            ended = server.run("export", model, "-o", out, "--target", "graphs", *SIZES, *more, limit=120)
+            ended = server.run(
+                "export", model, "-o", out, "--recipe", "rtn", "--target", "graphs", *SIZES, *more, limit=120
+            )
             assert ended.code == 0, ended.err
             assert ended.faults() == []
         for name in ("README.md", "manifest.json"):

@@ -164,6 +164,7 @@ def test_an_export_of_one_bit_width_runs_at_it(out: Path, tmp_path: Path) -> Non
     assert "4 on a8" in drawn(*call(copy, "--prompt", PROMPT, "-o", tmp_path / "c.mp4"))
 
 
+@pytest.mark.stress  # the commands' own tests stop a forked one
 def test_interrupted_leaves_the_old_clip(out: Path, tmp_path: Path) -> None:
     """Ctrl-C while steps run: exit code 130, nothing half-written, the earlier file untouched."""
     (tmp_path / "c.mp4").write_bytes(b"the clip of yesterday")

@@ -25,6 +25,8 @@ from tests.support.commands import refused
 from tests.support.exporting import TINY_WAN
 from tests.support.running import PROMPT, call, decode, drawn, run, tiny_wan_export
 
+pytestmark = pytest.mark.usefixtures("lent_sessions")
+
 
 @pytest.fixture(scope="module")
 def out() -> Path:

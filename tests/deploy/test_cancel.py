@@ -21,6 +21,8 @@ from tests.support.running import PROMPT, tiny_wan_export, wan_pipeline
 from tests.support.step_sessions import tiny_export
 from tests.support.tiny_pipelines import arguments, build_pipeline, exported
 
+pytestmark = pytest.mark.usefixtures("lent_sessions")
+
 
 class Countdown:
     """An event that is set from its n-th question on, so that a test cancels at every place there is."""

@@ -32,10 +32,9 @@ from host_library import HostLibrary  # noqa: E402
 FAMILIES = ("wan", "hunyuan-video", "cogvideox", "ltx-video")
 
 
-# CogVideoX is compiled by the tests of 8-bit attention.
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in ("wan", "ltx-video") else [pytest.mark.stress]) for name in FAMILIES],
+    [pytest.param(name, marks=[] if name == "wan" else [pytest.mark.stress]) for name in FAMILIES],
 )
 @pytest.mark.parametrize("kernels", [True, pytest.param(False, marks=pytest.mark.stress)], ids=["kernels", "reference"])
 def test_a_compiled_session_gives_what_an_eager_one_gives(
@@ -45,7 +44,7 @@ def test_a_compiled_session_gives_what_an_eager_one_gives(
     double = CudaKernels(HostLibrary(), 90)  # type: ignore[arg-type]
     monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double if kernels else None)
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
-    artifact = Artifact.open(made.family_export(name))
+    artifact = Artifact.open(made.deep_export(name))
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
     with PyTorchSession(artifact) as session:
         wanted = {bits: session.run(inputs, bits) for bits in (4, 8)}

@@ -25,6 +25,8 @@ from tests.support.running import PROMPT, run, tiny_wan_export, wan_pipeline
 from tests.support.step_sessions import tiny_export
 from tests.support.tiny_pipelines import arguments, build_pipeline, exported
 
+pytestmark = pytest.mark.usefixtures("lent_sessions")
+
 
 def same(one: Any, other: Any) -> None:
     """Clips and decisions are equal; only times may differ."""

@@ -62,7 +62,15 @@ def _pair(generator: Generator) -> GuidancePair:
     return pair
 
 
-@pytest.mark.parametrize("fields", [{"delta": 0.3}, {"mode": "a8", "cache": 0.4}, {"mode": "a4", "fails": (0, 2, 3)}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        # Two sessions in one process are judged on these.
+        pytest.param({"delta": 0.3}, marks=pytest.mark.stress),
+        pytest.param({"mode": "a8", "cache": 0.4}, marks=pytest.mark.stress),
+        {"mode": "a4", "fails": (0, 2, 3)},
+    ],
+)
 def test_a_clip_is_that_of_one_session(fields: dict[str, Any], plain: Generator, double: Generator) -> None:
     """Switched, with skipped steps, and with steps that run again after the low engine failed."""
     fields = dict(fields)

@@ -40,7 +40,7 @@ KINDS = [
     "cogvideox-i2v",
     "hunyuan-concat",
     pytest.param("wan-flf2v", marks=pytest.mark.slow),
-    pytest.param("hunyuan-token", marks=pytest.mark.slow),
+    pytest.param("hunyuan-token", marks=pytest.mark.stress),
 ]
 
 

@@ -23,6 +23,7 @@ from tests.support.tiny_pipelines import Exported, Judge, arguments, build_pipel
 FACTOR, ATOL = 2.0, 1e-6
 UNBATCHED = ("wan", "wan-ti2v", "wan-i2v", "hunyuan-video")  # guidance by two calls; the others batch the two branches
 FAST = ("wan", "hunyuan-video", "cogvideox", "ltx-video")
+STRESS = [pytest.param(kind, 4, marks=pytest.mark.stress) for kind in FAST[2:]]
 OTHERS = ("wan-ti2v", "wan-i2v", "cogvideox-2b", "cogvideox-1.5")
 SLOW = [
     pytest.param(kind, 8, marks=pytest.mark.slow if kind in ("wan-ti2v", "wan-i2v") else pytest.mark.stress)
@@ -40,7 +41,9 @@ def export() -> Export:
 # ------------------------------------------------------------------------------------------- same numbers as diffusers
 
 
-@pytest.mark.parametrize(("kind", "bits"), [*((kind, 8) for kind in FAST), *((kind, 4) for kind in FAST), *SLOW])
+@pytest.mark.parametrize(
+    ("kind", "bits"), [*((kind, 8) for kind in FAST), *((kind, 4) for kind in FAST[:2]), *STRESS, *SLOW]
+)
 def test_every_step_is_as_exact_as_pytorch(export: Export, kind: str, bits: int) -> None:
     """Every call of a whole request on ONNX Runtime, judged on the very arguments the pipeline passed; and the latents
     after every step, which carry the errors of all steps before."""

@@ -36,6 +36,8 @@ from tests.support.exporting import TINY_WAN
 from tests.support.running import tiny_wan_export
 from tests.support.step_sessions import FaultySession, inputs_at, tiny_export, walk
 
+pytestmark = pytest.mark.usefixtures("lent_sessions")
+
 PROMPTS = ["circle red right small black", "ring blue up large grey"]
 STEPS = 10
 
@@ -46,7 +48,7 @@ def out() -> Path:
 
 
 @pytest.fixture(scope="module")
-def planned(out: Path) -> Plan:
+def planned(out: Path, lent_sessions: None) -> Plan:
     return plan(Artifact.open(out), PROMPTS, Goal(average_bits=6.0), steps=STEPS, backend="onnxruntime")
 
 

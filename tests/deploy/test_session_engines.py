@@ -296,7 +296,7 @@ def test_packed_weights_as_inputs(
     artifact: Artifact, sample: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine that takes weights as inputs gets the stored bytes, the same memory at every bit-width."""
-    layer = "blocks.1.ffn.net.2"
+    layer = "blocks.0.ffn.net.2"
     spec = next(s for s in artifact.plan("transformer_2").layers if s.name == layer)
     tensors = {**BF16}
     for name, (dtype, shape) in spec.tensors().items():

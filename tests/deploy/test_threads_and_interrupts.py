@@ -28,6 +28,8 @@ from dvdquant.model.layers import QuantLinear
 from tests.support.running import tiny_wan_export, wan_pipeline
 from tests.support.step_sessions import tiny_export
 
+pytestmark = pytest.mark.usefixtures("lent_sessions")
+
 PROMPTS = ("circle red right small black", "ring blue up large grey")
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from PIL import Image
 from dvdquant.deploy.generation import encoder, video
 from dvdquant.deploy.generation.video import Row, atomic_path, check_target, enlarge, psnr, side_by_side
 from dvdquant.errors import DvdquantError, OutputError, ShapeError
-from tests.support.commands import environment
+from tests.support.helpers_checkpoint import in_child
 from tests.support.running import decode
 
 Clip = np.ndarray[Any, np.dtype[np.uint8]]
@@ -151,24 +150,14 @@ def test_a_full_disk_leaves_the_old_clip(tmp_path: Path) -> None:
     target = tmp_path / "clip.mp4"
     video.write_mp4(target, enlarge(clip()), 4)
     before = target.read_bytes()
-    code = """
-import resource, sys
-from pathlib import Path
-import numpy as np
-from dvdquant.deploy.generation.video import write_mp4
-from dvdquant.errors import DvdquantError
-import diffusers.utils, imageio_ffmpeg
-noise = np.random.default_rng(0).integers(0, 256, (20, 192, 192, 3), dtype=np.uint8)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    write_mp4(Path(sys.argv[1]), noise, 4)
-except DvdquantError as error:
-    print("refused:", error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(target)], env=environment(), capture_output=True, text=True, check=False
-    )
-    assert "refused:" in done.stdout, done.stderr
+    noise = np.random.default_rng(0).integers(0, 256, (20, 192, 192, 3), dtype=np.uint8)
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        with pytest.raises(DvdquantError):
+            video.write_mp4(target, noise, 4)
+
+    assert in_child(write) == 0
     assert target.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 

@@ -84,6 +84,7 @@ def assert_layers(name: str, spec: qg.Spec, x: np.ndarray) -> None:
     if spec.dtype == "bf16":
         # ONNX Runtime's CPU provider has no bf16 kernels: fp32 ones, each result rounded to bf16.
         emulate_bfloat16(model)
+        assert all(value.dtype is not None for node in model.graph for value in node.outputs)
         x = x.astype(np.float32)
     # 1. What went into each layer, and what came out.
     points = find_intermediates(model, [layer.name for layer in spec.layers])

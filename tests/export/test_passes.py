@@ -261,6 +261,19 @@ def test_emulate_bfloat16_rounds_after_every_operator() -> None:
     assert not np.array_equal(got, (x @ weight.astype(np.float32) + r) * np.float32(1.5))
 
 
+def test_emulate_bfloat16_rounds_values_whose_type_is_not_named() -> None:
+    """A pass that adds nodes leaves the types of their outputs open."""
+    model = parse("g (bfloat16[2] x) => (bfloat16[2] y) { e = Exp(x) y = Neg(e) }")
+    for node in model.graph:
+        if node.op_type == "Exp":
+            node.outputs[0].type = None
+    assert emulate_bfloat16(model)
+    x = bf16(random(2)).astype(np.float32)
+    want = -bf16(np.exp(x)).astype(np.float32)
+    assert np.array_equal(run(model, {"x": x})[0], want)
+    assert ops(model).count("Cast") == 4
+
+
 def test_emulate_bfloat16_leaves_other_types_alone() -> None:
     model = parse("g (float[2] x) => (float[2] y) { y = Exp(x) }")
     assert not emulate_bfloat16(model)

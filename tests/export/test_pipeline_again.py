@@ -17,7 +17,7 @@ from tests.support.commands import SIZES, digests, in_process, kill_when, logged
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN)
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN_ONE)
 
 
 # --------------------------------------------------------------------------------------------------- engines, rebuilt
@@ -153,7 +153,8 @@ STAGES: dict[str, Callable[[Path], bool]] = {
 @pytest.mark.parametrize("stage", ["engines", pytest.param("quantize", marks=pytest.mark.stress)])
 def test_resume_after_a_kill(stage: str, engines: Path, model: Path, tmp_path: Path) -> None:
     """Bit-identical weights and graphs, and the finished layers are not quantized again; without --resume, nothing is left."""
-    arguments: list[object] = [model, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", *SIZES]
+    # Two engines, so that there is time to kill it in the first.
+    arguments: list[object] = [model, "--target", "rtx", "--sm", "8.9", "--sm", "12.0", "--recipe", "w4a8", *SIZES]
     out = tmp_path / "killed"
     assert kill_when([*arguments, "-o", out], lambda: STAGES[stage](out)), "the export ended before it could be killed"
     assert not (out / "manifest.json").exists()

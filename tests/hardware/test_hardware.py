@@ -99,12 +99,25 @@ def test_the_quality_is_that_of_the_results() -> None:
         assert any(f"| {value:.2f} ±" in row for row in rows), (recipe, bits)
 
 
+def test_no_graph_of_the_chosen_recipe_multiplies_in_16_bit() -> None:
+    """A recipe that an engine can only run with 16-bit activations gains nothing, whatever its quality."""
+    for sm, each in CAPABILITIES.items():
+        if each.rtx:
+            recipe = RECIPES[choose_recipe([sm], ["rtx"]).recipe]
+            precisions = {choose_precision("tensorrt_rtx", sm, activation) for activation in recipe.activations}
+            assert "int4-weight-only" not in precisions, sm
+
+
 CHOICES = [
     (("RTX 4090",), (), ("8.9",), "rtx", "w4a8"),
-    (("RTX 5090",), (), ("12.0",), "rtx", "w4a4"),
+    (("RTX 5090",), (), ("12.0",), "rtx", "w4a4-g64"),
+    (("RTX 5090", "DGX Spark"), (), ("12.0", "12.1"), "rtx", "w4a4-g64"),
     (("H100",), (), ("9.0",), "graphs", "w4a8"),
     (("B200",), ("tensorrt",), ("10.0",), "tensorrt", "w4a8"),
-    (("A100",), ("graphs",), ("8.0",), "graphs", "w4a4-g64"),
+    (("A100",), (), ("8.0",), "graphs", "w4a4-g64"),
+    (("A100", "H100"), (), ("8.0", "9.0"), "graphs", "w4a4-g64"),
+    (("A100", "RTX 4090"), (), ("8.0", "8.9"), "rtx", "w4a8"),
+    (("A100",), ("rtx",), ("8.0",), "rtx", "w4a8"),
     (("Orin",), (), ("8.7",), "tensorrt", "w4a4-g64"),
     (("Orin",), ("graphs",), ("8.7",), "graphs", "w4a4-g64"),
     (("Thor",), (), ("11.0",), "tensorrt", "w4a8"),
@@ -174,7 +187,7 @@ def put_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -
 def test_auto_asks_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_nvidia_smi(tmp_path, 'print("NVIDIA GeForce RTX 5090, 12.0, 32607, 580.65")', monkeypatch)
     choice = choose(("auto",), (), ())
-    assert (choice.sms, choice.gpus, choice.recipe) == (("12.0",), ("NVIDIA GeForce RTX 5090",), "w4a4")
+    assert (choice.sms, choice.gpus, choice.recipe) == (("12.0",), ("NVIDIA GeForce RTX 5090",), "w4a4-g64")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,21 @@ import torch
 from click.testing import CliRunner, Result
 
 from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
+from dvdquant.checkpoint.locate import locate_model
 from dvdquant.cli.inspect import main as inspect_main
+from dvdquant.cli.plan import default_output
+from dvdquant.cli.plan import main as plan_main
 from dvdquant.cli.push import main as push_main
 from dvdquant.cli.run import main as run_main
 from dvdquant.deploy import DvdqTransformer
-from dvdquant.errors import DvdquantError, OutputError
+from dvdquant.errors import CheckpointError, DvdquantError, OutputError, ResourceError
+from dvdquant.hub import locate
+from dvdquant.hub import push as room
 from dvdquant.hub.locate import locate_export
 from dvdquant.hub.names import is_hub_name, require_hub_name
+from dvdquant.system import hub_client
 from tests.support.commands import environment, refused
-from tests.support.fake_hub import LARGE, TOKEN, FakeHub
+from tests.support.fake_hub import FAULTS, LARGE, TOKEN, FakeHub
 from tests.support.session_exports import copy_of, family_export
 
 NAME = "somebody/tiny-wan-w4a4"
@@ -180,6 +188,106 @@ def test_branches_are_revisions(hub: FakeHub, export: Path) -> None:
         locate_export(export, "main")
 
 
+STAGES = {
+    "create": r"POST /api/repos/create",
+    "tree": r"GET /api/models/.*/tree",
+    "preupload": r"POST /api/models/.*/preupload",
+    "batch": r"POST .*/objects/batch",
+    "upload": r"PUT /lfs/",
+    "commit": r"POST /api/models/.*/commit",
+}
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A client that gives a silent server up soon, and does not pause; the pauses that it wanted, in seconds."""
+    sleep, pauses = time.sleep, []
+
+    def short(seconds: float) -> None:
+        pauses.append(seconds)
+        sleep(min(seconds, 0.01))
+
+    monkeypatch.setattr(time, "sleep", short)
+    monkeypatch.setattr(hub_client, "SILENCE", 0.2)
+    return pauses
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_hub_that_fails_in_any_stage_is_an_error_in_words_and_changes_nothing(
+    hub: FakeHub, export: Path, impatient: list[float], stage: str
+) -> None:
+    """It answers 500 or nonsense, asks for a pause of a day, hangs, cuts the connection or its answer. Then all goes well."""
+    repository = hub.add(NAME, {".gitattributes": b""})
+    plan = room.plan_push(export, NAME)
+    before = {name: dict(files) for name, files in repository.commits.items()}
+    for kind in FAULTS:
+        if stage == "upload" and kind.startswith("answers"):
+            continue  # nothing is read of this answer but its status
+        hub.fault = STAGES[stage], kind
+        with pytest.raises(OutputError) as caught:
+            room.push(plan)
+        assert caught.value.fix, kind
+        assert "\x1b" not in str(caught.value)
+        assert repository.commits == before, kind
+    assert max(impatient, default=0) <= hub_client.LONGEST_PAUSE
+    hub.go_on.set()
+    hub.fault = None
+    done = room.push(plan)
+    assert repository.at("main")[0] == done.commit  # type: ignore[index]
+
+
+@pytest.mark.parametrize("asked", ["GET /api/models", "GET .*/tree"])
+def test_a_silent_hub_is_given_up_by_readers(hub: FakeHub, export: Path, impatient: list[float], asked: str) -> None:
+    """Of files the client has limits of its own."""
+    pushed(export)
+    hub.fault = asked, "hangs"
+    with pytest.raises(OutputError, match="does not answer"):
+        locate_export(NAME)
+    if "tree" not in asked:  # a model's files are not listed before they are fetched
+        with pytest.raises(CheckpointError, match="the hub gave nothing"):
+            locate_model(NAME, None, ["*.json"])
+    hub.go_on.set()
+
+
+def test_a_listing_without_end(hub: FakeHub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locate, "MAX_ENTRIES", 100)
+    hub.add(NAME, {".gitattributes": b""})
+    hub.endless = True
+    with pytest.raises(OutputError, match="more than 100 files"):
+        room.push(room.plan_push(export, NAME))
+
+
+def test_a_hub_that_has_something_else_than_was_sent_is_noticed(hub: FakeHub, export: Path) -> None:
+    """It says another size, or loses a file."""
+    plan = room.plan_push(export, NAME)
+    hub.loses = "onnx/transformer.safetensors"
+    with pytest.raises(
+        OutputError, match=r"has other files .* than were sent: onnx/transformer\.safetensors has 0 bytes"
+    ):
+        room.push(plan)
+
+
+def test_a_manifest_of_any_size_in_the_repository_is_not_fetched(
+    hub: FakeHub, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "MAX_MANIFEST", 1000)
+    hub.add(NAME, {"manifest.json": b"[" * 2000})
+    with pytest.raises(OutputError, match="no export of dvdquant"):
+        room.push(room.plan_push(export, NAME))
+    assert not any("resolve" in request for request in hub.requests)
+
+
+def test_a_full_disk_under_the_cache_is_said(hub: FakeHub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add(NAME, {"manifest.json": b"{}"})
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
+    with pytest.raises(ResourceError, match="no room left"):
+        room.push(room.plan_push(export, NAME))
+
+
 def test_a_changed_file_is_not_pushed(hub: FakeHub, export: Path, tmp_path: Path) -> None:
     damaged = copy_of(export, tmp_path / "damaged")
     weights = damaged / "onnx" / "transformer.safetensors"
@@ -191,8 +299,6 @@ def test_a_changed_file_is_not_pushed(hub: FakeHub, export: Path, tmp_path: Path
 def test_a_file_that_changes_while_it_is_sent_is_not_committed(
     hub: FakeHub, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dvdquant.hub import push as room
-
     monkeypatch.setattr(room, "SMALL", 0)
     changing = copy_of(export, tmp_path / "changing")
     plan = room.plan_push(changing, NAME)
@@ -235,13 +341,22 @@ def test_the_model_that_was_exported_is_named(export: Path, tmp_path: Path) -> N
 # ---------------------------------------------------------------------------------------------------------------- read
 
 
-def test_commands_read_a_repository(hub: FakeHub, export: Path, tmp_path: Path) -> None:
+def test_commands_read_a_repository(
+    hub: FakeHub, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pushed(export)
     runner = CliRunner()
     shown = runner.invoke(inspect_main, [NAME, "--check"])
     assert shown.exit_code == 0, shown.output
     assert "match the manifest" in shown.output
     refused(runner.invoke(inspect_main, [NAME, "--revision", "old"]), "no revision 'old'")
+    refused(runner.invoke(plan_main, [NAME, "--revision", "old", "--prompt", "a"]), "no revision 'old'")
+    # The schedule of an export of the hub goes beside the user, and that place is looked at before the work.
+    monkeypatch.chdir(tmp_path)
+    name = f"{NAME.partition('/')[2]}-schedule.json"
+    (tmp_path / name).mkdir()
+    refused(runner.invoke(plan_main, [NAME, "--prompt", "a"]), name)
+    assert default_output(export, export) == export / "schedule.json"
     # The export is found; its model has no pipeline to draw a clip with.
     result = runner.invoke(run_main, [NAME, "--prompt", "a", "-o", str(tmp_path / "a.mp4"), "--pipeline", str(export)])
     refused(result, way_out=False)

@@ -41,7 +41,9 @@ def row_errors(w: Tensor, quantized: QuantizedWeight) -> Tensor:
     return (w.double() - quantized.dequantize(torch.float64)).square().sum(1)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "heavy", "rotated"])
+@pytest.mark.parametrize(
+    "kind", ["heavy", *(pytest.param(k, marks=pytest.mark.stress) for k in ("gaussian", "rotated"))]
+)
 @pytest.mark.parametrize(("zero_point", "group"), [*GRIDS, ("float", 64), ("float", 16)])
 def test_as_good_as_the_compiled_search(kernels: QuantizerKernels, kind: str, zero_point: str, group: int) -> None:
     """All rows together at most 1 ‰ worse. Of a single row with a real zero-point, which has dozens of minima a per cent apart,

@@ -207,7 +207,7 @@ class CommandServer:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "forking_commands.py")],
+            [sys.executable, "-m", "tests.support.forking_commands"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

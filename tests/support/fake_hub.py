@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 LARGE = 4096  # bytes
 TOKEN = "hf_test"
+FAULTS = ("500", "asks for a day", "hangs", "cuts", "cuts its answer", "answers no JSON", "answers other JSON")
 
 
 @dataclass
@@ -50,6 +52,10 @@ class FakeHub:
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.corrupt: dict[str, bytes] = {}  # path -> what is served instead of its content
+        self.fault: tuple[str, str] | None = None  # pattern of method and path, and one of FAULTS
+        self.endless = False  # whether every page of a listing has a next one
+        self.loses = ""  # a file that is empty in every listing
+        self.go_on = threading.Event()  # ends what hangs
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
@@ -121,6 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         path, body = unquote(parts.path), self._body()
         self.hub.requests.append(f"{self.command} {path}")
+        if self.hub.fault is not None and re.search(self.hub.fault[0], f"{self.command} {path}"):
+            return self._fault(self.hub.fault[1])
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":
@@ -136,6 +144,22 @@ class _Handler(BaseHTTPRequestHandler):
             repository = self._repository(match[1])
             return repository and self._resolve(repository, match[2], match[3])
         return self._fail(404, "NotFound")
+
+    def _fault(self, kind: str) -> None:
+        if kind == "500":
+            return self._send(500, b"out of order")
+        if kind == "asks for a day":
+            return self._send(503, b"", {"Retry-After": "86400"})
+        if kind == "answers no JSON":
+            return self._send(200, b"<html>\x1b[31m", {"Content-Type": "application/json"})
+        if kind == "answers other JSON":
+            return self._json([{"files": 3, "objects": {}, "url": None, "type": "file"}])
+        if kind == "hangs":
+            self.hub.go_on.wait(60)
+        if kind == "cuts its answer":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+        self.close_connection = True
+        return self.connection.shutdown(socket.SHUT_RDWR)
 
     def _repository(self, name: str) -> Any:
         repository = self.hub.repositories.get(name)
@@ -171,7 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"id": name, "modelId": name, "sha": commit, "private": repository.private,
                                "tags": [], "siblings": siblings})  # fmt: skip
         if action == "tree":
-            return self._json([self._entry(path, content) for path, content in files.items()])
+            entries = [self._entry(p, b"" if p == self.hub.loses else c) for p, c in files.items()]
+            link = {"Link": f'<{self.hub.url}{self.path}>; rel="next"'} if self.hub.endless else {}
+            return self._send(200, json.dumps(entries).encode(), {"Content-Type": "application/json", **link})
         if action == "preupload":
             asked = json.loads(body)["files"]
             return self._json({"files": [

@@ -17,18 +17,17 @@ from tests.support import tiny_pipelines
 from tests.support.folders import process_folder
 from tests.support.tiny_pipelines import KINDS, LTX, TOKENS, Exported, Kind
 
-# One block is enough: what is compared is what stands around the blocks.
-WAN_CLIP = {**tiny.WAN, "num_layers": 1, "in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 128}
+WAN_CLIP = {**tiny.WAN_ONE, "in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 128}
 HUNYUAN_CONCAT = {**tiny.HUNYUAN, "in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False}
 KINDS.update(
     {
-        "wan-i2v-22": Kind({**tiny_pipelines.WAN_I2V, "num_layers": 1}, "2x4x4", (5, 32, 32)),
-        "wan-ti2v-5b": Kind({**tiny_pipelines.WAN_TI2V, "num_layers": 1}, "2x4x4", (5, 64, 64)),
-        "ltx-i2v": Kind({**LTX, "num_layers": 1}, "2x3x4", (9, 96, 128)),
+        "wan-i2v-22": Kind(tiny_pipelines.WAN_I2V, "2x4x4", (5, 32, 32)),
+        "wan-ti2v-5b": Kind(tiny_pipelines.WAN_TI2V, "2x4x4", (5, 64, 64)),
+        "ltx-i2v": Kind(LTX, "2x3x4", (9, 96, 128)),
         "wan-i2v-21": Kind(WAN_CLIP, "2x4x4", (5, 32, 32)),
         "wan-flf2v": Kind({**WAN_CLIP, "pos_embed_seq_len": 514}, "2x4x4", (5, 32, 32)),
-        "ltx-condition": Kind({**LTX, "num_layers": 1}, "2:3x3x4", (9, 96, 128)),
-        "cogvideox-i2v": Kind({**tiny.COGVIDEOX, "num_layers": 1, "in_channels": 8}, "2x4x4", (5, 32, 32)),
+        "ltx-condition": Kind(LTX, "2:3x3x4", (9, 96, 128)),
+        "cogvideox-i2v": Kind({**tiny_pipelines.COGVIDEOX, "in_channels": 8}, "2x4x4", (5, 32, 32)),
         "hunyuan-concat": Kind(HUNYUAN_CONCAT, "2x4x4", (5, 32, 32)),
         "hunyuan-token": Kind({**tiny.HUNYUAN, "image_condition_type": "token_replace"}, "2x4x4", (5, 32, 32)),
     }

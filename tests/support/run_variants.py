@@ -6,8 +6,9 @@
     python tests/support/run_variants.py threads-3 -- tests/model/test_layers.py -k merged
 
 A bound that was read off one machine fails here before it fails on another one. What follows ``--`` is passed to pytest,
-instead of the files of ``NUMERIC``. Each set of numba's features has its own cache of compiled loops: machine code for one
-processor must not be taken by another.
+instead of the files of ``NUMERIC``, or of ``COMPILED`` where a variant changes numba's code alone. A variant that is what
+this processor does anyway is said and not run. Each set of numba's features has its own cache of compiled loops: machine
+code for one processor must not be taken by another.
 """
 
 from __future__ import annotations
@@ -51,9 +52,28 @@ NUMERIC = [
     "sessions",
     "shift_and_signs",
     "switching",
-    "transformer_dropin",
     "verify_layers",
 ]
+"""Files whose tests compare numbers. transformer_dropin is none: it asks what is accepted, and computes what sessions does."""
+
+COMPILED = [
+    "arq",
+    "bgr",
+    "bgr_device",
+    "fast_rows",
+    "gptq",
+    "hessian",
+    "quantize",
+    "quantizer_kernels",
+    "shift_and_signs",
+]
+"""The files of ``NUMERIC`` that judge loops which numba compiles. Everything else takes their result as it is."""
+
+NO_NUMBERS = ("test_bad_inputs_of_other_families", "test_a_session_of_one_width_holds_one_form")
+"""Tests of these files that cost seconds and compare no numbers: refusals, and what is held in memory."""
+
+NEEDS = {"onednn-amx": "amx_tile"}
+"""Variant -> the flag of a processor on which it differs from the plain run."""
 
 
 def _threads(count: int) -> dict[str, str]:
@@ -84,6 +104,19 @@ VARIANTS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
+def _tests(settings: dict[str, str]) -> list[str]:
+    """Return pytest's arguments for what a variant can change."""
+    files = COMPILED if all(name.startswith("NUMBA_CPU") or name == "NUMBA_CACHE_DIR" for name in settings) else NUMERIC
+    paths = [str(next((ROOT / "tests").rglob(f"test_{name}.py"))) for name in files]
+    return ["-m", "not slow and not stress", "-k", f"not ({' or '.join(NO_NUMBERS)})", *paths]
+
+
+def _processor_flags() -> set[str]:
+    """Return the features that Linux lists for the first processor."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
 def main() -> int:
     """Run the variants that are named, all by default; returns 1 where a test failed in one of them."""
     names = sys.argv[1:]
@@ -99,20 +132,18 @@ def main() -> int:
     if unknown:
         print(f"no such variant: {', '.join(unknown)}; there are {', '.join(VARIANTS)}", file=sys.stderr)
         return 2
-    tests = arguments or [
-        "-m",
-        "not slow and not stress",
-        *(str(next((ROOT / "tests").rglob(f"test_{name}.py"))) for name in NUMERIC),
-    ]
     results = []
     with tempfile.TemporaryDirectory(prefix="dvdquant-variants-") as folder:
         for name in names or VARIANTS:
+            if name in NEEDS and NEEDS[name] not in _processor_flags():
+                print(f"== {name}: not run, this processor has no {NEEDS[name]}, so it is the plain run", flush=True)
+                continue
             settings = dict(VARIANTS[name])
             if "NUMBA_CPU_NAME" in settings:
                 settings["NUMBA_CACHE_DIR"] = f"{folder}/numba"
             print(f"== {name}: {' '.join(f'{k}={v}' for k, v in settings.items())}", flush=True)
             start = time.monotonic()
-            command = [sys.executable, "-m", "pytest", "-q", *tests]
+            command = [sys.executable, "-m", "pytest", "-q", *(arguments or _tests(settings))]
             code = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, check=False).returncode
             results.append((name, code, time.monotonic() - start))
     print()

@@ -28,15 +28,28 @@ QUICK = ["--recipe", "rtn", "--target", "graphs"]
 
 @functools.cache
 def family_export(name: str, dtype: str = "bf16") -> Path:
-    """Graphs of a tiny transformer of one family, with ranges of sizes; of Wan the first of :func:`engine_export`."""
+    """Graphs of one block of a family, with ranges of sizes; of Wan the first transformer of :func:`engine_export`."""
     if (name, dtype) == ("wan", "bf16") and importlib.util.find_spec("tensorrt_rtx"):
         return engine_export()
 
     def make(folder: Path) -> None:
-        source = tiny.write_checkpoint(folder / "model", tiny.CONFIGS[name])
+        source = tiny.write_checkpoint(folder / "model", {**tiny.CONFIGS[name], "num_layers": 1})
         in_process(source, "-o", folder / "out", "--dtype", dtype, *QUICK, *RANGES)
 
     return shared_folder(f"sessions-{name}-{dtype}", make) / "out"
+
+
+@functools.cache
+def deep_export(name: str) -> Path:
+    """As :func:`family_export` with two blocks or more, for what blocks share; of one size."""
+    if name == "hunyuan-video":  # one of each kind
+        return family_export(name)
+
+    def make(folder: Path) -> None:
+        source = tiny.write_checkpoint(folder / "model", tiny.CONFIGS[name])
+        in_process(source, "-o", folder / "out", *QUICK, "--latent", "3x8x8", "--text-tokens", "12")
+
+    return shared_folder(f"sessions-deep-{name}", make) / "out"
 
 
 @functools.cache
@@ -45,7 +58,19 @@ def recipe_export(recipe: str) -> Path:
 
     def make(folder: Path) -> None:
         source = tiny.write_checkpoint(folder / "model", tiny.WAN)
-        in_process(source, "-o", folder / "out", "--recipe", recipe, "--target", "graphs", *RANGES)
+        in_process(
+            source,
+            "-o",
+            folder / "out",
+            "--recipe",
+            recipe,
+            "--target",
+            "graphs",
+            "--latent",
+            "3x8x8",
+            "--text-tokens",
+            "12",
+        )
 
     return shared_folder(f"sessions-{recipe}", make) / "out"
 
@@ -57,7 +82,7 @@ def engine_export(sm: str = "8.9") -> Path:
     def make(folder: Path) -> None:
         source = folder / "model"
         for seed, name in enumerate(("transformer", "transformer_2")):
-            tiny.write_checkpoint(source / name, tiny.WAN, seed=seed)
+            tiny.write_checkpoint(source / name, tiny.WAN_ONE, seed=seed)
         kind = ["diffusers", "WanTransformer3DModel"]
         index = {"_class_name": "WanPipeline", "transformer": kind, "transformer_2": kind}
         (source / "model_index.json").write_text(json.dumps(index))

@@ -22,10 +22,10 @@ TIMESTEPS = [1000.0 - 19.5 * i for i in range(50)]
 
 @functools.cache
 def tiny_export() -> Path:
-    """The graphs of a two-layer Wan with random weights, made once a run."""
+    """The graphs of a one-block Wan with random weights, made once a run."""
 
     def make(folder: Path) -> None:
-        model = tiny.write_checkpoint(folder / "wan", tiny.WAN)
+        model = tiny.write_checkpoint(folder / "wan", tiny.WAN_ONE)
         in_process(model, "-o", folder / "out", "--target", "graphs", "--latent", "2x6:8x8", "--text-tokens", "4")
 
     return shared_folder("steps", make) / "out"

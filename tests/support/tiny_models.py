@@ -84,6 +84,9 @@ LTX: dict[str, Any] = {
 }
 CONFIGS = {"wan": WAN, "hunyuan-video": HUNYUAN, "cogvideox": COGVIDEOX, "cogvideox-2b": COGVIDEOX_2B, "ltx-video": LTX}
 
+# Where one block shows what is tested: its graph traces, runs and quantizes in half the time.
+WAN_ONE: dict[str, Any] = {**WAN, "num_layers": 1}
+
 FIXED = Sizes(Axis.fixed(3), Axis.fixed(8), Axis.fixed(8), text_tokens=12)
 RANGES = Sizes(Axis(2, 3, 4), Axis(4, 8, 12), Axis(6, 8, 10), text_tokens=12)
 

@@ -26,8 +26,9 @@ _TRACES: dict[str, ir.Model] = {}
 def traced(plan: ModelPlan, sizes: Sizes) -> ir.Model:
     """As :func:`trace_graph`: a copy of the graph that a process of this run traced for the same plan and sizes, or a new one."""
     config = json.dumps(plan.family.config, sort_keys=True, default=repr)
-    # All that a trace depends on; the solver of a recipe, and what it does to the weights, is not in the graph.
-    decided = (plan.recipe.activations[0], plan.dtype, plan.layers, plan.kept, plan.lora_rank)
+    # All that a trace depends on. A recipe's solver is not in the graph, and the grids of its activations are written into
+    # every graph by a pass (:func:`dvdquant.export.passes.set_activation.set_activation`).
+    decided = (plan.dtype, plan.layers, plan.kept, plan.lora_rank)
     key = repr((plan.family.name, config, *decided, sizes))
     if key not in _TRACES:
 

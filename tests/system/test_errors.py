@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ from tests.support import tiny_models as tiny
 from tests.support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
+# Errors that have nothing but their class's remedy, and those whose remedy is to take one of what they list. They only get fewer.
+GENERAL, LISTING = 14, 143
+# Options of docker, of the hub's own command and of GGUF's, which remedies name.
+OTHER_PROGRAMS = {"--gpus", "--runtime", "--local-dir", "--merge"}
 KINDS = [getattr(errors, name) for name in errors.__all__]
 
 
@@ -41,6 +46,22 @@ def test_remedies_name_options_and_commands_that_exist() -> None:
     assert len(entries) > 400
     commands = {word for entry in entries for word in re.findall(r"\bdvdq[ -]([a-z]+)", entry.fix)}
     assert commands <= set(COMMANDS), commands - set(COMMANDS)
+    known = {
+        option
+        for name in COMMANDS
+        for parameter in import_module(COMMANDS[name].module).main.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    options = {word for entry in entries for word in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", entry.fix)}
+    assert options <= known | OTHER_PROGRAMS, options - known
+
+
+def test_few_errors_have_only_a_general_remedy() -> None:
+    """Whoever adds an error says what helps against it, or lists what there is."""
+    without = [entry for entry in load_script(ROOT / "docs" / "scripts" / "errors.py").collect() if not entry.fix]
+    general = [f"{entry.kind}: {entry.what}" for entry in without if not entry.lists and entry.kind != "Cancelled"]
+    assert len(general) <= GENERAL, general
+    assert sum(entry.lists for entry in without) <= LISTING
 
 
 def resolve(name: str, **options: str) -> object:

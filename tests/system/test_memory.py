@@ -20,14 +20,14 @@ from tests.support.exporting import REPOSITORY
 CONFIG: dict[str, Any] = {
     "_class_name": "WanTransformer3DModel",
     "patch_size": [1, 2, 2],
-    "num_attention_heads": 12,
+    "num_attention_heads": 6,
     "attention_head_dim": 128,
     "in_channels": 16,
     "out_channels": 16,
     "text_dim": 512,
     "freq_dim": 256,
-    "ffn_dim": 8960,
-    "num_layers": 8,
+    "ffn_dim": 4096,
+    "num_layers": 7,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 64,
@@ -82,7 +82,7 @@ def write_sharded(folder: Path, shards: int) -> None:
 
 @pytest.mark.slow
 def test_peak_memory_follows_the_largest_tensor(tmp_path: Path) -> None:
-    """A checkpoint of several times the bound: peak ≤ import baseline + 2 × largest tensor + 250 MB."""
+    """A checkpoint of several times the bound: peak ≤ import baseline + 2 × largest tensor + 50 MB."""
     free = shutil.disk_usage(tmp_path).free
     if free < 2 << 30:
         pytest.skip(f"needs 2 GB of disk, {free >> 30} are free")
@@ -99,7 +99,7 @@ def test_peak_memory_follows_the_largest_tensor(tmp_path: Path) -> None:
     finally:
         shutil.rmtree(model, ignore_errors=True)
     print(measured)
-    bound = 2 * measured["largest"] + 250_000_000
+    bound = 2 * measured["largest"] + 50_000_000
     assert measured["total"] > 2 * bound, "the checkpoint is too small to show anything"
     assert measured["after"] - measured["before"] <= bound, measured
     assert measured["weights"] < 0.35 * measured["total"]

@@ -109,7 +109,10 @@ class LoraFile:
                 )
             header = read_header_from(fd, path)
         if len(header.tensors) > MAX_TENSORS:
-            raise CheckpointError(f"{shown(path)} holds {len(header.tensors)} tensors, more than {MAX_TENSORS}")
+            raise CheckpointError(
+                f"{shown(path)} holds {len(header.tensors)} tensors, more than {MAX_TENSORS}",
+                fix="give a LoRA of one model: this file holds more tensors than any trainer writes",
+            )
         # A link of the hub's cache leads to a file without a name: the settings lie beside the link.
         settings = _settings(path, header, UntrustedFolder.at(path.parent))
         return cls(path, folder, name, header, identity, settings)

@@ -142,7 +142,10 @@ def quant_linear_nodes(model: ir.Model) -> Iterator[QuantLinearNode]:
         if (node.domain, node.op_type) != (DOMAIN, "QuantLinear"):
             continue
         if node.graph is not model.graph:
-            raise ExportError(f"{node.name}: QuantLinear inside a subgraph cannot be lowered")
+            raise ExportError(
+                f"{node.name}: QuantLinear inside a subgraph cannot be lowered",
+                fix="export again with -v, and report it with what dvdq doctor prints",
+            )
         yield _read(node)
 
 
@@ -154,7 +157,10 @@ def _read(node: ir.Node) -> QuantLinearNode:
     """
     weight, x = node.inputs[1], node.inputs[0]
     if weight is None or x is None or len(node.inputs) != len(INPUT_NAMES):
-        raise ExportError(f"{node.name}: QuantLinear takes {len(INPUT_NAMES)} inputs: {', '.join(INPUT_NAMES)}")
+        raise ExportError(
+            f"{node.name}: QuantLinear takes {len(INPUT_NAMES)} inputs: {', '.join(INPUT_NAMES)}",
+            fix="export again with -v, and report it with what dvdq doctor prints",
+        )
     name = (weight.name or node.name or "quant_linear").removesuffix(".weight")
     scale, group_scale, zero, bias, hadamard, outer = (
         np.asarray(_constant(node, name, i).numpy()) for i in range(2, 8)
@@ -166,7 +172,10 @@ def _read(node: ir.Node) -> QuantLinearNode:
     features = 2 * int(_constant(node, name, 1).shape.numpy()[1])
     bits, group = node.attributes["act_bits"].as_int(), node.attributes["act_group"].as_int()
     if group and features % group:
-        raise ExportError(f"{name}: {features} channels cannot be split into groups of {group}")
+        raise ExportError(
+            f"{name}: {features} channels cannot be split into groups of {group}",
+            fix="take a recipe with a group size that divides the channels, or with one scale per row (w4a4, w4a8)",
+        )
     constants = (scale, group_scale, zero, bias, hadamard, outer)
     return QuantLinearNode(node, name, x, weight, *constants, act_bits=bits, act_group=group, features=features)
 

@@ -123,7 +123,8 @@ def _lower(emit: Emitter, source: WeightSource | None, store: TensorStore) -> ir
     layer, f32 = emit.layer, ir.DataType.FLOAT
     if layer.features % NVFP4_BLOCK:
         raise ExportError(
-            f"{layer.name}: {layer.features} channels are no multiple of {NVFP4_BLOCK}, which NVFP4 needs"
+            f"{layer.name}: {layer.features} channels are no multiple of {NVFP4_BLOCK}, which NVFP4 needs",
+            fix="keep that layer in 16 bits with the keep field of a recipe, or take --recipe w4a8",
         )
     rotated, residual = emit.rotate()
     amax = emit.op("ReduceMax", "amax", emit.op("Abs", "abs", rotated), emit.ints(-1), keepdims=1)

@@ -1,0 +1,82 @@
+"""benchmarks/quality/caches.py: settings, the table, and that clips are skipped in it as the runtime skips."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.quality.caches import SETTINGS, controller_of, table_of
+from benchmarks.quality.toy.clips import Bench, bench_prompts, generate
+from dvdquant.checkpoint.prompt_table import EMPTY_WORD
+from dvdquant.deploy.switching.runner import StepRunner
+from tests.support.exporting import TINY_WAN
+
+STEPS = 10
+
+
+def test_settings_are_what_they_say() -> None:
+    for setting in SETTINGS:
+        mode, *words = setting.split()
+        controller = controller_of(setting)
+        assert controller.mode == ("switch" if mode == "switch" else "fixed")
+        cache = controller.cache
+        found = [] if cache is None else [cache.policy, cache.threshold, cache.residual, cache.max_skips, cache.warm_up]
+        assert [str(value) for value in found] == [*words[:4], *(str(float(word)) for word in words[4:])]
+    assert controller_of("switch=0.5").delta == 0.5
+
+
+def test_table() -> None:
+    def row(setting: str, seed: int, psnr: float, skipped: float, low: float) -> dict[str, Any]:
+        base = {"model": "m", "setting": setting, "prompt": "p", "seed": seed, "psnr": psnr}
+        return {**base, "right": seed > 0, "skipped": skipped, "low": low}
+
+    rows = [row("a8", seed, 30.0 + seed, 0.0, 0.0) for seed in range(4)]
+    rows += [row("switch", seed, 29.0 + seed, 0.5, 0.25) for seed in range(4)]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table_of(rows, SETTINGS).splitlines()[2:]]
+    assert lines == [
+        ["m", "a8", "0%", "0%", "31.50", "–", "75%"],
+        ["m", "switch", "50%", "75%", "30.50", "-1.00 [-1.00, -1.00], 4 clips", "75%"],
+    ]
+
+
+class _Session:
+    """The toy model in the place of a session."""
+
+    bits = (8,)
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
+        found: Tensor = self.model(
+            inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"], return_dict=False
+        )[0]
+        return found
+
+
+@pytest.mark.parametrize("policy", ["forecast 0.2 output 2 0", "easycache 0.2 output 2 0", "magcache 0.4 latent 2 0"])
+def test_clips_are_skipped_as_the_runtime_skips(policy: str) -> None:
+    bench = replace(Bench.open(TINY_WAN), steps=STEPS)
+    prompt = bench_prompts(bench.table, 1, seed=3)[0]
+    clips = generate(bench, {8: bench.model}, [prompt], [7], lambda _: controller_of(f"a8 {policy}"))
+    runner = StepRunner(_Session(bench.model), controller_of(f"a8 {policy}"))  # type: ignore[arg-type]
+    scheduler = copy.deepcopy(bench.scheduler)
+    scheduler.set_timesteps(STEPS)
+    x, texts = bench.noise([7]), [bench.words([prompt]), bench.words([(EMPTY_WORD,) * len(prompt)])]
+    with torch.inference_mode():
+        for step, timestep in enumerate(scheduler.timesteps):
+            found = []
+            for branch, text in zip(("cond", "uncond"), texts):
+                given = {"hidden_states": x, "timestep": timestep[None], "encoder_hidden_states": text}
+                found.append(runner.run(given, branch=branch, step=step, steps=STEPS))
+            guided = found[1] + bench.guidance * (found[0] - found[1])
+            x = scheduler.step(guided, timestep, x, return_dict=False)[0]
+    bits = [record.bits for record in runner.trace if record.branch == "cond"]
+    assert clips.bits == [bits]
+    assert 2 <= bits.count(None) <= STEPS - 3
+    torch.testing.assert_close(clips.latents, x, rtol=1e-3, atol=1e-3)
