@@ -50,6 +50,10 @@ _VARIES = (
     (re.compile(r"[\d.]+ GiB free at|[\d.]+ GiB of memory free"), lambda found: "… GiB" + found[0].partition("GiB")[2]),
     (re.compile(r"\[\d+\]|pid \d+"), "…"),
     (re.compile(r"(?m)^(transformer +a\d) .*"), r"\1  …"),  # a row of dvdq bench
+    (re.compile(r"(?m)^( +\d+ +a\d +)\d\.\d{3}"), r"\1…"),  # of a trace
+    (re.compile(r'("time": )[\d.]+'), r"\1…"),
+    (re.compile(r'("pid": )\d+'), r"\1…"),
+    (re.compile(r'("worker": "[a-z]+-\d-)[0-9a-f]+'), r"\1…"),
 )
 
 
