@@ -46,7 +46,7 @@ _VARIES = (
     (re.compile(r"\d{4}-\d\d-\d\dT[\d:+.]+"), "…"),
     (re.compile(r"\b[0-9a-f]{64}\b"), "…"),
     (re.compile(r"video_[0-9a-f]+"), "video_…"),
-    (re.compile(r'("(?:created_at|expires_at|seconds)": ?)[^,}]+'), r"\1…"),
+    (re.compile(r'("(?:created_at|completed_at|expires_at|seconds)": ?)[^,}]+'), r"\1…"),
     (re.compile(r"[\d.]+ GiB free at|[\d.]+ GiB of memory free"), lambda found: "… GiB" + found[0].partition("GiB")[2]),
     (re.compile(r"\[\d+\]|pid \d+"), "…"),
     (re.compile(r"(?m)^(transformer +a\d) .*"), r"\1  …"),  # a row of dvdq bench
