@@ -116,7 +116,11 @@ class RequestChecker(ABC):
         return self.family.tokens(*self.size_of(request).latent)
 
     def pipeline_of(self, request: GenerateRequest) -> str:
-        """Return the pipeline class that draws a request's clip; empty where there is no pipeline."""
+        """Return the pipeline class that draws a request's clip; empty where there is no pipeline.
+
+        Args:
+            request: A checked request.
+        """
         del request
         return ""
 

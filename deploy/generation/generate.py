@@ -87,6 +87,7 @@ def open_generator(
     bits: Sequence[int] | None = None,
     weights: WeightPolicy = "auto",
     fuse: bool | None = None,
+    cuda_graphs: bool = False,
 ) -> Generator:
     """Return the generator for the model of ``artifact``.
 
@@ -115,6 +116,7 @@ def open_generator(
             are not loaded.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights (:func:`.sessions.open_session`).
         fuse: run in PyTorch with what comes before quantized layers in their kernels; by default where ``compile`` is on.
+        cuda_graphs: repeat steps as CUDA graphs, where launches count (:func:`.sessions.open_session`).
 
     Raises:
         CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class, or
@@ -138,6 +140,7 @@ def open_generator(
         bits=None if bits is None else tuple(bits),
         weights=weights,
         fuse=fuse,
+        cuda_graphs=cuda_graphs,
     )
     return _open(checker, options, lora)
 

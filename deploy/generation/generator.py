@@ -106,6 +106,7 @@ class SessionOptions:
         bits: The activation bits that are loaded; None loads all of the export's.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         fuse: Run in PyTorch, with what comes before quantized layers in their kernels; None where ``compile`` is on.
+        cuda_graphs: Repeat steps as CUDA graphs, where launches count.
     """
 
     backend: str = "auto"
@@ -123,6 +124,7 @@ class SessionOptions:
     bits: tuple[int, ...] | None = None
     weights: WeightPolicy = "auto"
     fuse: bool | None = None
+    cuda_graphs: bool = False
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
@@ -159,6 +161,7 @@ class SessionOptions:
             plugins=self.plugins,
             weights=self.weights,
             fuse=self.fuse,
+            cuda_graphs=self.cuda_graphs,
         )
 
 

@@ -76,7 +76,11 @@ def grey_picture() -> Image:
 
 
 def image_words(source: ImageSource | None) -> str | None:
-    """Return what a trace calls an image before it is decoded."""
+    """Return what a trace calls an image before it is decoded.
+
+    Args:
+        source: A picture, its path or None.
+    """
     if source is None:
         return None
     if isinstance(source, (bytes, bytearray, memoryview)):

@@ -37,7 +37,7 @@ CLIP = ("negative_prompt", "guidance", "height", "width", "num_frames", "image",
 """What a plan passes on to the request of every clip."""
 OPENING = (
     "pipeline", "backend", "device", "lora", "text_embeds", "offload", "vae_tiling", "text_encoder_bits", "compile", "attention",
-    "attention_backend", "plugins", "weights", "fuse",
+    "attention_backend", "plugins", "weights", "fuse", "cuda_graphs",
 )  # fmt: skip
 """What a plan passes on to :func:`.generate.open_generator`."""
 

@@ -40,22 +40,39 @@ class ClipFiles(ABC):
         """
 
     def path(self, video: str) -> Path | None:
-        """Return the file of this machine that holds the clip, or None if there is none."""
+        """Return the file of this machine that holds the clip, or None if there is none.
+
+        Args:
+            video: The id of the job, ``video_…``.
+        """
         del video
         return None
 
     def link(self, video: str) -> str | None:
-        """Return an address where clients may fetch the clip for a while, or None if they cannot."""
+        """Return an address where clients may fetch the clip for a while, or None if they cannot.
+
+        Args:
+            video: The id of the job, ``video_…``.
+        """
         del video
         return None
 
     @abstractmethod
     async def size(self, video: str) -> int | None:
-        """Return the bytes of a clip, or None if there is none."""
+        """Return the bytes of a clip, or None if there is none.
+
+        Args:
+            video: The id of the job, ``video_…``.
+        """
 
     @abstractmethod
     async def read(self, video: str, begin: int, end: int) -> bytes:
         """Return the bytes of a clip from ``begin`` until before ``end``.
+
+        Args:
+            video: The id of the job, ``video_…``.
+            begin: The first byte.
+            end: The byte behind the last one.
 
         Raises:
             OSError: The clip is gone.
@@ -73,15 +90,28 @@ class ClipFiles(ABC):
 
     @abstractmethod
     def picture(self, video: str, name: str) -> bytes | None:
-        """Return a picture of a request, or None if there is none."""
+        """Return a picture of a request, or None if there is none.
+
+        Args:
+            video: The id of the job, ``video_…``.
+            name: ``input_reference`` or ``last_reference``.
+        """
 
     @abstractmethod
     def delete(self, video: str) -> None:
-        """Delete a clip and its pictures; nothing happens if there are none."""
+        """Delete a clip and its pictures; nothing happens if there are none.
+
+        Args:
+            video: The id of the job, ``video_…``.
+        """
 
     @abstractmethod
     def delete_clip(self, video: str) -> None:
-        """Delete a clip; its job is still there, and so are its pictures."""
+        """Delete a clip; its job is still there, and so are its pictures.
+
+        Args:
+            video: The id of the job, ``video_…``.
+        """
 
     @abstractmethod
     def ids(self) -> Iterator[str]:

@@ -67,7 +67,11 @@ CANCELLED = Failure("cancelled", "the job was cancelled")
 
 
 def worker_lost(attempts: int) -> Failure:
-    """Return the reason of a job whose worker died as often as it was tried."""
+    """Return the reason of a job whose worker died as often as it was tried.
+
+    Args:
+        attempts: How often it was tried.
+    """
     return Failure("worker_lost", f"the worker process died in each of {attempts} attempts at this job")
 
 
@@ -205,7 +209,11 @@ class JobStore(ABC):
 
     @abstractmethod
     def get(self, video: str) -> Job | None:
-        """Return a job, or None if there is none of this id."""
+        """Return a job, or None if there is none of this id.
+
+        Args:
+            video: The id of the job, ``video_…``.
+        """
 
     @abstractmethod
     def page(self, after: str | None, limit: int, *, ascending: bool = False) -> list[Job]:
@@ -222,7 +230,11 @@ class JobStore(ABC):
 
     @abstractmethod
     def ahead_of(self, job: Job) -> int:
-        """Return the number of jobs that wait before a queued one."""
+        """Return the number of jobs that wait before a queued one.
+
+        Args:
+            job: A job of this store.
+        """
 
     @abstractmethod
     def counts(self) -> dict[str, int]:
@@ -281,11 +293,20 @@ class JobStore(ABC):
 
     @abstractmethod
     def release(self, video: str, token: str) -> bool:
-        """Put a job back that was not worked on to its end for no fault of its own; the attempt does not count."""
+        """Put a job back that was not worked on to its end for no fault of its own; the attempt does not count.
+
+        Args:
+            video: The id of the job, ``video_…``.
+            token: The token of the claim; one that no longer holds changes nothing.
+        """
 
     @abstractmethod
     def abandon(self, worker: str) -> int:
-        """Put back the jobs of a worker that died while its server lived. Return how many there were."""
+        """Put back the jobs of a worker that died while its server lived. Return how many there were.
+
+        Args:
+            worker: The name that the worker claimed its jobs by.
+        """
 
     @abstractmethod
     def interrupt(self, alive: Collection[str] = ()) -> int:
@@ -297,19 +318,36 @@ class JobStore(ABC):
 
     @abstractmethod
     def cancel(self, video: str) -> Job | None:
-        """End a job that waits, and ask the worker of a running one to stop. Return the job, or None if there is none."""
+        """End a job that waits, and ask the worker of a running one to stop. Return the job, or None if there is none.
+
+        Args:
+            video: The id of the job, ``video_…``.
+        """
 
     @abstractmethod
     def delete(self, video: str) -> bool:
-        """Delete a job in any status; its worker stops at its next beat. False if there is none."""
+        """Delete a job in any status; its worker stops at its next beat. False if there is none.
+
+        Args:
+            video: The id of the job, ``video_…``.
+        """
 
     @abstractmethod
     def expire(self, now: float) -> list[str]:
-        """Return the ids of jobs that expired before ``now``, the oldest first and a thousand at most."""
+        """Return the ids of jobs that expired before ``now``, the oldest first and a thousand at most.
+
+        Args:
+            now: Seconds since 1970, by the clock of the store's users.
+        """
 
     @abstractmethod
     def keep_until(self, video: str, until: float) -> None:
-        """Let a job that has ended expire at another time."""
+        """Let a job that has ended expire at another time.
+
+        Args:
+            video: The id of the job, ``video_…``.
+            until: Seconds since 1970.
+        """
 
     @abstractmethod
     def close(self) -> None:

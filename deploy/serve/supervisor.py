@@ -190,7 +190,11 @@ class WorkerProcess:
         return True
 
     def join(self, seconds: float) -> bool:
-        """Wait for the end of the process and its watch; False if it goes on."""
+        """Wait for the end of the process and its watch; False if it goes on.
+
+        Args:
+            seconds: The longest time to wait.
+        """
         if self._thread.ident is not None:
             self._thread.join(seconds)
         return not self._thread.is_alive()
@@ -395,7 +399,11 @@ class Pool:
             worker.let_go()
 
     def join(self, seconds: float) -> bool:
-        """Wait until all workers have ended; False if one goes on."""
+        """Wait until all workers have ended; False if one goes on.
+
+        Args:
+            seconds: The longest time to wait for all of them together.
+        """
         end = time.monotonic() + seconds
         ended = [worker.join(max(0.0, end - time.monotonic())) for worker in self.workers]
         return all(ended)

@@ -158,7 +158,11 @@ class Worker:
                 running.end("released")
 
     def cancel(self, video: str) -> None:
-        """Stop drawing a job that the store says is cancelled or deleted, without waiting for the next beat."""
+        """Stop drawing a job that the store says is cancelled or deleted, without waiting for the next beat.
+
+        Args:
+            video: The id of the job, ``video_…``.
+        """
         with self._holding:
             running = self._running.get(video)
         if running is not None:

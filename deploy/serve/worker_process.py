@@ -214,7 +214,11 @@ def workers_folder(data: str | Path) -> Path:
 
 
 def settings_json(settings: WorkerSettings) -> dict[str, Any]:
-    """Return the settings as the first message carries them."""
+    """Return the settings as the first message carries them.
+
+    Args:
+        settings: What the worker needs to know, of plain values.
+    """
     return dataclasses.asdict(settings)
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from dvdquant.deploy.sessions.rope_fusion import fuse_attention
 from dvdquant.errors import DvdquantError
 from dvdquant.ops.cuda_linear import CudaKernels, usable_kernels
 from dvdquant.ops.fused import Prologue, apply_prologue, run_fused_quantize
@@ -26,6 +27,7 @@ from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPE_NAMES
 from dvdquant.ops.prepared_linear import kernels_of
 from dvdquant.ops.repack import LayerShape
+from dvdquant.ops.rope import Rope, apply_rope, run_rope_quantize
 from dvdquant.system.torch_hooks import compiler_named
 
 __all__ = ["fuse_graph", "fusing_backend", "fusion_words", "kernels_fuse"]
@@ -74,6 +76,9 @@ def fusing_backend(inner: str | None) -> Callable[[fx.GraphModule, Sequence[Any]
     """
 
     def compile_fused(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        numbers = [_kernels_number(node) for node in graph.graph.nodes if _is_call(node, _LAYERS)]
+        if numbers and (attentions := fuse_attention(graph, numbers[0])):
+            log.info("%d attentions of a block are fused with the norms and the rope before them", attentions)
         count = fuse_graph(graph)
         layers = count + sum(_is_call(node, _LAYERS) for node in graph.graph.nodes)
         log.info("%d of %d quantized layers of a block are fused with what comes before them", count, layers)
@@ -130,6 +135,12 @@ def kernels_fuse(kernels: CudaKernels, device: torch.device, dtype: torch.dtype)
                 return "the fused kernel's codes differ from those of its definition"
             if not torch.allclose(hidden.float(), h.float(), rtol=2.0**-7, atol=1e-6):
                 return "the fused kernel's sum differs from that of its definition"
+        rope = Rope(
+            64, "all", 1e-6, True, 1 + scale[0].to(device), *_angles(33, device), torch.full((1,), 8.0, device=device)
+        )
+        coded, wanted = run_rope_quantize(kernels, x[None], rope).float(), apply_rope(x[None], rope).float()
+        if (coded - wanted).norm() > 0.01 * wanted.norm():
+            return "the codes of q and k differ from those of their definition"
     except (DvdquantError, RuntimeError) as error:
         return f"the fused kernel failed: {str(error).splitlines()[0]:.200}"
     return None
@@ -148,6 +159,12 @@ def fusion_words(device: torch.device, compile: bool, fuse: bool | None) -> str 
     if usable_kernels(device) is None:
         return f"layers fused with what comes before them: no, {NO_KERNELS}"
     return "layers fused with what comes before them: yes, if the kernels pass their self-test on the device"
+
+
+def _angles(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tables of rope for heads of 64 channels."""
+    angles = torch.arange(tokens * 32, dtype=torch.float32, device=device).reshape(tokens, 32) * 0.1
+    return angles.cos(), angles.sin()
 
 
 # ---------------------------------------------------------------------------------------------------------- recognising
@@ -177,6 +194,12 @@ def _takes_prologue(layer: Any) -> bool:
     rows = _value(codes).shape[0]
     shape = LayerShape(int(rows), channels, groups, real, block, 1, bits, group, DTYPE_NAMES[x.dtype])
     return kernels_of(number).plan(shape).codes != "s4"
+
+
+def _kernels_number(layer: Any) -> int:
+    """Return the number of a layer's kernels."""
+    at = 4 if layer.target is torch.ops.dvdquant.prepared_linear.default else 5
+    return int(layer.args[at])
 
 
 def _is_cast(node: Any) -> bool:

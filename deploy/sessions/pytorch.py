@@ -17,6 +17,7 @@ from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.compiled import compile_blocks
 from dvdquant.deploy.sessions.fusion import NO_KERNELS, kernels_fuse
 from dvdquant.deploy.sessions.lora_branches import LoraBranches
+from dvdquant.deploy.sessions.replay import GraphReplay, why_not
 from dvdquant.deploy.sessions.weight_form import choose_form
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
@@ -59,6 +60,7 @@ class PyTorchSession(EngineSession):
         fuse: Take residuals, norms, modulations and GELU before quantized layers into the layers' kernels, where a
             self-test on the device passes. Outputs differ by rounding. True does so without ``compile``, too, where the
             rest runs operation by operation; None does so if ``compile`` is on.
+        cuda_graphs: Capture steps of static sizes of up to 4000 tokens as CUDA graphs, and repeat them (:mod:`.replay`).
 
     Attributes:
         fused: Whether that is done.
@@ -84,6 +86,7 @@ class PyTorchSession(EngineSession):
         attention_backend: str | None = None,
         weights: WeightPolicy = "auto",
         fuse: bool | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
         kernels = usable_kernels(self.device)
@@ -117,6 +120,7 @@ class PyTorchSession(EngineSession):
                 how = ("compiled" if compile else "traced") + (" and fused" if self.fused else "")
                 log.info("%s: %d blocks are %s", component, count, how)
             self._model: nn.Module | None = GraphWrapper(model, self.family)
+            self._graphs = self._replay() if cuda_graphs else None
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"the weights of {component} do not fit {self.device}: {error}", fix="close other sessions"
@@ -137,6 +141,16 @@ class PyTorchSession(EngineSession):
                 )
             return "packed"
         return choose_form(self, kernels.sm, policy)[0]
+
+    def _replay(self) -> GraphReplay | None:
+        """Return what captures and repeats steps; else say why nothing is."""
+        tokens = self.family.tokens(*self.sizes.at("max")) * self.sizes.batch
+        why = why_not(self.device, self.sizes.dynamic, tokens)
+        if why is None:
+            assert self._model is not None
+            return GraphReplay(self._model, self.component)
+        log.warning("%s: steps are not captured as CUDA graphs: %s", self.component, why)
+        return None
 
     def _may_fuse(self, kernels: CudaKernels | None, plan: ModelPlan, asked: bool) -> bool:
         """Return whether the fused kernels are there and pass their self-test; else say why not, louder if it was asked for."""
@@ -164,7 +178,10 @@ class PyTorchSession(EngineSession):
         if self._cuts:
             inputs, self._state.whole = cut_padded_words(inputs)
         with torch.inference_mode():
-            output: Tensor = model(inputs)
+            if self._graphs is None:
+                output: Tensor = model(inputs)
+            else:
+                output = self._graphs(inputs, (bits, self._cuts and self._state.whole))
         if bits not in self._ran and self.device.type != "cpu":
             # Packed weights serve every width: nothing on the host is needed any more.
             self._files.close() if self.weights == "packed" else self._files.drop_pages()
@@ -185,6 +202,8 @@ class PyTorchSession(EngineSession):
             shapes = self.artifact.plan(self.component).shapes
             # Read first: where a file cannot be used, those that ran before go on.
             loras = read_loras(class_name, shapes, specs) if specs else None
+            if self._graphs is not None:
+                self._graphs.forget()
             if self._branches is not None:
                 self._branches.remove()
             self._branches, self.loras = None, ()
@@ -211,13 +230,14 @@ class PyTorchSession(EngineSession):
                 weights += CACHE.held_bytes(layer.get_buffer("weight")) if kernel is None else kernel.nbytes
                 fp32 = 4 * layer.spec.out_features * layer.spec.features
                 scratch.append(fp32 if kernel is None else kernel.workspace_bytes(tokens))
-        return {"weights": weights, "engines": 0, "workspace": max(scratch)}
+        held_steps = 0 if self._graphs is None else self._graphs.nbytes
+        return {"weights": weights, "engines": 0, "workspace": max(scratch) + held_steps}
 
     def _close(self) -> None:
         if self.device.type == "cuda":
             # Wait for every stream: freed memory goes to whoever asks next, and a pass may still read the weights.
             torch.cuda.synchronize(self.device)
-        self._model = self._branches = None
+        self._model = self._branches = self._graphs = None
         self._files.close()
 
 

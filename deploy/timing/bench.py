@@ -114,6 +114,7 @@ def bench(
     attention: str | None = None,
     weights: WeightPolicy = "auto",
     fuse: bool | None = None,
+    cuda_graphs: bool = False,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Time one call of every bit-width, on random inputs of one size of the export.
@@ -134,6 +135,7 @@ def bench(
         attention: ``16``, ``int8`` or ``fp8``, in PyTorch sessions.
         weights: ``auto``, ``packed`` or ``expanded``.
         fuse: Take what comes before quantized layers into their kernels, in PyTorch sessions; None where ``compile`` is on.
+        cuda_graphs: Repeat steps as CUDA graphs.
         progress: The receiver of the progress.
 
     Raises:
@@ -159,6 +161,7 @@ def bench(
             attention=attention,
             weights=weights,
             fuse=fuse,
+            cuda_graphs=cuda_graphs,
         ) as session:
             inputs = session.family.sample(artifact.sizes, session.dtype, 0, which)
             shapes = {name: list(value.shape) for name, value in inputs.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dvdquant.cli.common import FUSE, P, R
+from dvdquant.cli.common import CUDA_GRAPHS, FUSE, P, R
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.recipe import ATTENTION
 
@@ -57,6 +57,7 @@ _LOADING = (
         help="Run in PyTorch and compile the transformer's blocks: the first step takes a minute more.",
     ),
     click.option("--fuse/--no-fuse", default=None, help=FUSE),
+    click.option("--cuda-graphs", is_flag=True, help=CUDA_GRAPHS),
     click.option(
         "--attention",
         type=click.Choice(ATTENTION),
@@ -87,12 +88,20 @@ def _with(options: tuple[Callable[[Any], Any], ...], command: Callable[P, R]) ->
 
 
 def clip_options(command: Callable[P, R]) -> Callable[P, R]:
-    """Add the options of what a clip shows, and of the text it is drawn from."""
+    """Add the options of what a clip shows, and of the text it is drawn from.
+
+    Args:
+        command: The function of the command.
+    """
     return _with(_CLIP, command)
 
 
 def loading_options(command: Callable[P, R]) -> Callable[P, R]:
-    """Add the options of how the model's parts are found and loaded."""
+    """Add the options of how the model's parts are found and loaded.
+
+    Args:
+        command: The function of the command.
+    """
     return _with(_LOADING, command)
 
 
@@ -106,6 +115,7 @@ def loading_clashes(options: Mapping[str, Any]) -> dict[str, bool]:
     elsewhere = backend not in ("auto", "pytorch")
     return {
         f"--compile runs in PyTorch, so --backend {backend} does not apply": options["compile"] and elsewhere,
+        "ONNX Runtime has none, so --cuda-graphs does not apply": options["cuda_graphs"] and backend == "onnxruntime",
         f"--fuse runs in PyTorch, so --backend {backend} does not apply": bool(options["fuse"]) and elsewhere,
         f"--plugin is for TensorRT engines, so --backend {backend} does not apply": (
             bool(options["plugin"]) and backend not in ("auto", "tensorrt")

@@ -19,6 +19,7 @@ from dvdquant.hardware.weights import WEIGHTS
 from dvdquant.text import json_text, shown
 
 __all__ = [
+    "CUDA_GRAPHS",
     "FUSE",
     "ExamplesCommand",
     "ProcessCommand",
@@ -76,7 +77,12 @@ class ExamplesCommand(ProcessCommand):
 
 
 def setup_logging(verbose: int, log_format: str) -> None:
-    """Our own log at WARNING, INFO with -v, DEBUG with -vv; other libraries' warnings only with -vv."""
+    """Show our own log at WARNING, INFO with -v, DEBUG with -vv; other libraries' warnings only with -vv.
+
+    Args:
+        verbose: How often ``-v`` was given.
+        log_format: ``text`` or ``json``.
+    """
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     root = logging.getLogger()
     root.setLevel(logging.WARNING if verbose < 2 else level)
@@ -131,6 +137,7 @@ class _JsonLines(logging.Formatter):
         return json_text(fields)
 
 
+CUDA_GRAPHS = "Repeat short steps of static sizes (up to 4000 tokens in PyTorch) as CUDA graphs, each one launch."
 FUSE = (
     "Take norm, modulation, residual and GELU before quantized layers into the layers' kernels, in PyTorch.  "
     "[default: with --compile, where the GPU has the kernels]"
@@ -138,7 +145,11 @@ FUSE = (
 
 
 def runs_on(command: Callable[P, R]) -> Callable[P, R]:
-    """Add the options --backend, --device and --weights."""
+    """Add the options --backend, --device and --weights.
+
+    Args:
+        command: The function of the command.
+    """
     backend = click.option(
         "--backend",
         type=click.Choice(["auto", "onnxruntime", "pytorch", "rtx", "tensorrt"]),
@@ -161,13 +172,24 @@ def runs_on(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def paragraphs(items: Sequence[tuple[str, str]], width: int = 100) -> str:
-    """``head: text`` items, wrapped and indented."""
+    """Return ``head: text`` items, wrapped and indented.
+
+    Args:
+        items: (head, text) of every paragraph.
+        width: Characters of a line.
+    """
     wrap = functools.partial(textwrap.fill, width=width, initial_indent="  ", subsequent_indent="      ")
     return "\n".join(wrap(shown(f"{head}: {text}", 0)) for head, text in items)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[int] = ()) -> str:
-    """Return columns as wide as they need to be, every cell safe to print; those numbered in ``right`` are right-aligned."""
+    """Return columns as wide as they need to be, every cell safe to print; those numbered in ``right`` are right-aligned.
+
+    Args:
+        header: The heads of the columns.
+        rows: Cells of every row, of any type that has a text.
+        right: Numbers of columns, from 0.
+    """
     cells = [[shown(c, 0) for c in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []

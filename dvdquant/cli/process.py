@@ -202,7 +202,12 @@ def _safe_streams() -> Iterator[_Messages]:
 
 
 def echo(text: str, err: bool = False) -> None:
-    """Print ``text`` and a line break, with whatever it quotes made safe for a terminal; stderr with ``err``."""
+    """Print ``text`` and a line break, with whatever it quotes made safe for a terminal; stderr with ``err``.
+
+    Args:
+        text: What to print.
+        err: Print to stderr.
+    """
     stream = sys.stderr if err else sys.stdout
     click.echo(shown(text, 0, keep="\n"), file=stream)
 
@@ -237,7 +242,11 @@ def _signals() -> Iterator[None]:
 
 
 def user_error(error: BaseException) -> DvdquantError | None:
-    """Return the error to show for ``error`` where the cause is not a bug: memory, a file, the disk; else None."""
+    """Return the error to show for ``error`` where the cause is not a bug: memory, a file, the disk; else None.
+
+    Args:
+        error: What ended the command.
+    """
     if isinstance(error, (EngineError, ExportError)) and _NO_MEMORY.search(error.what):
         return ResourceError(error.what, fix=_MEMORY_FIX)  # whatever it advised: the engine is not to blame
     if isinstance(error, DvdquantError):

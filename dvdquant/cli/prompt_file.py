@@ -33,6 +33,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 def read_prompts(texts: Sequence[str], path: Path | None) -> list[str]:
     """Return the prompts ``texts`` of ``--prompt`` and those of the file of ``--prompts``; ``-`` is standard input.
 
+    Args:
+        texts: The values of ``--prompt``.
+        path: The value of ``--prompts``, or None.
+
     Raises:
         ShapeError: there is none, one is empty or holds a control character, or there are too many.
         OutputError: a file that cannot be read or is no text.
@@ -50,7 +54,16 @@ def read_prompts(texts: Sequence[str], path: Path | None) -> list[str]:
 
 
 def check_prompt(option: str, text: str, *, may_be_empty: bool = False) -> None:
-    """ShapeError for a text of the command line that is empty, or holds what no tokenizer takes for text."""
+    """Refuse a text of the command line that is empty, or holds what no tokenizer takes for text.
+
+    Args:
+        option: The option that gave the text, or a file and a line, for the message.
+        text: The text.
+        may_be_empty: Whether an empty text is one, as a negative prompt is.
+
+    Raises:
+        ShapeError: It is such a text.
+    """
     if not text.strip() and not may_be_empty:
         raise ShapeError("the prompt is empty", fix='describe the clip: --prompt "..."')
     if found := _CONTROL.search(text):
@@ -105,6 +118,10 @@ def _read(path: Path, name: str) -> bytes:
 
 def decode_text(raw: bytes, name: str) -> str:
     """Return the text of ``raw``: by its byte order mark, else UTF-8.
+
+    Args:
+        raw: The bytes of a file.
+        name: What the message calls the file.
 
     Raises:
         OutputError: bytes that are no such text, saying at which byte and line, and how to convert the file.

@@ -98,6 +98,7 @@ GROUPS = {
         "vae_tiling",
         "compile",
         "fuse",
+        "cuda_graphs",
         "attention",
         "attention_backend",
         "cfg_parallel",
@@ -163,6 +164,7 @@ class RunOptions:
     plugin: tuple[Path, ...]
     compile: bool
     fuse: bool | None
+    cuda_graphs: bool
     attention: str | None
     attention_backend: str | None
     cfg_parallel: str | None
@@ -309,6 +311,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
                 lora=loras,
                 compile=settings.compile,
                 fuse=settings.fuse,
+                cuda_graphs=settings.cuda_graphs,
                 attention=settings.attention,
                 attention_backend=settings.attention_backend,
                 plugins=settings.plugin,
@@ -390,7 +393,11 @@ def say_needs(
 
 
 def no_prompts(settings: RunOptions) -> bool:
-    """Return whether the prompts are those of the file of text embeddings."""
+    """Return whether the prompts are those of the file of text embeddings.
+
+    Args:
+        settings: The options of the command.
+    """
     return settings.text_embeds is not None and not settings.prompt and settings.prompts is None
 
 
@@ -414,7 +421,13 @@ def undecided(request: GenerateRequest, transformers: int) -> str | None:
 
 
 def generate_one(generator: Generator, request: GenerateRequest, progress: Progress) -> GenerateResult:
-    """One clip, with a bar that shows the bits of every step."""
+    """Draw one clip, with a bar that shows the bits of every step.
+
+    Args:
+        generator: What draws it.
+        request: What to draw.
+        progress: Where the bar is drawn.
+    """
     title = "16 bit" if request.mode == "16" else request.mode
     with step_bar(progress, title, request.steps or 0) as on_step:
         return generator.generate(request, on_step)
@@ -422,7 +435,13 @@ def generate_one(generator: Generator, request: GenerateRequest, progress: Progr
 
 @contextmanager
 def step_bar(progress: Progress, title: str, steps: int) -> Iterator[Callable[[Any], None]]:
-    """Return a callback for every record of the trace: the bar moves with the first call of each step."""
+    """Return a callback for every record of the trace: the bar moves with the first call of each step.
+
+    Args:
+        progress: Where the bar is drawn.
+        title: What stands before it.
+        steps: The number of steps of the clip.
+    """
     from dvdquant.deploy.generation.run_report import bits_name, block
 
     blocks: list[str] = []
@@ -442,7 +461,13 @@ def step_bar(progress: Progress, title: str, steps: int) -> Iterator[Callable[[A
 
 
 def requests_for(settings: RunOptions, artifact: Artifact, prompt: str) -> list[GenerateRequest]:
-    """Return the clips of one prompt: one, or one for every mode to compare."""
+    """Return the clips of one prompt: one, or one for every mode to compare.
+
+    Args:
+        settings: The options of the command.
+        artifact: The export.
+        prompt: One prompt.
+    """
     from dvdquant.deploy.generation.request import GenerateRequest
     from dvdquant.deploy.switching.schedule import Schedule
 
@@ -489,7 +514,14 @@ def _switching(request: GenerateRequest, settings: RunOptions, schedule: Any) ->
 
 
 def check_options(settings: RunOptions) -> None:
-    """UnsupportedError for options that contradict each other, naming the one to leave out."""
+    """Refuse options that contradict each other, naming the one to leave out.
+
+    Args:
+        settings: The options of the command.
+
+    Raises:
+        UnsupportedError: Two of them contradict each other.
+    """
     fixed = settings.mode in ("a4", "a8", "16")
     skips = None if settings.cache in (None, "off") else "--cache"
     skips = skips if settings.cache_policy is None else "--cache-policy"
@@ -524,6 +556,8 @@ def check_options(settings: RunOptions) -> None:
         and settings.cache_policy,
         "--compile is for the quantized transformer, and --mode 16 runs the original": settings.compile
         and settings.mode == "16",
+        "--cuda-graphs is for the quantized transformer, and --mode 16 runs the original": settings.cuda_graphs
+        and settings.mode == "16",
         "--fuse is for the quantized transformer, and --mode 16 runs the original": bool(settings.fuse)
         and settings.mode == "16",
         "--cfg-parallel is for the engines, and --compare also runs the original checkpoint": settings.cfg_parallel
@@ -544,14 +578,28 @@ def check_options(settings: RunOptions) -> None:
 
 
 def parse_memory(text: str | None) -> int | Literal["auto"] | None:
-    """``auto``, or the bytes of a size such as 16GiB; ShapeError otherwise."""
+    """Return ``auto``, or the bytes of a size such as 16GiB.
+
+    Args:
+        text: The value of ``--memory``, or None.
+
+    Raises:
+        ShapeError: It is neither.
+    """
     from dvdquant.system.memory import parse_amount
 
     return "auto" if text == "auto" else None if text is None else parse_amount(text, "--memory")
 
 
 def parse_cache(text: str | None) -> float | None:
-    """``off`` or a threshold; ShapeError otherwise."""
+    """Return the threshold, or None for ``off``.
+
+    Args:
+        text: The value of ``--cache``, or None.
+
+    Raises:
+        ShapeError: It is neither.
+    """
     if text is None or text == "off":
         return None
     try:

@@ -21,7 +21,13 @@ __all__ = ["Writer", "numbered"]
 
 
 def numbered(path: Path, index: int, count: int) -> Path:
-    """``clip.mp4``, or of several ``clip-1.mp4``, ``clip-2.mp4``."""
+    """Return ``clip.mp4``, or of several ``clip-1.mp4``, ``clip-2.mp4``.
+
+    Args:
+        path: The path of a single clip.
+        index: The number of the clip, from 0.
+        count: How many clips there are.
+    """
     return path if count == 1 else path.with_name(f"{path.stem}-{index + 1:0{len(str(count))}d}{path.suffix}")
 
 
@@ -38,6 +44,10 @@ class Writer:
     @classmethod
     def open(cls, settings: RunOptions, count: int) -> Writer:
         """Check every path before anything is generated.
+
+        Args:
+            settings: The options of the command.
+            count: How many prompts there are.
 
         Raises:
             OutputError: A suffix is unknown, a folder cannot be written, or one path is given for two files.
@@ -64,7 +74,13 @@ class Writer:
         return cls(settings, count)
 
     def clip(self, results: list[GenerateResult], fps: int, progress: Progress) -> None:
-        """Write the clip of one prompt (several results: side by side), and say how it was made."""
+        """Write the clip of one prompt (several results: side by side), and say how it was made.
+
+        Args:
+            results: The results of the prompt, one a mode.
+            fps: Frames a second.
+            progress: Where the files are named.
+        """
         from dvdquant.deploy.generation.run_report import clip_json
         from dvdquant.deploy.generation.video import enlarge, psnr, side_by_side
 
@@ -99,7 +115,12 @@ class Writer:
         return outputs
 
     def finish(self, artifact: Artifact, progress: Progress) -> None:
-        """Write strip and trace, and list every file."""
+        """Write strip and trace, and list every file.
+
+        Args:
+            artifact: The export, which the trace names.
+            progress: Where the files are listed.
+        """
         from dvdquant.deploy.generation.run_report import write_trace
         from dvdquant.deploy.generation.video import write_strip
 

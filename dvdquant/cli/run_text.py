@@ -20,7 +20,11 @@ _LEGEND = "█ a8  ▄ a4  · skipped"
 
 
 def summary_text(result: GenerateResult) -> str:
-    """Return the closing lines for people: counts, blocks, retries and time, with machine, backend and device named."""
+    """Return the closing lines for people: counts, blocks, retries and time, with machine, backend and device named.
+
+    Args:
+        result: A clip that was drawn.
+    """
     from dvdquant.deploy.generation.run_report import average_bits, bit_strip, steps_of
 
     steps = steps_of(result.trace)
@@ -58,7 +62,12 @@ def cache_of(summary: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def compare_text(results: Sequence[GenerateResult], values: Sequence[float | None]) -> str:
-    """Return a table of several results of one prompt and seed; ``values`` are PSNRs to the first, None for itself."""
+    """Return a table of several results of one prompt and seed; ``values`` are PSNRs to the first, None for itself.
+
+    Args:
+        results: Clips of one prompt and seed.
+        values: PSNR of each in dB; None for the first.
+    """
     from dvdquant.deploy.generation.run_report import average_bits, bit_strip, steps_of
 
     rows = []
@@ -83,7 +92,11 @@ def compare_text(results: Sequence[GenerateResult], values: Sequence[float | Non
 
 
 def call_times(result: GenerateResult) -> str:
-    """Mean milliseconds of a call by what ran: ``a4 41.2 ms, a8 40.9 ms``."""
+    """Return mean milliseconds of a call by what ran: ``a4 41.2 ms, a8 40.9 ms``.
+
+    Args:
+        result: A clip that was drawn.
+    """
     from dvdquant.deploy.generation.run_report import bits_name
 
     times: dict[int | None, list[float]] = {}

@@ -346,7 +346,16 @@ def read_keys(path: Path | None) -> list[str]:
 
 
 def check_open(host: str, has_keys: bool, is_open: bool) -> None:
-    """UnsupportedError for a server that others reach and nobody said that they may."""
+    """Refuse to start a server that others reach and nobody said that they may.
+
+    Args:
+        host: The address to listen at.
+        has_keys: Whether there are API keys.
+        is_open: Whether ``--open`` was given.
+
+    Raises:
+        UnsupportedError: There are neither keys nor ``--open``, and the address is no loopback.
+    """
     if host not in LOOPBACK and not has_keys and not is_open:
         raise UnsupportedError(
             f"--host {host} is reached from other machines, and there is no API key",
@@ -356,7 +365,12 @@ def check_open(host: str, has_keys: bool, is_open: bool) -> None:
 
 
 def hosts(host: str, more: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names that the Host header may have: on the loopback interface those of it, or a page could rebind a name."""
+    """Return the names that the Host header may have: on the loopback interface those of it, or a page could rebind a name.
+
+    Args:
+        host: The address to listen at.
+        more: The values of ``--allow-host``.
+    """
     own = (*LOOPBACK[:2], "[::1]")
     named = tuple(name.lower() for name in more)
     return (*own, *named) if host in LOOPBACK or named else ()

@@ -32,14 +32,16 @@ __all__ = [
     "KernelLibrary",
     "LayerPlan",
     "NORMS",
+    "ROPE_NORMS",
     "ProloguePointers",
+    "RopePointers",
     "WeightPointers",
     "find_library",
     "load_library",
     "serves",
 ]
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 ENVIRONMENT = "DVDQUANT_KERNELS"
 LIBRARY = "libdvdquant_kernels.so"
 BUILD = "run `make kernels` in a checkout (needs nvcc), or set DVDQUANT_KERNELS to the built library"
@@ -48,6 +50,7 @@ CODES = ("s4", "s8", "e4m3")
 # Orin and Thor: what is compiled for other GPUs of their major version does not run on them.
 TEGRA = (87, 110)
 NORMS = ("none", "layer", "rms")
+ROPE_NORMS = ("none", "all", "head")
 GRID_ZERO_POINTS = ("midrise", "symmetric", "float")
 GRID_SOLVERS = ("minmax", "search")
 
@@ -77,6 +80,15 @@ class _Prologue(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("gate_tokens", "gate_stride", "modulate_tokens", "modulate_stride")),
         *((name, ctypes.c_int32) for name in ("norm", "gelu")),
         ("eps", ctypes.c_float),
+    ]
+
+
+class _Rope(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("channels", "stride", "period", "rope_channels")),
+        *((name, ctypes.c_int32) for name in ("head", "dtype", "norm", "rotated")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("weight", "cosines", "sines", "bound")),
     ]
 
 
@@ -212,6 +224,41 @@ class ProloguePointers:
     eps: float = 0.0
 
 
+@dataclass(frozen=True)
+class RopePointers:
+    """``dvdq_rope``: what q or k goes through before attention; see :class:`dvdquant.ops.rope.Rope`.
+
+    Args:
+        channels: Channels of a token, all heads.
+        head: Channels of a head.
+        dtype: ``bf16`` or ``fp16``, of x and of the result where it has no codes.
+        stride: Elements of x from one token to the next.
+        period: Tokens of a sample, which are the rows of the tables.
+        rope_channels: Channels of a row of the tables, a head's or all; 0 for no rope.
+        norm: One of :data:`ROPE_NORMS`.
+        rotated: Whether each head is multiplied by the Hadamard matrix.
+        eps: What the norm adds to the mean of squares.
+        weight: Address of fp32 [channels] or [head]; 0 for ones.
+        cosines: Address of fp32 [period, rope_channels / 2]; 0 without rope.
+        sines: The same.
+        bound: Address of fp32 [1], what becomes 448; 0 for 16 bits out.
+    """
+
+    channels: int
+    head: int
+    dtype: str
+    stride: int
+    period: int
+    rope_channels: int = 0
+    norm: str = "none"
+    rotated: bool = False
+    eps: float = 0.0
+    weight: int = 0
+    cosines: int = 0
+    sines: int = 0
+    bound: int = 0
+
+
 def serves(architectures: Sequence[str], sm: int) -> bool:
     """Return whether a library that is built for ``architectures`` holds code for a GPU.
 
@@ -287,6 +334,7 @@ class KernelLibrary:
                 i32,
                 [layer, i32, ctypes.POINTER(_Prologue), *[pointer] * 4, i64, pointer, i64, pointer],
             ),
+            "rope_quantize": (i32, [ctypes.POINTER(_Rope), *[pointer] * 2, i64, pointer]),
             "search_grid": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer]),
             "gptq_round": (i32, [ctypes.POINTER(_Grid), pointer, ctypes.POINTER(_GridOut), pointer, i64, pointer]),
         }
@@ -657,6 +705,26 @@ class KernelLibrary:
                 stream,
             )
         )  # fmt: skip
+
+    def rope_quantize(self, rope: RopePointers, x: int, out: int, tokens: int, stream: int) -> None:
+        """Take q or k through norm, rope and rotation to e4m3 codes or 16 bits.
+
+        Args:
+            rope: What it goes through.
+            x: Address of bf16 or fp16 [M, channels] at ``rope.stride``, aligned to 16 bytes.
+            out: Address of [M, channels], packed: bytes of codes, or values of x's dtype.
+            tokens: Rows M of x.
+            stream: The CUDA stream.
+
+        Raises:
+            ShapeError: The sizes do not fit each other.
+            UnsupportedError: Heads of another size, or too many channels.
+        """
+        told = _Rope(
+            rope.channels, rope.stride, rope.period, rope.rope_channels, rope.head, DTYPES.index(rope.dtype),
+            ROPE_NORMS.index(rope.norm), int(rope.rotated), rope.eps, rope.weight, rope.cosines, rope.sines, rope.bound,
+        )  # fmt: skip
+        self._check(self._library.dvdq_rope_quantize(ctypes.byref(told), x, out, tokens, stream))
 
     def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:
         """Search the grid of a weight and write it with its nearest codes.

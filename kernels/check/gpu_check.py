@@ -45,6 +45,7 @@ from check_kernels import (  # noqa: E402
 from check_ops import check_graph, check_model, check_op, check_pre_quant, check_streams  # noqa: E402
 from check_quantizer import check_quantizer  # noqa: E402
 from check_report import hardware, line, markdown, report_path, smi  # noqa: E402
+from check_rope import check_rope  # noqa: E402
 
 from dvdquant.errors import DvdquantError  # noqa: E402
 from dvdquant.ops.cuda import KernelLibrary, find_library, load_library  # noqa: E402
@@ -161,6 +162,7 @@ def every_check(bench: Bench, options: argparse.Namespace, started: float) -> It
                 check_op(bench),
                 check_pre_quant(bench),
                 check_fused(bench),
+                check_rope(bench),
                 check_graph(bench),
                 check_streams(bench),
                 check_shapes(bench),

@@ -17,7 +17,7 @@ from torch import Tensor
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.numerics.activation_grid import quantize_activation
 from dvdquant.numerics.hadamard import hadamard_matrix
-from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, ProloguePointers, WeightPointers
+from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, ProloguePointers, RopePointers, WeightPointers
 from dvdquant.ops.fused import Prologue, apply_prologue
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES
@@ -25,6 +25,7 @@ from dvdquant.ops.packed_rows import expand, group_bytes, make_rows, rows_bytes
 from dvdquant.ops.paths import choose_path, form_of
 from dvdquant.ops.reference import rotate_by_matrices
 from dvdquant.ops.repack import LayerShape, dequantize, from_bytes, prepare, prepared_bytes, to_bytes
+from dvdquant.ops.rope import Rope, apply_rope
 from dvdquant.ops.rotate_quantize import encode_codes
 from dvdquant.ops.smooth import apply_pre_quant
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight
@@ -367,6 +368,29 @@ class HostLibrary:
         if prologue.hidden:
             _view(prologue.hidden, (m, layer.k), dtype).copy_(hidden)
         return z
+
+    def rope_quantize(self, rope: RopePointers, x: int, out: int, m: int, stream: int) -> None:
+        """Write what the definition makes of x.
+
+        Args:
+            rope: What q or k goes through.
+            x: The address of the input [M, channels] at ``rope.stride``.
+            out: The address of the result, packed.
+            m: M, the number of tokens.
+            stream: Ignored.
+        """
+        dtype, size = DTYPES[rope.dtype], rope.channels if rope.norm == "all" else rope.head
+        tokens = _view(x, ((m - 1) * rope.stride + rope.channels,), dtype).as_strided(
+            (m // rope.period, rope.period, rope.channels), (rope.period * rope.stride, rope.stride, 1)
+        )
+        table = (rope.period, rope.rope_channels // 2)
+        cosines, sines = (
+            _view(at, table, torch.float32) if rope.rope_channels else None for at in (rope.cosines, rope.sines)
+        )
+        weight = _view(rope.weight, (size,), torch.float32) if rope.weight else None
+        bound = _view(rope.bound, (1,), torch.float32) if rope.bound else None
+        made = apply_rope(tokens, Rope(rope.head, rope.norm, rope.eps, rope.rotated, weight, cosines, sines, bound))
+        _view(out, tuple(made.shape), made.dtype).copy_(made)
 
     def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:
         """Search the grid of a weight with the compiled loops.

@@ -349,10 +349,20 @@ def test_fp8_with_the_labels_of_comfyui(tmp_path: Path, folders: dict[str, Path]
     require_same(open_checkpoint(file), {name: plain.read(name) for name in plain.tensors}, formats.WAN)
 
 
-def test_fp8_of_modelopt(tmp_path: Path, folders: dict[str, Path]) -> None:
-    """A diffusers folder whose config.json says how it was quantized."""
-    stored, meant = formats.scaled_fp8(formats.folder_tensors(folders["wan"]), "weight_scale")
-    quantized = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["proj_out"]}
+@pytest.mark.parametrize("algorithm", ["FP8", "FP8_PER_CHANNEL_PER_TOKEN"])
+def test_fp8_of_modelopt(tmp_path: Path, folders: dict[str, Path], algorithm: str) -> None:
+    """A diffusers folder whose config.json says how it was quantized, with scales of activations besides."""
+    stored, meant = formats.scaled_fp8(formats.folder_tensors(folders["wan"]), "weight_scale", algorithm != "FP8")
+    scales = [name for name in stored if name.endswith(".weight_scale")]
+    stored |= {name.replace(".weight_scale", ".input_scale"): torch.ones(()) for name in scales}
+    eight = {"dynamic": False, "num_bits": 8, "type": "float"}
+    quantized = {
+        "config_groups": {"group_0": {"input_activations": eight, "weights": eight, "targets": ["Linear"]}},
+        "ignore": ["proj_out"],
+        "quant_algo": algorithm,
+        "producer": {"name": "modelopt", "version": "0.40.0"},
+        "quant_method": "modelopt",
+    }
     folder = formats.write_folder(tmp_path / "m", {**formats.WAN, "quantization_config": quantized}, stored)
     checkpoint = open_checkpoint(folder)
     require_same(checkpoint, meant, formats.WAN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -304,6 +305,17 @@ def test_limits_of_the_system(name: str, limit: list[Any], server: CommandServer
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
+@functools.cache
+def _undisturbed(server: CommandServer, name: str) -> tuple[float, dict[str, int]]:
+    """How long a command takes that nothing stops, and the sizes of what it leaves; measured once."""
+    before = _names(server.folder)
+    seconds = server.run(name, *base(name)).seconds
+    finished = _sizes(server.folder, before)
+    for new in finished:
+        (server.folder / new).unlink()
+    return seconds, finished
+
+
 EVERY_STAGE = [
     (signal.SIGTERM, {"run": (0.05, 0.3, 0.6, 0.9), "plan": (0.1, 0.5), "export": (0.3,)}),
     (signal.SIGHUP, {"run": (0.2, 0.5)}),
@@ -325,10 +337,7 @@ def test_signals_in_every_stage_leave_nothing(
 ) -> None:
     before, stopped = _names(server.folder), 0
     for name, shares in stages.items():
-        whole = server.run(name, *base(name)).seconds
-        finished = _sizes(server.folder, before)
-        for new in finished:
-            (server.folder / new).unlink()
+        whole, finished = _undisturbed(server, name)
         for share in shares:
             pause = share * whole
             ended = server.run(name, *base(name), signal_after=[int(number), pause])

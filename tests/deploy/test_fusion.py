@@ -18,6 +18,7 @@ from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import UnsupportedError
 from dvdquant.model.layers import make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper
+from dvdquant.ops.attention import ladder, operation
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.prepared_linear import handle_of, prepared_linear
 from dvdquant.ops.repack import LayerShape
@@ -245,6 +246,39 @@ def test_where_it_does_not_apply() -> None:
     out = tiny_wan_export()
     refused(run(*call(out, "--prompt", PROMPT, "--fuse", "-o", "clip.mp4")), "--fuse runs in PyTorch")
     refused(run(out, "--prompt", PROMPT, "--fuse", "--mode", "16", "-o", "clip.mp4"), "--fuse", "leave one")
+
+
+@pytest.mark.usefixtures("double")
+def test_q_and_k_come_to_8_bit_attention_by_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norm, rope, rotation and codes of Wan's q and k, from the second call on; before, and for int8, in 16 bit."""
+    monkeypatch.setattr(ladder, "MIN_TOKENS", 16)
+    found: list[int] = []
+    fuse = fusion.fuse_attention
+    monkeypatch.setattr(fusion, "fuse_attention", lambda *given: found.append(fuse(*given)) or found[-1])
+    kinds: list[torch.dtype] = []
+    rope = operation.run_rope_quantize
+    monkeypatch.setattr(
+        operation, "run_rope_quantize", lambda *given: kinds.append((made := rope(*given)).dtype) or made
+    )
+    artifact = Artifact.open(made.family_export("wan"))
+    inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
+    for kind in ("fp8", "int8"):
+        options = {"bits": [8], "attention": kind, "attention_backend": "reference"}
+        with PyTorchSession(artifact, **options) as session:
+            apart = session.run(inputs, 8)
+        with PyTorchSession(artifact, bits=[8]) as session:
+            sixteen = session.run(inputs, 8)
+        torch._dynamo.reset()
+        with PyTorchSession(artifact, **options, fuse=True) as session:
+            session.run(inputs, 8)
+            kinds.clear()
+            fused = session.run(inputs, 8)
+        codes = torch.float8_e4m3fn if kind == "fp8" else torch.bfloat16
+        assert set(kinds) == {codes}
+        # Rounded less often than apart, and as far from attention in 16 bit.
+        distance = made.relative(apart, sixteen)
+        assert 0.5 * distance < made.relative(fused, sixteen) < 1.3 * distance
+    assert set(found) == {1}
 
 
 @pytest.mark.usefixtures("double")

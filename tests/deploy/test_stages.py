@@ -17,6 +17,8 @@ from dvdquant.model.families import get_family
 from tests.support.running import PROMPT, tiny_wan_export, wan_pipeline
 from tests.support.tiny_pipelines import KINDS, TOKENS, build_pipeline
 
+pytestmark = pytest.mark.usefixtures("lent_sessions")
+
 
 def as_bytes(frames: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Frames of diffusers in [0, 1] as pictures, in float64."""

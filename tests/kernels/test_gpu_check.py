@@ -27,6 +27,7 @@ import check_kernels  # noqa: E402
 import check_ops  # noqa: E402
 import check_quantizer  # noqa: E402
 import check_report  # noqa: E402
+import check_rope  # noqa: E402
 import gpu_check  # noqa: E402
 from check_compare import check_equal, half_ulp  # noqa: E402
 from host_library import HostLibrary  # noqa: E402
@@ -60,6 +61,7 @@ CHECKS: dict[str, Callable[[Any], Rows]] = {
     "pre_quant": check_ops.check_pre_quant,
     "streams": lambda b: check_ops.check_streams(b, 2, 4, 384, 40),
     "fused": check_fused.check_fused,
+    "rope": check_rope.check_rope,
     "quantizer": lambda b: check_quantizer.check_quantizer(b, 12, (256,)),
 }
 
@@ -121,6 +123,9 @@ WRONG: list[tuple[type[HostLibrary], str, int, str]] = [
     (wrong.RoughNorm, "fused", 80, "fused: rms"),
     (wrong.RoughGelu, "fused", 90, "fused: gelu"),
     (wrong.OneGate, "fused", 90, "fused: layer"),
+    (wrong.SwapsTables, "rope", 90, "rope: 16 bit"),
+    (wrong.NoRotation, "rope", 90, "rope: e4m3"),
+    (wrong.RoundsTwice, "rope", 90, "rope: e4m3"),
     (wrong.WidestGrid, "quantizer", 90, "quantizer: search"),
     (wrong.OneCodeOff, "quantizer", 90, "quantizer: codes"),
     (wrong.ForgetsErrors, "quantizer", 90, "quantizer: feedback"),

@@ -58,7 +58,19 @@ def recipe_export(recipe: str) -> Path:
 
     def make(folder: Path) -> None:
         source = tiny.write_checkpoint(folder / "model", tiny.WAN)
-        in_process(source, "-o", folder / "out", "--recipe", recipe, "--target", "graphs", *RANGES)
+        in_process(
+            source,
+            "-o",
+            folder / "out",
+            "--recipe",
+            recipe,
+            "--target",
+            "graphs",
+            "--latent",
+            "3x8x8",
+            "--text-tokens",
+            "12",
+        )
 
     return shared_folder(f"sessions-{recipe}", make) / "out"
 

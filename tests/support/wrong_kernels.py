@@ -267,3 +267,30 @@ class OneGate(HostLibrary):
 
     def prologue(self, layer: Any, prologue: Any, x: int, m: int) -> torch.Tensor:
         return super().prologue(layer, replace(prologue, gate_tokens=0), x, m)
+
+
+class SwapsTables(HostLibrary):
+    """Takes sines for cosines."""
+
+    def rope_quantize(self, rope: Any, x: int, out: int, m: int, stream: int) -> None:
+        super().rope_quantize(replace(rope, cosines=rope.sines, sines=rope.cosines), x, out, m, stream)
+
+
+class NoRotation(HostLibrary):
+    """Leaves the rotation of heads out."""
+
+    def rope_quantize(self, rope: Any, x: int, out: int, m: int, stream: int) -> None:
+        super().rope_quantize(replace(rope, rotated=False), x, out, m, stream)
+
+
+class RoundsTwice(HostLibrary):
+    """Rounds to 16 bits before it rounds to codes."""
+
+    def rope_quantize(self, rope: Any, x: int, out: int, m: int, stream: int) -> None:
+        if not rope.bound:
+            super().rope_quantize(rope, x, out, m, stream)
+            return
+        held = torch.empty(m, rope.channels, dtype=DTYPES[rope.dtype])
+        super().rope_quantize(replace(rope, bound=0), x, held.data_ptr(), m, stream)
+        again = replace(rope, stride=rope.channels, rope_channels=0, norm="none", rotated=False)
+        super().rope_quantize(again, held.data_ptr(), out, m, stream)

@@ -59,7 +59,11 @@ class HeldFile:
 
 
 def names_file(model: str) -> bool:
-    """Whether a model is a single file, here or on the hub; nothing is downloaded."""
+    """Return whether a model is a single file, here or on the hub; nothing is downloaded.
+
+    Args:
+        model: A path, or an id on the hub with a file in it.
+    """
     return hub_file(model) is not None or given_file(model) is not None
 
 

@@ -32,7 +32,7 @@ _FLOATS = ("F32", "F16", "BF16")
 
 
 def is_modelopt_fp8(quantized: Any) -> bool:
-    """Whether the ``quantization_config`` of a config.json is ModelOpt's for fp8 with one scale a tensor.
+    """Whether the ``quantization_config`` of a config.json is ModelOpt's for fp8 with one scale a tensor or a row.
 
     Args:
         quantized: The value of the field, whatever it is.
@@ -40,7 +40,7 @@ def is_modelopt_fp8(quantized: Any) -> bool:
     if not isinstance(quantized, dict):
         return False
     method, algorithm = quantized.get("quant_method"), quantized.get("quant_algo")
-    return method in ("modelopt", "modelopt_fp8") and algorithm in ("FP8", "fp8")
+    return method in ("modelopt", "modelopt_fp8") and algorithm in ("FP8", "fp8", "FP8_PER_CHANNEL_PER_TOKEN")
 
 
 def pair_scales(

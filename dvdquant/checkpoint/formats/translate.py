@@ -155,7 +155,11 @@ def translate(
 
 
 def few_bits(tensors: Iterable[ShardTensor]) -> list[str]:
-    """Return the block types of 4 and 5 bits among tensors, each once."""
+    """Return the block types of 4 and 5 bits among tensors, each once.
+
+    Args:
+        tensors: Tensors of a checkpoint, of any encoding.
+    """
     kinds = {info.stored.blocks for info in tensors if info.stored is not None}
     return [kind for kind in FEW_BITS if kind in kinds]
 

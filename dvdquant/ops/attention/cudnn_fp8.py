@@ -33,11 +33,11 @@ class CudnnAttention:
         """Return attention, see :mod:`.libraries`."""
         codes, steps = e4m3_operands(q, k, v, bounds, v_per_head=False)
         wide = torch.cuda.get_device_capability(q.device)[0] >= 10
-        key = (q.device, q.shape, k.shape, q.dtype, scale)
+        key = (q.device, q.shape, k.shape, v.dtype, scale)
         if key not in self._graphs:
-            self._graphs[key] = self._build(codes, scale, q.dtype if wide else None)
+            self._graphs[key] = self._build(codes, scale, v.dtype if wide else None)
         graph, tensors = self._graphs[key]
-        out = torch.empty(q.shape, dtype=q.dtype if wide else torch.float8_e4m3fn, device=q.device)
+        out = torch.empty(q.shape, dtype=v.dtype if wide else torch.float8_e4m3fn, device=q.device)
         one = torch.ones((1, 1, 1, 1), dtype=torch.float32, device=q.device)
         scalars = dict(zip(_SCALARS[:3], (step.reshape(1, 1, 1, 1) for step in steps)))
         v_step = scalars["descale_v"]
@@ -47,7 +47,7 @@ class CudnnAttention:
         workspace = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device=q.device)
         self._cudnn.set_stream(handle=self._handle(q.device), stream=torch.cuda.current_stream(q.device).cuda_stream)
         graph.execute({**values, tensors["o"]: out}, workspace, handle=self._handle(q.device))
-        return out if wide else (out.float() * v_step).to(q.dtype)
+        return out if wide else (out.float() * v_step).to(v.dtype)
 
     def _handle(self, device: torch.device) -> Any:
         if device not in self._handles:

@@ -17,7 +17,7 @@ def e4m3_operands(
     """Rotate q and k, and round q, k and v to e4m3.
 
     Args:
-        q: [B, S, H, d], and k and v [B, T, H, d], in 16 bit.
+        q: [B, S, H, d], and k and v [B, T, H, d], in 16 bit. q and k may be codes already, by their bounds.
         k: See q.
         v: See q.
         bounds: fp32 [2], the largest values that q and k can have. None takes them from the values.
@@ -27,12 +27,17 @@ def e4m3_operands(
         The codes of q, k and v, contiguous in their shapes, and the steps they are multiplied by: [1, 1] for q and k,
         [B, H] or [1, 1] for v.
     """
-    matrix = hadamard_matrix(q.shape[-1], torch.float32).to(q.device, q.dtype)
-    q, k = q @ matrix, k @ matrix
+    coded = q.dtype == torch.float8_e4m3fn
+    if not coded:
+        matrix = hadamard_matrix(q.shape[-1], torch.float32).to(q.device, q.dtype)
+        q, k = q @ matrix, k @ matrix
     q_amax, k_amax = (q.abs().amax(), k.abs().amax()) if bounds is None else bounds.unbind()
     v_amax = v.abs().amax((1, 3)) if v_per_head else v.abs().amax().reshape(1, 1)
     steps = [
         (amax.float().clamp(min=1e-30) / E4M3_MAX) for amax in (q_amax.reshape(1, 1), k_amax.reshape(1, 1), v_amax)
     ]
-    codes = [e4m3_codes(x.float(), step[:, None, :, None]).contiguous() for x, step in zip((q, k, v), steps)]
+    codes = [
+        (x if x.dtype == torch.float8_e4m3fn else e4m3_codes(x.float(), step[:, None, :, None])).contiguous()
+        for x, step in zip((q, k, v), steps)
+    ]
     return (codes[0], codes[1], codes[2]), (steps[0], steps[1], steps[2])

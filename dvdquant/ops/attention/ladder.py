@@ -88,6 +88,11 @@ class Attention:
             return exact(q, k, v, scale)
         return self._kernel(q, k, v, scale, bounds)
 
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the library that was chosen takes q and k as e4m3 codes of rotated heads."""
+        return self.taken is not None and self.taken.codes
+
     def to_json(self) -> dict[str, Any]:
         """Return what was wanted and what runs, for the trace."""
         return {

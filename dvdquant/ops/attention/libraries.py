@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ class Library:
         sms: The SMs that it has kernels for, or None for all devices.
         max_head: The most channels of a head.
         load: Import the library and return its kernel.
+        codes: Whether its kernel also takes q and k as e4m3 codes of rotated heads, by their bounds.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Library:
     sms: frozenset[int] | None
     max_head: int
     load: Callable[[], Kernel]
+    codes: bool = False
 
     def refused(self, sm: int | None, head: int | None = None) -> str | None:
         """Return in words why the library cannot serve a device, or None. It imports nothing.
@@ -124,7 +126,7 @@ def _fa3_fwd() -> Kernel:
         q_step, k_step, v_step = (step.to(torch.float32).expand(batch, heads).contiguous() for step in steps)
         out = attention(*codes, softmax_scale=scale, q_descale=q_step, k_descale=k_step, v_descale=v_step)
         out = out[0] if isinstance(out, tuple) else out
-        return out.to(q.dtype)  # type: ignore[no-any-return]
+        return out.to(v.dtype)  # type: ignore[no-any-return]
 
     return kernel
 
@@ -137,11 +139,18 @@ def _cudnn() -> Kernel:
 
 def _reference(name: str) -> Callable[[], Kernel]:
     def load() -> Kernel:
-        from dvdquant.ops.attention.definition import FORMATS, quantized_attention
+        from torch import float8_e4m3fn
+
+        from dvdquant.ops.attention.definition import E4M3_MAX, FORMATS, quantized_attention
 
         def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
+            form, dtype = FORMATS[name], v.dtype
+            if q.dtype == float8_e4m3fn and bounds is not None:
+                # Of rotated heads: what the codes say is on the grid already.
+                q, k = (x.float() * (bound / E4M3_MAX) for x, bound in zip((q, k), bounds.float()))
+                form = replace(form, rotated=False)
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            return quantized_attention(q, k, v, FORMATS[name], bounds, scale).transpose(1, 2)
+            return quantized_attention(q, k, v, form, bounds, scale).transpose(1, 2).to(dtype)
 
         return kernel
 
@@ -159,13 +168,16 @@ _SAGE2 = Library(
 _SAGE1 = Library(
     "sageattention-1", "int8", "sageattention", (1, 0, 6), (2,), frozenset((80, 86, 89)), 128, _sageattention
 )
-_FA3 = Library("fa3-fwd", "fp8", "fa3-fwd", (0, 0, 3), None, frozenset((90,)), 192, _fa3_fwd)
+_FA3 = Library("fa3-fwd", "fp8", "fa3-fwd", (0, 0, 3), None, frozenset((90,)), 192, _fa3_fwd, True)
 # The engine for SM 12.0 is an experiment of the frontend that has to be switched on.
-_CUDNN = Library("cudnn", "fp8", "nvidia-cudnn-frontend", (1, 32), None, frozenset((90, 100, 103)), 128, _cudnn)
+_CUDNN = Library(
+    "cudnn", "fp8", "nvidia-cudnn-frontend", (1, 32), None, frozenset((90, 100, 103)), 128, _cudnn, True
+)  # fmt: skip
 
 # The definition itself. It is slow, and taken only where it is asked for by name.
 REFERENCE: dict[str, Library] = {
-    kind: Library("reference", kind, "", (), None, None, 1 << 16, _reference(kind)) for kind in ("int8", "fp8")
+    kind: Library("reference", kind, "", (), None, None, 1 << 16, _reference(kind), kind == "fp8")
+    for kind in ("int8", "fp8")
 }
 LIBRARIES: dict[str, Library] = {library.name: library for library in (_COMFY, _SAGE2, _SAGE1, _FA3, _CUDNN)}
 

@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define DVDQ_ABI_VERSION 5
+#define DVDQ_ABI_VERSION 6
 
 typedef void* dvdq_stream;  // cudaStream_t
 
@@ -177,6 +177,33 @@ DVDQ_API dvdq_status dvdq_fused_quantize(const dvdq_layer* layer, int32_t sm, co
 DVDQ_API dvdq_status dvdq_fused_linear(const dvdq_layer* layer, int32_t sm, const dvdq_prologue* prologue, const void* x,
                                        const void* pre_quant, const void* prepared, void* y, int64_t m, void* workspace,
                                        int64_t workspace_bytes, dvdq_stream stream);
+
+// ---- q and k on their way to attention ------------------------------------------------------------------------------------
+
+typedef enum dvdq_rope_norm { DVDQ_ROPE_NORM_NONE = 0, DVDQ_ROPE_NORM_ALL = 1, DVDQ_ROPE_NORM_HEAD = 2 } dvdq_rope_norm;
+
+// n = x / sqrt(mean(x^2) + eps) * weight, over all channels of a token or over each head;
+// r = rope of n: pairs (2i, 2i + 1) become (n0 cos - n1 sin, n1 cos + n0 sin);
+// h = r times the Hadamard matrix / sqrt(head) over each head, or r;
+// out = e4m3 of h * 448 / bound, held to 448; or h in 16 bits. In fp32, and rounded once.
+typedef struct dvdq_rope {
+  int64_t channels;       // of a token, all heads; up to 8192
+  int64_t stride;         // elements of x from one token to the next, a multiple of 8
+  int64_t period;         // tokens of a sample: token i reads row i % period of the tables
+  int64_t rope_channels;  // channels of a row of the tables: a head's or all; 0: no rope
+  int32_t head;           // channels of a head: 32, 64, 128 or 256
+  int32_t dtype;          // dvdq_dtype, of x and of out without a bound
+  int32_t norm;           // dvdq_rope_norm
+  int32_t rotated;        // 0: h = r
+  float eps;
+  const float* weight;    // of the norm, [channels] or [head]; null: ones
+  const float* cosines;   // [period, rope_channels / 2]
+  const float* sines;     // the same
+  const float* bound;     // [1] on the device, what becomes 448; null: 16 bits out
+} dvdq_rope;
+
+// x [m, channels] at rope.stride to out [m, channels], packed. Pointers are aligned to 16 bytes, bound to 4.
+DVDQ_API dvdq_status dvdq_rope_quantize(const dvdq_rope* rope, const void* x, void* out, int64_t m, dvdq_stream stream);
 
 // ---- quantizing: rotated weights -> 4-bit grids -----------------------------------------------------------------------
 

@@ -1,0 +1,144 @@
+"""Steps of a PyTorch session as CUDA graphs: one launch in place of thousands, where a step is so short that launches count.
+
+A graph repeats what was captured: the same kernels on the same memory. So a step is captured for its bit-width and its shapes,
+after one step that ran as usual and settled what is settled once: weights that are prepared, blocks that are compiled, the
+attention that is chosen. A step that cannot be captured runs as usual from then on, and the log says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["MOST_CAPTURES", "MOST_TOKENS", "GraphReplay", "why_not"]
+
+log = logging.getLogger(__name__)
+
+# From here on a step's kernels take so long that their launches are hidden behind them: 60 launches a block take about .3 ms.
+MOST_TOKENS = 4000
+# Each holds the memory of a step.
+MOST_CAPTURES = 4
+
+# What a session says where it captures nothing.
+RANGED = "the export serves ranges of sizes"
+LONG = f"a step has more than {MOST_TOKENS} tokens, whose kernels take longer than their launches"
+HOST = "there is no CUDA device"
+
+Step = Callable[[dict[str, Tensor]], Tensor]
+Key = tuple[Hashable, tuple[tuple[str, torch.Size, torch.dtype], ...]]
+
+
+@dataclass
+class _Capture:
+    """A captured step: what it reads, what it writes, and what repeats it."""
+
+    inputs: dict[str, Tensor]
+    output: Tensor
+    replay: Callable[[], Any]
+
+
+def capture_step(step: Step, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[], Any]]:
+    """Capture a step on the current CUDA device; return the tensor that it writes, and what repeats it.
+
+    Args:
+        step: The step.
+        inputs: The tensors that it reads, now and at every repetition.
+    """
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step(inputs)
+    return output, graph.replay
+
+
+def why_not(device: torch.device, dynamic: bool, tokens: int) -> str | None:
+    """Return in words why a session's steps are not captured, or None where they are.
+
+    Args:
+        device: The device of the session.
+        dynamic: Whether its sizes have ranges.
+        tokens: The tokens of its largest step.
+    """
+    if device.type != "cuda":
+        return HOST
+    if dynamic:
+        return RANGED
+    return LONG if tokens > MOST_TOKENS else None
+
+
+class GraphReplay:
+    """The captured steps of one session.
+
+    Args:
+        step: Runs one step on the session's device.
+        name: What the log calls the model.
+
+    Attributes:
+        failed: Why nothing is captured any more, or None.
+    """
+
+    def __init__(self, step: Step, name: str) -> None:
+        self._step, self._name = step, name
+        self._captures: OrderedDict[Key, _Capture] = OrderedDict()
+        self._seen: set[Key] = set()
+        self.failed: str | None = None
+
+    def __call__(self, inputs: dict[str, Tensor], state: Hashable) -> Tensor:
+        """Run a step, or repeat the one that was captured for these shapes.
+
+        Args:
+            inputs: The inputs of the step, on the device.
+            state: What else the step depends on, such as the bit-width that the model is set to.
+
+        Returns:
+            The output, in memory that the next step leaves alone.
+        """
+        key = (state, tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items()))
+        if self.failed is not None:
+            return self._step(inputs)
+        if key not in self._seen:
+            self._seen.add(key)
+            return self._step(inputs)
+        if key not in self._captures and not self._capture(key, inputs):
+            return self._step(inputs)
+        capture = self._captures[key]
+        self._captures.move_to_end(key)
+        for name, tensor in inputs.items():
+            capture.inputs[name].copy_(tensor)
+        capture.replay()
+        return capture.output.clone()
+
+    def forget(self) -> None:
+        """Drop all captures: the model has changed."""
+        self._captures.clear()
+        self._seen.clear()
+
+    def _capture(self, key: Key, inputs: dict[str, Tensor]) -> bool:
+        """Capture a step, the least recently used one giving way; return whether that worked."""
+        held = {name: tensor.clone() for name, tensor in inputs.items()}
+        while len(self._captures) >= MOST_CAPTURES:
+            self._captures.popitem(last=False)
+        try:
+            output, replay = capture_step(self._step, held)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.failed = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            self._captures.clear()
+            log.warning("%s: steps are not captured as CUDA graphs: %s", self._name, self.failed)
+            return False
+        self._captures[key] = _Capture(held, output, replay)
+        log.info("%s: a step is captured as a CUDA graph", self._name)
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the inputs and outputs that are held; what is in between is the allocator's."""
+        held = (tensor for c in self._captures.values() for tensor in (*c.inputs.values(), c.output))
+        return sum(tensor.nbytes for tensor in held)

@@ -1,0 +1,105 @@
+"""Steps that are repeated as CUDA graphs: what is captured and when, on a double of the capture. No GPU has run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions import open_session, replay
+from dvdquant.deploy.sessions.pytorch import PyTorchSession
+from dvdquant.deploy.sessions.replay import GraphReplay, why_not
+from tests.support import session_exports as made
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A capture that repeats a step on the memory that it was made with, and writes where it wrote: as a CUDA graph does."""
+    made_captures: list[Any] = []
+
+    def capture(step: replay.Step, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[], Any]]:
+        output = step(inputs)
+        made_captures.append(inputs)
+        return output, lambda: output.copy_(step(inputs))
+
+    monkeypatch.setattr(replay, "capture_step", capture)
+    return made_captures
+
+
+def step_of(calls: list[tuple[int, ...]]) -> replay.Step:
+    def step(inputs: dict[str, Tensor]) -> Tensor:
+        calls.append(tuple(inputs["x"].shape))
+        return inputs["x"] * 2 + inputs["t"]
+
+    return step
+
+
+def given(value: float, size: int = 3) -> dict[str, Tensor]:
+    return {"x": torch.full((size,), value), "t": torch.tensor(1.0)}
+
+
+def test_a_step_is_captured_when_it_comes_again(captured: list[Any]) -> None:
+    """Outputs are those of a plain step, and stay as they are when the next one runs."""
+    graphs = GraphReplay(step_of([]), "transformer")
+    outputs = [graphs(given(float(i)), 8) for i in range(4)]
+    assert [float(output[0]) for output in outputs] == [1.0, 3.0, 5.0, 7.0]
+    assert len(captured) == 1
+    assert graphs.nbytes == 4 * (3 + 1 + 3)
+
+
+def test_each_width_and_each_shape_has_its_own(captured: list[Any]) -> None:
+    graphs = GraphReplay(step_of([]), "transformer")
+    for state in (8, 4, 8, 4):
+        for size in (3, 5):
+            assert torch.equal(graphs(given(2.0, size), state), torch.full((size,), 5.0))
+    assert len(captured) == 4
+    for size in range(6, 6 + replay.MOST_CAPTURES):
+        for _ in range(2):
+            graphs(given(1.0, size), 8)
+    assert len(graphs._captures) == replay.MOST_CAPTURES
+    graphs.forget()
+    assert graphs.nbytes == 0
+    before = len(captured)
+    graphs(given(1.0), 8)
+    assert len(captured) == before
+
+
+def test_what_cannot_be_captured_runs_as_usual(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(step: replay.Step, inputs: dict[str, Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(replay, "capture_step", refuse)
+    graphs = GraphReplay(step_of([]), "transformer")
+    assert [float(graphs(given(float(i)), 8)[0]) for i in range(4)] == [1.0, 3.0, 5.0, 7.0]
+    assert caplog.text.count("not permitted when stream is capturing") == 1
+
+
+def test_where_it_is_off() -> None:
+    assert why_not(CUDA, False, 3999) is None
+    assert "no CUDA device" in str(why_not(CPU, False, 10))
+    assert "ranges" in str(why_not(CUDA, True, 10))
+    assert "more than 4000 tokens" in str(why_not(CUDA, False, 32760))
+
+
+def test_a_session_repeats_its_steps(
+    monkeypatch: pytest.MonkeyPatch, captured: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With switches between the widths; off, with the reason, where there is no GPU."""
+    artifact = Artifact.open(made.family_export("wan"))
+    inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
+    with open_session(artifact, backend="pytorch", device="cpu", cuda_graphs=True) as session:
+        wanted = {bits: session.run(inputs, bits) for bits in (4, 8)}
+    assert "not captured as CUDA graphs: there is no CUDA device" in caplog.text
+    monkeypatch.setattr("dvdquant.deploy.sessions.pytorch.why_not", lambda *_: None)
+    with PyTorchSession(artifact, cuda_graphs=True) as session:
+        for bits in (8, 4, 8, 4, 8, 4):
+            assert torch.equal(session.run(inputs, bits), wanted[bits])
+    assert len(captured) == 2
