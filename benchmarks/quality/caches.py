@@ -7,7 +7,7 @@
 Every clip is drawn with the layers of ``w4a4``, on a8 or switched as ``dvdq-run`` has it, without a cache and with each
 policy at several thresholds, and held against the fp32 clip of its prompt and seed. A setting is written as mode (``a8``,
 ``a4``, ``switch`` or ``switch=δ``), policy, threshold, what is reused, the longest run of skipped steps and the warm-up. A
-killed run goes on where it was.
+killed run goes on where it was. Where a8 is not among what is drawn, its clips are those that ``run`` keeps here.
 """
 
 from __future__ import annotations
@@ -124,6 +124,20 @@ def do(job: Job) -> tuple[Job, list[dict[str, Any]]]:
     return job, _runner.do(job)
 
 
+def kept_a8(model: str, clips: Sequence[tuple[Any, int]]) -> list[dict[str, Any]]:
+    """The rows of a8 without a cache in the rows that `run` keeps here, for some clips."""
+    from benchmarks.quality.results.results_file import read_lines
+
+    wanted = {(" ".join(prompt), seed) for prompt, seed in clips}
+    found = []
+    for row in map(json.loads, read_lines(HERE / "results.jsonl.xz").splitlines()):
+        what = [row.get(name) for name in ("kind", "model", "method", "width")]
+        if what == ["clip", model, METHOD, "A8"] and (row["prompt"], row["seed"]) in wanted:
+            right = all(row["right"].values())
+            found.append({**row, "setting": "a8", "right": right, "skipped": 0.0, "low": 0.0})
+    return found
+
+
 def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
     """A line for every model and setting: what is left out, PSNR, and its loss to a8 without a cache on the same clips."""
     from benchmarks.quality.report import _said, difference, interval, table
@@ -209,6 +223,9 @@ def main() -> int:
             break
     if pool is not None:
         pool.terminate()
+    for model in models:
+        if not any(row["setting"] == "a8" for row in rows if row["model"] == model):
+            rows += kept_a8(model, _runner.plan)
     text = table_of(rows, list(SETTINGS) + [s for s in settings if s not in SETTINGS])
     print(text)
     if not options.no_page:

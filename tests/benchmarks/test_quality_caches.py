@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.quality.caches import SETTINGS, controller_of, table_of
+from benchmarks.quality.caches import SETTINGS, controller_of, kept_a8, table_of
 from benchmarks.quality.toy.clips import Bench, bench_prompts, generate
+from benchmarks.quality.work import plan
 from dvdquant.checkpoint.prompt_table import EMPTY_WORD
 from dvdquant.deploy.switching.runner import StepRunner
 from tests.support.exporting import TINY_WAN
@@ -42,6 +43,13 @@ def test_table() -> None:
         ["m", "a8", "0%", "0%", "31.50", "–", "75%"],
         ["m", "switch", "50%", "75%", "30.50", "-1.00 [-1.00, -1.00], 4 clips", "75%"],
     ]
+
+
+def test_the_kept_clips_of_a8() -> None:
+    clips = plan(Bench.open(TINY_WAN), 64, 2)[:3]
+    rows = kept_a8("tiny-wan", clips)
+    assert [(row["prompt"], row["seed"]) for row in rows] == [(" ".join(prompt), seed) for prompt, seed in clips]
+    assert all(row["psnr"] > 25 and row["setting"] == "a8" and row["right"] in (True, False) for row in rows)
 
 
 class _Session:
