@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -57,21 +58,33 @@ def exact_products() -> Any:
 
 def forward(model: Any, bench: Any, prompts: int = 2) -> Tensor:
     x, text = bench.noise(range(prompts)), bench.words(script("clips").bench_prompts(bench.table, prompts, 0))
+    dtype = next(model.parameters()).dtype
     with torch.inference_mode():
-        return model(x, torch.full((prompts,), 600.0), text, return_dict=False)[0]
+        return model(x.to(dtype), torch.full((prompts,), 600.0, dtype=dtype), text.to(dtype), return_dict=False)[0]
+
+
+@pytest.fixture(scope="module")
+def exact(bench: Any) -> Tensor:
+    """The model's output in float64."""
+    return forward(copy.deepcopy(bench.model).double(), bench)
+
+
+@pytest.fixture(scope="module")
+def rounding(bench: Any, exact: Tensor) -> float:
+    """How far fp32 is from that, as a share of its norm: two right computations in fp32 are a few times this apart."""
+    found = float((forward(bench.model, bench) - exact).norm() / exact.norm())
+    assert 2.0**-24 < found < 1e-4
+    return found
 
 
 @pytest.mark.usefixtures("exact_products")
-def test_layers_that_change_nothing_change_nothing(bench: Any) -> None:
+def test_layers_that_change_nothing_change_nothing(bench: Any, exact: Tensor, rounding: float) -> None:
     """The surgery: merged members get their own rows and the bias."""
     simulate = script("simulate")
     layers = simulate.layers_of(bench.model)
     assert len(layers) == 42
     same = simulate.install(bench.model, layers, lambda layer: simulate.Simulated(layer.weight))
-    exact = forward(bench.model, bench)
-    # fp32 products in another order: √K roundings of 2⁻²⁴ in each of 42 layers of K = 256 and more, independent of one
-    # another, are √(42·256)·2⁻²⁴ = 6e-6 of the norm; the residual stream passes most layers by.
-    assert float((forward(same, bench) - exact).norm() / exact.norm()) < 1e-5
+    assert float((forward(same, bench) - exact).norm() / exact.norm()) < 4 * rounding
 
 
 @pytest.mark.usefixtures("exact_products")
@@ -183,18 +196,19 @@ def test_what_has_no_compiled_grid_says_so() -> None:
 
 
 @pytest.mark.stress
-def test_the_compiled_model_is_the_model(bench: Any, layers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_model_is_the_model(
+    bench: Any, layers: list[Any], exact: Tensor, rounding: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """fp32: the same numbers. bf16: as near to fp32 as the eager bf16 model, and a method exchanged without compiling again."""
     simulate, compiled, methods = script("simulate"), script("compiled"), script("methods")
     for module in (simulate, compiled):  # the compiler looks them up by name
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    exact = forward(bench.model, bench)
 
     def away(y: Tensor, reference: Tensor = exact) -> float:
         return float((y.float() - reference).norm() / reference.norm())
 
     wide = compiled.CompiledModel(bench.model, layers, wide=True)
-    assert away(forward(wide.install(layers, lambda layer: simulate.Simulated(layer.weight)), bench)) < 1e-5
+    assert away(forward(wide.install(layers, lambda layer: simulate.Simulated(layer.weight)), bench)) < 4 * rounding
     narrow = compiled.CompiledModel(bench.model, layers)
     with torch.autocast("cpu", torch.bfloat16):
         eager = away(forward(bench.model, bench))
@@ -227,12 +241,13 @@ def test_bf16_products_do_not_decide(bench: Any, layers: list[Any]) -> None:
     assert float((outputs[torch.bfloat16] - outputs[torch.float32]).norm()) < 0.3 * quantization
 
 
-def test_clips_do_not_depend_on_their_batch(bench: Any) -> None:
+def test_clips_do_not_depend_on_their_batch(bench: Any, rounding: float) -> None:
+    """But for the order of sums: guidance adds the roundings of two outputs, (2g − 1)-fold, and every step adds its own."""
     clips = script("clips")
     prompts = clips.bench_prompts(bench.table, 3, seed=5)
     together = clips.generate(bench, {16: bench.model}, prompts, [7, 8, 9]).latents
     alone = clips.generate(bench, {16: bench.model}, prompts[1:2], [8]).latents
-    assert float((together[1] - alone[0]).norm() / alone.norm()) < 1e-4
+    assert float((together[1] - alone[0]).norm() / alone.norm()) < 4 * rounding * (2 * bench.guidance - 1) * bench.steps
 
 
 @pytest.mark.parametrize("high", [0, 3])
@@ -250,11 +265,11 @@ def test_a_planned_switch_is_its_one_model(bench: Any, layers: list[Any], high: 
     assert torch.equal(alone.latents, planned.latents)
 
 
-def test_outliers_change_the_inputs_and_not_the_output(bench: Any) -> None:
+def test_outliers_change_the_inputs_and_not_the_output(bench: Any, exact: Tensor, rounding: float) -> None:
     outliers, simulate = script("outliers"), script("simulate")
     changed, factors = outliers.add_outliers(bench.model, count=5, largest=60.0)
-    exact = forward(bench.model, bench)
-    assert float((forward(changed, bench) - exact).norm() / exact.norm()) < 1e-5
+    # The factors' own roundings in fp32 are as many as those of the model.
+    assert float((forward(changed, bench) - exact).norm() / exact.norm()) < 8 * rounding
     assert max(factors.values()) == pytest.approx(60)
     assert min(factors.values()) == pytest.approx(15)
     largest: dict[bool, Tensor] = {}

@@ -126,3 +126,36 @@ def test_both_halves_of_a_guided_batch_belong_to_one_sample() -> None:
         fit = path.fit(torch.cat([latents] * 2))
         assert fit is None or fit.residual < 1e-3
         path.note(torch.cat([latents] * 2), torch.cat([uncond, cond]))
+
+
+def test_unrelated_noise_is_not_taken_for_a_loops_next_step() -> None:
+    """Five hundred starts of other loops, of as many values as a short clip in few pixels has: none by chance."""
+    generator = torch.Generator().manual_seed(11)
+    path, shape = Path(), (1, 16, 3, 16, 16)
+    draw = lambda: torch.randn(shape, generator=generator)  # noqa: E731
+    latents = draw()
+    path.note(latents, draw())
+    path.note(latents, draw())
+    fits = [path.fit(draw()) for _ in range(500)]
+    assert not any(fit is None or fit.dependent for fit in fits)
+    tenth = path.fit(0.3 * latents + draw())  # 8 % of the square
+    assert tenth is not None
+    assert tenth.dependent
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("solver", ["sde", "lcm", "ancestral", "unipc"])
+def test_latents_of_a_published_size(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """480p and 81 frames of Wan: every step is its own loop's by far, and chance explains next to nothing."""
+    monkeypatch.setattr("tests.deploy.test_continuity.SHAPE", (1, 16, 21, 60, 104))
+    paths = (Path(), Path())
+    for step, pair in enumerate(zip(calls(solver, 0, torch.bfloat16, 4), calls(solver, 1, torch.bfloat16, 4))):
+        for number, (latents, *_) in enumerate(pair):
+            own, other = paths[number].fit(latents), paths[1 - number].fit(latents)
+            if step and own is not None and other is not None:
+                assert own.dependent
+                assert not other.dependent
+                assert own.residual < BETTER < 0.999 < other.residual
+        for number, (latents, uncond, cond) in enumerate(pair):
+            paths[number].note(latents, uncond)
+            paths[number].note(latents, cond)

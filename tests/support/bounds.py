@@ -19,8 +19,18 @@ from torch import Tensor
 from dvdquant.export.passes.fp8_attention import AttentionScales
 from dvdquant.export.verify.tolerance import LAMBDA, UNIT, OpInputs, judge
 from dvdquant.model.layers import QuantLinear
+from dvdquant.quantize.bgr import QuantizedWeight
 
-__all__ = ["LAMBDA", "UNIT", "assert_layer", "e4m3_attention_error", "product_error", "sum_error"]
+__all__ = [
+    "LAMBDA",
+    "UNIT",
+    "assert_layer",
+    "assert_same_grid",
+    "attention_error",
+    "e4m3_attention_error",
+    "product_error",
+    "sum_error",
+]
 
 
 def sum_error(terms: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,6 +43,43 @@ def product_error(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> T
     """Return how far ``a @ b``, accumulated in ``dtype``, may be off: a [..., K] and b [K, N] to [..., N], fp64."""
     norms = (a.double().square() @ b.double().square()).sqrt()
     return LAMBDA * a.shape[-1] ** 0.5 * UNIT[dtype] * norms
+
+
+def attention_error(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Return attention in float64 and how far attention in fp32 may be from it, both [B, H, S, d].
+
+    A score is off by its sum's rounding and by a few units of itself (operands that are scaled, the largest score that is taken
+    away). A share is off by as much of itself as its own score and the sum of all are, and by the exponential's 4 units.
+
+    Args:
+        q, k, v: [B, H, S, d]. keep: bool, which keys count, and broadcasts to the scores.
+    """
+    unit, q, k, v = UNIT[torch.float32], q.double(), k.double(), v.double()
+    scale, turned = q.shape[-1] ** -0.5, k.transpose(-1, -2)
+    scores = q @ turned * scale
+    off = (product_error(q, turned) * scale + 4 * unit * scores.abs()).masked_fill(~keep, 0.0)
+    shares = torch.softmax(scores.masked_fill(~keep, -torch.inf), dim=-1)
+    relative = 2 * off.amax(-1, keepdim=True) + (2 * k.shape[-2] + 8) * unit
+    return shares @ v, relative * (shares @ v.abs())
+
+
+def assert_same_grid(w: Tensor, found: QuantizedWeight, other: QuantizedWeight) -> None:
+    """Assert that two quantizations of w [N, K], whose scales agree but for 16 roundings, have the same error in every row.
+
+    A restored weight moves by those roundings of itself. A code next to a tie may be the other one, which is as near to the
+    weight but for as much again. A group's stored share or a zero-point that lies next to a tie of its own grid is a step off;
+    such rows are counted, and there are few.
+    """
+    rows = len(w)
+    same = (found.group_scale == other.group_scale).reshape(rows, -1).all(1)
+    same &= (found.zero == other.zero).reshape(rows, -1).all(1)
+    restored = found.dequantize(torch.float64)
+    first, second = ((w.double() - x).norm(dim=1) for x in (restored, other.dequantize(torch.float64)))
+    bound = 3 * 16 * UNIT[torch.float32] * (w.double().norm(dim=1) + restored.norm(dim=1))
+    assert bool(((first - second).abs() <= bound)[same].all())
+    # A quotient of 16 roundings in steps of 1/255 or 1/16 is next to a tie in 32·255 of 2²⁴ cases.
+    expected = found.group_scale.numel() * 32 * 255 * UNIT[torch.float32] * 2
+    assert int((~same).sum()) <= expected + LAMBDA * expected**0.5 + 1
 
 
 def assert_layer(
