@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: wheel triton-check dynamo-check help venv demo demo-steps test stress campaign variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: wheel wheel-check walks triton-check dynamo-check help venv demo demo-steps test stress campaign variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -29,6 +29,8 @@ help:
 	@echo "make kernels        the CUDA kernels' library (needs nvcc); kernels-check also reads its machine code"
 	@echo "make kernels plugin HOST=aarch64 SM=\"87 110\"  both for a Jetson, on x86-64"
 	@echo "make wheel   dist/*.whl, with the kernels' library where it was built (HOST=aarch64: with that of a Jetson)"
+	@echo "make wheel-check  such a wheel in a new environment: its commands, run from /"
+	@echo "make walks   the pages for four users, command by command in such an environment, as transcripts in docs/walks (COMFYUI_ROOT=)"
 	@echo "make venv    only the environment: $(VENV) with dvdq-export and dvdq-inspect"
 	@echo "make dynamo-check  a worker behind NVIDIA Dynamo's own frontend, out of its wheels (90 MB)"
 	@echo "make triton-check  the model repository in a real tritonserver, out of nvidia-pytriton's wheel (55 MB)"
@@ -96,6 +98,13 @@ wheel: $(INSTALLED_TEST)
 	@DVDQUANT_HOST=$(HOST) $(BIN)/python -m build --wheel --no-isolation --outdir dist build/wheel/source >build/wheel/log \
 		|| { tail -20 build/wheel/log >&2; exit 1; }
 	@ls -l dist/*.whl
+
+# Everything that the commands need comes from the wheel's own requirements: a new environment of 2.6 GB, removed at the end.
+wheel-check: wheel
+	$(BIN)/python docs/scripts/walks.py dist/*.whl --only install --check
+
+walks: wheel
+	$(BIN)/python docs/scripts/walks.py dist/*.whl
 
 # Dynamo pins releases that others here do not share, so it is unpacked beside the environment as well.
 DYNAMO := build/dynamo

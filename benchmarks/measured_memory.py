@@ -1,7 +1,7 @@
 """Compare what ``dvdq-run --memory`` estimates with what a run takes: ``python -m benchmarks.measured_memory [FOLDER]``.
 
-A Wan pipeline is made with random weights and parts that are large enough to be seen: a transformer of 104 million weights, a
-text encoder of 220 million, and a VAE of the published size. Each arrangement draws one clip in a process of its own on the
+A Wan pipeline is made with random weights and parts that are large enough to be seen: a transformer of 111 million weights, a
+text encoder of 222 million, and a VAE of the published size. Each arrangement draws one clip in a process of its own on the
 CPU. The table has, for each stage, the estimate without what libraries and the program take, and the most of the process's
 resident memory and of its own memory beyond what it had before anything was loaded. Pages of files that are mapped, such as
 weights as PyTorch loads them on a CPU, are resident and not its own.

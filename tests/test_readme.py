@@ -103,6 +103,19 @@ def test_commands_parse(page: Path) -> None:
             pytest.fail(f"{page.relative_to(ROOT)} has a command this test does not know: {name}")
 
 
+def test_walks_take_the_commands_of_their_pages() -> None:
+    """The transcripts are of these commands, in this order; `make walks` makes them anew."""
+    walks = _script("walks")
+    for walk in walks.WALKS:
+        page = (ROOT / "docs" / walk.page).read_text()
+        assert [step.line for step in walk.steps if step.on_page and step.line not in page] == []
+        if walk.name == "install":
+            continue
+        transcript = (ROOT / "docs" / "walks" / f"{walk.name}.md").read_text()
+        ran = [line.removeprefix("$ ") for line in transcript.splitlines() if line.startswith("$ ")]
+        assert ran == [walks.shown(step.command, Path("/place"), Path("/environment")) for step in walk.steps]
+
+
 def test_the_two_commands_are_there() -> None:
     commands = _commands(README)
     assert ["make", "demo"] in commands

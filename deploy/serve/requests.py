@@ -40,6 +40,10 @@ def _no_surrogates(value: Any) -> Any:
 _Text = Annotated[str, BeforeValidator(_no_surrogates)]
 
 
+# Fields of a request that ask for a way to choose the width of a step.
+_ABOUT_SWITCHING = {"mode", "delta", "last_high", "weighting", "schedule", "average_bits"}
+
+
 class VideoRequest(BaseModel):
     """Describe a clip. A field that is missing or null takes the model's own value."""
 
@@ -62,7 +66,9 @@ class VideoRequest(BaseModel):
     width: int | None = Field(None, ge=1, le=1 << 15, description="Pixels; instead of `size`.")
     height: int | None = Field(None, ge=1, le=1 << 15, description="Pixels; instead of `size`.")
     mode: Literal["switch", "a4", "a8"] | None = Field(
-        None, description="`switch`: 4 or 8 activation bits, chosen at each step. `a4`, `a8`: always that."
+        None,
+        description="`switch`: 4 or 8 activation bits, chosen at each step, the default where the export has both. "
+        "`a4`, `a8`: always that.",
     )
     delta: float | None = Field(
         None,
@@ -227,6 +233,9 @@ def generate_request(
     )
     fields = {names.get(name, name): values[name] for name in (*names, *same) if name in values}
     fields |= {PICTURES[name]: source_of for name, source_of in (pictures or {}).items()}
+    widths = {graph["act_bits"] for graph in manifest.graphs}
+    if len(widths) == 1 and not values.keys() & _ABOUT_SWITCHING:
+        fields["mode"] = f"a{min(widths)}"  # an export of one width has nothing to switch between
     if "schedule" not in values and "average_bits" not in values:
         return GenerateRequest(values["prompt"], **fields)
     path = _schedule_file(values, source)

@@ -64,29 +64,31 @@ def diagnose(out: Path) -> Iterator[Finding]:
     )
     gpus = installed_gpus()
     yield from _gpus(gpus)
-    for look in (
-        lambda: _torch(gpus),
-        _packages,
-        lambda: _kernels(gpus),
-        lambda: _attention(gpus),
-        lambda: _builder("TensorRT-RTX", "tensorrt_rtx"),
-        lambda: _builder("TensorRT", "tensorrt"),
-        _onnxruntime,
-        _compiler,
-        lambda: _space(out),
-    ):
-        yield from _safely(look)
+    looks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "PyTorch": lambda: _torch(gpus),
+        "libraries": _packages,
+        "CUDA kernels": lambda: _kernels(gpus),
+        "attention in 8 bits": lambda: _attention(gpus),
+        "TensorRT-RTX": lambda: _builder("TensorRT-RTX", "tensorrt_rtx"),
+        "TensorRT": lambda: _builder("TensorRT", "tensorrt"),
+        "ONNX Runtime": _onnxruntime,
+        "nvcc": _compiler,
+        "disk and memory": lambda: _space(out),
+    }
+    for name, look in looks.items():
+        yield from _safely(name, look)
     yield _would_run(gpus)
 
 
-def _safely(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _safely(name: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     """Yield the findings of one look; what it raises is a finding, too."""
     try:
         yield from look()
     except DvdquantError as error:
-        yield Finding("a check", "problem", error.what, error.fix or "")
+        found = error.what if error.available is None else f"{error.what}; {error.available}"
+        yield Finding(name, "problem", found, error.fix or "")
     except Exception as error:  # noqa: BLE001  # a broken library may raise anything, and the other checks still matter
-        yield Finding("a check", "problem", f"{type(error).__name__}: {error}", "install the library anew")
+        yield Finding(name, "problem", f"{type(error).__name__}: {error}", "install the library anew")
 
 
 def _gpus(gpus: list[Installed]) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ import click
 from dvdquant import __version__
 from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setup_logging
 from dvdquant.cli.paths import PATH
+from dvdquant.system.progress import count_text
 from dvdquant.text import json_text
 
 EXAMPLES = """
@@ -49,7 +50,7 @@ def main(folder: Path, as_json: bool, verbose: int) -> None:
     if as_json:
         echo(json_text({"findings": [finding.to_json() for finding in findings], "problems": problems}, indent=1))
         return
-    echo(f"\n{len(problems)} problems: {', '.join(problems)}" if problems else "\nno problems")
+    echo(f"\n{count_text(len(problems), 'problem')}: {', '.join(problems)}" if problems else "\nno problems")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_the_kept_clips_of_a8() -> None:
     clips = plan(Bench.open(TINY_WAN), 64, 2)[:3]
     rows = kept_a8("tiny-wan", clips)
     assert [(row["prompt"], row["seed"]) for row in rows] == [(" ".join(prompt), seed) for prompt, seed in clips]
-    assert all(row["psnr"] > 25 and row["setting"] == "a8" and row["right"] in (True, False) for row in rows)
+    assert all(row["psnr"] > 15 and row["setting"] == "a8" and row["right"] in (True, False) for row in rows)
 
 
 class _Session:

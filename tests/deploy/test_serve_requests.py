@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,15 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.serving.local import local_http
+from dvdquant.artifact.manifest import load_manifest
 from dvdquant.deploy.serve.jobs import Failure, Job, NewJob, QueueFullError
 from dvdquant.deploy.serve.openapi import openapi_document, readable_page
-from dvdquant.deploy.serve.requests import frames_of_seconds, read_request
+from dvdquant.deploy.serve.requests import frames_of_seconds, generate_request, read_request
 from dvdquant.deploy.serve.service import DiskFullError, Service
-from dvdquant.deploy.serve.settings import Limits, ServerSettings
+from dvdquant.deploy.serve.settings import Limits, ModelSource, ServerSettings
 from dvdquant.deploy.serve.videos import error_json, list_json, video_json
 from dvdquant.deploy.serve.wording import client_text
 from dvdquant.errors import DvdquantError
 from tests.support.exporting import REPOSITORY
+from tests.support.session_exports import family_export
 
 FULL: dict[str, Any] = {
     "prompt": "a cat",
@@ -204,3 +207,13 @@ def test_the_server_process_needs_no_torch(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(REPOSITORY)},
     )
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_an_export_of_one_width_has_nothing_to_switch_between() -> None:
+    """A request that says nothing of widths is drawn at the only one; one that asks to switch is not taken for another."""
+    manifest = load_manifest(family_export("wan", "fp16"))
+    one = SimpleNamespace(graphs=[graph for graph in manifest.graphs if graph["act_bits"] == 8])
+    source = ModelSource("wan", "out")
+    for known, mode in ((manifest, "switch"), (one, "a8")):
+        assert generate_request({"prompt": "a"}, known, source).mode == mode
+        assert generate_request({"prompt": "a", "delta": 0.1}, known, source).mode == "switch"
