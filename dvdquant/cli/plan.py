@@ -202,7 +202,7 @@ def _seeds(text: str) -> list[int]:
     except ValueError:
         seeds = []
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ShapeError(f"--seeds is {text!r:.80}", available="different numbers from 0 up, such as 0,1,2")
+        raise ShapeError(f"--seeds is {text!r:.80}", available="different numbers from 0 up", fix="give --seeds 0,1,2")
     return seeds
 
 

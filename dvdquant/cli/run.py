@@ -605,7 +605,9 @@ def parse_cache(text: str | None) -> float | None:
     try:
         return float(text)
     except ValueError:
-        raise ShapeError(f"--cache is {text!r:.80}", available="a number such as 0.02, or off") from None
+        raise ShapeError(
+            f"--cache is {text!r:.80}", available="a number from 0 up, or off", fix="give --cache 0.02 or --cache off"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Writer:
                     raise OutputError(f"{option} and {seen[target]} are both {path}", fix="give each its own name")
                 seen[target] = option
         if settings.fps is not None and not 0.1 <= settings.fps <= 240:
-            raise OutputError(f"--fps is {settings.fps}", available="0.1 to 240")
+            raise OutputError(f"--fps is {settings.fps}", available="0.1 to 240", fix="give --fps 16, or leave it out")
         return cls(settings, count)
 
     def clip(self, results: list[GenerateResult], fps: int, progress: Progress) -> None:

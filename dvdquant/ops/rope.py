@@ -103,7 +103,7 @@ def _check(x: Tensor, rope: Rope) -> None:
     _, tokens, channels = x.shape
     size = channels if rope.norm == "all" else rope.head
     if rope.weight is not None and tuple(rope.weight.shape) != (size,):
-        raise ShapeError(f"a weight {tuple(rope.weight.shape)} of a norm over {size} channels")
+        raise ShapeError(f"a weight {tuple(rope.weight.shape)} of a norm over {size} channels", available=f"({size},)")
     for table in (rope.cosines, rope.sines):
         if table is not None and tuple(table.shape) not in ((tokens, rope.head // 2), (tokens, channels // 2)):
             raise ShapeError(
