@@ -107,8 +107,9 @@ def test_import_is_light() -> None:
 
 
 def test_every_module_imports_without_gpu_tensorrt_or_network() -> None:
-    # What runs inside ComfyUI imports ComfyUI, what runs on a Ray cluster or in Triton imports theirs.
-    elsewhere = ("dvdquant.deploy.comfyui.", "dvdquant.deploy.serve.ray_", "dvdquant.deploy.serve.triton_models")
+    # What runs inside ComfyUI imports ComfyUI, what runs on a Ray cluster, in Triton or behind Dynamo imports theirs.
+    servers = ("ray_", "triton_models", "dynamo_worker")
+    elsewhere = ("dvdquant.deploy.comfyui.", *(f"dvdquant.deploy.serve.{name}" for name in servers))
     names = [name for name in _modules() if not name.startswith(elsewhere)]
     code = f"""{BARE}
 import importlib
