@@ -183,7 +183,7 @@ def test_drawing_outlives_a_store_that_is_away_and_a_broken_device_does_not(
 class _Failing:
     """A generator whose every clip fails."""
 
-    artifact = SimpleNamespace(manifest=None)
+    artifact = SimpleNamespace(manifest=SimpleNamespace(graphs=[{"act_bits": 4}, {"act_bits": 8}]))
 
     def __init__(self, error: Exception) -> None:
         self.admit = _raising(error)

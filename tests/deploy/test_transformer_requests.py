@@ -28,8 +28,8 @@ from tests.support import tiny_pipelines as tiny
 from tests.support.tiny_pipelines import Exported, arguments, build_pipeline
 
 STEPS = 6
-# Outputs of these random weights change by .4 to 1.2 a step: both engines run.
-RULE = {"delta": 1.4, "last_high": 0, "weighting": "none"}
+# Sums of changes of these random weights are 1.24 to 1.32 at the second steps: both engines run, and the requests differ.
+RULE = {"delta": 1.3, "last_high": 0, "weighting": "none"}
 PROMPTS = ("a red cat runs in the rain", "the dog sits in snow")
 
 
@@ -724,14 +724,15 @@ def test_loops_that_take_turns_in_one_thread_and_share_every_embedding(
 def test_a_loop_in_another_thread_that_looks_like_a_step_of_a_paused_one(
     sharing: Any, wan: Exported, shared: str
 ) -> None:
+    # Of latents as few as the toy's, one pair in 200 looks like one loop, and is refused: those of seeds 0 and 1 do.
     texts = texts_of(sharing)
     theirs = texts[1] if shared == "negative" else texts[0]
     wanted = [
         drain(guided(opened_again(wan), 0, texts[0], 1000.0, UNCOND_FIRST)),
-        drain(guided(opened_again(wan), 1, theirs, 800.0, UNCOND_FIRST)),
+        drain(guided(opened_again(wan), 2, theirs, 800.0, UNCOND_FIRST)),
     ]
     first = guided(sharing, 0, texts[0], 1000.0, UNCOND_FIRST)
-    second = guided(sharing, 1, theirs, 800.0, UNCOND_FIRST)
+    second = guided(sharing, 2, theirs, 800.0, UNCOND_FIRST)
     found = [[next(first), next(first)], []]
     with ThreadPoolExecutor(1) as pool:
         found[1].append(pool.submit(next, second).result(60))

@@ -104,7 +104,7 @@ def test_a_layer_in_one_call(library: KernelLibrary) -> None:
     assert torch.equal(hidden, other)
     wanted = kernels.linear_gemm(layer, codes, scales, sums, prepared)
     assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
-    rest = (prepared, pre_quant, handle_of(kernels), 8, 1, False, 64, 4, 128)
+    rest = (prepared, None, pre_quant, handle_of(kernels), 8, 1, False, 64, 4, 128)
     parts = (prologue.y, prologue.gate, prologue.multiplier, prologue.addend)
     batch = [part[None] if part is not None else None for part in (x, *parts)]
     operation, residual = fused_linear(*batch, "layer", False, prologue.eps, *rest)
