@@ -25,7 +25,7 @@ from dvdquant.deploy.cancel import CancelSignal, check_cancelled
 from dvdquant.deploy.generation.admission import Admission, device_memory
 from dvdquant.deploy.generation.check import BATCHED, RequestChecker
 from dvdquant.deploy.generation.request import DISTILLED, GenerateRequest, GenerateResult, OnStep
-from dvdquant.deploy.sessions import EngineSession, best_backend, full_name, open_session
+from dvdquant.deploy.sessions import EngineSession, asks_for_pytorch, best_backend, full_name, open_session
 from dvdquant.deploy.sessions.guidance_pair import paired
 from dvdquant.deploy.sessions.lora_needs import read_beside, without_place
 from dvdquant.deploy.switching.controller import StepController, StepRecord
@@ -126,6 +126,11 @@ class SessionOptions:
     fuse: bool | None = None
     cuda_graphs: bool = False
 
+    @property
+    def in_pytorch(self) -> bool:
+        """Whether the other options make sessions run in PyTorch, whatever backend fits best."""
+        return asks_for_pytorch(self.compile, self.fuse, self.attention_backend)
+
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
 
@@ -218,7 +223,7 @@ class Generator(ABC):
     def _move_for_loras(self) -> str | None:
         """Take PyTorch where the backend is free and the best one has no place for the LoRAs; return so in words."""
         options = self.options
-        if full_name(options.backend) != "auto" or options.compile or options.attention_backend is not None:
+        if full_name(options.backend) != "auto" or options.in_pytorch:
             return None
         for component, loras in self.loras.items():
             name, _ = best_backend(self.artifact, component, options.bits, resolve_device(options.device))

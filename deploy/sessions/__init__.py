@@ -104,25 +104,18 @@ def open_session(
     chosen_bits(artifact, component, bits)
     if attention is not None and attention not in ATTENTION:
         raise UnsupportedError(f"unknown attention {attention!r:.100}", available=ATTENTION, fix="pick one of these")
-    if attention_backend is not None and name not in ("auto", "pytorch"):
-        raise UnsupportedError(
-            f"{name} takes no library for attention: its engines and graphs compute it themselves",
-            available="pytorch",
-            fix="leave the library out, or choose the backend pytorch",
-        )
-    if compile and name not in ("auto", "pytorch"):
-        raise UnsupportedError(
-            f"{name} does not take compile: its engines and graphs are compiled already",
-            available="pytorch",
-            fix="leave compile out, or choose the backend pytorch",
-        )
-    if fuse and name not in ("auto", "pytorch"):
-        raise UnsupportedError(
-            f"{name} does not take fuse: its engines and graphs are fused when they are built",
-            available="pytorch",
-            fix="leave fuse out, or choose the backend pytorch",
-        )
-    if compile or fuse or attention_backend is not None or name == "pytorch":
+    for option, given, refusal, instead in (
+        ("the library", attention_backend is not None, "takes no library for attention", "compute it themselves"),
+        ("compile", compile, "does not take compile", "are compiled already"),
+        ("fuse", fuse, "does not take fuse", "are fused when they are built"),
+    ):  # fmt: skip
+        if given and name not in ("auto", "pytorch"):
+            raise UnsupportedError(
+                f"{name} {refusal}: its engines and graphs {instead}",
+                available="pytorch",
+                fix=f"leave {option} out, or choose the backend pytorch",
+            )
+    if name == "pytorch" or asks_for_pytorch(compile, fuse, attention_backend):
         from dvdquant.deploy.sessions.pytorch import PyTorchSession
 
         return PyTorchSession(
@@ -150,6 +143,17 @@ def full_name(backend: str) -> str:
         backend: One of :data:`BACKENDS`, or ``rtx``, ``ort`` or ``torch`` for short.
     """
     return _ALIASES.get(backend, backend)
+
+
+def asks_for_pytorch(compile: bool, fuse: bool | None, attention_backend: str | None) -> bool:
+    """Return whether options of a session make it one of PyTorch, whatever backend fits best.
+
+    Args:
+        compile: As of :func:`open_session`, and so are the others.
+        fuse: See above.
+        attention_backend: See above.
+    """
+    return compile or bool(fuse) or attention_backend is not None
 
 
 def _open(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from dvdquant.deploy.sessions.fx_nodes import as_float, is_call, is_method, value_of
 from dvdquant.deploy.sessions.rope_fusion import fuse_attention
 from dvdquant.errors import DvdquantError
 from dvdquant.ops.cuda_linear import CudaKernels, usable_kernels
@@ -76,11 +77,11 @@ def fusing_backend(inner: str | None) -> Callable[[fx.GraphModule, Sequence[Any]
     """
 
     def compile_fused(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        numbers = [_kernels_number(node) for node in graph.graph.nodes if _is_call(node, _LAYERS)]
+        numbers = [_kernels_number(node) for node in graph.graph.nodes if is_call(node, _LAYERS)]
         if numbers and (attentions := fuse_attention(graph, numbers[0])):
             log.info("%d attentions of a block are fused with the norms and the rope before them", attentions)
         count = fuse_graph(graph)
-        layers = count + sum(_is_call(node, _LAYERS) for node in graph.graph.nodes)
+        layers = count + sum(is_call(node, _LAYERS) for node in graph.graph.nodes)
         log.info("%d of %d quantized layers of a block are fused with what comes before them", count, layers)
         if inner is None:
             return graph.forward
@@ -170,18 +171,14 @@ def _angles(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------------------- recognising
 
 
-def _value(node: Any) -> Any:
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
-
-
 def _is_narrow(node: Any) -> bool:
-    value = _value(node)
+    value = value_of(node)
     return isinstance(value, Tensor) and value.dtype in DTYPE_NAMES
 
 
 def _takes_prologue(layer: Any) -> bool:
     """Return whether the kernels can fuse a layer: no outer factor, a row that fits, and a weight that they can expand."""
-    x, outer = _value(layer.args[0]), _value(layer.args[1])
+    x, outer = value_of(layer.args[0]), value_of(layer.args[1])
     if not isinstance(x, Tensor) or not isinstance(outer, Tensor) or x.dtype not in DTYPE_NAMES:
         return False
     channels = int(x.shape[-1])
@@ -191,7 +188,7 @@ def _takes_prologue(layer: Any) -> bool:
         return True
     # A packed weight that a path multiplies as it is has no fused call.
     _, _, codes, _, _, number, groups, real, block, bits, group = layer.args
-    rows = _value(codes).shape[0]
+    rows = value_of(codes).shape[0]
     shape = LayerShape(int(rows), channels, groups, real, block, 1, bits, group, DTYPE_NAMES[x.dtype])
     return kernels_of(number).plan(shape).codes != "s4"
 
@@ -203,10 +200,10 @@ def _kernels_number(layer: Any) -> int:
 
 
 def _is_cast(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or not isinstance(_value(node), Tensor):
+    if not isinstance(node, fx.Node) or not isinstance(value_of(node), Tensor):
         return False
     if node.op == "call_method" and node.target in _CASTS:
-        return bool(_value(node).device == _value(node.args[0]).device)
+        return bool(value_of(node).device == value_of(node.args[0]).device)
     return node.target is F.dropout and not (node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True))
 
 
@@ -223,17 +220,13 @@ def _narrow_source(node: Any) -> Any:
     return node if _is_narrow(node) else None
 
 
-def _is_call(node: Any, targets: set[Any]) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
-
-
 def _find(layer: Any) -> _Found | None:
     """Return what comes before a layer, or None."""
     top = layer.args[0]
     start = _through_casts(top)
     if not _only_for(top, start, layer):
         return None
-    if _is_call(start, {F.gelu}):
+    if is_call(start, {F.gelu}):
         x = _narrow_source(start.args[0])
         same = start.kwargs.get("approximate") == "tanh"
         found = _Found(x, gelu=True) if same and x is not None else None
@@ -251,12 +244,12 @@ def _can_move(found: _Found, layer: Any) -> bool:
     They may not where something is changed in place in between, and not where they round to a third dtype.
     """
     moved, queue, inputs = set(), [layer.args[0]], found.inputs()
-    narrow = _value(found.x).dtype
+    narrow = value_of(found.x).dtype
     while queue:
         node = queue.pop()
         if not isinstance(node, fx.Node) or node in moved or node in inputs:
             continue
-        if not _is_pure(node) or _value(node).dtype not in (torch.float32, narrow):
+        if not _is_pure(node) or value_of(node).dtype not in (torch.float32, narrow):
             return False
         moved.add(node)
         queue += [node.args[0]] if _is_cast(node) else node.all_input_nodes
@@ -270,7 +263,7 @@ def _can_move(found: _Found, layer: Any) -> bool:
 
 
 def _is_pure(node: Any) -> bool:
-    return _is_call(node, _PURE) or (node.op == "call_method" and node.target in _PURE_METHODS)
+    return is_call(node, _PURE) or (node.op == "call_method" and node.target in _PURE_METHODS)
 
 
 def _changes(node: Any) -> bool:
@@ -301,17 +294,17 @@ def _modulated(node: Any) -> _Found | None:
     if found is not None:
         return found
     for targets in (_ADDS, _PRODUCTS):
-        if not _is_call(node, targets) or len(node.args) != 2:
+        if not is_call(node, targets) or len(node.args) != 2:
             continue
         for inner, rows in (node.args, node.args[::-1]):
             core = _through_casts(inner)
             if (
                 not isinstance(core, fx.Node)
                 or not _only_for(inner, core, node)
-                or not isinstance(_value(rows), Tensor)
+                or not isinstance(value_of(rows), Tensor)
             ):
                 continue
-            if targets is _ADDS and _is_call(core, _PRODUCTS):
+            if targets is _ADDS and is_call(core, _PRODUCTS):
                 found = _modulated(core)
             else:
                 found = _norm(core)
@@ -327,41 +320,37 @@ def _modulated(node: Any) -> _Found | None:
 
 def _norm(node: Any) -> _Found | None:
     """Return the norm that a node is."""
-    if _is_call(node, {F.layer_norm, F.rms_norm}):
+    if is_call(node, {F.layer_norm, F.rms_norm}):
         x = _narrow_source(node.args[0])
         channels = node.args[1]
-        if x is None or len(node.kwargs) or len(channels) != 1 or _value(x).shape[-1] != channels[0]:
+        if x is None or len(node.kwargs) or len(channels) != 1 or value_of(x).shape[-1] != channels[0]:
             return None
         if node.target is F.layer_norm:
             _, _, weight, bias, eps = node.args
             return _Found(x, weight=weight, bias=bias, norm="layer", eps=eps)
         _, _, weight, eps = node.args
         return _Found(x, weight=weight, norm="rms", eps=eps) if eps is not None else None
-    if not _is_call(node, _PRODUCTS) or len(node.args) != 2:
+    if not is_call(node, _PRODUCTS) or len(node.args) != 2:
         return None
     # diffusers' RMSNorm without a weight: x · rsqrt(mean(x²) + eps).
     wide, inverse = node.args
     x = _narrow_source(wide)
-    if x is None or not _is_call(inverse, {torch.rsqrt}) or not _is_call(inverse.args[0], _ADDS):
+    if x is None or not is_call(inverse, {torch.rsqrt}) or not is_call(inverse.args[0], _ADDS):
         return None
     mean, eps = inverse.args[0].args
-    if not _is_method(mean, "mean") or mean.args[1:] != (-1,) or not mean.kwargs.get("keepdim"):
+    if not is_method(mean, "mean", -1) or not mean.kwargs.get("keepdim"):
         return None
     power = mean.args[0]
-    if not _is_method(power, "pow") or power.args[1:] != (2,) or _narrow_source(power.args[0]) is not x:
+    if not is_method(power, "pow", 2) or _narrow_source(power.args[0]) is not x:
         return None
-    if len(_value(mean).shape) != 3:  # over heads: not a layer's input
+    if len(value_of(mean).shape) != 3:  # over heads: not a layer's input
         return None
     return _Found(x, norm="rms", eps=eps)
 
 
-def _is_method(node: Any, name: str) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_method" and node.target == name
-
-
 def _are_rows(node: Any, x: Any) -> bool:
     """Return whether a tensor holds one row of channels for all tokens, for each batch, or for each token."""
-    rows, shape = _value(node), _value(x).shape
+    rows, shape = value_of(node), value_of(x).shape
     if not isinstance(rows, Tensor) or rows.ndim > len(shape) or rows.ndim < 1:
         return False
     if not statically_known_true(rows.shape[-1] == shape[-1]):
@@ -378,7 +367,7 @@ def _take_residual(found: _Found, layer: Any) -> None:
     """Look behind the norm for ``x + gate · y`` or ``x + y``, whose sum is read by nothing before the layer."""
     hidden = found.x
     total = _through_casts(hidden)
-    if not _is_call(total, _ADDS) or len(total.args) != 2:
+    if not is_call(total, _ADDS) or len(total.args) != 2:
         return
     # The sum is there after the layer. What reads it before goes away with the layer, or the sum stays apart.
     order = {node: i for i, node in enumerate(hidden.graph.nodes)}
@@ -389,7 +378,7 @@ def _take_residual(found: _Found, layer: Any) -> None:
         x, gate = _narrow_source(first), None
         core = _through_casts(second)
         y = _narrow_source(second)
-        if _is_call(core, _PRODUCTS) and len(core.args) == 2:
+        if is_call(core, _PRODUCTS) and len(core.args) == 2:
             sides = [(_narrow_source(a), b) for a, b in (core.args, core.args[::-1])]
             pair = next(((a, b) for a, b in sides if _comes_from_layer(a) and _are_rows(b, found.x)), None)
             if pair is None:
@@ -404,7 +393,7 @@ def _take_residual(found: _Found, layer: Any) -> None:
 
 
 def _same_shape(node: Any, other: Any) -> bool:
-    a, b = _value(node), _value(other)
+    a, b = value_of(node), value_of(other)
     return (
         a.dtype == b.dtype and a.ndim == b.ndim and all(map(statically_known_true, map(operator.eq, a.shape, b.shape)))
     )
@@ -413,9 +402,9 @@ def _same_shape(node: Any, other: Any) -> bool:
 def _comes_from_layer(node: Any) -> bool:
     """Return whether a tensor is what a layer, or attention behind it, gives: the smaller side of a residual."""
     node = _through_casts(node)
-    if _is_call(node, {operator.getitem}):
+    if is_call(node, {operator.getitem}):
         node = _through_casts(node.args[0])
-    return _is_narrow(node) and node.op != "placeholder" and not _is_call(node, _ADDS | {torch.ops.aten.add.Tensor})
+    return _is_narrow(node) and node.op != "placeholder" and not is_call(node, _ADDS | {torch.ops.aten.add.Tensor})
 
 
 def _freed(layer: Any) -> set[Any]:
@@ -440,35 +429,33 @@ def _replace(graph: fx.Graph, layer: Any, found: _Found) -> None:
         rows = -1
     with graph.inserting_before(layer):
 
-        def wide(node: Any) -> Any:
-            return None if node is None else graph.call_method("float", (node,))
-
         def product(a: Any, b: Any) -> Any:
             return b if a is None else a if b is None else graph.call_function(operator.mul, (a, b))
 
         # norm · weight + bias, times a, plus b.
         scale = None
         for rows_of in found.multipliers:
-            scale = product(scale, wide(rows_of))
-        addend, multiplier = wide(found.addend), product(wide(found.weight), scale)
+            scale = product(scale, as_float(graph, rows_of))
+        addend, multiplier = as_float(graph, found.addend), product(as_float(graph, found.weight), scale)
         if found.bias is not None:
-            bias = product(wide(found.bias), scale)
+            bias = product(as_float(graph, found.bias), scale)
             addend = bias if addend is None else graph.call_function(operator.add, (bias, addend))
         if multiplier is not None and addend is not None:
             # Both have rows for as many tokens.
             both = graph.call_function(torch.broadcast_tensors, (multiplier, addend))
             multiplier, addend = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+        gate = as_float(graph, found.gate)
         fused = graph.call_function(
             torch.ops.dvdquant.fused_linear.default,
-            (found.x, found.y, wide(found.gate), multiplier, addend, found.norm, found.gelu, found.eps, prepared, packed_rows,
+            (found.x, found.y, gate, multiplier, addend, found.norm, found.gelu, found.eps, prepared, packed_rows,
              pre_quant, number, rows, *grid),
         )  # fmt: skip
         out = graph.call_function(operator.getitem, (fused, 0))
-        out.meta["example_value"] = _value(layer)
+        out.meta["example_value"] = value_of(layer)
         hidden = None
         if found.hidden is not None:
             hidden = graph.call_function(operator.getitem, (fused, 1))
-            hidden.meta["example_value"] = _value(found.hidden)
+            hidden.meta["example_value"] = value_of(found.hidden)
     gone = _freed(layer)
     layer.replace_all_uses_with(out)
     graph.erase_node(layer)

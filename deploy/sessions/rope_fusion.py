@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from dvdquant.deploy.sessions.fx_nodes import as_float, is_call, is_method, value_of
+
 # Registers the operations.
 from dvdquant.ops.attention.operation import attention, rope_attention  # noqa: F401
 from dvdquant.ops.packed_layer import DTYPE_NAMES
@@ -61,31 +63,17 @@ def fuse_attention(module: fx.GraphModule, number: int) -> int:
     return count
 
 
-def _value(node: Any) -> Any:
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
-
-
-def _is_call(node: Any, *targets: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
-
-
-def _is_method(node: Any, name: str, *arguments: Any) -> bool:
-    return bool(
-        isinstance(node, fx.Node) and (node.op, node.target) == ("call_method", name) and node.args[1:] == arguments
-    )
-
-
 def _names_dtype(node: Any, reader: Any) -> bool:
     """Return whether a node is read for its dtype alone, by a cast that changes nothing."""
-    if not _is_method(reader, "type_as", node) or reader.args[0] is node:
+    if not is_method(reader, "type_as", node) or reader.args[0] is node:
         return False
-    value = _value(reader.args[0])
-    return isinstance(value, Tensor) and value.dtype == _value(node).dtype
+    value = value_of(reader.args[0])
+    return isinstance(value, Tensor) and value.dtype == value_of(node).dtype
 
 
 def _find(node: Any, reader: Any) -> _Found | None:
     """Return what an operand of attention is made of, or None where it is something else or others read it."""
-    value = _value(node)
+    value = value_of(node)
     if not isinstance(value, Tensor) or value.dtype not in DTYPE_NAMES:
         return None
     gone = [node]
@@ -93,7 +81,7 @@ def _find(node: Any, reader: Any) -> _Found | None:
     if not all(user is reader or _names_dtype(node, user) for user in node.users):
         return None
     out: Any = node.args[0] if _is_cast(node) else node
-    if not _is_call(out, torch.empty_like) or _value(out).dtype != _value(node).dtype:
+    if not is_call(out, {torch.empty_like}) or value_of(out).dtype != value_of(node).dtype:
         return None
     writes = {user.args[1][-1].start: user for user in out.users if _is_half(user, out)}
     if set(writes) != {0, 1} or any(user not in (*writes.values(), node) for user in out.users):
@@ -102,20 +90,20 @@ def _find(node: Any, reader: Any) -> _Found | None:
     if any(write.users for write in writes.values()):
         return None
     # 2. x1 cos - x2 sin and x1 sin + x2 cos.
-    if not (_is_call(even, operator.sub) and _is_call(odd, operator.add)):
+    if not (is_call(even, {operator.sub}) and is_call(odd, {operator.add})):
         return None
     products = [*even.args, *odd.args]
-    if not all(_is_call(product, operator.mul) and len(product.users) == 1 for product in products):
+    if not all(is_call(product, {operator.mul}) and len(product.users) == 1 for product in products):
         return None
     (x1, cosines), (x2, sines), other_sin, other_cos = (product.args for product in products)
     if other_sin != (x1, sines) or other_cos != (x2, cosines):
         return None
-    pairs: Any = x1.args[0] if _is_call(x1, operator.getitem) and x1.args[1] == 0 else None
-    if not _is_call(x2, operator.getitem) or x2.args != (pairs, 1) or not _is_method(pairs, "unbind", -1):
+    pairs: Any = x1.args[0] if is_call(x1, {operator.getitem}) and x1.args[1] == 0 else None
+    if not is_call(x2, {operator.getitem}) or x2.args != (pairs, 1) or not is_method(pairs, "unbind", -1):
         return None
     # 3. The heads, and the norm over all of them.
     split = pairs.args[0]
-    if not _is_method(split, "unflatten", -1, (-1, 2)) or split.args[0] is not out.args[0]:
+    if not is_method(split, "unflatten", -1, (-1, 2)) or split.args[0] is not out.args[0]:
         return None
     heads: Any = split.args[0]
     rest = {split, out, node}
@@ -124,13 +112,13 @@ def _find(node: Any, reader: Any) -> _Found | None:
     if (heads.op, heads.target) != ("call_method", "unflatten") or heads.args[1] != 2:
         return None
     norm = heads.args[0]
-    if not _is_call(norm, *_NORMS) or len(norm.args) != 4 or set(norm.users) != {heads}:
+    if not is_call(norm, _NORMS) or len(norm.args) != 4 or set(norm.users) != {heads}:
         return None
     x, shape, weight, eps = norm.args
     if (
         eps is None
         or len(shape) != 1
-        or not _fits(_value(x), _value(heads), _value(cosines), _value(sines), int(shape[0]))
+        or not _fits(value_of(x), value_of(heads), value_of(cosines), value_of(sines), int(shape[0]))
     ):
         return None
     gone += [*writes.values(), even, odd, *products, x1, x2, pairs, split, out, heads, norm]
@@ -143,7 +131,7 @@ def _is_cast(node: Any) -> bool:
 
 def _is_half(node: Any, out: Any) -> bool:
     """Return whether a node writes the even or the odd channels of a tensor."""
-    if not _is_call(node, operator.setitem) or node.args[0] is not out:
+    if not is_call(node, {operator.setitem}) or node.args[0] is not out:
         return False
     place = node.args[1]
     return bool(isinstance(place, tuple) and len(place) == 2 and place[0] is Ellipsis and place[1] in (_EVEN, _ODD))
@@ -167,7 +155,7 @@ def _same_table(q: _Found, k: _Found) -> bool:
     """Return whether q and k are turned by the same angles: the same slices of the same tensors."""
 
     def whole(node: Any) -> Any:
-        return (node.args[0], str(node.args[1])) if _is_call(node, operator.getitem) else node
+        return (node.args[0], str(node.args[1])) if is_call(node, {operator.getitem}) else node
 
     return bool(whole(q.cosines) == whole(k.cosines) and whole(q.sines) == whole(k.sines))
 
@@ -183,22 +171,19 @@ def _replace(graph: fx.Graph, node: Any, q: _Found, k: _Found, number: int) -> N
                     graph.erase_node(user)
     with graph.inserting_before(node):
 
-        def wide(tensor: Any) -> Any:
-            return None if tensor is None else graph.call_method("float", (tensor,))
-
         def table(rows: Any) -> Any:
-            return wide(graph.call_method("flatten", (graph.call_method("flatten", (rows, 0, 2)), 1)))
+            return as_float(graph, graph.call_method("flatten", (graph.call_method("flatten", (rows, 0, 2)), 1)))
 
+        weights = [as_float(graph, found.weight) for found in (q, k)]
         fused = graph.call_function(
             torch.ops.dvdquant.rope_attention.default,
-            (q.x, k.x, value, wide(q.weight), wide(k.weight), table(q.cosines), table(q.sines), bounds, "all", q.eps, k.eps,
-             scale, session, number),
+            (q.x, k.x, value, *weights, table(q.cosines), table(q.sines), bounds, "all", q.eps, k.eps, scale, session, number),
         )  # fmt: skip
-        fused.meta["example_value"] = _value(node)
+        fused.meta["example_value"] = value_of(node)
     node.replace_all_uses_with(fused)
     graph.erase_node(node)
     gone = {*q.gone, *k.gone}
-    for write in [part for part in gone if _is_call(part, operator.setitem)]:
+    for write in [part for part in gone if is_call(part, {operator.setitem})]:
         graph.erase_node(write)
     last = fused.prev
     while last.op != "root":

@@ -140,8 +140,7 @@ def _backend(settings: RunOptions, generator: Generator, device: torch.device) -
 
     artifact = generator.artifact
     # LoRAs that the best backend has no place for have moved the generator to another.
-    in_pytorch = settings.compile or settings.fuse or settings.attention_backend
-    name = "pytorch" if in_pytorch else full_name(generator.options.backend)
+    name = "pytorch" if generator.options.in_pytorch else full_name(generator.options.backend)
     return best_backend(artifact, artifact.components[0], None, device)[0] if name == "auto" else name
 
 
