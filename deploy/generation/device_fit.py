@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dvdquant.deploy.generation.memory_plan import FOUR_BIT_GROUP, INT8_ROW, MemoryPlan, RunBytes, best, possible
+from dvdquant.deploy.generation.memory_plan import INT8_ROW, MemoryPlan, RunBytes, best, four_bit_bytes, possible
 from dvdquant.deploy.generation.working_memory import decode_bytes, step_bytes_at, vae_name
 from dvdquant.model.families import Family, Sizes
 from dvdquant.text import amount
@@ -104,8 +104,7 @@ def published_run(family: Family, sizes: Sizes, transformer: Mapping[str, int]) 
         text={
             16: 2 * total,
             8: 2 * (total - linear) + linear + INT8_ROW * parts.rows,
-            # As four_bit_row counts them: all of these layers have whole groups.
-            4: 2 * (total - linear) + linear // 2 + 2 * (linear // FOUR_BIT_GROUP) + 4 * parts.rows,
+            4: 2 * (total - linear) + four_bit_bytes(linear, parts.rows),  # all of these layers have whole groups
         },
         image=parts.image if family.images().first == "required" else 0,
         vae=parts.vae,

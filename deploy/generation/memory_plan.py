@@ -30,7 +30,7 @@ __all__ = [
     "best",
     "engine_choices",
     "fitting",
-    "four_bit_row",
+    "four_bit_bytes",
     "possible",
 ]
 
@@ -43,13 +43,14 @@ FOUR_BIT_GROUP = 32
 TEXT, STEPS, FRAMES = "text is encoded", "steps are taken", "frames are decoded"
 
 
-def four_bit_row(features: int) -> int:
-    """Return the bytes of a row of a text encoder in 4 bits: codes, a factor and a zero-point a group, and a scale in fp32.
+def four_bit_bytes(weights: int, rows: int) -> int:
+    """Return the bytes of layers of a text encoder in 4 bits: codes, a factor and a zero-point a group, a scale in fp32 a row.
 
     Args:
-        features: The input channels of its layer.
+        weights: Their weights, in whole groups.
+        rows: Their rows.
     """
-    return features // 2 + 2 * (features // FOUR_BIT_GROUP) + 4
+    return weights // 2 + 2 * (weights // FOUR_BIT_GROUP) + 4 * rows
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dvdquant.deploy.generation.memory_plan import (
     PACKED,
     RunBytes,
     engine_choices,
-    four_bit_row,
+    four_bit_bytes,
 )
 from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.deploy.generation.text_encoder import TEXT_BITS
@@ -227,7 +227,7 @@ def _loaded_bytes(checker: RequestChecker, part: str, tensors: Sequence[TensorIn
         if bits == 8 and linear:
             loaded += count + INT8_ROW * tensor.shape[0]
         elif bits == 4 and linear and tensor.shape[1] % FOUR_BIT_GROUP == 0:
-            loaded += four_bit_row(tensor.shape[1]) * tensor.shape[0]
+            loaded += four_bit_bytes(count, tensor.shape[0])
         else:
             loaded += count * width if tensor.dtype in _FLOATS else tensor.nbytes
     return loaded

@@ -62,10 +62,10 @@ def narrow_text(encoders: Sequence[str], bits: int) -> Any:
         each = {name: _eight_bit_config() if bits == 8 else four_bit_config() for name in encoders}
         return PipelineQuantizationConfig(quant_mapping=each)
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        library = "torchao" if bits == 8 else "transformers"
+        library, package = ("torchao", "'dvdquant[text-int8]'") if bits == 8 else ("transformers", "transformers")
         raise UnsupportedError(
             f"{library} does not work with the libraries that are installed: {str(error).strip():.300}",
-            fix="leave --text-encoder-bits out, or upgrade: pip install -U 'dvdquant[text-int8]'",
+            fix=f"leave --text-encoder-bits out, or upgrade: pip install -U {package}",
         ) from error
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dvdquant.deploy.generation.memory_plan import FOUR_BIT_GROUP, four_bit_row
+from dvdquant.deploy.generation.memory_plan import FOUR_BIT_GROUP, four_bit_bytes
 from dvdquant.numerics.packing import pack_int4
 from dvdquant.ops.reference import dequantize_weight
 from dvdquant.quantize.bgr import quantize_weight
@@ -28,7 +28,7 @@ _PART = 1 << 22  # weights that are expanded at a time
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Return the rows of a weight, int8 [N, :func:`.memory_plan.four_bit_row`].
+    """Return the rows of a weight, int8 [N, :func:`.memory_plan.four_bit_bytes` of one row].
 
     Args:
         weight: [N, K], of a floating dtype, K a multiple of :data:`.memory_plan.FOUR_BIT_GROUP`.
@@ -52,7 +52,7 @@ class FourBitLinear(nn.Module):
     def __init__(self, features: int, rows: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.in_features, self.out_features = features, rows
-        empty = torch.empty(rows, four_bit_row(features), dtype=torch.int8, device=device)
+        empty = torch.empty(rows, four_bit_bytes(features, 1), dtype=torch.int8, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device), requires_grad=False) if bias else None
 
