@@ -111,7 +111,7 @@ class VideoEngine(DiffusionEngine):
             checked, pictures = model.check(fields)
             clip = await self._in_thread(drawn)
             place = await self._delivered(context.id(), clip, by_address)
-        except Exception as error:
+        except Exception as error:  # whatever it is, Dynamo needs a class of its own to choose the HTTP status by
             raise _answer(error) from error
         finally:
             stop.set()  # whoever closes this generator early no longer wants the clip

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from dvdquant.deploy.serve.sqlite_store import SqliteStore
 from dvdquant.errors import UnsupportedError
 from tests.support.exporting import REPOSITORY, TINY_WAN
 from tests.support.postgres import postgres
+from tests.support.processes import free_port
 from tests.support.running import tiny_wan_export
 from tests.support.s3 import BUCKET, s3_server
 
@@ -86,9 +86,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from dvdquant.deploy.serve.ray_app import RayArguments, bound
 
     folder = tmp_path_factory.mktemp("ray")
-    with socket.socket() as free, postgres() as store, s3_server() as endpoint, pytest.MonkeyPatch.context() as patch:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
+    with postgres() as store, s3_server() as endpoint, pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "DVDQ_STORE": store,
             "STUB_SECONDS": "0.1",
@@ -99,7 +98,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }.items():
             patch.setenv(name, value)
-        free.close()
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dvdquant.deploy.generation import text_four_bits
-from dvdquant.deploy.generation.memory_plan import four_bit_row
+from dvdquant.deploy.generation.memory_plan import four_bit_bytes
 from dvdquant.deploy.generation.text_four_bits import FourBitLinear, four_bit_config, pack
 from dvdquant.errors import CheckpointError
 
@@ -42,7 +42,7 @@ def test_a_layer_multiplies_its_dequantized_weight(bias: bool, monkeypatch: pyte
     layer.weight.data = pack(weight)
     if layer.bias is not None:
         layer.bias.data = torch.randn(37)
-    assert layer.weight.shape == (37, four_bit_row(96))
+    assert layer.weight.shape == (37, four_bit_bytes(96, 1))
     held = layer.dequantized()
     groups = weight.reshape(37, 3, 32)
     step = (groups.amax(-1) - groups.amin(-1)) / 15

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.support.exporting import REPOSITORY
-from tests.support.ports import free_port
+from tests.support.processes import end_process, free_port
 
 PATIENCE = 300.0
 
@@ -43,7 +43,7 @@ def dynamo(arguments: Sequence[object], name: str, work: Path) -> Iterator[str]:
         for command, log in ((worker, work / "worker.log"), (frontend, work / "frontend.log")):
             output = stack.enter_context(log.open("wb"))
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=work)
-            stack.callback(_end, process)
+            stack.callback(end_process, process, 30)
             processes.append((process, log))
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
         while name not in _models(url):
@@ -59,12 +59,3 @@ def _models(url: str) -> list[str]:
         return [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=5).json()["data"]]
     except (httpx.HTTPError, ValueError, KeyError):
         return []
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

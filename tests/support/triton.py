@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.support.exporting import REPOSITORY
-from tests.support.ports import free_port
+from tests.support.processes import end_process, free_port
 
 PATIENCE = 300.0
 
@@ -65,9 +65,4 @@ def tritonserver(repository: Path, work: Path) -> Iterator[tuple[str, str]]:
             time.sleep(0.3)
         yield f"127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}"
     finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_process(process)
