@@ -7,7 +7,7 @@ so that x is rotated and quantized once. The merged layer is called after its me
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -446,6 +446,7 @@ def prepare_layers(
     dtype: torch.dtype,
     device: torch.device,
     form: WeightForm = "expanded",
+    expanded: Collection[str] = (),
 ) -> dict[str, str]:
     """Prepare every layer of ``model`` with :meth:`QuantLinear.prepare`.
 
@@ -458,6 +459,7 @@ def prepare_layers(
         dtype: The dtype of the model, bf16 or fp16.
         device: The device that it runs on.
         form: How the device holds the weights, ``packed`` or ``expanded``.
+        expanded: The names of layers that it holds expanded in any case.
 
     Returns:
         The names of the layers that stay unchanged, with the reason.
@@ -466,7 +468,8 @@ def prepare_layers(
     for module in model.modules():
         if isinstance(module, QuantLinear):
             try:
-                module.prepare(kernels, activations, dtype, device, form)
+                chosen: WeightForm = "expanded" if module.spec.name in expanded else form
+                module.prepare(kernels, activations, dtype, device, chosen)
             except UnsupportedError as error:
                 left[module.spec.name] = error.what
     return left

@@ -188,8 +188,9 @@ void QuantLinear::run(PluginTensorDesc const* in, void const* const* inputs, voi
 }
 
 bool QuantLinear::packed() const {
-  // An engine of an older release has no room to expand into; paths of 4 bits need none.
-  return form_ == Form::kPacked && (fields_.packed_workspace != 0 || plan_.codes == DVDQ_CODES_S4);
+  // Paths of 4 bits multiply the bound codes: another copy of them would gain nothing. An engine of an older release has no room
+  // to expand into.
+  return plan_.codes == DVDQ_CODES_S4 || (form_ == Form::kPacked && fields_.packed_workspace != 0);
 }
 
 void QuantLinear::use_weight(void const* const* inputs, Stream stream) {
@@ -226,7 +227,7 @@ nvinfer1::IPluginV3* QuantLinear::attachToContext(nvinfer1::IPluginResourceConte
   // The prepared weight outlives a context where another still uses it, so it is not taken from the context's allocator.
   QuantLinear* copy = nullptr;
   guarded("attach", [&] {
-    Form const form = wanted_form();
+    Form const form = wanted_form(fields_.layer);
     copy = static_cast<QuantLinear*>(clone());
     if (copy == nullptr) return;
     copy->attached_ = true;

@@ -246,6 +246,24 @@ def test_the_two_widths_share_a_weight_where_they_can(
     assert f"other width allocates {added}\n" in done.stdout
 
 
+def test_the_layers_that_are_named_are_expanded_and_no_others(sanitized: Path, tmp_path: Path) -> None:
+    """A layer is named by its whole name; where its path multiplies 4 bits, what is bound serves."""
+    for name, sm, named, expanded in (
+        ("vector", 90, "other,vector", True), ("vector", 90, "vectors,a.vector,vec", False), ("vector", 80, "vector", False),
+    ):  # fmt: skip
+        case, folder = CASES[name], tmp_path / f"{sm}-{expanded}" / name
+        folder.parent.mkdir()
+        done = run(
+            sanitized,
+            "run",
+            str(case.write(folder)),
+            **host_device(sanitized, sm) | {"DVDQUANT_WEIGHTS": f"mixed:{named}"},
+        )
+        check(done, device=True)
+        held = 8 * case.rows * (case.shape[-1] + 1) if expanded else 8 * case.rows * 3 + case.narrowed
+        assert f"{folder}: holds {held} bytes" in done.stdout
+
+
 def test_an_unknown_form_of_weights_is_refused(sanitized: Path, tmp_path: Path) -> None:
     folder = CASES["vector"].write(tmp_path / "layer")
     done = run(sanitized, "run", str(folder), **host_device(sanitized) | {"DVDQUANT_WEIGHTS": "thin"})
