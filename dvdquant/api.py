@@ -57,7 +57,7 @@ def export_model(
     Args:
         model: Hub id, pipeline folder or transformer folder in diffusers format.
         out: Folder of the export. It holds the whole new export afterwards, or after an error what it held before.
-        recipe: Name of a recipe, or a recipe of your own. ``auto`` takes what suits the cards, and w4a4 where none is named.
+        recipe: Name of a recipe, or a recipe of your own. ``auto`` takes what suits the cards, and SM 8.9 where none is named.
         gpu: Names of the cards it is for, such as "RTX 4090"; ``auto`` is that of this machine.
         target: ``rtx``, ``tensorrt``, ``onnx`` or ``graphs``, or several of them. None given lets the cards decide.
         sm: Compute capabilities instead of cards, such as "8.9", the default where no card is named.

@@ -39,7 +39,7 @@ BUILD_PLACES = ("auto", "here", "device")  # those of dvdquant.export.options, w
 MAX_TOKENS, MAX_BATCH = 1 << 16, 1 << 10
 
 EXAMPLES = """
-# a trained toy model, engines for one RTX generation, in half a minute
+# a trained toy model, an engine for one RTX generation (SM 8.9), in half a minute
 dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5
 
 # what would it take, and what would it give on my card? (of a local folder reads only headers; writes nothing)
