@@ -132,9 +132,7 @@ SEVERAL_TARGETS = [
 
 
 @pytest.mark.parametrize(("sm", "targets", "recipe"), SEVERAL_TARGETS)
-def test_engines_beside_kernels_get_a_recipe_that_both_multiply(
-    sm: str, targets: tuple[str, ...], recipe: str
-) -> None:
+def test_engines_beside_kernels_get_a_recipe_that_both_multiply(sm: str, targets: tuple[str, ...], recipe: str) -> None:
     found = choose((), (sm,), targets)
     assert found.recipe == recipe
     precisions = {choose_precision("tensorrt_rtx", sm, each) for each in RECIPES[recipe].activations}
@@ -161,7 +159,8 @@ def test_without_a_card_the_default_card_decides_as_if_it_had_been_named(target:
     targets = (target,) if target else ()
     choice, named = choose((), (), targets), choose((), ("8.9",), targets)
     assert (choice.sms, choice.targets, choice.recipe) == (("8.9",), (target or "rtx",), named.recipe)
-    assert "--gpu" in choice.notes[0] and choice.recipe in choice.notes[-1]
+    assert "--gpu" in choice.notes[0]
+    assert choice.recipe in choice.notes[-1]
     bits = {activation.bits for activation in RECIPES[choice.recipe].activations}
     assert (4 in bits) == (target == "onnx" or bool(CAPABILITIES["8.9"].gain(target or "rtx")))
 
