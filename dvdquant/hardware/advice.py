@@ -40,6 +40,9 @@ class Advice:
     reason: str
 
 
+_CONVROT = Advice("convrot", "the one whose codes ComfyUI's kernels multiply as they are, for --also-write")
+
+
 @dataclass(frozen=True)
 class Choice:
     """What an export is made for, with all that was left open filled in.
@@ -59,7 +62,9 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def choose(gpus: Sequence[str], sms: Sequence[str], targets: Sequence[str], recipe: str = AUTO) -> Choice:
+def choose(
+    gpus: Sequence[str], sms: Sequence[str], targets: Sequence[str], recipe: str = AUTO, layouts: Sequence[str] = ()
+) -> Choice:
     """Return what an export is made for: the words of the user, and for what they leave open, what suits the cards.
 
     Args:
@@ -67,6 +72,7 @@ def choose(gpus: Sequence[str], sms: Sequence[str], targets: Sequence[str], reci
         sms: Compute capabilities in any form.
         targets: Targets; none lets the cards decide.
         recipe: The name of a recipe, or ``auto``.
+        layouts: The layouts of others that the weights are written in as well.
 
     Raises:
         UnsupportedError: A card or a compute capability is unknown or has nothing, or ``auto`` finds no card.
@@ -91,7 +97,7 @@ def choose(gpus: Sequence[str], sms: Sequence[str], targets: Sequence[str], reci
     else:
         _check_targets(found, wanted)
     if recipe == AUTO:
-        advice = choose_recipe(found, wanted)
+        advice = choose_recipe(found, wanted) if not layouts else _CONVROT
         recipe = advice.recipe
         notes.append(f"recipe {recipe}: {advice.reason}")
     return Choice(found, wanted, recipe, tuple(name for name, _ in cards), tuple(notes))
