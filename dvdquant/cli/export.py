@@ -292,9 +292,8 @@ def main(**arguments: Any) -> None:
     dry_run, verbose, log_format = (arguments.pop(n) for n in ("dry_run", "verbose", "log_format"))
     setup_logging(verbose, log_format)
     _check_revision(arguments["model"], arguments["revision"])
-    choice = choose(
-        *(arguments.pop(name) for name in ("gpus", "sms", "targets", "recipe")), layouts=arguments["also_write"]
-    )
+    gpus, sms, targets, named = (arguments.pop(name) for name in ("gpus", "sms", "targets", "recipe"))
+    choice = choose(gpus, sms, targets, named, arguments["also_write"])
     recipe = get_recipe(choice.recipe).with_globs(arguments.pop("keep"), arguments.pop("force"))
     if (modulation := arguments.pop("modulation")) is not None:
         recipe = replace(recipe, modulation=modulation)

@@ -108,7 +108,9 @@ def _theirs(scheme: Scheme, name: str) -> str:
 
 def _leads_back(scheme: Scheme, plan: ModelPlan, names: Mapping[str, str]) -> bool:
     """Return whether a reader of these names finds every tensor of the model again, whole and under its own name."""
-    shapes = {f"{names[m]}.weight": (r, s.features) for s in plan.layers for m, r in zip(s.members, s.rows)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for spec in plan.layers:
+        shapes |= {f"{names[member]}.weight": (rows, spec.features) for member, rows in zip(spec.members, spec.rows)}
     shapes |= {names[name]: shape for name, (_, shape) in plan.kept.items()}
     wanted = {f"{member}.weight" for spec in plan.layers for member in spec.members} | set(plan.kept)
     pieces = [piece for found in scheme.pieces(shapes).values() for piece in found]
@@ -127,7 +129,7 @@ def regular_codes(packed: Tensor, block: int) -> Tensor:
         int8 [N, K/2].
     """
     places, signs = regular_order(block)
-    codes = unpack_int4(packed).unflatten(-1, (-1, block))
+    codes = unpack_int4(packed).reshape(len(packed), -1, block)
     return pack_int4((codes[..., places] * signs).flatten(-2)).view(torch.int8)
 
 
@@ -202,7 +204,10 @@ def write_comfy(
             spec, rows = member.spec, member.rows
             packed = read(f"{spec.name}.weight")[rows]
             step = max(1, _CHUNK_WEIGHTS // spec.features)
-            parts = [regular_codes(part, spec.rotation.block) for part in packed.split(step)]
+            parts = [
+                regular_codes(packed[first : first + step], spec.rotation.block)
+                for first in range(0, len(packed), step)
+            ]
             writer.write(f"{member.name}.weight", torch.cat(parts))
             writer.write(f"{member.name}.weight_scale", read(f"{spec.name}.weight_scale")[rows].contiguous())
             writer.write(f"{member.name}.comfy_quant", _marker(spec, layout))
