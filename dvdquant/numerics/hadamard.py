@@ -87,7 +87,8 @@ class Rotation:
         Args:
             features: K, the number of input channels.
             spec: ``auto`` takes the largest power of four up to 256 that divides K (its entries are powers of two, so
-                they are exact in every dtype). ``full`` takes the whole row, with the smallest Paley core. ``none``
+                they are exact in every dtype). ``regular`` is the same: what is regular of it are the signs before it
+                (:mod:`dvdquant.numerics.regular_hadamard`). ``full`` takes the whole row, with the smallest Paley core. ``none``
                 takes no rotation. An integer takes a block of that many channels, which divides K.
 
         Raises:
@@ -97,11 +98,13 @@ class Rotation:
         """
         if spec == "none":
             return cls(features, 1, 1)
-        if spec == "auto":
+        if spec in ("auto", "regular"):
             exponent = min((features & -features).bit_length() - 1, AUTO_BLOCK.bit_length() - 1)
             return cls(features, 4 ** (exponent // 2), 1)
         if spec != "full" and (isinstance(spec, bool) or not isinstance(spec, int)):
-            raise UnsupportedError(f"rotation {spec!r} is unknown", available="auto, full, none, or a block size")
+            raise UnsupportedError(
+                f"rotation {spec!r} is unknown", available="auto, full, none, regular, or a block size"
+            )
         block = features if spec == "full" else int(spec)
         if block < 1 or features % block:
             raise ShapeError(
