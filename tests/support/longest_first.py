@@ -1,4 +1,4 @@
-"""The order in which several test processes take the test files: the dearest first, so that none is left alone with one at the end."""
+"""Test processes that share the work take the dearest files first, so that none is left alone with one at the end."""
 
 from __future__ import annotations
 
