@@ -43,8 +43,8 @@ def report_export() -> Path:
         shutil.copytree(short_wan(), source)
         table = json.loads((source / "prompts.json").read_text())
         (source / "prompts.json").write_text(json.dumps({**table, "steps": STEPS}))
-        options = ("--target", "graphs", "--latent", "8x24x24", "--text-tokens", 5, "--verify", "--report")
-        in_process(source, "-o", folder / "out", *options)
+        options = ("--target", "graphs", "--recipe", "w4a4", "--latent", "8x24x24", "--text-tokens", 5)
+        in_process(source, "-o", folder / "out", *options, "--verify", "--report")
 
     return shared_folder("report", make) / "out"
 

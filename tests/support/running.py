@@ -29,10 +29,8 @@ def tiny_wan_export() -> Path:
 
     The manifest names the model by the checkout's own path.
     """
-    return (
-        shared_folder("tiny-wan", lambda folder: in_process(TINY_WAN, "-o", folder / "out", "--target", "graphs"))
-        / "out"
-    )
+    how = ("--target", "graphs", "--recipe", "w4a4")
+    return shared_folder("tiny-wan", lambda folder: in_process(TINY_WAN, "-o", folder / "out", *how)) / "out"
 
 
 @functools.cache
