@@ -59,6 +59,8 @@ class LayerSpec:
         smoothed: True if the input is multiplied by a power of two per channel before it is rotated.
         random_signs: True if these powers of two have random signs, provided that there is a rotation.
         shifted: True if a constant per channel is subtracted from the input before.
+        regular: True if these powers of two are the signs that make the rotation the regular one, and nothing else; codes
+            are then −7 to 7.
     """
 
     name: str
@@ -73,6 +75,7 @@ class LayerSpec:
     smoothed: bool = False
     random_signs: bool = False
     shifted: bool = False
+    regular: bool = False
 
     def activation(self, asked: ActivationSpec) -> ActivationSpec:
         """Return the activation grid that the layer runs with.
