@@ -126,12 +126,17 @@ lint: $(INSTALLED_TEST)
 warm: $(INSTALLED_TEST)
 	@$(BIN)/python tests/support/warm_up.py
 
+# A test process takes the files in our order (tests/support/longest_first.py), not in that of their numbers of tests. What it compiles is
+# kept, whatever the environment says: else every run rewrites the assertions of all test files once a process.
+BY_FILE := --dist loadfile --no-loadscope-reorder
+KEEPING := env -u PYTHONDONTWRITEBYTECODE
+
 test: $(INSTALLED_TEST)
 	@$(MAKE) --no-print-directory -j2 lint warm
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not stress" --cpu-seconds 15 $(PYTEST_ARGS)
+	$(KEEPING) $(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) -m "not stress" --cpu-seconds 15 $(PYTEST_ARGS)
 
 stress: $(INSTALLED_TEST) warm
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m stress --timeout 3600 $(PYTEST_ARGS)
+	$(KEEPING) $(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) -m stress --timeout 3600 $(PYTEST_ARGS)
 
 CAMPAIGN ?=
 campaign: $(INSTALLED_TEST) warm

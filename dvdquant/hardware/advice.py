@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.capabilities import CAPABILITIES, JETSONS, capability, parse_sm
-from dvdquant.hardware.find import resolve_gpu
+from dvdquant.hardware.find import installed_gpus, resolve_gpu
 from dvdquant.text import shown
 
 __all__ = ["AUTO", "QUALITY", "Advice", "Choice", "choose", "choose_recipe", "choose_target"]
@@ -83,10 +83,13 @@ def choose(
     named = bool(found)
     if not named:
         found = (DEFAULT_SM,)
-        notes = [
-            f"no card was named: SM {DEFAULT_SM} (RTX 40), target {' '.join(targets) or DEFAULT_TARGET}; "
-            "--gpu NAME or --gpu auto takes what suits yours"
-        ]
+        here = [shown(gpu.name) for gpu in installed_gpus()]
+        yours = (
+            f"this machine has {here[0]}, which --gpu auto takes"
+            if here
+            else "--gpu NAME or --gpu auto takes what suits yours"
+        )
+        notes = [f"no card was named: SM {DEFAULT_SM} (RTX 40), target {' '.join(targets) or DEFAULT_TARGET}; {yours}"]
     wanted = tuple(targets)
     if not named:
         wanted = wanted or (DEFAULT_TARGET,)

@@ -30,7 +30,11 @@ def _powers(order: int) -> int:
     """
     k = (order.bit_length() - 1) // 2
     if order < 1 or 4**k != order:
-        raise ShapeError(f"a regular Hadamard matrix of order {order}", available="powers of four: 4, 16, 64, 256")
+        raise ShapeError(
+            f"there is no regular Hadamard matrix of order {order} here",
+            available="powers of four: 4, 16, 64, 256",
+            fix="take one of these, or rotation auto",
+        )
     return k
 
 
@@ -58,7 +62,9 @@ def regular_signs(order: int, features: int) -> Tensor:
         ShapeError: The order is no power of four, or does not divide K.
     """
     if features % max(1, order):
-        raise ShapeError(f"blocks of {order} do not divide {features} channels")
+        raise ShapeError(
+            f"blocks of {order} do not divide {features} channels", fix="take the block of Rotation.for_features"
+        )
     signs = reduce(torch.kron, [torch.tensor(_SIGNS)] * _powers(order), torch.ones(1))
     return signs.repeat(features // order)
 

@@ -12,7 +12,7 @@ from dvdquant.hardware.capabilities import CAPABILITIES
 from dvdquant.model.held_weights import held_weights, largest_kept
 from dvdquant.text import amount
 from tests.support.commands import refused
-from tests.support.running import PROMPT, drawn, run, tiny_wan_export
+from tests.support.running import PROMPT, drawn, run, short_wan_export
 
 
 def inspect(*arguments: object) -> str:
@@ -22,7 +22,7 @@ def inspect(*arguments: object) -> str:
 
 
 def test_both_forms_are_told_for_every_gpu() -> None:
-    out = tiny_wan_export()
+    out = short_wan_export()
     artifact = Artifact.open(out)
     plan, bits = artifact.plan(), artifact.bits()
     text, data = inspect(out, "--weights"), json.loads(inspect(out, "--weights", "--json"))
@@ -44,7 +44,7 @@ def test_both_forms_are_told_for_every_gpu() -> None:
 
 
 def test_options_that_do_not_go_together() -> None:
-    out = tiny_wan_export()
+    out = short_wan_export()
     for other in (("--layers",), ("--graph", "onnx/transformer_a4.onnx"), ("--html", "page.html")):
         result = CliRunner().invoke(inspect_main, [str(out), "--weights", *other])
         refused(result, "--weights is a view of its own", other[0])

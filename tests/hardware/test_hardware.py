@@ -165,6 +165,16 @@ def test_without_a_card_the_default_card_decides_as_if_it_had_been_named(target:
     assert (4 in bits) == (target == "onnx" or bool(CAPABILITIES["8.9"].gain(target or "rtx")))
 
 
+def test_the_card_of_this_machine_is_named_where_nobody_took_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine for SM 8.9 does not run on it, and the plain line must say so before the work."""
+    put_nvidia_smi(tmp_path, 'print("NVIDIA GeForce RTX 5090, 12.0, 32607, 580.65")', monkeypatch)
+    choice = choose((), (), ())
+    assert (choice.sms, choice.gpus) == (("8.9",), ())
+    assert "this machine has NVIDIA GeForce RTX 5090, which --gpu auto takes" in choice.notes[0]
+
+
 def test_without_a_card_a_named_recipe_is_taken() -> None:
     assert choose((), (), (), "w4a4").recipe == "w4a4"
 
