@@ -12,14 +12,14 @@ from click.testing import CliRunner, Result
 
 from dvdquant.cli.inspect import main as inspect
 from tests.support.report_pages import Page
-from tests.support.running import PROMPT, call, drawn, tiny_wan_export
+from tests.support.running import PROMPT, call, drawn, short_wan_export
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def out() -> Path:
-    return tiny_wan_export()
+    return short_wan_export()
 
 
 @pytest.fixture(scope="module")
