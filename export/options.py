@@ -73,6 +73,7 @@ class ExportOptions:
         workspace_gib: The builder's workspace limit in GiB; None means the builder's own.
         timing_cache: A TensorRT timing cache to read and update.
         optimization_level: The builder's effort, 0 to 5 (TensorRT); None means the builder's own.
+        fuse: Let the plugin of the TensorRT target compute residual, norm and modulation, or GELU, with the layer behind them.
         keep_graphs: Keep the graphs made for the engines: lowered ones for rtx, those with plugin nodes for tensorrt.
         device: The device where inputs are predicted and weights are rotated and quantized: a word that
             :func:`dvdquant.system.devices.resolve_device` knows.
@@ -121,6 +122,7 @@ class ExportOptions:
     workspace_gib: float | None = None
     timing_cache: Path | None = None
     optimization_level: int | None = None
+    fuse: bool = False
     keep_graphs: bool = False
     device: str = "auto"
     report: bool = False
@@ -142,6 +144,12 @@ class ExportOptions:
             raise UnsupportedError(f"unknown dtype {self.dtype!r}", available=DTYPE_NAMES, fix="pick with --dtype")
         if self.build not in BUILD_PLACES:
             raise UnsupportedError(f"unknown place to build {self.build!r}", available=BUILD_PLACES)
+        if self.fuse and "tensorrt" not in self.targets:
+            raise UnsupportedError(
+                f"--fuse is for engines with the plugin, and --target is {', '.join(self.targets)}",
+                available="tensorrt; TensorRT-RTX and other runtimes fuse such operations themselves",
+                fix="leave --fuse out, or take --target tensorrt",
+            )
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= MAX_WORKSPACE_GIB:
             raise UnsupportedError(
                 f"--workspace-gib is {self.workspace_gib:g}", available=f"more than 0, at most {MAX_WORKSPACE_GIB}"

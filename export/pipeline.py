@@ -35,7 +35,14 @@ from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.errors import CheckpointError, ExportError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export.elsewhere import SCRIPT, build_entry, build_script, same_build
 from dvdquant.export.engines.precision import EnginePlan
-from dvdquant.export.engines.stage import BuildSettings, EngineStage, build_settings, engine_path, find_current
+from dvdquant.export.engines.stage import (
+    BuildSettings,
+    EngineStage,
+    build_settings,
+    engine_path,
+    find_current,
+    fuses,
+)
 from dvdquant.export.estimate import require_memory
 from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
@@ -363,16 +370,21 @@ class _Run:
             for engine in self.plan.later:
                 path = engine_path(component, engine)
                 there = next((entry for entry in self.later if entry["engine"] == path), None)
-                if there is None or not same_build(there, self._build_entry(index, engine, there["graph"], 0)):
+                wanted = int(fuses(engine, self.plan.options))
+                if there is None or not same_build(there, self._build_entry(index, engine, there["graph"], 0, wanted)):
                     missing.append((component, engine))
         return missing
 
-    def _build_entry(self, index: int, engine: EnginePlan, graph: str, fp8_attentions: int) -> BuildEntry:
+    def _build_entry(
+        self, index: int, engine: EnginePlan, graph: str, fp8_attentions: int, fused_layers: int
+    ) -> BuildEntry:
         """Return what the manifest says of an engine for another machine; ``index`` is that of its transformer."""
         plan = self.plan
         hashes = {name: entry["sha256"] for name, entry in self.known.items()}
         component, model_plan = plan.components[index], plan.plans[index]
-        return build_entry(component, engine, graph, model_plan, plan.sizes, plan.options, hashes, fp8_attentions)
+        return build_entry(
+            component, engine, graph, model_plan, plan.sizes, plan.options, hashes, fp8_attentions, fused_layers
+        )
 
     def prepare_builds(self) -> None:
         """Write the graphs of the engines that are built elsewhere, and record what their builders need to know.
@@ -392,7 +404,7 @@ class _Run:
                 try:
                     for engine in wanted:
                         graph, attentions = stage.prepare(engine)
-                        entry = self._build_entry(index, engine, graph, attentions)
+                        entry = self._build_entry(index, engine, graph, attentions, stage.fused)
                         self.later = [e for e in self.later if e["engine"] != entry["engine"]] + [entry]
                         bar.update(1, graph)
                 finally:
@@ -552,7 +564,8 @@ class _Run:
         plans = dict(zip(self.plan.components, self.plan.plans))
         tree, sizes = self.transaction.tree, self.plan.sizes
         fp8 = any(engine.attention == "fp8" for engine in self.plan.engines)
-        return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress, fp8)
+        fused = any(fuses(engine, self.plan.options) for engine in (*self.plan.engines, *self.plan.later))
+        return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress, fp8, fused)
 
     def _layers(self) -> tuple[LayerEntry, ...]:
         """Return the table of weight errors: that of the previous export if its weights are used, else this run's."""

@@ -144,6 +144,12 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     "[default: the recipe's]",
 )
 @click.option(
+    "--fuse/--no-fuse",
+    default=False,
+    help="TensorRT engines: residual, norm and modulation, or GELU, in one plugin node with the layer behind them. Never ran "
+    "on a GPU.  [default: no-fuse]",
+)
+@click.option(
     "--keep", type=WORD, multiple=True, metavar="GLOB", help="Layers to keep in 16 bit besides the family's own."
 )
 @click.option(

@@ -254,6 +254,10 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         lines += [
             paragraphs([(f"a{e['act_bits']} on SM {', '.join(e['sm'])}", e["executes"]) for e in manifest.engines])
         ]
+    fused = sorted({n for e in (*manifest.engines, *manifest.builds) if (n := e.get("fused_layers"))})
+    if fused:
+        counts = " or ".join(map(str, fused))
+        lines += [f"TensorRT engines, one plugin node each: {counts} layers with what comes before them (--fuse)"]
     lines += ["", _layer_table(list(manifest.layers), all_layers, error_name(manifest.recipe))]
     lines += [
         f"{len(manifest.kept)} linear layers in 16 bit: {', '.join(manifest.kept[:6])}{' …' * (len(manifest.kept) > 6)}"

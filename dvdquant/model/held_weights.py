@@ -106,6 +106,11 @@ class HeldWeights:
         return sum(layer.expanded for layer in self.layers)
 
     @property
+    def stored(self) -> int:
+        """Return the bytes of the packed tensors as the files hold them, which a TensorRT engine has as inputs."""
+        return sum(layer.stored for layer in self.layers)
+
+    @property
     def scratch(self) -> int:
         """Return what one call expands a weight into, at most; a part of its workspace. 0 where nothing is expanded."""
         return max((layer.scratch for layer in self.layers), default=0)
