@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: wheel wheel-check walks triton-check dynamo-check help venv demo demo-steps test stress campaign variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: edge-check wheel wheel-check walks triton-check dynamo-check help venv demo demo-steps test stress campaign variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -28,6 +28,7 @@ help:
 	@echo "make variants  the numeric tests as other processors run them: threads, instruction sets (VARIANTS= names some)"
 	@echo "make kernels        the CUDA kernels' library (needs nvcc); kernels-check also reads its machine code"
 	@echo "make kernels plugin HOST=aarch64 SM=\"87 110\"  both for a Jetson, on x86-64"
+	@echo "make edge-check  that library and the plugin's harness under qemu-user (aarch64-linux-gnu-g++, qemu-aarch64, nvcc, TENSORRT_ROOT)"
 	@echo "make wheel   dist/*.whl, with the kernels' library where it was built (HOST=aarch64: with that of a Jetson)"
 	@echo "make wheel-check  such a wheel in a new environment: its commands, run from /"
 	@echo "make walks   the pages for four users, command by command in such an environment, as transcripts in docs/walks (COMFYUI_ROOT=)"
@@ -126,12 +127,17 @@ lint: $(INSTALLED_TEST)
 warm: $(INSTALLED_TEST)
 	@$(BIN)/python tests/support/warm_up.py
 
+# A test process takes the files in our order (tests/support/longest_first.py), not in that of their numbers of tests. What it compiles is
+# kept, whatever the environment says: else every run rewrites the assertions of all test files once a process.
+BY_FILE := --dist loadfile --no-loadscope-reorder
+KEEPING := env -u PYTHONDONTWRITEBYTECODE
+
 test: $(INSTALLED_TEST)
 	@$(MAKE) --no-print-directory -j2 lint warm
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not stress" --cpu-seconds 15 $(PYTEST_ARGS)
+	$(KEEPING) $(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) -m "not stress" --cpu-seconds 15 $(PYTEST_ARGS)
 
 stress: $(INSTALLED_TEST) warm
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m stress --timeout 3600 $(PYTEST_ARGS)
+	$(KEEPING) $(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) -m stress --timeout 3600 $(PYTEST_ARGS)
 
 CAMPAIGN ?=
 campaign: $(INSTALLED_TEST) warm
@@ -158,6 +164,11 @@ kernels: $(INSTALLED)
 
 kernels-check: $(INSTALLED)
 	$(BIN)/python kernels/check_sass.py $(KERNELS_FLAGS)
+
+# Three minutes of CPU the first time; objects are cached.
+edge-check: $(INSTALLED_TEST)
+	@$(MAKE) --no-print-directory kernels HOST=aarch64 SM="87 110"
+	$(BIN)/python -m pytest -q tests/kernels/test_cross_build.py $(PYTEST_ARGS)
 
 # One self-contained file where the kernels' archive is built; else the plugin loads libdvdquant_kernels.so when it runs.
 DASH_HOST = $(if $(HOST),-$(HOST))

@@ -3,6 +3,7 @@
     python benchmarks/held_weights.py                        # the table of docs/hardware.md
     python benchmarks/held_weights.py --model wan2.1-14b --recipe w4a8 --bits 8
     python benchmarks/held_weights.py --library              # every layer is asked of the kernels' library, too
+    python benchmarks/held_weights.py --auto                 # what --weights auto holds where packed weights cost too much
     python benchmarks/held_weights.py --kept                 # and the largest tensors that stay in 16 bit
 
 Nothing is downloaded and no weight is read: the layers come from the model's published config on meta tensors, the bytes of
@@ -26,6 +27,7 @@ from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.held_weights import HeldWeights, held_weights, largest_kept, shape_of
 from dvdquant.model.plan import ModelPlan, plan_model
+from dvdquant.model.weight_choice import choose_weights
 from dvdquant.ops.cuda import KernelLibrary, load_library
 from dvdquant.ops.packed_rows import group_bytes
 from dvdquant.recipe import get_recipe
@@ -117,6 +119,30 @@ def rows(name: str, recipe: str, bits: Sequence[int], library: KernelLibrary | N
     return lines
 
 
+def auto_rows(name: str, recipe: str, bits: Sequence[int]) -> list[str]:
+    """Return the lines of what ``auto`` holds of one model: one for each GPU on which packed weights cost more than the limit.
+
+    Args:
+        name: The name of its config.
+        recipe: The name of the recipe.
+        bits: The activation bits.
+    """
+    plan = plan_of(name, recipe)
+    sizes, lines = sizes_of(plan), []
+    for sm, facts in CAPABILITIES.items():
+        if not facts.kernels or facts.refused:
+            continue
+        held = held_weights(plan, sm_number(sm), bits, sizes)
+        torch_form, plugin = (choose_weights(held, "auto", plugin=plugin) for plugin in (False, True))
+        if torch_form.form == "packed":
+            continue
+        cells = [f"{100 * held.cost:.1f}", f"{100 * torch_form.share:.0f}"]
+        for choice, form in ((torch_form, held.nbytes), (plugin, held.plugin_bytes)):
+            cells.append(f"{form('packed') / GIB:.2f} / **{choice.nbytes / GIB:.2f}** / {form('expanded') / GIB:.2f}")
+        lines.append(f"| {name} | {sm} | {' | '.join(cells)} | {100 * torch_form.cost:.1f} |")
+    return lines
+
+
 def _sms(sms: Sequence[str]) -> str:
     return ", ".join(sms) if len(sms) < 5 else f"{sms[0]} to {sms[-1]}"
 
@@ -144,7 +170,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], help="the widths that are loaded (default: 4 8)")
     parser.add_argument("--library", action="store_true", help="compare with the built library of the kernels")
     parser.add_argument("--kept", action="store_true", help="list the largest tensors in 16 bit, too")
+    parser.add_argument(
+        "--auto", action="store_true", help="what --weights auto holds where packed weights cost too much"
+    )
     options = parser.parse_args(arguments)
+    if options.auto:
+        print("| model | SM | all packed, % of a step | of it expanded, % | PyTorch, GiB | plugin, GiB | % of a step |")
+        print("|---|---|---|---|---|---|---|")
+        for name in options.model or models():
+            for line in auto_rows(name, options.recipe, options.bits):
+                print(line)
+        return
     library = load_library() if options.library else None
     print(
         "| model | bf16, GiB | SM | expanded, PyTorch | expanded, plugin | packed, PyTorch | packed, plugin | files | of it not "

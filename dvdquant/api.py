@@ -57,7 +57,7 @@ def export_model(
     Args:
         model: Hub id, pipeline folder or transformer folder in diffusers format.
         out: Folder of the export. It holds the whole new export afterwards, or after an error what it held before.
-        recipe: Name of a recipe, or a recipe of your own. ``auto`` takes what suits the cards, and w4a4 where none is named.
+        recipe: Name of a recipe, or a recipe of your own. ``auto`` takes what suits the cards, and SM 8.9 where none is named.
         gpu: Names of the cards it is for, such as "RTX 4090"; ``auto`` is that of this machine.
         target: ``rtx``, ``tensorrt``, ``onnx`` or ``graphs``, or several of them. None given lets the cards decide.
         sm: Compute capabilities instead of cards, such as "8.9", the default where no card is named.
@@ -106,12 +106,13 @@ def export_model(
     known = [field.name for field in fields(ExportOptions) if field.name not in ("targets", "sms", *_POSITIONAL)]
     if unknown := sorted(options.keys() - set(known)):
         raise UnsupportedError(f"export_model has no option {unknown[0]}", available=["target", "sm", *known])
-    if "plugins" in options:
-        options["plugins"] = _several("plugins", options["plugins"])
+    for several in ("plugins", "also_write"):
+        if several in options:
+            options[several] = _several(several, options[several])
     own = recipe if isinstance(recipe, Recipe) else None
     name = _recipe_name(recipe) if own is None else own.name
     cards, capabilities = _several("gpu", gpu), _several("sm", sm)
-    choice = choose(cards, capabilities, _several("target", target), name)
+    choice = choose(cards, capabilities, _several("target", target), name, options.get("also_write", ()))
     arguments = ExportOptions(
         model=str(model),
         out=_path("out", out),
@@ -258,7 +259,7 @@ def _several(name: str, value: Any) -> tuple[str, ...]:
     for each in several:
         if isinstance(each, bool) or not isinstance(each, (str, int, float, os.PathLike)):
             raise UnsupportedError(f"{name} holds {brief(each)}", available="texts")
-    if not several and name != "plugins":
+    if not several and name not in ("plugins", "also_write"):
         raise UnsupportedError(f"{name} is empty", fix=f"give one or several, or leave {name} out")
     return tuple(str(each) for each in several)
 

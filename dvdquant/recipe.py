@@ -36,6 +36,7 @@ ZERO_POINTS = ("paper", "midrise", "symmetric", "float")
 SOLVERS = ("search", "paper", "minmax")
 INPUTS = ("ignored", "synthetic")
 ATTENTION = ("16", "int8", "fp8")
+ROTATIONS = ("auto", "full", "none", "regular")
 MAX_BLOCK = 1 << 20
 MAX_GLOBS = 10_000
 _STRICT = {"extra": "forbid", "strict": True}
@@ -89,7 +90,9 @@ class Recipe:
         weight: The weight grid.
         rotation: The Hadamard block along the input channels. ``auto`` takes the largest power of four up to 256 that
             divides K (its entries are powers of two, exact in every dtype). ``full`` takes the whole row, ``none`` no
-            rotation, and an integer a block of that many channels.
+            rotation, and an integer a block of that many channels. ``regular`` has the blocks of ``auto`` and the regular
+            Hadamard matrix, and codes from −7 to 7: the grid of ConvRot, which others load. It needs a symmetric scale per
+            row, predicted inputs, and none of the three fields below.
         inputs: ``synthetic`` predicts the second moments of every layer's input without data, by one run of the model
             on synthetic latents (``quantize/hessian.py``), and rounds the codes with feedback (``quantize/gptq.py``).
             ``ignored`` looks at the weights alone, as the paper does.
@@ -281,6 +284,7 @@ def _check(recipe: Recipe) -> None:
     _one_of("shift", recipe.shift, (False, True))
     if recipe.shift and recipe.inputs != "synthetic":
         raise RecipeError("a recipe that shifts inputs needs to know their mean", fix="set inputs to 'synthetic'")
+    _check_regular(recipe)
     _one_of("modulation", recipe.modulation, ("keep", "a8"))
     _one_of("attention", recipe.attention, ATTENTION)
     if not recipe.activations:
@@ -298,12 +302,32 @@ def _check(recipe: Recipe) -> None:
             fix="give auto, full, none, or the power of two of a block, such as 128",
         )
     if isinstance(rotation, str):
-        _one_of("rotation", rotation, ("auto", "full", "none"))
+        _one_of("rotation", rotation, ROTATIONS)
     elif rotation < 2:
         raise RecipeError(f"rotation block {rotation} is too small", fix="use 'none', 'auto', 'full' or a block ≥ 2")
     elif rotation > MAX_BLOCK:
         raise RecipeError(
             f"rotation block {brief(rotation)} is too large", available=f"at most {MAX_BLOCK}", fix="use 'full'"
+        )
+
+
+def _check_regular(recipe: Recipe) -> None:
+    """Check that a recipe of the regular rotation has ConvRot's grid.
+
+    Raises:
+        RecipeError: It asks for what that grid does not have.
+    """
+    if recipe.rotation != "regular":
+        return
+    if recipe.weight.zero_point != "symmetric" or recipe.weight.group_size:
+        raise RecipeError(
+            "rotation 'regular' has one scale per row and codes around zero",
+            fix="set weight.zero_point to 'symmetric' and weight.group_size to 0, or take rotation 'auto'",
+        )
+    if recipe.inputs != "synthetic" or recipe.smooth or recipe.shift:
+        raise RecipeError(
+            "rotation 'regular' predicts inputs, and neither balances nor shifts channels",
+            fix="set inputs to 'synthetic', smooth and shift to false, or take rotation 'auto'",
         )
 
 
@@ -346,6 +370,8 @@ RECIPES: dict[str, Recipe] = {
         # anyway. One more byte for the zero-point takes 15 to 22 % off the error of the weights.
         _refined("w4a4-g128", (ActivationSpec(4, 128), _A8), WeightSpec(group_size=128, zero_point="float")),
         _refined("w4a4-g64", (ActivationSpec(4, 64), _A8), WeightSpec(group_size=64, zero_point="float")),
+        # The grid of ConvRot, which ComfyUI and SGLang multiply with their own kernels: --also-write comfy.
+        Recipe("convrot", (_A4, _A8), WeightSpec(zero_point="symmetric"), rotation="regular", inputs="synthetic"),
         # w4a4 without a look at the inputs: BGR on the rotated weights alone. It quantizes without running the model.
         Recipe("weights-only", (_A4, _A8)),
         # Algorithm 1 as published: integer zero-points, bounded init and descent, whole-row rotation.

@@ -34,6 +34,7 @@ def build_entry(
     options: ExportOptions,
     hashes: Mapping[str, str],
     fp8_attentions: int,
+    fused_layers: int = 0,
 ) -> BuildEntry:
     """Return what the manifest says of one engine that is built elsewhere.
 
@@ -46,6 +47,7 @@ def build_entry(
         options: The options of the export.
         hashes: Relative path -> SHA-256 of each QuantLinear graph.
         fp8_attentions: The number of attentions that the graph has in FP8.
+        fused_layers: The number of layers that it has fused with what comes before them.
     """
     shapes = profile_shapes(plan.family, sizes)
     path = engine_path(component, engine)
@@ -61,6 +63,7 @@ def build_entry(
         onnx_sha256=hashes[graph_path(component, engine.act_bits, "tensorrt")],
         profile=None if shapes is None else {name: [list(shape) for shape in three] for name, three in shapes.items()},
         fp8_attentions=fp8_attentions,
+        fused_layers=fused_layers,
         builder_bytes=builder_bytes(plan, engine),
         held_bytes=held_bytes(plan, engine),
         optimization_level=options.optimization_level,
@@ -77,7 +80,8 @@ def same_build(one: BuildEntry, other: BuildEntry) -> bool:
         other: Another entry, perhaps of another version of dvdquant.
     """
     names = ("engine", "onnx_sha256", "precision", "sm", "profile", "optimization_level", "workspace_gib")
-    return all(one.get(name) == other.get(name) for name in names)
+    fused = bool(one.get("fused_layers")) == bool(other.get("fused_layers"))
+    return fused and all(one.get(name) == other.get(name) for name in names)
 
 
 def trtexec_line(graph: str, engine: str, shapes: Shapes | None, options: ExportOptions) -> str:

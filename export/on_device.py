@@ -258,6 +258,7 @@ def _settings(plan: DeviceBuild, entry: BuildEntry) -> BuildSettings:
         entry["optimization_level"],
         entry["workspace_gib"],
         plan.plugin_hashes if entry["backend"] == "tensorrt" else (),
+        bool(entry.get("fused_layers")),
     )
 
 
@@ -373,6 +374,7 @@ def _build(
             versions={entry["backend"]: report.version},
             shapes=dict(Sizes.from_json(plan.manifest.shapes).to_json()),
             attention=dict(report.attention),
+            fused_layers=entry.get("fused_layers", 0),
         )
         data = {"entry": {**made, **settings.recorded()}, "report": report.to_json()}
         transaction.done(step, data, [path])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dvdquant.artifact.manifest import MAX_GUIDANCE, MAX_LORA_RANK, MAX_STEPS, Sampling
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.errors import UnsupportedError
-from dvdquant.recipe import Recipe
+from dvdquant.recipe import RECIPES, Recipe
 from dvdquant.system.devices import check_device_word, resolve_device
 from dvdquant.text import shown
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "ALSO_WRITE",
     "BUILD_PLACES",
     "DTYPE_NAMES",
     "TARGETS",
@@ -30,6 +31,12 @@ __all__ = [
 DTYPE_NAMES = ("bf16", "fp16")  # the keys of dvdquant.numerics.dtypes.DTYPES, which imports PyTorch
 TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
 BUILD_PLACES = ("auto", "here", "device")
+ALSO_WRITE = ("comfy", "comfy-a8")
+_NOT_WRITTEN = {
+    "modelopt": "what ModelOpt writes of video transformers, and servers read, is FP8 or NVFP4 of weights that are not rotated, "
+    "and no recipe has these grids",
+    "sglang": "SGLang has no 4-bit integer layout of its own for video transformers; it reads the one of ComfyUI",
+}
 MAX_WORKSPACE_GIB = 1024
 MAX_SAMPLES = 16
 
@@ -66,6 +73,7 @@ class ExportOptions:
         workspace_gib: The builder's workspace limit in GiB; None means the builder's own.
         timing_cache: A TensorRT timing cache to read and update.
         optimization_level: The builder's effort, 0 to 5 (TensorRT); None means the builder's own.
+        fuse: Let the plugin of the TensorRT target compute residual, norm and modulation, or GELU, with the layer behind them.
         keep_graphs: Keep the graphs made for the engines: lowered ones for rtx, those with plugin nodes for tensorrt.
         device: The device where inputs are predicted and weights are rotated and quantized: a word that
             :func:`dvdquant.system.devices.resolve_device` knows.
@@ -76,6 +84,8 @@ class ExportOptions:
         guidance: The guidance scale that is recorded as the runtime's default; None means the model's own.
         transformer_2: The file or folder of the second transformer, if it does not lie in ``model``.
         config: The config.json of a model that has none.
+        also_write: The layouts of others that the same weights are written in: ``comfy`` (ComfyUI's ConvRot W4A4), or
+            ``comfy-a8`` (the same weights with 8-bit activations).
         pipeline: The folder or hub id of the diffusers pipeline that the runtime takes text encoder, VAE and scheduler from,
             where MODEL has none. It is recorded alone.
         report: Write report.html too.
@@ -84,7 +94,7 @@ class ExportOptions:
 
     Raises:
         UnsupportedError: A target, dtype or number is not one of those above, the device is not there, a plugin library
-            is missing, or ``samples`` is given without ``report``.
+            is missing, ``samples`` is given without ``report``, or a layout has another grid than the recipe.
     """
 
     model: str
@@ -112,6 +122,7 @@ class ExportOptions:
     workspace_gib: float | None = None
     timing_cache: Path | None = None
     optimization_level: int | None = None
+    fuse: bool = False
     keep_graphs: bool = False
     device: str = "auto"
     report: bool = False
@@ -123,6 +134,7 @@ class ExportOptions:
     transformer_2: str | None = None
     config: Path | None = None
     pipeline: str | None = None
+    also_write: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -132,6 +144,12 @@ class ExportOptions:
             raise UnsupportedError(f"unknown dtype {self.dtype!r}", available=DTYPE_NAMES, fix="pick with --dtype")
         if self.build not in BUILD_PLACES:
             raise UnsupportedError(f"unknown place to build {self.build!r}", available=BUILD_PLACES)
+        if self.fuse and "tensorrt" not in self.targets:
+            raise UnsupportedError(
+                f"--fuse is for engines with the plugin, and --target is {', '.join(self.targets)}",
+                available="tensorrt; TensorRT-RTX and other runtimes fuse such operations themselves",
+                fix="leave --fuse out, or take --target tensorrt",
+            )
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= MAX_WORKSPACE_GIB:
             raise UnsupportedError(
                 f"--workspace-gib is {self.workspace_gib:g}", available=f"more than 0, at most {MAX_WORKSPACE_GIB}"
@@ -153,6 +171,8 @@ class ExportOptions:
                 f"--lora-rank is {self.lora_rank}",
                 available=f"1 to {MAX_LORA_RANK}, at least the rank of the LoRA, or of all that run at once together; 0 is none",
             )
+        for layout in self.also_write:
+            _check_layout(layout, self.recipe)
         for plugin in self.plugins:
             if not plugin.is_file():
                 raise UnsupportedError(
@@ -194,6 +214,35 @@ class ExportOptions:
             backend: ``tensorrt_rtx`` or ``tensorrt``.
         """
         return self.build == "device" or (self.build == "auto" and backend == "tensorrt" and not self.plugins)
+
+
+def _check_layout(layout: str, recipe: Recipe) -> None:
+    """Refuse a layout that nobody reads, or whose grid the recipe does not have: its codes would have to be made anew.
+
+    Raises:
+        UnsupportedError: It is one of these.
+    """
+    if layout not in ALSO_WRITE:
+        why = _NOT_WRITTEN.get(layout.lower())
+        raise UnsupportedError(
+            f"--also-write {layout!r:.60}: {why}" if why else f"unknown layout {layout!r:.60}",
+            available=ALSO_WRITE,
+            fix="take --also-write comfy"
+            if layout.lower() == "sglang" or not why
+            else "quantize MODEL with ModelOpt itself",
+        )
+    if recipe.rotation == "regular":
+        return
+    weight = recipe.weight
+    found = [f"rotation {recipe.rotation}"]
+    found += [f"weight groups of {weight.group_size}"] * bool(weight.group_size)
+    found += [f"zero-point {weight.zero_point}"] * (weight.zero_point != "symmetric")
+    found += ["balanced channels"] * recipe.smooth + ["shifted means"] * recipe.shift
+    raise UnsupportedError(
+        f"--also-write {layout}: recipe {shown(recipe.name)} is on another grid than ConvRot ({', '.join(found)})",
+        available=[name for name, each in RECIPES.items() if each.rotation == "regular"],
+        fix="take --recipe convrot, or leave --also-write out",
+    )
 
 
 def recorded_model(model: str) -> str:

@@ -35,10 +35,18 @@ from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.errors import CheckpointError, ExportError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export.elsewhere import SCRIPT, build_entry, build_script, same_build
 from dvdquant.export.engines.precision import EnginePlan
-from dvdquant.export.engines.stage import BuildSettings, EngineStage, build_settings, engine_path, find_current
+from dvdquant.export.engines.stage import (
+    BuildSettings,
+    EngineStage,
+    build_settings,
+    engine_path,
+    find_current,
+    fuses,
+)
 from dvdquant.export.estimate import require_memory
 from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
+from dvdquant.export.layouts.comfy import comfy_path, stored_reader, write_comfy
 from dvdquant.export.model_card import model_card
 from dvdquant.export.plan import ExportPlan, check_previous, shapes_of, source_of
 from dvdquant.export.source_words import source_lines
@@ -158,7 +166,7 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
                 options.sampling,
                 source_of(plan).get("pipeline"),
             )
-            missing = run.missing_engines() or run.missing_builds()
+            missing = run.missing_engines() or run.missing_builds() or run.missing_layouts()
             if not (missing or options.verify or options.report) and same:
                 return ExportResult(options.out, transaction.previous, up_to_date=True)
         else:
@@ -178,6 +186,7 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
             run.verify_graphs()
         run.build_engines()
         run.prepare_builds()
+        run.write_layouts()
         checks = run.verify() if options.verify else []
         manifest = run.commit(checks)
     return ExportResult(options.out, manifest, checks, run.stored, progress.seconds, run.builds)
@@ -235,8 +244,9 @@ class _Run:
             False if a weight file or a graph is damaged. Then nothing is put into the tree.
         """
         out = self.transaction.out
-        weights, engines = ([n for n in previous.files if n.startswith(top)] for top in ("onnx/", "engines/"))
-        total = sum(previous.files[name]["bytes"] for name in (*weights, *engines))
+        tops = ("onnx/", "engines/", "comfy/")
+        weights, engines, layouts = ([n for n in previous.files if n.startswith(top)] for top in tops)
+        total = sum(previous.files[name]["bytes"] for name in (*weights, *engines, *layouts))
         good = list(weights)
         with self.progress.stage("check", total, "B") as stage:
             try:
@@ -244,12 +254,13 @@ class _Run:
             except OutputError as error:
                 self.progress.say(f"the previous export is damaged and is made again: {error.what}")
                 return False
-            for name in engines:
+            for name in (*engines, *layouts):
                 try:
                     verify_files(out, previous, [name], stage.update)
                     good.append(name)
                 except OutputError as error:
-                    self.progress.say(f"an engine is damaged and is built again: {error.what}")
+                    what = "an engine is damaged and is built again" if name in engines else "left out"
+                    self.progress.say(f"{what}: {error.what}")
         for name in good:
             # Readers of external data refuse files with several links, so graphs and weights are copied.
             (copy_file if name in weights else link_file)(out / name, self.transaction.path(name))
@@ -359,16 +370,21 @@ class _Run:
             for engine in self.plan.later:
                 path = engine_path(component, engine)
                 there = next((entry for entry in self.later if entry["engine"] == path), None)
-                if there is None or not same_build(there, self._build_entry(index, engine, there["graph"], 0)):
+                wanted = int(fuses(engine, self.plan.options))
+                if there is None or not same_build(there, self._build_entry(index, engine, there["graph"], 0, wanted)):
                     missing.append((component, engine))
         return missing
 
-    def _build_entry(self, index: int, engine: EnginePlan, graph: str, fp8_attentions: int) -> BuildEntry:
+    def _build_entry(
+        self, index: int, engine: EnginePlan, graph: str, fp8_attentions: int, fused_layers: int
+    ) -> BuildEntry:
         """Return what the manifest says of an engine for another machine; ``index`` is that of its transformer."""
         plan = self.plan
         hashes = {name: entry["sha256"] for name, entry in self.known.items()}
         component, model_plan = plan.components[index], plan.plans[index]
-        return build_entry(component, engine, graph, model_plan, plan.sizes, plan.options, hashes, fp8_attentions)
+        return build_entry(
+            component, engine, graph, model_plan, plan.sizes, plan.options, hashes, fp8_attentions, fused_layers
+        )
 
     def prepare_builds(self) -> None:
         """Write the graphs of the engines that are built elsewhere, and record what their builders need to know.
@@ -388,7 +404,7 @@ class _Run:
                 try:
                     for engine in wanted:
                         graph, attentions = stage.prepare(engine)
-                        entry = self._build_entry(index, engine, graph, attentions)
+                        entry = self._build_entry(index, engine, graph, attentions, stage.fused)
                         self.later = [e for e in self.later if e["engine"] != entry["engine"]] + [entry]
                         bar.update(1, graph)
                 finally:
@@ -440,6 +456,34 @@ class _Run:
         self.engines = [e for e in self.engines if e["path"] != relative] + [data["entry"]]
         self.known.pop(relative, None)
         self.builds.append({"path": relative, **data["report"]})
+
+    # ---------------------------------------------------------------------------------------------- layouts of others
+
+    def missing_layouts(self) -> list[tuple[int, str, str]]:
+        """Return (index of the transformer, layout, path) of every file for other programs that is not there."""
+        wanted = [
+            (index, layout, comfy_path(component, layout))
+            for index, component in enumerate(self.plan.components)
+            for layout in self.plan.options.also_write
+        ]
+        return [(index, layout, path) for index, layout, path in wanted if path not in self.known]
+
+    def write_layouts(self) -> None:
+        """Write the weights for other programs, from what is stored.
+
+        Raises:
+            OutputError: A file cannot be written.
+            ResourceError: The disk is full.
+        """
+        missing = self.missing_layouts()
+        if not missing:
+            return
+        total = sum(self.plan.plans[index].quantized_weights for index, _, _ in missing)
+        with self.progress.stage("layouts", total, "weights") as stage:
+            for index, layout, relative in missing:
+                read = stored_reader(self.transaction.tree, self._tensors(self.plan.components[index]))
+                path = self.transaction.path(relative)
+                self.known[relative] = write_comfy(path, self.plan.plans[index], layout, read, stage.update)
 
     # ---------------------------------------------------------------------------------------------- the end
 
@@ -520,7 +564,8 @@ class _Run:
         plans = dict(zip(self.plan.components, self.plan.plans))
         tree, sizes = self.transaction.tree, self.plan.sizes
         fp8 = any(engine.attention == "fp8" for engine in self.plan.engines)
-        return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress, fp8)
+        fused = any(fuses(engine, self.plan.options) for engine in (*self.plan.engines, *self.plan.later))
+        return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress, fp8, fused)
 
     def _layers(self) -> tuple[LayerEntry, ...]:
         """Return the table of weight errors: that of the previous export if its weights are used, else this run's."""

@@ -20,6 +20,8 @@ from dvdquant.export.engines import load_backend
 from dvdquant.export.engines.attention import attention_wish
 from dvdquant.export.engines.precision import EnginePlan, check_sms, plan_engines
 from dvdquant.export.estimate import Estimate, estimate_export, lowered_bytes
+from dvdquant.export.layouts.agree import check_layouts
+from dvdquant.export.layouts.comfy import comfy_bytes
 from dvdquant.export.options import ExportOptions, check_text, recorded_model, with_table_defaults
 from dvdquant.export.replacement import check_replacement
 from dvdquant.export.sizes import resolve_sizes
@@ -117,6 +119,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     sizes = resolve_sizes(plans[0].family, with_table_defaults(options))
     for plan in plans[1:]:
         plan.family.check(sizes)
+    check_layouts(options.also_write, plans)
     # 4. Plan the engines.
     engines: list[EnginePlan] = []
     later: list[EnginePlan] = []
@@ -154,6 +157,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     again = sum(sizes_read) if nvfp4 else max(sizes_read) if options.recipe.inputs == "synthetic" else 0
     estimate = estimate_export(plans, engines, options, sum(c.nbytes for c in opened), largest, again)
     kept = sum(max((lowered_bytes(p, e) for e in later), default=0) for p in plans)
+    kept += sum(comfy_bytes(p, layout) for p in plans for layout in options.also_write)
     estimate = replace(estimate, weight_file_bytes=estimate.weight_file_bytes + kept)
     planned = ExportPlan(
         options, components, opened, tuple(plans), sizes, tuple(engines), versions, estimate, tuple(later)

@@ -10,7 +10,7 @@ from dvdquant.artifact.manifest import Manifest, Source
 from dvdquant.artifact.unfinished import differences
 from dvdquant.checkpoint.reader import fingerprint_hint
 from dvdquant.errors import OutputError, RecipeError
-from dvdquant.recipe import Recipe
+from dvdquant.recipe import RECIPES, Recipe
 from dvdquant.text import shown
 
 __all__ = ["check_replacement"]
@@ -49,10 +49,17 @@ def check_replacement(
     found += [differences(before, {**shapes, "lora_rank": lora_rank})]
     if not any(found):
         return
+    name = str(previous.recipe.get("name"))
+    same = (
+        name != recipe.name
+        and name in RECIPES
+        and not any([*_models(previous, source, components), *_recipes(previous, RECIPES[name])])
+    )
+    goes_on = f"--recipe {name} goes on with it; or " if same and not found[-1] else ""
     raise OutputError(
         f"{out} holds a finished export, made {previous.created}, and this is another one",
         available="; ".join(filter(None, found)),
-        fix="pick another -o, or give --replace to put the new export in its place once it is whole",
+        fix=f"{goes_on}pick another -o, or give --replace to put the new export in its place once it is whole",
     )
 
 

@@ -23,6 +23,9 @@ import pytest
 
 from tests.support.cpu_seconds import CpuSeconds
 from tests.support.folders import STORE
+from tests.support.longest_first import longest_first
+
+_TESTS = Path(__file__).parent
 
 # Before torch, numba or ONNX Runtime are imported anywhere: parallel test processes share the cores, and every builder
 # process inherits the number. At least 2, so that what is split among threads is tested as such. A caller's setting wins.
@@ -32,6 +35,8 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUM
     os.environ.setdefault(_name, _THREADS)
 # A thread that waits for others sleeps instead of spinning: the cores belong to the other test processes meanwhile.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Most objects of a test process come from imports and traces, and live; pytest's own collection makes a million more.
+gc.set_threshold(100_000, 50, 100)
 # No test may depend on the network; a hub id that is not cached fails at once instead of retrying.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -54,11 +59,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quick_collections() -> None:
-    """Let Python look for garbage less often, and not among what was imported: a trace makes millions of objects that live."""
+def _frozen_imports() -> None:
+    """Look for garbage no more among what was imported and collected."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -115,7 +119,9 @@ _NEEDS: dict[str, Callable[[], str | None]] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine lacks, saying what."""
+    """Skip what this machine lacks, saying what; where several processes share the work, begin with the dearest files."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: longest_first(item.path, _TESTS))
     for item in items:
         for name, missing in _NEEDS.items():
             reason = missing() if item.get_closest_marker(name) else None

@@ -16,12 +16,12 @@ from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import DvdquantError, ShapeError
 from tests.support.exporting import TINY_WAN
-from tests.support.running import tiny_wan_export
+from tests.support.running import short_wan_export
 
 
 @pytest.fixture(scope="module")
 def out() -> Path:
-    return tiny_wan_export()
+    return short_wan_export()
 
 
 def plan_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rotation": True}, "rotation"),
     ({"rotation": 1.5}, "rotation"),
     ({"rotation": None}, "rotation"),
+    ({"rotation": "regular"}, "one scale per row and codes around zero"),
+    (
+        {"rotation": "regular", "weight": {"zero_point": "symmetric"}, "inputs": "ignored", "smooth": False}
+        | {"random_signs": False, "shift": False},
+        "neither balances nor shifts",
+    ),
     ({"surprise": 1}, "unknown field"),
     ({"keep": 5}, "field keep is 5"),
     ({"keep": "proj_out"}, "field keep is 'proj_out'"),

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import run_campaign, run_variants
+from tests.support.longest_first import LONGEST, longest_first
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -394,3 +395,15 @@ def test_the_tests_that_others_name_are_there() -> None:
         assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
     files = [path.stem.removeprefix("test_") for path in (ROOT / "tests").rglob("test_*.py")]
     assert set(run_variants.NUMERIC) <= set(files)
+
+
+def test_the_longest_files_are_there_and_come_first() -> None:
+    tests = ROOT / "tests"
+    assert [name for name in LONGEST if not (tests / name).is_file()] == []
+    short, outside = tests / "test_readme.py", Path("/elsewhere/test_serve.py")
+    files = [short, outside, *(tests / name for name in reversed(LONGEST))]
+    assert sorted(files, key=lambda path: longest_first(path, tests)) == [
+        *(tests / name for name in LONGEST),
+        short,
+        outside,
+    ]

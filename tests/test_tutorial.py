@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.commands import environment
 from tests.support.exporting import REPOSITORY, TINY_WAN
-from tests.support.running import PROMPT, tiny_wan_export
+from tests.support.running import PROMPT, short_wan, short_wan_export, tiny_wan_export
 from tests.support.scripts import load_script
 
 FOLDER = REPOSITORY / "examples" / "wan2.1"
@@ -92,8 +92,8 @@ def test_the_notebook_with_a_model_of_images(
 
 
 def test_the_script_takes_every_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(tiny_wan_export(), tmp_path / "out")
-    load_script(FOLDER / "wan.py").main([str(TINY_WAN), str(tmp_path / "out"), "--prompt", PROMPT, "--steps", "2"])
+    shutil.copytree(short_wan_export(), tmp_path / "out")
+    load_script(FOLDER / "wan.py").main([str(short_wan()), str(tmp_path / "out"), "--prompt", PROMPT, "--steps", "2"])
     said = capsys.readouterr().out
     for line in ("$ dvdq export", "--dry-run", "$ dvdq inspect", "$ dvdq run", "$ dvdq bench", "ms a call"):
         assert line in said

@@ -1,6 +1,6 @@
 """Quality of switched generation on tiny-wan: PSNR and SSIM to the fp32 model, of a4, a8, δ-GBS and other placements.
 
-    dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 --target graphs
+    dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 --target graphs --recipe w4a4
     python benchmarks/switching/measure.py out/tiny-wan            # table and picture into this folder
     python benchmarks/switching/measure.py out/tiny-wan --study cache --clips 8
 

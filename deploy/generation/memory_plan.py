@@ -21,6 +21,7 @@ __all__ = [
     "EXPANDED",
     "FOUR_BIT_GROUP",
     "INT8_ROW",
+    "MIXED",
     "PACKED",
     "Arrangement",
     "MemoryPlan",
@@ -34,7 +35,7 @@ __all__ = [
     "possible",
 ]
 
-PACKED, EXPANDED = "packed weights", "expanded weights"
+PACKED, EXPANDED, MIXED = "packed weights", "expanded weights", "partly expanded weights"
 """What is loaded of the transformers where all bit-widths share it."""
 INT8_ROW = 5
 """Bytes of the scale and the zero-point of a row, of a text encoder in 8 bits."""

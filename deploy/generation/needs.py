@@ -19,6 +19,7 @@ from dvdquant.deploy.generation.memory_plan import (
     EXPANDED,
     FOUR_BIT_GROUP,
     INT8_ROW,
+    MIXED,
     PACKED,
     RunBytes,
     engine_choices,
@@ -28,7 +29,7 @@ from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.deploy.generation.text_encoder import TEXT_BITS
 from dvdquant.deploy.sessions.lora_needs import lora_bytes
 from dvdquant.hardware.capabilities import sm_number
-from dvdquant.hardware.weights import WeightForm, WeightPolicy
+from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.system.safetensors_io import TensorInfo, read_header, read_header_from
 
 __all__ = ["Part", "parts_of_run", "run_bytes"]
@@ -177,21 +178,22 @@ def _transformers(
     if sm is None:
         packed = sum(_executed(artifact, component, "pytorch")[1] for component in artifact.components)
         return {PACKED: packed + beside}
-    # 3. Our kernels: packed once for all widths, or expanded.
+    # 3. Our kernels: packed once for all widths, expanded, or some layers so and some so.
     from dvdquant.model.held_weights import held_weights
+    from dvdquant.model.weight_choice import choose_weights
 
     engines = sum(_engine_bytes(artifact, component, bits) for component in artifact.components) * plugin
     held = [
         held_weights(artifact.plan(component), sm_number(sm), bits, artifact.sizes) for component in artifact.components
     ]
-    forms = [one.choose(weights, plugin=plugin) for one in held]
-    wanted: WeightForm = "expanded" if "expanded" in forms else "packed"
-    choices: tuple[WeightForm, ...] = (wanted, "packed") if weights == "auto" else (wanted,)
-    names = {"packed": PACKED, "expanded": EXPANDED}
-    return {
-        names[form]: engines + beside + sum(h.plugin_bytes(form) if plugin else h.nbytes(form) for h in held)
-        for form in choices
-    }
+    policies: tuple[WeightPolicy, ...] = ("auto", "packed") if weights == "auto" else (weights,)
+    found: dict[str, int] = {}
+    for policy in policies:
+        choices = [choose_weights(one, policy, plugin=plugin) for one in held]
+        forms = {choice.form for choice in choices}
+        name = {"packed": PACKED, "expanded": EXPANDED, "mixed": MIXED}[forms.pop() if len(forms) == 1 else "mixed"]
+        found.setdefault(name, engines + beside + sum(choice.nbytes for choice in choices))
+    return found
 
 
 def _pipeline_parts(checker: RequestChecker, requests: Sequence[GenerateRequest]) -> dict[str, list[TensorInfo]]:

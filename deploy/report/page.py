@@ -41,6 +41,7 @@ from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_io import read_header
 
 if TYPE_CHECKING:
+    from dvdquant.deploy.report.run_trace import RunClip
     from dvdquant.deploy.report.samples import Sample
     from dvdquant.deploy.switching.schedule import Schedule
 
@@ -61,7 +62,7 @@ class Report:
         checkpoint_bytes: tensors of the source, None when it is not at hand. parameters: (in 4 bits, kept in 16 bit),
             the second None when the weight files cannot be read.
         checks: what ``--verify`` found, one record a graph, if it ran. schedule: of ``schedule.json``. samples: see samples.py.
-        notes: what is missing from the page and why. images: what the model draws from.
+        notes: what is missing from the page and why. images: what the model draws from. runs: clips of a trace.
     """
 
     manifest: Manifest
@@ -73,6 +74,7 @@ class Report:
     samples: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
     images: ImageInputs = field(default_factory=ImageInputs)
+    runs: tuple[RunClip, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------------ collecting it
@@ -87,6 +89,7 @@ def collect(
     samples: int = 0,
     checks: Sequence[Mapping[str, Any]] = (),
     checkpoint_bytes: int | None = None,
+    runs: Sequence[RunClip] = (),
 ) -> Report:
     """Gather a page about the export whose files lie in ``root``.
 
@@ -101,6 +104,7 @@ def collect(
         samples: prompts to generate clips of.
         checks: what ``--verify`` found, one record a graph.
         checkpoint_bytes: tensors of the source, if known already.
+        runs: clips that were drawn, of a trace.
     """
     folder, notes = out or root, []
 
@@ -141,6 +145,7 @@ def collect(
         tuple(made),
         tuple(notes),
         _images(root, manifest),
+        tuple(runs),
     )
 
 
@@ -335,6 +340,7 @@ def _context(report: Report) -> dict[str, Any]:
         "commands": shown(commands(manifest, report.out, prompt, schedule is not None, report.images)),
         "python": _lines(python_lines(manifest, shown(report.out), prompt, table, report.images)),
         "notes": shown(report.notes),
+        "runs": report.runs,
     }
 
 

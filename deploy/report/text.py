@@ -106,7 +106,10 @@ def recipe_text(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]]
         for a in recipe["activations"]
     ]
     turned = {"auto": "Hadamard, the largest block that divides the row", "full": "Hadamard over the whole row"}
-    turned["none"] = "none"
+    turned |= {
+        "none": "none",
+        "regular": "Hadamard (regular, as ConvRot has it), the largest block that divides the row",
+    }
     modulation = {"keep": "16 bit", "a8": "4-bit weights, 8-bit activations"}[recipe["modulation"]]
     predicted = "predicted by one run on synthetic latents, no data; codes rounded with feedback for them"
     predicted = ", ".join([predicted, *fitted_text(recipe)])

@@ -135,7 +135,10 @@ def _problem(error: ValidationError) -> ShapeError:
         return ShapeError(f"{name} is missing", available="text", fix='describe the clip: {"prompt": "..."}')
     known = VideoRequest.model_fields.get(name)
     about = "" if known is None else f"; {known.description}"
-    return ShapeError(f"{name} is {brief(first['input'])}: {first['msg'].lower()}{about}")
+    return ShapeError(
+        f"{name} is {brief(first['input'])}: {first['msg'].lower()}{about}",
+        fix=f"correct {name}; /docs lists every field",
+    )
 
 
 def _take_size(values: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from dvdquant.deploy.serve.settings import ModelSource, ObjectStore, WorkerSetti
 from dvdquant.deploy.serve.stores import open_store
 from dvdquant.deploy.serve.worker import Worker, memory_facts, open_model
 from dvdquant.errors import DvdquantError
+from dvdquant.system.garbage import collect_less_often
 
 if TYPE_CHECKING:
     from dvdquant.deploy.generation.generator import Generator, WrapSession
@@ -53,6 +54,7 @@ def main(words: list[str] | None = None, wrap_session: WrapSession | None = None
     """
     (number,) = sys.argv[1:] if words is None else words
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which tells us
+    collect_less_often()
     channel = Channel(socket.socket(fileno=int(number)))
     os.dup2(2, 1)  # what a library prints belongs into the log
     messages = iter(channel)

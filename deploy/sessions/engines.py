@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class TensorRTSession(EngineSession):
         entries = find_engines(artifact, component, backend, self.bits, self.device)
         self._library = load_backend(backend)
         self._plugin_bytes = 0
-        self.weights = self._form(check_policy(weights), entries)
+        self.weights, expanded = self._form(check_policy(weights), entries)
         self._scratch = Scratch(self.device)
         self._files: WeightFiles | None = None
         self._on_device: dict[str, Tensor] = {}
@@ -125,7 +125,7 @@ class TensorRTSession(EngineSession):
             load_plugins(self._library, plugins)
             self._runtime = make_runtime(self._library, self._log)
             # The plugin reads the form when a context is made.
-            with plugin_form(self.weights):
+            with plugin_form(self.weights, expanded):
                 for width, entry in entries.items():
                     self._engines[width] = self._load(entry)
                     self._lora_inputs.require(self._on_device, f"the engine {entry['path']}")
@@ -133,8 +133,8 @@ class TensorRTSession(EngineSession):
             torch.cuda.synchronize(self.device)  # weights were copied on this thread's stream; passes may use others
         self._drop_files()
 
-    def _form(self, policy: WeightPolicy, entries: Mapping[int, EngineEntry]) -> str:
-        """Return how weights are held, and count what the plugin will hold beside its inputs."""
+    def _form(self, policy: WeightPolicy, entries: Mapping[int, EngineEntry]) -> tuple[str, frozenset[str]]:
+        """Return how weights are held and which layers are expanded, and count what the plugin holds beside its inputs."""
         if not any(entry["precision"] == "plugin" for entry in entries.values()):
             if policy != "auto":
                 raise UnsupportedError(
@@ -142,12 +142,12 @@ class TensorRTSession(EngineSession):
                     available="engines with the plugin, and the backends pytorch and onnxruntime",
                     fix="leave the policy out",
                 )
-            return super().weights
+            return super().weights, frozenset()
         if policy == "auto":
             policy = check_policy(os.environ.get(FORM_VARIABLE) or policy)
-        form, held = choose_form(self, sm_number(device_sm(self.device)), policy, plugin=True)
-        self._plugin_bytes = held.rows if form == "packed" else held.expanded
-        return form
+        choice = choose_form(self, sm_number(device_sm(self.device)), policy, plugin=True)
+        self._plugin_bytes = choice.beside
+        return choice.form, choice.expanded
 
     def _load(self, entry: EngineEntry) -> BoundEngine:
         engine = deserialize(self.artifact, entry, self._library, self._runtime, self._log)
@@ -260,18 +260,19 @@ class TensorRTSession(EngineSession):
 
 
 @contextlib.contextmanager
-def plugin_form(form: str) -> Iterator[None]:
+def plugin_form(form: str, expanded: Collection[str] = ()) -> Iterator[None]:
     """Let contexts that are made in this block hold weights in a form.
 
     Args:
-        form: ``packed`` or ``expanded``; another word leaves the environment as it is.
+        form: ``packed``, ``expanded`` or ``mixed``; another word leaves the environment as it is.
+        expanded: The names of the layers that are expanded where the form is mixed.
     """
-    if form not in ("packed", "expanded"):
+    if form not in ("packed", "expanded", "mixed"):
         yield
         return
     with _form_lock:
         before = os.environ.get(FORM_VARIABLE)
-        os.environ[FORM_VARIABLE] = form
+        os.environ[FORM_VARIABLE] = form if form != "mixed" else "mixed:" + ",".join(sorted(expanded))
         try:
             yield
         finally:

@@ -21,10 +21,11 @@ from dvdquant.deploy.sessions.replay import GraphReplay, why_not
 from dvdquant.deploy.sessions.weight_form import choose_form
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
-from dvdquant.hardware.weights import WeightForm, WeightPolicy, check_policy
+from dvdquant.hardware.weights import HeldForm, WeightPolicy, check_policy
 from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper, fill_quantized
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
+from dvdquant.model.weight_choice import WeightChoice
 from dvdquant.ops.attention.ladder import Attention, rungs_for
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels, usable_kernels
 from dvdquant.recipe import ATTENTION, Recipe
@@ -42,7 +43,8 @@ class PyTorchSession(EngineSession):
     A GPU that the kernels are built for holds each layer once and packed, half a byte a weight for all bit-widths, and
     the kernels expand it before a product of 8 bits. Or it holds each layer expanded, in the form that the kernels
     multiply: it makes this form before the first step that needs it, and holds both forms if the bit-widths that ran
-    differ in it. Then the private copy stays on the host, for a bit-width that runs later. Outputs are the same.
+    differ in it. Then the private copy stays on the host, for a bit-width that runs later. Or some layers are held in one
+    way and some in the other. Outputs are the same.
 
     On another GPU the packed weights are copied, and the private copy is closed.
 
@@ -56,7 +58,7 @@ class PyTorchSession(EngineSession):
         attention: ``16``, ``int8`` or ``fp8`` for self-attention of long sequences. The default is the recipe's.
         attention_backend: The library that computes it, or ``reference``, the definition in plain PyTorch. By default
             those of the GPU are tried, and one is taken that is right and faster than 16 bit on the first layer.
-        weights: ``auto``, ``packed`` or ``expanded``: how the kernels' device holds them (:class:`.HeldWeights`).
+        weights: ``auto``, ``packed`` or ``expanded``: how the kernels' device holds them (:func:`.choose_weights`).
         fuse: Take residuals, norms, modulations and GELU before quantized layers into the layers' kernels, where a
             self-test on the device passes. Outputs differ by rounding. True does so without ``compile``, too, where the
             rest runs operation by operation; None does so if ``compile`` is on.
@@ -64,7 +66,7 @@ class PyTorchSession(EngineSession):
 
     Attributes:
         fused: Whether that is done.
-        weights: ``packed`` or ``expanded``, as they are held. Without kernels they are packed.
+        weights: ``packed``, ``expanded`` or ``mixed``, as they are held. Without kernels they are packed.
 
     Raises:
         UnsupportedError: The attention or the policy is unknown, the library that was asked for cannot run here, or
@@ -91,7 +93,8 @@ class PyTorchSession(EngineSession):
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
         kernels = usable_kernels(self.device)
         plan = artifact.plan(component)
-        self.weights: WeightForm = self._form(check_policy(weights), kernels)
+        choice = self._choice(check_policy(weights), kernels)
+        self.weights: HeldForm = "packed" if choice is None else choice.form
         self._recipe = plan.recipe
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
         self.attention = wanted_attention(attention or plan.recipe.attention, attention_backend, self.device, component)
@@ -106,8 +109,9 @@ class PyTorchSession(EngineSession):
             fill_quantized(model, plan, self._files.tensor)
             if kernels is not None:
                 grids = [plan.recipe.activation(width) for width in self.bits]
-                held = prepare_layers(model, kernels, grids, plan.dtype, self.device, self.weights)
-                for name, reason in held.items():
+                expanded = frozenset() if choice is None else choice.expanded
+                left = prepare_layers(model, kernels, grids, plan.dtype, self.device, "packed", expanded)
+                for name, reason in left.items():
                     log.info("%s is computed in fp32: %s", name, reason)
             self._branches: LoraBranches | None = None
             model.to(self.device)
@@ -130,8 +134,8 @@ class PyTorchSession(EngineSession):
         elif self.device.type != "cpu":
             self._files.close()
 
-    def _form(self, policy: WeightPolicy, kernels: CudaKernels | None) -> WeightForm:
-        """Return how weights are held."""
+    def _choice(self, policy: WeightPolicy, kernels: CudaKernels | None) -> WeightChoice | None:
+        """Return how the kernels' device holds weights; None without kernels, where they are packed."""
         if kernels is None:
             if policy == "expanded":
                 raise UnsupportedError(
@@ -139,8 +143,8 @@ class PyTorchSession(EngineSession):
                     available="packed here; the onnxruntime backend expands them to fp32",
                     fix="leave the policy out, or run on a GPU that the kernels are built for",
                 )
-            return "packed"
-        return choose_form(self, kernels.sm, policy)[0]
+            return None
+        return choose_form(self, kernels.sm, policy)
 
     def _replay(self) -> GraphReplay | None:
         """Return what captures and repeats steps; else say why nothing is."""

@@ -1,4 +1,4 @@
-"""How a session holds quantized weights on a GPU, packed or expanded, and what its log says of it."""
+"""How a session holds quantized weights on a GPU: packed, expanded or mixed, and what its log says of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dvdquant.hardware.weights import WeightForm, WeightPolicy
-from dvdquant.model.held_weights import HeldWeights, held_weights
+from dvdquant.hardware.weights import WeightPolicy
+from dvdquant.model.held_weights import held_weights
+from dvdquant.model.weight_choice import WeightChoice, choose_weights
 
 if TYPE_CHECKING:
     from dvdquant.deploy.sessions.base import EngineSession
@@ -18,10 +19,8 @@ __all__ = ["choose_form"]
 log = logging.getLogger(__name__)
 
 
-def choose_form(
-    session: EngineSession, sm: int, policy: WeightPolicy, *, plugin: bool = False
-) -> tuple[WeightForm, HeldWeights]:
-    """Return the form of a policy for a session that is being opened, with the bytes that it was chosen by.
+def choose_form(session: EngineSession, sm: int, policy: WeightPolicy, *, plugin: bool = False) -> WeightChoice:
+    """Return how a session that is being opened holds its weights under a policy.
 
     Args:
         session: The session; its bits, sizes and device are known.
@@ -31,18 +30,21 @@ def choose_form(
     """
     held = held_weights(session.artifact.plan(session.component), sm, session.bits, session.sizes)
     room = torch.cuda.mem_get_info(session.device)[0] if session.device.type == "cuda" else None
-    form = held.choose(policy, room, plugin)
+    choice = choose_weights(held, policy, room, plugin)
     nbytes = held.plugin_bytes if plugin else held.nbytes
     log.info(
-        "%s: weights are %s (%s)%s: packed they hold %.2f GiB and cost a step some %.1f %% on SM %d.%d [modelled], "
-        "expanded %.2f GiB",
+        "%s: weights are %s (%s)%s: %.2f GiB, %.0f %% of them expanded, and a step pays some %.1f %% for the others on SM %d.%d "
+        "[modelled]; packed they would hold %.2f GiB for %.1f %%, expanded %.2f GiB",
         session.component,
-        form,
+        choice.form,
         policy,
         " in the plugin" if plugin else "",
+        choice.nbytes / 2**30,
+        100 * choice.share,
+        100 * choice.cost,
+        *divmod(sm, 10),
         nbytes("packed") / 2**30,
         100 * held.cost,
-        *divmod(sm, 10),
         nbytes("expanded") / 2**30,
     )
-    return form, held
+    return choice

@@ -170,8 +170,8 @@ WALKS = (
         "comfyui", "The user of ComfyUI", "for/comfyui.md",
         (
             Step(
-                "dvdq-export MODEL -o ComfyUI/models/dvdquant/wan", "An export, where ComfyUI looks for models.",
-                "--target graphs --recipe w4a4",
+                'dvdq-export MODEL -o ComfyUI/models/dvdquant/wan --gpu "RTX 4090"',
+                "An export, where ComfyUI looks for models.", "--target graphs --recipe w4a4",
             ),
             Step("cp ComfyUI/workflow.json . && ls ComfyUI/models/dvdquant", "The workflow names it.", on_page=False),
             Step(

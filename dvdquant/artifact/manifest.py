@@ -336,6 +336,8 @@ class EngineEntry(TypedDict):
         versions: The versions of the builder.
         shapes: Its profile of sizes.
         attention: The number of attentions that run as one kernel, by the type of their queries; older manifests lack it.
+        fused_layers: The number of quantized layers that one node computes with the residual, norm and modulation, or GELU,
+            before them; older manifests lack it.
         measured: What ``dvdq-build`` found when it ran the engine; only where it could.
     """
 
@@ -349,6 +351,7 @@ class EngineEntry(TypedDict):
     versions: dict[Text, Text]
     shapes: dict[str, Any]
     attention: NotRequired[dict[Text, Annotated[int, Field(ge=0, lt=2**31)]]]
+    fused_layers: NotRequired[Annotated[int, Field(ge=0, lt=2**20)]]
     measured: NotRequired[Measured]
 
 
@@ -368,6 +371,7 @@ class BuildEntry(TypedDict):
         onnx_sha256: The SHA-256 of the QuantLinear graph that ``graph`` was made from.
         profile: The [MIN, OPT, MAX] shapes of every input; null if all sizes are fixed.
         fp8_attentions: The number of attentions in the graph that have to become one FP8 kernel each.
+        fused_layers: The number of layers in the graph that are fused with what comes before them; older manifests lack it.
         builder_bytes: The memory that the builder is estimated to take.
         held_bytes: The memory for weights that a session with this engine is estimated to hold.
         optimization_level: The builder's effort, 0 to 5; null means the builder's own.
@@ -386,6 +390,7 @@ class BuildEntry(TypedDict):
     onnx_sha256: Digest
     profile: Annotated[dict[Text, ProfileShapes], Field(max_length=100)] | None
     fp8_attentions: Annotated[int, Field(ge=0, lt=2**20)]
+    fused_layers: NotRequired[Annotated[int, Field(ge=0, lt=2**20)]]
     builder_bytes: Size
     held_bytes: Size
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None

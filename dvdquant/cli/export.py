@@ -29,6 +29,7 @@ FOR_GRAPH = {
     "onnx": "standard QDQ, for any runtime",
 }
 
+FOR_OTHERS = "ComfyUI/models/diffusion_models"
 REALIZE = (
     "auto",
     "int8",
@@ -39,7 +40,7 @@ BUILD_PLACES = ("auto", "here", "device")  # those of dvdquant.export.options, w
 MAX_TOKENS, MAX_BATCH = 1 << 16, 1 << 10
 
 EXAMPLES = """
-# a trained toy model, engines for one RTX generation, in half a minute
+# a trained toy model, an engine for one RTX generation (SM 8.9), in half a minute
 dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5
 
 # what would it take, and what would it give on my card? (of a local folder reads only headers; writes nothing)
@@ -55,6 +56,9 @@ dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22-4 --lora high.safetensors -
 
 # for a Jetson Orin that is elsewhere: graphs, weights, profiles and the lines of trtexec; then dvdq-bundle, and dvdq-build there
 dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/orin --target tensorrt --sm 8.7
+
+# the same weights as a file that ComfyUI loads by itself (ConvRot W4A4)
+dvdq-export ./Wan2.1-T2V-1.3B-Diffusers -o out/wan --target graphs --also-write comfy
 
 # graphs only
 dvdq-export ./HunyuanVideo -o out/hy --target onnx --recipe w4a4-g128
@@ -140,6 +144,12 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     "[default: the recipe's]",
 )
 @click.option(
+    "--fuse/--no-fuse",
+    default=False,
+    help="TensorRT engines: residual, norm and modulation, or GELU, in one plugin node with the layer behind them. Never ran "
+    "on a GPU.  [default: no-fuse]",
+)
+@click.option(
     "--keep", type=WORD, multiple=True, metavar="GLOB", help="Layers to keep in 16 bit besides the family's own."
 )
 @click.option(
@@ -153,6 +163,14 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     help="rtx: TensorRT-RTX engines. tensorrt: TensorRT engines with the plugin. onnx: QDQ graphs for any runtime. "
     "graphs: nothing besides the graphs with QuantLinear nodes, which are always written. Repeatable.  "
     "[default: rtx; tensorrt for a Jetson; graphs where the card has no such engines]",
+)
+@click.option(
+    "--also-write",
+    type=WORD,
+    multiple=True,
+    metavar="comfy|comfy-a8",
+    help="Write the same weights as ComfyUI loads them, too: ConvRot W4A4, or W4A8 of the same codes. For recipe convrot, "
+    "which auto takes then.",
 )
 @click.option(
     "--precision",
@@ -280,7 +298,8 @@ def main(**arguments: Any) -> None:
     dry_run, verbose, log_format = (arguments.pop(n) for n in ("dry_run", "verbose", "log_format"))
     setup_logging(verbose, log_format)
     _check_revision(arguments["model"], arguments["revision"])
-    choice = choose(arguments.pop("gpus"), arguments.pop("sms"), arguments.pop("targets"), arguments.pop("recipe"))
+    gpus, sms, targets, named = (arguments.pop(name) for name in ("gpus", "sms", "targets", "recipe"))
+    choice = choose(gpus, sms, targets, named, arguments["also_write"])
     recipe = get_recipe(choice.recipe).with_globs(arguments.pop("keep"), arguments.pop("force"))
     if (modulation := arguments.pop("modulation")) is not None:
         recipe = replace(recipe, modulation=modulation)
@@ -386,6 +405,7 @@ def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
             for one in checkpoint.lora.fused
         ],
         "lora_rank": _reserved(plan),
+        "also_written": _layouts(plan),
         "sampling": plan.options.sampling,
         "held_bytes": _held(plan),
         "kept": [name for p in plan.plans for name in p.kept_linears],
@@ -446,6 +466,12 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
         lines += [*loras, ""]
     if reserved := _reserved(plan):
         lines += [_reserved_text(reserved, plan), ""]
+    if layouts := _layouts(plan):
+        lines += [
+            "also written",
+            table(("file", "size", "for"), [(n, amount(s), FOR_OTHERS) for n, s in layouts.items()]),
+            "",
+        ]
     if note := _pipeline_note(plan):
         lines += [note, ""]
     if plan.options.sampling is not None:
@@ -477,6 +503,17 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
         "dry run: nothing was written",
     ]
     return "\n".join(lines)
+
+
+def _layouts(plan: ExportPlan) -> dict[str, int]:
+    """Return the bytes of what ``--also-write`` writes, by path."""
+    from dvdquant.export.layouts.comfy import comfy_bytes, comfy_path
+
+    return {
+        comfy_path(component, layout): comfy_bytes(one, layout)
+        for component, one in zip(plan.components, plan.plans)
+        for layout in plan.options.also_write
+    }
 
 
 def _reserved(plan: ExportPlan) -> dict[str, Any] | None:
@@ -577,6 +614,7 @@ def _result_text(plan: ExportPlan, result: ExportResult, seconds: float) -> str:
     rows = [(name, amount(sizes[name]), "read by every graph") for name in weights]
     rows += [(g["path"], amount(sizes.get(g["path"], 0)), FOR_GRAPH[g["target"]]) for g in manifest.graphs]
     rows += [(e["path"], amount(sizes.get(e["path"], 0)), f"SM {', '.join(e['sm'])}") for e in manifest.engines]
+    rows += [(name, amount(sizes[name]), FOR_OTHERS) for name in sizes if name.startswith("comfy/")]
     lines += ["", table(("file", "size", "for"), rows, right=(1,)), ""]
     if manifest.engines:
         words = [(_target(e["backend"], e["sm"], e["act_bits"]), e["executes"]) for e in manifest.engines]

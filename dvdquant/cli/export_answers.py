@@ -11,8 +11,11 @@ from dvdquant.hardware.find import find_gpu
 from dvdquant.text import amount
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from dvdquant.export.plan import ExportPlan
     from dvdquant.hardware.advice import Choice
+    from dvdquant.model.held_weights import HeldWeights
 
 __all__ = ["answers", "device_answers"]
 
@@ -76,12 +79,29 @@ def _memory(plan: ExportPlan, choice: Choice) -> str:
         expanded = max(sum(one.nbytes("expanded") for one in each) for each in held.values())
         needed = packed
         words = f"weights {amount(packed)} packed, for all bit-widths together; {amount(expanded)} expanded"
+        words += _auto(held)
     words += f" (16 bit: {amount(sixteen)}), computed; activations, text encoder and VAE come on top"
     for name in choice.gpus:
         sizes = find_gpu(name).memory
         if needed > 0.9 * min(sizes) * GB:
             words += f"; too much for {name} with {min(sizes)} GB"
     return words
+
+
+def _auto(held: Mapping[str, Sequence[HeldWeights]]) -> str:
+    """Return what ``auto`` holds on the SM where that is most, and what a step pays there, in words."""
+    from dvdquant.model.weight_choice import choose_weights
+
+    found = {sm: [choose_weights(one, "auto") for one in each] for sm, each in held.items()}
+    sm, choices = max(found.items(), key=lambda item: sum(choice.nbytes for choice in item[1]))
+    cost = max(choice.cost for choice in choices)
+    if all(choice.form == "packed" for choice in choices):
+        return f", auto: packed, which costs a step {100 * cost:.1f} % [modelled]"
+    whole = max(one.cost for one in held[sm])
+    return (
+        f", auto: {amount(sum(choice.nbytes for choice in choices))} on SM {sm}, where packed ones alone would cost a step "
+        f"{100 * whole:.1f} % and so cost {100 * cost:.1f} % [modelled]"
+    )
 
 
 def _disk(plan: ExportPlan) -> str:

@@ -13,8 +13,9 @@ from dvdquant.text import amount, shown
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.model.held_weights import HeldWeights
+    from dvdquant.model.weight_choice import WeightChoice
 
-__all__ = ["held_json", "held_text"]
+__all__ = ["choice_words", "held_json", "held_text"]
 
 KEPT = 6
 
@@ -25,6 +26,8 @@ def held_text(artifact: Artifact) -> str:
     Args:
         artifact: The export.
     """
+    from dvdquant.model.weight_choice import choose_weights
+
     parts = []
     for component in artifact.components:
         rows = []
@@ -32,7 +35,7 @@ def held_text(artifact: Artifact) -> str:
             cost = f"{100 * held.cost:.1f} %" if held.cost else "-"
             plugin = [amount(held.plugin_bytes("packed")), amount(held.plugin_bytes("expanded"))]
             sizes = [amount(held.nbytes("packed")), amount(held.nbytes("expanded")), *plugin, amount(held.scratch)]
-            rows.append((f"SM {', '.join(sms)}", *sizes, cost, held.choose("auto")))
+            rows.append((f"SM {', '.join(sms)}", *sizes, cost, choice_words(choose_weights(held, "auto"))))
         header = (
             component,
             "packed",
@@ -48,7 +51,7 @@ def held_text(artifact: Artifact) -> str:
     widths = " and ".join(f"a{bits}" for bits in artifact.bits(artifact.components[0]))
     parts.append(
         f"device memory for the weights of {widths} together; expanding costs what two data-sheet figures of a GPU say, at the "
-        "size that the export is tuned for [modelled, not measured]"
+        "size that the export is tuned for [modelled, not measured]; auto: what is held where there is room, and what a step pays"
     )
     return "\n\n".join(parts)
 
@@ -59,6 +62,8 @@ def held_json(artifact: Artifact) -> dict[str, Any]:
     Args:
         artifact: The export.
     """
+    from dvdquant.model.weight_choice import choose_weights
+
     return {
         component: {
             sm: {
@@ -68,12 +73,33 @@ def held_json(artifact: Artifact) -> dict[str, Any]:
                 "plugin_expanded": held.plugin_bytes("expanded"),
                 "expands_into": held.scratch,
                 "cost_of_a_step": round(held.cost, 4),
-                "auto": held.choose("auto"),
+                **_auto_json(choose_weights(held, "auto")),
             }
             for sms, held in _by_gpu(artifact, component)
             for sm in sms
         }
         for component in artifact.components
+    }
+
+
+def choice_words(choice: WeightChoice) -> str:
+    """Return how weights are held, in words: ``packed``, or the form with its bytes and what a step pays.
+
+    Args:
+        choice: How they are held.
+    """
+    if choice.form == "packed":
+        return "packed"
+    share = f"{100 * choice.share:.0f} % " if choice.form == "mixed" else ""
+    return f"{share}expanded: {amount(choice.nbytes)}, {100 * choice.cost:.1f} %"
+
+
+def _auto_json(choice: WeightChoice) -> dict[str, Any]:
+    return {
+        "auto": choice.form,
+        "auto_bytes": choice.nbytes,
+        "auto_expanded": round(choice.share, 4),
+        "auto_cost_of_a_step": round(choice.cost, 4),
     }
 
 

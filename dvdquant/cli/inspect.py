@@ -35,6 +35,9 @@ dvdq-inspect out/tiny-wan --graph onnx/transformer_a4_qdq.onnx
 # an export on the hub, and whether its files are whole
 dvdq-inspect user/wan2.1-1.3b-w4a4 --check
 
+# what every step of a clip ran, and what a step cache left out; with --html it is a part of the page
+dvdq-inspect out/tiny-wan --trace clip.json
+
 # all of it as one page, with clips of two prompts
 dvdq-inspect out/tiny-wan --html tiny-wan.html --samples 2
 """
@@ -61,6 +64,12 @@ dvdq-inspect out/tiny-wan --html tiny-wan.html --samples 2
     help="Write the report of the export as one HTML page.",
 )
 @click.option(
+    "--trace",
+    type=PATH,
+    metavar="PATH",
+    help="Show the steps of a run, from the trace that dvdq-run wrote: bits, reasons, what a step cache skipped.",
+)
+@click.option(
     "--weights",
     is_flag=True,
     help="What each GPU holds of the weights, packed and expanded, and the largest tensors in 16 bit.",
@@ -84,6 +93,7 @@ def main(
     all_layers: bool,
     graph: str | None,
     page: Path | None,
+    trace: Path | None,
     weights: bool,
     samples: int,
     revision: str | None,
@@ -107,6 +117,11 @@ def main(
             f"--weights is a view of its own, so {'--graph' if graph else '--html' if page else '--layers'} does not apply",
             fix="leave one of the two out",
         )
+    if trace is not None and (graph is not None or weights or as_json):
+        raise OutputError(
+            f"--trace shows a run, so {'--graph' if graph else '--weights' if weights else '--json'} does not apply",
+            fix="leave one of the two out",
+        )
     out = locate_export(out, revision)
     manifest = load_manifest(out)
     if page is not None:
@@ -115,13 +130,17 @@ def main(
         loading("PyTorch and the plan of the layers", "json" if as_json else "text")
     elif graph is not None or check:
         loading("ONNX", module="onnx")
+    elif trace is not None:
+        loading("the report's reader")
     if page is not None:
-        _write_page(out, manifest, page, samples)
+        _write_page(out, manifest, page, samples, trace)
         echo(f"{page} written", err=as_json)  # stdout is the JSON's alone
     if graph is not None:
         echo(_graph_summary(out, manifest, graph))
     elif weights:
         echo(_weights(out, manifest, as_json))
+    elif trace is not None and page is None:
+        echo(_trace(trace, manifest))
     elif as_json:
         echo(manifest.to_json().rstrip())
     elif page is None or all_layers:
@@ -130,12 +149,20 @@ def main(
         echo(_check_files(out, manifest), err=as_json)
 
 
-def _write_page(out: Path, manifest: Manifest, page: Path, samples: int) -> None:
+def _trace(path: Path, manifest: Manifest) -> str:
+    from dvdquant.deploy.report.run_trace import read_trace, trace_lines
+
+    return "\n".join(trace_lines(read_trace(path, manifest))).rstrip()
+
+
+def _write_page(out: Path, manifest: Manifest, page: Path, samples: int, trace: Path | None) -> None:
     from dvdquant.deploy.report.page import check_place, collect, write_report
+    from dvdquant.deploy.report.run_trace import read_trace
     from dvdquant.system.progress import Progress
 
     check_place(page, out, manifest)
-    write_report(page, collect(out, manifest, Progress("text"), samples=samples))
+    runs = [] if trace is None else read_trace(trace, manifest)
+    write_report(page, collect(out, manifest, Progress("text"), samples=samples, runs=runs))
 
 
 def _weights(out: Path, manifest: Manifest, as_json: bool) -> str:
@@ -227,6 +254,10 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         lines += [
             paragraphs([(f"a{e['act_bits']} on SM {', '.join(e['sm'])}", e["executes"]) for e in manifest.engines])
         ]
+    fused = sorted({n for e in (*manifest.engines, *manifest.builds) if (n := e.get("fused_layers"))})
+    if fused:
+        counts = " or ".join(map(str, fused))
+        lines += [f"TensorRT engines, one plugin node each: {counts} layers with what comes before them (--fuse)"]
     lines += ["", _layer_table(list(manifest.layers), all_layers, error_name(manifest.recipe))]
     lines += [
         f"{len(manifest.kept)} linear layers in 16 bit: {', '.join(manifest.kept[:6])}{' …' * (len(manifest.kept) > 6)}"

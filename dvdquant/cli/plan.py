@@ -218,7 +218,7 @@ def _summary(found: Plan) -> str:
         f"{found.measured_seconds:.3g} s; {found.measured_retries} retries",
         f"a call takes {', '.join(f'{s * 1e3:.3g} ms on a{b}' for b, s in sorted(found.seconds_per_call.items()))} "
         f"({found.backend})",
-        f"steps     {''.join(str(b) for b in found.schedule.bits)}",
+        f"steps     {''.join(str(b) for b in found.schedule.bits)}; planned without a step cache",
     ]
     steps, last = found.schedule.steps, int(found.schedule.details.get("last_high", 0))
     if steps <= FEW_STEPS:

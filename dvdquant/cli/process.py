@@ -25,6 +25,7 @@ import click
 
 from dvdquant.errors import DvdquantError, EngineError, ExportError, OutputError, ResourceError
 from dvdquant.system.files import disk_error
+from dvdquant.system.garbage import collect_less_often
 from dvdquant.text import json_text, shown
 
 __all__ = ["ReaderGone", "Stopped", "echo", "require_folder", "run_as_process", "user_error"]
@@ -313,6 +314,7 @@ def run_as_process(call: Callable[[], Any], words: Sequence[str]) -> int:
     """
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_bug
+    collect_less_often()
     with _safe_streams() as messages, _signals():
         code = _outcome(call, _Reporter(_wants_json(words)))
         if code == 0:

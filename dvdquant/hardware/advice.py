@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.capabilities import CAPABILITIES, JETSONS, capability, parse_sm
-from dvdquant.hardware.find import resolve_gpu
+from dvdquant.hardware.find import installed_gpus, resolve_gpu
 from dvdquant.text import shown
 
 __all__ = ["AUTO", "QUALITY", "Advice", "Choice", "choose", "choose_recipe", "choose_target"]
 
 AUTO = "auto"
-DEFAULT_SM, DEFAULT_TARGET, DEFAULT_RECIPE = "8.9", "rtx", "w4a4"
+DEFAULT_SM, DEFAULT_TARGET = "8.9", "rtx"
 
 # PSNR in dB to the fp32 clips of tiny-wan, 128 clips (docs/quality/index.md), by (recipe, activation bits); "nvfp4" is what a4
 # engines of SM 12.x compute under any recipe.
@@ -40,6 +40,9 @@ class Advice:
     reason: str
 
 
+_CONVROT = Advice("convrot", "the one whose codes ComfyUI's kernels multiply as they are, for --also-write")
+
+
 @dataclass(frozen=True)
 class Choice:
     """What an export is made for, with all that was left open filled in.
@@ -59,7 +62,9 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def choose(gpus: Sequence[str], sms: Sequence[str], targets: Sequence[str], recipe: str = AUTO) -> Choice:
+def choose(
+    gpus: Sequence[str], sms: Sequence[str], targets: Sequence[str], recipe: str = AUTO, layouts: Sequence[str] = ()
+) -> Choice:
     """Return what an export is made for: the words of the user, and for what they leave open, what suits the cards.
 
     Args:
@@ -67,6 +72,7 @@ def choose(gpus: Sequence[str], sms: Sequence[str], targets: Sequence[str], reci
         sms: Compute capabilities in any form.
         targets: Targets; none lets the cards decide.
         recipe: The name of a recipe, or ``auto``.
+        layouts: The layouts of others that the weights are written in as well.
 
     Raises:
         UnsupportedError: A card or a compute capability is unknown or has nothing, or ``auto`` finds no card.
@@ -74,22 +80,27 @@ def choose(gpus: Sequence[str], sms: Sequence[str], targets: Sequence[str], reci
     cards = [resolve_gpu(name) for name in gpus]
     found = tuple(dict.fromkeys([*(sm for _, sm in cards), *map(parse_sm, sms)]))
     notes = [f"{shown(name)} is SM {sm}" for name, sm in cards]
-    if not found:
-        notes = [
-            f"no card was named: SM {DEFAULT_SM} (RTX 40), target {' '.join(targets) or DEFAULT_TARGET}, "
-            f"recipe {DEFAULT_RECIPE if recipe == AUTO else recipe}; --gpu NAME or --gpu auto takes what suits yours"
-        ]
-        known = DEFAULT_RECIPE if recipe == AUTO else recipe
-        return Choice((DEFAULT_SM,), tuple(targets) or (DEFAULT_TARGET,), known, notes=tuple(notes))
+    named = bool(found)
+    if not named:
+        found = (DEFAULT_SM,)
+        here = [shown(gpu.name) for gpu in installed_gpus()]
+        yours = (
+            f"this machine has {here[0]}, which --gpu auto takes"
+            if here
+            else "--gpu NAME or --gpu auto takes what suits yours"
+        )
+        notes = [f"no card was named: SM {DEFAULT_SM} (RTX 40), target {' '.join(targets) or DEFAULT_TARGET}; {yours}"]
     wanted = tuple(targets)
-    if not wanted:
+    if not named:
+        wanted = wanted or (DEFAULT_TARGET,)
+    elif not wanted:
         target, why = choose_target(found)
         wanted = (target,)
         notes.append(f"target {target}: {why}")
     else:
         _check_targets(found, wanted)
     if recipe == AUTO:
-        advice = choose_recipe(found, wanted)
+        advice = choose_recipe(found, wanted) if not layouts else _CONVROT
         recipe = advice.recipe
         notes.append(f"recipe {recipe}: {advice.reason}")
     return Choice(found, wanted, recipe, tuple(name for name, _ in cards), tuple(notes))
@@ -171,10 +182,12 @@ def choose_recipe(sms: Sequence[str], targets: Sequence[str]) -> Advice:
             f"({QUALITY['w4a8', 8]:.1f} dB against {QUALITY['w4a4', 4]:.1f} on the toy model)",
         )
     units = ", ".join(dict.fromkeys(where.values()))
-    if "rtx" in targets and len(where) < len(sms):
+    whole = [sm for sm in sms if not capability(sm).rtx_a4]  # their engines multiply a4 as INT8, if scales are per row
+    if "rtx" in targets and whole:
         return Advice(
             "w4a4",
-            f"a4 runs on {units} of SM {', '.join(where)}, and on INT8 of the others, which want a scale per row",
+            f"a4 runs on {units} of SM {', '.join(where)}, and on INT8 in the rtx engines of SM {', '.join(whole)}, which "
+            "want a scale per row",
         )
     if "rtx" in targets:
         return Advice(

@@ -13,6 +13,7 @@ __all__ = [
     "OPERATIONS_PER_BYTE",
     "RATES",
     "WEIGHTS",
+    "HeldForm",
     "Rates",
     "WeightForm",
     "WeightPolicy",
@@ -20,9 +21,10 @@ __all__ = [
 ]
 
 WeightForm = Literal["packed", "expanded"]
+HeldForm = Literal["packed", "mixed", "expanded"]
 WeightPolicy = Literal["auto", "packed", "expanded"]
 WEIGHTS: tuple[WeightPolicy, ...] = ("auto", "packed", "expanded")
-# The share of a step that `auto` lets packed weights cost.
+# The share of a step that `auto` lets packed weights cost, at most.
 COST_LIMIT = 0.02
 
 

@@ -9,13 +9,13 @@ takes its time too. What a path of 4 bits multiplies is the packed weight, and c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.hardware.weights import COST_LIMIT, OPERATIONS_PER_BYTE, WeightForm, WeightPolicy
+from dvdquant.hardware.weights import OPERATIONS_PER_BYTE, WeightForm
 from dvdquant.model.families import Sizes
 from dvdquant.model.layers import LayerSpec
 from dvdquant.model.plan import ModelPlan
@@ -24,7 +24,7 @@ from dvdquant.ops.packed_rows import packed_bytes, rows_bytes
 from dvdquant.ops.paths import choose_path, form_of
 from dvdquant.ops.repack import LayerShape, prepared_bytes
 
-__all__ = ["HeldWeights", "KeptTensor", "held_weights", "largest_kept", "shape_of"]
+__all__ = ["HeldLayer", "HeldWeights", "KeptTensor", "held_weights", "largest_kept", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -48,28 +48,87 @@ class KeptTensor:
 
 
 @dataclass(frozen=True)
+class HeldLayer:
+    """The bytes of one quantized layer on a GPU.
+
+    Args:
+        name: Its name.
+        packed: Held once and packed, by a PyTorch session.
+        expanded: Held as the paths of all widths multiply it, by a PyTorch session.
+        stored: The packed tensors as the files hold them, which a TensorRT engine has as inputs.
+        rows: What the plugin holds beside those inputs where the weight stays packed.
+        plugin_expanded: What the plugin holds beside them where it is expanded: 4-bit paths multiply the inputs all the same.
+        scratch: What one call expands it into, at most; 0 where no path of it expands.
+        traffic: The bytes that a step reads and writes to expand it, by activation bits.
+    """
+
+    name: str
+    packed: int
+    expanded: int
+    stored: int
+    rows: int = 0
+    plugin_expanded: int = 0
+    scratch: int = 0
+    traffic: tuple[tuple[int, int], ...] = ()
+
+    def added(self, plugin: bool) -> int:
+        """Return what it takes more where it is held expanded.
+
+        Args:
+            plugin: Whether an engine with the TensorRT plugin holds it.
+        """
+        return self.plugin_expanded - self.rows if plugin else self.expanded - self.packed
+
+
+@dataclass(frozen=True)
 class HeldWeights:
     """The bytes of one transformer's weights on a GPU, and the cost of packed ones.
 
     Args:
         kept: What is not quantized, and the powers of two and constants before quantized layers.
-        packed: The quantized layers, each held once and packed.
-        expanded: The quantized layers as the paths of all widths multiply them.
-        stored: The packed tensors as the files hold them, which a TensorRT engine has as inputs.
-        rows: What the plugin holds beside those inputs where weights stay packed.
-        scratch: What one call expands a weight into, at most; a part of its workspace. 0 where nothing is expanded.
-        traffic: The bytes that a step reads and writes to expand weights, by activation bits.
-        cost: The modelled share of the slowest width's step; 0 without a size.
+        layers: The quantized layers.
+        pace: For each of the activation bits, the bytes that the memory moves while the tensor cores take a step; empty
+            without a size.
     """
 
     kept: int
-    packed: int
-    expanded: int
-    stored: int
-    rows: int
-    scratch: int
-    traffic: tuple[tuple[int, int], ...]
-    cost: float
+    layers: tuple[HeldLayer, ...]
+    pace: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def packed(self) -> int:
+        """Return the bytes of the quantized layers, each held once and packed."""
+        return sum(layer.packed for layer in self.layers)
+
+    @property
+    def expanded(self) -> int:
+        """Return the bytes of the quantized layers as the paths of all widths multiply them."""
+        return sum(layer.expanded for layer in self.layers)
+
+    @property
+    def stored(self) -> int:
+        """Return the bytes of the packed tensors as the files hold them, which a TensorRT engine has as inputs."""
+        return sum(layer.stored for layer in self.layers)
+
+    @property
+    def scratch(self) -> int:
+        """Return what one call expands a weight into, at most; a part of its workspace. 0 where nothing is expanded."""
+        return max((layer.scratch for layer in self.layers), default=0)
+
+    @property
+    def traffic(self) -> tuple[tuple[int, int], ...]:
+        """Return the bytes that a step reads and writes to expand all weights, by activation bits."""
+        found: dict[int, int] = {}
+        for layer in self.layers:
+            for bits, moved in layer.traffic:
+                found[bits] = found.get(bits, 0) + moved
+        return tuple(found.items())
+
+    @property
+    def cost(self) -> float:
+        """Return the modelled share of the slowest width's step that expanding takes; 0 without a size."""
+        traffic = dict(self.traffic)
+        return max((traffic.get(bits, 0) / pace for bits, pace in self.pace), default=0.0)
 
     def nbytes(self, form: WeightForm) -> int:
         """Return what a PyTorch session on the kernels holds.
@@ -85,23 +144,9 @@ class HeldWeights:
         Args:
             form: ``packed`` or ``expanded``.
         """
-        return self.kept + self.stored + (self.rows if form == "packed" else self.expanded)
-
-    def choose(self, policy: WeightPolicy, room: int | None = None, plugin: bool = False) -> WeightForm:
-        """Return the form of a policy.
-
-        ``auto`` is packed where that costs a step :data:`.COST_LIMIT` at most, and where expanded weights do not fit.
-
-        Args:
-            policy: One of :data:`dvdquant.hardware.weights.WEIGHTS`.
-            room: The free bytes of the device, if known.
-            plugin: Whether engines with the TensorRT plugin hold them.
-        """
-        if policy == "packed" or policy == "expanded":
-            return policy
-        large = self.plugin_bytes("expanded") if plugin else self.nbytes("expanded")
-        too_large = room is not None and large > room
-        return "packed" if self.cost <= COST_LIMIT or too_large else "expanded"
+        return self.kept + sum(
+            layer.stored + (layer.rows if form == "packed" else layer.plugin_expanded) for layer in self.layers
+        )
 
 
 def held_weights(plan: ModelPlan, sm: int, bits: Sequence[int], sizes: Sizes | None = None) -> HeldWeights:
@@ -118,8 +163,7 @@ def held_weights(plan: ModelPlan, sm: int, bits: Sequence[int], sizes: Sizes | N
     """
     choose_path(LayerShape(8, 256), sm)
     kept = sum(tensor.nbytes for tensor in largest_kept(plan, None))
-    packed = expanded = stored = rows = scratch = 0
-    traffic, products = dict.fromkeys(bits, 0), dict.fromkeys(bits, 0.0)
+    layers, products = [], dict.fromkeys(bits, 0.0)
     for spec in plan.layers:
         files = {name.rpartition(".")[2]: (dtype, shape) for name, (dtype, shape) in spec.tensors().items()}
         sizes_of = {key: dtype.itemsize * torch.Size(shape).numel() for key, (dtype, shape) in files.items()}
@@ -127,35 +171,44 @@ def held_weights(plan: ModelPlan, sm: int, bits: Sequence[int], sizes: Sizes | N
         # In 16 bit too, scales and offsets in turns, as the kernels read them.
         kept += before + (4 * spec.features if before else 0)
         inputs = sum(sizes_of.values()) - before
-        stored += inputs
         try:
-            shapes = {width: shape_of(spec, plan, width) for width in bits}
-            runs = {width: (layer, choose_path(layer, sm)) for width, layer in shapes.items()}
+            runs = {width: shape_of(spec, plan, width) for width in bits}
+            paths = {width: choose_path(layer, sm) for width, layer in runs.items()}
         except (UnsupportedError, ShapeError):
-            packed, expanded = packed + inputs, expanded + inputs  # PyTorch computes it from the stored tensors
+            layers.append(HeldLayer(spec.name, inputs, inputs, inputs))  # PyTorch computes it from the stored tensors
             continue
-        shape = next(iter(runs.values()))[0]
-        packed += packed_bytes(shape)
-        rows += rows_bytes(shape)  # what groups have is read from the inputs
-        forms = {form_of(path): prepared_bytes(layer, path) for layer, path in runs.values()}
-        expanded += sum(forms.values())
-        scratch = max([scratch, *(size for form, size in forms.items() if form != "s4")])
-        for width, (layer, path) in runs.items():
-            weights = layer.n * layer.k
+        layers.append(_held_layer(spec.name, inputs, runs, paths))
+        for width, path in paths.items():
             # 4-bit tensor cores take half the time of those for 8 bits.
-            native = path.startswith("s4")
-            traffic[width] += 0 if native else weights + weights // 2
-            products[width] += weights / 2 if native else weights
-    cost = 0.0
+            products[width] += runs[width].n * runs[width].k / (2 if form_of(path) == "s4" else 1)
+    pace: list[tuple[int, float]] = []
     if sizes is not None:
         tokens = plan.family.tokens(*sizes.at("opt")) * sizes.batch
         ratio = OPERATIONS_PER_BYTE.get(sm, max(OPERATIONS_PER_BYTE.values()))
         # Attention in 16 bit, at half the rate: as many operations of 8 bits twice.
         attention = 2 * 4.0 * (tokens / sizes.batch) ** 2 * sizes.batch * sum(map(_attention_width, plan.layers))
-        for width in bits:
-            operations = 2.0 * tokens * products[width] + attention
-            cost = max(cost, traffic[width] * ratio / operations if operations else 0.0)
-    return HeldWeights(kept, packed, expanded, stored, rows, scratch, tuple(traffic.items()), cost)
+        pace = [(width, (2.0 * tokens * products[width] + attention) / ratio) for width in bits]
+    return HeldWeights(kept, tuple(layers), tuple((width, moved) for width, moved in pace if moved))
+
+
+def _held_layer(name: str, inputs: int, runs: Mapping[int, LayerShape], paths: Mapping[int, str]) -> HeldLayer:
+    """Count one layer that the kernels run; ``inputs`` are the bytes of its stored tensors, the others are by width."""
+    shape = next(iter(runs.values()))
+    rows = rows_bytes(shape)  # what groups have is read from the inputs
+    forms = {form_of(path): prepared_bytes(runs[width], path) for width, path in paths.items()}
+    wide = [size for form, size in forms.items() if form != "s4"]
+    weights = shape.n * shape.k
+    traffic = tuple((width, 0 if form_of(path) == "s4" else weights + weights // 2) for width, path in paths.items())
+    return HeldLayer(
+        name,
+        packed=packed_bytes(shape),
+        expanded=sum(forms.values()),
+        stored=inputs,
+        rows=rows,
+        plugin_expanded=sum(wide) + (rows if "s4" in forms else 0),
+        scratch=max(wide, default=0),
+        traffic=traffic,
+    )
 
 
 def largest_kept(plan: ModelPlan, count: int | None = 8) -> list[KeptTensor]:

@@ -7,7 +7,7 @@ so that x is rotated and quantized once. The merged layer is called after its me
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,8 @@ class LayerSpec:
         smoothed: True if the input is multiplied by a power of two per channel before it is rotated.
         random_signs: True if these powers of two have random signs, provided that there is a rotation.
         shifted: True if a constant per channel is subtracted from the input before.
+        regular: True if these powers of two are the signs that make the rotation the regular one, and nothing else; codes
+            are then −7 to 7.
     """
 
     name: str
@@ -73,6 +75,7 @@ class LayerSpec:
     smoothed: bool = False
     random_signs: bool = False
     shifted: bool = False
+    regular: bool = False
 
     def activation(self, asked: ActivationSpec) -> ActivationSpec:
         """Return the activation grid that the layer runs with.
@@ -446,6 +449,7 @@ def prepare_layers(
     dtype: torch.dtype,
     device: torch.device,
     form: WeightForm = "expanded",
+    expanded: Collection[str] = (),
 ) -> dict[str, str]:
     """Prepare every layer of ``model`` with :meth:`QuantLinear.prepare`.
 
@@ -458,6 +462,7 @@ def prepare_layers(
         dtype: The dtype of the model, bf16 or fp16.
         device: The device that it runs on.
         form: How the device holds the weights, ``packed`` or ``expanded``.
+        expanded: The names of layers that it holds expanded in any case.
 
     Returns:
         The names of the layers that stay unchanged, with the reason.
@@ -466,7 +471,8 @@ def prepare_layers(
     for module in model.modules():
         if isinstance(module, QuantLinear):
             try:
-                module.prepare(kernels, activations, dtype, device, form)
+                chosen: WeightForm = "expanded" if module.spec.name in expanded else form
+                module.prepare(kernels, activations, dtype, device, chosen)
             except UnsupportedError as error:
                 left[module.spec.name] = error.what
     return left

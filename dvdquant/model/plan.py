@@ -462,9 +462,10 @@ def _layer_spec(
         groups=features // group,
         floor=floor,
         float_zero_point=recipe.weight.zero_point == "float",
-        smoothed=recipe.smooth,
+        smoothed=recipe.smooth or recipe.rotation == "regular",
         random_signs=recipe.random_signs,
         shifted=recipe.shift and steady,
+        regular=recipe.rotation == "regular",
     )
 
 

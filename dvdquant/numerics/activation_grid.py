@@ -62,7 +62,10 @@ def dequantize_activation(codes: Tensor, scale: Tensor) -> Tensor:
     """
     groups = scale.shape[-1]
     if codes.shape[-1] % groups:
-        raise ShapeError(f"{groups} scales do not divide {codes.shape[-1]} codes per token")
+        raise ShapeError(
+            f"{groups} scales do not divide {codes.shape[-1]} codes per token",
+            fix="give the scales that these codes were made with",
+        )
     return (_grouped(codes, groups).to(torch.float32) * scale.unsqueeze(-1)).flatten(-2)
 
 

@@ -57,7 +57,8 @@ class Rotation:
     def __post_init__(self) -> None:
         if self.inner < 1 or self.outer < 1 or self.inner & (self.inner - 1):
             raise ShapeError(
-                f"rotation factors {self.inner} and {self.outer}: the inner one is a power of two, both ≥ 1"
+                f"rotation factors {self.inner} and {self.outer}: the inner one is a power of two, both ≥ 1",
+                fix="take the factors that Rotation.for_features finds",
             )
         if self.features < 1 or self.features % self.block:
             raise ShapeError(
@@ -87,7 +88,8 @@ class Rotation:
         Args:
             features: K, the number of input channels.
             spec: ``auto`` takes the largest power of four up to 256 that divides K (its entries are powers of two, so
-                they are exact in every dtype). ``full`` takes the whole row, with the smallest Paley core. ``none``
+                they are exact in every dtype). ``regular`` is the same: what is regular of it are the signs before it
+                (:mod:`dvdquant.numerics.regular_hadamard`). ``full`` takes the whole row, with the smallest Paley core. ``none``
                 takes no rotation. An integer takes a block of that many channels, which divides K.
 
         Raises:
@@ -97,11 +99,13 @@ class Rotation:
         """
         if spec == "none":
             return cls(features, 1, 1)
-        if spec == "auto":
+        if spec in ("auto", "regular"):
             exponent = min((features & -features).bit_length() - 1, AUTO_BLOCK.bit_length() - 1)
             return cls(features, 4 ** (exponent // 2), 1)
         if spec != "full" and (isinstance(spec, bool) or not isinstance(spec, int)):
-            raise UnsupportedError(f"rotation {spec!r} is unknown", available="auto, full, none, or a block size")
+            raise UnsupportedError(
+                f"rotation {spec!r} is unknown", available="auto, full, none, regular, or a block size"
+            )
         block = features if spec == "full" else int(spec)
         if block < 1 or features % block:
             raise ShapeError(
@@ -204,7 +208,10 @@ def _apply(x: Tensor, rotation: Rotation, dtype: torch.dtype | None, *, inverse:
         UnsupportedError: x is not floating point.
     """
     if x.ndim == 0 or x.shape[-1] != rotation.features:
-        raise ShapeError(f"a rotation of {rotation.features} channels got a tensor of shape {tuple(x.shape)}")
+        raise ShapeError(
+            f"a rotation of {rotation.features} channels got a tensor of shape {tuple(x.shape)}",
+            fix="make a rotation for the last axis with Rotation.for_features, or move the axis of channels there",
+        )
     if not x.dtype.is_floating_point:
         raise UnsupportedError(f"cannot rotate a tensor of {x.dtype}", available="floating point dtypes")
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -329,7 +336,10 @@ def _paley(order: int) -> npt.NDArray[np.int8]:
     """
     field = _paley_field(order)
     if field is None:
-        raise UnsupportedError(f"no Paley matrix of order {order}")
+        raise UnsupportedError(
+            f"no Paley matrix of order {order}",
+            fix="take an order q + 1 (q ≡ 3 mod 4) or 2(q + 1) (q ≡ 1 mod 4), q a prime power",
+        )
     construction, prime, degree = field
     q = prime**degree
     bordered = np.ones((q + 1, q + 1), np.int8)

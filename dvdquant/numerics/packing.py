@@ -23,7 +23,9 @@ def pack_int4(codes: Tensor) -> Tensor:
         ShapeError: K is odd, the dtype is not int8, or a code lies outside −8..7.
     """
     if codes.dtype != torch.int8:
-        raise ShapeError(f"4-bit codes are int8 before packing, not {codes.dtype}")
+        raise ShapeError(
+            f"4-bit codes are int8 before packing, not {codes.dtype}", fix="convert them with .to(torch.int8)"
+        )
     if codes.ndim == 0 or codes.shape[-1] % 2:
         raise ShapeError(
             f"an odd number of codes per row cannot be packed: shape {tuple(codes.shape)}",
@@ -32,7 +34,9 @@ def pack_int4(codes: Tensor) -> Tensor:
     if codes.numel():
         low, high = (int(v) for v in torch.aminmax(codes))
         if low < -8 or high > 7:
-            raise ShapeError(f"4-bit codes lie in −8..7, these in {low}..{high}")
+            raise ShapeError(
+                f"4-bit codes lie in −8..7, these in {low}..{high}", fix="clamp them, or divide by a larger scale"
+            )
     # pairs: uint8 [..., K/2, 2]. A two's complement nibble needs no sign handling when it is packed, so bytes suffice.
     pairs = codes.contiguous().view(torch.uint8).reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
@@ -51,7 +55,10 @@ def unpack_int4(packed: Tensor) -> Tensor:
         ShapeError: The dtype is neither uint8 nor int8, or the tensor has no axis.
     """
     if packed.dtype not in (torch.uint8, torch.int8) or packed.ndim == 0:
-        raise ShapeError(f"packed 4-bit codes are uint8 or int8 bytes, not {packed.dtype} of {packed.ndim} axes")
+        raise ShapeError(
+            f"packed 4-bit codes are uint8 or int8 bytes, not {packed.dtype} of {packed.ndim} axes",
+            fix="give what pack_int4 returned, or view the bytes as torch.uint8",
+        )
     signed = packed.contiguous().view(torch.int8)
     # The arithmetic right shift sign-extends the nibble that the left shift has moved to the top.
     return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)

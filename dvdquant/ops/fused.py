@@ -187,7 +187,9 @@ def _arguments(
     """Return x and h as the kernel takes them, the pointers, and the tensors they point to."""
     check_channels(x, layer.k)
     if x.dtype != DTYPES[layer.dtype]:
-        raise ShapeError(f"x is {x.dtype}, the layer {layer.dtype}")
+        raise ShapeError(
+            f"x is {x.dtype}, the layer {layer.dtype}", fix="convert x, or prepare the layer in the dtype of x"
+        )
     x, held = aligned(x), []
     pointers: dict[str, Any] = {"norm": prologue.norm, "gelu": prologue.gelu, "eps": prologue.eps}
     hidden = x

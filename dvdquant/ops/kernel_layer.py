@@ -59,7 +59,10 @@ class KernelLayer:
         form: WeightForm = "expanded",
     ) -> None:
         if not CACHE.is_sylvester(packed.hadamard):
-            raise UnsupportedError("the kernels rotate by Sylvester matrices, and the hadamard input is another one")
+            raise UnsupportedError(
+                "the kernels rotate by Sylvester matrices, and the hadamard input is another one",
+                fix="export with rotation auto, full or none, or run on --device cpu",
+            )
         shapes = {
             (grid.bits, grid.group_size): packed_shape(packed, dtype, grid.bits, grid.group_size) for grid in grids
         }

@@ -77,7 +77,10 @@ def check_channels(x: Tensor, channels: int) -> None:
         ShapeError: x has another number of channels, or no axis.
     """
     if x.ndim == 0 or x.shape[-1] != channels:
-        raise ShapeError(f"a layer of {channels} channels got a tensor of shape {tuple(x.shape)}")
+        raise ShapeError(
+            f"a layer of {channels} channels got a tensor of shape {tuple(x.shape)}",
+            fix=f"give it a tensor whose last axis has {channels} channels",
+        )
 
 
 def packed_shape(packed: PackedLayer, dtype: torch.dtype, act_bits: int, act_group: int) -> LayerShape:

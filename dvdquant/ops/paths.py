@@ -25,7 +25,11 @@ def choose_path(layer: LayerShape, sm: int) -> str:
     if sm < 80 or 90 < sm < 100:
         raise UnsupportedError(f"SM {sm / 10}", available="SM 8.0 to 8.9, 9.0, and 10.0 and later")
     if layer.act_bits not in (4, 8) or layer.act_group not in (0, 64, 128):
-        raise UnsupportedError(f"{layer.act_bits}-bit activations in groups of {layer.act_group}")
+        raise UnsupportedError(
+            f"{layer.act_bits}-bit activations in groups of {layer.act_group}",
+            available="4 and 8 bits; groups of 64 and 128, and the whole token",
+            fix="export with recipe w4a4, w4a4-g64, w4a4-g128 or w4a8",
+        )
     if layer.k % 32 or layer.k // layer.weight_groups % 8:
         raise ShapeError(
             f"k = {layer.k} in {layer.weight_groups} weight groups", available="k % 32 == 0, groups of 8·i"

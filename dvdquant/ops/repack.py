@@ -327,7 +327,10 @@ def _canonical(layer: LayerShape, codes: Any, scale: Any, group_scale: Any, zero
     if packed.dtype not in (np.int8, np.uint8) or packed.shape != (layer.n, layer.k // 2) or layer.k % 2:
         raise ShapeError(f"codes are {packed.dtype} {packed.shape}", available=f"bytes ({layer.n}, {layer.k // 2})")
     if layer.weight_groups < 1 or layer.k % layer.weight_groups:
-        raise ShapeError(f"{layer.weight_groups} weight groups do not divide {layer.k} channels")
+        raise ShapeError(
+            f"{layer.weight_groups} weight groups do not divide {layer.k} channels",
+            fix="give the factors as the export stores them, a column for each group",
+        )
     return (
         packed.view(np.int8),
         _array("scale", scale, np.float32, (layer.n,)),

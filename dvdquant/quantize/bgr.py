@@ -261,7 +261,10 @@ def _check_shape(w: Tensor, group_size: int) -> int:
         ShapeError: w is not a non-empty floating [N, K], or the group size does not divide K.
     """
     if w.ndim != 2 or not w.numel() or not w.dtype.is_floating_point:
-        raise ShapeError(f"a weight is a non-empty floating tensor [N, K], not {w.dtype} of shape {tuple(w.shape)}")
+        raise ShapeError(
+            f"a weight is a non-empty floating tensor [N, K], not {w.dtype} of shape {tuple(w.shape)}",
+            fix="give one matrix at a time, in fp32, bf16 or fp16",
+        )
     features = w.shape[1]
     size = group_size or features
     if size < 1 or features % size:

@@ -347,6 +347,8 @@ def _quantize_layer(
             quantized = quantize_weight(rotated, plan.recipe.weight)
             if known is not None:
                 quantized = known.gptq.round(rotated, quantized)
+            if spec.regular:
+                quantized.codes.clamp_(min=-7)  # whose signs change on the way to the regular order: −8 has no opposite
             sums.add(rotated, quantized, plan, start)
             packed.append(_packed(quantized.codes))
             scales.append(quantized.scale)

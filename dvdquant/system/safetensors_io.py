@@ -347,16 +347,19 @@ def _code(dtype: torch.dtype | str) -> str:
 
 
 def _layout(
-    plan: Sequence[tuple[str, torch.dtype | str, Sequence[int]]], metadata: Mapping[str, str]
+    plan: Sequence[tuple[str, torch.dtype | str, Sequence[int]]],
+    metadata: Mapping[str, str],
+    alignment: int = ALIGNMENT,
 ) -> tuple[dict[str, TensorInfo], bytes, int]:
     """Lay out the tensors of a file and build its header.
 
-    safetensors allows no hole between tensors. So if a tensor does not end at a multiple of 64 bytes, a ``__pad.N``
+    safetensors allows no hole between tensors. So if a tensor does not end at a multiple of ``alignment`` bytes, a ``__pad.N``
     tensor of zero bytes fills up to the next one. Spaces after the JSON align the data section itself.
 
     Args:
         plan: (name, dtype, shape) of every tensor. dtype is torch's or a safetensors code.
         metadata: The string pairs of the header.
+        alignment: Where tensors may begin, in bytes.
 
     Returns:
         The tensors by name in plan order, the header bytes with their length prefix, and the file size in bytes.
@@ -370,7 +373,7 @@ def _layout(
     for name, dtype, shape in plan:
         if name in entries or name == "__metadata__" or name.startswith(PAD):
             raise ValueError(f"tensor name {name!r:.200} is taken twice or reserved")
-        if gap := -position % ALIGNMENT:
+        if gap := -position % alignment:
             pad = {"dtype": "U8", "shape": [gap], "data_offsets": [position, position + gap]}
             entries[f"{PAD}{pads}"], position, pads = pad, position + gap, pads + 1
         code, shape = _code(dtype), tuple(int(n) for n in shape)
@@ -404,6 +407,7 @@ class StreamingWriter:
         path: The file, created or truncated. Its whole size is reserved at once, so a full disk shows before any work.
         plan: (name, dtype, shape) of every tensor; the file keeps this order. dtype is torch's or a safetensors code.
         metadata: The string pairs of the header.
+        alignment: Where tensors may begin, in bytes; 1 leaves no padding between them, for readers that know each name.
 
     Attributes:
         tensors: The final :class:`TensorInfo` of each name, valid from the start (ONNX external data uses offset and
@@ -423,10 +427,11 @@ class StreamingWriter:
         plan: Sequence[tuple[str, torch.dtype | str, Sequence[int]]],
         metadata: Mapping[str, str] | None = None,
         *,
+        alignment: int = ALIGNMENT,
         _resume: bool = False,
     ) -> None:
         self.path = Path(path)
-        self.tensors, self._header, self.nbytes = _layout(plan, metadata or {})
+        self.tensors, self._header, self.nbytes = _layout(plan, metadata or {}, alignment)
         self.written: set[str] = set()
         flags = os.O_RDWR | os.O_CLOEXEC | (0 if _resume else os.O_CREAT | os.O_TRUNC)
         try:

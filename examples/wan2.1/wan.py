@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clips = given.out.with_name(given.out.name + "-clips")
     clips.mkdir(parents=True, exist_ok=True)
     # 1. What it takes and gives, then the export itself.
-    how = option("--gpu", given.gpu) if given.gpu else ["--target", "graphs"]
+    how = option("--gpu", given.gpu) if given.gpu else ["--target", "graphs", "--recipe", "w4a4"]
     dvdq("export", given.model, "-o", given.out, *how, "--dry-run")
     dvdq("export", given.model, "-o", given.out, *how)
     # 2. Every file against its hash.

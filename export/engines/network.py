@@ -61,7 +61,8 @@ def check_custom_ops(model: onnx.ModelProto, backend: Backend, plugins: Sequence
             f"{backend.name} has no plugins, got {[str(p) for p in plugins]}",
             fix="build without plugins, or with the tensorrt backend",
         )
-    quant = [node.name or node.output[0] for node in _nodes(model.graph) if _key(node) == ("dvdquant", "QuantLinear")]
+    kinds = {("dvdquant", name) for name in ("QuantLinear", "FusedQuantLinear")}
+    quant = [node.name or node.output[0] for node in _nodes(model.graph) if _key(node) in kinds]
     if quant and not plugins:
         raise EngineError(
             f"{len(quant)} dvdquant::QuantLinear nodes are left in the graph: {_some(quant)}",

@@ -23,6 +23,7 @@ from dvdquant.export.graph.trace import profile_shapes
 from dvdquant.export.graph.writer import graph_path
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.passes.fp8_attention import fp8_attention
+from dvdquant.export.passes.fuse_prologues import fuse_prologues
 from dvdquant.export.passes.initializers_to_inputs import kept_to_inputs
 from dvdquant.export.passes.lowering.int8 import lower_int8
 from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
@@ -40,6 +41,7 @@ __all__ = [
     "check_attention",
     "engine_path",
     "find_current",
+    "fuses",
     "run_builder",
 ]
 
@@ -81,6 +83,7 @@ class EngineStage:
     weight_source: Callable[[str], Tensor] | None = None
     _stores: dict[str, TensorStore] = field(default_factory=dict)
     _quantized: int = 0  # attentions in FP8 of the graph that was lowered last
+    fused: int = 0  # layers of that graph that are fused with what comes before them
     _kept: set[str] = field(default_factory=set)  # precisions of graphs that are for another machine
 
     def build(self, engine: EnginePlan) -> tuple[EngineEntry, BuildReport]:
@@ -156,12 +159,24 @@ class EngineStage:
                 )
 
     def _for_plugin(self, source: Path, engine: EnginePlan) -> Path:
-        """Write the graph for TensorRT's parser and the plugin, and return its path; it holds no packed weights."""
+        """Write the graph for TensorRT's parser and the plugin, and return its path; it holds no packed weights.
+
+        Raises:
+            EngineError: Layers are to be fused, and none can be.
+        """
         model = ir.load(source)
         self._attention(model, engine)
+        self.fused = fuse_prologues(model) if self.options.fuse else 0
+        if self.options.fuse and not self.fused:
+            raise EngineError(
+                "no layer of the graph can be fused with what comes before it",
+                available="rotations without an outer factor, and inputs that nothing else reads",
+                fix="export without --fuse",
+            )
         plugin_inputs(model)
         self._open_for_loras(model)
-        path = source.with_name(f"{self.component}_a{engine.act_bits}_plugin{_suffix(engine)}.onnx")
+        fused = "_fused" if self.fused else ""
+        path = source.with_name(f"{self.component}_a{engine.act_bits}_plugin{_suffix(engine)}{fused}.onnx")
         ir.save(model, path)
         return path
 
@@ -172,6 +187,7 @@ class EngineStage:
         """
         model = ir.load(source)
         model.functions.clear()
+        self.fused = 0
         self._attention(model, engine)
         stem = self.root / "onnx" / f"{self.component}_rtx_{engine.precision}"
         store = self._stores.get(engine.precision)
@@ -215,6 +231,7 @@ class EngineStage:
             versions={engine.backend: report.version},
             shapes=shapes,
             attention=dict(report.attention),
+            fused_layers=self.fused,
         )
 
 
@@ -314,6 +331,7 @@ class BuildSettings:
         optimization_level: The builder's effort, 0 to 5; None means its own default.
         workspace_gib: The builder's workspace limit in GiB; None means its own default.
         plugins: The SHA-256 of the plugin libraries that the builder loaded, in their order.
+        fuse: Whether layers are fused with what comes before them.
     """
 
     onnx_sha256: str
@@ -323,6 +341,7 @@ class BuildSettings:
     optimization_level: int | None
     workspace_gib: float | None
     plugins: tuple[str, ...]
+    fuse: bool = False
 
     @property
     def digest(self) -> str:
@@ -353,6 +372,7 @@ class BuildSettings:
             and entry.get("optimization_level") == self.optimization_level
             and entry.get("workspace_gib") == self.workspace_gib
             and entry.get("plugins", list(self.plugins)) == list(self.plugins)
+            and bool(entry.get("fused_layers")) == self.fuse
         )
 
 
@@ -380,7 +400,18 @@ def build_settings(
         options.optimization_level,
         options.workspace_gib,
         tuple(hash_file(plugin)["sha256"] for plugin in plugins),
+        fuses(engine, options),
     )
+
+
+def fuses(engine: EnginePlan, options: ExportOptions) -> bool:
+    """Return whether the layers of an engine are fused with what comes before them: --fuse, and the plugin runs them.
+
+    Args:
+        engine: The engine.
+        options: The options of the export.
+    """
+    return options.fuse and engine.precision == "plugin"
 
 
 def find_current(

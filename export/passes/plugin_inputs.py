@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from dvdquant.export.passes.fuse_prologues import FUSED
 from dvdquant.export.passes.initializers_to_inputs import to_input
 from dvdquant.onnx.schema import DOMAIN
 
@@ -19,7 +20,7 @@ _PACKED = range(1, 6)
 
 
 def plugin_inputs(model: ir.Model) -> bool:
-    """Make the QuantLinear nodes plugin nodes, whose packed weights are graph inputs.
+    """Make the QuantLinear and FusedQuantLinear nodes plugin nodes, whose packed weights are graph inputs.
 
     1. A node gets ``plugin_version`` and ``plugin_namespace``: the parser looks a plugin up by op type and these, never
        by domain. ``layer`` names the layer in messages and keeps its prepared weight apart from others.
@@ -34,11 +35,11 @@ def plugin_inputs(model: ir.Model) -> bool:
         model: The graph, which is changed in place.
 
     Returns:
-        True if there was a QuantLinear node.
+        True if there was such a node.
     """
     changed = False
     for node in model.graph:
-        if node.domain != DOMAIN or node.op_type != "QuantLinear":
+        if node.domain != DOMAIN or node.op_type not in ("QuantLinear", FUSED):
             continue
         changed = True
         weight = node.inputs[1]

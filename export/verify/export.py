@@ -28,6 +28,7 @@ def verify_export(
     sizes: Sizes,
     progress: Progress,
     fp8: bool = False,
+    fused: bool = False,
 ) -> list[GraphCheck]:
     """Run every graph in ONNX Runtime and judge its layers, the places between them, and the whole of it.
 
@@ -43,6 +44,7 @@ def verify_export(
         sizes: The sizes of the graphs, in latent units.
         progress: The place that stages report to.
         fp8: True if engines run the attention in FP8: each graph that engines come from is then checked so, too.
+        fused: True if engines run layers fused with what comes before them: likewise.
 
     Returns:
         A check for every graph.
@@ -55,25 +57,27 @@ def verify_export(
     of = {name: [g for g in known if Path(g["path"]).name.startswith(f"{name}_a")] for name in plans}
     worst = _worst(plans, layers)
     # 2. Check the graphs of one component after another.
-    runs = {name: [(entry, False) for entry in of[name]] for name in plans}
-    for name in plans if fp8 else ():
-        runs[name] += [(entry, True) for entry in of[name] if entry["target"] == "tensorrt"]
+    runs = {name: [(entry, False, False) for entry in of[name]] for name in plans}
+    more = [(True, False)] * fp8 + [(False, True)] * fused
+    for name in plans:
+        runs[name] += [(entry, *how) for how in more for entry in of[name] if entry["target"] == "tensorrt"]
     total = sum(len(runs[name]) * (len(choose_layers(plan.layers, worst[name])) + 1) for name, plan in plans.items())
     checks = []
     with progress.stage("verify", total, "check") as stage:
         for name, plan in plans.items():
             model = load_quantized(plan, tensors(name), tree, plan.recipe.activations[0].bits)
             verifier = Verifier(plan, sizes, model, which="min", worst=worst[name])
-            for entry, in_fp8 in runs[name]:
+            for entry, in_fp8, as_fused in runs[name]:
                 stage.update(0, entry["path"])
-                if in_fp8 and not verifier.whole:
+                if (in_fp8 or as_fused) and not verifier.whole:
+                    what = "FP8 attention is" if in_fp8 else "fused layers are"
                     progress.say(
-                        f"{entry['path']}: FP8 attention is not checked, {verifier.tokens} tokens are too many to run here"
+                        f"{entry['path']}: {what} not checked, {verifier.tokens} tokens are too many to run here"
                     )
                     stage.update(len(verifier.chosen) + 1)
                     continue
                 check = verifier.check(
-                    tree / entry["path"], entry["act_bits"], lambda done: stage.update(1, done), in_fp8
+                    tree / entry["path"], entry["act_bits"], lambda done: stage.update(1, done), in_fp8, as_fused
                 )
                 checks.append(check)
                 if not check.passed:

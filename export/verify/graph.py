@@ -12,6 +12,8 @@ There are four questions, each with a bound of its own:
 4. Of a graph whose attention runs in FP8 in the engines: every attention alone, on the operands that it had in the graph
    (:mod:`dvdquant.export.verify.attention`). In 2 and 3, PyTorch then rounds to e4m3 in the same places.
 
+5. Of a graph whose layers the engines fuse with what comes before them: 1 to 3 again on the definition of the fused nodes.
+
 A graph with reserved inputs for LoRAs gets random matrices there, and PyTorch has the same branches: 2 and 3 judge them.
 """
 
@@ -26,6 +28,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from dvdquant.export.passes.fp8_attention import AttentionScales, fp8_attention
+from dvdquant.export.passes.fuse_prologues import expand_prologues, fuse_prologues
 from dvdquant.export.verify.attention import (
     AttentionCheck,
     attention_intermediates,
@@ -287,7 +290,12 @@ class Verifier:
         self._seen: dict[int, dict[str, Tensor]] = {}
 
     def check(
-        self, path: Path, bits: int, advance: Callable[[str], None] = lambda done: None, fp8: bool = False
+        self,
+        path: Path,
+        bits: int,
+        advance: Callable[[str], None] = lambda done: None,
+        fp8: bool = False,
+        fused: bool = False,
     ) -> GraphCheck:
         """Check one graph.
 
@@ -296,6 +304,7 @@ class Verifier:
             bits: The bits of its activations.
             advance: A function that is called with a name for each judged layer and once for the rest.
             fp8: Check it with its attention in FP8, as engines run it.
+            fused: Check it with its layers fused with what comes before them, as the definition of those nodes has it.
 
         Raises:
             ExportError: ONNX Runtime cannot run the graph, or a layer is missing in it.
@@ -303,17 +312,21 @@ class Verifier:
         scales: list[AttentionScales] = []
         attentions = 0
 
-        def quantize(graph: ir.Model) -> None:
+        def edit(graph: ir.Model) -> None:
             nonlocal attentions
             attentions = sum(node.op_type == "Attention" for node in graph.graph)
-            scales.extend(fp8_attention(graph, self.video_tokens))
+            if fp8:
+                scales.extend(fp8_attention(graph, self.video_tokens))
+            if fused:
+                fuse_prologues(graph)
+                expand_prologues(graph)
 
-        model = load_graph(path, quantize if fp8 else None)
+        model = load_graph(path, edit if fp8 or fused else None)
         intermediates = find_intermediates(
             model, [spec.name for spec in self.plan.layers] if self.between else self.chosen
         )
         self.reference.use(bits)
-        title = f"{path.name} with FP8 attention" if fp8 else path.name
+        title = f"{path.name}{' with FP8 attention' * fp8}{' with fused layers' * fused}"
         with with_fp8_attention(scales, attentions):
             wanted = attention_intermediates(model, scales) if self.whole else {}
             xs, seen = self._run(model, intermediates, path, wanted) if self.whole else (self._probed(bits), None)

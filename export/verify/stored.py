@@ -30,7 +30,8 @@ from dvdquant.errors import ExportError
 from dvdquant.export.verify.tolerance import LAMBDA, UNIT
 from dvdquant.model.layers import LayerSpec
 from dvdquant.model.plan import ModelPlan
-from dvdquant.numerics.packing import expand_zero
+from dvdquant.numerics.packing import expand_zero, unpack_int4
+from dvdquant.numerics.regular_hadamard import regular_signs
 from dvdquant.quantize.backends.numba_rows import for_row_parts
 from dvdquant.quantize.bgr import quantize_weight
 from dvdquant.quantize.checkpoint import CHUNK_WEIGHTS, rotate_rows
@@ -271,6 +272,12 @@ class _Stored:
         if spec.smoothed:
             scale = stored["pre_quant_scale"]
             random_signs = torch.ones(spec.features)
+            if spec.regular:
+                random_signs = regular_signs(spec.rotation.block, spec.features)
+                if not torch.equal(scale, random_signs):
+                    raise self._wrong(spec.name, "pre_quant_scale are not the signs of the regular rotation")
+                if bool((unpack_int4(stored["weight"]) < -7).any()):
+                    raise self._wrong(spec.name, "weight holds code -8, which the regular rotation does not have")
             if spec.random_signs and not spec.rotation.identity:
                 random_signs = random_signs_of(spec.name, spec.features)
             mantissa, exponent = torch.frexp(scale * random_signs)

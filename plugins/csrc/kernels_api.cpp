@@ -19,7 +19,8 @@ namespace {
 Kernels load() {
   return {&dvdq_last_error,      &dvdq_abi_version,    &dvdq_path_name,    &dvdq_plan_layer,
           &dvdq_workspace_bytes, &dvdq_prepare_weight, &dvdq_quant_linear, &dvdq_rows_bytes,
-          &dvdq_make_rows,       &dvdq_packed_workspace_bytes, &dvdq_packed_linear};
+          &dvdq_make_rows,       &dvdq_packed_workspace_bytes, &dvdq_packed_linear, &dvdq_expand_weight,
+          &dvdq_fused_linear};
 }
 
 #else
@@ -71,6 +72,8 @@ Kernels load() {
     resolve(library, place, "dvdq_make_rows", table.make_rows);
     resolve(library, place, "dvdq_packed_workspace_bytes", table.packed_workspace_bytes);
     resolve(library, place, "dvdq_packed_linear", table.packed_linear);
+    resolve(library, place, "dvdq_expand_weight", table.expand_weight);
+    resolve(library, place, "dvdq_fused_linear", table.fused_linear);
     return table;
   }
   throw Failure(DVDQ_UNSUPPORTED, "the CUDA kernels (libdvdquant_kernels.so) cannot be loaded: " + reasons, "",

@@ -1,5 +1,6 @@
 #include "layer.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -12,6 +13,8 @@ using nvinfer1::DataType;
 
 constexpr char const* kNames[kInputs] = {"x",    "weight",   "weight_scale", "weight_group_scale", "weight_zero",
                                          "bias", "hadamard", "outer"};
+constexpr char const* kExtraNames[kExtras] = {"y", "gate", "multiplier", "addend", "pre_quant"};
+constexpr char const* kNorms[] = {"none", "layer", "rms"};  // by dvdq_norm
 
 // weight_group_scale and a stored weight_zero are unsigned bytes. TensorRT has no UINT8 for plugins, so they come as INT8 with
 // the same bits; its ONNX parser turns a UINT8 initializer into INT32 with the same values.
@@ -49,6 +52,47 @@ void expect_shape(Fields const& fields, Tensor const* inputs, int32_t position, 
          shape_text(expected) + " (" + meaning + ") fits the weight");
 }
 
+// Whether a tensor has one row of channels for all tokens, for each of the first dimensions, or for each token. Its axes are
+// those of x, counted from the last; behind the first that is one, all are.
+bool are_rows(nvinfer1::Dims const& rows, nvinfer1::Dims const& x) {
+  if (rows.nbDims < 1 || rows.nbDims > x.nbDims || rows.d[rows.nbDims - 1] != x.d[x.nbDims - 1]) return false;
+  bool ones = false;
+  for (int32_t i = 0; i + 1 < x.nbDims; ++i) {
+    int32_t const at = i - (x.nbDims - rows.nbDims);
+    int64_t const size = at < 0 ? 1 : rows.d[at];
+    if (!ones && size == x.d[i]) continue;
+    if (size != 1) return false;
+    ones = true;
+  }
+  return true;
+}
+
+void check_extras(Fields const& fields, Tensor const* inputs, dvdq_layer const& layer) {
+  nvinfer1::Dims const& x = inputs[kX].dims;
+  for (size_t i = 0; i < fields.fusion.reads.size(); ++i) {
+    Extra const extra = fields.fusion.reads[i];
+    nvinfer1::Dims const& dims = inputs[kInputs + i].dims;
+    bool fits = false;
+    std::string wanted;
+    if (extra == kPreQuant) {
+      fits = dims.nbDims == 3 && dims.d[0] * 8 == layer.k && dims.d[1] == 2 && dims.d[2] == 8;
+      wanted = "[" + std::to_string(layer.k / 8) + ", 2, 8]";
+    } else if (extra == kY) {
+      fits = dims.nbDims == x.nbDims;
+      for (int32_t d = 0; fits && d < x.nbDims; ++d) fits = dims.d[d] == x.d[d];
+      wanted = shape_text(x) + ", the shape of x";
+    } else {
+      fits = are_rows(dims, x);
+      wanted = "rows of " + std::to_string(layer.k) + " for all tokens, for each sample or for each token of " + shape_text(x);
+    }
+    if (!fits) refuse(fields, std::string(kExtraNames[extra]) + " has shape " + shape_text(dims), wanted);
+  }
+  if (fields.fused && layer.outer != 1) {
+    refuse(fields, "a fused layer whose rotation has an outer factor of " + std::to_string(layer.outer),
+           "rotations without one", "export without --fuse");
+  }
+}
+
 int64_t square_order(Fields const& fields, Tensor const* inputs, int32_t position) {
   nvinfer1::Dims const& dims = inputs[position].dims;
   if (dims.nbDims != 2 || dims.d[0] != dims.d[1] || dims.d[0] < 1) {
@@ -80,6 +124,38 @@ int32_t integer_of(nvinfer1::PluginField const& field) {
   throw Failure(DVDQ_BAD_ARGUMENT, std::string("field ") + field.name + " is no 32-bit integer", "INT32");
 }
 
+float real_of(nvinfer1::PluginField const& field) {
+  if (field.type != nvinfer1::PluginFieldType::kFLOAT32 || field.length != 1 || field.data == nullptr) {
+    throw Failure(DVDQ_BAD_ARGUMENT, std::string("field ") + field.name + " is no number", "FLOAT32");
+  }
+  float value = 0;
+  std::memcpy(&value, field.data, sizeof value);
+  return value;
+}
+
+// The names in `reads`, in their order, and the norm by its name.
+void read_fusion(Fields& fields, std::string const& reads, std::string const& norm) {
+  Fusion& fusion = fields.fusion;
+  for (size_t start = 0; start < reads.size();) {
+    size_t const comma = std::min(reads.find(',', start), reads.size());
+    std::string const word = reads.substr(start, comma - start);
+    int32_t extra = fusion.reads.empty() ? 0 : fusion.reads.back() + 1;
+    while (extra < kExtras && word != kExtraNames[extra]) ++extra;
+    if (extra == kExtras) refuse(fields, "reads is " + reads, "y,gate,multiplier,addend,pre_quant: some of them in this order");
+    fusion.reads.push_back(static_cast<Extra>(extra));
+    start = comma + 1;
+  }
+  fusion.norm = 0;
+  while (fusion.norm < 3 && norm != kNorms[fusion.norm]) ++fusion.norm;
+  if (fusion.norm == 3) refuse(fields, "norm is " + norm, "none, layer, rms");
+  if (!(fusion.eps >= 0)) refuse(fields, "eps is " + std::to_string(fusion.eps), "a number that is not negative");
+  bool const others = fields.position(kY) >= 0 || fields.position(kMultiplier) >= 0 || fields.position(kAddend) >= 0;
+  if (fusion.gelu != 0 && (fusion.norm != DVDQ_NORM_NONE || others)) {
+    refuse(fields, "gelu with a norm or with reads of " + reads, "gelu alone, and pre_quant");
+  }
+  if (fields.position(kGate) >= 0 && fields.position(kY) < 0) refuse(fields, "reads is " + reads, "a gate with its y");
+}
+
 std::string text_of(nvinfer1::PluginField const& field) {
   if (field.type != nvinfer1::PluginFieldType::kCHAR || field.length < 0 || (field.data == nullptr && field.length)) {
     throw Failure(DVDQ_BAD_ARGUMENT, std::string("field ") + field.name + " is no text", "CHAR");
@@ -90,24 +166,43 @@ std::string text_of(nvinfer1::PluginField const& field) {
 
 }  // namespace
 
-char const* input_name(int32_t position) { return position < kInputs ? kNames[position] : "y"; }
-
 std::string type_name(DataType type) {
   constexpr char const* names[] = {"FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8", "FP8", "BF16", "INT64", "INT4"};
   auto const index = static_cast<uint32_t>(type);
   return index < sizeof names / sizeof *names ? names[index] : "type " + std::to_string(index);
 }
 
-bool accepts_type(int32_t position, DataType type, DataType x) {
-  if (position == kInputs) return type == x;
+bool accepts_type(Fields const& fields, int32_t position, DataType type, DataType x) {
+  if (position >= fields.inputs()) return type == x;
+  if (position >= kInputs) {
+    Extra const extra = fields.fusion.reads[static_cast<size_t>(position - kInputs)];
+    return type == (extra == kY || extra == kPreQuant ? x : DataType::kFLOAT);
+  }
   for (DataType accepted : accepted_types(position)) {
     if (type == accepted) return true;
   }
   return false;
 }
 
-Fields read_fields(nvinfer1::PluginFieldCollection const* collection, char const* fallback_name) {
+int32_t Fields::position(Extra extra) const {
+  for (size_t i = 0; i < fusion.reads.size(); ++i) {
+    if (fusion.reads[i] == extra) return kInputs + static_cast<int32_t>(i);
+  }
+  return -1;
+}
+
+std::string reads_text(Fusion const& fusion) {
+  std::string text;
+  for (Extra extra : fusion.reads) text += (text.empty() ? "" : ",") + std::string(kExtraNames[extra]);
+  return text;
+}
+
+std::string norm_text(Fusion const& fusion) { return kNorms[fusion.norm]; }
+
+Fields read_fields(nvinfer1::PluginFieldCollection const* collection, char const* fallback_name, bool fused) {
   Fields fields;
+  fields.fused = fused;
+  std::string reads, norm = kNorms[DVDQ_NORM_NONE];
   bool has_bits = false, has_group = false;
   for (int32_t i = 0; collection != nullptr && i < collection->nbFields; ++i) {
     nvinfer1::PluginField const& field = collection->fields[i];
@@ -122,9 +217,18 @@ Fields read_fields(nvinfer1::PluginFieldCollection const* collection, char const
       fields.layer = text_of(field);
     } else if (name == "packed_workspace") {
       fields.packed_workspace = integer_of(field) != 0;
+    } else if (fused && name == "reads") {
+      reads = text_of(field);
+    } else if (fused && name == "norm") {
+      norm = text_of(field);
+    } else if (fused && name == "gelu") {
+      fields.fusion.gelu = integer_of(field) != 0;
+    } else if (fused && name == "eps") {
+      fields.fusion.eps = real_of(field);
     }
   }
   if (fields.layer.empty() && fallback_name != nullptr) fields.layer = fallback_name;
+  if (fused) read_fusion(fields, reads, norm);
   if (!has_bits || !has_group) {
     refuse(fields, std::string("the node has no attribute ") + (has_bits ? "act_group" : "act_bits"),
            "act_bits (4 or 8) and act_group (0 = one scale per token)");
@@ -140,16 +244,18 @@ Fields read_fields(nvinfer1::PluginFieldCollection const* collection, char const
 }
 
 void check_counts(Fields const& fields, int32_t inputs, int32_t outputs) {
-  if (inputs == kInputs && outputs == kOutputs) return;
+  if (inputs == fields.inputs() && outputs == fields.outputs()) return;
   std::string names;
   for (char const* name : kNames) names += (names.empty() ? "" : ", ") + std::string(name);
+  for (Extra extra : fields.fusion.reads) names += std::string(", ") + kExtraNames[extra];
   refuse(fields, "the node has " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs",
-         std::to_string(kInputs) + " inputs (" + names + ") and 1 output");
+         std::to_string(fields.inputs()) + " inputs (" + names + ") and " + std::to_string(fields.outputs()) +
+             (fields.outputs() == 1 ? " output" : " outputs"));
 }
 
 void check_types(Fields const& fields, DataType const* types) {
   for (int32_t position = 0; position < kInputs; ++position) {
-    if (accepts_type(position, types[position], types[kX])) continue;
+    if (accepts_type(fields, position, types[position], types[kX])) continue;
     std::string known;
     for (DataType type : accepted_types(position)) known += (known.empty() ? "" : ", ") + type_name(type);
     std::string fix;
@@ -157,11 +263,17 @@ void check_types(Fields const& fields, DataType const* types) {
     if (types[position] == DataType::kUINT8) fix = "declare it INT8 with the same bytes: TensorRT passes no UINT8 on";
     refuse(fields, std::string(kNames[position]) + " is " + type_name(types[position]), known, fix);
   }
+  for (int32_t position = kInputs; position < fields.inputs(); ++position) {
+    if (accepts_type(fields, position, types[position], types[kX])) continue;
+    Extra const extra = fields.fusion.reads[static_cast<size_t>(position - kInputs)];
+    refuse(fields, std::string(kExtraNames[extra]) + " is " + type_name(types[position]),
+           extra == kY || extra == kPreQuant ? type_name(types[kX]) + ", as x" : type_name(DataType::kFLOAT));
+  }
 }
 
 dvdq_layer describe_layer(Fields const& fields, Tensor const* inputs) {
-  DataType types[kInputs];
-  for (int32_t i = 0; i < kInputs; ++i) types[i] = inputs[i].type;
+  DataType types[kInputs + kExtras];
+  for (int32_t i = 0; i < fields.inputs(); ++i) types[i] = inputs[i].type;
   check_types(fields, types);
 
   nvinfer1::Dims const& weight = inputs[kWeight].dims;
@@ -201,7 +313,16 @@ dvdq_layer describe_layer(Fields const& fields, Tensor const* inputs) {
   layer.act_bits = fields.act_bits;
   layer.act_group = fields.act_group;
   layer.dtype = inputs[kX].type == DataType::kBF16 ? DVDQ_BF16 : DVDQ_FP16;
+  check_extras(fields, inputs, layer);
   return layer;
+}
+
+int64_t tokens_of_a_row(Fields const& fields, int64_t rows, int64_t tokens) {
+  if (rows == 1) return 0;
+  if (rows < 1 || tokens % rows != 0) {
+    refuse(fields, std::to_string(rows) + " rows for " + std::to_string(tokens) + " tokens", "a number that divides them");
+  }
+  return tokens / rows;
 }
 
 int64_t tokens_of(nvinfer1::Dims const& x) {

@@ -22,13 +22,17 @@ namespace {
 
 class QuantLinearCreator final : public nvinfer1::IPluginCreatorV3One {
  public:
-  QuantLinearCreator() {
+  explicit QuantLinearCreator(bool fused) : fused_(fused) {
     using nvinfer1::PluginFieldType;
     fields_[0] = {"act_bits", nullptr, PluginFieldType::kINT32, 1};
     fields_[1] = {"act_group", nullptr, PluginFieldType::kINT32, 1};
     fields_[2] = {"layer", nullptr, PluginFieldType::kCHAR, 0};
     fields_[3] = {"packed_workspace", nullptr, PluginFieldType::kINT32, 1};
-    collection_.nbFields = 4;
+    fields_[4] = {"reads", nullptr, PluginFieldType::kCHAR, 0};
+    fields_[5] = {"norm", nullptr, PluginFieldType::kCHAR, 0};
+    fields_[6] = {"gelu", nullptr, PluginFieldType::kINT32, 1};
+    fields_[7] = {"eps", nullptr, PluginFieldType::kFLOAT32, 1};
+    collection_.nbFields = fused ? 8 : 4;
     collection_.fields = fields_;
   }
 
@@ -36,7 +40,7 @@ class QuantLinearCreator final : public nvinfer1::IPluginCreatorV3One {
                                     nvinfer1::TensorRTPhase phase) noexcept override {
     QuantLinear* plugin = nullptr;
     guarded("creation", [&] {
-      Fields read = read_fields(fields, name);
+      Fields read = read_fields(fields, name, fused_);
       // What is built now asks for a workspace with room to expand; an engine file says whether it did.
       if (phase == nvinfer1::TensorRTPhase::kBUILD) read.packed_workspace = 1;
       plugin = new QuantLinear(std::move(read));
@@ -45,18 +49,19 @@ class QuantLinearCreator final : public nvinfer1::IPluginCreatorV3One {
   }
 
   nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
-  nvinfer1::AsciiChar const* getPluginName() const noexcept override { return kPluginName; }
+  nvinfer1::AsciiChar const* getPluginName() const noexcept override { return fused_ ? kFusedName : kPluginName; }
   nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
   nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
  private:
-  nvinfer1::PluginField fields_[4];
+  bool const fused_;
+  nvinfer1::PluginField fields_[8];
   nvinfer1::PluginFieldCollection collection_{};
 };
 
-QuantLinearCreator& creator() {
-  static QuantLinearCreator instance;
-  return instance;
+QuantLinearCreator& creator(bool fused) {
+  static QuantLinearCreator plain(false), with_prologue(true);
+  return fused ? with_prologue : plain;
 }
 
 // The TensorRT of that major version, if it is in this process.
@@ -94,8 +99,10 @@ bool register_itself() {
                         " is not in this process",
                     "", "load TensorRT first, or unset the variable and load this file with loadLibrary");
     }
-    if (!get()->registerCreator(creator(), kPluginNamespace)) {
-      throw Failure(DVDQ_BAD_ARGUMENT, "TensorRT did not take the plugin", "", "load the library once");
+    for (bool const fused : {false, true}) {
+      if (!get()->registerCreator(creator(fused), kPluginNamespace)) {
+        throw Failure(DVDQ_BAD_ARGUMENT, "TensorRT did not take the plugin", "", "load the library once");
+      }
     }
   });
   return code == 0;
@@ -107,8 +114,9 @@ bool register_itself() {
 }  // namespace dvdquant::plugin
 
 extern "C" DVDQ_API nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&dvdquant::plugin::creator()};
-  count = dvdquant::plugin::fits_tensorrt() ? 1 : 0;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&dvdquant::plugin::creator(false),
+                                                               &dvdquant::plugin::creator(true)};
+  count = dvdquant::plugin::fits_tensorrt() ? 2 : 0;
   return creators;
 }
 

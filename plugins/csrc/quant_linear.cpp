@@ -15,19 +15,35 @@ using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 
 std::string describe(Fields const& fields) {
-  return "act_bits=" + std::to_string(fields.act_bits) + ";act_group=" + std::to_string(fields.act_group);
+  std::string text = "act_bits=" + std::to_string(fields.act_bits) + ";act_group=" + std::to_string(fields.act_group);
+  if (!fields.fused) return text;
+  Fusion const& fusion = fields.fusion;
+  return text + ";reads=" + reads_text(fusion) + ";norm=" + norm_text(fusion) + ";gelu=" + std::to_string(fusion.gelu) +
+         ";eps=" + std::to_string(fusion.eps);
 }
 
-std::array<Tensor, kInputs> tensors_of(PluginTensorDesc const* in) {
-  std::array<Tensor, kInputs> tensors;
-  for (int32_t i = 0; i < kInputs; ++i) tensors[i] = {in[i].dims, in[i].type};
+using Tensors = std::array<Tensor, kInputs + kExtras>;
+
+Tensors tensors_of(PluginTensorDesc const* in, int32_t inputs) {
+  Tensors tensors{};
+  for (int32_t i = 0; i < inputs; ++i) tensors[i] = {in[i].dims, in[i].type};
   return tensors;
 }
 
-std::array<Tensor, kInputs> tensors_of(DynamicPluginTensorDesc const* in) {
-  std::array<Tensor, kInputs> tensors;
-  for (int32_t i = 0; i < kInputs; ++i) tensors[i] = {in[i].desc.dims, in[i].desc.type};
+Tensors tensors_of(DynamicPluginTensorDesc const* in, int32_t inputs) {
+  Tensors tensors{};
+  for (int32_t i = 0; i < inputs; ++i) tensors[i] = {in[i].desc.dims, in[i].desc.type};
   return tensors;
+}
+
+// A buffer of the kernels, and what lies behind it.
+int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Of dvdq_quant_linear, and behind it the weight that a fused layer expands.
+int64_t fused_workspace(dvdq_layer const& layer, dvdq_plan const& plan, int32_t sm, int64_t tokens, bool expands) {
+  int64_t bytes = 0;
+  check_kernels(kernels().workspace_bytes(&layer, sm, tokens, &bytes), "workspace size");
+  return expands ? aligned(bytes) + plan.prepared_bytes : bytes;
 }
 
 dvdq_plan plan_of(dvdq_layer const& layer, int32_t sm, std::string const& name) {
@@ -38,13 +54,26 @@ dvdq_plan plan_of(dvdq_layer const& layer, int32_t sm, std::string const& name) 
 
 }  // namespace
 
-QuantLinear::QuantLinear(Fields fields) : fields_(std::move(fields)), description_(describe(fields_)) {
+QuantLinear::QuantLinear(Fields fields)
+    : fields_(std::move(fields)),
+      reads_(reads_text(fields_.fusion)),
+      norm_(norm_text(fields_.fusion)),
+      description_(describe(fields_)) {
   using nvinfer1::PluginFieldType;
   serialized_.emplace_back("act_bits", &fields_.act_bits, PluginFieldType::kINT32, 1);
   serialized_.emplace_back("act_group", &fields_.act_group, PluginFieldType::kINT32, 1);
   serialized_.emplace_back("layer", fields_.layer.c_str(), PluginFieldType::kCHAR,
                            static_cast<int32_t>(fields_.layer.size() + 1));
   serialized_.emplace_back("packed_workspace", &fields_.packed_workspace, PluginFieldType::kINT32, 1);
+  if (fields_.fused) {
+    auto const text = [&](char const* name, std::string const& value) {
+      serialized_.emplace_back(name, value.c_str(), PluginFieldType::kCHAR, static_cast<int32_t>(value.size() + 1));
+    };
+    text("reads", reads_);
+    text("norm", norm_);
+    serialized_.emplace_back("gelu", &fields_.fusion.gelu, PluginFieldType::kINT32, 1);
+    serialized_.emplace_back("eps", &fields_.fusion.eps, PluginFieldType::kFLOAT32, 1);
+  }
   collection_.nbFields = static_cast<int32_t>(serialized_.size());
   collection_.fields = serialized_.data();
 }
@@ -78,11 +107,11 @@ int32_t QuantLinear::configurePlugin(DynamicPluginTensorDesc const* in, int32_t 
                                      int32_t outputs) noexcept {
   return guarded("configure", [&] {
     check_counts(fields_, inputs, outputs);
-    dvdq_layer const layer = describe_layer(fields_, tensors_of(in).data());
+    dvdq_layer const layer = describe_layer(fields_, tensors_of(in, inputs).data());
     kernels();  // their absence is said before the device's
     int32_t const sm = sm_of(current_device());
     dvdq_plan const plan = plan_of(layer, sm, fields_.layer);
-    log(Severity::kVERBOSE, "dvdquant QuantLinear " + fields_.layer + ": " + kernels().path_name(plan.path) + " on SM " +
+    log(Severity::kVERBOSE, std::string("dvdquant ") + getPluginName() + " " + fields_.layer + ": " + kernels().path_name(plan.path) + " on SM " +
                                 std::to_string(sm));
   });
 }
@@ -92,7 +121,7 @@ int32_t QuantLinear::getOutputDataTypes(DataType* output_types, int32_t outputs,
   return guarded("output type", [&] {
     check_counts(fields_, inputs, outputs);
     check_types(fields_, input_types);
-    output_types[0] = input_types[kX];
+    for (int32_t i = 0; i < outputs; ++i) output_types[i] = input_types[kX];
   });
 }
 
@@ -118,14 +147,16 @@ int32_t QuantLinear::getOutputShapes(nvinfer1::DimsExprs const* in, int32_t inpu
     }
     out[0] = x;
     out[0].d[x.nbDims - 1] = weight.d[0];
+    if (outputs == 2) out[1] = x;
   });
 }
 
 bool QuantLinear::supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* in_out, int32_t inputs,
                                             int32_t outputs) noexcept {
-  if (inputs != kInputs || outputs != kOutputs || position < 0 || position >= kInputs + kOutputs) return false;
+  if (inputs != fields_.inputs() || outputs != fields_.outputs() || position < 0 || position >= inputs + outputs) return false;
   PluginTensorDesc const& tensor = in_out[position].desc;
-  return tensor.format == nvinfer1::TensorFormat::kLINEAR && accepts_type(position, tensor.type, in_out[kX].desc.type);
+  return tensor.format == nvinfer1::TensorFormat::kLINEAR &&
+         accepts_type(fields_, position, tensor.type, in_out[kX].desc.type);
 }
 
 size_t QuantLinear::getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*,
@@ -133,12 +164,18 @@ size_t QuantLinear::getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t 
   int64_t bytes = 0;
   guarded("workspace size", [&] {
     check_counts(fields_, inputs, outputs);
-    dvdq_layer const layer = describe_layer(fields_, tensors_of(in).data());
+    dvdq_layer const layer = describe_layer(fields_, tensors_of(in, inputs).data());
     int64_t const tokens = std::max<int64_t>(tokens_of(in[kX].max), 0);
     // With room for an expanded weight, whatever the form will be: TensorRT shares it among layers, so it costs an engine
     // that of its largest layer once.
+    int32_t const sm = sm_of(current_device());
+    if (fields_.fused) {
+      dvdq_plan const plan = plan_of(layer, sm, fields_.layer);
+      bytes = fused_workspace(layer, plan, sm, tokens, fields_.packed_workspace && plan.codes != DVDQ_CODES_S4);
+      return;
+    }
     auto* const ask = fields_.packed_workspace ? kernels().packed_workspace_bytes : kernels().workspace_bytes;
-    check_kernels(ask(&layer, sm_of(current_device()), tokens, &bytes), "workspace size");
+    check_kernels(ask(&layer, sm, tokens, &bytes), "workspace size");
   });
   return static_cast<size_t>(bytes);
 }
@@ -147,7 +184,7 @@ int32_t QuantLinear::onShapeChange(PluginTensorDesc const* in, int32_t inputs, P
                                    int32_t outputs) noexcept {
   return guarded("shape change", [&] {
     check_counts(fields_, inputs, outputs);
-    dvdq_layer const layer = describe_layer(fields_, tensors_of(in).data());
+    dvdq_layer const layer = describe_layer(fields_, tensors_of(in, inputs).data());
     device_ = current_device();
     sm_ = sm_of(device_);
     plan_ = plan_of(layer, sm_, fields_.layer);
@@ -160,16 +197,19 @@ int32_t QuantLinear::onShapeChange(PluginTensorDesc const* in, int32_t inputs, P
 
 int32_t QuantLinear::enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs,
                              void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
-  return guarded("enqueue", [&] { run(in, inputs, outputs[0], workspace, stream); });
+  return guarded("enqueue", [&] { run(in, inputs, outputs, workspace, stream); });
 }
 
-void QuantLinear::run(PluginTensorDesc const* in, void const* const* inputs, void* y, void* workspace, Stream stream) {
+void QuantLinear::run(PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace,
+                      Stream stream) {
   if (!layer_) {
     throw Failure(DVDQ_BAD_ARGUMENT, fields_.layer + ": enqueue came before onShapeChange");
   }
   int64_t const tokens = tokens_of(in[kX].dims);
   if (tokens == 0) return;
   use_weight(inputs, stream);
+  if (fields_.fused) return run_fused(in, inputs, outputs, workspace, tokens, stream);
+  void* const y = outputs[0];
   int64_t needed = 0;
   auto* const ask = packed() ? kernels().packed_workspace_bytes : kernels().workspace_bytes;
   check_kernels(ask(&*layer_, sm_, tokens, &needed), "workspace size");
@@ -187,9 +227,59 @@ void QuantLinear::run(PluginTensorDesc const* in, void const* const* inputs, voi
                 fields_.layer.c_str());
 }
 
+void QuantLinear::run_fused(PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace,
+                            int64_t tokens, Stream stream) {
+  auto const read = [&](Extra extra) -> void const* {
+    int32_t const position = fields_.position(extra);
+    return position < 0 ? nullptr : inputs[position];
+  };
+  auto const rows = [&](Extra extra) {
+    int32_t const position = fields_.position(extra);
+    return position < 0 ? int64_t{1} : tokens_of(in[position].dims);
+  };
+  // 1. What comes before the layer.
+  dvdq_prologue prologue{};
+  prologue.y = read(kY);
+  prologue.hidden = fields_.outputs() == 2 ? outputs[1] : nullptr;
+  prologue.gate = static_cast<float const*>(read(kGate));
+  prologue.multiplier = static_cast<float const*>(read(kMultiplier));
+  prologue.addend = static_cast<float const*>(read(kAddend));
+  prologue.norm = fields_.fusion.norm;
+  prologue.gelu = fields_.fusion.gelu;
+  prologue.eps = fields_.fusion.eps;
+  bool const both = prologue.multiplier != nullptr && prologue.addend != nullptr;
+  if (both && rows(kMultiplier) != rows(kAddend)) {
+    throw Failure(DVDQ_BAD_ARGUMENT, fields_.layer + ": " + std::to_string(rows(kMultiplier)) + " rows of the multiplier, " +
+                                         std::to_string(rows(kAddend)) + " of the addend",
+                  "as many of both");
+  }
+  int64_t const modulations = prologue.multiplier != nullptr ? rows(kMultiplier) : rows(kAddend);
+  prologue.gate_tokens = tokens_of_a_row(fields_, rows(kGate), tokens);
+  prologue.gate_stride = prologue.gate_tokens ? layer_->k : 0;
+  prologue.modulate_tokens = tokens_of_a_row(fields_, modulations, tokens);
+  prologue.modulate_stride = prologue.modulate_tokens ? layer_->k : 0;
+  // 2. The weight, as the path multiplies it: held so, or expanded behind what the layer itself needs.
+  int64_t const needed = fused_workspace(*layer_, plan_, sm_, tokens, false);
+  void const* prepared = weight_->data();
+  if (packed()) {
+    void* const expanded = static_cast<char*>(workspace) + aligned(needed);
+    dvdq_weight const weight = packed_weight(*key_, *weight_);
+    check_kernels(kernels().expand_weight(&*layer_, sm_, &weight, weight_->data(), expanded, plan_.prepared_bytes, stream),
+                  fields_.layer.c_str());
+    prepared = expanded;
+  }
+  check_kernels(kernels().fused_linear(&*layer_, sm_, &prologue, inputs[kX], read(kPreQuant), prepared, outputs[0], tokens,
+                                       workspace, needed, stream),
+                fields_.layer.c_str());
+}
+
 bool QuantLinear::packed() const {
-  // An engine of an older release has no room to expand into; paths of 4 bits need none.
-  return form_ == Form::kPacked && (fields_.packed_workspace != 0 || plan_.codes == DVDQ_CODES_S4);
+  // A fused call takes the weight as its path multiplies it. Native 4-bit paths have their own order of the codes there, which
+  // is held beside the bound ones; the others expand.
+  if (fields_.fused) return form_ == Form::kPacked && fields_.packed_workspace != 0 && plan_.codes != DVDQ_CODES_S4;
+  // Paths of 4 bits multiply the bound codes: another copy of them would gain nothing. An engine of an older release has no room
+  // to expand into.
+  return plan_.codes == DVDQ_CODES_S4 || (form_ == Form::kPacked && fields_.packed_workspace != 0);
 }
 
 void QuantLinear::use_weight(void const* const* inputs, Stream stream) {
@@ -226,7 +316,7 @@ nvinfer1::IPluginV3* QuantLinear::attachToContext(nvinfer1::IPluginResourceConte
   // The prepared weight outlives a context where another still uses it, so it is not taken from the context's allocator.
   QuantLinear* copy = nullptr;
   guarded("attach", [&] {
-    Form const form = wanted_form();
+    Form const form = wanted_form(fields_.layer);
     copy = static_cast<QuantLinear*>(clone());
     if (copy == nullptr) return;
     copy->attached_ = true;

@@ -1,4 +1,5 @@
-// dvdquant::QuantLinear as a TensorRT plugin: y = quant_linear(x, packed weight), see dvdquant/ops/quant_linear.py.
+// dvdquant::QuantLinear as a TensorRT plugin: y = quant_linear(x, packed weight), see dvdquant/ops/quant_linear.py. And
+// dvdquant::FusedQuantLinear, the same of what a residual, a norm and a modulation, or GELU, make of x: dvdquant/ops/fused.py.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -13,6 +14,7 @@
 namespace dvdquant::plugin {
 
 constexpr char kPluginName[] = "QuantLinear";
+constexpr char kFusedName[] = "FusedQuantLinear";
 constexpr char kPluginVersion[] = "1";
 constexpr char kPluginNamespace[] = "dvdquant";
 
@@ -30,7 +32,9 @@ class QuantLinear final : public nvinfer1::IPluginV3,
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
   nvinfer1::IPluginV3* clone() noexcept override;
 
-  nvinfer1::AsciiChar const* getPluginName() const noexcept override { return kPluginName; }
+  nvinfer1::AsciiChar const* getPluginName() const noexcept override {
+    return fields_.fused ? kFusedName : kPluginName;
+  }
   nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
   nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
@@ -43,7 +47,7 @@ class QuantLinear final : public nvinfer1::IPluginV3,
                           nvinfer1::IExprBuilder& builder) noexcept override;
   bool supportsFormatCombination(int32_t position, nvinfer1::DynamicPluginTensorDesc const* in_out, int32_t inputs,
                                  int32_t outputs) noexcept override;
-  int32_t getNbOutputs() const noexcept override { return kOutputs; }
+  int32_t getNbOutputs() const noexcept override { return fields_.outputs(); }
   size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* in, int32_t inputs,
                           nvinfer1::DynamicPluginTensorDesc const* out, int32_t outputs) const noexcept override;
   char const* getTimingCacheID() noexcept override { return description_.c_str(); }
@@ -58,12 +62,16 @@ class QuantLinear final : public nvinfer1::IPluginV3,
   nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
  private:
-  void run(nvinfer1::PluginTensorDesc const* in, void const* const* inputs, void* y, void* workspace, Stream stream);
+  void run(nvinfer1::PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace,
+           Stream stream);
+  void run_fused(nvinfer1::PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace,
+                 int64_t tokens, Stream stream);
   void use_weight(void const* const* inputs, Stream stream);
   // Whether this layer runs on its packed weight.
   bool packed() const;
 
   Fields const fields_;
+  std::string const reads_, norm_;  // as the engine file holds them
   std::string const description_;
   std::vector<nvinfer1::PluginField> serialized_;
   nvinfer1::PluginFieldCollection collection_{};

@@ -196,6 +196,138 @@ void check_contract(Library const& library, Logger& logger) {
   CHECK(logger.take().empty());
 }
 
+namespace {
+
+// x [2, dynamic, 96] with a residual, a gate by sample, a norm with rows for all, and a balance.
+Fields const kFused{{{"act_bits", 4}, {"act_group", 0}},
+                    "blocks.0.to_q",
+                    {{"reads", "y,gate,multiplier,addend,pre_quant"}, {"norm", "layer"}},
+                    {{"eps", 1e-6f}}};
+constexpr int kFusedInputs = 13;
+
+struct FusedNode {
+  DynamicPluginTensorDesc tensors[kFusedInputs + 2];
+};
+
+FusedNode good_fused() {
+  FusedNode node{};
+  Node const plain = good_node();
+  for (int i = 0; i < 8; ++i) node.tensors[i] = plain.tensors[i];
+  node.tensors[7].desc.dims = dims({1, 1});
+  std::vector<std::vector<int64_t>> const shapes{{2, -1, 96}, {2, 1, 96}, {96}, {96}, {12, 2, 8}, {2, -1, 64}, {2, -1, 96}};
+  DataType const x = DataType::kBF16, real = DataType::kFLOAT;
+  DataType const types[] = {x, real, real, real, x, x, x};
+  for (int i = 0; i < 7; ++i) {
+    DynamicPluginTensorDesc& tensor = node.tensors[8 + i];
+    tensor.desc.dims = tensor.min = tensor.opt = tensor.max = dims(shapes[i]);
+    tensor.desc.type = types[i];
+    tensor.desc.scale = 1;
+  }
+  for (int i : {0, 8, 13, 14}) node.tensors[i].min.d[1] = 1, node.tensors[i].opt.d[1] = 50, node.tensors[i].max.d[1] = 100;
+  return node;
+}
+
+int32_t configure(Plugin const& plugin, FusedNode const& node) {
+  return build(plugin).configurePlugin(node.tensors, kFusedInputs, node.tensors + kFusedInputs, 2);
+}
+
+void check_fused_shapes(Library const& library, Logger& logger) {
+  Plugin const plugin = library.create(kFused);
+  CHECK(build(plugin).getNbOutputs() == 2);
+  DataType types[kFusedInputs], out[2]{};
+  for (int i = 0; i < kFusedInputs; ++i) types[i] = good_fused().tensors[i].desc.type;
+  CHECK(build(plugin).getOutputDataTypes(out, 2, types, kFusedInputs) == 0);
+  CHECK(out[0] == DataType::kBF16 && out[1] == DataType::kBF16);
+  types[9] = DataType::kBF16;
+  CHECK(build(plugin).getOutputDataTypes(out, 2, types, kFusedInputs) != 0);
+  CHECK_SAYS(logger, "blocks.0.to_q: gate is BF16\n  available: FLOAT");
+  types[9] = DataType::kFLOAT;
+  types[8] = DataType::kHALF;
+  CHECK(build(plugin).getOutputDataTypes(out, 2, types, kFusedInputs) != 0);
+  CHECK_SAYS(logger, "y is HALF\n  available: BF16, as x");
+  CHECK(build(plugin).getOutputDataTypes(out, 1, types, kFusedInputs) != 0);
+  CHECK_SAYS(logger, "outer, y, gate, multiplier, addend, pre_quant) and 2 outputs");
+  FusedNode const node = good_fused();
+  for (int i = 0; i < kFusedInputs + 2; ++i) CHECK(build(plugin).supportsFormatCombination(i, node.tensors, kFusedInputs, 2));
+  CHECK(!build(plugin).supportsFormatCombination(0, node.tensors, 8, 1));
+
+  ExpressionBuilder builder;
+  nvinfer1::DimsExprs in[kFusedInputs]{}, shapes[2]{};
+  for (int i = 0; i < kFusedInputs; ++i) {
+    in[i].nbDims = node.tensors[i].desc.dims.nbDims;
+    for (int d = 0; d < in[i].nbDims; ++d) {
+      int64_t const size = node.tensors[i].desc.dims.d[d];
+      in[i].d[d] = size < 0 ? builder.symbol("S") : builder.number(size);
+    }
+  }
+  CHECK(build(plugin).getOutputShapes(in, kFusedInputs, nullptr, 0, shapes, 2, builder) == 0);
+  std::string got;
+  for (auto const& shape : shapes) {
+    for (int d = 0; d < shape.nbDims; ++d) got += Expression::text_of(shape.d[d]) + " ";
+  }
+  check(got == "2 S 64 2 S 96 ", "y has N features, the sum those of x", __FILE__, __LINE__, got);
+}
+
+void check_fused_fields(Library const& library, Logger& logger) {
+  auto refuse = [&](std::vector<std::pair<std::string, std::string>> texts, int32_t gelu, float eps, char const* words) {
+    Fields const fields{{{"act_bits", 4}, {"act_group", 0}, {"gelu", gelu}}, "here", std::move(texts), {{"eps", eps}}};
+    CHECK(library.create(fields) == nullptr);
+    CHECK_SAYS(logger, words);
+  };
+  refuse({{"reads", "gate,y"}}, 0, 0, "here: reads is gate,y\n  available: y,gate,multiplier,addend,pre_quant");
+  refuse({{"reads", "y,y"}}, 0, 0, "reads is y,y");
+  refuse({{"reads", "y,,gate"}}, 0, 0, "reads is y,,gate");
+  refuse({{"reads", "gate"}}, 0, 0, "reads is gate\n  available: a gate with its y");
+  refuse({{"norm", "batch"}}, 0, 0, "norm is batch\n  available: none, layer, rms");
+  refuse({{"norm", "rms"}}, 1, 0, "gelu with a norm");
+  refuse({{"reads", "addend"}}, 1, 0, "gelu with a norm or with reads of addend");
+  refuse({{"norm", "rms"}}, 0, -1, "eps is -1");
+  Fields wrong{{{"act_bits", 4}, {"act_group", 0}, {"eps", 1}}, "here", {}, {}};
+  CHECK(library.create(wrong) == nullptr);
+  CHECK_SAYS(logger, "field eps is no number\n  available: FLOAT32");
+
+  // Through an engine file and back, twice.
+  Plugin const plugin = library.create(kFused);
+  for (Plugin const& each : {Plugin(plugin->clone()), library.reload(plugin), library.reload(library.reload(plugin))}) {
+    CHECK(each != nullptr && std::strcmp(core(each).getPluginName(), "FusedQuantLinear") == 0);
+    CHECK(build(each).getNbOutputs() == 2);
+    std::string const said = build(each).getMetadataString();
+    check(said.find(";reads=y,gate,multiplier,addend,pre_quant;norm=layer;gelu=0;eps=0.000001") != std::string::npos,
+          "all fields are kept", __FILE__, __LINE__, said);
+  }
+}
+
+void check_fused_questions(Library const& library, Logger& logger) {
+  Plugin const plugin = library.create(kFused);
+  FusedNode node = good_fused();
+  CHECK(configure(plugin, node) == 0);
+  check(logger.errors.empty(), "a good fused node configures", __FILE__, __LINE__, logger.take());
+  size_t const most = build(plugin).getWorkspaceSize(node.tensors, kFusedInputs, node.tensors + kFusedInputs, 2);
+  CHECK(most > 0);
+  auto refuse = [&](int input, std::vector<int64_t> const& shape, char const* words) {
+    FusedNode bad = good_fused();
+    bad.tensors[input].desc.dims = dims(shape);
+    CHECK(configure(plugin, bad) != 0);
+    CHECK_SAYS(logger, words);
+  };
+  refuse(8, {2, 1, 96}, "y has shape [2, 1, 96]\n  available: [2, -1, 96], the shape of x");
+  refuse(9, {3, 1, 96}, "gate has shape [3, 1, 96]\n  available: rows of 96");
+  refuse(9, {1, 7, 96}, "gate has shape [1, 7, 96]");
+  refuse(10, {95}, "multiplier has shape [95]");
+  refuse(11, {1, 2, 1, 96}, "addend has shape [1, 2, 1, 96]");
+  refuse(12, {96}, "pre_quant has shape [96]\n  available: [12, 2, 8]");
+  refuse(7, {3, 3}, "rotation has an outer factor of 3\n  available: rotations without one\n  fix: export without --fuse");
+}
+
+}  // namespace
+
+void check_fused_contract(Library const& library, Logger& logger) {
+  check_fused_shapes(library, logger);
+  check_fused_fields(library, logger);
+  if (device_present()) check_fused_questions(library, logger);
+  CHECK(logger.take().empty());
+}
+
 void check_device_questions(Library const& library, Logger& logger) {
   Plugin const plugin = library.create(kGood);
   Node node = good_node();

@@ -4,6 +4,7 @@
 // harness PLUGIN registration         registers itself with a TensorRT in the process (DVDQUANT_PLUGIN_REGISTER=1)
 // harness PLUGIN other-version        refuses a TensorRT of another major version
 // harness PLUGIN run CASE_FOLDER ...  enqueue on data; writes y.bin and y_graph.bin into each folder
+// harness PLUGIN run-fused CASE ...   the same with FusedQuantLinear; hidden.bin too, where a node has it
 #include "harness.h"
 
 #include <dlfcn.h>
@@ -36,15 +37,19 @@ void check(bool holds, char const* text, char const* file, int line, std::string
 int failures() { return g_failures; }
 int checks() { return g_checks; }
 
-Library::Library(char const* path, Logger& logger) : finder_(logger) {
+Library::Library(char const* path, Logger& logger, std::string const& name) : finder_(logger) {
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) throw std::runtime_error(dlerror());
   symbol<void(nvinfer1::ILoggerFinder*)>(library, "setLoggerFinder")(&finder_);
   int32_t count = 0;
   auto* creators = symbol<nvinfer1::IPluginCreatorInterface* const*(int32_t&)>(library, "getCreators")(count);
-  CHECK(count == 1);
-  CHECK(std::strcmp(creators[0]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0);
-  creator_ = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[0]);
+  CHECK(count == 2);
+  for (int32_t i = 0; i < count; ++i) {
+    CHECK(std::strcmp(creators[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0);
+    auto* const creator = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[i]);
+    if (name == creator->getPluginName()) creator_ = creator;
+  }
+  if (creator_ == nullptr) throw std::runtime_error("the plugin has no creator of " + name);
 }
 
 Plugin Library::create(Fields const& fields, nvinfer1::TensorRTPhase phase) const {
@@ -55,6 +60,12 @@ Plugin Library::create(Fields const& fields, nvinfer1::TensorRTPhase phase) cons
   if (!fields.layer.empty()) {
     list.emplace_back("layer", fields.layer.data(), nvinfer1::PluginFieldType::kCHAR,
                       static_cast<int32_t>(fields.layer.size()));
+  }
+  for (auto const& [name, value] : fields.texts) {
+    list.emplace_back(name.c_str(), value.data(), nvinfer1::PluginFieldType::kCHAR, static_cast<int32_t>(value.size()));
+  }
+  for (auto const& [name, value] : fields.reals) {
+    list.emplace_back(name.c_str(), &value, nvinfer1::PluginFieldType::kFLOAT32, 1);
   }
   nvinfer1::PluginFieldCollection collection;
   collection.nbFields = static_cast<int32_t>(list.size());
@@ -69,7 +80,7 @@ Plugin Library::reload(Plugin const& plugin) const {
   std::vector<nvinfer1::PluginField> list;
   for (int32_t i = 0; i < stored.nbFields; ++i) {
     nvinfer1::PluginField const& field = stored.fields[i];
-    size_t const size = field.type == nvinfer1::PluginFieldType::kINT32 ? 4 : 1;
+    size_t const size = field.type == nvinfer1::PluginFieldType::kCHAR ? 1 : 4;
     auto const* data = static_cast<char const*>(field.data);
     bytes.emplace_back(data, data + size * static_cast<size_t>(field.length));
     list.emplace_back(field.name, nullptr, field.type, field.length);
@@ -106,23 +117,28 @@ nvinfer1::Dims dims(std::vector<int64_t> const& sizes) {
 namespace {
 
 constexpr char kUsage[] =
-    "usage: harness PLUGIN (contract | missing-kernels | missing-driver | registration | other-version | run CASE ...)\n";
+    "usage: harness PLUGIN (contract | missing-kernels | missing-driver | registration | other-version | run CASE ... | "
+    "run-fused CASE ...)\n";
 
 // Whether a device was there for it; throws on an unknown command.
 bool dispatch(std::string const& command, int count, char** arguments) {
   if (command == "registration") return harness::check_registration(arguments[1]), false;
   if (command == "other-version") return harness::check_other_version(arguments[1]), false;
   harness::Logger logger;
-  harness::Library const library(arguments[1], logger);
+  bool const fused = command == "run-fused";
+  harness::Library const library(arguments[1], logger, fused ? "FusedQuantLinear" : "QuantLinear");
   if (command == "missing-kernels") return harness::check_missing_kernels(library, logger), false;
   if (command == "missing-driver") return harness::check_missing_driver(library, logger), false;
   bool const device = harness::device_present();
   if (command == "contract") {
+    // The plugin keeps what finds its logger, so this lives as long as the other is asked.
+    harness::Library const with_prologue(arguments[1], logger, "FusedQuantLinear");
     harness::check_contract(library, logger);
+    harness::check_fused_contract(with_prologue, logger);
     if (device) harness::check_device_questions(library, logger);
     return device;
   }
-  if (command != "run") throw std::runtime_error(kUsage);
+  if (command != "run" && !fused) throw std::runtime_error(kUsage);
   if (!device) throw std::runtime_error("no CUDA device: enqueue cannot run");
   for (int i = 3; i < count; ++i) harness::run_case(library, logger, arguments[i]);
   return device;

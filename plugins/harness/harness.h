@@ -27,14 +27,16 @@ int checks();
 struct Fields {
   std::vector<std::pair<std::string, int32_t>> integers;
   std::string layer;
+  std::vector<std::pair<std::string, std::string>> texts = {};
+  std::vector<std::pair<std::string, float>> reals = {};
 };
 
 using Plugin = std::shared_ptr<nvinfer1::IPluginV3>;
 
-// The loaded library and its one creator.
+// The loaded library and one of its creators.
 class Library {
  public:
-  Library(char const* path, Logger& logger);
+  Library(char const* path, Logger& logger, std::string const& name = "QuantLinear");
   Plugin create(Fields const& fields, nvinfer1::TensorRTPhase phase = nvinfer1::TensorRTPhase::kBUILD) const;
   // Through the fields the plugin serializes, as an engine file does.
   Plugin reload(Plugin const& plugin) const;
@@ -54,6 +56,7 @@ nvinfer1::Dims dims(std::vector<int64_t> const& sizes);
 // contract.cpp: everything that needs no device memory. registration.cpp: loading.
 // run.cpp: enqueue on the data in the case folders.
 void check_contract(Library const& library, Logger& logger);
+void check_fused_contract(Library const& library, Logger& logger);
 void check_device_questions(Library const& library, Logger& logger);
 void check_missing_kernels(Library const& library, Logger& logger);
 void check_missing_driver(Library const& library, Logger& logger);

@@ -2,6 +2,7 @@
 #include <NvInferRuntime.h>
 
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -28,22 +29,26 @@ class Registry final : public IPluginRegistry {
   void deregisterLibrary(PluginLibraryHandle) noexcept override {}
   bool registerCreator(IPluginCreatorInterface& creator, AsciiChar const* name_space) noexcept override {
     name_space_ = name_space;
-    creator_ = &creator;
+    creators_.push_back(&creator);
     return true;
   }
   IPluginCreatorInterface* const* getAllCreators(int32_t* count) const noexcept override {
-    *count = creator_ != nullptr ? 1 : 0;
-    return &creator_;
+    *count = static_cast<int32_t>(creators_.size());
+    return creators_.data();
   }
-  IPluginCreatorInterface* getCreator(AsciiChar const*, AsciiChar const*, AsciiChar const* name_space) noexcept override {
-    return name_space_ == name_space ? creator_ : nullptr;
+  IPluginCreatorInterface* getCreator(AsciiChar const* name, AsciiChar const*, AsciiChar const* name_space) noexcept override {
+    for (IPluginCreatorInterface* const creator : creators_) {
+      bool const same = std::string(name) == static_cast<IPluginCreatorV3One*>(creator)->getPluginName();
+      if (same && name_space_ == name_space) return creator;
+    }
+    return nullptr;
   }
   bool deregisterCreator(IPluginCreatorInterface const&) noexcept override { return false; }
   IPluginResource* acquirePluginResource(AsciiChar const*, IPluginResource*) noexcept override { return nullptr; }
   int32_t releasePluginResource(AsciiChar const*) noexcept override { return 1; }
 
  private:
-  IPluginCreatorInterface* creator_ = nullptr;
+  std::vector<IPluginCreatorInterface*> creators_;
   std::string name_space_;
 };
 

@@ -24,7 +24,8 @@ void check_registration(char const* plugin) {
   CHECK(count == 0);
   open(plugin);
   registry->getAllCreators(&count);
-  CHECK(count == 1);
+  CHECK(count == 2);
+  CHECK(registry->getCreator("FusedQuantLinear", "1", "dvdquant") != nullptr);
   auto* creator = registry->getCreator("QuantLinear", "1", "dvdquant");
   CHECK(creator != nullptr);
   CHECK(creator != nullptr && std::string(static_cast<nvinfer1::IPluginCreatorV3One*>(creator)->getPluginName()) ==

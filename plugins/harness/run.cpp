@@ -17,15 +17,20 @@ using nvinfer1::DataType;
 using nvinfer1::PluginTensorDesc;
 
 constexpr int kInputs = 8;
+constexpr int kMost = 16;  // inputs and outputs of a fused node
 constexpr size_t kGuard = 512;
 constexpr unsigned char kPoison = 0xff;  // NaN in bf16 and fp16
 
 struct Case {
   std::string folder;
   Fields fields;
-  PluginTensorDesc tensors[kInputs + 1]{};  // y last
-  std::vector<char> data[kInputs];
-  size_t y_bytes = 0;
+  PluginTensorDesc tensors[kMost]{};  // outputs last
+  std::vector<std::vector<char>> data;
+  std::vector<std::string> results;  // names of the outputs
+  size_t y_bytes = 0, hidden_bytes = 0;
+
+  int inputs() const { return static_cast<int>(data.size()); }
+  int outputs() const { return static_cast<int>(results.size()); }
 };
 
 struct Type {
@@ -42,7 +47,8 @@ Type type_of(std::string const& name) {
   throw std::runtime_error("case.txt names the type " + name);
 }
 
-// case.txt: "field NAME NUMBER", "layer NAME", "tensor NAME TYPE SIZES..." in the order of the inputs, y last.
+// case.txt: "field NAME NUMBER", "real NAME NUMBER", "text NAME WORD", "layer NAME", "tensor NAME TYPE SIZES..." in the order of
+// the inputs, and "result NAME TYPE SIZES..." for y and the sum of a residual.
 Case read_case(std::string const& folder) {
   Case result;
   result.folder = folder;
@@ -58,7 +64,18 @@ Case read_case(std::string const& folder) {
       words >> value;
       result.fields.integers.emplace_back(name, value);
     }
-    if (kind != "tensor") continue;
+    if (kind == "text") {
+      std::string word;
+      words >> word;
+      result.fields.texts.emplace_back(name, word);
+    }
+    if (kind == "real") {
+      float value = 0;
+      words >> value;
+      result.fields.reals.emplace_back(name, value);
+    }
+    if (kind != "tensor" && kind != "result") continue;
+    if (position == kMost) throw std::runtime_error(folder + "/case.txt names too many tensors");
     words >> type;
     std::vector<int64_t> sizes;
     for (int64_t size = 0; words >> size;) sizes.push_back(size);
@@ -69,28 +86,31 @@ Case read_case(std::string const& folder) {
     tensor.scale = 1;
     size_t bytes = type_of(type).bytes;
     for (int64_t size : sizes) bytes *= static_cast<size_t>(size);
-    if (position == kInputs) {
-      result.y_bytes = bytes;
+    if (kind == "result") {
+      (result.results.empty() ? result.y_bytes : result.hidden_bytes) = bytes;
+      result.results.push_back(name);
     } else {
       std::ifstream file(folder + "/" + name + ".bin", std::ios::binary);
-      result.data[position].assign(std::istreambuf_iterator<char>(file), {});
-      if (result.data[position].size() != bytes) throw std::runtime_error(folder + ": " + name + ".bin has another size");
+      result.data.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
+      if (result.data.back().size() != bytes) throw std::runtime_error(folder + ": " + name + ".bin has another size");
     }
     ++position;
   }
-  if (position != kInputs + 1) throw std::runtime_error(folder + "/case.txt names " + std::to_string(position) + " tensors");
+  if (result.inputs() < kInputs || result.results.empty()) throw std::runtime_error(folder + "/case.txt names " + std::to_string(position) + " tensors");
   return result;
 }
 
 size_t workspace_of(Plugin const& plugin, Case const& data) {
-  nvinfer1::DynamicPluginTensorDesc described[kInputs + 1]{};
-  for (int i = 0; i <= kInputs; ++i) {
+  nvinfer1::DynamicPluginTensorDesc described[kMost]{};
+  int const inputs = data.inputs(), outputs = data.outputs();
+  for (int i = 0; i < inputs + outputs; ++i) {
     described[i].desc = data.tensors[i];
     described[i].min = described[i].opt = described[i].max = data.tensors[i].dims;
-    CHECK(build(plugin).supportsFormatCombination(i, described, kInputs, 1));
+    CHECK(build(plugin).supportsFormatCombination(i, described, inputs, outputs));
   }
-  CHECK(build(plugin).configurePlugin(described, kInputs, described + kInputs, 1) == 0);
-  return build(plugin).getWorkspaceSize(described, kInputs, described + kInputs, 1);
+  CHECK(build(plugin).getNbOutputs() == outputs);
+  CHECK(build(plugin).configurePlugin(described, inputs, described + inputs, outputs) == 0);
+  return build(plugin).getWorkspaceSize(described, inputs, described + inputs, outputs);
 }
 
 // A context of an engine that was built, stored and loaded; `old`: by a plugin that knew no packed weights.
@@ -105,32 +125,38 @@ class Engine {
     Context context;
     plugin_ = Plugin(runtime(library.reload(built)).attachToContext(&context));
     if (plugin_ == nullptr) throw std::runtime_error("no context: " + logger.take());
-    CHECK(runtime(plugin_).onShapeChange(data_.tensors, kInputs, data_.tensors + kInputs, 1) == 0);
+    int const count = data_.inputs();
+    CHECK(runtime(plugin_).onShapeChange(data_.tensors, count, data_.tensors + count, data_.outputs()) == 0);
+    if (data_.outputs() == 2) hidden_ = std::make_unique<Memory>(data_.hidden_bytes + kGuard);
+    if (hidden_) hidden_->fill(kPoison);
   }
 
+  // x + gate * y of the last run, or null where the node does not add.
+  Memory const* hidden() const { return hidden_.get(); }
+
   int32_t enqueue(std::vector<std::unique_ptr<Memory>> const& inputs, Memory const& y, Stream stream) const {
-    void const* addresses[kInputs];
-    for (int i = 0; i < kInputs; ++i) addresses[i] = inputs[i]->data();
-    void* outputs[1] = {y.data()};
-    return runtime(plugin_).enqueue(data_.tensors, data_.tensors + kInputs, addresses, outputs, workspace_->data(),
+    void const* addresses[kMost];
+    for (int i = 0; i < data_.inputs(); ++i) addresses[i] = inputs[i]->data();
+    void* outputs[2] = {y.data(), hidden_ ? hidden_->data() : nullptr};
+    return runtime(plugin_).enqueue(data_.tensors, data_.tensors + data_.inputs(), addresses, outputs, workspace_->data(),
                                      static_cast<cudaStream_t>(stream));
   }
 
   // No token: nothing to do, and nothing of the layer is touched.
   int32_t enqueue_nothing(Stream stream) const {
     if (data_.tensors[0].dims.nbDims == 1) return 0;  // a vector is one token
-    PluginTensorDesc empty[kInputs + 1];
-    std::copy(data_.tensors, data_.tensors + kInputs + 1, empty);
+    PluginTensorDesc empty[kMost];
+    std::copy(data_.tensors, data_.tensors + kMost, empty);
     empty[0].dims.d[0] = 0;
-    void* outputs[1] = {nullptr};
-    void const* addresses[kInputs]{};
-    return runtime(plugin_).enqueue(empty, empty + kInputs, addresses, outputs, nullptr,
+    void* outputs[2] = {nullptr, nullptr};
+    void const* addresses[kMost]{};
+    return runtime(plugin_).enqueue(empty, empty + data_.inputs(), addresses, outputs, nullptr,
                                      static_cast<cudaStream_t>(stream));
   }
 
  private:
   Case const& data_;
-  std::unique_ptr<Memory> workspace_;
+  std::unique_ptr<Memory> workspace_, hidden_;
   Plugin plugin_;
 };
 
@@ -140,15 +166,15 @@ std::vector<std::unique_ptr<Memory>> upload(Case const& data) {
   return inputs;
 }
 
-void save(Case const& data, Memory const& y, char const* name) {
+void save(Case const& data, Memory const& y, size_t bytes, char const* name) {
   std::vector<char> const contents = y.read();
-  for (size_t i = data.y_bytes; i < contents.size(); ++i) {
+  for (size_t i = bytes; i < contents.size(); ++i) {
     if (static_cast<unsigned char>(contents[i]) != kPoison) {
-      check(false, "y is written past its end", __FILE__, __LINE__, std::to_string(i));
+      check(false, "an output is written past its end", __FILE__, __LINE__, std::to_string(i));
       break;
     }
   }
-  std::ofstream(data.folder + "/" + name, std::ios::binary).write(contents.data(), static_cast<std::streamsize>(data.y_bytes));
+  std::ofstream(data.folder + "/" + name, std::ios::binary).write(contents.data(), static_cast<std::streamsize>(bytes));
 }
 
 Fields other_width(Fields fields) {
@@ -174,14 +200,15 @@ void run_with_graph(Engine const& engine, Case const& data, std::vector<std::uni
   if (before >= 0) std::printf("%s: holds %lld bytes\n", data.folder.c_str(), device.live_bytes() - bytes);
   check(logger.errors.empty(), "the layer runs", __FILE__, __LINE__, logger.take());
   device.synchronize(stream);
-  save(data, y, "y.bin");
+  save(data, y, data.y_bytes, "y.bin");
+  if (engine.hidden() != nullptr) save(data, *engine.hidden(), data.hidden_bytes, "hidden.bin");
   if (before >= 0) CHECK(device.live_allocations() == before + 1);
 
   y.fill(kPoison);
   device.begin_capture(stream);
   CHECK(engine.enqueue(inputs, y, stream) == 0);
   device.end_capture(stream, true);
-  save(data, y, "y_graph.bin");
+  save(data, y, data.y_bytes, "y_graph.bin");
   CHECK(engine.enqueue_nothing(stream) == 0);
 }
 
@@ -239,7 +266,7 @@ void run_case(Library const& library, Logger& logger, std::string const& folder)
     int const shared = device.live_allocations();
     CHECK(twin.enqueue(inputs, y, second) == 0);
     device.synchronize(second);
-    save(data, y, "y_twin.bin");
+    save(data, y, data.y_bytes, "y_twin.bin");
     if (before >= 0) CHECK(device.live_allocations() == shared);
     device.delete_stream(second);
     // An engine whose workspace has no room to expand a weight runs as ever.
@@ -247,7 +274,7 @@ void run_case(Library const& library, Logger& logger, std::string const& folder)
     y.fill(kPoison);
     CHECK(old.enqueue(inputs, y, stream) == 0);
     device.synchronize(stream);
-    save(data, y, "y_old.bin");
+    save(data, y, data.y_bytes, "y_old.bin");
     run_elsewhere(engine, data, stream, logger);
     refuse_wrong_matrix(library, data, stream, logger);
   }

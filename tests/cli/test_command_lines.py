@@ -38,7 +38,7 @@ from tests.support.command_lines import (
 from tests.support.commands import SIZES, environment
 from tests.support.costs import Costs
 from tests.support.exporting import TINY_WAN
-from tests.support.running import tiny_wan_export
+from tests.support.running import short_wan_export
 
 NAMES = ("export", "inspect", "plan", "run")
 
@@ -46,7 +46,7 @@ NAMES = ("export", "inspect", "plan", "run")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
     folder = tmp_path_factory.mktemp("lines")
-    prepare(folder, tiny_wan_export())
+    prepare(folder, short_wan_export())
     made = CommandServer(folder)
     yield made
     made.close()
@@ -408,7 +408,7 @@ def _hostile(value: Any) -> Any:
 
 
 def test_names_of_a_hostile_export_are_shown_not_sent(server: CommandServer) -> None:
-    copy = Path(shutil.copytree(tiny_wan_export(), server.folder / HOSTILE))
+    copy = Path(shutil.copytree(short_wan_export(), server.folder / HOSTILE))
     try:
         data = json.loads((copy / "manifest.json").read_text())
         data["layers"] = [_hostile(entry) for entry in data["layers"]]
@@ -449,7 +449,7 @@ def test_names_of_a_hostile_export_are_shown_not_sent(server: CommandServer) -> 
 
 
 def test_a_card_is_markdown_whatever_the_names(server: CommandServer) -> None:
-    manifest = load_manifest(tiny_wan_export())
+    manifest = load_manifest(short_wan_export())
     evil = "a|b`c\n---\n# d <script>x</script> [e](f) \x1b[31m\u202e"
     engine = {"path": evil, "sm": [evil], "act_bits": 4, "executes": evil}
     graphs = tuple({**graph, "path": evil, "target": evil} for graph in manifest.graphs)

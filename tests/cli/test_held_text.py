@@ -6,13 +6,15 @@ import json
 
 from click.testing import CliRunner
 
+from dvdquant.cli.held_text import choice_words
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.hardware.capabilities import CAPABILITIES
 from dvdquant.model.held_weights import held_weights, largest_kept
+from dvdquant.model.weight_choice import choose_weights
 from dvdquant.text import amount
 from tests.support.commands import refused
-from tests.support.running import PROMPT, drawn, run, tiny_wan_export
+from tests.support.running import PROMPT, drawn, run, short_wan_export
 
 
 def inspect(*arguments: object) -> str:
@@ -22,7 +24,7 @@ def inspect(*arguments: object) -> str:
 
 
 def test_both_forms_are_told_for_every_gpu() -> None:
-    out = tiny_wan_export()
+    out = short_wan_export()
     artifact = Artifact.open(out)
     plan, bits = artifact.plan(), artifact.bits()
     text, data = inspect(out, "--weights"), json.loads(inspect(out, "--weights", "--json"))
@@ -33,6 +35,9 @@ def test_both_forms_are_told_for_every_gpu() -> None:
         held = held_weights(plan, int(sm.replace(".", "")), bits, artifact.sizes)
         told = data["transformer"][sm]
         assert (told["packed"], told["expanded"]) == (held.nbytes("packed"), held.nbytes("expanded"))
+        choice = choose_weights(held, "auto")
+        assert (told["auto"], told["auto_bytes"]) == (choice.form, choice.nbytes)
+        assert choice_words(choice) in text
         assert amount(held.nbytes("packed")) in text
         assert amount(held.plugin_bytes("expanded")) in text
     assert data["transformer"]["8.9"]["expanded"] > data["transformer"]["9.0"]["expanded"]
@@ -44,7 +49,7 @@ def test_both_forms_are_told_for_every_gpu() -> None:
 
 
 def test_options_that_do_not_go_together() -> None:
-    out = tiny_wan_export()
+    out = short_wan_export()
     for other in (("--layers",), ("--graph", "onnx/transformer_a4.onnx"), ("--html", "page.html")):
         result = CliRunner().invoke(inspect_main, [str(out), "--weights", *other])
         refused(result, "--weights is a view of its own", other[0])

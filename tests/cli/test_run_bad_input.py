@@ -20,12 +20,12 @@ from dvdquant.errors import ShapeError
 from dvdquant.model.families import Axis, Sizes
 from tests.support.commands import environment, refused
 from tests.support.exporting import TINY_WAN
-from tests.support.running import PROMPT, call, drawn, run, tiny_wan_export
+from tests.support.running import PROMPT, call, drawn, run, short_wan_export
 
 
 @pytest.fixture(scope="module")
 def out() -> Path:
-    return tiny_wan_export()
+    return short_wan_export()
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,14 @@ from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.deploy.switching.schedule import Schedule
 from tests.support.commands import refused
 from tests.support.exporting import TINY_WAN
-from tests.support.running import PROMPT, call, decode, drawn, run, tiny_wan_export
+from tests.support.running import PROMPT, call, decode, drawn, run, short_wan, short_wan_export, tiny_wan_export
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
 
 
 @pytest.fixture(scope="module")
 def out() -> Path:
-    return tiny_wan_export()
+    return short_wan_export()
 
 
 def schedule(out: Path, *bits: int | None, **changes: Any) -> Schedule:
@@ -72,7 +72,7 @@ def test_clip_gif_strip_and_trace(out: Path, tmp_path: Path) -> None:
 def test_trace_is_what_the_runner_recorded(out: Path) -> None:
     seen: list[Any] = []
     request = GenerateRequest(PROMPT, steps=4, seed=5, delta=0.05)
-    with open_generator(Artifact.open(out), pipeline=TINY_WAN, backend="onnxruntime") as generator:
+    with open_generator(Artifact.open(out), pipeline=short_wan(), backend="onnxruntime") as generator:
         result = generate(generator.artifact, request, generator=generator, on_step=seen.append)
     assert result.trace == seen
     assert [(r.step, r.branch) for r in seen] == [(s, b) for s in range(4) for b in ("cond", "uncond")]
@@ -100,14 +100,14 @@ def test_clip_is_the_scheduler_on_guided_engine_outputs(out: Path) -> None:
             assert bool(((velocity.double() - (uncond + 2.5 * (cond - uncond))).abs() <= rounded).all())
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
     request = GenerateRequest(PROMPT, steps=3, seed=11, guidance=2.5, mode="a8")
-    made = generate(artifact, request, pipeline=TINY_WAN, backend="onnxruntime", device="cpu")
+    made = generate(artifact, request, pipeline=short_wan(), backend="onnxruntime", device="cpu")
     assert torch.equal(made.latents, latents)
     assert np.array_equal(made.frames, frames_from_latents(made.latents))
 
 
 def test_a_seed_gives_the_same_bits_again(out: Path) -> None:
     artifact = Artifact.open(out)
-    with open_generator(artifact, pipeline=TINY_WAN, backend="onnxruntime", device="cpu") as generator:
+    with open_generator(artifact, pipeline=short_wan(), backend="onnxruntime", device="cpu") as generator:
         first, again, other = (
             generator.generate(GenerateRequest(PROMPT, steps=3, seed=seed, mode=mode))
             for seed, mode in ((7, "switch"), (7, "switch"), (8, "switch"))
@@ -120,7 +120,7 @@ def test_a_seed_gives_the_same_bits_again(out: Path) -> None:
 
 def test_guidance_of_one_asks_one_branch(out: Path) -> None:
     request = GenerateRequest(PROMPT, steps=2, guidance=1.0)
-    result = generate(Artifact.open(out), request, pipeline=TINY_WAN, backend="onnxruntime")
+    result = generate(Artifact.open(out), request, pipeline=short_wan(), backend="onnxruntime")
     assert [r.branch for r in result.trace] == ["cond", "cond"]
 
 
@@ -172,7 +172,7 @@ def test_a_schedule_is_followed(out: Path, tmp_path: Path) -> None:
     stairs = [[0.0, 0.02, 8.0], [0.02, 0.3, 6.5], [0.3, None, 5.0]]
     planned = schedule(out, 8, 8, None, 4, 8, details={"stairs": stairs, "last_high": 1})
     planned.save(tmp_path / "s.json")
-    common = (out, "--pipeline", TINY_WAN, "--backend", "onnxruntime", "--prompt", PROMPT, "-o", tmp_path / "c.mp4")
+    common = (out, "--pipeline", short_wan(), "--backend", "onnxruntime", "--prompt", PROMPT, "-o", tmp_path / "c.mp4")
     drawn(*common, "--schedule", tmp_path / "s.json", "--trace", tmp_path / "t.json")
     (clip,) = json.loads((tmp_path / "t.json").read_text())["clips"]
     assert clip["blocks"] == "██·▄█"
@@ -191,7 +191,7 @@ def test_a_schedule_is_followed(out: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", [None, "easycache"])
 def test_step_cache_skips(out: Path, policy: CachePolicy | None) -> None:
     request = GenerateRequest(PROMPT, steps=5, cache=1e6, mode="a8", cache_policy=policy)
-    result = generate(Artifact.open(out), request, pipeline=TINY_WAN, backend="onnxruntime")
+    result = generate(Artifact.open(out), request, pipeline=short_wan(), backend="onnxruntime")
     assert result.summary["cache"]["policy"] == (policy or "forecast")
     assert f"step cache: {policy or 'forecast'} below 1e+06" in summary_text(result)
     bits = [r.bits for r in result.trace if r.branch == "cond"]
@@ -200,11 +200,13 @@ def test_step_cache_skips(out: Path, policy: CachePolicy | None) -> None:
 
 
 @pytest.mark.slow
-def test_clips_show_what_was_asked_for(out: Path) -> None:
-    """15 steps each, judged from pixels: background, colour and size, in 16 bit and switching."""
+def test_clips_show_what_was_asked_for() -> None:
+    """The model as it was trained, 15 steps each, judged from pixels: background, colour and size, in 16 bit and switching."""
     colours = {"red": (1, -0.7, -0.7), "green": (-0.7, 0.9, -0.6), "blue": (-0.6, -0.4, 1), "yellow": (1, 0.9, -0.8)}
     level = {"black": 0, "grey": 127.5}
-    with open_generator(Artifact.open(out), pipeline=TINY_WAN, backend="onnxruntime", device="cpu") as generator:
+    with open_generator(
+        Artifact.open(tiny_wan_export()), pipeline=TINY_WAN, backend="onnxruntime", device="cpu"
+    ) as generator:
         for prompt, seed, modes in ((PROMPT, 0, ("16", "switch")), ("square blue down small grey", 1, ("switch",))):
             _, colour, _, size, background = prompt.split()
             for mode in modes:

@@ -17,7 +17,7 @@ from dvdquant.deploy.generation.generate import GenerateRequest, generate, open_
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import Cancelled, EngineError
-from tests.support.running import PROMPT, tiny_wan_export, wan_pipeline
+from tests.support.running import PROMPT, short_wan_export, wan_pipeline
 from tests.support.step_sessions import tiny_export
 from tests.support.tiny_pipelines import arguments, build_pipeline, exported
 
@@ -36,7 +36,7 @@ class Countdown:
 
 
 def _generator(model: str) -> tuple[Any, GenerateRequest]:
-    out, folder = wan_pipeline() if model == "pipeline" else (tiny_wan_export(), None)
+    out, folder = wan_pipeline() if model == "pipeline" else (short_wan_export(), None)
     prompt = "a red cat" if model == "pipeline" else PROMPT
     opened = open_generator(Artifact.open(out), pipeline=folder, backend="onnxruntime", device="cpu")
     return opened, GenerateRequest(prompt, steps=3, seed=4, delta=1000.0, last_high=0)

@@ -21,7 +21,7 @@ from dvdquant.deploy.pipelines.parts import PIPELINES
 from dvdquant.errors import CheckpointError, DvdquantError, OutputError, ShapeError
 from tests.support.exporting import TINY_WAN
 from tests.support.folders import process_folder
-from tests.support.running import PROMPT, tiny_wan_export, wan_pipeline
+from tests.support.running import PROMPT, short_wan_export, wan_pipeline
 
 HEAVY = ("torch", "diffusers", "transformers", "onnxruntime", "onnx", "numpy")
 FRONT = """
@@ -51,7 +51,7 @@ print(json.dumps([filled.to_json(), refused, heavy, memory, checker.fps(filled.n
 def place(model: str) -> tuple[Path, Path, str]:
     """(export, model, prompt) of the toy model with a table, or of a tiny pipeline."""
     if model == "table":
-        return tiny_wan_export(), Path(TINY_WAN), PROMPT
+        return short_wan_export(), Path(TINY_WAN), PROMPT
     out, folder = wan_pipeline()
     return out, folder, "a red cat"
 
@@ -116,7 +116,7 @@ def test_the_errors_are_the_generators(model: str) -> None:
 
 
 def test_limits() -> None:
-    artifact = Artifact.open(tiny_wan_export())
+    artifact = Artifact.open(short_wan_export())
     request = GenerateRequest(PROMPT)
     size = open_checker(artifact, pipeline=TINY_WAN).check(request)
     assert size.steps is not None
@@ -164,7 +164,7 @@ def test_a_class_that_is_not_in_the_source_is_imported(monkeypatch: pytest.Monke
 
 
 def test_what_is_no_model() -> None:
-    artifact, folder = Artifact.open(tiny_wan_export()), process_folder("check-request")
+    artifact, folder = Artifact.open(short_wan_export()), process_folder("check-request")
     with pytest.raises(CheckpointError):
         open_checker(artifact, pipeline=folder)
     (folder / "prompts.json").write_text('{"words": []}')

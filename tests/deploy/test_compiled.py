@@ -22,7 +22,7 @@ from dvdquant.ops.repack import LayerShape
 from tests.support import session_exports as made
 from tests.support.commands import refused
 from tests.support.exporting import TINY_WAN
-from tests.support.running import PROMPT, call, decode, drawn, run, tiny_wan_export
+from tests.support.running import PROMPT, call, decode, drawn, run, short_wan_export
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "bench", "check")]
 
@@ -77,14 +77,14 @@ def test_what_compile_does_not_go_with() -> None:
     artifact = Artifact.open(made.family_export("wan"))
     with pytest.raises(UnsupportedError, match="does not take compile"):
         open_session(artifact, backend="onnxruntime", device="cpu", compile=True)
-    out = tiny_wan_export()
+    out = short_wan_export()
     refused(run(*call(out, "--prompt", PROMPT, "--compile", "-o", "clip.mp4")), "--compile runs in PyTorch")
     refused(run(out, "--prompt", PROMPT, "--compile", "--mode", "16", "-o", "clip.mp4"), "--compile", "leave one")
 
 
 def test_a_compiled_run_draws_a_clip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
-    short = (tiny_wan_export(), "--pipeline", TINY_WAN, "--steps", 2, "--device", "cpu", "--prompt", PROMPT)
+    short = (short_wan_export(), "--pipeline", TINY_WAN, "--steps", 2, "--device", "cpu", "--prompt", PROMPT)
     drawn(*short, "--compile", "-o", tmp_path / "compiled.mp4")
     drawn(*short, "--backend", "pytorch", "-o", tmp_path / "eager.mp4")
     assert (decode(tmp_path / "compiled.mp4") == decode(tmp_path / "eager.mp4")).all()

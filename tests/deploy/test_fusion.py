@@ -25,7 +25,7 @@ from dvdquant.ops.repack import LayerShape
 from tests.support import session_exports as made
 from tests.support.commands import refused
 from tests.support.lora_files import low_rank, write_peft
-from tests.support.running import PROMPT, call, run, tiny_wan_export
+from tests.support.running import PROMPT, call, run, short_wan_export
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "bench", "check")]
 
@@ -243,7 +243,7 @@ def test_where_it_does_not_apply() -> None:
     artifact = Artifact.open(made.family_export("wan"))
     with pytest.raises(UnsupportedError, match="does not take fuse"):
         open_session(artifact, backend="onnxruntime", device="cpu", fuse=True)
-    out = tiny_wan_export()
+    out = short_wan_export()
     refused(run(*call(out, "--prompt", PROMPT, "--fuse", "-o", "clip.mp4")), "--fuse runs in PyTorch")
     refused(run(out, "--prompt", PROMPT, "--fuse", "--mode", "16", "-o", "clip.mp4"), "--fuse", "leave one")
 

@@ -21,7 +21,7 @@ from dvdquant.deploy.sessions.base import EngineSession, WrappedSession
 from dvdquant.deploy.sessions.guidance_pair import GuidancePair
 from dvdquant.errors import EngineError, ShapeError, UnsupportedError
 from tests.support.commands import refused
-from tests.support.running import PROMPT, run, tiny_wan_export, wan_pipeline
+from tests.support.running import PROMPT, run, short_wan_export, wan_pipeline
 from tests.support.step_sessions import tiny_export
 from tests.support.tiny_pipelines import arguments, build_pipeline, exported
 
@@ -55,7 +55,7 @@ class _Failing(WrappedSession):
 def test_a_clip_is_that_of_one_session(fields: dict[str, Any]) -> None:
     """Of N steps, the second session answers every second branch but that of the first step."""
     request = GenerateRequest(PROMPT, **{"steps": 6, "seed": 4, **fields})
-    artifact = Artifact.open(tiny_wan_export())
+    artifact = Artifact.open(short_wan_export())
     with open_generator(artifact, backend="onnxruntime", device="cpu") as generator:
         expected = generator.generate(request)
     with open_generator(artifact, backend="onnxruntime", device="cpu", cfg_parallel="cpu") as generator:
@@ -77,7 +77,7 @@ def test_a_clip_is_that_of_one_session(fields: dict[str, Any]) -> None:
 def test_a_step_that_runs_again_is_that_of_one_session() -> None:
     """The low engine fails in the first branch: what the second session had begun is dropped, and begun on the high engine."""
     request = GenerateRequest(PROMPT, steps=6, seed=4, mode="a4")
-    artifact = Artifact.open(tiny_wan_export())
+    artifact = Artifact.open(short_wan_export())
     with open_generator(artifact, backend="onnxruntime", device="cpu") as plain:
         failing = {round(record.timestep) for record in plain.generate(request).trace if record.step in (0, 2, 3)}
     found = []

@@ -20,7 +20,7 @@ from dvdquant.deploy.sessions.guidance_pair import GuidancePair
 from dvdquant.deploy.sessions.other_process import ProcessSession
 from dvdquant.errors import EngineError, ResourceError, ShapeError, UnsupportedError
 from tests.deploy.test_guidance_pair import _Failing, same
-from tests.support.running import PROMPT, tiny_wan_export
+from tests.support.running import PROMPT, short_wan_export
 
 OPTIONS: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu"}
 FAILING: set[float] = set()
@@ -37,7 +37,7 @@ def _breakable(session: EngineSession) -> EngineSession:
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Generator]:
     """One session."""
-    with open_generator(Artifact.open(tiny_wan_export()), wrap_session=_breakable, **OPTIONS) as generator:
+    with open_generator(Artifact.open(short_wan_export()), wrap_session=_breakable, **OPTIONS) as generator:
         yield generator
 
 
@@ -45,7 +45,7 @@ def plain() -> Iterator[Generator]:
 def double() -> Iterator[Generator]:
     """Two, the second in another process."""
     options: dict[str, Any] = {**OPTIONS, "wrap_session": _breakable, "cfg_parallel": "process:cpu"}
-    with open_generator(Artifact.open(tiny_wan_export()), **options) as generator:
+    with open_generator(Artifact.open(short_wan_export()), **options) as generator:
         generator.prepare(GenerateRequest(PROMPT, steps=2))
         yield generator
         peer = _pair(generator).peer
@@ -114,7 +114,7 @@ def test_a_partner_that_dies_is_an_error_of_the_clip_and_not_of_the_step(plain: 
 
 
 def test_errors_of_the_other_process_are_its_own() -> None:
-    artifact = Artifact.open(tiny_wan_export())
+    artifact = Artifact.open(short_wan_export())
     with pytest.raises(UnsupportedError, match="unknown device"):
         open_session(artifact, device="process:gpu")
     with pytest.raises(UnsupportedError, match="does not take compile"):

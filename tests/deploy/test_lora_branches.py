@@ -23,9 +23,8 @@ from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.model.layers import QuantLinear
 from tests.support import tiny_models as tiny
 from tests.support.commands import in_process, refused
-from tests.support.exporting import TINY_WAN
 from tests.support.lora_files import RANK, blocks, low_rank, write_original, write_peft
-from tests.support.running import PROMPT, drawn, run, tiny_wan_export
+from tests.support.running import PROMPT, drawn, run, short_wan, short_wan_export
 
 BF16 = 2.0**-8
 
@@ -205,7 +204,7 @@ def test_backends_that_run_graphs_refuse_one(artifact: Artifact, model: Path, tm
 
 
 def test_the_command_runs_one_beside_the_export(tmp_path: Path) -> None:
-    out, transformer = tiny_wan_export(), TINY_WAN / "transformer"
+    out, transformer = short_wan_export(), short_wan() / "transformer"
     path = write_peft(tmp_path / "lora.safetensors", low_rank(transformer, blocks(transformer)[:2]))
     common = (
         out,

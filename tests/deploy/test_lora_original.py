@@ -23,9 +23,8 @@ from dvdquant.deploy.switching.gbs import free_steps
 from dvdquant.errors import CheckpointError
 from dvdquant.system.progress import Progress
 from tests.support.commands import in_process, refused
-from tests.support.exporting import TINY_WAN
 from tests.support.lora_files import Changes, blocks, fused_folder, low_rank, write_peft
-from tests.support.running import PROMPT, drawn, run
+from tests.support.running import PROMPT, drawn, run, short_wan
 
 
 @dataclass
@@ -40,28 +39,28 @@ class Made:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("lora")
-    changes = low_rank(TINY_WAN / "transformer", blocks(TINY_WAN / "transformer"))
+    changes = low_rank(short_wan() / "transformer", blocks(short_wan() / "transformer"))
     lora = write_peft(root / "fast.safetensors", changes)
     options = ("--recipe", "rtn", "--target", "graphs", "--lora", f"{lora}:0.1", "--steps", 4, "--guidance", 1)
-    in_process(TINY_WAN, "-o", root / "out", *options)
+    in_process(short_wan(), "-o", root / "out", *options)
     return Made(root / "out", lora, changes)
 
 
 def original(made: Made, dtype: torch.dtype, *lora: LoraSpec) -> dict[str, torch.Tensor]:
     artifact = Artifact.open(made.out)
-    return load_original(artifact, TINY_WAN, "transformer", torch.device("cpu"), dtype, lora).state_dict()
+    return load_original(artifact, short_wan(), "transformer", torch.device("cpu"), dtype, lora).state_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_original_is_a_fused_folder_loaded_by_diffusers(dtype: torch.dtype, made: Made, tmp_path: Path) -> None:
-    folder = fused_folder(TINY_WAN / "transformer", tmp_path / "fused", (made.changes, 0.1))
+    folder = fused_folder(short_wan() / "transformer", tmp_path / "fused", (made.changes, 0.1))
     theirs = diffusers.WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype).state_dict()
     ours = original(made, dtype)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype
         assert torch.equal(value, theirs[name]), name
-    plain = diffusers.WanTransformer3DModel.from_pretrained(TINY_WAN / "transformer", torch_dtype=dtype).state_dict()
+    plain = diffusers.WanTransformer3DModel.from_pretrained(short_wan() / "transformer", torch_dtype=dtype).state_dict()
     assert not torch.equal(ours["blocks.0.attn1.to_q.weight"], plain["blocks.0.attn1.to_q.weight"])
 
 

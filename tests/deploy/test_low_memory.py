@@ -25,7 +25,7 @@ from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.errors import CheckpointError, DvdquantError, ShapeError
 from tests.support.commands import refused
 from tests.support.image_pipelines import ImageModel, image_model, picture
-from tests.support.running import drawn, run, tiny_wan_export, wan_pipeline
+from tests.support.running import drawn, run, short_wan_export, wan_pipeline
 from tests.support.tiny_pipelines import TOKENS
 
 PROMPTS = ["a red cat", "the dog runs in snow"]
@@ -334,7 +334,7 @@ def test_options_that_clash(
 
 def test_a_prompt_table_has_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    out = tiny_wan_export()
+    out = short_wan_export()
     prompt = ("--prompt", "ring red right large black")
     for more in (("--offload",), ("--vae-tiling",), ("--save-text-embeds", "t.safetensors"), ("--image", "a.png")):
         target = () if "--save-text-embeds" in more else ("-o", "c.mp4")

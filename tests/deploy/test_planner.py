@@ -33,7 +33,7 @@ from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.errors import CheckpointError, OutputError, UnsupportedError
 from tests.support.commands import refused
 from tests.support.exporting import TINY_WAN
-from tests.support.running import tiny_wan_export
+from tests.support.running import short_wan_export
 from tests.support.step_sessions import FaultySession, inputs_at, tiny_export, walk
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
@@ -44,7 +44,7 @@ STEPS = 10
 
 @pytest.fixture(scope="module")
 def out() -> Path:
-    return tiny_wan_export()
+    return short_wan_export()
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,7 @@ def test_the_commands_are_taken(out: Path, manifest: Manifest) -> None:
 
 def test_again_without_work_renews_only_the_report(out: Path, source: Path, manifest: Manifest) -> None:
     planned(manifest, 8, 8, 4).save(out / "schedule.json")
-    options = ("--target", "graphs", "--latent", "8x24x24", "--text-tokens", 5)
+    options = ("--target", "graphs", "--recipe", "w4a4", "--latent", "8x24x24", "--text-tokens", 5)
     in_process(source, "-o", out, *options, "--report", "--samples", 0)
     again = load_manifest(out)
     verify_files(out, again)

@@ -30,7 +30,7 @@ from dvdquant.deploy.generation.encoder import count_frames
 from tests.support.browser import headless_chromium
 from tests.support.exporting import TINY_WAN
 from tests.support.postgres import postgres
-from tests.support.running import tiny_wan_export
+from tests.support.running import short_wan_export
 
 pytestmark = pytest.mark.slow
 STUB = {"STUB_SECONDS": "0.02"}
@@ -40,7 +40,7 @@ BAD_PROMPT = "ring red right large"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server with the real engines."""
-    with ServerProcess(tiny_wan_export(), tmp_path_factory.mktemp("real") / "data", "--no-spare") as server:
+    with ServerProcess(short_wan_export(), tmp_path_factory.mktemp("real") / "data", "--no-spare") as server:
         yield server
 
 
@@ -50,7 +50,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("stub")
     variables = {**STUB, "STUB_KILL": str(folder / "kill"), "STUB_FAIL": str(folder / "fail")}
     options = ("--queue", 8, "--max-steps", 1000)
-    with ServerProcess(tiny_wan_export(), folder / "data", *options, stub=variables) as server:
+    with ServerProcess(short_wan_export(), folder / "data", *options, stub=variables) as server:
         yield server
 
 
@@ -277,7 +277,7 @@ def test_twenty_kills_of_each(tmp_path: Path) -> None:
 def _kill_rounds(folder: Path, server_kills: int, worker_kills: int) -> None:
     """Kill server and workers at random moments while jobs come in, then look for every job that was accepted."""
     chance = random.Random(0)
-    server = ServerProcess(tiny_wan_export(), folder / "data", stub=STUB).start()
+    server = ServerProcess(short_wan_export(), folder / "data", stub=STUB).start()
     accepted: list[str] = []
     finished: dict[str, bytes] = {}
     kinds = ["server"] * server_kills + ["worker"] * worker_kills
@@ -320,7 +320,7 @@ def test_a_stop_drains_and_the_queue_waits_for_the_next_start(tmp_path: Path) ->
     options = ("--no-spare", "--api-key-file", tmp_path / "keys")
     (tmp_path / "keys").write_text("# two\n0123456789abcdef\nfedcba9876543210\n")
     key = {"authorization": "Bearer fedcba9876543210"}
-    out = Path(shutil.copytree(tiny_wan_export(), tmp_path / "out"))
+    out = Path(shutil.copytree(short_wan_export(), tmp_path / "out"))
     server = ServerProcess(out, tmp_path / "data", *options, stub={"STUB_SECONDS": "0.1"}).start()
     assert server.process is not None
     with server.client() as stranger:
@@ -423,7 +423,7 @@ def test_two_servers_share_a_queue_in_postgres(tmp_path: Path) -> None:
     with postgres() as url:
         servers = [
             ServerProcess(
-                tiny_wan_export(), tmp_path / "data", "--no-spare", stub={"STUB_SECONDS": "0.05", "DVDQ_STORE": url}
+                short_wan_export(), tmp_path / "data", "--no-spare", stub={"STUB_SECONDS": "0.05", "DVDQ_STORE": url}
             ).start()
             for _ in range(2)
         ]
@@ -461,7 +461,7 @@ def test_many_clients_lose_nothing(stub: ServerProcess) -> None:
 @pytest.mark.stress
 def test_sixteen_clients_with_two_hundred_jobs(tmp_path: Path) -> None:
     """Two workers share the queue."""
-    with ServerProcess(tiny_wan_export(), tmp_path / "data", "--queue", 6, "--workers", 2, stub=STUB) as server:
+    with ServerProcess(short_wan_export(), tmp_path / "data", "--queue", 6, "--workers", 2, stub=STUB) as server:
         _load(server, clients=16, jobs=200)
 
 

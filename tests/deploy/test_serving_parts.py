@@ -19,14 +19,14 @@ from dvdquant.deploy.generation.generate import GenerateRequest, open_generator,
 from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 from dvdquant.errors import EngineError, OutputError, ResourceError, ShapeError
 from tests.support import tiny_pipelines
-from tests.support.running import PROMPT, tiny_wan_export, wan_pipeline
+from tests.support.running import PROMPT, short_wan_export, wan_pipeline
 from tests.support.step_sessions import tiny_export
 
 
 @pytest.mark.parametrize("components", [0, 1, 2])
 def test_warm_up_runs_every_engine(components: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After it, nothing is opened any more; of two transformers both have run."""
-    out, folder = wan_pipeline(components) if components else (tiny_wan_export(), None)
+    out, folder = wan_pipeline(components) if components else (short_wan_export(), None)
     with open_generator(Artifact.open(out), pipeline=folder, backend="onnxruntime", device="cpu") as generator:
         ran: list[tuple[str, str]] = []
         real = type(generator).denoise
@@ -148,7 +148,7 @@ def test_admission() -> None:
 def test_the_generators_admission(monkeypatch: pytest.MonkeyPatch) -> None:
     free, total = device_memory(torch.device("cpu"))
     assert 0 < free <= total
-    with open_generator(Artifact.open(tiny_wan_export()), device="cpu", backend="onnxruntime") as generator:
+    with open_generator(Artifact.open(short_wan_export()), device="cpu", backend="onnxruntime") as generator:
         filled = generator.admit(GenerateRequest(PROMPT))
         assert filled == generator.check(GenerateRequest(PROMPT))
         monkeypatch.setattr("dvdquant.deploy.generation.generator.device_memory", lambda device: (1, total))

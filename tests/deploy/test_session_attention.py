@@ -26,7 +26,7 @@ from dvdquant.ops.attention.libraries import REFERENCE
 from tests.support import session_exports as made
 from tests.support.commands import in_process, refused
 from tests.support.exporting import TINY_WAN
-from tests.support.running import PROMPT, call, drawn, run, tiny_wan_export
+from tests.support.running import PROMPT, call, drawn, run, short_wan_export
 
 FAMILIES = ("wan", "hunyuan-video", "cogvideox", "ltx-video")
 
@@ -217,14 +217,14 @@ def test_without_a_library_a_session_stays_in_16_bit() -> None:
 
 
 def test_the_command_and_its_trace(tmp_path: Path) -> None:
-    short = (tiny_wan_export(), "--pipeline", TINY_WAN, "--steps", 1, "--device", "cpu", "--prompt", PROMPT)
+    short = (short_wan_export(), "--pipeline", TINY_WAN, "--steps", 1, "--device", "cpu", "--prompt", PROMPT)
     more = ("--attention", "int8", "--attention-backend", "reference", "--trace", tmp_path / "t.json")
     drawn(*short, *more, "-o", tmp_path / "a.mp4")
     executed = json.loads((tmp_path / "t.json").read_text())["clips"][0]["executed"]
     assert executed["backend"] == "pytorch"
     assert (executed["attention"]["library"], executed["attention"]["format"]) == ("reference", "int8")
     assert executed["attention"]["error"] < ladder.MAX_ERROR
-    out = tiny_wan_export()
+    out = short_wan_export()
     unknown = (out, "--pipeline", TINY_WAN, "--steps", 1, "--device", "cpu", "--prompt", PROMPT, "--attention", "int8")
     refused(run(*unknown, "--attention-backend", "x", "-o", tmp_path / "c.mp4"), "unknown")
     line = call(out, "--prompt", PROMPT, "--backend", "onnxruntime", "--attention-backend", "x", "-o", "c.mp4")

@@ -25,7 +25,9 @@ from dvdquant.deploy.sessions.engines import TensorRTSession, deserialize, make_
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
 from dvdquant.export.verify.graph import ATOL, FACTOR
+from dvdquant.model import weight_choice
 from dvdquant.model.held_weights import held_weights
+from dvdquant.model.weight_choice import choose_weights
 from tests.support import session_exports as made
 from tests.support.engine_double import DoubleContext, Library
 
@@ -358,9 +360,18 @@ def test_how_the_plugin_holds_weights(
         with TensorRTSession(artifact, device=HOST, weights=asked) as session:  # type: ignore[arg-type]
             assert session.weights == form
             assert told == [form, form]
-            assert session.resident_bytes()["weights"] == (held.rows if form == "packed" else held.expanded)
+            assert session.resident_bytes()["weights"] == choose_weights(held, form, plugin=True).beside  # type: ignore[arg-type]
         assert os.environ.get("DVDQUANT_WEIGHTS") == variable
         assert session.resident_bytes()["weights"] == 0
+    # Some layers so and some so: the plugin is told the names of those that are expanded.
+    monkeypatch.setattr(weight_choice, "COST_LIMIT", held.cost / 2)
+    choice = choose_weights(held, "auto", plugin=True)
+    monkeypatch.delenv("DVDQUANT_WEIGHTS", raising=False)
+    told.clear()
+    with TensorRTSession(artifact, device=HOST) as session:
+        assert (session.weights, told[0]) == ("mixed", "mixed:" + ",".join(sorted(choice.expanded)))
+        assert session.resident_bytes()["weights"] == choice.beside
+    assert "DVDQUANT_WEIGHTS" not in os.environ
     monkeypatch.setenv("DVDQUANT_WEIGHTS", "thin")
     with pytest.raises(UnsupportedError, match="unknown weights 'thin'"):
         TensorRTSession(artifact, device=HOST)

@@ -14,7 +14,7 @@ from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
 from dvdquant.deploy.generation.pipeline_stages import decode_video, encode_text, frames_of
 from dvdquant.errors import EngineError
 from dvdquant.model.families import get_family
-from tests.support.running import PROMPT, tiny_wan_export, wan_pipeline
+from tests.support.running import PROMPT, short_wan_export, wan_pipeline
 from tests.support.tiny_pipelines import KINDS, TOKENS, build_pipeline
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
@@ -84,7 +84,7 @@ def test_pictures_that_are_not_finite() -> None:
 @pytest.mark.parametrize("model", ["table", "pipeline"])
 def test_a_generator_in_stages(model: str) -> None:
     """Text, loop and pictures by three generators, as three servers would have them, are the clip of one."""
-    out, folder = wan_pipeline() if model == "pipeline" else (tiny_wan_export(), None)
+    out, folder = wan_pipeline() if model == "pipeline" else (short_wan_export(), None)
     prompt = "a red cat" if model == "pipeline" else PROMPT
     artifact = Artifact.open(out)
     options: dict[str, Any] = {"pipeline": folder, "backend": "onnxruntime", "device": "cpu"}

@@ -25,7 +25,7 @@ from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.model.layers import QuantLinear
-from tests.support.running import tiny_wan_export, wan_pipeline
+from tests.support.running import short_wan_export, wan_pipeline
 from tests.support.step_sessions import tiny_export
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
@@ -137,7 +137,7 @@ def same(found: GenerateResult, wanted: GenerateResult) -> None:
 @pytest.mark.parametrize("mode", ["switch", "16"])
 def test_threads_that_share_a_generator(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they need is loaded once, and each clip is as of a generator of its own."""
-    artifact = Artifact.open(tiny_wan_export())
+    artifact = Artifact.open(short_wan_export())
     requests = [GenerateRequest(prompt, steps=4, mode=mode, seed=seed) for seed, prompt in enumerate(PROMPTS)]
     opened: list[Any] = []
     for module, name in ((generator_module, "open_session"), (from_table, "load_original")):
@@ -164,7 +164,7 @@ def test_two_generators_that_load_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     """diffusers changes torch.nn.Module while it loads: two at once would leave every later module on the meta device."""
     import diffusers
 
-    artifact, request = Artifact.open(tiny_wan_export()), GenerateRequest(PROMPTS[0], mode="16")
+    artifact, request = Artifact.open(short_wan_export()), GenerateRequest(PROMPTS[0], mode="16")
     real, loading, most = diffusers.WanTransformer3DModel.from_pretrained, [], []
 
     def slow(*arguments: Any, **options: Any) -> Any:
@@ -187,7 +187,7 @@ def test_two_generators_that_load_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_generator_that_is_closed_during_a_clip() -> None:
     """The clip ends with an error that says so; the generator can be used again."""
-    artifact = Artifact.open(tiny_wan_export())
+    artifact = Artifact.open(short_wan_export())
     request = GenerateRequest(PROMPTS[0], steps=4, mode="a8")
     middle, go = threading.Event(), threading.Event()
 
@@ -232,7 +232,7 @@ def test_a_wrapper_that_fails_leaves_no_session_open(monkeypatch: pytest.MonkeyP
         raise RuntimeError("no wrapper")
 
     monkeypatch.setattr(generator_module, "open_session", noted)
-    generator = open_generator(Artifact.open(tiny_wan_export()), backend="onnxruntime", wrap_session=fails)
+    generator = open_generator(Artifact.open(short_wan_export()), backend="onnxruntime", wrap_session=fails)
     with pytest.raises(RuntimeError, match="no wrapper"), generator:
         generator.prepare(GenerateRequest(PROMPTS[0], mode="a8"))
     assert [session.closed for session in opened] == [True]

@@ -124,6 +124,19 @@ CHOICES = [
     (("RTX 4090", "RTX 5090"), (), ("8.9", "12.0"), "rtx", "w4a4"),
     (("RTX 4090",), ("onnx",), ("8.9",), "onnx", "w4a4"),
 ]
+SEVERAL_TARGETS = [
+    ("8.9", ("rtx", "graphs"), "w4a4"),
+    ("8.6", ("rtx", "tensorrt"), "w4a4"),
+    ("12.0", ("rtx", "graphs"), "w4a4-g64"),
+]
+
+
+@pytest.mark.parametrize(("sm", "targets", "recipe"), SEVERAL_TARGETS)
+def test_engines_beside_kernels_get_a_recipe_that_both_multiply(sm: str, targets: tuple[str, ...], recipe: str) -> None:
+    found = choose((), (sm,), targets)
+    assert found.recipe == recipe
+    precisions = {choose_precision("tensorrt_rtx", sm, each) for each in RECIPES[recipe].activations}
+    assert "int4-weight-only" not in precisions or 4 not in {each.bits for each in RECIPES[recipe].activations}
 
 
 @pytest.mark.parametrize(("gpus", "targets", "sms", "target", "recipe"), CHOICES)
@@ -140,10 +153,30 @@ def test_what_was_said_is_not_changed() -> None:
     assert (choice.sms, choice.targets, choice.recipe) == (("8.9", "8.6"), ("rtx", "onnx"), "paper")
 
 
-def test_without_a_card_it_is_as_before_and_says_so() -> None:
-    choice = choose((), (), ())
-    assert (choice.sms, choice.targets, choice.recipe) == (("8.9",), ("rtx",), "w4a4")
+@pytest.mark.parametrize("target", ["", "rtx", "graphs", "tensorrt", "onnx"])
+def test_without_a_card_the_default_card_decides_as_if_it_had_been_named(target: str) -> None:
+    """The plain command must not make engines that the same page calls not worth having."""
+    targets = (target,) if target else ()
+    choice, named = choose((), (), targets), choose((), ("8.9",), targets)
+    assert (choice.sms, choice.targets, choice.recipe) == (("8.9",), (target or "rtx",), named.recipe)
     assert "--gpu" in choice.notes[0]
+    assert choice.recipe in choice.notes[-1]
+    bits = {activation.bits for activation in RECIPES[choice.recipe].activations}
+    assert (4 in bits) == (target == "onnx" or bool(CAPABILITIES["8.9"].gain(target or "rtx")))
+
+
+def test_the_card_of_this_machine_is_named_where_nobody_took_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine for SM 8.9 does not run on it, and the plain line must say so before the work."""
+    put_nvidia_smi(tmp_path, 'print("NVIDIA GeForce RTX 5090, 12.0, 32607, 580.65")', monkeypatch)
+    choice = choose((), (), ())
+    assert (choice.sms, choice.gpus) == (("8.9",), ())
+    assert "this machine has NVIDIA GeForce RTX 5090, which --gpu auto takes" in choice.notes[0]
+
+
+def test_without_a_card_a_named_recipe_is_taken() -> None:
+    assert choose((), (), (), "w4a4").recipe == "w4a4"
 
 
 def test_every_offered_card_can_be_exported_for() -> None:

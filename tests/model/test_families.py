@@ -189,9 +189,8 @@ def test_rotation_and_groups_follow_the_recipe(name: str, recipe: str) -> None:
         assert spec.groups == spec.features // size
         k = spec.features
         power = k & -k
-        block = {"full": k, "none": 1, "auto": power if power.bit_length() % 2 else power // 2}[
-            str(made.recipe.rotation)
-        ]
+        auto = power if power.bit_length() % 2 else power // 2
+        block = {"full": k, "none": 1, "auto": auto, "regular": auto}[str(made.recipe.rotation)]
         assert spec.rotation.block == block
         shapes = {n.rpartition(".")[2]: s for n, (_, s) in spec.tensors().items()}
         n = sum(spec.rows)

@@ -8,9 +8,9 @@ import torch
 from benchmarks.held_weights import plan_of
 from dvdquant.export.estimate import packed_bytes
 from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
-from dvdquant.hardware.weights import COST_LIMIT, OPERATIONS_PER_BYTE
+from dvdquant.hardware.weights import OPERATIONS_PER_BYTE
 from dvdquant.model.families import Axis, Sizes
-from dvdquant.model.held_weights import HeldWeights, held_weights, largest_kept, shape_of
+from dvdquant.model.held_weights import held_weights, largest_kept, shape_of
 from dvdquant.ops.cuda import KernelLibrary
 from dvdquant.ops.packed_rows import group_bytes
 from tests.support.emulated_kernels import library as library
@@ -67,21 +67,6 @@ def test_the_cost_is_that_of_the_traffic() -> None:
     native = held_weights(plan, 80, (4, 8), sizes)
     assert dict(native.traffic) == {4: 0, 8: weights * 3 // 2}
     assert held_weights(plan, 80, (4,), sizes).cost == 0
-
-
-def test_what_a_policy_chooses() -> None:
-    def held(cost: float) -> HeldWeights:
-        return HeldWeights(100, 50, 150, 50, 2, 10, ((8, 150),), cost)
-
-    cheap, dear = held(COST_LIMIT), held(2 * COST_LIMIT)
-    assert cheap.choose("auto") == "packed"
-    assert dear.choose("auto") == "expanded"
-    assert dear.choose("auto", room=249) == "packed"
-    assert dear.choose("auto", room=250) == "expanded"
-    assert dear.choose("packed") == "packed"
-    assert cheap.choose("expanded") == "expanded"
-    assert (cheap.nbytes("packed"), cheap.nbytes("expanded")) == (150, 250)
-    assert (cheap.plugin_bytes("packed"), cheap.plugin_bytes("expanded")) == (152, 300)
 
 
 def test_every_gpu_with_kernels_has_its_figures() -> None:

@@ -14,6 +14,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import open_session, pytorch
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import UnsupportedError
+from dvdquant.model import weight_choice
 from dvdquant.model.held_weights import held_weights
 from dvdquant.model.layers import QuantLinear
 from dvdquant.ops.cuda import KernelError
@@ -80,11 +81,36 @@ def test_the_count_decides_where_nothing_else_was_said(
     artifact = Artifact.open(made.recipe_export("w4a4"))
     monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double(80))
     with caplog.at_level(logging.INFO, logger="dvdquant"), PyTorchSession(artifact) as session:
-        assert session.weights == "expanded"  # so few tokens, that expanding takes longer than the product
+        # So few tokens, that expanding takes longer than the product: nothing of any size stays packed.
+        assert session.weights == "expanded"
     assert "weights are expanded (auto)" in caplog.text
     # 4-bit tensor cores multiply the packed weight: nothing to pay.
     with PyTorchSession(artifact, bits=[4]) as session:
         assert session.weights == "packed"
+
+
+def test_a_session_holds_some_layers_so_and_some_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = Artifact.open(made.recipe_export("w4a4"))
+    inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
+    monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double(90))
+    counted = held_weights(artifact.plan("transformer"), 90, (4, 8), artifact.sizes)
+    with PyTorchSession(artifact, weights="packed") as session:
+        wanted = {bits: session.run(inputs, bits) for bits in (4, 8)}
+    # A limit that half of the traffic keeps.
+    monkeypatch.setattr(weight_choice, "COST_LIMIT", counted.cost / 2)
+    choice = weight_choice.choose_weights(counted, "auto")
+    assert choice.form == "mixed"
+    with PyTorchSession(artifact) as session:
+        assert session.weights == "mixed"
+        start = session.resident_bytes()["weights"]
+        for bits in (8, 4, 8):
+            assert torch.equal(session.run(inputs, bits), wanted[bits])
+        layers = [m for m in session._model.modules() if isinstance(m, QuantLinear)]  # type: ignore[union-attr]
+        forms = {m.spec.name: m.kernel.form for m in layers if m.kernel is not None}
+        assert {name for name, form in forms.items() if form == "expanded"} == choice.expanded
+        assert set(forms.values()) == {"packed", "expanded"}
+        pre_quants = sum(4 * m.spec.features for m in layers if m.spec.smoothed or m.spec.shifted)
+        assert session.resident_bytes()["weights"] - start - pre_quants == choice.nbytes - counted.kept
 
 
 def test_policies_that_a_backend_does_not_have() -> None:

@@ -7,6 +7,7 @@ same program on the real ones.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -21,9 +22,13 @@ import torch
 from torch import Tensor
 
 from dvdquant.numerics.hadamard import hadamard_matrix
+from dvdquant.ops.cuda import KernelLibrary
+from dvdquant.ops.cuda_linear import CudaKernels
+from dvdquant.ops.fused import Prologue, apply_prologue, run_fused_linear
 from dvdquant.ops.packed_rows import rows_bytes
 from dvdquant.ops.reference import quant_linear_reference
 from dvdquant.ops.repack import LayerShape
+from dvdquant.ops.smooth import apply_pre_quant, pack_pre_quant
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.tensorrt_headers
@@ -99,7 +104,7 @@ class Case:
             lines.append(f"tensor {name} {kind} {' '.join(map(str, stored.shape))}")
             raw = stored.contiguous().view(torch.int16) if name == "x" else stored.contiguous()
             (folder / f"{name}.bin").write_bytes(raw.numpy().tobytes())
-        lines.append(f"tensor y {self.dtype} {' '.join(map(str, (*self.shape[:-1], self.rows)))}")
+        lines.append(f"result y {self.dtype} {' '.join(map(str, (*self.shape[:-1], self.rows)))}")
         (folder / "case.txt").write_text("\n".join(lines))
         return folder
 
@@ -108,6 +113,94 @@ class Case:
         raw = torch.from_numpy(np.fromfile(folder / name, np.int16))
         return raw.view(DTYPES[self.dtype]).double().reshape(*self.shape[:-1], self.rows)
 
+
+@dataclass(frozen=True)
+class FusedCase(Case):
+    """A layer of what its prologue makes of x. ``gate_rows``, ``rows``: leading axes of the gate, and of the modulation."""
+
+    norm: str = "none"
+    gelu: bool = False
+    residual: bool = False
+    gate_rows: tuple[int, ...] | None = None
+    rows_of: tuple[int, ...] | None = None
+    balanced: bool = False
+
+    def extras(self) -> dict[str, Tensor]:
+        """What the node reads behind its eight inputs."""
+        seed = torch.Generator().manual_seed(zlib.crc32(repr(self).encode()) + 1)
+        features, kind = self.shape[-1], DTYPES[self.dtype]
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=seed)
+
+        found = {}
+        if self.residual:
+            found["y"] = draw(*self.shape).to(kind)
+        if self.gate_rows is not None:
+            found["gate"] = draw(*self.gate_rows, features)
+        if self.rows_of is not None:
+            found |= {"multiplier": 1 + draw(*self.rows_of, features), "addend": draw(*self.rows_of, features)}
+        if self.balanced:
+            scale = 2.0 ** torch.randint(-2, 3, (features,), generator=seed)
+            found["pre_quant"] = pack_pre_quant(scale, draw(features), kind)
+        return found
+
+    def prologue(self) -> Prologue:
+        """The same as the library's own call takes it: [M, K] and rows of K."""
+        flat = {name: part.reshape(-1, self.shape[-1]) for name, part in self.extras().items() if name != "pre_quant"}
+        return Prologue(**flat, norm=self.norm, gelu=self.gelu, eps=1e-5)
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """The output and the sum in float64, each rounding of the definition done once."""
+        tensors = self.tensors()
+        x, prologue, kind = tensors["x"].reshape(-1, self.shape[-1]), self.prologue(), DTYPES[self.dtype]
+        wide = {
+            name: None if part is None else part.double()
+            for name, part in vars(prologue).items()
+            if name in ("y", "gate", "multiplier", "addend")
+        }
+        _, hidden = apply_prologue(x.double(), Prologue(**wide))
+        hidden = hidden.to(kind).double()
+        after = Prologue(
+            multiplier=wide["multiplier"], addend=wide["addend"], norm=self.norm, gelu=self.gelu, eps=prologue.eps
+        )
+        z = apply_prologue(hidden, after)[0].to(kind)
+        if self.balanced:
+            z = apply_pre_quant(z, self.extras()["pre_quant"])
+        tensors |= {"x": z.double(), "hadamard": hadamard_matrix(self.block).double()}
+        y = quant_linear_reference(**tensors, act_bits=self.act_bits, act_group=self.act_group, compute=torch.float64)
+        return y.reshape(*self.shape[:-1], self.rows), hidden.reshape(self.shape)
+
+    def write(self, folder: Path) -> Path:
+        """As of every case, with the attributes and inputs of the fused node."""
+        super().write(folder)
+        *lines, last = (folder / "case.txt").read_text().splitlines()
+        extras = self.extras()
+        lines += [f"text reads {','.join(extras)}", f"text norm {self.norm}", f"field gelu {int(self.gelu)}"]
+        lines.append("real eps 1e-5")
+        for name, tensor in extras.items():
+            kind = "fp32" if tensor.dtype == torch.float32 else self.dtype
+            lines.append(f"tensor {name} {kind} {' '.join(map(str, tensor.shape))}")
+            raw = tensor.contiguous() if kind == "fp32" else tensor.contiguous().view(torch.int16)
+            (folder / f"{name}.bin").write_bytes(raw.numpy().tobytes())
+        lines.append(last)
+        if self.residual:
+            lines.append(f"result hidden {self.dtype} {' '.join(map(str, self.shape))}")
+        (folder / "case.txt").write_text("\n".join(lines))
+        return folder
+
+
+FUSED = {
+    # Wan: a gated residual, a layer norm, a modulation by sample and the balance; then a residual and rows for all.
+    "wan-modulated": FusedCase(
+        (2, 5, 256), 40, 8, block=64, norm="layer", residual=True, gate_rows=(2, 1), rows_of=(2, 1), balanced=True
+    ),
+    "wan-affine": FusedCase((2, 3, 256), 24, 4, block=256, norm="layer", residual=True, rows_of=(), dtype="fp16"),
+    "per-token-rms": FusedCase(
+        (3, 128), 16, 4, act_group=64, block=32, norm="rms", rows_of=(3,), groups=2, float_zero_point=True, wide=True
+    ),
+    "gelu": FusedCase((1, 7, 512), 24, 4, block=256, gelu=True, balanced=True),
+}
 
 CASES = {
     "a4-token-rotated": Case((2, 5, 96), 40, act_bits=4, block=8, outer=12),
@@ -196,7 +289,7 @@ def test_it_registers_itself_where_the_program_only_opens_it(sanitized: Path) ->
     # Not unless asked: loadLibrary would refuse it.
     unasked = run(sanitized, "registration", **host_device(sanitized))
     assert unasked.returncode == 1
-    assert "count == 1" in unasked.stderr
+    assert "count == 2" in unasked.stderr
     alone = run(sanitized, "missing-kernels", DVDQUANT_PLUGIN_REGISTER="1")
     assert "is not in this process" in alone.stderr
 
@@ -234,6 +327,25 @@ def test_enqueue_passes_the_layer_on(sanitized: Path, tmp_path: Path, form: str)
         assert f"{folders[name]}: holds {held} bytes" in done.stdout
 
 
+@pytest.mark.parametrize("form", ["packed", "expanded"])
+def test_a_fused_node_passes_on_what_comes_before_its_layer(sanitized: Path, tmp_path: Path, form: str) -> None:
+    folders = {name: case.write(tmp_path / name) for name, case in FUSED.items()}
+    done = run(
+        sanitized, "run-fused", *map(str, folders.values()), **host_device(sanitized) | {"DVDQUANT_WEIGHTS": form}
+    )
+    check(done, device=True)
+    for name, case in FUSED.items():
+        exact, hidden = case.exact()
+        y = case.read(folders[name], "y.bin")
+        # A norm in another order of sums may round z to the other side, which moves few codes by one.
+        assert (y - exact).norm() <= 2e-3 * exact.norm() + HALF_ULP[case.dtype] * exact.norm(), name
+        for other in ("y_graph.bin", "y_twin.bin", "y_old.bin"):
+            assert torch.equal(y, case.read(folders[name], other)), (name, other)
+        if case.residual:
+            got = torch.from_numpy(np.fromfile(folders[name] / "hidden.bin", np.int16)).view(DTYPES[case.dtype])
+            assert torch.equal(got.double().reshape(case.shape), hidden), name
+
+
 @pytest.mark.parametrize(
     ("sm", "form", "added"), [(90, "packed", 0), (80, "packed", 0), (90, "expanded", 0), (80, "expanded", 1)]
 )
@@ -244,6 +356,24 @@ def test_the_two_widths_share_a_weight_where_they_can(
     done = run(sanitized, "run", str(folder), **host_device(sanitized, sm) | {"DVDQUANT_WEIGHTS": form})
     check(done, device=True)
     assert f"other width allocates {added}\n" in done.stdout
+
+
+def test_the_layers_that_are_named_are_expanded_and_no_others(sanitized: Path, tmp_path: Path) -> None:
+    """A layer is named by its whole name; where its path multiplies 4 bits, what is bound serves."""
+    for name, sm, named, expanded in (
+        ("vector", 90, "other,vector", True), ("vector", 90, "vectors,a.vector,vec", False), ("vector", 80, "vector", False),
+    ):  # fmt: skip
+        case, folder = CASES[name], tmp_path / f"{sm}-{expanded}" / name
+        folder.parent.mkdir()
+        done = run(
+            sanitized,
+            "run",
+            str(case.write(folder)),
+            **host_device(sanitized, sm) | {"DVDQUANT_WEIGHTS": f"mixed:{named}"},
+        )
+        check(done, device=True)
+        held = 8 * case.rows * (case.shape[-1] + 1) if expanded else 8 * case.rows * 3 + case.narrowed
+        assert f"{folder}: holds {held} bytes" in done.stdout
 
 
 def test_an_unknown_form_of_weights_is_refused(sanitized: Path, tmp_path: Path) -> None:
@@ -293,6 +423,67 @@ def test_enqueue_on_the_emulated_kernels(sanitized: Path, emulated: Path, tmp_pa
             # Rounded again to 8 bits per row: steps of max/127, uniform errors, an rms weight above a third of the max.
             allowed = allowed + 3 / 127 / 12**0.5
         assert (y - exact).norm() <= allowed * exact.norm(), name
+
+
+class AlignedKernels(CudaKernels):
+    """Kernels whose buffers lie as a GPU's allocator lays them; PyTorch's on a CPU does not."""
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        whole = torch.zeros(size + 256, dtype=torch.uint8, device=device)
+        start = -whole.data_ptr() % 256
+        return whole[start : start + size].view(dtype).reshape(shape)
+
+
+def has_the_bits_of_the_own_call(
+    folder: Path, case: FusedCase, kernels: CudaKernels, device: str, stored: tuple[str, ...]
+) -> None:
+    tensors = {name: tensor.to(device) for name, tensor in case.tensors().items()}
+    prologue = Prologue(
+        **{name: part.to(device) if isinstance(part, Tensor) else part for name, part in vars(case.prologue()).items()}
+    )
+    pre_quant = case.extras().get("pre_quant")
+    layer = LayerShape(
+        case.rows, case.shape[-1], case.groups, case.float_zero_point, case.block, 1, case.act_bits, case.act_group,
+        case.dtype,
+    )  # fmt: skip
+    prepared = kernels.prepare(layer, tuple(tensors[field] for field in INPUTS[1:6]))
+    x = tensors["x"].reshape(-1, case.shape[-1])
+    y, hidden = run_fused_linear(
+        kernels, layer, x, prologue, prepared, None if pre_quant is None else pre_quant.to(device)
+    )
+    for name in stored:
+        assert torch.equal(case.read(folder, name).reshape(y.shape), y.cpu().double()), (folder.name, name)
+    if case.residual:
+        got = np.fromfile(folder / "hidden.bin", np.int16)
+        assert np.array_equal(got, hidden.cpu().view(torch.int16).numpy().reshape(-1)), folder.name
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_a_fused_node_has_the_bits_of_the_librarys_own_call(
+    sanitized: Path, emulated: Path, tmp_path: Path, sm: int
+) -> None:
+    folders = {name: case.write(tmp_path / name) for name, case in FUSED.items()}
+    environment = host_device(sanitized, sm) | {"DVDQUANT_KERNELS": str(emulated)}
+    check(run(sanitized, "run-fused", *map(str, folders.values()), **environment), device=True)
+    kernels = AlignedKernels(KernelLibrary(emulated), sm)
+    for name, case in FUSED.items():
+        stored = ("y.bin", "y_graph.bin", "y_twin.bin", "y_old.bin")
+        has_the_bits_of_the_own_call(folders[name], case, kernels, "cpu", stored)
+
+
+@pytest.mark.gpu
+def test_a_fused_node_on_the_gpu_has_the_bits_of_the_librarys_own_call(tmp_path: Path) -> None:
+    path = Path(os.environ.get("DVDQUANT_KERNELS", ROOT / "build/kernels/libdvdquant_kernels.so"))
+    if not path.is_file():
+        pytest.skip(f"needs the CUDA kernels ({path}): make kernels")
+    build = configure(tmp_path / "build")
+    folders = {name: case.write(tmp_path / name) for name, case in FUSED.items()}
+    check(run(build, "run-fused", *map(str, folders.values()), DVDQUANT_KERNELS=str(path)), device=True)
+    major, minor = torch.cuda.get_device_capability()
+    kernels = CudaKernels(KernelLibrary(path), 10 * major + minor)
+    for name, case in FUSED.items():
+        has_the_bits_of_the_own_call(folders[name], case, kernels, "cuda", ("y.bin", "y_graph.bin"))
 
 
 @pytest.mark.gpu

@@ -96,7 +96,8 @@ def test_files_hold_what_the_quantizer_makes_of_each_layer(recipe: str, model: P
                 want = gptq_round(rotated, want, known[spec.name].hessian, known[spec.name].damping)
                 assert torch.equal(stored[f"{spec.name}.pre_quant_scale"], 1 / smooth_scale)
             part = slice(row, row + rows)
-            assert torch.equal(unpack_int4(stored[f"{spec.name}.weight"][part]), want.codes)
+            codes = want.codes.clamp(min=-7) if spec.regular else want.codes
+            assert torch.equal(unpack_int4(stored[f"{spec.name}.weight"][part]), codes)
             assert torch.equal(stored[f"{spec.name}.weight_scale"][part], want.scale)
             assert torch.equal(stored[f"{spec.name}.weight_group_scale"][part], want.group_scale)
             assert torch.equal(stored[f"{spec.name}.weight_zero"][part], want.zero)

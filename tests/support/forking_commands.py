@@ -149,6 +149,7 @@ def main() -> None:
     # A run in the background, or under nohup, hands down that these are ignored; the commands are asked as from a terminal.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.set_threshold(100_000, 50, 100)
     torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
     for name in MODULES:
         importlib.import_module(f"dvdquant.{name}")

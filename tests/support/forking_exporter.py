@@ -8,6 +8,7 @@ Tracing happens once, before the forks: a killed export then dies in the stages 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -60,6 +61,7 @@ def export(request: dict[str, Any], plan: ExportPlan, report: int) -> None:
 
 def main() -> None:
     """Serve until stdin closes."""
+    gc.set_threshold(100_000, 50, 100)  # what a trace makes lives
     torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
     bases: dict[str, Any] = {}
     # The space check would refuse before anything is written; here the disk is to fill up half-way.

@@ -18,8 +18,8 @@ from dvdquant.deploy.report.samples import Sample, SampleRow
 from dvdquant.deploy.report.text import shown
 from dvdquant.deploy.switching.schedule import Schedule
 from tests.support.commands import in_process
-from tests.support.exporting import TINY_WAN
 from tests.support.folders import shared_folder
+from tests.support.running import short_wan
 
 STEPS = 3
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
@@ -40,11 +40,11 @@ def report_export() -> Path:
 
     def make(folder: Path) -> None:
         source = folder / "tiny-wan"
-        shutil.copytree(TINY_WAN, source)
+        shutil.copytree(short_wan(), source)
         table = json.loads((source / "prompts.json").read_text())
         (source / "prompts.json").write_text(json.dumps({**table, "steps": STEPS}))
-        options = ("--target", "graphs", "--latent", "8x24x24", "--text-tokens", 5, "--verify", "--report")
-        in_process(source, "-o", folder / "out", *options)
+        options = ("--target", "graphs", "--recipe", "w4a4", "--latent", "8x24x24", "--text-tokens", 5)
+        in_process(source, "-o", folder / "out", *options, "--verify", "--report")
 
     return shared_folder("report", make) / "out"
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from dvdquant.cli.run import main as run_main
 from tests.support import tiny_pipelines
-from tests.support.commands import in_process
+from tests.support.commands import SINGLE, edit_config, in_process
 from tests.support.exporting import TINY_WAN
 from tests.support.folders import shared_folder
 
 # Sessions are fast enough; what costs is the number of steps.
 QUICK = ("--steps", 4, "--backend", "onnxruntime", "--device", "cpu")
 PROMPT = "ring red right large black"
+_LATER_BLOCKS = tuple(f"blocks.{number}." for number in range(1, 6))
 
 
 @functools.cache
@@ -26,8 +29,31 @@ def tiny_wan_export() -> Path:
 
     The manifest names the model by the checkout's own path.
     """
+    how = ("--target", "graphs", "--recipe", "w4a4")
+    return shared_folder("tiny-wan", lambda folder: in_process(TINY_WAN, "-o", folder / "out", *how)) / "out"
+
+
+@functools.cache
+def short_wan() -> Path:
+    """A folder as that of tiny-wan with one of its six blocks, for tests to which it is no matter what a clip shows."""
+
+    def make(folder: Path) -> None:
+        weights = Path("transformer") / SINGLE
+        shutil.copytree(TINY_WAN, folder / "short-wan", ignore=shutil.ignore_patterns(SINGLE))
+        kept = {n: t for n, t in load_file(TINY_WAN / weights).items() if not n.startswith(_LATER_BLOCKS)}
+        save_file(kept, folder / "short-wan" / weights)
+        edit_config(lambda config: config.update(num_layers=1))(folder / "short-wan" / "transformer")
+
+    return shared_folder("short-wan", make) / "short-wan"
+
+
+@functools.cache
+def short_wan_export() -> Path:
+    """As :func:`tiny_wan_export`, of :func:`short_wan`: a sixth of the work in every export, session and call."""
     return (
-        shared_folder("tiny-wan", lambda folder: in_process(TINY_WAN, "-o", folder / "out", "--target", "graphs"))
+        shared_folder(
+            "short-wan-export", lambda folder: in_process(short_wan(), "-o", folder / "out", "--target", "graphs")
+        )
         / "out"
     )
 
@@ -52,8 +78,8 @@ def wan_pipeline(components: int = 1) -> tuple[Path, Path]:
 
 
 def call(out: Path, *more: object) -> tuple[object, ...]:
-    """Arguments of a short run with the toy model."""
-    return (out, "--pipeline", TINY_WAN, *QUICK, *more)
+    """Arguments of a short run with one block of the toy model."""
+    return (out, "--pipeline", short_wan(), *QUICK, *more)
 
 
 def run(*arguments: object) -> Result:

@@ -26,7 +26,8 @@ def tiny_export() -> Path:
 
     def make(folder: Path) -> None:
         model = tiny.write_checkpoint(folder / "wan", tiny.WAN_ONE)
-        in_process(model, "-o", folder / "out", "--target", "graphs", "--latent", "2x6:8x8", "--text-tokens", "4")
+        how = ("--target", "graphs", "--recipe", "w4a4", "--latent", "2x6:8x8", "--text-tokens", "4")
+        in_process(model, "-o", folder / "out", *how)
 
     return shared_folder("steps", make) / "out"
 

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from dvdquant.cli.export import main
-from tests.support.traces import share_traces
+from dvdquant.system.garbage import collect_less_often
 
 if __name__ == "__main__":
-    share_traces()
+    collect_less_often()
+    import_module("tests.support.traces").share_traces()
     main()

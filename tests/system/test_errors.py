@@ -18,7 +18,7 @@ from tests.support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 # Errors that have nothing but their class's remedy, and those whose remedy is to take one of what they list. They only get fewer.
-GENERAL, LISTING = 14, 143
+GENERAL, LISTING = 0, 143
 # Options of docker, of the hub's own command and of GGUF's, which remedies name.
 OTHER_PROGRAMS = {"--gpus", "--runtime", "--local-dir", "--merge"}
 KINDS = [getattr(errors, name) for name in errors.__all__]

@@ -128,10 +128,11 @@ class Builder(_Checked):
             return None
         config.progress_monitor.step_complete("Building", 0)
         config.progress_monitor.phase_finish("Building")
-        quant = [node for node in model.graph.node if node.op_type == "QuantLinear"]
+        quant = [node for node in model.graph.node if node.op_type in ("QuantLinear", "FusedQuantLinear")]
         told = {
             "version": __version__,
             "quant_linears": len(quant),
+            "fused": sum(node.op_type == "FusedQuantLinear" for node in quant),
             "act_bits": sorted({a.i for node in quant for a in node.attribute if a.name == "act_bits"}),
             "inputs": [value.name for value in model.graph.input],
             "libraries": self._registry.libraries,

@@ -1,0 +1,1 @@
+"""The same weights in files that other programs load."""
