@@ -217,7 +217,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_hub_that_fails_in_any_stage_is_an_error_in_words_and_changes_nothing(
     hub: FakeHub, export: Path, impatient: list[float], stage: str
 ) -> None:
-    """It answers 500 or nonsense, asks for a pause of a day, hangs, drips, cuts the connection or its answer. Then all is well."""
+    """It answers 500 or nonsense, asks for a day's pause, hangs, drips, cuts the connection or its answer. Then all is well."""
     repository = hub.add(NAME, {".gitattributes": b""})
     plan = room.plan_push(export, NAME)
     before = {name: dict(files) for name, files in repository.commits.items()}
@@ -248,7 +248,7 @@ def test_a_silent_hub_is_given_up_by_readers(
     with pytest.raises(OutputError, match=said):
         locate_export(NAME)
     # Older clients do not list a model's files before they fetch them.
-    with pytest.raises(CheckpointError, match="the hub gave nothing|does not come to an end"):
+    with pytest.raises(CheckpointError, match=r"the hub gave nothing|does not come to an end"):
         locate_model(NAME, None, ["*.json"])
     hub.go_on.set()
 
@@ -268,7 +268,7 @@ def test_a_listing_without_end(hub: FakeHub, export: Path, monkeypatch: pytest.M
         locate_model(NAME, None, ["*.json"])
     assert len(hub.requests) - before <= 2 * 21
     monkeypatch.setattr(hub_client, "LARGEST_ANSWER", 10)
-    with pytest.raises(CheckpointError, match="no end after .* bytes"):
+    with pytest.raises(CheckpointError, match=r"no end after .* bytes"):
         locate_model(NAME, None, ["*.json"])
 
 
