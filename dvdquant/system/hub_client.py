@@ -114,7 +114,7 @@ def _limit_answer(response: Any) -> None:
     # The client has had two HTTP libraries, and each asks for a stream of its own class.
     library = sys.modules[type(response).__module__.partition(".")[0]]
 
-    class Limited(library.SyncByteStream):  # type: ignore[misc, name-defined]
+    class Limited(library.SyncByteStream):  # type: ignore[name-defined]
         """The stream of an answer, until it has taken too long or too much."""
 
         def __iter__(self) -> Iterator[bytes]:
