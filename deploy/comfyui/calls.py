@@ -125,6 +125,9 @@ def wan_arguments(
         ShapeError: Latents or text do not fit the export.
         UnsupportedError: The model takes an image embedding and none is connected, or the other way round.
     """
+    for name, value in {"latents": latents, "timestep": timestep, "text": text, "images": images}.items():
+        if not isinstance(value, Tensor) and (value is not None or name in ("latents", "timestep")):
+            raise ShapeError(f"the {name} of a call of the model: {type(value).__name__}", available="a tensor")
     channels = family.config["in_channels"]
     if latents.ndim != 5 or latents.shape[1] != channels:
         raise ShapeError(

@@ -15,8 +15,10 @@ from dvdquant.deploy.comfyui import places
 from dvdquant.deploy.comfyui.sampling import OPTION, Settings, Trace
 from dvdquant.deploy.comfyui.trace_text import trace_json, trace_picture, trace_table
 from dvdquant.deploy.generation.video import enlarge
+from dvdquant.deploy.kinds import is_number
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.system.records import brief
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
@@ -153,6 +155,8 @@ class BitSchedule:
             first_step: The index of this sampler's first step in the whole clip.
             cache_policy: What predicts which steps can be skipped.
         """
+        if not is_number(cache):
+            raise UnsupportedError(f"cache is {brief(cache)}", available="a number, 0 for off")
         if cache and mode == "planned":
             raise UnsupportedError(
                 "a planned schedule says itself which steps are skipped", fix="set cache to 0, or mode to switch"
@@ -195,6 +199,8 @@ class LoraBeside:
         """
         import folder_paths
 
+        if not is_number(strength):
+            raise UnsupportedError(f"the strength of the LoRA is {brief(strength)}", available="a finite number")
         path = folder_paths.get_full_path("loras", lora)
         if path is None:
             raise UnsupportedError(f"there is no LoRA {lora!r:.200}", fix="put the file into ComfyUI/models/loras")
@@ -285,9 +291,10 @@ class TableFrames:
         Args:
             latent: Latents [B, 3, F, H, W] in [-1, 1].
         """
-        samples = latent["samples"]
-        if samples.ndim != 5:
-            raise ShapeError(f"the latents are {list(samples.shape)}", available="[batch, 3, frames, height, width]")
+        samples = latent.get("samples") if isinstance(latent, dict) else None
+        if not isinstance(samples, torch.Tensor) or samples.ndim != 5 or not samples.numel() or samples.is_complex():
+            what = f"{samples.dtype} {list(samples.shape)}" if isinstance(samples, torch.Tensor) else brief(samples)
+            raise ShapeError(f"the latents are {what}", available="[batch, 3, frames, height, width]")
         clips = [enlarge(frames_from_latents(clip[None])) for clip in samples]
         return (torch.from_numpy(np.concatenate(clips).astype(np.float32) / 255),)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.comfyui.calls import BranchNames, step_of
+from dvdquant.deploy.kinds import is_whole
 from dvdquant.deploy.pipelines.adapters import Adapter
 from dvdquant.deploy.switching.controller import StepRecord
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS, CachePolicy
@@ -20,6 +21,7 @@ from dvdquant.deploy.switching.gbs import Weighting
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.errors import UnsupportedError
+from dvdquant.system.records import brief
 
 if TYPE_CHECKING:
     from dvdquant.deploy.sessions import EngineSession
@@ -187,6 +189,9 @@ def _place(settings: Settings, own: int) -> tuple[int, int]:
     Raises:
         UnsupportedError: The sampler's steps do not lie within the clip's.
     """
+    for name in ("total_steps", "first_step"):
+        if not is_whole(value := getattr(settings, name)) or value < 0:
+            raise UnsupportedError(f"{name} is {brief(value)}", available="a number of steps, from 0")
     if not settings.total_steps:
         if settings.first_step:
             raise UnsupportedError(

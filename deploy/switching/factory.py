@@ -64,7 +64,7 @@ def make_controller(
     elif cache is not None or cache_policy is not None:
         cache = StepCachePolicy.for_family(family, cache, cache_policy)
     common: dict[str, Any] = {"low": low, "high": high, "cache": cache, **more}
-    fixed = re.fullmatch(r"a(\d+)", mode)
+    fixed = re.fullmatch(r"a([0-9]{1,4})", mode)  # int() refuses thousands of digits with an error of its own
     if mode == "switch" and low == high:
         log.info("%s was exported with %d-bit activations only: nothing to switch", component, low)
         return StepController("fixed", bits=low, **common)

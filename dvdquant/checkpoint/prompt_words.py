@@ -93,6 +93,8 @@ class PromptWords:
             ShapeError: A word is unknown (the error names the likely one), there are too few or too many words, or two
                 words are for one slot.
         """
+        if not isinstance(prompt, str):
+            raise ShapeError(f"the prompt is a {type(prompt).__name__}", available="words, as text")
         words, known = prompt.replace(",", " ").split(), frozenset(self.known)
         for word in words:
             if word.lower() not in known:
