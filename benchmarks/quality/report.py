@@ -206,7 +206,7 @@ def throughout_block(results: Results) -> str:
         for (name, delta, bits), clips in variants.items():
             found = difference(_psnr(clips), whole["A8"])
             setting = f"δ {delta:.4g}" if delta is not None else f"{bits:.2f} bits"
-            cells.setdefault((name, setting), {})[model] = "–" if found is None else _said(found, ".2f")
+            cells.setdefault((name, setting), {})[model] = "–" if found is None else difference_text(found, ".2f")
     if not cells:
         return ""
     head = ["", "setting", *results.deltas]
@@ -247,7 +247,7 @@ def expected_block(results: Results) -> str:
     ):  # fmt: skip
         for model, width in dict.fromkeys((p[1], p[2]) for p in cells):
             found = difference(cells.get((less, model, width), {}), cells.get((more, model, width), {}))
-            text = ("not measured", "–") if found is None else (verdict(found), _said(found, ".4f"))
+            text = ("not measured", "–") if found is None else (verdict(found), difference_text(found, ".4f"))
             rows.append([title, model, f"relative L2 at W4{width}", *text])
     return table(["expected", "model", "by", "verdict", "difference, 95 % interval"], rows) if rows else ""
 
@@ -262,10 +262,16 @@ def against_all(results: Results, model: str, ours: str, width: str, others: str
         return "not measured", "–"
     overall = min((verdict(pair) for _, pair in found), key=("fails", "not decided", "holds").index)
     name, pair = min((item for item in found if verdict(item[1]) == overall), key=lambda item: item[1][0])
-    return overall, f"to {name}: {_said(pair, measure.form)}"
+    return overall, f"to {name}: {difference_text(pair, measure.form)}"
 
 
-def _said(found: tuple[float, float, float, int], form: str) -> str:
+def difference_text(found: tuple[float, float, float, int], form: str) -> str:
+    """Return a difference with its interval and the number of clips, as the tables write it.
+
+    Args:
+        found: (mean, lower, upper, pairs), from :func:`difference`.
+        form: Format of the numbers, such as ``.2f``.
+    """
     return f"{found[0]:+{form}} [{found[1]:+{form}}, {found[2]:+{form}}], {found[3]} clips"
 
 

@@ -31,7 +31,7 @@ from dvdquant.recipe import RECIPES
 from dvdquant.system.progress import Progress
 from dvdquant.system.whole_file import atomic_path, write_whole
 
-__all__ = ["Worker", "find_method", "plan"]
+__all__ = ["Worker", "find_method", "generate_chunk", "plan"]
 
 Row = dict[str, Any]
 # Clips whose trajectories and inputs are looked at: other prompts and seeds than those that are scored.
@@ -132,8 +132,13 @@ class Worker:
             self.compiled[model, wide] = kind(bench.model, layers_of(bench.model), wide)
         return self.compiled[model, wide]
 
-    def _unquantized(self, model: str, wide: bool) -> nn.Module:
-        """In bf16 as it would be deployed, or in fp32."""
+    def unquantized(self, model: str, wide: bool) -> nn.Module:
+        """Return the model in bf16 as it would be deployed, or in fp32.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            wide: Whether in fp32.
+        """
         compiled = self._compiled(model, wide)
         return compiled.install(compiled.layers, lambda layer: Simulated(layer.weight))
 
@@ -142,9 +147,9 @@ class Worker:
     def reference(self, model: str, index: int, chunk: Sequence[tuple[Prompt, int]]) -> list[Row]:
         """fp32 clips of a chunk, kept for the others."""
         bench = self.bench(model)
-        clips = _parts(bench, {16: self._unquantized(model, wide=True)}, chunk)
+        clips = generate_chunk(bench, {16: self.unquantized(model, wide=True)}, chunk)
         _save(self._latents(model, index), clips.latents)
-        return self._rows(model, "fp32", "A16", index, chunk, clips)
+        return self.score(model, "fp32", "A16", index, chunk, clips)
 
     def _latents(self, model: str, index: int) -> Path:
         return self.work / f"{model}-fp32-{index}.pt"
@@ -153,20 +158,28 @@ class Worker:
         """Clips of a method at one width."""
         bench, bits = self.bench(model), int(width[1:])
         if name == "bf16":
-            clips = _parts(bench, {16: self._unquantized(model, wide=False)}, chunk)
-            return self._rows(model, name, width, index, chunk, clips)
+            clips = generate_chunk(bench, {16: self.unquantized(model, wide=False)}, chunk)
+            return self.score(model, name, width, index, chunk, clips)
         method = find_method(name)
         if bits != 6 or not method.switched:
-            clips = _parts(bench, {bits: self.simulated(model, method, bits)}, chunk)
+            clips = generate_chunk(bench, {bits: self.simulated(model, method, bits)}, chunk)
         else:
             delta = self.delta(model, method, 6.0)
             rule: dict[str, Any] = {"last_high": method.last_high, "weighting": method.weighting}
-            clips = self._switched(model, method, chunk, lambda _: StepController(delta=delta, **rule))
-        return self._rows(model, name, width, index, chunk, clips)
+            clips = self.switched_clips(model, method, chunk, lambda _: StepController(delta=delta, **rule))
+        return self.score(model, name, width, index, chunk, clips)
 
-    def _switched(self, model: str, method: Method, chunk: Sequence[tuple[Prompt, int]], make: Any) -> Clips:
+    def switched_clips(self, model: str, method: Method, chunk: Sequence[tuple[Prompt, int]], make: Any) -> Clips:
+        """Draw clips of a method that switches between 4- and 8-bit activations.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            method: How the layers are quantized.
+            chunk: (prompt, seed) of every clip.
+            make: Makes the controller of a clip from its place in the batch.
+        """
         models = {bits: self.simulated(model, method, bits) for bits in (4, 8)}
-        return _parts(self.bench(model), models, chunk, make)
+        return generate_chunk(self.bench(model), models, chunk, make)
 
     def delta_clips(
         self, model: str, name: str, variant: dict[str, Any], index: int, chunk: Sequence[tuple[Prompt, int]]
@@ -182,32 +195,38 @@ class Worker:
             rule: dict[str, Any] = {"last_high": variant.get("last_high", 0), "weighting": weighting}
             return StepController(delta=variant["delta"], cache=cache, **rule)
 
-        rows = self._rows(model, name, "A6", index, chunk, self._switched(model, method, chunk, make))
+        rows = self.score(model, name, "A6", index, chunk, self.switched_clips(model, method, chunk, make))
         extra = {"kind": "delta", "name": variant["name"], "delta": variant.get("delta"), "method": name}
         return [{**row, **extra} for row in rows]
 
     def steps(self, model: str, name: str, width: str) -> list[Row]:
         """Relative L2 of the output at every second step and the last, on the fp32 trajectory of the held-out clips."""
         if name == "bf16":
-            simulated = self._unquantized(model, wide=False)
+            simulated = self.unquantized(model, wide=False)
         else:
             simulated = self.simulated(model, find_method(name), int(width[1:]))
-        errors = self._errors(model, simulated, 2)
+        errors = self.step_errors(model, simulated, 2)
         base = {"kind": "step", "model": model, "method": name, "width": width}
         return [{**base, "clip": c, "step": s, "sigma": sigma, "error": e} for c, s, sigma, e in errors]
 
     def study(self, model: str, study: str, name: str, width: str) -> list[Row]:
         """The mean of such errors over every fourth step, for one entry of a study."""
         method = Method(f"{study}/{name}", STUDIES[study][name])
-        errors = self._errors(model, self.simulated(model, method, int(width[1:]), studied=True), 4)
+        errors = self.step_errors(model, self.simulated(model, method, int(width[1:]), studied=True), 4)
         base = {"kind": "study", "study": study, "model": model, "name": name, "width": width}
         clips = sorted({c for c, *_ in errors})
         means = {c: [e for clip, _, _, e in errors if clip == c] for c in clips}
         return [{**base, "clip": c, "error": sum(means[c]) / len(means[c])} for c in clips]
 
     @torch.inference_mode()
-    def _errors(self, model: str, simulated: nn.Module, every: int) -> list[tuple[int, int, float, float]]:
-        """(clip, step, σ, relative L2)."""
+    def step_errors(self, model: str, simulated: nn.Module, every: int) -> list[tuple[int, int, float, float]]:
+        """Return (clip, step, σ, relative L2) of the model's output on the fp32 trajectory of the held-out clips.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            simulated: The model that is held against it.
+            every: Every how many steps; the last step is always measured.
+        """
         bench = self.bench(model)
         held = self._held(model)
         text = bench.words(held["prompts"])
@@ -253,9 +272,23 @@ class Worker:
         write_whole(path, repr(delta).encode())
         return delta
 
-    def _rows(
+    def score(
         self, model: str, name: str, width: str, index: int, chunk: Sequence[tuple[Prompt, int]], clips: Clips
     ) -> list[Row]:
+        """Score clips against the fp32 clips of the same chunk, which are drawn where they are gone.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            name: Name of the method, for the rows.
+            width: Width of the activations, ``A`` and bits, for the rows.
+            index: Number of the chunk, which names its fp32 clips in ``work``.
+            chunk: (prompt, seed) of every clip.
+            clips: The clips of the chunk, latents [clips, C, F, H, W].
+
+        Returns:
+            A row for every clip: PSNR in dB (None where it equals the fp32 one), SSIM, mean bits of the computed steps, and
+            which words of the prompt can be read in it.
+        """
         if not self._latents(model, index).exists():  # rows of an earlier run, whose clips are gone
             self.reference(model, index, chunk)
         references = torch.load(self._latents(model, index))
@@ -288,10 +321,17 @@ def find_method(name: str) -> Method:
     return Method(name, layer, widths)
 
 
-def _parts(
+def generate_chunk(
     bench: Bench, models: Mapping[int, nn.Module], chunk: Sequence[tuple[Prompt, int]], make: Any = None
 ) -> Clips:
-    """The clips of a chunk, a few at a time."""
+    """Draw the clips of a chunk, a few at a time.
+
+    Args:
+        bench: The model's words, noise and scheduler.
+        models: Activation bits -> model. With one, every step runs on it.
+        chunk: (prompt, seed) of every clip.
+        make: Makes the controller of a clip from its place in the batch; None for no switching.
+    """
     parts = [generate(bench, models, *_columns(chunk[i : i + TOGETHER]), make) for i in range(0, len(chunk), TOGETHER)]
     return Clips(torch.cat([p.latents for p in parts]), [b for p in parts for b in p.bits], [])
 
