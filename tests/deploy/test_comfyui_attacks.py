@@ -55,8 +55,10 @@ def anything(chance: random.Random, *usual: Any) -> Any:
     return chance.choice(chance.choice((NUMBERS, NUMBERS, TEXTS, OTHERS)))
 
 
-def changed_tensor(tensor: Tensor, chance: random.Random) -> Any:
-    """A tensor of another shape, dtype or content, or something else."""
+def changed_tensor(tensor: Any, chance: random.Random) -> Any:
+    """A tensor of another shape, dtype or content, or something else; what is no tensor any more stays."""
+    if not isinstance(tensor, Tensor):
+        return tensor
     way = chance.randrange(7)
     if way < 3:
         shape = list(tensor.shape)
