@@ -56,8 +56,8 @@ def anything(chance: random.Random, *usual: Any) -> Any:
 
 
 def changed_tensor(tensor: Any, chance: random.Random) -> Any:
-    """A tensor of another shape, dtype or content, or something else; what is no tensor any more stays."""
-    if not isinstance(tensor, Tensor):
+    """A tensor of another shape, dtype or content, or something else; what is no tensor any more, or one number, stays."""
+    if not isinstance(tensor, Tensor) or not tensor.ndim:
         return tensor
     way = chance.randrange(7)
     if way < 3:
