@@ -117,12 +117,20 @@ def start(model: Path, work: Path, steps: int, every: int, clips: int) -> None:
 
 
 def do(job: Job) -> tuple[Job, list[dict[str, Any]]]:
-    """In a worker process."""
+    """Run a job in a worker process; return it with its rows.
+
+    Args:
+        job: (linear layers, attention, number of the chunk), the latter below 0 for step errors.
+    """
     return job, _runner.do(job)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of earlier runs; a line torn by a kill is left out."""
+    """Read the rows of earlier runs; a line that was torn by a kill is left out.
+
+    Args:
+        path: The file, one JSON object a line; it need not exist.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
     found = []
     for line in lines:
@@ -134,7 +142,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Step error and PSNR of every format, and the difference to 16-bit attention on the same clips."""
+    """Write step error and PSNR (dB) of every format, and the difference to 16-bit attention on the same clips.
+
+    Args:
+        rows: Rows of all jobs.
+    """
     from benchmarks.quality.report import difference, difference_text, interval, table
 
     errors: dict[tuple[str, str], dict[Any, list[float]]] = {}

@@ -44,7 +44,13 @@ SPEED = (0.5, 2.0)
 
 
 def plan(bench: Bench, prompts: int, seeds: int) -> list[tuple[Prompt, int]]:
-    """(prompt, seed) of every scored clip; the same prompts whatever the number of seeds."""
+    """Return (prompt, seed) of every scored clip; the prompts are the same whatever the number of seeds.
+
+    Args:
+        bench: The model, for the words that it knows.
+        prompts: How many prompts.
+        seeds: Clips of each prompt.
+    """
     chosen = bench_prompts(bench.table, prompts, seed=0)
     return [(prompt, 1000 * turn + index) for turn in range(seeds) for index, prompt in enumerate(chosen)]
 
@@ -66,7 +72,11 @@ class Worker:
     compiled: dict[tuple[str, bool], CompiledModel | EagerModel] = field(default_factory=dict)
 
     def bench(self, model: str) -> Bench:
-        """The model, read once."""
+        """Return the model with its words and scheduler, read once.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+        """
         if model not in self.benches:
             self.benches[model] = replace(Bench.open(self.folders[model], model), steps=self.steps_each)
         return self.benches[model]
@@ -74,7 +84,11 @@ class Worker:
     # ------------------------------------------------------------------------------------------ what is prepared once
 
     def held_out(self, model: str) -> None:
-        """Trajectories and layer inputs of the held-out clips, into ``work``."""
+        """Write trajectories and layer inputs of the held-out clips to ``work``, where they are not there yet.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+        """
         path = self.work / f"{model}-held-out.pt"
         if path.exists():
             return
@@ -95,7 +109,12 @@ class Worker:
         return self.held[model]
 
     def model_layers(self, model: str, studied: bool = False) -> list[Layer]:
-        """Layers with their calibration inputs; where they are ``studied``, with every prediction that is compared."""
+        """Return the layers with their calibration inputs.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            studied: Whether they carry every prediction of their inputs that a study compares.
+        """
         if (model, studied) not in self.layers:
             bench, predicted = self.bench(model), {}
             if studied:
@@ -115,7 +134,14 @@ class Worker:
         return self.hessian[model]
 
     def simulated(self, model: str, method: Method, bits: int, studied: bool = False) -> nn.Module:
-        """The model under a method; the two last used are kept."""
+        """Return the model under a method; the two last used are kept.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            method: How the layers are quantized.
+            bits: Bits of the activations.
+            studied: As of :meth:`model_layers`.
+        """
         key = (model, method.name, bits)
         if key not in self.built:
             while len(self.built) > 1:
@@ -145,7 +171,13 @@ class Worker:
     # ------------------------------------------------------------------------------------------------------ the jobs
 
     def reference(self, model: str, index: int, chunk: Sequence[tuple[Prompt, int]]) -> list[Row]:
-        """fp32 clips of a chunk, kept for the others."""
+        """Draw the fp32 clips of a chunk, keep them in ``work`` for the other jobs, and return their rows.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            index: Number of the chunk, which names its fp32 clips in ``work``.
+            chunk: (prompt, seed) of every clip.
+        """
         bench = self.bench(model)
         clips = generate_chunk(bench, {16: self.unquantized(model, wide=True)}, chunk)
         _save(self._latents(model, index), clips.latents)
@@ -155,7 +187,18 @@ class Worker:
         return self.work / f"{model}-fp32-{index}.pt"
 
     def clips(self, model: str, name: str, width: str, index: int, chunk: Sequence[tuple[Prompt, int]]) -> list[Row]:
-        """Clips of a method at one width."""
+        """Draw and score clips of a method at one width.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            name: Name of the method.
+            width: Width of the activations, ``A`` and bits, such as ``A8``.
+            index: Number of the chunk, which names its fp32 clips in ``work``.
+            chunk: (prompt, seed) of every clip.
+
+        Raises:
+            KeyError: There is no such method, or its package is not installed.
+        """
         bench, bits = self.bench(model), int(width[1:])
         if name == "bf16":
             clips = generate_chunk(bench, {16: self.unquantized(model, wide=False)}, chunk)
@@ -184,7 +227,16 @@ class Worker:
     def delta_clips(
         self, model: str, name: str, variant: dict[str, Any], index: int, chunk: Sequence[tuple[Prompt, int]]
     ) -> list[Row]:
-        """Clips under one setting of the switch, the cache, or a fixed placement of 8-bit steps."""
+        """Draw and score clips under one setting of the switch, the cache, or a fixed placement of 8-bit steps.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            name: Name of the method.
+            variant: The setting: ``delta`` with ``last_high``, ``weighted`` and ``cache``, or ``place`` with ``high``;
+                and its ``name``.
+            index: Number of the chunk, which names its fp32 clips in ``work``.
+            chunk: (prompt, seed) of every clip.
+        """
         method, steps = find_method(name), self.bench(model).steps
 
         def make(_: int) -> StepController:
@@ -200,7 +252,13 @@ class Worker:
         return [{**row, **extra} for row in rows]
 
     def steps(self, model: str, name: str, width: str) -> list[Row]:
-        """Relative L2 of the output at every second step and the last, on the fp32 trajectory of the held-out clips."""
+        """Return the relative L2 of the output at every second step and the last, on held-out fp32 trajectories.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            name: Name of the method.
+            width: Width of the activations, ``A`` and bits, such as ``A8``.
+        """
         if name == "bf16":
             simulated = self.unquantized(model, wide=False)
         else:
@@ -210,7 +268,17 @@ class Worker:
         return [{**base, "clip": c, "step": s, "sigma": sigma, "error": e} for c, s, sigma, e in errors]
 
     def study(self, model: str, study: str, name: str, width: str) -> list[Row]:
-        """The mean of such errors over every fourth step, for one entry of a study."""
+        """Return the mean relative L2 over every fourth step of each held-out clip, for one entry of a study.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            study: Name of the study.
+            name: Name of its entry.
+            width: Width of the activations, ``A`` and bits, such as ``A8``.
+
+        Raises:
+            KeyError: There is no such study or entry.
+        """
         method = Method(f"{study}/{name}", STUDIES[study][name])
         errors = self.step_errors(model, self.simulated(model, method, int(width[1:]), studied=True), 4)
         base = {"kind": "study", "study": study, "model": model, "name": name, "width": width}
@@ -243,7 +311,13 @@ class Worker:
 
     @torch.inference_mode()
     def delta(self, model: str, method: Method, average: float) -> float:
-        """δ for an average of bits, planned on the held-out trajectories."""
+        """Return the δ that gives an average of bits, planned on the held-out trajectories and kept in ``work``.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            method: How the layers are quantized.
+            average: Mean bits of the activations over the steps, from 4 to 8.
+        """
         path = self.work / f"{model}-{method.name}-{method.last_high}-{method.weighting}-{average:g}.delta"
         if path.exists():
             return float(path.read_text())
@@ -312,7 +386,14 @@ class Worker:
 
 
 def find_method(name: str) -> Method:
-    """Ours, or a package's."""
+    """Return a method by its name: one of ours, or one that an installed package computes.
+
+    Args:
+        name: Name of the method.
+
+    Raises:
+        KeyError: There is no such method, or its package is not installed.
+    """
     if name in METHODS:
         return METHODS[name]
     from benchmarks.quality.compared.peers import available_peers
