@@ -12,7 +12,7 @@ from pathlib import Path
 from dvdquant.checkpoint.untrusted import UntrustedFolder, fix_of, reason_of
 from dvdquant.errors import CheckpointError
 from dvdquant.system.files import disk_error
-from dvdquant.system.hub_client import limit_waiting
+from dvdquant.system.hub_client import EndlessAnswerError, one_listing
 from dvdquant.system.recognize import PICKLED_FILE, SNIFFED, Found, recognize_bytes, recognize_tensors, tensor_names
 from dvdquant.text import shown
 
@@ -197,10 +197,10 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-    limit_waiting()
     local = "or give a local folder that holds the model"
     try:
-        found = huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
+        with one_listing():
+            found = huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
     except Exception as error:  # the HTTP client underneath has its own classes, which differ between versions
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_error(error, f"the hub cache with {model}") from error
@@ -208,6 +208,8 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
             what, fix = "may only be downloaded after its terms are accepted", f"accept them and log in, {local}"
         elif isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)):
             what, fix = f"(revision {revision}) is neither a local folder nor on the hub", f"check the name, {local}"
+        elif isinstance(error, EndlessAnswerError):
+            what, fix = "is no local folder, and the hub does not come to an end", f"check HF_ENDPOINT, {local}"
         else:
             what, fix = "is no local folder, and the hub gave nothing", f"connect, unset HF_HUB_OFFLINE, {local}"
         reason = str(error).strip().split("\n")[0]

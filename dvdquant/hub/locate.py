@@ -20,7 +20,7 @@ from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, verify_files
 from dvdquant.errors import OutputError
 from dvdquant.hub.names import hub_failure, is_hub_name
 from dvdquant.system.files import read_limited
-from dvdquant.system.hub_client import limit_waiting
+from dvdquant.system.hub_client import one_listing
 from dvdquant.text import amount, shown
 
 __all__ = ["differences", "listing", "locate_export"]
@@ -58,10 +58,10 @@ def locate_export(out: str | Path, revision: str | None = None) -> Path:
 def _download(repo: str, revision: str | None) -> Path:
     import huggingface_hub
 
-    limit_waiting()
     # 1. The manifest, which fixes the commit.
     try:
-        first = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[MANIFEST]))
+        with one_listing():
+            first = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[MANIFEST]))
         commit = first.name
         manifest = _manifest(repo, first)
         place = _place(repo, commit)
@@ -72,7 +72,8 @@ def _download(repo: str, revision: str | None) -> Path:
         # 3. The files that the manifest lists, and no other.
         patterns = [glob.escape(name) for name in (MANIFEST, *manifest.files)]
         log.info("downloading %s: %s", repo, amount(sum(entry["bytes"] for entry in manifest.files.values())))
-        snapshot = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=patterns))
+        with one_listing():
+            snapshot = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=patterns))
     except Exception as error:  # the HTTP client underneath has its own classes, which differ between versions
         raise hub_failure(error, repo, revision, "read") from error
     return _without_links(repo, snapshot, manifest, place)
@@ -149,14 +150,15 @@ def listing(repo: str, revision: str | None) -> dict[str, Any]:
 
     tree = huggingface_hub.HfApi().list_repo_tree(repo, recursive=True, revision=revision)
     files = {}
-    for count, entry in enumerate(tree):  # page by page; the hub says whether there is another one
-        if count >= MAX_ENTRIES:
-            raise OutputError(
-                f"the repository {repo} has more than {MAX_ENTRIES} files and folders",
-                fix="give a repository that holds one export",
-            )
-        if isinstance(entry, huggingface_hub.hf_api.RepoFile):
-            files[entry.path] = entry
+    with one_listing():
+        for count, entry in enumerate(tree):  # page by page; the hub says whether there is another one
+            if count >= MAX_ENTRIES:
+                raise OutputError(
+                    f"the repository {repo} has more than {MAX_ENTRIES} files and folders",
+                    fix="give a repository that holds one export",
+                )
+            if isinstance(entry, huggingface_hub.hf_api.RepoFile):
+                files[entry.path] = entry
     return files
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.system.files import disk_error
+from dvdquant.system.hub_client import EndlessAnswerError
 from dvdquant.text import shown
 
 __all__ = ["hub_failure", "is_hub_name", "require_hub_name"]
@@ -76,6 +77,10 @@ def hub_failure(error: Exception, repo: str, revision: str | None, task: str) ->
         )
     if status in (401, 403):
         return OutputError(f"the hub refuses to {task} {repo} ({detail})", fix=f"{_LOG_IN} that may {task} it")
+    if isinstance(error, EndlessAnswerError):
+        return OutputError(
+            f"the hub does not come to an end with {repo}: {reason}", fix="check HF_ENDPOINT, and try again"
+        )
     if task == "write":
         return OutputError(
             f"the hub does not answer, or fails, while {repo} is written ({detail})",

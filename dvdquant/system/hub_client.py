@@ -3,21 +3,66 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["limit_waiting"]
+__all__ = ["EndlessAnswerError", "limit_waiting", "one_listing"]
 
 SILENCE = 120.0  # seconds
 LONGEST_PAUSE = 600  # seconds
+# Of what is no file. A list of files that is silent six times, as often as the client asks, takes 12.5 minutes.
+LONGEST_ANSWER = 900.0  # seconds
+LARGEST_ANSWER = 64 << 20  # bytes as they are sent; a page of 1000 files has less than one MiB
+MOST_ANSWERS = 200  # for one list of files, with those that failed
 _lock = threading.Lock()
+_API = re.compile(r"/api/")
+_LISTING = re.compile(r"/api/models/[^/]+(/[^/]+)?(/(tree|revision)/.*)?$")
+
+
+class EndlessAnswerError(Exception):
+    """The hub answers, and does not come to an end."""
+
+
+@dataclass
+class _Listing:
+    """What one list of files may still take."""
+
+    until: float = field(default_factory=lambda: time.monotonic() + LONGEST_ANSWER)
+    answers: int = 0
+
+
+_listing: ContextVar[_Listing | None] = ContextVar("listing", default=None)
+
+
+@contextmanager
+def one_listing() -> Iterator[None]:
+    """Let the hub's client list the files of one repository in the ``with`` block, which has an end.
+
+    Without it a hub that names a next page for ever is asked for ever. What the client fetches besides has no part in it.
+
+    Raises:
+        EndlessAnswerError: There were more than ``MOST_ANSWERS`` answers, or they took ``LONGEST_ANSWER`` seconds.
+    """
+    limit_waiting()
+    token = _listing.set(_Listing())
+    try:
+        yield
+    finally:
+        _listing.reset(token)
 
 
 def limit_waiting() -> None:
     """Let every request of the hub's client in this process end after ``SILENCE`` seconds without a byte.
 
     Requests that have a limit keep it. A server may ask for a pause of up to ``LONGEST_PAUSE`` seconds before the next
-    attempt; longer ones are as if it had not asked. What Xet sends and fetches has the limits of its own library.
+    attempt; longer ones are as if it had not asked. An answer that is no file is read for ``LONGEST_ANSWER`` seconds and
+    ``LARGEST_ANSWER`` bytes, as a byte now and then is no silence. What Xet sends and fetches has the limits of its own library.
     """
     import huggingface_hub
     from huggingface_hub.utils import _http
@@ -32,7 +77,7 @@ def limit_waiting() -> None:
             client = before()
             client.event_hooks = {
                 "request": [*client.event_hooks["request"], _limit_silence],
-                "response": [*client.event_hooks["response"], _limit_pause],
+                "response": [*client.event_hooks["response"], _limit_pause, _limit_answer],
             }
             return client
 
@@ -52,3 +97,35 @@ def _limit_pause(response: Any) -> None:
         asked = re.search(pattern, response.headers.get(name, ""))
         if asked is not None and int(asked[1][:20]) > LONGEST_PAUSE:
             del response.headers[name]
+
+
+def _limit_answer(response: Any) -> None:
+    """Let an answer that is no file end, and a list of files after so many of them."""
+    path = response.request.url.path
+    if response.request.method in ("GET", "HEAD") and not _API.search(path):
+        return  # a file, or what is said of one
+    until, listing = time.monotonic() + LONGEST_ANSWER, _listing.get()
+    if listing is not None and _LISTING.search(path):
+        listing.answers += 1
+        if listing.answers > MOST_ANSWERS:
+            raise EndlessAnswerError(f"the list of files has no end after {MOST_ANSWERS} pages")
+        until = listing.until
+    stream = response.stream
+    # The client has had two HTTP libraries, and each asks for a stream of its own class.
+    library = sys.modules[type(response).__module__.partition(".")[0]]
+
+    class Limited(library.SyncByteStream):  # type: ignore[name-defined]
+        """The stream of an answer, until it has taken too long or too much."""
+
+        def __iter__(self) -> Iterator[bytes]:
+            taken = 0
+            for block in stream:
+                taken += len(block)
+                if taken > LARGEST_ANSWER or time.monotonic() > until:
+                    raise EndlessAnswerError(f"an answer has no end after {taken} bytes and up to {LONGEST_ANSWER:g} s")
+                yield block
+
+        def close(self) -> None:
+            stream.close()
+
+    response.stream = Limited()

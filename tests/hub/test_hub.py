@@ -209,6 +209,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(time, "sleep", short)
     monkeypatch.setattr(hub_client, "SILENCE", 0.2)
+    monkeypatch.setattr(hub_client, "LONGEST_ANSWER", 0.2)
     return pauses
 
 
@@ -216,7 +217,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_hub_that_fails_in_any_stage_is_an_error_in_words_and_changes_nothing(
     hub: FakeHub, export: Path, impatient: list[float], stage: str
 ) -> None:
-    """It answers 500 or nonsense, asks for a pause of a day, hangs, cuts the connection or its answer. Then all goes well."""
+    """It answers 500 or nonsense, asks for a day's pause, hangs, drips, cuts the connection or its answer. Then all is well."""
     repository = hub.add(NAME, {".gitattributes": b""})
     plan = room.plan_push(export, NAME)
     before = {name: dict(files) for name, files in repository.commits.items()}
@@ -236,25 +237,39 @@ def test_a_hub_that_fails_in_any_stage_is_an_error_in_words_and_changes_nothing(
     assert repository.at("main")[0] == done.commit  # type: ignore[index]
 
 
-@pytest.mark.parametrize("asked", ["GET /api/models", "GET .*/tree"])
-def test_a_silent_hub_is_given_up_by_readers(hub: FakeHub, export: Path, impatient: list[float], asked: str) -> None:
-    """Of files the client has limits of its own."""
+@pytest.mark.parametrize(("kind", "said"), [("hangs", "does not answer"), ("drips", "does not come to an end")])
+@pytest.mark.parametrize("asked", ["GET /api/models/.*/revision", "GET .*/tree"])
+def test_a_silent_hub_is_given_up_by_readers(
+    hub: FakeHub, export: Path, impatient: list[float], asked: str, kind: str, said: str
+) -> None:
+    """It says nothing, or a byte now and then. Of files the client has limits of its own."""
     pushed(export)
-    hub.fault = asked, "hangs"
-    with pytest.raises(OutputError, match="does not answer"):
+    hub.fault = asked, kind
+    with pytest.raises(OutputError, match=said):
         locate_export(NAME)
-    if "tree" not in asked:  # a model's files are not listed before they are fetched
-        with pytest.raises(CheckpointError, match="the hub gave nothing"):
-            locate_model(NAME, None, ["*.json"])
+    # Older clients do not list a model's files before they fetch them.
+    with pytest.raises(CheckpointError, match=r"the hub gave nothing|does not come to an end"):
+        locate_model(NAME, None, ["*.json"])
     hub.go_on.set()
 
 
 def test_a_listing_without_end(hub: FakeHub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every page names a next one: for what is pushed, and for an export and a model that are read."""
     monkeypatch.setattr(locate, "MAX_ENTRIES", 100)
     hub.add(NAME, {".gitattributes": b""})
     hub.endless = True
     with pytest.raises(OutputError, match="more than 100 files"):
         room.push(room.plan_push(export, NAME))
+    monkeypatch.setattr(hub_client, "MOST_ANSWERS", 20)
+    before = len(hub.requests)
+    with pytest.raises(OutputError, match="no end after 20 pages"):
+        locate_export(NAME)
+    with pytest.raises(CheckpointError, match="no end after 20 pages"):
+        locate_model(NAME, None, ["*.json"])
+    assert len(hub.requests) - before <= 2 * 21
+    monkeypatch.setattr(hub_client, "LARGEST_ANSWER", 10)
+    with pytest.raises(CheckpointError, match=r"no end after .* bytes"):
+        locate_model(NAME, None, ["*.json"])
 
 
 def test_a_hub_that_has_something_else_than_was_sent_is_noticed(hub: FakeHub, export: Path) -> None:

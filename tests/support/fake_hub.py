@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 LARGE = 4096  # bytes
 TOKEN = "hf_test"
-FAULTS = ("500", "asks for a day", "hangs", "cuts", "cuts its answer", "answers no JSON", "answers other JSON")
+FAULTS = ("500", "asks for a day", "hangs", "drips", "cuts", "cuts its answer", "answers no JSON", "answers other JSON")
 
 
 @dataclass
@@ -156,6 +156,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json([{"files": 3, "objects": {}, "url": None, "type": "file"}])
         if kind == "hangs":
             self.hub.go_on.wait(60)
+        if kind == "drips":  # never silent for long, and never done
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            while not self.hub.go_on.wait(0.05):
+                self.wfile.write(b" ")
         if kind == "cuts its answer":
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
         self.close_connection = True
