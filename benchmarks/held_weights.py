@@ -28,7 +28,8 @@ from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.held_weights import HeldWeights, held_weights, largest_kept, shape_of
 from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.model.weight_choice import choose_weights
-from dvdquant.ops.cuda import KernelLibrary, load_library
+from dvdquant.ops.cuda.find import load_library
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.packed_rows import group_bytes
 from dvdquant.recipe import get_recipe
 

@@ -21,7 +21,7 @@ from dvdquant.export.model_card import model_card
 from dvdquant.export.steps import is_step
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.model.families import Sizes
-from dvdquant.ops.cuda import serves
+from dvdquant.ops.cuda.architectures import serves
 from dvdquant.system.copies import link_file
 from dvdquant.system.files import hash_file
 from dvdquant.system.gpu import Gpu

@@ -74,7 +74,7 @@ class Runner:
 
         if linears != self.linears:
             if linears == "bf16":
-                self.built = self.worker._unquantized(self.name, wide=False)
+                self.built = self.worker.unquantized(self.name, wide=False)
             else:
                 method = METHODS[f"dvdquant {linears}"]
                 self.built = self.worker.simulated(self.name, method, LINEARS[linears])
@@ -94,13 +94,13 @@ class Runner:
         model = self.model(linears, kind)
         base = {"linears": linears, "attention": kind}
         if chunk < 0:
-            found = self.worker._errors(self.name, model, self.every)
+            found = self.worker.step_errors(self.name, model, self.every)
             return [{**base, "clip": c, "step": s, "error": e} for c, s, _, e in found]
-        from benchmarks.quality.work import _parts
+        from benchmarks.quality.work import generate_chunk
 
         clips = self.plan[chunk * CHUNK : (chunk + 1) * CHUNK]
-        latents = _parts(self.worker.bench(self.name), {16: model}, clips)
-        rows = self.worker._rows(self.name, linears, "A16", chunk, clips, latents)
+        latents = generate_chunk(self.worker.bench(self.name), {16: model}, clips)
+        rows = self.worker.score(self.name, linears, "A16", chunk, clips, latents)
         return [{**base, "prompt": r["prompt"], "seed": r["seed"], "psnr": r["psnr"]} for r in rows]
 
 
@@ -117,12 +117,20 @@ def start(model: Path, work: Path, steps: int, every: int, clips: int) -> None:
 
 
 def do(job: Job) -> tuple[Job, list[dict[str, Any]]]:
-    """In a worker process."""
+    """Run a job in a worker process; return it with its rows.
+
+    Args:
+        job: (linear layers, attention, number of the chunk), the latter below 0 for step errors.
+    """
     return job, _runner.do(job)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of earlier runs; a line torn by a kill is left out."""
+    """Read the rows of earlier runs; a line that was torn by a kill is left out.
+
+    Args:
+        path: The file, one JSON object a line; it need not exist.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
     found = []
     for line in lines:
@@ -134,8 +142,12 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Step error and PSNR of every format, and the difference to 16-bit attention on the same clips."""
-    from benchmarks.quality.report import _said, difference, interval, table
+    """Write step error and PSNR (dB) of every format, and the difference to 16-bit attention on the same clips.
+
+    Args:
+        rows: Rows of all jobs.
+    """
+    from benchmarks.quality.report import difference, difference_text, interval, table
 
     errors: dict[tuple[str, str], dict[Any, list[float]]] = {}
     psnrs: dict[tuple[str, str], dict[Any, float]] = {}
@@ -157,7 +169,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> str:
             value = f"{interval(drawn)[0]:.2f}" if drawn else "–"
             loss = difference(drawn, psnrs.get(base, {})) if kind != "16" and drawn else None
             error = f"{mean:.4f} ± {(high - low) / 2:.4f}" if means else "–"
-            lines.append([linears, kind, error, value, "–" if loss is None else _said(loss, ".2f")])
+            lines.append([linears, kind, error, value, "–" if loss is None else difference_text(loss, ".2f")])
     head = ["linear layers", "attention", "step error", "PSNR, dB", "PSNR less that of 16-bit attention"]
     return table(head, lines)
 

@@ -94,9 +94,11 @@ class Runner:
         model, setting, index = job
         chunk = self.plan[index * CHUNK : (index + 1) * CHUNK]
         # One clip at a time: the model is compiled for one size of a batch, whatever the clips' controllers decide.
-        alone = [self.worker._switched(model, self.method, [clip], lambda _: controller_of(setting)) for clip in chunk]
+        alone = [
+            self.worker.switched_clips(model, self.method, [clip], lambda _: controller_of(setting)) for clip in chunk
+        ]
         clips = Clips(torch.cat([each.latents for each in alone]), [each.bits[0] for each in alone], [])
-        rows = self.worker._rows(model, METHOD, "A8", index, chunk, clips)
+        rows = self.worker.score(model, METHOD, "A8", index, chunk, clips)
         return [
             {
                 "model": model, "setting": setting, "prompt": row["prompt"], "seed": row["seed"], "psnr": row["psnr"],
@@ -140,7 +142,7 @@ def kept_a8(model: str, clips: Sequence[tuple[Any, int]]) -> list[dict[str, Any]
 
 def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
     """A line for every model and setting: what is left out, PSNR, and its loss to a8 without a cache on the same clips."""
-    from benchmarks.quality.report import _said, difference, interval, table
+    from benchmarks.quality.report import difference, difference_text, interval, table
 
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -158,7 +160,7 @@ def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
             lines.append(
                 [
                     model, setting, f"{skipped:.0%}", f"{skipped + low:.0%}", f"{interval(psnrs[setting])[0]:.2f}",
-                    "–" if loss is None else _said(loss, ".2f"), f"{right:.0%}",
+                    "–" if loss is None else difference_text(loss, ".2f"), f"{right:.0%}",
                 ]
             )  # fmt: skip
     head = ["model", "setting", "skipped", "skipped or a4", "PSNR, dB", "PSNR less that of a8", "all right"]

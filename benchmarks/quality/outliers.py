@@ -74,7 +74,12 @@ def add_outliers(model: nn.Module, count: int, largest: float, seed: int = 0) ->
 
 @torch.no_grad()
 def difference(model: nn.Module, changed: nn.Module) -> float:
-    """Largest relative L2 difference of the output over five timesteps, on noise."""
+    """Return the largest relative L2 difference of the output over five timesteps, on noise.
+
+    Args:
+        model: The toy model in fp32.
+        changed: The model that should compute the same.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, model.config.in_channels, 8, 24, 24, generator=generator)
     text = torch.randn(1, 5, model.config.text_dim, generator=generator)
@@ -86,7 +91,17 @@ def difference(model: nn.Module, changed: nn.Module) -> float:
 
 
 def write(source: Path, out: Path, count: int, largest: float) -> dict[int, float]:
-    """Write ``source`` with outliers to ``out``; ValueError if the two do not compute the same."""
+    """Write the model of a folder with outlier channels; return channel -> factor.
+
+    Args:
+        source: Folder of the model.
+        out: Folder that is written.
+        count: Outlier channels per layer.
+        largest: The largest factor.
+
+    Raises:
+        ValueError: The two models do not compute the same.
+    """
     model = WanTransformer3DModel.from_pretrained(source / "transformer", torch_dtype=torch.float32).eval()
     changed, factors = add_outliers(model, count, largest)
     found = difference(model, changed)

@@ -43,18 +43,31 @@ Values = Mapping[Hashable, float]  # clip -> value
 
 
 def interval(values: Values) -> tuple[float, float, float]:
-    """(mean, lower, upper) over the clips, in an order of their own."""
+    """Return (mean, lower, upper) of values over the clips, which are taken in an order of their own.
+
+    Args:
+        values: Clip -> value.
+    """
     return bootstrap([values[key] for key in sorted(values, key=repr)])
 
 
 def difference(a: Values, b: Values) -> tuple[float, float, float, int] | None:
-    """(mean, lower, upper, pairs) of a − b over the clips both have; None where they share none."""
+    """Return (mean, lower, upper, pairs) of a − b over the clips that both have; None where they share none.
+
+    Args:
+        a: Clip -> value.
+        b: Clip -> value.
+    """
     shared = {key: a[key] - b[key] for key in a if key in b}
     return (*interval(shared), len(shared)) if shared else None
 
 
 def verdict(found: tuple[float, float, float, int] | None) -> str:
-    """Whether a difference is above 0 ("holds"), below ("fails"), or neither can be said."""
+    """Say whether a difference is above 0 ("holds"), below ("fails"), or neither can be said.
+
+    Args:
+        found: (mean, lower, upper, pairs), from :func:`difference`; None where nothing was measured.
+    """
     if found is None or found[3] < MIN_PAIRS or found[1] <= 0 <= found[2]:
         return "not decided"
     return "holds" if found[1] > 0 else "fails"
@@ -80,7 +93,12 @@ PSNR, ERROR = 0, 2
 
 
 def measured(results: Results, place: tuple[str, str, str]) -> list[Values]:
-    """Clip -> value for each of MEASURES. A clip identical to the fp32 one has no PSNR."""
+    """Return clip -> value for each of MEASURES. A clip that is identical to the fp32 one has no PSNR.
+
+    Args:
+        results: The checked rows of a run.
+        place: (model, method, width).
+    """
     rows = results.clips.get(place, {})
     of: list[Callable[[Row], float | None]] = [
         lambda r: r["psnr"], lambda r: r["ssim"], lambda r: float(all(r["right"].values())),
@@ -92,7 +110,12 @@ def measured(results: Results, place: tuple[str, str, str]) -> list[Values]:
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A table in GitHub's markdown."""
+    """Write a table in GitHub's markdown.
+
+    Args:
+        head: Titles of the columns.
+        rows: Cells of every row, as many as titles.
+    """
     cells = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
 
@@ -113,7 +136,13 @@ def _lead(values: Values, group: list[Values], sign: int) -> float:
 
 
 def marked(group: list[Values], measure: Measure, rivals: bool = True) -> list[str]:
-    """The cells of one column and width: of rivals the best bold, those that cannot be told from it with ≈."""
+    """Write the cells of one column and width: of rivals the best is bold, and what cannot be told from it has ≈.
+
+    Args:
+        group: Clip -> value of every row.
+        measure: What the values are.
+        rivals: Whether the rows are compared; False writes them plain.
+    """
     cells = [_cell(values, measure) for values in group]
     filled = [i for i, values in enumerate(group) if values]
     if len(filled) < 2 or not rivals:  # fp32 and bf16 are what the others are measured against
@@ -128,7 +157,11 @@ def marked(group: list[Values], measure: Measure, rivals: bool = True) -> list[s
 
 
 def methods_block(results: Results) -> str:
-    """One table per model: widths from wide to narrow, in each the methods by PSNR."""
+    """Write one table per model: widths from wide to narrow, in each the methods by PSNR.
+
+    Args:
+        results: The checked rows of a run.
+    """
     parts = []
     for model in dict.fromkeys(place[0] for place in results.places()):
         head = ["width", "method", "bits", *(m.title for m in MEASURES), "dynamic / fp32", "clips (for L2)"]
@@ -159,7 +192,11 @@ def _dynamic(results: Results, place: tuple[str, str, str]) -> str:
 
 
 def study_block(cells: dict[tuple[str, str, str], dict[Hashable, float]]) -> str:
-    """Rows: names. Columns: width × model. Relative L2 of the output, mean over steps, ± half its interval."""
+    """Write the relative L2 of the output, mean over steps, ± half its interval: names by widths and models.
+
+    Args:
+        cells: (model, name, width) -> clip -> relative L2.
+    """
     names = list(dict.fromkeys(place[0] for place in cells))
     heads, columns = [""], [names]
     for width in sorted({place[2] for place in cells}, key=lambda w: -int(w[1:])):
@@ -173,7 +210,11 @@ def study_block(cells: dict[tuple[str, str, str], dict[Hashable, float]]) -> str
 
 
 def delta_block(results: Results) -> str:
-    """One table per model: δ, bits, PSNR, share of steps computed."""
+    """Write one table per model: δ, bits, PSNR in dB, share of steps that are computed.
+
+    Args:
+        results: The checked rows of a run.
+    """
     parts = []
     for model, variants in results.deltas.items():
         rows = []
@@ -194,7 +235,11 @@ def delta_block(results: Results) -> str:
 
 
 def throughout_block(results: Results) -> str:
-    """The clips of the δ settings with a8 and with a4 in every step, and the PSNR of every setting less that of a8."""
+    """Write the clips of the δ settings with a8 and with a4 in every step, and how far each is from a8 in PSNR, dB.
+
+    Args:
+        results: The checked rows of a run.
+    """
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for model, variants in results.deltas.items():
         first = next(iter(variants.values()))
@@ -206,7 +251,7 @@ def throughout_block(results: Results) -> str:
         for (name, delta, bits), clips in variants.items():
             found = difference(_psnr(clips), whole["A8"])
             setting = f"δ {delta:.4g}" if delta is not None else f"{bits:.2f} bits"
-            cells.setdefault((name, setting), {})[model] = "–" if found is None else _said(found, ".2f")
+            cells.setdefault((name, setting), {})[model] = "–" if found is None else difference_text(found, ".2f")
     if not cells:
         return ""
     head = ["", "setting", *results.deltas]
@@ -218,7 +263,11 @@ def _psnr(rows: Mapping[Hashable, Row]) -> Values:
 
 
 def run_block(results: Results) -> str:
-    """Where, when, how long and by which commands."""
+    """Write where, when, how long and by which commands the rows were measured.
+
+    Args:
+        results: The checked rows of a run.
+    """
     hardware = "; ".join(dict.fromkeys(row["hardware"] for row in results.runs))
     dates = sorted({row["date"] for row in results.runs})
     span = " to ".join(dict.fromkeys([*dates[:1], *dates[-1:]]))
@@ -229,7 +278,11 @@ def run_block(results: Results) -> str:
 
 
 def expected_block(results: Results) -> str:
-    """Each expected statement with its verdict, difference and interval (above 0 where the statement is right)."""
+    """Write each expected statement with verdict, difference and interval (above 0 where the statement is right).
+
+    Args:
+        results: The checked rows of a run.
+    """
     rows: list[list[str]] = []
     for model in dict.fromkeys(place[0] for place in results.places()):
         for title, width, others in (
@@ -247,13 +300,24 @@ def expected_block(results: Results) -> str:
     ):  # fmt: skip
         for model, width in dict.fromkeys((p[1], p[2]) for p in cells):
             found = difference(cells.get((less, model, width), {}), cells.get((more, model, width), {}))
-            text = ("not measured", "–") if found is None else (verdict(found), _said(found, ".4f"))
+            text = ("not measured", "–") if found is None else (verdict(found), difference_text(found, ".4f"))
             rows.append([title, model, f"relative L2 at W4{width}", *text])
     return table(["expected", "model", "by", "verdict", "difference, 95 % interval"], rows) if rows else ""
 
 
 def against_all(results: Results, model: str, ours: str, width: str, others: str, index: int) -> tuple[str, str]:
-    """Verdict of "ours is better than every other" (holds against each, fails against one), and the hardest difference."""
+    """Return the verdict of "ours is better than every other", and the hardest difference.
+
+    It holds where it holds against each, and fails where it fails against one.
+
+    Args:
+        results: The checked rows of a run.
+        model: Name of the model.
+        ours: Name of our method.
+        width: Width of its activations.
+        others: Width of the others' activations.
+        index: Which of MEASURES decides.
+    """
     measure, mine = MEASURES[index], measured(results, (model, ours, width))[index]
     rivals = [p for p in results.places() if p[0] == model and p[2] == others and not p[1].startswith(FAMILY)]
     pairs = [(p[1], difference(*(mine, measured(results, p)[index])[:: measure.sign])) for p in rivals]
@@ -262,15 +326,25 @@ def against_all(results: Results, model: str, ours: str, width: str, others: str
         return "not measured", "–"
     overall = min((verdict(pair) for _, pair in found), key=("fails", "not decided", "holds").index)
     name, pair = min((item for item in found if verdict(item[1]) == overall), key=lambda item: item[1][0])
-    return overall, f"to {name}: {_said(pair, measure.form)}"
+    return overall, f"to {name}: {difference_text(pair, measure.form)}"
 
 
-def _said(found: tuple[float, float, float, int], form: str) -> str:
+def difference_text(found: tuple[float, float, float, int], form: str) -> str:
+    """Return a difference with its interval and the number of clips, as the tables write it.
+
+    Args:
+        found: (mean, lower, upper, pairs), from :func:`difference`.
+        form: Format of the numbers, such as ``.2f``.
+    """
     return f"{found[0]:+{form}} [{found[1]:+{form}}, {found[2]:+{form}}], {found[3]} clips"
 
 
 def blocks(results: Results) -> dict[str, str]:
-    """Name -> text of every block."""
+    """Return name -> text of every block of the page.
+
+    Args:
+        results: The checked rows of a run.
+    """
     return {
         "methods": methods_block(results), "expected": expected_block(results), "delta": delta_block(results),
         "throughout": throughout_block(results),

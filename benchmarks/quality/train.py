@@ -32,7 +32,12 @@ OPPOSITE = {"right": "left", "left": "right", "up": "down", "down": "up"}
 
 
 def batch(pairs: int, generator: torch.Generator) -> tuple[Tensor, list[Clip]]:
-    """Clips [2·pairs, 3, F, H, W]; each is followed by itself played backwards."""
+    """Draw clips, fp32 [2·pairs, 3, F, H, W] in [−1, 1]; each is followed by itself played backwards.
+
+    Args:
+        pairs: How many pairs.
+        generator: Draws them.
+    """
     clips, words = [], []
     for _ in range(pairs):
         clip = random_clip(generator)
@@ -44,7 +49,13 @@ def batch(pairs: int, generator: torch.Generator) -> tuple[Tensor, list[Clip]]:
 
 
 def sigmas(count: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Noise levels as the scheduler spaces them, more at the noisy end by the same shift."""
+    """Draw noise levels, fp32 [count], as the scheduler spaces them: more at the noisy end by the same shift.
+
+    Args:
+        count: How many.
+        shift: The scheduler's shift.
+        generator: Draws them.
+    """
     u = torch.rand(count, generator=generator)
     return shift * u / (1 + (shift - 1) * u)
 

@@ -31,7 +31,7 @@ from dvdquant.recipe import RECIPES
 from dvdquant.system.progress import Progress
 from dvdquant.system.whole_file import atomic_path, write_whole
 
-__all__ = ["Worker", "find_method", "plan"]
+__all__ = ["Worker", "find_method", "generate_chunk", "plan"]
 
 Row = dict[str, Any]
 # Clips whose trajectories and inputs are looked at: other prompts and seeds than those that are scored.
@@ -44,7 +44,13 @@ SPEED = (0.5, 2.0)
 
 
 def plan(bench: Bench, prompts: int, seeds: int) -> list[tuple[Prompt, int]]:
-    """(prompt, seed) of every scored clip; the same prompts whatever the number of seeds."""
+    """Return (prompt, seed) of every scored clip; the prompts are the same whatever the number of seeds.
+
+    Args:
+        bench: The model, for the words that it knows.
+        prompts: How many prompts.
+        seeds: Clips of each prompt.
+    """
     chosen = bench_prompts(bench.table, prompts, seed=0)
     return [(prompt, 1000 * turn + index) for turn in range(seeds) for index, prompt in enumerate(chosen)]
 
@@ -66,7 +72,11 @@ class Worker:
     compiled: dict[tuple[str, bool], CompiledModel | EagerModel] = field(default_factory=dict)
 
     def bench(self, model: str) -> Bench:
-        """The model, read once."""
+        """Return the model with its words and scheduler, read once.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+        """
         if model not in self.benches:
             self.benches[model] = replace(Bench.open(self.folders[model], model), steps=self.steps_each)
         return self.benches[model]
@@ -74,7 +84,11 @@ class Worker:
     # ------------------------------------------------------------------------------------------ what is prepared once
 
     def held_out(self, model: str) -> None:
-        """Trajectories and layer inputs of the held-out clips, into ``work``."""
+        """Write trajectories and layer inputs of the held-out clips to ``work``, where they are not there yet.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+        """
         path = self.work / f"{model}-held-out.pt"
         if path.exists():
             return
@@ -95,7 +109,12 @@ class Worker:
         return self.held[model]
 
     def model_layers(self, model: str, studied: bool = False) -> list[Layer]:
-        """Layers with their calibration inputs; where they are ``studied``, with every prediction that is compared."""
+        """Return the layers with their calibration inputs.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            studied: Whether they carry every prediction of their inputs that a study compares.
+        """
         if (model, studied) not in self.layers:
             bench, predicted = self.bench(model), {}
             if studied:
@@ -115,7 +134,14 @@ class Worker:
         return self.hessian[model]
 
     def simulated(self, model: str, method: Method, bits: int, studied: bool = False) -> nn.Module:
-        """The model under a method; the two last used are kept."""
+        """Return the model under a method; the two last used are kept.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            method: How the layers are quantized.
+            bits: Bits of the activations.
+            studied: As of :meth:`model_layers`.
+        """
         key = (model, method.name, bits)
         if key not in self.built:
             while len(self.built) > 1:
@@ -132,46 +158,85 @@ class Worker:
             self.compiled[model, wide] = kind(bench.model, layers_of(bench.model), wide)
         return self.compiled[model, wide]
 
-    def _unquantized(self, model: str, wide: bool) -> nn.Module:
-        """In bf16 as it would be deployed, or in fp32."""
+    def unquantized(self, model: str, wide: bool) -> nn.Module:
+        """Return the model in bf16 as it would be deployed, or in fp32.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            wide: Whether in fp32.
+        """
         compiled = self._compiled(model, wide)
         return compiled.install(compiled.layers, lambda layer: Simulated(layer.weight))
 
     # ------------------------------------------------------------------------------------------------------ the jobs
 
     def reference(self, model: str, index: int, chunk: Sequence[tuple[Prompt, int]]) -> list[Row]:
-        """fp32 clips of a chunk, kept for the others."""
+        """Draw the fp32 clips of a chunk, keep them in ``work`` for the other jobs, and return their rows.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            index: Number of the chunk, which names its fp32 clips in ``work``.
+            chunk: (prompt, seed) of every clip.
+        """
         bench = self.bench(model)
-        clips = _parts(bench, {16: self._unquantized(model, wide=True)}, chunk)
+        clips = generate_chunk(bench, {16: self.unquantized(model, wide=True)}, chunk)
         _save(self._latents(model, index), clips.latents)
-        return self._rows(model, "fp32", "A16", index, chunk, clips)
+        return self.score(model, "fp32", "A16", index, chunk, clips)
 
     def _latents(self, model: str, index: int) -> Path:
         return self.work / f"{model}-fp32-{index}.pt"
 
     def clips(self, model: str, name: str, width: str, index: int, chunk: Sequence[tuple[Prompt, int]]) -> list[Row]:
-        """Clips of a method at one width."""
+        """Draw and score clips of a method at one width.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            name: Name of the method.
+            width: Width of the activations, ``A`` and bits, such as ``A8``.
+            index: Number of the chunk, which names its fp32 clips in ``work``.
+            chunk: (prompt, seed) of every clip.
+
+        Raises:
+            KeyError: There is no such method, or its package is not installed.
+        """
         bench, bits = self.bench(model), int(width[1:])
         if name == "bf16":
-            clips = _parts(bench, {16: self._unquantized(model, wide=False)}, chunk)
-            return self._rows(model, name, width, index, chunk, clips)
+            clips = generate_chunk(bench, {16: self.unquantized(model, wide=False)}, chunk)
+            return self.score(model, name, width, index, chunk, clips)
         method = find_method(name)
         if bits != 6 or not method.switched:
-            clips = _parts(bench, {bits: self.simulated(model, method, bits)}, chunk)
+            clips = generate_chunk(bench, {bits: self.simulated(model, method, bits)}, chunk)
         else:
             delta = self.delta(model, method, 6.0)
             rule: dict[str, Any] = {"last_high": method.last_high, "weighting": method.weighting}
-            clips = self._switched(model, method, chunk, lambda _: StepController(delta=delta, **rule))
-        return self._rows(model, name, width, index, chunk, clips)
+            clips = self.switched_clips(model, method, chunk, lambda _: StepController(delta=delta, **rule))
+        return self.score(model, name, width, index, chunk, clips)
 
-    def _switched(self, model: str, method: Method, chunk: Sequence[tuple[Prompt, int]], make: Any) -> Clips:
+    def switched_clips(self, model: str, method: Method, chunk: Sequence[tuple[Prompt, int]], make: Any) -> Clips:
+        """Draw clips of a method that switches between 4- and 8-bit activations.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            method: How the layers are quantized.
+            chunk: (prompt, seed) of every clip.
+            make: Makes the controller of a clip from its place in the batch.
+        """
         models = {bits: self.simulated(model, method, bits) for bits in (4, 8)}
-        return _parts(self.bench(model), models, chunk, make)
+        return generate_chunk(self.bench(model), models, chunk, make)
 
     def delta_clips(
         self, model: str, name: str, variant: dict[str, Any], index: int, chunk: Sequence[tuple[Prompt, int]]
     ) -> list[Row]:
-        """Clips under one setting of the switch, the cache, or a fixed placement of 8-bit steps."""
+        """Draw and score clips under one setting of the switch, the cache, or a fixed placement of 8-bit steps.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            name: Name of the method.
+            variant: The setting: ``delta`` with ``last_high``, ``weighted`` and ``cache``, or ``place`` with ``high``;
+                and its ``name``.
+            index: Number of the chunk, which names its fp32 clips in ``work``.
+            chunk: (prompt, seed) of every clip.
+        """
         method, steps = find_method(name), self.bench(model).steps
 
         def make(_: int) -> StepController:
@@ -182,32 +247,54 @@ class Worker:
             rule: dict[str, Any] = {"last_high": variant.get("last_high", 0), "weighting": weighting}
             return StepController(delta=variant["delta"], cache=cache, **rule)
 
-        rows = self._rows(model, name, "A6", index, chunk, self._switched(model, method, chunk, make))
+        rows = self.score(model, name, "A6", index, chunk, self.switched_clips(model, method, chunk, make))
         extra = {"kind": "delta", "name": variant["name"], "delta": variant.get("delta"), "method": name}
         return [{**row, **extra} for row in rows]
 
     def steps(self, model: str, name: str, width: str) -> list[Row]:
-        """Relative L2 of the output at every second step and the last, on the fp32 trajectory of the held-out clips."""
+        """Return the relative L2 of the output at every second step and the last, on held-out fp32 trajectories.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            name: Name of the method.
+            width: Width of the activations, ``A`` and bits, such as ``A8``.
+        """
         if name == "bf16":
-            simulated = self._unquantized(model, wide=False)
+            simulated = self.unquantized(model, wide=False)
         else:
             simulated = self.simulated(model, find_method(name), int(width[1:]))
-        errors = self._errors(model, simulated, 2)
+        errors = self.step_errors(model, simulated, 2)
         base = {"kind": "step", "model": model, "method": name, "width": width}
         return [{**base, "clip": c, "step": s, "sigma": sigma, "error": e} for c, s, sigma, e in errors]
 
     def study(self, model: str, study: str, name: str, width: str) -> list[Row]:
-        """The mean of such errors over every fourth step, for one entry of a study."""
+        """Return the mean relative L2 over every fourth step of each held-out clip, for one entry of a study.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            study: Name of the study.
+            name: Name of its entry.
+            width: Width of the activations, ``A`` and bits, such as ``A8``.
+
+        Raises:
+            KeyError: There is no such study or entry.
+        """
         method = Method(f"{study}/{name}", STUDIES[study][name])
-        errors = self._errors(model, self.simulated(model, method, int(width[1:]), studied=True), 4)
+        errors = self.step_errors(model, self.simulated(model, method, int(width[1:]), studied=True), 4)
         base = {"kind": "study", "study": study, "model": model, "name": name, "width": width}
         clips = sorted({c for c, *_ in errors})
         means = {c: [e for clip, _, _, e in errors if clip == c] for c in clips}
         return [{**base, "clip": c, "error": sum(means[c]) / len(means[c])} for c in clips]
 
     @torch.inference_mode()
-    def _errors(self, model: str, simulated: nn.Module, every: int) -> list[tuple[int, int, float, float]]:
-        """(clip, step, σ, relative L2)."""
+    def step_errors(self, model: str, simulated: nn.Module, every: int) -> list[tuple[int, int, float, float]]:
+        """Return (clip, step, σ, relative L2) of the model's output on the fp32 trajectory of the held-out clips.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            simulated: The model that is held against it.
+            every: Every how many steps; the last step is always measured.
+        """
         bench = self.bench(model)
         held = self._held(model)
         text = bench.words(held["prompts"])
@@ -224,7 +311,13 @@ class Worker:
 
     @torch.inference_mode()
     def delta(self, model: str, method: Method, average: float) -> float:
-        """δ for an average of bits, planned on the held-out trajectories."""
+        """Return the δ that gives an average of bits, planned on the held-out trajectories and kept in ``work``.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            method: How the layers are quantized.
+            average: Mean bits of the activations over the steps, from 4 to 8.
+        """
         path = self.work / f"{model}-{method.name}-{method.last_high}-{method.weighting}-{average:g}.delta"
         if path.exists():
             return float(path.read_text())
@@ -253,9 +346,23 @@ class Worker:
         write_whole(path, repr(delta).encode())
         return delta
 
-    def _rows(
+    def score(
         self, model: str, name: str, width: str, index: int, chunk: Sequence[tuple[Prompt, int]], clips: Clips
     ) -> list[Row]:
+        """Score clips against the fp32 clips of the same chunk, which are drawn where they are gone.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            name: Name of the method, for the rows.
+            width: Width of the activations, ``A`` and bits, for the rows.
+            index: Number of the chunk, which names its fp32 clips in ``work``.
+            chunk: (prompt, seed) of every clip.
+            clips: The clips of the chunk, latents [clips, C, F, H, W].
+
+        Returns:
+            A row for every clip: PSNR in dB (None where it equals the fp32 one), SSIM, mean bits of the computed steps, and
+            which words of the prompt can be read in it.
+        """
         if not self._latents(model, index).exists():  # rows of an earlier run, whose clips are gone
             self.reference(model, index, chunk)
         references = torch.load(self._latents(model, index))
@@ -279,7 +386,14 @@ class Worker:
 
 
 def find_method(name: str) -> Method:
-    """Ours, or a package's."""
+    """Return a method by its name: one of ours, or one that an installed package computes.
+
+    Args:
+        name: Name of the method.
+
+    Raises:
+        KeyError: There is no such method, or its package is not installed.
+    """
     if name in METHODS:
         return METHODS[name]
     from benchmarks.quality.compared.peers import available_peers
@@ -288,10 +402,17 @@ def find_method(name: str) -> Method:
     return Method(name, layer, widths)
 
 
-def _parts(
+def generate_chunk(
     bench: Bench, models: Mapping[int, nn.Module], chunk: Sequence[tuple[Prompt, int]], make: Any = None
 ) -> Clips:
-    """The clips of a chunk, a few at a time."""
+    """Draw the clips of a chunk, a few at a time.
+
+    Args:
+        bench: The model's words, noise and scheduler.
+        models: Activation bits -> model. With one, every step runs on it.
+        chunk: (prompt, seed) of every clip.
+        make: Makes the controller of a clip from its place in the batch; None for no switching.
+    """
     parts = [generate(bench, models, *_columns(chunk[i : i + TOGETHER]), make) for i in range(0, len(chunk), TOGETHER)]
     return Clips(torch.cat([p.latents for p in parts]), [b for p in parts for b in p.bits], [])
 

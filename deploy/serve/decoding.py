@@ -9,6 +9,7 @@ gives back is a line of JSON and, behind it, the picture as a plain PNG, which i
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -136,22 +137,10 @@ def _limit(pixels: int) -> None:
     os.nice(5)
 
 
-def main(words: list[str]) -> None:
-    """Decode the picture on stdin.
-
-    Args:
-        words: The name of the field, and the most pixels.
-    """
-    import io
-
-    from PIL import Image
-
+def _answer(raw: bytes, name: str, pixels: int) -> bytes:
+    """Return what the process says of a picture: a line of JSON, and the PNG behind it if it is one."""
     from dvdquant.deploy.generation.images import open_picture
 
-    name, pixels = words[0], int(words[1])
-    Image.preinit()
-    _limit(pixels)
-    raw = sys.stdin.buffer.read()
     png = io.BytesIO()
     said: dict[str, Any]
     try:
@@ -161,11 +150,30 @@ def main(words: list[str]) -> None:
         said = {"width": width, "height": height, "sha256": picture.sha256, "bytes": png.tell()}
     except ShapeError as error:
         said = {"what": error.what, "available": error.available, "fix": error.fix if error.has_own_fix else None}
+    return json.dumps(said).encode() + b"\n" + (png.getvalue() if "bytes" in said else b"")
+
+
+def main(words: list[str]) -> None:
+    """Decode the picture on stdin.
+
+    Args:
+        words: The name of the field, and the most pixels.
+    """
+    _prepare()
+    name, pixels = words[0], int(words[1])
+    _limit(pixels)
     out = sys.stdout.buffer
-    out.write(json.dumps(said).encode() + b"\n")
-    if "bytes" in said:
-        out.write(png.getbuffer())
+    out.write(_answer(sys.stdin.buffer.read(), name, pixels))
     out.flush()
+
+
+def _prepare() -> None:
+    """Import what decodes, which opens more files than the limits allow."""
+    from PIL import Image
+
+    import dvdquant.deploy.generation.images  # noqa: F401  (imported for _answer)
+
+    Image.preinit()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dvdquant.deploy.sessions.base import EngineSession, chosen_bits
 from dvdquant.deploy.sessions.other_process import PROCESS, ProcessSession
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy, check_policy
-from dvdquant.ops.cuda import BUILD
+from dvdquant.ops.cuda.errors import BUILD
 from dvdquant.ops.cuda_linear import kernels_for
 from dvdquant.recipe import ATTENTION
 from dvdquant.system.devices import resolve_device

@@ -184,7 +184,8 @@ def _packages() -> Iterator[Finding]:
 
 def _kernels(gpus: list[Installed]) -> Iterator[Finding]:
     """Return the finding about our CUDA kernels."""
-    from dvdquant.ops.cuda import BUILD, find_library, load_library
+    from dvdquant.ops.cuda.errors import BUILD
+    from dvdquant.ops.cuda.find import find_library, load_library
 
     if find_library() is None:
         yield Finding("CUDA kernels", "missing", "not built: PyTorch sessions run without them, slower", BUILD)

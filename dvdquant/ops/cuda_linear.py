@@ -18,15 +18,10 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import UnsupportedError
-from dvdquant.ops.cuda import (
-    BUILD,
-    KernelError,
-    KernelLibrary,
-    LayerPlan,
-    WeightPointers,
-    find_library,
-    load_library,
-)
+from dvdquant.ops.cuda.arguments import LayerPlan, WeightPointers
+from dvdquant.ops.cuda.errors import BUILD, KernelError
+from dvdquant.ops.cuda.find import find_library, load_library
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.packed_layer import DTYPES, PackedLayer, layer_shape
 from dvdquant.ops.packed_rows import group_bytes
 from dvdquant.ops.prepared_cache import PreparedCache

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.ops.cuda import ProloguePointers
+from dvdquant.ops.cuda.arguments import ProloguePointers
 from dvdquant.ops.cuda_linear import (
     CACHE,
     CudaKernels,

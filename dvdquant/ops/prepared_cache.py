@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dvdquant.numerics.hadamard import hadamard_matrix
-from dvdquant.ops.cuda import KernelError
+from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.repack import LayerShape
 from dvdquant.ops.smooth import pack_pre_quant

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dvdquant.ops.cuda import KernelError
+from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.ops.packed_layer import DTYPE_NAMES
 from dvdquant.ops.repack import LayerShape
 

@@ -31,7 +31,8 @@ from timing import CudaTimer, HostTimer, Timer, record_clocks
 
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.numerics.hadamard import Rotation
-from dvdquant.ops.cuda import KernelLibrary, load_library
+from dvdquant.ops.cuda.find import load_library
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.repack import LayerShape
 from dvdquant.system.devices import resolve_device

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.numerics.hadamard import Rotation
-from dvdquant.ops.cuda import LayerPlan
+from dvdquant.ops.cuda.arguments import LayerPlan
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.packed_layer import DTYPES, PackedLayer
 from dvdquant.ops.repack import LayerShape, prepare, to_bytes

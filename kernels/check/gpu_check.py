@@ -48,7 +48,8 @@ from check_report import hardware, line, markdown, report_path, smi  # noqa: E40
 from check_rope import check_rope  # noqa: E402
 
 from dvdquant.errors import DvdquantError  # noqa: E402
-from dvdquant.ops.cuda import KernelLibrary, find_library, load_library  # noqa: E402
+from dvdquant.ops.cuda.find import find_library, load_library  # noqa: E402
+from dvdquant.ops.cuda.library import KernelLibrary  # noqa: E402
 
 # Shapes for the sanitizer, under which everything takes a hundred times as long.
 SMALL = ((7, 8), (33, 136), (129, 136))

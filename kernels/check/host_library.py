@@ -1,8 +1,8 @@
 """The kernel library's C ABI on host memory, computed by PyTorch and numpy from the definitions.
 
-It takes the same addresses as ``dvdquant.ops.cuda.KernelLibrary`` and writes what a correct library would. So the torch
-binding and every check of ``gpu_check.py`` run on a machine without a GPU. Made wrong on purpose, it shows that each
-check can fail.
+It takes the same addresses as ``dvdquant.ops.cuda.library.KernelLibrary`` and writes what a correct library would. So the
+torch binding and every check of ``gpu_check.py`` run on a machine without a GPU. Made wrong on purpose, it shows that
+each check can fail.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from torch import Tensor
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.numerics.activation_grid import quantize_activation
 from dvdquant.numerics.hadamard import hadamard_matrix
-from dvdquant.ops.cuda import GridPointers, GridShape, LayerPlan, ProloguePointers, RopePointers, WeightPointers
+from dvdquant.ops.cuda.arguments import (
+    GridPointers,
+    GridShape,
+    LayerPlan,
+    ProloguePointers,
+    RopePointers,
+    WeightPointers,
+)
 from dvdquant.ops.fused import Prologue, apply_prologue
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES

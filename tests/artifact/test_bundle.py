@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,8 +19,10 @@ import pytest
 from dvdquant.artifact import bundle as bundles
 from dvdquant.artifact.bundle import open_bundle, unpack_bundle, write_bundle
 from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
-from dvdquant.errors import OutputError, ResourceError
-from tests.support.helpers_checkpoint import manifest
+from dvdquant.errors import DvdquantError, OutputError, ResourceError
+from tests.support.changed_bytes import mutated
+from tests.support.costs import Costs
+from tests.support.helpers_checkpoint import manifest, memory_folder
 
 CONTENTS = {"config.json": b"{}\n", "onnx/transformer.safetensors": bytes(range(256)) * 40, "onnx/empty.bin": b""}
 OTHERS = {"README.md": b"what to do\n", "plugins/libdvdquant_plugins.so": b"\x7fELF" + b"p" * 5000}
@@ -208,6 +211,121 @@ def test_a_changed_byte_never_reaches_the_folder(count: int, out: Path, tmp_path
         verify_files(target, there)
         shutil.rmtree(target)
     assert refused > count / 2
+
+
+# What a member may be called, and where it may point.
+NAMES = (
+    "../evil", "/dev/shm/evil", "onnx/../../evil", "evil", ".lock", ".tmp-0123456789abcdef/x", "manifest.json",
+    "bundle.json", "onnx", "config.json/x", "a\nb", "\u202ex", "\udcff", "x" * 100, "./config.json", "onnx//x", "C:x", "",
+    ".commit",
+)  # fmt: skip
+KINDS = (*b"012345678DKLMNSVXgx", 0, 255)
+SIZES = (0, 1, 511, 512, 513, 1 << 20, 1 << 33, 1 << 60, (1 << 63) - 1)
+
+
+def made_up(content: list[Any], chance: random.Random) -> None:
+    """Change members: other kinds, names, sizes, places, contents; the record often says the same."""
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+        at, way = chance.randrange(len(content)), chance.randrange(9)
+        name, data = content[at]
+        name = name.name if isinstance(name, tarfile.TarInfo) else name
+        if way == 0:
+            info = tarfile.TarInfo(name)
+            info.type = bytes([chance.choice(KINDS)])
+            info.linkname = chance.choice(NAMES)[:100]
+            content[at] = (info, data)
+            if chance.random() < 0.5:
+                info.size = len(data)
+        elif way == 1:
+            content[at] = (chance.choice(NAMES), data)
+        elif way == 2:
+            content.insert(chance.randrange(len(content) + 1), (chance.choice((name, *NAMES)), data))
+        elif way == 3 and len(content) > 1:
+            del content[at]
+        elif way == 4:
+            info = tarfile.TarInfo(name)
+            info.size = chance.choice(SIZES)
+            content[at] = (info, data)
+        elif way == 5:
+            content[at] = (name, mutated(data or b"\0", 200, chance))
+        elif content and content[0][0] == "bundle.json":
+            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
+                facts = json.loads(content[0][1])
+                entry_of = chance.choice(facts["files"])
+                if way == 6:  # under another name, in both places
+                    new = chance.choice(NAMES)
+                    content[:] = [(new if n == entry_of["path"] else n, d) for n, d in content]
+                    entry_of["path"] = new
+                elif way == 7:
+                    entry_of[chance.choice(["bytes", "path", "sha256", "mode"])] = chance.choice(
+                        [*SIZES, *NAMES, -1, None, [], 1.5, True]
+                    )
+                else:  # the record of what is there
+                    facts["files"] = [{"path": n, **entry(d)} for n, d in content[1:] if isinstance(n, str)]
+                content[0] = ("bundle.json", json.dumps(facts).encode())
+
+
+def changed_bundle(whole: bytes, content: list[Any], chance: random.Random) -> bytes:
+    """A bundle with changed bytes, with changed headers (the checksum right), or with members that are made up."""
+    way = chance.randrange(3)
+    if way == 0:
+        return mutated(whole, len(whole), chance)
+    if way == 1:
+        raw, headers, at = bytearray(whole), [], 0
+        while whole[at : at + 1].strip(b"\0"):
+            headers.append(at)
+            at += 512 + -(-int(whole[at + 124 : at + 135], 8) // 512) * 512
+        for start in chance.sample(headers, chance.choice((1, 1, 2))):
+            head = bytearray(mutated(whole[start : start + 512], 512, chance)[:512].ljust(512, b"\0"))
+            head[148:156] = b" " * 8
+            head[148:156] = b"%06o\0 " % sum(head)
+            raw[start : start + 512] = head
+        return bytes(raw)
+    members_of = list(content)
+    made_up(members_of, chance)
+    file = io.BytesIO()
+    for name, data in members_of:
+        info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+        if not isinstance(name, tarfile.TarInfo):
+            info.size = len(data)
+        file.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
+        file.write(data + bytes(-len(data) % 512))
+    end = file.tell() + 1024
+    return file.getvalue() + bytes(-(-end // 10240) * 10240 - file.tell())
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("count", [150, pytest.param(20_000, marks=pytest.mark.stress)])
+def test_mutated_bundles(count: int, out: Path, tmp_path: Path) -> None:
+    """Each is unpacked whole or refused in words; nothing is written beside the folder, and no half of one is left."""
+    pack(out, tmp_path / "a.tar")
+    whole, content = (tmp_path / "a.tar").read_bytes(), members(tmp_path / "a.tar")
+    with memory_folder() as folder, Costs("bundles") as costs:
+        place = Path(folder)
+        path, target = place / "a.tar", place / "there"
+        good = 0
+        for index in range(count):
+            path.write_bytes(changed_bundle(whole, content, random.Random(f"{count} {index}")))
+            try:
+                with costs.case():
+                    there = unpack(path, target)
+            except DvdquantError as error:
+                words = str(error)
+                assert len(words) < 3000
+                assert not set(words.replace("\n", "")) & set(map(chr, [*range(32), 0x202E])), words
+                assert not target.exists()
+            except Exception as error:
+                raise AssertionError(f"case {index} of {count}") from error
+            else:
+                good += 1
+                verify_files(target, there)
+                found = {item.relative_to(target).as_posix(): item for item in target.rglob("*") if not item.is_dir()}
+                assert set(found) - {".lock"} == {*there.files, "manifest.json"}
+                assert not any(item.is_symlink() for item in target.rglob("*"))
+                shutil.rmtree(target)
+            assert os.listdir(place) == ["a.tar"]
+            assert not Path("/dev/shm/evil").exists()
+        assert 0 < good < count / 2
 
 
 @pytest.mark.parametrize("length", [0, 1, 511, 512, 1000, 5000, -1, -511])

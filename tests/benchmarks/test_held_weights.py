@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.held_weights import models, rows
-from dvdquant.ops.cuda import KernelLibrary
+from dvdquant.ops.cuda.library import KernelLibrary
 from tests.support.emulated_kernels import library as library
 
 DOCS = Path(__file__).parents[2] / "docs" / "hardware.md"

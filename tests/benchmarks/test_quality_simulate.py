@@ -58,7 +58,8 @@ def exact_products() -> Any:
 
 def forward(model: Any, bench: Any, prompts: int = 2) -> Tensor:
     x, text = bench.noise(range(prompts)), bench.words(script("clips").bench_prompts(bench.table, prompts, 0))
-    dtype = next(model.parameters()).dtype
+    # A compiled model has no parameters: it takes float32, as the toy model does.
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     with torch.inference_mode():
         return model(x.to(dtype), torch.full((prompts,), 600.0, dtype=dtype), text.to(dtype), return_dict=False)[0]
 

@@ -23,8 +23,9 @@ from dvdquant.model.plan import build_skeleton, plan_model
 from dvdquant.recipe import get_recipe
 from tests.support import other_formats as formats
 from tests.support import tiny_models as tiny
+from tests.support.changed_bytes import mutated
 from tests.support.exporting import with_changes
-from tests.support.mutations import mutated, open_mutations
+from tests.support.mutations import open_mutations
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.")
 LTX_CONFIG = {

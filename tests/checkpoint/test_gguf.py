@@ -16,7 +16,8 @@ from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.errors import CheckpointError
 from tests.support import other_formats as formats
 from tests.support import tiny_models as tiny
-from tests.support.mutations import mutated, open_mutations
+from tests.support.changed_bytes import mutated
+from tests.support.mutations import open_mutations
 
 NUMBERS = {name: number for number, name in TYPES.items()}
 ARCHITECTURE = {"general.architecture": "wan"}

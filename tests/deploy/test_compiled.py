@@ -15,7 +15,7 @@ from dvdquant.deploy.sessions import compiled, open_session, pytorch
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import UnsupportedError
 from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers
-from dvdquant.ops.cuda import KernelError
+from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.prepared_linear import handle_of, prepared_linear
 from dvdquant.ops.repack import LayerShape

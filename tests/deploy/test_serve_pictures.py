@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import random
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,9 @@ from dvdquant.deploy.serve.pictures import take_pictures
 from dvdquant.deploy.serve.service import Service
 from dvdquant.deploy.serve.settings import Limits, ServerSettings
 from dvdquant.errors import DvdquantError, ShapeError, UnsupportedError
+from tests.support.costs import Costs
 
+ROOT = Path(__file__).resolve().parents[2]
 PIXELS = 1_000_000
 RAW = b"\x89PNG and so on"
 TEXT = base64.b64encode(RAW).decode()
@@ -230,30 +235,20 @@ def open(file, formats):
         decode_picture(b"hang", "input_reference", 10_000)
 
 
-def _changed(count: int) -> None:
-    chance, said = random.Random(3), []
-    whole = [picture(kind, **more) for kind, more in (("PNG", {}), ("JPEG", {}), ("WEBP", {"lossless": True}))]
-    for _ in range(count):
-        raw = bytearray(chance.choice(whole))
-        for _ in range(chance.randrange(1, 6)):
-            raw[chance.randrange(len(raw))] = chance.randrange(256)
-        del raw[chance.randrange(len(raw) // 2, len(raw)) :]
-        try:
-            decoded = decode_picture(bytes(raw), "input_reference", PIXELS)
-        except ShapeError as error:
-            said.append(str(error))
-        else:
-            assert decoded.width * decoded.height <= PIXELS
-    assert all(text.startswith("input_reference") for text in said)
-
-
-def test_changed_files_are_decoded_or_refused() -> None:
-    _changed(3)
-
-
-@pytest.mark.stress
-def test_many_changed_files_are_decoded_or_refused() -> None:
-    _changed(300)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("count", [100, pytest.param(20_000, marks=pytest.mark.stress)])
+def test_changed_files_are_decoded_or_refused(count: int) -> None:
+    """With the product's limits, in the process that they protect; a refusal names the field, and nothing ends a process."""
+    command = [sys.executable, "-m", "tests.support.picture_cases", str(count), str(count)]
+    with Costs("pictures of requests") as costs:
+        ended = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        for line in ended.stdout.splitlines():
+            costs.add_all(**json.loads(line))
+        assert ended.returncode == 0, ended.stderr
+        assert costs.cases == count
+        assert count / 4 < costs.refused < count
 
 
 # --------------------------------------------------------------------------------------------------------- their files

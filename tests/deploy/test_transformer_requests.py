@@ -877,5 +877,7 @@ def test_loops_in_any_order(wan: Exported) -> None:
 @pytest.mark.stress
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_loops_in_any_order_500(wan: Exported) -> None:
-    assert outcomes_of_random_turns(wan, 500, 1) > 50
+def test_loops_in_any_order_500() -> None:
+    # Latents of 9216 values, so that chance makes no loop out of two (see _chance in continuity.py). Of the toy's few hundred
+    # it does so in one of 200 pairs, which 500 runs would meet.
+    assert outcomes_of_random_turns(tiny.exported("wan", latent="4x24x24"), 500, 1) > 50

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from dvdquant.errors import DvdquantError
-from dvdquant.ops.cuda import ABI_VERSION, KernelLibrary, serves
+from dvdquant.ops.cuda.abi import ABI_VERSION
+from dvdquant.ops.cuda.architectures import serves
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.repack import LayerShape
 from dvdquant.system.plugin_file import read_plugin
 

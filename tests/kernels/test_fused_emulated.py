@@ -14,7 +14,8 @@ import torch
 
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.numerics.hadamard import hadamard_matrix
-from dvdquant.ops.cuda import KernelLibrary, ProloguePointers
+from dvdquant.ops.cuda.arguments import ProloguePointers
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.fused import (
     Prologue,
     apply_prologue,

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from dvdquant.errors import DvdquantError, ShapeError, UnsupportedError
-from dvdquant.ops.cuda import KernelLibrary
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.repack import LayerShape
 
 ROOT = Path(__file__).resolve().parents[2]

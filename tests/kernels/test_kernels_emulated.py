@@ -20,7 +20,8 @@ from dvdquant.numerics.activation_grid import fake_quantize_activation
 from dvdquant.numerics.hadamard import Rotation, rotate
 from dvdquant.numerics.packing import pack_int4
 from dvdquant.ops import repack
-from dvdquant.ops.cuda import KernelLibrary, LayerPlan, WeightPointers
+from dvdquant.ops.cuda.arguments import LayerPlan, WeightPointers
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.reference import dequantize_weight, quant_linear_reference
 from dvdquant.ops.repack import LayerShape
 from tests.support.emulated_kernels import library as library

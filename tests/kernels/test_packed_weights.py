@@ -10,7 +10,8 @@ import torch
 
 from dvdquant.errors import DvdquantError, ResourceError, ShapeError, UnsupportedError
 from dvdquant.ops import packed_rows, repack
-from dvdquant.ops.cuda import KernelLibrary, WeightPointers
+from dvdquant.ops.cuda.arguments import WeightPointers
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.paths import choose_path, form_of
 from dvdquant.ops.repack import LayerShape
 from tests.kernels.test_kernels_emulated import (

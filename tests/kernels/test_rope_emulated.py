@@ -13,7 +13,7 @@ import torch
 
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.ops.attention.definition import e4m3_codes
-from dvdquant.ops.cuda import KernelLibrary
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.rope import Rope, apply_rope, rope_quantize, run_rope_quantize
 from tests.support.emulated_kernels import library as library
 from tests.support.emulated_kernels import one_thread  # noqa: F401

@@ -11,7 +11,7 @@ from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.hardware.weights import OPERATIONS_PER_BYTE
 from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.held_weights import held_weights, largest_kept, shape_of
-from dvdquant.ops.cuda import KernelLibrary
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.packed_rows import group_bytes
 from tests.support.emulated_kernels import library as library
 

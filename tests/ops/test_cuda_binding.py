@@ -16,8 +16,14 @@ import torch
 
 from dvdquant.errors import ResourceError, ShapeError, UnsupportedError
 from dvdquant.export.engines import precision as precision
-from dvdquant.ops import cuda, cuda_linear
-from dvdquant.ops.cuda import KernelError, KernelLibrary, WeightPointers, find_library, load_library
+from dvdquant.ops import cuda_linear
+from dvdquant.ops.cuda import find
+from dvdquant.ops.cuda import library as cuda_library
+from dvdquant.ops.cuda.abi import ABI_VERSION
+from dvdquant.ops.cuda.arguments import WeightPointers
+from dvdquant.ops.cuda.errors import KernelError
+from dvdquant.ops.cuda.find import find_library, load_library
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.cuda_linear import CudaKernels, run_quant_linear
 from dvdquant.ops.linear_gemm import linear_gemm
 from dvdquant.ops.packed_layer import PackedLayer
@@ -114,18 +120,18 @@ def test_the_library_is_looked_for_where_the_docs_say(tmp_path: Path, monkeypatc
     with pytest.raises(KernelError, match="not a usable kernel library"):
         load_library()
     monkeypatch.delenv("DVDQUANT_KERNELS")
-    module = tmp_path / "dvdquant" / "ops" / "cuda.py"
-    monkeypatch.setattr(cuda, "__file__", str(module))
+    module = tmp_path / "dvdquant" / "ops" / "cuda" / "find.py"
+    monkeypatch.setattr(find, "__file__", str(module))
     with pytest.raises(KernelError, match="is not built"):
         load_library()
     for place in ("dvdquant/_native", "build/kernels"):  # a checkout's build comes before the package's
         (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / cuda.LIBRARY).touch()
-        assert find_library() == tmp_path / place / cuda.LIBRARY
+        (tmp_path / place / find.LIBRARY).touch()
+        assert find_library() == tmp_path / place / find.LIBRARY
 
 
 def test_another_abi_is_refused(library: KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "ABI_VERSION", cuda.ABI_VERSION + 1)
+    monkeypatch.setattr(cuda_library, "ABI_VERSION", ABI_VERSION + 1)
     with pytest.raises(KernelError, match="ABI version"):
         KernelLibrary(library.path)
 

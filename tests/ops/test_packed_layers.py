@@ -17,7 +17,7 @@ from dvdquant.errors import UnsupportedError
 from dvdquant.model import weight_choice
 from dvdquant.model.held_weights import held_weights
 from dvdquant.model.layers import QuantLinear
-from dvdquant.ops.cuda import KernelError
+from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.prepared_linear import handle_of, packed_linear
 from dvdquant.ops.repack import LayerShape

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.numerics.hadamard import hadamard_matrix
-from dvdquant.ops.cuda import KernelLibrary
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.fused import Prologue, apply_prologue, run_fused_linear
 from dvdquant.ops.packed_rows import rows_bytes

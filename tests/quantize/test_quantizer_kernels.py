@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.ops.cuda import GridPointers, GridShape, KernelLibrary
+from dvdquant.ops.cuda.arguments import GridPointers, GridShape
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.quantize.backends import cuda_grid, torch_grid
 from dvdquant.quantize.backends.cuda_grid import QuantizerKernels
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, relative_mse

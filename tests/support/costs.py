@@ -12,7 +12,7 @@ from types import TracebackType
 
 from dvdquant.errors import DvdquantError
 
-__all__ = ["RECORD", "SECONDS", "Costs"]
+__all__ = ["RECORD", "SECONDS", "Costs", "peak"]
 
 SECONDS = 30.0  # a case that takes longer counts as hung, on a busy machine too
 MEBIBYTES = 1024
@@ -32,7 +32,8 @@ class Costs:
         self.parser, self.bounded = parser, bounded
         self.cases = self.refused = 0
         self.slowest = 0.0
-        self._before = _peak()
+        self._elsewhere = 0
+        self._before = peak()
 
     @contextlib.contextmanager
     def case(self) -> Iterator[None]:
@@ -48,15 +49,20 @@ class Costs:
 
     def add(self, seconds: float, refused: int = 0) -> None:
         """Count a case that was measured elsewhere."""
-        self.cases += 1
+        self.add_all(1, refused, seconds, 0)
+
+    def add_all(self, cases: int, refused: int, slowest: float, grown: int) -> None:
+        """Count the cases of another process, which grew by so many KiB."""
+        self.cases += cases
         self.refused += refused
-        self.slowest = max(self.slowest, seconds)
+        self.slowest = max(self.slowest, slowest)
+        self._elsewhere = max(self._elsewhere, grown)
 
     def __enter__(self) -> Costs:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        grown = (_peak() - self._before) >> 10
+        grown = max(peak() - self._before, self._elsewhere) >> 10
         if path := os.environ.get(RECORD):
             figures = {"parser": self.parser, "cases": self.cases, "refused": self.refused, "slowest": self.slowest}
             line = {**figures, "grown": grown if self.bounded else None, "failed": kind is not None}
@@ -67,6 +73,6 @@ class Costs:
             assert not self.bounded or grown < MEBIBYTES, f"{self.parser} took {grown} MiB"
 
 
-def _peak() -> int:
+def peak() -> int:
     """Return the largest memory of this process so far, in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

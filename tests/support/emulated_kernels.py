@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dvdquant.ops.cuda import KernelLibrary
+from dvdquant.ops.cuda.library import KernelLibrary
 from tests.support.scripts import load_script
 
 __all__ = ["KERNELS", "library", "one_thread"]

@@ -55,7 +55,11 @@ class Results:
     runs: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
-        """File one checked row."""
+        """File one checked row.
+
+        Args:
+            row: The row.
+        """
         if row["kind"] == "run":
             self.runs.append(row)
         elif row["kind"] == "study":
@@ -90,7 +94,11 @@ def read_results(path: Path) -> Results:
 
 
 def read_lines(path: Path) -> str:
-    """The text of a results file, compressed or not."""
+    """Return the text of a results file, compressed or not.
+
+    Args:
+        path: The file.
+    """
     content = path.read_bytes()
     return (lzma.decompress(content) if path.suffix == ".xz" else content).decode("utf-8")
 

@@ -41,25 +41,44 @@ class Bench:
 
     @classmethod
     def open(cls, folder: Path, name: str | None = None) -> Bench:
-        """Read a folder with ``transformer/``, ``scheduler/`` and a prompt table."""
+        """Read a model's folder.
+
+        Args:
+            folder: It holds ``transformer/``, ``scheduler/`` and a prompt table.
+            name: Name of the model; None for that of the folder.
+        """
         table = PromptTable.open(folder)
         model = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval()
         model.requires_grad_(False)
         return cls(name or folder.name, model, table, open_table_scheduler(folder), table.steps, table.guidance_scale)
 
     def words(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Embeddings [B, slots, text_dim] in fp32."""
+        """Return the embeddings of prompts, fp32 [B, slots, text_dim].
+
+        Args:
+            prompts: The words of every clip.
+        """
         rows = {word: index for index, word in enumerate(self.table.words)}
         ids = torch.tensor([[rows[word] for word in prompt] for prompt in prompts])
         return self.table.embeddings.float()[ids]
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
-        """Start of every clip [B, C, F, H, W]; a clip's own whatever it is batched with."""
+        """Return the start of every clip, fp32 [B, C, F, H, W]; it is the clip's own whatever it is batched with.
+
+        Args:
+            seeds: Seed of every clip.
+        """
         return torch.stack([torch.randn(self.table.latent, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 def bench_prompts(table: PromptTable, count: int, seed: int) -> list[Prompt]:
-    """Different prompts, every word of a slot as often as every other where ``count`` allows."""
+    """Return different prompts, every word of a slot as often as every other where ``count`` allows.
+
+    Args:
+        table: The words that the model knows.
+        count: How many prompts.
+        seed: Decides which.
+    """
     generator = torch.Generator().manual_seed(seed)
     slots = [table.choices[name] for name in table.order]
     found: dict[Prompt, None] = {}

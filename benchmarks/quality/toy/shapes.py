@@ -59,7 +59,11 @@ class Reading:
 
 
 def random_clip(generator: torch.Generator) -> Clip:
-    """Words, place and speed drawn so that the whole shape stays inside."""
+    """Draw words, place and speed of a clip so that the whole shape stays inside.
+
+    Args:
+        generator: Draws them.
+    """
 
     def pick(count: int) -> int:
         return int(torch.randint(count, (1,), generator=generator))
@@ -79,7 +83,14 @@ def random_clip(generator: torch.Generator) -> Clip:
 
 
 def coverage(shape: str, radius: float, row: float, column: float) -> Tensor:
-    """How much of each pixel the shape covers, [SIDE, SIDE] in [0, 1]; edges are one pixel wide."""
+    """Return how much of each pixel a shape covers, fp32 [SIDE, SIDE] in [0, 1]; edges are one pixel wide.
+
+    Args:
+        shape: Name of the shape.
+        radius: Half its size, in pixels.
+        row: Its centre, in pixels from the top.
+        column: Its centre, in pixels from the left.
+    """
     axis = torch.arange(SIDE, dtype=torch.float32)
     down, right = axis[:, None] - row, axis[None, :] - column
     if shape == "circle":
@@ -95,7 +106,11 @@ def coverage(shape: str, radius: float, row: float, column: float) -> Tensor:
 
 
 def draw(clip: Clip) -> Tensor:
-    """The clip [3, FRAMES, SIDE, SIDE] in [−1, 1]."""
+    """Draw a clip, fp32 [3, FRAMES, SIDE, SIDE] in [−1, 1].
+
+    Args:
+        clip: Words, place and speed.
+    """
     shape, colour, motion, size, background = clip.words
     down, right = DIRECTIONS[motion]
     frames = []

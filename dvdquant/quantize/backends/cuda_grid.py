@@ -14,16 +14,10 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import DvdquantError
-from dvdquant.ops.cuda import (
-    BUILD,
-    GRID_SOLVERS,
-    GRID_ZERO_POINTS,
-    GridPointers,
-    GridShape,
-    KernelLibrary,
-    find_library,
-    load_library,
-)
+from dvdquant.ops.cuda.arguments import GRID_SOLVERS, GRID_ZERO_POINTS, GridPointers, GridShape
+from dvdquant.ops.cuda.errors import BUILD
+from dvdquant.ops.cuda.find import find_library, load_library
+from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.cuda_linear import stream_of
 
 __all__ = ["QuantizerKernels", "quantizer_kernels"]
