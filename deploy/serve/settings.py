@@ -86,6 +86,7 @@ class WorkerSettings:
         backend: See :func:`.open_generator`.
         compile: Compile the transformer's blocks.
         fuse: Whether what comes before quantized layers is in their kernels; None where ``compile`` is on.
+        cuda_graphs: Repeat steps as CUDA graphs, where launches count.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         lease: Seconds of a lease.
         keep: Seconds that a clip is kept.
@@ -104,6 +105,7 @@ class WorkerSettings:
     backend: str = "auto"
     compile: bool = False
     fuse: bool | None = None
+    cuda_graphs: bool = False
     weights: WeightPolicy = "auto"
     lease: float = 10.0
     keep: float = 86400.0
@@ -128,6 +130,7 @@ class ServerSettings:
         backend: See :func:`.open_generator`.
         compile: Compile the transformer's blocks.
         fuse: Whether what comes before quantized layers is in their kernels; None where ``compile`` is on.
+        cuda_graphs: Repeat steps as CUDA graphs, where launches count.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         limits: What a request may ask for.
         api_keys: SHA-256 digests of the keys that are let in; with none, everybody is.
@@ -152,6 +155,7 @@ class ServerSettings:
     backend: str = "auto"
     compile: bool = False
     fuse: bool | None = None
+    cuda_graphs: bool = False
     weights: WeightPolicy = "auto"
     limits: Limits = field(default_factory=Limits)
     api_keys: tuple[bytes, ...] = ()
@@ -182,6 +186,7 @@ class ServerSettings:
             backend=self.backend,
             compile=self.compile,
             fuse=self.fuse,
+            cuda_graphs=self.cuda_graphs,
             weights=self.weights,
             lease=self.lease,
             keep=self.keep,

@@ -495,6 +495,7 @@ def open_model(settings: WorkerSettings, source: ModelSource, wrap_session: Wrap
         device=settings.device,
         compile=settings.compile,
         fuse=settings.fuse,
+        cuda_graphs=settings.cuda_graphs,
         weights=settings.weights,
         wrap_session=wrap_session,
     )

@@ -11,7 +11,7 @@ from dvdquant.cli.common import CUDA_GRAPHS, FUSE, P, R
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.recipe import ATTENTION
 
-__all__ = ["clip_options", "loading_clashes", "loading_options"]
+__all__ = ["clip_options", "loading_clashes", "loading_options", "session_clashes"]
 
 _CLIP = (
     click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]"),
@@ -105,6 +105,21 @@ def loading_options(command: Callable[P, R]) -> Callable[P, R]:
     return _with(_LOADING, command)
 
 
+def session_clashes(options: Mapping[str, Any]) -> dict[str, bool]:
+    """Return what options of PyTorch sessions and a backend say against each other, and whether both were given.
+
+    Args:
+        options: ``--backend``, ``--compile``, ``--cuda-graphs`` and ``--fuse``, by their names.
+    """
+    backend = options["backend"]
+    elsewhere = backend not in ("auto", "pytorch")
+    return {
+        f"--compile runs in PyTorch, so --backend {backend} does not apply": options["compile"] and elsewhere,
+        "ONNX Runtime has none, so --cuda-graphs does not apply": options["cuda_graphs"] and backend == "onnxruntime",
+        f"--fuse runs in PyTorch, so --backend {backend} does not apply": bool(options["fuse"]) and elsewhere,
+    }
+
+
 def loading_clashes(options: Mapping[str, Any]) -> dict[str, bool]:
     """Return what two options of loading say against each other, and whether both were given.
 
@@ -114,9 +129,7 @@ def loading_clashes(options: Mapping[str, Any]) -> dict[str, bool]:
     backend = options["backend"]
     elsewhere = backend not in ("auto", "pytorch")
     return {
-        f"--compile runs in PyTorch, so --backend {backend} does not apply": options["compile"] and elsewhere,
-        "ONNX Runtime has none, so --cuda-graphs does not apply": options["cuda_graphs"] and backend == "onnxruntime",
-        f"--fuse runs in PyTorch, so --backend {backend} does not apply": bool(options["fuse"]) and elsewhere,
+        **session_clashes(options),
         f"--plugin is for TensorRT engines, so --backend {backend} does not apply": (
             bool(options["plugin"]) and backend not in ("auto", "tensorrt")
         ),

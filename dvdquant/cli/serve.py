@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import FUSE, ExamplesCommand, runs_on
+from dvdquant.cli.clip_options import session_clashes
+from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, runs_on
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.deploy.serve.model_names import named, named_export
 from dvdquant.errors import OutputError, UnsupportedError
@@ -176,12 +177,14 @@ _MODULES = {
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Worker processes a device.")
 @click.option("--compile", is_flag=True, help="Run in PyTorch and compile the transformer's blocks.")
 @click.option("--fuse/--no-fuse", default=None, help=FUSE)
+@click.option("--cuda-graphs", is_flag=True, help=CUDA_GRAPHS)
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for everything.")
 @click.version_option(__version__, prog_name="dvdq-serve")
 def main(exports: tuple[str, ...], **options: Any) -> None:
     """Serve the exports in folders OUT over HTTP: OpenAI's /v1/videos, a live page, metrics."""
     require_packages()
+    check_session_options(options)
     if options["triton_repository"] is not None:
         write_triton(exports, options)
         return
@@ -211,6 +214,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
             backend=options["backend"],
             compile=options["compile"],
             fuse=options["fuse"],
+            cuda_graphs=options["cuda_graphs"],
             weights=options["weights"],
             limits=read_limits(options),
             api_keys=tuple(key_digest(key) for key in keys),
@@ -224,6 +228,24 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
             verbose=options["verbose"],
         )
     )
+
+
+def check_session_options(options: dict[str, Any]) -> None:
+    """Refuse options of sessions that have no effect, before an export is opened.
+
+    Args:
+        options: The options of the command.
+
+    Raises:
+        UnsupportedError: Two options exclude each other.
+    """
+    clashes = session_clashes(options)
+    for option, elsewhere in (("--triton-repository", "triton_repository"), ("--dynamo", "dynamo")):
+        what = f"{option} opens sessions without CUDA graphs, so --cuda-graphs does not apply"
+        clashes[what] = options["cuda_graphs"] and bool(options[elsewhere])
+    for what, clash in clashes.items():
+        if clash:
+            raise UnsupportedError(what, fix="leave one of the two out")
 
 
 def write_triton(exports: tuple[str, ...], options: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from dvdquant.cli.serve import devices, gpus, hosts, main, read_keys
 from dvdquant.deploy.serve.model_names import named, named_export
 from dvdquant.deploy.serve.settings import ServerSettings
+from dvdquant.deploy.serve.worker import open_model
 from dvdquant.errors import DvdquantError
 from tests.support.commands import refused
 from tests.support.session_exports import family_export
@@ -69,6 +70,34 @@ def test_models_have_names_and_devices_have_workers(out: Path, settings: list[Se
     assert (given.host, given.limits.queue, given.keep, given.api_keys) == ("127.0.0.1", 5, 7200, ())
     assert given.allowed_hosts == ("127.0.0.1", "localhost", "[::1]")
     assert given.worker("w", "cuda:2").device == "cuda:2"
+
+
+def test_cuda_graphs_reach_the_sessions_of_workers(
+    out: Path, settings: list[ServerSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[bool] = []
+    monkeypatch.setattr(
+        "dvdquant.deploy.generation.generate.open_generator", lambda *_, **given: opened.append(given["cuda_graphs"])
+    )
+    for words in ((), ("--cuda-graphs",)):
+        assert _run(out, "--data", tmp_path / "data", *words).exit_code == 0
+        worker = settings[-1].worker("w", "cpu")
+        open_model(worker, worker.models[0])
+    assert opened == [False, True]
+
+
+def test_options_of_sessions_without_effect_are_refused_before_an_export_is_opened(tmp_path: Path) -> None:
+    """In dvdq-run's words: the export is not even there."""
+    gone = tmp_path / "gone"
+    for words, said in (
+        (("--cuda-graphs", "--backend", "onnxruntime"), "ONNX Runtime has none, so --cuda-graphs does not apply"),
+        (("--compile", "--backend", "rtx"), "--compile runs in PyTorch, so --backend rtx does not apply"),
+        (("--fuse", "--backend", "tensorrt"), "--fuse runs in PyTorch, so --backend tensorrt does not apply"),
+        (("--cuda-graphs", "--dynamo"), "--dynamo opens sessions without CUDA graphs"),
+        (("--cuda-graphs", "--triton-repository", tmp_path / "models"), "--triton-repository opens sessions"),
+    ):
+        refused(_run(gone, *words), said, "leave one of the two out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_wrong_is_said_before_anything_starts(out: Path, tmp_path: Path) -> None:
