@@ -141,13 +141,13 @@ def check_cache_policy(policy: Any) -> None:
 
 # What a warm-up share refers to if nobody says the number of steps: the usual number of the supported models.
 _USUAL_STEPS = 50
-# The settings of every policy. Measured on the toy models only: python -m benchmarks.quality caches (docs/quality, 16
-# clips each, on a8; loss of PSNR to a8 without a cache, on tiny-wan and with outliers):
-#   forecast   .02  54 % of the steps skipped, +.31 and −.15 dB;  .05  66 %, +.03 dB
-#   easycache  .02  58 %, +.32 and −.34 dB;                       .03  69 %, −.34 dB
-#   magcache   .12  62 %, −.15 and −.76 dB;                       .24  68 %, −.91 dB
-# No interval of these leaves out 0. All return the last output: along a rectified flow the velocity changes less than its
-# difference to the latent.
+# The settings of every policy. Measured on the toy models only: python -m benchmarks.quality caches (docs/quality; on a8,
+# loss of PSNR to a8 without a cache, on tiny-wan and with outliers):
+#   forecast   .02  54 % of the steps skipped, −.21 dB (64 clips) and −.15 dB (16);  .05  66 %, −.84 dB (64)
+#   easycache  .02  58 %, +.32 and −.34 dB (16);                                     .03  69 %, −.34 dB (16)
+#   magcache   .12  62 %, −.15 and −.76 dB (16);                                     .24  68 %, −.91 dB (16)
+# Of 16 clips one decides; only the interval of forecast .05 leaves out 0. All return the last output: along a rectified
+# flow the velocity changes less than its difference to the latent.
 POLICIES: Mapping[str, StepCachePolicy] = {
     "forecast": StepCachePolicy(0.02),
     "easycache": StepCachePolicy(0.02, "output", 10, "easycache"),
