@@ -24,7 +24,7 @@ def test_settings_are_what_they_say() -> None:
     for setting in SETTINGS:
         mode, *words = setting.split()
         controller = controller_of(setting)
-        assert controller.mode == ("switch" if mode == "switch" else "fixed")
+        assert controller.mode == ("switch" if mode.startswith("switch") else "fixed")
         cache = controller.cache
         found = [] if cache is None else [cache.policy, cache.threshold, cache.residual, cache.max_skips, cache.warm_up]
         assert [str(value) for value in found] == [*words[:4], *(str(float(word)) for word in words[4:])]
