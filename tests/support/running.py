@@ -52,7 +52,8 @@ def short_wan_export() -> Path:
     """As :func:`tiny_wan_export`, of :func:`short_wan`: a sixth of the work in every export, session and call."""
     return (
         shared_folder(
-            "short-wan-export", lambda folder: in_process(short_wan(), "-o", folder / "out", "--target", "graphs")
+            "short-wan-export",
+            lambda folder: in_process(short_wan(), "-o", folder / "out", "--target", "graphs", "--recipe", "w4a4"),
         )
         / "out"
     )
