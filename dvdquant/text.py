@@ -2,7 +2,7 @@
 
 File names, tensor names, prompts and fields of files come from strangers. :func:`shown` makes them fit for a line of
 text, :func:`json_text` for JSON, :func:`shell_word` for a command to copy, :func:`markdown` and :func:`markdown_code`
-for a card.
+for a card, :func:`message_of` for an error of another library.
 """
 
 from __future__ import annotations
@@ -19,14 +19,25 @@ __all__ = [
     "json_text",
     "markdown",
     "markdown_code",
+    "message_of",
     "shell_line",
     "shell_word",
     "shown",
     "unsafe",
+    "without_secrets",
 ]
 
 # Control characters, marks that reorder or hide text, halves of surrogate pairs, private use, and line separators.
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+# What stands for a secret: the user of a URL, parameters with such names, known kinds of token, and HTTP's own header.
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,20}:/{1,2})[^/\s@]+@")
+_SECRET = r"token|secret|passw|api[-_]?key|access[-_]?key|auth|credential|signature|\bsig\b|\bkey\b"
+_PARAMETER = re.compile(rf"(?i)([^=&?;#\s]{{0,60}}(?:{_SECRET})[^=&?;#\s]{{0,60}}=)[^&#;\s]+")
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{8,}|gh[a-z]_[A-Za-z0-9]{8,}|github_pat_\w{8,}|sk-[\w-]{12,}|glpat-[\w-]{8,}"
+    r"|AKIA[0-9A-Z]{12,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
+)
+_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{12,}")
 _MARKDOWN = re.compile(r"[\\`*_\[\]|~#$]")
 
 
@@ -37,6 +48,26 @@ def unsafe(character: str) -> bool:
         character: One character.
     """
     return unicodedata.category(character) in _UNSAFE
+
+
+def without_secrets(text: str) -> str:
+    """Return ``text`` with an ellipsis for every secret of a URL and every known kind of token.
+
+    Args:
+        text: A text from elsewhere, such as an address or another library's message.
+    """
+    text = _PARAMETER.sub(r"\1…", _USER.sub(r"\1…@", text))
+    return _BEARER.sub(r"\1 …", _TOKEN.sub("…", text))
+
+
+def message_of(error: BaseException, limit: int = 200) -> str:
+    """Return the first line of another library's error, safe to print and without secrets.
+
+    Args:
+        error: The error. Clients of a network quote addresses in it, which may hold a token or a password.
+        limit: The number of characters kept.
+    """
+    return shown(without_secrets(str(error).strip().split("\n")[0][: 20 * limit]), limit)
 
 
 def shown(value: object, limit: int = 200, *, keep: str = "") -> str:

@@ -127,7 +127,11 @@ def wan_arguments(
     """
     for name, value in {"latents": latents, "timestep": timestep, "text": text, "images": images}.items():
         if not isinstance(value, Tensor) and (value is not None or name in ("latents", "timestep")):
-            raise ShapeError(f"the {name} of a call of the model: {type(value).__name__}", available="a tensor")
+            raise ShapeError(
+                f"the {name} of a call of the model: {type(value).__name__}",
+                available="a tensor",
+                fix="take out the node that puts something else there",
+            )
     channels = family.config["in_channels"]
     if latents.ndim != 5 or latents.shape[1] != channels:
         raise ShapeError(

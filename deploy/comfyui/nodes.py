@@ -156,7 +156,9 @@ class BitSchedule:
             cache_policy: What predicts which steps can be skipped.
         """
         if not is_number(cache):
-            raise UnsupportedError(f"cache is {brief(cache)}", available="a number, 0 for off")
+            raise UnsupportedError(
+                f"cache is {brief(cache)}", available="a number", fix="give 0 to leave the cache off"
+            )
         if cache and mode == "planned":
             raise UnsupportedError(
                 "a planned schedule says itself which steps are skipped", fix="set cache to 0, or mode to switch"
@@ -200,7 +202,11 @@ class LoraBeside:
         import folder_paths
 
         if not is_number(strength):
-            raise UnsupportedError(f"the strength of the LoRA is {brief(strength)}", available="a finite number")
+            raise UnsupportedError(
+                f"the strength of the LoRA is {brief(strength)}",
+                available="a finite number",
+                fix="give 1.0 for the LoRA as it was trained",
+            )
         path = folder_paths.get_full_path("loras", lora)
         if path is None:
             raise UnsupportedError(f"there is no LoRA {lora!r:.200}", fix="put the file into ComfyUI/models/loras")

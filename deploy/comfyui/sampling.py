@@ -191,7 +191,11 @@ def _place(settings: Settings, own: int) -> tuple[int, int]:
     """
     for name in ("total_steps", "first_step"):
         if not is_whole(value := getattr(settings, name)) or value < 0:
-            raise UnsupportedError(f"{name} is {brief(value)}", available="a number of steps, from 0")
+            raise UnsupportedError(
+                f"{name} is {brief(value)}",
+                available="a number of steps, from 0",
+                fix="give 0 where the sampler begins with the first step and ends with the last",
+            )
     if not settings.total_steps:
         if settings.first_step:
             raise UnsupportedError(

@@ -13,7 +13,7 @@ from dvdquant.artifact.provenance import lora_room, lora_words, sampling_words
 from dvdquant.checkpoint.formats.files import names_file
 from dvdquant.model.families.base import ImageInputs
 from dvdquant.recipe import fitted_text, looks_at_inputs
-from dvdquant.text import shell_word, unsafe
+from dvdquant.text import shell_word, unsafe, without_secrets
 
 __all__ = [
     "lora_rows",
@@ -29,14 +29,6 @@ __all__ = [
 ]
 
 LONGEST = 600  # characters of one text of the page
-_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,20}:/{1,2})[^/\s@]+@")
-_SECRET = r"token|secret|passw|api[-_]?key|access[-_]?key|auth|credential|signature|\bsig\b|\bkey\b"
-_PARAMETER = re.compile(rf"(?i)([^=&?;#\s]{{0,60}}(?:{_SECRET})[^=&?;#\s]{{0,60}}=)[^&#;\s]+")
-_TOKEN = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{8,}|gh[a-z]_[A-Za-z0-9]{8,}|github_pat_\w{8,}|sk-[\w-]{12,}|glpat-[\w-]{8,}"
-    r"|AKIA[0-9A-Z]{12,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
-)
-_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{12,}")
 NO_IMAGES = ImageInputs()
 _SLOW = re.compile(r"(?i)no faster than a8")
 
@@ -51,9 +43,7 @@ def shown(value: Any) -> Any:
         value: A text, or dicts and lists of them.
     """
     if isinstance(value, str):
-        text = _USER.sub(r"\1…@", value[: 4 * LONGEST])
-        text = _PARAMETER.sub(r"\1…", text)
-        text = _BEARER.sub(r"\1 …", _TOKEN.sub("…", text))
+        text = without_secrets(value[: 4 * LONGEST])
         text = "".join("\ufffd" if unsafe(c) else c for c in text)
         return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
     if isinstance(value, Mapping):

@@ -15,7 +15,7 @@ from psycopg.rows import dict_row
 from dvdquant.deploy.serve.jobs import CANCELLED, Beat, Failure, Job, NewJob, QueueFullError, job_from_row, new_video_id
 from dvdquant.deploy.serve.sql_store import SqlStore
 from dvdquant.errors import OutputError
-from dvdquant.text import shown
+from dvdquant.text import message_of
 
 __all__ = ["PostgresStore"]
 
@@ -71,7 +71,7 @@ class PostgresStore(SqlStore[Connection]):
         except psycopg.Error as error:
             self.close()
             raise OutputError(
-                f"the database cannot be used as store of jobs: {shown(str(error).strip(), 300)}",
+                f"the database cannot be used as store of jobs: {message_of(error, 300)}",
                 fix="check --store, and that its user may create tables",
             ) from error
 

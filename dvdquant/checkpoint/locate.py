@@ -14,7 +14,7 @@ from dvdquant.errors import CheckpointError
 from dvdquant.system.files import disk_error
 from dvdquant.system.hub_client import EndlessAnswerError, one_listing
 from dvdquant.system.recognize import PICKLED_FILE, SNIFFED, Found, recognize_bytes, recognize_tensors, tensor_names
-from dvdquant.text import shown
+from dvdquant.text import message_of, shown
 
 __all__ = [
     "CONVERT",
@@ -212,6 +212,6 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
             what, fix = "is no local folder, and the hub does not come to an end", f"check HF_ENDPOINT, {local}"
         else:
             what, fix = "is no local folder, and the hub gave nothing", f"connect, unset HF_HUB_OFFLINE, {local}"
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"model {model!r} {what} ({type(error).__name__}: {reason:.200})", fix=fix) from error
+        said = f"{type(error).__name__}: {message_of(error)}"
+        raise CheckpointError(f"model {model!r} {what} ({said})", fix=fix) from error
     return Path(found)

@@ -94,7 +94,9 @@ class PromptWords:
                 words are for one slot.
         """
         if not isinstance(prompt, str):
-            raise ShapeError(f"the prompt is a {type(prompt).__name__}", available="words, as text")
+            raise ShapeError(
+                f"the prompt is a {type(prompt).__name__}", available="words", fix="give the prompt as text"
+            )
         words, known = prompt.replace(",", " ").split(), frozenset(self.known)
         for word in words:
             if word.lower() not in known:

@@ -10,7 +10,7 @@ from pathlib import Path
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.system.files import disk_error
 from dvdquant.system.hub_client import EndlessAnswerError
-from dvdquant.text import shown
+from dvdquant.text import message_of
 
 __all__ = ["hub_failure", "is_hub_name", "require_hub_name"]
 
@@ -61,7 +61,7 @@ def hub_failure(error: Exception, repo: str, revision: str | None, task: str) ->
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return disk_error(error, f"the hub cache with {repo}")
     status = getattr(getattr(error, "response", None), "status_code", None)
-    reason = shown(str(error).strip().split("\n")[0], 200)
+    reason = message_of(error)
     detail = f"{type(error).__name__}: {reason}"
     if isinstance(error, errors.GatedRepoError):
         return OutputError(

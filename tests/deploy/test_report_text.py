@@ -14,6 +14,7 @@ from dvdquant.deploy.report.charts import error_chart, line_chart, schedule_char
 from dvdquant.deploy.report.page import render_report
 from dvdquant.deploy.report.text import shown
 from tests.support.report_pages import PIXEL, Page, full_report, report_export
+from tests.support.secrets import SECRETS
 
 pytestmark = pytest.mark.slow  # the export that both files of report tests look at
 
@@ -78,19 +79,6 @@ def test_no_text_becomes_markup(text: str, manifest: Manifest, clean: Page) -> N
 def _kind(value: str) -> str:
     """A width is a number of its own in every page."""
     return re.sub(r"width: [\d.]+%", "width", value)
-
-
-SECRETS = (
-    ("https://user:hunter22@e.example/model", "hunter22"),
-    ("https://hf_abcdefghijkLMNOPQ@e.example/model", "hf_abcdefghijkLMNOPQ"),
-    ("org/model?token=abc123secret", "abc123secret"),
-    ("s3://bucket/x?X-Amz-Signature=deadbeef99&y=1", "deadbeef99"),
-    ("https://e.example/m?access_key=AKIAIOSFODNN7EXAMPLE", "AKIAIOSFODNN7EXAMPLE"),
-    ("model hf_AbCdEfGhIjKlMnOpQrSt", "hf_AbCdEfGhIjKlMnOpQrSt"),
-    ("ghp_0123456789abcdefghij", "ghp_0123456789abcdefghij"),
-    ("Authorization: Bearer abcdefghijklmnop123", "abcdefghijklmnop123"),
-    ("https://e.example/m#api_key=zzz999yyy", "zzz999yyy"),
-)
 
 
 @pytest.mark.parametrize(("text", "secret"), SECRETS, ids=[str(i) for i in range(len(SECRETS))])

@@ -8,8 +8,11 @@ import subprocess
 
 import pytest
 
+from dvdquant.checkpoint.locate import locate_model
 from dvdquant.errors import CheckpointError
-from dvdquant.text import json_text, markdown, markdown_code, shell_line, shell_word, shown, unsafe
+from dvdquant.hub.names import hub_failure
+from dvdquant.text import json_text, markdown, markdown_code, message_of, shell_line, shell_word, shown, unsafe
+from tests.support.secrets import SECRETS
 
 
 @pytest.mark.parametrize(
@@ -80,3 +83,27 @@ def test_markdown_is_the_text_and_no_markup() -> None:
     assert not any(unsafe(c) for c in code)
     assert markdown_code("onnx/a_b*.onnx") == "`onnx/a_b*.onnx`"
     assert markdown_code("") == ""
+
+
+@pytest.mark.parametrize(("text", "secret"), SECRETS)
+def test_errors_of_other_libraries_do_not_bring_secrets_along(
+    text: str, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an error of the hub's client, as readers of exports, pushes and downloads of models say it."""
+    error = ConnectionError(f"no answer from {text}\nand more")
+    assert secret not in message_of(error)
+    assert "no answer from" in message_of(error)
+    assert secret not in str(hub_failure(error, "org/name", None, "read"))
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(CheckpointError) as caught:
+        locate_model("org/name", None, ["*.json"])
+    assert secret not in str(caught.value)
+    assert "no answer from" in str(caught.value)
+
+
+def test_an_error_of_another_library_is_one_line_that_acts_on_nothing() -> None:
+    assert message_of(ValueError("a\x1b[31m\u202eb\nsecond line")) == "a\\x1b[31m\\u202eb"
