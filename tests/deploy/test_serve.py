@@ -571,12 +571,12 @@ def test_the_live_page_draws_a_clip(browser: Any, server: ServerProcess, tmp_pat
     try:
         page.goto(server.url)
         _until(page, "document.querySelector('#prompt').value !== ''")
-        page.fill("#num_inference_steps", "60")
+        page.fill("#num_inference_steps", "240")
         page.fill("#guidance_scale", "1")
         page.fill("#delta", "1")
         page.click("#ask")
         page.wait_for_selector("#plan:not([hidden])")
-        assert "60 (60 calls), switch" in page.inner_text("#plan")
+        assert "240 (240 calls), switch" in page.inner_text("#plan")
         page.fill("#prompt", PROMPT)
         page.click("#submit")
         page.wait_for_selector(".card[data-status=in_progress] .steps i.b8")
@@ -585,7 +585,7 @@ def test_the_live_page_draws_a_clip(browser: Any, server: ServerProcess, tmp_pat
         _until(page, "document.querySelector('.card video').readyState >= 2")
         assert page.evaluate("document.querySelector('.card video').videoWidth") == 24
         bars = page.evaluate("[...document.querySelector('.card .steps').children].map(bar => bar.className)")
-        assert len(bars) == 60
+        assert len(bars) == 240
         assert {"b4", "b8"} <= set(bars) <= {"b4", "b8"}
         page.screenshot(path=os.environ.get("SERVE_PAGE_DONE", str(tmp_path / "done.png")))
         assert faults == []
