@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import os
 import re
 import shutil
@@ -407,3 +408,11 @@ def test_the_longest_files_are_there_and_come_first() -> None:
         short,
         outside,
     ]
+
+
+def test_no_helper_of_tests_has_the_name_of_a_library() -> None:
+    """A helper that is run by its path stands before all libraries: secrets.py there would be NumPy's secrets."""
+    libraries = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions(), "triton", "tensorrt"}
+    helpers = {path.stem for path in (ROOT / "tests" / "support").glob("*.py")}
+    assert helpers
+    assert not helpers & libraries

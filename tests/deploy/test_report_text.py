@@ -14,7 +14,7 @@ from dvdquant.deploy.report.charts import error_chart, line_chart, schedule_char
 from dvdquant.deploy.report.page import render_report
 from dvdquant.deploy.report.text import shown
 from tests.support.report_pages import PIXEL, Page, full_report, report_export
-from tests.support.secrets import SECRETS
+from tests.support.secret_texts import SECRETS
 
 pytestmark = pytest.mark.slow  # the export that both files of report tests look at
 

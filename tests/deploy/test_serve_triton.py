@@ -22,7 +22,7 @@ from dvdquant.deploy.sessions import open_session
 from dvdquant.errors import Cancelled, ShapeError
 from tests.support.exporting import TINY_WAN
 from tests.support.running import PROMPT, tiny_wan_export
-from tests.support.triton import tritonserver
+from tests.support.triton_server import tritonserver
 
 
 def _write(folder: Path) -> str:

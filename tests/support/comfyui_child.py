@@ -279,6 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Files beside this one have the names of libraries: triton.py would be PyTorch's triton.
-    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).resolve().parent]
     main()

@@ -12,7 +12,7 @@ from dvdquant.checkpoint.locate import locate_model
 from dvdquant.errors import CheckpointError
 from dvdquant.hub.names import hub_failure
 from dvdquant.text import json_text, markdown, markdown_code, message_of, shell_line, shell_word, shown, unsafe
-from tests.support.secrets import SECRETS
+from tests.support.secret_texts import SECRETS
 
 
 @pytest.mark.parametrize(
