@@ -327,11 +327,7 @@ def run_quant_linear(
     """
     layer = layer_shape(x, packed, act_bits, act_group)
     kernels.plan(layer)
-    if not cache.is_sylvester(packed.hadamard):
-        raise UnsupportedError(
-            "the kernels rotate by Sylvester matrices, and the hadamard input is another one",
-            fix="export with rotation auto, full or none, or run on --device cpu",
-        )
+    cache.require_sylvester(packed.hadamard)
     prepared = cache.get(kernels, layer, packed)
     outer = packed.outer.contiguous()
     pre_quant = cache.pre_quant(scale, shift, x.dtype)

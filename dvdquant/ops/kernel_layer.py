@@ -58,11 +58,7 @@ class KernelLayer:
         shift: Tensor | None = None,
         form: WeightForm = "expanded",
     ) -> None:
-        if not CACHE.is_sylvester(packed.hadamard):
-            raise UnsupportedError(
-                "the kernels rotate by Sylvester matrices, and the hadamard input is another one",
-                fix="export with rotation auto, full or none, or run on --device cpu",
-            )
+        CACHE.require_sylvester(packed.hadamard)
         shapes = {
             (grid.bits, grid.group_size): packed_shape(packed, dtype, grid.bits, grid.group_size) for grid in grids
         }

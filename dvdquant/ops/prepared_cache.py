@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dvdquant.errors import UnsupportedError
 from dvdquant.numerics.hadamard import hadamard_matrix
 from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.ops.packed_layer import PackedLayer
@@ -97,6 +98,22 @@ class PreparedCache:
             synchronize(rows)
             kept[dtype] = (other, state, rows)
             return rows
+
+    def require_sylvester(self, hadamard: Tensor) -> None:
+        """Refuse an inner factor that the kernels do not have.
+
+        Args:
+            hadamard: The inner rotation factor, fp32 [b, b].
+
+        Raises:
+            UnsupportedError: It is no Sylvester matrix / √b.
+            KernelError: It would have to be checked for the first time while a CUDA graph is being captured.
+        """
+        if not self.is_sylvester(hadamard):
+            raise UnsupportedError(
+                "the kernels rotate by Sylvester matrices, and the hadamard input is another one",
+                fix="export with rotation auto, full or none, or run on --device cpu",
+            )
 
     def is_sylvester(self, hadamard: Tensor) -> bool:
         """Return whether ``hadamard`` is the Sylvester matrix / √b, the only inner factor that the kernels have.
