@@ -23,7 +23,7 @@ from dvdquant.deploy.sessions.fx_nodes import as_float, is_call, is_method, valu
 from dvdquant.deploy.sessions.rope_fusion import fuse_attention
 from dvdquant.errors import DvdquantError
 from dvdquant.ops.cuda_linear import CudaKernels, usable_kernels
-from dvdquant.ops.fused import Prologue, apply_prologue, run_fused_quantize
+from dvdquant.ops.fused import MAX_CHANNELS, Prologue, apply_prologue, run_fused_quantize
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPE_NAMES
 from dvdquant.ops.prepared_linear import kernels_of
@@ -36,8 +36,6 @@ __all__ = ["fuse_graph", "fusing_backend", "fusion_words", "kernels_fuse"]
 log = logging.getLogger(__name__)
 
 NO_KERNELS = "there are no kernels for this device"
-# The kernels hold a row of this many channels in registers.
-_MAX_CHANNELS = 32768
 # Both are registered by the import above.
 _LAYERS = {torch.ops.dvdquant.prepared_linear.default, torch.ops.dvdquant.packed_linear.default}
 _CASTS = {"to", "float", "type_as", "contiguous"}
@@ -182,7 +180,7 @@ def _takes_prologue(layer: Any) -> bool:
     if not isinstance(x, Tensor) or not isinstance(outer, Tensor) or x.dtype not in DTYPE_NAMES:
         return False
     channels = int(x.shape[-1])
-    if tuple(outer.shape) != (1, 1) or channels > _MAX_CHANNELS:
+    if tuple(outer.shape) != (1, 1) or channels > MAX_CHANNELS:
         return False
     if layer.target is torch.ops.dvdquant.prepared_linear.default:
         return True

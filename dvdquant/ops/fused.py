@@ -30,7 +30,18 @@ from dvdquant.ops.repack import LayerShape
 from dvdquant.ops.rotate_quantize import rotate_quantize
 from dvdquant.ops.smooth import apply_pre_quant
 
-__all__ = ["Prologue", "apply_prologue", "fused_linear", "fused_quantize", "run_fused_linear", "run_fused_quantize"]
+__all__ = [
+    "MAX_CHANNELS",
+    "Prologue",
+    "apply_prologue",
+    "fused_linear",
+    "fused_quantize",
+    "run_fused_linear",
+    "run_fused_quantize",
+]
+
+MAX_CHANNELS = 32768
+"""The kernels hold a row of this many channels in registers (kernels/csrc/plan.h)."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import onnx_ir.passes.common
 import torch
 
 from dvdquant.onnx.schema import DOMAIN
+from dvdquant.ops.fused import MAX_CHANNELS
 from dvdquant.ops.smooth import pack_pre_quant
 
 __all__ = ["FUSED", "READS", "expand_prologues", "fuse_prologues"]
@@ -23,7 +24,6 @@ READS = ("y", "gate", "multiplier", "addend", "pre_quant")
 _LAYER_INPUTS = 8
 _NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _FLOATS = _NARROW | {ir.DataType.FLOAT}
-_MAX_CHANNELS = 32768  # the kernel's, kernels/csrc/fused_strip.cuh
 _NORMS = {"LayerNormalization": "layer", "RMSNormalization": "rms"}
 
 
@@ -81,7 +81,7 @@ def _find(graph: ir.Graph, layer: ir.Node) -> _Found | None:
     if value is None or value.dtype not in _NARROW or value.shape is None or outer is None or outer.shape is None:
         return None
     channels = value.shape[-1]
-    if tuple(outer.shape) != (1, 1) or not isinstance(channels, int) or channels > _MAX_CHANNELS:
+    if tuple(outer.shape) != (1, 1) or not isinstance(channels, int) or channels > MAX_CHANNELS:
         return None
     # 1. The balance: (z − shift) · scale.
     scale, value = _balance(value, "Mul", ".pre_quant_scale", layer)
