@@ -76,9 +76,10 @@ def layer_inputs(found: InputHessian, spec: LayerSpec) -> LayerInputs:
         found: Prediction about the layer's inputs, not rotated.
         spec: The layer.
     """
-    smooth_scale = smooth_scale_of(found) if spec.smoothed and not spec.regular else torch.ones(spec.features)
     if spec.regular:
         smooth_scale = regular_signs(spec.rotation.block, spec.features)
+    else:
+        smooth_scale = smooth_scale_of(found) if spec.smoothed else torch.ones(spec.features)
     if spec.random_signs and not spec.rotation.identity:
         smooth_scale = smooth_scale * random_signs_of(spec.name, spec.features)
     # Moments of few tokens have few directions; the others must not count as free of error.
