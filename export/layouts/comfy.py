@@ -139,8 +139,9 @@ def _marker(spec: LayerSpec, layout: str) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
 
 
-def _members(plan: ModelPlan) -> list[_Member]:
-    names, found = comfy_names(plan), []
+def _members(plan: ModelPlan, names: Mapping[str, str]) -> list[_Member]:
+    """Return the linear layers of the file; ``names`` are those of :func:`comfy_names`."""
+    found = []
     for spec in plan.layers:
         start = 0
         for member, rows, bias in zip(spec.members, spec.rows, spec.biases):
@@ -149,10 +150,10 @@ def _members(plan: ModelPlan) -> list[_Member]:
     return found
 
 
-def _planned(plan: ModelPlan, layout: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+def _planned(plan: ModelPlan, layout: str, names: Mapping[str, str]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Return (name, dtype, shape) of every tensor of the file, those of the widest dtype first, so that all are aligned."""
-    names, tensors = comfy_names(plan), []
-    for member in _members(plan):
+    tensors = []
+    for member in _members(plan, names):
         rows = member.rows.stop - member.rows.start
         tensors += [
             (f"{member.name}.weight_scale", torch.float32, (rows,)),
@@ -171,7 +172,9 @@ def comfy_bytes(plan: ModelPlan, layout: str) -> int:
         plan: The plan of the model.
         layout: ``comfy`` or ``comfy-a8``.
     """
-    return sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in _planned(plan, layout))
+    return sum(
+        dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in _planned(plan, layout, comfy_names(plan))
+    )
 
 
 def write_comfy(
@@ -198,9 +201,9 @@ def write_comfy(
         OutputError: Another write failed.
     """
     names = comfy_names(plan)
-    writer = StreamingWriter(path, _planned(plan, layout), {"format": "pt"}, alignment=1)
+    writer = StreamingWriter(path, _planned(plan, layout, names), {"format": "pt"}, alignment=1)
     try:
-        for member in _members(plan):
+        for member in _members(plan, names):
             spec, rows = member.spec, member.rows
             packed = read(f"{spec.name}.weight")[rows]
             step = max(1, _CHUNK_WEIGHTS // spec.features)
