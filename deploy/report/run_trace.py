@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvdquant.deploy.generation.run_report import TRACE_VERSION, bits_name, block
 from dvdquant.errors import OutputError
@@ -148,11 +147,6 @@ class RunClip:
         return f"step cache {self.cache}: {self.skipped} of {len(self.steps)} steps skipped"
 
 
-@functools.cache
-def _adapter() -> TypeAdapter[_Trace]:
-    return TypeAdapter(_Trace)
-
-
 def read_trace(path: Path, manifest: Manifest) -> list[RunClip]:
     """Return the clips of a trace.
 
@@ -171,7 +165,7 @@ def read_trace(path: Path, manifest: Manifest) -> list[RunClip]:
     except ValueError as error:
         raise OutputError(f"trace {path} is not valid JSON: {error}", fix=write) from error
     try:
-        trace = _adapter().validate_python(data)
+        trace = _Trace.model_validate(data)
     except ValidationError as error:
         problem = first_problem(error, data)
         raise OutputError(
