@@ -32,10 +32,18 @@ DTYPE_NAMES = ("bf16", "fp16")  # the keys of dvdquant.numerics.dtypes.DTYPES, w
 TARGETS = ("rtx", "tensorrt", "onnx", "graphs")
 BUILD_PLACES = ("auto", "here", "device")
 ALSO_WRITE = ("comfy", "comfy-a8")
+_TAKE_COMFY = "take --also-write comfy"
+# Layouts that somebody may ask for -> why they are not written, and what to do.
 _NOT_WRITTEN = {
-    "modelopt": "what ModelOpt writes of video transformers, and servers read, is FP8 or NVFP4 of weights that are not rotated, "
-    "and no recipe has these grids",
-    "sglang": "SGLang has no 4-bit integer layout of its own for video transformers; it reads the one of ComfyUI",
+    "modelopt": (
+        "what ModelOpt writes of video transformers, and servers read, is FP8 or NVFP4 of weights that are not rotated, "
+        "and no recipe has these grids",
+        "quantize MODEL with ModelOpt itself",
+    ),
+    "sglang": (
+        "SGLang has no 4-bit integer layout of its own for video transformers; it reads the one of ComfyUI",
+        _TAKE_COMFY,
+    ),
 }
 MAX_WORKSPACE_GIB = 1024
 MAX_SAMPLES = 16
@@ -223,14 +231,9 @@ def _check_layout(layout: str, recipe: Recipe) -> None:
         UnsupportedError: It is one of these.
     """
     if layout not in ALSO_WRITE:
-        why = _NOT_WRITTEN.get(layout.lower())
-        raise UnsupportedError(
-            f"--also-write {layout!r:.60}: {why}" if why else f"unknown layout {layout!r:.60}",
-            available=ALSO_WRITE,
-            fix="take --also-write comfy"
-            if layout.lower() == "sglang" or not why
-            else "quantize MODEL with ModelOpt itself",
-        )
+        why, fix = _NOT_WRITTEN.get(layout.lower(), ("", _TAKE_COMFY))
+        what = f"--also-write {layout!r:.60}: {why}" if why else f"unknown layout {layout!r:.60}"
+        raise UnsupportedError(what, available=ALSO_WRITE, fix=fix)
     if recipe.rotation == "regular":
         return
     weight = recipe.weight
