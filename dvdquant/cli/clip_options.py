@@ -9,9 +9,10 @@ import click
 
 from dvdquant.cli.common import CUDA_GRAPHS, FUSE, P, R
 from dvdquant.cli.paths import MODEL, PATH, WORD
+from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import ATTENTION
 
-__all__ = ["clip_options", "loading_clashes", "loading_options", "session_clashes"]
+__all__ = ["clip_options", "loading_clashes", "loading_options", "refuse_clashes", "session_clashes"]
 
 _CLIP = (
     click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]"),
@@ -140,3 +141,17 @@ def loading_clashes(options: Mapping[str, Any]) -> dict[str, bool]:
             options["text_embeds"] is not None and options["text_encoder_bits"] is not None
         ),
     }
+
+
+def refuse_clashes(clashes: Mapping[str, Any]) -> None:
+    """Refuse two options that exclude each other.
+
+    Args:
+        clashes: What two options say against each other, and whether both were given.
+
+    Raises:
+        UnsupportedError: Both of two were given.
+    """
+    for what, clash in clashes.items():
+        if clash:
+            raise UnsupportedError(what, fix="leave one of the two out")

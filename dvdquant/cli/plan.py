@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from dvdquant import __version__
-from dvdquant.cli.clip_options import clip_options, loading_clashes, loading_options
+from dvdquant.cli.clip_options import clip_options, loading_clashes, loading_options, refuse_clashes
 from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging, table
 from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts
@@ -163,9 +163,7 @@ def default_output(name: Path, out: Path) -> Path:
 
 def _check_loading(options: dict[str, Any]) -> None:
     """UnsupportedError for options of loading that contradict each other, as dvdq-run says them."""
-    for what, clash in loading_clashes(options).items():
-        if clash:
-            raise UnsupportedError(what, fix="leave one of the two out")
+    refuse_clashes(loading_clashes(options))
 
 
 def _refuse_besides_check() -> None:

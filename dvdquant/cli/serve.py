@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.clip_options import session_clashes
+from dvdquant.cli.clip_options import refuse_clashes, session_clashes
 from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, runs_on
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.deploy.serve.model_names import named, named_export
@@ -243,9 +243,7 @@ def check_session_options(options: dict[str, Any]) -> None:
     for option, elsewhere in (("--triton-repository", "triton_repository"), ("--dynamo", "dynamo")):
         what = f"{option} opens sessions without CUDA graphs, so --cuda-graphs does not apply"
         clashes[what] = options["cuda_graphs"] and bool(options[elsewhere])
-    for what, clash in clashes.items():
-        if clash:
-            raise UnsupportedError(what, fix="leave one of the two out")
+    refuse_clashes(clashes)
 
 
 def write_triton(exports: tuple[str, ...], options: dict[str, Any]) -> None:
