@@ -472,25 +472,28 @@ def test_a_fused_node_has_the_bits_of_the_librarys_own_call(
         has_the_bits_of_the_own_call(folders[name], case, kernels, "cpu", stored)
 
 
-@pytest.mark.gpu
-def test_a_fused_node_on_the_gpu_has_the_bits_of_the_librarys_own_call(tmp_path: Path) -> None:
+@pytest.fixture
+def kernels() -> Path:
+    """The library of the CUDA kernels."""
     path = Path(os.environ.get("DVDQUANT_KERNELS", ROOT / "build/kernels/libdvdquant_kernels.so"))
     if not path.is_file():
         pytest.skip(f"needs the CUDA kernels ({path}): make kernels")
-    build = configure(tmp_path / "build")
-    folders = {name: case.write(tmp_path / name) for name, case in FUSED.items()}
-    check(run(build, "run-fused", *map(str, folders.values()), DVDQUANT_KERNELS=str(path)), device=True)
-    major, minor = torch.cuda.get_device_capability()
-    kernels = CudaKernels(KernelLibrary(path), 10 * major + minor)
-    for name, case in FUSED.items():
-        has_the_bits_of_the_own_call(folders[name], case, kernels, "cuda", ("y.bin", "y_graph.bin"))
+    return path
 
 
 @pytest.mark.gpu
-def test_enqueue_on_the_gpu(tmp_path: Path) -> None:
-    kernels = Path(os.environ.get("DVDQUANT_KERNELS", ROOT / "build/kernels/libdvdquant_kernels.so"))
-    if not kernels.is_file():
-        pytest.skip(f"needs the CUDA kernels ({kernels}): make kernels")
+def test_a_fused_node_on_the_gpu_has_the_bits_of_the_librarys_own_call(kernels: Path, tmp_path: Path) -> None:
+    build = configure(tmp_path / "build")
+    folders = {name: case.write(tmp_path / name) for name, case in FUSED.items()}
+    check(run(build, "run-fused", *map(str, folders.values()), DVDQUANT_KERNELS=str(kernels)), device=True)
+    major, minor = torch.cuda.get_device_capability()
+    opened = CudaKernels(KernelLibrary(kernels), 10 * major + minor)
+    for name, case in FUSED.items():
+        has_the_bits_of_the_own_call(folders[name], case, opened, "cuda", ("y.bin", "y_graph.bin"))
+
+
+@pytest.mark.gpu
+def test_enqueue_on_the_gpu(kernels: Path, tmp_path: Path) -> None:
     build = configure(tmp_path / "build")
     cases = {
         "a4": Case((2, 131, 1536), 768, act_bits=4, block=128, outer=12),

@@ -6,6 +6,7 @@ case costs no start of a process. The figures go to stdout, a line of JSON for e
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -99,9 +100,15 @@ def _shuffled(parts: list[tuple[bytes, bytes]], kinds: tuple[bytes, ...], chance
             parts[at] = (kind, mutated(data or b"\0", 32, chance))
 
 
+@functools.cache
+def _bomb() -> bytes:
+    """Four MiB of nothing, compressed."""
+    return zlib.compress(bytes(1 << 22), 9)
+
+
 def _content(chance: random.Random) -> bytes:
     """What a part may hold: nothing, noise, a bomb, or a head of EXIF."""
-    bomb = zlib.compress(bytes(1 << 22), 9)
+    bomb = _bomb()
     return chance.choice(
         (
             b"",
