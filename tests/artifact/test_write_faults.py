@@ -80,11 +80,11 @@ def _one_fault(out: Path, way: str, before: bool, faults: Faults) -> None:
 
 @pytest.mark.parametrize(("way", "before"), [("exchange", True), ("roll-forward", True), ("roll-forward", False)])
 def test_every_call_failing(memory: Path, way: str, before: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """Every third one with one of the errors, by turns; the full set is under stress."""
+    """Every other one with one of the errors, by turns; the full set is under stress."""
     caplog.set_level(logging.CRITICAL)
     tried = 0
-    for at in range(0, 2000, 3):
-        code = ERRORS[at // 3 % len(ERRORS)]
+    for at in range(0, 2000, 2):
+        code = ERRORS[at // 2 % len(ERRORS)]
         faults = Faults(code, at)
         _one_fault(memory / str(at) / "out", way, before, faults)
         if faults.failed is None:
@@ -92,7 +92,7 @@ def test_every_call_failing(memory: Path, way: str, before: bool, caplog: pytest
         tried += 1
     else:
         pytest.fail("the calls never end")
-    assert tried > 40
+    assert tried > 50
 
 
 @pytest.mark.stress
@@ -199,7 +199,7 @@ def test_every_call_after_the_decision_failing(
 ) -> None:
     """Every third one with one of two errors, by turns, and finished by one of two ways; all are under stress."""
     caplog.set_level(logging.CRITICAL)
-    for at in range(0, 2000, 3):
+    for at in range(0, 2000, 2):
         faults = Faults((errno.EMFILE, errno.EIO)[at % 2], at, lasting=lasting)
         _fault_after_the_decision(memory / str(at) / "out", way, before, faults, at % 4 < 2)
         if faults.failed is None:

@@ -62,6 +62,7 @@ CASES = [
     case("wan-flf", FLF, "w4a4", "bf16", tiny.FIXED, when="slow"),
     case("hunyuan-video", tiny.HUNYUAN, "grouped", "fp16", tiny.FIXED, when="stress"),
     case("hunyuan-video", tiny.HUNYUAN, "float", "bf16", tiny.FIXED, when="stress"),
+    case("cogvideox", tiny.COGVIDEOX, "paper", "fp16", tiny.FIXED, when="stress"),
     case("cogvideox", tiny.COGVIDEOX, "real-rows", "fp16", tiny.FIXED, when="stress"),
     case("hunyuan-video", tiny.HUNYUAN, "rtn", "bf16", tiny.FIXED, when="slow"),
     case("hunyuan-video", tiny.HUNYUAN, "rtn", "bf16", tiny.RANGES, when="stress"),
