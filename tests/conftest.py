@@ -24,6 +24,7 @@ import pytest
 from tests.support.cpu_seconds import CpuSeconds
 from tests.support.folders import STORE
 from tests.support.longest_first import longest_first
+from tests.support.rare_collections import collect_rarely
 
 _TESTS = Path(__file__).parent
 
@@ -36,7 +37,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUM
 # A thread that waits for others sleeps instead of spinning: the cores belong to the other test processes meanwhile.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Most objects of a test process come from imports and traces, and live; pytest's own collection makes a million more.
-gc.set_threshold(100_000, 50, 100)
+collect_rarely()
 # No test may depend on the network; a hub id that is not cached fails at once instead of retrying.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

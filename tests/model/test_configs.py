@@ -223,8 +223,9 @@ COSTLY: dict[str, dict[str, Any]] = {
 }
 COST = """
 import gc, json, resource, sys, time
+from tests.support.rare_collections import collect_rarely
 thresholds = gc.get_threshold()
-gc.set_threshold(100_000, 50, 100)  # imports take a fifth less; the costs are measured as everywhere
+collect_rarely()  # for the imports; the costs are measured as everywhere
 import torch, diffusers, accelerate
 from dvdquant.errors import DvdquantError
 from dvdquant.model.plan import plan_model

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from tests.support.rare_collections import collect_rarely
 from tests.support.traces import share_traces
 
 NAMES = ("export", "inspect", "plan", "run", "build", "bundle", "push", "bench", "doctor")
@@ -149,7 +150,7 @@ def main() -> None:
     # A run in the background, or under nohup, hands down that these are ignored; the commands are asked as from a terminal.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.set_threshold(100_000, 50, 100)
+    collect_rarely()
     torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
     for name in MODULES:
         importlib.import_module(f"dvdquant.{name}")

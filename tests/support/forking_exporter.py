@@ -8,7 +8,6 @@ Tracing happens once, before the forks: a killed export then dies in the stages 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ from dvdquant.export.plan import ExportPlan, plan_export
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support.faults import WRITES, Faults
+from tests.support.rare_collections import collect_rarely
 from tests.support.traces import traced
 
 
@@ -61,7 +61,7 @@ def export(request: dict[str, Any], plan: ExportPlan, report: int) -> None:
 
 def main() -> None:
     """Serve until stdin closes."""
-    gc.set_threshold(100_000, 50, 100)  # what a trace makes lives
+    collect_rarely()
     torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
     bases: dict[str, Any] = {}
     # The space check would refuse before anything is written; here the disk is to fill up half-way.
