@@ -13,8 +13,8 @@ _THRESHOLDS = (10_000, 10, 10)
 def collect_less_often() -> None:
     """Let this process look for garbage less often than Python does; it only raises the thresholds that are set.
 
-    PyTorch and diffusers make half a million objects while they are imported, and all of them live: a fifth of the time of
-    the import went into looking among them. A process that has turned the collector off keeps it off.
+    PyTorch and diffusers make very many objects while they are imported, and nearly all of them live, so that looking among
+    them again and again is time lost. A process that has turned the collector off keeps it off.
     """
     now = gc.get_threshold()
     if now[0]:

@@ -27,7 +27,7 @@ HEAVY = {"torch", "numba", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "diff
 # Runs first in a child: no CUDA, no TensorRT, no network, whatever this machine has.
 BARE = """
 import gc, os, socket, sys
-gc.disable()  # a fifth of an import of PyTorch
+gc.disable()  # much of an import of PyTorch
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name in ("tensorrt", "tensorrt_rtx", "polygraphy"):
     sys.modules[name] = None
