@@ -225,8 +225,8 @@ def test_steps_of_a_trace_have_what_the_example_prints() -> None:
     assert {"step", "bits", "reason"} <= {f.name for f in dataclasses.fields(StepRecord)}
 
 
-def test_export_from_python_plans_as_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's export up to and including the plan; the export itself is what `make demo` does."""
+def test_export_from_python_plans_as_the_command_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The README's export up to and including the plan, also after `make demo`; the export itself is what that does."""
     import dvdquant
     from dvdquant.export import pipeline
     from dvdquant.export.plan import ExportPlan
@@ -235,7 +235,10 @@ def test_export_from_python_plans_as_the_command_does(monkeypatch: pytest.Monkey
     plans: list[ExportPlan] = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(pipeline, "run_export", lambda plan, progress, write_report: plans.append(plan))
-    dvdquant.export_model("examples/tiny-wan", "out/tiny-wan", latent="8x24x24", text_tokens=5)
+    line = next(line for line in README.splitlines() if "dvdquant.export_model(" in line)
+    exec(line.removeprefix("result = "), {"dvdquant": dvdquant})
+    assert [engine.act_bits for engine in plans.pop().engines] == [4, 8]
+    dvdquant.export_model("examples/tiny-wan", tmp_path / "out", latent="8x24x24", text_tokens=5)
     (plan,) = plans
     assert [engine.act_bits for engine in plan.engines] == [8], "a4 gains nothing on SM 8.9"
     defaults = {p.name: p.get_default(click.Context(_command("dvdq-export"))) for p in _command("dvdq-export").params}

@@ -40,8 +40,8 @@ BUILD_PLACES = ("auto", "here", "device")  # those of dvdquant.export.options, w
 MAX_TOKENS, MAX_BATCH = 1 << 16, 1 << 10
 
 EXAMPLES = """
-# a trained toy model, an engine for one RTX generation (SM 8.9), in half a minute
-dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5
+# a trained toy model, engines of both widths for one RTX generation (SM 8.9), in half a minute
+dvdq-export examples/tiny-wan -o out/tiny-wan --recipe w4a4 --latent 8x24x24 --text-tokens 5
 
 # what would it take, and what would it give on my card? (of a local folder reads only headers; writes nothing)
 dvdq-export Wan-AI/Wan2.1-T2V-1.3B-Diffusers -o out/wan --gpu "RTX 4090" --dry-run
@@ -74,7 +74,7 @@ dvdq-export ComfyUI/models/diffusion_models -o out/wan22 --pipeline Wan-AI/Wan2.
 dvdq-export ./Wan2.2-T2V-A14B-Diffusers -o out/wan22 --resume --verify
 
 # with a page that shows it all: out/tiny-wan/report.html
-dvdq-export examples/tiny-wan -o out/tiny-wan --latent 8x24x24 --text-tokens 5 --verify --report
+dvdq-export examples/tiny-wan -o out/tiny-wan --recipe w4a4 --latent 8x24x24 --text-tokens 5 --verify --report
 """
 
 

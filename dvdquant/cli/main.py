@@ -16,7 +16,7 @@ __all__ = ["main"]
 
 EXAMPLES = """
 # a trained toy model: export it, look at it, draw with it
-dvdq export examples/tiny-wan -o out/tiny-wan
+dvdq export examples/tiny-wan -o out/tiny-wan --recipe w4a4
 dvdq inspect out/tiny-wan --check
 dvdq run out/tiny-wan --prompt "ring red right large black" -o clip.mp4
 """
