@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -289,12 +290,13 @@ def test_published_sizes_are_within_the_bounds() -> None:
 
 def test_repeated_blocks_are_planned_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first block runs for all of its kind: with every block run, the plan is the same, whatever is kept of some."""
-    from dvdquant.model import plan as model_module
+    from dvdquant.model import outline
 
     recipe = get_recipe("w4a4").with_globs(("*blocks.1.attn*.to_k", "*blocks.0.ff*"), ())
     configs = [with_changes(CONFIGS[n], num_layers=3) for n in ("wan-i2v", "hunyuan-video", "cogvideox", "ltx-video")]
     fast = [plan_model(config, recipe, torch.bfloat16) for config in configs]
-    monkeypatch.setattr(model_module, "_drop_repeated_blocks", lambda model: {})
+    monkeypatch.setattr(outline, "_drop_repeated_blocks", lambda model: {})
+    monkeypatch.setattr(outline, "_outlines", OrderedDict())
     for config, made in zip(configs, fast):
         whole = plan_model(config, recipe, torch.bfloat16)
         assert made.layers == whole.layers
