@@ -77,6 +77,10 @@ def source_lines(component: str, checkpoint: Checkpoint, family: Family) -> list
     scale = "×".join(map(str, facts["vae_scale"]))
     file = f" {shown(facts['file'])}" if facts["file"] else ""
     first = f"{component}: {facts['format']}{file}, {facts['precision']}; {facts['variant']}, VAE {scale}"
-    if family.images().first != "none":
-        first += f"; takes a {family.images()}".replace("a first image (required), last", "a first and a last")
+    images = family.images()
+    takes = [
+        f"a {name} image ({need})" for name, need in (("first", images.first), ("last", images.last)) if need != "none"
+    ]
+    if takes:
+        first += f"; takes {' and '.join(takes)}"
     return [first, *(f"{component}: {shown(note, 400)}" for note in facts["notes"])]
