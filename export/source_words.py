@@ -78,9 +78,6 @@ def source_lines(component: str, checkpoint: Checkpoint, family: Family) -> list
     file = f" {shown(facts['file'])}" if facts["file"] else ""
     first = f"{component}: {facts['format']}{file}, {facts['precision']}; {facts['variant']}, VAE {scale}"
     images = family.images()
-    takes = [
-        f"a {name} image ({need})" for name, need in (("first", images.first), ("last", images.last)) if need != "none"
-    ]
-    if takes:
-        first += f"; takes {' and '.join(takes)}"
+    if images.first != "none":
+        first += f"; takes {images}"
     return [first, *(f"{component}: {shown(note, 400)}" for note in facts["notes"])]
