@@ -108,7 +108,7 @@ class GroupedCommand(ExamplesCommand):
     """Options under the headings of :data:`GROUPS`."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """As click's, in sections."""
+        """Write the options as :meth:`click.Command.format_options` does, in sections."""
         records = {p.name: p.get_help_record(ctx) for p in self.get_params(ctx) if isinstance(p, click.Option)}
         grouped = {name for names in GROUPS.values() for name in names}
         sections = {**GROUPS, "Other": tuple(name for name in records if name not in grouped)}
