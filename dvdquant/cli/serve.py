@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.clip_options import refuse_clashes, session_clashes
+from dvdquant.clashes import Clash, refuse_clashes
+from dvdquant.cli.clip_options import session_clashes
 from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, runs_on
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.deploy.serve.model_names import named, named_export
@@ -242,7 +243,7 @@ def check_session_options(options: dict[str, Any]) -> None:
     clashes = session_clashes(options)
     for option, elsewhere in (("--triton-repository", "triton_repository"), ("--dynamo", "dynamo")):
         what = f"{option} opens sessions without CUDA graphs, so --cuda-graphs does not apply"
-        clashes[what] = options["cuda_graphs"] and bool(options[elsewhere])
+        clashes.append(Clash(options["cuda_graphs"] and options[elsewhere], what))
     refuse_clashes(clashes)
 
 
