@@ -17,19 +17,10 @@ import torch
 from torch import Tensor
 
 from dvdquant import __version__
-from dvdquant.artifact.manifest import (
-    BuildEntry,
-    EngineEntry,
-    FileEntry,
-    GraphEntry,
-    LayerEntry,
-    LoraEntry,
-    Manifest,
-    Verified,
-    hash_file,
-    verify_files,
-)
+from dvdquant.artifact.entries import BuildEntry, EngineEntry, GraphEntry, LayerEntry, LoraEntry, Verified
+from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.checkpoint.lora.fuse import lora_lines
 from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.errors import CheckpointError, ExportError, OutputError, ResourceError, UnsupportedError
@@ -61,6 +52,7 @@ from dvdquant.quantize.checkpoint import (
     rotated_weight,
 )
 from dvdquant.system.copies import copy_file, link_file
+from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_io import read_tensor
 

@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
-from dvdquant.artifact.manifest import EngineEntry, hash_file
+from dvdquant.artifact.entries import EngineEntry
 from dvdquant.errors import EngineError
 from dvdquant.export.engines import build_engine
 from dvdquant.export.engines.precision import EnginePlan
@@ -32,6 +32,7 @@ from dvdquant.export.passes.lowering.store import TensorStore
 from dvdquant.export.passes.plugin_inputs import plugin_inputs
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
+from dvdquant.system.files import hash_file
 from dvdquant.system.progress import Progress
 
 __all__ = [

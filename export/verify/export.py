@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from dvdquant.artifact.manifest import GraphEntry, LayerEntry
+from dvdquant.artifact.entries import GraphEntry, LayerEntry
 from dvdquant.errors import ExportError
 from dvdquant.export.verify.graph import GraphCheck, Verifier, load_quantized
 from dvdquant.export.verify.layers import choose_layers
