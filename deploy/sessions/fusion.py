@@ -26,7 +26,6 @@ from dvdquant.ops.cuda_linear import CudaKernels, usable_kernels
 from dvdquant.ops.fused import MAX_CHANNELS, Prologue, apply_prologue, run_fused_quantize
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPE_NAMES
-from dvdquant.ops.prepared_linear import kernels_of
 from dvdquant.ops.repack import LayerShape
 from dvdquant.ops.rope import Rope, apply_rope, run_rope_quantize
 from dvdquant.system.torch_hooks import compiler_named
@@ -175,20 +174,11 @@ def _is_narrow(node: Any) -> bool:
 
 
 def _takes_prologue(layer: Any) -> bool:
-    """Return whether the kernels can fuse a layer: no outer factor, a row that fits, and a weight that they can expand."""
+    """Return whether the kernels can fuse a layer: no outer factor, and a row that fits."""
     x, outer = value_of(layer.args[0]), value_of(layer.args[1])
     if not isinstance(x, Tensor) or not isinstance(outer, Tensor) or x.dtype not in DTYPE_NAMES:
         return False
-    channels = int(x.shape[-1])
-    if tuple(outer.shape) != (1, 1) or channels > MAX_CHANNELS:
-        return False
-    if layer.target is torch.ops.dvdquant.prepared_linear.default:
-        return True
-    # A packed weight that a path multiplies as it is has no fused call.
-    _, _, codes, _, _, number, groups, real, block, bits, group = layer.args
-    rows = value_of(codes).shape[0]
-    shape = LayerShape(int(rows), channels, groups, real, block, 1, bits, group, DTYPE_NAMES[x.dtype])
-    return kernels_of(number).plan(shape).codes != "s4"
+    return tuple(outer.shape) == (1, 1) and int(x.shape[-1]) <= MAX_CHANNELS
 
 
 def _kernels_number(layer: Any) -> int:

@@ -4,7 +4,9 @@ Nothing runs: bytes are counted from the plan of the model and the table of path
 figures of a GPU. A layer of K → N on M tokens whose path multiplies 8 bits is expanded before its product: K·N/2 bytes
 are read and K·N are written, at the bandwidth B. The product itself takes 2·M·K·N operations at the rate R. So the
 expansion costs ``0.75 · (R/B) / M`` of the product, whatever K and N are, and less of a whole step, in which attention
-takes its time too. What a path of 4 bits multiplies is the packed weight, and costs nothing.
+takes its time too.
+What a path of 4 bits multiplies is the packed weight, and costs nothing. Layers that are fused with what comes before
+them hold their weights in the same way.
 """
 
 from __future__ import annotations

@@ -208,8 +208,14 @@ class CudaKernels:
                 rows[size + factors :] = rest[2].flatten()
         return codes, rows
 
-    def _packed_pointers(self, layer: LayerShape, codes: Tensor, rows: Tensor) -> WeightPointers:
-        """Return the addresses of what a product reads of a packed weight beside its rows."""
+    def packed_pointers(self, layer: LayerShape, codes: Tensor, rows: Tensor) -> WeightPointers:
+        """Return the addresses of what a product reads of a packed weight beside its rows.
+
+        Args:
+            layer: Shape and grids of the layer.
+            codes: int8 [N, K/2], from :meth:`make_rows`.
+            rows: uint8 [bytes], from :meth:`make_rows`.
+        """
         factors, zeros = group_bytes(layer)
         last = rows.data_ptr() + rows.numel()
         return WeightPointers(
@@ -232,7 +238,7 @@ class CudaKernels:
             self.library.expand_weight(
                 layer,
                 self.sm,
-                self._packed_pointers(layer, codes, rows),
+                self.packed_pointers(layer, codes, rows),
                 rows.data_ptr(),
                 prepared.data_ptr(),
                 prepared.numel(),
@@ -265,15 +271,14 @@ class CudaKernels:
         x, tokens = aligned(x), len(x)
         y = self.allocate((tokens, layer.n), x.dtype, x.device)
         if tokens:
-            size = self.library.packed_workspace_bytes(layer, self.sm, tokens)
-            workspace = self.allocate((size,), torch.uint8, x.device)
+            workspace = self.packed_workspace(layer, tokens, x.device)
             with stream_of(x) as stream:
                 self.library.packed_linear(
                     layer,
                     self.sm,
                     x.data_ptr(),
                     _outer_pointer(layer, outer),
-                    self._packed_pointers(layer, codes, rows),
+                    self.packed_pointers(layer, codes, rows),
                     rows.data_ptr(),
                     y.data_ptr(),
                     tokens,
@@ -293,6 +298,16 @@ class CudaKernels:
             device: The device of x.
         """
         return self.allocate((self.library.workspace_bytes(layer, self.sm, tokens),), torch.uint8, device)
+
+    def packed_workspace(self, layer: LayerShape, tokens: int, device: torch.device) -> Tensor:
+        """Return the workspace of one call on a weight that stays packed, uint8 [bytes].
+
+        Args:
+            layer: Shape and grids of the layer.
+            tokens: Rows M of x.
+            device: The device of x.
+        """
+        return self.allocate((self.library.packed_workspace_bytes(layer, self.sm, tokens),), torch.uint8, device)
 
 
 CACHE = PreparedCache()

@@ -13,21 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.errors import ShapeError
 from dvdquant.ops.cuda.arguments import ProloguePointers
-from dvdquant.ops.cuda_linear import (
-    CACHE,
-    CudaKernels,
-    aligned,
-    layer_with_path,
-    pointer_of,
-    require_kernels,
-    stream_of,
-)
-from dvdquant.ops.packed_layer import DTYPE_NAMES, DTYPES, check_channels
+from dvdquant.ops.cuda_linear import CudaKernels, aligned, pointer_of, stream_of
+from dvdquant.ops.packed_layer import DTYPES, check_channels
 from dvdquant.ops.prepared_linear import opened
 from dvdquant.ops.repack import LayerShape
-from dvdquant.ops.rotate_quantize import rotate_quantize
+from dvdquant.ops.rotate_quantize import quantizing_layer, rotate_quantize
 from dvdquant.ops.smooth import apply_pre_quant
 
 __all__ = [
@@ -38,6 +30,7 @@ __all__ = [
     "fused_quantize",
     "run_fused_linear",
     "run_fused_quantize",
+    "run_packed_fused_linear",
 ]
 
 MAX_CHANNELS = 32768
@@ -192,6 +185,46 @@ def run_fused_linear(
     return y, hidden
 
 
+def run_packed_fused_linear(
+    kernels: CudaKernels,
+    layer: LayerShape,
+    x: Tensor,
+    prologue: Prologue,
+    codes: Tensor,
+    rows: Tensor,
+    pre_quant: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`run_fused_linear` on a weight that stays packed; a CUDA graph can capture it.
+
+    Args:
+        kernels: The kernels of x's device.
+        layer: Shape and grids of the layer.
+        x: bf16 or fp16 [M, K].
+        prologue: What becomes of x first.
+        codes: int8 [N, K/2], from :meth:`.CudaKernels.make_rows`.
+        rows: uint8 [bytes], from :meth:`.CudaKernels.make_rows`.
+        pre_quant: [K/8, 2, 8] of x's dtype, or None.
+
+    Returns:
+        [M, N] of x's dtype, and h [M, K], or x where nothing is added.
+
+    Raises:
+        ShapeError: Tensors do not fit each other.
+        UnsupportedError: The rotation has an outer factor, or a row is too long.
+    """
+    x, pointers, hidden, _held = _arguments(kernels, layer, x, prologue)
+    tokens = len(x)
+    y = kernels.allocate((tokens, layer.n), x.dtype, x.device)
+    if tokens:
+        workspace = kernels.packed_workspace(layer, tokens, x.device)
+        with stream_of(x) as stream:
+            kernels.library.packed_fused_linear(
+                layer, kernels.sm, pointers, x.data_ptr(), kernels.packed_pointers(layer, codes, rows), rows.data_ptr(),
+                y.data_ptr(), tokens, workspace.data_ptr(), workspace.numel(), stream, pointer_of(pre_quant),
+            )  # fmt: skip
+    return y, hidden
+
+
 def _arguments(
     kernels: CudaKernels, layer: LayerShape, x: Tensor, prologue: Prologue
 ) -> tuple[Tensor, ProloguePointers, Tensor, list[Tensor]]:
@@ -302,15 +335,7 @@ def _fused_quantize_cuda(
     x: Tensor, y: Tensor | None, gate: Tensor | None, multiplier: Tensor | None, addend: Tensor | None, norm: str,
     gelu: bool, eps: float, pre_quant: Tensor | None, hadamard: Tensor, act_bits: int, act_group: int, path: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if x.dtype not in DTYPE_NAMES or not CACHE.is_sylvester(hadamard):
-        raise UnsupportedError(
-            f"the kernels cannot rotate {x.dtype} by this matrix", available="bf16 and fp16, by Sylvester matrices"
-        )
-    kernels = require_kernels(x.device)
-    features = x.shape[1]
-    shape = LayerShape(8, features, 1, False, len(hadamard), 1, act_bits, act_group, DTYPE_NAMES[x.dtype])
-    grouped = tuple(g for g in (1, features // 128, features // 64, features // 32) if g)
-    layer = layer_with_path(kernels, shape, path, weight_groups=grouped, float_zero_point=(False, True))
+    kernels, layer = quantizing_layer(x, hadamard, 1, act_bits, act_group, path)
     prologue = Prologue(y, gate, multiplier, addend, norm, gelu, eps)
     codes, scales, sums, hidden = run_fused_quantize(kernels, layer, x, prologue, pre_quant)
     return codes, scales, sums, hidden if y is not None else x.new_empty(0)
@@ -370,8 +395,11 @@ def fused_linear(
     library, layer = opened(kernels, x, 1, rows, weight_groups, float_zero_point, block, act_bits, act_group)
     flat = [None if part is None else part.reshape(-1, features) for part in (y, gate, multiplier, addend)]
     prologue = Prologue(flat[0], flat[1], flat[2], flat[3], norm, gelu, eps)
-    weight = prepared if weight_rows is None else library.expand(layer, prepared, weight_rows)
-    out, hidden = run_fused_linear(library, layer, x.reshape(-1, features), prologue, weight, pre_quant)
+    tokens = x.reshape(-1, features)
+    if weight_rows is None:
+        out, hidden = run_fused_linear(library, layer, tokens, prologue, prepared, pre_quant)
+    else:
+        out, hidden = run_packed_fused_linear(library, layer, tokens, prologue, prepared, weight_rows, pre_quant)
     return out.reshape(*x.shape[:-1], rows), hidden.reshape(x.shape) if y is not None else x.new_empty(0)
 
 

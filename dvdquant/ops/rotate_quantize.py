@@ -8,12 +8,12 @@ from torch import Tensor
 from dvdquant.errors import UnsupportedError
 from dvdquant.numerics.activation_grid import quantize_activation
 from dvdquant.numerics.packing import pack_int4
-from dvdquant.ops.cuda_linear import CACHE, layer_with_path, require_kernels
+from dvdquant.ops.cuda_linear import CACHE, CudaKernels, layer_with_path, require_kernels
 from dvdquant.ops.packed_layer import DTYPE_NAMES
 from dvdquant.ops.reference import rotate_by_matrices
 from dvdquant.ops.repack import PATHS, LayerShape
 
-__all__ = ["encode_codes", "rotate_quantize"]
+__all__ = ["encode_codes", "quantizing_layer", "rotate_quantize"]
 
 
 def encode_codes(codes: Tensor, path: str) -> Tensor:
@@ -74,18 +74,35 @@ def _rotate_quantize_cuda(
     x: Tensor, hadamard: Tensor, outer: Tensor, act_bits: int, act_group: int, path: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(path, act_bits)
+    kernels, layer = quantizing_layer(x, hadamard, len(outer), act_bits, act_group, path)
+    return kernels.rotate_quantize(layer, x, outer.contiguous())
+
+
+def quantizing_layer(
+    x: Tensor, hadamard: Tensor, outer: int, act_bits: int, act_group: int, path: str
+) -> tuple[CudaKernels, LayerShape]:
+    """Return the kernels of x's device, and a layer whose codes are those of a path.
+
+    Args:
+        x: [M, K] on a GPU.
+        hadamard: The inner rotation factor, fp32 [b, b].
+        outer: The order of the outer factor.
+        act_bits: Bits of the activation codes: 4 or 8.
+        act_group: Channels per scale; 0 for the whole token.
+        path: One of :data:`dvdquant.ops.repack.PATHS`.
+
+    Raises:
+        UnsupportedError: The kernels do not rotate this dtype by this matrix, or the device does not run the path.
+    """
     if x.dtype not in DTYPE_NAMES or not CACHE.is_sylvester(hadamard):
         raise UnsupportedError(
             f"the kernels cannot rotate {x.dtype} by this matrix", available="bf16 and fp16, by Sylvester matrices"
         )
     kernels = require_kernels(x.device)
     features = x.shape[1]
-    shape = LayerShape(
-        8, features, 1, False, len(hadamard), len(outer), act_bits, act_group, DTYPE_NAMES[x.dtype]
-    )  # fmt: skip
+    shape = LayerShape(8, features, 1, False, len(hadamard), outer, act_bits, act_group, DTYPE_NAMES[x.dtype])
     grouped = tuple(g for g in (1, features // 128, features // 64, features // 32) if g)
-    layer = layer_with_path(kernels, shape, path, weight_groups=grouped, float_zero_point=(False, True))
-    return kernels.rotate_quantize(layer, x, outer.contiguous())
+    return kernels, layer_with_path(kernels, shape, path, weight_groups=grouped, float_zero_point=(False, True))
 
 
 def _check(path: str, act_bits: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dvdquant.errors import UnsupportedError
 from dvdquant.numerics.activation_grid import AMAX_FLOOR, QMAX
 from dvdquant.numerics.hadamard import Rotation, rotate
-from dvdquant.ops.fused import Prologue, run_fused_linear, run_fused_quantize
+from dvdquant.ops.fused import Prologue, run_fused_linear, run_fused_quantize, run_packed_fused_linear
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES
 from dvdquant.ops.repack import LayerShape
@@ -120,6 +120,28 @@ def make_fused(
     return layer, x.to(kind), prologue, pack_pre_quant(scale, draw(k), kind) if case.balanced else None
 
 
+def make_stored(layer: LayerShape, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
+    """Return random packed tensors of a layer: codes, scale, group scale, zero-point and bias.
+
+    Args:
+        layer: The layer.
+        device: The device of the tensors.
+        seed: The seed of the random numbers.
+    """
+    rng = torch.Generator(device).manual_seed(seed)
+    n, cells = layer.n, (layer.n, layer.weight_groups)
+    zero = torch.randint(-15, 15, (n,), generator=rng, device=device) / 2
+    if layer.float_zero_point:
+        zero = torch.randint(0, 256, cells, generator=rng, device=device, dtype=torch.uint8)
+    return (
+        torch.randint(-128, 128, (n, layer.k // 2), generator=rng, device=device, dtype=torch.int8),
+        torch.rand(n, generator=rng, device=device) / 64 + 1e-3,
+        torch.randint(1, 256, cells, generator=rng, device=device, dtype=torch.uint8),
+        zero,
+        torch.randn(n, generator=rng, device=device),
+    )
+
+
 def check_fused(bench: Bench) -> Iterator[Outcome]:
     """Yield the checks of RQ with a prologue, and that RQ and QL in one call give what they give apart.
 
@@ -136,14 +158,16 @@ def check_fused(bench: Bench) -> Iterator[Outcome]:
                 continue
             where = f"{case}, {dtype}"
             tally.add(f"fused: {case.norm}", judge_fused(kernels, layer, x, prologue, pre_quant), where)
-            size = kernels.plan(layer).prepared_bytes
-            # Bytes of small numbers, whatever the layout says they are.
-            prepared = kernels.allocate((size,), torch.uint8, bench.device).fill_(17)
+            stored = make_stored(layer, bench.device)
+            prepared, held = kernels.prepare(layer, stored), kernels.make_rows(layer, stored)
             y, hidden = run_fused_linear(kernels, layer, x, prologue, prepared, pre_quant)
             codes, scales, sums, apart = run_fused_quantize(kernels, layer, x, prologue, pre_quant)
             wanted = kernels.linear_gemm(layer, codes, scales, sums, prepared)
             same = torch.equal(hidden, apart) and torch.equal(y.view(torch.int16), wanted.view(torch.int16))
             tally.add("fused: one call = two calls", Verdict(same), where)
+            kept, beside = run_packed_fused_linear(kernels, layer, x, prologue, *held, pre_quant)
+            same = torch.equal(beside, hidden) and torch.equal(kept.view(torch.int16), y.view(torch.int16))
+            tally.add("fused: packed = prepared", Verdict(same and kernels.intact()), where)
     yield from tally.rows.values()
 
 

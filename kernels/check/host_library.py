@@ -337,6 +337,33 @@ class HostLibrary:
         z = self.prologue(layer, prologue, x, m)
         self.quant_linear(layer, sm, z.data_ptr(), 0, prepared, y, m, workspace, size, stream, pre_quant)
 
+    def packed_fused_linear(
+        self, layer: LayerShape, sm: int, prologue: ProloguePointers, x: int, weight: WeightPointers, rows: int, y: int, m: int,
+        workspace: int, size: int, stream: int, pre_quant: int = 0,
+    ) -> None:  # fmt: skip
+        """Apply the prologue by its definition, then :meth:`packed_linear`.
+
+        Args:
+            layer: The layer.
+            sm: The compute capability, major · 10 + minor.
+            prologue: What becomes of x first.
+            x: The address of the input [M, K].
+            weight: The addresses of the packed tensors; scale and bias are not read.
+            rows: The address of its rows.
+            y: The address of the output [M, N].
+            m: M, the number of tokens.
+            workspace: The address of the workspace.
+            size: The size of the workspace.
+            stream: Ignored.
+            pre_quant: The address of the packed pre_quant_scale and pre_quant_shift [K/8, 2, 8]; 0 for none.
+
+        Raises:
+            ShapeError: The workspace is too small.
+            UnsupportedError: The rotation has an outer factor.
+        """
+        z = self.prologue(layer, prologue, x, m)
+        self.packed_linear(layer, sm, z.data_ptr(), 0, weight, rows, y, m, workspace, size, stream, pre_quant)
+
     def prologue(self, layer: LayerShape, prologue: ProloguePointers, x: int, m: int) -> Tensor:
         """Return what a prologue makes of x [M, K], and write h where it is wanted.
 

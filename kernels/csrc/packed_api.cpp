@@ -52,6 +52,33 @@ WeightView view_of_packed(const dvdq_layer& layer, const dvdq_weight& weight, co
   return view;
 }
 
+// RQ, with a prologue or not, and QL on a packed weight.
+dvdq_status run_packed(const char* function, const dvdq_layer* layer, int32_t sm, const dvdq_prologue* prologue, const void* x,
+                       const void* pre_quant, const float* outer_matrix, const dvdq_weight* weight, const void* rows, void* y,
+                       int64_t m, void* workspace, int64_t workspace_bytes, dvdq_stream stream) {
+  dvdq_plan plan;
+  dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
+  if (status == DVDQ_OK) status = check_tokens(function, m);
+  if (status != DVDQ_OK || m == 0) return status;
+  PackedWorkspace at{};
+  status = packed_workspace(*layer, plan, sm, m, &at);
+  if (status == DVDQ_OK) status = check_weight(function, *layer, weight, rows);
+  if (status != DVDQ_OK) return status;
+  Quantized q{};
+  status = quantize_into(function, layer, plan, sm, prologue, x, pre_quant, outer_matrix, m, at.before, at.bytes, workspace,
+                         workspace_bytes, stream, &q);
+  if (status != DVDQ_OK) return status;
+  if (is_s4(plan.path)) {
+    const WeightView view = view_of_packed(*layer, *weight, rows);
+    return multiply(*layer, plan, sm, q.codes, q.scales, q.sums, view, y, m, q.gemm, q.gemm_bytes, stream);
+  }
+  // After the codes, so that the product finds what fits of the weight in the L2 cache.
+  unsigned char* const expanded = static_cast<unsigned char*>(workspace) + at.expanded;
+  status = expand_packed(*layer, plan, *weight, rows, expanded, static_cast<cudaStream_t>(stream));
+  if (status != DVDQ_OK) return status;
+  return dvdq_linear_gemm(layer, sm, q.codes, q.scales, q.sums, expanded, y, m, q.gemm, q.gemm_bytes, stream);
+}
+
 }  // namespace
 }  // namespace dvdq
 
@@ -109,27 +136,16 @@ dvdq_status dvdq_packed_workspace_bytes(const dvdq_layer* layer, int32_t sm, int
 dvdq_status dvdq_packed_linear(const dvdq_layer* layer, int32_t sm, const void* x, const void* pre_quant,
                                const float* outer_matrix, const dvdq_weight* weight, const void* rows, void* y, int64_t m,
                                void* workspace, int64_t workspace_bytes, dvdq_stream stream) {
-  dvdq_plan plan;
-  dvdq_status status = dvdq_plan_layer(layer, sm, &plan);
-  if (status == DVDQ_OK) status = check_tokens("dvdq_packed_linear", m);
-  if (status != DVDQ_OK || m == 0) return status;
-  PackedWorkspace at{};
-  status = packed_workspace(*layer, plan, sm, m, &at);
-  if (status == DVDQ_OK) status = check_weight("dvdq_packed_linear", *layer, weight, rows);
-  if (status != DVDQ_OK) return status;
-  Quantized q{};
-  status = quantize_into("dvdq_packed_linear", layer, plan, sm, nullptr, x, pre_quant, outer_matrix, m, at.before, at.bytes,
-                         workspace, workspace_bytes, stream, &q);
-  if (status != DVDQ_OK) return status;
-  if (is_s4(plan.path)) {
-    const WeightView view = view_of_packed(*layer, *weight, rows);
-    return multiply(*layer, plan, sm, q.codes, q.scales, q.sums, view, y, m, q.gemm, q.gemm_bytes, stream);
-  }
-  // After the codes, so that the product finds what fits of the weight in the L2 cache.
-  unsigned char* const expanded = static_cast<unsigned char*>(workspace) + at.expanded;
-  status = expand_packed(*layer, plan, *weight, rows, expanded, static_cast<cudaStream_t>(stream));
-  if (status != DVDQ_OK) return status;
-  return dvdq_linear_gemm(layer, sm, q.codes, q.scales, q.sums, expanded, y, m, q.gemm, q.gemm_bytes, stream);
+  return run_packed("dvdq_packed_linear", layer, sm, nullptr, x, pre_quant, outer_matrix, weight, rows, y, m, workspace,
+                    workspace_bytes, stream);
+}
+
+dvdq_status dvdq_packed_fused_linear(const dvdq_layer* layer, int32_t sm, const dvdq_prologue* prologue, const void* x,
+                                     const void* pre_quant, const dvdq_weight* weight, const void* rows, void* y, int64_t m,
+                                     void* workspace, int64_t workspace_bytes, dvdq_stream stream) {
+  if (prologue == nullptr) return fail(DVDQ_BAD_ARGUMENT, "dvdq_packed_fused_linear: the prologue is null");
+  return run_packed("dvdq_packed_fused_linear", layer, sm, prologue, x, pre_quant, nullptr, weight, rows, y, m, workspace,
+                    workspace_bytes, stream);
 }
 
 }  // extern "C"

@@ -72,8 +72,8 @@ Kernels load() {
     resolve(library, place, "dvdq_make_rows", table.make_rows);
     resolve(library, place, "dvdq_packed_workspace_bytes", table.packed_workspace_bytes);
     resolve(library, place, "dvdq_packed_linear", table.packed_linear);
-    resolve(library, place, "dvdq_expand_weight", table.expand_weight);
     resolve(library, place, "dvdq_fused_linear", table.fused_linear);
+    resolve(library, place, "dvdq_packed_fused_linear", table.packed_fused_linear);
     return table;
   }
   throw Failure(DVDQ_UNSUPPORTED, "the CUDA kernels (libdvdquant_kernels.so) cannot be loaded: " + reasons, "",

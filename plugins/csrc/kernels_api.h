@@ -17,8 +17,8 @@ struct Kernels {
   decltype(&dvdq_make_rows) make_rows = nullptr;
   decltype(&dvdq_packed_workspace_bytes) packed_workspace_bytes = nullptr;
   decltype(&dvdq_packed_linear) packed_linear = nullptr;
-  decltype(&dvdq_expand_weight) expand_weight = nullptr;
   decltype(&dvdq_fused_linear) fused_linear = nullptr;
+  decltype(&dvdq_packed_fused_linear) packed_fused_linear = nullptr;
 };
 
 // Throws Failure naming every place that was searched when the library is missing, or of another ABI version.

@@ -11,6 +11,7 @@
 #include "dvdquant/kernels.h"
 #include "messages.h"
 #include "quant_linear.h"
+#include "weight_form.h"
 
 namespace dvdquant::plugin {
 namespace {
@@ -43,6 +44,7 @@ class QuantLinearCreator final : public nvinfer1::IPluginCreatorV3One {
       Fields read = read_fields(fields, name, fused_);
       // What is built now asks for a workspace with room to expand; an engine file says whether it did.
       if (phase == nvinfer1::TensorRTPhase::kBUILD) read.packed_workspace = 1;
+      remember_layer(read.layer);
       plugin = new QuantLinear(std::move(read));
     });
     return plugin;

@@ -1,7 +1,6 @@
 #include "prepared.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -99,21 +98,6 @@ dvdq_weight packed_weight(PreparedKey const& key, DeviceBuffer const& buffer) {
   if (key.factor_int32) weight.factor = narrowed;
   if (key.zero_int32) weight.zero = narrowed + (key.factor_int32 ? key.n * key.groups : 0);
   return weight;
-}
-
-Form wanted_form(std::string const& layer) {
-  char const* const value = std::getenv("DVDQUANT_WEIGHTS");
-  std::string const word = value == nullptr ? "" : value;
-  if (word.empty() || word == "packed" || word == "auto") return Form::kPacked;
-  if (word == "expanded") return Form::kExpanded;
-  std::string const mixed = "mixed:";
-  if (word.compare(0, mixed.size(), mixed) == 0) {
-    // Between commas, so that no name is found in a longer one.
-    std::string const names = "," + word.substr(mixed.size()) + ",";
-    return names.find("," + layer + ",") == std::string::npos ? Form::kPacked : Form::kExpanded;
-  }
-  throw Failure(DVDQ_BAD_ARGUMENT, "DVDQUANT_WEIGHTS is " + word.substr(0, 100), "packed, expanded, mixed: with the layers to expand",
-                "unset the variable, or name one of these");
 }
 
 Prepared find_prepared(PreparedKey const& key) {

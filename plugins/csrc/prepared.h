@@ -13,15 +13,6 @@
 
 namespace dvdquant::plugin {
 
-// How the device holds a weight. Packed: the bound codes, and the factors and byte zero-points of groups, are the only copy, and
-// what is made of them are their rows, the same for all widths (dvdq_make_rows). Expanded: as the path multiplies it (dvdq_prepare_weight),
-// where that is not what is bound.
-enum class Form { kPacked, kExpanded };
-
-// $DVDQUANT_WEIGHTS for a layer: packed (also where it is unset, or auto), expanded, or mixed:NAME,NAME,… with the names of the
-// layers that are expanded. Throws Failure on another word.
-Form wanted_form(std::string const& layer);
-
 // What decides a prepared weight's bytes. The layer's name is part of it because TensorRT may hand two layers the same
 // scratch address in turn; act_bits and path are not, because two graphs at different activation widths share one weight
 // whenever their paths hold weights in the same form, which is that of the activations' codes.

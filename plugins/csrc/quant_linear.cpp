@@ -36,16 +36,6 @@ Tensors tensors_of(DynamicPluginTensorDesc const* in, int32_t inputs) {
   return tensors;
 }
 
-// A buffer of the kernels, and what lies behind it.
-int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-
-// Of dvdq_quant_linear, and behind it the weight that a fused layer expands.
-int64_t fused_workspace(dvdq_layer const& layer, dvdq_plan const& plan, int32_t sm, int64_t tokens, bool expands) {
-  int64_t bytes = 0;
-  check_kernels(kernels().workspace_bytes(&layer, sm, tokens, &bytes), "workspace size");
-  return expands ? aligned(bytes) + plan.prepared_bytes : bytes;
-}
-
 dvdq_plan plan_of(dvdq_layer const& layer, int32_t sm, std::string const& name) {
   dvdq_plan plan{};
   check_kernels(kernels().plan_layer(&layer, sm, &plan), (name + " on SM " + std::to_string(sm)).c_str());
@@ -169,11 +159,6 @@ size_t QuantLinear::getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t 
     // With room for an expanded weight, whatever the form will be: TensorRT shares it among layers, so it costs an engine
     // that of its largest layer once.
     int32_t const sm = sm_of(current_device());
-    if (fields_.fused) {
-      dvdq_plan const plan = plan_of(layer, sm, fields_.layer);
-      bytes = fused_workspace(layer, plan, sm, tokens, fields_.packed_workspace && plan.codes != DVDQ_CODES_S4);
-      return;
-    }
     auto* const ask = fields_.packed_workspace ? kernels().packed_workspace_bytes : kernels().workspace_bytes;
     check_kernels(ask(&layer, sm, tokens, &bytes), "workspace size");
   });
@@ -208,11 +193,11 @@ void QuantLinear::run(PluginTensorDesc const* in, void const* const* inputs, voi
   int64_t const tokens = tokens_of(in[kX].dims);
   if (tokens == 0) return;
   use_weight(inputs, stream);
-  if (fields_.fused) return run_fused(in, inputs, outputs, workspace, tokens, stream);
-  void* const y = outputs[0];
   int64_t needed = 0;
   auto* const ask = packed() ? kernels().packed_workspace_bytes : kernels().workspace_bytes;
   check_kernels(ask(&*layer_, sm_, tokens, &needed), "workspace size");
+  if (fields_.fused) return run_fused(in, inputs, outputs, workspace, needed, tokens, stream);
+  void* const y = outputs[0];
   auto const* outer = layer_->outer > 1 ? static_cast<float const*>(inputs[kOuter]) : nullptr;
   // No pre_quant: the graph's own pointwise operations before this node are it, fused by TensorRT.
   if (packed()) {
@@ -228,7 +213,7 @@ void QuantLinear::run(PluginTensorDesc const* in, void const* const* inputs, voi
 }
 
 void QuantLinear::run_fused(PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace,
-                            int64_t tokens, Stream stream) {
+                            int64_t workspace_bytes, int64_t tokens, Stream stream) {
   auto const read = [&](Extra extra) -> void const* {
     int32_t const position = fields_.position(extra);
     return position < 0 ? nullptr : inputs[position];
@@ -258,25 +243,20 @@ void QuantLinear::run_fused(PluginTensorDesc const* in, void const* const* input
   prologue.gate_stride = prologue.gate_tokens ? layer_->k : 0;
   prologue.modulate_tokens = tokens_of_a_row(fields_, modulations, tokens);
   prologue.modulate_stride = prologue.modulate_tokens ? layer_->k : 0;
-  // 2. The weight, as the path multiplies it: held so, or expanded behind what the layer itself needs.
-  int64_t const needed = fused_workspace(*layer_, plan_, sm_, tokens, false);
-  void const* prepared = weight_->data();
+  // 2. The layer, on its weight packed or as the path multiplies it.
   if (packed()) {
-    void* const expanded = static_cast<char*>(workspace) + aligned(needed);
     dvdq_weight const weight = packed_weight(*key_, *weight_);
-    check_kernels(kernels().expand_weight(&*layer_, sm_, &weight, weight_->data(), expanded, plan_.prepared_bytes, stream),
+    check_kernels(kernels().packed_fused_linear(&*layer_, sm_, &prologue, inputs[kX], read(kPreQuant), &weight, weight_->data(),
+                                                outputs[0], tokens, workspace, workspace_bytes, stream),
                   fields_.layer.c_str());
-    prepared = expanded;
+    return;
   }
-  check_kernels(kernels().fused_linear(&*layer_, sm_, &prologue, inputs[kX], read(kPreQuant), prepared, outputs[0], tokens,
-                                       workspace, needed, stream),
+  check_kernels(kernels().fused_linear(&*layer_, sm_, &prologue, inputs[kX], read(kPreQuant), weight_->data(), outputs[0],
+                                       tokens, workspace, workspace_bytes, stream),
                 fields_.layer.c_str());
 }
 
 bool QuantLinear::packed() const {
-  // A fused call takes the weight as its path multiplies it. Native 4-bit paths have their own order of the codes there, which
-  // is held beside the bound ones; the others expand.
-  if (fields_.fused) return form_ == Form::kPacked && fields_.packed_workspace != 0 && plan_.codes != DVDQ_CODES_S4;
   // Paths of 4 bits multiply the bound codes: another copy of them would gain nothing. An engine of an older release has no room
   // to expand into.
   return plan_.codes == DVDQ_CODES_S4 || (form_ == Form::kPacked && fields_.packed_workspace != 0);

@@ -10,6 +10,7 @@
 
 #include "layer.h"
 #include "prepared.h"
+#include "weight_form.h"
 
 namespace dvdquant::plugin {
 
@@ -65,7 +66,7 @@ class QuantLinear final : public nvinfer1::IPluginV3,
   void run(nvinfer1::PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace,
            Stream stream);
   void run_fused(nvinfer1::PluginTensorDesc const* in, void const* const* inputs, void* const* outputs, void* workspace,
-                 int64_t tokens, Stream stream);
+                 int64_t workspace_bytes, int64_t tokens, Stream stream);
   void use_weight(void const* const* inputs, Stream stream);
   // Whether this layer runs on its packed weight.
   bool packed() const;

@@ -3,6 +3,7 @@
 
 #include <NvInferRuntime.h>
 
+#include <cstdio>
 #include <deque>
 #include <string>
 #include <vector>
@@ -58,6 +59,7 @@ class Logger final : public nvinfer1::ILogger {
  public:
   void log(Severity severity, nvinfer1::AsciiChar const* text) noexcept override {
     if (severity <= Severity::kERROR) errors.emplace_back(text);
+    if (severity == Severity::kWARNING) std::printf("warning: %s\n", text);
   }
   // Everything since the last call, for asserting on what a refusal said.
   std::string take() {

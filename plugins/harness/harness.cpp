@@ -140,6 +140,7 @@ bool dispatch(std::string const& command, int count, char** arguments) {
   }
   if (command != "run" && !fused) throw std::runtime_error(kUsage);
   if (!device) throw std::runtime_error("no CUDA device: enqueue cannot run");
+  for (int i = 3; i < count; ++i) harness::load_case(library, arguments[i]);
   for (int i = 3; i < count; ++i) harness::run_case(library, logger, arguments[i]);
   return device;
 }

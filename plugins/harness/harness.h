@@ -64,5 +64,7 @@ void check_registration(char const* plugin);
 void check_other_version(char const* plugin);
 bool device_present();
 void run_case(Library const& library, Logger& logger, std::string const& folder);
+// Creates the node of a case, as an engine file that is loaded creates all of its nodes before it has a context.
+void load_case(Library const& library, std::string const& folder);
 
 }  // namespace harness

@@ -110,6 +110,45 @@ void quantize(dvdq_layer const& layer, std::vector<double>& row) {
   }
 }
 
+// What a prologue makes of x, [m, k] in 16 bits.
+std::vector<uint16_t> apply_prologue(dvdq_layer const* layer, dvdq_prologue const* prologue, void const* x, void const* pre_quant,
+                                     int64_t m) {
+  dvdq_prologue const& p = *prologue;
+  auto const read = [&](void const* from, int64_t i) { return widen(static_cast<uint16_t const*>(from)[i], layer->dtype); };
+  std::vector<uint16_t> inputs(static_cast<size_t>(m * layer->k));
+  std::vector<double> row(static_cast<size_t>(layer->k));
+  for (int64_t token = 0; token < m; ++token) {
+    int64_t const start = token * layer->k;
+    int64_t const gates = p.gate_tokens ? token / p.gate_tokens * p.gate_stride : 0;
+    int64_t const rows = p.modulate_tokens ? token / p.modulate_tokens * p.modulate_stride : 0;
+    double mean = 0, square = 0;
+    for (int64_t k = 0; k < layer->k; ++k) {
+      row[k] = read(x, start + k);
+      if (p.y != nullptr) {
+        uint16_t const sum = narrow(row[k] + (p.gate ? p.gate[gates + k] : 1.0) * read(p.y, start + k), layer->dtype);
+        if (p.hidden != nullptr) static_cast<uint16_t*>(p.hidden)[start + k] = sum;
+        row[k] = widen(sum, layer->dtype);
+      }
+      mean += row[k] / layer->k;
+    }
+    if (p.norm != DVDQ_NORM_LAYER) mean = 0;
+    for (int64_t k = 0; k < layer->k; ++k) square += (row[k] - mean) * (row[k] - mean) / layer->k;
+    double const inverse = p.norm == DVDQ_NORM_NONE ? 1 : 1 / std::sqrt(square + p.eps);
+    for (int64_t k = 0; k < layer->k; ++k) {
+      double value = (row[k] - mean) * inverse * (p.multiplier ? p.multiplier[rows + k] : 1.0) +
+                     (p.addend ? p.addend[rows + k] : 0.0);
+      if (p.gelu) value = row[k] / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (row[k] + 0.044715 * std::pow(row[k], 3))));
+      uint16_t z = narrow(value, layer->dtype);
+      if (pre_quant != nullptr) {
+        int64_t const at = k / 8 * 16 + k % 8;
+        z = narrow(widen(z, layer->dtype) * read(pre_quant, at) + read(pre_quant, at + 8), layer->dtype);
+      }
+      inputs[start + k] = z;
+    }
+  }
+  return inputs;
+}
+
 }  // namespace
 
 extern "C" {
@@ -212,55 +251,12 @@ DVDQ_API dvdq_status dvdq_make_rows(const dvdq_layer* layer, int32_t, const dvdq
   return DVDQ_OK;
 }
 
-DVDQ_API dvdq_status dvdq_expand_weight(const dvdq_layer* layer, int32_t sm, const dvdq_weight* weight, const void* rows,
-                                        void* prepared, int64_t bytes, dvdq_stream) {
-  dvdq_plan plan;
-  if (dvdq_status const status = dvdq_plan_layer(layer, sm, &plan); status != DVDQ_OK) return status;
-  if (plan.codes == DVDQ_CODES_S4) return fail(DVDQ_UNSUPPORTED, "there is nothing to expand");
-  if (bytes < prepared_bytes(*layer)) return fail(DVDQ_WORKSPACE, "buffer for the expanded weight too small");
-  if (reinterpret_cast<uintptr_t>(prepared) % 256 != 0) return fail(DVDQ_BAD_ARGUMENT, "prepared is not aligned");
-  expand(*layer, *weight, static_cast<double const*>(rows), static_cast<double*>(prepared));
-  return DVDQ_OK;
-}
-
 DVDQ_API dvdq_status dvdq_fused_linear(const dvdq_layer* layer, int32_t sm, const dvdq_prologue* prologue, const void* x,
                                        const void* pre_quant, const void* prepared, void* y, int64_t m, void* workspace,
                                        int64_t bytes, dvdq_stream stream) {
   if (layer->outer != 1) return fail(DVDQ_UNSUPPORTED, "no outer factor");
-  dvdq_prologue const& p = *prologue;
-  auto const read = [&](void const* from, int64_t i) { return widen(static_cast<uint16_t const*>(from)[i], layer->dtype); };
-  std::vector<uint16_t> inputs(static_cast<size_t>(m * layer->k));
-  std::vector<double> row(static_cast<size_t>(layer->k));
-  for (int64_t token = 0; token < m; ++token) {
-    int64_t const start = token * layer->k;
-    int64_t const gates = p.gate_tokens ? token / p.gate_tokens * p.gate_stride : 0;
-    int64_t const rows = p.modulate_tokens ? token / p.modulate_tokens * p.modulate_stride : 0;
-    double mean = 0, square = 0;
-    for (int64_t k = 0; k < layer->k; ++k) {
-      row[k] = read(x, start + k);
-      if (p.y != nullptr) {
-        uint16_t const sum = narrow(row[k] + (p.gate ? p.gate[gates + k] : 1.0) * read(p.y, start + k), layer->dtype);
-        if (p.hidden != nullptr) static_cast<uint16_t*>(p.hidden)[start + k] = sum;
-        row[k] = widen(sum, layer->dtype);
-      }
-      mean += row[k] / layer->k;
-    }
-    if (p.norm != DVDQ_NORM_LAYER) mean = 0;
-    for (int64_t k = 0; k < layer->k; ++k) square += (row[k] - mean) * (row[k] - mean) / layer->k;
-    double const inverse = p.norm == DVDQ_NORM_NONE ? 1 : 1 / std::sqrt(square + p.eps);
-    for (int64_t k = 0; k < layer->k; ++k) {
-      double value = (row[k] - mean) * inverse * (p.multiplier ? p.multiplier[rows + k] : 1.0) +
-                     (p.addend ? p.addend[rows + k] : 0.0);
-      if (p.gelu) value = row[k] / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (row[k] + 0.044715 * std::pow(row[k], 3))));
-      uint16_t z = narrow(value, layer->dtype);
-      if (pre_quant != nullptr) {
-        int64_t const at = k / 8 * 16 + k % 8;
-        z = narrow(widen(z, layer->dtype) * read(pre_quant, at) + read(pre_quant, at + 8), layer->dtype);
-      }
-      inputs[start + k] = z;
-    }
-  }
-  return dvdq_quant_linear(layer, sm, inputs.data(), nullptr, nullptr, prepared, y, m, workspace, bytes, stream);
+  std::vector<uint16_t> const z = apply_prologue(layer, prologue, x, pre_quant, m);
+  return dvdq_quant_linear(layer, sm, z.data(), nullptr, nullptr, prepared, y, m, workspace, bytes, stream);
 }
 
 DVDQ_API dvdq_status dvdq_packed_workspace_bytes(const dvdq_layer* layer, int32_t sm, int64_t m, int64_t* bytes) {
@@ -289,6 +285,14 @@ DVDQ_API dvdq_status dvdq_packed_linear(const dvdq_layer* layer, int32_t sm, con
   auto* const expanded = own.empty() ? reinterpret_cast<double*>(static_cast<char*>(workspace) + before) : own.data();
   expand(*layer, *weight, static_cast<double const*>(rows), expanded);
   return dvdq_quant_linear(layer, sm, x, pre_quant, outer, expanded, y, m, workspace, before, stream);
+}
+
+DVDQ_API dvdq_status dvdq_packed_fused_linear(const dvdq_layer* layer, int32_t sm, const dvdq_prologue* prologue, const void* x,
+                                              const void* pre_quant, const dvdq_weight* weight, const void* rows, void* y,
+                                              int64_t m, void* workspace, int64_t bytes, dvdq_stream stream) {
+  if (layer->outer != 1) return fail(DVDQ_UNSUPPORTED, "no outer factor");
+  std::vector<uint16_t> const z = apply_prologue(layer, prologue, x, pre_quant, m);
+  return dvdq_packed_linear(layer, sm, z.data(), nullptr, nullptr, weight, rows, y, m, workspace, bytes, stream);
 }
 
 }  // extern "C"

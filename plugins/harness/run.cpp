@@ -243,6 +243,10 @@ void refuse_wrong_matrix(Library const& library, Case const& data, Stream stream
 
 }  // namespace
 
+void load_case(Library const& library, std::string const& folder) {
+  CHECK(library.create(read_case(folder).fields, nvinfer1::TensorRTPhase::kRUNTIME) != nullptr);
+}
+
 void run_case(Library const& library, Logger& logger, std::string const& folder) {
   Device& device = Device::get();
   Case const data = read_case(folder);

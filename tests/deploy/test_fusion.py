@@ -20,7 +20,7 @@ from dvdquant.model.layers import make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper
 from dvdquant.ops.attention import ladder, operation
 from dvdquant.ops.cuda_linear import CudaKernels
-from dvdquant.ops.prepared_linear import handle_of, prepared_linear
+from dvdquant.ops.prepared_linear import handle_of, packed_linear, prepared_linear
 from dvdquant.ops.repack import LayerShape
 from tests.support import session_exports as made
 from tests.support.commands import refused
@@ -237,6 +237,34 @@ def test_what_is_recognised(name: str, double: CudaKernels) -> None:
     for one, other in zip(*((value if isinstance(value, tuple) else (value,)) for value in (fused, apart))):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
         assert made.relative(one, other) < 0.01
+
+
+@pytest.mark.parametrize(("sm", "bits"), [(89, 4), (89, 8), (90, 4)])
+def test_packed_layers_are_fused_on_every_path(sm: int, bits: int) -> None:
+    """Those too that a path of 4 bits multiplies as they are (SM 8.x), with the outputs of the operations apart."""
+    kernels = CudaKernels(HostLibrary(), sm)  # type: ignore[arg-type]
+    shape = LayerShape(WIDTH, WIDTH, block=WIDTH, act_bits=bits)
+    assert (kernels.plan(shape).codes == "s4") == (sm == 89 and bits == 4)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, WIDTH, generator=generator).to(torch.bfloat16)
+    codes = torch.randint(-128, 128, (WIDTH, WIDTH // 2), dtype=torch.int8, generator=generator)
+    ones = torch.ones(WIDTH)
+    held = kernels.make_rows(shape, (codes, 0.01 * ones, torch.ones(WIDTH, 1, dtype=torch.uint8), 0 * ones, 0 * ones))
+    rest = (torch.ones(1, 1), *held, None, handle_of(kernels), 1, False, WIDTH, bits, 0)
+
+    def block(x: Tensor) -> Tensor:
+        return packed_linear(torch.nn.functional.gelu(x, approximate="tanh"), *rest)
+
+    found: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        found.append(fusion.fuse_graph(graph))
+        return graph.forward
+
+    with torch.inference_mode():
+        fused, apart = torch.compile(block, backend=backend, fullgraph=True)(x), block(x)
+    assert found == [1]
+    assert made.relative(fused, apart) < 0.01
 
 
 def test_where_it_does_not_apply() -> None:

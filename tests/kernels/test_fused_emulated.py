@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.errors import ResourceError, ShapeError, UnsupportedError
 from dvdquant.numerics.hadamard import hadamard_matrix
 from dvdquant.ops.cuda.arguments import ProloguePointers
 from dvdquant.ops.cuda.library import KernelLibrary
@@ -23,6 +23,7 @@ from dvdquant.ops.fused import (
     fused_quantize,
     run_fused_linear,
     run_fused_quantize,
+    run_packed_fused_linear,
 )
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.prepared_linear import handle_of
@@ -32,7 +33,7 @@ from tests.support.emulated_kernels import one_thread  # noqa: F401
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "bench", "check")]
 
-from check_fused import CASES, FusedCase, exact_input, judge_fused, make_fused  # noqa: E402
+from check_fused import CASES, FusedCase, exact_input, judge_fused, make_fused, make_stored  # noqa: E402
 from check_kernels import GuardedKernels  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -111,6 +112,44 @@ def test_a_layer_in_one_call(library: KernelLibrary) -> None:
     operation, residual = fused_linear(*batch, "layer", False, prologue.eps, *rest)
     assert torch.equal(operation[0].view(torch.int16), wanted.view(torch.int16))
     assert torch.equal(residual[0], hidden)
+
+
+@pytest.mark.parametrize("sm", [AMPERE, HOPPER, BLACKWELL])
+@pytest.mark.parametrize(("bits", "group"), [(4, 0), (4, 128), (8, 0)])
+def test_a_weight_that_stays_packed(library: KernelLibrary, sm: int, bits: int, group: int) -> None:
+    """As RQ with a prologue, and QL on the prepared weight, bit for bit; no second copy of the weight is made on any path."""
+    kernels = GuardedKernels(library, sm)
+    layer, x, prologue, pre_quant = make_fused(FusedCase(512, 64, bits, group, 5, "layer", True, 1, 1), "bf16", CPU)
+    layer = replace(layer, weight_groups=8, float_zero_point=True) if group else layer
+    stored = make_stored(layer, CPU)
+    held = kernels.make_rows(layer, stored)
+    before = [tensor.clone() for tensor in held]
+    y, hidden = run_packed_fused_linear(kernels, layer, x, prologue, *held, pre_quant)
+    assert kernels.intact()
+    assert all(torch.equal(tensor, was) for tensor, was in zip(held, before, strict=True))
+    codes, scales, sums, other = run_fused_quantize(kernels, layer, x, prologue, pre_quant)
+    wanted = kernels.linear_gemm(layer, codes, scales, sums, kernels.prepare(layer, stored))
+    assert torch.equal(hidden, other)
+    assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
+    grid = (layer.weight_groups, layer.float_zero_point, 64, bits, group)
+    parts = (prologue.y, prologue.gate, prologue.multiplier, prologue.addend)
+    rest = (held[0], held[1], pre_quant, handle_of(kernels), -1, *grid)
+    operation, residual = fused_linear(x, *parts, "layer", False, prologue.eps, *rest)
+    assert torch.equal(operation.view(torch.int16), wanted.view(torch.int16))
+    assert torch.equal(residual, hidden)
+
+
+def test_what_a_packed_fused_layer_refuses(library: KernelLibrary) -> None:
+    kernels = GuardedKernels(library, AMPERE)
+    layer, x, _, _ = make_fused(FusedCase(512, 64, 4, 0, 5, "layer", True, 1, 1), "bf16", CPU)
+    codes, rows = kernels.make_rows(layer, make_stored(layer, CPU))
+    with pytest.raises(UnsupportedError, match="outer factor of 4"):
+        run_packed_fused_linear(kernels, replace(layer, outer=4), x, Prologue(gelu=True), codes, rows)
+    pointers, here = kernels.packed_pointers(layer, codes, rows), x.data_ptr()
+    arguments = (layer, AMPERE, ProloguePointers(norm="rms"), here, pointers, rows.data_ptr(), here, 5, rows.data_ptr())
+    with pytest.raises(ResourceError, match="5 tokens need"):
+        library.packed_fused_linear(*arguments, 16, 0)
+    library.packed_fused_linear(layer, AMPERE, ProloguePointers(), 0, pointers, 0, 0, 0, 0, 0, 0)  # no tokens
 
 
 def test_rows_may_lie_anywhere(library: KernelLibrary) -> None:

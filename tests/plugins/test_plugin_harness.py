@@ -335,6 +335,8 @@ def test_a_fused_node_passes_on_what_comes_before_its_layer(sanitized: Path, tmp
     )
     check(done, device=True)
     for name, case in FUSED.items():
+        held = 8 * case.rows * 3 + case.narrowed if form == "packed" else 8 * case.rows * (case.shape[-1] + 1)
+        assert f"{folders[name]}: holds {held} bytes" in done.stdout
         exact, hidden = case.exact()
         y = case.read(folders[name], "y.bin")
         # A norm in another order of sums may round z to the other side, which moves few codes by one.
@@ -374,6 +376,21 @@ def test_the_layers_that_are_named_are_expanded_and_no_others(sanitized: Path, t
         check(done, device=True)
         held = 8 * case.rows * (case.shape[-1] + 1) if expanded else 8 * case.rows * 3 + case.narrowed
         assert f"{folder}: holds {held} bytes" in done.stdout
+        # What no node is called is told once, however many contexts ask.
+        for word in named.split(","):
+            assert done.stdout.count(f"names {word}, which no layer") == (word != name), done.stdout
+
+
+def test_an_unknown_layer_is_told_with_the_names_nearest_to_it(sanitized: Path, tmp_path: Path) -> None:
+    names = ("blocks.0.ffn", "blocks.1.ffn", "blocks.1.attn", "proj")
+    folders = [CASES["vector"].write(tmp_path / name) for name in names]
+    done = run(
+        sanitized, "run", *map(str, folders), **host_device(sanitized) | {"DVDQUANT_WEIGHTS": "mixed:proj,blocks.2.ffn"}
+    )
+    check(done, device=True)
+    assert done.stdout.count("warning: ") == 1
+    assert "DVDQUANT_WEIGHTS names blocks.2.ffn, which no layer of the engines loaded so far is called\n" in done.stdout
+    assert "  available: 4 layers; the nearest: blocks.0.ffn, blocks.1.ffn, blocks.1.attn\n  fix: " in done.stdout
 
 
 def test_an_unknown_form_of_weights_is_refused(sanitized: Path, tmp_path: Path) -> None:
@@ -465,11 +482,15 @@ def test_a_fused_node_has_the_bits_of_the_librarys_own_call(
 ) -> None:
     folders = {name: case.write(tmp_path / name) for name, case in FUSED.items()}
     environment = host_device(sanitized, sm) | {"DVDQUANT_KERNELS": str(emulated)}
-    check(run(sanitized, "run-fused", *map(str, folders.values()), **environment), device=True)
+    done = run(sanitized, "run-fused", *map(str, folders.values()), **environment)
+    check(done, device=True)
     kernels = AlignedKernels(KernelLibrary(emulated), sm)
     for name, case in FUSED.items():
         stored = ("y.bin", "y_graph.bin", "y_twin.bin", "y_old.bin")
         has_the_bits_of_the_own_call(folders[name], case, kernels, "cpu", stored)
+        # What plans of memory count of a layer that is not fused: its rows, and no second copy of its codes.
+        shape = LayerShape(case.rows, case.shape[-1], case.groups, case.float_zero_point)
+        assert f"{folders[name]}: holds {rows_bytes(shape) + case.narrowed} bytes" in done.stdout
 
 
 @pytest.fixture

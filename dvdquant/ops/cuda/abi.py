@@ -16,7 +16,7 @@ __all__ = [
     "declare",
 ]
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 
 class LayerStruct(ctypes.Structure):
@@ -89,6 +89,7 @@ def declare(library: ctypes.CDLL) -> None:
     Raises:
         AttributeError: The library lacks one of the calls.
     """
+    prologue, weight = ctypes.POINTER(PrologueStruct), ctypes.POINTER(WeightStruct)
     layer, i32, i64, pointer = ctypes.POINTER(LayerStruct), ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
     signatures: dict[str, tuple[type, list[type]]] = {
         "last_error": (ctypes.c_char_p, []),
@@ -97,22 +98,26 @@ def declare(library: ctypes.CDLL) -> None:
         "path_name": (ctypes.c_char_p, [i32]),
         "plan_layer": (i32, [layer, i32, ctypes.POINTER(PlanStruct)]),
         "workspace_bytes": (i32, [layer, i32, i64, ctypes.POINTER(i64)]),
-        "prepare_weight": (i32, [layer, i32, ctypes.POINTER(WeightStruct), pointer, i64, pointer]),
+        "prepare_weight": (i32, [layer, i32, weight, pointer, i64, pointer]),
         "rotate_quantize": (i32, [layer, i32, *[pointer] * 6, i64, pointer]),
         "linear_gemm": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
         "quant_linear": (i32, [layer, i32, *[pointer] * 5, i64, pointer, i64, pointer]),
         "rows_bytes": (i32, [layer, i32, ctypes.POINTER(i64)]),
-        "make_rows": (i32, [layer, i32, ctypes.POINTER(WeightStruct), pointer, i64, pointer]),
-        "expand_weight": (i32, [layer, i32, ctypes.POINTER(WeightStruct), *[pointer] * 2, i64, pointer]),
+        "make_rows": (i32, [layer, i32, weight, pointer, i64, pointer]),
+        "expand_weight": (i32, [layer, i32, weight, *[pointer] * 2, i64, pointer]),
         "packed_workspace_bytes": (i32, [layer, i32, i64, ctypes.POINTER(i64)]),
         "packed_linear": (
             i32,
-            [layer, i32, *[pointer] * 3, ctypes.POINTER(WeightStruct), *[pointer] * 2, i64, pointer, i64, pointer],
+            [layer, i32, *[pointer] * 3, weight, *[pointer] * 2, i64, pointer, i64, pointer],
         ),
-        "fused_quantize": (i32, [layer, i32, ctypes.POINTER(PrologueStruct), *[pointer] * 5, i64, pointer]),
+        "fused_quantize": (i32, [layer, i32, prologue, *[pointer] * 5, i64, pointer]),
         "fused_linear": (
             i32,
-            [layer, i32, ctypes.POINTER(PrologueStruct), *[pointer] * 4, i64, pointer, i64, pointer],
+            [layer, i32, prologue, *[pointer] * 4, i64, pointer, i64, pointer],
+        ),
+        "packed_fused_linear": (
+            i32,
+            [layer, i32, prologue, *[pointer] * 2, weight, *[pointer] * 2, i64, pointer, i64, pointer],
         ),
         "rope_quantize": (i32, [ctypes.POINTER(RopeStruct), *[pointer] * 2, i64, pointer]),
         "search_grid": (i32, [ctypes.POINTER(GridStruct), pointer, ctypes.POINTER(GridOutStruct), pointer]),

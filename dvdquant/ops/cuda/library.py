@@ -427,6 +427,47 @@ class KernelLibrary:
             )
         )  # fmt: skip
 
+    def packed_fused_linear(
+        self,
+        layer: LayerShape,
+        sm: int,
+        prologue: ProloguePointers,
+        x: int,
+        weight: WeightPointers,
+        rows: int,
+        y: int,
+        tokens: int,
+        workspace: int,
+        workspace_bytes: int,
+        stream: int,
+        pre_quant: int = 0,
+    ) -> None:
+        """Run :meth:`packed_linear` on what a prologue makes of x.
+
+        Args:
+            layer: Shape and grids of the layer.
+            sm: major · 10 + minor of the device.
+            prologue: What becomes of x first.
+            x: Address of bf16 or fp16 [M, K].
+            weight: Addresses of the packed tensors, the codes aligned to 16 bytes; scale and bias are not read.
+            rows: Address of its rows, from :meth:`make_rows`.
+            y: Address of the result, [M, N] of x's dtype.
+            tokens: Rows M of x.
+            workspace: Address of the workspace.
+            workspace_bytes: Size of the workspace, from :meth:`packed_workspace_bytes`.
+            stream: The CUDA stream.
+            pre_quant: Address of the packed pre-quant scale and offset, [K/8, 2, 8] of x's dtype; 0 for none.
+
+        Raises:
+            UnsupportedError: The rotation has an outer factor, or a row is too long.
+        """
+        self._check(
+            self._library.dvdq_packed_fused_linear(
+                layer_struct(layer), sm, prologue_struct(prologue), x, pre_quant, weight_struct(weight), rows, y, tokens,
+                workspace, workspace_bytes, stream,
+            )
+        )  # fmt: skip
+
     def rope_quantize(self, rope: RopePointers, x: int, out: int, tokens: int, stream: int) -> None:
         """Take q or k through norm, rope and rotation to e4m3 codes or 16 bits.
 

@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define DVDQ_ABI_VERSION 6
+#define DVDQ_ABI_VERSION 7
 
 typedef void* dvdq_stream;  // cudaStream_t
 
@@ -177,6 +177,11 @@ DVDQ_API dvdq_status dvdq_fused_quantize(const dvdq_layer* layer, int32_t sm, co
 DVDQ_API dvdq_status dvdq_fused_linear(const dvdq_layer* layer, int32_t sm, const dvdq_prologue* prologue, const void* x,
                                        const void* pre_quant, const void* prepared, void* y, int64_t m, void* workspace,
                                        int64_t workspace_bytes, dvdq_stream stream);
+
+// dvdq_packed_linear of z, in a workspace of dvdq_packed_workspace_bytes. Capturable in a CUDA graph.
+DVDQ_API dvdq_status dvdq_packed_fused_linear(const dvdq_layer* layer, int32_t sm, const dvdq_prologue* prologue, const void* x,
+                                              const void* pre_quant, const dvdq_weight* weight, const void* rows, void* y,
+                                              int64_t m, void* workspace, int64_t workspace_bytes, dvdq_stream stream);
 
 // ---- q and k on their way to attention ------------------------------------------------------------------------------------
 
