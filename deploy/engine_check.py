@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dvdquant.artifact.manifest import EngineEntry, Measured
+from dvdquant.artifact.entries import EngineEntry, Measured
 from dvdquant.backends import backend_name
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import EngineSession, open_session

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvdquant.artifact.manifest import source_of
+from dvdquant.artifact.provenance import source_of
 from dvdquant.checkpoint.formats.translate import DIFFUSERS_FOLDER
 from dvdquant.checkpoint.locate import hub_file
 from dvdquant.checkpoint.lora.recorded import with_recorded
