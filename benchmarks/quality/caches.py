@@ -223,7 +223,12 @@ def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
 
 
 def along(settings: Sequence[str], models: Sequence[str]) -> str:
-    """A line for every model and setting: what is left out, and what that does to the latents of recorded clips."""
+    """Return a table with a line for every model and setting: what is left out, and what that does to recorded clips.
+
+    Args:
+        settings: The settings, in words.
+        models: Names of the models.
+    """
     from benchmarks.quality.report import table
 
     lines = []
