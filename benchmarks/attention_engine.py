@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from make_checkpoint import HeavyTailed  # noqa: E402  # the script's own folder comes first
 
 from dvdquant.artifact.transaction import ExportTransaction  # noqa: E402
-from dvdquant.checkpoint.reader import open_checkpoint  # noqa: E402
+from dvdquant.checkpoint.opening import open_checkpoint  # noqa: E402
 from dvdquant.export.engines import BuildReport, build_engine  # noqa: E402
 from dvdquant.export.graph.trace import profile_shapes, trace_graph  # noqa: E402
 from dvdquant.export.graph.writer import GraphWriter  # noqa: E402

@@ -46,11 +46,8 @@ from dvdquant.export.verify.export import verify_export
 from dvdquant.export.verify.graph import GraphCheck
 from dvdquant.export.verify.links import check_links
 from dvdquant.export.verify.stored import StoredCheck, verify_stored
-from dvdquant.quantize.checkpoint import (
-    PackedWeights,
-    quantize_checkpoint,
-    rotated_weight,
-)
+from dvdquant.quantize.checkpoint import PackedWeights, quantize_checkpoint
+from dvdquant.quantize.layer import rotated_weight
 from dvdquant.system.copies import copy_file, link_file
 from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress

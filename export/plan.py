@@ -14,8 +14,9 @@ from dvdquant.artifact.output_folder import check_output
 from dvdquant.checkpoint.formats.files import check_order
 from dvdquant.checkpoint.formats.translate import few_bits
 from dvdquant.checkpoint.lora.fuse import components_of, model_fingerprint, with_loras
+from dvdquant.checkpoint.opening import open_checkpoint, read_config_file
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
 from dvdquant.export.engines import load_backend
 from dvdquant.export.engines.attention import attention_wish

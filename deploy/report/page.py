@@ -20,8 +20,8 @@ from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.provenance import model_name, source_of
 from dvdquant.checkpoint.lora.fuse import model_fingerprint
 from dvdquant.checkpoint.lora.recorded import with_recorded
+from dvdquant.checkpoint.opening import open_checkpoint, read_config_file
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
-from dvdquant.checkpoint.reader import open_checkpoint, read_config_file
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.report.charts import error_chart, line_chart, schedule_chart
 from dvdquant.deploy.report.text import (

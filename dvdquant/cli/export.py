@@ -348,7 +348,8 @@ def _check_early(options: ExportOptions) -> None:
     """
     from dvdquant.artifact.output_folder import check_output
     from dvdquant.checkpoint.locate import is_remote
-    from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
+    from dvdquant.checkpoint.opening import open_checkpoint, read_config_file
+    from dvdquant.checkpoint.reader import Checkpoint
     from dvdquant.export.options import check_text
 
     check_text(options)

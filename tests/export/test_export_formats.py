@@ -14,7 +14,8 @@ import torch
 from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.provenance import source_of
 from dvdquant.artifact.transaction import ExportTransaction
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import open_generator
 from dvdquant.deploy.generation.original import load_original

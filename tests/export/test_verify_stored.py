@@ -18,7 +18,8 @@ from torch import Tensor
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.artifact.verify_files import verify_files
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.errors import ExportError
 from dvdquant.export.model_card import model_card
 from dvdquant.export.verify.stored import StoredCheck, verify_stored
