@@ -35,7 +35,7 @@ from dvdquant.model.plan import ModelPlan, build_skeleton, plan_model  # noqa: E
 from dvdquant.quantize.checkpoint import quantize_checkpoint  # noqa: E402
 from dvdquant.recipe import get_recipe  # noqa: E402
 from dvdquant.system.progress import Progress  # noqa: E402
-from dvdquant.system.safetensors_io import StreamingWriter  # noqa: E402
+from dvdquant.system.safetensors_writer import StreamingWriter  # noqa: E402
 
 # Latent frames, height and width: 480p is 21 × 60 × 104, 32760 tokens.
 SIZES = Sizes(Axis(1, 21, 41), Axis(16, 60, 60), Axis(16, 104, 104), text_tokens=512)

@@ -33,7 +33,7 @@ from dvdquant.quantize.checkpoint import (
     check_weights,
     reading_bytes,
 )
-from dvdquant.system.safetensors_io import DTYPES
+from dvdquant.system.safetensors_reader import DTYPES
 from dvdquant.text import shown
 
 __all__ = ["ExportPlan", "check_previous", "plan_export", "shapes_of", "source_of"]

@@ -40,7 +40,7 @@ from dvdquant.model.families.base import ImageInputs
 from dvdquant.recipe import error_name, looks_at_inputs
 from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_io import read_header
+from dvdquant.system.safetensors_reader import read_header
 
 if TYPE_CHECKING:
     from dvdquant.deploy.report.run_trace import RunClip

@@ -27,7 +27,7 @@ from dvdquant.checkpoint.formats.translate import SourceFormat
 from dvdquant.checkpoint.locate import locate_model
 from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, fix_of, reason_of
 from dvdquant.errors import CheckpointError
-from dvdquant.system.safetensors_io import read_header_from, read_tensor_from
+from dvdquant.system.safetensors_reader import read_header_from, read_tensor_from
 
 if TYPE_CHECKING:
     import torch

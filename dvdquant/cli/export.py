@@ -21,8 +21,8 @@ from dvdquant.text import amount, json_text
 if TYPE_CHECKING:
     from dvdquant.export.estimate import Estimate
     from dvdquant.export.options import ExportOptions
-    from dvdquant.export.pipeline import ExportResult
     from dvdquant.export.plan import ExportPlan
+    from dvdquant.export.result import ExportResult
 
 FOR_GRAPH = {
     "tensorrt": "TensorRT with the plugin; ONNX Runtime by its function bodies",

@@ -22,7 +22,8 @@ from dvdquant.quantize.layer_inputs import predict_inputs
 from dvdquant.quantize.magnitudes import Magnitudes
 from dvdquant.system.files import FileEntry
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_io import StreamingWriter, TensorInfo
+from dvdquant.system.safetensors_reader import TensorInfo
+from dvdquant.system.safetensors_writer import StreamingWriter
 
 if TYPE_CHECKING:
     from dvdquant.checkpoint.formats.stored import ShardTensor

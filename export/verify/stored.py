@@ -37,7 +37,7 @@ from dvdquant.quantize.bgr import quantize_weight
 from dvdquant.quantize.hessian import random_signs_of
 from dvdquant.quantize.layer import CHUNK_WEIGHTS, rotate_rows
 from dvdquant.quantize.layer_inputs import DAMPING
-from dvdquant.system.safetensors_io import TensorInfo, read_tensor
+from dvdquant.system.safetensors_reader import TensorInfo, read_tensor
 
 if TYPE_CHECKING:
     from dvdquant.checkpoint.reader import Checkpoint

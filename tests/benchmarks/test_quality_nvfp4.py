@@ -18,7 +18,7 @@ from dvdquant.export.verify.intermediates import Intermediate, cut_out, find_int
 from dvdquant.onnx.prepare import prepare_for_onnxruntime
 from dvdquant.quantize.hessian import InputHessian
 from dvdquant.quantize.layer import rotated_weight
-from dvdquant.system.safetensors_io import read_header, read_tensor
+from dvdquant.system.safetensors_reader import read_header, read_tensor
 from tests.support import session_exports as made
 from tests.support.nvfp4 import TRT_FP4DynamicQuantize
 from tests.support.quality_scripts import script

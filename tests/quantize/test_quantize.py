@@ -34,7 +34,7 @@ from dvdquant.quantize.layer import rotate_rows
 from dvdquant.quantize.layer_inputs import LayerInputs, layer_inputs, noise_levels
 from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_io import read_tensor
+from dvdquant.system.safetensors_reader import read_tensor
 from tests.support import tiny_models as tiny
 
 SINGLE = "diffusion_pytorch_model.safetensors"

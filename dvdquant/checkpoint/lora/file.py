@@ -17,7 +17,7 @@ from dvdquant.errors import CheckpointError
 from dvdquant.system.files import strict_json
 from dvdquant.system.recognize import SNIFFED, recognize_bytes
 from dvdquant.system.records import first_problem
-from dvdquant.system.safetensors_io import Header, TensorInfo, read_header_from, read_tensor_from
+from dvdquant.system.safetensors_reader import Header, TensorInfo, read_header_from, read_tensor_from
 from dvdquant.text import shown
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from dvdquant.checkpoint.lora.terms import FusedLora, Loras, Term
 from dvdquant.checkpoint.untrusted import few
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.system.recognize import recognize_tensors
-from dvdquant.system.safetensors_io import TensorInfo
+from dvdquant.system.safetensors_reader import TensorInfo
 from dvdquant.text import shown
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from dvdquant.checkpoint.lora.file import LoraFile
 from dvdquant.checkpoint.lora.names import Place
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.errors import CheckpointError
-from dvdquant.system.safetensors_io import TensorInfo
+from dvdquant.system.safetensors_reader import TensorInfo
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
