@@ -19,7 +19,7 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 
 READ = """
 import resource, sys, time

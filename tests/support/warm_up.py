@@ -10,7 +10,8 @@ import torch
 
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.quantize.bgr import quantize_weight, refine_grid
-from dvdquant.quantize.checkpoint import _packed, _squared_errors, rotate_rows
+from dvdquant.quantize.checkpoint import _squared_errors
+from dvdquant.quantize.layer import _packed, rotate_rows
 from dvdquant.recipe import SOLVERS, ZERO_POINTS, WeightSpec
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dvdquant.model.plan import build_skeleton
-from dvdquant.system.safetensors_io import StreamingWriter
+from dvdquant.system.safetensors_writer import StreamingWriter
 from tests.support.exporting import REPOSITORY
 
 CONFIG: dict[str, Any] = {
