@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dvdquant.quantize.checkpoint as quantize_module
+import dvdquant.quantize.layer as layer_module
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import CheckpointError, OutputError, ShapeError
@@ -157,8 +158,8 @@ def test_sampled_rows_stand_for_all_whatever_the_chunks(
 ) -> None:
     tables = {}
     for name, chunk, rows in (("all", 1 << 23, 1 << 20), ("sampled", 1 << 23, 16), ("in chunks", 128 * 7, 16)):
-        monkeypatch.setattr(quantize_module, "CHUNK_WEIGHTS", chunk)
-        monkeypatch.setattr(quantize_module, "SAMPLED_ROWS", rows)
+        monkeypatch.setattr(layer_module, "CHUNK_WEIGHTS", chunk)
+        monkeypatch.setattr(layer_module, "SAMPLED_ROWS", rows)
         packed = quantize(model, tmp_path / name, plan())
         tables[name] = torch.tensor([[e["relative_mse"], e["relative_mse_minmax"]] for e in packed.layers])
     torch.testing.assert_close(tables["in chunks"], tables["sampled"], rtol=1e-5, atol=0)
@@ -171,7 +172,7 @@ def test_sampled_rows_stand_for_all_whatever_the_chunks(
 
 def test_chunks_do_not_change_a_bit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize(model, tmp_path / "whole", plan())
-    monkeypatch.setattr(quantize_module, "CHUNK_WEIGHTS", 128 * 7)
+    monkeypatch.setattr(layer_module, "CHUNK_WEIGHTS", 128 * 7)
     monkeypatch.setattr(quantize_module, "BATCH_BYTES", 1000)
     quantize(model, tmp_path / "chunks", plan())
     assert digests(tmp_path / "chunks/tree") == digests(tmp_path / "whole/tree")

@@ -39,7 +39,7 @@ import dvdquant.cli.export, dvdquant.export.pipeline, diffusers, onnxruntime, to
 import dvdquant.quantize.backends.numba_search
 from pathlib import Path
 from dvdquant.quantize.bgr import quantize_weight
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.model.plan import plan_model
 from dvdquant.system.progress import Progress
 from dvdquant.quantize.checkpoint import quantize_checkpoint
