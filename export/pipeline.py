@@ -493,9 +493,9 @@ class _Run:
         """
         plans = dict(zip(self.plan.components, self.plan.plans))
         tree, sizes = self.transaction.tree, self.plan.sizes
-        fp8 = any(engine.attention == "fp8" for engine in self.plan.engines)
-        fused = any(fuses(engine, self.plan.options) for engine in (*self.plan.engines, *self.plan.later))
-        return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress, fp8, fused)
+        engines = (*self.plan.engines, *self.plan.later)
+        changes = {(engine.attention == "fp8", fuses(engine, self.plan.options)) for engine in engines}
+        return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress, changes)
 
     def _layers(self) -> tuple[LayerEntry, ...]:
         """Return the table of weight errors: that of the previous export if its weights are used, else this run's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -22,12 +22,10 @@ from dvdquant.cli.serve_options import (
     read_limits,
     read_models,
     read_one,
+    read_sessions,
 )
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.devices import check_device_word
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLES = """
 # one export on every GPU of this machine; a page at http://127.0.0.1:8000
@@ -240,7 +238,7 @@ def write_triton(exports: tuple[str, ...], options: dict[str, Any]) -> None:
 
     Args:
         exports: One export.
-        options: ``triton_repository``, ``pipeline``, ``backend``, ``device``.
+        options: ``triton_repository``, ``pipeline``, and those of sessions.
 
     Raises:
         UnsupportedError: There are several exports, or the device is unknown.
@@ -253,7 +251,7 @@ def write_triton(exports: tuple[str, ...], options: dict[str, Any]) -> None:
     from dvdquant.deploy.serve.triton_repository import write_repository
 
     folder = options["triton_repository"]
-    for path in write_repository(folder, model, backend=options["backend"], device=options["device"]):
+    for path in write_repository(folder, model, read_sessions(options)):
         click.echo(path)
 
 
@@ -262,7 +260,7 @@ def run_dynamo(exports: tuple[str, ...], options: dict[str, Any]) -> None:
 
     Args:
         exports: One export.
-        options: ``pipeline``, ``schedule``, ``backend``, ``device``, ``log_format``, ``verbose`` and the limits.
+        options: ``pipeline``, ``schedule``, ``log_format``, ``verbose``, those of sessions and the limits.
 
     Raises:
         UnsupportedError: There are several exports, the device is unknown, or Dynamo is not installed.
@@ -276,7 +274,7 @@ def run_dynamo(exports: tuple[str, ...], options: dict[str, Any]) -> None:
     from dvdquant.deploy.serve.logs import setup_server_log
 
     setup_server_log(options["log_format"], options["verbose"])
-    serve_dynamo(model, backend=options["backend"], device=options["device"], limits=read_limits(options))
+    serve_dynamo(model, read_sessions(options), read_limits(options))
 
 
 def require_packages() -> None:

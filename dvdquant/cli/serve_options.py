@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.clashes import Clash, refuse_clashes
+from dvdquant.clashes import refuse_clashes
 from dvdquant.cli.clip_options import session_clashes
 from dvdquant.deploy.serve.model_names import named, named_export
 from dvdquant.errors import OutputError, UnsupportedError
@@ -15,7 +16,7 @@ from dvdquant.text import shown
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
-    from dvdquant.deploy.serve.settings import Limits, ModelSource, ObjectStore
+    from dvdquant.deploy.serve.settings import Limits, ModelSource, ObjectStore, SessionSettings
 
 __all__ = [
     "KEY_VARIABLE",
@@ -31,6 +32,7 @@ __all__ = [
     "read_models",
     "read_one",
     "read_schedules",
+    "read_sessions",
 ]
 
 KEY_VARIABLE = "DVDQ_API_KEY"
@@ -46,11 +48,18 @@ def check_session_options(options: dict[str, Any]) -> None:
     Raises:
         UnsupportedError: Two options exclude each other.
     """
-    clashes = session_clashes(options)
-    for option, elsewhere in (("--triton-repository", "triton_repository"), ("--dynamo", "dynamo")):
-        what = f"{option} opens sessions without CUDA graphs, so --cuda-graphs does not apply"
-        clashes.append(Clash(options["cuda_graphs"] and options[elsewhere], what))
-    refuse_clashes(clashes)
+    refuse_clashes(session_clashes(options))
+
+
+def read_sessions(options: dict[str, Any]) -> SessionSettings:
+    """Return how a server that keeps its own queue opens sessions.
+
+    Args:
+        options: ``backend``, ``device``, ``compile``, ``fuse``, ``cuda_graphs`` and ``weights``.
+    """
+    from dvdquant.deploy.serve.settings import SessionSettings
+
+    return SessionSettings(**{each.name: options[each.name] for each in fields(SessionSettings)})
 
 
 def read_one(exports: tuple[str, ...], options: dict[str, Any], what: str) -> ModelSource:

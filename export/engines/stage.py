@@ -167,13 +167,7 @@ class EngineStage:
         """
         model = ir.load(source)
         self._attention(model, engine)
-        self.fused = fuse_prologues(model) if self.options.fuse else 0
-        if self.options.fuse and not self.fused:
-            raise EngineError(
-                "no layer of the graph can be fused with what comes before it",
-                available="rotations without an outer factor, and inputs that nothing else reads",
-                fix="export without --fuse",
-            )
+        self.fused = fuse_layers(model) if self.options.fuse else 0
         plugin_inputs(model)
         self._open_for_loras(model)
         fused = "_fused" if self.fused else ""
@@ -403,6 +397,25 @@ def build_settings(
         tuple(hash_file(plugin)["sha256"] for plugin in plugins),
         fuses(engine, options),
     )
+
+
+def fuse_layers(model: ir.Model) -> int:
+    """Fuse the layers of a graph with what comes before them; return how many.
+
+    Args:
+        model: The graph with QuantLinear nodes, which is changed in place.
+
+    Raises:
+        EngineError: None can be fused.
+    """
+    fused = fuse_prologues(model)
+    if not fused:
+        raise EngineError(
+            "no layer of the graph can be fused with what comes before it",
+            available="rotations without an outer factor, and inputs that nothing else reads",
+            fix="export without --fuse",
+        )
+    return fused
 
 
 def fuses(engine: EnginePlan, options: ExportOptions) -> bool:
