@@ -19,8 +19,8 @@ from benchmarks.quality.toy.clips import Bench, Clips, Prompt, bench_prompts, ge
 from benchmarks.quality.toy.shapes import CHOICES, measure
 from benchmarks.switching.measure import place_high
 from benchmarks.switching.metrics import ssim
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.prompt_table import frames_from_latents
-from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.deploy.generation.video import psnr
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.gbs import Weighting, delta_for_average_bits, relative_change, weighted_changes
