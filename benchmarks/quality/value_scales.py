@@ -119,7 +119,7 @@ def main() -> int:
 
     from benchmarks.quality.report import interval, replace_blocks, table
     from benchmarks.quality.run import commit, hardware
-    from dvdquant.checkpoint.reader import open_checkpoint
+    from dvdquant.checkpoint.opening import open_checkpoint
     from dvdquant.ops.attention.operation import number_of
 
     options.work.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def main() -> int:
         seen = [math.inf] * len(bounds)
         scales = {"bound": bounds, "predicted": [MARGIN * each for each in guessed], "predicted-exact": guessed}
         for name in ("16 bit", *scales, "clips"):
-            made = _EngineAttention(seen if name == "clips" else scales.get(name, bounds))
+            made: Any = _EngineAttention(seen if name == "clips" else scales.get(name, bounds))
             runner.state.number = 0 if name == "16 bit" else number_of(made)
             found = runner.worker.step_errors(runner.name, model, options.every)
             per_clip: dict[int, list[float]] = {}
