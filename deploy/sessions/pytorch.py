@@ -21,7 +21,7 @@ from dvdquant.deploy.sessions.replay import GraphReplay, why_not
 from dvdquant.deploy.sessions.weight_form import choose_form
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
-from dvdquant.hardware.weights import HeldForm, WeightPolicy, check_policy
+from dvdquant.hardware.weights import HeldForm, WeightPolicy, check_policy, slower_in_int8
 from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper, fill_quantized
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
@@ -97,6 +97,8 @@ class PyTorchSession(EngineSession):
         self.weights: HeldForm = "packed" if choice is None else choice.form
         self._recipe = plan.recipe
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
+        if kernels is not None and (slow := slower_in_int8(kernels.sm)):
+            _say_once(f"SM {kernels.sm / 10} is slow in 8 bits: {slow}; where the original fits, it is faster in bf16")
         self.attention = wanted_attention(attention or plan.recipe.attention, attention_backend, self.device, component)
         # A mask makes PyTorch take a slow kernel on a GPU, and no kernel in 8 bits takes one.
         masked = any(spec.name == "encoder_attention_mask" for spec in self.family.inputs(self.sizes))

@@ -17,6 +17,7 @@ from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.hardware.advice import choose_recipe, choose_target
 from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.hardware.find import Installed, find_gpu, installed_gpus
+from dvdquant.hardware.weights import slower_in_int8
 from dvdquant.text import amount
 
 __all__ = ["Finding", "diagnose", "driver_problem"]
@@ -107,7 +108,8 @@ def _gpus(gpus: list[Installed]) -> Iterator[Finding]:
                 "GPU", "problem", f"{words}: {known.refused}", "use another card: dvdq export --list-gpus names them"
             )
         else:
-            yield Finding("GPU", "ok", words)
+            slow = slower_in_int8(sm_number(_sm(gpu))) if known is not None else ""
+            yield Finding("GPU", "ok", f"{words}; slow in 8 bits: {slow}" if slow else words)
 
 
 def _sm(gpu: Installed) -> str:

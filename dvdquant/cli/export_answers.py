@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dvdquant.hardware.advice import QUALITY
 from dvdquant.hardware.capabilities import capability, sm_number
 from dvdquant.hardware.find import find_gpu
+from dvdquant.hardware.weights import slower_in_int8
 from dvdquant.text import amount
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def _speed(choice: Choice) -> str:
         elif known.measured:
             what = "measured with PyTorch sessions on"
             words.append(f"SM {sm}: {what} {known.measured} as fast; other cards of this SM are not measured")
+        elif slow := slower_in_int8(sm_number(sm)):
+            words.append(f"SM {sm}: no, slower than the original: {slow}; nothing of this has run there")
         else:
             words.append(f"SM {sm}: not known, our kernels compile for it and have not run on it")
     return "; ".join(words)

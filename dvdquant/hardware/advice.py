@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dvdquant.errors import UnsupportedError
-from dvdquant.hardware.capabilities import CAPABILITIES, JETSONS, capability, parse_sm
+from dvdquant.hardware.capabilities import CAPABILITIES, JETSONS, capability, parse_sm, sm_number
 from dvdquant.hardware.find import installed_gpus, resolve_gpu
+from dvdquant.hardware.weights import slower_in_int8
 from dvdquant.text import shown
 
 __all__ = ["AUTO", "QUALITY", "Advice", "Choice", "choose", "choose_recipe", "choose_target"]
@@ -103,7 +104,20 @@ def choose(
         advice = choose_recipe(found, wanted) if not layouts else _CONVROT
         recipe = advice.recipe
         notes.append(f"recipe {recipe}: {advice.reason}")
+    notes += _slow_notes(found, wanted)
     return Choice(found, wanted, recipe, tuple(name for name, _ in cards), tuple(notes))
+
+
+def _slow_notes(sms: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Return a line for every compute capability on which our kernels are slower than the original in bf16."""
+    if not {"graphs", "tensorrt"} & {*targets}:
+        return []
+    return [
+        f"SM {sm} is slow in 8 bits: {slow}. This export saves memory there and costs time; where the original fits, run it in "
+        "bf16, or in FP8 or NVFP4 by other tools"
+        for sm in sms
+        if (slow := slower_in_int8(sm_number(sm)))
+    ]
 
 
 def _check_targets(sms: Sequence[str], targets: Sequence[str]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dvdquant.hardware.advice import choose_recipe, choose_target
-from dvdquant.hardware.capabilities import CAPABILITIES
+from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.hardware.gpus import GPUS, KINDS, Gpu
+from dvdquant.hardware.weights import slower_in_int8
 
 __all__ = ["HEADER", "SHORT_HEADER", "gpu_rows", "runs_words", "short_rows"]
 
@@ -56,4 +57,6 @@ def runs_words(sm: str) -> str:
     found = CAPABILITIES[sm]
     words = [f"engines: {found.rtx_a4}"] if found.rtx_a4 else []
     words += [f"kernels: {found.kernels_a4}"] if found.kernels_a4 else []
+    if not words and slower_in_int8(sm_number(sm)):
+        return "none: a8, slower than bf16"
     return "; ".join(words) or "none: a8"

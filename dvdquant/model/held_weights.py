@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.hardware.weights import OPERATIONS_PER_BYTE, WeightForm
+from dvdquant.hardware.weights import OPERATIONS_PER_BYTE, RATES, WeightForm
 from dvdquant.model.families import Sizes
 from dvdquant.model.layers import LayerSpec
 from dvdquant.model.plan import ModelPlan
@@ -185,8 +185,9 @@ def held_weights(plan: ModelPlan, sm: int, bits: Sequence[int], sizes: Sizes | N
     if sizes is not None:
         tokens = plan.family.tokens(*sizes.at("opt")) * sizes.batch
         ratio = OPERATIONS_PER_BYTE.get(sm, max(OPERATIONS_PER_BYTE.values()))
-        # Attention in 16 bit, at half the rate: as many operations of 8 bits twice.
-        attention = 2 * 4.0 * (tokens / sizes.batch) ** 2 * sizes.batch * sum(map(_attention_width, plan.layers))
+        # Attention is in 16 bit; it is counted in operations of INT8 that take as long.
+        sixteen = RATES[sm].sixteen_bit_cost if sm in RATES else 2.0
+        attention = sixteen * 4.0 * (tokens / sizes.batch) ** 2 * sizes.batch * sum(map(_attention_width, plan.layers))
         pace = [(width, (2.0 * tokens * products[width] + attention) / ratio) for width in bits]
     return HeldWeights(kept, tuple(layers), tuple((width, moved) for width, moved in pace if moved))
 

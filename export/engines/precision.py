@@ -11,6 +11,8 @@ from typing import Literal
 
 from dvdquant.errors import UnsupportedError
 from dvdquant.export.engines.attention import SIXTEEN_BIT, AttentionWish
+from dvdquant.hardware.capabilities import sm_number
+from dvdquant.hardware.weights import slower_in_int8
 from dvdquant.recipe import ActivationSpec, Recipe
 
 __all__ = [
@@ -221,7 +223,8 @@ def _plugin_text(act_bits: int, sm: str) -> str:
         raise UnsupportedError(f"the TensorRT plugin has no kernels for SM {sm}", available=TENSORRT_SMS)
     words = _PLUGIN_A4[sm] if act_bits == 4 else "8-bit tensor cores, 4-bit weights widened to 8 bits"
     code = f" (machine code of SM {_PLUGIN_CODE_OF[sm]})" if sm in _PLUGIN_CODE_OF else ""
-    return f"dvdquant plugin: {words}{code}"
+    slow = ", slower than 16 bit there" if slower_in_int8(sm_number(sm)) else ""
+    return f"dvdquant plugin: {words}{slow}{code}"
 
 
 def plan_engines(

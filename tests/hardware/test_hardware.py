@@ -12,10 +12,11 @@ import pytest
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_precision, what_executes
 from dvdquant.hardware.advice import QUALITY, choose, choose_recipe
-from dvdquant.hardware.capabilities import CAPABILITIES, parse_sm
+from dvdquant.hardware.capabilities import CAPABILITIES, parse_sm, sm_number
 from dvdquant.hardware.find import find_gpu, installed_gpus
 from dvdquant.hardware.gpus import GPUS, KINDS
-from dvdquant.hardware.listing import HEADER, gpu_rows
+from dvdquant.hardware.listing import HEADER, gpu_rows, runs_words
+from dvdquant.hardware.weights import slower_in_int8
 from dvdquant.recipe import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,6 +147,17 @@ def test_a_card_decides(
     choice = choose(gpus, (), targets)
     assert (choice.sms, choice.targets, choice.recipe) == (sms, (target,), recipe)
     assert all(any(part in note for note in choice.notes) for part in (f"SM {sms[0]}", f"recipe {recipe}"))
+
+
+@pytest.mark.parametrize("target", ["graphs", "tensorrt"])
+def test_a_card_that_is_slow_in_eight_bits_is_not_praised(target: str) -> None:
+    slow = [sm for sm, each in CAPABILITIES.items() if not each.refused and slower_in_int8(sm_number(sm))]
+    assert slow == ["10.3"]
+    assert "slower than bf16" in runs_words("10.3")
+    assert "slower than 16 bit" in what_executes("plugin", 8, "10.3")
+    notes = choose(("B300", "B200"), (), (target,)).notes
+    assert [note for note in notes if "run it in bf16" in note] == [notes[-1]]
+    assert "15 times" in notes[-1]
 
 
 def test_what_was_said_is_not_changed() -> None:

@@ -67,6 +67,9 @@ def test_the_cost_is_that_of_the_traffic() -> None:
     native = held_weights(plan, 80, (4, 8), sizes)
     assert dict(native.traffic) == {4: 0, 8: weights * 3 // 2}
     assert held_weights(plan, 80, (4,), sizes).cost == 0
+    # Where 16 bit is many times as fast as INT8, attention takes little beside the products.
+    slow = held_weights(plan, 103, (8,), sizes).cost
+    assert 0.8 < slow / (0.75 * OPERATIONS_PER_BYTE[103] / tokens) < 1
 
 
 def test_every_gpu_with_kernels_has_its_figures() -> None:
