@@ -138,10 +138,10 @@ def kernels_fuse(kernels: CudaKernels, device: torch.device, dtype: torch.dtype)
             64, "all", 1e-6, True, 1 + scale[0].to(device), *_angles(33, device), torch.full((1,), 8.0, device=device)
         )
         # As CogVideoX: 3 tokens of text in front, tables with a value for each channel, and 16 bits.
-        tables = (table.repeat_interleave(2, 1) for table in _angles(30, device))
+        cosines, sines = (table.repeat_interleave(2, 1) for table in _angles(30, device))
         weight, bias = (part[0, :64].to(device) for part in (scale, shift))
-        layer = Rope(64, "layer", 1e-6, False, weight, *tables, bias=bias, first=3, per_channel=True)
-        for through in (rope, layer):
+        behind = Rope(64, "layer", 1e-6, False, weight, cosines, sines, None, bias, 3, True)
+        for through in (rope, behind):
             coded, wanted = run_rope_quantize(kernels, x[None], through).float(), apply_rope(x[None], through).float()
             if (coded - wanted).norm() > 0.01 * wanted.norm():
                 return "q and k differ from those of their definition"

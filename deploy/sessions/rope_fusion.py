@@ -323,7 +323,7 @@ def _norm(node: Any, gone: list[Any], kind: str) -> _Part | None:
             or value_of(node).dtype != value_of(core).dtype
         ):
             return None
-    product = core.args[0] if _is_cast(core) else None
+    product: Any = core.args[0] if _is_cast(core) else None
     if not is_call(product, {operator.mul}) or len(product.args) != 2:
         return None
     x, inverse = product.args

@@ -148,7 +148,8 @@ def rope_attention(
         parts = [(x, Rope(head, norm, eps, coded, weight, cosines, sines, bound, bias, first, per_channel))]
         if text is not None:
             parts.append((text, Rope(head, norm, text_eps, coded, text_weight, bound=bound)))
-        operands.append(_joined(library, parts).unflatten(2, (-1, head)))
+        joined = _joined(library, parts)
+        operands.append(joined.reshape(*joined.shape[:2], -1, head))
     return chosen(operands[0], operands[1], v, scale, bounds).contiguous()
 
 
