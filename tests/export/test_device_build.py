@@ -288,6 +288,7 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
     (tmp_path / "wheels" / "some-1.0-py3-none-any.whl").write_bytes(b"a wheel")
     said = pack(made, tmp_path / "orin.tar", "--plugin", plugin, "--wheels", tmp_path / "wheels")
     assert "dvdq-build orin.tar -o orin --plugin bundled" in said
+    assert "has no wheel of dvdquant" in said
     # Refused before anything is unpacked.
     there = tmp_path / "device"
     thor = dataclasses.replace(ORIN, name="Thor", sm="11.0")
@@ -302,6 +303,22 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
         result = CliRunner().invoke(build_main, [str(tmp_path / "orin.tar"), "-o", str(there), "--plugin", "bundled"])
         assert result.exit_code == 2
         assert text in result.output
+    # A bundle without a plugin library is for that SM just as well, and says what it lacks.
+    pack(made, tmp_path / "bare.tar")
+    library = ("--plugin", "bundled")
+    for gpu, bundle, options, text in (
+        (thor, "bare.tar", (), "is for SM 8.7, and this GPU (Thor) has SM 11.0"),
+        (thor, "bare.tar", ("--dry-run",), "--plugin FILE, for it holds no plugin library"),
+        (ORIN, "bare.tar", (), "holds none"),
+        (ORIN, "bare.tar", library, "holds none"),
+        (ORIN, "orin.tar", (), "--plugin bundled takes that of the bundle"),
+    ):
+        monkeypatch.setattr("dvdquant.system.gpu.read_gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("dvdquant.backends.load_backend", lambda name: Backend(name, None, "11.4.0.1"))
+        result = CliRunner().invoke(build_main, [str(tmp_path / bundle), "-o", str(there), *options])
+        assert result.exit_code == 2
+        assert text in result.output
+    assert not there.exists()
     whole = (tmp_path / "orin.tar").read_bytes()
     (tmp_path / "changed.tar").write_bytes(whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :])
     with (
