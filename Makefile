@@ -167,7 +167,7 @@ kernels: $(INSTALLED)
 kernels-check: $(INSTALLED)
 	$(BIN)/python kernels/check_sass.py $(KERNELS_FLAGS)
 
-# Three minutes of CPU the first time; objects are cached.
+# Five minutes of CPU the first time; objects are cached.
 edge-check: $(INSTALLED_TEST)
 	@$(MAKE) --no-print-directory kernels HOST=aarch64 SM="87 110"
 	$(BIN)/python -m pytest -q tests/kernels/test_cross_build.py $(PYTEST_ARGS)
